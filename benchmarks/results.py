@@ -1,0 +1,24 @@
+"""How a benchmark tells what it measured: a Markdown table on the screen, JSON in a file."""
+
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def publish(name: str, headings: list[str], rows: list[list[Any]], figures: dict[str, Any]) -> None:
+    """Print the table and write the figures, with the machine that they were measured on."""
+    print(f"\n## {name}\n")
+    print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
+    for row in rows:
+        print(f"| {' | '.join(str(cell) for cell in row)} |")
+    machine = {"cores": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
+    machine |= {"system": platform.system(), "python": platform.python_version()}
+    FOLDER.mkdir(exist_ok=True)
+    document = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, **figures}
+    (FOLDER / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,235 @@
+"""Where artifacts lie: `$FINETUNE_HOME/artifacts/<loop>/<stage>/<version>/`, each complete or not there at all.
+
+A version is the hash of what went in, so the same inputs give the same folder and finished work is found again. Files
+are written into a draft folder beside it, flushed, and renamed into place; `manifest.json` is the last file of the
+draft. A kill leaves a draft that the next run takes away (or, for training, goes on with).
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from finetune_pipeline.records import FileRecord, Manifest
+from finetune_pipeline.settings import home
+
+MANIFEST = "manifest.json"
+M = TypeVar("M", bound=Manifest)
+
+
+class ArtifactError(RuntimeError):
+    """An artifact is missing, damaged or cannot be written; the message says which, and what to do."""
+
+
+class Busy(ArtifactError):
+    """Another run works on the same artifact now."""
+
+
+@dataclass(frozen=True)
+class Artifact(Generic[M]):
+    """A complete artifact: its folder, and what its manifest says."""
+
+    path: Path
+    manifest: M
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value, the same for equal values whatever their order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 (hex) of the names and contents of all files below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hash_of({str(path.relative_to(folder)): hash_file(path) for path in files})
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Versions of installed packages; one that is not installed is left out."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def stage_folder(loop: str, stage: str) -> Path:
+    """The folder of all versions of a stage."""
+    return home() / "artifacts" / loop / stage
+
+
+def version_of(inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """The version that these inputs and settings give: 16 hex digits."""
+    return hash_of({"inputs": dict(inputs), "settings": dict(settings)})[:16]
+
+
+def find(kind: type[M], loop: str, version: str) -> Artifact[M] | None:
+    """The artifact of this version if it is complete and its files have their size."""
+    path = stage_folder(loop, kind.stage) / version
+    return read(kind, path) if (path / MANIFEST).exists() else None
+
+
+def read(kind: type[M], path: Path) -> Artifact[M]:
+    """Open a complete artifact.
+
+    Raises:
+        ArtifactError: there is no manifest, it is of another form, or a file is missing or of another size.
+    """
+    remedy = f"materialize {kind.stage} again (delete {path} first)"
+    try:
+        manifest = kind.model_validate_json((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is not a complete artifact: it has no {MANIFEST}; {remedy}") from None
+    except ValidationError as error:
+        raise ArtifactError(f"{path / MANIFEST} cannot be read ({error.error_count()} errors); {remedy}") from error
+    for name, record in manifest.files.items():
+        size = (path / name).stat().st_size if (path / name).exists() else None
+        if size != record.size:
+            raise ArtifactError(f"{path / name}: expected {record.size} bytes, found {size}; {remedy}")
+    return Artifact(path, manifest)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold `path` for this process; the lock goes with the process, also by kill -9.
+
+    Raises:
+        Busy: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise Busy(f"another run is making {what} now ({path}); wait until it has finished, then run again") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def draft(loop: str, stage: str, version: str, *, keep: bool = False) -> Iterator[Path]:
+    """A folder to write an artifact into, alone; `publish` ends it.
+
+    Args:
+        keep: leave the folder after a fault and start from what an earlier one left (training resumes there).
+
+    Raises:
+        Busy: another process is making the same version.
+        ArtifactError: the disk is full; nothing half-written is left.
+    """
+    path = stage_folder(loop, stage) / f".draft-{version}"
+    try:
+        with locked(path, f"{stage} {version} of {loop}"):
+            if not keep:
+                shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                yield path
+            except BaseException:
+                if not keep:
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise disk_full(path, error) from error
+
+
+def disk_full(path: Path, error: BaseException) -> ArtifactError:
+    """The error of a full disk, with what is free and what to do."""
+    there = next(parent for parent in [path, *path.parents] if parent.exists())
+    free = shutil.disk_usage(there).free / 1e6
+    return ArtifactError(
+        f"the disk is full: {path} could not be written ({free:.1f} MB free; {error}). Nothing that was complete is "
+        "lost. Free some space or set FINETUNE_HOME to another disk, then run again"
+    )
+
+
+def publish(folder: Path, kind: type[M], fields: Mapping[str, Any]) -> Artifact[M]:
+    """Make a draft the artifact: hash and flush its files, write the manifest, rename the folder into place.
+
+    Args:
+        folder: the draft's folder.
+        fields: the manifest's fields but `created_at` and `files`.
+    """
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        files[str(path.relative_to(folder))] = FileRecord(sha256=hash_file(path), size=path.stat().st_size)
+        flush(path)
+    manifest = kind.model_validate({**fields, "created_at": datetime.now(UTC), "files": files})
+    write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    final = folder.parent / manifest.version
+    if final.exists():  # an incomplete or damaged one: a complete one would have been found
+        shutil.rmtree(final)
+    folder.rename(final)
+    flush(final.parent)
+    return Artifact(final, manifest)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(manifest: Manifest, run: str) -> None:
+    """Remember that this version is a run's own, and the latest of its stage."""
+    for name in (run, "latest"):
+        write_text(_pointer(manifest.loop, name, manifest.stage), json.dumps({"version": manifest.version}) + "\n")
+
+
+def pointed(kind: type[M], loop: str, run: str = "latest") -> Artifact[M] | None:
+    """The artifact that a run made of a stage (or the one made last), or None if it made none.
+
+    Raises:
+        ArtifactError: it was made but is gone or damaged.
+    """
+    path = _pointer(loop, run, kind.stage)
+    if not path.exists():
+        return None
+    version = str(json.loads(path.read_text(encoding="utf-8"))["version"])
+    return read(kind, stage_folder(loop, kind.stage) / version)
+
+
+def _pointer(loop: str, run: str, stage: str) -> Path:
+    return stage_folder(loop, "runs") / run / f"{stage}.json"

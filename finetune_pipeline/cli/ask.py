@@ -1,0 +1,55 @@
+"""`finetune ask`: one prompt to the model that serves, as the application would ask it."""
+
+from pathlib import Path
+
+import click
+
+from finetune_pipeline.cli.options import loop_option
+from finetune_pipeline.settings import LoopSettings
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--model", "name", default="champion", show_default=True, help="champion, previous, base, or a version.")
+@click.option("--compare", is_flag=True, help="Ask the base model too, and show both answers.")
+@loop_option
+def ask(prompt: str, name: str, compare: bool, loop: LoopSettings) -> None:
+    """Ask the loop's model PROMPT and print its answer."""
+    if compare:
+        side_by_side(loop, prompt)
+    else:
+        click.echo(answers(loop, gguf_of(loop, name)[1], prompt)[0])
+
+
+def gguf_of(loop: LoopSettings, name: str) -> tuple[str, Path]:
+    """The full name and the GGUF of a version, champion or base; the base's file is made if it is not there yet."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.loop.base_gguf import base_gguf
+    from finetune_pipeline.registry.champion import resolve
+
+    found = resolve(connect(), name, loop.name)
+    if found is not None:
+        return found.name, found.gguf_path
+    return f"{loop.name}@base", base_gguf(loop, click.echo)
+
+
+def answers(loop: LoopSettings, gguf: Path, *prompts: str) -> list[str]:
+    """What a model answers, with the loop's system prompt and limits."""
+    from finetune_pipeline.inference.engine import Engine
+    from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+    from finetune_pipeline.records import chat
+
+    requests = [
+        GenerateRequest(messages=chat(loop.system_prompt, prompt), max_tokens=loop.evaluation.max_tokens)
+        for prompt in prompts
+    ]
+    with Engine(ModelSpec(gguf=gguf, context=loop.evaluation.context, parallel=1)) as engine:
+        return [completion.text for completion in engine.generate(requests)]
+
+
+def side_by_side(loop: LoopSettings, prompt: str) -> None:
+    """Print the answers of the base model and of the champion to one prompt."""
+    click.echo(click.style(f"\n{prompt!r}", bold=True))
+    for name in ("base", "champion"):
+        full_name, gguf = gguf_of(loop, name)
+        click.echo(f"  {full_name:<22} {answers(loop, gguf, prompt)[0]}")

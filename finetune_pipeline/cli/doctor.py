@@ -1,0 +1,111 @@
+"""`finetune doctor`: what this machine can do, and what to do about what it cannot."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import click
+
+from finetune_pipeline.settings import home
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `remedy` is empty where nothing needs to be done."""
+
+    name: str
+    works: bool
+    detail: str
+    remedy: str = ""
+    needed: bool = True
+
+
+@click.command()
+def doctor() -> None:
+    """Say what this machine can do: Python, compiler, llama.cpp, converter, GPU, training backends."""
+    broken = False
+    for check in CHECKS:
+        for finding in check():
+            mark = click.style("ok  ", fg="green") if finding.works else click.style("no  ", fg="yellow")
+            if not finding.works and finding.needed:
+                mark, broken = click.style("FAIL", fg="red"), True
+            click.echo(f"{mark}  {finding.name:<22} {finding.detail}")
+            if finding.remedy:
+                click.echo(f"      {'':<22} → {finding.remedy}")
+    sys.exit(1 if broken else 0)
+
+
+def _system() -> Iterator[Finding]:
+    name = f"{platform.system()} {platform.machine()}"
+    windows = platform.system() == "Windows"
+    remedy = "install WSL (wsl --install) and run the project inside it" if windows else ""
+    yield Finding("system", not windows, name, remedy)
+    version = platform.python_version()
+    fits = (3, 11) <= sys.version_info[:2] < (3, 13)
+    yield Finding("python", fits, version, "" if fits else "make clean; make setup PYTHON=python3.11")
+    free = shutil.disk_usage(_existing_home()).free / 1e9
+    yield Finding("state", free > 1, f"{home()}, {free:.0f} GB free", "" if free > 1 else "free some disk space")
+
+
+def _compiler() -> Iterator[Finding]:
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    remedy = "" if found else "install one (Debian: apt-get install g++; macOS: xcode-select --install)"
+    yield Finding("C++ compiler", found is not None, found or "none found", remedy)
+
+
+def _llama() -> Iterator[Finding]:
+    from finetune_pipeline.export.gguf import converter_folder
+    from finetune_pipeline.export.process import ExportError
+    from finetune_pipeline.inference.probe import probe_engine
+
+    probe = probe_engine()
+    rebuild = 'rebuild it: CMAKE_ARGS="-DGGML_NATIVE=OFF" .venv/bin/pip install --force-reinstall --no-deps '
+    rebuild += "--no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+    works = probe.works and probe.quantised_works
+    yield Finding("llama.cpp", probe.works, probe.detail, "" if probe.works else rebuild)
+    yield Finding(
+        "llama.cpp, quantised",
+        probe.quantised_works,
+        "runs Q4_K_M" if probe.quantised_works else "does not run Q4_K_M",
+        "" if works else rebuild,
+    )
+    try:
+        yield Finding("GGUF converter", True, str(converter_folder()))
+    except ExportError as error:
+        yield Finding("GGUF converter", False, str(error), "make setup")
+
+
+def _gpu() -> Iterator[Finding]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    if shutil.which("nvidia-smi") is None:
+        yield Finding("GPU", False, "no NVIDIA driver found: training runs on the CPU", needed=False)
+        return
+    result = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    import torch
+
+    usable = torch.cuda.is_available()
+    remedy = "" if usable else "this torch has no CUDA; see 'Which torch' in the README"
+    yield Finding("GPU", usable, result.stdout.strip() or result.stderr.strip(), remedy, needed=False)
+
+
+def _backends() -> Iterator[Finding]:
+    from finetune_pipeline.training.backends import available_backends
+
+    for backend in available_backends():
+        yield Finding(
+            f"training: {backend.name}",
+            backend.available,
+            backend.why,
+            "" if backend.available else backend.remedy,
+            needed=backend.name == "peft",
+        )
+
+
+def _existing_home() -> str:
+    return str(next(path for path in [home(), *home().parents] if path.exists()))
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_system, _compiler, _llama, _gpu, _backends)

@@ -1,0 +1,65 @@
+"""The `finetune` command: its groups, and errors told in a line instead of a traceback."""
+
+import sys
+
+import click
+
+from finetune_pipeline.artifacts import ArtifactError
+from finetune_pipeline.cli.ask import ask
+from finetune_pipeline.cli.doctor import doctor
+from finetune_pipeline.cli.ingest import ingest
+from finetune_pipeline.cli.model import model
+from finetune_pipeline.cli.run import demo, run, ui
+from finetune_pipeline.cli.status import status
+from finetune_pipeline.curation.dataset import CurationError
+from finetune_pipeline.database import DatabaseError
+from finetune_pipeline.evaluation.benchmark import BenchmarkError
+from finetune_pipeline.evaluation.comparison import ComparisonError
+from finetune_pipeline.evaluation.report import ReportError
+from finetune_pipeline.export.process import ExportError
+from finetune_pipeline.inference.errors import EngineError
+from finetune_pipeline.registry.models import RegistryError
+from finetune_pipeline.schemas import SchemaError
+from finetune_pipeline.settings import SettingsError
+from finetune_pipeline.sources.jsonl import SourceError
+from finetune_pipeline.training.job import TrainingError
+
+EXPECTED = (
+    ArtifactError,
+    BenchmarkError,
+    ComparisonError,
+    CurationError,
+    DatabaseError,
+    EngineError,
+    ExportError,
+    RegistryError,
+    ReportError,
+    SchemaError,
+    SettingsError,
+    SourceError,
+    TrainingError,
+)
+"""Errors that say by themselves what was found and what to do; anything else is a bug and keeps its traceback."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="finetune-pipeline")
+def finetune() -> None:
+    """A local language model that gets better from being used."""
+
+
+for command in (run, demo, ui, status, ingest, ask, model, doctor):
+    finetune.add_command(command)
+
+
+def main() -> None:
+    """Run the command; the entry point of the package."""
+    try:
+        finetune()
+    except EXPECTED as error:
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

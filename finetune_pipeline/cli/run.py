@@ -1,0 +1,129 @@
+"""`finetune run`, `finetune demo` and `finetune ui`: Dagster's own commands, with its home settled and less noise."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime
+from typing import IO
+
+import click
+
+from finetune_pipeline.cli.dagster_home import environment
+from finetune_pipeline.cli.options import loop_option
+from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home, load_loop
+
+DEFINITIONS = "finetune_pipeline.definitions"
+DEMO_LOOP = "aec_parser"
+DEMO_PROMPT = "150 mm concrete wall fire-rated two hours California seismic D"
+
+# "2026-01-01 12:00:00 +0000 - dagster - INFO - __ASSET_JOB - <run id> - raw_logs - text", with a process id before the
+# step where Dagster itself speaks.
+_LINE = re.compile(r" - dagster - (?P<level>[A-Z]+) - \S+ - [0-9a-f-]{36} - (?:\d+ - )?(?P<rest>.*)$")
+_EVENT = re.compile(r"^(?P<step>\w+) - (?P<event>[A-Z_]+) - (?P<text>.*)$")
+_SAID = re.compile(r"^(?P<step>\w+) - (?P<text>.*)$")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@click.command()
+@loop_option
+@click.option("--verbose", is_flag=True, help="Show Dagster's whole log.")
+def run(loop: LoopSettings, verbose: bool) -> None:
+    """Run the whole loop once, as `dagster asset materialize` does; exit code 0 only when promoted."""
+    sys.exit(materialize(loop, verbose=verbose))
+
+
+@click.command()
+@click.pass_context
+def demo(context: click.Context) -> None:
+    """Run the default loop on the sample logs from nothing, and show what came out of it."""
+    from finetune_pipeline.cli.ask import side_by_side
+    from finetune_pipeline.cli.summary import show_summary
+
+    folder = home() / "demo"
+    click.echo(f"the demo runs in {folder}; an earlier demo there is replaced")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.environ["FINETUNE_HOME"] = str(folder)
+    os.environ.pop("DAGSTER_HOME", None)
+    loop = load_loop(DEMO_LOOP)
+    started = time.monotonic()
+    code = materialize(loop)
+    click.echo(f"the loop took {time.monotonic() - started:.0f} s\n")
+    show_summary(loop)
+    if code == 0:
+        side_by_side(loop, DEMO_PROMPT)
+        click.echo(f"\nlook at it in the browser: make ui FINETUNE_HOME={folder}")
+    sys.exit(code)
+
+
+@click.command()
+@click.option("--port", default=3000, show_default=True, help="Port on the loopback address.")
+def ui(port: int) -> None:
+    """Start Dagster's UI and daemon (sensors, schedules) on this project."""
+    env = environment()
+    click.echo(f"state: {home()}; open http://127.0.0.1:{port}, end with ctrl-c")
+    command = ["dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)]
+    os.chdir(PROJECT_ROOT)
+    os.execve(sys.executable, [sys.executable, "-m", "dagster", *command], env)
+
+
+def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:
+    """Run the loop and show its progress; the whole log goes to a file.
+
+    Returns:
+        The exit code of `dagster asset materialize`: not 0 when a step failed or the gate rejected.
+    """
+    env = environment()
+    select = "*" + "/".join([*loop.prefix, "promoted_model"])
+    command = [sys.executable, "-m", "dagster", "asset", "materialize", "--select", select, "-m", DEFINITIONS]
+    log = home() / "logs" / f"{loop.name}-{datetime.now():%Y%m%d-%H%M%S}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        command, env=env, cwd=PROJECT_ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    try:
+        with log.open("w", encoding="utf-8") as file:
+            _follow(process.stdout, file, verbose)
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait()
+    if code:
+        click.echo(f"not promoted (exit code {code}); Dagster's whole log is in {log}")
+    return code
+
+
+def _follow(lines: IO[str], log: IO[str], verbose: bool) -> None:
+    started = time.monotonic()
+    for raw in lines:
+        log.write(raw)
+        line = _COLOUR.sub("", raw.rstrip())
+        text = line if verbose else summarise(line)
+        if text:
+            click.echo(text if verbose else f"[{time.monotonic() - started:4.0f} s] {text}")
+
+
+def summarise(line: str) -> str | None:
+    """What of a line of Dagster's log a person wants to see: what steps say, how they end, and their checks."""
+    match = _LINE.search(line)
+    if match is None:
+        return None
+    rest, level = match["rest"], match["level"]
+    event = _EVENT.match(rest)
+    if event is None:
+        said = _SAID.match(rest)
+        return f"{said['step']:<16} {said['text']}" if said and level in {"INFO", "WARNING", "ERROR"} else None
+    step = f"{event['step']:<16}"
+    match event["event"]:
+        case "STEP_START":
+            return f"{step} started"
+        case "STEP_SUCCESS":
+            return f"{step} {click.style('done', fg='green')}"
+        case "STEP_FAILURE":
+            return f"{step} {click.style('failed', fg='red')}: {event['text']}"
+        case "ASSET_CHECK_EVALUATION":
+            return f"{step} {event['text']}"
+        case _:
+            return None

@@ -1,0 +1,1 @@
+"""What may train, and when: the rule, deduplication, splits, the dataset, the trigger."""

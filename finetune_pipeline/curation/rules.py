@@ -1,0 +1,82 @@
+"""Which examples may train: one rule, asked by the dataset and by the sensor that counts what is new."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.records import Example
+from finetune_pipeline.schemas import Schema, Unreadable, compile_schema, parse_json
+from finetune_pipeline.settings import CurationSettings
+
+Validator = Callable[[str], str | None]
+"""Gives None for a valid answer, else what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether an example may train, and why not."""
+
+    accepted: bool
+    reason: str = "accepted"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the rule needs beside the example."""
+
+    settings: CurationSettings
+    benchmark: NearIndex
+    problem: Validator
+
+
+def accept(example: Example, policy: Policy) -> Decision:
+    """Decide on one example, cheapest question first.
+
+    A person's correction qualifies whatever its reward, which is its weight and no verdict.
+    """
+    rules = policy.settings
+    if not example.corrected and example.reward < rules.min_reward:
+        return Decision(False, f"reward below {rules.min_reward:g}")
+    sure = example.confidence is not None and example.confidence >= rules.min_confidence
+    if not (sure or example.confirmed or example.corrected):
+        return Decision(False, f"confidence below {rules.min_confidence:g} and no person confirmed it")
+    if len(example.prompt) > rules.max_prompt_chars:
+        return Decision(False, f"prompt longer than {rules.max_prompt_chars} characters")
+    if len(example.target) > rules.max_answer_chars:
+        return Decision(False, f"answer longer than {rules.max_answer_chars} characters")
+    if not example.target.strip():
+        return Decision(False, "answer is empty")
+    if policy.problem(example.target) is not None:
+        return Decision(False, "answer does not pass the output schema")
+    if near_benchmark(example.prompt, policy):
+        return Decision(False, NEAR_BENCHMARK)
+    return Decision(True)
+
+
+NEAR_BENCHMARK = "near-duplicate of a benchmark question"
+
+
+def near_benchmark(prompt: str, policy: Policy) -> bool:
+    """Whether a prompt is too similar to a question of the benchmark."""
+    nearest = policy.benchmark.nearest(prompt)
+    return nearest is not None and nearest[1] >= policy.settings.benchmark_similarity
+
+
+def answer_validator(schema: Schema | None) -> Validator:
+    """What checks an answer: JSON under the schema, or for free text nothing.
+
+    Args:
+        schema: JSON Schema (draft 2020-12), or None for free text.
+    """
+    if schema is None:
+        return lambda answer: None
+    validator = compile_schema(schema)
+
+    def problem(answer: str) -> str | None:
+        try:
+            first = next(validator.iter_errors(parse_json(answer)), None)
+        except Unreadable as error:
+            return str(error)
+        return None if first is None else f"{first.json_path}: {first.message}"
+
+    return problem

@@ -1,0 +1,5 @@
+"""All tables, their migrations, and the way to a connection. SQLite by default, PostgreSQL by URL."""
+
+from finetune_pipeline.database.connection import Database, DatabaseError, connect
+
+__all__ = ["Database", "DatabaseError", "connect"]

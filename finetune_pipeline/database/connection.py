@@ -1,0 +1,127 @@
+"""Connections and transactions, and the database brought to this version's tables."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from filelock import FileLock
+from sqlalchemy.engine import make_url
+
+from finetune_pipeline.settings import database_url, home
+
+HEAD = "0001"
+"""The newest migration; kept here so that a database that is up to date needs no Alembic."""
+
+_BUSY_MS = 30_000
+
+
+class DatabaseError(RuntimeError):
+    """The database cannot be used; the message says why and what to do."""
+
+
+class Database:
+    """One database: `read()` and `write()` give a connection in a transaction."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction that sees one state and changes nothing."""
+        # SQLite's transactions see one state anyway; PostgreSQL's default would show each statement another.
+        options = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction that is committed at the end, or wholly undone by an error."""
+        with self.engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
+            yield connection
+
+
+_open: dict[str, Database] = {}
+_opening = threading.Lock()
+
+
+def connect(url: str | None = None) -> Database:
+    """The database at `url` (default: the configured one), with its tables brought up to date.
+
+    Raises:
+        DatabaseError: it cannot be reached, or was written by a newer version of the project.
+    """
+    url = url or database_url()
+    with _opening:
+        if url not in _open:
+            _open[url] = _connect(url)
+        return _open[url]
+
+
+def _connect(url: str) -> Database:
+    engine = _sqlite(url) if make_url(url).get_backend_name() == "sqlite" else sa.create_engine(url, pool_pre_ping=True)
+    try:
+        revision = _revision(engine)
+        if revision != HEAD:
+            _migrate(engine, url)
+    except sa.exc.DBAPIError as error:
+        where = make_url(url).render_as_string(hide_password=True)
+        raise DatabaseError(
+            f"the database {where} cannot be opened ({error.orig}); check FINETUNE_DATABASE_URL, that the folder "
+            "can be written, and that the disk is not full"
+        ) from error
+    return Database(engine)
+
+
+def _sqlite(url: str) -> sa.Engine:
+    path = make_url(url).database
+    if path and path != ":memory:":
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_MS / 1000})
+
+    @sa.event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions are begun below, not by the driver
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        # A transaction that reads first and writes later cannot wait for another writer, so writers say so at once.
+        writes = connection.get_execution_options().get("finetune_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _revision(engine: sa.Engine) -> str | None:
+    with engine.connect() as connection:
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return None
+        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def _migrate(engine: sa.Engine, url: str) -> None:
+    # Alembic is imported only here: it costs a fifth of a second, and an up-to-date database does not need it.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    home().mkdir(parents=True, exist_ok=True)
+    # Processes that start together must not both create the tables.
+    with FileLock(home() / ".migration.lock"), engine.connect().execution_options(finetune_write=True) as connection:
+        config.attributes["connection"] = connection
+        try:
+            with connection.begin():
+                command.upgrade(config, "head")
+        except CommandError as error:
+            where = make_url(url).render_as_string(hide_password=True)
+            raise DatabaseError(
+                f"the database {where} was written by another version of this project ({error}); "
+                "update the project, or set FINETUNE_DATABASE_URL to another database"
+            ) from error

@@ -1,0 +1,167 @@
+"""The tables. A change here needs a migration in `migrations/versions/`; a test compares the two.
+
+Events (interactions, feedback) are only ever added. `examples` is what they teach at this moment, kept by the same
+transaction that adds an event, so that nobody has to read the whole history to count what is new.
+"""
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+Moment = sa.DateTime(timezone=True)
+
+counters = sa.Table(
+    "counters",
+    metadata,
+    sa.Column("name", sa.String(60), primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+    comment="The ingest sequence. Its row is locked until commit, so commits follow the sequence in PostgreSQL too.",
+)
+
+interactions = sa.Table(
+    "interactions",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("task", sa.String(60), nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("prompt", sa.Text, nullable=False),
+    sa.Column("output", sa.Text, nullable=False),
+    sa.Column("model", sa.String(200)),
+    sa.Column("confidence", sa.Float),
+    sa.Column("user", sa.String(200)),
+    sa.Column("latency_ms", sa.Float),
+    sa.Column("prompt_tokens", sa.Integer),
+    sa.Column("completion_tokens", sa.Integer),
+    sa.Index(None, "task", "sequence"),
+)
+
+feedback = sa.Table(
+    "feedback",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("task", sa.String(60), nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False, unique=True),
+    # No foreign key: feedback may arrive before its interaction.
+    sa.Column("interaction_id", sa.String(36), nullable=False, index=True),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("kind", sa.String(30), nullable=False),
+    sa.Column("score", sa.Float),
+    sa.Column("correction", sa.Text),
+    sa.Column("output_hash", sa.String(64)),
+    sa.Column("user", sa.String(200)),
+    sa.Index(None, "task", "sequence"),
+)
+
+examples = sa.Table(
+    "examples",
+    metadata,
+    sa.Column("interaction_id", sa.String(36), primary_key=True),
+    sa.Column("task", sa.String(60), nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False),
+    sa.Column("content_hash", sa.String(64), nullable=False, comment="Of normalised prompt and target."),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("reward", sa.Float, nullable=False),
+    sa.Column("confidence", sa.Float),
+    sa.Column("confirmed", sa.Boolean, nullable=False),
+    sa.Column("corrected", sa.Boolean, nullable=False),
+    sa.Index(None, "task", "sequence"),
+    sa.Index(None, "task", "content_hash"),
+)
+
+judged_examples = sa.Table(
+    "judged_examples",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("content_hash", sa.String(64), primary_key=True),
+    comment="Contents of every dataset whose evaluation report was written: they never count as new again.",
+)
+
+ingested_files = sa.Table(
+    "ingested_files",
+    metadata,
+    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("path", sa.String(1000), primary_key=True),
+    sa.Column("size", sa.BigInteger, nullable=False, comment="Bytes when last read to its end."),
+    sa.Column("mtime_ns", sa.BigInteger, nullable=False),
+    sa.Column("offset", sa.BigInteger, nullable=False, comment="Bytes read so far."),
+    sa.Column("lines", sa.Integer, nullable=False),
+    sa.Column("rejected", sa.Integer, nullable=False),
+    sa.Column("tail_hash", sa.String(64), nullable=False, comment="Of the bytes before offset: was it rewritten?"),
+    sa.Column("finished", sa.Boolean, nullable=False),
+)
+
+rejected_lines = sa.Table(
+    "rejected_lines",
+    metadata,
+    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("path", sa.String(1000), primary_key=True),
+    sa.Column("line", sa.Integer, primary_key=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("excerpt", sa.Text, nullable=False),
+)
+
+models = sa.Table(
+    "models",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True, comment="First 16 hex digits of the GGUF's SHA-256."),
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("major", sa.Integer, nullable=False),
+    sa.Column("minor", sa.Integer, nullable=False),
+    sa.Column("patch", sa.Integer, nullable=False),
+    sa.Column("gguf_path", sa.Text, nullable=False),
+    sa.Column("gguf_sha256", sa.String(64), nullable=False),
+    sa.Column("base_hash", sa.String(64), nullable=False),
+    sa.Column("mode", sa.String(20), nullable=False),
+    sa.Column("lineage", sa.JSON, nullable=False, comment="Versions of adapter, dataset, logs, and the watermark."),
+    sa.Column("scores", sa.JSON, nullable=False),
+    sa.Column("report_path", sa.Text, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.UniqueConstraint("loop", "major", "minor", "patch"),
+)
+
+champions = sa.Table(
+    "champions",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("model_id", sa.String(64), comment="Null: the base model serves."),
+    sa.Column("updated_at", Moment, nullable=False),
+)
+
+deployments = sa.Table(
+    "deployments",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("action", sa.String(20), nullable=False, comment="promote, switch, rollback or force."),
+    sa.Column("model_id", sa.String(64)),
+    sa.Column("previous_id", sa.String(64)),
+    sa.Column("actor", sa.String(200), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("comparison_id", sa.String(64)),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Index(None, "loop", "id"),
+)
+
+model_comparisons = sa.Table(
+    "model_comparisons",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True, comment="Version of the report."),
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("challenger_sha256", sa.String(64), nullable=False),
+    sa.Column("champion_id", sa.String(64)),
+    sa.Column("champion_sha256", sa.String(64), nullable=False),
+    sa.Column("benchmark_sha256", sa.String(64), nullable=False),
+    sa.Column("promote", sa.Boolean, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("watermark", sa.BigInteger, nullable=False, comment="The data that was judged ends here."),
+    sa.Column("report_path", sa.Text, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Index(None, "loop", "watermark"),
+)

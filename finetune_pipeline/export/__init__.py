@@ -1,0 +1,10 @@
+"""From a base model and an adapter to the GGUF that serves.
+
+model.py      export(base, adapter): merge, convert, quantise; the one call that the loop makes
+base.py       where a base model lies, and the hash of what it is
+merge.py      LoRA into full-precision weights, beside the base's own tokenizer files
+gguf.py       llama.cpp's converter and quantiser
+process.py    run one of these steps in a child process, and say why it failed
+__main__.py   what such a child does
+checks.py     same tokens, same answers: what the asset checks ask
+"""

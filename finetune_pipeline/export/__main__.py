@@ -1,0 +1,32 @@
+"""python -m finetune_pipeline.export merge|quantise ...: the steps that run in a process of their own."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do one step and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m finetune_pipeline.export", description="One step of an export.")
+    steps = parser.add_subparsers(dest="step", required=True)
+    merge = steps.add_parser("merge", help="LoRA adapter into the base's weights")
+    merge.add_argument("base", type=Path)
+    merge.add_argument("adapter", type=Path)
+    merge.add_argument("out", type=Path)
+    quantise = steps.add_parser("quantise", help="a GGUF to another type")
+    quantise.add_argument("source", type=Path)
+    quantise.add_argument("out", type=Path)
+    quantise.add_argument("type")
+    options = parser.parse_args(arguments)
+    if options.step == "merge":
+        from finetune_pipeline.export.merge import merge_here
+
+        merge_here(options.base, options.adapter, options.out)
+        return 0
+    from finetune_pipeline.export.gguf import quantise_here
+
+    return quantise_here(options.source, options.out, options.type)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

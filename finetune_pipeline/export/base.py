@@ -1,0 +1,111 @@
+"""Where a base model lies, and what it is: the hash of its weights, configuration and tokenizer."""
+
+import json
+import os
+from pathlib import Path
+
+from finetune_pipeline.artifacts import hash_file, hash_of, write_text
+from finetune_pipeline.export.process import ExportError
+from finetune_pipeline.settings import home, project_path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a tokenizer is read from; copied as it is beside merged weights, never saved anew."""
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def resolve_base_model(name: str) -> Path:
+    """The folder of a base model.
+
+    Args:
+        name: a folder, absolute or relative to the project; or a Hugging Face id, which is downloaded once into
+            Hugging Face's cache (safetensors, JSON and tokenizer files only).
+
+    Raises:
+        ExportError: there is no such folder, or the model can neither be found in the cache nor downloaded.
+    """
+    folder = project_path(name)
+    if folder.is_dir():
+        return folder
+    if _looks_like_a_path(name):
+        raise ExportError(f"the base model {name} is not there: {folder} does not exist; correct base_model")
+    return _download(name)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or project_path(name).parent.is_dir()
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*_WEIGHTS, *CONFIG_FILES, *TOKENIZER_FILES]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ExportError(
+            f"the base model {name!r} is neither a folder ({project_path(name)}), nor in the cache ({HF_HUB_CACHE}), "
+            f"nor could it be downloaded from Hugging Face ({type(error).__name__}: {_first_line(error)}). Connect to "
+            "the network once and run again, log in with `hf auth login` if the model is gated, or set base_model to "
+            "a folder"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def base_files(folder: Path) -> list[Path]:
+    """The files that a base model consists of: weights, configuration, tokenizer; not its README nor data beside it."""
+    weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    others = [folder / name for name in (*CONFIG_FILES, *TOKENIZER_FILES)]
+    return sorted({*weights, *(path for path in others if path.is_file())})
+
+
+def base_hash(folder: Path) -> str:
+    """SHA-256 (hex) of what a base model is; a file that has kept its size and time is not read again."""
+    files = base_files(folder)
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ExportError(f"{folder} has no safetensors weights, so it is no base model; check base_model")
+    cache = _HashCache(home() / "cache" / "file_hashes.json")
+    hashes = {path.name: cache.hash(path) for path in files}
+    cache.save()
+    return hash_of(hashes)
+
+
+class _HashCache:
+    """Hashes of files by their path, size and time. Two processes may write it at once: one of them is hashed again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+        self._before = dict(self._known)
+
+    def hash(self, path: Path) -> str:
+        real = Path(os.path.realpath(path))
+        stat = real.stat()
+        stamp = f"{stat.st_size} {stat.st_mtime_ns}"
+        known = self._known.get(str(real))
+        if known is None or known[0] != stamp:
+            known = self._known[str(real)] = [stamp, hash_file(real)]
+        return known[1]
+
+    def save(self) -> None:
+        if self._known != self._before:
+            write_text(self._path, json.dumps(self._known, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,76 @@
+"""Same tokens, same answers: what the asset checks of a GGUF ask."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.records import Message
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """One conversation that the GGUF reads otherwise than the model was trained to."""
+
+    text: str
+    expected: list[int]
+    found: list[int]
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """Whether training and service read the same tokens, and the conversations that they do not."""
+
+    checked: int
+    offenders: tuple[TokenDifference, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether no conversation differs."""
+        return not self.offenders
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """On how many prompts two models gave the same answer, and the positions of the others."""
+
+    same: int
+    total: int
+    offenders: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        """Share of same answers, 1.0 when there were none."""
+        return self.same / self.total if self.total else 1.0
+
+
+def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[Message]]) -> ParityResult:
+    """Compare the tokens of rendered conversations in transformers (training) and llama.cpp (service).
+
+    Args:
+        base_folder: the base model, whose tokenizer trained.
+        engine: the GGUF that would serve.
+        samples: conversations that end with the user's message.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
+    offenders = []
+    for messages in samples:
+        text = engine.render(messages)
+        found = engine.tokenize(text)
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        if list(expected) != list(found):
+            offenders.append(TokenDifference(text, list(expected), list(found)))
+    return ParityResult(len(samples), tuple(offenders))
+
+
+def agreement(answers_a: Sequence[str], answers_b: Sequence[str]) -> Agreement:
+    """Compare two models' answers to the same prompts, without white space around them.
+
+    >>> agreement(["a", "b "], ["a", "b"]).same
+    2
+    """
+    pairs = zip(answers_a, answers_b, strict=True)
+    offenders = tuple(place for place, (a, b) in enumerate(pairs) if a.strip() != b.strip())
+    return Agreement(len(answers_a) - len(offenders), len(answers_a), offenders)

@@ -1,0 +1,60 @@
+"""Merge a LoRA adapter into the base's weights, in a child process.
+
+The tokenizer files are the base's own, byte for byte: saved anew by transformers 5 they lose what llama.cpp's converter
+needs, and the converted model answers garbage with no error.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune_pipeline.export.base import TOKENIZER_FILES
+from finetune_pipeline.export.process import ExportError, run_step
+
+_SMALL = 1_000_000_000
+
+
+def merge(base_folder: Path, adapter_folder: Path, out_folder: Path) -> None:
+    """Write the merged model into `out_folder` as safetensors; what was there goes away.
+
+    Up to 1e9 parameters it is merged and saved in float32, so that rounding happens once, in the conversion; above
+    that in the base's own type, for memory's sake.
+
+    Raises:
+        ExportError: a folder is not what it should be, the merged weights hold a NaN, or memory does not suffice.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter_folder / name).is_file():
+            raise ExportError(f"{adapter_folder} has no {name}, so it is no trained adapter; train it again")
+    shutil.rmtree(out_folder, ignore_errors=True)
+    arguments = [str(base_folder), str(adapter_folder), str(out_folder)]
+    run_step("merge", arguments, f"merging {adapter_folder} into {base_folder}")
+
+
+def merge_here(base_folder: Path, adapter_folder: Path, out_folder: Path) -> None:
+    """The merge itself, in this process: loads torch, transformers and peft."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    kind: Any = "float32" if parameters(base_folder) <= _SMALL else "auto"
+    base = AutoModelForCausalLM.from_pretrained(
+        base_folder, dtype=kind, use_safetensors=True, trust_remote_code=False, low_cpu_mem_usage=True
+    )
+    model = PeftModel.from_pretrained(base, adapter_folder, use_safetensors=True)
+    merged = model.merge_and_unload(safe_merge=True)  # safe: a NaN is an error
+    merged.save_pretrained(out_folder)
+    for name in TOKENIZER_FILES:
+        if (base_folder / name).is_file():
+            shutil.copyfile(base_folder / name, out_folder / name)
+
+
+def parameters(folder: Path) -> int:
+    """The number of parameters in a folder's safetensors files, by their headers alone."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total

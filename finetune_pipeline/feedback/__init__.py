@@ -1,0 +1,1 @@
+"""What people thought of the answers: rewards, verdicts, and the store of events."""

@@ -1,0 +1,68 @@
+"""From a feedback to a reward in -1.0 ... +1.0, the table of rewards of this project."""
+
+import re
+from collections.abc import Callable
+from difflib import SequenceMatcher
+from importlib import import_module
+
+from finetune_pipeline.records import Feedback, Interaction
+from finetune_pipeline.settings import SettingsError
+
+RewardFunction = Callable[[Feedback, Interaction], float]
+
+_TOKENS = re.compile(r"\w+|[^\w\s]")
+
+
+def default_reward(feedback: Feedback, interaction: Interaction) -> float:
+    """The reward of one feedback on one answer.
+
+    A score gives -1.0 at 0, -0.3 at 60, +0.8 at 80 and +1.0 at 100, linear between. A correction gives +0.2 to +0.6,
+    more the less had to change. A thumb gives +1.0 or -1.0; with a score (0 to 100) as its strength, +0.7 to +1.0 or
+    -0.9 to -1.0.
+    """
+    strength = 1.0 if feedback.score is None else feedback.score / 100
+    match feedback.kind:
+        case "correction":
+            return 0.2 + 0.4 * similarity(interaction.output, feedback.correction or "")
+        case "thumbs_up":
+            return 0.7 + 0.3 * strength
+        case "thumbs_down":
+            return -0.9 - 0.1 * strength
+        case _:
+            return score_reward(feedback.score or 0.0)
+
+
+def score_reward(score: float) -> float:
+    """The reward of a validation score (0 to 100), continuous: failures below 60, successes from 80."""
+    if score >= 80:
+        return 0.8 + 0.2 * (score - 80) / 20
+    if score >= 60:
+        return -0.3 + 1.1 * (score - 60) / 20
+    return -1.0 + 0.7 * score / 60
+
+
+def similarity(old: str, new: str) -> float:
+    """How much of a text stayed, 0 to 1, by its words and signs."""
+    return SequenceMatcher(None, _TOKENS.findall(old), _TOKENS.findall(new), autojunk=False).ratio()
+
+
+def reward_function(dotted_path: str | None) -> RewardFunction:
+    """The loop's own reward function, held to -1 ... 1, or the default one.
+
+    Raises:
+        SettingsError: nothing callable is at this path.
+    """
+    if dotted_path is None:
+        return default_reward
+    module, _, name = dotted_path.rpartition(".")
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(
+            f"feedback.reward_function: {dotted_path!r} cannot be imported ({error}); expected package.module.function"
+        ) from error
+
+    def bounded(feedback: Feedback, interaction: Interaction) -> float:
+        return max(-1.0, min(1.0, float(function(feedback, interaction))))
+
+    return bounded

@@ -1,0 +1,59 @@
+"""What an interaction teaches: a pure function of the interaction and all its feedback, in whatever order it came."""
+
+from collections.abc import Sequence
+
+from finetune_pipeline.feedback.rewards import RewardFunction
+from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
+
+
+def resolve(
+    interaction: Interaction, feedback: Sequence[Feedback], sequence: int, reward: RewardFunction
+) -> Example | None:
+    """The example that an interaction gives, or None without feedback: then nothing is assumed.
+
+    A person outranks a validator; later outranks earlier. The newest correction is the target. A thumb belongs to the
+    output that it was given on, so one on the old answer does not touch a correction, while one on the correction does.
+    """
+    by_time = sorted(feedback, key=lambda item: (item.created_at, str(item.id)))
+    corrections = [item for item in by_time if item.kind == "correction"]
+    if corrections:
+        return _corrected(interaction, corrections[-1], by_time, sequence, reward)
+    on_output = _about(by_time, interaction, text_hash(interaction.output))
+    people = [item for item in on_output if item.kind in PERSON_KINDS]
+    deciding = (people or on_output)[-1:]
+    if not deciding:
+        return None
+    return Example(
+        interaction_id=interaction.id,
+        sequence=sequence,
+        prompt=interaction.prompt,
+        target=interaction.output,
+        reward=reward(deciding[0], interaction),
+        confidence=interaction.confidence,
+        confirmed=deciding[0].kind == "thumbs_up",
+        corrected=False,
+    )
+
+
+def _corrected(
+    interaction: Interaction, correction: Feedback, by_time: list[Feedback], sequence: int, reward: RewardFunction
+) -> Example:
+    target = correction.correction or ""
+    thumbs = [item for item in _about(by_time, interaction, text_hash(target)) if item.kind.startswith("thumbs")]
+    later = [item for item in thumbs if item.created_at >= correction.created_at]
+    refused = bool(later) and later[-1].kind == "thumbs_down"
+    return Example(
+        interaction_id=interaction.id,
+        sequence=sequence,
+        prompt=interaction.prompt,
+        target=target,
+        reward=reward(later[-1] if refused else correction, interaction),
+        confidence=interaction.confidence,
+        confirmed=not refused,
+        corrected=not refused,
+    )
+
+
+def _about(feedback: list[Feedback], interaction: Interaction, target_hash: str) -> list[Feedback]:
+    logged = text_hash(interaction.output)
+    return [item for item in feedback if (item.output_hash or logged) == target_hash]

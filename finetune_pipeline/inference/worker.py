@@ -1,0 +1,141 @@
+"""The child process: `python -m finetune_pipeline.inference.worker PARENT_PID`, JSON lines in and out.
+
+A thread reads the requests, the main loop decodes. When its input ends, or its parent dies, it exits at once: whatever
+it was doing is of no use to anybody then.
+"""
+
+import ctypes
+import faulthandler
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import IO, Any
+
+from finetune_pipeline.inference.chat_template import ChatTemplate
+from finetune_pipeline.inference.errors import EngineError, ModelNotLoaded, RequestRefused
+from finetune_pipeline.inference.native import NativeModel
+from finetune_pipeline.inference.protocol import LOAD_ID, Completion, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.scheduler import Outcome, Scheduler
+from finetune_pipeline.records import Message
+
+_PR_SET_PDEATHSIG = 1
+Order = dict[str, Any]
+
+
+class Worker:
+    """One model and the requests to it."""
+
+    def __init__(self, model: NativeModel, spec: ModelSpec, output: IO[str]) -> None:
+        self._model = model
+        self._spec = spec
+        self._output = output
+        self._scheduler = Scheduler(model, spec.parallel, self._report)
+        self._streamed: set[int] = set()
+        self._template: ChatTemplate | None = None
+
+    def run(self, orders: "queue.SimpleQueue[Order]") -> None:
+        """Answer orders for ever; decode while there is something to decode."""
+        self.send({"id": LOAD_ID, "result": self._model.info().model_dump(mode="json")})
+        while True:
+            while not self._scheduler.busy or not orders.empty():
+                self._take(orders.get())
+            self._scheduler.step()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write one line to the parent."""
+        self._output.write(json.dumps(message) + "\n")
+        self._output.flush()
+
+    def _take(self, order: Order) -> None:
+        if order["op"] == "cancel":
+            self._scheduler.cancel(order["id"])
+            self._streamed.discard(order["id"])
+            return
+        try:
+            self._carry_out(order)
+        except EngineError as error:
+            self.send({"id": order["id"], "error": type(error).__name__, "message": str(error)})
+
+    def _carry_out(self, order: Order) -> None:
+        match order["op"]:
+            case "render":
+                self.send({"id": order["id"], "result": self._render(order["messages"])})
+            case "tokenize":
+                self.send({"id": order["id"], "result": self._model.tokenize(order["text"])})
+            case "generate":
+                request = GenerateRequest.model_validate(order["request"])
+                if order["stream"]:
+                    self._streamed.add(order["id"])
+                self._scheduler.add(order["id"], request, self._prompt(request))
+
+    def _prompt(self, request: GenerateRequest) -> list[int]:
+        if request.messages is not None:
+            return self._model.tokenize(self._render(request.messages))
+        tokens = self._model.tokenize(request.prompt or "")
+        bos = self._model.bos
+        return [bos, *tokens] if bos is not None and self._model.adds_bos and tokens[:1] != [bos] else tokens
+
+    def _render(self, messages: list[Message]) -> str:
+        if self._template is None:
+            self._template = self._compile()
+        return self._template.render(messages)
+
+    def _compile(self) -> ChatTemplate:
+        source = self._model.chat_template()
+        if source is None:
+            raise RequestRefused(
+                f"{self._spec.gguf} has no chat template (tokenizer.chat_template), so messages cannot be rendered; "
+                "ask with a plain `prompt`, or put chat_template.jinja beside the tokenizer and convert again"
+            )
+        return ChatTemplate(source, self._model.token_text(self._model.bos), self._model.token_text(self._model.eos))
+
+    def _report(self, id: int, outcome: Outcome) -> None:
+        if isinstance(outcome, str):
+            if id in self._streamed:
+                self.send({"id": id, "piece": outcome})
+            return
+        self._streamed.discard(id)
+        if isinstance(outcome, Completion):
+            self.send({"id": id, "result": outcome.model_dump(mode="json")})
+        else:
+            self.send({"id": id, "error": type(outcome).__name__, "message": str(outcome)})
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends (Linux); elsewhere its input ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that call
+        os._exit(1)
+
+
+def read_orders(source: IO[str], orders: "queue.SimpleQueue[Order]") -> None:
+    """Queue every line of the input; exit when it ends."""
+    for line in source:
+        orders.put(json.loads(line))
+    os._exit(0)
+
+
+def main() -> None:
+    """Load the model that the first line names, then answer until the input ends."""
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever native code prints must not get among the JSON lines
+    die_with(int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
+    faulthandler.enable(all_threads=False)
+    spec = ModelSpec.model_validate(json.loads(sys.stdin.readline())["spec"])
+    orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+    threading.Thread(target=read_orders, args=(sys.stdin, orders), daemon=True).start()
+    try:
+        model = NativeModel(spec)
+    except ModelNotLoaded as error:
+        print(json.dumps({"id": LOAD_ID, "error": "ModelNotLoaded", "message": str(error)}), file=output, flush=True)
+        os._exit(0)
+    Worker(model, spec, output).run(orders)
+
+
+if __name__ == "__main__":
+    main()

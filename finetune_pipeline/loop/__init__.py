@@ -1,0 +1,1 @@
+"""The door for Dagster: the component, one file for each asset, automation."""

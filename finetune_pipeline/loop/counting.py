@@ -1,0 +1,30 @@
+"""How much is new: the number behind the sensor, the schedule and `finetune status`. No Dagster here."""
+
+from collections.abc import Sequence
+
+from finetune_pipeline.curation.rules import accept
+from finetune_pipeline.curation.trigger import Attempt
+from finetune_pipeline.database import Database
+from finetune_pipeline.feedback.store import new_examples
+from finetune_pipeline.loop import reading
+from finetune_pipeline.settings import LoopSettings
+
+COUNT_LIMIT = 1_000
+
+
+def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: Sequence[Attempt] = ()) -> int:
+    """New examples that curation would accept, distinct after exact deduplication.
+
+    Counting ends where more would change nothing, so that a long silence does not make the question slow.
+    """
+    rearmed_at = attempts[-1].series + loop.trigger.new_examples if attempts else 0
+    limit = max(COUNT_LIMIT, 2 * loop.trigger.new_examples, rearmed_at)
+    policy = reading.policy(loop)
+    seen: set[str] = set()
+    with database.read() as connection:
+        for example, content in new_examples(connection, loop.name, watermark, loop.curation.min_reward):
+            if content not in seen and accept(example, policy).accepted:
+                seen.add(content)
+                if len(seen) >= limit:
+                    break
+    return len(seen)

@@ -1,0 +1,151 @@
+"""The asset curated_dataset: what is fit to train on, split once and for all, and kept away from the benchmark."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import dagster as dg
+
+from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of
+from finetune_pipeline.curation.dataset import (
+    Curated,
+    curate,
+    invalid_targets,
+    overlaps,
+    read_rows,
+    write_dataset,
+)
+from finetune_pipeline.loop import reading
+from finetune_pipeline.loop.io import pointers_key, upstream
+from finetune_pipeline.loop.raw_logs import FILE
+from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest
+from finetune_pipeline.settings import LoopSettings, project_path
+
+NAMED = 20
+
+
+def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
+    """The asset curated_dataset of a loop, with its blocking checks."""
+
+    def check(name: str, description: str) -> dg.AssetCheckSpec:
+        key = [*loop.prefix, "curated_dataset"]
+        return dg.AssetCheckSpec(name, asset=key, description=description, blocking=True)
+
+    @dg.asset(
+        key_prefix=loop.prefix or None,
+        group_name=loop.name,
+        io_manager_key=pointers_key(loop),
+        ins={"raw_logs": upstream(loop)},
+        check_specs=[
+            check("enough_examples", f"At least {loop.curation.min_examples} examples are fit to train on."),
+            check("no_benchmark_overlap", "No example is a near-duplicate of a benchmark question."),
+            check("targets_parse", "Every answer to learn passes the output schema."),
+        ],
+        kinds={"huggingface"},
+    )
+    def curated_dataset(
+        context: dg.AssetExecutionContext, raw_logs: Artifact[RawLogsManifest]
+    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+        """The training set: examples that people or validators found good, without duplicates.
+
+        Every prompt's hash says whether it trains or validates, so it never moves between cycles. Near-duplicates of
+        the benchmark are taken out and named; replayed examples are mixed in against forgetting.
+        """
+        artifact = dataset(loop, raw_logs)
+        manifest = artifact.manifest
+        context.log.info(
+            f"{manifest.train} to train on ({manifest.replayed} of them replayed), {manifest.validation} to validate; "
+            f"left out: {manifest.left_out or 'none'}"
+        )
+        yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
+        yield from _checks(loop, artifact)
+
+    return curated_dataset
+
+
+def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
+    """The dataset that these logs give under the loop's settings, made if it is not there yet."""
+    files = reading.hashes(
+        benchmark=project_path(loop.evaluation.benchmark),
+        output_schema=project_path(loop.output_schema) if loop.output_schema else None,
+        replay=reading.replay_path(loop),
+    )
+    inputs = {"raw_logs": raw_logs.manifest.version, **files}
+    settings = {**loop.curation.model_dump(), "system_prompt": loop.system_prompt}
+    version = version_of(inputs, settings)
+    found = find(DatasetManifest, loop.name, version)
+    if found is not None:
+        return found
+    curated = curate(_examples(raw_logs), reading.replay(loop), reading.policy(loop))
+    with draft(loop.name, DatasetManifest.stage, version) as folder:
+        write_dataset(curated, folder, loop.system_prompt)
+        fields = {
+            "loop": loop.name,
+            "version": version,
+            "inputs": inputs,
+            "settings": settings,
+            "packages": package_versions("finetune-pipeline", "datasets"),
+            "watermark": raw_logs.manifest.watermark,
+            **_figures(curated),
+        }
+        return publish(folder, DatasetManifest, fields)
+
+
+def _examples(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(raw_logs.path / FILE).iter_batches():
+        for row in batch.to_pylist():
+            if row["target"] is not None:
+                yield Example.model_validate({name: row[name] for name in Example.model_fields})
+
+
+def _figures(curated: Curated) -> dict[str, Any]:
+    return {
+        "train": len(curated.train),
+        "validation": len(curated.validation),
+        "replayed": curated.replayed,
+        "left_out": curated.left_out,
+        "near_benchmark": list(curated.near_benchmark),
+    }
+
+
+def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
+    manifest = artifact.manifest
+    reasons = [f"| {reason} | {count} |" for reason, count in manifest.left_out.items()]
+    return {
+        "train": manifest.train,
+        "validation": manifest.validation,
+        "replayed": manifest.replayed,
+        "examples": manifest.train + manifest.validation - manifest.replayed,
+        "left_out": sum(manifest.left_out.values()),
+        "left_out_why": dg.MetadataValue.md("\n".join(["| reason | examples |", "|---|---|", *reasons])),
+        "near_benchmark": list(manifest.near_benchmark[:NAMED]),
+        "version": manifest.version,
+        "path": dg.MetadataValue.path(artifact.path),
+    }
+
+
+def _checks(loop: LoopSettings, artifact: Artifact[DatasetManifest]) -> Iterator[dg.AssetCheckResult]:
+    # Asked of what was written, not of what was meant to be written.
+    rows = [row for split in ("train", "validation") for row in read_rows(artifact.path, split)]
+    policy = reading.policy(loop)
+    examples = sum(row["source"] != "replay" for row in rows)
+    yield dg.AssetCheckResult(
+        check_name="enough_examples",
+        passed=examples >= loop.curation.min_examples,
+        metadata={
+            "examples": examples,
+            "needed": loop.curation.min_examples,
+            "what to do": "log more feedback, or lower curation.min_examples",
+        },
+    )
+    yield _offenders("no_benchmark_overlap", overlaps(rows, policy))
+    yield _offenders("targets_parse", invalid_targets(rows, policy))
+
+
+def _offenders(name: str, offenders: Sequence[str]) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=not offenders,
+        metadata={"offenders": len(offenders), "first": list(offenders[:NAMED])},
+    )

@@ -1,0 +1,226 @@
+"""The asset eval_report: champion and challenger on the same questions, and the gate's check."""
+
+import base64
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import dagster as dg
+
+from finetune_pipeline.artifacts import (
+    Artifact,
+    draft,
+    hash_of,
+    package_versions,
+    publish,
+    read,
+    stage_folder,
+    version_of,
+)
+from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.database import connect
+from finetune_pipeline.evaluation.comparison import Comparison, judge
+from finetune_pipeline.evaluation.figures import markdown_table, metric_table
+from finetune_pipeline.evaluation.gate import Verdict
+from finetune_pipeline.evaluation.metrics import Scorer
+from finetune_pipeline.evaluation.plots import plot_png
+from finetune_pipeline.evaluation.report import HTML, write_report
+from finetune_pipeline.evaluation.run import Contender, compare_models
+from finetune_pipeline.feedback.store import content_hash, mark_judged
+from finetune_pipeline.inference.protocol import ModelSpec
+from finetune_pipeline.loop import reading
+from finetune_pipeline.loop.base_gguf import base_gguf
+from finetune_pipeline.loop.io import pointers_key, upstream
+from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
+from finetune_pipeline.registry.champion import champion
+from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison_in
+from finetune_pipeline.settings import LoopSettings
+
+
+def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
+    """The asset eval_report of a loop, with the gate's check (blocking unless on_reject is keep_champion)."""
+
+    def check(name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
+        key = [*loop.prefix, "eval_report"]
+        return dg.AssetCheckSpec(name, asset=key, description=description, blocking=blocking)
+
+    gate = f"The challenger gains at least {loop.gate.min_gain:.0%} ({loop.gate.mode}) over the champion."
+
+    @dg.asset(
+        key_prefix=loop.prefix or None,
+        group_name=loop.name,
+        io_manager_key=pointers_key(loop),
+        ins={"gguf_model": upstream(loop)},
+        check_specs=[
+            check("gain", gate, blocking=loop.gate.on_reject == "fail"),
+            check("significance", "The gain is more than luck by a paired test."),
+            check("no_slice_falls", "No slice of the benchmark has less right than before."),
+        ],
+        kinds={"html"},
+    )
+    def eval_report(
+        context: dg.AssetExecutionContext, gguf_model: Artifact[GgufManifest]
+    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+        """Champion (or base model) and challenger on the whole benchmark, both as the GGUF that would serve.
+
+        Answers that were generated before are reused by hash; speed is measured anew. Writing this report is what
+        counts as judging the data, whatever the verdict.
+        """
+        artifact, comparison, verdict = report(loop, gguf_model, context.run_id, context.log.info)
+        context.log.info(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
+        yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact, comparison, verdict))
+        yield from _checks(loop, comparison, verdict)
+
+    return eval_report
+
+
+def report(
+    loop: LoopSettings, gguf: Artifact[GgufManifest], run_id: str, tell: Callable[[str], None]
+) -> tuple[Artifact[ReportManifest], Comparison, Verdict]:
+    """Compare a GGUF with the champion, write the report, and remember that its data was judged."""
+    serving = champion(connect(), loop.name)
+    against = serving.gguf_path if serving else base_gguf(loop, tell)
+    challenger = gguf.path / gguf.manifest.gguf
+    benchmark, rules = reading.benchmark(loop), reading.rules(loop)
+    comparison = compare_models(
+        Contender(serving.name if serving else f"{loop.name}@base", ModelSpec(gguf=against)),
+        Contender("challenger", ModelSpec(gguf=challenger)),
+        benchmark,
+        Scorer(loop.evaluation.metric, reading.output_schema(loop), rules),
+        loop.evaluation.metric,
+        loop.evaluation,
+        loop.system_prompt,
+        loop.name,
+        _teller(tell),
+    )
+    verdict = judge(comparison, loop.gate)
+    inputs = {
+        "gguf_model": gguf.manifest.version,
+        "challenger": comparison.challenger.gguf_sha256,
+        "champion": comparison.champion.gguf_sha256,
+        "benchmark": benchmark.sha256,
+        "settings": settings_hash(loop),
+    }
+    # Speed is measured anew each time, so every run has a report of its own.
+    version = version_of(inputs, {"run": run_id})
+    with draft(loop.name, ReportManifest.stage, version) as folder:
+        write_report(folder, loop.name, comparison, verdict, loop.gate, loop.curation.min_confidence, rules)
+        fields = {
+            "loop": loop.name,
+            "version": version,
+            "inputs": inputs,
+            "settings": judging_settings(loop),
+            "packages": package_versions(*reading.PACKAGES),
+            "comparison_id": version,
+            "challenger_sha256": comparison.challenger.gguf_sha256,
+            "champion_id": serving.id if serving else None,
+            "champion_sha256": comparison.champion.gguf_sha256,
+            "benchmark_sha256": benchmark.sha256,
+            "promote": verdict.promote,
+            "reason": verdict.reason,
+            "watermark": gguf.manifest.watermark,
+        }
+        artifact = publish(folder, ReportManifest, fields)
+    _mark_judged(loop, artifact, gguf)
+    return artifact, comparison, verdict
+
+
+def judging_settings(loop: LoopSettings) -> dict[str, Any]:
+    """The settings under which a comparison holds; another gate, benchmark or schema needs another comparison."""
+    evaluation = loop.evaluation.model_dump(exclude={"parallel"})
+    return {"evaluation": evaluation, "gate": loop.gate.model_dump(), "system_prompt": loop.system_prompt}
+
+
+def settings_hash(loop: LoopSettings) -> str:
+    """The hash of `judging_settings` and of the files that decide what is right."""
+    return hash_of({**judging_settings(loop), **reading.judging_files(loop)})
+
+
+def _mark_judged(loop: LoopSettings, artifact: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> None:
+    manifest = artifact.manifest
+    contents = _trained_contents(loop.name, gguf.manifest.adapter_version)
+    with connect().write() as connection:
+        record_comparison_in(
+            connection,
+            ModelComparison(
+                id=manifest.comparison_id,
+                loop=loop.name,
+                challenger_sha256=manifest.challenger_sha256,
+                champion_id=manifest.champion_id,
+                champion_sha256=manifest.champion_sha256,
+                benchmark_sha256=manifest.benchmark_sha256,
+                promote=manifest.promote,
+                reason=manifest.reason,
+                watermark=manifest.watermark,
+                report_path=artifact.path / HTML,
+                created_at=manifest.created_at,
+            ),
+        )
+        mark_judged(connection, loop.name, contents)
+
+
+def _trained_contents(loop: str, adapter_version: str) -> list[str]:
+    """Content hashes of the examples that this adapter was trained and validated on."""
+    adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version).manifest
+    version = adapter.inputs["curated_dataset"]
+    dataset = read(DatasetManifest, stage_folder(loop, DatasetManifest.stage) / version)
+    rows = [row for split in ("train", "validation") for row in read_rows(dataset.path, split)]
+    return [content_hash(row["prompt"], row["completion"]) for row in rows if row["source"] != "replay"]
+
+
+def _teller(tell: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    def on_progress(name: str, done: int, total: int) -> None:
+        if done == total or done % max(1, total // 4) == 0:
+            tell(f"{name} answered {done} of {total} questions")
+
+    return on_progress
+
+
+def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for figure in metric_table(comparison):
+        for side, value in (("challenger", figure.challenger), ("champion", figure.champion)):
+            if value is not None:
+                figures[f"{figure.key}_{side}"] = float(value)
+    picture = base64.b64encode(plot_png(comparison)).decode()
+    return {
+        "verdict": "promote" if verdict.promote else "reject",
+        "reason": verdict.reason,
+        "right_challenger": verdict.challenger_right,
+        "right_champion": verdict.champion_right,
+        "of": verdict.total,
+        "comparison": dg.MetadataValue.md(markdown_table(comparison)),
+        "plot": dg.MetadataValue.md(f"![champion and challenger](data:image/png;base64,{picture})"),
+        "report": dg.MetadataValue.path(artifact.path / HTML),
+        "p_value": float(comparison.significance.p_value),
+        **figures,
+    }
+
+
+def _checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Iterator[dg.AssetCheckResult]:
+    rejects = loop.gate.on_reject == "fail"
+    yield dg.AssetCheckResult(
+        check_name="gain",
+        passed=verdict.promote,
+        severity=dg.AssetCheckSeverity.ERROR if rejects else dg.AssetCheckSeverity.WARN,
+        description=verdict.reason,
+        metadata={
+            "right_challenger": verdict.challenger_right,
+            "right_champion": verdict.champion_right,
+            "needed": verdict.needed_right,
+            "of": verdict.total,
+        },
+    )
+    significance = comparison.significance
+    yield dg.AssetCheckResult(
+        check_name="significance",
+        passed=significance.p_value <= loop.gate.significance_level,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"p_value": float(significance.p_value), "method": significance.method},
+    )
+    changes = {group.name: f"{group.points:+.1%}" for group in comparison.slices}
+    yield dg.AssetCheckResult(
+        check_name="no_slice_falls",
+        passed=not comparison.falling_slices,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"falling": list(comparison.falling_slices), "changes": changes},
+    )

@@ -1,0 +1,167 @@
+"""The asset gguf_model: the trained model as the one file that would serve, and proof that it does."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of, write_text
+from finetune_pipeline.export.base import resolve_base_model
+from finetune_pipeline.export.checks import agreement, tokenizer_parity
+from finetune_pipeline.export.model import ExportedModel, export
+from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.inference.errors import EngineError
+from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+from finetune_pipeline.loop import reading
+from finetune_pipeline.loop.io import pointers_key, upstream
+from finetune_pipeline.records import AdapterManifest, GgufManifest, chat
+from finetune_pipeline.settings import LoopSettings
+
+CHECKS = "checks.json"
+NAMED = 5
+BLOCKING = ("loads_and_answers", "tokenizer_parity")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one check found; kept with the artifact."""
+
+    name: str
+    passed: bool
+    figures: dict[str, Any]
+
+
+def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
+    """The asset gguf_model of a loop, with its checks."""
+    descriptions = {
+        "loads_and_answers": "The file loads in the engine's own process and answers.",
+        "tokenizer_parity": "The engine reads the rendered chat template as the tokens that training used.",
+        "agreement": f"At least {loop.export.min_agreement:.0%} of answers are those of the unquantised model.",
+    }
+
+    @dg.asset(
+        key_prefix=loop.prefix or None,
+        group_name=loop.name,
+        io_manager_key=pointers_key(loop),
+        ins={"lora_adapter": upstream(loop)},
+        check_specs=[
+            dg.AssetCheckSpec(name, asset=[*loop.prefix, "gguf_model"], description=text, blocking=name in BLOCKING)
+            for name, text in descriptions.items()
+        ],
+        kinds={"gguf"},
+    )
+    def gguf_model(
+        context: dg.AssetExecutionContext, lora_adapter: Artifact[AdapterManifest]
+    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+        """The model that would serve: adapter merged into the base, converted by llama.cpp, quantised."""
+        artifact = model(loop, lora_adapter, context.log.info)
+        yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
+        for outcome in _kept_outcomes(artifact.path):
+            severity = dg.AssetCheckSeverity.ERROR if outcome.name in BLOCKING else dg.AssetCheckSeverity.WARN
+            yield dg.AssetCheckResult(
+                check_name=outcome.name, passed=outcome.passed, severity=severity, metadata=outcome.figures
+            )
+
+    return gguf_model
+
+
+def model(
+    loop: LoopSettings, adapter: Artifact[AdapterManifest], tell: Callable[[str], None]
+) -> Artifact[GgufManifest]:
+    """The GGUF of an adapter, made and checked if it is not there yet, or did not pass when it was made."""
+    base = resolve_base_model(loop.base_model)
+    inputs = {"lora_adapter": adapter.manifest.version, "base_model": adapter.manifest.base_hash}
+    settings = {"quantization": loop.export.quantization, **package_versions("llama_cpp_python")}
+    version = version_of(inputs, settings)
+    found = find(GgufManifest, loop.name, version)
+    if found is not None and all(x.passed for x in _kept_outcomes(found.path) if x.name in BLOCKING):
+        return found
+    with draft(loop.name, GgufManifest.stage, version) as folder:
+        exported = export(base, adapter.path / "adapter", folder, loop.export.quantization, tell)
+        tell("checking the file in the engine")
+        outcomes = check(loop, base, exported)
+        if exported.full != exported.gguf:
+            exported.full.unlink()  # it was there to compare with; it can be made again from the adapter
+        write_text(folder / CHECKS, json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
+        fields = {
+            "loop": loop.name,
+            "version": version,
+            "inputs": inputs,
+            "settings": settings,
+            "packages": package_versions(*reading.PACKAGES),
+            "gguf": exported.gguf.name,
+            "quantization": loop.export.quantization,
+            "base_model": str(base),
+            "base_hash": adapter.manifest.base_hash,
+            "adapter_version": adapter.manifest.version,
+            "mode": adapter.manifest.mode,
+            "watermark": adapter.manifest.watermark,
+        }
+        return publish(folder, GgufManifest, fields)
+
+
+def check(loop: LoopSettings, base: Path, exported: ExportedModel) -> list[Outcome]:
+    """Try the file in the engine. A crash there is a failed check with the crash's name, never a dead run."""
+    questions = reading.benchmark(loop).questions
+    step = max(1, len(questions) // loop.export.agreement_sample)
+    prompts = [question.prompt for question in questions[::step]][: loop.export.agreement_sample]
+    try:
+        with _engine(loop, exported.gguf) as engine:
+            parity = tokenizer_parity(base, engine, [chat(loop.system_prompt, prompt) for prompt in prompts])
+            answers = _answers(loop, engine, prompts)
+            about = {"engine": engine.info.build, "parameters": engine.info.n_params}
+    except EngineError as error:
+        nothing = {"what happened": "not asked: the model does not run"}
+        return [
+            Outcome("loads_and_answers", False, {"error": f"{type(error).__name__}: {error}"}),
+            Outcome("tokenizer_parity", False, nothing),
+            Outcome("agreement", False, nothing),
+        ]
+    misread = [difference.text for difference in parity.offenders[:NAMED]]
+    answered = sum(bool(answer.strip()) for answer in answers)
+    return [
+        Outcome("loads_and_answers", answered > 0, {"answered": answered, "asked": len(prompts), **about}),
+        Outcome("tokenizer_parity", parity.same, {"prompts": parity.checked, "offenders": misread}),
+        _agreement(loop, exported, prompts, answers),
+    ]
+
+
+def _agreement(loop: LoopSettings, exported: ExportedModel, prompts: Sequence[str], answers: Sequence[str]) -> Outcome:
+    if exported.full == exported.gguf:
+        return Outcome("agreement", True, {"share": 1.0, "note": "the file that serves is the unquantised one"})
+    with _engine(loop, exported.full) as engine:
+        result = agreement(_answers(loop, engine, prompts), answers)
+    offenders = [prompts[place] for place in result.offenders[:NAMED]]
+    figures = {"share": result.share, "same": result.same, "of": result.total, "offenders": offenders}
+    return Outcome("agreement", result.share >= loop.export.min_agreement, figures)
+
+
+def _engine(loop: LoopSettings, gguf: Path) -> Engine:
+    return Engine(ModelSpec(gguf=gguf, context=loop.evaluation.context, parallel=loop.evaluation.parallel))
+
+
+def _answers(loop: LoopSettings, engine: Engine, prompts: Sequence[str]) -> list[str]:
+    requests = [
+        GenerateRequest(messages=chat(loop.system_prompt, prompt), max_tokens=loop.evaluation.max_tokens)
+        for prompt in prompts
+    ]
+    return [completion.text for completion in engine.generate(requests)]
+
+
+def _kept_outcomes(folder: Path) -> list[Outcome]:
+    return [Outcome(**document) for document in json.loads((folder / CHECKS).read_text(encoding="utf-8"))]
+
+
+def _metadata(artifact: Artifact[GgufManifest]) -> dict[str, Any]:
+    manifest = artifact.manifest
+    file = manifest.files[manifest.gguf]
+    return {
+        "size_mb": file.size / 1e6,
+        "quantization": manifest.quantization,
+        "sha256": file.sha256,
+        "version": manifest.version,
+        "path": dg.MetadataValue.path(artifact.path / manifest.gguf),
+    }

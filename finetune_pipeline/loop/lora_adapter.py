@@ -1,0 +1,149 @@
+"""The asset lora_adapter: the training, in a process of its own, watched from here."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, create_model
+
+from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of
+from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.loop.io import pointers_key, upstream
+from finetune_pipeline.loop.reading import PACKAGES
+from finetune_pipeline.records import AdapterManifest, DatasetManifest
+from finetune_pipeline.settings import LoopSettings, TrainingSettings
+from finetune_pipeline.training.job import Progress, TrainingJob, TrainingResult
+from finetune_pipeline.training.launch import train
+
+POOL = "training"
+REPORT_EVERY_SECONDS = 5.0
+
+
+def training_config(loop: LoopSettings) -> type[dg.Config]:
+    """Dagster config with one field for each hyperparameter; the loop's YAML gives the defaults."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, Field(default=getattr(loop.training, name), description=field.description))
+        for name, field in TrainingSettings.model_fields.items()
+    }
+    return create_model("TrainingConfig", __base__=dg.Config, **fields)
+
+
+def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
+    """The asset lora_adapter of a loop."""
+    Config = training_config(loop)
+
+    @dg.asset(
+        key_prefix=loop.prefix or None,
+        group_name=loop.name,
+        io_manager_key=pointers_key(loop),
+        ins={"curated_dataset": upstream(loop)},
+        pool=POOL,
+        kinds={"pytorch", "huggingface"},
+    )
+    def lora_adapter(
+        context: dg.AssetExecutionContext,
+        config: Config,  # type: ignore[valid-type]
+        curated_dataset: Artifact[DatasetManifest],
+    ) -> dg.MaterializeResult[Any]:
+        """The trained LoRA adapter.
+
+        Supervised fine-tuning on the answers only. The training is its own process; a killed one goes on from its last
+        checkpoint when it is started again with the same dataset and settings.
+        """
+        settings = TrainingSettings.model_validate(config.model_dump())  # type: ignore[attr-defined]
+        artifact = adapter(loop, settings, curated_dataset, _reporter(context))
+        return dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
+
+    return lora_adapter
+
+
+def adapter(
+    loop: LoopSettings,
+    settings: TrainingSettings,
+    dataset: Artifact[DatasetManifest],
+    on_progress: Callable[[Progress], None],
+) -> Artifact[AdapterManifest]:
+    """The adapter that this dataset and these settings give, trained if it is not there yet."""
+    base = resolve_base_model(loop.base_model)
+    inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
+    shaping = {**settings.model_dump(), "system_prompt": loop.system_prompt}
+    version = version_of(inputs, shaping)
+    found = find(AdapterManifest, loop.name, version)
+    if found is not None:
+        return found
+    with draft(loop.name, AdapterManifest.stage, version, keep=True) as folder:
+        job = TrainingJob(
+            base_model=base,
+            dataset=dataset.path / "dataset",
+            system_prompt=loop.system_prompt,
+            output=folder,
+            settings=settings,
+        )
+        result = train(job, on_progress)
+        fields = {
+            "loop": loop.name,
+            "version": version,
+            "inputs": inputs,
+            "settings": shaping,
+            "packages": package_versions(*PACKAGES),
+            "base_model": str(base),
+            "base_hash": inputs["base_model"],
+            "mode": "full",
+            "watermark": dataset.manifest.watermark,
+            **_figures(result),
+        }
+        return publish(folder, AdapterManifest, fields)
+
+
+def _figures(result: TrainingResult) -> dict[str, Any]:
+    known = result.model_dump()
+    return {name: known[name] for name in AdapterManifest.model_fields if name in known}
+
+
+def _reporter(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
+    """Says the progress in the run's log, and as observations that Dagster charts, at most every few seconds."""
+    last = 0.0
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last < REPORT_EVERY_SECONDS and progress.step not in (1, progress.steps):
+            return
+        last = time.monotonic()
+        context.log.info(describe(progress))
+        figures = {
+            "step": progress.step,
+            "training_loss": progress.loss,
+            "tokens_per_second": progress.tokens_per_second,
+        }
+        context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=figures))
+
+    return report
+
+
+def describe(progress: Progress) -> str:
+    """One line on how far a training is."""
+    minutes, seconds = divmod(round(progress.eta_seconds), 60)
+    return (
+        f"training step {progress.step} of {progress.steps}, epoch {progress.epoch:.1f}, loss {progress.loss:.3f}, "
+        f"{progress.tokens_per_second:,.0f} tokens/s, {minutes}:{seconds:02d} left"
+    )
+
+
+def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "loss_before": manifest.loss_before,
+        "loss_after": manifest.loss_after,
+        "training_loss": manifest.train_loss,
+        "tokens_per_second": manifest.tokens_per_second,
+        "wall_seconds": manifest.wall_seconds,
+        "peak_memory_mb": manifest.peak_memory_bytes / 1e6,
+        "steps": manifest.steps,
+        "examples": manifest.examples,
+        "too_long": manifest.too_long,
+        "device": manifest.device,
+        "seed": int(manifest.settings["seed"]),
+        "version": manifest.version,
+        "path": dg.MetadataValue.path(artifact.path),
+    }

@@ -1,0 +1,148 @@
+"""The asset promoted_model: the gate asked again, then the champion moves, or stays."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+
+from finetune_pipeline.artifacts import Artifact, ArtifactError, draft, hash_file, package_versions, publish, version_of
+from finetune_pipeline.database import connect
+from finetune_pipeline.evaluation.gate import Verdict
+from finetune_pipeline.evaluation.report import HTML, JSON, verdict_of_report
+from finetune_pipeline.loop.eval_report import settings_hash
+from finetune_pipeline.loop.io import pointers_key, upstream
+from finetune_pipeline.loop.reading import PACKAGES
+from finetune_pipeline.records import GgufManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.registry.champion import champion, promote
+from finetune_pipeline.registry.models import Candidate, ModelVersion
+from finetune_pipeline.settings import LoopSettings
+
+ACTOR = "dagster"
+
+
+class NotMeasured(ArtifactError):
+    """The report is not about what would be promoted; the message says what differs."""
+
+
+class Rejected(RuntimeError):
+    """The gate does not let the challenger through; the message says why."""
+
+
+def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
+    """The asset promoted_model of a loop."""
+    prefix = loop.prefix or None
+
+    @dg.asset(
+        key_prefix=prefix,
+        group_name=loop.name,
+        io_manager_key=pointers_key(loop),
+        ins={"eval_report": upstream(loop), "gguf_model": upstream(loop)},
+        output_required=False,
+        kinds={"sqlite"},
+    )
+    def promoted_model(
+        context: dg.AssetExecutionContext,
+        eval_report: Artifact[ReportManifest],
+        gguf_model: Artifact[GgufManifest],
+    ) -> Iterator[dg.MaterializeResult[Any]]:
+        """The champion: the version in the registry that serves.
+
+        Asks the gate again, on the report of exactly this file, benchmark, champion and settings, by hash, and refuses
+        what was not measured; so materializing this asset alone is no way round the gate.
+        """
+        try:
+            verdict = check_measured(loop, eval_report, gguf_model)
+            if not verdict.promote:
+                raise Rejected(f"not promoted: {verdict.reason}")
+        except Rejected as rejected:
+            if loop.gate.on_reject == "fail":
+                raise dg.Failure(str(rejected), allow_retries=False) from None
+            context.log.info(f"{rejected}; the champion stays")
+            return
+        model = _promote(loop, eval_report, gguf_model, verdict)
+        artifact = _keep(loop, eval_report, model)
+        context.log.info(f"{model.name} serves now: {model.gguf_path}")
+        yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact, model, verdict))
+
+    return promoted_model
+
+
+def check_measured(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> Verdict:
+    """The gate's verdict on the report, which has to be about this very file under these very settings.
+
+    Raises:
+        NotMeasured: file, benchmark, settings or champion are not those of the report.
+    """
+    manifest = report.manifest
+    serving = champion(connect(), loop.name)
+    file = gguf.path / gguf.manifest.gguf
+    found = {
+        "the GGUF": (hash_file(file), manifest.challenger_sha256),
+        "the report's own file": (hash_file(report.path / JSON), manifest.files[JSON].sha256),
+        "benchmark, schema, rules or gate settings": (settings_hash(loop), manifest.inputs["settings"]),
+    }
+    differing = [name for name, (now, then) in found.items() if now != then]
+    challenger_serves = serving is not None and serving.gguf_sha256 == manifest.challenger_sha256
+    if not challenger_serves and (serving.id if serving else None) != manifest.champion_id:
+        differing.append("the champion")
+    if differing:
+        raise NotMeasured(
+            f"the report {manifest.version} was not made for what would be promoted now; changed since: "
+            f"{', '.join(differing)}. Materialize eval_report again, then promoted_model"
+        )
+    return verdict_of_report(report.path / JSON, loop.gate)
+
+
+def _promote(
+    loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest], verdict: Verdict
+) -> ModelVersion:
+    figures = json.loads((report.path / JSON).read_text(encoding="utf-8"))["figures"]
+    candidate = Candidate(
+        loop=loop.name,
+        gguf_path=gguf.path / gguf.manifest.gguf,
+        gguf_sha256=report.manifest.challenger_sha256,
+        base_hash=gguf.manifest.base_hash,
+        mode=gguf.manifest.mode,
+        lineage={
+            "base_model": gguf.manifest.base_model,
+            "lora_adapter": gguf.manifest.adapter_version,
+            "gguf_model": gguf.manifest.version,
+            "eval_report": report.manifest.version,
+            "watermark": gguf.manifest.watermark,
+        },
+        scores={row["key"]: row["challenger"] for row in figures},
+        report_path=report.path / HTML,
+    )
+    return promote(
+        connect(), candidate, report.manifest.champion_id, ACTOR, verdict.reason, report.manifest.comparison_id
+    )
+
+
+def _keep(loop: LoopSettings, report: Artifact[ReportManifest], model: ModelVersion) -> Artifact[PromotionManifest]:
+    inputs = {"eval_report": report.manifest.version, "gguf": model.gguf_sha256}
+    version = version_of(inputs, {"model": model.name})
+    with draft(loop.name, PromotionManifest.stage, version) as folder:
+        fields = {
+            "loop": loop.name,
+            "version": version,
+            "inputs": inputs,
+            "settings": loop.gate.model_dump(),
+            "packages": package_versions(*PACKAGES),
+            "model_id": model.id,
+            "model": model.name,
+            "gguf_path": str(model.gguf_path),
+            "previous_id": report.manifest.champion_id,
+        }
+        return publish(folder, PromotionManifest, fields)
+
+
+def _metadata(artifact: Artifact[PromotionManifest], model: ModelVersion, verdict: Verdict) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "reason": verdict.reason,
+        "gguf": dg.MetadataValue.path(model.gguf_path),
+        "report": dg.MetadataValue.path(model.report_path),
+        "gain_relative": verdict.relative_gain or 0.0,
+        "path": dg.MetadataValue.path(artifact.path),
+    }

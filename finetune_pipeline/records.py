@@ -1,0 +1,218 @@
+"""What crosses rooms: the events that arrive, the example that they become, and the manifest of each stage."""
+
+import hashlib
+import unicodedata
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Message = dict[str, str]
+"""One chat message: `role` (system, user or assistant) and `content`."""
+
+FeedbackKind = Literal["success", "correction", "validation_failure", "thumbs_up", "thumbs_down"]
+PERSON_KINDS = frozenset({"correction", "thumbs_up", "thumbs_down"})
+
+
+def _no_nul(text: str) -> str:
+    # PostgreSQL cannot hold NUL, and no real prompt has one.
+    if "\x00" in text:
+        raise ValueError("holds a NUL character, which no store can keep; remove it")
+    return text
+
+
+def _in_utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+Text = Annotated[str, AfterValidator(_no_nul)]
+Moment = Annotated[datetime, AfterValidator(_in_utc)]
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, unknown keys refused, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Interaction(Record):
+    """One exchange with a model in service, as an application logs it."""
+
+    event: Literal["interaction"] = "interaction"
+    id: UUID = Field(description="Id of the interaction, given by who logs it; the same id twice is one interaction.")
+    task: str = Field(max_length=60, description="Name of the loop.")
+    created_at: Moment
+    prompt: Text = Field(min_length=1, description="What the user asked, without the loop's system prompt.")
+    output: Text = Field(description="What the model answered.")
+    model: str | None = Field(default=None, max_length=200, description="Which model answered: loop@version.")
+    confidence: float | None = Field(default=None, ge=0, le=1, description="Lowest probability among value tokens.")
+    user: str | None = Field(default=None, max_length=200)
+    latency_ms: float | None = Field(default=None, ge=0)
+    prompt_tokens: int | None = Field(default=None, ge=0)
+    completion_tokens: int | None = Field(default=None, ge=0)
+
+
+class Feedback(Record):
+    """What a person or a validator thought of one answer."""
+
+    event: Literal["feedback"] = "feedback"
+    id: UUID = Field(description="Id of this feedback; the same id twice is one feedback.")
+    task: str = Field(max_length=60, description="Name of the loop.")
+    interaction_id: UUID
+    created_at: Moment
+    kind: FeedbackKind
+    score: float | None = Field(default=None, ge=0, le=100, description="Of success and validation_failure.")
+    correction: Text | None = Field(default=None, description="The answer as it should have been.")
+    output_hash: str | None = Field(
+        default=None, max_length=64, description="text_hash of the output it speaks of; default the logged output."
+    )
+    user: str | None = Field(default=None, max_length=200)
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> "Feedback":
+        if self.kind == "correction" and not (self.correction and self.correction.strip()):
+            raise ValueError("kind correction needs the corrected answer in `correction`")
+        if self.kind in {"success", "validation_failure"} and self.score is None:
+            raise ValueError(f"kind {self.kind} needs `score`, 0 to 100")
+        return self
+
+
+Event = Annotated[Interaction | Feedback, Field(discriminator="event")]
+
+
+class Example(Record):
+    """What one interaction teaches, after all its feedback: a prompt and the answer that it should get."""
+
+    interaction_id: UUID
+    sequence: int = Field(ge=0, description="The store's ingest sequence of the newest event that shaped it.")
+    prompt: str
+    target: str
+    reward: float = Field(ge=-1, le=1)
+    confidence: float | None = Field(default=None, ge=0, le=1)
+    confirmed: bool = Field(description="A person found the answer right.")
+    corrected: bool = Field(description="A person wrote the target.")
+
+
+def normalise(text: str) -> str:
+    """The form in which prompts are compared: NFKC, case folded, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 (hex) of the normalised text."""
+    return hashlib.sha256(normalise(text).encode()).hexdigest()
+
+
+def chat(system_prompt: str, prompt: str) -> list[Message]:
+    """The messages that a loop sends for a prompt; the same in training, evaluation and service."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+class FileRecord(Record):
+    """One file of an artifact."""
+
+    sha256: str
+    size: int = Field(ge=0, description="Bytes.")
+
+
+class Manifest(Record):
+    """What every artifact says of itself. Written last: its presence means that the artifact is complete."""
+
+    stage: ClassVar[str]
+    loop: str
+    version: str = Field(description="Hash of inputs and settings: the same version has the same content.")
+    created_at: Moment
+    inputs: dict[str, str] = Field(description="What it was made from: name -> hash or version.")
+    settings: dict[str, Any] = Field(description="The settings that shaped it.")
+    packages: dict[str, str] = Field(description="Versions of the libraries that made it.")
+    files: dict[str, FileRecord]
+
+
+class RawLogsManifest(Manifest):
+    """A snapshot of the loop's records."""
+
+    stage: ClassVar[str] = "raw_logs"
+    interactions: int
+    feedback: int
+    examples: int = Field(description="Interactions with something to teach; the rows of the Parquet file.")
+    watermark: int = Field(description="Highest ingest sequence in the snapshot.")
+
+
+class DatasetManifest(Manifest):
+    """A training set and its validation set."""
+
+    stage: ClassVar[str] = "curated_dataset"
+    train: int
+    validation: int
+    replayed: int = Field(description="Of train: examples mixed in against forgetting.")
+    left_out: dict[str, int] = Field(description="Reason -> examples.")
+    near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")
+    watermark: int
+
+
+class AdapterManifest(Manifest):
+    """A trained LoRA adapter."""
+
+    stage: ClassVar[str] = "lora_adapter"
+    base_model: str = Field(description="Folder of the base model.")
+    base_hash: str
+    mode: Literal["full", "incremental"]
+    device: str
+    steps: int
+    examples: int
+    too_long: int = Field(description="Examples left out because they have more tokens than max_length.")
+    loss_before: float = Field(description="Mean loss on the validation set before training (train set if empty).")
+    loss_after: float
+    train_loss: float = Field(description="Mean training loss of the last logged steps.")
+    tokens_per_second: float = Field(description="Tokens of text that training went through, by its wall time.")
+    wall_seconds: float
+    peak_memory_bytes: int
+    watermark: int
+
+
+class GgufManifest(Manifest):
+    """A model file as it would serve."""
+
+    stage: ClassVar[str] = "gguf_model"
+    gguf: str = Field(description="Name of the GGUF file in the artifact's folder.")
+    quantization: str
+    base_model: str
+    base_hash: str
+    adapter_version: str
+    mode: Literal["full", "incremental"]
+    watermark: int
+
+
+class BaseGgufManifest(Manifest):
+    """The base model as a GGUF of the loop's quantisation: what serves and is compared with before a champion is."""
+
+    stage: ClassVar[str] = "base_gguf"
+    gguf: str = Field(description="Name of the GGUF file in the artifact's folder.")
+    quantization: str
+    base_hash: str
+
+
+class ReportManifest(Manifest):
+    """The comparison of a challenger with the champion."""
+
+    stage: ClassVar[str] = "eval_report"
+    comparison_id: str
+    challenger_sha256: str
+    champion_id: str | None = Field(description="Registry id of the model it was compared with; None is the base.")
+    champion_sha256: str
+    benchmark_sha256: str
+    promote: bool
+    reason: str
+    watermark: int
+
+
+class PromotionManifest(Manifest):
+    """Which model became champion."""
+
+    stage: ClassVar[str] = "promoted_model"
+    model_id: str
+    model: str = Field(description="loop@version")
+    gguf_path: str
+    previous_id: str | None

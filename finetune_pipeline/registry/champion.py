@@ -1,0 +1,215 @@
+"""The champion: one pointer for each loop, moved in one transaction that also writes history.
+
+SQLite's write transaction and PostgreSQL's lock on the loop's row of `champions` let one move at a time through; each
+reads the pointer again under that lock (compare-and-swap). A kill in the middle leaves the old champion.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from finetune_pipeline.database import Database
+from finetune_pipeline.database.tables import champions
+from finetune_pipeline.registry.history import Action, history_in, record_in, stack_of
+from finetune_pipeline.registry.models import (
+    Candidate,
+    ModelVersion,
+    RegistryError,
+    check_file,
+    model_in,
+    register_in,
+    version_in,
+)
+
+BASE = "base"
+_NOTHING_BACK = "{loop} serves its base model and nothing was there before it; there is nothing to roll back to"
+
+
+class ChampionMoved(RegistryError):
+    """Another champion serves than the one that was compared with; the message says which."""
+
+
+def champion(db: Database, loop: str) -> ModelVersion | None:
+    """The model that serves; None is the loop's base model."""
+    with db.read() as connection:
+        return _champion_in(connection, loop)
+
+
+def resolve(db: Database, name: str, loop: str) -> ModelVersion | None:
+    """The model that a name stands for; None is the loop's base model.
+
+    Args:
+        name: "v1.2.0", "champion", "previous" (what a rollback would bring) or "base", with or without "loop@".
+        loop: the loop, where the name does not say it.
+
+    Raises:
+        UnknownVersion: no model has this version; the message lists those that there are.
+        RegistryError: "previous", and there is nothing to roll back to.
+    """
+    named, _, version = name.rpartition("@")
+    with db.read() as connection:
+        return _resolve_in(connection, version, named or loop)
+
+
+def promote(
+    db: Database,
+    candidate: Candidate,
+    expected_champion_id: str | None,
+    actor: str,
+    reason: str,
+    comparison_id: str | None,
+    action: Literal["promote", "force"] = "promote",
+) -> ModelVersion:
+    """Register a candidate and make it the champion, in one transaction.
+
+    Asked again after it succeeded (a retried step), it changes nothing and returns the same version.
+
+    Args:
+        candidate: the GGUF that was measured; its file is hashed again.
+        expected_champion_id: the champion that it was compared with; None is the base model.
+        actor: who or what promotes.
+        reason: the verdict's sentence; for "force", why the rule is passed over.
+        comparison_id: the report that says so; "force" may do without.
+        action: "force" passes over the gate's verdict, never over the champion.
+
+    Raises:
+        ChampionMoved: another champion serves by now; nothing was changed.
+        RegistryError: the file is not what was measured, or actor, reason or comparison is missing.
+    """
+    _check_signed(action, actor, reason)
+    if action == "promote" and not comparison_id:
+        raise RegistryError("a promotion needs the comparison that it rests on; evaluate first, or force with a reason")
+    check_file(candidate)
+    with _moving(db, candidate.loop) as move:
+        if move.current_id != candidate.id and move.current_id != expected_champion_id:
+            raise _moved(move.connection, candidate.loop, expected_champion_id)
+        model = register_in(move.connection, candidate, move.now)
+        move.to(model.id, action, actor, reason, comparison_id)
+        return model
+
+
+def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> ModelVersion | None:
+    """Make an earlier version the champion; "base" is the base model. To the one that serves it changes nothing.
+
+    Raises:
+        UnknownVersion: no model has this version; the message lists those that there are.
+        RegistryError: its file is gone or differs, or actor or reason is missing.
+    """
+    _check_signed("switch", actor, reason)
+    if version.rpartition("@")[0] not in {"", loop}:
+        raise RegistryError(f"{version} is a model of another loop; {loop} cannot serve it")
+    target = resolve(db, version, loop)
+    if target is not None:
+        check_file(target)  # before the transaction: nobody should wait while gigabytes are hashed
+    with _moving(db, loop) as move:
+        move.to(target.id if target else None, "switch", actor, reason)
+    return target
+
+
+def rollback(db: Database, loop: str, actor: str, reason: str) -> ModelVersion | None:
+    """Bring back the champion that was there before this one came; a second rollback goes further back.
+
+    Raises:
+        RegistryError: there is nothing to roll back to, the earlier model's file is gone or differs, or actor or reason
+            is missing.
+        ChampionMoved: somebody moved the champion in the same moment; nothing was changed.
+    """
+    _check_signed("rollback", actor, reason)
+    before = champion(db, loop)
+    target = resolve(db, "previous", loop)
+    if target is not None:
+        check_file(target)
+    with _moving(db, loop) as move:
+        here, there = (model.id if model else None for model in (before, target))
+        if move.current_id != here or _previous_id(move.connection, loop) != there:
+            raise _moved(move.connection, loop, here)
+        move.to(there, "rollback", actor, reason)
+    return target
+
+
+@dataclass(frozen=True)
+class _Move:
+    """The loop's pointer while this transaction holds it."""
+
+    connection: sa.Connection
+    loop: str
+    current_id: str | None
+    now: datetime
+
+    def to(
+        self, model_id: str | None, action: Action, actor: str, reason: str, comparison_id: str | None = None
+    ) -> None:
+        """Point to another model and write history; pointing to the same changes nothing, except that a rollback is
+        always written, since it goes one step back in history."""
+        if model_id == self.current_id and action != "rollback":
+            return
+        here = champions.c.loop == self.loop
+        self.connection.execute(sa.update(champions).where(here).values(model_id=model_id, updated_at=self.now))
+        record_in(
+            self.connection,
+            loop=self.loop,
+            action=action,
+            model_id=model_id,
+            previous_id=self.current_id,
+            actor=actor,
+            reason=reason,
+            comparison_id=comparison_id,
+            created_at=self.now,
+        )
+
+
+@contextmanager
+def _moving(db: Database, loop: str) -> Iterator[_Move]:
+    """The loop's row of `champions`, locked until the transaction ends."""
+    now = datetime.now(UTC)
+    with db.write() as connection:
+        # A row that is not there cannot be locked, so the first move of a loop makes it.
+        insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
+        row: Any = insert(champions).values(loop=loop, model_id=None, updated_at=now)
+        connection.execute(row.on_conflict_do_nothing())
+        pointer = sa.select(champions.c.model_id).where(champions.c.loop == loop).with_for_update()
+        yield _Move(connection, loop, connection.execute(pointer).scalar_one(), now)
+
+
+def _champion_in(connection: sa.Connection, loop: str) -> ModelVersion | None:
+    model_id = connection.execute(sa.select(champions.c.model_id).where(champions.c.loop == loop)).scalar()
+    return model_in(connection, loop, model_id) if model_id else None
+
+
+def _previous_id(connection: sa.Connection, loop: str) -> str | None:
+    stack = stack_of(history_in(connection, loop))
+    if len(stack) < 2:
+        raise RegistryError(_NOTHING_BACK.format(loop=loop))
+    return stack[-2]
+
+
+def _resolve_in(connection: sa.Connection, version: str, loop: str) -> ModelVersion | None:
+    if version == BASE:
+        return None
+    if version == "champion":
+        return _champion_in(connection, loop)
+    if version == "previous":
+        model_id = _previous_id(connection, loop)
+        return model_in(connection, loop, model_id) if model_id else None
+    return version_in(connection, loop, version)
+
+
+def _moved(connection: sa.Connection, loop: str, expected_id: str | None) -> ChampionMoved:
+    now = _champion_in(connection, loop)
+    expected = model_in(connection, loop, expected_id) if expected_id else None
+    was = expected.name if expected else (expected_id or f"{loop}'s base model")
+    return ChampionMoved(
+        f"the champion moved: it was {was}, and is {now.name if now else 'the base model'} now; nothing was changed. "
+        "Evaluate again, against the champion that serves"
+    )
+
+
+def _check_signed(action: Action, actor: str, reason: str) -> None:
+    missing = [name for name, value in (("actor", actor), ("reason", reason)) if not value.strip()]
+    if missing:
+        raise RegistryError(f"{action} needs {' and '.join(missing)}: history has to say who did it and why")

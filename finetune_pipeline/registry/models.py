@@ -1,0 +1,176 @@
+"""Model versions: what was once promoted, under a name that never means another file."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from pydantic import Field
+
+from finetune_pipeline.artifacts import hash_file
+from finetune_pipeline.database import Database
+from finetune_pipeline.database.tables import models
+from finetune_pipeline.records import Moment, Record
+from finetune_pipeline.settings import home
+
+_ID_LENGTH = 16
+Number = tuple[int, int, int]
+
+
+class RegistryError(RuntimeError):
+    """The registry refuses; the message says why and what to do."""
+
+
+class UnknownVersion(RegistryError):
+    """No model has this name; the message lists those that there are."""
+
+
+class Candidate(Record):
+    """A GGUF that may become a model version."""
+
+    loop: str
+    gguf_path: Path
+    gguf_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    base_hash: str = Field(description="Hash of the base model; another one begins a new major version.")
+    mode: Literal["full", "incremental"]
+    lineage: dict[str, Any] = Field(description="Versions of adapter, dataset and logs, and the watermark.")
+    scores: dict[str, Any] = Field(description="Figures of the report, for lists.")
+    report_path: Path
+
+    @property
+    def id(self) -> str:
+        """The registry's id of this file: the first 16 hex digits of its SHA-256."""
+        return self.gguf_sha256[:_ID_LENGTH]
+
+
+class ModelVersion(Candidate):
+    """A model that was promoted once, with its version."""
+
+    version: str = Field(pattern=r"^v\d+\.\d+\.\d+$")
+    created_at: Moment
+
+    @property
+    def name(self) -> str:
+        """Its full name, `loop@v1.2.0`."""
+        return f"{self.loop}@{self.version}"
+
+
+def list_models(db: Database, loop: str) -> list[ModelVersion]:
+    """All versions of a loop, the newest first."""
+    with db.read() as connection:
+        return models_in(connection, loop)
+
+
+def models_in(connection: sa.Connection, loop: str) -> list[ModelVersion]:
+    """As `list_models`, within a transaction."""
+    newest_first = (models.c.major.desc(), models.c.minor.desc(), models.c.patch.desc())
+    rows = connection.execute(sa.select(models).where(models.c.loop == loop).order_by(*newest_first))
+    return [_from_row(row) for row in rows]
+
+
+def model_in(connection: sa.Connection, loop: str, model_id: str) -> ModelVersion | None:
+    """The model of this id, within a transaction."""
+    row = connection.execute(sa.select(models).where(models.c.loop == loop, models.c.id == model_id)).first()
+    return _from_row(row) if row else None
+
+
+def version_in(connection: sa.Connection, loop: str, version: str) -> ModelVersion:
+    """The model of this version ("v1.2.0", also "1.2.0"), within a transaction.
+
+    Raises:
+        UnknownVersion: there is none.
+    """
+    known = models_in(connection, loop)
+    wanted = version if version.startswith("v") else f"v{version}"
+    for model in known:
+        if model.version == wanted:
+            return model
+    raise UnknownVersion(
+        f"{loop} has no version {version!r}; there are: {_listed(model.version for model in known)}, and the names "
+        "champion, previous and base"
+    )
+
+
+def register_in(connection: sa.Connection, candidate: Candidate, now: Moment) -> ModelVersion:
+    """Give a candidate its version and keep it; the same file keeps the version that it has.
+
+    Call it only while the loop's champion is locked: the next number is counted from what is there.
+    """
+    known = models_in(connection, candidate.loop)
+    same = next((model for model in known if model.id == candidate.id), None)
+    if same is None:
+        number = next_number(known[0] if known else None, candidate)
+        values = _to_row(candidate) | dict(zip(("major", "minor", "patch"), number, strict=True), created_at=now)
+        connection.execute(sa.insert(models).values(values))
+        return ModelVersion(**candidate.model_dump(), version=_version(number), created_at=now)
+    if same.gguf_sha256 != candidate.gguf_sha256:
+        raise RegistryError(f"two different GGUF files share the id {candidate.id}; export the new one again")
+    # Measured again, perhaps exported to another folder: the newest evidence is the one to show.
+    here = (models.c.loop == candidate.loop, models.c.id == candidate.id)
+    values = {key: value for key, value in _to_row(candidate).items() if key in _RENEWED}
+    connection.execute(sa.update(models).where(*here).values(values))
+    return same.model_copy(update={key: getattr(candidate, key) for key in _RENEWED})
+
+
+_RENEWED = ("gguf_path", "scores", "report_path")
+
+
+def next_number(newest: ModelVersion | None, candidate: Candidate) -> Number:
+    """The next semantic version: another base is a major step, a full training a minor one, an incremental a patch."""
+    if newest is None:
+        return (1, 0, 0)
+    major, minor, patch = (int(part) for part in newest.version[1:].split("."))
+    if candidate.base_hash != newest.base_hash:
+        return (major + 1, 0, 0)
+    return (major, minor + 1, 0) if candidate.mode == "full" else (major, minor, patch + 1)
+
+
+def check_file(model: Candidate) -> None:
+    """Refuse a model whose file is not what was measured; reads the whole file.
+
+    Raises:
+        RegistryError: the GGUF is gone or its content differs.
+    """
+    what = f"{model.loop}@{model.version}" if isinstance(model, ModelVersion) else f"the candidate {model.id}"
+    remedy = "materialize gguf_model again, restore the file, or choose another version"
+    if not model.gguf_path.is_file():
+        raise RegistryError(f"{what} cannot serve: its GGUF {model.gguf_path} is not there; {remedy}")
+    found = hash_file(model.gguf_path)
+    if found != model.gguf_sha256:
+        raise RegistryError(
+            f"{what} cannot serve: {model.gguf_path} is not the file that was measured (SHA-256 {found[:16]}..., "
+            f"expected {model.gguf_sha256[:16]}...); {remedy}"
+        )
+
+
+def _version(number: Number) -> str:
+    return "v" + ".".join(map(str, number))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def stored_path(path: Path) -> str:
+    """A path as the tables keep it: relative where it lies under `FINETUNE_HOME`, so that the folder can move."""
+    path = path.expanduser().resolve()
+    return str(path.relative_to(home())) if path.is_relative_to(home()) else str(path)
+
+
+def located_path(text: str) -> Path:
+    """The path that `stored_path` kept."""
+    return home() / text
+
+
+def _to_row(candidate: Candidate) -> dict[str, Any]:
+    row = candidate.model_dump(include=set(Candidate.model_fields))
+    paths = {key: stored_path(row[key]) for key in ("gguf_path", "report_path")}
+    return {"id": candidate.id, **row, **paths}
+
+
+def _from_row(row: sa.Row[Any]) -> ModelVersion:
+    values = dict(row._mapping)
+    del values["id"]
+    number = (values.pop("major"), values.pop("minor"), values.pop("patch"))
+    paths = {key: located_path(values[key]) for key in ("gguf_path", "report_path")}
+    return ModelVersion(**{**values, **paths}, version=_version(number))

@@ -1,0 +1,277 @@
+"""Everything a loop can be told, and where its state lies. Plain pydantic: no Dagster, nothing heavy.
+
+One loop is one `finetune_pipeline/defs/<loop>/defs.yaml`. Every door (Dagster, the command line, later the gateway)
+reads it through this module, so that all of them see the same loop. Unknown keys are refused.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+DEFS_FOLDER = Path(__file__).resolve().parent / "defs"
+COMPONENT_TYPE = "finetune_pipeline.loop.component.FineTuneLoop"
+
+_ENV = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
+_NAME = r"^[a-z][a-z0-9_]*$"
+
+
+class SettingsError(ValueError):
+    """A loop's YAML, or an environment variable that it names, cannot be used; the message says what to change."""
+
+
+def home() -> Path:
+    """The folder under which everything that the project writes lies: `FINETUNE_HOME`, by default `data/state`."""
+    return Path(os.environ.get("FINETUNE_HOME") or PROJECT_ROOT / "data" / "state").expanduser().resolve()
+
+
+def database_url() -> str:
+    """Where the tables are: `FINETUNE_DATABASE_URL` (SQLAlchemy's form), by default SQLite under `home()`."""
+    return os.environ.get("FINETUNE_DATABASE_URL") or f"sqlite:///{home() / 'finetune.db'}"
+
+
+def project_path(text: str) -> Path:
+    """A path from a YAML: absolute as it is, relative ones from the project's root."""
+    return (PROJECT_ROOT / Path(text).expanduser()).resolve()
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSettings(Settings):
+    """Where interactions and feedback come from."""
+
+    folders: tuple[str, ...] = Field(
+        default=(), description="Folders of JSONL logs, read in addition to the drop folder; relative to the project."
+    )
+    drop_folder: str | None = Field(
+        default=None, description="Where an application drops JSONL files; default $FINETUNE_HOME/inbox/<loop>."
+    )
+    max_rejected_share: float = Field(
+        default=0.05, ge=0, le=1, description="Share of unreadable lines above which raw_logs' check turns red."
+    )
+    max_line_bytes: int = Field(
+        default=1_000_000, ge=1_000, description="A longer line is quarantined unread, so that it cannot fill memory."
+    )
+
+
+class FeedbackSettings(Settings):
+    """How feedback becomes a reward."""
+
+    reward_function: str | None = Field(
+        default=None,
+        description="Dotted path of a function Feedback, Interaction -> float in -1..1, for the default rewards.",
+    )
+
+
+class CurationSettings(Settings):
+    """What may become a training example."""
+
+    min_reward: float = Field(default=0.3, ge=-1, le=1, description="An example below this reward is not used.")
+    min_confidence: float = Field(
+        default=0.85, ge=0, le=1, description="An answer that no person confirmed must be at least this confident."
+    )
+    max_prompt_chars: int = Field(default=8_000, ge=1, description="Longer prompts are left out.")
+    max_answer_chars: int = Field(default=16_000, ge=1, description="Longer answers are left out.")
+    validation_share: float = Field(default=0.1, ge=0, lt=1, description="Share of prompts kept for validation.")
+    min_examples: int = Field(default=20, ge=1, description="Training does not start with fewer examples.")
+    benchmark_similarity: float = Field(
+        default=0.8, gt=0, le=1, description="Jaccard similarity to a benchmark prompt from which an example is out."
+    )
+    replay: str | None = Field(
+        default=None, description="JSONL of prompt and completion mixed in against forgetting; relative to the project."
+    )
+    replay_ratio: float = Field(default=1.0, ge=0, description="Replayed examples for each training example.")
+
+
+class TrainingSettings(Settings):
+    """Hyperparameters of one training; each can be overridden for one run in Dagster's launchpad."""
+
+    method: Literal["lora", "qlora"] = Field(default="lora", description="qlora trains over 4-bit NF4 base weights.")
+    lora_r: int = Field(default=16, ge=1, description="Rank of the adapter.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter, divided by its rank.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout within the adapter.")
+    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    epochs: float = Field(default=3.0, gt=0, description="Passes over the training examples.")
+    batch_size: int = Field(default=8, ge=1, description="Examples a step on the device.")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Steps whose gradients make one update.")
+    max_length: int = Field(default=1024, ge=16, description="Tokens; longer examples are left out and counted.")
+    warmup_share: float = Field(default=0.05, ge=0, lt=1, description="Share of all steps spent warming up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    gradient_checkpointing: bool = Field(default=False, description="Less memory for about 20 % more time.")
+    bfloat16: bool = Field(default=True, description="bfloat16 autocast where the machine is faster with it.")
+    checkpoints: int = Field(default=5, ge=1, description="How many times a training is saved on its way.")
+    seed: int = Field(default=0, ge=0, description="Seed of the adapter's weights and the order of examples.")
+
+
+class ExportSettings(Settings):
+    """How the trained model becomes a GGUF."""
+
+    quantization: Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"] = Field(
+        default="Q4_K_M", description="llama.cpp's type of the file that serves."
+    )
+    agreement_sample: int = Field(default=24, ge=1, description="Prompts on which the quantised model is compared.")
+    min_agreement: float = Field(
+        default=0.8, ge=0, le=1, description="Share of same answers below which the check turns red (a warning)."
+    )
+
+
+class EvaluationSettings(Settings):
+    """On what, and how, two models are compared."""
+
+    benchmark: str = Field(description="JSONL of id, slice, prompt and expected answer; relative to the project.")
+    metric: Literal["parameters", "words", "exact"] = Field(
+        default="parameters",
+        description="What the gate counts: right parameters of a JSON, right words of a text, or exact answers.",
+    )
+    compliance: str | None = Field(default=None, description="JSON file of rules (JSON Schema conditions).")
+    max_tokens: int = Field(default=256, ge=1, description="Tokens an answer may have.")
+    context: int = Field(default=2048, ge=64, description="Tokens of prompt and answer together.")
+    parallel: int = Field(default=8, ge=1, le=64, description="Prompts decoded together.")
+
+
+class GateSettings(Settings):
+    """When a challenger is promoted."""
+
+    min_gain: float = Field(default=0.05, ge=0, le=1, description="0.05 is 5 % (relative), 5 points, or 5 % of errors.")
+    mode: Literal["relative", "points", "error_reduction"] = Field(
+        default="relative", description="How the gain is measured; error_reduction suits a champion near its ceiling."
+    )
+    on_reject: Literal["fail", "keep_champion"] = Field(
+        default="fail", description="fail ends the run red; keep_champion ends it green with the check red."
+    )
+    significance_level: float = Field(default=0.05, gt=0, lt=1, description="Level of the paired test.")
+    require_significance: bool = Field(default=False, description="The paired test must pass too.")
+    forbid_slice_falls: bool = Field(default=False, description="No slice of the benchmark may fall.")
+
+
+class TriggerSettings(Settings):
+    """When a run starts by itself."""
+
+    new_examples: int = Field(default=50, ge=1, description="New high-reward examples that start a run.")
+    attempts: int = Field(default=3, ge=1, description="Tries at the same data before the sensor waits for more.")
+    retry_after_minutes: float = Field(default=5, ge=0, description="Wait before a failed run is tried again.")
+    interval_seconds: int = Field(default=30, ge=5, description="Time between two looks of the sensor.")
+    silent_minutes: float = Field(
+        default=60, gt=0, description="A run in progress without a word for so long is taken for dead."
+    )
+    running: bool = Field(
+        default=False, description="The sensor and the yearly schedule are on without a click."
+    )
+    nightly: str = Field(default="0 2 * * *", description="Cron time of the nightly look.")
+    yearly: str = Field(default="0 3 1 1 *", description="Cron time of the full retraining.")
+
+
+class LoopSettings(Settings):
+    """One fine-tuning loop: one task, one base model, one benchmark."""
+
+    name: str = Field(pattern=_NAME, max_length=60, description="Name of the loop, its group, job, sensor, schedules.")
+    key_prefix: str | None = Field(
+        default=None, description="Prefix of the asset keys; default the name. Empty gives bare keys."
+    )
+    description: str = Field(default="", description="What the loop's model does, in a sentence.")
+    base_model: str = Field(description="Hugging Face id, or a local folder relative to the project.")
+    system_prompt: str = Field(default="", description="Put before every prompt, in training and in service.")
+    output_schema: str | None = Field(
+        default=None, description="JSON Schema file of the answers; without one, answers are free text."
+    )
+    sources: SourceSettings = SourceSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+    curation: CurationSettings = CurationSettings()
+    training: TrainingSettings = TrainingSettings()
+    export: ExportSettings = ExportSettings()
+    evaluation: EvaluationSettings
+    gate: GateSettings = GateSettings()
+    trigger: TriggerSettings = TriggerSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_environment(cls, data: Any) -> Any:
+        return resolve_environment(data)
+
+    @model_validator(mode="after")
+    def _parameters_need_a_schema(self) -> "LoopSettings":
+        if self.evaluation.metric == "parameters" and self.output_schema is None:
+            raise ValueError("metric: parameters counts the values of a JSON; set output_schema, or metric: words")
+        return self
+
+    @property
+    def prefix(self) -> list[str]:
+        """The asset keys' prefix as Dagster takes it: no parts, or one."""
+        prefix = self.name if self.key_prefix is None else self.key_prefix
+        return [prefix] if prefix else []
+
+    @property
+    def drop_folder(self) -> Path:
+        """Where an application drops its JSONL files."""
+        given = self.sources.drop_folder
+        return project_path(given) if given else home() / "inbox" / self.name
+
+    @property
+    def log_folders(self) -> list[Path]:
+        """Every folder that raw_logs reads: the declared ones, then the drop folder."""
+        return [*(project_path(folder) for folder in self.sources.folders), self.drop_folder]
+
+
+def resolve_environment(value: Any) -> Any:
+    """Replace `{{ env.NAME }}` in every string; an unset variable is an error that names it."""
+    if isinstance(value, str):
+        return _ENV.sub(_environment_value, value)
+    if isinstance(value, Mapping):
+        return {key: resolve_environment(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolve_environment(item) for item in value]
+    return value
+
+
+def _environment_value(match: re.Match[str]) -> str:
+    name = match.group(1)
+    if name not in os.environ:
+        raise SettingsError(f"the YAML uses {{{{ env.{name} }}}}, but {name} is not set; export it, or write the value")
+    return os.environ[name]
+
+
+def read_loop(path: Path) -> LoopSettings:
+    """The settings of one `defs.yaml`.
+
+    Raises:
+        SettingsError: the file is not YAML, is of another component type, or a setting is unknown or out of range.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or document.get("type") != COMPONENT_TYPE:
+            raise SettingsError(f"{path}: expected `type: {COMPONENT_TYPE}` and `attributes:`")
+        return LoopSettings.model_validate(document.get("attributes") or {})
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or 'loop'}: {e['msg']}" for e in error.errors()]
+        raise SettingsError("\n".join([f"{path}: these settings cannot be used:", *lines])) from error
+
+
+def load_loops(folder: Path = DEFS_FOLDER) -> dict[str, LoopSettings]:
+    """Every loop declared under `folder`, by name, in the order of the folders' names."""
+    loops: dict[str, LoopSettings] = {}
+    for path in sorted(folder.glob("*/defs.yaml")):
+        loop = read_loop(path)
+        if loop.name in loops:
+            raise SettingsError(f"{path}: a second loop is named {loop.name!r}; give each its own name")
+        loops[loop.name] = loop
+    return loops
+
+
+def load_loop(name: str, folder: Path = DEFS_FOLDER) -> LoopSettings:
+    """The loop of this name; the error of an unknown one lists those that there are."""
+    loops = load_loops(folder)
+    if name not in loops:
+        known = ", ".join(loops) or "none"
+        raise SettingsError(f"no loop is named {name!r}; under {folder} there are: {known}")
+    return loops[name]

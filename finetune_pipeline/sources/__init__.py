@@ -1,0 +1,1 @@
+"""Ingest from elsewhere: event files now, read line by line through a ledger."""

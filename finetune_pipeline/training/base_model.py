@@ -1,0 +1,51 @@
+"""Is this folder a base model that can be trained? Asked before anything heavy is loaded."""
+
+import json
+from pathlib import Path
+
+from finetune_pipeline.training.job import TrainingError
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+def check_base_model(folder: Path) -> None:
+    """Raise TrainingError unless `folder` holds a config, safetensors weights, a tokenizer and a chat template."""
+    if not folder.is_dir():
+        raise TrainingError(
+            f"the base model {folder} is not there; set base_model to a folder with config.json and safetensors "
+            "weights, or to a Hugging Face id"
+        )
+    if not (folder / "config.json").is_file():
+        raise TrainingError(f"{folder} has no config.json, so it is no Hugging Face model folder; check base_model")
+    _check_weights(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise TrainingError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); copy it from the original model")
+    if not _has_chat_template(folder):
+        raise TrainingError(
+            f"{folder} has no chat template, so nobody could say where a prompt ends and an answer begins; use an "
+            "instruction-tuned model, or put a chat_template.jinja into the folder"
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in wanted if not (folder / name).is_file())
+        if missing:
+            raise TrainingError(f"{folder} lacks {', '.join(missing)}, which its index names; download it again")
+    elif not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        if pickled:
+            raise TrainingError(
+                f"{folder} has its weights as pickle only ({', '.join(pickled)}), which can run code when it is read "
+                "and is refused; take a safetensors version of the model"
+            )
+        raise TrainingError(f"{folder} has no safetensors weights; download the model again")
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))

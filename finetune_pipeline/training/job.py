@@ -1,0 +1,97 @@
+"""What a training is told, and what it says of itself. Plain pydantic: read by the caller and by the trainer."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.records import Record
+from finetune_pipeline.settings import TrainingSettings
+
+JOB = "job.json"
+RESULT = "result.json"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+LOG = "training.log"
+
+REFUSED = 2
+"""Exit status of a training that cannot be done as asked; the log then ends in REFUSAL and the reason."""
+REFUSAL = "TRAINING FAILED: "
+
+
+class TrainingError(RuntimeError):
+    """A training cannot be done as it was asked for; the message says what to change."""
+
+
+class TrainingFailed(TrainingError):
+    """The training process ended without a result; the message says how, what it wrote last, and what to do."""
+
+
+class TrainingJob(Record):
+    """One training. Everything that it writes lies under `output`."""
+
+    base_model: Path = Field(description="Folder of the base model: config.json, safetensors, tokenizer files.")
+    dataset: Path = Field(description="DatasetDict saved to disk: train, perhaps validation; prompt and completion.")
+    system_prompt: str = Field(default="", description="Put before every prompt, as in service.")
+    output: Path = Field(description="Folder to write to; a training that was killed there goes on from it.")
+    settings: TrainingSettings = TrainingSettings()
+
+    @property
+    def key(self) -> str:
+        """Hash (16 hex digits) of all that shapes the adapter: only checkpoints of the same key are gone on with."""
+        return hash_of(self.model_dump(mode="json", exclude={"output"}))[:16]
+
+
+class Progress(Record):
+    """How far a training is, at one moment of it."""
+
+    step: int = Field(description="Updates of the weights done.")
+    steps: int = Field(description="Updates that the whole training has.")
+    epoch: float
+    loss: float = Field(description="Mean training loss since the line before.")
+    learning_rate: float
+    tokens_per_second: float = Field(description="Tokens of text, without padding, since this process began to train.")
+    eta_seconds: float
+    elapsed_seconds: float = Field(description="Since this process began to train; a resumed one begins at 0.")
+
+
+class CurvePoint(Record):
+    """One point of the loss curve."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+class TrainingResult(Record):
+    """What a finished training says of itself; `result.json` is the last file that it writes."""
+
+    job: str = Field(description="TrainingJob.key of what was trained.")
+    device: str = Field(description="cpu, or the name of the GPU.")
+    method: str = Field(description="lora or qlora.")
+    bfloat16: bool = Field(description="Whether bfloat16 autocast was used.")
+    steps: int = Field(description="Updates of the weights.")
+    resumed_from: int = Field(description="Step from which this process went on; 0 is a whole training.")
+    examples: int = Field(description="Examples trained on.")
+    too_long: int = Field(description="Examples left out for having more than max_length tokens.")
+    loss_before: float = Field(description="Mean loss per completion token on validation (on train if it is empty).")
+    loss_after: float
+    train_loss: float = Field(description="Mean training loss over the last tenth of the logged points.")
+    tokens_per_second: float = Field(description="Tokens of text, without padding, by the time of the training loop.")
+    wall_seconds: float = Field(description="From the start of this process to its result, imports included.")
+    peak_memory_bytes: int = Field(
+        description="Highest use of the scarce memory: of the GPU when trained on one, else resident in main memory."
+    )
+    curve: tuple[CurvePoint, ...]
+
+
+def finished(job: TrainingJob) -> TrainingResult | None:
+    """The result of this very job if it lies in its folder, complete."""
+    path = job.output / RESULT
+    if not path.is_file() or not (job.output / ADAPTER / "adapter_model.safetensors").is_file():
+        return None
+    try:
+        result = TrainingResult.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return None
+    return result if result.job == job.key else None

@@ -1,0 +1,54 @@
+import pytest
+
+from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.rules import Policy, accept, answer_validator
+from finetune_pipeline.records import Example
+from finetune_pipeline.settings import CurationSettings
+from finetune_pipeline_tests.conftest import uid
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+RULES = CurationSettings(max_prompt_chars=60, max_answer_chars=30)
+POLICY = Policy(RULES, NearIndex({"q1": "150 mm concrete wall, two hours"}), answer_validator(SCHEMA))
+
+
+def example(**fields):
+    given = {"prompt": "a steel door", "target": '{"n": 1}', "reward": 0.9, "confidence": 0.9}
+    flags = {"confirmed": False, "corrected": False}
+    return Example(interaction_id=uid("a"), sequence=1, **{**given, **flags, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "accepted"),
+        ({"reward": 0.29}, "reward below 0.3"),
+        ({"reward": 0.3}, "accepted"),  # the bound itself passes
+        ({"reward": -1, "corrected": True}, "accepted"),  # a correction's reward is only its weight
+        ({"confidence": 0.84}, "confidence below 0.85"),
+        ({"confidence": 0.85}, "accepted"),
+        ({"confidence": None}, "confidence below 0.85"),
+        ({"confidence": 0.1, "confirmed": True}, "accepted"),
+        ({"confidence": 0.1, "corrected": True}, "accepted"),
+        ({"prompt": "x" * 61}, "prompt longer than 60"),
+        ({"target": '{"n": ' + "1" * 30 + "}"}, "answer longer than 30"),
+        ({"target": "  "}, "answer is empty"),
+        ({"target": '{"n": "one"}'}, "does not pass the output schema"),
+        ({"target": "no json"}, "does not pass the output schema"),
+        ({"prompt": "150 mm CONCRETE wall,  two hours"}, "near-duplicate of a benchmark question"),
+    ],
+)
+def test_the_rule(fields, reason):
+    decision = accept(example(**fields), POLICY)
+    assert reason in decision.reason
+    assert decision.accepted == (reason == "accepted")
+
+
+def test_free_text_needs_no_schema():
+    assert answer_validator(None)("anything") is None
+
+
+def test_similarity_is_the_exact_jaccard_of_shingles():
+    index = NearIndex({"a": "abcdefg", "b": "zzzzzzz"})
+    # abcdefg has the pieces abcde bcdef cdefg, abcdefh has abcde bcdef cdefh: 2 of 4 are shared
+    assert index.nearest("abcdefh") == ("a", 0.5)
+    assert index.nearest("nothing alike") is None

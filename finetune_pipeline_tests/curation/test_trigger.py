@@ -1,0 +1,47 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from finetune_pipeline.curation.trigger import Attempt, decide
+from finetune_pipeline.settings import TriggerSettings
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+SETTINGS = TriggerSettings(new_examples=50, attempts=3, retry_after_minutes=5)
+LONG_AGO = NOW - timedelta(hours=1)
+JUST_NOW = NOW - timedelta(minutes=1)
+
+
+def tried(*series, ended=LONG_AGO):
+    return [Attempt(number, ended) for number in series]
+
+
+@pytest.mark.parametrize(
+    ("new", "attempts", "fires", "said"),
+    [
+        (0, [], False, "0 of 50 new high-reward examples"),
+        (49, [], False, "49 of 50"),
+        (50, [], True, "50 of 50"),
+        (53, tried(50, ended=JUST_NOW), False, "try 2 of 3 at 12:04"),  # not at every tick
+        (53, tried(50), True, "53 of 50"),  # tried again after the wait
+        (53, tried(50, 50, 50), False, "3 runs on them failed"),  # gives up, and says so
+        (99, tried(50, 50, 50), False, "tries again by itself at 100"),
+        (100, tried(50, 50, 50), True, "100 of 50"),  # another 50 re-arm it
+        (120, tried(50, 50, 50, 100), True, "120 of 50"),  # the second series has its own tries
+        (149, tried(50, 50, 50, 100, 100, 100), False, "tries again by itself at 150"),
+    ],
+)
+def test_when_a_run_starts(new, attempts, fires, said):
+    trigger = decide(new, attempts, SETTINGS, NOW)
+    assert trigger.fire == fires
+    assert said in trigger.reason
+
+
+def test_every_try_has_its_own_name():
+    keys = set()
+    attempts = []
+    for new in (50, 51, 52, 110, 111, 160):
+        trigger = decide(new, attempts, SETTINGS, NOW)
+        if trigger.fire:
+            keys.add((trigger.series, trigger.attempt))
+            attempts = [*attempts, Attempt(trigger.series, LONG_AGO)]
+    assert keys == {(50, 1), (50, 2), (50, 3), (110, 1), (110, 2), (160, 1)}

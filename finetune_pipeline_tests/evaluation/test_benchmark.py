@@ -1,0 +1,124 @@
+"""A benchmark that can be read is right; one that cannot says where and why."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune_pipeline.evaluation.benchmark import BenchmarkError, load_benchmark
+from finetune_pipeline.schemas import SchemaError, compile_schema, load_rules, load_schema
+from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_benchmark
+
+
+def test_a_good_benchmark_keeps_order_fields_and_hash(tmp_path: Path) -> None:
+    path = write_benchmark(tmp_path / "b.jsonl", [line("w1"), line("w2", wording="firm", origin="hand")])
+    benchmark = load_benchmark(path, SCHEMA)
+    assert [(q.id, q.wording, q.origin) for q in benchmark.questions] == [("w1", "plain", None), ("w2", "firm", "hand")]
+    assert benchmark.questions[0].expected == WALL
+    assert benchmark.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_texts_are_expected_where_there_is_no_schema(tmp_path: Path) -> None:
+    path = write_benchmark(tmp_path / "b.jsonl", [line("w1", expected="Use brick.")])
+    assert load_benchmark(path, None).questions[0].expected == "Use brick."
+
+
+def without(name: str) -> dict[str, object]:
+    return {key: value for key, value in line("w2").items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (without("slice"), ['"slice" is missing', "add it"]),
+        (without("expected"), ['"expected" is missing']),
+        (line("w2", prompt=7), ['"prompt" is a number', "a text"]),
+        (line("w2", prompt="  "), ["an empty text"]),
+        (line("w2", expected=[1]), ['"expected" is a list', "an object or a text"]),
+        (line("w2", id=None), ['"id" is null']),
+        (line("w2", wordng="firm"), ['"wordng" is not a field', "take it out"]),
+        (line("w1", prompt="another"), ["'w1' is already on line 1", "its own id"]),
+        (line("w2", prompt="a WALL,  please: W1"), ["same prompt is already on line 1"]),
+        (line("w2", expected={"element": "roof"}), ["'w2' does not pass the output schema", "$.element", "'roof'"]),
+        ([1, 2], ["expected an object", "found a list"]),
+    ],
+)
+def test_a_wrong_line_is_named_with_what_to_do(tmp_path: Path, second: object, words: list[str]) -> None:
+    path = write_benchmark(tmp_path / "b.jsonl", [line("w1"), second])  # type: ignore[list-item]
+    with pytest.raises(BenchmarkError) as error:
+        load_benchmark(path, SCHEMA)
+    for word in [f"{path}, line 2: ", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["holds no question", "write at least one"]),
+        (b"\n\n", ["holds no question"]),
+        (b"{nonsense\n", ["line 1: not JSON"]),
+        (b'{"id": NaN}\n', ["line 1: not JSON"]),
+        (b"\xff\xfe\x00", ["not UTF-8", "save it as UTF-8"]),
+        (b"[" * 100_000 + b"\n", ["line 1: not JSON"]),
+    ],
+)
+def test_a_file_that_is_no_benchmark(tmp_path: Path, content: bytes, words: list[str]) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(BenchmarkError) as error:
+        load_benchmark(path, None)
+    assert all(word in str(error.value) for word in [str(path), *words])
+
+
+def test_a_missing_file_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"evaluation\.benchmark"):
+        load_benchmark(tmp_path / "none.jsonl", None)
+
+
+def test_all_problems_are_told_at_once_up_to_twenty(tmp_path: Path) -> None:
+    path = write_benchmark(tmp_path / "b.jsonl", [without("id") for _ in range(25)])
+    with pytest.raises(BenchmarkError) as error:
+        load_benchmark(path, None)
+    assert str(error.value).count("is missing") == 20
+    assert "and 5 more" in str(error.value)
+
+
+def test_rules_are_read_and_wrong_ones_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rules.json"
+    rule = {"id": "fire", "title": "Walls are rated", "schema": {"required": ["fire_rating_hr"]}}
+    path.write_text(json.dumps([rule]))
+    assert [rule.id for rule in load_rules(path)] == ["fire"]
+    for wrong, words in [
+        ([rule, rule], "rule 2.*used before"),
+        ([{"id": "fire"}], 'rule 1: expected the fields "id"'),
+        ([{**rule, "schema": {"type": "thing"}}], "rule 1: not a JSON Schema"),
+        ({}, "expected a JSON list"),
+    ]:
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(SchemaError, match=words):
+            load_rules(path)
+
+
+def test_a_schema_file_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    with pytest.raises(SchemaError, match="output_schema"):
+        load_schema(path)
+    path.write_text('{"type": 3}')
+    with pytest.raises(SchemaError, match=r"schema\.json: not a JSON Schema"):
+        load_schema(path)
+    path.write_text(json.dumps(SCHEMA))
+    assert load_schema(path) == SCHEMA
+
+
+def test_a_reference_elsewhere_is_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import urllib.request
+
+    from referencing.exceptions import Unresolvable
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was fetched")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(Unresolvable):
+        compile_schema({"$ref": "https://example.org/schema.json"}).is_valid(1)

@@ -1,0 +1,131 @@
+"""The rule of promotion, at its boundaries."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_pipeline.evaluation.gate import decide
+from finetune_pipeline.evaluation.significance import Significance
+from finetune_pipeline.settings import GateSettings
+
+RELATIVE = GateSettings()
+POINTS = GateSettings(mode="points")
+ERRORS = GateSettings(mode="error_reduction")
+LUCK = Significance("paired bootstrap over questions", 0.2, -0.01, 0.05, 200)
+SURE = Significance("paired bootstrap over questions", 0.001, 0.02, 0.05, 200)
+
+
+@pytest.mark.parametrize(
+    ("champion", "challenger", "total", "settings", "promote", "words"),
+    [
+        (40, 42, 100, RELATIVE, True, "challenger 42 of 100 right against 40: gain 5.0 %, 5 % needed"),
+        (640, 812, 1040, RELATIVE, True, "challenger 812 of 1,040 right against 640: gain 26.9 %, 5 % needed"),
+        (1000, 1049, 2000, RELATIVE, False, "gain 4.9 %, 5 % needed"),
+        (100_000, 104_999, 200_000, RELATIVE, False, "gain 4.999 %, 5 % needed"),
+        (20, 21, 100, RELATIVE, True, "gain 5.0 %"),
+        (21, 22, 100, RELATIVE, False, "gain 4.8 %"),
+        (50, 40, 100, RELATIVE, False, "loss 20.0 %"),
+        (50, 50, 100, GateSettings(min_gain=0), False, "gain 0.0 %, more than nothing needed"),
+        (50, 51, 100, GateSettings(min_gain=0), True, "gain 2.0 %"),
+        (0, 1, 100, RELATIVE, True, "any gain passes"),
+        (0, 0, 100, RELATIVE, False, "there is none"),
+        (40, 45, 100, POINTS, True, "gain 5.0 points, 5 points needed"),
+        (40, 44, 100, POINTS, False, "gain 4.0 points"),
+        (960, 962, 1000, ERRORS, True, "gain 5.0 % of the errors"),
+        (960, 961, 1000, ERRORS, False, "gain 2.5 % of the errors"),
+        (96, 100, 100, RELATIVE, False, "no score could pass: 101 right would be needed of 100; set gate.mode: error_"),
+        (96, 100, 100, POINTS, False, "no score could pass"),
+        (100, 100, 100, RELATIVE, False, "the champion has everything right; add harder questions"),
+        (100, 100, 100, ERRORS, False, "the champion has everything right"),
+        (95, 100, 100, RELATIVE, True, "gain 5.3 %"),
+    ],
+)
+def test_the_rule(
+    champion: int, challenger: int, total: int, settings: GateSettings, promote: bool, words: str
+) -> None:
+    verdict = decide(champion, challenger, total, settings)
+    assert (verdict.promote, words in verdict.reason) == (promote, True), verdict.reason
+
+
+def test_significance_blocks_only_where_it_is_asked_for() -> None:
+    strict = GateSettings(require_significance=True)
+    assert decide(40, 44, 100, RELATIVE, LUCK).promote
+    refused = decide(40, 44, 100, strict, LUCK)
+    assert not refused.promote
+    assert "p = 0.200 by paired bootstrap over questions on 200 questions, at most 0.05 allowed" in refused.reason
+    assert decide(40, 44, 100, strict, SURE).promote
+    assert "was not measured" in decide(40, 44, 100, strict).reason
+    assert not decide(40, 44, 100, strict).promote
+
+
+def test_falling_slices_block_only_where_that_is_asked_for() -> None:
+    strict = GateSettings(forbid_slice_falls=True)
+    assert decide(40, 44, 100, RELATIVE, SURE, ["doors"]).promote
+    refused = decide(40, 44, 100, strict, SURE, ["doors", "stairs"])
+    assert (refused.promote, "these slices fall: doors, stairs" in refused.reason) == (False, True)
+    assert decide(40, 44, 100, strict, SURE).promote
+
+
+@pytest.mark.parametrize(("champion", "challenger", "total"), [(-1, 0, 10), (0, 11, 10), (11, 0, 10), (0, 0, 0)])
+def test_impossible_counts_are_refused(champion: int, challenger: int, total: int) -> None:
+    with pytest.raises(ValueError, match="evaluate again"):
+        decide(champion, challenger, total, RELATIVE)
+
+
+counts = st.integers(1, 5000).flatmap(
+    lambda total: st.tuples(st.integers(0, total), st.integers(0, total), st.just(total))
+)
+gates = st.builds(
+    GateSettings,
+    min_gain=st.integers(0, 1000).map(lambda n: n / 1000),
+    mode=st.sampled_from(["relative", "points", "error_reduction"]),
+)
+
+
+@given(counts)
+def test_relative_is_the_integer_rule(numbers: tuple[int, int, int]) -> None:
+    champion, challenger, total = numbers
+    gain = challenger - champion
+    assert decide(champion, challenger, total, RELATIVE).promote == (gain > 0 and 100 * gain >= 5 * champion)
+
+
+@given(counts, gates)
+def test_needed_right_is_the_boundary(numbers: tuple[int, int, int], gate: GateSettings) -> None:
+    champion, challenger, total = numbers
+    verdict = decide(champion, challenger, total, gate)
+    assert verdict.promote == (challenger >= verdict.needed_right)
+    assert verdict.needed_right > champion
+    assert ("no score could pass" in verdict.reason) == (verdict.needed_right > total)
+
+
+@given(counts, gates)
+def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int, int, int], gate: GateSettings) -> None:
+    champion, challenger, total = numbers
+    if challenger < total and decide(champion, challenger, total, gate).promote:
+        assert decide(champion, challenger + 1, total, gate).promote
+
+
+@given(counts, gates)
+def test_a_model_never_beats_itself(numbers: tuple[int, int, int], gate: GateSettings) -> None:
+    champion, _, total = numbers
+    assert not decide(champion, champion, total, gate).promote
+
+
+@given(counts, gates, st.integers(2, 50))
+def test_only_the_proportions_count(numbers: tuple[int, int, int], gate: GateSettings, times: int) -> None:
+    champion, challenger, total = numbers
+    verdict = decide(champion, challenger, total, gate)
+    scaled = decide(champion * times, challenger * times, total * times, gate)
+    assert verdict.promote == scaled.promote
+
+
+@given(counts, gates)
+def test_the_reason_never_shows_a_gain_on_the_wrong_side(numbers: tuple[int, int, int], gate: GateSettings) -> None:
+    champion, challenger, total = numbers
+    verdict = decide(champion, challenger, total, gate)
+    words = verdict.reason.split(": ", 1)[1].split()
+    if words[0] == "gain" and gate.min_gain and challenger > champion:
+        shown = Fraction(words[1].rstrip("%,"))
+        assert (shown >= Fraction(str(gate.min_gain)) * 100) == verdict.promote

@@ -1,0 +1,131 @@
+"""What one answer scores, case by case."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_pipeline.evaluation.metrics import Scorer, count_words, json_equal, leaves, same_value
+from finetune_pipeline.schemas import Rule
+from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL
+
+RATED = Rule("rated", "Walls have a fire rating", {"required": ["fire_rating_hr"]})
+THICK = Rule("thick", "Walls are at least 100 mm", {"properties": {"thickness_mm": {"minimum": 100}}})
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "exact", "valid", "stated", "hallucinated"),
+    [
+        (json.dumps(WALL), 4, True, True, 4, 0),
+        ('{"element": "wall", "material": "brick", "thickness_mm": 230.0, "fire_rating_hr": 2}', 4, True, True, 4, 0),
+        ('{"element": "wall", "material": " BRICK "}', 2, False, True, 2, 0),
+        ('{"element": "wall", "width_mm": 900}', 1, False, True, 2, 1),
+        ('{"element": "wall", "width_mm": null}', 1, False, False, 1, 0),
+        ('{"element": "roof"}', 0, False, False, 1, 0),
+        ('{"element": "wall", "material": {"name": "brick"}}', 1, False, False, 2, 1),
+        ('{"element": "wall", "fire_rating_hr": "2"}', 1, False, False, 2, 0),
+        ('{"element": "wall", "fire_rating_hr": true}', 1, False, False, 2, 0),
+        ("```json\n{}\n```", 0, False, False, 0, 0),
+        ("", 0, False, False, 0, 0),
+        ('{"element": "wall", "thickness_mm": NaN}', 0, False, False, 0, 0),
+        ('{"element": "wall", "thickness_mm": 1e999}', 0, False, False, 0, 0),
+        ('{"element": "wall", "thickness_mm": 1' + "0" * 400 + "}", 0, False, False, 0, 0),
+        ("[" * 5000, 0, False, False, 0, 0),
+        ("[" * 500 + "]" * 500, 0, False, False, 0, 0),
+        (r'{"element": "wall", "\ud800": 1}', 0, False, False, 0, 0),
+        ('"wall"', 0, False, False, 1, 0),
+    ],
+)
+def test_parameters(answer: str, right: int, exact: bool, valid: bool, stated: int, hallucinated: int) -> None:
+    scores = Scorer("parameters", SCHEMA).score(WALL, answer)
+    found = (scores.right, scores.total, scores.exact, scores.valid, scores.stated, scores.hallucinated)
+    assert found == (right, 4, exact, valid, stated, hallucinated)
+    assert bool(scores.problem) != valid
+    assert scores.compliant is None
+
+
+def test_one_is_not_true() -> None:
+    assert not same_value(True, 1)
+    assert not same_value(0, False)
+    assert same_value(True, True)
+    assert same_value(150, 150.0)
+
+
+def test_lists_are_compared_by_index() -> None:
+    scores = Scorer("parameters").score({"layers": ["brick", "wool"]}, '{"layers": ["brick", "air", "wool"]}')
+    assert (scores.right, scores.total, scores.stated, scores.hallucinated) == (1, 2, 3, 1)
+
+
+def test_leaves_keep_their_path() -> None:
+    assert dict(leaves({"a": {"b": [1, {"c": 2}]}, "d": []})) == {("a", "b", 0): 1, ("a", "b", 1, "c"): 2, ("d",): []}
+
+
+def test_failing_rules_are_named() -> None:
+    scorer = Scorer("parameters", SCHEMA, [RATED, THICK])
+    assert scorer.score(WALL, json.dumps(WALL)).compliant is True
+    thin = scorer.score(WALL, '{"element": "wall", "thickness_mm": 90}')
+    assert (thin.compliant, thin.failed_rules) == (False, ("rated", "thick"))
+    assert scorer.score(WALL, "sorry").compliant is False
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "right", "total"),
+    [
+        ("use a fire door", "Use a fire door.", 4, 4),
+        ("use a fire door", "You could perhaps use a fire door", 1, 4),
+        ("the door the wall", "the the the the", 2, 4),
+        ("use a fire door", "", 0, 4),
+        ("!!", "!!", 1, 1),
+    ],
+)
+def test_words_count_recall_within_the_expected_length(expected: str, answer: str, right: int, total: int) -> None:
+    assert count_words(expected, answer) == (right, total)
+    scores = Scorer("words").score(expected, answer)
+    assert (scores.right, scores.total, scores.valid) == (right, total, bool(answer))
+
+
+def test_exact_counts_whole_answers() -> None:
+    scorer = Scorer("exact")
+    assert (scorer.score("Yes, it is.", " yes,  it IS.").right, scorer.score("yes", "no").right) == (1, 0)
+    assert scorer.score({"a": 1}, '{"a": 1.0}').right == 1
+    assert scorer.score({"a": 1}, '{"a": 1, "b": 2}').total == 1
+    assert scorer.score({"a": 1}, '{"a": 1, "b": 2}').right == 0
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**6), 10**6)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=5))
+def test_the_expected_answer_itself_has_everything_right(expected: dict[str, object]) -> None:
+    scores = Scorer("parameters").score(expected, json.dumps(expected))
+    assert (scores.right, scores.exact, scores.valid, scores.hallucinated) == (scores.total, True, True, 0)
+
+
+@given(json_values, st.text())
+def test_no_answer_breaks_the_scorer(value: object, text: str) -> None:
+    scorer = Scorer("parameters", SCHEMA, [RATED])
+    for answer in (json.dumps(value), text):
+        scores = scorer.score(WALL, answer)
+        assert 0 <= scores.right <= scores.total == 4
+        assert 0 <= scores.hallucinated <= scores.stated
+
+
+@given(json_values, json_values)
+def test_equality_is_symmetric(left: object, right: object) -> None:
+    assert json_equal(left, right) == json_equal(right, left)
+    assert json_equal(left, left)
+
+
+@given(st.text(), st.text())
+def test_words_never_exceed_what_is_expected(expected: str, answer: str) -> None:
+    right, total = count_words(expected, answer)
+    assert 0 <= right <= total

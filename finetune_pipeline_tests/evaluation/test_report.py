@@ -1,0 +1,158 @@
+"""Comparison, figures and report, on a small benchmark with hostile texts in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune_pipeline.evaluation.answers import Answer, Speed
+from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
+from finetune_pipeline.evaluation.comparison import Comparison, ComparisonError, Side, compare, judge, score_side
+from finetune_pipeline.evaluation.confidence import separation
+from finetune_pipeline.evaluation.figures import markdown_table, metric_table, show
+from finetune_pipeline.evaluation.metrics import Scorer
+from finetune_pipeline.evaluation.report import ReportError, plot_png, verdict_of_report, write_report
+from finetune_pipeline.schemas import Rule
+from finetune_pipeline.settings import GateSettings
+from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_benchmark
+
+HOSTILE = "<script>alert('{{ 7*7 }}')</script>"
+RULES = (Rule("rated", "Walls have a fire rating", {"required": ["fire_rating_hr"]}),)
+RIGHT, HALF = json.dumps(WALL), '{"element": "wall", "material": "brick"}'
+FAST = Speed(latency_p50_ms=40, latency_p95_ms=60, tokens_per_second=900, prompts=24)
+SLOW = Speed(latency_p50_ms=50, latency_p95_ms=90, tokens_per_second=700, prompts=24)
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Benchmark:
+    lines = [
+        line("w0"),
+        line("w1", wording="firm"),
+        line("d0", slice="doors $x_", prompt=HOSTILE),
+        line("d1", slice="doors $x_", wording="firm"),
+    ]
+    return load_benchmark(write_benchmark(tmp_path / "b.jsonl", lines), SCHEMA)
+
+
+def side(name: str, texts: list[str], benchmark: Benchmark, speed: Speed | None) -> Side:
+    answers = [
+        Answer(
+            id=question.id, text=text, confidence=0.9 if text == RIGHT else 0.4, prompt_tokens=9, completion_tokens=9
+        )
+        for question, text in zip(benchmark.questions, texts, strict=True)
+    ]
+    return score_side(name, name * 8, 4_000_000, answers, benchmark, Scorer("parameters", SCHEMA, RULES), speed)
+
+
+@pytest.fixture
+def comparison(benchmark: Benchmark) -> Comparison:
+    champion = side("champ", [HALF, HALF, HALF, RIGHT], benchmark, SLOW)
+    challenger = side("chall", [RIGHT, RIGHT, HOSTILE, HALF], benchmark, FAST)
+    return compare(benchmark, "parameters", champion, challenger)
+
+
+def test_slices_wordings_and_questions_are_compared(comparison: Comparison) -> None:
+    assert [(group.name, group.change, group.points) for group in comparison.slices] == [
+        ("doors $x_", -4, -0.5),
+        ("walls", 4, 0.5),
+    ]
+    assert [(group.name, group.change) for group in comparison.wordings] == [("firm", 0), ("plain", 0)]
+    assert comparison.falling_slices == ("doors $x_",)
+    assert [pair.question.id for pair in comparison.won] == ["w0", "w1"]
+    assert [pair.question.id for pair in comparison.lost] == ["d0", "d1"]
+
+
+def test_answers_to_other_questions_are_refused(benchmark: Benchmark, comparison: Comparison) -> None:
+    fewer = Benchmark(benchmark.questions[:2], "other")
+    with pytest.raises(ComparisonError, match=r"champ answered other questions \(4\) than the benchmark has \(2\)"):
+        compare(fewer, "parameters", comparison.champion, comparison.challenger)
+
+
+def test_the_table_has_one_row_for_each_metric(comparison: Comparison) -> None:
+    rows = {figure.key: (figure.champion, figure.challenger, figure.better) for figure in metric_table(comparison)}
+    assert rows == {
+        "accuracy": (10 / 16, 10 / 16, None),
+        "exact_match": (0.25, 0.5, True),
+        "valid_rate": (1.0, 0.75, False),
+        "compliance_rate": (0.25, 0.5, True),
+        "hallucination_rate": (0.0, 0.0, None),
+        "latency_p50_ms": (50, 40, True),
+        "latency_p95_ms": (90, 60, True),
+        "tokens_per_second": (700, 900, True),
+        "size_mb": (4.0, 4.0, None),
+    }
+    assert "| exact match | 25.0 % | 50.0 % | +25.0 points |" in markdown_table(comparison)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "signed", "text"),
+    [
+        (0.8125, "%", False, "81.2 %"),
+        (-0.00001, "%", True, "0.0 points"),
+        (1240.4, "tokens/s", False, "1,240 tokens/s"),
+        (-3.25, "ms", True, "-3.2 ms"),
+        (None, "MB", False, "—"),
+    ],
+)
+def test_figures_are_shown_as_people_read_them(value: float | None, unit: str, signed: bool, text: str) -> None:
+    assert show(value, unit, signed=signed) == text  # type: ignore[arg-type]
+
+
+def test_confidence_is_measured_against_what_was_right() -> None:
+    found = separation([0.9, 0.9, 0.5, 0.95, None], [True, True, False, False, True], 0.85)
+    assert (found.auroc, found.right, found.right_above, found.wrong, found.wrong_above) == (0.5, 2, 2, 2, 1)
+    assert separation([0.5, 0.5], [True, False], 0.85).auroc == 0.5
+    assert separation([0.9, 0.1], [True, True], 0.85).auroc is None
+    assert separation([], [], 0.85).auroc is None
+
+
+def test_the_report_is_one_escaped_page_and_one_json(tmp_path: Path, comparison: Comparison) -> None:
+    gate = GateSettings()
+    folder = tmp_path / "report"
+    write_report(folder, "aec", comparison, judge(comparison, gate), gate, 0.85, RULES)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json"]
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "{{ 7*7 }}" in page
+    assert "http://" not in page and "https://" not in page
+    assert "Not enough: the champion stays" in page
+    assert page.count("data:image/svg+xml;base64,") == 5
+    data = json.loads((folder / "report.json").read_text())
+    assert data["verdict"]["reason"] == "challenger 10 of 16 right against 10: gain 0.0 %, 5 % needed"
+    assert [question["change"] for question in data["questions"]] == [2, 2, -2, -2]
+    assert data["questions"][2]["challenger"]["problem"].startswith("not JSON")
+
+
+def test_the_gate_can_be_asked_again_on_a_report(tmp_path: Path, benchmark: Benchmark) -> None:
+    champion = side("champ", [HALF] * 4, benchmark, None)
+    challenger = side("chall", [RIGHT, RIGHT, RIGHT, HALF], benchmark, None)
+    comparison = compare(benchmark, "parameters", champion, challenger)
+    gate, strict = GateSettings(), GateSettings(require_significance=True)
+    write_report(tmp_path, "aec", comparison, judge(comparison, gate), gate, 0.85)
+    assert verdict_of_report(tmp_path / "report.json", gate) == judge(comparison, gate)
+    assert verdict_of_report(tmp_path / "report.json", gate).promote
+    assert verdict_of_report(tmp_path / "report.json", strict) == judge(comparison, strict)
+    assert not verdict_of_report(tmp_path / "report.json", strict).promote
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ReportError, match="materialize eval_report again"):
+        verdict_of_report(tmp_path / "report.json", gate)
+
+
+def test_the_picture_is_a_small_png(comparison: Comparison) -> None:
+    picture = plot_png(comparison)
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 150_000
+
+
+def test_importing_the_room_loads_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from finetune_pipeline.evaluation import report, run; "
+        "print([name for name in ('matplotlib', 'numpy', 'torch', 'llama_cpp', 'jinja2', 'jsonschema', 'dagster') "
+        "if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

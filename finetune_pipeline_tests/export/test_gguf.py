@@ -1,0 +1,101 @@
+"""How the steps of an export fail, and what they leave."""
+
+import sys
+from importlib import metadata
+
+import pytest
+
+from finetune_pipeline.export.gguf import convert, converter_folder, quantise
+from finetune_pipeline.export.merge import merge, parameters
+from finetune_pipeline.export.process import ExportError, run
+
+
+@pytest.fixture
+def converter(tmp_path, monkeypatch):
+    """Puts a script of one's own in the place of llama.cpp's converter."""
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(folder))
+
+    def write(script):
+        (folder / "convert_hf_to_gguf.py").write_text(script)
+        return folder
+
+    return write
+
+
+def test_a_missing_converter_is_an_error_that_says_make_setup(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(tmp_path))
+    with pytest.raises(ExportError, match="make setup"):
+        converter_folder()
+
+
+def test_a_converter_of_another_version_is_refused(converter):
+    folder = converter("")
+    (folder / "VERSION").write_text("0.0.1\n")
+    with pytest.raises(ExportError, match=r"0\.0\.1, but .* is installed"):
+        converter_folder()
+    (folder / "VERSION").write_text(metadata.version("llama-cpp-python") + "\n")
+    assert converter_folder() == folder
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("print('BPE pre-tokenizer was not recognized'); raise SystemExit(3)", r"status 3(.|\n)*BPE pre-tokenizer"),
+        ("import os; os.kill(os.getpid(), 11)", "SIGSEGV.*GGML_NATIVE=OFF"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL.*memory ran out"),
+    ],
+)
+def test_a_failed_conversion_says_why_and_leaves_nothing(converter, tmp_path, script, said):
+    half = "import sys; open(sys.argv[sys.argv.index('--outfile') + 1], 'w').write('half')\n"
+    converter(half + script)
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match=said):
+        convert(tmp_path, out / "model.gguf")
+    assert list(out.iterdir()) == []
+
+
+def test_what_is_no_gguf_cannot_be_quantised(tmp_path):
+    source = tmp_path / "in.gguf"
+    source.write_bytes(b"not a GGUF")
+    with pytest.raises(ExportError, match=r"quantising .* failed with status"):
+        quantise(source, tmp_path / "out.gguf", "Q4_0")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_what_is_no_adapter_cannot_be_merged(tmp_path):
+    with pytest.raises(ExportError, match=r"no adapter_config\.json"):
+        merge(tmp_path, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_an_adapter_of_another_model_is_an_error_with_the_reason(random_base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=16))
+    get_peft_model(other, LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ExportError, match=r"merging (.|\n)*size mismatch"):
+        merge(random_base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_cancelled_step_leaves_no_process(monkeypatch):
+    import subprocess
+
+    started = []
+
+    def interrupt(process, *_):
+        started.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run([sys.executable, "-c", "import time; time.sleep(60)"], "sleeping")
+    assert started[0].poll() is not None
+
+
+def test_parameters_are_counted_by_the_headers(random_base):
+    from transformers import AutoModelForCausalLM
+
+    assert parameters(random_base) == AutoModelForCausalLM.from_pretrained(random_base).num_parameters()

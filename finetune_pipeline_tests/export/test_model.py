@@ -1,0 +1,148 @@
+"""From weights to the GGUF that serves, held against transformers and against a text known beforehand."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from finetune_pipeline.export.checks import agreement, tokenizer_parity
+from finetune_pipeline.export.gguf import convert, quantise, tensor_types
+from finetune_pipeline.export.merge import merge
+from finetune_pipeline.export.model import export
+from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+from finetune_pipeline.records import chat
+
+from .conftest import SNIPS
+
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
+    "big, red ball."
+)
+SAMPLES = [
+    chat("", "2 hr concrete wall, 200 mm, in Utah"),
+    chat("Answer in JSON.", "U-factor 0.30 window   with  spaces\nand a second line"),
+    chat("", "dvoukřídlé dveře 90 × 210 cm – 1½ hr 🚪 <b>&amp;</b>"),
+    chat("", " 007 "),
+]
+
+
+def test_the_base_alone_becomes_a_gguf_that_tells_the_known_story(stories, tmp_path):
+    steps = []
+    model = export(stories, None, tmp_path, "Q4_K_M", steps.append)
+    assert steps == list(model.seconds) == ["convert", "quantise"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model-F16.gguf", "model-Q4_K_M.gguf"}
+    for gguf in (model.full, model.gguf):
+        with Engine(ModelSpec(gguf=gguf, context=128, parallel=1)) as engine:
+            told = engine.generate([GenerateRequest(prompt="<s>", max_tokens=50)])[0].text
+        assert told.strip().startswith(STORY)
+
+
+def test_rows_that_fit_no_block_are_kept_larger_and_counted(stories, tmp_path):
+    full = tmp_path / "full.gguf"
+    convert(stories, full)
+    for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_0"):
+        quantise(full, tmp_path / f"{kind}.gguf", kind)
+        types = tensor_types(tmp_path / f"{kind}.gguf")
+        assert types["F16"] == 5  # the five down projections, 172 wide
+        assert sum(types.values()) == 36
+
+
+def test_at_f16_one_file_serves_and_reads_the_tokens_that_training_read(random_base, tmp_path):
+    model = export(random_base, None, tmp_path, "F16")
+    assert model.gguf == model.full
+    assert [path.name for path in tmp_path.iterdir()] == ["model-F16.gguf"]
+    with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
+        result = tokenizer_parity(random_base, engine, SAMPLES)
+    assert result.same, result.offenders
+    assert result.checked == len(SAMPLES)
+    quantise(model.full, tmp_path / "k.gguf", "Q4_K_M")
+    assert "Q4_K" in tensor_types(tmp_path / "k.gguf")  # rows of 256 fit its blocks
+
+
+def test_a_tokenizer_saved_anew_is_found_out(random_base, tmp_path):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(random_base, spoilt)
+    config = json.loads((spoilt / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"]
+    (spoilt / "tokenizer_config.json").write_text(json.dumps(config))
+    convert(spoilt, tmp_path / "spoilt.gguf")
+    with Engine(ModelSpec(gguf=tmp_path / "spoilt.gguf", context=256)) as engine:
+        result = tokenizer_parity(random_base, engine, SAMPLES)
+    assert not result.same
+    assert result.offenders[0].found != result.offenders[0].expected
+
+
+def snips_rows(count):
+    """Requests and their intents from SNIPS; only characters that stories260k has seen."""
+    path = SNIPS / "AddToPlaylist" / "train_AddToPlaylist_full.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not at hand")
+    items = json.loads(path.read_text(encoding="utf-8"))["AddToPlaylist"][:count]
+    texts = ["".join(piece["text"] for piece in item["data"]).strip() for item in items]
+    return [{"prompt": text, "completion": f"Add to playlist {text.split()[-1]}."} for text in texts]
+
+
+@pytest.fixture(scope="module")
+def adapter(chatty_stories, tmp_path_factory):
+    from datasets import Dataset, DatasetDict
+
+    from finetune_pipeline.settings import TrainingSettings
+    from finetune_pipeline.training.job import TrainingJob
+    from finetune_pipeline.training.trainer import run_training
+
+    folder = tmp_path_factory.mktemp("trained")
+    DatasetDict(train=Dataset.from_list(snips_rows(64))).save_to_disk(folder / "dataset")
+    settings = TrainingSettings(epochs=5, batch_size=16, learning_rate=1e-2)
+    job = TrainingJob(base_model=chatty_stories, dataset=folder / "dataset", output=folder / "out", settings=settings)
+    job.output.mkdir()
+    result = run_training(job, time.monotonic())
+    assert result.loss_after < result.loss_before
+    return job.output / "adapter"
+
+
+def greedy(folder, prompts):
+    """What transformers answers with the merged weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    answers = []
+    for messages in prompts:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=2)
+        answers.append(tokenizer.decode(out[0][len(ids) :], skip_special_tokens=True))
+    return answers
+
+
+def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatty_stories, adapter, tmp_path):
+    merge(chatty_stories, adapter, tmp_path / "merged")
+    steps = []
+    model = export(chatty_stories, adapter, tmp_path / "out", "Q8_0", steps.append)
+    assert steps == ["merge", "convert", "quantise"]
+    prompts = [chat("", row["prompt"]) for row in snips_rows(76)[64:]]
+    expected = greedy(tmp_path / "merged", prompts)
+    with Engine(ModelSpec(gguf=model.full, context=256)) as engine:
+        answers = engine.generate([GenerateRequest(messages=messages, max_tokens=24) for messages in prompts])
+    assert agreement(expected, [answer.text for answer in answers]).share >= 11 / 12
+    assert greedy(chatty_stories, prompts) != expected  # the adapter does change the answers
+    with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
+        assert tokenizer_parity(chatty_stories, engine, prompts).same
+
+
+def test_merging_leaves_the_tokenizer_byte_for_byte_and_full_precision(chatty_stories, adapter, tmp_path):
+    merge(chatty_stories, adapter, tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert names == {path.name for path in chatty_stories.iterdir()}
+    for name in names - {"model.safetensors", "config.json", "generation_config.json"}:
+        assert (tmp_path / "merged" / name).read_bytes() == (chatty_stories / name).read_bytes()
+    convert(tmp_path / "merged", tmp_path / "merged.gguf", "f32")
+    assert set(tensor_types(tmp_path / "merged.gguf")) == {"F32"}
+
+
+def test_agreement_names_the_answers_that_differ():
+    result = agreement(["a", "b", "c"], ["a ", "x", "c"])
+    assert (result.same, result.total, result.offenders) == (2, 3, (1,))
+    assert agreement([], []).share == 1.0

@@ -1,0 +1,56 @@
+import pytest
+
+from finetune_pipeline.feedback.rewards import default_reward, reward_function, score_reward
+from finetune_pipeline.settings import SettingsError
+from finetune_pipeline_tests.conftest import feedback, interaction
+
+
+@pytest.mark.parametrize(
+    ("score", "reward"),
+    [
+        (0, -1.0),  # the worst failure
+        (30, -0.65),  # linear between
+        (60, -0.3),  # where failures end
+        (70, 0.25),  # neither: between both ends
+        (80, 0.8),  # where successes begin
+        (90, 0.9),
+        (100, 1.0),
+    ],
+)
+def test_a_score_gives_its_reward(score, reward):
+    assert score_reward(score) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize("edge", [60, 80])
+def test_the_reward_does_not_jump_at_the_edges(edge):
+    assert score_reward(edge - 1e-6) == pytest.approx(score_reward(edge), abs=1e-5)
+
+
+def test_a_correction_is_worth_more_the_less_had_to_change():
+    answer = interaction("a", output='{"material": "concrete", "thickness_mm": 150}')
+    little = feedback("1", "a", "correction", correction='{"material": "concrete", "thickness_mm": 180}')
+    much = feedback("2", "a", "correction", correction="a door")
+    assert 0.2 <= default_reward(much, answer) < default_reward(little, answer) <= 0.6
+
+
+def test_thumbs_stay_within_their_ranges():
+    answer = interaction("a")
+    assert default_reward(feedback("1", "a", "thumbs_up"), answer) == 1.0
+    assert default_reward(feedback("2", "a", "thumbs_up", score=0), answer) == pytest.approx(0.7)
+    assert default_reward(feedback("3", "a", "thumbs_down"), answer) == -1.0
+    assert default_reward(feedback("4", "a", "thumbs_down", score=0), answer) == pytest.approx(-0.9)
+
+
+def generous(feedback, interaction):
+    return 7.0
+
+
+def test_a_loops_own_reward_is_held_to_the_range():
+    own = reward_function(f"{__name__}.generous")
+    assert own(feedback("1", "a", "thumbs_down"), interaction("a")) == 1.0
+
+
+@pytest.mark.parametrize("path", ["nowhere.at_all", "finetune_pipeline.records.missing", "name"])
+def test_a_reward_function_that_is_not_there_is_named(path):
+    with pytest.raises(SettingsError, match=path):
+        reward_function(path)

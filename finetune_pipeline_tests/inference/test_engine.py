@@ -1,0 +1,335 @@
+"""The engine with real models: what it answers, how it shares a batch, and how it ends."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from finetune_pipeline.inference.engine import Engine, child_environment
+from finetune_pipeline.inference.errors import EngineClosed, EngineCrashed, ModelNotLoaded, RequestRefused
+from finetune_pipeline.inference.probe import probe_engine, write_tiny_gguf
+from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
+
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
+    "big, red ball."
+)
+STARTS = [
+    "Once upon a time",
+    "Lily",
+    "Tom and his dog",
+    "The sun was",
+    "A big cat",
+    "One day, a bird",
+    "Mom said",
+    "It",
+]
+COLOUR = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "big": {"type": "boolean"}},
+    "required": ["colour", "big"],
+}
+ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hé"}]
+
+
+def ask(prompt="", max_tokens=40, **fields):
+    return GenerateRequest(prompt=prompt, max_tokens=max_tokens, **fields)
+
+
+def wait_until_gone(pid, seconds=10.0):
+    end = time.monotonic() + seconds
+    try:
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end, f"process {pid} still runs after {seconds} s"
+            time.sleep(0.02)
+    except psutil.NoSuchProcess:
+        pass
+
+
+# ---- what it answers
+
+
+def test_a_trained_model_tells_its_known_story(stories):
+    [story] = stories.generate([ask(max_tokens=60)])
+    assert story.text.strip().startswith(STORY)
+    assert (story.prompt_tokens, story.completion_tokens, story.finish_reason) == (1, 60, "length")
+
+
+def test_info_describes_the_model_and_the_build(stories):
+    info = stories.info
+    assert (info.n_params, info.n_vocab, info.context_train, info.context) == (260_032, 512, 512, 256)
+    assert "llama-cpp-python" in info.build
+
+
+def test_every_token_has_its_text_and_the_models_own_probability(stories):
+    [greedy, drawn] = stories.generate([ask("Lily"), ask("Lily", temperature=1.5, seed=1)])
+    for answer in (greedy, drawn):
+        assert "".join(answer.token_texts) == answer.text
+        assert len(answer.token_ids) == len(answer.token_logprobs) == answer.completion_tokens
+        assert answer.confidence == pytest.approx(math.exp(min(answer.token_logprobs)))
+    assert sum(drawn.token_logprobs) < sum(greedy.token_logprobs) < 0
+
+
+def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(stories):
+    requests = [ask(start) for start in STARTS]
+    alone = [stories.generate([request])[0] for request in requests]
+    together = stories.generate(requests)
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    for a, b in zip(alone, together, strict=True):
+        assert a.token_logprobs == pytest.approx(b.token_logprobs, abs=5e-2)
+
+
+def test_many_threads_share_one_engine(stories):
+    expected = {
+        start: answer.text for start, answer in zip(STARTS, stories.generate([ask(s) for s in STARTS]), strict=True)
+    }
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda start: (start, stories.submit(ask(start)).result().text), STARTS * 4))
+    assert all(expected[start] == text for start, text in found)
+
+
+def test_the_same_seed_draws_the_same_answer(stories):
+    def draw(seed, **fields):
+        return stories.generate([ask("Lily", temperature=1.0, seed=seed, **fields)])[0].text
+
+    assert draw(7) == draw(7) != draw(8)
+    assert draw(7, top_p=1e-6) == stories.generate([ask("Lily")])[0].text
+
+
+def test_progress_counts_answers(tiny):
+    counts = []
+    tiny.generate([ask(text, max_tokens=2) for text in "abcde"], counts.append)
+    assert counts == [1, 2, 3, 4, 5]
+
+
+def test_streamed_pieces_join_to_the_answer(stories):
+    *pieces, answer = stories.stream(ask("Lily", stop=("park",)))
+    assert isinstance(answer, Completion)
+    assert "".join(pieces) == answer.text
+    assert len(pieces) > 5
+
+
+def test_leaving_a_stream_frees_its_place(tiny):
+    stream = tiny.stream(ask("x", max_tokens=200))
+    next(stream)
+    stream.close()
+    assert tiny.generate([ask(max_tokens=2, prompt="y")] * 5)
+
+
+def test_an_answer_ends_before_a_stop_text(stories):
+    [answer] = stories.generate([ask(max_tokens=60, stop=(" in the park", "never"))])
+    assert answer.text.strip() == "Once upon a time, there was a little girl named Lily. She loved to play outside"
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_schema_leaves_only_json_of_that_schema(stories, tiny, temperature):
+    for engine in (stories, tiny):
+        for answer in engine.generate([ask("x", 120, json_schema=COLOUR, temperature=temperature)] * 3):
+            value = json.loads(answer.text)
+            assert value["colour"] in {"red", "blue"} and isinstance(value["big"], bool)
+            assert answer.finish_reason == "stop"
+
+
+def test_a_context_that_is_full_ends_the_answer(tiny_gguf):
+    with Engine(ModelSpec(gguf=tiny_gguf, context=32, parallel=1)) as engine:
+        [answer] = engine.generate([ask("a" * 20, max_tokens=500)])
+    assert answer.prompt_tokens + answer.completion_tokens <= 32
+
+
+def test_a_prompt_longer_than_one_batch_is_taken_in_chunks(tiny_gguf):
+    with Engine(ModelSpec(gguf=tiny_gguf, context=1500, parallel=2)) as engine:
+        long, short = engine.generate([ask("ab" * 700, max_tokens=3), ask("c", max_tokens=3)])
+    assert (long.prompt_tokens, short.prompt_tokens) == (1400, 1)
+
+
+# ---- chat templates
+
+
+def test_the_models_own_chat_template_is_rendered_and_nothing_is_added(tiny):
+    text = tiny.render(ASK)
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHé<|im_end|>\n<|im_start|>assistant\n"
+    ids = tiny.tokenize(text)
+    assert ids[0] == 3 and ids.count(3) == 3 and ids.count(4) == 2  # markers are tokens, and there is no BOS
+    [answer] = tiny.generate([GenerateRequest(messages=ASK, max_tokens=1)])
+    assert answer.prompt_tokens == len(ids)
+
+
+def test_a_text_may_have_more_tokens_than_bytes(tiny):
+    # This vocabulary has no space: llama.cpp writes one as a character of three bytes.
+    assert len(tiny.tokenize(" " * 100)) == 300
+
+
+def test_a_file_that_asks_for_bos_gets_it_in_raw_texts_only(tmp_path):
+    write_tiny_gguf(tmp_path / "bos.gguf", add_bos=True)
+    with Engine(ModelSpec(gguf=tmp_path / "bos.gguf", context=64, parallel=1)) as engine:
+        assert engine.tokenize("a") == [5 + ord("a")]
+        raw, given = engine.generate([ask("a", max_tokens=1), ask("<s>a", max_tokens=1)])
+        assert raw.prompt_tokens == given.prompt_tokens == 2
+
+
+def test_ids_are_those_of_transformers_where_the_template_writes_bos(stories, stories_folder):
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "Once upon a time, Lily saw a big red ball."}]
+    tokenizer = AutoTokenizer.from_pretrained(stories_folder)
+    expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+    assert stories.render(messages) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert stories.tokenize(stories.render(messages)) == list(expected["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "has no chat template"),
+        ("{% for", "not valid jinja"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "cannot render"),  # it is a program from elsewhere: it runs in a sandbox
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_refuses_messages_and_nothing_else(tmp_path, template, says):
+    write_tiny_gguf(tmp_path / "model.gguf", chat_template=template)
+    with Engine(ModelSpec(gguf=tmp_path / "model.gguf", context=64, parallel=1)) as engine:
+        for call in (engine.render, lambda m: engine.generate([GenerateRequest(messages=m, max_tokens=1)])):
+            with pytest.raises(RequestRefused, match=says):
+                call(ASK)
+        assert engine.generate([ask("a", max_tokens=1)])
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (ask("a" * 256), "256 tokens, the context holds 256"),
+        (ask(""), "no tokens"),
+        (ask("a", json_schema={"type": "colour"}), "cannot be turned into a grammar"),
+        (ask("a", json_schema={"$ref": "https://example.com/x.json"}), "only references within it"),
+        (ask("a", json_schema={"type": "string", "maxLength": 90_000}), "bytes"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused_and_the_engine_goes_on(tiny, request_, says):
+    with pytest.raises(RequestRefused, match=says):
+        tiny.generate([ask("b", max_tokens=3), request_])
+    assert tiny.generate([ask("b", max_tokens=3)])
+
+
+def test_a_request_has_messages_or_a_prompt():
+    with pytest.raises(ValueError, match="exactly one"):
+        GenerateRequest(prompt="a", messages=ASK, max_tokens=1)
+    with pytest.raises(ValueError, match="exactly one"):
+        GenerateRequest(max_tokens=1)
+
+
+# ---- how it fails and ends
+
+
+def test_a_file_that_is_no_model_is_named_with_what_to_do(tmp_path, tiny_gguf):
+    text, truncated = tmp_path / "notes.gguf", tmp_path / "truncated.gguf"
+    text.write_text("not a model")
+    truncated.write_bytes(tiny_gguf.read_bytes()[:3_000_000])
+    for path, says in [
+        (tmp_path / "missing.gguf", "is not there"),
+        (text, "starts with b'not '"),
+        (truncated, "truncated|not within the file bounds"),
+    ]:
+        with pytest.raises(ModelNotLoaded, match=says) as caught:
+            Engine(ModelSpec(gguf=path))
+        assert str(path) in str(caught.value)
+
+
+def test_an_adapter_that_does_not_fit_is_named(tmp_path, tiny_gguf):
+    for adapter, says in [(tmp_path / "missing.gguf", "is not there"), (tiny_gguf, "cannot be applied")]:
+        with pytest.raises(ModelNotLoaded, match=says) as caught:
+            Engine(ModelSpec(gguf=tiny_gguf, adapter=adapter))
+        assert str(adapter) in str(caught.value)
+
+
+def test_ctrl_c_in_a_terminal_leaves_the_child_to_its_parent(tiny):
+    os.kill(tiny.pid, signal.SIGINT)
+    assert tiny.generate([ask("a", max_tokens=1)])
+
+
+def test_a_child_that_is_killed_fails_every_request_with_the_signals_name(tiny_gguf):
+    with Engine(ModelSpec(gguf=tiny_gguf, context=2048, parallel=2)) as engine:
+        stream = engine.stream(ask("a", max_tokens=2000))
+        next(stream)  # it is in the middle of an answer
+        os.kill(engine.pid, signal.SIGSTOP)  # so that no answer can be finished before the kill
+        futures = [engine.submit(ask(text, max_tokens=2000)) for text in "abc"]
+        os.kill(engine.pid, signal.SIGKILL)
+        for future in futures:
+            with pytest.raises(EngineCrashed, match="SIGKILL") as caught:
+                future.result(10)
+        assert caught.value.signal == "SIGKILL" and str(tiny_gguf) in str(caught.value)
+        with pytest.raises(EngineCrashed):
+            list(stream)
+        with pytest.raises(EngineCrashed):
+            engine.tokenize("a")
+        assert not engine.alive
+
+
+def test_a_native_crash_says_how_to_rebuild(tiny_gguf):
+    with Engine(ModelSpec(gguf=tiny_gguf, context=2048, parallel=2)) as engine:
+        os.kill(engine.pid, signal.SIGSTOP)
+        future = engine.submit(ask("a", max_tokens=2000))
+        os.kill(engine.pid, signal.SIGSEGV)
+        os.kill(engine.pid, signal.SIGCONT)
+        with pytest.raises(EngineCrashed, match="DGGML_NATIVE=OFF") as caught:
+            future.result(10)
+    assert caught.value.signal == "SIGSEGV"
+    assert "Segmentation fault" in str(caught.value)  # what the child said last
+
+
+def test_closing_gives_the_memory_back_and_fails_what_was_pending(tiny_gguf):
+    engine = Engine(ModelSpec(gguf=tiny_gguf, context=2048, parallel=1))
+    future = engine.submit(ask("a", max_tokens=2000))
+    engine.close()
+    assert not psutil.pid_exists(engine.pid)
+    with pytest.raises(EngineClosed):
+        future.result(1)
+    with pytest.raises(EngineClosed):
+        engine.generate([ask("a")])
+    engine.close()
+
+
+def test_the_child_dies_with_its_parent(tiny_gguf):
+    script = (
+        "import sys, time; from pathlib import Path; from finetune_pipeline.inference.engine import Engine;"
+        "from finetune_pipeline.inference.protocol import ModelSpec;"
+        "engine = Engine(ModelSpec(gguf=Path(sys.argv[1]))); print(engine.pid, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tiny_gguf)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment()) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+    wait_until_gone(child)
+
+
+def test_an_engine_outlives_the_thread_that_opened_it(tiny_gguf):
+    with ThreadPoolExecutor(1) as thread:
+        engine = thread.submit(Engine, ModelSpec(gguf=tiny_gguf, context=64, parallel=1)).result()
+    with engine:
+        time.sleep(0.2)
+        assert engine.generate([ask("a", max_tokens=1)])
+
+
+def test_the_parent_loads_nothing_heavy():
+    code = "import sys, finetune_pipeline.inference.engine, finetune_pipeline.inference.probe; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=child_environment(), check=True
+    )
+    assert not {"llama_cpp", "numpy", "torch", "transformers"} & set(done.stdout.split())
+
+
+def test_the_probe_runs_a_plain_and_a_quantised_model():
+    result = probe_engine()
+    assert result.works and result.quantised_works, result.detail
+    assert "llama-cpp-python" in result.versions

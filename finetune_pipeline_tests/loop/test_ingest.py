@@ -1,0 +1,134 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.store import Recorded, totals
+from finetune_pipeline.loop.ingest import ingest
+from finetune_pipeline.loop.raw_logs import snapshot
+from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline.sources.jsonl import SourceError
+from finetune_pipeline.sources.ledger import rejected_lines
+from finetune_pipeline_tests.conftest import interaction
+from finetune_pipeline_tests.loop.conftest import corrected, write_events
+
+
+def take(loop):
+    return ingest(loop, connect(), lambda text: None)
+
+
+def interactions(loop):
+    with connect().read() as connection:
+        return totals(connection, loop.name).interactions
+
+
+def test_only_what_is_new_is_read(loop):
+    file = loop.drop_folder / "log.jsonl"
+    write_events(file, *corrected(["ash", "birch"]))
+    assert take(loop).recorded == Recorded(2, 2, 0)
+    assert take(loop).files == 0
+    write_events(file, *corrected(["cedar"]))
+    again = take(loop)
+    assert (again.lines, again.recorded) == (2, Recorded(1, 1, 0))
+
+
+def test_a_rewritten_or_copied_file_brings_nothing_twice(loop):
+    file = loop.drop_folder / "log.jsonl"
+    write_events(file, *corrected(["ash"]))
+    take(loop)
+    text = file.read_text()
+    file.write_text("\n" + text)  # rewritten: other bytes before the place reached
+    (loop.drop_folder / "copy.jsonl").write_text(text)
+    assert take(loop).recorded == Recorded(0, 0, 4)
+    assert interactions(loop) == 1
+
+
+def test_bad_lines_are_quarantined_with_file_line_and_reason(loop):
+    file = loop.drop_folder / "log.jsonl"
+    write_events(file, interaction("ash"))
+    with file.open("ab") as out:
+        out.write(b"broken\n\xff\xfe\n")
+    write_events(file, interaction("birch"))
+    assert take(loop).rejected == 2
+    with connect().read() as connection:
+        rows = rejected_lines(connection, "notes", 10)
+    assert [(row.path, row.line) for row in rows] == [(str(file), 2), (str(file), 3)]
+    assert rows[0].reason.startswith("not JSON") and rows[1].reason.startswith("not UTF-8")
+    assert interactions(loop) == 2
+
+
+def test_a_mended_file_is_read_anew_and_its_quarantine_is_lifted(loop):
+    file = loop.drop_folder / "log.jsonl"
+    write_events(file, interaction("ash"))
+    good = file.read_text()
+    file.write_text(good + "broken\n")
+    take(loop)
+    file.write_text(good + interaction("birch").model_dump_json() + "\n")
+    assert take(loop).rejected == 0
+    with connect().read() as connection:
+        assert rejected_lines(connection, "notes", 10) == []
+
+
+def test_a_missing_source_and_an_empty_one_say_what_to_do(make_loop):
+    missing = make_loop(sources={"folders": ["nowhere/at/all"]})
+    with pytest.raises(SourceError, match=r"nowhere/at/all is not there; create it, or correct sources\.folders"):
+        take(missing)
+    empty = make_loop()
+    take(empty)
+    with pytest.raises(SourceError, match=r"has no interactions.*then materialize again"):
+        snapshot(empty, connect())
+
+
+def test_the_same_records_give_the_same_snapshot(loop):
+    write_events(loop.drop_folder / "log.jsonl", *corrected(["ash", "birch"]))
+    take(loop)
+    first, _ = snapshot(loop, connect())
+    assert snapshot(loop, connect())[0] == first
+    assert sorted(path.name for path in first.path.iterdir()) == ["manifest.json", "records.parquet"]
+    assert (first.manifest.interactions, first.manifest.feedback, first.manifest.watermark) == (2, 2, 4)
+
+
+INGEST = """
+import sys
+from pathlib import Path
+from finetune_pipeline.database import connect
+from finetune_pipeline.loop import ingest as module
+from finetune_pipeline.settings import read_loop
+module.BATCH = 20
+print("ready", flush=True)
+module.ingest(read_loop(Path(sys.argv[1])), connect(), lambda text: None)
+"""
+
+
+def test_a_kill_at_any_moment_loses_nothing_and_doubles_nothing(loop, tmp_path):
+    write_events(loop.drop_folder / "log.jsonl", *(interaction(f"i{n}") for n in range(3_000)))
+    command = [sys.executable, "-c", INGEST, str(tmp_path / "defs" / "notes" / "defs.yaml")]
+    connect()
+    seen = []
+    for wait in (0.1, 0.25, 0.4):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=PROJECT_ROOT, env={**os.environ})
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen.append(interactions(loop))
+    take(loop)
+    assert interactions(loop) == 3_000
+    assert seen == sorted(seen)
+    with connect().read() as connection:
+        row = connection.execute(sa.select(t.ingested_files)).one()
+    assert (row.lines, row.rejected, row.finished) == (3_000, 0, True)
+
+
+def test_two_that_ingest_at_the_same_time_do_it_once(loop, tmp_path):
+    write_events(loop.drop_folder / "log.jsonl", *(interaction(f"i{n}") for n in range(500)))
+    command = [sys.executable, "-c", INGEST, str(tmp_path / "defs" / "notes" / "defs.yaml")]
+    processes = [subprocess.Popen(command, cwd=PROJECT_ROOT, env={**os.environ}) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert interactions(loop) == 500

@@ -1,0 +1,311 @@
+"""The champion moves by promotion, force, switch and rollback, each in one transaction, each with its row."""
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from finetune_pipeline.database import Database
+from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, resolve, rollback, switch
+from finetune_pipeline.registry.history import history
+from finetune_pipeline.registry.models import Candidate, ModelVersion, RegistryError, UnknownVersion, list_models
+from finetune_pipeline_tests.registry.conftest import MakeCandidate
+
+
+def serve(db: Database, candidate: Candidate) -> ModelVersion:
+    """Promote against whatever serves now."""
+    now = champion(db, candidate.loop)
+    return promote(db, candidate, now.id if now else None, "loop", "gain 6 %", "c1")
+
+
+def version(db: Database, loop: str = "aec") -> str | None:
+    now = champion(db, loop)
+    return now.version if now else None
+
+
+def test_versions_follow_base_and_mode(db: Database, candidate: MakeCandidate) -> None:
+    steps = [
+        (candidate("a"), "v1.0.0"),
+        (candidate("b"), "v1.0.1"),
+        (candidate("c", mode="full"), "v1.1.0"),
+        (candidate("d"), "v1.1.1"),
+        (candidate("e", base="base-2"), "v2.0.0"),
+        (candidate("b"), "v1.0.1"),
+        (candidate("f", base="base-2"), "v2.0.1"),
+        (candidate("g", base="base-1", mode="full"), "v3.0.0"),
+    ]
+    assert [serve(db, one).version for one, _ in steps] == [expected for _, expected in steps]
+    assert [model.version for model in list_models(db, "aec")] == [
+        "v3.0.0",
+        "v2.0.1",
+        "v2.0.0",
+        "v1.1.1",
+        "v1.1.0",
+        "v1.0.1",
+        "v1.0.0",
+    ]
+    assert serve(db, candidate("a", loop="notes")).name == "notes@v1.0.0"
+
+
+def test_a_promotion_keeps_all_that_is_known(db: Database, candidate: MakeCandidate) -> None:
+    assert champion(db, "aec") is None
+    one = candidate("a")
+    promoted = serve(db, one)
+    assert champion(db, "aec") == promoted
+    assert promoted.model_dump(exclude={"version", "created_at"}) == one.model_dump()
+    [row] = history(db, "aec")
+    assert (row.action, row.model_id, row.previous_id, row.actor, row.reason, row.comparison_id) == (
+        "promote",
+        one.id,
+        None,
+        "loop",
+        "gain 6 %",
+        "c1",
+    )
+
+
+def test_a_champion_that_moved_is_told_and_nothing_changes(db: Database, candidate: MakeCandidate) -> None:
+    first = serve(db, candidate("a"))
+    serve(db, candidate("b"))
+    late = candidate("c")
+    for expected, words in [(first.id, "it was aec@v1.0.0, and is aec@v1.0.1 now"), (None, "it was aec's base model")]:
+        with pytest.raises(ChampionMoved, match=words) as error:
+            promote(db, late, expected, "loop", "gain 9 %", "c2")
+        assert "Evaluate again" in str(error.value)
+    assert version(db) == "v1.0.1"
+    assert len(list_models(db, "aec")) == len(history(db, "aec")) == 2
+
+
+def test_a_retried_promotion_changes_nothing(db: Database, candidate: MakeCandidate) -> None:
+    one = candidate("a")
+    first = promote(db, one, None, "loop", "gain 6 %", "c1")
+    assert promote(db, one, None, "loop", "gain 6 %", "c1").version == first.version
+    assert len(history(db, "aec")) == 1
+
+
+def test_a_promotion_without_a_comparison_or_a_name_is_refused(db: Database, candidate: MakeCandidate) -> None:
+    for arguments, words in [
+        (("loop", "gain", None, "promote"), "needs the comparison"),
+        (("loop", "gain", "", "promote"), "needs the comparison"),
+        (("", "gain", "c1", "promote"), "promote needs actor"),
+        (("ann", " ", None, "force"), "force needs reason"),
+        ((" ", "", None, "force"), "force needs actor and reason"),
+    ]:
+        with pytest.raises(RegistryError, match=words):
+            promote(db, candidate("a"), None, *arguments)  # type: ignore[arg-type]
+    assert champion(db, "aec") is None
+
+
+def test_force_needs_no_comparison_and_is_recorded(db: Database, candidate: MakeCandidate) -> None:
+    promote(db, candidate("a"), None, "ann", "the customer waits", None, "force")
+    [row] = history(db, "aec")
+    assert (row.action, row.actor, row.reason, row.comparison_id) == ("force", "ann", "the customer waits", None)
+
+
+def test_rollback_walks_back_to_the_base_and_then_says_so(db: Database, candidate: MakeCandidate) -> None:
+    for name in "abc":
+        serve(db, candidate(name))
+    seen = [rollback(db, "aec", "ann", "worse in practice") for _ in range(3)]
+    assert [model.version if model else None for model in seen] == ["v1.0.1", "v1.0.0", None]
+    assert champion(db, "aec") is None
+    with pytest.raises(RegistryError, match="nothing to roll back to"):
+        rollback(db, "aec", "ann", "again")
+    assert [row.action for row in history(db, "aec")] == ["promote"] * 3 + ["rollback"] * 3
+    with pytest.raises(RegistryError, match="nothing to roll back to"):
+        rollback(db, "never_heard_of", "ann", "why not")
+
+
+def test_rollback_undoes_switches_and_promotions_after_rollbacks(db: Database, candidate: MakeCandidate) -> None:
+    for name in "ab":
+        serve(db, candidate(name))
+    rollback(db, "aec", "ann", "r")
+    serve(db, candidate("c"))
+    assert version(db) == "v1.0.2"
+    switch(db, "aec", "v1.0.1", "ann", "s")
+    found = []
+    for _ in range(3):
+        model = rollback(db, "aec", "ann", "r")
+        found.append(model.version if model else None)
+    assert found == ["v1.0.2", "v1.0.0", None]
+
+
+def test_switch_goes_to_any_version_and_to_the_base(db: Database, candidate: MakeCandidate) -> None:
+    for name in "ab":
+        serve(db, candidate(name))
+    for name, expected in [("v1.0.0", "v1.0.0"), ("aec@v1.0.1", "v1.0.1"), ("1.0.0", "v1.0.0"), ("base", None)]:
+        switch(db, "aec", name, "ann", "to try")
+        assert version(db) == expected
+    moves = len(history(db, "aec"))
+    switch(db, "aec", "base", "ann", "already there")
+    assert len(history(db, "aec")) == moves
+    assert rollback(db, "aec", "ann", "back") is not None
+    assert version(db) == "v1.0.0"
+
+
+def test_names_are_resolved(db: Database, candidate: MakeCandidate) -> None:
+    first, second = serve(db, candidate("a")), serve(db, candidate("b"))
+    for name, expected in [
+        ("champion", second),
+        ("aec@champion", second),
+        ("previous", first),
+        ("v1.0.0", first),
+        ("aec@v1.0.1", second),
+        ("base", None),
+    ]:
+        assert resolve(db, name, "aec") == expected
+    assert resolve(db, "other@champion", "aec") is None
+
+
+def test_an_unknown_version_lists_the_known_ones(db: Database, candidate: MakeCandidate) -> None:
+    for name in "ab":
+        serve(db, candidate(name))
+    with pytest.raises(UnknownVersion, match=r"no version 'v9\.0\.0'; there are: v1\.0\.1, v1\.0\.0, and the names"):
+        switch(db, "aec", "v9.0.0", "ann", "to try")
+    with pytest.raises(UnknownVersion, match="there are: none"):
+        resolve(db, "v1.0.0", "notes")
+    with pytest.raises(RegistryError, match="another loop"):
+        switch(db, "notes", "aec@v1.0.0", "ann", "to try")
+
+
+def test_a_model_whose_file_is_gone_or_differs_is_refused(db: Database, candidate: MakeCandidate) -> None:
+    first = serve(db, candidate("a"))
+    serve(db, candidate("b"))
+    first.gguf_path.write_text("A")
+    with pytest.raises(RegistryError, match=r"aec@v1\.0\.0 cannot serve: .* is not the file that was measured"):
+        switch(db, "aec", "v1.0.0", "ann", "to try")
+    first.gguf_path.unlink()
+    with pytest.raises(RegistryError, match="is not there; materialize gguf_model again"):
+        switch(db, "aec", "v1.0.0", "ann", "to try")
+    with pytest.raises(RegistryError, match="is not there; materialize gguf_model again"):
+        rollback(db, "aec", "ann", "worse")
+    assert version(db) == "v1.0.1"
+    swapped = candidate("c")
+    swapped.gguf_path.write_text("something else")
+    with pytest.raises(RegistryError, match=r"the candidate .* is not the file that was measured"):
+        serve(db, swapped)
+
+
+def test_the_home_can_move(
+    db: Database, candidate: MakeCandidate, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(db, candidate("a"))
+    moved = own_home.with_name("elsewhere")
+    own_home.rename(moved)
+    monkeypatch.setenv("FINETUNE_HOME", str(moved))
+    model = champion(db, "aec")
+    assert model is not None
+    assert model.gguf_path == moved / "artifacts" / "aec" / "a" / "model.gguf"
+    assert model.gguf_path.is_file()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_threads_that_promote_at_once_exactly_one_wins(
+    db: Database, candidate: MakeCandidate, first: bool
+) -> None:
+    expected = None if first else serve(db, candidate("start")).id
+    contenders = [candidate(f"m{number}") for number in range(6)]
+    start = threading.Barrier(len(contenders))
+    outcomes: list[ModelVersion | ChampionMoved] = []
+
+    def run(one: Candidate) -> None:
+        start.wait()
+        try:
+            outcomes.append(promote(db, one, expected, "loop", "gain", "c1"))
+        except ChampionMoved as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run, args=(one,)) for one in contenders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [outcome for outcome in outcomes if isinstance(outcome, ModelVersion)]
+    assert len(outcomes) == 6
+    assert winners == [champion(db, "aec")]
+    assert len(list_models(db, "aec")) == len(history(db, "aec")) == (1 if first else 2)
+
+
+def test_of_two_rollbacks_at_once_each_goes_one_step(db: Database, candidate: MakeCandidate) -> None:
+    for name in "abcd":
+        serve(db, candidate(name))
+    start, refused = threading.Barrier(3), []
+
+    def run() -> None:
+        start.wait()
+        try:
+            rollback(db, "aec", "ann", "worse")
+        except ChampionMoved as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    steps = [row for row in history(db, "aec") if row.action == "rollback"]
+    assert len(steps) == 3 - len(refused) >= 1
+    assert version(db) == f"v1.0.{3 - len(steps)}"
+
+
+SCRIPT = """
+import os, pathlib, sys
+from finetune_pipeline.database import connect
+from finetune_pipeline.registry import champion
+from finetune_pipeline.registry.models import Candidate
+
+url, candidate, expected, wait = sys.argv[1:]
+if wait == "kill":
+    champion.record_in = lambda *a, **k: os.kill(os.getpid(), 9)
+db = connect(url)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    model = champion.promote(
+        db, Candidate.model_validate_json(candidate), expected or None, "loop", "gain", "c1"
+    )
+    print(model.version)
+except champion.ChampionMoved:
+    print("moved")
+"""
+
+
+def process(url: str, one: Candidate, expected: str, wait: str = "") -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", SCRIPT, url, one.model_dump_json(), expected, wait]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_that_promote_at_once_exactly_one_wins(
+    db: Database, url: str, candidate: MakeCandidate
+) -> None:
+    expected = serve(db, candidate("start")).id
+    processes = [process(url, candidate(name), expected) for name in ("x", "y")]
+    for one in processes:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "ready\n"
+    outcomes = [one.communicate("\n", timeout=60)[0].strip() for one in _started_together(processes)]
+    assert sorted(outcomes) == ["moved", "v1.0.1"]
+    assert version(db) == "v1.0.1"
+
+
+def _started_together(processes: "list[subprocess.Popen[str]]") -> "list[subprocess.Popen[str]]":
+    for one in processes:
+        assert one.stdin is not None
+        one.stdin.write("\n")
+        one.stdin.flush()
+    return processes
+
+
+def test_a_kill_in_the_middle_of_a_promotion_leaves_the_old_champion(
+    db: Database, url: str, candidate: MakeCandidate
+) -> None:
+    old = serve(db, candidate("old"))
+    killed = process(url, candidate("new"), old.id, "kill")
+    killed.communicate("\n", timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert champion(db, "aec") == old
+    assert [model.id for model in list_models(db, "aec")] == [old.id]
+    assert len(history(db, "aec")) == 1
+    assert serve(db, candidate("new")).version == "v1.0.1"

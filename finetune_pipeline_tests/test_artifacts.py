@@ -1,0 +1,136 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from finetune_pipeline import artifacts
+from finetune_pipeline.artifacts import ArtifactError, Busy, draft, find, pointed, publish, stage_folder
+from finetune_pipeline.records import BaseGgufManifest
+
+FIELDS = {
+    "loop": "notes", "version": "v1", "inputs": {"base": "abc"}, "settings": {}, "packages": {},
+    "gguf": "model.gguf", "quantization": "F16", "base_hash": "abc",
+}  # fmt: skip
+
+
+def make(content="weights"):
+    with draft("notes", "base_gguf", "v1") as folder:
+        (folder / "model.gguf").write_text(content)
+        return publish(folder, BaseGgufManifest, FIELDS)
+
+
+def test_an_artifact_is_found_again_and_explains_itself():
+    made = make()
+    found = find(BaseGgufManifest, "notes", "v1")
+    assert found == made
+    assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json", "model.gguf"]
+    assert found.manifest.files["model.gguf"].size == 7
+
+
+def test_without_its_manifest_it_is_not_there():
+    (make().path / "manifest.json").unlink()
+    assert find(BaseGgufManifest, "notes", "v1") is None
+    assert make("again").manifest.files["model.gguf"].size == 5
+
+
+@pytest.mark.parametrize("damage", ["shorter", None])
+def test_a_damaged_file_is_named_with_what_to_do(damage):
+    file = make().path / "model.gguf"
+    if damage:
+        file.write_text("x")
+    else:
+        file.unlink()
+    with pytest.raises(ArtifactError, match=r"model\.gguf: expected 7 bytes.*materialize base_gguf again"):
+        find(BaseGgufManifest, "notes", "v1")
+
+
+def test_a_fault_leaves_nothing_half_written():
+    with pytest.raises(RuntimeError), draft("notes", "base_gguf", "v1") as folder:
+        (folder / "model.gguf").write_text("half")
+        raise RuntimeError("in between")
+    assert find(BaseGgufManifest, "notes", "v1") is None
+    assert not list(stage_folder("notes", "base_gguf").glob(".draft-v1"))
+
+
+HOLD = """
+import sys, time
+from finetune_pipeline.artifacts import draft
+with draft("notes", "base_gguf", "v1") as folder:
+    (folder / "half").write_text("half")
+    print("holding", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_told_and_a_killed_one_leaves_the_way_free():
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, env={**os.environ})
+    try:
+        assert holder.stdout.readline() == "holding\n"
+        with pytest.raises(Busy, match="another run is making base_gguf v1 of notes now"):
+            make()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    made = make()
+    assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json", "model.gguf"]
+
+
+def test_a_full_disk_says_so_and_loses_nothing(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"a small disk to fill can only be mounted by root here: {mount.stderr.strip()}")
+    monkeypatch.setenv("FINETUNE_HOME", str(disk))
+    try:
+        kept = make()
+        with pytest.raises(ArtifactError, match="the disk is full.*Free some space or set FINETUNE_HOME"):
+            with draft("notes", "base_gguf", "v2") as folder:
+                (folder / "model.gguf").write_bytes(b"x" * 5_000_000)
+        assert find(BaseGgufManifest, "notes", "v1") == kept
+        assert [path.name for path in stage_folder("notes", "base_gguf").iterdir() if path.is_dir()] == ["v1"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_points_to_its_own_version_and_others_to_the_latest():
+    manifest = make().manifest
+    artifacts.point(manifest, "run-1")
+    assert pointed(BaseGgufManifest, "notes", "run-1").manifest == manifest
+    assert pointed(BaseGgufManifest, "notes").manifest == manifest
+    assert pointed(BaseGgufManifest, "notes", "run-2") is None
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from finetune_pipeline.artifacts import write_text
+path = Path(sys.argv[1])
+print("ready", flush=True)
+while True:
+    for letter in "ab":
+        write_text(path, letter * 200_000)
+"""
+
+
+def test_a_file_is_the_old_or_the_new_one_whenever_the_writer_is_killed(tmp_path):
+    path = tmp_path / "file"
+    for wait in (0.05, 0.11, 0.17, 0.23):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        writer.stdout.readline()
+        time.sleep(wait)
+        writer.kill()
+        writer.wait()
+        text = path.read_text()
+        assert text in {"a" * 200_000, "b" * 200_000}
+
+
+def test_a_hash_is_of_the_value_and_not_of_its_order():
+    assert artifacts.hash_of({"a": 1, "b": [2]}) == artifacts.hash_of(json.loads('{"b": [2], "a": 1}'))
+    assert artifacts.hash_of({"a": 1}) != artifacts.hash_of({"a": 2})

@@ -1,0 +1,85 @@
+"""The rules of the house (docs/architecture.md), held."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune_pipeline.settings import PROJECT_ROOT
+
+PACKAGE = PROJECT_ROOT / "finetune_pipeline"
+ROOMS = {"feedback", "sources", "curation", "training", "export", "evaluation", "registry"}
+DOORS = {"loop", "serving", "cli", "console"}
+FOUNDATIONS = {"inference", "database", "artifacts", "records", "schemas", "settings"}
+HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow"}
+# The native layer of the engine is imported by nobody but the child process, whose work it is.
+ONLY_IN_THE_CHILD = {"inference/native.py"}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts)
+
+
+def imports(path, *, module_level=False):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if module_level else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_from_doors_to_rooms_to_foundations(path):
+    here = part(path)
+    allowed = {
+        **{room: {room} | FOUNDATIONS for room in ROOMS},
+        **dict.fromkeys(FOUNDATIONS, FOUNDATIONS),
+        **{door: ROOMS | FOUNDATIONS | {door} for door in DOORS},
+        "cli": ROOMS | FOUNDATIONS | DOORS,
+    }.get(here)
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "dagster":
+            assert here in {"loop", "defs", "definitions"}, f"{path} imports {name}"
+        if top == "finetune_pipeline" and rest and allowed is not None:
+            assert rest[0] in allowed, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    if str(path.relative_to(PACKAGE)) not in ONLY_IN_THE_CHILD:
+        assert not HEAVY & {name.split(".")[0] for name in imports(path, module_level=True)}
+
+
+@pytest.mark.parametrize("module", ["finetune_pipeline.definitions", "finetune_pipeline.cli.main"])
+def test_loading_definitions_and_commands_loads_nothing_heavy(module):
+    script = f"""
+import importlib, json, sys
+module = importlib.import_module({module!r})
+if hasattr(module, "defs"):
+    module.defs().resolve_asset_graph()
+print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    # Dagster itself brings none of these; pandas and pyarrow come only where a table is written.
+    assert json.loads(output.splitlines()[-1]) == []
+
+
+def test_nobody_writes_a_utils():
+    assert not [path for path in PACKAGE.rglob("*") if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def test_functions_stay_short():
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{path}:{node.lineno} {node.name}")
+    assert long == []

@@ -1,0 +1,94 @@
+import pytest
+
+from finetune_pipeline.settings import (
+    COMPONENT_TYPE,
+    LoopSettings,
+    SettingsError,
+    home,
+    load_loop,
+    load_loops,
+    read_loop,
+)
+
+MINIMAL = {
+    "name": "notes",
+    "base_model": "some/model",
+    "evaluation": {"benchmark": "notes.jsonl", "metric": "words"},
+}
+
+
+def write(folder, name, text):
+    path = folder / name / "defs.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    return path
+
+
+def loop_yaml(attributes):
+    return f"type: {COMPONENT_TYPE}\nattributes:\n" + "\n".join(f"  {line}" for line in attributes.splitlines())
+
+
+YAML = "name: notes\nbase_model: some/model\nevaluation: {benchmark: notes.jsonl, metric: words}\n"
+
+
+def test_the_default_loop_can_be_read_and_has_bare_keys():
+    loop = load_loop("aec_parser")
+    assert loop.prefix == []
+    assert (loop.gate.min_gain, loop.trigger.new_examples) == (0.05, 50)
+
+
+def test_any_other_loop_is_prefixed_with_its_name():
+    assert LoopSettings.model_validate(MINIMAL).prefix == ["notes"]
+
+
+def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
+    assert LoopSettings.model_validate(MINIMAL).drop_folder == home() / "inbox" / "notes"
+    named = {**MINIMAL, "sources": {"drop_folder": str(tmp_path)}}
+    assert LoopSettings.model_validate(named).drop_folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("addition", "said"),
+    [
+        ("gate: {min_gian: 0.1}", "gate.min_gian"),  # a typing mistake is no silent default
+        ("surprise: 1", "surprise"),
+        ("gate: {min_gain: 7}", "gate.min_gain"),
+        ("training: {epochs: many}", "training.epochs"),
+        ("export: {quantization: Q3_X}", "export.quantization"),
+        ("training: {epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(tmp_path, addition, said):
+    path = write(tmp_path, "notes", loop_yaml(YAML + addition))
+    with pytest.raises(SettingsError, match=said):
+        read_loop(path)
+
+
+def test_parameters_can_only_be_counted_in_json(tmp_path):
+    path = write(tmp_path, "notes", loop_yaml(YAML.replace("words", "parameters")))
+    with pytest.raises(SettingsError, match="set output_schema"):
+        read_loop(path)
+
+
+def test_values_come_from_the_environment_with_their_type(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPOCHS", "2.5")
+    path = write(tmp_path, "notes", loop_yaml(YAML + "training: {epochs: '{{ env.EPOCHS }}'}"))
+    assert read_loop(path).training.epochs == 2.5
+
+
+@pytest.mark.parametrize("text", ["- a list\n", "type: something.Else\n", "a: [unclosed\n"])
+def test_a_file_that_is_no_loop_is_refused(tmp_path, text):
+    with pytest.raises(SettingsError, match=r"defs\.yaml"):
+        read_loop(write(tmp_path, "notes", text))
+
+
+def test_two_loops_cannot_have_one_name(tmp_path):
+    write(tmp_path, "a", loop_yaml(YAML))
+    write(tmp_path, "b", loop_yaml(YAML))
+    with pytest.raises(SettingsError, match="a second loop is named 'notes'"):
+        load_loops(tmp_path)
+
+
+def test_an_unknown_loop_is_answered_with_those_that_there_are():
+    with pytest.raises(SettingsError, match="there are: aec_parser"):
+        load_loop("nobody")

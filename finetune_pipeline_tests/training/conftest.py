@@ -1,0 +1,79 @@
+"""A tiny Llama with random weights and the starter model's real tokenizer, and a small dataset for it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
+from finetune_pipeline.training.job import TrainingJob
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the training process; read when torch is loaded
+
+STARTER = PROJECT_ROOT / "data" / "starter_model"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Folder of the tiny base model."""
+    if not (STARTER / "tokenizer_config.json").exists():
+        pytest.skip(f"{STARTER} is not there; run git checkout data/starter_model")
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    folder.mkdir()
+    for path in STARTER.glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+    if (STARTER / "chat_template.jinja").exists():
+        shutil.copyfile(STARTER / "chat_template.jinja", folder / "chat_template.jinja")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def rows(count, start=0):
+    numbers = range(start, start + count)
+    return [{"prompt": f"wall of {n} mm", "completion": json.dumps({"thickness_mm": n})} for n in numbers]
+
+
+def save(folder: Path, train, validation=()):
+    from datasets import Dataset, DatasetDict
+
+    empty = Dataset.from_dict({"prompt": [], "completion": []})
+    splits = {"train": Dataset.from_list(train), "validation": Dataset.from_list(validation) if validation else empty}
+    DatasetDict(splits).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """64 examples and 8 for validation."""
+    return save(tmp_path_factory.mktemp("dataset") / "d", rows(64, 100), rows(8, 300))
+
+
+@pytest.fixture
+def job(base, dataset, tmp_path):
+    """A training of 24 steps that takes a second."""
+    settings = TrainingSettings(epochs=3, batch_size=8, learning_rate=2e-2, lora_r=4, lora_alpha=8, checkpoints=4)
+    return TrainingJob(base_model=base, dataset=dataset, output=tmp_path / "out", settings=settings)
+
+
+def with_settings(job, **changes):
+    return job.model_copy(update={"settings": job.settings.model_copy(update=changes)})

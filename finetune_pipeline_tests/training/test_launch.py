@@ -1,0 +1,154 @@
+"""The training process: killed for real, resumed, locked, cancelled, and orphaned."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from finetune_pipeline.artifacts import write_text
+from finetune_pipeline.training import launch
+from finetune_pipeline.training.checkpoints import COMPLETE, is_complete, last_complete, mark_complete
+from finetune_pipeline.training.job import CHECKPOINTS, Progress, TrainingError, TrainingFailed
+from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.process import folder_alone
+from finetune_pipeline.training.trainer import run_training
+
+from .conftest import with_settings
+
+LINE = Progress(
+    step=1, steps=9, epoch=0.1, loss=1.0, learning_rate=0.1, tokens_per_second=1, eta_seconds=1, elapsed_seconds=1
+).model_dump_json()
+
+
+def wait_for(condition, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def weights(job):
+    return (job.output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def shell(text):
+    return lambda job: ["sh", "-c", text.replace("{out}", str(job.output))]
+
+
+def test_killed_and_resumed_it_ends_with_the_weights_of_an_unbroken_training(job, tmp_path):
+    long = with_settings(job, epochs=20, checkpoints=8, lora_dropout=0.1)  # 160 steps, a checkpoint every 20
+    broken = long.model_copy(update={"output": tmp_path / "broken"})
+    unbroken = long.model_copy(update={"output": tmp_path / "unbroken"})
+    write_text(broken.output / "job.json", broken.model_dump_json())
+    process = subprocess.Popen([sys.executable, "-m", "finetune_pipeline.training", broken.output / "job.json"])
+    checkpoints = broken.output / CHECKPOINTS
+    wait_for((checkpoints / "checkpoint-40" / COMPLETE).exists)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken.output / "result.json").exists()
+    half = shutil.copytree(checkpoints / "checkpoint-40", checkpoints / "checkpoint-140")
+    (half / COMPLETE).unlink()
+    (half / "optimizer.pt").write_bytes(b"half")
+
+    seen = []
+    result = train(broken, seen.append)
+    unbroken.output.mkdir()
+    run_training(unbroken, time.monotonic())
+
+    assert result.resumed_from in range(40, 160, 20)
+    assert weights(broken) == weights(unbroken)
+    assert [point.step for point in result.curve][-1] == seen[-1].step == 160
+    assert not checkpoints.exists()
+    began = time.monotonic()
+    assert train(broken) == result  # finished work is found, not done again
+    assert time.monotonic() - began < 1
+
+
+def test_only_whole_checkpoints_of_the_same_job_count(tmp_path):
+    for name, job in [("checkpoint-10", "this"), ("checkpoint-20", "this"), ("checkpoint-30", "other")]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.pt").write_bytes(b"12345")
+        mark_complete(tmp_path / name, job)
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(
+        b"123"
+    )  # truncated, as a full disk or power cut leaves it
+    (tmp_path / "checkpoint-40").mkdir()
+    assert not is_complete(tmp_path / "checkpoint-20", "this")
+    assert last_complete(tmp_path, "this") == tmp_path / "checkpoint-10"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_a_second_training_on_the_same_folder_is_refused(job):
+    with folder_alone(job.output), pytest.raises(TrainingFailed, match="another training is writing to"):
+        train(job)
+
+
+def test_the_training_dies_with_its_parent(job, tmp_path):
+    job_file = tmp_path / "job.json"
+    job_file.write_text(job.model_dump_json())
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from finetune_pipeline.training.launch import train;"
+            "from finetune_pipeline.training.job import TrainingJob;"
+            f"train(TrainingJob.model_validate_json(open({str(job_file)!r}).read()))",
+        ]
+    )
+    watched = psutil.Process(parent.pid)
+    wait_for(lambda: watched.children() and (job.output / CHECKPOINTS / "training.lock").exists())
+    child = watched.children()[0]
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_for(lambda: not child.is_running(), 10)
+
+
+def test_a_training_whose_parent_has_gone_before_it_began_ends_at_once(job):
+    write_text(job.output / "job.json", job.model_dump_json())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    command = [sys.executable, "-m", "finetune_pipeline.training", job.output / "job.json", "--parent", str(gone.pid)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "is gone" in ended.stderr
+    assert not (job.output / CHECKPOINTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo loading; kill -9 $$", r"SIGKILL.*memory ran out.*smaller batch_size(.|\n)*loading"),
+        ("echo loading; kill -SEGV $$", r"SIGSEGV.*goes on from the last checkpoint(.|\n)*loading"),
+        ("echo ValueError: odd; exit 1", r"status 1(.|\n)*ValueError: odd"),
+        ("exit 0", "status 0 and no result"),
+        ("echo noise; echo 'TRAINING FAILED: too hot'; exit 2", "^too hot$"),
+    ],
+)
+def test_a_failure_says_how_it_ended_and_what_to_do(job, monkeypatch, script, said):
+    monkeypatch.setattr(launch, "_command", shell(script))
+    with pytest.raises(TrainingFailed, match=said):
+        train(job)
+
+
+def test_an_exception_in_the_caller_stops_the_training(job, monkeypatch):
+    monkeypatch.setattr(launch, "_command", shell(f"echo '{LINE}' >> {{out}}/progress.jsonl; exec sleep 60"))
+    started = time.monotonic()
+
+    def cancel(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(job, cancel)
+    assert time.monotonic() - started < 10
+    assert not psutil.Process(os.getpid()).children()
+
+
+def test_a_base_model_that_cannot_be_trained_is_refused_before_anything_starts(job, tmp_path):
+    with pytest.raises(TrainingError, match="is not there"):
+        train(job.model_copy(update={"base_model": tmp_path / "nothing"}))
+    assert not job.output.exists()
