@@ -163,9 +163,7 @@ class TriggerSettings(Settings):
     silent_minutes: float = Field(
         default=60, gt=0, description="A run in progress without a word for so long is taken for dead."
     )
-    running: bool = Field(
-        default=False, description="The sensor and the yearly schedule are on without a click."
-    )
+    running: bool = Field(default=False, description="The sensor and the yearly schedule are on without a click.")
     nightly: str = Field(default="0 2 * * *", description="Cron time of the nightly look.")
     yearly: str = Field(default="0 3 1 1 *", description="Cron time of the full retraining.")
 

@@ -90,9 +90,9 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_HOME", str(disk))
     try:
         kept = make()
-        with pytest.raises(ArtifactError, match="the disk is full.*Free some space or set FINETUNE_HOME"):
-            with draft("notes", "base_gguf", "v2") as folder:
-                (folder / "model.gguf").write_bytes(b"x" * 5_000_000)
+        says = pytest.raises(ArtifactError, match=r"the disk is full.*Free some space or set FINETUNE_HOME")
+        with says, draft("notes", "base_gguf", "v2") as folder:
+            (folder / "model.gguf").write_bytes(b"x" * 5_000_000)
         assert find(BaseGgufManifest, "notes", "v1") == kept
         assert [path.name for path in stage_folder("notes", "base_gguf").iterdir() if path.is_dir()] == ["v1"]
     finally:

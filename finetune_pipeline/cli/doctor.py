@@ -65,7 +65,8 @@ def _llama() -> Iterator[Finding]:
     rebuild = 'rebuild it: CMAKE_ARGS="-DGGML_NATIVE=OFF" .venv/bin/pip install --force-reinstall --no-deps '
     rebuild += "--no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
     works = probe.works and probe.quantised_works
-    yield Finding("llama.cpp", probe.works, probe.detail, "" if probe.works else rebuild)
+    about = "; ".join(f"{name} {version}" for name, version in probe.versions.items())
+    yield Finding("llama.cpp", probe.works, f"{probe.detail} ({about})", "" if probe.works else rebuild)
     yield Finding(
         "llama.cpp, quantised",
         probe.quantised_works,

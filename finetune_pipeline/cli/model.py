@@ -24,13 +24,13 @@ def list_(loop: LoopSettings) -> None:
     database = connect()
     serving = champion(database, loop.name)
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "model", "right", "promoted", "training", "GGUF"):
-        table.add_column(heading, no_wrap=heading != "GGUF", overflow="fold")
+    for heading in ("", "model", "right", "promoted (UTC)", "training"):
+        table.add_column(heading, no_wrap=True)
     for version in list_models(database, loop.name):
         mark = "*" if serving and version.id == serving.id else ""
         when = f"{version.created_at:%Y-%m-%d %H:%M}"
-        table.add_row(mark, version.name, _right(version.scores), when, version.mode, str(version.gguf_path))
-    table.add_row("" if serving else "*", f"{loop.name}@base", "", "", "", loop.base_model)
+        table.add_row(mark, version.name, _right(version.scores), when, version.mode)
+    table.add_row("" if serving else "*", f"{loop.name}@base", "", "", "")
     Console().print(table)
 
 

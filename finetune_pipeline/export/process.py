@@ -26,7 +26,8 @@ def run(command: Sequence[str], what: str, environment: Mapping[str, str] | None
         ExportError: it failed; with the signal's name or the status, and the last lines that it wrote.
     """
     process = subprocess.Popen(
-        command,
+        # A step that outlived a killed run would write into the folder of the next one.
+        [sys.executable, "-m", "finetune_pipeline.children", str(os.getpid()), *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

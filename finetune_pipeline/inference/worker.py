@@ -4,7 +4,6 @@ A thread reads the requests, the main loop decodes. When its input ends, or its 
 it was doing is of no use to anybody then.
 """
 
-import ctypes
 import faulthandler
 import json
 import os
@@ -14,6 +13,7 @@ import sys
 import threading
 from typing import IO, Any
 
+from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.inference.chat_template import ChatTemplate
 from finetune_pipeline.inference.errors import EngineError, ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.native import NativeModel
@@ -21,7 +21,6 @@ from finetune_pipeline.inference.protocol import LOAD_ID, Completion, GenerateRe
 from finetune_pipeline.inference.scheduler import Outcome, Scheduler
 from finetune_pipeline.records import Message
 
-_PR_SET_PDEATHSIG = 1
 Order = dict[str, Any]
 
 
@@ -104,14 +103,6 @@ class Worker:
             self.send({"id": id, "error": type(outcome).__name__, "message": str(outcome)})
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux); elsewhere its input ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before that call
-        os._exit(1)
-
-
 def read_orders(source: IO[str], orders: "queue.SimpleQueue[Order]") -> None:
     """Queue every line of the input; exit when it ends."""
     for line in source:
@@ -123,7 +114,7 @@ def main() -> None:
     """Load the model that the first line names, then answer until the input ends."""
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever native code prints must not get among the JSON lines
-    die_with(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     faulthandler.enable(all_threads=False)
     spec = ModelSpec.model_validate(json.loads(sys.stdin.readline())["spec"])

@@ -1,6 +1,5 @@
 """The asset eval_report: champion and challenger on the same questions, and the gate's check."""
 
-import base64
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +28,7 @@ from finetune_pipeline.feedback.store import content_hash, mark_judged
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.base_gguf import base_gguf
-from finetune_pipeline.loop.io import pointers_key, upstream
+from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison_in
@@ -181,7 +180,6 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
         for side, value in (("challenger", figure.challenger), ("champion", figure.champion)):
             if value is not None:
                 figures[f"{figure.key}_{side}"] = float(value)
-    picture = base64.b64encode(plot_png(comparison)).decode()
     return {
         "verdict": "promote" if verdict.promote else "reject",
         "reason": verdict.reason,
@@ -189,7 +187,7 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
         "right_champion": verdict.champion_right,
         "of": verdict.total,
         "comparison": dg.MetadataValue.md(markdown_table(comparison)),
-        "plot": dg.MetadataValue.md(f"![champion and challenger](data:image/png;base64,{picture})"),
+        "plot": picture(plot_png(comparison), "champion and challenger"),
         "report": dg.MetadataValue.path(artifact.path / HTML),
         "p_value": float(comparison.significance.p_value),
         **figures,

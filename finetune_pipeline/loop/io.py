@@ -5,6 +5,7 @@ is only which version it made. A step of the same run gets that run's version; a
 that was made last.
 """
 
+import base64
 from typing import Any
 
 import dagster as dg
@@ -53,6 +54,11 @@ class ArtifactPointers(dg.IOManager):
                 "everything upstream with '*promoted_model'"
             )
         return found
+
+
+def picture(png: bytes, title: str) -> dg.MarkdownMetadataValue:
+    """A picture that Dagster's UI shows among the metadata."""
+    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def pointers_key(loop: LoopSettings) -> str:

@@ -9,11 +9,12 @@ from pydantic import Field, create_model
 
 from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of
 from finetune_pipeline.export.base import base_hash, resolve_base_model
-from finetune_pipeline.loop.io import pointers_key, upstream
+from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.loop.reading import PACKAGES
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.settings import LoopSettings, TrainingSettings
-from finetune_pipeline.training.job import Progress, TrainingJob, TrainingResult
+from finetune_pipeline.training.curve import curve_png
+from finetune_pipeline.training.job import RESULT, Progress, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
 
 POOL = "training"
@@ -132,6 +133,7 @@ def describe(progress: Progress) -> str:
 
 def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
+    result = TrainingResult.model_validate_json((artifact.path / RESULT).read_bytes())
     return {
         "loss_before": manifest.loss_before,
         "loss_after": manifest.loss_after,
@@ -144,6 +146,7 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
         "too_long": manifest.too_long,
         "device": manifest.device,
         "seed": int(manifest.settings["seed"]),
+        "loss_curve": picture(curve_png(result), "loss curve"),
         "version": manifest.version,
         "path": dg.MetadataValue.path(artifact.path),
     }

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
-from finetune_pipeline.training.process import die_with_parent, folder_alone
+from finetune_pipeline.training.process import folder_alone
 
 # Weights and data are local; nothing is asked of, or told to, anybody.
 _ENVIRONMENT = {

@@ -1,11 +1,6 @@
-"""The training process and its surroundings: it dies with its parent, and has its folder alone."""
+"""The training process and its surroundings: it has its folder alone, and says what memory it took."""
 
-import ctypes
-import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,31 +8,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Make this process end when the one that started it ends, however that happens.
-
-    On Linux the kernel sees to it, and the signal belongs to the parent's *thread*: start trainings from a thread that
-    lives as long. Elsewhere a thread looks once a second.
-
-    Args:
-        parent: process id of the parent, which may be gone already: then this process ends at once.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it had gone before the kernel was asked
-        raise SystemExit(f"the process {parent} that started this training is gone")
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 @contextmanager

@@ -1,0 +1,121 @@
+"""The `finetune` command as people type it, on a home of its own."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from finetune_pipeline.artifacts import hash_file
+from finetune_pipeline.cli import doctor as doctor_module
+from finetune_pipeline.cli.main import finetune
+from finetune_pipeline.database import connect
+from finetune_pipeline.registry.champion import champion, promote
+from finetune_pipeline.registry.models import Candidate
+from finetune_pipeline.settings import PROJECT_ROOT, load_loop
+from finetune_pipeline_tests.conftest import interaction
+
+LOOP = "aec_parser"
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(finetune, arguments)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def real(*arguments):
+    """The installed command in a process of its own."""
+    command = [sys.executable, "-m", "finetune_pipeline.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
+
+
+@pytest.fixture
+def two_versions(own_home):
+    """Two promoted models; the second one serves."""
+    for number in (1, 2):
+        path = own_home / f"model-{number}.gguf"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"GGUF" + bytes([number]))
+        candidate = Candidate(
+            loop=LOOP, gguf_path=path, gguf_sha256=hash_file(path), base_hash="b", mode="full",
+            lineage={"lora_adapter": "abc"}, scores={"accuracy": 0.5 + number / 10}, report_path=path,
+        )  # fmt: skip
+        before = champion(connect(), LOOP)
+        promote(connect(), candidate, before.id if before else None, "test", f"gain {number}", f"report {number}")
+
+
+def test_models_are_listed_with_the_one_that_serves(two_versions):
+    lines = [" ".join(line.split()) for line in run("model", "list").splitlines()]
+    assert lines[1].startswith("* aec_parser@v1.1.0 70.0%")
+    assert lines[2].startswith("aec_parser@v1.0.0 60.0%")
+    assert lines[3].startswith("aec_parser@base")
+
+
+def test_a_version_can_be_shown_switched_to_and_rolled_back_from(two_versions):
+    assert "lora_adapter: abc" in run("model", "show", "v1.0.0")
+    assert run("model", "switch", "v1.0.0") == "aec_parser@v1.0.0 serves now\n"
+    assert run("model", "rollback") == "aec_parser@v1.1.0 serves again\n"
+    assert run("model", "rollback") == "aec_parser@v1.0.0 serves again\n"
+    assert run("model", "rollback") == "aec_parser@base serves again\n"
+    shown = run("model", "history")
+    assert [shown.count(action) for action in ("promote", "switch", "rollback")] == [2, 2, 3]
+
+
+def test_an_error_is_a_line_that_says_what_to_do_and_no_traceback(two_versions):
+    result = real("model", "switch", "v9.9.9")
+    assert result.returncode == 1
+    assert "no version 'v9.9.9'; there are: v1.1.0, v1.0.0" in result.stderr
+    assert "Traceback" not in result.stderr
+    unknown = real("status", "--loop", "nobody")
+    assert unknown.returncode == 1 and "there are: aec_parser" in unknown.stderr
+
+
+def test_status_says_what_the_sensor_says(own_home):
+    before = run("status")
+    assert "0 of 50 new high-reward examples" in before
+    assert "event files; `finetune ingest` takes them in" in before
+    assert "interactions and" in run("ingest")
+    after = run("status")
+    assert "unread" not in after
+    count = int(after.split("trigger")[1].split()[0])
+    assert count >= 50
+    assert "serving   the base model" in after
+
+
+def test_a_single_file_can_be_taken_in(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text(interaction("a").model_copy(update={"task": LOOP}).model_dump_json() + "\nbroken\n")
+    said = run("ingest", str(path))
+    assert "1 files: 1 interactions and 0 feedback added, 0 known already, 1 lines rejected" in said
+    assert f"{path}:2: not JSON" in said
+
+
+def test_ask_answers_with_the_base_model_while_there_is_no_champion():
+    answer = run("ask", "200 mm concrete wall").splitlines()[-1]
+    assert answer.startswith("{") and '"concrete"' in answer
+
+
+def test_doctor_finds_this_machine_able():
+    said = run("doctor")
+    for name in ("python", "C++ compiler", "llama.cpp, quantised", "GGUF converter", "GPU", "training: peft"):
+        assert name in said
+    assert "FAIL" not in said
+
+
+def test_doctor_points_to_wsl_on_windows(monkeypatch):
+    monkeypatch.setattr(doctor_module.platform, "system", lambda: "Windows")
+    (system, *_) = doctor_module._system()
+    assert not system.works and "WSL" in system.remedy
+
+
+def test_doctor_says_what_to_do_without_a_converter(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(tmp_path))
+    said = run("doctor", code=1)
+    assert "FAIL  GGUF converter" in said and "make setup" in said
+
+
+def test_the_default_loop_reads_files_that_are_there():
+    loop = load_loop(LOOP)
+    for name in (loop.output_schema, loop.evaluation.benchmark, loop.evaluation.compliance, loop.curation.replay):
+        assert (PROJECT_ROOT / name).is_file()

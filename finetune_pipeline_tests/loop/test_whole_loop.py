@@ -1,0 +1,212 @@
+"""The whole loop through the real command line: training, export, engine, gate, registry, nothing replaced.
+
+One home for the file, and the tests in the order of a loop's life; finished work is found again, so that most of them
+cost seconds. The loop is the example of free text, `examples/meeting_notes`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.registry.champion import champion
+from finetune_pipeline.registry.comparisons import list_comparisons
+from finetune_pipeline.registry.history import history
+from finetune_pipeline.settings import PROJECT_ROOT, read_loop
+
+EXAMPLE = PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml"
+DEFINITIONS = """
+from pathlib import Path
+import dagster as dg
+from finetune_pipeline.loop.component import FineTuneLoop
+from finetune_pipeline.settings import read_loop
+loop = read_loop(Path({yaml!r}))
+defs = FineTuneLoop(loop).build_defs(dg.ComponentTree.for_test().load_context)
+"""
+IMPOSSIBLE = {"gate": {"min_gain": 1.0, "mode": "points"}}
+KEEP = {"gate": {"min_gain": 1.0, "mode": "points", "on_reject": "keep_champion"}}
+
+pytestmark = pytest.mark.slow
+
+
+class Loop:
+    """The example loop in a home of its own, driven by `dagster asset materialize`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        self.dagster = folder / "dagster"
+        self.dagster.mkdir()
+        (self.dagster / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        self.env = {**os.environ, "FINETUNE_HOME": str(self.home), "DAGSTER_HOME": str(self.dagster)}
+
+    def write(self, **changes):
+        document = yaml.safe_load(EXAMPLE.read_text())
+        document["attributes"].update(changes)
+        (self.folder / "defs.yaml").write_text(yaml.safe_dump(document))
+        (self.folder / "loop.py").write_text(DEFINITIONS.format(yaml=str(self.folder / "defs.yaml")))
+        return read_loop(self.folder / "defs.yaml")
+
+    def start(self, select="*meeting_notes/promoted_model"):
+        command = [sys.executable, "-m", "dagster", "asset", "materialize", "--select", select, "-f"]
+        return subprocess.Popen(
+            [*command, str(self.folder / "loop.py")], env=self.env, cwd=PROJECT_ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, select="*meeting_notes/promoted_model", **changes):
+        """Exit code and log of one run."""
+        self.write(**changes)
+        process = self.start(select)
+        log = process.communicate()[0]
+        return process.returncode, log
+
+    def stage(self, name):
+        return self.home / "artifacts" / "meeting_notes" / name
+
+    def complete(self, name):
+        return sorted(path.parent.name for path in self.stage(name).glob("[!.]*/manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    return Loop(tmp_path_factory.mktemp("loop"))
+
+
+@pytest.fixture(autouse=True)
+def in_its_home(loop, own_home, monkeypatch):
+    monkeypatch.setenv("FINETUNE_HOME", str(loop.home))
+
+
+def until(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def alive(marker):
+    """Processes of this user whose command line has a text in it."""
+    found = subprocess.run(["pgrep", "-f", str(marker)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def test_a_killed_training_takes_its_processes_with_it_and_goes_on_from_its_checkpoint(loop):
+    loop.write()
+    process = loop.start()
+    drafts = loop.stage("lora_adapter")
+    until(lambda: list(drafts.glob(".draft-*/checkpoints/checkpoint-*/trainer_state.json")))
+    os.kill(process.pid, signal.SIGKILL)  # the run's own process alone: the others have to notice
+    until(lambda: not alive(drafts), seconds=30)
+    process.communicate()
+    assert loop.complete("lora_adapter") == []
+    code, log = loop.run("*meeting_notes/lora_adapter")
+    assert code == 0, log
+    (version,) = loop.complete("lora_adapter")
+    result = json.loads((loop.stage("lora_adapter") / version / "result.json").read_text())
+    assert 0 < result["resumed_from"] < result["steps"]
+    names = {path.name for path in (loop.stage("lora_adapter") / version).iterdir()}
+    assert not {"checkpoints", "progress.jsonl"} - names or "adapter" in names
+
+
+@pytest.mark.parametrize("stage", ["gguf_model", "benchmark_run"])
+def test_a_kill_in_a_later_stage_leaves_nothing_that_looks_complete(loop, stage):
+    loop.write(**IMPOSSIBLE)
+    process = loop.start()
+    until(lambda: list(loop.stage(stage).glob(".draft-*/*")))
+    kill(process)
+    assert loop.complete(stage) == []
+
+
+def test_a_rejected_challenger_ends_the_run_red_with_the_reason(loop):
+    code, log = loop.run(**IMPOSSIBLE)
+    assert code != 0
+    assert "needed" in log and "right against" in log
+    assert "promoted_model" not in {p.parent.name for p in loop.home.glob("artifacts/meeting_notes/*/*/manifest.json")}
+    assert champion(connect(), "meeting_notes") is None
+    (judged,) = list_comparisons(connect(), "meeting_notes")
+    assert not judged.promote and judged.watermark > 0
+
+
+def test_materializing_the_promotion_alone_is_no_way_round_the_gate(loop):
+    code, log = loop.run("meeting_notes/promoted_model", **IMPOSSIBLE)
+    assert code != 0 and "not promoted: challenger" in log
+    code, log = loop.run("meeting_notes/promoted_model")  # with a gate that would let it through
+    assert code != 0 and "was not made for what would be promoted now" in log
+    assert champion(connect(), "meeting_notes") is None
+
+
+def test_keep_champion_ends_green_and_promotes_nothing(loop):
+    code, log = loop.run("meeting_notes/eval_report*", **KEEP)
+    assert code == 0, log
+    assert "the champion stays" in log
+    assert champion(connect(), "meeting_notes") is None
+
+
+def test_a_gain_is_promoted(loop):
+    code, log = loop.run()
+    assert code == 0, log
+    serving = champion(connect(), "meeting_notes")
+    assert serving.version == "v1.0.0" and serving.gguf_path.is_file()
+    assert [move.action for move in history(connect(), "meeting_notes")] == ["promote"]
+    report = json.loads((serving.report_path.parent / "report.json").read_text())
+    assert report["champion"]["name"] == "meeting_notes@base"
+    assert serving.scores["accuracy"] > 0.5
+
+
+def test_without_anything_new_the_champion_cannot_be_beaten(loop):
+    code, log = loop.run()
+    assert code != 0 and "gain 0.0 %" in log
+    assert champion(connect(), "meeting_notes").version == "v1.0.0"
+
+
+def test_a_file_that_was_changed_after_it_was_measured_is_refused(loop):
+    serving = champion(connect(), "meeting_notes")
+    content = serving.gguf_path.read_bytes()
+    serving.gguf_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        code, log = loop.run("meeting_notes/promoted_model")
+        assert code != 0 and "changed since: the GGUF" in log
+    finally:
+        serving.gguf_path.write_bytes(content)
+
+
+def test_two_runs_at_the_same_time_end_with_one_answer(loop):
+    loop.write()
+    before = len(history(connect(), "meeting_notes"))
+    logs = [process.communicate()[0] for process in [loop.start(), loop.start()]]
+    for log in logs:
+        assert "gain 0.0 %" in log or "another run is making" in log
+    assert len(history(connect(), "meeting_notes")) == before
+    assert not list(loop.home.glob("artifacts/meeting_notes/*/.draft-*/manifest.json"))
+
+
+def test_a_base_model_that_is_not_there_is_named(loop):
+    code, log = loop.run("*meeting_notes/lora_adapter", base_model="data/no_such_model")
+    assert code != 0
+    assert "data/no_such_model" in log
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "holds no question"), ('{"id": "a"}\n', "slice"), ("not json\n", "not JSON")],
+    ids=["empty", "fields missing", "no JSON"],
+)
+def test_a_benchmark_that_is_none_is_named(loop, tmp_path, text, said):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(text)
+    code, log = loop.run("*meeting_notes/curated_dataset", evaluation={"benchmark": str(bad), "metric": "words"})
+    assert code != 0
+    assert str(bad) in log and said in log
