@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -28,6 +29,15 @@ def die_with_parent(parent: int) -> None:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     if os.getppid() != parent:  # it had gone before the kernel was asked
         raise SystemExit(f"the process {parent} that started this one is gone")
+
+
+def die_with_run() -> None:
+    """Make a step's process end with the run that started it; a step in the run's own process stays as it is.
+
+    Dagster's step processes outlive a run that is killed, and with them the training that they watch.
+    """
+    if multiprocessing.parent_process() is not None:
+        die_with_parent(os.getppid())
 
 
 def _watch(parent: int) -> None:

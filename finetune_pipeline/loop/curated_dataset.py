@@ -6,6 +6,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of
+from finetune_pipeline.children import die_with_run
 from finetune_pipeline.curation.dataset import (
     Curated,
     curate,
@@ -50,6 +51,7 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         Every prompt's hash says whether it trains or validates, so it never moves between cycles. Near-duplicates of
         the benchmark are taken out and named; replayed examples are mixed in against forgetting.
         """
+        die_with_run()
         artifact = dataset(loop, raw_logs)
         manifest = artifact.manifest
         context.log.info(

@@ -15,6 +15,7 @@ from finetune_pipeline.artifacts import (
     stage_folder,
     version_of,
 )
+from finetune_pipeline.children import die_with_run
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.comparison import Comparison, judge
@@ -64,6 +65,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         Answers that were generated before are reused by hash; speed is measured anew. Writing this report is what
         counts as judging the data, whatever the verdict.
         """
+        die_with_run()
         artifact, comparison, verdict = report(loop, gguf_model, context.run_id, context.log.info)
         context.log.info(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact, comparison, verdict))

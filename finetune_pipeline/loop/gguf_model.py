@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of, write_text
+from finetune_pipeline.children import die_with_run
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.model import ExportedModel, export
@@ -57,6 +58,7 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, lora_adapter: Artifact[AdapterManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         """The model that would serve: adapter merged into the base, converted by llama.cpp, quantised."""
+        die_with_run()
         artifact = model(loop, lora_adapter, context.log.info)
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
         for outcome in _kept_outcomes(artifact.path):

@@ -8,6 +8,7 @@ import dagster as dg
 from pydantic import Field, create_model
 
 from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of
+from finetune_pipeline.children import die_with_run
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.loop.reading import PACKAGES
@@ -52,6 +53,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         Supervised fine-tuning on the answers only. The training is its own process; a killed one goes on from its last
         checkpoint when it is started again with the same dataset and settings.
         """
+        die_with_run()
         settings = TrainingSettings.model_validate(config.model_dump())  # type: ignore[attr-defined]
         artifact = adapter(loop, settings, curated_dataset, _reporter(context))
         return dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))

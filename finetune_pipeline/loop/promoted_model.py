@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, draft, hash_file, package_versions, publish, version_of
+from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.report import HTML, JSON, verdict_of_report
@@ -51,6 +52,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         Asks the gate again, on the report of exactly this file, benchmark, champion and settings, by hash, and refuses
         what was not measured; so materializing this asset alone is no way round the gate.
         """
+        die_with_run()
         try:
             verdict = check_measured(loop, eval_report, gguf_model)
             if not verdict.promote:

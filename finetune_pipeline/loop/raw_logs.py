@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact, draft, find, hash_file, package_versions, publish
+from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.feedback.store import Totals, newest_sequence, records, totals
 from finetune_pipeline.loop.ingest import Ingested, ingest
@@ -42,6 +43,7 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         it was left), puts lines that are no events into quarantine with file, line and reason, and writes a snapshot
         of all the loop's records.
         """
+        die_with_run()
         database = connect()
         ingested = ingest(loop, database, context.log.info)
         with database.read() as connection:
