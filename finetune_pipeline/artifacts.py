@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,12 +54,6 @@ def hash_file(path: Path) -> str:
     """SHA-256 (hex) of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_folder(folder: Path) -> str:
-    """SHA-256 (hex) of the names and contents of all files below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hash_of({str(path.relative_to(folder)): hash_file(path) for path in files})
 
 
 def package_versions(*names: str) -> dict[str, str]:
@@ -128,6 +122,36 @@ def locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+def obtain(
+    kind: type[M],
+    loop: str,
+    version: str,
+    make: Callable[[Path], Mapping[str, Any]],
+    *,
+    keep: bool = False,
+    usable: Callable[[Artifact[M]], bool] = lambda artifact: True,
+) -> Artifact[M]:
+    """The artifact of this version: found if it is complete, else made.
+
+    Args:
+        make: writes the files into a draft folder and returns the manifest's fields but loop, version, time and files.
+        keep: see `draft`.
+        usable: whether a complete one will do, or has to be made anew.
+
+    Raises:
+        Busy: another process is making it now.
+        ArtifactError: the disk is full, or a complete one is damaged.
+    """
+    found = find(kind, loop, version)
+    if found is not None and usable(found):
+        return found
+    with draft(loop, kind.stage, version, keep=keep) as folder:
+        found = find(kind, loop, version)  # another process may have made it while this one came to the lock
+        if found is not None and usable(found):
+            return found
+        return publish(folder, kind, {"loop": loop, "version": version, **make(folder)})
+
+
 @contextmanager
 def draft(loop: str, stage: str, version: str, *, keep: bool = False) -> Iterator[Path]:
     """A folder to write an artifact into, alone; `publish` ends it.
@@ -151,13 +175,14 @@ def draft(loop: str, stage: str, version: str, *, keep: bool = False) -> Iterato
                 if not keep:
                     shutil.rmtree(path, ignore_errors=True)
                 raise
+            shutil.rmtree(path, ignore_errors=True)  # published, it has another name; else it was not needed
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
         raise disk_full(path, error) from error
 
 
-def disk_full(path: Path, error: BaseException) -> ArtifactError:
+def disk_full(path: Path, error: object) -> ArtifactError:
     """The error of a full disk, with what is free and what to do."""
     there = next(parent for parent in [path, *path.parents] if parent.exists())
     free = shutil.disk_usage(there).free / 1e6
@@ -180,11 +205,13 @@ def publish(folder: Path, kind: type[M], fields: Mapping[str, Any]) -> Artifact[
         flush(path)
     manifest = kind.model_validate({**fields, "created_at": datetime.now(UTC), "files": files})
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-    final = folder.parent / manifest.version
-    if final.exists():  # an incomplete or damaged one: a complete one would have been found
-        shutil.rmtree(final)
+    final, old = folder.parent / manifest.version, folder.parent / f".old-{manifest.version}"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():  # damaged, or made anew: it goes only when the new one stands
+        final.rename(old)
     folder.rename(final)
     flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
     return Artifact(final, manifest)
 
 

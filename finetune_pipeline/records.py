@@ -23,10 +23,15 @@ def _no_nul(text: str) -> str:
 
 
 def _in_utc(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("lies before the year 1 or after the year 9999 in UTC") from None
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
+ShortText = Annotated[str, Field(max_length=200), AfterValidator(_no_nul)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 Moment = Annotated[datetime, AfterValidator(_in_utc)]
 
 
@@ -45,12 +50,12 @@ class Interaction(Record):
     created_at: Moment
     prompt: Text = Field(min_length=1, description="What the user asked, without the loop's system prompt.")
     output: Text = Field(description="What the model answered.")
-    model: str | None = Field(default=None, max_length=200, description="Which model answered: loop@version.")
+    model: ShortText | None = Field(default=None, description="Which model answered: loop@version.")
     confidence: float | None = Field(default=None, ge=0, le=1, description="Lowest probability among value tokens.")
-    user: str | None = Field(default=None, max_length=200)
+    user: ShortText | None = None
     latency_ms: float | None = Field(default=None, ge=0)
-    prompt_tokens: int | None = Field(default=None, ge=0)
-    completion_tokens: int | None = Field(default=None, ge=0)
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
 
 
 class Feedback(Record):
@@ -65,9 +70,11 @@ class Feedback(Record):
     score: float | None = Field(default=None, ge=0, le=100, description="Of success and validation_failure.")
     correction: Text | None = Field(default=None, description="The answer as it should have been.")
     output_hash: str | None = Field(
-        default=None, max_length=64, description="text_hash of the output it speaks of; default the logged output."
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="text_hash of the output it speaks of; default the logged.",
     )
-    user: str | None = Field(default=None, max_length=200)
+    user: ShortText | None = None
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> "Feedback":

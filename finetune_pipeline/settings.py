@@ -68,7 +68,8 @@ class FeedbackSettings(Settings):
 
     reward_function: str | None = Field(
         default=None,
-        description="Dotted path of a function Feedback, Interaction -> float in -1..1, for the default rewards.",
+        description="Dotted path of a function Feedback, Interaction -> float in -1..1, instead of the default "
+        "rewards; it holds for what is ingested from then on.",
     )
 
 
@@ -259,11 +260,19 @@ def load_loops(folder: Path = DEFS_FOLDER) -> dict[str, LoopSettings]:
     """Every loop declared under `folder`, by name, in the order of the folders' names."""
     loops: dict[str, LoopSettings] = {}
     for path in sorted(folder.glob("*/defs.yaml")):
+        if not _is_loop(path):
+            continue
         loop = read_loop(path)
         if loop.name in loops:
             raise SettingsError(f"{path}: a second loop is named {loop.name!r}; give each its own name")
         loops[loop.name] = loop
     return loops
+
+
+def _is_loop(path: Path) -> bool:
+    # Shared resources and other components may lie beside the loops; they are Dagster's business.
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return isinstance(document, dict) and document.get("type") == COMPONENT_TYPE
 
 
 def load_loop(name: str, folder: Path = DEFS_FOLDER) -> LoopSettings:

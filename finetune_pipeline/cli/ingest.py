@@ -23,10 +23,7 @@ def ingest(files: tuple[Path, ...], loop: LoopSettings) -> None:
     if files:
         reward = reward_function(loop.feedback.reward_function)
         for path in files:
-            one = ingest_file(loop, database, path.resolve(), reward)
-            total.files += 1
-            total.rejected += one.rejected
-            total.recorded += one.recorded
+            total.add(ingest_file(loop, database, path.resolve(), reward))
     else:
         total = ingest_all(loop, database, click.echo)
     recorded = total.recorded

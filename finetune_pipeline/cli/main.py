@@ -9,7 +9,7 @@ from finetune_pipeline.cli.ask import ask
 from finetune_pipeline.cli.doctor import doctor
 from finetune_pipeline.cli.ingest import ingest
 from finetune_pipeline.cli.model import model
-from finetune_pipeline.cli.run import demo, run, ui
+from finetune_pipeline.cli.run import demo, env, run, ui
 from finetune_pipeline.cli.status import status
 from finetune_pipeline.curation.dataset import CurationError
 from finetune_pipeline.database import DatabaseError
@@ -48,7 +48,7 @@ def finetune() -> None:
     """A local language model that gets better from being used."""
 
 
-for command in (run, demo, ui, status, ingest, ask, model, doctor):
+for command in (run, demo, ui, env, status, ingest, ask, model, doctor):
     finetune.add_command(command)
 
 

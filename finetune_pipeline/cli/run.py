@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import IO
 
 import click
 
+from finetune_pipeline.artifacts import locked
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home, load_loop
@@ -43,30 +45,39 @@ def demo(context: click.Context) -> None:
     from finetune_pipeline.cli.summary import show_summary
 
     folder = home() / "demo"
-    click.echo(f"the demo runs in {folder}; an earlier demo there is replaced")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.environ["FINETUNE_HOME"] = str(folder)
-    os.environ.pop("DAGSTER_HOME", None)
-    loop = load_loop(DEMO_LOOP)
-    started = time.monotonic()
-    code = materialize(loop)
-    click.echo(f"the loop took {time.monotonic() - started:.0f} s\n")
-    show_summary(loop)
-    if code == 0:
-        side_by_side(loop, DEMO_PROMPT)
-        click.echo(f"\nlook at it in the browser: make ui FINETUNE_HOME={folder}")
+    with locked(folder, "the demo"):
+        click.echo(f"the demo runs in {folder}; an earlier demo there is replaced")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.environ["FINETUNE_HOME"] = str(folder)
+        os.environ.pop("DAGSTER_HOME", None)
+        loop = load_loop(DEMO_LOOP)
+        started = time.monotonic()
+        code = materialize(loop)
+        click.echo(f"the loop took {time.monotonic() - started:.0f} s\n")
+        show_summary(loop)
+        if code == 0:
+            side_by_side(loop, DEMO_PROMPT)
+            click.echo(f"\nlook at it in the browser: make ui FINETUNE_HOME={folder}")
     sys.exit(code)
+
+
+@click.command()
+def env() -> None:
+    """Print what to export so that bare `dagster` commands use this home: eval "$(finetune env)"."""
+    prepared = environment()
+    for name in ("FINETUNE_HOME", "DAGSTER_HOME"):
+        click.echo(f"export {name}={shlex.quote(prepared[name])}")
 
 
 @click.command()
 @click.option("--port", default=3000, show_default=True, help="Port on the loopback address.")
 def ui(port: int) -> None:
     """Start Dagster's UI and daemon (sensors, schedules) on this project."""
-    env = environment()
+    prepared = environment()
     click.echo(f"state: {home()}; open http://127.0.0.1:{port}, end with ctrl-c")
     command = ["dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)]
     os.chdir(PROJECT_ROOT)
-    os.execve(sys.executable, [sys.executable, "-m", "dagster", *command], env)
+    os.execve(sys.executable, [sys.executable, "-m", "dagster", *command], prepared)
 
 
 def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:

@@ -16,6 +16,7 @@ HEAD = "0001"
 """The newest migration; kept here so that a database that is up to date needs no Alembic."""
 
 _BUSY_MS = 30_000
+_DISK_FULL = ("database or disk is full", "disk I/O error", "No space left on device")
 
 
 class DatabaseError(RuntimeError):
@@ -38,9 +39,22 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """A transaction that is committed at the end, or wholly undone by an error."""
-        with self.engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
-            yield connection
+        """A transaction that is committed at the end, or wholly undone by an error.
+
+        Raises:
+            DatabaseError: the disk is full.
+        """
+        try:
+            with self.engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
+                yield connection
+        except sa.exc.OperationalError as error:
+            if not any(words in str(error.orig) for words in _DISK_FULL):
+                raise
+            where = self.engine.url.render_as_string(hide_password=True)
+            raise DatabaseError(
+                f"the disk of the database {where} is full ({error.orig}); nothing of this step was kept and nothing "
+                "before it is lost. Free some space, then run again"
+            ) from error
 
 
 _open: dict[str, Database] = {}

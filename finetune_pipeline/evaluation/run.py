@@ -30,6 +30,7 @@ from finetune_pipeline.evaluation.answers import Answer, Speed
 from finetune_pipeline.evaluation.benchmark import Benchmark, Question
 from finetune_pipeline.evaluation.comparison import Comparison, Side, compare, score_side
 from finetune_pipeline.evaluation.metrics import Metric, Scorer
+from finetune_pipeline.inference.build import engine_build
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
@@ -150,7 +151,7 @@ def answer_benchmark(
     decoding = {"max_tokens": settings.max_tokens, "context": settings.context, "system_prompt": system_prompt}
     # How many are decoded together does not change an answer, so `parallel` is no part of the version.
     packages = package_versions("llama-cpp-python")
-    version = version_of(inputs, {**decoding, "engine": packages})
+    version = version_of(inputs, {**decoding, "engine": engine_build()})
     artifact = find(BenchmarkRunManifest, loop, version)
     reused = artifact is not None
     if artifact is None:

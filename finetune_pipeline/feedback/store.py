@@ -104,8 +104,8 @@ def records(connection: sa.Connection, task: str, until: int) -> Iterator[Sequen
     yield from connection.execution_options(yield_per=2_000).execute(query).partitions()
 
 
-def new_examples(connection: sa.Connection, task: str, after: int, min_reward: float) -> Iterator[tuple[Example, str]]:
-    """Examples that changed after a sequence, were in no judged dataset, and may be good enough, with content hash.
+def new_examples(connection: sa.Connection, task: str, after: int, min_reward: float) -> Iterator[Example]:
+    """Examples that changed after a sequence, were in no judged dataset, and may be good enough.
 
     The time grows with what is new, not with the history: both conditions have an index.
     """
@@ -119,7 +119,7 @@ def new_examples(connection: sa.Connection, task: str, after: int, min_reward: f
     )
     for row in connection.execution_options(yield_per=500).execute(query):
         values = row._asdict()
-        yield Example.model_validate({name: values[name] for name in Example.model_fields}), values["content_hash"]
+        yield Example.model_validate({name: values[name] for name in Example.model_fields})
 
 
 def mark_judged(connection: sa.Connection, loop: str, content_hashes: Sequence[str]) -> None:
@@ -172,7 +172,7 @@ def _renew_examples(connection: sa.Connection, task: str, ids: Sequence[str], re
             example = resolve(interaction, [item for item, _ in own], newest, reward)
             if example is not None:
                 rows.append(_example_row(task, example))
-        connection.execute(t.examples.delete().where(t.examples.c.interaction_id.in_(chunk)))
+        connection.execute(t.examples.delete().where(t.examples.c.task == task, t.examples.c.interaction_id.in_(chunk)))
         if rows:
             connection.execute(t.examples.insert(), rows)
 

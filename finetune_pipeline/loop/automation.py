@@ -1,6 +1,5 @@
 """What starts a run by itself: the sensor, the nightly schedule that asks the same question, the yearly retraining."""
 
-import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -8,18 +7,18 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition as Job
 from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
+from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.curation.trigger import Attempt, decide
 from finetune_pipeline.database import connect
 from finetune_pipeline.loop.counting import count_new
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.sources.ledger import unread
+from finetune_pipeline.sources.ledger import UnreadFile, unread
 
 LOOP_TAG = "finetune/loop"
 WATERMARK_TAG = "finetune/watermark"
 SERIES_TAG = "finetune/series"
 FILES_TAG = "finetune/files"
-MODE_TAG = "finetune/mode"
 WAITING = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED]
 
 Answer = dg.RunRequest | dg.SkipReason
@@ -64,35 +63,43 @@ def _nightly(loop: LoopSettings, job: Job) -> dg.ScheduleDefinition:
 
 def _yearly(loop: LoopSettings, job: Job) -> dg.ScheduleDefinition:
     running = dg.DefaultScheduleStatus.RUNNING if loop.trigger.running else dg.DefaultScheduleStatus.STOPPED
-    return dg.ScheduleDefinition(
+
+    @dg.schedule(
         name=f"{loop.name}_yearly",
         job=job,
         cron_schedule=loop.trigger.yearly,
-        tags={LOOP_TAG: loop.name, MODE_TAG: "full"},
         default_status=running,
-        description="Retrains from the base model on everything, once a year.",
+        description="Runs the whole loop on everything once a year, however little is new.",
     )
+    def yearly(context: dg.ScheduleEvaluationContext) -> Answer:
+        busy = in_progress(loop, context.instance, datetime.now(UTC))
+        return _wait_for(busy) if busy else dg.RunRequest(tags={LOOP_TAG: loop.name})
+
+    return yearly
 
 
 def answer(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> Answer:
     """Whether to start a run, with the numbers. Read from the store and the runs; nothing is remembered here."""
     busy = in_progress(loop, instance, now)
     if busy is not None:
-        return dg.SkipReason(f"run {busy[:8]} of this loop is in progress; the next look comes when it has ended")
+        return _wait_for(busy)
     database = connect()
-    with database.read() as connection:
-        files = unread(connection, loop.name, loop.log_folders)
-    if files:
-        return _read_files(loop, instance, [f"{path}:{path.stat().st_mtime_ns}" for path in files])
     watermark = judged_watermark(database, loop.name)
     attempts = _attempts(loop, instance, watermark)
     trigger = decide(count_new(loop, database, watermark, attempts), attempts, loop.trigger, now)
     if not trigger.fire:
-        return dg.SkipReason(trigger.reason)
+        with database.read() as connection:
+            files = unread(connection, loop.name, loop.log_folders)
+        return _read_files(loop, instance, files, trigger.reason) if files else dg.SkipReason(trigger.reason)
+    # Enough is enough, whatever files wait: this run takes them in too.
     return dg.RunRequest(
         run_key=f"{loop.name}:{watermark}:{trigger.series}:attempt{trigger.attempt}",
         tags={LOOP_TAG: loop.name, WATERMARK_TAG: str(watermark), SERIES_TAG: str(trigger.series)},
     )
+
+
+def _wait_for(run_id: str) -> dg.SkipReason:
+    return dg.SkipReason(f"run {run_id[:8]} of this loop is in progress; the next look comes when it has ended")
 
 
 def in_progress(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> str | None:
@@ -126,15 +133,15 @@ def _attempts(loop: LoopSettings, instance: dg.DagsterInstance, watermark: int) 
     ]
 
 
-def _read_files(loop: LoopSettings, instance: dg.DagsterInstance, files: Sequence[str]) -> Answer:
+def _read_files(loop: LoopSettings, instance: dg.DagsterInstance, files: Sequence[UnreadFile], numbers: str) -> Answer:
     """A run of raw_logs alone, for files that the ledger does not know; the count follows at a later look."""
-    fingerprint = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    fingerprint = hash_of([(str(file.path), file.size, file.mtime_ns) for file in files])[:16]
     tags = {LOOP_TAG: loop.name, FILES_TAG: fingerprint}
     tries = len(instance.get_runs(dg.RunsFilter(tags=tags), limit=loop.trigger.attempts))
     if tries >= loop.trigger.attempts:
         return dg.SkipReason(
-            f"{len(files)} new files could not be read in {tries} runs: look at the last run of raw_logs, mend the "
-            "cause and materialize raw_logs by hand"
+            f"{numbers}; {len(files)} new files could not be read in {tries} runs: look at the last run of raw_logs, "
+            "mend the cause and materialize raw_logs by hand"
         )
     return dg.RunRequest(
         run_key=f"{loop.name}:files:{fingerprint}:attempt{tries + 1}",

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from finetune_pipeline.artifacts import draft, find, package_versions, publish, version_of
+from finetune_pipeline.artifacts import obtain, package_versions, version_of
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.model import export
 from finetune_pipeline.records import BaseGgufManifest
@@ -16,22 +17,19 @@ def base_gguf(loop: LoopSettings, tell: Callable[[str], None]) -> Path:
     inputs = {"base_model": base_hash(base)}
     packages = package_versions("llama_cpp_python")
     settings = {"quantization": loop.export.quantization, **packages}
-    version = version_of(inputs, settings)
-    artifact = find(BaseGgufManifest, loop.name, version)
-    if artifact is None:
-        with draft(loop.name, BaseGgufManifest.stage, version) as folder:
-            exported = export(base, None, folder, loop.export.quantization, tell)
-            if exported.full != exported.gguf:
-                exported.full.unlink()
-            fields = {
-                "loop": loop.name,
-                "version": version,
-                "inputs": inputs,
-                "settings": settings,
-                "packages": packages,
-                "gguf": exported.gguf.name,
-                "quantization": loop.export.quantization,
-                "base_hash": inputs["base_model"],
-            }
-            artifact = publish(folder, BaseGgufManifest, fields)
+
+    def make(folder: Path) -> dict[str, Any]:
+        exported = export(base, None, folder, loop.export.quantization, tell)
+        if exported.full != exported.gguf:
+            exported.full.unlink()
+        return {
+            "inputs": inputs,
+            "settings": settings,
+            "packages": packages,
+            "gguf": exported.gguf.name,
+            "quantization": loop.export.quantization,
+            "base_hash": inputs["base_model"],
+        }
+
+    artifact = obtain(BaseGgufManifest, loop.name, version_of(inputs, settings), make)
     return artifact.path / artifact.manifest.gguf

@@ -7,6 +7,7 @@ from finetune_pipeline.curation.trigger import Attempt
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.store import new_examples
 from finetune_pipeline.loop import reading
+from finetune_pipeline.records import text_hash
 from finetune_pipeline.settings import LoopSettings
 
 COUNT_LIMIT = 1_000
@@ -22,9 +23,10 @@ def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: 
     policy = reading.policy(loop)
     seen: set[str] = set()
     with database.read() as connection:
-        for example, content in new_examples(connection, loop.name, watermark, loop.curation.min_reward):
-            if content not in seen and accept(example, policy).accepted:
-                seen.add(content)
+        for example in new_examples(connection, loop.name, watermark, loop.curation.min_reward):
+            prompt = text_hash(example.prompt)  # the dataset keeps one example of a prompt
+            if prompt not in seen and accept(example, policy).accepted:
+                seen.add(prompt)
                 if len(seen) >= limit:
                     break
     return len(seen)

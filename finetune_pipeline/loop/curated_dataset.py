@@ -1,11 +1,12 @@
 """The asset curated_dataset: what is fit to train on, split once and for all, and kept away from the benchmark."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of
+from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.curation.dataset import (
     Curated,
@@ -73,23 +74,19 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     )
     inputs = {"raw_logs": raw_logs.manifest.version, **files}
     settings = {**loop.curation.model_dump(), "system_prompt": loop.system_prompt}
-    version = version_of(inputs, settings)
-    found = find(DatasetManifest, loop.name, version)
-    if found is not None:
-        return found
-    curated = curate(_examples(raw_logs), reading.replay(loop), reading.policy(loop))
-    with draft(loop.name, DatasetManifest.stage, version) as folder:
+
+    def make(folder: Path) -> dict[str, Any]:
+        curated = curate(_examples(raw_logs), reading.replay(loop), reading.policy(loop))
         write_dataset(curated, folder, loop.system_prompt)
-        fields = {
-            "loop": loop.name,
-            "version": version,
+        return {
             "inputs": inputs,
             "settings": settings,
             "packages": package_versions("finetune-pipeline", "datasets"),
             "watermark": raw_logs.manifest.watermark,
             **_figures(curated),
         }
-        return publish(folder, DatasetManifest, fields)
+
+    return obtain(DatasetManifest, loop.name, version_of(inputs, settings), make)
 
 
 def _examples(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:

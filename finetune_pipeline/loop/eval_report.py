@@ -25,6 +25,7 @@ from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML, write_report
 from finetune_pipeline.evaluation.run import Contender, compare_models
+from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.feedback.store import content_hash, mark_judged
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
@@ -33,6 +34,7 @@ from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison_in
+from finetune_pipeline.registry.models import check_file
 from finetune_pipeline.settings import LoopSettings
 
 
@@ -79,6 +81,8 @@ def report(
 ) -> tuple[Artifact[ReportManifest], Comparison, Verdict]:
     """Compare a GGUF with the champion, write the report, and remember that its data was judged."""
     serving = champion(connect(), loop.name)
+    if serving:
+        check_file(serving)  # a damaged champion would be easy to beat
     against = serving.gguf_path if serving else base_gguf(loop, tell)
     challenger = gguf.path / gguf.manifest.gguf
     benchmark, rules = reading.benchmark(loop), reading.rules(loop)
@@ -133,7 +137,8 @@ def judging_settings(loop: LoopSettings) -> dict[str, Any]:
 
 def settings_hash(loop: LoopSettings) -> str:
     """The hash of `judging_settings` and of the files that decide what is right."""
-    return hash_of({**judging_settings(loop), **reading.judging_files(loop)})
+    base = base_hash(resolve_base_model(loop.base_model))  # what serves, and is compared with, without a champion
+    return hash_of({**judging_settings(loop), **reading.judging_files(loop), "base_model": base})
 
 
 def _mark_judged(loop: LoopSettings, artifact: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of, write_text
+from finetune_pipeline.artifacts import Artifact, ArtifactError, obtain, package_versions, version_of, write_text
 from finetune_pipeline.children import die_with_run
-from finetune_pipeline.export.base import resolve_base_model
+from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.model import ExportedModel, export
 from finetune_pipeline.inference.engine import Engine
@@ -63,8 +63,11 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
         for outcome in _kept_outcomes(artifact.path):
             severity = dg.AssetCheckSeverity.ERROR if outcome.name in BLOCKING else dg.AssetCheckSeverity.WARN
+            passed = outcome.passed
+            if "share" in outcome.figures:  # what was found is kept, what is asked for may have changed since
+                passed = outcome.figures["share"] >= loop.export.min_agreement
             yield dg.AssetCheckResult(
-                check_name=outcome.name, passed=outcome.passed, severity=severity, metadata=outcome.figures
+                check_name=outcome.name, passed=passed, severity=severity, metadata=outcome.figures
             )
 
     return gguf_model
@@ -73,24 +76,28 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 def model(
     loop: LoopSettings, adapter: Artifact[AdapterManifest], tell: Callable[[str], None]
 ) -> Artifact[GgufManifest]:
-    """The GGUF of an adapter, made and checked if it is not there yet, or did not pass when it was made."""
+    """The GGUF of an adapter, made and checked if it is not there yet, or did not pass when it was made.
+
+    Raises:
+        ArtifactError: the base model is no longer the one that the adapter was trained on.
+    """
     base = resolve_base_model(loop.base_model)
+    if base_hash(base) != adapter.manifest.base_hash:
+        raise ArtifactError(
+            f"the adapter {adapter.manifest.version} was trained on another base model ({adapter.manifest.base_model}) "
+            f"than {base} is now; materialize lora_adapter again, or set base_model back"
+        )
     inputs = {"lora_adapter": adapter.manifest.version, "base_model": adapter.manifest.base_hash}
     settings = {"quantization": loop.export.quantization, **package_versions("llama_cpp_python")}
-    version = version_of(inputs, settings)
-    found = find(GgufManifest, loop.name, version)
-    if found is not None and all(x.passed for x in _kept_outcomes(found.path) if x.name in BLOCKING):
-        return found
-    with draft(loop.name, GgufManifest.stage, version) as folder:
+
+    def make(folder: Path) -> dict[str, Any]:
         exported = export(base, adapter.path / "adapter", folder, loop.export.quantization, tell)
         tell("checking the file in the engine")
         outcomes = check(loop, base, exported)
         if exported.full != exported.gguf:
             exported.full.unlink()  # it was there to compare with; it can be made again from the adapter
         write_text(folder / CHECKS, json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
-        fields = {
-            "loop": loop.name,
-            "version": version,
+        return {
             "inputs": inputs,
             "settings": settings,
             "packages": package_versions(*reading.PACKAGES),
@@ -102,7 +109,11 @@ def model(
             "mode": adapter.manifest.mode,
             "watermark": adapter.manifest.watermark,
         }
-        return publish(folder, GgufManifest, fields)
+
+    def passed(found: Artifact[GgufManifest]) -> bool:
+        return all(outcome.passed for outcome in _kept_outcomes(found.path) if outcome.name in BLOCKING)
+
+    return obtain(GgufManifest, loop.name, version_of(inputs, settings), make, usable=passed)
 
 
 def check(loop: LoopSettings, base: Path, exported: ExportedModel) -> list[Outcome]:
@@ -134,8 +145,11 @@ def check(loop: LoopSettings, base: Path, exported: ExportedModel) -> list[Outco
 def _agreement(loop: LoopSettings, exported: ExportedModel, prompts: Sequence[str], answers: Sequence[str]) -> Outcome:
     if exported.full == exported.gguf:
         return Outcome("agreement", True, {"share": 1.0, "note": "the file that serves is the unquantised one"})
-    with _engine(loop, exported.full) as engine:
-        result = agreement(_answers(loop, engine, prompts), answers)
+    try:
+        with _engine(loop, exported.full) as engine:
+            result = agreement(_answers(loop, engine, prompts), answers)
+    except EngineError as error:
+        return Outcome("agreement", False, {"error": f"the unquantised model: {type(error).__name__}: {error}"})
     offenders = [prompts[place] for place in result.offenders[:NAMED]]
     figures = {"share": result.share, "same": result.same, "of": result.total, "offenders": offenders}
     return Outcome("agreement", result.share >= loop.export.min_agreement, figures)

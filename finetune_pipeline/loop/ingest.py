@@ -1,6 +1,5 @@
 """Taking event files into the store. No Dagster here: the raw_logs asset and `finetune ingest` both do it this way."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,19 +17,28 @@ BATCH = 1_000
 
 @dataclass
 class Ingested:
-    """What one ingest did."""
+    """What one ingest did; `unreadable` names the files that could not be opened, and why."""
 
     files: int = 0
     lines: int = 0
     rejected: int = 0
     recorded: Recorded = field(default_factory=Recorded)
+    unreadable: list[str] = field(default_factory=list)
+
+    def add(self, other: "Ingested") -> None:
+        """Count another one in."""
+        self.files += other.files
+        self.lines += other.lines
+        self.rejected += other.rejected
+        self.recorded += other.recorded
+        self.unreadable += other.unreadable
 
 
 def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) -> Ingested:
     """Take every unread event file of the loop's folders into the store, and say what was found in each.
 
     Each batch of lines and the file's place in the ledger are one transaction, so a kill loses nothing and nothing
-    counts twice.
+    counts twice. A file that cannot be read is named, and the others go on.
 
     Raises:
         SourceError: a folder that the YAML names is not there.
@@ -40,25 +48,27 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
         event_files(folder)  # a declared folder that is missing is an error, not an empty source
     reward = reward_function(loop.feedback.reward_function)
     with database.read() as connection:
-        paths = ledger.unread(connection, loop.name, loop.log_folders)
+        files = ledger.unread(connection, loop.name, loop.log_folders)
     total = Ingested()
-    for number, path in enumerate(paths, start=1):
-        one = ingest_file(loop, database, path, reward)
-        total.files += 1
-        total.lines += one.lines
-        total.rejected += one.rejected
-        total.recorded += one.recorded
-        tell(
-            f"file {number} of {len(paths)}, {path.name}: {one.recorded.interactions} interactions, "
-            f"{one.recorded.feedback} feedback, {one.recorded.duplicates} known already, {one.rejected} lines rejected"
-        )
+    for number, file in enumerate(files, start=1):
+        try:
+            one = ingest_file(loop, database, file.path, reward)
+        except OSError as error:
+            one = Ingested(unreadable=[f"{file.path}: {error.strerror}; mend it or take it away"])
+        total.add(one)
+        tell(f"file {number} of {len(files)}, {file.path.name}: {_describe(one)}")
     return total
 
 
 def ingest_file(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction) -> Ingested:
-    """Take one file from where the ledger left it."""
+    """Take one file from where the ledger left it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     result = Ingested(files=1)
-    before = path.stat()
+    stat = path.stat()
+    file = ledger.UnreadFile(path, stat.st_size, stat.st_mtime_ns)
     with database.read() as connection:
         position = ledger.position(connection, loop.name, path)
     lines = read_lines(
@@ -68,18 +78,21 @@ def ingest_file(loop: LoopSettings, database: Database, path: Path, reward: Rewa
         with database.write() as connection:
             events = [line.event for line in batch if line.event is not None]
             result.recorded += record(connection, loop.name, events, reward)
-            position = ledger.advance(connection, loop.name, path, position, batch, _known_as(before, finished=last))
+            position = ledger.advance(connection, loop.name, file, position, batch, finished=last)
         result.lines += len(batch)
         result.rejected += sum(line.event is None for line in batch)
     return result
 
 
-def _known_as(stat: os.stat_result, *, finished: bool) -> ledger.Seen:
-    # As it was before reading: what is appended meanwhile makes the file unread again.
-    return ledger.Seen(stat.st_size, stat.st_mtime_ns, finished)
+def _describe(one: Ingested) -> str:
+    if one.unreadable:
+        return one.unreadable[0]
+    known = f"{one.recorded.duplicates} known already, {one.rejected} lines rejected"
+    return f"{one.recorded.interactions} interactions, {one.recorded.feedback} feedback, {known}"
 
 
 def _batches(lines: Iterator[Line]) -> Iterator[tuple[list[Line], bool]]:
+    """Batches of lines, each with whether it is the last; there is always one, perhaps empty."""
     batch = list(islice(lines, BATCH))
     while True:
         following = list(islice(lines, BATCH))

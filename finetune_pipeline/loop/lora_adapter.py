@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 from pydantic import Field, create_model
 
-from finetune_pipeline.artifacts import Artifact, draft, find, package_versions, publish, version_of
+from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
@@ -71,11 +72,8 @@ def adapter(
     base = resolve_base_model(loop.base_model)
     inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
     shaping = {**settings.model_dump(), "system_prompt": loop.system_prompt}
-    version = version_of(inputs, shaping)
-    found = find(AdapterManifest, loop.name, version)
-    if found is not None:
-        return found
-    with draft(loop.name, AdapterManifest.stage, version, keep=True) as folder:
+
+    def make(folder: Path) -> dict[str, Any]:
         job = TrainingJob(
             base_model=base,
             dataset=dataset.path / "dataset",
@@ -84,9 +82,7 @@ def adapter(
             settings=settings,
         )
         result = train(job, on_progress)
-        fields = {
-            "loop": loop.name,
-            "version": version,
+        return {
             "inputs": inputs,
             "settings": shaping,
             "packages": package_versions(*PACKAGES),
@@ -96,7 +92,8 @@ def adapter(
             "watermark": dataset.manifest.watermark,
             **_figures(result),
         }
-        return publish(folder, AdapterManifest, fields)
+
+    return obtain(AdapterManifest, loop.name, version_of(inputs, shaping), make, keep=True)
 
 
 def _figures(result: TrainingResult) -> dict[str, Any]:

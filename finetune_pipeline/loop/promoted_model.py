@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_pipeline.artifacts import Artifact, ArtifactError, draft, hash_file, package_versions, publish, version_of
+from finetune_pipeline.artifacts import Artifact, ArtifactError, hash_file, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.gate import Verdict
@@ -16,6 +16,7 @@ from finetune_pipeline.loop.io import pointers_key, upstream
 from finetune_pipeline.loop.reading import PACKAGES
 from finetune_pipeline.records import GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion, promote
+from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.models import Candidate, ModelVersion
 from finetune_pipeline.settings import LoopSettings
 
@@ -82,12 +83,16 @@ def check_measured(loop: LoopSettings, report: Artifact[ReportManifest], gguf: A
     found = {
         "the GGUF": (hash_file(file), manifest.challenger_sha256),
         "the report's own file": (hash_file(report.path / JSON), manifest.files[JSON].sha256),
-        "benchmark, schema, rules or gate settings": (settings_hash(loop), manifest.inputs["settings"]),
+        "base model, benchmark, schema, rules or gate settings": (settings_hash(loop), manifest.inputs["settings"]),
     }
     differing = [name for name, (now, then) in found.items() if now != then]
     challenger_serves = serving is not None and serving.gguf_sha256 == manifest.challenger_sha256
-    if not challenger_serves and (serving.id if serving else None) != manifest.champion_id:
+    same_champion = (serving.id if serving else None) == manifest.champion_id
+    if not (challenger_serves or same_champion):
         differing.append("the champion")
+    judged = find_comparison(connect(), loop.name, manifest.comparison_id)
+    if judged is None or (judged.challenger_sha256, judged.promote) != (manifest.challenger_sha256, manifest.promote):
+        differing.append("what the database says of this comparison")
     if differing:
         raise NotMeasured(
             f"the report {manifest.version} was not made for what would be promoted now; changed since: "
@@ -123,20 +128,17 @@ def _promote(
 
 def _keep(loop: LoopSettings, report: Artifact[ReportManifest], model: ModelVersion) -> Artifact[PromotionManifest]:
     inputs = {"eval_report": report.manifest.version, "gguf": model.gguf_sha256}
+    fields = {
+        "inputs": inputs,
+        "settings": loop.gate.model_dump(),
+        "packages": package_versions(*PACKAGES),
+        "model_id": model.id,
+        "model": model.name,
+        "gguf_path": str(model.gguf_path),
+        "previous_id": report.manifest.champion_id,
+    }
     version = version_of(inputs, {"model": model.name})
-    with draft(loop.name, PromotionManifest.stage, version) as folder:
-        fields = {
-            "loop": loop.name,
-            "version": version,
-            "inputs": inputs,
-            "settings": loop.gate.model_dump(),
-            "packages": package_versions(*PACKAGES),
-            "model_id": model.id,
-            "model": model.name,
-            "gguf_path": str(model.gguf_path),
-            "previous_id": report.manifest.champion_id,
-        }
-        return publish(folder, PromotionManifest, fields)
+    return obtain(PromotionManifest, loop.name, version, lambda _folder: fields)
 
 
 def _metadata(artifact: Artifact[PromotionManifest], model: ModelVersion, verdict: Verdict) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     check = dg.AssetCheckSpec(
         "rejected_lines",
         asset=[*loop.prefix, "raw_logs"],
-        description=f"At most {loop.sources.max_rejected_share:.0%} of all lines of the event files were rejected.",
+        description=f"At most {loop.sources.max_rejected_share:.0%} of all lines of the event files were rejected, and "
+        "every file could be read.",
     )
 
     @dg.asset(
@@ -46,24 +47,9 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         database = connect()
         ingested = ingest(loop, database, context.log.info)
-        with database.read() as connection:
-            rejected = rejected_lines(connection, loop.name, NAMED)
-            files, lines, refused = read_totals(connection, loop.name)
         artifact, counts = snapshot(loop, database)
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact, counts, ingested))
-        share = refused / lines if lines else 0.0
-        yield dg.AssetCheckResult(
-            check_name="rejected_lines",
-            passed=share <= loop.sources.max_rejected_share,
-            severity=dg.AssetCheckSeverity.WARN,
-            metadata={
-                "rejected": refused,
-                "lines": lines,
-                "files": files,
-                "share": share,
-                "offenders": [f"{row.path}:{row.line}: {row.reason}" for row in rejected],
-            },
-        )
+        yield _rejected_lines(loop, database, ingested)
 
     return raw_logs
 
@@ -100,6 +86,26 @@ def snapshot(loop: LoopSettings, database: Database) -> tuple[Artifact[RawLogsMa
                 "watermark": until,
             }
             return publish(folder, RawLogsManifest, fields), counts
+
+
+def _rejected_lines(loop: LoopSettings, database: Database, ingested: Ingested) -> dg.AssetCheckResult:
+    with database.read() as connection:
+        rejected = rejected_lines(connection, loop.name, NAMED)
+        read = read_totals(connection, loop.name)
+    share = read.rejected / read.lines if read.lines else 0.0
+    return dg.AssetCheckResult(
+        check_name="rejected_lines",
+        passed=share <= loop.sources.max_rejected_share and not ingested.unreadable,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            "rejected": read.rejected,
+            "lines": read.lines,
+            "files": read.files,
+            "share": share,
+            "files with an unfinished last line": read.unfinished,
+            "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in rejected)],
+        },
+    )
 
 
 def _write_parquet(path: Path, batches: Iterator[Any]) -> None:

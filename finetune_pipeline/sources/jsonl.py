@@ -29,6 +29,8 @@ class Line:
     event: Interaction | Feedback | None
     reason: str = ""
     excerpt: str = ""
+    final: bool = False
+    """Refused whatever may still be written behind it: it is whole JSON, but no event."""
 
 
 def event_files(folder: Path) -> list[Path]:
@@ -47,11 +49,12 @@ def event_files(folder: Path) -> list[Path]:
 def read_lines(path: Path, task: str, *, offset: int, lines: int, max_line_bytes: int) -> Iterator[Line]:
     """Read a file from a byte offset, where `lines` lines lie behind.
 
-    A last line without its end is read only if it is whole: otherwise someone may still be writing it, and it is left
-    for the next time.
+    A last line without its end is read only if it is whole JSON: otherwise someone may still be writing it, and it is
+    left for the next time.
     """
-    number = lines
     with path.open("rb") as file:
+        # What follows a last line that had no end yet still belongs to that line.
+        number = lines - 1 if _inside_a_line(file, offset) else lines
         file.seek(offset)
         while raw := file.readline(max_line_bytes + 1):
             number += 1
@@ -63,7 +66,7 @@ def read_lines(path: Path, task: str, *, offset: int, lines: int, max_line_bytes
             else:
                 ended = raw.endswith(b"\n")
                 line = _parse(raw, number, file.tell(), task)
-            if line.event is None and not ended:
+            if line.event is None and not ended and not line.final:
                 return
             if line.event is not None or line.reason:
                 yield line
@@ -74,6 +77,11 @@ def tail_hash(path: Path, offset: int) -> str:
     with path.open("rb") as file:
         file.seek(max(0, offset - _TAIL))
         return hashlib.sha256(file.read(min(offset, _TAIL))).hexdigest()
+
+
+def _inside_a_line(file: Any, offset: int) -> bool:
+    file.seek(max(0, offset - 1))
+    return offset > 0 and file.read(1) != b"\n"
 
 
 def _skip_line(file: Any) -> bool:
@@ -92,11 +100,12 @@ def _parse(raw: bytes, number: int, end: int, task: str) -> Line:
     except UnicodeDecodeError as error:
         return Line(number, end, None, f"not UTF-8: {error.reason} at byte {error.start}", _excerpt(raw))
     except ValidationError as error:
-        return Line(number, end, None, _first_error(error), _excerpt(raw))
+        return Line(number, end, None, _first_error(error), _excerpt(raw), final=True)
     except (ValueError, RecursionError) as error:
         return Line(number, end, None, f"not JSON: {error}", _excerpt(raw))
     if event.task != task:
-        return Line(number, end, None, f"is of task {event.task!r}, this folder is read for {task!r}", _excerpt(raw))
+        reason = f"is of task {event.task!r}, this folder is read for {task!r}"
+        return Line(number, end, None, reason, _excerpt(raw), final=True)
     return Line(number, end, event)
 
 

@@ -21,12 +21,12 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A file as it was before it was read; `finished` when it was read to its end."""
+class UnreadFile:
+    """A file as it was before it is read."""
 
+    path: Path
     size: int
     mtime_ns: int
-    finished: bool
 
 
 def position(connection: sa.Connection, task: str, path: Path) -> Position:
@@ -38,9 +38,15 @@ def position(connection: sa.Connection, task: str, path: Path) -> Position:
 
 
 def advance(
-    connection: sa.Connection, task: str, path: Path, start: Position, lines: Sequence[Line], seen: Seen
+    connection: sa.Connection, task: str, file: UnreadFile, start: Position, lines: Sequence[Line], *, finished: bool
 ) -> Position:
-    """Write down that these lines were taken, and quarantine the refused ones among them."""
+    """Write down that these lines were taken, and quarantine the refused ones among them.
+
+    Args:
+        file: as it was before reading, so that what was appended meanwhile makes it unread again.
+        finished: it was read to its end.
+    """
+    path = file.path
     refused = [line for line in lines if line.event is None]
     end = lines[-1].end if lines else start.offset
     reached = Position(end, lines[-1].number if lines else start.lines, start.rejected + len(refused))
@@ -51,33 +57,44 @@ def advance(
         t.ingested_files.insert().values(
             task=task,
             path=str(path),
-            size=seen.size,
-            mtime_ns=seen.mtime_ns,
+            size=file.size,
+            mtime_ns=file.mtime_ns,
             offset=reached.offset,
             lines=reached.lines,
             rejected=reached.rejected,
             tail_hash=tail_hash(path, reached.offset),
-            finished=seen.finished,
+            finished=finished,
         )
     )
     return reached
 
 
-def unread(connection: sa.Connection, task: str, folders: Sequence[Path]) -> list[Path]:
+def unread(connection: sa.Connection, task: str, folders: Sequence[Path]) -> list[UnreadFile]:
     """Files that the ledger does not know, or that changed since; it looks at names, sizes and times only."""
     f = t.ingested_files.c
     rows = connection.execute(sa.select(f.path, f.size, f.mtime_ns, f.finished).where(f.task == task))
     known = {row.path: (row.size, row.mtime_ns) for row in rows if row.finished}
-    files = [path for folder in folders if folder.is_dir() for path in event_files(folder)]
-    return [path for path in files if known.get(str(path)) != _size_and_time(path)]
+    paths = [path for folder in folders if folder.is_dir() for path in event_files(folder)]
+    files = [file for path in paths if (file := _look_at(path)) is not None]
+    return [file for file in files if known.get(str(file.path)) != (file.size, file.mtime_ns)]
 
 
-def read_totals(connection: sa.Connection, task: str) -> tuple[int, int, int]:
-    """Files, lines and refused lines of a loop so far."""
+@dataclass(frozen=True)
+class ReadTotals:
+    """What a loop's event files held so far; `unfinished` of them end in a line that is not whole yet."""
+
+    files: int
+    lines: int
+    rejected: int
+    unfinished: int
+
+
+def read_totals(connection: sa.Connection, task: str) -> ReadTotals:
+    """The sums over a loop's event files."""
     f = t.ingested_files.c
-    query = sa.select(sa.func.count(), sa.func.sum(f.lines), sa.func.sum(f.rejected)).where(f.task == task)
-    files, lines, rejected = connection.execute(query).one()
-    return files, int(lines or 0), int(rejected or 0)
+    sums = [sa.func.sum(f.lines), sa.func.sum(f.rejected), sa.func.sum(sa.case((f.size > f.offset, 1), else_=0))]
+    row = connection.execute(sa.select(sa.func.count(), *sums).where(f.task == task)).one()
+    return ReadTotals(*(int(value or 0) for value in row))
 
 
 def rejected_lines(connection: sa.Connection, task: str, limit: int) -> Sequence[Any]:
@@ -105,6 +122,9 @@ def _replace_rejected(
         connection.execute(t.rejected_lines.insert(), rows)
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def _look_at(path: Path) -> UnreadFile | None:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # taken away since its folder was listed
+        return None
+    return UnreadFile(path, stat.st_size, stat.st_mtime_ns)

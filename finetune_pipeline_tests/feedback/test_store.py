@@ -10,6 +10,12 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline_tests.conftest import feedback, interaction
 
 
+@pytest.fixture(autouse=True)
+def on_each_database(url, monkeypatch):
+    """Every test here runs on SQLite and, where a server is installed, on PostgreSQL."""
+    monkeypatch.setenv("FINETUNE_DATABASE_URL", url)
+
+
 def record(*events):
     with connect().write() as connection:
         return store.record(connection, "notes", events, default_reward)
@@ -17,7 +23,7 @@ def record(*events):
 
 def new(after=0):
     with connect().read() as connection:
-        return [example for example, _ in store.new_examples(connection, "notes", after, min_reward=0.3)]
+        return list(store.new_examples(connection, "notes", after, min_reward=0.3))
 
 
 def test_an_event_counts_once_however_often_it_arrives():
@@ -72,6 +78,14 @@ def test_a_failed_transaction_leaves_no_trace():
     with connect().read() as connection:
         assert store.totals(connection, "notes").interactions == 0
         assert store.newest_sequence(connection) == 0
+
+
+def test_an_event_of_another_loop_takes_nothing_away():
+    record(interaction("a"), feedback("f", "a", "thumbs_up"))
+    strange = feedback("g", "a", "thumbs_down", minutes=5).model_copy(update={"task": "other"})
+    with connect().write() as connection:
+        store.record(connection, "other", [strange], default_reward)
+    assert len(new()) == 1
 
 
 @pytest.mark.parametrize("text", ["'; DROP TABLE interactions; --", "%s {0} \\", "ünïcödé 🚧", "x" * 100_000])

@@ -74,6 +74,20 @@ def test_only_what_curation_would_accept_counts_once(loop, instance):
     assert count_new(loop, connect(), watermark=0) == 2  # ash, and "the same" once
 
 
+def test_different_corrections_of_one_prompt_are_one_example(loop):
+    take_in(loop, *(x for n in range(5) for x in (
+        interaction(f"i{n}", prompt="one prompt"), feedback(f"f{n}", f"i{n}", "correction", correction=f"answer {n}")
+    )))  # fmt: skip
+    assert count_new(loop, connect(), watermark=0) == 1
+
+
+def test_a_file_that_never_stops_growing_does_not_keep_the_loop_from_starting(loop, instance):
+    take_in(loop, *corrected(f"person{n}" for n in range(10)))
+    write_events(loop.drop_folder / "log.jsonl", *corrected(["still more"]))
+    request = answer(loop, instance, NOW)
+    assert isinstance(request, dg.RunRequest) and request.asset_selection is None
+
+
 def test_a_judged_dataset_quiets_it_whatever_the_verdict(loop, instance):
     take_in(loop, *corrected(f"person{n}" for n in range(10)))
     judge(loop, promote=False)
@@ -107,7 +121,8 @@ def test_a_file_that_cannot_be_read_does_not_start_runs_for_ever(loop, instance)
         keys.add(request.run_key)
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
     assert len(keys) == loop.trigger.attempts
-    assert "look at the last run of raw_logs" in answer(loop, instance, NOW).skip_message
+    said = answer(loop, instance, NOW).skip_message
+    assert said.startswith("0 of 10") and "look at the last run of raw_logs" in said
 
 
 def test_a_failed_run_consumes_nothing_and_is_tried_again_a_few_times(loop, instance):

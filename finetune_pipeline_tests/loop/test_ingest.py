@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline.sources.jsonl import SourceError
-from finetune_pipeline.sources.ledger import rejected_lines
+from finetune_pipeline.sources.ledger import read_totals, rejected_lines
 from finetune_pipeline_tests.conftest import interaction
 from finetune_pipeline_tests.loop.conftest import corrected, write_events
 
@@ -85,11 +86,43 @@ def test_a_missing_source_and_an_empty_one_say_what_to_do(make_loop):
         snapshot(empty, connect())
 
 
+def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(loop, monkeypatch):
+    write_events(loop.drop_folder / "bad.jsonl", interaction("ash"))
+    write_events(loop.drop_folder / "good.jsonl", interaction("birch"))
+    really_open = Path.open
+
+    def refuse(path, *arguments, **more):
+        if path.name == "bad.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root, as whom CI may run, can read every file
+    done = take(loop)
+    assert done.unreadable == [f"{loop.drop_folder / 'bad.jsonl'}: Permission denied; mend it or take it away"]
+    assert interactions(loop) == 1
+
+
+def test_an_unfinished_last_line_is_counted_until_it_is_whole(loop):
+    file = loop.drop_folder / "log.jsonl"
+    whole = interaction("ash").model_dump_json() + "\n"
+    file.parent.mkdir(parents=True)
+    file.write_text(whole + whole[:30])
+    take(loop)
+    with connect().read() as connection:
+        assert read_totals(connection, "notes").unfinished == 1
+    file.write_text(whole + interaction("birch").model_dump_json() + "\n")
+    take(loop)
+    with connect().read() as connection:
+        assert read_totals(connection, "notes").unfinished == 0
+    assert interactions(loop) == 2
+
+
 def test_the_same_records_give_the_same_snapshot(loop):
     write_events(loop.drop_folder / "log.jsonl", *corrected(["ash", "birch"]))
     take(loop)
     first, _ = snapshot(loop, connect())
     assert snapshot(loop, connect())[0] == first
+    assert [path.name for path in first.path.parent.iterdir() if path.is_dir()] == [first.path.name]
     assert sorted(path.name for path in first.path.iterdir()) == ["manifest.json", "records.parquet"]
     assert (first.manifest.interactions, first.manifest.feedback, first.manifest.watermark) == (2, 2, 4)
 

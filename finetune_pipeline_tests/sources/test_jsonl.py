@@ -30,6 +30,10 @@ def read(path, offset=0, lines=0, limit=10_000):
         (line(surprise=1), "surprise"),  # unknown fields are refused
         (line(task="another"), "is of task 'another'"),
         (line(prompt="a\x00b"), "NUL"),
+        (line(user="a\x00b"), "NUL"),
+        (line(prompt_tokens=10**30), "prompt_tokens"),  # no database has such an integer
+        (line(prompt_tokens=3_000_000_000), "prompt_tokens"),
+        (line(created_at="0001-01-01T00:00:00+14:00"), "before the year 1"),
         (line(output="x" * 20_000), "longer than 10000 bytes"),
         (b'{"event": "interaction", "confidence": NaN}\n', "NaN"),
         (b"[" * 9_000 + b"\n", "not JSON"),  # nested absurdly deep
@@ -57,6 +61,21 @@ def test_a_line_that_is_still_being_written_is_left_for_the_next_time(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a") + line("b")[:40])
     assert [item.number for item in read(path)] == [1]
+
+
+def test_a_last_line_that_can_never_become_an_event_is_refused_at_once(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(line("a") + b'{"event": "other"}')
+    assert [item.event is None for item in read(path)] == [False, True]
+
+
+def test_line_numbers_stay_right_after_a_last_line_without_newline(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(line("a").rstrip(b"\n"))
+    (first,) = read(path)
+    path.write_bytes(path.read_bytes() + b"\nbroken\n")
+    (bad,) = read(path, offset=first.end, lines=first.number)
+    assert bad.number == 2
 
 
 def test_a_last_line_without_newline_is_read_if_it_is_whole(tmp_path):
