@@ -251,6 +251,7 @@ def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
         save_strategy="steps",
         save_steps=math.ceil(steps / settings.checkpoints),
         save_total_limit=2,
+        train_sampling_strategy="group_by_length",  # batches of like lengths: little of the work is padding
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",

@@ -49,7 +49,8 @@ class Batch:
     begins: datetime
 
 
-FIRST = Batch("aec_parser", 31, 320, 0.8, 0.0, datetime(2026, 3, 2, 8, tzinfo=UTC))
+# Seed 36 draws the spoken fire ratings about equally often; some seeds give one of them half of all.
+FIRST = Batch("aec_parser", 36, 320, 0.8, 0.0, datetime(2026, 3, 2, 8, tzinfo=UTC))
 MORE = Batch("aec_parser_more", 32, 72, 0.9, 0.65, datetime(2026, 5, 18, 8, tzinfo=UTC))
 
 
