@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune_pipeline.cli.dagster_home import PATHS
 from finetune_pipeline.database import connect
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import list_comparisons
@@ -33,8 +34,6 @@ defs = FineTuneLoop(loop).build_defs(dg.ComponentTree.for_test().load_context)
 IMPOSSIBLE = {"gate": {"min_gain": 1.0, "mode": "points"}}
 KEEP = {"gate": {"min_gain": 1.0, "mode": "points", "on_reject": "keep_champion"}}
 
-pytestmark = pytest.mark.slow
-
 
 class Loop:
     """The example loop in a home of its own, driven by `dagster asset materialize`."""
@@ -44,7 +43,9 @@ class Loop:
         self.home = folder / "home"
         self.dagster = folder / "dagster"
         self.dagster.mkdir()
-        (self.dagster / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        settings = yaml.safe_load((PROJECT_ROOT / "dagster.yaml").read_text())
+        own = {key: value for key, value in settings.items() if key not in PATHS}
+        (self.dagster / "dagster.yaml").write_text(yaml.safe_dump(own))
         self.env = {**os.environ, "FINETUNE_HOME": str(self.home), "DAGSTER_HOME": str(self.dagster)}
 
     def write(self, **changes):
@@ -210,3 +211,24 @@ def test_a_benchmark_that_is_none_is_named(loop, tmp_path, text, said):
     code, log = loop.run("*meeting_notes/curated_dataset", evaluation={"benchmark": str(bad), "metric": "words"})
     assert code != 0
     assert str(bad) in log and said in log
+
+
+@pytest.mark.parametrize("megabytes", [3, 12], ids=["while training", "while merging"])
+def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, megabytes):
+    small = Loop(tmp_path)
+    small.home.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(small.home)]
+    refused = subprocess.run(mount, capture_output=True, text=True)
+    if refused.returncode:
+        pytest.skip(f"a small disk to fill can only be mounted by root here: {refused.stderr.strip()}")
+    training = {"epochs": 0.2, "learning_rate": 2e-3, "max_length": 256, "checkpoints": 1}
+    try:
+        code, log = small.run("*meeting_notes/gguf_model", training=training)
+        assert code != 0
+        assert "the disk is full" in log and "ree some space" in log
+        assert small.complete("curated_dataset") and not small.complete("gguf_model")
+        subprocess.run(["mount", "-o", "remount,size=200m", str(small.home)], check=True)
+        code, log = small.run("*meeting_notes/gguf_model", training=training)
+        assert code == 0, log
+    finally:
+        subprocess.run(["umount", "-l", str(small.home)], check=True)

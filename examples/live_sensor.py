@@ -1,0 +1,99 @@
+"""The loop starting by itself, live: Dagster's daemon runs, a file is dropped, and everything else follows.
+
+    .venv/bin/python examples/live_sensor.py
+
+In a home of its own ($FINETUNE_HOME/live, replaced each time) it starts `dagster dev`, switches the default loop's sensor
+on, and waits: the sample logs are ingested, a run starts, the first champion is promoted, the next tick is quiet.
+Then it drops the second batch of sample logs into the inbox and waits for the next run to be judged and the tick
+after it to be quiet again. It prints what the sensor said, and ends with the history of the champion. About 5 minutes.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dagster import DagsterInstance
+from dagster._core.scheduler.instigation import TickStatus
+
+from finetune_pipeline.settings import PROJECT_ROOT, home
+
+LOOP = "aec_parser"
+SENSOR = f"{LOOP}_new_examples"
+MORE = PROJECT_ROOT / "data" / "samples" / "aec_parser_more" / "more.jsonl"
+PATIENCE_SECONDS = 420
+
+
+def main() -> None:
+    """Run the proof; exit code 1 if something does not happen in time."""
+    folder = home() / "live"
+    shutil.rmtree(folder, ignore_errors=True)
+    os.environ["FINETUNE_HOME"] = str(folder)
+    os.environ.pop("DAGSTER_HOME", None)
+    from finetune_pipeline.cli.dagster_home import environment
+
+    os.environ.update(environment())
+    with daemon(folder / "dagster-dev.log"), DagsterInstance.get() as instance:
+        command(["sensor", "start", SENSOR, "-w", "workspace.yaml"])
+        say("the sensor is on; the sample logs wait in their folder")
+        wait_for_quiet(instance, judged=1)
+        say("the first data was judged, and the tick after it is quiet")
+        inbox = folder / "inbox" / LOOP
+        shutil.copy(MORE, inbox / ".more.partial")
+        (inbox / ".more.partial").rename(inbox / MORE.name)
+        say(f"dropped {MORE.name} into {inbox}")
+        wait_for_quiet(instance, judged=2)
+        say("the second data was judged, and the tick after it is quiet")
+    subprocess.run([sys.executable, "-m", "finetune_pipeline.cli.main", "model", "history"], check=True)
+
+
+@contextmanager
+def daemon(log: Path) -> Iterator[None]:
+    """`dagster dev` with its webserver on a port of the system's choice."""
+    arguments = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", "3199"]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        process = subprocess.Popen(arguments, cwd=PROJECT_ROOT, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        time.sleep(10)  # until its code server answers
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def command(arguments: list[str]) -> None:
+    """One of Dagster's own commands."""
+    subprocess.run([sys.executable, "-m", "dagster", *arguments], cwd=PROJECT_ROOT, check=True)
+
+
+def wait_for_quiet(instance: DagsterInstance, judged: int) -> None:
+    """Wait until so many runs of the whole loop have ended and the newest tick starts nothing; tell each new tick."""
+    deadline, told = time.monotonic() + PATIENCE_SECONDS, set[str]()
+    while time.monotonic() < deadline:
+        ended = sum(run.is_finished and "finetune/series" in run.tags for run in instance.get_runs())
+        for state in instance.all_instigator_state():
+            for tick in reversed(instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=20)):
+                text = tick.skip_reason or f"starts {tick.run_keys}"
+                if tick.tick_id not in told and tick.status != TickStatus.STARTED:
+                    told.add(tick.tick_id)
+                    say(f"  tick: {text}")
+            newest = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=1)
+            if ended >= judged and newest and (newest[0].skip_reason or "").startswith("0 of"):
+                return
+        time.sleep(2)
+    sys.exit("it did not happen in time; see dagster-dev.log in the home")
+
+
+def say(text: str) -> None:
+    """A line with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
