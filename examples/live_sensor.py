@@ -3,7 +3,8 @@
     .venv/bin/python examples/live_sensor.py
 
 In a home of its own ($FINETUNE_HOME/live, replaced each time) it starts `dagster dev`, switches the default loop's
-sensor on, and waits: the sample logs are ingested, a run starts, the first champion is promoted, the next tick is quiet.
+sensor on, and waits: the sample logs are ingested, a run starts, the first champion is promoted, the next tick is
+quiet.
 Then it drops the second batch of sample logs into the inbox and waits for the next run to be judged and the tick after
 it to be quiet again. It prints what the sensor said, and ends with the history of the champion. About 5 minutes.
 """
