@@ -39,16 +39,17 @@ def main() -> None:
     from finetune_pipeline.cli.dagster_home import environment
 
     os.environ.update(environment())
+    told: set[str] = set()
     with daemon(folder / "dagster-dev.log"), DagsterInstance.get() as instance:
         command(["sensor", "start", SENSOR, "-w", "workspace.yaml"])
         say("the sensor is on; the sample logs wait in their folder")
-        wait_for_quiet(instance, judged=1)
+        wait_for_quiet(instance, told, judged=1)
         say("the first data was judged, and the tick after it is quiet")
         inbox = folder / "inbox" / LOOP
         shutil.copy(MORE, inbox / ".more.partial")
         (inbox / ".more.partial").rename(inbox / MORE.name)
         say(f"dropped {MORE.name} into {inbox}")
-        wait_for_quiet(instance, judged=2)
+        wait_for_quiet(instance, told, judged=2)
         say("the second data was judged, and the tick after it is quiet")
     subprocess.run([sys.executable, "-m", "finetune_pipeline.cli.main", "model", "history"], check=True)
 
@@ -73,9 +74,9 @@ def command(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "dagster", *arguments], cwd=PROJECT_ROOT, check=True)
 
 
-def wait_for_quiet(instance: DagsterInstance, judged: int) -> None:
+def wait_for_quiet(instance: DagsterInstance, told: set[str], judged: int) -> None:
     """Wait until so many runs of the whole loop have ended and the newest tick starts nothing; tell each new tick."""
-    deadline, told = time.monotonic() + PATIENCE_SECONDS, set[str]()
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         ended = sum(run.is_finished and "finetune/series" in run.tags for run in instance.get_runs())
         for state in instance.all_instigator_state():

@@ -6,6 +6,7 @@ cost seconds. The loop is the example of free text, `examples/meeting_notes`.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,8 +181,21 @@ def test_a_file_that_was_changed_after_it_was_measured_is_refused(loop):
     try:
         code, log = loop.run("meeting_notes/promoted_model")
         assert code != 0 and "changed since: the GGUF" in log
+        code, log = loop.run("meeting_notes/eval_report")  # a damaged champion would be easy to beat
+        assert code != 0 and "is not the file that was measured" in log
     finally:
         serving.gguf_path.write_bytes(content)
+
+
+def test_an_adapter_is_never_merged_into_another_base(loop, tmp_path):
+    other = tmp_path / "other_base"
+    shutil.copytree(PROJECT_ROOT / "data" / "starter_model", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    code, log = loop.run("meeting_notes/gguf_model", base_model=str(other))
+    assert code != 0 and "was trained on another base model" in log
+    code, log = loop.run("meeting_notes/promoted_model", base_model=str(other))
+    assert code != 0 and "changed since: base model" in log
 
 
 def test_two_runs_at_the_same_time_end_with_one_answer(loop):
