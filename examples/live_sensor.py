@@ -57,6 +57,8 @@ def main() -> None:
 @contextmanager
 def daemon(log: Path) -> Iterator[None]:
     """`dagster dev` with its webserver on a port of the system's choice."""
+    # Started in the background of a script, this process and all its children would ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", "3199"]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +78,7 @@ def ui(port: int) -> None:
     click.echo(f"state: {home()}; open http://127.0.0.1:{port}, end with ctrl-c")
     command = ["dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)]
     os.chdir(PROJECT_ROOT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # started in the background of a script, it would ignore ctrl-c
     os.execve(sys.executable, [sys.executable, "-m", "dagster", *command], prepared)
 
 

@@ -44,7 +44,10 @@ def resolve_base_model(name: str) -> Path:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1 or project_path(name).parent.is_dir()
+    # "owner/model" and the old one-word ids ("gpt2") are the hub's, unless the first part is a folder here.
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return True
+    return "/" in name and project_path(name).parent.is_dir()
 
 
 def _download(name: str) -> Path:
