@@ -23,7 +23,7 @@ def test_a_folder_is_taken_as_it_is_relative_to_the_project_too(folder):
     assert resolve_base_model("finetune_pipeline/export") == PROJECT_ROOT / "finetune_pipeline" / "export"
 
 
-@pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "nothing", "data/nothing"])
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "data/nothing"])
 def test_a_folder_that_is_not_there_is_named(name):
     with pytest.raises(ExportError, match=r"is not there: .*nothing"):
         resolve_base_model(name)
