@@ -122,6 +122,22 @@ def locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def in_turn(path: Path, what: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Hold `path` for this process, after waiting until nobody else does; the lock goes with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tell(f"another {what} runs on this machine; waiting for its end")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def obtain(
     kind: type[M],
     loop: str,

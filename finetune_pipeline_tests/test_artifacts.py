@@ -134,3 +134,22 @@ def test_a_file_is_the_old_or_the_new_one_whenever_the_writer_is_killed(tmp_path
 def test_a_hash_is_of_the_value_and_not_of_its_order():
     assert artifacts.hash_of({"a": 1, "b": [2]}) == artifacts.hash_of(json.loads('{"b": [2], "a": 1}'))
     assert artifacts.hash_of({"a": 1}) != artifacts.hash_of({"a": 2})
+
+
+WAIT = """
+from finetune_pipeline.artifacts import in_turn
+from finetune_pipeline.settings import home
+with in_turn(home() / "training", "training", lambda text: print(text, flush=True)):
+    print("my turn", flush=True)
+"""
+
+
+def test_the_next_one_waits_its_turn_and_gets_it_when_the_holder_is_killed():
+    hold = WAIT + "    import time; time.sleep(60)\n"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env={**os.environ})
+    assert holder.stdout.readline() == "my turn\n"
+    waiting = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True, env={**os.environ})
+    assert waiting.stdout.readline() == "another training runs on this machine; waiting for its end\n"
+    holder.kill()
+    holder.wait()
+    assert waiting.communicate(timeout=30)[0] == "my turn\n"

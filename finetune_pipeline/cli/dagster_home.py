@@ -1,8 +1,6 @@
 """Dagster's own state, under `$FINETUNE_HOME/dagster` unless DAGSTER_HOME says otherwise."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
@@ -11,7 +9,6 @@ from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import PROJECT_ROOT, home
 
 PATHS = ("storage", "local_artifact_storage", "compute_logs")
-POOLS = {"training": 1}
 
 
 def environment() -> dict[str, str]:
@@ -22,11 +19,11 @@ def environment() -> dict[str, str]:
     dagster_home = Path(os.environ.get("DAGSTER_HOME") or home() / "dagster").resolve()
     env = {**os.environ, "FINETUNE_HOME": str(home()), "DAGSTER_HOME": str(dagster_home)}
     if dagster_home == home() / "dagster":
-        _prepare(dagster_home, env)
+        _prepare(dagster_home)
     return env
 
 
-def _prepare(dagster_home: Path, env: dict[str, str]) -> None:
+def _prepare(dagster_home: Path) -> None:
     settings = yaml.safe_load((PROJECT_ROOT / "dagster.yaml").read_text(encoding="utf-8"))
     text = yaml.safe_dump({key: value for key, value in settings.items() if key not in PATHS}, sort_keys=False)
     path = dagster_home / "dagster.yaml"
@@ -34,7 +31,3 @@ def _prepare(dagster_home: Path, env: dict[str, str]) -> None:
         return
     dagster_home.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    # A pool's default limit does not hold when two runs start together on a fresh instance; a set one does.
-    for pool, limit in POOLS.items():
-        command = [sys.executable, "-m", "dagster", "instance", "concurrency", "set", pool, str(limit)]
-        subprocess.run(command, env=env, check=True, capture_output=True)

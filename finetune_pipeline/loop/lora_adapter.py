@@ -8,18 +8,17 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, create_model
 
-from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
+from finetune_pipeline.artifacts import Artifact, in_turn, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.loop.reading import PACKAGES
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
-from finetune_pipeline.settings import LoopSettings, TrainingSettings
+from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.curve import curve_png
 from finetune_pipeline.training.job import RESULT, Progress, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
 
-POOL = "training"
 REPORT_EVERY_SECONDS = 5.0
 
 
@@ -41,7 +40,6 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         group_name=loop.name,
         io_manager_key=pointers_key(loop),
         ins={"curated_dataset": upstream(loop)},
-        pool=POOL,
         kinds={"pytorch", "huggingface"},
     )
     def lora_adapter(
@@ -56,7 +54,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """
         die_with_run()
         settings = TrainingSettings.model_validate(config.model_dump())  # type: ignore[attr-defined]
-        artifact = adapter(loop, settings, curated_dataset, _reporter(context))
+        artifact = adapter(loop, settings, curated_dataset, _reporter(context), context.log.info)
         return dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
 
     return lora_adapter
@@ -67,8 +65,13 @@ def adapter(
     settings: TrainingSettings,
     dataset: Artifact[DatasetManifest],
     on_progress: Callable[[Progress], None],
+    tell: Callable[[str], None],
 ) -> Artifact[AdapterManifest]:
-    """The adapter that this dataset and these settings give, trained if it is not there yet."""
+    """The adapter that this dataset and these settings give, trained if it is not there yet.
+
+    One training runs at a time. A lock of the process sees to it and no pool of Dagster's: a run that is killed keeps
+    its place in a pool, and the next one would wait for ever.
+    """
     base = resolve_base_model(loop.base_model)
     inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
     shaping = {**settings.model_dump(), "system_prompt": loop.system_prompt}
@@ -81,7 +84,8 @@ def adapter(
             output=folder,
             settings=settings,
         )
-        result = train(job, on_progress)
+        with in_turn(home() / "training", "training", tell):
+            result = train(job, on_progress)
         return {
             "inputs": inputs,
             "settings": shaping,

@@ -25,7 +25,7 @@ def test_dagsters_home_is_made_ready_without_the_paths_of_the_bare_command(own_h
     env = environment()
     assert env["DAGSTER_HOME"] == str(own_home.resolve() / "dagster")
     text = (own_home / "dagster" / "dagster.yaml").read_text()
-    assert "data/state" not in text and "free_slots_after_run_end_seconds: 60" in text
+    assert "data/state" not in text and "run_monitoring" in text
 
 
 def test_a_home_of_ones_own_is_left_alone(own_home, tmp_path, monkeypatch):
