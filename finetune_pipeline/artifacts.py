@@ -198,6 +198,19 @@ def draft(loop: str, stage: str, version: str, *, keep: bool = False) -> Iterato
         raise disk_full(path, error) from error
 
 
+_WORDS_OF_A_FULL_DISK = (
+    "No space left on device",
+    "os error 28",
+    "enforce fail at inline_container.cc",  # torch.save, whose archive came out shorter than what was written
+    "requested and 0 written",  # numpy's tofile
+)
+
+
+def tells_of_full_disk(log: str) -> bool:
+    """Whether what a child process wrote last means that the disk was full."""
+    return any(words in log for words in _WORDS_OF_A_FULL_DISK)
+
+
 def disk_full(path: Path, error: object) -> ArtifactError:
     """The error of a full disk, with what is free and what to do."""
     there = next(parent for parent in [path, *path.parents] if parent.exists())

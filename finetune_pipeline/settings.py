@@ -249,8 +249,8 @@ def read_loop(path: Path) -> LoopSettings:
         if not isinstance(document, dict) or document.get("type") != COMPONENT_TYPE:
             raise SettingsError(f"{path}: expected `type: {COMPONENT_TYPE}` and `attributes:`")
         return LoopSettings.model_validate(document.get("attributes") or {})
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not YAML in UTF-8: {error}; correct it, then run again") from error
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or 'loop'}: {e['msg']}" for e in error.errors()]
         raise SettingsError("\n".join([f"{path}: these settings cannot be used:", *lines])) from error
@@ -271,7 +271,10 @@ def load_loops(folder: Path = DEFS_FOLDER) -> dict[str, LoopSettings]:
 
 def _is_loop(path: Path) -> bool:
     # Shared resources and other components may lie beside the loops; they are Dagster's business.
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return True  # reading it says what is wrong
     return isinstance(document, dict) and document.get("type") == COMPONENT_TYPE
 
 

@@ -82,6 +82,20 @@ def test_a_file_that_is_no_loop_is_refused(tmp_path, text):
         read_loop(write(tmp_path, "notes", text))
 
 
+@pytest.mark.parametrize("content", [b"a: [unclosed\n", b"\xff\xfe"])
+def test_a_broken_file_among_the_loops_is_named(tmp_path, content):
+    path = tmp_path / "broken" / "defs.yaml"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"broken/defs\.yaml is not YAML in UTF-8"):
+        load_loops(tmp_path)
+
+
+def test_what_is_no_loop_is_dagsters_business(tmp_path):
+    write(tmp_path, "resources", "type: dagster.SomethingElse\n")
+    assert load_loops(tmp_path) == {}
+
+
 def test_two_loops_cannot_have_one_name(tmp_path):
     write(tmp_path, "a", loop_yaml(YAML))
     write(tmp_path, "b", loop_yaml(YAML))

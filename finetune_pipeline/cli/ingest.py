@@ -33,5 +33,5 @@ def ingest(files: tuple[Path, ...], loop: LoopSettings) -> None:
     )
     if total.rejected:
         with database.read() as connection:
-            for row in rejected_lines(connection, loop.name, limit=10):
+            for row in rejected_lines(connection, loop.name, 10, [path.resolve() for path in files]):
                 click.echo(f"  {row.path}:{row.line}: {row.reason}", err=True)

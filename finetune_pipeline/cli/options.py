@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from finetune_pipeline.settings import LoopSettings, SettingsError, load_loop, load_loops
+from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, SettingsError, load_loop, load_loops
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -15,6 +15,8 @@ def _loop(_context: click.Context, _parameter: click.Parameter, name: str | None
     if name is not None:
         return load_loop(name)
     loops = load_loops()
+    if not loops:
+        raise SettingsError(f"no loop is declared under {DEFS_FOLDER}; the README shows how to write one")
     if len(loops) != 1:
         raise SettingsError(f"there are several loops; name one with --loop: {', '.join(loops)}")
     return next(iter(loops.values()))

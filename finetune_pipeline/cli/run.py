@@ -27,6 +27,8 @@ DEMO_PROMPT = "150 mm concrete wall fire-rated two hours California seismic D"
 _LINE = re.compile(r" - dagster - (?P<level>[A-Z]+) - \S+ - [0-9a-f-]{36} - (?:\d+ - )?(?P<rest>.*)$")
 _EVENT = re.compile(r"^(?P<step>\w+) - (?P<event>[A-Z_]+) - (?P<text>.*)$")
 _SAID = re.compile(r"^(?P<step>\w+) - (?P<text>.*)$")
+# The last line of a traceback, where it is one of this project's own errors: it says what to do.
+_REASON = re.compile(r"^\s*(?:finetune_pipeline\.[\w.]+|dagster\._core\.definitions\.events\.Failure): (?P<text>.+)$")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -58,7 +60,8 @@ def demo(context: click.Context) -> None:
         show_summary(loop)
         if code == 0:
             side_by_side(loop, DEMO_PROMPT)
-            click.echo(f"\nlook at it in the browser: make ui FINETUNE_HOME={folder}")
+            click.echo(f"\nlook at it in the browser:   make ui FINETUNE_HOME={folder}")
+            click.echo(f"ask it, list it, take it back: export FINETUNE_HOME={folder}; .venv/bin/finetune ask ...")
     sys.exit(code)
 
 
@@ -90,7 +93,9 @@ def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:
     """
     env = environment()
     select = "*" + "/".join([*loop.prefix, "promoted_model"])
-    command = [sys.executable, "-m", "dagster", "asset", "materialize", "--select", select, "-m", DEFINITIONS]
+    # Dagster's process ends with this one: nobody would see what an orphan of a killed command goes on to promote.
+    tied = [sys.executable, "-m", "finetune_pipeline.children", str(os.getpid())]
+    command = [*tied, sys.executable, "-m", "dagster", "asset", "materialize", "--select", select, "-m", DEFINITIONS]
     log = home() / "logs" / f"{loop.name}-{datetime.now():%Y%m%d-%H%M%S}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -98,7 +103,7 @@ def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:
     )
     assert process.stdout is not None
     try:
-        with log.open("w", encoding="utf-8") as file:
+        with log.open("w", encoding="utf-8", buffering=1) as file:
             _follow(process.stdout, file, verbose)
         code = process.wait()
     except KeyboardInterrupt:
@@ -109,12 +114,13 @@ def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:
 
 
 def _follow(lines: IO[str], log: IO[str], verbose: bool) -> None:
-    started = time.monotonic()
+    started, last = time.monotonic(), None
     for raw in lines:
         log.write(raw)
         line = _COLOUR.sub("", raw.rstrip())
         text = line if verbose else summarise(line)
-        if text:
+        if text and text != last:
+            last = text
             click.echo(text if verbose else f"[{time.monotonic() - started:4.0f} s] {text}")
 
 
@@ -122,7 +128,8 @@ def summarise(line: str) -> str | None:
     """What of a line of Dagster's log a person wants to see: what steps say, how they end, and their checks."""
     match = _LINE.search(line)
     if match is None:
-        return None
+        reason = _REASON.match(line)
+        return click.style(f"{'':<16} {reason['text']}", fg="red") if reason else None
     rest, level = match["rest"], match["level"]
     event = _EVENT.match(rest)
     if event is None:

@@ -75,7 +75,18 @@ def connect(url: str | None = None) -> Database:
 
 
 def _connect(url: str) -> Database:
-    engine = _sqlite(url) if make_url(url).get_backend_name() == "sqlite" else sa.create_engine(url, pool_pre_ping=True)
+    try:
+        sqlite = make_url(url).get_backend_name() == "sqlite"
+        engine = _sqlite(url) if sqlite else sa.create_engine(url, pool_pre_ping=True)
+    except (sa.exc.ArgumentError, ImportError) as error:
+        raise DatabaseError(
+            f"FINETUNE_DATABASE_URL cannot be used ({error}); expected sqlite:///PATH or "
+            "postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+        ) from error
+    except OSError as error:
+        raise DatabaseError(
+            f"the folder of the database cannot be made ({error}); set FINETUNE_HOME to a folder that can be written"
+        ) from error
     try:
         revision = _revision(engine)
         if revision != HEAD:

@@ -97,10 +97,12 @@ def read_totals(connection: sa.Connection, task: str) -> ReadTotals:
     return ReadTotals(*(int(value or 0) for value in row))
 
 
-def rejected_lines(connection: sa.Connection, task: str, limit: int) -> Sequence[Any]:
-    """The first refused lines: path, line, reason."""
+def rejected_lines(connection: sa.Connection, task: str, limit: int, paths: Sequence[Path] = ()) -> Sequence[Any]:
+    """The first refused lines, of these files or of all: path, line, reason."""
     r = t.rejected_lines.c
     query = sa.select(r.path, r.line, r.reason).where(r.task == task).order_by(r.path, r.line).limit(limit)
+    if paths:
+        query = query.where(r.path.in_([str(path) for path in paths]))
     return connection.execute(query).all()
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_pipeline.artifacts import disk_full, write_text
+from finetune_pipeline.artifacts import disk_full, tells_of_full_disk, write_text
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import (
     JOB,
@@ -91,7 +91,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 def _failure(status: int, job: TrainingJob) -> str:
     lines = _last_lines(job.output / LOG)
-    if any("No space left on device" in line for line in lines):
+    if tells_of_full_disk("\n".join(lines)):
         return str(disk_full(job.output, lines[-1].strip()))
     if status == REFUSED:
         text = "\n".join(lines)

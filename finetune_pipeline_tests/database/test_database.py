@@ -32,6 +32,12 @@ def test_a_database_that_cannot_be_opened_says_what_to_look_at(tmp_path):
         connect(f"sqlite:///{tmp_path / 'file'}")
 
 
+@pytest.mark.parametrize("url", ["foo", "nothing://at/all", "sqlite:////proc/nope/x/file.db"])
+def test_an_address_that_is_none_says_what_is_expected(url):
+    with pytest.raises(DatabaseError, match=r"postgresql\+psycopg://|set FINETUNE_HOME"):
+        connect(url)
+
+
 def test_an_up_to_date_database_needs_no_alembic():
     connect()
     script = "import sys; from finetune_pipeline.database import connect; connect(); print('alembic' in sys.modules)"
