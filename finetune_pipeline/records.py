@@ -2,23 +2,28 @@
 
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from finetune_pipeline.settings import Rating
+
 Message = dict[str, str]
 """One chat message: `role` (system, user or assistant) and `content`."""
 
-FeedbackKind = Literal["success", "correction", "validation_failure", "thumbs_up", "thumbs_down"]
-PERSON_KINDS = frozenset({"correction", "thumbs_up", "thumbs_down"})
+FeedbackKind = Literal["success", "correction", "validation_failure", "thumbs_up", "thumbs_down", "rating", "reward"]
+PERSON_KINDS = frozenset({"correction", "thumbs_up", "thumbs_down", "rating"})
 
 
-def _no_nul(text: str) -> str:
-    # PostgreSQL cannot hold NUL, and no real prompt has one.
+def _storable(text: str) -> str:
+    # PostgreSQL cannot hold NUL, UTF-8 no half of a surrogate pair, and no real prompt has either.
     if "\x00" in text:
         raise ValueError("holds a NUL character, which no store can keep; remove it")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half of a surrogate pair, which is no character; remove it")
     return text
 
 
@@ -29,8 +34,8 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("lies before the year 1 or after the year 9999 in UTC") from None
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
-ShortText = Annotated[str, Field(max_length=200), AfterValidator(_no_nul)]
+Text = Annotated[str, AfterValidator(_storable)]
+ShortText = Annotated[str, Field(max_length=200), AfterValidator(_storable)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Moment = Annotated[datetime, AfterValidator(_in_utc)]
 
@@ -41,6 +46,13 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Turn(Record):
+    """One earlier message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
 class Interaction(Record):
     """One exchange with a model in service, as an application logs it."""
 
@@ -49,10 +61,19 @@ class Interaction(Record):
     task: str = Field(max_length=60, description="Name of the loop.")
     created_at: Moment
     prompt: Text = Field(min_length=1, description="What the user asked, without the loop's system prompt.")
+    history: tuple[Turn, ...] = Field(
+        default=(), description="Messages before the prompt; one of the system stands instead of the loop's own."
+    )
     output: Text = Field(description="What the model answered.")
     model: ShortText | None = Field(default=None, description="Which model answered: loop@version.")
     confidence: float | None = Field(default=None, ge=0, le=1, description="Lowest probability among value tokens.")
-    user: ShortText | None = None
+    validation_score: float | None = Field(default=None, ge=0, le=100, description="What a validator gave on the spot.")
+    user: ShortText | None = Field(default=None, description="The author: whose words the prompt are.")
+    domain: ShortText | None = None
+    kind: ShortText | None = Field(default=None, description="Kind of request, in the application's own terms.")
+    retrieved_context: Text | None = Field(default=None, description="What was retrieved and put into the prompt.")
+    arm: ShortText | None = Field(default=None, description="Traffic arm: what was meant to answer, such as champion.")
+    flag: ShortText | None = Field(default=None, description="Why a person should look at the answer.")
     latency_ms: float | None = Field(default=None, ge=0)
     prompt_tokens: Count | None = None
     completion_tokens: Count | None = None
@@ -68,6 +89,10 @@ class Feedback(Record):
     created_at: Moment
     kind: FeedbackKind
     score: float | None = Field(default=None, ge=0, le=100, description="Of success and validation_failure.")
+    rating: Rating | None = Field(default=None, description="Of rating: 1 to 5 stars, or gold.")
+    reward: float | None = Field(
+        default=None, ge=-1, le=1, description="The reward, where the application knows it better than the table."
+    )
     correction: Text | None = Field(default=None, description="The answer as it should have been.")
     output_hash: str | None = Field(
         default=None,
@@ -82,6 +107,10 @@ class Feedback(Record):
             raise ValueError("kind correction needs the corrected answer in `correction`")
         if self.kind in {"success", "validation_failure"} and self.score is None:
             raise ValueError(f"kind {self.kind} needs `score`, 0 to 100")
+        if self.kind == "rating" and self.rating is None:
+            raise ValueError("kind rating needs `rating`: 1, 2, 3, 4, 5 or gold")
+        if self.kind == "reward" and self.reward is None:
+            raise ValueError("kind reward needs `reward`, -1 to 1")
         return self
 
 
@@ -94,6 +123,7 @@ class Example(Record):
     interaction_id: UUID
     sequence: int = Field(ge=0, description="The store's ingest sequence of the newest event that shaped it.")
     prompt: str
+    history: tuple[Turn, ...] = ()
     target: str
     reward: float = Field(ge=-1, le=1)
     confidence: float | None = Field(default=None, ge=0, le=1)
@@ -111,10 +141,20 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(normalise(text).encode()).hexdigest()
 
 
-def chat(system_prompt: str, prompt: str) -> list[Message]:
-    """The messages that a loop sends for a prompt; the same in training, evaluation and service."""
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": prompt}]
+def conversation(prompt: str, history: Sequence[Turn]) -> str:
+    """A prompt with what was said before it, as one text: what tells two questions apart."""
+    return "\n".join([*(f"{turn.role}: {turn.content}" for turn in history), prompt])
+
+
+def chat(system_prompt: str, prompt: str, history: Sequence[Turn] = ()) -> list[Message]:
+    """The messages that a loop sends for a prompt; the same in training, evaluation and service.
+
+    A system message of the history stands instead of the loop's own.
+    """
+    earlier = [{"role": turn.role, "content": turn.content} for turn in history]
+    own = bool(earlier) and earlier[0]["role"] == "system"
+    system = [{"role": "system", "content": system_prompt}] if system_prompt and not own else []
+    return [*system, *earlier, {"role": "user", "content": prompt}]
 
 
 class FileRecord(Record):
@@ -155,6 +195,7 @@ class DatasetManifest(Manifest):
     validation: int
     replayed: int = Field(description="Of train: examples mixed in against forgetting.")
     left_out: dict[str, int] = Field(description="Reason -> examples.")
+    redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places where it was replaced.")
     near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")
     watermark: int
 

@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFS_FOLDER = Path(__file__).resolve().parent / "defs"
@@ -19,6 +19,7 @@ COMPONENT_TYPE = "finetune_pipeline.loop.component.FineTuneLoop"
 
 _ENV = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 _NAME = r"^[a-z][a-z0-9_]*$"
+_ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$"
 
 
 class SettingsError(ValueError):
@@ -35,6 +36,18 @@ def database_url() -> str:
     return os.environ.get("FINETUNE_DATABASE_URL") or f"sqlite:///{home() / 'finetune.db'}"
 
 
+def survives_power_cut() -> bool:
+    """Whether what was recorded must survive a power cut too, not only a kill: `FINETUNE_DURABILITY=power-cut`.
+
+    Raises:
+        SettingsError: the variable has another value than "kill" (the default) or "power-cut".
+    """
+    value = os.environ.get("FINETUNE_DURABILITY") or "kill"
+    if value not in {"kill", "power-cut"}:
+        raise SettingsError(f"FINETUNE_DURABILITY is {value!r}; expected kill (the default) or power-cut")
+    return value == "power-cut"
+
+
 def project_path(text: str) -> Path:
     """A path from a YAML: absolute as it is, relative ones from the project's root."""
     return (PROJECT_ROOT / Path(text).expanduser()).resolve()
@@ -44,6 +57,10 @@ class Settings(BaseModel):
     """Base of all settings: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Rating = Literal["1", "2", "3", "4", "5", "gold"]
+Reward = Annotated[float, Field(ge=-1, le=1)]
 
 
 class SourceSettings(Settings):
@@ -71,6 +88,18 @@ class FeedbackSettings(Settings):
         description="Dotted path of a function Feedback, Interaction -> float in -1..1, instead of the default "
         "rewards; it holds for what is ingested from then on.",
     )
+    ratings: dict[Rating, Reward] = Field(
+        default={"1": -1.0, "2": -0.9, "3": 0.0, "4": 0.7, "5": 0.9, "gold": 1.0},
+        description="What a rating is worth: 1 to 5 stars, and the gold star.",
+    )
+
+    @field_validator("ratings")
+    @classmethod
+    def _every_rating_is_worth_something(cls, ratings: dict[Rating, float]) -> dict[Rating, float]:
+        missing = [rating for rating in get_args(Rating) if rating not in ratings]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} is missing; name the reward of every rating")
+        return ratings
 
 
 class CurationSettings(Settings):
@@ -119,10 +148,50 @@ class ExportSettings(Settings):
     quantization: Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"] = Field(
         default="Q4_K_M", description="llama.cpp's type of the file that serves."
     )
+    form: Literal["merged", "adapter"] = Field(
+        default="merged",
+        description="merged: one file. adapter: a LoRA GGUF over the base's GGUF, swapped in place by the gateway.",
+    )
     agreement_sample: int = Field(default=24, ge=1, description="Prompts on which the quantised model is compared.")
     min_agreement: float = Field(
         default=0.8, ge=0, le=1, description="Share of same answers below which the check turns red (a warning)."
     )
+
+
+class UpstreamSettings(Settings):
+    """A model behind another OpenAI-compatible server: vLLM, llama-server, Ollama, or a service."""
+
+    url: str = Field(pattern="^https?://", description="Its base address, as a rule ending in /v1.")
+    model: str = Field(min_length=1, description="The model's name there.")
+    api_key_env: str | None = Field(default=None, description="Environment variable that holds the key.")
+    timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for the next part of an answer.")
+
+
+class ServingSettings(Settings):
+    """How the gateway answers for this loop."""
+
+    aliases: tuple[Annotated[str, Field(pattern=_ALIAS)], ...] = Field(
+        default=(), description="Other names by which requests may ask for this loop's champion."
+    )
+    upstream: UpstreamSettings | None = Field(
+        default=None, description="Answers come from this server; without it, from llama.cpp here."
+    )
+    fallback: Literal["base"] | UpstreamSettings | None = Field(
+        default="base", description="What answers when the champion cannot: the base model, another server, nothing."
+    )
+    parallel: int = Field(default=8, ge=1, le=64, description="Answers decoded together.")
+    queue: int = Field(default=32, ge=0, description="Requests that may wait beyond those; more are told to come back.")
+    context: int | None = Field(default=None, ge=64, description="Tokens of prompt and answer; default evaluation's.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Tokens of an answer; default evaluation's.")
+    review_below: float | None = Field(
+        default=None, ge=0, le=1, description="Less confident answers are flagged for review; default min_confidence."
+    )
+
+
+class RegistrySettings(Settings):
+    """What the registry keeps."""
+
+    keep: int = Field(default=5, ge=1, description="Champions of the last so many moves are never deleted.")
 
 
 class EvaluationSettings(Settings):
@@ -190,6 +259,8 @@ class LoopSettings(Settings):
     evaluation: EvaluationSettings
     gate: GateSettings = GateSettings()
     trigger: TriggerSettings = TriggerSettings()
+    serving: ServingSettings = ServingSettings()
+    registry: RegistrySettings = RegistrySettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -207,6 +278,22 @@ class LoopSettings(Settings):
         """The asset keys' prefix as Dagster takes it: no parts, or one."""
         prefix = self.name if self.key_prefix is None else self.key_prefix
         return [prefix] if prefix else []
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, in service."""
+        return self.serving.context or self.evaluation.context
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of an answer in service, unless the request says otherwise."""
+        return self.serving.max_tokens or self.evaluation.max_tokens
+
+    @property
+    def review_below(self) -> float:
+        """Answers less confident than this deserve a person's eye."""
+        below = self.serving.review_below
+        return self.curation.min_confidence if below is None else below
 
     @property
     def drop_folder(self) -> Path:

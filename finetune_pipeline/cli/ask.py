@@ -24,7 +24,7 @@ def ask(prompt: str, name: str, compare: bool, loop: LoopSettings) -> None:
 def gguf_of(loop: LoopSettings, name: str) -> tuple[str, Path]:
     """The full name and the GGUF of a version, champion or base; the base's file is made if it is not there yet."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.loop.base_gguf import base_gguf
+    from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.registry.champion import resolve
 
     found = resolve(connect(), name, loop.name)

@@ -21,7 +21,7 @@ def ingest(files: tuple[Path, ...], loop: LoopSettings) -> None:
     database = connect()
     total = Ingested()
     if files:
-        reward = reward_function(loop.feedback.reward_function)
+        reward = reward_function(loop.feedback)
         for path in files:
             total.add(ingest_file(loop, database, path.resolve(), reward))
     else:

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from filelock import FileLock
 from sqlalchemy.engine import make_url
 
-from finetune_pipeline.settings import database_url, home
+from finetune_pipeline.settings import database_url, home, survives_power_cut
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration; kept here so that a database that is up to date needs no Alembic."""
 
 _BUSY_MS = 30_000
@@ -110,7 +110,8 @@ def _sqlite(url: str) -> sa.Engine:
     def _prepare(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions are begun below, not by the driver
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
+        # NORMAL loses nothing when the process is killed; FULL flushes each commit, so that a power cut loses nothing.
+        connection.execute(f"PRAGMA synchronous={'FULL' if survives_power_cut() else 'NORMAL'}")
         connection.execute("PRAGMA foreign_keys=ON")
 
     @sa.event.listens_for(engine, "begin")

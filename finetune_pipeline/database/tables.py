@@ -1,7 +1,7 @@
 """The tables. A change here needs a migration in `migrations/versions/`; a test compares the two.
 
 Events (interactions, feedback) are only ever added. `examples` is what they teach at this moment, kept by the same
-transaction that adds an event, so that nobody has to read the whole history to count what is new.
+transaction that adds an event, so that nobody has to read the whole history to count what is new; so are `tallies`.
 """
 
 import sqlalchemy as sa
@@ -32,10 +32,17 @@ interactions = sa.Table(
     sa.Column("sequence", sa.BigInteger, nullable=False, unique=True),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("prompt", sa.Text, nullable=False),
+    sa.Column("history", sa.JSON(none_as_null=True), comment="Messages before the prompt; null without any."),
     sa.Column("output", sa.Text, nullable=False),
     sa.Column("model", sa.String(200)),
     sa.Column("confidence", sa.Float),
+    sa.Column("validation_score", sa.Float),
     sa.Column("user", sa.String(200)),
+    sa.Column("domain", sa.String(200)),
+    sa.Column("kind", sa.String(200)),
+    sa.Column("retrieved_context", sa.Text),
+    sa.Column("arm", sa.String(200), comment="Traffic arm."),
+    sa.Column("flag", sa.String(200), comment="Why a person should look at it."),
     sa.Column("latency_ms", sa.Float),
     sa.Column("prompt_tokens", sa.Integer),
     sa.Column("completion_tokens", sa.Integer),
@@ -53,6 +60,8 @@ feedback = sa.Table(
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("kind", sa.String(30), nullable=False),
     sa.Column("score", sa.Float),
+    sa.Column("rating", sa.String(10)),
+    sa.Column("reward", sa.Float),
     sa.Column("correction", sa.Text),
     sa.Column("output_hash", sa.String(64)),
     sa.Column("user", sa.String(200)),
@@ -73,6 +82,39 @@ examples = sa.Table(
     sa.Column("corrected", sa.Boolean, nullable=False),
     sa.Index(None, "task", "sequence"),
     sa.Index(None, "task", "content_hash"),
+)
+
+tallies = sa.Table(
+    "tallies",
+    metadata,
+    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("name", sa.String(60), primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+    comment="How much there is of what, kept by the transactions that add it: counting a million rows is slow.",
+)
+
+forgotten_events = sa.Table(
+    "forgotten_events",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True, comment="Of an interaction or a feedback; random, says nothing."),
+    sa.Column("task", sa.String(60), nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False, comment="When: snapshots up to here may still hold it."),
+    sa.Index(None, "task", "sequence"),
+    comment="What was deleted on a person's wish never comes back, though a log still holds it.",
+)
+
+review_decisions = sa.Table(
+    "review_decisions",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("task", sa.String(60), nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("interaction_id", sa.String(36), nullable=False, index=True),
+    sa.Column("decision", sa.String(20), nullable=False, comment="approve, reject or edit."),
+    sa.Column("target", sa.Text, comment="The answer as the reviewer wrote it."),
+    sa.Column("reviewer", sa.String(200), nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Index(None, "task", "sequence"),
 )
 
 judged_examples = sa.Table(
@@ -117,10 +159,19 @@ models = sa.Table(
     sa.Column("patch", sa.Integer, nullable=False),
     sa.Column("gguf_path", sa.Text, nullable=False),
     sa.Column("gguf_sha256", sa.String(64), nullable=False),
+    sa.Column("adapter_path", sa.Text, comment="LoRA adapter as GGUF over gguf_path; null: gguf_path is the whole."),
+    sa.Column("adapter_sha256", sa.String(64)),
     sa.Column("base_hash", sa.String(64), nullable=False),
     sa.Column("mode", sa.String(20), nullable=False),
     sa.Column("lineage", sa.JSON, nullable=False, comment="Versions of adapter, dataset, logs, and the watermark."),
     sa.Column("scores", sa.JSON, nullable=False),
+    sa.Column("accuracy", sa.Float, comment="Quality: share of right parameters, words or answers."),
+    sa.Column("latency_ms", sa.Float, comment="Performance: median of an answer."),
+    sa.Column("tokens_per_second", sa.Float),
+    sa.Column("size_bytes", sa.BigInteger),
+    sa.Column("deployed_at", Moment, comment="Deployment: when it last became champion."),
+    sa.Column("retired_at", Moment, comment="When it last ceased to be champion; null while it is."),
+    sa.Column("deleted_at", Moment, comment="When its files were deleted."),
     sa.Column("report_path", sa.Text, nullable=False),
     sa.Column("created_at", Moment, nullable=False),
     sa.UniqueConstraint("loop", "major", "minor", "patch"),
@@ -164,4 +215,36 @@ model_comparisons = sa.Table(
     sa.Column("report_path", sa.Text, nullable=False),
     sa.Column("created_at", Moment, nullable=False),
     sa.Index(None, "loop", "watermark"),
+)
+
+training_jobs = sa.Table(
+    "training_jobs",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True, comment="Version of the adapter."),
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("run_id", sa.String(64), nullable=False, comment="Dagster's run, which knows the progress."),
+    sa.Column("dataset", sa.String(64), nullable=False, comment="Version of the dataset."),
+    sa.Column("method", sa.String(20), nullable=False),
+    sa.Column("mode", sa.String(20), nullable=False),
+    sa.Column("device", sa.String(200), nullable=False),
+    sa.Column("examples", sa.Integer, nullable=False),
+    sa.Column("steps", sa.Integer, nullable=False),
+    sa.Column("loss_before", sa.Float, nullable=False),
+    sa.Column("loss_after", sa.Float, nullable=False),
+    sa.Column("tokens_per_second", sa.Float, nullable=False),
+    sa.Column("wall_seconds", sa.Float, nullable=False),
+    sa.Column("peak_memory_bytes", sa.BigInteger, nullable=False),
+    sa.Column("watermark", sa.BigInteger, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("name", sa.String(100), nullable=False),
+    sa.Column("secret_sha256", sa.String(64), nullable=False, unique=True),
+    sa.Column("scopes", sa.String(100), nullable=False, comment="infer, feedback, admin; by commas."),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("revoked_at", Moment),
 )

@@ -1,25 +1,31 @@
 """From a feedback to a reward in -1.0 ... +1.0, the table of rewards of this project."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import SequenceMatcher
 from importlib import import_module
 
 from finetune_pipeline.records import Feedback, Interaction
-from finetune_pipeline.settings import SettingsError
+from finetune_pipeline.settings import FeedbackSettings, Rating, SettingsError
 
 RewardFunction = Callable[[Feedback, Interaction], float]
 
 _TOKENS = re.compile(r"\w+|[^\w\s]")
 
 
-def default_reward(feedback: Feedback, interaction: Interaction) -> float:
+def default_reward(
+    feedback: Feedback, interaction: Interaction, ratings: Mapping[Rating, float] = FeedbackSettings().ratings
+) -> float:
     """The reward of one feedback on one answer.
 
-    A score gives -1.0 at 0, -0.3 at 60, +0.8 at 80 and +1.0 at 100, linear between. A correction gives +0.2 to +0.6,
-    more the less had to change. A thumb gives +1.0 or -1.0; with a score (0 to 100) as its strength, +0.7 to +1.0 or
-    -0.9 to -1.0.
+    A reward that came with the feedback is taken as it is. A score gives -1.0 at 0, -0.3 at 60, +0.8 at 80 and +1.0 at
+    100, linear between. A correction gives +0.2 to +0.6, more the less had to change. A thumb gives +1.0 or -1.0; with
+    a score (0 to 100) as its strength, +0.7 to +1.0 or -0.9 to -1.0. A rating is worth what `ratings` says.
     """
+    if feedback.reward is not None:
+        return feedback.reward
+    if feedback.rating is not None and feedback.kind == "rating":
+        return ratings[feedback.rating]
     strength = 1.0 if feedback.score is None else feedback.score / 100
     match feedback.kind:
         case "correction":
@@ -46,14 +52,15 @@ def similarity(old: str, new: str) -> float:
     return SequenceMatcher(None, _TOKENS.findall(old), _TOKENS.findall(new), autojunk=False).ratio()
 
 
-def reward_function(dotted_path: str | None) -> RewardFunction:
-    """The loop's own reward function, held to -1 ... 1, or the default one.
+def reward_function(settings: FeedbackSettings) -> RewardFunction:
+    """The loop's own reward function, held to -1 ... 1, or the default one with the loop's ratings.
 
     Raises:
-        SettingsError: nothing callable is at this path.
+        SettingsError: nothing callable is at its path.
     """
+    dotted_path = settings.reward_function
     if dotted_path is None:
-        return default_reward
+        return lambda feedback, interaction: default_reward(feedback, interaction, settings.ratings)
     module, _, name = dotted_path.rpartition(".")
     try:
         function = getattr(import_module(module), name)

@@ -4,17 +4,20 @@ Every function works on a connection of the caller's transaction, so that a batc
 where it came from are kept together or not at all.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.verdict import resolve
-from finetune_pipeline.records import Example, Feedback, Interaction, normalise
+from finetune_pipeline.records import Example, Feedback, Interaction, conversation, normalise
 
 E = TypeVar("E", Interaction, Feedback)
 
@@ -24,17 +27,28 @@ _SEQUENCE = "events"
 
 @dataclass(frozen=True)
 class Recorded:
-    """What became of a batch of events."""
+    """What became of a batch of events.
+
+    Attributes:
+        interactions, feedback: how many were added.
+        duplicates: how many were there already, or twice in the batch, or were deleted on a person's wish.
+        known: ids of the duplicates.
+        waiting: ids of the added feedback whose interaction has not arrived yet.
+    """
 
     interactions: int = 0
     feedback: int = 0
     duplicates: int = 0
+    known: frozenset[UUID] = field(default=frozenset(), compare=False)
+    waiting: frozenset[UUID] = field(default=frozenset(), compare=False)
 
     def __add__(self, other: "Recorded") -> "Recorded":
         return Recorded(
             self.interactions + other.interactions,
             self.feedback + other.feedback,
             self.duplicates + other.duplicates,
+            self.known | other.known,
+            self.waiting | other.waiting,
         )
 
 
@@ -48,26 +62,44 @@ class Totals:
     unmatched_feedback: int
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """One interaction with all that was said of it, and what it teaches now."""
+
+    interaction: Interaction
+    feedback: tuple[Feedback, ...]
+    example: Example | None
+
+
 def record(
     connection: sa.Connection, task: str, events: Sequence[Interaction | Feedback], reward: RewardFunction
 ) -> Recorded:
     """Add the events that are not there yet and renew what their interactions teach.
 
-    An id that is there already is left as it was: events are never changed.
+    An id that is there already is left as it was: events are never changed. One that was forgotten stays away.
     """
     # Taking the sequence first locks it until commit: no other writer can come between the look and the insert.
-    first = _take(connection, len(events))
+    first = take_sequence(connection, len(events))
     fresh = _not_known(connection, events)
     rows = [(first + i, event) for i, event in enumerate(fresh)]
-    interactions = [_row(sequence, event) for sequence, event in rows if isinstance(event, Interaction)]
-    feedback = [_row(sequence, event) for sequence, event in rows if isinstance(event, Feedback)]
+    interactions = [(event, sequence) for sequence, event in rows if isinstance(event, Interaction)]
+    feedback = [(event, sequence) for sequence, event in rows if isinstance(event, Feedback)]
     if interactions:
-        connection.execute(t.interactions.insert(), interactions)
+        connection.execute(t.interactions.insert(), [_row(sequence, event) for event, sequence in interactions])
     if feedback:
-        connection.execute(t.feedback.insert(), feedback)
-    touched = {str(event.id) if isinstance(event, Interaction) else str(event.interaction_id) for event in fresh}
-    _renew_examples(connection, task, sorted(touched), reward)
-    return Recorded(len(interactions), len(feedback), len(events) - len(fresh))
+        connection.execute(t.feedback.insert(), [_row(sequence, event) for event, sequence in feedback])
+    waiting = _renew(connection, task, interactions, feedback, reward)
+    added = {event.id for event in fresh}
+    known = frozenset(event.id for event in events if event.id not in added)
+    return Recorded(len(interactions), len(feedback), len(events) - len(fresh), known, waiting)
+
+
+def take_sequence(connection: sa.Connection, count: int) -> int:
+    """Take the next `count` numbers of the ingest sequence, and hold it until commit; returns the first of them."""
+    c = t.counters.c
+    update = sa.update(t.counters).where(c.name == _SEQUENCE).values(value=c.value + count).returning(c.value)
+    value = connection.execute(update).scalar_one()
+    return int(value) - count + 1
 
 
 def newest_sequence(connection: sa.Connection) -> int:
@@ -76,17 +108,50 @@ def newest_sequence(connection: sa.Connection) -> int:
     return int(value or 0)
 
 
+def tally(connection: sa.Connection, task: str) -> dict[str, int]:
+    """How much there is of what, in time that does not grow with it.
+
+    Names: interactions, feedback, feedback.<kind>, examples, corrected (examples whose target a person wrote),
+    rewarded (other examples with a reward above 0), unmatched (feedback whose interaction has not arrived), flagged
+    (interactions that a person should look at). What is not named is 0.
+    """
+    rows = connection.execute(sa.select(t.tallies.c.name, t.tallies.c.value).where(t.tallies.c.task == task))
+    return {name: int(value) for name, value in rows if value}
+
+
 def totals(connection: sa.Connection, task: str) -> Totals:
     """How many interactions, feedback and examples a loop has, and feedback whose interaction never came."""
+    counts = tally(connection, task)
+    return Totals(*(counts.get(name, 0) for name in ("interactions", "feedback", "examples", "unmatched")))
 
-    def count(table: sa.Table) -> int:
-        return connection.execute(sa.select(sa.func.count()).where(table.c.task == task)).scalar_one()
 
-    known = sa.exists().where(t.interactions.c.id == t.feedback.c.interaction_id)
-    unmatched = sa.select(sa.func.count()).select_from(t.feedback).where(t.feedback.c.task == task, ~known)
-    return Totals(
-        count(t.interactions), count(t.feedback), count(t.examples), connection.execute(unmatched).scalar_one()
-    )
+def unmatched(connection: sa.Connection, task: str, limit: int) -> Sequence[Any]:
+    """The oldest feedback whose interaction has not arrived: id, interaction_id, kind, created_at."""
+    f = t.feedback.c
+    known = sa.exists().where(t.interactions.c.id == f.interaction_id, t.interactions.c.task == task)
+    query = sa.select(f.id, f.interaction_id, f.kind, f.created_at).where(f.task == task, ~known)
+    return connection.execute(query.order_by(f.sequence).limit(limit)).all()
+
+
+def flagged(connection: sa.Connection, task: str, limit: int) -> list[Interaction]:
+    """The newest interactions that a person should look at and nobody has decided on."""
+    i = t.interactions.c
+    decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id)
+    query = sa.select(t.interactions).where(i.task == task, i.flag.is_not(None), ~decided)
+    return [_interaction(row) for row in connection.execute(query.order_by(i.sequence.desc()).limit(limit))]
+
+
+def find(connection: sa.Connection, interaction_id: UUID) -> Exchange | None:
+    """The interaction of this id with its feedback in the order of arrival, and its example."""
+    i, f, e = t.interactions.c, t.feedback.c, t.examples.c
+    row = connection.execute(sa.select(t.interactions).where(i.id == str(interaction_id))).one_or_none()
+    if row is None:
+        return None
+    interaction = _interaction(row)
+    about = sa.select(t.feedback).where(f.interaction_id == row.id, f.task == row.task).order_by(f.sequence)
+    feedback = tuple(_feedback(one) for one in connection.execute(about))
+    taught = connection.execute(sa.select(t.examples).where(e.interaction_id == row.id)).one_or_none()
+    return Exchange(interaction, feedback, _example(taught, interaction) if taught else None)
 
 
 def records(connection: sa.Connection, task: str, until: int) -> Iterator[Sequence[Any]]:
@@ -112,13 +177,14 @@ def new_examples(connection: sa.Connection, task: str, after: int, min_reward: f
     e, i = t.examples.c, t.interactions.c
     judged = sa.exists().where(t.judged_examples.c.loop == task, t.judged_examples.c.content_hash == e.content_hash)
     query = (
-        sa.select(t.examples, i.prompt)
+        sa.select(t.examples, i.prompt, i.history)
         .join(t.interactions, i.id == e.interaction_id)
         .where(e.task == task, e.sequence > after, sa.or_(e.corrected, e.reward >= min_reward), ~judged)
         .order_by(e.sequence)
     )
     for row in connection.execution_options(yield_per=500).execute(query):
         values = row._asdict()
+        values["history"] = values["history"] or ()
         yield Example.model_validate({name: values[name] for name in Example.model_fields})
 
 
@@ -133,25 +199,51 @@ def mark_judged(connection: sa.Connection, loop: str, content_hashes: Sequence[s
             connection.execute(t.judged_examples.insert(), rows)
 
 
-def content_hash(prompt: str, target: str) -> str:
-    """The identity of an example after exact deduplication: normalised prompt, and target without outer spaces."""
-    return hash_of([normalise(prompt), target.strip()])
+def content_hash(question: str, target: str) -> str:
+    """The identity of an example after exact deduplication.
+
+    Args:
+        question: the prompt, with what was said before it (`records.conversation`); compared in its normalised form.
+        target: the answer to learn; compared without outer spaces.
+    """
+    return hash_of([normalise(question), target.strip()])
 
 
-def _take(connection: sa.Connection, count: int) -> int:
-    c = t.counters.c
-    update = sa.update(t.counters).where(c.name == _SEQUENCE).values(value=c.value + count).returning(c.value)
-    value = connection.execute(update).scalar_one()
-    return int(value) - count + 1
+def count(connection: sa.Connection, task: str, changes: Mapping[str, int]) -> None:
+    """Add these changes to the loop's tallies."""
+    rows = [{"task": task, "name": name, "value": value} for name, value in sorted(changes.items()) if value]
+    if not rows:
+        return
+    insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
+    added: Any = insert(t.tallies)
+    total = t.tallies.c.value + added.excluded.value
+    connection.execute(added.on_conflict_do_update(index_elements=["task", "name"], set_={"value": total}), rows)
+
+
+def renew_examples(connection: sa.Connection, task: str, ids: Sequence[str], reward: RewardFunction) -> None:
+    """Work out anew what these interactions teach, from what the tables hold of them now."""
+    interactions = _load(connection, t.interactions, t.interactions.c.id, task, ids)
+    feedback = _load(connection, t.feedback, t.feedback.c.interaction_id, task, ids)
+    counts: Counter[str] = Counter()
+    _forget_examples(connection, task, ids, counts)
+    by_interaction = _by_interaction([(_feedback(row), row.sequence) for row in feedback])
+    _teach(
+        connection, task, [(_interaction(row), row.sequence) for row in interactions], by_interaction, reward, counts
+    )
+    count(connection, task, counts)
+
+
+_Numbered = tuple[E, int]
 
 
 def _not_known(connection: sa.Connection, events: Sequence[Interaction | Feedback]) -> list[Interaction | Feedback]:
     known: set[tuple[str, str]] = set()
     for table, kind in ((t.interactions, "interaction"), (t.feedback, "feedback")):
         ids = [str(event.id) for event in events if event.event == kind]
-        for chunk in _chunks(ids):
-            found = connection.execute(sa.select(table.c.id).where(table.c.id.in_(chunk))).scalars()
-            known.update((kind, value) for value in found)
+        for column in (table.c.id, t.forgotten_events.c.id):
+            for chunk in _chunks(ids):
+                found = connection.execute(sa.select(column).where(column.in_(chunk))).scalars()
+                known.update((kind, value) for value in found)
     fresh = []
     for event in events:
         key = (event.event, str(event.id))
@@ -161,41 +253,110 @@ def _not_known(connection: sa.Connection, events: Sequence[Interaction | Feedbac
     return fresh
 
 
-def _renew_examples(connection: sa.Connection, task: str, ids: Sequence[str], reward: RewardFunction) -> None:
+def _renew(
+    connection: sa.Connection,
+    task: str,
+    fresh: Sequence[_Numbered[Interaction]],
+    feedback: Sequence[_Numbered[Feedback]],
+    reward: RewardFunction,
+) -> frozenset[UUID]:
+    """Renew the examples that fresh events touch, and the tallies; returns the feedback that waits."""
+    # What was just added is at hand; only what is older has to be read.
+    arrived = {interaction.id: number for interaction, number in fresh}
+    earlier_ids = sorted({str(item.interaction_id) for item, _ in feedback if item.interaction_id not in arrived})
+    earlier = [
+        (_interaction(r), r.sequence) for r in _load(connection, t.interactions, t.interactions.c.id, task, earlier_ids)
+    ]
+    there = arrived.keys() | {interaction.id for interaction, _ in earlier}
+    touched = [*map(str, arrived), *earlier_ids]
+    rows = _load(connection, t.feedback, t.feedback.c.interaction_id, task, touched)
+    by_interaction = _by_interaction([(_feedback(row), row.sequence) for row in rows])
+    waiting = frozenset(item.id for item, _ in feedback if item.interaction_id not in there)
+    new_ids = {item.id for item, _ in feedback}
+    matched = sum(item.id not in new_ids for id in arrived for item, _ in by_interaction.get(id, ()))
+    counts = Counter({"interactions": len(fresh), "feedback": len(feedback), "unmatched": len(waiting) - matched})
+    counts.update(f"feedback.{item.kind}" for item, _ in feedback)
+    counts["flagged"] = sum(interaction.flag is not None for interaction, _ in fresh)
+    _forget_examples(connection, task, earlier_ids, counts)
+    _teach(connection, task, [*fresh, *earlier], by_interaction, reward, counts)
+    count(connection, task, counts)
+    return waiting
+
+
+def _teach(
+    connection: sa.Connection,
+    task: str,
+    interactions: Sequence[_Numbered[Interaction]],
+    feedback: Mapping[UUID, Sequence[_Numbered[Feedback]]],
+    reward: RewardFunction,
+    counts: Counter[str],
+) -> None:
+    """Write the examples of these interactions; there are none of them yet."""
+    rows = []
+    for interaction, sequence in interactions:
+        own = feedback.get(interaction.id)
+        newest = max([sequence, *(number for _, number in own or ())])
+        example = resolve(interaction, [item for item, _ in own], newest, reward) if own else None
+        if example is not None:
+            rows.append(_example_row(task, example))
+            counts.update(_kinds(example.corrected, example.reward))
+    if rows:
+        connection.execute(t.examples.insert(), rows)
+
+
+def _forget_examples(connection: sa.Connection, task: str, ids: Sequence[str], counts: Counter[str]) -> None:
+    e = t.examples.c
     for chunk in _chunks(ids):
-        interactions = _load(connection, t.interactions, Interaction, t.interactions.c.id, task, chunk)
-        feedback = _load(connection, t.feedback, Feedback, t.feedback.c.interaction_id, task, chunk)
-        rows = []
-        for interaction, sequence in interactions:
-            own = [(item, number) for item, number in feedback if item.interaction_id == interaction.id]
-            newest = max([sequence, *(number for _, number in own)])
-            example = resolve(interaction, [item for item, _ in own], newest, reward)
-            if example is not None:
-                rows.append(_example_row(task, example))
-        connection.execute(t.examples.delete().where(t.examples.c.task == task, t.examples.c.interaction_id.in_(chunk)))
-        if rows:
-            connection.execute(t.examples.insert(), rows)
+        gone = connection.execute(
+            t.examples.delete().where(e.task == task, e.interaction_id.in_(chunk)).returning(e.corrected, e.reward)
+        )
+        for corrected, reward in gone:
+            counts.subtract(_kinds(corrected, reward))
+
+
+def _kinds(corrected: bool, reward: float) -> list[str]:
+    return ["examples", "corrected"] if corrected else ["examples", "rewarded"] if reward > 0 else ["examples"]
+
+
+def _by_interaction(feedback: Sequence[_Numbered[Feedback]]) -> dict[UUID, list[_Numbered[Feedback]]]:
+    found: dict[UUID, list[_Numbered[Feedback]]] = {}
+    for item, number in feedback:
+        found.setdefault(item.interaction_id, []).append((item, number))
+    return found
 
 
 def _load(
-    connection: sa.Connection, table: sa.Table, kind: type[E], key: sa.Column[str], task: str, ids: Sequence[str]
-) -> list[tuple[E, int]]:
-    query = sa.select(table).where(table.c.task == task, key.in_(ids))
-    return [
-        (kind.model_validate({k: v for k, v in row._asdict().items() if k != "sequence"}), row.sequence)
-        for row in connection.execute(query)
-    ]
+    connection: sa.Connection, table: sa.Table, key: sa.Column[str], task: str, ids: Sequence[str]
+) -> list[sa.Row[Any]]:
+    queries = (sa.select(table).where(table.c.task == task, key.in_(chunk)) for chunk in _chunks(ids))
+    return [row for query in queries for row in connection.execute(query)]
+
+
+def _interaction(row: sa.Row[Any]) -> Interaction:
+    values = {name: value for name, value in row._asdict().items() if name != "sequence"}
+    return Interaction.model_validate({**values, "history": values["history"] or ()})
+
+
+def _feedback(row: sa.Row[Any]) -> Feedback:
+    return Feedback.model_validate({name: value for name, value in row._asdict().items() if name != "sequence"})
+
+
+def _example(row: sa.Row[Any], interaction: Interaction) -> Example:
+    values = {name: value for name, value in row._asdict().items() if name in Example.model_fields}
+    return Example.model_validate({**values, "prompt": interaction.prompt, "history": interaction.history})
 
 
 def _row(sequence: int, event: Interaction | Feedback) -> dict[str, Any]:
     values = event.model_dump(exclude={"event"})
     identifiers: dict[str, Any] = {name: str(values[name]) for name in ("id", "interaction_id") if name in values}
+    if isinstance(event, Interaction):
+        values["history"] = list(values["history"]) or None
     return {**values, **identifiers, "sequence": sequence}
 
 
 def _example_row(task: str, example: Example) -> dict[str, Any]:
-    values = example.model_dump(exclude={"prompt"})
-    identity = content_hash(example.prompt, example.target)
+    values = example.model_dump(exclude={"prompt", "history"})
+    identity = content_hash(conversation(example.prompt, example.history), example.target)
     return {**values, "interaction_id": str(example.interaction_id), "task": task, "content_hash": identity}
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
 
+_VERDICTS = frozenset({"thumbs_up", "thumbs_down", "rating"})
+
 
 def resolve(
     interaction: Interaction, feedback: Sequence[Feedback], sequence: int, reward: RewardFunction
@@ -23,14 +25,16 @@ def resolve(
     deciding = (people or on_output)[-1:]
     if not deciding:
         return None
+    worth = reward(deciding[0], interaction)
     return Example(
         interaction_id=interaction.id,
         sequence=sequence,
         prompt=interaction.prompt,
+        history=interaction.history,
         target=interaction.output,
-        reward=reward(deciding[0], interaction),
+        reward=worth,
         confidence=interaction.confidence,
-        confirmed=deciding[0].kind == "thumbs_up",
+        confirmed=deciding[0].kind == "thumbs_up" or (deciding[0].kind == "rating" and worth > 0),
         corrected=False,
     )
 
@@ -39,13 +43,14 @@ def _corrected(
     interaction: Interaction, correction: Feedback, by_time: list[Feedback], sequence: int, reward: RewardFunction
 ) -> Example:
     target = correction.correction or ""
-    thumbs = [item for item in _about(by_time, interaction, text_hash(target)) if item.kind.startswith("thumbs")]
-    later = [item for item in thumbs if item.created_at >= correction.created_at]
-    refused = bool(later) and later[-1].kind == "thumbs_down"
+    verdicts = [item for item in _about(by_time, interaction, text_hash(target)) if item.kind in _VERDICTS]
+    later = [item for item in verdicts if item.created_at >= correction.created_at]
+    refused = bool(later) and reward(later[-1], interaction) < 0
     return Example(
         interaction_id=interaction.id,
         sequence=sequence,
         prompt=interaction.prompt,
+        history=interaction.history,
         target=target,
         reward=reward(later[-1] if refused else correction, interaction),
         confidence=interaction.confidence,

@@ -104,6 +104,7 @@ def _figures(curated: Curated) -> dict[str, Any]:
         "validation": len(curated.validation),
         "replayed": curated.replayed,
         "left_out": curated.left_out,
+        "redacted": {},
         "near_benchmark": list(curated.near_benchmark),
     }
 

@@ -26,10 +26,10 @@ from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML, write_report
 from finetune_pipeline.evaluation.run import Contender, compare_models
 from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.feedback.store import content_hash, mark_judged
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
-from finetune_pipeline.loop.base_gguf import base_gguf
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion

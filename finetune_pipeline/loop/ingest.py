@@ -46,7 +46,7 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
     loop.drop_folder.mkdir(parents=True, exist_ok=True)
     for folder in loop.log_folders:
         event_files(folder)  # a declared folder that is missing is an error, not an empty source
-    reward = reward_function(loop.feedback.reward_function)
+    reward = reward_function(loop.feedback)
     with database.read() as connection:
         files = ledger.unread(connection, loop.name, loop.log_folders)
     total = Ingested()

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import sqlalchemy as sa
 from pydantic import Field
 
-from finetune_pipeline.artifacts import hash_file
+from finetune_pipeline.artifacts import hash_file, hash_of
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import models
 from finetune_pipeline.records import Moment, Record
@@ -26,11 +26,13 @@ class UnknownVersion(RegistryError):
 
 
 class Candidate(Record):
-    """A GGUF that may become a model version."""
+    """A GGUF, or a base's GGUF with an adapter's, that may become a model version."""
 
     loop: str
-    gguf_path: Path
+    gguf_path: Path = Field(description="The whole model; with an adapter, the base that it belongs to.")
     gguf_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    adapter_path: Path | None = Field(default=None, description="The LoRA adapter as GGUF, if it is not merged in.")
+    adapter_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     base_hash: str = Field(description="Hash of the base model; another one begins a new major version.")
     mode: Literal["full", "incremental"]
     lineage: dict[str, Any] = Field(description="Versions of adapter, dataset and logs, and the watermark.")
@@ -38,9 +40,20 @@ class Candidate(Record):
     report_path: Path
 
     @property
+    def sha256(self) -> str:
+        """The identity of what runs: of the file, or of both files of a pair."""
+        return model_sha256(self.gguf_sha256, self.adapter_sha256)
+
+    @property
     def id(self) -> str:
-        """The registry's id of this file: the first 16 hex digits of its SHA-256."""
-        return self.gguf_sha256[:_ID_LENGTH]
+        """The registry's id of this model: the first 16 hex digits of its identity."""
+        return self.sha256[:_ID_LENGTH]
+
+    @property
+    def files(self) -> dict[Path, str]:
+        """Its files, each with the SHA-256 that it must have."""
+        adapter = {self.adapter_path: self.adapter_sha256} if self.adapter_path and self.adapter_sha256 else {}
+        return {self.gguf_path: self.gguf_sha256, **adapter}
 
 
 class ModelVersion(Candidate):
@@ -48,11 +61,23 @@ class ModelVersion(Candidate):
 
     version: str = Field(pattern=r"^v\d+\.\d+\.\d+$")
     created_at: Moment
+    accuracy: float | None = Field(default=None, description="Quality: share right on the benchmark.")
+    latency_ms: float | None = Field(default=None, description="Performance: median of an answer, when measured.")
+    tokens_per_second: float | None = None
+    size_bytes: int | None = None
+    deployed_at: Moment | None = Field(default=None, description="When it last became champion.")
+    retired_at: Moment | None = Field(default=None, description="When it last ceased to be champion.")
+    deleted_at: Moment | None = Field(default=None, description="When its files were deleted.")
 
     @property
     def name(self) -> str:
         """Its full name, `loop@v1.2.0`."""
         return f"{self.loop}@{self.version}"
+
+
+def model_sha256(gguf_sha256: str, adapter_sha256: str | None) -> str:
+    """The identity of what runs: the file's hash, or one hash of base and adapter."""
+    return gguf_sha256 if adapter_sha256 is None else hash_of([gguf_sha256, adapter_sha256])
 
 
 def list_models(db: Database, loop: str) -> list[ModelVersion]:
@@ -102,17 +127,23 @@ def register_in(connection: sa.Connection, candidate: Candidate, now: Moment) ->
         number = next_number(known[0] if known else None, candidate)
         values = _to_row(candidate) | dict(zip(("major", "minor", "patch"), number, strict=True), created_at=now)
         connection.execute(sa.insert(models).values(values))
-        return ModelVersion(**candidate.model_dump(), version=_version(number), created_at=now)
-    if same.gguf_sha256 != candidate.gguf_sha256:
+        return model_in(connection, candidate.loop, candidate.id) or _vanished(candidate)
+    if same.sha256 != candidate.sha256:
         raise RegistryError(f"two different GGUF files share the id {candidate.id}; export the new one again")
     # Measured again, perhaps exported to another folder: the newest evidence is the one to show.
     here = (models.c.loop == candidate.loop, models.c.id == candidate.id)
     values = {key: value for key, value in _to_row(candidate).items() if key in _RENEWED}
-    connection.execute(sa.update(models).where(*here).values(values))
-    return same.model_copy(update={key: getattr(candidate, key) for key in _RENEWED})
+    connection.execute(sa.update(models).where(*here).values(values | {"deleted_at": None}))
+    return model_in(connection, candidate.loop, candidate.id) or _vanished(candidate)
 
 
-_RENEWED = ("gguf_path", "scores", "report_path")
+def _vanished(candidate: Candidate) -> NoReturn:
+    raise RegistryError(f"the row of {candidate.id} is not there after it was written; the database is not usable")
+
+
+_RENEWED = (
+    "gguf_path", "adapter_path", "scores", "report_path", "accuracy", "latency_ms", "tokens_per_second", "size_bytes"
+)  # fmt: skip
 
 
 def next_number(newest: ModelVersion | None, candidate: Candidate) -> Number:
@@ -133,14 +164,15 @@ def check_file(model: Candidate) -> None:
     """
     what = f"{model.loop}@{model.version}" if isinstance(model, ModelVersion) else f"the candidate {model.id}"
     remedy = "materialize gguf_model again, restore the file, or choose another version"
-    if not model.gguf_path.is_file():
-        raise RegistryError(f"{what} cannot serve: its GGUF {model.gguf_path} is not there; {remedy}")
-    found = hash_file(model.gguf_path)
-    if found != model.gguf_sha256:
-        raise RegistryError(
-            f"{what} cannot serve: {model.gguf_path} is not the file that was measured (SHA-256 {found[:16]}..., "
-            f"expected {model.gguf_sha256[:16]}...); {remedy}"
-        )
+    for path, expected in model.files.items():
+        if not path.is_file():
+            raise RegistryError(f"{what} cannot serve: its GGUF {path} is not there; {remedy}")
+        found = hash_file(path)
+        if found != expected:
+            raise RegistryError(
+                f"{what} cannot serve: {path} is not the file that was measured (SHA-256 {found[:16]}..., "
+                f"expected {expected[:16]}...); {remedy}"
+            )
 
 
 def _version(number: Number) -> str:
@@ -162,15 +194,25 @@ def located_path(text: str) -> Path:
     return home() / text
 
 
+_PATHS = ("gguf_path", "adapter_path", "report_path")
+
+
 def _to_row(candidate: Candidate) -> dict[str, Any]:
     row = candidate.model_dump(include=set(Candidate.model_fields))
-    paths = {key: stored_path(row[key]) for key in ("gguf_path", "report_path")}
-    return {"id": candidate.id, **row, **paths}
+    paths = {key: stored_path(row[key]) if row[key] else None for key in _PATHS}
+    scores = candidate.scores
+    figures = {
+        "accuracy": scores.get("accuracy"),
+        "latency_ms": scores.get("latency_p50_ms"),
+        "tokens_per_second": scores.get("tokens_per_second"),
+        "size_bytes": sum(path.stat().st_size for path in candidate.files if path.is_file()) or None,
+    }
+    return {"id": candidate.id, **row, **paths, **figures}
 
 
 def _from_row(row: sa.Row[Any]) -> ModelVersion:
     values = dict(row._mapping)
     del values["id"]
     number = (values.pop("major"), values.pop("minor"), values.pop("patch"))
-    paths = {key: located_path(values[key]) for key in ("gguf_path", "report_path")}
+    paths = {key: located_path(values[key]) if values[key] else None for key in _PATHS}
     return ModelVersion(**{**values, **paths}, version=_version(number))

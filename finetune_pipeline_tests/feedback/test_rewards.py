@@ -1,7 +1,7 @@
 import pytest
 
 from finetune_pipeline.feedback.rewards import default_reward, reward_function, score_reward
-from finetune_pipeline.settings import SettingsError
+from finetune_pipeline.settings import FeedbackSettings, SettingsError
 from finetune_pipeline_tests.conftest import feedback, interaction
 
 
@@ -46,11 +46,11 @@ def generous(feedback, interaction):
 
 
 def test_a_loops_own_reward_is_held_to_the_range():
-    own = reward_function(f"{__name__}.generous")
+    own = reward_function(FeedbackSettings(reward_function=f"{__name__}.generous"))
     assert own(feedback("1", "a", "thumbs_down"), interaction("a")) == 1.0
 
 
 @pytest.mark.parametrize("path", ["nowhere.at_all", "finetune_pipeline.records.missing", "name"])
 def test_a_reward_function_that_is_not_there_is_named(path):
     with pytest.raises(SettingsError, match=path):
-        reward_function(path)
+        reward_function(FeedbackSettings(reward_function=path))

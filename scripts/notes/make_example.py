@@ -14,7 +14,7 @@ from pathlib import Path
 from uuid import UUID, uuid5
 
 from finetune_pipeline.cli.ask import answers
-from finetune_pipeline.loop.base_gguf import base_gguf
+from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.settings import PROJECT_ROOT, read_loop
 
 FOLDER = PROJECT_ROOT / "examples" / "meeting_notes"

@@ -1,4 +1,4 @@
-"""The base model as a GGUF, made once: the model to beat, and to serve, while there is no champion. No Dagster here."""
+"""The base model as a GGUF, made once: the model to beat, and to serve, while there is no champion."""
 
 from collections.abc import Callable
 from pathlib import Path
