@@ -56,6 +56,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def model_sha256(gguf_sha256: str, adapter_sha256: str | None) -> str:
+    """The identity of what runs: the file's hash, or one hash of a base's and its adapter's."""
+    return gguf_sha256 if adapter_sha256 is None else hash_of([gguf_sha256, adapter_sha256])
+
+
 def package_versions(*names: str) -> dict[str, str]:
     """Versions of installed packages; one that is not installed is left out."""
     versions = {}

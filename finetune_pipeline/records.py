@@ -221,10 +221,12 @@ class AdapterManifest(Manifest):
 
 
 class GgufManifest(Manifest):
-    """A model file as it would serve."""
+    """A model as it would serve: one file, or an adapter over the base's GGUF, whose version is in `inputs`."""
 
     stage: ClassVar[str] = "gguf_model"
-    gguf: str = Field(description="Name of the GGUF file in the artifact's folder.")
+    form: Literal["merged", "adapter"] = "merged"
+    gguf: str = Field(description="Name of the GGUF file in the artifact's folder: the whole model, or the adapter.")
+    base_gguf_sha256: str | None = Field(default=None, description="Of the base's GGUF that an adapter goes over.")
     quantization: str
     base_model: str
     base_hash: str
@@ -247,9 +249,9 @@ class ReportManifest(Manifest):
 
     stage: ClassVar[str] = "eval_report"
     comparison_id: str
-    challenger_sha256: str
+    challenger_sha256: str = Field(description="Identity of what answered: of the file, or of base and adapter.")
     champion_id: str | None = Field(description="Registry id of the model it was compared with; None is the base.")
-    champion_sha256: str
+    champion_sha256: str = Field(description="As challenger_sha256.")
     benchmark_sha256: str
     promote: bool
     reason: str

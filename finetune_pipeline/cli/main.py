@@ -7,9 +7,11 @@ import click
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.cli.ask import ask
 from finetune_pipeline.cli.doctor import doctor
+from finetune_pipeline.cli.feedback import feedback
 from finetune_pipeline.cli.ingest import ingest
 from finetune_pipeline.cli.model import model
 from finetune_pipeline.cli.run import demo, env, run, ui
+from finetune_pipeline.cli.serve import key, serve
 from finetune_pipeline.cli.status import status
 from finetune_pipeline.curation.dataset import CurationError
 from finetune_pipeline.database import DatabaseError
@@ -17,9 +19,11 @@ from finetune_pipeline.evaluation.benchmark import BenchmarkError
 from finetune_pipeline.evaluation.comparison import ComparisonError
 from finetune_pipeline.evaluation.report import ReportError
 from finetune_pipeline.export.process import ExportError
+from finetune_pipeline.feedback import FeedbackError
 from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.registry.models import RegistryError
 from finetune_pipeline.schemas import SchemaError
+from finetune_pipeline.serving.access import KeyNotFound
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.jsonl import SourceError
 from finetune_pipeline.training.job import TrainingError
@@ -32,6 +36,8 @@ EXPECTED = (
     DatabaseError,
     EngineError,
     ExportError,
+    FeedbackError,
+    KeyNotFound,
     RegistryError,
     ReportError,
     SchemaError,
@@ -48,7 +54,7 @@ def finetune() -> None:
     """A local language model that gets better from being used."""
 
 
-for command in (run, demo, ui, env, status, ingest, ask, model, doctor):
+for command in (run, demo, ui, env, status, ingest, feedback, ask, model, serve, key, doctor):
     finetune.add_command(command)
 
 

@@ -42,15 +42,20 @@ class Database:
         """A transaction that is committed at the end, or wholly undone by an error.
 
         Raises:
-            DatabaseError: the disk is full.
+            DatabaseError: the disk is full, or another program holds the database.
         """
         try:
             with self.engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
                 yield connection
         except sa.exc.OperationalError as error:
+            where = self.engine.url.render_as_string(hide_password=True)
+            if "database is locked" in str(error.orig):
+                raise DatabaseError(
+                    f"another program has been writing to the database {where} for {_BUSY_MS / 1000:g} s; nothing of "
+                    "this step was kept. Wait for that program's end, or end it, then run again"
+                ) from error
             if not any(words in str(error.orig) for words in _DISK_FULL):
                 raise
-            where = self.engine.url.render_as_string(hide_password=True)
             raise DatabaseError(
                 f"the disk of the database {where} is full ({error.orig}); nothing of this step was kept and nothing "
                 "before it is lost. Free some space, then run again"

@@ -51,7 +51,7 @@ class Side:
 
     Attributes:
         name: what people call it: `aec_parser@v1.2.0`, "base model", "challenger".
-        gguf_sha256: hash of the file that answered.
+        gguf_sha256: hash of the file that answered, or the identity of base and adapter.
         size_bytes: size of that file (with its adapter's).
         speed: measured in the same run as the other side's; None if it was not measured.
     """

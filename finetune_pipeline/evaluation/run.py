@@ -20,7 +20,7 @@ from finetune_pipeline.artifacts import (
     draft,
     find,
     hash_file,
-    hash_of,
+    model_sha256,
     package_versions,
     publish,
     version_of,
@@ -59,7 +59,7 @@ class BenchmarkRunManifest(Manifest):
     """One model's answers to one benchmark."""
 
     stage: ClassVar[str] = "benchmark_run"
-    model_sha256: str = Field(description="Of the GGUF; with an adapter, of both hashes.")
+    model_sha256: str = Field(description="Of the GGUF, or the identity of the pair.")
     benchmark_sha256: str
     questions: int
     completion_tokens: int
@@ -70,7 +70,7 @@ class BenchmarkRun:
     """One model's answers, in the order of the questions.
 
     Attributes:
-        model_sha256: hash of the file that answered (with an adapter, of both hashes).
+        model_sha256: hash of the file that answered, or the identity of base and adapter.
         size_bytes: size of that file (and its adapter).
         path: the artifact's folder.
         reused: the answers were found, not generated now.
@@ -158,7 +158,7 @@ def answer_benchmark(
         spec = spec.model_copy(update={"context": settings.context, "parallel": settings.parallel})
         work = _Work(spec, benchmark, settings.max_tokens, system_prompt, on_progress or _silent, open_engine)
         fields = {"loop": loop, "version": version, "inputs": inputs, "settings": decoding, "packages": packages}
-        artifact = _generate(work, fields, _model_hash(inputs))
+        artifact = _generate(work, fields, model_sha256(inputs["gguf"], inputs.get("adapter")))
     elif on_progress:
         on_progress(len(benchmark.questions), len(benchmark.questions))
     answers = _read_answers(artifact.path / ANSWERS)
@@ -210,7 +210,7 @@ class _Work:
     open_engine: OpenEngine
 
 
-def _generate(work: _Work, fields: Mapping[str, Any], model_sha256: str) -> Artifact[BenchmarkRunManifest]:
+def _generate(work: _Work, fields: Mapping[str, Any], identity: str) -> Artifact[BenchmarkRunManifest]:
     loop, version = fields["loop"], fields["version"]
     with draft(loop, BenchmarkRunManifest.stage, version, keep=True) as folder:
         done = find(BenchmarkRunManifest, loop, version)  # somebody may have finished while we waited for the lock
@@ -218,7 +218,7 @@ def _generate(work: _Work, fields: Mapping[str, Any], model_sha256: str) -> Arti
             return done
         answers = _answer_rest(work, folder / ANSWERS)
         measured = {
-            "model_sha256": model_sha256,
+            "model_sha256": identity,
             "benchmark_sha256": work.benchmark.sha256,
             "questions": len(answers),
             "completion_tokens": sum(answer.completion_tokens for answer in answers.values()),
@@ -281,11 +281,6 @@ def _request(question: Question, system_prompt: str, max_tokens: int) -> Generat
 def _inputs(spec: ModelSpec, benchmark: Benchmark) -> dict[str, str]:
     adapter = {"adapter": hash_file(spec.adapter)} if spec.adapter else {}
     return {"gguf": hash_file(spec.gguf), **adapter, "benchmark": benchmark.sha256}
-
-
-def _model_hash(inputs: Mapping[str, str]) -> str:
-    parts = {name: value for name, value in inputs.items() if name != "benchmark"}
-    return hash_of(parts) if "adapter" in parts else parts["gguf"]
 
 
 def _time_in_turns(engines: Mapping[str, Answers], requests: Sequence[GenerateRequest]) -> dict[str, Speed]:

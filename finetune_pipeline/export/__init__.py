@@ -1,6 +1,7 @@
 """From a base model and an adapter to the GGUF that serves.
 
-model.py      export(base, adapter): merge, convert, quantise; the one call that the loop makes
+model.py      export(base, adapter): merge, convert, quantise; export_adapter: the adapter alone, over the base's GGUF
+base_gguf.py  the base model's own GGUF, made once
 base.py       where a base model lies, and the hash of what it is
 merge.py      LoRA into full-precision weights, beside the base's own tokenizer files
 gguf.py       llama.cpp's converter and quantiser

@@ -1,10 +1,10 @@
-"""The base model as a GGUF, made once: the model to beat, and to serve, while there is no champion."""
+"""The base model as a GGUF, made once: to beat and to serve while there is no champion, and what adapters go over."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.artifacts import obtain, package_versions, version_of
+from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.model import export
 from finetune_pipeline.records import BaseGgufManifest
@@ -13,6 +13,12 @@ from finetune_pipeline.settings import LoopSettings
 
 def base_gguf(loop: LoopSettings, tell: Callable[[str], None]) -> Path:
     """The file of the loop's base model in the loop's quantisation, made if it is not there yet."""
+    artifact = base_gguf_artifact(loop, tell)
+    return artifact.path / artifact.manifest.gguf
+
+
+def base_gguf_artifact(loop: LoopSettings, tell: Callable[[str], None]) -> Artifact[BaseGgufManifest]:
+    """As `base_gguf`, with its manifest."""
     base = resolve_base_model(loop.base_model)
     inputs = {"base_model": base_hash(base)}
     packages = package_versions("llama_cpp_python")
@@ -31,5 +37,4 @@ def base_gguf(loop: LoopSettings, tell: Callable[[str], None]) -> Path:
             "base_hash": inputs["base_model"],
         }
 
-    artifact = obtain(BaseGgufManifest, loop.name, version_of(inputs, settings), make)
-    return artifact.path / artifact.manifest.gguf
+    return obtain(BaseGgufManifest, loop.name, version_of(inputs, settings), make)

@@ -10,6 +10,7 @@ from typing import Literal
 from finetune_pipeline.export.process import ExportError, run, run_step
 
 _CONVERTER = "convert_hf_to_gguf.py"
+_ADAPTER_CONVERTER = "convert_lora_to_gguf.py"
 OutType = Literal["f16", "f32", "bf16"]
 
 
@@ -39,12 +40,26 @@ def convert(folder: Path, out_gguf: Path, outtype: OutType = "f16") -> None:
     Raises:
         ExportError: the converter is missing or refuses the model; with what it said.
     """
+    _convert(_CONVERTER, [str(folder), "--outtype", outtype], out_gguf, f"converting {folder} to GGUF")
+
+
+def convert_adapter(adapter_folder: Path, base_folder: Path, out_gguf: Path, outtype: OutType = "f16") -> None:
+    """Convert a LoRA adapter to a GGUF that is applied over its base's, and is there complete or not at all.
+
+    Raises:
+        ExportError: the converter is missing or refuses the adapter; with what it said.
+    """
+    arguments = [str(adapter_folder), "--base", str(base_folder), "--outtype", outtype]
+    _convert(_ADAPTER_CONVERTER, arguments, out_gguf, f"converting the adapter {adapter_folder} to GGUF")
+
+
+def _convert(script: str, arguments: list[str], out_gguf: Path, what: str) -> None:
     converter = converter_folder()
     temporary = _temporary(out_gguf)
-    command = [sys.executable, str(converter / _CONVERTER), str(folder), "--outfile", str(temporary)]
+    command = [sys.executable, str(converter / script), *arguments, "--outfile", str(temporary)]
     path = os.pathsep.join(filter(None, [str(converter / "gguf-py"), os.environ.get("PYTHONPATH")]))
     try:
-        run([*command, "--outtype", outtype], f"converting {folder} to GGUF", {"PYTHONPATH": path})
+        run(command, what, {"PYTHONPATH": path})
         temporary.replace(out_gguf)
     finally:
         temporary.unlink(missing_ok=True)

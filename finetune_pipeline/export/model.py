@@ -1,4 +1,4 @@
-"""A base model and, perhaps, an adapter become the GGUF that serves."""
+"""A base model and, perhaps, an adapter become what serves: one GGUF, or the base's with the adapter's beside it."""
 
 import shutil
 import time
@@ -6,22 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune_pipeline.export.gguf import convert, quantise, tensor_types
+from finetune_pipeline.export.gguf import convert, convert_adapter, quantise, tensor_types
 from finetune_pipeline.export.merge import merge
 
 F16 = "F16"
+ADAPTER = "adapter.gguf"
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """The files of one export, in one folder.
+    """The files of one export, in one folder; of a pair, the base's GGUF lies elsewhere.
 
     Attributes:
-        gguf: the file that serves.
-        full: the same model at F16, with which `gguf` is compared; the same file when the quantization is F16.
+        gguf: the file that serves; with an adapter, the base's.
+        full: the same model at F16, in one file, with which what serves is compared; the very file that serves when
+            that is merged and F16.
         quantization: llama.cpp's type that was asked for.
         tensor_types: number of tensors of each type in `gguf`; more types than one where rows do not fit the blocks.
         seconds: wall time of each step.
+        adapter: the LoRA adapter that serves over `gguf`.
     """
 
     gguf: Path
@@ -29,6 +32,7 @@ class ExportedModel:
     quantization: str
     tensor_types: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
+    adapter: Path | None = None
 
 
 def export(
@@ -71,3 +75,28 @@ def export(
     if quantization != F16:
         step("quantise", lambda: quantise(full, gguf, quantization))
     return ExportedModel(gguf, full, quantization, tensor_types(gguf), seconds)
+
+
+def export_adapter(
+    base_folder: Path,
+    adapter_folder: Path,
+    base_gguf: Path,
+    out_folder: Path,
+    quantization: str = "Q4_K_M",
+    on_step: Callable[[str], None] = lambda _: None,
+) -> ExportedModel:
+    """Convert the adapter alone, and merge it into the base at F16, which is what the pair has to answer like.
+
+    Args:
+        base_gguf: the base model's GGUF, of type `quantization`, over which the adapter will serve.
+        out_folder: gets `adapter.gguf` and `model-F16.gguf`.
+
+    Raises:
+        ExportError: a step failed; nothing half-written is left.
+    """
+    merged = export(base_folder, adapter_folder, out_folder, F16, on_step)
+    on_step("convert the adapter")
+    began = time.monotonic()
+    convert_adapter(adapter_folder, base_folder, out_folder / ADAPTER)
+    seconds = {**merged.seconds, "convert the adapter": time.monotonic() - began}
+    return ExportedModel(base_gguf, merged.full, quantization, tensor_types(base_gguf), seconds, out_folder / ADAPTER)

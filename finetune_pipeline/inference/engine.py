@@ -47,6 +47,8 @@ _Waiting = tuple["Future[Any]", "Callable[[str], None] | None"]
 class Engine:
     """A model in a child process of its own, from construction until `close`.
 
+    `spec` says what runs; its adapter is the present one.
+
     The child dies with this process, also by kill -9; when the child dies, every pending request fails with
     EngineCrashed, and so does every later one: open a new engine then.
 
@@ -116,15 +118,34 @@ class Engine:
         tokens: list[int] = self._ask({"op": "tokenize", "text": text}).result()
         return tokens
 
-    def submit(self, request: GenerateRequest) -> "Future[Completion]":
+    def submit(self, request: GenerateRequest, on_piece: Callable[[str], None] | None = None) -> "Future[Completion]":
         """Start a request; its future ends with the completion or an EngineError. Cancelling it frees its place.
 
-        Callbacks of the future run in the engine's own thread: they must not wait for the engine.
+        Callbacks, of the future too, run in the engine's own thread: they must not wait for the engine.
+
+        Args:
+            on_piece: called with the answer's text in pieces as they come, before the future ends. What it raises ends
+                this request alone, and its future raises it.
 
         Raises:
             EngineCrashed, EngineClosed: the engine has ended already.
         """
-        return self._generate(request, None)
+        order = {"op": "generate", "request": request.model_dump(mode="json"), "stream": on_piece is not None}
+        return self._ask(order, on_piece)
+
+    def swap_adapter(self, adapter: Path | None) -> "Future[None]":
+        """Change to another LoRA adapter of the same base, or to the base alone; the future ends when it is done.
+
+        Requests that were submitted before are answered with the old adapter, those after with the new one: these wait
+        until the running answers have ended, and no answer is by two adapters. Cancelling the future before that
+        leaves the old one. llama.cpp tells adapters of another base by names and shapes only: which base an adapter
+        was trained on is the caller's to know.
+
+        Raises:
+            ModelNotLoaded: (by the future) the file is missing, no adapter, or of another base; the old one stays.
+            EngineCrashed, EngineClosed: the engine has ended.
+        """
+        return self._ask({"op": "swap", "adapter": str(adapter) if adapter else None})
 
     def generate(
         self, requests: Sequence[GenerateRequest], progress: Callable[[int], None] | None = None
@@ -156,7 +177,7 @@ class Engine:
     def stream(self, request: GenerateRequest) -> Iterator[str | Completion]:
         """The answer's text in pieces as they come, then the completion; leaving it early cancels the rest."""
         arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        future = self._generate(request, arrived.put)
+        future = self.submit(request, arrived.put)
         future.add_done_callback(lambda _: arrived.put(None))
         try:
             yield from iter(arrived.get, None)
@@ -174,10 +195,6 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-    def _generate(self, request: GenerateRequest, on_piece: Callable[[str], None] | None) -> "Future[Completion]":
-        order = {"op": "generate", "request": request.model_dump(mode="json"), "stream": on_piece is not None}
-        return self._ask(order, on_piece)
 
     def _ask(self, order: dict[str, Any], on_piece: Callable[[str], None] | None = None) -> "Future[Any]":
         id, future = next(self._ids), Future[Any]()
@@ -235,16 +252,27 @@ class Engine:
             future, on_piece = self._waiting.get(message["id"], (None, None))
             if "piece" not in message:
                 self._waiting.pop(message["id"], None)
+        if "adapter" in message:  # also when its future was cancelled too late
+            adapter = message["adapter"]
+            self.spec = self.spec.model_copy(update={"adapter": Path(adapter) if adapter else None})
         if future is None:  # cancelled
             return
         if "piece" in message:
-            if on_piece:
-                on_piece(message["piece"])
+            self._hand_on(message, future, on_piece)
         elif future.set_running_or_notify_cancel():
             if "error" in message:
                 future.set_exception(BY_NAME[message["error"]](message["message"]))
             else:
                 future.set_result(_result_of(message["result"]))
+
+    def _hand_on(self, message: dict[str, Any], future: "Future[Any]", on_piece: Callable[[str], None] | None) -> None:
+        try:
+            if on_piece:
+                on_piece(message["piece"])
+        except Exception as error:  # the caller's own fault: the requests of others go on
+            self._forget(message["id"])
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def _end(self, reason: EngineError) -> None:
         with self._lock:

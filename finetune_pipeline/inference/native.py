@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -24,7 +25,7 @@ BATCH = 512
 SMALL_MODEL = 100_000_000
 """Parameters below which one thread is used: the threads' meetings cost more than their work, most on busy cores."""
 
-_LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 2, 3, 5
+_LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5
 
 
 class NativeLog:
@@ -99,7 +100,7 @@ class NativeModel:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        check_file(spec)
+        check_file(spec.gguf)
         self._log = NativeLog()
         self._spec = spec
         llama_cpp.llama_backend_init()
@@ -109,8 +110,9 @@ class NativeModel:
         self.context = min(spec.context, llama_cpp.llama_model_n_ctx_train(self._model) or spec.context)
         self.threads = spec.threads or choose_threads(llama_cpp.llama_model_n_params(self._model))
         self._context = self._new_context()
+        self._adapter: Adapter | None = None
         if spec.adapter:
-            self._apply(spec)
+            self.use(self.load_adapter(spec.adapter))
         self._pieces: dict[int, bytes] = {}
 
     def _load(self) -> Any:
@@ -138,14 +140,38 @@ class NativeModel:
         self._memory = llama_cpp.llama_get_memory(context)
         return context
 
-    def _apply(self, spec: ModelSpec) -> None:
-        adapter = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(spec.adapter or ""))
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
-        if not adapter or llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0)):
+    def load_adapter(self, path: Path) -> "Adapter":
+        """Read a LoRA adapter; answers go on as before until `use`.
+
+        llama.cpp compares architecture, names and shapes: an adapter of another base of the same shape passes.
+
+        Raises:
+            ModelNotLoaded: the file is missing, no adapter, or belongs to a model of another shape.
+        """
+        check_file(path)
+        self._log.errors.clear()  # what was said of an earlier file is not about this one
+        native = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not native:
             raise ModelNotLoaded(
-                f"{spec.adapter} cannot be applied to {spec.gguf}: {self._said()}. The adapter must have been trained "
+                f"{path} cannot be applied to {self._spec.gguf}: {self._said()}. The adapter must have been trained "
                 "on this very base model and converted by convert_lora_to_gguf.py with --base; make it again from there"
             )
+        return Adapter(path, native)
+
+    def use(self, adapter: "Adapter | None") -> None:
+        """Answer with this adapter at scale 1, or with None by the base alone, and free the one before.
+
+        Only while no answer is in the making: what a sequence has seen was computed with the adapter before.
+        """
+        if adapter:
+            natives = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter.native)
+            llama_cpp.llama_set_adapters_lora(self._context, natives, 1, (ctypes.c_float * 1)(1.0))
+        else:
+            llama_cpp.llama_set_adapters_lora(self._context, None, 0, None)
+        llama_cpp.llama_memory_clear(self._memory, False)
+        if self._adapter:
+            self._adapter.close()
+        self._adapter = adapter
 
     def _not_loaded(self, reason: str) -> ModelNotLoaded:
         size = self._spec.gguf.stat().st_size / 1e6
@@ -260,22 +286,33 @@ class NativeModel:
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
 
-def check_file(spec: ModelSpec) -> None:
+class Adapter:
+    """A LoRA adapter in memory, read for one model."""
+
+    def __init__(self, path: Path, native: Any) -> None:
+        self.path = path
+        self.native = native
+
+    def close(self) -> None:
+        """Free it; no answer may use it any more."""
+        llama_cpp.llama_adapter_lora_free(self.native)
+
+
+def check_file(path: Path) -> None:
     """Refuse a file that cannot be a GGUF before llama.cpp sees it.
 
     Raises:
         ModelNotLoaded: it is missing, a folder, or starts otherwise.
     """
-    for path in filter(None, [spec.gguf, spec.adapter]):
-        if not path.is_file():
-            raise ModelNotLoaded(f"{path} is not there, or is no file; give the path of an existing GGUF file")
-        with path.open("rb") as file:
-            start = file.read(4)
-        if start != b"GGUF":
-            raise ModelNotLoaded(
-                f"{path} is not a GGUF file: it starts with {start!r} instead of b'GGUF'; convert the model with "
-                "llama.cpp's convert_hf_to_gguf.py, or download the file again"
-            )
+    if not path.is_file():
+        raise ModelNotLoaded(f"{path} is not there, or is no file; give the path of an existing GGUF file")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
+        raise ModelNotLoaded(
+            f"{path} is not a GGUF file: it starts with {start!r} instead of b'GGUF'; convert the model with "
+            "llama.cpp's convert_hf_to_gguf.py, or download the file again"
+        )
 
 
 def choose_threads(n_params: int) -> int:

@@ -5,10 +5,12 @@ Parent to child, one object a line; the first is `load`, the end of the stream m
     {"op": "load", "spec": ModelSpec}                     {"op": "tokenize", "id": 1, "text": ...}
     {"op": "generate", "id": 2, "request": ..., "stream": false}
     {"op": "render", "id": 3, "messages": [...]}          {"op": "cancel", "id": 2}
+    {"op": "swap", "id": 4, "adapter": path or null}
 
 Child to parent:
 
     {"id": 2, "result": ...}   {"id": 2, "piece": "text"}   {"id": 2, "error": "RequestRefused", "message": ...}
+    {"id": 4, "result": null, "adapter": path or null}      from here on all answers are by this adapter
 """
 
 from pathlib import Path

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,12 +17,30 @@ from numpy.typing import NDArray
 from finetune_pipeline.inference.answer_text import AnswerText
 from finetune_pipeline.inference.confidence import confidence
 from finetune_pipeline.inference.errors import RequestRefused
-from finetune_pipeline.inference.native import Batch, NativeModel
+from finetune_pipeline.inference.native import Adapter, Batch, NativeModel
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest
 from finetune_pipeline.inference.sampling import TokenChooser
 
-Outcome = str | Completion | RequestRefused
-"""A piece of an answer, a whole answer, or why there is none."""
+
+@dataclass(frozen=True)
+class Question:
+    """A request that waits for a place."""
+
+    id: int
+    request: GenerateRequest
+    prompt: list[int]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A change to an adapter that is in memory already, or to none; it waits until the answers before it are done."""
+
+    id: int
+    adapter: Adapter | None
+
+
+Outcome = str | Completion | Swap | RequestRefused
+"""A piece of an answer, a whole answer, a swap that is done, or why there is no answer."""
 
 
 @dataclass
@@ -74,7 +93,7 @@ class Scheduler:
         self._batch = Batch()
         self._free = deque(range(parallel))
         self._running: dict[int, Sequence] = {}
-        self._waiting: deque[tuple[int, GenerateRequest, list[int]]] = deque()
+        self._waiting: deque[Question | Swap] = deque()
 
     @property
     def busy(self) -> bool:
@@ -88,7 +107,17 @@ class Scheduler:
         elif len(prompt) >= self._model.context:
             self._report(id, self._too_long(len(prompt)))
         else:
-            self._waiting.append((id, request, prompt))
+            self._waiting.append(Question(id, request, prompt))
+
+    def swap(self, id: int, adapter: Path | None) -> None:
+        """Queue a change of adapter: what came before it is answered with the old one, what comes after with this.
+
+        The file is read now, so that nobody waits for an adapter that cannot be used.
+
+        Raises:
+            ModelNotLoaded: it cannot be used; nothing changes.
+        """
+        self._waiting.append(Swap(id, self._model.load_adapter(adapter) if adapter else None))
 
     def _too_long(self, length: int) -> RequestRefused:
         return RequestRefused(
@@ -98,7 +127,10 @@ class Scheduler:
 
     def cancel(self, id: int) -> None:
         """Forget a request; one that is not known, or is over, is none."""
-        self._waiting = deque(item for item in self._waiting if item[0] != id)
+        for item in [item for item in self._waiting if item.id == id]:
+            self._waiting.remove(item)
+            if isinstance(item, Swap) and item.adapter:
+                item.adapter.close()
         for sequence in [sequence for sequence in self._running.values() if sequence.id == id]:
             self._leave(sequence)
 
@@ -122,22 +154,33 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._free and self._waiting:
-            id, request, prompt = self._waiting.popleft()
-            try:
-                chooser = TokenChooser(self._model, request)
-            except RequestRefused as refused:
-                self._report(id, refused)
-                continue
-            slot = self._free.popleft()
-            self._running[slot] = Sequence(
-                id=id,
-                slot=slot,
-                prompt=prompt,
-                limit=min(request.max_tokens, self._model.context - len(prompt)),
-                chooser=chooser,
-                text=AnswerText(request.stop, strip_space=request.messages is not None and self._model.strips_space),
-                started=time.perf_counter(),
-            )
+            item = self._waiting[0]
+            if isinstance(item, Swap) and self._running:
+                return  # whoever comes after it has to wait too: an answer is wholly by one adapter
+            self._waiting.popleft()
+            if isinstance(item, Swap):
+                self._model.use(item.adapter)
+                self._report(item.id, item)
+            else:
+                self._start(item)
+
+    def _start(self, item: Question) -> None:
+        request, prompt = item.request, item.prompt
+        try:
+            chooser = TokenChooser(self._model, request)
+        except RequestRefused as refused:
+            self._report(item.id, refused)
+            return
+        slot = self._free.popleft()
+        self._running[slot] = Sequence(
+            id=item.id,
+            slot=slot,
+            prompt=prompt,
+            limit=min(request.max_tokens, self._model.context - len(prompt)),
+            chooser=chooser,
+            text=AnswerText(request.stop, strip_space=request.messages is not None and self._model.strips_space),
+            started=time.perf_counter(),
+        )
 
     def _choose(self, sequences: list[Sequence], logits: NDArray[np.float32]) -> None:
         best = logits.argmax(axis=1)

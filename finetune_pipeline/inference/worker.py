@@ -11,6 +11,7 @@ import queue
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import IO, Any
 
 from finetune_pipeline.children import die_with_parent
@@ -18,7 +19,7 @@ from finetune_pipeline.inference.chat_template import ChatTemplate
 from finetune_pipeline.inference.errors import EngineError, ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.native import NativeModel
 from finetune_pipeline.inference.protocol import LOAD_ID, Completion, GenerateRequest, ModelSpec
-from finetune_pipeline.inference.scheduler import Outcome, Scheduler
+from finetune_pipeline.inference.scheduler import Outcome, Scheduler, Swap
 from finetune_pipeline.records import Message
 
 Order = dict[str, Any]
@@ -64,6 +65,8 @@ class Worker:
                 self.send({"id": order["id"], "result": self._render(order["messages"])})
             case "tokenize":
                 self.send({"id": order["id"], "result": self._model.tokenize(order["text"])})
+            case "swap":
+                self._scheduler.swap(order["id"], Path(order["adapter"]) if order["adapter"] else None)
             case "generate":
                 request = GenerateRequest.model_validate(order["request"])
                 if order["stream"]:
@@ -99,6 +102,8 @@ class Worker:
         self._streamed.discard(id)
         if isinstance(outcome, Completion):
             self.send({"id": id, "result": outcome.model_dump(mode="json")})
+        elif isinstance(outcome, Swap):
+            self.send({"id": id, "result": None, "adapter": str(outcome.adapter.path) if outcome.adapter else None})
         else:
             self.send({"id": id, "error": type(outcome).__name__, "message": str(outcome)})
 

@@ -30,6 +30,7 @@ from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.feedback.store import content_hash, mark_judged
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
+from finetune_pipeline.loop.gguf_model import what_serves
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion
@@ -62,7 +63,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     def eval_report(
         context: dg.AssetExecutionContext, gguf_model: Artifact[GgufManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """Champion (or base model) and challenger on the whole benchmark, both as the GGUF that would serve.
+        """Champion (or base model) and challenger on the whole benchmark, both as the file or pair that would serve.
 
         Answers that were generated before are reused by hash; speed is measured anew. Writing this report is what
         counts as judging the data, whatever the verdict.
@@ -79,16 +80,18 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 def report(
     loop: LoopSettings, gguf: Artifact[GgufManifest], run_id: str, tell: Callable[[str], None]
 ) -> tuple[Artifact[ReportManifest], Comparison, Verdict]:
-    """Compare a GGUF with the champion, write the report, and remember that its data was judged."""
+    """Compare what would serve with the champion, write the report, and remember that its data was judged."""
     serving = champion(connect(), loop.name)
     if serving:
         check_file(serving)  # a damaged champion would be easy to beat
-    against = serving.gguf_path if serving else base_gguf(loop, tell)
-    challenger = gguf.path / gguf.manifest.gguf
+    if serving:
+        against = ModelSpec(gguf=serving.gguf_path, adapter=serving.adapter_path)
+    else:
+        against = ModelSpec(gguf=base_gguf(loop, tell))
     benchmark, rules = reading.benchmark(loop), reading.rules(loop)
     comparison = compare_models(
-        Contender(serving.name if serving else f"{loop.name}@base", ModelSpec(gguf=against)),
-        Contender("challenger", ModelSpec(gguf=challenger)),
+        Contender(serving.name if serving else f"{loop.name}@base", against),
+        Contender("challenger", what_serves(gguf)),
         benchmark,
         Scorer(loop.evaluation.metric, reading.output_schema(loop), rules),
         loop.evaluation.metric,

@@ -1,4 +1,4 @@
-"""The asset gguf_model: the trained model as the one file that would serve, and proof that it does."""
+"""The asset gguf_model: the trained model as the one file, or the pair, that would serve, and proof that it does."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -8,17 +8,27 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_pipeline.artifacts import Artifact, ArtifactError, obtain, package_versions, version_of, write_text
+from finetune_pipeline.artifacts import (
+    Artifact,
+    ArtifactError,
+    obtain,
+    package_versions,
+    read,
+    stage_folder,
+    version_of,
+    write_text,
+)
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.checks import agreement, tokenizer_parity
-from finetune_pipeline.export.model import ExportedModel, export
+from finetune_pipeline.export.base_gguf import base_gguf_artifact
+from finetune_pipeline.export.model import ExportedModel, export, export_adapter
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.io import pointers_key, upstream
-from finetune_pipeline.records import AdapterManifest, GgufManifest, chat
+from finetune_pipeline.records import AdapterManifest, BaseGgufManifest, GgufManifest, chat
 from finetune_pipeline.settings import LoopSettings
 
 CHECKS = "checks.json"
@@ -38,7 +48,7 @@ class Outcome:
 def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """The asset gguf_model of a loop, with its checks."""
     descriptions = {
-        "loads_and_answers": "The file loads in the engine's own process and answers.",
+        "loads_and_answers": "What would serve loads in the engine's own process and answers.",
         "tokenizer_parity": "The engine reads the rendered chat template as the tokens that training used.",
         "agreement": f"At least {loop.export.min_agreement:.0%} of answers are those of the unquantised model.",
     }
@@ -57,7 +67,12 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     def gguf_model(
         context: dg.AssetExecutionContext, lora_adapter: Artifact[AdapterManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """The model that would serve: adapter merged into the base, converted by llama.cpp, quantised."""
+        """The model that would serve: adapter merged into the base, converted by llama.cpp, quantised.
+
+        With `export.form: adapter` the adapter alone is converted, and serves over the base's own GGUF. The checks run
+        on exactly that pair; its answers are compared with those of the merged model at F16, so that a fault of the
+        adapter's conversion shows as well as what quantising the base costs.
+        """
         die_with_run()
         artifact = model(loop, lora_adapter, context.log.info)
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
@@ -87,12 +102,16 @@ def model(
             f"the adapter {adapter.manifest.version} was trained on another base model ({adapter.manifest.base_model}) "
             f"than {base} is now; materialize lora_adapter again, or set base_model back"
         )
+    below = base_gguf_artifact(loop, tell) if loop.export.form == "adapter" else None
     inputs = {"lora_adapter": adapter.manifest.version, "base_model": adapter.manifest.base_hash}
     settings = {"quantization": loop.export.quantization, **package_versions("llama_cpp_python")}
+    if below:
+        inputs["base_gguf"] = below.manifest.version
+        settings["form"] = "adapter"
 
     def make(folder: Path) -> dict[str, Any]:
-        exported = export(base, adapter.path / "adapter", folder, loop.export.quantization, tell)
-        tell("checking the file in the engine")
+        exported = _export(loop, base, adapter.path / "adapter", below, folder, tell)
+        tell("checking it in the engine")
         outcomes = check(loop, base, exported)
         if exported.full != exported.gguf:
             exported.full.unlink()  # it was there to compare with; it can be made again from the adapter
@@ -101,7 +120,7 @@ def model(
             "inputs": inputs,
             "settings": settings,
             "packages": package_versions(*reading.PACKAGES),
-            "gguf": exported.gguf.name,
+            **_files(exported, below),
             "quantization": loop.export.quantization,
             "base_model": str(base),
             "base_hash": adapter.manifest.base_hash,
@@ -111,18 +130,64 @@ def model(
         }
 
     def passed(found: Artifact[GgufManifest]) -> bool:
+        if below and found.manifest.base_gguf_sha256 != _sha256(below):
+            return False  # the base's file was made again and is another
         return all(outcome.passed for outcome in _kept_outcomes(found.path) if outcome.name in BLOCKING)
 
     return obtain(GgufManifest, loop.name, version_of(inputs, settings), make, usable=passed)
 
 
+def _export(
+    loop: LoopSettings,
+    base: Path,
+    adapter: Path,
+    below: Artifact[BaseGgufManifest] | None,
+    folder: Path,
+    tell: Callable[[str], None],
+) -> ExportedModel:
+    if below is None:
+        return export(base, adapter, folder, loop.export.quantization, tell)
+    return export_adapter(base, adapter, below.path / below.manifest.gguf, folder, loop.export.quantization, tell)
+
+
+def _files(exported: ExportedModel, below: Artifact[BaseGgufManifest] | None) -> dict[str, Any]:
+    if below is None or exported.adapter is None:
+        return {"gguf": exported.gguf.name}
+    return {"form": "adapter", "gguf": exported.adapter.name, "base_gguf_sha256": _sha256(below)}
+
+
+def _sha256(below: Artifact[BaseGgufManifest]) -> str:
+    return below.manifest.files[below.manifest.gguf].sha256
+
+
+def what_serves(artifact: Artifact[GgufManifest]) -> ModelSpec:
+    """The file of a gguf_model, or the base's GGUF with the adapter.
+
+    Raises:
+        ArtifactError: the base's GGUF is gone, damaged, or another than the adapter was checked with.
+    """
+    manifest = artifact.manifest
+    file = artifact.path / manifest.gguf
+    if manifest.form == "merged":
+        return ModelSpec(gguf=file)
+    folder = stage_folder(manifest.loop, BaseGgufManifest.stage) / manifest.inputs["base_gguf"]
+    remedy = "Materialize gguf_model again: it makes the base's file too"
+    try:
+        below = read(BaseGgufManifest, folder)
+    except ArtifactError as error:
+        raise ArtifactError(f"the base that {file} goes over is not there ({error}). {remedy}") from error
+    if _sha256(below) != manifest.base_gguf_sha256:
+        raise ArtifactError(f"the base in {folder} was made again and is not what {file} was checked with. {remedy}")
+    return ModelSpec(gguf=below.path / below.manifest.gguf, adapter=file)
+
+
 def check(loop: LoopSettings, base: Path, exported: ExportedModel) -> list[Outcome]:
-    """Try the file in the engine. A crash there is a failed check with the crash's name, never a dead run."""
+    """Try what would serve in the engine. A crash there is a failed check with the crash's name, never a dead run."""
     questions = reading.benchmark(loop).questions
     step = max(1, len(questions) // loop.export.agreement_sample)
     prompts = [question.prompt for question in questions[::step]][: loop.export.agreement_sample]
     try:
-        with _engine(loop, exported.gguf) as engine:
+        with _engine(loop, exported.gguf, exported.adapter) as engine:
             parity = tokenizer_parity(base, engine, [chat(loop.system_prompt, prompt) for prompt in prompts])
             answers = _answers(loop, engine, prompts)
             about = {"engine": engine.info.build, "parameters": engine.info.n_params}
@@ -155,8 +220,9 @@ def _agreement(loop: LoopSettings, exported: ExportedModel, prompts: Sequence[st
     return Outcome("agreement", result.share >= loop.export.min_agreement, figures)
 
 
-def _engine(loop: LoopSettings, gguf: Path) -> Engine:
-    return Engine(ModelSpec(gguf=gguf, context=loop.evaluation.context, parallel=loop.evaluation.parallel))
+def _engine(loop: LoopSettings, gguf: Path, adapter: Path | None = None) -> Engine:
+    settings = loop.evaluation
+    return Engine(ModelSpec(gguf=gguf, adapter=adapter, context=settings.context, parallel=settings.parallel))
 
 
 def _answers(loop: LoopSettings, engine: Engine, prompts: Sequence[str]) -> list[str]:
@@ -174,10 +240,14 @@ def _kept_outcomes(folder: Path) -> list[Outcome]:
 def _metadata(artifact: Artifact[GgufManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
     file = manifest.files[manifest.gguf]
+    spec = what_serves(artifact)
+    base = {"base_gguf": dg.MetadataValue.path(spec.gguf)} if spec.adapter else {}
     return {
         "size_mb": file.size / 1e6,
+        "form": manifest.form,
         "quantization": manifest.quantization,
         "sha256": file.sha256,
         "version": manifest.version,
         "path": dg.MetadataValue.path(artifact.path / manifest.gguf),
+        **base,
     }

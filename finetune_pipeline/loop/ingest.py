@@ -6,9 +6,10 @@ from itertools import islice
 from pathlib import Path
 
 from finetune_pipeline.database import Database
+from finetune_pipeline.feedback.journal import take_over_orphans
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import Recorded, record
-from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.settings import LoopSettings, load_loop
 from finetune_pipeline.sources import ledger
 from finetune_pipeline.sources.jsonl import Line, event_files, read_lines
 
@@ -47,6 +48,9 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
     for folder in loop.log_folders:
         event_files(folder)  # a declared folder that is missing is an error, not an empty source
     reward = reward_function(loop.feedback)
+    left = take_over_orphans(database, lambda task: reward if task == loop.name else _reward_of(task))
+    if left:
+        tell(f"{left} events that a killed gateway had acknowledged were taken over from its journal")
     with database.read() as connection:
         files = ledger.unread(connection, loop.name, loop.log_folders)
     total = Ingested()
@@ -82,6 +86,10 @@ def ingest_file(loop: LoopSettings, database: Database, path: Path, reward: Rewa
         result.lines += len(batch)
         result.rejected += sum(line.event is None for line in batch)
     return result
+
+
+def _reward_of(task: str) -> RewardFunction:
+    return reward_function(load_loop(task).feedback)
 
 
 def _describe(one: Ingested) -> str:

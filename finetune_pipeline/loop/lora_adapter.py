@@ -10,10 +10,12 @@ from pydantic import Field, create_model
 
 from finetune_pipeline.artifacts import Artifact, in_turn, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
+from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.loop.reading import PACKAGES
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
+from finetune_pipeline.registry.trainings import TrainingRun, record_training
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.curve import curve_png
 from finetune_pipeline.training.job import RESULT, Progress, TrainingJob, TrainingResult
@@ -55,6 +57,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         settings = TrainingSettings.model_validate(config.model_dump())  # type: ignore[attr-defined]
         artifact = adapter(loop, settings, curated_dataset, _reporter(context), context.log.info)
+        record_training(connect(), training_run(artifact.manifest, context.run_id))
         return dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
 
     return lora_adapter
@@ -98,6 +101,18 @@ def adapter(
         }
 
     return obtain(AdapterManifest, loop.name, version_of(inputs, shaping), make, keep=True)
+
+
+def training_run(manifest: AdapterManifest, run_id: str) -> TrainingRun:
+    """What the registry keeps of a training.
+
+    Args:
+        manifest: of the adapter.
+        run_id: Dagster's run, which knows how it went.
+    """
+    known = {**manifest.model_dump(), "id": manifest.version, "run_id": run_id}
+    known |= {"dataset": manifest.inputs["curated_dataset"], "method": manifest.settings["method"]}
+    return TrainingRun(**{name: known[name] for name in TrainingRun.model_fields})
 
 
 def _figures(result: TrainingResult) -> dict[str, Any]:

@@ -2,19 +2,32 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from finetune_pipeline.artifacts import Artifact, ArtifactError, hash_file, obtain, package_versions, version_of
+from finetune_pipeline.artifacts import (
+    Artifact,
+    ArtifactError,
+    hash_file,
+    model_sha256,
+    obtain,
+    package_versions,
+    version_of,
+    write_text,
+)
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.report import HTML, JSON, verdict_of_report
 from finetune_pipeline.loop.eval_report import settings_hash
+from finetune_pipeline.loop.gguf_model import what_serves
 from finetune_pipeline.loop.io import pointers_key, upstream
+from finetune_pipeline.loop.lineage import card
 from finetune_pipeline.loop.reading import PACKAGES
 from finetune_pipeline.records import GgufManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.registry.card import MODEL_CARD
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.models import Candidate, ModelVersion
@@ -72,21 +85,22 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
 
 def check_measured(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> Verdict:
-    """The gate's verdict on the report, which has to be about this very file under these very settings.
+    """The gate's verdict on the report, which has to be about these very files under these very settings.
 
     Raises:
-        NotMeasured: file, benchmark, settings or champion are not those of the report.
+        NotMeasured: file (of a pair, either of them), benchmark, settings or champion are not those of the report.
     """
     manifest = report.manifest
     serving = champion(connect(), loop.name)
-    file = gguf.path / gguf.manifest.gguf
+    files = what_serves(gguf)
+    identity = model_sha256(hash_file(files.gguf), hash_file(files.adapter) if files.adapter else None)
     found = {
-        "the GGUF": (hash_file(file), manifest.challenger_sha256),
+        "the GGUF": (identity, manifest.challenger_sha256),
         "the report's own file": (hash_file(report.path / JSON), manifest.files[JSON].sha256),
         "base model, benchmark, schema, rules or gate settings": (settings_hash(loop), manifest.inputs["settings"]),
     }
     differing = [name for name, (now, then) in found.items() if now != then]
-    challenger_serves = serving is not None and serving.gguf_sha256 == manifest.challenger_sha256
+    challenger_serves = serving is not None and serving.sha256 == manifest.challenger_sha256
     same_champion = (serving.id if serving else None) == manifest.champion_id
     if not (challenger_serves or same_champion):
         differing.append("the champion")
@@ -107,8 +121,7 @@ def _promote(
     figures = json.loads((report.path / JSON).read_text(encoding="utf-8"))["figures"]
     candidate = Candidate(
         loop=loop.name,
-        gguf_path=gguf.path / gguf.manifest.gguf,
-        gguf_sha256=report.manifest.challenger_sha256,
+        **_files(gguf),
         base_hash=gguf.manifest.base_hash,
         mode=gguf.manifest.mode,
         lineage={
@@ -126,8 +139,17 @@ def _promote(
     )
 
 
+def _files(gguf: Artifact[GgufManifest]) -> dict[str, Any]:
+    """Paths and hashes of what serves, as the registry keeps them."""
+    spec, sha256 = what_serves(gguf), gguf.manifest.files[gguf.manifest.gguf].sha256
+    if spec.adapter is None:
+        return {"gguf_path": spec.gguf, "gguf_sha256": sha256}
+    base = {"gguf_path": spec.gguf, "gguf_sha256": gguf.manifest.base_gguf_sha256}
+    return {**base, "adapter_path": spec.adapter, "adapter_sha256": sha256}
+
+
 def _keep(loop: LoopSettings, report: Artifact[ReportManifest], model: ModelVersion) -> Artifact[PromotionManifest]:
-    inputs = {"eval_report": report.manifest.version, "gguf": model.gguf_sha256}
+    inputs = {"eval_report": report.manifest.version, "gguf": model.sha256}
     fields = {
         "inputs": inputs,
         "settings": loop.gate.model_dump(),
@@ -137,8 +159,13 @@ def _keep(loop: LoopSettings, report: Artifact[ReportManifest], model: ModelVers
         "gguf_path": str(model.gguf_path),
         "previous_id": report.manifest.champion_id,
     }
-    version = version_of(inputs, {"model": model.name})
-    return obtain(PromotionManifest, loop.name, version, lambda _folder: fields)
+    version = version_of(inputs, {"model": model.name, "card": MODEL_CARD})
+
+    def make(folder: Path) -> dict[str, Any]:
+        write_text(folder / MODEL_CARD, card(connect(), loop, model))
+        return fields
+
+    return obtain(PromotionManifest, loop.name, version, make)
 
 
 def _metadata(artifact: Artifact[PromotionManifest], model: ModelVersion, verdict: Verdict) -> dict[str, Any]:
@@ -147,6 +174,7 @@ def _metadata(artifact: Artifact[PromotionManifest], model: ModelVersion, verdic
         "reason": verdict.reason,
         "gguf": dg.MetadataValue.path(model.gguf_path),
         "report": dg.MetadataValue.path(model.report_path),
+        "model_card": dg.MetadataValue.path(artifact.path / MODEL_CARD),
         "gain_relative": verdict.relative_gain or 0.0,
         "path": dg.MetadataValue.path(artifact.path),
     }

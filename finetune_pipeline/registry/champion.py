@@ -14,13 +14,15 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import Database
-from finetune_pipeline.database.tables import champions
+from finetune_pipeline.database.tables import champions, models
 from finetune_pipeline.registry.history import Action, history_in, record_in, stack_of
 from finetune_pipeline.registry.models import (
     Candidate,
     ModelVersion,
     RegistryError,
     check_file,
+    check_kept,
+    check_there,
     model_in,
     register_in,
     version_in,
@@ -38,6 +40,12 @@ def champion(db: Database, loop: str) -> ModelVersion | None:
     """The model that serves; None is the loop's base model."""
     with db.read() as connection:
         return _champion_in(connection, loop)
+
+
+def champion_ids(db: Database) -> dict[str, str | None]:
+    """The registry's id of every loop's champion, None for the base model; loops that never moved are not in it."""
+    with db.read() as connection:
+        return {row.loop: row.model_id for row in connection.execute(sa.select(champions.c.loop, champions.c.model_id))}
 
 
 def resolve(db: Database, name: str, loop: str) -> ModelVersion | None:
@@ -85,12 +93,12 @@ def promote(
     if action == "promote" and not comparison_id:
         raise RegistryError("a promotion needs the comparison that it rests on; evaluate first, or force with a reason")
     check_file(candidate)
-    with _moving(db, candidate.loop) as move:
+    with moving(db, candidate.loop) as move:
         if move.current_id != candidate.id and move.current_id != expected_champion_id:
             raise _moved(move.connection, candidate.loop, expected_champion_id)
+        check_there(candidate)  # it may have been deleted while this waited for its turn
         model = register_in(move.connection, candidate, move.now)
-        move.to(model.id, action, actor, reason, comparison_id)
-        return model
+        return move.to(model.id, action, actor, reason, comparison_id) or model
 
 
 def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> ModelVersion | None:
@@ -98,7 +106,7 @@ def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> Mo
 
     Raises:
         UnknownVersion: no model has this version; the message lists those that there are.
-        RegistryError: its file is gone or differs, or actor or reason is missing.
+        RegistryError: it was deleted, its file is gone or differs, or actor or reason is missing.
     """
     _check_signed("switch", actor, reason)
     if version.rpartition("@")[0] not in {"", loop}:
@@ -106,17 +114,16 @@ def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> Mo
     target = resolve(db, version, loop)
     if target is not None:
         check_file(target)  # before the transaction: nobody should wait while gigabytes are hashed
-    with _moving(db, loop) as move:
-        move.to(target.id if target else None, "switch", actor, reason)
-    return target
+    with moving(db, loop) as move:
+        return move.to(target.id if target else None, "switch", actor, reason)
 
 
 def rollback(db: Database, loop: str, actor: str, reason: str) -> ModelVersion | None:
     """Bring back the champion that was there before this one came; a second rollback goes further back.
 
     Raises:
-        RegistryError: there is nothing to roll back to, the earlier model's file is gone or differs, or actor or reason
-            is missing.
+        RegistryError: there is nothing to roll back to, the earlier model was deleted (nothing is skipped), its file is
+            gone or differs, or actor or reason is missing.
         ChampionMoved: somebody moved the champion in the same moment; nothing was changed.
     """
     _check_signed("rollback", actor, reason)
@@ -124,16 +131,15 @@ def rollback(db: Database, loop: str, actor: str, reason: str) -> ModelVersion |
     target = resolve(db, "previous", loop)
     if target is not None:
         check_file(target)
-    with _moving(db, loop) as move:
+    with moving(db, loop) as move:
         here, there = (model.id if model else None for model in (before, target))
         if move.current_id != here or _previous_id(move.connection, loop) != there:
             raise _moved(move.connection, loop, here)
-        move.to(there, "rollback", actor, reason)
-    return target
+        return move.to(there, "rollback", actor, reason)
 
 
 @dataclass(frozen=True)
-class _Move:
+class Move:
     """The loop's pointer while this transaction holds it."""
 
     connection: sa.Connection
@@ -143,13 +149,24 @@ class _Move:
 
     def to(
         self, model_id: str | None, action: Action, actor: str, reason: str, comparison_id: str | None = None
-    ) -> None:
-        """Point to another model and write history; pointing to the same changes nothing, except that a rollback is
-        always written, since it goes one step back in history."""
+    ) -> ModelVersion | None:
+        """Point to another model, mark what begins and what ceases to serve, and write history.
+
+        Returns what serves now. Pointing to the same changes nothing, except that a rollback is always written, since
+        it goes one step back in history.
+
+        Raises:
+            RegistryError: the model was deleted.
+        """
+        target = model_in(self.connection, self.loop, model_id) if model_id else None
+        if target is not None:
+            check_kept(target)  # asked under the lock: until here it could be deleted
         if model_id == self.current_id and action != "rollback":
-            return
+            return target
         here = champions.c.loop == self.loop
         self.connection.execute(sa.update(champions).where(here).values(model_id=model_id, updated_at=self.now))
+        self._mark(self.current_id, retired_at=self.now)
+        self._mark(model_id, deployed_at=self.now, retired_at=None)
         record_in(
             self.connection,
             loop=self.loop,
@@ -161,19 +178,24 @@ class _Move:
             comparison_id=comparison_id,
             created_at=self.now,
         )
+        return model_in(self.connection, self.loop, model_id) if model_id else None
+
+    def _mark(self, model_id: str | None, **moments: datetime | None) -> None:
+        here = (models.c.loop == self.loop, models.c.id == model_id)
+        self.connection.execute(sa.update(models).where(*here).values(**moments))
 
 
 @contextmanager
-def _moving(db: Database, loop: str) -> Iterator[_Move]:
+def moving(db: Database, loop: str) -> Iterator[Move]:
     """The loop's row of `champions`, locked until the transaction ends."""
-    now = datetime.now(UTC)
     with db.write() as connection:
         # A row that is not there cannot be locked, so the first move of a loop makes it.
         insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-        row: Any = insert(champions).values(loop=loop, model_id=None, updated_at=now)
+        row: Any = insert(champions).values(loop=loop, model_id=None, updated_at=datetime.now(UTC))
         connection.execute(row.on_conflict_do_nothing())
         pointer = sa.select(champions.c.model_id).where(champions.c.loop == loop).with_for_update()
-        yield _Move(connection, loop, connection.execute(pointer).scalar_one(), now)
+        current_id = connection.execute(pointer).scalar_one()
+        yield Move(connection, loop, current_id, datetime.now(UTC))
 
 
 def _champion_in(connection: sa.Connection, loop: str) -> ModelVersion | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NoReturn
 import sqlalchemy as sa
 from pydantic import Field
 
-from finetune_pipeline.artifacts import hash_file, hash_of
+from finetune_pipeline.artifacts import hash_file, model_sha256
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import models
 from finetune_pipeline.records import Moment, Record
@@ -73,11 +73,6 @@ class ModelVersion(Candidate):
     def name(self) -> str:
         """Its full name, `loop@v1.2.0`."""
         return f"{self.loop}@{self.version}"
-
-
-def model_sha256(gguf_sha256: str, adapter_sha256: str | None) -> str:
-    """The identity of what runs: the file's hash, or one hash of base and adapter."""
-    return gguf_sha256 if adapter_sha256 is None else hash_of([gguf_sha256, adapter_sha256])
 
 
 def list_models(db: Database, loop: str) -> list[ModelVersion]:
@@ -160,19 +155,49 @@ def check_file(model: Candidate) -> None:
     """Refuse a model whose file is not what was measured; reads the whole file.
 
     Raises:
-        RegistryError: the GGUF is gone or its content differs.
+        RegistryError: it was deleted, a file of it is gone, or its content differs.
     """
-    what = f"{model.loop}@{model.version}" if isinstance(model, ModelVersion) else f"the candidate {model.id}"
-    remedy = "materialize gguf_model again, restore the file, or choose another version"
+    if isinstance(model, ModelVersion):
+        check_kept(model)
+    check_there(model)
     for path, expected in model.files.items():
-        if not path.is_file():
-            raise RegistryError(f"{what} cannot serve: its GGUF {path} is not there; {remedy}")
         found = hash_file(path)
         if found != expected:
             raise RegistryError(
-                f"{what} cannot serve: {path} is not the file that was measured (SHA-256 {found[:16]}..., "
-                f"expected {expected[:16]}...); {remedy}"
+                f"{_called(model)} cannot serve: {path} is not the file that was measured (SHA-256 {found[:16]}..., "
+                f"expected {expected[:16]}...); {_REMEDY}"
             )
+
+
+def check_there(model: Candidate) -> None:
+    """Refuse a model without its files; looks only whether they are there.
+
+    Raises:
+        RegistryError: a file of it is gone.
+    """
+    for path in model.files:
+        if not path.is_file():
+            raise RegistryError(f"{_called(model)} cannot serve: its GGUF {path} is not there; {_REMEDY}")
+
+
+def check_kept(model: ModelVersion) -> None:
+    """Refuse a version whose files were deleted to make room.
+
+    Raises:
+        RegistryError: they were.
+    """
+    if model.deleted_at is not None:
+        raise RegistryError(
+            f"{model.name} cannot serve: its files were deleted on {model.deleted_at:%Y-%m-%d %H:%M} UTC; switch to a "
+            "version that is there (`finetune model list` shows them) or to base, or train again"
+        )
+
+
+_REMEDY = "materialize gguf_model again, restore the file, or choose another version"
+
+
+def _called(model: Candidate) -> str:
+    return model.name if isinstance(model, ModelVersion) else f"the candidate {model.id}"
 
 
 def _version(number: Number) -> str:

@@ -1,8 +1,154 @@
-"""A LoRA adapter beside its base model answers as the adapted model does in transformers."""
+"""A LoRA adapter beside its base answers as the adapted model does in transformers, and is changed in place."""
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import psutil
+import pytest
 
 from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.inference.errors import ModelNotLoaded
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline_tests.adapters import write_adapter
 from finetune_pipeline_tests.inference.conftest import run_converter
+
+STARTER = PROJECT_ROOT / "data" / "starter_model"
+PROMPTS = ["a brick wall", "two doors, 900 mm wide", "concrete slab 200 mm", "a window in the north wall"]
+SWAPS = 20
+
+
+def ask(prompt, max_tokens=24):
+    return GenerateRequest(messages=[{"role": "user", "content": prompt}], max_tokens=max_tokens)
+
+
+def tokens(engine, prompts=PROMPTS):
+    return [answer.token_ids for answer in engine.generate([ask(prompt) for prompt in prompts])]
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory):
+    """The starter model's GGUF, and two adapters of it that change its answers, by name; None is the base alone."""
+    folder = tmp_path_factory.mktemp("starter")
+    base = folder / "base.gguf"
+    run_converter("convert_hf_to_gguf.py", STARTER, "--outfile", base, "--outtype", "f16")
+    for seed, name in enumerate(["one", "two"]):
+        write_adapter(STARTER, folder / name, seed)
+        gguf = folder / f"{name}.gguf"
+        run_converter("convert_lora_to_gguf.py", folder / name, "--base", STARTER, "--outfile", gguf)
+    return {"base": base, "one": folder / "one.gguf", "two": folder / "two.gguf", None: None}
+
+
+def open_engine(starter, adapter=None, **fields):
+    return Engine(ModelSpec(gguf=starter["base"], adapter=starter[adapter], context=128, **fields))
+
+
+@pytest.fixture(scope="module")
+def alone(starter):
+    """What engines answer that were opened with one adapter and never saw another."""
+    answers = {}
+    for name in (None, "one", "two"):
+        with open_engine(starter, name) as engine:
+            answers[name] = tokens(engine)
+    assert answers[None] != answers["one"] != answers["two"] != answers[None]
+    return answers
+
+
+def test_swapping_in_place_answers_as_an_engine_that_was_opened_so(starter, alone):
+    with open_engine(starter, "one") as engine:
+        for name in ("one", "two", None, "two", "one", "one", None):
+            assert engine.swap_adapter(starter[name]).result() is None
+            assert engine.spec.adapter == starter[name]
+            assert tokens(engine) == alone[name]
+
+
+def test_requests_before_a_swap_get_the_old_adapter_and_those_after_it_the_new(starter, alone):
+    with open_engine(starter, parallel=2) as engine:
+        ended, futures = [], []
+        for number, name in enumerate(("one", None, "two")):
+            engine.swap_adapter(starter[name])
+            for place, prompt in enumerate(PROMPTS):  # more than are decoded together: some wait on each side of a swap
+                future = engine.submit(ask(prompt))
+                future.add_done_callback(lambda _, number=number: ended.append(number))
+                futures.append((future, alone[name][place]))
+        assert [future.result().token_ids for future, _ in futures] == [expected for _, expected in futures]
+        assert ended == sorted(ended)
+
+
+def test_under_load_every_answer_of_20_swaps_is_wholly_by_one_adapter(starter, alone):
+    possible = [{tuple(answers[place]) for answers in alone.values()} for place in range(len(PROMPTS))]
+    found, stop = [], threading.Event()
+
+    def client(engine):
+        while not stop.is_set():
+            for place, prompt in enumerate(PROMPTS):
+                found.append((place, tuple(engine.submit(ask(prompt)).result(60).token_ids)))
+
+    with open_engine(starter, parallel=4) as engine:
+        clients = [threading.Thread(target=client, args=(engine,)) for _ in range(8)]
+        for thread in clients:
+            thread.start()
+        seconds = []
+        for number in range(SWAPS):
+            time.sleep(0.02)
+            began = time.monotonic()
+            engine.swap_adapter(starter[("one", "two", None)[number % 3]]).result(60)
+            seconds.append(time.monotonic() - began)
+        stop.set()
+        for thread in clients:
+            thread.join()
+    print(f"{len(found)} answers; a swap under load took {max(seconds) * 1000:.0f} ms at most")
+    assert len(found) > SWAPS
+    assert all(answer in possible[place] for place, answer in found)
+    assert {answer for place, answer in found if place == 0} == possible[0]  # all three did answer
+
+
+def test_a_file_that_cannot_be_used_leaves_the_old_adapter(starter, alone, tmp_path, tiny_gguf):
+    text, truncated, other = tmp_path / "notes.gguf", tmp_path / "truncated.gguf", tmp_path / "other.gguf"
+    text.write_text("not an adapter")
+    truncated.write_bytes(starter["two"].read_bytes()[:-1000])
+    write_adapter(STARTER, tmp_path / "other", 0, hidden=128)
+    run_converter("convert_lora_to_gguf.py", tmp_path / "other", "--base", STARTER, "--outfile", other)
+    refused = [
+        (tmp_path / "missing.gguf", "is not there"),
+        (text, "starts with b'not '"),
+        (starter["base"], "expect general.type to be 'adapter'"),
+        (truncated, "not within the file bounds"),
+        (other, "wrong base model"),
+    ]
+    with open_engine(starter, "one") as engine:
+        for path, says in refused:
+            with pytest.raises(ModelNotLoaded, match=says) as caught:
+                engine.swap_adapter(path).result()
+            assert str(path) in str(caught.value)
+            assert engine.spec.adapter == starter["one"]
+        assert tokens(engine) == alone["one"]
+
+
+def test_a_swap_that_is_cancelled_in_time_does_not_happen(starter, alone):
+    with open_engine(starter, "one", parallel=1) as engine:
+        running = engine.submit(ask(PROMPTS[0]))
+        swap = engine.swap_adapter(starter["two"])
+        after = engine.submit(ask(PROMPTS[0]))
+        assert swap.cancel()
+        assert [running.result().token_ids, after.result().token_ids] == [alone["one"][0]] * 2
+        with pytest.raises(CancelledError):
+            swap.result()
+        assert engine.spec.adapter == starter["one"]
+
+
+def test_an_adapter_that_was_left_is_given_back(starter, tmp_path):
+    large = tmp_path / "large.gguf"
+    write_adapter(STARTER, tmp_path / "large", 0, rank=256)
+    run_converter("convert_lora_to_gguf.py", tmp_path / "large", "--base", STARTER, "--outfile", large)
+    with open_engine(starter) as engine:
+        child = psutil.Process(engine.pid)
+        before = child.memory_info().rss
+        for _ in range(100):
+            engine.swap_adapter(large).result()
+        kept = child.memory_info().rss - before
+    assert kept < 10 * large.stat().st_size
 
 
 def test_base_and_adapter_answer_as_the_adapted_model_does(stories_folder, stories_gguf, stories, tmp_path):

@@ -116,6 +116,25 @@ def test_streamed_pieces_join_to_the_answer(stories):
     assert len(pieces) > 5
 
 
+def test_pieces_are_handed_to_a_callback_before_the_future_ends(stories):
+    pieces, ended = [], []
+    future = stories.submit(ask("Lily"), pieces.append)
+    future.add_done_callback(lambda done: ended.append("".join(pieces)))
+    assert future.result().text == "".join(pieces)
+    assert len(pieces) > 5 and ended == [future.result().text]
+
+
+def test_a_callback_that_raises_ends_its_own_request_alone(tiny):
+    def refuse(piece):
+        raise OSError("the reader is gone")
+
+    bad = tiny.submit(ask("x", max_tokens=200), refuse)
+    good = tiny.submit(ask("y", max_tokens=20))
+    with pytest.raises(OSError, match="the reader is gone"):
+        bad.result(10)
+    assert good.result(10).completion_tokens and tiny.alive
+
+
 def test_leaving_a_stream_frees_its_place(tiny):
     stream = tiny.stream(ask("x", max_tokens=200))
     next(stream)

@@ -132,6 +132,46 @@ def test_rollback_undoes_switches_and_promotions_after_rollbacks(db: Database, c
     assert found == ["v1.0.2", "v1.0.0", None]
 
 
+def deployment(db: Database) -> dict[str, str]:
+    """Of each version whether it serves, served, or never did."""
+    states = {}
+    for model in list_models(db, "aec"):
+        assert model.retired_at is None or (model.deployed_at is not None and model.retired_at >= model.deployed_at)
+        serves = model.deployed_at is not None and model.retired_at is None
+        states[model.version] = "serves" if serves else "served" if model.deployed_at else "never"
+    return states
+
+
+def test_every_move_marks_what_begins_and_what_ceases_to_serve(db: Database, candidate: MakeCandidate) -> None:
+    first = serve(db, candidate("a"))
+    assert first.deployed_at == history(db, "aec")[-1].created_at
+    assert deployment(db) == {"v1.0.0": "serves"}
+    promote(db, candidate("b"), first.id, "ann", "the customer waits", None, "force")
+    assert deployment(db) == {"v1.0.0": "served", "v1.0.1": "serves"}
+    switched = switch(db, "aec", "v1.0.0", "ann", "to try")
+    assert switched == champion(db, "aec") and switched is not None
+    assert switched.deployed_at == history(db, "aec")[-1].created_at > first.deployed_at
+    assert deployment(db) == {"v1.0.0": "serves", "v1.0.1": "served"}
+    back = rollback(db, "aec", "ann", "worse")
+    assert back == champion(db, "aec")
+    assert deployment(db) == {"v1.0.0": "served", "v1.0.1": "serves"}
+    switch(db, "aec", "base", "ann", "all are bad")
+    assert deployment(db) == {"v1.0.0": "served", "v1.0.1": "served"}
+
+
+def test_a_move_that_is_refused_marks_nothing(db: Database, candidate: MakeCandidate) -> None:
+    first = serve(db, candidate("a"))
+    serve(db, candidate("b"))
+    before = list_models(db, "aec")
+    first.gguf_path.unlink()
+    for move in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
+        with pytest.raises(RegistryError):
+            move()
+    with pytest.raises(ChampionMoved):
+        promote(db, candidate("c"), first.id, "loop", "gain", "c1")
+    assert list_models(db, "aec") == before
+
+
 def test_switch_goes_to_any_version_and_to_the_base(db: Database, candidate: MakeCandidate) -> None:
     for name in "ab":
         serve(db, candidate(name))
@@ -148,14 +188,15 @@ def test_switch_goes_to_any_version_and_to_the_base(db: Database, candidate: Mak
 def test_names_are_resolved(db: Database, candidate: MakeCandidate) -> None:
     first, second = serve(db, candidate("a")), serve(db, candidate("b"))
     for name, expected in [
-        ("champion", second),
-        ("aec@champion", second),
-        ("previous", first),
-        ("v1.0.0", first),
-        ("aec@v1.0.1", second),
+        ("champion", second.name),
+        ("aec@champion", second.name),
+        ("previous", first.name),
+        ("v1.0.0", first.name),
+        ("aec@v1.0.1", second.name),
         ("base", None),
     ]:
-        assert resolve(db, name, "aec") == expected
+        found = resolve(db, name, "aec")
+        assert (found.name if found else None) == expected
     assert resolve(db, "other@champion", "aec") is None
 
 

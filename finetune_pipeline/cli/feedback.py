@@ -1,0 +1,341 @@
+"""`finetune feedback`: what people thought of the answers, into the store and out of it."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from finetune_pipeline.cli.options import loop_option
+from finetune_pipeline.settings import FeedbackSettings, LoopSettings, load_loop, load_loops
+
+if TYPE_CHECKING:
+    from finetune_pipeline.database import Database
+    from finetune_pipeline.feedback import FeedbackClient
+    from finetune_pipeline.loop.lineage import MadeWith
+    from finetune_pipeline.settings import Rating
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SHOWN = 10
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_THUMBS = ("up", "down")
+
+
+@click.group()
+def feedback() -> None:
+    """Log, correct, rate, count, export, import and forget."""
+
+
+def _key_option(command: F) -> F:
+    return click.option("--key", metavar="TEXT", help="Your own name for this event: the same twice counts once.")(
+        command
+    )
+
+
+def _user_option(help: str) -> Callable[[F], F]:
+    return click.option("--user", metavar="NAME", help=help)
+
+
+@feedback.command()
+@click.option("--prompt", required=True, help="What was asked.")
+@click.option("--output", required=True, help="What was answered.")
+@click.option("--model", help="Which model answered: loop@version.")
+@click.option("--confidence", type=float, help="0 to 1.")
+@click.option("--validation-score", type=float, help="0 to 100.")
+@_user_option("The author: whose words the prompt are.")
+@click.option("--domain", help="Domain of the request.")
+@click.option("--kind", help="Kind of the request.")
+@click.option("--context", "retrieved_context", help="What was retrieved and put into the prompt.")
+@click.option("--id", metavar="UUID", help="The interaction's id; default a new one.")
+@_key_option
+@loop_option
+def log(loop: LoopSettings, prompt: str, output: str, **details: Any) -> None:
+    """Log one exchange, and print the id by which feedback speaks of it."""
+    given = {name: value for name, value in details.items() if value is not None}
+    with _client(loop) as client:
+        click.echo(client.log(prompt, output, **given))
+
+
+@feedback.command()
+@click.argument("interaction_id", metavar="ID")
+@click.argument("text", required=False)
+@click.option("--file", type=click.File("r", encoding="utf-8"), help="File with the answer; - reads the terminal.")
+@_user_option("Who corrects.")
+@_key_option
+@loop_option
+def correct(interaction_id: str, text: str | None, file: Any, user: str | None, key: str | None, **given: Any) -> None:
+    """Give TEXT as what the answer to the interaction ID should have been."""
+    if (text is None) == (file is None):
+        raise click.UsageError("give the corrected answer as TEXT or with --file, one of the two")
+    with _client(given["loop"]) as client:
+        corrected = _read(file) if text is None else text
+        done = client.correct(interaction_id, corrected, user=user, key=key)
+    _tell(done, interaction_id)
+
+
+@feedback.command()
+@click.argument("interaction_id", metavar="ID")
+@click.argument("value", type=click.Choice(["1", "2", "3", "4", "5", "gold", *_THUMBS]))
+@_user_option("Who rates.")
+@_key_option
+@loop_option
+def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, key: str | None) -> None:
+    """Rate the answer of the interaction ID: 1 to 5 stars, gold, up or down."""
+    with _client(loop) as client:
+        if value in _THUMBS:
+            thumb = client.thumbs_up if value == "up" else client.thumbs_down
+            done = thumb(interaction_id, user=user, key=key)
+        else:
+            done = client.rate(interaction_id, cast("Rating", value), user=user, key=key)
+    _tell(done, interaction_id)
+
+
+@feedback.command()
+@loop_option
+def stats(loop: LoopSettings) -> None:
+    """Show how much feedback there is of which kind, and what waits."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.store import tally, unmatched
+
+    with connect().read() as connection:
+        counts = tally(connection, loop.name)
+        waiting = unmatched(connection, loop.name, _SHOWN)
+    Console().print(_stats_table(loop.name, counts))
+    if waiting:
+        click.echo(f"\nfeedback whose interaction has not arrived ({counts.get('unmatched', 0)}), oldest first:")
+        for row in waiting:
+            click.echo(f"  {row.id}  {row.kind} on {row.interaction_id}, {_age(row.created_at)}")
+
+
+@feedback.command("export")
+@click.argument("file", type=_FILE)
+@click.option(
+    "--format", "form", type=click.Choice(["events", "alpaca"]), default="events", show_default=True,
+    help="events: all of it, one JSON object a line. alpaca: what the examples teach.",
+)  # fmt: skip
+@click.option(
+    "--min-reward", type=click.FloatRange(-1, 1), help="alpaca: leave out examples below, but for corrected ones."
+)
+@click.option("--force", is_flag=True, help="Overwrite FILE.")
+@loop_option
+def export(loop: LoopSettings, file: Path, form: str, min_reward: float | None, force: bool) -> None:
+    """Write the loop's feedback to FILE; a name in .json makes alpaca an array, any other JSON lines."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.formats import export_alpaca, export_events
+
+    if form == "events":
+        if min_reward is not None:
+            raise click.UsageError("--min-reward goes with --format alpaca: events are exported all")
+        click.echo(f"{export_events(file, loop, connect(), force=force)} events written to {file}")
+    else:
+        least = -1.0 if min_reward is None else min_reward
+        written = export_alpaca(file, loop, connect(), min_reward=least, force=force)
+        click.echo(f"{written} examples written to {file}")
+
+
+@feedback.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@loop_option
+def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
+    """Read FILES: events, exchanges with a reward, or Alpaca; a file read twice adds nothing."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.formats import import_file
+
+    unusable = []
+    for path in files:
+        done = import_file(path, loop, connect())
+        click.echo(
+            f"{path}: {done.recorded.interactions} interactions and {done.recorded.feedback} feedback added, "
+            f"{done.recorded.duplicates} known already, {done.rejected} of {done.lines} lines rejected"
+        )
+        for bad in done.bad:
+            click.echo(f"  {bad.path}:{bad.line}: {bad.reason}", err=True)
+        if done.rejected > len(done.bad):
+            click.echo(f"  and {done.rejected - len(done.bad)} more", err=True)
+        if done.rejected and done.rejected == done.lines:
+            unusable.append(str(path))
+    if unusable:
+        raise click.ClickException(f"nothing in {', '.join(unusable)} could be read")
+
+
+@feedback.command()
+@click.option("--user", required=True, metavar="NAME", help="Whose data is deleted.")
+@click.option("--loop", "name", metavar="NAME", help="Only of this loop; default all.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def forget(user: str, name: str | None, yes: bool) -> None:
+    """Delete what the store holds of a person, and list what was made with it.
+
+    Deleted are the person's interactions with all feedback on them, and the person's feedback on those of others.
+    """
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.forgetting import wipe
+
+    declared = {name: load_loop(name)} if name else load_loops()
+    database = connect()
+    _take_over(database)
+    loops = {task: declared.get(task) for task in ([name] if name else _tasks(database, declared))}
+    # Afterwards nobody would know any more what was made with it, so that is looked up first.
+    made = {task: _held_and_made(database, task, loop, user) for task, loop in loops.items()}
+    if not yes:
+        click.confirm(f"Delete this data of {user!r} for good?", abort=True)
+    for task, loop in loops.items():
+        _forget(database, task, loop, user)
+    wipe(database)
+    for task, loop in loops.items():
+        _advise(task, loop, user, made[task])
+
+
+@contextmanager
+def _client(loop: LoopSettings) -> Iterator["FeedbackClient"]:
+    """A client of the local store; what is wrong with the given values is told in a line."""
+    from pydantic import ValidationError
+
+    from finetune_pipeline.feedback import FeedbackClient
+    from finetune_pipeline.feedback.formats import explain
+
+    client = FeedbackClient(loop)
+    try:
+        yield client
+    except ValidationError as error:
+        raise click.ClickException(explain(error)) from error
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _read(file: Any) -> str:
+    try:
+        return str(file.read()).removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{file.name} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _tell(feedback_id: Any, interaction_id: str) -> None:
+    """Print the feedback's id, and say so if nobody has logged what it speaks of."""
+    from uuid import UUID
+
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.store import find
+
+    click.echo(feedback_id)
+    with connect().read() as connection:
+        known = find(connection, UUID(interaction_id)) is not None
+    if not known:
+        click.echo(f"interaction {interaction_id} has not arrived; the feedback waits for it", err=True)
+
+
+def _stats_table(loop: str, counts: dict[str, int]) -> Table:
+    table = Table(title=f"loop {loop}", title_justify="left", box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    kinds = [(f"  {name.removeprefix('feedback.')}", name) for name in sorted(counts) if name.startswith("feedback.")]
+    rows = [
+        ("interactions", "interactions"),
+        ("feedback", "feedback"),
+        *kinds,
+        ("examples", "examples"),
+        ("  corrected by a person", "corrected"),
+        ("  others with a reward above 0", "rewarded"),
+        ("awaiting review", "flagged"),
+        ("feedback without its interaction", "unmatched"),
+    ]
+    for title, name in rows:
+        table.add_row(title, f"{counts.get(name, 0):,}")
+    return table
+
+
+def _age(moment: datetime) -> str:
+    # SQLite gives back times without their zone, which is UTC.
+    passed = datetime.now(UTC) - (moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    if passed < timedelta(hours=1):
+        return f"{max(0, int(passed.total_seconds() // 60))} minutes old"
+    return f"{passed.days} days old" if passed.days else f"{int(passed.total_seconds() // 3600)} hours old"
+
+
+def _take_over(database: "Database") -> None:
+    """Bring in what a killed server left in its journal, so that it does not come back later."""
+    from finetune_pipeline.feedback.journal import take_over_orphans
+    from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
+
+    loops = load_loops()
+
+    def reward_of(task: str) -> RewardFunction:
+        return reward_function(loops[task].feedback if task in loops else FeedbackSettings())
+
+    take_over_orphans(database, reward_of)
+
+
+def _tasks(database: "Database", declared: dict[str, LoopSettings]) -> list[str]:
+    """All loops: those declared, and those that only the store still knows."""
+    from finetune_pipeline.feedback.forgetting import tasks_of
+
+    with database.read() as connection:
+        return sorted({*declared, *tasks_of(connection)})
+
+
+def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, user: str) -> "MadeWith":
+    """Print what the store holds of a person; returns what was made with it."""
+    from finetune_pipeline.feedback.forgetting import held_of
+    from finetune_pipeline.loop.lineage import MadeWith, made_with
+
+    with database.read() as connection:
+        held = held_of(connection, task, user)
+    click.echo(f"{task}: {len(held.interactions)} interactions and {len(held.feedback)} feedback")
+    return made_with(database, loop, held.taught) if loop else MadeWith((), (), ())
+
+
+def _forget(database: "Database", task: str, loop: LoopSettings | None, user: str) -> None:
+    from finetune_pipeline.feedback.forgetting import forget_user
+    from finetune_pipeline.feedback.rewards import reward_function
+
+    reward = reward_function(loop.feedback if loop else FeedbackSettings())
+    with database.write() as connection:
+        done = forget_user(connection, task, user, reward)
+    click.echo(
+        f"{task}: {done.interactions} interactions, {done.feedback} feedback and {done.rejected_lines} excerpts of "
+        "rejected lines deleted"
+    )
+
+
+def _advise(task: str, loop: LoopSettings | None, user: str, made: "MadeWith") -> None:
+    for title, what in (("snapshots", made.snapshots), ("datasets", made.datasets), ("models", made.models)):
+        if what:
+            click.echo(f"{task}: {title} made with it:")
+            _list(what)
+    if made.snapshots or made.datasets or made.models:
+        click.echo(
+            f"  They still hold it. `finetune run --loop {task}` makes new ones without it. When another model serves, "
+            f"delete these folders, and with `finetune model gc --loop {task}` the models."
+        )
+    files = _files_naming(user, loop) if loop else []
+    if files:
+        click.echo(f"{task}: these files still name the person:")
+        _list(files)
+        click.echo(
+            "  What was deleted never comes back from them, but what was not read yet would: delete it there too."
+        )
+
+
+def _files_naming(user: str, loop: LoopSettings) -> list[Path]:
+    """Event files, and events that the store refused, in which the person's name stands as a JSON text."""
+    from finetune_pipeline.feedback.journal import journal_folder
+
+    names = [json.dumps(user).encode(), json.dumps(user, ensure_ascii=False).encode()]
+    paths = [path for folder in loop.log_folders for path in sorted(folder.glob("*.jsonl"))]
+    paths += sorted(journal_folder().glob("*.refused"))
+    found = []
+    for path in paths:
+        with path.open("rb") as file:
+            if any(name in line for line in file for name in names):
+                found.append(path)
+    return found
+
+
+def _list(items: Sequence[object]) -> None:
+    for item in items:
+        click.echo(f"    {item}")

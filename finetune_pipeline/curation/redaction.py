@@ -1,0 +1,321 @@
+"""Secrets and personal data are replaced by placeholders before an example can reach a dataset.
+
+Found are keys, tokens and passwords (`[SECRET]`), e-mail addresses (`[EMAIL]`), phone numbers (`[PHONE]`) and numbers of
+payment cards (`[CARD]`). The patterns of well-known tokens are those of detect-secrets (without its entropy plugins,
+which hit ordinary text) and what it lacks; international phone numbers are judged by phonenumbers. Ordinary text costs
+only the look of `_suspicious`.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from finetune_pipeline.records import Example
+
+_PLACEHOLDER = re.compile(r"\[(?:SECRET|EMAIL|PHONE|CARD)\]")
+_JSON_TOKEN = re.compile(r'"(?P<text>(?:[^"\\]|\\.)*)"(?P<colon>\s*:)?|(?<![\w.+-])(?P<number>\d{14,19})(?![\w.+-])')
+
+# What tells that a closer look pays, in lower case. `\u00` may hide a sign of an escaped JSON text.
+_HINTS = (
+    "@", "passw", "passp", "passc", "pwd", "secret", "token", "key", "credential", "bearer", "authorization", "sk-",
+    "sk_", "rk_", "hf_", "github_pat", "aiza", "ya29", "akia", "asia", "eyj", "xox", "xapp-", "whsec_", "hooks.slack",
+    "sg.", "\\u00",
+)  # fmt: skip
+_LONG_WORD = re.compile(r"(?<![\w-])[\w-]{24}")
+_MANY_DIGITS = re.compile(r"\d(?:[ .()/-]{0,3}\d){6}")
+
+_START = r"(?:(?<=\\[nrtbf])|(?<![\w\\]))"  # of a word; in escaped text the n of \n belongs to no word
+_TOKENS = re.compile(
+    _START
+    + r"""(?:
+        sk-(?:proj|svcacct|admin|None|ant|or|lf)-[A-Za-z0-9_-]{16,}   # OpenAI, Anthropic, OpenRouter, Langfuse
+      | sk-[A-Za-z0-9]{32,}                                           # OpenAI's older form, DeepSeek
+      | [sr]k_(?:live|test)_[A-Za-z0-9]{16,} | whsec_[A-Za-z0-9+/=]{24,}   # Stripe
+      | hf_[A-Za-z0-9]{30,} | api_org_[A-Za-z0-9]{30,}                # Hugging Face
+      | github_pat_[A-Za-z0-9_]{22,}                                  # GitHub, fine-grained
+      | AIza[A-Za-z0-9_-]{35} | ya29\.[A-Za-z0-9_-]{20,} | GOCSPX-[A-Za-z0-9_-]{20,}   # Google
+      | gsk_[A-Za-z0-9]{40,} | xai-[A-Za-z0-9]{40,} | nvapi-[A-Za-z0-9_-]{40,} | r8_[A-Za-z0-9]{30,}
+      | npm_[A-Za-z0-9]{36} | hvs\.[A-Za-z0-9_-]{20,} | dop_v1_[a-f0-9]{64} | shp(?:at|ss|ca)_[a-fA-F0-9]{32}
+      | xapp-[A-Za-z0-9-]{20,} | dapi[a-f0-9]{32} | AKC[A-Za-z0-9]{20,}
+      | eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]*)?     # JSON Web Token
+    )""",
+    re.VERBOSE,
+)
+_REST_OF_TOKEN = re.compile(r"[A-Za-z0-9_-]*")  # tokens grow longer with the years
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:(?:(?!-----)[^\"])*[A-Za-z0-9+/=]{16}(?:(?!-----)[^\"])*-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
+    r"|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{16,})+)"
+)
+_AUTHORIZATION = re.compile(r"(?i)\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)\s+(?P<value>[\w.~+/=-]{8,})")
+_BEARER = re.compile(r"(?i)\bbearer\s+(?P<value>(?=[\w.~+/=-]{0,60}\d)[\w.~+/=-]{20,})")
+_IN_URL = re.compile(r"://[^\s/:@\"'<>\\]{0,100}:(?P<value>[^\s@/\"'<>\\]{1,200})@")
+_IN_QUERY = re.compile(
+    r"(?i)[?&](?:[\w-]{0,30}(?:key|token|secret|password)|sig|signature|pwd)=(?P<value>[^\s&\"'#<>${}\\]{8,})"
+)
+_IN_CONNECTION = re.compile(  # of ADO.NET and JDBC by semicolons, of libpq by spaces
+    r"(?i)(?:;|\w=[^\s,;()\"']{1,200}\s)(?:password|pwd)=(?P<value>[^\s;,()\"'\\]+)"
+    r"|(?<![\w.])(?:password|pwd)=(?P<first>[^\s;,()\"'\\]+)(?=;\s?\w[\w ]{0,30}=|\s(?:host|user|dbname|port)=)"
+)
+_AWS_SECRET = re.compile(
+    r"(?i)aws.{0,20}?(?:key|pwd|pw|password|pass|token|secret).{0,20}?['\"\s:=](?P<value>[0-9a-z/+]{40})(?![0-9a-z/+])"
+)
+
+_SECRET_NAME = (
+    r"(?:password|passwd|passphrase|passcode|passwort|pwd|secret|api[_-]?key|access[_-]?key|private[_-]?key|"
+    r"secret[_-]?key|account[_-]?key|encryption[_-]?key|signing[_-]?key|token|credentials?)"
+)
+_SECRET_KEY = re.compile(rf"(?i)(?:.*[^a-z]|.*(?<=[a-z])(?-i:(?=[A-Z])))?{_SECRET_NAME}(?:[ _-]?\d)?")
+_ASSIGNED = re.compile(
+    rf"(?i)(?P<name>{_SECRET_NAME})(?:_\d)?[\"'`]?\s{{0,3}}(?::=|=>|=|:)\s{{0,3}}"
+    r"(?:\"(?P<double>[^\"\\\s]{4,200})\"|'(?P<single>[^'\\\s]{4,200})'|`(?P<tick>[^`\\\s]{4,200})`"
+    r"|(?P<bare>[^\s\"'`,;(){}<>\[\]\\]{6,200})(?![^\s\"'`,;.)}\]]))"
+)
+_SAID = re.compile(r"(?i)\b(?:password|passphrase|passcode|passwort)\s+(?:is|was|ist)\s*:?\s*[\"'`]?(?P<said>[^\s\"'`,;]{8,100})")
+_CODE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+\d{0,2}|\$.*|%.*|\*+|x+")
+
+_EMAIL = re.compile(
+    r"(?:(?<=\\[nrtbf])|(?<![\w.%+\\-]))(?!git@[\w.-]+[:/])[\w%+-](?:[\w.%+-]{0,62}[\w%+-])?"
+    r"@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w-])"
+)
+_CARD = re.compile(r"(?<![\w.+-])\d(?:[ -]?\d){13,18}(?![\w-]|\.\d)")
+_CARD_FORM = re.compile(r"\d{14,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{2,4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}")
+_CARD_ISSUER = re.compile(  # Visa; Mastercard; American Express; Discover and UnionPay; JCB; Diners Club
+    r"4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
+    r"|6(?:011|[45]\d\d|2\d\d)\d{12,15}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-59]|[689]\d)\d{11}"
+)
+_AMERICAN_PHONE = re.compile(
+    r"(?<![\w.+-])(?:(?:\+?1[ .-]?)?\([2-9]\d\d\) ?\d{3}[ .-]\d{4}|\+?1[ .-][2-9]\d\d[ .-]\d{3}[ .-]\d{4}"
+    r"|[2-9]\d\d-[2-9]\d\d-\d{4})(?![\w-])"
+)
+_INTERNATIONAL_PHONE = re.compile(r"(?<![\w.+-])(?:\+ ?|00)(?=[1-9(])\(?\d(?:[ ().\u00a0/-]{0,3}\d){6,14}(?![\w-])")
+_NAMED_PHONE = re.compile(
+    r"(?i)\b(?P<name>phone|telephone|telefon|tel|mobile|mobil|cell|fax|call|whatsapp|handy|sms)\b"
+    r"[\"']?(?:\s*(?:number|nummer|no\b|nr\b|is|ist|at|on|me|us|him|her|[:.=#\"']))*\s*"
+    r"(?P<value>[(+\d][\d ()./-]{5,22}\d)(?![\w-]|[.,]\d)"
+)
+_PHONE_KEY = re.compile(r"(?i)(?:.*[^a-z])?(?:phone|telephone|telefon|tel|mobile|mobil|cell|fax)(?:[ _-]?(?:number|no|nr))?")
+_PHONE = re.compile(r"[(+]*\d[\d ()./-]{5,22}\d")
+_DATE = re.compile(r"(?:19|20)\d\d([./-]?)\d\d\1\d\d(?!\d).*|\d{1,2}([./-])\d{1,2}\2(?:19|20)?\d\d(?!\d).*")
+
+
+@dataclass(frozen=True)
+class Redacted:
+    """A text without secrets and personal data, and how many were replaced, by kind."""
+
+    text: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RedactedExample:
+    """An example without secrets and personal data, and how many were replaced, by kind."""
+
+    example: Example
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def redact(text: str) -> Redacted:
+    """Replace secrets and personal data by placeholders; doing it twice changes nothing more.
+
+    A text that is JSON stays JSON: strings keep their quotes, and a card that stands as a bare number becomes a string.
+    """
+    if not _suspicious(text):
+        return Redacted(text)
+    counts: Counter[str] = Counter()
+    # Each pass takes something away and adds only placeholders, so there is a last one.
+    while (changed := _pass(text, counts)) != text:
+        text = changed
+    return Redacted(text, dict(sorted(counts.items())))
+
+
+def redact_example(example: Example) -> RedactedExample:
+    """Replace secrets and personal data in the prompt, the target and the history of an example."""
+    counts: Counter[str] = Counter()
+
+    def clean(text: str) -> str:
+        redacted = redact(text)
+        counts.update(redacted.counts)
+        return redacted.text
+
+    prompt, target = clean(example.prompt), clean(example.target)
+    history = tuple(turn.model_copy(update={"content": clean(turn.content)}) for turn in example.history)
+    if not counts:
+        return RedactedExample(example)
+    changes = {"prompt": prompt, "target": target, "history": history}
+    return RedactedExample(example.model_copy(update=changes), dict(sorted(counts.items())))
+
+
+def _suspicious(text: str) -> bool:
+    lowered = text.lower()
+    for hint in _HINTS:
+        if hint in lowered:
+            return True
+    return _MANY_DIGITS.search(text) is not None or _LONG_WORD.search(text) is not None
+
+
+def _pass(text: str, counts: Counter[str]) -> str:
+    return _in_json(text, counts) if _is_json(text) else _in_text(text, counts)
+
+
+def _is_json(text: str) -> bool:
+    if text.lstrip()[:1] not in {"{", "[", '"'}:
+        return False
+    try:
+        json.loads(text, parse_int=str)  # a number of thousands of digits is JSON too
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _in_json(text: str, counts: Counter[str]) -> str:
+    """Redact inside the strings of a JSON text, each by itself, with the key that it stands under."""
+    key = ""
+
+    def clean(match: re.Match[str]) -> str:
+        nonlocal key
+        if match["number"]:
+            return f'"{_count(counts, "card")}"' if _is_card(match["number"]) else match[0]
+        literal, colon = f'"{match["text"]}"', match["colon"] or ""
+        value = json.loads(literal, strict=False)
+        cleaned = _in_text(value, counts) if colon else _under_key(key, value, counts)
+        if colon:
+            key = value
+        if cleaned == value:
+            return match[0]
+        return json.dumps(cleaned, ensure_ascii=literal.isascii() or "\\u" in literal) + colon
+
+    return _JSON_TOKEN.sub(clean, text)
+
+
+def _under_key(key: str, value: str, counts: Counter[str]) -> str:
+    if _SECRET_KEY.fullmatch(key) and not re.search(r"\s", value) and _looks_secret(key, value):
+        return _count(counts, "secret")
+    if _PHONE_KEY.fullmatch(key) and _PHONE.fullmatch(value.strip()) and _is_number_of_phone(value):
+        return _count(counts, "phone")
+    return _in_text(value, counts)
+
+
+def _in_text(text: str, counts: Counter[str]) -> str:
+    if not _suspicious(text):
+        return text
+    text = _secrets(text, counts)
+    if "@" in text:
+        text = _EMAIL.sub(lambda match: _count(counts, "email"), text)
+    if _MANY_DIGITS.search(text):
+        text = _CARD.sub(lambda match: _count(counts, "card") if _is_card(match[0]) else match[0], text)
+    return _phones(text, counts)
+
+
+def _secrets(text: str, counts: Counter[str]) -> str:
+    text = _PRIVATE_KEY.sub(lambda match: _count(counts, "secret"), text)
+    for pattern in (_AUTHORIZATION, _BEARER, _IN_URL, _IN_QUERY, _IN_CONNECTION, _AWS_SECRET):
+        text = _replace(pattern, text, lambda match, value: bool(_PLACEHOLDER.sub("", value)), counts, "secret")
+    text = _TOKENS.sub(lambda match: _count(counts, "secret"), text)
+    for pattern in _known_tokens():
+        text = _whole_tokens(pattern, text, counts)
+    text = _replace(_ASSIGNED, text, lambda match, value: _looks_secret(match["name"], value), counts, "secret")
+    return _replace(_SAID, text, lambda match, value: _looks_chosen(value), counts, "secret")
+
+
+def _phones(text: str, counts: Counter[str]) -> str:
+    text = _AMERICAN_PHONE.sub(lambda match: _count(counts, "phone"), text)
+    text = _INTERNATIONAL_PHONE.sub(
+        lambda match: _count(counts, "phone") if _is_international(match[0]) else match[0], text
+    )
+    return _replace(_NAMED_PHONE, text, lambda match, value: _is_number_of_phone(value), counts, "phone")
+
+
+def _replace(
+    pattern: re.Pattern[str],
+    text: str,
+    found: Callable[[re.Match[str], str], bool],
+    counts: Counter[str],
+    kind: str,
+) -> str:
+    """Replace the named group that matched, `name` aside, where `found` agrees; what is around it stays."""
+
+    def one(match: re.Match[str]) -> str:
+        group = next((g for g, value in match.groupdict().items() if value is not None and g != "name"), None)
+        if group is None or not found(match, match[group]):
+            return match[0]
+        start, end = match.start(group) - match.start(), match.end(group) - match.start()
+        return match[0][:start] + _count(counts, kind) + match[0][end:]
+
+    return pattern.sub(one, text)
+
+
+def _whole_tokens(pattern: re.Pattern[str], text: str, counts: Counter[str]) -> str:
+    parts, position = [], 0
+    for match in pattern.finditer(text):
+        if match.start() < position:
+            continue
+        parts += [text[position : match.start()], _count(counts, "secret")]
+        rest = _REST_OF_TOKEN.match(text, match.end())
+        position = rest.end() if rest else match.end()
+    return "".join([*parts, text[position:]])
+
+
+def _count(counts: Counter[str], kind: str) -> str:
+    counts[kind] += 1
+    return f"[{kind.upper()}]"
+
+
+def _looks_secret(name: str, value: str) -> bool:
+    """Whether a value that is given to a name such as `password` is one: not a word, a name of code or a blank."""
+    value = _PLACEHOLDER.sub("", value)
+    if len(value) < 4 or _CODE.fullmatch(value) or value.startswith("os."):
+        return False
+    if value.isdecimal():
+        return len(value) >= 6 and "token" not in name.lower()
+    return len(value) >= 6 and (any(c.isdigit() for c in value) or any(c in "!@#$%^&*+?~" for c in value))
+
+
+def _looks_chosen(value: str) -> bool:
+    """Whether a word said to be a password is one; "is base64-encoded" and "is required" are not."""
+    plain = _PLACEHOLDER.sub("", value).rstrip(".!?)")
+    mixed = plain != plain.lower() and plain != plain.upper()
+    return len(plain) >= 8 and "-" not in plain and mixed and any(c.isdigit() for c in plain)
+
+
+def _is_card(text: str) -> bool:
+    digits = re.sub(r"[ -]", "", text)
+    return bool(_CARD_FORM.fullmatch(text) and _CARD_ISSUER.fullmatch(digits) and _luhn(digits))
+
+
+def _luhn(digits: str) -> bool:
+    doubled = [int(d) * 2 if i % 2 else int(d) for i, d in enumerate(reversed(digits))]
+    return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0
+
+
+def _is_number_of_phone(text: str) -> bool:
+    digits = sum(c.isdigit() for c in text)
+    return 7 <= digits <= 15 and not _DATE.fullmatch(text.strip()) and len(set(text)) > 2
+
+
+def _is_international(text: str) -> bool:
+    from phonenumbers import PhoneNumberMatcher
+
+    number = re.sub(r"^(?:\+ |00)", "+", text)
+    return any(found.start == 0 for found in PhoneNumberMatcher(number, None))
+
+
+@lru_cache(maxsize=1)
+def _known_tokens() -> tuple[re.Pattern[str], ...]:
+    """The patterns of detect-secrets of which a match is a token from its first character to its last."""
+    from detect_secrets.plugins import (
+        aws, azure_storage_key, discord, github_token, gitlab_token, mailchimp, openai, pypi_token, sendgrid, slack,
+        square_oauth, stripe, telegram_token, twilio,
+    )  # fmt: skip
+
+    plugins = (
+        azure_storage_key.AzureStorageKeyDetector, discord.DiscordBotTokenDetector, github_token.GitHubTokenDetector,
+        gitlab_token.GitLabTokenDetector, mailchimp.MailchimpDetector, openai.OpenAIDetector,
+        pypi_token.PypiTokenDetector, sendgrid.SendGridDetector, slack.SlackDetector, square_oauth.SquareOAuthDetector,
+        stripe.StripeDetector, telegram_token.TelegramBotTokenDetector, twilio.TwilioKeyDetector,
+    )  # fmt: skip
+    # The second pattern of AWS takes the name and the quotes in too; _AWS_SECRET stands for it.
+    return (aws.AWSKeyDetector.denylist[0], *(pattern for plugin in plugins for pattern in plugin.denylist))

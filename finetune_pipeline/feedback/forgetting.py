@@ -1,0 +1,148 @@
+"""Deleting what the store holds of a person. What was deleted stays away: its ids are remembered, and nothing else."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from finetune_pipeline.database import Database
+from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.rewards import RewardFunction
+from finetune_pipeline.feedback.store import count, renew_examples, take_sequence
+
+_CHUNK = 500
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the store holds of a person, by ids.
+
+    Attributes:
+        interactions: the person's own.
+        feedback: all feedback on those, and the person's on those of others.
+        on_others: interactions of others that the person gave feedback on.
+    """
+
+    interactions: tuple[str, ...]
+    feedback: tuple[str, ...]
+    on_others: tuple[str, ...]
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """The interactions whose examples the person had a part in."""
+        return self.interactions + self.on_others
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What was deleted: how many of each, and the ids of all deleted events."""
+
+    interactions: int
+    feedback: int
+    rejected_lines: int
+    ids: frozenset[str]
+
+
+def tasks_of(connection: sa.Connection) -> list[str]:
+    """Names of all loops that the store has anything of, those no longer declared too."""
+    tables = (t.interactions, t.feedback, t.rejected_lines)
+    names = sa.union(*(sa.select(table.c.task) for table in tables))
+    return sorted(connection.execute(names).scalars())
+
+
+def held_of(connection: sa.Connection, task: str, user: str) -> Held:
+    """What `forget_user` would delete, and where it would change what is taught."""
+    i, f = t.interactions.c, t.feedback.c
+    query = sa.select(i.id).where(i.task == task, i.user == user).order_by(i.sequence)
+    interactions = connection.execute(query).scalars().all()
+    feedback: dict[str, None] = {}
+    for chunk in _chunks(interactions):
+        about = sa.select(f.id).where(f.task == task, f.interaction_id.in_(chunk))
+        feedback.update(dict.fromkeys(connection.execute(about).scalars()))
+    own = connection.execute(sa.select(f.id, f.interaction_id).where(f.task == task, f.user == user)).all()
+    feedback.update(dict.fromkeys(row.id for row in own))
+    on_others = {row.interaction_id for row in own} - set(interactions)
+    return Held(tuple(interactions), tuple(feedback), tuple(sorted(on_others)))
+
+
+def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardFunction) -> Forgotten:
+    """Delete a person's interactions with all feedback on them, and the person's feedback on those of others.
+
+    What the interactions of others teach is worked out anew from what is left. Call `wipe` after the commit.
+
+    Args:
+        reward: the loop's reward function.
+    """
+    # The sequence is locked until commit: no event can come between the look and the deletion.
+    take_sequence(connection, 0)
+    held = held_of(connection, task, user)
+    ids = [*held.interactions, *held.feedback]
+    first = take_sequence(connection, len(ids))
+    _overwrite_deleted(connection)
+    count(connection, task, _delete_events(connection, task, held))
+    _remember(connection, task, ids, first)
+    for chunk in _chunks(held.taught):  # a deleted interaction teaches nothing any more, so its example goes too
+        renew_examples(connection, task, chunk, reward)
+    rejected = _delete_rejected(connection, task, user)
+    return Forgotten(len(held.interactions), len(held.feedback), rejected, frozenset(ids))
+
+
+def wipe(database: Database) -> None:
+    """Take what was deleted out of SQLite's files too: its write-ahead log still holds earlier pages."""
+    if database.engine.dialect.name != "sqlite":
+        return  # PostgreSQL's vacuum does that in its own time
+    connection = database.engine.raw_connection()
+    try:
+        connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        connection.close()
+
+
+def _delete_events(connection: sa.Connection, task: str, held: Held) -> Counter[str]:
+    """Delete the rows; returns what that does to the loop's tallies of events."""
+    i, f, d = t.interactions.c, t.feedback.c, t.review_decisions.c
+    counts: Counter[str] = Counter()
+    for chunk in _chunks(held.feedback):
+        matched = sa.exists().where(i.id == f.interaction_id, i.task == task)
+        for kind, has_interaction in connection.execute(sa.select(f.kind, matched).where(f.id.in_(chunk))):
+            counts.subtract(["feedback", f"feedback.{kind}", *([] if has_interaction else ["unmatched"])])
+        connection.execute(t.feedback.delete().where(f.id.in_(chunk)))
+    for chunk in _chunks(held.interactions):
+        for (flag,) in connection.execute(sa.select(i.flag).where(i.id.in_(chunk))):
+            counts.subtract(["interactions", *([] if flag is None else ["flagged"])])
+        connection.execute(t.review_decisions.delete().where(d.task == task, d.interaction_id.in_(chunk)))
+        connection.execute(t.interactions.delete().where(i.id.in_(chunk)))
+    return counts
+
+
+def _remember(connection: sa.Connection, task: str, ids: Sequence[str], first: int) -> None:
+    rows = [{"id": id, "task": task, "sequence": first + number} for number, id in enumerate(ids)]
+    for start in range(0, len(rows), _CHUNK):
+        connection.execute(t.forgotten_events.insert(), rows[start : start + _CHUNK])
+
+
+def _delete_rejected(connection: sa.Connection, task: str, user: str) -> int:
+    r = t.rejected_lines.c
+    written = {json.dumps(user), json.dumps(user, ensure_ascii=False)}
+    # A name behind which a colon stands is the key of a field, and not a person.
+    named = re.compile("|".join(rf"{re.escape(name)}(?!\s*:)" for name in sorted(written)))
+    like = sa.or_(*(r.excerpt.contains(name, autoescape=True) for name in written))
+    rows = connection.execute(sa.select(r.path, r.line, r.excerpt).where(r.task == task, like)).all()
+    found = [(row.path, row.line) for row in rows if named.search(row.excerpt)]
+    for path, line in found:
+        connection.execute(t.rejected_lines.delete().where(r.task == task, r.path == path, r.line == line))
+    return len(found)
+
+
+def _overwrite_deleted(connection: sa.Connection) -> None:
+    """Have SQLite write zeros over what it deletes; otherwise the texts would stay readable in the file."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("PRAGMA secure_delete=ON")
+
+
+def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(values), _CHUNK):
+        yield values[start : start + _CHUNK]

@@ -1,0 +1,254 @@
+"""Events that were acknowledged but are not in the store yet, in a file that outlives the process.
+
+An application must not wait for the database, nor lose what it was told is recorded: `Recorder.add` returns once the
+event is in the journal (a plain write: a kill of the process loses nothing), a thread takes the events over into the
+store in batches, and the journal is emptied. What a killed process left behind is taken over by the next one, and by
+every ingest. Ids make it harmless to take an event over twice.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+import sqlalchemy as sa
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
+from uuid_utils.compat import uuid7
+
+from finetune_pipeline.artifacts import disk_full
+from finetune_pipeline.database import Database, DatabaseError
+from finetune_pipeline.feedback.rewards import RewardFunction
+from finetune_pipeline.feedback.store import record
+from finetune_pipeline.records import Event, Feedback, Interaction
+from finetune_pipeline.settings import home, survives_power_cut
+
+BATCH = 500
+_RETRY_SECONDS = (0.1, 0.5, 2.0, 5.0)
+_EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
+_log = logging.getLogger(__name__)
+
+Outcome = Literal["recorded", "duplicate", "waiting", "refused"]
+"""What became of an event; `waiting` is feedback whose interaction has not arrived, kept until it does."""
+
+RewardOf = Callable[[str], RewardFunction]
+"""The reward function of a loop, by the loop's name."""
+
+
+def journal_folder() -> Path:
+    """Where the journals lie, one for each process that records."""
+    return home() / "journal"
+
+
+class Recorder:
+    """Takes events; a thread of its own brings them into the store. `close` waits for what is left.
+
+    Args:
+        database: the store.
+        reward_of: the reward function of a loop.
+    """
+
+    def __init__(self, database: Database, reward_of: RewardOf, folder: Path | None = None) -> None:
+        self._database = database
+        self._reward_of = reward_of
+        folder = folder or journal_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{uuid7()}.jsonl"
+        self._lock_file = FileLock(f"{self.path}.lock", timeout=0)
+        self._lock_file.acquire()
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._flush_each = survives_power_cut()
+        self._size = self._taken = 0
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._outcomes: dict[UUID, list[Future[Outcome]]] = {}
+        self._closing = False
+        self.trouble: str | None = None
+        self.refused: str | None = None
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+        self._thread.start()
+
+    def add(self, event: Interaction | Feedback) -> "Future[Outcome]":
+        """Record an event: on return it survives a kill; the future ends when it is in the store.
+
+        Raises:
+            ArtifactError: the disk is full; the event is not recorded.
+        """
+        line = event.model_dump_json().encode() + b"\n"
+        done: Future[Outcome] = Future()
+        with self._arrived:
+            self._append(line)
+            self._outcomes.setdefault(event.id, []).append(done)
+            self._arrived.notify_all()
+        return done
+
+    @property
+    def pending(self) -> int:
+        """Bytes that are in the journal and not in the store yet."""
+        return self._size - self._taken
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until all that was added before is in the store; False if that took too long."""
+        deadline = time.monotonic() + seconds
+        with self._arrived:
+            while self.pending:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._arrived.wait(left)
+        return True
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Take over what is left and end; what cannot be taken over in time stays in the journal."""
+        self.wait(seconds)
+        with self._arrived:
+            self._closing = True
+            self._arrived.notify_all()
+        self._thread.join(seconds)
+        with self._lock:
+            empty = not self.pending
+            os.close(self._file)
+            if empty:
+                self.path.unlink(missing_ok=True)
+            self._lock_file.release()
+            if empty:
+                Path(f"{self.path}.lock").unlink(missing_ok=True)
+
+    def _append(self, line: bytes) -> None:
+        try:
+            written = os.write(self._file, line)
+            if written < len(line):
+                raise OSError(28, "No space left on device")
+            if self._flush_each:
+                os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, self._size)  # half a line must not stand before the next one
+            raise disk_full(self.path, error) from error
+        self._size += len(line)
+
+    def _work(self) -> None:
+        tries = 0
+        while True:
+            with self._arrived:
+                while not self.pending and not self._closing:
+                    self._arrived.wait()
+                if self._closing and (not self.pending or tries):
+                    return
+                start, end = self._taken, self._size
+            lines = _lines(self._file, start, end)
+            try:
+                self._take_over(lines)
+                tries, self.trouble = 0, None
+            except (sa.exc.OperationalError, DatabaseError, OSError) as error:
+                self.trouble = f"events wait in {self.path}, the store cannot take them: {error}"
+                _log.warning(self.trouble)
+                time.sleep(_RETRY_SECONDS[min(tries, len(_RETRY_SECONDS) - 1)])
+                tries += 1
+
+    def _take_over(self, lines: Sequence[bytes]) -> None:
+        events = [_EVENT.validate_json(line) for line in lines]
+        try:
+            outcomes = record_all(self._database, events, self._reward_of)
+        except (sa.exc.OperationalError, DatabaseError, OSError):
+            raise
+        except Exception:  # one of them, or the loop's own reward function on it: the others must not wait for that
+            outcomes = [self._alone(event) for event in events]
+        with self._arrived:
+            self._taken += sum(map(len, lines))
+            if not self.pending:
+                os.ftruncate(self._file, 0)
+                self._taken = self._size = 0
+            # Two futures of one id are answered in the order of their events.
+            waiting = [self._answer_to(event.id) for event in events]
+            self._arrived.notify_all()
+        for future, outcome in zip(waiting, outcomes, strict=True):
+            if future is not None and future.set_running_or_notify_cancel():
+                future.set_result(outcome)
+
+    def _alone(self, event: Interaction | Feedback) -> "Outcome":
+        try:
+            return record_all(self._database, [event], self._reward_of)[0]
+        except (sa.exc.OperationalError, DatabaseError, OSError):
+            raise
+        except Exception as error:
+            aside = self.path.with_suffix(".refused")
+            _log.exception("the store refused an event; it was put aside in %s", aside)
+            with aside.open("a", encoding="utf-8") as file:
+                file.write(event.model_dump_json() + "\n")
+            self.refused = f"an event was refused and lies in {aside}: {type(error).__name__}: {error}"
+            return "refused"
+
+    def _answer_to(self, id: UUID) -> "Future[Outcome] | None":
+        futures = self._outcomes.get(id)
+        if not futures:
+            return None
+        first = futures.pop(0)
+        if not futures:
+            del self._outcomes[id]
+        return first
+
+
+def record_all(database: Database, events: Sequence[Interaction | Feedback], reward_of: RewardOf) -> list[Outcome]:
+    """Record events of any loops in one transaction; what became of each."""
+    known: set[UUID] = set()
+    waiting: set[UUID] = set()
+    with database.write() as connection:
+        for task in sorted({event.task for event in events}):
+            done = record(connection, task, [event for event in events if event.task == task], reward_of(task))
+            known |= done.known
+            waiting |= done.waiting
+    outcomes: list[Outcome] = []
+    for event in events:
+        outcomes.append("duplicate" if event.id in known else "waiting" if event.id in waiting else "recorded")
+        known.add(event.id)
+    return outcomes
+
+
+def take_over_orphans(database: Database, reward_of: RewardOf, folder: Path | None = None) -> int:
+    """Bring into the store what killed processes left in their journals; those of living processes are left alone.
+
+    Returns:
+        How many events were added by that.
+    """
+    added = 0
+    for path in sorted((folder or journal_folder()).glob("*.jsonl")):
+        try:
+            with FileLock(f"{path}.lock", timeout=0):
+                for events in _batches(path):
+                    added += sum(outcome != "duplicate" for outcome in record_all(database, events, reward_of))
+                path.unlink(missing_ok=True)
+        except Timeout:
+            continue
+        Path(f"{path}.lock").unlink(missing_ok=True)
+    return added
+
+
+def _batches(path: Path) -> Iterator[list[Interaction | Feedback]]:
+    batch: list[Interaction | Feedback] = []
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):  # torn by the kill: nobody was told that it is recorded
+                break
+            batch.append(_EVENT.validate_json(line))
+            if len(batch) >= BATCH:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _lines(file: int, start: int, end: int) -> list[bytes]:
+    """At most BATCH whole lines between two places of the file."""
+    lines: list[bytes] = []
+    rest, position = b"", start
+    while position < end and len(lines) < BATCH:
+        chunk = os.pread(file, min(1 << 20, end - position), position)
+        position += len(chunk)
+        *whole, rest = (rest + chunk).split(b"\n")
+        lines += [line + b"\n" for line in whole]
+    return lines[:BATCH]

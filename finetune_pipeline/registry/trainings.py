@@ -1,0 +1,48 @@
+"""The trainings that ended: one row for each adapter, which outlives its files. Progress is Dagster's."""
+
+from typing import Any
+
+import sqlalchemy as sa
+from pydantic import Field
+from sqlalchemy.dialects import postgresql, sqlite
+
+from finetune_pipeline.database import Database
+from finetune_pipeline.database.tables import training_jobs
+from finetune_pipeline.records import Moment, Record
+
+
+class TrainingRun(Record):
+    """One training, and what came of it."""
+
+    id: str = Field(description="Version of the adapter.")
+    loop: str
+    run_id: str = Field(description="Dagster's run, which knows the progress.")
+    dataset: str = Field(description="Version of the dataset.")
+    method: str
+    mode: str
+    device: str
+    examples: int
+    steps: int
+    loss_before: float = Field(description="Mean loss on the validation set before training.")
+    loss_after: float
+    tokens_per_second: float
+    wall_seconds: float
+    peak_memory_bytes: int
+    watermark: int = Field(ge=0, description="The data that was trained on ends at this sequence.")
+    created_at: Moment
+
+
+def record_training(db: Database, training: TrainingRun) -> None:
+    """Keep a training; one that is kept already (same loop and id) stays as it is."""
+    with db.write() as connection:
+        insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
+        row: Any = insert(training_jobs).values(training.model_dump())
+        connection.execute(row.on_conflict_do_nothing())
+
+
+def find_training(db: Database, loop: str, id: str) -> TrainingRun | None:
+    """The training that made the adapter of this version."""
+    here = sa.select(training_jobs).where(training_jobs.c.loop == loop, training_jobs.c.id == id)
+    with db.read() as connection:
+        row = connection.execute(here).first()
+    return TrainingRun(**row._mapping) if row else None

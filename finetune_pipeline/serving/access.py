@@ -1,0 +1,169 @@
+"""Who may do what: API keys with scopes, kept as hashes. Without any key, only this machine is served."""
+
+import hashlib
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from typing import Literal, get_args
+
+import sqlalchemy as sa
+from uuid_utils.compat import uuid7
+
+from finetune_pipeline.database import Database
+from finetune_pipeline.database.tables import api_keys
+from finetune_pipeline.records import Moment, Record
+from finetune_pipeline.serving.errors import Forbidden, Unauthorized
+
+Scope = Literal["infer", "feedback", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+_PREFIX = "ft-"
+
+
+class KeyNotFound(RuntimeError):
+    """No key that is in use has this name; the message lists those that there are."""
+
+
+class ApiKey(Record):
+    """A key as it is kept: without its secret, which nobody can read again."""
+
+    id: str
+    name: str
+    scopes: tuple[Scope, ...]
+    created_at: Moment
+    revoked_at: Moment | None = None
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks."""
+
+    name: str
+    scopes: frozenset[Scope]
+
+
+LOCAL = Caller("local", frozenset(SCOPES))
+
+
+def create_key(database: Database, name: str, scopes: Collection[Scope]) -> str:
+    """Make a key and return its secret, which is shown this once.
+
+    The secret is 256 random bits, so a plain SHA-256 is enough to keep: there is nothing to guess.
+    """
+    secret = _PREFIX + secrets.token_urlsafe(32)
+    row = {
+        "id": str(uuid7()),
+        "name": name,
+        "secret_sha256": _hash(secret),
+        "scopes": ",".join(scope for scope in SCOPES if scope in scopes),
+        "created_at": datetime.now(UTC),
+    }
+    with database.write() as connection:
+        connection.execute(api_keys.insert().values(row))
+    return secret
+
+
+def list_keys(database: Database) -> list[ApiKey]:
+    """All keys, the revoked ones too, the oldest first."""
+    with database.read() as connection:
+        rows = connection.execute(sa.select(api_keys).order_by(api_keys.c.id)).all()
+    return [
+        ApiKey(
+            id=row.id,
+            name=row.name,
+            scopes=tuple(scope for scope in SCOPES if scope in row.scopes.split(",")),
+            created_at=row.created_at,
+            revoked_at=row.revoked_at,
+        )
+        for row in rows
+    ]
+
+
+def revoke_key(database: Database, name: str) -> int:
+    """Take every key of this name (or id) out of use; returns how many.
+
+    Raises:
+        KeyNotFound: there is none.
+    """
+    k = api_keys.c
+    which = sa.and_(sa.or_(k.name == name, k.id == name), k.revoked_at.is_(None))
+    with database.write() as connection:
+        count = connection.execute(sa.update(api_keys).where(which).values(revoked_at=datetime.now(UTC))).rowcount
+    if not count:
+        names = ", ".join(key.name for key in list_keys(database) if key.revoked_at is None) or "none"
+        raise KeyNotFound(f"no key in use is named {name!r}; there are: {names}")
+    return count
+
+
+class Access:
+    """Decides on each request; `refresh` reads the keys again.
+
+    Once a key exists, every request needs one, from this machine too: a proxy in front of the gateway is local as well.
+    """
+
+    def __init__(self, database: Database, *, loopback: bool) -> None:
+        self._database = database
+        self._loopback = loopback
+        self._callers: dict[str, Caller] = {}
+        self.refresh()
+
+    @property
+    def open(self) -> bool:
+        """Whether requests need no key."""
+        return self._loopback and not self._callers
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether a key is in use."""
+        return bool(self._callers)
+
+    def refresh(self) -> None:
+        """Read the keys that are in use."""
+        with self._database.read() as connection:
+            query = sa.select(api_keys.c.secret_sha256, api_keys.c.name, api_keys.c.scopes)
+            rows = connection.execute(query.where(api_keys.c.revoked_at.is_(None))).all()
+        self._callers = {
+            row.secret_sha256: Caller(row.name, frozenset(s for s in SCOPES if s in row.scopes.split(",")))
+            for row in rows
+        }
+
+    def check(self, authorization: str | None, scope: Scope | None) -> Caller:
+        """Who asks, if they may.
+
+        Args:
+            authorization: the request's header.
+            scope: what is needed; None is any key.
+
+        Raises:
+            Unauthorized: a key is needed, and none or an unknown one was given.
+            Forbidden: the key has not this scope.
+        """
+        if self.open:
+            return LOCAL
+        kind, _, secret = (authorization or "").partition(" ")
+        caller = self._callers.get(_hash(secret.strip())) if kind.lower() == "bearer" else None
+        if caller is None:
+            found = "it is not known" if authorization else "none was given"
+            raise Unauthorized(
+                f"this gateway needs an API key, and {found}; send `Authorization: Bearer KEY` with a key made by "
+                "`finetune key create`"
+            )
+        if scope is not None and scope not in caller.scopes:
+            has = ", ".join(sorted(caller.scopes)) or "no scope"
+            raise Forbidden(f"the key {caller.name!r} has {has}, and this needs {scope}; make a key with that scope")
+        return caller
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode(errors="replace")).hexdigest()

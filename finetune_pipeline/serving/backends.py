@@ -1,0 +1,119 @@
+"""What runs a model for the gateway, and a model in service: so many requests at once, then no more."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.remote import RemoteModel
+from finetune_pipeline.serving.errors import Busy
+from finetune_pipeline.settings import UpstreamSettings
+
+OnPiece = Callable[[str], None]
+
+
+class Backend(Protocol):
+    """What runs a model."""
+
+    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+        """Answer one request; cancelling it frees its place."""
+        ...
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+class LocalModel:
+    """llama.cpp in a child process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+        """Answer one request; pieces arrive in this event loop."""
+        loop = asyncio.get_running_loop()
+        tell: OnPiece | None = None
+        if on_piece is not None:
+            there: OnPiece = on_piece
+            tell = lambda piece: _call_soon(loop, there, piece)  # noqa: E731
+        return await asyncio.wrap_future(self.engine.submit(request, tell))
+
+    async def close(self) -> None:
+        """End the child process."""
+        await asyncio.to_thread(self.engine.close)
+
+
+class Upstream:
+    """Another OpenAI-compatible server."""
+
+    def __init__(self, settings: UpstreamSettings) -> None:
+        self._model = RemoteModel(settings)
+
+    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+        """Answer one request."""
+        return await self._model.generate(request, on_piece)
+
+    async def close(self) -> None:
+        """End the connections."""
+        await self._model.close()
+
+
+class Served:
+    """A model in service, under one name.
+
+    Attributes:
+        name: `loop@v1.2.0`, `loop@base`, or `loop@` and the model's name at the other server.
+        identity: the registry's id; None is the base model.
+        capacity: requests that may be in it, waiting ones included.
+    """
+
+    def __init__(
+        self, name: str, identity: str | None, backend: Backend, capacity: int, spec: ModelSpec | None
+    ) -> None:
+        self.name = name
+        self.identity = identity
+        self.backend = backend
+        self.capacity = capacity
+        self.spec = spec
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        return not isinstance(self.backend, LocalModel) or self.backend.engine.alive
+
+    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+        """Answer one request.
+
+        Raises:
+            Busy: as many requests are in it as may be.
+        """
+        if self.in_flight >= self.capacity:
+            raise Busy(
+                f"{self.name} has {self.in_flight} requests and takes no more; ask again in a second, or raise "
+                "serving.queue or serving.parallel in the loop's YAML",
+                retry_after=1,
+            )
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            return await self.backend.answer(request, on_piece)
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    async def retire(self) -> None:
+        """End it when its last answer is given."""
+        await self._idle.wait()
+        await self.backend.close()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: OnPiece, piece: str) -> None:
+    with suppress(RuntimeError):  # the gateway is going down: nobody reads on
+        loop.call_soon_threadsafe(call, piece)

@@ -1,0 +1,287 @@
+"""Which model answers for a loop, and how it is changed while it does.
+
+`LoopServer` follows the registry's pointer: the new model is loaded beside the old, takes over between two requests,
+and the old one goes when its last answer is given. Pairs of base and adapter change in place: the same process, another
+adapter, in milliseconds. A model that does not load leaves the old one in service.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetune_pipeline.artifacts import ArtifactError
+from finetune_pipeline.database import Database
+from finetune_pipeline.export.base_gguf import base_gguf
+from finetune_pipeline.export.process import ExportError
+from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.inference.errors import EngineClosed, EngineCrashed, EngineError, ModelNotLoaded, RequestRefused
+from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.remote import UpstreamFailed
+from finetune_pipeline.registry.champion import BASE, champion, resolve
+from finetune_pipeline.registry.models import ModelVersion, RegistryError
+from finetune_pipeline.serving.backends import LocalModel, OnPiece, Served, Upstream
+from finetune_pipeline.serving.errors import Refused, Unavailable, UnknownModel
+from finetune_pipeline.settings import LoopSettings, UpstreamSettings
+
+Arm = Literal["champion", "fallback", "version"]
+
+MAX_VERSIONS = 2
+"""Versions beside the champion that stay loaded because somebody asked for them by name."""
+
+RETRY_SECONDS = 30.0
+CRASHES, CRASH_SECONDS = 3, 60.0
+_NOT_LOADABLE = (EngineError, RegistryError, ExportError, ArtifactError, OSError)
+_BROKEN = (EngineCrashed, EngineClosed, ModelNotLoaded, UpstreamFailed)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer, and who gave it."""
+
+    completion: Completion
+    model: str
+    arm: Arm
+
+
+class LoopServer:
+    """Answers for one loop, with the champion of the moment."""
+
+    def __init__(self, loop: LoopSettings, database: Database) -> None:
+        self.loop = loop
+        self.trouble: str | None = None
+        self.swaps = 0
+        self.failed_swaps = 0
+        self.fallbacks = 0
+        self.current: Served | None = None
+        self._database = database
+        self._moving = asyncio.Lock()
+        self._gate = asyncio.Event()
+        self._gate.set()
+        self._fallback: Served | None = None
+        self._versions: OrderedDict[str, Served] = OrderedDict()
+        self._opening_others = asyncio.Lock()
+        self._refused: tuple[str | None, float] | None = None
+        self._crashes: deque[float] = deque(maxlen=CRASHES)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def capacity(self) -> int:
+        """Requests that a model of this loop takes at once."""
+        return self.loop.serving.parallel + self.loop.serving.queue
+
+    @property
+    def served(self) -> list[Served]:
+        """Every model that is loaded for this loop."""
+        return [one for one in (self.current, self._fallback, *self._versions.values()) if one is not None]
+
+    async def follow(self, wanted: str | None) -> None:
+        """Make the champion of this id the one that answers, if it is not already and can be loaded."""
+        if self.loop.serving.upstream is not None and self.current is not None:
+            return
+        if self.current is not None and self.current.identity == wanted and self.current.alive:
+            self._refused = self.trouble = None  # moved back to what still serves
+            return
+        if self._refused is not None and self._refused[0] == wanted and time.monotonic() < self._refused[1]:
+            return
+        await self.reload()
+
+    async def reload(self) -> bool:
+        """Load the champion beside what answers now, and change over; False if it does not load."""
+        async with self._moving:
+            model = await asyncio.to_thread(champion, self._database, self.loop.name)
+            identity = model.id if model else None
+            try:
+                new = await self._open_or_swap(model)
+            except _NOT_LOADABLE as error:
+                self._refused = (identity, time.monotonic() + RETRY_SECONDS)
+                name = model.name if model else f"{self.loop.name}@base"
+                serving = self.current.name if self.current else "nothing"
+                self.trouble = f"{name} does not load; {serving} goes on serving: {error}"
+                self.failed_swaps += 1
+                _log.error(self.trouble)
+                return False
+            old, self.current = self.current, new
+            self._refused = self.trouble = None
+            self.swaps += old is not None
+            _log.info("%s serves now%s", new.name, f", instead of {old.name}" if old else "")
+        if old is not None and old.backend is not new.backend:
+            self._later(old.retire())
+        return True
+
+    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Answered:
+        """Answer with the champion, or with what takes over when it cannot.
+
+        Raises:
+            Busy, Unavailable, Refused: see there.
+        """
+        await self._gate.wait()  # an adapter is being changed: what comes now is for the new one
+        told = _Told(on_piece)
+        served = self.current
+        problem = self.trouble or "no model is loaded"
+        if served is not None:
+            try:
+                return Answered(await _asked(served, request, told.pass_on), served.name, "champion")
+            except _BROKEN as error:
+                problem = str(error)
+                self._later(self._revive(served, problem))
+                if told.anything:
+                    raise Unavailable(f"{served.name} broke off in the middle of the answer: {problem}") from error
+        fallback = await self._fallback_model(problem)
+        self.fallbacks += 1
+        try:
+            return Answered(await _asked(fallback, request, told.pass_on), fallback.name, "fallback")
+        except _BROKEN as error:
+            raise Unavailable(
+                f"neither {self.loop.name}'s champion nor {fallback.name} can answer: {problem}; {error}", retry_after=2
+            ) from error
+
+    async def answer_by(self, version: str, request: GenerateRequest, on_piece: OnPiece | None) -> Answered:
+        """Answer with a version that was asked for by name.
+
+        Raises:
+            UnknownModel: there is none of this name.
+            Busy, Unavailable, Refused: see there.
+        """
+        try:
+            model = await asyncio.to_thread(resolve, self._database, version, self.loop.name)
+        except RegistryError as error:
+            raise UnknownModel(str(error), param="model") from error
+        identity = model.id if model else None
+        if self.current is not None and self.current.spec is not None and self.current.identity == identity:
+            served, arm = self.current, "champion"
+        else:
+            served, arm = await self._version(model), "version"
+        try:
+            completion = await _asked(served, request, on_piece)
+        except _BROKEN as error:
+            raise Unavailable(f"{served.name} cannot answer: {error}", retry_after=2) from error
+        return Answered(completion, served.name, "champion" if arm == "champion" else "version")
+
+    async def close(self) -> None:
+        """End every model; answers that are being given are lost."""
+        for task in self._tasks:
+            task.cancel()
+        for one in self.served:
+            await one.backend.close()
+
+    async def _open_or_swap(self, model: ModelVersion | None) -> Served:
+        upstream = self.loop.serving.upstream
+        if upstream is not None:
+            return self._remote(upstream)
+        spec, now = await asyncio.to_thread(self._spec, model), self.current
+        name, identity = (model.name, model.id) if model else (f"{self.loop.name}@base", None)
+        in_place = now is not None and now.spec is not None and now.alive and now.spec.gguf == spec.gguf
+        if in_place and now is not None and now.spec != spec and isinstance(now.backend, LocalModel):
+            await self._swap_adapter(now.backend.engine, spec)
+            return self._taking_over(now, name, identity, spec)
+        engine = await asyncio.to_thread(Engine, spec)
+        return Served(name, identity, LocalModel(engine), self.capacity, spec)
+
+    async def _swap_adapter(self, engine: Engine, spec: ModelSpec) -> None:
+        self._gate.clear()
+        try:
+            await asyncio.wrap_future(engine.swap_adapter(spec.adapter))
+        finally:
+            # Whoever waits goes on in a later turn of the event loop, when `current` has its new name.
+            asyncio.get_running_loop().call_later(0, self._gate.set)
+
+    def _taking_over(self, now: Served, name: str, identity: str | None, spec: ModelSpec) -> Served:
+        return Served(name, identity, now.backend, self.capacity, spec)
+
+    def _spec(self, model: ModelVersion | None) -> ModelSpec:
+        limits = {"context": self.loop.context, "parallel": self.loop.serving.parallel}
+        if model is None:
+            return ModelSpec(gguf=base_gguf(self.loop, _log.info), **limits)
+        return ModelSpec(gguf=model.gguf_path, adapter=model.adapter_path, **limits)
+
+    def _remote(self, upstream: UpstreamSettings) -> Served:
+        return Served(f"{self.loop.name}@{upstream.model}", None, Upstream(upstream), self.capacity, None)
+
+    async def _fallback_model(self, problem: str) -> Served:
+        wanted = self.loop.serving.fallback
+        serving_base = self.current is not None and self.current.spec is not None and self.current.identity is None
+        if wanted is None or (wanted == BASE and serving_base):
+            raise Unavailable(f"{self.loop.name} cannot answer now: {problem}", retry_after=2)
+        async with self._opening_others:
+            if self._fallback is not None and self._fallback.alive:
+                return self._fallback
+            try:
+                self._fallback = (
+                    self._remote(wanted) if isinstance(wanted, UpstreamSettings) else await self._open_base()
+                )
+            except _NOT_LOADABLE as error:
+                raise Unavailable(
+                    f"{self.loop.name} cannot answer ({problem}), nor can its fallback: {error}", retry_after=10
+                ) from error
+            _log.warning("%s takes over for %s: %s", self._fallback.name, self.loop.name, problem)
+            return self._fallback
+
+    async def _open_base(self) -> Served:
+        spec = await asyncio.to_thread(self._spec, None)
+        engine = await asyncio.to_thread(Engine, spec)
+        return Served(f"{self.loop.name}@base", None, LocalModel(engine), self.capacity, spec)
+
+    async def _version(self, model: ModelVersion | None) -> Served:
+        name = model.name if model else f"{self.loop.name}@base"
+        async with self._opening_others:
+            known = self._versions.pop(name, None)
+            if known is None or not known.alive:
+                try:
+                    spec = await asyncio.to_thread(self._spec, model)
+                    engine = await asyncio.to_thread(Engine, spec)
+                except _NOT_LOADABLE as error:
+                    raise Unavailable(f"{name} does not load: {error}") from error
+                known = Served(name, model.id if model else None, LocalModel(engine), self.capacity, spec)
+            self._versions[name] = known
+            while len(self._versions) > MAX_VERSIONS:
+                _, least_used = self._versions.popitem(last=False)
+                self._later(least_used.retire())
+            return known
+
+    async def _revive(self, broken: Served, problem: str) -> None:
+        """Start a crashed model again, unless it crashes all the time."""
+        if broken is not self.current or broken.alive or self._moving.locked():
+            return
+        now = time.monotonic()
+        self._crashes.append(now)
+        if len(self._crashes) == CRASHES and now - self._crashes[0] < CRASH_SECONDS:
+            self.trouble = f"{broken.name} crashed {CRASHES} times within a minute and is left alone: {problem}"
+            self._refused = (broken.identity, now + RETRY_SECONDS)
+            _log.error(self.trouble)
+            return
+        await self.reload()
+
+    def _later(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Told:
+    """Passes pieces on and remembers whether there were any."""
+
+    def __init__(self, on_piece: OnPiece | None) -> None:
+        self.anything = False
+        self._on_piece = on_piece
+
+    @property
+    def pass_on(self) -> OnPiece | None:
+        """What to give to a model; None where nobody listens."""
+        return self._take if self._on_piece else None
+
+    def _take(self, piece: str) -> None:
+        self.anything = True
+        if self._on_piece:
+            self._on_piece(piece)
+
+
+async def _asked(served: Served, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+    try:
+        return await served.answer(request, on_piece)
+    except RequestRefused as error:
+        raise Refused(str(error)) from error

@@ -1,0 +1,377 @@
+"""Model files go only when nobody needs them, and a version never claims a file that is gone."""
+
+import shutil
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_pipeline.artifacts import draft, hash_file, locked, point, publish, stage_folder
+from finetune_pipeline.database import Database
+from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
+from finetune_pipeline.registry import deletion
+from finetune_pipeline.registry.champion import champion, promote, resolve, rollback, switch
+from finetune_pipeline.registry.deletion import Fate, ModelFolder, Standing, decide_fates, delete, survey
+from finetune_pipeline.registry.history import Deployment, history, stack_of
+from finetune_pipeline.registry.models import Candidate, ModelVersion, RegistryError, list_models
+from finetune_pipeline.settings import LoopSettings
+
+LOOP = LoopSettings(name="aec", base_model="b", evaluation={"benchmark": "q", "metric": "words"})  # type: ignore[arg-type]
+BASE = "base-1"
+START = datetime(2026, 1, 1, tzinfo=UTC)
+COMMON: dict[str, Any] = {"loop": "aec", "settings": {}, "packages": {}}
+
+
+def gguf(version: str, over: Path | None = None) -> Path:
+    """An artifact of gguf_model, with a folder and a manifest as the stage makes them."""
+    fields = {
+        **COMMON, "version": version, "inputs": {}, "gguf": "model.gguf",
+        "quantization": "F16", "base_model": "b", "base_hash": BASE, "adapter_version": "a", "mode": "incremental",
+        "watermark": 1,
+    }  # fmt: skip
+    if over:
+        fields |= {"form": "adapter", "base_gguf_sha256": hash_file(over / "base.gguf")}
+    with draft("aec", "gguf_model", version) as folder:
+        (folder / "model.gguf").write_text(f"weights of {version}")
+        return publish(folder, GgufManifest, fields).path
+
+
+def base_gguf(version: str, base_hash: str = BASE) -> Path:
+    fields = {**COMMON, "version": version, "inputs": {}, "gguf": "base.gguf", "quantization": "Q4_K_M"}
+    with draft("aec", "base_gguf", version) as folder:
+        (folder / "base.gguf").write_text(f"base {version}")
+        return publish(folder, BaseGgufManifest, {**fields, "base_hash": base_hash}).path
+
+
+def report(version: str, on: str, passed: bool) -> None:
+    fields = {
+        **COMMON, "version": version, "inputs": {"gguf_model": on}, "comparison_id": version,
+        "challenger_sha256": "c", "champion_id": None, "champion_sha256": "d", "benchmark_sha256": "e",
+        "promote": passed, "reason": "gain", "watermark": 1,
+    }  # fmt: skip
+    with draft("aec", "eval_report", version) as folder:
+        publish(folder, ReportManifest, fields)
+
+
+def candidate(folder: Path, base: Path | None = None) -> Candidate:
+    """The candidate of an artifact; with a base, a pair."""
+    own = folder / "model.gguf"
+    files: dict[str, Any] = {"gguf_path": own, "gguf_sha256": hash_file(own)}
+    if base:
+        files = {"gguf_path": base / "base.gguf", "gguf_sha256": hash_file(base / "base.gguf")}
+        files |= {"adapter_path": own, "adapter_sha256": hash_file(own)}
+    return Candidate(
+        loop="aec", base_hash=BASE, mode="incremental", lineage={}, scores={}, report_path=folder / "r.html", **files
+    )
+
+
+def serve(db: Database, one: Candidate) -> ModelVersion:
+    now = champion(db, "aec")
+    return promote(db, one, now.id if now else None, "loop", "gain 6 %", "c1")
+
+
+def collect(db: Database, keep: int = 1) -> list[str]:
+    """Survey, then delete all that would go; what went."""
+    doomed = [fate.folder.path for fate in survey(db, LOOP, BASE, keep) if not fate.stays]
+    return sorted(fate.folder.path.name for fate in delete(db, LOOP, BASE, keep, doomed))
+
+
+def there(stage: str = "gguf_model") -> set[str]:
+    return {path.name for path in stage_folder("aec", stage).glob("*") if path.suffix != ".lock"}
+
+
+def test_old_versions_go_and_what_serves_or_served_of_late_stays(db: Database) -> None:
+    for name in "abcdef":
+        serve(db, candidate(gguf(name)))
+    reasons = {fate.folder.path.name: (fate.stays, fate.reason) for fate in survey(db, LOOP, BASE, 2)}
+    assert {name for name, (stays, _) in reasons.items() if stays} == {"d", "e", "f"}
+    assert reasons["f"] == (True, "v1.0.5, champion: it serves")
+    assert reasons["e"] == (True, "v1.0.4, previous: a rollback would bring it back")
+    assert reasons["d"] == (True, "v1.0.3, one of the last 2 moves of the champion refers to it")
+    assert reasons["a"] == (False, "v1.0.0: not champion, not previous, not in the last moves")
+    assert there() == set("abcdef")
+    assert collect(db, 2) == ["a", "b", "c"]
+    assert there() == {"d", "e", "f"}
+    deleted = {model.version for model in list_models(db, "aec") if model.deleted_at}
+    assert deleted == {"v1.0.0", "v1.0.1", "v1.0.2"}
+    assert len(history(db, "aec")) == 6
+    assert collect(db, 2) == []
+
+
+def test_a_deleted_version_says_so_and_nothing_is_skipped(db: Database) -> None:
+    for name in "abcd":
+        serve(db, candidate(gguf(name)))
+    collect(db)
+    for name in ("v1.0.0", "v1.0.1"):
+        with pytest.raises(
+            RegistryError, match=r"its files were deleted on 20.* UTC; switch to a version that is there"
+        ):
+            switch(db, "aec", name, "ann", "s")
+    assert rollback(db, "aec", "ann", "r").version == "v1.0.2"  # type: ignore[union-attr]
+    with pytest.raises(RegistryError, match=r"aec@v1\.0\.1 cannot serve: its files were deleted on"):
+        rollback(db, "aec", "ann", "r")
+    assert champion(db, "aec").version == "v1.0.2"  # type: ignore[union-attr]
+    assert switch(db, "aec", "base", "ann", "s") is None
+
+
+def test_rollback_and_switch_go_on_after_a_deletion(db: Database) -> None:
+    for name in "abcde":
+        serve(db, candidate(gguf(name)))
+    assert collect(db, 3) == ["a"]
+    seen = [rollback(db, "aec", "ann", "r").version for _ in range(3)]  # type: ignore[union-attr]
+    assert seen == ["v1.0.3", "v1.0.2", "v1.0.1"]
+    assert switch(db, "aec", "v1.0.4", "ann", "s") == champion(db, "aec")
+
+
+def test_a_deleted_model_that_was_made_again_serves_under_its_old_version(db: Database) -> None:
+    for name in "abc":
+        serve(db, candidate(gguf(name)))
+    assert collect(db) == ["a"]
+    again = serve(db, candidate(gguf("a")))
+    assert (again.version, again.deleted_at) == ("v1.0.0", None)
+    assert collect(db) == ["b"]
+    assert there() == {"a", "c"}
+
+
+def test_only_rejected_challengers_go(db: Database) -> None:
+    for name in ("unjudged", "rejected", "passed", "twice"):
+        gguf(name)
+    for version, on, passed in [("r1", "rejected", False), ("r2", "passed", True), ("r3", "twice", True)]:
+        report(version, on, passed)
+    report("r4", "twice", False)
+    assert collect(db) == ["rejected", "twice"]
+    assert there() == {"unjudged", "passed"}
+
+
+def test_the_newest_export_stays_though_it_was_rejected(db: Database) -> None:
+    for number, name in enumerate("ab"):
+        path = gguf(name)
+        report(f"r{number}", name, False)
+        point(GgufManifest.model_validate_json((path / "manifest.json").read_bytes()), "run-1")
+    assert collect(db) == ["a"]
+
+
+def test_what_a_run_makes_now_stays(db: Database) -> None:
+    gguf("a")
+    report("r", "a", False)
+    with draft("aec", "gguf_model", "a") as folder, draft("aec", "base_gguf", "x"):
+        (folder / "half.gguf").write_text("half")
+        (fate,) = survey(db, LOOP, BASE, 1)
+        assert (fate.stays, fate.reason) == (True, "a run makes it anew now")
+        assert delete(db, LOOP, BASE, 1, [fate.folder.path]) == []
+        assert (folder / "half.gguf").exists()
+    assert collect(db) == ["a"]
+
+
+def test_the_base_of_the_loop_and_of_kept_pairs_stays(db: Database) -> None:
+    over_old, over_new = base_gguf("over-old", "base-0"), base_gguf("over-new", "base-0")
+    base_gguf("other-base", "base-0"), base_gguf("older-engine"), base_gguf("own")
+    for name, over in [("a", over_old), ("b", over_new), ("c", over_new)]:
+        serve(db, candidate(gguf(name, over), over))
+    gguf("challenger", base_gguf("of-a-challenger", "base-0"))
+    assert collect(db) == ["a", "older-engine", "other-base", "over-old"]
+    assert there("base_gguf") == {"over-new", "own", "of-a-challenger"}
+    assert [model.version for model in list_models(db, "aec") if model.deleted_at] == ["v1.0.0"]
+
+
+def test_files_elsewhere_and_damaged_artifacts_are_never_touched(db: Database, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "model.gguf").write_text("mine")
+    serve(db, candidate(elsewhere))
+    for name in "ab":
+        serve(db, candidate(gguf(name)))
+    stage_folder("aec", "gguf_model").joinpath("link").symlink_to(elsewhere, target_is_directory=True)
+    serve(db, candidate(gguf("c")))
+    (stage_folder("aec", "gguf_model") / "a" / "manifest.json").write_text("{}")
+    assert collect(db) == []
+    assert (elsewhere / "model.gguf").read_text() == "mine"
+    assert not [model for model in list_models(db, "aec") if model.deleted_at]
+
+
+@pytest.mark.parametrize("killed_in", ["_put_aside", "_remove_put_aside"])
+def test_a_kill_leaves_a_version_that_is_marked_and_the_next_deletion_ends_it(
+    db: Database, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    for name in "abc":
+        serve(db, candidate(gguf(name)))
+    doomed = [fate.folder.path for fate in survey(db, LOOP, BASE, 1) if not fate.stays]
+
+    def die(path: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(deletion, "_put_aside", die) if killed_in == "_put_aside" else (shutil, "rmtree", die))
+        with pytest.raises(KeyboardInterrupt):
+            delete(db, LOOP, BASE, 1, doomed)
+    first = resolve(db, "v1.0.0", "aec")
+    assert first is not None and first.deleted_at is not None
+    with pytest.raises(RegistryError, match="were deleted"):
+        switch(db, "aec", "v1.0.0", "ann", "s")
+    left = {"_put_aside": "a", "_remove_put_aside": ".deleted-a"}[killed_in]
+    assert there() == {left, "b", "c"}
+    assert collect(db) == [left]
+    assert there() == {"b", "c"}
+
+
+def test_what_came_to_be_needed_since_the_survey_stays(db: Database) -> None:
+    for name in "abc":
+        serve(db, candidate(gguf(name)))
+    (doomed,) = [fate.folder.path for fate in survey(db, LOOP, BASE, 1) if not fate.stays]
+    switch(db, "aec", "v1.0.0", "ann", "s")
+    assert delete(db, LOOP, BASE, 1, [doomed]) == []
+    assert there() == {"a", "b", "c"}
+    assert not [model for model in list_models(db, "aec") if model.deleted_at]
+
+
+def test_a_promotion_between_mark_and_deletion_keeps_the_model(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {name: candidate(gguf(name)) for name in "abc"}
+    for one in made.values():
+        serve(db, one)
+    moving: Callable[..., Any] = deletion.moving
+    opened: list[int] = []
+
+    def promote_before_the_second(*arguments: Any) -> Any:
+        opened.append(1)
+        if len(opened) == 2:
+            serve(db, made["a"])
+        return moving(*arguments)
+
+    monkeypatch.setattr(deletion, "moving", promote_before_the_second)
+    assert collect(db) == []
+    assert there() == {"a", "b", "c"}
+    now = champion(db, "aec")
+    assert now is not None and (now.version, now.deleted_at) == ("v1.0.0", None)
+
+
+def test_a_switch_at_the_same_moment_never_serves_a_deleted_model(db: Database) -> None:
+    for round_ in range(6):
+        for name in "xyz":
+            serve(db, candidate(gguf(f"{name}{round_}")))
+        target = next(model for model in list_models(db, "aec") if f"x{round_}" in str(model.gguf_path))
+        doomed = [fate.folder.path for fate in survey(db, LOOP, BASE, 1) if not fate.stays]
+        start, outcomes = threading.Barrier(2), []
+
+        def run(
+            target: ModelVersion = target, start: threading.Barrier = start, outcomes: list[str] = outcomes
+        ) -> None:
+            start.wait()
+            try:
+                switch(db, "aec", target.version, "ann", "s")
+                outcomes.append("switched")
+            except RegistryError as error:
+                outcomes.append(str(error))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        start.wait()
+        delete(db, LOOP, BASE, 1, doomed)
+        thread.join()
+        after = resolve(db, target.version, "aec")
+        assert after is not None
+        switched = outcomes == ["switched"]
+        assert switched or "were deleted" in outcomes[0] or "is not there" in outcomes[0]
+        assert after.gguf_path.is_file() == switched == (after.deleted_at is None)
+        assert (champion(db, "aec") == after) == switched
+
+
+def test_a_promotion_at_the_same_moment_finds_its_file_or_is_refused(db: Database) -> None:
+    for round_ in range(4):
+        path = gguf(f"n{round_}")
+        report(f"r{round_}", path.name, False)
+        one, start, outcomes = candidate(path), threading.Barrier(2), []
+
+        def run(one: Candidate = one, start: threading.Barrier = start, outcomes: list[str] = outcomes) -> None:
+            start.wait()
+            try:
+                now = champion(db, "aec")
+                promote(db, one, now.id if now else None, "ann", "the customer waits", None, "force")
+                outcomes.append("promoted")
+            except (RegistryError, FileNotFoundError) as error:
+                outcomes.append(type(error).__name__)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        start.wait()
+        delete(db, LOOP, BASE, 1, [path])
+        thread.join()
+        serving = champion(db, "aec")
+        assert serving is None or (serving.gguf_path.is_file() and serving.deleted_at is None)
+        assert (serving is not None and serving.id == one.id) == (outcomes == ["promoted"])
+
+
+def test_two_deletions_at_once_do_not_meet(db: Database) -> None:
+    gguf("a")
+    report("r", "a", False)
+    with (
+        locked(stage_folder("aec", ".deletion"), "room"),
+        pytest.raises(deletion.Busy, match="another run is making room among the model files now"),
+    ):
+        collect(db)
+    assert collect(db) == ["a"]
+
+
+def version(number: int) -> ModelVersion:
+    path = Path("/home/artifacts/aec/gguf_model") / f"m{number}" / "model.gguf"
+    return ModelVersion(
+        loop="aec", gguf_path=path, gguf_sha256=f"{number:064x}"[::-1], base_hash="b", mode="full", lineage={},
+        scores={}, report_path=path, version=f"v1.{number}.0", created_at=START,
+    )  # fmt: skip
+
+
+MODELS = [version(number) for number in range(7)]
+
+
+def replay(steps: list[tuple[str, int]]) -> list[Deployment]:
+    """A history as the registry would write it for these wishes."""
+    moves: list[Deployment] = []
+    for action, number in steps:
+        stack = stack_of(moves)
+        target = None if number == len(MODELS) else MODELS[number].id
+        if action == "rollback":
+            if len(stack) < 2:
+                continue
+            target = stack[-2]
+        elif target == stack[-1]:
+            continue
+        moves.append(
+            Deployment(
+                id=len(moves),
+                loop="aec",
+                action=action,
+                model_id=target,
+                previous_id=stack[-1],
+                actor="a",
+                reason="r",
+                comparison_id=None,
+                created_at=START + timedelta(minutes=len(moves)),
+            )
+        )
+    return moves
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["promote", "switch", "rollback"]), st.integers(0, len(MODELS))), max_size=30
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps=STEPS, keep=st.integers(1, 8), reserved=st.sets(st.integers(0, len(MODELS) - 1)))
+def test_whatever_happened_nothing_needed_goes(steps: list[tuple[str, int]], keep: int, reserved: set[int]) -> None:
+    moves = replay(steps)
+    stack = stack_of(moves)
+    folders = [
+        ModelFolder(model.gguf_path.parent, False, 1, reserved="made now" if number in reserved else "")
+        for number, model in enumerate(MODELS)
+    ]
+    fates = decide_fates(folders, Standing(stack[-1], MODELS, moves), keep)
+    going = {fate.folder.path for fate in fates if not fate.stays}
+    needed = {*stack[-2:], *(move.model_id for move in moves[-keep:]), *(move.previous_id for move in moves[-keep:])}
+    for number, model in enumerate(MODELS):
+        assert (model.gguf_path.parent in going) == (model.id not in needed and number not in reserved)
+    assert all(isinstance(fate, Fate) and fate.reason for fate in fates)
