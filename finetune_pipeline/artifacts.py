@@ -226,15 +226,20 @@ def disk_full(path: Path, error: object) -> ArtifactError:
     )
 
 
-def publish(folder: Path, kind: type[M], fields: Mapping[str, Any]) -> Artifact[M]:
+def publish(
+    folder: Path, kind: type[M], fields: Mapping[str, Any], known: Mapping[str, FileRecord] | None = None
+) -> Artifact[M]:
     """Make a draft the artifact: hash and flush its files, write the manifest, rename the folder into place.
 
     Args:
         folder: the draft's folder.
         fields: the manifest's fields but `created_at` and `files`.
+        known: files taken over from an older artifact as they were, whose hashes its manifest knows.
     """
-    files = {}
+    files = dict(known or {})
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        if str(path.relative_to(folder)) in files:
+            continue
         files[str(path.relative_to(folder))] = FileRecord(sha256=hash_file(path), size=path.stat().st_size)
         flush(path)
     manifest = kind.model_validate({**fields, "created_at": datetime.now(UTC), "files": files})

@@ -183,7 +183,9 @@ class RawLogsManifest(Manifest):
     stage: ClassVar[str] = "raw_logs"
     interactions: int
     feedback: int
-    examples: int = Field(description="Interactions with something to teach; the rows of the Parquet file.")
+    examples: int = Field(description="Interactions with something to teach.")
+    parts: list[str] = Field(description="Parquet files, oldest first; a later part's row of an interaction stands.")
+    new: int = Field(description="Rows of the newest part: interactions that came or changed since the one before.")
     watermark: int = Field(description="Highest ingest sequence in the snapshot.")
 
 

@@ -177,7 +177,7 @@ def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings) -> None:
     if not yes:
         click.confirm(f"delete {what}?", abort=True)
     gone = delete(database, loop, base, moves, [fate.folder.path for fate in going])
-    click.echo(f"deleted {len(gone)} folders, {_megabytes(gone)}")
+    click.echo(f"deleted {len(gone)} of {len(fates)} folders, {_megabytes(gone)}")
     if len(gone) < len(going):
         click.echo(f"{len(going) - len(gone)} came to be needed meanwhile and stay")
 

@@ -1,20 +1,24 @@
-"""From examples to a training set: decide, deduplicate, split, mix in what must not be forgotten, write."""
+"""From examples to a training set: redact, decide, deduplicate, split, mix in what must not be forgotten, write."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.curation.redaction import RedactedExample, redact, redact_example
 from finetune_pipeline.curation.rules import NEAR_BENCHMARK, Policy, accept, near_benchmark
-from finetune_pipeline.records import Example, normalise, text_hash
+from finetune_pipeline.records import Example, Turn, conversation, normalise, text_hash
 
 DUPLICATE = "duplicate of another example"
 CONFLICT = "same prompt, less trusted answer"
-COLUMNS = ("prompt", "completion", "reward", "source", "interaction_id")
+COLUMNS = ("prompt", "history", "completion", "reward", "source", "interaction_id", "content_hash")
+
+Identity = Callable[[Example], str]
+"""The content hash of an example: by it the store knows the example again after it was judged."""
 
 
 class CurationError(RuntimeError):
@@ -29,7 +33,28 @@ class Row:
     completion: str
     reward: float
     source: str
-    interaction_id: str | None
+    interaction_id: str | None = None
+    history: tuple[Turn, ...] = ()
+    content_hash: str | None = None
+
+    @property
+    def question(self) -> str:
+        """The prompt with what was said before it."""
+        return conversation(self.prompt, self.history)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    redacted: RedactedExample
+    content_hash: str  # of the example before its redaction
+
+    @property
+    def example(self) -> Example:
+        return self.redacted.example
+
+    @property
+    def question(self) -> str:
+        return conversation(self.example.prompt, self.example.history)
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,7 @@ class Curated:
     validation: tuple[Row, ...]
     replayed: int
     left_out: dict[str, int]
+    redacted: dict[str, int]
     near_benchmark: tuple[str, ...]
 
     @property
@@ -48,32 +74,40 @@ class Curated:
         return len(self.train) + len(self.validation) - self.replayed
 
 
-def curate(examples: Iterable[Example], replay: Sequence[Row], policy: Policy) -> Curated:
-    """Build the dataset; the same examples in any order give the same one."""
+def curate(examples: Iterable[Example], replay: Sequence[Row], policy: Policy, identity: Identity) -> Curated:
+    """Build the dataset, with secrets and personal data replaced; the same examples in any order give the same one."""
     left_out: Counter[str] = Counter()
     near: list[str] = []
-    accepted: list[Example] = []
-    for example in examples:
-        decision = accept(example, policy)
+    accepted: list[_Candidate] = []
+    for original in examples:
+        redacted = redact_example(original)
+        decision = accept(redacted.example, policy)
         if decision.accepted:
-            accepted.append(example)
+            accepted.append(_Candidate(redacted, identity(original)))
             continue
         left_out[decision.reason] += 1
         if decision.reason == NEAR_BENCHMARK:
-            near.append(str(example.interaction_id))
+            near.append(str(original.interaction_id))
     unique = _deduplicate(accepted, left_out)
-    rows = [_row(example) for example in unique]
-    train = [row for row in rows if not in_validation(row.prompt, policy.settings.validation_share)]
-    validation = [row for row in rows if in_validation(row.prompt, policy.settings.validation_share)]
-    mixed_in = _replayed(replay, rows, round(policy.settings.replay_ratio * len(train)), policy)
+    rows = [_row(candidate) for candidate in unique]
+    train = [row for row in rows if not in_validation(row.question, policy.settings.validation_share)]
+    validation = [row for row in rows if in_validation(row.question, policy.settings.validation_share)]
+    mixed_in, found = _replayed(replay, rows, round(policy.settings.replay_ratio * len(train)), policy)
+    for candidate in unique:
+        found.update(candidate.redacted.counts)
     return Curated(
-        (*train, *mixed_in), tuple(validation), len(mixed_in), dict(sorted(left_out.items())), tuple(sorted(near))
+        train=(*train, *mixed_in),
+        validation=tuple(validation),
+        replayed=len(mixed_in),
+        left_out=dict(sorted(left_out.items())),
+        redacted=dict(sorted(found.items())),
+        near_benchmark=tuple(sorted(near)),
     )
 
 
-def in_validation(prompt: str, share: float) -> bool:
-    """Whether a prompt belongs to the validation set: fixed by its hash, so it never moves between cycles."""
-    number = int(hashlib.sha256(f"split:{normalise(prompt)}".encode()).hexdigest()[:8], 16)
+def in_validation(question: str, share: float) -> bool:
+    """Whether a question belongs to the validation set: fixed by its hash, so it never moves between cycles."""
+    number = int(hashlib.sha256(f"split:{normalise(question)}".encode()).hexdigest()[:8], 16)
     return number / 16**8 < share
 
 
@@ -89,7 +123,7 @@ def read_replay(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             document = json.loads(line)
-            rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay", None))
+            rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay"))
         except (ValueError, KeyError, TypeError) as error:
             raise CurationError(
                 f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'
@@ -101,14 +135,14 @@ def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
     """Write the Hugging Face dataset (`dataset/`, splits train and validation) and `train.alpaca.jsonl`."""
     import datasets
 
-    features = datasets.Features(
-        {name: datasets.Value("float64" if name == "reward" else "string") for name in COLUMNS}
-    )
+    text = datasets.Value("string")
+    kinds = {"reward": datasets.Value("float64"), "history": [{"role": text, "content": text}]}
+    features = datasets.Features({name: kinds.get(name, text) for name in COLUMNS})
     splits = {"train": curated.train, "validation": curated.validation}
     datasets.disable_progress_bars()
     datasets.DatasetDict(
         {
-            name: datasets.Dataset.from_dict({c: [getattr(row, c) for row in rows] for c in COLUMNS}, features)
+            name: datasets.Dataset.from_dict({c: [_cell(row, c) for row in rows] for c in COLUMNS}, features)
             for name, rows in splits.items()
         }
     ).save_to_disk(folder / "dataset", num_shards=dict.fromkeys(splits, 1))  # an empty split has no shard by itself
@@ -126,7 +160,12 @@ def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
 
 def overlaps(rows: Iterable[dict[str, Any]], policy: Policy) -> list[str]:
     """Prompts among these rows that are near a benchmark question."""
-    return [row["prompt"] for row in rows if near_benchmark(row["prompt"], policy)]
+    return [row["prompt"] for row in rows if near_benchmark(row["prompt"], turns(row), policy)]
+
+
+def turns(row: dict[str, Any]) -> tuple[Turn, ...]:
+    """What was said before the prompt of a row that was read."""
+    return tuple(Turn.model_validate(turn) for turn in row["history"])
 
 
 def invalid_targets(rows: Iterable[dict[str, Any]], policy: Policy) -> list[str]:
@@ -135,25 +174,83 @@ def invalid_targets(rows: Iterable[dict[str, Any]], policy: Policy) -> list[str]
     return [f"{prompt}: {problem}" for prompt, problem in problems if problem is not None]
 
 
-def _deduplicate(examples: Sequence[Example], left_out: Counter[str]) -> list[Example]:
-    """One example a prompt: a person's answer before a validator's, then the better rewarded, then the newest."""
-    best: dict[str, Example] = {}
-    for example in sorted(examples, key=lambda x: (x.corrected or x.confirmed, x.reward, x.sequence), reverse=True):
-        kept = best.setdefault(text_hash(example.prompt), example)
-        if kept is not example:
-            left_out[DUPLICATE if kept.target.strip() == example.target.strip() else CONFLICT] += 1
+def _deduplicate(candidates: Sequence[_Candidate], left_out: Counter[str]) -> list[_Candidate]:
+    """One example a question: a person's answer before a validator's, then the better rewarded, then the newest."""
+
+    def trust(candidate: _Candidate) -> tuple[bool, float, int]:
+        example = candidate.example
+        return example.corrected or example.confirmed, example.reward, example.sequence
+
+    best: dict[str, _Candidate] = {}
+    for candidate in sorted(candidates, key=trust, reverse=True):
+        kept = best.setdefault(text_hash(candidate.question), candidate)
+        if kept is not candidate:
+            same = kept.example.target.strip() == candidate.example.target.strip()
+            left_out[DUPLICATE if same else CONFLICT] += 1
     return [best[key] for key in sorted(best)]
 
 
-def _row(example: Example) -> Row:
-    return Row(example.prompt, example.target, example.reward, "feedback", str(example.interaction_id))
+def _row(candidate: _Candidate) -> Row:
+    example = candidate.example
+    return Row(
+        prompt=example.prompt,
+        completion=example.target,
+        reward=example.reward,
+        source="feedback",
+        interaction_id=str(example.interaction_id),
+        history=example.history,
+        content_hash=candidate.content_hash,
+    )
 
 
-def _replayed(replay: Sequence[Row], rows: Sequence[Row], count: int, policy: Policy) -> list[Row]:
-    taken = {text_hash(row.prompt) for row in rows}
-    free = [row for row in replay if text_hash(row.prompt) not in taken and not near_benchmark(row.prompt, policy)]
-    return sorted(free, key=lambda row: hash_of(row.prompt))[:count]
+def _replayed(replay: Sequence[Row], rows: Sequence[Row], count: int, policy: Policy) -> tuple[list[Row], Counter[str]]:
+    """The rows to mix in, and what was redacted in them."""
+    taken = {text_hash(row.question) for row in rows}
+    free = [
+        row
+        for row in replay
+        if text_hash(row.question) not in taken and not near_benchmark(row.prompt, row.history, policy)
+    ]
+    found: Counter[str] = Counter()
+    chosen = []
+    for row in sorted(free, key=lambda row: hash_of(row.prompt))[:count]:
+        prompt, completion = redact(row.prompt), redact(row.completion)
+        found.update(prompt.counts)
+        found.update(completion.counts)
+        chosen.append(replace(row, prompt=prompt.text, completion=completion.text))
+    return chosen, found
 
 
-def _alpaca(row: Row, system_prompt: str) -> dict[str, str]:
-    return {"instruction": system_prompt, "input": row.prompt, "output": row.completion}
+def _cell(row: Row, column: str) -> Any:
+    value = getattr(row, column)
+    return [turn.model_dump() for turn in value] if column == "history" else value
+
+
+def _alpaca(row: Row, system_prompt: str) -> dict[str, Any]:
+    """A line as Alpaca-style tools read it; a system message of the conversation stands instead of the loop's own."""
+    line = {"instruction": system_prompt, "input": row.prompt, "output": row.completion}
+    if not row.history:
+        return line
+    own = row.history[0].role == "system"
+    said = row.history[1:] if own else row.history
+    return {
+        **line,
+        "instruction": row.history[0].content if own else system_prompt,
+        "history": [list(pair) for pair in _pairs(said)],
+    }
+
+
+def _pairs(said: Iterable[Turn]) -> Iterator[tuple[str, str]]:
+    """What was asked and what was answered, in turn; messages of one side in a row are one message."""
+    asked: list[str] = []
+    answered: list[str] = []
+    for turn in said:
+        if turn.role == "assistant":
+            answered.append(turn.content)
+            continue
+        if answered:
+            yield "\n".join(asked), "\n".join(answered)
+            asked, answered = [], []
+        asked.append(turn.content)
+    if asked or answered:
+        yield "\n".join(asked), "\n".join(answered)

@@ -1,7 +1,7 @@
 """Secrets and personal data are replaced by placeholders before an example can reach a dataset.
 
-Found are keys, tokens and passwords (`[SECRET]`), e-mail addresses (`[EMAIL]`), phone numbers (`[PHONE]`) and numbers of
-payment cards (`[CARD]`). The patterns of well-known tokens are those of detect-secrets (without its entropy plugins,
+Found are keys, tokens and passwords (`[SECRET]`), e-mail addresses (`[EMAIL]`), phone numbers (`[PHONE]`) and payment
+card numbers (`[CARD]`). The patterns of well-known tokens are those of detect-secrets (without its entropy plugins,
 which hit ordinary text) and what it lacks; international phone numbers are judged by phonenumbers. Ordinary text costs
 only the look of `_suspicious`.
 """
@@ -25,7 +25,7 @@ _HINTS = (
     "sg.", "\\u00",
 )  # fmt: skip
 _LONG_WORD = re.compile(r"(?<![\w-])[\w-]{24}")
-_MANY_DIGITS = re.compile(r"\d(?:[ .()/-]{0,3}\d){6}")
+_MANY_DIGITS = re.compile(r"\d(?:[ ().\u00a0/-]{0,3}\d){6}")
 
 _START = r"(?:(?<=\\[nrtbf])|(?<![\w\\]))"  # of a word; in escaped text the n of \n belongs to no word
 _TOKENS = re.compile(
@@ -46,19 +46,22 @@ _TOKENS = re.compile(
 )
 _REST_OF_TOKEN = re.compile(r"[A-Za-z0-9_-]*")  # tokens grow longer with the years
 _PRIVATE_KEY = re.compile(
-    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
-    r"(?:(?:(?!-----)[^\"])*[A-Za-z0-9+/=]{16}(?:(?!-----)[^\"])*-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
-    r"|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{16,})+)"
+    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----(?P<body>(?:(?!-----)[^\"])*)"
+    r"(?P<end>-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----)?"
 )
-_AUTHORIZATION = re.compile(r"(?i)\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)\s+(?P<value>[\w.~+/=-]{8,})")
+_KEY_LINE = re.compile(r"[A-Za-z0-9+/=]{16}")
+_KEY_LINES = re.compile(r"(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{16,})+")
+_AUTHORIZATION = re.compile(
+    r"(?i)\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)\s+(?P<value>[\w.~+/=-]{8,})"
+)
 _BEARER = re.compile(r"(?i)\bbearer\s+(?P<value>(?=[\w.~+/=-]{0,60}\d)[\w.~+/=-]{20,})")
 _IN_URL = re.compile(r"://[^\s/:@\"'<>\\]{0,100}:(?P<value>[^\s@/\"'<>\\]{1,200})@")
 _IN_QUERY = re.compile(
     r"(?i)[?&](?:[\w-]{0,30}(?:key|token|secret|password)|sig|signature|pwd)=(?P<value>[^\s&\"'#<>${}\\]{8,})"
 )
 _IN_CONNECTION = re.compile(  # of ADO.NET and JDBC by semicolons, of libpq by spaces
-    r"(?i)(?:;|\w=[^\s,;()\"']{1,200}\s)(?:password|pwd)=(?P<value>[^\s;,()\"'\\]+)"
-    r"|(?<![\w.])(?:password|pwd)=(?P<first>[^\s;,()\"'\\]+)(?=;\s?\w[\w ]{0,30}=|\s(?:host|user|dbname|port)=)"
+    r"(?i)(?:;|\w=[^\s,;()\"']{1,200}\s)(?:password|pwd)=(?P<value>[^\s;,()\"'\\]{1,200})"
+    r"|(?<![\w.])(?:password|pwd)=(?P<first>[^\s;,()\"'\\]{1,200})(?=;\s?\w[\w ]{0,30}=|\s(?:host|user|dbname|port)=)"
 )
 _AWS_SECRET = re.compile(
     r"(?i)aws.{0,20}?(?:key|pwd|pw|password|pass|token|secret).{0,20}?['\"\s:=](?P<value>[0-9a-z/+]{40})(?![0-9a-z/+])"
@@ -74,8 +77,10 @@ _ASSIGNED = re.compile(
     r"(?:\"(?P<double>[^\"\\\s]{4,200})\"|'(?P<single>[^'\\\s]{4,200})'|`(?P<tick>[^`\\\s]{4,200})`"
     r"|(?P<bare>[^\s\"'`,;(){}<>\[\]\\]{6,200})(?![^\s\"'`,;.)}\]]))"
 )
-_SAID = re.compile(r"(?i)\b(?:password|passphrase|passcode|passwort)\s+(?:is|was|ist)\s*:?\s*[\"'`]?(?P<said>[^\s\"'`,;]{8,100})")
-_CODE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+\d{0,2}|\$.*|%.*|\*+|x+")
+_SAID = re.compile(
+    r"(?i)\b(?:password|passphrase|passcode|passwort)\s+(?:is|was|ist)\s*:?\s*[\"'`]?(?P<said>[^\s\"'`,;]{8,100})"
+)
+_CODE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+\d{0,2}|\$.*|%.*|<.*>|\*+|x+")
 
 _EMAIL = re.compile(
     r"(?:(?<=\\[nrtbf])|(?<![\w.%+\\-]))(?!git@[\w.-]+[:/])[\w%+-](?:[\w.%+-]{0,62}[\w%+-])?"
@@ -91,13 +96,15 @@ _AMERICAN_PHONE = re.compile(
     r"(?<![\w.+-])(?:(?:\+?1[ .-]?)?\([2-9]\d\d\) ?\d{3}[ .-]\d{4}|\+?1[ .-][2-9]\d\d[ .-]\d{3}[ .-]\d{4}"
     r"|[2-9]\d\d-[2-9]\d\d-\d{4})(?![\w-])"
 )
-_INTERNATIONAL_PHONE = re.compile(r"(?<![\w.+-])(?:\+ ?|00)(?=[1-9(])\(?\d(?:[ ().\u00a0/-]{0,3}\d){6,14}(?![\w-])")
+_INTERNATIONAL_PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)(?=[1-9(])\(?\d(?:[ ().\u00a0/-]{0,3}\d){6,14}(?![\w*^=-])")
 _NAMED_PHONE = re.compile(
     r"(?i)\b(?P<name>phone|telephone|telefon|tel|mobile|mobil|cell|fax|call|whatsapp|handy|sms)\b"
     r"[\"']?(?:\s*(?:number|nummer|no\b|nr\b|is|ist|at|on|me|us|him|her|[:.=#\"']))*\s*"
     r"(?P<value>[(+\d][\d ()./-]{5,22}\d)(?![\w-]|[.,]\d)"
 )
-_PHONE_KEY = re.compile(r"(?i)(?:.*[^a-z])?(?:phone|telephone|telefon|tel|mobile|mobil|cell|fax)(?:[ _-]?(?:number|no|nr))?")
+_PHONE_KEY = re.compile(
+    r"(?i)(?:.*[^a-z])?(?:phone|telephone|telefon|tel|mobile|mobil|cell|fax)(?:[ _-]?(?:number|no|nr))?"
+)
 _PHONE = re.compile(r"[(+]*\d[\d ()./-]{5,22}\d")
 _DATE = re.compile(r"(?:19|20)\d\d([./-]?)\d\d\1\d\d(?!\d).*|\d{1,2}([./-])\d{1,2}\2(?:19|20)?\d\d(?!\d).*")
 
@@ -205,13 +212,11 @@ def _in_text(text: str, counts: Counter[str]) -> str:
     text = _secrets(text, counts)
     if "@" in text:
         text = _EMAIL.sub(lambda match: _count(counts, "email"), text)
-    if _MANY_DIGITS.search(text):
-        text = _CARD.sub(lambda match: _count(counts, "card") if _is_card(match[0]) else match[0], text)
-    return _phones(text, counts)
+    return _numbers(text, counts) if _MANY_DIGITS.search(text) else text
 
 
 def _secrets(text: str, counts: Counter[str]) -> str:
-    text = _PRIVATE_KEY.sub(lambda match: _count(counts, "secret"), text)
+    text = _PRIVATE_KEY.sub(lambda match: _without_key(match, counts), text)
     for pattern in (_AUTHORIZATION, _BEARER, _IN_URL, _IN_QUERY, _IN_CONNECTION, _AWS_SECRET):
         text = _replace(pattern, text, lambda match, value: bool(_PLACEHOLDER.sub("", value)), counts, "secret")
     text = _TOKENS.sub(lambda match: _count(counts, "secret"), text)
@@ -221,7 +226,16 @@ def _secrets(text: str, counts: Counter[str]) -> str:
     return _replace(_SAID, text, lambda match, value: _looks_chosen(value), counts, "secret")
 
 
-def _phones(text: str, counts: Counter[str]) -> str:
+def _without_key(match: re.Match[str], counts: Counter[str]) -> str:
+    """A private key's placeholder; of one that was cut off, what follows stays, and words about keys stay too."""
+    if match["end"]:
+        return _count(counts, "secret") if _KEY_LINE.search(match["body"]) else match[0]
+    lines = _KEY_LINES.match(match["body"])
+    return _count(counts, "secret") + match["body"][lines.end() :] if lines else match[0]
+
+
+def _numbers(text: str, counts: Counter[str]) -> str:
+    text = _CARD.sub(lambda match: _count(counts, "card") if _is_card(match[0]) else match[0], text)
     text = _AMERICAN_PHONE.sub(lambda match: _count(counts, "phone"), text)
     text = _INTERNATIONAL_PHONE.sub(
         lambda match: _count(counts, "phone") if _is_international(match[0]) else match[0], text
@@ -269,7 +283,7 @@ def _looks_secret(name: str, value: str) -> bool:
     value = _PLACEHOLDER.sub("", value)
     if len(value) < 4 or _CODE.fullmatch(value) or value.startswith("os."):
         return False
-    if value.isdecimal():
+    if value.replace("_", "").isdecimal():
         return len(value) >= 6 and "token" not in name.lower()
     return len(value) >= 6 and (any(c.isdigit() for c in value) or any(c in "!@#$%^&*+?~" for c in value))
 
@@ -299,7 +313,7 @@ def _is_number_of_phone(text: str) -> bool:
 def _is_international(text: str) -> bool:
     from phonenumbers import PhoneNumberMatcher
 
-    number = re.sub(r"^(?:\+ |00)", "+", text)
+    number = re.sub(r"^00", "+", text)
     return any(found.start == 0 for found in PhoneNumberMatcher(number, None))
 
 
@@ -307,9 +321,21 @@ def _is_international(text: str) -> bool:
 def _known_tokens() -> tuple[re.Pattern[str], ...]:
     """The patterns of detect-secrets of which a match is a token from its first character to its last."""
     from detect_secrets.plugins import (
-        aws, azure_storage_key, discord, github_token, gitlab_token, mailchimp, openai, pypi_token, sendgrid, slack,
-        square_oauth, stripe, telegram_token, twilio,
-    )  # fmt: skip
+        aws,
+        azure_storage_key,
+        discord,
+        github_token,
+        gitlab_token,
+        mailchimp,
+        openai,
+        pypi_token,
+        sendgrid,
+        slack,
+        square_oauth,
+        stripe,
+        telegram_token,
+        twilio,
+    )
 
     plugins = (
         azure_storage_key.AzureStorageKeyDetector, discord.DiscordBotTokenDetector, github_token.GitHubTokenDetector,

@@ -1,10 +1,10 @@
 """Which examples may train: one rule, asked by the dataset and by the sensor that counts what is new."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.records import Example
+from finetune_pipeline.records import Example, Turn, conversation
 from finetune_pipeline.schemas import Schema, Unreadable, compile_schema, parse_json
 from finetune_pipeline.settings import CurationSettings
 
@@ -30,7 +30,7 @@ class Policy:
 
 
 def accept(example: Example, policy: Policy) -> Decision:
-    """Decide on one example, cheapest question first.
+    """Decide on one example, already redacted, cheapest question first.
 
     A person's correction qualifies whatever its reward, which is its weight and no verdict.
     """
@@ -40,7 +40,7 @@ def accept(example: Example, policy: Policy) -> Decision:
     sure = example.confidence is not None and example.confidence >= rules.min_confidence
     if not (sure or example.confirmed or example.corrected):
         return Decision(False, f"confidence below {rules.min_confidence:g} and no person confirmed it")
-    if len(example.prompt) > rules.max_prompt_chars:
+    if len(conversation(example.prompt, example.history)) > rules.max_prompt_chars:
         return Decision(False, f"prompt longer than {rules.max_prompt_chars} characters")
     if len(example.target) > rules.max_answer_chars:
         return Decision(False, f"answer longer than {rules.max_answer_chars} characters")
@@ -48,7 +48,7 @@ def accept(example: Example, policy: Policy) -> Decision:
         return Decision(False, "answer is empty")
     if policy.problem(example.target) is not None:
         return Decision(False, "answer does not pass the output schema")
-    if near_benchmark(example.prompt, policy):
+    if near_benchmark(example.prompt, example.history, policy):
         return Decision(False, NEAR_BENCHMARK)
     return Decision(True)
 
@@ -56,10 +56,13 @@ def accept(example: Example, policy: Policy) -> Decision:
 NEAR_BENCHMARK = "near-duplicate of a benchmark question"
 
 
-def near_benchmark(prompt: str, policy: Policy) -> bool:
-    """Whether a prompt is too similar to a question of the benchmark."""
-    nearest = policy.benchmark.nearest(prompt)
-    return nearest is not None and nearest[1] >= policy.settings.benchmark_similarity
+def near_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> bool:
+    """Whether a prompt, alone or with what was said before it, is too similar to a question of the benchmark."""
+    for text in {prompt, conversation(prompt, history)}:
+        nearest = policy.benchmark.nearest(text)
+        if nearest is not None and nearest[1] >= policy.settings.benchmark_similarity:
+            return True
+    return False
 
 
 def answer_validator(schema: Schema | None) -> Validator:

@@ -40,6 +40,8 @@ _NAMESPACE = UUID("6b1c36a9-9a0c-5d0e-8a51-5b0a3c2f7d11")
 _BATCH_EVENTS = 1_000
 _BATCH_CHARACTERS = 4_000_000
 _TIMEOUT_SECONDS = 30.0
+_TAKEN = frozenset({"recorded", "duplicate", "waiting", "accepted"})
+"""What a gateway says of an event that it keeps; accepted is safe, but not in the store yet."""
 
 
 class FeedbackError(RuntimeError):
@@ -392,7 +394,10 @@ class _Gateway:
 
     def stats(self) -> dict[str, int]:
         answer = self._ask("GET", "/v1/feedback/stats", params={"loop": self._loop})
-        return {name: value for name, value in answer.items() if isinstance(value, int)}
+        kinds = answer.pop("by_kind", None) or {}
+        counts = {**answer, **{f"feedback.{kind}": value for kind, value in kinds.items()}}
+        # By the same names as in the store, which counts nothing else and does not name what it has none of.
+        return {name: n for name, n in counts.items() if isinstance(n, int) and n and name != "pending_bytes"}
 
     def close(self) -> None:
         self._http.close()
@@ -401,9 +406,12 @@ class _Gateway:
         path = "/v1/interactions" if isinstance(event, Interaction) else "/v1/feedback"
         body = event.model_dump_json(exclude={"event"}, exclude_none=True)
         answer = self._ask("POST", path, content=body, headers={"Content-Type": "application/json"})
-        if answer.get("id") != str(event.id) or not isinstance(answer.get("status"), str):
-            raise FeedbackError(f"{self._url}{path} did not say that it recorded {event.id}; is it a gateway?")
-        return str(answer["status"])
+        status = answer.get("status")
+        if answer.get("id") != str(event.id) or status not in _TAKEN:
+            raise FeedbackError(
+                f"the gateway {self._url} did not take the event {event.id} (status {status!r:.80}); its log says why"
+            )
+        return str(status)
 
     def _ask(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         import httpx

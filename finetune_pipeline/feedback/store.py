@@ -154,18 +154,29 @@ def find(connection: sa.Connection, interaction_id: UUID) -> Exchange | None:
     return Exchange(interaction, feedback, _example(taught, interaction) if taught else None)
 
 
-def records(connection: sa.Connection, task: str, until: int) -> Iterator[Sequence[Any]]:
-    """All interactions of a loop up to a sequence, with what they teach (null without feedback), in batches of rows."""
+def records(connection: sa.Connection, task: str, until: int, after: int = 0) -> Iterator[Sequence[Any]]:
+    """Interactions of a loop with what they teach (null without feedback), in batches of rows, in the order of arrival.
+
+    Args:
+        until: the newest ingest sequence to read.
+        after: only interactions that came, or whose example changed, after this sequence. The time grows with what is
+            new, not with the history: both conditions have an index.
+    """
     i, e = t.interactions.c, t.examples.c
-    query = (
-        sa.select(
-            i.id.label("interaction_id"), sa.func.coalesce(e.sequence, i.sequence).label("sequence"), i.created_at,
-            i.prompt, i.output, i.model, i.user, i.confidence, e.target, e.reward, e.confirmed, e.corrected,
-        )
-        .select_from(t.interactions.outerjoin(t.examples, i.id == e.interaction_id))
-        .where(i.task == task, i.sequence <= until)
-        .order_by(i.sequence)
+    source = t.interactions.outerjoin(t.examples, i.id == e.interaction_id)
+    query = sa.select(
+        i.id.label("interaction_id"), sa.func.coalesce(e.sequence, i.sequence).label("sequence"), i.created_at,
+        i.prompt, i.history, i.output, i.model, i.user, i.confidence, i.validation_score, i.domain, i.kind,
+        i.retrieved_context, i.arm, i.flag, e.target, e.reward, e.confirmed, e.corrected,
     )  # fmt: skip
+    if after:
+        came = sa.select(i.id).where(i.task == task, i.sequence > after, i.sequence <= until)
+        changed = sa.select(e.interaction_id).where(e.task == task, e.sequence > after, e.sequence <= until)
+        new = came.union(changed).subquery()
+        query = query.select_from(new.join(source, new.c.id == i.id))
+    else:
+        query = query.select_from(source).where(i.task == task, i.sequence <= until)
+    query = query.order_by(i.sequence)
     yield from connection.execution_options(yield_per=2_000).execute(query).partitions()
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.rules import accept
 from finetune_pipeline.curation.trigger import Attempt
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.store import new_examples
 from finetune_pipeline.loop import reading
-from finetune_pipeline.records import text_hash
+from finetune_pipeline.records import conversation, text_hash
 from finetune_pipeline.settings import LoopSettings
 
 COUNT_LIMIT = 1_000
@@ -23,10 +24,11 @@ def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: 
     policy = reading.policy(loop)
     seen: set[str] = set()
     with database.read() as connection:
-        for example in new_examples(connection, loop.name, watermark, loop.curation.min_reward):
-            prompt = text_hash(example.prompt)  # the dataset keeps one example of a prompt
-            if prompt not in seen and accept(example, policy).accepted:
-                seen.add(prompt)
+        for original in new_examples(connection, loop.name, watermark, loop.curation.min_reward):
+            example = redact_example(original).example
+            question = text_hash(conversation(example.prompt, example.history))  # the dataset keeps one example of it
+            if question not in seen and accept(example, policy).accepted:
+                seen.add(question)
                 if len(seen) >= limit:
                     break
     return len(seen)

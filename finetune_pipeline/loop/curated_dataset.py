@@ -16,10 +16,10 @@ from finetune_pipeline.curation.dataset import (
     read_rows,
     write_dataset,
 )
+from finetune_pipeline.feedback.store import content_hash
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.io import pointers_key, upstream
-from finetune_pipeline.loop.raw_logs import FILE
-from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest
+from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest, conversation
 from finetune_pipeline.settings import LoopSettings, project_path
 
 NAMED = 20
@@ -49,8 +49,9 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         """The training set: examples that people or validators found good, without duplicates.
 
-        Every prompt's hash says whether it trains or validates, so it never moves between cycles. Near-duplicates of
-        the benchmark are taken out and named; replayed examples are mixed in against forgetting.
+        Secrets and personal data are replaced by placeholders first. Every prompt's hash says whether it trains or
+        validates, so it never moves between cycles. Near-duplicates of the benchmark are taken out and named; replayed
+        examples are mixed in against forgetting.
         """
         die_with_run()
         artifact = dataset(loop, raw_logs)
@@ -76,7 +77,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     settings = {**loop.curation.model_dump(), "system_prompt": loop.system_prompt}
 
     def make(folder: Path) -> dict[str, Any]:
-        curated = curate(_examples(raw_logs), reading.replay(loop), reading.policy(loop))
+        curated = curate(_examples(raw_logs), reading.replay(loop), reading.policy(loop), _identity)
         write_dataset(curated, folder, loop.system_prompt)
         return {
             "inputs": inputs,
@@ -90,12 +91,26 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
 
 
 def _examples(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
+    """What every interaction of a snapshot teaches; a later part's row of it stands instead of an earlier one."""
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(raw_logs.path / FILE).iter_batches():
-        for row in batch.to_pylist():
-            if row["target"] is not None:
-                yield Example.model_validate({name: row[name] for name in Example.model_fields})
+    seen: set[str] = set()
+    first = raw_logs.manifest.parts[0]
+    for part in reversed(raw_logs.manifest.parts):
+        for batch in pq.ParquetFile(raw_logs.path / part).iter_batches():
+            rows = [row for row in batch.to_pylist() if row["interaction_id"] not in seen]
+            if part != first:  # nothing is older than the first, and it may be the history of years
+                seen.update(row["interaction_id"] for row in rows)
+            yield from (_example(row) for row in rows if row["target"] is not None)
+
+
+def _example(row: dict[str, Any]) -> Example:
+    values = {name: row[name] for name in Example.model_fields}
+    return Example.model_validate({**values, "history": values["history"] or ()})
+
+
+def _identity(example: Example) -> str:
+    return content_hash(conversation(example.prompt, example.history), example.target)
 
 
 def _figures(curated: Curated) -> dict[str, Any]:
@@ -104,25 +119,31 @@ def _figures(curated: Curated) -> dict[str, Any]:
         "validation": len(curated.validation),
         "replayed": curated.replayed,
         "left_out": curated.left_out,
-        "redacted": {},
+        "redacted": curated.redacted,
         "near_benchmark": list(curated.near_benchmark),
     }
 
 
 def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
-    reasons = [f"| {reason} | {count} |" for reason, count in manifest.left_out.items()]
     return {
         "train": manifest.train,
         "validation": manifest.validation,
         "replayed": manifest.replayed,
         "examples": manifest.train + manifest.validation - manifest.replayed,
         "left_out": sum(manifest.left_out.values()),
-        "left_out_why": dg.MetadataValue.md("\n".join(["| reason | examples |", "|---|---|", *reasons])),
+        "left_out_why": _table("reason", "examples", manifest.left_out),
+        "redacted": sum(manifest.redacted.values()),
+        "redacted_what": _table("kind", "places", manifest.redacted),
         "near_benchmark": list(manifest.near_benchmark[:NAMED]),
         "version": manifest.version,
         "path": dg.MetadataValue.path(artifact.path),
     }
+
+
+def _table(name: str, number: str, counts: dict[str, int]) -> dg.MetadataValue[Any]:
+    lines = [f"| {key} | {count} |" for key, count in counts.items()]
+    return dg.MetadataValue.md("\n".join([f"| {name} | {number} |", "|---|---|", *lines]))
 
 
 def _checks(loop: LoopSettings, artifact: Artifact[DatasetManifest]) -> Iterator[dg.AssetCheckResult]:

@@ -27,7 +27,7 @@ from finetune_pipeline.evaluation.report import HTML, write_report
 from finetune_pipeline.evaluation.run import Contender, compare_models
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf
-from finetune_pipeline.feedback.store import content_hash, mark_judged
+from finetune_pipeline.feedback.store import mark_judged
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.gguf_model import what_serves
@@ -168,12 +168,12 @@ def _mark_judged(loop: LoopSettings, artifact: Artifact[ReportManifest], gguf: A
 
 
 def _trained_contents(loop: str, adapter_version: str) -> list[str]:
-    """Content hashes of the examples that this adapter was trained and validated on."""
+    """Content hashes of the examples that this adapter was trained and validated on, as they were before redaction."""
     adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version).manifest
     version = adapter.inputs["curated_dataset"]
     dataset = read(DatasetManifest, stage_folder(loop, DatasetManifest.stage) / version)
     rows = [row for split in ("train", "validation") for row in read_rows(dataset.path, split)]
-    return [content_hash(row["prompt"], row["completion"]) for row in rows if row["source"] != "replay"]
+    return [row["content_hash"] for row in rows if row["source"] != "replay"]
 
 
 def _teller(tell: Callable[[str], None]) -> Callable[[str, int, int], None]:

@@ -20,8 +20,8 @@ from finetune_pipeline.artifacts import (
 )
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.export.base import base_hash, resolve_base_model
-from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.base_gguf import base_gguf_artifact
+from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.model import ExportedModel, export, export_adapter
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import EngineError

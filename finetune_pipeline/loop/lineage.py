@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune_pipeline.artifacts import ArtifactError, find, stage_folder
+from finetune_pipeline.artifacts import MANIFEST, ArtifactError, find, stage_folder
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.figures import show
@@ -21,7 +21,7 @@ from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.history import history
 from finetune_pipeline.registry.models import ModelVersion, list_models
 from finetune_pipeline.registry.trainings import TrainingRun, find_training
-from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings
 
 M = TypeVar("M", bound=Manifest)
 
@@ -120,7 +120,7 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
             description=loop.description,
             created_at=model.created_at,
             mode=model.mode,
-            base_model=made_from.base_model or loop.base_model,
+            base_model=_base_name(made_from.base_model) if made_from.base_model else loop.base_model,
             base_hash=model.base_hash,
             files={path.name: sha256 for path, sha256 in model.files.items()},
             adapter=made_from.adapter,
@@ -135,6 +135,15 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
             verdict=_verdict(database, model),
         )
     )
+
+
+def _base_name(folder: str) -> str:
+    """A base model as others know it: its Hugging Face id, or its path within the project."""
+    path = Path(folder)
+    cached = next((part for part in path.parts if part.startswith("models--")), None)
+    if cached:
+        return cached.removeprefix("models--").replace("--", "/")
+    return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else folder
 
 
 def _verdict(database: Database, model: ModelVersion) -> str:
@@ -189,10 +198,9 @@ def _manifest(kind: type[M], loop: str, version: str | None) -> M | None:
 
 
 def _complete(loop: str, kind: type[Manifest]) -> Iterator[Path]:
-    """Folders of the complete artifacts of a stage."""
-    for path in sorted(stage_folder(loop, kind.stage).glob("[!.]*")):
-        if find(kind, loop, path.name) is not None:
-            yield path
+    """Folders of the complete artifacts of a stage, also of those that an older version of the project wrote."""
+    for path in sorted(stage_folder(loop, kind.stage).glob(f"[!.]*/{MANIFEST}")):
+        yield path.parent
 
 
 def _snapshot_holds(folder: Path, ids: set[str]) -> bool:

@@ -1,24 +1,45 @@
 """The asset raw_logs: what the application logged, taken into the store, and a snapshot of it as Parquet."""
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import sqlalchemy as sa
 
-from finetune_pipeline.artifacts import Artifact, draft, find, hash_file, package_versions, publish
+from finetune_pipeline.artifacts import (
+    Artifact,
+    ArtifactError,
+    draft,
+    find,
+    hash_file,
+    package_versions,
+    pointed,
+    publish,
+    version_of,
+)
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import Database, connect
+from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.store import Totals, newest_sequence, records, totals
 from finetune_pipeline.loop.ingest import Ingested, ingest
 from finetune_pipeline.loop.io import pointers_key
-from finetune_pipeline.records import RawLogsManifest
+from finetune_pipeline.records import FileRecord, RawLogsManifest
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.jsonl import SourceError
 from finetune_pipeline.sources.ledger import read_totals, rejected_lines
 
-FILE = "records.parquet"
 NAMED = 20
+MAX_PARTS = 32
+COLUMNS = {
+    "interaction_id": "string", "sequence": "int64", "created_at": "moment", "prompt": "string", "history": "turns",
+    "output": "string", "model": "string", "user": "string", "confidence": "float64", "validation_score": "float64",
+    "domain": "string", "kind": "string", "retrieved_context": "string", "arm": "string", "flag": "string",
+    "target": "string", "reward": "float64", "confirmed": "bool", "corrected": "bool",
+}  # fmt: skip
+"""What a snapshot holds of each interaction, and its type in the Parquet files."""
 
 
 def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -42,7 +63,7 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
         Takes every new event file of the drop folder into the store (each event once, by its id; each file from where
         it was left), puts lines that are no events into quarantine with file, line and reason, and writes a snapshot
-        of all the loop's records.
+        of all the loop's records: the parts of the last snapshot, and what came or changed since as one more.
         """
         die_with_run()
         database = connect()
@@ -55,7 +76,10 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
 
 def snapshot(loop: LoopSettings, database: Database) -> tuple[Artifact[RawLogsManifest], Totals]:
-    """Write the loop's records, as they are at this moment, to Parquet; the same records give the same version.
+    """The loop's records as they are at this moment, as Parquet; when nothing is new, the last snapshot itself.
+
+    What the last snapshot holds is linked, not written again. Everything is written anew, as one part, where there is
+    no last snapshot, an event was forgotten since, the reward settings changed, or there would be too many parts.
 
     Raises:
         SourceError: there are none.
@@ -68,24 +92,71 @@ def snapshot(loop: LoopSettings, database: Database) -> tuple[Artifact[RawLogsMa
                 f"loop {loop.name} has no interactions: no event file with a readable line is in {folders}. Put "
                 'JSONL of {"event": "interaction", ...} lines there (see the README), then materialize again'
             )
-        with draft(loop.name, RawLogsManifest.stage, str(until)) as folder:
-            _write_parquet(folder / FILE, records(connection, loop.name, until))
-            version = hash_file(folder / FILE)[:16]
-            found = find(RawLogsManifest, loop.name, version)
-            if found is not None:
-                return found, counts
-            fields = {
-                "loop": loop.name,
-                "version": version,
-                "inputs": {"events": f"1..{until}"},
-                "settings": loop.feedback.model_dump(),
-                "packages": package_versions("finetune-pipeline", "pyarrow"),
-                "interactions": counts.interactions,
-                "feedback": counts.feedback,
-                "examples": counts.examples,
-                "watermark": until,
-            }
-            return publish(folder, RawLogsManifest, fields), counts
+        base = _base(loop, connection)
+        if base is not None:
+            if not any(records(connection, loop.name, until, base.manifest.watermark)):
+                return base, counts
+            base = base if len(base.manifest.parts) < MAX_PARTS else None
+        return _write(loop, connection, base, until, counts), counts
+
+
+def _base(loop: LoopSettings, connection: sa.Connection) -> Artifact[RawLogsManifest] | None:
+    """The last snapshot, if what it holds still stands."""
+    try:
+        last = pointed(RawLogsManifest, loop.name)
+    except ArtifactError:
+        return None  # it was deleted or damaged; the store has everything
+    if last is None or last.manifest.settings != _settings(loop):
+        return None
+    f = t.forgotten_events.c
+    forgotten = sa.select(f.id).where(f.task == loop.name, f.sequence > last.manifest.watermark).limit(1)
+    return None if connection.execute(forgotten).first() else last
+
+
+def _settings(loop: LoopSettings) -> dict[str, Any]:
+    return {**loop.feedback.model_dump(mode="json"), "columns": COLUMNS}
+
+
+def _write(
+    loop: LoopSettings, connection: sa.Connection, base: Artifact[RawLogsManifest] | None, until: int, counts: Totals
+) -> Artifact[RawLogsManifest]:
+    """Write what is new since `base` (or everything) beside the parts of `base`."""
+    old = base.manifest.parts if base else []
+    newest = f"records-{len(old) + 1:04}.parquet"
+    with draft(loop.name, RawLogsManifest.stage, str(until)) as folder:
+        known = _take_over(base, folder) if base else {}
+        after = base.manifest.watermark if base else 0
+        new = _write_parquet(folder / newest, records(connection, loop.name, until, after))
+        content = {name: record.sha256 for name, record in known.items()}
+        inputs = {**content, newest: hash_file(folder / newest), "events": f"1..{until}"}
+        version = version_of(inputs, _settings(loop))
+        found = find(RawLogsManifest, loop.name, version)
+        if found is not None:
+            return found
+        fields = {
+            "loop": loop.name,
+            "version": version,
+            "inputs": {"events": f"1..{until}"},
+            "settings": _settings(loop),
+            "packages": package_versions("finetune-pipeline", "pyarrow"),
+            "interactions": counts.interactions,
+            "feedback": counts.feedback,
+            "examples": counts.examples,
+            "parts": [*old, newest],
+            "new": new,
+            "watermark": until,
+        }
+        return publish(folder, RawLogsManifest, fields, known)
+
+
+def _take_over(base: Artifact[RawLogsManifest], folder: Path) -> dict[str, FileRecord]:
+    """Put the parts of a snapshot into another one, as links where the disk can; returns their hashes."""
+    for name in base.manifest.parts:
+        try:
+            os.link(base.path / name, folder / name)
+        except OSError:  # another device, or a file system without links
+            shutil.copyfile(base.path / name, folder / name)
+    return {name: base.manifest.files[name] for name in base.manifest.parts}
 
 
 def _rejected_lines(loop: LoopSettings, database: Database, ingested: Ingested) -> dg.AssetCheckResult:
@@ -108,21 +179,27 @@ def _rejected_lines(loop: LoopSettings, database: Database, ingested: Ingested) 
     )
 
 
-def _write_parquet(path: Path, batches: Iterator[Any]) -> None:
+def _write_parquet(path: Path, batches: Iterator[Sequence[Any]]) -> int:
+    """Write rows to a Parquet file; returns how many."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text, real, flag = pa.string(), pa.float64(), pa.bool_()
-    schema = pa.schema(
-        {
-            "interaction_id": text, "sequence": pa.int64(), "created_at": pa.timestamp("us", tz="UTC"),
-            "prompt": text, "output": text, "model": text, "user": text, "confidence": real,
-            "target": text, "reward": real, "confirmed": flag, "corrected": flag,
-        }
-    )  # fmt: skip
+    text = pa.string()
+    types = {
+        "string": text,
+        "int64": pa.int64(),
+        "float64": pa.float64(),
+        "bool": pa.bool_(),
+        "moment": pa.timestamp("us", tz="UTC"),
+        "turns": pa.list_(pa.struct({"role": text, "content": text})),
+    }
+    schema = pa.schema({name: types[kind] for name, kind in COLUMNS.items()})
+    written = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for rows in batches:
             writer.write_table(pa.Table.from_pylist([row._asdict() for row in rows], schema))
+            written += len(rows)
+    return written
 
 
 def _metadata(artifact: Artifact[RawLogsManifest], counts: Totals, ingested: Ingested) -> dict[str, Any]:
@@ -136,6 +213,8 @@ def _metadata(artifact: Artifact[RawLogsManifest], counts: Totals, ingested: Ing
         "known_already": ingested.recorded.duplicates,
         "rejected_now": ingested.rejected,
         "files_read": ingested.files,
+        "parts": len(artifact.manifest.parts),
+        "rows_of_newest_part": artifact.manifest.new,
         "watermark": artifact.manifest.watermark,
         "version": artifact.manifest.version,
         "path": dg.MetadataValue.path(artifact.path),

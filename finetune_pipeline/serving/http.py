@@ -44,7 +44,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, sent = time.perf_counter(), _Sent(send)
+        started = time.perf_counter()
+        sent = _Sent(send, scope, started)
         try:
             self._check(scope)
             await self._app(scope, _limited(receive), sent)
@@ -67,7 +68,7 @@ class Guard:
             host = headers.get(b"host", "").rsplit(":", 1)[0] if not _bare_ipv6(headers) else headers[b"host"]
             if not is_loopback(host):
                 raise Forbidden(f"this gateway serves this machine only, under localhost, not as {host[:100]!r}")
-            if headers.get(b"origin", "").rstrip("/") not in {"", "null"} and not _local(headers[b"origin"]):
+            if b"origin" in headers and not _local(headers[b"origin"]):
                 raise Forbidden(f"web pages of {headers[b'origin'][:100]!r} may not use this gateway")
 
     def _count(self, scope: Scope, sent: "_Sent", seconds: float) -> None:
@@ -78,16 +79,23 @@ class Guard:
 
 
 class _Sent:
-    """Passes an answer on and remembers what it was."""
+    """Passes an answer on, says how long it took, and remembers what it was."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, scope: Scope, started: float) -> None:
         self.status: int | None = None
         self.whole = False
         self._send = send
+        self._scope = scope
+        self._started = started
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if ENGINE in self._scope:
+                engine = self._scope[ENGINE]
+                gateway = time.perf_counter() - self._started - engine
+                timing = f"engine;dur={1000 * engine:.2f}, gateway;dur={1000 * gateway:.2f}"
+                message["headers"] = [*message["headers"], (b"server-timing", timing.encode())]
         elif not message.get("more_body"):
             self.whole = True
         await self._send(message)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import write_text
-from finetune_pipeline.records import chat
+from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.checkpoints import last_complete, mark_complete, step_of
 from finetune_pipeline.training.job import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+_COLUMNS = ("prompt", "history", "completion")
 _CURVE_POINTS = 50
 _SECONDS_BETWEEN_LINES = 1.0
 _LOSS_SAMPLE = 256  # examples on which the loss is measured where there is no validation set
@@ -117,7 +118,7 @@ def _load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> _Data:
     return _Data(Dataset.from_list(train), Dataset.from_list(measure), too_long)
 
 
-def _split(folder: Path, name: str) -> list[dict[str, str]]:
+def _split(folder: Path, name: str) -> list[dict[str, Any]]:
     """The rows of a saved split; a missing one has none, and an empty one neither (datasets cannot read that back)."""
     from datasets import load_from_disk
 
@@ -127,19 +128,19 @@ def _split(folder: Path, name: str) -> list[dict[str, str]]:
     if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         return []
     rows = load_from_disk(str(folder / name))
-    missing = {"prompt", "completion"} - set(rows.column_names)
+    missing = set(_COLUMNS) - set(rows.column_names)
     if missing:
         raise TrainingError(f"{folder / name} lacks the column {' and '.join(sorted(missing))}; make the dataset again")
-    return list(rows.select_columns(["prompt", "completion"]))
+    return list(rows.select_columns(list(_COLUMNS)))
 
 
 def _short_enough(
-    rows: list[dict[str, str]], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
+    rows: list[dict[str, Any]], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[dict[str, Any]], int]:
     """TRL's conversational form of the rows that have at most max_length tokens, and the number of the others."""
     examples: list[dict[str, Any]] = [
         {
-            "prompt": chat(job.system_prompt, row["prompt"]),
+            "prompt": chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]]),
             "completion": [{"role": "assistant", "content": row["completion"]}],
         }
         for row in rows

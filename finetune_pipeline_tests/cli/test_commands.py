@@ -8,8 +8,10 @@ from click.testing import CliRunner
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.cli import doctor as doctor_module
+from finetune_pipeline.cli.ask import spec_of
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
+from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.models import Candidate
 from finetune_pipeline.settings import PROJECT_ROOT, load_loop
@@ -89,6 +91,19 @@ def test_a_single_file_can_be_taken_in(tmp_path):
     said = run("ingest", str(path))
     assert "1 files: 1 interactions and 0 feedback added, 0 known already, 1 lines rejected" in said
     assert f"{path}:2: not JSON" in said
+
+
+def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
+    base, adapter = own_home / "model-1.gguf", own_home / "adapter.gguf"
+    adapter.write_bytes(b"GGUF adapter")
+    before = champion(connect(), LOOP)
+    pair = Candidate(
+        loop=LOOP, gguf_path=base, gguf_sha256=hash_file(base), adapter_path=adapter, adapter_sha256=hash_file(adapter),
+        base_hash="b", mode="full", lineage={}, scores={}, report_path=base,
+    )  # fmt: skip
+    promote(connect(), pair, before.id, "test", "gain 3", "report 3")
+    assert spec_of(load_loop(LOOP), "champion") == (f"{LOOP}@v1.2.0", ModelSpec(gguf=base, adapter=adapter))
+    assert spec_of(load_loop(LOOP), "previous") == (f"{LOOP}@v1.1.0", ModelSpec(gguf=own_home / "model-2.gguf"))
 
 
 def test_ask_answers_with_the_base_model_while_there_is_no_champion():

@@ -12,15 +12,18 @@ from finetune_pipeline.curation.dataset import (
     overlaps,
     read_replay,
     read_rows,
+    turns,
     write_dataset,
 )
 from finetune_pipeline.curation.duplicates import NearIndex
 from finetune_pipeline.curation.rules import Policy, answer_validator
-from finetune_pipeline.records import Example
+from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
 
 POLICY = Policy(CurationSettings(), NearIndex({"q": "the golden question of all"}), answer_validator(None))
+
+EVERYTHING = Policy(CurationSettings(validation_share=0), POLICY.benchmark, answer_validator(None))  # trains
 
 
 def example(number, **fields):
@@ -29,15 +32,27 @@ def example(number, **fields):
     return Example(interaction_id=uid(str(number)), **{**given, **flags, **fields})
 
 
+def identity(example):
+    return f"content of {example.prompt}"
+
+
+def rows_of(curated):
+    return [*curated.train, *curated.validation]
+
+
+def said(*texts):
+    return tuple(Turn(role="assistant" if n % 2 else "user", content=text) for n, text in enumerate(texts))
+
+
 def test_the_order_of_examples_does_not_matter():
     examples = [example(n) for n in range(50)]
     shuffled = random.Random(1).sample(examples, len(examples))
-    assert curate(examples, [], POLICY) == curate(shuffled, [], POLICY)
+    assert curate(examples, [], POLICY, identity) == curate(shuffled, [], POLICY, identity)
 
 
 def test_a_prompt_never_changes_sides_when_more_arrive():
-    early = curate([example(n) for n in range(50)], [], POLICY)
-    late = curate([example(n) for n in range(200)], [], POLICY)
+    early = curate([example(n) for n in range(50)], [], POLICY, identity)
+    late = curate([example(n) for n in range(200)], [], POLICY, identity)
     assert {row.prompt for row in early.validation} <= {row.prompt for row in late.validation}
     assert early.validation and not {row.prompt for row in early.train} & {row.prompt for row in late.validation}
 
@@ -57,6 +72,7 @@ def test_one_example_a_prompt_a_persons_answer_first():
         ],
         [],
         POLICY,
+        identity,
     )
     (kept,) = [*curated.train, *curated.validation]
     assert (kept.completion, kept.reward) == ("person's", 0.4)
@@ -65,13 +81,13 @@ def test_one_example_a_prompt_a_persons_answer_first():
 
 def test_near_duplicates_of_the_benchmark_are_named():
     leaked = example(1, prompt="The golden question of  ALL!")
-    assert curate([leaked, example(2)], [], POLICY).near_benchmark == (str(leaked.interaction_id),)
+    assert curate([leaked, example(2)], [], POLICY, identity).near_benchmark == (str(leaked.interaction_id),)
 
 
 def test_replay_is_mixed_into_training_only_and_never_from_the_benchmark():
-    replay = [Row(f"old {n}", "old answer", 1.0, "replay", None) for n in range(500)]
-    replay.append(Row("the golden question of all", "x", 1.0, "replay", None))
-    curated = curate([example(n) for n in range(100)], replay, POLICY)
+    replay = [Row(f"old {n}", "old answer", 1.0, "replay") for n in range(500)]
+    replay.append(Row("the golden question of all", "x", 1.0, "replay"))
+    curated = curate([example(n) for n in range(100)], replay, POLICY, identity)
     mine = [row for row in curated.train if row.source == "feedback"]
     assert curated.replayed == len(mine) == len(curated.train) - len(mine)
     assert all(row.source == "feedback" for row in curated.validation)
@@ -79,23 +95,85 @@ def test_replay_is_mixed_into_training_only_and_never_from_the_benchmark():
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    curated = curate([example(n) for n in range(30)], [], POLICY)
+    curated = curate([example(n) for n in range(30)], [], POLICY, identity)
     write_dataset(curated, tmp_path, "Summarise.")
-    assert [Row(**row) for row in read_rows(tmp_path, "train")] == list(curated.train)
+    rows = read_rows(tmp_path, "train")
+    assert [Row(**{**row, "history": turns(row)}) for row in rows] == list(curated.train)
     lines = (tmp_path / "train.alpaca.jsonl").read_text().splitlines()
     first = curated.train[0]
     assert json.loads(lines[0]) == {"instruction": "Summarise.", "input": first.prompt, "output": first.completion}
     assert len(lines) == len(curated.train)
 
 
+def test_a_conversation_is_written_as_messages_and_for_alpaca_as_pairs(tmp_path):
+    history = (*said("a wall", "How thick?"), Turn(role="user", content="hm"), *said("thick"))
+    own = (Turn(role="system", content="Be short."), *said("a door", "Which?"))
+    curated = curate([example(1, history=history), example(2, history=own)], [], EVERYTHING, identity)
+    write_dataset(curated, tmp_path, "Answer.")
+    assert {turns(row) for row in read_rows(tmp_path, "train")} == {history, own}
+    lines = [json.loads(line) for line in (tmp_path / "train.alpaca.jsonl").read_text().splitlines()]
+    by_input = {line.pop("input"): line for line in lines}
+    assert by_input["prompt number 1"] == {
+        "instruction": "Answer.", "output": "answer 1", "history": [["a wall", "How thick?"], ["hm\nthick", ""]]
+    }  # fmt: skip
+    assert by_input["prompt number 2"] == {
+        "instruction": "Be short.", "output": "answer 2", "history": [["a door", "Which?"]]
+    }  # fmt: skip
+
+
+def test_the_same_prompt_in_another_conversation_is_another_question():
+    same = {"prompt": "150 mm"}
+    curated = curate(
+        [example(1, **same), example(2, **same, history=said("a wall", "?")), example(3, history=said("x"), **same)],
+        [],
+        POLICY,
+        identity,
+    )
+    assert len(rows_of(curated)) == 3
+    assert {row.question for row in rows_of(curated)} == {
+        "150 mm",
+        "user: a wall\nassistant: ?\n150 mm",
+        "user: x\n150 mm",
+    }
+
+
+def test_secrets_are_replaced_before_anything_is_decided_and_counted_where_they_were_kept():
+    curated = curate(
+        [
+            example(1, prompt="write to ann@example.com", target="to ann@example.com"),
+            example(2, prompt="write to bob@example.com", target="to bob@example.com"),  # the same without the name
+            example(3, prompt="ring +49 30 901820", reward=0.1),
+            example(4, prompt="what now?", history=said("my mail is ann@example.com")),
+        ],
+        [Row("old ann@example.com", "old answer", 1.0, "replay")],
+        EVERYTHING,
+        identity,
+    )
+    assert {row.question: row.completion for row in rows_of(curated)} == {
+        "write to [EMAIL]": "to [EMAIL]",
+        "user: my mail is [EMAIL]\nwhat now?": "answer 4",
+        "old [EMAIL]": "old answer",
+    }
+    assert curated.redacted == {"email": 4}
+    assert curated.left_out == {"duplicate of another example": 1, "reward below 0.3": 1}
+
+
+def test_a_row_is_known_by_the_content_that_it_had_before_its_redaction():
+    curated = curate([example(1, prompt="write to ann@example.com")], [], POLICY, identity)
+    assert [row.content_hash for row in rows_of(curated)] == ["content of write to ann@example.com"]
+
+
 def test_an_empty_dataset_can_be_written_too(tmp_path):
-    write_dataset(curate([], [], POLICY), tmp_path, "")
+    write_dataset(curate([], [], POLICY, identity), tmp_path, "")
     assert read_rows(tmp_path, "train") == []
 
 
 def test_the_checks_find_what_was_put_into_a_dataset_behind_curations_back():
     strict = Policy(CurationSettings(), POLICY.benchmark, answer_validator({"type": "object"}))
-    rows = [{"prompt": "the golden question of all", "completion": "{}"}, {"prompt": "fine", "completion": "[]"}]
+    rows = [
+        {"prompt": "the golden question of all", "history": [], "completion": "{}"},
+        {"prompt": "fine", "history": [], "completion": "[]"},
+    ]
     assert overlaps(rows, strict) == ["the golden question of all"]
     assert invalid_targets(rows, strict) == ["fine: $: [] is not of type 'object'"]
 

@@ -2,7 +2,7 @@ import pytest
 
 from finetune_pipeline.curation.duplicates import NearIndex
 from finetune_pipeline.curation.rules import Policy, accept, answer_validator
-from finetune_pipeline.records import Example
+from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
 
@@ -15,6 +15,10 @@ def example(**fields):
     given = {"prompt": "a steel door", "target": '{"n": 1}', "reward": 0.9, "confidence": 0.9}
     flags = {"confirmed": False, "corrected": False}
     return Example(interaction_id=uid("a"), sequence=1, **{**given, **flags, **fields})
+
+
+def said(text):
+    return (Turn(role="user", content=text),)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,9 @@ def example(**fields):
         ({"target": '{"n": "one"}'}, "does not pass the output schema"),
         ({"target": "no json"}, "does not pass the output schema"),
         ({"prompt": "150 mm CONCRETE wall,  two hours"}, "near-duplicate of a benchmark question"),
+        ({"history": said("x" * 50)}, "prompt longer than 60"),  # the whole conversation counts
+        ({"history": said("hi"), "prompt": "150 mm concrete wall, two hours"}, "near-duplicate"),  # the prompt alone
+        ({"history": said("150 mm concrete wall,"), "prompt": "two hours"}, "near-duplicate"),  # only together
     ],
 )
 def test_the_rule(fields, reason):

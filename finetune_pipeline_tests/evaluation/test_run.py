@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_pipeline.artifacts import stage_folder
+from finetune_pipeline.artifacts import hash_file, model_sha256, stage_folder
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.evaluation.comparison import Comparison
 from finetune_pipeline.evaluation.metrics import Scorer
@@ -57,6 +57,15 @@ def test_what_changes_answers_generates_anew_and_what_does_not_does_not(tmp_path
     renamed = model(tmp_path, "renamed", 4)
     assert reused(renamed) is True
     assert reused(spec.model_copy(update={"adapter": renamed.gguf})) is False
+
+
+def test_a_pair_has_the_identity_of_both_its_files(tmp_path: Path, benchmark: Benchmark) -> None:
+    base, adapter = model(tmp_path, "base", 4).gguf, model(tmp_path, "adapter", 1).gguf
+    run = answer_benchmark(ModelSpec(gguf=base, adapter=adapter), benchmark, SETTINGS, "", "aec", None, FakeEngines())
+    assert run.model_sha256 == model_sha256(hash_file(base), hash_file(adapter))
+    assert run.size_bytes == base.stat().st_size + adapter.stat().st_size
+    alone = answer_benchmark(ModelSpec(gguf=base), benchmark, SETTINGS, "", "aec", None, FakeEngines())
+    assert alone.model_sha256 == hash_file(base)
 
 
 def test_a_crash_keeps_what_was_answered(tmp_path: Path, benchmark: Benchmark) -> None:

@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from finetune_pipeline.export.gguf import convert, converter_folder, quantise
+from finetune_pipeline.export.gguf import convert, convert_adapter, converter_folder, quantise
 from finetune_pipeline.export.merge import merge, parameters
 from finetune_pipeline.export.process import ExportError, run
 
@@ -18,7 +18,8 @@ def converter(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(folder))
 
     def write(script):
-        (folder / "convert_hf_to_gguf.py").write_text(script)
+        for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+            (folder / name).write_text(script)
         return folder
 
     return write
@@ -53,6 +54,8 @@ def test_a_failed_conversion_says_why_and_leaves_nothing(converter, tmp_path, sc
     out = tmp_path / "out"
     with pytest.raises(ExportError, match=said):
         convert(tmp_path, out / "model.gguf")
+    with pytest.raises(ExportError, match=said):
+        convert_adapter(tmp_path, tmp_path, out / "adapter.gguf")
     assert list(out.iterdir()) == []
 
 

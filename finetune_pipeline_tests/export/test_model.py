@@ -9,7 +9,7 @@ import pytest
 from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.gguf import convert, quantise, tensor_types
 from finetune_pipeline.export.merge import merge
-from finetune_pipeline.export.model import export
+from finetune_pipeline.export.model import export, export_adapter
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.records import chat
@@ -81,7 +81,7 @@ def snips_rows(count):
         pytest.skip(f"{path} is not at hand")
     items = json.loads(path.read_text(encoding="utf-8"))["AddToPlaylist"][:count]
     texts = ["".join(piece["text"] for piece in item["data"]).strip() for item in items]
-    return [{"prompt": text, "completion": f"Add to playlist {text.split()[-1]}."} for text in texts]
+    return [{"prompt": text, "history": [], "completion": f"Add to playlist {text.split()[-1]}."} for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,24 @@ def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatt
     assert greedy(chatty_stories, prompts) != expected  # the adapter does change the answers
     with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
         assert tokenizer_parity(chatty_stories, engine, prompts).same
+
+
+def test_an_adapter_alone_answers_over_its_bases_gguf_as_merged(chatty_stories, adapter, tmp_path):
+    base = export(chatty_stories, None, tmp_path / "base", "F16")
+    steps = []
+    pair = export_adapter(chatty_stories, adapter, base.gguf, tmp_path / "out", "F16", steps.append)
+    assert steps == ["merge", "convert", "convert the adapter"] == list(pair.seconds)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.gguf", "model-F16.gguf"}
+    assert pair.gguf == base.gguf and pair.tensor_types == base.tensor_types
+    requests = [GenerateRequest(messages=chat("", row["prompt"]), max_tokens=24) for row in snips_rows(76)[64:]]
+
+    def answers(spec):
+        with Engine(spec) as engine:
+            return [answer.text for answer in engine.generate(requests)]
+
+    merged = answers(ModelSpec(gguf=pair.full, context=256))
+    assert agreement(answers(ModelSpec(gguf=pair.gguf, adapter=pair.adapter, context=256)), merged).share >= 11 / 12
+    assert answers(ModelSpec(gguf=base.gguf, context=256)) != merged
 
 
 def test_merging_leaves_the_tokenizer_byte_for_byte_and_full_precision(chatty_stories, adapter, tmp_path):

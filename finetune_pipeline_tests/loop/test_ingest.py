@@ -123,7 +123,7 @@ def test_the_same_records_give_the_same_snapshot(loop):
     first, _ = snapshot(loop, connect())
     assert snapshot(loop, connect())[0] == first
     assert [path.name for path in first.path.parent.iterdir() if path.is_dir()] == [first.path.name]
-    assert sorted(path.name for path in first.path.iterdir()) == ["manifest.json", "records.parquet"]
+    assert sorted(path.name for path in first.path.iterdir()) == ["manifest.json", "records-0001.parquet"]
     assert (first.manifest.interactions, first.manifest.feedback, first.manifest.watermark) == (2, 2, 4)
 
 

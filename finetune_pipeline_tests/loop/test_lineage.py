@@ -17,7 +17,7 @@ from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
 from finetune_pipeline.registry.models import Candidate
 from finetune_pipeline.registry.trainings import record_training
-from finetune_pipeline.settings import home
+from finetune_pipeline.settings import PROJECT_ROOT, home
 
 COMMON = {"loop": "notes", "settings": {"method": "lora"}, "packages": {}}
 FIGURE = {"name": "words right", "key": "accuracy", "champion": 0.5, "challenger": 0.75, "unit": "%"}
@@ -25,11 +25,13 @@ FIGURE = {"name": "words right", "key": "accuracy", "champion": 0.5, "challenger
 
 def logs(version, *parts):
     """A snapshot in several Parquet parts, each with these interactions."""
+    names = [f"part-{number}.parquet" for number in range(len(parts))]
     fields = {**COMMON, "version": version, "inputs": {"events": "1..9"}, "interactions": 1, "feedback": 1}
+    fields["parts"] = names
     with draft("notes", "raw_logs", version) as folder:
-        for number, ids in enumerate(parts):
-            pq.write_table(pa.table({"interaction_id": pa.array(ids, pa.string())}), folder / f"part-{number}.parquet")
-        publish(folder, RawLogsManifest, {**fields, "examples": 1, "watermark": 9})
+        for name, ids in zip(names, parts, strict=True):
+            pq.write_table(pa.table({"interaction_id": pa.array(ids, pa.string())}), folder / name)
+        publish(folder, RawLogsManifest, {**fields, "examples": 1, "watermark": 9, "new": 1})
 
 
 def dataset(version, of, train, validation):
@@ -137,6 +139,14 @@ def test_an_interaction_leads_to_snapshots_datasets_and_models(db, loop, chain):
         assert made_with(db, loop, nothing) == MadeWith((), (), ())
 
 
+def test_an_artifact_of_an_older_version_of_the_project_is_looked_into_too(db, loop, chain):
+    for stage, name in (("raw_logs", "l2"), ("curated_dataset", "d2")):
+        (stage_folder("notes", stage) / name / "manifest.json").write_text("{}")
+    found = made_with(db, loop, {"i4"})
+    assert (found.snapshots, found.datasets) == (folders("raw_logs", "l2"), folders("curated_dataset", "d2"))
+    assert found.models == ("notes@v1.1.0",)
+
+
 def test_a_model_is_named_though_its_adapter_is_gone(db, loop, chain):
     (stage_folder("notes", "lora_adapter") / "a-two" / "manifest.json").unlink()
     assert made_with(db, loop, {"i4"}).models == ("notes@v1.1.0",)
@@ -170,6 +180,19 @@ def test_the_card_tells_the_lineage_the_figures_and_the_verdict(db, loop, chain)
     assert "exact_match" not in text
     forced = card(db, loop, promoted(db, "three", "d2", 3, "force"))
     assert "gain 50.0 %, 5 % needed; force by ann: it is Friday" in forced
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (str(PROJECT_ROOT / "data" / "starter_model"), "data/starter_model"),
+        ("/root/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/c1899de", "Qwen/Qwen3-0.6B"),
+        ("/models/mine", "/models/mine"),
+    ],
+)
+def test_the_card_names_the_base_as_others_know_it(db, loop, chain, folder, name):
+    model = chain[0].model_copy(update={"lineage": {**chain[0].lineage, "base_model": folder}})
+    assert f"base_model: {name}\n" in card(db, loop, model)
 
 
 def test_the_card_does_without_what_is_gone(db, loop, chain):

@@ -21,6 +21,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.registry.history import history
+from finetune_pipeline.registry.trainings import find_training
 from finetune_pipeline.settings import PROJECT_ROOT, read_loop
 
 EXAMPLE = PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml"
@@ -163,6 +164,11 @@ def test_a_gain_is_promoted(loop):
     serving = champion(connect(), "meeting_notes")
     assert serving.version == "v1.0.0" and serving.gguf_path.is_file()
     assert [move.action for move in history(connect(), "meeting_notes")] == ["promote"]
+    training = find_training(connect(), "meeting_notes", serving.lineage["lora_adapter"])
+    assert training.steps > 0 and training.dataset in loop.complete("curated_dataset")
+    (version,) = loop.complete("promoted_model")
+    said = (loop.stage("promoted_model") / version / "MODEL_CARD.md").read_text()
+    assert "# meeting_notes@v1.0.0" in said and training.run_id in said and "right against" in said
     report = json.loads((serving.report_path.parent / "report.json").read_text())
     assert report["champion"]["name"] == "meeting_notes@base"
     assert serving.scores["accuracy"] > report["champion"]["totals"]["right"] / report["champion"]["totals"]["total"]

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.artifacts import draft, hash_file, locked, point, publish, stage_folder
+from finetune_pipeline.artifacts import Busy, draft, hash_file, locked, point, publish, stage_folder
 from finetune_pipeline.database import Database
 from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
+from finetune_pipeline.registry import champion as champion_module
 from finetune_pipeline.registry import deletion
 from finetune_pipeline.registry.champion import champion, promote, resolve, rollback, switch
 from finetune_pipeline.registry.deletion import Fate, ModelFolder, Standing, decide_fates, delete, survey
@@ -21,7 +22,7 @@ from finetune_pipeline.registry.history import Deployment, history, stack_of
 from finetune_pipeline.registry.models import Candidate, ModelVersion, RegistryError, list_models
 from finetune_pipeline.settings import LoopSettings
 
-LOOP = LoopSettings(name="aec", base_model="b", evaluation={"benchmark": "q", "metric": "words"})  # type: ignore[arg-type]
+LOOP = LoopSettings(name="aec", base_model="b", evaluation={"benchmark": "q", "metric": "words"})
 BASE = "base-1"
 START = datetime(2026, 1, 1, tzinfo=UTC)
 COMMON: dict[str, Any] = {"loop": "aec", "settings": {}, "packages": {}}
@@ -186,11 +187,15 @@ def test_files_elsewhere_and_damaged_artifacts_are_never_touched(db: Database, t
     serve(db, candidate(elsewhere))
     for name in "ab":
         serve(db, candidate(gguf(name)))
-    stage_folder("aec", "gguf_model").joinpath("link").symlink_to(elsewhere, target_is_directory=True)
+    linked = gguf("linked")
+    report("r", "linked", False)
+    linked.rename(tmp_path / "linked")
+    linked.symlink_to(tmp_path / "linked", target_is_directory=True)
     serve(db, candidate(gguf("c")))
     (stage_folder("aec", "gguf_model") / "a" / "manifest.json").write_text("{}")
     assert collect(db) == []
     assert (elsewhere / "model.gguf").read_text() == "mine"
+    assert (linked / "model.gguf").exists() and linked.is_symlink()
     assert not [model for model in list_models(db, "aec") if model.deleted_at]
 
 
@@ -217,6 +222,27 @@ def test_a_kill_leaves_a_version_that_is_marked_and_the_next_deletion_ends_it(
     assert there() == {left, "b", "c"}
     assert collect(db) == [left]
     assert there() == {"b", "c"}
+
+
+def test_a_model_that_is_deleted_after_it_was_checked_is_refused(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        serve(db, candidate(gguf(name)))
+    rejected = candidate(gguf("rejected"))
+    report("r", "rejected", False)
+    check: Callable[..., None] = champion_module.check_file
+
+    def check_then_lose(model: Candidate) -> None:
+        check(model)
+        collect(db)
+
+    monkeypatch.setattr(champion_module, "check_file", check_then_lose)
+    with pytest.raises(RegistryError, match="were deleted"):
+        switch(db, "aec", "v1.0.0", "ann", "s")
+    report("r", "rejected", False)
+    with pytest.raises(RegistryError, match="is not there"):
+        promote(db, rejected, champion(db, "aec").id, "ann", "the customer waits", None, "force")  # type: ignore[union-attr]
+    assert champion(db, "aec").version == "v1.0.2"  # type: ignore[union-attr]
+    assert len(list_models(db, "aec")) == 3
 
 
 def test_what_came_to_be_needed_since_the_survey_stays(db: Database) -> None:
@@ -255,7 +281,8 @@ def test_a_switch_at_the_same_moment_never_serves_a_deleted_model(db: Database) 
             serve(db, candidate(gguf(f"{name}{round_}")))
         target = next(model for model in list_models(db, "aec") if f"x{round_}" in str(model.gguf_path))
         doomed = [fate.folder.path for fate in survey(db, LOOP, BASE, 1) if not fate.stays]
-        start, outcomes = threading.Barrier(2), []
+        start = threading.Barrier(2)
+        outcomes: list[str] = []
 
         def run(
             target: ModelVersion = target, start: threading.Barrier = start, outcomes: list[str] = outcomes
@@ -284,7 +311,8 @@ def test_a_promotion_at_the_same_moment_finds_its_file_or_is_refused(db: Databas
     for round_ in range(4):
         path = gguf(f"n{round_}")
         report(f"r{round_}", path.name, False)
-        one, start, outcomes = candidate(path), threading.Barrier(2), []
+        one, start = candidate(path), threading.Barrier(2)
+        outcomes: list[str] = []
 
         def run(one: Candidate = one, start: threading.Barrier = start, outcomes: list[str] = outcomes) -> None:
             start.wait()
@@ -310,7 +338,7 @@ def test_two_deletions_at_once_do_not_meet(db: Database) -> None:
     report("r", "a", False)
     with (
         locked(stage_folder("aec", ".deletion"), "room"),
-        pytest.raises(deletion.Busy, match="another run is making room among the model files now"),
+        pytest.raises(Busy, match="another run is making room among the model files now"),
     ):
         collect(db)
     assert collect(db) == ["a"]

@@ -50,13 +50,15 @@ def base(tmp_path_factory):
 
 def rows(count, start=0):
     numbers = range(start, start + count)
-    return [{"prompt": f"wall of {n} mm", "completion": json.dumps({"thickness_mm": n})} for n in numbers]
+    return [
+        {"prompt": f"wall of {n} mm", "history": [], "completion": json.dumps({"thickness_mm": n})} for n in numbers
+    ]
 
 
 def save(folder: Path, train, validation=()):
     from datasets import Dataset, DatasetDict
 
-    empty = Dataset.from_dict({"prompt": [], "completion": []})
+    empty = Dataset.from_dict({"prompt": [], "history": [], "completion": []})
     splits = {"train": Dataset.from_list(train), "validation": Dataset.from_list(validation) if validation else empty}
     DatasetDict(splits).save_to_disk(folder)
     return folder

@@ -66,8 +66,23 @@ def test_the_system_prompt_stands_before_every_prompt(job):
     assert [message["role"] for message in data.train[0]["prompt"]] == ["system", "user"]
 
 
+def test_what_was_said_before_the_prompt_is_trained_on_as_it_is_served(job, tmp_path):
+    turns = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
+    row = {"prompt": "150 mm", "history": turns, "completion": "{}"}
+    dataset = save(tmp_path / "d", [row])
+    data = _load(job.model_copy(update={"system_prompt": "Be short.", "dataset": dataset}), _tokenizer(job.base_model))
+    (prompt,) = data.train["prompt"]
+    assert prompt == [{"role": "system", "content": "Be short."}, *turns, {"role": "user", "content": "150 mm"}]
+
+
+def test_a_conversation_of_a_file_without_histories_is_refused(job, tmp_path):
+    dataset = save(tmp_path / "d", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(TrainingError, match="lacks the column history; make the dataset again"):
+        _load(job.model_copy(update={"dataset": dataset}), _tokenizer(job.base_model))
+
+
 def test_longer_examples_are_left_out_and_counted(job, tmp_path):
-    long = {"prompt": "wall " * 200, "completion": "{}"}
+    long = {"prompt": "wall " * 200, "history": [], "completion": "{}"}
     dataset = save(tmp_path / "d", [*rows(16), long], rows(4))
     data = _load(job.model_copy(update={"dataset": dataset}), _tokenizer(job.base_model))
     short = _load(with_settings(job, max_length=64).model_copy(update={"dataset": dataset}), _tokenizer(job.base_model))

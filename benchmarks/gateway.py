@@ -1,0 +1,238 @@
+"""The gateway: what it costs beside the model, what eight clients gain, and what changing the model costs them.
+
+A real `finetune serve` in a process of its own, real HTTP clients in this one, the starter model at Q4_K_M. Beside it,
+in the same run, the same questions to the engine without any gateway.
+
+overhead   all time of a request within the gateway but the engine's (header Server-Timing), 8 clients, logging on
+tokens     of answers a second: one client, eight clients, and the engine alone with 1 and 8 at once
+swaps      20 switches between two versions under the load of 8 clients: failed requests, time until the new one serves
+"""
+
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.results import publish
+
+LOOP = "aec_parser"
+CLIENTS, REQUESTS, SWAPS, ROLLBACKS = 8, 800, 20, 5
+OVERHEAD_MS, GAIN, ROLLBACK_SECONDS = 3.0, 1.3, 5.0
+_TIMING = re.compile(r"gateway;dur=([0-9.]+)")
+
+
+def main() -> None:
+    """Measure all of it on one gateway."""
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as home:
+        os.environ["FINETUNE_HOME"] = home
+        os.environ.pop("FINETUNE_DATABASE_URL", None)
+        versions = _versions()
+        engine = {parallel: _engine_alone(parallel) for parallel in (1, CLIENTS)}
+        with _gateway() as url:
+            _load(url, 40, CLIENTS)  # warm
+            one = _load(url, REQUESTS // 4, 1)
+            eight = _load(url, REQUESTS, CLIENTS)
+            swaps = _swaps(url, versions)
+            rollbacks = [_rollback(url) for _ in range(ROLLBACKS)]
+    _tell(one, eight, engine, swaps, rollbacks)
+
+
+def _tell(
+    one: "Load", eight: "Load", engine: dict[int, float], swaps: dict[str, Any], rollbacks: Sequence[float]
+) -> None:
+    overhead = statistics.quantiles(eight.overhead_ms, n=100)
+    gain, alone = eight.tokens_per_second / one.tokens_per_second, engine[CLIENTS] / engine[1]
+    rows = [
+        ["overhead of a request, 8 clients, p50", f"{overhead[49]:.2f} ms", f"at most {OVERHEAD_MS} ms"],
+        ["the same, p99", f"{overhead[98]:.2f} ms", ""],
+        ["tokens per second, one client", f"{one.tokens_per_second:,.0f}", f"engine alone {engine[1]:,.0f}"],
+        ["tokens per second, 8 clients", f"{eight.tokens_per_second:,.0f}", f"engine alone {engine[CLIENTS]:,.0f}"],
+        ["8 clients to one", f"{gain:.2f}x", f"at least {GAIN}x; engine alone {alone:.2f}x"],
+        [f"{SWAPS} swaps under 8 clients", f"{swaps['failed']} of {swaps['requests']:,} failed", "none"],
+        ["switch until the new model serves", f"{max(swaps['seconds']):.2f} s at most", ""],
+        ["rollback until it serves", f"{max(rollbacks):.2f} s at most", f"under {ROLLBACK_SECONDS:.0f} s"],
+    ]
+    figures = {
+        "overhead_p50_ms": overhead[49], "overhead_p99_ms": overhead[98], "one_tokens_per_second": one.tokens_per_second,
+        "eight_tokens_per_second": eight.tokens_per_second, "gain": gain, "engine_tokens_per_second": engine,
+        "swaps": swaps, "rollback_seconds": list(rollbacks), "requests": REQUESTS, "failed": eight.failed + one.failed,
+    }  # fmt: skip
+    publish("gateway", ["", "measured", "aim, or peer"], rows, figures)
+
+
+def _versions() -> list[str]:
+    """Two promoted versions of the default loop: its base model as Q4_K_M, and the same with another file."""
+    from finetune_pipeline.artifacts import hash_file
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.export.base_gguf import base_gguf
+    from finetune_pipeline.registry.champion import champion, promote
+    from finetune_pipeline.registry.models import Candidate
+    from finetune_pipeline.settings import home, load_loop
+
+    path = base_gguf(load_loop(LOOP), lambda _: None)
+    database, names = connect(), []
+    for number in range(2):
+        own = home() / f"version-{number}.gguf"
+        own.write_bytes(path.read_bytes() + bytes(number))  # llama.cpp does not mind a byte behind the end
+        candidate = Candidate(
+            loop=LOOP, gguf_path=own, gguf_sha256=hash_file(own), base_hash="benchmark", mode="full", lineage={},
+            scores={}, report_path=own,
+        )  # fmt: skip
+        before = champion(database, LOOP)
+        model = promote(database, candidate, before.id if before else None, "benchmark", "benchmark", None, "force")
+        names.append(model.version)
+    return names
+
+
+@contextmanager
+def _gateway() -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "finetune_pipeline.cli.main", "serve", "--port", str(port)]
+    log = Path(os.environ["FINETUNE_HOME"]) / "gateway.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _until(lambda: _serving(url) is not None, 120)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class Load:
+    """What clients saw."""
+
+    def __init__(self) -> None:
+        self.overhead_ms: list[float] = []
+        self.tokens = 0
+        self.requests = 0
+        self.failed = 0
+        self.tokens_per_second = 0.0
+        self._lock = threading.Lock()
+
+    def ask(self, client: httpx.Client, prompt: str) -> None:
+        """One request."""
+        body = {"model": LOOP, "messages": [{"role": "user", "content": prompt}]}
+        try:
+            answer = client.post("/v1/chat/completions", json=body)
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            print(f"failed: {error!r}", file=sys.stderr)
+            with self._lock:
+                self.requests += 1
+                self.failed += 1
+            return
+        timing = _TIMING.search(answer.headers["server-timing"])
+        with self._lock:
+            self.requests += 1
+            self.tokens += answer.json()["usage"]["completion_tokens"]
+            self.overhead_ms.append(float(timing[1]) if timing else float("nan"))
+
+
+def _load(url: str, requests: int, clients: int) -> Load:
+    load, prompts = Load(), _prompts(requests)
+
+    def work(own: Sequence[str]) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            for prompt in own:
+                load.ask(client, prompt)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(work, [prompts[i::clients] for i in range(clients)]))
+    load.tokens_per_second = load.tokens / (time.perf_counter() - started)
+    return load
+
+
+def _engine_alone(parallel: int) -> float:
+    from finetune_pipeline.export.base_gguf import base_gguf
+    from finetune_pipeline.inference.engine import Engine
+    from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+    from finetune_pipeline.records import chat
+    from finetune_pipeline.settings import load_loop
+
+    loop = load_loop(LOOP)
+    gguf = base_gguf(loop, lambda _: None)
+    requests = [
+        GenerateRequest(messages=chat(loop.system_prompt, prompt), max_tokens=loop.max_tokens)
+        for prompt in _prompts(REQUESTS // (1 if parallel > 1 else 4))
+    ]
+    with Engine(ModelSpec(gguf=gguf, context=loop.context, parallel=parallel)) as engine:
+        engine.generate(requests[:16])
+        started = time.perf_counter()
+        tokens = sum(answer.completion_tokens for answer in engine.generate(requests))
+        return tokens / (time.perf_counter() - started)
+
+
+def _swaps(url: str, versions: Sequence[str]) -> dict[str, Any]:
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.registry.champion import switch
+
+    load, stop, seconds = Load(), threading.Event(), []
+
+    def work(number: int) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not stop.is_set():
+                load.ask(client, _prompts(number + 8)[-1])
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for number in range(CLIENTS):
+            pool.submit(work, number)
+        for number in range(SWAPS):
+            version = versions[number % len(versions)]
+            started = time.perf_counter()
+            switch(connect(), LOOP, version, "benchmark", "benchmark")
+            _until(lambda v=version: _serving(url) == f"{LOOP}@{v}", 60)
+            seconds.append(time.perf_counter() - started)
+        stop.set()
+    return {"swaps": SWAPS, "requests": load.requests, "failed": load.failed, "seconds": seconds}
+
+
+def _rollback(url: str) -> float:
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.registry.champion import rollback
+
+    started = time.perf_counter()
+    model = rollback(connect(), LOOP, "benchmark", "benchmark")
+    _until(lambda: _serving(url) == (model.name if model else f"{LOOP}@base"), 60)
+    return time.perf_counter() - started
+
+
+def _prompts(count: int) -> list[str]:
+    materials = ("concrete", "brick", "timber", "steel", "gypsum")
+    return [f"{100 + 10 * (i % 40)} mm {materials[i % 5]} wall, {1 + i % 4} hour fire rating" for i in range(count)]
+
+
+def _serving(url: str) -> str | None:
+    try:
+        found: str | None = httpx.get(f"{url}/healthz").json()["loops"][LOOP]["serving"]
+    except httpx.HTTPError:
+        return None
+    return found
+
+
+def _until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            sys.exit(f"it did not happen within {seconds} s")
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""`finetune feedback` as people type it, on a home of its own."""
+
+import json
+import subprocess
+import sys
+from uuid import UUID
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from finetune_pipeline import artifacts
+from finetune_pipeline.cli.main import finetune
+from finetune_pipeline.database import connect
+from finetune_pipeline.feedback import FeedbackClient, store
+from finetune_pipeline.feedback.journal import journal_folder
+from finetune_pipeline.records import RawLogsManifest
+from finetune_pipeline.settings import PROJECT_ROOT, load_loop
+from finetune_pipeline_tests.conftest import interaction, uid
+
+LOOP = "aec_parser"
+
+
+@pytest.fixture(autouse=True)
+def on_each_database(url, monkeypatch):
+    """Every test here runs on SQLite and, where a server is installed, on PostgreSQL."""
+    monkeypatch.setenv("FINETUNE_DATABASE_URL", url)
+
+
+def run(*arguments, code=0, input=None):
+    result = CliRunner().invoke(finetune, ["feedback", *map(str, arguments)], input=input)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def log(*options):
+    return run("log", "--prompt", "a wall", "--output", "{}", *options).stdout.strip()
+
+
+def exchange(id):
+    with connect().read() as connection:
+        return store.find(connection, UUID(id))
+
+
+def test_an_exchange_is_logged_corrected_and_rated():
+    id = log("--user", "u1", "--confidence", "0.4", "--model", f"{LOOP}@v1.0.0", "--context", "found")
+    UUID(run("correct", id, "better", "--user", "u2").stdout.strip())
+    run("rate", id, "4")
+    run("rate", id, "gold")
+    run("rate", id, "up")
+    run("rate", id, "down")
+    found = exchange(id)
+    logged = found.interaction
+    assert (logged.prompt, logged.output, logged.user) == ("a wall", "{}", "u1")
+    assert (logged.confidence, logged.model, logged.retrieved_context) == (0.4, f"{LOOP}@v1.0.0", "found")
+    assert [item.kind for item in found.feedback] == ["correction", "rating", "rating", "thumbs_up", "thumbs_down"]
+    assert [item.rating for item in found.feedback[1:3]] == ["4", "gold"]
+    assert found.feedback[0].user == "u2"
+    assert found.example.target == "better"
+
+
+def test_a_correction_can_come_from_a_file_or_the_terminal(tmp_path):
+    path = tmp_path / "answer.json"
+    path.write_text('{\n "a": 1\n}\n')
+    id = log()
+    run("correct", id, "--file", path)
+    assert exchange(id).example.target == '{\n "a": 1\n}'
+    run("correct", id, "--file", "-", input="ünïcödé\n")
+    assert exchange(id).example.target == "ünïcödé"
+
+
+def test_a_key_makes_a_command_safe_to_repeat():
+    id = log("--key", "k")
+    assert log("--key", "k") == id
+    assert run("correct", id, "x", "--key", "k").stdout == run("correct", id, "x", "--key", "k").stdout
+    found = exchange(id)
+    assert len(found.feedback) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("log", "--prompt", "a", "--output", "b", "--confidence", "7"), "confidence: found 7.0, expected less than"),
+        (("log", "--prompt", "", "--output", "b"), "prompt: found ''"),
+        (("log", "--prompt", "a", "--output", "b", "--id", "../../x"), "found '../../x', expected a UUID"),
+        (("correct", "../../x", "better"), "interaction_id: found '../../x', expected a valid UUID"),
+        (("correct", str(uid("a")), " "), "needs the corrected answer"),
+        (("correct", str(uid("a"))), "as TEXT or with --file"),
+        (("correct", str(uid("a")), "x", "--file", "-"), "one of the two"),
+        (("rate", str(uid("a")), "6"), "'6' is not one of '1', '2'"),
+        (("export", "x.jsonl", "--min-reward", "0.5"), "--format alpaca"),
+        (("export", "x.jsonl", "--format", "alpaca", "--min-reward", "7"), "7"),
+    ],
+)
+def test_wrong_input_is_told_in_a_line_and_nothing_is_kept(arguments, said, url):
+    result = CliRunner().invoke(finetune, ["feedback", *arguments])
+    assert result.exit_code in {1, 2}
+    assert said in result.stderr and "Traceback" not in result.output
+    assert FeedbackClient(LOOP).stats() == {}
+
+
+def test_feedback_on_nothing_says_that_it_waits():
+    result = run("rate", uid("nobody"), "up")
+    assert "has not arrived; the feedback waits for it" in result.stderr
+
+
+def test_stats_count_by_kind_and_name_what_waits():
+    id = log()
+    run("correct", id, "better")
+    run("rate", id, "up")
+    FeedbackClient(LOOP).log("odd", "{}", flag="low confidence")
+    waiting = run("rate", uid("nobody"), "down").stdout.strip()
+    said = run("stats").stdout
+    lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in said.splitlines() if line.split()}
+    for name, value in {
+        "interactions": "2", "feedback": "3", "correction": "1", "thumbs_up": "1", "thumbs_down": "1", "examples": "1",
+        "corrected by a person": "1", "awaiting review": "1", "feedback without its interaction": "1",
+    }.items():  # fmt: skip
+        assert lines[name] == value, name
+    assert f"{waiting}  thumbs_down on {uid('nobody')}, 0 minutes old" in said
+
+
+def test_what_is_exported_can_be_imported(tmp_path):
+    id = log()
+    run("rate", id, "up")
+    path = tmp_path / "out.jsonl"
+    assert run("export", path).stdout == f"2 events written to {path}\n"
+    assert "0 interactions and 0 feedback added, 2 known already, 0 of 2 lines rejected" in run("import", path).stdout
+    alpaca = tmp_path / "out.json"
+    assert "1 examples written" in run("export", alpaca, "--format", "alpaca", "--min-reward", "0.5").stdout
+    assert json.loads(alpaca.read_text())[0]["output"] == "{}"
+    run("export", alpaca, "--format", "alpaca", "--force")
+
+
+def test_import_names_what_it_refused(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        '{"prompt": "p", "output": "o", "reward": 0.9}\n{"prompt": "p", "output": "o", "reward": 7}\noops\n'
+    )
+    result = run("import", path)
+    assert "1 interactions and 1 feedback added, 0 known already, 2 of 3 lines rejected" in result.stdout
+    assert f"{path}:2: reward: found 7, expected less than or equal to 1" in result.stderr
+    assert f"{path}:3: not JSON" in result.stderr
+
+
+def test_a_file_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("oops\n" * 30)
+    result = run("import", path, code=1)
+    assert "and 10 more" in result.stderr and "could be read" in result.stderr
+
+
+def test_expected_errors_are_one_line_in_a_real_process(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("precious")
+    command = [sys.executable, "-m", "finetune_pipeline.cli.main", "feedback", "export", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {path} is there already; name another file, or overwrite it with --force\n"
+
+
+def snapshot_of(*ids):
+    """A raw_logs artifact that holds these interactions."""
+    with artifacts.draft(LOOP, "raw_logs", "abc") as folder:
+        pq.write_table(pa.table({"interaction_id": [*ids]}), folder / "records.parquet")
+        fields = {"loop": LOOP, "version": "abc", "inputs": {}, "settings": {}, "packages": {}, "interactions": 1,
+                  "feedback": 0, "examples": 0, "watermark": 1, "parts": ["records.parquet"], "new": 1}  # fmt: skip
+        return artifacts.publish(folder, RawLogsManifest, fields).path
+
+
+def test_a_person_is_forgotten_and_what_was_made_with_it_is_named():
+    id = log("--user", "u1")
+    run("correct", id, "better", "--user", "u2")
+    other = log("--user", "u2")
+    run("rate", other, "down", "--user", "u1")
+    snapshot = snapshot_of(id)
+    inbox = load_loop(LOOP).drop_folder
+    inbox.mkdir(parents=True)
+    (inbox / "log.jsonl").write_text('{"event": "interaction", "user": "u1"}\n')
+    (inbox / "others.jsonl").write_text('{"event": "interaction", "user": "u11", "prompt": "u1"}\n')
+    said = run("forget", "--user", "u1", "--yes").stdout
+    assert f"{LOOP}: 1 interactions, 2 feedback and 0 excerpts of rejected lines deleted" in said
+    assert str(snapshot) in said and f"`finetune run --loop {LOOP}` makes new ones" in said
+    assert str(inbox / "log.jsonl") in said and "delete it there too" in said
+    assert exchange(id) is None and exchange(other).example is None
+    again = run("forget", "--user", "u1", "--yes", "--loop", LOOP).stdout
+    assert "0 interactions, 0 feedback" in again and str(snapshot) not in again
+
+
+def test_nothing_is_deleted_without_a_yes():
+    id = log("--user", "u1")
+    result = run("forget", "--user", "u1", input="n\n", code=1)
+    assert "1 interactions and 0 feedback" in result.output
+    assert exchange(id) is not None
+    run("forget", "--user", "u1", input="y\n")
+    assert exchange(id) is None
+
+
+def test_loops_that_are_declared_no_more_are_forgotten_too():
+    gone = load_loop(LOOP).model_copy(update={"name": "gone"})
+    id = FeedbackClient(gone).log("a", "b", user="u1")
+    assert "gone: 1 interactions, 0 feedback" in run("forget", "--user", "u1", "--yes").stdout
+    assert exchange(str(id)) is None
+
+
+def test_what_waits_in_a_dead_servers_journal_is_forgotten_with_the_rest():
+    waiting = interaction("a", user="u1").model_copy(update={"task": LOOP})
+    journal_folder().mkdir(parents=True)
+    (journal_folder() / f"{uid('server')}.jsonl").write_text(waiting.model_dump_json() + "\n")
+    assert f"{LOOP}: 1 interactions" in run("forget", "--user", "u1", "--yes").stdout
+    assert not list(journal_folder().glob("*.jsonl"))
+    with connect().write() as connection:
+        assert store.record(connection, LOOP, [waiting], lambda *_: 0.0).interactions == 0

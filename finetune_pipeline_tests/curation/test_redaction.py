@@ -1,0 +1,211 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import example as given_example
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_pipeline.curation.redaction import redact, redact_example
+from finetune_pipeline.records import Example, Turn
+from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline_tests.conftest import uid
+
+# Put together here, so that nobody's scanner takes this file for a leak.
+SK, KEY = "sk-", "PRIVATE KEY-----"
+PEM = f"-----BEGIN RSA {KEY}\nMIIEowIBAAKCAQEAabcdefgh\nqrstuvwxyzABCDEFG1\n-----END RSA {KEY}"
+JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("mail jane.doe+x@example.co.uk, please", "mail [EMAIL], please"),
+        ("jörg@müller.de", "[EMAIL]"),
+        ("line\\njane@example.com in escaped text", "line\\n[EMAIL] in escaped text"),
+        ("pay with 4111 1111 1111 1111 now", "pay with [CARD] now"),
+        ("5555-5555-5555-4444", "[CARD]"),
+        ("3782 822463 10005", "[CARD]"),
+        ("378282246310005", "[CARD]"),
+        ("call me at 555-123-4567.", "call me at [PHONE]."),
+        ("(415) 555-2671", "[PHONE]"),
+        ("+1 (555) 123-4567", "[PHONE]"),
+        ("+49 30 901820 or +442079460958", "[PHONE] or [PHONE]"),
+        ("0049 30 901820", "[PHONE]"),
+        ("Tel: 030 901820", "Tel: [PHONE]"),
+        ("my phone number is 2025550123", "my phone number is [PHONE]"),
+        (f"use {SK}proj-abcdEFGH1234_abcdEFGH1234-abcd", "use [SECRET]"),
+        (f"{SK}ant-api03-{'Ab1_' * 20}", "[SECRET]"),
+        (f"hf_{'aB' * 17}", "[SECRET]"),
+        (f"github_pat_{'11ABCDEFG0' * 8}", "[SECRET]"),
+        (f"ghp_{'a1' * 18}", "[SECRET]"),
+        (f"AIza{'B' * 35}", "[SECRET]"),
+        ("AKIA" + "IOSFODNN7EXAMPLE", "[SECRET]"),
+        ("xoxb-" + "1234-5678-abcdefghij", "[SECRET]"),
+        (f"sk_live_{'a1' * 40}", "[SECRET]"),  # longer than the pattern knows: nothing of it stays
+        ("123456789:" + "AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw0", "[SECRET]"),
+        (f"token {JWT}.", "token [SECRET]."),
+        (PEM, "[SECRET]"),
+        (f"-----BEGIN {KEY}\nMIIEowIBAAKCAQEAabcdefgh\nwhat is this?", "[SECRET]\nwhat is this?"),
+        ("postgresql://bob:hunter2@db.example.com/x", "postgresql://bob:[SECRET]@db.example.com/x"),
+        ("Server=db;User Id=sa;Password=Sommer;Encrypt=yes", "Server=db;User Id=sa;Password=[SECRET];Encrypt=yes"),
+        ("host=db user=bob password=geheim dbname=x", "host=db user=bob password=[SECRET] dbname=x"),
+        ("DB_PASSWORD=Summer2024!", "DB_PASSWORD=[SECRET]"),
+        ("password: s3cr3tpw", "password: [SECRET]"),
+        ("const apiKey = '12ab34cd56ef';", "const apiKey = '[SECRET]';"),
+        (f"aws_secret_access_key = wJalrXUtnFEMI/{'K7MDENG/'}bPxRfiCYEXAMPLEKEY", "aws_secret_access_key = [SECRET]"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic [SECRET]"),
+        ("https://x.example/?api_key=abcdefgh&n=1", "https://x.example/?api_key=[SECRET]&n=1"),
+        ("my password is Hunter22xyz", "my password is [SECRET]"),
+    ],
+)
+def test_secrets_and_personal_data_are_replaced(text, clean):
+    assert redact(text).text == clean
+    assert sum(redact(text).counts.values()) == clean.count("[")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "150 mm concrete wall, EI 120, 2 hour fire rating",
+        "level +3.500 to +7.000 m, then +10.500 +14.000",
+        "2100 900 1500 2400 mm, RAL 9010",
+        "3f2504e0-4f89-11d3-9a0c-0305e82c3301",
+        "2024-01-15T10:30:00+00:00, 2024-01-15 10:30:45.123456, 15.01.2024",
+        "v1.2.3-rc.4+build.567, DIN EN 1992-1-1:2011-01, 10.0.0.1:8080",
+        "ISBN 978-3-16-148410-0, 9783161484100, EAN 4006381333931",
+        "part no 4711-0815-1234-5678, AB-1234-5678-90, W1-2100-900-0054",
+        "490154203237518",  # a device's number, which passes the same check sum as a card
+        "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "1699999999999999 and 1234567890123456789 and 0.4111111111111111",
+        "The password is required and must have 12 characters; the password is SHA256-hashed.",
+        "Enter your password: at least 8 characters",
+        "9787500*p**7 + 39062500*p**4 +4979687500*q, pad_token=129_595, mask_token='<mask_2>'",
+        "def check(password: str, token) -> bool: return password == token",
+        'token = tokenizer.decode(ids); password = os.environ["PW"]; secret = load_secret(path2)',
+        '{"token": "string", "password": "required", "max_tokens": 4096}',
+        "password=${DB_PASSWORD}, api_key: YOUR_API_KEY, token: <your-token>",
+        "git clone git@github.com:org/repo.git && npm i left-pad@1.2.3",
+        "@app.route('/x') def f(a @ b): ...",
+        "sk-learn-something-with-a-very-long-name-here-and-there",
+        "call the function on 2024-01-15, call on 12.05.2024, cell 12, fax machine 2100 900",
+        f"-----BEGIN {KEY} is how a key begins",
+    ],
+)
+def test_ordinary_text_stays_as_it_is(text):
+    assert redact(text).text == text
+    assert redact(text).counts == {}
+
+
+def strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for item in value.values() for text in strings(item))
+    elif isinstance(value, list):
+        yield from (text for item in value for text in strings(item))
+
+
+def project_texts():
+    data = PROJECT_ROOT / "data"
+    for path in [
+        *data.glob("samples/**/*.jsonl"),
+        *data.glob("benchmarks/*.json*"),
+        data / "starter_model/replay.jsonl",
+    ]:
+        text = Path(path).read_text(encoding="utf-8")
+        for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            yield line
+            yield from strings(json.loads(line))
+
+
+def test_the_sample_logs_and_benchmarks_stay_as_they_are():
+    texts = list(project_texts())
+    assert len(texts) > 1_000
+    assert [text for text in texts if redact(text).text != text] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ('{"to": "jane@example.com",  "n": 1.50}', '{"to": "[EMAIL]",  "n": 1.50}'),  # all else as it was written
+        ('{"card": 4111111111111111, "all": [5555555555554444]}', '{"card": "[CARD]", "all": ["[CARD]"]}'),
+        ('{"phone": "030 901820", "mobileNumber": "0171 1234567"}', '{"phone": "[PHONE]", "mobileNumber": "[PHONE]"}'),
+        (
+            '{"password": "hunter2!", "clientSecret": "a1\\"b2c3"}',
+            '{"password": "[SECRET]", "clientSecret": "[SECRET]"}',
+        ),
+        (
+            '{"a": "jane\\u0040example.com é", "b": "x\\njane@example.com"}',
+            '{"a": "[EMAIL] \\u00e9", "b": "x\\n[EMAIL]"}',
+        ),
+        (json.dumps({"key": f"{PEM}\n"}), '{"key": "[SECRET]\\n"}'),
+    ],
+)
+def test_json_stays_json(text, clean):
+    assert redact(text).text == clean
+    json.loads(redact(text).text)
+
+
+def test_the_same_secret_gives_the_same_placeholder_everywhere_in_an_example():
+    logged = Example(
+        interaction_id=uid("a"), sequence=1, prompt="write to jane@example.com", target='{"to": "jane@example.com"}',
+        history=(Turn(role="user", content="her number is +49 30 901820"),),
+        reward=1, confirmed=True, corrected=False,
+    )  # fmt: skip
+    redacted = redact_example(logged)
+    assert (redacted.example.prompt, redacted.example.target) == ("write to [EMAIL]", '{"to": "[EMAIL]"}')
+    assert redacted.example.history[0].content == "her number is [PHONE]"
+    assert redacted.counts == {"email": 2, "phone": 1}
+    assert redacted.example.interaction_id == logged.interaction_id
+
+
+def test_an_example_without_any_is_the_same_object():
+    plain = Example(
+        interaction_id=uid("a"), sequence=1, prompt="p", target="t", reward=1, confirmed=True, corrected=False
+    )
+    assert redact_example(plain).example is plain
+
+
+PIECES = st.sampled_from(
+    [
+        "jane@example.com", "4111111111111111", "4111 1111 1111 1111", "+49 30 901820", "555-123-4567",
+        "(415) 555-2671",
+        "hf_" + "aB" * 17, JWT, PEM, "password=", "password is ", "hunter2x", "://a:", "@", ":", "=", '"', "'", "\\",
+        "\\n", "\\u0040", "[SECRET]", "[EMAIL]", "[", "]", "{", "}", "phone: ", "Bearer ", "?token=", ";pwd=", "+",
+        "00", "-", " ", ".", "1", "12345678", "aws key ", "-----END PRIVATE KEY-----", ",", "é", "\n",
+    ]
+)  # fmt: skip
+TEXTS = st.one_of(st.text(), st.lists(st.one_of(PIECES, st.text(max_size=4)), max_size=14).map("".join))
+
+
+@settings(max_examples=1_000, deadline=None)
+@given(TEXTS)
+@given_example("password=[SECRET]x1y2z3")
+def test_it_never_fails_and_a_second_time_changes_nothing(text):
+    once = redact(text)
+    again = redact(once.text)
+    assert again.text == once.text
+    assert again.counts == {}
+    assert bool(once.counts) == (once.text != text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.recursive(TEXTS | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=5))
+def test_a_json_document_stays_one(value):
+    if isinstance(value, list | dict):
+        for escaped in (True, False):
+            clean = json.loads(redact(json.dumps(value, ensure_ascii=escaped)).text)
+            assert isinstance(clean, type(value))
+            assert isinstance(value, dict) or len(clean) == len(value)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["a@", "://a:", "1 ", "+1 ", f"-----BEGIN {KEY}", "password=", "aws key ", "phone:", "a-", "eyJ", "x=1 ", "[", "A"],
+)
+def test_a_text_made_to_be_slow_is_not(piece):
+    began = time.perf_counter()
+    redact("a@b." + piece * (200_000 // len(piece)) + "password=")
+    assert time.perf_counter() - began < 5  # it takes a fraction of a second; what grows quadratically takes minutes

@@ -1,0 +1,362 @@
+"""Files of feedback, read and written, on a real database."""
+
+import json
+
+import psutil
+import pytest
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.feedback import FeedbackClient, FeedbackError, formats, store
+from finetune_pipeline.feedback.formats import BadLine, export_alpaca, export_events, import_file, read_events
+from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
+
+
+def write(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_array(path, *items, indent=None):
+    path.write_text(json.dumps(items, indent=indent))
+    return path
+
+
+def held(db):
+    """What the store holds: prompt, output, kinds of feedback, and the example's target and reward."""
+    with db.read() as connection:
+        ids = [row.interaction_id for rows in store.records(connection, "notes", 10**9) for row in rows]
+        found = [store.find(connection, id) for id in ids]
+    return [
+        (
+            one.interaction.prompt,
+            one.interaction.output,
+            sorted(item.kind for item in one.feedback),
+            one.example and (one.example.target, round(one.example.reward, 3)),
+        )
+        for one in found
+    ]
+
+
+def events(path, loop):
+    (found,) = read_events(path, loop)
+    assert not isinstance(found, BadLine), found.reason
+    return found
+
+
+ALPACA = [
+    {"instruction": "Parse.", "input": "a wall", "output": "{}", "reward": 0.9},
+    {"instruction": "Shorten this:", "input": "a long text", "output": "text"},
+    {"instruction": "Say hello", "input": "", "output": "hello", "reward": -0.5, "id": str(uid("hello"))},
+    {"instruction": "Say bye", "output": "bye", "id": 17, "text": "### Instruction: Say bye"},
+]
+ALPACA_HELD = [
+    ("a wall", "{}", ["reward"], ("{}", 0.9)),  # the loop's system prompt is no part of the prompt
+    ("Shorten this:\n\na long text", "text", [], None),
+    ("Say hello", "hello", ["reward"], ("hello", -0.5)),
+    ("Say bye", "bye", [], None),
+]
+
+
+@pytest.mark.parametrize("form", ["array", "indented", "lines"])
+def test_alpaca_is_read_as_an_array_and_as_lines_and_adds_nothing_twice(tmp_path, loop, db, form):
+    path = tmp_path / "alpaca.json"
+    if form == "lines":
+        write(path, *ALPACA)
+    else:
+        write_array(path, *ALPACA, indent=2 if form == "indented" else None)
+    done = import_file(path, loop, db)
+    assert (done.lines, done.rejected, done.bad) == (4, 0, [])
+    assert done.recorded == store.Recorded(interactions=4, feedback=2)
+    assert held(db) == ALPACA_HELD
+    # The same again, and the same from a file of the other form.
+    assert import_file(path, loop, db).recorded == store.Recorded(duplicates=6)
+    other = write(tmp_path / "again.jsonl", *ALPACA)
+    assert import_file(other, loop, db).recorded == store.Recorded(duplicates=6)
+
+
+def test_forms_may_be_mixed_line_by_line(tmp_path, loop, db):
+    path = write(
+        tmp_path / "mixed.jsonl",
+        interaction("a").model_dump_json() + "\n",
+        feedback("f", "a", "rating", rating="5").model_dump_json() + "\n",
+        {
+            "prompt": "p",
+            "output": "o",
+            "reward": 0.5,
+            "user": "u1",
+            "confidence": 0.8,
+            "created_at": "2026-01-02T00:00Z",
+        },
+        {"prompt": "q", "response": "wrong", "correction": "right", "reward": -0.4, "user": "u1"},
+        "\n",
+        ALPACA[0],
+    )
+    assert import_file(path, loop, db).recorded == store.Recorded(interactions=4, feedback=5)
+    assert held(db) == [
+        ("prompt a", "answer a", ["rating"], ("answer a", 0.9)),
+        ("p", "o", ["reward"], ("o", 0.5)),
+        ("q", "wrong", ["correction", "reward"], ("right", 0.2)),  # the reward was of the wrong answer
+        ALPACA_HELD[0],
+    ]
+
+
+def test_what_a_flat_line_knows_is_kept(tmp_path, loop):
+    given = {"prompt": "p", "output": "o", "user": "u", "confidence": 0.5, "id": str(uid("x")), "correction": "c",
+             "created_at": START.isoformat(), "model": "m", "history": [{"role": "user", "content": "h"}]}  # fmt: skip
+    logged, correction = events(write(tmp_path / "f.jsonl", given), loop)
+    assert (logged.id, logged.user, logged.confidence, logged.model) == (uid("x"), "u", 0.5, "m")
+    assert logged.history[0].content == "h"
+    assert logged.created_at == correction.created_at == START
+    assert (correction.interaction_id, correction.correction, correction.user) == (uid("x"), "c", "u")
+
+
+def test_a_missing_id_follows_from_the_content_alone(tmp_path, loop):
+    def id_of(name, **given):
+        return events(write(tmp_path / name, {"prompt": "p", "output": "o", **given}), loop)[0].id
+
+    assert id_of("a.jsonl") == id_of("b.jsonl") == id_of("c.jsonl", reward=0.5)
+    different = [
+        id_of("d.jsonl", **given) for given in ({}, {"user": "u"}, {"id": 1}, {"id": "two"}, {"created_at": 1})
+    ]
+    assert len(set(different)) == 5
+
+
+def test_a_reward_that_comes_later_adds_only_that(tmp_path, loop, db):
+    import_file(write(tmp_path / "a.jsonl", {"prompt": "p", "output": "o"}), loop, db)
+    later = import_file(write(tmp_path / "b.jsonl", {"prompt": "p", "output": "o", "reward": 1}), loop, db)
+    assert later.recorded == store.Recorded(feedback=1, duplicates=1)
+
+
+GOOD = {"prompt": "p", "output": "o"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("not json\n", "not JSON"),
+        ('{"prompt": "p", "output": "o", "reward": NaN}\n', "NaN"),
+        ('{"prompt": "p", "output": "\\ud800"}\n', "surrogate"),
+        ("7\n", "expected a JSON object"),
+        ({}, "none of the keys event, prompt, instruction"),
+        ({**GOOD, "reward": 7}, "reward: found 7, expected less than or equal to 1"),
+        ({**GOOD, "reward": "much"}, "reward: found 'much'"),
+        ({**GOOD, "confidence": 7}, "confidence: found 7"),
+        ({**GOOD, "correction": " "}, "correction"),
+        ({**GOOD, "surprise": 1}, "surprise: there is no such field"),
+        ({**GOOD, "task": "other"}, "is of task 'other'"),
+        ({**GOOD, "task": ["notes"]}, "is of task"),
+        ({**GOOD, "response": "o"}, "`output` or as `response`"),
+        ({"prompt": "p"}, "`output` or as `response`"),
+        ({"prompt": "", "output": "o"}, "prompt"),
+        ({"prompt": ["p"], "output": "o"}, "prompt"),
+        ({"instruction": "Parse.", "input": "", "output": "o"}, "prompt"),  # nothing was asked
+        ({"instruction": 7, "input": "", "output": "o"}, "expected two texts"),
+        ({"instruction": "i", "prompt": "p", "output": "o"}, "no prompt beside"),
+        ({"instruction": "i", "input": "p"}, "output"),
+        ({"event": "other"}, "expected interaction or feedback"),
+        ({"event": ["feedback"]}, "expected interaction or feedback"),
+        ({"event": "feedback", "kind": "reward", "interaction_id": "../x"}, "interaction_id"),
+        ({"event": "interaction", **GOOD, "id": "../../etc/passwd"}, "id: found '../../etc/passwd'"),
+        ({**GOOD, "output": "x" * 1_100_000}, "longer than 1000000 bytes"),
+        ("[" * 9_000 + "\n", "not JSON"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_others_are_taken(tmp_path, loop, db, line, reason):
+    path = write(tmp_path / "log.jsonl", GOOD, line, {**GOOD, "prompt": "q"})
+    done = import_file(path, loop, db)
+    assert (done.lines, done.rejected, done.recorded.interactions) == (3, 1, 2)
+    (bad,) = done.bad
+    assert (bad.path, bad.line) == (path, 2)
+    assert reason in bad.reason
+    assert len(bad.reason) < 300
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path, loop):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n\xff\xfe{}\n")
+    good, bad = read_events(path, loop)
+    assert good[0].prompt == "p" and "not UTF-8" in bad.reason
+
+
+def test_a_line_without_its_end_is_read(tmp_path, loop):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps(GOOD))
+    assert len(events(path, loop)) == 1
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "[]", " [ ] \n"])
+def test_an_empty_file_holds_nothing(tmp_path, loop, text):
+    path = tmp_path / "empty.json"
+    path.write_text(text)
+    assert list(read_events(path, loop)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ('[%s,\n{"prompt": oops}]', 2, "not JSON"),
+        ("[%s,\n", 2, "not JSON"),  # cut off
+        ('[%s\n{"prompt"', 2, "expected ','"),
+        ("[%s\n] tail", 2, "after the end of the array"),
+        ("[%s,\n" + "[" * 9_000, 2, "not JSON"),
+        ("[%s,\n7]", 2, "expected a JSON object"),
+        ('[%s,\n{"prompt": "' + "x" * 1_200_000, 2, "longer than 1000000 bytes"),
+    ],
+)
+def test_a_broken_array_is_read_up_to_the_fault(tmp_path, loop, text, line, reason):
+    path = tmp_path / "log.json"
+    path.write_text(text.replace("%s", json.dumps(GOOD)))
+    good, bad = read_events(path, loop)
+    assert good[0].prompt == "p"
+    assert (bad.line, reason in bad.reason) == (line, True), bad.reason
+
+
+def test_an_element_longer_than_the_buffer_is_read_whole(tmp_path, loop):
+    long = {**GOOD, "output": 'a "quoted" \\ text 🚧 ' * 30_000}
+    path = write_array(tmp_path / "log.json", long, GOOD, long)
+    assert [len(found[0].output) for found in read_events(path, loop)] == [len(long["output"]), 1, len(long["output"])]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+def test_wherever_the_buffer_ends_the_elements_are_the_same(tmp_path, loop, monkeypatch, block):
+    items = [{**GOOD, "output": '\ud83d\udea7 \\ "\n', "reward": -0.25}, {**GOOD, "prompt": "q", "confidence": 1e-3}]
+    path = write_array(tmp_path / "log.json", *items, indent=1)
+    monkeypatch.setattr(formats, "_BLOCK", block)
+    first, second = read_events(path, loop)
+    assert (first[0].output, first[1].reward, second[0].confidence) == ('🚧 \\ "\n', -0.25, 0.001)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json"])
+def test_a_long_file_takes_little_memory(tmp_path, loop, name):
+    line = json.dumps({**GOOD, "output": "x" * 20_000})
+    path = tmp_path / name
+    with path.open("w") as file:
+        file.write("[" if name == "log.json" else "")
+        for number in range(3_000):
+            file.write((",\n" if name == "log.json" else "\n") if number else "")
+            file.write(line)
+        file.write("]" if name == "log.json" else "")
+    next(iter(read_events(path, loop)))
+    before = psutil.Process().memory_info().rss
+    assert sum(1 for _ in read_events(path, loop)) == 3_000
+    assert psutil.Process().memory_info().rss - before < 20e6  # of 60 MB
+
+
+@pytest.fixture
+def filled(loop, db):
+    """A store with an example of each sort, an interaction without feedback, and a feedback alone."""
+    client = FeedbackClient(loop, database=db)
+    turns = [{"role": "user", "content": "hi"}]
+    client.log_many(
+        [
+            interaction("good"), feedback("f1", "good", "thumbs_up"), feedback("f2", "good", "success", score=90),
+            interaction("fixed", output="wrong", history=turns),
+            feedback("f3", "fixed", "correction", correction="right"),
+            interaction("bad"), feedback("f4", "bad", "thumbs_down"),
+            interaction("silent"), feedback("f5", "never logged", "rating", rating="1"),
+        ]
+    )  # fmt: skip
+    return client
+
+
+def test_exported_events_come_back_the_same(tmp_path, loop, db, filled):
+    path = tmp_path / "out.jsonl"
+    assert export_events(path, loop, db) == 9
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["event"][0] for line in lines] == list("iffififi" + "f")
+    rewards = {line["id"]: line.get("reward") for line in lines if line["event"] == "feedback"}
+    assert rewards[str(uid("f1"))] == 1.0
+    assert rewards[str(uid("f2"))] == pytest.approx(0.9)
+    assert rewards[str(uid("f3"))] == pytest.approx(0.2)
+    assert rewards[str(uid("f5"))] is None  # its interaction never arrived
+    before = held(db)
+    assert import_file(path, loop, db).recorded == store.Recorded(duplicates=9)
+    assert held(db) == before
+
+
+def test_exported_events_fill_another_store_alike(tmp_path, loop, filled, db):
+    path = tmp_path / "out.jsonl"
+    export_events(path, loop, db)
+    other = store_at(tmp_path / "other.db")
+    import_file(path, loop, other)
+    assert held(other) == held(db)
+    again = tmp_path / "again.jsonl"
+    export_events(again, loop, other)
+    assert again.read_text() == path.read_text()
+
+
+def store_at(path):
+    return connect(f"sqlite:///{path}")
+
+
+def test_alpaca_holds_what_the_answers_should_be(tmp_path, loop, db, filled):
+    path = tmp_path / "out.json"
+    assert export_alpaca(path, loop, db, min_reward=0.3) == 2
+    good, fixed = json.loads(path.read_text())
+    assert good == {"instruction": "Parse.", "input": "prompt good", "output": "answer good", "reward": 1.0}
+    # A correction is worth less than 0.3 here, and qualifies all the same.
+    assert (fixed["output"], fixed["history"]) == ("right", [{"role": "user", "content": "hi"}])
+    lines = tmp_path / "out.jsonl"
+    assert export_alpaca(lines, loop, db) == 3
+    assert [json.loads(line)["reward"] for line in lines.read_text().splitlines()] == [1.0, pytest.approx(0.2), -1.0]
+    plain = loop.model_copy(update={"system_prompt": ""})
+    assert export_alpaca(tmp_path / "plain.json", plain, db, min_reward=1) == 2
+    assert json.loads((tmp_path / "plain.json").read_text())[0]["instruction"] == "prompt good"
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
+def test_exported_alpaca_can_be_read_again(tmp_path, loop, db, filled, name):
+    path = tmp_path / name
+    export_alpaca(path, loop, db)
+    other = store_at(tmp_path / "other.db")
+    assert import_file(path, loop, other).recorded == store.Recorded(interactions=3, feedback=3)
+    taught = [example for *_, example in held(db) if example]
+    assert [example for *_, example in held(other)] == taught
+
+
+def test_an_empty_store_exports_empty_files(tmp_path, loop, db):
+    assert export_alpaca(tmp_path / "a.json", loop, db) == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == []
+    assert export_events(tmp_path / "e.jsonl", loop, db) == 0
+
+
+def test_an_export_overwrites_only_when_told(tmp_path, loop, db, filled):
+    path = tmp_path / "out.jsonl"
+    path.write_text("precious")
+    with pytest.raises(FeedbackError, match="--force"):
+        export_events(path, loop, db)
+    assert path.read_text() == "precious"
+    export_events(path, loop, db, force=True)
+    assert len(path.read_text().splitlines()) == 9
+
+
+def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, db, filled, loop, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    path.write_text("precious")
+    folder = sorted(tmp_path.iterdir())
+    broken = loop.model_copy(
+        update={"feedback": loop.feedback.model_copy(update={"reward_function": f"{__name__}.broken_reward"})}
+    )
+    with pytest.raises(ZeroDivisionError):
+        export_events(path, broken, db, force=True)
+    assert path.read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == folder
+
+
+def broken_reward(feedback, interaction):
+    return 1 / 0
+
+
+def test_an_export_to_nowhere_says_what_to_do(tmp_path, loop, db):
+    with pytest.raises(FeedbackError, match="folder that is there"):
+        export_events(tmp_path / "nowhere" / "out.jsonl", loop, db)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path, loop, db):
+    with pytest.raises(FeedbackError, match="cannot be read"):
+        import_file(tmp_path, loop, db)
+
+
+def test_only_the_first_bad_lines_are_kept(tmp_path, loop, db):
+    done = import_file(write(tmp_path / "bad.jsonl", *["oops\n"] * 1_000), loop, db)
+    assert (done.rejected, len(done.bad)) == (1_000, 20)

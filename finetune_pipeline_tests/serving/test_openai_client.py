@@ -1,0 +1,252 @@
+"""The official OpenAI client, unmodified, and what an exchange leaves behind."""
+
+import json
+import math
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+from finetune_pipeline_tests.serving.conftest import PROMPT, events, make_loop, serving
+
+SYSTEM = {"role": "system", "content": "Parse the request."}
+USER = {"role": "user", "content": PROMPT}
+
+
+class Wall(BaseModel):
+    element: str
+    thickness_mm: int
+
+
+@pytest.fixture(scope="module")
+def engine(ggufs):
+    """The model that the gateway serves, asked without it."""
+    with Engine(ModelSpec(gguf=ggufs["F16"], context=512)) as opened:
+        yield opened
+
+
+def directly(engine, *messages, **fields):
+    [answer] = engine.generate([GenerateRequest(messages=list(messages), max_tokens=64, **fields)])
+    return answer
+
+
+def test_a_chat_is_answered_as_the_model_answers_it(notes, engine):
+    answer = notes.openai().chat.completions.create(model="notes", messages=[USER])
+    alone = directly(engine, SYSTEM, USER)
+    [choice] = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", alone.text, "stop")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (alone.prompt_tokens, len(alone.token_ids))
+    assert (answer.model, answer.object) == ("notes@base", "chat.completion")
+
+
+def test_a_stream_brings_the_same_answer_in_pieces(notes):
+    client = notes.openai()
+    whole = client.chat.completions.create(model="notes", messages=[USER], logprobs=True)
+    options = {"stream": True, "logprobs": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(model="notes", messages=[USER], **options))
+    pieces = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert (chunks[0].choices[0].delta.role, chunks[-2].choices[0].finish_reason) == ("assistant", "stop")
+    assert chunks[-1].usage == whole.usage
+    tokens = [token.token for chunk in chunks if chunk.choices and chunk.choices[0].logprobs
+              for token in chunk.choices[0].logprobs.content]  # fmt: skip
+    assert tokens == [token.token for token in whole.choices[0].logprobs.content]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert {chunk.model for chunk in chunks} == {"notes@base"}
+
+
+def test_logprobs_are_those_of_the_models_own_tokens(notes, engine):
+    answer = notes.openai().chat.completions.create(model="notes", messages=[USER], logprobs=True)
+    tokens = answer.choices[0].logprobs.content
+    alone = directly(engine, SYSTEM, USER)
+    assert [token.token for token in tokens] == alone.token_texts
+    assert [token.logprob for token in tokens] == pytest.approx(alone.token_logprobs, rel=1e-3, abs=1e-4)
+    assert bytes(byte for token in tokens for byte in token.bytes).decode() == answer.choices[0].message.content
+
+
+def test_parse_gives_an_object_of_the_clients_own_class(notes):
+    parsed = notes.openai().chat.completions.parse(model="notes", messages=[USER], response_format=Wall)
+    assert isinstance(parsed.choices[0].message.parsed, Wall)
+
+
+def test_a_json_schema_holds_the_answer_streamed_or_not(notes):
+    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    whole = notes.ask("what is the weather", response_format=form)
+    assert json.loads(whole.json()["choices"][0]["message"]["content"]) == {"n": 7}
+    stream = events(notes.ask("what is the weather", response_format=form, stream=True))
+    assert json.loads("".join(event["choices"][0]["delta"].get("content", "") for event in stream)) == {"n": 7}
+
+
+def test_json_object_gives_an_object(notes):
+    answer = notes.ask("hello", response_format={"type": "json_object"}, max_tokens=128)
+    assert answer.json()["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_completions_take_the_prompt_as_the_users_words(notes):
+    client = notes.openai()
+    chat = client.chat.completions.create(model="notes", messages=[USER])
+    whole = client.completions.create(model="notes", prompt=PROMPT)
+    assert whole.choices[0].text == chat.choices[0].message.content
+    pieces = client.completions.create(model="notes", prompt=[PROMPT], stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+
+
+def test_an_answer_ends_at_a_stop_text_and_at_max_tokens(notes):
+    client = notes.openai()
+    stopped = client.chat.completions.create(model="notes", messages=[USER], stop=["brick"])
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].message.content.endswith('"material":"')
+    cut = client.chat.completions.create(model="notes", messages=[USER], max_completion_tokens=3)
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 3)
+
+
+def test_the_same_seed_gives_the_same_answer(notes):
+    client = notes.openai()
+    draw = [
+        client.chat.completions.create(model="notes", messages=[USER], temperature=2, seed=seed, max_tokens=30)
+        for seed in (1, 1, 2)
+    ]
+    texts = [answer.choices[0].message.content for answer in draw]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_models_are_listed_and_retrieved(notes):
+    client = notes.openai()
+    assert [model.id for model in client.models.list()] == ["notes"]
+    assert client.models.retrieve("notes").serving == "notes@base"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'; there are: notes"):
+        client.models.retrieve("gpt-4")
+
+
+def test_errors_are_those_that_the_client_knows(notes):
+    client = notes.openai()
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'") as missing:
+        client.chat.completions.create(model="gpt-4", messages=[USER])
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError, match="n: Input should be less than or equal to 1"):
+        client.chat.completions.create(model="notes", messages=[USER], n=2)
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(
+            model="notes", messages=[USER], tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    with pytest.raises(openai.BadRequestError, match="the context holds 512"):
+        client.chat.completions.create(model="notes", messages=[{"role": "user", "content": "wall " * 2000}])
+    with pytest.raises(openai.BadRequestError, match="the context holds 512"):
+        list(client.completions.create(model="notes", prompt="wall " * 2000, stream=True))
+
+
+def test_an_exchange_is_recorded_with_all_that_is_known_of_it(notes):
+    raw = notes.openai().chat.completions.with_raw_response.create(
+        model="notes",
+        messages=[USER],
+        user="ada",
+        metadata={"domain": "walls", "kind": "parse", "retrieved_context": "brick is 115 mm", "ticket": "7"},
+    )
+    answer = raw.parse()
+    assert raw.headers["x-interaction-id"] == answer.id
+    found = notes.interaction(answer.id)
+    kept = found["interaction"]
+    assert (kept["prompt"], kept["output"]) == (PROMPT, answer.choices[0].message.content)
+    assert (kept["model"], kept["arm"], kept["user"]) == ("notes@base", "champion", "ada")
+    assert (kept["domain"], kept["kind"], kept["retrieved_context"]) == ("walls", "parse", "brick is 115 mm")
+    assert (kept["prompt_tokens"], kept["completion_tokens"]) == (
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
+    )
+    assert 0 < kept["latency_ms"] < 60_000
+    assert kept["confidence"] == answer.confidence == pytest.approx(float(raw.headers["x-confidence"]), abs=1e-4)
+    assert (found["feedback"], found["reward"], found["target"]) == ([], None, None)
+
+
+def test_a_stream_is_recorded_under_the_id_of_its_header_before_it_ends(notes):
+    with notes.openai().chat.completions.with_streaming_response.create(
+        model="notes", messages=[USER], stream=True
+    ) as raw:
+        chunks = list(raw.parse())
+    assert {chunk.id for chunk in chunks} == {raw.headers["x-interaction-id"]}
+    kept = notes.interaction(chunks[0].id)["interaction"]
+    assert kept["output"] == "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert kept["confidence"] == chunks[-1].confidence
+
+
+def test_confidence_is_the_engines_and_what_is_below_the_threshold_is_flagged_and_counted(notes, engine):
+    flagged, stats = notes.figure("finetune_flagged_total"), notes.http.get("/v1/feedback/stats").json()
+    unsure = notes.ask(PROMPT).json()
+    alone = directly(engine, SYSTEM, USER)
+    assert unsure["confidence"] == pytest.approx(alone.confidence, rel=1e-3)
+    assert alone.confidence > math.exp(min(alone.token_logprobs))  # the closing bracket carries no value
+    assert alone.confidence < 0.85
+    kept = notes.interaction(unsure["id"])["interaction"]
+    assert kept["flag"] == f"confidence {alone.confidence:.2f} is below 0.85"
+    sure = notes.ask("a brick wall").json()
+    assert sure["confidence"] >= 0.85
+    assert notes.interaction(sure["id"])["interaction"]["flag"] is None
+    assert notes.figure("finetune_flagged_total") == flagged + 1
+    assert notes.http.get("/v1/feedback/stats").json()["flagged"] == stats["flagged"] + 1
+
+
+def test_the_loops_own_threshold_decides_what_is_flagged(own_home):
+    with serving(make_loop("careless", serving={"review_below": 0.0})) as gateway:
+        answer = gateway.ask(PROMPT, model="careless").json()
+        assert gateway.interaction(answer["id"])["interaction"]["flag"] is None
+
+
+def test_history_is_rendered_and_kept(notes, engine):
+    earlier = [{"role": "user", "content": "a brick wall"}, {"role": "assistant", "content": '{"element":"wall"}'}]
+    last = {"role": "user", "content": "make it 300 mm thick"}
+    answer = notes.ask_all([*earlier, last])
+    alone = directly(engine, SYSTEM, *earlier, last)
+    assert answer["choices"][0]["message"]["content"] == alone.text
+    assert answer["usage"]["prompt_tokens"] == alone.prompt_tokens
+    kept = notes.interaction(answer["id"])["interaction"]
+    assert (kept["prompt"], kept["history"]) == (last["content"], earlier)
+
+
+def test_the_loops_own_system_prompt_is_put_in_front_once(notes, engine):
+    alone = directly(engine, SYSTEM, USER).prompt_tokens
+    sent, unsent = notes.ask_all([SYSTEM, USER]), notes.ask_all([USER])
+    assert sent["usage"]["prompt_tokens"] == unsent["usage"]["prompt_tokens"] == alone
+    assert notes.interaction(sent["id"])["interaction"]["history"] == []
+
+
+def test_another_system_prompt_stands_instead_of_the_loops_own(notes, engine):
+    other = {"role": "system", "content": "Answer in French."}
+    answer = notes.ask_all([{**other, "role": "developer"}, USER])
+    assert answer["usage"]["prompt_tokens"] == directly(engine, other, USER).prompt_tokens
+    assert notes.interaction(answer["id"])["interaction"]["history"] == [other]
+
+
+def test_a_message_may_come_in_parts(notes):
+    parts = [{"type": "text", "text": PROMPT[:9]}, {"type": "text", "text": PROMPT[9:]}]
+    answer = notes.ask_all([{"role": "user", "content": parts}])
+    assert notes.interaction(answer["id"])["interaction"]["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([USER, {"role": "assistant", "content": "{}"}], "the last message is of the role 'assistant'"),
+        ([SYSTEM], "the last message is of the role 'system'"),
+        ([{"role": "user", "content": ""}], "the last message is empty"),
+        ([{"role": "user", "content": []}], "the last message is empty"),
+        ([], "messages: List should have at least 1 item"),
+        ([{"role": "tool", "content": "x"}], "messages.0.role"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], "messages.0.content"),
+    ],
+)
+def test_what_is_no_question_of_a_user_is_refused(notes, messages, says):
+    response = notes.http.post("/v1/chat/completions", json={"model": "notes", "messages": messages})
+    assert response.status_code == 400
+    assert says in response.json()["error"]["message"]
+
+
+def test_the_gateways_own_time_is_measured(notes):
+    before = notes.figure("finetune_gateway_overhead_seconds_count")
+    notes.ask()
+    assert notes.figure("finetune_gateway_overhead_seconds_count") == before + 1
+    assert notes.figure("finetune_requests_total", route="/v1/chat/completions", status="200") > 0
+    assert notes.figure("finetune_tokens_total", loop="notes", kind="answer") > 0

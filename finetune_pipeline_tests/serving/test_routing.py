@@ -1,0 +1,206 @@
+"""What the field `model` means, and what takes over when a champion cannot answer."""
+
+
+import openai
+import pytest
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.registry import champion
+from finetune_pipeline.serving.routing import names_of
+from finetune_pipeline.settings import SettingsError
+from finetune_pipeline_tests.serving.conftest import (
+    events,
+    free_port,
+    make_loop,
+    promote,
+    serving,
+    wait_until,
+)
+
+
+@pytest.fixture(scope="module")
+def two(own_home, ggufs):
+    """Two loops on one gateway, one of them with two versions."""
+    promote(ggufs["Q8_0"], "walls")
+    promote(ggufs["Q6_K"], "walls")
+    walls = make_loop("walls", serving={"aliases": ["specialist_local", "org/walls:latest"]})
+    with serving(walls, make_loop("doors")) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "arm"),
+    [
+        ("walls", "walls@v1.1.0", "champion"),
+        ("walls@champion", "walls@v1.1.0", "champion"),
+        ("walls@v1.1.0", "walls@v1.1.0", "champion"),
+        ("walls@v1.0.0", "walls@v1.0.0", "version"),
+        ("walls@previous", "walls@v1.0.0", "version"),
+        ("walls@base", "walls@base", "version"),
+        ("specialist_local", "walls@v1.1.0", "champion"),
+        ("org/walls:latest", "walls@v1.1.0", "champion"),
+        ("specialist_local@v1.0.0", "walls@v1.0.0", "version"),
+        ("doors", "doors@base", "champion"),
+        ("doors@base", "doors@base", "champion"),
+    ],
+)
+def test_a_name_stands_for_a_loop_a_version_or_an_alias(two, name, model, arm):
+    answer = two.ask(model=name).json()
+    assert answer["model"] == model
+    kept = two.interaction(answer["id"])["interaction"]
+    assert (kept["task"], kept["model"], kept["arm"]) == (model.partition("@")[0], model, arm)
+    stream = events(two.ask(model=name, stream=True))
+    assert {event["model"] for event in stream} == {model}
+
+
+@pytest.mark.parametrize("name", ["gpt-4", "walls@v9.9.9", "@v1.0.0", "Walls", "walls@doors@v1.0.0", "../walls", " "])
+def test_a_name_that_stands_for_nothing_is_not_found(two, name):
+    response = two.ask(model=name)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+    assert two.ask(model=name, stream=True).status_code == 404
+
+
+def test_the_names_of_all_loops_are_listed(two):
+    names = [model.id for model in two.openai().models.list()]
+    assert names == ["doors", "org/walls:latest", "specialist_local", "walls"]
+    card = two.http.get("/v1/models/org/walls:latest").json()
+    assert (card["loop"], card["serving"]) == ("walls", "walls@v1.1.0")
+
+
+def test_two_loops_cannot_answer_to_one_name():
+    with pytest.raises(SettingsError, match="both a and b answer to the name 'fast'"):
+        names_of([make_loop("a", serving={"aliases": ["fast"]}), make_loop("b", serving={"aliases": ["fast"]})])
+    with pytest.raises(SettingsError, match="both a and b answer to the name 'a'"):
+        names_of([make_loop("a"), make_loop("b", serving={"aliases": ["a"]})])
+
+
+def test_feedback_finds_the_loop_of_its_interaction(two):
+    answer = two.ask(model="doors").json()
+    given = two.http.post("/v1/feedback", json={"interaction_id": answer["id"], "kind": "thumbs_up"})
+    assert given.json()["status"] == "recorded"
+    assert two.http.get("/v1/feedback/stats", params={"loop": "doors"}).json()["by_kind"] == {"thumbs_up": 1}
+    assert two.http.get("/v1/feedback/stats").status_code == 400
+    assert two.http.get("/v1/feedback/stats", params={"loop": "windows"}).status_code == 404
+
+
+# ---- fallbacks
+
+
+def _gone(path):
+    path.unlink()
+
+
+def _truncated(path):
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def _no_model(path):
+    path.write_text("not a model")
+
+
+@pytest.mark.parametrize("damage", [_gone, _truncated, _no_model])
+def test_the_base_answers_when_the_champions_file_cannot_be_used(ggufs, damage):
+    loop = f"hurt{damage.__name__}"
+    damage(promote(ggufs["Q8_0"], loop).gguf_path)
+    with serving(make_loop(loop)) as gateway:
+        answer = gateway.ask(model=loop).json()
+        assert answer["model"] == f"{loop}@base"
+        assert gateway.interaction(answer["id"])["interaction"]["arm"] == "fallback"
+        assert {event["model"] for event in events(gateway.ask(model=loop, stream=True))} == {f"{loop}@base"}
+        health = gateway.health()
+        assert health["status"] != "ok"
+        assert f"{loop}@v1.0.0 does not load; nothing goes on serving" in health["loops"][loop]["trouble"]
+        assert gateway.figure("finetune_fallbacks_total", loop=loop) == 2
+        assert gateway.figure("finetune_healthy", loop=loop) == 0
+
+
+def test_without_a_fallback_the_question_is_told_to_come_back(ggufs):
+    _gone(promote(ggufs["Q8_0"], "alone").gguf_path)
+    with serving(make_loop("alone", serving={"fallback": None})) as gateway:
+        with pytest.raises(openai.InternalServerError, match="alone@v1.0.0 does not load") as refused:
+            gateway.openai().chat.completions.create(model="alone", messages=[{"role": "user", "content": "x"}])
+        assert refused.value.status_code == 503
+        assert int(refused.value.response.headers["retry-after"]) > 0
+        assert gateway.ask(model="alone", stream=True).status_code == 503
+        assert gateway.http.get("/healthz").status_code == 503
+
+
+def test_another_gateway_takes_over_as_the_fallback(ggufs, two):
+    _gone(promote(ggufs["Q8_0"], "handed_on").gguf_path)
+    upstream = {"url": f"{two.url}/v1", "model": "walls"}
+    with serving(make_loop("handed_on", serving={"fallback": upstream})) as gateway:
+        answer = gateway.ask(model="handed_on").json()
+        assert answer["model"] == "handed_on@walls"
+        assert gateway.interaction(answer["id"])["interaction"]["arm"] == "fallback"
+
+
+# ---- an upstream as the engine
+
+
+@pytest.fixture(scope="module")
+def upstream(two):
+    """A gateway whose answers come from another one."""
+    serving_settings = {"upstream": {"url": f"{two.url}/v1", "model": "walls@v1.0.0"}, "fallback": None}
+    with serving(make_loop("far", serving=serving_settings)) as running:
+        yield running
+
+
+def test_an_upstream_answers_as_it_would_itself(upstream, two):
+    near = two.ask(model="walls@v1.0.0", logprobs=True).json()
+    far = upstream.ask(model="far", logprobs=True).json()
+    assert far["choices"][0]["message"] == near["choices"][0]["message"]
+    assert far["usage"] == near["usage"]
+    tokens = [[t["token"] for t in answer["choices"][0]["logprobs"]["content"]] for answer in (near, far)]
+    assert tokens[0] == tokens[1]
+    assert far["confidence"] == pytest.approx(near["confidence"], rel=1e-3)
+    assert far["model"] == "far@walls@v1.0.0"
+    kept = upstream.interaction(far["id"])["interaction"]
+    assert kept["confidence"] == far["confidence"]
+    assert kept["output"] == near["choices"][0]["message"]["content"]
+
+
+def test_an_upstreams_answer_is_streamed_on(upstream, two):
+    near = two.ask(model="walls@v1.0.0").json()["choices"][0]["message"]["content"]
+    stream = events(upstream.ask(model="far", stream=True))
+    pieces = [event["choices"][0]["delta"].get("content") for event in stream]
+    assert "".join(filter(None, pieces)) == near
+    assert len(list(filter(None, pieces))) > 5
+
+
+def test_what_an_upstream_refuses_is_the_clients_fault(upstream):
+    schema = {"name": "x", "schema": {"type": "array", "items": {"$ref": "https://example.com/x"}}}
+    refused = upstream.ask(model="far", response_format={"type": "json_schema", "json_schema": schema})
+    assert refused.status_code == 400
+    assert "only references within it" in refused.json()["error"]["message"]
+
+
+def test_an_upstream_that_is_down_is_named():
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with serving(make_loop("lost", serving={"upstream": {"url": url, "model": "x"}, "fallback": None})) as gateway:
+        for stream in (False, True):
+            response = gateway.ask(model="lost", stream=stream)
+            assert response.status_code == 503
+            assert f"{url} does not answer" in response.json()["error"]["message"]
+
+
+def test_the_base_takes_over_for_an_upstream_that_is_down():
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with serving(make_loop("lost_too", serving={"upstream": {"url": url, "model": "x"}})) as gateway:
+        assert gateway.ask(model="lost_too").json()["model"] == "lost_too@base"
+
+
+def test_an_upstream_whose_key_is_not_set_is_said_at_once(two, monkeypatch):
+    upstream = {"url": f"{two.url}/v1", "model": "walls", "api_key_env": "KEY_OF_NOBODY"}
+    with serving(make_loop("keyless", serving={"upstream": upstream, "fallback": None})) as gateway:
+        assert "KEY_OF_NOBODY is not set" in gateway.health()["loops"]["keyless"]["trouble"]
+        assert gateway.ask(model="keyless").status_code == 503
+
+
+def test_a_version_that_was_deleted_says_so(two, ggufs):
+    gone = promote(ggufs["Q4_K_M"], "walls")
+    champion.rollback(connect(), "walls", "tests", "back")
+    _gone(gone.gguf_path)
+    response = two.ask(model=gone.name)
+    assert response.status_code == 503
+    assert f"{gone.name} cannot serve: its GGUF {gone.gguf_path} is not there" in response.json()["error"]["message"]
+    wait_until(lambda: two.ask(model="walls").json()["model"] == "walls@v1.1.0")
