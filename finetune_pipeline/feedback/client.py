@@ -14,6 +14,7 @@ needs it.
 
 import functools
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,6 +188,9 @@ class FeedbackClient:
             with client.call(prompt, user="u1") as call:
                 call.output = answer(prompt)
 
+        What the store or the gateway cannot take is an error of this module's log, not of the block: its answer is
+        worth more than the log of it.
+
         Raises:
             FeedbackError: the block ended without `call.output`.
         """
@@ -195,7 +199,7 @@ class FeedbackClient:
         yield call
         latency_ms = (time.perf_counter() - start) * 1000
         known: Details = {"latency_ms": latency_ms, **details, **call.details}
-        self.log(prompt, _answered(call.output), id=call.id, **known)
+        self._log_answered(prompt, _answered(call.output), call.id, known)
 
     def logged(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function prompt -> answer, sync or async, so that every call of it is logged.
@@ -223,11 +227,22 @@ class FeedbackClient:
             result: Any = await function(*args, **kwargs)  # type: ignore[misc]  # it is a coroutine function
             latency_ms = (time.perf_counter() - start) * 1000
             output = _answered(None if result is None else str(result))
+            id, details = self._identity(None, None), Details(latency_ms=latency_ms)
             # In a thread, so that other tasks go on while the store writes.
-            self._last.set(await asyncio.to_thread(self.log, prompt_of(*args, **kwargs), output, latency_ms=latency_ms))
+            await asyncio.to_thread(self._log_answered, prompt_of(*args, **kwargs), output, id, details)
+            self._last.set(id)
             return result
 
         return answer_async if inspect.iscoroutinefunction(function) else answer  # type: ignore[return-value]
+
+    def _log_answered(self, prompt: str, output: str, id: UUID, details: Details) -> None:
+        """Log an exchange whose answer somebody waits for: trouble with the log must not cost them the answer."""
+        from finetune_pipeline.database import DatabaseError
+
+        try:
+            self.log(prompt, output, id=id, **details)
+        except (FeedbackError, DatabaseError) as error:
+            logging.getLogger(__name__).error("an exchange was not logged, its answer goes on: %s", error)
 
     def correct(
         self, interaction_id: UUID | str, correction: str, *, user: str | None = None, key: str | None = None

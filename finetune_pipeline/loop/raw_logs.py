@@ -92,7 +92,7 @@ def snapshot(loop: LoopSettings, database: Database) -> tuple[Artifact[RawLogsMa
                 f"loop {loop.name} has no interactions: no event file with a readable line is in {folders}. Put "
                 'JSONL of {"event": "interaction", ...} lines there (see the README), then materialize again'
             )
-        base = _base(loop, connection)
+        base = _base(loop, connection, until)
         if base is not None:
             if not any(records(connection, loop.name, until, base.manifest.watermark)):
                 return base, counts
@@ -100,14 +100,14 @@ def snapshot(loop: LoopSettings, database: Database) -> tuple[Artifact[RawLogsMa
         return _write(loop, connection, base, until, counts), counts
 
 
-def _base(loop: LoopSettings, connection: sa.Connection) -> Artifact[RawLogsManifest] | None:
+def _base(loop: LoopSettings, connection: sa.Connection, until: int) -> Artifact[RawLogsManifest] | None:
     """The last snapshot, if what it holds still stands."""
     try:
         last = pointed(RawLogsManifest, loop.name)
     except ArtifactError:
         return None  # it was deleted or damaged; the store has everything
-    if last is None or last.manifest.settings != _settings(loop):
-        return None
+    if last is None or last.manifest.settings != _settings(loop) or last.manifest.watermark > until:
+        return None  # a watermark ahead of the store is that of another database
     f = t.forgotten_events.c
     forgotten = sa.select(f.id).where(f.task == loop.name, f.sequence > last.manifest.watermark).limit(1)
     return None if connection.execute(forgotten).first() else last

@@ -188,6 +188,14 @@ def test_a_last_snapshot_that_is_damaged_is_written_anew(loop):
     assert len(take(loop).manifest.parts) == 1
 
 
+def test_another_database_is_not_taken_for_the_same_one(loop, tmp_path):
+    add(loop, *corrected(["ash", "birch"]))
+    take(loop)
+    other = connect(f"sqlite:///{tmp_path / 'other.db'}")
+    add(loop, *corrected(["cedar"]), database=other)
+    assert [row["target"] for row in rows(take(loop, other), "records-0001.parquet")] == ["cedar spoke"]
+
+
 def test_where_files_cannot_be_linked_they_are_copied(loop, monkeypatch):
     add(loop, *corrected(["ash"]))
     take(loop)
