@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.curation.redaction import RedactedExample, redact, redact_example
-from finetune_pipeline.curation.rules import NEAR_BENCHMARK, Policy, accept, near_benchmark
+from finetune_pipeline.curation.rules import NEAR_BENCHMARK, Policy, accept, at_a_glance, near_benchmark
 from finetune_pipeline.records import Example, Turn, conversation, normalise, text_hash
 
 DUPLICATE = "duplicate of another example"
@@ -80,8 +80,10 @@ def curate(examples: Iterable[Example], replay: Sequence[Row], policy: Policy, i
     near: list[str] = []
     accepted: list[_Candidate] = []
     for original in examples:
-        redacted = redact_example(original)
-        decision = accept(redacted.example, policy)
+        decision = at_a_glance(original, policy)
+        if decision.accepted:
+            redacted = redact_example(original)
+            decision = accept(redacted.example, policy)
         if decision.accepted:
             accepted.append(_Candidate(redacted, identity(original)))
             continue

@@ -34,6 +34,20 @@ def accept(example: Example, policy: Policy) -> Decision:
 
     A person's correction qualifies whatever its reward, which is its weight and no verdict.
     """
+    glance = at_a_glance(example, policy)
+    if not glance.accepted:
+        return glance
+    if not example.target.strip():
+        return Decision(False, "answer is empty")
+    if policy.problem(example.target) is not None:
+        return Decision(False, "answer does not pass the output schema")
+    if near_benchmark(example.prompt, example.history, policy):
+        return Decision(False, NEAR_BENCHMARK)
+    return Decision(True)
+
+
+def at_a_glance(example: Example, policy: Policy) -> Decision:
+    """The part of the rule that reads no text, so that nobody has to redact what is refused anyway."""
     rules = policy.settings
     if not example.corrected and example.reward < rules.min_reward:
         return Decision(False, f"reward below {rules.min_reward:g}")
@@ -44,12 +58,6 @@ def accept(example: Example, policy: Policy) -> Decision:
         return Decision(False, f"prompt longer than {rules.max_prompt_chars} characters")
     if len(example.target) > rules.max_answer_chars:
         return Decision(False, f"answer longer than {rules.max_answer_chars} characters")
-    if not example.target.strip():
-        return Decision(False, "answer is empty")
-    if policy.problem(example.target) is not None:
-        return Decision(False, "answer does not pass the output schema")
-    if near_benchmark(example.prompt, example.history, policy):
-        return Decision(False, NEAR_BENCHMARK)
     return Decision(True)
 
 

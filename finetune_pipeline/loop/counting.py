@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from finetune_pipeline.curation.redaction import redact_example
-from finetune_pipeline.curation.rules import accept
+from finetune_pipeline.curation.rules import accept, at_a_glance
 from finetune_pipeline.curation.trigger import Attempt
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.store import new_examples
@@ -25,6 +25,8 @@ def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: 
     seen: set[str] = set()
     with database.read() as connection:
         for original in new_examples(connection, loop.name, watermark, loop.curation.min_reward):
+            if not at_a_glance(original, policy).accepted:
+                continue
             example = redact_example(original).example
             question = text_hash(conversation(example.prompt, example.history))  # the dataset keeps one example of it
             if question not in seen and accept(example, policy).accepted:

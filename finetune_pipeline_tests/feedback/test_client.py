@@ -414,7 +414,7 @@ def test_no_two_rows_share_a_sequence(client, db):
 
 def test_an_answer_is_worth_more_than_its_log(caplog):
     with FeedbackClient("aec_parser", url="http://127.0.0.1:9") as nobody_there:
-        assert nobody_there.logged(str.upper)("a wall") == "A WALL"
+        assert nobody_there.logged(lambda prompt: prompt.upper())("a wall") == "A WALL"
         with nobody_there.call("a wall") as call:
             call.output = "an answer"
     assert caplog.text.count("was not logged, its answer goes on") == 2
