@@ -2,22 +2,31 @@
 
 adapter_swap  another adapter over the same base, at rest and under 8 clients: how long it takes
 definitions   all definitions resolved, and which heavy packages that loaded
+gateway       overhead of a request, tokens per second by clients, swaps under load, rollback
 loop          the whole loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
 setup         a fresh clone set up with empty and with warm package caches (about 10 minutes)
+store         recording events beside its peers; a million interactions (about 3 minutes)
 
 Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 """
 
 import sys
 
-from benchmarks import adapter_swap, definitions, loop, setup
+from benchmarks import adapter_swap, definitions, gateway, loop, setup, store
 
-ALL = {"adapter_swap": adapter_swap.main, "definitions": definitions.main, "loop": loop.main, "setup": setup.main}
+ALL = {
+    "adapter_swap": adapter_swap.main,
+    "definitions": definitions.main,
+    "gateway": gateway.main,
+    "loop": loop.main,
+    "setup": setup.main,
+    "store": store.main,
+}
 
 
 def main() -> None:
     """Run the named benchmarks, one after the other."""
-    names = sys.argv[1:] or ["adapter_swap", "definitions", "loop"]
+    names = sys.argv[1:] or [name for name in ALL if name != "setup"]
     unknown = [name for name in names if name not in ALL]
     if unknown:
         sys.exit(f"no benchmark is named {', '.join(unknown)}; there are: {', '.join(ALL)}")

@@ -12,7 +12,7 @@ def status(loop: LoopSettings) -> None:
     """Show how many new examples have arrived, and which model serves."""
     from finetune_pipeline.curation.trigger import describe
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.store import totals
+    from finetune_pipeline.feedback.store import tally, unmatched
     from finetune_pipeline.loop.counting import count_new
     from finetune_pipeline.registry.champion import champion
     from finetune_pipeline.registry.comparisons import judged_watermark
@@ -20,13 +20,22 @@ def status(loop: LoopSettings) -> None:
 
     database = connect()
     with database.read() as connection:
-        held = totals(connection, loop.name)
+        held = tally(connection, loop.name)
+        waiting = unmatched(connection, loop.name, 1) if held.get("unmatched") else []
         files = unread(connection, loop.name, loop.log_folders)
     serving = champion(database, loop.name)
     click.echo(f"loop {loop.name}")
-    click.echo(f"  store     {held.interactions} interactions, {held.feedback} feedback")
-    if held.unmatched_feedback:
-        click.echo(f"            {held.unmatched_feedback} feedback whose interaction has not arrived")
+    click.echo(f"  store     {held.get('interactions', 0):,} interactions, {held.get('feedback', 0):,} feedback")
+    if held.get("flagged"):
+        click.echo(f"  flagged   {held['flagged']:,} answers that a person should look at")
+    for oldest in waiting:
+        click.echo(
+            f"  waiting   {held['unmatched']:,} feedback whose interaction has not arrived, the oldest since "
+            f"{oldest.created_at:%Y-%m-%d}; `finetune feedback stats` names them"
+        )
+    for folder in loop.log_folders[:-1]:
+        if not folder.is_dir():
+            click.echo(f"  missing   the source folder {folder} is not there; create it, or correct sources.folders")
     if files:
         click.echo(f"  unread    {len(files)} event files; `finetune ingest` takes them in")
     click.echo(

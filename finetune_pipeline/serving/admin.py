@@ -24,7 +24,7 @@ async def healthz(request: Request) -> Response:
     gateway = gateway_of(request)
     loops = {
         name: LoopHealth(
-            serving=server.current.name if server.current and server.current.alive else None,
+            serving=server.answering,
             trouble=_in_public(gateway, server.trouble),
             in_flight=sum(one.in_flight for one in server.served),
         )

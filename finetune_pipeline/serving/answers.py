@@ -114,7 +114,7 @@ class Chunks:
     """The parts of a streamed answer, as server-sent events."""
 
     def __init__(self, id: UUID, created: int, model: str, *, chat: bool) -> None:
-        self.model = model
+        self._model = model
         self._id = str(id)
         self._created = created
         self._chat = chat
@@ -148,7 +148,7 @@ class Chunks:
 
     def _line(self, values: dict[str, object]) -> str:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        head = {"id": self._id, "object": kind, "created": self._created, "model": self.model}
+        head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
         return f"data: {json.dumps({**head, **values}, ensure_ascii=False)}\n\n"
 
 

@@ -109,9 +109,11 @@ class Served:
                 self._idle.set()
 
     async def retire(self) -> None:
-        """End it when its last answer is given."""
-        await self._idle.wait()
-        await self.backend.close()
+        """End it when its last answer is given, or at once when this is cancelled."""
+        try:
+            await self._idle.wait()
+        finally:
+            await self.backend.close()
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: OnPiece, piece: str) -> None:

@@ -1,12 +1,13 @@
 """The routes that answer: chat completions, completions, models."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel
 
 from finetune_pipeline.serving.answers import ChatCompletion, Chunks, TextCompletion, chat_completion, text_completion
@@ -19,6 +20,9 @@ from finetune_pipeline.serving.routing import route
 
 INTERACTION_HEADER = "X-Interaction-Id"
 CONFIDENCE_HEADER = "X-Confidence"
+
+Pieces = asyncio.Queue[tuple[str, str] | None]
+"""Who answers, and a piece of the answer; None is its end."""
 
 router = APIRouter(dependencies=[Depends(allow("infer"))])
 _STREAM: dict[int | str, dict[str, Any]] = {
@@ -87,44 +91,38 @@ async def _streamed(
     request: Request, gateway: Gateway, question: Question, asked: ChatRequest | CompletionRequest, *, chat: bool
 ) -> Response:
     """Answer in pieces. The first one is waited for, so that what cannot be answered has its own status."""
-    pieces: asyncio.Queue[str | None] = asyncio.Queue()
-    answer = asyncio.create_task(ask(gateway, question, pieces.put_nowait))
+    pieces: Pieces = asyncio.Queue()
+    answer = asyncio.create_task(ask(gateway, question, lambda model, piece: pieces.put_nowait((model, piece))))
     answer.add_done_callback(lambda _: pieces.put_nowait(None))
     try:
         first = await unless_gone(request.receive, pieces.get())
-        if first is None:
-            await answer
+        model = first[0] if first else (await answer).model
     except BaseException:
         answer.cancel()
         raise
-    events = _events(answer, first, pieces, question, asked, gateway, chat=chat)
+    chunks = Chunks(question.id, int(time.time()), model, chat=chat)
+    events = _events(answer, first, pieces, chunks, asked)
     return EventStream(events, {INTERACTION_HEADER: str(question.id)})
 
 
 async def _events(
     answer: "asyncio.Task[Exchange]",
-    piece: str | None,
-    pieces: "asyncio.Queue[str | None]",
-    question: Question,
+    first: tuple[str, str] | None,
+    pieces: Pieces,
+    chunks: Chunks,
     asked: ChatRequest | CompletionRequest,
-    gateway: Gateway,
-    *,
-    chat: bool,
 ) -> AsyncGenerator[str, None]:
-    current = gateway.servers[question.route.loop].current
-    name = current.name if current and question.route.version is None else asked.model
-    chunks = Chunks(question.id, int(time.time()), name, chat=chat)
     try:
         yield chunks.start()
+        piece = first
         while piece is not None:
-            yield chunks.piece(piece)
+            yield chunks.piece(piece[1])
             piece = await pieces.get()
         done = await answer  # recorded by now: the end of an answer is its acknowledgement
-        chunks.model = done.model
         logprobs = isinstance(asked, ChatRequest) and bool(asked.logprobs)
         with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         yield chunks.end(done.completion, logprobs=logprobs, with_usage=with_usage)
     except GatewayError as error:
-        yield f"data: {JSONResponse(error.body).body.decode()}\n\n"  # type: ignore[union-attr]
+        yield f"data: {json.dumps(error.body)}\n\n"
     finally:
         answer.cancel()

@@ -13,10 +13,9 @@ from uuid_utils.compat import uuid7
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest
 from finetune_pipeline.records import Interaction, Turn, chat
 from finetune_pipeline.serving.api import ChatMessage, ChatRequest, CompletionRequest, Generation, Metadata
-from finetune_pipeline.serving.backends import OnPiece
 from finetune_pipeline.serving.errors import BadRequest
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.models import Answered
+from finetune_pipeline.serving.models import Answered, OnNamedPiece
 from finetune_pipeline.serving.routing import Route, route
 from finetune_pipeline.settings import LoopSettings
 
@@ -62,7 +61,7 @@ def question_of(gateway: Gateway, asked: ChatRequest | CompletionRequest) -> Que
     return Question(uuid7(), to, prompt, history, request, asked.user, asked.metadata or Metadata())
 
 
-async def ask(gateway: Gateway, question: Question, on_piece: OnPiece | None = None) -> Exchange:
+async def ask(gateway: Gateway, question: Question, on_piece: OnNamedPiece | None = None) -> Exchange:
     """Answer a question and record the exchange.
 
     Raises:

@@ -9,8 +9,10 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from finetune_pipeline.artifacts import ArtifactError
@@ -22,12 +24,15 @@ from finetune_pipeline.inference.errors import EngineClosed, EngineCrashed, Engi
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote import UpstreamFailed
 from finetune_pipeline.registry.champion import BASE, champion, resolve
-from finetune_pipeline.registry.models import ModelVersion, RegistryError
+from finetune_pipeline.registry.models import ModelVersion, RegistryError, check_kept, check_there
 from finetune_pipeline.serving.backends import LocalModel, OnPiece, Served, Upstream
 from finetune_pipeline.serving.errors import Refused, Unavailable, UnknownModel
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings
 
 Arm = Literal["champion", "fallback", "version"]
+
+OnNamedPiece = Callable[[str, str], None]
+"""Called with the name of the model that answers, and a piece of its answer."""
 
 MAX_VERSIONS = 2
 """Versions beside the champion that stay loaded because somebody asked for them by name."""
@@ -79,41 +84,57 @@ class LoopServer:
         """Every model that is loaded for this loop."""
         return [one for one in (self.current, self._fallback, *self._versions.values()) if one is not None]
 
+    @property
+    def answering(self) -> str | None:
+        """The name of what answers now: the champion, or what stands in for it."""
+        return next((one.name for one in (self.current, self._fallback) if one is not None and one.alive), None)
+
     async def follow(self, wanted: str | None) -> None:
         """Make the champion of this id the one that answers, if it is not already and can be loaded."""
-        if self.loop.serving.upstream is not None and self.current is not None:
-            return
-        if self.current is not None and self.current.identity == wanted and self.current.alive:
-            self._refused = self.trouble = None  # moved back to what still serves
-            return
-        if self._refused is not None and self._refused[0] == wanted and time.monotonic() < self._refused[1]:
-            return
-        await self.reload()
+        async with self._moving:
+            if self.loop.serving.upstream is not None and self.current is not None:
+                return
+            if self.current is not None and self.current.identity == wanted and self.current.alive:
+                self._refused = self.trouble = None  # moved back to what still serves
+                return
+            if self._refused is not None and self._refused[0] == wanted and time.monotonic() < self._refused[1]:
+                return
+            await self._change()
 
     async def reload(self) -> bool:
         """Load the champion beside what answers now, and change over; False if it does not load."""
         async with self._moving:
-            model = await asyncio.to_thread(champion, self._database, self.loop.name)
-            identity = model.id if model else None
-            try:
-                new = await self._open_or_swap(model)
-            except _NOT_LOADABLE as error:
-                self._refused = (identity, time.monotonic() + RETRY_SECONDS)
-                name = model.name if model else f"{self.loop.name}@base"
-                serving = self.current.name if self.current else "nothing"
-                self.trouble = f"{name} does not load; {serving} goes on serving: {error}"
-                self.failed_swaps += 1
-                _log.error(self.trouble)
-                return False
-            old, self.current = self.current, new
-            self._refused = self.trouble = None
-            self.swaps += old is not None
-            _log.info("%s serves now%s", new.name, f", instead of {old.name}" if old else "")
-        if old is not None and old.backend is not new.backend:
-            self._later(old.retire())
+            return await self._change()
+
+    async def _change(self) -> bool:
+        model = await asyncio.to_thread(champion, self._database, self.loop.name)
+        try:
+            new = await self._open_or_swap(model)
+        except _NOT_LOADABLE as error:
+            await self._stay(model, error)
+            return False
+        old, self.current = self.current, new
+        stood_in, self._fallback = self._fallback, None
+        self._refused = self.trouble = None
+        self.swaps += old is not None
+        _log.info("%s serves now%s", new.name, f", instead of {old.name}" if old else "")
+        for gone in (old, stood_in):
+            if gone is not None and gone.backend is not new.backend:
+                self._later(gone.retire())
         return True
 
-    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Answered:
+    async def _stay(self, model: ModelVersion | None, error: Exception) -> None:
+        self._refused = (model.id if model else None, time.monotonic() + RETRY_SECONDS)
+        name = model.name if model else f"{self.loop.name}@base"
+        serving = f"{self.current.name} goes on serving" if self.current else "nothing served before it"
+        self.trouble = f"{name} does not load; {serving}: {error}"
+        self.failed_swaps += 1
+        _log.error(self.trouble)
+        if self.current is None:
+            with suppress(Unavailable):  # the questions will be told so
+                await self._fallback_model(self.trouble)
+
+    async def answer(self, request: GenerateRequest, on_piece: OnNamedPiece | None) -> Answered:
         """Answer with the champion, or with what takes over when it cannot.
 
         Raises:
@@ -125,7 +146,7 @@ class LoopServer:
         problem = self.trouble or "no model is loaded"
         if served is not None:
             try:
-                return Answered(await _asked(served, request, told.pass_on), served.name, "champion")
+                return Answered(await _asked(served, request, told.by(served)), served.name, "champion")
             except _BROKEN as error:
                 problem = str(error)
                 self._later(self._revive(served, problem))
@@ -134,13 +155,13 @@ class LoopServer:
         fallback = await self._fallback_model(problem)
         self.fallbacks += 1
         try:
-            return Answered(await _asked(fallback, request, told.pass_on), fallback.name, "fallback")
+            return Answered(await _asked(fallback, request, told.by(fallback)), fallback.name, "fallback")
         except _BROKEN as error:
             raise Unavailable(
                 f"neither {self.loop.name}'s champion nor {fallback.name} can answer: {problem}; {error}", retry_after=2
             ) from error
 
-    async def answer_by(self, version: str, request: GenerateRequest, on_piece: OnPiece | None) -> Answered:
+    async def answer_by(self, version: str, request: GenerateRequest, on_piece: OnNamedPiece | None) -> Answered:
         """Answer with a version that was asked for by name.
 
         Raises:
@@ -152,12 +173,13 @@ class LoopServer:
         except RegistryError as error:
             raise UnknownModel(str(error), param="model") from error
         identity = model.id if model else None
+        await self._gate.wait()
         if self.current is not None and self.current.spec is not None and self.current.identity == identity:
             served, arm = self.current, "champion"
         else:
             served, arm = await self._version(model), "version"
         try:
-            completion = await _asked(served, request, on_piece)
+            completion = await _asked(served, request, _Told(on_piece).by(served))
         except _BROKEN as error:
             raise Unavailable(f"{served.name} cannot answer: {error}", retry_after=2) from error
         return Answered(completion, served.name, "champion" if arm == "champion" else "version")
@@ -166,6 +188,7 @@ class LoopServer:
         """End every model; answers that are being given are lost."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for one in self.served:
             await one.backend.close()
 
@@ -197,6 +220,8 @@ class LoopServer:
         limits = {"context": self.loop.context, "parallel": self.loop.serving.parallel}
         if model is None:
             return ModelSpec(gguf=base_gguf(self.loop, _log.info), **limits)
+        check_kept(model)
+        check_there(model)
         return ModelSpec(gguf=model.gguf_path, adapter=model.adapter_path, **limits)
 
     def _remote(self, upstream: UpstreamSettings) -> Served:
@@ -265,19 +290,18 @@ class LoopServer:
 class _Told:
     """Passes pieces on and remembers whether there were any."""
 
-    def __init__(self, on_piece: OnPiece | None) -> None:
+    def __init__(self, on_piece: OnNamedPiece | None) -> None:
         self.anything = False
         self._on_piece = on_piece
 
-    @property
-    def pass_on(self) -> OnPiece | None:
-        """What to give to a model; None where nobody listens."""
-        return self._take if self._on_piece else None
+    def by(self, served: Served) -> OnPiece | None:
+        """What to give to this model; None where nobody listens."""
+        return partial(self._take, served.name) if self._on_piece else None
 
-    def _take(self, piece: str) -> None:
+    def _take(self, name: str, piece: str) -> None:
         self.anything = True
         if self._on_piece:
-            self._on_piece(piece)
+            self._on_piece(name, piece)
 
 
 async def _asked(served: Served, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:

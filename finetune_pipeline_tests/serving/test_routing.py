@@ -108,8 +108,8 @@ def test_the_base_answers_when_the_champions_file_cannot_be_used(ggufs, damage):
         assert gateway.interaction(answer["id"])["interaction"]["arm"] == "fallback"
         assert {event["model"] for event in events(gateway.ask(model=loop, stream=True))} == {f"{loop}@base"}
         health = gateway.health()
-        assert health["status"] != "ok"
-        assert f"{loop}@v1.0.0 does not load; nothing goes on serving" in health["loops"][loop]["trouble"]
+        assert (health["status"], health["loops"][loop]["serving"]) == ("degraded", f"{loop}@base")
+        assert f"{loop}@v1.0.0 does not load; nothing served before it" in health["loops"][loop]["trouble"]
         assert gateway.figure("finetune_fallbacks_total", loop=loop) == 2
         assert gateway.figure("finetune_healthy", loop=loop) == 0
 
