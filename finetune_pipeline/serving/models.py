@@ -96,6 +96,7 @@ class LoopServer:
                 return
             if self.current is not None and self.current.identity == wanted and self.current.alive:
                 self._refused = self.trouble = None  # moved back to what still serves
+                self._dismiss_fallback()
                 return
             if self._refused is not None and self._refused[0] == wanted and time.monotonic() < self._refused[1]:
                 return
@@ -114,14 +115,18 @@ class LoopServer:
             await self._stay(model, error)
             return False
         old, self.current = self.current, new
-        stood_in, self._fallback = self._fallback, None
         self._refused = self.trouble = None
         self.swaps += old is not None
         _log.info("%s serves now%s", new.name, f", instead of {old.name}" if old else "")
-        for gone in (old, stood_in):
-            if gone is not None and gone.backend is not new.backend:
-                self._later(gone.retire())
+        if old is not None and old.backend is not new.backend:
+            self._later(old.retire())
+        self._dismiss_fallback()
         return True
+
+    def _dismiss_fallback(self) -> None:
+        if self._fallback is not None and not self._opening_others.locked():
+            gone, self._fallback = self._fallback, None
+            self._later(gone.retire())
 
     async def _stay(self, model: ModelVersion | None, error: Exception) -> None:
         self._refused = (model.id if model else None, time.monotonic() + RETRY_SECONDS)

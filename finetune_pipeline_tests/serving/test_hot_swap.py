@@ -1,0 +1,265 @@
+"""The champion moves while clients ask: nobody is refused, and every answer names who gave it."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+
+import httpx
+import psutil
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.registry import champion
+from finetune_pipeline_tests.serving.conftest import PROMPT, Running, events, make_loop, promote, serving, wait_until
+
+
+def engines() -> set[int]:
+    """Process ids of the models that run under this process."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if child.status() != psutil.STATUS_ZOMBIE and "finetune_pipeline.inference.worker" in child.cmdline():
+                found.add(child.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+class Load:
+    """Clients that ask all the time, half of them for streams."""
+
+    def __init__(self, running: Running, model: str) -> None:
+        self.answers: list[tuple[str, str]] = []
+        self.failures: list[str] = []
+        self._running, self._model, self._stop = running, model, threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(n % 2 == 0,)) for n in range(8)]
+
+    def _ask(self, stream: bool) -> None:
+        with httpx.Client(base_url=self._running.url, timeout=60) as http:
+            body = {"model": self._model, "messages": [{"role": "user", "content": PROMPT}], "stream": stream}
+            while not self._stop.is_set():
+                try:
+                    response = http.post("/v1/chat/completions", json=body)
+                    if response.status_code != 200:
+                        self.failures.append(response.text)
+                    elif stream:
+                        parts = events(response)
+                        [model] = {part["model"] for part in parts}
+                        text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+                        self.answers.append((model, text))
+                    else:
+                        answer = response.json()
+                        self.answers.append((answer["model"], answer["choices"][0]["message"]["content"]))
+                except Exception as error:
+                    self.failures.append(repr(error))
+
+    @property
+    def texts(self) -> dict[str, set[str]]:
+        """What each model said."""
+        found: dict[str, set[str]] = {}
+        for model, text in self.answers:
+            found.setdefault(model, set()).add(text)
+        return found
+
+    def wait_for(self, model: str, seconds: float = 5.0) -> None:
+        """Wait until this model answers."""
+        start = len(self.answers)
+        wait_until(lambda: any(name == model for name, _ in self.answers[start:]) or self.failures, seconds)
+        assert not self.failures, self.failures[:3]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a client hangs"
+
+
+@contextmanager
+def served(loop: str, **serving_settings):
+    before = engines()
+    with serving(make_loop(loop, serving=serving_settings)) as running:
+        yield running, before
+    wait_until(lambda: engines() <= before)
+
+
+def serves(running: Running, loop: str) -> str:
+    return running.health()["loops"][loop]["serving"]
+
+
+def test_no_question_fails_while_the_champion_moves(ggufs):
+    with served("moving") as (running, before):
+        with Load(running, "moving") as load:
+            load.wait_for("moving@base")
+            for kind in ("Q8_0", "Q6_K", "Q4_K_M"):
+                load.wait_for(promote(ggufs[kind], "moving").name)
+            champion.switch(connect(), "moving", "v1.0.0", "tests", "back to the first")
+            load.wait_for("moving@v1.0.0")
+            champion.rollback(connect(), "moving", "tests", "and forth")
+            load.wait_for("moving@v1.2.0")
+            champion.switch(connect(), "moving", "base", "tests", "all the way")
+            load.wait_for("moving@base")
+        assert load.failures == []
+        assert len(load.answers) > 50
+        assert set(load.texts) == {"moving@base", "moving@v1.0.0", "moving@v1.1.0", "moving@v1.2.0"}
+        wait_until(lambda: len(engines() - before) == 1)
+        assert running.figure("finetune_swaps_total", loop="moving", result="done") == 6
+        assert running.figure("finetune_in_flight", loop="moving") == 0
+
+
+def test_adapters_change_in_one_process_and_no_answer_is_by_another_than_it_names(ggufs, adapters):
+    with served("pairs") as (running, before):
+        one = promote(ggufs["F16"], "pairs", adapters[0])
+        wait_until(lambda: serves(running, "pairs") == one.name)
+        [process] = engines() - before
+        alone = {one.name: running.ask(model="pairs").json()["choices"][0]["message"]["content"]}
+        two = promote(ggufs["F16"], "pairs", adapters[1])
+        wait_until(lambda: serves(running, "pairs") == two.name)
+        alone[two.name] = running.ask(model="pairs").json()["choices"][0]["message"]["content"]
+        assert alone[one.name] != alone[two.name]
+        with Load(running, "pairs") as load, Load(running, two.name) as by_name:
+            for _ in range(4):
+                champion.switch(connect(), "pairs", one.version, "tests", "to and fro")
+                load.wait_for(one.name)
+                champion.switch(connect(), "pairs", two.version, "tests", "to and fro")
+                load.wait_for(two.name)
+        assert load.failures == by_name.failures == []
+        assert {name: texts for name, texts in load.texts.items()} == {name: {text} for name, text in alone.items()}
+        assert by_name.texts == {two.name: {alone[two.name]}}
+        assert process in engines()
+
+
+def test_a_champion_that_does_not_load_leaves_the_old_one_serving_until_a_rollback(ggufs, tmp_path):
+    half = tmp_path / "half.gguf"
+    half.write_bytes(ggufs["Q6_K"].read_bytes()[:200_000])
+    good = promote(ggufs["Q8_0"], "careful")
+    with served("careful") as (running, before):
+        assert running.health()["status"] == "ok"
+        with Load(running, "careful") as load:
+            load.wait_for(good.name)
+            bad = promote(half, "careful")
+            wait_until(lambda: running.health()["loops"]["careful"]["trouble"])
+            health = running.health()
+            assert health["status"] == "degraded"
+            assert health["loops"]["careful"]["serving"] == good.name
+            trouble = health["loops"]["careful"]["trouble"]
+            assert f"{bad.name} does not load; {good.name} goes on serving: llama.cpp cannot load" in trouble
+            load.wait_for(good.name)
+            assert running.figure("finetune_healthy", loop="careful") == 0
+            reloaded = running.http.post("/admin/reload-model", json={}).json()
+            assert [(one["serving"], one["trouble"] is None) for one in reloaded] == [(good.name, False)]
+            rolled_back = running.http.post("/admin/rollback", json={"reason": "it does not load"}).json()
+            assert rolled_back == {"loop": "careful", "serving": good.name, "trouble": None}
+            load.wait_for(good.name)
+        assert load.failures == []
+        assert set(load.texts) == {good.name}
+        assert running.health()["status"] == "ok"
+        assert running.figure("finetune_swaps_total", loop="careful", result="failed") == 2
+        assert len(engines() - before) == 1
+
+
+def test_rollback_through_the_api_serves_on_return(ggufs):
+    first, second = promote(ggufs["Q8_0"], "back"), promote(ggufs["Q6_K"], "back")
+    with served("back") as (running, _):
+        assert running.ask(model="back").json()["model"] == second.name
+        began = time.monotonic()
+        answer = running.http.post("/admin/rollback", json={"loop": "back", "reason": "worse"})
+        assert (answer.status_code, answer.json()["serving"]) == (200, first.name)
+        assert running.ask(model="back").json()["model"] == first.name
+        assert time.monotonic() - began < 5
+        assert running.figure("finetune_swaps_total", loop="back", result="done") == 1
+        assert running.http.post("/admin/rollback", json={}).json()["serving"] == "back@base"
+        nothing = running.http.post("/admin/rollback", json={})
+        assert nothing.status_code == 409
+        assert "there is nothing to roll back to" in nothing.json()["error"]["message"]
+
+
+def test_a_reload_gives_a_new_process_of_the_same_model(ggufs):
+    promote(ggufs["Q8_0"], "again")
+    with served("again") as (running, before):
+        old = engines() - before
+        assert running.http.post("/admin/reload-model", json={"loop": "again"}).status_code == 200
+        wait_until(lambda: len(engines() - before) == 1)
+        assert old.isdisjoint(engines())
+        assert running.ask(model="again").json()["model"] == "again@v1.0.0"
+
+
+def test_a_killed_model_is_stood_in_for_and_comes_back(ggufs):
+    name = promote(ggufs["Q8_0"], "killed").name
+    with served("killed") as (running, before):
+        with Load(running, "killed") as load:
+            load.wait_for(name)
+            for _ in range(2):
+                for process in engines() - before:
+                    os.kill(process, signal.SIGKILL)
+                load.wait_for(name, 20)
+        models = Counter(model for model, _ in load.answers)
+        assert set(models) <= {name, "killed@base"}
+        # A stream that had begun can only break off, and says so.
+        assert all("broke off" in failure or "peer closed" in failure for failure in load.failures), load.failures
+        assert len(load.failures) <= 16
+        wait_until(lambda: running.health()["status"] == "ok")
+        wait_until(lambda: len(engines() - before) == 1)  # who stood in is gone too
+
+
+def test_a_killed_base_model_is_not_stood_in_for_by_itself(own_home):
+    with served("base_only") as (running, before):
+        [process] = engines() - before
+        os.kill(process, signal.SIGKILL)
+        wait_until(lambda: process not in engines())
+        answers = []
+        wait_until(lambda: answers.append(running.ask(model="base_only")) or answers[-1].status_code == 200)
+        assert {answer.status_code for answer in answers} <= {200, 503}
+        assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
+
+
+def test_a_model_that_crashes_all_the_time_is_left_alone_and_said(ggufs):
+    name = promote(ggufs["Q8_0"], "brittle").name
+    with served("brittle") as (running, before):
+        base = set()
+        for _ in range(3):
+            wait_until(lambda: serves(running, "brittle") == name)
+            for process in engines() - before - base:
+                os.kill(process, signal.SIGKILL)
+            wait_until(lambda: running.ask(model="brittle").json().get("model") == "brittle@base")
+        wait_until(lambda: "crashed 3 times within a minute" in (running.health()["loops"]["brittle"]["trouble"] or ""))
+        assert running.health()["status"] == "degraded"
+        assert running.ask(model="brittle").json()["model"] == "brittle@base"
+
+
+def test_an_asked_for_version_is_loaded_once_and_the_least_used_goes(ggufs):
+    for kind in ("F16", "Q8_0", "Q6_K", "Q4_K_M"):
+        promote(ggufs[kind], "many")
+    with served("many") as (running, before):
+        for version in ("v1.0.0", "v1.1.0", "v1.2.0", "v1.2.0"):
+            assert running.ask(model=f"many@{version}").json()["model"] == f"many@{version}"
+        wait_until(lambda: len(engines() - before) == 3)  # the champion, and two beside it
+        assert running.ask(model="many@v1.0.0").json()["model"] == "many@v1.0.0"
+
+
+def test_two_that_move_at_once_load_the_champion_once(ggufs):
+    promote(ggufs["Q8_0"], "twice")
+    with served("twice") as (running, _):
+        promote(ggufs["Q6_K"], "twice")
+        threads = [threading.Thread(target=_follow, args=(running,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert serves(running, "twice") == "twice@v1.1.0"
+        assert running.figure("finetune_swaps_total", loop="twice", result="done") == 1
+
+
+def _follow(running: Running) -> None:
+    import asyncio
+
+    server = running.gateway.servers["twice"]
+    loop = running.gateway._watching.get_loop()
+    pointer = champion.champion(connect(), "twice").id
+    asyncio.run_coroutine_threadsafe(server.follow(pointer), loop).result(30)
