@@ -1,9 +1,10 @@
 # make demo    set up, run the whole loop on the sample logs, show what came out
 # make test    set up, run the tests
 # make ui      Dagster's UI on this project
+# make serve   the gateway: OpenAI's API over the promoted models
 # make check   what CI runs: formatter, linter, types, definitions, tests
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all ui check lint format bench doctor clean
+.PHONY: help setup demo test test-all ui serve check lint format bench doctor clean
 
 export FINETUNE_HOME ?= $(CURDIR)/data/state
 export DAGSTER_HOME ?= $(FINETUNE_HOME)/dagster
@@ -30,6 +31,9 @@ test-all: $(READY)
 
 ui: $(READY)
 	@$(BIN)/finetune ui
+
+serve: $(READY)
+	@$(BIN)/finetune serve
 
 doctor: $(READY)
 	@$(BIN)/finetune doctor

@@ -65,10 +65,17 @@ def _tell(
         ["rollback until it serves", f"{max(rollbacks):.2f} s at most", f"under {ROLLBACK_SECONDS:.0f} s"],
     ]
     figures = {
-        "overhead_p50_ms": overhead[49], "overhead_p99_ms": overhead[98],
-        "one_tokens_per_second": one.tokens_per_second, "eight_tokens_per_second": eight.tokens_per_second, "gain": gain, "engine_tokens_per_second": engine,
-        "swaps": swaps, "rollback_seconds": list(rollbacks), "requests": REQUESTS, "failed": eight.failed + one.failed,
-    }  # fmt: skip
+        "overhead_p50_ms": overhead[49],
+        "overhead_p99_ms": overhead[98],
+        "one_tokens_per_second": one.tokens_per_second,
+        "eight_tokens_per_second": eight.tokens_per_second,
+        "engine_tokens_per_second": engine,
+        "gain": gain,
+        "swaps": swaps,
+        "rollback_seconds": list(rollbacks),
+        "requests": REQUESTS,
+        "failed": eight.failed + one.failed,
+    }
     publish("gateway", ["", "measured", "aim, or peer"], rows, figures)
 
 

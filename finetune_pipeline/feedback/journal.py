@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 from uuid_utils.compat import uuid7
 
-from finetune_pipeline.artifacts import disk_full
+from finetune_pipeline.artifacts import disk_full, flush
 from finetune_pipeline.database import Database, DatabaseError
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.store import record
@@ -63,10 +63,13 @@ class Recorder:
         self._lock_file.acquire()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._flush_each = survives_power_cut()
+        if self._flush_each:
+            flush(folder)  # the file's name has to survive too
         self._size = self._taken = 0
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._outcomes: dict[UUID, list[Future[Outcome]]] = {}
+        self._newest: Future[Outcome] | None = None
         self._closing = False
         self.trouble: str | None = None
         self.refused: str | None = None
@@ -84,8 +87,14 @@ class Recorder:
         with self._arrived:
             self._append(line)
             self._outcomes.setdefault(event.id, []).append(done)
+            self._newest = done
             self._arrived.notify_all()
         return done
+
+    def settled(self) -> "Future[Outcome] | None":
+        """Ends when all that was added until now is in the store, which it is already where there is None."""
+        with self._lock:
+            return self._newest if self._newest is not None and not self._newest.done() else None
 
     @property
     def pending(self) -> int:
@@ -93,15 +102,9 @@ class Recorder:
         return self._size - self._taken
 
     def wait(self, seconds: float) -> bool:
-        """Wait until all that was added before is in the store; False if that took too long."""
-        deadline = time.monotonic() + seconds
-        with self._arrived:
-            while self.pending:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._arrived.wait(left)
-        return True
+        """Wait until all that was added until now is in the store; False if that took too long."""
+        newest = self.settled()
+        return newest is None or not wait([newest], seconds).not_done
 
     def close(self, seconds: float = 10.0) -> None:
         """Take over what is left and end; what cannot be taken over in time stays in the journal."""

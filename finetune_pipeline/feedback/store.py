@@ -5,7 +5,7 @@ where it came from are kept together or not at all.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import UUID
@@ -76,7 +76,8 @@ def record(
 ) -> Recorded:
     """Add the events that are not there yet and renew what their interactions teach.
 
-    An id that is there already is left as it was: events are never changed. One that was forgotten stays away.
+    An id that is there already is left as it was: events are never changed. What was forgotten stays away, and so does
+    all feedback on it.
     """
     # Taking the sequence first locks it until commit: no other writer can come between the look and the insert.
     first = take_sequence(connection, len(events))
@@ -248,18 +249,26 @@ _Numbered = tuple[E, int]
 
 
 def _not_known(connection: sa.Connection, events: Sequence[Interaction | Feedback]) -> list[Interaction | Feedback]:
-    known: set[tuple[str, str]] = set()
-    for table, kind in ((t.interactions, "interaction"), (t.feedback, "feedback")):
-        ids = [str(event.id) for event in events if event.event == kind]
-        for column in (table.c.id, t.forgotten_events.c.id):
-            for chunk in _chunks(ids):
-                found = connection.execute(sa.select(column).where(column.in_(chunk))).scalars()
-                known.update((kind, value) for value in found)
+    """The events that are to be added: not there yet, and neither they nor what they speak of was forgotten."""
+
+    def there(column: sa.Column[str], ids: Iterable[UUID]) -> set[str]:
+        return {
+            found
+            for chunk in _chunks(sorted({str(id) for id in ids}))
+            for found in connection.execute(sa.select(column).where(column.in_(chunk))).scalars()
+        }
+
+    feedback = [event for event in events if isinstance(event, Feedback)]
+    known = {
+        "interaction": there(t.interactions.c.id, (event.id for event in events if isinstance(event, Interaction))),
+        "feedback": there(t.feedback.c.id, (event.id for event in feedback)),
+    }
+    forgotten = there(t.forgotten_events.c.id, [e.id for e in events] + [e.interaction_id for e in feedback])
     fresh = []
     for event in events:
-        key = (event.event, str(event.id))
-        if key not in known:
-            known.add(key)
+        gone = {str(event.id), str(getattr(event, "interaction_id", event.id))} & forgotten
+        if not gone and str(event.id) not in known[event.event]:
+            known[event.event].add(str(event.id))
             fresh.append(event)
     return fresh
 

@@ -1,12 +1,13 @@
 """What the assets of one loop read beside their inputs: the files that its YAML names."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation.dataset import read_replay
 from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.curation.rules import Policy, answer_validator
+from finetune_pipeline.curation.rules import Policy, Validator, answer_validator
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.schemas import Rule, load_rules, load_schema
 from finetune_pipeline.settings import LoopSettings, project_path
@@ -40,9 +41,29 @@ def judging_files(loop: LoopSettings) -> dict[str, str]:
 
 
 def policy(loop: LoopSettings) -> Policy:
-    """The rule of which examples may train, with all that it needs."""
-    questions = {question.id: question.prompt for question in benchmark(loop).questions}
-    return Policy(loop.curation, NearIndex(questions), answer_validator(output_schema(loop)))
+    """The rule of which examples may train, with all that it needs.
+
+    Reading a benchmark and indexing it takes some 40 ms, and the sensor asks every few seconds: what was read is kept
+    while the files are the same by time and size.
+    """
+    schema = project_path(loop.output_schema) if loop.output_schema else None
+    path = project_path(loop.evaluation.benchmark)
+    index, problem = _judges(path, schema, _stamp(path), _stamp(schema))
+    return Policy(loop.curation, index, problem)
+
+
+@lru_cache(maxsize=16)
+def _judges(path: Path, schema: Path | None, *_stamps: object) -> tuple[NearIndex, Validator]:
+    read = load_schema(schema) if schema else None
+    questions = {question.id: question.prompt for question in load_benchmark(path, read).questions}
+    return NearIndex(questions), answer_validator(read)
+
+
+def _stamp(path: Path | None) -> tuple[int, int] | None:
+    if path is None or not path.is_file():
+        return None
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
 
 
 def replay_path(loop: LoopSettings) -> Path | None:

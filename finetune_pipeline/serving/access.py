@@ -99,19 +99,21 @@ def revoke_key(database: Database, name: str) -> int:
 class Access:
     """Decides on each request; `refresh` reads the keys again.
 
-    Once a key exists, every request needs one, from this machine too: a proxy in front of the gateway is local as well.
+    Once a key was made, every request needs one, from this machine too (a proxy in front of the gateway is local as
+    well), also when all were revoked.
     """
 
     def __init__(self, database: Database, *, loopback: bool) -> None:
         self._database = database
         self._loopback = loopback
         self._callers: dict[str, Caller] = {}
+        self._made = False
         self.refresh()
 
     @property
     def open(self) -> bool:
         """Whether requests need no key."""
-        return self._loopback and not self._callers
+        return self._loopback and not self._made
 
     @property
     def has_keys(self) -> bool:
@@ -121,11 +123,13 @@ class Access:
     def refresh(self) -> None:
         """Read the keys that are in use."""
         with self._database.read() as connection:
-            query = sa.select(api_keys.c.secret_sha256, api_keys.c.name, api_keys.c.scopes)
-            rows = connection.execute(query.where(api_keys.c.revoked_at.is_(None))).all()
+            k = api_keys.c
+            rows = connection.execute(sa.select(k.secret_sha256, k.name, k.scopes, k.revoked_at)).all()
+        self._made = bool(rows)
         self._callers = {
             row.secret_sha256: Caller(row.name, frozenset(s for s in SCOPES if s in row.scopes.split(",")))
             for row in rows
+            if row.revoked_at is None
         }
 
     def check(self, authorization: str | None, scope: Scope | None) -> Caller:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import Any
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
@@ -14,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from finetune_pipeline.database import DatabaseError
 from finetune_pipeline.serving import admin, completions, feedback
 from finetune_pipeline.serving.api import (
     AdminRequest,
@@ -23,9 +25,9 @@ from finetune_pipeline.serving.api import (
     FeedbackIn,
     InteractionIn,
 )
-from finetune_pipeline.serving.errors import BadRequest, GatewayError, NotFound
+from finetune_pipeline.serving.errors import BadRequest, GatewayError, NotFound, Unavailable
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import Guard, error_response
+from finetune_pipeline.serving.http import ClientGone, Guard, error_response
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
@@ -71,6 +73,10 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientGone, _client_gone)
+    for kind in (DatabaseError, sa.exc.OperationalError, sa.exc.TimeoutError):
+        app.add_exception_handler(kind, _database_away)
+    app.add_exception_handler(Exception, _fault)
     app.openapi = _described(app)  # type: ignore[method-assign]
     return Guard(app, gateway)
 
@@ -101,6 +107,18 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return error_response(BadRequest(f"{where}: {first['msg']}", param=where))
+
+
+async def _client_gone(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # as proxies note it; nobody reads it
+
+
+async def _database_away(_: Request, error: Exception) -> Response:
+    return error_response(Unavailable(f"the store cannot be read now: {type(error).__name__}", retry_after=5))
+
+
+async def _fault(_: Request, error: Exception) -> Response:
+    return error_response(GatewayError(f"the gateway failed: {type(error).__name__}; its log says more"))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -112,7 +112,9 @@ async def _find(gateway: Gateway, id: UUID) -> Exchange | None:
             found = find(connection, id)
         return found if found is not None and found.interaction.task in gateway.loops else None
 
-    await asyncio.to_thread(gateway.recorder.wait, PATIENCE_SECONDS)
+    newest = gateway.recorder.settled()
+    if newest is not None:
+        await asyncio.wait({asyncio.wrap_future(newest)}, timeout=PATIENCE_SECONDS)
     return await asyncio.to_thread(look)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from finetune_pipeline.artifacts import ArtifactError
@@ -54,7 +54,7 @@ class Gateway:
         self.servers: Mapping[str, LoopServer] = {}
         self._rewards = {loop.name: reward_function(loop.feedback) for loop in loops}
         self._tell = tell
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Take over what a killed gateway left, load every loop's model, and begin to follow the registry."""
@@ -68,12 +68,13 @@ class Gateway:
         for name, server in self.servers.items():
             await server.reload()
             self._tell(f"{name}: {server.trouble or f'{server.current.name} serves' if server.current else ''}")
-        self._watching = asyncio.create_task(self._watch())
+        # Apart, since a key that was revoked must not be good until a large model is loaded.
+        self._watching = [asyncio.create_task(_watch(look)) for look in (self._read_keys, self.follow)]
 
     async def stop(self) -> None:
         """Bring what was recorded into the store, and end every model."""
-        if self._watching:
-            self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         await asyncio.gather(*(server.close() for server in self.servers.values()))
         await asyncio.to_thread(self.recorder.close)
 
@@ -110,18 +111,19 @@ class Gateway:
         pointers = await asyncio.to_thread(champion_ids, self.database)
         await asyncio.gather(*(server.follow(pointers.get(name)) for name, server in self.servers.items()))
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            try:
-                await asyncio.to_thread(self.access.refresh)
-                await self.follow()
-            except asyncio.CancelledError:
-                raise
-            except Exception:  # the database may be away for a while: what serves goes on serving
-                _log.exception("the registry could not be read; what serves goes on serving")
+    async def _read_keys(self) -> None:
+        await asyncio.to_thread(self.access.refresh)
 
     def _reward_of(self, task: str) -> RewardFunction:
         if task not in self._rewards:  # of another gateway's journal
             self._rewards[task] = reward_function(load_loop(task).feedback)
         return self._rewards[task]
+
+
+async def _watch(look: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        try:
+            await look()
+        except Exception:  # the database may be away for a while: what serves goes on serving
+            _log.exception("the database could not be read; what serves goes on serving")

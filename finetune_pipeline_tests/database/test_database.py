@@ -1,14 +1,18 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from finetune_pipeline.database import DatabaseError, connect, connection
 from finetune_pipeline.database.tables import metadata
+from finetune_pipeline.feedback.store import tally
 from finetune_pipeline.settings import database_url
 
 
@@ -53,3 +57,40 @@ def test_processes_that_start_together_make_the_tables_once():
 
 def test_by_default_it_lies_under_the_home(own_home):
     assert database_url() == f"sqlite:///{own_home.resolve()}/finetune.db"
+
+
+OLD_ROWS = (
+    "INSERT INTO interactions (id, task, sequence, created_at, prompt, output) "
+    "VALUES ('i1', 'notes', 1, '2026-01-01', 'a wall', 'an answer'), ('i2', 'notes', 2, '2026-01-01', 'a door', 'x')",
+    "INSERT INTO feedback (id, task, sequence, interaction_id, created_at, kind) VALUES "
+    "('f1', 'notes', 3, 'i1', '2026-01-01', 'thumbs_up'), ('f2', 'notes', 4, 'gone', '2026-01-01', 'thumbs_down')",
+    "INSERT INTO examples (interaction_id, task, sequence, content_hash, target, reward, confirmed, corrected) "
+    "VALUES ('i1', 'notes', 3, 'hash', 'an answer', 1.0, true, false)",
+    "INSERT INTO models (id, loop, major, minor, patch, gguf_path, gguf_sha256, base_hash, mode, lineage, scores, "
+    "report_path, created_at) VALUES ('m1', 'notes', 1, 0, 0, 'x.gguf', 'hash', 'base', 'full', '{}', '{}', 'r', "
+    "'2026-01-01')",
+    "UPDATE counters SET value = 4 WHERE name = 'events'",
+)
+
+
+def test_a_database_of_the_previous_version_keeps_all_and_is_counted(url):
+    engine = sa.create_engine(url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(connection.__file__).parent / "migrations"))
+    with engine.begin() as open_connection:
+        config.attributes["connection"] = open_connection
+        command.upgrade(config, "0001")
+        for row in OLD_ROWS:
+            open_connection.execute(sa.text(row))
+    database = connect(url)
+    with database.read() as open_connection:
+        assert tally(open_connection, "notes") == {
+            "interactions": 2, "feedback": 2, "feedback.thumbs_up": 1, "feedback.thumbs_down": 1, "examples": 1,
+            "rewarded": 1, "unmatched": 1,
+        }  # fmt: skip
+        row = open_connection.execute(sa.text("SELECT history, flag FROM interactions WHERE id = 'i1'")).one()
+        assert tuple(row) == (None, None)
+        assert open_connection.execute(sa.text("SELECT gguf_path, deployed_at FROM models")).one()[0] == "x.gguf"
+    with database.engine.connect() as open_connection:
+        assert compare_metadata(MigrationContext.configure(open_connection), metadata) == []
+    database.engine.dispose()

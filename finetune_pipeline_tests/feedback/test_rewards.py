@@ -54,3 +54,29 @@ def test_a_loops_own_reward_is_held_to_the_range():
 def test_a_reward_function_that_is_not_there_is_named(path):
     with pytest.raises(SettingsError, match=path):
         reward_function(FeedbackSettings(reward_function=path))
+
+
+def test_a_rating_is_worth_what_the_loop_says():
+    reward = reward_function(FeedbackSettings(ratings={"1": -1, "2": -0.5, "3": 0.1, "4": 0.5, "5": 0.8, "gold": 1}))
+    answer = interaction("a")
+    assert [reward(feedback("1", "a", "rating", rating=stars), answer) for stars in ("2", "5", "gold")] == [
+        -0.5,
+        0.8,
+        1,
+    ]
+
+
+def test_ratings_have_to_be_whole():
+    with pytest.raises(ValueError, match="gold is missing"):
+        FeedbackSettings(ratings={"1": -1, "2": -0.5, "3": 0, "4": 0.5, "5": 0.8})
+
+
+def test_a_reward_that_came_with_the_feedback_is_taken_as_it_is():
+    assert default_reward(feedback("1", "a", "reward", reward=-0.25), interaction("a")) == -0.25
+    assert default_reward(feedback("2", "a", "success", score=100, reward=0.1), interaction("a")) == 0.1
+
+
+@pytest.mark.parametrize("value", [7, -1.01, float("nan"), float("inf"), "much"])
+def test_a_reward_outside_its_range_is_refused(value):
+    with pytest.raises(ValueError, match="reward"):
+        feedback("1", "a", "reward", reward=value)

@@ -1,4 +1,6 @@
+import random
 import threading
+from collections import Counter
 
 import pytest
 import sqlalchemy as sa
@@ -7,7 +9,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import store
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline_tests.conftest import feedback, interaction
+from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +94,98 @@ def test_an_event_of_another_loop_takes_nothing_away():
 def test_whatever_is_logged_is_data(text):
     record(interaction("a", prompt=text, output=text, user=text[:200]), feedback("f", "a", "thumbs_up"))
     assert [(example.prompt, example.target) for example in new()] == [(text, text)]
+
+
+def counted():
+    """The tallies, counted from the tables."""
+    with connect().read() as connection:
+        rows = connection.execute(sa.select(t.feedback)).all()
+        known = set(connection.execute(sa.select(t.interactions.c.id)).scalars())
+        flags = connection.execute(sa.select(t.interactions.c.flag)).scalars().all()
+        examples = connection.execute(sa.select(t.examples)).all()
+    counts = {
+        "interactions": len(known),
+        "feedback": len(rows),
+        **{f"feedback.{kind}": n for kind, n in Counter(row.kind for row in rows).items()},
+        "examples": len(examples),
+        "corrected": sum(row.corrected for row in examples),
+        "rewarded": sum(row.reward > 0 and not row.corrected for row in examples),
+        "unmatched": sum(row.interaction_id not in known for row in rows),
+        "flagged": sum(flag is not None for flag in flags),
+    }
+    return {name: value for name, value in counts.items() if value}
+
+
+def tallied():
+    with connect().read() as connection:
+        return store.tally(connection, "notes")
+
+
+def test_the_tallies_are_what_counting_gives_whatever_arrives_in_whatever_order():
+    chance = random.Random(3)
+    names = [f"{i}" for i in range(12)]
+    events = [interaction(name, flag="confidence 0.10 is below 0.85" if int(name) % 3 == 0 else None) for name in names]
+    for number in range(60):
+        on = chance.choice([*names, "never", "never either"])
+        kind = chance.choice(["thumbs_up", "thumbs_down", "correction", "success", "validation_failure", "rating"])
+        more = {"correction": {"correction": f"better {number}"}, "rating": {"rating": chance.choice("12345")}}
+        given = more.get(kind, {"score": chance.randrange(101)} if kind in {"success", "validation_failure"} else {})
+        events.append(feedback(f"f{number}", on, kind, minutes=number, **given))
+    events += chance.sample(events, 20)
+    chance.shuffle(events)
+    while events:
+        size = chance.randrange(1, 9)
+        batch, events = events[:size], events[size:]
+        record(*batch)
+        assert tallied() == counted()
+    assert tallied()["unmatched"] > 0
+    with connect().read() as connection:
+        assert {row.interaction_id for row in store.unmatched(connection, "notes", 99)} <= {
+            str(uid("never")), str(uid("never either"))
+        }  # fmt: skip
+
+
+def test_what_happens_at_once_from_many_threads_is_tallied_right():
+    threads = [
+        threading.Thread(
+            target=record, args=(interaction("same"), interaction(f"{i}"), feedback("f", "same", "thumbs_up"))
+        )
+        for i in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tallied() == counted() == {
+        "interactions": 17, "feedback": 1, "feedback.thumbs_up": 1, "examples": 1, "rewarded": 1
+    }  # fmt: skip
+
+
+def test_a_forgotten_id_stays_away():
+    with connect().write() as connection:
+        row = {"id": str(uid("a")), "task": "notes", "sequence": store.take_sequence(connection, 1)}
+        connection.execute(t.forgotten_events.insert().values(row))
+    late = feedback("f", "a", "correction", correction="what somebody wanted forgotten")
+    assert record(interaction("a"), late) == store.Recorded(duplicates=2)
+    assert tallied() == {}
+
+
+def test_an_exchange_is_found_with_all_that_was_said_of_it():
+    given = feedback("f", "a", "correction", correction="better")
+    history = ({"role": "user", "content": "earlier"}, {"role": "assistant", "content": "yes"})
+    asked = interaction("a", history=history, domain="fire", arm="champion", flag="unsure", retrieved_context="code 7")
+    record(asked, given)
+    with connect().read() as connection:
+        found = store.find(connection, uid("a"))
+        assert (found.interaction, found.feedback, found.example.target) == (asked, (given,), "better")
+        assert found.example.history == asked.history
+        assert store.flagged(connection, "notes", 9) == [asked]
+        assert store.find(connection, uid("nobody")) is None
+
+
+def test_the_same_prompt_after_another_history_is_another_example():
+    turns = {"history": ({"role": "user", "content": "in metres"},)}
+    up = [feedback("f", "a", "thumbs_up"), feedback("g", "b", "thumbs_up")]
+    record(interaction("a", prompt="x", output="y"), interaction("b", prompt="x", output="y", **turns), *up)
+    with connect().read() as connection:
+        assert len(set(connection.execute(sa.select(t.examples.c.content_hash)).scalars())) == 2

@@ -260,6 +260,6 @@ def _follow(running: Running) -> None:
     import asyncio
 
     server = running.gateway.servers["twice"]
-    loop = running.gateway._watching.get_loop()
+    loop = running.gateway._watching[0].get_loop()
     pointer = champion.champion(connect(), "twice").id
     asyncio.run_coroutine_threadsafe(server.follow(pointer), loop).result(30)

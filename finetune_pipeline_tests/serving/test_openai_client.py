@@ -236,7 +236,10 @@ def test_a_message_may_come_in_parts(notes):
         ([{"role": "user", "content": []}], "the last message is empty"),
         ([], "messages: List should have at least 1 item"),
         ([{"role": "tool", "content": "x"}], "messages.0.role"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], "messages.0.content"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
+            "messages.0.content",
+        ),
     ],
 )
 def test_what_is_no_question_of_a_user_is_refused(notes, messages, says):

@@ -1,6 +1,5 @@
 """What the field `model` means, and what takes over when a champion cannot answer."""
 
-
 import openai
 import pytest
 

@@ -1,0 +1,292 @@
+"""Who is let in, from where, with how much; and what a request's text can never be."""
+
+import http.client
+import json
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import pytest
+import sqlalchemy as sa
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.serving.access import Access, create_key, is_loopback, list_keys, revoke_key
+from finetune_pipeline_tests.serving.conftest import PROMPT, make_loop, serving, wait_until
+
+CHAT = "/v1/chat/completions"
+BODY = {"model": "notes", "messages": [{"role": "user", "content": PROMPT}]}
+
+
+@pytest.fixture
+def locked(tmp_path, monkeypatch):
+    """A gateway with a home, and keys, of its own."""
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
+    database = connect()
+    keys = {
+        "infer": create_key(database, "app", ["infer"]),
+        "feedback": create_key(database, "people", ["feedback"]),
+        "admin": create_key(database, "boss", ["admin"]),
+    }
+    with serving(make_loop()) as running:
+        yield running, keys
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+# ---- without a key: this machine only
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "", "[::2]"])
+def test_a_foreign_host_name_is_refused(notes, host):
+    refused = notes.http.post(CHAT, json=BODY, headers={"Host": host})
+    assert refused.status_code == 403
+    assert "serves this machine only" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8484", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:8484"])
+def test_this_machines_names_are_let_in(notes, host):
+    assert notes.http.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "http://localhost.evil.example", "http://evil.example:8484", "null", "x"]
+)
+def test_a_foreign_web_page_is_refused(notes, origin):
+    for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("POST", "/admin/rollback")):
+        refused = notes.http.request(method, path, json=BODY, headers={"Origin": origin})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_allowed")
+    assert "access-control-allow-origin" not in notes.http.options(CHAT, headers={"Origin": origin}).headers
+
+
+def test_a_page_of_this_machine_is_let_in(notes):
+    assert notes.http.get("/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 200
+    assert notes.http.get("/v1/models", headers={"Origin": "http://[::1]:3000"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.com", "", "127.0.0.1.example.com"])
+def test_only_loopback_addresses_are_taken_for_such(host):
+    assert not is_loopback(host)
+    assert is_loopback("127.0.0.2") and is_loopback("::1") and is_loopback("localhost")
+
+
+def test_another_address_without_keys_is_not_served(own_home):
+    command = [sys.executable, "-m", "finetune_pipeline.cli.main", "serve", "--host", "0.0.0.0", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0
+    assert "0.0.0.0 can be reached from other machines, and no API key exists" in ended.stdout + ended.stderr
+
+
+# ---- with keys
+
+
+def test_without_a_key_or_with_an_unknown_one_nothing_is_answered(locked):
+    running, _ = locked
+    with pytest.raises(openai.AuthenticationError, match="needs an API key, and it is not known"):
+        running.openai(api_key="ft-wrong").chat.completions.create(**BODY)
+    paths = [("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("POST", "/v1/feedback")]
+    paths += [("POST", "/v1/interactions"), ("GET", f"/v1/interactions/{'0' * 32}"), ("GET", "/v1/feedback/stats")]
+    paths += [("GET", "/metrics"), ("POST", "/admin/reload-model"), ("POST", "/admin/rollback")]
+    for method, path in paths:
+        for headers in ({}, {"Authorization": ""}, {"Authorization": "Basic eDp5"}, bearer(""), bearer("é".encode())):
+            refused = running.http.request(method, path, headers=headers)
+            assert (path, refused.status_code) == (path, 401)
+            assert refused.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_key_opens_only_what_it_is_for(locked):
+    running, keys = locked
+    client = running.openai(api_key=keys["infer"])
+    answer = client.chat.completions.create(**BODY)
+    with pytest.raises(openai.PermissionDeniedError, match="the key 'people' has feedback, and this needs infer"):
+        running.openai(api_key=keys["feedback"]).chat.completions.create(**BODY)
+    allowed = {
+        ("GET", f"/v1/interactions/{answer.id}"): "feedback",
+        ("GET", "/v1/feedback/stats"): "feedback",
+        ("GET", "/v1/models"): "infer",
+        ("POST", "/admin/reload-model"): "admin",
+    }
+    for (method, path), scope in allowed.items():
+        for name, key in keys.items():
+            status = running.http.request(method, path, headers=bearer(key), **({"json": {}} if method == "POST" else {}))
+            assert (path, name, status.status_code) == (path, name, 200 if name == scope else 403)
+    assert running.http.get("/metrics", headers=bearer(keys["infer"])).status_code == 200
+
+
+def test_with_keys_any_name_of_the_gateway_will_do(locked):
+    running, keys = locked
+    headers = {**bearer(keys["infer"]), "Host": "gateway.example", "Origin": "https://app.example"}
+    assert running.http.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_health_needs_no_key_and_tells_strangers_no_paths(locked):
+    running, _ = locked
+    running.gateway.servers["notes"].trouble = "/secret/path/model.gguf is not there"
+    health = running.health()
+    assert "/secret" not in json.dumps(health)
+    assert health["loops"]["notes"]["trouble"] == "see the gateway's log"
+
+
+def test_a_new_key_is_known_and_a_revoked_one_refused_within_a_second(locked):
+    running, _ = locked
+    secret = create_key(connect(), "late", ["infer"])
+    wait_until(lambda: running.http.get("/v1/models", headers=bearer(secret)).status_code == 200, 1.5)
+    assert revoke_key(connect(), "late") == 1
+    time.sleep(1)
+    assert running.http.get("/v1/models", headers=bearer(secret)).status_code == 401
+
+
+def test_a_revoked_key_is_refused_while_a_model_is_being_loaded(locked):
+    running, keys = locked
+    server = running.gateway.servers["notes"]
+    loop = running.gateway._watching[0].get_loop()
+
+    import asyncio
+
+    asyncio.run_coroutine_threadsafe(server._moving.acquire(), loop).result(5)  # as if a large model were loaded
+    try:
+        time.sleep(0.6)  # the watcher waits for it now
+        revoke_key(connect(), "app")
+        time.sleep(1)
+        assert running.http.get("/v1/models", headers=bearer(keys["infer"])).status_code == 401
+    finally:
+        loop.call_soon_threadsafe(server._moving.release)
+
+
+def test_revoking_the_last_key_does_not_open_the_gateway(locked):
+    running, _ = locked
+    for name in ("app", "people", "boss"):
+        revoke_key(connect(), name)
+    time.sleep(1)
+    assert running.http.get("/v1/models").status_code == 401
+    assert not Access(connect(), loopback=True).open
+
+
+def test_the_database_holds_only_hashes_of_keys(locked):
+    _, keys = locked
+    with connect().read() as connection:
+        rows = connection.execute(sa.text("SELECT * FROM api_keys")).all()
+    assert len(rows) == len(list_keys(connect())) == 3
+    assert not any(secret in str(row) for secret in keys.values() for row in rows)
+    for path in connect().engine.url.database, f"{connect().engine.url.database}-wal":
+        with open(path, "rb") as file:  # noqa: PTH123
+            data = file.read()
+        assert not any(secret.encode() in data for secret in keys.values())
+
+
+# ---- how much, and as what
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_what_a_web_form_can_send_is_not_read(notes, kind):
+    refused = notes.http.post(CHAT, content=json.dumps(BODY), headers={"Content-Type": kind})
+    assert refused.status_code == 415
+
+
+def test_ten_megabytes_are_refused(notes):
+    body = json.dumps({**BODY, "messages": [{"role": "user", "content": "x" * 10_000_000}]}).encode()
+    for path in (CHAT, "/v1/feedback", "/v1/interactions", "/admin/rollback"):
+        assert _status(notes, path, body, {"Content-Length": str(len(body))}) == 413
+
+
+def test_ten_megabytes_in_chunks_are_refused(notes):
+    body = json.dumps({**BODY, "messages": [{"role": "user", "content": "x" * 10_000_000}]}).encode()
+    chunks = [body[start : start + 65536] for start in range(0, len(body), 65536)]
+    assert _status(notes, CHAT, chunks, {"Transfer-Encoding": "chunked"}) == 413
+
+
+def _status(notes, path, body, headers):
+    connection = http.client.HTTPConnection(notes.url.removeprefix("http://"), timeout=30)
+    try:
+        headers = {"Content-Type": "application/json", **headers}
+        connection.request("POST", path, body, headers, encode_chunked="Transfer-Encoding" in headers)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # it answered before it had all, as it should
+    return connection.getresponse().status
+
+
+@pytest.mark.parametrize(
+    "id", ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "x.jsonl", "' OR 1=1 --", "%00", "0" * 33]
+)
+def test_an_id_that_is_a_path_is_no_id(notes, id):
+    response = notes.http.get(f"/v1/interactions/{id}")
+    assert response.status_code in {400, 404}
+    assert "root:" not in response.text
+    given = notes.http.post("/v1/feedback", json={"interaction_id": id, "kind": "thumbs_up"})
+    assert given.status_code == 400
+
+
+SQL = "'; DROP TABLE interactions; --\" OR 1=1 /*"
+
+
+def test_sql_in_every_text_stays_text(notes):
+    metadata = {"domain": SQL, "kind": SQL, "retrieved_context": SQL}
+    answer = notes.ask(SQL, user=SQL, metadata=metadata).json()
+    kept = notes.interaction(answer["id"])["interaction"]
+    assert [kept[name] for name in ("prompt", "user", "domain", "kind", "retrieved_context")] == [SQL] * 5
+    given = {"interaction_id": answer["id"], "kind": "correction", "correction": SQL, "user": SQL}
+    assert notes.http.post("/v1/feedback", json=given).json()["status"] == "recorded"
+    found = notes.interaction(answer["id"])
+    assert (found["target"], found["feedback"][0]["user"]) == (SQL, SQL)
+    logged = {"task": "notes", "prompt": SQL, "output": SQL, "model": SQL, "user": SQL, "arm": SQL, "flag": SQL}
+    receipt = notes.http.post("/v1/interactions", json=logged).json()
+    kept = notes.interaction(receipt["id"])["interaction"]
+    assert {kept[name] for name in logged if name != "task"} == {SQL}
+    assert notes.http.post("/v1/interactions", json={**logged, "task": SQL}).status_code == 404
+    assert notes.http.get("/v1/feedback/stats", params={"loop": SQL}).status_code == 404
+    assert notes.ask(model=SQL).status_code == 404
+
+
+def test_a_schema_that_refers_elsewhere_opens_nothing(notes):
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"type": "string"}')
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as elsewhere:
+        thread = threading.Thread(target=elsewhere.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{elsewhere.server_port}/schema.json"
+        schemas = [
+            {"$ref": address},
+            {"type": "object", "properties": {"a": {"$ref": address}}},
+            {"anyOf": [{"type": "array", "items": {"$ref": "file:///etc/passwd"}}]},
+            {"$id": address, "type": "object", "properties": {"a": {"$ref": "other.json"}}},
+        ]
+        for schema in schemas:
+            form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+            refused = notes.ask(response_format=form)
+            assert refused.status_code == 400, refused.text
+            assert "only references within it" in refused.json()["error"]["message"]
+        elsewhere.shutdown()
+    assert asked == []
+
+
+def test_a_template_in_a_message_is_text(notes):
+    for text in ("{{7*7}}", "{% for x in y %}", "{{ messages }}", "{{ cycler.__init__.__globals__ }}"):
+        answer = notes.ask(text, max_tokens=4)
+        assert answer.status_code == 200
+        kept = notes.interaction(answer.json()["id"])["interaction"]
+        assert kept["prompt"] == text
+    # Rendered, it would be as long as the number.
+    lengths = [notes.ask(text, max_tokens=1).json()["usage"]["prompt_tokens"] for text in ("{{7*7}}", "49")]
+    assert lengths[0] > lengths[1]
+
+
+def test_a_key_that_httpx_sends_twice_is_one_key(locked):
+    running, keys = locked
+    headers = [("Authorization", f"Bearer {keys['infer']}"), ("Authorization", f"Bearer {keys['admin']}")]
+    assert httpx.post(f"{running.url}/admin/reload-model", json={}, headers=headers).status_code in {401, 403}
