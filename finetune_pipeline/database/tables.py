@@ -21,6 +21,7 @@ counters = sa.Table(
     metadata,
     sa.Column("name", sa.String(60), primary_key=True),
     sa.Column("value", sa.BigInteger, nullable=False),
+    # And besides `events`, `store`: a random number by which one database is told from another.
     comment="The ingest sequence. Its row is locked until commit, so commits follow the sequence in PostgreSQL too.",
 )
 

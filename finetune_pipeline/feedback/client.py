@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_log = logging.getLogger(__name__)
 _NAMESPACE = UUID("6b1c36a9-9a0c-5d0e-8a51-5b0a3c2f7d11")
 _BATCH_EVENTS = 1_000
 _BATCH_CHARACTERS = 4_000_000
@@ -237,12 +238,10 @@ class FeedbackClient:
 
     def _log_answered(self, prompt: str, output: str, id: UUID, details: Details) -> None:
         """Log an exchange whose answer somebody waits for: trouble with the log must not cost them the answer."""
-        from finetune_pipeline.database import DatabaseError
-
         try:
             self.log(prompt, output, id=id, **details)
-        except (FeedbackError, DatabaseError) as error:
-            logging.getLogger(__name__).error("an exchange was not logged, its answer goes on: %s", error)
+        except Exception as error:  # whatever it is, a database that went away or a field that cannot be kept
+            _log.error("an exchange was not logged, its answer goes on: %s", error)
 
     def correct(
         self, interaction_id: UUID | str, correction: str, *, user: str | None = None, key: str | None = None

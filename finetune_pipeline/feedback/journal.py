@@ -18,7 +18,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from uuid_utils.compat import uuid7
 
 from finetune_pipeline.artifacts import disk_full, flush
@@ -29,6 +29,12 @@ from finetune_pipeline.records import Event, Feedback, Interaction
 from finetune_pipeline.settings import home, survives_power_cut
 
 BATCH = 500
+SHRINK_BYTES = 16 * 2**20
+"""What is in the store already may take this much of a journal before it is dropped, where traffic never pauses."""
+
+_AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, DatabaseError, OSError)
+"""The store cannot take anything now; later it will."""
+
 _RETRY_SECONDS = (0.1, 0.5, 2.0, 5.0)
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _log = logging.getLogger(__name__)
@@ -147,7 +153,7 @@ class Recorder:
             try:
                 self._take_over(lines)
                 tries, self.trouble = 0, None
-            except (sa.exc.OperationalError, DatabaseError, OSError) as error:
+            except _AWAY as error:
                 self.trouble = f"events wait in {self.path}, the store cannot take them: {error}"
                 _log.warning(self.trouble)
                 time.sleep(_RETRY_SECONDS[min(tries, len(_RETRY_SECONDS) - 1)])
@@ -155,17 +161,15 @@ class Recorder:
 
     def _take_over(self, lines: Sequence[bytes]) -> None:
         events = [_EVENT.validate_json(line) for line in lines]
-        try:
-            outcomes = record_all(self._database, events, self._reward_of)
-        except (sa.exc.OperationalError, DatabaseError, OSError):
-            raise
-        except Exception:  # one of them, or the loop's own reward function on it: the others must not wait for that
-            outcomes = [self._alone(event) for event in events]
+        outcomes, refused = _record_each(self._database, events, self._reward_of, self.path.with_suffix(".refused"))
+        self.refused = refused or self.refused
         with self._arrived:
             self._taken += sum(map(len, lines))
             if not self.pending:
                 os.ftruncate(self._file, 0)
                 self._taken = self._size = 0
+            elif self._taken > SHRINK_BYTES:
+                self._shrink()
             # Two futures of one id are answered in the order of their events.
             waiting = [self._answer_to(event.id) for event in events]
             self._arrived.notify_all()
@@ -173,18 +177,23 @@ class Recorder:
             if future is not None and future.set_running_or_notify_cancel():
                 future.set_result(outcome)
 
-    def _alone(self, event: Interaction | Feedback) -> "Outcome":
+    def _shrink(self) -> None:
+        """Put a file with what is left in the place of the whole one."""
+        rest = os.pread(self._file, self._size - self._taken, self._taken)
+        new = self.path.with_suffix(".new")
+        file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600)
         try:
-            return record_all(self._database, [event], self._reward_of)[0]
-        except (sa.exc.OperationalError, DatabaseError, OSError):
-            raise
-        except Exception as error:
-            aside = self.path.with_suffix(".refused")
-            _log.exception("the store refused an event; it was put aside in %s", aside)
-            with aside.open("a", encoding="utf-8") as file:
-                file.write(event.model_dump_json() + "\n")
-            self.refused = f"an event was refused and lies in {aside}: {type(error).__name__}: {error}"
-            return "refused"
+            if os.write(file, rest) < len(rest):
+                raise OSError(28, "No space left on device")
+            os.fsync(file)
+            new.replace(self.path)
+        except OSError as error:  # the disk is full: the journal stays as it is
+            _log.warning("%s could not be made smaller: %s", self.path, error)
+            os.close(file)
+            new.unlink(missing_ok=True)
+            return
+        os.close(self._file)
+        self._file, self._size, self._taken = file, len(rest), 0
 
     def _answer_to(self, id: UUID) -> "Future[Outcome] | None":
         futures = self._outcomes.get(id)
@@ -222,22 +231,60 @@ def take_over_orphans(database: Database, reward_of: RewardOf, folder: Path | No
     for path in sorted((folder or journal_folder()).glob("*.jsonl")):
         try:
             with FileLock(f"{path}.lock", timeout=0):
-                for events in _batches(path):
-                    added += sum(outcome != "duplicate" for outcome in record_all(database, events, reward_of))
-                path.unlink(missing_ok=True)
+                if path.exists():  # another process may have taken it over in this moment
+                    added += _take_over_file(path, database, reward_of)
         except Timeout:
             continue
         Path(f"{path}.lock").unlink(missing_ok=True)
     return added
 
 
-def _batches(path: Path) -> Iterator[list[Interaction | Feedback]]:
+def _take_over_file(path: Path, database: Database, reward_of: RewardOf) -> int:
+    aside, added = path.with_suffix(".refused"), 0
+    for events in _batches(path, aside):
+        outcomes, _ = _record_each(database, events, reward_of, aside)
+        added += sum(outcome in {"recorded", "waiting"} for outcome in outcomes)
+    path.unlink()
+    return added
+
+
+def _record_each(
+    database: Database, events: Sequence[Interaction | Feedback], reward_of: RewardOf, aside: Path
+) -> tuple[list[Outcome], str | None]:
+    """Record all of them; what the store refuses is put aside, so that it keeps nothing else waiting.
+
+    Returns:
+        What became of each, and why one was refused.
+    """
+    try:
+        return record_all(database, events, reward_of), None
+    except _AWAY:
+        raise
+    except Exception as error:  # an event, or the loop's own reward function on it
+        if len(events) > 1:
+            each = [_record_each(database, [event], reward_of, aside) for event in events]
+            return [outcomes[0] for outcomes, _ in each], next((why for _, why in each if why), None)
+        _log.exception("the store refused an event; it was put aside in %s", aside)
+        _put_aside(aside, events[0].model_dump_json().encode() + b"\n")
+        return ["refused"], f"an event was refused and lies in {aside}: {type(error).__name__}: {error}"
+
+
+def _put_aside(aside: Path, line: bytes) -> None:
+    with aside.open("ab") as file:
+        file.write(line)
+
+
+def _batches(path: Path, aside: Path) -> Iterator[list[Interaction | Feedback]]:
     batch: list[Interaction | Feedback] = []
     with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):  # torn by the kill: nobody was told that it is recorded
                 break
-            batch.append(_EVENT.validate_json(line))
+            try:
+                batch.append(_EVENT.validate_json(line))
+            except ValidationError:
+                _log.error("%s holds a line that is no event; it was put aside in %s", path, aside)
+                _put_aside(aside, line)
             if len(batch) >= BATCH:
                 yield batch
                 batch = []

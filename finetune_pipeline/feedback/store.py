@@ -109,6 +109,11 @@ def newest_sequence(connection: sa.Connection) -> int:
     return int(value or 0)
 
 
+def store_id(connection: sa.Connection) -> int:
+    """A random number that the database was given when it was made: sequences of two databases mean nothing together."""
+    return int(connection.execute(sa.select(t.counters.c.value).where(t.counters.c.name == "store")).scalar_one())
+
+
 def tally(connection: sa.Connection, task: str) -> dict[str, int]:
     """How much there is of what, in time that does not grow with it.
 

@@ -61,9 +61,17 @@ class RemoteModel:
                 f"{self.settings.url} does not answer ({type(error).__name__}: {error}); start it, or correct "
                 "serving.upstream in the loop's YAML"
             ) from error
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise self._not_understood(error) from error
         if answer.finish_reason is None:
             raise UpstreamFailed(f"{self.settings.url} broke off in the middle of an answer; look at its log")
         return answer.completion()
+
+    def _not_understood(self, error: Exception) -> UpstreamFailed:
+        return UpstreamFailed(
+            f"{self.settings.url} sent what is no part of an OpenAI-compatible answer ({type(error).__name__}: "
+            f"{str(error)[:_SAID]}); check that serving.upstream.url is such a server's, as a rule ending in /v1"
+        )
 
     async def close(self) -> None:
         """End the connections."""
@@ -114,16 +122,16 @@ class _Answer:
         """Take one event of the stream; returns its text."""
         if "error" in event:
             raise UpstreamFailed(f"the other server failed in the middle of an answer: {event['error']}")
-        self.usage = event.get("usage") or self.usage
+        self.usage = dict(event.get("usage") or self.usage)
         if not event.get("choices"):
             return ""
         choice = event["choices"][0]
         if choice.get("finish_reason"):
             self.finish_reason = "length" if choice["finish_reason"] == "length" else "stop"
         for token in (choice.get("logprobs") or {}).get("content") or []:
-            self.tokens.append(token["token"])
-            self.logprobs.append(token["logprob"])
-        piece: str = (choice.get("delta") or {}).get("content") or ""
+            self.tokens.append(_text(token["token"]))
+            self.logprobs.append(float(token["logprob"]))
+        piece = _text((choice.get("delta") or {}).get("content") or "")
         self.pieces.append(piece)
         return piece
 
@@ -136,12 +144,20 @@ class _Answer:
             token_texts=self.tokens,
             token_logprobs=self.logprobs,
             finish_reason=self.finish_reason or "stop",
-            prompt_tokens=self.usage.get("prompt_tokens") or 0,
-            completion_tokens=self.usage.get("completion_tokens") or len(self.tokens),
+            prompt_tokens=_count(self.usage.get("prompt_tokens"), 0),
+            completion_tokens=_count(self.usage.get("completion_tokens"), len(self.tokens)),
             prompt_seconds=0.0,
             generation_seconds=0.0,
             confidence=_confidence(text, self.tokens, self.logprobs),
         )
+
+
+def _text(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+
+
+def _count(given: Any, otherwise: int) -> int:
+    return given if isinstance(given, int) and 0 <= given < 2**31 else otherwise
 
 
 def _confidence(text: str, tokens: Sequence[str], logprobs: Sequence[float]) -> float | None:
@@ -157,6 +173,10 @@ def _authorisation(settings: UpstreamSettings) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
 async def _events(response: "httpx.Response") -> AsyncIterator[dict[str, Any]]:
     async for line in response.aiter_lines():
         if not line.startswith("data:"):
@@ -165,8 +185,8 @@ async def _events(response: "httpx.Response") -> AsyncIterator[dict[str, Any]]:
         if data == "[DONE]":
             return
         try:
-            event = json.loads(data)
-        except ValueError:
+            event = json.loads(data, parse_constant=_no_number)
+        except (ValueError, RecursionError):
             raise UpstreamFailed(f"the other server sent what is no JSON: {data[:_SAID]!r}") from None
         if not isinstance(event, dict):
             raise UpstreamFailed(f"the other server sent what is no event: {data[:_SAID]!r}")

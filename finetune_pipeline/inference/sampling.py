@@ -1,6 +1,8 @@
 """Choose the next token of one answer: the most probable, or a drawn one, and only what a JSON schema allows."""
 
 import json
+import math
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +15,11 @@ from finetune_pipeline.inference.protocol import GenerateRequest
 
 MAX_GRAMMAR_BYTES = 200_000
 """A larger grammar could overflow the stack of llama.cpp's parser, and take every other request with it."""
+
+MAX_REPEATS = 10_000
+"""More repetitions than a schema may ask for: each is written out, so that a billion would fill all memory."""
+
+_REPEATED = ("minItems", "maxItems", "minLength", "maxLength")
 
 
 class TokenChooser:
@@ -86,6 +93,7 @@ def grammar_of(schema: str) -> str:
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
     _refuse_remote(json.loads(schema))
+    _refuse_endless(json.loads(schema))
     try:
         text: str = json_schema_to_gbnf(schema)
     except Exception as error:  # the converter asserts, indexes and recurses its way through what it does not know
@@ -108,3 +116,25 @@ def _refuse_remote(schema: Any) -> None:
             raise RequestRefused(f"json_schema refers to {reference!r}; only references within it (#/...) are followed")
     for item in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []:
         _refuse_remote(item)
+
+
+def _refuse_endless(schema: Any) -> None:
+    repeats = _repeats(schema)
+    if repeats > MAX_REPEATS:
+        raise RequestRefused(
+            f"json_schema asks for {repeats} repetitions, at most {MAX_REPEATS} are taken; make {', '.join(_REPEATED)} "
+            "and the counts in pattern smaller"
+        )
+
+
+def _repeats(schema: Any) -> int:
+    if isinstance(schema, list):
+        return sum(map(_repeats, schema))
+    if not isinstance(schema, dict):
+        return 0
+    own = [schema.get(name) for name in _REPEATED]
+    counts = re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]*\}", str(schema.get("pattern", "")))))
+    in_pattern = math.prod(int(count[:9]) or 1 for count in counts) if counts else 0  # they may be nested
+    return (
+        sum(count for count in own if isinstance(count, int) and count > 0) + in_pattern + _repeats([*schema.values()])
+    )

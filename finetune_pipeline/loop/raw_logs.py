@@ -23,7 +23,7 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.feedback.store import Totals, newest_sequence, records, totals
+from finetune_pipeline.feedback.store import Totals, newest_sequence, records, store_id, totals
 from finetune_pipeline.loop.ingest import Ingested, ingest
 from finetune_pipeline.loop.io import pointers_key
 from finetune_pipeline.records import FileRecord, RawLogsManifest
@@ -107,7 +107,9 @@ def _base(loop: LoopSettings, connection: sa.Connection, until: int) -> Artifact
     except ArtifactError:
         return None  # it was deleted or damaged; the store has everything
     if last is None or last.manifest.settings != _settings(loop) or last.manifest.watermark > until:
-        return None  # a watermark ahead of the store is that of another database
+        return None  # a watermark ahead of the store: it was put back to an earlier copy of itself
+    if last.manifest.inputs.get("store") != str(store_id(connection)):
+        return None  # another database: its sequences are others
     f = t.forgotten_events.c
     forgotten = sa.select(f.id).where(f.task == loop.name, f.sequence > last.manifest.watermark).limit(1)
     return None if connection.execute(forgotten).first() else last
@@ -136,7 +138,7 @@ def _write(
         fields = {
             "loop": loop.name,
             "version": version,
-            "inputs": {"events": f"1..{until}"},
+            "inputs": {"events": f"1..{until}", "store": str(store_id(connection))},
             "settings": _settings(loop),
             "packages": package_versions("finetune-pipeline", "pyarrow"),
             "interactions": counts.interactions,

@@ -57,8 +57,8 @@ async def reload_model(request: Request, asked: Annotated[AdminRequest, Depends(
 @router.post("/admin/rollback")
 async def rollback(
     request: Request,
-    asked: Annotated[AdminRequest, Depends(body_of(AdminRequest))],
     caller: Annotated[Caller, Depends(allow("admin"))],
+    asked: Annotated[AdminRequest, Depends(body_of(AdminRequest))],
 ) -> Moved:
     """Bring back the champion before this one; on return it serves."""
     gateway = gateway_of(request)

@@ -4,13 +4,22 @@ Fields of OpenAI's that cannot change an answer here are taken and left alone; f
 honoured (tools, n > 1, penalties, ...) are refused unless they ask for nothing; others are unknown and refused.
 """
 
+import json
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Moment, ShortText, Text, Turn
 from finetune_pipeline.settings import Rating
+
+
+def _whole(number: Any) -> Any:
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Whole = BeforeValidator(_whole)
+"""5.0 is 5: JSON knows no difference."""
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
@@ -50,11 +59,18 @@ class ChatMessage(Request):
         return Turn(role="system" if self.role == "developer" else self.role, content=self.text)
 
 
+def _finite(schema: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(schema, allow_nan=False)
+    return schema
+
+
 class JsonSchema(Request):
     """The form of an answer."""
 
     name: str = "answer"
-    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema that the answer can only follow.")
+    schema_: Annotated[dict[str, Any], AfterValidator(_finite)] = Field(
+        alias="schema", description="JSON Schema that the answer can only follow."
+    )
     description: str | None = None
     strict: bool | None = None
 
@@ -86,7 +102,7 @@ class StreamOptions(Request):
 
 
 class Metadata(Request):
-    """What the application says of the request; kept with the interaction."""
+    """What the application says of the request: these are kept with the interaction, others are left alone."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     __pydantic_extra__: dict[str, str]
@@ -100,16 +116,16 @@ class Generation(Request):
     """What chat completions and completions have in common."""
 
     model: ShortText = Field(min_length=1, description="A loop, loop@version, or an alias.")
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), Whole] | None = None
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default 0: as it was measured.")
     top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    seed: Annotated[int, Field(ge=0, lt=2**32), Whole] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: ShortText | None = Field(default=None, description="Whose words the prompt are.")
     metadata: Metadata | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=1), Whole] | None = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -131,10 +147,10 @@ class ChatRequest(Generation):
     messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
         description="The conversation; what the user says last is the prompt."
     )
-    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), Whole] | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = Field(default=None, discriminator="type")
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0), Whole] | None = None
     tools: Nothing = None
     functions: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -166,10 +182,10 @@ class CompletionRequest(Generation):
         Annotated[Text, Field(min_length=1)]
         | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1)]
     )
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), Whole] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=0), Whole] | None = None
 
     @property
     def text(self) -> str:
@@ -196,12 +212,30 @@ class InteractionIn(Request):
     arm: ShortText | None = None
     flag: ShortText | None = None
     latency_ms: float | None = Field(default=None, ge=0)
-    prompt_tokens: int | None = Field(default=None, ge=0, lt=2**31)
-    completion_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    prompt_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = None
+    completion_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = None
+
+
+def _of_kinds(*kinds: FeedbackKind, **needs: dict[str, Any]) -> dict[str, Any]:
+    return {"properties": {"kind": {"enum": list(kinds)}, **needs}, "required": ["kind", *needs]}
+
+
+_NEEDED: dict[str, Any] = {
+    "anyOf": [
+        _of_kinds("thumbs_up", "thumbs_down"),
+        _of_kinds("correction", correction={"type": "string", "pattern": r"\S"}),
+        _of_kinds("success", "validation_failure", score={"type": "number"}),
+        _of_kinds("rating", rating={"type": "string"}),
+        _of_kinds("reward", reward={"type": "number"}),
+    ]
+}
+"""What each kind of feedback needs, for the description; `records.Feedback` asks for it."""
 
 
 class FeedbackIn(Request):
     """POST /v1/feedback. The same id twice is one feedback, so a client can safely try again."""
+
+    model_config = ConfigDict(json_schema_extra=_NEEDED)
 
     task: str | None = Field(default=None, max_length=60, description="Name of the loop; default the interaction's.")
     id: UUID | None = None

@@ -25,9 +25,7 @@ Pieces = asyncio.Queue[tuple[str, str] | None]
 """Who answers, and a piece of the answer; None is its end."""
 
 router = APIRouter(dependencies=[Depends(allow("infer"))])
-_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer."}
-}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)

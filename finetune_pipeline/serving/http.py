@@ -1,9 +1,9 @@
 """HTTP before and behind the routes: limits, hosts, bodies, errors, and the clock."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -23,7 +23,6 @@ ENGINE = "finetune.engine_seconds"
 """Where a route leaves, in the request's scope, how long it waited for the model."""
 
 _ERRORS_NAMED = 3
-_log = logging.getLogger(__name__)
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
 
@@ -49,19 +48,17 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, _limited(receive), sent)
-        except ClientGone:
-            return
-        except Exception as error:
+        except GatewayError as error:
             if sent.status is not None:  # half an answer is out: it can only break off
                 raise
-            await _response_to(error)(scope, receive, sent)
+            await error_response(error)(scope, receive, sent)
         finally:
             self._count(scope, sent, time.perf_counter() - started)
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         length = headers.get(b"content-length", "0")
-        if length.isdigit() and int(length) > MAX_BODY:
+        if length.isdecimal() and int(length) > MAX_BODY:
             raise _too_large()
         # A web page may send requests to this machine, also under a name of its own that it has pointed here.
         if self._gateway.access.open:
@@ -155,6 +152,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for one in (task, gone):
             one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)  # what is being cancelled still runs
 
 
 class EventStream(Response):
@@ -170,7 +168,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of them."""
         try:
-            await unless_gone(receive, self._send(send))
+            with suppress(ClientGone):
+                await unless_gone(receive, self._send(send))
         finally:
             await self._events.aclose()
 
@@ -187,13 +186,6 @@ def error_response(error: GatewayError) -> JSONResponse:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body, error.status, headers)
-
-
-def _response_to(error: Exception) -> JSONResponse:
-    if isinstance(error, GatewayError):
-        return error_response(error)
-    _log.error("a request failed", exc_info=error)
-    return error_response(GatewayError(f"the gateway failed: {type(error).__name__}; its log says more"))
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -417,4 +417,6 @@ def test_an_answer_is_worth_more_than_its_log(caplog):
         assert nobody_there.logged(lambda prompt: prompt.upper())("a wall") == "A WALL"
         with nobody_there.call("a wall") as call:
             call.output = "an answer"
-    assert caplog.text.count("was not logged, its answer goes on") == 2
+        with nobody_there.call("a wall", user="u" * 201) as call:
+            call.output = "an answer with \x00"
+    assert caplog.text.count("was not logged, its answer goes on") == 3

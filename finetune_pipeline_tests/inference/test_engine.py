@@ -232,7 +232,12 @@ def test_a_chat_template_that_cannot_be_used_refuses_messages_and_nothing_else(t
         (ask(""), "no tokens"),
         (ask("a", json_schema={"type": "colour"}), "cannot be turned into a grammar"),
         (ask("a", json_schema={"$ref": "https://example.com/x.json"}), "only references within it"),
-        (ask("a", json_schema={"type": "string", "maxLength": 90_000}), "bytes"),
+        (ask("a", json_schema={"enum": ["x" * 90_000] * 3}), "bytes"),
+        (
+            ask("a", json_schema={"type": "array", "items": {}, "maxItems": 10**9}),
+            "1000000000 repetitions, at most 10000",
+        ),
+        (ask("a", json_schema={"type": "string", "pattern": "^(a{999}){999}$"}), "998001 repetitions"),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_refused_and_the_engine_goes_on(tiny, request_, says):

@@ -146,7 +146,7 @@ def test_after_something_was_forgotten_everything_is_written_anew(loop):
     with connect().write() as connection:
         gone = {"id": str(uuid.uuid4()), "task": "another", "sequence": newest_sequence(connection) + 1}
         connection.execute(t.forgotten_events.insert(), gone)
-        connection.execute(sa.update(t.counters).values(value=gone["sequence"]))
+        connection.execute(sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["sequence"]))
     assert len(take(loop).manifest.parts) == 2  # another loop's
     with connect().write() as connection:
         i, e = t.interactions.c, t.examples.c
@@ -155,7 +155,7 @@ def test_after_something_was_forgotten_everything_is_written_anew(loop):
         connection.execute(t.examples.delete().where(e.interaction_id == ash))
         gone = {"id": ash, "task": loop.name, "sequence": newest_sequence(connection) + 1}
         connection.execute(t.forgotten_events.insert(), gone)
-        connection.execute(sa.update(t.counters).values(value=gone["sequence"]))
+        connection.execute(sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["sequence"]))
     anew = take(loop)
     assert [row["target"] for part in anew.manifest.parts for row in rows(anew, part)] == ["birch spoke", "cedar spoke"]
     assert take(loop) == anew  # once is enough
@@ -192,8 +192,11 @@ def test_another_database_is_not_taken_for_the_same_one(loop, tmp_path):
     add(loop, *corrected(["ash", "birch"]))
     take(loop)
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")
-    add(loop, *corrected(["cedar"]), database=other)
-    assert [row["target"] for row in rows(take(loop, other), "records-0001.parquet")] == ["cedar spoke"]
+    add(loop, *corrected(["cedar", "elm", "fir"]), database=other)  # and has grown past the first
+    taken = take(loop, other)
+    assert taken.manifest.parts == ["records-0001.parquet"]
+    spoke = {row["target"] for row in rows(taken, "records-0001.parquet")}
+    assert spoke == {"cedar spoke", "elm spoke", "fir spoke"}
 
 
 def test_where_files_cannot_be_linked_they_are_copied(loop, monkeypatch):

@@ -34,7 +34,7 @@ def locked(tmp_path, monkeypatch):
 
 
 def bearer(key):
-    return {"Authorization": f"Bearer {key}"}
+    return {"Authorization": f"Bearer {key}".encode()}
 
 
 # ---- without a key: this machine only
@@ -91,7 +91,7 @@ def test_without_a_key_or_with_an_unknown_one_nothing_is_answered(locked):
     paths += [("POST", "/v1/interactions"), ("GET", f"/v1/interactions/{'0' * 32}"), ("GET", "/v1/feedback/stats")]
     paths += [("GET", "/metrics"), ("POST", "/admin/reload-model"), ("POST", "/admin/rollback")]
     for method, path in paths:
-        for headers in ({}, {"Authorization": ""}, {"Authorization": "Basic eDp5"}, bearer(""), bearer("é".encode())):
+        for headers in ({}, {"Authorization": ""}, {"Authorization": "Basic eDp5"}, bearer("x y"), bearer("é")):
             refused = running.http.request(method, path, headers=headers)
             assert (path, refused.status_code) == (path, 401)
             assert refused.headers["www-authenticate"] == "Bearer"
@@ -111,7 +111,9 @@ def test_a_key_opens_only_what_it_is_for(locked):
     }
     for (method, path), scope in allowed.items():
         for name, key in keys.items():
-            status = running.http.request(method, path, headers=bearer(key), **({"json": {}} if method == "POST" else {}))
+            status = running.http.request(
+                method, path, headers=bearer(key), **({"json": {}} if method == "POST" else {})
+            )
             assert (path, name, status.status_code) == (path, name, 200 if name == scope else 403)
     assert running.http.get("/metrics", headers=bearer(keys["infer"])).status_code == 200
 

@@ -33,6 +33,7 @@ class Load:
     def __init__(self, running: Running, model: str) -> None:
         self.answers: list[tuple[str, str]] = []
         self.failures: list[str] = []
+        self.broken_off = 0
         self._running, self._model, self._stop = running, model, threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(n % 2 == 0,)) for n in range(8)]
 
@@ -44,6 +45,8 @@ class Load:
                     response = http.post("/v1/chat/completions", json=body)
                     if response.status_code != 200:
                         self.failures.append(response.text)
+                    elif stream and "broke off in the middle of the answer" in response.text.split("data: ")[-1]:
+                        self.broken_off += 1
                     elif stream:
                         parts = events(response)
                         [model] = {part["model"] for part in parts}
@@ -130,7 +133,7 @@ def test_adapters_change_in_one_process_and_no_answer_is_by_another_than_it_name
                 champion.switch(connect(), "pairs", two.version, "tests", "to and fro")
                 load.wait_for(two.name)
         assert load.failures == by_name.failures == []
-        assert {name: texts for name, texts in load.texts.items()} == {name: {text} for name, text in alone.items()}
+        assert load.texts == {name: {text} for name, text in alone.items()}
         assert by_name.texts == {two.name: {alone[two.name]}}
         assert process in engines()
 
@@ -196,14 +199,15 @@ def test_a_killed_model_is_stood_in_for_and_comes_back(ggufs):
         with Load(running, "killed") as load:
             load.wait_for(name)
             for _ in range(2):
-                for process in engines() - before:
-                    os.kill(process, signal.SIGKILL)
+                wait_until(lambda: len(engines() - before) == 1)
+                [process] = engines() - before
+                os.kill(process, signal.SIGKILL)
+                wait_until(lambda process=process: process not in engines())
                 load.wait_for(name, 20)
         models = Counter(model for model, _ in load.answers)
         assert set(models) <= {name, "killed@base"}
-        # A stream that had begun can only break off, and says so.
-        assert all("broke off" in failure or "peer closed" in failure for failure in load.failures), load.failures
-        assert len(load.failures) <= 16
+        assert load.failures == []
+        assert load.broken_off <= 2 * 4  # streams that had begun: they say so, and are not recorded as answered
         wait_until(lambda: running.health()["status"] == "ok")
         wait_until(lambda: len(engines() - before) == 1)  # who stood in is gone too
 

@@ -116,7 +116,7 @@ def test_the_base_answers_when_the_champions_file_cannot_be_used(ggufs, damage):
 def test_without_a_fallback_the_question_is_told_to_come_back(ggufs):
     _gone(promote(ggufs["Q8_0"], "alone").gguf_path)
     with serving(make_loop("alone", serving={"fallback": None})) as gateway:
-        with pytest.raises(openai.InternalServerError, match="alone@v1.0.0 does not load") as refused:
+        with pytest.raises(openai.InternalServerError, match=r"alone@v1\.0\.0 does not load") as refused:
             gateway.openai().chat.completions.create(model="alone", messages=[{"role": "user", "content": "x"}])
         assert refused.value.status_code == 503
         assert int(refused.value.response.headers["retry-after"]) > 0

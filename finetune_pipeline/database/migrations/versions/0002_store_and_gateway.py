@@ -1,5 +1,7 @@
 """conversations, ratings, tallies, forgetting, review decisions, deployments of models, training jobs, API keys"""
 
+import secrets
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -92,6 +94,7 @@ def upgrade() -> None:
         sa.Column('deleted_at', sa.DateTime(timezone=True), nullable=True, comment='When its files were deleted.'),
     ):
         op.add_column('models', column)
+    op.execute(f"INSERT INTO counters (name, value) VALUES ('store', {secrets.randbits(62)})")
     _count_what_is_there()
 
 

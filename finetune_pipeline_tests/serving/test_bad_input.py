@@ -1,0 +1,266 @@
+"""What is not of the API's form is refused with the field that is wrong; feedback counts once, whenever it comes."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
+
+import pytest
+
+from finetune_pipeline_tests.serving.conftest import PROMPT
+
+CHAT = "/v1/chat/completions"
+BODY = {"model": "notes", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
+
+
+def post(notes, path, content):
+    if isinstance(content, dict):
+        content = json.dumps(content)
+    return notes.http.post(path, content=content, headers={"Content-Type": "application/json"})
+
+
+def refused(response, status=400):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+@pytest.fixture
+def answered(notes):
+    return notes.ask(max_tokens=16).json()["id"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"7",
+        b"\xff\xfe{}",
+        b'{"model": "notes", "messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"model": "notes", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "notes", "messages": [{"role": "user", "content": "a\\u0000b"}]}',
+        b'{"model": "notes", "messages": [{"role": "user", "content": "a\nb"}]}',
+        b'{"model": "notes", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"model": "notes", "messages": [{"role": "user", "content": "x"}], "temperature": Infinity}',
+        b'{"model": "notes", "messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+        b"[" * 100_000,
+        b'{"model": ' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
+    ],
+)
+def test_what_is_no_json_of_a_question_is_refused(notes, content):
+    for path in (CHAT, "/v1/completions", "/v1/feedback", "/v1/interactions"):
+        refused(post(notes, path, content))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", "5"),
+        ("max_tokens", 5.5),
+        ("max_tokens", True),
+        ("max_tokens", 0),
+        ("max_tokens", 2**31),
+        ("max_tokens", 10**400),
+        ("temperature", -1),
+        ("temperature", "hot"),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("stream", "yes"),
+        ("stream", 1),
+        ("stop", 7),
+        ("stop", ["x"] * 17),
+        ("model", ""),
+        ("model", None),
+        ("model", "x" * 201),
+        ("messages", "hello"),
+        ("messages", {}),
+        ("user", "x" * 201),
+        ("user", "a\x00b"),
+        ("user", {"name": "ada"}),
+        ("metadata", {"ticket": 7}),
+        ("metadata", {"domain": "\x00"}),
+        ("metadata", ["x"]),
+        ("logit_bias", {"5": 100}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -2),
+        ("n", 0),
+        ("top_logprobs", 5),
+        ("response_format", {"type": "xml"}),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": "x"}}),
+        ("tools", [{"type": "function"}]),
+        ("temprature", 0.5),
+        ("__proto__", {}),
+    ],
+)
+def test_a_wrong_or_unknown_field_is_refused_by_name(notes, field, value):
+    error = refused(post(notes, CHAT, {**BODY, field: value}))
+    assert field in error["message"]
+    assert error["param"].startswith(field)
+
+
+def test_the_first_wrong_fields_are_named_and_the_rest_counted(notes):
+    wrong = {**BODY, "seed": -1, "top_p": 7, "n": 7, "stream": 7, "user": 7}
+    message = refused(post(notes, CHAT, wrong))["message"]
+    assert message.count("Input should be") == 3
+    assert "(and 2 more)" in message
+
+
+def test_fields_that_ask_for_nothing_are_taken(notes):
+    nothing = {"n": 1, "tools": [], "logit_bias": {}, "presence_penalty": 0, "store": True, "tool_choice": "none"}
+    nothing |= {"stop": [], "top_logprobs": 0, "functions": None, "service_tier": "auto", "reasoning_effort": "low"}
+    assert post(notes, CHAT, {**BODY, **nothing}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
+        {"type": "string", "maxLength": 10**9},
+        {"type": "string", "pattern": "(((((((((("},
+        {"type": "string", "pattern": "^a{1000000000}$"},
+        {"type": "string", "pattern": "^(((((a{99}){99}){99}){99}){99})$"},
+        {"anyOf": [{"type": "string", "minLength": 2_000, "title": str(n)} for n in range(1_000)]},
+        {"$ref": "#/nowhere"},
+        {"type": "gibberish"},
+        {"type": ["object", 7]},
+        {"enum": []},
+        {"anyOf": []},
+        {"properties": 7},
+        {"enum": [f"value {n}" for n in range(30_000)]},
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused_and_the_model_goes_on(notes, schema):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    response = notes.ask(response_format=form, max_tokens=4)
+    if response.status_code != 200:  # some of these llama.cpp can make something of
+        assert refused(response)["code"] == "request_refused"
+    assert notes.ask(max_tokens=4).status_code == 200
+    assert notes.health()["status"] == "ok"
+
+
+def test_a_deeply_nested_schema_is_refused_and_the_model_goes_on(notes):
+    for depth in (60, 150, 10_000):
+        schema = '{"type": "array", "items": ' * depth + "{}" + "}" * depth
+        form = f'{{"type": "json_schema", "json_schema": {{"name": "x", "schema": {schema}}}}}'
+        body = json.dumps(BODY)[:-1] + f', "response_format": {form}}}'
+        assert post(notes, CHAT, body).status_code in {200, 400}
+        assert notes.ask(max_tokens=4).status_code == 200
+
+
+def test_nan_in_a_schema_is_refused(notes):
+    form = '{"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [NaN, Infinity]}}}'
+    refused(post(notes, CHAT, json.dumps(BODY)[:-1] + f', "response_format": {form}}}'))
+
+
+def test_an_unknown_path_or_method_is_refused_in_the_same_form(notes):
+    refused(notes.http.get("/v1/nothing"), 404)
+    refused(notes.http.get("/../../etc/passwd"), 404)
+    wrong = notes.http.get(CHAT)
+    refused(wrong, 405)
+    assert wrong.headers["allow"] == "POST"
+
+
+# ---- feedback
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"kind": "reward", "reward": 7}, "reward: Input should be less than or equal to 1"),
+        ({"kind": "reward"}, "kind reward needs `reward`"),
+        ({"kind": "reward", "reward": "0.5"}, "reward: Input should be a valid number"),
+        ({"kind": "success"}, "kind success needs `score`"),
+        ({"kind": "success", "score": 101}, "score: Input should be less than or equal to 100"),
+        ({"kind": "rating", "rating": "6"}, "rating: Input should be '1', '2', '3', '4', '5' or 'gold'"),
+        ({"kind": "rating", "rating": 5}, "rating: Input should be '1', '2', '3', '4', '5' or 'gold'"),
+        ({"kind": "correction", "correction": "  "}, "kind correction needs the corrected answer"),
+        ({"kind": "correction", "correction": "a\x00b"}, "holds a NUL character"),
+        ({"kind": "applause"}, "kind: Input should be"),
+        ({"kind": "thumbs_up", "id": "not-an-id"}, "id: Input should be a valid UUID"),
+        ({"kind": "thumbs_up", "created_at": "yesterday"}, "created_at: Input should be a valid datetime"),
+        ({"kind": "thumbs_up", "created_at": "0001-01-01T00:00:00+14:00"}, "lies before the year 1"),
+        ({"kind": "thumbs_up", "output_hash": "x"}, "output_hash: String should match pattern"),
+        ({"kind": "thumbs_up", "extra": 1}, "extra: Extra inputs are not permitted"),
+        ({"kind": "thumbs_up", "task": "windows"}, "no loop 'windows' is served"),
+    ],
+)
+def test_feedback_that_cannot_be_is_refused(notes, answered, fields, says):
+    response = post(notes, "/v1/feedback", {"interaction_id": answered, **fields})
+    assert says in refused(response, 404 if "task" in fields else 400)["message"]
+    assert notes.interaction(answered)["feedback"] == []
+
+
+def test_a_reward_that_is_no_number_is_refused(notes, answered):
+    for word in ("NaN", "Infinity", "-Infinity"):
+        body = f'{{"interaction_id": "{answered}", "kind": "reward", "reward": {word}}}'
+        refused(post(notes, "/v1/feedback", body))
+    assert notes.interaction(answered)["feedback"] == []
+
+
+def test_every_kind_of_feedback_gives_its_reward(notes):
+    given = [
+        ({"kind": "thumbs_up"}, 0.7, 1.0),
+        ({"kind": "thumbs_down"}, -1.0, -0.9),
+        ({"kind": "success", "score": 90}, 0.8, 1.0),
+        ({"kind": "validation_failure", "score": 10}, -1.0, -0.3),
+        ({"kind": "rating", "rating": "gold"}, 1.0, 1.0),
+        ({"kind": "reward", "reward": 0.25}, 0.25, 0.25),
+        ({"kind": "correction", "correction": '{"element":"door"}'}, 0.2, 0.6),
+    ]
+    for fields, low, high in given:
+        id = notes.ask(max_tokens=16).json()["id"]
+        receipt = post(notes, "/v1/feedback", {"interaction_id": id, "user": "ada", **fields})
+        assert (receipt.status_code, receipt.json()["status"]) == (200, "recorded")
+        found = notes.interaction(id)
+        assert low <= found["reward"] <= high
+        assert found["feedback"][0]["kind"] == fields["kind"]
+        if fields["kind"] == "correction":
+            assert found["target"] == fields["correction"]
+
+
+def test_feedback_given_twice_counts_once(notes, answered):
+    body = {"id": str(uuid4()), "interaction_id": answered, "kind": "thumbs_up"}
+    statuses = [post(notes, "/v1/feedback", body).json()["status"] for _ in range(3)]
+    assert statuses == ["recorded", "duplicate", "duplicate"]
+    assert len(notes.interaction(answered)["feedback"]) == 1
+
+
+def test_feedback_given_by_16_at_once_counts_once(notes, answered):
+    before = notes.http.get("/v1/feedback/stats").json()
+    body = {"id": str(uuid4()), "interaction_id": answered, "kind": "thumbs_up"}
+    with ThreadPoolExecutor(16) as pool:
+        statuses = list(pool.map(lambda _: post(notes, "/v1/feedback", body).json()["status"], range(32)))
+    assert sorted(statuses) == ["duplicate"] * 31 + ["recorded"]
+    assert len(notes.interaction(answered)["feedback"]) == 1
+    after = notes.http.get("/v1/feedback/stats").json()
+    assert after["by_kind"]["thumbs_up"] == before["by_kind"].get("thumbs_up", 0) + 1
+
+
+def test_feedback_before_its_interaction_waits_and_then_counts(notes):
+    id = str(uuid4())
+    early = {"interaction_id": id, "kind": "correction", "correction": "right"}
+    waiting = notes.http.get("/v1/feedback/stats").json()["unmatched"]
+    assert post(notes, "/v1/feedback", early).json()["status"] == "waiting"
+    assert notes.http.get("/v1/feedback/stats").json()["unmatched"] == waiting + 1
+    refused(notes.http.get(f"/v1/interactions/{id}"), 404)
+    logged = {"id": id, "task": "notes", "prompt": "a late prompt", "output": "wrong", "user": "ada"}
+    assert post(notes, "/v1/interactions", logged).json() == {"id": id, "status": "recorded"}
+    assert post(notes, "/v1/interactions", logged).json() == {"id": id, "status": "duplicate"}
+    found = notes.interaction(id)
+    assert (found["target"], len(found["feedback"])) == ("right", 1)
+    assert notes.http.get("/v1/feedback/stats").json()["unmatched"] == waiting
+
+
+def test_text_of_every_script_comes_back_as_it_was(notes):
+    text = "Mauer Größe 壁 🧱 \u202e \ufeff e\u0301 \\u0000 \r\n\t\x7f"
+    answer = notes.ask(text, user="Zoë 🧱", max_tokens=4).json()
+    kept = notes.interaction(answer["id"])["interaction"]
+    assert (kept["prompt"], kept["user"]) == (text, "Zoë 🧱")

@@ -1,0 +1,177 @@
+"""What was answered is recorded: through kills of the gateway, a locked database and a full disk."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+import sqlalchemy as sa
+
+from finetune_pipeline.database import connect, tables
+from finetune_pipeline.export.base_gguf import base_gguf
+from finetune_pipeline.feedback.journal import journal_folder
+from finetune_pipeline.settings import load_loop
+from finetune_pipeline_tests.serving.conftest import PROMPT, events, free_port, make_loop, process, serving, wait_until
+
+
+@pytest.fixture(autouse=True)
+def fresh_home(tmp_path, monkeypatch):
+    """Each of these tests has a home of its own, with the default loop's base model in it."""
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
+    base_gguf(load_loop("aec_parser"), print)
+
+
+class Users:
+    """Eight clients that ask, half of them for streams, and say what they think; until the gateway is gone."""
+
+    def __init__(self, url: str) -> None:
+        self.answered: set[str] = set()
+        self.judged: set[str] = set()
+        self._url = url
+        self._threads = [threading.Thread(target=self._use, args=(n % 2 == 0,)) for n in range(8)]
+        for thread in self._threads:
+            thread.start()
+
+    def _use(self, stream: bool) -> None:
+        body = {"model": "aec_parser", "messages": [{"role": "user", "content": PROMPT}], "stream": stream}
+        with httpx.Client(base_url=self._url, timeout=30) as http:
+            try:
+                while True:
+                    response = http.post("/v1/chat/completions", json=body)
+                    id = events(response)[0]["id"] if stream else response.json()["id"]
+                    assert id == response.headers["x-interaction-id"]
+                    self.answered.add(id)
+                    receipt = http.post("/v1/feedback", json={"interaction_id": id, "kind": "thumbs_up"}).json()
+                    self.judged.add(receipt["id"])
+            except (httpx.TransportError, AssertionError, IndexError):
+                return  # it was killed, perhaps in the middle of a stream
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def stored(table):
+    with connect().read() as connection:
+        return list(connection.execute(sa.select(table.c.id)).scalars())
+
+
+def kill(gateway):
+    os.kill(gateway.pid, signal.SIGKILL)
+    gateway.wait()
+
+
+def test_every_answered_exchange_survives_a_kill_of_the_gateway():
+    answered, judged, port = set(), set(), free_port()
+    for round_ in range(2):
+        with process(port=port) as (running, gateway):
+            users = Users(running.url)
+            wait_until(lambda users=users: len(users.judged) > 40, 60)
+            if round_ == 1:  # with the store shut, all that is told lies in the journal alone
+                lock = sqlite3.connect(connect().engine.url.database, isolation_level=None)
+                lock.execute("BEGIN IMMEDIATE")
+                before = len(users.answered)
+                wait_until(lambda users=users, before=before: len(users.answered) > before + 4, 60)
+            kill(gateway)
+            users.join()
+            if round_ == 1:
+                lock.close()
+        answered |= users.answered
+        judged |= users.judged
+    assert [path.suffix for path in journal_folder().iterdir()].count(".jsonl") == 1
+    told = subprocess.run(
+        [sys.executable, "-m", "finetune_pipeline.cli.main", "ingest"], capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+    there, thumbs = stored(tables.interactions), stored(tables.feedback)
+    assert answered <= set(there)
+    assert judged <= set(thumbs)
+    assert len(there) == len(set(there))
+    assert not list(journal_folder().glob("*.jsonl"))
+
+
+def test_a_gateway_that_starts_takes_over_what_a_killed_one_left():
+    port = free_port()
+    with process(port=port) as (running, gateway):
+        lock = sqlite3.connect(connect().engine.url.database, isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        ids = [running.ask(model="aec_parser").json()["id"] for _ in range(3)]
+        kill(gateway)
+        lock.close()
+    assert stored(tables.interactions) == []
+    with process(port=port) as (running, gateway):
+        assert [running.interaction(id)["interaction"]["id"] for id in ids] == ids
+    assert sorted(stored(tables.interactions)) == sorted(ids)
+
+
+def test_an_orderly_end_leaves_nothing_behind():
+    with process(port=free_port()) as (running, gateway):
+        ids = {running.ask(model="aec_parser").json()["id"] for _ in range(5)}
+        gateway.send_signal(signal.SIGTERM)
+        gateway.wait(30)
+        said = gateway.stdout.read()
+    assert "Traceback" not in said
+    assert set(stored(tables.interactions)) == ids
+    assert list(journal_folder().iterdir()) == []
+
+
+def test_a_locked_database_delays_no_answer_and_loses_none():
+    with serving(make_loop()) as gateway:
+        gateway.ask()
+        lock = sqlite3.connect(connect().engine.url.database, isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        answers = [gateway.ask(max_tokens=8).json() for _ in range(10)]
+        assert time.monotonic() - began < 4
+        assert gateway.figure("finetune_journal_pending_bytes") > 0
+        receipt = gateway.http.post("/v1/feedback", json={"interaction_id": answers[0]["id"], "kind": "thumbs_up"})
+        assert (receipt.status_code, receipt.json()["status"]) == (202, "accepted")
+        assert gateway.ask().status_code == 200
+        lock.execute("COMMIT")
+        lock.close()
+        wait_until(lambda: gateway.figure("finetune_journal_pending_bytes") == 0)
+        for answer in answers:
+            assert gateway.interaction(answer["id"])["interaction"]["id"] == answer["id"]
+        assert len(gateway.interaction(answers[0]["id"])["feedback"]) == 1
+
+
+def test_what_cannot_be_recorded_is_not_answered(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a small disk to fill can only be mounted by root here: {mount.stderr.strip()}")
+    try:
+        monkeypatch.setattr("finetune_pipeline.feedback.journal.journal_folder", lambda: disk)
+        with serving(make_loop()) as gateway:
+            kept = gateway.ask().json()["id"]
+            gateway.interaction(kept)  # waits until the journal is empty
+            (disk / "filler").write_bytes(b"x" * 60_000)
+            with open(disk / "filler", "ab", buffering=0) as file:  # noqa: PTH123
+                try:
+                    while True:
+                        file.write(b"x" * 512)
+                except OSError:
+                    pass
+            for stream in (False, True):
+                response = gateway.ask("a long request " * 20, stream=stream, max_tokens=16)
+                if stream:
+                    assert "the disk is full" in response.text and "[DONE]" not in response.text
+                else:
+                    assert (response.status_code, response.headers["retry-after"]) == (503, "30")
+                    assert "this could not be recorded, so it was not answered" in response.json()["error"]["message"]
+            lost = gateway.http.post("/v1/feedback", json={"interaction_id": kept, "kind": "thumbs_up"})
+            assert lost.status_code == 503
+            assert gateway.figure("finetune_in_flight") == 0
+            (disk / "filler").unlink()
+            again = gateway.ask().json()["id"]
+            assert gateway.interaction(again)["feedback"] == []
+        assert sorted(stored(tables.interactions)) == sorted([kept, again])
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
