@@ -1,6 +1,7 @@
 """The gateway as an ASGI application, and how it is run."""
 
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -38,6 +39,9 @@ BODIES: dict[str, type[BaseModel]] = {
     "/admin/rollback": AdminRequest,
 }
 """What is read from the body of a POST; the routes read it themselves, strictly, so the description is made here."""
+
+SWITCH_SECONDS = 0.001
+"""After so long the thread that records lets the one that answers go on; Python's default is 0.005."""
 
 REFERENCE = "#/components/schemas/{model}"
 
@@ -85,6 +89,7 @@ def run(gateway: Gateway, host: str, port: int) -> None:
     """Serve until SIGINT or SIGTERM; answers that are being given then are waited for, up to 10 seconds."""
     import uvicorn
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     uvicorn.run(
         create_app(gateway),
         host=host,

@@ -127,7 +127,7 @@ def test_adapters_change_in_one_process_and_no_answer_is_by_another_than_it_name
         alone[two.name] = running.ask(model="pairs").json()["choices"][0]["message"]["content"]
         assert alone[one.name] != alone[two.name]
         with Load(running, "pairs") as load, Load(running, two.name) as by_name:
-            for _ in range(4):
+            for _ in range(2):
                 champion.switch(connect(), "pairs", one.version, "tests", "to and fro")
                 load.wait_for(one.name)
                 champion.switch(connect(), "pairs", two.version, "tests", "to and fro")
