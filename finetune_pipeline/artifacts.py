@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -54,6 +54,33 @@ def hash_file(path: Path) -> str:
     """SHA-256 (hex) of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_file_cached(path: Path, *, again: bool = False) -> str:
+    """SHA-256 (hex) of a file's content; it is read only if its size, time or inode is another than when it was last.
+
+    What changed with all three kept is not noticed: where a hash decides what was measured, read it `again`. Hashes lie
+    in `$FINETUNE_HOME/cache`. Two processes may write them at once: what one of them found is lost, and found again.
+
+    Args:
+        again: read the file in any case.
+    """
+    cache = home() / "cache" / "file_hashes.json"
+    try:
+        known: dict[str, list[str]] = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    real = path.resolve()
+    stat = real.stat()
+    stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+    before = known.get(str(real))
+    if before is not None and before[0] == stamp and not again:
+        return before[1]
+    entry = [stamp, hash_file(real)]
+    if entry != before:
+        with suppress(OSError):  # a full disk must keep nobody from a rollback
+            write_text(cache, json.dumps({**known, str(real): entry}, indent=1, sort_keys=True) + "\n")
+    return entry[1]
 
 
 def model_sha256(gguf_sha256: str, adapter_sha256: str | None) -> str:

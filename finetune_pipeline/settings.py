@@ -181,6 +181,9 @@ class ServingSettings(Settings):
     )
     parallel: int = Field(default=8, ge=1, le=64, description="Answers decoded together.")
     queue: int = Field(default=32, ge=0, description="Requests that may wait beyond those; more are told to come back.")
+    versions: int = Field(
+        default=2, ge=0, le=16, description="Versions beside the champion that stay loaded for who names them; 0: none."
+    )
     context: int | None = Field(default=None, ge=64, description="Tokens of prompt and answer; default evaluation's.")
     max_tokens: int | None = Field(default=None, ge=1, description="Tokens of an answer; default evaluation's.")
     review_below: float | None = Field(

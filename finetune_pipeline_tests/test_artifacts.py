@@ -8,7 +8,17 @@ import time
 import pytest
 
 from finetune_pipeline import artifacts
-from finetune_pipeline.artifacts import ArtifactError, Busy, draft, find, pointed, publish, stage_folder
+from finetune_pipeline.artifacts import (
+    ArtifactError,
+    Busy,
+    draft,
+    find,
+    hash_file,
+    hash_file_cached,
+    pointed,
+    publish,
+    stage_folder,
+)
 from finetune_pipeline.records import BaseGgufManifest
 
 FIELDS = {
@@ -153,3 +163,33 @@ def test_the_next_one_waits_its_turn_and_gets_it_when_the_holder_is_killed():
     holder.kill()
     holder.wait()
     assert waiting.communicate(timeout=30)[0] == "my turn\n"
+
+
+def test_a_file_is_hashed_again_only_when_something_of_it_changed(tmp_path, own_home, monkeypatch):
+    file, read = tmp_path / "model.gguf", []
+
+    def counted(path):
+        read.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(artifacts, "hash_file", counted)
+    file.write_text("one")
+    first = hash_file_cached(file)
+    assert (first, hash_file_cached(file), len(read)) == (hash_file(file), first, 1)
+    stat = file.stat()
+    file.write_text("longer")
+    assert hash_file_cached(file) == hash_file(file) and len(read) == 2
+    file.write_text("two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert hash_file_cached(file) == hash_file(file) and len(read) == 3
+    other = tmp_path / "other"
+    other.write_text("six")
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    other.replace(file)  # the same size and time, and another file
+    assert hash_file_cached(file) == hash_file(file) and len(read) == 4
+    file.write_text("ten")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # what is not noticed, unless it is read again
+    assert hash_file_cached(file) != hash_file(file) == hash_file_cached(file, again=True)
+    assert hash_file_cached(file) == hash_file(file) and len(read) == 5
+    (own_home / "cache" / "file_hashes.json").write_text("{")
+    assert hash_file_cached(file) == hash_file(file)

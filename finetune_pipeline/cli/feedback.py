@@ -1,8 +1,9 @@
 """`finetune feedback`: what people thought of the answers, into the store and out of it."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -105,7 +106,8 @@ def stats(loop: LoopSettings) -> None:
 
     with connect().read() as connection:
         counts = tally(connection, loop.name)
-        waiting = unmatched(connection, loop.name, _SHOWN)
+        # Looking for them goes through all feedback; the tally says at once whether there are any.
+        waiting = unmatched(connection, loop.name, _SHOWN) if counts.get("unmatched") else ()
     Console().print(_stats_table(loop.name, counts))
     if waiting:
         click.echo(f"\nfeedback whose interaction has not arrived ({counts.get('unmatched', 0)}), oldest first:")
@@ -117,7 +119,8 @@ def stats(loop: LoopSettings) -> None:
 @click.argument("file", type=_FILE)
 @click.option(
     "--format", "form", type=click.Choice(["events", "alpaca"]), default="events", show_default=True,
-    help="events: all of it, one JSON object a line. alpaca: what the examples teach.",
+    help="events: the raw record, with all secrets and personal data in it, one JSON object a line. alpaca: what the "
+    "examples teach, without them.",
 )  # fmt: skip
 @click.option(
     "--min-reward", type=click.FloatRange(-1, 1), help="alpaca: leave out examples below, but for corrected ones."
@@ -127,16 +130,31 @@ def stats(loop: LoopSettings) -> None:
 def export(loop: LoopSettings, file: Path, form: str, min_reward: float | None, force: bool) -> None:
     """Write the loop's feedback to FILE; a name in .json makes alpaca an array, any other JSON lines."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.formats import export_alpaca, export_events
+    from finetune_pipeline.feedback.formats import export_events
 
     if form == "events":
         if min_reward is not None:
             raise click.UsageError("--min-reward goes with --format alpaca: events are exported all")
         click.echo(f"{export_events(file, loop, connect(), force=force)} events written to {file}")
     else:
-        least = -1.0 if min_reward is None else min_reward
-        written = export_alpaca(file, loop, connect(), min_reward=least, force=force)
-        click.echo(f"{written} examples written to {file}")
+        _export_alpaca(file, loop, -1.0 if min_reward is None else min_reward, force)
+
+
+def _export_alpaca(file: Path, loop: LoopSettings, min_reward: float, force: bool) -> None:
+    from finetune_pipeline.curation.redaction import redact
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.formats import export_alpaca
+
+    replaced: Counter[str] = Counter()
+
+    def clean(text: str) -> str:
+        redacted = redact(text)
+        replaced.update(redacted.counts)
+        return redacted.text
+
+    written = export_alpaca(file, loop, connect(), clean, min_reward=min_reward, force=force)
+    what = ", ".join(f"{number} {kind}" for kind, number in sorted(replaced.items()))
+    click.echo(f"{written} examples written to {file}; replaced by placeholders: {what or 'nothing'}")
 
 
 @feedback.command("import")
@@ -171,7 +189,8 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
 def forget(user: str, name: str | None, yes: bool) -> None:
     """Delete what the store holds of a person, and list what was made with it.
 
-    Deleted are the person's interactions with all feedback on them, and the person's feedback on those of others.
+    Deleted are the person's interactions with all feedback and review decisions on them, and the person's feedback and
+    review decisions on those of others.
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.forgetting import wipe
@@ -184,11 +203,13 @@ def forget(user: str, name: str | None, yes: bool) -> None:
     made = {task: _held_and_made(database, task, loop, user) for task, loop in loops.items()}
     if not yes:
         click.confirm(f"Delete this data of {user!r} for good?", abort=True)
+    on_their_way = _journals_naming(user)  # before the deletion: what comes into the store until then goes with it
     for task, loop in loops.items():
         _forget(database, task, loop, user)
-    wipe(database)
+    wiped = wipe(database)
     for task, loop in loops.items():
         _advise(task, loop, user, made[task])
+    _finish(on_their_way, wiped)
 
 
 @contextmanager
@@ -241,7 +262,7 @@ def _stats_table(loop: str, counts: dict[str, int]) -> Table:
         ("examples", "examples"),
         ("  corrected by a person", "corrected"),
         ("  others with a reward above 0", "rewarded"),
-        ("awaiting review", "flagged"),
+        ("flagged for review", "flagged"),
         ("feedback without its interaction", "unmatched"),
     ]
     for title, name in rows:
@@ -285,8 +306,11 @@ def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, u
 
     with database.read() as connection:
         held = held_of(connection, task, user)
-    click.echo(f"{task}: {len(held.interactions)} interactions and {len(held.feedback)} feedback")
-    return made_with(database, loop, held.taught) if loop else MadeWith((), (), ())
+    click.echo(
+        f"{task}: {len(held.interactions)} interactions, {len(held.feedback)} feedback and {len(held.decisions)} "
+        "review decisions"
+    )
+    return made_with(database, loop, held.taught) if loop else MadeWith()
 
 
 def _forget(database: "Database", task: str, loop: LoopSettings | None, user: str) -> None:
@@ -297,20 +321,22 @@ def _forget(database: "Database", task: str, loop: LoopSettings | None, user: st
     with database.write() as connection:
         done = forget_user(connection, task, user, reward)
     click.echo(
-        f"{task}: {done.interactions} interactions, {done.feedback} feedback and {done.rejected_lines} excerpts of "
-        "rejected lines deleted"
+        f"{task}: {done.interactions} interactions, {done.feedback} feedback, {done.decisions} review decisions and "
+        f"{done.rejected_lines} excerpts of rejected lines deleted"
     )
 
 
 def _advise(task: str, loop: LoopSettings | None, user: str, made: "MadeWith") -> None:
-    for title, what in (("snapshots", made.snapshots), ("datasets", made.datasets), ("models", made.models)):
+    lists = {"snapshots": made.snapshots, "datasets": made.datasets, "models": made.models, "weights": made.weights}
+    for title, what in lists.items():
         if what:
             click.echo(f"{task}: {title} made with it:")
             _list(what)
-    if made.snapshots or made.datasets or made.models:
+    if any(lists.values()):
         click.echo(
             f"  They still hold it. `finetune run --loop {task}` makes new ones without it. When another model serves, "
-            f"delete these folders, and with `finetune model gc --loop {task}` the models."
+            f"`finetune model gc --keep 1 --loop {task}` deletes the models, and rejected challengers too, with their "
+            "folders in gguf_model; delete what is left of these folders then."
         )
     files = _files_naming(user, loop) if loop else []
     if files:
@@ -321,16 +347,44 @@ def _advise(task: str, loop: LoopSettings | None, user: str, made: "MadeWith") -
         )
 
 
-def _files_naming(user: str, loop: LoopSettings) -> list[Path]:
-    """Event files, and events that the store refused, in which the person's name stands as a JSON text."""
+def _finish(on_their_way: Sequence[Path], wiped: bool) -> None:
+    """Say what is not done yet, and how it will be."""
+    left = []
+    if on_their_way:
+        left.append(
+            "a running server's journal names the person, so events may still be on their way into the store "
+            f"({', '.join(map(str, on_their_way))})"
+        )
+    if not wiped:
+        left.append(
+            "another program is reading or writing the database just now, so SQLite's log (finetune.db-wal) still "
+            "holds the deleted text"
+        )
+    if left:
+        raise click.ClickException(f"not all is gone yet: {'; and '.join(left)}. Run this again in a moment")
+
+
+def _journals_naming(user: str) -> list[Path]:
+    """Journals of living servers that name the person; those of dead ones were taken over."""
     from finetune_pipeline.feedback.journal import journal_folder
 
-    names = [json.dumps(user).encode(), json.dumps(user, ensure_ascii=False).encode()]
+    return _naming(user, sorted(journal_folder().glob("*.jsonl")))
+
+
+def _files_naming(user: str, loop: LoopSettings) -> list[Path]:
+    """Event files, and events that the store refused, that name the person."""
+    from finetune_pipeline.feedback.journal import journal_folder
+
     paths = [path for folder in loop.log_folders for path in sorted(folder.glob("*.jsonl"))]
-    paths += sorted(journal_folder().glob("*.refused"))
+    return _naming(user, paths + sorted(journal_folder().glob("*.refused")))
+
+
+def _naming(user: str, paths: Sequence[Path]) -> list[Path]:
+    """The files in which the person's name stands as a JSON text."""
+    names = [json.dumps(user).encode(), json.dumps(user, ensure_ascii=False).encode()]
     found = []
     for path in paths:
-        with path.open("rb") as file:
+        with suppress(FileNotFoundError), path.open("rb") as file:  # a journal that was emptied meanwhile
             if any(name in line for line in file for name in names):
                 found.append(path)
     return found

@@ -23,7 +23,7 @@ from finetune_pipeline.feedback import FeedbackError
 from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.registry.models import RegistryError
 from finetune_pipeline.schemas import SchemaError
-from finetune_pipeline.serving.access import KeyNotFound
+from finetune_pipeline.serving.access import KeyProblem
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.jsonl import SourceError
 from finetune_pipeline.training.job import TrainingError
@@ -37,7 +37,7 @@ EXPECTED = (
     EngineError,
     ExportError,
     FeedbackError,
-    KeyNotFound,
+    KeyProblem,
     RegistryError,
     ReportError,
     SchemaError,

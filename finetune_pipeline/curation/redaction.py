@@ -66,6 +66,12 @@ _IN_CONNECTION = re.compile(  # of ADO.NET and JDBC by semicolons, of libpq by s
 _AWS_SECRET = re.compile(
     r"(?i)aws.{0,20}?(?:key|pwd|pw|password|pass|token|secret).{0,20}?['\"\s:=](?P<value>[0-9a-z/+]{40})(?![0-9a-z/+])"
 )
+_AWS_ID = r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"
+_AWS_ALONE = r"(?P<value>(?<![A-Za-z0-9/+])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=]))"
+_AWS_PAIRS = (
+    re.compile(rf"(?s){_AWS_ID}.{{1,40}}?{_AWS_ALONE}"),
+    re.compile(rf"(?s){_AWS_ALONE}.{{1,40}}?(?<![A-Za-z0-9]){_AWS_ID}"),
+)
 
 _SECRET_NAME = (
     r"(?:password|passwd|passphrase|passcode|passwort|pwd|secret|api[_-]?key|access[_-]?key|private[_-]?key|"
@@ -79,6 +85,21 @@ _ASSIGNED = re.compile(
 )
 _SAID = re.compile(
     r"(?i)\b(?:password|passphrase|passcode|passwort)\s+(?:is|was|ist)\s*:?\s*[\"'`]?(?P<said>[^\s\"'`,;]{8,100})"
+)
+# A word, perhaps with a number behind it, is a password only where the writing is that of a note or of an environment
+# file: after a colon, or upper case before an equals sign without blanks. In code it is the name of something.
+_END_OF_WORD = r"(?=[\"'`]?(?:[\s\\]|[,;.!?](?:\s|$)|$))"
+_NOTED = re.compile(
+    r"(?:[Pp]ass(?:word|wd|phrase|code)|[Pp]asswort|\b[Pp]wd)[\"']?\s{0,3}:\s{0,3}[\"'`]?"
+    rf"(?P<value>[A-Za-z]{{4,40}}\d{{1,2}}){_END_OF_WORD}"
+)
+_IN_ENVIRONMENT = re.compile(
+    rf"(?:PASS(?:WORD|WD|PHRASE|CODE)|_PWD|_SECRET)=[\"']?(?P<value>[A-Za-z][A-Za-z0-9-]{{5,63}}){_END_OF_WORD}"
+)
+_NO_PASSWORD = re.compile(  # blanks to fill in, types, methods
+    r"(?i).*(?:pass|pwd|secret|token|your|example|change|placeholder|redacted|hidden|value|str|text|field|input|param"
+    r"|arg|var|user|name|label|line|item|required|optional|none|null|empty|undefined|default|true|false|dummy|setting"
+    r"|char|byte|int|float|base|hash|sha|crypt|argon|kdf|utf|aes).*"
 )
 _CODE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+\d{0,2}|\$.*|%.*|<.*>|\*+|x+")
 
@@ -95,6 +116,17 @@ _CARD_ISSUER = re.compile(  # Visa; Mastercard; American Express; Discover and U
 _AMERICAN_PHONE = re.compile(
     r"(?<![\w.+-])(?:(?:\+?1[ .-]?)?\([2-9]\d\d\) ?\d{3}[ .-]\d{4}|\+?1[ .-][2-9]\d\d[ .-]\d{3}[ .-]\d{4}"
     r"|[2-9]\d\d-[2-9]\d\d-\d{4})(?![\w-])"
+)
+_SPACED_PHONE = re.compile(  # of the Americas; not one of a row of numbers, nor a measure
+    r"(?<![\w.+-])(?<![\d,;x=/] )(?P<value>[2-9][0-8]\d [2-9]\d\d \d{4})"
+    r"(?![\w*^=-]|[.,]\d|[ /;,]{1,2}\d| ?(?:mm|cm|m|kg|kN)\b)"
+)
+_PART = re.compile(
+    r"(?i)\b(?:part|parts|art|article|artikel|ref|item|order|serial|sku|isbn|type|id)\b[^\w\n]*\w{0,6}\W*$"
+)
+_PAIRED_PHONE = re.compile(  # French mobile numbers; not within a row of pairs, hexadecimal or not
+    r"(?<![\w.,+-])(?<!\b\d[\da-fA-F] )(?<!\b[\da-fA-F]\d )(?P<value>0[67]([ .])\d\d(?:\2\d\d){3})"
+    r"(?![\w*^=-]|[ .,]\d| [a-fA-F]\d\b)"
 )
 _INTERNATIONAL_PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)(?=[1-9(])\(?\d(?:[ ().\u00a0/-]{0,3}\d){6,14}(?![\w*^=-])")
 _NAMED_PHONE = re.compile(
@@ -199,7 +231,8 @@ def _in_json(text: str, counts: Counter[str]) -> str:
 
 
 def _under_key(key: str, value: str, counts: Counter[str]) -> str:
-    if _SECRET_KEY.fullmatch(key) and not re.search(r"\s", value) and _looks_secret(key, value):
+    noted = _NOTED.search(f"{key}: {value}") and _is_password(value)
+    if _SECRET_KEY.fullmatch(key) and not re.search(r"\s", value) and (noted or _looks_secret(key, value)):
         return _count(counts, "secret")
     if _PHONE_KEY.fullmatch(key) and _PHONE.fullmatch(value.strip()) and _is_number_of_phone(value):
         return _count(counts, "phone")
@@ -219,10 +252,14 @@ def _secrets(text: str, counts: Counter[str]) -> str:
     text = _PRIVATE_KEY.sub(lambda match: _without_key(match, counts), text)
     for pattern in (_AUTHORIZATION, _BEARER, _IN_URL, _IN_QUERY, _IN_CONNECTION, _AWS_SECRET):
         text = _replace(pattern, text, lambda match, value: bool(_PLACEHOLDER.sub("", value)), counts, "secret")
+    for pattern in _AWS_PAIRS:
+        text = _replace(pattern, text, lambda match, value: _is_mixed(value), counts, "secret")
     text = _TOKENS.sub(lambda match: _count(counts, "secret"), text)
     for pattern in _known_tokens():
         text = _whole_tokens(pattern, text, counts)
     text = _replace(_ASSIGNED, text, lambda match, value: _looks_secret(match["name"], value), counts, "secret")
+    for pattern in (_NOTED, _IN_ENVIRONMENT):
+        text = _replace(pattern, text, lambda match, value: _is_password(value), counts, "secret")
     return _replace(_SAID, text, lambda match, value: _looks_chosen(value), counts, "secret")
 
 
@@ -237,6 +274,8 @@ def _without_key(match: re.Match[str], counts: Counter[str]) -> str:
 def _numbers(text: str, counts: Counter[str]) -> str:
     text = _CARD.sub(lambda match: _count(counts, "card") if _is_card(match[0]) else match[0], text)
     text = _AMERICAN_PHONE.sub(lambda match: _count(counts, "phone"), text)
+    text = _replace(_SPACED_PHONE, text, lambda match, value: _is_american(match, value), counts, "phone")
+    text = _replace(_PAIRED_PHONE, text, lambda match, value: _is_paired(value), counts, "phone")
     text = _INTERNATIONAL_PHONE.sub(
         lambda match: _count(counts, "phone") if _is_international(match[0]) else match[0], text
     )
@@ -288,6 +327,16 @@ def _looks_secret(name: str, value: str) -> bool:
     return len(value) >= 6 and (any(c.isdigit() for c in value) or any(c in "!@#$%^&*+?~" for c in value))
 
 
+def _is_password(value: str) -> bool:
+    """Whether a plain word is a password: neither a blank to fill in nor the name of a variable."""
+    return not _NO_PASSWORD.fullmatch(value) and value != value.upper()
+
+
+def _is_mixed(value: str) -> bool:
+    """Whether it has digits, upper and lower case, as 40 random characters have and a commit's hash has not."""
+    return any(c.isdigit() for c in value) and value != value.lower() and value != value.upper()
+
+
 def _looks_chosen(value: str) -> bool:
     """Whether a word said to be a password is one; "is base64-encoded" and "is required" are not."""
     plain = _PLACEHOLDER.sub("", value).rstrip(".!?)")
@@ -315,6 +364,21 @@ def _is_international(text: str) -> bool:
 
     number = re.sub(r"^00", "+", text)
     return any(found.start == 0 for found in PhoneNumberMatcher(number, None))
+
+
+def _is_american(match: re.Match[str], value: str) -> bool:
+    """Whether three groups of digits are a phone number of the Americas, no round measures and no part's number."""
+    if value[-1] in "05" or _PART.search(match.string[max(0, match.start() - 30) : match.start()]):
+        return False
+    import phonenumbers
+
+    return phonenumbers.is_valid_number(phonenumbers.parse(value, "US"))
+
+
+def _is_paired(value: str) -> bool:
+    """Whether five pairs of digits are a phone number, and no row of small numbers that grow."""
+    pairs = [int(pair) for pair in re.split("[ .]", value)]
+    return pairs != sorted(pairs) or pairs[-1] > 60
 
 
 @lru_cache(maxsize=1)

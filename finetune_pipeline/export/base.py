@@ -1,12 +1,10 @@
 """Where a base model lies, and what it is: the hash of its weights, configuration and tokenizer."""
 
-import json
-import os
 from pathlib import Path
 
-from finetune_pipeline.artifacts import hash_file, hash_of, write_text
+from finetune_pipeline.artifacts import hash_file_cached, hash_of
 from finetune_pipeline.export.process import ExportError
-from finetune_pipeline.settings import home, project_path
+from finetune_pipeline.settings import project_path
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,32 +81,4 @@ def base_hash(folder: Path) -> str:
     files = base_files(folder)
     if not any(path.suffix == ".safetensors" for path in files):
         raise ExportError(f"{folder} has no safetensors weights, so it is no base model; check base_model")
-    cache = _HashCache(home() / "cache" / "file_hashes.json")
-    hashes = {path.name: cache.hash(path) for path in files}
-    cache.save()
-    return hash_of(hashes)
-
-
-class _HashCache:
-    """Hashes of files by their path, size and time. Two processes may write it at once: one of them is hashed again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
-        self._before = dict(self._known)
-
-    def hash(self, path: Path) -> str:
-        real = Path(os.path.realpath(path))
-        stat = real.stat()
-        stamp = f"{stat.st_size} {stat.st_mtime_ns}"
-        known = self._known.get(str(real))
-        if known is None or known[0] != stamp:
-            known = self._known[str(real)] = [stamp, hash_file(real)]
-        return known[1]
-
-    def save(self) -> None:
-        if self._known != self._before:
-            write_text(self._path, json.dumps(self._known, indent=1, sort_keys=True) + "\n")
+    return hash_of({path.name: hash_file_cached(path) for path in files})

@@ -14,6 +14,7 @@ from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.store import count, renew_examples, take_sequence
 
 _CHUNK = 500
+_WIPE_MS = 3_000
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Held:
         interactions: the person's own.
         feedback: all feedback on those, and the person's on those of others.
         on_others: interactions of others that the person gave feedback on.
+        decisions: review decisions on the person's interactions, and the person's on those of others.
     """
 
     interactions: tuple[str, ...]
     feedback: tuple[str, ...]
     on_others: tuple[str, ...]
+    decisions: tuple[str, ...] = ()
 
     @property
     def taught(self) -> tuple[str, ...]:
@@ -42,6 +45,7 @@ class Forgotten:
 
     interactions: int
     feedback: int
+    decisions: int
     rejected_lines: int
     ids: frozenset[str]
 
@@ -55,23 +59,29 @@ def tasks_of(connection: sa.Connection) -> list[str]:
 
 def held_of(connection: sa.Connection, task: str, user: str) -> Held:
     """What `forget_user` would delete, and where it would change what is taught."""
-    i, f = t.interactions.c, t.feedback.c
+    i, f, d = t.interactions.c, t.feedback.c, t.review_decisions.c
     query = sa.select(i.id).where(i.task == task, i.user == user).order_by(i.sequence)
     interactions = connection.execute(query).scalars().all()
     feedback: dict[str, None] = {}
+    decided = sa.select(d.id).where(d.task == task, d.reviewer == user)
+    decisions = dict.fromkeys(connection.execute(decided).scalars())
     for chunk in _chunks(interactions):
         about = sa.select(f.id).where(f.task == task, f.interaction_id.in_(chunk))
         feedback.update(dict.fromkeys(connection.execute(about).scalars()))
+        decided = sa.select(d.id).where(d.task == task, d.interaction_id.in_(chunk))
+        decisions.update(dict.fromkeys(connection.execute(decided).scalars()))
     own = connection.execute(sa.select(f.id, f.interaction_id).where(f.task == task, f.user == user)).all()
     feedback.update(dict.fromkeys(row.id for row in own))
     on_others = {row.interaction_id for row in own} - set(interactions)
-    return Held(tuple(interactions), tuple(feedback), tuple(sorted(on_others)))
+    return Held(tuple(interactions), tuple(feedback), tuple(sorted(on_others)), tuple(decisions))
 
 
 def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardFunction) -> Forgotten:
-    """Delete a person's interactions with all feedback on them, and the person's feedback on those of others.
+    """Delete a person's interactions with all that was said of them, and what the person said of those of others.
 
-    What the interactions of others teach is worked out anew from what is left. Call `wipe` after the commit.
+    A review decision goes as a whole, as feedback does: what it holds beside the reviewer's name are the reviewer's
+    words. What the interactions of others teach is worked out anew from what is left. Call `wipe` after
+    the commit.
 
     Args:
         reward: the loop's reward function.
@@ -87,16 +97,27 @@ def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardF
     for chunk in _chunks(held.taught):  # a deleted interaction teaches nothing any more, so its example goes too
         renew_examples(connection, task, chunk, reward)
     rejected = _delete_rejected(connection, task, user)
-    return Forgotten(len(held.interactions), len(held.feedback), rejected, frozenset(ids))
+    return Forgotten(len(held.interactions), len(held.feedback), len(held.decisions), rejected, frozenset(ids))
 
 
-def wipe(database: Database) -> None:
-    """Take what was deleted out of SQLite's files too: its write-ahead log still holds earlier pages."""
+def wipe(database: Database) -> bool:
+    """Take what was deleted out of SQLite's files too: its write-ahead log still holds earlier pages.
+
+    Returns:
+        Whether it is out of them. It is not while another transaction still reads the state before, or writes.
+    """
     if database.engine.dialect.name != "sqlite":
-        return  # PostgreSQL's vacuum does that in its own time
+        return True  # PostgreSQL's vacuum does that in its own time
     connection = database.engine.raw_connection()
     try:
-        connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        cursor = connection.cursor()
+        usual = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
+        cursor.execute(f"PRAGMA busy_timeout={_WIPE_MS}")
+        try:
+            busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        finally:
+            cursor.execute(f"PRAGMA busy_timeout={usual}")
+        return not busy
     finally:
         connection.close()
 
@@ -110,10 +131,11 @@ def _delete_events(connection: sa.Connection, task: str, held: Held) -> Counter[
         for kind, has_interaction in connection.execute(sa.select(f.kind, matched).where(f.id.in_(chunk))):
             counts.subtract(["feedback", f"feedback.{kind}", *([] if has_interaction else ["unmatched"])])
         connection.execute(t.feedback.delete().where(f.id.in_(chunk)))
+    for chunk in _chunks(held.decisions):
+        connection.execute(t.review_decisions.delete().where(d.id.in_(chunk)))
     for chunk in _chunks(held.interactions):
         for (flag,) in connection.execute(sa.select(i.flag).where(i.id.in_(chunk))):
             counts.subtract(["interactions", *([] if flag is None else ["flagged"])])
-        connection.execute(t.review_decisions.delete().where(d.task == task, d.interaction_id.in_(chunk)))
         connection.execute(t.interactions.delete().where(i.id.in_(chunk)))
     return counts
 

@@ -13,7 +13,7 @@ one that is no UUID, it follows from the content, so that a file that is read tw
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -100,9 +100,10 @@ def read_events(path: Path, loop: LoopSettings) -> Iterator[Events | BadLine]:
 
 
 def export_events(path: Path, loop: LoopSettings, database: Database, *, force: bool = False) -> int:
-    """Write all events of a loop, one JSON object a line, each interaction followed by its feedback.
+    """Write all events of a loop as they are, one JSON object a line, each interaction followed by its feedback.
 
-    A feedback has the `reward` that it counted for, unless its interaction never arrived.
+    It is the raw record: secrets and personal data stay in it. A feedback has the `reward` that it counted for, unless
+    its interaction never arrived.
 
     Returns:
         How many lines were written.
@@ -120,7 +121,13 @@ def export_events(path: Path, loop: LoopSettings, database: Database, *, force: 
 
 
 def export_alpaca(
-    path: Path, loop: LoopSettings, database: Database, *, min_reward: float = -1.0, force: bool = False
+    path: Path,
+    loop: LoopSettings,
+    database: Database,
+    redact: Callable[[str], str],
+    *,
+    min_reward: float = -1.0,
+    force: bool = False,
 ) -> int:
     """Write what a loop's interactions teach: instruction, input, output as it should be, reward.
 
@@ -129,6 +136,7 @@ def export_alpaca(
     any other JSON lines.
 
     Args:
+        redact: takes secrets and personal data out of a text, as before training: prompts, answers and history.
         min_reward: examples below it are left out, but for those that a person corrected.
 
     Returns:
@@ -143,7 +151,7 @@ def export_alpaca(
         file.write("[\n" if array else "")
         for row in _taught(connection, loop.name, min_reward):
             file.write(",\n" if array and written else "")
-            file.write(_json(_alpaca_row(row, loop.system_prompt)) + ("" if array else "\n"))
+            file.write(_json(_alpaca_row(row, loop.system_prompt, redact)) + ("" if array else "\n"))
             written += 1
         file.write("\n]\n" if array else "")
         return written
@@ -440,10 +448,12 @@ def _partitions(connection: sa.Connection, query: sa.Select[Any], columns: Any) 
     return connection.execute(ordered).partitions()
 
 
-def _alpaca_row(row: sa.Row[Any], system_prompt: str) -> dict[str, Any]:
-    asked = {"instruction": system_prompt, "input": row.prompt} if system_prompt else {"instruction": row.prompt}
-    said = {"history": row.history} if row.history else {}
-    return {"input": "", **asked, **said, "output": row.target, "reward": row.reward}
+def _alpaca_row(row: sa.Row[Any], system_prompt: str, redact: Callable[[str], str]) -> dict[str, Any]:
+    prompt = redact(row.prompt)
+    asked = {"instruction": system_prompt, "input": prompt} if system_prompt else {"instruction": prompt}
+    history = [{**turn, "content": redact(turn["content"])} for turn in row.history or ()]
+    said = {"history": history} if history else {}
+    return {"input": "", **asked, **said, "output": redact(row.target), "reward": row.reward}
 
 
 def _json(value: Any) -> str:

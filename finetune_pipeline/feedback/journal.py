@@ -28,12 +28,12 @@ from finetune_pipeline.feedback.store import record
 from finetune_pipeline.records import Event, Feedback, Interaction
 from finetune_pipeline.settings import home, survives_power_cut
 
-BATCH = 500
+BATCH, BATCH_BYTES = 500, 4 * 2**20
 SHRINK_BYTES = 16 * 2**20
 """What is in the store already may take this much of a journal before it is dropped, where traffic never pauses."""
 
-_AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, DatabaseError, OSError)
-"""The store cannot take anything now; later it will."""
+_ITS_OWN_FAULT = (sa.exc.DataError, sa.exc.IntegrityError, sa.exc.ProgrammingError)
+"""What a database says of one event; all else that it says means that it can take nothing now, and later will."""
 
 _RETRY_SECONDS = (0.1, 0.5, 2.0, 5.0)
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
@@ -91,6 +91,8 @@ class Recorder:
         line = event.model_dump_json().encode() + b"\n"
         done: Future[Outcome] = Future()
         with self._arrived:
+            if self._closing:
+                raise RuntimeError("the recorder is closed; what comes now is recorded by nobody")
             self._append(line)
             self._outcomes.setdefault(event.id, []).append(done)
             self._newest = done
@@ -119,6 +121,8 @@ class Recorder:
             self._closing = True
             self._arrived.notify_all()
         self._thread.join(seconds)
+        if self._thread.is_alive():  # it waits for the database; the file is its own until the process ends
+            return
         with self._lock:
             empty = not self.pending
             os.close(self._file)
@@ -149,11 +153,10 @@ class Recorder:
                 if self._closing and (not self.pending or tries):
                     return
                 start, end = self._taken, self._size
-            lines = _lines(self._file, start, end)
             try:
-                self._take_over(lines)
+                self._take_over(_lines(self._file, start, end))
                 tries, self.trouble = 0, None
-            except _AWAY as error:
+            except Exception as error:  # this thread must not end before the recorder does
                 self.trouble = f"events wait in {self.path}, the store cannot take them: {error}"
                 _log.warning(self.trouble)
                 time.sleep(_RETRY_SECONDS[min(tries, len(_RETRY_SECONDS) - 1)])
@@ -192,6 +195,8 @@ class Recorder:
             os.close(file)
             new.unlink(missing_ok=True)
             return
+        if self._flush_each:
+            flush(self.path.parent)
         os.close(self._file)
         self._file, self._size, self._taken = file, len(rest), 0
 
@@ -258,15 +263,23 @@ def _record_each(
     """
     try:
         return record_all(database, events, reward_of), None
-    except _AWAY:
-        raise
-    except Exception as error:  # an event, or the loop's own reward function on it
-        if len(events) > 1:
+    except Exception as error:
+        if _away(error):
+            raise
+        if len(events) > 1:  # one of them, or the loop's own reward function on it
             each = [_record_each(database, [event], reward_of, aside) for event in events]
             return [outcomes[0] for outcomes, _ in each], next((why for _, why in each if why), None)
         _log.exception("the store refused an event; it was put aside in %s", aside)
         _put_aside(aside, events[0].model_dump_json().encode() + b"\n")
-        return ["refused"], f"an event was refused and lies in {aside}: {type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
+        return ["refused"], f"an event was refused ({why}); mend the cause, then `finetune feedback import {aside}`"
+
+
+def _away(error: Exception) -> bool:
+    """Whether the store can take nothing now, and later will: a lock, a full disk, a lost or read-only server."""
+    if isinstance(error, sa.exc.DBAPIError):
+        return not isinstance(error, _ITS_OWN_FAULT)
+    return isinstance(error, DatabaseError | sa.exc.TimeoutError)
 
 
 def _put_aside(aside: Path, line: bytes) -> None:
@@ -276,6 +289,7 @@ def _put_aside(aside: Path, line: bytes) -> None:
 
 def _batches(path: Path, aside: Path) -> Iterator[list[Interaction | Feedback]]:
     batch: list[Interaction | Feedback] = []
+    size = 0
     with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):  # torn by the kill: nobody was told that it is recorded
@@ -285,18 +299,19 @@ def _batches(path: Path, aside: Path) -> Iterator[list[Interaction | Feedback]]:
             except ValidationError:
                 _log.error("%s holds a line that is no event; it was put aside in %s", path, aside)
                 _put_aside(aside, line)
-            if len(batch) >= BATCH:
+            size += len(line)
+            if len(batch) >= BATCH or size >= BATCH_BYTES:
                 yield batch
-                batch = []
+                batch, size = [], 0
     if batch:
         yield batch
 
 
 def _lines(file: int, start: int, end: int) -> list[bytes]:
-    """At most BATCH whole lines between two places of the file."""
+    """At most BATCH whole lines between two places of the file, and not many more bytes than BATCH_BYTES of them."""
     lines: list[bytes] = []
     rest, position = b"", start
-    while position < end and len(lines) < BATCH:
+    while position < end and len(lines) < BATCH and not (lines and position - start >= BATCH_BYTES):
         chunk = os.pread(file, min(1 << 20, end - position), position)
         position += len(chunk)
         *whole, rest = (rest + chunk).split(b"\n")

@@ -110,7 +110,7 @@ def newest_sequence(connection: sa.Connection) -> int:
 
 
 def store_id(connection: sa.Connection) -> int:
-    """A random number that the database was given when it was made: sequences of two databases mean nothing together."""
+    """A random number that the database was given when it was made: one's sequences mean nothing in another."""
     return int(connection.execute(sa.select(t.counters.c.value).where(t.counters.c.name == "store")).scalar_one())
 
 

@@ -19,6 +19,10 @@ MAX_GRAMMAR_BYTES = 200_000
 MAX_REPEATS = 10_000
 """More repetitions than a schema may ask for: each is written out, so that a billion would fill all memory."""
 
+MAX_QUANTIFIERS = 32
+"""?, *, +, {} and | in all patterns of a schema: llama.cpp follows every way through them at every token, and the ways
+of a hundred of them hold up every other request for a second, those of a thousand for ever."""
+
 _REPEATED = ("minItems", "maxItems", "minLength", "maxLength")
 
 
@@ -125,6 +129,20 @@ def _refuse_endless(schema: Any) -> None:
             f"json_schema asks for {repeats} repetitions, at most {MAX_REPEATS} are taken; make {', '.join(_REPEATED)} "
             "and the counts in pattern smaller"
         )
+    quantifiers = _quantifiers(schema)
+    if quantifiers > MAX_QUANTIFIERS:
+        raise RequestRefused(
+            f"the patterns of json_schema have {quantifiers} quantifiers and alternatives, at most {MAX_QUANTIFIERS} "
+            "are taken; make them simpler, or list the values in an enum"
+        )
+
+
+def _quantifiers(schema: Any) -> int:
+    if isinstance(schema, list):
+        return sum(map(_quantifiers, schema))
+    if not isinstance(schema, dict):
+        return 0
+    return len(re.findall(r"[?*+{|]", str(schema.get("pattern", "")))) + _quantifiers([*schema.values()])
 
 
 def _repeats(schema: Any) -> int:

@@ -15,7 +15,14 @@ from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.figures import show
 from finetune_pipeline.evaluation.report import JSON
-from finetune_pipeline.records import AdapterManifest, DatasetManifest, Manifest, RawLogsManifest, ReportManifest
+from finetune_pipeline.records import (
+    AdapterManifest,
+    DatasetManifest,
+    GgufManifest,
+    Manifest,
+    RawLogsManifest,
+    ReportManifest,
+)
 from finetune_pipeline.registry.card import Card, FigureRow, model_card
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.history import history
@@ -34,17 +41,20 @@ class MadeWith:
         snapshots: folders of raw_logs artifacts that hold one of them, each with one or more Parquet files.
         datasets: folders of curated_dataset artifacts with a row of one of them, to train on or to validate with.
         models: names (`loop@v1.2.0`) of the versions that were trained on such a dataset, also of deleted ones.
+        weights: folders of lora_adapter and gguf_model artifacts that were trained on such a dataset, promoted or not.
     """
 
-    snapshots: tuple[Path, ...]
-    datasets: tuple[Path, ...]
-    models: tuple[str, ...]
+    snapshots: tuple[Path, ...] = ()
+    datasets: tuple[Path, ...] = ()
+    models: tuple[str, ...] = ()
+    weights: tuple[Path, ...] = ()
 
 
 def made_with(database: Database, loop: LoopSettings, ids: Collection[str]) -> MadeWith:
     """Which artifacts and models of a loop hold, or were made with, any of these interactions.
 
-    Drafts are not looked into. Of a dataset that was deleted nobody knows what it held, so its models are not named.
+    Drafts are not looked into. Of a dataset that was deleted nobody knows what it held, so its models and
+    weights are not named.
 
     Args:
         ids: interaction ids, as text.
@@ -54,12 +64,13 @@ def made_with(database: Database, loop: LoopSettings, ids: Collection[str]) -> M
     """
     wanted = set(ids)
     if not wanted:
-        return MadeWith((), (), ())
+        return MadeWith()
     snapshots = tuple(path for path in _complete(loop.name, RawLogsManifest) if _snapshot_holds(path, wanted))
     datasets = tuple(path for path in _complete(loop.name, DatasetManifest) if _dataset_holds(path, wanted))
     versions = {path.name for path in datasets}
     models = (model for model in list_models(database, loop.name) if lineage(database, model).dataset in versions)
-    return MadeWith(snapshots, datasets, tuple(model.name for model in models))
+    names = tuple(model.name for model in models)
+    return MadeWith(snapshots, datasets, names, tuple(_weights(database, loop.name, versions)))
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ def lineage(database: Database, model: ModelVersion) -> Lineage:
     version = known.get("lora_adapter")
     adapter = _manifest(AdapterManifest, model.loop, version)
     training = find_training(database, model.loop, version) if version else None
-    dataset_version = adapter.inputs.get("curated_dataset") if adapter else training.dataset if training else None
+    dataset_version = _dataset_of(model.loop, version, training) if version else None
     dataset = _manifest(DatasetManifest, model.loop, dataset_version)
     logs = _manifest(RawLogsManifest, model.loop, dataset.inputs.get("raw_logs") if dataset else None)
     return Lineage(
@@ -195,6 +206,31 @@ def _manifest(kind: type[M], loop: str, version: str | None) -> M | None:
     except ArtifactError:  # damaged: as good as gone
         return None
     return found.manifest if found else None
+
+
+def _weights(database: Database, loop: str, datasets: Collection[str]) -> Iterator[Path]:
+    """Folders of the adapters and model files that were trained on one of these datasets."""
+
+    def trained(adapter: str | None) -> bool:
+        return adapter is not None and _dataset_of(loop, adapter, find_training(database, loop, adapter)) in datasets
+
+    yield from (path for path in _complete(loop, AdapterManifest) if trained(path.name))
+    yield from (path for path in _complete(loop, GgufManifest) if trained(_inputs(path).get("lora_adapter")))
+
+
+def _dataset_of(loop: str, adapter: str, training: TrainingRun | None) -> str | None:
+    """The dataset that an adapter was trained on, by its manifest, or by the training's row where that is gone."""
+    said = _inputs(stage_folder(loop, AdapterManifest.stage) / adapter).get("curated_dataset")
+    return said or (training.dataset if training else None)
+
+
+def _inputs(folder: Path) -> dict[str, str]:
+    """What an artifact was made from, whichever version of the project wrote it; nothing where its manifest is gone."""
+    try:
+        inputs: dict[str, str] = json.loads((folder / MANIFEST).read_bytes()).get("inputs", {})
+    except (OSError, ValueError):
+        return {}
+    return inputs
 
 
 def _complete(loop: str, kind: type[Manifest]) -> Iterator[Path]:

@@ -113,7 +113,7 @@ def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> Mo
         raise RegistryError(f"{version} is a model of another loop; {loop} cannot serve it")
     target = resolve(db, version, loop)
     if target is not None:
-        check_file(target)  # before the transaction: nobody should wait while gigabytes are hashed
+        check_file(target, again=False)  # before the transaction: nobody should wait while gigabytes are hashed
     with moving(db, loop) as move:
         return move.to(target.id if target else None, "switch", actor, reason)
 
@@ -130,7 +130,7 @@ def rollback(db: Database, loop: str, actor: str, reason: str) -> ModelVersion |
     before = champion(db, loop)
     target = resolve(db, "previous", loop)
     if target is not None:
-        check_file(target)
+        check_file(target, again=False)
     with moving(db, loop) as move:
         here, there = (model.id if model else None for model in (before, target))
         if move.current_id != here or _previous_id(move.connection, loop) != there:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NoReturn
 import sqlalchemy as sa
 from pydantic import Field
 
-from finetune_pipeline.artifacts import hash_file, model_sha256
+from finetune_pipeline.artifacts import hash_file_cached, model_sha256
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import models
 from finetune_pipeline.records import Moment, Record
@@ -151,8 +151,13 @@ def next_number(newest: ModelVersion | None, candidate: Candidate) -> Number:
     return (major, minor + 1, 0) if candidate.mode == "full" else (major, minor, patch + 1)
 
 
-def check_file(model: Candidate) -> None:
-    """Refuse a model whose file is not what was measured; reads the whole file.
+def check_file(model: Candidate, *, again: bool = True) -> None:
+    """Refuse a model whose file is not what was measured.
+
+    Args:
+        again: read the whole file. Otherwise one that has kept its size, time and inode since it was last read is
+            taken for the same, as a model of several GB takes many seconds to read; what changed all the same, with
+            those three kept, is not noticed.
 
     Raises:
         RegistryError: it was deleted, a file of it is gone, or its content differs.
@@ -161,7 +166,7 @@ def check_file(model: Candidate) -> None:
         check_kept(model)
     check_there(model)
     for path, expected in model.files.items():
-        found = hash_file(path)
+        found = hash_file_cached(path, again=again)
         if found != expected:
             raise RegistryError(
                 f"{_called(model)} cannot serve: {path} is not the file that was measured (SHA-256 {found[:16]}..., "

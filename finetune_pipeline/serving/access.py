@@ -21,8 +21,8 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 _PREFIX = "ft-"
 
 
-class KeyNotFound(RuntimeError):
-    """No key that is in use has this name; the message lists those that there are."""
+class KeyProblem(RuntimeError):
+    """A key cannot be made or found; the message says why."""
 
 
 class ApiKey(Record):
@@ -50,7 +50,12 @@ def create_key(database: Database, name: str, scopes: Collection[Scope]) -> str:
     """Make a key and return its secret, which is shown this once.
 
     The secret is 256 random bits, so a plain SHA-256 is enough to keep: there is nothing to guess.
+
+    Raises:
+        KeyProblem: the name is empty, too long, or not printable.
     """
+    if not 1 <= len(name.strip()) <= 100 or not name.isprintable():
+        raise KeyProblem(f"{name[:120]!r} cannot be the name of a key; expected 1 to 100 printable characters")
     secret = _PREFIX + secrets.token_urlsafe(32)
     row = {
         "id": str(uuid7()),
@@ -84,7 +89,7 @@ def revoke_key(database: Database, name: str) -> int:
     """Take every key of this name (or id) out of use; returns how many.
 
     Raises:
-        KeyNotFound: there is none.
+        KeyProblem: there is none.
     """
     k = api_keys.c
     which = sa.and_(sa.or_(k.name == name, k.id == name), k.revoked_at.is_(None))
@@ -92,7 +97,7 @@ def revoke_key(database: Database, name: str) -> int:
         count = connection.execute(sa.update(api_keys).where(which).values(revoked_at=datetime.now(UTC))).rowcount
     if not count:
         names = ", ".join(key.name for key in list_keys(database) if key.revoked_at is None) or "none"
-        raise KeyNotFound(f"no key in use is named {name!r}; there are: {names}")
+        raise KeyProblem(f"no key in use is named {name!r}; there are: {names}")
     return count
 
 

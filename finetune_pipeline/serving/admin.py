@@ -68,7 +68,7 @@ async def rollback(
         await asyncio.to_thread(roll_back, gateway.database, loop, actor, asked.reason)
     except RegistryError as error:
         raise Conflict(str(error)) from error
-    await gateway.follow()
+    await gateway.follow(loop)
     return _moved(gateway, loop)
 
 

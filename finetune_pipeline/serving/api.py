@@ -25,7 +25,7 @@ Nothing = Annotated[list[Any], Field(max_length=0)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 
 
-Status = Literal["recorded", "duplicate", "waiting", "accepted", "refused"]
+Status = Literal["recorded", "duplicate", "waiting", "accepted"]
 
 
 class Request(BaseModel):
@@ -47,6 +47,12 @@ class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: ShortText | None = None
+    # An answer of before comes back with all its fields; here they can only be empty.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Nothing = None
+    tool_calls: Nothing = None
 
     @property
     def text(self) -> str:
@@ -254,7 +260,7 @@ class AdminRequest(Request):
     """POST /admin/..."""
 
     loop: str | None = Field(default=None, max_length=60, description="Not needed while one loop is served.")
-    reason: Annotated[str, Field(min_length=1, max_length=500)] = "asked for through the gateway"
+    reason: Annotated[Text, Field(min_length=1, max_length=500)] = "asked for through the gateway"
 
 
 class Receipt(BaseModel):

@@ -82,6 +82,12 @@ class WrongMediaType(GatewayError):
     status, kind, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
+class NotRecorded(GatewayError):
+    """The store refused an event; it was put aside, and a person has to look."""
+
+    code = "not_recorded"
+
+
 class Busy(GatewayError):
     """The model's queue is full."""
 

@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from finetune_pipeline.feedback.store import Exchange, find, tally
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.serving.api import FeedbackIn, InteractionIn, InteractionOut, Receipt, StatsOut, Status
-from finetune_pipeline.serving.errors import BadRequest, NotFound
+from finetune_pipeline.serving.errors import BadRequest, NotFound, NotRecorded
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import allow, body_of, gateway_of, what_is_wrong
 
@@ -86,9 +86,12 @@ def _event(kind: type[Any], values: dict[str, Any]) -> Any:
 async def _receipt(gateway: Gateway, event: Feedback | Interaction) -> Response:
     future = asyncio.wrap_future(await gateway.record(event))
     try:
-        status: Status = await asyncio.wait_for(asyncio.shield(future), PATIENCE_SECONDS)
+        outcome = await asyncio.wait_for(asyncio.shield(future), PATIENCE_SECONDS)
     except TimeoutError:
-        status = "accepted"
+        outcome = None
+    if outcome == "refused":
+        raise NotRecorded(f"the store refused this event, and it was put aside: {gateway.recorder.refused}")
+    status: Status = outcome or "accepted"
     receipt = Receipt(id=event.id, status=status)
     return JSONResponse(receipt.model_dump(mode="json"), 202 if status == "accepted" else 200)
 

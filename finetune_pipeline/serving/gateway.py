@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.database import Database
@@ -67,9 +68,13 @@ class Gateway:
         self.metrics.watch(self.servers, lambda: self.recorder.pending)
         for name, server in self.servers.items():
             await server.reload()
-            self._tell(f"{name}: {server.trouble or f'{server.current.name} serves' if server.current else ''}")
-        # Apart, since a key that was revoked must not be good until a large model is loaded.
-        self._watching = [asyncio.create_task(_watch(look)) for look in (self._read_keys, self.follow)]
+            self._tell(f"{name}: {server.trouble or f'{server.answering} serves'}")
+        # Apart, since neither a revoked key nor another loop should wait until a large model is loaded.
+        looks: list[Callable[[], Awaitable[None]]] = [
+            self._read_keys,
+            *(partial(self.follow, name) for name in self.servers),
+        ]
+        self._watching = [asyncio.create_task(_watch(look)) for look in looks]
 
     async def stop(self) -> None:
         """Bring what was recorded into the store, and end every model."""
@@ -106,10 +111,10 @@ class Gateway:
             raise NotFound(f"no loop {name[:100]!r} is served; there are: {', '.join(self.loops)}", param="loop")
         return self.loops[self.names[name]]
 
-    async def follow(self) -> None:
-        """Look at the registry once, and change to the models that it names."""
+    async def follow(self, name: str) -> None:
+        """Look at the registry once, and change to the model that it names for this loop."""
         pointers = await asyncio.to_thread(champion_ids, self.database)
-        await asyncio.gather(*(server.follow(pointers.get(name)) for name, server in self.servers.items()))
+        await self.servers[name].follow(pointers.get(name))
 
     async def _read_keys(self) -> None:
         await asyncio.to_thread(self.access.refresh)

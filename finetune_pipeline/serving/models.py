@@ -7,13 +7,14 @@ adapter, in milliseconds. A model that does not load leaves the old one in servi
 
 import asyncio
 import logging
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.database import Database
@@ -26,7 +27,7 @@ from finetune_pipeline.inference.remote import UpstreamFailed
 from finetune_pipeline.registry.champion import BASE, champion, resolve
 from finetune_pipeline.registry.models import ModelVersion, RegistryError, check_kept, check_there
 from finetune_pipeline.serving.backends import LocalModel, OnPiece, Served, Upstream
-from finetune_pipeline.serving.errors import Refused, Unavailable, UnknownModel
+from finetune_pipeline.serving.errors import Busy, Refused, Unavailable, UnknownModel
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings
 
 Arm = Literal["champion", "fallback", "version"]
@@ -34,14 +35,12 @@ Arm = Literal["champion", "fallback", "version"]
 OnNamedPiece = Callable[[str, str], None]
 """Called with the name of the model that answers, and a piece of its answer."""
 
-MAX_VERSIONS = 2
-"""Versions beside the champion that stay loaded because somebody asked for them by name."""
-
 RETRY_SECONDS = 30.0
 CRASHES, CRASH_SECONDS = 3, 60.0
 _NOT_LOADABLE = (EngineError, RegistryError, ExportError, ArtifactError, OSError)
 _BROKEN = (EngineCrashed, EngineClosed, ModelNotLoaded, UpstreamFailed)
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ class LoopServer:
         self._moving = asyncio.Lock()
         self._gate = asyncio.Event()
         self._gate.set()
+        self._at_gate = 0
         self._fallback: Served | None = None
         self._versions: OrderedDict[str, Served] = OrderedDict()
         self._opening_others = asyncio.Lock()
@@ -145,18 +145,21 @@ class LoopServer:
         Raises:
             Busy, Unavailable, Refused: see there.
         """
-        await self._gate.wait()  # an adapter is being changed: what comes now is for the new one
+        await self._pass_gate()
         told = _Told(on_piece)
         served = self.current
         problem = self.trouble or "no model is loaded"
         if served is not None:
             try:
-                return Answered(await _asked(served, request, told.by(served)), served.name, "champion")
+                completion = await _asked(served, request, told.by(served))
             except _BROKEN as error:
                 problem = str(error)
-                self._later(self._revive(served, problem))
+                self._broke(served, problem)
                 if told.anything:
                     raise Unavailable(f"{served.name} broke off in the middle of the answer: {problem}") from error
+            else:
+                self._works(served)
+                return Answered(completion, served.name, "champion")
         fallback = await self._fallback_model(problem)
         self.fallbacks += 1
         try:
@@ -178,7 +181,7 @@ class LoopServer:
         except RegistryError as error:
             raise UnknownModel(str(error), param="model") from error
         identity = model.id if model else None
-        await self._gate.wait()
+        await self._pass_gate()
         if self.current is not None and self.current.spec is not None and self.current.identity == identity:
             served, arm = self.current, "champion"
         else:
@@ -197,6 +200,29 @@ class LoopServer:
         for one in self.served:
             await one.backend.close()
 
+    async def _pass_gate(self) -> None:
+        """Wait while an adapter is being changed: what comes now is for the new one."""
+        if self._gate.is_set():
+            return
+        if self._at_gate >= self.capacity:
+            raise Busy(f"{self.loop.name} changes its model, and {self._at_gate} requests wait for that", retry_after=1)
+        self._at_gate += 1
+        try:
+            await self._gate.wait()
+        finally:
+            self._at_gate -= 1
+
+    def _broke(self, served: Served, problem: str) -> None:
+        if served.spec is None:  # another server: nothing here can start it again, and the next answer may work
+            self.trouble = f"{served.name}: {problem}"
+        else:
+            self._later(self._revive(served, problem))
+
+    def _works(self, served: Served) -> None:
+        if served.spec is None and self.trouble is not None:
+            self.trouble = None
+            self._dismiss_fallback()
+
     async def _open_or_swap(self, model: ModelVersion | None) -> Served:
         upstream = self.loop.serving.upstream
         if upstream is not None:
@@ -207,8 +233,7 @@ class LoopServer:
         if in_place and now is not None and now.spec != spec and isinstance(now.backend, LocalModel):
             await self._swap_adapter(now.backend.engine, spec)
             return self._taking_over(now, name, identity, spec)
-        engine = await asyncio.to_thread(Engine, spec)
-        return Served(name, identity, LocalModel(engine), self.capacity, spec)
+        return Served(name, identity, LocalModel(await _engine(spec)), self.capacity, spec)
 
     async def _swap_adapter(self, engine: Engine, spec: ModelSpec) -> None:
         self._gate.clear()
@@ -237,6 +262,9 @@ class LoopServer:
         serving_base = self.current is not None and self.current.spec is not None and self.current.identity is None
         if wanted is None or (wanted == BASE and serving_base):
             raise Unavailable(f"{self.loop.name} cannot answer now: {problem}", retry_after=2)
+        return await self._whoever_waits(self._open_fallback(wanted, problem))
+
+    async def _open_fallback(self, wanted: Literal["base"] | UpstreamSettings, problem: str) -> Served:
         async with self._opening_others:
             if self._fallback is not None and self._fallback.alive:
                 return self._fallback
@@ -253,22 +281,26 @@ class LoopServer:
 
     async def _open_base(self) -> Served:
         spec = await asyncio.to_thread(self._spec, None)
-        engine = await asyncio.to_thread(Engine, spec)
-        return Served(f"{self.loop.name}@base", None, LocalModel(engine), self.capacity, spec)
+        return Served(f"{self.loop.name}@base", None, LocalModel(await _engine(spec)), self.capacity, spec)
 
     async def _version(self, model: ModelVersion | None) -> Served:
+        if not self.loop.serving.versions:
+            raise Unavailable(f"{self.loop.name} serves its champion only (serving.versions is 0)")
+        return await self._whoever_waits(self._open_version(model))
+
+    async def _open_version(self, model: ModelVersion | None) -> Served:
         name = model.name if model else f"{self.loop.name}@base"
         async with self._opening_others:
             known = self._versions.pop(name, None)
             if known is None or not known.alive:
                 try:
                     spec = await asyncio.to_thread(self._spec, model)
-                    engine = await asyncio.to_thread(Engine, spec)
+                    engine = await _engine(spec)
                 except _NOT_LOADABLE as error:
                     raise Unavailable(f"{name} does not load: {error}") from error
                 known = Served(name, model.id if model else None, LocalModel(engine), self.capacity, spec)
             self._versions[name] = known
-            while len(self._versions) > MAX_VERSIONS:
+            while len(self._versions) > self.loop.serving.versions:
                 _, least_used = self._versions.popitem(last=False)
                 self._later(least_used.retire())
             return known
@@ -286,10 +318,35 @@ class LoopServer:
             return
         await self.reload()
 
-    def _later(self, work: Coroutine[Any, Any, Any]) -> None:
+    async def _whoever_waits(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do it to its end, though the client that asked for it may go away: what is loaded belongs to the loop."""
+        return await asyncio.shield(self._later(work))
+
+    def _later(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; nobody else needs to hear of it
+
+
+async def _engine(spec: ModelSpec) -> Engine:
+    """Load a model without holding up the event loop; one that nobody waits for any more is closed again."""
+    opening = asyncio.create_task(asyncio.to_thread(Engine, spec))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_unwanted)
+        raise
+
+
+def _close_unwanted(opening: "asyncio.Task[Engine]") -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        threading.Thread(target=opening.result().close).start()
 
 
 class _Told:

@@ -39,7 +39,7 @@ def route(model: str, names: Mapping[str, str]) -> Route:
         UnknownModel: it names no loop; the message lists the names that there are.
     """
     name, _, version = model.partition("@")
-    if name not in names:
+    if name not in names or "@" in version:
         raise UnknownModel(
             f"there is no model {model[:100]!r}; there are: {', '.join(sorted(names))}, and versions of them such as "
             f"{next(iter(sorted(names)), 'loop')}@v1.0.0",

@@ -5,17 +5,20 @@ import subprocess
 import sys
 from uuid import UUID
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
+from filelock import FileLock
 
 from finetune_pipeline import artifacts
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, store
 from finetune_pipeline.feedback.journal import journal_folder
-from finetune_pipeline.records import RawLogsManifest
+from finetune_pipeline.records import AdapterManifest, DatasetManifest, RawLogsManifest
 from finetune_pipeline.settings import PROJECT_ROOT, load_loop
 from finetune_pipeline_tests.conftest import interaction, uid
 
@@ -115,10 +118,23 @@ def test_stats_count_by_kind_and_name_what_waits():
     lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in said.splitlines() if line.split()}
     for name, value in {
         "interactions": "2", "feedback": "3", "correction": "1", "thumbs_up": "1", "thumbs_down": "1", "examples": "1",
-        "corrected by a person": "1", "awaiting review": "1", "feedback without its interaction": "1",
+        "corrected by a person": "1", "flagged for review": "1", "feedback without its interaction": "1",
     }.items():  # fmt: skip
         assert lines[name] == value, name
     assert f"{waiting}  thumbs_down on {uid('nobody')}, 0 minutes old" in said
+
+
+def test_stats_do_not_go_through_the_feedback_when_none_waits():
+    run("rate", log(), "up")
+    statements = []
+
+    def note(_connection, _cursor, statement, *_rest):
+        statements.append(statement)
+
+    sa.event.listen(connect().engine, "before_cursor_execute", note)
+    run("stats")
+    assert any("tallies" in statement for statement in statements)
+    assert not any("FROM feedback" in statement for statement in statements)
 
 
 def test_what_is_exported_can_be_imported(tmp_path):
@@ -131,6 +147,17 @@ def test_what_is_exported_can_be_imported(tmp_path):
     assert "1 examples written" in run("export", alpaca, "--format", "alpaca", "--min-reward", "0.5").stdout
     assert json.loads(alpaca.read_text())[0]["output"] == "{}"
     run("export", alpaca, "--format", "alpaca", "--force")
+
+
+def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(tmp_path):
+    id = run("log", "--prompt", "write to jane@example.com and bob@example.com", "--output", "{}").stdout.strip()
+    run("correct", id, "her number is +49 30 901820")
+    path = tmp_path / "out.json"
+    said = run("export", path, "--format", "alpaca").stdout
+    assert said == f"1 examples written to {path}; replaced by placeholders: 2 email, 1 phone\n"
+    (row,) = json.loads(path.read_text())
+    assert (row["input"], row["output"]) == ("write to [EMAIL] and [EMAIL]", "her number is [PHONE]")
+    assert "the raw record, with all secrets" in " ".join(run("export", "--help").stdout.split())
 
 
 def test_import_names_what_it_refused(tmp_path):
@@ -180,7 +207,7 @@ def test_a_person_is_forgotten_and_what_was_made_with_it_is_named():
     (inbox / "log.jsonl").write_text('{"event": "interaction", "user": "u1"}\n')
     (inbox / "others.jsonl").write_text('{"event": "interaction", "user": "u11", "prompt": "u1"}\n')
     said = run("forget", "--user", "u1", "--yes").stdout
-    assert f"{LOOP}: 1 interactions, 2 feedback and 0 excerpts of rejected lines deleted" in said
+    assert f"{LOOP}: 1 interactions, 2 feedback, 0 review decisions and 0 excerpts of rejected lines deleted" in said
     assert str(snapshot) in said and f"`finetune run --loop {LOOP}` makes new ones" in said
     assert str(inbox / "log.jsonl") in said and "delete it there too" in said
     assert exchange(id) is None and exchange(other).example is None
@@ -191,7 +218,7 @@ def test_a_person_is_forgotten_and_what_was_made_with_it_is_named():
 def test_nothing_is_deleted_without_a_yes():
     id = log("--user", "u1")
     result = run("forget", "--user", "u1", input="n\n", code=1)
-    assert "1 interactions and 0 feedback" in result.output
+    assert "1 interactions, 0 feedback and 0 review decisions" in result.output
     assert exchange(id) is not None
     run("forget", "--user", "u1", input="y\n")
     assert exchange(id) is None
@@ -212,3 +239,53 @@ def test_what_waits_in_a_dead_servers_journal_is_forgotten_with_the_rest():
     assert not list(journal_folder().glob("*.jsonl"))
     with connect().write() as connection:
         assert store.record(connection, LOOP, [waiting], lambda *_: 0.0).interactions == 0
+
+
+def test_what_a_living_server_has_not_brought_into_the_store_is_told():
+    id = log("--user", "u1")
+    waiting = interaction("a", user="u1").model_copy(update={"task": LOOP})
+    journal_folder().mkdir(parents=True)
+    journal = journal_folder() / f"{uid('server')}.jsonl"
+    journal.write_text(waiting.model_dump_json() + "\n")
+    with FileLock(f"{journal}.lock"):
+        result = run("forget", "--user", "u1", "--yes", code=1)
+        assert exchange(id) is None
+        assert f"still be on their way into the store ({journal})" in result.stderr and "Run this again" in result.stderr
+        run("forget", "--user", "u2", "--yes")
+    assert f"{LOOP}: 1 interactions" in run("forget", "--user", "u1", "--yes").stdout
+
+
+def test_what_another_program_keeps_in_sqlites_log_is_told(url):
+    if not url.startswith("sqlite"):
+        pytest.skip("PostgreSQL has no such log")
+    log("--user", "u1")
+    other = sa.create_engine(url)
+    with other.connect() as reader:
+        reader.exec_driver_sql("BEGIN")
+        reader.exec_driver_sql("SELECT count(*) FROM interactions").all()
+        result = run("forget", "--user", "u1", "--yes", code=1)
+    assert "1 interactions, 0 feedback" in result.stdout
+    assert "still holds the deleted text. Run this again" in result.stderr
+    other.dispose()
+    run("forget", "--user", "u1", "--yes")
+
+
+def test_weights_of_a_challenger_that_was_never_promoted_are_named():
+    id = log("--user", "u1")
+    common = {"loop": LOOP, "version": "abc", "settings": {}, "packages": {}, "watermark": 1}
+    with artifacts.draft(LOOP, "curated_dataset", "abc") as folder:
+        rows = {
+            "train": datasets.Dataset.from_dict({"interaction_id": [id]}),
+            "validation": datasets.Dataset.from_dict({"interaction_id": [str(uid("other"))]}),
+        }
+        datasets.DatasetDict(rows).save_to_disk(folder / "dataset", num_shards=dict.fromkeys(rows, 1))
+        artifacts.publish(folder, DatasetManifest, {**common, "inputs": {}, "train": 1, "validation": 1, "replayed": 0,
+                                                    "left_out": {}, "redacted": {}, "near_benchmark": []})  # fmt: skip
+    with artifacts.draft(LOOP, "lora_adapter", "abc") as folder:
+        fields = {"inputs": {"curated_dataset": "abc"}, "base_model": "b", "base_hash": "b", "mode": "full", "steps": 1,
+                  "device": "cpu", "examples": 1, "too_long": 0, "loss_before": 1, "loss_after": 1, "train_loss": 1,
+                  "tokens_per_second": 1, "wall_seconds": 1, "peak_memory_bytes": 1}  # fmt: skip
+        adapter = artifacts.publish(folder, AdapterManifest, {**common, **fields}).path
+    said = run("forget", "--user", "u1", "--yes").stdout
+    assert f"{LOOP}: weights made with it:\n    {adapter}" in said
+    assert f"`finetune model gc --keep 1 --loop {LOOP}`" in said

@@ -14,6 +14,7 @@ from finetune_pipeline_tests.conftest import uid
 
 # Put together here, so that nobody's scanner takes this file for a leak.
 SK, KEY = "sk-", "PRIVATE KEY-----"
+AWS_ID, AWS_SECRET = "AKIA" + "IOSFODNN7EXAMPLE", f"wJalrXUtnFEMI/{'K7MDENG/'}bPxRfiCYEXAMPLEKEY"
 PEM = f"-----BEGIN RSA {KEY}\nMIIEowIBAAKCAQEAabcdefgh\nqrstuvwxyzABCDEFG1\n-----END RSA {KEY}"
 JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
 
@@ -58,6 +59,19 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic [SECRET]"),
         ("https://x.example/?api_key=abcdefgh&n=1", "https://x.example/?api_key=[SECRET]&n=1"),
         ("my password is Hunter22xyz", "my password is [SECRET]"),
+        ("password: hunter2", "password: [SECRET]"),
+        ("Password: hunter2, as before.", "Password: [SECRET], as before."),
+        ('{"password": "hunter2"}', '{"password": "[SECRET]"}'),
+        ("DB_PASSWORD=correcthorse", "DB_PASSWORD=[SECRET]"),
+        ("export PGPASSWORD='correct-horse-battery'\nX=1", "export PGPASSWORD='[SECRET]'\nX=1"),
+        (f"{AWS_ID} {AWS_SECRET}", "[SECRET] [SECRET]"),  # the secret by itself, with no name before it
+        (f"{AWS_ID},{AWS_SECRET}", "[SECRET],[SECRET]"),
+        (f"{AWS_SECRET} goes with {AWS_ID}", "[SECRET] goes with [SECRET]"),
+        ("415-555-2671", "[PHONE]"),
+        ("415 555 2671", "[PHONE]"),
+        ("ring 415 555 2671, please", "ring [PHONE], please"),
+        ("06 12 34 56 78", "[PHONE]"),
+        ("tel de Paul 07.81.22.90.15.", "tel de Paul [PHONE]."),
     ],
 )
 def test_secrets_and_personal_data_are_replaced(text, clean):
@@ -91,6 +105,13 @@ def test_secrets_and_personal_data_are_replaced(text, clean):
         "sk-learn-something-with-a-very-long-name-here-and-there",
         "call the function on 2024-01-15, call on 12.05.2024, cell 12, fax machine 2100 900",
         f"-----BEGIN {KEY} is how a key begins",
+        "login(user, password=pass2); password = other1; password=model2.get(); user.password = form.entry1",
+        "password: string2, password: base64 encoded, password: varchar50, password: required",
+        "DB_PASSWORD=YOUR_PASSWORD, DB_PASSWORD=getpass.getpass(), POSTGRES_PASSWORD=changeme, MODE_PASSWORD=field",
+        "150 200 3000, 240 365 1200 mm, 800 600 2400, 413 827 4561 mm, 415 555 2671 3000, 2 x 415 555 2671",
+        "part no 415 555 2671, article 415 555 2673",
+        "06 08 10 12 16 and 06 07 08 09 10 and 0a 06 12 34 56 78 and 06 12 34 56 78 90",
+        "commit da39a3ee5e6b4b0d3255bfef95601890afd80709",
     ],
 )
 def test_ordinary_text_stays_as_it_is(text):
@@ -161,6 +182,11 @@ def test_the_same_secret_gives_the_same_placeholder_everywhere_in_an_example():
     assert redacted.example.interaction_id == logged.interaction_id
 
 
+def test_a_commit_beside_an_aws_key_stays():
+    hash = "da39a3ee5e6b4b0d3255bfef95601890afd80709"
+    assert redact(f"{AWS_ID} {hash}").text == f"[SECRET] {hash}"
+
+
 def test_an_example_without_any_is_the_same_object():
     plain = Example(
         interaction_id=uid("a"), sequence=1, prompt="p", target="t", reward=1, confirmed=True, corrected=False
@@ -174,6 +200,7 @@ PIECES = st.sampled_from(
         "(415) 555-2671",
         "hf_" + "aB" * 17, JWT, PEM, "password=", "password is ", "hunter2x", "://a:", "@", ":", "=", '"', "'", "\\",
         "\\n", "\\u0040", "[SECRET]", "[EMAIL]", "[", "]", "{", "}", "phone: ", "Bearer ", "?token=", ";pwd=", "+",
+        "415 555 2671", "06 12 34 56 78", AWS_ID, AWS_SECRET, "hunter2", "DB_PASSWORD=", "correcthorse", "password: ",
         "00", "-", " ", ".", "1", "12345678", "aws key ", "-----END PRIVATE KEY-----", ",", "é", "\n",
     ]
 )  # fmt: skip
@@ -203,7 +230,27 @@ def test_a_json_document_stays_one(value):
 
 @pytest.mark.parametrize(
     "piece",
-    ["a@", "://a:", "1 ", "+1 ", f"-----BEGIN {KEY}", "password=", "aws key ", "phone:", "a-", "eyJ", "x=1 ", "[", "A"],
+    [
+        "a@",
+        "://a:",
+        "1 ",
+        "+1 ",
+        f"-----BEGIN {KEY}",
+        "password=",
+        "aws key ",
+        "phone:",
+        "a-",
+        "eyJ",
+        "x=1 ",
+        "[",
+        "A",
+        "415 555 2671 ",
+        "06 12 34 56 78 ",
+        f"{AWS_ID} ",
+        f"{AWS_SECRET} ",
+        "DB_PASSWORD=a",
+        "password: a",
+    ],
 )
 def test_a_text_made_to_be_slow_is_not(piece):
     began = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_pipeline.export import base
+from finetune_pipeline import artifacts
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.settings import PROJECT_ROOT
@@ -53,7 +53,7 @@ def test_the_hash_does_not_change_with_what_lies_beside_it(folder):
 
 def test_a_file_that_has_not_changed_is_not_read_again(folder, monkeypatch):
     before = base_hash(folder)
-    monkeypatch.setattr(base, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(artifacts, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
     assert base_hash(folder) == before
 
 

@@ -1,6 +1,9 @@
 """Deleting a person's data, on a real database."""
 
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import sqlalchemy as sa
@@ -124,18 +127,24 @@ def test_another_loop_and_another_name_are_left_alone(db):
     assert tally(db, "other") == {}
 
 
-def test_review_decisions_go_with_their_interaction(db):
+def test_review_decisions_go_with_their_interaction_and_with_their_reviewer(db):
     record(db, *EVENTS)
+    made = [("on-hers", "a1", "eve", "notes"), ("hers", "b1", "ann", "notes"), ("on-own", "a2", "ann", "notes"),
+            ("others", "b1", "eve", "notes"), ("elsewhere", "c", "ann", "other")]  # fmt: skip
     rows = [
-        {"id": name, "task": "notes", "sequence": 1_000 + n, "interaction_id": str(uid(name)), "decision": "edit",
-         "target": f"target {name}", "reviewer": "eve", "created_at": START}
-        for n, name in enumerate(("a1", "b1"))
+        {"id": id, "task": task, "sequence": 1_000 + n, "interaction_id": str(uid(on)), "decision": "edit",
+         "target": f"as {by} has it", "reviewer": by, "created_at": START}
+        for n, (id, on, by, task) in enumerate(made)
     ]  # fmt: skip
     with db.write() as connection:
         connection.execute(t.review_decisions.insert(), rows)
-    forget(db)
     with db.read() as connection:
-        assert connection.execute(sa.select(t.review_decisions.c.id)).scalars().all() == ["b1"]
+        assert set(held_of(connection, "notes", "ann").decisions) == {"on-hers", "hers", "on-own"}
+    assert forget(db).decisions == 3
+    with db.read() as connection:
+        assert set(connection.execute(sa.select(t.review_decisions.c.id)).scalars()) == {"others", "elsewhere"}
+    forget(db, task="other")
+    assert "ann" not in everything(db)
 
 
 @pytest.mark.parametrize(
@@ -226,5 +235,36 @@ def test_sqlites_files_do_not_hold_the_words_any_more(tmp_path):
     files = [path, tmp_path / "tests.db-wal"]
     assert any(secret.encode() in file.read_bytes() for file in files)
     forget(db)
-    wipe(db)
+    assert wipe(db)
     assert not any(secret.encode() in file.read_bytes() for file in files if file.exists())
+
+
+READER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN")
+connection.execute("SELECT count(*) FROM interactions").fetchone()
+print("reading", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_while_another_process_reads_the_files_are_not_clean_and_it_is_said_soon(tmp_path):
+    path, log = tmp_path / "tests.db", tmp_path / "tests.db-wal"
+    db = connect(f"sqlite:///{path}")
+    record(db, interaction("a", user="ann", output="the words that nobody else may read"))
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with reader:
+        assert reader.stdout.readline() == "reading\n"
+        forget(db)
+        began = time.monotonic()
+        assert not wipe(db)
+        assert time.monotonic() - began < 10
+        assert b"nobody else" in log.read_bytes()
+        reader.stdin.close()
+    assert wipe(db)
+    assert not any(b"nobody else" in file.read_bytes() for file in (path, log) if file.exists())
+    with db.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000

@@ -8,6 +8,8 @@ import pytest
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, FeedbackError, formats, store
 from finetune_pipeline.feedback.formats import BadLine, export_alpaca, export_events, import_file, read_events
+from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.records import Turn
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
 
@@ -291,23 +293,38 @@ def store_at(path):
 
 def test_alpaca_holds_what_the_answers_should_be(tmp_path, loop, db, filled):
     path = tmp_path / "out.json"
-    assert export_alpaca(path, loop, db, min_reward=0.3) == 2
+    assert export_alpaca(path, loop, db, str, min_reward=0.3) == 2
     good, fixed = json.loads(path.read_text())
     assert good == {"instruction": "Parse.", "input": "prompt good", "output": "answer good", "reward": 1.0}
     # A correction is worth less than 0.3 here, and qualifies all the same.
     assert (fixed["output"], fixed["history"]) == ("right", [{"role": "user", "content": "hi"}])
     lines = tmp_path / "out.jsonl"
-    assert export_alpaca(lines, loop, db) == 3
+    assert export_alpaca(lines, loop, db, str) == 3
     assert [json.loads(line)["reward"] for line in lines.read_text().splitlines()] == [1.0, pytest.approx(0.2), -1.0]
     plain = loop.model_copy(update={"system_prompt": ""})
-    assert export_alpaca(tmp_path / "plain.json", plain, db, min_reward=1) == 2
+    assert export_alpaca(tmp_path / "plain.json", plain, db, str, min_reward=1) == 2
     assert json.loads((tmp_path / "plain.json").read_text())[0]["instruction"] == "prompt good"
+
+
+def test_alpaca_is_redacted_in_prompt_history_and_answer_and_events_are_not(tmp_path, loop, db):
+    said = (Turn(role="user", content="I am secret"),)
+    asked = interaction("a", prompt="a secret prompt", history=said, output="a secret answer")
+    with db.write() as connection:
+        store.record(connection, "notes", [asked, feedback("f", "a", "thumbs_up")], default_reward)
+    alpaca, events = tmp_path / "a.jsonl", tmp_path / "e.jsonl"
+    export_alpaca(alpaca, loop, db, lambda text: text.replace("secret", "[X]"))
+    assert json.loads(alpaca.read_text()) == {
+        "instruction": "Parse.", "input": "a [X] prompt", "history": [{"role": "user", "content": "I am [X]"}],
+        "output": "a [X] answer", "reward": 1.0,
+    }  # fmt: skip
+    export_events(events, loop, db)
+    assert events.read_text().count("secret") == 3
 
 
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
 def test_exported_alpaca_can_be_read_again(tmp_path, loop, db, filled, name):
     path = tmp_path / name
-    export_alpaca(path, loop, db)
+    export_alpaca(path, loop, db, str)
     other = store_at(tmp_path / "other.db")
     assert import_file(path, loop, other).recorded == store.Recorded(interactions=3, feedback=3)
     taught = [example for *_, example in held(db) if example]
@@ -315,7 +332,7 @@ def test_exported_alpaca_can_be_read_again(tmp_path, loop, db, filled, name):
 
 
 def test_an_empty_store_exports_empty_files(tmp_path, loop, db):
-    assert export_alpaca(tmp_path / "a.json", loop, db) == 0
+    assert export_alpaca(tmp_path / "a.json", loop, db, str) == 0
     assert json.loads((tmp_path / "a.json").read_text()) == []
     assert export_events(tmp_path / "e.jsonl", loop, db) == 0
 

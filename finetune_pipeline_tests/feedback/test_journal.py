@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -368,3 +369,29 @@ def test_a_disk_that_cannot_flush_refuses_the_event(own_home, monkeypatch):
     monkeypatch.undo()
     assert recorder.path.stat().st_size == 0
     recorder.close()
+
+
+def test_a_server_that_only_reads_for_a_while_refuses_nothing_for_good(db):
+    if db.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has no such state")
+    with closing(Recorder(db, rewards)) as recorder:
+        name = db.engine.url.database
+        with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+        db.engine.dispose()
+        added = recorder.add(interaction("a"))
+        wait_until(lambda: recorder.trouble)
+        other = sa.create_engine(db.engine.url, isolation_level="AUTOCOMMIT")
+        with other.connect() as connection:
+            connection.execute(sa.text("SET default_transaction_read_only = off"))
+            connection.execute(sa.text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
+        other.dispose()
+        db.engine.dispose()
+        assert added.result(20) == "recorded"
+
+
+def test_a_closed_recorder_takes_nothing(db):
+    recorder = Recorder(db, rewards)
+    recorder.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        recorder.add(interaction("a"))

@@ -238,6 +238,7 @@ def test_a_chat_template_that_cannot_be_used_refuses_messages_and_nothing_else(t
             "1000000000 repetitions, at most 10000",
         ),
         (ask("a", json_schema={"type": "string", "pattern": "^(a{999}){999}$"}), "998001 repetitions"),
+        (ask("a", json_schema={"type": "string", "pattern": "^" + "(a?)" * 700 + "$"}), "700 quantifiers"),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_refused_and_the_engine_goes_on(tiny, request_, says):

@@ -1,6 +1,7 @@
 """From a model to what it was made from, and from an interaction to what was made with it."""
 
 import json
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, publish, stage_folder, write_text
 from finetune_pipeline.loop.lineage import MadeWith, card, lineage, made_with
 from finetune_pipeline.loop.lora_adapter import training_run
-from finetune_pipeline.records import AdapterManifest, DatasetManifest, RawLogsManifest, ReportManifest
+from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
 from finetune_pipeline.registry.models import Candidate
@@ -75,12 +76,21 @@ def report(db, version, number):
     record_comparison(db, ModelComparison(**row))
 
 
+def gguf(name, of):
+    fields = {
+        **COMMON, "version": name, "inputs": {"lora_adapter": of}, "gguf": "model.gguf", "quantization": "F16",
+        "base_model": "base", "base_hash": "b" * 64, "adapter_version": of, "mode": "full", "watermark": 9,
+    }  # fmt: skip
+    with draft("notes", "gguf_model", name) as folder:
+        write_text(folder / "model.gguf", name)
+        return publish(folder, GgufManifest, fields).path / "model.gguf"
+
+
 def promoted(db, name, of, number, action="promote"):
     """A version whose adapter and report have its name."""
     adapter(db, f"a-{name}", of)
     report(db, f"r-{name}", number)
-    path = home() / "artifacts" / "notes" / "gguf_model" / name / "model.gguf"
-    write_text(path, name)
+    path = gguf(name, f"a-{name}")
     before = champion(db, "notes")
     candidate = Candidate(
         loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash="b" * 64, mode="full",
@@ -102,6 +112,10 @@ def chain(db):
 
 def folders(stage, *names):
     return tuple(stage_folder("notes", stage) / name for name in names)
+
+
+def weights(*names):
+    return (*folders("lora_adapter", *(f"a-{name}" for name in names)), *folders("gguf_model", *names))
 
 
 def test_a_model_leads_back_to_base_dataset_events_report_and_training(db, chain):
@@ -127,16 +141,34 @@ def test_what_was_deleted_is_none_and_the_row_of_the_training_still_names_the_da
 
 def test_an_interaction_leads_to_snapshots_datasets_and_models(db, loop, chain):
     assert made_with(db, loop, {"i4"}) == MadeWith(
-        folders("raw_logs", "l2"), folders("curated_dataset", "d2"), ("notes@v1.1.0",)
+        folders("raw_logs", "l2"), folders("curated_dataset", "d2"), ("notes@v1.1.0",), weights("two")
     )
     both = MadeWith(
-        folders("raw_logs", "l1", "l2"), folders("curated_dataset", "d1", "d2"), ("notes@v1.1.0", "notes@v1.0.0")
-    )
+        folders("raw_logs", "l1", "l2"), folders("curated_dataset", "d1", "d2"), ("notes@v1.1.0", "notes@v1.0.0"),
+        weights("one", "two"),
+    )  # fmt: skip
     assert made_with(db, loop, {"i1", "unknown"}) == both
     assert made_with(db, loop, ["i3"]).models == ("notes@v1.0.0",)  # it only validated
-    assert made_with(db, loop, {"i2"}) == MadeWith(folders("raw_logs", "l1", "l2"), (), ())
+    assert made_with(db, loop, {"i2"}) == MadeWith(folders("raw_logs", "l1", "l2"))
     for nothing in (set(), {"unknown"}):
-        assert made_with(db, loop, nothing) == MadeWith((), (), ())
+        assert made_with(db, loop, nothing) == MadeWith()
+
+
+def test_weights_that_were_never_promoted_are_found_by_their_dataset(db, loop, chain):
+    adapter(db, "a-challenger", "d2")
+    gguf("challenger", "a-challenger")
+    adapter(db, "a-only", "d2")
+    adapter(db, "a-other", "d1")
+    found = made_with(db, loop, {"i4"})
+    assert found.models == ("notes@v1.1.0",)
+    assert found.weights == (
+        *folders("lora_adapter", "a-challenger", "a-only", "a-two"),
+        *folders("gguf_model", "challenger", "two"),
+    )
+    for name in ("a-challenger", "a-two"):  # without its adapter, the training's row leads from a GGUF to its dataset
+        shutil.rmtree(stage_folder("notes", "lora_adapter") / name)
+    found = made_with(db, loop, {"i4"}).weights
+    assert found == (*folders("lora_adapter", "a-only"), *folders("gguf_model", "challenger", "two"))
 
 
 def test_an_artifact_of_an_older_version_of_the_project_is_looked_into_too(db, loop, chain):

@@ -229,6 +229,27 @@ def test_a_model_whose_file_is_gone_or_differs_is_refused(db: Database, candidat
         serve(db, swapped)
 
 
+def test_switch_and_rollback_do_not_read_again_what_a_promotion_read_in_full(
+    db: Database, candidate: MakeCandidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = candidate("a")
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(artifacts, "hash_file", counted)
+    serve(db, first)
+    serve(db, candidate("b"))
+    assert len(read) == 2
+    switch(db, "aec", "v1.0.0", "ann", "to try")
+    rollback(db, "aec", "ann", "worse")
+    assert len(read) == 2
+    serve(db, first)
+    assert len(read) == 3
+
+
 def test_the_home_can_move(
     db: Database, candidate: MakeCandidate, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

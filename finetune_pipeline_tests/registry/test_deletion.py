@@ -231,8 +231,8 @@ def test_a_model_that_is_deleted_after_it_was_checked_is_refused(db: Database, m
     report("r", "rejected", False)
     check: Callable[..., None] = champion_module.check_file
 
-    def check_then_lose(model: Candidate) -> None:
-        check(model)
+    def check_then_lose(model: Candidate, **how: bool) -> None:
+        check(model, **how)
         collect(db)
 
     monkeypatch.setattr(champion_module, "check_file", check_then_lose)

@@ -5,13 +5,17 @@ import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
 import psutil
+import pytest
 
 from finetune_pipeline.database import connect
+from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.registry import champion
+from finetune_pipeline.serving import models
 from finetune_pipeline_tests.serving.conftest import PROMPT, Running, events, make_loop, promote, serving, wait_until
 
 
@@ -267,3 +271,67 @@ def _follow(running: Running) -> None:
     loop = running.gateway._watching[0].get_loop()
     pointer = champion.champion(connect(), "twice").id
     asyncio.run_coroutine_threadsafe(server.follow(pointer), loop).result(30)
+
+
+def test_what_a_client_that_went_away_had_asked_for_is_loaded_for_the_next(ggufs, monkeypatch):
+    promote(ggufs["Q8_0"], "patient")
+    promote(ggufs["Q6_K"], "patient")
+    with served("patient") as (running, before):
+        opened = []
+
+        def slow(spec):
+            time.sleep(1)
+            opened.append(Engine(spec))
+            return opened[-1]
+
+        monkeypatch.setattr(models, "Engine", slow)
+        for _ in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                body = {"model": "patient@v1.0.0", "messages": [{"role": "user", "content": PROMPT}]}
+                running.http.post("/v1/chat/completions", json=body, timeout=0.2)
+        assert running.ask(model="patient@v1.0.0").json()["model"] == "patient@v1.0.0"
+        assert len(opened) == 1
+    wait_until(lambda: not opened[0].alive)
+
+
+def test_who_serves_no_versions_says_so(ggufs):
+    promote(ggufs["Q8_0"], "closed")
+    with serving(make_loop("closed", serving={"versions": 0})) as running:
+        refused = running.ask(model="closed@base")
+        assert (refused.status_code, "serving.versions is 0" in refused.text) == (503, True)
+
+
+def test_one_loop_that_loads_keeps_no_other_waiting(ggufs, monkeypatch):
+    promote(ggufs["Q8_0"], "heavy")
+    promote(ggufs["Q8_0"], "light")
+    with serving(make_loop("heavy"), make_loop("light")) as running:
+        release = threading.Event()
+
+        def open_engine(spec):
+            if "heavy" in str(spec.gguf):
+                release.wait(30)
+            return Engine(spec)
+
+        monkeypatch.setattr(models, "Engine", open_engine)
+        promote(ggufs["Q6_K"], "heavy")
+        time.sleep(1)  # it is being loaded now
+        promote(ggufs["Q6_K"], "light")
+        wait_until(lambda: serves(running, "light") == "light@v1.1.0", 10)
+        assert serves(running, "heavy") == "heavy@v1.0.0"
+        release.set()
+        wait_until(lambda: serves(running, "heavy") == "heavy@v1.1.0", 10)
+
+
+def test_the_queue_is_bounded_while_an_adapter_is_changed_too(ggufs, adapters):
+    promote(ggufs["F16"], "gated", adapter=adapters[0])
+    with serving(make_loop("gated", serving={"parallel": 1, "queue": 1})) as running:
+        server = running.gateway.servers["gated"]
+        loop = running.gateway._watching[0].get_loop()
+        loop.call_soon_threadsafe(server._gate.clear)  # as during a change
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(running.ask, model="gated") for _ in range(6)]
+            wait_until(lambda: sum(one.done() for one in asked) == 4)
+            loop.call_soon_threadsafe(server._gate.set)
+            answers = [one.result() for one in asked]
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503, 503]
+        assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}

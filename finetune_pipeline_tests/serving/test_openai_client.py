@@ -254,3 +254,15 @@ def test_the_gateways_own_time_is_measured(notes):
     assert notes.figure("finetune_gateway_overhead_seconds_count") == before + 1
     assert notes.figure("finetune_requests_total", route="/v1/chat/completions", status="200") > 0
     assert notes.figure("finetune_tokens_total", loop="notes", kind="answer") > 0
+
+
+def test_an_answer_goes_back_as_the_client_holds_it(notes):
+    client = notes.openai()
+    messages = [{"role": "user", "content": PROMPT}]
+    answer = client.chat.completions.create(model="notes", messages=messages).choices[0].message
+    more = client.chat.completions.create(
+        model="notes", messages=[*messages, answer, {"role": "user", "content": "and 200 mm?"}]
+    )
+    history = notes.interaction(more.id)["interaction"]["history"]
+    assert [turn["role"] for turn in history] == ["user", "assistant"]
+    assert history[1]["content"] == answer.content

@@ -5,8 +5,10 @@ import pytest
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.registry import champion
-from finetune_pipeline.serving.routing import names_of
-from finetune_pipeline.settings import SettingsError
+from finetune_pipeline.serving.backends import Upstream
+from finetune_pipeline.serving.errors import UnknownModel
+from finetune_pipeline.serving.routing import names_of, route
+from finetune_pipeline.settings import SettingsError, UpstreamSettings
 from finetune_pipeline_tests.serving.conftest import (
     events,
     free_port,
@@ -188,6 +190,18 @@ def test_the_base_takes_over_for_an_upstream_that_is_down():
         assert gateway.ask(model="lost_too").json()["model"] == "lost_too@base"
 
 
+def test_an_upstream_that_is_down_is_told_of_until_it_answers_again(two):
+    port = free_port()
+    settings = {"upstream": {"url": f"http://127.0.0.1:{port}/v1", "model": "walls"}}
+    with serving(make_loop("waiting", serving=settings)) as gateway:
+        assert gateway.ask(model="waiting").json()["model"] == "waiting@base"
+        assert "does not answer" in gateway.health()["loops"]["waiting"]["trouble"]
+        server = gateway.gateway.servers["waiting"]
+        server.current.backend = Upstream(UpstreamSettings(url=f"{two.url}/v1", model="walls"))
+        assert gateway.ask(model="waiting").json()["model"] == "waiting@walls"
+        assert gateway.health()["status"] == "ok"
+
+
 def test_an_upstream_whose_key_is_not_set_is_said_at_once(two, monkeypatch):
     upstream = {"url": f"{two.url}/v1", "model": "walls", "api_key_env": "KEY_OF_NOBODY"}
     with serving(make_loop("keyless", serving={"upstream": upstream, "fallback": None})) as gateway:
@@ -203,3 +217,10 @@ def test_a_version_that_was_deleted_says_so(two, ggufs):
     assert response.status_code == 503
     assert f"{gone.name} cannot serve: its GGUF {gone.gguf_path} is not there" in response.json()["error"]["message"]
     wait_until(lambda: two.ask(model="walls").json()["model"] == "walls@v1.1.0")
+
+
+def test_a_loop_does_not_lead_into_another():
+    names = {"notes": "notes"}
+    assert route("notes@v1.0.0", names).version == "v1.0.0"
+    with pytest.raises(UnknownModel, match=r"there is no model 'notes@other@v1\.0\.0'"):
+        route("notes@other@v1.0.0", names)
