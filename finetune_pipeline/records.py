@@ -34,8 +34,11 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("lies before the year 1 or after the year 9999 in UTC") from None
 
 
-Text = Annotated[str, AfterValidator(_storable)]
-ShortText = Annotated[str, Field(max_length=200), AfterValidator(_storable)]
+_NO_NUL = {"pattern": r"^[^\u0000]*$"}
+"""What of it a JSON Schema can say."""
+
+Text = Annotated[str, Field(json_schema_extra=_NO_NUL), AfterValidator(_storable)]
+ShortText = Annotated[str, Field(max_length=200, json_schema_extra=_NO_NUL), AfterValidator(_storable)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Moment = Annotated[datetime, AfterValidator(_in_utc)]
 

@@ -357,7 +357,7 @@ def _finish(on_their_way: Sequence[Path], wiped: bool) -> None:
         )
     if not wiped:
         left.append(
-            "another program is reading or writing the database just now, so SQLite's log (finetune.db-wal) still "
+            "another program is reading or writing the database just now, so its log (the file ending in -wal) still "
             "holds the deleted text"
         )
     if left:

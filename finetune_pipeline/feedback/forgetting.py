@@ -52,7 +52,7 @@ class Forgotten:
 
 def tasks_of(connection: sa.Connection) -> list[str]:
     """Names of all loops that the store has anything of, those no longer declared too."""
-    tables = (t.interactions, t.feedback, t.rejected_lines)
+    tables = (t.interactions, t.feedback, t.review_decisions, t.rejected_lines)
     names = sa.union(*(sa.select(table.c.task) for table in tables))
     return sorted(connection.execute(names).scalars())
 

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -63,7 +64,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
         finally:
             await gateway.stop()
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="finetune-pipeline gateway",
         description="OpenAI-compatible answers by the promoted models, and feedback on them.",
         version=metadata.version("finetune-pipeline"),

@@ -229,4 +229,6 @@ def what_is_wrong(error: ValidationError) -> str:
 
 
 def _where(error: Any) -> str | None:
-    return ".".join(str(part) for part in error["loc"])[:200] or None
+    # Which of several forms was tried stands there too, as "str" or "list[TextPart]"; it is no field of the request.
+    parts = [str(part) for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    return ".".join(parts)[:200] or None

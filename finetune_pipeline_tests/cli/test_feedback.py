@@ -156,7 +156,7 @@ def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(tmp_path):
     said = run("export", path, "--format", "alpaca").stdout
     assert said == f"1 examples written to {path}; replaced by placeholders: 2 email, 1 phone\n"
     (row,) = json.loads(path.read_text())
-    assert (row["input"], row["output"]) == ("write to [EMAIL] and [EMAIL]", "her number is [PHONE]")
+    assert (row["instruction"], row["output"]) == ("write to [EMAIL] and [EMAIL]", "her number is [PHONE]")
     assert "the raw record, with all secrets" in " ".join(run("export", "--help").stdout.split())
 
 
@@ -250,7 +250,9 @@ def test_what_a_living_server_has_not_brought_into_the_store_is_told():
     with FileLock(f"{journal}.lock"):
         result = run("forget", "--user", "u1", "--yes", code=1)
         assert exchange(id) is None
-        assert f"still be on their way into the store ({journal})" in result.stderr and "Run this again" in result.stderr
+        assert (
+            f"still be on their way into the store ({journal})" in result.stderr and "Run this again" in result.stderr
+        )
         run("forget", "--user", "u2", "--yes")
     assert f"{LOOP}: 1 interactions" in run("forget", "--user", "u1", "--yes").stdout
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune_pipeline import artifacts
+from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import Database
 from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, resolve, rollback, switch
 from finetune_pipeline.registry.history import history

@@ -276,7 +276,7 @@ def _follow(running: Running) -> None:
 def test_what_a_client_that_went_away_had_asked_for_is_loaded_for_the_next(ggufs, monkeypatch):
     promote(ggufs["Q8_0"], "patient")
     promote(ggufs["Q6_K"], "patient")
-    with served("patient") as (running, before):
+    with served("patient") as (running, _):
         opened = []
 
         def slow(spec):
