@@ -54,6 +54,11 @@ def journal_folder() -> Path:
 class Recorder:
     """Takes events; a thread of its own brings them into the store. `close` waits for what is left.
 
+    Attributes:
+        full: why nothing can be written to the journal now.
+        trouble: why the store takes nothing now.
+        refused: which event the store refused for its own sake.
+
     Args:
         database: the store.
         reward_of: the reward function of a loop.
@@ -79,6 +84,7 @@ class Recorder:
         self._closing = False
         self.trouble: str | None = None
         self.refused: str | None = None
+        self.full: str | None = None
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -141,7 +147,11 @@ class Recorder:
                 os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, self._size)  # half a line must not stand before the next one
+            if self.full is None:
+                _log.error("nothing can be recorded: %s", error)
+            self.full = f"nothing can be recorded: {error}"
             raise disk_full(self.path, error) from error
+        self.full = None
         self._size += len(line)
 
     def _work(self) -> None:

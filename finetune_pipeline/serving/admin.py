@@ -30,7 +30,7 @@ async def healthz(request: Request) -> Response:
         )
         for name, server in gateway.servers.items()
     }
-    recording = gateway.recorder.trouble or gateway.recorder.refused
+    recording = gateway.recorder.full or gateway.recorder.trouble or gateway.recorder.refused
     serving = [loop.serving is not None for loop in loops.values()]
     well = all(serving) and not recording and not any(loop.trouble for loop in loops.values())
     status = "ok" if well else "degraded" if any(serving) else "unavailable"

@@ -9,6 +9,7 @@ class GatewayError(Exception):
     Attributes:
         status: of HTTP.
         code: a word for programs.
+        detail: what only who runs the gateway should read, such as paths; others find it in the log.
         retry_after: seconds after which to try again, if that may help.
     """
 
@@ -16,9 +17,12 @@ class GatewayError(Exception):
     kind = "api_error"
     code = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, *, detail: object = None, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message if detail is None else f"{message}: {detail}")
         self.message = message
+        self.detail = detail
         self.param = param
         self.retry_after = retry_after
 
