@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SHOWN = 10
+_WIDTH = 100
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _THUMBS = ("up", "down")
 
@@ -115,6 +116,29 @@ def stats(loop: LoopSettings) -> None:
             click.echo(f"  {row.id}  {row.kind} on {row.interaction_id}, {_age(row.created_at)}")
 
 
+@feedback.command()
+@click.option("--limit", type=click.IntRange(1), default=_SHOWN, show_default=True, help="How many.")
+@loop_option
+def flagged(loop: LoopSettings, limit: int) -> None:
+    """List the newest answers that nobody has looked at, and that the model was not sure of."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.store import flagged as find_flagged
+
+    with connect().read() as connection:
+        found = find_flagged(connection, loop.name, limit)
+    for one in found:
+        sure = "" if one.confidence is None else f", confidence {one.confidence:.2f}"
+        click.echo(f"{one.id}  {one.flag}{sure}")
+        click.echo(f"  asked     {_line(one.prompt)}\n  answered  {_line(one.output)}")
+    advice = "`finetune feedback correct ID TEXT` or `finetune feedback rate ID up` settles one"
+    click.echo(advice if found else "none", err=True)
+
+
+def _line(text: str) -> str:
+    joined = " ".join(text.split())
+    return joined if len(joined) <= _WIDTH else joined[: _WIDTH - 3] + "..."
+
+
 @feedback.command("export")
 @click.argument("file", type=_FILE)
 @click.option(
@@ -200,15 +224,17 @@ def forget(user: str, name: str | None, yes: bool) -> None:
     _take_over(database)
     loops = {task: declared.get(task) for task in ([name] if name else _tasks(database, declared))}
     # Afterwards nobody would know any more what was made with it, so that is looked up first.
-    made = {task: _held_and_made(database, task, loop, user) for task, loop in loops.items()}
-    if not yes:
+    found = {task: _held_and_made(database, task, loop, user) for task, loop in loops.items()}
+    if not any(held for held, _ in found.values()):
+        click.echo(f"the store holds nothing of {user!r}; names are compared letter by letter")
+    elif not yes:
         click.confirm(f"Delete this data of {user!r} for good?", abort=True)
     on_their_way = _journals_naming(user)  # before the deletion: what comes into the store until then goes with it
     for task, loop in loops.items():
         _forget(database, task, loop, user)
     wiped = wipe(database)
     for task, loop in loops.items():
-        _advise(task, loop, user, made[task])
+        _advise(task, loop, user, found[task][1])
     _finish(on_their_way, wiped)
 
 
@@ -262,7 +288,7 @@ def _stats_table(loop: str, counts: dict[str, int]) -> Table:
         ("examples", "examples"),
         ("  corrected by a person", "corrected"),
         ("  others with a reward above 0", "rewarded"),
-        ("flagged for review", "flagged"),
+        ("flagged when answered", "flagged"),
         ("feedback without its interaction", "unmatched"),
     ]
     for title, name in rows:
@@ -299,8 +325,8 @@ def _tasks(database: "Database", declared: dict[str, LoopSettings]) -> list[str]
         return sorted({*declared, *tasks_of(connection)})
 
 
-def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, user: str) -> "MadeWith":
-    """Print what the store holds of a person; returns what was made with it."""
+def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, user: str) -> "tuple[int, MadeWith]":
+    """Print what the store holds of a person; returns how much that is, and what was made with it."""
     from finetune_pipeline.feedback.forgetting import held_of
     from finetune_pipeline.loop.lineage import MadeWith, made_with
 
@@ -310,7 +336,8 @@ def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, u
         f"{task}: {len(held.interactions)} interactions, {len(held.feedback)} feedback and {len(held.decisions)} "
         "review decisions"
     )
-    return made_with(database, loop, held.taught) if loop else MadeWith()
+    count = len(held.interactions) + len(held.feedback) + len(held.decisions)
+    return count, made_with(database, loop, held.taught) if loop else MadeWith()
 
 
 def _forget(database: "Database", task: str, loop: LoopSettings | None, user: str) -> None:

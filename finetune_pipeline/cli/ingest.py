@@ -35,3 +35,7 @@ def ingest(files: tuple[Path, ...], loop: LoopSettings) -> None:
         with database.read() as connection:
             for row in rejected_lines(connection, loop.name, 10, [path.resolve() for path in files]):
                 click.echo(f"  {row.path}:{row.line}: {row.reason}", err=True)
+    if files and total.rejected and not recorded.interactions + recorded.feedback + recorded.duplicates:
+        raise click.ClickException(
+            "no line is an event of this loop; `finetune feedback import` reads exchanges with a reward, and Alpaca"
+        )

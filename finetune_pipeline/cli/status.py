@@ -27,7 +27,10 @@ def status(loop: LoopSettings) -> None:
     click.echo(f"loop {loop.name}")
     click.echo(f"  store     {held.get('interactions', 0):,} interactions, {held.get('feedback', 0):,} feedback")
     if held.get("flagged"):
-        click.echo(f"  flagged   {held['flagged']:,} answers that a person should look at")
+        click.echo(
+            f"  flagged   {held['flagged']:,} answers so far that the model was not sure of; "
+            "`finetune feedback flagged` lists what nobody has looked at"
+        )
     for oldest in waiting:
         click.echo(
             f"  waiting   {held['unmatched']:,} feedback whose interaction has not arrived, the oldest since "

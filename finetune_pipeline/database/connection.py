@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class Database:
                 raise DatabaseError(
                     f"another program has been writing to the database {where} for {_BUSY_MS / 1000:g} s; nothing of "
                     "this step was kept. Wait for that program's end, or end it, then run again"
+                ) from error
+            if "readonly database" in str(error.orig):
+                raise DatabaseError(
+                    f"the database {where} can be read but not written; nothing of this step was kept. Give this user "
+                    "the right to write the file and its folder, or set FINETUNE_HOME to a folder that can be written"
                 ) from error
             if not any(words in str(error.orig) for words in _DISK_FULL):
                 raise
@@ -109,6 +114,8 @@ def _sqlite(url: str) -> sa.Engine:
     path = make_url(url).database
     if path and path != ":memory:":
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # what people asked is for this user's eyes, unless the user opens it
+            Path(path).touch(mode=0o600, exist_ok=False)
     engine = sa.create_engine(url, connect_args={"timeout": _BUSY_MS / 1000})
 
     @sa.event.listens_for(engine, "connect")

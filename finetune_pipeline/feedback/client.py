@@ -399,7 +399,9 @@ class _Gateway:
         self._url = url
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         try:
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_SECONDS)
+            self._http = httpx.Client(
+                base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_TIMEOUT_SECONDS
+            )
         except httpx.InvalidURL as error:
             raise ValueError(f"url: found {url!r} ({error}), expected one such as http://127.0.0.1:8484") from None
 

@@ -140,10 +140,11 @@ def unmatched(connection: sa.Connection, task: str, limit: int) -> Sequence[Any]
 
 
 def flagged(connection: sa.Connection, task: str, limit: int) -> list[Interaction]:
-    """The newest interactions that a person should look at and nobody has decided on."""
+    """The newest interactions that a person should look at, and that nobody has given feedback or decided on."""
     i = t.interactions.c
     decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id)
-    query = sa.select(t.interactions).where(i.task == task, i.flag.is_not(None), ~decided)
+    looked_at = sa.exists().where(t.feedback.c.interaction_id == i.id, t.feedback.c.task == task)
+    query = sa.select(t.interactions).where(i.task == task, i.flag.is_not(None), ~decided, ~looked_at)
     return [_interaction(row) for row in connection.execute(query.order_by(i.sequence.desc()).limit(limit))]
 
 

@@ -14,6 +14,9 @@ from finetune_pipeline.settings import UpstreamSettings
 if TYPE_CHECKING:
     import httpx
 
+VIA_HEADER = "X-Finetune-Via"
+"""The header that says which gateway asks: one that is asked by itself would wait for itself."""
+
 _SAID = 300
 
 
@@ -22,15 +25,19 @@ class UpstreamFailed(EngineError):
 
 
 class RemoteModel:
-    """Asks one model of one server; for use in an event loop. `close` ends its connections."""
+    """Asks one model of one server; for use in an event loop. `close` ends its connections.
 
-    def __init__(self, settings: UpstreamSettings) -> None:
+    Args:
+        via: the id of the gateway that asks.
+    """
+
+    def __init__(self, settings: UpstreamSettings, via: str = "") -> None:
         import httpx
 
         self.settings = settings
         self._client = httpx.AsyncClient(
             base_url=settings.url.rstrip("/") + "/",
-            headers=_authorisation(settings),
+            headers={VIA_HEADER: via, **_authorisation(settings)},
             timeout=httpx.Timeout(settings.timeout_seconds, connect=min(5.0, settings.timeout_seconds)),
         )
 

@@ -52,10 +52,12 @@ def create_key(database: Database, name: str, scopes: Collection[Scope]) -> str:
     The secret is 256 random bits, so a plain SHA-256 is enough to keep: there is nothing to guess.
 
     Raises:
-        KeyProblem: the name is empty, too long, or not printable.
+        KeyProblem: the name is empty, too long, or not printable, or a key of this name is in use.
     """
     if not 1 <= len(name.strip()) <= 100 or not name.isprintable():
         raise KeyProblem(f"{name[:120]!r} cannot be the name of a key; expected 1 to 100 printable characters")
+    if any(key.name == name and key.revoked_at is None for key in list_keys(database)):
+        raise KeyProblem(f"a key named {name!r} is in use; choose another name, or revoke that one first")
     secret = _PREFIX + secrets.token_urlsafe(32)
     row = {
         "id": str(uuid7()),

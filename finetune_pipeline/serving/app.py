@@ -1,6 +1,7 @@
 """The gateway as an ASGI application, and how it is run."""
 
 import logging
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ from finetune_pipeline.serving.api import (
 )
 from finetune_pipeline.serving.errors import BadRequest, GatewayError, NotFound, Unavailable
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import ClientGone, Guard, error_response
+from finetune_pipeline.serving.http import ClientGone, Guard, error_response, gateway_of
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
@@ -86,58 +87,73 @@ def create_app(gateway: Gateway) -> ASGIApp:
     return Guard(app, gateway)
 
 
-def run(gateway: Gateway, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM; answers that are being given then are waited for, up to 10 seconds."""
+def run(gateway: Gateway, bound: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM; answers that are being given then are waited for, up to 10 seconds.
+
+    Args:
+        bound: a socket with its address, not listening yet.
+
+    Raises:
+        SystemExit: the gateway did not start; the log says why.
+    """
     import uvicorn
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(gateway),
-        host=host,
-        port=port,
         lifespan="on",
         access_log=False,
         log_config=None,
         timeout_graceful_shutdown=10,
         server_header=False,
     )
+    server = uvicorn.Server(config)
+    server.run(sockets=[bound])
+    if not server.started:
+        sys.exit(3)
 
 
-async def _gateway_error(_: Request, error: Exception) -> Response:
+async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
-    return error_response(error)
+    return error_response(error, gateway_of(request))
 
 
-async def _validation_error(_: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return error_response(BadRequest(f"{where}: {first['msg']}", param=where))
+    return error_response(BadRequest(f"{where}: {first['msg']}", param=where), gateway_of(request))
 
 
 async def _client_gone(_: Request, error: Exception) -> Response:
     return Response(status_code=499)  # as proxies note it; nobody reads it
 
 
-async def _database_away(_: Request, error: Exception) -> Response:
-    return error_response(Unavailable(f"the store cannot be read now: {type(error).__name__}", retry_after=5))
+async def _database_away(request: Request, error: Exception) -> Response:
+    return error_response(
+        Unavailable(f"the store cannot be read now: {type(error).__name__}", retry_after=5), gateway_of(request)
+    )
 
 
-async def _fault(_: Request, error: Exception) -> Response:
-    return error_response(GatewayError(f"the gateway failed: {type(error).__name__}; its log says more"))
+async def _fault(request: Request, error: Exception) -> Response:
+    return error_response(
+        GatewayError(f"the gateway failed: {type(error).__name__}; its log says more"), gateway_of(request)
+    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"{what}: this path is for another method; see /docs"))
+        response = error_response(
+            MethodNotAllowed(f"{what}: this path is for another method; see /docs"), gateway_of(request)
+        )
         response.headers.update(error.headers or {})
         return response
     if error.status_code == 404:
-        return error_response(NotFound(f"{what}: there is nothing under this path; see /docs"))
+        return error_response(NotFound(f"{what}: there is nothing under this path; see /docs"), gateway_of(request))
     logging.getLogger(__name__).warning("%s: %s", what, error.detail)
-    return error_response(BadRequest(str(error.detail)))
+    return error_response(BadRequest(str(error.detail)), gateway_of(request))
 
 
 def _described(app: FastAPI) -> Callable[[], dict[str, Any]]:

@@ -49,8 +49,8 @@ class LocalModel:
 class Upstream:
     """Another OpenAI-compatible server."""
 
-    def __init__(self, settings: UpstreamSettings) -> None:
-        self._model = RemoteModel(settings)
+    def __init__(self, settings: UpstreamSettings, via: str = "") -> None:
+        self._model = RemoteModel(settings, via)
 
     async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
         """Answer one request."""

@@ -99,7 +99,7 @@ async def _streamed(
         answer.cancel()
         raise
     chunks = Chunks(question.id, int(time.time()), model, chat=chat)
-    events = _events(answer, first, pieces, chunks, asked)
+    events = _events(answer, first, pieces, chunks, asked, local=gateway.access.open)
     return EventStream(events, {INTERACTION_HEADER: str(question.id)})
 
 
@@ -109,6 +109,8 @@ async def _events(
     pieces: Pieces,
     chunks: Chunks,
     asked: ChatRequest | CompletionRequest,
+    *,
+    local: bool,
 ) -> AsyncGenerator[str, None]:
     try:
         yield chunks.start()
@@ -121,6 +123,6 @@ async def _events(
         with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         yield chunks.end(done.completion, logprobs=logprobs, with_usage=with_usage)
     except GatewayError as error:
-        yield f"data: {json.dumps(error.body)}\n\n"
+        yield f"data: {json.dumps(error.body(local=local))}\n\n"
     finally:
         answer.cancel()

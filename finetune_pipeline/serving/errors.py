@@ -26,10 +26,13 @@ class GatewayError(Exception):
         self.param = param
         self.retry_after = retry_after
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON that the client reads."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+    def body(self, *, local: bool) -> dict[str, Any]:
+        """The JSON that the client reads; one on this machine, where no keys are, reads the detail too."""
+        if self.detail is None:
+            message = self.message
+        else:
+            message = f"{self.message}: {self.detail}" if local else f"{self.message}; the gateway's log says why"
+        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 class BadRequest(GatewayError):

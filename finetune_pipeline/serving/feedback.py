@@ -1,7 +1,7 @@
 """The routes that learn: feedback, interactions had elsewhere, one interaction, statistics."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -13,12 +13,15 @@ from uuid_utils.compat import uuid7
 from finetune_pipeline.feedback.store import Exchange, find, tally
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.serving.api import FeedbackIn, InteractionIn, InteractionOut, Receipt, StatsOut, Status
-from finetune_pipeline.serving.errors import BadRequest, NotFound, NotRecorded
+from finetune_pipeline.serving.errors import BadRequest, Conflict, NotFound, NotRecorded
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import allow, body_of, gateway_of, what_is_wrong
 
 PATIENCE_SECONDS = 2.0
 """How long a request waits until the store has what the journal has; then it is told that it is safe all the same."""
+
+CLOCKS_DIFFER = timedelta(minutes=10)
+"""How far ahead an application's clock may be. The newest verdict counts, so one from the future would always count."""
 
 router = APIRouter(dependencies=[Depends(allow("feedback"))])
 _ACCEPTED: dict[int | str, dict[str, Any]] = {
@@ -76,11 +79,18 @@ async def stats(request: Request, loop: str | None = None) -> StatsOut:
 
 
 def _event(kind: type[Any], values: dict[str, Any]) -> Any:
-    now = {"id": uuid7(), "created_at": datetime.now(UTC)}
+    now = datetime.now(UTC)
     try:
-        return kind.model_validate(now | values)
+        event = kind.model_validate({"id": uuid7(), "created_at": now} | values)
     except ValidationError as error:
         raise BadRequest(what_is_wrong(error)) from error
+    if event.created_at > now + CLOCKS_DIFFER:
+        raise Conflict(  # of two clocks; the form is right
+            f"created_at: {event.created_at.isoformat()} is in the future (here it is {now.isoformat()}); leave it "
+            "out, or set the clock that it came from",
+            param="created_at",
+        )
+    return event
 
 
 async def _receipt(gateway: Gateway, event: Feedback | Interaction) -> Response:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
+from uuid import uuid4
 
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.database import Database
@@ -46,6 +47,7 @@ class Gateway:
         loopback: bool = True,
         tell: Callable[[str], None] = _log.info,
     ) -> None:
+        self.id = str(uuid4())
         self.loops = {loop.name: loop for loop in loops}
         self.names = names_of(loops)
         self.database = database
@@ -64,7 +66,7 @@ class Gateway:
             self._tell(f"{left} events that a killed gateway had acknowledged were taken over from its journal")
         self.recorder = Recorder(self.database, self._reward_of)
         self._flush_each = survives_power_cut()
-        self.servers = {name: LoopServer(loop, self.database) for name, loop in self.loops.items()}
+        self.servers = {name: LoopServer(loop, self.database, self.id) for name, loop in self.loops.items()}
         self.metrics.watch(self.servers, lambda: self.recorder.pending)
         for name, server in self.servers.items():
             await server.reload()
@@ -94,7 +96,7 @@ class Gateway:
                 return await asyncio.to_thread(self.recorder.add, event)
             return self.recorder.add(event)
         except ArtifactError as error:
-            raise Unavailable(f"this could not be recorded, so it was not answered: {error}", retry_after=30) from error
+            raise Unavailable("this cannot be recorded, so it is not answered", detail=error, retry_after=30) from error
 
     def loop_named(self, name: str | None) -> LoopSettings:
         """The loop of this name, or the only one.

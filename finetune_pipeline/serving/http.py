@@ -1,6 +1,7 @@
 """HTTP before and behind the routes: limits, hosts, bodies, errors, and the clock."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -11,9 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finetune_pipeline.inference.remote import VIA_HEADER
 from finetune_pipeline.serving.access import Caller, is_loopback
 from finetune_pipeline.serving.access import Scope as KeyScope
-from finetune_pipeline.serving.errors import BadRequest, Forbidden, GatewayError, TooLarge, WrongMediaType
+from finetune_pipeline.serving.errors import BadRequest, Conflict, Forbidden, GatewayError, TooLarge, WrongMediaType
 from finetune_pipeline.serving.gateway import Gateway
 
 MAX_BODY = 2 * 2**20
@@ -23,6 +25,7 @@ ENGINE = "finetune.engine_seconds"
 """Where a route leaves, in the request's scope, how long it waited for the model."""
 
 _ERRORS_NAMED = 3
+_log = logging.getLogger(__name__)
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
 
@@ -51,7 +54,7 @@ class Guard:
         except GatewayError as error:
             if sent.status is not None:  # half an answer is out: it can only break off
                 raise
-            await error_response(error)(scope, receive, sent)
+            await error_response(error, self._gateway)(scope, receive, sent)
         finally:
             self._count(scope, sent, time.perf_counter() - started)
 
@@ -60,6 +63,8 @@ class Guard:
         length = headers.get(b"content-length", "0")
         if length.isdecimal() and int(length) > MAX_BODY:
             raise _too_large()
+        if headers.get(VIA_HEADER.lower().encode()) == self._gateway.id:
+            raise Conflict("this gateway is its own upstream; correct serving.upstream or serving.fallback")
         # A web page may send requests to this machine, also under a name of its own that it has pointed here.
         if self._gateway.access.open:
             host = headers.get(b"host", "").rsplit(":", 1)[0] if not _bare_ipv6(headers) else headers[b"host"]
@@ -180,12 +185,14 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-def error_response(error: GatewayError) -> JSONResponse:
+def error_response(error: GatewayError, gateway: Gateway) -> JSONResponse:
     """A refusal, as the client reads it."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body, error.status, headers)
+    if error.detail is not None and not gateway.access.open:
+        _log.warning("%s", error)
+    return JSONResponse(error.body(local=gateway.access.open), error.status, headers)
 
 
 async def _disconnected(receive: Receive) -> None:

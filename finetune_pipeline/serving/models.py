@@ -53,9 +53,13 @@ class Answered:
 
 
 class LoopServer:
-    """Answers for one loop, with the champion of the moment."""
+    """Answers for one loop, with the champion of the moment.
 
-    def __init__(self, loop: LoopSettings, database: Database) -> None:
+    Args:
+        via: the gateway's id, by which it knows a question of its own that comes back to it.
+    """
+
+    def __init__(self, loop: LoopSettings, database: Database, via: str) -> None:
         self.loop = loop
         self.trouble: str | None = None
         self.swaps = 0
@@ -63,6 +67,7 @@ class LoopServer:
         self.fallbacks = 0
         self.current: Served | None = None
         self._database = database
+        self._via = via
         self._moving = asyncio.Lock()
         self._gate = asyncio.Event()
         self._gate.set()
@@ -131,7 +136,7 @@ class LoopServer:
     async def _stay(self, model: ModelVersion | None, error: Exception) -> None:
         self._refused = (model.id if model else None, time.monotonic() + RETRY_SECONDS)
         name = model.name if model else f"{self.loop.name}@base"
-        serving = f"{self.current.name} goes on serving" if self.current else "nothing served before it"
+        serving = f"{self.answering} goes on serving" if self.answering else "nothing served before it"
         self.trouble = f"{name} does not load; {serving}: {error}"
         self.failed_swaps += 1
         _log.error(self.trouble)
@@ -156,7 +161,7 @@ class LoopServer:
                 problem = str(error)
                 self._broke(served, problem)
                 if told.anything:
-                    raise Unavailable(f"{served.name} broke off in the middle of the answer: {problem}") from error
+                    raise Unavailable(f"{served.name} broke off in the middle of the answer", detail=problem) from error
             else:
                 self._works(served)
                 return Answered(completion, served.name, "champion")
@@ -166,7 +171,9 @@ class LoopServer:
             return Answered(await _asked(fallback, request, told.by(fallback)), fallback.name, "fallback")
         except _BROKEN as error:
             raise Unavailable(
-                f"neither {self.loop.name}'s champion nor {fallback.name} can answer: {problem}; {error}", retry_after=2
+                f"neither {self.loop.name}'s champion nor {fallback.name} can answer",
+                detail=f"{problem}; {error}",
+                retry_after=2,
             ) from error
 
     async def answer_by(self, version: str, request: GenerateRequest, on_piece: OnNamedPiece | None) -> Answered:
@@ -189,7 +196,7 @@ class LoopServer:
         try:
             completion = await _asked(served, request, _Told(on_piece).by(served))
         except _BROKEN as error:
-            raise Unavailable(f"{served.name} cannot answer: {error}", retry_after=2) from error
+            raise Unavailable(f"{served.name} cannot answer", detail=error, retry_after=2) from error
         return Answered(completion, served.name, "champion" if arm == "champion" else "version")
 
     async def close(self) -> None:
@@ -255,13 +262,13 @@ class LoopServer:
         return ModelSpec(gguf=model.gguf_path, adapter=model.adapter_path, **limits)
 
     def _remote(self, upstream: UpstreamSettings) -> Served:
-        return Served(f"{self.loop.name}@{upstream.model}", None, Upstream(upstream), self.capacity, None)
+        return Served(f"{self.loop.name}@{upstream.model}", None, Upstream(upstream, self._via), self.capacity, None)
 
     async def _fallback_model(self, problem: str) -> Served:
         wanted = self.loop.serving.fallback
         serving_base = self.current is not None and self.current.spec is not None and self.current.identity is None
         if wanted is None or (wanted == BASE and serving_base):
-            raise Unavailable(f"{self.loop.name} cannot answer now: {problem}", retry_after=2)
+            raise Unavailable(f"{self.loop.name} cannot answer now", detail=problem, retry_after=2)
         return await self._whoever_waits(self._open_fallback(wanted, problem))
 
     async def _open_fallback(self, wanted: Literal["base"] | UpstreamSettings, problem: str) -> Served:
@@ -274,7 +281,9 @@ class LoopServer:
                 )
             except _NOT_LOADABLE as error:
                 raise Unavailable(
-                    f"{self.loop.name} cannot answer ({problem}), nor can its fallback: {error}", retry_after=10
+                    f"{self.loop.name} cannot answer, nor can its fallback",
+                    detail=f"{problem}; {error}",
+                    retry_after=10,
                 ) from error
             _log.warning("%s takes over for %s: %s", self._fallback.name, self.loop.name, problem)
             return self._fallback
@@ -297,7 +306,7 @@ class LoopServer:
                     spec = await asyncio.to_thread(self._spec, model)
                     engine = await _engine(spec)
                 except _NOT_LOADABLE as error:
-                    raise Unavailable(f"{name} does not load: {error}") from error
+                    raise Unavailable(f"{name} does not load", detail=error) from error
                 known = Served(name, model.id if model else None, LocalModel(engine), self.capacity, spec)
             self._versions[name] = known
             while len(self._versions) > self.loop.serving.versions:

@@ -115,6 +115,9 @@ def _refuse_constant(name: str) -> None:
 
 def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
+    if first["type"] in {"union_tag_not_found", "union_tag_invalid"}:
+        found = f"is {first['ctx']['tag']!r}" if "tag" in first.get("ctx", {}) else "is not there"
+        return f"event: {found}, expected 'interaction' or 'feedback'"
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where + ': ' if where else ''}{first['msg']}{more}"

@@ -118,10 +118,18 @@ def test_stats_count_by_kind_and_name_what_waits():
     lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in said.splitlines() if line.split()}
     for name, value in {
         "interactions": "2", "feedback": "3", "correction": "1", "thumbs_up": "1", "thumbs_down": "1", "examples": "1",
-        "corrected by a person": "1", "flagged for review": "1", "feedback without its interaction": "1",
+        "corrected by a person": "1", "flagged when answered": "1", "feedback without its interaction": "1",
     }.items():  # fmt: skip
         assert lines[name] == value, name
     assert f"{waiting}  thumbs_down on {uid('nobody')}, 0 minutes old" in said
+
+
+def test_flagged_answers_are_listed_until_someone_has_looked():
+    FeedbackClient(LOOP).log("a\nwall", "{}", flag="low confidence", confidence=0.25)
+    said = run("flagged").stdout
+    assert "low confidence, confidence 0.25\n  asked     a wall\n  answered  {}\n" in said
+    run("rate", said.split()[0], "up")
+    assert run("flagged").stdout == ""
 
 
 def test_stats_do_not_go_through_the_feedback_when_none_waits():

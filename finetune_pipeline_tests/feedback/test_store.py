@@ -179,8 +179,18 @@ def test_an_exchange_is_found_with_all_that_was_said_of_it():
         found = store.find(connection, uid("a"))
         assert (found.interaction, found.feedback, found.example.target) == (asked, (given,), "better")
         assert found.example.history == asked.history
-        assert store.flagged(connection, "notes", 9) == [asked]
+        assert store.flagged(connection, "notes", 9) == []
         assert store.find(connection, uid("nobody")) is None
+
+
+def test_what_was_flagged_is_listed_until_a_person_has_said_something_of_it():
+    unsure = interaction("a", flag="low confidence")
+    record(unsure, interaction("b"))
+    with connect().read() as connection:
+        assert store.flagged(connection, "notes", 9) == [unsure]
+    record(feedback("f", "a", "thumbs_up"))
+    with connect().read() as connection:
+        assert store.flagged(connection, "notes", 9) == []
 
 
 def test_the_same_prompt_after_another_history_is_another_example():

@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from finetune_pipeline.database import connect
-from finetune_pipeline.serving.access import Access, create_key, is_loopback, list_keys, revoke_key
-from finetune_pipeline_tests.serving.conftest import PROMPT, make_loop, serving, wait_until
+from finetune_pipeline.serving.access import Access, KeyProblem, create_key, is_loopback, list_keys, revoke_key
+from finetune_pipeline_tests.serving.conftest import PROMPT, free_port, make_loop, serving, wait_until
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "notes", "messages": [{"role": "user", "content": PROMPT}]}
@@ -74,7 +74,16 @@ def test_only_loopback_addresses_are_taken_for_such(host):
 
 
 def test_another_address_without_keys_is_not_served(own_home):
-    command = [sys.executable, "-m", "finetune_pipeline.cli.main", "serve", "--host", "0.0.0.0", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "finetune_pipeline.cli.main",
+        "serve",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        str(free_port()),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
     assert "0.0.0.0 can be reached from other machines, and no API key exists" in ended.stdout + ended.stderr
@@ -130,6 +139,28 @@ def test_health_needs_no_key_and_tells_strangers_no_paths(locked):
     health = running.health()
     assert "/secret" not in json.dumps(health)
     assert health["loops"]["notes"]["trouble"] == "see the gateway's log"
+
+
+def test_an_error_tells_strangers_no_paths(locked):
+    running, keys = locked
+    server = running.gateway.servers["notes"]
+    server.current, server.trouble, server.loop = (
+        None,
+        "/secret/path/model.gguf is not there",
+        make_loop(serving={"fallback": None}),
+    )
+    error = running.http.post(CHAT, json=BODY, headers=bearer(keys["infer"]))
+    assert error.status_code == 503 and "/secret" not in error.text
+    assert "notes cannot answer now; the gateway's log says why" in error.text
+
+
+def test_two_keys_in_use_cannot_have_one_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
+    create_key(connect(), "twin", ["infer"])
+    with pytest.raises(KeyProblem, match="a key named 'twin' is in use"):
+        create_key(connect(), "twin", ["admin"])
+    assert revoke_key(connect(), "twin") == 1
+    create_key(connect(), "twin", ["infer"])
 
 
 def test_a_new_key_is_known_and_a_revoked_one_refused_within_a_second(locked):

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
@@ -224,6 +225,12 @@ def test_every_kind_of_feedback_gives_its_reward(notes):
         assert found["feedback"][0]["kind"] == fields["kind"]
         if fields["kind"] == "correction":
             assert found["target"] == fields["correction"]
+
+
+def test_feedback_from_the_future_is_refused(notes, answered):
+    ahead = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    given = {"interaction_id": answered, "kind": "thumbs_up", "created_at": ahead}
+    assert "is in the future" in refused(notes.http.post("/v1/feedback", json=given), 409)["message"]
 
 
 def test_feedback_given_twice_counts_once(notes, answered):

@@ -165,7 +165,7 @@ def test_what_cannot_be_recorded_is_not_answered(tmp_path, monkeypatch):
                     assert "the disk is full" in response.text and "[DONE]" not in response.text
                 else:
                     assert (response.status_code, response.headers["retry-after"]) == (503, "30")
-                    assert "this could not be recorded, so it was not answered" in response.json()["error"]["message"]
+                    assert "this cannot be recorded, so it is not answered" in response.json()["error"]["message"]
             lost = gateway.http.post("/v1/feedback", json={"interaction_id": kept, "kind": "thumbs_up"})
             assert lost.status_code == 503
             assert gateway.figure("finetune_in_flight") == 0

@@ -72,6 +72,8 @@ class Load:
 
     def wait_for(self, model: str, seconds: float = 5.0) -> None:
         """Wait until this model answers."""
+        # An answer that was begun before the last change may still come from this very model: it proves nothing.
+        wait_until(lambda: serves(self._running, self._model.partition("@")[0]) == model, seconds)
         start = len(self.answers)
         wait_until(lambda: any(name == model for name, _ in self.answers[start:]) or self.failures, seconds)
         assert not self.failures, self.failures[:3]

@@ -175,6 +175,14 @@ def test_what_an_upstream_refuses_is_the_clients_fault(upstream):
     assert "only references within it" in refused.json()["error"]["message"]
 
 
+def test_a_gateway_that_is_its_own_upstream_says_so():
+    with serving(make_loop("circle", serving={"fallback": None})) as gateway:
+        settings = UpstreamSettings(url=f"{gateway.url}/v1", model="circle")
+        gateway.gateway.servers["circle"].current.backend = Upstream(settings, gateway.gateway.id)
+        answer = gateway.ask(model="circle")
+    assert answer.status_code == 503 and "this gateway is its own upstream" in answer.text
+
+
 def test_an_upstream_that_is_down_is_named():
     url = f"http://127.0.0.1:{free_port()}/v1"
     with serving(make_loop("lost", serving={"upstream": {"url": url, "model": "x"}, "fallback": None})) as gateway:
