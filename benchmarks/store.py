@@ -205,8 +205,14 @@ def million() -> dict[str, Any]:
         with database.read() as connection:
             watermark = newest_sequence(connection)
         idle = _milliseconds(lambda w=watermark: count_new(loop, database, w))
+        batches = [[_new(size + i) for i in range(n, n + 50)] for n in range(60, 360, 50)]
         newest = [_new(size + i) for i in range(60)]
-        taking = _milliseconds(lambda n=newest: client.log_many(e for pair in n[:50] for e in pair), times=1)
+        taken = []
+        for batch in [*batches, newest[:50]]:  # the last one is what the sensor is to find
+            with database.read() as connection:
+                watermark = newest_sequence(connection)
+            taken.append(_milliseconds(lambda b=batch: client.log_many(e for pair in b for e in pair), times=1))
+        taking = statistics.median(taken)
         client.log_many(event for pair in newest[50:] for event in pair)
         question = _milliseconds(lambda w=watermark: _expect(60, count_new(loop, database, w)))
         stats = _milliseconds(client.stats)
