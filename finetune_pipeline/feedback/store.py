@@ -354,8 +354,9 @@ def _by_interaction(feedback: Sequence[_Numbered[Feedback]]) -> dict[UUID, list[
 def _load(
     connection: sa.Connection, table: sa.Table, key: sa.Column[str], task: str, ids: Sequence[str]
 ) -> list[sa.Row[Any]]:
-    queries = (sa.select(table).where(table.c.task == task, key.in_(chunk)) for chunk in _chunks(ids))
-    return [row for query in queries for row in connection.execute(query)]
+    # The task is compared here: in the query, SQLite would take the index on it, and go through the whole history.
+    queries = (sa.select(table).where(key.in_(chunk)) for chunk in _chunks(ids))
+    return [row for query in queries for row in connection.execute(query) if row.task == task]
 
 
 def _interaction(row: sa.Row[Any]) -> Interaction:

@@ -183,6 +183,28 @@ def test_an_exchange_is_found_with_all_that_was_said_of_it():
         assert store.find(connection, uid("nobody")) is None
 
 
+def test_taking_in_events_reads_by_their_ids_and_never_through_the_history(url):
+    if not url.startswith("sqlite"):
+        pytest.skip("PostgreSQL chooses by its statistics, not by the query alone")
+    record(*(interaction(f"old {n}") for n in range(50)), feedback("old", "old 1", "thumbs_up"))
+    database = connect()
+    plans = []
+
+    def explain(connection, cursor, statement, parameters, *_):
+        if statement.startswith("SELECT"):
+            with database.engine.raw_connection().driver_connection as other:
+                plans.extend(row[3] for row in other.execute(f"EXPLAIN QUERY PLAN {statement}", parameters))
+
+    sa.event.listen(database.engine, "before_cursor_execute", explain)
+    try:
+        record(interaction("a"), feedback("f", "a", "thumbs_up"), feedback("g", "old 2", "thumbs_down"))
+    finally:
+        sa.event.remove(database.engine, "before_cursor_execute", explain)
+    searches = [plan for plan in plans if plan.startswith(("SEARCH", "SCAN"))]
+    assert len(searches) > 4
+    assert [plan for plan in searches if "SCAN" in plan or "(task=?" in plan] == []
+
+
 def test_what_was_flagged_is_listed_until_a_person_has_said_something_of_it():
     unsure = interaction("a", flag="low confidence")
     record(unsure, interaction("b"))
