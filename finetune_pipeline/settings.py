@@ -123,12 +123,39 @@ class CurationSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """Hyperparameters of one training; each can be overridden for one run in Dagster's launchpad."""
+    """One training; plain values can be overridden for one run in Dagster's launchpad."""
 
-    method: Literal["lora", "qlora"] = Field(default="lora", description="qlora trains over 4-bit NF4 base weights.")
+    backend: Literal["auto", "peft", "unsloth", "axolotl"] = Field(
+        default="auto", description="What trains. auto: unsloth where it can, else peft (TRL and PEFT)."
+    )
+    compute: Literal["local", "ray"] = Field(default="local", description="Where: on this machine, or a Ray cluster.")
+    workers: int = Field(
+        default=1, ge=1, description="Processes that train together: GPUs of this machine, or workers of the cluster."
+    )
+    preset: Literal["cpu", "8gb", "12gb", "16gb", "24gb", "48gb", "80gb"] | None = Field(
+        default=None, description="Fills what is not set here for a memory size; `finetune train plan` shows with what."
+    )
+    method: Literal["auto", "sft", "dpo", "kto"] = Field(
+        default="sft",
+        description="sft learns answers; dpo from pairs of a corrected and the model's own answer; kto from answers "
+        "found good and bad; auto chooses by what the dataset holds.",
+    )
+    mode: Literal["full", "incremental"] = Field(
+        default="full",
+        description="full: from the base model on everything. incremental: the champion's adapter, on what is new.",
+    )
+    replay_older: float = Field(default=1.0, ge=0, description="incremental: older examples for each new one.")
+    adapter: Literal["lora", "qlora"] = Field(default="lora", description="qlora trains over 4-bit NF4 base weights.")
     lora_r: int = Field(default=16, ge=1, description="Rank of the adapter.")
     lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter, divided by its rank.")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout within the adapter.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="Layers that the adapter changes, by the end of their names."
+    )
+    trainable_token_indices: Literal["all"] | tuple[int, ...] = Field(
+        default=(),
+        description="Tokens whose embeddings are trained besides: ids, or all. Needed where the base never saw them.",
+    )
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     epochs: float = Field(default=3.0, gt=0, description="Passes over the training examples.")
     batch_size: int = Field(default=8, ge=1, description="Examples a step on the device.")
@@ -137,8 +164,19 @@ class TrainingSettings(Settings):
     warmup_share: float = Field(default=0.05, ge=0, lt=1, description="Share of all steps spent warming up.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     gradient_checkpointing: bool = Field(default=False, description="Less memory for about 20 % more time.")
-    bfloat16: bool = Field(default=True, description="bfloat16 autocast where the machine is faster with it.")
-    checkpoints: int = Field(default=5, ge=1, description="How many times a training is saved on its way.")
+    bfloat16: bool = Field(default=True, description="bfloat16 where the machine is faster with it.")
+    reward_weighted: bool = Field(
+        default=False, description="sft: examples are drawn in proportion to their reward, not each once an epoch."
+    )
+    beta: float = Field(default=0.1, gt=0, description="dpo and kto: how much leaving the reference model costs.")
+    sft_weight: float = Field(default=1.0, ge=0, description="dpo: weight of learning the chosen answers besides.")
+    checkpoints: int = Field(default=5, ge=1, description="How often a training is saved, and validated, on its way.")
+    early_stopping: int | None = Field(
+        default=None, ge=1, description="Ends after so many validations without a lower loss."
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=(), description="Trackers that Hugging Face's Trainer reports to; each has to be installed."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the adapter's weights and the order of examples.")
 
 

@@ -23,12 +23,16 @@ from finetune_pipeline.training.launch import train
 
 REPORT_EVERY_SECONDS = 5.0
 
+NOT_IN_THE_LAUNCHPAD = {"target_modules", "trainable_token_indices", "report_to", "preset"}
+"""Settings that Dagster's config has no type for, or that fill others."""
+
 
 def training_config(loop: LoopSettings) -> type[dg.Config]:
-    """Dagster config with one field for each hyperparameter; the loop's YAML gives the defaults."""
+    """Dagster config with one field for each plain hyperparameter; the loop's YAML gives the defaults."""
     fields: dict[str, Any] = {
         name: (field.annotation, Field(default=getattr(loop.training, name), description=field.description))
         for name, field in TrainingSettings.model_fields.items()
+        if name not in NOT_IN_THE_LAUNCHPAD
     }
     return create_model("TrainingConfig", __base__=dg.Config, **fields)
 
@@ -55,7 +59,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         checkpoint when it is started again with the same dataset and settings.
         """
         die_with_run()
-        settings = TrainingSettings.model_validate(config.model_dump())  # type: ignore[attr-defined]
+        settings = TrainingSettings.model_validate(loop.training.model_dump() | config.model_dump())  # type: ignore[attr-defined]
         artifact = adapter(loop, settings, curated_dataset, _reporter(context), context.log.info)
         record_training(connect(), training_run(artifact.manifest, context.run_id))
         return dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
@@ -111,7 +115,10 @@ def training_run(manifest: AdapterManifest, run_id: str) -> TrainingRun:
         run_id: Dagster's run, which knows how it went.
     """
     known = {**manifest.model_dump(), "id": manifest.version, "run_id": run_id}
-    known |= {"dataset": manifest.inputs["curated_dataset"], "method": manifest.settings["method"]}
+    known |= {
+        "dataset": manifest.inputs["curated_dataset"],
+        "method": "{method}, {adapter}".format_map(manifest.settings),
+    }
     return TrainingRun(**{name: known[name] for name in TrainingRun.model_fields})
 
 

@@ -68,7 +68,8 @@ class TrainingResult(Record):
 
     job: str = Field(description="TrainingJob.key of what was trained.")
     device: str = Field(description="cpu, or the name of the GPU.")
-    method: str = Field(description="lora or qlora.")
+    method: str = Field(description="sft, dpo or kto.")
+    adapter: str = Field(description="lora or qlora.")
     bfloat16: bool = Field(description="Whether bfloat16 autocast was used.")
     steps: int = Field(description="Updates of the weights.")
     resumed_from: int = Field(description="Step from which this process went on; 0 is a whole training.")

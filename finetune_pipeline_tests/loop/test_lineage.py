@@ -20,7 +20,7 @@ from finetune_pipeline.registry.models import Candidate
 from finetune_pipeline.registry.trainings import record_training
 from finetune_pipeline.settings import PROJECT_ROOT, home
 
-COMMON = {"loop": "notes", "settings": {"method": "lora"}, "packages": {}}
+COMMON = {"loop": "notes", "settings": {"method": "sft", "adapter": "lora"}, "packages": {}}
 FIGURE = {"name": "words right", "key": "accuracy", "champion": 0.5, "challenger": 0.75, "unit": "%"}
 
 
@@ -124,7 +124,7 @@ def test_a_model_leads_back_to_base_dataset_events_report_and_training(db, chain
     assert (found.events, found.watermark) == ("1..9", 9)
     assert (found.dataset_manifest.train, found.dataset_manifest.validation) == (2, 1)
     assert found.report_manifest.reason == "gain 50.0 %, 5 % needed"
-    assert (found.training.run_id, found.training.dataset, found.training.method) == ("run-1", "d1", "lora")
+    assert (found.training.run_id, found.training.dataset, found.training.method) == ("run-1", "d1", "sft, lora")
 
 
 def test_what_was_deleted_is_none_and_the_row_of_the_training_still_names_the_dataset(db, chain):

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
+from finetune_pipeline.training.data import load, tokenizer
 from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
-from finetune_pipeline.training.trainer import _load, _tokenizer, _trainer, run_training
+from finetune_pipeline.training.trainer import _trainer, run_training
 
 from .conftest import rows, save, with_settings
 
@@ -52,17 +53,17 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(job, tmp_
 
 
 def test_the_loss_counts_the_answer_only(job):
-    tokenizer = _tokenizer(job.base_model)
+    tokens = tokenizer(job.base_model)
     job.output.mkdir()
-    trainer = _trainer(job, _load(job, tokenizer), tokenizer, 24, False)
+    trainer = _trainer(job, load(job, tokens), tokens, 24, False)
     row = trainer.train_dataset[0]
-    learnt = tokenizer.decode([label for label in row["labels"] if label != -100])
+    learnt = tokens.decode([label for label in row["labels"] if label != -100])
     assert learnt.strip() == json.dumps({"thickness_mm": 100}) + "<|im_end|>"
 
 
 def test_the_system_prompt_stands_before_every_prompt(job):
-    tokenizer = _tokenizer(job.base_model)
-    data = _load(job.model_copy(update={"system_prompt": "Answer in JSON."}), tokenizer)
+    tokens = tokenizer(job.base_model)
+    data = load(job.model_copy(update={"system_prompt": "Answer in JSON."}), tokens)
     assert [message["role"] for message in data.train[0]["prompt"]] == ["system", "user"]
 
 
@@ -70,7 +71,7 @@ def test_what_was_said_before_the_prompt_is_trained_on_as_it_is_served(job, tmp_
     turns = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
     row = {"prompt": "150 mm", "history": turns, "completion": "{}"}
     dataset = save(tmp_path / "d", [row])
-    data = _load(job.model_copy(update={"system_prompt": "Be short.", "dataset": dataset}), _tokenizer(job.base_model))
+    data = load(job.model_copy(update={"system_prompt": "Be short.", "dataset": dataset}), tokenizer(job.base_model))
     (prompt,) = data.train["prompt"]
     assert prompt == [{"role": "system", "content": "Be short."}, *turns, {"role": "user", "content": "150 mm"}]
 
@@ -78,14 +79,14 @@ def test_what_was_said_before_the_prompt_is_trained_on_as_it_is_served(job, tmp_
 def test_a_conversation_of_a_file_without_histories_is_refused(job, tmp_path):
     dataset = save(tmp_path / "d", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(TrainingError, match="lacks the column history; make the dataset again"):
-        _load(job.model_copy(update={"dataset": dataset}), _tokenizer(job.base_model))
+        load(job.model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
 
 
 def test_longer_examples_are_left_out_and_counted(job, tmp_path):
     long = {"prompt": "wall " * 200, "history": [], "completion": "{}"}
     dataset = save(tmp_path / "d", [*rows(16), long], rows(4))
-    data = _load(job.model_copy(update={"dataset": dataset}), _tokenizer(job.base_model))
-    short = _load(with_settings(job, max_length=64).model_copy(update={"dataset": dataset}), _tokenizer(job.base_model))
+    data = load(job.model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
+    short = load(with_settings(job, max_length=64).model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
     assert (len(data.train), data.too_long) == (17, 0)
     assert (len(short.train), short.too_long) == (16, 1)
 
@@ -97,7 +98,7 @@ def test_when_every_example_is_too_long_the_error_says_so(job):
 
 def test_without_validation_the_loss_is_measured_on_the_training_examples(job, tmp_path):
     dataset = save(tmp_path / "d", rows(16))
-    data = _load(job.model_copy(update={"dataset": dataset}), _tokenizer(job.base_model))
+    data = load(job.model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
     assert data.measure["completion"] == data.train["completion"]
 
 
@@ -114,6 +115,6 @@ def test_a_loss_that_is_no_number_ends_the_training_and_leaves_no_result(job):
 
 @pytest.mark.slow
 def test_qlora_trains_over_four_bit_weights(job):
-    result = train_here(with_settings(job, method="qlora"))
-    assert result.method == "qlora"
+    result = train_here(with_settings(job, adapter="qlora"))
+    assert result.adapter == "qlora"
     assert result.loss_after < result.loss_before * 0.95
