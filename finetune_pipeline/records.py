@@ -212,8 +212,11 @@ class AdapterManifest(Manifest):
     base_model: str = Field(description="Folder of the base model.")
     base_hash: str
     mode: Literal["full", "incremental"]
+    mode_reason: str = Field(default="", description="Why, or on top of which version.")
+    new_examples: int = Field(default=0, description="incremental: examples that the champion was not trained on.")
     device: str
     steps: int
+    best_step: int | None = Field(default=None, description="The step whose weights were kept.")
     examples: int
     too_long: int = Field(description="Examples left out because they have more tokens than max_length.")
     loss_before: float = Field(description="Mean loss on the validation set before training (train set if empty).")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition as Job
@@ -69,13 +70,18 @@ def _yearly(loop: LoopSettings, job: Job) -> dg.ScheduleDefinition:
         job=job,
         cron_schedule=loop.trigger.yearly,
         default_status=running,
-        description="Runs the whole loop on everything once a year, however little is new.",
+        description="Trains from the base model on everything once a year, however little is new.",
     )
     def yearly(context: dg.ScheduleEvaluationContext) -> Answer:
         busy = in_progress(loop, context.instance, datetime.now(UTC))
-        return _wait_for(busy) if busy else dg.RunRequest(tags={LOOP_TAG: loop.name})
+        return _wait_for(busy) if busy else dg.RunRequest(tags={LOOP_TAG: loop.name}, run_config=_full_training(loop))
 
     return yearly
+
+
+def _full_training(loop: LoopSettings) -> dict[str, Any]:
+    step = "__".join([*loop.prefix, "lora_adapter"])
+    return {"ops": {step: {"config": {"mode": "full"}}}}
 
 
 def answer(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> Answer:

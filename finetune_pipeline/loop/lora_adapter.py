@@ -12,13 +12,14 @@ from finetune_pipeline.artifacts import Artifact, in_turn, obtain, package_versi
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.loop.incremental import start, write_subset
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
 from finetune_pipeline.loop.reading import PACKAGES
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.trainings import TrainingRun, record_training
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.curve import curve_png
-from finetune_pipeline.training.job import RESULT, Progress, TrainingJob, TrainingResult
+from finetune_pipeline.training.job import ADAPTER, RESULT, Progress, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
 
 REPORT_EVERY_SECONDS = 5.0
@@ -80,16 +81,23 @@ def adapter(
     its place in a pool, and the next one would wait for ever.
     """
     base = resolve_base_model(loop.base_model)
+    begin = start(loop, settings, dataset, base_hash(base))
+    tell(f"{begin.mode} training: {begin.reason}")
     inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
-    shaping = {**settings.model_dump(), "system_prompt": loop.system_prompt}
+    if begin.adapter is not None:
+        inputs["initial_adapter"] = begin.adapter.manifest.version
+    shaping = {**settings.model_dump(mode="json", exclude={"report_to"}), "system_prompt": loop.system_prompt}
+    shaping["mode"] = begin.mode  # what is done, not what was wished for
 
     def make(folder: Path) -> dict[str, Any]:
+        examples = dataset.path / "dataset"
         job = TrainingJob(
             base_model=base,
-            dataset=dataset.path / "dataset",
+            dataset=examples if begin.rows is None else write_subset(examples, begin.rows, folder / "dataset"),
             system_prompt=loop.system_prompt,
             output=folder,
             settings=settings,
+            initial_adapter=begin.adapter.path / ADAPTER if begin.adapter else None,
         )
         with in_turn(home() / "training", "training", tell):
             result = train(job, on_progress)
@@ -99,7 +107,9 @@ def adapter(
             "packages": package_versions(*PACKAGES),
             "base_model": str(base),
             "base_hash": inputs["base_model"],
-            "mode": "full",
+            "mode": begin.mode,
+            "mode_reason": begin.reason,
+            "new_examples": begin.new,
             "watermark": dataset.manifest.watermark,
             **_figures(result),
         }
@@ -140,8 +150,13 @@ def _reporter(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
         figures = {
             "step": progress.step,
             "training_loss": progress.loss,
+            "learning_rate": progress.learning_rate,
             "tokens_per_second": progress.tokens_per_second,
+            "memory_mb": progress.memory_bytes / 1e6,
+            "seconds_left": progress.eta_seconds,
         }
+        if progress.validation_loss is not None:
+            figures["validation_loss"] = progress.validation_loss
         context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=figures))
 
     return report
@@ -150,9 +165,11 @@ def _reporter(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
 def describe(progress: Progress) -> str:
     """One line on how far a training is."""
     minutes, seconds = divmod(round(progress.eta_seconds), 60)
+    validated = "" if progress.validation_loss is None else f"held out {progress.validation_loss:.3f}, "
     return (
         f"training step {progress.step} of {progress.steps}, epoch {progress.epoch:.1f}, loss {progress.loss:.3f}, "
-        f"{progress.tokens_per_second:,.0f} tokens/s, {minutes}:{seconds:02d} left"
+        f"{validated}learning rate {progress.learning_rate:.2g}, {progress.tokens_per_second:,.0f} tokens/s, "
+        f"{progress.memory_bytes / 2**30:.1f} GiB, {minutes}:{seconds:02d} left"
     )
 
 
@@ -167,6 +184,9 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
         "wall_seconds": manifest.wall_seconds,
         "peak_memory_mb": manifest.peak_memory_bytes / 1e6,
         "steps": manifest.steps,
+        "best_step": manifest.best_step,
+        "mode": manifest.mode,
+        "mode_reason": manifest.mode_reason,
         "examples": manifest.examples,
         "too_long": manifest.too_long,
         "device": manifest.device,

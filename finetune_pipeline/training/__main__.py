@@ -16,6 +16,7 @@ from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
 from finetune_pipeline.training.process import folder_alone
+from finetune_pipeline.training.trackers import settle_trackers
 
 # Weights and data are local; nothing is asked of, or told to, anybody.
 _ENVIRONMENT = {
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(job: TrainingJob, started: float) -> None:
     check_base_model(job.base_model)
+    settle_trackers(job.output)
     with folder_alone(job.output):
         if finished(job) is None:
             from finetune_pipeline.training.trainer import run_training

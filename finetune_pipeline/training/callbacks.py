@@ -1,16 +1,22 @@
-"""What is told while a training runs: progress, checkpoints that are whole, a loss that is no number."""
+"""What is done while a training runs: progress, validation, checkpoints that are whole, a loss that is no number."""
 
 import math
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob
+from finetune_pipeline.training.model import memory_now
 from finetune_pipeline.training.progress import PROGRESS, append
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+VALIDATION_LOSS = "validation_loss"
+"""Its name in the Trainer's history."""
 
 _SECONDS_BETWEEN_LINES = 1.0
 
@@ -38,23 +44,69 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
                 self.written = now
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", job.key)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            _weights_must_be_finite(checkpoint, state.global_step)
+            mark_complete(checkpoint, job.key)
 
     return Reporter()
 
 
+def validator(measure: Callable[[], float], early_stopping: int | None) -> "TrainerCallback":
+    """The callback that measures the validation loss whenever a checkpoint is due, and remembers which was best.
+
+    What it remembers stands in the Trainer's own state, which every checkpoint holds: a resumed training knows it too.
+
+    Args:
+        measure: gives the validation loss of the weights as they are.
+        early_stopping: ends the training after so many validations without a lower loss; None never does.
+    """
+    from transformers import TrainerCallback
+
+    class Validator(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not control.should_save:
+                return
+            loss = measure()
+            must_be_finite(loss, state.global_step)
+            state.log_history.append({"step": state.global_step, VALIDATION_LOSS: loss})
+            if state.best_metric is None or loss < state.best_metric:
+                state.best_metric, state.best_global_step = loss, state.global_step
+                # The Trainer keeps this one when it removes older checkpoints.
+                state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            losses = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
+            since = len(losses) - 1 - losses.index(min(losses))
+            if early_stopping is not None and since >= early_stopping:
+                control.should_training_stop = True
+
+    return Validator()
+
+
 def _progress(state: Any, logs: dict[str, float], elapsed: float, first: int) -> Progress:
     done = max(state.global_step - first, 1)
+    validated = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
     return Progress(
         step=state.global_step,
         steps=state.max_steps,
         epoch=state.epoch,
         loss=logs["loss"],
+        validation_loss=validated[-1] if validated else None,
         learning_rate=logs["learning_rate"],
         tokens_per_second=logs.get("num_tokens", 0) / max(elapsed, 1e-9),
         eta_seconds=elapsed / done * (state.max_steps - state.global_step),
         elapsed_seconds=elapsed,
+        memory_bytes=memory_now(),
     )
+
+
+def _weights_must_be_finite(checkpoint: Path, step: int) -> None:
+    """A checkpoint of weights that are no numbers is worse than none: a resumed training would start from it."""
+    import torch
+    from safetensors.torch import load_file
+
+    for weights in load_file(checkpoint / "adapter_model.safetensors").values():
+        if not torch.isfinite(weights).all():
+            shutil.rmtree(checkpoint)
+            must_be_finite(math.nan, step)
 
 
 def must_be_finite(loss: float, step: int) -> None:

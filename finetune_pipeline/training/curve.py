@@ -14,8 +14,14 @@ def curve_png(result: TrainingResult) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot([p.step for p in result.curve], [p.loss for p in result.curve], color="#2563eb", label="training")
-    before_and_after = [(0, result.loss_before), (result.steps, result.loss_after)]
-    axes.plot(*zip(*before_and_after, strict=True), "o--", color="#64748b", label="held out, before and after")
+    held_out = {
+        0: result.loss_before,
+        **{p.step: p.loss for p in result.validation},
+        result.best_step: result.loss_after,
+    }
+    axes.plot(*zip(*sorted(held_out.items()), strict=True), "o--", color="#64748b", label="held out")
+    axes.axvline(result.best_step, color="#94a3b8", linewidth=1)
+    axes.annotate("kept", (result.best_step, 0.02), xycoords=("data", "axes fraction"), color="#64748b")
     axes.set(xlabel="step", ylabel="loss per answer token", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

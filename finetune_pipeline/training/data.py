@@ -23,6 +23,7 @@ class Data:
     train: "Dataset"
     measure: "Dataset"  # on which the loss before and after is measured
     too_long: int
+    validates: bool = False  # whether `measure` is a validation set, or only a sample of what is trained on
 
 
 def tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -49,7 +50,7 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
         )
     validation, _ = _short_enough(_split(job.dataset, "validation"), job, tokenizer)
     measure = validation or train[:_LOSS_SAMPLE]
-    return Data(Dataset.from_list(train), Dataset.from_list(measure), too_long)
+    return Data(Dataset.from_list(train), Dataset.from_list(measure), too_long, bool(validation))
 
 
 def _split(folder: Path, name: str) -> list[dict[str, Any]]:

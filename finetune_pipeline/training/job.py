@@ -35,11 +35,12 @@ class TrainingJob(Record):
     system_prompt: str = Field(default="", description="Put before every prompt, as in service.")
     output: Path = Field(description="Folder to write to; a training that was killed there goes on from it.")
     settings: TrainingSettings = TrainingSettings()
+    initial_adapter: Path | None = Field(default=None, description="Adapter to go on from, instead of a new one.")
 
     @property
     def key(self) -> str:
         """Hash (16 hex digits) of all that shapes the adapter: only checkpoints of the same key are gone on with."""
-        return hash_of(self.model_dump(mode="json", exclude={"output"}))[:16]
+        return hash_of(self.model_dump(mode="json", exclude={"output": True, "settings": {"report_to"}}))[:16]
 
 
 class Progress(Record):
@@ -49,10 +50,12 @@ class Progress(Record):
     steps: int = Field(description="Updates that the whole training has.")
     epoch: float
     loss: float = Field(description="Mean training loss since the line before.")
+    validation_loss: float | None = Field(default=None, description="Of the last validation, if there was one yet.")
     learning_rate: float
     tokens_per_second: float = Field(description="Tokens of text, without padding, since this process began to train.")
     eta_seconds: float
     elapsed_seconds: float = Field(description="Since this process began to train; a resumed one begins at 0.")
+    memory_bytes: int = Field(description="Of the GPU when trained on one, else resident in main memory.")
 
 
 class CurvePoint(Record):
@@ -61,6 +64,13 @@ class CurvePoint(Record):
     step: int
     loss: float
     learning_rate: float
+
+
+class ValidationPoint(Record):
+    """The loss on the validation set, measured on the way."""
+
+    step: int
+    loss: float
 
 
 class TrainingResult(Record):
@@ -84,6 +94,9 @@ class TrainingResult(Record):
         description="Highest use of the scarce memory: of the GPU when trained on one, else resident in main memory."
     )
     curve: tuple[CurvePoint, ...]
+    validation: tuple[ValidationPoint, ...] = Field(description="Empty where nothing was kept for validation.")
+    best_step: int = Field(description="The step whose weights the adapter has: of the lowest validation loss.")
+    stopped_early: bool = Field(description="Ended before its last step, since validation no longer got better.")
 
 
 def finished(job: TrainingJob) -> TrainingResult | None:

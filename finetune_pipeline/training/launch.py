@@ -23,6 +23,7 @@ from finetune_pipeline.training.job import (
     finished,
 )
 from finetune_pipeline.training.progress import PROGRESS, Follower
+from finetune_pipeline.training.trackers import check_trackers
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
@@ -40,10 +41,11 @@ def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: 
         on_progress: called with each new line of progress, about once a second at most.
 
     Raises:
-        TrainingError: the base model cannot be trained; nothing was started.
+        TrainingError: the base model cannot be trained, or a tracker is not installed; nothing was started.
         TrainingFailed: the process ended without a result.
     """
     check_base_model(job.base_model)
+    check_trackers(job.settings)
     job.output.mkdir(parents=True, exist_ok=True)
     result = finished(job)
     if result is not None:

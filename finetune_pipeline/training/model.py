@@ -24,6 +24,16 @@ def bfloat16_is_faster(batch_size: int) -> bool:
 
 
 def load_model(job: TrainingJob, bfloat16: bool) -> Any:
+    """The base model, with the adapter of the job that training goes on from, if there is one."""
+    base = _base(job, bfloat16)
+    if job.initial_adapter is None:
+        return base
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, job.initial_adapter, is_trainable=True, use_safetensors=True)
+
+
+def _base(job: TrainingJob, bfloat16: bool) -> Any:
     """The base model's weights: full precision on a CPU, bfloat16 on a GPU, 4-bit with qlora."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -69,6 +79,14 @@ def save_adapter(model: Any, job: TrainingJob) -> None:
     model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False)
     (temporary / "README.md").unlink(missing_ok=True)  # a model card of blanks
     temporary.replace(final)
+
+
+def memory_now() -> int:
+    """The use of the scarce memory now, in bytes: of the GPU where there is one, else resident."""
+    import psutil
+    import torch
+
+    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.callbacks import must_be_finite, reporter
+from finetune_pipeline.training.callbacks import VALIDATION_LOSS, must_be_finite, reporter, validator
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
-from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult
+from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult, ValidationPoint
 from finetune_pipeline.training.model import bfloat16_is_faster, load_model, lora, peak_memory, save_adapter
 
 if TYPE_CHECKING:
@@ -47,8 +47,11 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
     steps = _steps(len(data.train), settings)
     trainer = _trainer(job, data, tokens, steps, bfloat16)
     before = _mean_loss(trainer, data.measure)
+    if data.validates:
+        trainer.add_callback(validator(lambda: _mean_loss(trainer, data.measure), settings.early_stopping))
     checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
     seconds = _train(trainer, checkpoint)
+    best = _take_best(trainer)
     after = _mean_loss(trainer, data.measure)
     must_be_finite(after, trainer.state.global_step)
     save_adapter(trainer.model, job)
@@ -71,6 +74,9 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
         curve=tuple(curve),
+        validation=tuple(_validations(trainer)),
+        best_step=best,
+        stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
     write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
     return result
@@ -94,7 +100,7 @@ def _trainer(
         args=_config(job, steps, bfloat16),
         train_dataset=data.train,
         processing_class=tokens,
-        peft_config=lora(job.settings),
+        peft_config=None if job.initial_adapter else lora(job.settings),
         callbacks=[reporter(job)],
     )
     # It would write a model card with every checkpoint, which nobody reads.
@@ -128,11 +134,12 @@ def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
         logging_nan_inf_filter=False,  # it would report the mean of the losses before instead of a NaN
         save_strategy="steps",
         save_steps=math.ceil(steps / settings.checkpoints),
-        save_total_limit=2,
+        save_total_limit=3,  # the best, the newest, and the one before it while the newest is not whole yet
         train_sampling_strategy="group_by_length",  # batches of like lengths: little of the work is padding
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
+        report_to=list(settings.report_to) or "none",
+        run_name=job.key,
         disable_tqdm=True,
     )
 
@@ -142,6 +149,15 @@ def _train(trainer: "SFTTrainer", checkpoint: Path | None) -> float:
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return time.monotonic() - began
+
+
+def _take_best(trainer: "SFTTrainer") -> int:
+    """Go back to the weights with the lowest validation loss, if later ones had a higher; returns their step."""
+    state = trainer.state
+    best = state.best_global_step or state.global_step
+    if best != state.global_step:
+        trainer._load_best_model()
+    return int(best)
 
 
 def _mean_loss(trainer: "SFTTrainer", dataset: "Dataset") -> float:
@@ -166,6 +182,11 @@ def _curve(trainer: "SFTTrainer") -> list[CurvePoint]:
         CurvePoint(step=step, loss=entry["loss"], learning_rate=entry["learning_rate"])
         for step, entry in sorted(history.items())
     ]
+
+
+def _validations(trainer: "SFTTrainer") -> list[ValidationPoint]:
+    losses = {entry["step"]: entry[VALIDATION_LOSS] for entry in trainer.state.log_history if VALIDATION_LOSS in entry}
+    return [ValidationPoint(step=step, loss=loss) for step, loss in sorted(losses.items())]
 
 
 def _mean(values: list[float]) -> float:

@@ -20,7 +20,15 @@ from finetune_pipeline.training.trainer import run_training
 from .conftest import with_settings
 
 LINE = Progress(
-    step=1, steps=9, epoch=0.1, loss=1.0, learning_rate=0.1, tokens_per_second=1, eta_seconds=1, elapsed_seconds=1
+    step=1,
+    steps=9,
+    epoch=0.1,
+    loss=1.0,
+    learning_rate=0.1,
+    tokens_per_second=1,
+    eta_seconds=1,
+    elapsed_seconds=1,
+    memory_bytes=1,
 ).model_dump_json()
 
 

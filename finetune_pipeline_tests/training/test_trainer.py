@@ -4,9 +4,12 @@ import json
 import time
 
 import pytest
+from safetensors.torch import load_file
 
 from finetune_pipeline.training.data import load, tokenizer
 from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
+from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.trackers import settle_trackers
 from finetune_pipeline.training.trainer import _trainer, run_training
 
 from .conftest import rows, save, with_settings
@@ -118,3 +121,68 @@ def test_qlora_trains_over_four_bit_weights(job):
     result = train_here(with_settings(job, adapter="qlora"))
     assert result.adapter == "qlora"
     assert result.loss_after < result.loss_before * 0.95
+
+
+def contrary(job, folder):
+    """A dataset whose validation wants other answers: what is learnt well makes it worse."""
+    wrong = [{**row, "completion": json.dumps({"thickness_mm": 77})} for row in rows(8, 100)]
+    return job.model_copy(update={"dataset": save(folder / "contrary", rows(32, 100), wrong)})
+
+
+def test_the_weights_with_the_lowest_validation_loss_are_kept(job, tmp_path):
+    result = train_here(contrary(with_settings(job, epochs=16, checkpoints=8), tmp_path))
+    losses = {point.step: point.loss for point in result.validation}
+    assert list(losses) == list(range(8, 65, 8))
+    assert result.best_step == min(losses, key=losses.__getitem__) < 64
+    assert result.loss_after == pytest.approx(losses[result.best_step], rel=1e-5)
+    assert not (job.output / "checkpoints").exists()
+
+
+def test_it_stops_when_validation_no_longer_gets_better(job, tmp_path):
+    result = train_here(contrary(with_settings(job, epochs=40, checkpoints=20, early_stopping=2), tmp_path))
+    losses = [point.loss for point in result.validation]
+    assert result.stopped_early and result.steps < 160
+    assert len(losses) - 1 - losses.index(min(losses)) == 2
+
+
+def test_without_a_validation_set_the_last_weights_are_kept(job, tmp_path):
+    result = train_here(job.model_copy(update={"dataset": save(tmp_path / "d", rows(16))}))
+    assert (result.validation, result.best_step, result.stopped_early) == ((), result.steps, False)
+
+
+def test_training_goes_on_from_an_adapter(job, tmp_path):
+    first = train_here(job)
+    further = job.model_copy(update={"output": tmp_path / "further", "initial_adapter": job.output / "adapter"})
+    second = train_here(further)
+    assert second.loss_before == pytest.approx(first.loss_after, rel=1e-4)
+    assert adapter(further) != adapter(job)
+
+
+def test_progress_tells_memory_and_the_last_validation(job):
+    train_here(job)
+    last = json.loads((job.output / "progress.jsonl").read_text().splitlines()[-1])
+    assert 50e6 < last["memory_bytes"] < 8e9
+    assert last["validation_loss"] > 0
+
+
+def test_weights_that_are_no_numbers_never_make_a_checkpoint(job):
+    with pytest.raises(TrainingError, match="diverged"):
+        train_here(with_settings(job, learning_rate=1e30, checkpoints=24))
+    whole = list((job.output / "checkpoints").glob("checkpoint-*/complete.json"))
+    assert len(whole) <= 2  # of 24: the first steps, before the first update with such a rate
+    for marker in whole:
+        assert all(w.isfinite().all() for w in load_file(marker.parent / "adapter_model.safetensors").values())
+
+
+def test_tensorboard_is_reported_to(job, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    settle_trackers(job.output)
+    train_here(with_settings(job, report_to=("tensorboard",)))
+    [file] = (job.output / "tensorboard").rglob("events.out.tfevents.*")
+    assert b"train/loss" in file.read_bytes()
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(job):
+    with pytest.raises(TrainingError, match="names wandb, which is not installed; pip install wandb"):
+        train(with_settings(job, report_to=("wandb",)))
+    assert not job.output.exists()
