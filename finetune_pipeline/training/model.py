@@ -55,15 +55,22 @@ def _base(job: TrainingJob, bfloat16: bool) -> Any:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=job.settings.gradient_checkpointing)
 
 
-def lora(settings: TrainingSettings) -> Any:
-    """The configuration of a new adapter, as PEFT takes it."""
+def lora(settings: TrainingSettings, vocabulary: int) -> Any:
+    """The configuration of a new adapter, as PEFT takes it.
+
+    Args:
+        vocabulary: number of tokens that the base model has.
+    """
     from peft import LoraConfig
+
+    tokens = settings.trainable_token_indices
 
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules="all-linear",
+        target_modules="all-linear" if settings.target_modules == "all-linear" else list(settings.target_modules),
+        trainable_token_indices=list(range(vocabulary) if tokens == "all" else tokens) or None,
         task_type="CAUSAL_LM",
     )
 

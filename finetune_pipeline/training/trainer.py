@@ -100,7 +100,7 @@ def _trainer(
         args=_config(job, steps, bfloat16),
         train_dataset=data.train,
         processing_class=tokens,
-        peft_config=None if job.initial_adapter else lora(job.settings),
+        peft_config=None if job.initial_adapter else lora(job.settings, len(tokens)),
         callbacks=[reporter(job)],
     )
     # It would write a model card with every checkpoint, which nobody reads.
