@@ -52,7 +52,21 @@ def _base(job: TrainingJob, bfloat16: bool) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         job.base_model, quantization_config=four_bits, device_map=device, **arguments
     )
+    _keep_weights_as_they_are(model)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=job.settings.gradient_checkpointing)
+
+
+def _keep_weights_as_they_are(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference when the loss is measured.
+
+    On a CPU with AVX-512 bfloat16, the first evaluation packs them into a layout that has no backward pass: training
+    went on afterwards with gradients that were silently wrong (bitsandbytes 0.50), and some shapes fail outright.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def lora(settings: TrainingSettings, vocabulary: int) -> Any:

@@ -13,6 +13,9 @@ from finetune_pipeline.export.model import export, export_adapter
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.records import chat
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.job import TrainingJob
+from finetune_pipeline.training.trainer import run_training
 
 from .conftest import SNIPS
 
@@ -88,10 +91,6 @@ def snips_rows(count):
 def adapter(chatty_stories, tmp_path_factory):
     from datasets import Dataset, DatasetDict
 
-    from finetune_pipeline.settings import TrainingSettings
-    from finetune_pipeline.training.job import TrainingJob
-    from finetune_pipeline.training.trainer import run_training
-
     folder = tmp_path_factory.mktemp("trained")
     DatasetDict(train=Dataset.from_list(snips_rows(64))).save_to_disk(folder / "dataset")
     settings = TrainingSettings(epochs=5, batch_size=16, learning_rate=1e-2)
@@ -164,3 +163,27 @@ def test_agreement_names_the_answers_that_differ():
     result = agreement(["a", "b", "c"], ["a ", "x", "c"])
     assert (result.same, result.total, result.offenders) == (2, 3, (1,))
     assert agreement([], []).share == 1.0
+
+
+def test_a_qlora_adapter_is_merged_into_the_full_weights_and_not_into_the_4_bit_ones(chatty_stories, tmp_path):
+    from datasets import Dataset, DatasetDict
+    from safetensors.torch import load_file
+
+    DatasetDict(train=Dataset.from_list(snips_rows(32))).save_to_disk(tmp_path / "dataset")
+    settings = TrainingSettings(adapter="qlora", epochs=2, batch_size=16, learning_rate=1e-2, lora_r=4, lora_alpha=8)
+    job = TrainingJob(
+        base_model=chatty_stories, dataset=tmp_path / "dataset", output=tmp_path / "out", settings=settings
+    )
+    job.output.mkdir()
+    run_training(job, time.monotonic())
+    merge(chatty_stories, job.output / "adapter", tmp_path / "merged")
+    base, merged = load_file(chatty_stories / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    adapter = load_file(job.output / "adapter" / "adapter_model.safetensors")
+    changed = 0
+    for name, weights in merged.items():
+        lora = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{lora}A.weight" in adapter:
+            expected = base[name] + 2.0 * adapter[f"{lora}B.weight"] @ adapter[f"{lora}A.weight"]
+            assert (weights - expected).abs().max() < 1e-4  # rounding to 4 bits would be off by 1e-2
+            changed += 1
+    assert changed == 5 * 7

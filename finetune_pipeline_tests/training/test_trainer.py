@@ -4,11 +4,13 @@ import json
 import time
 
 import pytest
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from finetune_pipeline.training.data import load, tokenizer
 from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
 from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.model import load_model, lora
 from finetune_pipeline.training.trackers import settle_trackers
 from finetune_pipeline.training.trainer import _trainer, run_training
 
@@ -186,3 +188,23 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(job):
     with pytest.raises(TrainingError, match="names wandb, which is not installed; pip install wandb"):
         train(with_settings(job, report_to=("wandb",)))
     assert not job.output.exists()
+
+
+def test_measuring_the_loss_does_not_spoil_the_gradients_of_4_bit_weights(job):
+    import torch
+
+    model = get_peft_model(load_model(with_settings(job, adapter="qlora"), False), lora(job.settings, 864))
+    ids = torch.arange(40, 104).reshape(2, 32)
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    model.train()
+    before = gradients()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+    model.train()
+    assert all(torch.equal(one, other) for one, other in zip(before, gradients(), strict=True))
