@@ -314,6 +314,15 @@ class LoopSettings(Settings):
             raise ValueError("metric: parameters counts the values of a JSON; set output_schema, or metric: words")
         return self
 
+    @model_validator(mode="after")
+    def _trained_embeddings_are_merged(self) -> "LoopSettings":
+        if self.training.trainable_token_indices and self.export.form == "adapter":
+            raise ValueError(
+                "training.trainable_token_indices changes embeddings, which an adapter's GGUF cannot hold; set "
+                "export.form: merged, or leave it out"
+            )
+        return self
+
     @property
     def prefix(self) -> list[str]:
         """The asset keys' prefix as Dagster takes it: no parts, or one."""

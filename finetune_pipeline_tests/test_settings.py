@@ -70,6 +70,12 @@ def test_parameters_can_only_be_counted_in_json(tmp_path):
         read_loop(path)
 
 
+def test_trained_embeddings_cannot_be_served_as_an_adapter(tmp_path):
+    addition = "training: {trainable_token_indices: all}\nexport: {form: adapter}\n"
+    with pytest.raises(SettingsError, match="set export.form: merged"):
+        read_loop(write(tmp_path, "notes", loop_yaml(YAML + addition)))
+
+
 def test_values_come_from_the_environment_with_their_type(tmp_path, monkeypatch):
     monkeypatch.setenv("EPOCHS", "2.5")
     path = write(tmp_path, "notes", loop_yaml(YAML + "training: {epochs: '{{ env.EPOCHS }}'}"))
