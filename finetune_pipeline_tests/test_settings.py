@@ -72,7 +72,7 @@ def test_parameters_can_only_be_counted_in_json(tmp_path):
 
 def test_trained_embeddings_cannot_be_served_as_an_adapter(tmp_path):
     addition = "training: {trainable_token_indices: all}\nexport: {form: adapter}\n"
-    with pytest.raises(SettingsError, match="set export.form: merged"):
+    with pytest.raises(SettingsError, match=r"set export\.form: merged"):
         read_loop(write(tmp_path, "notes", loop_yaml(YAML + addition)))
 
 

@@ -62,7 +62,7 @@ def _keep_weights_as_they_are(model: Any) -> None:
     On a CPU with AVX-512 bfloat16, the first evaluation packs them into a layout that has no backward pass: training
     went on afterwards with gradients that were silently wrong (bitsandbytes 0.50), and some shapes fail outright.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
