@@ -10,6 +10,8 @@ from pydantic import Field, create_model
 
 from finetune_pipeline.artifacts import Artifact, in_turn, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
+from finetune_pipeline.curation.dataset import DATASET
+from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
@@ -20,8 +22,11 @@ from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.curve import curve_png
 from finetune_pipeline.training.job import RESULT, Progress, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.methods import Counts, choose
 
 REPORT_EVERY_SECONDS = 5.0
+PREFERENCES = {"dpo": PAIRS, "kto": LABELLED}
+"""What a method reads beside the answers to learn, in the dataset's folder."""
 
 NOT_IN_THE_LAUNCHPAD = {"target_modules", "trainable_token_indices", "report_to", "preset"}
 """Settings that Dagster's config has no type for, or that fill others."""
@@ -55,7 +60,8 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult[Any]:
         """The trained LoRA adapter.
 
-        Supervised fine-tuning on the answers only. The training is its own process; a killed one goes on from its last
+        By supervised fine-tuning on the answers only, by DPO on pairs of a corrected and the model's own answer, or by
+        KTO on answers found good and bad; `method: auto` chooses by what the dataset holds. The training is its own process; a killed one goes on from its last
         checkpoint when it is started again with the same dataset and settings.
         """
         die_with_run()
@@ -81,12 +87,17 @@ def adapter(
     """
     base = resolve_base_model(loop.base_model)
     inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
+    held = dataset.manifest
+    choice = choose(settings.method, Counts(good=held.desirable, pairs=held.pairs, bad=held.undesirable))
+    tell(f"trains by {choice.reason}")
+    settings = settings.model_copy(update={"method": choice.method})
     shaping = {**settings.model_dump(), "system_prompt": loop.system_prompt}
 
     def make(folder: Path) -> dict[str, Any]:
         job = TrainingJob(
             base_model=base,
-            dataset=dataset.path / "dataset",
+            dataset=dataset.path / DATASET,
+            preferences=dataset.path / PREFERENCES[choice.method] if choice.method in PREFERENCES else None,
             system_prompt=loop.system_prompt,
             output=folder,
             settings=settings,
@@ -100,6 +111,7 @@ def adapter(
             "base_model": str(base),
             "base_hash": inputs["base_model"],
             "mode": "full",
+            "method_reason": choice.reason,
             "watermark": dataset.manifest.watermark,
             **_figures(result),
         }
@@ -160,6 +172,8 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
     result = TrainingResult.model_validate_json((artifact.path / RESULT).read_bytes())
     return {
+        "method": manifest.method,
+        "method_reason": manifest.method_reason,
         "loss_before": manifest.loss_before,
         "loss_after": manifest.loss_after,
         "training_loss": manifest.train_loss,
