@@ -83,7 +83,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     settings = {**loop.curation.model_dump(), "system_prompt": loop.system_prompt, "holds": [DATASET, PAIRS, LABELLED]}
 
     def make(folder: Path) -> dict[str, Any]:
-        curated = curate(_examples(raw_logs), reading.replay(loop), reading.policy(loop), _identity)
+        curated = curate(taught(raw_logs), reading.replay(loop), reading.policy(loop), identity)
         write_dataset(curated, folder, loop.system_prompt)
         return {
             "inputs": inputs,
@@ -96,7 +96,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     return obtain(DatasetManifest, loop.name, version_of(inputs, settings), make)
 
 
-def _examples(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
+def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
     """What every interaction of a snapshot teaches; a later part's row of it stands instead of an earlier one."""
     import pyarrow.parquet as pq
 
@@ -115,7 +115,8 @@ def _example(row: dict[str, Any]) -> Example:
     return Example.model_validate({**values, "history": values["history"] or ()})
 
 
-def _identity(example: Example) -> str:
+def identity(example: Example) -> str:
+    """The content hash by which the store knows an example again after it was judged."""
     return content_hash(conversation(example.prompt, example.history), example.target)
 
 

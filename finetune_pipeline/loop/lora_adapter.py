@@ -61,8 +61,9 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """The trained LoRA adapter.
 
         By supervised fine-tuning on the answers only, by DPO on pairs of a corrected and the model's own answer, or by
-        KTO on answers found good and bad; `method: auto` chooses by what the dataset holds. The training is its own process; a killed one goes on from its last
-        checkpoint when it is started again with the same dataset and settings.
+        KTO on answers found good and bad; `method: auto` chooses by what the dataset holds. The training
+        is its own process; a killed one goes on from its last checkpoint when it is started again with the same dataset
+        and settings.
         """
         die_with_run()
         settings = TrainingSettings.model_validate(loop.training.model_dump() | config.model_dump())  # type: ignore[attr-defined]
@@ -88,7 +89,7 @@ def adapter(
     base = resolve_base_model(loop.base_model)
     inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
     held = dataset.manifest
-    choice = choose(settings.method, Counts(good=held.desirable, pairs=held.pairs, bad=held.undesirable))
+    choice = choose(settings.method, Counts(good=held.train - held.replayed, pairs=held.pairs, bad=held.undesirable))
     tell(f"trains by {choice.reason}")
     settings = settings.model_copy(update={"method": choice.method})
     shaping = {**settings.model_dump(), "system_prompt": loop.system_prompt}

@@ -34,15 +34,15 @@ def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerB
     from datasets import Dataset, load_from_disk
 
     folder, method = job.preferences, job.settings.method
-    if folder is None or not (folder / "dataset_dict.json").is_file():
+    if folder is None or not (folder / "train").is_dir():
         raise TrainingError(
             f"method {method} needs {folder or 'preferences'}, which is not there; curate the data again"
         )
-    rows = list(load_from_disk(str(folder))["train"])
+    rows = list(load_from_disk(str(folder / "train")))
     kept = [row for row in (_messages(row, job, tokens) for row in rows) if row["length"] <= job.settings.max_length]
     if not kept:
         raise TrainingError(
-            f"nothing is left to train on by {method}: {len(rows)} of {len(rows)} rows of {folder} have more than "
+            f"nothing is left to train on by {method}: of {len(rows)} rows of {folder} all have more than "
             f"{job.settings.max_length} tokens; raise max_length, add examples, or set method to sft"
         )
     if method == "kto":
