@@ -1,9 +1,10 @@
-"""Run the benchmarks: `python -m benchmarks [NAME ...]`; without a name, all but the setup.
+"""Run the benchmarks: `python -m benchmarks [NAME ...]`; without a name, all but methods and setup.
 
 adapter_swap  another adapter over the same base, at rest and under 8 clients: how long it takes
 definitions   all definitions resolved, and which heavy packages that loaded
 gateway       overhead of a request, tokens per second by clients, swaps under load, rollback
 loop          the whole loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
+methods       SFT, DPO and KTO on the sample logs, and where few answers are good (about half an hour)
 setup         a fresh clone set up with empty and with warm package caches (about 10 minutes)
 store         recording events beside its peers; a million interactions (about 3 minutes)
 
@@ -12,13 +13,14 @@ Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 
 import sys
 
-from benchmarks import adapter_swap, definitions, gateway, loop, setup, store
+from benchmarks import adapter_swap, definitions, gateway, loop, methods, setup, store
 
 ALL = {
     "adapter_swap": adapter_swap.main,
     "definitions": definitions.main,
     "gateway": gateway.main,
     "loop": loop.main,
+    "methods": methods.main,
     "setup": setup.main,
     "store": store.main,
 }
@@ -26,7 +28,7 @@ ALL = {
 
 def main() -> None:
     """Run the named benchmarks, one after the other."""
-    names = sys.argv[1:] or [name for name in ALL if name != "setup"]
+    names = sys.argv[1:] or [name for name in ALL if name not in {"methods", "setup"}]
     unknown = [name for name in names if name not in ALL]
     if unknown:
         sys.exit(f"no benchmark is named {', '.join(unknown)}; there are: {', '.join(ALL)}")

@@ -127,6 +127,7 @@ class Example(Record):
     sequence: int = Field(ge=0, description="The store's ingest sequence of the newest event that shaped it.")
     prompt: str
     history: tuple[Turn, ...] = ()
+    output: str = Field(description="What the model itself answered; the target where nobody corrected it.")
     target: str
     reward: float = Field(ge=-1, le=1)
     confidence: float | None = Field(default=None, ge=0, le=1)
@@ -202,6 +203,10 @@ class DatasetManifest(Manifest):
     left_out: dict[str, int] = Field(description="Reason -> examples.")
     redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places where it was replaced.")
     near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")
+    # What is beside the training set, without its validation split. An older dataset has none of it.
+    pairs: int = Field(default=0, description="Corrected answers with what the model had said instead.")
+    desirable: int = Field(default=0, description="Answers found good, without the replayed ones.")
+    undesirable: int = Field(default=0, description="Answers found bad.")
     watermark: int
 
 
@@ -214,6 +219,8 @@ class AdapterManifest(Manifest):
     mode: Literal["full", "incremental"]
     mode_reason: str = Field(default="", description="Why, or on top of which version.")
     new_examples: int = Field(default=0, description="incremental: examples that the champion was not trained on.")
+    method: Literal["sft", "dpo", "kto"] = Field(default="sft", description="What the adapter was trained by.")
+    method_reason: str = Field(default="", description="Why by this method: set by hand, or what was found.")
     device: str
     steps: int
     best_step: int | None = Field(default=None, description="The step whose weights were kept.")

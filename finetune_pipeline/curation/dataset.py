@@ -3,19 +3,37 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.curation.preferences import (
+    LABELLED,
+    LABELLED_COLUMNS,
+    PAIR_COLUMNS,
+    PAIRS,
+    Labelled,
+    Pair,
+    pairs,
+    undesirable,
+)
 from finetune_pipeline.curation.redaction import RedactedExample, redact, redact_example
-from finetune_pipeline.curation.rules import NEAR_BENCHMARK, Policy, accept, at_a_glance, near_benchmark
+from finetune_pipeline.curation.rules import NEAR_BENCHMARK, Policy, accept, at_a_glance, found_bad, near_benchmark
+from finetune_pipeline.curation.storage import read_split, save_splits
 from finetune_pipeline.records import Example, Turn, conversation, normalise, text_hash
 
 DUPLICATE = "duplicate of another example"
 CONFLICT = "same prompt, less trusted answer"
-COLUMNS = ("prompt", "history", "completion", "reward", "source", "interaction_id", "content_hash")
+DATASET = "dataset"
+COLUMNS = {
+    "prompt": "string", "history": "turns", "completion": "string", "reward": "float64", "source": "string",
+    "interaction_id": "string", "content_hash": "string",
+}  # fmt: skip
+SPLITS = ("train", "validation")
+
+R = TypeVar("R", "Row", Pair, Labelled)
 
 Identity = Callable[[Example], str]
 """The content hash of an example: by it the store knows the example again after it was judged."""
@@ -59,10 +77,21 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class Curated:
-    """A dataset before it is written, with what was left out and why."""
+    """A dataset before it is written, with what was left out and why.
+
+    Attributes:
+        train, validation: answers to learn, and of `train` the last `replayed` are replayed ones.
+        pairs: corrected answers beside the model's own, by split.
+        undesirable: answers found bad, by split.
+        left_out: why how many examples are not in train or validation.
+        redacted: kind of secret or personal data -> places where it was replaced.
+        near_benchmark: interaction ids taken out as near-duplicates of the benchmark.
+    """
 
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
+    pairs: Mapping[str, tuple[Pair, ...]]
+    undesirable: Mapping[str, tuple[Labelled, ...]]
     replayed: int
     left_out: dict[str, int]
     redacted: dict[str, int]
@@ -76,35 +105,68 @@ class Curated:
 
 def curate(examples: Iterable[Example], replay: Sequence[Row], policy: Policy, identity: Identity) -> Curated:
     """Build the dataset, with secrets and personal data replaced; the same examples in any order give the same one."""
-    left_out: Counter[str] = Counter()
-    near: list[str] = []
-    accepted: list[_Candidate] = []
+    sifted = _sift(examples, policy, identity)
+    left_out = sifted.left_out
+    unique = _deduplicate(sifted.accepted, left_out)
+    rows = [_row(candidate) for candidate in unique]
+    learnt = _by_split(rows, policy)
+    mixed_in, found = _replayed(replay, rows, round(policy.settings.replay_ratio * len(learnt["train"])), policy)
+    for candidate in unique:
+        found.update(candidate.redacted.counts)
+    targets = {text_hash(row.question): row.completion for row in rows}
+    accepted = [candidate.example for candidate in sifted.accepted]
+    longest = policy.settings.max_answer_chars
+    return Curated(
+        train=(*learnt["train"], *mixed_in),
+        validation=learnt["validation"],
+        pairs=_by_split(pairs(accepted, targets, longest), policy),
+        undesirable=_by_split(undesirable(accepted, sifted.bad, targets, longest), policy),
+        replayed=len(mixed_in),
+        left_out=dict(sorted(left_out.items())),
+        redacted=dict(sorted(found.items())),
+        near_benchmark=tuple(sorted(sifted.near_benchmark)),
+    )
+
+
+@dataclass(frozen=True)
+class _Sifted:
+    """Examples by what the rules say of each one alone; the accepted ones with the most trusted first."""
+
+    accepted: list[_Candidate]
+    bad: list[Example]
+    left_out: Counter[str]
+    near_benchmark: list[str]
+
+
+def _sift(examples: Iterable[Example], policy: Policy, identity: Identity) -> _Sifted:
+    sifted = _Sifted([], [], Counter(), [])
     for original in examples:
         decision = at_a_glance(original, policy)
         if decision.accepted:
             redacted = redact_example(original)
             decision = accept(redacted.example, policy)
-        if decision.accepted:
-            accepted.append(_Candidate(redacted, identity(original)))
-            continue
-        left_out[decision.reason] += 1
-        if decision.reason == NEAR_BENCHMARK:
-            near.append(str(original.interaction_id))
-    unique = _deduplicate(accepted, left_out)
-    rows = [_row(candidate) for candidate in unique]
-    train = [row for row in rows if not in_validation(row.question, policy.settings.validation_share)]
-    validation = [row for row in rows if in_validation(row.question, policy.settings.validation_share)]
-    mixed_in, found = _replayed(replay, rows, round(policy.settings.replay_ratio * len(train)), policy)
-    for candidate in unique:
-        found.update(candidate.redacted.counts)
-    return Curated(
-        train=(*train, *mixed_in),
-        validation=tuple(validation),
-        replayed=len(mixed_in),
-        left_out=dict(sorted(left_out.items())),
-        redacted=dict(sorted(found.items())),
-        near_benchmark=tuple(sorted(near)),
-    )
+            if decision.accepted:
+                sifted.accepted.append(_Candidate(redacted, identity(original)))
+                continue
+        sifted.left_out[decision.reason] += 1
+        near = decision.reason == NEAR_BENCHMARK
+        if found_bad(original, policy):
+            example = redact_example(original).example
+            near = near_benchmark(example.prompt, example.history, policy)
+            if not near:
+                sifted.bad.append(example)
+        if near:
+            sifted.near_benchmark.append(str(original.interaction_id))
+    sifted.accepted.sort(key=_trust, reverse=True)
+    return sifted
+
+
+def _by_split(rows: Iterable[R], policy: Policy) -> dict[str, tuple[R, ...]]:
+    """The rows that train and those that validate, in their order."""
+    split: dict[str, list[R]] = {name: [] for name in SPLITS}
+    for row in rows:
+        split[SPLITS[in_validation(row.question, policy.settings.validation_share)]].append(row)
+    return {name: tuple(found) for name, found in split.items()}
 
 
 def in_validation(question: str, share: float) -> bool:
@@ -134,35 +196,37 @@ def read_replay(path: Path) -> list[Row]:
 
 
 def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
-    """Write the Hugging Face dataset (`dataset/`, splits train and validation) and `train.alpaca.jsonl`."""
-    import datasets
+    """Write three Hugging Face datasets of the splits train and validation, and the first for Alpaca-style tools too.
 
-    text = datasets.Value("string")
-    kinds = {"reward": datasets.Value("float64"), "history": [{"role": text, "content": text}]}
-    features = datasets.Features({name: kinds.get(name, text) for name in COLUMNS})
-    splits = {"train": curated.train, "validation": curated.validation}
-    datasets.disable_progress_bars()
-    datasets.DatasetDict(
-        {
-            name: datasets.Dataset.from_dict({c: [_cell(row, c) for row in rows] for c in COLUMNS}, features)
-            for name, rows in splits.items()
-        }
-    ).save_to_disk(folder / "dataset", num_shards=dict.fromkeys(splits, 1))  # an empty split has no shard by itself
-    for name, rows in splits.items():
-        lines = [json.dumps(_alpaca(row, system_prompt), ensure_ascii=False) for row in rows]
+    `dataset/` has the answers to learn (`train.alpaca.jsonl` and `validation.alpaca.jsonl` the same), `pairs/` the
+    corrections with what the model had said, `labelled/` the answers found good (those of `dataset/`) and found bad.
+    """
+    rows = {"train": curated.train, "validation": curated.validation}
+    save_splits(folder / DATASET, rows, COLUMNS)
+    save_splits(folder / PAIRS, curated.pairs, PAIR_COLUMNS)
+    labelled = {name: [*map(_desirable, rows[name]), *curated.undesirable[name]] for name in SPLITS}
+    save_splits(folder / LABELLED, labelled, LABELLED_COLUMNS)
+    for name in SPLITS:
+        lines = [json.dumps(_alpaca(row, system_prompt), ensure_ascii=False) for row in rows[name]]
         (folder / f"{name}.alpaca.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    """The rows of a written dataset's split."""
-    import datasets
+    """The rows of a written dataset's split: the answers to learn."""
+    return read_split(folder / DATASET, split)
 
-    return list(datasets.load_from_disk(str(folder / "dataset"))[split])
+
+def read_all(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every row that a written dataset holds, of both splits: answers to learn, pairs, and labelled answers."""
+    for name in (DATASET, PAIRS, LABELLED):
+        if (folder / name).is_dir():  # an older version of the project wrote the first one alone
+            yield from (row for split in SPLITS for row in read_split(folder / name, split))
 
 
 def overlaps(rows: Iterable[dict[str, Any]], policy: Policy) -> list[str]:
-    """Prompts among these rows that are near a benchmark question."""
-    return [row["prompt"] for row in rows if near_benchmark(row["prompt"], turns(row), policy)]
+    """Prompts among these rows, each named once, that are near a benchmark question."""
+    asked = dict.fromkeys((row["prompt"], turns(row)) for row in rows)
+    return [prompt for prompt, history in asked if near_benchmark(prompt, history, policy)]
 
 
 def turns(row: dict[str, Any]) -> tuple[Turn, ...]:
@@ -171,20 +235,23 @@ def turns(row: dict[str, Any]) -> tuple[Turn, ...]:
 
 
 def invalid_targets(rows: Iterable[dict[str, Any]], policy: Policy) -> list[str]:
-    """Rows whose answer does not pass the output schema: the prompt, and what is wrong."""
-    problems = ((row["prompt"], policy.problem(row["completion"])) for row in rows)
+    """Answers to learn that do not pass the output schema: the prompt, and what is wrong."""
+    learnt = [row for row in rows if row.get("label") is not False]
+    answers = dict.fromkeys((row["prompt"], row["chosen"] if "chosen" in row else row["completion"]) for row in learnt)
+    problems = ((prompt, policy.problem(answer)) for prompt, answer in answers)
     return [f"{prompt}: {problem}" for prompt, problem in problems if problem is not None]
 
 
+def _trust(candidate: _Candidate) -> tuple[bool, float, int]:
+    """A person's answer before a validator's, then the better rewarded, then the newest."""
+    example = candidate.example
+    return example.corrected or example.confirmed, example.reward, example.sequence
+
+
 def _deduplicate(candidates: Sequence[_Candidate], left_out: Counter[str]) -> list[_Candidate]:
-    """One example a question: a person's answer before a validator's, then the better rewarded, then the newest."""
-
-    def trust(candidate: _Candidate) -> tuple[bool, float, int]:
-        example = candidate.example
-        return example.corrected or example.confirmed, example.reward, example.sequence
-
+    """One example a question, the first of the candidates."""
     best: dict[str, _Candidate] = {}
-    for candidate in sorted(candidates, key=trust, reverse=True):
+    for candidate in candidates:
         kept = best.setdefault(text_hash(candidate.question), candidate)
         if kept is not candidate:
             same = kept.example.target.strip() == candidate.example.target.strip()
@@ -223,9 +290,8 @@ def _replayed(replay: Sequence[Row], rows: Sequence[Row], count: int, policy: Po
     return chosen, found
 
 
-def _cell(row: Row, column: str) -> Any:
-    value = getattr(row, column)
-    return [turn.model_dump() for turn in value] if column == "history" else value
+def _desirable(row: Row) -> Labelled:
+    return Labelled(row.prompt, row.history, row.completion, True, row.interaction_id)
 
 
 def _alpaca(row: Row, system_prompt: str) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def redact(text: str) -> Redacted:
 
 
 def redact_example(example: Example) -> RedactedExample:
-    """Replace secrets and personal data in the prompt, the target and the history of an example."""
+    """Replace secrets and personal data in the prompt, the answers and the history of an example."""
     counts: Counter[str] = Counter()
 
     def clean(text: str) -> str:
@@ -182,9 +182,10 @@ def redact_example(example: Example) -> RedactedExample:
 
     prompt, target = clean(example.prompt), clean(example.target)
     history = tuple(turn.model_copy(update={"content": clean(turn.content)}) for turn in example.history)
+    output = target if example.output == example.target else clean(example.output)
     if not counts:
         return RedactedExample(example)
-    changes = {"prompt": prompt, "target": target, "history": history}
+    changes = {"prompt": prompt, "target": target, "history": history, "output": output}
     return RedactedExample(example.model_copy(update=changes), dict(sorted(counts.items())))
 
 

@@ -54,6 +54,21 @@ def at_a_glance(example: Example, policy: Policy) -> Decision:
     sure = example.confidence is not None and example.confidence >= rules.min_confidence
     if not (sure or example.confirmed or example.corrected):
         return Decision(False, f"confidence below {rules.min_confidence:g} and no person confirmed it")
+    return _short_enough(example, rules)
+
+
+def found_bad(example: Example, policy: Policy) -> bool:
+    """Whether an example shows what the model should not have answered; the part of that rule that reads no text.
+
+    It has to be the model's own answer, as far below zero as `min_reward` is above: a correction that somebody refused
+    says nothing of what the model does. What is left to ask after its redaction is `near_benchmark`.
+    """
+    disliked = example.reward < 0 and example.reward <= -policy.settings.min_reward
+    own = example.output.strip() == example.target.strip() != ""
+    return disliked and own and not example.corrected and _short_enough(example, policy.settings).accepted
+
+
+def _short_enough(example: Example, rules: CurationSettings) -> Decision:
     if len(conversation(example.prompt, example.history)) > rules.max_prompt_chars:
         return Decision(False, f"prompt longer than {rules.max_prompt_chars} characters")
     if len(example.target) > rules.max_answer_chars:

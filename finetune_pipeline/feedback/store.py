@@ -195,7 +195,7 @@ def new_examples(connection: sa.Connection, task: str, after: int, min_reward: f
     e, i = t.examples.c, t.interactions.c
     judged = sa.exists().where(t.judged_examples.c.loop == task, t.judged_examples.c.content_hash == e.content_hash)
     query = (
-        sa.select(t.examples, i.prompt, i.history)
+        sa.select(t.examples, i.prompt, i.history, i.output)
         .join(t.interactions, i.id == e.interaction_id)
         .where(e.task == task, e.sequence > after, sa.or_(e.corrected, e.reward >= min_reward), ~judged)
         .order_by(e.sequence)
@@ -370,7 +370,8 @@ def _feedback(row: sa.Row[Any]) -> Feedback:
 
 def _example(row: sa.Row[Any], interaction: Interaction) -> Example:
     values = {name: value for name, value in row._asdict().items() if name in Example.model_fields}
-    return Example.model_validate({**values, "prompt": interaction.prompt, "history": interaction.history})
+    asked = {"prompt": interaction.prompt, "history": interaction.history, "output": interaction.output}
+    return Example.model_validate({**values, **asked})
 
 
 def _row(sequence: int, event: Interaction | Feedback) -> dict[str, Any]:
@@ -382,7 +383,7 @@ def _row(sequence: int, event: Interaction | Feedback) -> dict[str, Any]:
 
 
 def _example_row(task: str, example: Example) -> dict[str, Any]:
-    values = example.model_dump(exclude={"prompt", "history"})
+    values = example.model_dump(exclude={"prompt", "history", "output"})
     identity = content_hash(conversation(example.prompt, example.history), example.target)
     return {**values, "interaction_id": str(example.interaction_id), "task": task, "content_hash": identity}
 

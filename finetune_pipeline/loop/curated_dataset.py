@@ -9,13 +9,15 @@ import dagster as dg
 from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.curation.dataset import (
+    DATASET,
     Curated,
     curate,
     invalid_targets,
     overlaps,
-    read_rows,
+    read_all,
     write_dataset,
 )
+from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.feedback.store import content_hash
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.io import pointers_key, upstream
@@ -52,13 +54,17 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         Secrets and personal data are replaced by placeholders first. Every prompt's hash says whether it trains or
         validates, so it never moves between cycles. Near-duplicates of the benchmark are taken out and named; replayed
         examples are mixed in against forgetting.
+
+        Beside the answers to learn (`dataset/`, for SFT) lie corrections with what the model had said (`pairs/`, for
+        DPO) and the answers found good and found bad (`labelled/`, for KTO), split in the same way.
         """
         die_with_run()
         artifact = dataset(loop, raw_logs)
         manifest = artifact.manifest
         context.log.info(
             f"{manifest.train} to train on ({manifest.replayed} of them replayed), {manifest.validation} to validate; "
-            f"left out: {manifest.left_out or 'none'}"
+            f"beside them {manifest.pairs} pairs of a correction and the model's own answer, and "
+            f"{manifest.undesirable} answers found bad; left out: {manifest.left_out or 'none'}"
         )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
         yield from _checks(loop, artifact)
@@ -74,10 +80,10 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         replay=reading.replay_path(loop),
     )
     inputs = {"raw_logs": raw_logs.manifest.version, **files}
-    settings = {**loop.curation.model_dump(), "system_prompt": loop.system_prompt}
+    settings = {**loop.curation.model_dump(), "system_prompt": loop.system_prompt, "holds": [DATASET, PAIRS, LABELLED]}
 
     def make(folder: Path) -> dict[str, Any]:
-        curated = curate(_examples(raw_logs), reading.replay(loop), reading.policy(loop), _identity)
+        curated = curate(taught(raw_logs), reading.replay(loop), reading.policy(loop), identity)
         write_dataset(curated, folder, loop.system_prompt)
         return {
             "inputs": inputs,
@@ -90,7 +96,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     return obtain(DatasetManifest, loop.name, version_of(inputs, settings), make)
 
 
-def _examples(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
+def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
     """What every interaction of a snapshot teaches; a later part's row of it stands instead of an earlier one."""
     import pyarrow.parquet as pq
 
@@ -109,7 +115,8 @@ def _example(row: dict[str, Any]) -> Example:
     return Example.model_validate({**values, "history": values["history"] or ()})
 
 
-def _identity(example: Example) -> str:
+def identity(example: Example) -> str:
+    """The content hash by which the store knows an example again after it was judged."""
     return content_hash(conversation(example.prompt, example.history), example.target)
 
 
@@ -121,6 +128,9 @@ def _figures(curated: Curated) -> dict[str, Any]:
         "left_out": curated.left_out,
         "redacted": curated.redacted,
         "near_benchmark": list(curated.near_benchmark),
+        "pairs": len(curated.pairs["train"]),
+        "desirable": len(curated.train) - curated.replayed,
+        "undesirable": len(curated.undesirable["train"]),
     }
 
 
@@ -131,6 +141,9 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "validation": manifest.validation,
         "replayed": manifest.replayed,
         "examples": manifest.train + manifest.validation - manifest.replayed,
+        "pairs": manifest.pairs,
+        "desirable": manifest.desirable,
+        "undesirable": manifest.undesirable,
         "left_out": sum(manifest.left_out.values()),
         "left_out_why": _table("reason", "examples", manifest.left_out),
         "redacted": sum(manifest.redacted.values()),
@@ -148,9 +161,11 @@ def _table(name: str, number: str, counts: dict[str, int]) -> dg.MetadataValue[A
 
 def _checks(loop: LoopSettings, artifact: Artifact[DatasetManifest]) -> Iterator[dg.AssetCheckResult]:
     # Asked of what was written, not of what was meant to be written.
-    rows = [row for split in ("train", "validation") for row in read_rows(artifact.path, split)]
+    rows = list(read_all(artifact.path))
     policy = reading.policy(loop)
-    examples = sum(row["source"] != "replay" for row in rows)
+    examples = sum(row.get("source", "replay") != "replay" for row in rows)
+    if loop.training.method in {"auto", "kto"}:  # which learn from answers found bad too
+        examples += sum(row.get("label") is False for row in rows)
     yield dg.AssetCheckResult(
         check_name="enough_examples",
         passed=examples >= loop.curation.min_examples,

@@ -1,16 +1,18 @@
 """What a training starts from: the base model and everything, or the champion's adapter and what is new."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, find, hash_of
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.settings import LoopSettings, TrainingSettings
 from finetune_pipeline.training.incremental import chosen, obstacle
+
+_ANSWERS = ("completion", "label", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Start:
 
     Attributes:
         adapter: of the champion, that is gone on from; None is the base model.
-        rows: which rows of the dataset's training split are trained on; None is all.
+        rows: which rows of what the method trains on are taken; None is all.
         new: how many of them the champion was not trained on.
         reason: why it is so, for people.
     """
@@ -35,10 +37,13 @@ class Start:
         return "full" if self.adapter is None else "incremental"
 
 
-def start(loop: LoopSettings, settings: TrainingSettings, dataset: Artifact[DatasetManifest], base: str) -> Start:
+def start(
+    loop: LoopSettings, settings: TrainingSettings, dataset: Artifact[DatasetManifest], part: str, base: str
+) -> Start:
     """Decide where a training starts. An incremental one that cannot be is a full one, and says why.
 
     Args:
+        part: folder of the dataset that the method trains on.
         base: hash of the base model.
     """
     if settings.mode == "full":
@@ -55,16 +60,16 @@ def start(loop: LoopSettings, settings: TrainingSettings, dataset: Artifact[Data
     learnt = _found(DatasetManifest, loop.name, adapter.manifest.inputs.get("curated_dataset"))
     if learnt is None:
         return _full(f"the dataset of {serving.name} is not there any more, so nobody knows what is new")
-    return _on_top(serving.name, adapter, _hashes(learnt), _hashes(dataset), settings, dataset.manifest.version)
+    return _on_top(serving.name, adapter, _hashes(learnt, part), _hashes(dataset, part), settings)
 
 
 def write_subset(dataset: Path, rows: tuple[int, ...], folder: Path) -> Path:
-    """Write the dataset with only these rows to train on, and its whole validation split; returns its folder."""
+    """Write a part of a dataset with only these rows to train on, and its validation split; returns its folder."""
     import datasets
 
-    splits = datasets.load_from_disk(str(dataset))
-    splits["train"] = splits["train"].select(rows)
-    splits.save_to_disk(folder, num_shards=dict.fromkeys(splits, 1))
+    shutil.copytree(dataset, folder, dirs_exist_ok=True)  # an empty split cannot be read and saved again
+    shutil.rmtree(folder / "train")
+    datasets.load_from_disk(str(dataset / "train")).select(rows).save_to_disk(folder / "train", num_shards=1)
     return folder
 
 
@@ -74,10 +79,9 @@ def _on_top(
     learnt: list[str],
     hashes: list[str],
     settings: TrainingSettings,
-    seed: str,
 ) -> Start:
     known = set(learnt)
-    rows = chosen(hashes, known, settings.replay_older, seed)
+    rows = chosen(hashes, known, settings.replay_older, str(settings.seed))
     if not rows:
         return _full(f"nothing is new since {name} was trained")
     new = sum(hashes[row] not in known for row in rows)
@@ -96,8 +100,12 @@ def _found(kind: Any, loop: str, version: str | None) -> Any:
         return None
 
 
-def _hashes(dataset: Artifact[DatasetManifest]) -> list[str]:
-    """What tells the examples to train on apart; replayed ones of a file are known by their text."""
-    return [
-        row["content_hash"] or hash_of([row["prompt"], row["completion"]]) for row in read_rows(dataset.path, "train")
-    ]
+def _hashes(dataset: Artifact[DatasetManifest], part: str) -> list[str]:
+    """What tells the rows to train on apart: their text, whatever was said of them since."""
+    import datasets
+
+    folder = dataset.path / part
+    if not folder.is_dir():  # made before this method was there
+        return []
+    rows = datasets.load_from_disk(str(folder / "train")).to_list()
+    return [hash_of([row["prompt"], row["history"], *(row.get(name) for name in _ANSWERS)]) for row in rows]

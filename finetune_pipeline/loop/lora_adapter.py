@@ -10,6 +10,8 @@ from pydantic import Field, create_model
 
 from finetune_pipeline.artifacts import Artifact, in_turn, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
+from finetune_pipeline.curation.dataset import DATASET
+from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.loop.incremental import start, write_subset
@@ -21,8 +23,11 @@ from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.curve import curve_png
 from finetune_pipeline.training.job import ADAPTER, RESULT, Progress, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.methods import Counts, choose
 
 REPORT_EVERY_SECONDS = 5.0
+PARTS = {"sft": DATASET, "dpo": PAIRS, "kto": LABELLED}
+"""What a method trains on, in the dataset's folder."""
 
 NOT_IN_THE_LAUNCHPAD = {"target_modules", "trainable_token_indices", "report_to", "preset"}
 """Settings that Dagster's config has no type for, or that fill others."""
@@ -56,8 +61,10 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult[Any]:
         """The trained LoRA adapter.
 
-        Supervised fine-tuning on the answers only. The training is its own process; a killed one goes on from its last
-        checkpoint when it is started again with the same dataset and settings.
+        By supervised fine-tuning on the answers only, by DPO on pairs of a corrected and the model's own answer, or by
+        KTO on answers found good and bad; `method: auto` chooses by what the dataset holds. The training
+        is its own process; a killed one goes on from its last checkpoint when it is started again with the same dataset
+        and settings.
         """
         die_with_run()
         settings = TrainingSettings.model_validate(loop.training.model_dump() | config.model_dump())  # type: ignore[attr-defined]
@@ -81,8 +88,12 @@ def adapter(
     its place in a pool, and the next one would wait for ever.
     """
     base = resolve_base_model(loop.base_model)
-    begin = start(loop, settings, dataset, base_hash(base))
-    tell(f"{begin.mode} training: {begin.reason}")
+    held = dataset.manifest
+    choice = choose(settings.method, Counts(good=held.train - held.replayed, pairs=held.pairs, bad=held.undesirable))
+    settings = settings.model_copy(update={"method": choice.method})
+    part = PARTS[choice.method]
+    begin = start(loop, settings, dataset, part, base_hash(base))
+    tell(f"{begin.mode} training, {begin.reason}; by {choice.reason}")
     inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
     if begin.adapter is not None:
         inputs["initial_adapter"] = begin.adapter.manifest.version
@@ -90,10 +101,12 @@ def adapter(
     shaping["mode"] = begin.mode  # what is done, not what was wished for
 
     def make(folder: Path) -> dict[str, Any]:
-        examples = dataset.path / "dataset"
+        examples = dataset.path / part
+        where = examples if begin.rows is None else write_subset(examples, begin.rows, folder / part)
         job = TrainingJob(
             base_model=base,
-            dataset=examples if begin.rows is None else write_subset(examples, begin.rows, folder / "dataset"),
+            dataset=where if part == DATASET else dataset.path / DATASET,
+            preferences=None if part == DATASET else where,
             system_prompt=loop.system_prompt,
             output=folder,
             settings=settings,
@@ -110,6 +123,7 @@ def adapter(
             "mode": begin.mode,
             "mode_reason": begin.reason,
             "new_examples": begin.new,
+            "method_reason": choice.reason,
             "watermark": dataset.manifest.watermark,
             **_figures(result),
         }
@@ -177,6 +191,8 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
     result = TrainingResult.model_validate_json((artifact.path / RESULT).read_bytes())
     return {
+        "method": manifest.method,
+        "method_reason": manifest.method_reason,
         "loss_before": manifest.loss_before,
         "loss_after": manifest.loss_after,
         "training_loss": manifest.train_loss,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.sampling import by_reward
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,19 +42,22 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
     """
     from datasets import Dataset
 
-    rows = _split(job.dataset, "train")
+    weighted = job.settings.reward_weighted and job.settings.method == "sft"
+    rows = _split(job.dataset, "train", weighted)
     train, too_long = _short_enough(rows, job, tokenizer)
     if not train:
         raise TrainingError(
             f"nothing is left to train on: {too_long} of {len(rows)} examples have more than "
             f"{job.settings.max_length} tokens; raise max_length, or add examples"
         )
+    if weighted:  # decided here, so that a training that goes on sees what it saw before
+        train = [train[place] for place in by_reward([row.pop("reward") for row in train], job.settings.seed)]
     validation, _ = _short_enough(_split(job.dataset, "validation"), job, tokenizer)
     measure = validation or train[:_LOSS_SAMPLE]
     return Data(Dataset.from_list(train), Dataset.from_list(measure), too_long, bool(validation))
 
 
-def _split(folder: Path, name: str) -> list[dict[str, Any]]:
+def _split(folder: Path, name: str, weighted: bool = False) -> list[dict[str, Any]]:
     """The rows of a saved split; a missing one has none, and an empty one neither (datasets cannot read that back)."""
     from datasets import load_from_disk
 
@@ -63,10 +67,11 @@ def _split(folder: Path, name: str) -> list[dict[str, Any]]:
     if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         return []
     rows = load_from_disk(str(folder / name))
-    missing = set(_COLUMNS) - set(rows.column_names)
+    columns = [*_COLUMNS, *(["reward"] if weighted else [])]
+    missing = set(columns) - set(rows.column_names)
     if missing:
         raise TrainingError(f"{folder / name} lacks the column {' and '.join(sorted(missing))}; make the dataset again")
-    return list(rows.select_columns(list(_COLUMNS)))
+    return list(rows.select_columns(columns))
 
 
 def _short_enough(
@@ -77,6 +82,7 @@ def _short_enough(
         {
             "prompt": chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]]),
             "completion": [{"role": "assistant", "content": row["completion"]}],
+            **({"reward": row["reward"]} if "reward" in row else {}),
         }
         for row in rows
     ]

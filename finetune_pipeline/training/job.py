@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import Record
@@ -32,10 +32,20 @@ class TrainingJob(Record):
 
     base_model: Path = Field(description="Folder of the base model: config.json, safetensors, tokenizer files.")
     dataset: Path = Field(description="DatasetDict saved to disk: train, perhaps validation; prompt and completion.")
+    preferences: Path | None = Field(
+        default=None, description="For dpo and kto, DatasetDict saved to disk: pairs, or labelled answers."
+    )
     system_prompt: str = Field(default="", description="Put before every prompt, as in service.")
     output: Path = Field(description="Folder to write to; a training that was killed there goes on from it.")
     settings: TrainingSettings = TrainingSettings()
     initial_adapter: Path | None = Field(default=None, description="Adapter to go on from, instead of a new one.")
+
+    @field_validator("settings")
+    @classmethod
+    def _the_method_was_chosen(cls, settings: TrainingSettings) -> TrainingSettings:
+        if settings.method == "auto":
+            raise ValueError("method auto is no method; let training.methods.choose decide by what the dataset holds")
+        return settings
 
     @property
     def key(self) -> str:

@@ -1,4 +1,4 @@
-"""The training itself: TRL's SFTTrainer over a PEFT LoRA adapter, on the completion only.
+"""The training itself: TRL's trainers over a PEFT LoRA adapter; by SFT on the completion only.
 
 Same job, same weights: on a CPU the seed fixes them, and a training that was killed and resumed ends with the weights
 of an unbroken one.
@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
@@ -17,11 +17,12 @@ from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult, ValidationPoint
 from finetune_pipeline.training.model import bfloat16_is_faster, load_model, lora, peak_memory, save_adapter
+from finetune_pipeline.training.preference import load_preferences, mean_loss, preference_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-    from trl import SFTConfig, SFTTrainer
+    from transformers import PreTrainedTokenizerBase, Trainer
+    from trl import SFTTrainer
 
 _CURVE_POINTS = 50
 
@@ -43,6 +44,8 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
     set_seed(settings.seed)
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
+    if settings.method != "sft":
+        data = load_preferences(job, data, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)
     steps = _steps(len(data.train), settings)
     trainer = _trainer(job, data, tokens, steps, bfloat16)
@@ -89,69 +92,81 @@ def _steps(examples: int, settings: TrainingSettings) -> int:
     return math.ceil(updates * settings.epochs)
 
 
-def _trainer(
-    job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", steps: int, bfloat16: bool
-) -> "SFTTrainer":
+def _trainer(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", steps: int, bfloat16: bool) -> "Trainer":
     from transformers import PrinterCallback
-    from trl import SFTTrainer
 
-    trainer = SFTTrainer(
-        model=load_model(job, bfloat16),
-        args=_config(job, steps, bfloat16),
-        train_dataset=data.train,
-        processing_class=tokens,
-        peft_config=None if job.initial_adapter else lora(job.settings, len(tokens)),
-        callbacks=[reporter(job)],
-    )
+    arguments = _arguments(job, steps, bfloat16)
+    if job.settings.method == "sft":
+        trainer = _sft_trainer(job, data, tokens, arguments, bfloat16)
+    else:
+        trainer = preference_trainer(job, data.train, tokens, arguments, bfloat16, [reporter(job)])
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
-    import torch
-    from trl import SFTConfig
+def _sft_trainer(
+    job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", arguments: dict[str, Any], bfloat16: bool
+) -> "SFTTrainer":
+    from trl import SFTConfig, SFTTrainer
 
-    settings = job.settings
-    return SFTConfig(
-        output_dir=str(job.output / CHECKPOINTS),
+    config = SFTConfig(
+        **arguments,
         completion_only_loss=True,
         max_length=None,  # longer examples were left out: cut ones would teach answers without an end
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=max(settings.batch_size, 16),
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(steps * settings.warmup_share),
-        weight_decay=settings.weight_decay,
-        bf16=bfloat16,
-        seed=settings.seed,
-        logging_strategy="steps",
-        logging_steps=math.ceil(steps / _CURVE_POINTS),
-        logging_nan_inf_filter=False,  # it would report the mean of the losses before instead of a NaN
-        save_strategy="steps",
-        save_steps=math.ceil(steps / settings.checkpoints),
-        save_total_limit=3,  # the best, the newest, and the one before it while the newest is not whole yet
         train_sampling_strategy="group_by_length",  # batches of like lengths: little of the work is padding
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=list(settings.report_to) or "none",
-        run_name=job.key,
-        disable_tqdm=True,
+    )
+    return SFTTrainer(
+        model=load_model(job, bfloat16),
+        args=config,
+        train_dataset=data.train,
+        processing_class=tokens,
+        peft_config=None if job.initial_adapter else lora(job.settings, len(tokens)),
+        callbacks=[reporter(job)],
     )
 
 
-def _train(trainer: "SFTTrainer", checkpoint: Path | None) -> float:
+def _arguments(job: TrainingJob, steps: int, bfloat16: bool) -> dict[str, Any]:
+    """What TRL's trainers of every method are told."""
+    import torch
+
+    settings = job.settings
+    return {
+        "output_dir": str(job.output / CHECKPOINTS),
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": max(settings.batch_size, 16),
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": math.ceil(steps * settings.warmup_share),
+        "weight_decay": settings.weight_decay,
+        "bf16": bfloat16,
+        "seed": settings.seed,
+        "logging_strategy": "steps",
+        "logging_steps": math.ceil(steps / _CURVE_POINTS),
+        "logging_nan_inf_filter": False,  # it would report the mean of the losses before instead of a NaN
+        "save_strategy": "steps",
+        "save_steps": math.ceil(steps / settings.checkpoints),
+        "save_total_limit": 3,  # the best, the newest, and the one before it while the newest is not whole yet
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": list(settings.report_to) or "none",
+        "run_name": job.key,
+        "disable_tqdm": True,
+    }
+
+
+def _train(trainer: "Trainer", checkpoint: Path | None) -> float:
     """Train, and return the seconds that it took."""
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return time.monotonic() - began
 
 
-def _take_best(trainer: "SFTTrainer") -> int:
+def _take_best(trainer: "Trainer") -> int:
     """Go back to the weights with the lowest validation loss, if later ones had a higher; returns their step."""
     state = trainer.state
     best = state.best_global_step or state.global_step
@@ -160,10 +175,13 @@ def _take_best(trainer: "SFTTrainer") -> int:
     return int(best)
 
 
-def _mean_loss(trainer: "SFTTrainer", dataset: "Dataset") -> float:
+def _mean_loss(trainer: "Trainer", dataset: "Dataset") -> float:
     """Mean loss per completion token, whatever the batches are (the Trainer's own is a mean of means)."""
     import torch
+    from trl import SFTTrainer
 
+    if not isinstance(trainer, SFTTrainer):
+        return mean_loss(trainer, dataset)
     prepared = trainer._prepare_dataset(dataset, trainer.processing_class, trainer.args, False, None, "measured")
     model = trainer.model.to(trainer.args.device).eval()
     total, tokens = 0.0, 0
@@ -176,7 +194,7 @@ def _mean_loss(trainer: "SFTTrainer", dataset: "Dataset") -> float:
     return total / max(tokens, 1)
 
 
-def _curve(trainer: "SFTTrainer") -> list[CurvePoint]:
+def _curve(trainer: "Trainer") -> list[CurvePoint]:
     history = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     return [
         CurvePoint(step=step, loss=entry["loss"], learning_rate=entry["learning_rate"])
@@ -184,7 +202,7 @@ def _curve(trainer: "SFTTrainer") -> list[CurvePoint]:
     ]
 
 
-def _validations(trainer: "SFTTrainer") -> list[ValidationPoint]:
+def _validations(trainer: "Trainer") -> list[ValidationPoint]:
     losses = {entry["step"]: entry[VALIDATION_LOSS] for entry in trainer.state.log_history if VALIDATION_LOSS in entry}
     return [ValidationPoint(step=step, loss=loss) for step, loss in sorted(losses.items())]
 

@@ -29,7 +29,8 @@ EVERYTHING = Policy(CurationSettings(validation_share=0), POLICY.benchmark, answ
 def example(number, **fields):
     given = {"prompt": f"prompt number {number}", "target": f"answer {number}", "reward": 0.9, "confidence": 0.9}
     flags = {"confirmed": False, "corrected": False, "sequence": number}
-    return Example(interaction_id=uid(str(number)), **{**given, **flags, **fields})
+    values = {**given, **flags, **fields}
+    return Example(interaction_id=uid(str(number)), **{"output": values["target"], **values})
 
 
 def identity(example):

@@ -14,7 +14,8 @@ POLICY = Policy(RULES, NearIndex({"q1": "150 mm concrete wall, two hours"}), ans
 def example(**fields):
     given = {"prompt": "a steel door", "target": '{"n": 1}', "reward": 0.9, "confidence": 0.9}
     flags = {"confirmed": False, "corrected": False}
-    return Example(interaction_id=uid("a"), sequence=1, **{**given, **flags, **fields})
+    values = {**given, **flags, **fields}
+    return Example(interaction_id=uid("a"), sequence=1, **{"output": values["target"], **values})
 
 
 def said(text):

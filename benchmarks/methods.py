@@ -1,0 +1,169 @@
+"""SFT, DPO and KTO on the sample logs: parameters right of the benchmark, asked of the F16 GGUF. Takes half an hour.
+
+Each method learns from all that the logs hold for it, and from logs where few answers were corrected and the others
+are only known to be bad. Where a method was tried at several rates, its best counts; that is picked on the benchmark
+itself, which flatters all alike. What was trained is kept under FINETUNE_HOME, and found when it is run again.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import publish
+from finetune_pipeline.curation.dataset import DATASET, Curated, curate, write_dataset
+from finetune_pipeline.database import connect
+from finetune_pipeline.evaluation.metrics import Scorer
+from finetune_pipeline.evaluation.run import answer_benchmark
+from finetune_pipeline.export.base import resolve_base_model
+from finetune_pipeline.export.model import F16, export
+from finetune_pipeline.inference.protocol import ModelSpec
+from finetune_pipeline.loop import reading
+from finetune_pipeline.loop.curated_dataset import identity, taught
+from finetune_pipeline.loop.ingest import ingest
+from finetune_pipeline.loop.lora_adapter import PREFERENCES
+from finetune_pipeline.loop.raw_logs import snapshot
+from finetune_pipeline.records import Example
+from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, home, read_loop
+from finetune_pipeline.training.job import TrainingJob, TrainingResult
+from finetune_pipeline.training.launch import train
+
+LOOP = DEFS_FOLDER / "aec_parser" / "defs.yaml"
+FEW = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: on which data, and what is set other than in the loop's YAML."""
+
+    data: str
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """A name of its own."""
+        return "-".join([self.data, self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+
+# dpo has fewer rows than sft (no replayed ones), and gets more epochs, so that both make about as many updates.
+CASES = [
+    Case("few", "sft", {"learning_rate": 2e-3, "epochs": 12}),
+    Case("few", "dpo", {"method": "dpo", "learning_rate": 2e-3, "epochs": 24}),
+    Case("few", "kto", {"method": "kto", "learning_rate": 3e-4}),
+    Case("all", "sft", {"learning_rate": 2e-3}),
+    Case("all", "dpo", {"method": "dpo", "learning_rate": 2e-3, "epochs": 10}),
+    Case("all", "kto", {"method": "kto", "learning_rate": 3e-4}),
+    Case("few", "kto", {"method": "kto", "learning_rate": 1e-3}),
+    Case("all", "sft, reward-weighted", {"learning_rate": 2e-3, "reward_weighted": True}),
+    Case("all", "dpo", {"method": "dpo", "learning_rate": 4e-3, "epochs": 10}),
+]
+
+
+def main() -> None:
+    """Train and measure every case."""
+    loop = read_loop(LOOP)
+    folder = home() / "benchmarks" / "methods"
+    held = {"all": _write(loop, folder / "data-all"), "few": _write(loop, folder / "data-few", FEW)}
+    base = _measure(loop, export(resolve_base_model(loop.base_model), None, folder / "base", F16).full)
+    cases = [_run(loop, case, folder) for case in CASES]
+    rows = [["", "the base model", "", "", "", *_cells(base)], *(_row(case) for case in cases)]
+    headings = [
+        "data",
+        "method",
+        "learning rate",
+        "steps",
+        "loss after",
+        "all",
+        "firm's wording",
+        "plain wording",
+        "valid",
+    ]
+    publish("methods", headings, rows, {"data": held, "base": base, "cases": cases})
+
+
+def _write(loop: LoopSettings, folder: Path, few: int | None = None) -> dict[str, int]:
+    """The dataset of the sample logs; with `few`, of so many corrections and all that was found bad."""
+    database = connect()
+    ingest(loop, database, print)
+    logs, _ = snapshot(loop, database)
+    examples = list(taught(logs))
+    if few is not None:
+        examples = _few(examples, few)
+    curated = curate(examples, reading.replay(loop), reading.policy(loop), identity)
+    write_dataset(curated, folder, loop.system_prompt)
+    return _counts(curated)
+
+
+def _few(examples: list[Example], corrections: int) -> list[Example]:
+    """So many corrections; of all others that were corrected, what the model said, as answers found bad."""
+    corrected = sorted((e for e in examples if e.corrected), key=lambda example: str(example.interaction_id))
+    changes = {"corrected": False, "confirmed": False, "reward": -1.0}
+    wrong = [e.model_copy(update={**changes, "target": e.output}) for e in corrected[corrections:]]
+    return [*corrected[:corrections], *wrong, *(example for example in examples if example.reward < 0)]
+
+
+def _counts(curated: Curated) -> dict[str, int]:
+    return {
+        "good": len(curated.train) - curated.replayed,
+        "replayed": curated.replayed,
+        "pairs": len(curated.pairs["train"]),
+        "bad": len(curated.undesirable["train"]),
+    }
+
+
+def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:
+    data, output = folder / f"data-{case.data}", folder / case.folder
+    settings = type(loop.training).model_validate(loop.training.model_dump() | case.settings)
+    job = TrainingJob(
+        base_model=resolve_base_model(loop.base_model),
+        dataset=data / DATASET,
+        preferences=data / PREFERENCES[settings.method] if settings.method in PREFERENCES else None,
+        system_prompt=loop.system_prompt,
+        output=output,
+        settings=settings,
+    )
+    result = train(job)
+    model = export(job.base_model, output / "adapter", output / "gguf", F16)
+    measured = _measure(loop, model.full)
+    print(case.folder, measured, flush=True)
+    return {"data": case.data, "name": case.name, **case.settings, **_told(result), **measured}
+
+
+def _told(result: TrainingResult) -> dict[str, Any]:
+    return result.model_dump(include={"steps", "examples", "loss_before", "loss_after", "wall_seconds"})
+
+
+def _measure(loop: LoopSettings, gguf: Path) -> dict[str, float]:
+    """Shares of right parameters by wording, and of valid answers."""
+    benchmark, evaluation = reading.benchmark(loop), loop.evaluation
+    scorer = Scorer(evaluation.metric, reading.output_schema(loop), reading.rules(loop))
+    spec = ModelSpec(gguf=gguf, context=evaluation.context, parallel=evaluation.parallel)
+    answers = answer_benchmark(spec, benchmark, evaluation, loop.system_prompt, loop.name).answers
+    scores = [
+        scorer.score(question.expected, answer.text)
+        for question, answer in zip(benchmark.questions, answers, strict=True)
+    ]
+    shares = {}
+    for wording in ("all", "firm", "plain"):
+        asked = [s for s, q in zip(scores, benchmark.questions, strict=True) if wording in {"all", q.wording}]
+        shares[wording] = sum(s.right for s in asked) / sum(s.total for s in asked)
+    return {**shares, "valid": sum(s.valid for s in scores) / len(scores)}
+
+
+def _row(case: dict[str, Any]) -> list[Any]:
+    return [
+        case["data"],
+        case["name"],
+        case["learning_rate"],
+        case["steps"],
+        f"{case['loss_after']:.3f}",
+        *_cells(case),
+    ]
+
+
+def _cells(measured: dict[str, Any]) -> list[str]:
+    return [f"{measured[name]:.1%}" for name in ("all", "firm", "plain", "valid")]
+
+
+if __name__ == "__main__":
+    main()

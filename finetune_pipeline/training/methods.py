@@ -1,0 +1,73 @@
+"""By which method to train, decided by what the dataset holds. Pure, and asked before anything heavy is loaded.
+
+The figures behind the rule are those of `benchmarks/results/methods.json`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune_pipeline.training.job import TrainingError
+
+Method = Literal["sft", "dpo", "kto"]
+
+ENOUGH_GOOD = 50
+"""From so many answers found good on, learning them is worth more than anything said of bad ones."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What there is to train on.
+
+    Attributes:
+        good: answers found good, corrections among them; replayed ones are not counted.
+        pairs: corrections with another answer of the model's own.
+        bad: answers found bad, the corrected ones among them.
+    """
+
+    good: int
+    pairs: int
+    bad: int
+
+    def __str__(self) -> str:
+        return f"{self.good} answers found good ({self.pairs} of them corrections) and {self.bad} found bad"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method to train by, and why."""
+
+    method: Method
+    reason: str
+
+
+def choose(method: Literal["auto", "sft", "dpo", "kto"], counts: Counts) -> Choice:
+    """The method that was set, or for auto the one that suits the data.
+
+    Raises:
+        TrainingError: there is nothing that the method could learn from.
+    """
+    choice = _suiting(counts) if method == "auto" else Choice(method, f"{method}: set by hand; there are {counts}")
+    missing = _missing(choice.method, counts)
+    if missing:
+        raise TrainingError(
+            f"{choice.method} needs {missing}, and the dataset has {counts}; log more feedback of that kind, or set "
+            "training.method to another one (auto chooses)"
+        )
+    return choice
+
+
+def _suiting(counts: Counts) -> Choice:
+    if counts.good >= ENOUGH_GOOD:
+        return Choice("sft", f"sft: {counts}, enough good ones ({ENOUGH_GOOD}) to learn from them alone")
+    if counts.good and counts.bad > counts.good:
+        return Choice("kto", f"kto: {counts}, too few good ones ({ENOUGH_GOOD}) for sft, and more bad ones to avoid")
+    return Choice("sft", f"sft: {counts}, too few bad ones to learn from what to avoid")
+
+
+def _missing(method: Method, counts: Counts) -> str:
+    """What the method cannot do without and the data does not have."""
+    if method == "dpo":
+        return "" if counts.pairs else "corrections of answers that the model gave"
+    if method == "kto":
+        return "" if counts.good and counts.bad else "answers found good and answers found bad"
+    return "" if counts.good else "answers found good"

@@ -1,0 +1,167 @@
+"""DPO and KTO by TRL's trainers over a PEFT LoRA adapter. The reference is the base: the model without its adapter.
+
+DPO (Rafailov et al. 2023, "Direct Preference Optimization") learns from pairs of a corrected and the model's own
+answer, KTO (Ethayarajh et al. 2024, "Model Alignment as Prospect Theoretic Optimization") from answers found good and
+bad. Neither uses dropout: noise in the policy alone would be taken for its distance from the reference.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_pipeline.records import Turn, chat
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.data import Data
+from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.model import load_model, lora
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from trl import DPOTrainer, KTOTrainer
+
+_ANSWERS = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
+
+
+def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase") -> Data:
+    """The pairs (dpo) or labelled answers (kto) of a job to train on, with what `data` measures the loss on.
+
+    Raises:
+        TrainingError: they are not there, every one is too long, or KTO's are all good or all bad.
+    """
+    from datasets import Dataset, load_from_disk
+
+    folder, method = job.preferences, job.settings.method
+    if folder is None or not (folder / "train").is_dir():
+        raise TrainingError(
+            f"method {method} needs {folder or 'preferences'}, which is not there; curate the data again"
+        )
+    rows = list(load_from_disk(str(folder / "train")))
+    kept = [row for row in (_messages(row, job, tokens) for row in rows) if row["length"] <= job.settings.max_length]
+    if not kept:
+        raise TrainingError(
+            f"nothing is left to train on by {method}: of {len(rows)} rows of {folder} all have more than "
+            f"{job.settings.max_length} tokens; raise max_length, add examples, or set method to sft"
+        )
+    if method == "kto":
+        _must_have_both([row["label"] for row in kept], folder)
+        random.Random(job.settings.seed).shuffle(kept)  # KTO reads in the order given: each with its neighbours
+    return replace(data, train=Dataset.from_list(kept), too_long=len(rows) - len(kept))
+
+
+def preference_trainer(
+    job: TrainingJob,
+    train: "Dataset",
+    tokens: "PreTrainedTokenizerBase",
+    arguments: dict[str, Any],
+    bfloat16: bool,
+    callbacks: "list[TrainerCallback]",
+) -> "DPOTrainer | KTOTrainer":
+    """TRL's trainer of the job's method.
+
+    Args:
+        train: from `load_preferences`.
+        arguments: transformers' TrainingArguments that every method shares.
+        bfloat16: whether the model is loaded for bfloat16.
+        callbacks: told how the training goes.
+    """
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+    shared = {**arguments, "max_length": None, "beta": job.settings.beta}
+    if job.settings.method == "dpo":
+        kind, config = DPOTrainer, DPOConfig(**shared, **_dpo(job.settings))
+    else:
+        kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, train["label"]))
+    return kind(
+        model=load_model(job, bfloat16),
+        args=config,
+        train_dataset=train,
+        processing_class=tokens,
+        peft_config=None if job.initial_adapter else lora(job.settings, len(tokens)),
+        callbacks=callbacks,
+    )
+
+
+def mean_loss(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> float:
+    """Mean loss per completion token of the answers to learn: the figure that SFT is measured by too."""
+    import torch
+
+    model = trainer.model.to(trainer.args.device).eval()
+    total, tokens = 0.0, 0
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        for batch in _batches(trainer, dataset):
+            counted = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(model(**batch, use_cache=False).loss) * counted
+            tokens += counted
+    model.train()
+    return total / max(tokens, 1)
+
+
+def _batches(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> Iterator[dict[str, Any]]:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    tokens, size = trainer.processing_class, trainer.args.per_device_eval_batch_size
+    collate = DataCollatorForLanguageModeling(pad_token_id=tokens.pad_token_id)
+    rows = [_measured(row, tokens) for row in dataset]
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size])
+        yield {name: values.to(trainer.args.device) for name, values in batch.items()}
+
+
+def _measured(row: dict[str, Any], tokens: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
+    asked = _ids(tokens, row["prompt"], add_generation_prompt=True)
+    ids = _ids(tokens, row["prompt"] + row["completion"])
+    same = next((n for n, (a, b) in enumerate(zip(asked, ids, strict=False)) if a != b), len(asked))
+    return {"input_ids": ids, "labels": [-100] * same + ids[same:]}
+
+
+def _messages(row: dict[str, Any], job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """TRL's conversational form of a row, and the tokens of its longest answer with all before it."""
+    prompt = chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
+    answers = {name: [{"role": "assistant", "content": row[name]}] for name in _ANSWERS[job.settings.method]}
+    length = max(len(_ids(tokens, prompt + answer)) for answer in answers.values())
+    label = {"label": row["label"]} if "label" in row else {}
+    return {"prompt": prompt, **answers, **label, "length": length}
+
+
+def _ids(tokens: "PreTrainedTokenizerBase", messages: list[dict[str, str]], **options: bool) -> list[int]:
+    ids: list[int] = tokens.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+    return ids
+
+
+def _must_have_both(labels: list[bool], folder: Path) -> None:
+    good = sum(labels)
+    if not 0 < good < len(labels):
+        raise TrainingError(
+            f"kto learns from answers found good and bad, and {folder} has {good} good and {len(labels) - good} bad "
+            "ones to train on; set method to sft, or wait for more feedback"
+        )
+
+
+def _dpo(settings: TrainingSettings) -> dict[str, Any]:
+    """The loss of the pair and, unless its weight is 0, that of learning the chosen answer."""
+    losses = {"sigmoid": 1.0, **({"sft": settings.sft_weight} if settings.sft_weight else {})}
+    return {
+        "loss_type": list(losses),
+        "loss_weights": list(losses.values()),
+        "train_sampling_strategy": "group_by_length",
+        "length_column_name": "length",
+        "remove_unused_columns": False,  # it would remove the lengths
+    }
+
+
+def _kto(settings: TrainingSettings, labels: list[bool]) -> dict[str, Any]:
+    """Good and bad answers weigh the same in all, whichever are more (Eq. 8 of the KTO paper)."""
+    if settings.batch_size < 2:
+        raise TrainingError(
+            f"kto compares the answers of a batch and needs a batch_size of 2 or more, not {settings.batch_size}; use "
+            "less gradient_accumulation instead, or method sft"
+        )
+    good, bad = sum(labels), len(labels) - sum(labels)
+    return {
+        "desirable_weight": max(1.0, bad / good),
+        "undesirable_weight": max(1.0, good / bad),
+        "train_sampling_strategy": "sequential",
+    }

@@ -1,0 +1,134 @@
+"""DPO and KTO on a tiny model: what they read, that they learn, and that a broken one ends as an unbroken one."""
+
+import json
+import time
+
+import pytest
+from pydantic import ValidationError
+
+from finetune_pipeline.training import trainer as training
+from finetune_pipeline.training.data import load, tokenizer
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
+from finetune_pipeline.training.preference import load_preferences
+from finetune_pipeline.training.trainer import _mean_loss, _trainer, run_training
+
+from .conftest import rows, save, with_settings
+
+TURNS = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
+WRONG = json.dumps({"height_m": 3})
+GOOD = [{**row, "history": TURNS} for row in rows(32, 100)]
+PAIRS = [{"prompt": row["prompt"], "history": TURNS, "chosen": row["completion"], "rejected": WRONG} for row in GOOD]
+LABELLED = [{**row, "label": True} for row in GOOD] + [
+    {**row, "completion": WRONG, "label": False} for row in GOOD[:16]
+]
+
+
+@pytest.fixture
+def prefer(job, tmp_path):
+    """Make a job of a method that learns from preferences; by default those above."""
+
+    def make(method, preferences=None, **settings):
+        preferences = preferences or {"dpo": PAIRS, "kto": LABELLED}[method]
+        folder = save(tmp_path / f"{method}{len(preferences)}", preferences)
+        job.output.mkdir(exist_ok=True)
+        changed = with_settings(job, method=method, **settings)
+        return changed.model_copy(update={"preferences": folder, "system_prompt": "Answer in JSON."})
+
+    return make
+
+
+def trainer_of(job):
+    tokens = tokenizer(job.base_model)
+    data = load(job, tokens)
+    if job.settings.method != "sft":
+        data = load_preferences(job, data, tokens)
+    return _trainer(job, data, tokens, 24, False), data
+
+
+def weights(job):
+    return (job.output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("method", "examples", "steps"), [("dpo", 32, 12), ("kto", 48, 18)])
+def test_it_learns_and_says_what_it_did(prefer, method, examples, steps):
+    job = prefer(method)
+    result = run_training(job, time.monotonic())
+    assert (result.method, result.examples, result.steps) == (method, examples, steps)
+    assert result.loss_after < result.loss_before  # of answers to learn, which neither loss is made of alone
+    assert result.train_loss < result.curve[0].loss
+    lines = [json.loads(line) for line in (job.output / "progress.jsonl").read_text().splitlines()]
+    assert (lines[-1]["step"], lines[-1]["steps"]) == (steps, steps)
+    assert lines[-1]["tokens_per_second"] > 0
+    config = json.loads((job.output / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(prefer, method, tmp_path, monkeypatch):
+    whole = prefer(method, checkpoints=3)
+    run_training(whole, time.monotonic())
+    broken = whole.model_copy(update={"output": tmp_path / "broken"})
+    broken.output.mkdir()
+
+    def breaking(job):
+        def on_step_begin(args, state, control, **_):
+            if state.global_step == 9:
+                raise KeyboardInterrupt
+
+        callback = reporter(job)
+        callback.on_step_begin = on_step_begin
+        return callback
+
+    reporter = training.reporter
+    monkeypatch.setattr(training, "reporter", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(broken, time.monotonic())
+    monkeypatch.undo()
+    assert list((broken.output / CHECKPOINTS).glob("checkpoint-*"))
+    result = run_training(broken, time.monotonic())
+    assert 0 < result.resumed_from <= 9
+    assert weights(broken) == weights(whole)
+
+
+def test_every_method_reads_the_same_tokens_and_is_measured_by_the_same_loss(prefer, job, tmp_path):
+    dataset = save(tmp_path / "sft", GOOD, GOOD[:8])
+    made = {}
+    for method in ("sft", "dpo", "kto"):
+        one = job if method == "sft" else prefer(method)
+        made[method] = trainer_of(one.model_copy(update={"dataset": dataset, "system_prompt": "Answer in JSON."}))
+    sft, dpo, kto = (made[method][0].train_dataset for method in ("sft", "dpo", "kto"))
+    learnt = [(row["input_ids"], sum(label != -100 for label in row["labels"])) for row in sft]
+    assert [(row["prompt_ids"] + row["chosen_ids"], len(row["chosen_ids"])) for row in dpo] == learnt
+    good = [(row["prompt_ids"] + row["completion_ids"], len(row["completion_ids"])) for row in kto if row["label"]]
+    assert sorted(good) == sorted(learnt)
+    losses = [_mean_loss(trainer, data.measure) for trainer, data in made.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_what_the_losses_are_made_of_is_what_was_set(prefer):
+    dpo, _ = trainer_of(prefer("dpo", beta=0.3, sft_weight=0.5))
+    assert (dpo.beta, dpo.loss_types, dpo.loss_weights, dpo.ref_model) == (0.3, ["sigmoid", "sft"], [1.0, 0.5], None)
+    plain, _ = trainer_of(prefer("dpo", sft_weight=0))
+    assert plain.loss_types == ["sigmoid"]
+    kto, _ = trainer_of(prefer("kto", beta=0.3))
+    assert (kto.beta, kto.desirable_weight, kto.undesirable_weight) == (0.3, 1.0, 2.0)  # 32 good, 16 bad
+
+
+def test_longer_answers_are_left_out_and_counted_whichever_of_a_pair_is_long(prefer):
+    long = {**PAIRS[0], "rejected": WRONG * 30}
+    _, data = trainer_of(prefer("dpo", [*PAIRS, long], max_length=128))
+    assert (len(data.train), data.too_long) == (32, 1)
+    with pytest.raises(TrainingError, match="nothing is left to train on by dpo: of 1 rows"):
+        trainer_of(prefer("dpo", [long], max_length=128))
+
+
+def test_what_cannot_be_trained_on_is_said(prefer, job, tmp_path):
+    with pytest.raises(TrainingError, match=r"32 good and 0 bad ones to train on; set method to sft"):
+        trainer_of(prefer("kto", LABELLED[:32]))
+    with pytest.raises(TrainingError, match="needs a batch_size of 2 or more, not 1"):
+        trainer_of(prefer("kto", batch_size=1))
+    with pytest.raises(TrainingError, match=r"method dpo needs .*nothing, which is not there; curate the data again"):
+        trainer_of(prefer("dpo").model_copy(update={"preferences": tmp_path / "nothing"}))
+    values = job.model_dump() | {"settings": {"method": "auto"}}
+    with pytest.raises(ValidationError, match=r"training\.methods\.choose"):
+        type(job).model_validate(values)
