@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training import unpadded
 from finetune_pipeline.training.callbacks import must_be_finite, reporter
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
@@ -89,12 +90,16 @@ def _trainer(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    trainer = SFTTrainer(
-        model=load_model(job, bfloat16),
+    model = load_model(job, bfloat16)
+    shared_rows = unpadded.fits(type(model), model.config)
+    if shared_rows:
+        model.set_attn_implementation(unpadded.register_attention())
+    trainer = (unpadded.trainer_class() if shared_rows else SFTTrainer)(
+        model=model,
         args=_config(job, steps, bfloat16),
         train_dataset=data.train,
         processing_class=tokens,
-        peft_config=lora(job.settings),
+        peft_config=lora(job.settings, model),
         callbacks=[reporter(job)],
     )
     # It would write a model card with every checkpoint, which nobody reads.
@@ -111,6 +116,8 @@ def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
     return SFTConfig(
         output_dir=str(job.output / CHECKPOINTS),
         completion_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True},  # tokens already
+        remove_unused_columns=False,
         max_length=None,  # longer examples were left out: cut ones would teach answers without an end
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
@@ -129,7 +136,7 @@ def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
         save_strategy="steps",
         save_steps=math.ceil(steps / settings.checkpoints),
         save_total_limit=2,
-        train_sampling_strategy="group_by_length",  # batches of like lengths: little of the work is padding
+        train_sampling_strategy="group_by_length",  # batches of like lengths: attention has little to fill up
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
@@ -148,13 +155,12 @@ def _mean_loss(trainer: "SFTTrainer", dataset: "Dataset") -> float:
     """Mean loss per completion token, whatever the batches are (the Trainer's own is a mean of means)."""
     import torch
 
-    prepared = trainer._prepare_dataset(dataset, trainer.processing_class, trainer.args, False, None, "measured")
     model = trainer.model.to(trainer.args.device).eval()
     total, tokens = 0.0, 0
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        for batch in trainer.get_eval_dataloader(prepared):
-            counted = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(model(**batch, use_cache=False).loss) * counted
+    with torch.no_grad(), trainer.accelerator.autocast():
+        for batch in trainer.get_eval_dataloader(dataset):
+            counted = int(trainer._get_num_items_in_batch([batch], trainer.args.device))
+            total += float(trainer.compute_loss(model, batch)) * counted
             tokens += counted
     model.train()
     return total / max(tokens, 1)
