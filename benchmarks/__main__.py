@@ -6,13 +6,14 @@ gateway       overhead of a request, tokens per second by clients, swaps under l
 loop          the whole loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
 setup         a fresh clone set up with empty and with warm package caches (about 10 minutes)
 store         recording events beside its peers; a million interactions (about 3 minutes)
+training      tokens per second and validation loss, beside TRL's plain recipe, in bfloat16 and float32
 
 Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 """
 
 import sys
 
-from benchmarks import adapter_swap, definitions, gateway, loop, setup, store
+from benchmarks import adapter_swap, definitions, gateway, loop, setup, store, training
 
 ALL = {
     "adapter_swap": adapter_swap.main,
@@ -21,6 +22,7 @@ ALL = {
     "loop": loop.main,
     "setup": setup.main,
     "store": store.main,
+    "training": training.main,
 }
 
 

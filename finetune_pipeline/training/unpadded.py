@@ -3,11 +3,10 @@
 All that looks at one token at a time, and so nearly all of the arithmetic, then sees text only. Attention looks at
 examples: it takes the row apart, one row for each example, and puts the result together again. Since it is causal and
 what fills a row up stands behind the text, no token sees another example or the filling. Positions begin anew in each
-example. The vocabulary is scored only where an answer's token is foretold, and TRL's entropy and accuracy of every step,
-which nobody reads, are left out.
+example. The vocabulary is scored only where an answer's token is foretold; TRL's entropy and accuracy of every step, which
+nobody reads, are left out.
 """
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.training.data import IGNORED
@@ -91,7 +90,7 @@ def _attention(
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    query, key, value = (_taken_apart(states, apart, together) for states in (query, key, value))
+    query, key, value = (_taken_apart(states, apart) for states in (query, key, value))
     longest = apart.shape[1]
     if _scores_as_a_matrix(query, longest, dropout):
         mixed = _by_matrices(query, key, value, scaling, sliding_window)
@@ -104,38 +103,13 @@ def _attention(
         states = (query.to(kind), key.to(kind), value.to(kind))
         mixed = sdpa_attention_forward(module, *states, window, dropout, scaling, is_causal=True)[0].to(query.dtype)
     rows = mixed.reshape(apart.numel(), *mixed.shape[2:])
-    return _moved(rows, together, apart.flatten())[None], None
+    return rows.index_select(0, together)[None], None
 
 
-def _taken_apart(states: "torch.Tensor", apart: "torch.Tensor", together: "torch.Tensor") -> "torch.Tensor":
+def _taken_apart(states: "torch.Tensor", apart: "torch.Tensor") -> "torch.Tensor":
     """(1, heads, tokens, size) as (examples, heads, longest, size)."""
-    moved = _moved(states.transpose(1, 2)[0], apart.flatten(), together)
+    moved = states.transpose(1, 2)[0].index_select(0, apart.flatten())
     return moved.view(*apart.shape, *moved.shape[1:]).transpose(1, 2)
-
-
-def _moved(rows: "torch.Tensor", places: "torch.Tensor", back: "torch.Tensor") -> "torch.Tensor":
-    """rows[places]; its gradient is found by the index that leads back, which is many times faster than adding up."""
-    moved: torch.Tensor = _move().apply(rows, places, back)
-    return moved
-
-
-@cache
-def _move() -> Any:
-    import torch
-
-    class Move(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, rows: torch.Tensor, places: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-            context.save_for_backward(back)
-            return rows.index_select(0, places)
-
-        @staticmethod
-        def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-            # What fills a row up has no gradient: nobody sees it, and its own result is dropped.
-            (back,) = context.saved_tensors
-            return gradients[0].index_select(0, back), None, None
-
-    return Move
 
 
 def _scores_as_a_matrix(query: "torch.Tensor", longest: int, dropout: float) -> bool:
