@@ -3,8 +3,8 @@
 All that looks at one token at a time, and so nearly all of the arithmetic, then sees text only. Attention looks at
 examples: it takes the row apart, one row for each example, and puts the result together again. Since it is causal and
 what fills a row up stands behind the text, no token sees another example or the filling. Positions begin anew in each
-example. The vocabulary is scored only where an answer's token is foretold; TRL's entropy and accuracy of every step, which
-nobody reads, are left out.
+example. The vocabulary is scored only where an answer's token is foretold; TRL's entropy and accuracy of every step,
+which nobody reads, are left out.
 """
 
 from typing import TYPE_CHECKING, Any
