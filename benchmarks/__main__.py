@@ -7,13 +7,14 @@ loop          the whole loop on the sample logs for three seeds: time, memory of
 methods       SFT, DPO and KTO on the sample logs, and where few answers are good (about half an hour)
 setup         a fresh clone set up with empty and with warm package caches (about 10 minutes)
 store         recording events beside its peers; a million interactions (about 3 minutes)
+training      tokens per second and validation loss, beside TRL's plain recipe, in bfloat16 and float32
 
 Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 """
 
 import sys
 
-from benchmarks import adapter_swap, definitions, gateway, loop, methods, setup, store
+from benchmarks import adapter_swap, definitions, gateway, loop, methods, setup, store, training
 
 ALL = {
     "adapter_swap": adapter_swap.main,
@@ -23,6 +24,7 @@ ALL = {
     "methods": methods.main,
     "setup": setup.main,
     "store": store.main,
+    "training": training.main,
 }
 
 

@@ -1,10 +1,14 @@
-"""The examples of a job, as the trainer takes them. Loads datasets and transformers."""
+"""The examples of a job as tokens, made once and kept beside the dataset. Loads datasets and transformers."""
 
+import errno
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_pipeline.artifacts import hash_file, hash_of, package_versions
 from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.training.job import TrainingError, TrainingJob
 from finetune_pipeline.training.sampling import by_reward
@@ -13,18 +17,25 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+IGNORED = -100
+"""The label of a token that is not learnt, as PyTorch and Hugging Face have it."""
+
 _COLUMNS = ("prompt", "history", "completion")
+_REWARD = "reward"
 _LOSS_SAMPLE = 256  # examples on which the loss is measured where there is no validation set
+_TOKENISED = ".tokenised"
+_FORM = 2  # of what lies there: another one is not read
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a job trains on."""
+    """What a job trains on: datasets of `input_ids`, `labels` (IGNORED on the prompt), `length` in tokens, and `reward`."""
 
     train: "Dataset"
     measure: "Dataset"  # on which the loss before and after is measured
     too_long: int
-    validates: bool = False  # whether `measure` is a validation set, or only a sample of what is trained on
+    validates: bool  # whether `measure` is a validation set, or only a sample of what is trained on
 
 
 def tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -35,60 +46,124 @@ def tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
-    """Read the dataset of a job.
+    """Read the dataset of a job, as tokens.
 
     Raises:
         TrainingError: it is not there, lacks a column, or every example is too long.
     """
-    from datasets import Dataset
-
-    weighted = job.settings.reward_weighted and job.settings.method == "sft"
-    rows = _split(job.dataset, "train", weighted)
-    train, too_long = _short_enough(rows, job, tokenizer)
-    if not train:
+    if not (job.dataset / "dataset_dict.json").is_file():
+        raise TrainingError(f"{job.dataset} holds no saved DatasetDict; make the dataset again")
+    whole = _tokenised(job, tokenizer, "train")
+    train = _short_enough(whole, job)
+    too_long = len(whole) - len(train)
+    if not len(train):
         raise TrainingError(
-            f"nothing is left to train on: {too_long} of {len(rows)} examples have more than "
+            f"nothing is left to train on: {too_long} of {len(whole)} examples have more than "
             f"{job.settings.max_length} tokens; raise max_length, or add examples"
         )
-    if weighted:  # decided here, so that a training that goes on sees what it saw before
-        train = [train[place] for place in by_reward([row.pop("reward") for row in train], job.settings.seed)]
-    validation, _ = _short_enough(_split(job.dataset, "validation"), job, tokenizer)
-    measure = validation or train[:_LOSS_SAMPLE]
-    return Data(Dataset.from_list(train), Dataset.from_list(measure), too_long, bool(validation))
+    validation = _short_enough(_tokenised(job, tokenizer, "validation"), job)
+    measure = validation if len(validation) else train.select(range(min(len(train), _LOSS_SAMPLE)))
+    if job.settings.reward_weighted and job.settings.method == "sft":
+        if None in train[_REWARD]:
+            raise TrainingError(f"{job.dataset / 'train'} lacks the column reward; make the dataset again")
+        # Decided here, so that a training that goes on sees what it saw before.
+        train = train.select(by_reward(train[_REWARD], job.settings.seed))
+    return Data(train, measure, too_long, bool(len(validation)))
 
 
-def _split(folder: Path, name: str, weighted: bool = False) -> list[dict[str, Any]]:
+def _short_enough(rows: "Dataset", job: TrainingJob) -> "Dataset":
+    kept = [index for index, length in enumerate(rows["length"]) if length <= job.settings.max_length]
+    return rows if len(kept) == len(rows) else rows.select(kept)
+
+
+def _tokenised(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase", split: str) -> "Dataset":
+    """A split as tokens: read where an earlier training of the same texts left it, else made and left there.
+
+    It lies within the dataset's own folder, so that who deletes the texts deletes the tokens too.
+    """
+    from datasets import load_from_disk
+
+    final = job.dataset / _TOKENISED / f"{split}-{_key(job, split)}"
+    if final.is_dir():
+        return load_from_disk(str(final))
+    made = _tokenise(_split(job.dataset, split), job.system_prompt, tokenizer)
+    if len(made):  # datasets cannot read an empty one back
+        _keep(made, final)
+    return made
+
+
+def _key(job: TrainingJob, split: str) -> str:
+    """Hash (16 hex digits) of all that decides the tokens: the rows, the system prompt, the tokenizer."""
+    files = sorted((job.dataset / split).glob("*.arrow"))
+    files += sorted(path for pattern in _TOKENIZER_FILES for path in job.base_model.glob(pattern))
+    hashes = {path.name: hash_file(path) for path in files}
+    return hash_of([_FORM, job.system_prompt, hashes, package_versions("transformers", "tokenizers")])[:16]
+
+
+def _keep(rows: "Dataset", final: Path) -> None:
+    """Write the tokens so that a kill leaves all of them or none. Where nothing can be written, they are made anew."""
+    try:
+        final.parent.mkdir(exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=final.parent))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return
+        raise
+    try:
+        rows.save_to_disk(draft)
+        draft.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster, and left the same
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _split(folder: Path, name: str) -> list[dict[str, Any]]:
     """The rows of a saved split; a missing one has none, and an empty one neither (datasets cannot read that back)."""
     from datasets import load_from_disk
 
-    if not (folder / "dataset_dict.json").is_file():
-        raise TrainingError(f"{folder} holds no saved DatasetDict; make the dataset again")
     state = folder / name / "state.json"
     if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         return []
     rows = load_from_disk(str(folder / name))
-    columns = [*_COLUMNS, *(["reward"] if weighted else [])]
-    missing = set(columns) - set(rows.column_names)
+    missing = set(_COLUMNS) - set(rows.column_names)
     if missing:
         raise TrainingError(f"{folder / name} lacks the column {' and '.join(sorted(missing))}; make the dataset again")
-    return list(rows.select_columns(columns))
+    return list(rows.select_columns([name for name in (*_COLUMNS, _REWARD) if name in rows.column_names]))
 
 
-def _short_enough(
-    rows: list[dict[str, Any]], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[dict[str, Any]], int]:
-    """TRL's conversational form of the rows that have at most max_length tokens, and the number of the others."""
-    examples: list[dict[str, Any]] = [
-        {
-            "prompt": chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]]),
-            "completion": [{"role": "assistant", "content": row["completion"]}],
-            **({"reward": row["reward"]} if "reward" in row else {}),
+def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+    from datasets import Dataset, Features, List, Value
+
+    kinds = {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "length": Value("int32"),
+        _REWARD: Value("float64"),
+    }
+    columns: dict[str, list[Any]] = {name: [] for name in kinds}
+    if rows:
+        prompts = [chat(system_prompt, r["prompt"], [Turn.model_validate(turn) for turn in r["history"]]) for r in rows]
+        answers = [{"role": "assistant", "content": row["completion"]} for row in rows]
+        asked = _ids(tokenizer, prompts, add_generation_prompt=True)
+        both = _ids(tokenizer, [[*prompt, answer] for prompt, answer in zip(prompts, answers, strict=True)])
+        columns = {
+            "input_ids": both,
+            "labels": [_labels(prompt, ids) for prompt, ids in zip(asked, both, strict=True)],
+            "length": [len(ids) for ids in both],
+            _REWARD: [row.get(_REWARD) for row in rows],
         }
-        for row in rows
-    ]
-    if not examples:
-        return [], 0
-    texts = tokenizer.apply_chat_template([e["prompt"] + e["completion"] for e in examples], tokenize=False)
-    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    kept = [e for e, ids in zip(examples, tokens, strict=True) if len(ids) <= job.settings.max_length]
-    return kept, len(examples) - len(kept)
+    return Dataset.from_dict(columns, Features(kinds))
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", chats: list[Any], *, add_generation_prompt: bool = False) -> Any:
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _labels(prompt: list[int], ids: list[int]) -> list[int]:
+    """The tokens to learn: those after the prompt, or from where a template or tokenizer writes it in another way."""
+    same = next((place for place, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), None)
+    start = max(len(prompt) if same is None else same, 1)  # nothing stands before the first token to predict it from
+    return [IGNORED] * start + ids[start:]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.job import ADAPTER, TrainingJob
+from finetune_pipeline.training.job import ADAPTER, TrainingError, TrainingJob
 from finetune_pipeline.training.process import peak_resident_bytes
 
 _SMALL_BATCH = 16  # below it, bfloat16 autocast gains nothing on a CPU
@@ -24,22 +24,15 @@ def bfloat16_is_faster(batch_size: int) -> bool:
 
 
 def load_model(job: TrainingJob, bfloat16: bool) -> Any:
-    """The base model, with the adapter of the job that training goes on from, if there is one."""
-    base = _base(job, bfloat16)
-    if job.initial_adapter is None:
-        return base
-    from peft import PeftModel
+    """The base model's frozen weights: in bfloat16 if that is what is computed in, 4-bit with qlora.
 
-    return PeftModel.from_pretrained(base, job.initial_adapter, is_trainable=True, use_safetensors=True)
-
-
-def _base(job: TrainingJob, bfloat16: bool) -> Any:
-    """The base model's weights: full precision on a CPU, bfloat16 on a GPU, 4-bit with qlora."""
+    Frozen float32 weights would be cast anew in every step: autocast remembers a cast of trained weights only.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     gpu = torch.cuda.is_available()
-    kind = torch.bfloat16 if gpu and bfloat16 else torch.float32
+    kind = torch.bfloat16 if bfloat16 else torch.float32
     arguments: dict[str, Any] = {"dtype": kind, "use_safetensors": True, "trust_remote_code": False}
     if job.settings.adapter == "lora":
         return AutoModelForCausalLM.from_pretrained(job.base_model, **arguments)
@@ -69,24 +62,44 @@ def _keep_weights_as_they_are(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def lora(settings: TrainingSettings, vocabulary: int) -> Any:
-    """The configuration of a new adapter, as PEFT takes it.
+def with_adapter(base: Any, job: TrainingJob) -> Any:
+    """The base model, with the adapter on it that the job's training goes on from, if there is one."""
+    if job.initial_adapter is None:
+        return base
+    from peft import PeftModel
 
-    Args:
-        vocabulary: number of tokens that the base model has.
+    return PeftModel.from_pretrained(base, job.initial_adapter, is_trainable=True, use_safetensors=True)
+
+
+def lora(settings: TrainingSettings, model: Any) -> Any:
+    """The configuration of a new adapter over a model, as PEFT takes it.
+
+    Raises:
+        TrainingError: a token whose embedding is to be trained is not in the model's vocabulary.
     """
     from peft import LoraConfig
 
-    tokens = settings.trainable_token_indices
-
+    targets = settings.target_modules
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules="all-linear" if settings.target_modules == "all-linear" else list(settings.target_modules),
-        trainable_token_indices=list(range(vocabulary) if tokens == "all" else tokens) or None,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        trainable_token_indices=_trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _trained_tokens(settings: TrainingSettings, vocabulary: int) -> list[int]:
+    if settings.trainable_token_indices == "all":
+        return list(range(vocabulary))
+    unknown = [token for token in settings.trainable_token_indices if not 0 <= token < vocabulary]
+    if unknown:
+        raise TrainingError(
+            f"trainable_token_indices names {', '.join(map(str, unknown))}, but the base model's tokens have the ids 0 "
+            f"to {vocabulary - 1}"
+        )
+    return sorted(set(settings.trainable_token_indices))
 
 
 def save_adapter(model: Any, job: TrainingJob) -> None:

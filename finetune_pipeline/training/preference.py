@@ -15,7 +15,7 @@ from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.data import Data
 from finetune_pipeline.training.job import TrainingError, TrainingJob
-from finetune_pipeline.training.model import load_model, lora
+from finetune_pipeline.training.model import load_model, lora, with_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,12 +74,13 @@ def preference_trainer(
         kind, config = DPOTrainer, DPOConfig(**shared, **_dpo(job.settings))
     else:
         kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, train["label"]))
+    base = load_model(job, bfloat16)
     return kind(
-        model=load_model(job, bfloat16),
+        model=with_adapter(base, job),
         args=config,
         train_dataset=train,
         processing_class=tokens,
-        peft_config=None if job.initial_adapter else lora(job.settings, len(tokens)),
+        peft_config=None if job.initial_adapter else lora(job.settings, base),
         callbacks=callbacks,
     )
 

@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training import unpadded
 from finetune_pipeline.training.callbacks import VALIDATION_LOSS, must_be_finite, reporter, validator
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult, ValidationPoint
-from finetune_pipeline.training.model import bfloat16_is_faster, load_model, lora, peak_memory, save_adapter
+from finetune_pipeline.training.model import (
+    bfloat16_is_faster,
+    load_model,
+    lora,
+    peak_memory,
+    save_adapter,
+    with_adapter,
+)
 from finetune_pipeline.training.preference import load_preferences, mean_loss, preference_trainer
 
 if TYPE_CHECKING:
@@ -111,18 +119,24 @@ def _sft_trainer(
 ) -> "SFTTrainer":
     from trl import SFTConfig, SFTTrainer
 
+    base = load_model(job, bfloat16)
+    shared_rows = unpadded.fits(type(base), base.config)
+    if shared_rows:
+        base.set_attn_implementation(unpadded.register_attention())
     config = SFTConfig(
         **arguments,
         completion_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True},  # tokens already
+        remove_unused_columns=False,
         max_length=None,  # longer examples were left out: cut ones would teach answers without an end
-        train_sampling_strategy="group_by_length",  # batches of like lengths: little of the work is padding
+        train_sampling_strategy="group_by_length",  # batches of like lengths: attention has little to fill up
     )
-    return SFTTrainer(
-        model=load_model(job, bfloat16),
+    return (unpadded.trainer_class() if shared_rows else SFTTrainer)(
+        model=with_adapter(base, job),
         args=config,
         train_dataset=data.train,
         processing_class=tokens,
-        peft_config=None if job.initial_adapter else lora(job.settings, len(tokens)),
+        peft_config=None if job.initial_adapter else lora(job.settings, base),
         callbacks=[reporter(job)],
     )
 
@@ -182,13 +196,12 @@ def _mean_loss(trainer: "Trainer", dataset: "Dataset") -> float:
 
     if not isinstance(trainer, SFTTrainer):
         return mean_loss(trainer, dataset)
-    prepared = trainer._prepare_dataset(dataset, trainer.processing_class, trainer.args, False, None, "measured")
     model = trainer.model.to(trainer.args.device).eval()
     total, tokens = 0.0, 0
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        for batch in trainer.get_eval_dataloader(prepared):
-            counted = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(model(**batch, use_cache=False).loss) * counted
+    with torch.no_grad(), trainer.accelerator.autocast():
+        for batch in trainer.get_eval_dataloader(dataset):
+            counted = int(trainer._get_num_items_in_batch([batch], trainer.args.device))
+            total += float(trainer.compute_loss(model, batch)) * counted
             tokens += counted
     model.train()
     return total / max(tokens, 1)

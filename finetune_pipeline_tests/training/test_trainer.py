@@ -7,7 +7,8 @@ import pytest
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from finetune_pipeline.training.data import load, tokenizer
+from finetune_pipeline.training import data as data_module
+from finetune_pipeline.training.data import IGNORED, load, tokenizer
 from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.model import load_model, lora
@@ -69,16 +70,24 @@ def test_the_loss_counts_the_answer_only(job):
 def test_the_system_prompt_stands_before_every_prompt(job):
     tokens = tokenizer(job.base_model)
     data = load(job.model_copy(update={"system_prompt": "Answer in JSON."}), tokens)
-    assert [message["role"] for message in data.train[0]["prompt"]] == ["system", "user"]
+    turns = [
+        {"role": "system", "content": "Answer in JSON."},
+        {"role": "user", "content": "wall of 100 mm"},
+        {"role": "assistant", "content": json.dumps({"thickness_mm": 100})},
+    ]
+    assert tokens.decode(data.train[0]["input_ids"]) == tokens.apply_chat_template(turns, tokenize=False)
 
 
 def test_what_was_said_before_the_prompt_is_trained_on_as_it_is_served(job, tmp_path):
     turns = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
     row = {"prompt": "150 mm", "history": turns, "completion": "{}"}
     dataset = save(tmp_path / "d", [row])
-    data = load(job.model_copy(update={"system_prompt": "Be short.", "dataset": dataset}), tokenizer(job.base_model))
-    (prompt,) = data.train["prompt"]
-    assert prompt == [{"role": "system", "content": "Be short."}, *turns, {"role": "user", "content": "150 mm"}]
+    tokens = tokenizer(job.base_model)
+    data = load(job.model_copy(update={"system_prompt": "Be short.", "dataset": dataset}), tokens)
+    asked = [{"role": "system", "content": "Be short."}, *turns, {"role": "user", "content": "150 mm"}]
+    served = tokens.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    (row,) = data.train
+    assert tokens.decode(row["input_ids"][: row["labels"].count(IGNORED)]) == served
 
 
 def test_a_conversation_of_a_file_without_histories_is_refused(job, tmp_path):
@@ -104,7 +113,60 @@ def test_when_every_example_is_too_long_the_error_says_so(job):
 def test_without_validation_the_loss_is_measured_on_the_training_examples(job, tmp_path):
     dataset = save(tmp_path / "d", rows(16))
     data = load(job.model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
-    assert data.measure["completion"] == data.train["completion"]
+    assert data.measure["input_ids"] == data.train["input_ids"]
+
+
+def test_texts_are_tokenised_once_for_all_trainings_of_them(job, tmp_path, monkeypatch):
+    dataset = save(tmp_path / "d", rows(16), rows(4, 50))
+    first = job.model_copy(update={"dataset": dataset})
+    made = load(first, tokenizer(job.base_model))
+    with monkeypatch.context() as patched:
+        patched.setattr(data_module, "_tokenise", None)  # another seed, another length, a retry
+        again = load(with_settings(first, seed=5, max_length=500), tokenizer(job.base_model))
+    assert again.train["input_ids"] == made.train["input_ids"]
+    assert again.measure["labels"] == made.measure["labels"]
+    other = load(first.model_copy(update={"system_prompt": "Be short."}), tokenizer(job.base_model))
+    assert other.train[0]["length"] > made.train[0]["length"]
+    save(dataset, rows(16, 500), rows(4, 50))
+    changed = load(first, tokenizer(job.base_model))
+    assert changed.train["input_ids"] != made.train["input_ids"]
+
+
+def test_tokens_half_written_by_a_killed_training_are_not_read(job, tmp_path):
+    dataset = save(tmp_path / "d", rows(16), rows(4, 50))
+    job = job.model_copy(update={"dataset": dataset})
+    made = load(job, tokenizer(job.base_model))
+    for folder in (dataset / ".tokenised").iterdir():
+        folder.rename(folder.with_name(f".draft-{folder.name}"))
+    assert load(job, tokenizer(job.base_model)).train["input_ids"] == made.train["input_ids"]
+
+
+def test_trained_embeddings_lie_in_the_adapter_and_come_back_from_it(job):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    token = tokenizer(job.base_model)("7", add_special_tokens=False)["input_ids"][-1]
+    train_here(with_settings(job, trainable_token_indices=(token,), target_modules=("q_proj",), epochs=1))
+    base = AutoModelForCausalLM.from_pretrained(job.base_model)
+    before = base.get_input_embeddings().weight.detach().clone()
+    merged = PeftModel.from_pretrained(base, job.output / "adapter").merge_and_unload()
+    changed = (merged.get_input_embeddings().weight != before).any(dim=1).nonzero().flatten()
+    assert changed.tolist() == [token]
+    assert torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight)  # tied, as in the base
+    config = json.loads((job.output / "adapter" / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["trainable_token_indices"]) == (["q_proj"], [token])
+
+
+def test_all_embeddings_can_be_trained(job):
+    train_here(with_settings(job, trainable_token_indices="all", epochs=1))
+    config = json.loads((job.output / "adapter" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == list(range(len(tokenizer(job.base_model))))
+
+
+def test_a_token_that_the_base_does_not_have_is_refused(job):
+    with pytest.raises(TrainingError, match="names 99999, but the base model's tokens have the ids 0 to"):
+        train_here(with_settings(job, trainable_token_indices=(99999,)))
 
 
 def test_a_dataset_that_is_not_there_is_an_error_that_says_so(job, tmp_path):

@@ -1,0 +1,230 @@
+"""Supervised training of the starter model, beside the plain recipe of TRL's documentation.
+
+Both train in fresh processes on the default loop's data (sample logs and replay), for the same epochs and with the same
+environment: this project's trainer with the default loop's settings, and `SFTTrainer` with the defaults of `SFTConfig`
+(batch 8, gradient checkpointing), once with TRL's bare `LoraConfig()` (rank 8 on query and value, a smaller adapter),
+once with the loop's adapter. Each takes the learning rate of a small grid that gives it the lowest validation loss,
+found in bfloat16; with that come the timings, all in turn.
+
+tokens per second   of text, without padding, over the training loop's time; by CPU time it is steadier beside others
+validation loss     mean per answer token, of the saved adapter in float32, by one piece of code for all
+share of peak       (4 x weights of the layers' matrices + 6 x weights of the adapter) x tokens + 4 x output matrix x
+                    answers' tokens, by the time, of the rate of a 2048 x 2048 matrix product. That is what the
+                    mathematics needs: frozen weights have no gradient, computing activations twice is no work done.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import publish
+from finetune_pipeline.settings import PROJECT_ROOT
+
+EPOCHS = 2
+REPETITIONS = 3
+RATES = {"ours": (2e-3, 4e-3, 6e-3), "trl": (5e-3, 1e-2), "trl, our adapter": (2e-3, 4e-3)}
+AIMS = {"bfloat16": 2.0, "float32": 1.4}
+PRODUCT = 2048
+BASE = PROJECT_ROOT / "data" / "starter_model"
+
+
+def main() -> None:
+    """Choose the rates, then measure in turn."""
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as home:
+        os.environ |= {"FINETUNE_HOME": home, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        dataset = _dataset()
+        peak = _in_a_process("peak")
+        tuning = {
+            recipe: {rate: _in_a_process("train", recipe, "bfloat16", str(rate), dataset)["loss"] for rate in rates}
+            for recipe, rates in RATES.items()
+        }
+        chosen = {recipe: min(losses, key=lambda rate: losses[rate]) for recipe, losses in tuning.items()}
+        runs: dict[str, dict[str, list[dict[str, float]]]] = {kind: {r: [] for r in RATES} for kind in AIMS}
+        for kind in AIMS:
+            for _ in range(REPETITIONS):
+                for recipe, rate in chosen.items():
+                    runs[kind][recipe].append(_in_a_process("train", recipe, kind, str(rate), dataset))
+    _tell(runs, peak, tuning, chosen)
+
+
+def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, float]) -> None:
+    rows, medians = [], {}
+    for kind, aim in AIMS.items():
+        median = {
+            recipe: {name: statistics.median(run[name] for run in each) for name in each[0]}
+            for recipe, each in runs[kind].items()
+        }
+        medians[kind] = median
+        for recipe, own in median.items():
+            wall, cpu = (median["ours"][name] / own[name] for name in ("per_second", "per_cpu_second"))
+            share = own["flops"] * own["per_second"] / own["tokens"] / peak[kind]
+            rows.append(
+                [
+                    kind, recipe, f"{chosen[recipe]:g}", f"{own['loss']:.4f}", f"{own['per_second']:,.0f}",
+                    f"{own['per_cpu_second']:,.0f}", f"{share:.0%} of {peak[kind] / 1e9:.0f} GFLOP/s",
+                    "" if recipe == "ours" else f"{wall:.2f}x ({cpu:.2f}x by CPU time), aim {aim}x",
+                ]
+            )  # fmt: skip
+    headings = [
+        "",
+        "recipe",
+        "learning rate",
+        "validation loss",
+        "tokens/s",
+        "by CPU second",
+        "share of peak",
+        "ours is",
+    ]
+    figures = {"epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
+    publish("training", headings, rows, figures)
+
+
+def _dataset() -> str:
+    """The default loop's own dataset, from the sample logs."""
+    command = ["-m", "dagster", "asset", "materialize", "--select", "raw_logs,curated_dataset"]
+    env = {**os.environ, "DAGSTER_HOME": os.environ["FINETUNE_HOME"]}
+    subprocess.run(
+        [sys.executable, *command, "-m", "finetune_pipeline.definitions"], check=True, env=env, capture_output=True
+    )
+    (folder,) = Path(os.environ["FINETUNE_HOME"]).glob("artifacts/aec_parser/curated_dataset/*/dataset")
+    return str(folder)
+
+
+def _in_a_process(*arguments: str) -> Any:
+    command = [sys.executable, "-m", "benchmarks.training", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{ran.stderr[-3000:]}")
+    found = json.loads(ran.stdout.splitlines()[-1])
+    print(arguments[:4], found, file=sys.stderr)
+    return found
+
+
+def peak() -> dict[str, float]:
+    """Operations a second of the fastest of five products of two matrices, for each type."""
+    import torch
+
+    rates = {}
+    for kind in AIMS:
+        one, other = (torch.randn(PRODUCT, PRODUCT).to(getattr(torch, kind)) for _ in range(2))
+        seconds = []
+        for _ in range(6):
+            began = time.perf_counter()
+            one @ other
+            seconds.append(time.perf_counter() - began)
+        rates[kind] = 2 * PRODUCT**3 / min(seconds[1:])
+    return rates
+
+
+def train(recipe: str, kind: str, rate: str, dataset: str) -> dict[str, float]:
+    """One training: its text, its time, and the validation loss of what it left."""
+    from finetune_pipeline.settings import load_loop
+    from finetune_pipeline.training.data import load, tokenizer
+    from finetune_pipeline.training.job import TrainingJob
+
+    output = Path(tempfile.mkdtemp(prefix="training-", dir=os.environ["FINETUNE_HOME"]))
+    changes = {"learning_rate": float(rate), "epochs": EPOCHS, "bfloat16": kind == "bfloat16"}
+    settings = load_loop("aec_parser").training.model_copy(update=changes)
+    job = TrainingJob(base_model=BASE, dataset=Path(dataset), output=output, settings=settings)
+    data = load(job, tokenizer(BASE))
+    text = EPOCHS * sum(data.train["length"])
+    answers = EPOCHS * sum(label != -100 for labels in data.train["labels"] for label in labels)
+    seconds, cpu = _ours(job, data) if recipe == "ours" else _trl(job, recipe)
+    loss, layers, adapter, output_matrix = _judged(output / "adapter", data.measure)
+    flops = (4 * layers + 6 * adapter) * text + 4 * output_matrix * answers
+    shutil.rmtree(output)
+    figures = {"seconds": seconds, "per_second": text / seconds, "per_cpu_second": text / cpu}
+    return {"loss": loss, "tokens": text, "flops": flops, **figures}
+
+
+def _ours(job: Any, data: Any) -> tuple[float, float]:
+    """Wall and CPU seconds of the loop of the project's own trainer, as a training of the loop calls it."""
+    from finetune_pipeline.training import trainer as own
+    from finetune_pipeline.training.data import tokenizer
+    from finetune_pipeline.training.model import bfloat16_is_faster, save_adapter
+
+    bfloat16 = job.settings.bfloat16 and bfloat16_is_faster(job.settings.batch_size)
+    steps = own._steps(len(data.train), job.settings)
+    trainer = own._trainer(job, data, tokenizer(job.base_model), steps, bfloat16)
+    seconds = _timed(trainer)
+    save_adapter(trainer.model, job)
+    return seconds
+
+
+def _trl(job: Any, recipe: str) -> tuple[float, float]:
+    """The same of TRL's documented recipe: a model by its path, a dataset of chats, defaults."""
+    from datasets import load_from_disk
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    rows = load_from_disk(str(job.dataset / "train"))
+    chats = rows.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        },
+        remove_columns=rows.column_names,
+    )
+    settings = job.settings
+    loops = LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear")
+    trainer = SFTTrainer(
+        model=str(BASE),
+        args=SFTConfig(
+            output_dir=str(job.output),
+            learning_rate=settings.learning_rate,
+            num_train_epochs=settings.epochs,
+            bf16=settings.bfloat16,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=chats,
+        processing_class=AutoTokenizer.from_pretrained(BASE),
+        peft_config=LoraConfig() if recipe == "trl" else loops,
+    )
+    seconds = _timed(trainer)
+    trainer.model.save_pretrained(job.output / "adapter")
+    return seconds
+
+
+def _timed(trainer: Any) -> tuple[float, float]:
+    began, cpu = time.perf_counter(), time.process_time()
+    trainer.train()
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def _judged(adapter: Path, rows: Any) -> tuple[float, int, int, int]:
+    """Mean loss per answer token of base and adapter in float32; weights of layers, adapter and output."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    output = base.get_output_embeddings().weight.numel()
+    layers = sum(part.weight.numel() for part in base.model.modules() if isinstance(part, torch.nn.Linear))
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    extra = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
+    total, answers = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            labels = torch.tensor(row["labels"][1:])
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+            answers += int((labels != -100).sum())
+    return total / answers, layers, extra, output
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        print(json.dumps({"peak": peak, "train": train}[sys.argv[1]](*sys.argv[2:])))

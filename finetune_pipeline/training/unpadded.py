@@ -1,0 +1,184 @@
+"""Steps without padding: the examples of a batch lie one after the other in one row. Loads torch, transformers and trl.
+
+All that looks at one token at a time, and so nearly all of the arithmetic, then sees text only. Attention looks at
+examples: it takes the row apart, one row for each example, and puts the result together again. Since it is causal and
+what fills a row up stands behind the text, no token sees another example or the filling. Positions begin anew in each
+example. The vocabulary is scored only where an answer's token is foretold; TRL's entropy and accuracy of every step,
+which nobody reads, are left out.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from finetune_pipeline.training.data import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+    from trl import SFTTrainer
+
+ATTENTION = "within_each_example"
+"""The name under which transformers knows the attention that takes rows apart."""
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_SHORT = 256  # tokens, below which scores fit into memory as a matrix
+
+
+def fits(model_class: Any, config: "PretrainedConfig") -> bool:
+    """Whether examples of this architecture can share a row: its layers mix tokens by plain causal attention alone."""
+    text = config.get_text_config()
+    return bool(
+        getattr(model_class, "_supports_attention_backend", False)
+        and set(getattr(text, "layer_types", None) or ()) <= _KNOWN_LAYERS
+        and not getattr(text, "attn_logit_softcapping", None)
+    )
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of all examples, and where in it each of them lies.
+
+    Args:
+        examples: each with `input_ids` and `labels` of the same length.
+
+    Returns:
+        input_ids, position_ids: of shape (1, tokens).
+        apart: (examples, longest), for each place of an example its place in the row; 0 behind its end.
+        together: (tokens), for each place in the row its place in `apart`, flattened.
+        logits_to_keep: (answers), the places from which an answer's token is foretold.
+        labels: (1, answers), those tokens.
+    """
+    import torch
+
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    places = torch.arange(int(lengths.max()))
+    filled = places < lengths[:, None]
+    starts = lengths.cumsum(0) - lengths
+    labels = torch.tensor([label for example in examples for label in [*example["labels"][1:], IGNORED]])
+    keep = (labels != IGNORED).nonzero()[:, 0]
+    return {
+        "input_ids": torch.tensor([[token for example in examples for token in example["input_ids"]]]),
+        "position_ids": places.expand(filled.shape)[filled][None],
+        "apart": (starts[:, None] + places) * filled,
+        "together": filled.flatten().nonzero()[:, 0],
+        "logits_to_keep": keep,
+        "labels": labels[keep][None],
+    }
+
+
+def register_attention() -> str:
+    """Tell transformers of the attention, and return its name for `attn_implementation`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    return ATTENTION
+
+
+def _attention(
+    module: Any,
+    query: "torch.Tensor",
+    key: "torch.Tensor",
+    value: "torch.Tensor",
+    attention_mask: None,
+    *,
+    apart: "torch.Tensor",
+    together: "torch.Tensor",
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> "tuple[torch.Tensor, None]":
+    """Attention of the one row (1, heads, tokens, size), within each example; as transformers calls it."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    query, key, value = (_taken_apart(states, apart) for states in (query, key, value))
+    longest = apart.shape[1]
+    if _scores_as_a_matrix(query, longest, dropout):
+        mixed = _by_matrices(query, key, value, scaling, sliding_window)
+    else:
+        window = None
+        if sliding_window is not None and sliding_window < longest:
+            window = _seen(longest, sliding_window, query.device)[None, None]
+        # On a CPU the kernel for bfloat16 is slower than the one for float32.
+        kind = torch.float32 if query.device.type == "cpu" else query.dtype
+        states = (query.to(kind), key.to(kind), value.to(kind))
+        mixed = sdpa_attention_forward(module, *states, window, dropout, scaling, is_causal=True)[0].to(query.dtype)
+    rows = mixed.reshape(apart.numel(), *mixed.shape[2:])
+    return rows.index_select(0, together)[None], None
+
+
+def _taken_apart(states: "torch.Tensor", apart: "torch.Tensor") -> "torch.Tensor":
+    """(1, heads, tokens, size) as (examples, heads, longest, size)."""
+    moved = states.transpose(1, 2)[0].index_select(0, apart.flatten())
+    return moved.view(*apart.shape, *moved.shape[1:]).transpose(1, 2)
+
+
+def _scores_as_a_matrix(query: "torch.Tensor", longest: int, dropout: float) -> bool:
+    """On a CPU, in bfloat16 and on short rows, plain matrix products are three times faster than the fused kernel."""
+    import torch
+
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and longest <= _SHORT and not dropout
+
+
+def _by_matrices(
+    query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor", scaling: float, window: int | None
+) -> "torch.Tensor":
+    """Attention with its scores written out; the heads that share a key are laid one below the other."""
+    import torch
+
+    examples, heads, longest, size = query.shape
+    shared = heads // key.shape[1]
+    query = query.reshape(-1, shared * longest, size)
+    key, value = key.reshape(-1, longest, size), value.reshape(-1, longest, value.shape[-1])
+    hidden = torch.zeros(longest, longest, dtype=query.dtype, device=query.device)
+    hidden = hidden.masked_fill(~_seen(longest, window, query.device), float("-inf")).repeat(shared, 1)
+    scores = torch.baddbmm(hidden[None], query, key.transpose(1, 2), alpha=scaling)
+    mixed = scores.softmax(-1).to(value.dtype) @ value
+    return mixed.view(examples, heads, longest, -1).transpose(1, 2)
+
+
+def _seen(longest: int, window: int | None, device: "torch.device") -> "torch.Tensor":
+    """Which token (row) sees which (column): itself and those before it, within the window if there is one."""
+    import torch
+
+    seen = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def answer_loss(outputs: Any, labels: "torch.Tensor", num_items_in_batch: "torch.Tensor | None" = None) -> Any:
+    """Cross entropy of a batch of `collate`: summed over the answers' tokens, by their number in the whole update."""
+    from torch.nn.functional import cross_entropy
+
+    total = cross_entropy(outputs.logits[0].float(), labels[0], reduction="sum")
+    return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+def trainer_class() -> "type[SFTTrainer]":
+    """TRL's SFTTrainer for batches of `collate`."""
+    from transformers import Trainer
+    from trl import SFTTrainer
+
+    class UnpaddedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(data_collator=collate, compute_loss_func=answer_loss, **arguments)
+            self._loss_shifts_labels = False  # they are the next tokens already
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            inputs.pop("_prediction_loss_only", None)
+            if self.model.training:
+                tokens = self.args.device, inputs["input_ids"].numel()
+                self._total_train_tokens += _over_all_processes(self.accelerator, *tokens)
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            inputs["use_cache"] = False
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    return UnpaddedTrainer
+
+
+def _over_all_processes(accelerator: Any, device: Any, count: int) -> int:
+    import torch
+
+    if accelerator.num_processes == 1:
+        return count
+    return int(accelerator.gather(torch.tensor([count], device=device)).sum())
