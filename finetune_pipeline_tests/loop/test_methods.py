@@ -55,7 +55,7 @@ def test_auto_is_resolved_before_the_training_and_the_adapter_says_why(make_loop
     made = adapter(loop, loop.training, held, lambda _: None, told.append)
     manifest = made.manifest
     assert manifest.method == "kto"
-    assert manifest.method_reason.startswith("kto: 6 answers found good (6 of them corrections) and 23 found bad, ")
+    assert manifest.method_reason.startswith("kto: 6 answers found good (6 of them corrections) and 23 found bad; ")
     assert told[0] == f"trains by {manifest.method_reason}"
     assert training_run(manifest, "run").method == "kto, lora"
     by_hand = loop.training.model_copy(update={"method": "kto"})
