@@ -28,7 +28,9 @@ from finetune_pipeline.training.job import TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
 
 LOOP = DEFS_FOLDER / "aec_parser" / "defs.yaml"
-FEW = 24
+CORRECTIONS = {"thumbs": 0, "fewest": 8, "few": 24, "all": None}
+"""How many answers of the logs stay corrected. Of the others it is only known that they are bad, and with none of them
+corrected, those that people found good as they were are the good ones."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,17 @@ class Case:
         return "-".join([self.data, self.name, *(f"{key}={value}" for key, value in self.settings.items())])
 
 
-# dpo has fewer rows than sft (no replayed ones), and gets more epochs, so that both make about as many updates.
+# dpo has fewer rows than sft (no replayed ones): where there are few, it gets more epochs, and so as many updates.
 CASES = [
+    Case("thumbs", "sft", {"learning_rate": 2e-3}),
+    Case("thumbs", "kto", {"method": "kto", "learning_rate": 3e-4}),
+    Case("fewest", "sft", {"learning_rate": 2e-3, "epochs": 12}),
+    Case("fewest", "kto", {"method": "kto", "learning_rate": 3e-4}),
     Case("few", "sft", {"learning_rate": 2e-3, "epochs": 12}),
     Case("few", "dpo", {"method": "dpo", "learning_rate": 2e-3, "epochs": 24}),
     Case("few", "kto", {"method": "kto", "learning_rate": 3e-4}),
     Case("all", "sft", {"learning_rate": 2e-3}),
-    Case("all", "dpo", {"method": "dpo", "learning_rate": 2e-3, "epochs": 10}),
-    Case("all", "kto", {"method": "kto", "learning_rate": 3e-4}),
-    Case("few", "kto", {"method": "kto", "learning_rate": 1e-3}),
-    Case("all", "sft, reward-weighted", {"learning_rate": 2e-3, "reward_weighted": True}),
-    Case("all", "dpo", {"method": "dpo", "learning_rate": 4e-3, "epochs": 10}),
+    Case("all", "dpo", {"method": "dpo", "learning_rate": 1e-3}),
 ]
 
 
@@ -63,7 +65,7 @@ def main() -> None:
     """Train and measure every case."""
     loop = read_loop(LOOP)
     folder = home() / "benchmarks" / "methods"
-    held = {"all": _write(loop, folder / "data-all"), "few": _write(loop, folder / "data-few", FEW)}
+    held = {name: _write(loop, folder / f"data-{name}", corrections) for name, corrections in CORRECTIONS.items()}
     base = _measure(loop, export(resolve_base_model(loop.base_model), None, folder / "base", F16).full)
     cases = [_run(loop, case, folder) for case in CASES]
     rows = [["", "the base model", "", "", "", *_cells(base)], *(_row(case) for case in cases)]
@@ -81,25 +83,26 @@ def main() -> None:
     publish("methods", headings, rows, {"data": held, "base": base, "cases": cases})
 
 
-def _write(loop: LoopSettings, folder: Path, few: int | None = None) -> dict[str, int]:
-    """The dataset of the sample logs; with `few`, of so many corrections and all that was found bad."""
+def _write(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[str, int]:
+    """The dataset of the sample logs; with `corrections`, of so many of them and all that was found bad."""
     database = connect()
     ingest(loop, database, print)
     logs, _ = snapshot(loop, database)
     examples = list(taught(logs))
-    if few is not None:
-        examples = _few(examples, few)
+    if corrections is not None:
+        examples = _few(examples, corrections)
     curated = curate(examples, reading.replay(loop), reading.policy(loop), identity)
     write_dataset(curated, folder, loop.system_prompt)
     return _counts(curated)
 
 
 def _few(examples: list[Example], corrections: int) -> list[Example]:
-    """So many corrections; of all others that were corrected, what the model said, as answers found bad."""
+    """So many corrections, or else what was good as it was; what the model said where others were, as found bad."""
     corrected = sorted((e for e in examples if e.corrected), key=lambda example: str(example.interaction_id))
     changes = {"corrected": False, "confirmed": False, "reward": -1.0}
     wrong = [e.model_copy(update={**changes, "target": e.output}) for e in corrected[corrections:]]
-    return [*corrected[:corrections], *wrong, *(example for example in examples if example.reward < 0)]
+    good = corrected[:corrections] or [e for e in examples if e.reward > 0 and not e.corrected]
+    return [*good, *wrong, *(example for example in examples if example.reward < 0)]
 
 
 def _counts(curated: Curated) -> dict[str, int]:
@@ -130,7 +133,7 @@ def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:
 
 
 def _told(result: TrainingResult) -> dict[str, Any]:
-    return result.model_dump(include={"steps", "examples", "loss_before", "loss_after", "wall_seconds"})
+    return result.model_dump(include={"steps", "examples", "loss_before", "loss_after"})
 
 
 def _measure(loop: LoopSettings, gguf: Path) -> dict[str, float]:

@@ -201,7 +201,7 @@ class DatasetManifest(Manifest):
     validation: int
     replayed: int = Field(description="Of train: examples mixed in against forgetting.")
     left_out: dict[str, int] = Field(description="Reason -> examples.")
-    redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places where it was replaced.")
+    redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places of the training set.")
     near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")
     # What is beside the training set, without its validation split. An older dataset has none of it.
     pairs: int = Field(default=0, description="Corrected answers with what the model had said instead.")

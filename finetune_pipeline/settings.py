@@ -148,7 +148,7 @@ class TrainingSettings(Settings):
     adapter: Literal["lora", "qlora"] = Field(default="lora", description="qlora trains over 4-bit NF4 base weights.")
     lora_r: int = Field(default=16, ge=1, description="Rank of the adapter.")
     lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter, divided by its rank.")
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout within the adapter.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="sft: dropout within the adapter.")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="Layers that the adapter changes, by the end of their names."
     )

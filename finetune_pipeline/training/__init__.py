@@ -3,7 +3,10 @@
 launch.py         train(job): start the process, follow its progress, say why it failed
 job.py            what goes in (TrainingJob) and what comes out (TrainingResult, Progress)
 __main__.py       python -m finetune_pipeline.training job.json
-trainer.py        the training itself: TRL and PEFT; the only file that loads torch
+methods.py        by which method to train, from what the dataset holds
+trainer.py        the training itself: TRL and PEFT; the files that load torch are this one and those it imports
+preference.py     DPO and KTO: their data, their trainers, their figure
+sampling.py       which examples a pass sees when rewards weigh them
 base_model.py     is this folder a base model that can be trained, asked without torch
 checkpoints.py    which checkpoint is complete, after a kill at any time
 process.py        die with the parent, and have the folder alone

@@ -10,8 +10,10 @@ from finetune_pipeline.training.job import TrainingError
 
 Method = Literal["sft", "dpo", "kto"]
 
-ENOUGH_GOOD = 50
-"""From so many answers found good on, learning them is worth more than anything said of bad ones."""
+ENOUGH_CORRECTIONS = 8
+"""From so many corrections on, learning them gave more than all that was said of bad answers."""
+MANY_BAD = 2
+"""So many bad answers for each good one are a verdict on what the model does, and not what use brings along."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,14 @@ def choose(method: Literal["auto", "sft", "dpo", "kto"], counts: Counts) -> Choi
 
 
 def _suiting(counts: Counts) -> Choice:
-    if counts.good >= ENOUGH_GOOD:
-        return Choice("sft", f"sft: {counts}, enough good ones ({ENOUGH_GOOD}) to learn from them alone")
-    if counts.good and counts.bad > counts.good:
-        return Choice("kto", f"kto: {counts}, too few good ones ({ENOUGH_GOOD}) for sft, and more bad ones to avoid")
-    return Choice("sft", f"sft: {counts}, too few bad ones to learn from what to avoid")
+    """What was good as it came teaches little that is new: corrections do, and where there are none, bad answers."""
+    if counts.pairs >= ENOUGH_CORRECTIONS:
+        return Choice(
+            "sft", f"sft: {counts}; {ENOUGH_CORRECTIONS} corrections are enough to learn from good ones alone"
+        )
+    if counts.good and counts.bad >= MANY_BAD * counts.good:
+        return Choice("kto", f"kto: {counts}; fewer than {ENOUGH_CORRECTIONS} corrections, so bad ones tell more")
+    return Choice("sft", f"sft: {counts}; too few bad ones to learn from them")
 
 
 def _missing(method: Method, counts: Counts) -> str:

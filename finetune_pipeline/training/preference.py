@@ -105,7 +105,7 @@ def _batches(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> Iterator
 
     tokens, size = trainer.processing_class, trainer.args.per_device_eval_batch_size
     collate = DataCollatorForLanguageModeling(pad_token_id=tokens.pad_token_id)
-    rows = [_measured(row, tokens) for row in dataset]
+    rows = [row if "input_ids" in row else _measured(row, tokens) for row in dataset]
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size])
         yield {name: values.to(trainer.args.device) for name, values in batch.items()}

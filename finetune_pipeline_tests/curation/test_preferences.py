@@ -1,6 +1,6 @@
 """Pairs and labelled answers: the same care as for the training set, and nothing that it contradicts."""
 
-from finetune_pipeline.curation.dataset import curate, read_all, write_dataset
+from finetune_pipeline.curation.dataset import Row, curate, read_all, write_dataset
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.curation.storage import read_split
 from finetune_pipeline.settings import CurationSettings
@@ -106,7 +106,7 @@ def test_a_question_is_on_the_same_side_in_all_three_datasets(tmp_path):
 def test_what_is_written_is_redacted_readable_when_empty_and_names_its_interactions(tmp_path):
     secret = corrected(1, output="mail bob@example.com", target="mail bob@example.com now")
     bad = disliked(2, prompt="ring +49 30 901820")
-    curated = curate([secret, bad], [], EVERYTHING, identity)
+    curated = curate([secret, bad], [Row("old prompt", "old answer", 1.0, "replay")], EVERYTHING, identity)
     write_dataset(curated, tmp_path, "")
     (pair,) = read_split(tmp_path / PAIRS, "train")
     assert (pair["chosen"], pair["rejected"]) == ("mail [EMAIL] now", "mail [EMAIL]")
@@ -115,6 +115,7 @@ def test_what_is_written_is_redacted_readable_when_empty_and_names_its_interacti
         ("prompt number 1", "mail [EMAIL] now"): True,
         ("prompt number 1", "mail [EMAIL]"): False,
         ("ring [PHONE]", "answer 2"): False,
+        ("old prompt", "old answer"): True,  # what is replayed is a good answer, and no pair
     }
     assert read_split(tmp_path / PAIRS, "validation") == read_split(tmp_path / LABELLED, "validation") == []
-    assert {row["interaction_id"] for row in read_all(tmp_path)} == {str(uid("1")), str(uid("2"))}
+    assert {row["interaction_id"] for row in read_all(tmp_path)} == {str(uid("1")), str(uid("2")), None}

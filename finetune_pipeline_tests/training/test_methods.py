@@ -9,10 +9,11 @@ from finetune_pipeline.training.methods import Counts, choose
 @pytest.mark.parametrize(
     ("good", "pairs", "bad", "method", "said"),
     [
-        (232, 179, 198, "sft", "232 answers found good (179 of them corrections) and 198 found bad, enough good ones"),
-        (50, 0, 900, "sft", "enough good ones (50)"),
-        (41, 0, 160, "kto", "kto: 41 answers found good (0 of them corrections) and 160 found bad, too few good ones"),
-        (41, 41, 41, "sft", "too few bad ones"),  # one bad answer for each good one is what corrections give
+        (232, 179, 198, "sft", "sft: 232 answers found good (179 of them corrections) and 198 found bad"),
+        (8, 8, 214, "sft", "8 corrections are enough"),
+        (41, 0, 160, "kto", "kto: 41 answers found good (0 of them corrections) and 160 found bad; fewer than 8"),
+        (41, 7, 82, "kto", "so bad ones tell more"),
+        (41, 7, 81, "sft", "too few bad ones"),
         (12, 0, 0, "sft", "too few bad ones"),
     ],
 )

@@ -1,0 +1,72 @@
+"""The method of a training, from the feedback in the store to the adapter's manifest."""
+
+import pytest
+
+from finetune_pipeline.artifacts import version_of
+from finetune_pipeline.database import connect
+from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.feedback.store import record
+from finetune_pipeline.loop import curated_dataset as curation
+from finetune_pipeline.loop.lineage import made_with
+from finetune_pipeline.loop.lora_adapter import adapter, training_run
+from finetune_pipeline.loop.raw_logs import snapshot
+from finetune_pipeline.training.job import TrainingError
+from finetune_pipeline_tests.conftest import feedback, interaction, uid
+
+from .conftest import corrected
+
+GOOD = [f"good {n}" for n in range(8)]
+BAD = [f"bad {n}" for n in range(20)]
+
+
+def dataset(loop, good=GOOD, bad=BAD):
+    disliked = [[interaction(name), feedback(f"on {name}", name, "thumbs_down")] for name in bad]
+    database = connect()
+    with database.write() as connection:
+        record(connection, loop.name, [*corrected(good), *(e for pair in disliked for e in pair)], default_reward)
+    return curation.dataset(loop, snapshot(loop, database)[0])
+
+
+def checked(loop, artifact):
+    return {check.check_name: check for check in curation._checks(loop, artifact)}
+
+
+def test_the_dataset_says_what_it_holds_and_what_was_disliked_is_found_again_and_forgotten(make_loop):
+    loop = make_loop(training={"method": "auto"}, curation={"min_examples": 20, "validation_share": 0.2})
+    artifact = dataset(loop)
+    held = artifact.manifest
+    assert held.pairs == held.desirable == held.train
+    assert held.train + held.validation == 8
+    assert held.undesirable > held.train
+    checks = checked(loop, artifact)
+    assert all(check.passed for check in checks.values())
+    assert checks["enough_examples"].metadata["examples"].value == 8 + 8 + 20  # of the corrections, both answers
+    sft = make_loop(training={"method": "sft"}, curation=loop.curation.model_dump())
+    assert not checked(sft, artifact)["enough_examples"].passed
+    assert made_with(connect(), loop, [str(uid("bad 3"))]).datasets == (artifact.path,)
+
+
+@pytest.mark.slow
+def test_auto_is_resolved_before_the_training_and_the_adapter_says_why(make_loop):
+    loop = make_loop(training={"method": "auto", "epochs": 1, "max_length": 128})
+    held = dataset(loop)
+    told = []
+    made = adapter(loop, loop.training, held, lambda _: None, told.append)
+    manifest = made.manifest
+    assert manifest.method == "kto"
+    assert manifest.method_reason.startswith("kto: 6 answers found good (6 of them corrections) and 23 found bad; ")
+    assert told[0] == f"trains by {manifest.method_reason}"
+    assert training_run(manifest, "run").method == "kto, lora"
+    by_hand = loop.training.model_copy(update={"method": "kto"})
+    assert adapter(loop, by_hand, held, lambda _: None, told.append).manifest == manifest  # the same training
+    inputs = {"curated_dataset": held.manifest.version, "base_model": base_hash(resolve_base_model(loop.base_model))}
+    shaping = {**by_hand.model_dump(), "system_prompt": loop.system_prompt}
+    assert manifest.version == version_of(inputs, shaping)
+
+
+def test_a_method_without_data_stops_before_anything_is_loaded(make_loop):
+    loop = make_loop(training={"method": "dpo"})
+    held = dataset(loop, good=[], bad=BAD)
+    with pytest.raises(TrainingError, match=r"dpo needs corrections .*dataset has 0 answers found good"):
+        adapter(loop, loop.training, held, lambda _: None, lambda _: None)
