@@ -30,7 +30,7 @@ _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 @dataclass(frozen=True)
 class Data:
-    """What a job trains on: datasets of `input_ids`, `labels` (IGNORED on the prompt), `length` in tokens, and `reward`."""
+    """What a job trains on: datasets of `input_ids`, `labels` (IGNORED on the prompt), `length` in tokens, `reward`."""
 
     train: "Dataset"
     measure: "Dataset"  # on which the loss before and after is measured

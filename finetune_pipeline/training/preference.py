@@ -105,17 +105,10 @@ def _batches(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> Iterator
 
     tokens, size = trainer.processing_class, trainer.args.per_device_eval_batch_size
     collate = DataCollatorForLanguageModeling(pad_token_id=tokens.pad_token_id)
-    rows = [row if "input_ids" in row else _measured(row, tokens) for row in dataset]
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in dataset]
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size])
         yield {name: values.to(trainer.args.device) for name, values in batch.items()}
-
-
-def _measured(row: dict[str, Any], tokens: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
-    asked = _ids(tokens, row["prompt"], add_generation_prompt=True)
-    ids = _ids(tokens, row["prompt"] + row["completion"])
-    same = next((n for n, (a, b) in enumerate(zip(asked, ids, strict=False)) if a != b), len(asked))
-    return {"input_ids": ids, "labels": [-100] * same + ids[same:]}
 
 
 def _messages(row: dict[str, Any], job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> dict[str, Any]:

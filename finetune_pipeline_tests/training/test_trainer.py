@@ -255,7 +255,8 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(job):
 def test_measuring_the_loss_does_not_spoil_the_gradients_of_4_bit_weights(job):
     import torch
 
-    model = get_peft_model(load_model(with_settings(job, adapter="qlora"), False), lora(job.settings, 864))
+    base = load_model(with_settings(job, adapter="qlora"), False)
+    model = get_peft_model(base, lora(job.settings, base))
     ids = torch.arange(40, 104).reshape(2, 32)
 
     def gradients():
