@@ -34,7 +34,7 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
             now = time.monotonic()
             last = state.global_step + args.logging_steps > state.max_steps
             if last or now - self.written >= _SECONDS_BETWEEN_LINES:
-                append(job.output / PROGRESS, _progress(state, logs, now - self.began, self.first))
+                append(job.output / PROGRESS, _progress(args, state, logs, now - self.began, self.first))
                 self.written = now
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -43,7 +43,7 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
     return Reporter()
 
 
-def _progress(state: Any, logs: dict[str, float], elapsed: float, first: int) -> Progress:
+def _progress(args: Any, state: Any, logs: dict[str, float], elapsed: float, first: int) -> Progress:
     done = max(state.global_step - first, 1)
     return Progress(
         step=state.global_step,
@@ -53,6 +53,7 @@ def _progress(state: Any, logs: dict[str, float], elapsed: float, first: int) ->
         learning_rate=logs["learning_rate"],
         tokens_per_second=logs.get("num_tokens", 0) / max(elapsed, 1e-9),
         eta_seconds=elapsed / done * (state.max_steps - state.global_step),
+        micro_batch=args.per_device_train_batch_size,
         elapsed_seconds=elapsed,
     )
 

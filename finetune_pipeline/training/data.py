@@ -23,6 +23,7 @@ class Data:
     train: "Dataset"
     measure: "Dataset"  # on which the loss before and after is measured
     too_long: int
+    longest: int  # tokens, of what is trained or measured on
 
 
 def tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -41,15 +42,15 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
     from datasets import Dataset
 
     rows = _split(job.dataset, "train")
-    train, too_long = _short_enough(rows, job, tokenizer)
+    train, too_long, longest = _short_enough(rows, job, tokenizer)
     if not train:
         raise TrainingError(
             f"nothing is left to train on: {too_long} of {len(rows)} examples have more than "
             f"{job.settings.max_length} tokens; raise max_length, or add examples"
         )
-    validation, _ = _short_enough(_split(job.dataset, "validation"), job, tokenizer)
+    validation, _, longest_measured = _short_enough(_split(job.dataset, "validation"), job, tokenizer)
     measure = validation or train[:_LOSS_SAMPLE]
-    return Data(Dataset.from_list(train), Dataset.from_list(measure), too_long)
+    return Data(Dataset.from_list(train), Dataset.from_list(measure), too_long, max(longest, longest_measured))
 
 
 def _split(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -70,8 +71,8 @@ def _split(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def _short_enough(
     rows: list[dict[str, Any]], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[dict[str, Any]], int]:
-    """TRL's conversational form of the rows that have at most max_length tokens, and the number of the others."""
+) -> tuple[list[dict[str, Any]], int, int]:
+    """TRL's conversational form of the rows of at most max_length tokens, the number of the others, the most tokens."""
     examples: list[dict[str, Any]] = [
         {
             "prompt": chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]]),
@@ -80,8 +81,8 @@ def _short_enough(
         for row in rows
     ]
     if not examples:
-        return [], 0
+        return [], 0, 0
     texts = tokenizer.apply_chat_template([e["prompt"] + e["completion"] for e in examples], tokenize=False)
     tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    kept = [e for e, ids in zip(examples, tokens, strict=True) if len(ids) <= job.settings.max_length]
-    return kept, len(examples) - len(kept)
+    kept = [(e, len(ids)) for e, ids in zip(examples, tokens, strict=True) if len(ids) <= job.settings.max_length]
+    return [e for e, _ in kept], len(examples) - len(kept), max((length for _, length in kept), default=0)

@@ -16,6 +16,7 @@ from finetune_pipeline.training.callbacks import must_be_finite, reporter
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult
+from finetune_pipeline.training.memory import check_memory, with_less_memory
 from finetune_pipeline.training.model import bfloat16_is_faster, load_model, lora, peak_memory, save_adapter
 
 if TYPE_CHECKING:
@@ -37,20 +38,14 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         TrainingError: the dataset, the base model or the loss makes it impossible.
     """
     import torch
-    from transformers import set_seed
 
     settings = job.settings
-    set_seed(settings.seed)
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)
-    steps = _steps(len(data.train), settings)
-    trainer = _trainer(job, data, tokens, steps, bfloat16)
-    before = _mean_loss(trainer, data.measure)
-    checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
-    seconds = _train(trainer, checkpoint)
-    after = _mean_loss(trainer, data.measure)
-    must_be_finite(after, trainer.state.global_step)
+    check_memory(job, longest=data.longest, bfloat16=bfloat16)
+    trained, micro_batch = with_less_memory(settings, lambda running: _trained(job, running, data, tokens, bfloat16))
+    trainer, checkpoint, before, after, seconds = trained
     save_adapter(trainer.model, job)
     shutil.rmtree(job.output / CHECKPOINTS)
     curve = _curve(trainer)
@@ -70,10 +65,30 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         tokens_per_second=trainer._total_train_tokens / max(seconds, 1e-9),
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
+        micro_batch=micro_batch,
         curve=tuple(curve),
     )
     write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
     return result
+
+
+def _trained(
+    job: TrainingJob, running: TrainingSettings, data: Data, tokens: "PreTrainedTokenizerBase", bfloat16: bool
+) -> tuple["SFTTrainer", Path | None, float, float, float]:
+    """The trainer after training, its checkpoint if it went on from one, the loss before and after, and the seconds.
+
+    `running` are the job's settings with the micro-batch that memory allows; the job's key is of those asked for.
+    """
+    from transformers import set_seed
+
+    set_seed(running.seed)
+    trainer = _trainer(job, running, data, tokens, _steps(len(data.train), running), bfloat16)
+    before = _mean_loss(trainer, data.measure)
+    checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
+    seconds = _train(trainer, checkpoint)
+    after = _mean_loss(trainer, data.measure)
+    must_be_finite(after, trainer.state.global_step)
+    return trainer, checkpoint, before, after, seconds
 
 
 def _steps(examples: int, settings: TrainingSettings) -> int:
@@ -84,14 +99,19 @@ def _steps(examples: int, settings: TrainingSettings) -> int:
 
 
 def _trainer(
-    job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", steps: int, bfloat16: bool
+    job: TrainingJob,
+    running: TrainingSettings,
+    data: Data,
+    tokens: "PreTrainedTokenizerBase",
+    steps: int,
+    bfloat16: bool,
 ) -> "SFTTrainer":
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
     trainer = SFTTrainer(
         model=load_model(job, bfloat16),
-        args=_config(job, steps, bfloat16),
+        args=_config(job, running, steps, bfloat16),
         train_dataset=data.train,
         processing_class=tokens,
         peft_config=lora(job.settings),
@@ -103,18 +123,17 @@ def _trainer(
     return trainer
 
 
-def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
+def _config(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat16: bool) -> "SFTConfig":
     import torch
     from trl import SFTConfig
 
-    settings = job.settings
     return SFTConfig(
         output_dir=str(job.output / CHECKPOINTS),
         completion_only_loss=True,
         max_length=None,  # longer examples were left out: cut ones would teach answers without an end
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=max(settings.batch_size, 16),
+        per_device_eval_batch_size=settings.batch_size,  # more would need memory that training does not
         gradient_accumulation_steps=settings.gradient_accumulation,
         gradient_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
