@@ -76,7 +76,7 @@ class Preset:
 ASSUMED_SHARE = 0.35
 """Of a card's published peak: what fine-tuning is assumed to reach there. Not measured."""
 CPU_RATE = 100e9
-"""Operations a second of a training on two cores in float32; `finetune train plan` measures the machine that it runs on."""
+"""Operations a second of a training on two cores in float32; `finetune train plan` measures its own machine."""
 
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(16, 16, 512, ("two CPU cores", CPU_RATE / ASSUMED_SHARE)),
