@@ -4,6 +4,7 @@ adapter_swap  another adapter over the same base, at rest and under 8 clients: h
 definitions   all definitions resolved, and which heavy packages that loaded
 gateway       overhead of a request, tokens per second by clients, swaps under load, rollback
 loop          the whole loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
+memory        the estimated peak of a training beside the measured one, on a CPU
 setup         a fresh clone set up with empty and with warm package caches (about 10 minutes)
 store         recording events beside its peers; a million interactions (about 3 minutes)
 
@@ -12,13 +13,14 @@ Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 
 import sys
 
-from benchmarks import adapter_swap, definitions, gateway, loop, setup, store
+from benchmarks import adapter_swap, definitions, gateway, loop, memory, setup, store
 
 ALL = {
     "adapter_swap": adapter_swap.main,
     "definitions": definitions.main,
     "gateway": gateway.main,
     "loop": loop.main,
+    "memory": memory.main,
     "setup": setup.main,
     "store": store.main,
 }

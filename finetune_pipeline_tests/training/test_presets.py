@@ -70,7 +70,7 @@ def test_a_7b_model_trains_by_qlora_in_8_gb_by_lora_in_24_and_a_70b_one_by_qlora
     assert (small.adapter, small.max_length) == ("qlora", 1024)
     assert settled(TrainingSettings(preset="24gb"), FAMILIES["Mistral-7B"]).adapter == "lora"
     assert settled(TrainingSettings(preset="80gb"), FAMILIES["Llama-3.3-70B"]).adapter == "qlora"
-    with pytest.raises(TrainingError, match="the smallest preset for it is 48gb"):
+    with pytest.raises(TrainingError, match="the smallest preset for it is 80gb"):
         settled(TrainingSettings(preset="24gb"), FAMILIES["Llama-3.3-70B"])
 
 
