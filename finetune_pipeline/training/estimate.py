@@ -1,7 +1,7 @@
 """How much memory and time a training takes, reckoned before it starts, part by part with its formula. No torch.
 
-The peak is at the beginning of the backward pass: what is kept for it is whole, and the gradients begin. The
-counts of activations follow Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for a layer of Llama's kind with a LoRA
+The peak is at the beginning of the backward pass: what is kept for it is whole, and the gradients begin. The counts
+of activations follow Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for a layer of Llama's kind with a LoRA
 adapter over frozen weights, whose linear layers keep their input for the adapter alone.
 """
 
@@ -27,7 +27,8 @@ ALLOCATOR_SHARE = 0.05
 """What CUDA's allocator loses between blocks, over all that comes and goes: an assumption."""
 HEAP_COPIES = 5.2
 """Freed blocks that glibc's heap keeps on a CPU: so many of a feed-forward layer's width for each token and layer, with
-checkpointing or without. Measured; with MALLOC_MMAP_THRESHOLD_=1048576 in the environment they vanish, for more time."""
+checkpointing or without. Measured; with MALLOC_MMAP_THRESHOLD_=1048576 in the environment most of them vanish, for
+more time."""
 ERROR = 0.2
 """The estimate's own error: a need within it is no reason to refuse."""
 

@@ -71,9 +71,9 @@ def test_the_examples_of_an_update_stay_the_same_whatever_their_number():
     for batch, accumulation, tried in [(24, 1, [24, 12, 6, 3, 1]), (5, 2, [5, 2, 1]), (7, 1, [7, 1])]:
         seen = []
 
-        def attempt(running, seen=seen):
+        def attempt(running, seen=seen, examples=batch * accumulation):
             seen.append(running.batch_size)
-            assert running.batch_size * running.gradient_accumulation == batch * accumulation
+            assert running.batch_size * running.gradient_accumulation == examples
             raise MemoryError
 
         with pytest.raises(
