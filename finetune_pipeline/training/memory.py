@@ -14,6 +14,9 @@ from finetune_pipeline.training.presets import CHANGEABLE, Machine, changes, fir
 
 T = TypeVar("T")
 
+# torch's own, C++'s, and oneDNN's, which says no more than this when it gets no memory (seen under a limit).
+_CPU_ALLOCATORS = ("DefaultCPUAllocator", "std::bad_alloc", "could not create a primitive", "could not create a memory")
+
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -157,8 +160,7 @@ def out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    told = str(error)
-    return "DefaultCPUAllocator" in told or "could not create a memory object" in told or "std::bad_alloc" in told
+    return any(words in str(error) for words in _CPU_ALLOCATORS)
 
 
 def free_memory() -> None:
