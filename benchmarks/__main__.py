@@ -5,6 +5,7 @@ definitions   all definitions resolved, and which heavy packages that loaded
 gateway       overhead of a request, tokens per second by clients, swaps under load, rollback
 loop          the whole loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
 methods       SFT, DPO and KTO on the sample logs, and where few answers are good (about half an hour)
+memory        the estimated peak of a training beside the measured one, on a CPU
 setup         a fresh clone set up with empty and with warm package caches (about 10 minutes)
 store         recording events beside its peers; a million interactions (about 3 minutes)
 training      tokens per second and validation loss, beside TRL's plain recipe, in bfloat16 and float32
@@ -14,7 +15,7 @@ Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 
 import sys
 
-from benchmarks import adapter_swap, definitions, gateway, loop, methods, setup, store, training
+from benchmarks import adapter_swap, definitions, gateway, loop, memory, methods, setup, store, training
 
 ALL = {
     "adapter_swap": adapter_swap.main,
@@ -22,6 +23,7 @@ ALL = {
     "gateway": gateway.main,
     "loop": loop.main,
     "methods": methods.main,
+    "memory": memory.main,
     "setup": setup.main,
     "store": store.main,
     "training": training.main,

@@ -13,6 +13,7 @@ from finetune_pipeline.cli.model import model
 from finetune_pipeline.cli.run import demo, env, run, ui
 from finetune_pipeline.cli.serve import key, serve
 from finetune_pipeline.cli.status import status
+from finetune_pipeline.cli.train import train
 from finetune_pipeline.curation.dataset import CurationError
 from finetune_pipeline.database import DatabaseError
 from finetune_pipeline.evaluation.benchmark import BenchmarkError
@@ -54,7 +55,7 @@ def finetune() -> None:
     """A local language model that gets better from being used."""
 
 
-for command in (run, demo, ui, env, status, ingest, feedback, ask, model, serve, key, doctor):
+for command in (run, demo, ui, env, status, ingest, feedback, ask, model, train, serve, key, doctor):
     finetune.add_command(command)
 
 

@@ -20,10 +20,12 @@ from finetune_pipeline.loop.reading import PACKAGES
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.trainings import TrainingRun, record_training
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
+from finetune_pipeline.training.architecture import architecture_of
 from finetune_pipeline.training.curve import curve_png
 from finetune_pipeline.training.job import ADAPTER, RESULT, Progress, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.methods import Counts, choose
+from finetune_pipeline.training.presets import settled
 
 REPORT_EVERY_SECONDS = 5.0
 PARTS = {"sft": DATASET, "dpo": PAIRS, "kto": LABELLED}
@@ -45,6 +47,9 @@ def training_config(loop: LoopSettings) -> type[dg.Config]:
 
 def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """The asset lora_adapter of a loop."""
+    if loop.training.preset is not None:
+        filled = settled(loop.training, architecture_of(loop.base_model))
+        loop = loop.model_copy(update={"training": filled})
     Config = training_config(loop)
 
     @dg.asset(

@@ -9,6 +9,10 @@ preference.py     DPO and KTO: their data, their trainers, their figure
 sampling.py       which examples a pass sees when rewards weigh them
 base_model.py     is this folder a base model that can be trained, asked without torch
 checkpoints.py    which checkpoint is complete, after a kill at any time
+architecture.py   what a base model is made of, without loading it
+estimate.py       memory and time of a training, part by part
+presets.py        what fits: settings for a memory size and a model
+memory.py         asked for before a training; when it runs out, half the micro-batch
 process.py        die with the parent, and have the folder alone
 progress.py       the JSON lines that everybody follows
 backends.py       which ways of training this machine has

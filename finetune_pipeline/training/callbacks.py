@@ -40,7 +40,7 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
             now = time.monotonic()
             last = state.global_step + args.logging_steps > state.max_steps
             if last or now - self.written >= _SECONDS_BETWEEN_LINES:
-                append(job.output / PROGRESS, _progress(state, logs, now - self.began, self.first))
+                append(job.output / PROGRESS, _progress(args, state, logs, now - self.began, self.first))
                 self.written = now
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -81,7 +81,7 @@ def validator(measure: Callable[[], float], early_stopping: int | None) -> "Trai
     return Validator()
 
 
-def _progress(state: Any, logs: dict[str, float], elapsed: float, first: int) -> Progress:
+def _progress(args: Any, state: Any, logs: dict[str, float], elapsed: float, first: int) -> Progress:
     done = max(state.global_step - first, 1)
     validated = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
     return Progress(
@@ -93,6 +93,7 @@ def _progress(state: Any, logs: dict[str, float], elapsed: float, first: int) ->
         learning_rate=logs["learning_rate"],
         tokens_per_second=logs.get("num_tokens", 0) / max(elapsed, 1e-9),
         eta_seconds=elapsed / done * (state.max_steps - state.global_step),
+        micro_batch=args.per_device_train_batch_size,
         elapsed_seconds=elapsed,
         memory_bytes=memory_now(),
     )

@@ -37,6 +37,11 @@ class Data:
     too_long: int
     validates: bool  # whether `measure` is a validation set, or only a sample of what is trained on
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example that is trained or measured on."""
+        return int(max([*self.train["length"], *self.measure["length"]]))
+
 
 def tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The base model's own tokenizer."""

@@ -64,6 +64,7 @@ class Progress(Record):
     learning_rate: float
     tokens_per_second: float = Field(description="Tokens of text, without padding, since this process began to train.")
     eta_seconds: float
+    micro_batch: int | None = Field(default=None, description="Examples in memory at once, at this moment.")
     elapsed_seconds: float = Field(description="Since this process began to train; a resumed one begins at 0.")
     memory_bytes: int = Field(description="Of the GPU when trained on one, else resident in main memory.")
 
@@ -102,6 +103,9 @@ class TrainingResult(Record):
     wall_seconds: float = Field(description="From the start of this process to its result, imports included.")
     peak_memory_bytes: int = Field(
         description="Highest use of the scarce memory: of the GPU when trained on one, else resident in main memory."
+    )
+    micro_batch: int | None = Field(
+        default=None, description="Examples in memory at once in the end: less than batch_size where memory ran out."
     )
     curve: tuple[CurvePoint, ...]
     validation: tuple[ValidationPoint, ...] = Field(description="Empty where nothing was kept for validation.")

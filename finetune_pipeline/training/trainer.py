@@ -7,6 +7,7 @@ of an unbroken one.
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from finetune_pipeline.training.callbacks import VALIDATION_LOSS, must_be_finite
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult, ValidationPoint
+from finetune_pipeline.training.memory import check_memory, with_less_memory
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
     load_model,
@@ -35,6 +37,16 @@ if TYPE_CHECKING:
 _CURVE_POINTS = 50
 
 
+@dataclass(frozen=True)
+class _Trained:
+    trainer: "Trainer"
+    checkpoint: Path | None  # that it went on from
+    before: float  # the loss that is measured
+    after: float
+    best_step: int
+    seconds: float
+
+
 def run_training(job: TrainingJob, started: float) -> TrainingResult:
     """Train the adapter of a job, from its last whole checkpoint if there is one.
 
@@ -46,25 +58,16 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         TrainingError: the dataset, the base model or the loss makes it impossible.
     """
     import torch
-    from transformers import set_seed
 
     settings = job.settings
-    set_seed(settings.seed)
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)
-    steps = _steps(len(data.train), settings)
-    trainer = _trainer(job, data, tokens, steps, bfloat16)
-    before = _mean_loss(trainer, data.measure)
-    if data.validates:
-        trainer.add_callback(validator(lambda: _mean_loss(trainer, data.measure), settings.early_stopping))
-    checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
-    seconds = _train(trainer, checkpoint)
-    best = _take_best(trainer)
-    after = _mean_loss(trainer, data.measure)
-    must_be_finite(after, trainer.state.global_step)
+    check_memory(job, longest=data.longest, bfloat16=bfloat16)
+    done, micro_batch = with_less_memory(settings, lambda running: _trained(job, running, data, tokens, bfloat16))
+    trainer = done.trainer
     save_adapter(trainer.model, job)
     shutil.rmtree(job.output / CHECKPOINTS)
     curve = _curve(trainer)
@@ -75,22 +78,42 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         adapter=settings.adapter,
         bfloat16=bfloat16,
         steps=trainer.state.global_step,
-        resumed_from=step_of(checkpoint) if checkpoint else 0,
+        resumed_from=step_of(done.checkpoint) if done.checkpoint else 0,
         examples=len(data.train),
         too_long=data.too_long,
-        loss_before=before,
-        loss_after=after,
+        loss_before=done.before,
+        loss_after=done.after,
         train_loss=_mean([point.loss for point in curve[-max(1, len(curve) // 10) :]]),
-        tokens_per_second=trainer._total_train_tokens / max(seconds, 1e-9),
+        tokens_per_second=trainer._total_train_tokens / max(done.seconds, 1e-9),
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
+        micro_batch=micro_batch,
         curve=tuple(curve),
         validation=tuple(_validations(trainer)),
-        best_step=best,
+        best_step=done.best_step,
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
     write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
     return result
+
+
+def _trained(
+    job: TrainingJob, running: TrainingSettings, data: Data, tokens: "PreTrainedTokenizerBase", bfloat16: bool
+) -> _Trained:
+    """Train once. `running` are the job's settings with the micro-batch that memory allows."""
+    from transformers import set_seed
+
+    set_seed(running.seed)
+    trainer = _trainer(job, running, data, tokens, _steps(len(data.train), running), bfloat16)
+    before = _mean_loss(trainer, data.measure)
+    if data.validates:
+        trainer.add_callback(validator(lambda: _mean_loss(trainer, data.measure), running.early_stopping))
+    checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
+    seconds = _train(trainer, checkpoint)
+    best = _take_best(trainer)
+    after = _mean_loss(trainer, data.measure)
+    must_be_finite(after, trainer.state.global_step)
+    return _Trained(trainer, checkpoint, before, after, best, seconds)
 
 
 def _steps(examples: int, settings: TrainingSettings) -> int:
@@ -100,10 +123,17 @@ def _steps(examples: int, settings: TrainingSettings) -> int:
     return math.ceil(updates * settings.epochs)
 
 
-def _trainer(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", steps: int, bfloat16: bool) -> "Trainer":
+def _trainer(
+    job: TrainingJob,
+    running: TrainingSettings,
+    data: Data,
+    tokens: "PreTrainedTokenizerBase",
+    steps: int,
+    bfloat16: bool,
+) -> "Trainer":
     from transformers import PrinterCallback
 
-    arguments = _arguments(job, steps, bfloat16)
+    arguments = _arguments(job, running, steps, bfloat16)
     if job.settings.method == "sft":
         trainer = _sft_trainer(job, data, tokens, arguments, bfloat16)
     else:
@@ -141,16 +171,15 @@ def _sft_trainer(
     )
 
 
-def _arguments(job: TrainingJob, steps: int, bfloat16: bool) -> dict[str, Any]:
+def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat16: bool) -> dict[str, Any]:
     """What TRL's trainers of every method are told."""
     import torch
 
-    settings = job.settings
     return {
         "output_dir": str(job.output / CHECKPOINTS),
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": max(settings.batch_size, 16),
+        "per_device_eval_batch_size": settings.batch_size,  # more would need memory that training does not
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "learning_rate": settings.learning_rate,

@@ -1,0 +1,101 @@
+"""The estimated peak of a training beside the measured one, on a CPU: shapes, adapters, checkpointing, lengths.
+
+Each row is a training process of two updates whose peak is VmHWM. A row that is off by more than 20 % ends the
+benchmark with an error; the constants to measure anew are at the top of `finetune_pipeline/training/estimate.py`.
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import publish
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
+from finetune_pipeline.training.architecture import read_architecture
+from finetune_pipeline.training.estimate import ERROR, memory
+from finetune_pipeline.training.job import TrainingJob
+from finetune_pipeline.training.launch import train
+
+STARTER = PROJECT_ROOT / "data" / "starter_model"
+SHAPES = {
+    "26M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "152M": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16},
+}
+UPDATES = 2
+CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("starter", 60, {"batch_size": 24}),
+    ("starter", 480, {"batch_size": 8}),
+    ("starter", 480, {"batch_size": 8, "gradient_checkpointing": True}),
+    ("26M", 60, {"batch_size": 8}),
+    ("26M", 256, {"batch_size": 8}),
+    ("26M", 256, {"batch_size": 8, "gradient_checkpointing": True}),
+    ("26M", 256, {"batch_size": 8, "adapter": "qlora"}),
+    ("152M", 60, {"batch_size": 2}),
+    ("152M", 256, {"batch_size": 2}),
+)
+
+
+def main() -> None:
+    """Measure every case."""
+    with tempfile.TemporaryDirectory(prefix="finetune-memory-") as name:
+        folder = Path(name)
+        bases = {"starter": STARTER, **{shape: _model(folder / shape, SHAPES[shape]) for shape in SHAPES}}
+        figures = [_measure(folder, shape, bases[shape], tokens, settings) for shape, tokens, settings in CASES]
+    rows = [
+        [
+            one["model"], one["adapter"], "yes" if one["checkpointing"] else "no",
+            f"{one['batch']} x {one['tokens']}", f"{one['estimate'] / 1e6:,.0f} MB",
+            f"{one['measured'] / 1e6:,.0f} MB", f"{one['estimate'] / one['measured'] - 1:+.0%}",
+        ]
+        for one in figures
+    ]  # fmt: skip
+    headings = ["model", "adapter", "checkpointing", "batch x tokens", "estimate", "measured", "off by"]
+    publish("memory", headings, rows, {"cases": figures})
+    if any(abs(one["estimate"] / one["measured"] - 1) > ERROR for one in figures):
+        sys.exit(f"an estimate is off by more than {ERROR:.0%}: measure the constants anew")
+
+
+def _measure(folder: Path, shape: str, base: Path, tokens: int, changes: dict[str, Any]) -> dict[str, Any]:
+    settings = TrainingSettings(epochs=1, bfloat16=False, checkpoints=1, **changes)
+    output = folder / "out"
+    shutil.rmtree(output, ignore_errors=True)
+    dataset = _dataset(folder / "dataset", tokens, settings.batch_size * UPDATES)
+    result = train(TrainingJob(base_model=base, dataset=dataset, output=output, settings=settings))
+    architecture = read_architecture(base / "config.json", shape)
+    estimate = memory(architecture, settings, "cpu", bfloat16=result.bfloat16, tokens=tokens)
+    return {
+        "model": shape, "adapter": settings.adapter, "checkpointing": settings.gradient_checkpointing,
+        "batch": settings.batch_size, "tokens": tokens, "estimate": estimate.bytes,
+        "measured": result.peak_memory_bytes, "parts": {part.name: part.bytes for part in estimate.parts},
+    }  # fmt: skip
+
+
+def _model(folder: Path, shape: dict[str, int]) -> Path:
+    """A Llama of random weights with the starter model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir()
+    for path in [*STARTER.glob("tokenizer*"), *STARTER.glob("chat_template*")]:
+        shutil.copy(path, folder)
+    heads = {"num_key_value_heads": shape["num_attention_heads"] // 2, "tie_word_embeddings": True}
+    words = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 5, "pad_token_id": 3}
+    LlamaForCausalLM(LlamaConfig(**shape, **heads, **words)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _dataset(folder: Path, tokens: int, count: int) -> Path:
+    """Examples of about `tokens` tokens: a digit is a token, and the chat markers are about 24."""
+    from datasets import Dataset, DatasetDict
+
+    text = "7" * (tokens // 2 - 12)
+    rows = [{"prompt": text, "history": [], "completion": text}] * count
+    empty = Dataset.from_dict({"prompt": [], "history": [], "completion": []})
+    shutil.rmtree(folder, ignore_errors=True)
+    DatasetDict({"train": Dataset.from_list(rows), "validation": empty}).save_to_disk(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What a base model is made of, without loading it: from its config.json, or from the table of known families."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_pipeline.settings import TrainingSettings, project_path
+from finetune_pipeline.training.job import TrainingError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The dimensions of a decoder of Llama's kind: attention with grouped heads, a gated feed-forward layer.
+
+    Attributes:
+        name: what it is called, in messages.
+        layers: decoder layers.
+        hidden: width of the residual stream.
+        ffn: width within the feed-forward layer.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: width of a head.
+        vocabulary: rows of the embeddings.
+        tied: whether the output layer is the embeddings.
+        qkv_bias: whether query, key and value have a bias (Qwen 2.5).
+        qk_norm: whether query and key are normalised (Qwen 3, Gemma 3).
+        norms: normalisations in a layer: 2, or 4 in Gemma.
+        other: parameters beside the language model: a vision tower, which stays as it is.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norms: int = 2
+    other: int = 0
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of one decoder layer: inputs and outputs of each."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, queries),
+            "k_proj": (self.hidden, keys),
+            "v_proj": (self.hidden, keys),
+            "o_proj": (queries, self.hidden),
+            "gate_proj": (self.hidden, self.ffn),
+            "up_proj": (self.hidden, self.ffn),
+            "down_proj": (self.ffn, self.hidden),
+        }
+
+    @property
+    def linear(self) -> int:
+        """Parameters of the linear layers of all decoder layers: what QLoRA holds in 4 bits."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.projections.values())
+
+    @property
+    def embeddings(self) -> int:
+        """Parameters of the embeddings, and of the output layer where it is its own."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        biases = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
+        norms = self.norms * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        return self.linear + self.embeddings + self.layers * (biases + norms) + self.hidden + self.other
+
+    def trained(self, settings: TrainingSettings) -> int:
+        """Parameters that an adapter of these settings trains: rank x (inputs + outputs) of each layer (LoRA, Hu et
+        al. 2021), and the embeddings of single tokens."""
+        chosen = [
+            shape
+            for name, shape in self.projections.items()
+            if settings.target_modules == "all-linear" or name.endswith(settings.target_modules)
+        ]
+        adapter = self.layers * sum(settings.lora_r * (inputs + outputs) for inputs, outputs in chosen)
+        return adapter + self.trained_tokens(settings) * self.hidden
+
+    def trained_tokens(self, settings: TrainingSettings) -> int:
+        """Tokens whose embeddings are trained."""
+        indices = settings.trainable_token_indices
+        return self.vocabulary if indices == "all" else len(indices)
+
+
+_LLAMA_8B = {
+    "layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocabulary": 128256,
+}  # fmt: skip
+_MISTRAL_7B = {**_LLAMA_8B, "vocabulary": 32000}
+_LLAMA2_7B = {**_LLAMA_8B, "ffn": 11008, "kv_heads": 32}
+
+
+def _qwen(
+    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int, *, tied: bool
+) -> dict[str, Any]:
+    return {
+        "layers": layers, "hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads,
+        "head_dim": head_dim, "vocabulary": vocabulary, "tied": tied,
+    }  # fmt: skip
+
+
+FAMILIES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("CodeLlama-7b", **{**_LLAMA2_7B, "vocabulary": 32016}),
+        Architecture("Meta-Llama-3-8B", **_LLAMA_8B),
+        Architecture("Llama-3.1-8B", **_LLAMA_8B),
+        Architecture("Mistral-7B", **_MISTRAL_7B),
+        Architecture("Mistral-7B-Instruct-v0.3", **{**_MISTRAL_7B, "vocabulary": 32768}),
+        Architecture("MermaidMistral", **_MISTRAL_7B),
+        Architecture("deepseek-coder-6.7b", **{**_LLAMA2_7B, "vocabulary": 32256}),
+        Architecture(
+            "gemma-3-12b", layers=48, hidden=3840, ffn=15360, heads=16, kv_heads=8, head_dim=256, vocabulary=262208,
+            tied=True, qk_norm=True, norms=4, other=421_000_000,
+        ),
+        Architecture("Qwen2.5-0.5B", **_qwen(24, 896, 4864, 14, 2, 64, 151936, tied=True), qkv_bias=True),
+        Architecture("Qwen2.5-1.5B", **_qwen(28, 1536, 8960, 12, 2, 128, 151936, tied=True), qkv_bias=True),
+        Architecture("Qwen2.5-3B", **_qwen(36, 2048, 11008, 16, 2, 128, 151936, tied=True), qkv_bias=True),
+        Architecture("Qwen2.5-7B", **_qwen(28, 3584, 18944, 28, 4, 128, 152064, tied=False), qkv_bias=True),
+        Architecture("Qwen2.5-14B", **_qwen(48, 5120, 13824, 40, 8, 128, 152064, tied=False), qkv_bias=True),
+        Architecture("Qwen2.5-32B", **_qwen(64, 5120, 27648, 40, 8, 128, 152064, tied=False), qkv_bias=True),
+        Architecture("Qwen3-0.6B", **_qwen(28, 1024, 3072, 16, 8, 128, 151936, tied=True), qk_norm=True),
+        Architecture("Qwen3-1.7B", **_qwen(28, 2048, 6144, 16, 8, 128, 151936, tied=True), qk_norm=True),
+        Architecture("Qwen3-4B", **_qwen(36, 2560, 9728, 32, 8, 128, 151936, tied=True), qk_norm=True),
+        Architecture("Qwen3-8B", **_qwen(36, 4096, 12288, 32, 8, 128, 151936, tied=False), qk_norm=True),
+        Architecture("Qwen3-14B", **_qwen(40, 5120, 17408, 40, 8, 128, 151936, tied=False), qk_norm=True),
+        Architecture("Qwen3-32B", **_qwen(64, 5120, 25600, 64, 8, 128, 151936, tied=False), qk_norm=True),
+        Architecture(
+            "Llama-3.3-70B", layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, head_dim=128, vocabulary=128256
+        ),
+    )
+}  # fmt: skip
+"""Published dimensions (each model's config.json), by the part of the id that says family and size."""
+
+
+def architecture_of(base: str) -> Architecture:
+    """The architecture of a base model: from its folder, from Hugging Face's cache, or from the table; no download.
+
+    Args:
+        base: a folder, absolute or relative to the project, or a Hugging Face id.
+
+    Raises:
+        TrainingError: it is none of these, or its config.json is not of Llama's kind.
+    """
+    folder = project_path(base)
+    if (folder / "config.json").is_file():
+        return read_architecture(folder / "config.json", base)
+    cached = _cached_config(base)
+    if cached is not None:
+        return read_architecture(cached, base)
+    known = [name for name in FAMILIES if base.rpartition("/")[2].lower().startswith(name.lower())]
+    if not known:
+        raise TrainingError(
+            f"{base} is neither a folder with a config.json, nor downloaded, nor one of the families known here "
+            f"({', '.join(FAMILIES)}); download it first (`hf download {base}`), or name one of these"
+        )
+    return FAMILIES[max(known, key=len)]
+
+
+def _cached_config(base: str) -> Path | None:
+    if base.count("/") != 1 or base.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(base, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
+def read_architecture(path: Path, name: str) -> Architecture:
+    """The architecture that a config.json describes; see architecture_of."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = {**config, **config.get("text_config", {})}
+    try:
+        if any(text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+            raise TrainingError(f"{name} is a mixture of experts, whose memory cannot be planned here yet")
+        return _from_config(text, config.get("vision_config", {}), name)
+    except KeyError as error:
+        raise TrainingError(
+            f"{path} does not say {error}, so the memory of {name} cannot be planned; known are models of Llama's "
+            "kind (Llama, Mistral, Qwen, Gemma and theirs)"
+        ) from error
+
+
+def _from_config(text: dict[str, Any], vision: dict[str, Any], name: str) -> Architecture:
+    kind, heads, hidden = str(text.get("model_type", "")), text["num_attention_heads"], text["hidden_size"]
+    return Architecture(
+        name=name,
+        layers=text["num_hidden_layers"],
+        hidden=hidden,
+        ffn=text["intermediate_size"],
+        heads=heads,
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or hidden // heads,
+        vocabulary=text["vocab_size"],
+        tied=text.get("tie_word_embeddings", kind.startswith("gemma")),
+        qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")),
+        qk_norm=kind.startswith(("qwen3", "gemma3")),
+        norms=4 if kind.startswith(("gemma2", "gemma3")) else 2,
+        other=_vision_parameters(vision),
+    )
+
+
+def _vision_parameters(vision: dict[str, Any]) -> int:
+    """Of a vision tower's transformer: attention 4 h² and feed-forward 2 h f a layer; the rest is small beside them."""
+    if "num_hidden_layers" not in vision:
+        return 0
+    hidden, ffn = vision["hidden_size"], vision["intermediate_size"]
+    return int(vision["num_hidden_layers"] * (4 * hidden * hidden + 2 * hidden * ffn))

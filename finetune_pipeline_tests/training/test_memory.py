@@ -1,0 +1,111 @@
+"""What is done about memory: refused before a training, and half the micro-batch when it runs out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from finetune_pipeline.artifacts import write_text
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training import memory
+from finetune_pipeline.training.job import TrainingError, TrainingResult
+from finetune_pipeline.training.memory import check_memory, with_less_memory
+
+from .conftest import save, with_settings
+
+# Address space is what the process has when training begins, and so much more.
+LIMITED = """
+import resource, sys
+import torch, transformers, trl, peft, datasets
+import finetune_pipeline.training.trainer as trainer
+from finetune_pipeline.training.__main__ import main
+began = trainer._trained
+def limited(job, running, *rest):
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[2]) * 10**6, resource.RLIM_INFINITY))
+    return began(job, running, *rest)
+trainer._trained = limited
+sys.exit(main([sys.argv[1]]))
+"""
+
+
+def long_rows(count):
+    return [
+        {"prompt": "7" * 200, "history": [], "completion": json.dumps({"n": n, "x": "8" * 200})} for n in range(count)
+    ]
+
+
+def train(job, megabytes):
+    write_text(job.output / "job.json", job.model_dump_json())
+    command = [sys.executable, "-c", LIMITED, job.output / "job.json", str(megabytes)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_when_memory_runs_out_it_goes_on_with_half_the_micro_batch_to_the_same_weights(job, tmp_path):
+    from safetensors.torch import load_file
+
+    one = with_settings(job, batch_size=64, epochs=3, learning_rate=1e-3, max_length=1024)
+    one = one.model_copy(update={"dataset": save(tmp_path / "long", long_rows(64))})
+    results, weights = [], []
+    for name, megabytes in [("limited", 250), ("free", 100_000)]:
+        run = one.model_copy(update={"output": tmp_path / name})
+        ended = train(run, megabytes)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        results.append(TrainingResult.model_validate_json((run.output / "result.json").read_bytes()))
+        weights.append(load_file(run.output / "adapter" / "adapter_model.safetensors"))
+        if name == "limited":
+            assert "memory ran out with micro-batch 64" in ended.stderr
+    limited, free = results
+    assert limited.micro_batch < free.micro_batch == 64
+    assert (limited.steps, limited.job) == (free.steps, free.job)  # the same updates of the same job
+    assert limited.loss_after == pytest.approx(free.loss_after, rel=1e-3)
+    for name, tensor in weights[1].items():
+        assert (weights[0][name] - tensor).abs().max() < 2e-3, name
+
+
+def test_the_examples_of_an_update_stay_the_same_whatever_their_number():
+    for batch, accumulation, tried in [(24, 1, [24, 12, 6, 3, 1]), (5, 2, [5, 2, 1]), (7, 1, [7, 1])]:
+        seen = []
+
+        def attempt(running, seen=seen, examples=batch * accumulation):
+            seen.append(running.batch_size)
+            assert running.batch_size * running.gradient_accumulation == examples
+            raise MemoryError
+
+        with pytest.raises(
+            TrainingError, match=r"one example at a time.*gradient_checkpointing: true.*max_length below"
+        ):
+            with_less_memory(TrainingSettings(batch_size=batch, gradient_accumulation=accumulation), attempt)
+        assert seen == tried
+
+
+def test_another_error_is_not_taken_for_want_of_memory():
+    def attempt(running):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        with_less_memory(TrainingSettings(), attempt)
+
+
+def test_what_clearly_does_not_fit_is_refused_with_what_would(job, monkeypatch, capfd):
+    large = with_settings(job, batch_size=512, max_length=1024)
+    check_memory(large, longest=16, bfloat16=False)  # short examples need little
+    monkeypatch.setattr(memory, "available_bytes", lambda: 500 * 10**6)
+    with pytest.raises(TrainingError, match=r"reckoned to need .* GiB more .*what fits: batch_size: \d+, gradient_acc"):
+        check_memory(large, longest=1024, bfloat16=False)
+
+
+def test_what_is_over_by_less_than_the_estimates_error_is_tried(job, monkeypatch, capfd):
+    from finetune_pipeline.training.architecture import read_architecture
+    from finetune_pipeline.training.estimate import memory as reckon
+
+    need = reckon(
+        read_architecture(job.base_model / "config.json", "x"), job.settings, "cpu", bfloat16=False, tokens=64
+    )
+    monkeypatch.setattr(memory, "available_bytes", lambda: round(need.to_come * 0.9))
+    check_memory(job, longest=64, bfloat16=False)
+    assert "off by 20%, so it is tried" in capfd.readouterr().err

@@ -1,0 +1,126 @@
+"""Architectures, presets, and what fits: every preset on every known family."""
+
+import json
+
+import pytest
+
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
+from finetune_pipeline.training.architecture import FAMILIES, architecture_of, read_architecture
+from finetune_pipeline.training.estimate import layer_bytes, memory
+from finetune_pipeline.training.job import TrainingError
+from finetune_pipeline.training.presets import PRESETS, fits, machine_of, settled
+
+PUBLISHED = {  # billions of parameters, as the models' cards say
+    "CodeLlama-7b": 6.74, "Llama-3.1-8B": 8.03, "Mistral-7B": 7.24, "deepseek-coder-6.7b": 6.74, "gemma-3-12b": 12.2,
+    "Qwen2.5-0.5B": 0.49, "Qwen2.5-7B": 7.62, "Qwen2.5-32B": 32.8, "Qwen3-0.6B": 0.6, "Qwen3-8B": 8.19,
+    "Qwen3-32B": 32.8, "Llama-3.3-70B": 70.6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_dimensions_of_a_known_family_give_its_published_size(name):
+    assert FAMILIES[name].parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.012)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text"])
+def test_the_parameters_read_from_a_config_are_those_of_the_model(kind, tmp_path):
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=640, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=kind != "Mistral",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    architecture = read_architecture(tmp_path / "config.json", kind)
+    assert architecture.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_mixture_of_experts_and_an_unknown_model_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_local_experts": 8, "hidden_size": 8}))
+    with pytest.raises(TrainingError, match="mixture of experts"):
+        architecture_of(str(tmp_path))
+    with pytest.raises(TrainingError, match="nor one of the families known here"):
+        architecture_of("somebody/some-model-1b")
+
+
+def test_a_known_family_is_found_by_its_hugging_face_id():
+    assert architecture_of("meta-llama/Llama-3.1-8B-Instruct").name == "Llama-3.1-8B"
+    assert architecture_of("mistralai/Mistral-7B-Instruct-v0.3").vocabulary == 32768
+    assert architecture_of("data/starter_model").parameters == pytest.approx(3.4e6, rel=0.02)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_preset_fits_or_says_that_it_does_not(preset, name):
+    machine = machine_of(preset)
+    try:
+        found = settled(TrainingSettings(preset=preset), FAMILIES[name])
+    except TrainingError as error:
+        assert f"{name} does not fit preset {preset}: with qlora, batch_size 1" in str(error)
+        return
+    assert fits(FAMILIES[name], found, machine)
+    assert found.batch_size * found.gradient_accumulation == 16
+
+
+def test_a_7b_model_trains_by_qlora_in_8_gb_by_lora_in_24_and_a_70b_one_by_qlora_in_80():
+    small = settled(TrainingSettings(preset="8gb"), FAMILIES["Mistral-7B"])
+    assert (small.adapter, small.max_length) == ("qlora", 1024)
+    assert settled(TrainingSettings(preset="24gb"), FAMILIES["Mistral-7B"]).adapter == "lora"
+    assert settled(TrainingSettings(preset="80gb"), FAMILIES["Llama-3.3-70B"]).adapter == "qlora"
+    with pytest.raises(TrainingError, match="the smallest preset for it is 80gb"):
+        settled(TrainingSettings(preset="24gb"), FAMILIES["Llama-3.3-70B"])
+
+
+def test_a_preset_fills_only_what_is_not_set():
+    own = TrainingSettings(preset="24gb", batch_size=2, lora_r=4, max_length=300)
+    found = settled(own, FAMILIES["Mistral-7B"])
+    assert (found.batch_size, found.gradient_accumulation, found.lora_r, found.max_length) == (2, 8, 4, 300)
+    plain = TrainingSettings(batch_size=3)
+    assert settled(plain, FAMILIES["Mistral-7B"]) is plain
+
+
+def test_less_memory_is_reckoned_for_checkpointing_a_smaller_batch_and_four_bits():
+    def gib(**settings):
+        return memory(FAMILIES["Llama-3.1-8B"], TrainingSettings(**settings), "gpu", bfloat16=True).bytes / 2**30
+
+    assert gib() > gib(gradient_checkpointing=True) > gib(gradient_checkpointing=True, batch_size=1)
+    assert 16 < gib(gradient_checkpointing=True, batch_size=1) < 19
+    assert gib(gradient_checkpointing=True, batch_size=1, adapter="qlora") < 11
+
+
+def test_what_a_layer_is_reckoned_to_keep_is_what_autograd_keeps():
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    def kept(layers):
+        config = _config(layers)
+        model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=16, target_modules="all-linear")).train()
+        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        seen, alive = {}, []
+
+        def pack(tensor):
+            alive.append(tensor)
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        ids, mask = torch.randint(0, 512, (2, 128)), torch.ones(2, 128, dtype=torch.long)
+        mask[0, -5:] = 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return sum(size for place, size in seen.items() if place not in owned)
+
+    architecture = read_architecture(PROJECT_ROOT / "data" / "starter_model" / "config.json", "starter")
+    measured = (kept(3) - kept(1)) / 2 / 256
+    assert layer_bytes(architecture, TrainingSettings(), False, 128) == pytest.approx(measured, rel=0.01)
+
+
+def _config(layers):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(PROJECT_ROOT / "data" / "starter_model")
+    config.num_hidden_layers = layers
+    return config
