@@ -8,5 +8,5 @@ base_model.py     is this folder a base model that can be trained, asked without
 checkpoints.py    which checkpoint is complete, after a kill at any time
 process.py        die with the parent, and have the folder alone
 progress.py       the JSON lines that everybody follows
-backends.py       which ways of training this machine has
+backends/         what trains (peft, unsloth, axolotl), whether it can here, and which one is chosen
 """

@@ -32,6 +32,9 @@ class TrainingJob(Record):
 
     base_model: Path = Field(description="Folder of the base model: config.json, safetensors, tokenizer files.")
     dataset: Path = Field(description="DatasetDict saved to disk: train, perhaps validation; prompt and completion.")
+    preferences: Path | None = Field(
+        default=None, description="For dpo and kto, DatasetDict saved to disk: pairs, or labelled answers."
+    )
     system_prompt: str = Field(default="", description="Put before every prompt, as in service.")
     output: Path = Field(description="Folder to write to; a training that was killed there goes on from it.")
     settings: TrainingSettings = TrainingSettings()

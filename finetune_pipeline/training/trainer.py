@@ -7,8 +7,9 @@ of an unbroken one.
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 _CURVE_POINTS = 50
 
 
-def run_training(job: TrainingJob, started: float) -> TrainingResult:
+def run_training(
+    job: TrainingJob, started: float, load_model: Callable[[TrainingJob, bool], Any] = load_model
+) -> TrainingResult:
     """Train the adapter of a job, from its last whole checkpoint if there is one.
 
     Args:
         job: what to train.
         started: time.monotonic() at which the process began.
+        load_model: gives the base model of a job, in bfloat16 or not; one that has its adapter already gets no other.
 
     Raises:
         TrainingError: the dataset, the base model or the loss makes it impossible.
@@ -45,7 +49,7 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
     data = load(job, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)
     steps = _steps(len(data.train), settings)
-    trainer = _trainer(job, data, tokens, steps, bfloat16)
+    trainer = _trainer(job, data, tokens, steps, bfloat16, load_model)
     before = _mean_loss(trainer, data.measure)
     checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
     seconds = _train(trainer, checkpoint)
@@ -84,17 +88,24 @@ def _steps(examples: int, settings: TrainingSettings) -> int:
 
 
 def _trainer(
-    job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", steps: int, bfloat16: bool
+    job: TrainingJob,
+    data: Data,
+    tokens: "PreTrainedTokenizerBase",
+    steps: int,
+    bfloat16: bool,
+    load_model: Callable[[TrainingJob, bool], Any] = load_model,
 ) -> "SFTTrainer":
+    from peft import PeftModel
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
+    model = load_model(job, bfloat16)
     trainer = SFTTrainer(
-        model=load_model(job, bfloat16),
+        model=model,
         args=_config(job, steps, bfloat16),
         train_dataset=data.train,
         processing_class=tokens,
-        peft_config=lora(job.settings),
+        peft_config=None if isinstance(model, PeftModel) else lora(job.settings),
         callbacks=[reporter(job)],
     )
     # It would write a model card with every checkpoint, which nobody reads.
