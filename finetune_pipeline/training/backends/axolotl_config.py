@@ -161,17 +161,16 @@ def _dataset_kind(settings: TrainingSettings) -> dict[str, Any]:
     """How Axolotl reads the lines that `_rows` makes."""
     if settings.method == "sft":
         return {
-            "ds_type": "json",
             "type": "chat_template",
             "chat_template": "tokenizer_default",
             "field_messages": "messages",
             "message_field_training": "train",
         }
     if settings.method == "dpo":
-        return {"ds_type": "json", "type": "passthrough"}
+        return {"type": "passthrough"}
     fields = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
     formats = {"prompt_format": "{prompt}", "completion_format": "{completion}"}
-    return {"ds_type": "json", "type": {**fields, **formats}}
+    return {"type": {**fields, **formats}}
 
 
 def _trackers(settings: TrainingSettings, job: TrainingJob) -> dict[str, Any]:
