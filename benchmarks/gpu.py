@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.results import publish
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
-from finetune_pipeline.training.backends import BACKENDS
 from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
 
@@ -95,45 +95,39 @@ def main() -> None:
     device = _apart(_device)
     names = options.shapes or (["tiny"] if device == "cpu" else ["1b", "8b"])
     peaks: dict[str, float] = {kind: _apart(_matmul_peak, kind) for kind in ("float32", "bfloat16")}
-    rows, figures = [], []
+    figures: list[dict[str, Any]] = []
     for name in names:
         folder = Path(tempfile.mkdtemp(prefix=f"finetune-gpu-{name}-"))
         try:
-            for row, found in _measure(name, folder, options.steps, peaks):
-                rows.append(row)
-                figures.append(found)
+            figures += _measure(name, folder, options.steps, peaks)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     facts = {"device": device, "matmul_peak_tflops": {k: v / 1e12 for k, v in peaks.items()}, "steps": options.steps}
-    publish("gpu", HEADINGS, rows, {**facts, "trainings": figures})
+    publish("gpu", HEADINGS, [_row(found) for found in figures], {**facts, "trainings": figures})
     print(f"\n{device}; peak of a matrix product, TFLOP/s: {json.dumps(facts['matmul_peak_tflops'])}")
     if device == "cpu":
         print("There is no GPU that torch can use: the GPU part was not run.")
 
 
-def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> list[tuple[list[str], dict[str, Any]]]:
+def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
+    """The figures of each training of one shape, or why it was not run."""
     shape = SHAPES[name]
     flops = _apart(_make_model, shape, folder / "model")
     _apart(_make_dataset, shape, folder / "dataset", shape.batch * steps)
     found = []
-    for adapter in ("lora", "qlora"):
-        for backend in BACKENDS:
-            if backend.name == "axolotl":  # it brings its own environment; measured by hand
-                continue
-            settings = _settings(shape, adapter, backend.name)
-            output = folder / f"{adapter}-{backend.name}"
-            job = TrainingJob(base_model=folder / "model", dataset=folder / "dataset", output=output, settings=settings)
-            told: list[Progress] = []
-            try:
-                result = train(job, told.append)
-            except TrainingError as error:
-                why = str(error).splitlines()[0]
-                found.append(([name, adapter, backend.name, f"not run: {why}", "", ""], {"not_run": why}))
-                continue
-            figures = _figures(result, told, flops, peaks)
-            found.append((_row(name, adapter, backend.name, figures), figures))
-    for (_, figures), row in zip(found, [row for row, _ in found], strict=True):
-        figures |= {"model": name, "adapter": row[1], "backend": row[2]}
+    for adapter, backend in product(("lora", "qlora"), ("peft", "unsloth")):
+        job = TrainingJob(
+            base_model=folder / "model",
+            dataset=folder / "dataset",
+            output=folder / f"{adapter}-{backend}",
+            settings=_settings(shape, adapter, backend),
+        )
+        told: list[Progress] = []
+        try:
+            figures = _figures(train(job, told.append), told, flops, peaks)
+        except TrainingError as error:
+            figures = {"not_run": str(error).splitlines()[0]}
+        found.append({"model": name, "adapter": adapter, "backend": backend, **figures})
     return found
 
 
@@ -171,10 +165,12 @@ def _figures(result: TrainingResult, told: list[Progress], flops: float, peaks: 
     }
 
 
-def _row(name: str, adapter: str, backend: str, figures: dict[str, Any]) -> list[str]:
+def _row(figures: dict[str, Any]) -> list[str]:
+    what = [figures["model"], figures["adapter"], figures["backend"]]
+    if "not_run" in figures:
+        return [*what, f"not run: {figures['not_run']}", "", ""]
     memory = f"{figures['peak_memory_bytes'] / 1e9:.1f} GB"
-    share = f"{figures['share_of_matmul_peak']:.1%}"
-    return [name, adapter, backend, f"{figures['tokens_per_second']:,.0f}", memory, share]
+    return [*what, f"{figures['tokens_per_second']:,.0f}", memory, f"{figures['share_of_matmul_peak']:.1%}"]
 
 
 def _apart(function: Callable[..., T], *arguments: Any) -> T:

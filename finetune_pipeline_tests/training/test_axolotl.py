@@ -22,6 +22,9 @@ from finetune_pipeline.training.launch import train
 
 from .conftest import save, with_settings
 
+# Making the environment, on first use, counts as a part of the test that asks first.
+pytestmark = pytest.mark.timeout(1500)
+
 SCHEMA = Path(__file__).with_name("axolotl_schema.py")
 
 

@@ -34,6 +34,8 @@ class Unsloth(Backend):
     def cannot(self, settings: TrainingSettings) -> Iterator[str]:  # noqa: D102
         if settings.compute == "ray" or settings.workers > 1:
             yield "it trains on one GPU of this machine; set compute: local and workers: 1, or backend: peft"
+        if not settings.bfloat16:
+            yield "it trains in bfloat16; leave bfloat16 true, or set backend: peft"
         if settings.trainable_token_indices:
             yield "it cannot train the embeddings of single tokens; leave trainable_token_indices out, or use peft"
         if settings.mode == "incremental":
