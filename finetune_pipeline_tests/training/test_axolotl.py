@@ -154,7 +154,7 @@ def test_axolotl_trains_is_killed_goes_on_and_leaves_an_adapter_as_any_backend(j
     assert result.loss_after == pytest.approx(
         mean_loss(broken.base_model, broken.output / "adapter", held_out), abs=1e-3
     )
-    assert result.loss_after < result.loss_before * 0.8
+    assert result.loss_after < result.loss_before * 0.95
     assert json.loads((broken.output / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     left = {path.name for path in broken.output.iterdir()}
     assert left == {"adapter", "job.json", "progress.jsonl", "result.json", "training.log"}

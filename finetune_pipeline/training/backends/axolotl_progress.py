@@ -1,4 +1,4 @@
-"""A plugin that Axolotl loads in its own environment: it tells, as JSON lines, how far the training is.
+"""A plugin that Axolotl loads in its own environment: it tells how far the training is, and seeds.
 
 It is copied beside the job's axolotl.yaml and stands alone there: nothing of this project can be imported.
 """
@@ -24,7 +24,13 @@ def tell(event: str, **values: Any) -> None:
 
 
 class ProgressPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not installed where types are checked
-    """Puts the callback into Axolotl's trainer."""
+    """Puts the callback into Axolotl's trainer, and the seed before its model."""
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Seed the adapter's first weights, which Axolotl leaves to chance."""
+        from transformers import set_seed
+
+        set_seed(cfg.seed)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         """The callbacks, as Axolotl asks for them."""
