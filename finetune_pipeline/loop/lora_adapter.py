@@ -171,9 +171,10 @@ def _reporter(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
             "training_loss": progress.loss,
             "learning_rate": progress.learning_rate,
             "tokens_per_second": progress.tokens_per_second,
-            "memory_mb": progress.memory_bytes / 1e6,
             "seconds_left": progress.eta_seconds,
         }
+        if progress.memory_bytes is not None:
+            figures["memory_mb"] = progress.memory_bytes / 1e6
         if progress.validation_loss is not None:
             figures["validation_loss"] = progress.validation_loss
         context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=figures))
@@ -184,11 +185,12 @@ def _reporter(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
 def describe(progress: Progress) -> str:
     """One line on how far a training is."""
     minutes, seconds = divmod(round(progress.eta_seconds), 60)
+    memory = "" if progress.memory_bytes is None else f"{progress.memory_bytes / 2**30:.1f} GiB, "
     validated = "" if progress.validation_loss is None else f"held out {progress.validation_loss:.3f}, "
     return (
         f"training step {progress.step} of {progress.steps}, epoch {progress.epoch:.1f}, loss {progress.loss:.3f}, "
         f"{validated}learning rate {progress.learning_rate:.2g}, {progress.tokens_per_second:,.0f} tokens/s, "
-        f"{progress.memory_bytes / 2**30:.1f} GiB, {minutes}:{seconds:02d} left"
+        f"{memory}{minutes}:{seconds:02d} left"
     )
 
 

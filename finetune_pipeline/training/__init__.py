@@ -15,5 +15,5 @@ presets.py        what fits: settings for a memory size and a model
 memory.py         asked for before a training; when it runs out, half the micro-batch
 process.py        die with the parent, and have the folder alone
 progress.py       the JSON lines that everybody follows
-backends.py       which ways of training this machine has
+backends/         what trains (peft, unsloth, axolotl), whether it can here, and which one is chosen
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from finetune_pipeline.children import die_with_parent
+from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
 from finetune_pipeline.training.process import folder_alone
@@ -55,9 +56,10 @@ def _run(job: TrainingJob, started: float) -> None:
     settle_trackers(job.output)
     with folder_alone(job.output):
         if finished(job) is None:
-            from finetune_pipeline.training.trainer import run_training
-
-            run_training(job, started)
+            choice = choose(job.settings)
+            choice.backend.validate(job)
+            print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
+            choice.backend.run(job, started)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ class Progress(Record):
     eta_seconds: float
     micro_batch: int | None = Field(default=None, description="Examples in memory at once, at this moment.")
     elapsed_seconds: float = Field(description="Since this process began to train; a resumed one begins at 0.")
-    memory_bytes: int = Field(description="Of the GPU when trained on one, else resident in main memory.")
+    memory_bytes: int | None = Field(
+        description="Of the GPU when trained on one, else resident in main memory; None where a backend does not tell."
+    )
 
 
 class CurvePoint(Record):

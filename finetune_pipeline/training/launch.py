@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune_pipeline.artifacts import disk_full, tells_of_full_disk, write_text
+from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import (
     JOB,
@@ -41,15 +42,17 @@ def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: 
         on_progress: called with each new line of progress, about once a second at most.
 
     Raises:
-        TrainingError: the base model cannot be trained, or a tracker is not installed; nothing was started.
+        TrainingError: the base model cannot be trained, not by this backend here, or a tracker is not installed;
+            nothing was started.
         TrainingFailed: the process ended without a result.
     """
     check_base_model(job.base_model)
     check_trackers(job.settings)
-    job.output.mkdir(parents=True, exist_ok=True)
     result = finished(job)
     if result is not None:
         return result
+    choose(job.settings).backend.validate(job)
+    job.output.mkdir(parents=True, exist_ok=True)
     write_text(job.output / JOB, job.model_dump_json(indent=2) + "\n")
     follower = Follower(job.output / PROGRESS)
     with (job.output / LOG).open("ab") as log:

@@ -62,13 +62,13 @@ def _keep_weights_as_they_are(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def with_adapter(base: Any, job: TrainingJob) -> Any:
-    """The base model, with the adapter on it that the job's training goes on from, if there is one."""
-    if job.initial_adapter is None:
-        return base
+def with_adapter(base: Any, job: TrainingJob) -> dict[str, Any]:
+    """The arguments `model` and `peft_config` of TRL's trainers: a new adapter, or the one that is gone on from."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, job.initial_adapter, is_trainable=True, use_safetensors=True)
+    if job.initial_adapter is not None:
+        base = PeftModel.from_pretrained(base, job.initial_adapter, is_trainable=True, use_safetensors=True)
+    return {"model": base, "peft_config": None if isinstance(base, PeftModel) else lora(job.settings, base)}
 
 
 def lora(settings: TrainingSettings, model: Any) -> Any:
@@ -110,7 +110,9 @@ def save_adapter(model: Any, job: TrainingJob) -> None:
     config = model.peft_config["default"]
     config.base_model_name_or_path = job.base_model.name
     config.target_modules = sorted(config.target_modules)  # a set, whose order would differ from run to run
-    model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(
+        temporary, safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
+    )
     (temporary / "README.md").unlink(missing_ok=True)  # a model card of blanks
     temporary.replace(final)
 

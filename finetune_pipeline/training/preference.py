@@ -15,7 +15,7 @@ from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.data import Data
 from finetune_pipeline.training.job import TrainingError, TrainingJob
-from finetune_pipeline.training.model import load_model, lora, with_adapter
+from finetune_pipeline.training.model import with_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,7 +56,7 @@ def preference_trainer(
     train: "Dataset",
     tokens: "PreTrainedTokenizerBase",
     arguments: dict[str, Any],
-    bfloat16: bool,
+    base: Any,
     callbacks: "list[TrainerCallback]",
 ) -> "DPOTrainer | KTOTrainer":
     """TRL's trainer of the job's method.
@@ -64,7 +64,7 @@ def preference_trainer(
     Args:
         train: from `load_preferences`.
         arguments: transformers' TrainingArguments that every method shares.
-        bfloat16: whether the model is loaded for bfloat16.
+        base: the model to train.
         callbacks: told how the training goes.
     """
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -74,13 +74,11 @@ def preference_trainer(
         kind, config = DPOTrainer, DPOConfig(**shared, **_dpo(job.settings))
     else:
         kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, train["label"]))
-    base = load_model(job, bfloat16)
     return kind(
-        model=with_adapter(base, job),
+        **with_adapter(base, job),
         args=config,
         train_dataset=train,
         processing_class=tokens,
-        peft_config=None if job.initial_adapter else lora(job.settings, base),
         callbacks=callbacks,
     )
 

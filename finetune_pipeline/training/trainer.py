@@ -7,6 +7,7 @@ of an unbroken one.
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from finetune_pipeline.training.memory import check_memory, with_less_memory
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
     load_model,
-    lora,
     peak_memory,
     save_adapter,
     with_adapter,
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 _CURVE_POINTS = 50
 
+LoadModel = Callable[[TrainingJob, bool], Any]
+"""Gives the base model of a job, for bfloat16 or not; a backend's own may have its adapter on it already."""
+
 
 @dataclass(frozen=True)
 class _Trained:
@@ -47,12 +50,13 @@ class _Trained:
     seconds: float
 
 
-def run_training(job: TrainingJob, started: float) -> TrainingResult:
+def run_training(job: TrainingJob, started: float, load_model: LoadModel = load_model) -> TrainingResult:
     """Train the adapter of a job, from its last whole checkpoint if there is one.
 
     Args:
         job: what to train.
         started: time.monotonic() at which the process began.
+        load_model: gives the base model of a job, in bfloat16 or not; one that has its adapter already gets no other.
 
     Raises:
         TrainingError: the dataset, the base model or the loss makes it impossible.
@@ -66,7 +70,9 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         data = load_preferences(job, data, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)
     check_memory(job, longest=data.longest, bfloat16=bfloat16)
-    done, micro_batch = with_less_memory(settings, lambda running: _trained(job, running, data, tokens, bfloat16))
+    done, micro_batch = with_less_memory(
+        settings, lambda running: _trained(job, running, data, tokens, bfloat16, load_model)
+    )
     trainer = done.trainer
     save_adapter(trainer.model, job)
     shutil.rmtree(job.output / CHECKPOINTS)
@@ -98,13 +104,18 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
 
 
 def _trained(
-    job: TrainingJob, running: TrainingSettings, data: Data, tokens: "PreTrainedTokenizerBase", bfloat16: bool
+    job: TrainingJob,
+    running: TrainingSettings,
+    data: Data,
+    tokens: "PreTrainedTokenizerBase",
+    bfloat16: bool,
+    load_model: LoadModel,
 ) -> _Trained:
     """Train once. `running` are the job's settings with the micro-batch that memory allows."""
     from transformers import set_seed
 
     set_seed(running.seed)
-    trainer = _trainer(job, running, data, tokens, _steps(len(data.train), running), bfloat16)
+    trainer = _trainer(job, running, data, tokens, _steps(len(data.train), running), bfloat16, load_model)
     before = _mean_loss(trainer, data.measure)
     if data.validates:
         trainer.add_callback(validator(lambda: _mean_loss(trainer, data.measure), running.early_stopping))
@@ -130,14 +141,15 @@ def _trainer(
     tokens: "PreTrainedTokenizerBase",
     steps: int,
     bfloat16: bool,
+    load_model: LoadModel,
 ) -> "Trainer":
     from transformers import PrinterCallback
 
     arguments = _arguments(job, running, steps, bfloat16)
     if job.settings.method == "sft":
-        trainer = _sft_trainer(job, data, tokens, arguments, bfloat16)
+        trainer = _sft_trainer(job, data, tokens, arguments, load_model(job, bfloat16))
     else:
-        trainer = preference_trainer(job, data.train, tokens, arguments, bfloat16, [reporter(job)])
+        trainer = preference_trainer(job, data.train, tokens, arguments, load_model(job, bfloat16), [reporter(job)])
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
@@ -145,11 +157,10 @@ def _trainer(
 
 
 def _sft_trainer(
-    job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", arguments: dict[str, Any], bfloat16: bool
+    job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", arguments: dict[str, Any], base: Any
 ) -> "SFTTrainer":
     from trl import SFTConfig, SFTTrainer
 
-    base = load_model(job, bfloat16)
     shared_rows = unpadded.fits(type(base), base.config)
     if shared_rows:
         base.set_attn_implementation(unpadded.register_attention())
@@ -162,11 +173,10 @@ def _sft_trainer(
         train_sampling_strategy="group_by_length",  # batches of like lengths: attention has little to fill up
     )
     return (unpadded.trainer_class() if shared_rows else SFTTrainer)(
-        model=with_adapter(base, job),
+        **with_adapter(base, job),
         args=config,
         train_dataset=data.train,
         processing_class=tokens,
-        peft_config=None if job.initial_adapter else lora(job.settings, base),
         callbacks=[reporter(job)],
     )
 

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from finetune_pipeline.training.backends import available_backends
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import TrainingError
 
@@ -58,9 +57,3 @@ def test_launching_and_asking_for_backends_load_no_torch():
         "print({'torch', 'transformers', 'trl', 'peft', 'datasets', 'llama_cpp'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
-
-
-def test_every_backend_says_why_and_what_to_do():
-    backends = available_backends()
-    assert [backend.name for backend in backends] == ["peft", "qlora", "unsloth"]
-    assert all(backend.why and (backend.available or backend.remedy) for backend in backends)

@@ -1,0 +1,247 @@
+"""Training on a GPU, or a tiny shape on the CPU: tokens per second, memory, and the share of the machine's peak.
+
+Run by benchmarks/gpu.sh. Each row is a training of ours (TrainingJob, in its own process) on a Llama of random weights:
+what a step costs does not depend on what the weights say.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.results import publish
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
+from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob, TrainingResult
+from finetune_pipeline.training.launch import train
+
+TOKENIZER = PROJECT_ROOT / "data" / "starter_model"
+HEADINGS = ["model", "adapter", "backend", "tokens/s", "peak memory", "of matmul peak"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama and how it is trained.
+
+    Attributes:
+        parameters: how many it has, in billions, for the disk that is needed.
+        batch: examples a step.
+        words: length of an example's answer; a word has about 5 tokens of the starter model's tokenizer.
+    """
+
+    config: dict[str, Any]
+    batch: int
+    words: int
+    checkpointing: bool = False
+
+
+_LLAMA = {"vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8}
+SHAPES = {
+    "tiny": Shape(
+        {
+            "vocab_size": 1024,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        batch=16,
+        words=16,
+    ),
+    "1b": Shape(  # as Llama 3.2 1B
+        {
+            **_LLAMA,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "tie_word_embeddings": True,
+        },
+        batch=8,
+        words=100,
+    ),
+    "8b": Shape(  # as Llama 3.1 8B
+        {
+            **_LLAMA,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "tie_word_embeddings": False,
+        },
+        batch=8,
+        words=100,
+        checkpointing=True,
+    ),
+}
+
+
+def main() -> None:
+    """Measure every shape, adapter and backend that can run here, and publish the table."""
+    parser = argparse.ArgumentParser(description="Training on a GPU, or a tiny shape on the CPU.")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 1b and 8b on a GPU, tiny on a CPU")
+    parser.add_argument("--steps", type=int, default=30, help="updates of each training")
+    options = parser.parse_args()
+    device = _apart(_device)
+    names = options.shapes or (["tiny"] if device == "cpu" else ["1b", "8b"])
+    peaks: dict[str, float] = {kind: _apart(_matmul_peak, kind) for kind in ("float32", "bfloat16")}
+    figures: list[dict[str, Any]] = []
+    for name in names:
+        folder = Path(tempfile.mkdtemp(prefix=f"finetune-gpu-{name}-"))
+        try:
+            figures += _measure(name, folder, options.steps, peaks)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    facts = {"device": device, "matmul_peak_tflops": {k: v / 1e12 for k, v in peaks.items()}, "steps": options.steps}
+    publish("gpu", HEADINGS, [_row(found) for found in figures], {**facts, "trainings": figures})
+    print(f"\n{device}; peak of a matrix product, TFLOP/s: {json.dumps(facts['matmul_peak_tflops'])}")
+    if device == "cpu":
+        print("There is no GPU that torch can use: the GPU part was not run.")
+
+
+def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
+    """The figures of each training of one shape, or why it was not run."""
+    shape = SHAPES[name]
+    flops = _apart(_make_model, shape, folder / "model")
+    _apart(_make_dataset, shape, folder / "dataset", shape.batch * steps)
+    found = []
+    for adapter, backend in product(("lora", "qlora"), ("peft", "unsloth")):
+        job = TrainingJob(
+            base_model=folder / "model",
+            dataset=folder / "dataset",
+            output=folder / f"{adapter}-{backend}",
+            settings=_settings(shape, adapter, backend),
+        )
+        told: list[Progress] = []
+        try:
+            figures = _figures(train(job, told.append), told, flops, peaks)
+        except TrainingError as error:
+            figures = {"not_run": str(error).splitlines()[0]}
+        found.append({"model": name, "adapter": adapter, "backend": backend, **figures})
+    return found
+
+
+def _settings(shape: Shape, adapter: str, backend: str) -> TrainingSettings:
+    return TrainingSettings.model_validate(
+        {
+            "backend": backend,
+            "adapter": adapter,
+            "epochs": 1,
+            "batch_size": shape.batch,
+            "max_length": 2048,
+            "gradient_checkpointing": shape.checkpointing,
+            "checkpoints": 1,
+        }
+    )
+
+
+def _figures(result: TrainingResult, told: list[Progress], flops: float, peaks: dict[str, float]) -> dict[str, Any]:
+    """Tokens per second without the first steps, in which kernels are compiled and caches filled."""
+    speed = result.tokens_per_second
+    later = [progress for progress in told if progress.step >= progress.steps / 4]
+    if len(later) > 1:
+        first, last = later[0], later[-1]
+        tokens = last.tokens_per_second * last.elapsed_seconds - first.tokens_per_second * first.elapsed_seconds
+        speed = tokens / (last.elapsed_seconds - first.elapsed_seconds)
+    peak = peaks["bfloat16" if result.bfloat16 else "float32"]
+    return {
+        "device": result.device,
+        "bfloat16": result.bfloat16,
+        "tokens_per_second": speed,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "share_of_matmul_peak": speed * flops / peak,
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+    }
+
+
+def _row(figures: dict[str, Any]) -> list[str]:
+    what = [figures["model"], figures["adapter"], figures["backend"]]
+    if "not_run" in figures:
+        return [*what, f"not run: {figures['not_run']}", "", ""]
+    memory = f"{figures['peak_memory_bytes'] / 1e9:.1f} GB"
+    return [*what, f"{figures['tokens_per_second']:,.0f}", memory, f"{figures['share_of_matmul_peak']:.1%}"]
+
+
+def _apart(function: Callable[..., T], *arguments: Any) -> T:
+    """Call in a process of its own: what it holds of the GPU's memory is free again afterwards."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _matmul_peak(kind: str) -> float:
+    """Floating-point operations per second of a square matrix product, the best of several."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    size, times = (8192, 20) if gpu else (2048, 5)
+    a, b = (torch.randn(size, size, device="cuda" if gpu else "cpu").to(getattr(torch, kind)) for _ in range(2))
+    best = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        a @ b
+        if gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return float(2 * size**3 / best)
+
+
+def _make_model(shape: Shape, folder: Path) -> float:
+    """Write a model of random weights; returns the operations of training it on one token.
+
+    A frozen weight costs a multiplication and an addition forward, and the same backward for the activations, but no
+    gradient of its own: 4 operations, where full training has 6. Attention over half of an example (it is causal) costs
+    2 x layers x width x length forward and twice that backward. Recomputing by checkpoints is not counted as work done.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    gpu = torch.cuda.is_available()
+    config = LlamaConfig(**shape.config, max_position_embeddings=2048, bos_token_id=1, eos_token_id=5, pad_token_id=3)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if gpu else torch.float32)
+    with torch.device("cuda" if gpu else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    for path in TOKENIZER.glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    weights = layers + config.vocab_size * config.hidden_size  # the output layer; the embedding is looked up
+    length = shape.words * 5
+    return float(4 * weights + 6 * config.num_hidden_layers * config.hidden_size * length)
+
+
+def _make_dataset(shape: Shape, folder: Path, count: int) -> None:
+    """Examples of one length, as after sorting by length, with words of which nothing is to be learnt."""
+    from datasets import Dataset, DatasetDict
+
+    numbers = random.Random(0)
+    rows = [
+        {
+            "prompt": f"wall of {index} mm",
+            "history": [],
+            "completion": " ".join(f"{numbers.randrange(1000):03d}," for _ in range(shape.words)),
+        }
+        for index in range(count)
+    ]
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(folder)
+
+
+if __name__ == "__main__":
+    main()

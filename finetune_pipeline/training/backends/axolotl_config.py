@@ -1,0 +1,234 @@
+"""A job in Axolotl's own words: its axolotl.yaml, and the examples in the form that Axolotl reads.
+
+The keys are those of Axolotl's schema (AxolotlInputConfig); scripts/axolotl_env.sh makes an environment in which a
+test holds them against it.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_pipeline.artifacts import write_text
+from finetune_pipeline.records import Turn, chat
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingJob
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FOLDER = "axolotl"
+CONFIG = "axolotl.yaml"
+PLUGIN = "axolotl_progress"
+
+_MEASURE_SAMPLE = 256  # training examples on which the loss is measured where there is no validation set
+_LOG_POINTS = 50
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written for a job.
+
+    Attributes:
+        config: path of axolotl.yaml.
+        examples: how many train.
+        too_long: how many were left out for having more than max_length tokens.
+        tokens: mean tokens of a training example.
+    """
+
+    config: Path
+    examples: int
+    too_long: int
+    tokens: float
+
+
+def write(job: TrainingJob, checkpoint: Path | None, gpu: bool) -> Written:
+    """Write a job's data and configuration into its folder `axolotl`, with the plugin beside them.
+
+    Args:
+        job: what to train.
+        checkpoint: a whole one to go on from.
+        gpu: whether the machine has one; Axolotl's kernels need it.
+
+    Raises:
+        TrainingError: the dataset is not there, or nothing of it is short enough.
+    """
+    import yaml
+    from transformers import AutoTokenizer
+
+    folder = job.output / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name(f"{PLUGIN}.py"), folder / f"{PLUGIN}.py")
+    tokenizer = AutoTokenizer.from_pretrained(job.base_model, trust_remote_code=False)
+    train, too_long, tokens = _short_enough(_rows(job, "train", tokenizer), job, tokenizer)
+    if not train:
+        raise TrainingError(
+            f"nothing is left to train on: {too_long} examples have more than {job.settings.max_length} tokens; "
+            "raise max_length, or add examples"
+        )
+    validation, _, _ = _short_enough(_rows(job, "validation", tokenizer), job, tokenizer)
+    _write_lines(folder / "train.jsonl", train)
+    _write_lines(folder / "measure.jsonl", validation or train[:_MEASURE_SAMPLE])
+    config = configuration(job, len(train), checkpoint, gpu)
+    write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
+    return Written(folder / CONFIG, len(train), too_long, tokens)
+
+
+def configuration(job: TrainingJob, examples: int, checkpoint: Path | None, gpu: bool) -> dict[str, Any]:
+    """The contents of axolotl.yaml.
+
+    Args:
+        job: what to train.
+        examples: how many there are.
+        checkpoint: a whole one to go on from.
+        gpu: whether the machine has one.
+    """
+    settings = job.settings
+    folder = job.output / FOLDER
+    updates = math.ceil(math.ceil(examples / settings.batch_size) / settings.gradient_accumulation)
+    steps = max(math.ceil(updates * settings.epochs), 1)
+    kind = _dataset_kind(settings)
+    config = {
+        "base_model": str(job.base_model),
+        "trust_remote_code": False,
+        "plugins": [f"{PLUGIN}.ProgressPlugin"],
+        "datasets": [{"path": str(folder / "train.jsonl"), **kind}],
+        "test_datasets": [{"path": str(folder / "measure.jsonl"), "split": "train", **kind}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(job.output / CHECKPOINTS),
+        **_adapter(settings),
+        **_method(settings),
+        "sequence_len": settings.max_length,
+        "excess_length_strategy": "drop",
+        "sample_packing": False,  # packed batches would make other steps of the same settings
+        "pad_to_sequence_len": False,
+        "train_on_inputs": False,
+        "micro_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "num_epochs": settings.epochs,
+        "optimizer": "adamw_torch",
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": settings.warmup_share,
+        "weight_decay": settings.weight_decay,
+        "bf16": "auto" if gpu and settings.bfloat16 else False,
+        "fp16": None if gpu and settings.bfloat16 else False,
+        "seed": settings.seed,
+        "logging_steps": math.ceil(steps / _LOG_POINTS),
+        "save_steps": math.ceil(steps / settings.checkpoints),
+        "eval_steps": math.ceil(steps / settings.checkpoints),
+        "save_total_limit": 2,
+        "early_stopping_patience": settings.early_stopping,
+        "resume_from_checkpoint": str(checkpoint) if checkpoint else None,
+        **_trackers(settings, job),
+        **({} if gpu else dict.fromkeys(_KERNELS, False)),  # they are Triton's
+    }
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _adapter(settings: TrainingSettings) -> dict[str, Any]:
+    every = settings.target_modules == "all-linear"
+    return {
+        "adapter": settings.adapter,
+        "load_in_4bit": settings.adapter == "qlora",
+        "lora_r": settings.lora_r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "lora_target_linear": True if every else None,
+        "lora_target_modules": None if every else list(settings.target_modules),
+        "peft_trainable_token_indices": [i for i in settings.trainable_token_indices if isinstance(i, int)] or None,
+    }
+
+
+def _method(settings: TrainingSettings) -> dict[str, Any]:
+    if settings.method == "sft":
+        return {"group_by_length": True}
+    method: dict[str, Any] = {"rl": settings.method, "rl_beta": settings.beta}
+    if settings.method == "kto":
+        # Axolotl's KTO trainer is told nothing of unused columns, and its collator needs them all.
+        return {**method, "remove_unused_columns": False}
+    if settings.sft_weight:
+        return {**method, "dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, settings.sft_weight]}
+    return method
+
+
+def _dataset_kind(settings: TrainingSettings) -> dict[str, Any]:
+    """How Axolotl reads the lines that `_rows` makes."""
+    if settings.method == "sft":
+        return {
+            "type": "chat_template",
+            "chat_template": "tokenizer_default",
+            "field_messages": "messages",
+            "message_field_training": "train",
+        }
+    if settings.method == "dpo":
+        return {"type": "passthrough"}
+    fields = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
+    formats = {"prompt_format": "{prompt}", "completion_format": "{completion}"}
+    return {"type": {**fields, **formats}}
+
+
+def _trackers(settings: TrainingSettings, job: TrainingJob) -> dict[str, Any]:
+    project = {"wandb_project": "finetune-pipeline"} if "wandb" in settings.report_to else {}
+    return {**{f"use_{name}": True for name in settings.report_to}, **project}
+
+
+def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+    """A split's examples: messages of which the last is learnt; for dpo and kto, texts with the template applied."""
+    from datasets import load_from_disk
+
+    folder = job.dataset if job.settings.method == "sft" else job.preferences
+    if folder is None or not (folder / "dataset_dict.json").is_file():
+        raise TrainingError(f"{folder} holds no saved DatasetDict for {job.settings.method}; make the dataset again")
+    state = folder / split / "state.json"
+    if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+        return []
+    return [_line(row, job, tokenizer) for row in load_from_disk(str(folder / split))]
+
+
+def _line(row: dict[str, Any], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    asked = chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
+    if job.settings.method == "sft":
+        said = [{**message, "train": False} for message in asked]
+        return {"messages": [*said, {"role": "assistant", "content": row["completion"], "train": True}]}
+    answers = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
+    before = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    line = {"prompt": _without_start(before, tokenizer)}
+    for name in answers:
+        message = {"role": "assistant", "content": row[name]}
+        whole = str(tokenizer.apply_chat_template([*asked, message], tokenize=False))
+        line[name] = whole.removeprefix(before).rstrip()
+    return line | ({"label": row["label"]} if "label" in row else {})
+
+
+def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Without the start token that the template wrote, where the tokenizer adds one itself."""
+    start = tokenizer.bos_token
+    adds = start is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(start) if adds else text
+
+
+def _short_enough(
+    lines: list[dict[str, Any]], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[dict[str, Any]], int, float]:
+    """The lines of at most max_length tokens, the number of the others, and the mean tokens of a kept one."""
+    if not lines:
+        return [], 0, 0.0
+    if job.settings.method == "sft":
+        texts = tokenizer.apply_chat_template([line["messages"] for line in lines], tokenize=False)
+    else:
+        names = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
+        texts = [line["prompt"] + max((line[name] for name in names), key=len) for line in lines]
+    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    kept = [(line, count) for line, count in zip(lines, counts, strict=True) if count <= job.settings.max_length]
+    mean = sum(count for _, count in kept) / max(len(kept), 1)
+    return [line for line, _ in kept], len(lines) - len(kept), mean
+
+
+def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))

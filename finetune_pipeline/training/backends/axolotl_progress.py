@@ -1,0 +1,77 @@
+"""A plugin that Axolotl loads in its own environment: it tells how far the training is, and seeds.
+
+It is copied beside the job's axolotl.yaml and stands alone there: nothing of this project can be imported.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin  # the only environment that loads this file has it
+
+EVENTS = Path(__file__).with_name("events.jsonl")
+
+
+def tell(event: str, **values: Any) -> None:
+    """Add one line, in one write, so that a kill leaves no half of it."""
+    line = json.dumps({"event": event, **values}) + "\n"
+    descriptor = os.open(EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+class ProgressPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not installed where types are checked
+    """Puts the callback into Axolotl's trainer, and the seed before its model."""
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Seed the adapter's first weights, which Axolotl leaves to chance."""
+        from transformers import set_seed
+
+        set_seed(cfg.seed)
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        """The callbacks, as Axolotl asks for them."""
+        return [_callback()]
+
+
+def _callback() -> Any:
+    from transformers import TrainerCallback
+
+    class Teller(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            tell("begun", step=state.global_step, steps=state.max_steps, bfloat16=bool(args.bf16), device=_device())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= state.max_steps:  # else the last steps of an uneven number go unmeasured
+                control.should_evaluate = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            kept = {name: float(logs[name]) for name in ("loss", "eval_loss", "learning_rate") if name in logs}
+            tell("log", step=state.global_step, steps=state.max_steps, epoch=state.epoch or 0.0, **kept)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            tell("saved", step=state.global_step)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            tell("ended", step=state.global_step, peak_memory=_peak_memory(), history=state.log_history)
+
+    return Teller()
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else the most resident memory of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    lines = Path("/proc/self/status").read_text().splitlines()  # Axolotl runs on Linux
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

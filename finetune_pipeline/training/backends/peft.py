@@ -1,0 +1,41 @@
+"""TRL and PEFT in this environment: the backend that runs everywhere."""
+
+from collections.abc import Iterator
+
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.backends.base import Availability, Backend, has_nvidia, missing, versions
+from finetune_pipeline.training.job import TrainingJob, TrainingResult
+
+
+class Peft(Backend):
+    """TRL's trainers over PEFT, on a CPU or on GPUs."""
+
+    name = "peft"
+
+    def check(self) -> Availability:  # noqa: D102
+        absent = missing("torch", "transformers", "trl", "peft", "datasets")
+        if absent:
+            return Availability("peft", False, f"not installed: {', '.join(absent)}", 'run "make setup"')
+        device = "a GPU" if has_nvidia() else "the CPU"
+        return Availability("peft", True, f"{versions('torch', 'transformers', 'trl', 'peft')}; trains on {device}")
+
+    def cannot(self, settings: TrainingSettings) -> Iterator[str]:  # noqa: D102
+        qlora = check_qlora()
+        if settings.adapter == "qlora" and not qlora.available:
+            yield f"adapter: qlora ({qlora.why}); {qlora.remedy}, or set adapter: lora"
+
+    def run(self, job: TrainingJob, started: float) -> TrainingResult:  # noqa: D102
+        from finetune_pipeline.training.trainer import run_training
+
+        return run_training(job, started)
+
+
+def check_qlora() -> Availability:
+    """Whether peft can train over 4-bit weights here."""
+    peft = Peft().check()
+    if not peft.available:
+        return Availability("qlora", False, peft.why, peft.remedy)
+    if missing("bitsandbytes"):
+        return Availability("qlora", False, "not installed: bitsandbytes", "pip install bitsandbytes (not for macOS)")
+    speed = "" if has_nvidia() else "; without a GPU it works but is slow, it is meant for tests there"
+    return Availability("qlora", True, f"{versions('bitsandbytes')}{speed}")

@@ -1,0 +1,214 @@
+"""The backend axolotl, with the real Axolotl in an environment of its own (scripts/axolotl_env.sh makes it)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from finetune_pipeline.artifacts import write_text
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
+from finetune_pipeline.training.backends.axolotl import COMMAND
+from finetune_pipeline.training.backends.axolotl_config import CONFIG, FOLDER, write
+from finetune_pipeline.training.checkpoints import COMPLETE
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingFailed, finished
+from finetune_pipeline.training.launch import train
+
+from .conftest import save, with_settings
+
+# Making the environment, on first use, counts as a part of the test that asks first.
+pytestmark = pytest.mark.timeout(1500)
+
+SCHEMA = Path(__file__).with_name("axolotl_schema.py")
+
+
+@pytest.fixture(scope="session")
+def axolotl():
+    """Path of the command; made on first use, about two minutes."""
+    folder = PROJECT_ROOT / "data" / "state" / "axolotl"
+    made = subprocess.run([PROJECT_ROOT / "scripts" / "axolotl_env.sh", folder], stdout=subprocess.PIPE, text=True)
+    assert made.returncode == 0, "scripts/axolotl_env.sh failed; see its output above"
+    return Path(made.stdout.strip())
+
+
+@pytest.fixture
+def configured(axolotl, monkeypatch):
+    monkeypatch.setenv(COMMAND, str(axolotl))
+
+
+def ask_the_schema(axolotl, *files):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    command = [axolotl.with_name("python"), SCHEMA, *files]
+    asked = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert asked.returncode == 0, asked.stderr
+    return json.loads(asked.stdout.splitlines()[-1])
+
+
+def preferences(folder, method, count=16):
+    rows = []
+    for n in range(count):
+        good, bad = json.dumps({"thickness_mm": 100 + n}), "I do not know."
+        row = {"prompt": f"wall of {100 + n} mm", "history": []}
+        if method == "dpo":
+            rows.append({**row, "chosen": good, "rejected": bad})
+        else:
+            rows.append({**row, "completion": bad if n % 2 else good, "label": n % 2 == 0})
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"train": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:4])}).save_to_disk(folder)
+    return folder
+
+
+def job_by(job, tmp_path, name, **changes):
+    changed = with_settings(job, **{"backend": "axolotl", "bfloat16": False, **changes})
+    method = changed.settings.method
+    chosen = preferences(tmp_path / method, method) if method != "sft" else None
+    return changed.model_copy(update={"output": tmp_path / name, "preferences": chosen})
+
+
+JOBS = {
+    "sft": {},
+    "sft_qlora": {"adapter": "qlora", "gradient_checkpointing": True, "report_to": ("wandb", "tensorboard")},
+    "sft_stopping": {"early_stopping": 2, "target_modules": ("q_proj", "v_proj"), "trainable_token_indices": (5, 7)},
+    "dpo": {"method": "dpo", "beta": 0.2},
+    "dpo_alone": {"method": "dpo", "sft_weight": 0.0, "bfloat16": True},
+    "kto": {"method": "kto", "report_to": ("mlflow",)},
+}
+
+
+@pytest.mark.slow
+def test_axolotls_own_schema_takes_what_we_write(axolotl, job, tmp_path):
+    files = []
+    for name, changes in JOBS.items():
+        one = job_by(job, tmp_path, name, **changes)
+        files.append(write(one, tmp_path / "checkpoint-8" if name == "sft" else None, gpu=True).config)
+    assert dict(zip(JOBS, ask_the_schema(axolotl, *files), strict=True)) == dict.fromkeys(JOBS)
+
+    whole = yaml.safe_load(files[0].read_text())
+    wrong = [{"learning_rate": "fast"}, {"lora_rank": 4}, {"rl": "kto"}, {"adapter": "lorra"}]
+    for number, change in enumerate(wrong):
+        write_text(files[0].with_name(f"wrong-{number}.yaml"), yaml.safe_dump(whole | change))
+    said = ask_the_schema(axolotl, *[files[0].with_name(f"wrong-{number}.yaml") for number in range(len(wrong))])
+    assert "learning_rate" in said[0]
+    assert said[1] == "unknown: lora_rank"
+    assert said[2] is not None  # kto wants columns kept, and other data
+    assert "adapter" in said[3]
+
+
+def mean_loss(folder, adapter, rows):
+    """By transformers and PEFT alone; on the answer and its end token, not the line break that the template adds."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    total = count = 0
+    for row in rows:
+        asked = [{"role": "user", "content": row["prompt"]}]
+        answered = [*asked, {"role": "assistant", "content": row["completion"]}]
+        before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(answered, tokenize=False).rstrip()
+        ids = torch.tensor([tokenizer(whole, add_special_tokens=False)["input_ids"]])
+        labels = ids.clone()
+        labels[:, : len(tokenizer(before, add_special_tokens=False)["input_ids"])] = -100
+        tokens = int((labels != -100).sum())
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * tokens
+        count += tokens
+    return total / count
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("configured")
+def test_axolotl_trains_is_killed_goes_on_and_leaves_an_adapter_as_any_backend(job, tmp_path):
+    from datasets import load_from_disk
+
+    broken = job_by(job, tmp_path, "broken", epochs=20, checkpoints=8)
+    write_text(broken.output / "job.json", broken.model_dump_json())
+    process = subprocess.Popen([sys.executable, "-m", "finetune_pipeline.training", broken.output / "job.json"])
+    checkpoints = broken.output / CHECKPOINTS
+    wait_for(lambda: list(checkpoints.glob(f"checkpoint-*/{COMPLETE}")))
+    (command,) = [child for child in psutil.Process(process.pid).children() if "axolotl" in " ".join(child.cmdline())]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not command.is_running() or command.status() == psutil.STATUS_ZOMBIE, 10)
+    assert finished(broken) is None
+
+    seen = []
+    result = train(broken, seen.append)
+    assert result.resumed_from in range(20, 160, 20)
+    assert result.steps == seen[-1].step == result.curve[-1].step == 160
+    assert result.curve[0].step <= 4  # also of what was trained before the kill
+    assert finished(broken) == result
+    held_out = list(load_from_disk(str(broken.dataset / "validation")))
+    assert result.loss_before == pytest.approx(mean_loss(broken.base_model, None, held_out), abs=1e-4)
+    assert result.loss_after == pytest.approx(
+        mean_loss(broken.base_model, broken.output / "adapter", held_out), abs=1e-3
+    )
+    assert result.loss_after < result.loss_before * 0.95
+    assert json.loads((broken.output / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    left = {path.name for path in broken.output.iterdir()}
+    assert left == {"adapter", "job.json", "progress.jsonl", "result.json", "training.log"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_axolotl_learns_from_preferences(job, tmp_path, method):
+    result = train(job_by(job, tmp_path, "out", method=method, epochs=3, checkpoints=1))
+    assert (result.method, result.steps, result.examples) == (method, 6, 16)
+    assert result.loss_after < result.loss_before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("configured")
+def test_what_axolotl_says_of_a_failure_is_told(job, tmp_path):
+    with pytest.raises(TrainingFailed, match=r"axolotl ended with status 1(.|\n)*no_such_layer"):
+        train(job_by(job, tmp_path, "out", target_modules=("no_such_layer",)))
+
+
+def test_a_conversation_is_learnt_from_its_last_answer_only(job, tmp_path):
+    turns = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
+    dataset = save(tmp_path / "d", [{"prompt": "150 mm", "history": turns, "completion": "{}"}])
+    one = job.model_copy(update={"dataset": dataset, "system_prompt": "Be short.", "output": tmp_path / "out"})
+    written = write(one, None, gpu=True)
+    (line,) = [json.loads(text) for text in (one.output / FOLDER / "train.jsonl").read_text().splitlines()]
+    assert [(m["role"], m["content"], m["train"]) for m in line["messages"]] == [
+        ("system", "Be short.", False),
+        ("user", "a wall", False),
+        ("assistant", "How thick?", False),
+        ("user", "150 mm", False),
+        ("assistant", "{}", True),
+    ]
+    config = yaml.safe_load((one.output / FOLDER / CONFIG).read_text())
+    assert config["datasets"][0]["message_field_training"] == "train"
+    assert (written.examples, written.too_long) == (1, 0)
+
+
+def test_an_answer_of_a_preference_is_the_rest_of_the_template(job, tmp_path):
+    settings = TrainingSettings(method="dpo", max_length=512)
+    chosen = preferences(tmp_path / "pairs", "dpo", 4)
+    one = job.model_copy(update={"settings": settings, "preferences": chosen, "output": tmp_path / "out"})
+    write(one, None, gpu=False)
+    line = json.loads((one.output / FOLDER / "train.jsonl").read_text().splitlines()[0])
+    assert line == {
+        "prompt": "<|im_start|>user\nwall of 100 mm<|im_end|>\n<|im_start|>assistant\n",
+        "chosen": '{"thickness_mm": 100}<|im_end|>',
+        "rejected": "I do not know.<|im_end|>",
+    }
+
+
+def wait_for(condition, seconds=300.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)

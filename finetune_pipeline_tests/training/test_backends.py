@@ -1,0 +1,129 @@
+"""Which backend trains, why, and what each says before anything starts. The GPU's own part needs a GPU."""
+
+import pytest
+
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.backends import BACKENDS, Availability, available_backends, choose, unsloth
+from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl
+from finetune_pipeline.training.backends.peft import Peft
+from finetune_pipeline.training.backends.unsloth import Unsloth, adapter_arguments, model_arguments
+from finetune_pipeline.training.job import TrainingError, finished
+from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.model import load_model, lora
+from finetune_pipeline.training.trainer import run_training
+
+from .conftest import with_settings
+
+
+class OnGpu(Unsloth):
+    """Unsloth as it is on a machine that has what it needs; nothing of it is run."""
+
+    def check(self):
+        return Availability("unsloth", True, "unsloth 1.0; trains on one GPU")
+
+
+def without_gpu(monkeypatch):
+    monkeypatch.setattr("finetune_pipeline.training.backends.unsloth.has_nvidia", lambda: False)
+
+
+def test_every_backend_says_why_and_what_to_do(monkeypatch):
+    without_gpu(monkeypatch)
+    monkeypatch.delenv(COMMAND, raising=False)
+    found = {backend.name: backend for backend in available_backends()}
+    assert list(found) == ["peft", "qlora", "unsloth", "axolotl"]
+    assert all(backend.why and (backend.available or backend.remedy) for backend in found.values())
+    assert found["peft"].available
+    assert "no NVIDIA GPU" in found["unsloth"].why
+    assert COMMAND in found["axolotl"].why
+    assert f"set {COMMAND} to its command" in found["axolotl"].remedy
+
+
+def test_auto_takes_unsloth_where_it_can_and_says_why_not(monkeypatch):
+    without_gpu(monkeypatch)
+    here = choose(TrainingSettings())
+    assert (here.backend.name, here.reason) == (
+        "peft",
+        "auto: unsloth cannot run here (no NVIDIA GPU was found (no nvidia-smi))",
+    )
+    there = [Peft(), OnGpu(), Axolotl()]
+    assert choose(TrainingSettings(), there).backend.name == "unsloth"
+    for settings in (TrainingSettings(workers=2), TrainingSettings(trainable_token_indices="all")):
+        choice = choose(settings, there)
+        assert choice.backend.name == "peft"
+        assert choice.reason.startswith("auto: unsloth cannot train this")
+    assert choose(TrainingSettings(backend="axolotl"), there).backend.name == "axolotl"
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "said"),
+    [
+        ("axolotl", {"reward_weighted": True}, "set reward_weighted: false, or backend: peft"),
+        ("axolotl", {"compute": "ray"}, "set compute: local"),
+        ("axolotl", {"trainable_token_indices": "all"}, "list trainable_token_indices"),
+        ("axolotl", {"mode": "incremental"}, "set mode: full"),
+        ("axolotl", {"method": "kto", "early_stopping": 2}, "no early stopping for kto"),
+        ("unsloth", {"workers": 2}, "workers: 1"),
+        ("unsloth", {"bfloat16": False}, "leave bfloat16 true"),
+        ("unsloth", {"trainable_token_indices": (3,)}, "leave trainable_token_indices out"),
+        ("unsloth", {"mode": "incremental"}, "set mode: full"),
+    ],
+)
+def test_what_a_backend_cannot_train_is_said_with_what_to_change(backend, changes, said):
+    one = next(known for known in BACKENDS if known.name == backend)
+    settings = TrainingSettings.model_validate({"backend": backend, **changes})
+    assert any(said in problem for problem in one.cannot(settings))
+    assert not list(one.cannot(TrainingSettings()))
+
+
+@pytest.mark.parametrize(
+    ("backend", "command", "said"),
+    [
+        ("unsloth", None, "unsloth cannot run here: no NVIDIA GPU was found .*; use peft"),
+        ("axolotl", None, f"axolotl cannot run here: {COMMAND} is not set; install Axolotl"),
+        ("axolotl", "/nowhere/axolotl", "is /nowhere/axolotl, which is no program; install Axolotl"),
+    ],
+)
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_starts(job, monkeypatch, backend, command, said):
+    without_gpu(monkeypatch)
+    monkeypatch.delenv(COMMAND, raising=False)
+    if command:
+        monkeypatch.setenv(COMMAND, command)
+    with pytest.raises(TrainingError, match=said):
+        train(with_settings(job, backend=backend))
+    assert not job.output.exists()
+
+
+def test_what_this_machine_cannot_train_is_refused_with_the_reason(job, monkeypatch, tmp_path):
+    command = tmp_path / "axolotl"
+    command.touch(mode=0o755)
+    monkeypatch.setenv(COMMAND, str(command))
+    with pytest.raises(TrainingError, match="axolotl cannot train this: it cannot draw examples by their reward"):
+        train(with_settings(job, backend="axolotl", reward_weighted=True))
+
+
+def test_a_model_that_brings_its_adapter_trains_as_one_that_is_given_it(job, tmp_path):
+    """What the backend unsloth does, with PEFT's own model: only the construction differs."""
+    from peft import get_peft_model
+
+    def adapted(job, bfloat16):
+        return get_peft_model(load_model(job, bfloat16), lora(job.settings))
+
+    results = []
+    for name, hook in [("given", load_model), ("brought", adapted)]:
+        one = with_settings(job, epochs=1).model_copy(update={"output": tmp_path / name})
+        one.output.mkdir()
+        run_training(one, 0.0, load_model=hook)
+        results.append((finished(one).loss_after, (one.output / "adapter/adapter_model.safetensors").read_bytes()))
+    assert results[0] == results[1]
+
+
+def test_unsloth_is_told_of_the_job(job):
+    told = model_arguments(with_settings(job, adapter="qlora", max_length=512, gradient_checkpointing=True))
+    assert told["model_name"] == str(job.base_model)
+    assert (told["load_in_4bit"], told["load_in_16bit"], told["trust_remote_code"]) == (True, False, False)
+    assert (told["max_seq_length"], told["use_gradient_checkpointing"]) == (512, "unsloth")
+    every = adapter_arguments(job.settings)
+    assert (every["r"], every["lora_alpha"], every["random_state"]) == (4, 8, 0)
+    assert every["target_modules"] == list(unsloth.LINEAR_LAYERS)
+    some = adapter_arguments(job.settings.model_copy(update={"target_modules": ("q_proj",)}))
+    assert some["target_modules"] == ["q_proj"]
