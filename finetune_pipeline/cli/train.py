@@ -87,7 +87,7 @@ def _table(architecture: "Architecture", settings: TrainingSettings, machine: "M
     for adapter in ("lora", "qlora"):
         for recompute in (False, True):
             examples_an_update = settings.batch_size * settings.gradient_accumulation
-            change = {"adapter": adapter, "gradient_checkpointing": recompute}
+            change: dict[str, object] = {"adapter": adapter, "gradient_checkpointing": recompute}
             change |= {"batch_size": examples_an_update, "gradient_accumulation": 1}
             rungs = list(ladder(settings.model_copy(update=change), {"batch_size", "gradient_accumulation"}))
             row = next((rung for rung in rungs if fits(architecture, rung, machine)), rungs[-1])

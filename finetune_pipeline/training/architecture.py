@@ -91,11 +91,11 @@ class Architecture:
         return self.vocabulary if indices == "all" else len(indices)
 
 
-_LLAMA_8B = {
+_LLAMA_8B: dict[str, Any] = {
     "layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocabulary": 128256,
 }  # fmt: skip
-_MISTRAL_7B = {**_LLAMA_8B, "vocabulary": 32000}
-_LLAMA2_7B = {**_LLAMA_8B, "ffn": 11008, "kv_heads": 32}
+_MISTRAL_7B: dict[str, Any] = {**_LLAMA_8B, "vocabulary": 32000}
+_LLAMA2_7B: dict[str, Any] = {**_LLAMA_8B, "ffn": 11008, "kv_heads": 32}
 
 
 def _qwen(

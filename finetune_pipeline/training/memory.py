@@ -1,5 +1,6 @@
 """Memory: asked for before a training begins, and what happens when it runs out all the same."""
 
+import ctypes
 import gc
 import sys
 from collections.abc import Callable
@@ -8,14 +9,14 @@ from typing import TypeVar
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.architecture import read_architecture
-from finetune_pipeline.training.estimate import ERROR, GIB, MemoryEstimate, memory
+from finetune_pipeline.training.estimate import ERROR, GIB, Device, MemoryEstimate, memory
 from finetune_pipeline.training.job import TrainingError, TrainingJob
 from finetune_pipeline.training.presets import CHANGEABLE, Machine, changes, first_fitting, halved
 
 T = TypeVar("T")
 
 # torch's own, C++'s, and oneDNN's, which says no more than this when it gets no memory (seen under a limit).
-_CPU_ALLOCATORS = ("DefaultCPUAllocator", "std::bad_alloc", "could not create a primitive", "could not create a memory")
+_CPU_ALLOCATORS = ("DefaultCPUAllocator", "std::bad_alloc", "could not create a primitive", "Cannot allocate memory")
 
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -73,7 +74,7 @@ def check_memory(job: TrainingJob, *, longest: int, bfloat16: bool) -> None:
     except TrainingError as unknown:
         print(f"memory is not checked: {unknown}", file=sys.stderr, flush=True)
         return
-    device = "gpu" if torch.cuda.is_available() else "cpu"
+    device: Device = "gpu" if torch.cuda.is_available() else "cpu"
     need = memory(architecture, job.settings, device, bfloat16=bfloat16, tokens=longest)
     available = available_bytes()
     print(comparison(need, available), file=sys.stderr, flush=True)
@@ -168,5 +169,9 @@ def free_memory() -> None:
     import torch
 
     gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's heap keeps what was freed
+        if trim is not None:
+            trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
