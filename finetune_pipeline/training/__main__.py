@@ -53,9 +53,22 @@ def _run(job: TrainingJob, started: float) -> None:
     check_base_model(job.base_model)
     with folder_alone(job.output):
         if finished(job) is None:
-            from finetune_pipeline.training.trainer import run_training
+            _train(job, started)
 
-            run_training(job, started)
+
+def _train(job: TrainingJob, started: float) -> None:
+    if job.settings.compute == "ray":
+        from finetune_pipeline.training import ray_cluster
+
+        ray_cluster.train(job, started)
+    elif job.settings.workers > 1:
+        from finetune_pipeline.training import accelerated
+
+        accelerated.train(job, started)
+    else:
+        from finetune_pipeline.training.trainer import run_training
+
+        run_training(job, started)
 
 
 if __name__ == "__main__":

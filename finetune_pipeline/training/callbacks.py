@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_pipeline.training import team
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob
 from finetune_pipeline.training.progress import PROGRESS, append
@@ -32,13 +33,19 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
                 return
             must_be_finite(logs["loss"], state.global_step)
             now = time.monotonic()
+            if not team.is_first():
+                return
             last = state.global_step + args.logging_steps > state.max_steps
             if last or now - self.written >= _SECONDS_BETWEEN_LINES:
                 append(job.output / PROGRESS, _progress(state, logs, now - self.began, self.first))
                 self.written = now
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", job.key)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            team.wait()  # each process writes a file of its own into it
+            if team.is_first():
+                mark_complete(checkpoint, job.key)
+            team.checkpoint_is_whole(checkpoint)
 
     return Reporter()
 

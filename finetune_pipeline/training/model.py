@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training import team
 from finetune_pipeline.training.job import ADAPTER, TrainingJob
 from finetune_pipeline.training.process import peak_resident_bytes
 
@@ -38,7 +39,7 @@ def load_model(job: TrainingJob, bfloat16: bool) -> Any:
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
     )
-    device = {"": 0} if gpu else {"": "cpu"}
+    device = {"": team.device_index()} if gpu else {"": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(
         job.base_model, quantization_config=four_bits, device_map=device, **arguments
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training import team
 from finetune_pipeline.training.callbacks import must_be_finite, reporter
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
@@ -43,16 +44,14 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
     set_seed(settings.seed)
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
-    bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)
+    bfloat16 = settings.bfloat16 and bfloat16_is_faster(team.share(settings, team.size()).batch_size)
     steps = _steps(len(data.train), settings)
     trainer = _trainer(job, data, tokens, steps, bfloat16)
     before = _mean_loss(trainer, data.measure)
-    checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
+    checkpoint = team.first_then_others(lambda: last_complete(job.output / CHECKPOINTS, job.key))
     seconds = _train(trainer, checkpoint)
     after = _mean_loss(trainer, data.measure)
     must_be_finite(after, trainer.state.global_step)
-    save_adapter(trainer.model, job)
-    shutil.rmtree(job.output / CHECKPOINTS)
     curve = _curve(trainer)
     result = TrainingResult(
         job=job.key,
@@ -72,7 +71,11 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         peak_memory_bytes=peak_memory(),
         curve=tuple(curve),
     )
-    write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+    if team.is_first():
+        save_adapter(trainer.model, job)
+        shutil.rmtree(job.output / CHECKPOINTS)
+        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+    team.wait()
     return result
 
 
@@ -100,6 +103,7 @@ def _trainer(
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
+    trainer.accelerator.rng_types = ["torch"]  # all processes must draw the same order of examples
     return trainer
 
 
@@ -108,14 +112,15 @@ def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
     from trl import SFTConfig
 
     settings = job.settings
+    share = team.share(settings, team.size())
     return SFTConfig(
         output_dir=str(job.output / CHECKPOINTS),
         completion_only_loss=True,
         max_length=None,  # longer examples were left out: cut ones would teach answers without an end
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=share.batch_size,
         per_device_eval_batch_size=max(settings.batch_size, 16),
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_accumulation_steps=share.gradient_accumulation,
         gradient_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -147,12 +152,15 @@ def _train(trainer: "SFTTrainer", checkpoint: Path | None) -> float:
 def _mean_loss(trainer: "SFTTrainer", dataset: "Dataset") -> float:
     """Mean loss per completion token, whatever the batches are (the Trainer's own is a mean of means)."""
     import torch
+    from torch.utils.data import DataLoader
 
     prepared = trainer._prepare_dataset(dataset, trainer.processing_class, trainer.args, False, None, "measured")
     model = trainer.model.to(trainer.args.device).eval()
     total, tokens = 0.0, 0
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        for batch in trainer.get_eval_dataloader(prepared):
+        # Every process measures all: the Trainer's own loader would deal the examples out, and repeat some to fill up.
+        for examples in DataLoader(prepared, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
+            batch = trainer._prepare_inputs(examples)
             counted = int((batch["labels"][:, 1:] != -100).sum())
             total += float(model(**batch, use_cache=False).loss) * counted
             tokens += counted
