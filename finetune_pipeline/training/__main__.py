@@ -15,19 +15,7 @@ from pydantic import ValidationError
 from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
-from finetune_pipeline.training.process import folder_alone
-
-# Weights and data are local; nothing is asked of, or told to, anybody.
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Threads that wait by spinning starve each other on busy cores: seen three times slower, and more, than asleep.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-
+from finetune_pipeline.training.process import ENVIRONMENT, folder_alone
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the job, train, and return the exit status."""
@@ -40,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with_parent(options.parent)
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     try:
         _run(TrainingJob.model_validate_json(options.job.read_bytes()), started)
     except (TrainingError, ValidationError, OSError) as error:

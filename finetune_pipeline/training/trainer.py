@@ -135,6 +135,7 @@ def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
         save_steps=math.ceil(steps / settings.checkpoints),
         save_total_limit=2,
         train_sampling_strategy="group_by_length",  # batches of like lengths: little of the work is padding
+        ddp_find_unused_parameters=False,  # every weight of the adapter takes part in every step
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
