@@ -17,6 +17,7 @@ from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
 from finetune_pipeline.training.process import ENVIRONMENT, folder_alone
 
+
 def main(arguments: list[str] | None = None) -> int:
     """Read the job, train, and return the exit status."""
     started = time.monotonic()

@@ -9,7 +9,6 @@ from filelock import FileLock, Timeout
 
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
 
-
 # Weights and data are local; nothing is asked of, or told to, anybody.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

@@ -11,6 +11,7 @@ FINETUNE_RAY_STORAGE    a folder or URI (s3://...) that this machine and all wor
 """
 
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -100,7 +101,8 @@ def train(job: TrainingJob, started: float) -> None:
     storage = os.environ.get(STORAGE, "").rstrip("/")
     name = f"finetune-{job.key}-{hash_of(str(job.output))[:8]}"
     place = f"{storage or job.output / 'ray'}/{name}"
-    with _cluster(job.settings.workers):
+    online = bool(storage) and hub_revision(job.base_model) is not None
+    with _cluster(job.settings.workers, online):
         gpus = _has_gpus(ray.cluster_resources(), job.settings.workers)
         order = _send(job, name, place) if storage else Order(job, name, "", None)
         refusal, checkpoint = _follow(order, place.removesuffix(f"/{name}"), gpus, job.output / PROGRESS)
@@ -121,12 +123,19 @@ def _check_installed() -> None:
 
 
 @contextmanager
-def _cluster(workers: int) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one here; either way this package goes to the workers."""
+def _cluster(workers: int, online: bool) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, or start one here; either way this package goes to the workers.
+
+    Args:
+        workers: for a cluster that is started here.
+        online: whether workers may ask the Hugging Face hub, for a base model that they get by themselves.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     variables = {name: os.environ.get(name, value) for name, value in (ENVIRONMENT | _RAY_ENVIRONMENT).items()}
+    if online:
+        variables["HF_HUB_OFFLINE"] = "0"
     common: dict[str, Any] = {
         "runtime_env": {"py_modules": [str(_PACKAGE)], "env_vars": variables},
         "logging_level": "error",
@@ -137,8 +146,10 @@ def _cluster(workers: int) -> Iterator[None]:
         if address:
             ray.init(address, **common)
         else:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves one in the home folder
             ray.init(
                 "local",
+                _node_ip_address="127.0.0.1",
                 num_cpus=workers,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
@@ -267,9 +278,8 @@ def _work(config: dict[str, Any]) -> str:
     machine = Path(tempfile.gettempdir()) / f"{order.name}-{ray.get_runtime_context().get_node_id()[:8]}"
     with _own_folder(machine) as own:
         os.chdir(machine)
-        if order.inputs and team.device_index() == 0:
+        if order.inputs:
             _fetch(order)
-        team.wait()
         job = order.job.model_copy(update={"output": own})
         _restore(ray.train.get_checkpoint(), job)
         if finished(job) is None:
@@ -284,30 +294,39 @@ def _work(config: dict[str, Any]) -> str:
 
 @contextmanager
 def _own_folder(machine: Path) -> Iterator[Path]:
-    """A folder of this worker, within the machine's; removed with it unless the worker is killed."""
-    machine.mkdir(exist_ok=True)
-    own = Path(tempfile.mkdtemp(dir=machine, prefix="worker-"))
+    """A folder of this worker within its machine's; the last worker to leave removes all."""
+    import psutil
+
+    own = machine / f"worker-{os.getpid()}"
+    own.mkdir(parents=True)
     try:
         yield own
     finally:
         os.chdir(tempfile.gettempdir())
         shutil.rmtree(own, ignore_errors=True)
-        if team.device_index() == 0:
+        others = [int(folder.name.removeprefix("worker-")) for folder in machine.glob("worker-*")]
+        if not any(psutil.pid_exists(worker) for worker in others):  # killed ones removed nothing
             shutil.rmtree(machine, ignore_errors=True)
 
 
 def _fetch(order: Order) -> None:
-    """Bring the inputs to this machine, into the present folder."""
+    """Bring the inputs to this machine, into the present folder, unless another worker here has."""
+    from filelock import FileLock
     from ray.train import Checkpoint
 
-    shutil.rmtree(_INPUTS, ignore_errors=True)  # a worker that was killed may have left half of it
-    Checkpoint(order.inputs).to_directory(_INPUTS)
-    if order.hub is not None:
-        from huggingface_hub import snapshot_download
+    part = _INPUTS.with_suffix(".part")
+    with FileLock(_INPUTS.with_suffix(".lock")):
+        if _INPUTS.exists():
+            return
+        shutil.rmtree(part, ignore_errors=True)  # of a worker that was killed
+        Checkpoint(order.inputs).to_directory(part)
+        if order.hub is not None:
+            from huggingface_hub import snapshot_download
 
-        name, revision = order.hub
-        order.job.base_model.parent.mkdir()
-        order.job.base_model.symlink_to(snapshot_download(name, revision=revision))
+            name, revision = order.hub
+            (part / "base").mkdir()
+            (part / "base" / order.job.base_model.name).symlink_to(snapshot_download(name, revision=revision))
+        part.rename(_INPUTS)
 
 
 def _restore(checkpoint: Any, job: TrainingJob) -> None:

@@ -30,7 +30,7 @@ def test_an_update_has_as_many_examples_however_many_deal_with_it(batch, accumul
 
 @pytest.mark.parametrize("workers", [3, 16])
 def test_what_cannot_be_dealt_out_evenly_is_refused_with_what_can(workers):
-    with pytest.raises(TrainingError, match="= 8 examples .* set workers to one of 1, 2, 4, 8"):
+    with pytest.raises(TrainingError, match=r"= 8 examples .* set workers to one of 1, 2, 4, 8"):
         team.share(TrainingSettings(batch_size=8), workers)
 
 
