@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training import team
+from finetune_pipeline.training import model, team
 from finetune_pipeline.training.callbacks import must_be_finite, reporter
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
@@ -71,8 +71,9 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         peak_memory_bytes=peak_memory(),
         curve=tuple(curve),
     )
+    weights = model.whole_weights(trainer.model)
     if team.is_first():
-        save_adapter(trainer.model, job)
+        save_adapter(trainer.model, job, weights)
         shutil.rmtree(job.output / CHECKPOINTS)
         write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
     team.wait()
@@ -104,6 +105,8 @@ def _trainer(
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
     trainer.accelerator.rng_types = ["torch"]  # all processes must draw the same order of examples
+    if trainer.is_fsdp_enabled:
+        model.shard(trainer)
     return trainer
 
 
@@ -140,6 +143,7 @@ def _config(job: TrainingJob, steps: int, bfloat16: bool) -> "SFTConfig":
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
+        **(model.sharding() if model.must_shard(job) else {}),
     )
 
 
@@ -156,7 +160,7 @@ def _mean_loss(trainer: "SFTTrainer", dataset: "Dataset") -> float:
     from torch.utils.data import DataLoader
 
     prepared = trainer._prepare_dataset(dataset, trainer.processing_class, trainer.args, False, None, "measured")
-    model = trainer.model.to(trainer.args.device).eval()
+    model = (trainer.model if trainer.is_fsdp_enabled else trainer.model.to(trainer.args.device)).eval()
     total, tokens = 0.0, 0
     with torch.no_grad(), trainer.compute_loss_context_manager():
         # Every process measures all: the Trainer's own loader would deal the examples out, and repeat some to fill up.
