@@ -101,7 +101,7 @@ def shard(trainer: Any) -> None:
 
 
 def whole_weights(model: Any) -> Any:
-    """The trained weights of a sharded model, put together; every process of the team has to ask. None if it is whole."""
+    """The trained weights of a sharded model, put together: every process has to ask. None if the model is whole."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import FSDPModule
 

@@ -137,12 +137,13 @@ def test_a_killed_training_takes_its_cluster_with_it_and_the_next_goes_on_from_i
     driver = subprocess.Popen([sys.executable, "-m", "finetune_pipeline.training", two.output / "job.json"])
     try:
         wait_for(lambda: list(two.output.glob("ray/*/checkpoint-4*")))
-        family = psutil.Process(driver.pid).children(recursive=True)
-        assert [child for child in family if "RayTrainWorker" in " ".join(cmdline(child))]
+        workers = processes(psutil.Process(driver.pid), "RayTrainWorker")
+        family = workers + processes(psutil.Process(driver.pid), "raylet")
+        assert len(workers) == 2
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    wait_for(lambda: not [child for child in family if child.is_running() and child.status() != "zombie"], 60)
+    wait_for(lambda: not [child for child in family if child.is_running() and child.status() != "zombie"], 30)
 
     result = train(two)
     assert result.resumed_from >= 20
