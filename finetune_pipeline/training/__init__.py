@@ -3,7 +3,10 @@
 launch.py         train(job): start the process, follow its progress, say why it failed
 job.py            what goes in (TrainingJob) and what comes out (TrainingResult, Progress)
 __main__.py       python -m finetune_pipeline.training job.json
-trainer.py        the training itself: TRL and PEFT; the only file that loads torch
+trainer.py        the training itself: TRL and PEFT
+team.py           several processes train together: which one is this, and what is its share
+accelerated.py    starts them on this machine, one for each GPU
+ray_cluster.py    starts them on a Ray cluster, and brings progress and adapter back
 base_model.py     is this folder a base model that can be trained, asked without torch
 checkpoints.py    which checkpoint is complete, after a kill at any time
 process.py        die with the parent, and have the folder alone

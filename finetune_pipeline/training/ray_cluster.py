@@ -98,7 +98,7 @@ def train(job: TrainingJob, started: float) -> None:
     team.share(job.settings, job.settings.workers)
     import ray
 
-    storage = os.environ.get(STORAGE, "").rstrip("/")
+    storage = _storage()
     name = f"finetune-{job.key}-{hash_of(str(job.output))[:8]}"
     place = f"{storage or job.output / 'ray'}/{name}"
     online = bool(storage) and hub_revision(job.base_model) is not None
@@ -111,6 +111,12 @@ def train(job: TrainingJob, started: float) -> None:
         _deliver(checkpoint, job, started)
         _remove(place)
     shutil.rmtree(job.output / "ray", ignore_errors=True)
+
+
+def _storage() -> str:
+    """The place that all machines reach, as an absolute path or URI; empty if none is set."""
+    storage = os.environ.get(STORAGE, "").rstrip("/")
+    return storage if not storage or "://" in storage else str(Path(storage).resolve())
 
 
 def _check_installed() -> None:
