@@ -38,6 +38,7 @@ def test_what_cannot_be_dealt_out_evenly_is_refused_with_what_can(workers):
         team.share(TrainingSettings(batch_size=8), workers)
 
 
+@pytest.mark.slow
 def test_two_processes_of_this_machine_give_the_adapter_that_one_gives(job, tmp_path):
     one = with_settings(job, lora_dropout=0.0)
     two = with_settings(job, workers=2).model_copy(update={"output": tmp_path / "two"})
@@ -110,6 +111,7 @@ def test_weights_are_dealt_out_when_a_card_could_not_hold_them_and_the_training(
     assert model.weights_exceed_card(tmp_path, 4, gigabytes * 10**9)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_the_job_is_said_as_it_is_by_one_process(job):
     impossible = with_settings(job, workers=2, max_length=16)
     with pytest.raises(TrainingFailed, match=r"^nothing is left to train on: 64 of 64 examples"):
