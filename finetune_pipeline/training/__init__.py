@@ -7,6 +7,9 @@ methods.py        by which method to train, from what the dataset holds
 trainer.py        the training itself: TRL and PEFT; the files that load torch are this one and those it imports
 preference.py     DPO and KTO: their data, their trainers, their figure
 sampling.py       which examples a pass sees when rewards weigh them
+team.py           several processes train together: which one is this, and what is its share
+accelerated.py    starts them on this machine, one for each GPU
+ray_cluster.py    starts them on a Ray cluster, and brings progress and adapter back
 base_model.py     is this folder a base model that can be trained, asked without torch
 checkpoints.py    which checkpoint is complete, after a kill at any time
 architecture.py   what a base model is made of, without loading it

@@ -16,19 +16,8 @@ from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
-from finetune_pipeline.training.process import folder_alone
+from finetune_pipeline.training.process import ENVIRONMENT, folder_alone
 from finetune_pipeline.training.trackers import settle_trackers
-
-# Weights and data are local; nothing is asked of, or told to, anybody.
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Threads that wait by spinning starve each other on busy cores: seen three times slower, and more, than asleep.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with_parent(options.parent)
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     try:
         _run(TrainingJob.model_validate_json(options.job.read_bytes()), started)
     except (TrainingError, ValidationError, OSError) as error:
@@ -56,10 +45,23 @@ def _run(job: TrainingJob, started: float) -> None:
     settle_trackers(job.output)
     with folder_alone(job.output):
         if finished(job) is None:
-            choice = choose(job.settings)
-            choice.backend.validate(job)
-            print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
-            choice.backend.run(job, started)
+            _train(job, started)
+
+
+def _train(job: TrainingJob, started: float) -> None:
+    choice = choose(job.settings)
+    choice.backend.validate(job)
+    print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
+    if job.settings.compute == "ray":
+        from finetune_pipeline.training import ray_cluster
+
+        ray_cluster.train(job, started)
+    elif job.settings.workers > 1:
+        from finetune_pipeline.training import accelerated
+
+        accelerated.train(job, started)
+    else:
+        choice.backend.run(job, started)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_pipeline.training import team
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob
 from finetune_pipeline.training.model import memory_now
@@ -38,6 +39,8 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
                 return
             must_be_finite(logs["loss"], state.global_step)
             now = time.monotonic()
+            if not team.is_first():
+                return
             last = state.global_step + args.logging_steps > state.max_steps
             if last or now - self.written >= _SECONDS_BETWEEN_LINES:
                 append(job.output / PROGRESS, _progress(args, state, logs, now - self.began, self.first))
@@ -45,8 +48,12 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            _weights_must_be_finite(checkpoint, state.global_step)
-            mark_complete(checkpoint, job.key)
+            if team.is_first():
+                _weights_must_be_finite(checkpoint, state.global_step)
+            team.wait()  # each process writes a file of its own into it
+            if team.is_first():
+                mark_complete(checkpoint, job.key)
+            team.checkpoint_is_whole(checkpoint)
 
     return Reporter()
 

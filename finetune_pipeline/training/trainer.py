@@ -9,12 +9,13 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training import unpadded
+from finetune_pipeline.training import team, unpadded
 from finetune_pipeline.training.callbacks import VALIDATION_LOSS, must_be_finite, reporter, validator
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
@@ -23,8 +24,12 @@ from finetune_pipeline.training.memory import check_memory, with_less_memory
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
     load_model,
+    must_shard,
     peak_memory,
     save_adapter,
+    shard,
+    sharding,
+    whole_weights,
     with_adapter,
 )
 from finetune_pipeline.training.preference import load_preferences, mean_loss, preference_trainer
@@ -68,14 +73,18 @@ def run_training(job: TrainingJob, started: float, load_model: LoadModel = load_
     data = load(job, tokens)
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
-    bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)
-    check_memory(job, longest=data.longest, bfloat16=bfloat16)
-    done, micro_batch = with_less_memory(
-        settings, lambda running: _trained(job, running, data, tokens, bfloat16, load_model)
+    share = team.share(settings, team.size())
+    mine = settings.model_copy(
+        update={"batch_size": share.batch_size, "gradient_accumulation": share.gradient_accumulation}
     )
+    bfloat16 = settings.bfloat16 and bfloat16_is_faster(mine.batch_size)
+    check_memory(job.model_copy(update={"settings": mine}), longest=data.longest, bfloat16=bfloat16)
+    attempt = partial(_trained, job, data=data, tokens=tokens, bfloat16=bfloat16, load_model=load_model)
+    if team.size() > 1:  # one process alone cannot go back: the others wait for it
+        done, micro_batch = attempt(mine), mine.batch_size
+    else:
+        done, micro_batch = with_less_memory(mine, attempt)
     trainer = done.trainer
-    save_adapter(trainer.model, job)
-    shutil.rmtree(job.output / CHECKPOINTS)
     curve = _curve(trainer)
     result = TrainingResult(
         job=job.key,
@@ -99,7 +108,12 @@ def run_training(job: TrainingJob, started: float, load_model: LoadModel = load_
         best_step=done.best_step,
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
-    write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+    weights = whole_weights(trainer.model)
+    if team.is_first():
+        save_adapter(trainer.model, job, weights)
+        shutil.rmtree(job.output / CHECKPOINTS)
+        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+    team.wait()
     return result
 
 
@@ -115,11 +129,19 @@ def _trained(
     from transformers import set_seed
 
     set_seed(running.seed)
-    trainer = _trainer(job, running, data, tokens, _steps(len(data.train), running), bfloat16, load_model)
+    trainer = _trainer(
+        job,
+        running,
+        data,
+        tokens,
+        _steps(len(data.train), job.settings if team.size() > 1 else running),
+        bfloat16,
+        load_model,
+    )
     before = _mean_loss(trainer, data.measure)
     if data.validates:
         trainer.add_callback(validator(lambda: _mean_loss(trainer, data.measure), running.early_stopping))
-    checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
+    checkpoint = team.first_then_others(lambda: last_complete(job.output / CHECKPOINTS, job.key))
     seconds = _train(trainer, checkpoint)
     best = _take_best(trainer)
     after = _mean_loss(trainer, data.measure)
@@ -153,6 +175,9 @@ def _trainer(
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
+    trainer.accelerator.rng_types = ["torch"]  # all processes must draw the same order of examples
+    if trainer.is_fsdp_enabled:
+        shard(trainer)
     return trainer
 
 
@@ -209,6 +234,8 @@ def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat1
         "report_to": list(settings.report_to) or "none",
         "run_name": job.key,
         "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,  # every weight of the adapter takes part in every step
+        **(sharding() if must_shard(job) else {}),
     }
 
 
@@ -231,15 +258,18 @@ def _take_best(trainer: "Trainer") -> int:
 def _mean_loss(trainer: "Trainer", dataset: "Dataset") -> float:
     """Mean loss per completion token, whatever the batches are (the Trainer's own is a mean of means)."""
     import torch
+    from torch.utils.data import DataLoader
     from trl import SFTTrainer
 
     if not isinstance(trainer, SFTTrainer):
         return mean_loss(trainer, dataset)
-    model = trainer.model.to(trainer.args.device).eval()
+    model = (trainer.model if trainer.is_fsdp_enabled else trainer.model.to(trainer.args.device)).eval()
     total, tokens = 0.0, 0
     with torch.no_grad(), trainer.accelerator.autocast():
-        for batch in trainer.get_eval_dataloader(dataset):
-            counted = int(trainer._get_num_items_in_batch([batch], trainer.args.device))
+        # Every process measures all: the Trainer's own loader would deal the examples out, and repeat some to fill up.
+        for examples in DataLoader(dataset, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
+            batch = trainer._prepare_inputs(examples)
+            counted = unpadded.answers(batch)
             total += float(trainer.compute_loss(model, batch)) * counted
             tokens += counted
     model.train()

@@ -152,6 +152,12 @@ def answer_loss(outputs: Any, labels: "torch.Tensor", num_items_in_batch: "torch
     return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
+def answers(batch: dict[str, Any]) -> int:
+    """The answers' tokens that a batch foretells, of `collate` or of TRL's own collator."""
+    labels = batch["labels"] if "apart" in batch else batch["labels"][:, 1:]
+    return int((labels != IGNORED).sum())
+
+
 def trainer_class() -> "type[SFTTrainer]":
     """TRL's SFTTrainer for batches of `collate`."""
     from transformers import Trainer

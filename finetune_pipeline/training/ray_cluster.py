@@ -1,0 +1,369 @@
+"""The same training on the workers of a Ray cluster, by Ray Train.
+
+The process that was started for the job stays here: it sends the job, writes the progress that comes back as a local
+training would, and puts the adapter where a local training would have put it. Each worker runs the trainer itself, in
+a folder of its own machine. When workers are lost, Ray starts them again and they go on from the last checkpoint.
+
+RAY_ADDRESS             the cluster; without it, one is started on this machine for the time of the training
+FINETUNE_RAY_STORAGE    a folder or URI (s3://...) that this machine and all workers reach: base model, dataset,
+                        checkpoints and adapter travel through it. Without it the workers must see the same disk under
+                        the same paths: one machine, or a shared volume.
+"""
+
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_pipeline.artifacts import hash_of, write_text
+from finetune_pipeline.training import team
+from finetune_pipeline.training.job import (
+    ADAPTER,
+    CHECKPOINTS,
+    RESULT,
+    Progress,
+    TrainingError,
+    TrainingJob,
+    TrainingResult,
+    finished,
+)
+from finetune_pipeline.training.process import ENVIRONMENT
+from finetune_pipeline.training.progress import PROGRESS, Follower, append
+
+ADDRESS = "RAY_ADDRESS"
+STORAGE = "FINETUNE_RAY_STORAGE"
+
+_PACKAGE = Path(__file__).parents[1]
+_LOSSES_SURVIVED = 3
+_POLL_SECONDS = 0.5
+_OBJECT_STORE_BYTES = 200_000_000  # of a cluster started here: nothing large goes through it
+_RESULT = "result"  # the last checkpoint, which holds the adapter and what the training says of itself
+_INPUTS = Path("inputs")  # in a worker's folder; relative, so that the job's key is the same on every machine
+
+# Ray Train would turn every print() of a worker into a log line, also those by which `datasets` hashes functions.
+_RAY_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What each worker is told.
+
+    Attributes:
+        job: the job with paths as the workers see them, but for `output`, which each makes for itself.
+        name: of the folder in the storage, and of the workers' folders.
+        inputs: URI of the base model and dataset that were sent; empty when the workers see this machine's paths.
+        hub: Hugging Face id and revision of a base model that each machine gets by itself.
+    """
+
+    job: TrainingJob
+    name: str
+    inputs: str
+    hub: tuple[str, str] | None
+
+
+class Mailbox:
+    """An actor between the first worker, which tells how far it is, and the process that started the training."""
+
+    def __init__(self) -> None:
+        self._lines: list[Progress] = []
+
+    def put(self, lines: list[Progress]) -> None:
+        """Add lines of progress."""
+        self._lines += lines
+
+    def take(self) -> list[Progress]:
+        """The lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+def train(job: TrainingJob, started: float) -> None:
+    """Train on a Ray cluster; what was started there ends with this process.
+
+    Args:
+        job: what to train.
+        started: time.monotonic() at which this process began.
+
+    Raises:
+        TrainingError: the job is impossible, Ray is not installed, or the cluster has too little.
+    """
+    _check_installed()
+    team.share(job.settings, job.settings.workers)
+    import ray
+
+    storage = _storage()
+    name = f"finetune-{job.key}-{hash_of(str(job.output))[:8]}"
+    place = f"{storage or job.output / 'ray'}/{name}"
+    online = bool(storage) and hub_revision(job.base_model) is not None
+    with _cluster(job.settings.workers, online):
+        gpus = _has_gpus(ray.cluster_resources(), job.settings.workers)
+        order = _send(job, name, place) if storage else Order(job, name, "", None)
+        refusal, checkpoint = _follow(order, place.removesuffix(f"/{name}"), gpus, job.output / PROGRESS)
+        if refusal:
+            raise TrainingError(refusal)
+        _deliver(checkpoint, job, started)
+        _remove(place)
+    shutil.rmtree(job.output / "ray", ignore_errors=True)
+
+
+def _storage() -> str:
+    """The place that all machines reach, as an absolute path or URI; empty if none is set."""
+    storage = os.environ.get(STORAGE, "").rstrip("/")
+    return storage if not storage or "://" in storage else str(Path(storage).resolve())
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        raise TrainingError(
+            'compute is ray, and Ray is not installed; run pip install "finetune-pipeline[ray]", or set compute: local'
+        )
+
+
+@contextmanager
+def _cluster(workers: int, online: bool) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, or start one here; either way this package goes to the workers.
+
+    Args:
+        workers: for a cluster that is started here.
+        online: whether workers may ask the Hugging Face hub, for a base model that they get by themselves.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    variables = {name: os.environ.get(name, value) for name, value in (ENVIRONMENT | _RAY_ENVIRONMENT).items()}
+    if online:
+        variables["HF_HUB_OFFLINE"] = "0"
+    common: dict[str, Any] = {
+        "runtime_env": {"py_modules": [str(_PACKAGE)], "env_vars": variables},
+        "logging_level": "error",
+        "logging_config": ray.LoggingConfig(log_level="ERROR"),
+    }
+    address = os.environ.get(ADDRESS)
+    try:
+        if address:
+            ray.init(address, **common)
+        else:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves one in the home folder
+            ray.init(
+                "local",
+                _node_ip_address="127.0.0.1",
+                num_cpus=workers,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **common,
+            )
+    except ConnectionError as error:
+        raise TrainingError(
+            f"no Ray cluster answers at {ADDRESS}={address} ({error}); correct it, or unset it to start one here"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _has_gpus(resources: dict[str, float], workers: int) -> bool:
+    """Whether the workers train on GPUs: each has one, if the cluster has any.
+
+    Raises:
+        TrainingError: there are fewer GPUs, or processor cores, than workers; Ray would wait for them for ever.
+    """
+    kind = "GPU" if resources.get("GPU", 0) else "CPU"
+    there = int(resources.get(kind, 0))
+    if there < workers:
+        raise TrainingError(
+            f"workers is {workers}, but the Ray cluster has {there} {kind}(s) now; set workers to {max(there, 1)}, or "
+            "start more nodes first"
+        )
+    return kind == "GPU"
+
+
+def _send(job: TrainingJob, name: str, place: str) -> Order:
+    """Bring the job's inputs to the storage; a model of the Hugging Face hub is told by its id instead."""
+    from pyarrow.fs import FileSystem
+
+    inputs = f"{place}/{_INPUTS}"
+    files, path = FileSystem.from_uri(inputs)
+    files.create_dir(path, recursive=True)
+    hub = hub_revision(job.base_model)
+    if hub is None:
+        _upload(job.base_model, f"{inputs}/base/{job.base_model.name}")
+    _upload(job.dataset, f"{inputs}/dataset")
+    seen = {"base_model": _INPUTS / "base" / job.base_model.name, "dataset": _INPUTS / "dataset"}
+    return Order(job.model_copy(update=seen), name, inputs, hub)
+
+
+def hub_revision(folder: Path) -> tuple[str, str] | None:
+    """Id and revision of a model that lies in Hugging Face's cache (.../models--OWNER--NAME/snapshots/REVISION)."""
+    model = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not model.startswith("models--"):
+        return None
+    return model.removeprefix("models--").replace("--", "/"), folder.name
+
+
+def _upload(folder: Path, destination: str) -> None:
+    from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+
+    files, path = FileSystem.from_uri(destination)
+    files.create_dir(path, recursive=True)
+    copy_files(str(folder), path, source_filesystem=LocalFileSystem(), destination_filesystem=files)
+
+
+def _remove(place: str) -> None:
+    from pyarrow.fs import FileSystem
+
+    files, path = FileSystem.from_uri(place)
+    files.delete_dir(path)
+
+
+def _follow(order: Order, storage: str, gpus: bool, progress: Path) -> tuple[str, Any]:
+    """Run the training in the cluster and write its progress here.
+
+    Returns:
+        Why it cannot be done, or empty; and Ray's checkpoint with the result.
+    """
+    import ray
+
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(order, storage, gpus, mailbox)
+    done: list[Any] = []
+    while not done:
+        done, _ = ray.wait([running], timeout=_POLL_SECONDS)
+        for line in ray.get(mailbox.take.remote()):
+            append(progress, line)
+    refusal, checkpoint = ray.get(running)
+    return refusal, checkpoint
+
+
+def _fit(order: Order, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any]:
+    """Run Ray Train, in the cluster itself: so it does whether this machine is part of it or a client."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"order": order, "mailbox": mailbox},
+        scaling_config=ScalingConfig(num_workers=order.job.settings.workers, use_gpu=gpus),
+        run_config=RunConfig(
+            name=order.name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=_LOSSES_SURVIVED),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    result = trainer.fit()
+    return result.return_value, result.checkpoint
+
+
+def _deliver(checkpoint: Any, job: TrainingJob, started: float) -> None:
+    """Put adapter and result where a training on this machine puts them."""
+    with tempfile.TemporaryDirectory(dir=job.output, prefix=".ray-") as folder:
+        checkpoint.to_directory(folder)
+        result = TrainingResult.model_validate_json((Path(folder) / RESULT).read_bytes())
+        shutil.rmtree(job.output / ADAPTER, ignore_errors=True)
+        (Path(folder) / ADAPTER).replace(job.output / ADAPTER)
+    shutil.rmtree(job.output / CHECKPOINTS)
+    result = result.model_copy(update={"job": job.key, "wall_seconds": time.monotonic() - started})
+    write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+
+
+def _work(config: dict[str, Any]) -> str:
+    """A worker: fetch what it needs, train its part, keep checkpoints in the storage. Returns a refusal, or empty."""
+    import ray.train
+
+    order: Order = config["order"]
+    machine = Path(tempfile.gettempdir()) / f"{order.name}-{ray.get_runtime_context().get_node_id()[:8]}"
+    with _own_folder(machine) as own:
+        os.chdir(machine)
+        if order.inputs:
+            _fetch(order)
+        job = order.job.model_copy(update={"output": own})
+        _restore(ray.train.get_checkpoint(), job)
+        if finished(job) is None:
+            team.keep_checkpoints(_keep)
+            with _told(own / PROGRESS, config["mailbox"].put.remote):
+                refusal = team.take_part(job, time.monotonic())
+            if refusal:
+                return refusal
+        _keep(own, _RESULT)
+    return ""
+
+
+@contextmanager
+def _own_folder(machine: Path) -> Iterator[Path]:
+    """A folder of this worker within its machine's; the last worker to leave removes all."""
+    import psutil
+
+    own = machine / f"worker-{os.getpid()}"
+    own.mkdir(parents=True)
+    try:
+        yield own
+    finally:
+        os.chdir(tempfile.gettempdir())
+        shutil.rmtree(own, ignore_errors=True)
+        others = [int(folder.name.removeprefix("worker-")) for folder in machine.glob("worker-*")]
+        if not any(psutil.pid_exists(worker) for worker in others):  # killed ones removed nothing
+            shutil.rmtree(machine, ignore_errors=True)
+
+
+def _fetch(order: Order) -> None:
+    """Bring the inputs to this machine, into the present folder, unless another worker here has."""
+    from filelock import FileLock
+    from ray.train import Checkpoint
+
+    part = _INPUTS.with_suffix(".part")
+    with FileLock(_INPUTS.with_suffix(".lock")):
+        if _INPUTS.exists():
+            return
+        shutil.rmtree(part, ignore_errors=True)  # of a worker that was killed
+        Checkpoint(order.inputs).to_directory(part)
+        if order.hub is not None:
+            from huggingface_hub import snapshot_download
+
+            name, revision = order.hub
+            (part / "base").mkdir()
+            (part / "base" / order.job.base_model.name).symlink_to(snapshot_download(name, revision=revision))
+        part.rename(_INPUTS)
+
+
+def _restore(checkpoint: Any, job: TrainingJob) -> None:
+    if checkpoint is not None:
+        name = Path(checkpoint.path).name
+        checkpoint.to_directory(job.output if name == _RESULT else job.output / CHECKPOINTS / name)
+
+
+def _keep(folder: Path, name: str = "") -> None:
+    """Bring this worker's part of a checkpoint to the storage; returns when all workers have."""
+    import ray.train
+    from ray.train import Checkpoint
+
+    checkpoint = Checkpoint.from_directory(folder) if folder.is_dir() and (team.is_first() or not name) else None
+    ray.train.report({}, checkpoint=checkpoint, checkpoint_dir_name=name or folder.name)
+
+
+@contextmanager
+def _told(progress: Path, tell: Callable[[list[Progress]], Any]) -> Iterator[None]:
+    """Pass on what is added to a progress file, while the context lasts."""
+    follower, done = Follower(progress), threading.Event()
+
+    def follow() -> None:
+        while not done.wait(_POLL_SECONDS):
+            tell(list(follower.read()))
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        tell(list(follower.read()))

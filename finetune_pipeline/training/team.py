@@ -1,0 +1,109 @@
+"""One training in several processes: which of them this one is, and what each does for the others.
+
+The processes are started by accelerated.py (one machine) or ray_cluster.py (many), which set RANK and WORLD_SIZE as
+PyTorch wants them; Hugging Face's Trainer and Accelerate find each other by the same. A process alone is a team of one.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.job import TrainingError, TrainingJob
+
+_keepers: list[Callable[[Path], None]] = []
+
+
+def size() -> int:
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes progress, checkpoints and the result."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def device_index() -> int:
+    """Which of this machine's GPUs is this process's own."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def wait() -> None:
+    """Return when every process of the team has come here."""
+    if size() > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()
+
+
+def first_then_others(action: Callable[[], Path | None]) -> Path | None:
+    """Run an action that may remove files in the first process, and then, when it has, in the others."""
+    if not is_first():
+        wait()
+    found = action()
+    if is_first():
+        wait()
+    return found
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process does of each update of the weights.
+
+    Attributes:
+        batch_size: examples a step on its device.
+        gradient_accumulation: steps whose gradients it adds up.
+    """
+
+    batch_size: int
+    gradient_accumulation: int
+
+
+def share(settings: TrainingSettings, processes: int) -> Share:
+    """Deal the examples of an update out to processes, so that an update means the same however many there are.
+
+    The examples of an update are batch_size x gradient_accumulation, of the whole training. No device gets more at
+    once than batch_size, which is what its memory was found to hold.
+
+    Raises:
+        TrainingError: they cannot be dealt out evenly.
+    """
+    examples = settings.batch_size * settings.gradient_accumulation
+    each, left = divmod(examples, processes)
+    if left or not each:
+        divisors = ", ".join(str(n) for n in range(1, examples + 1) if examples % n == 0)
+        raise TrainingError(
+            f"an update of batch_size {settings.batch_size} x gradient_accumulation {settings.gradient_accumulation} "
+            f"= {examples} examples cannot be dealt out evenly to {processes} workers; set workers to one of "
+            f"{divisors}, or change gradient_accumulation"
+        )
+    batch = max(n for n in range(1, settings.batch_size + 1) if each % n == 0)
+    return Share(batch, each // batch)
+
+
+def keep_checkpoints(keeper: Callable[[Path], None]) -> None:
+    """Have each whole checkpoint of this process brought to a safe place: `keeper` gets its folder."""
+    _keepers.append(keeper)
+
+
+def checkpoint_is_whole(folder: Path) -> None:
+    """Tell who keeps checkpoints that one is written, in every process of the team."""
+    for keeper in _keepers:
+        keeper(folder)
+
+
+def take_part(job: TrainingJob, started: float) -> str:
+    """Do this process's part of a training.
+
+    Returns:
+        Why the training cannot be done as it was asked for; empty when it is done.
+    """
+    from finetune_pipeline.training.trainer import run_training
+
+    try:
+        run_training(job, started)
+    except TrainingError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,177 @@
+"""Training on real Ray clusters of this machine: workers killed, their machine's own copies, the driver killed."""
+
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetune_pipeline.artifacts import write_text
+from finetune_pipeline.training import ray_cluster
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
+from finetune_pipeline.training.launch import train
+
+from .conftest import with_settings
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='pip install "finetune-pipeline[ray]"')
+
+
+def on_ray(job, **changes):
+    return with_settings(job, compute="ray", workers=2, epochs=20, checkpoints=8, **changes)  # a checkpoint every 20
+
+
+def processes(of, name):
+    """Processes below `of` whose title has `name`."""
+    return [child for child in of.children(recursive=True) if name in " ".join(cmdline(child))]
+
+
+def cmdline(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def wait_for(condition, seconds=180.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def leftovers():
+    return set(Path(tempfile.gettempdir()).glob("finetune-????????????????-????????-????????"))
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two Ray nodes with one core each, which Ray takes for two machines."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(**node)
+    monkeypatch.setenv(ray_cluster.ADDRESS, cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_worker_is_survived_and_the_loss_is_that_of_one_worker(
+    cluster, job, base, dataset, tmp_path, monkeypatch
+):
+    """What one worker gives, two give, though one of them is killed; nothing but the storage joins the machines."""
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    monkeypatch.setenv(ray_cluster.STORAGE, str(storage))
+    alone = train(with_settings(job, epochs=20, checkpoints=8))
+    ours = shutil.copytree(base, tmp_path / "ours" / "tiny")
+    theirs = shutil.copytree(dataset, tmp_path / "ours" / "d")
+    two = on_ray(job).model_copy(update={"base_model": ours, "dataset": theirs, "output": tmp_path / "two"})
+    before, seen, killed = leftovers(), [], []
+
+    def kill_one(progress):
+        seen.append(progress.step)
+        if progress.step > 40 and not killed:
+            shutil.rmtree(tmp_path / "ours")  # the workers have their own
+            killed.append(processes(psutil.Process(), "RayTrainWorker")[-1])
+            killed[0].kill()
+
+    together = train(two, kill_one)
+
+    assert killed and not killed[0].is_running()
+    assert together.resumed_from >= 20
+    assert together.steps == alone.steps == 160
+    assert together.loss_before == pytest.approx(alone.loss_before, rel=1e-5)
+    assert together.loss_after == pytest.approx(alone.loss_after, rel=0.01)
+    assert alone.loss_after < alone.loss_before - 0.8
+    assert max(seen) == 160 and min(seen) < 40, "progress came while it ran"
+    assert loss_by_peft(two, base, dataset) == pytest.approx(together.loss_after, rel=1e-3)
+    assert sorted(path.name for path in two.output.iterdir()) == sorted(
+        ["adapter", "job.json", "progress.jsonl", "result.json", "training.log"]
+    )
+    assert list(storage.iterdir()) == [] and leftovers() == before
+
+
+def loss_by_peft(job, base, dataset):
+    """Mean loss per answer token of the written adapter, by PEFT and the tokenizer alone."""
+    import torch
+    from datasets import load_from_disk
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), job.output / "adapter").eval()
+    total, counted = 0.0, 0
+    for row in load_from_disk(str(dataset))["validation"]:
+        question = [{"role": "user", "content": row["prompt"]}]
+        whole = [*question, {"role": "assistant", "content": row["completion"]}]
+        prompt = tokens.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+        ids = torch.tensor([tokens.apply_chat_template(whole)["input_ids"]])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        with torch.no_grad():
+            n = ids.shape[1] - len(prompt)
+            total += float(model(input_ids=ids, labels=labels).loss) * n
+            counted += n
+    return total / counted
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_training_takes_its_cluster_with_it_and_the_next_goes_on_from_its_checkpoint(job):
+    """Without an address the cluster is started for the training, and neither it nor a worker outlives it."""
+    two = on_ray(job)
+    write_text(two.output / "job.json", two.model_dump_json())
+    driver = subprocess.Popen([sys.executable, "-m", "finetune_pipeline.training", two.output / "job.json"])
+    try:
+        wait_for(lambda: list(two.output.glob("ray/*/checkpoint-4*")))
+        workers = processes(psutil.Process(driver.pid), "RayTrainWorker")
+        family = workers + processes(psutil.Process(driver.pid), "raylet")
+        assert len(workers) == 2
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    wait_for(lambda: not [child for child in family if child.is_running() and child.status() != "zombie"], 30)
+
+    result = train(two)
+    assert result.resumed_from >= 20
+    assert result.steps == 160
+    assert result.loss_after < result.loss_before - 0.8
+    assert not (two.output / CHECKPOINTS).exists() and not (two.output / "ray").exists()
+
+
+def test_without_ray_it_says_how_to_get_it(job, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match=r'pip install "finetune-pipeline\[ray\]", or set compute: local'):
+        ray_cluster.train(on_ray(job), time.monotonic())
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "gpus"),
+    [({"CPU": 4.0}, 2, False), ({"CPU": 64.0, "GPU": 4.0}, 4, True)],
+)
+def test_workers_have_gpus_where_the_cluster_has_any(resources, workers, gpus):
+    assert ray_cluster._has_gpus(resources, workers) is gpus
+
+
+def test_a_cluster_that_is_too_small_is_refused_and_not_waited_for():
+    with pytest.raises(TrainingError, match=r"workers is 8, but the Ray cluster has 4 GPU\(s\) now; set workers to 4"):
+        ray_cluster._has_gpus({"CPU": 64.0, "GPU": 4.0}, 8)
+
+
+def test_a_model_of_the_hub_is_told_by_its_id(tmp_path):
+    cached = tmp_path / "hub" / "models--meta-llama--Llama-3.1-8B" / "snapshots" / "d04e592"
+    assert ray_cluster.hub_revision(cached) == ("meta-llama/Llama-3.1-8B", "d04e592")
+    assert ray_cluster.hub_revision(tmp_path / "models" / "tiny") is None

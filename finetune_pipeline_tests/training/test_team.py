@@ -1,0 +1,118 @@
+"""Several processes of this machine train together, for real: by Gloo, on the processor."""
+
+import json
+import time
+
+import pytest
+from safetensors.numpy import load_file
+
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training import accelerated, model, team
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, TrainingJob, finished
+from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.team import Share
+
+from .conftest import with_settings
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "workers", "share"),
+    [
+        (8, 1, 1, Share(8, 1)),
+        (8, 4, 2, Share(8, 2)),  # fewer steps before the batch gets smaller: that size is what the device holds
+        (8, 1, 2, Share(4, 1)),
+        (6, 2, 4, Share(3, 1)),
+        (4, 6, 3, Share(4, 2)),
+        (4, 5, 2, Share(2, 5)),  # ten examples each, at most four at once
+    ],
+)
+def test_an_update_has_as_many_examples_however_many_deal_with_it(batch, accumulation, workers, share):
+    settings = TrainingSettings(batch_size=batch, gradient_accumulation=accumulation)
+    assert team.share(settings, workers) == share
+    assert share.batch_size * share.gradient_accumulation * workers == batch * accumulation
+
+
+@pytest.mark.parametrize("workers", [3, 16])
+def test_what_cannot_be_dealt_out_evenly_is_refused_with_what_can(workers):
+    with pytest.raises(TrainingError, match=r"= 8 examples .* set workers to one of 1, 2, 4, 8"):
+        team.share(TrainingSettings(batch_size=8), workers)
+
+
+@pytest.mark.slow
+def test_two_processes_of_this_machine_give_the_adapter_that_one_gives(job, tmp_path):
+    one = with_settings(job, lora_dropout=0.0)
+    two = with_settings(job, workers=2).model_copy(update={"output": tmp_path / "two"})
+    seen = []
+    alone, together = train(one), train(two, seen.append)
+
+    assert together.steps == alone.steps == 24
+    assert together.loss_before == pytest.approx(alone.loss_before, rel=1e-5)
+    assert together.loss_after == pytest.approx(alone.loss_after, rel=1e-3)
+    assert together.loss_after < together.loss_before - 0.5
+    assert together.train_loss == pytest.approx(alone.train_loss, rel=1e-3)
+    assert [line.step for line in seen] == sorted({line.step for line in seen}), "one process writes"
+    assert (two.output / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (two.output / CHECKPOINTS).exists()
+
+
+def sharded_member(parent, text, started):
+    """accelerated._member on two cards, as far as Accelerate knows: it refuses FSDP on processors, PyTorch does not."""
+    from accelerate.state import DistributedType, PartialState
+
+    prepare, gather = PartialState.__init__, model.whole_weights
+    job = TrainingJob.model_validate_json(text)
+
+    def with_cards(self, *arguments, **named):
+        prepare(self, *arguments, **named)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    def gather_and_tell(trained):
+        weights = gather(trained)
+        kinds = {type(weight).__name__ for weight in trained.parameters()}
+        (job.output / f"{team.is_first()}.json").write_text(json.dumps(sorted(kinds)))
+        return weights
+
+    PartialState.__init__ = with_cards
+    model.must_shard, model.whole_weights = lambda _: True, gather_and_tell
+    return accelerated._member(parent, text, started)
+
+
+@pytest.mark.slow
+def test_weights_dealt_out_to_two_processes_give_the_adapter_that_whole_ones_give(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sharded = with_settings(job, workers=2).model_copy(update={"output": tmp_path / "sharded"})
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerated, "_member", sharded_member)
+        folder = sharded.output / CHECKPOINTS
+        folder.mkdir(parents=True)
+        accelerated.train(sharded, time.monotonic())
+    alone = train(job)
+
+    for first in (True, False):
+        assert json.loads((sharded.output / f"{first}.json").read_text()) == ["DTensor"]
+    result = finished(sharded)
+    assert result.loss_before == pytest.approx(alone.loss_before, rel=1e-5)
+    assert result.loss_after == pytest.approx(alone.loss_after, rel=1e-3)
+    theirs, ours = (load_file(one.output / "adapter" / "adapter_model.safetensors") for one in (job, sharded))
+    assert {name: weight.shape for name, weight in ours.items()} == {name: w.shape for name, w in theirs.items()}
+    assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "exceeds"),
+    [(24, True), (40, False)],  # 17 GB of weights leave 7 of 24, which is too little to train with
+)
+def test_weights_are_dealt_out_when_a_card_could_not_hold_them_and_the_training(tmp_path, gigabytes, exceeds):
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(17_000_000_000)  # a hole, that takes no room
+    assert model.weights_exceed_card(tmp_path, 2, gigabytes * 10**9) is exceeds
+    assert model.weights_exceed_card(tmp_path, 4, gigabytes * 10**9)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_job_is_said_as_it_is_by_one_process(job):
+    impossible = with_settings(job, workers=2, max_length=16)
+    with pytest.raises(TrainingFailed, match=r"^nothing is left to train on: 64 of 64 examples"):
+        train(impossible)
