@@ -152,7 +152,7 @@ def _ours(job: Any, data: Any) -> tuple[float, float]:
 
     bfloat16 = job.settings.bfloat16 and bfloat16_is_faster(job.settings.batch_size)
     steps = own._steps(len(data.train), job.settings)
-    trainer = own._trainer(job, data, tokenizer(job.base_model), steps, bfloat16)
+    trainer = own._trainer(job, job.settings, data, tokenizer(job.base_model), steps, bfloat16)
     seconds = _timed(trainer)
     save_adapter(trainer.model, job)
     return seconds

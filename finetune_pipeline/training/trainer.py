@@ -163,7 +163,7 @@ def _trainer(
     tokens: "PreTrainedTokenizerBase",
     steps: int,
     bfloat16: bool,
-    load_model: LoadModel,
+    load_model: LoadModel = load_model,
 ) -> "Trainer":
     from transformers import PrinterCallback
 

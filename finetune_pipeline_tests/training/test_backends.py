@@ -106,7 +106,8 @@ def test_a_model_that_brings_its_adapter_trains_as_one_that_is_given_it(job, tmp
     from peft import get_peft_model
 
     def adapted(job, bfloat16):
-        return get_peft_model(load_model(job, bfloat16), lora(job.settings))
+        base = load_model(job, bfloat16)
+        return get_peft_model(base, lora(job.settings, base))
 
     results = []
     for name, hook in [("given", load_model), ("brought", adapted)]:

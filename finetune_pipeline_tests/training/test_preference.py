@@ -42,7 +42,7 @@ def trainer_of(job):
     data = load(job, tokens)
     if job.settings.method != "sft":
         data = load_preferences(job, data, tokens)
-    return _trainer(job, data, tokens, 24, False), data
+    return _trainer(job, job.settings, data, tokens, 24, False), data
 
 
 def weights(job):

@@ -110,7 +110,7 @@ def test_the_mean_loss_is_that_of_transformers_on_each_example_alone(job):
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
     job.output.mkdir()
-    trainer = _trainer(with_settings(job, batch_size=3), data, tokens, 24, False)
+    trainer = _trainer(job, with_settings(job, batch_size=3).settings, data, tokens, 24, False)
     plain = AutoModelForCausalLM.from_pretrained(job.base_model, dtype=torch.float32)
     with torch.no_grad():
         total = sum(float(alone(plain, row)) for row in data.measure)
@@ -126,7 +126,7 @@ def test_accumulated_steps_weigh_every_answer_token_the_same(job, tmp_path):
         sized = with_settings(job, batch_size=batch_size, gradient_accumulation=accumulation, epochs=1)
         sized = sized.model_copy(update={"output": tmp_path / str(batch_size)})
         torch.manual_seed(0)
-        trainer = _trainer(sized, data, tokens, 11, False)
+        trainer = _trainer(sized, sized.settings, data, tokens, 11, False)
         trainer.train()
         found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(found[0]) == len(found[1]) == 11
