@@ -16,7 +16,7 @@ from finetune_pipeline.training.callbacks import must_be_finite, reporter
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult
-from finetune_pipeline.training.memory import check_memory, with_less_memory
+from finetune_pipeline.training.memory import check_memory, memory_may_run_out, with_micro_batch
 from finetune_pipeline.training.model import bfloat16_is_faster, load_model, lora, peak_memory, save_adapter
 
 if TYPE_CHECKING:
@@ -27,25 +27,28 @@ if TYPE_CHECKING:
 _CURVE_POINTS = 50
 
 
-def run_training(job: TrainingJob, started: float) -> TrainingResult:
+def run_training(job: TrainingJob, started: float, micro_batch: int | None = None) -> TrainingResult:
     """Train the adapter of a job, from its last whole checkpoint if there is one.
 
     Args:
         job: what to train.
         started: time.monotonic() at which the process began.
+        micro_batch: examples in memory at once, where batch_size was too many.
 
     Raises:
+        MemoryRanOut: a new process is to go on with fewer examples at a time.
         TrainingError: the dataset, the base model or the loss makes it impossible.
     """
     import torch
 
     settings = job.settings
+    running = with_micro_batch(settings, micro_batch)
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)
-    check_memory(job, longest=data.longest, bfloat16=bfloat16)
-    trained, micro_batch = with_less_memory(settings, lambda running: _trained(job, running, data, tokens, bfloat16))
-    trainer, checkpoint, before, after, seconds = trained
+    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16)
+    with memory_may_run_out(running):
+        trainer, checkpoint, before, after, seconds = _trained(job, running, data, tokens, bfloat16)
     save_adapter(trainer.model, job)
     shutil.rmtree(job.output / CHECKPOINTS)
     curve = _curve(trainer)
@@ -65,7 +68,7 @@ def run_training(job: TrainingJob, started: float) -> TrainingResult:
         tokens_per_second=trainer._total_train_tokens / max(seconds, 1e-9),
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
-        micro_batch=micro_batch,
+        micro_batch=running.batch_size,
         curve=tuple(curve),
     )
     write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
