@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(job, tmp_
 def test_the_loss_counts_the_answer_only(job):
     tokens = tokenizer(job.base_model)
     job.output.mkdir()
-    trainer = _trainer(job, load(job, tokens), tokens, 24, False)
+    trainer = _trainer(job, job.settings, load(job, tokens), tokens, 24, False)
     row = trainer.train_dataset[0]
     learnt = tokens.decode([label for label in row["labels"] if label != -100])
     assert learnt.strip() == json.dumps({"thickness_mm": 100}) + "<|im_end|>"
