@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic import ValidationError
 
@@ -16,6 +17,7 @@ from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
+from finetune_pipeline.training.memory import MemoryRanOut
 from finetune_pipeline.training.process import ENVIRONMENT, folder_alone
 from finetune_pipeline.training.trackers import settle_trackers
 
@@ -28,27 +30,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--parent", type=int, help="process id to die with; without it, the training outlives its shell"
     )
+    parser.add_argument("--micro-batch", type=int, help="examples in memory at once, where batch_size was too many")
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with_parent(options.parent)
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     try:
-        _run(TrainingJob.model_validate_json(options.job.read_bytes()), started)
+        _run(TrainingJob.model_validate_json(options.job.read_bytes()), started, options.micro_batch)
+    except MemoryRanOut as error:
+        print(error, file=sys.stderr, flush=True)
+        _start_anew(options, error.micro_batch)
     except (TrainingError, ValidationError, OSError) as error:
         print(f"{REFUSAL}{error}", file=sys.stderr, flush=True)
         return REFUSED
     return 0
 
 
-def _run(job: TrainingJob, started: float) -> None:
+def _start_anew(options: argparse.Namespace, micro_batch: int) -> NoReturn:
+    """Become a fresh process under the same id, which gives back all memory and the folder's lock."""
+    command = [sys.executable, "-u", "-m", "finetune_pipeline.training", str(options.job)]
+    if options.parent is not None:
+        command += ["--parent", str(options.parent)]
+    os.execv(sys.executable, [*command, "--micro-batch", str(micro_batch)])
+
+
+def _run(job: TrainingJob, started: float, micro_batch: int | None) -> None:
     check_base_model(job.base_model)
     settle_trackers(job.output)
     with folder_alone(job.output):
         if finished(job) is None:
-            _train(job, started)
+            _train(job, started, micro_batch)
 
 
-def _train(job: TrainingJob, started: float) -> None:
+def _train(job: TrainingJob, started: float, micro_batch: int | None) -> None:
     choice = choose(job.settings)
     choice.backend.validate(job)
     print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
@@ -61,7 +75,7 @@ def _train(job: TrainingJob, started: float) -> None:
 
         accelerated.train(job, started)
     else:
-        choice.backend.run(job, started)
+        choice.backend.run(job, started, micro_batch)
 
 
 if __name__ == "__main__":

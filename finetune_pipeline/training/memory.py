@@ -1,19 +1,15 @@
 """Memory: asked for before a training begins, and what happens when it runs out all the same."""
 
-import ctypes
-import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.architecture import read_architecture
 from finetune_pipeline.training.estimate import ERROR, GIB, Device, MemoryEstimate, memory
-from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.presets import CHANGEABLE, Machine, changes, first_fitting, halved
-
-T = TypeVar("T")
 
 # torch's own, C++'s, and oneDNN's, which says no more than this when it gets no memory (seen under a limit).
 _CPU_ALLOCATORS = ("DefaultCPUAllocator", "std::bad_alloc", "could not create a primitive", "Cannot allocate memory")
@@ -56,11 +52,12 @@ def _cached_bytes(stat: Path) -> int:
     return sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
-def check_memory(job: TrainingJob, *, longest: int, bfloat16: bool) -> None:
+def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, bfloat16: bool) -> None:
     """Compare what a training is reckoned to need with what there is; tell it in the log.
 
     Args:
-        job: what is to be trained.
+        base_model: its folder.
+        settings: of the training.
         longest: tokens of the longest example.
         bfloat16: whether it trains with bfloat16.
 
@@ -70,19 +67,19 @@ def check_memory(job: TrainingJob, *, longest: int, bfloat16: bool) -> None:
     import torch
 
     try:
-        architecture = read_architecture(job.base_model / "config.json", job.base_model.name)
+        architecture = read_architecture(base_model / "config.json", base_model.name)
     except TrainingError as unknown:
         print(f"memory is not checked: {unknown}", file=sys.stderr, flush=True)
         return
     device: Device = "gpu" if torch.cuda.is_available() else "cpu"
-    need = memory(architecture, job.settings, device, bfloat16=bfloat16, tokens=longest)
+    need = memory(architecture, settings, device, bfloat16=bfloat16, tokens=longest)
     available = available_bytes()
     print(comparison(need, available), file=sys.stderr, flush=True)
     if need.to_come * (1 - ERROR) > available:
         # The process or context stands already, so its bytes are there beside what is available.
         machine = Machine(device, available + need.parts[0].bytes, bfloat16, rate=1.0, source="")
-        smaller = first_fitting(architecture, job.settings, CHANGEABLE, machine, longest)
-        raise TrainingError(f"{comparison(need, available)}; {_remedy(job.settings, smaller)}")
+        smaller = first_fitting(architecture, settings, CHANGEABLE, machine, longest)
+        raise TrainingError(f"{comparison(need, available)}; {_remedy(settings, smaller)}")
 
 
 def comparison(need: MemoryEstimate, available: int) -> str:
@@ -103,38 +100,43 @@ def _remedy(settings: TrainingSettings, smaller: TrainingSettings | None) -> str
     )
 
 
-def with_less_memory(settings: TrainingSettings, attempt: Callable[[TrainingSettings], T]) -> tuple[T, int]:
-    """Make an attempt, and again with half the micro-batch as long as memory runs out.
+class MemoryRanOut(TrainingError):
+    """Memory ran out, and `micro_batch` examples at a time are to be tried next, in a process of their own."""
 
-    The examples of an update stay the same: their gradients are summed over more steps. An attempt is to go on from
-    the last whole checkpoint; the settings that it is given are for the running of it and leave the job's key alone.
+    def __init__(self, message: str, micro_batch: int) -> None:
+        super().__init__(message)
+        self.micro_batch = micro_batch
 
-    Args:
-        settings: of the training.
-        attempt: trains with the settings that it is given, and raises what the memory's owner raises.
 
-    Returns:
-        What the attempt returned, and the micro-batch with which it succeeded.
+def with_micro_batch(settings: TrainingSettings, micro_batch: int | None) -> TrainingSettings:
+    """The settings with so many examples at a time and as many in an update; for running it, not for the job's key."""
+    if micro_batch is None:
+        return settings
+    examples = settings.batch_size * settings.gradient_accumulation
+    running = {"batch_size": micro_batch, "gradient_accumulation": examples // micro_batch}
+    return settings.model_copy(update=running)
+
+
+@contextmanager
+def memory_may_run_out(settings: TrainingSettings) -> Iterator[None]:
+    """Tell want of memory from other errors.
 
     Raises:
+        MemoryRanOut: memory ran out; a new process is to go on from the last checkpoint with a smaller micro-batch.
+            This one was tried and did not: what a failed step held was not given back.
         TrainingError: memory ran out with one example at a time.
     """
-    examples = settings.batch_size * settings.gradient_accumulation
-    micro = settings.batch_size
-    while True:
-        try:
-            running = {"batch_size": micro, "gradient_accumulation": examples // micro}
-            return attempt(settings.model_copy(update=running)), micro
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            said = str(error).strip().splitlines()[:1]
-        # Only here, outside the handler, is the attempt's last frame gone, and with it its tensors.
-        micro = _less(settings, micro, examples, said[0] if said else "MemoryError")
-        free_memory()
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        examples = settings.batch_size * settings.gradient_accumulation
+        raise _less(settings, settings.batch_size, examples, said) from error
 
 
-def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> int:
+def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> TrainingError:
     smaller = halved(micro, examples)
     if not smaller:
         remedies = [f"max_length below {settings.max_length}"]
@@ -142,17 +144,15 @@ def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> i
             remedies.insert(0, "gradient_checkpointing: true")
         if settings.adapter == "lora":
             remedies.insert(-1, "adapter: qlora")
-        raise TrainingError(
+        return TrainingError(
             f"memory ran out with one example at a time ({said}); set {', or '.join(remedies)}, or take a smaller "
             "base_model; `finetune train plan` shows what fits"
         )
-    print(
+    message = (
         f"memory ran out with micro-batch {micro} ({said}); going on from the last checkpoint with {smaller} examples "
-        f"at a time and {examples // smaller} steps an update, which makes the same {examples} examples an update",
-        file=sys.stderr,
-        flush=True,
+        f"at a time and {examples // smaller} steps an update, which makes the same {examples} examples an update"
     )
-    return smaller
+    return MemoryRanOut(message, smaller)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -162,16 +162,3 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in _CPU_ALLOCATORS)
-
-
-def free_memory() -> None:
-    """Give back what nobody refers to any more."""
-    import torch
-
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's heap keeps what was freed
-        if trim is not None:
-            trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -8,8 +8,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from finetune_pipeline.training.callbacks import VALIDATION_LOSS, must_be_finite
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult, ValidationPoint
-from finetune_pipeline.training.memory import check_memory, with_less_memory
+from finetune_pipeline.training.memory import check_memory, memory_may_run_out, with_micro_batch
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
     load_model,
@@ -55,35 +55,35 @@ class _Trained:
     seconds: float
 
 
-def run_training(job: TrainingJob, started: float, load_model: LoadModel = load_model) -> TrainingResult:
+def run_training(
+    job: TrainingJob, started: float, micro_batch: int | None = None, load_model: LoadModel = load_model
+) -> TrainingResult:
     """Train the adapter of a job, from its last whole checkpoint if there is one.
 
     Args:
         job: what to train.
         started: time.monotonic() at which the process began.
         load_model: gives the base model of a job, in bfloat16 or not; one that has its adapter already gets no other.
+        micro_batch: examples in memory at once, where batch_size was too many.
 
     Raises:
+        MemoryRanOut: a new process is to go on with fewer examples at a time.
         TrainingError: the dataset, the base model or the loss makes it impossible.
     """
     import torch
 
     settings = job.settings
+    share = team.share(settings, team.size())
+    mine = {"batch_size": share.batch_size, "gradient_accumulation": share.gradient_accumulation}
+    running = with_micro_batch(settings.model_copy(update=mine), micro_batch)
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
-    share = team.share(settings, team.size())
-    mine = settings.model_copy(
-        update={"batch_size": share.batch_size, "gradient_accumulation": share.gradient_accumulation}
-    )
-    bfloat16 = settings.bfloat16 and bfloat16_is_faster(mine.batch_size)
-    check_memory(job.model_copy(update={"settings": mine}), longest=data.longest, bfloat16=bfloat16)
-    attempt = partial(_trained, job, data=data, tokens=tokens, bfloat16=bfloat16, load_model=load_model)
-    if team.size() > 1:  # one process alone cannot go back: the others wait for it
-        done, micro_batch = attempt(mine), mine.batch_size
-    else:
-        done, micro_batch = with_less_memory(mine, attempt)
+    bfloat16 = settings.bfloat16 and bfloat16_is_faster(running.batch_size)
+    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16)
+    with nullcontext() if team.size() > 1 else memory_may_run_out(running):  # alone no process of a team can go back
+        done = _trained(job, running, data, tokens, bfloat16, load_model)
     trainer = done.trainer
     curve = _curve(trainer)
     result = TrainingResult(
@@ -102,7 +102,7 @@ def run_training(job: TrainingJob, started: float, load_model: LoadModel = load_
         tokens_per_second=trainer._total_train_tokens / max(done.seconds, 1e-9),
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
-        micro_batch=micro_batch,
+        micro_batch=running.batch_size,
         curve=tuple(curve),
         validation=tuple(_validations(trainer)),
         best_step=done.best_step,

@@ -134,3 +134,13 @@ def test_the_default_loop_reads_files_that_are_there():
     loop = load_loop(LOOP)
     for name in (loop.output_schema, loop.evaluation.benchmark, loop.evaluation.compliance, loop.curation.replay):
         assert (PROJECT_ROOT / name).is_file()
+
+
+def test_a_plan_says_what_fits_how_it_was_reckoned_and_what_to_write():
+    output = run("train", "plan", "--base", "meta-llama/Llama-3.1-8B-Instruct", "--vram", "12")
+    assert "8.03 billion parameters" in output
+    for said in ("does not fit", "x 0.516 B (NF4)", "assumed, not measured", "  adapter: qlora", "  max_length: 1024"):
+        assert said in output
+    here = run("train", "plan", "--loop", LOOP, "--examples", "100")
+    assert "matrix products reach here (measured)" in here
+    assert "  batch_size: 24" in here  # the loop's own

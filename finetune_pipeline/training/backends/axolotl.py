@@ -75,7 +75,7 @@ class Axolotl(Backend):
         if settings.early_stopping and settings.method != "sft":
             yield f"it has no early stopping for {settings.method}; leave early_stopping out, or set backend: peft"
 
-    def run(self, job: TrainingJob, started: float) -> TrainingResult:  # noqa: D102
+    def run(self, job: TrainingJob, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
         checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
         written = config.write(job, checkpoint, has_nvidia())
         follower = _Follower(job, written)

@@ -24,10 +24,10 @@ class Peft(Backend):
         if settings.adapter == "qlora" and not qlora.available:
             yield f"adapter: qlora ({qlora.why}); {qlora.remedy}, or set adapter: lora"
 
-    def run(self, job: TrainingJob, started: float) -> TrainingResult:  # noqa: D102
+    def run(self, job: TrainingJob, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
         from finetune_pipeline.training.trainer import run_training
 
-        return run_training(job, started)
+        return run_training(job, started, micro_batch)
 
 
 def check_qlora() -> Availability:

@@ -41,7 +41,7 @@ class Unsloth(Backend):
         if settings.mode == "incremental":
             yield "it begins with a new adapter; set mode: full, or backend: peft"
 
-    def run(self, job: TrainingJob, started: float) -> TrainingResult:  # noqa: D102
+    def run(self, job: TrainingJob, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         # It writes what it compiles; without this into the folder where the process stands.
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(job.output / "unsloth_compiled"))
@@ -49,7 +49,7 @@ class Unsloth(Backend):
 
         from finetune_pipeline.training.trainer import run_training
 
-        return run_training(job, started, load_model=_load_model)
+        return run_training(job, started, micro_batch, load_model=_load_model)
 
 
 def _load_model(job: TrainingJob, bfloat16: bool) -> Any:
