@@ -20,6 +20,7 @@ ATTENTION = "within_each_example"
 """The name under which transformers knows the attention that takes rows apart."""
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_TOKENS, _LENGTHS = 128, 16  # a row has a multiple of so many tokens, its examples and answers of so many
 _SHORT = 256  # tokens, below which scores fit into memory as a matrix
 
 
@@ -40,20 +41,24 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         examples: each with `input_ids` and `labels` of the same length.
 
     Returns:
-        input_ids, position_ids: of shape (1, tokens).
+        input_ids, position_ids: of shape (1, places): the tokens, and what fills them up.
         apart: (examples, longest), for each place of an example its place in the row; 0 behind its end.
-        together: (tokens), for each place in the row its place in `apart`, flattened.
+        together: (places), for each place in the row its place in `apart`, flattened.
         logits_to_keep: (answers), the places from which an answer's token is foretold.
-        labels: (1, answers), those tokens.
+        labels: (1, answers), those tokens; IGNORED where they are filled up.
+        tokens: of text.
     """
     import torch
 
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    examples = [*examples, *_filling(tokens)]
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    places = torch.arange(int(lengths.max()))
+    places = torch.arange(_rounded(int(lengths.max()), _LENGTHS))
     filled = places < lengths[:, None]
     starts = lengths.cumsum(0) - lengths
     labels = torch.tensor([label for example in examples for label in [*example["labels"][1:], IGNORED]])
     keep = (labels != IGNORED).nonzero()[:, 0]
+    keep = torch.cat([keep, keep.new_full((_rounded(len(keep), _LENGTHS) - len(keep),), len(labels) - 1)])
     return {
         "input_ids": torch.tensor([[token for example in examples for token in example["input_ids"]]]),
         "position_ids": places.expand(filled.shape)[filled][None],
@@ -61,7 +66,18 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         "together": filled.flatten().nonzero()[:, 0],
         "logits_to_keep": keep,
         "labels": labels[keep][None],
+        "tokens": torch.tensor(tokens),
     }
+
+
+def _rounded(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _filling(tokens: int) -> list[dict[str, Any]]:
+    """An example that is not learnt and rounds a row up: for each new shape oneDNN makes, and keeps, new code."""
+    missing = _rounded(tokens, _TOKENS) - tokens
+    return [{"input_ids": [0] * missing, "labels": [IGNORED] * missing}] if missing else []
 
 
 def register_attention() -> str:
@@ -149,7 +165,7 @@ def answer_loss(outputs: Any, labels: "torch.Tensor", num_items_in_batch: "torch
     from torch.nn.functional import cross_entropy
 
     total = cross_entropy(outputs.logits[0].float(), labels[0], reduction="sum")
-    return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def answers(batch: dict[str, Any]) -> int:
@@ -172,9 +188,9 @@ def trainer_class() -> "type[SFTTrainer]":
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             inputs.pop("_prediction_loss_only", None)
+            tokens = inputs.pop("tokens")
             if self.model.training:
-                tokens = self.args.device, inputs["input_ids"].numel()
-                self._total_train_tokens += _over_all_processes(self.accelerator, *tokens)
+                self._total_train_tokens += _over_all_processes(self.accelerator, tokens)
                 self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             inputs["use_cache"] = False
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
@@ -182,9 +198,5 @@ def trainer_class() -> "type[SFTTrainer]":
     return UnpaddedTrainer
 
 
-def _over_all_processes(accelerator: Any, device: Any, count: int) -> int:
-    import torch
-
-    if accelerator.num_processes == 1:
-        return count
-    return int(accelerator.gather(torch.tensor([count], device=device)).sum())
+def _over_all_processes(accelerator: Any, count: "torch.Tensor") -> int:
+    return int(accelerator.gather(count).sum() if accelerator.num_processes > 1 else count)

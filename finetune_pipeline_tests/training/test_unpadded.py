@@ -97,13 +97,22 @@ def test_an_example_does_not_feel_what_else_is_in_its_row():
     assert torch.equal(*results)
 
 
-def test_a_batch_holds_no_padding_and_scores_only_where_an_answer_is_foretold():
+def test_a_row_holds_its_examples_one_after_the_other_and_scores_only_where_an_answer_is_foretold():
     batch = unpadded.collate(examples())
     ids = [token for example in examples() for token in example["input_ids"]]
-    assert batch["input_ids"].tolist() == [ids]
-    assert batch["position_ids"].tolist() == [[*range(12), *range(3), *range(9)]]
-    assert [ids[place + 1] for place in batch["logits_to_keep"]] == batch["labels"].tolist()[0]
-    assert batch["labels"].numel() == 4 + 1 + 5
+    assert batch["input_ids"].tolist() == [[*ids, *[0] * (128 - len(ids))]]
+    assert int(batch["tokens"]) == len(ids) == 24
+    assert batch["position_ids"].tolist() == [[*range(12), *range(3), *range(9), *range(104)]]
+    learnt = [(place, label) for place, label in zip(batch["logits_to_keep"], batch["labels"][0], strict=True)]
+    answers = [(int(place), int(label)) for place, label in learnt if label != IGNORED]
+    assert [ids[place + 1] for place, _ in answers] == [label for _, label in answers]
+    assert (len(answers), len(learnt)) == (4 + 1 + 5, 16)
+
+
+def test_batches_have_few_shapes_since_onednn_keeps_code_for_each():
+    sizes = [[{"input_ids": [1] * n, "labels": [1] * n} for n in range(start, start + 24)] for start in range(40, 70)]
+    shapes = {(*batch["input_ids"].shape, batch["labels"].shape[1]) for batch in map(unpadded.collate, sizes)}
+    assert len(shapes) < 15  # of 30 batches with as many lengths
 
 
 def test_the_mean_loss_is_that_of_transformers_on_each_example_alone(job):
