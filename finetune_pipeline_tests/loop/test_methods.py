@@ -59,7 +59,9 @@ def test_auto_is_resolved_before_the_training_and_the_adapter_says_why(make_loop
     assert told[0] == f"trains by {manifest.method_reason}"
     assert training_run(manifest, "run").method == "kto, lora"
     by_hand = loop.training.model_copy(update={"method": "kto"})
-    assert adapter(loop, by_hand, held, lambda _: None, told.append).manifest == manifest  # the same training
+    again = adapter(loop, by_hand, held, lambda _: None, told.append).manifest
+    assert (again.version, again.created_at) == (manifest.version, manifest.created_at)  # found, not trained again
+    assert again.method_reason == manifest.method_reason
     inputs = {"curated_dataset": held.manifest.version, "base_model": base_hash(resolve_base_model(loop.base_model))}
     shaping = {**by_hand.model_dump(), "system_prompt": loop.system_prompt}
     assert manifest.version == version_of(inputs, shaping)
