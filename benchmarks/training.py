@@ -125,6 +125,8 @@ def peak() -> dict[str, float]:
 
 def train(recipe: str, kind: str, rate: str, dataset: str) -> dict[str, float]:
     """One training: its text, its time, and the validation loss of what it left."""
+    from transformers import set_seed
+
     from finetune_pipeline.settings import load_loop
     from finetune_pipeline.training.data import load, tokenizer
     from finetune_pipeline.training.job import TrainingJob
@@ -133,6 +135,7 @@ def train(recipe: str, kind: str, rate: str, dataset: str) -> dict[str, float]:
     changes = {"learning_rate": float(rate), "epochs": EPOCHS, "bfloat16": kind == "bfloat16"}
     settings = load_loop("aec_parser").training.model_copy(update=changes)
     job = TrainingJob(base_model=BASE, dataset=Path(dataset), output=output, settings=settings)
+    set_seed(settings.seed)  # of the adapter's first weights
     data = load(job, tokenizer(BASE))
     text = EPOCHS * sum(data.train["length"])
     answers = EPOCHS * sum(label != -100 for labels in data.train["labels"] for label in labels)
@@ -172,6 +175,7 @@ def _trl(job: Any, recipe: str) -> tuple[float, float]:
             "completion": [{"role": "assistant", "content": row["completion"]}],
         },
         remove_columns=rows.column_names,
+        keep_in_memory=True,
     )
     settings = job.settings
     loops = LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear")

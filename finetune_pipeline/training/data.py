@@ -2,8 +2,8 @@
 
 import errno
 import json
+import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,7 @@ def _tokenised(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase", split: st
 
 def _key(job: TrainingJob, split: str) -> str:
     """Hash (16 hex digits) of all that decides the tokens: the rows, the system prompt, the tokenizer."""
-    files = sorted((job.dataset / split).glob("*.arrow"))
+    files = [job.dataset / split / name for name in _data_files(job.dataset / split)]
     files += sorted(path for pattern in _TOKENIZER_FILES for path in job.base_model.glob(pattern))
     hashes = {path.name: hash_file(path) for path in files}
     return hash_of([_FORM, job.system_prompt, hashes, package_versions("transformers", "tokenizers")])[:16]
@@ -109,7 +109,8 @@ def _keep(rows: "Dataset", final: Path) -> None:
     """Write the tokens so that a kill leaves all of them or none. Where nothing can be written, they are made anew."""
     try:
         final.parent.mkdir(exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=final.parent))
+        draft = final.with_name(f".draft-{final.name}-{os.getpid()}")
+        draft.mkdir(exist_ok=True)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return
@@ -128,14 +129,21 @@ def _split(folder: Path, name: str) -> list[dict[str, Any]]:
     """The rows of a saved split; a missing one has none, and an empty one neither (datasets cannot read that back)."""
     from datasets import load_from_disk
 
-    state = folder / name / "state.json"
-    if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+    if not _data_files(folder / name):
         return []
     rows = load_from_disk(str(folder / name))
     missing = set(_COLUMNS) - set(rows.column_names)
     if missing:
         raise TrainingError(f"{folder / name} lacks the column {' and '.join(sorted(missing))}; make the dataset again")
     return list(rows.select_columns([name for name in (*_COLUMNS, _REWARD) if name in rows.column_names]))
+
+
+def _data_files(split: Path) -> list[str]:
+    """The files of a saved split, by name; others may lie beside them. A split that is not there has none."""
+    state = split / "state.json"
+    if not state.is_file():
+        return []
+    return [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
 
 
 def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
