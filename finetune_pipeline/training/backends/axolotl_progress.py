@@ -56,7 +56,13 @@ def _callback() -> Any:
             tell("saved", step=state.global_step)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            tell("ended", step=state.global_step, peak_memory=_peak_memory(), history=state.log_history)
+            tell(
+                "ended",
+                step=state.global_step,
+                steps=state.max_steps,
+                peak_memory=_peak_memory(),
+                history=state.log_history,
+            )
 
     return Teller()
 
