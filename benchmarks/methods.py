@@ -20,7 +20,7 @@ from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.curated_dataset import identity, taught
 from finetune_pipeline.loop.ingest import ingest
-from finetune_pipeline.loop.lora_adapter import PREFERENCES
+from finetune_pipeline.loop.lora_adapter import PARTS
 from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.records import Example
 from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, home, read_loop
@@ -117,10 +117,11 @@ def _counts(curated: Curated) -> dict[str, int]:
 def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:
     data, output = folder / f"data-{case.data}", folder / case.folder
     settings = type(loop.training).model_validate(loop.training.model_dump() | case.settings)
+    part = PARTS[settings.method]
     job = TrainingJob(
         base_model=resolve_base_model(loop.base_model),
         dataset=data / DATASET,
-        preferences=data / PREFERENCES[settings.method] if settings.method in PREFERENCES else None,
+        preferences=None if part == DATASET else data / part,
         system_prompt=loop.system_prompt,
         output=output,
         settings=settings,

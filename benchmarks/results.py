@@ -17,7 +17,7 @@ def publish(name: str, headings: list[str], rows: list[list[Any]], figures: dict
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for row in rows:
         print(f"| {' | '.join(str(cell) for cell in row)} |")
-    machine = {"cores": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
+    machine: dict[str, Any] = {"cores": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
     machine |= {"system": platform.system(), "python": platform.python_version()}
     FOLDER.mkdir(exist_ok=True)
     document = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, **figures}

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,17 +205,17 @@ def million() -> dict[str, Any]:
         held = size
         with database.read() as connection:
             watermark = newest_sequence(connection)
-        idle = _milliseconds(lambda w=watermark: count_new(loop, database, w))
+        idle = _milliseconds(partial(count_new, loop, database, watermark))
         batches = [[_new(size + i) for i in range(n, n + 50)] for n in range(60, 360, 50)]
         newest = [_new(size + i) for i in range(60)]
         taken = []
         for batch in [*batches, newest[:50]]:  # the last one is what the sensor is to find
             with database.read() as connection:
                 watermark = newest_sequence(connection)
-            taken.append(_milliseconds(lambda b=batch: client.log_many(e for pair in b for e in pair), times=1))
+            taken.append(_milliseconds(partial(client.log_many, [e for pair in batch for e in pair]), times=1))
         taking = statistics.median(taken)
         client.log_many(event for pair in newest[50:] for event in pair)
-        question = _milliseconds(lambda w=watermark: _expect(60, count_new(loop, database, w)))
+        question = _milliseconds(partial(_expect, 60, partial(count_new, loop, database, watermark)))
         stats = _milliseconds(client.stats)
         with database.write() as connection:
             mark_judged(connection, LOOP, [content_hash(i.prompt, i.output) for i, _ in newest])
@@ -245,7 +246,8 @@ def _thumb(one: Interaction, kind: Any) -> Feedback:
     return Feedback(id=uuid7(), task=LOOP, interaction_id=one.id, created_at=one.created_at, kind=kind)
 
 
-def _expect(wanted: int, found: int) -> None:
+def _expect(wanted: int, count: Callable[[], int]) -> None:
+    found = count()
     if found != wanted:
         sys.exit(f"the sensor counted {found} instead of {wanted}")
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,4 +232,5 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
     else:
-        print(json.dumps({"peak": peak, "train": train}[sys.argv[1]](*sys.argv[2:])))
+        run: dict[str, Callable[..., Any]] = {"peak": peak, "train": train}
+        print(json.dumps(run[sys.argv[1]](*sys.argv[2:])))
