@@ -75,6 +75,12 @@ class Interaction(Record):
     domain: ShortText | None = None
     kind: ShortText | None = Field(default=None, description="Kind of request, in the application's own terms.")
     retrieved_context: Text | None = Field(default=None, description="What was retrieved and put into the prompt.")
+    source: ShortText | None = Field(
+        default=None, description="Which declared source it was made from; none: an application logged it."
+    )
+    origin: Text | None = Field(
+        default=None, max_length=1_000, description="Where in that source: a note, a file and line, a row's key."
+    )
     arm: ShortText | None = Field(default=None, description="Traffic arm: what was meant to answer, such as champion.")
     flag: ShortText | None = Field(default=None, description="Why a person should look at the answer.")
     latency_ms: float | None = Field(default=None, ge=0)
@@ -133,6 +139,8 @@ class Example(Record):
     confidence: float | None = Field(default=None, ge=0, le=1)
     confirmed: bool = Field(description="A person found the answer right.")
     corrected: bool = Field(description="A person wrote the target.")
+    source: str | None = Field(default=None, description="The declared source; none: an application logged it.")
+    origin: str | None = Field(default=None, description="Where in that source.")
 
 
 def normalise(text: str) -> str:
@@ -200,6 +208,9 @@ class DatasetManifest(Manifest):
     train: int
     validation: int
     replayed: int = Field(description="Of train: examples mixed in against forgetting.")
+    sources: dict[str, int] = Field(
+        default={}, description="Source -> examples of train and validation, the replayed ones among them."
+    )
     left_out: dict[str, int] = Field(description="Reason -> examples.")
     redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places of the training set.")
     near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")

@@ -63,8 +63,131 @@ Rating = Literal["1", "2", "3", "4", "5", "gold"]
 Reward = Annotated[float, Field(ge=-1, le=1)]
 
 
+class FeedSettings(Settings):
+    """What every declared source has."""
+
+    name: str = Field(pattern=_NAME, max_length=60, description="Its name, on every record that comes from it.")
+    reward: float = Field(default=0.8, ge=-1, le=1, description="Of its answers, where it has no rewards of its own.")
+    max_examples: int | None = Field(default=None, ge=1, description="At most so many of a dataset come from it.")
+    max_share: float = Field(default=1.0, gt=0, le=1, description="At most so much of a dataset comes from it.")
+
+
+class FilesFeed(FeedSettings):
+    """Files of conversations made elsewhere: JSONL, JSON, CSV, Parquet."""
+
+    kind: Literal["files"]
+    path: str = Field(description="A file, or a folder of them; relative to the project.")
+    format: Literal["auto", "alpaca", "prompt_completion", "sharegpt", "messages", "events"] = Field(
+        default="auto", description="What its rows are; auto tells by their fields."
+    )
+
+
+class VaultFeed(FeedSettings):
+    """An Obsidian vault: a folder of Markdown notes. It is only read."""
+
+    kind: Literal["vault"]
+    path: str = Field(description="The vault's folder; relative to the project, or absolute.")
+    tags: tuple[str, ...] = Field(
+        default=("reflection", "decision", "learning"), description="Notes and sections with one of these are taken."
+    )
+    private_tags: tuple[str, ...] = Field(default=("private",), description="What has one of these is never taken.")
+    headings: tuple[str, ...] = Field(
+        default=("Reflection", "Reflections", "Decision", "Decisions", "Learning", "Learnings"),
+        description="Sections under a heading of this name are taken, in daily notes too.",
+    )
+    ignore: tuple[str, ...] = Field(
+        default=("templates", "Templates", "_templates"), description="Folders that are left out, by name."
+    )
+    max_note_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer notes are named and left out.")
+
+
+class TeacherSettings(Settings):
+    """The model that writes instructions, behind any OpenAI-compatible endpoint."""
+
+    url: str = Field(pattern="^https?://", description="Its base address, as a rule ending in /v1.")
+    model: str = Field(min_length=1, description="The model's name there.")
+    api_key_env: str | None = Field(default=None, description="Environment variable that holds the key.")
+    max_tokens: int = Field(default=200_000, ge=1, description="Tokens that one reading may spend, asked and answered.")
+    timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for an answer.")
+    attempts: int = Field(default=4, ge=1, description="Tries at one request before it is given up.")
+    parallel: int = Field(default=4, ge=1, le=64, description="Requests at the same time.")
+
+
+class CodeFeed(FeedSettings):
+    """A repository of source code, from which instructions are made whose answer is the code."""
+
+    kind: Literal["code"]
+    path: str = Field(description="The repository's folder; relative to the project, or absolute.")
+    languages: tuple[Literal["python", "javascript", "typescript", "go", "rust", "java", "c", "cpp"], ...] = Field(
+        default=("python",), min_length=1, description="Others than python need the extra `code`."
+    )
+    ignore: tuple[str, ...] = Field(
+        default=("node_modules", "vendor", "dist", "build", "__pycache__"), description="Folders left out, by name."
+    )
+    min_lines: int = Field(default=3, ge=1, description="Shorter functions and classes are left out.")
+    max_lines: int = Field(default=120, ge=1, description="Longer ones too.")
+    teacher: TeacherSettings | None = Field(
+        default=None, description="What writes the instructions; without one, signatures and docstrings make them."
+    )
+    refactorings: bool = Field(default=False, description="The teacher gives refactoring requests besides.")
+
+
+class DocumentsFeed(FeedSettings):
+    """Meeting notes and requirements, with templates of the artifacts wanted of them."""
+
+    kind: Literal["documents"]
+    path: str = Field(description="Folder of .md and .txt documents; relative to the project, or absolute.")
+    templates: str = Field(description="Folder of templates, one for each kind of artifact: diagram, API, data model.")
+    teacher: TeacherSettings | None = Field(
+        default=None, description="What writes the artifacts; without one, the templates alone make them."
+    )
+
+
+class SqlFeed(FeedSettings):
+    """Rated answers in any database that SQLAlchemy reaches."""
+
+    kind: Literal["sql"]
+    url_env: str = Field(description="Environment variable that holds the database's URL, in SQLAlchemy's form.")
+    table: str = Field(description="Table or view; with its schema before a dot where it has one.")
+    key: str = Field(description="Column that names a row for good.")
+    watermark: str = Field(description="Column that grows whenever a row comes or changes: a number or a time.")
+    prompt: str = Field(description="Column of the prompt.")
+    response: str = Field(description="Column of the answer.")
+    rating: str | None = Field(default=None, description="Column of the rating.")
+    ratings: dict[str, Reward] = Field(default={}, description="What each value of the rating is worth.")
+    gold_star: str | None = Field(default=None, description="Column of a flag; where it is set, the reward is 1.0.")
+    author: str | None = Field(default=None, description="Column of who wrote the prompt.")
+    domain: str | None = Field(default=None, description="Column of the domain.")
+    kind_column: str | None = Field(default=None, description="Column of the kind of request.")
+    only: dict[str, tuple[str, ...]] = Field(
+        default={}, description="Column -> values, of which a row must have one: authors, domains, kinds."
+    )
+    batch_rows: int = Field(default=1_000, ge=1, description="Rows in memory at once.")
+
+
+class LogsFeed(Settings):
+    """What the application itself logged, as one source among the others: it is read always, and its quota is here."""
+
+    kind: Literal["logs"]
+    max_examples: int | None = Field(default=None, ge=1, description="At most so many of a dataset come from it.")
+    max_share: float = Field(default=1.0, gt=0, le=1, description="At most so much of a dataset comes from it.")
+
+    @property
+    def name(self) -> str:
+        """As it stands on the rows of a dataset."""
+        return LOGS
+
+
+LOGS = "logs"
+"""The source of what the application itself logged."""
+
+Feed = Annotated[FilesFeed | VaultFeed | CodeFeed | DocumentsFeed | SqlFeed | LogsFeed, Field(discriminator="kind")]
+
+
 class SourceSettings(Settings):
     """Where interactions and feedback come from."""
+
+    feeds: tuple[Feed, ...] = Field(default=(), description="Declared sources beside the logs; see docs/sources.md.")
 
     folders: tuple[str, ...] = Field(
         default=(), description="Folders of JSONL logs, read in addition to the drop folder; relative to the project."
@@ -78,6 +201,16 @@ class SourceSettings(Settings):
     max_line_bytes: int = Field(
         default=1_000_000, ge=1_000, description="A longer line is quarantined unread, so that it cannot fill memory."
     )
+
+    @field_validator("feeds")
+    @classmethod
+    def _every_feed_has_its_own_name(cls, feeds: tuple[Feed, ...]) -> tuple[Feed, ...]:
+        names = [feed.name for feed in feeds]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        taken = sorted({"replay", LOGS} & {feed.name for feed in feeds if feed.kind != "logs"})
+        if twice or taken:
+            raise ValueError(f"{', '.join(twice or taken)} is taken; give each source a name of its own")
+        return feeds
 
 
 class FeedbackSettings(Settings):

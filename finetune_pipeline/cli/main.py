@@ -26,7 +26,7 @@ from finetune_pipeline.registry.models import RegistryError
 from finetune_pipeline.schemas import SchemaError
 from finetune_pipeline.serving.access import KeyProblem
 from finetune_pipeline.settings import SettingsError
-from finetune_pipeline.sources.jsonl import SourceError
+from finetune_pipeline.sources.item import SourceError
 from finetune_pipeline.training.job import TrainingError
 
 EXPECTED = (

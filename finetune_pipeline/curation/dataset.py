@@ -19,17 +19,19 @@ from finetune_pipeline.curation.preferences import (
     pairs,
     undesirable,
 )
+from finetune_pipeline.curation.quotas import allowed
 from finetune_pipeline.curation.redaction import RedactedExample, redact, redact_example
 from finetune_pipeline.curation.rules import NEAR_BENCHMARK, Policy, accept, at_a_glance, found_bad, near_benchmark
 from finetune_pipeline.curation.storage import read_split, save_splits
 from finetune_pipeline.records import Example, Turn, conversation, normalise, text_hash
+from finetune_pipeline.settings import LOGS
 
 DUPLICATE = "duplicate of another example"
 CONFLICT = "same prompt, less trusted answer"
 DATASET = "dataset"
 COLUMNS = {
     "prompt": "string", "history": "turns", "completion": "string", "reward": "float64", "source": "string",
-    "interaction_id": "string", "content_hash": "string",
+    "origin": "string", "interaction_id": "string", "content_hash": "string",
 }  # fmt: skip
 SPLITS = ("train", "validation")
 
@@ -51,6 +53,7 @@ class Row:
     completion: str
     reward: float
     source: str
+    origin: str | None = None
     interaction_id: str | None = None
     history: tuple[Turn, ...] = ()
     content_hash: str | None = None
@@ -98,6 +101,11 @@ class Curated:
     near_benchmark: tuple[str, ...]
 
     @property
+    def sources(self) -> dict[str, int]:
+        """Source -> examples of train and validation."""
+        return dict(sorted(Counter(row.source for row in (*self.train, *self.validation)).items()))
+
+    @property
     def examples(self) -> int:
         """Examples from use: train and validation without the replayed ones."""
         return len(self.train) + len(self.validation) - self.replayed
@@ -107,7 +115,7 @@ def curate(examples: Iterable[Example], replay: Sequence[Row], policy: Policy, i
     """Build the dataset, with secrets and personal data replaced; the same examples in any order give the same one."""
     sifted = _sift(examples, policy, identity)
     left_out = sifted.left_out
-    unique = _deduplicate(sifted.accepted, left_out)
+    unique = _within_quotas(_deduplicate(sifted.accepted, left_out), policy, left_out)
     rows = [_row(candidate) for candidate in unique]
     learnt = _by_split(rows, policy)
     mixed_in, found = _replayed(replay, rows, round(policy.settings.replay_ratio * len(learnt["train"])), policy)
@@ -259,13 +267,31 @@ def _deduplicate(candidates: Sequence[_Candidate], left_out: Counter[str]) -> li
     return [best[key] for key in sorted(best)]
 
 
+def _within_quotas(candidates: Sequence[_Candidate], policy: Policy, left_out: Counter[str]) -> list[_Candidate]:
+    """The candidates, of each source the most trusted ones as far as its quota goes."""
+    of_source: dict[str, list[_Candidate]] = {}
+    for candidate in sorted(candidates, key=_trust, reverse=True):
+        of_source.setdefault(_source(candidate), []).append(candidate)
+    may = allowed({source: len(found) for source, found in of_source.items()}, policy.quotas)
+    for source, found in of_source.items():
+        if len(found) > may[source]:
+            left_out[f"over the quota of {source}"] += len(found) - may[source]
+    kept = {id(candidate) for source, found in of_source.items() for candidate in found[: may[source]]}
+    return [candidate for candidate in candidates if id(candidate) in kept]
+
+
+def _source(candidate: _Candidate) -> str:
+    return candidate.example.source or LOGS
+
+
 def _row(candidate: _Candidate) -> Row:
     example = candidate.example
     return Row(
         prompt=example.prompt,
         completion=example.target,
         reward=example.reward,
-        source="feedback",
+        source=_source(candidate),
+        origin=example.origin,
         interaction_id=str(example.interaction_id),
         history=example.history,
         content_hash=candidate.content_hash,

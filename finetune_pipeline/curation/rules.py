@@ -1,9 +1,10 @@
 """Which examples may train: one rule, asked by the dataset and by the sensor that counts what is new."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.records import Example, Turn, conversation
 from finetune_pipeline.schemas import Schema, Unreadable, compile_schema, parse_json
 from finetune_pipeline.settings import CurationSettings
@@ -27,6 +28,7 @@ class Policy:
     settings: CurationSettings
     benchmark: NearIndex
     problem: Validator
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
 
 
 def accept(example: Example, policy: Policy) -> Decision:
@@ -52,7 +54,8 @@ def at_a_glance(example: Example, policy: Policy) -> Decision:
     if not example.corrected and example.reward < rules.min_reward:
         return Decision(False, f"reward below {rules.min_reward:g}")
     sure = example.confidence is not None and example.confidence >= rules.min_confidence
-    if not (sure or example.confirmed or example.corrected):
+    written = example.source is not None and example.confidence is None  # by no model whose confidence one could ask
+    if not (sure or written or example.confirmed or example.corrected):
         return Decision(False, f"confidence below {rules.min_confidence:g} and no person confirmed it")
     return _short_enough(example, rules)
 

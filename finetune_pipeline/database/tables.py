@@ -47,7 +47,12 @@ interactions = sa.Table(
     sa.Column("latency_ms", sa.Float),
     sa.Column("prompt_tokens", sa.Integer),
     sa.Column("completion_tokens", sa.Integer),
+    sa.Column("source", sa.String(200), comment="The declared source it was made from; null: an application's log."),
+    sa.Column("origin", sa.String(1000), comment="Where in that source."),
+    sa.Column("withdrawn", sa.BigInteger, comment="Ingest sequence at which its source no longer had it; else null."),
     sa.Index(None, "task", "sequence"),
+    sa.Index(None, "task", "source", "origin"),
+    sa.Index(None, "task", "withdrawn"),
 )
 
 feedback = sa.Table(
@@ -148,6 +153,26 @@ rejected_lines = sa.Table(
     sa.Column("line", sa.Integer, primary_key=True),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("excerpt", sa.Text, nullable=False),
+)
+
+source_marks = sa.Table(
+    "source_marks",
+    metadata,
+    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("source", sa.String(200), primary_key=True),
+    sa.Column("mark", sa.JSON, nullable=False, comment="Where reading it goes on, in the source's own terms."),
+    sa.Column("read_at", Moment, nullable=False),
+    comment="How far each declared source was read.",
+)
+
+skipped_items = sa.Table(
+    "skipped_items",
+    metadata,
+    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("source", sa.String(200), primary_key=True),
+    sa.Column("origin", sa.String(1000), primary_key=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    comment="What the last reading of each source could not use, and why.",
 )
 
 models = sa.Table(

@@ -95,6 +95,40 @@ def record(
     return Recorded(len(interactions), len(feedback), len(events) - len(fresh), known, waiting)
 
 
+def withdraw(connection: sa.Connection, task: str, ids: Sequence[str]) -> int:
+    """Have interactions teach nothing from now on, since their source no longer has them; returns how many did.
+
+    They stay in the store, and teach again when their source has them again (`bring_back`).
+    """
+    i = t.interactions.c
+    first, number = take_sequence(connection, len(ids)), 0
+    counts: Counter[str] = Counter()
+    for chunk in _chunks(ids):
+        there = sa.select(i.id).where(i.id.in_(chunk), i.withdrawn.is_(None))
+        for id in sorted(connection.execute(there).scalars()):
+            connection.execute(t.interactions.update().where(i.id == id).values(withdrawn=first + number))
+            number += 1
+        _forget_examples(connection, task, chunk, counts)
+    count(connection, task, counts)
+    return number
+
+
+def bring_back(connection: sa.Connection, task: str, ids: Sequence[str], reward: RewardFunction) -> None:
+    """Have withdrawn interactions teach again what they taught."""
+    i = t.interactions.c
+    for chunk in _chunks(ids):
+        connection.execute(t.interactions.update().where(i.id.in_(chunk)).values(withdrawn=None))
+        renew_examples(connection, task, chunk, reward, at=take_sequence(connection, 1))
+
+
+def of_source(connection: sa.Connection, task: str, source: str) -> Iterator[tuple[str, str, bool]]:
+    """All interactions that were made from a declared source: id, origin, whether it is withdrawn."""
+    i = t.interactions.c
+    query = sa.select(i.id, i.origin, i.withdrawn.is_not(None)).where(i.task == task, i.source == source)
+    for row in connection.execution_options(yield_per=5_000).execute(query):
+        yield row[0], row[1] or "", bool(row[2])
+
+
 def take_sequence(connection: sa.Connection, count: int) -> int:
     """Take the next `count` numbers of the ingest sequence, and hold it until commit; returns the first of them."""
     c = t.counters.c
@@ -166,20 +200,21 @@ def records(connection: sa.Connection, task: str, until: int, after: int = 0) ->
 
     Args:
         until: the newest ingest sequence to read.
-        after: only interactions that came, or whose example changed, after this sequence. The time grows with what is
-            new, not with the history: both conditions have an index.
+        after: only interactions that came, whose example changed, or that were withdrawn, after this sequence. The time
+            grows with what is new, not with the history: each condition has an index.
     """
     i, e = t.interactions.c, t.examples.c
     source = t.interactions.outerjoin(t.examples, i.id == e.interaction_id)
     query = sa.select(
         i.id.label("interaction_id"), sa.func.coalesce(e.sequence, i.sequence).label("sequence"), i.created_at,
         i.prompt, i.history, i.output, i.model, i.user, i.confidence, i.validation_score, i.domain, i.kind,
-        i.retrieved_context, i.arm, i.flag, e.target, e.reward, e.confirmed, e.corrected,
+        i.retrieved_context, i.arm, i.flag, i.source, i.origin, e.target, e.reward, e.confirmed, e.corrected,
     )  # fmt: skip
     if after:
         came = sa.select(i.id).where(i.task == task, i.sequence > after, i.sequence <= until)
         changed = sa.select(e.interaction_id).where(e.task == task, e.sequence > after, e.sequence <= until)
-        new = came.union(changed).subquery()
+        gone = sa.select(i.id).where(i.task == task, i.withdrawn > after, i.withdrawn <= until)
+        new = came.union(changed, gone).subquery()
         query = query.select_from(new.join(source, new.c.id == i.id))
     else:
         query = query.select_from(source).where(i.task == task, i.sequence <= until)
@@ -195,7 +230,7 @@ def new_examples(connection: sa.Connection, task: str, after: int, min_reward: f
     e, i = t.examples.c, t.interactions.c
     judged = sa.exists().where(t.judged_examples.c.loop == task, t.judged_examples.c.content_hash == e.content_hash)
     query = (
-        sa.select(t.examples, i.prompt, i.history, i.output)
+        sa.select(t.examples, i.prompt, i.history, i.output, i.source, i.origin)
         .join(t.interactions, i.id == e.interaction_id)
         .where(e.task == task, e.sequence > after, sa.or_(e.corrected, e.reward >= min_reward), ~judged)
         .order_by(e.sequence)
@@ -238,15 +273,26 @@ def count(connection: sa.Connection, task: str, changes: Mapping[str, int]) -> N
     connection.execute(added.on_conflict_do_update(index_elements=["task", "name"], set_={"value": total}), rows)
 
 
-def renew_examples(connection: sa.Connection, task: str, ids: Sequence[str], reward: RewardFunction) -> None:
-    """Work out anew what these interactions teach, from what the tables hold of them now."""
+def renew_examples(
+    connection: sa.Connection, task: str, ids: Sequence[str], reward: RewardFunction, at: int = 0
+) -> None:
+    """Work out anew what these interactions teach, from what the tables hold of them now.
+
+    Args:
+        at: a sequence that was taken for it, so that who reads what changed since an earlier one sees them.
+    """
     interactions = _load(connection, t.interactions, t.interactions.c.id, task, ids)
     feedback = _load(connection, t.feedback, t.feedback.c.interaction_id, task, ids)
     counts: Counter[str] = Counter()
     _forget_examples(connection, task, ids, counts)
     by_interaction = _by_interaction([(_feedback(row), row.sequence) for row in feedback])
     _teach(
-        connection, task, [(_interaction(row), row.sequence) for row in interactions], by_interaction, reward, counts
+        connection,
+        task,
+        [(_interaction(row), max(at, row.sequence)) for row in interactions if row.withdrawn is None],
+        by_interaction,
+        reward,
+        counts,
     )
     count(connection, task, counts)
 
@@ -290,10 +336,9 @@ def _renew(
     # What was just added is at hand; only what is older has to be read.
     arrived = {interaction.id: number for interaction, number in fresh}
     earlier_ids = sorted({str(item.interaction_id) for item, _ in feedback if item.interaction_id not in arrived})
-    earlier = [
-        (_interaction(r), r.sequence) for r in _load(connection, t.interactions, t.interactions.c.id, task, earlier_ids)
-    ]
-    there = arrived.keys() | {interaction.id for interaction, _ in earlier}
+    older = _load(connection, t.interactions, t.interactions.c.id, task, earlier_ids)
+    earlier = [(_interaction(row), row.sequence) for row in older if row.withdrawn is None]
+    there = arrived.keys() | {UUID(row.id) for row in older}
     touched = [*map(str, arrived), *earlier_ids]
     rows = _load(connection, t.feedback, t.feedback.c.interaction_id, task, touched)
     by_interaction = _by_interaction([(_feedback(row), row.sequence) for row in rows])
@@ -360,7 +405,7 @@ def _load(
 
 
 def _interaction(row: sa.Row[Any]) -> Interaction:
-    values = {name: value for name, value in row._asdict().items() if name != "sequence"}
+    values = {name: value for name, value in row._asdict().items() if name not in {"sequence", "withdrawn"}}
     return Interaction.model_validate({**values, "history": values["history"] or ()})
 
 
@@ -370,7 +415,7 @@ def _feedback(row: sa.Row[Any]) -> Feedback:
 
 def _example(row: sa.Row[Any], interaction: Interaction) -> Example:
     values = {name: value for name, value in row._asdict().items() if name in Example.model_fields}
-    asked = {"prompt": interaction.prompt, "history": interaction.history, "output": interaction.output}
+    asked = interaction.model_dump(include={"prompt", "history", "output", "source", "origin"})
     return Example.model_validate({**values, **asked})
 
 
@@ -383,7 +428,7 @@ def _row(sequence: int, event: Interaction | Feedback) -> dict[str, Any]:
 
 
 def _example_row(task: str, example: Example) -> dict[str, Any]:
-    values = example.model_dump(exclude={"prompt", "history", "output"})
+    values = example.model_dump(exclude={"prompt", "history", "output", "source", "origin"})
     identity = content_hash(conversation(example.prompt, example.history), example.target)
     return {**values, "interaction_id": str(example.interaction_id), "task": task, "content_hash": identity}
 

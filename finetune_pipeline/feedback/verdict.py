@@ -29,6 +29,8 @@ def resolve(
     return Example(
         interaction_id=interaction.id,
         sequence=sequence,
+        source=interaction.source,
+        origin=interaction.origin,
         prompt=interaction.prompt,
         history=interaction.history,
         output=interaction.output,
@@ -50,6 +52,8 @@ def _corrected(
     return Example(
         interaction_id=interaction.id,
         sequence=sequence,
+        source=interaction.source,
+        origin=interaction.origin,
         prompt=interaction.prompt,
         history=interaction.history,
         output=interaction.output,

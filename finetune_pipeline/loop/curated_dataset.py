@@ -1,6 +1,7 @@
 """The asset curated_dataset: what is fit to train on, split once and for all, and kept away from the benchmark."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,16 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         replay=reading.replay_path(loop),
     )
     inputs = {"raw_logs": raw_logs.manifest.version, **files}
-    settings = {**loop.curation.model_dump(), "system_prompt": loop.system_prompt, "holds": [DATASET, PAIRS, LABELLED]}
+    policy = reading.policy(loop)
+    settings = {
+        **loop.curation.model_dump(),
+        "system_prompt": loop.system_prompt,
+        "holds": [DATASET, PAIRS, LABELLED],
+        "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
+    }
 
     def make(folder: Path) -> dict[str, Any]:
-        curated = curate(taught(raw_logs), reading.replay(loop), reading.policy(loop), identity)
+        curated = curate(taught(raw_logs), reading.replay(loop), policy, identity)
         write_dataset(curated, folder, loop.system_prompt)
         return {
             "inputs": inputs,
@@ -125,6 +132,7 @@ def _figures(curated: Curated) -> dict[str, Any]:
         "train": len(curated.train),
         "validation": len(curated.validation),
         "replayed": curated.replayed,
+        "sources": curated.sources,
         "left_out": curated.left_out,
         "redacted": curated.redacted,
         "near_benchmark": list(curated.near_benchmark),
@@ -144,6 +152,7 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "pairs": manifest.pairs,
         "desirable": manifest.desirable,
         "undesirable": manifest.undesirable,
+        "sources": _table("source", "examples", manifest.sources),
         "left_out": sum(manifest.left_out.values()),
         "left_out_why": _table("reason", "examples", manifest.left_out),
         "redacted": sum(manifest.redacted.values()),

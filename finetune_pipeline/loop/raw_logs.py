@@ -24,11 +24,12 @@ from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.store import Totals, newest_sequence, records, store_id, totals
+from finetune_pipeline.loop.feeds import Fed, read_feeds, skipped_items
 from finetune_pipeline.loop.ingest import Ingested, ingest
 from finetune_pipeline.loop.io import pointers_key
 from finetune_pipeline.records import FileRecord, RawLogsManifest
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.sources.jsonl import SourceError
+from finetune_pipeline.sources.item import SourceError
 from finetune_pipeline.sources.ledger import read_totals, rejected_lines
 
 NAMED = 20
@@ -37,7 +38,8 @@ COLUMNS = {
     "interaction_id": "string", "sequence": "int64", "created_at": "moment", "prompt": "string", "history": "turns",
     "output": "string", "model": "string", "user": "string", "confidence": "float64", "validation_score": "float64",
     "domain": "string", "kind": "string", "retrieved_context": "string", "arm": "string", "flag": "string",
-    "target": "string", "reward": "float64", "confirmed": "bool", "corrected": "bool",
+    "source": "string", "origin": "string", "target": "string", "reward": "float64", "confirmed": "bool",
+    "corrected": "bool",
 }  # fmt: skip
 """What a snapshot holds of each interaction, and its type in the Parquet files."""
 
@@ -51,11 +53,17 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         "every file could be read.",
     )
 
+    sources = dg.AssetCheckSpec(
+        "sources_read",
+        asset=[*loop.prefix, "raw_logs"],
+        description="Every declared source could be read to its end.",
+    )
+
     @dg.asset(
         key_prefix=loop.prefix or None,
         group_name=loop.name,
         io_manager_key=pointers_key(loop),
-        check_specs=[check],
+        check_specs=[check, sources],
         kinds={"parquet", "sqlite"},
     )
     def raw_logs(context: dg.AssetExecutionContext) -> Iterator[Any]:
@@ -68,9 +76,12 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         database = connect()
         ingested = ingest(loop, database, context.log.info)
+        feeds = read_feeds(loop, database, context.log.info)
         artifact, counts = snapshot(loop, database)
-        yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact, counts, ingested))
+        metadata = _metadata(artifact, counts, ingested) | _sources(loop, database, feeds)
+        yield dg.MaterializeResult(value=artifact, metadata=metadata)
         yield _rejected_lines(loop, database, ingested)
+        yield _sources_read(feeds)
 
     return raw_logs
 
@@ -179,6 +190,30 @@ def _rejected_lines(loop: LoopSettings, database: Database, ingested: Ingested) 
             "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in rejected)],
         },
     )
+
+
+def _sources_read(feeds: Sequence[Fed]) -> dg.AssetCheckResult:
+    failed = [f"{fed.name}: {fed.failed}" for fed in feeds if fed.failed]
+    return dg.AssetCheckResult(
+        check_name="sources_read",
+        passed=not failed,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"sources": len(feeds), "failed": len(failed), "offenders": failed},
+    )
+
+
+def _sources(loop: LoopSettings, database: Database, feeds: Sequence[Fed]) -> dict[str, Any]:
+    """What each declared source gave, and the first things in them that could not be used."""
+    if not feeds:
+        return {}
+    lines = ["| source | items | new | withdrawn | skipped | |", "|---|---|---|---|---|---|"]
+    lines += [f"| {f.name} | {f.items} | {f.new} | {f.withdrawn} | {f.skipped} | {f.failed} |" for f in feeds]
+    with database.read() as connection:
+        skipped = skipped_items(connection, loop.name, NAMED)
+    return {
+        "sources": dg.MetadataValue.md("\n".join(lines)),
+        "skipped": [f"{row.source}: {row.origin}: {row.reason}" for row in skipped],
+    }
 
 
 def _write_parquet(path: Path, batches: Iterator[Sequence[Any]]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation.dataset import read_replay
 from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.curation.rules import Policy, Validator, answer_validator
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.schemas import Rule, load_rules, load_schema
@@ -49,7 +50,8 @@ def policy(loop: LoopSettings) -> Policy:
     schema = project_path(loop.output_schema) if loop.output_schema else None
     path = project_path(loop.evaluation.benchmark)
     index, problem = _judges(path, schema, _stamp(path), _stamp(schema))
-    return Policy(loop.curation, index, problem)
+    quotas = {feed.name: Quota(feed.max_examples, feed.max_share) for feed in loop.sources.feeds}
+    return Policy(loop.curation, index, problem, quotas)
 
 
 @lru_cache(maxsize=16)

@@ -10,14 +10,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_pipeline.records import Event, Feedback, Interaction
+from finetune_pipeline.sources.item import SourceError
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _EXCERPT = 200
 _TAIL = 4_096
-
-
-class SourceError(RuntimeError):
-    """A source is not there or cannot be read; the message says which, and what to do."""
 
 
 @dataclass(frozen=True)

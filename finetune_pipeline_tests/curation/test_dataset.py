@@ -89,9 +89,9 @@ def test_replay_is_mixed_into_training_only_and_never_from_the_benchmark():
     replay = [Row(f"old {n}", "old answer", 1.0, "replay") for n in range(500)]
     replay.append(Row("the golden question of all", "x", 1.0, "replay"))
     curated = curate([example(n) for n in range(100)], replay, POLICY, identity)
-    mine = [row for row in curated.train if row.source == "feedback"]
+    mine = [row for row in curated.train if row.source == "logs"]
     assert curated.replayed == len(mine) == len(curated.train) - len(mine)
-    assert all(row.source == "feedback" for row in curated.validation)
+    assert all(row.source == "logs" for row in curated.validation)
     assert not overlaps([vars(row) for row in curated.train], POLICY)
 
 

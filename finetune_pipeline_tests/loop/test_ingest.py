@@ -14,7 +14,7 @@ from finetune_pipeline.feedback.store import Recorded, totals
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import PROJECT_ROOT
-from finetune_pipeline.sources.jsonl import SourceError
+from finetune_pipeline.sources.item import SourceError
 from finetune_pipeline.sources.ledger import read_totals, rejected_lines
 from finetune_pipeline_tests.conftest import interaction
 from finetune_pipeline_tests.loop.conftest import corrected, write_events

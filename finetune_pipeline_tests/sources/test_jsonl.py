@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from finetune_pipeline.sources.jsonl import SourceError, event_files, read_lines
+from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.jsonl import event_files, read_lines
 from finetune_pipeline_tests.conftest import interaction
 
 

@@ -1,0 +1,231 @@
+"""Declared sources into the store. No Dagster here: the raw_logs asset and `finetune ingest` both do it this way."""
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
+from itertools import islice
+from typing import Any
+
+import sqlalchemy as sa
+from pydantic import ValidationError
+
+from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.database import Database
+from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
+from finetune_pipeline.feedback.store import bring_back, of_source, record, withdraw
+from finetune_pipeline.records import Feedback, Interaction
+from finetune_pipeline.settings import Feed, LogsFeed, LoopSettings
+from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
+
+_BATCH = 1_000
+_CHUNK = 500
+_REASON = 300
+_SPACE = uuid.UUID("6a4b1f0e-7c52-4f0b-9d3e-52c8a1f7b9d4")  # of this project's name-based ids; any random one would do
+
+Reader = Callable[[Any, Any], Reading]
+"""Reads a source: of its settings and the mark of the last reading (None at first)."""
+
+
+@dataclass
+class Fed:
+    """What reading one source did.
+
+    Attributes:
+        items: conversations that it gave.
+        new: of them not in the store before.
+        withdrawn: earlier ones that it no longer has.
+        skipped: things in it that could not be used.
+        failed: why it could not be read to its end; empty if it was.
+    """
+
+    name: str
+    items: int = 0
+    new: int = 0
+    withdrawn: int = 0
+    skipped: int = 0
+    failed: str = ""
+
+    def __str__(self) -> str:
+        """As the run's log says it."""
+        done = f"{self.name}: {self.items} items, {self.new} of them new, {self.withdrawn} withdrawn, {self.skipped} "
+        return done + ("skipped" if not self.failed else f"skipped; {self.failed}")
+
+
+def read_feeds(loop: LoopSettings, database: Database, tell: Callable[[str], None]) -> list[Fed]:
+    """Read every declared source of a loop; one that fails is named, and the others go on."""
+    done = []
+    for feed in loop.sources.feeds:
+        if isinstance(feed, LogsFeed):
+            continue  # events have their own way
+        try:
+            fed = read_feed(loop, feed, database, reader(feed))
+        except SourceError as error:
+            fed = Fed(feed.name, failed=str(error))
+        tell(str(fed))
+        done.append(fed)
+    return done
+
+
+def reader(feed: Feed) -> Reader:
+    """What reads a source: `read` of the module of `finetune_pipeline.sources` that is named as its kind."""
+    read: Reader = import_module(f"finetune_pipeline.sources.{feed.kind}").read
+    return read
+
+
+def read_feed(loop: LoopSettings, feed: Feed, database: Database, read: Reader) -> Fed:
+    """Take what a source gives into the store. A batch of items is one transaction, with the mark behind it.
+
+    An item's id is made of its source, origin and content: reading it again changes nothing, and when it changed it is
+    a new one, and the old is withdrawn.
+
+    Raises:
+        SourceError: it cannot be read; what it gave until then was taken.
+    """
+    sync = _Sync(loop, feed, database, reward_function(loop.feedback))
+    for batch in _batches(read(feed, sync.mark())):
+        sync.take(batch)
+    sync.finish()
+    return sync.fed
+
+
+@dataclass
+class _Sync:
+    loop: LoopSettings
+    feed: Feed
+    database: Database
+    reward: RewardFunction
+    seen: set[bytes] = field(default_factory=set)
+    skipped: dict[str, str] = field(default_factory=dict)
+    marked: bool = False
+
+    def __post_init__(self) -> None:
+        self.fed = Fed(self.feed.name)
+        with self.database.read() as connection:
+            # Ids as 16 bytes: a source may have a million.
+            self.known = {
+                uuid.UUID(id).bytes: withdrawn
+                for id, _, withdrawn in of_source(connection, self.loop.name, self.feed.name)
+            }
+
+    def mark(self) -> Any:
+        """Where the last reading ended."""
+        m = t.source_marks.c
+        query = sa.select(m.mark).where(m.task == self.loop.name, m.source == self.feed.name)
+        with self.database.read() as connection:
+            return connection.execute(query).scalar_one_or_none()
+
+    def take(self, batch: list[Item | Skipped | Mark]) -> None:
+        """Take a batch: new items are recorded, withdrawn ones that are back teach again."""
+        events: list[Interaction | Feedback] = []
+        back: list[str] = []
+        origins: dict[str, str] = {}
+        for one in batch:
+            if isinstance(one, Skipped):
+                self.skipped[one.origin[:1000]] = one.reason[:_REASON]
+            elif isinstance(one, Item):
+                self._add(one, events, back, origins)
+        marks = [one for one in batch if isinstance(one, Mark)]
+        with self.database.write() as connection:
+            recorded = record(connection, self.loop.name, events, self.reward)
+            bring_back(connection, self.loop.name, back, self.reward)
+            if marks:
+                self.marked = True
+                self.fed.withdrawn += withdraw(connection, self.loop.name, self._superseded(connection, origins))
+                self._put_mark(connection, marks[-1].value)
+        self.fed.new += recorded.interactions
+        for event in events:
+            if isinstance(event, Interaction):
+                self.known[event.id.bytes] = False
+
+    def finish(self) -> None:
+        """After a whole reading: withdraw what the source no longer gave, and keep what it skipped."""
+        gone = [str(uuid.UUID(bytes=id)) for id, w in self.known.items() if not w and id not in self.seen]
+        with self.database.write() as connection:
+            if not self.marked:
+                self.fed.withdrawn += withdraw(connection, self.loop.name, gone)
+            self._put_skipped(connection)
+        self.fed.skipped = len(self.skipped)
+
+    def _add(self, item: Item, events: list[Interaction | Feedback], back: list[str], origins: dict[str, str]) -> None:
+        try:
+            made = _events(self.loop.name, self.feed, item)
+        except ValidationError as error:
+            first = error.errors()[0]
+            self.skipped[item.origin[:1000]] = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:_REASON]
+            return
+        id = made[0].id
+        self.fed.items += 1
+        self.seen.add(id.bytes)
+        origins[item.origin] = str(id)
+        if id.bytes not in self.known:
+            events.extend(made)
+        elif self.known[id.bytes]:
+            back.append(str(id))
+            self.known[id.bytes] = False
+
+    def _superseded(self, connection: sa.Connection, origins: dict[str, str]) -> list[str]:
+        """Earlier states of what a batch gave anew."""
+        i, old = t.interactions.c, []
+        names = sorted(origins)
+        for start in range(0, len(names), _CHUNK):
+            here = i.origin.in_(names[start : start + _CHUNK])
+            own = sa.and_(i.task == self.loop.name, i.source == self.feed.name, here, i.withdrawn.is_(None))
+            old += [
+                id for id, origin in connection.execute(sa.select(i.id, i.origin).where(own)) if id != origins[origin]
+            ]
+        return old
+
+    def _put_mark(self, connection: sa.Connection, value: Any) -> None:
+        own = {"task": self.loop.name, "source": self.feed.name}
+        m = t.source_marks.c
+        connection.execute(t.source_marks.delete().where(m.task == own["task"], m.source == own["source"]))
+        connection.execute(t.source_marks.insert().values(**own, mark=value, read_at=datetime.now(UTC)))
+
+    def _put_skipped(self, connection: sa.Connection) -> None:
+        own = {"task": self.loop.name, "source": self.feed.name}
+        s = t.skipped_items.c
+        connection.execute(t.skipped_items.delete().where(s.task == own["task"], s.source == own["source"]))
+        rows = [{**own, "origin": origin, "reason": reason} for origin, reason in sorted(self.skipped.items())]
+        if rows:
+            connection.execute(t.skipped_items.insert(), rows)
+
+
+def _events(task: str, feed: Any, item: Item) -> tuple[Interaction, Feedback]:
+    """The interaction of an item, and the feedback that gives it its reward, or its correction."""
+    reward = feed.reward if item.reward is None else item.reward
+    said = [turn.model_dump() for turn in item.history]
+    content = hash_of([item.prompt, said, item.answer, item.model_output, reward])
+    id = uuid.uuid5(_SPACE, "\n".join([task, feed.name, item.origin, content]))
+    moment = item.created_at or datetime.now(UTC)
+    interaction = Interaction(
+        id=id, task=task, created_at=moment, prompt=item.prompt, history=item.history,
+        output=item.answer if item.model_output is None else item.model_output,
+        user=item.user, domain=item.domain, kind=item.kind, source=feed.name, origin=item.origin,
+    )  # fmt: skip
+    kind: dict[str, Any] = {"kind": "reward"}
+    if item.model_output is not None:
+        kind = {"kind": "correction", "correction": item.answer}
+    own = {"id": uuid.uuid5(id, "feedback"), "task": task, "interaction_id": id, "created_at": moment}
+    return interaction, Feedback(**own, **kind, reward=reward)
+
+
+def _batches(reading: Iterable[Item | Skipped | Mark]) -> Iterator[list[Item | Skipped | Mark]]:
+    """Batches that end with a mark, or when they are large."""
+    iterator = iter(reading)
+    while first := list(islice(iterator, 1)):
+        batch = first
+        for one in iterator:
+            batch.append(one)
+            if isinstance(one, Mark) or len(batch) >= _BATCH:
+                break
+        yield batch
+
+
+def skipped_items(connection: sa.Connection, task: str, limit: int) -> Sequence[Any]:
+    """The first things that the declared sources held and nobody could use: source, origin, reason."""
+    s = t.skipped_items.c
+    query = sa.select(s.source, s.origin, s.reason).where(s.task == task).order_by(s.source, s.origin)
+    return connection.execute(query.limit(limit)).all()

@@ -1,0 +1,59 @@
+"""What every declared source gives: conversations and where in it they stand, and what of it could not be used."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from finetune_pipeline.records import Turn
+
+
+class SourceError(RuntimeError):
+    """A source is not there or cannot be read; the message says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A conversation: a prompt, and the answer that it should get.
+
+    Attributes:
+        origin: where in its source it stands, so that a person finds it there: a note and heading, a file and line, a
+            function, a row's key. What has the same origin later is the newer state of the same thing.
+        prompt, history: what is asked, and what was said before.
+        answer: what is to be answered.
+        reward: in -1 ... 1; None is the source's own from the YAML.
+        model_output: what a model had answered where `answer` is a person's correction of it.
+        created_at, user, domain, kind: as in `records.Interaction`.
+    """
+
+    origin: str
+    prompt: str
+    answer: str
+    history: tuple[Turn, ...] = ()
+    reward: float | None = None
+    model_output: str | None = None
+    created_at: datetime | None = None
+    user: str | None = None
+    domain: str | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something in a source that cannot be used: where it stands, and why in words a person can act on."""
+
+    origin: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Everything up to here was given: a source that gives marks goes on from the last one, and takes nothing back."""
+
+    value: Any
+    """JSON, in the source's own terms."""
+
+
+Reading = Iterator[Item | Skipped | Mark]
+"""One reading of a source. One without a mark gives all that the source has at this moment, and what it no longer
+gives is withdrawn."""

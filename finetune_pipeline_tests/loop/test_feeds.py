@@ -1,0 +1,167 @@
+"""Declared sources in the store: what is new, changed, gone and back again; where a record came from."""
+
+import pytest
+import sqlalchemy as sa
+
+from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.database import connect
+from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.store import tally
+from finetune_pipeline.loop.counting import count_new
+from finetune_pipeline.loop.curated_dataset import dataset, taught
+from finetune_pipeline.loop.feeds import read_feed, skipped_items
+from finetune_pipeline.loop.raw_logs import snapshot
+from finetune_pipeline.settings import SettingsError
+from finetune_pipeline.sources.item import Item, Mark, Skipped, SourceError
+
+from .conftest import corrected, write_events
+
+FEED = {"kind": "files", "name": "imported", "path": "somewhere"}
+
+
+@pytest.fixture
+def loop(make_loop):
+    return make_loop(sources={"feeds": [FEED]}, curation={"min_examples": 1, "validation_share": 0.0})
+
+
+def items(*names, **changes):
+    return [Item(f"{name}.md", f"what did {name} say about it all?", f"{name} spoke", **changes) for name in names]
+
+
+def take(loop, *found):
+    (feed,) = loop.sources.feeds
+    return read_feed(loop, feed, connect(), lambda settings, mark: iter(found))
+
+
+def targets(loop):
+    artifact, _ = snapshot(loop, connect())
+    return sorted(example.target for example in taught(artifact))
+
+
+def test_items_teach_with_their_source_and_origin(loop):
+    fed = take(loop, *items("ash", "elm"))
+    assert (fed.items, fed.new, fed.withdrawn, fed.skipped) == (2, 2, 0, 0)
+    artifact, _ = snapshot(loop, connect())
+    rows = read_rows(dataset(loop, artifact).path, "train")
+    assert {(row["source"], row["origin"]) for row in rows} == {("imported", "ash.md"), ("imported", "elm.md")}
+    assert dataset(loop, artifact).manifest.sources == {"imported": 2}
+    assert count_new(loop, connect(), 0) == 2
+
+
+def test_reading_it_again_changes_nothing(loop):
+    take(loop, *items("ash", "elm"))
+    first, _ = snapshot(loop, connect())
+    fed = take(loop, *items("elm", "ash"))
+    assert (fed.items, fed.new, fed.withdrawn) == (2, 0, 0)
+    assert snapshot(loop, connect())[0].manifest.version == first.manifest.version
+
+
+def test_what_the_source_no_longer_has_teaches_no_longer_and_again_when_it_is_back(loop):
+    take(loop, *items("ash", "elm"))
+    assert targets(loop) == ["ash spoke", "elm spoke"]
+    assert take(loop, *items("ash")).withdrawn == 1
+    assert targets(loop) == ["ash spoke"]
+    with connect().read() as connection:
+        assert tally(connection, loop.name)["examples"] == 1
+    assert take(loop, *items("ash", "elm")).new == 0
+    assert targets(loop) == ["ash spoke", "elm spoke"]
+
+
+def test_a_changed_item_stands_instead_of_the_old_one(loop):
+    take(loop, *items("ash"))
+    fed = take(loop, Item("ash.md", "what did ash say about it all?", "ash said more"))
+    assert (fed.new, fed.withdrawn) == (1, 1)
+    assert targets(loop) == ["ash said more"]
+
+
+def test_a_source_with_marks_goes_on_and_takes_back_only_what_changed(loop):
+    (feed,) = loop.sources.feeds
+    marks = []
+
+    def read(settings, mark):
+        marks.append(mark)
+        yield from items("ash", "elm") if mark is None else [Item("ash.md", "what did ash say?", "ash said more")]
+        yield Mark({"id": 2 if mark is None else 3})
+
+    read_feed(loop, feed, connect(), read)
+    assert read_feed(loop, feed, connect(), read).withdrawn == 1
+    assert marks == [None, {"id": 2}]
+    assert targets(loop) == ["ash said more", "elm spoke"]
+
+
+def test_a_source_that_fails_half_way_takes_nothing_back(loop):
+    take(loop, *items("ash", "elm"))
+    (feed,) = loop.sources.feeds
+
+    def read(settings, mark):
+        yield from items("oak")
+        raise SourceError("the disk is gone")
+
+    with pytest.raises(SourceError):
+        read_feed(loop, feed, connect(), read)
+    assert targets(loop)[:2] == ["ash spoke", "elm spoke"]
+
+
+def test_what_cannot_be_used_is_named_with_its_reason(loop):
+    fed = take(
+        loop, Skipped("broken.md", "its frontmatter is not YAML"), Item("empty.md", "", "nothing"), *items("ash")
+    )
+    assert fed.skipped == 2
+    with connect().read() as connection:
+        found = {row.origin: row.reason for row in skipped_items(connection, loop.name, 10)}
+    assert found["broken.md"] == "its frontmatter is not YAML"
+    assert "prompt" in found["empty.md"]
+    assert take(loop, *items("ash")).skipped == 0
+    with connect().read() as connection:
+        assert not skipped_items(connection, loop.name, 10)
+
+
+def test_a_correction_of_a_model_s_answer_teaches_as_one(loop):
+    take(loop, *items("ash", model_output="ash was silent"))
+    artifact, _ = snapshot(loop, connect())
+    (example,) = taught(artifact)
+    assert (example.corrected, example.target, example.output) == (True, "ash spoke", "ash was silent")
+
+
+def test_late_feedback_on_what_was_withdrawn_does_not_bring_it_back(loop, tmp_path):
+    from finetune_pipeline.feedback.rewards import reward_function
+    from finetune_pipeline.feedback.store import record
+    from finetune_pipeline.records import Feedback
+
+    take(loop, *items("ash", "elm"))
+    database = connect()
+    with database.read() as connection:
+        i = t.interactions.c
+        id = connection.execute(sa.select(i.id).where(i.origin == "ash.md")).scalar_one()
+    take(loop, *items("elm"))
+    thumb = {"kind": "thumbs_up", "interaction_id": id, "task": loop.name, "created_at": "2026-01-01T00:00:00Z"}
+    with database.write() as connection:
+        record(
+            connection,
+            loop.name,
+            [Feedback.model_validate({"id": "00000000-0000-4000-8000-000000000001", **thumb})],
+            reward_function(loop.feedback),
+        )
+    assert targets(loop) == ["elm spoke"]
+
+
+def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
+    feed = {**FEED, "max_share": 0.25}
+    loop = make_loop(sources={"feeds": [feed]}, curation={"min_examples": 1, "validation_share": 0.0})
+    events = loop.drop_folder / "a.jsonl"
+    write_events(events, *corrected(["amy", "ben", "cid"]))
+    from finetune_pipeline.loop.ingest import ingest
+
+    ingest(loop, connect(), print)
+    take(loop, *items("ash", "elm", "oak", "yew", "fir", "bay"))
+    artifact, _ = snapshot(loop, connect())
+    manifest = dataset(loop, artifact).manifest
+    assert manifest.sources == {"imported": 1, "logs": 3}
+    assert manifest.left_out["over the quota of imported"] == 5
+
+
+def test_two_sources_of_one_name_are_refused(make_loop):
+    with pytest.raises(SettingsError, match="imported is taken"):
+        make_loop(sources={"feeds": [FEED, FEED]})
+    with pytest.raises(SettingsError, match="logs is taken"):
+        make_loop(sources={"feeds": [{**FEED, "name": "logs"}]})
