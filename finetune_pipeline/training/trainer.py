@@ -195,7 +195,8 @@ def _sft_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},  # tokens already
         remove_unused_columns=False,
         max_length=None,  # longer examples were left out: cut ones would teach answers without an end
-        train_sampling_strategy="group_by_length",  # batches of like lengths: attention has little to fill up
+        # Where rows are filled up, batches of like lengths have less to fill.
+        train_sampling_strategy="random" if shared_rows else "group_by_length",
     )
     return (unpadded.trainer_class() if shared_rows else SFTTrainer)(
         **with_adapter(base, job),

@@ -194,7 +194,7 @@ def contrary(job, folder):
 
 
 def test_the_weights_with_the_lowest_validation_loss_are_kept(job, tmp_path):
-    result = train_here(contrary(with_settings(job, epochs=16, checkpoints=8), tmp_path))
+    result = train_here(contrary(with_settings(job, epochs=16, checkpoints=8, learning_rate=6e-2), tmp_path))
     losses = {point.step: point.loss for point in result.validation}
     assert list(losses) == list(range(8, 65, 8))
     assert result.best_step == min(losses, key=losses.__getitem__) < 64

@@ -1,6 +1,8 @@
 """Examples that share a row learn exactly what they would learn alone."""
 
 import copy
+import shutil
+import time
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Mi
 
 from finetune_pipeline.training import unpadded
 from finetune_pipeline.training.data import IGNORED, load, tokenizer
-from finetune_pipeline.training.trainer import _mean_loss, _trainer
+from finetune_pipeline.training.trainer import _mean_loss, _trainer, run_training
 
 from .conftest import with_settings
 
@@ -147,3 +149,31 @@ def test_an_architecture_whose_layers_carry_a_state_along_is_not_packed():
     from transformers import MambaConfig, MambaForCausalLM
 
     assert not unpadded.fits(MambaForCausalLM, MambaConfig())
+
+
+def test_what_cannot_share_rows_is_trained_by_trl_as_it_is(job, tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    from trl import SFTTrainer
+
+    tokens = tokenizer(job.base_model)
+    base = shutil.copytree(job.base_model, tmp_path / "gemma2", ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Gemma2Config(vocab_size=len(tokens), **sizes, **heads, pad_token_id=tokens.pad_token_id)
+    assert config.attn_logit_softcapping  # scores that no kernel of attention caps
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config)
+    model.save_pretrained(base)
+    softcapped = job.model_copy(update={"base_model": base})
+    softcapped.output.mkdir()
+
+    data = load(softcapped, tokens)
+    trainer = _trainer(softcapped, softcapped.settings, data, tokens, 24, False)
+    assert type(trainer) is SFTTrainer
+    with torch.no_grad():
+        total = sum(float(alone(model, row)) for row in data.measure)
+    answers = sum(label != IGNORED for row in data.measure for label in row["labels"])
+    assert _mean_loss(trainer, data.measure) == pytest.approx(total / answers, rel=1e-4)
+    result = run_training(softcapped, time.monotonic())
+    assert result.loss_after < result.loss_before * 0.98
+    assert result.tokens_per_second > 0
