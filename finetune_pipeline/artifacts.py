@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -284,10 +284,27 @@ def publish(
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path, force=True) as file:
+        file.write(text)
+
+
+@contextmanager
+def new_file(path: Path, *, force: bool = False) -> Iterator[IO[str]]:
+    """Open a text file for writing that is there whole or not at all: a kill or a fault leaves what was there before.
+
+    Args:
+        force: overwrite what is there.
+
+    Raises:
+        FileExistsError: it is there already, and not `force`.
+        OSError: it cannot be written.
+    """
+    if path.exists() and not force:
+        raise FileExistsError(errno.EEXIST, "is there already", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -2,12 +2,12 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from finetune_pipeline.settings import Rating
 
@@ -167,6 +167,47 @@ def chat(system_prompt: str, prompt: str, history: Sequence[Turn] = ()) -> list[
     own = bool(earlier) and earlier[0]["role"] == "system"
     system = [{"role": "system", "content": system_prompt}] if system_prompt and not own else []
     return [*system, *earlier, {"role": "user", "content": prompt}]
+
+
+def without_system_prompt(prompt: str, history: Sequence[Turn], system_prompt: str) -> tuple[str, tuple[Turn, ...]]:
+    """A conversation as a loop keeps it: without the loop's own system prompt, which `chat` adds.
+
+    Files made elsewhere have it as the system message, or as the instruction before the prompt (`alpaca_prompt`).
+    """
+    if not system_prompt:
+        return prompt, tuple(history)
+    if history and history[0].role == "system":
+        return prompt, tuple(history[1:] if history[0].content == system_prompt else history)
+    return prompt.removeprefix(f"{system_prompt}\n\n") or prompt, tuple(history)
+
+
+def alpaca_prompt(instruction: Any, asked: Any) -> str:
+    """The prompt of an Alpaca row: the instruction, and what it is to be done with.
+
+    Raises:
+        ValueError: they are no texts.
+    """
+    parts = (instruction, asked or "")
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("instruction and input: expected two texts")
+    return "\n\n".join(part for part in parts if part)
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with a record, in a line: which field, what was found, what was expected."""
+    return "; ".join(_explained(one) for one in error.errors(include_url=False))
+
+
+def _explained(one: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in one["loc"])
+    message = str(one["msg"]).removeprefix("Value error, ")
+    if not where:
+        return message
+    if one["type"] == "missing":
+        return f"{where}: is missing"
+    if one["type"] == "extra_forbidden":
+        return f"{where}: there is no such field"
+    return f"{where}: found {one['input']!r:.80}, {message.replace('Input should be', 'expected')}"
 
 
 class FileRecord(Record):

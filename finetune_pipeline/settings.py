@@ -72,14 +72,17 @@ class FeedSettings(Settings):
     max_share: float = Field(default=1.0, gt=0, le=1, description="At most so much of a dataset comes from it.")
 
 
+FileFormat = Literal["auto", "alpaca", "prompt_completion", "sharegpt", "messages"]
+"""What the rows of a file are; auto tells by their fields, row by row."""
+
+
 class FilesFeed(FeedSettings):
     """Files of conversations made elsewhere: JSONL, JSON, CSV, Parquet."""
 
     kind: Literal["files"]
     path: str = Field(description="A file, or a folder of them; relative to the project.")
-    format: Literal["auto", "alpaca", "prompt_completion", "sharegpt", "messages", "events"] = Field(
-        default="auto", description="What its rows are; auto tells by their fields."
-    )
+    format: FileFormat = Field(default="auto", description="What its rows are; auto tells by their fields.")
+    max_line_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer rows are named and left out.")
 
 
 class VaultFeed(FeedSettings):
@@ -181,6 +184,9 @@ class LogsFeed(Settings):
 LOGS = "logs"
 """The source of what the application itself logged."""
 
+INGESTED = "ingested"
+"""The source of conversations from the drop folder's files and from `finetune ingest FILE`."""
+
 Feed = Annotated[FilesFeed | VaultFeed | CodeFeed | DocumentsFeed | SqlFeed | LogsFeed, Field(discriminator="kind")]
 
 
@@ -190,10 +196,13 @@ class SourceSettings(Settings):
     feeds: tuple[Feed, ...] = Field(default=(), description="Declared sources beside the logs; see docs/sources.md.")
 
     folders: tuple[str, ...] = Field(
-        default=(), description="Folders of JSONL logs, read in addition to the drop folder; relative to the project."
+        default=(), description="Folders of logs, read in addition to the drop folder; relative to the project."
     )
     drop_folder: str | None = Field(
-        default=None, description="Where an application drops JSONL files; default $FINETUNE_HOME/inbox/<loop>."
+        default=None, description="Where files are dropped: logs, conversations; default $FINETUNE_HOME/inbox/<loop>."
+    )
+    ingested_reward: float = Field(
+        default=0.8, ge=-1, le=1, description="Of conversations in dropped files that have no reward of their own."
     )
     max_rejected_share: float = Field(
         default=0.05, ge=0, le=1, description="Share of unreadable lines above which raw_logs' check turns red."
@@ -207,7 +216,7 @@ class SourceSettings(Settings):
     def _every_feed_has_its_own_name(cls, feeds: tuple[Feed, ...]) -> tuple[Feed, ...]:
         names = [feed.name for feed in feeds]
         twice = sorted({name for name in names if names.count(name) > 1})
-        taken = sorted({"replay", LOGS} & {feed.name for feed in feeds if feed.kind != "logs"})
+        taken = sorted({"replay", LOGS, INGESTED} & {feed.name for feed in feeds if feed.kind != "logs"})
         if twice or taken:
             raise ValueError(f"{', '.join(twice or taken)} is taken; give each source a name of its own")
         return feeds

@@ -187,11 +187,12 @@ def _export_alpaca(file: Path, loop: LoopSettings, min_reward: float, force: boo
 def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
     """Read FILES: events, exchanges with a reward, or Alpaca; a file read twice adds nothing."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.formats import import_file
+    from finetune_pipeline.feedback.formats import import_rows
+    from finetune_pipeline.sources.rows import read_rows
 
     unusable = []
     for path in files:
-        done = import_file(path, loop, connect())
+        done = import_rows(path, read_rows(path, loop.sources.max_line_bytes), loop, connect())
         click.echo(
             f"{path}: {done.recorded.interactions} interactions and {done.recorded.feedback} feedback added, "
             f"{done.recorded.duplicates} known already, {done.rejected} of {done.lines} lines rejected"
@@ -244,7 +245,7 @@ def _client(loop: LoopSettings) -> Iterator["FeedbackClient"]:
     from pydantic import ValidationError
 
     from finetune_pipeline.feedback import FeedbackClient
-    from finetune_pipeline.feedback.formats import explain
+    from finetune_pipeline.records import explain
 
     client = FeedbackClient(loop)
     try:
@@ -401,9 +402,18 @@ def _journals_naming(user: str) -> list[Path]:
 def _files_naming(user: str, loop: LoopSettings) -> list[Path]:
     """Event files, and events that the store refused, that name the person."""
     from finetune_pipeline.feedback.journal import journal_folder
+    from finetune_pipeline.sources.rows import files_of, layout_of, read_rows
 
-    paths = [path for folder in loop.log_folders for path in sorted(folder.glob("*.jsonl"))]
-    return _naming(user, paths + sorted(journal_folder().glob("*.refused")))
+    paths = [path for folder in loop.log_folders if folder.is_dir() for path in files_of(folder)]
+    tables = [path for path in paths if layout_of(path) in {"csv", "parquet"}]
+    texts = [path for path in paths if path not in tables]
+    limit = loop.sources.max_line_bytes
+    of_user = [path for path in tables if any(_is_of(user, row.value) for row in read_rows(path, limit))]
+    return _naming(user, texts + sorted(journal_folder().glob("*.refused"))) + of_user
+
+
+def _is_of(user: str, row: Any) -> bool:
+    return isinstance(row, dict) and str(row.get("user")) == user
 
 
 def _naming(user: str, paths: Sequence[Path]) -> list[Path]:

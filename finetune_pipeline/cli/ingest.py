@@ -1,29 +1,40 @@
-"""`finetune ingest`: event files into the store, without Dagster."""
+"""`finetune ingest`: logs and other files into the store, without Dagster."""
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from finetune_pipeline.cli.options import loop_option
-from finetune_pipeline.database import connect
-from finetune_pipeline.feedback.rewards import reward_function
+from finetune_pipeline.database import Database, connect
+from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.loop.ingest import Ingested, ingest_file
 from finetune_pipeline.loop.ingest import ingest as ingest_all
-from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.settings import FileFormat, LoopSettings
+from finetune_pipeline.sources.jsonl import Form
 from finetune_pipeline.sources.ledger import rejected_lines
 
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--format", "form", type=click.Choice((*get_args(FileFormat), "events")), default="auto", show_default=True,
+    help="What the rows of FILES are; auto tells by their fields, row by row.",
+)  # fmt: skip
 @loop_option
-def ingest(files: tuple[Path, ...], loop: LoopSettings) -> None:
-    """Take event FILES into the store, or all new files of the loop's folders."""
+def ingest(files: tuple[Path, ...], form: Form, loop: LoopSettings) -> None:
+    """Take FILES into the store, or all new files of the loop's folders.
+
+    JSONL, JSON, CSV and Parquet are read: events of a log, and conversations in the forms that docs/sources.md names.
+    """
+    if form != "auto" and not files:
+        raise click.UsageError("--format goes with FILES: in the folders each row tells by its fields what it is")
     database = connect()
     total = Ingested()
     if files:
         reward = reward_function(loop.feedback)
         for path in files:
-            total.add(ingest_file(loop, database, path.resolve(), reward))
+            total.add(_read(loop, database, path.resolve(), reward, form))
     else:
         total = ingest_all(loop, database, click.echo)
     recorded = total.recorded
@@ -37,5 +48,12 @@ def ingest(files: tuple[Path, ...], loop: LoopSettings) -> None:
                 click.echo(f"  {row.path}:{row.line}: {row.reason}", err=True)
     if files and total.rejected and not recorded.interactions + recorded.feedback + recorded.duplicates:
         raise click.ClickException(
-            "no line is an event of this loop; `finetune feedback import` reads exchanges with a reward, and Alpaca"
+            "no row could be used: mend them as the reasons say, or name what they are with --format"
         )
+
+
+def _read(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: Form) -> Ingested:
+    try:
+        return ingest_file(loop, database, path, reward, form)
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be read ({error.strerror}); mend it, then run again") from error

@@ -6,14 +6,13 @@ Three kinds of object are read, told apart by their keys, mixed as they may be:
     {"prompt", "output" or "response"[, "reward", "correction", ...]}   one exchange with what was thought of it
     {"instruction", "input", "output"[, "reward", ...]}                 Alpaca
 
-They stand one a line, or all in one JSON array. The last two take every other field of `records.Interaction` too. Their
-`reward` is of the output, and a correction beside it is worth what the table of rewards says. Without an id, or with
-one that is no UUID, it follows from the content, so that a file that is read twice adds nothing.
+The last two take every other field of `records.Interaction` too. Their `reward` is of the output, and a correction
+beside it is worth what the table of rewards says. Without an id, or with one that is no UUID, it follows from the
+content, so that a file that is read twice adds nothing. Whatever file the rows stand in, it is read elsewhere.
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,20 +23,20 @@ from uuid import UUID, uuid5
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from finetune_pipeline.artifacts import flush, hash_of
+from finetune_pipeline.artifacts import hash_of, new_file
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batches
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import Recorded, newest_sequence, record
-from finetune_pipeline.records import Feedback, Interaction, text_hash
-from finetune_pipeline.schemas import Unreadable, parse_json
+from finetune_pipeline.records import Feedback, Interaction, alpaca_prompt, explain, text_hash, without_system_prompt
 from finetune_pipeline.settings import LoopSettings
 
 _SHOWN = 20
-_BLOCK = 1 << 16
 _ROWS = 500
-_LONGEST_SIGN = 12  # an escaped surrogate pair; no other sign of JSON but texts and numbers is longer
+
+Rows = Iterable[tuple[int, Any, str]]
+"""The rows of a file: the line at which each begins, its value, and why it could not be read (else empty)."""
 
 Events = list[Interaction | Feedback]
 E = TypeVar("E", Interaction, Feedback)
@@ -62,8 +61,8 @@ class Imported:
     bad: list[BadLine] = field(default_factory=list)
 
 
-def import_file(path: Path, loop: LoopSettings, database: Database) -> Imported:
-    """Take a file of any of the formats into the store; a bad line is named and the others are taken.
+def import_rows(path: Path, rows: Rows, loop: LoopSettings, database: Database) -> Imported:
+    """Take the rows of a file into the store, of any of the formats; a bad one is named and the others are taken.
 
     Raises:
         FeedbackError: the file cannot be read.
@@ -71,7 +70,7 @@ def import_file(path: Path, loop: LoopSettings, database: Database) -> Imported:
     result = Imported()
     reward = reward_function(loop.feedback)
     try:
-        for batch in in_batches(_good(path, loop, result)):
+        for batch in in_batches(_good(path, rows, loop, result)):
             with database.write() as connection:
                 done = record(connection, loop.name, batch, reward)
             result.recorded += Recorded(done.interactions, done.feedback, done.duplicates)
@@ -80,22 +79,22 @@ def import_file(path: Path, loop: LoopSettings, database: Database) -> Imported:
     return result
 
 
-def read_events(path: Path, loop: LoopSettings) -> Iterator[Events | BadLine]:
-    """What each line (or each element of an array) says: its events, or why it says nothing.
+def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events | BadLine]:
+    """What each row of a file says: its events, or why it says nothing.
 
     Raises:
         OSError: the file cannot be read.
     """
     moment = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    for number, text in _texts(path, loop.sources.max_line_bytes):
-        if isinstance(text, BadLine):
-            yield text
+    for number, document, reason in rows:
+        if reason:
+            yield BadLine(path, number, reason)
             continue
         try:
-            yield _events(parse_json(text), loop, moment)
+            yield _events(document, loop, moment)
         except ValidationError as error:
             yield BadLine(path, number, explain(error))
-        except (Unreadable, ValueError) as error:
+        except ValueError as error:
             yield BadLine(path, number, str(error))
 
 
@@ -157,25 +156,8 @@ def export_alpaca(
         return written
 
 
-def explain(error: ValidationError) -> str:
-    """What is wrong with a record, in a line: which field, what was found, what was expected."""
-    return "; ".join(_explained(one) for one in error.errors(include_url=False))
-
-
-def _explained(one: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in one["loc"])
-    message = str(one["msg"]).removeprefix("Value error, ")
-    if not where:
-        return message
-    if one["type"] == "missing":
-        return f"{where}: is missing"
-    if one["type"] == "extra_forbidden":
-        return f"{where}: there is no such field"
-    return f"{where}: found {one['input']!r:.80}, {message.replace('Input should be', 'expected')}"
-
-
-def _good(path: Path, loop: LoopSettings, result: Imported) -> Iterator[Interaction | Feedback]:
-    for item in read_events(path, loop):
+def _good(path: Path, rows: Rows, loop: LoopSettings, result: Imported) -> Iterator[Interaction | Feedback]:
+    for item in read_events(path, rows, loop):
         result.lines += 1
         if isinstance(item, BadLine):
             result.rejected += 1
@@ -211,11 +193,9 @@ def _own_event(given: dict[str, Any], document: Any) -> Interaction | Feedback:
 def _from_alpaca(given: dict[str, Any], system_prompt: str) -> dict[str, Any]:
     # `text` is what the original data set has beside them: the three in one.
     rest = {key: value for key, value in given.items() if key not in {"instruction", "input", "text"}}
-    parts = (given["instruction"], given.get("input") or "")
-    if "prompt" in rest or not all(isinstance(part, str) for part in parts):
+    if "prompt" in rest:
         raise ValueError("instruction and input: expected two texts, and no prompt beside them")
-    instruction, asked = parts
-    prompt = asked if instruction == system_prompt else "\n\n".join(part for part in parts if part)
+    prompt, _ = without_system_prompt(alpaca_prompt(given["instruction"], given.get("input")), (), system_prompt)
     return {**rest, "prompt": prompt}
 
 
@@ -261,146 +241,19 @@ def _on(interaction: Interaction, kind: str, **values: Any) -> Feedback:
     )
 
 
-def _texts(path: Path, max_bytes: int) -> Iterator[tuple[int, str | BadLine]]:
-    """The JSON texts of a file with the numbers of their lines; what is too long or not UTF-8 is a bad line."""
-    with path.open("rb") as file:
-        head = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        yield from _elements(path, file, max_bytes) if head[:1] == b"[" else _lines(path, file, max_bytes)
-
-
-def _lines(path: Path, file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, str | BadLine]]:
-    number = 0
-    while raw := file.readline(max_bytes + 1):
-        number += 1
-        if len(raw) > max_bytes and not raw.endswith(b"\n"):
-            while (rest := file.readline(_BLOCK)) and not rest.endswith(b"\n"):
-                pass
-            yield number, BadLine(path, number, _too_long(max_bytes))
-            continue
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            yield number, BadLine(path, number, f"not UTF-8: {error.reason} at byte {error.start}")
-            continue
-        if text:
-            yield number, text
-
-
-def _elements(path: Path, file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, str | BadLine]]:
-    """The elements of a JSON array, one at a time; after a fault in the array itself nothing more can be told apart."""
-    array = _Array(file, max_bytes)
-    try:
-        yield from array.elements()
-    except (ValueError, RecursionError) as error:
-        reason = f"{error}; nothing after it was read" if isinstance(error, _Fault) else f"not JSON: {error}"
-        yield array.line, BadLine(path, array.line, reason)
-
-
-class _Fault(ValueError):
-    """The array does not go on as an array does."""
-
-
-class _Array:
-    """Reads a JSON array through a buffer that holds hardly more than one element."""
-
-    def __init__(self, file: IO[bytes], max_bytes: int) -> None:
-        import io
-
-        self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
-        self._max = max_bytes
-        self._rest = ""
-        self._ended = False
-        self.line = 1
-
-    def elements(self) -> Iterator[tuple[int, str | BadLine]]:
-        self._expect("[")
-        if self._next() == "]":
-            self._expect("]")
-        else:
-            while True:
-                self._next()
-                line = self.line
-                yield line, self._element()
-                if self._next() == "]":
-                    self._expect("]")
-                    break
-                self._expect(",")
-        if self._next():
-            raise _Fault(f"found {self._rest[:20]!r} after the end of the array")
-
-    def _element(self) -> str:
-        decoder = json.JSONDecoder()
-        while True:
-            try:
-                _, end = decoder.raw_decode(self._rest)
-                return self._take(end)
-            except json.JSONDecodeError as error:
-                if self._ended or not self._may_go_on(error):
-                    raise _Fault(f"not JSON: {error.msg}") from None
-            except RecursionError:
-                raise _Fault("not JSON: nested too deep") from None
-            if len(self._rest) > self._max:
-                raise _Fault(f"not JSON, or {_too_long(self._max)}")
-            self._fill(max(_BLOCK, len(self._rest)))  # doubled, so that a long element is not parsed too often
-
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the fault may only be that the element is not all in the buffer yet."""
-        return error.msg.startswith("Unterminated") or error.pos > len(self._rest) - _LONGEST_SIGN
-
-    def _next(self) -> str:
-        """The next sign that is no white space, left where it is."""
-        while True:
-            kept = self._rest.lstrip()
-            self._take(len(self._rest) - len(kept))
-            if kept or self._ended:
-                return kept[:1]
-            self._fill(_BLOCK)
-
-    def _expect(self, sign: str) -> None:
-        found = self._next()
-        if found != sign:
-            raise _Fault(f"found {found or 'the end of the file'!r}, expected {sign!r}")
-        self._take(1)
-
-    def _take(self, length: int) -> str:
-        taken, self._rest = self._rest[:length], self._rest[length:]
-        self.line += taken.count("\n")
-        return taken
-
-    def _fill(self, size: int) -> None:
-        try:
-            more = self._file.read(size)
-        except UnicodeDecodeError as error:
-            raise _Fault(f"not UTF-8: {error.reason}") from None
-        self._ended = not more
-        self._rest += more
-
-
-def _too_long(max_bytes: int) -> str:
-    return f"longer than {max_bytes} bytes (sources.max_line_bytes)"
-
-
 @contextmanager
 def _written(path: Path, force: bool) -> Iterator[IO[str]]:
     """A file that is there whole or not at all."""
-    if path.exists() and not force:
-        raise FeedbackError(f"{path} is there already; name another file, or overwrite it with --force")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with new_file(path, force=force) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        flush(path.parent)
+    except FileExistsError as error:
+        raise FeedbackError(f"{path} is there already; name another file, or overwrite it with --force") from error
     except OSError as error:
         raise FeedbackError(
             f"{path} could not be written ({error.strerror}); nothing is left of it. Name a file in a folder that is "
             "there, on a disk with room"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _event_lines(connection: sa.Connection, task: str, reward: RewardFunction) -> Iterator[str]:

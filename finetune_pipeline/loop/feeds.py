@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from itertools import islice
@@ -16,8 +16,8 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import bring_back, of_source, record, withdraw
-from finetune_pipeline.records import Feedback, Interaction
-from finetune_pipeline.settings import Feed, LogsFeed, LoopSettings
+from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
+from finetune_pipeline.settings import INGESTED, Feed, LogsFeed, LoopSettings
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
 
 _BATCH = 1_000
@@ -151,7 +151,7 @@ class _Sync:
 
     def _add(self, item: Item, events: list[Interaction | Feedback], back: list[str], origins: dict[str, str]) -> None:
         try:
-            made = _events(self.loop.name, self.feed, item)
+            made = _events(self.loop, self.feed, item)
         except ValidationError as error:
             first = error.errors()[0]
             self.skipped[item.origin[:1000]] = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:_REASON]
@@ -193,22 +193,49 @@ class _Sync:
             connection.execute(t.skipped_items.insert(), rows)
 
 
-def _events(task: str, feed: Any, item: Item) -> tuple[Interaction, Feedback]:
-    """The interaction of an item, and the feedback that gives it its reward, or its correction."""
+def _events(loop: LoopSettings, feed: Any, item: Item) -> tuple[Interaction, Feedback]:
+    """The events of a declared source's item: what has another origin, content or reward is another item."""
     reward = feed.reward if item.reward is None else item.reward
+    item = _without_system_prompt(item, loop)
+    id = uuid.uuid5(_SPACE, "\n".join([loop.name, feed.name, item.origin, _content(item, reward)]))
+    return _made(loop.name, feed.name, item, id, reward, uuid.uuid5(id, "feedback"))
+
+
+def ingested_events(loop: LoopSettings, item: Item) -> tuple[Interaction, Feedback]:
+    """The events of a conversation in a file that was handed over once: the same in another file is the same one.
+
+    Another reward of it is another feedback on it.
+    """
+    reward = loop.sources.ingested_reward if item.reward is None else item.reward
+    item = _without_system_prompt(item, loop)
+    id = uuid.uuid5(_SPACE, "\n".join([loop.name, INGESTED, _content(item)]))
+    return _made(loop.name, INGESTED, item, id, reward, uuid.uuid5(id, f"reward {reward}"))
+
+
+def _without_system_prompt(item: Item, loop: LoopSettings) -> Item:
+    prompt, history = without_system_prompt(item.prompt, item.history, loop.system_prompt)
+    return replace(item, prompt=prompt, history=history)
+
+
+def _content(item: Item, *more: object) -> str:
     said = [turn.model_dump() for turn in item.history]
-    content = hash_of([item.prompt, said, item.answer, item.model_output, reward])
-    id = uuid.uuid5(_SPACE, "\n".join([task, feed.name, item.origin, content]))
+    return hash_of([item.prompt, said, item.answer, item.model_output, *more])
+
+
+def _made(
+    task: str, source: str, item: Item, id: uuid.UUID, reward: float, feedback_id: uuid.UUID
+) -> tuple[Interaction, Feedback]:
+    """The interaction of an item, and the feedback that gives it its reward, or its correction."""
     moment = item.created_at or datetime.now(UTC)
     interaction = Interaction(
         id=id, task=task, created_at=moment, prompt=item.prompt, history=item.history,
         output=item.answer if item.model_output is None else item.model_output,
-        user=item.user, domain=item.domain, kind=item.kind, source=feed.name, origin=item.origin,
+        user=item.user, domain=item.domain, kind=item.kind, source=source, origin=item.origin,
     )  # fmt: skip
     kind: dict[str, Any] = {"kind": "reward"}
     if item.model_output is not None:
         kind = {"kind": "correction", "correction": item.answer}
-    own = {"id": uuid.uuid5(id, "feedback"), "task": task, "interaction_id": id, "created_at": moment}
+    own = {"id": feedback_id, "task": task, "interaction_id": id, "created_at": moment}
     return interaction, Feedback(**own, **kind, reward=reward)
 
 

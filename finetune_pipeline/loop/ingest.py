@@ -1,6 +1,8 @@
-"""Taking event files into the store. No Dagster here: the raw_logs asset and `finetune ingest` both do it this way."""
+"""Taking files into the store. No Dagster here: the raw_logs asset and `finetune ingest` both do it this way."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -9,11 +11,16 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.journal import take_over_orphans
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import Recorded, record
+from finetune_pipeline.loop.feeds import ingested_events
+from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.settings import LoopSettings, load_loop
 from finetune_pipeline.sources import ledger
-from finetune_pipeline.sources.jsonl import Line, event_files, read_lines
+from finetune_pipeline.sources.item import Item
+from finetune_pipeline.sources.jsonl import Form, Line, event_files, grows, read_lines, read_whole
 
 BATCH = 1_000
+_ORIGIN = 900  # an origin may have 1,000 characters
+_QUIET_NS = 5 * 10**9
 
 
 @dataclass
@@ -36,7 +43,7 @@ class Ingested:
 
 
 def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) -> Ingested:
-    """Take every unread event file of the loop's folders into the store, and say what was found in each.
+    """Take every unread file of the loop's folders into the store, and say what was found in each.
 
     Each batch of lines and the file's place in the ledger are one transaction, so a kill loses nothing and nothing
     counts twice. A file that cannot be read is named, and the others go on.
@@ -55,6 +62,9 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
         files = ledger.unread(connection, loop.name, loop.log_folders)
     total = Ingested()
     for number, file in enumerate(files, start=1):
+        if _being_written(file):
+            tell(f"file {number} of {len(files)}, {file.path.name}: is just being written; it is read the next time")
+            continue
         try:
             one = ingest_file(loop, database, file.path, reward)
         except OSError as error:
@@ -64,8 +74,15 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
     return total
 
 
-def ingest_file(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction) -> Ingested:
-    """Take one file from where the ledger left it.
+def ingest_file(
+    loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: Form = "auto"
+) -> Ingested:
+    """Take one file: JSON lines from where the ledger left them, any other from its start.
+
+    What a killed reading had taken of it counts no second time, since ids follow from the content.
+
+    Args:
+        form: what its rows are; when it is named, the whole file is read, whatever the ledger says.
 
     Raises:
         OSError: it cannot be read.
@@ -73,19 +90,49 @@ def ingest_file(loop: LoopSettings, database: Database, path: Path, reward: Rewa
     result = Ingested(files=1)
     stat = path.stat()
     file = ledger.UnreadFile(path, stat.st_size, stat.st_mtime_ns)
-    with database.read() as connection:
-        position = ledger.position(connection, loop.name, path)
-    lines = read_lines(
-        path, loop.name, offset=position.offset, lines=position.lines, max_line_bytes=loop.sources.max_line_bytes
-    )
+    position, lines = _lines(loop, database, file, form)
     for batch, last in _batches(lines):
         with database.write() as connection:
-            events = [line.event for line in batch if line.event is not None]
+            events = [event for line in batch for event in _events(loop, line)]
             result.recorded += record(connection, loop.name, events, reward)
             position = ledger.advance(connection, loop.name, file, position, batch, finished=last)
         result.lines += len(batch)
         result.rejected += sum(line.event is None for line in batch)
     return result
+
+
+def _lines(
+    loop: LoopSettings, database: Database, file: ledger.UnreadFile, form: Form
+) -> tuple[ledger.Position, Iterator[Line]]:
+    """Where the reading of a file starts, and what comes from there on."""
+    path, limit = file.path, loop.sources.max_line_bytes
+    inside = any(path.parent == folder for folder in loop.log_folders)
+    name = path.name if inside else str(path)[-_ORIGIN:]
+    if not grows(path):
+        whole = read_whole(path, loop.name, max_line_bytes=limit, form=form, name=name)
+        return ledger.Position(offset=file.size), whole
+    start = ledger.Position()
+    if form == "auto":
+        with database.read() as connection:
+            start = ledger.position(connection, loop.name, path)
+    own = {"offset": start.offset, "lines": start.lines, "max_line_bytes": limit}
+    return start, read_lines(path, loop.name, **own, form=form, name=name)
+
+
+def _events(loop: LoopSettings, line: Line) -> Sequence[Interaction | Feedback]:
+    if isinstance(line.event, Item):
+        return ingested_events(loop, line.event)
+    return () if line.event is None else (line.event,)
+
+
+def _being_written(file: ledger.UnreadFile) -> bool:
+    """Whether somebody may still be writing a CSV file: nothing in it would tell that its last row is only a part."""
+    if file.path.suffix.lower() not in {".csv", ".tsv"} or time.time_ns() - file.mtime_ns > _QUIET_NS:
+        return False
+    with suppress(OSError), file.path.open("rb") as opened:
+        opened.seek(max(0, file.size - 1))
+        return opened.read(1) not in {b"\n", b""}
+    return False
 
 
 def _reward_of(task: str) -> RewardFunction:

@@ -1,37 +1,49 @@
-"""Event files: one JSON object a line, read from where the last reading ended; a bad line never stops the others."""
+"""Files that loops take in: events of a log, and conversations made elsewhere; a bad line never stops the others.
+
+JSON lines are read from where the last reading ended, since a log grows. Other files are read whole.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_pipeline.records import Event, Feedback, Interaction
-from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.settings import FileFormat
+from finetune_pipeline.sources.conversations import to_item
+from finetune_pipeline.sources.item import Item, SourceError
+from finetune_pipeline.sources.rows import files_of, layout_of, read_rows
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _EXCERPT = 200
 _TAIL = 4_096
 
 
+Form = FileFormat | Literal["events"]
+"""What the lines of a file are."""
+
+
 @dataclass(frozen=True)
 class Line:
-    """One line of a file: an event, or the reason why it is none."""
+    """One line of a file: an event or a conversation, or the reason why it is neither."""
 
     number: int
     end: int
-    event: Interaction | Feedback | None
+    event: Interaction | Feedback | Item | None
     reason: str = ""
     excerpt: str = ""
     final: bool = False
-    """Refused whatever may still be written behind it: it is whole JSON, but no event."""
+    """Refused whatever may still be written behind it: it is whole JSON, but nothing that can be taken in."""
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The event files of a folder, by name; hidden and temporary ones are left out.
+    """The files of a folder that a loop takes in, by name.
+
+    Hidden and temporary ones are left out, and links that lead out of the folder.
 
     Raises:
         SourceError: the folder is not there.
@@ -40,11 +52,39 @@ def event_files(folder: Path) -> list[Path]:
         raise SourceError(
             f"the source folder {folder} is not there; create it, or correct sources.folders in the loop's YAML"
         )
-    return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
+    return files_of(folder)
 
 
-def read_lines(path: Path, task: str, *, offset: int, lines: int, max_line_bytes: int) -> Iterator[Line]:
-    """Read a file from a byte offset, where `lines` lines lie behind.
+def grows(path: Path) -> bool:
+    """Whether a file is JSON lines, of which what was appended can be read alone.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return path.suffix.lower() != ".json" and layout_of(path) == "lines"
+
+
+def read_whole(path: Path, task: str, *, max_line_bytes: int, form: Form = "auto", name: str = "") -> Iterator[Line]:
+    """Read a file of any kind from its start; each line's `end` is the file's.
+
+    Args:
+        name: how the origins of conversations call the file; default by its own name.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    end = path.stat().st_size
+    for number, value, reason in read_rows(path, max_line_bytes):
+        if reason:
+            yield Line(number, end, None, reason)
+        else:
+            yield _understood(value, task, Line(number, end, None), form, name or path.name)
+
+
+def read_lines(
+    path: Path, task: str, *, offset: int, lines: int, max_line_bytes: int, form: Form = "auto", name: str = ""
+) -> Iterator[Line]:
+    """Read a file from a byte offset, where `lines` lines lie behind; `name` as in `read_whole`.
 
     A last line without its end is read only if it is whole JSON: otherwise someone may still be writing it, and it is
     left for the next time.
@@ -62,7 +102,7 @@ def read_lines(path: Path, task: str, *, offset: int, lines: int, max_line_bytes
                 line = Line(number, file.tell(), None, reason, _excerpt(raw))
             else:
                 ended = raw.endswith(b"\n")
-                line = _parse(raw, number, file.tell(), task)
+                line = _parse(raw, task, Line(number, file.tell(), None), form, name or path.name)
             if line.event is None and not ended and not line.final:
                 return
             if line.event is not None or line.reason:
@@ -88,22 +128,34 @@ def _skip_line(file: Any) -> bool:
     return False
 
 
-def _parse(raw: bytes, number: int, end: int, task: str) -> Line:
+def _parse(raw: bytes, task: str, line: Line, form: Form, name: str) -> Line:
     if not raw.strip():
-        return Line(number, end, None)
+        return line
     try:
-        document = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_refuse_constant)
-        event = _EVENT.validate_python({"task": task, **document} if isinstance(document, dict) else document)
+        text = raw.decode("utf-8-sig" if line.number == 1 else "utf-8")
+        document = json.loads(text, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        return Line(number, end, None, f"not UTF-8: {error.reason} at byte {error.start}", _excerpt(raw))
-    except ValidationError as error:
-        return Line(number, end, None, _first_error(error), _excerpt(raw), final=True)
+        return replace(line, reason=f"not UTF-8: {error.reason} at byte {error.start}", excerpt=_excerpt(raw))
     except (ValueError, RecursionError) as error:
-        return Line(number, end, None, f"not JSON: {error}", _excerpt(raw))
+        return replace(line, reason=f"not JSON: {error}", excerpt=_excerpt(raw))
+    understood = _understood(document, task, line, form, name)
+    return understood if understood.event else replace(understood, excerpt=_excerpt(raw))
+
+
+def _understood(document: Any, task: str, line: Line, form: Form, name: str) -> Line:
+    """A line with what it says, as an event or as a conversation, or with why it says neither."""
+    conversation = isinstance(document, dict) and "event" not in document
+    try:
+        if form not in {"auto", "events"} or (form == "auto" and conversation):
+            return replace(line, event=to_item(document, f"{name}:{line.number}", cast("FileFormat", form)))
+        event = _EVENT.validate_python({"task": task, **document} if isinstance(document, dict) else document)
+    except ValidationError as error:
+        return replace(line, reason=_first_error(error), final=True)
+    except ValueError as error:
+        return replace(line, reason=str(error), final=True)
     if event.task != task:
-        reason = f"is of task {event.task!r}, this folder is read for {task!r}"
-        return Line(number, end, None, reason, _excerpt(raw), final=True)
-    return Line(number, end, event)
+        return replace(line, reason=f"is of task {event.task!r}, this folder is read for {task!r}", final=True)
+    return replace(line, event=event)
 
 
 def _refuse_constant(name: str) -> None:

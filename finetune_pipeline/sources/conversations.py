@@ -1,0 +1,202 @@
+"""What a row teaches, in the forms in which conversations are published. A form is told by the row's fields:
+
+    {"instruction", "input", "output"[, "system", "history"]}           alpaca
+    {"prompt", "completion" or "response" or "output"[, "history"]}     prompt_completion; both may be lists of messages
+    {"conversations": [{"from", "value"}, ...][, "system"]}             sharegpt
+    {"messages": [{"role", "content"}, ...]}                            messages, as OpenAI's API has them
+    {"text": "<|im_start|>user\\n...<|im_end|>..."}                      messages, as one text in ChatML
+
+Each may have a `reward` (-1 to 1), a `correction` (what the answer should have been), `user`, `domain`, `kind` and
+`created_at` besides; other fields are not looked at. The last turn of the assistant is the answer, the turn before it
+the prompt, all before them the history.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from finetune_pipeline.records import Moment, ShortText, Text, Turn, alpaca_prompt, explain
+from finetune_pipeline.settings import FileFormat
+from finetune_pipeline.sources.item import Item
+
+_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+_CHATML = "<|im_start|>"
+_CHATML_TURN = re.compile(r"<\|im_start\|>([^\n<]*)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+_ANSWERS = ("completion", "response", "output")
+_SHOWN = 80
+
+Said = tuple[list[Turn], Any, Any]
+"""History, prompt and answer of a row."""
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+class _Taught(BaseModel):
+    """What a row must have when its form is taken off."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    prompt: Annotated[Text, Field(strict=True), AfterValidator(_not_blank)]
+    answer: Annotated[Text, Field(strict=True), AfterValidator(_not_blank)]
+    correction: Annotated[Text, Field(strict=True), AfterValidator(_not_blank)] | None = None
+    reward: float | None = Field(default=None, ge=-1, le=1)
+    user: ShortText | None = None
+    domain: ShortText | None = None
+    kind: ShortText | None = None
+    created_at: Moment | None = None
+
+
+def to_item(row: Any, origin: str, form: FileFormat = "auto") -> Item:
+    """The conversation of a row.
+
+    Args:
+        origin: where the row stands.
+        form: what the row is; auto tells by its fields.
+
+    Raises:
+        ValueError: it is of no known form, or something in it is missing, empty or of the wrong type.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"found {type(row).__name__}, expected an object with named fields")
+    history, prompt, answer = _FORMS[_form_of(row) if form == "auto" else form](row)
+    try:
+        taught = _Taught.model_validate({**row, "prompt": prompt, "answer": answer})
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
+    corrected = taught.correction is not None
+    return Item(
+        origin, taught.prompt, taught.correction or taught.answer, tuple(history),
+        reward=None if corrected else taught.reward,  # it was of the answer that was corrected
+        model_output=taught.answer if corrected else None,
+        created_at=taught.created_at, user=taught.user, domain=taught.domain, kind=taught.kind,
+    )  # fmt: skip
+
+
+def _form_of(row: Mapping[str, Any]) -> str:
+    if "messages" in row or str(row.get("text", "")).lstrip().startswith(_CHATML):
+        return "messages"
+    if "conversations" in row or "conversation" in row:
+        return "sharegpt"
+    if "instruction" in row:
+        return "alpaca"
+    if "prompt" in row:
+        return "prompt_completion"
+    raise ValueError(
+        f"found the fields {', '.join(map(str, row)) or 'none'!r:.{_SHOWN}}, expected those of one form: instruction "
+        "and output (alpaca), prompt and completion, conversations (sharegpt), messages, or event"
+    )
+
+
+def _alpaca(row: Mapping[str, Any]) -> Said:
+    system = _system(row)
+    instruction, asked = _field(row, "instruction"), row.get("input")
+    # Where the system prompt stands as the instruction too, what was asked is the input alone.
+    prompt = asked if asked and system and instruction == system[0].content else alpaca_prompt(instruction, asked)
+    return [*system, *_earlier(row.get("history"))], prompt, _field(row, "output")
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Said:
+    there = [name for name in _ANSWERS if name in row]
+    if len(there) != 1:
+        raise ValueError(f"found {', '.join(there) or 'no answer'}, expected one of {', '.join(_ANSWERS)}")
+    prompt, answer = _field(row, "prompt"), row[there[0]]
+    if isinstance(prompt, list) and isinstance(answer, list):
+        return _answered(_turns([*prompt, *answer], "prompt"))
+    return [*_system(row), *_earlier(row.get("history"))], prompt, answer
+
+
+def _sharegpt(row: Mapping[str, Any]) -> Said:
+    name = "conversation" if "conversation" in row else "conversations"
+    return _answered([*_system(row), *_turns(_field(row, name), name)])
+
+
+def _messages(row: Mapping[str, Any]) -> Said:
+    name = "messages" if "messages" in row else "text"
+    value = _field(row, name)
+    return _answered(_chatml(value) if isinstance(value, str) else _turns(value, name))
+
+
+_FORMS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
+    "alpaca": _alpaca, "prompt_completion": _prompt_completion, "sharegpt": _sharegpt, "messages": _messages
+}  # fmt: skip
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    if row.get(name) is None:
+        raise ValueError(f"{name}: is missing")
+    return row[name]
+
+
+def _system(row: Mapping[str, Any]) -> list[Turn]:
+    given = row.get("system")
+    return [_turn("system", given, "system")] if given else []
+
+
+def _earlier(value: Any) -> list[Turn]:
+    """The history of a flat row: messages, or pairs of what was asked and what was answered."""
+    if not value:
+        return []
+    if isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        sides = [(role, text) for pair in value for role, text in zip(("user", "assistant"), pair, strict=True)]
+        return [_turn(role, text, "history") for role, text in sides if text]
+    return _turns(value, "history")
+
+
+def _turns(value: Any, name: str) -> list[Turn]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: found {type(value).__name__}, expected a list of turns")
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        where = f"{name}, turn {number}"
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"{where}: found {type(turn).__name__}, expected an object")
+        role, content = ("from", "value") if "from" in turn else ("role", "content")
+        turns.append(_turn(turn.get(role), _parts(turn.get(content)), where))
+    return turns
+
+
+def _turn(role: Any, content: Any, where: str) -> Turn:
+    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        raise ValueError(f"{where}: the role is {role!r:.{_SHOWN}}, expected system, user (human) or assistant (gpt)")
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: found {type(content).__name__}, expected a text")
+    try:
+        return Turn.model_validate({"role": known, "content": content})
+    except ValidationError as error:
+        raise ValueError(f"{where}: {explain(error)}") from None
+
+
+def _parts(content: Any) -> Any:
+    """The text of a message that is given in parts; anything but texts in it is left as it is, to be refused."""
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text") or "") for part in content)
+    return content
+
+
+def _chatml(text: str) -> list[Turn]:
+    beside = _CHATML_TURN.sub("", text).strip()
+    if beside or _CHATML not in text:
+        raise ValueError(f"found {beside or text!r:.{_SHOWN}} outside of the turns, expected {_CHATML}role ...")
+    turns = [_turn(role, content, "text") for role, content in _CHATML_TURN.findall(text)]
+    return turns[:-1] if turns and not turns[-1].content.strip() else turns  # an open turn, for a model to go on
+
+
+def _answered(turns: Sequence[Turn]) -> Said:
+    """The last answer with what it answers; what follows it has no answer and teaches nothing."""
+    last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+    if last is None:
+        raise ValueError("no turn is the assistant's, so there is no answer")
+    if last == 0 or turns[last - 1].role != "user":
+        raise ValueError("no turn of the user stands before the last answer")
+    return list(turns[: last - 1]), turns[last - 1].content, turns[last].content

@@ -1,0 +1,66 @@
+"""Files of conversations that were made elsewhere: JSONL, JSON, CSV or Parquet, in the forms of `conversations`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune_pipeline.settings import FileFormat, FilesFeed, project_path
+from finetune_pipeline.sources.conversations import to_item
+from finetune_pipeline.sources.item import Item, Reading, Skipped, SourceError
+from finetune_pipeline.sources.rows import files_of, read_rows
+
+_AN_EVENT = "is an event of a log; put its file into the drop folder, or name its folder in sources.folders"
+
+
+def read(feed: FilesFeed, mark: Any) -> Reading:
+    """All conversations of a file, or of the files of a folder and of those in it, in the order of their names.
+
+    It has no marks: a row that is there no longer is withdrawn. Of links, only those that stay within the folder are
+    followed, and hidden files and folders are left out.
+
+    Raises:
+        SourceError: it is not there, holds no file of rows, or cannot be read.
+    """
+    root = project_path(feed.path)
+    for path in _files(root, feed.name):
+        name = path.name if path == root else str(path.relative_to(root))
+        try:
+            yield from read_file(path, name, feed.format, feed.max_line_bytes)
+        except OSError as error:
+            if path == root:
+                raise SourceError(f"{root} cannot be read ({error.strerror}); mend it, then run again") from error
+            yield Skipped(name, f"cannot be read ({error.strerror})")
+
+
+def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterator[Item | Skipped]:
+    """The conversations of one file; each says the file by `name`, and its line.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    for number, value, reason in read_rows(path, max_bytes):
+        origin = f"{name}:{number}"
+        if reason:
+            yield Skipped(origin, reason)
+        elif form == "auto" and isinstance(value, dict) and "event" in value:
+            yield Skipped(origin, _AN_EVENT)
+        else:
+            try:
+                yield to_item(value, origin, form)
+            except ValueError as error:
+                yield Skipped(origin, str(error))
+
+
+def _files(root: Path, name: str) -> list[Path]:
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise SourceError(f"source {name}: {root} is not there; create it, or correct its path in the loop's YAML")
+    found = []
+    for folder, below, _ in os.walk(root):
+        below[:] = sorted(one for one in below if not one.startswith("."))
+        found += files_of(Path(folder), root)
+    if not found:  # a disk that is not mounted looks like this too, and must not withdraw everything
+        raise SourceError(f"source {name}: no file .jsonl, .json, .csv, .tsv or .parquet lies in {root}; put one there")
+    return found
