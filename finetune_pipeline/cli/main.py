@@ -6,6 +6,7 @@ import click
 
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.cli.ask import ask
+from finetune_pipeline.cli.dataset import dataset
 from finetune_pipeline.cli.doctor import doctor
 from finetune_pipeline.cli.feedback import feedback
 from finetune_pipeline.cli.ingest import ingest
@@ -55,7 +56,7 @@ def finetune() -> None:
     """A local language model that gets better from being used."""
 
 
-for command in (run, demo, ui, env, status, ingest, feedback, ask, model, train, serve, key, doctor):
+for command in (run, demo, ui, env, status, ingest, dataset, feedback, ask, model, train, serve, key, doctor):
     finetune.add_command(command)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.curation.formats import alpaca
 from finetune_pipeline.curation.preferences import (
     LABELLED,
     LABELLED_COLUMNS,
@@ -215,13 +216,19 @@ def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
     labelled = {name: [*map(_desirable, rows[name]), *curated.undesirable[name]] for name in SPLITS}
     save_splits(folder / LABELLED, labelled, LABELLED_COLUMNS)
     for name in SPLITS:
-        lines = [json.dumps(_alpaca(row, system_prompt), ensure_ascii=False) for row in rows[name]]
+        lines = [json.dumps(alpaca(row, system_prompt), ensure_ascii=False) for row in rows[name]]
         (folder / f"{name}.alpaca.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
     """The rows of a written dataset's split: the answers to learn."""
     return read_split(folder / DATASET, split)
+
+
+def learnt(folder: Path, split: str) -> Iterator[Row]:
+    """The same as rows."""
+    for row in read_rows(folder, split):
+        yield Row(**{**row, "history": turns(row)})
 
 
 def read_all(folder: Path) -> Iterator[dict[str, Any]]:
@@ -318,33 +325,3 @@ def _replayed(replay: Sequence[Row], rows: Sequence[Row], count: int, policy: Po
 
 def _desirable(row: Row) -> Labelled:
     return Labelled(row.prompt, row.history, row.completion, True, row.interaction_id)
-
-
-def _alpaca(row: Row, system_prompt: str) -> dict[str, Any]:
-    """A line as Alpaca-style tools read it; a system message of the conversation stands instead of the loop's own."""
-    line = {"instruction": system_prompt, "input": row.prompt, "output": row.completion}
-    if not row.history:
-        return line
-    own = row.history[0].role == "system"
-    said = row.history[1:] if own else row.history
-    return {
-        **line,
-        "instruction": row.history[0].content if own else system_prompt,
-        "history": [list(pair) for pair in _pairs(said)],
-    }
-
-
-def _pairs(said: Iterable[Turn]) -> Iterator[tuple[str, str]]:
-    """What was asked and what was answered, in turn; messages of one side in a row are one message."""
-    asked: list[str] = []
-    answered: list[str] = []
-    for turn in said:
-        if turn.role == "assistant":
-            answered.append(turn.content)
-            continue
-        if answered:
-            yield "\n".join(asked), "\n".join(answered)
-            asked, answered = [], []
-        asked.append(turn.content)
-    if asked or answered:
-        yield "\n".join(asked), "\n".join(answered)

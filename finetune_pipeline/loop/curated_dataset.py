@@ -7,8 +7,9 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
+from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of, write_text
 from finetune_pipeline.children import die_with_run
+from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_card
 from finetune_pipeline.curation.dataset import (
     DATASET,
     Curated,
@@ -57,7 +58,8 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         examples are mixed in against forgetting.
 
         Beside the answers to learn (`dataset/`, for SFT) lie corrections with what the model had said (`pairs/`, for
-        DPO) and the answers found good and found bad (`labelled/`, for KTO), split in the same way.
+        DPO) and the answers found good and found bad (`labelled/`, for KTO), split in the same way. `card.md` says what
+        it is made of, with a sample.
         """
         die_with_run()
         artifact = dataset(loop, raw_logs)
@@ -85,22 +87,26 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     settings = {
         **loop.curation.model_dump(),
         "system_prompt": loop.system_prompt,
-        "holds": [DATASET, PAIRS, LABELLED],
+        "holds": [DATASET, PAIRS, LABELLED, DATASET_CARD],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
     }
+
+    version = version_of(inputs, settings)
 
     def make(folder: Path) -> dict[str, Any]:
         curated = curate(taught(raw_logs), reading.replay(loop), policy, identity)
         write_dataset(curated, folder, loop.system_prompt)
-        return {
+        made = {
             "inputs": inputs,
             "settings": settings,
             "packages": package_versions("finetune-pipeline", "datasets"),
             "watermark": raw_logs.manifest.watermark,
-            **_figures(curated),
         }
+        card = dataset_card(DatasetCard(loop.name, version, curated=curated, **made))
+        write_text(folder / DATASET_CARD, card)
+        return {**made, **_figures(curated)}
 
-    return obtain(DatasetManifest, loop.name, version_of(inputs, settings), make)
+    return obtain(DatasetManifest, loop.name, version, make)
 
 
 def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
@@ -158,6 +164,7 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "redacted": sum(manifest.redacted.values()),
         "redacted_what": _table("kind", "places", manifest.redacted),
         "near_benchmark": list(manifest.near_benchmark[:NAMED]),
+        "card": dg.MetadataValue.md((artifact.path / DATASET_CARD).read_text(encoding="utf-8")),
         "version": manifest.version,
         "path": dg.MetadataValue.path(artifact.path),
     }

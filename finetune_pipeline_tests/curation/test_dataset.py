@@ -102,7 +102,9 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert [Row(**{**row, "history": turns(row)}) for row in rows] == list(curated.train)
     lines = (tmp_path / "train.alpaca.jsonl").read_text().splitlines()
     first = curated.train[0]
-    assert json.loads(lines[0]) == {"instruction": "Summarise.", "input": first.prompt, "output": first.completion}
+    assert json.loads(lines[0]) == {
+        "instruction": "Summarise.", "input": first.prompt, "output": first.completion, "reward": first.reward
+    }  # fmt: skip
     assert len(lines) == len(curated.train)
 
 
@@ -115,10 +117,12 @@ def test_a_conversation_is_written_as_messages_and_for_alpaca_as_pairs(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "train.alpaca.jsonl").read_text().splitlines()]
     by_input = {line.pop("input"): line for line in lines}
     assert by_input["prompt number 1"] == {
-        "instruction": "Answer.", "output": "answer 1", "history": [["a wall", "How thick?"], ["hm\nthick", ""]]
+        "instruction": "Answer.", "output": "answer 1", "reward": 0.9,
+        "history": [["a wall", "How thick?"], ["hm\nthick", ""]]
     }  # fmt: skip
     assert by_input["prompt number 2"] == {
-        "instruction": "Be short.", "output": "answer 2", "history": [["a door", "Which?"]]
+        "instruction": "Be short.", "system": "Be short.", "output": "answer 2", "reward": 0.9,
+        "history": [["a door", "Which?"]]
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
+import pytest
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_sequence
@@ -12,6 +13,7 @@ from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
 from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.loop.conftest import corrected, write_events
+from finetune_pipeline_tests.sources.test_files import write_as
 
 NOW = datetime.now(UTC)
 
@@ -109,6 +111,15 @@ def test_a_file_that_the_ledger_does_not_know_is_read_first(loop, instance):
     write_events(loop.drop_folder / "new.jsonl", *corrected(["ash"]))
     request = answer(loop, instance, NOW)
     assert request.asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
+    ingest(loop, connect(), lambda text: None)
+    assert answer(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
+
+
+@pytest.mark.parametrize("name", ["new.csv", "new.json", "new.parquet"])
+def test_conversations_of_every_kind_of_file_are_noticed_too(loop, instance, name):
+    loop.drop_folder.mkdir(parents=True)
+    write_as(loop.drop_folder / name, [{"prompt": "what did ash say?", "completion": "ash spoke"}])
+    assert answer(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
     ingest(loop, connect(), lambda text: None)
     assert answer(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
 

@@ -1,5 +1,8 @@
 """Declared sources in the store: what is new, changed, gone and back again; where a record came from."""
 
+from pathlib import Path
+
+import dagster as dg
 import pytest
 import sqlalchemy as sa
 
@@ -14,7 +17,8 @@ from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.item import Item, Mark, Skipped, SourceError
 
-from .conftest import corrected, write_events
+from ..sources.test_files import write_as
+from .conftest import corrected, definitions, write_events
 
 FEED = {"kind": "files", "name": "imported", "path": "somewhere"}
 
@@ -158,6 +162,35 @@ def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
     manifest = dataset(loop, artifact).manifest
     assert manifest.sources == {"imported": 1, "logs": 3}
     assert manifest.left_out["over the quota of imported"] == 5
+
+
+def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(make_loop, instance, tmp_path):
+    rows = [{"instruction": "Be short.", "input": f"what did {n} say?", "output": f"{n} spoke"} for n in range(6)]
+    (tmp_path / "files").mkdir()
+    write_as(tmp_path / "files" / "a.parquet", rows)
+    write_as(tmp_path / "files" / "b.csv", [{"prompt": "what did ash say?", "completion": "ash spoke"}, {"prompt": ""}])
+    feed = {**FEED, "path": str(tmp_path / "files"), "reward": 0.9}
+    loop = make_loop(sources={"feeds": [feed]}, system_prompt="Be short.", curation={"min_examples": 1})
+    with instance:
+        run = (
+            definitions(loop)
+            .resolve_job_def("notes_loop")
+            .execute_in_process(
+                instance=instance, asset_selection=[dg.AssetKey(["notes", n]) for n in ("raw_logs", "curated_dataset")]
+            )
+        )
+    metadata = {
+        m.asset_key.path[-1]: m.metadata
+        for m in (event.materialization for event in run.get_asset_materialization_events())
+    }
+    assert metadata["raw_logs"]["skipped"].value == ["imported: b.csv:3: found no answer, expected one of completion, "
+                                                     "response, output"]  # fmt: skip
+    card = metadata["curated_dataset"]["card"].value
+    assert "| imported | 7 | 100.0% | 100% |" in card and '"origin": "a.parquet:' in card
+    path = Path(metadata["curated_dataset"]["path"].value)
+    assert (path / "card.md").read_text() == card
+    assert {row["reward"] for row in read_rows(path, "train")} == {0.9}
+    assert "what did 0 say?" in {row["prompt"] for split in ("train", "validation") for row in read_rows(path, split)}
 
 
 def test_two_sources_of_one_name_are_refused(make_loop):

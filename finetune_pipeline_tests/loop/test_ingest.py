@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,12 @@ from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.store import Recorded, totals
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot
-from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline.settings import PROJECT_ROOT, SettingsError
 from finetune_pipeline.sources.item import SourceError
 from finetune_pipeline.sources.ledger import read_totals, rejected_lines
 from finetune_pipeline_tests.conftest import interaction
 from finetune_pipeline_tests.loop.conftest import corrected, write_events
+from finetune_pipeline_tests.sources.test_files import write_as
 
 
 def take(loop):
@@ -165,3 +167,110 @@ def test_two_that_ingest_at_the_same_time_do_it_once(loop, tmp_path):
     processes = [subprocess.Popen(command, cwd=PROJECT_ROOT, env={**os.environ}) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert interactions(loop) == 500
+
+
+ROWS = [{"prompt": f"what did {name} say?", "completion": f"{name} spoke"} for name in ("ash", "elm")]
+
+
+def drop(loop, name, rows=ROWS):
+    loop.drop_folder.mkdir(parents=True, exist_ok=True)
+    return write_as(loop.drop_folder / name, rows)
+
+
+def taught(loop):
+    """Prompt, target, reward, source and origin of what the store's examples teach."""
+    i, e = t.interactions.c, t.examples.c
+    query = sa.select(i.prompt, e.target, e.reward, i.source, i.origin).join(t.examples, i.id == e.interaction_id)
+    with connect().read() as connection:
+        return sorted(tuple(row) for row in connection.execute(query))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_dropped_conversations_are_taken_once_with_file_and_line(loop, name):
+    drop(loop, name)
+    assert take(loop).recorded == Recorded(2, 2, 0)
+    first = {"a.json": 2, "a.csv": 2}.get(name, 1)
+    assert taught(loop)[0] == ("what did ash say?", "ash spoke", 0.8, "ingested", f"{name}:{first}")
+    assert take(loop).files == 0
+    drop(loop, "copy.jsonl")
+    assert take(loop).recorded == Recorded(0, 0, 4)
+
+
+def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_loop):
+    loop = make_loop(system_prompt="Be short.", sources={"ingested_reward": 0.5})
+    file = loop.drop_folder / "log.jsonl"
+    write_events(file, *corrected(["ash"]))
+    with file.open("a") as out:
+        for row in (
+            {"instruction": "Be short.", "input": "a wall", "output": "wall", "reward": -0.5},
+            {"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")]},
+            {"prompt": "p", "output": "no", "correction": "yes"},
+            {"conversations": "none"},
+        ):
+            out.write(json.dumps(row) + "\n")
+    done = take(loop)
+    assert (done.rejected, done.recorded) == (1, Recorded(4, 4, 0))
+    rows = {row[0]: row[1:] for row in taught(loop)}
+    assert rows["a wall"] == ("wall", -0.5, "ingested", "log.jsonl:3")
+    assert rows["user"][:2] == ("assistant", 0.5) and rows["p"][:2] == ("yes", 0.5)
+    assert rows["please note what ash said about the ash matter"][2] is None  # of the log
+    with connect().read() as connection:
+        (bad,) = rejected_lines(connection, "notes", 10)
+    assert (bad.line, "conversations: found str" in bad.reason) == (6, True)
+
+
+def test_another_reward_of_the_same_conversation_is_said_of_the_same_one(loop):
+    drop(loop, "a.csv")
+    take(loop)
+    drop(loop, "b.csv", [{**ROWS[0], "reward": -1.0}])
+    assert take(loop).recorded == Recorded(0, 1, 1)
+    assert [row[2] for row in taught(loop)] == [-1.0, 0.8]
+
+
+def test_a_changed_file_is_read_anew_and_its_bad_rows_are_named(loop):
+    file = drop(loop, "a.csv", [*ROWS, {"prompt": "p"}])
+    assert take(loop).rejected == 1
+    with connect().read() as connection:
+        assert [(row.path, row.line) for row in rejected_lines(connection, "notes", 10)] == [(str(file), 4)]
+        assert read_totals(connection, "notes").unfinished == 0
+    drop(loop, "a.csv", [*ROWS, {"prompt": "p", "completion": "c"}])
+    assert (take(loop).recorded, interactions(loop)) == (Recorded(1, 1, 4), 3)
+    with connect().read() as connection:
+        assert rejected_lines(connection, "notes", 10) == []
+
+
+def test_a_csv_that_is_just_being_written_waits(loop):
+    file = drop(loop, "a.csv")
+    file.write_bytes(file.read_bytes()[:-4])  # in the middle of its last answer
+    assert (take(loop).files, interactions(loop)) == (0, 0)
+    os.utime(file, (time.time() - 60,) * 2)  # nobody writes any more: this is all
+    assert take(loop).recorded.interactions == 2
+
+
+def test_links_out_of_the_drop_folder_are_not_read(loop, tmp_path):
+    drop(loop, "a.csv")
+    write_as(tmp_path / "outside.jsonl", [{"prompt": "outside", "completion": "c"}])
+    (loop.drop_folder / "link.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    assert (take(loop).files, interactions(loop)) == (1, 2)
+
+
+def test_a_kill_within_a_table_loses_nothing_and_doubles_nothing(loop, tmp_path):
+    drop(loop, "a.csv", [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(2_000)])
+    command = [sys.executable, "-c", INGEST, str(tmp_path / "defs" / "notes" / "defs.yaml")]
+    connect()
+    for wait in (0.1, 0.3):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=PROJECT_ROOT, env={**os.environ})
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    take(loop)
+    assert len(taught(loop)) == interactions(loop) == 2_000
+    with connect().read() as connection:
+        row = connection.execute(sa.select(t.ingested_files)).one()
+    assert (row.lines, row.rejected, row.finished) == (2_001, 0, True)
+
+
+def test_a_feed_may_not_have_the_name_of_what_is_dropped(make_loop):
+    with pytest.raises(SettingsError, match="ingested is taken"):
+        make_loop(sources={"feeds": [{"kind": "files", "name": "ingested", "path": "x"}]})

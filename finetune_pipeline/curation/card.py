@@ -1,0 +1,123 @@
+"""The card of a dataset version: what it is made of, in Markdown for people. Pure: plain values in, text out."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_pipeline.curation.dataset import Curated, Row
+
+DATASET_CARD = "card.md"
+SAMPLE = 5
+_LONGEST = 400
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """All that a card tells.
+
+    Attributes:
+        loop, version: whose dataset it is, and which: the hash of inputs and settings.
+        watermark: the last ingest sequence of the logs that it was made from.
+        inputs: name -> hash or version of what it was made from.
+        settings: every setting that shaped it: filters, quotas, the split.
+        packages: versions of the libraries that made it.
+    """
+
+    loop: str
+    version: str
+    watermark: int
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    packages: Mapping[str, str]
+    curated: Curated
+
+
+def dataset_card(card: DatasetCard) -> str:
+    """Render a card; the same card gives the same text. No value of a secret is in it, only how many of each kind."""
+    curated = card.curated
+    rows = [*curated.train, *curated.validation]
+    title = f"# Dataset {_cell(card.version)} of {_cell(card.loop)}"
+    lead = (
+        f"{len(curated.train):,} examples to train on ({curated.replayed:,} of them replayed) and "
+        f"{len(curated.validation):,} to validate. Which side a prompt is on follows from its hash and never changes. "
+        "Secrets and personal data were replaced by placeholders before anything was written."
+    )
+    splits = {name: f"{len(found):,}" for name, found in _splits(curated).items()}
+    parts = [
+        title, lead, _sources(rows), _table("Splits", ("part", "rows"), splits),
+        _counts("Left out, and why", "reason", curated.left_out),
+        _counts("Replaced by placeholders", "kind", curated.redacted),
+        _table("Filters and settings", ("setting", "value"), {k: _shown(v) for k, v in card.settings.items()}),
+        _table("Made from", ("what", "hash or version"), {**card.inputs, "events up to": card.watermark}),
+        _table("Made with", ("package", "version"), card.packages), _sample(rows),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def sample(rows: Sequence[Row], count: int = SAMPLE) -> list[Row]:
+    """Some rows, of every source in turn, its first: they stand by the hash of their questions, so that is a mix."""
+    by_source: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if len(by_source[row.source]) < count:
+            by_source[row.source].append(row)
+    turns = (found[place] for place in range(count) for _, found in sorted(by_source.items()) if place < len(found))
+    return [row for row, _ in zip(turns, range(count), strict=False)]
+
+
+def _splits(curated: Curated) -> dict[str, Sequence[Any]]:
+    return {
+        "train": curated.train,
+        "validation": curated.validation,
+        "pairs of a correction and the model's own answer (train)": curated.pairs["train"],
+        "answers found bad (train)": curated.undesirable["train"],
+    }
+
+
+def _sources(rows: Sequence[Row]) -> str:
+    """Where the examples come from; of how many a person can find the place again."""
+    counts = Counter(row.source for row in rows)
+    known = Counter(row.source for row in rows if row.origin)
+    lines = [
+        f"| {_cell(source)} | {count:,} | {count / len(rows):.1%} | {known[source] / count:.0%} |"
+        for source, count in sorted(counts.items())
+    ]
+    head = ["## Sources", "", "| source | examples | share | origin known |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *lines])
+
+
+def _counts(title: str, name: str, counts: Mapping[str, int]) -> str:
+    if not counts:
+        return f"## {title}\n\nNothing."
+    return _table(title, (name, "number"), {key: f"{count:,}" for key, count in counts.items()})
+
+
+def _table(title: str, head: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    return "\n".join([f"## {title}", "", f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
+
+
+def _sample(rows: Sequence[Row]) -> str:
+    # One line of JSON each: whatever a text says, it cannot end the block that it stands in.
+    lines = [json.dumps(_sampled(row), ensure_ascii=False) for row in sample(rows)]
+    return "\n".join(["## Sample", "", "```json", *lines, "```"])
+
+
+def _sampled(row: Row) -> dict[str, Any]:
+    history = {"history": [{"role": t.role, "content": _cut(t.content)} for t in row.history]} if row.history else {}
+    told = {"source": row.source, "origin": row.origin, **history, "prompt": row.prompt, "completion": row.completion}
+    return {name: _cut(value) if isinstance(value, str) else value for name, value in told.items()}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(text):,} characters)"
+
+
+def _shown(value: Any) -> str:
+    return _cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;") or "(empty)"

@@ -1,0 +1,40 @@
+"""The card of a dataset, of a real curation."""
+
+from finetune_pipeline.curation.card import DatasetCard, dataset_card, sample
+from finetune_pipeline.curation.dataset import Row, curate
+from finetune_pipeline_tests.curation.test_dataset import EVERYTHING, example, identity
+
+
+def card_of(*examples, **changes):
+    curated = curate(examples, [], EVERYTHING, identity)
+    told = {"inputs": {"raw_logs": "abc"}, "settings": {"min_reward": 0.3}, "packages": {"datasets": "4"}}
+    return dataset_card(DatasetCard("notes", "1234", 7, curated=curated, **{**told, **changes}))
+
+
+def test_it_says_what_the_dataset_is_made_of():
+    notes = [example(n, source="notes", origin=f"a|b.md:{n}") for n in range(3)]
+    card = card_of(*notes, example(8), example(9, reward=0.1))
+    assert "# Dataset 1234 of notes" in card and "4 examples to train on" in card
+    assert "| logs | 1 | 25.0% | 0% |\n| notes | 3 | 75.0% | 100% |" in card
+    assert "| min_reward | 0.3 |" in card and "| raw_logs | abc |" in card and "| events up to | 7 |" in card
+    assert "| reward 0.1" in card or "reward" in card.split("## Left out")[1].split("##")[0]
+    assert '"origin": "a|b.md:' in card.split("## Sample")[1]
+
+
+def test_a_secret_is_counted_and_never_shown():
+    card = card_of(example(1, prompt="write to jane.doe@example.org", target="key AKIAIOSFODNN7EXAMPLE"))
+    assert "jane.doe" not in card and "AKIA" not in card
+    assert "| email | 1 |" in card.split("## Replaced")[1]
+
+
+def test_what_a_row_says_stays_within_the_sample():
+    card = card_of(example(1, prompt="```\n# Not a heading\n<script>", target="x" * 5_000))
+    inside = card.split("```json\n")[1]
+    assert inside.count("\n```") == 1 and inside.endswith("\n```\n")
+    assert "(5,000 characters)" in inside
+
+
+def test_the_sample_is_of_every_source():
+    rows = [Row(f"p{n}", "a", 1.0, source) for source, many in (("a", 9), ("b", 1), ("c", 9)) for n in range(many)]
+    assert [row.source for row in sample(rows)] == ["a", "b", "c", "a", "c"]
+    assert sample([]) == []

@@ -1,0 +1,264 @@
+"""Files of conversations: every form in every kind of file, what is malformed, and back again from an export."""
+
+import csv
+import json
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_pipeline.curation.dataset import Row
+from finetune_pipeline.curation.formats import WRITERS, write_rows
+from finetune_pipeline.records import Turn, without_system_prompt
+from finetune_pipeline.settings import FilesFeed
+from finetune_pipeline.sources.files import read, read_file
+from finetune_pipeline.sources.item import Item, Skipped, SourceError
+from finetune_pipeline_tests.conftest import SHARED
+
+SNIPS = SHARED / "snips" / "raw"
+SYSTEM = Turn(role="system", content="Be short.")
+EARLIER = (Turn(role="user", content="a wall"), Turn(role="assistant", content="How thick?"))
+SAID = [{"role": turn.role, "content": turn.content} for turn in (SYSTEM, *EARLIER)]
+ASKED = [{"role": "user", "content": "150 mm"}, {"role": "assistant", "content": "done"}]
+
+FORMS = [
+    ({"instruction": "Shorten:", "input": "a text", "output": "text", "text": "### all"}, "Shorten:\n\na text", ()),
+    ({"instruction": "Say text", "output": "text"}, "Say text", ()),
+    ({"instruction": "150 mm", "output": "text", "system": "Be short.", "history": [["a wall", "How thick?"]]},
+     "150 mm", (SYSTEM, *EARLIER)),
+    ({"instruction": "Be short.", "input": "150 mm", "output": "text", "system": "Be short."}, "150 mm", (SYSTEM,)),
+    ({"prompt": "150 mm", "completion": "text", "history": SAID}, "150 mm", (SYSTEM, *EARLIER)),
+    ({"prompt": [*SAID, ASKED[0]], "completion": [{"role": "assistant", "content": "text"}]},
+     "150 mm", (SYSTEM, *EARLIER)),
+    ({"prompt": "150 mm", "response": "text"}, "150 mm", ()),
+    ({"conversations": [{"from": "human", "value": "a wall"}, {"from": "gpt", "value": "How thick?"},
+                        {"from": "human", "value": "150 mm"}, {"from": "gpt", "value": "text"},
+                        {"from": "human", "value": "nobody answered"}]}, "150 mm", EARLIER),
+    ({"system": "Be short.", "conversations": [{"from": "human", "value": "150 mm"}, {"from": "gpt", "value": "text"}]},
+     "150 mm", (SYSTEM,)),
+    ({"messages": [*SAID, ASKED[0], {"role": "assistant", "content": "text"}]}, "150 mm", (SYSTEM, *EARLIER)),
+    ({"messages": [{"role": "developer", "content": "Be short."},
+                   {"role": "user", "content": [{"type": "text", "text": "150 "}, {"type": "text", "text": "mm"}]},
+                   {"role": "assistant", "content": "text"}]}, "150 mm", (SYSTEM,)),
+    ({"text": "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n150 mm<|im_end|>\n"
+              "<|im_start|>assistant\ntext<|im_end|>\n<|im_start|>assistant\n"}, "150 mm", (SYSTEM,)),
+]  # fmt: skip
+
+
+def feed(path, **more):
+    return FilesFeed.model_validate({"kind": "files", "name": "imported", "path": str(path), **more})
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_as(path, rows):
+    """The same rows in the kind of file that its name says."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), delimiter=";")
+            table.writeheader()
+            nested = {"messages", "history"}
+            table.writerows({k: json.dumps(v) if k in nested else v for k, v in row.items()} for row in rows)
+    else:
+        write(path, *rows)
+    return path
+
+
+def found(path, **more):
+    return list(read(feed(path, **more), None))
+
+
+@pytest.mark.parametrize(("row", "prompt", "history"), FORMS)
+def test_each_form_is_told_by_its_fields(tmp_path, row, prompt, history):
+    path = write(tmp_path / "a.jsonl", row)
+    assert found(path) == [Item("a.jsonl:1", prompt, "text", history)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_every_kind_of_file_gives_the_same(tmp_path, name):
+    rows = [
+        {"prompt": "one;two", "completion": 'a "quoted"\ntext, 🚧', "reward": 0.5, "user": "u1"},
+        {"prompt": "150 mm", "completion": "done", "history": SAID, "created_at": "2026-01-02T03:04:05Z"},
+        {"messages": [*SAID, *ASKED], "reward": -1},
+    ]
+    first, second, third = found(write_as(tmp_path / name, rows))
+    assert (first.prompt, first.answer, first.reward, first.user) == ("one;two", 'a "quoted"\ntext, 🚧', 0.5, "u1")
+    assert (second.history, second.created_at.isoformat()) == ((SYSTEM, *EARLIER), "2026-01-02T03:04:05+00:00")
+    assert (third.prompt, third.answer, third.reward) == ("150 mm", "done", -1)
+    lines = {"a.jsonl": [1, 2, 3], "a.json": [2, 8, 27], "a.csv": [2, 4, 5], "a.parquet": [1, 2, 3]}[name]
+    assert [item.origin for item in (first, second, third)] == [f"{name}:{line}" for line in lines]
+
+
+def test_a_correction_says_what_the_model_had_answered(tmp_path):
+    (item,) = found(write(tmp_path / "a.jsonl", {"prompt": "p", "output": "no", "correction": "yes", "reward": -1}))
+    assert (item.answer, item.model_output, item.reward) == ("yes", "no", None)  # the reward was of the wrong one
+
+
+GOOD = {"prompt": "p", "completion": "c"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**GOOD, "completion": ""}, "answer: found '', is empty"),
+        ({**GOOD, "completion": " \n"}, "is empty"),
+        ({**GOOD, "prompt": ""}, "prompt: found '', is empty"),
+        ({**GOOD, "completion": 7}, "answer: found 7, expected a valid string"),
+        ({**GOOD, "completion": {"wall": 1}}, "answer: found {'wall': 1}"),
+        ({"prompt": "p"}, "found no answer, expected one of completion, response, output"),
+        ({**GOOD, "output": "two"}, "found completion, output, expected one of"),
+        ({**GOOD, "reward": 7}, "reward: found 7"),
+        ({**GOOD, "reward": "much"}, "reward: found 'much'"),
+        ({**GOOD, "completion": "a\x00b"}, "NUL"),
+        ({**GOOD, "correction": " "}, "correction"),
+        ({"instruction": "i"}, "output: is missing"),
+        ({"instruction": 7, "output": "o"}, "expected two texts"),
+        ({"instruction": "", "output": "o"}, "prompt: found '', is empty"),
+        ({"messages": "p"}, "outside of the turns"),
+        ({"messages": {"role": "user"}}, "messages: found dict, expected a list of turns"),
+        ({"messages": []}, "no turn is the assistant's"),
+        ({"messages": [ASKED[1]]}, "no turn of the user"),
+        ({"messages": [ASKED[0], ASKED[1], ASKED[1]]}, "no turn of the user stands before the last answer"),
+        ({"messages": [ASKED[0], {"role": "tool", "content": "4"}]}, "turn 2: the role is 'tool'"),
+        ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "turn 2: found NoneType, expected a text"),
+        ({"messages": ["hi"]}, "turn 1: found str, expected an object"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 1: the role is ['human']"),
+        ({"text": "<|im_start|>user\nhi<|im_end|> beside"}, "found 'beside' outside of the turns"),
+        ({"question": "p", "answer": "c"}, "found the fields 'question, answer', expected those of one form"),
+        ({"event": "interaction"}, "is an event of a log; put its file into the drop folder"),
+        ([1], "found list, expected an object"),
+        ("broken\n", "not JSON"),
+        ('{"prompt": NaN, "completion": "c"}\n', "not JSON"),
+        ("[" * 9_000 + "\n", "not JSON"),
+        ({**GOOD, "completion": "x" * 20_000}, "longer than 10000 bytes"),
+    ],
+)
+def test_a_bad_row_is_named_and_the_others_are_taken(tmp_path, row, reason):
+    path = write(tmp_path / "log.jsonl", GOOD, row, GOOD)
+    first, bad, last = found(path, max_line_bytes=10_000)
+    assert (first.origin, last.origin) == ("log.jsonl:1", "log.jsonl:3")
+    assert isinstance(bad, Skipped) and bad.origin == "log.jsonl:2"
+    assert reason in bad.reason and len(bad.reason) < 300
+
+
+def test_a_named_form_is_not_guessed(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"instruction": "i", "output": "o", "messages": ASKED, "event": "fair"})
+    assert found(path, format="alpaca")[0].prompt == "i"
+    assert found(path, format="messages")[0].prompt == "150 mm"
+    assert "conversations: is missing" in found(path, format="sharegpt")[0].reason
+
+
+def test_bad_rows_of_a_csv_are_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b"prompt,completion\r\np,c\r\n\r\np\xfc,c\r\nonly one\r\np,\r\n" + b"p," + b"x" * 20_000 + b'\r\np,c\r\np,"open'
+    )
+    said = {x.origin: x.reason if isinstance(x, Skipped) else x.answer for x in found(path, max_line_bytes=10_000)}
+    assert (said["a.csv:2"], said["a.csv:4"], said["a.csv:8"]) == ("c", "not UTF-8", "c")
+    assert said["a.csv:5"] == "has 1 cells, and the header 2"
+    assert said["a.csv:6"].startswith("found no answer") and "longer than 10000 bytes" in said["a.csv:7"]
+    assert said["a.csv:9"].startswith("not CSV") and len(said) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", b"\xff\xfep\x00,\x00", "UTF-8, with the columns' names first"),
+        ("a.csv", b"prompt,prompt\np,c\n", "'prompt' twice"),
+        ("a.parquet", b"PAR1 broken", "not Parquet"),
+        ("a.json", b'{\n "rows": []}', "is one JSON object; expected an array of rows"),
+        ("a.json", b'{"rows": [\n {}]}', "is one JSON object"),
+        ("a.json", b"[" + json.dumps(GOOD).encode()[:9], "nothing after it was read"),
+    ],
+)
+def test_a_file_that_is_broken_as_a_whole_is_named_once_and_the_others_are_taken(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    write(tmp_path / "b.jsonl", GOOD)
+    bad, good = found(tmp_path)
+    assert good.origin == "b.jsonl:1" and reason in bad.reason
+
+
+def test_text_in_parquet_that_is_not_utf_8_is_named_by_its_row(tmp_path):
+    texts = pa.array([b"p", b"p\xfc", b"q"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"prompt": texts, "completion": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    first, bad, last = found(tmp_path)
+    assert (first.prompt, last.prompt, bad.origin) == ("p", "q", "a.parquet:2") and "not UTF-8" in bad.reason
+
+
+def test_only_what_lies_in_the_folder_is_read(tmp_path):
+    outside = write(tmp_path / "outside.jsonl", {**GOOD, "prompt": "outside"})
+    folder = tmp_path / "folder"
+    (folder / "below" / ".hidden").mkdir(parents=True)
+    (folder / "link.jsonl").symlink_to(outside)
+    (folder / "linked").symlink_to(tmp_path)
+    write(folder / ".hidden.jsonl", GOOD)
+    write(folder / "below" / ".hidden" / "a.jsonl", GOOD)
+    write(folder / "notes.txt", GOOD)
+    write(folder / "below" / "a.jsonl", GOOD)
+    assert [item.origin for item in found(folder)] == ["below/a.jsonl:1"]
+
+
+def test_a_source_that_is_not_there_says_what_to_do_and_withdraws_nothing(tmp_path):
+    with pytest.raises(SourceError, match="is not there; create it, or correct its path"):
+        found(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match=r"no file .*lies in"):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_long_file_takes_little_memory(tmp_path, name):
+    path = write_as(tmp_path / name, [{"prompt": f"p{n}", "completion": f"{n:05}" * 1_000} for n in range(12_000)])
+    next(iter(read(feed(path), None)))
+    before = psutil.Process().memory_info().rss
+    assert sum(isinstance(item, Item) for item in read(feed(path), None)) == 12_000
+    assert psutil.Process().memory_info().rss - before < 30e6  # of 60 MB
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20).filter(
+    str.strip
+)
+PAIRS = st.lists(st.tuples(TEXT, TEXT), max_size=2)
+REWARD = st.floats(-1, 1, allow_nan=False)
+
+
+@pytest.mark.parametrize("form", list(WRITERS))
+@settings(max_examples=60, deadline=None)
+@given(pairs=PAIRS, own=st.none() | TEXT, prompt=TEXT, answer=TEXT, reward=REWARD, system=st.just("") | TEXT)
+def test_an_export_is_read_back_as_the_same_example(tmp_path_factory, form, pairs, own, prompt, answer, reward, system):
+    said = [Turn(role=role, content=text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]  # noqa: B905
+    history = (*([Turn(role="system", content=own)] if own else []), *said)
+    path = tmp_path_factory.mktemp("export") / "out.jsonl"
+    write_rows(path, [Row(prompt, answer, reward, "logs", history=history)], form, system)
+    (item,) = read_file(path, "out", "auto", 10**6)
+    expected = without_system_prompt(prompt, history, system)
+    assert without_system_prompt(item.prompt, item.history, system) == expected
+    assert (item.answer, item.reward) == (answer, reward)
+
+
+@pytest.mark.skipif(not SNIPS.is_dir(), reason="shared/data/snips is not there")
+def test_real_utterances_one_of_which_is_not_utf_8(tmp_path):
+    # As published, each file is one JSON object, which is named; of the utterances a CSV is made, byte by byte.
+    refused = found(SNIPS)
+    assert len(refused) == 21 and all(isinstance(one, Skipped) for one in refused)
+    raw = (SNIPS / "PlayMusic" / "train_PlayMusic_full.json").read_bytes().decode("utf-8", "surrogateescape")
+    path = tmp_path / "music.csv"
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "completion"])
+        for row in json.loads(raw)["PlayMusic"]:
+            slots = {part["entity"]: part["text"] for part in row["data"] if "entity" in part}
+            table.writerow(["".join(part["text"] for part in row["data"]), json.dumps(slots, ensure_ascii=False)])
+    taken = found(path)
+    assert len(taken) == 2_000
+    assert [one.reason for one in taken if isinstance(one, Skipped)] == ["not UTF-8"]
+    assert len({item.prompt for item in taken if isinstance(item, Item)}) == 1_985
