@@ -405,15 +405,14 @@ def _files_naming(user: str, loop: LoopSettings) -> list[Path]:
     from finetune_pipeline.sources.rows import files_of, layout_of, read_rows
 
     paths = [path for folder in loop.log_folders if folder.is_dir() for path in files_of(folder)]
-    tables = [path for path in paths if layout_of(path) in {"csv", "parquet"}]
-    texts = [path for path in paths if path not in tables]
-    limit = loop.sources.max_line_bytes
-    of_user = [path for path in tables if any(_is_of(user, row.value) for row in read_rows(path, limit))]
-    return _naming(user, texts + sorted(journal_folder().glob("*.refused"))) + of_user
-
-
-def _is_of(user: str, row: Any) -> bool:
-    return isinstance(row, dict) and str(row.get("user")) == user
+    found = _naming(user, paths + sorted(journal_folder().glob("*.refused")))
+    for path in paths:
+        with suppress(FileNotFoundError):  # taken away meanwhile
+            if layout_of(path) in {"csv", "parquet"}:  # in which a name stands as it is, not as a JSON text
+                rows = (row.value for row in read_rows(path, loop.sources.max_line_bytes))
+                if any(isinstance(row, dict) and str(row.get("user")) == user for row in rows):
+                    found.append(path)
+    return list(dict.fromkeys(found))
 
 
 def _naming(user: str, paths: Sequence[Path]) -> list[Path]:

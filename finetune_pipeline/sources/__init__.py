@@ -1,1 +1,1 @@
-"""Ingest from elsewhere: event files now, read line by line through a ledger."""
+"""Ingest from elsewhere: declared sources, each a module of its kind, and files through a ledger."""

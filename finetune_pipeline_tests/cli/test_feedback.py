@@ -213,10 +213,13 @@ def test_a_person_is_forgotten_and_what_was_made_with_it_is_named():
     inbox = load_loop(LOOP).drop_folder
     inbox.mkdir(parents=True)
     (inbox / "log.jsonl").write_text('{"event": "interaction", "user": "u1"}\n')
+    (inbox / "table.csv").write_text("prompt,completion,user\np,c,u1\n")
+    (inbox / "other.csv").write_text("prompt,completion,user\nu1,c,u11\n")
     (inbox / "others.jsonl").write_text('{"event": "interaction", "user": "u11", "prompt": "u1"}\n')
     said = run("forget", "--user", "u1", "--yes").stdout
     assert f"{LOOP}: 1 interactions, 2 feedback, 0 review decisions and 0 excerpts of rejected lines deleted" in said
     assert str(snapshot) in said and f"`finetune run --loop {LOOP}` makes new ones" in said
+    assert str(inbox / "table.csv") in said and "other.csv" not in said
     assert str(inbox / "log.jsonl") in said and "delete it there too" in said
     assert exchange(id) is None and exchange(other).example is None
     again = run("forget", "--user", "u1", "--yes", "--loop", LOOP).stdout
