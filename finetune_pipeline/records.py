@@ -172,13 +172,14 @@ def chat(system_prompt: str, prompt: str, history: Sequence[Turn] = ()) -> list[
 def without_system_prompt(prompt: str, history: Sequence[Turn], system_prompt: str) -> tuple[str, tuple[Turn, ...]]:
     """A conversation as a loop keeps it: without the loop's own system prompt, which `chat` adds.
 
-    Files made elsewhere have it as the system message, or as the instruction before the prompt (`alpaca_prompt`).
+    Files made elsewhere have it as the system message, or as the instruction before the prompt (`alpaca_prompt`). Where
+    it is all that is there, nothing was asked, and the prompt is empty.
     """
     if not system_prompt:
         return prompt, tuple(history)
     if history and history[0].role == "system":
         return prompt, tuple(history[1:] if history[0].content == system_prompt else history)
-    return prompt.removeprefix(f"{system_prompt}\n\n") or prompt, tuple(history)
+    return "" if prompt == system_prompt else prompt.removeprefix(f"{system_prompt}\n\n"), tuple(history)
 
 
 def alpaca_prompt(instruction: Any, asked: Any) -> str:

@@ -96,7 +96,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     def make(folder: Path) -> dict[str, Any]:
         curated = curate(taught(raw_logs), reading.replay(loop), policy, identity)
         write_dataset(curated, folder, loop.system_prompt)
-        made = {
+        made: dict[str, Any] = {
             "inputs": inputs,
             "settings": settings,
             "packages": package_versions("finetune-pipeline", "datasets"),

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from finetune_pipeline.feedback.journal import take_over_orphans
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import Recorded, record
 from finetune_pipeline.loop.feeds import ingested_events
-from finetune_pipeline.records import Feedback, Interaction
+from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import LoopSettings, load_loop
 from finetune_pipeline.sources import ledger
 from finetune_pipeline.sources.item import Item
@@ -110,13 +110,23 @@ def _lines(
     name = path.name if inside else str(path)[-_ORIGIN:]
     if not grows(path):
         whole = read_whole(path, loop.name, max_line_bytes=limit, form=form, name=name)
-        return ledger.Position(offset=file.size), whole
+        return ledger.Position(offset=file.size), _asking(loop, whole)
     start = ledger.Position()
     if form == "auto":
         with database.read() as connection:
             start = ledger.position(connection, loop.name, path)
     own = {"offset": start.offset, "lines": start.lines, "max_line_bytes": limit}
-    return start, read_lines(path, loop.name, **own, form=form, name=name)
+    return start, _asking(loop, read_lines(path, loop.name, **own, form=form, name=name))
+
+
+def _asking(loop: LoopSettings, lines: Iterator[Line]) -> Iterator[Line]:
+    """The lines, without the conversations in which nothing is asked but what the loop's own system prompt says."""
+    for line in lines:
+        item = line.event
+        if isinstance(item, Item) and not without_system_prompt(item.prompt, item.history, loop.system_prompt)[0]:
+            yield replace(line, event=None, reason="nothing is asked beside the loop's own system prompt")
+        else:
+            yield line
 
 
 def _events(loop: LoopSettings, line: Line) -> Sequence[Interaction | Feedback]:

@@ -91,9 +91,10 @@ def _form_of(row: Mapping[str, Any]) -> str:
         return "alpaca"
     if "prompt" in row:
         return "prompt_completion"
+    found = f"the fields {', '.join(map(str, row))!r:.{_SHOWN}}" if row else "no fields"
     raise ValueError(
-        f"found the fields {', '.join(map(str, row)) or 'none'!r:.{_SHOWN}}, expected those of one form: instruction "
-        "and output (alpaca), prompt and completion, conversations (sharegpt), messages, or event"
+        f"found {found}, expected those of one form: instruction and output (alpaca), prompt and completion, "
+        "conversations (sharegpt), messages, or event"
     )
 
 

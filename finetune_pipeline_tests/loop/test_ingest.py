@@ -206,17 +206,19 @@ def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_l
             {"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")]},
             {"prompt": "p", "output": "no", "correction": "yes"},
             {"conversations": "none"},
+            {"instruction": "Be short.", "input": "", "output": "o"},
         ):
             out.write(json.dumps(row) + "\n")
     done = take(loop)
-    assert (done.rejected, done.recorded) == (1, Recorded(4, 4, 0))
+    assert (done.rejected, done.recorded) == (2, Recorded(4, 4, 0))
     rows = {row[0]: row[1:] for row in taught(loop)}
     assert rows["a wall"] == ("wall", -0.5, "ingested", "log.jsonl:3")
     assert rows["user"][:2] == ("assistant", 0.5) and rows["p"][:2] == ("yes", 0.5)
     assert rows["please note what ash said about the ash matter"][2] is None  # of the log
     with connect().read() as connection:
-        (bad,) = rejected_lines(connection, "notes", 10)
+        bad, nothing = rejected_lines(connection, "notes", 10)
     assert (bad.line, "conversations: found str" in bad.reason) == (6, True)
+    assert (nothing.line, "nothing is asked" in nothing.reason) == (7, True)
 
 
 def test_another_reward_of_the_same_conversation_is_said_of_the_same_one(loop):
