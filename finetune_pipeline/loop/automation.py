@@ -15,6 +15,7 @@ from finetune_pipeline.loop.counting import count_new
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.ledger import UnreadFile, unread
+from finetune_pipeline.sources.rows import readable
 
 LOOP_TAG = "finetune/loop"
 WATERMARK_TAG = "finetune/watermark"
@@ -141,7 +142,7 @@ def _attempts(loop: LoopSettings, instance: dg.DagsterInstance, watermark: int) 
 
 def _read_files(loop: LoopSettings, instance: dg.DagsterInstance, files: Sequence[UnreadFile], numbers: str) -> Answer:
     """A run of raw_logs alone, for files that the ledger does not know; the count follows at a later look."""
-    fingerprint = hash_of([(str(file.path), file.size, file.mtime_ns) for file in files])[:16]
+    fingerprint = hash_of([(readable(str(file.path)), file.size, file.mtime_ns) for file in files])[:16]
     tags = {LOOP_TAG: loop.name, FILES_TAG: fingerprint}
     tries = len(instance.get_runs(dg.RunsFilter(tags=tags), limit=loop.trigger.attempts))
     if tries >= loop.trigger.attempts:

@@ -17,6 +17,7 @@ from finetune_pipeline.settings import LoopSettings, load_loop
 from finetune_pipeline.sources import ledger
 from finetune_pipeline.sources.item import Item
 from finetune_pipeline.sources.jsonl import Form, Line, event_files, grows, read_lines, read_whole
+from finetune_pipeline.sources.rows import readable
 
 BATCH = 1_000
 _ORIGIN = 900  # an origin may have 1,000 characters
@@ -62,16 +63,23 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
         files = ledger.unread(connection, loop.name, loop.log_folders)
     total = Ingested()
     for number, file in enumerate(files, start=1):
+        name = f"file {number} of {len(files)}, {readable(file.path.name)}"
         if _being_written(file):
-            tell(f"file {number} of {len(files)}, {file.path.name}: is just being written; it is read the next time")
+            tell(f"{name}: is just being written; it is read the next time")
             continue
-        try:
-            one = ingest_file(loop, database, file.path, reward)
-        except OSError as error:
-            one = Ingested(unreadable=[f"{file.path}: {error.strerror}; mend it or take it away"])
+        one = _ingest_if_readable(loop, database, file.path, reward)
         total.add(one)
-        tell(f"file {number} of {len(files)}, {file.path.name}: {_describe(one)}")
+        tell(f"{name}: {_describe(one)}")
     return total
+
+
+def _ingest_if_readable(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction) -> Ingested:
+    if readable(str(path)) != str(path):
+        return Ingested(unreadable=[f"{readable(str(path))}: its name is not UTF-8; rename it"])
+    try:
+        return ingest_file(loop, database, path, reward)
+    except OSError as error:
+        return Ingested(unreadable=[f"{path}: {error.strerror}; mend it or take it away"])
 
 
 def ingest_file(

@@ -8,7 +8,7 @@ from typing import Any
 from finetune_pipeline.settings import FileFormat, FilesFeed, project_path
 from finetune_pipeline.sources.conversations import to_item
 from finetune_pipeline.sources.item import Item, Reading, Skipped, SourceError
-from finetune_pipeline.sources.rows import files_of, read_rows
+from finetune_pipeline.sources.rows import files_of, read_rows, readable
 
 _AN_EVENT = "is an event of a log; put its file into the drop folder, or name its folder in sources.folders"
 
@@ -24,7 +24,7 @@ def read(feed: FilesFeed, mark: Any) -> Reading:
     """
     root = project_path(feed.path)
     for path in _files(root, feed.name):
-        name = path.name if path == root else str(path.relative_to(root))
+        name = readable(path.name if path == root else str(path.relative_to(root)))
         try:
             yield from read_file(path, name, feed.format, feed.max_line_bytes)
         except OSError as error:

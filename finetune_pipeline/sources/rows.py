@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +25,7 @@ class Row(NamedTuple):
     """A row, or why there is none.
 
     Attributes:
-        number: the line at which it begins; in Parquet its own number, from 1.
+        number: the line at which it begins; in a JSON array and in Parquet its own number, from 1.
         value: as its file has it: of CSV and Parquet a dict without the empty cells.
         reason: why it could not be read; empty if it could.
     """
@@ -48,6 +49,11 @@ def files_of(folder: Path, inside: Path | None = None) -> list[Path]:
     within = (inside or folder).resolve()
     found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
     return sorted(path for path in found if path.is_file() and path.resolve().is_relative_to(within))
+
+
+def readable(name: str) -> str:
+    """A file's name as text that can be written and stored: bytes of it that are not UTF-8 become replacement signs."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def layout_of(path: Path) -> Literal["lines", "array", "csv", "parquet"]:
@@ -128,12 +134,13 @@ def _skip_line(file: IO[bytes]) -> None:
 def _elements(path: Path, max_bytes: int) -> _Numbered:
     """The elements of a JSON array, one at a time; after a fault in the array itself nothing more can be told apart."""
     with path.open("rb") as file:
-        array = _Array(file, max_bytes)
+        number = 0
         try:
-            yield from array.elements()
+            for number, text in enumerate(_Array(file, max_bytes).elements(), start=1):
+                yield number, text
         except (ValueError, RecursionError) as error:
             reason = f"{error}; nothing after it was read" if isinstance(error, _Fault) else f"not JSON: {error}"
-            yield array.line, _Bad(reason)
+            yield number + 1, _Bad(reason)
 
 
 class _Fault(ValueError):
@@ -148,17 +155,15 @@ class _Array:
         self._max = max_bytes
         self._rest = ""
         self._ended = False
-        self.line = 1
 
-    def elements(self) -> _Numbered:
+    def elements(self) -> Iterator[str]:
         self._expect("[")
         if self._next() == "]":
             self._expect("]")
         else:
             while True:
                 self._next()
-                line = self.line
-                yield line, self._element()
+                yield self._element()
                 if self._next() == "]":
                     self._expect("]")
                     break
@@ -202,7 +207,6 @@ class _Array:
 
     def _take(self, length: int) -> str:
         taken, self._rest = self._rest[:length], self._rest[length:]
-        self.line += taken.count("\n")
         return taken
 
     def _fill(self, size: int) -> None:

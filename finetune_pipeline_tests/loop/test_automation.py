@@ -1,5 +1,6 @@
 """The sensor's answer, on a real Dagster instance and a real store."""
 
+import os
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
@@ -122,6 +123,12 @@ def test_conversations_of_every_kind_of_file_are_noticed_too(loop, instance, nam
     assert answer(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
     ingest(loop, connect(), lambda text: None)
     assert answer(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
+
+
+def test_a_file_with_an_unusable_name_is_noticed_and_does_not_break_the_sensor(loop, instance):
+    loop.drop_folder.mkdir(parents=True)
+    write_as(loop.drop_folder / os.fsdecode(b"a\xfc.csv"), [{"prompt": "p", "completion": "c"}])
+    assert answer(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
 
 
 def test_a_file_that_cannot_be_read_does_not_start_runs_for_ever(loop, instance):

@@ -189,7 +189,7 @@ def taught(loop):
 def test_dropped_conversations_are_taken_once_with_file_and_line(loop, name):
     drop(loop, name)
     assert take(loop).recorded == Recorded(2, 2, 0)
-    first = {"a.json": 2, "a.csv": 2}.get(name, 1)
+    first = {"a.csv": 2}.get(name, 1)
     assert taught(loop)[0] == ("what did ash say?", "ash spoke", 0.8, "ingested", f"{name}:{first}")
     assert take(loop).files == 0
     drop(loop, "copy.jsonl")
@@ -247,6 +247,22 @@ def test_a_csv_that_is_just_being_written_waits(loop):
     assert (take(loop).files, interactions(loop)) == (0, 0)
     os.utime(file, (time.time() - 60,) * 2)  # nobody writes any more: this is all
     assert take(loop).recorded.interactions == 2
+
+
+def test_bad_rows_of_an_array_on_one_line_are_named_each(loop):
+    file = drop(loop, "a.json")
+    file.write_text(json.dumps([{"x": 1}, *ROWS, {"x": 2}, 7]))
+    assert (take(loop).rejected, interactions(loop)) == (3, 2)
+    with connect().read() as connection:
+        assert [row.line for row in rejected_lines(connection, "notes", 10)] == [1, 4, 5]
+
+
+def test_a_file_whose_name_is_not_utf_8_is_named_and_the_others_go_on(loop):
+    drop(loop, "a.csv").rename(loop.drop_folder / os.fsdecode(b"a\xfc.csv"))
+    drop(loop, "b.csv", ROWS[:1])
+    done = take(loop)
+    assert interactions(loop) == 1
+    assert done.unreadable == [f"{loop.drop_folder}/a\ufffd.csv: its name is not UTF-8; rename it"]
 
 
 def test_links_out_of_the_drop_folder_are_not_read(loop, tmp_path):
