@@ -34,6 +34,7 @@ def test_its_checks_and_which_of_them_block():
     checks = {f"{key.asset_key.to_user_string()}.{key.name}": graph.get(key).blocking for key in graph.asset_check_keys}
     assert checks == {
         "raw_logs.rejected_lines": False,
+        "raw_logs.sources_read": False,
         "curated_dataset.enough_examples": True,
         "curated_dataset.no_benchmark_overlap": True,
         "curated_dataset.targets_parse": True,
