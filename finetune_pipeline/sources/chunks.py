@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 LANGUAGES = {
     "python": "Python", "javascript": "JavaScript", "typescript": "TypeScript", "tsx": "TypeScript", "go": "Go", "rust": "Rust",
@@ -18,6 +19,7 @@ _LONGEST_SENTENCE = 400
 _COMMENT = re.compile(r"^\s*(?:#(?!!)|//[/!]?|/\*[*!]?|\*/|\*)?\s?(.*?)\s*(?:\*/)?\s*$")
 _COMMENT_LINE = re.compile(r"\s*(?:#(?![!\[])|//)")
 _GOES_ON = re.compile(r"\"\"\"|'''|\\$")
+_FIELD = re.compile(r"\s*(?:[:@\\]\w|>>>|(?:Args|Arguments|Parameters|Returns|Raises|Example|Examples):?\s*$)")
 _RULE = re.compile(r"[\W_]*")
 _PART_OF_NAME = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
@@ -99,9 +101,9 @@ def parse_python(text: str) -> ast.Module:
 def first_sentence(doc: str) -> str:
     """What a docstring says it is about; empty if that is nothing one could ask by."""
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(doc))
-    lines = [line for line in paragraphs[0].splitlines() if not _RULE.fullmatch(line)]
-    text = " ".join(" ".join(lines).split())
-    if text.startswith((":", "@", ">>>", "\\")) or len(re.findall(r"[^\W\d_]{2,}", text)) < 3:
+    about = takewhile(lambda line: not _FIELD.match(line), paragraphs[0].splitlines())
+    text = " ".join(" ".join(line for line in about if not _RULE.fullmatch(line)).split())
+    if len(re.findall(r"[^\W\d_]{2,}", text)) < 3:
         return ""
     found = _SENTENCE.match(text)
     sentence = found[1] if found else text
