@@ -26,10 +26,10 @@ _NAMED_LANGUAGE = re.compile(
 _SAME_LANGUAGE = {"golang": "go", "c++": "cpp", "typescript": "tsx", "javascript": "tsx"}
 _CODE_LINE = re.compile(r"[=({\[;:]")
 _HEAD = re.compile(r"\s*(?:@|(?:async\s+)?def\b|class\b|func\b|(?:pub\s+)?fn\b)")
-_COMMON = frozenset(
-    "the and for with that this from into are was not but all any can its has have you your use uses using write function "
-    "method class code python return returns value values given none true false self def str int float bool list dict "
-    "type types name args when then each other import javascript typescript rust java new get set".split()
+_COMMON = words(
+    "the and for with that this from into are was not but all any can its has have you your use uses using write "
+    "function method class code python return returns value values given none true false self def str int float bool "
+    "list dict type types name args when then each other import javascript typescript rust java new get set"
 )
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 LANGUAGES = {
-    "python": "Python", "javascript": "JavaScript", "typescript": "TypeScript", "tsx": "TypeScript", "go": "Go", "rust": "Rust",
-    "java": "Java", "c": "C", "cpp": "C++",
+    "python": "Python", "javascript": "JavaScript", "typescript": "TypeScript", "tsx": "TypeScript", "go": "Go",
+    "rust": "Rust", "java": "Java", "c": "C", "cpp": "C++",
 }  # fmt: skip
 """Their names as people write them. `tsx` is TypeScript's other grammar, of .tsx files."""
 

@@ -40,17 +40,21 @@ MAX_FILE_BYTES = 200_000
 """A longer document is no note, and fits into no prompt."""
 
 DIAGRAMS = frozenset(
-    "graph flowchart sequenceDiagram classDiagram stateDiagram stateDiagram-v2 erDiagram journey gantt pie "
-    "quadrantChart requirementDiagram gitGraph C4Context C4Container C4Component C4Dynamic C4Deployment mindmap "
-    "timeline zenuml sankey-beta sankey xychart-beta xychart block-beta block packet-beta packet kanban "
-    "architecture-beta architecture radar-beta treemap-beta".split()
-)
+    {
+        "graph", "flowchart", "sequenceDiagram", "classDiagram", "stateDiagram", "stateDiagram-v2", "erDiagram",
+        "journey", "gantt", "pie", "quadrantChart", "requirementDiagram", "gitGraph", "C4Context", "C4Container",
+        "C4Component", "C4Dynamic", "C4Deployment", "mindmap", "timeline", "zenuml", "sankey-beta", "sankey",
+        "xychart-beta", "xychart", "block-beta", "block", "packet-beta", "packet", "kanban", "architecture-beta",
+        "architecture", "radar-beta", "treemap-beta",
+    }
+)  # fmt: skip
 """The words with which a Mermaid diagram begins, as its documentation lists them."""
 
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$\n?", re.M | re.S)
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,59}")
 _HEADING = re.compile(r"^#{1,6}[ \t]+\S.*$", re.M)
+_TITLE_LINE = re.compile(r"\s*[^\s#>|`*+-][^\n]{2,99}(?<![.:;,])(?=\n[ \t]*\n)")
 _SHORTEST_DOCUMENT = 40
 _COPIED_SHARE = 0.8
 _WORDS_IN_COMMON = 3
@@ -219,8 +223,8 @@ def _read(file: Text) -> tuple[str, str]:
     text = file.text[match.end() :] if match and head is not None else file.text
     title = head.get("title") if head else None
     if not isinstance(title, str) or not title.strip():
-        heading = _HEADING.search(text)
-        title = heading[0].lstrip("#") if heading else Path(file.path).stem.replace("-", " ").replace("_", " ")
+        heading = _HEADING.search(text) or _TITLE_LINE.match(text)
+        title = heading[0] if heading else Path(file.path).stem.replace("-", " ").replace("_", " ")
     return " ".join(title.split()).strip(" #"), text.strip()
 
 

@@ -1,4 +1,4 @@
-"""What a meeting note or a list of requirements says plainly, taken out by its form: what a template can be filled with.
+"""What a meeting note or a list of requirements says plainly, taken out by its form, to fill a template with.
 
 Nothing is guessed: what a document does not say in one of these forms is not found, and a template that needs it is not
 filled.
@@ -15,11 +15,10 @@ _ACTORS = re.compile(
 )
 _DECISIONS = re.compile(_NAMED_BLOCK.format(names="decision|decided|we decided"), re.I | re.M)
 _ACTIONS = re.compile(_NAMED_BLOCK.format(names="action|action item|todo|to do|next step"), re.I | re.M)
+_NAMED = re.compile(r"\s*(?:\*\*|__)?[A-Z][\w -]{1,30}(?:\*\*|__)?:")
 _STORY = re.compile(r"\bAs an? (?P<text>[A-Za-z][\w -]{1,40}?),? I (?:want|need|can|would like|must)\b", re.I)
 _SPOKEN = re.compile(r"^[ \t]*(?:[-*+][ \t]+)?\*\*(?P<text>[A-Z][\w .'-]{1,40}?)(?::\*\*|\*\*:)", re.M)
-_REQUIREMENT = re.compile(
-    r"\b(?:must|shall|should|has to|have to|needs? to)\b|\bAs an? [\w -]{2,40}?,? I (?:want|need)\b", re.I
-)
+_REQUIREMENT = re.compile(r"\b(?:must|shall|should|needs? to)\b|\bAs an? [\w -]{2,40}?,? I (?:want|need)\b", re.I)
 _ENTITY = re.compile(
     r"^[ \t]*(?:[-*+][ \t]+)?(?:An?|The|Each|Every)[ \t]+(?:\*\*|`)?(?P<name>[A-Za-z][\w -]{0,40}?)(?:\*\*|`)?[ \t]+"
     r"(?:has|have|holds|consists of|contains)[ \t]+(?P<fields>[^.;:\n]{3,300})", re.M,
@@ -31,9 +30,11 @@ _UNFIT_IN_DIAGRAM = re.compile(r"[^\w .,'/&-]+")
 _MOST = 30
 
 PLACEHOLDERS = frozenset(
-    "title summary sections points actors decisions actions requirements endpoints entities participants flow mindmap "
-    "entity_blocks".split()
-)
+    {
+        "title", "summary", "sections", "points", "actors", "decisions", "actions", "requirements", "endpoints",
+        "entities", "participants", "flow", "mindmap", "entity_blocks",
+    }
+)  # fmt: skip
 """Everything that a template can be filled with: the keys of `facts`."""
 
 
@@ -103,9 +104,9 @@ def _identifier(text: str) -> str:
 
 def _summary(text: str) -> str:
     for paragraph in re.split(r"\n\s*\n", text):
-        plain = _plain(paragraph)
-        if plain and not paragraph.lstrip().startswith(("#", "-", "*", "+", "|", ">", "`")) and len(plain.split()) > 4:
-            return plain
+        prose = not paragraph.lstrip().startswith(("#", "-", "*", "+", "|", ">", "`")) and not _NAMED.match(paragraph)
+        if prose and len(paragraph.split()) > 4 and paragraph.rstrip().endswith((".", "!", "?")):
+            return " ".join(_MARKS.sub("", paragraph).split())
     return ""
 
 

@@ -46,7 +46,7 @@ def texts(
         SourceError: the folder is not there or cannot be read.
     """
     try:
-        os.listdir(root)
+        next(root.iterdir(), None)
     except OSError as error:
         raise SourceError(f"{root} cannot be read as a folder ({error.strerror}); correct its path") from error
     folders: list[tuple[str, tuple[_Rules, ...]]] = [("", ())]

@@ -37,9 +37,9 @@ _BYTES_A_TOKEN = 3  # few tokenizers need more tokens than that on code or prose
 _OVERHEAD = 50  # tokens of a chat template
 _THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _REFUSAL = re.compile(
-    r"(?i)^\W*(?:(?:i(?:'|’)?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)|sorry\b|i apologi[sz]e|unfortunately\b"
-    r"|i (?:can(?:not|(?:'|’)t)|could(?:n(?:'|’)t| not)|won(?:'|’)t|will not|must decline|am unable|do not feel)|as an ai\b"
-    r"|as a (?:large )?language model)"
+    r"(?i)^\W*(?:(?:i['’]?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)|sorry\b|i apologi[sz]e"
+    r"|unfortunately\b|i (?:cannot|can['’]t|could not|couldn['’]t|won['’]t|will not|must decline|do not feel)\b"
+    r"|as an ai\b|as a (?:large )?language model)"
 )
 
 T = TypeVar("T")
