@@ -99,24 +99,29 @@ def is_refusal(text: str) -> bool:
 
 
 class Budget:
-    """Tokens that may still be spent, shared by threads; what is on its way counts in full."""
+    """Tokens that may still be spent, shared by threads; what is on its way counts in full until it has come."""
 
     def __init__(self, tokens: int) -> None:
         self._left = tokens
-        self._lock = threading.Lock()
+        self._under_way = 0
+        self._changed = threading.Condition()
 
     def reserve(self, tokens: int) -> bool:
-        """Take tokens out, if there are as many."""
-        with self._lock:
+        """Take tokens out; where there are too few, wait for what those under way give back."""
+        with self._changed:
+            self._changed.wait_for(lambda: tokens <= self._left or not self._under_way)
             if tokens > self._left:
                 return False
             self._left -= tokens
+            self._under_way += 1
             return True
 
     def settle(self, reserved: int, spent: int) -> None:
         """Give back what of a reservation was not spent, or take what it had been too small for."""
-        with self._lock:
+        with self._changed:
             self._left += reserved - spent
+            self._under_way -= 1
+            self._changed.notify_all()
 
 
 class Teacher:
