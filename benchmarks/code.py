@@ -59,7 +59,8 @@ def measure(repository: str) -> dict[str, Any]:
     items = sum(isinstance(one, Item) for one in found)
     return {
         **dict(zip(("read_seconds", "store_seconds", "again_seconds"), seconds, strict=True)),
-        "items": items, "skipped": len(found) - items, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "items": items, "skipped": len(found) - items,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ _SPOKEN = re.compile(r"^[ \t]*(?:[-*+][ \t]+)?\*\*(?P<text>[A-Z][\w .'-]{1,40}?)
 _REQUIREMENT = re.compile(r"\b(?:must|shall|should|needs? to)\b|\bAs an? [\w -]{2,40}?,? I (?:want|need)\b", re.I)
 _ENTITY = re.compile(
     r"^[ \t]*(?:[-*+][ \t]+)?(?:An?|The|Each|Every)[ \t]+(?:\*\*|`)?(?P<name>[A-Za-z][\w -]{0,40}?)(?:\*\*|`)?[ \t]+"
-    r"(?:has|have|holds|consists of|contains)[ \t]+(?P<fields>[^.;:\n]{3,300})", re.M,
+    r"(?:has|have|holds|consists of|contains)[ \t]+(?P<fields>[^.;:/`\n]{3,300})", re.M,
 )  # fmt: skip
 _ENDPOINT = re.compile(r"\b(?P<text>(?:GET|POST|PUT|PATCH|DELETE)[ \t]+/[\w/{}:.-]*)")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")

@@ -1,6 +1,7 @@
 """The texts of a folder: never outside it, not what is hidden, not what git ignores; links are not followed."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def _spec(path: Path) -> GitIgnoreSpec | None:
 def _understood(line: str) -> bool:
     try:
         GitIgnoreSpec.from_lines([line])
-    except ValueError:
+    except (ValueError, re.error):
         return False  # git takes no notice of such a line either
     return True
 

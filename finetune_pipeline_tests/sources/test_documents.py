@@ -192,7 +192,7 @@ def test_a_teacher_writes_the_artifact_in_the_form_of_the_template(folders, answ
         (DIAGRAM + "\n```json\n{,}\n```", "no JSON"),
         (DIAGRAM.replace("Opening in May", "{flow}"), "placeholders left"),
         ("```mermaid\nflowchart TD\n  x[Sun] --> y[Moon]\n```", "not about the document"),
-        (NOTE + "\n\n" + NOTE, "copy of the document"),
+        (NOTE, "copy of the document"),
         ("I'm sorry, I can't do that.", "refused"),
     ],
 )
@@ -208,7 +208,7 @@ def test_the_headings_of_a_template_are_kept(folders):
     items, skipped, _ = taught(folders, answer, template=template)
     assert (items, list(skipped)) == ({}, ["a.md::api"])
     assert "lacks the heading '## Endpoints'" in skipped["a.md::api"]
-    assert "a.md::api" in taught(folders, f"{answer}\n\n##  Endpoints\n\nnone", template=template)[0]
+    assert "a.md::api" in taught(folders, f"{answer}\n\n##  Endpoints\n\nnone", {"a.md": NOTE + "More."}, template)[0]
 
 
 def test_personal_data_of_a_note_does_not_leave_for_a_teacher(folders):

@@ -35,9 +35,14 @@ def echo(body, number):
     return said(body["messages"][-1]["content"].replace("Question", "Answer"))
 
 
+def slowly(body, number):
+    time.sleep(0.03)
+    return echo(body, number)
+
+
 def test_answers_come_in_the_order_of_the_questions_and_are_paid_for_once():
     names = [f"q{n}" for n in range(20)]
-    with teaching(echo) as (server, settings):
+    with teaching(slowly) as (server, settings):
         assert list(ask(settings, *names).items()) == [(name, f"Answer {name}") for name in names]
         assert ask(settings, *names)["q7"] == "Answer q7"
         assert len(server.asked) == 20
@@ -204,11 +209,7 @@ print(sum(bool(answer.text) for answer in Teacher(settings).answers(questions)))
 
 
 def test_a_kill_loses_at_most_what_was_under_way():
-    def slow(body, number):
-        time.sleep(0.05)
-        return echo(body, number)
-
-    with teaching(slow) as (server, settings):
+    with teaching(slowly) as (server, settings):
         command = [sys.executable, "-c", READING, settings.url]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "FINETUNE_HOME": str(home())}
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
