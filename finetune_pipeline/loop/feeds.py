@@ -73,9 +73,10 @@ def read_feeds(loop: LoopSettings, database: Database, tell: Callable[[str], Non
 
 def reader(feed: Feed) -> Reader:
     """What reads a source: `read` of the module of `finetune_pipeline.sources` that is named as its kind."""
-    read: Reader = import_module(f"finetune_pipeline.sources.{feed.kind}").read
-    if isinstance(feed, CodeFeed | DocumentsFeed):
-        return partial(read, redact=lambda text: redact(text).text)  # for what goes to a teacher
+    module: Any = import_module(f"finetune_pipeline.sources.{feed.kind}")
+    read: Reader = module.read
+    if isinstance(feed, CodeFeed | DocumentsFeed):  # what goes to a teacher is redacted first
+        read = partial(module.read, redact=lambda text: redact(text).text)
     return read
 
 

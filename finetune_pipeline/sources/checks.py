@@ -19,6 +19,7 @@ FENCE = re.compile(
 )
 """A fenced block of Markdown."""
 
+_UNFIT = re.compile("[\0\ud800-\udfff]")
 _NAMED_LANGUAGE = re.compile(
     r"(?i)(?<![\w.])(python|javascript|typescript|golang|go|rust|java|c\+\+|c#|c|ruby|php|kotlin|swift|scala|perl)"
     r"(?=\s+(?:function|method|class|struct|code|program|module|script)\b)"
@@ -127,7 +128,7 @@ def copied_share(text: str, of: str) -> float:
 
 def is_storable(text: str) -> bool:
     """Whether a database can hold it."""
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+    return _UNFIT.search(text) is None
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

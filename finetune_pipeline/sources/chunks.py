@@ -23,6 +23,8 @@ _FIELD = re.compile(r"\s*(?:[:@\\]\w|>>>|(?:Args|Arguments|Parameters|Returns|Ra
 _RULE = re.compile(r"[\W_]*")
 _PART_OF_NAME = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
+ANY_LENGTH = range(1, 1 << 31)
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
 
@@ -49,11 +51,6 @@ class Chunk:
     doc: str
 
     @property
-    def lines(self) -> int:
-        """Lines of its code."""
-        return self.code.count("\n") + 1
-
-    @property
     def owner(self) -> str:
         """What it stands in; empty at a file's top."""
         return self.name.rpartition(".")[0]
@@ -72,10 +69,13 @@ class Flaw:
     reason: str
 
 
-def cut_python(text: str) -> Iterator[Chunk | Flaw]:
+def cut_python(text: str, lengths: range = ANY_LENGTH) -> Iterator[Chunk | Flaw]:
     """The classes, methods and functions of a Python file, in its order; those within functions stay with them.
 
     What has no body of its own (`...`, `pass`, `raise NotImplementedError`) is left out.
+
+    Args:
+        lengths: numbers of lines that are taken.
     """
     try:
         tree = parse_python(text)
@@ -84,7 +84,8 @@ def cut_python(text: str) -> Iterator[Chunk | Flaw]:
     except (ValueError, RecursionError, MemoryError) as error:
         yield Flaw(1, f"is not Python that can be read: {error}")
     else:
-        yield from _definitions(tree.body, "", text.split("\n"))
+        lines = text.split("\n")
+        yield from _PythonCutter(lines, lengths, _rows_inside_strings(tree, lines)).definitions(tree.body, "")
 
 
 def parse_python(text: str) -> ast.Module:
@@ -136,52 +137,61 @@ def words(text: str) -> set[str]:
     return {part.lower() for part in _PART_OF_NAME.findall(text) if len(part) > 2}
 
 
-def _definitions(body: Sequence[ast.stmt], owner: str, lines: list[str]) -> Iterator[Chunk | Flaw]:
-    for node in body:
-        if isinstance(node, Definition):
-            name = f"{owner}.{node.name}" if owner else node.name
-            if not _is_empty(node):
-                yield _chunk(node, name, bool(owner), lines)
-            if isinstance(node, ast.ClassDef):
-                yield from _definitions(node.body, name, lines)
-        else:  # if TYPE_CHECKING, try ... except ImportError, with
-            for part in ("body", "handlers", "orelse", "finalbody", "cases"):
-                yield from _definitions(getattr(node, part, ()), owner, lines)
+@dataclass(frozen=True)
+class _PythonCutter:
+    lines: list[str]
+    lengths: range
+    inside: set[int]
+    """Rows (from 0) that begin inside a string."""
+
+    def definitions(self, body: Sequence[ast.stmt], owner: str) -> Iterator[Chunk | Flaw]:
+        for node in body:
+            if isinstance(node, Definition):
+                name = f"{owner}.{node.name}" if owner else node.name
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+                if (node.end_lineno or 0) - first in self.lengths and not _is_empty(node):
+                    yield self._chunk(node, first, name, bool(owner))
+                if isinstance(node, ast.ClassDef):
+                    yield from self.definitions(node.body, name)
+            else:  # if TYPE_CHECKING, try ... except ImportError, with
+                for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+                    yield from self.definitions(getattr(node, part, ()), owner)
+
+    def _chunk(self, node: Definition, first: int, name: str, owned: bool) -> Chunk | Flaw:
+        own = self.lines[first : node.end_lineno]
+        code = moved_left(own, {row - first for row in self.inside.intersection(range(first, first + len(own)))})
+        if own[0][:1].isspace() and not _moves_as_a_whole(own):
+            try:
+                parse_python(code)
+            except SyntaxError:
+                return Flaw(first + 1, f"{name} is no Python by itself")
+        doc = ast.get_docstring(node, clean=False) or comment_above(self.lines, first)
+        kind = "class" if isinstance(node, ast.ClassDef) else "method" if owned else "function"
+        if isinstance(node, ast.AsyncFunctionDef):
+            kind = f"async {kind}"
+        return Chunk("python", kind, name, first + 1, code, _signature(node), doc)
 
 
-def _chunk(node: Definition, name: str, owned: bool, lines: list[str]) -> Chunk | Flaw:
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    own = lines[first - 1 : node.end_lineno]
-    indented = own[0][:1].isspace()
-    code = moved_left(own, _inside_strings(node, first, own) if indented else set())
-    if indented:
-        try:
-            parse_python(code)
-        except SyntaxError:
-            return Flaw(first, f"{name} is no Python by itself")
-    doc = ast.get_docstring(node, clean=False) or comment_above(lines, first - 1)
-    kind = "class" if isinstance(node, ast.ClassDef) else "method" if owned else "function"
-    if isinstance(node, ast.AsyncFunctionDef):
-        kind = f"async {kind}"
-    return Chunk("python", kind, name, first, code, _signature(node), doc)
+def _moves_as_a_whole(lines: Sequence[str]) -> bool:
+    """Whether every line has the first one's indentation, in spaces: without it they are Python still."""
+    indent = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
+    return "\t" not in indent and all(line.startswith(indent) or not line.strip() for line in lines)
 
 
-def _inside_strings(node: Definition, first: int, own: Sequence[str]) -> set[int]:
-    """Indexes of the lines of a definition that begin inside a string other than a docstring."""
-    docstrings = {
-        id(inner.body[0].value)
-        for inner in ast.walk(node)
-        if isinstance(inner, Definition) and inner.body and isinstance(inner.body[0], ast.Expr)
-    }
+def _rows_inside_strings(tree: ast.AST, lines: Sequence[str]) -> set[int]:
+    """Rows (from 0) that begin inside a string other than a docstring."""
     inside: set[int] = set()
-    for inner in ast.walk(node):
-        literal = isinstance(inner, ast.Constant) and isinstance(inner.value, str | bytes)
-        if (literal or isinstance(inner, ast.JoinedStr)) and id(inner) not in docstrings:
-            assert isinstance(inner, ast.expr)
-            start, end = inner.lineno - first, (inner.end_lineno or 0) - first
+    docstrings: set[ast.expr] = set()
+    for node in ast.walk(tree):  # what stands in a node comes after it
+        if isinstance(node, Definition) and isinstance(node.body[0], ast.Expr):
+            docstrings.add(node.body[0].value)
+        literal = isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+        if (literal or isinstance(node, ast.JoinedStr)) and node not in docstrings:
+            assert isinstance(node, ast.expr)
+            start, end = node.lineno - 1, node.end_lineno or node.lineno
             # Literals that only stand below each other are one node too.
-            if any(_GOES_ON.search(line) for line in own[start : end + 1]):
-                inside.update(range(start + 1, end + 1))
+            if end > start + 1 and any(_GOES_ON.search(line) for line in lines[start:end]):
+                inside.update(range(start + 1, end))
     return inside
 
 

@@ -19,7 +19,6 @@ from finetune_pipeline.sources import grammars
 from finetune_pipeline.sources.checks import (
     earlier_code_flaw,
     instruction_flaw,
-    is_storable,
     parses,
     read_instructions,
     read_refactoring,
@@ -211,26 +210,22 @@ def _files(feed: CodeFeed) -> Iterator[tuple[str, Iterator[_Piece | Skipped]]]:
 
 def _pieces(feed: CodeFeed, file: Text) -> Iterator[_Piece | Skipped]:
     language, seen = _language(feed, file.path) or "", Counter[str]()
-    for one in _cut(language, file.text):
+    for one in _cut(language, file.text, range(feed.min_lines, feed.max_lines + 1)):
         if isinstance(one, Flaw):
             yield Skipped(f"{file.path}:{one.line}", one.reason)
             continue
         seen[one.name] += 1
         name = one.name if seen[one.name] == 1 else f"{one.name}#{seen[one.name]}"
-        if not feed.min_lines <= one.lines <= feed.max_lines:
-            continue
         piece = _Piece(f"{file.path}::{name}", one)
         if max(map(len, one.code.split("\n"))) > _LONGEST_LINE:
             yield Skipped(piece.origin, f"has a line of more than {_LONGEST_LINE:,} characters, as data has")
-        elif not is_storable(one.code):
-            yield Skipped(piece.origin, "holds a character that no text has")
         else:
             yield piece
 
 
-def _cut(language: str, text: str) -> Iterator[Chunk | Flaw]:
+def _cut(language: str, text: str, lengths: range) -> Iterator[Chunk | Flaw]:
     try:
-        yield from cut_python(text) if language == "python" else grammars.cut(language, text)
+        yield from cut_python(text, lengths) if language == "python" else grammars.cut(language, text, lengths)
     except RecursionError:
         yield Flaw(1, "is nested too deep to be read")
 
@@ -239,8 +234,8 @@ def _language(feed: CodeFeed, name: str) -> str | None:
     """The language of a file by the end of its name, if it is one of the feed's."""
     suffix = PurePosixPath(name).suffix.lower()
     language = _SUFFIXES.get(suffix)
-    if suffix == ".h" and "c" not in feed.languages:
-        language = "cpp"
+    if suffix == ".h" and "cpp" in feed.languages:
+        language = "cpp"  # headers of C++ are no C, and most of C is C++
     return language if ("typescript" if language == "tsx" else language) in feed.languages else None
 
 

@@ -206,8 +206,6 @@ def _pairs(feed: DocumentsFeed, templates: list[Template], redact: Callable[[str
             continue
         elif len(file.text.strip()) < _SHORTEST_DOCUMENT:
             yield Skipped(file.path, "is empty or too short to make anything of")
-        elif not is_storable(file.text):
-            yield Skipped(file.path, "holds a character that no text has")
         else:
             title, text = _read(file)
             title, text = redact(title), redact(text)

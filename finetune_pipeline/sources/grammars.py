@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from finetune_pipeline.sources.chunks import LANGUAGES, Chunk, Flaw, comment_above, moved_left
+from finetune_pipeline.sources.chunks import ANY_LENGTH, LANGUAGES, Chunk, Flaw, comment_above, moved_left
 from finetune_pipeline.sources.item import SourceError
 
 if TYPE_CHECKING:
@@ -82,10 +82,13 @@ _DECLARATIONS = {
 }
 
 
-def cut(language: str, text: str) -> Iterator[Chunk | Flaw]:
+def cut(language: str, text: str, lengths: range = ANY_LENGTH) -> Iterator[Chunk | Flaw]:
     """The classes and functions of a file that have a body, in its order; those within functions stay with them.
 
     What the grammar does not read is a flaw; what of the file has no error inside is given nevertheless.
+
+    Args:
+        lengths: numbers of lines that are taken.
 
     Raises:
         SourceError: the language's grammar is not installed.
@@ -94,7 +97,7 @@ def cut(language: str, text: str) -> Iterator[Chunk | Flaw]:
     root = _parser(language).parse(source).root_node
     if root.has_error:
         yield Flaw(_first_error(root), f"is not {LANGUAGES[language]} that its grammar reads; what has an error is out")
-    yield from _Cutter(language, source, text.split("\n")).definitions(root, "")
+    yield from _Cutter(language, source, text.split("\n"), lengths).definitions(root, "")
 
 
 def parses(language: str, code: str, owner: str) -> bool:
@@ -128,6 +131,7 @@ class _Cutter:
     language: str
     source: bytes
     lines: list[str]
+    lengths: range
 
     def definitions(self, node: "Node", owner: str) -> Iterator[Chunk]:
         grammar = _GRAMMARS[self.language]
@@ -147,7 +151,7 @@ class _Cutter:
 
     def _chunk(self, outer: "Node", inner: "Node", owner: str) -> Iterator[Chunk]:
         name, first = _name(inner), _with_attributes(outer)
-        if outer.has_error or not name:
+        if outer.has_error or not name or outer.end_point.row - first.start_point.row + 1 not in self.lengths:
             return
         row, owner = first.start_point.row, _receiver(inner) or owner
         indent = self.lines[row][: len(self.lines[row]) - len(self.lines[row].lstrip())]
@@ -225,9 +229,11 @@ def _rows_inside_strings(node: "Node") -> Iterator[int]:
 
 
 def _first_error(node: "Node") -> int:
-    while not (node.is_error or node.is_missing):
-        node = next(child for child in node.children if child.has_error or child.is_missing)
-    return int(node.start_point.row) + 1
+    below: Node | None = node
+    while below is not None and not (below.is_error or below.is_missing):
+        node = below
+        below = next((child for child in node.children if child.has_error or child.is_missing), None)
+    return int((below or node).start_point.row) + 1
 
 
 def _text(node: "Node | None") -> str:
