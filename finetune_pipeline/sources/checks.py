@@ -25,6 +25,7 @@ _NAMED_LANGUAGE = re.compile(
     r"(?=\s+(?:function|method|class|struct|code|program|module|script)\b)"
 )
 _SAME_LANGUAGE = {"golang": "go", "c++": "cpp", "typescript": "tsx", "javascript": "tsx"}
+_PARTS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+")
 _CODE_LINE = re.compile(r"[=({\[;:]")
 _HEAD = re.compile(r"\s*(?:@|(?:async\s+)?def\b|class\b|func\b|(?:pub\s+)?fn\b)")
 _COMMON = words(
@@ -114,8 +115,12 @@ def parses(language: str, code: str, owner: str = "") -> bool:
 
 
 def is_about(text: str, chunk: Chunk) -> bool:
-    """Whether a text speaks of the chunk: it has its name, or two words of the names in it."""
-    if re.search(rf"(?<!\w){re.escape(chunk.own_name)}(?!\w)", text):
+    """Whether a text speaks of the chunk: it has its name, or two words of the names in it.
+
+    A name of one word, such as `read`, may be a word of any sentence: it counts as a name where it is written as one.
+    """
+    name = rf"(?<!\w){re.escape(chunk.own_name)}(?!\w)"
+    if re.search(name if len(_PARTS.findall(chunk.own_name)) > 1 else rf"{name}\(|`[^`]*{name}[^`]*`", text):
         return True
     return len(words(text) & (words(chunk.code) - _COMMON)) >= 2
 

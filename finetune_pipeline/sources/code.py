@@ -133,7 +133,7 @@ def _questions(
             question = _question(_ASKS_FOR_REQUESTS, clean.chunk, _ANSWER_TOKENS)
             yield ("code", clean, question), question
             if feed.refactorings:
-                question = _question(_ASKS_FOR_EARLIER_CODE, clean.chunk, _ANSWER_TOKENS + 2 * len(clean.chunk.code))
+                question = _question(_ASKS_FOR_EARLIER_CODE, clean.chunk, _ANSWER_TOKENS + len(clean.chunk.code) // 2)
                 yield ("refactoring", clean, question), question
 
 

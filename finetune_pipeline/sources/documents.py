@@ -76,12 +76,6 @@ class Template:
     instruction: str
     body: str
 
-    @property
-    def needs(self) -> list[str]:
-        """The placeholders in it that it is filled with."""
-        found = _PLACEHOLDER.findall(f"{self.instruction}\n{self.body}")
-        return [name for name in dict.fromkeys(found) if name in PLACEHOLDERS]
-
 
 @dataclass(frozen=True)
 class _Pair:
@@ -119,6 +113,11 @@ def read(feed: DocumentsFeed, mark: Any, *, redact: Callable[[str], str] | None 
         yield from _by_teacher(Teacher(feed.teacher), _pairs(feed, templates, redact))
 
 
+def placeholders(form: str) -> list[str]:
+    """What a form is filled with."""
+    return [name for name in dict.fromkeys(_PLACEHOLDER.findall(form)) if name in PLACEHOLDERS]
+
+
 def read_template(text: str) -> Template | str:
     """A template, or what is wrong with it."""
     match = _FRONT_MATTER.match(text)
@@ -133,7 +132,7 @@ def read_template(text: str) -> Template | str:
     if unknown := sorted(map(str, set(head) - {"name", "instruction"})):
         return f"{', '.join(unknown)}: only `name` and `instruction` are known"
     template = Template(name, instruction.strip(), body)
-    if not set(_PLACEHOLDER.findall(body)) & PLACEHOLDERS:
+    if not placeholders(body):
         return f"nothing in it is filled; it can have {{{'}, {'.join(sorted(PLACEHOLDERS))}}}"
     flaw = _diagram_flaw(body)
     return f"its form {flaw}" if flaw else template
@@ -145,7 +144,7 @@ def artifact_flaw(text: str, template: Template, document: str) -> str:
         return "is empty"
     if not is_storable(text):
         return "holds a character that no text has"
-    if any(f"{{{name}}}" in text for name in template.needs):
+    if any(f"{{{name}}}" in text for name in placeholders(template.body)):
         return "has placeholders left in it"
     if copied_share(text, document) >= _COPIED_SHARE:
         return "is a copy of the document"
@@ -227,10 +226,15 @@ def _read(file: Text) -> tuple[str, str]:
 
 
 def _filled(pair: _Pair) -> Item | Skipped:
-    missing = [name for name in pair.template.needs if not pair.known[name]]
-    if missing:
-        return Skipped(pair.origin, f"the document names no {', '.join(missing)}, which the template needs")
-    return _item(pair, _fill(pair.template.body, pair.known))
+    missing = _missing(pair, f"{pair.template.instruction}\n{pair.template.body}")
+    return missing or _item(pair, _fill(pair.template.body, pair.known))
+
+
+def _missing(pair: _Pair, form: str) -> Skipped | None:
+    """What a form is to be filled with and the document does not say."""
+    names = [name for name in placeholders(form) if not pair.known[name]]
+    reason = f"the document names no {', '.join(names)}, which the template needs"
+    return Skipped(pair.origin, reason) if names else None
 
 
 def _by_teacher(teacher: Teacher, pairs: Iterator[_Pair | Skipped]) -> Reading:
@@ -240,6 +244,8 @@ def _by_teacher(teacher: Teacher, pairs: Iterator[_Pair | Skipped]) -> Reading:
         for pair in pairs:
             if isinstance(pair, Skipped):
                 skipped.append(pair)
+            elif missing := _missing(pair, pair.template.instruction):
+                skipped.append(missing)
             else:
                 yield pair, _question(pair)
 

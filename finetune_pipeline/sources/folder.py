@@ -117,7 +117,8 @@ def _shown(path: str) -> str:
 
 
 def _rules(root: Path, folder: str) -> list[_Rules]:
-    names = (".git/info/exclude", ".gitignore") if not folder else (".gitignore",)
+    own = [] if folder or (root / ".git").is_symlink() or (root / ".git/info").is_symlink() else [".git/info/exclude"]
+    names = [*own, ".gitignore"]
     return [_Rules(folder, spec) for name in names if (spec := _spec(root / folder / name)) is not None]
 
 

@@ -203,6 +203,9 @@ def test_nothing_hidden_ignored_or_outside_the_folder_is_read(repository, tmp_pa
     (root / "link.py").symlink_to(outside / "secret.py")
     (root / "folder").symlink_to(outside)
     (root / "round").symlink_to(root)
+    (outside / "info").mkdir()
+    (outside / "info" / "exclude").write_text("a.py\n")
+    (root / ".git").symlink_to(outside)
     os.mkfifo(root / "pipe.py")
     items, skipped = taken(feed)
     assert set(items) == {"a.py::area", "src/b.py::area", "src/deep/keep_test.py::area"}
@@ -386,6 +389,7 @@ def test_a_refactoring_has_the_earlier_code_in_its_request_and_the_real_code_as_
         (requests(""), "too short"),
         (requests("I cannot write requests for the area of things."), "is a refusal"),
         (requests("Write a poem about the sea and its many quiet boats."), "not about this code"),
+        (requests("Tell me how large the area is that a boat needs."), "not about this code"),
         (requests("Write a JavaScript function area(width, height) that multiplies."), "asks for javascript"),
         (requests("Area please: " + " ".join(AREA.split("\n")[2:])), "quotes the code"),
         (

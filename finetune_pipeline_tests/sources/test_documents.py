@@ -211,6 +211,13 @@ def test_the_headings_of_a_template_are_kept(folders):
     assert "a.md::api" in taught(folders, f"{answer}\n\n##  Endpoints\n\nnone", {"a.md": NOTE + "More."}, template)[0]
 
 
+def test_an_instruction_that_lacks_what_it_speaks_of_is_not_asked(folders):
+    template = FLOW.replace("{title}", "{decisions}")
+    items, skipped, server = taught(folders, DIAGRAM, template=template)
+    assert (items, server.asked) == ({}, [])
+    assert skipped == {"a.md::flow": "the document names no decisions, which the template needs"}
+
+
 def test_personal_data_of_a_note_does_not_leave_for_a_teacher(folders):
     note = f"{NOTE}\nWrite to ana.lind@example.org, password: Sommer2024! and so on.\n"
     items, _, server = taught(folders, DIAGRAM, {"a.md": note})
