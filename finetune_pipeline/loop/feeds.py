@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from typing import Any
@@ -12,12 +13,13 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import bring_back, of_source, record, withdraw
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
-from finetune_pipeline.settings import INGESTED, Feed, LogsFeed, LoopSettings
+from finetune_pipeline.settings import INGESTED, CodeFeed, DocumentsFeed, Feed, LogsFeed, LoopSettings
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
 
 _BATCH = 1_000
@@ -71,7 +73,10 @@ def read_feeds(loop: LoopSettings, database: Database, tell: Callable[[str], Non
 
 def reader(feed: Feed) -> Reader:
     """What reads a source: `read` of the module of `finetune_pipeline.sources` that is named as its kind."""
-    read: Reader = import_module(f"finetune_pipeline.sources.{feed.kind}").read
+    module: Any = import_module(f"finetune_pipeline.sources.{feed.kind}")
+    read: Reader = module.read
+    if isinstance(feed, CodeFeed | DocumentsFeed):  # what goes to a teacher is redacted first
+        read = partial(module.read, redact=lambda text: redact(text).text)
     return read
 
 

@@ -1,0 +1,84 @@
+"""A repository of 2,000 Python files read as a source, without a teacher: files of this environment's own packages.
+
+What is measured is `sources.code.read` to its end, in a process of its own: walking, cutting, requests. The whole
+reading into a loop's store is measured besides.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import publish
+from finetune_pipeline.settings import CodeFeed, load_loop
+
+FILES = 2_000
+LIMIT_SECONDS = 30
+
+
+def main() -> None:
+    """Copy the files, read them, and tell."""
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
+        repository = Path(folder) / "repository"
+        size = _copy(repository)
+        env = {**os.environ, "FINETUNE_HOME": f"{folder}/home"}
+        command = [sys.executable, "-m", "benchmarks.code", str(repository)]
+        output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    figures = {"files": FILES, "megabytes": size / 1e6, "limit_seconds": LIMIT_SECONDS, **json.loads(output)}
+    rows = [
+        ["reading (walk, cut, requests)", f"{figures['read_seconds']:.1f} s", f"{LIMIT_SECONDS} s"],
+        ["of it on the processor", f"{figures['read_cpu_seconds']:.1f} s", ""],
+        ["reading into an empty store", f"{figures['store_seconds']:.1f} s", ""],
+        ["reading again, nothing new", f"{figures['again_seconds']:.1f} s", ""],
+        ["peak memory", f"{figures['peak_mb']:.0f} MB", ""],
+    ]
+    publish("code", [f"{FILES:,} files, {figures['items']:,} items", "measured", "at most"], rows, figures)
+
+
+def measure(repository: str) -> dict[str, Any]:
+    """Read a repository by itself, then into a loop's store, then again."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.loop.feeds import read_feed, reader
+    from finetune_pipeline.sources.code import read
+    from finetune_pipeline.sources.item import Item
+
+    feed = CodeFeed(kind="code", name="repository", path=repository)
+    started = time.perf_counter()
+    found = list(read(feed, None))
+    seconds, cpu_seconds = [time.perf_counter() - started], time.process_time()
+    loop, database = load_loop("aec_parser"), connect()
+    for _ in range(2):
+        started = time.perf_counter()
+        read_feed(loop, feed, database, reader(feed))
+        seconds.append(time.perf_counter() - started)
+    items = sum(isinstance(one, Item) for one in found)
+    return {
+        **dict(zip(("read_seconds", "store_seconds", "again_seconds"), seconds, strict=True)),
+        "read_cpu_seconds": cpu_seconds, "items": items, "skipped": len(found) - items,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }  # fmt: skip
+
+
+def _copy(repository: Path) -> int:
+    """2,000 files of the standard library and of installed packages, of 1 to 200 kB; returns their bytes."""
+    size = taken = 0
+    for root in (Path(sysconfig.get_paths()["stdlib"]), Path(sysconfig.get_paths()["purelib"])):
+        for path in sorted(root.rglob("*.py")):
+            data = path.read_bytes()
+            if taken == FILES or not 1_000 <= len(data) <= 200_000:
+                continue
+            target = repository / f"part{taken // 100:02}" / f"{taken:04}_{path.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+            size, taken = size + len(data), taken + 1
+    return size
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))

@@ -1,0 +1,149 @@
+"""What a meeting note or a list of requirements says plainly, taken out by its form, to fill a template with.
+
+Nothing is guessed: what a document does not say in one of these forms is not found, and a template that needs it is not
+filled.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+_HEADING = re.compile(r"^#{1,6}[ \t]+(?P<text>\S.*)$", re.M)
+_BULLET = re.compile(r"^[ \t]*(?:[-*+]|\d{1,3}[.)])[ \t]+(?:\[[ xX]\][ \t]+)?(?P<text>\S.*)$", re.M)
+_NAMED_BLOCK = r"^[ \t]*(?:[-*+][ \t]+)?(?:\*\*|__)?(?:{names})(?:\*\*|__)?[ \t]*:(?:\*\*|__)?[ \t]*(?P<text>\S.*)$"
+_ACTORS = re.compile(
+    _NAMED_BLOCK.format(names="attendees|participants|present|actors|stakeholders|people"), re.I | re.M
+)
+_DECISIONS = re.compile(_NAMED_BLOCK.format(names="decision|decided|we decided"), re.I | re.M)
+_ACTIONS = re.compile(_NAMED_BLOCK.format(names="action|action item|todo|to do|next step"), re.I | re.M)
+_NAMED = re.compile(r"\s*(?:\*\*|__)?[A-Z][\w -]{1,30}(?:\*\*|__)?:")
+_STORY = re.compile(r"\bAs an? (?P<text>[A-Za-z][\w -]{1,40}?),? I (?:want|need|can|would like|must)\b", re.I)
+_SPOKEN = re.compile(r"^[ \t]*(?:[-*+][ \t]+)?\*\*(?P<text>[A-Z][\w .'-]{1,40}?)(?::\*\*|\*\*:)", re.M)
+_REQUIREMENT = re.compile(r"\b(?:must|shall|should|needs? to)\b|\bAs an? [\w -]{2,40}?,? I (?:want|need)\b", re.I)
+_ENTITY = re.compile(
+    r"^[ \t]*(?:[-*+][ \t]+)?(?:An?|The|Each|Every)[ \t]+(?:\*\*|`)?(?P<name>[A-Za-z][\w -]{0,40}?)(?:\*\*|`)?[ \t]+"
+    r"(?:has|have|holds|consists of|contains)[ \t]+(?P<fields>[^.;:/`\n]{3,300})", re.M,
+)  # fmt: skip
+_ENDPOINT = re.compile(r"\b(?P<text>(?:GET|POST|PUT|PATCH|DELETE)[ \t]+/[\w/{}:.-]*)")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_MARKS = re.compile(r"[*_`]{1,3}")
+_UNFIT_IN_DIAGRAM = re.compile(r"[^\w .,'/&-]+")
+_MOST = 30
+
+PLACEHOLDERS = frozenset(
+    {
+        "title", "summary", "sections", "points", "actors", "decisions", "actions", "requirements", "endpoints",
+        "entities", "participants", "flow", "mindmap", "entity_blocks",
+    }
+)  # fmt: skip
+"""Everything that a template can be filled with: the keys of `facts`."""
+
+
+def facts(title: str, text: str) -> dict[str, str]:
+    """What each placeholder of a template stands for in this document; empty where the document says nothing of it."""
+    lines = _lines_of(text)
+    actors = _unique([*_listed(_ACTORS, text), *_found(_STORY, text), *_found(_SPOKEN, text)])
+    sections = _unique(match["text"] for match in _HEADING.finditer(text) if _plain(match["text"]) != title)
+    entities = _entities(text)
+    known = {
+        "sections": sections,
+        "points": _unique(_found(_BULLET, text)),
+        "actors": actors,
+        "decisions": _unique([*_found(_DECISIONS, text), *_under(text, "decision")]),
+        "actions": _unique([*_found(_ACTIONS, text), *_under(text, "action", "next step", "todo")]),
+        "requirements": _unique(line for line in lines if _REQUIREMENT.search(line)),
+        "endpoints": _unique(_found(_ENDPOINT, text)),
+        "entities": [f"{name}: {', '.join(fields)}" for name, fields in entities.items()],
+    }
+    return {
+        "title": title,
+        "summary": _summary(text),
+        **{name: _bullets(values) for name, values in known.items()},
+        "participants": _diagram(actors, lambda n, label: f"    participant p{n} as {label}"),
+        "flow": _flow(sections),
+        "mindmap": _diagram(sections, lambda n, label: f"    {label}"),
+        "entity_blocks": "\n".join(_entity_block(name, fields) for name, fields in entities.items()),
+    }
+
+
+def _entities(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for match in _ENTITY.finditer(text):
+        fields = [_plain(re.sub(r"^(?:an?|the|its|one|several|many)\s+", "", field.strip(), flags=re.I))
+                  for field in re.split(r",\s*(?:and\s+)?|\s+and\s+", match["fields"])]  # fmt: skip
+        name = _plain(match["name"])
+        found[name] = _unique([*found.get(name, []), *filter(None, fields)])
+    return dict(list(found.items())[:_MOST])
+
+
+def _entity_block(name: str, fields: list[str]) -> str:
+    rows = "\n".join(f"        string {_identifier(field)}" for field in fields)
+    return f"    {_identifier(name).upper()} {{\n{rows}\n    }}"
+
+
+def _flow(sections: list[str]) -> str:
+    labels = [label for section in sections if (label := _label(section))]
+    nodes = [f'    s{n}["{label}"]' for n, label in enumerate(labels, start=1)]
+    arrows = [f"    s{n} --> s{n + 1}" for n in range(1, len(labels))]
+    return "\n".join([*nodes, *arrows])
+
+
+def _diagram(values: list[str], line: Callable[[int, str], str]) -> str:
+    labels = [label for value in values if (label := _label(value))]
+    return "\n".join(line(n, label) for n, label in enumerate(labels, start=1))
+
+
+def _label(text: str) -> str:
+    """What can stand in any Mermaid diagram without meaning anything there."""
+    label = " ".join(_UNFIT_IN_DIAGRAM.sub(" ", text).split())
+    return f"{label}_" if label.lower() == "end" else label
+
+
+def _identifier(text: str) -> str:
+    return re.sub(r"\W+", "_", text).strip("_").lower() or "field"
+
+
+def _summary(text: str) -> str:
+    for paragraph in re.split(r"\n\s*\n", text):
+        prose = not paragraph.lstrip().startswith(("#", "-", "*", "+", "|", ">", "`")) and not _NAMED.match(paragraph)
+        if prose and len(paragraph.split()) > 4 and paragraph.rstrip().endswith((".", "!", "?")):
+            return " ".join(_MARKS.sub("", paragraph).split())
+    return ""
+
+
+def _lines_of(text: str) -> list[str]:
+    """Sentences and list entries, one each."""
+    lines = [re.sub(r"^[ \t]*(?:[-*+]|\d{1,3}[.)])[ \t]+(?:\[[ xX]\][ \t]+)?", "", line) for line in text.splitlines()]
+    return [part for line in lines if not line.startswith("#") for part in _SENTENCE.split(line)]
+
+
+def _under(text: str, *names: str) -> list[str]:
+    """The list entries of the sections whose heading has one of these words."""
+    headings = [*_HEADING.finditer(text)]
+    ends = [*(heading.start() for heading in headings[1:]), len(text)]
+    found: list[str] = []
+    for heading, end in zip(headings, ends, strict=False):
+        if any(name in heading["text"].lower() for name in names):
+            found += _found(_BULLET, text[heading.end() : end])
+    return found
+
+
+def _found(pattern: re.Pattern[str], text: str) -> list[str]:
+    return [match["text"] for match in pattern.finditer(text)]
+
+
+def _listed(pattern: re.Pattern[str], text: str) -> list[str]:
+    return [part for line in _found(pattern, text) for part in re.split(r",|;|\s+and\s+", line)]
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    plain = (_plain(value) for value in values)
+    return list(dict.fromkeys(value for value in plain if value))[:_MOST]
+
+
+def _bullets(values: list[str]) -> str:
+    return "\n".join(f"- {value}" for value in values)
+
+
+def _plain(text: str) -> str:
+    """One line without marks of Markdown; no fence can come out of it."""
+    return " ".join(_MARKS.sub("", text).split()).strip(" .#")

@@ -1,0 +1,249 @@
+"""Classes and functions of languages other than Python, cut with tree-sitter; needs the extra `code`.
+
+Each grammar is a package of its own that carries its parser: nothing is fetched when it is used.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from finetune_pipeline.sources.chunks import ANY_LENGTH, LANGUAGES, Chunk, Flaw, comment_above, moved_left
+from finetune_pipeline.sources.item import SourceError
+
+if TYPE_CHECKING:
+    from tree_sitter import Node, Parser
+
+
+@dataclass(frozen=True)
+class _Grammar:
+    """What of a language's syntax tree is cut.
+
+    Attributes:
+        package: what carries the parser.
+        functions, types: node -> what people call it; what stands in a type is a method of it.
+        inside: nodes that are looked into besides -> the field that names what stands in them, if any.
+        wrapped: a method alone in a file, so that it parses.
+        function: what of the package gives the language.
+    """
+
+    package: str
+    functions: Mapping[str, str]
+    types: Mapping[str, str]
+    inside: Mapping[str, str] = field(default_factory=dict)
+    wrapped: str = "class {owner} {{\n{code}\n}}"
+    function: str = "language"
+
+
+_SCRIPT_FUNCTIONS = {
+    "function_declaration": "function", "generator_function_declaration": "generator function",
+    "method_definition": "method", "arrow_function": "function", "function_expression": "function",
+}  # fmt: skip
+_C_INSIDE = {"preproc_if": "", "preproc_ifdef": "", "preproc_else": "", "linkage_specification": ""}
+_GRAMMARS = {
+    "javascript": _Grammar("tree_sitter_javascript", _SCRIPT_FUNCTIONS, {"class_declaration": "class"}),
+    "typescript": _Grammar(
+        "tree_sitter_typescript", _SCRIPT_FUNCTIONS,
+        {"class_declaration": "class", "abstract_class_declaration": "abstract class",
+         "interface_declaration": "interface"},
+        {"internal_module": "name", "module": "", "expression_statement": "", "statement_block": ""},
+        function="language_typescript",
+    ),
+    "go": _Grammar(
+        "tree_sitter_go", {"function_declaration": "function", "method_declaration": "method"},
+        {"struct_type": "struct", "interface_type": "interface"}, wrapped="{code}",
+    ),
+    "rust": _Grammar(
+        "tree_sitter_rust", {"function_item": "function"},
+        {"struct_item": "struct", "enum_item": "enum", "trait_item": "trait"},
+        {"impl_item": "type", "mod_item": "name", "declaration_list": ""}, "impl {owner} {{\n{code}\n}}",
+    ),
+    "java": _Grammar(
+        "tree_sitter_java", {"method_declaration": "method", "constructor_declaration": "constructor"},
+        {"class_declaration": "class", "interface_declaration": "interface", "enum_declaration": "enum",
+         "record_declaration": "record"},
+        {"enum_body_declarations": ""},
+    ),
+    "c": _Grammar("tree_sitter_c", {"function_definition": "function"}, {}, _C_INSIDE, "{code}"),
+    "cpp": _Grammar(
+        "tree_sitter_cpp", {"function_definition": "function"},
+        {"class_specifier": "class", "struct_specifier": "struct"},
+        {"namespace_definition": "name", "declaration_list": "", "declaration": "", **_C_INSIDE},
+        "class {owner} {{\n{code}\n}};",
+    ),
+}  # fmt: skip
+_GRAMMARS["tsx"] = replace(_GRAMMARS["typescript"], function="language_tsx")
+_AROUND = {"export_statement", "template_declaration"}  # of a definition, and part of it
+_DECLARATIONS = {
+    "lexical_declaration": ("value", {"arrow_function", "function_expression"}),
+    "type_declaration": ("type", {"struct_type", "interface_type"}),
+}
+
+
+def cut(language: str, text: str, lengths: range = ANY_LENGTH) -> Iterator[Chunk | Flaw]:
+    """The classes and functions of a file that have a body, in its order; those within functions stay with them.
+
+    What the grammar does not read is a flaw; what of the file has no error inside is given nevertheless.
+
+    Args:
+        lengths: numbers of lines that are taken.
+
+    Raises:
+        SourceError: the language's grammar is not installed.
+    """
+    source = text.encode()
+    root = _parser(language).parse(source).root_node
+    if root.has_error:
+        yield Flaw(_first_error(root), f"is not {LANGUAGES[language]} that its grammar reads; what has an error is out")
+    yield from _Cutter(language, source, text.split("\n"), lengths).definitions(root, "")
+
+
+def parses(language: str, code: str, owner: str) -> bool:
+    """Whether it is that language; a method is read inside what it belongs to."""
+    sources = [code, *([in_its_type(language, code, owner)] if owner else [])]
+    return any(not _parser(language).parse(f"{source}\n".encode()).root_node.has_error for source in sources)
+
+
+def in_its_type(language: str, code: str, owner: str) -> str:
+    """A method with as much of its class around it as its grammar asks for."""
+    return _GRAMMARS[language].wrapped.format(owner=owner.rpartition(".")[2], code=code)
+
+
+@lru_cache
+def _parser(language: str) -> "Parser":
+    grammar = _GRAMMARS[language]
+    try:
+        from tree_sitter import Language, Parser
+
+        package = import_module(grammar.package)
+    except ImportError as error:
+        raise SourceError(
+            f"{LANGUAGES[language]} is read with {error.name}, which is not installed: "
+            "pip install 'finetune-pipeline[code]'"
+        ) from error
+    return Parser(Language(getattr(package, grammar.function)()))
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    language: str
+    source: bytes
+    lines: list[str]
+    lengths: range
+
+    def definitions(self, node: "Node", owner: str) -> Iterator[Chunk]:
+        grammar = _GRAMMARS[self.language]
+        for outer in node.named_children:
+            inner = _unwrapped(outer)
+            body = inner.child_by_field_name("body")
+            if inner.type in grammar.functions and body is not None:
+                yield from self._chunk(outer, inner, owner)
+            elif inner.type in grammar.types:
+                yield from self._chunk(outer, inner, owner)
+                if body is not None:
+                    yield from self.definitions(body, _joined(owner, _name(inner)))
+            elif inner.type in grammar.inside:
+                by = grammar.inside[inner.type]
+                name = _plain(_text(inner.child_by_field_name(by))) if by else ""
+                yield from self.definitions(body or inner, _joined(owner, name))
+
+    def _chunk(self, outer: "Node", inner: "Node", owner: str) -> Iterator[Chunk]:
+        name, first = _name(inner), _with_attributes(outer)
+        if outer.has_error or not name or outer.end_point.row - first.start_point.row + 1 not in self.lengths:
+            return
+        row, owner = first.start_point.row, _receiver(inner) or owner
+        indent = self.lines[row][: len(self.lines[row]) - len(self.lines[row].lstrip())]
+        end = outer.end_byte + (self.source[outer.end_byte : outer.end_byte + 1] == b";")
+        own = (indent + self.source[first.start_byte : end].decode()).split("\n")
+        kept = {inside - row for inside in _rows_inside_strings(outer)} if indent else set()
+        yield Chunk(
+            self.language, self._kind(inner, owner), _joined(owner, name), row + 1, moved_left(own, kept),
+            self._signature(outer, inner), comment_above(self.lines, row),
+        )  # fmt: skip
+
+    def _kind(self, inner: "Node", owner: str) -> str:
+        grammar = _GRAMMARS[self.language]
+        kind = grammar.functions.get(inner.type) or grammar.types[inner.type]
+        within = inner.parent.parent if inner.parent is not None else None
+        in_type = within is not None and within.type in {"impl_item", "trait_item", *grammar.types}
+        return "method" if kind == "function" and owner and in_type else kind
+
+    def _signature(self, outer: "Node", inner: "Node") -> str:
+        body = inner.child_by_field_name("body")
+        end = body.start_byte if body is not None else outer.end_byte
+        head = self.source[outer.start_byte : end].decode()
+        if body is None:
+            head = head.partition("{")[0]
+        return " ".join(head.split()).removesuffix("=>").rstrip(" {=")
+
+
+def _unwrapped(node: "Node") -> "Node":
+    """The definition itself, without `export`, `template <...>`, `const name =`, `type name`."""
+    if node.type in _AROUND and node.named_children:
+        return _unwrapped(node.child_by_field_name("declaration") or node.named_children[-1])
+    if node.type in _DECLARATIONS and len(node.named_children) == 1:
+        by, wanted = _DECLARATIONS[node.type]
+        value = node.named_children[0].child_by_field_name(by)
+        if value is not None and value.type in wanted:
+            return value
+    return node
+
+
+def _name(node: "Node") -> str:
+    """A definition's name: its own, or of what it is given to; in C behind its declarators."""
+    named = node.child_by_field_name("name")
+    if named is None and node.parent is not None and node.parent.type in {"variable_declarator", "type_spec"}:
+        named = node.parent.child_by_field_name("name")
+    while named is None and (inner := node.child_by_field_name("declarator")) is not None:
+        node = inner
+        if node.child_by_field_name("declarator") is None:
+            named = node
+    return _plain(_text(named))
+
+
+def _receiver(node: "Node") -> str:
+    """What a method of Go belongs to."""
+    receiver = node.child_by_field_name("receiver")
+    found = re.search(r"(\w+)\s*(?:\[[^)]*)?\)$", _text(receiver))
+    return found[1] if found else ""
+
+
+def _with_attributes(node: "Node") -> "Node":
+    while (before := node.prev_named_sibling) is not None and before.type in {"attribute_item", "decorator"}:
+        node = before
+    return node
+
+
+def _rows_inside_strings(node: "Node") -> Iterator[int]:
+    nodes = [node]
+    while nodes:
+        one = nodes.pop()
+        if one.start_point.row == one.end_point.row:
+            continue
+        if "string" in one.type:
+            yield from range(one.start_point.row + 1, one.end_point.row + 1)
+        else:
+            nodes += one.children
+
+
+def _first_error(node: "Node") -> int:
+    below: Node | None = node
+    while below is not None and not (below.is_error or below.is_missing):
+        node = below
+        below = next((child for child in node.children if child.has_error or child.is_missing), None)
+    return int((below or node).start_point.row) + 1
+
+
+def _text(node: "Node | None") -> str:
+    return (node.text or b"").decode() if node is not None else ""
+
+
+def _plain(name: str) -> str:
+    """A name without type parameters, and with dots between its parts."""
+    return re.sub(r"<.*", "", name, flags=re.DOTALL).replace("::", ".").strip()
+
+
+def _joined(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner and name else owner or name

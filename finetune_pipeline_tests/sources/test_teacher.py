@@ -1,0 +1,222 @@
+"""The teacher over real HTTP: what is paid once, what is asked again, when it stops."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from finetune_pipeline.settings import PROJECT_ROOT, home
+from finetune_pipeline.sources import teacher as module
+from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.teacher import Question, Teacher
+
+from .endpoint import error, said, teaching
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_WAIT", 0.02)
+
+
+def question(name, answer=50):
+    return name, Question("You teach.", f"Question {name}", answer)
+
+
+def ask(settings, *names, answer=50):
+    return {
+        one.asked_for: one.text or one.reason for one in Teacher(settings).answers(question(n, answer) for n in names)
+    }
+
+
+def echo(body, number):
+    return said(body["messages"][-1]["content"].replace("Question", "Answer"))
+
+
+def slowly(body, number):
+    time.sleep(0.03)
+    return echo(body, number)
+
+
+def test_answers_come_in_the_order_of_the_questions_and_are_paid_for_once():
+    names = [f"q{n}" for n in range(20)]
+    with teaching(slowly) as (server, settings):
+        assert list(ask(settings, *names).items()) == [(name, f"Answer {name}") for name in names]
+        assert ask(settings, *names)["q7"] == "Answer q7"
+        assert len(server.asked) == 20
+        assert 2 <= server.most_at_once <= settings.parallel
+        ask(settings.model_copy(update={"model": "another"}), "q1")
+        assert len(server.asked) == 21
+        assert server.asked[0]["model"] == "m"
+        assert server.asked[0]["max_tokens"] == 50
+
+
+def test_the_same_question_at_the_same_time_is_asked_once():
+    def slow(body, number):
+        time.sleep(0.2)
+        return echo(body, number)
+
+    with teaching(slow) as (server, settings):
+        asked = [(n, Question("You teach.", "the very same", 50)) for n in range(4)]
+        assert len([answer for answer in Teacher(settings).answers(asked) if answer.text]) == 4
+        assert len(server.asked) == 1
+
+
+def test_retry_after_is_waited_for():
+    def busy_at_first(body, number):
+        return error(429, **{"Retry-After": "1"}) if number == 1 else echo(body, number)
+
+    with teaching(busy_at_first) as (server, settings):
+        started = time.monotonic()
+        assert ask(settings, "a") == {"a": "Answer a"}
+        assert time.monotonic() - started >= 1
+        assert len(server.asked) == 2
+
+
+def test_one_that_asks_to_come_back_in_an_hour_is_not_waited_for():
+    with teaching(lambda body, number: error(429, **{"Retry-After": "3600"})) as (server, settings):
+        assert "come back in 3600 seconds" in ask(settings, "a")["a"]
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        error(500),
+        error(503, **{"Retry-After": "0"}),
+        (200, {}, b"<html>proxy error</html>"),
+        (200, {}, b'{"error": {"message": "overloaded"}}'),
+        (200, {}, b'{"choices": []}'),
+        (200, {}, b"[[[" * 100_000),
+        (200, {"Content-Length": "9999"}, b'{"choices"'),  # breaks off
+    ],
+    ids=["500", "503", "html", "error", "empty", "deep", "broken"],
+)
+def test_what_fails_for_once_is_tried_again(fault):
+    def script(body, number):
+        return fault if number == 1 else echo(body, number)
+
+    with teaching(script, timeout_seconds=2) as (server, settings):
+        assert ask(settings, "a") == {"a": "Answer a"}
+        assert len(server.asked) == 2
+
+
+def test_an_answer_that_does_not_come_in_time_is_tried_again():
+    def script(body, number):
+        if number == 1:
+            time.sleep(1)
+        return echo(body, number)
+
+    with teaching(script, timeout_seconds=0.7) as (server, settings):
+        assert ask(settings, "a") == {"a": "Answer a"}
+        assert len(server.asked) >= 2
+
+
+def test_an_endpoint_that_is_down_ends_the_reading_and_what_it_answered_is_kept():
+    def script(body, number):
+        return echo(body, number) if "good" in body["messages"][-1]["content"] else error(500)
+
+    with teaching(script, attempts=2, parallel=1) as (server, settings):
+        with pytest.raises(SourceError, match=r"none of 3 questions in a row .*500.*what it has answered is kept"):
+            ask(settings, "good", "b", "c", "d", "e")
+        before = len(server.asked)
+        assert ask(settings, "good") == {"good": "Answer good"}
+        assert len(server.asked) == before
+
+
+def test_the_budget_is_never_passed_and_the_next_reading_goes_on():
+    names = [f"q{n}" for n in range(12)]
+    with teaching(echo, max_tokens=500, parallel=3) as (server, settings):
+        first = ask(settings, *names)
+        assert 100 * len(server.asked) <= 500
+        assert {text for text in first.values() if text.startswith("budget")} == {
+            "budget: no tokens are left of the 500 of one reading (teacher.max_tokens); the next reading goes on here"
+        }
+        for _ in range(5):
+            given = ask(settings, *names)
+            assert [name for name, text in first.items() if text.startswith("Answer") and given[name] != text] == []
+        assert all(text.startswith("Answer") for text in given.values())
+        assert set(server.by_question.values()) == {1}
+
+
+def test_an_endpoint_that_tells_no_usage_is_counted_by_the_length_of_its_texts():
+    def silent(body, number):
+        return 200, {}, b'{"choices": [{"message": {"content": "Answer"}, "finish_reason": "stop"}], "usage": null}'
+
+    with teaching(silent, max_tokens=400, parallel=1) as (server, settings):
+        ask(settings, *"abcdefghij")
+        assert 1 < len(server.asked) < 8
+
+
+def test_a_key_that_is_missing_or_wrong_is_named_and_never_shown(monkeypatch):
+    def wrong(body, number):
+        return error(401, "Incorrect API key provided: sk-very-secret-value")
+
+    with teaching(wrong, api_key_env="TEACHER_KEY") as (server, settings):
+        with pytest.raises(SourceError, match="TEACHER_KEY is not set"):
+            Teacher(settings)
+        monkeypatch.setenv("TEACHER_KEY", "sk-very-secret-value")
+        with pytest.raises(SourceError, match="TEACHER_KEY") as raised:
+            ask(settings, "a")
+        assert "secret-value" not in str(raised.value)
+        assert server.headers[0]["Authorization"] == "Bearer sk-very-secret-value"
+        server.script = lambda body, number: error(422, "key sk-very-secret-value is not good for this")
+        assert "secret-value" not in ask(settings, "a")["a"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (said("I'm sorry, but I can't help with that."), "refused to answer"),
+        (said(None, refusal="no"), "refused to answer"),
+        (said("half an ans", finish="length"), "cut off at 50 tokens"),
+        (said("  "), "is empty"),
+    ],
+)
+def test_an_answer_that_is_none_is_said_and_not_paid_for_again(reply, reason):
+    with teaching(lambda body, number: reply) as (server, settings):
+        assert reason in ask(settings, "a")["a"]
+        assert reason in ask(settings, "a")["a"]
+        assert len(server.asked) == 1
+
+
+def test_what_a_model_thought_before_its_answer_is_no_part_of_it():
+    with teaching(lambda body, number: said("<think>\nHm.\n</think>\n\nAnswer")) as (_, settings):
+        assert ask(settings, "a") == {"a": "Answer"}
+
+
+def test_models_that_know_only_the_newer_name_of_the_limit_are_asked_by_it():
+    def newer(body, number):
+        if "max_tokens" in body:
+            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return echo(body, number)
+
+    with teaching(newer, parallel=1) as (server, settings):
+        assert ask(settings, "a", "b") == {"a": "Answer a", "b": "Answer b"}
+        assert [body.get("max_completion_tokens") for body in server.asked] == [None, 50, 50]
+
+
+READING = """
+import sys
+from finetune_pipeline.settings import TeacherSettings
+from finetune_pipeline.sources.teacher import Question, Teacher
+settings = TeacherSettings(url=sys.argv[1], model="m", parallel=3)
+questions = [(n, Question("You teach.", f"Question q{n}", 50)) for n in range(30)]
+print(sum(bool(answer.text) for answer in Teacher(settings).answers(questions)))
+"""
+
+
+def test_a_kill_loses_at_most_what_was_under_way():
+    with teaching(slowly) as (server, settings):
+        command = [sys.executable, "-c", READING, settings.url]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "FINETUNE_HOME": str(home())}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+            while len(server.asked) < 10:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "30"
+        assert len(server.asked) <= 30 + 3
+        assert len(server.by_question) == 30
