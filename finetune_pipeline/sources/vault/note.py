@@ -48,10 +48,8 @@ class Rules:
 
     def kind(self, found: Iterable[str]) -> str | None:
         """The kind that tags stand for; a nested one (`decision/architecture`) counts for those it is nested in."""
-        outer = {
-            "/".join(parts[:n]) for tag in found for parts in [_fold(tag).split("/")] for n in range(1, 1 + len(parts))
-        }
-        return next((kind for tag, kind in self.tags.items() if tag in outer), None)
+        folded = tuple(_fold(tag) + "/" for tag in found)
+        return next((kind for tag, kind in self.tags.items() if any(one.startswith(tag + "/") for one in folded)), None)
 
     def is_private(self, text: str) -> bool:
         """Whether a private tag stands in a text.
