@@ -14,33 +14,37 @@ from finetune_pipeline.sources.vault import read
 NOTES = 10_000
 RUNS = 3
 LIMIT_SECONDS = 20
-WORDS = (
-    "wall beam roof saw timber mill crane clay water permit price week team plan office storage record event model "
-    "answer choice reason because after before we they it was is keeps holds needs shows the a of in on with and"
-).split()
+WORDS = [
+    "wall", "beam", "roof", "saw", "timber", "mill", "crane", "clay", "water", "permit", "price", "week", "team", "plan",
+    "office", "storage", "record", "event", "model", "answer", "choice", "reason", "because", "after", "before", "we",
+    "they", "it", "was", "is", "keeps", "holds", "needs", "shows", "the", "a", "of", "in", "on", "with", "and",
+]  # fmt: skip
 
 
 def main() -> None:
     """Write the vault, read it, and say how long reading took."""
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
-        size = write_vault(Path(folder), NOTES)
-        figures = {**vault(Path(folder)), "notes": NOTES, "megabytes": size / 1e6, "limit_seconds": LIMIT_SECONDS}
+        megabytes = write_vault(Path(folder), NOTES) / 1e6
+        found = vault(Path(folder))
     row = [
-        f"{NOTES:,}", f"{figures['megabytes']:.1f} MB", f"{figures['items']:,}",
-        f"{figures['best_seconds']:.2f} s", f"{max(figures['seconds']):.2f} s", f"{figures['peak_mb']:.0f} MB",
+        f"{NOTES:,}", f"{megabytes:.1f} MB", f"{found['items']:,}", f"{found['best_seconds']:.2f} s",
+        f"{found['cpu_seconds']:.2f} s", f"{found['peak_mb']:.0f} MB",
     ]  # fmt: skip
-    publish("vault", ["notes", "size", "conversations", f"best of {RUNS}", "worst", "peak memory"], [row], figures)
+    headings = ["notes", "size", "conversations", f"best of {RUNS}", "CPU of one reading", "peak memory"]
+    publish("vault", headings, [row], {**found, "notes": NOTES, "megabytes": megabytes, "limit_seconds": LIMIT_SECONDS})
 
 
 def vault(folder: Path) -> dict[str, float | list[float]]:
     """Read a vault some times, as a loop does at each of its runs."""
     feed, seconds, items = VaultFeed(kind="vault", name="notes", path=str(folder)), [], 0
+    busy = time.process_time()
     for _ in range(RUNS):
         started = time.perf_counter()
         items = sum(isinstance(one, Item) for one in read(feed, None))
         seconds.append(time.perf_counter() - started)
+    cpu = (time.process_time() - busy) / RUNS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"seconds": seconds, "best_seconds": min(seconds), "items": items, "peak_mb": peak}
+    return {"seconds": seconds, "best_seconds": min(seconds), "cpu_seconds": cpu, "items": items, "peak_mb": peak}
 
 
 def write_vault(folder: Path, notes: int) -> int:

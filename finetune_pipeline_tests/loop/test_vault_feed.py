@@ -23,7 +23,7 @@ def rows(loop):
     read_feeds(loop, connect(), print)
     artifact, _ = snapshot(loop, connect())
     found = read_rows(dataset(loop, artifact).path, "train")
-    return {row["origin"]: (row["source"], row["messages"][-1]["content"]) for row in found}
+    return {row["origin"]: (row["source"], row["completion"]) for row in found}
 
 
 def test_a_vault_becomes_a_dataset_whose_rows_follow_its_notes(make_loop, vault, capsys):

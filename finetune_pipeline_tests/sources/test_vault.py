@@ -181,7 +181,8 @@ def test_an_answer_is_the_note_as_a_person_reads_it(found):
         "   > **Tip**\n   > folded\n   > ```\n   > [[in code]]\n   > ```"
     )
     assert answer(found, "Projects/Mid sentence.md#Paint") == (
-        "We made a decision to go with lime paint, which Ann likes.\n\n- [x] Order it from the mill\n- [ ] tell everyone"
+        "We made a decision to go with lime paint, which Ann likes.\n\n"
+        "- [x] Order it from the mill\n- [ ] tell everyone"
     )
     assert answer(found, "Projects/Query.md#Learnings") == "Queries are not answers.\n\nAfter it."
     assert answer(found, "Projects/Bridge/Log.md#Log#Steel or timber").endswith("| the mill | 4,000 |")
