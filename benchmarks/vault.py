@@ -16,8 +16,8 @@ RUNS = 3
 LIMIT_SECONDS = 20
 WORDS = [
     "wall", "beam", "roof", "saw", "timber", "mill", "crane", "clay", "water", "permit", "price", "week", "team",
-    "plan", "office", "storage", "record", "event", "model", "answer", "choice", "reason", "because", "after", "before", "we",
-    "they", "it", "was", "is", "keeps", "holds", "needs", "shows", "the", "a", "of", "in", "on", "with", "and",
+    "plan", "office", "storage", "record", "event", "model", "answer", "choice", "reason", "because", "after",
+    "before", "we", "they", "it", "was", "is", "keeps", "holds", "needs", "shows", "the", "a", "of", "in", "on", "with",
 ]  # fmt: skip
 
 
