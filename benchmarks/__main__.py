@@ -10,13 +10,14 @@ memory        the estimated peak of a training beside the measured one, on a CPU
 setup         a fresh clone set up with empty and with warm package caches (about 10 minutes)
 store         recording events beside its peers; a million interactions (about 3 minutes)
 training      tokens per second and validation loss, beside TRL's plain recipe, in bfloat16 and float32
+vault         an Obsidian vault of 10,000 notes, read
 
 Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 """
 
 import sys
 
-from benchmarks import adapter_swap, code, definitions, gateway, loop, memory, methods, setup, store, training
+from benchmarks import adapter_swap, code, definitions, gateway, loop, memory, methods, setup, store, training, vault
 
 ALL = {
     "adapter_swap": adapter_swap.main,
@@ -29,6 +30,7 @@ ALL = {
     "setup": setup.main,
     "store": store.main,
     "training": training.main,
+    "vault": vault.main,
 }
 
 

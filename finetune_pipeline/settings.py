@@ -90,16 +90,28 @@ class VaultFeed(FeedSettings):
 
     kind: Literal["vault"]
     path: str = Field(description="The vault's folder; relative to the project, or absolute.")
-    tags: tuple[str, ...] = Field(
-        default=("reflection", "decision", "learning"), description="Notes and sections with one of these are taken."
+    tags: dict[str, str] = Field(
+        default={"decision": "decision", "learning": "learning", "reflection": "reflection"},
+        description="Tag -> kind: notes and sections with such a tag are taken; of several the first here counts.",
     )
     private_tags: tuple[str, ...] = Field(default=("private",), description="What has one of these is never taken.")
-    headings: tuple[str, ...] = Field(
-        default=("Reflection", "Reflections", "Decision", "Decisions", "Learning", "Learnings"),
-        description="Sections under a heading of this name are taken, in daily notes too.",
+    headings: dict[str, str] = Field(
+        default={
+            "Decision": "decision",
+            "Decisions": "decision",
+            "Learning": "learning",
+            "Learnings": "learning",
+            "Reflection": "reflection",
+            "Reflections": "reflection",
+        },
+        description="Name of a heading -> kind: sections under it are taken, in daily notes too.",
+    )
+    whole_daily_notes: bool = Field(
+        default=False, description="Daily notes are reflections as a whole, without a tag or heading that says so."
     )
     ignore: tuple[str, ...] = Field(
-        default=("templates", "Templates", "_templates"), description="Folders that are left out, by name."
+        default=("templates", "Templates", "_templates"),
+        description="Folders that are left out, by name or by path in the vault.",
     )
     max_note_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer notes are named and left out.")
 

@@ -1,0 +1,206 @@
+"""A note's sections and its text as a person reads it: code stays, what only Obsidian understands goes.
+
+Blocks are found by markdown-it-py (CommonMark). Inline it knows nothing of wiki-links, tags and comments, and would
+cost most of the time, so one expression finds these. A line of dashes under a text is a divider here and never makes
+that text a heading, since that is what people mean by it.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import takewhile
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+
+IsLabel = Callable[[str], bool]
+"""Whether a tag, without `#`, is one that a note is taken by."""
+
+_NOT_IN_TAGS = r"""\s!"#$%&'()*+,.:;<=>?@\[\]^`{|}~\\\u2000-\u206f\u2e00-\u2e7f"""
+_TAG = rf"\#(?=\d*[^\d{_NOT_IN_TAGS}])[^{_NOT_IN_TAGS}]+"  # as Obsidian reads them: not of digits alone
+_ONLY_A_TAG = re.compile(_TAG)
+# Every repetition stops at what begins the next one: a hostile note must not take quadratic time.
+_INLINE = re.compile(
+    rf"""
+      (?P<kept> \\[^\w\s] | https?://[^\s<>\])]+
+              | (?<!`)(?P<tick>`+)(?!`) (?:(?!\n[ \t]*\n)[\s\S]){{0,2000}}? (?<!`)(?P=tick)(?!`) )
+    | (?P<gone> %%[\s\S]*?(?:%%|\Z) | <!--[\s\S]*?(?:-->|\Z) | !\[\[[^\[\]\n]*\]\]
+              | !\[[^\[\]\n]*\]\((?:[^()\n]|\([^()\n]*\))*\)
+              | (?<!\S)\^[A-Za-z0-9-]+(?=[ \t]*(?:\n|\Z)) )
+    | \[\[(?P<wiki>[^\[\]\n]+)\]\]
+    | \[(?P<text>[^\[\]\n]*)\]\((?P<target>(?:[^()\n]|\([^()\n]*\))*)\)
+    | ==(?P<marked>[^=\n]+)==
+    | (?<!\S)(?P<tag>{_TAG})
+    """,
+    re.VERBOSE,
+)
+_CALLOUT = re.compile(r"^([ \t]*(?:>[ \t]?)+)\[!([\w-]+)[^\]\n]*\][+-]?[ \t]*(.*)$", re.MULTILINE)
+_MARKER = re.compile(r"[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+(?:\[.\][ \t]+)?)?")
+_QUERIES = {"dataview", "dataviewjs", "tasks", "query"}
+
+
+@dataclass
+class Section:
+    """A heading and what stands under it until the next one; the first section of a note has no heading.
+
+    Attributes:
+        level: 1 to 6 as its heading; 0 without one.
+        blocks: text and code in turn, as lines, and whether they are code.
+    """
+
+    level: int
+    heading: str
+    blocks: list[tuple[list[str], bool]] = field(default_factory=list)
+
+    def raw(self) -> str:
+        """All of it, as it is written."""
+        return "\n".join([self.heading, *(line for lines, _ in self.blocks for line in lines)])
+
+    def prose(self) -> Iterator[str]:
+        """Its text without code, the heading first."""
+        yield self.heading
+        yield from ("\n".join(lines) for lines, is_code in self.blocks if not is_code)
+
+
+def sections(body: str) -> list[Section]:
+    """The sections of a note in their order."""
+    lines = body.split("\n")
+    found, at = [Section(0, "")], 0
+    tokens = _parser().parse(body)
+    for number, token in enumerate(tokens):
+        if token.map is None or token.map[0] < at:
+            continue
+        start, end = token.map
+        is_heading = token.type == "heading_open" and token.level == 0
+        if not is_heading and token.type not in {"fence", "code_block"}:
+            continue
+        found[-1].blocks.append((lines[at:start], False))
+        if is_heading:
+            found.append(Section(int(token.tag[1]), tokens[number + 1].content))
+        elif not _is_query(token.info):
+            found[-1].blocks.append((lines[start:end], True))
+        at = end
+    found[-1].blocks.append((lines[at:], False))
+    return found
+
+
+def _is_query(info: str) -> bool:
+    # What a plugin would show in its place is not in the note.
+    return info.strip().split(" ")[0].lower() in _QUERIES
+
+
+@cache
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark").disable(["lheading", "reference"])
+    parser.core.ruler.disable(["inline", "text_join"])
+    parser.block.ruler.before("fence", "comment", _comment, {"alt": ["paragraph", "blockquote", "list"]})
+    return parser
+
+
+def _comment(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
+    """A comment of several lines (`%%`), in which nothing is a heading or code."""
+    begin = state.bMarks[start_line] + state.tShift[start_line]
+    if not state.src.startswith("%%", begin) or state.is_code_block(start_line):
+        return False
+    if state.src.find("%%", begin + 2, state.eMarks[start_line]) != -1:
+        return False  # it ends in its line, as part of a text
+    if silent:
+        return True
+    line = start_line + 1
+    while line < end_line and state.src.find("%%", state.bMarks[line], state.eMarks[line]) == -1:
+        line += 1
+    state.line = min(line + 1, end_line)
+    token = state.push("comment", "", 0)
+    token.map = [start_line, state.line]
+    return True
+
+
+def tags_in(text: str) -> list[str]:
+    """The tags in a text without code blocks, without `#`: none in code, links, addresses and comments."""
+    if "#" not in text:
+        return []
+    return [found["tag"][1:] for found in _INLINE.finditer(text) if found["tag"]]
+
+
+def heading_text(heading: str) -> str:
+    """A heading as a person reads it, without tags and marks."""
+    kept = [word for word in heading.split() if not _ONLY_A_TAG.fullmatch(word)]
+    return " ".join(re.sub(r"\*+|~~|`", "", _flat(" ".join(kept))).split())
+
+
+def readable(blocks: list[tuple[list[str], bool]], is_label: IsLabel) -> str:
+    """Text and code as a person reads them.
+
+    Links become their names and callouts a title; comments, embeds, images and block ids are gone. A line of nothing
+    but tags is gone, and so are labels at the ends of a line; a tag within a sentence is one of its words.
+    """
+    read: list[str] = []
+    for lines, is_code in blocks:
+        # One blank line is as good as several, but in code.
+        for line in lines if is_code else _prose("\n".join(lines), is_label):
+            if line or is_code or (read and read[-1]):
+                read.append(line)
+    return "\n".join(read).strip("\n")
+
+
+def _prose(text: str, is_label: IsLabel) -> list[str]:
+    text = _CALLOUT.sub(lambda m: f"{m[1]}**{m[3].strip() or m[2].capitalize()}**", text)
+    if "#" in text:
+        lines = (_without_labels(line, is_label) if "#" in line else line for line in text.split("\n"))
+        text = "\n".join(line for line in lines if line is not None)
+    # Two spaces at a line's end break it in Markdown; nobody sees them.
+    return [line.rstrip() for line in _flat(text).split("\n")]
+
+
+def _without_labels(line: str, is_label: IsLabel) -> str | None:
+    marker = _MARKER.match(line)
+    begin = marker.end() if marker else 0
+    words = line[begin:].split()
+    are_tags = [_ONLY_A_TAG.fullmatch(word) is not None for word in words]
+    if words and all(are_tags):
+        return None
+    rest = line[begin:]
+    last = _how_many(reversed(are_tags))
+    if last and (last > 1 or words[-2][-1] in ".!?" or is_label(words[-1][1:])):
+        rest = rest.rsplit(None, last)[0]
+    first = _how_many(are_tags)
+    if any(is_label(word[1:]) for word in words[:first]):
+        rest = rest.split(None, first)[-1]
+    return line[:begin] + rest
+
+
+def _how_many(are_tags: Iterable[bool]) -> int:
+    return sum(1 for _ in takewhile(bool, are_tags))
+
+
+def _flat(text: str) -> str:
+    return _INLINE.sub(_replace, text)
+
+
+def _replace(found: re.Match[str]) -> str:
+    if found["kept"]:
+        return found["kept"]
+    if found["gone"] is not None:
+        return ""
+    if found["tag"]:
+        return found["tag"][1:]
+    if found["marked"]:
+        return _flat(found["marked"])
+    if found["wiki"]:
+        return _name(found["wiki"])
+    # An address in the web belongs to the text, one of another note does not.
+    return found[0] if found["target"].startswith(("http://", "https://")) else _flat(found["text"])
+
+
+def _name(link: str) -> str:
+    """What Obsidian shows for a wiki-link, but for the folders of the note."""
+    target, _, alias = link.replace("\\|", "|").partition("|")
+    if alias.strip():
+        return alias.strip()
+    note, *headings = target.split("#")
+    names = [
+        note.rsplit("/", 1)[-1].strip().removesuffix(".md"),
+        *(h.strip() for h in headings if not h.startswith("^")),
+    ]
+    return " > ".join(name for name in names if name)
