@@ -87,6 +87,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         "system_prompt": loop.system_prompt,
         "holds": [DATASET, PAIRS, LABELLED],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
+        "review": loop.review.model_dump(),
     }
 
     def make(folder: Path) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    values = {name: row[name] for name in Example.model_fields}
+    values = {name: row[name] for name in Example.model_fields if name in row}  # an older snapshot has fewer
     return Example.model_validate({**values, "history": values["history"] or ()})
 
 
