@@ -5,7 +5,7 @@ feedback comes, and for the same question and answer wherever else they are (a c
 their content hash. The newest decision stands.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import UUID
@@ -104,8 +104,8 @@ def standing(connection: sa.Connection, task: str, ids: Sequence[str], content_h
     d = t.review_decisions.c
     if connection.execute(sa.select(d.id).where(d.task == task).limit(1)).first() is None:
         return Decisions()  # most loops have none, and their millions of events need not ask for each
-    own = _select(connection, task, d.interaction_id, ids)
-    alike = _select(connection, task, d.content_hash, sorted(set(content_hashes)))
+    own = _select(connection, d.interaction_id, ids)
+    alike = _select(connection, d.content_hash, sorted(set(content_hashes)), d.task == task)
     return Decisions({one.interaction_id: one for one in own}, {one.content_hash: one for one in alike})
 
 
@@ -117,14 +117,15 @@ def stands(decision: sa.FromClause = t.review_decisions) -> sa.ColumnElement[boo
     return sa.and_(c.decision != UNDO, ~later)
 
 
-def _select(connection: sa.Connection, task: str, column: sa.Column[str], values: Sequence[str]) -> Iterator[Decision]:
+def _select(
+    connection: sa.Connection, column: sa.Column[str], values: Sequence[str], *where: sa.ColumnElement[bool]
+) -> list[Decision]:
     """The decisions that stand, the newest last."""
-    d = t.review_decisions.c
+    found = []
     for start in range(0, len(values), _CHUNK):
-        query = sa.select(t.review_decisions).where(column.in_(values[start : start + _CHUNK]), stands())
-        for row in connection.execute(query.order_by(d.sequence)):
-            if row.task == task:  # compared here, as in the store: SQLite would take the index on it
-                yield decision_of(row)
+        query = sa.select(t.review_decisions).where(column.in_(values[start : start + _CHUNK]), stands(), *where)
+        found += [decision_of(row) for row in connection.execute(query)]
+    return sorted(found, key=lambda one: one.sequence)
 
 
 def decision_of(row: sa.Row[tuple[object, ...]]) -> Decision:

@@ -6,7 +6,7 @@ Every function works on a connection of the caller's transaction: a decision and
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
@@ -98,9 +98,9 @@ def candidates(
         taught: whether what may train is among them too.
     """
     queries = [_unsure(task, below), _disputed(task), _revised(task), *([_taught(task, min_reward)] if taught else [])]
-    ids = {id: None for query in queries for id in connection.execute(query.limit(POOL)).scalars()}
-    found = list(look(connection, task, list(ids), reward))
-    decisions = standing(connection, task, list(ids), [one.content_hash for one in found])
+    ids = sorted({id for query in queries for id in connection.execute(query.limit(POOL)).scalars()})
+    found = list(look(connection, task, ids, reward))
+    decisions = standing(connection, task, ids, [one.content_hash for one in found])
     return [
         Candidate(one.interaction, one.feedback, one.rewards, one.example, one.sequence, own)
         for one in found
@@ -242,14 +242,14 @@ def _corrected_since() -> sa.ColumnElement[bool]:
     return sa.exists().where(f.interaction_id == d.interaction_id, f.kind == "correction", f.sequence > d.sequence)
 
 
-def _revised(task: str) -> sa.Select[tuple[str]]:
+def _revised(task: str) -> sa.Select[Any]:
     """Decided on, and a person corrected it since."""
     i, d = t.interactions.c, t.review_decisions.c
     query = sa.select(i.id).join(t.review_decisions, i.id == d.interaction_id).where(d.task == task, i.task == task)
     return query.where(i.withdrawn.is_(None), stands(), _corrected_since()).order_by(d.sequence.desc())
 
 
-def _unsure(task: str, below: float) -> sa.Select[tuple[str]]:
+def _unsure(task: str, below: float) -> sa.Select[Any]:
     """Flagged, or less confident than `below`, and no person said anything of it."""
     i, f = t.interactions.c, t.feedback.c
     looked_at = sa.exists().where(f.interaction_id == i.id, f.task == task, f.kind.in_(sorted(PERSON_KINDS)))
@@ -258,7 +258,7 @@ def _unsure(task: str, below: float) -> sa.Select[tuple[str]]:
     return query.order_by(i.sequence.desc())
 
 
-def _disputed(task: str) -> sa.Select[tuple[str]]:
+def _disputed(task: str) -> sa.Select[Any]:
     """One said yes and another no, two wrote other answers, or a person said no and nobody wrote what is right."""
     i, f = t.interactions.c, t.feedback.c
     no = sa.or_(f.kind == "thumbs_down", sa.and_(f.kind == "rating", f.rating.in_(["1", "2"])))
@@ -274,7 +274,7 @@ def _disputed(task: str) -> sa.Select[tuple[str]]:
     return grouped.having(sa.or_(sa.and_(any_yes, any_bad), unanswered, several)).order_by(i.sequence.desc())
 
 
-def _taught(task: str, min_reward: float) -> sa.Select[tuple[str]]:
+def _taught(task: str, min_reward: float) -> sa.Select[Any]:
     """What may train, and no reviewer saw."""
     i, e = t.interactions.c, t.examples.c
     query = sa.select(e.interaction_id).join(t.interactions, i.id == e.interaction_id)

@@ -90,7 +90,7 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
 
 def _page(
     engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None
-) -> Sequence[sa.Row[Any]]:
+) -> Sequence[Any]:
     """The next rows: watermark, key, prompt, response, rating, gold star, author, domain, kind."""
     watermark, key = table.c[feed.watermark], table.c[feed.key]
     query = sa.select(*_columns(feed, table)).where(watermark.is_not(None), key.is_not(None), *_only(feed, table))
@@ -134,7 +134,7 @@ def _without_place(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> I
         yield Skipped(where, f"{column} is NULL, so nobody can say whether it was read")
 
 
-def _item(feed: SqlFeed, row: sa.Row[Any]) -> Item | Skipped:
+def _item(feed: SqlFeed, row: Any) -> Item | Skipped:
     watermark, key, prompt, response, rating, gold, author, domain, kind = row
     origin = _origin(feed, key)
     try:
@@ -165,8 +165,10 @@ def _text(column: str, value: Any) -> str:
         raise _Unusable(f"{column} is {type(value).__name__}, expected text")
     if not value.strip():
         raise _Unusable(f"{column} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _Unusable(f"{column} is not UTF-8")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Unusable(f"{column} is not UTF-8") from None
     return value
 
 
@@ -210,8 +212,9 @@ def _plain(value: Any) -> str:
 
 
 def _as_mark(feed: SqlFeed, value: Any) -> dict[str, str]:
+    no_number = isinstance(value, bool) or (isinstance(value, float | Decimal) and not math.isfinite(value))
     for kind, (type_, _, write) in _KINDS.items():
-        if isinstance(value, type_) and not isinstance(value, bool) and (kind != "float" or math.isfinite(value)):
+        if isinstance(value, type_) and not no_number:
             return {"kind": kind, "value": write(value)}
     raise SourceError(
         f"source {feed.name}: the watermark {feed.watermark} of {feed.table} is {value!r} "

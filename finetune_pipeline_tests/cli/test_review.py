@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -206,6 +207,9 @@ class Terminal:
         self.said = self.said.partition(text)[2]
 
     def press(self, key):
+        # A key is taken when it is asked for; one that was typed before the page was shown decides nothing.
+        while termios.tcgetattr(self.master)[3] & termios.ICANON:
+            time.sleep(0.01)
         os.write(self.master, key.encode())
 
     def close(self):
