@@ -124,8 +124,8 @@ review_decisions = sa.Table(
     sa.Column("content_hash", sa.String(64), comment="Of the question and answer that were shown; null: an undo."),
     sa.Index(None, "task", "sequence"),
     sa.Index(None, "task", "content_hash"),
-    comment="Only ever added to: the newest on an interaction stands, and an undo says that none does.",
 )
+# Only ever added to: the newest decision on an interaction stands, and an undo says that none does.
 
 judged_examples = sa.Table(
     "judged_examples",

@@ -102,8 +102,8 @@ def _approved(interaction: Interaction, decision: Decision, sequence: int, rewar
 def standing(connection: sa.Connection, task: str, ids: Sequence[str], content_hashes: Iterable[str] = ()) -> Decisions:
     """The decisions that stand for these interactions, and for these contents."""
     d = t.review_decisions.c
-    if connection.execute(sa.select(d.id).where(d.task == task).limit(1)).first() is None:
-        return Decisions()  # most loops have none, and their millions of events need not ask for each
+    if connection.execute(sa.select(sa.func.max(d.sequence))).scalar() is None:
+        return Decisions()  # most stores have none, and their millions of events need not ask for each
     own = _select(connection, d.interaction_id, ids)
     alike = _select(connection, d.content_hash, sorted(set(content_hashes)), d.task == task)
     return Decisions({one.interaction_id: one for one in own}, {one.content_hash: one for one in alike})

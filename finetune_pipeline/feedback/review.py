@@ -37,7 +37,7 @@ from finetune_pipeline.records import (
 )
 
 POOL = 2_000
-"""So many of each kind are looked at, the newest first: the queue takes the same time however long the history is."""
+"""So many of each kind are looked at, the newest first, so that a long history does not make the queue slow."""
 
 _CHUNK = 500
 
