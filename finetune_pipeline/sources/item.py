@@ -50,8 +50,8 @@ class Skipped:
 class Mark:
     """Everything up to here was given: a source that gives marks goes on from the last one, and takes nothing back.
 
-    It gives one at least every 100,000 items; of what was given between two of them, earlier states are superseded, also
-    by something that had to be skipped.
+    It gives one at least every 100,000 items. What was given since the last one supersedes its earlier states, also
+    where it had to be skipped.
     """
 
     value: Any
