@@ -15,6 +15,7 @@ Message = dict[str, str]
 """One chat message: `role` (system, user or assistant) and `content`."""
 
 FeedbackKind = Literal["success", "correction", "validation_failure", "thumbs_up", "thumbs_down", "rating", "reward"]
+ReviewKind = Literal["approve", "edit", "reject"]
 PERSON_KINDS = frozenset({"correction", "thumbs_up", "thumbs_down", "rating"})
 
 
@@ -141,6 +142,7 @@ class Example(Record):
     corrected: bool = Field(description="A person wrote the target.")
     source: str | None = Field(default=None, description="The declared source; none: an application logged it.")
     origin: str | None = Field(default=None, description="Where in that source.")
+    review: ReviewKind | None = Field(default=None, description="What a reviewer decided; none: nobody did.")
 
 
 def normalise(text: str) -> str:

@@ -170,14 +170,29 @@ class SqlFeed(FeedSettings):
     response: str = Field(description="Column of the answer.")
     rating: str | None = Field(default=None, description="Column of the rating.")
     ratings: dict[str, Reward] = Field(default={}, description="What each value of the rating is worth.")
-    gold_star: str | None = Field(default=None, description="Column of a flag; where it is set, the reward is 1.0.")
+    gold_star: str | None = Field(
+        default=None, description="Column of a flag; where it is set, the rating is not asked."
+    )
+    gold_reward: Reward = Field(default=1.0, description="What an answer with the gold star is worth.")
     author: str | None = Field(default=None, description="Column of who wrote the prompt.")
     domain: str | None = Field(default=None, description="Column of the domain.")
     kind_column: str | None = Field(default=None, description="Column of the kind of request.")
     only: dict[str, tuple[str, ...]] = Field(
         default={}, description="Column -> values, of which a row must have one: authors, domains, kinds."
     )
-    batch_rows: int = Field(default=1_000, ge=1, description="Rows in memory at once.")
+    overlap: float = Field(
+        default=60,
+        ge=0,
+        description="A reading starts so far before the end of the last one, for rows that were committed late: "
+        "seconds where the watermark is a time, so many where it is a number.",
+    )
+    batch_rows: int = Field(default=1_000, ge=1, le=50_000, description="Rows in memory at once.")
+
+    @model_validator(mode="after")
+    def _ratings_have_their_rewards(self) -> "SqlFeed":
+        if (self.rating is None) != (not self.ratings):
+            raise ValueError("rating and ratings go together: the column, and what each of its values is worth")
+        return self
 
 
 class LogsFeed(Settings):
@@ -274,6 +289,12 @@ class CurationSettings(Settings):
         default=None, description="JSONL of prompt and completion mixed in against forgetting; relative to the project."
     )
     replay_ratio: float = Field(default=1.0, ge=0, description="Replayed examples for each training example.")
+
+
+class ReviewSettings(Settings):
+    """What a person has to say before anything trains."""
+
+    required: bool = Field(default=False, description="Only examples that a reviewer approved or edited train.")
 
 
 class TrainingSettings(Settings):
@@ -449,6 +470,7 @@ class LoopSettings(Settings):
     sources: SourceSettings = SourceSettings()
     feedback: FeedbackSettings = FeedbackSettings()
     curation: CurationSettings = CurationSettings()
+    review: ReviewSettings = ReviewSettings()
     training: TrainingSettings = TrainingSettings()
     export: ExportSettings = ExportSettings()
     evaluation: EvaluationSettings

@@ -11,6 +11,7 @@ from finetune_pipeline.cli.doctor import doctor
 from finetune_pipeline.cli.feedback import feedback
 from finetune_pipeline.cli.ingest import ingest
 from finetune_pipeline.cli.model import model
+from finetune_pipeline.cli.review import review
 from finetune_pipeline.cli.run import demo, env, run, ui
 from finetune_pipeline.cli.serve import key, serve
 from finetune_pipeline.cli.status import status
@@ -22,6 +23,7 @@ from finetune_pipeline.evaluation.comparison import ComparisonError
 from finetune_pipeline.evaluation.report import ReportError
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.feedback import FeedbackError
+from finetune_pipeline.feedback.review import ReviewError
 from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.registry.models import RegistryError
 from finetune_pipeline.schemas import SchemaError
@@ -42,6 +44,7 @@ EXPECTED = (
     KeyProblem,
     RegistryError,
     ReportError,
+    ReviewError,
     SchemaError,
     SettingsError,
     SourceError,
@@ -56,7 +59,7 @@ def finetune() -> None:
     """A local language model that gets better from being used."""
 
 
-for command in (run, demo, ui, env, status, ingest, dataset, feedback, ask, model, train, serve, key, doctor):
+for command in (run, demo, ui, env, status, ingest, dataset, feedback, review, ask, model, train, serve, key, doctor):
     finetune.add_command(command)
 
 

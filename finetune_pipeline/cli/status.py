@@ -14,6 +14,7 @@ def status(loop: LoopSettings) -> None:
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.store import tally, unmatched
     from finetune_pipeline.loop.counting import count_new
+    from finetune_pipeline.loop.review import waiting as waiting_for_review
     from finetune_pipeline.registry.champion import champion
     from finetune_pipeline.registry.comparisons import judged_watermark
     from finetune_pipeline.sources.ledger import unread
@@ -31,6 +32,8 @@ def status(loop: LoopSettings) -> None:
             f"  flagged   {held['flagged']:,} answers so far that the model was not sure of; "
             "`finetune feedback flagged` lists what nobody has looked at"
         )
+    if for_review := len(waiting_for_review(loop, database)):
+        click.echo(f"  review    {for_review:,} examples wait for a person's eye; `finetune review` shows them")
     for oldest in waiting:
         click.echo(
             f"  waiting   {held['unmatched']:,} feedback whose interaction has not arrived, the oldest since "

@@ -257,10 +257,11 @@ def invalid_targets(rows: Iterable[dict[str, Any]], policy: Policy) -> list[str]
     return [f"{prompt}: {problem}" for prompt, problem in problems if problem is not None]
 
 
-def _trust(candidate: _Candidate) -> tuple[bool, float, int]:
-    """A person's answer before a validator's, then the better rewarded, then the newest."""
+def _trust(candidate: _Candidate) -> tuple[bool, bool, float, int]:
+    """A reviewer's answer before another person's before a validator's, then the better rewarded, then the newest."""
     example = candidate.example
-    return example.corrected or example.confirmed, example.reward, example.sequence
+    person = example.corrected or example.confirmed
+    return example.review is not None, person, example.reward, example.sequence
 
 
 def _deduplicate(candidates: Sequence[_Candidate], left_out: Counter[str]) -> list[_Candidate]:

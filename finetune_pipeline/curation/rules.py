@@ -29,12 +29,15 @@ class Policy:
     benchmark: NearIndex
     problem: Validator
     quotas: Mapping[str, Quota] = field(default_factory=dict)
+    review_required: bool = False
+    """Whether only what a reviewer approved or edited trains."""
 
 
 def accept(example: Example, policy: Policy) -> Decision:
     """Decide on one example, already redacted, cheapest question first.
 
-    A person's correction qualifies whatever its reward, which is its weight and no verdict.
+    A person's correction qualifies whatever its reward, which is its weight and no verdict; so does what a reviewer
+    approved or edited.
     """
     glance = at_a_glance(example, policy)
     if not glance.accepted:
@@ -50,12 +53,16 @@ def accept(example: Example, policy: Policy) -> Decision:
 
 def at_a_glance(example: Example, policy: Policy) -> Decision:
     """The part of the rule that reads no text, so that nobody has to redact what is refused anyway."""
-    rules = policy.settings
-    if not example.corrected and example.reward < rules.min_reward:
+    rules, reviewed = policy.settings, example.review in {"approve", "edit"}
+    if example.review == "reject":
+        return Decision(False, REJECTED)
+    if policy.review_required and not reviewed:
+        return Decision(False, UNREVIEWED)
+    if not (example.corrected or reviewed) and example.reward < rules.min_reward:
         return Decision(False, f"reward below {rules.min_reward:g}")
     sure = example.confidence is not None and example.confidence >= rules.min_confidence
     written = example.source is not None and example.confidence is None  # by no model whose confidence one could ask
-    if not (sure or written or example.confirmed or example.corrected):
+    if not (sure or written or example.confirmed or example.corrected or reviewed):
         return Decision(False, f"confidence below {rules.min_confidence:g} and no person confirmed it")
     return _short_enough(example, rules)
 
@@ -64,8 +71,11 @@ def found_bad(example: Example, policy: Policy) -> bool:
     """Whether an example shows what the model should not have answered; the part of that rule that reads no text.
 
     It has to be the model's own answer, as far below zero as `min_reward` is above: a correction that somebody refused
-    says nothing of what the model does. What is left to ask after its redaction is `near_benchmark`.
+    says nothing of what the model does. What is left to ask after its redaction is `near_benchmark`. Nothing of what a
+    reviewer rejected trains, and where review is required, nothing that none has seen.
     """
+    if example.review is not None or policy.review_required:
+        return False
     disliked = example.reward < 0 and example.reward <= -policy.settings.min_reward
     own = example.output.strip() == example.target.strip() != ""
     return disliked and own and not example.corrected and _short_enough(example, policy.settings).accepted
@@ -79,6 +89,8 @@ def _short_enough(example: Example, rules: CurationSettings) -> Decision:
     return Decision(True)
 
 
+REJECTED = "rejected by a reviewer"
+UNREVIEWED = "not approved by a reviewer"
 NEAR_BENCHMARK = "near-duplicate of a benchmark question"
 
 

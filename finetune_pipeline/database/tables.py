@@ -86,6 +86,7 @@ examples = sa.Table(
     sa.Column("confidence", sa.Float),
     sa.Column("confirmed", sa.Boolean, nullable=False),
     sa.Column("corrected", sa.Boolean, nullable=False),
+    sa.Column("review", sa.String(20), comment="approve, edit or reject; null: no reviewer decided."),
     sa.Index(None, "task", "sequence"),
     sa.Index(None, "task", "content_hash"),
 )
@@ -120,8 +121,11 @@ review_decisions = sa.Table(
     sa.Column("target", sa.Text, comment="The answer as the reviewer wrote it."),
     sa.Column("reviewer", sa.String(200), nullable=False),
     sa.Column("created_at", Moment, nullable=False),
+    sa.Column("content_hash", sa.String(64), comment="Of the question and answer that were shown; null: an undo."),
     sa.Index(None, "task", "sequence"),
+    sa.Index(None, "task", "content_hash"),
 )
+# Only ever added to: the newest decision on an interaction stands, and an undo says that none does.
 
 judged_examples = sa.Table(
     "judged_examples",

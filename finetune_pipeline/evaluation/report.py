@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.evaluation.comparison import Comparison, GroupChange, Pair, Side
@@ -33,7 +33,16 @@ from finetune_pipeline.settings import GateSettings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["HTML", "JSON", "ReportError", "plot_png", "verdict_of_report", "write_report"]
+__all__ = [
+    "HTML",
+    "JSON",
+    "ReportError",
+    "SliceScore",
+    "plot_png",
+    "slices_of_report",
+    "verdict_of_report",
+    "write_report",
+]
 
 HTML = "report.html"
 JSON = "report.json"
@@ -43,6 +52,16 @@ _ROWS = 200
 
 class ReportError(RuntimeError):
     """A report cannot be read; the message says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class SliceScore:
+    """How a model did in a part of the benchmark, and what it was asked there."""
+
+    name: str
+    right: int
+    total: int
+    prompts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,28 @@ def verdict_of_report(path: Path, gate: GateSettings) -> Verdict:
             Significance(**data["significance"]),
             data["falling_slices"],
         )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path} is not a report ({error!r}); materialize eval_report again") from error
+
+
+def slices_of_report(path: Path, side: Literal["champion", "challenger"]) -> list[SliceScore]:
+    """The benchmark's slices as one of the two models answered them.
+
+    Args:
+        path: the `report.json`.
+
+    Raises:
+        ReportError: the report is missing or not one.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        asked: dict[str, list[str]] = {}
+        for question in data["questions"]:
+            asked.setdefault(question["slice"], []).append(question["prompt"])
+        return [
+            SliceScore(one["name"], one[side]["right"], one[side]["total"], tuple(asked.get(one["name"], ())))
+            for one in data["slices"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is not a report ({error!r}); materialize eval_report again") from error
 

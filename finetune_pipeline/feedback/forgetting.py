@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.review import shaped_by
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.store import count, renew_examples, take_sequence
 
@@ -24,7 +25,7 @@ class Held:
     Attributes:
         interactions: the person's own.
         feedback: all feedback on those, and the person's on those of others.
-        on_others: interactions of others that the person gave feedback on.
+        on_others: interactions of others that the person gave feedback on, or whose example one of `decisions` shaped.
         decisions: review decisions on the person's interactions, and the person's on those of others.
     """
 
@@ -72,7 +73,8 @@ def held_of(connection: sa.Connection, task: str, user: str) -> Held:
         decisions.update(dict.fromkeys(connection.execute(decided).scalars()))
     own = connection.execute(sa.select(f.id, f.interaction_id).where(f.task == task, f.user == user)).all()
     feedback.update(dict.fromkeys(row.id for row in own))
-    on_others = {row.interaction_id for row in own} - set(interactions)
+    others = {row.interaction_id for row in own} | shaped_by(connection, task, list(decisions))
+    on_others = others - set(interactions)
     return Held(tuple(interactions), tuple(feedback), tuple(sorted(on_others)), tuple(decisions))
 
 
@@ -90,10 +92,11 @@ def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardF
     take_sequence(connection, 0)
     held = held_of(connection, task, user)
     ids = [*held.interactions, *held.feedback]
-    first = take_sequence(connection, len(ids))
+    gone = [*ids, *held.decisions]
+    first = take_sequence(connection, len(gone))
     _overwrite_deleted(connection)
     count(connection, task, _delete_events(connection, task, held))
-    _remember(connection, task, ids, first)
+    _remember(connection, task, gone, first)
     for chunk in _chunks(held.taught):  # a deleted interaction teaches nothing any more, so its example goes too
         renew_examples(connection, task, chunk, reward)
     rejected = _delete_rejected(connection, task, user)

@@ -28,7 +28,7 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batches
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, newest_sequence, record
+from finetune_pipeline.feedback.store import Recorded, good_enough, newest_sequence, record
 from finetune_pipeline.records import Feedback, Interaction, alpaca_prompt, explain, text_hash, without_system_prompt
 from finetune_pipeline.settings import LoopSettings
 
@@ -290,7 +290,7 @@ def _taught(connection: sa.Connection, task: str, min_reward: float) -> Iterator
     query = (
         sa.select(i.prompt, i.history, e.target, e.reward)
         .join(t.examples, i.id == e.interaction_id)
-        .where(i.task == task, e.task == task, sa.or_(e.corrected, e.reward >= min_reward))
+        .where(i.task == task, e.task == task, good_enough(min_reward))
     )
     for rows in _partitions(connection, query, i):
         yield from rows

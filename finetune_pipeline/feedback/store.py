@@ -13,11 +13,13 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.decisions import content_hash, example_hash, standing, stands
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.verdict import resolve
-from finetune_pipeline.records import Example, Feedback, Interaction, conversation, normalise
+from finetune_pipeline.records import Example, Feedback, Interaction
+
+__all__ = ["content_hash"]  # kept where decisions need it too
 
 E = TypeVar("E", Interaction, Feedback)
 
@@ -176,7 +178,7 @@ def unmatched(connection: sa.Connection, task: str, limit: int) -> Sequence[Any]
 def flagged(connection: sa.Connection, task: str, limit: int) -> list[Interaction]:
     """The newest interactions that a person should look at, and that nobody has given feedback or decided on."""
     i = t.interactions.c
-    decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id)
+    decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id, stands())
     looked_at = sa.exists().where(t.feedback.c.interaction_id == i.id, t.feedback.c.task == task)
     query = sa.select(t.interactions).where(i.task == task, i.flag.is_not(None), ~decided, ~looked_at)
     return [_interaction(row) for row in connection.execute(query.order_by(i.sequence.desc()).limit(limit))]
@@ -200,21 +202,23 @@ def records(connection: sa.Connection, task: str, until: int, after: int = 0) ->
 
     Args:
         until: the newest ingest sequence to read.
-        after: only interactions that came, whose example changed, or that were withdrawn, after this sequence. The time
-            grows with what is new, not with the history: each condition has an index.
+        after: only interactions that came, whose example changed, that were withdrawn, or that a reviewer decided on,
+            after this sequence. The time grows with what is new, not with the history: each condition has an index.
     """
     i, e = t.interactions.c, t.examples.c
     source = t.interactions.outerjoin(t.examples, i.id == e.interaction_id)
     query = sa.select(
         i.id.label("interaction_id"), sa.func.coalesce(e.sequence, i.sequence).label("sequence"), i.created_at,
         i.prompt, i.history, i.output, i.model, i.user, i.confidence, i.validation_score, i.domain, i.kind,
-        i.retrieved_context, i.arm, i.flag, i.source, i.origin, e.target, e.reward, e.confirmed, e.corrected,
+        i.retrieved_context, i.arm, i.flag, i.source, i.origin, e.target, e.reward, e.confirmed, e.corrected, e.review,
     )  # fmt: skip
     if after:
         came = sa.select(i.id).where(i.task == task, i.sequence > after, i.sequence <= until)
         changed = sa.select(e.interaction_id).where(e.task == task, e.sequence > after, e.sequence <= until)
         gone = sa.select(i.id).where(i.task == task, i.withdrawn > after, i.withdrawn <= until)
-        new = came.union(changed, gone).subquery()
+        d = t.review_decisions.c  # an undone approval may leave no example at all
+        decided = sa.select(d.interaction_id).where(d.task == task, d.sequence > after, d.sequence <= until)
+        new = came.union(changed, gone, decided).subquery()
         query = query.select_from(new.join(source, new.c.id == i.id))
     else:
         query = query.select_from(source).where(i.task == task, i.sequence <= until)
@@ -232,13 +236,20 @@ def new_examples(connection: sa.Connection, task: str, after: int, min_reward: f
     query = (
         sa.select(t.examples, i.prompt, i.history, i.output, i.source, i.origin)
         .join(t.interactions, i.id == e.interaction_id)
-        .where(e.task == task, e.sequence > after, sa.or_(e.corrected, e.reward >= min_reward), ~judged)
+        .where(e.task == task, e.sequence > after, good_enough(min_reward), ~judged)
         .order_by(e.sequence)
     )
     for row in connection.execution_options(yield_per=500).execute(query):
         values = row._asdict()
         values["history"] = values["history"] or ()
         yield Example.model_validate({name: values[name] for name in Example.model_fields})
+
+
+def good_enough(min_reward: float) -> sa.ColumnElement[bool]:
+    """Whether an example of the table may train by its reward, a person's correction, or a reviewer's decision."""
+    e = t.examples.c
+    rejected = sa.and_(e.review.is_not(None), e.review == "reject")
+    return sa.and_(sa.or_(e.corrected, e.reward >= min_reward, e.review.is_not(None)), ~rejected)
 
 
 def mark_judged(connection: sa.Connection, loop: str, content_hashes: Sequence[str]) -> None:
@@ -252,14 +263,17 @@ def mark_judged(connection: sa.Connection, loop: str, content_hashes: Sequence[s
             connection.execute(t.judged_examples.insert(), rows)
 
 
-def content_hash(question: str, target: str) -> str:
-    """The identity of an example after exact deduplication.
-
-    Args:
-        question: the prompt, with what was said before it (`records.conversation`); compared in its normalised form.
-        target: the answer to learn; compared without outer spaces.
-    """
-    return hash_of([normalise(question), target.strip()])
+def load(
+    connection: sa.Connection, task: str, ids: Sequence[str]
+) -> Iterator[tuple[Interaction, int, Sequence[Feedback]]]:
+    """These interactions with the newest sequence of what is said in and of them, and all their feedback."""
+    interactions = _load(connection, t.interactions, t.interactions.c.id, task, ids)
+    feedback = _load(connection, t.feedback, t.feedback.c.interaction_id, task, ids)
+    said = _by_interaction([(_feedback(row), row.sequence) for row in sorted(feedback, key=lambda row: row.sequence)])
+    for row in interactions:
+        own = said.get(UUID(row.id), [])
+        newest = max([row.sequence, *(number for _, number in own)])
+        yield _interaction(row), newest, [item for item, _ in own]
 
 
 def count(connection: sa.Connection, task: str, changes: Mapping[str, int]) -> None:
@@ -363,16 +377,25 @@ def _teach(
     counts: Counter[str],
 ) -> None:
     """Write the examples of these interactions; there are none of them yet."""
+    taught = [_by_feedback(one, number, feedback.get(one.id), reward) for one, number in interactions]
+    hashes = (example_hash(example) for _, example, _ in taught if example is not None)
+    decisions = standing(connection, task, [str(one.id) for one, _, _ in taught], hashes)
     rows = []
-    for interaction, sequence in interactions:
-        own = feedback.get(interaction.id)
-        newest = max([sequence, *(number for _, number in own or ())])
-        example = resolve(interaction, [item for item, _ in own], newest, reward) if own else None
+    for interaction, alone, newest in taught:
+        example = decisions.apply(interaction, alone, newest, reward)
         if example is not None:
             rows.append(_example_row(task, example))
             counts.update(_kinds(example.corrected, example.reward))
     if rows:
         connection.execute(t.examples.insert(), rows)
+
+
+def _by_feedback(
+    interaction: Interaction, sequence: int, said: Sequence[_Numbered[Feedback]] | None, reward: RewardFunction
+) -> tuple[Interaction, Example | None, int]:
+    """What an interaction teaches by its feedback alone, and the newest sequence of it all."""
+    newest = max([sequence, *(number for _, number in said or ())])
+    return interaction, resolve(interaction, [item for item, _ in said], newest, reward) if said else None, newest
 
 
 def _forget_examples(connection: sa.Connection, task: str, ids: Sequence[str], counts: Counter[str]) -> None:
@@ -429,8 +452,12 @@ def _row(sequence: int, event: Interaction | Feedback) -> dict[str, Any]:
 
 def _example_row(task: str, example: Example) -> dict[str, Any]:
     values = example.model_dump(exclude={"prompt", "history", "output", "source", "origin"})
-    identity = content_hash(conversation(example.prompt, example.history), example.target)
-    return {**values, "interaction_id": str(example.interaction_id), "task": task, "content_hash": identity}
+    return {
+        **values,
+        "interaction_id": str(example.interaction_id),
+        "task": task,
+        "content_hash": example_hash(example),
+    }
 
 
 def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:

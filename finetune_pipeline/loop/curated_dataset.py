@@ -89,6 +89,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         "system_prompt": loop.system_prompt,
         "holds": [DATASET, PAIRS, LABELLED, DATASET_CARD],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
+        "review": loop.review.model_dump(),
     }
 
     version = version_of(inputs, settings)
@@ -124,7 +125,7 @@ def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    values = {name: row[name] for name in Example.model_fields}
+    values = {name: row[name] for name in Example.model_fields if name in row}  # an older snapshot has fewer
     return Example.model_validate({**values, "history": values["history"] or ()})
 
 

@@ -25,6 +25,7 @@ from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceE
 _BATCH = 1_000
 _CHUNK = 500
 _REASON = 300
+_BETWEEN_MARKS = 100_000  # a source that gives marks gives one more often
 _SPACE = uuid.UUID("6a4b1f0e-7c52-4f0b-9d3e-52c8a1f7b9d4")  # of this project's name-based ids; any random one would do
 
 Reader = Callable[[Any, Any], Reading]
@@ -105,6 +106,8 @@ class _Sync:
     seen: set[bytes] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
     marked: bool = False
+    since_mark: dict[str, str] = field(default_factory=dict)
+    """Origin -> id of what it is now, or nothing where it cannot be used any more."""
 
     def __post_init__(self) -> None:
         self.fed = Fed(self.feed.name)
@@ -126,20 +129,20 @@ class _Sync:
         """Take a batch: new items are recorded, withdrawn ones that are back teach again."""
         events: list[Interaction | Feedback] = []
         back: list[str] = []
-        origins: dict[str, str] = {}
         for one in batch:
             if isinstance(one, Skipped):
-                self.skipped[one.origin[:1000]] = one.reason[:_REASON]
+                self._skip(one.origin, one.reason)
             elif isinstance(one, Item):
-                self._add(one, events, back, origins)
+                self._add(one, events, back)
         marks = [one for one in batch if isinstance(one, Mark)]
         with self.database.write() as connection:
             recorded = record(connection, self.loop.name, events, self.reward)
             bring_back(connection, self.loop.name, back, self.reward)
             if marks:
                 self.marked = True
-                self.fed.withdrawn += withdraw(connection, self.loop.name, self._superseded(connection, origins))
+                self.fed.withdrawn += withdraw(connection, self.loop.name, self._superseded(connection))
                 self._put_mark(connection, marks[-1].value)
+                self.since_mark.clear()
         self.fed.new += recorded.interactions
         for event in events:
             if isinstance(event, Interaction):
@@ -154,26 +157,34 @@ class _Sync:
             self._put_skipped(connection)
         self.fed.skipped = len(self.skipped)
 
-    def _add(self, item: Item, events: list[Interaction | Feedback], back: list[str], origins: dict[str, str]) -> None:
+    def _add(self, item: Item, events: list[Interaction | Feedback], back: list[str]) -> None:
         try:
             made = _events(self.loop, self.feed, item)
         except ValidationError as error:
             first = error.errors()[0]
-            self.skipped[item.origin[:1000]] = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:_REASON]
+            self._skip(item.origin, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
             return
         id = made[0].id
         self.fed.items += 1
         self.seen.add(id.bytes)
-        origins[item.origin] = str(id)
+        self._is_now(item.origin, str(id))
         if id.bytes not in self.known:
             events.extend(made)
         elif self.known[id.bytes]:
             back.append(str(id))
             self.known[id.bytes] = False
 
-    def _superseded(self, connection: sa.Connection, origins: dict[str, str]) -> list[str]:
-        """Earlier states of what a batch gave anew."""
-        i, old = t.interactions.c, []
+    def _skip(self, origin: str, reason: str) -> None:
+        self.skipped[origin[:1000]] = reason[:_REASON]
+        self._is_now(origin, "")
+
+    def _is_now(self, origin: str, id: str) -> None:
+        if len(self.since_mark) < _BETWEEN_MARKS:  # beyond, it is a source without marks, which withdraws at its end
+            self.since_mark[origin] = id
+
+    def _superseded(self, connection: sa.Connection) -> list[str]:
+        """Earlier states of what was given since the last mark."""
+        i, old, origins = t.interactions.c, [], self.since_mark
         names = sorted(origins)
         for start in range(0, len(names), _CHUNK):
             here = i.origin.in_(names[start : start + _CHUNK])

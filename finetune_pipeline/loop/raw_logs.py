@@ -39,7 +39,7 @@ COLUMNS = {
     "output": "string", "model": "string", "user": "string", "confidence": "float64", "validation_score": "float64",
     "domain": "string", "kind": "string", "retrieved_context": "string", "arm": "string", "flag": "string",
     "source": "string", "origin": "string", "target": "string", "reward": "float64", "confirmed": "bool",
-    "corrected": "bool",
+    "corrected": "bool", "review": "string",
 }  # fmt: skip
 """What a snapshot holds of each interaction, and its type in the Parquet files."""
 

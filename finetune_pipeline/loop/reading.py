@@ -51,7 +51,7 @@ def policy(loop: LoopSettings) -> Policy:
     path = project_path(loop.evaluation.benchmark)
     index, problem = _judges(path, schema, _stamp(path), _stamp(schema))
     quotas = {feed.name: Quota(feed.max_examples, feed.max_share) for feed in loop.sources.feeds}
-    return Policy(loop.curation, index, problem, quotas)
+    return Policy(loop.curation, index, problem, quotas, loop.review.required)
 
 
 @lru_cache(maxsize=16)

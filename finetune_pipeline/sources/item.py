@@ -48,7 +48,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Mark:
-    """Everything up to here was given: a source that gives marks goes on from the last one, and takes nothing back."""
+    """Everything up to here was given: a source that gives marks goes on from the last one, and takes nothing back.
+
+    It gives one at least every 100,000 items. What was given since the last one supersedes its earlier states, also
+    where it had to be skipped.
+    """
 
     value: Any
     """JSON, in the source's own terms."""

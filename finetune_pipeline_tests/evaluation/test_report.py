@@ -11,7 +11,7 @@ from finetune_pipeline.evaluation.comparison import Comparison, ComparisonError,
 from finetune_pipeline.evaluation.confidence import separation
 from finetune_pipeline.evaluation.figures import markdown_table, metric_table, show
 from finetune_pipeline.evaluation.metrics import Scorer
-from finetune_pipeline.evaluation.report import ReportError, plot_png, verdict_of_report, write_report
+from finetune_pipeline.evaluation.report import ReportError, plot_png, slices_of_report, verdict_of_report, write_report
 from finetune_pipeline.schemas import Rule
 from finetune_pipeline.settings import GateSettings
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_benchmark
@@ -156,3 +156,15 @@ def test_importing_the_room_loads_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_report_says_how_a_model_did_in_each_slice(tmp_path: Path, comparison: Comparison) -> None:
+    gate = GateSettings()
+    write_report(tmp_path, "aec", comparison, judge(comparison, gate), gate, 0.85)
+    found = slices_of_report(tmp_path / "report.json", "challenger")
+    assert [(one.name, one.right, one.total) for one in found] == [
+        (group.name, group.challenger.right, group.challenger.total) for group in comparison.slices
+    ]
+    assert {one.name: len(one.prompts) for one in found} == {"doors $x_": 2, "walls": 2}
+    with pytest.raises(ReportError, match="materialize eval_report again"):
+        slices_of_report(tmp_path / "none.json", "champion")

@@ -1,0 +1,345 @@
+"""Rated answers in any database that SQLAlchemy reaches. It is only read, row by row in the order of its watermark.
+
+A page ends at a row, and the next one begins behind it: `(watermark, key) > (of that row)`. A reading begins again at
+the watermark of the last one, that value included, and a little before it (`overlap`): rows that were committed late
+with the same value, or a slightly lower one, are not lost, and those known already change nothing.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, make_url
+
+from finetune_pipeline.settings import SqlFeed
+from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
+
+_YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
+_NO = frozenset({"false", "f", "no", "n", "0", ""})
+_NAMED = 100
+_SHOWN = 60
+_LONGEST_NAME = 4_000
+
+_KINDS: dict[str, tuple[type, Callable[[str], Any], Callable[[Any], str]]] = {
+    "number": (int, int, str),
+    "float": (float, float, repr),
+    "decimal": (Decimal, Decimal, str),
+    "time": (datetime, datetime.fromisoformat, datetime.isoformat),
+    "date": (date, date.fromisoformat, date.isoformat),
+    "text": (str, str, str),
+}
+"""What a watermark may be, and how it stands in a mark; a time before a date, since every datetime is a date."""
+
+
+class _Unusable(ValueError):
+    """A row cannot be used; the message says why."""
+
+
+def read(feed: SqlFeed, mark: Any) -> Reading:
+    """Read the rows that came or changed since the mark; a mark comes behind every batch.
+
+    Args:
+        mark: `{"kind", "value"}`: the highest watermark that was read.
+
+    Raises:
+        SourceError: the database cannot be reached, or the table or a column of it is not there.
+    """
+    engine, secret = _engine(feed)
+    try:
+        with _told(feed, secret):
+            table = _table(engine, feed)
+            if mark is not None:  # without one, a table that is empty now would count as a source that has nothing
+                yield Mark(mark)
+            yield from _without_place(engine, feed, table)
+            yield from _rows(engine, feed, table, mark)
+    finally:
+        engine.dispose()
+
+
+def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) -> Reading:
+    start = _earlier(_watermark(feed, mark), feed.overlap) if mark is not None else None
+    place: tuple[Any, Any] | None = None
+    highest = None if mark is None else _watermark(feed, mark)
+    while True:
+        rows = _page(engine, feed, table, start, place)
+        for row in rows:
+            here = (row[0], row[1])
+            if here == place:
+                raise SourceError(
+                    f"source {feed.name}: {row[1]!r} stands in several rows of {feed.table}; name as `key` the column "
+                    "that names a row for good"
+                )
+            place = here
+            yield _item(feed, row)
+        if not rows:
+            return
+        assert place is not None
+        # Of a text the database alone knows the order, and there nothing was read before the mark.
+        highest = place[0] if highest is None or isinstance(place[0], str) else max(highest, place[0])
+        yield Mark(_as_mark(feed, highest))
+        if len(rows) < feed.batch_rows:
+            return
+
+
+def _page(
+    engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None
+) -> Sequence[Any]:
+    """The next rows: watermark, key, prompt, response, rating, gold star, author, domain, kind."""
+    watermark, key = table.c[feed.watermark], table.c[feed.key]
+    query = sa.select(*_columns(feed, table)).where(watermark.is_not(None), key.is_not(None), *_only(feed, table))
+    if place is not None:
+        behind = sa.or_(watermark > place[0], sa.and_(watermark == place[0], key > place[1]))
+        query = query.where(watermark >= place[0], behind)  # the first says no more, and lets an index be used
+    elif start is not None:
+        query = query.where(watermark >= start)
+    with _connection(engine) as connection:
+        return connection.execute(query.order_by(watermark, key).limit(feed.batch_rows)).all()
+
+
+def _columns(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
+    """What is read of a row; null for what the mapping leaves out."""
+    names = (
+        feed.watermark, feed.key, feed.prompt, feed.response,
+        feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column,
+    )  # fmt: skip
+    # Under labels of our own, since one column may be named for two purposes.
+    return [(sa.null() if name is None else table.c[name]).label(f"c{n}") for n, name in enumerate(names)]
+
+
+def _only(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
+    """The filters: each column must have one of its values, compared as text."""
+
+    def text(column: sa.ColumnClause[Any]) -> sa.ColumnElement[Any]:
+        return column if isinstance(column.type, sa.String) else sa.cast(column, sa.String(_LONGEST_NAME))
+
+    return [text(table.c[name]).in_(values) for name, values in feed.only.items()]
+
+
+def _without_place(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> Iterator[Skipped]:
+    """Rows that stand nowhere in the order, since their watermark or key is NULL; the first of them."""
+    watermark, key = table.c[feed.watermark], table.c[feed.key]
+    query = sa.select(key, watermark).where(sa.or_(watermark.is_(None), key.is_(None)), *_only(feed, table))
+    with _connection(engine) as connection:
+        rows = connection.execute(query.limit(_NAMED)).all()
+    for one, mark in rows:
+        column = feed.key if one is None else feed.watermark
+        where = f"{_origin(feed, one)}" if one is not None else f"{feed.table}: no key, {feed.watermark} {mark}"
+        yield Skipped(where, f"{column} is NULL, so nobody can say whether it was read")
+
+
+def _item(feed: SqlFeed, row: Any) -> Item | Skipped:
+    watermark, key, prompt, response, rating, gold, author, domain, kind = row
+    origin = _origin(feed, key)
+    try:
+        return Item(
+            origin=origin,
+            prompt=_text(feed.prompt, prompt),
+            answer=_text(feed.response, response),
+            reward=_reward(feed, rating, gold),
+            created_at=watermark if isinstance(watermark, datetime) else None,
+            user=_name(feed.author, author),
+            domain=_name(feed.domain, domain),
+            kind=_name(feed.kind_column, kind),
+        )
+    except _Unusable as problem:
+        return Skipped(origin, str(problem))
+
+
+def _origin(feed: SqlFeed, key: Any) -> str:
+    # A key is data: no store keeps a NUL or half a character.
+    text = str(key).replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+    return f"{feed.table}:{text}"
+
+
+def _text(column: str, value: Any) -> str:
+    if value is None:
+        raise _Unusable(f"{column} is NULL")
+    if not isinstance(value, str):
+        raise _Unusable(f"{column} is {type(value).__name__}, expected text")
+    if not value.strip():
+        raise _Unusable(f"{column} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Unusable(f"{column} is not UTF-8") from None
+    return value
+
+
+def _name(column: str | None, value: Any) -> str | None:
+    """An author, domain or kind; a number is one too."""
+    if value is None or value == "":
+        return None
+    return _text(str(column), value if isinstance(value, bytes | bytearray | memoryview) else str(value))
+
+
+def _reward(feed: SqlFeed, rating: Any, gold: Any) -> float | None:
+    """What the row is worth; None is the feed's own."""
+    if feed.gold_star is not None and _is_set(feed.gold_star, gold):
+        return feed.gold_reward
+    if feed.rating is None:
+        return None
+    if rating is None:
+        raise _Unusable(f"{feed.rating} is NULL")
+    value = _plain(rating)
+    if value not in feed.ratings:
+        raise _Unusable(f"{feed.rating} is {value[:_SHOWN]!r}; ratings knows {', '.join(feed.ratings)}")
+    return feed.ratings[value]
+
+
+def _is_set(column: str, value: Any) -> bool:
+    text = "" if value is None else _plain(value).lower()
+    if text not in _YES | _NO:
+        raise _Unusable(f"{column} is {text[:_SHOWN]!r}, neither yes nor no")
+    return text in _YES
+
+
+def _plain(value: Any) -> str:
+    """A value as a person writes it in YAML: 5 for 5, 5.0 and Decimal("5.00"); true for True."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        return str(int(value))
+    if isinstance(value, Decimal):
+        return str(value.normalize())
+    return str(value).strip()
+
+
+def _as_mark(feed: SqlFeed, value: Any) -> dict[str, str]:
+    no_number = isinstance(value, bool) or (isinstance(value, float | Decimal) and not math.isfinite(value))
+    for kind, (type_, _, write) in _KINDS.items():
+        if isinstance(value, type_) and not no_number:
+            return {"kind": kind, "value": write(value)}
+    raise SourceError(
+        f"source {feed.name}: the watermark {feed.watermark} of {feed.table} is {value!r} "
+        f"({type(value).__name__}); expected a number, a time or a text"
+    )
+
+
+def _watermark(feed: SqlFeed, mark: Any) -> Any:
+    try:
+        return _KINDS[mark["kind"]][1](mark["value"])
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise SourceError(
+            f"source {feed.name}: the mark {mark!r} of its last reading is of another form; give the source a new name "
+            "to read it from its beginning"
+        ) from error
+
+
+def _earlier(watermark: Any, overlap: float) -> Any:
+    """The watermark so far back, where one can say how far."""
+    try:
+        if isinstance(watermark, datetime):
+            return watermark - timedelta(seconds=overlap)
+        if isinstance(watermark, date):
+            return watermark - timedelta(days=math.ceil(overlap / 86_400))
+        if isinstance(watermark, int | float):
+            return watermark - type(watermark)(overlap)
+        if isinstance(watermark, Decimal):
+            return watermark - Decimal(str(overlap))
+    except OverflowError:  # at the beginning of time
+        return watermark
+    return watermark
+
+
+def _engine(feed: SqlFeed) -> tuple[sa.Engine, str]:
+    """What connects to the database, reading only; and the password, which no message may hold."""
+    text = os.environ.get(feed.url_env)
+    if not text:
+        raise SourceError(
+            f"source {feed.name}: the environment variable {feed.url_env} is not set; export the database's URL in it, "
+            "such as sqlite:////path/file.db or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+        )
+    try:
+        url = make_url(text)
+        password = str(url.password or "")
+        engine = sa.create_engine(_only_readable(feed, url), hide_parameters=True)
+    except (sa.exc.ArgumentError, ValueError):  # their messages may hold the URL
+        raise SourceError(
+            f"source {feed.name}: what {feed.url_env} holds is no database URL that SQLAlchemy knows; expected such as "
+            "sqlite:////path/file.db or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+        ) from None
+    except ImportError as error:
+        raise SourceError(
+            f"source {feed.name}: the driver of {url.drivername} is not installed ({error.name}); install it, or name "
+            f"another in {feed.url_env}, such as postgresql+psycopg://"
+        ) from None
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+    return engine, password
+
+
+def _only_readable(feed: SqlFeed, url: URL) -> URL:
+    """SQLite makes a file that is not there, unless it is told to read only."""
+    path = url.database
+    if url.get_backend_name() != "sqlite" or not path or path.startswith((":memory:", "file:")):
+        return url
+    if not Path(path).is_file():
+        raise SourceError(f"source {feed.name}: the file {path} is not there; correct {feed.url_env}")
+    return url.set(database=f"file:{quote(str(Path(path).resolve()))}", query={"mode": "ro", "uri": "true"})
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.execute("PRAGMA query_only=ON")
+    # A text that is not UTF-8 would end the reading; so it comes as half characters, and is named.
+    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def _connection(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection that can only read; each page has its own transaction, which ends with it."""
+    options = {"postgresql_readonly": True} if engine.dialect.name == "postgresql" else {}
+    with engine.connect().execution_options(**options) as connection:
+        yield connection
+
+
+def _table(engine: sa.Engine, feed: SqlFeed) -> sa.TableClause:
+    """The table as the database describes it. What the YAML names must be there, letter by letter."""
+    schema, _, name = feed.table.rpartition(".")
+    inspector = sa.inspect(engine)
+    try:
+        found = inspector.get_columns(name, schema=schema or None)
+    except sa.exc.NoSuchTableError:
+        found = []
+    if not found:
+        there = sorted({*inspector.get_table_names(schema or None), *inspector.get_view_names(schema or None)})
+        raise SourceError(
+            f"source {feed.name}: there is no table or view {feed.table}; there are: {', '.join(there) or 'none'}"
+        )
+    names = [column["name"] for column in found]
+    missing = sorted(_named(feed) - set(names))
+    if missing:
+        raise SourceError(
+            f"source {feed.name}: {feed.table} has no column {', '.join(missing)}; it has: {', '.join(names)}"
+        )
+    # SQLite keeps a time as whatever text was written, and compares it so; read as a time, it would be another text.
+    typed = engine.dialect.name != "sqlite"
+    columns: list[sa.ColumnClause[Any]] = [sa.column(c["name"], c["type"] if typed else None) for c in found]
+    return sa.table(name, *columns, schema=schema or None)
+
+
+def _named(feed: SqlFeed) -> set[str]:
+    """Every column that the YAML names."""
+    mapped = (feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column)
+    return {feed.key, feed.watermark, feed.prompt, feed.response, *feed.only, *(name for name in mapped if name)}
+
+
+@contextmanager
+def _told(feed: SqlFeed, secret: str) -> Iterator[None]:
+    """Errors of the database as one that says what to do, without the password."""
+    try:
+        yield
+    except sa.exc.SQLAlchemyError as error:
+        said = str(getattr(error, "orig", None) or error).strip()
+        for text in {secret, quote(secret), quote_plus(secret)} - {""}:
+            said = said.replace(text, "***")
+        raise SourceError(
+            f"source {feed.name}: the database of {feed.url_env} cannot be read ({said}); see that it runs, that its "
+            "user may read the table, and that the URL is right"
+        ) from None

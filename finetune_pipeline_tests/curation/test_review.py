@@ -1,0 +1,146 @@
+"""What deserves a person's eye, in which order, and why: the pure rule."""
+
+import pytest
+
+from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.review import (
+    FOUND_BAD,
+    PRIOR,
+    Case,
+    Slice,
+    Voice,
+    WeakSlices,
+    disagreement,
+    queue,
+    rank,
+)
+from finetune_pipeline.curation.rules import REJECTED, UNREVIEWED, Policy, accept, answer_validator, found_bad
+from finetune_pipeline.settings import CurationSettings
+
+from .test_dataset import example
+
+POLICY = Policy(CurationSettings(), NearIndex({"q": "the golden question of all"}), answer_validator(None))
+REQUIRED = Policy(POLICY.settings, POLICY.benchmark, POLICY.problem, review_required=True)
+NONE = WeakSlices([])
+
+
+def case(key="a", **fields):
+    given = {"sequence": 1, "prompt": f"what of {key} and all the rest of it?", "answer": f"{key} it is"}
+    return Case(key=key, **{**given, **fields})
+
+
+def value(one, policy=POLICY, weak=NONE):
+    ranked = rank(one, policy, weak, 0.85)
+    return None if ranked is None else ranked.value
+
+
+def reasons(one, policy=POLICY, weak=NONE):
+    return rank(one, policy, weak, 0.85).reasons
+
+
+def test_what_gives_no_reason_is_not_asked():
+    assert value(case()) is None
+    assert value(case(confidence=0.9)) is None
+    assert value(case(trains=True)) is None
+
+
+def test_the_less_confident_comes_first():
+    found = queue([case("a", confidence=0.6), case("b", confidence=0.1), case("c", confidence=0.8)], POLICY, NONE, 0.85)
+    assert [one.key for one in found] == ["b", "a", "c"]
+    assert found[0].value == pytest.approx(1 - (1 - PRIOR) * 0.1)
+    assert found[0].reasons == ("confidence 0.10, below 0.85",)
+
+
+def test_a_person_s_word_settles_confidence_and_flag():
+    assert value(case(confidence=0.1, flag="odd", person=True)) is None
+    assert reasons(case(flag="odd")) == ("flagged: odd",)
+    assert reasons(case(flag="confidence 0.10 is below 0.85", confidence=0.1)) == ("confidence 0.10, below 0.85",)
+
+
+def test_signs_add_up_but_never_beyond_certainty():
+    both = value(case(confidence=0.5, voices=(Voice("x", True), Voice("x", False))))
+    assert both == pytest.approx(1 - (1 - PRIOR) * 0.5 * 0.5)
+    assert value(case(confidence=0.5)) < both < 1
+
+
+@pytest.mark.parametrize(
+    ("voices", "expected"),
+    [
+        ([], 0),
+        ([("x", True), ("x", True)], 0),
+        ([("x", False)], 0),  # nobody is for anything: that is no disagreement
+        ([("x", True), ("x", False)], 0.5),
+        ([("x", True), ("x", True), ("x", False)], 1 / 3),
+        ([("x", False), ("y", True)], 0),  # who refused x and who wrote y agree
+        ([("x", True), ("y", True)], 0.5),  # one found x right, another wrote y
+        ([("x", True), ("y", True), ("x", False)], 0.5),  # y leads, since one refused x
+        ([("y", True), ("z", True), ("z", True)], 1 / 3),
+    ],
+)
+def test_disagreement_is_the_share_against_what_most_are_for(voices, expected):
+    found = [Voice(*voice) for voice in voices]
+    assert disagreement(found) == pytest.approx(expected)
+    assert disagreement(found) == disagreement(list(reversed(found)))
+
+
+def test_a_refused_answer_that_nobody_wrote_anew_is_worth_most():
+    bad = case(refused=True, person=True, voices=(Voice("x", False),))
+    assert reasons(bad) == ("a person found it wrong, and nobody wrote what is right",)
+    assert value(bad) == pytest.approx(1 - (1 - PRIOR) * (1 - FOUND_BAD))
+    assert value(case(refused=True, person=True, voices=(Voice("x", False), Voice("y", True)))) is None
+
+
+WEAK = WeakSlices(
+    [
+        Slice("doors", 0.2, ("a fire door of 60 minutes in the east wing",)),
+        Slice("walls", 0.9, ("a wall of brick, 200 mm thick",)),
+        Slice("slabs", 0.95, ("a slab of concrete on the third floor",)),
+    ]
+)
+
+
+def test_what_is_like_a_weak_slice_is_worth_more():
+    like = case(prompt="a fire door of 90 minutes in the west wing", confidence=0.6)
+    (first, second) = reasons(like, weak=WEAK)
+    assert first.startswith("confidence") and second.startswith("like the weak slice doors (20% right), similarity 0.")
+    assert value(case(confidence=0.6), weak=WEAK) < value(like, weak=WEAK) < 2 * value(case(confidence=0.6))
+    assert value(case(prompt="a fire door of 90 minutes in the west wing"), weak=WEAK) > PRIOR
+    assert value(case(prompt="a wall of brick, 100 mm thick"), weak=WEAK) is None  # that slice is not weak
+
+
+def test_the_kind_of_a_request_may_name_the_slice():
+    assert value(case(domain="Doors"), weak=WEAK) == pytest.approx(PRIOR * 1.8)
+    assert reasons(case(kind="doors"), weak=WEAK) == ("like the weak slice doors (20% right), similarity 1.00",)
+
+
+def test_without_a_difference_no_slice_is_weak():
+    assert not WeakSlices([Slice("a", 0.5), Slice("b", 0.5)]) and not NONE
+
+
+def test_what_can_never_train_is_not_asked():
+    assert value(case(prompt="The golden question of all!", confidence=0.1)) is None
+    assert value(case(prompt="x" * 9_000, confidence=0.1)) is None
+
+
+def test_the_same_words_are_asked_once_and_equals_newest_first():
+    twins = [case("a", sequence=1, confidence=0.2), case("b", sequence=9, prompt="What of A and all the rest of it?",
+             answer="a it is ", confidence=0.2), case("c", sequence=5, confidence=0.2)]  # fmt: skip
+    assert [one.key for one in queue(twins, POLICY, NONE, 0.85)] == ["b", "c"]
+
+
+def test_where_review_is_required_everything_that_would_train_is_asked():
+    assert reasons(case(trains=True), REQUIRED) == ("trains only when a reviewer approves it",)
+    assert value(case(), REQUIRED) is None
+
+
+def test_a_decision_outranks_the_other_rules():
+    good, poor = example(1), example(2, reward=-1.0, confidence=0.1)
+    assert accept(good, POLICY).accepted and not accept(good, REQUIRED).accepted
+    assert accept(good, REQUIRED).reason == UNREVIEWED
+    for review in ("approve", "edit"):
+        for policy in (POLICY, REQUIRED):
+            assert accept(poor.model_copy(update={"review": review}), policy).accepted
+    rejected = good.model_copy(update={"review": "reject", "corrected": True})
+    assert accept(rejected, POLICY).reason == REJECTED == "rejected by a reviewer"
+    assert found_bad(poor, POLICY) and not found_bad(poor, REQUIRED)
+    assert not found_bad(poor.model_copy(update={"review": "reject"}), POLICY)

@@ -1,0 +1,221 @@
+"""Decisions in the real store: what they change, what they survive, how they are taken back."""
+
+import pytest
+import sqlalchemy as sa
+
+from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback import store
+from finetune_pipeline.feedback.forgetting import forget_user
+from finetune_pipeline.feedback.review import ReviewError, candidates, decide, look, undo
+from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.feedback.store import bring_back, find, new_examples, tally, withdraw
+from finetune_pipeline_tests.conftest import feedback, interaction, uid
+
+TASK = "notes"
+
+
+def put(db, *events):
+    with db.write() as connection:
+        store.record(connection, TASK, events, default_reward)
+
+
+def seen(db, name):
+    with db.read() as connection:
+        return next(look(connection, TASK, [str(uid(name))], default_reward))
+
+
+def say(db, name, kind, target=None, reviewer="rita"):
+    shown = seen(db, name)
+    with db.write() as connection:
+        decide(connection, TASK, shown, kind, shown.answer if target is None else target, reviewer, default_reward)
+
+
+def take_back(db, reviewer="rita", name=None):
+    with db.write() as connection:
+        return undo(connection, TASK, reviewer, default_reward, uid(name) if name else None)
+
+
+def example(db, name):
+    with db.read() as connection:
+        return find(connection, uid(name)).example
+
+
+def asked(db, taught=False):
+    with db.read() as connection:
+        found = candidates(connection, TASK, default_reward, 0.85, 0.3, taught=taught)
+    names = {str(uid(name)): name for name in ("a", "b", "c", "d")}
+    return {names[str(one.interaction.id)] for one in found}
+
+
+def tallied(db):
+    with db.read() as connection:
+        return tally(connection, TASK)
+
+
+def newest(db):
+    with db.read() as connection:
+        return store.newest_sequence(connection)
+
+
+def changed(db, after):
+    with db.read() as connection:
+        return {row.interaction_id: row for rows in store.records(connection, TASK, newest(db), after) for row in rows}
+
+
+def new(db):
+    with db.read() as connection:
+        return {one.prompt for one in new_examples(connection, TASK, 0, 0.3)}
+
+
+def test_an_approval_confirms_an_answer_that_nobody_said_anything_of(db):
+    put(db, interaction("a", confidence=0.2))
+    assert example(db, "a") is None
+    say(db, "a", "approve")
+    found = example(db, "a")
+    assert (found.review, found.target, found.reward, found.confirmed, found.corrected) == (
+        "approve", "answer a", 1.0, True, False
+    )  # fmt: skip
+    assert tallied(db)["examples"] == 1
+
+
+def test_an_edit_is_a_correction_whatever_users_say_later(db):
+    put(db, interaction("a"), feedback("up", "a", "thumbs_up"))
+    say(db, "a", "edit", "answer A, better")
+    put(db, feedback("down", "a", "thumbs_down", minutes=5), feedback("fix", "a", "correction", 9, correction="worse"))
+    found = example(db, "a")
+    assert (found.review, found.target, found.corrected) == ("edit", "answer A, better", True)
+    assert 0.2 < found.reward < 0.6
+    assert new(db) == {"prompt a"}
+
+
+def test_a_rejection_counts_as_new_no_more_and_later_praise_does_not_change_it(db):
+    put(db, interaction("a"), feedback("up", "a", "thumbs_up"))
+    say(db, "a", "reject")
+    put(db, feedback("up again", "a", "thumbs_up", minutes=5))
+    assert example(db, "a").review == "reject"
+    assert new(db) == set()
+
+
+def test_a_decision_is_on_the_same_words_wherever_they_are(db):
+    same = {"prompt": "the same question", "output": "the same answer"}
+    put(db, *(interaction(name, **same) for name in "ab"), *(feedback(f"on {n}", n, "thumbs_up") for n in "ab"))
+    put(db, interaction("c", prompt="the same question"), feedback("on c", "c", "thumbs_up"))
+    say(db, "a", "edit", "the right answer")
+    assert [example(db, name).target for name in "abc"] == ["the right answer", "the right answer", "answer c"]
+    put(
+        db, interaction("d", prompt=" The same  question", output="the same answer"), feedback("on d", "d", "thumbs_up")
+    )
+    assert (example(db, "d").review, example(db, "d").target) == ("edit", "the right answer")
+    assert asked(db, taught=True) == {"c"}
+    assert take_back(db) == str(uid("a"))
+    assert {example(db, name).target for name in "abd"} == {"the same answer"}
+    assert {example(db, name).review for name in "abd"} == {None}
+
+
+def test_a_snapshot_sees_every_decision_and_every_undo(db):
+    put(db, interaction("a"), interaction("b"), feedback("on b", "b", "thumbs_up"))
+    before = newest(db)
+    assert not changed(db, before)
+    say(db, "a", "approve")
+    say(db, "b", "reject")
+    rows = changed(db, before)
+    assert {rows[str(uid("a"))].review, rows[str(uid("b"))].review} == {"approve", "reject"}
+    before = newest(db)
+    take_back(db, name="a")
+    (row,) = changed(db, before).values()
+    assert (row.interaction_id, row.target, row.review) == (str(uid("a")), None, None)
+    assert tallied(db)["examples"] == 1
+
+
+def test_history_is_kept_and_the_newest_decision_stands(db):
+    put(db, interaction("a"), feedback("on a", "a", "thumbs_up"))
+    say(db, "a", "approve")
+    say(db, "a", "reject", reviewer="sam")
+    assert example(db, "a").review == "reject"
+    assert take_back(db, "rita") is None  # hers stands no more
+    assert take_back(db, "sam") == str(uid("a"))
+    assert example(db, "a").review is None and asked(db, taught=True) == {"a"}
+    assert take_back(db, "sam") is None
+    d = t.review_decisions.c
+    with db.read() as connection:
+        rows = connection.execute(sa.select(d.decision, d.reviewer, d.target).order_by(d.sequence)).all()
+    assert [tuple(row) for row in rows] == [
+        ("approve", "rita", "answer a"), ("reject", "sam", "answer a"), ("undo", "sam", None)
+    ]  # fmt: skip
+
+
+def test_a_decision_outlives_a_source_that_was_away(db):
+    put(db, interaction("a", source="vault", origin="a.md"), feedback("on a", "a", "thumbs_up"))
+    say(db, "a", "edit", "better")
+    with db.write() as connection:
+        withdraw(connection, TASK, [str(uid("a"))])
+    assert example(db, "a") is None
+    put(db, interaction("b", prompt="prompt a", output="answer a", source="vault", origin="moved/a.md"),
+        feedback("on b", "b", "thumbs_up"))  # fmt: skip
+    assert example(db, "b").target == "better"
+    with db.write() as connection:
+        bring_back(connection, TASK, [str(uid("a"))], default_reward)
+    assert example(db, "a").target == "better"
+
+
+def test_what_is_asked_is_undecided_and_unsure_disputed_or_refused(db):
+    put(db, interaction("a", confidence=0.2), interaction("b"), feedback("b up", "b", "thumbs_up"),
+        feedback("b down", "b", "thumbs_down"), interaction("c"), feedback("c down", "c", "thumbs_down"),
+        interaction("d", confidence=0.2), feedback("d up", "d", "thumbs_up"))  # fmt: skip
+    assert asked(db) == {"a", "b", "c"}
+    say(db, "a", "approve")
+    say(db, "b", "reject")
+    assert asked(db) == {"c"}
+    put(db, feedback("a fixed", "a", "correction", correction="other"))  # a person wrote another answer since
+    assert asked(db) == {"a", "c"}
+    assert seen(db, "a").answer == "other" and example(db, "a").target == "answer a"
+    say(db, "a", "approve")
+    assert asked(db) == {"c"} and example(db, "a").target == "other"
+
+
+def test_validators_and_corrections_that_agree_are_not_asked(db):
+    put(db, interaction("a"), feedback("a fails", "a", "validation_failure", score=10), interaction("b"),
+        feedback("b fixed", "b", "correction", correction="x"), feedback("b down", "b", "thumbs_down"),
+        interaction("c"), feedback("c 1", "c", "correction", correction="x"),
+        feedback("c 2", "c", "correction", correction="y"))  # fmt: skip
+    assert asked(db) == {"c"}
+
+
+def test_a_decision_on_what_has_changed_or_gone_is_refused(db):
+    put(db, interaction("a", user="ann"))
+    shown = seen(db, "a")
+    put(db, feedback("fix", "a", "correction", correction="other"))
+    with pytest.raises(ReviewError, match="corrected meanwhile"), db.write() as connection:
+        decide(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
+    with pytest.raises(ReviewError, match=r"target: .*NUL.*nothing was kept"):
+        say(db, "a", "edit", "a\x00b")
+    with pytest.raises(ReviewError, match="reviewer"):
+        say(db, "a", "approve", reviewer="")
+    shown = seen(db, "a")
+    with db.write() as connection:
+        forget_user(connection, TASK, "ann", default_reward)
+    with pytest.raises(ReviewError, match="deleted meanwhile"), db.write() as connection:
+        decide(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
+
+
+def test_who_is_forgotten_takes_their_decisions_along_and_what_they_shaped_is_as_before(db):
+    same = {"prompt": "the same question", "output": "the same answer"}
+    put(db, *(interaction(name, user="ann" if name == "a" else "bob", **same) for name in "ab"),
+        *(feedback(f"on {n}", n, "thumbs_up") for n in "ab"), interaction("c", user="bob"))  # fmt: skip
+    say(db, "a", "edit", "rita wrote this")
+    say(db, "c", "approve", reviewer="sam")
+    before = newest(db)
+    with db.write() as connection:
+        assert forget_user(connection, TASK, "rita", default_reward).decisions == 1
+    assert {example(db, name).target for name in "ab"} == {"the same answer"}
+    with db.read() as connection:  # older snapshots hold rita's words, so the next one is written anew
+        f = t.forgotten_events.c
+        assert connection.execute(sa.select(f.id).where(f.sequence > before)).first()
+    say(db, "a", "edit", "on ann's words")
+    with db.write() as connection:
+        forget_user(connection, TASK, "ann", default_reward)
+    assert example(db, "b").target == "the same answer"
+    assert example(db, "c").review == "approve"
+    with db.write() as connection:
+        forget_user(connection, TASK, "sam", default_reward)
+    assert example(db, "c") is None and tallied(db)["examples"] == 1

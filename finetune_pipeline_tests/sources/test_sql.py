@@ -1,0 +1,293 @@
+"""Rated answers from real databases: every row once, none lost, nothing written, no password told."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+import sqlalchemy as sa
+from pydantic import ValidationError
+
+from finetune_pipeline.artifacts import hash_file
+from finetune_pipeline.settings import SqlFeed
+from finetune_pipeline.sources.item import Item, Mark, Skipped, SourceError
+from finetune_pipeline.sources.sql import read
+
+NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
+COLUMNS = {
+    "kind": "sql", "name": "ratings", "url_env": "RATINGS_URL", "table": "answers", "key": "id",
+    "watermark": "Changed at", "prompt": "prompt", "response": "response",
+    "rating": "stars", "ratings": {"5": 1.0, "4": 0.7, "1": -1.0},
+    "gold_star": "gold", "author": "author", "domain": "domain", "kind_column": "kind",
+}  # fmt: skip
+
+
+def feed(**changes):
+    return SqlFeed.model_validate({**COLUMNS, **changes})
+
+
+@pytest.fixture
+def answers(url, monkeypatch):
+    """A table as applications have them, and how to write into it."""
+    monkeypatch.setenv("RATINGS_URL", url)
+    engine = sa.create_engine(url)
+    table = sa.Table(
+        "answers", sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("Changed at", sa.DateTime(timezone=True)),
+        sa.Column("prompt", sa.Text), sa.Column("response", sa.Text), sa.Column("stars", sa.Integer),
+        sa.Column("gold", sa.Boolean), sa.Column("author", sa.Text), sa.Column("domain", sa.Text),
+        sa.Column("kind", sa.Text), sa.Column("team", sa.Integer), sa.Column("notes", sa.LargeBinary),
+    )  # fmt: skip
+    table.create(engine)
+
+    def put(*rows):
+        with engine.begin() as connection:
+            for row in rows:
+                connection.execute(table.delete().where(table.c.id == row["id"]))
+                connection.execute(table.insert().values(row))
+
+    yield put
+    engine.dispose()
+
+
+def row(id, minutes=0, **changes):
+    at = {"Changed at": NOON + timedelta(minutes=minutes)}
+    return {"id": id, "prompt": f"asked {id}", "response": f"answered {id}", "stars": 5, **at, **changes}
+
+
+def given(feed, mark=None):
+    """Items by origin, what was skipped, and the last mark as the store gives it back."""
+    found = list(read(feed, mark))
+    marks = [one.value for one in found if isinstance(one, Mark)]
+    items = {one.origin: one for one in found if isinstance(one, Item)}
+    skipped = {one.origin: one.reason for one in found if isinstance(one, Skipped)}
+    return items, skipped, json.loads(json.dumps(marks[-1])) if marks else None
+
+
+def test_a_row_becomes_an_item_by_the_mapping(answers):
+    answers(
+        row(1, author="ann", domain="walls", kind="new", stars=4), row(2, stars=None, gold=True), row(3, gold=False)
+    )
+    items, skipped, _ = given(feed())
+    first = items["answers:1"]
+    assert (first.prompt, first.answer, first.reward) == ("asked 1", "answered 1", 0.7)
+    assert (first.user, first.domain, first.kind) == ("ann", "walls", "new")
+    assert [items[f"answers:{n}"].reward for n in (2, 3)] == [1.0, 1.0] and not skipped
+    assert given(feed(gold_reward=0.9))[0]["answers:2"].reward == 0.9
+    unrated = feed(rating=None, ratings={}, gold_star=None)
+    assert {item.reward for item in given(unrated)[0].values()} == {None}
+
+
+def test_filters_take_what_has_one_of_the_values(answers):
+    answers(row(1, author="ann", team=1), row(2, author="bob", team=1), row(3, author="ann", team=2), row(4))
+    assert set(given(feed(only={"author": ["ann"]}))[0]) == {"answers:1", "answers:3"}
+    assert set(given(feed(only={"author": ["ann", "bob"], "team": ["1"]}))[0]) == {"answers:1", "answers:2"}
+
+
+def test_what_cannot_be_used_is_named_with_the_reason(answers):
+    answers(
+        row(1, prompt=None), row(2, response=" \n"), row(3, stars=3), row(4, stars=None), row(5),
+        {**row(6), "Changed at": None}, row(7, domain="x"),
+    )  # fmt: skip
+    items, skipped, mark = given(feed())
+    assert set(items) == {"answers:5", "answers:7"} and mark is not None
+    assert skipped == {
+        "answers:1": "prompt is NULL",
+        "answers:2": "response is empty",
+        "answers:3": "stars is '3'; ratings knows 5, 4, 1",
+        "answers:4": "stars is NULL",
+        "answers:6": "Changed at is NULL, so nobody can say whether it was read",
+    }
+    wrong = given(feed(response="notes", gold_star="domain"))[1]
+    assert wrong["answers:5"] == "notes is NULL"
+    answers(row(5, notes=b"\xff"), row(7, domain="perhaps", notes=b"x"))
+    wrong = given(feed(response="notes", gold_star="domain"))[1]
+    assert wrong["answers:5"] in {"notes is bytes, expected text", "notes is memoryview, expected text"}
+    assert given(feed(gold_star="domain"))[1]["answers:7"] == "domain is 'perhaps', neither yes nor no"
+
+
+def test_pages_lose_nothing_though_the_watermark_is_the_same(answers):
+    answers(*(row(n, minutes=n // 10) for n in range(1, 41)))
+    items, _, _ = given(feed(batch_rows=7))
+    assert list(items) == [f"answers:{n}" for n in range(1, 41)]
+    assert sum(isinstance(one, Mark) for one in read(feed(batch_rows=7), None)) == 6
+
+
+def test_a_reading_goes_on_where_the_last_one_ended(answers):
+    answers(*(row(n, minutes=n) for n in range(1, 6)))
+    mark = given(feed(overlap=0))[2]
+    answers(row(6, minutes=6), row(2, minutes=7, stars=1))
+    items, _, later = given(feed(overlap=0), mark)
+    assert set(items) == {"answers:5", "answers:6", "answers:2"}  # the last one again: see the next test
+    assert items["answers:2"].reward == -1.0
+    assert set(given(feed(overlap=0), later)[0]) == {"answers:2"}
+
+
+def test_rows_committed_late_are_not_lost(answers, url):
+    answers(row(5, minutes=5), row(9, minutes=5))
+    mark = given(feed())[2]
+    answers(row(7, minutes=5))  # the same time, and a lower key than the last that was read
+    assert "answers:7" in given(feed(overlap=0), mark)[0]
+    if url.startswith("sqlite"):
+        return  # its times are texts, and it has one writer at a time
+    answers(row(8, minutes=4.5))  # half a minute earlier
+    assert "answers:8" not in given(feed(overlap=0), mark)[0]
+    assert "answers:8" in given(feed(overlap=60), mark)[0]
+    assert given(feed(overlap=86_400), mark)[2] == mark  # going back never moves the mark back
+
+
+def test_an_emptied_table_keeps_its_mark(answers):
+    answers(row(1))
+    mark = given(feed())[2]
+    assert given(feed(only={"domain": ["none"]}), mark) == ({}, {}, mark)
+
+
+@pytest.mark.parametrize("kind", ["integer", "numeric", "text", "date", "float"])
+def test_numbers_texts_and_dates_are_watermarks_too(url, monkeypatch, kind):
+    monkeypatch.setenv("RATINGS_URL", url)
+    types = {"integer": sa.BigInteger, "numeric": sa.Numeric, "text": sa.Text, "date": sa.Date, "float": sa.Double}
+    values = {
+        "integer": [2**40 + n for n in range(30)],
+        "numeric": [Decimal(f"{n}.25") for n in range(30)],
+        "text": [f"2026-05-01 12:00:{n:02}" for n in range(30)],
+        "date": [(NOON + timedelta(days=n)).date() for n in range(30)],
+        "float": [n / 10 for n in range(30)],
+    }[kind]
+    engine = sa.create_engine(url)
+    table = sa.Table("t", sa.MetaData(), sa.Column("k", sa.Text, primary_key=True), sa.Column("w", types[kind]))
+    table.create(engine)
+
+    def put(numbers):
+        with engine.begin() as connection:
+            connection.execute(table.insert(), [{"k": f"key {n}", "w": values[n]} for n in numbers])
+
+    one = feed(table="t", key="k", watermark="w", prompt="k", response="k", rating=None, ratings={}, gold_star=None,
+               author=None, domain=None, kind_column=None, overlap=0, batch_rows=4)  # fmt: skip
+    put(range(0, 30, 2))
+    items, _, mark = given(one)
+    assert len(items) == 15
+    put([29])
+    assert set(given(one, mark)[0]) == {"t:key 28", "t:key 29"}
+    engine.dispose()
+
+
+def test_it_never_writes(answers, url, tmp_path):
+    answers(row(1))
+    statements = []
+
+    def note(_connection, _cursor, statement, *_rest):
+        statements.append(statement)
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        assert given(feed())[0]
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    assert statements and not [s for s in statements if s.split()[0].upper() not in {"SELECT", "PRAGMA", "SHOW", "SET"}]
+
+
+def test_sqlite_is_opened_for_reading_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("RATINGS_URL", f"sqlite:///{tmp_path}/not there.db")
+    with pytest.raises(SourceError, match=r"not there\.db is not there; correct RATINGS_URL"):
+        given(feed())
+    assert not list(tmp_path.iterdir())
+    path = tmp_path / "an # odd ? name.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute('CREATE TABLE answers (id, "Changed at", prompt, response)')
+        connection.execute("INSERT INTO answers VALUES ('a', 1, 'asked', CAST(x'ff61' AS TEXT)), ('b', 2, 'x', 'y')")
+    before = hash_file(path)
+    path.chmod(0o444)
+    monkeypatch.setenv("RATINGS_URL", sa.URL.create("sqlite", database=str(path)).render_as_string())
+    plain = feed(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None)
+    items, skipped, _ = given(plain)
+    assert set(items) == {"answers:b"} and skipped == {"answers:a": "response is not UTF-8"}
+    assert hash_file(path) == before
+
+
+def test_a_wrong_name_is_told_with_those_that_there_are(answers):
+    with pytest.raises(SourceError, match="there is no table or view answer; there are: answers"):
+        given(feed(table="answer"))
+    with pytest.raises(SourceError, match="answers has no column star; it has: id, Changed at, prompt"):
+        given(feed(rating="star"))
+    with pytest.raises(SourceError, match="has no column id; DROP TABLE answers"):
+        given(feed(prompt="id; DROP TABLE answers"))
+    with pytest.raises(SourceError, match="has no column nobody"):
+        given(feed(only={"nobody": ["x"]}))
+
+
+def test_a_key_that_names_no_single_row_is_told(answers):
+    answers(row(1, author="ann"), row(2, author="ann"))
+    with pytest.raises(SourceError, match="'ann' stands in several rows of answers"):
+        given(feed(key="author"))
+
+
+def test_views_and_schemas_can_be_read(answers, url):
+    answers(row(1), row(2))
+    engine = sa.create_engine(url)
+    schema = "main" if url.startswith("sqlite") else "public"
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE VIEW best AS SELECT * FROM answers WHERE id = 2"))
+    engine.dispose()
+    assert set(given(feed(table=f"{schema}.best"))[0]) == {f"{schema}.best:2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "RATINGS_URL is not set"),
+        ("hunter2 is no url", "no database URL"),
+        ("nosuchdb://ann:hunter2@db/x", "no database URL|not installed"),
+        ("postgresql+psycopg://ann:hunter2@127.0.0.1:1/x", "cannot be read"),
+        ("postgresql+psycopg://ann:hunter2@127.0.0.1:port/x", "no database URL"),
+        ("mysql+pymysql://ann:hunter2@db/x", "driver of mysql.pymysql is not installed"),
+    ],
+)
+def test_a_database_that_cannot_be_reached_is_told_without_its_password(monkeypatch, caplog, text, said):
+    monkeypatch.setenv("RATINGS_URL", text) if text else monkeypatch.delenv("RATINGS_URL", raising=False)
+    with pytest.raises(SourceError, match=said) as problem:
+        given(feed())
+    chain = [problem.value, problem.value.__cause__]
+    assert not any("hunter2" in str(error) for error in chain) and "hunter2" not in caplog.text
+    assert problem.value.__suppress_context__ or problem.value.__context__ is None
+
+
+def test_a_rating_needs_its_rewards_and_rewards_their_rating():
+    for changes in ({"ratings": {}}, {"rating": None}, {"ratings": {"5": 2}}):
+        with pytest.raises(ValidationError):
+            feed(**changes)
+
+
+def test_a_mark_of_another_form_says_what_to_do(answers):
+    with pytest.raises(SourceError, match="give the source a new name"):
+        given(feed(), {"id": 3})
+
+
+def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path):
+    path = tmp_path / "large.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE answers (id INTEGER PRIMARY KEY, at INTEGER, prompt TEXT, response TEXT)")
+        connection.execute("CREATE INDEX behind ON answers (at, id)")
+        rows = ((n, n // 100, f"asked {n} " + "x" * 200, "answered " + "y" * 200) for n in range(100_000))
+        connection.executemany("INSERT INTO answers VALUES (?, ?, ?, ?)", rows)
+    one = feed(watermark="at", rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None)
+    script = f"""
+import resource
+from finetune_pipeline.settings import SqlFeed
+from finetune_pipeline.sources.item import Item
+from finetune_pipeline.sources.sql import read
+found, first = 0, 0
+for one in read(SqlFeed.model_validate_json({one.model_dump_json()!r}), None):
+    found += isinstance(one, Item)
+    first = first or found == 2000 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first)
+"""
+    environment = {**os.environ, "RATINGS_URL": f"sqlite:///{path}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    found, grown = map(int, done.stdout.split())
+    assert found == 100_000
+    assert grown < 8 * 1024  # kilobytes, after the first pages; the rows are 46 MB
