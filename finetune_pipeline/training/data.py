@@ -36,6 +36,7 @@ class Data:
     measure: "Dataset"  # on which the loss before and after is measured
     too_long: int
     validates: bool  # whether `measure` is a validation set, or only a sample of what is trained on
+    preferred: "Dataset | None" = None  # held-out preferences, by whose loss dpo and kto are validated
 
     @property
     def longest(self) -> int:

@@ -31,29 +31,36 @@ def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerB
     Raises:
         TrainingError: they are not there, every one is too long, or KTO's are all good or all bad.
     """
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset
 
     folder, method = job.preferences, job.settings.method
     if folder is None or not (folder / "train").is_dir():
         raise TrainingError(
             f"method {method} needs {folder or 'preferences'}, which is not there; curate the data again"
         )
-    rows = list(load_from_disk(str(folder / "train")))
-    kept = [row for row in (_messages(row, job, tokens) for row in rows) if row["length"] <= job.settings.max_length]
+    rows, kept = _read(folder / "train", job, tokens)
     if not kept:
         raise TrainingError(
-            f"nothing is left to train on by {method}: of {len(rows)} rows of {folder} all have more than "
+            f"nothing is left to train on by {method}: of {rows} rows of {folder} all have more than "
             f"{job.settings.max_length} tokens; raise max_length, add examples, or set method to sft"
         )
     if method == "kto":
         _must_have_both([row["label"] for row in kept], folder)
         random.Random(job.settings.seed).shuffle(kept)  # KTO reads in the order given: each with its neighbours
-    return replace(data, train=Dataset.from_list(kept), too_long=len(rows) - len(kept))
+    held_out = _read(folder / "validation", job, tokens)[1] if (folder / "validation").is_dir() else []
+    if method == "kto" and len(held_out) < 2:  # it compares each with another one
+        held_out = []
+    return replace(
+        data,
+        train=Dataset.from_list(kept),
+        too_long=rows - len(kept),
+        preferred=Dataset.from_list(held_out) if held_out else None,
+    )
 
 
 def preference_trainer(
     job: TrainingJob,
-    train: "Dataset",
+    data: Data,
     tokens: "PreTrainedTokenizerBase",
     arguments: dict[str, Any],
     base: Any,
@@ -62,7 +69,7 @@ def preference_trainer(
     """TRL's trainer of the job's method.
 
     Args:
-        train: from `load_preferences`.
+        data: from `load_preferences`.
         arguments: transformers' TrainingArguments that every method shares.
         base: the model to train.
         callbacks: told how the training goes.
@@ -73,14 +80,35 @@ def preference_trainer(
     if job.settings.method == "dpo":
         kind, config = DPOTrainer, DPOConfig(**shared, **_dpo(job.settings))
     else:
-        kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, train["label"]))
+        kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, arguments, data.train["label"]))
     return kind(
         **with_adapter(base, job),
         args=config,
-        train_dataset=train,
+        train_dataset=data.train,
+        eval_dataset=data.preferred,
         processing_class=tokens,
         callbacks=callbacks,
     )
+
+
+def validation_loss(trainer: "DPOTrainer | KTOTrainer") -> float:
+    """Mean loss of the method itself on the held-out preferences: it is this one that the training lowers.
+
+    With several processes each takes a part, and all of them get the same figure.
+    """
+    import torch
+
+    model = trainer.model.eval()
+    total = torch.zeros(2, device=trainer.args.device)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        for batch in trainer.get_eval_dataloader():
+            inputs = trainer._prepare_inputs(batch)
+            size = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+            total += torch.stack([trainer.compute_loss(model, inputs).detach().float() * size, torch.tensor(size)])
+    model.train()
+    trainer._metrics["eval"].clear()  # kept for an evaluation of TRL's own, which there is none of
+    summed, count = trainer.accelerator.reduce(total, "sum").tolist()
+    return float(summed / count)
 
 
 def mean_loss(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> float:
@@ -107,6 +135,14 @@ def _batches(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> Iterator
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size])
         yield {name: values.to(trainer.args.device) for name, values in batch.items()}
+
+
+def _read(folder: Path, job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> tuple[int, list[dict[str, Any]]]:
+    """How many rows there are, and those that are not too long."""
+    from datasets import load_from_disk
+
+    rows = [_messages(row, job, tokens) for row in load_from_disk(str(folder))]
+    return len(rows), [row for row in rows if row["length"] <= job.settings.max_length]
 
 
 def _messages(row: dict[str, Any], job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> dict[str, Any]:
@@ -144,12 +180,15 @@ def _dpo(settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def _kto(settings: TrainingSettings, labels: list[bool]) -> dict[str, Any]:
+def _kto(settings: TrainingSettings, arguments: dict[str, Any], labels: list[bool]) -> dict[str, Any]:
     """Good and bad answers weigh the same in all, whichever are more (Eq. 8 of the KTO paper)."""
-    if settings.batch_size < 2:
+    size = arguments["per_device_train_batch_size"]
+    if size < 2:
+        fewer = f" (of {settings.batch_size}: memory or the number of workers allows no more)"
         raise TrainingError(
-            f"kto compares the answers of a batch and needs a batch_size of 2 or more, not {settings.batch_size}; use "
-            "less gradient_accumulation instead, or method sft"
+            "kto compares the answers of a batch and needs 2 or more on each device, not "
+            f"{size}{fewer if settings.batch_size > 1 else ''}; raise batch_size, or set shorter examples "
+            "(max_length), fewer workers, or method sft"
         )
     good, bad = sum(labels), len(labels) - sum(labels)
     return {

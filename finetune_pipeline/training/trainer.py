@@ -32,7 +32,7 @@ from finetune_pipeline.training.model import (
     whole_weights,
     with_adapter,
 )
-from finetune_pipeline.training.preference import load_preferences, mean_loss, preference_trainer
+from finetune_pipeline.training.preference import load_preferences, mean_loss, preference_trainer, validation_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +80,7 @@ def run_training(
     data = load(job, tokens)
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
-    bfloat16 = settings.bfloat16 and bfloat16_is_faster(running.batch_size)
+    bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)  # also where memory allows fewer at a time
     check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16)
     with nullcontext() if team.size() > 1 else memory_may_run_out(running):  # alone no process of a team can go back
         done = _trained(job, running, data, tokens, bfloat16, load_model)
@@ -139,14 +139,24 @@ def _trained(
         load_model,
     )
     before = _mean_loss(trainer, data.measure)
-    if data.validates:
-        trainer.add_callback(validator(lambda: _mean_loss(trainer, data.measure), running.early_stopping))
+    measure = _validation(trainer, data)
+    if measure is not None:
+        trainer.add_callback(validator(measure, running.early_stopping))
     checkpoint = team.first_then_others(lambda: last_complete(job.output / CHECKPOINTS, job.key))
     seconds = _train(trainer, checkpoint)
     best = _take_best(trainer)
     after = _mean_loss(trainer, data.measure)
     must_be_finite(after, trainer.state.global_step)
     return _Trained(trainer, checkpoint, before, after, best, seconds)
+
+
+def _validation(trainer: "Trainer", data: Data) -> Callable[[], float] | None:
+    """What measures by which weights to stay: the loss that the method lowers, on what was held out of it."""
+    from trl import SFTTrainer
+
+    if not isinstance(trainer, SFTTrainer):
+        return None if data.preferred is None else lambda: validation_loss(trainer)
+    return (lambda: _mean_loss(trainer, data.measure)) if data.validates else None
 
 
 def _steps(examples: int, settings: TrainingSettings) -> int:
@@ -171,7 +181,7 @@ def _trainer(
     if job.settings.method == "sft":
         trainer = _sft_trainer(job, data, tokens, arguments, load_model(job, bfloat16))
     else:
-        trainer = preference_trainer(job, data.train, tokens, arguments, load_model(job, bfloat16), [reporter(job)])
+        trainer = preference_trainer(job, data, tokens, arguments, load_model(job, bfloat16), [reporter(job)])
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
@@ -186,7 +196,7 @@ def _sft_trainer(
 ) -> "SFTTrainer":
     from trl import SFTConfig, SFTTrainer
 
-    shared_rows = unpadded.fits(type(base), base.config)
+    shared_rows = unpadded.fits(base.config)
     if shared_rows:
         base.set_attn_implementation(unpadded.register_attention())
     config = SFTConfig(

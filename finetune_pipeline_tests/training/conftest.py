@@ -60,7 +60,7 @@ def save(folder: Path, train, validation=()):
 
     empty = Dataset.from_dict({"prompt": [], "history": [], "completion": []})
     splits = {"train": Dataset.from_list(train), "validation": Dataset.from_list(validation) if validation else empty}
-    DatasetDict(splits).save_to_disk(folder)
+    DatasetDict(splits).save_to_disk(folder, num_shards=dict.fromkeys(splits, 1))
     return folder
 
 

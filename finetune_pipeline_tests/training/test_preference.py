@@ -125,10 +125,32 @@ def test_longer_answers_are_left_out_and_counted_whichever_of_a_pair_is_long(pre
 def test_what_cannot_be_trained_on_is_said(prefer, job, tmp_path):
     with pytest.raises(TrainingError, match=r"32 good and 0 bad ones to train on; set method to sft"):
         trainer_of(prefer("kto", LABELLED[:32]))
-    with pytest.raises(TrainingError, match="needs a batch_size of 2 or more, not 1"):
+    with pytest.raises(TrainingError, match="needs 2 or more on each device, not 1;"):
         trainer_of(prefer("kto", batch_size=1))
     with pytest.raises(TrainingError, match=r"method dpo needs .*nothing, which is not there; curate the data again"):
         trainer_of(prefer("dpo").model_copy(update={"preferences": tmp_path / "nothing"}))
     values = job.model_dump() | {"settings": {"method": "auto"}}
     with pytest.raises(ValidationError, match=r"training\.methods\.choose"):
         type(job).model_validate(values)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_the_weights_that_stay_are_those_with_the_lowest_loss_of_the_method_itself(prefer, method):
+    """What is held out wants the opposite of what is trained on, so the method's loss grows there from the start."""
+    job = prefer(method, epochs=8, checkpoints=4, learning_rate=5e-2)
+    if method == "dpo":
+        contrary = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:8]]
+    else:
+        contrary = [{**row, "label": not row["label"]} for row in [*LABELLED[:4], *LABELLED[-4:]]]
+    mixed = save(job.preferences.parent / "contrary", {"dpo": PAIRS, "kto": LABELLED}[method], contrary)
+    result = run_training(job.model_copy(update={"preferences": mixed}), time.monotonic())
+    losses = {point.step: point.loss for point in result.validation}
+    assert len(losses) == 4
+    assert result.best_step == min(losses, key=losses.__getitem__) < result.steps
+    assert result.loss_after != pytest.approx(losses[result.best_step])  # that one is of answers, as after SFT
+
+
+def test_without_held_out_preferences_the_last_weights_stay(prefer):
+    result = run_training(prefer("dpo"), time.monotonic())
+    assert not result.validation
+    assert result.best_step == result.steps
