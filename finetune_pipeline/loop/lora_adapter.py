@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import dagster as dg
 from pydantic import Field, create_model
@@ -47,7 +47,10 @@ def training_config(loop: LoopSettings) -> type[dg.Config]:
     for name, field in TrainingSettings.model_fields.items():
         if name in left:
             told = f"{field.description} Left empty, as preset {loop.training.preset} fills it."
-            fields[name] = (field.annotation | None, Field(default=None, description=told))  # type: ignore[operator]
+            kind = (
+                str if get_origin(field.annotation) is Literal else field.annotation
+            )  # Dagster has no optional Literal
+            fields[name] = (kind | None, Field(default=None, description=told))
         elif name not in NOT_IN_THE_LAUNCHPAD:
             default = getattr(loop.training, name)
             fields[name] = (field.annotation, Field(default=default, description=field.description))

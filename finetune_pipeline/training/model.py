@@ -127,7 +127,7 @@ def lora(settings: TrainingSettings, model: Any) -> Any:
 
 
 def _beside_language_model(model: Any) -> str | None:
-    """A pattern of the modules beside the language model, which take no adapter: a vision tower. None: there are none."""
+    """A pattern of the modules beside the language model (a vision tower), which take no adapter; None has none."""
     if model.config.get_text_config(decoder=True) is model.config:
         return None
     decoder = model.get_decoder()

@@ -85,10 +85,19 @@ def preference_trainer(
         processing_class=tokens,
         callbacks=callbacks,
     )
+    _complete_reference(trainer.model)
     # A checkpoint with the reference beside the adapter would resume with the reference alone (transformers 5.17 looks
     # into subfolders only, if there are any). It is made anew from the initial adapter instead.
     trainer.model.save_pretrained = partial(trainer.model.save_pretrained, selected_adapters=["default"])
     return trainer
+
+
+def _complete_reference(model: Any) -> None:
+    """Copy the embeddings of single tokens too: TRL 1.14 copies only what has ".default." within its name."""
+    if "ref" in model.peft_config:
+        for name, values in model.named_parameters():
+            if name.endswith(".default"):
+                model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(values.data)
 
 
 def mean_loss(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> float:

@@ -105,15 +105,14 @@ def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-@pytest.mark.parametrize("tokens", [(), (5, 6)], ids=["linear layers", "tokens besides"])
-def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method, tokens, tmp_path):
+def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method, tmp_path):
     import torch
 
-    first = with_settings(job, epochs=1, checkpoints=1, trainable_token_indices=tokens)
+    settings = {"trainable_token_indices": (5, 6)}
+    first = with_settings(job, epochs=1, checkpoints=1, **settings)
     first = first.model_copy(update={"output": tmp_path / "learnt"})
     first.output.mkdir()
     run_training(first, time.monotonic())
-    settings = {"trainable_token_indices": tokens}
     trainer, _ = trainer_of(prefer(method, **settings).model_copy(update={"initial_adapter": first.output / "adapter"}))
     model, ids = trainer.model.eval(), torch.tensor([[5, 6, 7, 8]])
 
@@ -124,6 +123,7 @@ def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method,
     own = logits()
     with model.disable_adapter():
         assert not torch.allclose(logits(), own, atol=1e-3)  # the base says something else
+    assert not [name for name, values in model.named_parameters() if values.requires_grad and ".ref" in name]
     model.set_adapter("ref")
     assert torch.equal(logits(), own)
 
