@@ -46,10 +46,9 @@ def training_config(loop: LoopSettings) -> type[dg.Config]:
     fields: dict[str, Any] = {}
     for name, field in TrainingSettings.model_fields.items():
         if name in left:
-            told = f"{field.description} Left empty, as preset {loop.training.preset} fills it."
-            kind = (
-                str if get_origin(field.annotation) is Literal else field.annotation
-            )  # Dagster has no optional Literal
+            told = f"{field.description} Empty: preset {loop.training.preset} fills it."
+            # Dagster's config has no optional Literal.
+            kind: Any = str if get_origin(field.annotation) is Literal else field.annotation
             fields[name] = (kind | None, Field(default=None, description=told))
         elif name not in NOT_IN_THE_LAUNCHPAD:
             default = getattr(loop.training, name)
