@@ -54,9 +54,11 @@ def test_only_the_language_models_layers_get_an_adapter(base, targets, layers):
     assert {name.rsplit(".", 4)[1] for name in trained} == layers
 
 
-def test_it_is_saved_read_and_merged_under_the_names_of_the_base(base, tmp_path):
+def test_it_is_saved_read_merged_and_converted_under_the_names_of_the_base(base, tmp_path):
+    import gguf
     from peft import PeftModel, get_peft_model
 
+    from finetune_pipeline.export.gguf import convert_adapter
     from finetune_pipeline.export.merge import merge_here
 
     model = load(base)
@@ -74,3 +76,6 @@ def test_it_is_saved_read_and_merged_under_the_names_of_the_base(base, tmp_path)
     merged = load(tmp_path / "merged")
     assert torch.allclose(answers(merged), said, atol=1e-4)
     assert set(merged.state_dict()) == set(load(base).state_dict())
+    convert_adapter(tmp_path / "adapter", base, tmp_path / "adapter.gguf")
+    tensors = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors}
+    assert len(tensors) == 2 * 2 * len(LAYERS) and all(name.startswith("blk.") for name in tensors)
