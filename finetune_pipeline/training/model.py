@@ -1,6 +1,7 @@
 """The base model's weights and the adapter over them. Loads torch, transformers and peft."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,19 @@ def lora(settings: TrainingSettings, model: Any) -> Any:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=_beside_language_model(model),
         trainable_token_indices=_trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _beside_language_model(model: Any) -> str | None:
+    """A pattern of the modules beside the language model (a vision tower), which take no adapter; None has none."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return None
+    decoder = model.get_decoder()
+    (name,) = [name for name, module in model.named_modules() if module is decoder]
+    return rf"(?!{re.escape(name)}\.).*"
 
 
 def _trained_tokens(settings: TrainingSettings, vocabulary: int) -> list[int]:

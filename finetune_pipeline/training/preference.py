@@ -1,4 +1,7 @@
-"""DPO and KTO by TRL's trainers over a PEFT LoRA adapter. The reference is the base: the model without its adapter.
+"""DPO and KTO by TRL's trainers over a PEFT LoRA adapter.
+
+The reference is the model as it is before the training: the base without its adapter, or, where an adapter is gone on
+from, the base with a copy of that one, which TRL names "ref".
 
 DPO (Rafailov et al. 2023, "Direct Preference Optimization") learns from pairs of a corrected and the model's own
 answer, KTO (Ethayarajh et al. 2024, "Model Alignment as Prospect Theoretic Optimization") from answers found good and
@@ -8,6 +11,7 @@ bad. Neither uses dropout: noise in the policy alone would be taken for its dist
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +85,7 @@ def preference_trainer(
         kind, config = DPOTrainer, DPOConfig(**shared, **_dpo(job.settings))
     else:
         kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, arguments, data.train["label"]))
-    return kind(
+    trainer = kind(
         **with_adapter(base, job),
         args=config,
         train_dataset=data.train,
@@ -89,6 +93,19 @@ def preference_trainer(
         processing_class=tokens,
         callbacks=callbacks,
     )
+    _complete_reference(trainer.model)
+    # A checkpoint with the reference beside the adapter would resume with the reference alone (transformers 5.17 looks
+    # into subfolders only, if there are any). It is made anew from the initial adapter instead.
+    trainer.model.save_pretrained = partial(trainer.model.save_pretrained, selected_adapters=["default"])
+    return trainer
+
+
+def _complete_reference(model: Any) -> None:
+    """Copy the embeddings of single tokens too: TRL 1.14 copies only what has ".default." within its name."""
+    if "ref" in model.peft_config:
+        for name, values in model.named_parameters():
+            if name.endswith(".default"):
+                model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(values.data)
 
 
 def validation_loss(trainer: "DPOTrainer | KTOTrainer") -> float:
