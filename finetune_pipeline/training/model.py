@@ -144,6 +144,15 @@ def shard(trainer: Any) -> None:
     trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
 
 
+def deal_out_again(model: Any) -> None:
+    """Shard what measuring a loss left whole, as no backward pass followed: no checkpoint can be loaded into that."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole_weights(model: Any) -> Any:
     """The trained weights of a sharded model, put together: every process has to ask. None if the model is whole."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

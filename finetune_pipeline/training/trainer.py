@@ -30,6 +30,7 @@ from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, Trai
 from finetune_pipeline.training.memory import check_memory, memory_may_run_out, with_micro_batch
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
+    deal_out_again,
     load_model,
     must_shard,
     peak_memory,
@@ -252,6 +253,7 @@ def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat1
 def _train(trainer: "Trainer", checkpoint: Path | None) -> float:
     """Train, and return the seconds that it took."""
     began = time.monotonic()
+    deal_out_again(trainer.model)
     with suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return time.monotonic() - began
@@ -262,6 +264,7 @@ def _take_best(trainer: "Trainer") -> int:
     state = trainer.state
     best = state.best_global_step or state.global_step
     if best != state.global_step:
+        deal_out_again(trainer.model)
         trainer._load_best_model()
     return int(best)
 
