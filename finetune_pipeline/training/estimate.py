@@ -88,6 +88,7 @@ def memory(
     bfloat16: bool,
     tokens: int | None = None,
     micro_batch: int | None = None,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """The peak of a training.
 
@@ -98,13 +99,14 @@ def memory(
         bfloat16: whether it trains with bfloat16 autocast (on a GPU, over bfloat16 weights).
         tokens: of the longest example; default max_length.
         micro_batch: examples in memory at once; default batch_size.
+        shards: cards that the base's weights are dealt out to (FSDP); weights in 4 bits never are.
     """
     length = settings.max_length if tokens is None else min(tokens, settings.max_length)
     batch = settings.batch_size if micro_batch is None else micro_batch
     batch *= 2 if settings.method == "dpo" else 1  # a pair is two examples
     parts = [
         _process(device),
-        _weights(architecture, settings, device, bfloat16),
+        _weights(architecture, settings, device, bfloat16, shards),
         _adapter(architecture, settings),
         _activations(architecture, settings, device, bfloat16, batch, length),
         _working(architecture, settings, bfloat16, batch * length),
@@ -118,8 +120,17 @@ def _process(device: Device) -> Part:
     return Part("process", PROCESS_BYTES, "Python, torch and the trainer's libraries (measured)")
 
 
-def _weights(architecture: Architecture, settings: TrainingSettings, device: Device, bfloat16: bool) -> Part:
+def _weights(
+    architecture: Architecture, settings: TrainingSettings, device: Device, bfloat16: bool, shards: int
+) -> Part:
     each = 2 if device == "gpu" and bfloat16 else 4
+    if settings.adapter == "lora" and shards > 1:
+        # FSDP puts the layer that computes together, the next one meanwhile, and the embeddings.
+        whole = 2 * architecture.linear // architecture.layers + architecture.embeddings
+        formula = (
+            f"{_billions(architecture.parameters)} x {each} B / {shards} cards + {_billions(whole)} x {each} B whole"
+        )
+        return Part("base weights", (architecture.parameters // shards + whole) * each, formula)
     if settings.adapter == "lora":
         return Part("base weights", architecture.parameters * each, f"{_billions(architecture.parameters)} x {each} B")
     others = architecture.parameters - architecture.linear

@@ -79,3 +79,9 @@ def job(base, dataset, tmp_path):
 
 def with_settings(job, **changes):
     return job.model_copy(update={"settings": job.settings.model_copy(update=changes)})
+
+
+def contrary(job, folder):
+    """The job on a dataset whose validation wants other answers: what is learnt well makes it worse."""
+    wrong = [{**row, "completion": json.dumps({"thickness_mm": 77})} for row in rows(8, 100)]
+    return job.model_copy(update={"dataset": save(folder / "contrary", rows(32, 100), wrong)})
