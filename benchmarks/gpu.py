@@ -1,7 +1,8 @@
 """Training on a GPU, or a tiny shape on the CPU: tokens per second, memory, and the share of the machine's peak.
 
 Run by benchmarks/gpu.sh. Each row is a training of ours (TrainingJob, in its own process) on a Llama of random weights:
-what a step costs does not depend on what the weights say.
+what a step costs does not depend on what the weights say. Beside them stands TRL's own recipe: `SFTTrainer` with the
+defaults of `SFTConfig` over the same adapter (of LoRA alone: a 4-bit base is no default).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from benchmarks.results import publish
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.process import peak_resident_bytes
 
 TOKENIZER = PROJECT_ROOT / "data" / "starter_model"
 HEADINGS = ["model", "adapter", "backend", "tokens/s", "peak memory", "of matmul peak"]
@@ -128,7 +130,60 @@ def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> li
         except TrainingError as error:
             figures = {"not_run": str(error).splitlines()[0]}
         found.append({"model": name, "adapter": adapter, "backend": backend, **figures})
-    return found
+    plain = _apart(_plain_trl, shape, folder)
+    plain["share_of_matmul_peak"] = plain["tokens_per_second"] * flops / peaks[plain.pop("type")]
+    return [*found, {"model": name, "adapter": "lora", "backend": "plain TRL", **plain}]
+
+
+def _plain_trl(shape: Shape, folder: Path) -> dict[str, Any]:
+    """Tokens per second and peak memory of TRL's recipe on the same examples, after its first steps."""
+    import torch
+    from datasets import load_from_disk
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    seen: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "num_tokens" in logs and "loss" in logs:
+                seen.append((time.monotonic(), logs["num_tokens"]))
+
+    rows = load_from_disk(str(folder / "dataset"))["train"]
+    chats = rows.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        },
+        remove_columns=rows.column_names,
+    )
+    settings = _settings(shape, "lora", "peft")
+    trainer = SFTTrainer(
+        model=str(folder / "model"),
+        args=SFTConfig(
+            output_dir=str(folder / "plain"),
+            num_train_epochs=1,
+            per_device_train_batch_size=shape.batch,
+            max_length=2048,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=chats,
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        peft_config=LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    (began, before), (ended, after) = seen[len(seen) // 4], seen[-1]
+    gpu = torch.cuda.is_available()
+    return {
+        "tokens_per_second": (after - before) / (ended - began),
+        "peak_memory_bytes": torch.cuda.max_memory_reserved() if gpu else peak_resident_bytes(),
+        "type": "bfloat16" if trainer.args.bf16 else "float32",
+    }
 
 
 def _settings(shape: Shape, adapter: str, backend: str) -> TrainingSettings:

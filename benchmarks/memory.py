@@ -18,8 +18,10 @@ from finetune_pipeline.training.job import TrainingJob
 from finetune_pipeline.training.launch import train
 
 STARTER = PROJECT_ROOT / "data" / "starter_model"
+_SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 SHAPES = {
-    "26M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "26M": _SMALL,
+    "26M, 128k words": {**_SMALL, "vocab_size": 128_256},
     "152M": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16},
 }
 UPDATES = 2
@@ -31,6 +33,11 @@ CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("26M", 256, {"batch_size": 8}),
     ("26M", 256, {"batch_size": 8, "gradient_checkpointing": True}),
     ("26M", 256, {"batch_size": 8, "adapter": "qlora"}),
+    ("26M", 256, {"batch_size": 8, "bfloat16": True}),
+    ("26M", 256, {"batch_size": 8, "method": "dpo"}),
+    ("26M", 256, {"batch_size": 8, "method": "kto"}),
+    ("26M, 128k words", 256, {"batch_size": 8}),
+    ("26M, 128k words", 256, {"batch_size": 2, "method": "dpo"}),
     ("152M", 60, {"batch_size": 2}),
     ("152M", 256, {"batch_size": 2}),
 )
@@ -44,28 +51,47 @@ def main() -> None:
         figures = [_measure(folder, shape, bases[shape], tokens, settings) for shape, tokens, settings in CASES]
     rows = [
         [
-            one["model"], one["adapter"], "yes" if one["checkpointing"] else "no",
+            one["model"], one["adapter"], one["method"], "bfloat16" if one["bfloat16"] else "float32",
+            "yes" if one["checkpointing"] else "no",
             f"{one['batch']} x {one['tokens']}", f"{one['estimate'] / 1e6:,.0f} MB",
             f"{one['measured'] / 1e6:,.0f} MB", f"{one['estimate'] / one['measured'] - 1:+.0%}",
         ]
         for one in figures
     ]  # fmt: skip
-    headings = ["model", "adapter", "checkpointing", "batch x tokens", "estimate", "measured", "off by"]
+    headings = [
+        "model",
+        "adapter",
+        "method",
+        "type",
+        "checkpointing",
+        "batch x tokens",
+        "estimate",
+        "measured",
+        "off by",
+    ]
     publish("memory", headings, rows, {"cases": figures})
     if any(abs(one["estimate"] / one["measured"] - 1) > ERROR for one in figures):
         sys.exit(f"an estimate is off by more than {ERROR:.0%}: measure the constants anew")
 
 
 def _measure(folder: Path, shape: str, base: Path, tokens: int, changes: dict[str, Any]) -> dict[str, Any]:
-    settings = TrainingSettings(epochs=1, bfloat16=False, checkpoints=1, **changes)
+    settings = TrainingSettings.model_validate({"epochs": 1, "bfloat16": False, "checkpoints": 1, **changes})
     output = folder / "out"
     shutil.rmtree(output, ignore_errors=True)
     dataset = _dataset(folder / "dataset", tokens, settings.batch_size * UPDATES)
-    result = train(TrainingJob(base_model=base, dataset=dataset, output=output, settings=settings))
+    job = TrainingJob(
+        base_model=base,
+        dataset=dataset,
+        preferences=folder / "preferences" if settings.method != "sft" else None,
+        output=output,
+        settings=settings,
+    )
+    result = train(job)
     architecture = read_architecture(base / "config.json", shape)
     estimate = memory(architecture, settings, "cpu", bfloat16=result.bfloat16, tokens=tokens)
     return {
-        "model": shape, "adapter": settings.adapter, "checkpointing": settings.gradient_checkpointing,
+        "model": shape, "adapter": settings.adapter, "method": settings.method, "bfloat16": result.bfloat16,
+        "checkpointing": settings.gradient_checkpointing,
         "batch": settings.batch_size, "tokens": tokens, "estimate": estimate.bytes,
         "measured": result.peak_memory_bytes, "parts": {part.name: part.bytes for part in estimate.parts},
     }  # fmt: skip
@@ -81,19 +107,23 @@ def _model(folder: Path, shape: dict[str, int]) -> Path:
         shutil.copy(path, folder)
     heads = {"num_key_value_heads": shape["num_attention_heads"] // 2, "tie_word_embeddings": True}
     words = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 5, "pad_token_id": 3}
-    LlamaForCausalLM(LlamaConfig(**shape, **heads, **words)).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**{**words, **heads, **shape})).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
 def _dataset(folder: Path, tokens: int, count: int) -> Path:
-    """Examples of about `tokens` tokens: a digit is a token, and the chat markers are about 24."""
+    """Examples of about `tokens` tokens: a digit is one, the chat markers are about 24; `preferences` beside."""
     from datasets import Dataset, DatasetDict
 
     text = "7" * (tokens // 2 - 12)
     rows = [{"prompt": text, "history": [], "completion": text}] * count
+    # For DPO and KTO at once: each reads its own columns.
+    rated = [{**row, "chosen": text, "rejected": text, "label": bool(n % 2)} for n, row in enumerate(rows)]
     empty = Dataset.from_dict({"prompt": [], "history": [], "completion": []})
-    shutil.rmtree(folder, ignore_errors=True)
-    DatasetDict({"train": Dataset.from_list(rows), "validation": empty}).save_to_disk(folder)
+    for path, examples in ((folder, rows), (folder.parent / "preferences", rated)):
+        shutil.rmtree(path, ignore_errors=True)
+        splits = DatasetDict({"train": Dataset.from_list(examples), "validation": empty})
+        splits.save_to_disk(path, num_shards=dict.fromkeys(splits, 1))
     return folder
 
 

@@ -16,6 +16,7 @@ share of peak       (4 x weights of the layers' matrices + 6 x weights of the ad
 """
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,25 @@ def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, floa
     ]
     figures = {"epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
     publish("training", headings, rows, figures)
+    missed = [*_missed(medians, runs)]
+    if missed:
+        sys.exit("\n".join(missed))
+
+
+def _missed(medians: Any, runs: Any) -> Iterator[str]:
+    """Which aims were not reached: speed beside the plain recipe, and a loss no higher than the counterpart's.
+
+    Seeds move the loss: it counts as higher from two standard errors of the difference of the means.
+    """
+    for kind, aim in AIMS.items():
+        for recipe, peer in PEERS.items():
+            own, other = medians[kind][recipe], medians[kind][peer]
+            if recipe == "ours" and own["per_second"] < aim * other["per_second"]:
+                yield f"{kind}: {own['per_second'] / other['per_second']:.2f} times {peer}'s speed, aim {aim}"
+            losses = [[run["loss"] for run in runs[kind][name]] for name in (recipe, peer)]
+            error = math.sqrt(sum(statistics.variance(each) / len(each) for each in losses))
+            if own["loss"] > other["loss"] + 2 * error:
+                yield f"{kind}: validation loss of {recipe} {own['loss']:.4f}, of {peer} {other['loss']:.4f}"
 
 
 def _dataset() -> str:

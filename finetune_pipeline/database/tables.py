@@ -254,6 +254,7 @@ training_jobs = sa.Table(
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("run_id", sa.String(64), nullable=False, comment="Dagster's run, which knows the progress."),
     sa.Column("dataset", sa.String(64), nullable=False, comment="Version of the dataset."),
+    sa.Column("initial_adapter", sa.String(64), comment="Version of the adapter that it went on from; null: the base."),
     sa.Column("method", sa.String(20), nullable=False),
     sa.Column("mode", sa.String(20), nullable=False),
     sa.Column("device", sa.String(200), nullable=False),

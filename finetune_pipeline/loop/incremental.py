@@ -67,8 +67,9 @@ def write_subset(dataset: Path, rows: tuple[int, ...], folder: Path) -> Path:
     """Write a part of a dataset with only these rows to train on, and its validation split; returns its folder."""
     import datasets
 
-    shutil.copytree(dataset, folder, dirs_exist_ok=True)  # an empty split cannot be read and saved again
-    shutil.rmtree(folder / "train")
+    # As files: an empty split cannot be read and saved again. The tokens of all rows are none of these rows'.
+    shutil.copytree(dataset, folder, ignore=shutil.ignore_patterns("train", ".*"), dirs_exist_ok=True)
+    shutil.rmtree(folder / "train", ignore_errors=True)  # of a training that was killed
     datasets.load_from_disk(str(dataset / "train")).select(rows).save_to_disk(folder / "train", num_shards=1)
     return folder
 

@@ -40,8 +40,10 @@ class MadeWith:
     Attributes:
         snapshots: folders of raw_logs artifacts that hold one of them, each with one or more Parquet files.
         datasets: folders of curated_dataset artifacts with a row of one of them, to train on or to validate with.
-        models: names (`loop@v1.2.0`) of the versions that were trained on such a dataset, also of deleted ones.
-        weights: folders of lora_adapter and gguf_model artifacts that were trained on such a dataset, promoted or not.
+        models: names (`loop@v1.2.0`) of the versions that learnt from such a dataset, also of deleted ones.
+        weights: folders of lora_adapter and gguf_model artifacts that learnt from such a dataset, promoted or not.
+
+    An adapter learnt from its own dataset and, if it was trained on top of another adapter, from all that this one did.
     """
 
     snapshots: tuple[Path, ...] = ()
@@ -68,8 +70,11 @@ def made_with(database: Database, loop: LoopSettings, ids: Collection[str]) -> M
     snapshots = tuple(path for path in _complete(loop.name, RawLogsManifest) if _snapshot_holds(path, wanted))
     datasets = tuple(path for path in _complete(loop.name, DatasetManifest) if _dataset_holds(path, wanted))
     versions = {path.name for path in datasets}
-    models = (model for model in list_models(database, loop.name) if lineage(database, model).dataset in versions)
-    names = tuple(model.name for model in models)
+    names = tuple(
+        model.name
+        for model in list_models(database, loop.name)
+        if versions & _learnt_from(database, loop.name, model.lineage.get("lora_adapter"))
+    )
     return MadeWith(snapshots, datasets, names, tuple(_weights(database, loop.name, versions)))
 
 
@@ -103,7 +108,7 @@ def lineage(database: Database, model: ModelVersion) -> Lineage:
     version = known.get("lora_adapter")
     adapter = _manifest(AdapterManifest, model.loop, version)
     training = find_training(database, model.loop, version) if version else None
-    dataset_version = _dataset_of(model.loop, version, training) if version else None
+    dataset_version, _ = _made_from(model.loop, version, training) if version else (None, None)
     dataset = _manifest(DatasetManifest, model.loop, dataset_version)
     logs = _manifest(RawLogsManifest, model.loop, dataset.inputs.get("raw_logs") if dataset else None)
     return Lineage(
@@ -208,20 +213,33 @@ def _manifest(kind: type[M], loop: str, version: str | None) -> M | None:
     return found.manifest if found else None
 
 
-def _weights(database: Database, loop: str, datasets: Collection[str]) -> Iterator[Path]:
-    """Folders of the adapters and model files that were trained on one of these datasets."""
+def _weights(database: Database, loop: str, datasets: set[str]) -> Iterator[Path]:
+    """Folders of the adapters and model files that learnt from one of these datasets."""
 
     def trained(adapter: str | None) -> bool:
-        return adapter is not None and _dataset_of(loop, adapter, find_training(database, loop, adapter)) in datasets
+        return bool(datasets & _learnt_from(database, loop, adapter))
 
     yield from (path for path in _complete(loop, AdapterManifest) if trained(path.name))
     yield from (path for path in _complete(loop, GgufManifest) if trained(_inputs(path).get("lora_adapter")))
 
 
-def _dataset_of(loop: str, adapter: str, training: TrainingRun | None) -> str | None:
-    """The dataset that an adapter was trained on, by its manifest, or by the training's row where that is gone."""
-    said = _inputs(stage_folder(loop, AdapterManifest.stage) / adapter).get("curated_dataset")
-    return said or (training.dataset if training else None)
+def _learnt_from(database: Database, loop: str, adapter: str | None) -> set[str]:
+    """The datasets that an adapter was trained on, and those of the adapters that it was trained on top of."""
+    datasets: dict[str, str | None] = {}
+    while adapter is not None and adapter not in datasets:
+        datasets[adapter], adapter = _made_from(loop, adapter, find_training(database, loop, adapter))
+    return {dataset for dataset in datasets.values() if dataset is not None}
+
+
+def _made_from(loop: str, adapter: str, training: TrainingRun | None) -> tuple[str | None, str | None]:
+    """The dataset that an adapter was trained on, and the adapter that it was trained on top of.
+
+    By its manifest, or by the training's row where that is gone.
+    """
+    inputs = _inputs(stage_folder(loop, AdapterManifest.stage) / adapter)
+    if not inputs and training is not None:
+        return training.dataset, training.initial_adapter
+    return inputs.get("curated_dataset"), inputs.get("initial_adapter")
 
 
 def _inputs(folder: Path) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """The asset lora_adapter: the training, in a process of its own, watched from here."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import dagster as dg
 from pydantic import Field, create_model
@@ -25,7 +26,7 @@ from finetune_pipeline.training.curve import curve_png
 from finetune_pipeline.training.job import ADAPTER, RESULT, Progress, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.methods import Counts, choose
-from finetune_pipeline.training.presets import settled
+from finetune_pipeline.training.presets import PRESETS, settled
 
 REPORT_EVERY_SECONDS = 5.0
 PARTS = {"sft": DATASET, "dpo": PAIRS, "kto": LABELLED}
@@ -36,20 +37,40 @@ NOT_IN_THE_LAUNCHPAD = {"target_modules", "trainable_token_indices", "report_to"
 
 
 def training_config(loop: LoopSettings) -> type[dg.Config]:
-    """Dagster config with one field for each plain hyperparameter; the loop's YAML gives the defaults."""
-    fields: dict[str, Any] = {
-        name: (field.annotation, Field(default=getattr(loop.training, name), description=field.description))
-        for name, field in TrainingSettings.model_fields.items()
-        if name not in NOT_IN_THE_LAUNCHPAD
-    }
+    """Dagster config with one field for each plain hyperparameter; the loop's YAML gives the defaults.
+
+    What the loop leaves to its preset is None here and filled when the step runs: a base model that is not there, or
+    does not fit, is an error of this loop's training, and not of loading all loops.
+    """
+    left = _left_to_preset(loop)
+    fields: dict[str, Any] = {}
+    for name, field in TrainingSettings.model_fields.items():
+        if name in left:
+            told = f"{field.description} Empty: preset {loop.training.preset} fills it."
+            # Dagster's config has no optional Literal.
+            kind: Any = str if get_origin(field.annotation) is Literal else field.annotation
+            fields[name] = (kind | None, Field(default=None, description=told))
+        elif name not in NOT_IN_THE_LAUNCHPAD:
+            default = getattr(loop.training, name)
+            fields[name] = (field.annotation, Field(default=default, description=field.description))
     return create_model("TrainingConfig", __base__=dg.Config, **fields)
+
+
+def run_settings(loop: LoopSettings, config: dict[str, Any]) -> TrainingSettings:
+    """The settings of one run: the loop's, with the launchpad's instead; what neither sets is left to the preset."""
+    left = _left_to_preset(loop)
+    said = {name: value for name, value in config.items() if value is not None or name not in left}
+    return TrainingSettings.model_validate(loop.training.model_dump(exclude_unset=True) | said)
+
+
+def _left_to_preset(loop: LoopSettings) -> set[str]:
+    """Names of the settings that the loop's preset fills."""
+    preset = loop.training.preset
+    return set() if preset is None else set(PRESETS[preset].wish) - loop.training.model_fields_set
 
 
 def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """The asset lora_adapter of a loop."""
-    if loop.training.preset is not None:
-        filled = settled(loop.training, architecture_of(loop.base_model))
-        loop = loop.model_copy(update={"training": filled})
     Config = training_config(loop)
 
     @dg.asset(
@@ -72,7 +93,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         and settings.
         """
         die_with_run()
-        settings = TrainingSettings.model_validate(loop.training.model_dump() | config.model_dump())  # type: ignore[attr-defined]
+        settings = run_settings(loop, config.model_dump())  # type: ignore[attr-defined]
         artifact = adapter(loop, settings, curated_dataset, _reporter(context), context.log.info)
         record_training(connect(), training_run(artifact.manifest, context.run_id))
         return dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
@@ -93,6 +114,7 @@ def adapter(
     its place in a pool, and the next one would wait for ever.
     """
     base = resolve_base_model(loop.base_model)
+    settings = _settled(loop.base_model, settings, tell)
     held = dataset.manifest
     choice = choose(settings.method, Counts(good=held.train - held.replayed, pairs=held.pairs, bad=held.undesirable))
     settings = settings.model_copy(update={"method": choice.method})
@@ -119,6 +141,8 @@ def adapter(
         )
         with in_turn(home() / "training", "training", tell):
             result = train(job, on_progress)
+        if begin.rows is not None:
+            shutil.rmtree(where)  # what people said lies in the dataset, and need not lie beside the weights as well
         return {
             "inputs": inputs,
             "settings": shaping,
@@ -136,6 +160,15 @@ def adapter(
     return obtain(AdapterManifest, loop.name, version_of(inputs, shaping), make, keep=True)
 
 
+def _settled(base_model: str, settings: TrainingSettings, tell: Callable[[str], None]) -> TrainingSettings:
+    if settings.preset is None:
+        return settings
+    filled = settled(settings, architecture_of(base_model))
+    values = ", ".join(f"{name} {getattr(filled, name)}" for name in PRESETS[settings.preset].wish)
+    tell(f"with preset {settings.preset}: {values}")
+    return filled
+
+
 def training_run(manifest: AdapterManifest, run_id: str) -> TrainingRun:
     """What the registry keeps of a training.
 
@@ -146,6 +179,7 @@ def training_run(manifest: AdapterManifest, run_id: str) -> TrainingRun:
     known = {**manifest.model_dump(), "id": manifest.version, "run_id": run_id}
     known |= {
         "dataset": manifest.inputs["curated_dataset"],
+        "initial_adapter": manifest.inputs.get("initial_adapter"),
         "method": "{method}, {adapter}".format_map(manifest.settings),
     }
     return TrainingRun(**{name: known[name] for name in TrainingRun.model_fields})
@@ -168,6 +202,7 @@ def _reporter(context: dg.AssetExecutionContext) -> Callable[[Progress], None]:
         context.log.info(describe(progress))
         figures = {
             "step": progress.step,
+            "epoch": progress.epoch,
             "training_loss": progress.loss,
             "learning_rate": progress.learning_rate,
             "tokens_per_second": progress.tokens_per_second,

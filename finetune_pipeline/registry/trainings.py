@@ -18,6 +18,7 @@ class TrainingRun(Record):
     loop: str
     run_id: str = Field(description="Dagster's run, which knows the progress.")
     dataset: str = Field(description="Version of the dataset.")
+    initial_adapter: str | None = Field(default=None, description="Version of the adapter that it went on from.")
     method: str
     mode: str
     device: str

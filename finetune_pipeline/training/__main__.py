@@ -18,7 +18,7 @@ from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
 from finetune_pipeline.training.memory import MemoryRanOut
-from finetune_pipeline.training.process import ENVIRONMENT, folder_alone
+from finetune_pipeline.training.process import ENVIRONMENT, cpu_quota, folder_alone, threads_each, usable_cores
 from finetune_pipeline.training.trackers import settle_trackers
 
 
@@ -66,6 +66,8 @@ def _train(job: TrainingJob, started: float, micro_batch: int | None) -> None:
     choice = choose(job.settings)
     choice.backend.validate(job)
     print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
+    # Before torch is loaded, and for the processes of a team; on a Ray cluster elsewhere Ray sees to it.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(usable_cores(), cpu_quota(), job.settings.workers)))
     if job.settings.compute == "ray":
         from finetune_pipeline.training import ray_cluster
 

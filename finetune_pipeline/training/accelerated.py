@@ -27,7 +27,6 @@ def train(job: TrainingJob, started: float) -> None:
     workers = job.settings.workers
     team.share(job.settings, workers)
     _check_devices(workers)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -60,7 +59,13 @@ def _check_devices(workers: int) -> None:
 
 
 def _failure(error: "Exception") -> str:
-    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]  # torch is untyped here
+    # An exception leaves what it said; a signal leaves a plain text. Others may fail because the first one did.
+    failures = error.failures.values()  # type: ignore[attr-defined]  # torch is untyped here
+    said = [failure.message["message"] for failure in failures if isinstance(failure.message, dict)]
+    mark = f"{team.MemoryRanOutHere.__name__}: "
+    if ran_out := next((words for words in said if words.startswith(mark)), ""):
+        return str(ran_out.removeprefix(mark))
+    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
     how = failure.signal_name() if failure.exitcode < 0 else f"status {failure.exitcode}"
     cause = ", most likely because memory ran out: use a smaller batch_size or max_length" if "KILL" in how else ""
     return f"worker {rank} ended with {how}{cause}; running it again goes on from the last checkpoint"

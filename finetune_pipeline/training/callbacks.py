@@ -48,9 +48,11 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if team.is_first():
-                _weights_must_be_finite(checkpoint, state.global_step)
             team.wait()  # each process writes a file of its own into it
+            if not team.first_says(lambda: _weights_are_finite(checkpoint)):
+                if team.is_first():
+                    shutil.rmtree(checkpoint)  # it is worse than none: a resumed training would start from it
+                must_be_finite(math.nan, state.global_step)
             if team.is_first():
                 mark_complete(checkpoint, job.key)
             team.checkpoint_is_whole(checkpoint)
@@ -80,12 +82,44 @@ def validator(measure: Callable[[], float], early_stopping: int | None) -> "Trai
                 state.best_metric, state.best_global_step = loss, state.global_step
                 # The Trainer keeps this one when it removes older checkpoints.
                 state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            losses = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
-            since = len(losses) - 1 - losses.index(min(losses))
-            if early_stopping is not None and since >= early_stopping:
+            if _no_longer_better(state, early_stopping):
                 control.should_training_stop = True
 
     return Validator()
+
+
+class NothingLeft(Exception):
+    """A training that was resumed has no step left; its state and weights are those of its last checkpoint."""
+
+
+def resumer(early_stopping: int | None) -> "TrainerCallback":
+    """The callback that makes a resumed training's state true here and now.
+
+    The Trainer itself would take one step more after a checkpoint behind which there is none, unless that ends an
+    epoch; and it looks for the best checkpoint in the folder where it was written, which may have been moved.
+
+    Args:
+        early_stopping: as the validator has it.
+    """
+    from transformers import TrainerCallback
+
+    class Resumer(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.best_global_step:
+                best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+                if best.is_dir():
+                    state.best_model_checkpoint = str(best)
+                else:  # the best of those to come, then
+                    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            if state.global_step >= state.max_steps or _no_longer_better(state, early_stopping):
+                raise NothingLeft
+
+    return Resumer()
+
+
+def _no_longer_better(state: Any, early_stopping: int | None) -> bool:
+    losses = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
+    return bool(losses) and early_stopping is not None and len(losses) - 1 - losses.index(min(losses)) >= early_stopping
 
 
 def _progress(args: Any, state: Any, logs: dict[str, float], elapsed: float, first: int) -> Progress:
@@ -106,15 +140,11 @@ def _progress(args: Any, state: Any, logs: dict[str, float], elapsed: float, fir
     )
 
 
-def _weights_must_be_finite(checkpoint: Path, step: int) -> None:
-    """A checkpoint of weights that are no numbers is worse than none: a resumed training would start from it."""
+def _weights_are_finite(checkpoint: Path) -> bool:
     import torch
     from safetensors.torch import load_file
 
-    for weights in load_file(checkpoint / "adapter_model.safetensors").values():
-        if not torch.isfinite(weights).all():
-            shutil.rmtree(checkpoint)
-            must_be_finite(math.nan, step)
+    return all(bool(torch.isfinite(w).all()) for w in load_file(checkpoint / "adapter_model.safetensors").values())
 
 
 def must_be_finite(loss: float, step: int) -> None:

@@ -15,10 +15,10 @@ COMPLETE = "complete.json"
 
 def mark_complete(checkpoint: Path, job: str) -> None:
     """Flush a checkpoint's files and declare it whole."""
-    files = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != COMPLETE]
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != COMPLETE]
     for path in files:
         flush(path)
-    sizes = {path.name: path.stat().st_size for path in files}
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
     write_text(checkpoint / COMPLETE, json.dumps({"job": job, "files": sizes}, indent=2) + "\n")
 
 

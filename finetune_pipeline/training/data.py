@@ -21,10 +21,12 @@ IGNORED = -100
 """The label of a token that is not learnt, as PyTorch and Hugging Face have it."""
 
 _COLUMNS = ("prompt", "history", "completion")
-_REWARD = "reward"
+_REWARD = "reward"  # None in the tokens of a replayed example
+_SOURCE = "source"
+_REPLAY = "replay"  # the source of an example that nobody judged: it is mixed in against forgetting
 _LOSS_SAMPLE = 256  # examples on which the loss is measured where there is no validation set
 _TOKENISED = ".tokenised"
-_FORM = 2  # of what lies there: another one is not read
+_FORM = 3  # of what lies there: another one is not read
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -36,6 +38,7 @@ class Data:
     measure: "Dataset"  # on which the loss before and after is measured
     too_long: int
     validates: bool  # whether `measure` is a validation set, or only a sample of what is trained on
+    preferred: "Dataset | None" = None  # held-out preferences, by whose loss dpo and kto are validated
 
     @property
     def longest(self) -> int:
@@ -69,7 +72,7 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
     validation = _short_enough(_tokenised(job, tokenizer, "validation"), job)
     measure = validation if len(validation) else train.select(range(min(len(train), _LOSS_SAMPLE)))
     if job.settings.reward_weighted and job.settings.method == "sft":
-        if None in train[_REWARD]:
+        if set(train[_REWARD]) == {None}:
             raise TrainingError(f"{job.dataset / 'train'} lacks the column reward; make the dataset again")
         # Decided here, so that a training that goes on sees what it saw before.
         train = train.select(by_reward(train[_REWARD], job.settings.seed))
@@ -135,7 +138,7 @@ def _split(folder: Path, name: str) -> list[dict[str, Any]]:
     missing = set(_COLUMNS) - set(rows.column_names)
     if missing:
         raise TrainingError(f"{folder / name} lacks the column {' and '.join(sorted(missing))}; make the dataset again")
-    return list(rows.select_columns([name for name in (*_COLUMNS, _REWARD) if name in rows.column_names]))
+    return list(rows.select_columns([name for name in (*_COLUMNS, _REWARD, _SOURCE) if name in rows.column_names]))
 
 
 def _data_files(split: Path) -> list[str]:
@@ -165,7 +168,7 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
             "input_ids": both,
             "labels": [_labels(prompt, ids) for prompt, ids in zip(asked, both, strict=True)],
             "length": [len(ids) for ids in both],
-            _REWARD: [row.get(_REWARD) for row in rows],
+            _REWARD: [None if row.get(_SOURCE) == _REPLAY else row.get(_REWARD) for row in rows],
         }
     return Dataset.from_dict(columns, Features(kinds))
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.architecture import Architecture
+from finetune_pipeline.training.unpadded import tokens_at_a_time
 
 GIB = 2**30
 
@@ -19,10 +20,8 @@ PROCESS_BYTES = 590 * 10**6
 """A CPU's training process before it holds a model: Python, torch, transformers, TRL, PEFT, datasets."""
 CONTEXT_BYTES = 600 * 2**20
 """A CUDA context with cuBLAS's workspaces: an assumption, 0.4 to 0.8 GiB by card and driver."""
-CHUNK_TOKENS = 256
-"""TRL's chunked loss makes the logits of so many answer tokens at a time."""
 LOGIT_COPIES = 4
-"""Logits, their softmax, entropy's product and the gradient, each in float32."""
+"""Logits as they come and in float32, their softmax, and the gradient: as if each were in float32."""
 ALLOCATOR_SHARE = 0.05
 """What CUDA's allocator loses between blocks, over all that comes and goes: an assumption."""
 HEAP_COPIES = 5.2
@@ -89,6 +88,7 @@ def memory(
     bfloat16: bool,
     tokens: int | None = None,
     micro_batch: int | None = None,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """The peak of a training.
 
@@ -99,12 +99,14 @@ def memory(
         bfloat16: whether it trains with bfloat16 autocast (on a GPU, over bfloat16 weights).
         tokens: of the longest example; default max_length.
         micro_batch: examples in memory at once; default batch_size.
+        shards: cards that the base's weights are dealt out to (FSDP); weights in 4 bits never are.
     """
     length = settings.max_length if tokens is None else min(tokens, settings.max_length)
     batch = settings.batch_size if micro_batch is None else micro_batch
+    batch *= 2 if settings.method == "dpo" else 1  # a pair is two examples
     parts = [
         _process(device),
-        _weights(architecture, settings, device, bfloat16),
+        _weights(architecture, settings, device, bfloat16, shards),
         _adapter(architecture, settings),
         _activations(architecture, settings, device, bfloat16, batch, length),
         _working(architecture, settings, bfloat16, batch * length),
@@ -118,8 +120,17 @@ def _process(device: Device) -> Part:
     return Part("process", PROCESS_BYTES, "Python, torch and the trainer's libraries (measured)")
 
 
-def _weights(architecture: Architecture, settings: TrainingSettings, device: Device, bfloat16: bool) -> Part:
+def _weights(
+    architecture: Architecture, settings: TrainingSettings, device: Device, bfloat16: bool, shards: int
+) -> Part:
     each = 2 if device == "gpu" and bfloat16 else 4
+    if settings.adapter == "lora" and shards > 1:
+        # FSDP puts the layer that computes together, the next one meanwhile, and the embeddings.
+        whole = 2 * architecture.linear // architecture.layers + architecture.embeddings
+        formula = (
+            f"{_billions(architecture.parameters)} x {each} B / {shards} cards + {_billions(whole)} x {each} B whole"
+        )
+        return Part("base weights", (architecture.parameters // shards + whole) * each, formula)
     if settings.adapter == "lora":
         return Part("base weights", architecture.parameters * each, f"{_billions(architecture.parameters)} x {each} B")
     others = architecture.parameters - architecture.linear
@@ -182,8 +193,11 @@ def cast_bytes(architecture: Architecture, settings: TrainingSettings, device: D
 
 
 def _working(architecture: Architecture, settings: TrainingSettings, bfloat16: bool, tokens: int) -> Part:
-    """What comes and goes: the loss's logits or, where that is more, one layer's gradients."""
-    chunk = min(CHUNK_TOKENS, tokens)
+    """What comes and goes: the loss's logits or, where that is more, one layer's gradients.
+
+    Of answers to learn the logits are made for some tokens at a time; TRL's DPO and KTO make them for all.
+    """
+    chunk = tokens if settings.method in {"dpo", "kto"} else min(tokens_at_a_time(architecture.vocabulary), tokens)
     logits = chunk * architecture.vocabulary * 4 * LOGIT_COPIES
     each = 2 if bfloat16 else 4
     layer = tokens * 3 * architecture.ffn * each

@@ -18,6 +18,8 @@ def obstacle(settings: dict[str, Any], base_hash: str, champion: dict[str, Any],
     """
     if base_hash != champion_base:
         return "its base model is another one"
+    if settings["method"] != champion.get("method"):  # what the one learnt from is not what the other learns from
+        return f"it was trained by {champion.get('method')}, which learns from other answers than {settings['method']}"
     differing = [name for name in _SHAPE if settings[name] != champion.get(name)]
     return f"it was trained with other {', '.join(differing)}" if differing else None
 

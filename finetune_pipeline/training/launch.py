@@ -56,6 +56,7 @@ def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: 
     write_text(job.output / JOB, job.model_dump_json(indent=2) + "\n")
     follower = Follower(job.output / PROGRESS)
     with (job.output / LOG).open("ab") as log:
+        before = log.tell()  # what earlier attempts said lies there too
         process = subprocess.Popen(_command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         try:
             _follow(process, follower, on_progress)
@@ -63,7 +64,7 @@ def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: 
             _stop(process)
     result = finished(job) if process.returncode == 0 else None
     if result is None:
-        raise TrainingFailed(_failure(process.returncode, job))
+        raise TrainingFailed(_failure(process.returncode, job, before))
     return result
 
 
@@ -94,8 +95,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _failure(status: int, job: TrainingJob) -> str:
-    lines = _last_lines(job.output / LOG)
+def _failure(status: int, job: TrainingJob, before: int) -> str:
+    lines = _last_lines(job.output / LOG, before)
     if tells_of_full_disk("\n".join(lines)):
         return str(disk_full(job.output, lines[-1].strip()))
     if status == REFUSED:
@@ -117,6 +118,7 @@ def _cause(status: int) -> str:
     return f"the training ended with status {status} and no result; after mending the cause, {again}"
 
 
-def _last_lines(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return [line.rstrip() for line in deque(file, maxlen=_LOG_LINES)]
+def _last_lines(path: Path, start: int) -> list[str]:
+    with path.open("rb") as file:
+        file.seek(start)
+        return [line.decode(errors="replace").rstrip() for line in deque(file, maxlen=_LOG_LINES)]

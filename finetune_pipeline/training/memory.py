@@ -12,7 +12,13 @@ from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.presets import CHANGEABLE, Machine, changes, first_fitting, halved
 
 # torch's own, C++'s, and oneDNN's, which says no more than this when it gets no memory (seen under a limit).
-_CPU_ALLOCATORS = ("DefaultCPUAllocator", "std::bad_alloc", "could not create a primitive", "Cannot allocate memory")
+_ALLOCATORS = (
+    "CUDA out of memory",
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "could not create a primitive",
+    "Cannot allocate memory",
+)
 
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -52,14 +58,17 @@ def _cached_bytes(stat: Path) -> int:
     return sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
-def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, bfloat16: bool) -> None:
+def check_memory(
+    base_model: Path, settings: TrainingSettings, *, longest: int, bfloat16: bool, shards: int = 1
+) -> None:
     """Compare what a training is reckoned to need with what there is; tell it in the log.
 
     Args:
         base_model: its folder.
-        settings: of the training.
+        settings: of the training, with the share of one process of its team.
         longest: tokens of the longest example.
         bfloat16: whether it trains with bfloat16.
+        shards: cards that the base's weights are dealt out to.
 
     Raises:
         TrainingError: it needs clearly more than there is: by more than the estimate's own error.
@@ -72,12 +81,12 @@ def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, 
         print(f"memory is not checked: {unknown}", file=sys.stderr, flush=True)
         return
     device: Device = "gpu" if torch.cuda.is_available() else "cpu"
-    need = memory(architecture, settings, device, bfloat16=bfloat16, tokens=longest)
+    need = memory(architecture, settings, device, bfloat16=bfloat16, tokens=longest, shards=shards)
     available = available_bytes()
     print(comparison(need, available), file=sys.stderr, flush=True)
     if need.to_come * (1 - ERROR) > available:
         # The process or context stands already, so its bytes are there beside what is available.
-        machine = Machine(device, available + need.parts[0].bytes, bfloat16, rate=1.0, source="")
+        machine = Machine(device, available + need.parts[0].bytes, bfloat16, rate=1.0, source="", shards=shards)
         smaller = first_fitting(architecture, settings, CHANGEABLE, machine, longest)
         raise TrainingError(f"{comparison(need, available)}; {_remedy(settings, smaller)}")
 
@@ -95,9 +104,13 @@ def comparison(need: MemoryEstimate, available: int) -> str:
 def _remedy(settings: TrainingSettings, smaller: TrainingSettings | None) -> str:
     if smaller is None:
         return "nothing smaller fits either: free some memory, or take a smaller base_model"
-    return "what fits: " + ", ".join(
-        f"{name}: {str(value).lower()}" for name, value in changes(settings, smaller).items()
-    )
+    whole = [_of_the_team(one) for one in (settings, smaller)]
+    return "what fits: " + ", ".join(f"{name}: {str(value).lower()}" for name, value in changes(*whole).items())
+
+
+def _of_the_team(share: TrainingSettings) -> TrainingSettings:
+    """One process's share of an update as the settings say it, for all of them."""
+    return share.model_copy(update={"gradient_accumulation": share.gradient_accumulation * share.workers})
 
 
 class MemoryRanOut(TrainingError):
@@ -139,15 +152,7 @@ def memory_may_run_out(settings: TrainingSettings) -> Iterator[None]:
 def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> TrainingError:
     smaller = halved(micro, examples)
     if not smaller:
-        remedies = [f"max_length below {settings.max_length}"]
-        if not settings.gradient_checkpointing:
-            remedies.insert(0, "gradient_checkpointing: true")
-        if settings.adapter == "lora":
-            remedies.insert(-1, "adapter: qlora")
-        return TrainingError(
-            f"memory ran out with one example at a time ({said}); set {', or '.join(remedies)}, or take a smaller "
-            "base_model; `finetune train plan` shows what fits"
-        )
+        return TrainingError(_with_one_example(settings, said))
     message = (
         f"memory ran out with micro-batch {micro} ({said}); going on from the last checkpoint with {smaller} examples "
         f"at a time and {examples // smaller} steps an update, which makes the same {examples} examples an update"
@@ -155,10 +160,44 @@ def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> T
     return MemoryRanOut(message, smaller)
 
 
+def _with_one_example(settings: TrainingSettings, said: str) -> str:
+    remedies = [f"max_length below {settings.max_length}"]
+    if not settings.gradient_checkpointing:
+        remedies.insert(0, "gradient_checkpointing: true")
+    if settings.adapter == "lora":
+        remedies.insert(-1, "adapter: qlora")
+    return (
+        f"memory ran out with one example at a time ({said}); set {', or '.join(remedies)}, or take a smaller "
+        "base_model; `finetune train plan` shows what fits"
+    )
+
+
+def ran_out(settings: TrainingSettings, micro_batch: int, said: str) -> str:
+    """What to do where a training cannot go on by itself with fewer examples at a time: in a team, or by Axolotl.
+
+    Args:
+        settings: of the whole training.
+        micro_batch: examples that one device had at once.
+        said: the error that told it.
+    """
+    examples = settings.batch_size * settings.gradient_accumulation
+    smaller = halved(micro_batch, examples // settings.workers)
+    if not smaller:
+        return _with_one_example(settings, said)
+    return (
+        f"memory ran out with {micro_batch} examples at a time ({said}); set batch_size: {smaller} and "
+        f"gradient_accumulation: {examples // smaller}, which makes the same {examples} examples an update; run again "
+        "as it is, it would go on from the last checkpoint and run out again"
+    )
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: Python's, CUDA's, or the one of torch's allocator on a CPU."""
     import torch
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in _CPU_ALLOCATORS)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or tells_of_want_of_memory(str(error))
+
+
+def tells_of_want_of_memory(words: str) -> bool:
+    """Whether what an allocator, or a child process, said means that memory ran out."""
+    return any(said in words for said in _ALLOCATORS)

@@ -10,8 +10,8 @@ from finetune_pipeline.training.job import TrainingError
 
 Method = Literal["sft", "dpo", "kto"]
 
-ENOUGH_CORRECTIONS = 8
-"""From so many corrections on, learning them gives more than all that was said of bad answers; seen from 6 on."""
+ENOUGH_CORRECTIONS = 6
+"""From so many corrections on, learning them gives more than all that was said of bad answers."""
 MANY_BAD = 2
 """So many bad answers for each good one are a verdict on what the model does, and not what use brings along."""
 

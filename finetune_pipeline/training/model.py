@@ -1,6 +1,7 @@
 """The base model's weights and the adapter over them. Loads torch, transformers and peft."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,14 @@ def with_adapter(base: Any, job: TrainingJob) -> dict[str, Any]:
 _WEIGHTS_SHARE = 0.7  # of a card's memory; the rest is for activations, gradients and the optimizer
 
 
-def must_shard(job: TrainingJob) -> bool:
-    """Whether the base's weights are dealt out to the GPUs of the team (FSDP), since one cannot hold them."""
+def must_shard(job: TrainingJob, bfloat16: bool) -> bool:
+    """Whether the base's weights, in bfloat16 or not, are dealt out to the team's GPUs (FSDP): one cannot hold them."""
     import torch
 
     if team.size() == 1 or not torch.cuda.is_available() or job.settings.adapter == "qlora":
         return False
     card = torch.cuda.get_device_properties(team.device_index()).total_memory
-    return weights_exceed_card(job.base_model, 2 if bfloat16_is_faster(1) else 4, card)
+    return weights_exceed_card(job.base_model, 2 if bfloat16 else 4, card)
 
 
 def weights_exceed_card(base_model: Path, bytes_each: int, card_bytes: int) -> bool:
@@ -119,9 +120,19 @@ def lora(settings: TrainingSettings, model: Any) -> Any:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=_beside_language_model(model),
         trainable_token_indices=_trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _beside_language_model(model: Any) -> str | None:
+    """A pattern of the modules beside the language model (a vision tower), which take no adapter; None has none."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return None
+    decoder = model.get_decoder()
+    (name,) = [name for name, module in model.named_modules() if module is decoder]
+    return rf"(?!{re.escape(name)}\.).*"
 
 
 def _trained_tokens(settings: TrainingSettings, vocabulary: int) -> list[int]:
@@ -142,6 +153,15 @@ def shard(trainer: Any) -> None:
 
     # What the Trainer does when it begins to train, where it leaves a model alone that is sharded already.
     trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
+
+
+def deal_out_again(model: Any) -> None:
+    """Shard what measuring a loss left whole, as no backward pass followed: no checkpoint can be loaded into that."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_weights(model: Any) -> Any:

@@ -1,4 +1,7 @@
-"""DPO and KTO by TRL's trainers over a PEFT LoRA adapter. The reference is the base: the model without its adapter.
+"""DPO and KTO by TRL's trainers over a PEFT LoRA adapter.
+
+The reference is the model as it is before the training: the base without its adapter, or, where an adapter is gone on
+from, the base with a copy of that one, which TRL names "ref".
 
 DPO (Rafailov et al. 2023, "Direct Preference Optimization") learns from pairs of a corrected and the model's own
 answer, KTO (Ethayarajh et al. 2024, "Model Alignment as Prospect Theoretic Optimization") from answers found good and
@@ -8,6 +11,7 @@ bad. Neither uses dropout: noise in the policy alone would be taken for its dist
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,29 +35,36 @@ def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerB
     Raises:
         TrainingError: they are not there, every one is too long, or KTO's are all good or all bad.
     """
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset
 
     folder, method = job.preferences, job.settings.method
     if folder is None or not (folder / "train").is_dir():
         raise TrainingError(
             f"method {method} needs {folder or 'preferences'}, which is not there; curate the data again"
         )
-    rows = list(load_from_disk(str(folder / "train")))
-    kept = [row for row in (_messages(row, job, tokens) for row in rows) if row["length"] <= job.settings.max_length]
+    rows, kept = _read(folder / "train", job, tokens)
     if not kept:
         raise TrainingError(
-            f"nothing is left to train on by {method}: of {len(rows)} rows of {folder} all have more than "
+            f"nothing is left to train on by {method}: of {rows} rows of {folder} all have more than "
             f"{job.settings.max_length} tokens; raise max_length, add examples, or set method to sft"
         )
     if method == "kto":
         _must_have_both([row["label"] for row in kept], folder)
         random.Random(job.settings.seed).shuffle(kept)  # KTO reads in the order given: each with its neighbours
-    return replace(data, train=Dataset.from_list(kept), too_long=len(rows) - len(kept))
+    held_out = _read(folder / "validation", job, tokens)[1] if (folder / "validation").is_dir() else []
+    if method == "kto" and len(held_out) < 2:  # it compares each with another one
+        held_out = []
+    return replace(
+        data,
+        train=Dataset.from_list(kept),
+        too_long=rows - len(kept),
+        preferred=Dataset.from_list(held_out) if held_out else None,
+    )
 
 
 def preference_trainer(
     job: TrainingJob,
-    train: "Dataset",
+    data: Data,
     tokens: "PreTrainedTokenizerBase",
     arguments: dict[str, Any],
     base: Any,
@@ -62,7 +73,7 @@ def preference_trainer(
     """TRL's trainer of the job's method.
 
     Args:
-        train: from `load_preferences`.
+        data: from `load_preferences`.
         arguments: transformers' TrainingArguments that every method shares.
         base: the model to train.
         callbacks: told how the training goes.
@@ -73,14 +84,48 @@ def preference_trainer(
     if job.settings.method == "dpo":
         kind, config = DPOTrainer, DPOConfig(**shared, **_dpo(job.settings))
     else:
-        kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, train["label"]))
-    return kind(
+        kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, arguments, data.train["label"]))
+    trainer = kind(
         **with_adapter(base, job),
         args=config,
-        train_dataset=train,
+        train_dataset=data.train,
+        eval_dataset=data.preferred,
         processing_class=tokens,
         callbacks=callbacks,
     )
+    _complete_reference(trainer.model)
+    # A checkpoint with the reference beside the adapter would resume with the reference alone (transformers 5.17 looks
+    # into subfolders only, if there are any). It is made anew from the initial adapter instead.
+    trainer.model.save_pretrained = partial(trainer.model.save_pretrained, selected_adapters=["default"])
+    return trainer
+
+
+def _complete_reference(model: Any) -> None:
+    """Copy the embeddings of single tokens too: TRL 1.14 copies only what has ".default." within its name."""
+    if "ref" in model.peft_config:
+        for name, values in model.named_parameters():
+            if name.endswith(".default"):
+                model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(values.data)
+
+
+def validation_loss(trainer: "DPOTrainer | KTOTrainer") -> float:
+    """Mean loss of the method itself on the held-out preferences: it is this one that the training lowers.
+
+    With several processes each takes a part, and all of them get the same figure.
+    """
+    import torch
+
+    model = trainer.model.eval()
+    total = torch.zeros(2, device=trainer.args.device)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        for batch in trainer.get_eval_dataloader():
+            inputs = trainer._prepare_inputs(batch)
+            size = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+            total += torch.stack([trainer.compute_loss(model, inputs).detach().float() * size, torch.tensor(size)])
+    model.train()
+    trainer._metrics["eval"].clear()  # kept for an evaluation of TRL's own, which there is none of
+    summed, count = trainer.accelerator.reduce(total, "sum").tolist()
+    return float(summed / count)
 
 
 def mean_loss(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> float:
@@ -107,6 +152,14 @@ def _batches(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> Iterator
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size])
         yield {name: values.to(trainer.args.device) for name, values in batch.items()}
+
+
+def _read(folder: Path, job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> tuple[int, list[dict[str, Any]]]:
+    """How many rows there are, and those that are not too long."""
+    from datasets import load_from_disk
+
+    rows = [_messages(row, job, tokens) for row in load_from_disk(str(folder))]
+    return len(rows), [row for row in rows if row["length"] <= job.settings.max_length]
 
 
 def _messages(row: dict[str, Any], job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> dict[str, Any]:
@@ -144,12 +197,15 @@ def _dpo(settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def _kto(settings: TrainingSettings, labels: list[bool]) -> dict[str, Any]:
+def _kto(settings: TrainingSettings, arguments: dict[str, Any], labels: list[bool]) -> dict[str, Any]:
     """Good and bad answers weigh the same in all, whichever are more (Eq. 8 of the KTO paper)."""
-    if settings.batch_size < 2:
+    size = arguments["per_device_train_batch_size"]
+    if size < 2:
+        fewer = f" (of {settings.batch_size}: memory or the number of workers allows no more)"
         raise TrainingError(
-            f"kto compares the answers of a batch and needs a batch_size of 2 or more, not {settings.batch_size}; use "
-            "less gradient_accumulation instead, or method sft"
+            "kto compares the answers of a batch and needs 2 or more on each device, not "
+            f"{size}{fewer if settings.batch_size > 1 else ''}; raise batch_size, or set shorter examples "
+            "(max_length), fewer workers, or method sft"
         )
     good, bad = sum(labels), len(labels) - sum(labels)
     return {

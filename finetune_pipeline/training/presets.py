@@ -34,6 +34,7 @@ class Machine:
         bfloat16: whether it would train with bfloat16.
         rate: operations a second that a training reaches.
         source: where the rate is from, in words.
+        shards: such machines that the base's weights are dealt out to.
     """
 
     device: Device
@@ -41,6 +42,7 @@ class Machine:
     bfloat16: bool
     rate: float
     source: str
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ def first_fitting(
 
 def fits(architecture: Architecture, settings: TrainingSettings, machine: Machine, tokens: int | None = None) -> bool:
     """Whether a training's estimate is within a machine's memory."""
-    need = memory(architecture, settings, machine.device, bfloat16=machine.bfloat16, tokens=tokens)
+    need = memory(
+        architecture, settings, machine.device, bfloat16=machine.bfloat16, tokens=tokens, shards=machine.shards
+    )
     return need.bytes <= machine.bytes
 
 

@@ -10,6 +10,7 @@ FINETUNE_RAY_STORAGE    a folder or URI (s3://...) that this machine and all wor
                         the same paths: one machine, or a shared volume.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -24,6 +25,7 @@ from typing import Any
 
 from finetune_pipeline.artifacts import hash_of, write_text
 from finetune_pipeline.training import team
+from finetune_pipeline.training.callbacks import VALIDATION_LOSS
 from finetune_pipeline.training.job import (
     ADAPTER,
     CHECKPOINTS,
@@ -246,7 +248,7 @@ def _follow(order: Order, storage: str, gpus: bool, progress: Path) -> tuple[str
 
 def _fit(order: Order, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any]:
     """Run Ray Train, in the cluster itself: so it does whether this machine is part of it or a client."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
@@ -257,10 +259,19 @@ def _fit(order: Order, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any
             name=order.name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=_LOSSES_SURVIVED),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            # The newest is kept besides.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute=VALIDATION_LOSS, checkpoint_score_order="min"
+            ),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        ran_out = [failure for failure in error.worker_failures.values() if isinstance(failure, team.MemoryRanOutHere)]
+        if not ran_out:
+            raise
+        return str(ran_out[0]), None
     return result.return_value, result.checkpoint
 
 
@@ -336,9 +347,27 @@ def _fetch(order: Order) -> None:
 
 
 def _restore(checkpoint: Any, job: TrainingJob) -> None:
-    if checkpoint is not None:
-        name = Path(checkpoint.path).name
-        checkpoint.to_directory(job.output if name == _RESULT else job.output / CHECKPOINTS / name)
+    """Bring the newest checkpoint here, and the best one, whose weights the adapter may have in the end."""
+    if checkpoint is None:
+        return
+    name = Path(checkpoint.path).name
+    if name == _RESULT:
+        checkpoint.to_directory(job.output)
+        return
+    from pyarrow.fs import FileType
+
+    newest = job.output / CHECKPOINTS / name
+    checkpoint.to_directory(newest)
+    best = f"checkpoint-{_state(newest)['best_global_step']}"
+    place = f"{checkpoint.path.removesuffix(name)}{best}"
+    if best != name and checkpoint.filesystem.get_file_info(place).type == FileType.Directory:
+        type(checkpoint)(place, checkpoint.filesystem).to_directory(newest.with_name(best))
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """What the Trainer remembers in a checkpoint; nothing where another worker wrote it."""
+    path = checkpoint / "trainer_state.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"log_history": []}
 
 
 def _keep(folder: Path, name: str = "") -> None:
@@ -346,8 +375,10 @@ def _keep(folder: Path, name: str = "") -> None:
     import ray.train
     from ray.train import Checkpoint
 
+    losses = [entry[VALIDATION_LOSS] for entry in _state(folder)["log_history"] if VALIDATION_LOSS in entry]
     checkpoint = Checkpoint.from_directory(folder) if folder.is_dir() and (team.is_first() or not name) else None
-    ray.train.report({}, checkpoint=checkpoint, checkpoint_dir_name=name or folder.name)
+    score = {VALIDATION_LOSS: losses[-1] if losses else 0.0}  # alike, where nothing is validated: the newest is kept
+    ray.train.report(score, checkpoint=checkpoint, checkpoint_dir_name=name or folder.name)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 
-def by_reward(rewards: Sequence[float], seed: int) -> list[int]:
+def by_reward(rewards: Sequence[float | None], seed: int) -> list[int]:
     """As many places as there are rewards, each place as often as its reward asks for, in ascending order.
 
     Weights are 1 + reward, so that a reward of -1 is never drawn and +1 twice as often as 0. Drawn by systematic
@@ -12,10 +12,13 @@ def by_reward(rewards: Sequence[float], seed: int) -> list[int]:
     and the same seed gives the same draw.
 
     Args:
-        rewards: each -1 to 1.
+        rewards: each -1 to 1; None for an example that nobody judged (a replayed one), which weighs as much as the
+            others do on average.
         seed: of the order and the start of the draw.
     """
-    weights = [1.0 + reward for reward in rewards]
+    judged = [1.0 + reward for reward in rewards if reward is not None]
+    mean = sum(judged) / len(judged) if judged else 1.0
+    weights = [mean if reward is None else 1.0 + reward for reward in rewards]
     step = sum(weights) / max(len(weights), 1)
     if step == 0:
         return list(range(len(rewards)))

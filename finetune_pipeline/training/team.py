@@ -11,6 +11,7 @@ from pathlib import Path
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.memory import out_of_memory, ran_out
 
 _keepers: list[Callable[[Path], None]] = []
 
@@ -36,6 +37,16 @@ def wait() -> None:
         import torch.distributed
 
         torch.distributed.barrier()
+
+
+def first_says(decide: Callable[[], bool]) -> bool:
+    """What the first process decides, told to every process of the team."""
+    answer = [is_first() and decide()]
+    if size() > 1:
+        import torch.distributed
+
+        torch.distributed.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def first_then_others(action: Callable[[], Path | None]) -> Path | None:
@@ -94,11 +105,18 @@ def checkpoint_is_whole(folder: Path) -> None:
         keeper(folder)
 
 
+class MemoryRanOutHere(Exception):
+    """One process of the team has too little memory. It has to end by this: the others wait for it."""
+
+
 def take_part(job: TrainingJob, started: float) -> str:
     """Do this process's part of a training.
 
     Returns:
-        Why the training cannot be done as it was asked for; empty when it is done.
+        Why the training cannot be done as it was asked for, as every process of the team finds; empty when it is done.
+
+    Raises:
+        MemoryRanOutHere: in this process, perhaps in no other; the message says what to do.
     """
     from finetune_pipeline.training.trainer import run_training
 
@@ -106,4 +124,10 @@ def take_part(job: TrainingJob, started: float) -> str:
         run_training(job, started)
     except TrainingError as error:
         return str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        micro_batch = share(job.settings, size()).batch_size
+        raise MemoryRanOutHere(ran_out(job.settings, micro_batch, said)) from error
     return ""

@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import team, unpadded
-from finetune_pipeline.training.callbacks import VALIDATION_LOSS, must_be_finite, reporter, validator
+from finetune_pipeline.training.callbacks import (
+    VALIDATION_LOSS,
+    NothingLeft,
+    must_be_finite,
+    reporter,
+    resumer,
+    validator,
+)
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult, ValidationPoint
 from finetune_pipeline.training.memory import check_memory, memory_may_run_out, with_micro_batch
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
+    deal_out_again,
     load_model,
     must_shard,
     peak_memory,
@@ -32,7 +40,7 @@ from finetune_pipeline.training.model import (
     whole_weights,
     with_adapter,
 )
-from finetune_pipeline.training.preference import load_preferences, mean_loss, preference_trainer
+from finetune_pipeline.training.preference import load_preferences, mean_loss, preference_trainer, validation_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,8 +88,9 @@ def run_training(
     data = load(job, tokens)
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
-    bfloat16 = settings.bfloat16 and bfloat16_is_faster(running.batch_size)
-    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16)
+    bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)  # also where memory allows fewer at a time
+    shards = team.size() if must_shard(job, bfloat16) else 1
+    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=shards)
     with nullcontext() if team.size() > 1 else memory_may_run_out(running):  # alone no process of a team can go back
         done = _trained(job, running, data, tokens, bfloat16, load_model)
     trainer = done.trainer
@@ -139,14 +148,25 @@ def _trained(
         load_model,
     )
     before = _mean_loss(trainer, data.measure)
-    if data.validates:
-        trainer.add_callback(validator(lambda: _mean_loss(trainer, data.measure), running.early_stopping))
+    measure = _validation(trainer, data)
+    if measure is not None:
+        trainer.add_callback(validator(measure, running.early_stopping))
+    trainer.add_callback(resumer(running.early_stopping))
     checkpoint = team.first_then_others(lambda: last_complete(job.output / CHECKPOINTS, job.key))
     seconds = _train(trainer, checkpoint)
     best = _take_best(trainer)
     after = _mean_loss(trainer, data.measure)
     must_be_finite(after, trainer.state.global_step)
     return _Trained(trainer, checkpoint, before, after, best, seconds)
+
+
+def _validation(trainer: "Trainer", data: Data) -> Callable[[], float] | None:
+    """What measures by which weights to stay: the loss that the method lowers, on what was held out of it."""
+    from trl import SFTTrainer
+
+    if not isinstance(trainer, SFTTrainer):
+        return None if data.preferred is None else lambda: validation_loss(trainer)
+    return (lambda: _mean_loss(trainer, data.measure)) if data.validates else None
 
 
 def _steps(examples: int, settings: TrainingSettings) -> int:
@@ -171,7 +191,7 @@ def _trainer(
     if job.settings.method == "sft":
         trainer = _sft_trainer(job, data, tokens, arguments, load_model(job, bfloat16))
     else:
-        trainer = preference_trainer(job, data.train, tokens, arguments, load_model(job, bfloat16), [reporter(job)])
+        trainer = preference_trainer(job, data, tokens, arguments, load_model(job, bfloat16), [reporter(job)])
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
@@ -186,7 +206,7 @@ def _sft_trainer(
 ) -> "SFTTrainer":
     from trl import SFTConfig, SFTTrainer
 
-    shared_rows = unpadded.fits(type(base), base.config)
+    shared_rows = unpadded.fits(base.config)
     if shared_rows:
         base.set_attn_implementation(unpadded.register_attention())
     config = SFTConfig(
@@ -236,14 +256,16 @@ def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat1
         "run_name": job.key,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,  # every weight of the adapter takes part in every step
-        **(sharding() if must_shard(job) else {}),
+        **(sharding() if must_shard(job, bfloat16) else {}),
     }
 
 
 def _train(trainer: "Trainer", checkpoint: Path | None) -> float:
     """Train, and return the seconds that it took."""
     began = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    deal_out_again(trainer.model)
+    with suppress(NothingLeft):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return time.monotonic() - began
 
 
@@ -252,6 +274,7 @@ def _take_best(trainer: "Trainer") -> int:
     state = trainer.state
     best = state.best_global_step or state.global_step
     if best != state.global_step:
+        deal_out_again(trainer.model)
         trainer._load_best_model()
     return int(best)
 

@@ -3,11 +3,13 @@
 All that looks at one token at a time, and so nearly all of the arithmetic, then sees text only. Attention looks at
 examples: it takes the row apart, one row for each example, and puts the result together again. Since it is causal and
 what fills a row up stands behind the text, no token sees another example or the filling. Positions begin anew in each
-example. The vocabulary is scored only where an answer's token is foretold; TRL's entropy and accuracy of every step,
-which nobody reads, are left out.
+example. The vocabulary is scored only where an answer's token is foretold, so many of them at a time that the scores
+stay small; TRL's entropy and accuracy of every step, which nobody reads, are left out.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune_pipeline.training.data import IGNORED
 
@@ -19,19 +21,25 @@ if TYPE_CHECKING:
 ATTENTION = "within_each_example"
 """The name under which transformers knows the attention that takes rows apart."""
 
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
+"""Architectures for which a test holds that examples in one row learn what they learn alone. Others may look alike and
+do more: attention sinks, capped scores, layers that carry a state along."""
+_SCORES = 2**22
+"""Scores (tokens x words) that are computed at a time, of at least CHUNK_TOKENS tokens."""
+CHUNK_TOKENS = 256
 _TOKENS, _LENGTHS = 128, 16  # a row has a multiple of so many tokens, its examples and answers of so many
 _SHORT = 256  # tokens, below which scores fit into memory as a matrix
 
 
-def fits(model_class: Any, config: "PretrainedConfig") -> bool:
+def fits(config: "PretrainedConfig") -> bool:
     """Whether examples of this architecture can share a row: its layers mix tokens by plain causal attention alone."""
-    text = config.get_text_config()
-    return bool(
-        getattr(model_class, "_supports_attention_backend", False)
-        and set(getattr(text, "layer_types", None) or ()) <= _KNOWN_LAYERS
-        and not getattr(text, "attn_logit_softcapping", None)
-    )
+    capped = (getattr(config, name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping"))
+    return config.model_type in _FAMILIES and not any(capped)
+
+
+def tokens_at_a_time(vocabulary: int) -> int:
+    """Answers' tokens whose scores are in memory together."""
+    return max(CHUNK_TOKENS, _SCORES // vocabulary)
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -160,11 +168,51 @@ def _seen(longest: int, window: int | None, device: "torch.device") -> "torch.Te
     return seen if window is None else seen.triu(1 - window)
 
 
-def answer_loss(outputs: Any, labels: "torch.Tensor", num_items_in_batch: "torch.Tensor | None" = None) -> Any:
-    """Cross entropy of a batch of `collate`: summed over the answers' tokens, by their number in the whole update."""
-    from torch.nn.functional import cross_entropy
+def score_in_chunks(head: Any) -> None:
+    """Have an output layer give the loss of each token that it is told to foretell, instead of its scores.
 
-    total = cross_entropy(outputs.logits[0].float(), labels[0], reduction="sum")
+    A layer of 128,000 words would fill gigabytes with the scores of a batch. They are computed for a few tokens at a
+    time, and once more for the backward pass. It happens within the layer's own call, so that whatever wraps it or the
+    model (an adapter, several processes) stays in force.
+
+    Args:
+        head: the model's output layer; it is told by `foretell`, and without that does what it always did.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+    from torch.utils.checkpoint import checkpoint
+
+    scores = head.forward
+    head.foretold = None
+
+    def loss(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(scores(hidden).float(), labels, reduction="none")
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if head.foretold is None:
+            return cast("torch.Tensor", scores(hidden))
+        size = tokens_at_a_time(head.weight.shape[0])
+        parts = list(zip(hidden[0].split(size), head.foretold[0].split(size), strict=True))
+        if len(parts) == 1:
+            return loss(*parts[0])[None, :, None]
+        return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in parts])[None, :, None]
+
+    head.forward = forward
+
+
+@contextmanager
+def foretell(head: Any, labels: "torch.Tensor") -> Iterator[None]:
+    """Within it, the output layer gives the losses of these tokens (1, answers), as (1, answers, 1)."""
+    head.foretold = labels
+    try:
+        yield
+    finally:
+        head.foretold = None
+
+
+def answer_loss(outputs: Any, labels: "torch.Tensor", num_items_in_batch: "torch.Tensor | None" = None) -> Any:
+    """The losses of a batch of `collate`: summed over the answers' tokens, by their number in the whole update."""
+    total = outputs.logits.sum()  # of what is IGNORED it is 0
     return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -183,6 +231,8 @@ def trainer_class() -> "type[SFTTrainer]":
         def __init__(self, **arguments: Any) -> None:
             super().__init__(data_collator=collate, compute_loss_func=answer_loss, **arguments)
             self._loss_shifts_labels = False  # they are the next tokens already
+            self._head = self.model.get_output_embeddings()
+            score_in_chunks(self._head)
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -193,7 +243,8 @@ def trainer_class() -> "type[SFTTrainer]":
                 self._total_train_tokens += _over_all_processes(self.accelerator, tokens)
                 self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             inputs["use_cache"] = False
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            with foretell(self._head, inputs["labels"]):
+                return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     return UnpaddedTrainer
 

@@ -1,6 +1,7 @@
 """An incremental training on top of the champion's adapter, with the real store, registry and trainer."""
 
 import json
+from base64 import b64decode
 
 import dagster as dg
 import pytest
@@ -9,11 +10,14 @@ from finetune_pipeline.artifacts import hash_file, pointed
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.loop.automation import automation
+from finetune_pipeline.loop.incremental import start
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import promote
 from finetune_pipeline.registry.models import Candidate
+from finetune_pipeline.training.job import TrainingResult
 from finetune_pipeline_tests.loop.conftest import corrected, definitions, write_events
 
+KEY = dg.AssetKey(["notes", "lora_adapter"])
 SMALL = {"epochs": 2, "max_length": 128, "lora_r": 4, "learning_rate": 0.002, "batch_size": 4}
 
 
@@ -21,6 +25,12 @@ def materialize(loop, instance, *stages):
     job = definitions(loop).resolve_implicit_global_asset_job_def()
     job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey(["notes", one]) for one in stages])
     return pointed(AdapterManifest, "notes")
+
+
+def observed(instance):
+    """What the trainings said while they ran, the newest first, as Dagster keeps it."""
+    records = instance.fetch_observations(KEY, limit=100).records
+    return [{name: one.value for name, one in r.asset_observation.metadata.items()} for r in records]
 
 
 def make_champion(adapter, folder):
@@ -45,6 +55,19 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
         "full",
         "no champion serves whose adapter could be gone on with",
     )
+    last, *_ = observed(instance)
+    result = TrainingResult.model_validate_json((first.path / "result.json").read_bytes())
+    assert (last["step"], last["epoch"], last["seconds_left"]) == (result.steps, 2.0, 0.0)
+    assert last["training_loss"] == pytest.approx(result.curve[-1].loss)
+    assert last["validation_loss"] == pytest.approx(result.validation[-1].loss)
+    assert last["learning_rate"] == pytest.approx(result.curve[-1].learning_rate)
+    assert last["tokens_per_second"] > 0 and last["memory_mb"] > 10
+    event = instance.get_latest_materialization_event(KEY)
+    said = [entry.user_message for entry in instance.all_logs(event.run_id)]
+    assert any(line.startswith(f"training step {result.steps} of {result.steps}, epoch 2.0, loss ") for line in said)
+    curve = event.asset_materialization.metadata["loss_curve"].value
+    before, _, encoded = curve.removesuffix(")").partition(",")
+    assert before == "![loss curve](data:image/png;base64" and b64decode(encoded).startswith(b"\x89PNG")
     make_champion(first, tmp_path)
     again = materialize(more, instance, "lora_adapter")
     assert again.manifest.version == first.manifest.version  # nothing is new: the same training, which is there
@@ -66,6 +89,14 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     assert manifest.loss_before < first.manifest.loss_before - 0.3
     job = json.loads((second.path / "job.json").read_text())
     assert job["initial_adapter"] == str(first.path / "adapter")
+
+    texts = [path.name for path in second.path.rglob("*") if path.suffix == ".arrow"]
+    assert texts == []  # they lie in the dataset alone
+    other = more.training.model_copy(update={"method": "dpo"})
+    assert start(more, other, dataset, "pairs", manifest.base_hash).reason == (
+        "the adapter of notes@v1.0.0 cannot be gone on with: it was trained by sft, which learns from other answers "
+        "than dpo"
+    )
 
     third = materialize(full, instance, "lora_adapter")
     assert (third.manifest.mode, third.manifest.examples) == ("full", len(rows))

@@ -50,9 +50,10 @@ def dataset(version, of, train, validation):
         publish(folder, DatasetManifest, fields)
 
 
-def adapter(db, version, of, run="run-1"):
+def adapter(db, version, of, run="run-1", on_top_of=None):
+    inputs = {"curated_dataset": of} | ({"initial_adapter": on_top_of} if on_top_of else {})
     fields = {
-        **COMMON, "version": version, "inputs": {"curated_dataset": of}, "base_model": "base", "base_hash": "b" * 64,
+        **COMMON, "version": version, "inputs": inputs, "base_model": "base", "base_hash": "b" * 64,
         "mode": "full", "device": "cpu", "steps": 40, "examples": 12, "too_long": 0, "loss_before": 1.5,
         "loss_after": 0.25, "train_loss": 0.3, "tokens_per_second": 4000.0, "wall_seconds": 12.0,
         "peak_memory_bytes": 10**9, "watermark": 9,
@@ -86,9 +87,9 @@ def gguf(name, of):
         return publish(folder, GgufManifest, fields).path / "model.gguf"
 
 
-def promoted(db, name, of, number, action="promote"):
+def promoted(db, name, of, number, action="promote", on_top_of=None):
     """A version whose adapter and report have its name."""
-    adapter(db, f"a-{name}", of)
+    adapter(db, f"a-{name}", of, on_top_of=on_top_of)
     report(db, f"r-{name}", number)
     path = gguf(name, f"a-{name}")
     before = champion(db, "notes")
@@ -169,6 +170,21 @@ def test_weights_that_were_never_promoted_are_found_by_their_dataset(db, loop, c
         shutil.rmtree(stage_folder("notes", "lora_adapter") / name)
     found = made_with(db, loop, {"i4"}).weights
     assert found == (*folders("lora_adapter", "a-only"), *folders("gguf_model", "challenger", "two"))
+
+
+def test_what_was_trained_on_top_of_an_adapter_learnt_what_that_one_learnt(db, loop, chain):
+    promoted(db, "three", "d2", 3, on_top_of="a-one")
+    promoted(db, "four", "d2", 4, on_top_of="a-three")
+    found = made_with(db, loop, {"i3"})  # in the first dataset alone: it was replaced or forgotten since
+    assert found.datasets == folders("curated_dataset", "d1")
+    assert found.models == ("notes@v1.3.0", "notes@v1.2.0", "notes@v1.0.0")
+    assert found.weights == (
+        *folders("lora_adapter", "a-four", "a-one", "a-three"),
+        *folders("gguf_model", "four", "one", "three"),
+    )
+    for name in ("a-three", "a-four"):  # the trainings' rows still lead from one to the next
+        shutil.rmtree(stage_folder("notes", "lora_adapter") / name)
+    assert made_with(db, loop, {"i3"}).models == found.models
 
 
 def test_an_artifact_of_an_older_version_of_the_project_is_looked_into_too(db, loop, chain):

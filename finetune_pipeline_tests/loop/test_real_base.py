@@ -84,7 +84,7 @@ def test_the_gate_rejects_what_learnt_nothing_and_lets_through_what_learnt(files
             training={**TRAINING, **training},
         )
 
-    linear = make(epochs=1)
+    linear = make()
     write_events(
         linear.drop_folder / "snips.jsonl", *(e for pair in utterances("train", 250) for e in confirmed(*pair))
     )

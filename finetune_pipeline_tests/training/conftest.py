@@ -60,7 +60,7 @@ def save(folder: Path, train, validation=()):
 
     empty = Dataset.from_dict({"prompt": [], "history": [], "completion": []})
     splits = {"train": Dataset.from_list(train), "validation": Dataset.from_list(validation) if validation else empty}
-    DatasetDict(splits).save_to_disk(folder)
+    DatasetDict(splits).save_to_disk(folder, num_shards=dict.fromkeys(splits, 1))
     return folder
 
 
@@ -79,3 +79,9 @@ def job(base, dataset, tmp_path):
 
 def with_settings(job, **changes):
     return job.model_copy(update={"settings": job.settings.model_copy(update=changes)})
+
+
+def contrary(job, folder):
+    """The job on a dataset whose validation wants other answers: what is learnt well makes it worse."""
+    wrong = [{**row, "completion": json.dumps({"thickness_mm": 77})} for row in rows(8, 100)]
+    return job.model_copy(update={"dataset": save(folder / "contrary", rows(32, 100), wrong)})

@@ -14,13 +14,13 @@ import yaml
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
-from finetune_pipeline.training.backends.axolotl import COMMAND
-from finetune_pipeline.training.backends.axolotl_config import CONFIG, FOLDER, write
+from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl, _Follower
+from finetune_pipeline.training.backends.axolotl_config import CONFIG, FOLDER, Written, write
 from finetune_pipeline.training.checkpoints import COMPLETE
-from finetune_pipeline.training.job import CHECKPOINTS, TrainingFailed, finished
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, finished
 from finetune_pipeline.training.launch import train
 
-from .conftest import save, with_settings
+from .conftest import contrary, save, with_settings
 
 # Making the environment, on first use, counts as a part of the test that asks first.
 pytestmark = pytest.mark.timeout(1500)
@@ -158,6 +158,62 @@ def test_axolotl_trains_is_killed_goes_on_and_leaves_an_adapter_as_any_backend(j
     assert json.loads((broken.output / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     left = {path.name for path in broken.output.iterdir()}
     assert left == {"adapter", "job.json", "progress.jsonl", "result.json", "training.log"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("configured")
+def test_axolotl_leaves_the_weights_that_validated_best_and_says_so(job, tmp_path):
+    from datasets import load_from_disk
+
+    one = contrary(job_by(job, tmp_path, "out", epochs=16, checkpoints=8, learning_rate=6e-2), tmp_path)
+    result = train(one)
+    losses = {point.step: point.loss for point in result.validation}
+    assert result.best_step == min(losses, key=losses.__getitem__) < result.steps == 64
+    held_out = list(load_from_disk(str(one.dataset / "validation")))
+    assert result.loss_after == pytest.approx(losses[result.best_step])
+    assert result.loss_after == pytest.approx(mean_loss(one.base_model, one.output / "adapter", held_out), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("configured")
+def test_a_loss_that_is_no_number_ends_axolotl_at_once(job, tmp_path):
+    one = job_by(job, tmp_path, "out", learning_rate=1e30)
+    with pytest.raises(TrainingFailed, match=r"^the loss became .* diverged"):
+        train(one)
+    assert not list((one.output / CHECKPOINTS).glob(f"checkpoint-*/{COMPLETE}"))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "log", "step": 3, "steps": 9, "epoch": 0.1, "eval_loss": float("nan")},
+        {"event": "saved", "step": 3, "finite": False},
+    ],
+)
+def test_what_is_no_number_is_refused_when_axolotl_tells_of_it(job, event):
+    write_text(job.output / FOLDER / "events.jsonl", "")
+    follower = _Follower(job, Written(job.output, 1, 0, 1.0))
+    checkpoint = job.output / CHECKPOINTS / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    write_text(follower.path, json.dumps(event) + "\n")
+    with pytest.raises(TrainingError, match="became nan by step 3"):
+        follower.read()
+    assert not (checkpoint / COMPLETE).exists()
+
+
+@pytest.mark.parametrize(
+    "script", ["echo loading; echo 'torch.OutOfMemoryError: CUDA out of memory. Tried'; exit 1", "kill -9 $$"]
+)
+def test_when_memory_runs_out_in_axolotl_the_error_says_which_batch_size_to_set(job, tmp_path, monkeypatch, script):
+    write_text(tmp_path / "bin" / "axolotl", f"#!/bin/sh\n{script}\n")
+    (tmp_path / "bin" / "axolotl").chmod(0o755)
+    monkeypatch.setenv(COMMAND, str(tmp_path / "bin" / "axolotl"))
+    job.output.mkdir()
+    said = (
+        r"memory ran out with 8 examples at a time \((.*CUDA|.*SIGKILL).*set batch_size: 4 and gradient_accumulation: 2"
+    )
+    with pytest.raises(TrainingError, match=said):
+        Axolotl().run(job, 0.0)
 
 
 @pytest.mark.slow

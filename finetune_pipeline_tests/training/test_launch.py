@@ -1,5 +1,6 @@
 """The training process: killed for real, resumed, locked, cancelled, and orphaned."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from finetune_pipeline.training import launch
 from finetune_pipeline.training.checkpoints import COMPLETE, is_complete, last_complete, mark_complete
 from finetune_pipeline.training.job import CHECKPOINTS, Progress, TrainingError, TrainingFailed
 from finetune_pipeline.training.launch import train
-from finetune_pipeline.training.process import folder_alone
+from finetune_pipeline.training.process import cpu_quota, folder_alone, threads_each, usable_cores
 from finetune_pipeline.training.trainer import run_training
 
 from .conftest import with_settings
@@ -140,6 +141,37 @@ def test_a_failure_says_how_it_ended_and_what_to_do(job, monkeypatch, script, sa
     monkeypatch.setattr(launch, "_command", shell(script))
     with pytest.raises(TrainingFailed, match=said):
         train(job)
+
+
+def test_a_failure_is_told_by_what_this_attempt_said_and_not_by_an_earlier_one(job, monkeypatch):
+    write_text(job.output / "training.log", "OSError: No space left on device\n")
+    monkeypatch.setattr(launch, "_command", shell("echo loading; kill -9 $$"))
+    with pytest.raises(TrainingFailed, match="SIGKILL") as failed:
+        train(job)
+    assert "loading" in str(failed.value) and "No space" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "processes", "threads"),
+    [(8, None, 1, 8), (8, 2.5, 1, 2), (2, 16.0, 1, 2), (8, None, 3, 2), (8, 6.0, 2, 3), (2, 0.5, 4, 1)],
+)
+def test_threads_do_not_outnumber_the_cores_that_may_be_used(cores, quota, processes, threads):
+    assert threads_each(cores, quota, processes) == threads
+
+
+def test_the_cores_are_those_that_the_process_and_its_container_may_use(tmp_path):
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    write_text(tmp_path / "own", "1:cpu:/x\n0::/pod/container\n")
+    write_text(tmp_path / "pod" / "cpu.max", "250000 100000\n")
+    write_text(tmp_path / "pod" / "container" / "cpu.max", "max 100000\n")
+    assert cpu_quota(tmp_path, tmp_path / "own") == 2.5
+    assert cpu_quota(tmp_path / "elsewhere", tmp_path / "own") is None
+    assert cpu_quota(tmp_path, tmp_path / "not there") is None
 
 
 def test_an_exception_in_the_caller_stops_the_training(job, monkeypatch):

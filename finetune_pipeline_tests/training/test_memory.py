@@ -1,6 +1,7 @@
 """What is done about memory: refused before a training, and half the micro-batch when it runs out."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,15 @@ import pytest
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import memory
+from finetune_pipeline.training.estimate import GIB
 from finetune_pipeline.training.job import TrainingError, TrainingResult
-from finetune_pipeline.training.memory import MemoryRanOut, check_memory, memory_may_run_out, with_micro_batch
+from finetune_pipeline.training.memory import (
+    MemoryRanOut,
+    check_memory,
+    memory_may_run_out,
+    ran_out,
+    with_micro_batch,
+)
 
 from .conftest import save, with_settings
 
@@ -97,6 +105,43 @@ def test_what_clearly_does_not_fit_is_refused_with_what_would(job, monkeypatch, 
     monkeypatch.setattr(memory, "available_bytes", lambda: 500 * 10**6)
     with pytest.raises(TrainingError, match=r"reckoned to need .* GiB more .*what fits: batch_size: \d+, gradient_acc"):
         check_memory(large.base_model, large.settings, longest=1024, bfloat16=False)
+
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "vocab_size": 128256,
+}
+
+
+def test_a_model_that_only_a_team_can_hold_is_refused_on_one_card_and_not_on_eight(tmp_path, monkeypatch, capfd):
+    import torch
+
+    write_text(tmp_path / "config.json", json.dumps(LLAMA_70B))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 79 * GIB)
+    share = TrainingSettings(workers=8, batch_size=1, gradient_checkpointing=True)
+    with pytest.raises(TrainingError, match="what fits: adapter: qlora"):
+        check_memory(tmp_path, share, longest=512, bfloat16=True)
+    check_memory(tmp_path, share, longest=512, bfloat16=True, shards=8)
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert float(re.search(r"base weights ([\d.]+)", told)[1]) == pytest.approx(131.42 / 8 + 7.1, abs=0.01)
+    large = share.model_copy(update={"batch_size": 64})
+    with pytest.raises(TrainingError, match=r"what fits: batch_size: 16, gradient_accumulation: 32$"):
+        check_memory(tmp_path, large, longest=1024, bfloat16=True, shards=8)
+
+
+def test_where_it_cannot_go_on_by_itself_it_says_which_batch_size_to_set():
+    team = TrainingSettings(workers=2, batch_size=8, gradient_accumulation=2)
+    assert "ran out with 8 examples at a time (no room); set batch_size: 4 and gradient_accumulation: 4" in ran_out(
+        team, 8, "no room"
+    )
+    assert "one example at a time (no room); set gradient_checkpointing: true" in ran_out(team, 1, "no room")
 
 
 def test_what_is_over_by_less_than_the_estimates_error_is_tried(job, monkeypatch, capfd):

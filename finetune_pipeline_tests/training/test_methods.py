@@ -10,10 +10,10 @@ from finetune_pipeline.training.methods import Counts, choose
     ("good", "pairs", "bad", "method", "said"),
     [
         (232, 179, 198, "sft", "sft: 232 answers found good (179 of them corrections) and 198 found bad"),
-        (8, 8, 214, "sft", "8 corrections are enough"),
-        (41, 0, 160, "kto", "kto: 41 answers found good (0 of them corrections) and 160 found bad; fewer than 8"),
-        (41, 7, 82, "kto", "so bad ones tell more"),
-        (41, 7, 81, "sft", "too few bad ones"),
+        (6, 6, 198, "sft", "6 corrections are enough"),
+        (41, 0, 160, "kto", "kto: 41 answers found good (0 of them corrections) and 160 found bad; fewer than 6"),
+        (41, 5, 82, "kto", "so bad ones tell more"),
+        (41, 5, 81, "sft", "too few bad ones"),
         (12, 0, 0, "sft", "too few bad ones"),
     ],
 )

@@ -63,9 +63,23 @@ def test_it_learns_and_says_what_it_did(prefer, method, examples, steps):
     assert config["base_model_name_or_path"] == "tiny"
 
 
+@pytest.fixture
+def learnt(job, tmp_path):
+    """An adapter that learnt something, by SFT."""
+    first = with_settings(job, epochs=1, checkpoints=1).model_copy(update={"output": tmp_path / "learnt"})
+    first.output.mkdir()
+    run_training(first, time.monotonic())
+    return first.output / "adapter"
+
+
+@pytest.mark.parametrize("on_top", [False, True], ids=["from the base", "on top of an adapter"])
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(prefer, method, tmp_path, monkeypatch):
+def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
+    prefer, method, on_top, tmp_path, monkeypatch, request
+):
     whole = prefer(method, checkpoints=3)
+    if on_top:
+        whole = whole.model_copy(update={"initial_adapter": request.getfixturevalue("learnt")})
     run_training(whole, time.monotonic())
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     broken.output.mkdir()
@@ -88,6 +102,30 @@ def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(prefer, meth
     result = run_training(broken, time.monotonic())
     assert 0 < result.resumed_from <= 9
     assert weights(broken) == weights(whole)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method, tmp_path):
+    import torch
+
+    settings = {"trainable_token_indices": (5, 6)}
+    first = with_settings(job, epochs=1, checkpoints=1, **settings)
+    first = first.model_copy(update={"output": tmp_path / "learnt"})
+    first.output.mkdir()
+    run_training(first, time.monotonic())
+    trainer, _ = trainer_of(prefer(method, **settings).model_copy(update={"initial_adapter": first.output / "adapter"}))
+    model, ids = trainer.model.eval(), torch.tensor([[5, 6, 7, 8]])
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    own = logits()
+    with model.disable_adapter():
+        assert not torch.allclose(logits(), own, atol=1e-3)  # the base says something else
+    assert not [name for name, values in model.named_parameters() if values.requires_grad and ".ref" in name]
+    model.set_adapter("ref")
+    assert torch.equal(logits(), own)
 
 
 def test_every_method_reads_the_same_tokens_and_is_measured_by_the_same_loss(prefer, job, tmp_path):
@@ -125,10 +163,32 @@ def test_longer_answers_are_left_out_and_counted_whichever_of_a_pair_is_long(pre
 def test_what_cannot_be_trained_on_is_said(prefer, job, tmp_path):
     with pytest.raises(TrainingError, match=r"32 good and 0 bad ones to train on; set method to sft"):
         trainer_of(prefer("kto", LABELLED[:32]))
-    with pytest.raises(TrainingError, match="needs a batch_size of 2 or more, not 1"):
+    with pytest.raises(TrainingError, match="needs 2 or more on each device, not 1;"):
         trainer_of(prefer("kto", batch_size=1))
     with pytest.raises(TrainingError, match=r"method dpo needs .*nothing, which is not there; curate the data again"):
         trainer_of(prefer("dpo").model_copy(update={"preferences": tmp_path / "nothing"}))
     values = job.model_dump() | {"settings": {"method": "auto"}}
     with pytest.raises(ValidationError, match=r"training\.methods\.choose"):
         type(job).model_validate(values)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_the_weights_that_stay_are_those_with_the_lowest_loss_of_the_method_itself(prefer, method):
+    """What is held out wants the opposite of what is trained on, so the method's loss grows there from the start."""
+    job = prefer(method, epochs=8, checkpoints=4, learning_rate=5e-2)
+    if method == "dpo":
+        contrary = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:8]]
+    else:
+        contrary = [{**row, "label": not row["label"]} for row in [*LABELLED[:4], *LABELLED[-4:]]]
+    mixed = save(job.preferences.parent / "contrary", {"dpo": PAIRS, "kto": LABELLED}[method], contrary)
+    result = run_training(job.model_copy(update={"preferences": mixed}), time.monotonic())
+    losses = {point.step: point.loss for point in result.validation}
+    assert len(losses) == 4
+    assert result.best_step == min(losses, key=losses.__getitem__) < result.steps
+    assert result.loss_after != pytest.approx(losses[result.best_step])  # that one is of answers, as after SFT
+
+
+def test_without_held_out_preferences_the_last_weights_stay(prefer):
+    result = run_training(prefer("dpo"), time.monotonic())
+    assert not result.validation
+    assert result.best_step == result.steps

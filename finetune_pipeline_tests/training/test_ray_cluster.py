@@ -18,7 +18,7 @@ from finetune_pipeline.training import ray_cluster
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
 from finetune_pipeline.training.launch import train
 
-from .conftest import with_settings
+from .conftest import contrary, with_settings
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='pip install "finetune-pipeline[ray]"')
 
@@ -150,6 +150,27 @@ def test_a_killed_training_takes_its_cluster_with_it_and_the_next_goes_on_from_i
     assert result.steps == 160
     assert result.loss_after < result.loss_before - 0.8
     assert not (two.output / CHECKPOINTS).exists() and not (two.output / "ray").exists()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_after_a_lost_worker_the_adapter_still_has_the_best_weights(job, tmp_path):
+    """Of the second of twenty checkpoints: in the storage it outlives the later ones, and reaches the new workers."""
+    alone = contrary(with_settings(job, epochs=40, checkpoints=20, learning_rate=6e-2), tmp_path)
+    two = with_settings(alone, compute="ray", workers=2).model_copy(update={"output": tmp_path / "two"})
+    killed = []
+
+    def kill_one(progress):
+        if progress.step > 80 and not killed:
+            killed.append(processes(psutil.Process(), "RayTrainWorker")[-1])
+            killed[0].kill()
+
+    expected, result = train(alone), train(two, kill_one)
+    losses = {point.step: point.loss for point in result.validation}
+    assert killed and result.resumed_from >= 64
+    assert result.best_step == min(losses, key=losses.__getitem__) == expected.best_step < 64
+    assert result.loss_after == pytest.approx(losses[result.best_step], rel=1e-4)
+    assert loss_by_peft(two, two.base_model, two.dataset) == pytest.approx(result.loss_after, rel=1e-3)
 
 
 def test_without_ray_it_says_how_to_get_it(job, monkeypatch):

@@ -1,18 +1,21 @@
 """Several processes of this machine train together, for real: by Gloo, on the processor."""
 
 import json
+import os
 import time
+from types import SimpleNamespace
 
 import pytest
 from safetensors.numpy import load_file
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import accelerated, model, team
+from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, TrainingJob, finished
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.team import Share
 
-from .conftest import with_settings
+from .conftest import rows, save, with_settings
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def sharded_member(parent, text, started):
         return weights
 
     PartialState.__init__ = with_cards
-    model.must_shard, model.whole_weights = lambda _: True, gather_and_tell
+    model.must_shard, model.whole_weights = lambda *_: True, gather_and_tell
     return accelerated._member(parent, text, started)
 
 
@@ -99,6 +102,46 @@ def test_weights_dealt_out_to_two_processes_give_the_adapter_that_whole_ones_giv
     assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 1e-3
 
 
+def broken_sharded_member(parent, text, started):
+    """A sharded member that ends without a word in its 15th step."""
+    from transformers import Trainer
+
+    step, steps = Trainer.training_step, []
+
+    def breaking(self, *arguments):
+        steps.append(1)
+        if len(steps) == 15:
+            os._exit(9)
+        return step(self, *arguments)
+
+    Trainer.training_step = breaking
+    return sharded_member(parent, text, started)
+
+
+@pytest.mark.slow
+def test_weights_dealt_out_go_on_from_a_checkpoint_and_end_with_the_best_ones(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = with_settings(job, bfloat16=False)
+    sharded = with_settings(alone, workers=2).model_copy(update={"output": tmp_path / "sharded"})
+    checkpoints = sharded.output / CHECKPOINTS
+    checkpoints.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerated, "_member", broken_sharded_member)
+        with pytest.raises(TrainingError, match="status 9"):
+            accelerated.train(sharded, time.monotonic())
+        state = checkpoints / "checkpoint-12" / "trainer_state.json"
+        best = {"best_metric": 0.0, "best_global_step": 6}  # as if nothing later could be better
+        state.write_text(json.dumps(json.loads(state.read_text()) | best))
+        mark_complete(checkpoints / "checkpoint-12", sharded.key)
+        patch.setattr(accelerated, "_member", sharded_member)
+        accelerated.train(sharded, time.monotonic())
+    expected, result = train(alone), finished(sharded)
+    losses = [point.loss for point in result.validation]
+    assert (result.resumed_from, result.best_step) == (12, 6)
+    assert losses == pytest.approx([point.loss for point in expected.validation], rel=1e-3)
+    assert result.loss_after == pytest.approx(losses[0], rel=1e-5) != expected.loss_after
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "exceeds"),
     [(24, True), (40, False)],  # 17 GB of weights leave 7 of 24, which is too little to train with
@@ -109,6 +152,60 @@ def test_weights_are_dealt_out_when_a_card_could_not_hold_them_and_the_training(
         file.truncate(17_000_000_000)  # a hole, that takes no room
     assert model.weights_exceed_card(tmp_path, 2, gigabytes * 10**9) is exceeds
     assert model.weights_exceed_card(tmp_path, 4, gigabytes * 10**9)
+
+
+@pytest.mark.parametrize(("bfloat16", "shards"), [(True, False), (False, True)])
+def test_weights_are_counted_as_they_are_trained(job, tmp_path, monkeypatch, bfloat16, shards):
+    import torch
+
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(17_000_000_000)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=40 * 10**9))
+    assert model.must_shard(job.model_copy(update={"base_model": tmp_path}), bfloat16) is shards
+
+
+def member_without_memory(parent, text, started):
+    """accelerated._member, of which the second process asks for more memory than there is, in its third step."""
+    import torch
+    from transformers import Trainer
+
+    step, steps = Trainer.training_step, []
+
+    def greedy(self, *arguments):
+        steps.append(1)
+        if len(steps) == 3 and not team.is_first():
+            torch.empty(2**50)
+        return step(self, *arguments)
+
+    Trainer.training_step = greedy
+    return accelerated._member(parent, text, started)
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_ends_the_team_which_says_what_to_set(job, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(accelerated, "_member", member_without_memory)
+    (job.output / CHECKPOINTS).mkdir(parents=True)
+    said = (
+        r"^memory ran out with 4 examples at a time \(.*allocate.*\); set batch_size: 2 and gradient_accumulation: 4,"
+    )
+    with pytest.raises(TrainingError, match=said):
+        accelerated.train(with_settings(job, workers=2), time.monotonic())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)  # the other process would wait for half an hour
+def test_weights_that_are_no_numbers_end_every_process_of_a_team(job, tmp_path):
+    dataset = save(tmp_path / "d", rows(64, 100))  # without validation, which would find them first
+    wild = with_settings(job, workers=2, learning_rate=1e30, checkpoints=24).model_copy(update={"dataset": dataset})
+    with pytest.raises(TrainingFailed, match=r"^the loss became nan .* diverged"):
+        train(wild)
+    whole = list((wild.output / CHECKPOINTS).glob("checkpoint-*/complete.json"))
+    assert len(whole) <= 2
+    assert all(load_file(path.parent / "adapter_model.safetensors") for path in whole)
 
 
 @pytest.mark.slow

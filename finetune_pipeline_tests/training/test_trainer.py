@@ -1,6 +1,8 @@
 """The training itself, in this process, on a tiny model."""
 
 import json
+import shutil
+import sys
 import time
 
 import pytest
@@ -8,6 +10,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from finetune_pipeline.training import data as data_module
+from finetune_pipeline.training import trainer as trainer_module
 from finetune_pipeline.training.data import IGNORED, load, tokenizer
 from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
 from finetune_pipeline.training.launch import train
@@ -15,7 +18,7 @@ from finetune_pipeline.training.model import load_model, lora
 from finetune_pipeline.training.trackers import settle_trackers
 from finetune_pipeline.training.trainer import _trainer, run_training
 
-from .conftest import rows, save, with_settings
+from .conftest import contrary, rows, save, with_settings
 
 
 def train_here(job):
@@ -187,12 +190,6 @@ def test_qlora_trains_over_four_bit_weights(job):
     assert result.loss_after < result.loss_before * 0.95
 
 
-def contrary(job, folder):
-    """A dataset whose validation wants other answers: what is learnt well makes it worse."""
-    wrong = [{**row, "completion": json.dumps({"thickness_mm": 77})} for row in rows(8, 100)]
-    return job.model_copy(update={"dataset": save(folder / "contrary", rows(32, 100), wrong)})
-
-
 def test_the_weights_with_the_lowest_validation_loss_are_kept(job, tmp_path):
     result = train_here(contrary(with_settings(job, epochs=16, checkpoints=8, learning_rate=6e-2), tmp_path))
     losses = {point.step: point.loss for point in result.validation}
@@ -207,6 +204,56 @@ def test_it_stops_when_validation_no_longer_gets_better(job, tmp_path):
     losses = [point.loss for point in result.validation]
     assert result.stopped_early and result.steps < 160
     assert len(losses) - 1 - losses.index(min(losses)) == 2
+
+
+def train_until_the_result(job, monkeypatch):
+    """A training that is killed when its last checkpoint is whole and its result not there yet."""
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_module, "_take_best", lambda _: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            train_here(job)
+
+
+def test_a_training_that_stopped_early_and_was_killed_does_not_train_on(job, tmp_path, monkeypatch):
+    stopping = contrary(with_settings(job, epochs=40, checkpoints=20, early_stopping=2), tmp_path)
+    unbroken = train_here(stopping)
+    killed = stopping.model_copy(update={"output": tmp_path / "killed"})
+    train_until_the_result(killed, monkeypatch)
+    result = train_here(killed)
+    assert result.resumed_from == result.steps == unbroken.steps < 160
+    assert (result.validation, result.best_step, result.stopped_early) == (
+        unbroken.validation,
+        unbroken.best_step,
+        True,
+    )
+    assert adapter(killed) == adapter(stopping)
+
+
+def test_a_training_killed_after_its_last_step_takes_no_other_one(job, tmp_path, monkeypatch):
+    part = with_settings(job, epochs=1.5)  # it ends within an epoch
+    unbroken = train_here(part)
+    killed = part.model_copy(update={"output": tmp_path / "killed"})
+    train_until_the_result(killed, monkeypatch)
+    result = train_here(killed)
+    assert result.resumed_from == result.steps == unbroken.steps == 12
+    assert adapter(killed) == adapter(part)
+
+
+@pytest.mark.parametrize("best_is_there", [True, False])
+def test_the_best_weights_are_found_in_a_folder_that_was_moved(job, tmp_path, monkeypatch, best_is_there):
+    job = contrary(with_settings(job, epochs=16, checkpoints=8, learning_rate=6e-2), tmp_path)
+    train_until_the_result(job, monkeypatch)
+    moved = job.model_copy(update={"output": tmp_path / "moved"})
+    job.output.rename(moved.output)
+    checkpoints = moved.output / "checkpoints"
+    best = json.loads((checkpoints / "checkpoint-64" / "trainer_state.json").read_text())["best_global_step"]
+    if not best_is_there:
+        shutil.rmtree(checkpoints / f"checkpoint-{best}")
+    result = train_here(moved)
+    losses = {point.step: point.loss for point in result.validation}
+    assert best == min(losses, key=losses.__getitem__) < result.resumed_from == 64
+    assert result.best_step == (best if best_is_there else 64)
+    assert result.loss_after == pytest.approx(losses[result.best_step], rel=1e-5)
 
 
 def test_without_a_validation_set_the_last_weights_are_kept(job, tmp_path):

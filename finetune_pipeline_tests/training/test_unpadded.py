@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from finetune_pipeline.training import unpadded
 from finetune_pipeline.training.data import IGNORED, load, tokenizer
@@ -25,6 +25,7 @@ SHAPE = {
 }
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}),
     "qwen3": Qwen3Config(**SHAPE),
     "mistral, a window of 5 tokens": MistralConfig(**SHAPE, sliding_window=5),
     "gemma3, every other layer a window": Gemma3TextConfig(
@@ -60,7 +61,11 @@ def alone(model, example):
 
 def together(model, batch):
     labels = batch.pop("labels")
-    return unpadded.answer_loss(model(**batch, use_cache=False), labels, 1)
+    head = model.get_output_embeddings()
+    if not hasattr(head, "foretold"):
+        unpadded.score_in_chunks(head)
+    with unpadded.foretell(head, labels):
+        return unpadded.answer_loss(model(**batch, use_cache=False), labels, 1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
@@ -71,7 +76,7 @@ def together(model, batch):
 def test_loss_and_gradients_are_those_of_each_example_alone(family, dtype, close, checkpointing):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).to(dtype).train()
-    assert unpadded.fits(type(model), model.config)
+    assert unpadded.fits(model.config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that attention is far from even
@@ -145,10 +150,25 @@ def test_accumulated_steps_weigh_every_answer_token_the_same(job, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-def test_an_architecture_whose_layers_carry_a_state_along_is_not_packed():
-    from transformers import MambaConfig, MambaForCausalLM
+def test_only_what_was_tried_shares_rows():
+    from transformers import Gemma2Config, Gemma3Config, GptOssConfig, MambaConfig
 
-    assert not unpadded.fits(MambaForCausalLM, MambaConfig())
+    assert all(unpadded.fits(config) for config in FAMILIES.values())
+    # Layers that carry a state along; attention sinks; capped scores; a model of pictures besides.
+    assert not any(unpadded.fits(config()) for config in (MambaConfig, GptOssConfig, Gemma2Config, Gemma3Config))
+
+
+def test_scores_of_a_large_vocabulary_are_made_for_some_tokens_at_a_time(monkeypatch):
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    batch = unpadded.collate(examples())
+    batch.pop("tokens")
+    whole = gradients(model, [together(model, dict(batch))])
+    monkeypatch.setattr(unpadded, "tokens_at_a_time", lambda vocabulary: 3)
+    parts = gradients(model, [together(model, dict(batch))])
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    assert parts[1].keys() == whole[1].keys()
+    for name, gradient in parts[1].items():
+        torch.testing.assert_close(gradient, whole[1][name])
 
 
 def test_what_cannot_share_rows_is_trained_by_trl_as_it_is(job, tmp_path):

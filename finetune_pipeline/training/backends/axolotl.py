@@ -6,6 +6,7 @@ adapter into the common layout.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from finetune_pipeline.training.job import (
     TrainingResult,
     ValidationPoint,
 )
+from finetune_pipeline.training.memory import ran_out, tells_of_want_of_memory
 from finetune_pipeline.training.progress import PROGRESS, append
 
 COMMAND = "FINETUNE_AXOLOTL"
@@ -127,9 +129,10 @@ class _Follower:
         self.facts |= {"device": event["device"], "bfloat16": event["bfloat16"]}
 
     def _log(self, event: dict[str, Any]) -> None:
+        for name in ("loss", "eval_loss"):
+            must_be_finite(event.get(name, 0.0), event["step"])
         if "loss" not in event:
             return
-        must_be_finite(event["loss"], event["step"])
         now = time.monotonic()
         if event["step"] == event["steps"] or now - self.told >= _SECONDS_BETWEEN_LINES:
             append(self.job.output / PROGRESS, self._progress(event, now - self.began))
@@ -156,6 +159,8 @@ class _Follower:
         return steps * settings.batch_size * settings.gradient_accumulation * self.written.tokens
 
     def _saved(self, event: dict[str, Any]) -> None:
+        if not event["finite"]:
+            must_be_finite(math.nan, event["step"])
         checkpoint = self.job.output / CHECKPOINTS / f"checkpoint-{event['step']}"
         try:
             mark_complete(checkpoint, self.job.key)
@@ -166,12 +171,11 @@ class _Follower:
         self.facts |= event | {"seconds": time.monotonic() - self.began}
 
     def result(self, started: float, resumed_from: int) -> TrainingResult:
-        """What is known of the finished training; the losses are those of its validations, at the start and last."""
+        """What is known of the finished training; the losses are of validations: the first, the adapter's."""
         facts, settings = self.facts, self.job.settings
         history = facts["history"]
         losses = [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
-        after = min(losses, key=lambda loss: loss[1]) if settings.early_stopping else losses[-1]
-        must_be_finite(after[1], after[0])
+        after = next(loss for step, loss in reversed(losses) if step == facts["best_step"])
         steps = {entry["step"]: entry for entry in history if "loss" in entry}
         curve = tuple(
             CurvePoint(step=step, loss=float(entry["loss"]), learning_rate=float(entry["learning_rate"]))
@@ -189,7 +193,7 @@ class _Follower:
             examples=self.written.examples,
             too_long=self.written.too_long,
             loss_before=losses[0][1],
-            loss_after=after[1],
+            loss_after=after,
             train_loss=sum(point.loss for point in last) / len(last),
             tokens_per_second=self._tokens(facts["step"] - self.first) / max(facts["seconds"], 1e-9),
             wall_seconds=time.monotonic() - started,
@@ -197,7 +201,7 @@ class _Follower:
             micro_batch=settings.batch_size,
             curve=curve,
             validation=tuple(ValidationPoint(step=step, loss=loss) for step, loss in losses if step),
-            best_step=after[0],
+            best_step=facts["best_step"],
             stopped_early=facts["step"] < facts["steps"],
         )
 
@@ -225,6 +229,11 @@ def _run(job: TrainingJob, path: Path, follower: _Follower) -> None:
                 process.wait()
     lines = [line for line in _LINE.split(log.read_text(encoding="utf-8", errors="replace")) if line.strip()]
     print("\n".join(lines), flush=True)
+    tells = next((line for line in lines if tells_of_want_of_memory(line)), "")
+    if process.returncode == -signal.SIGKILL:
+        tells = "it was killed by SIGKILL, most likely for that"
+    if process.returncode != 0 and tells:
+        raise TrainingError(ran_out(job.settings, job.settings.batch_size, tells.strip()))
     if process.returncode != 0 or "history" not in follower.facts:
         tail = "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
         raise TrainingError(

@@ -123,6 +123,8 @@ def configuration(job: TrainingJob, examples: int, checkpoint: Path | None, gpu:
         "save_steps": math.ceil(steps / settings.checkpoints),
         "eval_steps": math.ceil(steps / settings.checkpoints),
         "save_total_limit": 2,
+        # Else Axolotl does so unasked for SFT; for DPO and KTO it never does.
+        "load_best_model_at_end": settings.method == "sft",
         "early_stopping_patience": settings.early_stopping,
         "resume_from_checkpoint": str(checkpoint) if checkpoint else None,
         **_trackers(settings, job),

@@ -26,6 +26,10 @@ def tell(event: str, **values: Any) -> None:
 class ProgressPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not installed where types are checked
     """Puts the callback into Axolotl's trainer, and the seed before its model."""
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """Have a loss that is no number reported: the Trainer would tell the mean of those before instead."""
+        return {"logging_nan_inf_filter": False}
+
     def pre_model_load(self, cfg: Any) -> None:
         """Seed the adapter's first weights, which Axolotl leaves to chance."""
         from transformers import set_seed
@@ -42,6 +46,12 @@ def _callback() -> Any:
 
     class Teller(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.best_global_step:  # the Trainer looks where it was written, and the folder may have been moved
+                best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+                if best.is_dir():
+                    state.best_model_checkpoint = str(best)
+                else:
+                    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
             tell("begun", step=state.global_step, steps=state.max_steps, bfloat16=bool(args.bf16), device=_device())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -52,14 +62,16 @@ def _callback() -> Any:
             kept = {name: float(logs[name]) for name in ("loss", "eval_loss", "learning_rate") if name in logs}
             tell("log", step=state.global_step, steps=state.max_steps, epoch=state.epoch or 0.0, **kept)
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            tell("saved", step=state.global_step)
+        def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            trained = [weight for weight in model.parameters() if weight.requires_grad]
+            tell("saved", step=state.global_step, finite=all(bool(w.isfinite().all()) for w in trained))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             tell(
                 "ended",
                 step=state.global_step,
                 steps=state.max_steps,
+                best_step=(args.load_best_model_at_end and state.best_global_step) or state.global_step,
                 peak_memory=_peak_memory(),
                 history=state.log_history,
             )
