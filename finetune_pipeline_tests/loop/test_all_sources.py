@@ -1,0 +1,88 @@
+"""One loop, fed by all its kinds of source at once, through Dagster: every example says where it is from."""
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from finetune_pipeline.artifacts import pointed
+from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.records import DatasetManifest
+from finetune_pipeline.settings import PROJECT_ROOT
+
+from .conftest import corrected, definitions, write_events
+
+EXAMPLES = PROJECT_ROOT / "examples" / "documents"
+
+
+@pytest.fixture
+def feeds(tmp_path, monkeypatch):
+    """A vault, a repository, documents, a database and a file, each with a few things to learn."""
+    vault = tmp_path / "vault"
+    vault.mkdir()
+    (vault / "Saw.md").write_text("---\ntags: [decision]\n---\nWe buy the mill's saw, since renting costs more.\n")
+    (vault / "Mill.md").write_text("---\ntags: [learning]\n---\nThe mill opens at six and closes at noon.\n")
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "walls.py").write_text(
+        'def thickness(layers: list[int]) -> int:\n    """Add up the thickness of a wall\'s layers in mm."""\n'
+        "    total = 0\n    for layer in layers:\n        total += layer\n    return total\n"
+    )
+    url = f"sqlite:///{tmp_path / 'ratings.db'}"
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE answers (id INTEGER, asked TEXT, said TEXT, stars TEXT, author TEXT)"))
+        rows = [(1, "How high is a door?", "2.10 m", "5", "ann"), (2, "How wide is a door?", "no idea", "1", "ann")]
+        for row in rows:
+            values = dict(zip("abcde", row, strict=True))
+            connection.execute(sa.text("INSERT INTO answers VALUES (:a, :b, :c, :d, :e)"), values)
+    engine.dispose()
+    monkeypatch.setenv("RATINGS_URL", url)
+    (tmp_path / "imported.jsonl").write_text('{"instruction": "Name a wall.", "input": "", "output": "Brick wall."}\n')
+    sql = {"table": "answers", "key": "id", "watermark": "id", "prompt": "asked", "response": "said"}
+    rated = {"rating": "stars", "ratings": {"5": 0.9, "1": -1.0}, "author": "author"}
+    return [
+        {"kind": "logs", "max_share": 0.5},
+        {"kind": "files", "name": "imported", "path": str(tmp_path / "imported.jsonl")},
+        {"kind": "vault", "name": "journal", "path": str(vault)},
+        {"kind": "code", "name": "repository", "path": str(repository)},
+        {
+            "kind": "documents",
+            "name": "meetings",
+            "path": str(EXAMPLES / "notes"),
+            "templates": str(EXAMPLES / "templates"),
+        },
+        {"kind": "sql", "name": "ratings", "url_env": "RATINGS_URL", **sql, **rated},
+    ]
+
+
+def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_from(make_loop, feeds, instance):
+    loop = make_loop(sources={"feeds": feeds}, curation={"min_examples": 5, "validation_share": 0.0})
+    write_events(loop.drop_folder / "log.jsonl", *corrected([f"voice {n}" for n in range(40)]))
+    keys = [dg.AssetKey([*loop.prefix, name]) for name in ("raw_logs", "curated_dataset")]
+    run = (
+        definitions(loop)
+        .resolve_implicit_global_asset_job_def()
+        .execute_in_process(instance=instance, asset_selection=keys)
+    )
+    assert run.success
+    checks = {e.check_name: e.passed for e in run.get_asset_check_evaluations()}
+    assert checks["sources_read"]
+
+    dataset = pointed(DatasetManifest, loop.name)
+    rows = [row for row in read_rows(dataset.path, "train") if row["source"] != "replay"]
+    origins = {
+        source: sorted(r["origin"] for r in rows if r["source"] == source) for source in dataset.manifest.sources
+    }
+    assert set(origins) == {"logs", "imported", "journal", "repository", "meetings", "ratings"}
+    assert origins["imported"] == ["imported.jsonl:1"]
+    assert origins["journal"] == ["Mill.md", "Saw.md"]
+    assert origins["repository"] == ["walls.py::thickness"]
+    assert origins["ratings"] == ["answers:1"]  # the other one has one star
+    assert len(origins["logs"]) <= len(rows) / 2 + 1
+
+    raw, curated = (run.asset_materializations_for_node("__".join(key.path))[0].metadata for key in keys)
+    told = raw["sources"].value + curated["sources"].value + curated["card"].value
+    card = (dataset.path / "card.md").read_text()
+    for source in origins:
+        assert source in told
+        assert source in card
