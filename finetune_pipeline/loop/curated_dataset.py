@@ -3,27 +3,32 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
+from finetune_pipeline.artifacts import Artifact, hash_of, obtain, package_versions, version_of
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.curation.dataset import (
     DATASET,
+    SPLITS,
     Curated,
-    curate,
+    curate_files,
     invalid_targets,
     overlaps,
     read_all,
     write_dataset,
 )
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
-from finetune_pipeline.feedback.store import content_hash
+from finetune_pipeline.curation.rules import CONFLICT
+from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.io import pointers_key, upstream
-from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest, conversation
-from finetune_pipeline.settings import LoopSettings, project_path
+from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest
+from finetune_pipeline.settings import LoopSettings, home, project_path
+
+if TYPE_CHECKING:
+    from finetune_pipeline.curation.sifted import Cache
 
 NAMED = 20
 
@@ -83,14 +88,15 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     inputs = {"raw_logs": raw_logs.manifest.version, **files}
     policy = reading.policy(loop)
     settings = {
-        **loop.curation.model_dump(),
+        **loop.curation.model_dump(exclude={"compute"}),  # wherever it is made, it is the same
         "system_prompt": loop.system_prompt,
         "holds": [DATASET, PAIRS, LABELLED],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        curated = curate(taught(raw_logs), reading.replay(loop), policy, identity)
+        paths = [raw_logs.path / part for part in raw_logs.manifest.parts]
+        curated = curate_files(paths, reading.replay(loop), policy, reading.identity, _cache(loop, raw_logs, files))
         write_dataset(curated, folder, loop.system_prompt)
         return {
             "inputs": inputs,
@@ -103,42 +109,50 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     return obtain(DatasetManifest, loop.name, version_of(inputs, settings), make)
 
 
+def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[str, str]) -> "Cache":
+    """What was found of each part of the logs by these settings and files: the next dataset looks at new parts only."""
+    from finetune_pipeline.curation.sifted import Cache
+    from finetune_pipeline.curation.sifting import FORM
+
+    base = str(resolve_base_model(loop.base_model)) if reading.policy(loop).tokens else ""
+    given = {
+        "form": FORM,
+        "settings": loop.curation.model_dump(exclude={"compute"}),
+        "files": files,
+        "base": base,
+        "packages": package_versions("detect-secrets", "phonenumbers", "rensa", "jsonschema"),
+    }
+    records = raw_logs.manifest.files
+    keys = [hash_of({**given, "part": records[part].sha256})[:32] for part in raw_logs.manifest.parts]
+    return Cache(home() / "cache" / "curation" / loop.name, keys)
+
+
 def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
     """What every interaction of a snapshot teaches; a later part's row of it stands instead of an earlier one."""
-    import pyarrow.parquet as pq
+    from finetune_pipeline.curation.sifting import example_of
+    from finetune_pipeline.curation.snapshot import ROWS, Part, Rows
 
-    seen: set[str] = set()
-    first = raw_logs.manifest.parts[0]
-    for part in reversed(raw_logs.manifest.parts):
-        for batch in pq.ParquetFile(raw_logs.path / part).iter_batches():
-            rows = [row for row in batch.to_pylist() if row["interaction_id"] not in seen]
-            if part != first:  # nothing is older than the first, and it may be the history of years
-                seen.update(row["interaction_id"] for row in rows)
-            yield from (_example(row) for row in rows if row["target"] is not None)
-
-
-def _example(row: dict[str, Any]) -> Example:
-    values = {name: row[name] for name in Example.model_fields}
-    return Example.model_validate({**values, "history": values["history"] or ()})
-
-
-def identity(example: Example) -> str:
-    """The content hash by which the store knows an example again after it was judged."""
-    return content_hash(conversation(example.prompt, example.history), example.target)
+    parts = [Part(raw_logs.path / part) for part in raw_logs.manifest.parts]
+    stands = iter((~Rows(parts).superseded()).tolist())
+    for part in parts:
+        for batch in part.batches(ROWS.names):
+            yield from (example_of(row) for row in batch.to_pylist() if next(stands) and row["target"] is not None)
 
 
 def _figures(curated: Curated) -> dict[str, Any]:
+    held = {split: curated.count(DATASET, split) for split in SPLITS}
     return {
-        "train": len(curated.train),
-        "validation": len(curated.validation),
+        "train": held["train"] + curated.replayed,
+        "validation": held["validation"],
         "replayed": curated.replayed,
         "sources": curated.sources,
         "left_out": curated.left_out,
         "redacted": curated.redacted,
         "near_benchmark": list(curated.near_benchmark),
-        "pairs": len(curated.pairs["train"]),
-        "desirable": len(curated.train) - curated.replayed,
-        "undesirable": len(curated.undesirable["train"]),
+        "conflicts": [list(pair) for pair in curated.conflicts],
+        "pairs": curated.count(PAIRS, "train"),
+        "desirable": held["train"],
+        "undesirable": curated.count(LABELLED, "train"),
     }
 
 
@@ -158,6 +172,8 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "redacted": sum(manifest.redacted.values()),
         "redacted_what": _table("kind", "places", manifest.redacted),
         "near_benchmark": list(manifest.near_benchmark[:NAMED]),
+        "conflicts": manifest.left_out.get(CONFLICT, 0),
+        "conflicts_first": [f"{kept} was kept, {other} says otherwise" for kept, other in manifest.conflicts],
         "version": manifest.version,
         "path": dg.MetadataValue.path(artifact.path),
     }
@@ -170,11 +186,10 @@ def _table(name: str, number: str, counts: dict[str, int]) -> dg.MetadataValue[A
 
 def _checks(loop: LoopSettings, artifact: Artifact[DatasetManifest]) -> Iterator[dg.AssetCheckResult]:
     # Asked of what was written, not of what was meant to be written.
-    rows = list(read_all(artifact.path))
     policy = reading.policy(loop)
-    examples = sum(row.get("source", "replay") != "replay" for row in rows)
+    examples = sum(row.get("source", "replay") != "replay" for row in read_all(artifact.path))
     if loop.training.method in {"auto", "kto"}:  # which learn from answers found bad too
-        examples += sum(row.get("label") is False for row in rows)
+        examples += sum(row.get("label") is False for row in read_all(artifact.path))
     yield dg.AssetCheckResult(
         check_name="enough_examples",
         passed=examples >= loop.curation.min_examples,
@@ -184,8 +199,8 @@ def _checks(loop: LoopSettings, artifact: Artifact[DatasetManifest]) -> Iterator
             "what to do": "log more feedback, or lower curation.min_examples",
         },
     )
-    yield _offenders("no_benchmark_overlap", overlaps(rows, policy))
-    yield _offenders("targets_parse", invalid_targets(rows, policy))
+    yield _offenders("no_benchmark_overlap", overlaps(read_all(artifact.path), policy))
+    yield _offenders("targets_parse", invalid_targets(read_all(artifact.path), policy))
 
 
 def _offenders(name: str, offenders: Sequence[str]) -> dg.AssetCheckResult:
