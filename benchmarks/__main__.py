@@ -1,6 +1,7 @@
 """Run the benchmarks: `python -m benchmarks [NAME ...]`; without a name, all but methods and setup.
 
 adapter_swap  another adapter over the same base, at rest and under 8 clients: how long it takes
+curation      500 to 1,000,000 log rows to a dataset; near-duplicate removal beside its peers (about 10 minutes)
 definitions   all definitions resolved, and which heavy packages that loaded
 gateway       overhead of a request, tokens per second by clients, swaps under load, rollback
 loop          the whole loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
@@ -15,10 +16,11 @@ Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 
 import sys
 
-from benchmarks import adapter_swap, definitions, gateway, loop, memory, methods, setup, store, training
+from benchmarks import adapter_swap, curation, definitions, gateway, loop, memory, methods, setup, store, training
 
 ALL = {
     "adapter_swap": adapter_swap.main,
+    "curation": curation.main,
     "definitions": definitions.main,
     "gateway": gateway.main,
     "loop": loop.main,

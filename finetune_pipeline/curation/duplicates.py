@@ -47,7 +47,10 @@ class NearIndex:
         self._pieces = {name: shingles(text) for name, text in texts.items()}
         self._runs = {name: found for name, text in texts.items() if (found := runs(text))}
         self._holders = _holders(self._pieces)
+        self._held = frozenset(self._holders)
+        self._commonness = {piece: len(names) for piece, names in self._holders.items()}
         self._run_holders = _holders(self._runs)
+        self._held_runs = frozenset(self._run_holders)
 
     def nearest(self, text: str) -> tuple[str, float] | None:
         """The id of the most similar text and the Jaccard similarity (0 to 1), or None if nothing is shared."""
@@ -67,17 +70,17 @@ class NearIndex:
         """
         pieces = shingles(text)
         needed = math.ceil(similarity * len(pieces) - 1e-9)
-        known = pieces & self._holders.keys()
+        known = pieces & self._held
         if not known or len(known) < needed:
             return False
-        rarest = sorted(known, key=lambda piece: len(self._holders[piece]))[: len(known) - needed + 1]
+        rarest = sorted(known, key=self._commonness.__getitem__)[: len(known) - needed + 1]
         names = {name for piece in rarest for name in self._holders[piece]}
         return any(jaccard(pieces, self._pieces[name]) >= similarity for name in names)
 
     def contains(self, text: str) -> bool:
         """Whether one of the texts is contained in this one, or this one in it."""
         found = runs(text)
-        shared = Counter(name for run in found & self._run_holders.keys() for name in self._run_holders[run])
+        shared = Counter(name for run in found & self._held_runs for name in self._run_holders[run])
         return any(n >= CONTAINED * min(len(found), len(self._runs[name])) for name, n in shared.items())
 
 
