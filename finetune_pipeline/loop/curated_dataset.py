@@ -135,7 +135,7 @@ def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
     parts = [Part(raw_logs.path / part) for part in raw_logs.manifest.parts]
     stands = iter((~Rows(parts).superseded()).tolist())
     for part in parts:
-        for batch in part.batches(ROWS.names):
+        for batch in part.batches(ROWS):
             yield from (example_of(row) for row in batch.to_pylist() if next(stands) and row["target"] is not None)
 
 
