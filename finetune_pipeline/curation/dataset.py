@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.preferences import (
     LABELLED,
     LABELLED_COLUMNS,
@@ -41,10 +42,6 @@ SPLITS = ("train", "validation")
 
 Identity = Callable[[Example], str]
 """The content hash of an example: by it the store knows the example again after it was judged."""
-
-
-class CurationError(RuntimeError):
-    """A file that curation needs is missing or not of its form; the message says which, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from finetune_pipeline.curation.errors import CurationError
+
 _FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -13,11 +15,11 @@ class TokenCounter:
         """Read the tokenizer's file of a model's folder.
 
         Raises:
-            FileNotFoundError: it has none of tokenizer.json and tokenizer.model.
+            CurationError: it has none of tokenizer.json and tokenizer.model.
         """
         path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
         if path is None:
-            raise FileNotFoundError(
+            raise CurationError(
                 f"{folder} has neither of {', '.join(_FILES)}, so tokens cannot be counted; take "
                 "curation.max_prompt_tokens and max_answer_tokens out, or choose a base model with one of them"
             )

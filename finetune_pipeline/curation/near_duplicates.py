@@ -93,7 +93,7 @@ def _mixed(values: Numbers) -> Numbers:
     """Every bit of the result depends on every bit of the value (the finaliser of SplitMix64, Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return np.asarray(values ^ (values >> np.uint64(31)))
 
 
 def components(sketches: Sketches, similarity: float, texts: Callable[[Numbers], Sequence[str]]) -> Numbers:

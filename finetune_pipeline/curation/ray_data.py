@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifting import Identity
 
@@ -27,20 +28,16 @@ _PACKAGE = Path(__file__).parents[1]
 _OBJECT_STORE_BYTES = 300_000_000
 
 
-class RayMissing(RuntimeError):
-    """Ray is not installed, or no cluster answers; the message says what to do."""
-
-
 def sift(chunks: Sequence["Chunk"], policy: Policy, identity: Identity) -> "Iterator[pa.RecordBatch]":
     """What is known of the rows of these chunks, in their order.
 
     Raises:
-        RayMissing: see there.
+        CurationError: Ray is not installed, or no cluster answers.
     """
     from importlib.util import find_spec
 
     if find_spec("ray") is None:
-        raise RayMissing(
+        raise CurationError(
             'curation.compute is ray, and Ray is not installed; run pip install "finetune-pipeline[ray]", or set '
             "compute: local"
         )
@@ -113,7 +110,7 @@ def _cluster() -> Iterator[None]:
                 **common,
             )
     except ConnectionError as error:
-        raise RayMissing(
+        raise CurationError(
             f"no Ray cluster answers at {ADDRESS}={address} ({error}); correct it, or unset it to start one here"
         ) from error
     try:

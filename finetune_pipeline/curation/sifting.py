@@ -80,16 +80,16 @@ def _sifted(row: dict[str, Any], policy: Policy, identity: Identity) -> dict[str
         decision = accept(redacted.example, policy)
         if decision.accepted:
             longest = policy.settings.max_answer_chars
-            known = {"accepted": True, "fault": shows_a_fault(redacted.example, longest)}
+            known: dict[str, Any] = {"accepted": True, "fault": shows_a_fault(redacted.example, longest)}
             return known | _described(redacted.example, redacted.counts) | {"content": identity(original)}
     overlap = decision.reason in OF_BENCHMARK
-    known = {"reason": decision.reason}
+    refused: dict[str, Any] = {"reason": decision.reason}
     if found_bad(original, policy):
         redacted = redact_example(original)
         overlap = near_benchmark(redacted.example.prompt, redacted.example.history, policy)
         if not overlap:
-            return known | {"bad": True} | _described(redacted.example, redacted.counts)
-    return known | {"overlap": overlap}
+            return refused | {"bad": True} | _described(redacted.example, redacted.counts)
+    return refused | {"overlap": overlap}
 
 
 def example_of(row: Mapping[str, Any]) -> Example:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from finetune_pipeline.curation.sifted import Cache
 
 NAMED = 20
+OF_THE_CHOICE = frozenset(
+    {"near_similarity", "semantic", "semantic_similarity", "validation_share", "min_examples", "replay", "replay_ratio"}
+)
+"""Settings of curation that say nothing of an example by itself."""
 
 
 def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -117,10 +121,10 @@ def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[
     base = str(resolve_base_model(loop.base_model)) if reading.policy(loop).tokens else ""
     given = {
         "form": FORM,
-        "settings": loop.curation.model_dump(exclude={"compute"}),
+        "settings": loop.curation.model_dump(exclude={"compute", *OF_THE_CHOICE}),
         "files": files,
         "base": base,
-        "packages": package_versions("detect-secrets", "phonenumbers", "rensa", "jsonschema"),
+        "packages": package_versions("finetune-pipeline", "detect-secrets", "phonenumbers", "rensa", "jsonschema"),
     }
     records = raw_logs.manifest.files
     keys = [hash_of({**given, "part": records[part].sha256})[:32] for part in raw_logs.manifest.parts]

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation import ray_data, sifted
-from finetune_pipeline.curation.dataset import curate, curate_files, write_dataset
+from finetune_pipeline.curation.dataset import CurationError, curate, curate_files, write_dataset
 from finetune_pipeline.curation.rules import Policy, answer_validator
 from finetune_pipeline.curation.sifted import Cache
 from finetune_pipeline.curation.snapshot import table_of
@@ -129,5 +129,5 @@ def test_two_workers_of_a_ray_cluster_find_the_same(tmp_path, monkeypatch):
 def test_without_ray_it_says_how_to_get_it(tmp_path, monkeypatch):
     policy = Policy(CurationSettings(compute="ray"), POLICY.benchmark, answer_validator(None))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ray_data.RayMissing, match=r'pip install "finetune-pipeline\[ray\]", or set compute: local'):
+    with pytest.raises(CurationError, match=r'pip install "finetune-pipeline\[ray\]", or set compute: local'):
         curate_files(write(tmp_path, logs(0, 9)), [], policy, identity)

