@@ -14,6 +14,7 @@ Pairs join components. All of it is a function of the set of questions, whatever
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,8 @@ def sketch(questions: Sequence[str], answers: Numbers) -> Sketches:
     there = np.zeros((len(questions), BITS), np.bool_)
     there[rows, (pieces >> np.uint64(64 - 9)).astype(np.int64)] = True
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(pieces, offsets.astype(np.uint64), PERMUTATIONS, _SEED)
-    signatures = np.asarray(matrix.to_rows(), np.uint64).reshape(len(questions), BANDS, -1)
+    numbers = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint64, len(questions) * PERMUTATIONS)
+    signatures = numbers.reshape(len(questions), BANDS, -1)
     keys = np.broadcast_to(answers[:, None], (len(questions), BANDS))
     for column in range(signatures.shape[2]):
         keys = _mixed(keys * _MULTIPLIER + signatures[:, :, column])

@@ -21,6 +21,7 @@ from finetune_pipeline.records import Example, conversation, normalise
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_canonical = json.JSONEncoder(sort_keys=True).encode
 FORM = 1  # of the result and of how it is made: what an earlier form left is made anew
 EXAMPLE = tuple(Example.model_fields)
 
@@ -131,5 +132,5 @@ def answer_key(answer: str) -> int:
     text = answer.strip()
     if text[:1] in {"{", "["}:
         with suppress(ValueError, RecursionError):
-            text = json.dumps(json.loads(text), sort_keys=True)
+            text = _canonical(json.loads(text))
     return number_of(text)
