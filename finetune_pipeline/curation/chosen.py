@@ -80,25 +80,31 @@ class Chosen:
 
     def count(self, part: str, split: str) -> int:
         """How many rows a split has."""
-        return len(self._places(part, split))
+        validates = int(self._validates(self._all(part)).sum())
+        return validates if split == "validation" else len(self._all(part)) - validates
 
     def rows(self, part: str, split: str) -> Iterator[dict[str, Any]]:
         """The rows of a split."""
-        for table in self.tables(part, split):
-            yield from table.to_pylist()
+        for name, table in self.tables(part):
+            yield from table.to_pylist() if name == split else ()
 
-    def tables(self, part: str, split: str) -> "Iterator[pa.Table]":
-        """The rows of a split, some hundred thousand at a time, with the columns that are written."""
-        places = self._places(part, split)
+    def tables(self, part: str) -> "Iterator[tuple[str, pa.Table]]":
+        """The rows with the columns that are written, some hundred thousand at a time, each with its split."""
+        import pyarrow as pa
+
+        places = self._all(part)
         for start in range(0, len(places), _WINDOW):
             window = places[start : start + _WINDOW]
-            rows = _redacted(self._rows, self._found, window, ROWS)
-            yield _AS[part](rows, self._found, window) if part in _AS else _learnt(rows, self._found, window)
+            rows = _AS.get(part, _learnt)(_redacted(self._rows, self._found, window, ROWS), self._found, window)
+            validates = self._validates(window)
+            yield "train", rows.filter(pa.array(~validates))
+            yield "validation", rows.filter(pa.array(validates))
 
-    def _places(self, part: str, split: str) -> Numbers:
-        places = {PAIRS: self._choice.pairs, LABELLED: self._choice.undesirable}.get(part, self._choice.kept)
-        validates = self._found.of("side", places) / 16**8 < self._share
-        return places[validates if split == "validation" else ~validates]
+    def _all(self, part: str) -> Numbers:
+        return {PAIRS: self._choice.pairs, LABELLED: self._choice.undesirable}.get(part, self._choice.kept)
+
+    def _validates(self, places: Numbers) -> Numbers:
+        return np.asarray(self._found.of("side", places) / 16**8 < self._share)
 
 
 def _redacted(rows: Rows, found: Found, places: Numbers, columns: Sequence[str]) -> "pa.Table":
@@ -110,7 +116,8 @@ def _redacted(rows: Rows, found: Found, places: Numbers, columns: Sequence[str])
     touched = pc.is_valid(found.texts("redacted", places)).to_numpy()
     if not touched.any():
         return table
-    given = rows.take(places[touched], ROWS).to_pylist()
+    whole = table.filter(pa.array(touched)) if set(columns) == set(ROWS) else rows.take(places[touched], ROWS)
+    given = whole.to_pylist()
     clean = [redact_example(example_of(row)).example.model_dump(mode="json") for row in given]
     mended = pa.Table.from_pylist(clean, schema()).select(list(columns))
     order = np.where(touched, len(table) + np.cumsum(touched) - 1, np.arange(len(table)))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,27 +229,19 @@ def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
         SplitWriter(folder / DATASET, COLUMNS, SPLITS) as dataset,
         SplitWriter(folder / PAIRS, PAIR_COLUMNS, SPLITS) as pairs,
         SplitWriter(folder / LABELLED, LABELLED_COLUMNS, SPLITS) as labelled,
+        (folder / "train.alpaca.jsonl").open("w", encoding="utf-8") as train,
+        (folder / "validation.alpaca.jsonl").open("w", encoding="utf-8") as validation,
     ):
-        for split in SPLITS:
-            with (folder / f"{split}.alpaca.jsonl").open("w", encoding="utf-8") as alpaca:
-                for rows in _learnt(curated, split, dataset.schema(split)):
-                    dataset.write(split, rows)
-                    good = rows.append_column("label", pa.repeat(True, rows.num_rows))
-                    labelled.write(split, good.select(list(LABELLED_COLUMNS)))
-                    alpaca.writelines(_alpaca_lines(rows, system_prompt))
-            for rows in curated.chosen.tables(LABELLED, split):
-                labelled.write(split, rows)
-            for rows in curated.chosen.tables(PAIRS, split):
-                pairs.write(split, rows)
-
-
-def _learnt(curated: Curated, split: str, schema: "pa.Schema") -> Iterator["pa.Table"]:
-    """The rows of a split of the answers to learn, those of use before the replayed ones."""
-    import pyarrow as pa
-
-    yield from curated.chosen.tables(DATASET, split)
-    if split == "train" and curated.replay:
-        yield pa.Table.from_pylist([_plain(row) for row in curated.replay], schema)
+        replayed = pa.Table.from_pylist([_plain(row) for row in curated.replay], dataset.schema)
+        for split, rows in chain(curated.chosen.tables(DATASET), [("train", replayed)]):
+            dataset.write(split, rows)
+            good = rows.append_column("label", pa.repeat(True, rows.num_rows))
+            labelled.write(split, good.select(list(LABELLED_COLUMNS)))
+            (train if split == "train" else validation).writelines(_alpaca_lines(rows, system_prompt))
+        for split, rows in curated.chosen.tables(LABELLED):
+            labelled.write(split, rows)
+        for split, rows in curated.chosen.tables(PAIRS):
+            pairs.write(split, rows)
 
 
 def _plain(row: Row) -> dict[str, Any]:

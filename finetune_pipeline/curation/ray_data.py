@@ -49,40 +49,30 @@ def sift(chunks: Sequence["Chunk"], policy: Policy, identity: Identity) -> "Iter
         work = ray.put((tuple(chunks), policy, identity))
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         numbers = ray.data.range(len(chunks), override_num_blocks=len(chunks))
-        found = numbers.map_batches(_Sifter, batch_size=1, fn_constructor_args=(work,), concurrency=_workers())
+        # By tasks: actors for every core would leave none for the reading of the numbers, and wait for ever.
+        found = numbers.map_batches(_sift_chunks, batch_size=1, fn_args=([work],))
         for row in found.iter_rows():
             with pa.ipc.open_stream(row["found"]) as batches:
                 yield from batches
 
 
-class _Sifter:
-    """Looks at chunks by their number, in a worker."""
-
-    def __init__(self, work: Any) -> None:
-        import ray
-
-        self._chunks, self._policy, self._identity = ray.get(work)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        import pyarrow as pa
-
-        from finetune_pipeline.curation.sifted import sift_chunk
-        from finetune_pipeline.curation.sifting import schema
-
-        found = []
-        for number in batch["id"].tolist():
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, schema()) as writer:
-                for one in sift_chunk(self._chunks[number], self._policy, self._identity):
-                    writer.write_batch(one)
-            found.append(sink.getvalue().to_pybytes())
-        return {"found": found}
-
-
-def _workers() -> int:
+def _sift_chunks(batch: dict[str, Any], work: list[Any]) -> dict[str, list[bytes]]:
+    """Look at chunks by their number, in a worker."""
+    import pyarrow as pa
     import ray
 
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    from finetune_pipeline.curation.sifted import sift_chunk
+    from finetune_pipeline.curation.sifting import schema
+
+    chunks, policy, identity = ray.get(work[0])
+    found = []
+    for number in batch["id"].tolist():
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema()) as writer:
+            for one in sift_chunk(chunks[number], policy, identity):
+                writer.write_batch(one)
+        found.append(sink.getvalue().to_pybytes())
+    return {"found": found}
 
 
 @contextmanager

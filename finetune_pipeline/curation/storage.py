@@ -37,7 +37,8 @@ class SplitWriter:
         schema = self._features.arrow_schema
         self._writers = {split: pa.ipc.new_stream(str(path), schema) for split, path in self._paths.items()}
 
-    def schema(self, split: str) -> Any:
+    @property
+    def schema(self) -> Any:
         """The Arrow schema of the rows."""
         return self._features.arrow_schema
 
