@@ -118,7 +118,7 @@ def run(*paths: str) -> dict[str, Any]:
     import shutil
 
     from finetune_pipeline import artifacts
-    from finetune_pipeline.loop.curated_dataset import dataset
+    from finetune_pipeline.loop.curating import dataset
     from finetune_pipeline.records import RawLogsManifest
     from finetune_pipeline.settings import load_loop
 

@@ -19,7 +19,7 @@ from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
-from finetune_pipeline.loop.curated_dataset import taught
+from finetune_pipeline.loop.curating import taught
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.lora_adapter import PARTS
 from finetune_pipeline.loop.raw_logs import snapshot
