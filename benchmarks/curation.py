@@ -36,7 +36,6 @@ COMPARED = 100_000
 PEERS = ("datasketch==2.0.0", "semhash==0.5.0")
 EXACT, NEAR, NUMBER = 0.15, 0.10, 0.03
 TIMES = {500: 2.0, 10_000: 3.0, 1_000_000: 120.0}
-MEMORY_MB, NEAR_SECONDS = 2_147, 30.0
 
 Line = dict[str, Any]
 
