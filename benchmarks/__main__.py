@@ -2,6 +2,7 @@
 
 adapter_swap  another adapter over the same base, at rest and under 8 clients: how long it takes
 code          2,000 Python files read as a source, without a teacher: time and memory
+curation      500 to 1,000,000 log rows to a dataset; near-duplicate removal beside its peers (about 10 minutes)
 definitions   all definitions resolved, and which heavy packages that loaded
 gateway       overhead of a request, tokens per second by clients, swaps under load, rollback
 loop          the whole loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
@@ -17,11 +18,25 @@ Each prints a Markdown table and writes `benchmarks/results/NAME.json`.
 
 import sys
 
-from benchmarks import adapter_swap, code, definitions, gateway, loop, memory, methods, setup, store, training, vault
+from benchmarks import (
+    adapter_swap,
+    code,
+    curation,
+    definitions,
+    gateway,
+    loop,
+    memory,
+    methods,
+    setup,
+    store,
+    training,
+    vault,
+)
 
 ALL = {
     "adapter_swap": adapter_swap.main,
     "code": code.main,
+    "curation": curation.main,
     "definitions": definitions.main,
     "gateway": gateway.main,
     "loop": loop.main,

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.results import publish
 from finetune_pipeline.curation.dataset import DATASET, Curated, curate, write_dataset
+from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.run import answer_benchmark
@@ -18,7 +19,7 @@ from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
-from finetune_pipeline.loop.curated_dataset import identity, taught
+from finetune_pipeline.loop.curating import taught
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.lora_adapter import PARTS
 from finetune_pipeline.loop.raw_logs import snapshot
@@ -91,7 +92,7 @@ def _write(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[st
     examples = list(taught(logs))
     if corrections is not None:
         examples = _few(examples, corrections)
-    curated = curate(examples, reading.replay(loop), reading.policy(loop), identity)
+    curated = curate(examples, reading.replay(loop), reading.policy(loop), reading.identity)
     write_dataset(curated, folder, loop.system_prompt)
     return _counts(curated)
 
@@ -107,10 +108,10 @@ def _few(examples: list[Example], corrections: int) -> list[Example]:
 
 def _counts(curated: Curated) -> dict[str, int]:
     return {
-        "good": len(curated.train) - curated.replayed,
+        "good": curated.count(DATASET, "train"),
         "replayed": curated.replayed,
-        "pairs": len(curated.pairs["train"]),
-        "bad": len(curated.undesirable["train"]),
+        "pairs": curated.count(PAIRS, "train"),
+        "bad": curated.count(LABELLED, "train"),
     }
 
 

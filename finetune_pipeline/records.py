@@ -258,6 +258,9 @@ class DatasetManifest(Manifest):
     left_out: dict[str, int] = Field(description="Reason -> examples.")
     redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places of the training set.")
     near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")
+    conflicts: list[tuple[str, str]] = Field(
+        default=[], description="Interaction ids of an answer that was kept and of another to its question, the first."
+    )
     # What is beside the training set, without its validation split. An older dataset has none of it.
     pairs: int = Field(default=0, description="Corrected answers with what the model had said instead.")
     desirable: int = Field(default=0, description="Answers found good, without the replayed ones.")

@@ -280,6 +280,28 @@ class CurationSettings(Settings):
     )
     max_prompt_chars: int = Field(default=8_000, ge=1, description="Longer prompts are left out.")
     max_answer_chars: int = Field(default=16_000, ge=1, description="Longer answers are left out.")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="The same in tokens of the base model; none: tokens are not counted."
+    )
+    max_answer_tokens: int | None = Field(default=None, ge=1, description="The same of answers.")
+    max_repetition: float = Field(
+        default=0.3, gt=0, le=1, description="Share of an answer that may say again what it has said before."
+    )
+    near_similarity: float | None = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Jaccard similarity from which prompts of the same answer are one; or none.",
+    )
+    semantic: bool = Field(
+        default=False, description="Prompts that mean the same and have the same answer are one too (extra semantic)."
+    )
+    semantic_similarity: float = Field(
+        default=0.9, gt=0, le=1, description="Cosine of two prompts' embeddings from which they mean the same."
+    )
+    compute: Literal["local", "ray"] = Field(
+        default="local", description="Where examples are looked at one by one: on this machine, or a Ray cluster."
+    )
     validation_share: float = Field(default=0.1, ge=0, lt=1, description="Share of prompts kept for validation.")
     min_examples: int = Field(default=20, ge=1, description="Training does not start with fewer examples.")
     benchmark_similarity: float = Field(

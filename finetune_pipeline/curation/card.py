@@ -1,12 +1,13 @@
 """The card of a dataset version: what it is made of, in Markdown for people. Pure: plain values in, text out."""
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_pipeline.curation.dataset import Curated, Row
+from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, Row
+from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 
 DATASET_CARD = "card.md"
 SAMPLE = 5
@@ -37,27 +38,27 @@ class DatasetCard:
 def dataset_card(card: DatasetCard) -> str:
     """Render a card; the same card gives the same text. No value of a secret is in it, only how many of each kind."""
     curated = card.curated
-    rows = [*curated.train, *curated.validation]
+    held = {split: curated.count(DATASET, split) for split in SPLITS}
     title = f"# Dataset {_cell(card.version)} of {_cell(card.loop)}"
     lead = (
-        f"{len(curated.train):,} examples to train on ({curated.replayed:,} of them replayed) and "
-        f"{len(curated.validation):,} to validate. Which side a prompt is on follows from its hash and never changes. "
+        f"{held['train'] + curated.replayed:,} examples to train on ({curated.replayed:,} of them replayed) and "
+        f"{held['validation']:,} to validate. Which side a prompt is on follows from its hash and never changes. "
         "Secrets and personal data were replaced by placeholders before anything was written."
     )
-    splits = {name: f"{len(found):,}" for name, found in _splits(curated).items()}
+    splits = {name: f"{rows:,}" for name, rows in _splits(curated).items()}
     parts = [
-        title, lead, _sources(rows), _table("Splits", ("part", "rows"), splits),
+        title, lead, _sources(curated.sources), _table("Splits", ("part", "rows"), splits),
         _counts("Left out, and why", "reason", curated.left_out),
         _counts("Replaced by placeholders", "kind", curated.redacted),
         _table("Filters and settings", ("setting", "value"), {k: _shown(v) for k, v in card.settings.items()}),
         _table("Made from", ("what", "hash or version"), {**card.inputs, "events up to": card.watermark}),
-        _table("Made with", ("package", "version"), card.packages), _sample(rows),
+        _table("Made with", ("package", "version"), card.packages), _sample(curated.sample(SAMPLE)),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
 def sample(rows: Sequence[Row], count: int = SAMPLE) -> list[Row]:
-    """Some rows, of every source in turn, its first: they stand by the hash of their questions, so that is a mix."""
+    """Some rows, of every source in turn, its first."""
     by_source: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if len(by_source[row.source]) < count:
@@ -66,24 +67,20 @@ def sample(rows: Sequence[Row], count: int = SAMPLE) -> list[Row]:
     return [row for row, _ in zip(turns, range(count), strict=False)]
 
 
-def _splits(curated: Curated) -> dict[str, Sequence[Any]]:
+def _splits(curated: Curated) -> dict[str, int]:
     return {
-        "train": curated.train,
-        "validation": curated.validation,
-        "pairs of a correction and the model's own answer (train)": curated.pairs["train"],
-        "answers found bad (train)": curated.undesirable["train"],
+        "train": curated.count(DATASET, "train") + curated.replayed,
+        "validation": curated.count(DATASET, "validation"),
+        "pairs of a correction and the model's own answer (train)": curated.count(PAIRS, "train"),
+        "answers found bad (train)": curated.count(LABELLED, "train"),
     }
 
 
-def _sources(rows: Sequence[Row]) -> str:
-    """Where the examples come from; of how many a person can find the place again."""
-    counts = Counter(row.source for row in rows)
-    known = Counter(row.source for row in rows if row.origin)
-    lines = [
-        f"| {_cell(source)} | {count:,} | {count / len(rows):.1%} | {known[source] / count:.0%} |"
-        for source, count in sorted(counts.items())
-    ]
-    head = ["## Sources", "", "| source | examples | share | origin known |", "|---|---:|---:|---:|"]
+def _sources(counts: Mapping[str, int]) -> str:
+    """Where the examples come from."""
+    total = sum(counts.values())
+    lines = [f"| {_cell(source)} | {count:,} | {count / total:.1%} |" for source, count in sorted(counts.items())]
+    head = ["## Sources", "", "| source | examples | share |", "|---|---:|---:|"]
     return "\n".join([*head, *lines])
 
 

@@ -113,6 +113,10 @@ _CARD_ISSUER = re.compile(  # Visa; Mastercard; American Express; Discover and U
     r"4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
     r"|6(?:011|[45]\d\d|2\d\d)\d{12,15}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-59]|[689]\d)\d{11}"
 )
+_CARD_WITHIN = re.compile(  # beside another number, such as an amount; not one of a row of numbers of four digits
+    r"(?<![\w.+-])(?<!\d{4}[ -])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{4,5}|\d{14,19})"
+    r"(?![\w-]|\.\d|[ -]\d{4}(?!\d))"
+)
 _AMERICAN_PHONE = re.compile(
     r"(?<![\w.+-])(?:(?:\+?1[ .-]?)?\([2-9]\d\d\) ?\d{3}[ .-]\d{4}|\+?1[ .-][2-9]\d\d[ .-]\d{3}[ .-]\d{4}"
     r"|[2-9]\d\d-[2-9]\d\d-\d{4})(?![\w-])"
@@ -273,7 +277,8 @@ def _without_key(match: re.Match[str], counts: Counter[str]) -> str:
 
 
 def _numbers(text: str, counts: Counter[str]) -> str:
-    text = _CARD.sub(lambda match: _count(counts, "card") if _is_card(match[0]) else match[0], text)
+    for pattern in (_CARD, _CARD_WITHIN):
+        text = pattern.sub(lambda match: _count(counts, "card") if _is_card(match[0]) else match[0], text)
     text = _AMERICAN_PHONE.sub(lambda match: _count(counts, "phone"), text)
     text = _replace(_SPACED_PHONE, text, lambda match, value: _is_american(match, value), counts, "phone")
     text = _replace(_PAIRED_PHONE, text, lambda match, value: _is_paired(value), counts, "phone")

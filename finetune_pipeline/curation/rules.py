@@ -2,8 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.lengths import TokenCounter
+from finetune_pipeline.curation.quality import refuses, repetition
 from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.records import Example, Turn, conversation
 from finetune_pipeline.schemas import Schema, Unreadable, compile_schema, parse_json
@@ -23,7 +27,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Policy:
-    """What the rule needs beside the example."""
+    """What the rule needs beside the example. It can be sent to other processes if its `problem` can.
+
+    Attributes:
+        problem: what is wrong with an answer; see `answer_validator`.
+        tokens: counts tokens, where the settings limit them.
+    """
 
     settings: CurationSettings
     benchmark: NearIndex
@@ -31,6 +40,7 @@ class Policy:
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     review_required: bool = False
     """Whether only what a reviewer approved or edited trains."""
+    tokens: TokenCounter | None = None
 
 
 def accept(example: Example, policy: Policy) -> Decision:
@@ -46,9 +56,33 @@ def accept(example: Example, policy: Policy) -> Decision:
         return Decision(False, "answer is empty")
     if policy.problem(example.target) is not None:
         return Decision(False, "answer does not pass the output schema")
-    if near_benchmark(example.prompt, example.history, policy):
-        return Decision(False, NEAR_BENCHMARK)
-    return Decision(True)
+    poor = _too_many_tokens(example, policy) or _poor_answer(example, policy.settings)
+    if poor:
+        return Decision(False, poor)
+    overlap = _overlap(example.prompt, example.history, policy)
+    return Decision(False, overlap) if overlap else Decision(True)
+
+
+def _too_many_tokens(example: Example, policy: Policy) -> str:
+    rules, tokens = policy.settings, policy.tokens
+    if tokens is None:
+        return ""
+    most = rules.max_prompt_tokens
+    if most is not None and tokens.more_than(conversation(example.prompt, example.history), most):
+        return f"prompt longer than {most} tokens"
+    most = rules.max_answer_tokens
+    if most is not None and tokens.more_than(example.target, most):
+        return f"answer longer than {most} tokens"
+    return ""
+
+
+def _poor_answer(example: Example, rules: CurationSettings) -> str:
+    """Why an answer teaches nothing, or nothing; what a person wrote, or found right, may well be a refusal."""
+    if example.corrected:
+        return ""
+    if not example.confirmed and refuses(example.target):
+        return REFUSED
+    return REPEATS if repetition(example.target) > rules.max_repetition else ""
 
 
 def at_a_glance(example: Example, policy: Policy) -> Decision:
@@ -91,33 +125,97 @@ def _short_enough(example: Example, rules: CurationSettings) -> Decision:
 
 REJECTED = "rejected by a reviewer"
 UNREVIEWED = "not approved by a reviewer"
+CONFLICT = "same prompt, less trusted answer"
 NEAR_BENCHMARK = "near-duplicate of a benchmark question"
+CONTAINS_BENCHMARK = "contains, or is part of, a benchmark question"
+OF_BENCHMARK = frozenset({NEAR_BENCHMARK, CONTAINS_BENCHMARK})
+REFUSED = "answer is a refusal"
+REPEATS = "answer repeats itself"
 
 
 def near_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> bool:
-    """Whether a prompt, alone or with what was said before it, is too similar to a question of the benchmark."""
-    for text in {prompt, conversation(prompt, history)}:
-        nearest = policy.benchmark.nearest(text)
-        if nearest is not None and nearest[1] >= policy.settings.benchmark_similarity:
-            return True
-    return False
+    """Whether a prompt, alone or with what was said before it, is near a question of the benchmark, or contains one.
+
+    Answers are not compared: the right answer of a benchmark question is that of many other questions too, and to learn
+    it for those is what training is for.
+    """
+    return _overlap(prompt, history, policy) is not None
+
+
+def _overlap(prompt: str, history: Sequence[Turn], policy: Policy) -> str | None:
+    texts = {prompt, conversation(prompt, history)}
+    if any(policy.benchmark.near(text, policy.settings.benchmark_similarity) for text in texts):
+        return NEAR_BENCHMARK
+    # The conversation holds the prompt, and a question is contained in both or in the conversation alone; but the
+    # prompt may be part of a question though the conversation is not.
+    return CONTAINS_BENCHMARK if any(policy.benchmark.contains(text) for text in texts) else None
 
 
 def answer_validator(schema: Schema | None) -> Validator:
-    """What checks an answer: JSON under the schema, or for free text nothing.
+    """What checks an answer: JSON under the schema, or for free text nothing. It can be sent to other processes.
 
     Args:
         schema: JSON Schema (draft 2020-12), or None for free text.
     """
     if schema is None:
-        return lambda answer: None
-    validator = compile_schema(schema)
+        return _no_problem
+    validator = _AnswerValidator(schema)
+    validator.compiled  # noqa: B018  what is no schema is refused here
+    return validator
 
-    def problem(answer: str) -> str | None:
+
+def _no_problem(answer: str) -> None:
+    return None
+
+
+_PLAIN = """
+    $schema $id title description default examples type enum const properties required additionalProperties items
+    prefixItems minimum maximum exclusiveMinimum exclusiveMaximum minLength maxLength minItems maxItems minProperties
+    maxProperties anyOf allOf oneOf not if then else
+"""
+_PLAIN_KEYWORDS = frozenset(_PLAIN.split())
+"""Keywords of which nobody doubts the meaning: no patterns (each language has its own), formats or references."""
+
+
+class _AnswerValidator:
+    """Says what is wrong with an answer. Of a plain schema, right answers are told by a faster validator (in Rust)."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_schema": self._schema}
+
+    @cached_property
+    def compiled(self) -> Any:
+        return compile_schema(self._schema)
+
+    @cached_property
+    def fast(self) -> Any:
+        if not _is_plain(self._schema):
+            return None
+        from jsonschema_rs import Draft202012Validator
+
+        return Draft202012Validator(self._schema)
+
+    def __call__(self, answer: str) -> str | None:
         try:
-            first = next(validator.iter_errors(parse_json(answer)), None)
+            value = parse_json(answer)
         except Unreadable as error:
             return str(error)
+        if self.fast is not None and self.fast.is_valid(value):
+            return None
+        first = next(self.compiled.iter_errors(value), None)
         return None if first is None else f"{first.json_path}: {first.message}"
 
-    return problem
+
+def _is_plain(schema: Any) -> bool:
+    """Whether a schema has keywords of the plain kind only."""
+    if not isinstance(schema, dict):
+        return isinstance(schema, bool)
+    if not schema.keys() <= _PLAIN_KEYWORDS:
+        return False
+    parts = list(schema.get("properties", {}).values())
+    parts += [part for name in ("prefixItems", "anyOf", "allOf", "oneOf") for part in schema.get(name, [])]
+    parts += [schema[name] for name in ("additionalProperties", "items", "not", "if", "then", "else") if name in schema]
+    return all(_is_plain(part) for part in parts)

@@ -7,9 +7,13 @@ from typing import Any
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation.dataset import read_replay
 from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.lengths import TokenCounter
 from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.curation.rules import Policy, Validator, answer_validator
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
+from finetune_pipeline.export.base import resolve_base_model
+from finetune_pipeline.feedback.store import content_hash
+from finetune_pipeline.records import Example, conversation
 from finetune_pipeline.schemas import Rule, load_rules, load_schema
 from finetune_pipeline.settings import LoopSettings, project_path
 
@@ -51,7 +55,19 @@ def policy(loop: LoopSettings) -> Policy:
     path = project_path(loop.evaluation.benchmark)
     index, problem = _judges(path, schema, _stamp(path), _stamp(schema))
     quotas = {feed.name: Quota(feed.max_examples, feed.max_share) for feed in loop.sources.feeds}
-    return Policy(loop.curation, index, problem, quotas, loop.review.required)
+    limited = loop.curation.max_prompt_tokens or loop.curation.max_answer_tokens
+    tokens = _token_counter(resolve_base_model(loop.base_model)) if limited else None
+    return Policy(loop.curation, index, problem, quotas, loop.review.required, tokens)
+
+
+@lru_cache(maxsize=4)
+def _token_counter(base: Path) -> TokenCounter:
+    return TokenCounter(base)
+
+
+def identity(example: Example) -> str:
+    """The content hash by which the store knows an example again after it was judged."""
+    return content_hash(conversation(example.prompt, example.history), example.target)
 
 
 @lru_cache(maxsize=16)

@@ -15,7 +15,7 @@ def test_it_says_what_the_dataset_is_made_of():
     notes = [example(n, source="notes", origin=f"a|b.md:{n}") for n in range(3)]
     card = card_of(*notes, example(8), example(9, reward=0.1))
     assert "# Dataset 1234 of notes" in card and "4 examples to train on" in card
-    assert "| logs | 1 | 25.0% | 0% |\n| notes | 3 | 75.0% | 100% |" in card
+    assert "| logs | 1 | 25.0% |\n| notes | 3 | 75.0% |" in card
     assert "| min_reward | 0.3 |" in card and "| raw_logs | abc |" in card and "| events up to | 7 |" in card
     assert "| reward 0.1" in card or "reward" in card.split("## Left out")[1].split("##")[0]
     assert '"origin": "a|b.md:' in card.split("## Sample")[1]

@@ -27,6 +27,10 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         ("line\\njane@example.com in escaped text", "line\\n[EMAIL] in escaped text"),
         ("pay with 4111 1111 1111 1111 now", "pay with [CARD] now"),
         ("5555-5555-5555-4444", "[CARD]"),
+        ("150 4111 1111 1111 1111", "150 [CARD]"),  # beside an amount
+        ("180 by 20 150 4111 1111 1111 1111", "180 by 20 150 [CARD]"),
+        ("4111 1111 1111 1111 123", "[CARD] 123"),  # with its check number
+        ("4111111111111111 12", "[CARD] 12"),
         ("3782 822463 10005", "[CARD]"),
         ("378282246310005", "[CARD]"),
         ("call me at 555-123-4567.", "call me at [PHONE]."),

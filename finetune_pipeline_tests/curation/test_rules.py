@@ -1,9 +1,14 @@
+import json
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune_pipeline.curation.duplicates import NearIndex
 from finetune_pipeline.curation.rules import Policy, accept, answer_validator
 from finetune_pipeline.records import Example, Turn
-from finetune_pipeline.settings import CurationSettings
+from finetune_pipeline.schemas import compile_schema, load_schema
+from finetune_pipeline.settings import PROJECT_ROOT, CurationSettings
 from finetune_pipeline_tests.conftest import uid
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -53,6 +58,37 @@ def test_the_rule(fields, reason):
 
 def test_free_text_needs_no_schema():
     assert answer_validator(None)("anything") is None
+
+
+NUMBERS = st.integers(-5, 10) | st.floats(-5, 10) | st.sampled_from([10**20, 1e300, 2.0, 150])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.sampled_from(["wall", "steel", "concrete", "", "D", "Title 24"]),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["element", "material", "thickness_mm", "fire_rating_hr", "impact_rated", "x"]), VALUES
+    )
+    | VALUES,
+    st.booleans(),
+)
+def test_the_fast_validator_passes_what_the_exact_one_passes(value, right):
+    """The exact one is asked again about what the fast one refuses, so only what it lets through could differ."""
+    schema = load_schema(PROJECT_ROOT / "data" / "benchmarks" / "aec_parser.schema.json")
+    if right and isinstance(value, dict):
+        value = {**value, "element": "wall", "material": "steel"}
+    validator = answer_validator(schema)
+    assert validator.fast is not None
+    assert (validator(json.dumps(value)) is None) == compile_schema(schema).is_valid(value)
+
+
+@pytest.mark.parametrize("part", [{"pattern": "^a"}, {"$ref": "http://127.0.0.1:9/x"}, {"items": {"format": "date"}}])
+def test_a_schema_of_less_plain_words_is_left_to_the_exact_validator(part):
+    assert answer_validator({"anyOf": [{"type": "integer"}, part]}).fast is None
 
 
 def test_similarity_is_the_exact_jaccard_of_shingles():

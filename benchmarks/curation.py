@@ -1,0 +1,362 @@
+"""Curation from a Parquet snapshot to the written dataset, and near-duplicate removal beside its peers.
+
+The rows are requests of the default loop with its JSON answers: 15 % exact duplicates, 10 % near-duplicates with the
+same answer (Jaccard 0.8 and more), 3 % that differ by one number and therefore in their answer, feedback of every kind,
+and some e-mail addresses, phone numbers and keys. Memory is that of the process and its workers together, sampled.
+
+Near-duplicate removal alone is measured on one core, on the same rows as its peers: `datasketch` (MinHash LSH of the
+same permutations, pieces and threshold) and `semhash`, in an environment of their own that is made first. The model of
+semhash has to be downloaded, so it is given hashed pieces of 3 to 5 characters as vectors. Recall and precision are of
+what was planted: how many of the planted near-duplicates were taken out, and how much of what was taken out had been
+planted. It takes about 10 minutes.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from random import Random
+from typing import Any
+from uuid import UUID
+
+from benchmarks.curation_peers import measure
+from benchmarks.results import publish
+from finetune_pipeline.settings import PROJECT_ROOT, home
+
+LOOP = "aec_parser"
+SIZES = (500, 10_000, 1_000_000)
+COMPARED = 100_000
+PEERS = ("datasketch==2.0.0", "semhash==0.5.0")
+EXACT, NEAR, NUMBER = 0.15, 0.10, 0.03
+TIMES = {500: 2.0, 10_000: 3.0, 1_000_000: 120.0}
+
+Line = dict[str, Any]
+
+
+def main() -> None:
+    """Measure every size, then the peers."""
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as name:
+        sizes = [_measure(Path(name) / str(size), size) for size in SIZES]
+        rows = [
+            [
+                f"{one['rows']:,}", f"{one['seconds']:.1f} s", f"{TIMES[one['rows']]:g} s",
+                f"{one['peak_pss_mb']:,.0f} MB", f"{one['again_seconds']:.1f} s", f"{one['kept']:,}",
+            ]
+            for one in sizes
+        ]  # fmt: skip
+        headings = ["rows", "curated, with start", "at most", "peak memory", "5 % more rows", "examples"]
+        publish("curation", headings, rows, {"sizes": sizes})
+        figures["compared"] = _compare(Path(name))
+    rows = [
+        [one["name"], f"{one['rows']:,}", f"{one['seconds']:.1f} s", f"{one['recall']:.1%}", f"{one['precision']:.1%}"]
+        for one in figures["compared"]
+    ]
+    publish("curation_near", ["near-duplicate removal", "rows", "time", "recall", "precision"], rows, figures)
+
+
+def _measure(folder: Path, size: int) -> dict[str, Any]:
+    """Curate so many rows in a fresh process and home; then once more with a twentieth as many rows new."""
+    folder.mkdir()
+    write_snapshot(folder / "first.parquet", size, seed=1)
+    write_snapshot(folder / "second.parquet", size // 20, seed=2)
+    environment = {**os.environ, "FINETUNE_HOME": str(folder / "home")}
+    first = _watched([sys.executable, "-m", "benchmarks.curation", "run", folder / "first.parquet"], environment)
+    both = [folder / "first.parquet", folder / "second.parquet"]
+    again = _watched([sys.executable, "-m", "benchmarks.curation", "run", *both], environment)
+    return {"rows": size, **first, "again_seconds": again["seconds"]}
+
+
+def _watched(command: list[Any], environment: dict[str, str]) -> dict[str, Any]:
+    """Run it; what it said last, its time, and the peak memory of it and its children."""
+    import psutil
+
+    started = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=PROJECT_ROOT)
+    watched, rss, pss = psutil.Process(process.pid), 0, 0
+    while process.poll() is None:
+        sampled = [_memory(one) for one in [watched, *_children(watched)]]
+        rss, pss = max(rss, sum(one[0] for one in sampled)), max(pss, sum(one[1] for one in sampled))
+        time.sleep(0.1)
+    seconds = time.perf_counter() - started
+    output = process.stdout.read() if process.stdout else ""
+    if process.returncode:
+        sys.exit(f"{command} failed")
+    said: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return {**said, "seconds": seconds, "peak_rss_mb": rss / 1e6, "peak_pss_mb": pss / 1e6}
+
+
+def _children(process: Any) -> list[Any]:
+    import psutil
+
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def _memory(process: Any) -> tuple[int, int]:
+    import psutil
+
+    try:
+        full = process.memory_full_info()
+        return full.rss, getattr(full, "pss", full.rss)
+    except psutil.Error:
+        return 0, 0
+
+
+def run(*paths: str) -> dict[str, Any]:
+    """Curate these files as a snapshot of the default loop: what the asset does, without Dagster."""
+    import shutil
+
+    from finetune_pipeline import artifacts
+    from finetune_pipeline.loop.curating import dataset
+    from finetune_pipeline.records import RawLogsManifest
+    from finetune_pipeline.settings import load_loop
+
+    loop = load_loop(LOOP)
+    numbers = dict.fromkeys(["interactions", "feedback", "examples", "new", "watermark"], 0)
+    with artifacts.draft(loop.name, RawLogsManifest.stage, str(len(paths))) as folder:
+        for path in paths:
+            shutil.copy(path, folder)
+        names = [Path(path).name for path in paths]
+        given = {"loop": loop.name, "version": str(len(paths)), "inputs": {}, "settings": {}, "packages": {}}
+        logs = artifacts.publish(folder, RawLogsManifest, {**given, **numbers, "parts": names})
+    manifest = dataset(loop, logs).manifest
+    return {"kept": manifest.train + manifest.validation, "left_out": manifest.left_out, "redacted": manifest.redacted}
+
+
+# --- The rows ---------------------------------------------------------------------------------------------------------
+
+
+def write_snapshot(path: Path, size: int, seed: int) -> None:
+    """A Parquet file as `raw_logs` writes it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from finetune_pipeline.loop.raw_logs import COLUMNS
+
+    turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+    kinds = {"turns": turns, "moment": pa.timestamp("us", tz="UTC")}
+    schema = pa.schema({name: kinds.get(kind) or pa.type_for_alias(kind) for name, kind in COLUMNS.items()})
+    batch: list[Line] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for line in lines(size, seed):
+            batch.append(line)
+            if len(batch) == 2_000:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                batch = []
+        if batch:
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def lines(size: int, seed: int) -> Iterator[Line]:
+    """Rows of a snapshot."""
+    rng = Random(seed + 1_000)
+    for number, line in enumerate(requests(size, seed)):
+        yield {**line, **_judged(line, rng), "interaction_id": str(UUID(int=rng.getrandbits(128), version=4)),
+               "sequence": number + 1, "model": "aec_parser@v1.0.0", "user": f"u{number % 50:02}"}  # fmt: skip
+
+
+def requests(size: int, seed: int) -> Iterator[Line]:
+    """What is asked, with the right answer; `domain` is the request that each is, or is a copy of."""
+    rng = Random(seed)
+    recent: list[Line] = []
+    for number in range(size):
+        draw = rng.random()
+        copy = None
+        if recent and draw < EXACT + NEAR + NUMBER:
+            like = rng.choice(recent)
+            copy = _exact(like, rng) if draw < EXACT else _near(like, rng) if draw < EXACT + NEAR else None
+            copy = copy or _other_number(like, rng, f"{seed}-{number}")
+        line = copy or _request(rng, f"{seed}-{number}")
+        if line["kind"] == "request":
+            if len(recent) < 20_000:
+                recent.append(line)
+            else:
+                recent[rng.randrange(len(recent))] = line
+        yield line
+
+
+def _wording() -> Any:
+    folder = str(PROJECT_ROOT / "scripts" / "aec")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return import_module("wording")
+
+
+_PROJECTS = (
+    "Harbor",
+    "Mill",
+    "Cedar",
+    "Union",
+    "Ridge",
+    "Lake",
+    "Grove",
+    "Stone",
+    "Amber",
+    "Falcon",
+    "Laurel",
+    "Quarry",
+)
+_KINDS = (
+    "School",
+    "Clinic",
+    "Tower",
+    "Library",
+    "Depot",
+    "Lofts",
+    "Hotel",
+    "Arena",
+    "Market",
+    "Campus",
+    "Museum",
+    "Court",
+)
+_STREETS = ("Main", "Oak", "Pine", "Maple", "Second", "Bridge", "Water", "Church", "High", "Elm", "Park", "Station")
+
+
+def _request(rng: Random, name: str) -> Line:
+    wording = _wording()
+    prompt, spec = wording.request(rng.choice(wording.SLICES), rng.choice(("plain", "firm")), rng)
+    place = (
+        f"{rng.choice(_PROJECTS)}{rng.choice(_PROJECTS).lower()} {rng.choice(_KINDS)}, {rng.randrange(1, 999)} "
+        f"{rng.choice(_STREETS)} St, level {rng.randrange(1, 40)}, room {rng.randrange(100, 9999)}"
+    )
+    return {
+        "prompt": f"{prompt} ({place})",
+        "target": wording.answer_text(spec),
+        "domain": name,
+        "kind": "request",
+    }
+
+
+def _exact(like: Line, rng: Random) -> Line:
+    prompt = rng.choice((str, str, str.upper, lambda text: f"  {text} "))(like["prompt"])
+    return {**like, "prompt": prompt, "kind": "exact"}
+
+
+def _near(like: Line, rng: Random) -> Line | None:
+    """The same request in slightly other words, if it is similar enough to be a near-duplicate by definition."""
+    from finetune_pipeline.curation.duplicates import jaccard, shingles
+
+    prompt = rng.choice(_EDITS)(like["prompt"], rng)
+    similar = jaccard(shingles(prompt), shingles(like["prompt"]))
+    return {**like, "prompt": prompt, "kind": "near"} if 0.8 <= similar < 1 else None
+
+
+def _slip(text: str, rng: Random) -> str:
+    letters = [place for place, letter in enumerate(text) if letter.isalpha()]
+    place = rng.choice(letters)
+    return text[:place] + rng.choice(("", text[place] * 2)) + text[place + 1 :]
+
+
+_EDITS = (
+    _slip,
+    lambda text, rng: _slip(_slip(text, rng), rng),
+    lambda text, rng: f"{text} {rng.choice(('please', 'thanks', 'asap', 'thx!'))}",
+    lambda text, rng: f"{rng.choice(('Hi, ', 'Hello: ', 'again: '))}{text}",
+    lambda text, rng: text.replace(",", ";", 1).replace(" St", " Street", 1),
+)  # fmt: skip
+
+
+def _other_number(like: Line, rng: Random, name: str) -> Line:
+    """A request that differs from another one by a number, in its answer too."""
+    answer = json.loads(like["target"])
+    keys = [key for key in answer if key.endswith("_mm") and re.search(rf"\b{answer[key]}\b", like["prompt"])]
+    if not keys:
+        return _request(rng, name)
+    key = rng.choice(keys)
+    other = answer[key] + rng.choice((10, 20, 30))
+    prompt = re.sub(rf"\b{answer[key]}\b", str(other), like["prompt"])
+    target = json.dumps({**answer, key: other}, ensure_ascii=False, separators=(",", ":"))
+    return {"prompt": prompt, "target": target, "domain": name, "kind": "request"}
+
+
+def _judged(line: Line, rng: Random) -> Line:
+    """What people and validators thought of it, and now and then something that must not be learnt."""
+    draw, prompt = rng.random(), line["prompt"]
+    found: Line = {"output": line["target"], "confidence": rng.uniform(0.5, 1), "confirmed": False, "corrected": False}
+    if draw < 0.55:
+        found |= {"reward": rng.uniform(0.8, 1), "confirmed": rng.random() < 0.4}
+        found["confidence"] = rng.uniform(0.8, 1)
+    elif draw < 0.70:
+        found |= {"reward": rng.uniform(0.2, 0.6), "corrected": True, "output": line["target"].replace(":", ":1", 1)}
+    elif draw < 0.80:
+        found |= {"reward": -rng.uniform(0.3, 1)}
+    elif draw < 0.85:
+        found |= {"reward": 0.5, "output": "I think it is a wall.", "target": "I think it is a wall."}
+    else:
+        found |= {"target": None, "reward": None, "confirmed": None, "corrected": None}
+    if line["kind"] == "request" and (planted := rng.random()) < 0.03:
+        secrets = (f"mail a{rng.randrange(10**6)}@example.com", f"ring +49 30 {rng.randrange(10**5, 10**6)}",
+                   "key sk-proj-" + "".join(rng.choices("abcdefgh0123456789", k=32)))  # fmt: skip
+        found["prompt"] = f"{prompt} {secrets[int(planted * 100)]}"
+    return found
+
+
+# --- The peers --------------------------------------------------------------------------------------------------------
+
+
+def _compare(folder: Path) -> list[dict[str, Any]]:
+    """Each on the same rows: distinct questions of requests and near-duplicates, with their answers."""
+    few, many = folder / "few.json", folder / "many.json"
+    for path, size in ((few, COMPARED), (many, SIZES[-1])):
+        rows = (line for line in requests(size, 3) if line["kind"] != "exact")
+        path.write_text(json.dumps([[row["prompt"], row["target"], row["domain"]] for row in rows]))
+    peers = [_peers(), PROJECT_ROOT / "benchmarks" / "curation_peers.py"]
+    work: list[tuple[str, list[Any]]] = [
+        ("this project", [sys.executable, "-m", "benchmarks.curation", "ours", few]),
+        ("this project", [sys.executable, "-m", "benchmarks.curation", "ours", many]),
+        ("datasketch", [*peers, "datasketch", few]),
+        ("semhash", [*peers, "semhash", few]),
+    ]
+    return [{"name": name, **_one_core(command)} for name, command in work]
+
+
+def _one_core(command: list[Any]) -> dict[str, Any]:
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT_ROOT)}
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def _peers() -> Path:
+    folder = home() / "benchmarks" / "curation-peers"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PEERS], check=True)
+    return python
+
+
+def ours(rows: list[list[str]]) -> list[int]:
+    """What this project keeps."""
+    import numpy as np
+
+    from finetune_pipeline.curation.near_duplicates import Sketches, components, sketch
+    from finetune_pipeline.curation.sifting import answer_key
+    from finetune_pipeline.records import normalise
+
+    questions = [normalise(row[0]) for row in rows]
+    answers = np.array([answer_key(row[1]) for row in rows], np.uint64)
+    parts = [sketch(questions[at : at + 2_000], answers[at : at + 2_000]) for at in range(0, len(rows), 2_000)]
+    whole = Sketches(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("bands", "bits", "sizes")))
+    labels = components(whole, 0.8, lambda places: [questions[place] for place in places.tolist()])
+    return [int(place) for place in np.unique(labels, return_index=True)[1]]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    elif sys.argv[1] == "run":
+        print(json.dumps(run(*sys.argv[2:])))
+    else:
+        measure(ours, sys.argv[2])

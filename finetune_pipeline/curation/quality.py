@@ -1,0 +1,49 @@
+"""Answers that teach nothing: refusals, and texts that go round in circles."""
+
+import re
+from collections import Counter
+
+_CANNOT = r"(?:can['’]?t|can\s?not|won['’]?t|will not|(?:am|are|['’]m|['’]re) (?:not able|unable))"
+_REFUSAL = re.compile(
+    rf"(?i)\W*(?:"
+    rf"(?:(?:i['’]?m|i am|we['’]?re|we are)\s+(?:\w+\s+)?(?:sorry|afraid)|sorry|(?:my )?apologies|i apologi[sz]e"
+    rf"|unfortunately)\b.{{0,40}}?\b(?:i|we)\s*{_CANNOT}\b"
+    r"|(?:i['’]?m|i am|we['’]?re|we are)\s+(?:unable|not able)\s+to\b"
+    rf"|(?:i|we)\s+{_CANNOT}\s+(?:\w+ly\s+)?(?:help|assist|comply|fulfil+|provide|answer|do that|discuss|engage)\b"
+    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|es tut mir leid,? (?:aber )?(?:das kann ich|ich kann)\b"
+    r"|ich kann (?:ihnen |dir )?(?:dabei|damit) (?:leider )?nicht\b"
+    r"|désolée?,? (?:mais )?je ne peux pas\b|je ne peux pas (?:vous |t['’])?aider\b|lo siento,? (?:pero )?no puedo\b"
+    r")"
+)
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\S+")
+_RUN = 10
+_SHORT = 30
+
+
+def refuses(answer: str) -> bool:
+    """Whether an answer begins as models say no: "I'm sorry, but I cannot ..."."""
+    return _REFUSAL.match(answer) is not None
+
+
+def repetition(text: str) -> float:
+    """The share of a text (0 to 1, by characters of its words) in runs of 10 words that it has said before.
+
+    One of the measures by which Rae et al. (2021, "Scaling Language Models: Methods, Analysis & Insights from Training
+    Gopher", table A1) leave out pages, there for runs of 5 to 10 words. A text of fewer than 30 words has 0: it has no
+    room to go round.
+    """
+    if len(text) < 2 * _SHORT:
+        return 0.0
+    words = _WORDS.findall(text)
+    if len(words) < _SHORT:
+        return 0.0
+    seen: Counter[tuple[str, ...]] = Counter()
+    again = [False] * len(words)
+    for start in range(len(words) - _RUN + 1):
+        run = tuple(words[start : start + _RUN])
+        seen[run] += 1
+        if seen[run] > 1:
+            again[start : start + _RUN] = [True] * _RUN
+    total = sum(map(len, words))
+    return sum(len(word) for word, said in zip(words, again, strict=True) if said) / total
