@@ -71,7 +71,7 @@ def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_fr
     dataset = pointed(DatasetManifest, loop.name)
     rows = [row for row in read_rows(dataset.path, "train") if row["source"] != "replay"]
     origins = {
-        source: sorted(r["origin"] for r in rows if r["source"] == source) for source in dataset.manifest.sources
+        source: sorted(r["origin"] or "" for r in rows if r["source"] == source) for source in dataset.manifest.sources
     }
     assert set(origins) == {"logs", "imported", "journal", "repository", "meetings", "ratings"}
     assert origins["imported"] == ["imported.jsonl:1"]
