@@ -78,8 +78,6 @@ def run_training(
         MemoryRanOut: a new process is to go on with fewer examples at a time.
         TrainingError: the dataset, the base model or the loss makes it impossible.
     """
-    import torch
-
     settings = job.settings
     share = team.share(settings, team.size())
     mine = {"batch_size": share.batch_size, "gradient_accumulation": share.gradient_accumulation}
@@ -94,12 +92,27 @@ def run_training(
     with nullcontext() if team.size() > 1 else memory_may_run_out(running):  # alone no process of a team can go back
         done = _trained(job, running, data, tokens, bfloat16, load_model)
     trainer = done.trainer
-    curve = _curve(trainer)
-    result = TrainingResult(
+    result = _result(job, running, data, done, bfloat16, started)
+    weights = whole_weights(trainer.model)
+    if team.is_first():
+        save_adapter(trainer.model, job, weights)
+        shutil.rmtree(job.output / CHECKPOINTS)
+        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+    team.wait()
+    return result
+
+
+def _result(
+    job: TrainingJob, running: TrainingSettings, data: Data, done: _Trained, bfloat16: bool, started: float
+) -> TrainingResult:
+    import torch
+
+    trainer, curve = done.trainer, _curve(done.trainer)
+    return TrainingResult(
         job=job.key,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        method=settings.method,
-        adapter=settings.adapter,
+        method=job.settings.method,
+        adapter=job.settings.adapter,
         bfloat16=bfloat16,
         steps=trainer.state.global_step,
         resumed_from=step_of(done.checkpoint) if done.checkpoint else 0,
@@ -117,13 +130,6 @@ def run_training(
         best_step=done.best_step,
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
-    weights = whole_weights(trainer.model)
-    if team.is_first():
-        save_adapter(trainer.model, job, weights)
-        shutil.rmtree(job.output / CHECKPOINTS)
-        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
-    team.wait()
-    return result
 
 
 def _trained(
