@@ -89,8 +89,7 @@ def run_training(
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(running.batch_size)
-    shards = team.size() if must_shard(job, bfloat16) else 1
-    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=shards)
+    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=_cards(job, bfloat16))
     with nullcontext() if team.size() > 1 else memory_may_run_out(running):  # alone no process of a team can go back
         done = _trained(job, running, data, tokens, bfloat16, load_model)
     trainer = done.trainer
@@ -124,6 +123,11 @@ def run_training(
         write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
     team.wait()
     return result
+
+
+def _cards(job: TrainingJob, bfloat16: bool) -> int:
+    """How many the base's weights are dealt out to."""
+    return team.size() if must_shard(job, bfloat16) else 1
 
 
 def _trained(
@@ -246,7 +250,7 @@ def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat1
         "run_name": job.key,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,  # every weight of the adapter takes part in every step
-        **(sharding() if must_shard(job, bfloat16) else {}),
+        **(sharding() if _cards(job, bfloat16) > 1 else {}),
     }
 
 
