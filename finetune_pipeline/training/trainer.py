@@ -87,8 +87,7 @@ def run_training(
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)  # also where memory allows fewer at a time
-    shards = team.size() if must_shard(job, bfloat16) else 1
-    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=shards)
+    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=_cards(job, bfloat16))
     with nullcontext() if team.size() > 1 else memory_may_run_out(running):  # alone no process of a team can go back
         done = _trained(job, running, data, tokens, bfloat16, load_model)
     trainer = done.trainer
@@ -130,6 +129,11 @@ def _result(
         best_step=done.best_step,
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
+
+
+def _cards(job: TrainingJob, bfloat16: bool) -> int:
+    """How many the base's weights are dealt out to."""
+    return team.size() if must_shard(job, bfloat16) else 1
 
 
 def _trained(
@@ -262,7 +266,7 @@ def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat1
         "run_name": job.key,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,  # every weight of the adapter takes part in every step
-        **(sharding() if must_shard(job, bfloat16) else {}),
+        **(sharding() if _cards(job, bfloat16) > 1 else {}),
     }
 
 
