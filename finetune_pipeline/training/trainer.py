@@ -78,8 +78,6 @@ def run_training(
         MemoryRanOut: a new process is to go on with fewer examples at a time.
         TrainingError: the dataset, the base model or the loss makes it impossible.
     """
-    import torch
-
     settings = job.settings
     share = team.share(settings, team.size())
     mine = {"batch_size": share.batch_size, "gradient_accumulation": share.gradient_accumulation}
@@ -89,17 +87,31 @@ def run_training(
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)  # also where memory allows fewer at a time
-    shards = team.size() if must_shard(job, bfloat16) else 1
-    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=shards)
+    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=_cards(job, bfloat16))
     with nullcontext() if team.size() > 1 else memory_may_run_out(running):  # alone no process of a team can go back
         done = _trained(job, running, data, tokens, bfloat16, load_model)
     trainer = done.trainer
-    curve = _curve(trainer)
-    result = TrainingResult(
+    result = _result(job, running, data, done, bfloat16, started)
+    weights = whole_weights(trainer.model)
+    if team.is_first():
+        save_adapter(trainer.model, job, weights)
+        shutil.rmtree(job.output / CHECKPOINTS)
+        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+    team.wait()
+    return result
+
+
+def _result(
+    job: TrainingJob, running: TrainingSettings, data: Data, done: _Trained, bfloat16: bool, started: float
+) -> TrainingResult:
+    import torch
+
+    trainer, curve = done.trainer, _curve(done.trainer)
+    return TrainingResult(
         job=job.key,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        method=settings.method,
-        adapter=settings.adapter,
+        method=job.settings.method,
+        adapter=job.settings.adapter,
         bfloat16=bfloat16,
         steps=trainer.state.global_step,
         resumed_from=step_of(done.checkpoint) if done.checkpoint else 0,
@@ -117,13 +129,11 @@ def run_training(
         best_step=done.best_step,
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
-    weights = whole_weights(trainer.model)
-    if team.is_first():
-        save_adapter(trainer.model, job, weights)
-        shutil.rmtree(job.output / CHECKPOINTS)
-        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
-    team.wait()
-    return result
+
+
+def _cards(job: TrainingJob, bfloat16: bool) -> int:
+    """How many the base's weights are dealt out to."""
+    return team.size() if must_shard(job, bfloat16) else 1
 
 
 def _trained(
@@ -256,7 +266,7 @@ def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat1
         "run_name": job.key,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,  # every weight of the adapter takes part in every step
-        **(sharding() if must_shard(job, bfloat16) else {}),
+        **(sharding() if _cards(job, bfloat16) > 1 else {}),
     }
 
 

@@ -1,5 +1,6 @@
 """Training on real Ray clusters of this machine: workers killed, their machine's own copies, the driver killed."""
 
+import json
 import secrets
 import shutil
 import signal
@@ -155,22 +156,38 @@ def test_a_killed_training_takes_its_cluster_with_it_and_the_next_goes_on_from_i
 @needs_ray
 @pytest.mark.slow
 def test_after_a_lost_worker_the_adapter_still_has_the_best_weights(job, tmp_path):
-    """Of the second of twenty checkpoints: in the storage it outlives the later ones, and reaches the new workers."""
-    alone = contrary(with_settings(job, epochs=40, checkpoints=20, learning_rate=6e-2), tmp_path)
-    two = with_settings(alone, compute="ray", workers=2).model_copy(update={"output": tmp_path / "two"})
-    killed = []
+    overfitting = contrary(with_settings(job, epochs=40, checkpoints=20, learning_rate=6e-2), tmp_path)
+    two = with_settings(overfitting, compute="ray", workers=2)
+    killed, kept = [], set()
 
     def kill_one(progress):
-        if progress.step > 80 and not killed:
+        if progress.step > 120 and not killed:
+            kept.update(path.name for path in two.output.glob("ray/*/checkpoint-*"))
             killed.append(processes(psutil.Process(), "RayTrainWorker")[-1])
             killed[0].kill()
 
-    expected, result = train(alone), train(two, kill_one)
+    result = train(two, kill_one)
     losses = {point.step: point.loss for point in result.validation}
-    assert killed and result.resumed_from >= 64
-    assert result.best_step == min(losses, key=losses.__getitem__) == expected.best_step < 64
-    assert result.loss_after == pytest.approx(losses[result.best_step], rel=1e-4)
-    assert loss_by_peft(two, two.base_model, two.dataset) == pytest.approx(result.loss_after, rel=1e-3)
+    before = {step: loss for step, loss in losses.items() if step < 104}
+    assert killed and result.resumed_from >= 104
+    assert result.best_step == min(losses, key=losses.__getitem__)
+    assert f"checkpoint-{min(before, key=before.__getitem__)}" in kept
+    assert len(kept) <= 4, "of 15: the best, the newest, one being written, one being removed"
+    assert loss_by_peft(two, two.base_model, two.dataset) == pytest.approx(losses[result.best_step], rel=1e-3)
+
+
+@needs_ray
+@pytest.mark.parametrize("best_is_there", [True, False])
+def test_a_new_worker_gets_the_newest_checkpoint_and_the_best(job, tmp_path, best_is_there):
+    from ray.train import Checkpoint
+
+    for step in (8, 40) if best_is_there else (40,):
+        state = {"best_global_step": 8, "log_history": []}
+        write_text(tmp_path / "storage" / f"checkpoint-{step}" / "trainer_state.json", json.dumps(state))
+    write_text(tmp_path / "storage" / "checkpoint-16" / "trainer_state.json", "{}")
+    ray_cluster._restore(Checkpoint(str(tmp_path / "storage" / "checkpoint-40")), job)
+    restored = {path.name for path in (job.output / CHECKPOINTS).glob("checkpoint-*")}
+    assert restored == ({"checkpoint-8", "checkpoint-40"} if best_is_there else {"checkpoint-40"})
 
 
 def test_without_ray_it_says_how_to_get_it(job, monkeypatch):

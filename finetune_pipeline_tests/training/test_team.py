@@ -99,7 +99,7 @@ def test_weights_dealt_out_to_two_processes_give_the_adapter_that_whole_ones_giv
     assert result.loss_after == pytest.approx(alone.loss_after, rel=1e-3)
     theirs, ours = (load_file(one.output / "adapter" / "adapter_model.safetensors") for one in (job, sharded))
     assert {name: weight.shape for name, weight in ours.items()} == {name: w.shape for name, w in theirs.items()}
-    assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 1e-3
+    assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 5e-3  # of about 0.5
 
 
 def broken_sharded_member(parent, text, started):

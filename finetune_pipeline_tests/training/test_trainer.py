@@ -191,7 +191,7 @@ def test_qlora_trains_over_four_bit_weights(job):
 
 
 def test_the_weights_with_the_lowest_validation_loss_are_kept(job, tmp_path):
-    result = train_here(contrary(with_settings(job, epochs=16, checkpoints=8, learning_rate=6e-2), tmp_path))
+    result = train_here(contrary(with_settings(job, epochs=16, checkpoints=8), tmp_path))
     losses = {point.step: point.loss for point in result.validation}
     assert list(losses) == list(range(8, 65, 8))
     assert result.best_step == min(losses, key=losses.__getitem__) < 64
@@ -241,7 +241,7 @@ def test_a_training_killed_after_its_last_step_takes_no_other_one(job, tmp_path,
 
 @pytest.mark.parametrize("best_is_there", [True, False])
 def test_the_best_weights_are_found_in_a_folder_that_was_moved(job, tmp_path, monkeypatch, best_is_there):
-    job = contrary(with_settings(job, epochs=16, checkpoints=8, learning_rate=6e-2), tmp_path)
+    job = contrary(with_settings(job, epochs=16, checkpoints=8), tmp_path)
     train_until_the_result(job, monkeypatch)
     moved = job.model_copy(update={"output": tmp_path / "moved"})
     job.output.rename(moved.output)
