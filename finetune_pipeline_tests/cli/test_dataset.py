@@ -86,7 +86,7 @@ def test_a_version_is_named_and_never_a_path(made, tmp_path, monkeypatch):
     assert (tmp_path / f"notes-{version}-train.alpaca.jsonl").is_file()
     card = run("dataset", "card")
     assert card == run("dataset", "card", "--version", version) == (made.path / "card.md").read_text()
-    assert "| ingested | 31 | 100.0% | 100% |" in card and "in.parquet:" in card
+    assert "| ingested | 31 | 100.0% |" in card and "in.parquet:" in card
     for wrong in ("../curated_dataset", str(made.path), "nobody"):
         result = CliRunner().invoke(finetune, ["dataset", "card", "--version", wrong])
         assert f"there are: {version}" in str(result.exception)
