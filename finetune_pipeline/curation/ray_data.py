@@ -38,7 +38,8 @@ def sift(chunks: Sequence["Chunk"], policy: Policy, identity: Identity) -> "Iter
 
     if find_spec("ray") is None:
         raise CurationError(
-            'curation.compute is ray, and Ray is not installed; run pip install "finetune-pipeline[ray]", or set '
+            "curation.compute is ray, and Ray is not installed; run "
+            ".venv/bin/pip install -c constraints.txt -e '.[ray]', or set "
             "compute: local"
         )
     import pyarrow as pa

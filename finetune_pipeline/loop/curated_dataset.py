@@ -109,6 +109,8 @@ def _checks(loop: LoopSettings, artifact: Artifact[DatasetManifest]) -> Iterator
     yield dg.AssetCheckResult(
         check_name="enough_examples",
         passed=examples >= loop.curation.min_examples,
+        description=f"{examples} of {loop.curation.min_examples} needed"
+        + ("; only what a reviewer approved trains (finetune review)" if loop.review.required else ""),
         metadata={
             "examples": examples,
             "needed": loop.curation.min_examples,

@@ -22,8 +22,9 @@ from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.trainings import TrainingRun, record_training
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.architecture import architecture_of
+from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.curve import curve_png
-from finetune_pipeline.training.job import ADAPTER, RESULT, Progress, TrainingJob, TrainingResult
+from finetune_pipeline.training.job import ADAPTER, CHECKPOINTS, RESULT, Progress, TrainingJob, TrainingResult
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.methods import Counts, choose
 from finetune_pipeline.training.presets import PRESETS, settled
@@ -140,6 +141,9 @@ def adapter(
             initial_adapter=begin.adapter.path / ADAPTER if begin.adapter else None,
         )
         with in_turn(home() / "training", "training", tell):
+            done = last_complete(folder / CHECKPOINTS, job.key)
+            if done is not None:
+                tell(f"goes on from the checkpoint of step {step_of(done)}")
             result = train(job, on_progress)
         if begin.rows is not None:
             shutil.rmtree(where)  # what people said lies in the dataset, and need not lie beside the weights as well

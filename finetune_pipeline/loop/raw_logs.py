@@ -197,6 +197,7 @@ def _sources_read(feeds: Sequence[Fed]) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         check_name="sources_read",
         passed=not failed,
+        description="; ".join(failed) or None,
         severity=dg.AssetCheckSeverity.WARN,
         metadata={"sources": len(feeds), "failed": len(failed), "offenders": failed},
     )

@@ -121,7 +121,7 @@ def _parser(language: str) -> "Parser":
     except ImportError as error:
         raise SourceError(
             f"{LANGUAGES[language]} is read with {error.name}, which is not installed: "
-            "pip install 'finetune-pipeline[code]'"
+            ".venv/bin/pip install -c constraints.txt -e '.[code]'"
         ) from error
     return Parser(Language(getattr(package, grammar.function)()))
 

@@ -103,7 +103,9 @@ def _failure(status: int, job: TrainingJob, before: int) -> str:
         text = "\n".join(lines)
         return text.rpartition(REFUSAL)[2].strip()
     log = "\n".join(f"  {line}" for line in lines)
-    return f"{_cause(status)}. The last lines of {job.output / LOG}:\n{log}"
+    # The terminal shows the first line alone.
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was logged")
+    return f"{_cause(status)}. It said last: {last}. The last lines of {job.output / LOG}:\n{log}"
 
 
 def _cause(status: int) -> str:

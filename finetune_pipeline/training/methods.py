@@ -62,7 +62,8 @@ def _suiting(counts: Counts) -> Choice:
     """What was good as it came teaches little that is new: corrections do, and where there are none, bad answers."""
     if counts.pairs >= ENOUGH_CORRECTIONS:
         return Choice(
-            "sft", f"sft: {counts}; {ENOUGH_CORRECTIONS} corrections are enough to learn from good ones alone"
+            "sft",
+            f"sft: {counts}; from {ENOUGH_CORRECTIONS} corrections on, learning them gave most when it was measured",
         )
     if counts.good and counts.bad >= MANY_BAD * counts.good:
         return Choice("kto", f"kto: {counts}; fewer than {ENOUGH_CORRECTIONS} corrections, so bad ones tell more")

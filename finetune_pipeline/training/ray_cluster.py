@@ -126,7 +126,9 @@ def _check_installed() -> None:
 
     if find_spec("ray") is None:
         raise TrainingError(
-            'compute is ray, and Ray is not installed; run pip install "finetune-pipeline[ray]", or set compute: local'
+            "compute is ray, and Ray is not installed; run "
+            ".venv/bin/pip install -c constraints.txt -e '.[ray]', or set "
+            "compute: local"
         )
 
 

@@ -312,7 +312,7 @@ def test_what_a_grammar_does_not_read_is_named_and_what_is_whole_is_taken(reposi
 def test_a_missing_grammar_says_what_to_install(repository, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tree_sitter_go", None)
     grammars._parser.cache_clear()
-    with pytest.raises(SourceError, match=r"Go is read with .*pip install 'finetune-pipeline\[code\]'"):
+    with pytest.raises(SourceError, match=r"Go is read with .*pip install .*'\.\[code\]'"):
         taken(repository(OTHERS, languages=["go"]))
 
 

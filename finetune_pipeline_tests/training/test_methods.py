@@ -10,7 +10,7 @@ from finetune_pipeline.training.methods import Counts, choose
     ("good", "pairs", "bad", "method", "said"),
     [
         (232, 179, 198, "sft", "sft: 232 answers found good (179 of them corrections) and 198 found bad"),
-        (6, 6, 198, "sft", "6 corrections are enough"),
+        (6, 6, 198, "sft", "from 6 corrections on"),
         (41, 0, 160, "kto", "kto: 41 answers found good (0 of them corrections) and 160 found bad; fewer than 6"),
         (41, 5, 82, "kto", "so bad ones tell more"),
         (41, 5, 81, "sft", "too few bad ones"),

@@ -28,7 +28,9 @@ class Unsloth(Backend):
             why = "no NVIDIA GPU was found (no nvidia-smi)"
             return Availability("unsloth", False, why, "use peft, or a machine with a GPU")
         if missing("unsloth"):
-            return Availability("unsloth", False, "not installed", 'pip install "finetune-pipeline[unsloth]"')
+            return Availability(
+                "unsloth", False, "not installed", ".venv/bin/pip install -c constraints.txt -e '.[unsloth]'"
+            )
         return Availability("unsloth", True, f"{versions('unsloth')}; trains on one GPU")
 
     def cannot(self, settings: TrainingSettings) -> Iterator[str]:  # noqa: D102
