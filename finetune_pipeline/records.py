@@ -127,6 +127,21 @@ class Feedback(Record):
 Event = Annotated[Interaction | Feedback, Field(discriminator="event")]
 
 
+def logged(event: Interaction | Feedback) -> Interaction | Feedback:
+    """An event as it comes from an application, which cannot say that a declared source gave it.
+
+    It would be withdrawn as soon as that source is read, and would need no confidence to teach.
+
+    Raises:
+        ValueError: it has a source or an origin.
+    """
+    if isinstance(event, Interaction) and (event.source is not None or event.origin is not None):
+        raise ValueError(
+            "source, origin: only what a loop's declared sources and dropped files give has them; leave them out"
+        )
+    return event
+
+
 class Example(Record):
     """What one interaction teaches, after all its feedback: a prompt and the answer that it should get."""
 

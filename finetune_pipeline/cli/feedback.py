@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_pipeline.cli.options import loop_option
-from finetune_pipeline.settings import FeedbackSettings, LoopSettings, load_loop, load_loops
+from finetune_pipeline.settings import INGESTED, FeedbackSettings, LoopSettings, load_loop, load_loops
 
 if TYPE_CHECKING:
     from finetune_pipeline.database import Database
     from finetune_pipeline.feedback import FeedbackClient
+    from finetune_pipeline.feedback.forgetting import Held
     from finetune_pipeline.loop.lineage import MadeWith
     from finetune_pipeline.settings import Rating
 
@@ -159,7 +160,9 @@ def export(loop: LoopSettings, file: Path, form: str, min_reward: float | None, 
     if form == "events":
         if min_reward is not None:
             raise click.UsageError("--min-reward goes with --format alpaca: events are exported all")
-        click.echo(f"{export_events(file, loop, connect(), force=force)} events written to {file}")
+        done = export_events(file, loop, connect(), force=force)
+        left_out = f"; left out: {done.left_out} conversations of declared sources and dropped files, which have them"
+        click.echo(f"{done.written} events written to {file}{left_out if done.left_out else ''}")
     else:
         _export_alpaca(file, loop, -1.0 if min_reward is None else min_reward, force)
 
@@ -176,9 +179,10 @@ def _export_alpaca(file: Path, loop: LoopSettings, min_reward: float, force: boo
         replaced.update(redacted.counts)
         return redacted.text
 
-    written = export_alpaca(file, loop, connect(), clean, min_reward=min_reward, force=force)
+    done = export_alpaca(file, loop, connect(), clean, min_reward=min_reward, force=force)
     what = ", ".join(f"{number} {kind}" for kind, number in sorted(replaced.items()))
-    click.echo(f"{written} examples written to {file}; replaced by placeholders: {what or 'nothing'}")
+    left_out = f"; left out: {done.left_out} that their source no longer has" if done.left_out else ""
+    click.echo(f"{done.written} examples written to {file}; replaced by placeholders: {what or 'nothing'}{left_out}")
 
 
 @feedback.command("import")
@@ -226,7 +230,7 @@ def forget(user: str, name: str | None, yes: bool) -> None:
     loops = {task: declared.get(task) for task in ([name] if name else _tasks(database, declared))}
     # Afterwards nobody would know any more what was made with it, so that is looked up first.
     found = {task: _held_and_made(database, task, loop, user) for task, loop in loops.items()}
-    if not any(held for held, _ in found.values()):
+    if not any(held.count for held, _ in found.values()):
         click.echo(f"the store holds nothing of {user!r}; names are compared letter by letter")
     elif not yes:
         click.confirm(f"Delete this data of {user!r} for good?", abort=True)
@@ -235,7 +239,7 @@ def forget(user: str, name: str | None, yes: bool) -> None:
         _forget(database, task, loop, user)
     wiped = wipe(database)
     for task, loop in loops.items():
-        _advise(task, loop, user, found[task][1])
+        _advise(task, loop, user, *found[task])
     _finish(on_their_way, wiped)
 
 
@@ -326,8 +330,8 @@ def _tasks(database: "Database", declared: dict[str, LoopSettings]) -> list[str]
         return sorted({*declared, *tasks_of(connection)})
 
 
-def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, user: str) -> "tuple[int, MadeWith]":
-    """Print what the store holds of a person; returns how much that is, and what was made with it."""
+def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, user: str) -> "tuple[Held, MadeWith]":
+    """Print what the store holds of a person; returns it, and what was made with it."""
     from finetune_pipeline.feedback.forgetting import held_of
     from finetune_pipeline.loop.lineage import MadeWith, made_with
 
@@ -337,8 +341,7 @@ def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, u
         f"{task}: {len(held.interactions)} interactions, {len(held.feedback)} feedback and {len(held.decisions)} "
         "review decisions"
     )
-    count = len(held.interactions) + len(held.feedback) + len(held.decisions)
-    return count, made_with(database, loop, held.taught) if loop else MadeWith()
+    return held, made_with(database, loop, held.taught) if loop else MadeWith()
 
 
 def _forget(database: "Database", task: str, loop: LoopSettings | None, user: str) -> None:
@@ -354,7 +357,7 @@ def _forget(database: "Database", task: str, loop: LoopSettings | None, user: st
     )
 
 
-def _advise(task: str, loop: LoopSettings | None, user: str, made: "MadeWith") -> None:
+def _advise(task: str, loop: LoopSettings | None, user: str, held: "Held", made: "MadeWith") -> None:
     lists = {"snapshots": made.snapshots, "datasets": made.datasets, "models": made.models, "weights": made.weights}
     for title, what in lists.items():
         if what:
@@ -366,13 +369,16 @@ def _advise(task: str, loop: LoopSettings | None, user: str, made: "MadeWith") -
             f"`finetune model gc --keep 1 --loop {task}` deletes the models, and rejected challengers too, with their "
             "folders in gguf_model; delete what is left of these folders then."
         )
+    sources = [name for name in held.sources if name != INGESTED]
+    if sources:
+        click.echo(f"{task}: these sources gave what was deleted, and may hold it still:")
+        _list(sources)
+        click.echo("  Nothing that names the person as its author is taken from a source again; delete it there too.")
     files = _files_naming(user, loop) if loop else []
     if files:
         click.echo(f"{task}: these files still name the person:")
         _list(files)
-        click.echo(
-            "  What was deleted never comes back from them, but what was not read yet would: delete it there too."
-        )
+        click.echo("  What was deleted never comes back from them, but events not read yet would: delete it there too.")
 
 
 def _finish(on_their_way: Sequence[Path], wiped: bool) -> None:

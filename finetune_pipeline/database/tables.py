@@ -103,6 +103,7 @@ tallies = sa.Table(
 forgotten_events = sa.Table(
     "forgotten_events",
     metadata,
+    # Or a hash of a forgotten person's name, by which declared sources are told to leave the person out.
     sa.Column("id", sa.String(36), primary_key=True, comment="Of an interaction or a feedback; random, says nothing."),
     sa.Column("task", sa.String(60), nullable=False),
     sa.Column("sequence", sa.BigInteger, nullable=False, comment="When: snapshots up to here may still hold it."),

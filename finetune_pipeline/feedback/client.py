@@ -26,7 +26,7 @@ from uuid import UUID, uuid5
 
 from uuid_utils.compat import uuid7
 
-from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Message, Turn, text_hash
+from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Message, Turn, logged, text_hash
 from finetune_pipeline.settings import LoopSettings, Rating, load_loop
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class FeedbackClient:
         event = given if isinstance(given, Interaction | Feedback) else self._validated(given)
         if event.task != self.loop:
             raise ValueError(f"task: found {event.task!r}, expected {self.loop!r}, the loop of this client")
-        return event
+        return logged(event)
 
     def _validated(self, given: Mapping[str, Any]) -> Interaction | Feedback:
         kind = Feedback if given.get("event") == "feedback" or "interaction_id" in given else Interaction

@@ -1,9 +1,15 @@
-"""Deleting what the store holds of a person. What was deleted stays away: its ids are remembered, and nothing else."""
+"""Deleting what the store holds of a person. What was deleted stays away: its ids are remembered.
+
+An item of a declared source has no id of its own: it has another when its line moved or its rating changed. So the
+person's name is remembered too, as a hash that is this store's own (`forgotten_of`), and neither a declared source nor
+a dropped file of conversations brings in anything by that author again. It cannot reach what an application logs later.
+"""
 
 import json
 import re
+import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -12,10 +18,11 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.review import shaped_by
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.feedback.store import count, renew_examples, take_sequence
+from finetune_pipeline.feedback.store import count, renew_examples, store_id, take_sequence
 
 _CHUNK = 500
 _WIPE_MS = 3_000
+_SPACE = uuid.UUID("b6a5f9f2-0f0e-4a53-8a2c-3f4f0c1d7e65")  # of this module's name-based ids; any random one would do
 
 
 @dataclass(frozen=True)
@@ -27,17 +34,24 @@ class Held:
         feedback: all feedback on those, and the person's on those of others.
         on_others: interactions of others that the person gave feedback on, or whose example one of `decisions` shaped.
         decisions: review decisions on the person's interactions, and the person's on those of others.
+        sources: the declared sources, and dropped files, that interactions of the person came from.
     """
 
     interactions: tuple[str, ...]
     feedback: tuple[str, ...]
     on_others: tuple[str, ...]
     decisions: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
     def taught(self) -> tuple[str, ...]:
         """The interactions whose examples the person had a part in."""
         return self.interactions + self.on_others
+
+    @property
+    def count(self) -> int:
+        """How much it is."""
+        return len(self.interactions) + len(self.feedback) + len(self.decisions)
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,10 @@ def tasks_of(connection: sa.Connection) -> list[str]:
 def held_of(connection: sa.Connection, task: str, user: str) -> Held:
     """What `forget_user` would delete, and where it would change what is taught."""
     i, f, d = t.interactions.c, t.feedback.c, t.review_decisions.c
-    query = sa.select(i.id).where(i.task == task, i.user == user).order_by(i.sequence)
-    interactions = connection.execute(query).scalars().all()
+    query = sa.select(i.id, i.source).where(i.task == task, i.user == user).order_by(i.sequence)
+    rows = connection.execute(query).all()
+    interactions = [row.id for row in rows]
+    sources = sorted({row.source for row in rows if row.source is not None})
     feedback: dict[str, None] = {}
     decided = sa.select(d.id).where(d.task == task, d.reviewer == user)
     decisions = dict.fromkeys(connection.execute(decided).scalars())
@@ -75,7 +91,15 @@ def held_of(connection: sa.Connection, task: str, user: str) -> Held:
     feedback.update(dict.fromkeys(row.id for row in own))
     others = {row.interaction_id for row in own} | shaped_by(connection, task, list(decisions))
     on_others = others - set(interactions)
-    return Held(tuple(interactions), tuple(feedback), tuple(sorted(on_others)), tuple(decisions))
+    return Held(tuple(interactions), tuple(feedback), tuple(sorted(on_others)), tuple(decisions), tuple(sources))
+
+
+def forgotten_of(connection: sa.Connection, task: str, users: Iterable[str]) -> frozenset[str]:
+    """Those of these people who were forgotten in a loop."""
+    names = {_author_id(connection, task, user): user for user in users}
+    f = t.forgotten_events.c
+    queries = (sa.select(f.id).where(f.id.in_(chunk)) for chunk in _chunks(sorted(names)))
+    return frozenset(names[id] for query in queries for id in connection.execute(query).scalars())
 
 
 def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardFunction) -> Forgotten:
@@ -92,7 +116,8 @@ def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardF
     take_sequence(connection, 0)
     held = held_of(connection, task, user)
     ids = [*held.interactions, *held.feedback]
-    gone = [*ids, *held.decisions]
+    name = [] if forgotten_of(connection, task, [user]) else [_author_id(connection, task, user)]
+    gone = [*ids, *held.decisions, *name]
     first = take_sequence(connection, len(gone))
     _overwrite_deleted(connection)
     count(connection, task, _delete_events(connection, task, held))
@@ -100,6 +125,7 @@ def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardF
     for chunk in _chunks(held.taught):  # a deleted interaction teaches nothing any more, so its example goes too
         renew_examples(connection, task, chunk, reward)
     rejected = _delete_rejected(connection, task, user)
+    _delete_skipped(connection, task, user)
     return Forgotten(len(held.interactions), len(held.feedback), len(held.decisions), rejected, frozenset(ids))
 
 
@@ -160,6 +186,17 @@ def _delete_rejected(connection: sa.Connection, task: str, user: str) -> int:
     for path, line in found:
         connection.execute(t.rejected_lines.delete().where(r.task == task, r.path == path, r.line == line))
     return len(found)
+
+
+def _delete_skipped(connection: sa.Connection, task: str, user: str) -> None:
+    """One line too many does no harm: the next reading writes them all anew."""
+    s = t.skipped_items.c
+    named = sa.or_(s.origin.contains(user, autoescape=True), s.reason.contains(user, autoescape=True))
+    connection.execute(t.skipped_items.delete().where(s.task == task, named))
+
+
+def _author_id(connection: sa.Connection, task: str, user: str) -> str:
+    return str(uuid.uuid5(_SPACE, "\n".join([str(store_id(connection)), task, user])))
 
 
 def _overwrite_deleted(connection: sa.Connection) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 from uuid import UUID, uuid5
 
 import sqlalchemy as sa
@@ -28,8 +28,16 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batches
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, good_enough, newest_sequence, record
-from finetune_pipeline.records import Feedback, Interaction, alpaca_prompt, explain, text_hash, without_system_prompt
+from finetune_pipeline.feedback.store import Recorded, good_enough, newest_sequence, record, sources_feedback_id
+from finetune_pipeline.records import (
+    Feedback,
+    Interaction,
+    alpaca_prompt,
+    explain,
+    logged,
+    text_hash,
+    without_system_prompt,
+)
 from finetune_pipeline.settings import LoopSettings
 
 _SHOWN = 20
@@ -59,6 +67,13 @@ class Imported:
     rejected: int = 0
     recorded: Recorded = field(default_factory=Recorded)
     bad: list[BadLine] = field(default_factory=list)
+
+
+class Exported(NamedTuple):
+    """How many lines, or examples, were written, and how many interactions were left out."""
+
+    written: int
+    left_out: int
 
 
 def import_rows(path: Path, rows: Rows, loop: LoopSettings, database: Database) -> Imported:
@@ -98,14 +113,14 @@ def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events |
             yield BadLine(path, number, str(error))
 
 
-def export_events(path: Path, loop: LoopSettings, database: Database, *, force: bool = False) -> int:
-    """Write all events of a loop as they are, one JSON object a line, each interaction followed by its feedback.
+def export_events(path: Path, loop: LoopSettings, database: Database, *, force: bool = False) -> Exported:
+    """Write what applications logged, and what was said of it, a line each, interactions before their feedback.
 
     It is the raw record: secrets and personal data stay in it. A feedback has the `reward` that it counted for, unless
-    its interaction never arrived.
+    its interaction is not in the file.
 
-    Returns:
-        How many lines were written.
+    What declared sources and dropped files gave is left out: it stands there, comes from there with the same ids, and
+    is taken back when it is gone there, none of which an event could say. What people said of it is written.
 
     Raises:
         FeedbackError: the file is there already (and not `force`), or cannot be written.
@@ -116,7 +131,8 @@ def export_events(path: Path, loop: LoopSettings, database: Database, *, force: 
         for line in _event_lines(connection, loop.name, reward):
             file.write(line + "\n")
             written += 1
-        return written
+        i = t.interactions.c
+        return Exported(written, _count(connection, i.task == loop.name, i.source.is_not(None)))
 
 
 def export_alpaca(
@@ -127,8 +143,10 @@ def export_alpaca(
     *,
     min_reward: float = -1.0,
     force: bool = False,
-) -> int:
-    """Write what a loop's interactions teach: instruction, input, output as it should be, reward.
+) -> Exported:
+    """Write what a loop's interactions teach, whatever gave them: instruction, input, answer as it should be, reward.
+
+    What was withdrawn, since its source no longer has it, teaches nothing and is left out.
 
     The system prompt is the instruction and the prompt the input; without a system prompt the prompt is the
     instruction. What was said before the prompt stands in `history`. A name that ends in .json gives a JSON array,
@@ -137,9 +155,6 @@ def export_alpaca(
     Args:
         redact: takes secrets and personal data out of a text, as before training: prompts, answers and history.
         min_reward: examples below it are left out, but for those that a person corrected.
-
-    Returns:
-        How many examples were written.
 
     Raises:
         FeedbackError: the file is there already (and not `force`), or cannot be written.
@@ -153,7 +168,8 @@ def export_alpaca(
             file.write(_json(_alpaca_row(row, loop.system_prompt, redact)) + ("" if array else "\n"))
             written += 1
         file.write("\n]\n" if array else "")
-        return written
+        i = t.interactions.c
+        return Exported(written, _count(connection, i.task == loop.name, i.withdrawn.is_not(None)))
 
 
 def _good(path: Path, rows: Rows, loop: LoopSettings, result: Imported) -> Iterator[Interaction | Feedback]:
@@ -187,7 +203,7 @@ def _own_event(given: dict[str, Any], document: Any) -> Interaction | Feedback:
     event = given["event"]
     if not isinstance(event, str) or event not in kinds:
         raise ValueError(f"event: found {event!r:.80}, expected interaction or feedback")
-    return kinds[event].model_validate({"id": event_id(given["task"], hash_of(document)), **given})
+    return logged(kinds[event].model_validate({"id": event_id(given["task"], hash_of(document)), **given}))
 
 
 def _from_alpaca(given: dict[str, Any], system_prompt: str) -> dict[str, Any]:
@@ -210,6 +226,7 @@ def _exchange(given: dict[str, Any]) -> Events:
         content = {key: value for key, value in own.items() if not isinstance(value, datetime)}
         own["id"] = event_id(own["task"], hash_of(content))
     interaction = Interaction.model_validate(own)
+    logged(interaction)
     events: Events = [interaction]
     if given.get("reward") is not None:
         events.append(_on(interaction, "reward", reward=given["reward"]))
@@ -259,7 +276,8 @@ def _written(path: Path, force: bool) -> Iterator[IO[str]]:
 def _event_lines(connection: sa.Connection, task: str, reward: RewardFunction) -> Iterator[str]:
     i, f = t.interactions.c, t.feedback.c
     until = newest_sequence(connection)
-    for rows in _partitions(connection, sa.select(t.interactions).where(i.task == task, i.sequence <= until), i):
+    own = sa.select(t.interactions).where(i.task == task, i.sequence <= until, i.source.is_(None))
+    for rows in _partitions(connection, own, i):
         ids = [row.id for row in rows]
         about = sa.select(t.feedback).where(f.task == task, f.interaction_id.in_(ids)).order_by(f.sequence)
         by_interaction: dict[UUID, list[Feedback]] = {}
@@ -270,15 +288,23 @@ def _event_lines(connection: sa.Connection, task: str, reward: RewardFunction) -
             for feedback in by_interaction.get(interaction.id, ()):
                 rewarded = feedback.model_copy(update={"reward": reward(feedback, interaction)})
                 yield rewarded.model_dump_json(exclude_none=True)
-    known = sa.exists().where(i.id == f.interaction_id, i.task == task)
-    for rows in _partitions(connection, sa.select(t.feedback).where(f.task == task, f.sequence <= until, ~known), f):
-        for row in rows:
-            yield _record(Feedback, row).model_dump_json(exclude_none=True)
+    written = sa.exists().where(i.id == f.interaction_id, i.task == task, i.source.is_(None))
+    for rows in _partitions(connection, sa.select(t.feedback).where(f.task == task, f.sequence <= until, ~written), f):
+        for one in (_record(Feedback, row) for row in rows):
+            given_on = one.interaction_id
+            if one.id not in {sources_feedback_id(given_on), sources_feedback_id(given_on, one.reward)}:
+                yield one.model_dump_json(exclude_none=True)
 
 
 def _record(kind: type[E], row: sa.Row[Any]) -> E:
     values = row._asdict()
-    return kind.model_validate({k: v for k, v in values.items() if k != "sequence" and v is not None})
+    return kind.model_validate(
+        {k: v for k, v in values.items() if k not in {"sequence", "withdrawn"} and v is not None}
+    )
+
+
+def _count(connection: sa.Connection, *which: sa.ColumnElement[bool]) -> int:
+    return int(connection.execute(sa.select(sa.func.count()).select_from(t.interactions).where(*which)).scalar_one())
 
 
 def _no_history(interaction: Interaction) -> set[str]:
@@ -290,7 +316,7 @@ def _taught(connection: sa.Connection, task: str, min_reward: float) -> Iterator
     query = (
         sa.select(i.prompt, i.history, e.target, e.reward)
         .join(t.examples, i.id == e.interaction_id)
-        .where(i.task == task, e.task == task, good_enough(min_reward))
+        .where(i.task == task, e.task == task, i.withdrawn.is_(None), good_enough(min_reward))
     )
     for rows in _partitions(connection, query, i):
         yield from rows

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid5
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -121,6 +121,18 @@ def bring_back(connection: sa.Connection, task: str, ids: Sequence[str], reward:
     for chunk in _chunks(ids):
         connection.execute(t.interactions.update().where(i.id.in_(chunk)).values(withdrawn=None))
         renew_examples(connection, task, chunk, reward, at=take_sequence(connection, 1))
+
+
+def sources_feedback_id(interaction_id: UUID, reward: float | None = None) -> UUID:
+    """The id of the feedback by which a source gives its item a reward; of a dropped file, each reward is another."""
+    return uuid5(interaction_id, "feedback" if reward is None else f"reward {reward}")
+
+
+def states(connection: sa.Connection, ids: Sequence[str]) -> dict[str, bool]:
+    """Which of these interactions the store has, and whether each is withdrawn."""
+    i = t.interactions.c
+    queries = (sa.select(i.id, i.withdrawn.is_not(None)).where(i.id.in_(chunk)) for chunk in _chunks(ids))
+    return {id: bool(withdrawn) for query in queries for id, withdrawn in connection.execute(query)}
 
 
 def of_source(connection: sa.Connection, task: str, source: str) -> Iterator[tuple[str, str, bool]]:

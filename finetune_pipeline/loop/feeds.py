@@ -16,8 +16,17 @@ from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.forgetting import forgotten_of
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import bring_back, of_source, record, withdraw
+from finetune_pipeline.feedback.store import (
+    bring_back,
+    of_source,
+    record,
+    sources_feedback_id,
+    states,
+    take_sequence,
+    withdraw,
+)
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import INGESTED, CodeFeed, DocumentsFeed, Feed, LogsFeed, LoopSettings
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
@@ -25,8 +34,12 @@ from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceE
 _BATCH = 1_000
 _CHUNK = 500
 _REASON = 300
+_NAMED = 10_000  # of a table of millions in which no row can be used, the first are named, and all counted
 _BETWEEN_MARKS = 100_000  # a source that gives marks gives one more often
 _SPACE = uuid.UUID("6a4b1f0e-7c52-4f0b-9d3e-52c8a1f7b9d4")  # of this project's name-based ids; any random one would do
+
+FORGOTTEN = "its author was forgotten"
+"""Why an item is not taken, without the name."""
 
 Reader = Callable[[Any, Any], Reading]
 """Reads a source: of its settings and the mark of the last reading (None at first)."""
@@ -104,19 +117,15 @@ class _Sync:
     database: Database
     reward: RewardFunction
     seen: set[bytes] = field(default_factory=set)
+    """Ids that it gave, as 16 bytes since it may have a million; of a source with marks nobody needs them."""
     skipped: dict[str, str] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
     marked: bool = False
     since_mark: dict[str, str] = field(default_factory=dict)
     """Origin -> id of what it is now, or nothing where it cannot be used any more."""
 
     def __post_init__(self) -> None:
         self.fed = Fed(self.feed.name)
-        with self.database.read() as connection:
-            # Ids as 16 bytes: a source may have a million.
-            self.known = {
-                uuid.UUID(id).bytes: withdrawn
-                for id, _, withdrawn in of_source(connection, self.loop.name, self.feed.name)
-            }
 
     def mark(self) -> Any:
         """Where the last reading ended."""
@@ -127,56 +136,81 @@ class _Sync:
 
     def take(self, batch: list[Item | Skipped | Mark]) -> None:
         """Take a batch: new items are recorded, withdrawn ones that are back teach again."""
-        events: list[Interaction | Feedback] = []
-        back: list[str] = []
-        for one in batch:
-            if isinstance(one, Skipped):
-                self._skip(one.origin, one.reason)
-            elif isinstance(one, Item):
-                self._add(one, events, back)
         marks = [one for one in batch if isinstance(one, Mark)]
         with self.database.write() as connection:
+            take_sequence(connection, 0)  # until commit nobody else adds an event, or forgets anyone
+            made = self._usable(connection, batch)
+            known = states(connection, list(made))
+            events = [event for id, pair in made.items() if id not in known for event in pair]
             recorded = record(connection, self.loop.name, events, self.reward)
-            bring_back(connection, self.loop.name, back, self.reward)
+            bring_back(connection, self.loop.name, [id for id in made if known.get(id)], self.reward)
             if marks:
                 self.marked = True
+                self.seen.clear()
                 self.fed.withdrawn += withdraw(connection, self.loop.name, self._superseded(connection))
                 self._put_mark(connection, marks[-1].value)
                 self.since_mark.clear()
         self.fed.new += recorded.interactions
-        for event in events:
-            if isinstance(event, Interaction):
-                self.known[event.id.bytes] = False
 
     def finish(self) -> None:
         """After a whole reading: withdraw what the source no longer gave, and keep what it skipped."""
-        gone = [str(uuid.UUID(bytes=id)) for id, w in self.known.items() if not w and id not in self.seen]
         with self.database.write() as connection:
             if not self.marked:
-                self.fed.withdrawn += withdraw(connection, self.loop.name, gone)
+                self.fed.withdrawn += withdraw(connection, self.loop.name, self._gone(connection))
             self._put_skipped(connection)
-        self.fed.skipped = len(self.skipped)
 
-    def _add(self, item: Item, events: list[Interaction | Feedback], back: list[str]) -> None:
+    def _gone(self, connection: sa.Connection) -> list[str]:
+        return [
+            id
+            for id, origin, withdrawn in of_source(connection, self.loop.name, self.feed.name)
+            if not withdrawn and uuid.UUID(id).bytes not in self.seen and not self._may_be_there(origin)
+        ]
+
+    def _may_be_there(self, origin: str) -> bool:
+        """Whether it stood in, or beneath, something that could not be looked into."""
+        return any(
+            not here or origin == here or origin.startswith((f"{here}/", f"{here}:", f"{here}#"))
+            for here in self.unseen
+        )
+
+    def _usable(
+        self, connection: sa.Connection, batch: list[Item | Skipped | Mark]
+    ) -> dict[str, tuple[Interaction, Feedback]]:
+        """The events of a batch's items, by the interaction's id; what cannot be used is written down."""
+        users = {one.user for one in batch if isinstance(one, Item) and one.user is not None}
+        forgotten = forgotten_of(connection, self.loop.name, users)
+        made = {}
+        for one in batch:
+            if isinstance(one, Skipped):
+                self._skip(one)
+            elif isinstance(one, Item) and one.user in forgotten:
+                self._skip(Skipped(one.origin, FORGOTTEN))
+            elif isinstance(one, Item) and (events := self._add(one)) is not None:
+                made[str(events[0].id)] = events
+        return made
+
+    def _add(self, item: Item) -> tuple[Interaction, Feedback] | None:
         try:
             made = _events(self.loop, self.feed, item)
         except ValidationError as error:
             first = error.errors()[0]
-            self._skip(item.origin, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-            return
-        id = made[0].id
+            self._skip(Skipped(item.origin, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+            return None
         self.fed.items += 1
-        self.seen.add(id.bytes)
-        self._is_now(item.origin, str(id))
-        if id.bytes not in self.known:
-            events.extend(made)
-        elif self.known[id.bytes]:
-            back.append(str(id))
-            self.known[id.bytes] = False
+        if not self.marked:
+            self.seen.add(made[0].id.bytes)
+        self._is_now(item.origin, str(made[0].id))
+        return made
 
-    def _skip(self, origin: str, reason: str) -> None:
-        self.skipped[origin[:1000]] = reason[:_REASON]
-        self._is_now(origin, "")
+    def _skip(self, one: Skipped) -> None:
+        origin = one.origin[:1000]
+        self.fed.skipped += origin not in self.skipped
+        if len(self.skipped) < _NAMED:
+            self.skipped[origin] = one.reason[:_REASON]
+        if one.unseen:
+            self.unseen.append(one.origin)
+        else:
+            self._is_now(one.origin, "")
 
     def _is_now(self, origin: str, id: str) -> None:
         if len(self.since_mark) < _BETWEEN_MARKS:  # beyond, it is a source without marks, which withdraws at its end
@@ -214,7 +248,7 @@ def _events(loop: LoopSettings, feed: Any, item: Item) -> tuple[Interaction, Fee
     reward = feed.reward if item.reward is None else item.reward
     item = _without_system_prompt(item, loop)
     id = uuid.uuid5(_SPACE, "\n".join([loop.name, feed.name, item.origin, _content(item, reward)]))
-    return _made(loop.name, feed.name, item, id, reward, uuid.uuid5(id, "feedback"))
+    return _made(loop.name, feed.name, item, id, reward, sources_feedback_id(id))
 
 
 def ingested_events(loop: LoopSettings, item: Item) -> tuple[Interaction, Feedback]:
@@ -225,7 +259,7 @@ def ingested_events(loop: LoopSettings, item: Item) -> tuple[Interaction, Feedba
     reward = loop.sources.ingested_reward if item.reward is None else item.reward
     item = _without_system_prompt(item, loop)
     id = uuid.uuid5(_SPACE, "\n".join([loop.name, INGESTED, _content(item)]))
-    return _made(loop.name, INGESTED, item, id, reward, uuid.uuid5(id, f"reward {reward}"))
+    return _made(loop.name, INGESTED, item, id, reward, sources_feedback_id(id, reward))
 
 
 def _without_system_prompt(item: Item, loop: LoopSettings) -> Item:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from finetune_pipeline.database import Database
+from finetune_pipeline.feedback.forgetting import forgotten_of
 from finetune_pipeline.feedback.journal import take_over_orphans
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, record
-from finetune_pipeline.loop.feeds import ingested_events
+from finetune_pipeline.feedback.store import Recorded, record, take_sequence
+from finetune_pipeline.loop.feeds import FORGOTTEN, ingested_events
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import LoopSettings, load_loop
 from finetune_pipeline.sources import ledger
@@ -101,6 +104,8 @@ def ingest_file(
     position, lines = _lines(loop, database, file, form)
     for batch, last in _batches(lines):
         with database.write() as connection:
+            take_sequence(connection, 0)  # until commit nobody is forgotten
+            batch = _without_forgotten(connection, loop, batch)
             events = [event for line in batch for event in _events(loop, line)]
             result.recorded += record(connection, loop.name, events, reward)
             position = ledger.advance(connection, loop.name, file, position, batch, finished=last)
@@ -135,6 +140,18 @@ def _asking(loop: LoopSettings, lines: Iterator[Line]) -> Iterator[Line]:
             yield replace(line, event=None, reason="nothing is asked beside the loop's own system prompt")
         else:
             yield line
+
+
+def _without_forgotten(connection: sa.Connection, loop: LoopSettings, batch: list[Line]) -> list[Line]:
+    """The lines, without the conversations whose author was forgotten."""
+    users = {line.event.user for line in batch if isinstance(line.event, Item) and line.event.user is not None}
+    gone = forgotten_of(connection, loop.name, users)
+    return [
+        replace(line, event=None, reason=FORGOTTEN)
+        if isinstance(line.event, Item) and line.event.user in gone
+        else line
+        for line in batch
+    ]
 
 
 def _events(loop: LoopSettings, line: Line) -> Sequence[Interaction | Feedback]:

@@ -77,7 +77,7 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         database = connect()
         ingested = ingest(loop, database, context.log.info)
         feeds = read_feeds(loop, database, context.log.info)
-        artifact, counts = snapshot(loop, database)
+        artifact, counts = snapshot(loop, database, feeds)
         metadata = _metadata(artifact, counts, ingested) | _sources(loop, database, feeds)
         yield dg.MaterializeResult(value=artifact, metadata=metadata)
         yield _rejected_lines(loop, database, ingested)
@@ -86,11 +86,16 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     return raw_logs
 
 
-def snapshot(loop: LoopSettings, database: Database) -> tuple[Artifact[RawLogsManifest], Totals]:
+def snapshot(
+    loop: LoopSettings, database: Database, feeds: Sequence[Fed] = ()
+) -> tuple[Artifact[RawLogsManifest], Totals]:
     """The loop's records as they are at this moment, as Parquet; when nothing is new, the last snapshot itself.
 
     What the last snapshot holds is linked, not written again. Everything is written anew, as one part, where there is
     no last snapshot, an event was forgotten since, the reward settings changed, or there would be too many parts.
+
+    Args:
+        feeds: what reading the declared sources did, to be told where there are no records.
 
     Raises:
         SourceError: there are none.
@@ -98,17 +103,24 @@ def snapshot(loop: LoopSettings, database: Database) -> tuple[Artifact[RawLogsMa
     with database.read() as connection:
         until, counts = newest_sequence(connection), totals(connection, loop.name)
         if not counts.interactions:
-            folders = ", ".join(str(folder) for folder in loop.log_folders)
-            raise SourceError(
-                f"loop {loop.name} has no interactions: no event file with a readable line is in {folders}. Put "
-                'JSONL of {"event": "interaction", ...} lines there (see the README), then materialize again'
-            )
+            raise SourceError(_nothing(loop, feeds))
         base = _base(loop, connection, until)
         if base is not None:
             if not any(records(connection, loop.name, until, base.manifest.watermark)):
                 return base, counts
             base = base if len(base.manifest.parts) < MAX_PARTS else None
         return _write(loop, connection, base, until, counts), counts
+
+
+def _nothing(loop: LoopSettings, feeds: Sequence[Fed]) -> str:
+    folders = ", ".join(str(folder) for folder in loop.log_folders)
+    failed = "".join(f". Of the declared sources, {fed.name} failed: {fed.failed}" for fed in feeds if fed.failed)
+    empty = ", ".join(fed.name for fed in feeds if not fed.failed)
+    gave = f". Nothing usable came from {empty}" if empty else ""
+    return (
+        f"loop {loop.name} has no interactions: no event file with a readable line is in {folders}{failed}{gave}. Mend "
+        'that, or put JSONL of {"event": "interaction", ...} lines there (see the README), then materialize again'
+    )
 
 
 def _base(loop: LoopSettings, connection: sa.Connection, until: int) -> Artifact[RawLogsManifest] | None:

@@ -24,7 +24,7 @@ from finetune_pipeline.sources.checks import (
     read_refactoring,
 )
 from finetune_pipeline.sources.chunks import LANGUAGES, Chunk, Flaw, cut_python, first_sentence
-from finetune_pipeline.sources.folder import Text, texts
+from finetune_pipeline.sources.folder import Text, some, texts
 from finetune_pipeline.sources.item import Item, Reading, Skipped
 from finetune_pipeline.sources.teacher import Answer, Question, Teacher
 
@@ -80,7 +80,7 @@ def read(feed: CodeFeed, mark: Any, *, redact: Callable[[str], str] | None = Non
             it; without a teacher nothing leaves this machine, and it is not needed.
 
     Raises:
-        SourceError: the folder is not there, a grammar is not installed, or the teacher cannot be used.
+        SourceError: the folder is not there or holds no code, a grammar is missing, or the teacher cannot be used.
         ValueError: there is a teacher, but no `redact`.
     """
     if feed.teacher is None:
@@ -199,7 +199,8 @@ def _item(piece: _Piece, prompt: str, kind: str) -> Item:
 def _files(feed: CodeFeed) -> Iterator[tuple[str, Iterator[_Piece | Skipped]]]:
     """Each file with what is cut out of it."""
     root = project_path(feed.path)
-    for found in texts(root, lambda name: _language(feed, name) is not None, feed.ignore, max_bytes=MAX_FILE_BYTES):
+    wanted = texts(root, lambda name: _language(feed, name) is not None, feed.ignore, max_bytes=MAX_FILE_BYTES)
+    for found in some(wanted, f"source {feed.name}: no file of {', '.join(feed.languages)} lies in {root}"):
         if isinstance(found, Skipped):
             yield found.origin, iter([found])
         elif reason := _not_written_by_hand(found.text):

@@ -32,7 +32,7 @@ from finetune_pipeline.settings import DocumentsFeed, project_path
 from finetune_pipeline.sources.checks import FENCE, copied_share, fenced, is_storable
 from finetune_pipeline.sources.chunks import words
 from finetune_pipeline.sources.facts import PLACEHOLDERS, facts
-from finetune_pipeline.sources.folder import Text, texts
+from finetune_pipeline.sources.folder import Text, some, texts
 from finetune_pipeline.sources.item import Item, Reading, Skipped, SourceError
 from finetune_pipeline.sources.teacher import Answer, Question, Teacher
 
@@ -93,7 +93,7 @@ def read(feed: DocumentsFeed, mark: Any, *, redact: Callable[[str], str] | None 
             it; without a teacher nothing leaves this machine, and it is not needed.
 
     Raises:
-        SourceError: a folder is not there, there is no usable template, or the teacher cannot be used.
+        SourceError: a folder is not there, there is no document, no usable template, or the teacher cannot be used.
         ValueError: there is a teacher, but no `redact`.
     """
     found = list(_templates(project_path(feed.templates)))
@@ -198,11 +198,11 @@ def _templates(folder: Path) -> Iterator[Template | Skipped]:
 
 def _pairs(feed: DocumentsFeed, templates: list[Template], redact: Callable[[str], str]) -> Iterator[_Pair | Skipped]:
     root, forms = project_path(feed.path), project_path(feed.templates)
-    for file in texts(root, lambda name: name.lower().endswith((".md", ".txt")), max_bytes=MAX_FILE_BYTES):
+    found = texts(root, lambda name: name.lower().endswith((".md", ".txt")), max_bytes=MAX_FILE_BYTES)
+    documents = (one for one in found if isinstance(one, Skipped) or not (root / one.path).is_relative_to(forms))
+    for file in some(documents, f"source {feed.name}: no document (.md or .txt) lies in {root}"):
         if isinstance(file, Skipped):
             yield file
-        elif (root / file.path).is_relative_to(forms):
-            continue
         elif len(file.text.strip()) < _SHORTEST_DOCUMENT:
             yield Skipped(file.path, "is empty or too short to make anything of")
         else:

@@ -1,7 +1,7 @@
 """Files of conversations that were made elsewhere: JSONL, JSON, CSV or Parquet, in the forms of `conversations`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ def read(feed: FilesFeed, mark: Any) -> Reading:
     """
     root = project_path(feed.path)
     for path in _files(root, feed.name):
+        if isinstance(path, Skipped):
+            yield path
+            continue
         name = readable(path.name if path == root else str(path.relative_to(root)))
         try:
             yield from read_file(path, name, feed.format, feed.max_line_bytes)
         except OSError as error:
             if path == root:
                 raise SourceError(f"{root} cannot be read ({error.strerror}); mend it, then run again") from error
-            yield Skipped(name, f"cannot be read ({error.strerror})")
+            yield Skipped(name, f"cannot be read ({error.strerror})", unseen=True)
 
 
 def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterator[Item | Skipped]:
@@ -52,15 +55,23 @@ def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterat
                 yield Skipped(origin, str(error))
 
 
-def _files(root: Path, name: str) -> list[Path]:
+def _files(root: Path, name: str) -> Sequence[Path | Skipped]:
+    """The files of rows, and the folders that cannot be looked into."""
     if root.is_file():
         return [root]
     if not root.is_dir():
         raise SourceError(f"source {name}: {root} is not there; create it, or correct its path in the loop's YAML")
-    found = []
-    for folder, below, _ in os.walk(root):
+    found: list[Path] = []
+    closed: dict[str, str] = {}
+    for folder, below, _ in os.walk(root, onerror=lambda error: closed.update({error.filename: str(error.strerror)})):
         below[:] = sorted(one for one in below if not one.startswith("."))
-        found += files_of(Path(folder), root)
+        try:
+            found += files_of(Path(folder), root)
+        except OSError as error:  # its names can be listed, and nothing in it looked at
+            closed[folder] = str(error.strerror)
+    if not found and closed:
+        raise SourceError(f"source {name}: {root} cannot be read ({closed.popitem()[1]}); mend its rights")
     if not found:  # a disk that is not mounted looks like this too, and must not withdraw everything
         raise SourceError(f"source {name}: no file .jsonl, .json, .csv, .tsv or .parquet lies in {root}; put one there")
-    return found
+    unseen = [(readable(os.path.relpath(folder, root)), reason) for folder, reason in closed.items()]
+    return [*(Skipped(folder, f"cannot be read ({reason})", unseen=True) for folder, reason in unseen), *found]

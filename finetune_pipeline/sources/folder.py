@@ -65,6 +65,22 @@ def texts(
         folders += reversed(below)
 
 
+def some(found: Iterator[Text | Skipped], nothing: str) -> Iterator[Text | Skipped]:
+    """What was found, and an error behind it where there was nothing to be found.
+
+    A disk that is not mounted looks like an empty folder, and must not withdraw everything.
+
+    Raises:
+        SourceError: there was nothing; `nothing` says what was looked for, and where.
+    """
+    there = False
+    for one in found:
+        there = there or isinstance(one, Text) or not one.unseen
+        yield one
+    if not there:
+        raise SourceError(f"{nothing}; put it there, correct the path in the loop's YAML, or bring the disk back")
+
+
 def _entries(
     root: Path, folder: str, rules: tuple[_Rules, ...], wanted: Callable[[str], bool], ignore: tuple[str, ...]
 ) -> Iterator[str | Skipped]:
@@ -73,7 +89,7 @@ def _entries(
         with os.scandir(root / folder) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
-        yield Skipped(_shown(folder), f"the folder cannot be read: {error.strerror}")
+        yield Skipped(_shown(folder).rstrip("/"), f"the folder cannot be read: {error.strerror}", unseen=True)
         return
     for entry in entries:
         is_folder = entry.is_dir(follow_symlinks=False)
@@ -96,7 +112,7 @@ def _text(root: Path, path: str, max_bytes: int) -> Text | Skipped:
         with os.fdopen(os.open(root / path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
-        return Skipped(path, f"cannot be read: {error.strerror}")
+        return Skipped(path, f"cannot be read: {error.strerror}", unseen=True)
     if len(data) > max_bytes:
         return Skipped(path, f"is larger than {max_bytes:,} bytes")
     if (at := data.find(b"\0")) >= 0:

@@ -40,10 +40,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something in a source that cannot be used: where it stands, and why in words a person can act on."""
+    """Something in a source that cannot be used: where it stands, and why in words a person can act on.
+
+    Attributes:
+        unseen: it is a file or folder that could not be looked into, so nobody knows what is left of it: what it gave
+            before (its own origin, and those that go on from it with `/`, `:` or `#`) is not taken back.
+    """
 
     origin: str
     reason: str
+    unseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,4 +66,4 @@ class Mark:
 
 Reading = Iterator[Item | Skipped | Mark]
 """One reading of a source. One without a mark gives all that the source has at this moment, and what it no longer
-gives is withdrawn."""
+gives is withdrawn, but for what lies beneath something `unseen`."""

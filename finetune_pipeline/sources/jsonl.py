@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from finetune_pipeline.records import Event, Feedback, Interaction
+from finetune_pipeline.records import Event, Feedback, Interaction, logged
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.conversations import to_item
 from finetune_pipeline.sources.item import Item, SourceError
@@ -148,7 +148,7 @@ def _understood(document: Any, task: str, line: Line, form: Form, name: str) -> 
     try:
         if form not in {"auto", "events"} or (form == "auto" and conversation):
             return replace(line, event=to_item(document, f"{name}:{line.number}", cast("FileFormat", form)))
-        event = _EVENT.validate_python({"task": task, **document} if isinstance(document, dict) else document)
+        event = logged(_EVENT.validate_python({"task": task, **document} if isinstance(document, dict) else document))
     except ValidationError as error:
         return replace(line, reason=_first_error(error), final=True)
     except ValueError as error:

@@ -18,6 +18,7 @@ from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, store
 from finetune_pipeline.feedback.journal import journal_folder
+from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, RawLogsManifest
 from finetune_pipeline.settings import PROJECT_ROOT, load_loop
 from finetune_pipeline_tests.conftest import interaction, uid
@@ -157,6 +158,18 @@ def test_what_is_exported_can_be_imported(tmp_path):
     run("export", alpaca, "--format", "alpaca", "--force")
 
 
+def test_an_export_says_what_it_left_out(tmp_path):
+    log()
+    given = interaction("a").model_copy(update={"task": LOOP, "source": "notes", "origin": "a.md"})
+    with connect().write() as connection:
+        store.record(connection, LOOP, [given], default_reward)
+        store.withdraw(connection, LOOP, [str(given.id)])
+    assert "1 events written" in (said := run("export", tmp_path / "out.jsonl").stdout)
+    assert "left out: 1 conversations of declared sources and dropped files" in said
+    said = run("export", tmp_path / "out.json", "--format", "alpaca").stdout
+    assert "0 examples" in said and "left out: 1 that their source no longer has" in said
+
+
 def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(tmp_path):
     id = run("log", "--prompt", "write to jane@example.com and bob@example.com", "--output", "{}").stdout.strip()
     run("correct", id, "her number is +49 30 901820")
@@ -224,6 +237,15 @@ def test_a_person_is_forgotten_and_what_was_made_with_it_is_named():
     assert exchange(id) is None and exchange(other).example is None
     again = run("forget", "--user", "u1", "--yes", "--loop", LOOP).stdout
     assert "0 interactions, 0 feedback" in again and str(snapshot) not in again
+
+
+def test_sources_that_may_still_hold_a_forgotten_person_are_named():
+    given = interaction("a", user="u1").model_copy(update={"task": LOOP, "source": "notes", "origin": "a.md"})
+    with connect().write() as connection:
+        store.record(connection, LOOP, [given], default_reward)
+    said = run("forget", "--user", "u1", "--yes", "--loop", LOOP).stdout
+    assert "these sources gave what was deleted, and may hold it still:\n    notes\n" in said
+    assert "may hold it still" not in run("forget", "--user", "u1", "--yes", "--loop", LOOP).stdout
 
 
 def test_nothing_is_deleted_without_a_yes():

@@ -157,6 +157,8 @@ GOOD = {"prompt": "p", "output": "o"}
         ({**GOOD, "reward": "much"}, "reward: found 'much'"),
         ({**GOOD, "confidence": 7}, "confidence: found 7"),
         ({**GOOD, "correction": " "}, "correction"),
+        ({**GOOD, "source": "imported"}, "source, origin: only"),
+        ({**GOOD, "event": "interaction", "origin": "a.md"}, "source, origin: only"),
         ({**GOOD, "surprise": 1}, "surprise: there is no such field"),
         ({**GOOD, "task": "other"}, "is of task 'other'"),
         ({**GOOD, "task": ["notes"]}, "is of task"),
@@ -276,7 +278,7 @@ def filled(loop, db):
 
 def test_exported_events_come_back_the_same(tmp_path, loop, db, filled):
     path = tmp_path / "out.jsonl"
-    assert export_events(path, loop, db) == 9
+    assert export_events(path, loop, db) == (9, 0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["event"][0] for line in lines] == list("iffififi" + "f")
     rewards = {line["id"]: line.get("reward") for line in lines if line["event"] == "feedback"}
@@ -306,16 +308,16 @@ def store_at(path):
 
 def test_alpaca_holds_what_the_answers_should_be(tmp_path, loop, db, filled):
     path = tmp_path / "out.json"
-    assert export_alpaca(path, loop, db, str, min_reward=0.3) == 2
+    assert export_alpaca(path, loop, db, str, min_reward=0.3) == (2, 0)
     good, fixed = json.loads(path.read_text())
     assert good == {"instruction": "Parse.", "input": "prompt good", "output": "answer good", "reward": 1.0}
     # A correction is worth less than 0.3 here, and qualifies all the same.
     assert (fixed["output"], fixed["history"]) == ("right", [{"role": "user", "content": "hi"}])
     lines = tmp_path / "out.jsonl"
-    assert export_alpaca(lines, loop, db, str) == 3
+    assert export_alpaca(lines, loop, db, str) == (3, 0)
     assert [json.loads(line)["reward"] for line in lines.read_text().splitlines()] == [1.0, pytest.approx(0.2), -1.0]
     plain = loop.model_copy(update={"system_prompt": ""})
-    assert export_alpaca(tmp_path / "plain.json", plain, db, str, min_reward=1) == 2
+    assert export_alpaca(tmp_path / "plain.json", plain, db, str, min_reward=1) == (2, 0)
     assert json.loads((tmp_path / "plain.json").read_text())[0]["instruction"] == "prompt good"
 
 
@@ -345,9 +347,9 @@ def test_exported_alpaca_can_be_read_again(tmp_path, loop, db, filled, name):
 
 
 def test_an_empty_store_exports_empty_files(tmp_path, loop, db):
-    assert export_alpaca(tmp_path / "a.json", loop, db, str) == 0
+    assert export_alpaca(tmp_path / "a.json", loop, db, str) == (0, 0)
     assert json.loads((tmp_path / "a.json").read_text()) == []
-    assert export_events(tmp_path / "e.jsonl", loop, db) == 0
+    assert export_events(tmp_path / "e.jsonl", loop, db) == (0, 0)
 
 
 def test_an_export_overwrites_only_when_told(tmp_path, loop, db, filled):

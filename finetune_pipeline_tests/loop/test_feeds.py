@@ -1,5 +1,6 @@
 """Declared sources in the store: what is new, changed, gone and back again; where a record came from."""
 
+import tracemalloc
 from pathlib import Path
 
 import dagster as dg
@@ -9,13 +10,21 @@ import sqlalchemy as sa
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback import FeedbackClient
+from finetune_pipeline.feedback.forgetting import forget_user, held_of
+from finetune_pipeline.feedback.formats import export_alpaca, export_events, import_rows
+from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import tally
+from finetune_pipeline.loop import feeds
 from finetune_pipeline.loop.counting import count_new
 from finetune_pipeline.loop.curated_dataset import dataset, taught
 from finetune_pipeline.loop.feeds import read_feed, skipped_items
+from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.item import Item, Mark, Skipped, SourceError
+from finetune_pipeline.sources.rows import read_rows as read_rows_of
+from finetune_pipeline_tests.conftest import interaction, uid
 
 from ..sources.test_files import write_as
 from .conftest import corrected, definitions, write_events
@@ -154,8 +163,6 @@ def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
     loop = make_loop(sources={"feeds": [feed]}, curation={"min_examples": 1, "validation_share": 0.0})
     events = loop.drop_folder / "a.jsonl"
     write_events(events, *corrected(["amy", "ben", "cid"]))
-    from finetune_pipeline.loop.ingest import ingest
-
     ingest(loop, connect(), print)
     take(loop, *items("ash", "elm", "oak", "yew", "fir", "bay"))
     artifact, _ = snapshot(loop, connect())
@@ -198,3 +205,130 @@ def test_two_sources_of_one_name_are_refused(make_loop):
         make_loop(sources={"feeds": [FEED, FEED]})
     with pytest.raises(SettingsError, match="logs is taken"):
         make_loop(sources={"feeds": [{**FEED, "name": "logs"}]})
+
+
+def test_what_lies_beneath_something_unseen_is_not_withdrawn(loop):
+    take(loop, *items("sub/ash", "sub/elm", "sub2/oak", "yew"), Item("fir.md#Top", "what did fir say?", "fir spoke"))
+    fed = take(loop, Skipped("sub", "cannot be read", unseen=True), Skipped("fir.md", "is closed", unseen=True))
+    assert (fed.withdrawn, fed.skipped) == (2, 2)
+    assert targets(loop) == ["fir spoke", "sub/ash spoke", "sub/elm spoke"]
+    assert take(loop, Skipped("sub", "is no folder any more"), *items("yew")).withdrawn == 3
+    assert targets(loop) == ["yew spoke"]
+
+
+def test_a_reward_of_the_source_that_is_set_back_counts_again(make_loop):
+    rewards = []
+    for reward in (0.8, 0.5, 0.8):
+        loop = make_loop(sources={"feeds": [{**FEED, "reward": reward}]}, curation={"min_examples": 1})
+        take(loop, *items("ash"))
+        (example,) = taught(snapshot(loop, connect())[0])
+        rewards.append(example.reward)
+    assert rewards == [0.8, 0.5, 0.8]
+
+
+def forget(loop, user):
+    with connect().write() as connection:
+        return forget_user(connection, loop.name, user, default_reward)
+
+
+def of_user(loop, user):
+    with connect().read() as connection:
+        return held_of(connection, loop.name, user)
+
+
+def test_a_forgotten_author_never_comes_back_from_a_declared_source(loop):
+    take(loop, *items("ash", user="alice"), *items("elm", user="bob"), Skipped("oak.md", "user: found 'alice'"))
+    assert of_user(loop, "alice").sources == ("imported",)
+    forget(loop, "alice")
+    moved = [Item("line 2", "what did ash say about it all?", "ash spoke", user="alice", reward=0.9)]
+    fed = take(loop, *moved, *items("ash", "fir", user="alice"), *items("elm", user="bob"))
+    assert (fed.items, fed.new, fed.withdrawn, fed.skipped) == (1, 0, 0, 3)
+    assert not of_user(loop, "alice").count and targets(loop) == ["elm spoke"]
+    with connect().read() as connection:
+        reasons = {row.reason for row in skipped_items(connection, loop.name, 9)}
+        everything = str([connection.execute(sa.select(table)).all() for table in t.metadata.sorted_tables])
+    assert reasons == {"its author was forgotten"} and "alice" not in everything
+
+
+def test_a_forgotten_author_comes_from_no_dropped_file_but_may_log_anew(loop):
+    row = {"prompt": "what did ash say?", "completion": "ash spoke"}
+    loop.drop_folder.mkdir(parents=True)
+    write_as(loop.drop_folder / "a.jsonl", [{**row, "user": "alice"}])
+    assert ingest(loop, connect(), print).recorded.interactions == 1
+    forget(loop, "alice")
+    write_as(loop.drop_folder / "b.jsonl", [{**row, "completion": "ash said more", "user": "alice"}, row])
+    write_events(loop.drop_folder / "c.jsonl", interaction("later", user="alice"))
+    done = ingest(loop, connect(), print)
+    assert (done.recorded.interactions, done.rejected) == (1, 1)
+    assert of_user(loop, "alice").interactions == (str(uid("later")),)
+    with connect().read() as connection:
+        (row,) = connection.execute(sa.select(t.rejected_lines)).all()
+    assert (row.reason, row.excerpt) == ("its author was forgotten", "")
+
+
+def test_what_an_application_logs_cannot_say_that_a_source_gave_it(loop):
+    asked, said = corrected(["ash"])
+    write_events(loop.drop_folder / "a.jsonl", asked.model_copy(update={"source": "imported"}), said)
+    done = ingest(loop, connect(), print)
+    assert (done.recorded.interactions, done.recorded.feedback, done.rejected) == (0, 1, 1)
+    write_events(loop.drop_folder / "b.jsonl", asked)
+    ingest(loop, connect(), print)
+    assert take(loop, *items("elm")).withdrawn == 0
+    assert targets(loop) == ["ash spoke", "elm spoke"]
+
+
+def test_a_source_with_marks_needs_no_memory_for_what_it_gave_before(loop):
+    take(loop, *items("ash"))
+    rows = """
+        INSERT INTO interactions (id, task, sequence, created_at, prompt, output, source, origin)
+        WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 100000)
+        SELECT printf('00000000-0000-4000-8000-%012x', x), 'notes', x + 1000, '2026-01-01', 'p', 'o', 'imported', x
+        FROM n
+    """
+    with connect().write() as connection:
+        connection.execute(sa.text(rows))
+    (feed,) = loop.sources.feeds
+    tracemalloc.start()
+    fed = read_feed(loop, feed, connect(), lambda settings, mark: iter([Mark(1), *items("ash", "elm"), Mark(2)]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (fed.items, fed.new, fed.withdrawn) == (2, 1, 0)
+    assert peak < 4e6
+
+
+def test_of_a_source_in_which_nothing_can_be_used_the_first_are_named_and_all_counted(loop, monkeypatch):
+    monkeypatch.setattr(feeds, "_NAMED", 3)
+    assert take(loop, *(Skipped(f"{n}", "is broken") for n in range(9))).skipped == 9
+    with connect().read() as connection:
+        assert len(skipped_items(connection, loop.name, 99)) == 3
+
+
+def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_there_again(loop, tmp_path):
+    write_events(loop.drop_folder / "a.jsonl", *corrected(["amy"]))
+    write_as(loop.drop_folder / "b.jsonl", [{"prompt": "what did ben say?", "completion": "ben spoke"}])
+    ingest(loop, connect(), print)
+    take(loop, *items("ash", "elm", "oak"))
+    take(loop, *items("ash", "elm"))
+    with connect().read() as connection:
+        i = t.interactions.c
+        ash = connection.execute(sa.select(i.id).where(i.origin == "ash.md")).scalar_one()
+    FeedbackClient(loop).correct(ash, "ash whispered")
+    out = tmp_path / "out.jsonl"
+    assert export_events(out, loop, connect()) == (3, 4)
+    assert export_alpaca(tmp_path / "out.json", loop, connect(), str) == (4, 1)
+    assert "oak" not in out.read_text() + (tmp_path / "out.json").read_text()
+    before = targets(loop)
+    other = connect(f"sqlite:///{tmp_path / 'other.db'}")
+    assert import_rows(out, read_rows_of(out, 10**6), loop, other).rejected == 0
+    (feed,) = loop.sources.feeds
+    read_feed(loop, feed, other, lambda settings, mark: iter(items("ash", "elm")))
+    artifact, _ = snapshot(loop, other)
+    assert sorted(example.target for example in taught(artifact)) == [one for one in before if one != "ben spoke"]
+    assert "ash whispered" in before
+
+
+def test_a_loop_without_records_says_which_source_failed(make_loop, tmp_path):
+    loop = make_loop(sources={"feeds": [{**FEED, "path": str(tmp_path / "nowhere")}]})
+    done = feeds.read_feeds(loop, connect(), print)
+    with pytest.raises(SourceError, match=r"imported failed: .*nowhere is not there"):
+        snapshot(loop, connect(), done)

@@ -273,7 +273,7 @@ def test_a_note_that_vanishes_meanwhile_is_named(tmp_path):
     next(reading)
     (tmp_path / "b.md").unlink()
     named, rest = reading
-    assert named == Skipped("b.md", "cannot be read: No such file or directory")
+    assert named == Skipped("b.md", "cannot be read: No such file or directory", unseen=True)  # or its disk is gone
     assert rest.answer == "c"
     reading = read(feed(tmp_path), None)
     next(reading)

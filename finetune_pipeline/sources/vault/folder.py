@@ -38,7 +38,11 @@ def find(root: Path, ignore: Collection[str]) -> Iterator[str | Skipped]:
             with os.scandir(root / folder) as entries:
                 found = list(entries)
         except OSError as error:
-            yield Skipped(folder, f"this folder cannot be read: {error.strerror}")
+            yield Skipped(
+                os.fsencode(folder).decode("utf-8", "replace"),
+                f"this folder cannot be read: {error.strerror}",
+                unseen=True,
+            )
             continue
         for entry in found:
             path = f"{folder}/{entry.name}" if folder else entry.name
@@ -70,7 +74,7 @@ def load(root: Path, path: str, max_bytes: int) -> File | Skipped:
                 return Skipped(path, "is no file")
             raw = file.read(max_bytes + 1)
     except OSError as error:
-        return Skipped(path, f"cannot be read: {error.strerror}")
+        return Skipped(path, f"cannot be read: {error.strerror}", unseen=True)
     if len(raw) > max_bytes:
         return Skipped(path, f"is longer than {max_bytes} bytes (max_note_bytes)")
     try:
