@@ -8,7 +8,7 @@ Near-duplicate removal alone is measured on one core, on the same rows as its pe
 same permutations, pieces and threshold) and `semhash`, in an environment of their own that is made first. The model of
 semhash has to be downloaded, so it is given hashed pieces of 3 to 5 characters as vectors. Recall and precision are of
 what was planted: how many of the planted near-duplicates were taken out, and how much of what was taken out had been
-planted. It takes about 10 minutes.
+planted. It takes about 10 minutes. A figure to reach that is missed ends the benchmark with an error.
 """
 
 import json
@@ -27,15 +27,18 @@ from typing import Any
 from uuid import UUID
 
 from benchmarks.curation_peers import measure
-from benchmarks.results import publish
+from benchmarks.results import end, publish
 from finetune_pipeline.settings import PROJECT_ROOT, home
 
 LOOP = "aec_parser"
 SIZES = (500, 10_000, 1_000_000)
 COMPARED = 100_000
+OURS = "this project"
 PEERS = ("datasketch==2.0.0", "semhash==0.5.0")
 EXACT, NEAR, NUMBER = 0.15, 0.10, 0.03
 TIMES = {500: 2.0, 10_000: 3.0, 1_000_000: 120.0}
+MEMORY_MB, NEAR_SECONDS = 2**31 / 1e6, 30.0  # of a million rows
+RATIO, RECALL, PRECISION = 10, 0.95, 0.98
 
 Line = dict[str, Any]
 
@@ -60,6 +63,34 @@ def main() -> None:
         for one in figures["compared"]
     ]
     publish("curation_near", ["near-duplicate removal", "rows", "time", "recall", "precision"], rows, figures)
+    end([*missed_sizes(sizes), *missed_beside_peers(figures["compared"])])
+
+
+def missed_sizes(sizes: list[dict[str, Any]]) -> list[str]:
+    """Which figures of whole curations were missed."""
+    missed = [
+        f"{one['rows']:,} rows in {one['seconds']:.1f} s, at most {TIMES[one['rows']]:g} s"
+        for one in sizes
+        if one["seconds"] > TIMES[one["rows"]]
+    ]
+    largest = max(one["peak_pss_mb"] for one in sizes)
+    return [*missed, *([f"{largest:,.0f} MB, at most {MEMORY_MB:,.0f} MB"] if largest > MEMORY_MB else [])]
+
+
+def missed_beside_peers(compared: list[dict[str, Any]]) -> list[str]:
+    """Which figures of near-duplicate removal were missed; of this project, the last row is that of most rows."""
+    few, many = (one for one in compared if one["name"] == OURS)
+    peer = next(one for one in compared if one["name"] == "datasketch")
+    ratio = peer["seconds"] / few["seconds"]
+    figures = [
+        (many["seconds"] <= NEAR_SECONDS, f"compared in {many['seconds']:.1f} s, at most {NEAR_SECONDS:g} s"),
+        (ratio >= RATIO, f"{ratio:.1f} times as fast as datasketch, at least {RATIO} times"),
+        (few["recall"] >= peer["recall"], f"recall {few['recall']:.3f}, that of datasketch is {peer['recall']:.3f}"),
+        *((one["recall"] >= RECALL, f"recall {one['recall']:.3f}, at least {RECALL}") for one in (few, many)),
+        *((one["precision"] >= PRECISION, f"precision {one['precision']:.3f}, at least {PRECISION}")
+          for one in (few, many)),
+    ]  # fmt: skip
+    return [text for reached, text in figures if not reached]
 
 
 def _measure(folder: Path, size: int) -> dict[str, Any]:
@@ -313,8 +344,8 @@ def _compare(folder: Path) -> list[dict[str, Any]]:
         path.write_text(json.dumps([[row["prompt"], row["target"], row["domain"]] for row in rows]))
     peers = [_peers(), PROJECT_ROOT / "benchmarks" / "curation_peers.py"]
     work: list[tuple[str, list[Any]]] = [
-        ("this project", [sys.executable, "-m", "benchmarks.curation", "ours", few]),
-        ("this project", [sys.executable, "-m", "benchmarks.curation", "ours", many]),
+        (OURS, [sys.executable, "-m", "benchmarks.curation", "ours", few]),
+        (OURS, [sys.executable, "-m", "benchmarks.curation", "ours", many]),
         ("datasketch", [*peers, "datasketch", few]),
         ("semhash", [*peers, "semhash", few]),
     ]

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 import psutil
 
 FOLDER = Path(__file__).parent / "results"
+
+
+def end(missed: list[str]) -> None:
+    """End the benchmark with an error if a figure to reach was missed; after the figures were published."""
+    if missed:
+        sys.exit("missed: " + "; ".join(missed))
 
 
 def publish(name: str, headings: list[str], rows: list[list[Any]], figures: dict[str, Any]) -> None:

@@ -1,12 +1,16 @@
-"""An Obsidian vault of 10,000 notes, read to its end: nothing is kept of an earlier reading."""
+"""An Obsidian vault of 10,000 notes, read to its end: nothing is kept of an earlier reading.
+
+A best reading of more than 20 seconds ends the benchmark with an error.
+"""
 
 import random
 import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from benchmarks.results import publish
+from benchmarks.results import end, publish
 from finetune_pipeline.settings import VaultFeed
 from finetune_pipeline.sources.item import Item
 from finetune_pipeline.sources.vault import read
@@ -32,9 +36,10 @@ def main() -> None:
     ]  # fmt: skip
     headings = ["notes", "size", "conversations", f"best of {RUNS}", "CPU of one reading", "peak memory"]
     publish("vault", headings, [row], {**found, "notes": NOTES, "megabytes": megabytes, "limit_seconds": LIMIT_SECONDS})
+    end([f"{found['best_seconds']:.1f} s, at most {LIMIT_SECONDS} s"] if found["best_seconds"] > LIMIT_SECONDS else [])
 
 
-def vault(folder: Path) -> dict[str, float | list[float]]:
+def vault(folder: Path) -> dict[str, Any]:
     """Read a vault some times, as a loop does at each of its runs."""
     feed, seconds, items = VaultFeed(kind="vault", name="notes", path=str(folder)), [], 0
     busy = time.process_time()

@@ -225,7 +225,16 @@ def _explained(one: Mapping[str, Any]) -> str:
         return f"{where}: is missing"
     if one["type"] == "extra_forbidden":
         return f"{where}: there is no such field"
-    return f"{where}: found {one['input']!r:.80}, {message.replace('Input should be', 'expected')}"
+    return f"{where}: found {shown(one['input'])}, {message.replace('Input should be', 'expected')}"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as an error says it, of at most `limit` characters.
+
+    It is cut between two words: of half an address or key nobody could tell what it is, and redact it.
+    """
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: text.rfind(' ', 0, limit) + 1]}..."
 
 
 class FileRecord(Record):

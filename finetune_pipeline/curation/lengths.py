@@ -8,6 +8,21 @@ from finetune_pipeline.curation.errors import CurationError
 _FILES = ("tokenizer.json", "tokenizer.model")
 
 
+def tokenizer_file(folder: Path) -> Path:
+    """The file of a model's folder by which its tokens are counted.
+
+    Raises:
+        CurationError: it has none of tokenizer.json and tokenizer.model.
+    """
+    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise CurationError(
+            f"{folder} has neither of {', '.join(_FILES)}, so tokens cannot be counted; take "
+            "curation.max_prompt_tokens and max_answer_tokens out, or choose a base model with one of them"
+        )
+    return path
+
+
 class TokenCounter:
     """Counts tokens as a base model's folder has them; goes to other processes with the tokenizer's file in it."""
 
@@ -17,12 +32,7 @@ class TokenCounter:
         Raises:
             CurationError: it has none of tokenizer.json and tokenizer.model.
         """
-        path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-        if path is None:
-            raise CurationError(
-                f"{folder} has neither of {', '.join(_FILES)}, so tokens cannot be counted; take "
-                "curation.max_prompt_tokens and max_answer_tokens out, or choose a base model with one of them"
-            )
+        path = tokenizer_file(folder)
         self._name, self._content = path.name, path.read_bytes()
         self._encoder: Any = None
 

@@ -4,7 +4,7 @@ The model is all-MiniLM-L6-v2 (Wang et al. 2020; Reimers and Gurevych 2019), whi
 downloaded. On a CPU it takes a millisecond or more for each question.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.near_duplicates import Numbers, Union
 
-_BLOCK = 2_048
+_PRODUCTS = 2**24  # of two embeddings that are in memory at once: 64 MB
 
 
 def alike(questions: Sequence[str], answers: Numbers, similarity: float) -> Numbers:
@@ -34,11 +34,19 @@ def alike(questions: Sequence[str], answers: Numbers, similarity: float) -> Numb
         found = model.encode(
             [questions[place] for place in group.tolist()], normalize_embeddings=True, show_progress_bar=False
         )
-        for start in range(0, len(group), _BLOCK):
-            near = np.argwhere(found[start : start + _BLOCK] @ found[start:].T >= similarity) + start
-            for one, other in near[near[:, 0] < near[:, 1]].tolist():
-                union.join(int(group[one]), int(group[other]))
+        for one, others in _near(found, similarity):
+            for other in group[others].tolist():
+                union.join(int(group[one]), other)
     return union.labels()
+
+
+def _near(found: Numbers, similarity: float) -> Iterator[tuple[int, Numbers]]:
+    """The place of each embedding, with those of the later ones that are near it; a block of products at a time."""
+    block = max(1, _PRODUCTS // len(found))
+    for start in range(0, len(found), block):
+        near = found[start : start + block] @ found[start:].T >= similarity
+        for place, row in enumerate(near):
+            yield start + place, start + place + 1 + np.flatnonzero(row[place + 1 :])
 
 
 def _model() -> Any:

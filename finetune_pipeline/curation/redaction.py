@@ -18,11 +18,12 @@ from finetune_pipeline.records import Example
 _PLACEHOLDER = re.compile(r"\[(?:SECRET|EMAIL|PHONE|CARD)\]")
 _JSON_TOKEN = re.compile(r'"(?P<text>(?:[^"\\]|\\.)*)"(?P<colon>\s*:)?|(?<![\w.+-])(?P<number>\d{14,19})(?![\w.+-])')
 
-# What tells that a closer look pays, in lower case. `\u00` may hide a sign of an escaped JSON text.
+# What tells that a closer look pays, in lower case. `\u00` may hide a sign of an escaped JSON text, and `\uff20` is
+# the full-width @ of East Asian keyboards.
 _HINTS = (
-    "@", "passw", "passp", "passc", "pwd", "secret", "token", "key", "credential", "bearer", "authorization", "sk-",
-    "sk_", "rk_", "hf_", "github_pat", "aiza", "ya29", "akia", "asia", "eyj", "xox", "xapp-", "whsec_", "hooks.slack",
-    "sg.", "\\u00",
+    "@", "＠", "passw", "passp", "passc", "pwd", "secret", "token", "key", "credential", "bearer", "authorization",
+    "sk-", "sk_", "rk_", "hf_", "github_pat", "aiza", "ya29", "akia", "asia", "eyj", "xox", "xapp-", "whsec_",
+    "hooks.slack", "sg.", "pw:", '"pw"', "\\u00", "\\uff20",
 )  # fmt: skip
 _LONG_WORD = re.compile(r"(?<![\w-])[\w-]{24}")
 _MANY_DIGITS = re.compile(r"\d(?:[ ().\u00a0/-]{0,3}\d){6}")
@@ -84,37 +85,43 @@ _ASSIGNED = re.compile(
     r"|(?P<bare>[^\s\"'`,;(){}<>\[\]\\]{6,200})(?![^\s\"'`,;.)}\]]))"
 )
 _SAID = re.compile(
-    r"(?i)\b(?:password|passphrase|passcode|passwort)\s+(?:is|was|ist)\s*:?\s*[\"'`]?(?P<said>[^\s\"'`,;]{8,100})"
+    r"(?i)\b(?:(?:password|passphrase|passcode|passwort)\s+(?:is|was|ist)\s*:?|pw:)\s*[\"'`]?"
+    r"(?P<said>[^\s\"'`,;]{8,100})"
 )
 # A word, perhaps with a number behind it, is a password only where the writing is that of a note or of an environment
-# file: after a colon, or upper case before an equals sign without blanks. In code it is the name of something.
+# file: after a colon or "is", in quotes after an equals sign, or upper case before one without blanks. In code it is
+# the name of something.
 _END_OF_WORD = r"(?=[\"'`]?(?:[\s\\]|[,;.!?](?:\s|$)|$))"
 _NOTED = re.compile(
-    r"(?:[Pp]ass(?:word|wd|phrase|code)|[Pp]asswort|\b[Pp]wd)[\"']?\s{0,3}:\s{0,3}[\"'`]?"
+    r"(?:[Pp]ass(?:word|wd|phrase|code)|[Pp]asswort|\b[Pp]wd)(?:[\"']?\s{0,3}:|\s(?:is|was|ist))\s{0,3}[\"'`]?"
     rf"(?P<value>[A-Za-z]{{4,40}}\d{{1,2}}){_END_OF_WORD}"
+)
+_QUOTED = re.compile(
+    r"(?:\b|_)(?:[Pp]ass(?:word|wd|phrase|code)|[Pp]asswort|PASSWORD|[Pp]wd)\s{0,3}=\s{0,3}"
+    r"(?:\"(?P<double>[a-z]{6,40})\"|'(?P<single>[a-z]{6,40})')"
 )
 _IN_ENVIRONMENT = re.compile(
     rf"(?:PASS(?:WORD|WD|PHRASE|CODE)|_PWD|_SECRET)=[\"']?(?P<value>[A-Za-z][A-Za-z0-9-]{{5,63}}){_END_OF_WORD}"
 )
 _NO_PASSWORD = re.compile(  # blanks to fill in, types, methods
-    r"(?i).*(?:pass|pwd|secret|token|your|example|change|placeholder|redacted|hidden|value|str|text|field|input|param"
+    r"(?i).*(?:pass|pwd|secret|token|your|example|placeholder|redacted|hidden|value|str|text|field|input|param"
     r"|arg|var|user|name|label|line|item|required|optional|none|null|empty|undefined|default|true|false|dummy|setting"
-    r"|char|byte|int|float|base|hash|sha|crypt|argon|kdf|utf|aes).*"
+    r"|char|byte|int|float|base|hash|sha|crypt|argon|kdf|utf|aes).*|change(?:[_-]?(?:me|it|this|now))?"
 )
 _CODE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+\d{0,2}|\$.*|%.*|<.*>|\*+|x+")
 
 _EMAIL = re.compile(
     r"(?:(?<=\\[nrtbf])|(?<![\w.%+\\-]))(?!git@[\w.-]+[:/])[\w%+-](?:[\w.%+-]{0,62}[\w%+-])?"
-    r"@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w-])"
+    r"[@＠](?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w-])"
 )
 _CARD = re.compile(r"(?<![\w.+-])\d(?:[ -]?\d){13,18}(?![\w-]|\.\d)")
-_CARD_FORM = re.compile(r"\d{14,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{2,4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}")
+_CARD_FORM = re.compile(r"\d{14,19}|\d{4}([ .-])\d{4}\1\d{4}\1\d{2,4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}")
 _CARD_ISSUER = re.compile(  # Visa; Mastercard; American Express; Discover and UnionPay; JCB; Diners Club
     r"4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
     r"|6(?:011|[45]\d\d|2\d\d)\d{12,15}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-59]|[689]\d)\d{11}"
 )
 _CARD_WITHIN = re.compile(  # beside another number, such as an amount; not one of a row of numbers of four digits
-    r"(?<![\w.+-])(?<!\d{4}[ -])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{4,5}|\d{14,19})"
+    r"(?<![\w.+-])(?<!\d{4}[ -])(?:\d{4}([ .-])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{4,5}|\d{14,19})"
     r"(?![\w-]|\.\d|[ -]\d{4}(?!\d))"
 )
 _AMERICAN_PHONE = re.compile(
@@ -122,7 +129,7 @@ _AMERICAN_PHONE = re.compile(
     r"|[2-9]\d\d-[2-9]\d\d-\d{4})(?![\w-])"
 )
 _SPACED_PHONE = re.compile(  # of the Americas; not one of a row of numbers, nor a measure
-    r"(?<![\w.+-])(?<![\d,;x=/] )(?P<value>[2-9][0-8]\d [2-9]\d\d \d{4})"
+    r"(?<![\w.+-])(?<![\d,;x=/] )(?P<value>[2-9][0-8]\d([ .])[2-9]\d\d\2\d{4})"
     r"(?![\w*^=-]|[.,]\d|[ /;,]{1,2}\d| ?(?:mm|cm|m|kg|kN)\b)"
 )
 _PART = re.compile(
@@ -131,6 +138,9 @@ _PART = re.compile(
 _PAIRED_PHONE = re.compile(  # French mobile numbers; not within a row of pairs, hexadecimal or not
     r"(?<![\w.,+-])(?<!\b\d[\da-fA-F] )(?<!\b[\da-fA-F]\d )(?P<value>0[67]([ .])\d\d(?:\2\d\d){3})"
     r"(?![\w*^=-]|[ .,]\d| [a-fA-F]\d\b)"
+)
+_GERMAN_MOBILE = re.compile(
+    r"(?<![\w.,+/-])(?<!\d )(?P<value>01[567]\d{1,2}[ /-]\d{7,8})(?![\w*^=/-]|[ .,]\d| ?(?:mm|cm|m|kg|kN)\b)"
 )
 _INTERNATIONAL_PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)(?=[1-9(])\(?\d(?:[ ().\u00a0/-]{0,3}\d){6,14}(?![\w*^=-])")
 _NAMED_PHONE = re.compile(
@@ -176,7 +186,7 @@ def redact(text: str) -> Redacted:
 
 
 def redact_example(example: Example) -> RedactedExample:
-    """Replace secrets and personal data in the prompt, the answers and the history of an example."""
+    """Replace secrets and personal data in the prompt, the answers, the history and the origin of an example."""
     counts: Counter[str] = Counter()
 
     def clean(text: str) -> str:
@@ -187,9 +197,10 @@ def redact_example(example: Example) -> RedactedExample:
     prompt, target = clean(example.prompt), clean(example.target)
     history = tuple(turn.model_copy(update={"content": clean(turn.content)}) for turn in example.history)
     output = target if example.output == example.target else clean(example.output)
+    origin = example.origin and clean(example.origin)  # a heading, a path or a key may be an address
     if not counts:
         return RedactedExample(example)
-    changes = {"prompt": prompt, "target": target, "history": history, "output": output}
+    changes = {"prompt": prompt, "target": target, "history": history, "output": output, "origin": origin}
     return RedactedExample(example.model_copy(update=changes), dict(sorted(counts.items())))
 
 
@@ -237,6 +248,8 @@ def _in_json(text: str, counts: Counter[str]) -> str:
 
 def _under_key(key: str, value: str, counts: Counter[str]) -> str:
     noted = _NOTED.search(f"{key}: {value}") and _is_password(value)
+    if key.lower() == "pw" and _looks_chosen(value):
+        return _count(counts, "secret")
     if _SECRET_KEY.fullmatch(key) and not re.search(r"\s", value) and (noted or _looks_secret(key, value)):
         return _count(counts, "secret")
     if _PHONE_KEY.fullmatch(key) and _PHONE.fullmatch(value.strip()) and _is_number_of_phone(value):
@@ -248,7 +261,7 @@ def _in_text(text: str, counts: Counter[str]) -> str:
     if not _suspicious(text):
         return text
     text = _secrets(text, counts)
-    if "@" in text:
+    if "@" in text or "＠" in text:
         text = _EMAIL.sub(lambda match: _count(counts, "email"), text)
     return _numbers(text, counts) if _MANY_DIGITS.search(text) else text
 
@@ -263,7 +276,7 @@ def _secrets(text: str, counts: Counter[str]) -> str:
     for pattern in _known_tokens():
         text = _whole_tokens(pattern, text, counts)
     text = _replace(_ASSIGNED, text, lambda match, value: _looks_secret(match["name"], value), counts, "secret")
-    for pattern in (_NOTED, _IN_ENVIRONMENT):
+    for pattern in (_NOTED, _QUOTED, _IN_ENVIRONMENT):
         text = _replace(pattern, text, lambda match, value: _is_password(value), counts, "secret")
     return _replace(_SAID, text, lambda match, value: _looks_chosen(value), counts, "secret")
 
@@ -281,6 +294,7 @@ def _numbers(text: str, counts: Counter[str]) -> str:
         text = pattern.sub(lambda match: _count(counts, "card") if _is_card(match[0]) else match[0], text)
     text = _AMERICAN_PHONE.sub(lambda match: _count(counts, "phone"), text)
     text = _replace(_SPACED_PHONE, text, lambda match, value: _is_american(match, value), counts, "phone")
+    text = _replace(_GERMAN_MOBILE, text, lambda match, value: _is_valid(match, value, "DE"), counts, "phone")
     text = _replace(_PAIRED_PHONE, text, lambda match, value: _is_paired(value), counts, "phone")
     text = _INTERNATIONAL_PHONE.sub(
         lambda match: _count(counts, "phone") if _is_international(match[0]) else match[0], text
@@ -351,7 +365,7 @@ def _looks_chosen(value: str) -> bool:
 
 
 def _is_card(text: str) -> bool:
-    digits = re.sub(r"[ -]", "", text)
+    digits = re.sub(r"[ .-]", "", text)
     return bool(_CARD_FORM.fullmatch(text) and _CARD_ISSUER.fullmatch(digits) and _luhn(digits))
 
 
@@ -374,11 +388,16 @@ def _is_international(text: str) -> bool:
 
 def _is_american(match: re.Match[str], value: str) -> bool:
     """Whether three groups of digits are a phone number of the Americas, no round measures and no part's number."""
-    if value[-1] in "05" or _PART.search(match.string[max(0, match.start() - 30) : match.start()]):
+    return not (" " in value and value[-1] in "05") and _is_valid(match, value, "US")
+
+
+def _is_valid(match: re.Match[str], value: str, region: str) -> bool:
+    """Whether a region has such a phone number, and it is not called a part's number."""
+    if _PART.search(match.string[max(0, match.start() - 30) : match.start()]):
         return False
     import phonenumbers
 
-    return phonenumbers.is_valid_number(phonenumbers.parse(value, "US"))
+    return phonenumbers.is_valid_number(phonenumbers.parse(value, region))
 
 
 def _is_paired(value: str) -> bool:

@@ -5,8 +5,10 @@ file that the policy was read from. It holds hashes and counts, no text. Loads p
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _CHUNK, _BATCH = 20_000, 2_000
 _ALONE = 20_000  # rows up to which the start of processes would take longer than they save
 _MOST_PROCESSES = 8
+_ABANDONED = 86_400  # seconds after which nobody is writing a temporary file any more
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,38 @@ def sift_parts(parts: Sequence[Part], policy: Policy, identity: Identity, cache:
         cache: where parts that were looked at before are found, and new ones kept; what belongs to none of these parts
             is removed from it.
     """
-    import pyarrow as pa
-
     if cache is None:
         return [_read(_sift([part], policy, identity)) for part in parts]
     paths = cache.paths()
-    missing = [part for part, path in zip(parts, paths, strict=True) if not path.exists()]
-    tables = _sift(missing, policy, identity)
-    for part, path in zip(parts, paths, strict=True):
-        if not path.exists():
-            _keep(path, tables, part.count)
-    for path in set(cache.folder.glob("*.arrow")) - set(paths):
+    # From here on a table stays readable, whatever another run of the loop takes out of the folder.
+    tables = {path: table for path in paths if (table := _kept(path)) is not None}
+    # By path: two parts may be the same byte by byte, and are looked at once.
+    missing = {path: part for part, path in zip(parts, paths, strict=True) if path not in tables}
+    found = _sift(list(missing.values()), policy, identity)
+    for path, part in missing.items():
+        tables[path] = _keep(path, found, part.count)
+    _tidy(cache.folder, paths)
+    return [tables[path] for path in paths]
+
+
+def _kept(path: Path) -> "pa.Table | None":
+    """What was kept under this name; its file is mapped, and stays so after its removal."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except FileNotFoundError:
+        return None
+
+
+def _tidy(folder: Path, paths: Sequence[Path]) -> None:
+    """Remove what belongs to none of the parts, and what a killed run left half written."""
+    for path in set(folder.glob("*.arrow")) - set(paths):
         path.unlink(missing_ok=True)
-    return [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
+    for path in folder.glob("*.tmp"):
+        with suppress(FileNotFoundError):  # another run has just finished it
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                path.unlink()
 
 
 def _read(tables: "Iterator[pa.RecordBatch]") -> "pa.Table":
@@ -74,19 +96,22 @@ def _read(tables: "Iterator[pa.RecordBatch]") -> "pa.Table":
     return pa.Table.from_batches(tables, schema())
 
 
-def _keep(path: Path, batches: "Iterator[pa.RecordBatch]", count: int) -> None:
-    """Write as many rows as the part has; a kill leaves no half of them under this name."""
+def _keep(path: Path, batches: "Iterator[pa.RecordBatch]", count: int) -> "pa.Table":
+    """Write as many rows as the part has, and read them; a kill leaves no half of them under this name."""
     import pyarrow as pa
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with pa.ipc.new_file(str(temporary), schema()) as writer:
-            while count:
+            while count > 0:
                 batch = next(batches)
                 writer.write_batch(batch)
                 count -= batch.num_rows
+        assert count == 0, f"{path}: rows of another part were among those of this one"
+        table = _kept(temporary)
         temporary.replace(path)
+        return table
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
-FORM = 3  # of the result and of how it is made: what an earlier form left is made anew
+FORM = 4  # of the result and of how it is made: what an earlier form left is made anew
 EXAMPLE = tuple(Example.model_fields)
 
 Identity = Callable[[Example], str]

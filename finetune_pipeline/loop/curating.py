@@ -9,7 +9,6 @@ from finetune_pipeline.artifacts import Artifact, hash_of, obtain, package_versi
 from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_card
 from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, curate_files, write_dataset
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
-from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.loop import reading
 from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest
 from finetune_pipeline.settings import LoopSettings, home, project_path
@@ -29,6 +28,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         benchmark=project_path(loop.evaluation.benchmark),
         output_schema=project_path(loop.output_schema) if loop.output_schema else None,
         replay=reading.replay_path(loop),
+        tokenizer=reading.tokenizer_path(loop),
     )
     inputs = {"raw_logs": raw_logs.manifest.version, **files}
     policy = reading.policy(loop)
@@ -63,13 +63,11 @@ def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[
     from finetune_pipeline.curation.sifted import Cache
     from finetune_pipeline.curation.sifting import FORM
 
-    base = str(resolve_base_model(loop.base_model)) if reading.policy(loop).tokens else ""
     given = {
         "form": FORM,
         "settings": loop.curation.model_dump(exclude={"compute", *OF_THE_CHOICE}),
         "review": loop.review.model_dump(),
         "files": files,
-        "base": base,
         "packages": package_versions("finetune-pipeline", "detect-secrets", "phonenumbers", "rensa", "jsonschema"),
     }
     records = raw_logs.manifest.files

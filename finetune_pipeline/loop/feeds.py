@@ -33,7 +33,7 @@ from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceE
 
 _BATCH = 1_000
 _CHUNK = 500
-_REASON = 300
+_ORIGIN, _REASON = 1_000, 300
 _NAMED = 10_000  # of a table of millions in which no row can be used, the first are named, and all counted
 _BETWEEN_MARKS = 100_000  # a source that gives marks gives one more often
 _SPACE = uuid.UUID("6a4b1f0e-7c52-4f0b-9d3e-52c8a1f7b9d4")  # of this project's name-based ids; any random one would do
@@ -203,10 +203,11 @@ class _Sync:
         return made
 
     def _skip(self, one: Skipped) -> None:
-        origin = one.origin[:1000]
+        """Note what cannot be used. Reasons say what was found, and that may be a secret as well."""
+        origin = one.origin[:_ORIGIN]
         self.fed.skipped += origin not in self.skipped
         if len(self.skipped) < _NAMED:
-            self.skipped[origin] = one.reason[:_REASON]
+            self.skipped[origin] = redact(one.reason).text[:_REASON]
         if one.unseen:
             self.unseen.append(one.origin)
         else:
@@ -238,7 +239,9 @@ class _Sync:
         own = {"task": self.loop.name, "source": self.feed.name}
         s = t.skipped_items.c
         connection.execute(t.skipped_items.delete().where(s.task == own["task"], s.source == own["source"]))
-        rows = [{**own, "origin": origin, "reason": reason} for origin, reason in sorted(self.skipped.items())]
+        # Of those whose origins are the same but for an address, one is named; all are counted.
+        named = {redact(origin).text[:_ORIGIN]: reason for origin, reason in sorted(self.skipped.items())}
+        rows = [{**own, "origin": origin, "reason": reason} for origin, reason in named.items()]
         if rows:
             connection.execute(t.skipped_items.insert(), rows)
 

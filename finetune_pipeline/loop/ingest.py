@@ -9,6 +9,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.forgetting import forgotten_of
 from finetune_pipeline.feedback.journal import take_over_orphans
@@ -133,13 +134,17 @@ def _lines(
 
 
 def _asking(loop: LoopSettings, lines: Iterator[Line]) -> Iterator[Line]:
-    """The lines, without the conversations in which nothing is asked but what the loop's own system prompt says."""
+    """The lines, without the conversations in which nothing is asked but what the loop's own system prompt says.
+
+    The reason of a refused one is shown, and says what was found: it is redacted. Its excerpt is not shown; by it the
+    line is deleted when a user has to be forgotten.
+    """
     for line in lines:
         item = line.event
         if isinstance(item, Item) and not without_system_prompt(item.prompt, item.history, loop.system_prompt)[0]:
             yield replace(line, event=None, reason="nothing is asked beside the loop's own system prompt")
         else:
-            yield line
+            yield replace(line, reason=redact(line.reason).text) if line.event is None else line
 
 
 def _without_forgotten(connection: sa.Connection, loop: LoopSettings, batch: list[Line]) -> list[Line]:

@@ -7,7 +7,7 @@ from typing import Any
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation.dataset import read_replay
 from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.curation.lengths import TokenCounter
+from finetune_pipeline.curation.lengths import TokenCounter, tokenizer_file
 from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.curation.rules import Policy, Validator, answer_validator
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
@@ -55,14 +55,20 @@ def policy(loop: LoopSettings) -> Policy:
     path = project_path(loop.evaluation.benchmark)
     index, problem = _judges(path, schema, _stamp(path), _stamp(schema))
     quotas = {feed.name: Quota(feed.max_examples, feed.max_share) for feed in loop.sources.feeds}
-    limited = loop.curation.max_prompt_tokens or loop.curation.max_answer_tokens
-    tokens = _token_counter(resolve_base_model(loop.base_model)) if limited else None
+    tokenizer = tokenizer_path(loop)
+    tokens = _token_counter(tokenizer.parent, tokenizer, _stamp(tokenizer)) if tokenizer else None
     return Policy(loop.curation, index, problem, quotas, loop.review.required, tokens)
 
 
 @lru_cache(maxsize=4)
-def _token_counter(base: Path) -> TokenCounter:
+def _token_counter(base: Path, *_stamps: object) -> TokenCounter:
     return TokenCounter(base)
+
+
+def tokenizer_path(loop: LoopSettings) -> Path | None:
+    """The base model's tokenizer, where curation counts tokens."""
+    limited = loop.curation.max_prompt_tokens or loop.curation.max_answer_tokens
+    return tokenizer_file(resolve_base_model(loop.base_model)) if limited else None
 
 
 def identity(example: Example) -> str:

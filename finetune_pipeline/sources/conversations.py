@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from finetune_pipeline.records import Moment, ShortText, Text, Turn, alpaca_prompt, explain
+from finetune_pipeline.records import Moment, ShortText, Text, Turn, alpaca_prompt, explain, shown
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.item import Item
 
@@ -29,7 +29,6 @@ _ROLES = {
 _CHATML = "<|im_start|>"
 _CHATML_TURN = re.compile(r"<\|im_start\|>([^\n<]*)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 _ANSWERS = ("completion", "response", "output")
-_SHOWN = 80
 
 Said = tuple[list[Turn], Any, Any]
 """History, prompt and answer of a row."""
@@ -91,7 +90,7 @@ def _form_of(row: Mapping[str, Any]) -> str:
         return "alpaca"
     if "prompt" in row:
         return "prompt_completion"
-    found = f"the fields {', '.join(map(str, row))!r:.{_SHOWN}}" if row else "no fields"
+    found = f"the fields {shown(', '.join(map(str, row)))}" if row else "no fields"
     raise ValueError(
         f"found {found}, expected those of one form: instruction and output (alpaca), prompt and completion, "
         "conversations (sharegpt), messages, or event"
@@ -169,7 +168,7 @@ def _turns(value: Any, name: str) -> list[Turn]:
 def _turn(role: Any, content: Any, where: str) -> Turn:
     known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        raise ValueError(f"{where}: the role is {role!r:.{_SHOWN}}, expected system, user (human) or assistant (gpt)")
+        raise ValueError(f"{where}: the role is {shown(role)}, expected system, user (human) or assistant (gpt)")
     if not isinstance(content, str):
         raise ValueError(f"{where}: found {type(content).__name__}, expected a text")
     try:
@@ -188,7 +187,7 @@ def _parts(content: Any) -> Any:
 def _chatml(text: str) -> list[Turn]:
     beside = _CHATML_TURN.sub("", text).strip()
     if beside or _CHATML not in text:
-        raise ValueError(f"found {beside or text!r:.{_SHOWN}} outside of the turns, expected {_CHATML}role ...")
+        raise ValueError(f"found {shown(beside or text)} outside of the turns, expected {_CHATML}role ...")
     turns = [_turn(role, content, "text") for role, content in _CHATML_TURN.findall(text)]
     return turns[:-1] if turns and not turns[-1].content.strip() else turns  # an open turn, for a model to go on
 

@@ -18,13 +18,13 @@ from urllib.parse import quote, quote_plus
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 
+from finetune_pipeline.records import shown
 from finetune_pipeline.settings import SqlFeed
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
 
 _YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
 _NO = frozenset({"false", "f", "no", "n", "0", ""})
 _NAMED = 100
-_SHOWN = 60
 _LONGEST_NAME = 4_000
 
 _KINDS: dict[str, tuple[type, Callable[[str], Any], Callable[[Any], str]]] = {
@@ -189,14 +189,14 @@ def _reward(feed: SqlFeed, rating: Any, gold: Any) -> float | None:
         raise _Unusable(f"{feed.rating} is NULL")
     value = _plain(rating)
     if value not in feed.ratings:
-        raise _Unusable(f"{feed.rating} is {value[:_SHOWN]!r}; ratings knows {', '.join(feed.ratings)}")
+        raise _Unusable(f"{feed.rating} is {shown(value)}; ratings knows {', '.join(feed.ratings)}")
     return feed.ratings[value]
 
 
 def _is_set(column: str, value: Any) -> bool:
     text = "" if value is None else _plain(value).lower()
     if text not in _YES | _NO:
-        raise _Unusable(f"{column} is {text[:_SHOWN]!r}, neither yes nor no")
+        raise _Unusable(f"{column} is {shown(text)}, neither yes nor no")
     return text in _YES
 
 

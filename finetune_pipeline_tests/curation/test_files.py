@@ -1,6 +1,8 @@
 """Snapshots of several files: in processes, on Ray, and with what was found before; always the same dataset."""
 
+import os
 import secrets
+import time
 from importlib.util import find_spec
 
 import pyarrow.parquet as pq
@@ -85,6 +87,41 @@ def test_a_new_cycle_looks_at_new_files_only_and_a_full_one_gives_the_same(tmp_p
     assert hashes(third, tmp_path / "third") == hashes(curate_files(paths, [], POLICY, identity), tmp_path / "full")
     curate_files(paths[2:], [], POLICY, identity, Cache(folder, ["c"]))
     assert [path.name for path in folder.iterdir()] == ["c.arrow"], "what no part needs any more is gone"
+
+
+def test_identical_files_each_have_their_own_rows(tmp_path):
+    first, second = list(logs(0, 60)), list(logs(60, 90))
+    paths = write(tmp_path, first, second, first, logs(90, 120), second)
+    assert hash_file(paths[0]) == hash_file(paths[2])
+    cache = Cache(tmp_path / "cache", ["a", "b", "a", "c", "b"])
+    cold = hashes(curate_files(paths, [], POLICY, identity, cache), tmp_path / "cold")
+    assert cold == hashes(curate_files(paths, [], POLICY, identity, cache), tmp_path / "warm")
+    assert cold == hashes(curate_files(paths, [], POLICY, identity), tmp_path / "none")
+
+
+def test_another_run_may_clear_the_kept_files_at_any_moment(tmp_path, monkeypatch):
+    paths = write(tmp_path, logs(0, 60), logs(60, 90))
+    folder, real = tmp_path / "cache", sifted.sift_chunk
+    whole = curate_files(paths, [], POLICY, identity, Cache(folder, ["a", "b"]))
+    (folder / "b.arrow").unlink()
+
+    def cleared(chunk, policy, identity):
+        (folder / "a.arrow").unlink()  # what a run over other parts does at its end
+        return real(chunk, policy, identity)
+
+    monkeypatch.setattr(sifted, "sift_chunk", cleared)
+    again = curate_files(paths, [], POLICY, identity, Cache(folder, ["a", "b"]))
+    assert hashes(again, tmp_path / "again") == hashes(whole, tmp_path / "whole")
+
+
+def test_what_a_killed_run_left_half_written_goes_after_a_day(tmp_path):
+    (tmp_path / "cache").mkdir()
+    old, fresh = tmp_path / "cache" / "x.1.tmp", tmp_path / "cache" / "y.2.tmp"
+    for path, age in ((old, 90_000), (fresh, 60)):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    curate_files(write(tmp_path, logs(0, 9)), [], POLICY, identity, Cache(tmp_path / "cache", ["a"]))
+    assert fresh.exists() and not old.exists()
 
 
 def test_nobody_s_words_are_kept_between_cycles(tmp_path):

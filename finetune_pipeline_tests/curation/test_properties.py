@@ -55,11 +55,15 @@ answers = st.sampled_from(["yes", "no", '{"a": 1}', '{ "a":1 }', "mail ann.smith
 @st.composite
 def logs(draw, prompts=planted):
     """Examples, each with an id and a sequence of its own."""
-    fields = st.tuples(prompts, answers, st.sampled_from([-0.8, 0.2, 0.5, 0.9]), st.booleans(), st.booleans())
+    rewards, origins = st.sampled_from([-0.8, 0.2, 0.5, 0.9]), st.none() | planted.map("Notes/a.md#{}".format)
+    fields = st.tuples(prompts, answers, rewards, st.booleans(), st.booleans(), origins)
     made = []
-    for number, (prompt, target, reward, confirmed, corrected) in enumerate(draw(st.lists(fields, max_size=12))):
+    for number, (prompt, target, reward, confirmed, corrected, origin) in enumerate(
+        draw(st.lists(fields, max_size=12))
+    ):
         given = {"prompt": prompt, "target": target, "output": "no" if corrected else target, "reward": reward}
         flags = {"confidence": 0.9, "confirmed": confirmed, "corrected": corrected, "sequence": number // 2}
+        flags |= {"origin": origin}
         made.append(Example(interaction_id=uid(str(number)), **given, **flags))
     return made
 
@@ -87,7 +91,7 @@ def test_what_was_curated_stays_as_it_is(examples):
     by_id = {str(example.interaction_id): example for example in examples}
     kept = [
         by_id[row.interaction_id].model_copy(
-            update={"prompt": row.prompt, "target": row.completion, "output": row.completion}
+            update={"prompt": row.prompt, "target": row.completion, "output": row.completion, "origin": row.origin}
         )
         for row in rows_of(once)
     ]

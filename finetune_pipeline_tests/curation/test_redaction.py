@@ -76,6 +76,20 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         ("ring 415 555 2671, please", "ring [PHONE], please"),
         ("06 12 34 56 78", "[PHONE]"),
         ("tel de Paul 07.81.22.90.15.", "tel de Paul [PHONE]."),
+        ("my password is hunter2", "my password is [SECRET]"),
+        ("das Passwort ist sommer24.", "das Passwort ist [SECRET]."),
+        ("DB_PASSWORD=changeme42", "DB_PASSWORD=[SECRET]"),
+        ("pw: Sommer2024!", "pw: [SECRET]"),
+        ('{"pw": "Sommer2024!"}', '{"pw": "[SECRET]"}'),
+        ('password = "letmein"', 'password = "[SECRET]"'),
+        ("connect(db_password='letmein')", "connect(db_password='[SECRET]')"),
+        ("4111.1111.1111.1111", "[CARD]"),
+        ("415.555.2671", "[PHONE]"),
+        ("ring 415.555.2670.", "ring [PHONE]."),
+        ("Ruf mich an: 0151 23456789", "Ruf mich an: [PHONE]"),
+        ("0171/1234567 oder 0160-12345678", "[PHONE] oder [PHONE]"),
+        ("user＠example.com", "[EMAIL]"),
+        ('{"to": "user\\uff20example.com"}', '{"to": "[EMAIL]"}'),
     ],
 )
 def test_secrets_and_personal_data_are_replaced(text, clean):
@@ -116,6 +130,12 @@ def test_secrets_and_personal_data_are_replaced(text, clean):
         "part no 415 555 2671, article 415 555 2673",
         "06 08 10 12 16 and 06 07 08 09 10 and 0a 06 12 34 56 78 and 06 12 34 56 78 90",
         "commit da39a3ee5e6b4b0d3255bfef95601890afd80709",
+        "400.500.600 mm, 400.500.6000 mm, 415.555.2671 mm, part no 415.555.2671, 10.415.555.267",
+        "4711.0815.1234.5678, 4111.1111.1111.1112, 4111.1111.1111.1111.1",
+        "article 0151 23456789, 0151 23456789 mm, 12 0151 23456789, 0151-23456789-01, 0151 234 567, 0301 23456789",
+        'password = "required", password="string", password: "letmein", password = "MODE", type="password" id="login"',
+        "the password is string2, the password is base64 encoded, the password was required, the key is hunter2",
+        "pw: 3.5e6 kW, pw: password, pw: Config.model2-x, pw: int",
     ],
 )
 def test_ordinary_text_stays_as_it_is(text):
@@ -178,13 +198,14 @@ def test_the_same_secret_gives_the_same_placeholder_everywhere_in_an_example():
         interaction_id=uid("a"), sequence=1, prompt="write to jane@example.com", target='{"to": "jane@example.com"}',
         output="to: jane@example.com",
         history=(Turn(role="user", content="her number is +49 30 901820"),),
-        reward=1, confirmed=True, corrected=False,
+        reward=1, confirmed=True, corrected=False, origin="People/2024-05-06 Talk.md#Call jane@example.com",
     )  # fmt: skip
     redacted = redact_example(logged)
     assert (redacted.example.prompt, redacted.example.target) == ("write to [EMAIL]", '{"to": "[EMAIL]"}')
     assert redacted.example.history[0].content == "her number is [PHONE]"
     assert redacted.example.output == "to: [EMAIL]"
-    assert redacted.counts == {"email": 3, "phone": 1}
+    assert redacted.example.origin == "People/2024-05-06 Talk.md#Call [EMAIL]"
+    assert redacted.counts == {"email": 4, "phone": 1}
     assert redacted.example.interaction_id == logged.interaction_id
 
 
@@ -213,6 +234,7 @@ PIECES = st.sampled_from(
         "(415) 555-2671",
         "hf_" + "aB" * 17, JWT, PEM, "password=", "password is ", "hunter2x", "://a:", "@", ":", "=", '"', "'", "\\",
         "\\n", "\\u0040", "[SECRET]", "[EMAIL]", "[", "]", "{", "}", "phone: ", "Bearer ", "?token=", ";pwd=", "+",
+        "415.555.2671", "0151 23456789", "pw: ", "password = ", "letmein", "Sommer24x", "＠", "4111.1111.1111.1111",
         "415 555 2671", "06 12 34 56 78", AWS_ID, AWS_SECRET, "hunter2", "DB_PASSWORD=", "correcthorse", "password: ",
         "00", "-", " ", ".", "1", "12345678", "aws key ", "-----END PRIVATE KEY-----", ",", "é", "\n",
     ]
@@ -263,6 +285,10 @@ def test_a_json_document_stays_one(value):
         f"{AWS_SECRET} ",
         "DB_PASSWORD=a",
         "password: a",
+        "password is a",
+        "415.555.",
+        "0151 ",
+        "pw:",
     ],
 )
 def test_a_text_made_to_be_slow_is_not(piece):

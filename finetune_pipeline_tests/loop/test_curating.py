@@ -2,14 +2,18 @@
 
 import shutil
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from finetune_pipeline.artifacts import point
 from finetune_pipeline.curation import sifted
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.loop.curating import dataset
+from finetune_pipeline.loop.feeds import read_feed
 from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import home
+from finetune_pipeline.sources.item import Item
 
 from .conftest import corrected
 
@@ -40,3 +44,42 @@ def test_a_new_cycle_looks_at_the_new_part_only_and_gives_what_a_full_one_gives(
     assert len(looked) == 4
     dataset(make_loop(curation={**loop.curation.model_dump(), "min_reward": 0.1}), logs)
     assert len(looked) == 6
+
+
+def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_cache(make_loop):
+    feed = {"kind": "files", "name": "imported", "path": "somewhere"}
+    loop = make_loop(sources={"feeds": [feed]}, curation={"min_examples": 1, "validation_share": 0.0})
+    ash, birch, cedar = (
+        Item(name, f"what did {name} say of it?", f"{name} spoke") for name in ("ash", "birch", "cedar")
+    )
+    for items in ([ash, birch], [ash], [ash, birch], [ash], [ash, birch, cedar]):
+        read_feed(loop, loop.sources.feeds[0], connect(), lambda feed, mark, items=items: iter(items))
+        logs, _ = snapshot(loop, connect())
+        point(logs.manifest, "a run")
+        warm = dataset(loop, logs)
+    parts = [logs.manifest.files[part].sha256 for part in logs.manifest.parts]
+    assert len(set(parts)) < len(parts), "two cycles withdrew the same"
+    assert warm.manifest.train == 3
+    shutil.rmtree(home() / "cache")
+    shutil.rmtree(warm.path)
+    assert dataset(loop, logs).manifest.files == warm.manifest.files
+
+
+def test_another_tokenizer_under_the_same_path_gives_another_dataset(make_loop, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    cur = {"min_examples": 1, "validation_share": 0.0, "max_answer_tokens": 3}
+    loop = make_loop(curation=cur, base_model=str(base))
+
+    def tokenizer(split):
+        made = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+        made.pre_tokenizer = split
+        made.save(str(base / "tokenizer.json"))
+
+    tokenizer(pre_tokenizers.Whitespace())
+    logs = take(loop, "ash", "birch")
+    words = dataset(loop, logs).manifest
+    tokenizer(pre_tokenizers.Split("", "isolated"))
+    letters = dataset(loop, logs).manifest
+    assert (words.train, letters.train) == (2, 0)
+    assert words.version != letters.version

@@ -21,6 +21,7 @@ from finetune_pipeline.loop.curated_dataset import dataset, taught
 from finetune_pipeline.loop.feeds import read_feed, skipped_items
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot
+from finetune_pipeline.records import shown
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.item import Item, Mark, Skipped, SourceError
 from finetune_pipeline.sources.rows import read_rows as read_rows_of
@@ -127,6 +128,25 @@ def test_what_cannot_be_used_is_named_with_its_reason(loop):
     assert take(loop, *items("ash")).skipped == 0
     with connect().read() as connection:
         assert not skipped_items(connection, loop.name, 10)
+
+
+def test_what_is_said_of_unusable_things_shows_no_secret(loop):
+    long = f"{'word ' * 14}ann.smith@example.com is behind it"  # an error cuts what it shows: of an address none or all
+    fed = take(
+        loop,
+        Skipped("people:ann@example.com", "stars is 'hf_" + "aB1" * 12 + "'; ratings knows 1, 5"),
+        Skipped("people:bob@example.com", f"found {shown(long)}, expected a role"),
+        Item("People.md#Call ann@example.com", "what did ash say?", "ash spoke"),
+    )
+    assert fed.skipped == 2
+    with connect().read() as connection:
+        (row,) = skipped_items(connection, loop.name, 10)
+    assert row.origin == "people:[EMAIL]" and not {"ann", "aB1"} & set(row.reason.replace(".", " ").split())
+    artifact, _ = snapshot(loop, connect())
+    made = dataset(loop, artifact)
+    (learnt,) = read_rows(made.path, "train")
+    assert learnt["origin"] == "People.md#Call [EMAIL]"
+    assert made.manifest.redacted == {"email": 1} and "ann@" not in (made.path / "card.md").read_text()
 
 
 def test_a_correction_of_a_model_s_answer_teaches_as_one(loop):

@@ -66,6 +66,16 @@ def test_bad_lines_are_quarantined_with_file_line_and_reason(loop):
     assert interactions(loop) == 2
 
 
+def test_the_reason_of_a_refused_line_shows_no_secret(loop):
+    file = loop.drop_folder / "log.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"ann@example.com": 1, "note": 2}) + "\n")
+    assert take(loop).rejected == 1
+    with connect().read() as connection:
+        (row,) = rejected_lines(connection, "notes", 10)
+    assert row.reason.startswith("found the fields '[EMAIL], note'")
+
+
 def test_a_mended_file_is_read_anew_and_its_quarantine_is_lifted(loop):
     file = loop.drop_folder / "log.jsonl"
     write_events(file, interaction("ash"))
