@@ -63,13 +63,21 @@ Rating = Literal["1", "2", "3", "4", "5", "gold"]
 Reward = Annotated[float, Field(ge=-1, le=1)]
 
 
-class FeedSettings(Settings):
+class QuotaSettings(Settings):
+    """How much of a dataset a source may be."""
+
+    max_examples: int | None = Field(default=None, ge=1, description="At most so many of a dataset come from it.")
+    max_share: float = Field(
+        default=1.0, gt=0, le=1,
+        description="At most so much of a dataset comes from it, measured by the sources of a larger share.",
+    )  # fmt: skip
+
+
+class FeedSettings(QuotaSettings):
     """What every declared source has."""
 
     name: str = Field(pattern=_NAME, max_length=60, description="Its name, on every record that comes from it.")
     reward: float = Field(default=0.8, ge=-1, le=1, description="Of its answers, where it has no rewards of its own.")
-    max_examples: int | None = Field(default=None, ge=1, description="At most so many of a dataset come from it.")
-    max_share: float = Field(default=1.0, gt=0, le=1, description="At most so much of a dataset comes from it.")
 
 
 FileFormat = Literal["auto", "alpaca", "prompt_completion", "sharegpt", "messages"]
@@ -195,12 +203,17 @@ class SqlFeed(FeedSettings):
         return self
 
 
-class LogsFeed(Settings):
+LOGS = "logs"
+"""The source of what the application itself logged."""
+
+INGESTED = "ingested"
+"""The source of conversations from the drop folder's files and from `finetune ingest FILE`."""
+
+
+class LogsFeed(QuotaSettings):
     """What the application itself logged, as one source among the others: it is read always, and its quota is here."""
 
     kind: Literal["logs"]
-    max_examples: int | None = Field(default=None, ge=1, description="At most so many of a dataset come from it.")
-    max_share: float = Field(default=1.0, gt=0, le=1, description="At most so much of a dataset comes from it.")
 
     @property
     def name(self) -> str:
@@ -208,13 +221,20 @@ class LogsFeed(Settings):
         return LOGS
 
 
-LOGS = "logs"
-"""The source of what the application itself logged."""
+class IngestedFeed(QuotaSettings):
+    """Conversations from dropped files and `finetune ingest`: they are read always, and their quota is here."""
 
-INGESTED = "ingested"
-"""The source of conversations from the drop folder's files and from `finetune ingest FILE`."""
+    kind: Literal["ingested"]
 
-Feed = Annotated[FilesFeed | VaultFeed | CodeFeed | DocumentsFeed | SqlFeed | LogsFeed, Field(discriminator="kind")]
+    @property
+    def name(self) -> str:
+        """As it stands on the rows of a dataset."""
+        return INGESTED
+
+
+Feed = Annotated[
+    FilesFeed | VaultFeed | CodeFeed | DocumentsFeed | SqlFeed | LogsFeed | IngestedFeed, Field(discriminator="kind")
+]
 
 
 class SourceSettings(Settings):
@@ -243,7 +263,9 @@ class SourceSettings(Settings):
     def _every_feed_has_its_own_name(cls, feeds: tuple[Feed, ...]) -> tuple[Feed, ...]:
         names = [feed.name for feed in feeds]
         twice = sorted({name for name in names if names.count(name) > 1})
-        taken = sorted({"replay", LOGS, INGESTED} & {feed.name for feed in feeds if feed.kind != "logs"})
+        taken = sorted(
+            {"replay", LOGS, INGESTED} & {feed.name for feed in feeds if not isinstance(feed, LogsFeed | IngestedFeed)}
+        )
         if twice or taken:
             raise ValueError(f"{', '.join(twice or taken)} is taken; give each source a name of its own")
         return feeds

@@ -13,6 +13,7 @@ from finetune_pipeline.cli.options import actor, loop_option
 from finetune_pipeline.settings import LoopSettings
 
 if TYPE_CHECKING:
+    from finetune_pipeline.curation.rules import Policy
     from finetune_pipeline.database import Database
     from finetune_pipeline.feedback.review import Candidate
     from finetune_pipeline.feedback.rewards import RewardFunction
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from finetune_pipeline.records import ReviewKind
 
 Problem = Callable[[str], str | None]
+"""Why curation would refuse an answer; None if it would not."""
 
 KEYS = {"a": "approve", "r": "reject", "e": "edit", "s": "skip", "u": "undo", "q": "quit"}
 _STYLES: tuple[dict[str, Any], ...] = (
@@ -48,9 +50,7 @@ def review(loop: LoopSettings, limit: int | None, reviewer: str | None) -> None:
     if not items:
         click.echo(f"nothing of loop {loop.name} waits for review")
         return
-    session = _Session(
-        loop, database, reviewer or actor(), reward_function(loop.feedback), reading.policy(loop).problem, items
-    )
+    session = _Session(loop, database, reviewer or actor(), reward_function(loop.feedback), reading.policy(loop), items)
     session.run()
     click.echo(session.summary())
 
@@ -68,7 +68,7 @@ class _Session:
     database: "Database"
     reviewer: str
     reward: "RewardFunction"
-    problem: Problem
+    policy: "Policy"
     items: "list[Waiting]"
     at: int = 0
     steps: list[tuple[int, str]] = field(default_factory=list)
@@ -138,9 +138,15 @@ class _Session:
         self.items[self.at] = replace(self.items[self.at], candidate=replace(now, decided=self._shown.decided))
         return True
 
+    def _wrong(self, answer: str) -> str | None:
+        """Why curation would refuse an answer to the present example."""
+        from finetune_pipeline.loop.review import refusal
+
+        return refusal(self._shown.interaction, answer, self.policy)
+
     def _approve(self) -> None:
         answer = self._shown.answer
-        wrong = _wrong(answer, self.problem, self.loop)
+        wrong = self._wrong(answer)
         if wrong is not None:
             _warn(f"it cannot train as it is ({wrong}); edit or reject it")
         else:
@@ -148,7 +154,7 @@ class _Session:
 
     def _edit(self) -> bool:
         answer = self._shown.answer
-        target = _edited(answer, self.problem, self.loop)
+        target = _edited(answer, self._wrong, self.loop)
         if target is None:
             return False
         self._decide("approve" if target == answer else "edit", target)
@@ -214,7 +220,7 @@ def _edited(answer: str, problem: Problem, loop: LoopSettings) -> str | None:
             _warn("nothing was saved")
             return None
         target = _in_style(saved, style)
-        wrong = _wrong(target, problem, loop)
+        wrong = problem(target)
         if wrong is None:
             return target
         _warn(f"it cannot train so: {wrong}")
@@ -222,14 +228,6 @@ def _edited(answer: str, problem: Problem, loop: LoopSettings) -> str | None:
         if _key() != "e":
             return None
         text = saved
-
-
-def _wrong(answer: str, problem: Problem, loop: LoopSettings) -> str | None:
-    """Why curation would refuse an answer."""
-    if not answer.strip():
-        return "the answer is empty"
-    longest = loop.curation.max_answer_chars
-    return f"longer than {longest} characters" if len(answer) > longest else problem(answer)
 
 
 def _style(answer: str) -> dict[str, Any] | None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, Row
+from finetune_pipeline.curation.origins import ORIGINS
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 
 DATASET_CARD = "card.md"
-SAMPLE = 5
+SAMPLE = 20  # rows, or as many as there are sources
+OF_EACH = 2  # rows of a source
 _LONGEST = 400
 
 
@@ -39,7 +41,7 @@ def dataset_card(card: DatasetCard) -> str:
     """Render a card; the same card gives the same text. No value of a secret is in it, only how many of each kind."""
     curated = card.curated
     held = {split: curated.count(DATASET, split) for split in SPLITS}
-    title = f"# Dataset {_cell(card.version)} of {_cell(card.loop)}"
+    title = f"# Dataset {cell(card.version)} of {cell(card.loop)}"
     lead = (
         f"{held['train'] + curated.replayed:,} examples to train on ({curated.replayed:,} of them replayed) and "
         f"{held['validation']:,} to validate. Which side a prompt is on follows from its hash and never changes. "
@@ -52,19 +54,18 @@ def dataset_card(card: DatasetCard) -> str:
         _counts("Replaced by placeholders", "kind", curated.redacted),
         _table("Filters and settings", ("setting", "value"), {k: _shown(v) for k, v in card.settings.items()}),
         _table("Made from", ("what", "hash or version"), {**card.inputs, "events up to": card.watermark}),
-        _table("Made with", ("package", "version"), card.packages), _sample(curated.sample(SAMPLE)),
+        _table("Made with", ("package", "version"), card.packages), _sample(curated.sample(OF_EACH)),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
-def sample(rows: Sequence[Row], count: int = SAMPLE) -> list[Row]:
-    """Some rows, of every source in turn, its first."""
+def sample(rows: Sequence[Row]) -> list[Row]:
+    """The first row of every source, then a second of each, while it stays within SAMPLE."""
     by_source: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if len(by_source[row.source]) < count:
-            by_source[row.source].append(row)
-    turns = (found[place] for place in range(count) for _, found in sorted(by_source.items()) if place < len(found))
-    return [row for row, _ in zip(turns, range(count), strict=False)]
+        by_source[row.source].append(row)
+    turns = [found[place] for place in range(OF_EACH) for _, found in sorted(by_source.items()) if place < len(found)]
+    return turns[: max(SAMPLE, len(by_source))]
 
 
 def _splits(curated: Curated) -> dict[str, int]:
@@ -79,9 +80,9 @@ def _splits(curated: Curated) -> dict[str, int]:
 def _sources(counts: Mapping[str, int]) -> str:
     """Where the examples come from."""
     total = sum(counts.values())
-    lines = [f"| {_cell(source)} | {count:,} | {count / total:.1%} |" for source, count in sorted(counts.items())]
+    lines = [f"| {cell(source)} | {count:,} | {count / total:.1%} |" for source, count in sorted(counts.items())]
     head = ["## Sources", "", "| source | examples | share |", "|---|---:|---:|"]
-    return "\n".join([*head, *lines])
+    return "\n".join([*head, *lines, "", f"Where each example came from: [{ORIGINS}]({ORIGINS})."])
 
 
 def _counts(title: str, name: str, counts: Mapping[str, int]) -> str:
@@ -91,7 +92,7 @@ def _counts(title: str, name: str, counts: Mapping[str, int]) -> str:
 
 
 def _table(title: str, head: tuple[str, str], rows: Mapping[str, Any]) -> str:
-    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows.items()]
     return "\n".join([f"## {title}", "", f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
 
 
@@ -115,6 +116,7 @@ def _shown(value: Any) -> str:
     return _cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as it may stand in a cell of a Markdown table."""
     text = f"{value:,}" if isinstance(value, int) else str(value)
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;") or "(empty)"

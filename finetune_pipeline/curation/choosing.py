@@ -110,11 +110,14 @@ def choose(found: Found, settings: CurationSettings, quotas: Mapping[str, Quota]
         rest = one[_first_of(alike(texts(one), found.of("target", one), settings.semantic_similarity))]
         left_out[SAME_MEANING] += len(one) - len(rest)
         one = rest
-    kept = _by_question(found, _within_quotas(found, one, quotas, left_out))
+    within = _within_quotas(found, one, quotas)
+    kept = _by_question(found, one[within])
+    for name, count in Counter(_sources(found, one[~within])).items():
+        left_out[f"over the quota of {name}"] += count
     return Choice(
         kept=kept,
         pairs=_pairs(found, accepted, kept),
-        undesirable=_undesirable(found, accepted, best),
+        undesirable=_undesirable(found, accepted, best, kept, quotas),
         overlaps=found.places("overlap"),
         conflicts=conflicts,
         left_out={reason: count for reason, count in sorted(left_out.items()) if count},
@@ -169,17 +172,19 @@ def _near(found: Found, best: Numbers, settings: CurationSettings, texts: Texts)
     return labels
 
 
-def _within_quotas(found: Found, places: Numbers, quotas: Mapping[str, Quota], left_out: Counter[str]) -> Numbers:
-    """The rows, of each source the most trusted ones as far as its quota goes."""
+def _within_quotas(found: Found, places: Numbers, quotas: Mapping[str, Quota]) -> Numbers:
+    """Which of the rows stay: the first ones of each source as far as its quota goes."""
     sources = found.texts("source", places).fill_null(LOGS).combine_chunks().dictionary_encode()
     names, numbers = sources.dictionary.to_pylist(), sources.indices.to_numpy()
     may = allowed({name: int((numbers == n).sum()) for n, name in enumerate(names)}, quotas)
-    kept = np.zeros(len(places), np.bool_)
+    within = np.zeros(len(places), np.bool_)
     for number, name in enumerate(names):
-        mine = np.flatnonzero(numbers == number)
-        kept[mine[: may[name]]] = True
-        left_out[f"over the quota of {name}"] += len(mine) - may[name]
-    return places[kept]
+        within[np.flatnonzero(numbers == number)[: may[name]]] = True
+    return within
+
+
+def _sources(found: Found, places: Numbers) -> list[str]:
+    return list(found.texts("source", places).fill_null(LOGS).to_pylist())
 
 
 def _by_question(found: Found, places: Numbers) -> Numbers:
@@ -194,18 +199,23 @@ def _pairs(found: Found, accepted: Numbers, kept: Numbers) -> Numbers:
     return _by_question(found, _first_of_question(found, faults[learnt & (target == same)]))
 
 
-def _undesirable(found: Found, accepted: Numbers, best: Numbers) -> Numbers:
+def _undesirable(found: Found, accepted: Numbers, best: Numbers, kept: Numbers, quotas: Mapping[str, Quota]) -> Numbers:
     """At most one row a question: what a person corrected first, then the worst rewarded, then the newest.
 
     An answer that the training set teaches is never a bad one: nor one that it would teach, were there not a
-    near-duplicate of the question that does.
+    near-duplicate of the question that does. Those of a source take what its answers to learn left of its quota; a
+    correction that is learnt is one example, with what it corrected.
     """
     shown = np.concatenate([accepted[found.of("fault", accepted)], found.places("bad")])
     keys = [found.of(column, shown) for column in ("tie", "output", "sequence")]
     shown = shown[np.lexsort([*keys, -found.of("reward", shown), found.of("corrected", shown)])[::-1]]
     learnt, same = _targets(found, _by_question(found, best), found.of("question", shown))
     wrong = ~learnt | (found.of("output", shown) != same)
-    return _by_question(found, _first_of_question(found, shown[wrong]))
+    shown = _first_of_question(found, shown[wrong])
+    of_kept = np.isin(shown, kept)
+    others = shown[~of_kept]
+    within = _within_quotas(found, np.concatenate([kept, others]), quotas)[len(kept) :]
+    return _by_question(found, np.concatenate([shown[of_kept], others[within]]))
 
 
 def _targets(found: Found, places: Numbers, questions: Numbers) -> tuple[Numbers, Numbers]:

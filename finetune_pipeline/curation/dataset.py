@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.formats import alpaca
+from finetune_pipeline.curation.origins import OriginsWriter
 from finetune_pipeline.curation.preferences import (
     LABELLED,
     LABELLED_COLUMNS,
@@ -212,9 +213,10 @@ def read_replay(path: Path) -> list[Row]:
         raise CurationError(f"curation.replay: {path} is not there; correct the path in the loop's YAML, or remove it")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        origin = f"{path.name}:{number}"
         try:
             document = json.loads(line)
-            rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay"))
+            rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay", origin))
         except (ValueError, KeyError, TypeError) as error:
             raise CurationError(
                 f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'
@@ -227,6 +229,7 @@ def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
 
     `dataset/` has the answers to learn (`train.alpaca.jsonl` and `validation.alpaca.jsonl` the same), `pairs/` the
     corrections with what the model had said, `labelled/` the answers found good (those of `dataset/`) and found bad.
+    `origins.csv` says where each row of `dataset/` came from.
     """
     import pyarrow as pa
 
@@ -234,12 +237,14 @@ def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
         SplitWriter(folder / DATASET, COLUMNS, SPLITS) as dataset,
         SplitWriter(folder / PAIRS, PAIR_COLUMNS, SPLITS) as pairs,
         SplitWriter(folder / LABELLED, LABELLED_COLUMNS, SPLITS) as labelled,
+        OriginsWriter(folder) as origins,
         (folder / "train.alpaca.jsonl").open("w", encoding="utf-8") as train,
         (folder / "validation.alpaca.jsonl").open("w", encoding="utf-8") as validation,
     ):
         replayed = pa.Table.from_pylist([_plain(row) for row in curated.replay], dataset.schema)
         for split, rows in chain(curated.chosen.tables(DATASET), [("train", replayed)]):
             dataset.write(split, rows)
+            origins.write(split, rows)
             good = rows.append_column("label", pa.repeat(True, rows.num_rows))
             labelled.write(split, good.select(list(LABELLED_COLUMNS)))
             (train if split == "train" else validation).writelines(_alpaca_lines(rows, system_prompt))
@@ -315,17 +320,21 @@ def _replayed(
 
     Args:
         asks: whether the dataset asks a question already.
-        count: how many, if there are so many that neither the dataset nor the benchmark asks.
+        count: how many, if there are so many that neither the dataset nor the benchmark asks, and that do not belong
+            to the validation set: who logs such a question later would find it there.
     """
     found: Counter[str] = Counter()
     chosen: list[Row] = []
-    for row in sorted(replay, key=lambda row: hash_of(row.prompt)):
+    for original in sorted(replay, key=lambda row: hash_of(row.prompt)):
         if len(chosen) == count:
             break
-        if asks(row.question) or near_benchmark(row.prompt, row.history, policy):
+        prompt, completion = redact(original.prompt), redact(original.completion)
+        row = replace(original, prompt=prompt.text, completion=completion.text)
+        if in_validation(row.question, policy.settings.validation_share) or asks(row.question):
             continue
-        prompt, completion = redact(row.prompt), redact(row.completion)
+        if near_benchmark(row.prompt, row.history, policy):
+            continue
         found.update(prompt.counts)
         found.update(completion.counts)
-        chosen.append(replace(row, prompt=prompt.text, completion=completion.text))
+        chosen.append(row)
     return chosen, found

@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from finetune_pipeline.records import normalise
 
 SHINGLE = 5
 RUN = 8  # words
+SHORTEST = 4  # words of a short question that is looked for within others
 CONTAINED = 0.9
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:[.,]\d+)?")  # no spaces part those of Asia
 
@@ -25,9 +26,13 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
     return shared / (len(one) + len(other) - shared)
 
 
-def runs(text: str) -> frozenset[str]:
-    """Every 8 words in a row of the text, without its punctuation; a text of fewer words has none."""
-    words = _WORD.findall(normalise(text))
+def words_of(text: str) -> list[str]:
+    """The words of the normalised text, without its punctuation."""
+    return _WORD.findall(normalise(text))
+
+
+def runs(words: Sequence[str]) -> frozenset[str]:
+    """Every 8 words in a row; fewer words have none."""
     return frozenset([" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1)])
 
 
@@ -39,13 +44,19 @@ class NearIndex:
 
     Contained means that of the 8-word runs of the shorter text, 90 % are in the longer one. Runs of words are what
     decontamination goes by elsewhere (13 words in GPT-3, Brown et al. 2020; 8 words, 70 % of them, in PaLM, Chowdhery
-    et al. 2022); a text of fewer than 8 words is contained in nothing, since short phrases are everybody's.
+    et al. 2022). A text of the set of 4 to 7 words is contained where all of them stand in a row; one of 1 to 3 is in
+    nothing, and no other text of fewer than 8 words is part of one, since short phrases are everybody's.
     """
 
     def __init__(self, texts: Mapping[str, str]) -> None:
         """Index texts by id."""
         self._pieces = {name: shingles(text) for name, text in texts.items()}
-        self._runs = {name: found for name, text in texts.items() if (found := runs(text))}
+        words = {name: words_of(text) for name, text in texts.items()}
+        self._runs = {name: found for name, said in words.items() if (found := runs(said))}
+        self._short: dict[str, list[list[str]]] = {}  # by their first word
+        for said in words.values():
+            if SHORTEST <= len(said) < RUN:
+                self._short.setdefault(said[0], []).append(said)
         self._holders = _holders(self._pieces)
         self._held = frozenset(self._holders)
         self._commonness = {piece: len(names) for piece, names in self._holders.items()}
@@ -79,9 +90,21 @@ class NearIndex:
 
     def contains(self, text: str) -> bool:
         """Whether one of the texts is contained in this one, or this one in it."""
-        found = runs(text)
+        words = words_of(text)
+        if self._has_short(words):
+            return True
+        found = runs(words)
         shared = Counter(name for run in found & self._held_runs for name in self._run_holders[run])
         return any(n >= CONTAINED * min(len(found), len(self._runs[name])) for name, n in shared.items())
+
+    def _has_short(self, words: list[str]) -> bool:
+        """Whether all words of one of the short texts stand in a row."""
+        return any(
+            words[place : place + len(short)] == short
+            for place, word in enumerate(words)
+            if word in self._short
+            for short in self._short[word]
+        )
 
 
 def _holders(pieces: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:

@@ -1,6 +1,5 @@
 """How many examples each source may give to a dataset, so that none drowns the others."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,23 +15,40 @@ class Quota:
 def allowed(counts: Mapping[str, int], quotas: Mapping[str, Quota]) -> dict[str, int]:
     """How many of its examples each source may give.
 
-    Shares are of what is left after all cuts. Where the shares of the sources that have anything add up to less than
-    one, they stand for their proportions: a source that is alone drowns nobody.
+    Of the sources that have anything, the one of the largest share leads (a source without a quota has the share 1; of
+    equal shares, the one with most examples). It gives all that it has, and the others are measured by it: each gives
+    at most its share of the dataset or, if that is more, as much beside the leader as their two shares say. The second
+    counts where the others cannot fill what the leader's share leaves: shares then stand for their proportions. A
+    source that has less than it may give holds nobody back, and none that has something is cut to nothing.
+
+    More of one source never means less of another, but for the first examples of a new leader.
 
     Args:
         counts: source -> examples that it has.
         quotas: source -> its quota; a source without one is not limited.
     """
-    kept = {
-        source: count if (most := quotas.get(source, Quota()).examples) is None else min(count, most)
-        for source, count in counts.items()
-    }
-    shares = {source: quotas.get(source, Quota()).share for source, count in kept.items() if count}
-    scale = max(1.0, 1 / sum(shares.values())) if shares else 1.0
-    while True:
-        total = sum(kept.values())
-        # A hair above, since in floats 0.2 * 5 may be less than 1.
-        cut = {s: min(n, math.floor(total * min(1.0, shares.get(s, 1.0) * scale) + 1e-9)) for s, n in kept.items()}
-        if cut == kept:
-            return kept
-        kept = cut
+    has: dict[str, int] = {}
+    for source, count in counts.items():
+        most = quotas.get(source, Quota()).examples
+        has[source] = count if most is None else min(count, most)
+    shares = {source: quotas.get(source, Quota()).share for source, count in has.items() if count}
+    if not shares:
+        return has
+    size = _size(has, shares)
+    # A hair above, since in floats 0.2 * 5 may be less than 1.
+    return {source: min(n, max(1, int(shares[source] * size + 1e-9))) if n else 0 for source, n in has.items()}
+
+
+def _size(has: Mapping[str, int], shares: Mapping[str, float]) -> float:
+    """The size of the dataset of which the shares are taken: at least so much that the leader is within its own."""
+    share, examples = max((shares[source], has[source]) for source in shares)
+    smallest = examples / share
+    size = float(sum(has.values()))
+    while size > smallest:
+        cut = {source for source in shares if has[source] > shares[source] * size}
+        # The size of which the cut ones have just their shares: Newton's method on a sum of straight lines, from above.
+        smaller = sum(n for source, n in has.items() if source not in cut) / (1 - sum(shares[source] for source in cut))
+        if smaller >= size:
+            return size
+        size = smaller
+    return smallest

@@ -55,7 +55,7 @@ def accept(example: Example, policy: Policy) -> Decision:
     if not example.target.strip():
         return Decision(False, "answer is empty")
     if policy.problem(example.target) is not None:
-        return Decision(False, "answer does not pass the output schema")
+        return Decision(False, INVALID)
     poor = _too_many_tokens(example, policy) or _poor_answer(example, policy.settings)
     if poor:
         return Decision(False, poor)
@@ -77,8 +77,11 @@ def _too_many_tokens(example: Example, policy: Policy) -> str:
 
 
 def _poor_answer(example: Example, rules: CurationSettings) -> str:
-    """Why an answer teaches nothing, or nothing; what a person wrote, or found right, may well be a refusal."""
-    if example.corrected:
+    """Why an answer teaches nothing, or nothing.
+
+    What a person wrote, or a reviewer approved, is as it should be; what a person found right may well be a refusal.
+    """
+    if example.corrected or example.review in APPROVED:
         return ""
     if not example.confirmed and refuses(example.target):
         return REFUSED
@@ -87,7 +90,7 @@ def _poor_answer(example: Example, rules: CurationSettings) -> str:
 
 def at_a_glance(example: Example, policy: Policy) -> Decision:
     """The part of the rule that reads no text, so that nobody has to redact what is refused anyway."""
-    rules, reviewed = policy.settings, example.review in {"approve", "edit"}
+    rules, reviewed = policy.settings, example.review in APPROVED
     if example.review == "reject":
         return Decision(False, REJECTED)
     if policy.review_required and not reviewed:
@@ -123,18 +126,23 @@ def _short_enough(example: Example, rules: CurationSettings) -> Decision:
     return Decision(True)
 
 
+APPROVED = frozenset({"approve", "edit"})
+"""What a reviewer decides on an example that is to train."""
 REJECTED = "rejected by a reviewer"
 UNREVIEWED = "not approved by a reviewer"
 CONFLICT = "same prompt, less trusted answer"
 NEAR_BENCHMARK = "near-duplicate of a benchmark question"
 CONTAINS_BENCHMARK = "contains, or is part of, a benchmark question"
 OF_BENCHMARK = frozenset({NEAR_BENCHMARK, CONTAINS_BENCHMARK})
+INVALID = "answer does not pass the output schema"
 REFUSED = "answer is a refusal"
 REPEATS = "answer repeats itself"
 
 
 def near_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> bool:
     """Whether a prompt, alone or with what was said before it, is near a question of the benchmark, or contains one.
+
+    So it is too where the user asked one earlier in the conversation: its answer may stand there, and is trained on.
 
     Answers are not compared: the right answer of a benchmark question is that of many other questions too, and to learn
     it for those is what training is for.
@@ -143,11 +151,11 @@ def near_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> bool
 
 
 def _overlap(prompt: str, history: Sequence[Turn], policy: Policy) -> str | None:
-    texts = {prompt, conversation(prompt, history)}
+    texts = {prompt, conversation(prompt, history), *(turn.content for turn in history if turn.role == "user")}
     if any(policy.benchmark.near(text, policy.settings.benchmark_similarity) for text in texts):
         return NEAR_BENCHMARK
-    # The conversation holds the prompt, and a question is contained in both or in the conversation alone; but the
-    # prompt may be part of a question though the conversation is not.
+    # The conversation holds all of them, and whatever question one of them does; but a prompt, or an earlier turn, may
+    # be part of a question though the conversation is not.
     return CONTAINS_BENCHMARK if any(policy.benchmark.contains(text) for text in texts) else None
 
 

@@ -7,12 +7,13 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.children import die_with_run
-from finetune_pipeline.curation.card import DATASET_CARD
+from finetune_pipeline.curation.card import DATASET_CARD, cell
 from finetune_pipeline.curation.dataset import (
     invalid_targets,
     overlaps,
     read_all,
 )
+from finetune_pipeline.curation.origins import ORIGINS, first_origins
 from finetune_pipeline.curation.rules import CONFLICT
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.curating import dataset, taught
@@ -23,6 +24,7 @@ from finetune_pipeline.settings import LoopSettings
 __all__ = ["curated_dataset_asset", "dataset", "taught"]
 
 NAMED = 20
+ORIGINS_NAMED = 3  # of each source; the others are in the file
 
 
 def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -55,7 +57,7 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
         Beside the answers to learn (`dataset/`, for SFT) lie corrections with what the model had said (`pairs/`, for
         DPO) and the answers found good and found bad (`labelled/`, for KTO), split in the same way. `card.md` says what
-        it is made of, with a sample.
+        it is made of, with a sample, and `origins.csv` where each example came from.
         """
         die_with_run()
         artifact = dataset(loop, raw_logs)
@@ -82,6 +84,8 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "desirable": manifest.desirable,
         "undesirable": manifest.undesirable,
         "sources": _table("source", "examples", manifest.sources),
+        "origins": dg.MetadataValue.path(artifact.path / ORIGINS),
+        "origins_first": _origins(artifact),
         "left_out": sum(manifest.left_out.values()),
         "left_out_why": _table("reason", "examples", manifest.left_out),
         "redacted": sum(manifest.redacted.values()),
@@ -93,6 +97,13 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "version": manifest.version,
         "path": dg.MetadataValue.path(artifact.path),
     }
+
+
+def _origins(artifact: Artifact[DatasetManifest]) -> dg.MetadataValue[Any]:
+    """The first origins of each source: a row for each."""
+    first = first_origins(artifact.path, artifact.manifest.sources, ORIGINS_NAMED)
+    lines = [f"| {source} | {cell(origin)} |" for source, origins in first.items() for origin in origins]
+    return dg.MetadataValue.md("\n".join(["| source | origin |", "|---|---|", *lines]))
 
 
 def _table(name: str, number: str, counts: dict[str, int]) -> dg.MetadataValue[Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.artifacts import Artifact, hash_of, obtain, package_versions, version_of, write_text
 from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_card
 from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, curate_files, write_dataset
+from finetune_pipeline.curation.origins import ORIGINS
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.loop import reading
 from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest
@@ -35,7 +36,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     settings = {
         **loop.curation.model_dump(exclude={"compute"}),  # wherever it is made, it is the same
         "system_prompt": loop.system_prompt,
-        "holds": [DATASET, PAIRS, LABELLED, DATASET_CARD],
+        "holds": [DATASET, PAIRS, LABELLED, DATASET_CARD, ORIGINS],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
         "review": loop.review.model_dump(),
     }

@@ -28,7 +28,15 @@ from finetune_pipeline.feedback.store import (
     withdraw,
 )
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
-from finetune_pipeline.settings import INGESTED, CodeFeed, DocumentsFeed, Feed, LogsFeed, LoopSettings
+from finetune_pipeline.settings import (
+    INGESTED,
+    CodeFeed,
+    DocumentsFeed,
+    Feed,
+    IngestedFeed,
+    LogsFeed,
+    LoopSettings,
+)
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
 
 _BATCH = 1_000
@@ -74,8 +82,8 @@ def read_feeds(loop: LoopSettings, database: Database, tell: Callable[[str], Non
     """Read every declared source of a loop; one that fails is named, and the others go on."""
     done = []
     for feed in loop.sources.feeds:
-        if isinstance(feed, LogsFeed):
-            continue  # events have their own way
+        if isinstance(feed, LogsFeed | IngestedFeed):
+            continue  # events and dropped files have their own way
         try:
             fed = read_feed(loop, feed, database, reader(feed))
         except SourceError as error:

@@ -4,14 +4,15 @@ from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
+from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.review import Case, Ranked, Slice, Voice, WeakSlices, queue, rank
-from finetune_pipeline.curation.rules import Policy, at_a_glance
+from finetune_pipeline.curation.rules import INVALID, Policy, accept, at_a_glance
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_report
 from finetune_pipeline.feedback.review import Candidate, candidates, look
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.loop import reading
-from finetune_pipeline.records import PERSON_KINDS, Feedback, text_hash
+from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.settings import LoopSettings
 
@@ -45,6 +46,32 @@ def again(loop: LoopSettings, connection: sa.Connection, interaction_id: str, re
     policy = reading.policy(loop)
     found: Ranked | None = rank(_case(candidate, policy), policy, WeakSlices([]), loop.review_below)
     return Waiting(candidate, found.value if found else 0.0, found.reasons if found else ("taken back",))
+
+
+def refusal(interaction: Interaction, target: str, policy: Policy) -> str | None:
+    """Why an answer would not train though a reviewer approved it; None if it would.
+
+    It is the rule that curation asks, of what redaction leaves.
+    """
+    approved = Example(
+        interaction_id=interaction.id,
+        sequence=0,
+        source=interaction.source,
+        origin=interaction.origin,
+        prompt=interaction.prompt,
+        history=interaction.history,
+        output=interaction.output,
+        target=target,
+        reward=1.0,
+        confirmed=True,
+        corrected=target.strip() != interaction.output.strip(),
+        review="approve",
+    )
+    redacted = redact_example(approved).example
+    decision = accept(redacted, policy)
+    if decision.accepted:
+        return None
+    return (policy.problem(redacted.target) if decision.reason == INVALID else None) or decision.reason
 
 
 def weak_slices(loop: LoopSettings, database: Database) -> WeakSlices:

@@ -21,6 +21,7 @@ from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import find, record
 from finetune_pipeline.loop import reading
+from finetune_pipeline.loop.review import refusal
 from finetune_pipeline.settings import PROJECT_ROOT, load_loop
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -113,6 +114,26 @@ def test_an_answer_that_breaks_the_schema_cannot_be_approved():
     with connect().read() as connection:
         (row,) = connection.execute(sa.select(t.review_decisions)).all()
     assert (row.decision, row.target) == ("reject", '{"element": "air"}')
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"max_answer_chars": 30}, "answer longer than 30 characters"),
+        ({"max_answer_tokens": 5}, "answer longer than 5 tokens"),
+        ({"max_prompt_tokens": 3}, "prompt longer than 3 tokens"),
+    ],
+)
+def test_what_no_approval_can_pass_is_said_at_once(own_home, limits, why):
+    loop = load_loop(LOOP)
+    curation = loop.curation.model_copy(update=limits)
+    policy = reading.policy(loop.model_copy(update={"curation": curation}))
+    asked = interaction("1", prompt="please add wall number 1 by the river", output=ANSWER)
+    assert refusal(asked, ANSWER, reading.policy(loop)) is None
+    assert refusal(asked, ANSWER, policy) == why
+    question = next(iter(reading.benchmark(loop).questions)).prompt
+    leak = asked.model_copy(update={"prompt": question})
+    assert refusal(leak, ANSWER, reading.policy(loop)) == "near-duplicate of a benchmark question"
 
 
 def test_an_edit_is_held_to_the_schema_and_can_be_mended(tmp_path):

@@ -1,7 +1,10 @@
 """Pairs and labelled answers: the same care as for the training set, and nothing that it contradicts."""
 
+from dataclasses import replace
+
 from finetune_pipeline.curation.dataset import Row, curate, read_all, write_dataset
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
+from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.curation.storage import read_split
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
@@ -53,6 +56,25 @@ def test_what_counts_as_found_bad():
     assert bad_of(curated) == {"prompt number 1": "answer 1", "prompt number 2": "answer 2"}
     assert curated.near_benchmark == (str(uid("5")),)
     assert sum(curated.left_out.values()) == 7  # none of them is an answer to learn
+
+
+def test_answers_found_bad_count_within_the_quota_of_their_source():
+    notes = {"source": "notes"}
+    bad = [disliked(n, **notes, sequence=n) for n in range(50)]
+    good = [example(100 + n, **notes) for n in range(9)]
+    own = [disliked(200 + n) for n in range(20)]  # of the logs, which have no quota
+    few = replace(EVERYTHING, quotas={"notes": Quota(examples=2)})
+    assert set(bad_of(curate([*bad, *own], [], few, identity))) == {
+        "prompt number 48",
+        "prompt number 49",  # the newest
+        *(f"prompt number {200 + n}" for n in range(20)),
+    }
+    curated = curate([*bad, *good, *own], [], few, identity)
+    assert len(curated.train) == 2 and len(bad_of(curated)) == 20  # what is learnt comes first
+    mended = curate([corrected(n, **notes) for n in range(5)], [], few, identity)
+    assert len(mended.train) == len(pairs_of(mended)) == len(bad_of(mended)) == 2  # with what was corrected, it is one
+    half = replace(EVERYTHING, quotas={"notes": Quota(share=0.5)})
+    assert len(bad_of(curate([*bad, *own], [], half, identity))) == 40
 
 
 def test_no_answer_is_good_and_bad_at_once():

@@ -6,10 +6,10 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.dataset import curate, in_validation, overlaps
+from finetune_pipeline.curation.dataset import Row, curate, in_validation, overlaps
 from finetune_pipeline.curation.duplicates import NearIndex
 from finetune_pipeline.curation.rules import Policy, answer_validator
-from finetune_pipeline.records import Example, normalise
+from finetune_pipeline.records import Example, Turn, normalise
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
 
@@ -18,6 +18,8 @@ from .test_dataset import identity, rows_of
 QUESTIONS = {
     "long": "How thick does a concrete wall beside the stair have to be for two hours of fire rating?",
     "other": "Which glazing would you choose for a window that faces the sea in a parish with strong wind?",
+    "short": "Timber roof; T24; CA; R47!",  # five words
+    "shorter": "Revise WD leaf, 850x2600",  # four
 }
 POLICY = Policy(CurationSettings(validation_share=0.4), NearIndex(QUESTIONS), answer_validator(None))
 SECRETS = (
@@ -113,6 +115,27 @@ def test_a_question_never_changes_sides(early, late):
 
 
 @settings(max_examples=60, deadline=None)
+@given(logs(texts), st.lists(texts, max_size=30))
+def test_what_was_replayed_never_validates(examples, replayed):
+    replay = [Row(prompt, "yes", 1.0, "replay", f"replay.jsonl:{n}") for n, prompt in enumerate(replayed, start=1)]
+    everything = replace(POLICY, settings=POLICY.settings.model_copy(update={"replay_ratio": 10.0}))
+    first = curate(examples, replay, everything, identity)
+    later = [
+        Example(
+            interaction_id=uid(f"later {n}"), sequence=99, prompt=row.prompt, output="no", target="no", reward=0.9,
+            confirmed=True, corrected=False,
+        )
+        for n, row in enumerate(first.replay)
+    ]  # fmt: skip
+    second = curate([*examples, *later], replay, everything, identity)
+    trained = {normalise(row.question) for row in first.train}
+    assert not trained & {normalise(row.question) for row in second.validation}
+    wanted = round(10 * first.count("dataset", "train"))
+    free = {row.prompt for row in replay if not in_validation(row.prompt, 0.4)} - {row.prompt for row in first.train}
+    assert first.replayed == wanted or not free  # and no more is held back than has to be
+
+
+@settings(max_examples=60, deadline=None)
 @given(logs())
 def test_no_planted_secret_reaches_a_dataset(examples):
     text = written(curate(examples, [], POLICY, lambda example: "a hash"))
@@ -122,18 +145,27 @@ def test_no_planted_secret_reaches_a_dataset(examples):
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(texts, st.sampled_from(list(QUESTIONS.values())), texts, st.sampled_from(["lower", "upper", "title"]))
+        st.tuples(
+            texts,
+            st.sampled_from(list(QUESTIONS.values())),
+            texts,
+            st.sampled_from(["lower", "upper", "title"]),
+            st.booleans(),
+        )
     ),
     logs(texts),
 )
 def test_no_planted_overlap_with_the_benchmark_gets_through(asked, others):
-    leaks = [
-        Example(
-            interaction_id=uid(f"leak {n}"), sequence=n, prompt=f"{before} {getattr(question, case)()} {after}",
-            output="yes", target="yes", reward=0.9, confirmed=True, corrected=False,
-        )
-        for n, (before, question, after, case) in enumerate(asked)
-    ]  # fmt: skip
+    leaks = []
+    for n, (before, question, after, case, earlier) in enumerate(asked):
+        leak = f"{before} {getattr(question, case)()} {after}"
+        said = (Turn(role="user", content=leak), Turn(role="assistant", content="yes")) if earlier else ()
+        leaks.append(
+            Example(
+                interaction_id=uid(f"leak {n}"), sequence=n, prompt=f"and then {after}" if earlier else leak,
+                history=said, output="yes", target="yes", reward=0.9, confirmed=True, corrected=False,
+            )
+        )  # fmt: skip
     curated = curate([*others, *leaks], [], POLICY, identity)
     ids = {str(example.interaction_id) for example in leaks}
     assert not ids & {row.interaction_id for row in rows_of(curated)}

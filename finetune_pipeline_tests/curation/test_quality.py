@@ -56,6 +56,7 @@ def test_a_refusal_that_a_person_wrote_or_found_right_is_learnt():
     no = "I'm sorry, but I cannot help with that."
     assert accept(example(1, target=no, confirmed=True), FREE).accepted
     assert accept(example(1, target=no, corrected=True), FREE).accepted
+    assert accept(example(1, target=no, review="approve"), FREE).accepted
 
 
 def test_texts_that_go_round_are_found_and_others_are_not():
@@ -67,6 +68,7 @@ def test_texts_that_go_round_are_found_and_others_are_not():
     assert repetition("ha ha ha") == 0.0
     assert accept(example(1, target=sentence * 8), FREE).reason == "answer repeats itself"
     assert accept(example(1, target=sentence * 8, corrected=True), FREE).accepted
+    assert accept(example(1, target=sentence * 8, review="approve"), FREE).accepted
     assert accept(example(1, target=PROSE[:3_000]), FREE).accepted
 
 
@@ -94,6 +96,28 @@ def test_a_question_within_a_longer_one_is_found(prompt, found):
 def test_a_question_that_was_asked_earlier_in_the_conversation_is_found():
     said = (Turn(role="user", content=QUESTION), Turn(role="assistant", content="140 mm"))
     assert near_benchmark("and in Oregon, what would you say there?", said, FREE)
+
+
+@pytest.mark.parametrize(
+    ("question", "prompt", "found"),
+    [
+        ("Timber roof; T24; CA", "Hi! timber roof, T24 CA, quickly please, with a reason", True),  # four words
+        ("Timber roof; T24; CA; R47", "Hi! timber roof, T24 CA, quickly please, with a reason", False),  # not all of it
+        ("Timber roof; T24; CA", "A timber roof of T24, and then CA", False),  # not in a row
+        ("Timber roof; T24; CA", "subtimber roof T24 cab", False),  # words, not pieces of them
+        ("golden question birch", "Hi! golden question birch, quickly please, with a reason", False),  # everybody's
+    ],
+)
+def test_a_short_question_is_found_where_all_of_it_stands(question, prompt, found):
+    policy = Policy(CurationSettings(), NearIndex({"q": question}), answer_validator(None))
+    assert near_benchmark(prompt, (), policy) is found
+
+
+@pytest.mark.parametrize("question", ["golden question amber", "ALUM lite, 1600x1650, IGU", QUESTION[:60]])
+def test_an_earlier_turn_that_is_a_question_is_found(question):
+    policy = Policy(CurationSettings(), NearIndex({"q": question}), answer_validator(None))
+    said = (Turn(role="user", content=question.upper()), Turn(role="assistant", content="golden answer"))
+    assert near_benchmark("and now repeat that for the record please", said, policy)
 
 
 def test_the_same_answer_to_another_question_is_no_overlap():

@@ -35,16 +35,62 @@ def test_shares_below_one_stand_for_their_proportions():
     }
 
 
+def shared(counts, **shares):
+    return allowed(counts, {source: Quota(share=share) for source, share in shares.items()})
+
+
+def test_a_tiny_source_does_not_empty_the_dataset():
+    assert shared({"logs": 1000, "notes": 1}, logs=0.7, notes=0.3) == {"logs": 1000, "notes": 1}
+    assert shared({"a": 5000, "b": 37, "c": 300}, a=0.5, b=0.3, c=0.2) == {"a": 5000, "b": 37, "c": 300}
+    assert shared({"logs": 300, "vault": 200, "code": 7}, logs=0.5, vault=0.3, code=0.2) == {
+        "logs": 300,
+        "vault": 180,  # beside the 300 as 3 to 5
+        "code": 7,
+    }
+
+
+def test_small_numbers_are_not_rounded_away():
+    assert shared({"a": 10, "b": 10}, a=0.15, b=0.22) == {"a": 6, "b": 10}
+    assert shared({"a": 30, "b": 30, "c": 30}, a=0.34, b=0.33, c=0.33) == {"a": 30, "b": 29, "c": 29}
+    assert shared({"logs": 3, "notes": 900}, notes=0.1) == {"logs": 3, "notes": 1}
+
+
+def test_who_may_give_most_is_not_drowned_by_who_may_give_less():
+    assert shared({"imported": 2000, "logs": 100}, imported=0.25, logs=0.9) == {"imported": 33, "logs": 100}
+
+
 @given(COUNTS, QUOTAS)
-def test_no_source_gives_more_than_its_share_of_the_whole(counts, quotas):
+def test_no_source_gives_more_than_it_may_and_none_is_cut_needlessly(counts, quotas):
     may = allowed(counts, quotas)
-    total = sum(may.values())
-    shares = [quotas.get(source, Quota()).share for source, count in may.items() if counts[source]]
-    scale = max(1.0, 1 / sum(shares)) if shares else 1.0
-    for source, count in may.items():
+    total, has = sum(may.values()), {}
+    for source, count in counts.items():
         quota = quotas.get(source, Quota())
-        assert 0 <= count <= counts[source]
-        assert quota.examples is None or count <= quota.examples
-        assert count <= total * min(1.0, quota.share * scale) + 1e-6
-    if any(counts.values()):
-        assert total > 0 or any(quota.share < 0.5 for quota in quotas.values())
+        has[source] = count if quota.examples is None else min(count, quota.examples)
+    shares = {source: quotas.get(source, Quota()).share for source in has if has[source]}
+    if not shares:
+        assert may == has
+        return
+    share, most = max((shares[source], has[source]) for source in shares)
+    cut = [source for source in shares if may[source] < has[source]]
+    assert all(may[source] == 0 for source in has if source not in shares)
+    assert all(1 <= may[source] <= has[source] for source in shares)
+    assert all(shares[source] <= share for source in cut) and total >= most  # who may give most gives all
+    for source in cut:
+        own = max(shares[source] * total, shares[source] / share * most)
+        # Of each source that was rounded down the dataset lost less than one example.
+        assert may[source] <= max(1, own + len(cut) * shares[source] + 1e-6)
+        assert may[source] + 1 > own - 1e-6 - sum(may[other] == 1 for other in cut) * shares[source]
+
+
+@given(COUNTS, QUOTAS, st.randoms(use_true_random=False))
+def test_the_order_of_sources_does_not_matter(counts, quotas, rng):
+    shuffled = dict(rng.sample(list(counts.items()), len(counts)))
+    assert allowed(shuffled, quotas) == allowed(counts, quotas)
+
+
+@given(COUNTS, QUOTAS, st.sampled_from("abcde"), st.integers(1, 500))
+def test_more_of_one_source_never_means_less_of_another(counts, quotas, source, more):
+    counts = {name: count for name, count in counts.items() if count}
+    if source in counts:  # who comes anew may be the one that the others are measured by
+        before, after = allowed(counts, quotas), allowed({**counts, source: counts[source] + more}, quotas)
+        assert all(after[name] >= before[name] for name in counts)

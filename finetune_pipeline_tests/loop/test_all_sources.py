@@ -1,5 +1,9 @@
 """One loop, fed by all its kinds of source at once, through Dagster: every example says where it is from."""
 
+import csv
+import json
+from pathlib import Path
+
 import dagster as dg
 import pytest
 import sqlalchemy as sa
@@ -81,8 +85,16 @@ def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_fr
     assert len(origins["logs"]) <= len(rows) / 2 + 1
 
     raw, curated = (run.asset_materializations_for_node("__".join(key.path))[0].metadata for key in keys)
-    told = raw["sources"].value + curated["sources"].value + curated["card"].value
     card = (dataset.path / "card.md").read_text()
-    for source in origins:
-        assert source in told
-        assert source in card
+    shown = [json.loads(line) for line in card.split("```json\n")[1].split("\n```")[0].splitlines()]
+    with Path(curated["origins"].value).open(encoding="utf-8", newline="") as file:
+        in_file = [(row["source"], row["origin"], row["interaction_id"]) for row in csv.DictReader(file)]
+    assert sorted(in_file) == sorted((r["source"], r["origin"] or "", r["interaction_id"]) for r in rows)
+    assert "[origins.csv](origins.csv)" in card and curated["card"].value == card
+    for source, known in origins.items():
+        assert f"| {source} |" in curated["sources"].value
+        assert {row["origin"] or "" for row in shown if row["source"] == source} <= set(known)
+        assert source in {row["source"] for row in shown}
+        if source != "logs":  # of what the application logged, the interaction's id says what it was
+            assert f"| {source} |" in raw["sources"].value
+            assert any(f"| {source} | {origin} |" in curated["origins_first"].value for origin in known)

@@ -12,6 +12,8 @@ import sqlalchemy as sa
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.store import Recorded, totals
+from finetune_pipeline.loop.curating import dataset
+from finetune_pipeline.loop.feeds import read_feeds
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import PROJECT_ROOT, SettingsError
@@ -302,3 +304,15 @@ def test_a_kill_within_a_table_loses_nothing_and_doubles_nothing(loop, tmp_path)
 def test_a_feed_may_not_have_the_name_of_what_is_dropped(make_loop):
     with pytest.raises(SettingsError, match="ingested is taken"):
         make_loop(sources={"feeds": [{"kind": "files", "name": "ingested", "path": "x"}]})
+
+
+def test_what_is_dropped_can_have_a_quota(make_loop):
+    quota = {"kind": "ingested", "max_examples": 3}
+    loop = make_loop(sources={"feeds": [quota]}, curation={"min_examples": 1, "validation_share": 0.0})
+    rows = [{"prompt": f"what is row {n} of it?", "completion": f"it is {n}"} for n in range(9)]
+    loop.drop_folder.mkdir(parents=True, exist_ok=True)
+    (loop.drop_folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    take(loop)
+    assert read_feeds(loop, connect(), print) == []  # it is no source to be read once more
+    manifest = dataset(loop, snapshot(loop, connect())[0]).manifest
+    assert (manifest.train, manifest.left_out) == (3, {"over the quota of ingested": 6})
