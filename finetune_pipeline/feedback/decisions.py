@@ -12,10 +12,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.identity import example_hash
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.records import Example, Feedback, Interaction, ReviewKind, conversation, normalise
+from finetune_pipeline.records import Example, Feedback, Interaction, ReviewKind
 
 UNDO = "undo"
 _CHUNK = 500
@@ -133,18 +133,3 @@ def decision_of(row: sa.Row[tuple[object, ...]]) -> Decision:
     moment = row.created_at if row.created_at.tzinfo else row.created_at.replace(tzinfo=UTC)
     shown = row.content_hash or ""
     return Decision(row.interaction_id, row.decision, row.target or "", row.reviewer, moment, shown, row.sequence)
-
-
-def content_hash(question: str, target: str) -> str:
-    """The identity of an example after exact deduplication.
-
-    Args:
-        question: the prompt, with what was said before it (`records.conversation`); compared in its normalised form.
-        target: the answer to learn; compared without outer spaces.
-    """
-    return hash_of([normalise(question), target.strip()])
-
-
-def example_hash(example: Example) -> str:
-    """The content hash of an example."""
-    return content_hash(conversation(example.prompt, example.history), example.target)

@@ -16,11 +16,11 @@ from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.decisions import (
     UNDO,
     Decision,
-    content_hash,
     decision_of,
     standing,
     stands,
 )
+from finetune_pipeline.feedback.identity import content_hash
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.store import good_enough, load, renew_examples, take_sequence
 from finetune_pipeline.feedback.verdict import resolve

@@ -12,7 +12,7 @@ from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.curation.rules import Policy, Validator, answer_validator
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.export.base import resolve_base_model
-from finetune_pipeline.feedback.store import content_hash
+from finetune_pipeline.feedback.identity import content_hash
 from finetune_pipeline.records import Example, conversation
 from finetune_pipeline.schemas import Rule, load_rules, load_schema
 from finetune_pipeline.settings import LoopSettings, project_path
