@@ -1,12 +1,14 @@
 """What every test stands on: a home of its own, so that nothing of a checkout's state is ever touched."""
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid5
@@ -14,6 +16,7 @@ from uuid import UUID, uuid5
 import pytest
 import sqlalchemy as sa
 
+from finetune_pipeline.cluster import ADDRESS
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.settings import PROJECT_ROOT
@@ -31,6 +34,28 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     monkeypatch.delenv("FINETUNE_DATABASE_URL", raising=False)
     yield home
+
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='pip install "finetune-pipeline[ray]"')
+RAY_TOKEN = secrets.token_hex(32)  # one for all clusters: a process that has connected to one keeps the token it had
+
+
+@pytest.fixture
+def two_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two Ray nodes with one core each, which Ray takes for two machines; RAY_ADDRESS names them."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**node)
+        monkeypatch.setenv(ADDRESS, cluster.address)
+        yield
+    finally:
+        cluster.shutdown()
 
 
 def uid(name: str) -> UUID:

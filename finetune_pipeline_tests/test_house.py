@@ -13,7 +13,7 @@ from finetune_pipeline.settings import PROJECT_ROOT
 PACKAGE = PROJECT_ROOT / "finetune_pipeline"
 ROOMS = {"feedback", "sources", "curation", "training", "export", "evaluation", "registry"}
 DOORS = {"loop", "serving", "cli", "console"}
-FOUNDATIONS = {"inference", "database", "artifacts", "children", "records", "schemas", "settings"}
+FOUNDATIONS = {"inference", "database", "artifacts", "children", "cluster", "records", "schemas", "settings"}
 HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}
 # The native layer of the engine is imported by nobody but the child process, whose work it is.
 ONLY_IN_THE_CHILD = {"inference/native.py"}

@@ -7,14 +7,10 @@ What the policy is made of (the benchmark's questions, the schema, the tokenizer
 package. Texts stay where they are read: only hashes and counts come back.
 """
 
-import os
-import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.curation.errors import CurationError
+from finetune_pipeline.cluster import check_installed, connected
 from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifting import Identity
 
@@ -23,8 +19,6 @@ if TYPE_CHECKING:
 
     from finetune_pipeline.curation.sifted import Chunk
 
-ADDRESS = "RAY_ADDRESS"
-_PACKAGE = Path(__file__).parents[1]
 _OBJECT_STORE_BYTES = 300_000_000
 
 
@@ -32,19 +26,12 @@ def sift(chunks: Sequence["Chunk"], policy: Policy, identity: Identity) -> "Iter
     """What is known of the rows of these chunks, in their order.
 
     Raises:
-        CurationError: Ray is not installed, or no cluster answers.
+        ClusterError: Ray is not installed, or no cluster answers.
     """
-    from importlib.util import find_spec
-
-    if find_spec("ray") is None:
-        raise CurationError(
-            "curation.compute is ray, and Ray is not installed; run "
-            ".venv/bin/pip install -c constraints.txt -e '.[ray]', or set "
-            "compute: local"
-        )
+    check_installed("curation.compute")
     import pyarrow as pa
 
-    with _cluster():
+    with connected({}, None, _OBJECT_STORE_BYTES):
         import ray
 
         work = ray.put((tuple(chunks), policy, identity))
@@ -74,37 +61,3 @@ def _sift_chunks(batch: dict[str, Any], work: list[Any]) -> dict[str, list[bytes
                 writer.write_batch(one)
         found.append(sink.getvalue().to_pybytes())
     return {"found": found}
-
-
-@contextmanager
-def _cluster() -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one here; either way this package goes to the workers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    common: dict[str, Any] = {
-        "runtime_env": {"py_modules": [str(_PACKAGE)]},
-        "logging_level": "error",
-        "logging_config": ray.LoggingConfig(log_level="ERROR"),
-    }
-    address = os.environ.get(ADDRESS)
-    try:
-        if address:
-            ray.init(address, **common)
-        else:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves one in the home folder
-            ray.init(
-                "local",
-                _node_ip_address="127.0.0.1",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **common,
-            )
-    except ConnectionError as error:
-        raise CurationError(
-            f"no Ray cluster answers at {ADDRESS}={address} ({error}); correct it, or unset it to start one here"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -14,6 +14,7 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from finetune_pipeline.children import die_with_parent
+from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryRanOut as error:
         print(error, file=sys.stderr, flush=True)
         _start_anew(options, error.micro_batch)
-    except (TrainingError, ValidationError, OSError) as error:
+    except (TrainingError, ClusterError, ValidationError, OSError) as error:
         print(f"{REFUSAL}{error}", file=sys.stderr, flush=True)
         return REFUSED
     return 0

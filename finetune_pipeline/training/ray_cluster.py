@@ -12,7 +12,6 @@ FINETUNE_RAY_STORAGE    a folder or URI (s3://...) that this machine and all wor
 
 import json
 import os
-import secrets
 import shutil
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import hash_of, write_text
+from finetune_pipeline.cluster import check_installed, connected
 from finetune_pipeline.training import team
 from finetune_pipeline.training.callbacks import VALIDATION_LOSS
 from finetune_pipeline.training.job import (
@@ -39,10 +39,8 @@ from finetune_pipeline.training.job import (
 from finetune_pipeline.training.process import ENVIRONMENT
 from finetune_pipeline.training.progress import PROGRESS, Follower, append
 
-ADDRESS = "RAY_ADDRESS"
 STORAGE = "FINETUNE_RAY_STORAGE"
 
-_PACKAGE = Path(__file__).parents[1]
 _LOSSES_SURVIVED = 3
 _POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 200_000_000  # of a cluster started here: nothing large goes through it
@@ -94,9 +92,10 @@ def train(job: TrainingJob, started: float) -> None:
         started: time.monotonic() at which this process began.
 
     Raises:
-        TrainingError: the job is impossible, Ray is not installed, or the cluster has too little.
+        TrainingError: the job is impossible, or the cluster has too little.
+        ClusterError: Ray is not installed, or no cluster answers.
     """
-    _check_installed()
+    check_installed("compute")
     team.share(job.settings, job.settings.workers)
     import ray
 
@@ -104,7 +103,10 @@ def train(job: TrainingJob, started: float) -> None:
     name = f"finetune-{job.key}-{hash_of(str(job.output))[:8]}"
     place = f"{storage or job.output / 'ray'}/{name}"
     online = bool(storage) and hub_revision(job.base_model) is not None
-    with _cluster(job.settings.workers, online):
+    variables = {name: os.environ.get(name, value) for name, value in (ENVIRONMENT | _RAY_ENVIRONMENT).items()}
+    if online:
+        variables["HF_HUB_OFFLINE"] = "0"  # workers get the base model by themselves
+    with connected(variables, job.settings.workers, _OBJECT_STORE_BYTES):
         gpus = _has_gpus(ray.cluster_resources(), job.settings.workers)
         order = _send(job, name, place) if storage else Order(job, name, "", None)
         refusal, checkpoint = _follow(order, place.removesuffix(f"/{name}"), gpus, job.output / PROGRESS)
@@ -119,60 +121,6 @@ def _storage() -> str:
     """The place that all machines reach, as an absolute path or URI; empty if none is set."""
     storage = os.environ.get(STORAGE, "").rstrip("/")
     return storage if not storage or "://" in storage else str(Path(storage).resolve())
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("ray") is None:
-        raise TrainingError(
-            "compute is ray, and Ray is not installed; run "
-            ".venv/bin/pip install -c constraints.txt -e '.[ray]', or set "
-            "compute: local"
-        )
-
-
-@contextmanager
-def _cluster(workers: int, online: bool) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one here; either way this package goes to the workers.
-
-    Args:
-        workers: for a cluster that is started here.
-        online: whether workers may ask the Hugging Face hub, for a base model that they get by themselves.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    variables = {name: os.environ.get(name, value) for name, value in (ENVIRONMENT | _RAY_ENVIRONMENT).items()}
-    if online:
-        variables["HF_HUB_OFFLINE"] = "0"
-    common: dict[str, Any] = {
-        "runtime_env": {"py_modules": [str(_PACKAGE)], "env_vars": variables},
-        "logging_level": "error",
-        "logging_config": ray.LoggingConfig(log_level="ERROR"),
-    }
-    address = os.environ.get(ADDRESS)
-    try:
-        if address:
-            ray.init(address, **common)
-        else:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves one in the home folder
-            ray.init(
-                "local",
-                _node_ip_address="127.0.0.1",
-                num_cpus=workers,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **common,
-            )
-    except ConnectionError as error:
-        raise TrainingError(
-            f"no Ray cluster answers at {ADDRESS}={address} ({error}); correct it, or unset it to start one here"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _has_gpus(resources: dict[str, float], workers: int) -> bool:
@@ -301,13 +249,15 @@ def _work(config: dict[str, Any]) -> str:
             _fetch(order)
         job = order.job.model_copy(update={"output": own})
         _restore(ray.train.get_checkpoint(), job)
-        if finished(job) is None:
+        if (
+            finished(job) is None
+        ):  # else it is the result that was restored; kept again, Ray would remove it as the older
             team.keep_checkpoints(_keep)
             with _told(own / PROGRESS, config["mailbox"].put.remote):
                 refusal = team.take_part(job, time.monotonic())
             if refusal:
                 return refusal
-        _keep(own, _RESULT)
+            _keep(own, _RESULT)
     return ""
 
 

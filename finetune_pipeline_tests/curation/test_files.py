@@ -1,22 +1,22 @@
 """Snapshots of several files: in processes, on Ray, and with what was found before; always the same dataset."""
 
 import os
-import secrets
 import time
-from importlib.util import find_spec
 
 import pyarrow.parquet as pq
 import pytest
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.curation import ray_data, sifted
-from finetune_pipeline.curation.dataset import CurationError, curate, curate_files, write_dataset
+from finetune_pipeline.cluster import ClusterError
+from finetune_pipeline.curation import sifted
+from finetune_pipeline.curation.dataset import curate, curate_files, write_dataset
 from finetune_pipeline.curation.rules import Policy, answer_validator
 from finetune_pipeline.curation.sifted import Cache
 from finetune_pipeline.curation.snapshot import table_of
 from finetune_pipeline.loop.reading import identity
 from finetune_pipeline.settings import CurationSettings
 
+from ..conftest import needs_ray
 from .test_dataset import EVERYTHING, POLICY, example, said
 from .test_preferences import corrected, disliked
 
@@ -141,30 +141,18 @@ def test_processes_find_the_same(tmp_path, monkeypatch):
     assert hashes(curate_files(paths, [], strict, identity), tmp_path / "two") == alone
 
 
+@needs_ray
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason='pip install "finetune-pipeline[ray]"')
-def test_two_workers_of_a_ray_cluster_find_the_same(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    from ray.cluster_utils import Cluster
-
+def test_two_workers_of_a_ray_cluster_find_the_same(two_ray_nodes, tmp_path, monkeypatch):
     paths = write(tmp_path, logs(0, 300), logs(300, 500))
     alone = hashes(curate_files(paths, [], POLICY, identity), tmp_path / "alone")
     monkeypatch.setattr(sifted, "_CHUNK", 100)
     policy = Policy(CurationSettings(compute="ray"), POLICY.benchmark, answer_validator(None))
-    node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    try:
-        cluster.add_node(**node)
-        monkeypatch.setenv(ray_data.ADDRESS, cluster.address)
-        assert hashes(curate_files(paths, [], policy, identity), tmp_path / "ray") == alone
-    finally:
-        cluster.shutdown()
+    assert hashes(curate_files(paths, [], policy, identity), tmp_path / "ray") == alone
 
 
 def test_without_ray_it_says_how_to_get_it(tmp_path, monkeypatch):
     policy = Policy(CurationSettings(compute="ray"), POLICY.benchmark, answer_validator(None))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CurationError, match=r"pip install .*'\.\[ray\]', or set compute: local"):
+    with pytest.raises(ClusterError, match=r"pip install .*'\.\[ray\]', or set compute: local"):
         curate_files(write(tmp_path, logs(0, 9)), [], policy, identity)

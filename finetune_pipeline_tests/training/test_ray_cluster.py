@@ -1,27 +1,24 @@
 """Training on real Ray clusters of this machine: workers killed, their machine's own copies, the driver killed."""
 
 import json
-import secrets
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from finetune_pipeline.artifacts import write_text
+from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.training import ray_cluster
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
 from finetune_pipeline.training.launch import train
 
+from ..conftest import needs_ray
 from .conftest import contrary, with_settings
-
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='pip install "finetune-pipeline[ray]"')
 
 
 def on_ray(job, **changes):
@@ -51,26 +48,10 @@ def leftovers():
     return set(Path(tempfile.gettempdir()).glob("finetune-????????????????-????????-????????"))
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    """Two Ray nodes with one core each, which Ray takes for two machines."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    cluster.add_node(**node)
-    monkeypatch.setenv(ray_cluster.ADDRESS, cluster.address)
-    yield cluster
-    cluster.shutdown()
-
-
 @needs_ray
 @pytest.mark.slow
 def test_a_killed_worker_is_survived_and_the_loss_is_that_of_one_worker(
-    cluster, job, base, dataset, tmp_path, monkeypatch
+    two_ray_nodes, job, base, dataset, tmp_path, monkeypatch
 ):
     """What one worker gives, two give, though one of them is killed; nothing but the storage joins the machines."""
     storage = tmp_path / "storage"
@@ -129,28 +110,57 @@ def loss_by_peft(job, base, dataset):
     return total / counted
 
 
+@contextmanager
+def killed_driver(job):
+    """A training started by hand; when the context ends, its process is killed, and all that it started must follow."""
+    write_text(job.output / "job.json", job.model_dump_json())
+    driver = psutil.Popen([sys.executable, "-m", "finetune_pipeline.training", job.output / "job.json"])
+    try:
+        yield driver
+        slow = {
+            *processes(driver, "DashboardAgent"),
+            *processes(driver, "RuntimeEnvAgent"),
+        }  # they look up after a minute
+        family = set(driver.children(recursive=True)) - slow
+    finally:
+        driver.kill()
+        driver.wait()
+    wait_for(lambda: not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE], 60)
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_killed_training_takes_its_cluster_with_it_and_the_next_goes_on_from_its_checkpoint(job):
     """Without an address the cluster is started for the training, and neither it nor a worker outlives it."""
-    two = on_ray(job)
-    write_text(two.output / "job.json", two.model_dump_json())
-    driver = subprocess.Popen([sys.executable, "-m", "finetune_pipeline.training", two.output / "job.json"])
-    try:
-        wait_for(lambda: list(two.output.glob("ray/*/checkpoint-4*")))
-        workers = processes(psutil.Process(driver.pid), "RayTrainWorker")
-        family = workers + processes(psutil.Process(driver.pid), "raylet")
-        assert len(workers) == 2
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    wait_for(lambda: not [child for child in family if child.is_running() and child.status() != "zombie"], 30)
+    two = with_settings(on_ray(job), epochs=80)  # the workers see after a second or two that nobody is left
+    with killed_driver(two) as driver:
+        wait_for(lambda: ray_has_kept(two, "checkpoint-80"))
+        assert len(processes(driver, "RayTrainWorker")) == 2
 
     result = train(two)
-    assert result.resumed_from >= 20
-    assert result.steps == 160
+    assert result.resumed_from >= 80
+    assert result.steps == 640
     assert result.loss_after < result.loss_before - 0.8
     assert not (two.output / CHECKPOINTS).exists() and not (two.output / "ray").exists()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_training_killed_after_its_last_step_is_not_done_again(job):
+    two = on_ray(job)
+    with killed_driver(two) as driver:
+        wait_for(lambda: processes(driver, "RayTrainWorker"))
+        driver.suspend()  # so that it cannot fetch the result
+        wait_for(lambda: ray_has_kept(two, "result"))
+
+    result = train(two)
+    assert result.resumed_from == 0 and result.steps == 160
+    assert (two.output / "adapter" / "adapter_model.safetensors").exists()
+    assert not (two.output / "ray").exists()
+
+
+def ray_has_kept(job, name):
+    return any(f'"{name}"' in path.read_text() for path in job.output.glob("ray/*/checkpoint_manager_snapshot.json"))
 
 
 @needs_ray
@@ -192,7 +202,7 @@ def test_a_new_worker_gets_the_newest_checkpoint_and_the_best(job, tmp_path, bes
 
 def test_without_ray_it_says_how_to_get_it(job, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TrainingError, match=r"pip install .*'\.\[ray\]', or set compute: local"):
+    with pytest.raises(ClusterError, match=r"pip install .*'\.\[ray\]', or set compute: local"):
         ray_cluster.train(on_ray(job), time.monotonic())
 
 

@@ -1,0 +1,79 @@
+"""The connection to a Ray cluster, for the rooms that can work on one.
+
+RAY_ADDRESS   the cluster; without it, one is started on this machine for the time of the work
+"""
+
+import importlib.util
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ADDRESS = "RAY_ADDRESS"
+_PACKAGE = Path(__file__).parent
+
+
+class ClusterError(Exception):
+    """Ray is not installed, or no cluster answers; the message says what to do."""
+
+
+def check_installed(setting: str) -> None:
+    """Refuse work on Ray where Ray is not installed.
+
+    Args:
+        setting: the name by which people asked for it.
+
+    Raises:
+        ClusterError: Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ClusterError(
+            f"{setting} is ray, and Ray is not installed; run "
+            ".venv/bin/pip install -c constraints.txt -e '.[ray]', or set compute: local"
+        )
+
+
+@contextmanager
+def connected(variables: Mapping[str, str], cores: int | None, object_store_bytes: int) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, or start one here; either way this package goes to the workers.
+
+    Args:
+        variables: environment variables of the workers.
+        cores: processor cores of a cluster that is started here; none: those of this machine.
+        object_store_bytes: the object store's size, of a cluster that is started here.
+
+    Raises:
+        ClusterError: no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    common: dict[str, Any] = {
+        "runtime_env": {"py_modules": [str(_PACKAGE)], "env_vars": dict(variables)},
+        "logging_level": "error",
+        "logging_config": ray.LoggingConfig(log_level="ERROR"),
+    }
+    address = os.environ.get(ADDRESS)
+    try:
+        if address:
+            ray.init(address, **common)
+        else:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves one in the home folder
+            ray.init(
+                "local",
+                _node_ip_address="127.0.0.1",
+                num_cpus=cores,
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                **common,
+            )
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {ADDRESS}={address} ({error}); correct it, or unset it to start one here"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
