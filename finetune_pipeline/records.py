@@ -160,6 +160,12 @@ class Example(Record):
     review: ReviewKind | None = Field(default=None, description="What a reviewer decided; none: nobody did.")
 
 
+def example_of(interaction: Interaction, **taught: Any) -> Example:
+    """The example of an interaction: what was asked and answered, and the fields `taught` that say what it teaches."""
+    asked = {name: getattr(interaction, name) for name in ("source", "origin", "prompt", "history", "output")}
+    return Example(interaction_id=interaction.id, **asked, **taught)
+
+
 def normalise(text: str) -> str:
     """The form in which prompts are compared: NFKC, case folded, white space collapsed."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

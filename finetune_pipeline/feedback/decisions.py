@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.identity import example_hash
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.records import Example, Feedback, Interaction, ReviewKind
+from finetune_pipeline.records import Example, Feedback, Interaction, ReviewKind, example_of
 
 UNDO = "undo"
 _CHUNK = 500
@@ -82,14 +82,9 @@ def _approved(interaction: Interaction, decision: Decision, sequence: int, rewar
             "user": decision.reviewer,
         }
     )
-    return Example(
-        interaction_id=interaction.id,
+    return example_of(
+        interaction,
         sequence=sequence,
-        source=interaction.source,
-        origin=interaction.origin,
-        prompt=interaction.prompt,
-        history=interaction.history,
-        output=interaction.output,
         target=decision.target,
         reward=reward(feedback, interaction),
         confidence=interaction.confidence,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
+from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, example_of, text_hash
 
 _VERDICTS = frozenset({"thumbs_up", "thumbs_down", "rating"})
 
@@ -26,14 +26,9 @@ def resolve(
     if not deciding:
         return None
     worth = reward(deciding[0], interaction)
-    return Example(
-        interaction_id=interaction.id,
+    return example_of(
+        interaction,
         sequence=sequence,
-        source=interaction.source,
-        origin=interaction.origin,
-        prompt=interaction.prompt,
-        history=interaction.history,
-        output=interaction.output,
         target=interaction.output,
         reward=worth,
         confidence=interaction.confidence,
@@ -49,14 +44,9 @@ def _corrected(
     verdicts = [item for item in _about(by_time, interaction, text_hash(target)) if item.kind in _VERDICTS]
     later = [item for item in verdicts if item.created_at >= correction.created_at]
     refused = bool(later) and reward(later[-1], interaction) < 0
-    return Example(
-        interaction_id=interaction.id,
+    return example_of(
+        interaction,
         sequence=sequence,
-        source=interaction.source,
-        origin=interaction.origin,
-        prompt=interaction.prompt,
-        history=interaction.history,
-        output=interaction.output,
         target=target,
         reward=reward(later[-1] if refused else correction, interaction),
         confidence=interaction.confidence,

@@ -16,12 +16,10 @@ from finetune_pipeline.curation.dataset import (
 from finetune_pipeline.curation.origins import ORIGINS, first_origins
 from finetune_pipeline.curation.rules import CONFLICT
 from finetune_pipeline.loop import reading
-from finetune_pipeline.loop.curating import dataset, taught
+from finetune_pipeline.loop.curating import dataset
 from finetune_pipeline.loop.io import pointers_key, upstream
 from finetune_pipeline.records import DatasetManifest, RawLogsManifest
 from finetune_pipeline.settings import LoopSettings
-
-__all__ = ["curated_dataset_asset", "dataset", "taught"]
 
 NAMED = 20
 ORIGINS_NAMED = 3  # of each source; the others are in the file

@@ -12,7 +12,7 @@ from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_rep
 from finetune_pipeline.feedback.review import Candidate, candidates, look
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.loop import reading
-from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
+from finetune_pipeline.records import PERSON_KINDS, Feedback, Interaction, example_of, text_hash
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.settings import LoopSettings
 
@@ -53,14 +53,9 @@ def refusal(interaction: Interaction, target: str, policy: Policy) -> str | None
 
     It is the rule that curation asks, of what redaction leaves.
     """
-    approved = Example(
-        interaction_id=interaction.id,
+    approved = example_of(
+        interaction,
         sequence=0,
-        source=interaction.source,
-        origin=interaction.origin,
-        prompt=interaction.prompt,
-        history=interaction.history,
-        output=interaction.output,
         target=target,
         reward=1.0,
         confirmed=True,

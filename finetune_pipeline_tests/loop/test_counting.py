@@ -7,7 +7,8 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import mark_judged, record
 from finetune_pipeline.loop import raw_logs
 from finetune_pipeline.loop.counting import count_new
-from finetune_pipeline.loop.curated_dataset import _metadata, dataset
+from finetune_pipeline.loop.curated_dataset import _metadata
+from finetune_pipeline.loop.curating import dataset
 from finetune_pipeline.loop.eval_report import _trained_contents
 from finetune_pipeline.records import AdapterManifest, Turn
 from finetune_pipeline_tests.conftest import feedback, interaction

@@ -17,7 +17,7 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import tally
 from finetune_pipeline.loop import feeds
 from finetune_pipeline.loop.counting import count_new
-from finetune_pipeline.loop.curated_dataset import dataset, taught
+from finetune_pipeline.loop.curating import dataset, taught
 from finetune_pipeline.loop.feeds import read_feed, skipped_items
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot

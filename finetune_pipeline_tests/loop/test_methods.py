@@ -6,6 +6,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.loop import curated_dataset as curation
+from finetune_pipeline.loop import curating
 from finetune_pipeline.loop.lineage import made_with
 from finetune_pipeline.loop.lora_adapter import adapter, training_run
 from finetune_pipeline.loop.raw_logs import snapshot
@@ -23,7 +24,7 @@ def dataset(loop, good=GOOD, bad=BAD):
     database = connect()
     with database.write() as connection:
         record(connection, loop.name, [*corrected(good), *(e for pair in disliked for e in pair)], default_reward)
-    return curation.dataset(loop, snapshot(loop, database)[0])
+    return curating.dataset(loop, snapshot(loop, database)[0])
 
 
 def checked(loop, artifact):

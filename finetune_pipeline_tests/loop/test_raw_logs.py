@@ -16,7 +16,7 @@ from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import newest_sequence, record
 from finetune_pipeline.loop import raw_logs
-from finetune_pipeline.loop.curated_dataset import dataset
+from finetune_pipeline.loop.curating import dataset
 from finetune_pipeline.records import DatasetManifest, Turn
 from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.loop.conftest import corrected, definitions

@@ -13,7 +13,7 @@ from finetune_pipeline.feedback.review import decide, look, undo
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.loop.counting import count_new
-from finetune_pipeline.loop.curated_dataset import dataset
+from finetune_pipeline.loop.curating import dataset
 from finetune_pipeline.loop.feeds import read_feed
 from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.loop.review import waiting

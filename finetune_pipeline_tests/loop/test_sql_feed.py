@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
-from finetune_pipeline.loop.curated_dataset import dataset, taught
+from finetune_pipeline.loop.curating import dataset, taught
 from finetune_pipeline.loop.feeds import read_feeds, skipped_items
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot

@@ -4,7 +4,7 @@ import pytest
 
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
-from finetune_pipeline.loop.curated_dataset import dataset
+from finetune_pipeline.loop.curating import dataset
 from finetune_pipeline.loop.feeds import read_feeds
 from finetune_pipeline.loop.raw_logs import snapshot
 

@@ -17,9 +17,10 @@ from finetune_pipeline.settings import PROJECT_ROOT, CodeFeed
 from finetune_pipeline.sources import checks, grammars
 from finetune_pipeline.sources.chunks import Chunk, cut_python, first_sentence
 from finetune_pipeline.sources.code import read
-from finetune_pipeline.sources.item import Item, Skipped, SourceError
+from finetune_pipeline.sources.item import Skipped, SourceError
 
 from .endpoint import said, teaching
+from .readings import taken
 
 AREA = '''\
 def area(width: float, height: float) -> float:
@@ -91,18 +92,8 @@ def repository(tmp_path):
     return write
 
 
-def taken(feed, **options):
-    """Items and what was skipped, by origin."""
-    items, skipped = {}, {}
-    for one in read(feed, None, **options):
-        place = items if isinstance(one, Item) else skipped
-        assert one.origin not in place
-        place[one.origin] = one if isinstance(one, Item) else one.reason
-    return items, skipped
-
-
 def test_a_docstring_and_a_signature_make_the_request_and_the_code_is_the_answer(repository):
-    items, skipped = taken(repository({"shapes/area.py": AREA}))
+    items, skipped = taken(read, repository({"shapes/area.py": AREA}))
     assert skipped == {}
     item = items["shapes/area.py::area"]
     assert item.prompt == (
@@ -113,7 +104,7 @@ def test_a_docstring_and_a_signature_make_the_request_and_the_code_is_the_answer
 
 
 def test_classes_methods_and_what_stands_behind_conditions_are_cut_each_with_its_own_origin(repository):
-    items, skipped = taken(repository({"shapes.py": SHAPES}))
+    items, skipped = taken(read, repository({"shapes.py": SHAPES}))
     assert list(items) == [
         f"shapes.py::{name}" for name in ("Circle", "Circle.area", "Circle.area#2", "Circle.grow", "fast_area")
     ]
@@ -133,7 +124,7 @@ def test_classes_methods_and_what_stands_behind_conditions_are_cut_each_with_its
 
 def test_this_project_s_own_code_teaches_and_every_answer_parses():
     feed = CodeFeed(kind="code", name="own", path="finetune_pipeline")
-    items, skipped = taken(feed)
+    items, skipped = taken(read, feed)
     files = list((PROJECT_ROOT / "finetune_pipeline").rglob("*.py"))
     assert len(items) > 3 * len(files)
     for item in items.values():
@@ -174,7 +165,7 @@ def test_the_standard_library_is_cut_without_losing_a_character():
     ],
 )
 def test_what_cannot_be_used_is_named_with_its_line_and_the_rest_is_read(repository, content, where, reason):
-    items, skipped = taken(repository({"bad.py": content, "good.py": AREA}))
+    items, skipped = taken(read, repository({"bad.py": content, "good.py": AREA}))
     assert list(items) == ["good.py::area"]
     ((origin, said_of_it),) = skipped.items()
     assert origin == f"bad.py{where}" or not where
@@ -182,7 +173,7 @@ def test_what_cannot_be_used_is_named_with_its_line_and_the_rest_is_read(reposit
 
 
 def test_line_ends_of_windows_and_a_byte_order_mark_are_no_part_of_the_code(repository):
-    items, _ = taken(repository({"a.py": b"\xef\xbb\xbf" + AREA.replace("\n", "\r\n").encode()}))
+    items, _ = taken(read, repository({"a.py": b"\xef\xbb\xbf" + AREA.replace("\n", "\r\n").encode()}))
     assert items["a.py::area"].answer == AREA.rstrip()
 
 
@@ -207,7 +198,7 @@ def test_nothing_hidden_ignored_or_outside_the_folder_is_read(repository, tmp_pa
     (outside / "info" / "exclude").write_text("a.py\n")
     (root / ".git").symlink_to(outside)
     os.mkfifo(root / "pipe.py")
-    items, skipped = taken(feed)
+    items, skipped = taken(read, feed)
     assert set(items) == {"a.py::area", "src/b.py::area", "src/deep/keep_test.py::area"}
     assert skipped == dict.fromkeys(("folder", "link.py", "round"), "is a symbolic link, and links are not followed")
 
@@ -228,7 +219,7 @@ def test_what_is_ignored_is_what_git_ignores(repository):
         capture_output=True,
         text=True,
     )
-    items, _ = taken(feed)
+    items, _ = taken(read, feed)
     assert sorted(origin.partition("::")[0] for origin in items) == sorted(listed.stdout.split())
 
 
@@ -280,7 +271,7 @@ def _grammars():
 
 @pytest.mark.usefixtures("_grammars")
 def test_other_languages_are_cut_by_their_grammars(repository):
-    items, skipped = taken(repository(OTHERS, languages=LANGUAGES))
+    items, skipped = taken(read, repository(OTHERS, languages=LANGUAGES))
     assert {origin: item.prompt for origin, item in items.items()} == {
         "A.java::A": "Write the Java class `class A`: A shape of two sides.",
         "A.java::A.area": "Write the Java method `int area()` of `A`: Gives the area of it.",
@@ -304,7 +295,7 @@ def test_other_languages_are_cut_by_their_grammars(repository):
 @pytest.mark.usefixtures("_grammars")
 def test_what_a_grammar_does_not_read_is_named_and_what_is_whole_is_taken(repository):
     broken = OTHERS["a.js"] + "\n/** Is broken in the middle. */\nfunction broken(a {\n  return a +;\n}\n"
-    items, skipped = taken(repository({"a.js": broken}, languages=["javascript"]))
+    items, skipped = taken(read, repository({"a.js": broken}, languages=["javascript"]))
     assert list(items) == ["a.js::area"]
     assert "a.js:7" in skipped
 
@@ -313,7 +304,7 @@ def test_a_missing_grammar_says_what_to_install(repository, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tree_sitter_go", None)
     grammars._parser.cache_clear()
     with pytest.raises(SourceError, match=r"Go is read with .*pip install .*'\.\[code\]'"):
-        taken(repository(OTHERS, languages=["go"]))
+        taken(read, repository(OTHERS, languages=["go"]))
 
 
 # With a teacher.
@@ -348,7 +339,7 @@ def taught(repository, script, files=None, **fields):
     """What a teacher of this script makes of these files; items, what was skipped, and the endpoint."""
     with teaching(script) as (server, teacher):
         feed = repository(files or {"a.py": AREA}, teacher=teacher.model_dump(), **fields)
-        return *taken(feed, redact=clean), server
+        return *taken(read, feed, redact=clean), server
 
 
 def test_a_teacher_writes_the_requests_and_the_answer_stays_the_repository_s_own(repository):
@@ -463,7 +454,7 @@ def test_code_that_no_longer_parses_without_its_secret_is_not_sent(repository):
 
     with teaching(lambda body, number: requests(GOOD[0])) as (server, teacher):
         feed = repository({"a.py": WITH_SECRET}, teacher=teacher.model_dump())
-        items, skipped = taken(feed, redact=worst)
+        items, skipped = taken(read, feed, redact=worst)
         assert (items, server.asked) == ({}, [])
         assert "it is not sent" in skipped["a.py::connect"]
         with pytest.raises(ValueError, match="only redacted"):
@@ -487,9 +478,9 @@ def test_a_changed_function_alone_is_paid_for_anew(repository):
 
     with teaching(script) as (server, teacher):
         fields = {"teacher": teacher.model_dump()}
-        taken(repository({"a.py": AREA, "b.py": SHAPES}, **fields), redact=clean)
+        taken(read, repository({"a.py": AREA, "b.py": SHAPES}, **fields), redact=clean)
         paid = len(server.asked)
-        taken(repository({"a.py": AREA.replace("negative", "below zero")}, **fields), redact=clean)
+        taken(read, repository({"a.py": AREA.replace("negative", "below zero")}, **fields), redact=clean)
         assert len(server.asked) == paid + 1
 
 
@@ -501,12 +492,12 @@ def test_over_the_budget_what_was_paid_is_given_and_the_rest_is_named(repository
 
     with teaching(script, max_tokens=4_000, parallel=2) as (server, teacher):
         feed = repository(files, teacher=teacher.model_dump())
-        first, skipped = taken(feed, redact=clean)
+        first, skipped = taken(read, feed, redact=clean)
         assert first
         assert {reason.partition(":")[0] for reason in skipped.values()} == {"budget"}
         assert len(first) + len(skipped) == 8
         for _ in range(8):
-            items, left = taken(feed, redact=clean)
+            items, left = taken(read, feed, redact=clean)
             assert first.items() <= items.items()
         assert (len(items), left, len(server.asked)) == (8, {}, 8)
 

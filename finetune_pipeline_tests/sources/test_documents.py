@@ -11,9 +11,10 @@ from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.settings import PROJECT_ROOT, DocumentsFeed
 from finetune_pipeline.sources.documents import _diagram_flaw, _fill, _form_flaw, read, read_template
 from finetune_pipeline.sources.facts import PLACEHOLDERS, facts
-from finetune_pipeline.sources.item import Item, SourceError
+from finetune_pipeline.sources.item import SourceError
 
 from .endpoint import said, teaching
+from .readings import taken
 
 EXAMPLES = PROJECT_ROOT / "examples" / "documents"
 FLOW = '---\nname: flow\ninstruction: Draw the topics of "{title}".\n---\n```mermaid\nflowchart TD\n{flow}\n```\n'
@@ -41,18 +42,9 @@ def folders(tmp_path):
     return write
 
 
-def taken(feed, **options):
-    items, skipped = {}, {}
-    for one in read(feed, None, **options):
-        place = items if isinstance(one, Item) else skipped
-        assert one.origin not in place
-        place[one.origin] = one if isinstance(one, Item) else one.reason
-    return items, skipped
-
-
 def test_the_examples_give_a_diagram_an_api_document_and_a_data_model():
     feed = DocumentsFeed(kind="documents", name="notes", path=f"{EXAMPLES}/notes", templates=f"{EXAMPLES}/templates")
-    items, skipped = taken(feed)
+    items, skipped = taken(read, feed)
     assert set(items) == {
         f"orders.md::{name}" for name in ("api", "data_model", "flow", "sequence")
     } | {"kickoff.txt::data_model", "kickoff.txt::sequence"}  # fmt: skip
@@ -117,7 +109,9 @@ def test_no_document_breaks_the_form_of_a_template(title, topics):
     ],
 )
 def test_what_cannot_be_used_is_named_and_the_rest_is_read(folders, content, origin, reason):
-    items, skipped = taken(folders({"bad.md": content, "good.md": NOTE, "data.bin": b"\0", ".obsidian/x.md": NOTE}))
+    items, skipped = taken(
+        read, folders({"bad.md": content, "good.md": NOTE, "data.bin": b"\0", ".obsidian/x.md": NOTE})
+    )
     assert list(items) == ["good.md::flow"]
     assert list(skipped) == [origin]
     assert reason in skipped[origin]
@@ -143,20 +137,20 @@ def test_a_template_that_is_none_says_why(template, reason):
 
 def test_a_broken_template_is_named_and_without_any_good_one_nothing_is_read(folders):
     second = FLOW.replace("Draw", "Paint")
-    items, skipped = taken(folders({"a.md": NOTE}, {"a.md": FLOW, "b.md": second, "c.md": "broken"}))
+    items, skipped = taken(read, folders({"a.md": NOTE}, {"a.md": FLOW, "b.md": second, "c.md": "broken"}))
     assert list(items) == ["a.md::flow"]
     assert set(skipped) == {"template b.md", "template c.md"}
     with pytest.raises(SourceError, match="no usable template"):
-        taken(folders({}, {"a.md": "broken", "b.md": "broken"}))
+        taken(read, folders({}, {"a.md": "broken", "b.md": "broken"}))
     with pytest.raises(SourceError, match="cannot be read"):
-        taken(folders({}, path="/nowhere/at/all"))
+        taken(read, folders({}, path="/nowhere/at/all"))
 
 
 def test_templates_within_the_documents_are_no_documents_and_links_are_not_followed(folders, tmp_path):
     feed = folders({"a.md": NOTE, "forms/flow.md": FLOW}, {})
     (tmp_path / "outside.md").write_text(NOTE)
     (Path(feed.path) / "link.md").symlink_to(tmp_path / "outside.md")
-    items, skipped = taken(feed.model_copy(update={"templates": f"{feed.path}/forms"}))
+    items, skipped = taken(read, feed.model_copy(update={"templates": f"{feed.path}/forms"}))
     assert list(items) == ["a.md::flow"]
     assert list(skipped) == ["link.md"]
 
@@ -167,7 +161,7 @@ DIAGRAM = "```mermaid\nflowchart TD\n    a[Opening in May] --> b[Booking a seat]
 def taught(folders, answer, documents=None, template=FLOW):
     with teaching(lambda body, number: said(answer)) as (server, settings):
         feed = folders(documents or {"a.md": NOTE}, {"t.md": template}, teacher=settings.model_dump())
-        return *taken(feed, redact=lambda text: redact(text).text), server
+        return *taken(read, feed, redact=lambda text: redact(text).text), server
 
 
 @pytest.mark.parametrize("answer", [DIAGRAM, f"````markdown\n{DIAGRAM}\n````", f"Here it is:\n\n{DIAGRAM}"])
