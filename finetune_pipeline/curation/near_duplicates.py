@@ -23,6 +23,7 @@ from finetune_pipeline.curation.duplicates import SHINGLE, jaccard, shingles
 
 PERMUTATIONS, BANDS, BITS = 128, 16, 512
 _SEED = 1
+_AT_ONCE = 256  # signatures come as Python's integers: of more at once, memory is fetched anew each time
 _NEIGHBOURS = 32  # in a larger bucket each question is compared with so many after it
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -59,9 +60,14 @@ def sketch(questions: Sequence[str], answers: Numbers) -> Sketches:
     rows = np.repeat(np.arange(len(questions)), np.diff(offsets))
     there = np.zeros((len(questions), BITS), np.bool_)
     there[rows, (pieces >> np.uint64(64 - 9)).astype(np.int64)] = True
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(pieces, offsets.astype(np.uint64), PERMUTATIONS, _SEED)
-    numbers = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint64, len(questions) * PERMUTATIONS)
-    signatures = numbers.reshape(len(questions), BANDS, -1)
+    signatures = np.empty((len(questions), BANDS, PERMUTATIONS // BANDS), np.uint64)
+    for start in range(0, len(questions), _AT_ONCE):
+        bounds = offsets[start : start + _AT_ONCE + 1]
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+            pieces[bounds[0] : bounds[-1]], (bounds - bounds[0]).astype(np.uint64), PERMUTATIONS, _SEED
+        )
+        numbers = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint64, (len(bounds) - 1) * PERMUTATIONS)
+        signatures[start : start + _AT_ONCE] = numbers.reshape(-1, *signatures.shape[1:])
     keys = np.broadcast_to(answers[:, None], (len(questions), BANDS))
     for column in range(signatures.shape[2]):
         keys = _mixed(keys * _MULTIPLIER + signatures[:, :, column])

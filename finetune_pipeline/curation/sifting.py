@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from finetune_pipeline.curation.near_duplicates import BANDS, BITS, sketch
 from finetune_pipeline.curation.preferences import shows_a_fault
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
-FORM = 4  # of the result and of how it is made: what an earlier form left is made anew
+FORM = 5  # of the result and of how it is made: what an earlier form left is made anew
 EXAMPLE = tuple(Example.model_fields)
 
 Identity = Callable[[Example], str]
@@ -134,5 +135,5 @@ def answer_key(answer: str) -> int:
     text = answer.strip()
     if text[:1] in {"{", "["}:
         with suppress(ValueError, RecursionError):
-            text = _canonical(json.loads(text))
+            text = _canonical(from_json(text))
     return number_of(text)
