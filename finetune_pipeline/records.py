@@ -2,15 +2,15 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from finetune_pipeline.settings import Rating
-
+Rating = Literal["1", "2", "3", "4", "5", "gold"]
 Message = dict[str, str]
 """One chat message: `role` (system, user or assistant) and `content`."""
 
@@ -219,10 +219,19 @@ def alpaca_prompt(instruction: Any, asked: Any) -> str:
 
 def explain(error: ValidationError) -> str:
     """What is wrong with a record, in a line: which field, what was found, what was expected."""
-    return "; ".join(_explained(one) for one in error.errors(include_url=False))
+    return "; ".join(explained(error))
 
 
-def _explained(one: Mapping[str, Any]) -> str:
+def explained(error: ValidationError, names: Collection[str] = ()) -> list[str]:
+    """What is wrong, a line for each field.
+
+    Args:
+        names: that a misspelt name may have meant.
+    """
+    return [_explained(one, names) for one in error.errors(include_url=False)]
+
+
+def _explained(one: Mapping[str, Any], names: Collection[str]) -> str:
     where = ".".join(str(part) for part in one["loc"])
     message = str(one["msg"]).removeprefix("Value error, ")
     if not where:
@@ -230,7 +239,8 @@ def _explained(one: Mapping[str, Any]) -> str:
     if one["type"] == "missing":
         return f"{where}: is missing"
     if one["type"] == "extra_forbidden":
-        return f"{where}: there is no such field"
+        meant = get_close_matches(str(one["loc"][-1]), names, n=1)
+        return f"{where}: there is no such field" + (f"; is it {meant[0]}?" if meant else "")
     return f"{where}: found {shown(one['input'])}, {message.replace('Input should be', 'expected')}"
 
 
@@ -308,7 +318,7 @@ class AdapterManifest(Manifest):
     mode_reason: str = Field(default="", description="Why, or on top of which version.")
     new_examples: int = Field(default=0, description="incremental: examples that the champion was not trained on.")
     method: Literal["sft", "dpo", "kto"] = Field(default="sft", description="What the adapter was trained by.")
-    method_reason: str = Field(default="", description="Why by this method: set by hand, or what was found.")
+    method_reason: str = Field(default="", description="Why by this method: it was set, or what was found.")
     device: str
     steps: int
     best_step: int | None = Field(default=None, description="The step whose weights were kept.")

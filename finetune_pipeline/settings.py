@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from finetune_pipeline.records import Rating, explained
+
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFS_FOLDER = Path(__file__).resolve().parent / "defs"
 COMPONENT_TYPE = "finetune_pipeline.loop.component.FineTuneLoop"
@@ -59,7 +61,6 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Rating = Literal["1", "2", "3", "4", "5", "gold"]
 Reward = Annotated[float, Field(ge=-1, le=1)]
 
 
@@ -609,8 +610,14 @@ def read_loop(path: Path) -> LoopSettings:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML in UTF-8: {error}; correct it, then run again") from error
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'loop'}: {e['msg']}" for e in error.errors()]
+        lines = [f"  {line}" for line in explained(error, _names())]
         raise SettingsError("\n".join([f"{path}: these settings cannot be used:", *lines])) from error
+
+
+def _names() -> set[str]:
+    """The name of every setting there is."""
+    schema = LoopSettings.model_json_schema()
+    return {name for part in [schema, *schema["$defs"].values()] for name in part.get("properties", {})}
 
 
 def load_loops(folder: Path = DEFS_FOLDER) -> dict[str, LoopSettings]:

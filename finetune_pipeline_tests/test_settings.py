@@ -50,9 +50,9 @@ def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("addition", "said"),
     [
-        ("gate: {min_gian: 0.1}", "gate.min_gian"),  # a typing mistake is no silent default
+        ("gate: {min_gian: 0.1}", r"gate\.min_gian: there is no such field; is it min_gain\?"),
         ("surprise: 1", "surprise"),
-        ("gate: {min_gain: 7}", "gate.min_gain"),
+        ("gate: {min_gain: 7}", r"gate\.min_gain: found 7, expected less than"),
         ("training: {epochs: many}", "training.epochs"),
         ("export: {quantization: Q3_X}", "export.quantization"),
         ("training: {epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),

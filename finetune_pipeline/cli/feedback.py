@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from finetune_pipeline.feedback import FeedbackClient
     from finetune_pipeline.feedback.forgetting import Held
     from finetune_pipeline.loop.lineage import MadeWith
-    from finetune_pipeline.settings import Rating
+    from finetune_pipeline.records import Rating
 
 F = TypeVar("F", bound=Callable[..., Any])
 

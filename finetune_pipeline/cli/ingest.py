@@ -12,7 +12,7 @@ from finetune_pipeline.loop.ingest import Ingested, ingest_file
 from finetune_pipeline.loop.ingest import ingest as ingest_all
 from finetune_pipeline.settings import FileFormat, LoopSettings
 from finetune_pipeline.sources.jsonl import Form
-from finetune_pipeline.sources.ledger import rejected_lines
+from finetune_pipeline.sources.ledger import position, rejected_lines
 
 
 @click.command()
@@ -54,6 +54,11 @@ def ingest(files: tuple[Path, ...], form: Form, loop: LoopSettings) -> None:
 
 def _read(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: Form) -> Ingested:
     try:
-        return ingest_file(loop, database, path, reward, form)
+        done = ingest_file(loop, database, path, reward, form)
     except OSError as error:
         raise click.ClickException(f"{path} cannot be read ({error.strerror}); mend it, then run again") from error
+    with database.read() as connection:
+        left = path.stat().st_size - position(connection, loop.name, path).offset
+    if left > 0:
+        click.echo(f"{path}: its last line is not whole ({left} bytes); it is read when it is", err=True)
+    return done

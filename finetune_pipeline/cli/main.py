@@ -16,6 +16,7 @@ from finetune_pipeline.cli.run import demo, env, run, ui
 from finetune_pipeline.cli.serve import key, serve
 from finetune_pipeline.cli.status import status
 from finetune_pipeline.cli.train import train
+from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import DatabaseError
 from finetune_pipeline.evaluation.benchmark import BenchmarkError
@@ -35,6 +36,7 @@ from finetune_pipeline.training.job import TrainingError
 EXPECTED = (
     ArtifactError,
     BenchmarkError,
+    ClusterError,
     ComparisonError,
     CurationError,
     DatabaseError,

@@ -11,7 +11,8 @@ from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, SettingsError,
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _loop(_context: click.Context, _parameter: click.Parameter, name: str | None) -> LoopSettings:
+def the_loop(name: str | None) -> LoopSettings:
+    """The loop of this name; without one, the only loop that there is."""
     if name is not None:
         return load_loop(name)
     loops = load_loops()
@@ -24,9 +25,12 @@ def _loop(_context: click.Context, _parameter: click.Parameter, name: str | None
 
 def loop_option(command: F) -> F:
     """`--loop NAME`, given to the command as LoopSettings; not needed while there is one loop."""
-    return click.option("--loop", callback=_loop, metavar="NAME", help="Which loop; not needed while there is one.")(
-        command
-    )
+    return click.option(
+        "--loop",
+        callback=lambda _context, _parameter, name: the_loop(name),
+        metavar="NAME",
+        help="Which loop; not needed while there is one.",
+    )(command)
 
 
 def actor() -> str:

@@ -40,6 +40,7 @@ def run(loop: LoopSettings, verbose: bool) -> None:
 
     With gate.on_reject: keep_champion a rejected challenger ends with 0 too.
     """
+    _check_training(loop)
     sys.exit(materialize(loop, verbose=verbose))
 
 
@@ -86,6 +87,18 @@ def ui(port: int) -> None:
     os.chdir(PROJECT_ROOT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # started in the background of a script, it would ignore ctrl-c
     os.execve(sys.executable, [sys.executable, "-m", "dagster", *command], prepared)
+
+
+def _check_training(loop: LoopSettings) -> None:
+    """Say now what would let the third asset fail: no base model, a backend that cannot run here, no Ray."""
+    from finetune_pipeline.cluster import check_installed
+    from finetune_pipeline.export.base import resolve_base_model
+    from finetune_pipeline.training.backends import choose
+
+    resolve_base_model(loop.base_model)
+    choose(loop.training).backend.validate(loop.training)
+    if loop.training.compute == "ray":
+        check_installed("training.compute")
 
 
 def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:

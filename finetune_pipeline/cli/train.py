@@ -7,7 +7,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from finetune_pipeline.settings import SettingsError, TrainingSettings, load_loop
+from finetune_pipeline.cli.options import the_loop
+from finetune_pipeline.settings import SettingsError, TrainingSettings
 
 if TYPE_CHECKING:
     from finetune_pipeline.training.architecture import Architecture
@@ -25,7 +26,9 @@ def train() -> None:
 @click.option("--base", metavar="M", help="Base model: a folder, or a Hugging Face id; default the loop's.")
 @click.option("--vram", type=click.FloatRange(1), metavar="GB", help="Memory of a GPU; default this machine's.")
 @click.option("--preset", type=click.Choice(_PRESETS), help="Plan for a preset's memory instead.")
-@click.option("--loop", metavar="NAME", help="Begin with this loop's base model and settings.")
+@click.option(
+    "--loop", metavar="NAME", help="Begin with this loop's base model and settings; without --base, the only loop's."
+)
 @click.option("--examples", default=1000, show_default=True, type=click.IntRange(1), help="Training examples.")
 @click.option("--length", type=click.IntRange(16), help="Longest example, in tokens; default the preset's.")
 def plan(
@@ -37,11 +40,8 @@ def plan(
 
     if vram is not None and preset is not None:
         raise SettingsError("--vram and --preset both name a memory size; give one of them")
-    chosen = load_loop(loop) if loop else None
-    name = base or (chosen.base_model if chosen else None)
-    if name is None:
-        raise SettingsError("name the base model with --base, or a loop with --loop")
-    architecture = architecture_of(name)
+    chosen = the_loop(loop) if loop or not base else None
+    architecture = architecture_of(base or the_loop(loop).base_model)
     machine = _machine(vram, preset)
     given = chosen.training if chosen else TrainingSettings()
     if length is not None:

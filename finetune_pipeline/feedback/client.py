@@ -26,8 +26,8 @@ from uuid import UUID, uuid5
 
 from uuid_utils.compat import uuid7
 
-from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Message, Turn, logged, text_hash
-from finetune_pipeline.settings import LoopSettings, Rating, load_loop
+from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Message, Rating, Turn, logged, text_hash
+from finetune_pipeline.settings import LoopSettings, load_loop
 
 if TYPE_CHECKING:
     import httpx

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from difflib import SequenceMatcher
 from importlib import import_module
 
-from finetune_pipeline.records import Feedback, Interaction
-from finetune_pipeline.settings import FeedbackSettings, Rating, SettingsError
+from finetune_pipeline.records import Feedback, Interaction, Rating
+from finetune_pipeline.settings import FeedbackSettings, SettingsError
 
 RewardFunction = Callable[[Feedback, Interaction], float]
 

@@ -69,7 +69,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         counts as judging the data, whatever the verdict.
         """
         die_with_run()
-        artifact, comparison, verdict = report(loop, gguf_model, context.run_id, context.log.info)
+        artifact, comparison, verdict = report(loop, gguf_model, context.run.run_id, context.log.info)
         context.log.info(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact, comparison, verdict))
         yield from _checks(loop, comparison, verdict)

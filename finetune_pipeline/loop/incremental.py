@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, find, hash_of
+from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.database import connect
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import champion
@@ -22,7 +23,7 @@ class Start:
     Attributes:
         adapter: of the champion, that is gone on from; None is the base model.
         rows: which rows of what the method trains on are taken; None is all.
-        new: how many of them the champion was not trained on.
+        new: how many of them the champion was not trained on; what is replayed from outside the loop is never new.
         reason: why it is so, for people.
     """
 
@@ -60,7 +61,10 @@ def start(
     learnt = _found(DatasetManifest, loop.name, adapter.manifest.inputs.get("curated_dataset"))
     if learnt is None:
         return _full(f"the dataset of {serving.name} is not there any more, so nobody knows what is new")
-    return _on_top(serving.name, adapter, _hashes(learnt, part), _hashes(dataset, part), settings)
+    known, rows = set(_hashes(learnt, part)), _hashes(dataset, part)
+    if part == DATASET:
+        known |= set(rows[len(rows) - dataset.manifest.replayed :])  # they stand at the end, and are nothing new
+    return _on_top(serving.name, adapter, known, rows, settings)
 
 
 def write_subset(dataset: Path, rows: tuple[int, ...], folder: Path) -> Path:
@@ -77,11 +81,10 @@ def write_subset(dataset: Path, rows: tuple[int, ...], folder: Path) -> Path:
 def _on_top(
     name: str,
     adapter: Artifact[AdapterManifest],
-    learnt: list[str],
+    known: set[str],
     hashes: list[str],
     settings: TrainingSettings,
 ) -> Start:
-    known = set(learnt)
     rows = chosen(hashes, known, settings.replay_older, str(settings.seed))
     if not rows:
         return _full(f"nothing is new since {name} was trained")

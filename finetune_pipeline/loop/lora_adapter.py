@@ -96,7 +96,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         settings = run_settings(loop, config.model_dump())  # type: ignore[attr-defined]
         artifact = adapter(loop, settings, curated_dataset, _reporter(context), context.log.info)
-        record_training(connect(), training_run(artifact.manifest, context.run_id))
+        record_training(connect(), training_run(artifact.manifest, context.run.run_id))
         return dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
 
     return lora_adapter

@@ -10,8 +10,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Moment, ShortText, Text, Turn
-from finetune_pipeline.settings import Rating
+from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Moment, Rating, ShortText, Text, Turn
 
 
 def _whole(number: Any) -> Any:

@@ -65,7 +65,7 @@ def _run(job: TrainingJob, started: float, micro_batch: int | None) -> None:
 
 def _train(job: TrainingJob, started: float, micro_batch: int | None) -> None:
     choice = choose(job.settings)
-    choice.backend.validate(job)
+    choice.backend.validate(job.settings)
     print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
     # Before torch is loaded, and for the processes of a team; on a Ray cluster elsewhere Ray sees to it.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(usable_cores(), cpu_quota(), job.settings.workers)))

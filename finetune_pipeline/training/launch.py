@@ -51,7 +51,7 @@ def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: 
     result = finished(job)
     if result is not None:
         return result
-    choose(job.settings).backend.validate(job)
+    choose(job.settings).backend.validate(job.settings)
     job.output.mkdir(parents=True, exist_ok=True)
     write_text(job.output / JOB, job.model_dump_json(indent=2) + "\n")
     follower = Follower(job.output / PROGRESS)

@@ -48,7 +48,11 @@ def choose(method: Literal["auto", "sft", "dpo", "kto"], counts: Counts) -> Choi
     Raises:
         TrainingError: there is nothing that the method could learn from.
     """
-    choice = _suiting(counts) if method == "auto" else Choice(method, f"{method}: set by hand; there are {counts}")
+    choice = (
+        _suiting(counts)
+        if method == "auto"
+        else Choice(method, f"{method}, as training.method says; there are {counts}")
+    )
     missing = _missing(choice.method, counts)
     if missing:
         raise TrainingError(

@@ -11,10 +11,14 @@ from finetune_pipeline.cli import doctor as doctor_module
 from finetune_pipeline.cli.ask import spec_of
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
+from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.models import Candidate
 from finetune_pipeline.settings import PROJECT_ROOT, load_loop
+from finetune_pipeline.training.backends.base import Availability
+from finetune_pipeline.training.backends.unsloth import Unsloth
+from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline_tests.conftest import interaction
 
 LOOP = "aec_parser"
@@ -91,6 +95,9 @@ def test_a_single_file_can_be_taken_in(tmp_path):
     said = run("ingest", str(path))
     assert "1 files: 1 interactions and 0 feedback added, 0 known already, 1 lines rejected" in said
     assert f"{path}:2: not JSON" in said
+    with path.open("a") as file:
+        file.write('{"prompt": "a wall')
+    assert f"{path}: its last line is not whole (18 bytes)" in run("ingest", str(path))
 
 
 def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
@@ -136,11 +143,29 @@ def test_the_default_loop_reads_files_that_are_there():
         assert (PROJECT_ROOT / name).is_file()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"backend": "unsloth"}, "unsloth cannot run here"),
+        ({"base_model": "../nowhere/model"}, "../nowhere/model is not there"),
+    ],
+)
+def test_what_would_let_the_training_fail_is_said_before_anything_runs(own_home, monkeypatch, changes, said):
+    loop = load_loop(LOOP)
+    if "backend" in changes:
+        changes = {"training": loop.training.model_copy(update=changes)}
+    monkeypatch.setattr("finetune_pipeline.cli.options.load_loops", lambda: {LOOP: loop.model_copy(update=changes)})
+    monkeypatch.setattr(Unsloth, "check", lambda self: Availability("unsloth", False, "no GPU", "take another"))
+    result = CliRunner().invoke(finetune, ["run"])
+    assert isinstance(result.exception, TrainingError | ExportError) and said in str(result.exception)
+    assert not (own_home / "logs").exists()
+
+
 def test_a_plan_says_what_fits_how_it_was_reckoned_and_what_to_write():
     output = run("train", "plan", "--base", "meta-llama/Llama-3.1-8B-Instruct", "--vram", "12")
     assert "8.03 billion parameters" in output
     for said in ("does not fit", "x 0.516 B (NF4)", "assumed, not measured", "  adapter: qlora", "  max_length: 1024"):
         assert said in output
-    here = run("train", "plan", "--loop", LOOP, "--examples", "100")
+    here = run("train", "plan", "--examples", "100")  # there is one loop
     assert "matrix products reach here (measured)" in here
     assert "  batch_size: 24" in here  # the loop's own

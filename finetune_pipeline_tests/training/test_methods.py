@@ -26,7 +26,10 @@ def test_auto_goes_by_what_the_dataset_holds_and_says_the_numbers(good, pairs, b
 def test_what_was_set_by_hand_is_kept_and_the_numbers_are_told():
     choice = choose("dpo", Counts(good=60, pairs=3, bad=5))
     assert choice.method == "dpo"
-    assert choice.reason == "dpo: set by hand; there are 60 answers found good (3 of them corrections) and 5 found bad"
+    assert (
+        choice.reason
+        == "dpo, as training.method says; there are 60 answers found good (3 of them corrections) and 5 found bad"
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,12 @@ class Backend(ABC):
             TrainingError: the job cannot be done; the message says what to change.
         """
 
-    def validate(self, job: TrainingJob) -> None:
-        """Raise TrainingError, before anything starts, if this job cannot be trained by this backend here."""
+    def validate(self, settings: TrainingSettings) -> None:
+        """Raise TrainingError, before anything starts, if this backend cannot train with these settings here."""
         found = self.check()
         if not found.available:
             raise TrainingError(f"the backend {self.name} cannot run here: {found.why}; {found.remedy}")
-        problems = list(self.cannot(job.settings))
+        problems = list(self.cannot(settings))
         if problems:
             raise TrainingError(f"the backend {self.name} cannot train this: {'; '.join(problems)}")
 
