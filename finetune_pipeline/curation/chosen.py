@@ -11,7 +11,7 @@ from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifted import Cache, sift_parts
-from finetune_pipeline.curation.sifting import Identity, example_of, number_of
+from finetune_pipeline.curation.sifting import Identity, example_of_row, number_of
 from finetune_pipeline.curation.snapshot import ROWS, Part, Rows, schema
 from finetune_pipeline.records import Turn, conversation, normalise
 from finetune_pipeline.settings import LOGS
@@ -128,7 +128,7 @@ def _redacted(rows: Rows, found: Found, places: Numbers, columns: Sequence[str])
         return table
     whole = table.filter(pa.array(touched)) if set(columns) == set(ROWS) else rows.take(places[touched], ROWS)
     given = whole.to_pylist()
-    clean = [redact_example(example_of(row)).example.model_dump(mode="json") for row in given]
+    clean = [redact_example(example_of_row(row)).example.model_dump(mode="json") for row in given]
     mended = pa.Table.from_pylist(clean, schema()).select(list(columns))
     order = np.where(touched, len(table) + np.cumsum(touched) - 1, np.arange(len(table)))
     return pa.concat_tables([table, mended.cast(table.schema)]).take(pa.array(order))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
-FORM = 5  # of the result and of how it is made: what an earlier form left is made anew
+FORM = 5  # of the result and of how it is made: what was found by an earlier one, and datasets of it, are made anew
 EXAMPLE = tuple(Example.model_fields)
 
 Identity = Callable[[Example], str]
@@ -76,7 +76,7 @@ def _sifted(row: dict[str, Any], policy: Policy, identity: Identity) -> dict[str
     """What is known of one row: nothing of one that teaches nothing."""
     if row["target"] is None:
         return {}
-    original = example_of(row)
+    original = example_of_row(row)
     decision = at_a_glance(original, policy)
     if decision.accepted:
         redacted = redact_example(original)
@@ -95,7 +95,7 @@ def _sifted(row: dict[str, Any], policy: Policy, identity: Identity) -> dict[str
     return refused | {"overlap": overlap}
 
 
-def example_of(row: Mapping[str, Any]) -> Example:
+def example_of_row(row: Mapping[str, Any]) -> Example:
     """The example of a snapshot's row."""
     return Example.model_validate({**row, "history": row["history"] or ()})
 

@@ -25,6 +25,8 @@ OF_THE_CHOICE = frozenset(
 
 def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
     """The dataset that these logs give under the loop's settings, made if it is not there yet."""
+    from finetune_pipeline.curation.sifting import FORM
+
     files = reading.hashes(
         benchmark=project_path(loop.evaluation.benchmark),
         output_schema=project_path(loop.output_schema) if loop.output_schema else None,
@@ -39,6 +41,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         "holds": [DATASET, PAIRS, LABELLED, DATASET_CARD, ORIGINS],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
         "review": loop.review.model_dump(),
+        "form": FORM,
     }
     version = version_of(inputs, settings)
 
@@ -78,14 +81,14 @@ def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[
 
 def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
     """What every interaction of a snapshot teaches; a later part's row of it stands instead of an earlier one."""
-    from finetune_pipeline.curation.sifting import example_of
+    from finetune_pipeline.curation.sifting import example_of_row
     from finetune_pipeline.curation.snapshot import ROWS, Part, Rows
 
     parts = [Part(raw_logs.path / part) for part in raw_logs.manifest.parts]
     stands = iter((~Rows(parts).superseded()).tolist())
     for part in parts:
         for batch in part.batches(ROWS):
-            yield from (example_of(row) for row in batch.to_pylist() if next(stands) and row["target"] is not None)
+            yield from (example_of_row(row) for row in batch.to_pylist() if next(stands) and row["target"] is not None)
 
 
 def _figures(curated: Curated) -> dict[str, Any]:

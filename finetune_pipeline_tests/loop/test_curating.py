@@ -5,7 +5,7 @@ import shutil
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from finetune_pipeline.artifacts import point
-from finetune_pipeline.curation import sifted
+from finetune_pipeline.curation import sifted, sifting
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
@@ -44,6 +44,10 @@ def test_a_new_cycle_looks_at_the_new_part_only_and_gives_what_a_full_one_gives(
     assert len(looked) == 4
     dataset(make_loop(curation={**loop.curation.model_dump(), "min_reward": 0.1}), logs)
     assert len(looked) == 6
+    # A release that looks otherwise uses neither what was found before nor the dataset of it.
+    monkeypatch.setattr(sifting, "FORM", sifting.FORM + 1)
+    assert dataset(loop, logs).manifest.version != full.manifest.version
+    assert len(looked) == 8
 
 
 def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_cache(make_loop):
