@@ -312,8 +312,9 @@ def _batches(reading: Iterable[Item | Skipped | Mark]) -> Iterator[list[Item | S
         yield batch
 
 
-def skipped_items(connection: sa.Connection, task: str, limit: int) -> Sequence[Any]:
+def skipped_items(connection: sa.Connection, loop: LoopSettings, limit: int) -> Sequence[Any]:
     """The first things that the declared sources held and nobody could use: source, origin, reason."""
     s = t.skipped_items.c
-    query = sa.select(s.source, s.origin, s.reason).where(s.task == task).order_by(s.source, s.origin)
+    own = sa.and_(s.task == loop.name, s.source.in_([feed.name for feed in loop.sources.feeds]))
+    query = sa.select(s.source, s.origin, s.reason).where(own).order_by(s.source, s.origin)
     return connection.execute(query.limit(limit)).all()

@@ -222,7 +222,7 @@ def _sources(loop: LoopSettings, database: Database, feeds: Sequence[Fed]) -> di
     lines = ["| source | items | new | withdrawn | skipped | |", "|---|---|---|---|---|---|"]
     lines += [f"| {f.name} | {f.items} | {f.new} | {f.withdrawn} | {f.skipped} | {f.failed} |" for f in feeds]
     with database.read() as connection:
-        skipped = skipped_items(connection, loop.name, NAMED)
+        skipped = skipped_items(connection, loop, NAMED)
     return {
         "sources": dg.MetadataValue.md("\n".join(lines)),
         "skipped": [f"{row.source}: {row.origin}: {row.reason}" for row in skipped],

@@ -32,7 +32,7 @@ def test_code_and_documents_reach_the_dataset_with_their_origins(make_loop):
     assert all(fed.new == 0 for fed in read_feeds(loop, connect(), told.append))
     with connect().read() as connection:
         assert ("meetings", "kickoff.txt::api") in {
-            (row.source, row.origin) for row in skipped_items(connection, loop.name, 99)
+            (row.source, row.origin) for row in skipped_items(connection, loop, 99)
         }
 
 

@@ -122,12 +122,12 @@ def test_what_cannot_be_used_is_named_with_its_reason(loop):
     )
     assert fed.skipped == 2
     with connect().read() as connection:
-        found = {row.origin: row.reason for row in skipped_items(connection, loop.name, 10)}
+        found = {row.origin: row.reason for row in skipped_items(connection, loop, 10)}
     assert found["broken.md"] == "its frontmatter is not YAML"
     assert "prompt" in found["empty.md"]
     assert take(loop, *items("ash")).skipped == 0
     with connect().read() as connection:
-        assert not skipped_items(connection, loop.name, 10)
+        assert not skipped_items(connection, loop, 10)
 
 
 def test_what_is_said_of_unusable_things_shows_no_secret(loop):
@@ -140,7 +140,7 @@ def test_what_is_said_of_unusable_things_shows_no_secret(loop):
     )
     assert fed.skipped == 2
     with connect().read() as connection:
-        (row,) = skipped_items(connection, loop.name, 10)
+        (row,) = skipped_items(connection, loop, 10)
     assert row.origin == "people:[EMAIL]" and not {"ann", "aB1"} & set(row.reason.replace(".", " ").split())
     artifact, _ = snapshot(loop, connect())
     made = dataset(loop, artifact)
@@ -191,6 +191,14 @@ def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
     assert manifest.left_out["over the quota of imported"] == 5
 
 
+def materialized(loop, instance, *names):
+    """The metadata of these assets, made by a run of the loop's job."""
+    job = definitions(loop).resolve_job_def("notes_loop")
+    run = job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey(["notes", name]) for name in names])
+    made = (event.materialization for event in run.get_asset_materialization_events())
+    return {one.asset_key.path[-1]: one.metadata for one in made}
+
+
 def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(make_loop, instance, tmp_path):
     rows = [{"instruction": "Be short.", "input": f"what did {n} say?", "output": f"{n} spoke"} for n in range(6)]
     (tmp_path / "files").mkdir()
@@ -198,18 +206,7 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
     write_as(tmp_path / "files" / "b.csv", [{"prompt": "what did ash say?", "completion": "ash spoke"}, {"prompt": ""}])
     feed = {**FEED, "path": str(tmp_path / "files"), "reward": 0.9}
     loop = make_loop(sources={"feeds": [feed]}, system_prompt="Be short.", curation={"min_examples": 1})
-    with instance:
-        run = (
-            definitions(loop)
-            .resolve_job_def("notes_loop")
-            .execute_in_process(
-                instance=instance, asset_selection=[dg.AssetKey(["notes", n]) for n in ("raw_logs", "curated_dataset")]
-            )
-        )
-    metadata = {
-        m.asset_key.path[-1]: m.metadata
-        for m in (event.materialization for event in run.get_asset_materialization_events())
-    }
+    metadata = materialized(loop, instance, "raw_logs", "curated_dataset")
     (skipped,) = metadata["raw_logs"]["skipped"].value
     assert skipped.startswith("imported: b.csv:3: found no fields")
     card = metadata["curated_dataset"]["card"].value
@@ -218,6 +215,9 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
     assert (path / "card.md").read_text() == card
     assert {row["reward"] for row in read_rows(path, "train")} == {0.9}
     assert "what did 0 say?" in {row["prompt"] for split in ("train", "validation") for row in read_rows(path, split)}
+    renamed = make_loop(sources={"feeds": [{**feed, "name": "renamed"}]}, curation={"min_examples": 1})
+    (skipped,) = materialized(renamed, instance, "raw_logs")["raw_logs"]["skipped"].value
+    assert skipped.startswith("renamed: b.csv:3: ")
 
 
 def test_two_sources_of_one_name_are_refused(make_loop):
@@ -265,7 +265,7 @@ def test_a_forgotten_author_never_comes_back_from_a_declared_source(loop):
     assert (fed.items, fed.new, fed.withdrawn, fed.skipped) == (1, 0, 0, 3)
     assert not of_user(loop, "alice").count and targets(loop) == ["elm spoke"]
     with connect().read() as connection:
-        reasons = {row.reason for row in skipped_items(connection, loop.name, 9)}
+        reasons = {row.reason for row in skipped_items(connection, loop, 9)}
         everything = str([connection.execute(sa.select(table)).all() for table in t.metadata.sorted_tables])
     assert reasons == {"its author was forgotten"} and "alice" not in everything
 
@@ -320,7 +320,7 @@ def test_of_a_source_in_which_nothing_can_be_used_the_first_are_named_and_all_co
     monkeypatch.setattr(feeds, "_NAMED", 3)
     assert take(loop, *(Skipped(f"{n}", "is broken") for n in range(9))).skipped == 9
     with connect().read() as connection:
-        assert len(skipped_items(connection, loop.name, 99)) == 3
+        assert len(skipped_items(connection, loop, 99)) == 3
 
 
 def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_there_again(loop, tmp_path):

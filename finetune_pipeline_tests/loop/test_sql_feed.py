@@ -65,7 +65,7 @@ def test_rows_come_change_and_become_unusable(make_loop, rated):
     rated(1, n1=5, n2=5, n3=3)
     assert (read_all(loop).new, rewards(loop)) == (2, {"answers:1": 1.0, "answers:2": 1.0})
     with connect().read() as connection:
-        assert [tuple(row) for row in skipped_items(connection, "notes", 9)] == [
+        assert [tuple(row) for row in skipped_items(connection, loop, 9)] == [
             ("ratings", "answers:3", "stars is '3'; ratings knows 1, 5")
         ]
     version = snapshot(loop, connect())[0].manifest.version
