@@ -152,29 +152,35 @@ class LoopServer:
         """
         await self._pass_gate()
         told = _Told(on_piece)
-        served = self.current
-        problem = self.trouble or "no model is loaded"
-        if served is not None:
+        while True:
+            served = self.current
+            problem = self.trouble or "no model is loaded"
+            if served is not None:
+                try:
+                    completion = await _asked(served, request, told.by(served))
+                except _BROKEN as error:
+                    problem = str(error)
+                    self._broke(served, problem)
+                    if told.anything:
+                        message = f"{served.name} broke off in the middle of the answer"
+                        raise Unavailable(message, detail=problem) from error
+                else:
+                    self._works(served)
+                    return Answered(completion, served.name, "champion")
+            fallback = await self._fallback_model(problem)
             try:
-                completion = await _asked(served, request, told.by(served))
+                completion = await _asked(fallback, request, told.by(fallback))
             except _BROKEN as error:
-                problem = str(error)
-                self._broke(served, problem)
-                if told.anything:
-                    raise Unavailable(f"{served.name} broke off in the middle of the answer", detail=problem) from error
+                if isinstance(error, EngineClosed) and self.current is not served and not told.anything:
+                    continue  # the champion came back, and who stood in was dismissed before it was asked
+                raise Unavailable(
+                    f"neither {self.loop.name}'s champion nor {fallback.name} can answer",
+                    detail=f"{problem}; {error}",
+                    retry_after=2,
+                ) from error
             else:
-                self._works(served)
-                return Answered(completion, served.name, "champion")
-        fallback = await self._fallback_model(problem)
-        self.fallbacks += 1
-        try:
-            return Answered(await _asked(fallback, request, told.by(fallback)), fallback.name, "fallback")
-        except _BROKEN as error:
-            raise Unavailable(
-                f"neither {self.loop.name}'s champion nor {fallback.name} can answer",
-                detail=f"{problem}; {error}",
-                retry_after=2,
-            ) from error
+                self.fallbacks += 1
+                return Answered(completion, fallback.name, "fallback")
 
     async def answer_by(self, version: str, request: GenerateRequest, on_piece: OnNamedPiece | None) -> Answered:
         """Answer with a version that was asked for by name.

@@ -1,5 +1,6 @@
 """The champion moves while clients ask: nobody is refused, and every answer names who gave it."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -216,6 +217,26 @@ def test_a_killed_model_is_stood_in_for_and_comes_back(ggufs):
         assert load.broken_off <= 2 * 4  # streams that had begun: they say so, and are not recorded as answered
         wait_until(lambda: running.health()["status"] == "ok")
         wait_until(lambda: len(engines() - before) == 1)  # who stood in is gone too
+
+
+def test_who_asks_the_stand_in_just_as_it_is_dismissed_is_answered_by_the_champion(ggufs, monkeypatch):
+    name, found = promote(ggufs["Q8_0"], "raced").name, []
+    real = models.LoopServer._fallback_model
+
+    async def as_late_as_can_be(self, problem):
+        found.append(await real(self, problem))
+        while found[-1].alive:
+            await asyncio.sleep(0.01)
+        return found[-1]
+
+    monkeypatch.setattr(models.LoopServer, "_fallback_model", as_late_as_can_be)
+    with served("raced") as (running, before):
+        wait_until(lambda: serves(running, "raced") == name)
+        [process] = engines() - before
+        os.kill(process, signal.SIGKILL)
+        answer = running.ask(model="raced")
+        assert (answer.status_code, answer.json().get("model")) == (200, name)
+        assert [one.name for one in found] == ["raced@base"]
 
 
 def test_a_killed_base_model_is_not_stood_in_for_by_itself(own_home):
