@@ -389,7 +389,9 @@ def ours(rows: list[list[str]]) -> list[int]:
     questions = [normalise(row[0]) for row in rows]
     answers = np.array([answer_key(row[1]) for row in rows], np.uint64)
     parts = [sketch(questions[at : at + 2_000], answers[at : at + 2_000]) for at in range(0, len(rows), 2_000)]
-    whole = Sketches(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("bands", "bits", "sizes")))
+    whole = Sketches(
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("bands", "bits", "sizes", "answers"))
+    )
     labels = components(whole, 0.8, lambda places: [questions[place] for place in places.tolist()])
     return [int(place) for place in np.unique(labels, return_index=True)[1]]
 

@@ -88,7 +88,7 @@ class Found:
             return np.asarray(whole.view(kind).reshape(-1, width)[places])
 
         bands, bits = matrix("bands", np.uint32, BANDS), matrix("bits", np.uint64, BITS // 64)
-        return Sketches(bands, bits, self.of("size", places))
+        return Sketches(bands, bits, self.of("size", places), self.of("target", places))
 
 
 def _bytes(chunk: "pa.FixedSizeBinaryArray") -> Numbers:

@@ -38,11 +38,13 @@ class Sketches:
         bands: hash of each band and the answer, uint32 (questions, BANDS).
         bits: bitmap of the pieces, uint64 (questions, BITS / 64).
         sizes: number of pieces, counted each time they occur, uint32.
+        answers: hash of the answer, uint64; that of a band alone would be the same by chance now and then.
     """
 
     bands: Numbers
     bits: Numbers
     sizes: Numbers
+    answers: Numbers
 
 
 def sketch(questions: Sequence[str], answers: Numbers) -> Sketches:
@@ -55,7 +57,9 @@ def sketch(questions: Sequence[str], answers: Numbers) -> Sketches:
     from rensa import RMinHash
 
     if not questions:
-        return Sketches(np.zeros((0, BANDS), np.uint32), np.zeros((0, BITS // 64), np.uint64), np.zeros(0, np.uint32))
+        return Sketches(
+            np.zeros((0, BANDS), np.uint32), np.zeros((0, BITS // 64), np.uint64), np.zeros(0, np.uint32), answers
+        )
     pieces, offsets = _pieces(questions)
     rows = np.repeat(np.arange(len(questions)), np.diff(offsets))
     there = np.zeros((len(questions), BITS), np.bool_)
@@ -75,6 +79,7 @@ def sketch(questions: Sequence[str], answers: Numbers) -> Sketches:
         bands=(keys >> np.uint64(32)).astype(np.uint32),
         bits=np.packbits(there, axis=1).view(np.uint64),
         sizes=np.diff(offsets).astype(np.uint32),
+        answers=answers,
     )
 
 
@@ -129,7 +134,7 @@ def components(sketches: Sketches, similarity: float, texts: Callable[[Numbers],
 
 
 def _candidates(sketches: Sketches, similarity: float) -> tuple[Numbers, Numbers]:
-    """Pairs of places that share a band and are not refuted by their bitmaps."""
+    """Pairs of places that share a band and the answer, and are not refuted by their bitmaps."""
     codes = [np.zeros(0, np.uint64)]
     for band in range(BANDS):
         # Within a bucket those that share the next band too lie together, should there be more than are compared.
@@ -142,6 +147,7 @@ def _candidates(sketches: Sketches, similarity: float) -> tuple[Numbers, Numbers
             together = key[left] == key[right]
             if not together.any():
                 break
+            together &= sketches.answers[left] == sketches.answers[right]
             left, right = left[together], right[together]
             alike = _may_be_alike(sketches, left, right, similarity)
             low, high = np.minimum(left[alike], right[alike]), np.maximum(left[alike], right[alike])

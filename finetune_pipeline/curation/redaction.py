@@ -23,12 +23,16 @@ _JSON_TOKEN = re.compile(r'"(?P<text>(?:[^"\\]|\\.)*)"(?P<colon>\s*:)?|(?<![\w.+
 _HINTS = (
     "@", "＠", "passw", "passp", "passc", "pwd", "secret", "token", "key", "credential", "bearer", "authorization",
     "sk-", "sk_", "rk_", "hf_", "github_pat", "aiza", "ya29", "akia", "asia", "eyj", "xox", "xapp-", "whsec_",
-    "hooks.slack", "sg.", "pw:", '"pw"', "\\u00", "\\uff20",
+    "hooks.slack", "sg.", "hvs.", "sig=", "signature", "curl", "pw:", '"pw"', "\\u00", "\\uff20",
 )  # fmt: skip
 _LONG_WORD = re.compile(r"(?<![\w-])[\w-]{24}")
-_MANY_DIGITS = re.compile(r"\d(?:[ ().\u00a0/-]{0,3}\d){6}")
+_MANY_DIGITS = re.compile(r"\d(?:[ ().\u00a0\u2009\u202f/-]{0,3}\d){6}")
 
-_START = r"(?:(?<=\\[nrtbf])|(?<![\w\\]))"  # of a word; in escaped text the n of \n belongs to no word
+# Writing without blanks between words, and emphasis, stand next to a secret and are no part of it.
+_START = r"(?:(?<=\\[nrtbf])|(?<![A-Za-z0-9\\]))"  # of a word; in escaped text the n of \n belongs to no word
+_NUMBER = r"(?:(?<=\\[nrtbf])|(?<![A-Za-z0-9.+-]))"  # before a number
+_NUMBER_ENDS = r"(?![A-Za-z0-9^=-]|_\w|\*{1,3} ?[A-Za-z0-9])"
+_BLANK = " \u00a0\u2009\u202f"
 _TOKENS = re.compile(
     _START
     + r"""(?:
@@ -46,6 +50,7 @@ _TOKENS = re.compile(
     re.VERBOSE,
 )
 _REST_OF_TOKEN = re.compile(r"[A-Za-z0-9_-]*")  # tokens grow longer with the years
+_OPENAI = "T3BlbkFJ"  # stands in every key of an older form
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----(?P<body>(?:(?!-----)[^\"])*)"
     r"(?P<end>-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----)?"
@@ -55,7 +60,7 @@ _KEY_LINES = re.compile(r"(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{16,})+")
 _AUTHORIZATION = re.compile(
     r"(?i)\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)\s+(?P<value>[\w.~+/=-]{8,})"
 )
-_BEARER = re.compile(r"(?i)\bbearer\s+(?P<value>(?=[\w.~+/=-]{0,60}\d)[\w.~+/=-]{20,})")
+_BEARER = re.compile(_START + r"(?i:bearer)\s+(?P<value>(?=[\w.~+/=-]{0,60}\d)[\w.~+/=-]{20,})")
 _IN_URL = re.compile(r"://[^\s/:@\"'<>\\]{0,100}:(?P<value>[^\s@/\"'<>\\]{1,200})@")
 _IN_QUERY = re.compile(
     r"(?i)[?&](?:[\w-]{0,30}(?:key|token|secret|password)|sig|signature|pwd)=(?P<value>[^\s&\"'#<>${}\\]{8,})"
@@ -75,34 +80,42 @@ _AWS_PAIRS = (
 )
 
 _SECRET_NAME = (
-    r"(?:password|passwd|passphrase|passcode|passwort|pwd|secret|api[_-]?key|access[_-]?key|private[_-]?key|"
-    r"secret[_-]?key|account[_-]?key|encryption[_-]?key|signing[_-]?key|token|credentials?)"
+    r"(?:password|passwd|passphrase|passcode|passwort|pwd|secret|token|credentials?"
+    r"|(?:api|access|private|secret|account|encryption|signing)[ _-]?key)"
 )
+_EMPHASIS = r"(?:\*{1,3}|_{1,2})"  # of Markdown
 _SECRET_KEY = re.compile(rf"(?i)(?:.*[^a-z]|.*(?<=[a-z])(?-i:(?=[A-Z])))?{_SECRET_NAME}(?:[ _-]?\d)?")
 _ASSIGNED = re.compile(
-    rf"(?i)(?P<name>{_SECRET_NAME})(?:_\d)?[\"'`]?\s{{0,3}}(?::=|=>|=|:)\s{{0,3}}"
+    rf"(?i)(?P<name>{_SECRET_NAME})(?:_\d)?(?:[\"'`]?\]?|{_EMPHASIS})\s{{0,3}}(?::=|=>|=|:){_EMPHASIS}?\s{{0,3}}"
     r"(?:\"(?P<double>[^\"\\\s]{4,200})\"|'(?P<single>[^'\\\s]{4,200})'|`(?P<tick>[^`\\\s]{4,200})`"
-    r"|(?P<bare>[^\s\"'`,;(){}<>\[\]\\]{6,200})(?![^\s\"'`,;.)}\]]))"
+    r"|(?P<bare>[^\s\"'`,;(){}<>\[\]\\]{6,200})(?![^\s\"'`,;.)}\]<>›»\\]))"
 )
 _SAID = re.compile(
-    r"(?i)\b(?:(?:password|passphrase|passcode|passwort)\s+(?:is|was|ist)\s*:?|pw:)\s*[\"'`]?"
-    r"(?P<said>[^\s\"'`,;]{8,100})"
+    r"(?i)"
+    + _START
+    + r"(?:(?:password|passphrase|passcode|passwort|(?:api|access|secret)[ _-]?key|token)"
+    + r"(?:\s+(?:for|of|für|von)\s+[^\s:]{1,60})?(?:\s+(?:is|was|ist)\s*:?|\s*:)|pw:)\s*[\"'`]?"
+    + r"(?P<said>[^\s\"'`,;]{8,100})"
 )
+_IN_COMMAND = re.compile(rf"(?i)(?<![\w-])--(?P<name>{_SECRET_NAME})[ =][\"']?(?P<value>[^\s\"'`$<>{{}}]{{6,200}})")
+_IN_TAG = re.compile(rf"(?i)<(?P<name>{_SECRET_NAME})>(?P<value>[^\s<>$%{{}}]{{6,200}})</")
+_OF_CURL = re.compile(r"\bcurl\b[^\n]{0,200}?\s(?:-u|--user)[ =][\"']?[^\s:\"']{1,60}:(?P<value>[^\s\"'`$<>{}]{4,200})")
 # A word, perhaps with a number behind it, is a password only where the writing is that of a note or of an environment
 # file: after a colon or "is", in quotes after an equals sign, or upper case before one without blanks. In code it is
 # the name of something.
-_END_OF_WORD = r"(?=[\"'`]?(?:[\s\\]|[,;.!?](?:\s|$)|$))"
+_END_OF_WORD = r"(?=[\"'`]?(?:[\s\\})\]<>›»,;]|[.!?](?:\s|$)|$))"
 _NOTED = re.compile(
     r"(?:[Pp]ass(?:word|wd|phrase|code)|[Pp]asswort|\b[Pp]wd)(?:[\"']?\s{0,3}:|\s(?:is|was|ist))\s{0,3}[\"'`]?"
     rf"(?P<value>[A-Za-z]{{4,40}}\d{{1,2}}){_END_OF_WORD}"
 )
 _QUOTED = re.compile(
     r"(?:\b|_)(?:[Pp]ass(?:word|wd|phrase|code)|[Pp]asswort|PASSWORD|[Pp]wd)\s{0,3}=\s{0,3}"
-    r"(?:\"(?P<double>[a-z]{6,40})\"|'(?P<single>[a-z]{6,40})')"
+    r"(?:\"(?P<double>[a-z]{6,40}|[A-Za-z]{4,40}\d{1,2})\"|'(?P<single>[a-z]{6,40}|[A-Za-z]{4,40}\d{1,2})')"
 )
 _IN_ENVIRONMENT = re.compile(
     rf"(?:PASS(?:WORD|WD|PHRASE|CODE)|_PWD|_SECRET)=[\"']?(?P<value>[A-Za-z][A-Za-z0-9-]{{5,63}}){_END_OF_WORD}"
 )
+_PASSWORD_KEY = re.compile(r"(?i)pass(?:word|wd|phrase|code)|passwort|pwd")
 _NO_PASSWORD = re.compile(  # blanks to fill in, types, methods
     r"(?i).*(?:pass|pwd|secret|token|your|example|placeholder|redacted|hidden|value|str|text|field|input|param"
     r"|arg|var|user|name|label|line|item|required|optional|none|null|empty|undefined|default|true|false|dummy|setting"
@@ -112,37 +125,47 @@ _CODE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+\d{0,2}|\$.*|%.*|
 
 _EMAIL = re.compile(
     r"(?:(?<=\\[nrtbf])|(?<![\w.%+\\-]))(?!git@[\w.-]+[:/])[\w%+-](?:[\w.%+-]{0,62}[\w%+-])?"
-    r"[@＠](?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w-])"
+    r"[@＠](?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?!\d|_\w|-)"
 )
-_CARD = re.compile(r"(?<![\w.+-])\d(?:[ -]?\d){13,18}(?![\w-]|\.\d)")
-_CARD_FORM = re.compile(r"\d{14,19}|\d{4}([ .-])\d{4}\1\d{4}\1\d{2,4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}")
+_CARD = re.compile(rf"{_NUMBER}\d(?:[{_BLANK}-]?\d){{13,18}}(?![A-Za-z0-9-]|_\w|\.\d)")
+_CARD_FORM = re.compile(
+    rf"\d{{14,19}}|\d{{4}}([{_BLANK}.-])\d{{4}}\1\d{{4}}\1\d{{2,4}}(?:\1\d{{3}})?"
+    rf"|\d{{4}}([{_BLANK}-])\d{{6}}\2\d{{4,5}}"
+)
 _CARD_ISSUER = re.compile(  # Visa; Mastercard; American Express; Discover and UnionPay; JCB; Diners Club
     r"4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
     r"|6(?:011|[45]\d\d|2\d\d)\d{12,15}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-59]|[689]\d)\d{11}"
 )
 _CARD_WITHIN = re.compile(  # beside another number, such as an amount; not one of a row of numbers of four digits
-    r"(?<![\w.+-])(?<!\d{4}[ -])(?:\d{4}([ .-])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{4,5}|\d{14,19})"
-    r"(?![\w-]|\.\d|[ -]\d{4}(?!\d))"
+    rf"{_NUMBER}(?<!\d{{4}}[{_BLANK}-])(?:\d{{4}}([{_BLANK}.-])\d{{4}}\1\d{{4}}\1\d{{4}}"
+    rf"|\d{{4}}([{_BLANK}-])\d{{6}}\2\d{{4,5}}|\d{{14,19}})(?![A-Za-z0-9-]|_\w|\.\d|[{_BLANK}-]\d{{4}}(?!\d))"
 )
 _AMERICAN_PHONE = re.compile(
-    r"(?<![\w.+-])(?:(?:\+?1[ .-]?)?\([2-9]\d\d\) ?\d{3}[ .-]\d{4}|\+?1[ .-][2-9]\d\d[ .-]\d{3}[ .-]\d{4}"
-    r"|[2-9]\d\d-[2-9]\d\d-\d{4})(?![\w-])"
+    _NUMBER + r"(?:(?:\+?1[ .-]?)?\([2-9]\d\d\) ?\d{3}[ .-]\d{4}|\+?1[ .-][2-9]\d\d[ .-]\d{3}[ .-]\d{4}"
+    r"|[2-9]\d\d-[2-9]\d\d-\d{4})(?![A-Za-z0-9-]|_\w)"
 )
 _SPACED_PHONE = re.compile(  # of the Americas; not one of a row of numbers, nor a measure
-    r"(?<![\w.+-])(?<![\d,;x=/] )(?P<value>[2-9][0-8]\d([ .])[2-9]\d\d\2\d{4})"
-    r"(?![\w*^=-]|[.,]\d|[ /;,]{1,2}\d| ?(?:mm|cm|m|kg|kN)\b)"
+    _NUMBER
+    + r"(?<![\d,;x=/] )(?P<value>[2-9][0-8]\d([ .])[2-9]\d\d\2\d{4})"
+    + _NUMBER_ENDS
+    + r"(?![.,]\d|[ /;,]{1,2}\d| ?(?:mm|cm|m|kg|kN)\b)"
 )
 _PART = re.compile(
     r"(?i)\b(?:part|parts|art|article|artikel|ref|item|order|serial|sku|isbn|type|id)\b[^\w\n]*\w{0,6}\W*$"
 )
 _PAIRED_PHONE = re.compile(  # French mobile numbers; not within a row of pairs, hexadecimal or not
     r"(?<![\w.,+-])(?<!\b\d[\da-fA-F] )(?<!\b[\da-fA-F]\d )(?P<value>0[67]([ .])\d\d(?:\2\d\d){3})"
-    r"(?![\w*^=-]|[ .,]\d| [a-fA-F]\d\b)"
+    + _NUMBER_ENDS
+    + r"(?![ .,]\d| [a-fA-F]\d\b)"
 )
 _GERMAN_MOBILE = re.compile(
-    r"(?<![\w.,+/-])(?<!\d )(?P<value>01[567]\d{1,2}[ /-]\d{7,8})(?![\w*^=/-]|[ .,]\d| ?(?:mm|cm|m|kg|kN)\b)"
+    r"(?<![\w.,+/-])(?<!\d )(?P<value>01[567]\d{1,2}[ /-](?:\d{7,8}|\d{2,4}(?: \d{2,4}){1,3}))"
+    + _NUMBER_ENDS
+    + r"(?!/|[ .,]\d| ?(?:mm|cm|m|kg|kN)\b)"
 )
-_INTERNATIONAL_PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)(?=[1-9(])\(?\d(?:[ ().\u00a0/-]{0,3}\d){6,14}(?![\w*^=-])")
+_INTERNATIONAL_PHONE = re.compile(
+    rf"{_NUMBER}(?:\+|00)(?=[1-9(])\(?\d(?:[{_BLANK}()./-]{{0,3}}\d){{6,14}}{_NUMBER_ENDS}"
+)
 _NAMED_PHONE = re.compile(
     r"(?i)\b(?P<name>phone|telephone|telefon|tel|mobile|mobil|cell|fax|call|whatsapp|handy|sms)\b"
     r"[\"']?(?:\s*(?:number|nummer|no\b|nr\b|is|ist|at|on|me|us|him|her|[:.=#\"']))*\s*"
@@ -247,7 +270,7 @@ def _in_json(text: str, counts: Counter[str]) -> str:
 
 
 def _under_key(key: str, value: str, counts: Counter[str]) -> str:
-    noted = _NOTED.search(f"{key}: {value}") and _is_password(value)
+    noted = (_NOTED.search(f"{key}: {value}") or _PASSWORD_KEY.fullmatch(key)) and _is_password(value)
     if key.lower() == "pw" and _looks_chosen(value):
         return _count(counts, "secret")
     if _SECRET_KEY.fullmatch(key) and not re.search(r"\s", value) and (noted or _looks_secret(key, value)):
@@ -274,8 +297,12 @@ def _secrets(text: str, counts: Counter[str]) -> str:
         text = _replace(pattern, text, lambda match, value: _is_mixed(value), counts, "secret")
     text = _TOKENS.sub(lambda match: _count(counts, "secret"), text)
     for pattern in _known_tokens():
+        if _OPENAI in pattern.pattern and _OPENAI not in text:
+            continue  # or it takes the square of the length of `sk-sk-sk-`
         text = _whole_tokens(pattern, text, counts)
-    text = _replace(_ASSIGNED, text, lambda match, value: _looks_secret(match["name"], value), counts, "secret")
+    for pattern in (_ASSIGNED, _IN_COMMAND, _IN_TAG):
+        text = _replace(pattern, text, lambda match, value: _looks_secret(match["name"], value), counts, "secret")
+    text = _replace(_OF_CURL, text, lambda match, value: bool(_PLACEHOLDER.sub("", value)), counts, "secret")
     for pattern in (_NOTED, _QUOTED, _IN_ENVIRONMENT):
         text = _replace(pattern, text, lambda match, value: _is_password(value), counts, "secret")
     return _replace(_SAID, text, lambda match, value: _looks_chosen(value), counts, "secret")
@@ -365,7 +392,7 @@ def _looks_chosen(value: str) -> bool:
 
 
 def _is_card(text: str) -> bool:
-    digits = re.sub(r"[ .-]", "", text)
+    digits = re.sub(r"\D", "", text)
     return bool(_CARD_FORM.fullmatch(text) and _CARD_ISSUER.fullmatch(digits) and _luhn(digits))
 
 

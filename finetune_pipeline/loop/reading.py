@@ -9,6 +9,7 @@ from finetune_pipeline.curation.dataset import read_replay
 from finetune_pipeline.curation.duplicates import NearIndex
 from finetune_pipeline.curation.lengths import TokenCounter, tokenizer_file
 from finetune_pipeline.curation.quotas import Quota
+from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.curation.rules import Policy, Validator, answer_validator
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.export.base import resolve_base_model
@@ -80,6 +81,10 @@ def identity(example: Example) -> str:
 def _judges(path: Path, schema: Path | None, *_stamps: object) -> tuple[NearIndex, Validator]:
     read = load_schema(schema) if schema else None
     questions = {question.id: question.prompt for question in load_benchmark(path, read).questions}
+    for id, prompt in list(questions.items()):
+        clean = redact(prompt).text  # as examples are, before they are compared
+        if clean != prompt:
+            questions[f"{id}, redacted"] = clean
     return NearIndex(questions), answer_validator(read)
 
 

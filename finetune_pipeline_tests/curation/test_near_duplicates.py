@@ -1,6 +1,7 @@
 """Near-duplicates with the same answer are one example, whatever their order; others stay what they are."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,6 +105,16 @@ def test_what_is_joined_is_similar_and_what_is_very_similar_is_joined(seed):
     alone = kept(texts, ["same"] * 60)
     assert all(alone[place] == alone[place + 30] for place in range(30))
     assert len(set(alone[:30])) == 30, "texts of other words are not joined"
+
+
+def test_answers_of_which_a_hash_is_the_same_by_chance_are_two():
+    texts = ["please add a wall of brick"] * 2
+    made = sketch(texts, np.array([7, 7], np.uint64))
+    labels = [
+        components(replace(made, answers=np.array(answers, np.uint64)), 0.8, lambda places: [texts[p] for p in places])
+        for answers in ([7, 7], [7, 8])
+    ]
+    assert [len(set(found.tolist())) for found in labels] == [1, 2]
 
 
 def test_thousands_of_one_bucket_are_still_compared_with_their_neighbours():

@@ -295,3 +295,73 @@ def test_a_text_made_to_be_slow_is_not(piece):
     began = time.perf_counter()
     redact("a@b." + piece * (200_000 // len(piece)) + "password=")
     assert time.perf_counter() - began < 5  # it takes a fraction of a second; what grows quadratically takes minutes
+
+
+SECRETS = {
+    "ann.smith@example.com": "ann.smith",
+    "4111 1111 1111 1111": "4111",
+    "4111\u00a01111\u00a01111\u00a01111": "4111",
+    "+49 30 901820": "901820",
+    "(415) 555-2671": "2671",
+    "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH": "hf_abc",
+    "sk-proj-abcdefgh0123456789abcdefgh": "sk-proj",
+    "sk-abcdefghijklmnopqrstT3BlbkFJabcdefghijklmnopqrst": "T3Blbk",
+    "hvs.abcdefghijklmnopqrst": "hvs.abc",
+    "https://x.example/?sig=abcdefgh12": "abcdefgh12",
+    "password: hunter2": "hunter2",
+    "DB_PASSWORD=hunter2": "hunter2",
+    "api_key=abcdef0123456789": "abcdef",
+    "password is Tr0ub4dor&3": "Tr0ub",
+    "Bearer abcdefghijklmnop0123456": "abcdefgh",
+}
+CONTEXTS = (
+    "{}", "use {} now", "it is {}.", "({})", "[{}]", "<{}>", '"{}"', "`{}`", "{}, and", "1,{},2", "a;{};b", "|{}|",
+    "x:{}", "- {}",
+    "**{}**", "*{}*", "_{}_", "我的{}是", "«{}»", "a\\n{}\\nb", "a\n{}\nb", "<b>{}</b>", "a\u00a0{}\u00a0b",
+    "{}!", "ü{}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_is_found_whatever_stands_around_it(secret):
+    left = [around for around in CONTEXTS if SECRETS[secret] in redact(around.format(secret)).text]
+    left += [around for around in CONTEXTS if SECRETS[secret] in redact(json.dumps({"a": around.format(secret)})).text]
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("**Password:** Tr0ub4dor&9aa", "**Password:** [SECRET]"),
+        ("__API key__: 9f8a7b6c5d4e3f2a1b0d", "__API key__: [SECRET]"),
+        ('config = {"password": "hunter22"}', 'config = {"password": "[SECRET]"}'),
+        ("config['password'] = 'hunter22!'", "config['password'] = '[SECRET]'"),
+        ('connect(password="hunter2")', 'connect(password="[SECRET]")'),
+        ('{"password": "swordfish", "api key": "9f8a7b6c5d4e"}', '{"password": "[SECRET]", "api key": "[SECRET]"}'),
+        ("<password>S3cr3tPass</password>", "<password>[SECRET]</password>"),
+        ("run --password S3cr3tPass now", "run --password [SECRET] now"),
+        ("curl -u admin:S3cr3tPass https://x", "curl -u admin:[SECRET] https://x"),
+        ("Password for root: S3cr3tPass", "Password for root: [SECRET]"),
+        ("The API key is 9F8a7b6c5d4e3f2a1b0d", "The API key is [SECRET]"),
+        ("0170 123 4567, 0171/123 45 67", "[PHONE], [PHONE]"),
+    ],
+)
+def test_secrets_are_found_as_people_write_them_down(text, clean):
+    assert redact(text).text == clean
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the API key is required", "token for each: 12", "--token TOKEN", "<password>secret</password>",
+        "curl -u $USER:$PASS https://x", "0170 123 45 mm", "sizes 0150 200 300 400", "press key: enter",
+        'secret key = os.environ["X"]', '{"password": "required", "token": "string"}',
+    ],
+)  # fmt: skip
+def test_talk_about_secrets_stays(text):
+    assert redact(text).text == text
+
+
+def test_many_beginnings_of_a_key_take_no_longer_than_their_length():
+    text = "sk-" * 40_000
+    assert redact(text).text == text  # by the square of the length it would take a minute, and the test's time end

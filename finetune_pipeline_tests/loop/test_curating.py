@@ -1,11 +1,13 @@
 """A cycle that looks at new logs only gives the dataset that a full one gives, file by file."""
 
+import json
 import shutil
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from finetune_pipeline.artifacts import point
 from finetune_pipeline.curation import sifted, sifting
+from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
@@ -15,6 +17,7 @@ from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import home
 from finetune_pipeline.sources.item import Item
 
+from ..conftest import feedback, interaction, uid
 from .conftest import corrected
 
 
@@ -67,6 +70,20 @@ def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_
     shutil.rmtree(home() / "cache")
     shutil.rmtree(warm.path)
     assert dataset(loop, logs).manifest.files == warm.manifest.files
+
+
+def test_a_question_of_the_benchmark_is_known_again_after_its_redaction(make_loop, tmp_path):
+    question = "Send the invoice to ann.smith@example.com today"
+    row = {"id": "q1", "slice": "mail", "prompt": question, "expected": "sent"}
+    (tmp_path / "benchmark.jsonl").write_text(json.dumps(row) + "\n")
+    loop = make_loop(curation={"min_examples": 1, "validation_share": 0.0})
+    events = [*corrected(["ash"]), interaction("ann", prompt=question)]
+    events.append(feedback("on ann", "ann", "correction", correction="sent"))
+    with connect().write() as connection:
+        record(connection, loop.name, events, default_reward)
+    made = dataset(loop, snapshot(loop, connect())[0])
+    assert list(made.manifest.near_benchmark) == [str(uid("ann"))]
+    assert "invoice" not in str(read_rows(made.path, "train"))
 
 
 def test_another_tokenizer_under_the_same_path_gives_another_dataset(make_loop, tmp_path):
