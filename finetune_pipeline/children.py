@@ -5,6 +5,7 @@
 
 import ctypes
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -34,10 +35,18 @@ def die_with_parent(parent: int) -> None:
 def die_with_run() -> None:
     """Make a step's process end with the run that started it; a step in the run's own process stays as it is.
 
-    Dagster's step processes outlive a run that is killed, and with them the training that they watch.
+    Dagster's step processes outlive a run that is killed, and with them the training that they watch. Their parent may
+    be a fork server, which is no help: it waits for the steps that it made before it ends with the run.
     """
-    if multiprocessing.parent_process() is not None:
+    run = multiprocessing.parent_process()
+    if run is not None:
+        threading.Thread(target=_end_with, args=(run,), daemon=True).start()
         die_with_parent(os.getppid())
+
+
+def _end_with(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _watch(parent: int) -> None:

@@ -110,10 +110,11 @@ def train(job: TrainingJob, started: float) -> None:
         gpus = _has_gpus(ray.cluster_resources(), job.settings.workers)
         order = _send(job, name, place) if storage else Order(job, name, "", None)
         refusal, checkpoint = _follow(order, place.removesuffix(f"/{name}"), gpus, job.output / PROGRESS)
+        if not refusal:
+            _deliver(checkpoint, job, started)
+        _remove(place)  # what was sent there too
         if refusal:
             raise TrainingError(refusal)
-        _deliver(checkpoint, job, started)
-        _remove(place)
     shutil.rmtree(job.output / "ray", ignore_errors=True)
 
 
@@ -149,8 +150,12 @@ def _send(job: TrainingJob, name: str, place: str) -> Order:
     hub = hub_revision(job.base_model)
     if hub is None:
         _upload(job.base_model, f"{inputs}/base/{job.base_model.name}")
-    _upload(job.dataset, f"{inputs}/dataset")
-    seen = {"base_model": _INPUTS / "base" / job.base_model.name, "dataset": _INPUTS / "dataset"}
+    seen = {"base_model": _INPUTS / "base" / job.base_model.name}
+    for name in ("dataset", "preferences", "initial_adapter"):
+        folder = getattr(job, name)
+        if folder is not None:
+            _upload(folder, f"{inputs}/{name}")
+            seen[name] = _INPUTS / name
     return Order(job.model_copy(update=seen), name, inputs, hub)
 
 

@@ -250,7 +250,7 @@ def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat1
         "gradient_checkpointing": settings.gradient_checkpointing,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(steps * settings.warmup_share),
+        "warmup_steps": int(steps * settings.warmup_share),  # its first step learns nothing: none of a few
         "weight_decay": settings.weight_decay,
         "bf16": bfloat16,
         "seed": settings.seed,

@@ -28,10 +28,13 @@ EXAMPLE = PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml"
 DEFINITIONS = """
 from pathlib import Path
 import dagster as dg
+from finetune_pipeline.definitions import EXECUTOR
 from finetune_pipeline.loop.component import FineTuneLoop
 from finetune_pipeline.settings import read_loop
 loop = read_loop(Path({yaml!r}))
-defs = FineTuneLoop(loop).build_defs(dg.ComponentTree.for_test().load_context)
+defs = dg.Definitions.merge(
+    FineTuneLoop(loop).build_defs(dg.ComponentTree.for_test().load_context), dg.Definitions(executor=EXECUTOR)
+)
 """
 IMPOSSIBLE = {"gate": {"min_gain": 1.0, "mode": "points"}}
 KEEP = {"gate": {"min_gain": 1.0, "mode": "points", "on_reject": "keep_champion"}}

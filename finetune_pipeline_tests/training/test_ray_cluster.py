@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
 from finetune_pipeline.training.launch import train
 
 from ..conftest import needs_ray
-from .conftest import contrary, with_settings
+from .conftest import contrary, save, with_settings
+from .test_preference import PAIRS
 
 
 def on_ray(job, **changes):
@@ -108,6 +110,39 @@ def loss_by_peft(job, base, dataset):
             total += float(model(input_ids=ids, labels=labels).loss) * n
             counted += n
     return total / counted
+
+
+@needs_ray
+@pytest.mark.slow
+def test_preferences_and_the_adapter_to_go_on_from_travel_through_the_storage(
+    two_ray_nodes, job, tmp_path, monkeypatch
+):
+    ours, storage = tmp_path / "ours", tmp_path / "storage"
+    storage.mkdir()
+    first = with_settings(job, epochs=1, checkpoints=1).model_copy(update={"output": tmp_path / "learnt"})
+    train(first)
+    dpo = with_settings(job, method="dpo", epochs=2).model_copy(
+        update={
+            "preferences": save(ours / "pairs", PAIRS),
+            "initial_adapter": shutil.copytree(first.output / "adapter", ours / "adapter"),
+        }
+    )
+    alone = train(dpo.model_copy(update={"output": tmp_path / "alone"}))
+    monkeypatch.setenv(ray_cluster.STORAGE, str(storage))
+
+    def leave_nothing_here():
+        sent = "finetune-*/inputs/initial_adapter/adapter_model.safetensors"
+        size = (ours / "adapter" / "adapter_model.safetensors").stat().st_size
+        wait_for(lambda: any(path.stat().st_size == size for path in storage.glob(sent)))
+        shutil.rmtree(ours)
+
+    leaving = threading.Thread(target=leave_nothing_here)
+    leaving.start()
+    together = train(with_settings(dpo, compute="ray", workers=2))
+    leaving.join()
+    assert not ours.exists() and list(storage.iterdir()) == []
+    assert together.loss_before == pytest.approx(alone.loss_before, rel=1e-3)
+    assert together.loss_after == pytest.approx(alone.loss_after, rel=0.02)
 
 
 @contextmanager

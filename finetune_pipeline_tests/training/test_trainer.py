@@ -52,6 +52,17 @@ def test_it_learns_leaves_an_adapter_and_says_what_it_did(job):
     assert lines[-1]["eta_seconds"] == 0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_training_of_a_single_step_learns_too(job, share):
+    result = train_here(with_settings(job, epochs=1, batch_size=64, checkpoints=1, warmup_share=share))
+    assert result.steps == 1 and result.loss_after < result.loss_before
+
+
+def test_the_learning_rate_grows_for_the_share_of_the_steps_that_is_set(job):
+    rates = [point.learning_rate for point in train_here(with_settings(job, warmup_share=0.5)).curve]
+    assert rates.index(max(rates)) == 12 and rates[0] == 0
+
+
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(job, tmp_path):
     results = []
     for name, seed in [("a", 7), ("b", 7), ("c", 8)]:
