@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
-from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -87,7 +86,13 @@ def read_feeds(loop: LoopSettings, database: Database, tell: Callable[[str], Non
         try:
             fed = read_feed(loop, feed, database, reader(feed))
         except SourceError as error:
-            fed = Fed(feed.name, failed=str(error))
+            fed = Fed(feed.name, failed=redact(str(error)).text)
+        except (OSError, RuntimeError, ValueError) as error:  # a path, a right or a host's name that nobody foresaw
+            found = redact(f"{type(error).__name__}: {error}").text
+            fed = Fed(
+                feed.name,
+                failed=f"cannot be read ({found}); correct its settings in the loop's YAML, or mend what it says",
+            )
         tell(str(fed))
         done.append(fed)
     return done
@@ -301,14 +306,19 @@ def _made(
 
 
 def _batches(reading: Iterable[Item | Skipped | Mark]) -> Iterator[list[Item | Skipped | Mark]]:
-    """Batches that end with a mark, or when they are large."""
-    iterator = iter(reading)
-    while first := list(islice(iterator, 1)):
-        batch = first
-        for one in iterator:
+    """Batches that end with a mark, when they are large, or where the reading fails."""
+    batch: list[Item | Skipped | Mark] = []
+    try:
+        for one in reading:
             batch.append(one)
             if isinstance(one, Mark) or len(batch) >= _BATCH:
-                break
+                yield batch
+                batch = []
+    except Exception:
+        if batch:  # what a teacher answered until then was paid for
+            yield batch
+        raise
+    if batch:
         yield batch
 
 

@@ -1,5 +1,6 @@
 """Declared sources in the store: what is new, changed, gone and back again; where a record came from."""
 
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -113,7 +114,36 @@ def test_a_source_that_fails_half_way_takes_nothing_back(loop):
 
     with pytest.raises(SourceError):
         read_feed(loop, feed, connect(), read)
-    assert targets(loop)[:2] == ["ash spoke", "elm spoke"]
+    assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]  # what it gave until then was taken
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/closed/vault"), "PermissionError: .*'/closed/vault'"),
+        (OSError(36, "File name too long"), "OSError: .*File name too long"),
+        (RuntimeError("Could not determine home directory."), "RuntimeError: Could not"),
+        (UnicodeError("label empty or too long"), "UnicodeError: label empty"),
+        (SourceError("ann@example.com stands in several rows"), r"^\[EMAIL\] stands in several rows"),
+    ],
+)
+def test_a_source_that_fails_in_any_way_is_named_and_the_others_go_on(make_loop, monkeypatch, fault, said):
+    def read(settings, mark):
+        if settings.name == "closed":
+            raise fault
+        yield from items("ash")
+
+    monkeypatch.setattr(feeds, "reader", lambda feed: read)
+    loop = make_loop(sources={"feeds": [{**FEED, "name": "closed"}, FEED]})
+    closed, imported = feeds.read_feeds(loop, connect(), print)
+    assert re.search(said, closed.failed) and "ann@" not in closed.failed
+    assert (imported.failed, imported.new) == ("", 1)
+
+
+def test_a_path_of_nobody_s_home_is_named_and_the_run_goes_on(make_loop):
+    feed = {"kind": "vault", "name": "notes", "path": "~nosuchuser/vault"}
+    (fed,) = feeds.read_feeds(make_loop(sources={"feeds": [feed]}), connect(), print)
+    assert "RuntimeError" in fed.failed and "correct its settings" in fed.failed
 
 
 def test_what_cannot_be_used_is_named_with_its_reason(loop):
