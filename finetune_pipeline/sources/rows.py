@@ -28,16 +28,19 @@ class Row(NamedTuple):
         number: the line at which it begins; in a JSON array and in Parquet its own number, from 1.
         value: as its file has it: of CSV and Parquet a dict without the empty cells.
         reason: why it could not be read; empty if it could.
+        breaks_off: nor could anything behind it, so nobody knows what the rest of the file holds.
     """
 
     number: int
     value: Any
     reason: str = ""
+    breaks_off: bool = False
 
 
 @dataclass(frozen=True)
 class _Bad:
     reason: str
+    breaks_off: bool = False
 
 
 _Numbered = Iterator[tuple[int, Any]]
@@ -84,7 +87,8 @@ def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:
     """
     readers = {"lines": _json_lines, "array": _json_array, "csv": _csv_rows, "parquet": _parquet_rows}
     for number, value in readers[layout_of(path)](path, max_bytes):
-        yield Row(number, None, value.reason) if isinstance(value, _Bad) else Row(number, value)
+        bad = isinstance(value, _Bad)
+        yield Row(number, None, value.reason, value.breaks_off) if bad else Row(number, value)
 
 
 def _json_lines(path: Path, max_bytes: int) -> _Numbered:
@@ -119,7 +123,8 @@ def _lines(path: Path, max_bytes: int) -> _Numbered:
                 yield number, _Bad(f"not UTF-8: {error.reason} at byte {error.start}")
                 continue
             if first and path.suffix.lower() == ".json" and text.startswith("{") and not text.endswith("}"):
-                yield number, _Bad("the file is one JSON object; expected an array of rows, or one object a line")
+                reason = "the file is one JSON object; expected an array of rows, or one object a line"
+                yield number, _Bad(reason, breaks_off=True)
                 return
             if text:
                 first = False
@@ -140,7 +145,7 @@ def _elements(path: Path, max_bytes: int) -> _Numbered:
                 yield number, text
         except (ValueError, RecursionError) as error:
             reason = f"{error}; nothing after it was read" if isinstance(error, _Fault) else f"not JSON: {error}"
-            yield number + 1, _Bad(reason)
+            yield number + 1, _Bad(reason, breaks_off=True)
 
 
 class _Fault(ValueError):
@@ -265,7 +270,7 @@ def _csv_rows(path: Path, max_bytes: int) -> _Numbered:
             if not names and cells:
                 names = [cell.strip() for cell in cells]
                 if problem := _bad_header(names, cut):
-                    yield number, _Bad(problem)
+                    yield number, _Bad(problem, breaks_off=True)
                     return
             elif cells:
                 yield number, _Bad(_too_long(max_bytes)) if cut else _csv_row(names, cells)
@@ -316,8 +321,11 @@ def _parquet_rows(path: Path, max_bytes: int) -> _Numbered:
                 for row in _parquet_values(batch):
                     number += 1
                     yield number, _within(row, max_bytes)
-    except pa.ArrowException as error:
-        yield number + 1, _Bad(f"not Parquet: {' '.join(str(error).split())[:160]}; nothing after it was read")
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; damaged pages are an OSError of Arrow without a number
+        said = " ".join(str(error).split())[:160]
+        yield number + 1, _Bad(f"not Parquet: {said}; nothing after it was read", breaks_off=True)
 
 
 def _parquet_values(batch: Any) -> Iterator[Any]:

@@ -261,9 +261,31 @@ def test_what_lies_beneath_something_unseen_is_not_withdrawn(loop):
     take(loop, *items("sub/ash", "sub/elm", "sub2/oak", "yew"), Item("fir.md#Top", "what did fir say?", "fir spoke"))
     fed = take(loop, Skipped("sub", "cannot be read", unseen=True), Skipped("fir.md", "is closed", unseen=True))
     assert (fed.withdrawn, fed.skipped) == (2, 2)
+    assert fed.failed.endswith("fir.md: is closed; sub: cannot be read")
     assert targets(loop) == ["fir spoke", "sub/ash spoke", "sub/elm spoke"]
     assert take(loop, Skipped("sub", "is no folder any more"), *items("yew")).withdrawn == 3
     assert targets(loop) == ["yew spoke"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
+def test_a_half_written_file_withdraws_nothing_and_the_check_names_it(make_loop, instance, tmp_path, name):
+    path = tmp_path / "files" / name
+    path.parent.mkdir()
+    write_as(path, [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(4)])
+    loop = make_loop(
+        sources={"feeds": [{**FEED, "path": str(path.parent)}]}, curation={"min_examples": 1, "validation_share": 0.0}
+    )
+    materialized(loop, instance, "raw_logs")
+    path.write_bytes(path.read_bytes()[:-8])
+    run = (
+        definitions(loop)
+        .resolve_job_def("notes_loop")
+        .execute_in_process(instance=instance, asset_selection=[dg.AssetKey(["notes", "raw_logs"])])
+    )
+    assert targets(loop) == [f"{n} spoke" for n in range(4)]
+    (check,) = [one for one in run.get_asset_check_evaluations() if one.check_name == "sources_read"]
+    assert not check.passed
+    assert check.description.startswith(f"imported: not read to its end, and nothing withdrawn there: {name}: row")
 
 
 def test_a_reward_of_the_source_that_is_set_back_counts_again(make_loop):

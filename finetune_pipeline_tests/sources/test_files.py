@@ -187,6 +187,23 @@ def test_a_file_that_is_broken_as_a_whole_is_named_once_and_the_others_are_taken
     write(tmp_path / "b.jsonl", GOOD)
     bad, good = found(tmp_path)
     assert good.origin == "b.jsonl:1" and reason in bad.reason
+    assert (bad.origin, bad.unseen) == (name, True)  # nobody knows what is left of it
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
+def test_of_a_damaged_file_the_rest_is_unknown(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.json":
+        write_as(path, [GOOD] * 1_000)
+    else:
+        texts = [f"asked {number}" for number in range(1_000)]
+        pq.write_table(pa.table({"prompt": texts, "completion": texts}), path, row_group_size=250)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 100] = b"}" * 100
+    path.write_bytes(content)
+    *good, bad = found(path)
+    assert 0 < len(good) < 1_000 and (bad.origin, bad.unseen) == (name, True)
+    assert "nothing after it was read" in bad.reason
 
 
 def test_text_in_parquet_that_is_not_utf_8_is_named_by_its_row(tmp_path):
