@@ -44,7 +44,8 @@ _SHOWN = 20
 _ROWS = 500
 
 Rows = Iterable[tuple[int, Any, str, bool]]
-"""The rows of a file: the line at which each begins, its value, and why it could not be read (else empty)."""
+"""The rows of a file: the line at which each begins, its value, why it could not be read (else empty), and whether
+nothing behind it could be."""
 
 Events = list[Interaction | Feedback]
 E = TypeVar("E", Interaction, Feedback)

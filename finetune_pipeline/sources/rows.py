@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from finetune_pipeline.records import shown
 from finetune_pipeline.schemas import Unreadable, parse_json
 
 SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
@@ -18,6 +19,7 @@ SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
 _BLOCK = 1 << 16
 _PARQUET_ROWS = 256
 _NESTED = frozenset({"messages", "conversations", "conversation", "history"})
+_SHOWN = 1_000
 _LONGEST_SIGN = 12  # an escaped surrogate pair; no other sign of JSON but texts and numbers is longer
 
 
@@ -48,10 +50,15 @@ _Numbered = Iterator[tuple[int, Any]]
 
 
 def files_of(folder: Path, inside: Path | None = None) -> list[Path]:
-    """The files of rows in a folder, by name; hidden ones are left out, and links that lead out of it (or `inside`)."""
+    """The files of rows in a folder, by name, without hidden ones, and links to such or out of it (or `inside`)."""
     within = (inside or folder).resolve()
     found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(path for path in found if path.is_file() and path.resolve().is_relative_to(within))
+    return sorted(path for path in found if path.is_file() and _is_open(path.resolve(), within))
+
+
+def _is_open(path: Path, within: Path) -> bool:
+    """Whether it lies in the folder, and nothing on the way there is hidden."""
+    return path.is_relative_to(within) and not any(part.startswith(".") for part in path.relative_to(within).parts)
 
 
 def readable(name: str) -> str:
@@ -174,7 +181,8 @@ class _Array:
                     break
                 self._expect(",")
         if self._next():
-            raise _Fault(f"found {self._rest[:20]!r} after the end of the array")
+            self._fill(_BLOCK)  # what the buffer's end cut in two, nobody could redact
+            raise _Fault(f"found {shown(self._rest[:_SHOWN])} after the end of the array")
 
     def _element(self) -> str:
         decoder = json.JSONDecoder()
@@ -284,7 +292,7 @@ def _bad_header(names: Sequence[str], cut: bool) -> str:
     if cut or not _is_text(names) or any("\x00" in name for name in names):
         return "the first line is no header of a CSV file in UTF-8; save it as UTF-8, with the columns' names first"
     twice = sorted({name for name in names if names.count(name) > 1})
-    return f"the header names {', '.join(twice)!r:.80} twice; give each column a name of its own" if twice else ""
+    return f"the header names {shown(', '.join(twice))} twice; give each column a name of its own" if twice else ""
 
 
 def _csv_row(names: Sequence[str], cells: Sequence[str]) -> Any:
