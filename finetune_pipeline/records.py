@@ -239,7 +239,8 @@ def _explained(one: Mapping[str, Any], names: Collection[str]) -> str:
     if one["type"] == "missing":
         return f"{where}: is missing"
     if one["type"] == "extra_forbidden":
-        meant = get_close_matches(str(one["loc"][-1]), names, n=1)
+        given = str(one["loc"][-1])
+        meant = get_close_matches(given, set(names) - {given}, n=1)  # itself it is where it stands elsewhere
         return f"{where}: there is no such field" + (f"; is it {meant[0]}?" if meant else "")
     return f"{where}: found {shown(one['input'])}, {message.replace('Input should be', 'expected')}"
 

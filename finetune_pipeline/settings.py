@@ -119,8 +119,8 @@ class VaultFeed(FeedSettings):
         default=False, description="Daily notes are reflections as a whole, without a tag or heading that says so."
     )
     ignore: tuple[str, ...] = Field(
-        default=("templates", "Templates", "_templates"),
-        description="Folders that are left out, by name or by path in the vault.",
+        default=("templates", "_templates"),
+        description="Folders that are left out, by name or by path in the vault, in capitals or not.",
     )
     max_note_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer notes are named and left out.")
 

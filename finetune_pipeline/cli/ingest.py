@@ -13,6 +13,7 @@ from finetune_pipeline.loop.ingest import ingest as ingest_all
 from finetune_pipeline.settings import FileFormat, LoopSettings
 from finetune_pipeline.sources.jsonl import Form
 from finetune_pipeline.sources.ledger import position, rejected_lines
+from finetune_pipeline.sources.rows import SUFFIXES
 
 
 @click.command()
@@ -47,9 +48,11 @@ def ingest(files: tuple[Path, ...], form: Form, loop: LoopSettings) -> None:
             for row in rejected_lines(connection, loop.name, 10, [path.resolve() for path in files]):
                 click.echo(f"  {row.path}:{row.line}: {row.reason}", err=True)
     if files and total.rejected and not recorded.interactions + recorded.feedback + recorded.duplicates:
-        raise click.ClickException(
-            "no row could be used: mend them as the reasons say, or name what they are with --format"
-        )
+        advice = "no row could be used: mend them as the reasons say, or name what they are with --format"
+        unnamed = [path for path in files if path.suffix.lower() not in SUFFIXES]
+        if unnamed:  # by its first bytes a table of text cannot be told from anything else
+            advice += f"; where {unnamed[0].name} is CSV, name the file {unnamed[0].stem}.csv"
+        raise click.ClickException(advice)
 
 
 def _read(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: Form) -> Ingested:

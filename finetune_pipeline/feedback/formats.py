@@ -43,8 +43,9 @@ from finetune_pipeline.settings import LoopSettings
 _SHOWN = 20
 _ROWS = 500
 
-Rows = Iterable[tuple[int, Any, str]]
-"""The rows of a file: the line at which each begins, its value, and why it could not be read (else empty)."""
+Rows = Iterable[tuple[int, Any, str, bool]]
+"""The rows of a file: the line at which each begins, its value, why it could not be read (else empty), and whether
+nothing behind it could be."""
 
 Events = list[Interaction | Feedback]
 E = TypeVar("E", Interaction, Feedback)
@@ -101,7 +102,7 @@ def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events |
         OSError: the file cannot be read.
     """
     moment = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    for number, document, reason in rows:
+    for number, document, reason, _ in rows:
         if reason:
             yield BadLine(path, number, reason)
             continue

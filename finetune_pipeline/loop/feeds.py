@@ -43,6 +43,7 @@ _BATCH = 1_000
 _CHUNK = 500
 _ORIGIN, _REASON = 1_000, 300
 _NAMED = 10_000  # of a table of millions in which no row can be used, the first are named, and all counted
+_SAID = 3  # of what could not be looked into
 _BETWEEN_MARKS = 100_000  # a source that gives marks gives one more often
 _SPACE = uuid.UUID("6a4b1f0e-7c52-4f0b-9d3e-52c8a1f7b9d4")  # of this project's name-based ids; any random one would do
 
@@ -87,7 +88,13 @@ def read_feeds(loop: LoopSettings, database: Database, tell: Callable[[str], Non
         try:
             fed = read_feed(loop, feed, database, reader(feed))
         except SourceError as error:
-            fed = Fed(feed.name, failed=str(error))
+            fed = Fed(feed.name, failed=redact(str(error)).text)
+        except (OSError, RuntimeError, ValueError) as error:  # a path, a right or a host's name that nobody foresaw
+            found = redact(f"{type(error).__name__}: {error}").text
+            fed = Fed(
+                feed.name,
+                failed=f"cannot be read ({found}); correct its settings in the loop's YAML, or mend what it says",
+            )
         tell(str(fed))
         done.append(fed)
     return done
@@ -127,7 +134,8 @@ class _Sync:
     seen: set[bytes] = field(default_factory=set)
     """Ids that it gave, as 16 bytes since it may have a million; of a source with marks nobody needs them."""
     skipped: dict[str, str] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
+    unseen: dict[str, str] = field(default_factory=dict)
+    """Origin of what could not be looked into, or not to its end -> why."""
     marked: bool = False
     since_mark: dict[str, str] = field(default_factory=dict)
     """Origin -> id of what it is now, or nothing where it cannot be used any more."""
@@ -166,6 +174,13 @@ class _Sync:
             if not self.marked:
                 self.fed.withdrawn += withdraw(connection, self.loop.name, self._gone(connection))
             self._put_skipped(connection)
+        if self.unseen:
+            self.fed.failed = self._not_to_its_end()
+
+    def _not_to_its_end(self) -> str:
+        first = [redact(f"{origin}: {reason}").text for origin, reason in islice(sorted(self.unseen.items()), _SAID)]
+        more = f"; and {len(self.unseen) - _SAID} more" if len(self.unseen) > _SAID else ""
+        return f"not read to its end, and nothing withdrawn there: {'; '.join(first)}{more}"
 
     def _gone(self, connection: sa.Connection) -> list[str]:
         return [
@@ -214,10 +229,11 @@ class _Sync:
         """Note what cannot be used. Reasons say what was found, and that may be a secret as well."""
         origin = one.origin[:_ORIGIN]
         self.fed.skipped += origin not in self.skipped
+        reason = redact(one.reason).text[:_REASON]
         if len(self.skipped) < _NAMED:
-            self.skipped[origin] = redact(one.reason).text[:_REASON]
+            self.skipped[origin] = reason
         if one.unseen:
-            self.unseen.append(one.origin)
+            self.unseen[one.origin] = reason
         else:
             self._is_now(one.origin, "")
 
@@ -301,14 +317,19 @@ def _made(
 
 
 def _batches(reading: Iterable[Item | Skipped | Mark]) -> Iterator[list[Item | Skipped | Mark]]:
-    """Batches that end with a mark, or when they are large."""
-    iterator = iter(reading)
-    while first := list(islice(iterator, 1)):
-        batch = first
-        for one in iterator:
+    """Batches that end with a mark, when they are large, or where the reading fails."""
+    batch: list[Item | Skipped | Mark] = []
+    try:
+        for one in reading:
             batch.append(one)
             if isinstance(one, Mark) or len(batch) >= _BATCH:
-                break
+                yield batch
+                batch = []
+    except Exception:
+        if batch:  # what a teacher answered until then was paid for
+            yield batch
+        raise
+    if batch:
         yield batch
 
 

@@ -14,7 +14,9 @@ LANGUAGES = {
 }  # fmt: skip
 """Their names as people write them. `tsx` is TypeScript's other grammar, of .tsx files."""
 
-_SENTENCE = re.compile(r"(.+?[.!?])(?:\s+(?=[^a-z\s])|$)")
+_SENTENCE = re.compile(r"(.+?(?:[.!?](?=\s+[^a-z\s]|$)|[。！？]))")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")  # no spaces tell their words apart
 _LONGEST_SENTENCE = 400
 _COMMENT = re.compile(r"^\s*(?:#(?!!)|//[/!]?|/\*[*!]?|\*/|\*)?\s?(.*?)\s*(?:\*/)?\s*$")
 _COMMENT_LINE = re.compile(r"\s*(?:#(?![!\[])|//)")
@@ -100,17 +102,21 @@ def parse_python(text: str) -> ast.Module:
 
 
 def first_sentence(doc: str) -> str:
-    """What a docstring says it is about; empty if that is nothing one could ask by."""
+    """What a docstring says it is about; empty if that is nothing one could ask by.
+
+    That takes two words, or four characters of Chinese or Japanese.
+    """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(doc))
     about = takewhile(lambda line: not _FIELD.match(line), paragraphs[0].splitlines())
     text = " ".join(" ".join(line for line in about if not _RULE.fullmatch(line)).split())
-    if len(re.findall(r"[^\W\d_]{2,}", text)) < 3:
+    if len(_WORD.findall(text)) < 2 and len(_CJK.findall(text)) < 4:
         return ""
     found = _SENTENCE.match(text)
     sentence = found[1] if found else text
     if len(sentence) <= _LONGEST_SENTENCE:
         return sentence
-    return sentence[:_LONGEST_SENTENCE].rpartition(" ")[0] + " ..."
+    cut = sentence[:_LONGEST_SENTENCE]
+    return (cut.rpartition(" ")[0] or cut) + " ..."
 
 
 def comment_above(lines: Sequence[str], row: int) -> str:

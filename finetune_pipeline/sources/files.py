@@ -39,12 +39,16 @@ def read(feed: FilesFeed, mark: Any) -> Reading:
 def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterator[Item | Skipped]:
     """The conversations of one file; each says the file by `name`, and its line.
 
+    A file that is damaged or only half written is unseen as a whole: nobody knows what of it is gone.
+
     Raises:
         OSError: it cannot be read.
     """
-    for number, value, reason in read_rows(path, max_bytes):
+    for number, value, reason, breaks_off in read_rows(path, max_bytes):
         origin = f"{name}:{number}"
-        if reason:
+        if breaks_off:
+            yield Skipped(name, f"row {number}: {reason}", unseen=True)
+        elif reason:
             yield Skipped(origin, reason)
         elif form == "auto" and isinstance(value, dict) and "event" in value:
             yield Skipped(origin, _AN_EVENT)

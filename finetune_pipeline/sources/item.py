@@ -43,8 +43,9 @@ class Skipped:
     """Something in a source that cannot be used: where it stands, and why in words a person can act on.
 
     Attributes:
-        unseen: it is a file or folder that could not be looked into, so nobody knows what is left of it: what it gave
-            before (its own origin, and those that go on from it with `/`, `:` or `#`) is not taken back.
+        unseen: it is a file or folder that could not be looked into, or not to its end, so nobody knows what is left of
+            it: what it gave before (its own origin, and those that go on from it with `/`, `:` or `#`) is not taken
+            back.
     """
 
     origin: str

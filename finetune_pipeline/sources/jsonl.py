@@ -74,7 +74,7 @@ def read_whole(path: Path, task: str, *, max_line_bytes: int, form: Form = "auto
         OSError: it cannot be read.
     """
     end = path.stat().st_size
-    for number, value, reason in read_rows(path, max_line_bytes):
+    for number, value, reason, _ in read_rows(path, max_line_bytes):
         if reason:
             yield Line(number, end, None, reason)
         else:

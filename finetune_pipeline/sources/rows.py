@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from finetune_pipeline.records import shown
 from finetune_pipeline.schemas import Unreadable, parse_json
 
 SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
@@ -18,6 +19,7 @@ SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
 _BLOCK = 1 << 16
 _PARQUET_ROWS = 256
 _NESTED = frozenset({"messages", "conversations", "conversation", "history"})
+_SHOWN = 1_000
 _LONGEST_SIGN = 12  # an escaped surrogate pair; no other sign of JSON but texts and numbers is longer
 
 
@@ -28,16 +30,19 @@ class Row(NamedTuple):
         number: the line at which it begins; in a JSON array and in Parquet its own number, from 1.
         value: as its file has it: of CSV and Parquet a dict without the empty cells.
         reason: why it could not be read; empty if it could.
+        breaks_off: nor could anything behind it, so nobody knows what the rest of the file holds.
     """
 
     number: int
     value: Any
     reason: str = ""
+    breaks_off: bool = False
 
 
 @dataclass(frozen=True)
 class _Bad:
     reason: str
+    breaks_off: bool = False
 
 
 _Numbered = Iterator[tuple[int, Any]]
@@ -45,10 +50,15 @@ _Numbered = Iterator[tuple[int, Any]]
 
 
 def files_of(folder: Path, inside: Path | None = None) -> list[Path]:
-    """The files of rows in a folder, by name; hidden ones are left out, and links that lead out of it (or `inside`)."""
+    """The files of rows in a folder, by name, without hidden ones, and links to such or out of it (or `inside`)."""
     within = (inside or folder).resolve()
     found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(path for path in found if path.is_file() and path.resolve().is_relative_to(within))
+    return sorted(path for path in found if path.is_file() and _is_open(path.resolve(), within))
+
+
+def _is_open(path: Path, within: Path) -> bool:
+    """Whether it lies in the folder, and nothing on the way there is hidden."""
+    return path.is_relative_to(within) and not any(part.startswith(".") for part in path.relative_to(within).parts)
 
 
 def readable(name: str) -> str:
@@ -84,7 +94,8 @@ def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:
     """
     readers = {"lines": _json_lines, "array": _json_array, "csv": _csv_rows, "parquet": _parquet_rows}
     for number, value in readers[layout_of(path)](path, max_bytes):
-        yield Row(number, None, value.reason) if isinstance(value, _Bad) else Row(number, value)
+        bad = isinstance(value, _Bad)
+        yield Row(number, None, value.reason, value.breaks_off) if bad else Row(number, value)
 
 
 def _json_lines(path: Path, max_bytes: int) -> _Numbered:
@@ -119,7 +130,8 @@ def _lines(path: Path, max_bytes: int) -> _Numbered:
                 yield number, _Bad(f"not UTF-8: {error.reason} at byte {error.start}")
                 continue
             if first and path.suffix.lower() == ".json" and text.startswith("{") and not text.endswith("}"):
-                yield number, _Bad("the file is one JSON object; expected an array of rows, or one object a line")
+                reason = "the file is one JSON object; expected an array of rows, or one object a line"
+                yield number, _Bad(reason, breaks_off=True)
                 return
             if text:
                 first = False
@@ -140,7 +152,7 @@ def _elements(path: Path, max_bytes: int) -> _Numbered:
                 yield number, text
         except (ValueError, RecursionError) as error:
             reason = f"{error}; nothing after it was read" if isinstance(error, _Fault) else f"not JSON: {error}"
-            yield number + 1, _Bad(reason)
+            yield number + 1, _Bad(reason, breaks_off=True)
 
 
 class _Fault(ValueError):
@@ -169,7 +181,8 @@ class _Array:
                     break
                 self._expect(",")
         if self._next():
-            raise _Fault(f"found {self._rest[:20]!r} after the end of the array")
+            self._fill(_BLOCK)  # what the buffer's end cut in two, nobody could redact
+            raise _Fault(f"found {shown(self._rest[:_SHOWN])} after the end of the array")
 
     def _element(self) -> str:
         decoder = json.JSONDecoder()
@@ -265,7 +278,7 @@ def _csv_rows(path: Path, max_bytes: int) -> _Numbered:
             if not names and cells:
                 names = [cell.strip() for cell in cells]
                 if problem := _bad_header(names, cut):
-                    yield number, _Bad(problem)
+                    yield number, _Bad(problem, breaks_off=True)
                     return
             elif cells:
                 yield number, _Bad(_too_long(max_bytes)) if cut else _csv_row(names, cells)
@@ -279,7 +292,7 @@ def _bad_header(names: Sequence[str], cut: bool) -> str:
     if cut or not _is_text(names) or any("\x00" in name for name in names):
         return "the first line is no header of a CSV file in UTF-8; save it as UTF-8, with the columns' names first"
     twice = sorted({name for name in names if names.count(name) > 1})
-    return f"the header names {', '.join(twice)!r:.80} twice; give each column a name of its own" if twice else ""
+    return f"the header names {shown(', '.join(twice))} twice; give each column a name of its own" if twice else ""
 
 
 def _csv_row(names: Sequence[str], cells: Sequence[str]) -> Any:
@@ -316,8 +329,11 @@ def _parquet_rows(path: Path, max_bytes: int) -> _Numbered:
                 for row in _parquet_values(batch):
                     number += 1
                     yield number, _within(row, max_bytes)
-    except pa.ArrowException as error:
-        yield number + 1, _Bad(f"not Parquet: {' '.join(str(error).split())[:160]}; nothing after it was read")
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; damaged pages are an OSError of Arrow without a number
+        said = " ".join(str(error).split())[:160]
+        yield number + 1, _Bad(f"not Parquet: {said}; nothing after it was read", breaks_off=True)
 
 
 def _parquet_values(batch: Any) -> Iterator[Any]:

@@ -66,30 +66,37 @@ def read(feed: SqlFeed, mark: Any) -> Reading:
 def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) -> Reading:
     start = _earlier(_watermark(feed, mark), feed.overlap) if mark is not None else None
     place: tuple[Any, Any] | None = None
+    passed = 0  # rows behind the place that cannot be one
     highest = None if mark is None else _watermark(feed, mark)
     while True:
-        rows = _page(engine, feed, table, start, place)
+        rows = _page(engine, feed, table, start, place, passed)
         for row in rows:
             here = (row[0], row[1])
+            if bad := [
+                name for name, value in zip((feed.watermark, feed.key), here, strict=True) if not _is_utf8(value)
+            ]:
+                passed += 1
+                yield Skipped(_origin(feed, row[1]), f"{bad[0]} is not UTF-8, so no reading could go on behind it")
+                continue
             if here == place:
                 raise SourceError(
                     f"source {feed.name}: {row[1]!r} stands in several rows of {feed.table}; name as `key` the column "
                     "that names a row for good"
                 )
-            place = here
+            place, passed = here, 0
             yield _item(feed, row)
         if not rows:
             return
-        assert place is not None
-        # Of a text the database alone knows the order, and there nothing was read before the mark.
-        highest = place[0] if highest is None or isinstance(place[0], str) else max(highest, place[0])
-        yield Mark(_as_mark(feed, highest))
+        if place is not None:
+            # Of a text the database alone knows the order, and there nothing was read before the mark.
+            highest = place[0] if highest is None or isinstance(place[0], str) else max(highest, place[0])
+            yield Mark(_as_mark(feed, highest))
         if len(rows) < feed.batch_rows:
             return
 
 
 def _page(
-    engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None
+    engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None, passed: int
 ) -> Sequence[Any]:
     """The next rows: watermark, key, prompt, response, rating, gold star, author, domain, kind."""
     watermark, key = table.c[feed.watermark], table.c[feed.key]
@@ -100,7 +107,7 @@ def _page(
     elif start is not None:
         query = query.where(watermark >= start)
     with _connection(engine) as connection:
-        return connection.execute(query.order_by(watermark, key).limit(feed.batch_rows)).all()
+        return connection.execute(query.order_by(watermark, key).limit(feed.batch_rows).offset(passed or None)).all()
 
 
 def _columns(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
@@ -130,7 +137,9 @@ def _without_place(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> I
         rows = connection.execute(query.limit(_NAMED)).all()
     for one, mark in rows:
         column = feed.key if one is None else feed.watermark
-        where = f"{_origin(feed, one)}" if one is not None else f"{feed.table}: no key, {feed.watermark} {mark}"
+        where = (
+            f"{_origin(feed, one)}" if one is not None else f"{feed.table}: no key, {feed.watermark} {_written(mark)}"
+        )
         yield Skipped(where, f"{column} is NULL, so nobody can say whether it was read")
 
 
@@ -153,9 +162,20 @@ def _item(feed: SqlFeed, row: Any) -> Item | Skipped:
 
 
 def _origin(feed: SqlFeed, key: Any) -> str:
+    return f"{feed.table}:{_written(key)}"
+
+
+def _written(value: Any) -> str:
     # A key is data: no store keeps a NUL or half a character.
-    text = str(key).replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
-    return f"{feed.table}:{text}"
+    return str(value).replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
+def _is_utf8(value: Any) -> bool:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(column: str, value: Any) -> str:

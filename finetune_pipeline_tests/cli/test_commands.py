@@ -100,6 +100,14 @@ def test_a_single_file_can_be_taken_in(tmp_path):
     assert f"{path}: its last line is not whole (18 bytes)" in run("ingest", str(path))
 
 
+def test_a_table_without_its_name_is_told_to_be_named_as_one(tmp_path):
+    path = tmp_path / "answers.txt"
+    path.write_text("prompt,completion\np,c\n")
+    assert "where answers.txt is CSV, name the file answers.csv" in run("ingest", str(path), code=1)
+    path.rename(tmp_path / "answers.csv")
+    assert "1 interactions" in run("ingest", str(tmp_path / "answers.csv"))
+
+
 def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
     base, adapter = own_home / "model-1.gguf", own_home / "adapter.gguf"
     adapter.write_bytes(b"GGUF adapter")

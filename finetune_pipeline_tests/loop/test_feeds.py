@@ -1,5 +1,6 @@
 """Declared sources in the store: what is new, changed, gone and back again; where a record came from."""
 
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -113,7 +114,36 @@ def test_a_source_that_fails_half_way_takes_nothing_back(loop):
 
     with pytest.raises(SourceError):
         read_feed(loop, feed, connect(), read)
-    assert targets(loop)[:2] == ["ash spoke", "elm spoke"]
+    assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]  # what it gave until then was taken
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/closed/vault"), "PermissionError: .*'/closed/vault'"),
+        (OSError(36, "File name too long"), "OSError: .*File name too long"),
+        (RuntimeError("Could not determine home directory."), "RuntimeError: Could not"),
+        (UnicodeError("label empty or too long"), "UnicodeError: label empty"),
+        (SourceError("ann@example.com stands in several rows"), r"^\[EMAIL\] stands in several rows"),
+    ],
+)
+def test_a_source_that_fails_in_any_way_is_named_and_the_others_go_on(make_loop, monkeypatch, fault, said):
+    def read(settings, mark):
+        if settings.name == "closed":
+            raise fault
+        yield from items("ash")
+
+    monkeypatch.setattr(feeds, "reader", lambda feed: read)
+    loop = make_loop(sources={"feeds": [{**FEED, "name": "closed"}, FEED]})
+    closed, imported = feeds.read_feeds(loop, connect(), print)
+    assert re.search(said, closed.failed) and "ann@" not in closed.failed
+    assert (imported.failed, imported.new) == ("", 1)
+
+
+def test_a_path_of_nobody_s_home_is_named_and_the_run_goes_on(make_loop):
+    feed = {"kind": "vault", "name": "notes", "path": "~nosuchuser/vault"}
+    (fed,) = feeds.read_feeds(make_loop(sources={"feeds": [feed]}), connect(), print)
+    assert "RuntimeError" in fed.failed and "correct its settings" in fed.failed
 
 
 def test_what_cannot_be_used_is_named_with_its_reason(loop):
@@ -231,9 +261,31 @@ def test_what_lies_beneath_something_unseen_is_not_withdrawn(loop):
     take(loop, *items("sub/ash", "sub/elm", "sub2/oak", "yew"), Item("fir.md#Top", "what did fir say?", "fir spoke"))
     fed = take(loop, Skipped("sub", "cannot be read", unseen=True), Skipped("fir.md", "is closed", unseen=True))
     assert (fed.withdrawn, fed.skipped) == (2, 2)
+    assert fed.failed.endswith("fir.md: is closed; sub: cannot be read")
     assert targets(loop) == ["fir spoke", "sub/ash spoke", "sub/elm spoke"]
     assert take(loop, Skipped("sub", "is no folder any more"), *items("yew")).withdrawn == 3
     assert targets(loop) == ["yew spoke"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
+def test_a_half_written_file_withdraws_nothing_and_the_check_names_it(make_loop, instance, tmp_path, name):
+    path = tmp_path / "files" / name
+    path.parent.mkdir()
+    write_as(path, [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(4)])
+    loop = make_loop(
+        sources={"feeds": [{**FEED, "path": str(path.parent)}]}, curation={"min_examples": 1, "validation_share": 0.0}
+    )
+    materialized(loop, instance, "raw_logs")
+    path.write_bytes(path.read_bytes()[:-8])
+    run = (
+        definitions(loop)
+        .resolve_job_def("notes_loop")
+        .execute_in_process(instance=instance, asset_selection=[dg.AssetKey(["notes", "raw_logs"])])
+    )
+    assert targets(loop) == [f"{n} spoke" for n in range(4)]
+    (check,) = [one for one in run.get_asset_check_evaluations() if one.check_name == "sources_read"]
+    assert not check.passed
+    assert check.description.startswith(f"imported: not read to its end, and nothing withdrawn there: {name}: row")
 
 
 def test_a_reward_of_the_source_that_is_set_back_counts_again(make_loop):

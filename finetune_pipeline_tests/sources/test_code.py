@@ -239,7 +239,11 @@ def test_a_folder_that_is_not_there_is_said_with_what_to_do(tmp_path):
         ("Title of it all\n===============\n", "Title of it all"),
         ("TODO", ""),
         ("", ""),
-        ("面积是多少", ""),
+        ("Adds numbers.", "Adds numbers."),
+        ("面积是多少", "面积是多少"),
+        ("計算する。説明は後で。", "計算する。"),
+        ("面积", ""),
+        ("面" * 500, "面" * 400 + " ..."),
     ],
 )
 def test_the_first_sentence_of_a_docstring(doc, sentence):

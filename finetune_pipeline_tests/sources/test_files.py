@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from finetune_pipeline.curation.dataset import Row
 from finetune_pipeline.curation.formats import WRITERS, write_rows
+from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.records import Turn, without_system_prompt
 from finetune_pipeline.settings import FilesFeed
 from finetune_pipeline.sources.files import read, read_file
@@ -187,6 +188,32 @@ def test_a_file_that_is_broken_as_a_whole_is_named_once_and_the_others_are_taken
     write(tmp_path / "b.jsonl", GOOD)
     bad, good = found(tmp_path)
     assert good.origin == "b.jsonl:1" and reason in bad.reason
+    assert (bad.origin, bad.unseen) == (name, True)  # nobody knows what is left of it
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
+def test_of_a_damaged_file_the_rest_is_unknown(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.json":
+        write_as(path, [GOOD] * 1_000)
+    else:
+        texts = [f"asked {number}" for number in range(1_000)]
+        pq.write_table(pa.table({"prompt": texts, "completion": texts}), path, row_group_size=250)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 100] = b"}" * 100
+    path.write_bytes(content)
+    *good, bad = found(path)
+    assert 0 < len(good) < 1_000 and (bad.origin, bad.unseen) == (name, True)
+    assert "nothing after it was read" in bad.reason
+
+
+@pytest.mark.parametrize("spaces", [1, (1 << 16) - 21])  # the second ends the buffer in the middle of it
+def test_no_half_of_a_secret_is_shown_of_what_stands_behind_an_array(tmp_path, spaces):
+    path = tmp_path / "a.json"
+    path.write_text("[]" + " " * spaces + "password hf_" + "aB1" * 12 + " " + "more " * 40)
+    (bad,) = found(path)
+    assert "found 'password" in bad.reason and "hf_" not in redact(bad.reason).text
+    assert "after the end of the array" in bad.reason
 
 
 def test_text_in_parquet_that_is_not_utf_8_is_named_by_its_row(tmp_path):
@@ -206,6 +233,8 @@ def test_only_what_lies_in_the_folder_is_read(tmp_path):
     write(folder / "below" / ".hidden" / "a.jsonl", GOOD)
     write(folder / "notes.txt", GOOD)
     write(folder / "below" / "a.jsonl", GOOD)
+    (folder / "to a hidden file.jsonl").symlink_to(".hidden.jsonl")
+    (folder / "below" / "to a hidden folder.jsonl").symlink_to(".hidden/a.jsonl")
     assert [item.origin for item in found(folder)] == ["below/a.jsonl:1"]
 
 

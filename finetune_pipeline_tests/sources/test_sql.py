@@ -209,6 +209,25 @@ def test_sqlite_is_opened_for_reading_alone(tmp_path, monkeypatch):
     assert hash_file(path) == before
 
 
+@pytest.mark.parametrize("page", [1, 2, 10_000])
+def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_path, monkeypatch, page):
+    path = tmp_path / "ratings.db"
+    bad = "CAST(x'ff61' AS TEXT)"
+    rows = [("'a'", "'1'"), (bad, "'1'"), (bad, "'2'"), ("'d'", "'3'"), ("'e'", bad), ("'f'", bad), ("NULL", bad)]
+    with sqlite3.connect(path) as connection:
+        connection.execute('CREATE TABLE answers (id, "Changed at", prompt, response)')
+        for key, changed in rows:
+            connection.execute(f"INSERT INTO answers VALUES ({key}, {changed}, 'asked', 'answered')")
+    monkeypatch.setenv("RATINGS_URL", f"sqlite:///{path}")
+    plain = feed(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None, batch_rows=page)
+    items, skipped, mark = given(plain)
+    assert set(items) == {"answers:a", "answers:d"} and mark == {"kind": "text", "value": "3"}
+    assert skipped["answers:\\udcffa"] == "id is not UTF-8, so no reading could go on behind it"
+    assert skipped["answers:f"].startswith("Changed at is not UTF-8") and "answers:e" in skipped
+    assert all(origin.encode() for origin in skipped)
+    assert set(given(plain, mark)[0]) == {"answers:d"}
+
+
 def test_a_wrong_name_is_told_with_those_that_there_are(answers):
     with pytest.raises(SourceError, match="there is no table or view answer; there are: answers"):
         given(feed(table="answer"))

@@ -217,6 +217,26 @@ def test_comments_are_not_answers(found):
     assert "not" not in answer(found, "Odd/Inline comment over lines.md")
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("a %% start\n# B\nHIDDEN\n%% end", "a  end"),
+        ("a %% b %% c %% d\n# B\n\n```\nHIDDEN\n```\n%% end", "a  c  end"),
+        ("%%\nHIDDEN\n%% mid %% again\n# B\nHIDDEN\n%% end", " mid  end"),
+        ("first\n- item %% start\n# B\nHIDDEN %%\nlast", "first\n- item\nlast"),
+        ("## When %% start\n# B\nHIDDEN\n%%\nIn June.", "## When\n\nIn June."),
+        ("`%%` marks it\n## B\nseen", "`%%` marks it\n\n## B\n\nseen"),
+        ("a `code\nb %% c`\n# B\nHIDDEN\n%% end", "a `code\nb  end"),
+        ("``` %%\ncode %%\n```\n## B\nseen", "``` %%\ncode %%\n```\n\n## B\n\nseen"),
+        ("    code %%\n\n## B\nseen", "    code %%\n\n## B\n\nseen"),
+        ("a <!-- %% --> b\n## B\nseen", "a  b\n\n## B\n\nseen"),
+    ],
+)
+def test_a_comment_that_begins_in_a_line_hides_what_it_spans(text, read):
+    (item,) = teach(f"# Decision\n{text}\n")
+    assert item.answer == read
+
+
 @pytest.mark.parametrize("name", ["CRLF", "BOM", "Old Mac"])
 def test_ends_of_lines_and_byte_order_marks_change_nothing(found, name):
     text = answer(found, f"Odd/{name}.md")
@@ -264,6 +284,18 @@ def test_a_folder_that_is_no_vault_is_an_error_and_takes_nothing_back(tmp_path):
         taken(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="holds no note"):
         taken(tmp_path)
+    (tmp_path / "Note.txt").touch()
+    with pytest.raises(SourceError, match=r"Note\.txt is no folder; correct `path`"):
+        taken(tmp_path / "Note.txt")
+
+
+@pytest.mark.parametrize("name", ["templates", "_Templates", "TEMPLATES"])
+def test_templates_are_left_out_whatever_is_a_capital_in_their_folder_s_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for folder in (tmp_path, tmp_path / name):
+        (folder / "Note.md").write_text("#decision\n\nWe buy it.\n")
+    items, skipped = taken(tmp_path)
+    assert [item.origin for item in items] == ["Note.md"] and not skipped
 
 
 def test_a_note_that_vanishes_meanwhile_is_named(tmp_path):

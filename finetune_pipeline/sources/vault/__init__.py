@@ -26,7 +26,8 @@ def read(feed: VaultFeed, mark: Any) -> Reading:
     root = project_path(feed.path)
     advice = "correct `path` of this source in the loop's YAML, or bring the folder back"
     if not root.is_dir():
-        raise SourceError(f"the vault {root} is not there; {advice}")
+        what = "is no folder" if root.exists() else "is not there"
+        raise SourceError(f"the vault {root} {what}; {advice}")
     found = list(find(root, set(feed.ignore)))
     paths = sorted(one for one in found if isinstance(one, str))
     if not paths:

@@ -29,8 +29,9 @@ def find(root: Path, ignore: Collection[str]) -> Iterator[str | Skipped]:
     """Paths of the notes under a folder, in no order, and what cannot be read, or leads away from it.
 
     Args:
-        ignore: folders that are left out, by name or by their path in the vault.
+        ignore: folders that are left out, by name or by their path in the vault, in capitals or not.
     """
+    ignored = {name.casefold() for name in ignore}
     folders = [""]
     while folders:
         folder = folders.pop()
@@ -46,7 +47,7 @@ def find(root: Path, ignore: Collection[str]) -> Iterator[str | Skipped]:
             continue
         for entry in found:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith(".") or entry.name in ignore or path in ignore:
+            if entry.name.startswith(".") or not ignored.isdisjoint({entry.name.casefold(), path.casefold()}):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(path)

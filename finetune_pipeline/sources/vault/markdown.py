@@ -12,7 +12,7 @@ from functools import cache
 from itertools import takewhile
 
 from markdown_it import MarkdownIt
-from markdown_it.rules_block import StateBlock
+from markdown_it.rules_block import StateBlock, heading
 
 IsLabel = Callable[[str], bool]
 """Whether a tag, without `#`, is one that a note is taken by."""
@@ -73,11 +73,14 @@ def sections(body: str) -> list[Section]:
             continue
         start, end = token.map
         is_heading = token.type == "heading_open" and token.level == 0
-        if not is_heading and token.type not in {"fence", "code_block"}:
+        if not is_heading and token.type not in {"fence", "code_block", "comment"}:
             continue
-        found[-1].blocks.append((lines[at:start], False))
+        if at < start:
+            found[-1].blocks.append((lines[at:start], False))
         if is_heading:
             found.append(Section(int(token.tag[1]), tokens[number + 1].content))
+        elif token.type == "comment":  # by itself, so that nothing before it can say that it is none
+            found[-1].blocks.append(([*token.content.splitlines(), *lines[start:end]], False))
         elif not _is_query(token.info):
             found[-1].blocks.append((lines[start:end], True))
         at = end
@@ -94,26 +97,35 @@ def _is_query(info: str) -> bool:
 def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark").disable(["lheading", "reference"])
     parser.core.ruler.disable(["inline", "text_join"])
-    parser.block.ruler.before("fence", "comment", _comment, {"alt": ["paragraph", "blockquote", "list"]})
+    parser.block.ruler.after("fence", "comment", _comment, {"alt": ["paragraph", "blockquote", "list"]})
     return parser
 
 
 def _comment(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
-    """A comment of several lines (`%%`), in which nothing is a heading or code."""
+    """A comment that goes on in the next lines (`%%`), in which nothing is a heading or code."""
     begin = state.bMarks[start_line] + state.tShift[start_line]
-    if not state.src.startswith("%%", begin) or state.is_code_block(start_line):
+    if state.is_code_block(start_line) or not _opens_comment(state.src[begin : state.eMarks[start_line]]):
         return False
-    if state.src.find("%%", begin + 2, state.eMarks[start_line]) != -1:
-        return False  # it ends in its line, as part of a text
     if silent:
         return True
-    line = start_line + 1
-    while line < end_line and state.src.find("%%", state.bMarks[line], state.eMarks[line]) == -1:
+    of_heading = heading(state, start_line, end_line, silent)
+    first = start_line + 1 if of_heading else start_line
+    line, is_open = start_line + 1, True
+    while line < end_line and is_open:
+        _, mark, behind = state.src[state.bMarks[line] : state.eMarks[line]].partition("%%")
+        is_open = not mark or _opens_comment(behind)
         line += 1
-    state.line = min(line + 1, end_line)
+    state.line = line
     token = state.push("comment", "", 0)
-    token.map = [start_line, state.line]
+    token.content = "%%" if of_heading else ""  # the heading has the sign that opens it
+    token.map = [first, state.line]
     return True
+
+
+def _opens_comment(line: str) -> bool:
+    """Whether a comment begins in a line and does not end in it."""
+    gone = (found["gone"] or "" for found in _INLINE.finditer(line)) if "%%" in line else ()
+    return any(text.startswith("%%") and (len(text) < 4 or not text.endswith("%%")) for text in gone)
 
 
 def tags_in(text: str) -> list[str]:
