@@ -151,11 +151,11 @@ def _send(job: TrainingJob, name: str, place: str) -> Order:
     if hub is None:
         _upload(job.base_model, f"{inputs}/base/{job.base_model.name}")
     seen = {"base_model": _INPUTS / "base" / job.base_model.name}
-    for name in ("dataset", "preferences", "initial_adapter"):
-        folder = getattr(job, name)
+    for part in ("dataset", "preferences", "initial_adapter"):
+        folder = getattr(job, part)
         if folder is not None:
-            _upload(folder, f"{inputs}/{name}")
-            seen[name] = _INPUTS / name
+            _upload(folder, f"{inputs}/{part}")
+            seen[part] = _INPUTS / part
     return Order(job.model_copy(update=seen), name, inputs, hub)
 
 
