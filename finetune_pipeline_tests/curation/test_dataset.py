@@ -1,5 +1,6 @@
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -80,6 +81,18 @@ def test_one_example_a_prompt_a_persons_answer_first():
     assert curated.left_out == {"duplicate of another example": 1, "same prompt, less trusted answer": 1}
 
 
+def test_of_answers_trusted_alike_the_best_rewarded_one_stays_then_the_newest():
+    examples = []
+    for n in range(0, 40, 4):  # of many prompts: by the answers' hashes alone some would come out right
+        asked = {"prompt": f"prompt number {n}"}
+        examples += [
+            example(n, **asked, target="older", reward=0.6),
+            example(n + 1, **asked, target="newest", reward=0.6),
+            example(n + 2, **asked, target="still newer, but less rewarded", reward=0.5),
+        ]
+    assert {row.completion for row in rows_of(curate(examples, [], POLICY, identity))} == {"newest"}
+
+
 def test_near_duplicates_of_the_benchmark_are_named():
     leaked = example(1, prompt="The golden question of  ALL!")
     assert curate([leaked, example(2)], [], POLICY, identity).near_benchmark == (str(leaked.interaction_id),)
@@ -93,6 +106,14 @@ def test_replay_is_mixed_into_training_only_and_never_from_the_benchmark():
     assert curated.replayed == len(mine) == len(curated.train) - len(mine)
     assert all(row.source == "logs" for row in curated.validation)
     assert not overlaps([vars(row) for row in curated.train], POLICY)
+
+
+def test_a_replayed_row_of_the_benchmark_is_left_out_though_there_are_too_few():
+    greedy = replace(EVERYTHING, settings=EVERYTHING.settings.model_copy(update={"replay_ratio": 10}))
+    asked = ["The golden question of  ALL!", "Listen: the golden question of all, what is it?", "something old"]
+    replay = [Row(prompt, "x", 1.0, "replay") for prompt in asked]
+    curated = curate([example(1)], replay, greedy, identity)
+    assert [row.prompt for row in curated.replay] == ["something old"]
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
@@ -140,6 +161,15 @@ def test_the_same_prompt_in_another_conversation_is_another_question():
         "user: a wall\nassistant: ?\n150 mm",
         "user: x\n150 mm",
     }
+
+
+def test_the_side_of_a_question_follows_from_all_that_was_said_before_it():
+    half = replace(POLICY, settings=CurationSettings(validation_share=0.5))
+    examples = [example(n, prompt="150 mm", history=said(f"wall {n}", "How thick?")) for n in range(20)]
+    curated = curate(examples, [], half, identity)
+    assert curated.train and curated.validation
+    assert all(in_validation(row.question, 0.5) for row in curated.validation)
+    assert not any(in_validation(row.question, 0.5) for row in curated.train)
 
 
 def test_secrets_are_replaced_before_anything_is_decided_and_counted_where_they_were_kept():

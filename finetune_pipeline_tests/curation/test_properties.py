@@ -1,19 +1,33 @@
-"""What holds of every curation, tried on many made-up logs."""
+"""What holds of every curation, tried on many made-up logs, and of every file that is written of them."""
 
 import json
+import tempfile
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.dataset import Row, curate, in_validation, overlaps
-from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.curation.rules import Policy, answer_validator
-from finetune_pipeline.records import Example, Turn, normalise
+from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_card
+from finetune_pipeline.curation.choosing import DUPLICATE, NEAR_DUPLICATE
+from finetune_pipeline.curation.dataset import (
+    DATASET,
+    Row,
+    curate,
+    in_validation,
+    overlaps,
+    read_all,
+    write_dataset,
+)
+from finetune_pipeline.curation.duplicates import RUN, NearIndex
+from finetune_pipeline.curation.preferences import LABELLED, PAIRS
+from finetune_pipeline.curation.rules import CONFLICT, Policy, answer_validator
+from finetune_pipeline.records import Example, normalise
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
 
-from .test_dataset import identity, rows_of
+from .test_dataset import identity, rows_of, said
 
 QUESTIONS = {
     "long": "How thick does a concrete wall beside the stair have to be for two hours of fire rating?",
@@ -26,57 +40,87 @@ SECRETS = (
     "ann.smith@example.com", "+49 30 901820", "4111 1111 1111 1111", "hf_" + "aB1" * 12, "AKIA" + "IOSFODNN7EXAMPLE",
     "postgresql://bob:hunter2@db.example.com/x",
 )  # fmt: skip
-LEAKED = ("ann.smith", "901820", "4111 1111", "aB1aB1", "IOSFODNN7", "hunter2")
+LEAKED = ("ann.smith", "30 901820", "4111 1111", "aB1aB1", "IOSFODNN7", "hunter2")
 
-words = st.sampled_from(
-    [
-        "wall",
-        "door",
-        "window",
-        "of",
-        "with",
-        "a",
-        "150",
-        "180",
-        "mm",
-        "steel",
-        "brick",
-        "two",
-        "hours",
-        "Straße",
-        "壁",
-        "please",
-        "now",
-    ]
+WORDS = (
+    "wall", "door", "window", "of", "with", "a", "150", "180", "mm", "steel", "brick", "two", "hours", "Straße", "壁",
+    "please", "now",
+)  # fmt: skip
+ASKED = (
+    "Make the brick wall of the large hall on the second floor 180 mm thicker",
+    "Put a steel door with a closer between the Straße and the 壁 of the kitchen",
 )
-texts = st.lists(words, min_size=1, max_size=14).map(" ".join)
-planted = st.tuples(texts, st.sampled_from([*SECRETS, "", ""])).map(" ".join)
-answers = st.sampled_from(["yes", "no", '{"a": 1}', '{ "a":1 }', "mail ann.smith@example.com", " "])
+EDITS = (
+    str, str, str, str.upper, "please {}".format, "{}!".format, lambda text: text.replace(" ", "  \n"),
+    lambda text: text[:20] + "q" + text[21:],
+)  # fmt: skip
+"""What leaves a prompt the same, or nearly."""
+
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=14).map(" ".join)
+asked = st.builds(lambda text, edit: edit(text), st.sampled_from(ASKED), st.sampled_from(EDITS))
+planted = st.tuples(asked, st.sampled_from([*SECRETS, *[""] * 12])).map(" ".join)
+answers = st.sampled_from(["yes"] * 8 + ["no"] * 4 + ['{"a": 1}', '{ "a":1 }', "mail ann.smith@example.com", " "])
+histories = st.sampled_from([()] * 7 + [said("about a house, ask ann.smith@example.com", "Which?")])
 
 
 @st.composite
 def logs(draw, prompts=planted):
-    """Examples, each with an id and a sequence of its own."""
-    rewards, origins = st.sampled_from([-0.8, 0.2, 0.5, 0.9]), st.none() | planted.map("Notes/a.md#{}".format)
-    fields = st.tuples(prompts, answers, rewards, st.booleans(), st.booleans(), origins)
+    """Examples, each with an id of its own, some of them the same but for it."""
+    rewards, origins = (
+        st.sampled_from([0.9, 0.9, 0.9, 0.5, 0.2, -0.8]),
+        st.none() | planted.map("Notes/a.md#{}".format),
+    )
+    fields = st.tuples(prompts, histories, answers, answers, rewards, st.booleans(), st.booleans(), origins)
     made = []
-    for number, (prompt, target, reward, confirmed, corrected, origin) in enumerate(
-        draw(st.lists(fields, max_size=12))
+    for number, (prompt, history, target, output, reward, confirmed, corrected, origin) in enumerate(
+        draw(st.lists(fields, min_size=8, max_size=16))
     ):
-        given = {"prompt": prompt, "target": target, "output": "no" if corrected else target, "reward": reward}
-        flags = {"confidence": 0.9, "confirmed": confirmed, "corrected": corrected, "sequence": number // 2}
-        flags |= {"origin": origin}
+        given = {"prompt": prompt, "history": history, "target": target, "output": output if corrected else target}
+        flags = {"confidence": 0.9, "confirmed": confirmed, "corrected": corrected, "sequence": number // 4}
+        flags |= {"reward": reward, "origin": origin}
         made.append(Example(interaction_id=uid(str(number)), **given, **flags))
     return made
 
 
+@st.composite
+def leaks(draw):
+    """A benchmark's question: as it is, within other words, and of a long one with another letter or a part of it."""
+    question = draw(st.sampled_from(list(QUESTIONS.values())))
+    ways = [question, f"{draw(texts)} {question} {draw(texts)}"]
+    words = question.split()
+    if len(words) > RUN:
+        place = draw(st.integers(0, len(question) - 1))
+        start = draw(st.integers(0, len(words) - RUN))
+        end = draw(st.integers(start + RUN, len(words)))
+        ways += [question[:place] + "q" + question[place + 1 :], " ".join(words[start:end])]
+    return draw(st.sampled_from([str, str.lower, str.upper, str.title]))(draw(st.sampled_from(ways)))
+
+
 def written(curated):
-    """Every text of a dataset."""
-    rows = [
-        *rows_of(curated),
-        *(row for part in (curated.pairs, curated.undesirable) for s in part.values() for row in s),
-    ]
-    return json.dumps([list(vars(row).values()) for row in rows], default=str, ensure_ascii=False)
+    """The rows of a dataset that was written, and all that its files say, however they hold it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dataset(curated, folder, "Answer.")
+        made = {"watermark": 1, "inputs": {}, "settings": {}, "packages": {}}
+        (folder / DATASET_CARD).write_text(dataset_card(DatasetCard("notes", "v", curated=curated, **made)))
+        rows = list(read_all(folder))
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert {path.parts[-3] for path in files if path.suffix == ".arrow"} == {DATASET, PAIRS, LABELLED}
+        plain = [path.read_text() for path in files if path.suffix != ".arrow"]
+    return rows, "\n".join([*plain, *(json.dumps(row, ensure_ascii=False) for row in rows)])
+
+
+def test_these_logs_often_hold_what_has_to_be_chosen_among():
+    often = Counter()
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(logs())
+    def look(examples):
+        curated = curate(examples, [], POLICY, identity)
+        often.update(curated.left_out.keys(), redacted=bool(curated.redacted), pairs=any(curated.pairs.values()))
+
+    look()
+    assert min(often[name] for name in (DUPLICATE, NEAR_DUPLICATE, CONFLICT, "redacted", "pairs")) >= 20, often
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,7 +137,13 @@ def test_what_was_curated_stays_as_it_is(examples):
     by_id = {str(example.interaction_id): example for example in examples}
     kept = [
         by_id[row.interaction_id].model_copy(
-            update={"prompt": row.prompt, "target": row.completion, "output": row.completion, "origin": row.origin}
+            update={
+                "prompt": row.prompt,
+                "history": row.history,
+                "target": row.completion,
+                "output": row.completion,
+                "origin": row.origin,
+            }
         )
         for row in rows_of(once)
     ]
@@ -137,37 +187,33 @@ def test_what_was_replayed_never_validates(examples, replayed):
 
 @settings(max_examples=60, deadline=None)
 @given(logs())
-def test_no_planted_secret_reaches_a_dataset(examples):
-    text = written(curate(examples, [], POLICY, lambda example: "a hash"))
+def test_no_planted_secret_reaches_a_file(examples):
+    replay = [Row(f"old {n} {secret}", f"old {secret}", 1.0, "replay") for n, secret in enumerate(SECRETS)]
+    _, text = written(curate(examples, replay, POLICY, lambda example: "a hash"))
     assert not [secret for secret in LEAKED if secret in text]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.tuples(
-            texts,
-            st.sampled_from(list(QUESTIONS.values())),
-            texts,
-            st.sampled_from(["lower", "upper", "title"]),
-            st.booleans(),
-        )
-    ),
-    logs(texts),
+    st.lists(st.tuples(leaks(), st.sampled_from(["good", "corrected", "bad"]), st.booleans()), min_size=1, max_size=8),
+    logs(),
 )
-def test_no_planted_overlap_with_the_benchmark_gets_through(asked, others):
-    leaks = []
-    for n, (before, question, after, case, earlier) in enumerate(asked):
-        leak = f"{before} {getattr(question, case)()} {after}"
-        said = (Turn(role="user", content=leak), Turn(role="assistant", content="yes")) if earlier else ()
-        leaks.append(
-            Example(
-                interaction_id=uid(f"leak {n}"), sequence=n, prompt=f"and then {after}" if earlier else leak,
-                history=said, output="yes", target="yes", reward=0.9, confirmed=True, corrected=False,
-            )
-        )  # fmt: skip
-    curated = curate([*others, *leaks], [], POLICY, identity)
-    ids = {str(example.interaction_id) for example in leaks}
-    assert not ids & {row.interaction_id for row in rows_of(curated)}
+def test_no_planted_overlap_with_the_benchmark_reaches_a_file(planted_leaks, others):
+    made = []
+    for n, (leak, kind, earlier) in enumerate(planted_leaks):
+        asked = {"prompt": "and then?", "history": said(leak, "yes")} if earlier else {"prompt": leak}
+        found = {
+            "reward": -0.9 if kind == "bad" else 0.9,
+            "confirmed": kind == "good",
+            "corrected": kind == "corrected",
+        }
+        output = "no" if kind == "corrected" else "yes"
+        made.append(Example(interaction_id=uid(f"leak {n}"), sequence=n, target="yes", output=output, **asked, **found))
+    replay = [Row(leak, "yes", 1.0, "replay") for leak, _, _ in planted_leaks]
+    curated = curate([*others, *made], replay, POLICY, identity)
+    ids = {str(example.interaction_id) for example in made}
     assert ids <= set(curated.near_benchmark)
-    assert overlaps([vars(row) for row in rows_of(curated)], POLICY) == []
+    rows, text = written(curated)
+    assert not [one for one in ids if one in text]
+    assert not [leak for leak, _, _ in planted_leaks if normalise(leak) in normalise(text)]
+    assert overlaps(rows, POLICY) == []

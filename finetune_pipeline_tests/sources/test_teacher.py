@@ -64,6 +64,17 @@ def test_the_same_question_at_the_same_time_is_asked_once():
         assert len(server.asked) == 1
 
 
+def test_every_wait_is_twice_as_long_as_the_one_before_up_to_a_minute(monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_WAIT", 1.0)
+    monkeypatch.setattr(module.random, "uniform", lambda low, high: high)
+    with teaching(lambda body, number: error(500), attempts=9) as (server, settings):
+        teacher, waits = Teacher(settings), []
+        monkeypatch.setattr(teacher._stopped, "wait", waits.append)
+        (answer,) = teacher.answers([question("a")])
+        assert "500" in answer.reason and len(server.asked) == 9
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
 def test_retry_after_is_waited_for():
     def busy_at_first(body, number):
         return error(429, **{"Retry-After": "1"}) if number == 1 else echo(body, number)

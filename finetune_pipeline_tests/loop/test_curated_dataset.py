@@ -1,0 +1,45 @@
+"""The asset curated_dataset: its blocking checks look at what was written, whatever curation meant to write."""
+
+import json
+
+import dagster as dg
+
+from finetune_pipeline.curation import sifting
+from finetune_pipeline.curation.rules import Decision
+from finetune_pipeline_tests.conftest import feedback, interaction
+
+from .conftest import definitions, write_events
+
+SCHEMA = {"type": "object", "properties": {"said": {"type": "string"}}}
+QUESTION = {"id": "q1", "slice": "notes", "prompt": "golden question amber", "expected": {"said": "no"}}
+SOUND = [(f"please note what {name} said", '{"said": "yes"}') for name in ("ash", "birch", "cedar", "elm", "fir")]
+LEAKED = ("Golden question  AMBER", '{"said": "yes"}')
+BROKEN = ("what is broken?", '{"said": 5}')
+
+
+def test_what_got_past_curation_is_named_by_the_checks_and_nothing_is_trained_on_it(
+    make_loop, instance, tmp_path, monkeypatch
+):
+    (tmp_path / "benchmark.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    loop = make_loop(output_schema=str(tmp_path / "schema.json"))
+    for n, (prompt, answer) in enumerate([*SOUND, LEAKED, BROKEN]):
+        said = feedback(f"on {n}", f"{n}", "correction", correction=answer)
+        write_events(loop.drop_folder / "log.jsonl", interaction(f"{n}", prompt=prompt), said)
+    monkeypatch.setattr(sifting, "accept", lambda example, policy: Decision(True))
+
+    job = definitions(loop).resolve_implicit_global_asset_job_def()
+    keys = [dg.AssetKey(["notes", stage]) for stage in ("raw_logs", "curated_dataset", "lora_adapter")]
+    run = job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False)
+
+    checks = {check.check_name: check for check in run.get_asset_check_evaluations()}
+    overlap, broken = checks["no_benchmark_overlap"], checks["targets_parse"]
+    assert not overlap.passed and overlap.metadata["first"].value == [LEAKED[0]]
+    assert not broken.passed
+    assert broken.metadata["first"].value == [f"{BROKEN[0]}: $.said: 5 is not of type 'string'"]
+    assert checks["enough_examples"].passed  # so it is the other two that end the run
+    assert not run.success
+    [failed] = [event for event in run.all_events if event.is_step_failure]
+    assert failed.step_key == "notes__curated_dataset"
+    started = {event.step_key for event in run.all_events if event.event_type_value == "STEP_START"}
+    assert started == {"notes__raw_logs", "notes__curated_dataset"}
