@@ -169,3 +169,16 @@ def test_a_plan_says_what_fits_how_it_was_reckoned_and_what_to_write():
     here = run("train", "plan", "--examples", "100")  # there is one loop
     assert "matrix products reach here (measured)" in here
     assert "  batch_size: 24" in here  # the loop's own
+
+
+def test_a_plan_of_what_does_not_fit_says_what_it_takes_at_least_and_what_to_change():
+    def refusal(*arguments):
+        result = CliRunner().invoke(finetune, ["train", "plan", *arguments])
+        assert result.exit_code != 0
+        return str(result.exception)
+
+    large = refusal("--base", "meta-llama/Llama-3.3-70B-Instruct", "--vram", "24")
+    assert "does not fit 24 GB: with qlora, batch_size 1 and 256 tokens" in large
+    assert "the smallest preset for it is 80gb, or take a smaller base_model" in large
+    long = refusal("--base", "mistralai/Mistral-7B-v0.3", "--vram", "8", "--length", "65536")
+    assert "and 65536 tokens" in long and "leave max_length to be chosen" in long
