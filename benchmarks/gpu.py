@@ -158,7 +158,7 @@ def _plain_trl(shape: Shape, folder: Path) -> dict[str, Any]:
         },
         remove_columns=rows.column_names,
     )
-    settings = _settings(shape, "lora", "peft")
+    settings, gpu = _settings(shape, "lora", "peft"), torch.cuda.is_available()
     trainer = SFTTrainer(
         model=str(folder / "model"),
         args=SFTConfig(
@@ -170,6 +170,7 @@ def _plain_trl(shape: Shape, folder: Path) -> dict[str, Any]:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            use_cpu=not gpu,  # or its default of bfloat16 is refused
         ),
         train_dataset=chats,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
@@ -178,7 +179,6 @@ def _plain_trl(shape: Shape, folder: Path) -> dict[str, Any]:
     )
     trainer.train()
     (began, before), (ended, after) = seen[len(seen) // 4], seen[-1]
-    gpu = torch.cuda.is_available()
     return {
         "tokens_per_second": (after - before) / (ended - began),
         "peak_memory_bytes": torch.cuda.max_memory_reserved() if gpu else peak_resident_bytes(),

@@ -233,6 +233,8 @@ def draft(loop: str, stage: str, version: str, *, keep: bool = False) -> Iterato
 _WORDS_OF_A_FULL_DISK = (
     "No space left on device",
     "os error 28",
+    "Disk quota exceeded",
+    "os error 122",
     "enforce fail at inline_container.cc",  # torch.save, whose archive came out shorter than what was written
     "requested and 0 written",  # numpy's tofile
 )

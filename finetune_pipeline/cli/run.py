@@ -90,15 +90,28 @@ def ui(port: int) -> None:
 
 
 def _check_training(loop: LoopSettings) -> None:
-    """Say now what would let the third asset fail: no base model, a backend that cannot run here, no Ray."""
+    """Say now what would let the third asset fail; weights are downloaded only when nothing else stands against it."""
     from finetune_pipeline.cluster import check_installed
-    from finetune_pipeline.export.base import resolve_base_model
+    from finetune_pipeline.export.base import CONFIG_FILES, resolve_base_model
+    from finetune_pipeline.training.architecture import architecture_of
     from finetune_pipeline.training.backends import choose
+    from finetune_pipeline.training.base_model import check_base_model, check_trained_tokens
+    from finetune_pipeline.training.preference import check_batch
+    from finetune_pipeline.training.presets import settled
+    from finetune_pipeline.training.team import share
+    from finetune_pipeline.training.trackers import check_trackers
 
-    resolve_base_model(loop.base_model)
-    choose(loop.training).backend.validate(loop.training)
-    if loop.training.compute == "ray":
+    settings = loop.training
+    config = resolve_base_model(loop.base_model, CONFIG_FILES)
+    if settings.preset is not None:
+        settings = settled(settings, architecture_of(loop.base_model))
+    choose(settings).backend.validate(settings)
+    check_trackers(settings)
+    check_batch(settings, share(settings, settings.workers).batch_size)
+    check_trained_tokens(config, settings)
+    if settings.compute == "ray":
         check_installed("training.compute")
+    check_base_model(resolve_base_model(loop.base_model))
 
 
 def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:

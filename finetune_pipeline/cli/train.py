@@ -36,7 +36,7 @@ def plan(
 ) -> None:
     """Say what fits: method, batch, length, peak memory part by part, time, and the YAML for it."""
     from finetune_pipeline.training.architecture import architecture_of
-    from finetune_pipeline.training.presets import CHANGEABLE, PRESETS, first_fitting, nearest, with_wish
+    from finetune_pipeline.training.presets import CHANGEABLE, PRESETS, does_not_fit, first_fitting, nearest, with_wish
 
     if vram is not None and preset is not None:
         raise SettingsError("--vram and --preset both name a memory size; give one of them")
@@ -48,16 +48,16 @@ def plan(
         given = TrainingSettings(**given.model_dump(include=given.model_fields_set) | {"max_length": length})
     size = preset or ("cpu" if machine.device == "cpu" else nearest(machine.bytes / 2**30 / 0.95))
     wished = with_wish(given, PRESETS[size])
-    best = first_fitting(architecture, wished, CHANGEABLE - given.model_fields_set, machine)
+    free = CHANGEABLE - given.model_fields_set
+    best = first_fitting(architecture, wished, free, machine)
     click.echo(
         f"{architecture.name}: {architecture.parameters / 1e9:.2f} billion parameters, {architecture.layers} layers"
     )
     click.echo(f"memory to use: {machine.bytes / 2**30:.1f} GiB of a {machine.device.upper()}")
     Console().print(_table(architecture, best or wished, machine, examples))
     if best is None:
-        raise SettingsError(
-            f"{architecture.name} does not fit with these settings; take a smaller base model or length"
-        )
+        where = f"preset {preset}" if preset else f"{vram:g} GB" if vram else "this machine"
+        raise SettingsError(does_not_fit(architecture, wished, free, machine, where))
     for line in _details(architecture, best, machine, examples):
         click.echo(line)
 

@@ -23,12 +23,13 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def resolve_base_model(name: str) -> Path:
+def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_FILES, *TOKENIZER_FILES)) -> Path:
     """The folder of a base model.
 
     Args:
         name: a folder, absolute or relative to the project; or a Hugging Face id, which is downloaded once into
             Hugging Face's cache (safetensors, JSON and tokenizer files only).
+        files: patterns of what is downloaded.
 
     Raises:
         ExportError: there is no such folder, or the model can neither be found in the cache nor downloaded.
@@ -38,7 +39,7 @@ def resolve_base_model(name: str) -> Path:
         return folder
     if _looks_like_a_path(name):
         raise ExportError(f"the base model {name} is not there: {folder} does not exist; correct base_model")
-    return _download(name)
+    return _download(name, files)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -48,14 +49,13 @@ def _looks_like_a_path(name: str) -> bool:
     return "/" in name and project_path(name).parent.is_dir()
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: tuple[str, ...]) -> Path:
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_WEIGHTS, *CONFIG_FILES, *TOKENIZER_FILES]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ExportError(
             f"the base model {name!r} is neither a folder ({project_path(name)}), nor in the cache ({HF_HUB_CACHE}), "

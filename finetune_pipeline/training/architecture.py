@@ -114,6 +114,7 @@ FAMILIES: dict[str, Architecture] = {
         Architecture("Meta-Llama-3-8B", **_LLAMA_8B),
         Architecture("Llama-3.1-8B", **_LLAMA_8B),
         Architecture("Mistral-7B", **_MISTRAL_7B),
+        Architecture("Mistral-7B-v0.3", **{**_MISTRAL_7B, "vocabulary": 32768}),
         Architecture("Mistral-7B-Instruct-v0.3", **{**_MISTRAL_7B, "vocabulary": 32768}),
         Architecture("MermaidMistral", **_MISTRAL_7B),
         Architecture("deepseek-coder-6.7b", **{**_LLAMA2_7B, "vocabulary": 32256}),
@@ -156,13 +157,21 @@ def architecture_of(base: str) -> Architecture:
     cached = _cached_config(base)
     if cached is not None:
         return read_architecture(cached, base)
-    known = [name for name in FAMILIES if base.rpartition("/")[2].lower().startswith(name.lower())]
+    known = [name for name in FAMILIES if _plain(base.rpartition("/")[2]).startswith(_plain(name))]
     if not known:
         raise TrainingError(
             f"{base} is neither a folder with a config.json, nor downloaded, nor one of the families known here "
             f"({', '.join(FAMILIES)}); download it first (`hf download {base}`), or name one of these"
         )
     return FAMILIES[max(known, key=len)]
+
+
+def _plain(name: str) -> str:
+    """A model's name without what says nothing of its dimensions.
+
+    Llama 3.1 was published with and without "Meta-", and Qwen 2.5 Coder has the sizes of Qwen 2.5.
+    """
+    return name.lower().removeprefix("meta-").replace("qwen2.5-coder-", "qwen2.5-")
 
 
 def _cached_config(base: str) -> Path | None:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import TrainingError
+from finetune_pipeline.training.model import trained_tokens
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
@@ -25,6 +27,15 @@ def check_base_model(folder: Path) -> None:
             f"{folder} has no chat template, so nobody could say where a prompt ends and an answer begins; use an "
             "instruction-tuned model, or put a chat_template.jinja into the folder"
         )
+
+
+def check_trained_tokens(folder: Path, settings: TrainingSettings) -> None:
+    """Raise TrainingError if a token whose embedding is to be trained is not in the model; needs its config alone."""
+    config = folder / "config.json"
+    known = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    vocabulary = {**known, **known.get("text_config", {})}.get("vocab_size")
+    if vocabulary is not None:
+        trained_tokens(settings, vocabulary)
 
 
 def _check_weights(folder: Path) -> None:

@@ -29,6 +29,7 @@ from finetune_pipeline.training.trackers import check_trackers
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
 _LOG_LINES = 15
+_NO_CAUSE = "Failed to load CPU gemm_4bit_forward"  # bitsandbytes says so in every QLoRA on a CPU, and goes on
 
 
 def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: None) -> TrainingResult:
@@ -104,8 +105,8 @@ def _failure(status: int, job: TrainingJob, before: int) -> str:
         return text.rpartition(REFUSAL)[2].strip()
     log = "\n".join(f"  {line}" for line in lines)
     # The terminal shows the first line alone.
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was logged")
-    return f"{_cause(status)}. It said last: {last}. The last lines of {job.output / LOG}:\n{log}"
+    last = next((line.strip() for line in reversed(lines) if line.strip() and _NO_CAUSE not in line), "nothing")
+    return f"{_cause(status)}. It said last: {last}. Its whole log is in {job.output / LOG}\nThe last lines:\n{log}"
 
 
 def _cause(status: int) -> str:

@@ -121,7 +121,7 @@ def lora(settings: TrainingSettings, model: Any) -> Any:
         lora_dropout=settings.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=_beside_language_model(model),
-        trainable_token_indices=_trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
+        trainable_token_indices=trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
         task_type="CAUSAL_LM",
     )
 
@@ -135,7 +135,12 @@ def _beside_language_model(model: Any) -> str | None:
     return rf"(?!{re.escape(name)}\.).*"
 
 
-def _trained_tokens(settings: TrainingSettings, vocabulary: int) -> list[int]:
+def trained_tokens(settings: TrainingSettings, vocabulary: int) -> list[int]:
+    """The ids of the tokens whose embeddings are trained.
+
+    Raises:
+        TrainingError: one of them is not in a vocabulary of that size.
+    """
     if settings.trainable_token_indices == "all":
         return list(range(vocabulary))
     unknown = [token for token in settings.trainable_token_indices if not 0 <= token < vocabulary]

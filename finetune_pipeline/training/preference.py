@@ -197,16 +197,20 @@ def _dpo(settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def _kto(settings: TrainingSettings, arguments: dict[str, Any], labels: list[bool]) -> dict[str, Any]:
-    """Good and bad answers weigh the same in all, whichever are more (Eq. 8 of the KTO paper)."""
-    size = arguments["per_device_train_batch_size"]
-    if size < 2:
+def check_batch(settings: TrainingSettings, size: int) -> None:
+    """Raise TrainingError if `size` examples at a time, on each device, are too few for the method."""
+    if settings.method == "kto" and size < 2:
         fewer = f" (of {settings.batch_size}: memory or the number of workers allows no more)"
         raise TrainingError(
             "kto compares the answers of a batch and needs 2 or more on each device, not "
             f"{size}{fewer if settings.batch_size > 1 else ''}; raise batch_size, or set shorter examples "
             "(max_length), fewer workers, or method sft"
         )
+
+
+def _kto(settings: TrainingSettings, arguments: dict[str, Any], labels: list[bool]) -> dict[str, Any]:
+    """Good and bad answers weigh the same in all, whichever are more (Eq. 8 of the KTO paper)."""
+    check_batch(settings, arguments["per_device_train_batch_size"])
     good, bad = sum(labels), len(labels) - sum(labels)
     return {
         "desirable_weight": max(1.0, bad / good),

@@ -117,9 +117,10 @@ def settled(settings: TrainingSettings, architecture: Architecture) -> TrainingS
         return settings
     machine = machine_of(settings.preset)
     wished = with_wish(settings, PRESETS[settings.preset])
-    found = first_fitting(architecture, wished, CHANGEABLE - settings.model_fields_set, machine)
+    free = CHANGEABLE - settings.model_fields_set
+    found = first_fitting(architecture, wished, free, machine)
     if found is None:
-        raise TrainingError(_does_not_fit(settings, wished, architecture, machine))
+        raise TrainingError(does_not_fit(architecture, wished, free, machine, f"preset {settings.preset}"))
     return found
 
 
@@ -193,10 +194,19 @@ def changes(before: TrainingSettings, after: TrainingSettings) -> dict[str, Any]
     return {name: getattr(after, name) for name in names if getattr(before, name) != getattr(after, name)}
 
 
-def _does_not_fit(
-    settings: TrainingSettings, wished: TrainingSettings, architecture: Architecture, machine: Machine
+def does_not_fit(
+    architecture: Architecture, wished: TrainingSettings, free: Set[str], machine: Machine, where: str
 ) -> str:
-    *_, least = ladder(wished, CHANGEABLE - settings.model_fields_set)
+    """What the least of a plan takes where nothing fits, and what to do.
+
+    Args:
+        architecture: of the base model.
+        wished: where the ladder began.
+        free: names of the settings that the plan could change.
+        machine: whose memory is too small.
+        where: what that memory is called.
+    """
+    *_, least = ladder(wished, free)
     need = memory(architecture, least, machine.device, bfloat16=machine.bfloat16).bytes
     larger = [
         name
@@ -204,8 +214,10 @@ def _does_not_fit(
         if name != "cpu" and PRESETS[name].gib * GIB * USABLE >= need
     ]
     remedy = f"the smallest preset for it is {larger[0]}" if larger else "no preset is large enough"
+    if first_fitting(architecture, wished, CHANGEABLE, machine):
+        remedy = f"leave {', '.join(sorted(CHANGEABLE - free))} to be chosen; {remedy}"
     return (
-        f"{architecture.name} does not fit preset {settings.preset}: with {least.adapter}, batch_size "
+        f"{architecture.name} does not fit {where}: with {least.adapter}, batch_size "
         f"{least.batch_size} and {least.max_length} tokens it takes {need / GIB:.1f} GiB of {machine.bytes / GIB:.1f}; "
         f"{remedy}, or take a smaller base_model"
     )

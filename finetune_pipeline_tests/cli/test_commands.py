@@ -1,5 +1,6 @@
 """The `finetune` command as people type it, on a home of its own."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.cli import doctor as doctor_module
 from finetune_pipeline.cli.ask import spec_of
 from finetune_pipeline.cli.main import finetune
+from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.protocol import ModelSpec
@@ -156,17 +158,44 @@ def test_the_default_loop_reads_files_that_are_there():
     [
         ({"backend": "unsloth"}, "unsloth cannot run here"),
         ({"base_model": "../nowhere/model"}, "../nowhere/model is not there"),
+        ({"base_model": "docs"}, "docs has no config.json"),
+        ({"compute": "ray"}, "Ray is not installed"),
+        ({"report_to": ("wandb",)}, "names wandb, which is not installed"),
+        ({"batch_size": 24, "workers": 5}, "cannot be dealt out evenly to 5 workers"),
+        ({"method": "kto", "batch_size": 1}, "needs 2 or more on each device, not 1"),
+        ({"trainable_token_indices": (5, 999_999)}, "names 999999, but the base model's tokens"),
+        ({"preset": "8gb", "batch_size": 512, "max_length": 65_536}, "does not fit preset 8gb"),
     ],
 )
-def test_what_would_let_the_training_fail_is_said_before_anything_runs(own_home, monkeypatch, changes, said):
+def test_what_would_let_the_training_fail_is_said_before_anything_runs(monkeypatch, changes, said):
     loop = load_loop(LOOP)
-    if "backend" in changes:
+    if "base_model" not in changes:
         changes = {"training": loop.training.model_copy(update=changes)}
     monkeypatch.setattr("finetune_pipeline.cli.options.load_loops", lambda: {LOOP: loop.model_copy(update=changes)})
     monkeypatch.setattr(Unsloth, "check", lambda self: Availability("unsloth", False, "no GPU", "take another"))
+    absent, find = {"ray", "wandb"}, importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name in absent else find(name, *of))
+    monkeypatch.setattr("finetune_pipeline.cli.run.materialize", lambda *_, **__: pytest.fail("it ran"))
     result = CliRunner().invoke(finetune, ["run"])
-    assert isinstance(result.exception, TrainingError | ExportError) and said in str(result.exception)
-    assert not (own_home / "logs").exists()
+    assert isinstance(result.exception, TrainingError | ExportError | ClusterError) and said in str(result.exception)
+
+
+def test_the_weights_of_a_base_model_are_downloaded_only_when_the_settings_will_do(tmp_path, monkeypatch):
+    loop = load_loop(LOOP)
+    training = loop.training.model_copy(update={"workers": 5})
+    changed = loop.model_copy(update={"base_model": "some-one/some-model", "training": training})
+    monkeypatch.setattr("finetune_pipeline.cli.options.load_loops", lambda: {LOOP: changed})
+    wanted = []
+
+    def download(name, allow_patterns):
+        wanted.extend(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("finetune_pipeline.cli.run.materialize", lambda *_, **__: pytest.fail("it ran"))
+    result = CliRunner().invoke(finetune, ["run"])
+    assert "cannot be dealt out evenly to 5 workers" in str(result.exception)
+    assert "config.json" in wanted and not [name for name in wanted if "safetensors" in name]
 
 
 def test_a_plan_says_what_fits_how_it_was_reckoned_and_what_to_write():
@@ -177,3 +206,16 @@ def test_a_plan_says_what_fits_how_it_was_reckoned_and_what_to_write():
     here = run("train", "plan", "--examples", "100")  # there is one loop
     assert "matrix products reach here (measured)" in here
     assert "  batch_size: 24" in here  # the loop's own
+
+
+def test_a_plan_of_what_does_not_fit_says_what_it_takes_at_least_and_what_to_change():
+    def refusal(*arguments):
+        result = CliRunner().invoke(finetune, ["train", "plan", *arguments])
+        assert result.exit_code != 0
+        return str(result.exception)
+
+    large = refusal("--base", "meta-llama/Llama-3.3-70B-Instruct", "--vram", "24")
+    assert "does not fit 24 GB: with qlora, batch_size 1 and 256 tokens" in large
+    assert "the smallest preset for it is 80gb, or take a smaller base_model" in large
+    long = refusal("--base", "mistralai/Mistral-7B-v0.3", "--vram", "8", "--length", "65536")
+    assert "and 65536 tokens" in long and "leave max_length to be chosen" in long

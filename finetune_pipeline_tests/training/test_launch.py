@@ -143,6 +143,23 @@ def test_a_failure_says_how_it_ended_and_what_to_do(job, monkeypatch, script, sa
         train(job)
 
 
+def test_the_first_line_of_a_failure_names_the_log_and_no_line_that_is_not_the_cause(job, monkeypatch):
+    noise = "Failed to load CPU gemm_4bit_forward from kernels-community: no module. Please make sure"
+    monkeypatch.setattr(launch, "_command", shell(f"echo step 7; echo '{noise}'; kill -9 $$"))
+    with pytest.raises(TrainingFailed) as failed:
+        train(job)
+    first, *rest = str(failed.value).splitlines()
+    assert first.endswith(f"It said last: step 7. Its whole log is in {job.output / 'training.log'}")
+    assert f"  {noise}" in rest
+
+
+@pytest.mark.parametrize("words", ["OSError: [Errno 122] Disk quota exceeded: 'x'", "Io(Os { os error 122 })"])
+def test_a_quota_that_is_used_up_is_told_as_a_full_disk(job, monkeypatch, words):
+    monkeypatch.setattr(launch, "_command", shell(f'echo "{words}"; exit 1'))
+    with pytest.raises(TrainingFailed, match="the disk is full"):
+        train(job)
+
+
 def test_a_failure_is_told_by_what_this_attempt_said_and_not_by_an_earlier_one(job, monkeypatch):
     write_text(job.output / "training.log", "OSError: No space left on device\n")
     monkeypatch.setattr(launch, "_command", shell("echo loading; kill -9 $$"))

@@ -48,7 +48,12 @@ def test_a_mixture_of_experts_and_an_unknown_model_are_refused(tmp_path):
 
 def test_a_known_family_is_found_by_its_hugging_face_id():
     assert architecture_of("meta-llama/Llama-3.1-8B-Instruct").name == "Llama-3.1-8B"
+    assert architecture_of("meta-llama/Meta-Llama-3.1-8B-Instruct").name == "Llama-3.1-8B"
+    assert architecture_of("meta-llama/Llama-3-8B").name == "Meta-Llama-3-8B"
+    assert architecture_of("Qwen/Qwen2.5-Coder-7B-Instruct") == architecture_of("Qwen/Qwen2.5-7B-Instruct")
     assert architecture_of("mistralai/Mistral-7B-Instruct-v0.3").vocabulary == 32768
+    assert architecture_of("mistralai/Mistral-7B-v0.3").vocabulary == 32768
+    assert architecture_of("mistralai/Mistral-7B-v0.1").vocabulary == 32000
     assert architecture_of("data/starter_model").parameters == pytest.approx(3.4e6, rel=0.02)
 
 

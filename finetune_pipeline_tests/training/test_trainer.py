@@ -9,8 +9,10 @@ import pytest
 from peft import get_peft_model
 from safetensors.torch import load_file
 
+from finetune_pipeline.training import callbacks
 from finetune_pipeline.training import data as data_module
 from finetune_pipeline.training import trainer as trainer_module
+from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.data import IGNORED, load, tokenizer
 from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
 from finetune_pipeline.training.launch import train
@@ -208,6 +210,19 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(job, tmp_path):
     assert result.best_step == min(losses, key=losses.__getitem__) < 64
     assert result.loss_after == pytest.approx(losses[result.best_step], rel=1e-5)
     assert not (job.output / "checkpoints").exists()
+
+
+def test_the_best_and_the_newest_checkpoints_are_kept_and_the_rest_removed(job, monkeypatch):
+    lying = []
+
+    def mark(checkpoint, key):
+        lying.append(len(list(checkpoint.parent.glob("checkpoint-*"))))
+        mark_complete(checkpoint, key)
+
+    monkeypatch.setattr(callbacks, "mark_complete", mark)
+    train_here(with_settings(job, checkpoints=8))
+    assert len(lying) == 8
+    assert max(lying) == 3
 
 
 def test_it_stops_when_validation_no_longer_gets_better(job, tmp_path):
