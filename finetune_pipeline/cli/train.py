@@ -40,10 +40,12 @@ def plan(
 
     if vram is not None and preset is not None:
         raise SettingsError("--vram and --preset both name a memory size; give one of them")
-    chosen = the_loop(loop) if loop or not base else None
-    architecture = architecture_of(base or the_loop(loop).base_model)
+    if base and not loop:
+        architecture, given = architecture_of(base), TrainingSettings()
+    else:
+        chosen = the_loop(loop)
+        architecture, given = architecture_of(base or chosen.base_model), chosen.training
     machine = _machine(vram, preset)
-    given = chosen.training if chosen else TrainingSettings()
     if length is not None:
         given = TrainingSettings(**given.model_dump(include=given.model_fields_set) | {"max_length": length})
     size = preset or ("cpu" if machine.device == "cpu" else nearest(machine.bytes / 2**30 / 0.95))

@@ -95,7 +95,7 @@ def train(job: TrainingJob, started: float) -> None:
         TrainingError: the job is impossible, or the cluster has too little.
         ClusterError: Ray is not installed, or no cluster answers.
     """
-    check_installed("compute")
+    check_installed("training.compute")
     team.share(job.settings, job.settings.workers)
     import ray
 

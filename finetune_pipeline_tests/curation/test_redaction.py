@@ -289,6 +289,16 @@ def test_a_json_document_stays_one(value):
         "415.555.",
         "0151 ",
         "pw:",
+        "sk-",
+        "curl -u ",
+        "curl -u a:",
+        "--password ",
+        "<password>",
+        "password for ",
+        "password **",
+        "0151 12 ",
+        "?sig=",
+        "4111\u00a0",
     ],
 )
 def test_a_text_made_to_be_slow_is_not(piece):
@@ -360,8 +370,3 @@ def test_secrets_are_found_as_people_write_them_down(text, clean):
 )  # fmt: skip
 def test_talk_about_secrets_stays(text):
     assert redact(text).text == text
-
-
-def test_many_beginnings_of_a_key_take_no_longer_than_their_length():
-    text = "sk-" * 40_000
-    assert redact(text).text == text  # by the square of the length it would take a minute, and the test's time end
