@@ -164,9 +164,11 @@ def check_file(model: Candidate, *, again: bool = True) -> None:
     """
     if isinstance(model, ModelVersion):
         check_kept(model)
-    check_there(model)
     for path, expected in model.files.items():
-        found = hash_file_cached(path, again=again)
+        try:
+            found = hash_file_cached(path, again=again)
+        except (FileNotFoundError, IsADirectoryError):  # or was deleted at this moment, by a run that makes room
+            raise _gone(model, path) from None
         if found != expected:
             raise RegistryError(
                 f"{_called(model)} cannot serve: {path} is not the file that was measured (SHA-256 {found[:16]}..., "
@@ -182,7 +184,11 @@ def check_there(model: Candidate) -> None:
     """
     for path in model.files:
         if not path.is_file():
-            raise RegistryError(f"{_called(model)} cannot serve: its GGUF {path} is not there; {_REMEDY}")
+            raise _gone(model, path)
+
+
+def _gone(model: Candidate, path: Path) -> RegistryError:
+    return RegistryError(f"{_called(model)} cannot serve: its GGUF {path} is not there; {_REMEDY}")
 
 
 def check_kept(model: ModelVersion) -> None:
