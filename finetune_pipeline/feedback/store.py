@@ -74,6 +74,14 @@ class Exchange:
     example: Example | None
 
 
+@dataclass(frozen=True)
+class State:
+    """How an interaction of a declared source stands in the store: whether it is withdrawn, and where it stood last."""
+
+    withdrawn: bool
+    origin: str | None
+
+
 def record(
     connection: sa.Connection, task: str, events: Sequence[Interaction | Feedback], reward: RewardFunction
 ) -> Recorded:
@@ -116,11 +124,16 @@ def withdraw(connection: sa.Connection, task: str, ids: Sequence[str]) -> int:
     return number
 
 
-def bring_back(connection: sa.Connection, task: str, ids: Sequence[str], reward: RewardFunction) -> None:
-    """Have withdrawn interactions teach again what they taught."""
-    i = t.interactions.c
-    for chunk in _chunks(ids):
-        connection.execute(t.interactions.update().where(i.id.in_(chunk)).values(withdrawn=None))
+def bring_back(connection: sa.Connection, task: str, origins: Mapping[str, str], reward: RewardFunction) -> None:
+    """Have interactions that were withdrawn, or stand elsewhere in their source now, teach what they taught.
+
+    Args:
+        origins: id -> where it stands now.
+    """
+    update = t.interactions.update().where(t.interactions.c.id == sa.bindparam("moved"))
+    for chunk in _chunks(sorted(origins)):
+        rows = [{"moved": id, "now": origins[id]} for id in chunk]
+        connection.execute(update.values(withdrawn=None, origin=sa.bindparam("now")), rows)
         renew_examples(connection, task, chunk, reward, at=take_sequence(connection, 1))
 
 
@@ -129,11 +142,13 @@ def sources_feedback_id(interaction_id: UUID, reward: float | None = None) -> UU
     return uuid5(interaction_id, "feedback" if reward is None else f"reward {reward}")
 
 
-def states(connection: sa.Connection, ids: Sequence[str]) -> dict[str, bool]:
-    """Which of these interactions the store has, and whether each is withdrawn."""
+def states(connection: sa.Connection, ids: Sequence[str]) -> dict[str, State]:
+    """Which of these interactions the store has, and how each stands there."""
     i = t.interactions.c
-    queries = (sa.select(i.id, i.withdrawn.is_not(None)).where(i.id.in_(chunk)) for chunk in _chunks(ids))
-    return {id: bool(withdrawn) for query in queries for id, withdrawn in connection.execute(query)}
+    queries = (sa.select(i.id, i.withdrawn.is_not(None), i.origin).where(i.id.in_(chunk)) for chunk in _chunks(ids))
+    return {
+        id: State(bool(withdrawn), origin) for query in queries for id, withdrawn, origin in connection.execute(query)
+    }
 
 
 def of_source(connection: sa.Connection, task: str, source: str) -> Iterator[tuple[str, str, bool]]:

@@ -1,6 +1,7 @@
 """Declared sources into the store. No Dagster here: the raw_logs asset and `finetune ingest` both do it this way."""
 
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.forgetting import forgotten_of
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import (
+    State,
     bring_back,
     of_source,
     record,
@@ -112,8 +114,8 @@ def reader(feed: Feed) -> Reader:
 def read_feed(loop: LoopSettings, feed: Feed, database: Database, read: Reader) -> Fed:
     """Take what a source gives into the store. A batch of items is one transaction, with the mark behind it.
 
-    An item's id is made of its source, origin and content: reading it again changes nothing, and when it changed it is
-    a new one, and the old is withdrawn.
+    An item's id is made of its source and content, and of its key where it has one: reading it again changes nothing,
+    wherever it stands by then, and when it changed it is a new one, and the old is withdrawn.
 
     Raises:
         SourceError: it cannot be read; what it gave until then was taken.
@@ -133,6 +135,8 @@ class _Sync:
     reward: RewardFunction
     seen: set[bytes] = field(default_factory=set)
     """Ids that it gave, as 16 bytes since it may have a million; of a source with marks nobody needs them."""
+    again: Counter[bytes] = field(default_factory=Counter)
+    """Id of what it gave more than once -> how often more."""
     skipped: dict[str, str] = field(default_factory=dict)
     unseen: dict[str, str] = field(default_factory=dict)
     """Origin of what could not be looked into, or not to its end -> why."""
@@ -159,7 +163,9 @@ class _Sync:
             known = states(connection, list(made))
             events = [event for id, pair in made.items() if id not in known for event in pair]
             recorded = record(connection, self.loop.name, events, self.reward)
-            bring_back(connection, self.loop.name, [id for id in made if known.get(id)], self.reward)
+            now = {id: str(made[id][0].origin) for id in known}
+            changed = {id: origin for id, origin in now.items() if known[id] != State(withdrawn=False, origin=origin)}
+            bring_back(connection, self.loop.name, changed, self.reward)
             if marks:
                 self.marked = True
                 self.seen.clear()
@@ -214,7 +220,7 @@ class _Sync:
 
     def _add(self, item: Item) -> tuple[Interaction, Feedback] | None:
         try:
-            made = _events(self.loop, self.feed, item)
+            made = self._events(item)
         except ValidationError as error:
             first = error.errors()[0]
             self._skip(Skipped(item.origin, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
@@ -224,6 +230,22 @@ class _Sync:
             self.seen.add(made[0].id.bytes)
         self._is_now(item.origin, str(made[0].id))
         return made
+
+    def _events(self, item: Item) -> tuple[Interaction, Feedback]:
+        """The events of an item: what has another text, reward, author or key is another item.
+
+        What says the same as an earlier one is told from it by its number among those, not by its place: that changes
+        with every line before it.
+        """
+        feed: Any = self.feed
+        reward = feed.reward if item.reward is None else item.reward
+        item = _without_system_prompt(item, self.loop)
+        key = item.origin if item.keyed else ""
+        id = uuid.uuid5(_SPACE, "\n".join([self.loop.name, self.feed.name, key, _content(item, reward, item.user)]))
+        if id.bytes in self.seen and not item.keyed:
+            self.again[id.bytes] += 1
+            id = uuid.uuid5(id, str(self.again[id.bytes]))
+        return _made(self.loop.name, self.feed.name, item, id, reward, sources_feedback_id(id))
 
     def _skip(self, one: Skipped) -> None:
         """Note what cannot be used. Reasons say what was found, and that may be a secret as well."""
@@ -268,14 +290,6 @@ class _Sync:
         rows = [{**own, "origin": origin, "reason": reason} for origin, reason in named.items()]
         if rows:
             connection.execute(t.skipped_items.insert(), rows)
-
-
-def _events(loop: LoopSettings, feed: Any, item: Item) -> tuple[Interaction, Feedback]:
-    """The events of a declared source's item: what has another origin, content or reward is another item."""
-    reward = feed.reward if item.reward is None else item.reward
-    item = _without_system_prompt(item, loop)
-    id = uuid.uuid5(_SPACE, "\n".join([loop.name, feed.name, item.origin, _content(item, reward)]))
-    return _made(loop.name, feed.name, item, id, reward, sources_feedback_id(id))
 
 
 def ingested_events(loop: LoopSettings, item: Item) -> tuple[Interaction, Feedback]:

@@ -24,6 +24,7 @@ class Item:
         reward: in -1 ... 1; None is the source's own from the YAML.
         model_output: what a model had answered where `answer` is a person's correction of it.
         created_at, user, domain, kind: as in `records.Interaction`.
+        keyed: its origin has a key that stays with it. Another thing is known again by its text, wherever it stands.
     """
 
     origin: str
@@ -36,6 +37,7 @@ class Item:
     user: str | None = None
     domain: str | None = None
     kind: str | None = None
+    keyed: bool = False
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,7 @@ def _item(feed: SqlFeed, row: Any) -> Item | Skipped:
             user=_name(feed.author, author),
             domain=_name(feed.domain, domain),
             kind=_name(feed.kind_column, kind),
+            keyed=True,
         )
     except _Unusable as problem:
         return Skipped(origin, str(problem))

@@ -89,6 +89,56 @@ def test_a_changed_item_stands_instead_of_the_old_one(loop):
     assert targets(loop) == ["ash said more"]
 
 
+def ids_of(loop):
+    """Origin -> id of what the source has now."""
+    i = t.interactions.c
+    with connect().read() as connection:
+        query = sa.select(i.origin, i.id).where(i.task == loop.name, i.withdrawn.is_(None))
+        return {row.origin: row.id for row in connection.execute(query)}
+
+
+def test_what_moved_within_its_source_is_the_same_with_all_that_was_said_of_it(loop):
+    def line(number, name):
+        return Item(f"a.jsonl:{number}", f"what did {name} say about it all?", f"{name} spoke")
+
+    take(loop, line(1, "ash"), line(2, "elm"))
+    before = ids_of(loop)
+    FeedbackClient(loop).correct(before["a.jsonl:2"], "elm sang")
+    fed = take(loop, line(1, "oak"), line(2, "ash"), line(3, "elm"))
+    assert (fed.items, fed.new, fed.withdrawn) == (3, 1, 0)
+    assert targets(loop) == ["ash spoke", "elm sang", "oak spoke"]
+    after = ids_of(loop)
+    assert (after["a.jsonl:2"], after["a.jsonl:3"]) == (before["a.jsonl:1"], before["a.jsonl:2"])
+    rows = read_rows(dataset(loop, snapshot(loop, connect())[0]).path, "train")
+    assert {row["origin"]: row["completion"] for row in rows}["a.jsonl:3"] == "elm sang"
+    assert take(loop, line(1, "oak"), line(2, "ash")).withdrawn == 1
+    assert take(loop, line(1, "oak"), line(2, "ash"), line(7, "elm")).new == 0
+    assert targets(loop) == ["ash spoke", "elm sang", "oak spoke"]
+    assert ids_of(loop)["a.jsonl:7"] == before["a.jsonl:2"]
+
+
+def test_the_same_text_twice_is_two_things_wherever_they_stand(loop):
+    def at(*places):
+        return [Item(place, "what did ash say?", "ash spoke") for place in places]
+
+    take(loop, *at("a:1", "a:2", "a:3"))
+    before = ids_of(loop)
+    assert len(set(before.values())) == 3
+    fed = take(loop, *at("a:2", "a:4"))
+    assert (fed.items, fed.new, fed.withdrawn) == (2, 0, 1)
+    assert ids_of(loop) == {"a:2": before["a:1"], "a:4": before["a:2"]}
+
+
+def test_rows_with_keys_are_told_apart_by_them_though_their_text_is_the_same(loop):
+    def rows(*keys):
+        return [Item(key, "what did ash say?", "ash spoke", keyed=True) for key in keys]
+
+    take(loop, *rows("t:1", "t:2"))
+    before = ids_of(loop)
+    assert take(loop, *rows("t:2")).withdrawn == 1
+    assert ids_of(loop) == {"t:2": before["t:2"]}
+
+
 def test_a_source_with_marks_goes_on_and_takes_back_only_what_changed(loop):
     (feed,) = loop.sources.feeds
     marks = []
