@@ -141,6 +141,8 @@ class _Sync:
     unseen: dict[str, str] = field(default_factory=dict)
     """Origin of what could not be looked into, or not to its end -> why."""
     marked: bool = False
+    anew: Mark | None = None
+    """The last mark of a reading that began again; it is kept at the end."""
     since_mark: dict[str, str] = field(default_factory=dict)
     """Origin -> id of what it is now, or nothing where it cannot be used any more."""
 
@@ -166,7 +168,9 @@ class _Sync:
             now = {id: str(made[id][0].origin) for id in known}
             changed = {id: origin for id, origin in now.items() if known[id] != State(withdrawn=False, origin=origin)}
             bring_back(connection, self.loop.name, changed, self.reward)
-            if marks:
+            if marks and marks[-1].anew:
+                self.anew = marks[-1]
+            elif marks:
                 self.marked = True
                 self.seen.clear()
                 self.fed.withdrawn += withdraw(connection, self.loop.name, self._superseded(connection))
@@ -179,6 +183,8 @@ class _Sync:
         with self.database.write() as connection:
             if not self.marked:
                 self.fed.withdrawn += withdraw(connection, self.loop.name, self._gone(connection))
+            if self.anew is not None:
+                self._put_mark(connection, self.anew.value)
             self._put_skipped(connection)
         if self.unseen:
             self.fed.failed = self._not_to_its_end()

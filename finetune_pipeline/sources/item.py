@@ -61,10 +61,16 @@ class Mark:
 
     It gives one at least every 100,000 items. What was given since the last one supersedes its earlier states, also
     where it had to be skipped.
+
+    Attributes:
+        value: JSON, in the source's own terms.
+        anew: this reading does not go on from an earlier mark though there was one, since that was of other settings.
+            It is one of the whole source: what it does not give is withdrawn at its end, and its last mark is kept only
+            then, so that one that was broken off begins again.
     """
 
     value: Any
-    """JSON, in the source's own terms."""
+    anew: bool = False
 
 
 Reading = Iterator[Item | Skipped | Mark]

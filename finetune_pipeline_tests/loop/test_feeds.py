@@ -154,6 +154,32 @@ def test_a_source_with_marks_goes_on_and_takes_back_only_what_changed(loop):
     assert targets(loop) == ["ash said more", "elm spoke"]
 
 
+def test_a_reading_that_begins_anew_withdraws_what_it_does_not_give_and_marks_its_end_only(loop):
+    (feed,) = loop.sources.feeds
+    marks = []
+
+    def read(*found, fault=None):
+        def reading(settings, mark):
+            marks.append(mark)
+            for item in found:
+                yield item
+                yield Mark(f"{item.origin} of b", anew=True)
+            if fault:
+                raise fault
+
+        return reading
+
+    read_feed(loop, feed, connect(), lambda settings, mark: iter([*items("ash", "elm"), Mark("of a")]))
+    with pytest.raises(SourceError):
+        read_feed(loop, feed, connect(), read(*items("oak"), fault=SourceError("the line is gone")))
+    assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]
+    fed = read_feed(loop, feed, connect(), read(*items("oak", "ash")))
+    assert (fed.new, fed.withdrawn) == (0, 1)
+    assert targets(loop) == ["ash spoke", "oak spoke"]
+    read_feed(loop, feed, connect(), read())
+    assert marks == ["of a", "of a", "ash.md of b"]
+
+
 def test_a_source_that_fails_half_way_takes_nothing_back(loop):
     take(loop, *items("ash", "elm"))
     (feed,) = loop.sources.feeds
