@@ -19,7 +19,9 @@ from finetune_pipeline.settings import LOGS
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_WINDOW = 200_000  # rows that are in memory at once; for each so many the snapshot is read once
+# What is in memory at once, at most; for each so many rows, or bytes of text, the snapshot is read once. A column of
+# more than 2 GiB cannot be put together.
+_WINDOW, _BYTES = 200_000, 2**29
 
 
 class Chosen:
@@ -37,8 +39,8 @@ class Chosen:
 
         def texts(places: Numbers) -> list[str]:
             """Questions in their normalised form."""
-            table = _redacted(rows, found, places, ("prompt", "history"))
-            return [normalise(_question(row)) for row in table.to_pylist()]
+            windows = (_redacted(rows, found, window, ("prompt", "history")) for window in _windows(found, places))
+            return [normalise(_question(row)) for table in windows for row in table.to_pylist()]
 
         return cls(rows, found, choose(found, policy.settings, policy.quotas, texts), policy.settings.validation_share)
 
@@ -99,12 +101,10 @@ class Chosen:
             yield from table.to_pylist() if name == split else ()
 
     def tables(self, part: str) -> "Iterator[tuple[str, pa.Table]]":
-        """The rows with the columns that are written, some hundred thousand at a time, each with its split."""
+        """The rows with the columns that are written, as many at a time as memory holds, each with its split."""
         import pyarrow as pa
 
-        places = self._all(part)
-        for start in range(0, len(places), _WINDOW):
-            window = places[start : start + _WINDOW]
+        for window in _windows(self._found, self._all(part)):
             rows = _AS.get(part, _learnt)(_redacted(self._rows, self._found, window, ROWS), self._found, window)
             validates = self._validates(window)
             yield "train", rows.filter(pa.array(~validates))
@@ -115,6 +115,17 @@ class Chosen:
 
     def _validates(self, places: Numbers) -> Numbers:
         return np.asarray(self._found.of("side", places) / 16**8 < self._share)
+
+
+def _windows(found: Found, places: Numbers) -> Iterator[Numbers]:
+    """The places in their order, as many at a time as may be in memory."""
+    ends = np.cumsum(found.of("length", places), dtype=np.int64)
+    start, before = 0, 0
+    while start < len(places):
+        fitting = int(np.searchsorted(ends, before + _BYTES, "right"))
+        end = min(start + _WINDOW, max(start + 1, fitting))
+        yield places[start:end]
+        start, before = end, int(ends[end - 1])
 
 
 def _redacted(rows: Rows, found: Found, places: Numbers, columns: Sequence[str]) -> "pa.Table":

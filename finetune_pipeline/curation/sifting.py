@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
-FORM = 5  # of the result and of how it is made: what was found by an earlier one, and datasets of it, are made anew
+FORM = 6  # of the result and of how it is made: what was found by an earlier one, and datasets of it, are made anew
 EXAMPLE = tuple(Example.model_fields)
+
+Numbers = np.ndarray[Any, Any]
 
 Identity = Callable[[Example], str]
 """The content hash of an example: by it the store knows the example again after it was judged."""
@@ -38,6 +40,7 @@ COLUMNS = {
     "question": "uint64", "side": "uint32", "target": "uint64", "output": "uint64",
     "source": "string", "redacted": "string", "content": "string",
     "bands": "bytes", "bits": "bytes", "size": "uint32",
+    "length": "uint32",  # of all its texts, in bytes
 }  # fmt: skip
 """What is known of a row. The columns after `reason` mean something only where it is accepted or bad."""
 
@@ -66,10 +69,25 @@ def sift(batch: "pa.RecordBatch", policy: Policy, identity: Identity) -> "pa.Rec
     for row, bands, bits, size in zip(sketched, made.bands, made.bits, made.sizes.tolist(), strict=True):
         row |= {"bands": bands.tobytes(), "bits": bits.tobytes(), "size": size}
     empty = {"string": None, "bytes": b"", "bool": False}
-    columns = {name: [row.get(name, empty.get(kind, 0)) for row in rows] for name, kind in COLUMNS.items()}
+    columns: dict[str, Any] = {
+        name: [row.get(name, empty.get(kind, 0)) for row in rows] for name, kind in COLUMNS.items()
+    }
     for name, width in (("bands", BANDS * 4), ("bits", BITS // 8)):
         columns[name] = [value or bytes(width) for value in columns[name]]
+    columns["length"] = _lengths(batch)
     return pa.RecordBatch.from_pydict(columns, schema())
+
+
+def _lengths(batch: "pa.RecordBatch") -> Numbers:
+    """How many bytes the texts of each row have."""
+    import pyarrow.compute as pc
+
+    total = np.zeros(batch.num_rows, np.uint32)
+    for name in ("prompt", "output", "target", "origin"):
+        total += pc.fill_null(pc.binary_length(batch.column(name)), 0).to_numpy(zero_copy_only=False).astype(np.uint32)
+    for row, turns in enumerate(batch.column("history").to_pylist()):
+        total[row] += sum(len(turn["content"].encode()) for turn in turns or ())
+    return total
 
 
 def _sifted(row: dict[str, Any], policy: Policy, identity: Identity) -> dict[str, Any]:

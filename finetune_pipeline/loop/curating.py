@@ -21,6 +21,8 @@ OF_THE_CHOICE = frozenset(
     {"near_similarity", "semantic", "semantic_similarity", "validation_share", "min_examples", "replay", "replay_ratio"}
 )
 """Settings of curation that say nothing of an example by itself."""
+FOUND_BY = ("detect-secrets", "phonenumbers", "rensa", "jsonschema")
+"""Packages by which secrets, near-duplicates and valid answers are told: with others, a dataset is made anew."""
 
 
 def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
@@ -42,6 +44,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
         "review": loop.review.model_dump(),
         "form": FORM,
+        "found_by": package_versions(*FOUND_BY),
     }
     version = version_of(inputs, settings)
 
@@ -52,7 +55,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         made: dict[str, Any] = {
             "inputs": inputs,
             "settings": settings,
-            "packages": package_versions("finetune-pipeline", "datasets"),
+            "packages": package_versions("finetune-pipeline", "pyarrow", *FOUND_BY),
             "watermark": raw_logs.manifest.watermark,
         }
         card = dataset_card(DatasetCard(loop.name, version, curated=curated, **made))
@@ -72,7 +75,7 @@ def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[
         "settings": loop.curation.model_dump(exclude={"compute", *OF_THE_CHOICE}),
         "review": loop.review.model_dump(),
         "files": files,
-        "packages": package_versions("finetune-pipeline", "detect-secrets", "phonenumbers", "rensa", "jsonschema"),
+        "packages": package_versions("finetune-pipeline", *FOUND_BY),
     }
     records = raw_logs.manifest.files
     keys = [hash_of({**given, "part": records[part].sha256})[:32] for part in raw_logs.manifest.parts]

@@ -8,8 +8,9 @@ import pytest
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.cluster import ClusterError
-from finetune_pipeline.curation import sifted
+from finetune_pipeline.curation import chosen, sifted, snapshot
 from finetune_pipeline.curation.dataset import curate, curate_files, write_dataset
+from finetune_pipeline.curation.origins import ORIGINS
 from finetune_pipeline.curation.rules import Policy, answer_validator
 from finetune_pipeline.curation.sifted import Cache
 from finetune_pipeline.curation.snapshot import table_of
@@ -57,6 +58,30 @@ def test_files_give_what_their_examples_give(tmp_path):
           ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")),
     ]  # fmt: skip
     assert not list((tmp_path / "a").glob(".*")), "nothing is left of the writing"
+
+
+def test_long_rows_are_read_in_parts_that_memory_holds_and_give_the_same(tmp_path, monkeypatch):
+    parts = [list(logs(0, 300)), [example(400, history=said("ü" * 3_000, "hi")), *logs(300, 400)]]
+    paths = write(tmp_path, *parts)
+    whole = curate_files(paths, [], POLICY, identity)
+    written = hashes(whole, tmp_path / "a")
+    taken = []
+
+    def take(rows, places, columns, real=snapshot.Rows.take):
+        table = real(rows, places, columns)
+        texts = [row["prompt"] + "".join(turn["content"] for turn in row["history"] or ()) for row in table.to_pylist()]
+        taken.append((len(texts), sum(len(text.encode()) for text in texts)))
+        return table
+
+    monkeypatch.setattr(chosen, "_BYTES", 3_000)
+    read = curate_files(paths, [], POLICY, identity)
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot.Rows, "take", take)
+        assert {**hashes(read, tmp_path / "b"), ORIGINS: ""} == {**written, ORIGINS: ""}  # its lines come in parts
+    one, other = (sorted((tmp_path / name / ORIGINS).read_text().splitlines()) for name in ("a", "b"))
+    assert one == other
+    assert all(size <= 3_000 or rows == 1 for rows, size in taken)
+    assert max(rows for rows, _ in taken) > 10 and len(taken) > 5
 
 
 def test_a_later_file_s_row_of_an_interaction_stands(tmp_path):
