@@ -32,7 +32,7 @@ _THUMBS = ("up", "down")
 
 @click.group()
 def feedback() -> None:
-    """Log, correct, rate, count, export, import and forget."""
+    """Log, correct, rate, count, export, import, withdraw and forget."""
 
 
 def _key_option(command: F) -> F:
@@ -209,6 +209,36 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
             unusable.append(str(path))
     if unusable:
         raise click.ClickException(f"nothing in {', '.join(unusable)} could be read")
+
+
+@feedback.command()
+@click.option("--source", required=True, metavar="NAME", help="Of which source; one that is declared no longer, too.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@loop_option
+def withdraw(loop: LoopSettings, source: str, yes: bool) -> None:
+    """Have nothing teach any more of what came from a source.
+
+    It stays in the store. Where the source is declared still, or again, the next run brings back what it has then.
+    """
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.loop.feeds import teaching_sources, withdraw_source
+
+    database = connect()
+    with database.read() as connection:
+        there = teaching_sources(connection, loop.name)
+    if source not in there:
+        names = ", ".join(f"{name} ({count})" for name, count in there.items()) or "none"
+        raise click.ClickException(
+            f"nothing of {source} teaches in {loop.name}; sources of which something does: {names}"
+        )
+    if not yes:
+        click.confirm(f"Have the {there[source]} items of {source} teach nothing any more?", abort=True)
+    count = withdraw_source(loop.name, source, database)
+    click.echo(f"{count} items of {source} withdrawn; the next dataset is made without them")
+    if any(feed.name == source for feed in loop.sources.feeds):
+        click.echo(
+            f"{source} is still declared: the next run brings back what it has, unless you take it out of the YAML"
+        )
 
 
 @feedback.command()

@@ -1,6 +1,6 @@
 """Deleting what the store holds of a person. What was deleted stays away: its ids are remembered.
 
-An item of a declared source has no id of its own: it has another when its line moved or its rating changed. So the
+An item of a declared source has no id of its own: it has another when its text or its rating changed. So the
 person's name is remembered too, as a hash that is this store's own (`forgotten_of`), and neither a declared source nor
 a dropped file of conversations brings in anything by that author again. It cannot reach what an application logs later.
 """

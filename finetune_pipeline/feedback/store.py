@@ -155,7 +155,8 @@ def of_source(connection: sa.Connection, task: str, source: str) -> Iterator[tup
     """All interactions that were made from a declared source: id, origin, whether it is withdrawn."""
     i = t.interactions.c
     query = sa.select(i.id, i.origin, i.withdrawn.is_not(None)).where(i.task == task, i.source == source)
-    for row in connection.execution_options(yield_per=5_000).execute(query):
+    # Of the statement: a connection keeps its options, and PostgreSQL has no cursors for what writes.
+    for row in connection.execute(query.execution_options(yield_per=5_000)):
         yield row[0], row[1] or "", bool(row[2])
 
 
@@ -251,7 +252,7 @@ def records(connection: sa.Connection, task: str, until: int, after: int = 0) ->
     else:
         query = query.select_from(source).where(i.task == task, i.sequence <= until)
     query = query.order_by(i.sequence)
-    yield from connection.execution_options(yield_per=2_000).execute(query).partitions()
+    yield from connection.execute(query.execution_options(yield_per=2_000)).partitions()
 
 
 def new_examples(connection: sa.Connection, task: str, after: int, min_reward: float) -> Iterator[Example]:
@@ -267,7 +268,7 @@ def new_examples(connection: sa.Connection, task: str, after: int, min_reward: f
         .where(e.task == task, e.sequence > after, good_enough(min_reward), ~judged)
         .order_by(e.sequence)
     )
-    for row in connection.execution_options(yield_per=500).execute(query):
+    for row in connection.execute(query.execution_options(yield_per=500)):
         values = row._asdict()
         values["history"] = values["history"] or ()
         yield Example.model_validate({name: values[name] for name in Example.model_fields})

@@ -1,5 +1,6 @@
-"""Declared sources into the store. No Dagster here: the raw_logs asset and `finetune ingest` both do it this way."""
+"""Declared sources into the store, as the raw_logs asset does it; and the events of dropped files. No Dagster here."""
 
+import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.artifacts import hash_of, in_turn
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
@@ -38,9 +39,11 @@ from finetune_pipeline.settings import (
     IngestedFeed,
     LogsFeed,
     LoopSettings,
+    home,
 )
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
 
+_log = logging.getLogger(__name__)
 _BATCH = 1_000
 _CHUNK = 500
 _ORIGIN, _REASON = 1_000, 300
@@ -88,7 +91,7 @@ def read_feeds(loop: LoopSettings, database: Database, tell: Callable[[str], Non
         if isinstance(feed, LogsFeed | IngestedFeed):
             continue  # events and dropped files have their own way
         try:
-            fed = read_feed(loop, feed, database, reader(feed))
+            fed = read_feed(loop, feed, database, reader(feed), tell)
         except SourceError as error:
             fed = Fed(feed.name, failed=redact(str(error)).text)
         except (OSError, RuntimeError, ValueError) as error:  # a path, a right or a host's name that nobody foresaw
@@ -111,7 +114,9 @@ def reader(feed: Feed) -> Reader:
     return read
 
 
-def read_feed(loop: LoopSettings, feed: Feed, database: Database, read: Reader) -> Fed:
+def read_feed(
+    loop: LoopSettings, feed: Feed, database: Database, read: Reader, tell: Callable[[str], None] = _log.info
+) -> Fed:
     """Take what a source gives into the store. A batch of items is one transaction, with the mark behind it.
 
     An item's id is made of its source and content, and of its key where it has one: reading it again changes nothing,
@@ -121,9 +126,11 @@ def read_feed(loop: LoopSettings, feed: Feed, database: Database, read: Reader) 
         SourceError: it cannot be read; what it gave until then was taken.
     """
     sync = _Sync(loop, feed, database, reward_function(loop.feedback))
-    for batch in _batches(read(feed, sync.mark())):
-        sync.take(batch)
-    sync.finish()
+    # One that began before another would withdraw what only the other saw.
+    with in_turn(home() / "cache" / "feeds" / loop.name / feed.name, f"reading of {feed.name}", tell):
+        for batch in _batches(read(feed, sync.mark())):
+            sync.take(batch)
+        sync.finish()
     return sync.fed
 
 
@@ -140,6 +147,8 @@ class _Sync:
     skipped: dict[str, str] = field(default_factory=dict)
     unseen: dict[str, str] = field(default_factory=dict)
     """Origin of what could not be looked into, or not to its end -> why."""
+    later: set[str] = field(default_factory=set)
+    """Origins of what nothing was made of this time."""
     marked: bool = False
     anew: Mark | None = None
     """The last mark of a reading that began again; it is kept at the end."""
@@ -181,13 +190,30 @@ class _Sync:
     def finish(self) -> None:
         """After a whole reading: withdraw what the source no longer gave, and keep what it skipped."""
         with self.database.write() as connection:
-            if not self.marked:
+            if not self.marked and not self._of_no_use():
                 self.fed.withdrawn += withdraw(connection, self.loop.name, self._gone(connection))
             if self.anew is not None:
                 self._put_mark(connection, self.anew.value)
             self._put_skipped(connection)
         if self.unseen:
             self.fed.failed = self._not_to_its_end()
+        elif self._of_no_use():
+            self.fed.failed = self._all_unusable()
+
+    def _of_no_use(self) -> bool:
+        """Whether it gave nothing but what cannot be used: rather a mistake in its settings than what was meant."""
+        told = self.unseen.keys() | self.later
+        return not self.fed.items and any(
+            reason != FORGOTTEN and origin not in told for origin, reason in self.skipped.items()
+        )
+
+    def _all_unusable(self) -> str:
+        origin, reason = min(self.skipped.items())
+        return (
+            f"nothing in it can be used, so nothing of it was withdrawn ({redact(origin).text}: {reason}); correct the "
+            f"source's settings or what it says, or take its items out with `finetune feedback withdraw --source "
+            f"{self.feed.name}`"
+        )
 
     def _not_to_its_end(self) -> str:
         first = [redact(f"{origin}: {reason}").text for origin, reason in islice(sorted(self.unseen.items()), _SAID)]
@@ -202,9 +228,12 @@ class _Sync:
         ]
 
     def _may_be_there(self, origin: str) -> bool:
-        """Whether it stood in, or beneath, something that could not be looked into."""
+        """Whether it stood in, or beneath, something that could not be looked into, or that nothing was made of."""
+        if origin in self.later or origin.rpartition(" [")[0] in self.later:
+            return True
+        beneath = ("/", ":", "#", " [")
         return any(
-            not here or origin == here or origin.startswith((f"{here}/", f"{here}:", f"{here}#"))
+            not here or origin == here or origin.startswith(tuple(here + mark for mark in beneath))
             for here in self.unseen
         )
 
@@ -262,6 +291,8 @@ class _Sync:
             self.skipped[origin] = reason
         if one.unseen:
             self.unseen[one.origin] = reason
+        elif one.later:
+            self.later.add(one.origin)
         else:
             self._is_now(one.origin, "")
 
@@ -351,6 +382,33 @@ def _batches(reading: Iterable[Item | Skipped | Mark]) -> Iterator[list[Item | S
         raise
     if batch:
         yield batch
+
+
+def withdraw_source(task: str, source: str, database: Database) -> int:
+    """Have nothing teach any more of what came from a source, and forget how far it was read; returns how many did.
+
+    Where it is declared still, or again, the next reading brings back what it has.
+    """
+    with database.write() as connection:
+        take_sequence(connection, 0)  # until commit nobody else adds an event
+        there = [id for id, _, withdrawn in of_source(connection, task, source) if not withdrawn]
+        m = t.source_marks.c
+        connection.execute(t.source_marks.delete().where(m.task == task, m.source == source))
+        return withdraw(connection, task, there)
+
+
+def teaching_sources(connection: sa.Connection, task: str) -> dict[str, int]:
+    """Each source of which something teaches, and how many items of it do."""
+    i = t.interactions.c
+    there = sa.and_(i.task == task, i.source.is_not(None), i.withdrawn.is_(None))
+    query = sa.select(i.source, sa.func.count().label("items")).where(there).group_by(i.source).order_by(i.source)
+    return {row.source: row.items for row in connection.execute(query)}
+
+
+def no_longer_declared(connection: sa.Connection, loop: LoopSettings) -> dict[str, int]:
+    """Sources that the loop's YAML does not name any more though what they gave still teaches, and how much that is."""
+    declared = {INGESTED, *(feed.name for feed in loop.sources.feeds)}
+    return {source: n for source, n in teaching_sources(connection, loop.name).items() if source not in declared}
 
 
 def skipped_items(connection: sa.Connection, loop: LoopSettings, limit: int) -> Sequence[Any]:

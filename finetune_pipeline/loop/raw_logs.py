@@ -24,7 +24,7 @@ from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.store import Totals, newest_sequence, records, store_id, totals
-from finetune_pipeline.loop.feeds import Fed, read_feeds, skipped_items
+from finetune_pipeline.loop.feeds import Fed, no_longer_declared, read_feeds, skipped_items
 from finetune_pipeline.loop.ingest import Ingested, ingest
 from finetune_pipeline.loop.io import pointers_key
 from finetune_pipeline.records import FileRecord, RawLogsManifest
@@ -78,7 +78,7 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         ingested = ingest(loop, database, context.log.info)
         feeds = read_feeds(loop, database, context.log.info)
         artifact, counts = snapshot(loop, database, feeds)
-        metadata = _metadata(artifact, counts, ingested) | _sources(loop, database, feeds)
+        metadata = _metadata(artifact, counts, ingested, feeds) | _sources(loop, database, feeds)
         yield dg.MaterializeResult(value=artifact, metadata=metadata)
         yield _rejected_lines(loop, database, ingested)
         yield _sources_read(feeds)
@@ -216,17 +216,25 @@ def _sources_read(feeds: Sequence[Fed]) -> dg.AssetCheckResult:
 
 
 def _sources(loop: LoopSettings, database: Database, feeds: Sequence[Fed]) -> dict[str, Any]:
-    """What each declared source gave, and the first things in them that could not be used."""
-    if not feeds:
+    """What each declared source gave, what no longer declared ones still teach, and what could not be used."""
+    with database.read() as connection:
+        left = no_longer_declared(connection, loop)
+        skipped = skipped_items(connection, loop, NAMED)
+    if not feeds and not left:
         return {}
     lines = ["| source | items | new | withdrawn | skipped | |", "|---|---|---|---|---|---|"]
     lines += [f"| {f.name} | {f.items} | {f.new} | {f.withdrawn} | {f.skipped} | {f.failed} |" for f in feeds]
-    with database.read() as connection:
-        skipped = skipped_items(connection, loop, NAMED)
+    lines += [f"| {name} | {items} | 0 | 0 | 0 | {_left_behind(name)} |" for name, items in left.items()]
     return {
         "sources": dg.MetadataValue.md("\n".join(lines)),
         "skipped": [f"{row.source}: {row.origin}: {row.reason}" for row in skipped],
     }
+
+
+def _left_behind(source: str) -> str:
+    return (
+        f"no longer declared, and teaches on without a quota; `finetune feedback withdraw --source {source}` ends that"
+    )
 
 
 def _write_parquet(path: Path, batches: Iterator[Sequence[Any]]) -> int:
@@ -252,14 +260,18 @@ def _write_parquet(path: Path, batches: Iterator[Sequence[Any]]) -> int:
     return written
 
 
-def _metadata(artifact: Artifact[RawLogsManifest], counts: Totals, ingested: Ingested) -> dict[str, Any]:
+def _metadata(
+    artifact: Artifact[RawLogsManifest], counts: Totals, ingested: Ingested, feeds: Sequence[Fed]
+) -> dict[str, Any]:
+    from_sources = sum(fed.new for fed in feeds)  # each comes with the feedback that gives it its reward
     return {
         "interactions": counts.interactions,
         "feedback": counts.feedback,
         "examples": counts.examples,
         "unmatched_feedback": counts.unmatched_feedback,
-        "new_interactions": ingested.recorded.interactions,
-        "new_feedback": ingested.recorded.feedback,
+        "new_interactions": ingested.recorded.interactions + from_sources,
+        "new_feedback": ingested.recorded.feedback + from_sources,
+        "withdrawn": sum(fed.withdrawn for fed in feeds),
         "known_already": ingested.recorded.duplicates,
         "rejected_now": ingested.rejected,
         "files_read": ingested.files,

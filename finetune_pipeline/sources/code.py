@@ -158,7 +158,9 @@ def _question(system: str, chunk: Chunk, max_answer: int) -> Question:
 def _taught(answer: Answer[_Asked]) -> Iterator[Item | Skipped]:
     kind, piece, question = answer.asked_for
     if answer.reason:
-        yield Skipped(piece.origin if kind == "code" else f"{piece.origin} [refactoring]", answer.reason)
+        yield Skipped(
+            piece.origin if kind == "code" else f"{piece.origin} [refactoring]", answer.reason, later=answer.later
+        )
     elif kind == "code":
         yield from _requests(answer.text, piece, question)
     else:

@@ -259,7 +259,7 @@ def _by_teacher(teacher: Teacher, pairs: Iterator[_Pair | Skipped]) -> Reading:
 def _taught(answer: Answer[_Pair]) -> Item | Skipped:
     pair = answer.asked_for
     if answer.reason:
-        return Skipped(pair.origin, answer.reason)
+        return Skipped(pair.origin, answer.reason, later=answer.later)
     text = answer.text
     blocks = fenced(text)
     if len(blocks) == 1 and blocks[0][0] in {"markdown", "md"} and _without_blocks(text).strip() == "":

@@ -46,13 +46,16 @@ class Skipped:
 
     Attributes:
         unseen: it is a file or folder that could not be looked into, or not to its end, so nobody knows what is left of
-            it: what it gave before (its own origin, and those that go on from it with `/`, `:` or `#`) is not taken
-            back.
+            it: what it gave before (its own origin, and those that go on from it with `/`, `:`, `#` or ` [`) is not
+            taken back.
+        later: it is there, but what can be made of it was not made this time, as a teacher's budget was spent: what it
+            gave before is not taken back.
     """
 
     origin: str
     reason: str
     unseen: bool = False
+    later: bool = False
 
 
 @dataclass(frozen=True)

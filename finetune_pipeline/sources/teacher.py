@@ -56,11 +56,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What came of a question: a text, or the reason why there is none."""
+    """What came of a question: a text, or the reason why there is none.
+
+    Attributes:
+        later: asked again, at another time or with more budget, the teacher may well answer.
+    """
 
     asked_for: T
     text: str = ""
     reason: str = ""
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ class Teacher:
                 f"budget: no tokens are left of the {self.settings.max_tokens:,} of one reading (teacher.max_tokens); "
                 "the next reading goes on here"
             )
-            return Answer(asked_for, reason=reason), given_up
+            return Answer(asked_for, reason=reason, later=True), given_up
         except _Refused as error:
             return Answer(asked_for, reason=str(error)), 0
         except _GivenUp as error:
@@ -183,7 +188,7 @@ class Teacher:
                     f"the teacher {self.settings.url} answered none of {_GIVEN_UP_IN_A_ROW} questions in a row "
                     f"({error}); look at it, then read again: what it has answered is kept"
                 ) from error
-            return Answer(asked_for, reason=f"the teacher gave no answer: {error}"), given_up + 1
+            return Answer(asked_for, reason=f"the teacher gave no answer: {error}", later=True), given_up + 1
 
     def _answer(self, question: Question) -> str:
         messages = [{"role": "system", "content": question.system}, {"role": "user", "content": question.user}]

@@ -19,8 +19,10 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, store
 from finetune_pipeline.feedback.journal import journal_folder
 from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.loop.feeds import read_feed
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, RawLogsManifest
-from finetune_pipeline.settings import PROJECT_ROOT, load_loop
+from finetune_pipeline.settings import PROJECT_ROOT, FilesFeed, load_loop
+from finetune_pipeline.sources.item import Item
 from finetune_pipeline_tests.conftest import interaction, uid
 
 LOOP = "aec_parser"
@@ -324,3 +326,14 @@ def test_weights_of_a_challenger_that_was_never_promoted_are_named():
     said = run("forget", "--user", "u1", "--yes").stdout
     assert f"{LOOP}: weights made with it:\n    {adapter}" in said
     assert f"`finetune model gc --keep 1 --loop {LOOP}`" in said
+
+
+def test_what_a_source_gave_is_withdrawn_by_name_after_a_question():
+    loop = load_loop(LOOP)
+    items = [Item(f"{n}.md", f"a wall of {n} mm", json.dumps({"element": "wall"})) for n in range(3)]
+    feed = FilesFeed(kind="files", name="notes", path="somewhere")
+    read_feed(loop, feed, connect(), lambda settings, mark: iter(items))
+    assert "sources of which something does: notes (3)" in run("withdraw", "--source", "nots", code=1).output
+    assert "Have the 3 items of notes" in run("withdraw", "--source", "notes", code=1, input="n\n").output
+    assert "3 items of notes withdrawn" in run("withdraw", "--source", "notes", "--yes").output
+    assert "sources of which something does: none" in run("withdraw", "--source", "notes", code=1).output

@@ -1,7 +1,9 @@
 """Declared sources in the store: what is new, changed, gone and back again; where a record came from."""
 
 import re
+import threading
 import tracemalloc
+from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
@@ -32,6 +34,12 @@ from ..sources.test_files import write_as
 from .conftest import corrected, definitions, write_events
 
 FEED = {"kind": "files", "name": "imported", "path": "somewhere"}
+
+
+@pytest.fixture(autouse=True)
+def on_each_database(url, monkeypatch):
+    """Every test here runs on SQLite and, where a server is installed, on PostgreSQL."""
+    monkeypatch.setenv("FINETUNE_DATABASE_URL", url)
 
 
 @pytest.fixture
@@ -321,9 +329,77 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
     assert (path / "card.md").read_text() == card
     assert {row["reward"] for row in read_rows(path, "train")} == {0.9}
     assert "what did 0 say?" in {row["prompt"] for split in ("train", "validation") for row in read_rows(path, split)}
+    assert [metadata["raw_logs"][name].value for name in ("new_interactions", "new_feedback", "withdrawn")] == [7, 7, 0]
     renamed = make_loop(sources={"feeds": [{**feed, "name": "renamed"}]}, curation={"min_examples": 1})
-    (skipped,) = materialized(renamed, instance, "raw_logs")["raw_logs"]["skipped"].value
+    metadata = materialized(renamed, instance, "raw_logs")["raw_logs"]
+    (skipped,) = metadata["skipped"].value
     assert skipped.startswith("renamed: b.csv:3: ")
+    assert "| imported | 7 | 0 | 0 | 0 | no longer declared, and teaches on" in metadata["sources"].value
+
+
+def test_a_source_can_be_taken_out_and_is_read_again_where_it_is_declared(make_loop):
+    loop = make_loop(sources={"feeds": [FEED]}, curation={"min_examples": 1})
+    (feed,) = loop.sources.feeds
+    marks = []
+
+    def read(settings, mark):
+        marks.append(mark)
+        yield from items("ash", "elm")
+        yield Mark("the end")
+
+    read_feed(loop, feed, connect(), read)
+    undeclared = make_loop(curation={"min_examples": 1})
+    with connect().read() as connection:
+        assert feeds.no_longer_declared(connection, loop) == {}
+        assert feeds.no_longer_declared(connection, undeclared) == {"imported": 2}
+    assert feeds.withdraw_source(loop.name, "imported", connect()) == 2
+    with connect().read() as connection:
+        assert feeds.no_longer_declared(connection, undeclared) == {}
+    assert targets(loop) == []
+    read_feed(loop, feed, connect(), read)
+    assert marks == [None, None] and targets(loop) == ["ash spoke", "elm spoke"]
+
+
+def test_what_a_teacher_had_no_budget_for_teaches_on_and_is_no_failure(loop):
+    take(loop, *items("ash", "elm", "elm.md [2]", "oak"))
+    fed = take(loop, *items("ash"), Skipped("elm.md", "no tokens are left", later=True))
+    assert (fed.withdrawn, fed.skipped, fed.failed) == (1, 1, "")
+    assert targets(loop) == ["ash spoke", "elm spoke", "elm.md [2] spoke"]
+    assert take(loop, Skipped("elm.md", "no tokens are left", later=True)).failed == ""
+
+
+def test_a_source_of_which_nothing_can_be_used_takes_nothing_back_and_is_named(make_loop, tmp_path):
+    write_as(tmp_path / "a.jsonl", [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(3)])
+    feed = {**FEED, "path": str(tmp_path / "a.jsonl")}
+    loop = make_loop(sources={"feeds": [feed]}, curation={"min_examples": 1})
+    feeds.read_feeds(loop, connect(), print)
+    wrong = make_loop(sources={"feeds": [{**feed, "format": "sharegpt"}]}, curation={"min_examples": 1})
+    (fed,) = feeds.read_feeds(wrong, connect(), print)
+    assert (fed.items, fed.withdrawn, fed.skipped) == (0, 0, 3)
+    assert fed.failed.startswith("nothing in it can be used, so nothing of it was withdrawn (a.jsonl:1: ")
+    assert targets(loop) == ["0 spoke", "1 spoke", "2 spoke"]
+
+
+def test_two_readings_of_a_source_at_once_take_turns(loop):
+    (feed,) = loop.sources.feeds
+    begun, go_on, said = threading.Event(), threading.Event(), []
+
+    def slow(settings, mark):
+        yield from items("ash")
+        begun.set()
+        assert go_on.wait(60)
+
+    def tell(message):
+        said.append(message)
+        go_on.set()
+
+    first = threading.Thread(target=read_feed, args=(loop, feed, connect(), slow))
+    first.start()
+    assert begun.wait(60)
+    read_feed(loop, feed, connect(), lambda settings, mark: iter(items("ash", "elm")), tell)
+    first.join()
+    assert said == ["another reading of imported runs on this machine; waiting for its end"]
+    assert targets(loop) == ["ash spoke", "elm spoke"]
 
 
 def test_two_sources_of_one_name_are_refused(make_loop):
@@ -427,14 +503,20 @@ def test_what_an_application_logs_cannot_say_that_a_source_gave_it(loop):
 
 def test_a_source_with_marks_needs_no_memory_for_what_it_gave_before(loop):
     take(loop, *items("ash"))
-    rows = """
-        INSERT INTO interactions (id, task, sequence, created_at, prompt, output, source, origin)
-        WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 100000)
-        SELECT printf('00000000-0000-4000-8000-%012x', x), 'notes', x + 1000, '2026-01-01', 'p', 'o', 'imported', x
-        FROM n
-    """
+    asked = {"task": loop.name, "created_at": datetime(2026, 1, 1, tzinfo=UTC), "prompt": "p", "output": "o"}
+    rows = [
+        {
+            "id": f"00000000-0000-4000-8000-{n:012x}",
+            "sequence": n + 1_000,
+            "source": "imported",
+            "origin": f"{n}",
+            **asked,
+        }
+        for n in range(100_000)
+    ]
     with connect().write() as connection:
-        connection.execute(sa.text(rows))
+        connection.execute(t.interactions.insert(), rows)
+    del rows
     (feed,) = loop.sources.feeds
     tracemalloc.start()
     fed = read_feed(loop, feed, connect(), lambda settings, mark: iter([Mark(1), *items("ash", "elm"), Mark(2)]))
