@@ -72,11 +72,9 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
         rows = _page(engine, feed, table, start, place, passed)
         for row in rows:
             here = (row[0], row[1])
-            if bad := [
-                name for name, value in zip((feed.watermark, feed.key), here, strict=True) if not _is_utf8(value)
-            ]:
+            if why := _no_place(feed, *here):
                 passed += 1
-                yield Skipped(_origin(feed, row[1]), f"{bad[0]} is not UTF-8, so no reading could go on behind it")
+                yield Skipped(_origin(feed, row[1]), f"{why}, so no reading could go on behind it")
                 continue
             if here == place:
                 raise SourceError(
@@ -93,6 +91,16 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
             yield Mark(_as_mark(feed, highest))
         if len(rows) < feed.batch_rows:
             return
+
+
+def _no_place(feed: SqlFeed, watermark: Any, key: Any) -> str:
+    """Why no page could begin behind a row; empty if one can."""
+    for column, value in ((feed.watermark, watermark), (feed.key, key)):
+        if not _is_utf8(value):
+            return f"{column} is not UTF-8"
+    if isinstance(watermark, float | Decimal) and not math.isfinite(watermark):
+        return f"{feed.watermark} is {watermark}"
+    return ""
 
 
 def _page(
@@ -233,9 +241,8 @@ def _plain(value: Any) -> str:
 
 
 def _as_mark(feed: SqlFeed, value: Any) -> dict[str, str]:
-    no_number = isinstance(value, bool) or (isinstance(value, float | Decimal) and not math.isfinite(value))
     for kind, (type_, _, write) in _KINDS.items():
-        if isinstance(value, type_) and not no_number:
+        if isinstance(value, type_) and not isinstance(value, bool):
             return {"kind": kind, "value": write(value)}
     raise SourceError(
         f"source {feed.name}: the watermark {feed.watermark} of {feed.table} is {value!r} "
