@@ -26,6 +26,7 @@ _YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
 _NO = frozenset({"false", "f", "no", "n", "0", ""})
 _NAMED = 100
 _LONGEST_NAME = 4_000
+_FIRST_DAY, _DAY_AFTER = date(1, 1, 2), date(9999, 12, 31)  # a day from Python's ends, where a zone may lead beyond
 
 _KINDS: dict[str, tuple[type, Callable[[str], Any], Callable[[Any], str]]] = {
     "number": (int, int, str),
@@ -108,7 +109,8 @@ def _page(
 ) -> Sequence[Any]:
     """The next rows: watermark, key, prompt, response, rating, gold star, author, domain, kind."""
     watermark, key = table.c[feed.watermark], table.c[feed.key]
-    query = sa.select(*_columns(feed, table)).where(watermark.is_not(None), key.is_not(None), *_only(feed, table))
+    placed = (watermark.is_not(None), key.is_not(None), _is_readable(engine, watermark))
+    query = sa.select(*_columns(feed, table)).where(*placed, *_only(feed, table))
     if place is not None:
         behind = sa.or_(watermark > place[0], sa.and_(watermark == place[0], key > place[1]))
         query = query.where(watermark >= place[0], behind)  # the first says no more, and lets an index be used
@@ -116,6 +118,13 @@ def _page(
         query = query.where(watermark >= start)
     with _connection(engine) as connection:
         return connection.execute(query.order_by(watermark, key).limit(feed.batch_rows).offset(passed or None)).all()
+
+
+def _is_readable(engine: sa.Engine, watermark: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """PostgreSQL's times reach beyond Python's: infinity, years before 1 and after 9999, which no driver reads."""
+    if engine.dialect.name != "postgresql" or not isinstance(watermark.type, sa.DateTime | sa.Date):
+        return sa.true()
+    return sa.and_(watermark >= _FIRST_DAY, watermark < _DAY_AFTER)
 
 
 def _columns(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
@@ -138,17 +147,18 @@ def _only(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
 
 
 def _without_place(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> Iterator[Skipped]:
-    """Rows that stand nowhere in the order, since their watermark or key is NULL; the first of them."""
+    """Rows that stand nowhere in the order, since their watermark or key is NULL or no time; the first of them."""
     watermark, key = table.c[feed.watermark], table.c[feed.key]
-    query = sa.select(key, watermark).where(sa.or_(watermark.is_(None), key.is_(None)), *_only(feed, table))
+    placeless = sa.or_(watermark.is_(None), key.is_(None), sa.not_(_is_readable(engine, watermark)))
+    query = sa.select(key, sa.cast(watermark, sa.String(_LONGEST_NAME))).where(placeless, *_only(feed, table))
     with _connection(engine) as connection:
         rows = connection.execute(query.limit(_NAMED)).all()
     for one, mark in rows:
-        column = feed.key if one is None else feed.watermark
-        where = (
-            f"{_origin(feed, one)}" if one is not None else f"{feed.table}: no key, {feed.watermark} {_written(mark)}"
-        )
-        yield Skipped(where, f"{column} is NULL, so nobody can say whether it was read")
+        found = f"{feed.key if one is None else feed.watermark} is NULL"
+        if one is not None and mark is not None:
+            found = f"{feed.watermark} is {_written(mark)}, no time from {_FIRST_DAY} until before {_DAY_AFTER}"
+        where = _origin(feed, one) if one is not None else f"{feed.table}: no key, {feed.watermark} {_written(mark)}"
+        yield Skipped(where, f"{found}, so nobody can say whether it was read")
 
 
 def _item(feed: SqlFeed, row: Any) -> Item | Skipped:
@@ -367,6 +377,12 @@ def _told(feed: SqlFeed, secret: str) -> Iterator[None]:
         said = str(getattr(error, "orig", None) or error).strip()
         for text in {secret, quote(secret), quote_plus(secret)} - {""}:
             said = said.replace(text, "***")
+        if isinstance(error, sa.exc.DataError):
+            raise SourceError(
+                f"source {feed.name}: a value in {feed.table} cannot be read ({said}), in the watermark "
+                f"{feed.watermark} or in another column that the YAML names; correct it, or name as `table` a view "
+                "that leaves such rows out"
+            ) from None
         raise SourceError(
             f"source {feed.name}: the database of {feed.url_env} cannot be read ({said}); see that it runs, that its "
             "user may read the table, and that the URL is right"

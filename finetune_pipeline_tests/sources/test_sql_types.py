@@ -3,6 +3,8 @@
 import pytest
 import sqlalchemy as sa
 
+from finetune_pipeline.sources.item import SourceError
+
 from .test_sql import feed, given
 
 
@@ -48,3 +50,38 @@ def test_a_row_whose_number_is_not_finite_is_named_and_the_others_are_read(table
     assert skipped["t:4"].lower().startswith("w is inf")
     assert skipped["t:4"].endswith(", so no reading could go on behind it")
     assert set(given(plain(batch_rows=page), mark)[0]) == {"t:2"}
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("page", [1, 1_000])
+@pytest.mark.parametrize("kind", ["timestamptz", "timestamp", "date"])
+def test_a_row_whose_time_no_driver_reads_is_named_and_the_others_are_read(table, kind, page):
+    beyond = ["infinity", "-infinity", "0044-03-15 BC", "12000-01-01", "9999-12-31", "0001-01-01"]
+    table(f"w {kind}", *(f"'{value}'" for value in [*beyond, "2026-05-01", "0001-01-02", "9999-12-30"]), "NULL")
+    items, skipped, mark = given(plain(batch_rows=page))
+    assert set(items) == {"t:7", "t:8", "t:9"} and mark["value"].startswith("9999-12-30")
+    assert set(skipped) == {"t:1", "t:2", "t:3", "t:4", "t:5", "t:6", "t:10"}
+    assert skipped["t:1"] == (
+        "w is infinity, no time from 0001-01-02 until before 9999-12-31, so nobody can say whether it was read"
+    )
+    assert skipped["t:10"] == "w is NULL, so nobody can say whether it was read"
+    assert "t:9" in given(plain(batch_rows=page), mark)[0]
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
+def test_a_time_at_the_ends_is_read_in_every_zone(table, url, monkeypatch, zone):
+    table(
+        "w timestamptz", *(f"'{value}+00'" for value in ("0001-01-01", "0001-01-04", "9999-12-29", "9999-12-31 23:59"))
+    )
+    monkeypatch.setenv("RATINGS_URL", f"{url}?options=-ctimezone%3D{zone}")
+    assert set(given(plain())[0]) == {"t:2", "t:3"}
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_another_value_that_no_driver_reads_is_told_with_the_remedy(table):
+    table("w integer, d date", "1, 'infinity'")
+    with pytest.raises(
+        SourceError, match=r"a value in t cannot be read \(.*infinity.*\), in the watermark w or .* view"
+    ):
+        given(plain(domain="d"))
