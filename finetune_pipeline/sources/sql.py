@@ -18,6 +18,7 @@ from urllib.parse import quote, quote_plus
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 
+from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import shown
 from finetune_pipeline.settings import SqlFeed
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
@@ -44,10 +45,11 @@ class _Unusable(ValueError):
 
 
 def read(feed: SqlFeed, mark: Any) -> Reading:
-    """Read the rows that came or changed since the mark; a mark comes behind every batch.
+    """Read the rows that came or changed since the mark, or all if it is of other settings; one comes behind each page.
 
     Args:
-        mark: `{"kind", "value"}`: the highest watermark that was read.
+        mark: `{"kind", "value", "settings"}`: the highest watermark that was read, and the hash of what decided which
+            rows were, and what became of them.
 
     Raises:
         SourceError: the database cannot be reached, or the table or a column of it is not there.
@@ -56,19 +58,33 @@ def read(feed: SqlFeed, mark: Any) -> Reading:
     try:
         with _told(feed, secret):
             table = _table(engine, feed)
+            settings = _settings(engine, feed, table)
+            anew = mark is not None and (not isinstance(mark, dict) or mark.get("settings") != settings)
+            start = None if anew else mark
             if mark is not None:  # without one, a table that is empty now would count as a source that has nothing
-                yield Mark(mark)
+                yield Mark(start, anew)
             yield from _without_place(engine, feed, table)
-            yield from _rows(engine, feed, table, mark)
+            for one in _rows(engine, feed, table, start):
+                yield Mark({**one.value, "settings": settings}, anew) if isinstance(one, Mark) else one
     finally:
         engine.dispose()
 
 
+def _settings(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> str:
+    """A hash of what decides which rows are read and what each becomes: where one changes, all are read again."""
+    query = {name: value for name, value in engine.url.query.items() if "pass" not in name}
+    url = engine.url.set(password="", query=query).render_as_string()
+    what = feed.model_dump(
+        mode="json", exclude={"name", "url_env", "max_examples", "max_share", "overlap", "batch_rows"}
+    )
+    return hash_of([url, repr(table.c[feed.watermark].type), what])
+
+
 def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) -> Reading:
-    start = _earlier(_watermark(feed, mark), feed.overlap) if mark is not None else None
+    start = _earlier(_watermark(mark), feed.overlap) if mark is not None else None
     place: tuple[Any, Any] | None = None
     passed = 0  # rows behind the place that cannot be one
-    highest = None if mark is None else _watermark(feed, mark)
+    highest = None if mark is None else _watermark(mark)
     while True:
         rows = _page(engine, feed, table, start, place, passed)
         for row in rows:
@@ -260,14 +276,8 @@ def _as_mark(feed: SqlFeed, value: Any) -> dict[str, str]:
     )
 
 
-def _watermark(feed: SqlFeed, mark: Any) -> Any:
-    try:
-        return _KINDS[mark["kind"]][1](mark["value"])
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise SourceError(
-            f"source {feed.name}: the mark {mark!r} of its last reading is of another form; give the source a new name "
-            "to read it from its beginning"
-        ) from error
+def _watermark(mark: dict[str, str]) -> Any:
+    return _KINDS[mark["kind"]][1](mark["value"])
 
 
 def _earlier(watermark: Any, overlap: float) -> Any:
