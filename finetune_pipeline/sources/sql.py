@@ -154,12 +154,26 @@ def _columns(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[Any]
 
 
 def _only(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
-    """The filters: each column must have one of its values, compared as text."""
+    """The filters: each column must have one of its values."""
+    return [_is_one_of(table.c[name], values) for name, values in feed.only.items()]
 
-    def text(column: sa.ColumnClause[Any]) -> sa.ColumnElement[Any]:
-        return column if isinstance(column.type, sa.String) else sa.cast(column, sa.String(_LONGEST_NAME))
 
-    return [text(table.c[name]).in_(values) for name, values in feed.only.items()]
+def _is_one_of(column: sa.ColumnClause[Any], values: Sequence[str]) -> sa.ColumnElement[bool]:
+    """Compared as text; numbers with decimals as numbers too, since the text of 3 may be 3.0."""
+    # An enum of the database takes no other value than its own, not even to be compared with.
+    is_text = isinstance(column.type, sa.String) and not isinstance(column.type, sa.Enum)
+    same_text = (column if is_text else sa.cast(column, sa.String(_LONGEST_NAME))).in_(values)
+    if not isinstance(column.type, sa.Numeric | sa.Float):
+        return same_text
+    return sa.or_(same_text, column.in_([number for value in values if (number := _number(value)) is not None]))
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text)
+    except ArithmeticError:
+        return None
+    return number if number.is_finite() else None
 
 
 def _without_place(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> Iterator[Skipped]:

@@ -85,3 +85,19 @@ def test_another_value_that_no_driver_reads_is_told_with_the_remedy(table):
         SourceError, match=r"a value in t cannot be read \(.*infinity.*\), in the watermark w or .* view"
     ):
         given(plain(domain="d"))
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_filters_name_values_that_an_enum_lacks(table):
+    table("w integer, d mood", "1, 'sad'", "2, 'ok'", before="CREATE TYPE mood AS ENUM ('sad', 'ok')")
+    assert set(given(plain(only={"d": ["sad", "gone"]}))[0]) == {"t:1"}
+    assert not given(plain(only={"d": ["gone"]}))[0]
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("kind", ["numeric(3,1)", "numeric", "real", "float8"])
+def test_filters_compare_numbers_as_numbers(table, kind):
+    table(f"w integer, d {kind}", "1, 3.0", "2, 0.1", "3, 4", "4, 'NaN'", "5, NULL")
+    assert set(given(plain(only={"d": ["3", "0.1"]}))[0]) == {"t:1", "t:2"}
+    assert set(given(plain(only={"d": ["4.00", "3.04", "three", "9999", "Infinity"]}))[0]) == {"t:3"}
+    assert set(given(plain(only={"d": ["NaN"]}))[0]) == {"t:4"}
