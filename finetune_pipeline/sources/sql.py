@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import MONEY
 from sqlalchemy.engine import URL, make_url
 
 from finetune_pipeline.artifacts import hash_of
@@ -124,7 +125,7 @@ def _page(
     engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None, passed: int
 ) -> Sequence[Any]:
     """The next rows: watermark, key, prompt, response, rating, gold star, author, domain, kind."""
-    watermark, key = table.c[feed.watermark], table.c[feed.key]
+    watermark, key = _order(feed, table)
     placed = (watermark.is_not(None), key.is_not(None), _is_readable(engine, watermark))
     query = sa.select(*_columns(feed, table)).where(*placed, *_only(feed, table))
     if place is not None:
@@ -134,6 +135,14 @@ def _page(
         query = query.where(watermark >= start)
     with _connection(engine) as connection:
         return connection.execute(query.order_by(watermark, key).limit(feed.batch_rows).offset(passed or None)).all()
+
+
+def _order(feed: SqlFeed, table: sa.TableClause) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
+    """Watermark and key, as pages compare them."""
+    watermark: sa.ColumnElement[Any] = table.c[feed.watermark]
+    if isinstance(watermark.type, sa.REAL):  # 0.1 of four bytes is read as 0.1, and that of eight is another number
+        watermark = sa.cast(watermark, sa.Double)
+    return watermark, table.c[feed.key]
 
 
 def _is_readable(engine: sa.Engine, watermark: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
@@ -146,11 +155,11 @@ def _is_readable(engine: sa.Engine, watermark: sa.ColumnElement[Any]) -> sa.Colu
 def _columns(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
     """What is read of a row; null for what the mapping leaves out."""
     names = (
-        feed.watermark, feed.key, feed.prompt, feed.response,
-        feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column,
+        feed.prompt, feed.response, feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column,
     )  # fmt: skip
+    columns = [*_order(feed, table), *(sa.null() if name is None else table.c[name] for name in names)]
     # Under labels of our own, since one column may be named for two purposes.
-    return [(sa.null() if name is None else table.c[name]).label(f"c{n}") for n, name in enumerate(names)]
+    return [column.label(f"c{n}") for n, column in enumerate(columns)]
 
 
 def _only(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
@@ -379,6 +388,11 @@ def _table(engine: sa.Engine, feed: SqlFeed) -> sa.TableClause:
     if missing:
         raise SourceError(
             f"source {feed.name}: {feed.table} has no column {', '.join(missing)}; it has: {', '.join(names)}"
+        )
+    if any(c["name"] == feed.watermark and isinstance(c["type"], MONEY) for c in found):
+        raise SourceError(
+            f"source {feed.name}: the watermark {feed.watermark} of {feed.table} is money, which is read as a text and "
+            "stands in another order; name another, or as `table` a view in which it is cast to numeric"
         )
     # SQLite keeps a time as whatever text was written, and compares it so; read as a time, it would be another text.
     typed = engine.dialect.name != "sqlite"

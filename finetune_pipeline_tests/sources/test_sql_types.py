@@ -101,3 +101,18 @@ def test_filters_compare_numbers_as_numbers(table, kind):
     assert set(given(plain(only={"d": ["3", "0.1"]}))[0]) == {"t:1", "t:2"}
     assert set(given(plain(only={"d": ["4.00", "3.04", "three", "9999", "Infinity"]}))[0]) == {"t:3"}
     assert set(given(plain(only={"d": ["NaN"]}))[0]) == {"t:4"}
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_watermark_of_four_bytes_loses_no_row(table):
+    table("w real", *(f"{number / 10}" for number in range(1, 20)))
+    items, _, mark = given(plain(batch_rows=2))
+    assert list(items) == [f"t:{number}" for number in range(1, 20)]
+    assert set(given(plain(batch_rows=2, overlap=0), mark)[0]) == {"t:19"}
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_watermark_of_money_is_told(table):
+    table("w money", "1", "2")
+    with pytest.raises(SourceError, match=r"the watermark w of t is money, .* a view in which it is cast to numeric"):
+        given(plain())
