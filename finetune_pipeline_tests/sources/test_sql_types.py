@@ -116,3 +116,29 @@ def test_a_watermark_of_money_is_told(table):
     table("w money", "1", "2")
     with pytest.raises(SourceError, match=r"the watermark w of t is money, .* a view in which it is cast to numeric"):
         given(plain())
+
+
+@pytest.mark.parametrize(
+    ("kind", "late", "last", "overlap"),
+    [
+        ("date", "'2026-05-02'", "'2026-05-03'", 60),
+        ("date", "'2026-05-01'", "'2026-05-03'", 86_401),
+        ("numeric", "100.25", "160.25", 60),
+        ("float8", "100.25", "160.25", 60),
+        ("integer", "100", "160", 60),
+    ],
+)
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_row_committed_late_within_the_overlap_is_read(table, url, kind, late, last, overlap):
+    table(f"w {kind}", last)
+    mark = given(plain())[2]
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"INSERT INTO t VALUES (2, 'late', {late})")
+    assert "t:2" not in given(plain(overlap=0), mark)[0]
+    assert "t:2" in given(plain(overlap=overlap), mark)[0]
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM t WHERE k = 1")
+    engine.dispose()
+    items, _, later = given(plain(overlap=overlap), mark)
+    assert set(items) == {"t:2"} and later == mark  # what is left below it never moves it back
