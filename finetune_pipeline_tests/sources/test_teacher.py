@@ -163,7 +163,7 @@ def test_an_endpoint_that_tells_no_usage_is_counted_by_the_length_of_its_texts()
 
 @pytest.mark.parametrize(("fault", "asked"), [((200, {}, b"<html>proxy error</html>"), 2), (error(500), 4)])
 def test_a_reply_that_may_have_been_paid_counts_in_full(fault, asked):
-    # A request reserves 50 tokens for the template, 9 for its texts and 50 for the answer: two are within the budget.
+    # A request reserves a little over 100 tokens: two of them are within the budget.
     with teaching(lambda body, number: fault, max_tokens=250, attempts=4) as (server, settings):
         assert ask(settings, "a")["a"].startswith("budget" if asked == 2 else "the teacher gave no answer")
         assert len(server.asked) == asked
