@@ -16,8 +16,10 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import MONEY
 from sqlalchemy.engine import URL, make_url
 
+from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import shown
 from finetune_pipeline.settings import SqlFeed
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
@@ -26,6 +28,7 @@ _YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
 _NO = frozenset({"false", "f", "no", "n", "0", ""})
 _NAMED = 100
 _LONGEST_NAME = 4_000
+_FIRST_DAY, _DAY_AFTER = date(1, 1, 2), date(9999, 12, 31)  # a day from Python's ends, where a zone may lead beyond
 
 _KINDS: dict[str, tuple[type, Callable[[str], Any], Callable[[Any], str]]] = {
     "number": (int, int, str),
@@ -43,10 +46,11 @@ class _Unusable(ValueError):
 
 
 def read(feed: SqlFeed, mark: Any) -> Reading:
-    """Read the rows that came or changed since the mark; a mark comes behind every batch.
+    """Read the rows that came or changed since the mark, or all if it is of other settings; one comes behind each page.
 
     Args:
-        mark: `{"kind", "value"}`: the highest watermark that was read.
+        mark: `{"kind", "value", "settings"}`: the highest watermark that was read, and the hash of what decided which
+            rows were, and what became of them.
 
     Raises:
         SourceError: the database cannot be reached, or the table or a column of it is not there.
@@ -55,28 +59,40 @@ def read(feed: SqlFeed, mark: Any) -> Reading:
     try:
         with _told(feed, secret):
             table = _table(engine, feed)
+            settings = _settings(engine, feed, table)
+            anew = mark is not None and (not isinstance(mark, dict) or mark.get("settings") != settings)
+            start = None if anew else mark
             if mark is not None:  # without one, a table that is empty now would count as a source that has nothing
-                yield Mark(mark)
+                yield Mark(start, anew)
             yield from _without_place(engine, feed, table)
-            yield from _rows(engine, feed, table, mark)
+            for one in _rows(engine, feed, table, start):
+                yield Mark({**one.value, "settings": settings}, anew) if isinstance(one, Mark) else one
     finally:
         engine.dispose()
 
 
+def _settings(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> str:
+    """A hash of what decides which rows are read and what each becomes: where one changes, all are read again."""
+    query = {name: value for name, value in engine.url.query.items() if "pass" not in name}
+    url = engine.url.set(password="", query=query).render_as_string()
+    what = feed.model_dump(
+        mode="json", exclude={"name", "url_env", "max_examples", "max_share", "overlap", "batch_rows"}
+    )
+    return hash_of([url, repr(table.c[feed.watermark].type), what])
+
+
 def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) -> Reading:
-    start = _earlier(_watermark(feed, mark), feed.overlap) if mark is not None else None
+    start = _earlier(_watermark(mark), feed.overlap) if mark is not None else None
     place: tuple[Any, Any] | None = None
     passed = 0  # rows behind the place that cannot be one
-    highest = None if mark is None else _watermark(feed, mark)
+    highest = None if mark is None else _watermark(mark)
     while True:
         rows = _page(engine, feed, table, start, place, passed)
         for row in rows:
             here = (row[0], row[1])
-            if bad := [
-                name for name, value in zip((feed.watermark, feed.key), here, strict=True) if not _is_utf8(value)
-            ]:
+            if why := _no_place(feed, *here):
                 passed += 1
-                yield Skipped(_origin(feed, row[1]), f"{bad[0]} is not UTF-8, so no reading could go on behind it")
+                yield Skipped(_origin(feed, row[1]), f"{why}, so no reading could go on behind it")
                 continue
             if here == place:
                 raise SourceError(
@@ -95,12 +111,23 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
             return
 
 
+def _no_place(feed: SqlFeed, watermark: Any, key: Any) -> str:
+    """Why no page could begin behind a row; empty if one can."""
+    for column, value in ((feed.watermark, watermark), (feed.key, key)):
+        if not _is_utf8(value):
+            return f"{column} is not UTF-8"
+    if isinstance(watermark, float | Decimal) and not math.isfinite(watermark):
+        return f"{feed.watermark} is {watermark}"
+    return ""
+
+
 def _page(
     engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None, passed: int
 ) -> Sequence[Any]:
     """The next rows: watermark, key, prompt, response, rating, gold star, author, domain, kind."""
-    watermark, key = table.c[feed.watermark], table.c[feed.key]
-    query = sa.select(*_columns(feed, table)).where(watermark.is_not(None), key.is_not(None), *_only(feed, table))
+    watermark, key = _order(feed, table)
+    placed = (watermark.is_not(None), key.is_not(None), _is_readable(engine, watermark))
+    query = sa.select(*_columns(feed, table)).where(*placed, *_only(feed, table))
     if place is not None:
         behind = sa.or_(watermark > place[0], sa.and_(watermark == place[0], key > place[1]))
         query = query.where(watermark >= place[0], behind)  # the first says no more, and lets an index be used
@@ -110,37 +137,67 @@ def _page(
         return connection.execute(query.order_by(watermark, key).limit(feed.batch_rows).offset(passed or None)).all()
 
 
+def _order(feed: SqlFeed, table: sa.TableClause) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
+    """Watermark and key, as pages compare them."""
+    watermark: sa.ColumnElement[Any] = table.c[feed.watermark]
+    if isinstance(watermark.type, sa.REAL):  # 0.1 of four bytes is read as 0.1, and that of eight is another number
+        watermark = sa.cast(watermark, sa.Double)
+    return watermark, table.c[feed.key]
+
+
+def _is_readable(engine: sa.Engine, watermark: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """PostgreSQL's times reach beyond Python's: infinity, years before 1 and after 9999, which no driver reads."""
+    if engine.dialect.name != "postgresql" or not isinstance(watermark.type, sa.DateTime | sa.Date):
+        return sa.true()
+    return sa.and_(watermark >= _FIRST_DAY, watermark < _DAY_AFTER)
+
+
 def _columns(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
     """What is read of a row; null for what the mapping leaves out."""
     names = (
-        feed.watermark, feed.key, feed.prompt, feed.response,
-        feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column,
+        feed.prompt, feed.response, feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column,
     )  # fmt: skip
+    columns = [*_order(feed, table), *(sa.null() if name is None else table.c[name] for name in names)]
     # Under labels of our own, since one column may be named for two purposes.
-    return [(sa.null() if name is None else table.c[name]).label(f"c{n}") for n, name in enumerate(names)]
+    return [column.label(f"c{n}") for n, column in enumerate(columns)]
 
 
 def _only(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
-    """The filters: each column must have one of its values, compared as text."""
+    """The filters: each column must have one of its values."""
+    return [_is_one_of(table.c[name], values) for name, values in feed.only.items()]
 
-    def text(column: sa.ColumnClause[Any]) -> sa.ColumnElement[Any]:
-        return column if isinstance(column.type, sa.String) else sa.cast(column, sa.String(_LONGEST_NAME))
 
-    return [text(table.c[name]).in_(values) for name, values in feed.only.items()]
+def _is_one_of(column: sa.ColumnClause[Any], values: Sequence[str]) -> sa.ColumnElement[bool]:
+    """Compared as text; numbers with decimals as numbers too, since the text of 3 may be 3.0."""
+    # An enum of the database takes no other value than its own, not even to be compared with.
+    is_text = isinstance(column.type, sa.String) and not isinstance(column.type, sa.Enum)
+    same_text = (column if is_text else sa.cast(column, sa.String(_LONGEST_NAME))).in_(values)
+    if not isinstance(column.type, sa.Numeric | sa.Float):
+        return same_text
+    return sa.or_(same_text, column.in_([number for value in values if (number := _number(value)) is not None]))
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text)
+    except ArithmeticError:
+        return None
+    return number if number.is_finite() else None
 
 
 def _without_place(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> Iterator[Skipped]:
-    """Rows that stand nowhere in the order, since their watermark or key is NULL; the first of them."""
+    """Rows that stand nowhere in the order, since their watermark or key is NULL or no time; the first of them."""
     watermark, key = table.c[feed.watermark], table.c[feed.key]
-    query = sa.select(key, watermark).where(sa.or_(watermark.is_(None), key.is_(None)), *_only(feed, table))
+    placeless = sa.or_(watermark.is_(None), key.is_(None), sa.not_(_is_readable(engine, watermark)))
+    query = sa.select(key, sa.cast(watermark, sa.String(_LONGEST_NAME))).where(placeless, *_only(feed, table))
     with _connection(engine) as connection:
         rows = connection.execute(query.limit(_NAMED)).all()
     for one, mark in rows:
-        column = feed.key if one is None else feed.watermark
-        where = (
-            f"{_origin(feed, one)}" if one is not None else f"{feed.table}: no key, {feed.watermark} {_written(mark)}"
-        )
-        yield Skipped(where, f"{column} is NULL, so nobody can say whether it was read")
+        found = f"{feed.key if one is None else feed.watermark} is NULL"
+        if one is not None and mark is not None:
+            found = f"{feed.watermark} is {_written(mark)}, no time from {_FIRST_DAY} until before {_DAY_AFTER}"
+        where = _origin(feed, one) if one is not None else f"{feed.table}: no key, {feed.watermark} {_written(mark)}"
+        yield Skipped(where, f"{found}, so nobody can say whether it was read")
 
 
 def _item(feed: SqlFeed, row: Any) -> Item | Skipped:
@@ -233,9 +290,8 @@ def _plain(value: Any) -> str:
 
 
 def _as_mark(feed: SqlFeed, value: Any) -> dict[str, str]:
-    no_number = isinstance(value, bool) or (isinstance(value, float | Decimal) and not math.isfinite(value))
     for kind, (type_, _, write) in _KINDS.items():
-        if isinstance(value, type_) and not no_number:
+        if isinstance(value, type_) and not isinstance(value, bool):
             return {"kind": kind, "value": write(value)}
     raise SourceError(
         f"source {feed.name}: the watermark {feed.watermark} of {feed.table} is {value!r} "
@@ -243,14 +299,8 @@ def _as_mark(feed: SqlFeed, value: Any) -> dict[str, str]:
     )
 
 
-def _watermark(feed: SqlFeed, mark: Any) -> Any:
-    try:
-        return _KINDS[mark["kind"]][1](mark["value"])
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise SourceError(
-            f"source {feed.name}: the mark {mark!r} of its last reading is of another form; give the source a new name "
-            "to read it from its beginning"
-        ) from error
+def _watermark(mark: dict[str, str]) -> Any:
+    return _KINDS[mark["kind"]][1](mark["value"])
 
 
 def _earlier(watermark: Any, overlap: float) -> Any:
@@ -339,6 +389,11 @@ def _table(engine: sa.Engine, feed: SqlFeed) -> sa.TableClause:
         raise SourceError(
             f"source {feed.name}: {feed.table} has no column {', '.join(missing)}; it has: {', '.join(names)}"
         )
+    if any(c["name"] == feed.watermark and isinstance(c["type"], MONEY) for c in found):
+        raise SourceError(
+            f"source {feed.name}: the watermark {feed.watermark} of {feed.table} is money, which is read as a text and "
+            "stands in another order; name another, or as `table` a view in which it is cast to numeric"
+        )
     # SQLite keeps a time as whatever text was written, and compares it so; read as a time, it would be another text.
     typed = engine.dialect.name != "sqlite"
     columns: list[sa.ColumnClause[Any]] = [sa.column(c["name"], c["type"] if typed else None) for c in found]
@@ -360,6 +415,12 @@ def _told(feed: SqlFeed, secret: str) -> Iterator[None]:
         said = str(getattr(error, "orig", None) or error).strip()
         for text in {secret, quote(secret), quote_plus(secret)} - {""}:
             said = said.replace(text, "***")
+        if isinstance(error, sa.exc.DataError):
+            raise SourceError(
+                f"source {feed.name}: a value in {feed.table} cannot be read ({said}), in the watermark "
+                f"{feed.watermark} or in another column that the YAML names; correct it, or name as `table` a view "
+                "that leaves such rows out"
+            ) from None
         raise SourceError(
             f"source {feed.name}: the database of {feed.url_env} cannot be read ({said}); see that it runs, that its "
             "user may read the table, and that the URL is right"

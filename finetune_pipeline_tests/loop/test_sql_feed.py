@@ -115,3 +115,27 @@ def test_a_table_that_is_emptied_takes_nothing_back(make_loop, rated, url):
     engine.dispose()
     assert read_all(loop).withdrawn == 0
     assert rewards(loop) == {"answers:1": 1.0}
+
+
+def test_other_settings_reach_the_rows_that_were_read_before(make_loop, rated):
+    rated(1, n1=5, n2=1, n3=5)
+    rated(60, n9=5)
+    read_all(make_loop(sources={"feeds": [FEED]}, curation=CURATION))
+    other = make_loop(sources={"feeds": [{**FEED, "ratings": {"5": 0.9}, "only": {"id": ["1", "2", "9"]}}]})
+    fed = read_all(other)
+    assert (fed.new, fed.withdrawn, fed.skipped) == (2, 4, 1)
+    assert rewards(other) == {"answers:1": 0.9, "answers:9": 0.9}
+    rated(99, n1=1)
+    assert read_all(other).items == 1  # it goes on from the mark of that reading
+    assert rewards(other) == {"answers:9": 0.9}
+
+
+def test_settings_that_no_row_passes_withdraw_all_and_the_old_ones_bring_it_back(make_loop, rated):
+    loop = make_loop(sources={"feeds": [FEED]}, curation=CURATION)
+    rated(1, n1=5)
+    rated(60, n9=5)
+    read_all(loop)
+    none = make_loop(sources={"feeds": [{**FEED, "only": {"id": ["7"]}}]}, curation=CURATION)
+    assert (read_all(none).withdrawn, read_all(none).items) == (2, 0)
+    read_all(make_loop(sources={"feeds": [FEED]}, curation=CURATION))
+    assert rewards(loop) == {"answers:1": 1.0, "answers:9": 1.0}

@@ -144,7 +144,8 @@ def test_rows_committed_late_are_not_lost(answers, url):
 def test_an_emptied_table_keeps_its_mark(answers):
     answers(row(1))
     mark = given(feed())[2]
-    assert given(feed(only={"domain": ["none"]}), mark) == ({}, {}, mark)
+    answers({**row(1), "Changed at": None})
+    assert given(feed(), mark)[2] == mark and not given(feed(), mark)[0]
 
 
 @pytest.mark.parametrize("kind", ["integer", "numeric", "text", "date", "float"])
@@ -221,7 +222,7 @@ def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_pat
     monkeypatch.setenv("RATINGS_URL", f"sqlite:///{path}")
     plain = feed(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None, batch_rows=page)
     items, skipped, mark = given(plain)
-    assert set(items) == {"answers:a", "answers:d"} and mark == {"kind": "text", "value": "3"}
+    assert set(items) == {"answers:a", "answers:d"} and (mark["kind"], mark["value"]) == ("text", "3")
     assert skipped["answers:\\udcffa"] == "id is not UTF-8, so no reading could go on behind it"
     assert skipped["answers:f"].startswith("Changed at is not UTF-8") and "answers:e" in skipped
     assert all(origin.encode() for origin in skipped)
@@ -281,9 +282,75 @@ def test_a_rating_needs_its_rewards_and_rewards_their_rating():
             feed(**changes)
 
 
-def test_a_mark_of_another_form_says_what_to_do(answers):
-    with pytest.raises(SourceError, match="give the source a new name"):
-        given(feed(), {"id": 3})
+def anew(feed, mark):
+    """What a reading gave, and of each of its marks whether it is of one that began again."""
+    found = list(read(feed, mark))
+    return {one.origin for one in found if isinstance(one, Item)}, {one.anew for one in found if isinstance(one, Mark)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"table": "best"}, {"key": "prompt"}, {"watermark": "id"}, {"prompt": "response"}, {"response": "prompt"},
+        {"rating": "team"}, {"ratings": {"5": 0.5}}, {"gold_star": None}, {"gold_reward": 0.5}, {"reward": 0.5},
+        {"author": None}, {"domain": None}, {"kind_column": None}, {"only": {"stars": ["5"]}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_other_settings_read_the_rows_below_the_mark_again(answers, url, changes):
+    answers(row(1, team=5), row(2, minutes=60, team=5))
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE VIEW best AS SELECT * FROM answers"))
+    engine.dispose()
+    mark = given(feed())[2]
+    assert anew(feed(), mark) == ({"answers:2"}, {False})
+    origins, of_anew = anew(feed(**changes), mark)
+    assert len(origins) == 2 and of_anew == {True}
+    later = given(feed(**changes), mark)[2]
+    assert len(anew(feed(**changes, overlap=0), later)[0]) == 1
+    assert anew(feed(), None)[1] == {False}
+
+
+def test_what_changes_no_row_leaves_the_mark_as_it_is(answers):
+    answers(row(1), row(2, minutes=60))
+    mark = given(feed())[2]
+    for changes in ({"name": "other"}, {"max_share": 0.5}, {"max_examples": 3}, {"overlap": 9}, {"batch_rows": 1}):
+        assert anew(feed(**changes), mark) == ({"answers:2"}, {False})
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_another_database_is_read_from_its_beginning_and_another_password_changes_nothing(answers, url, monkeypatch):
+    answers(row(1), row(2, minutes=60))
+    mark = given(feed())[2]
+    for changed in (url.replace("tests@", "tests:secret@"), f"{url}?password=secret"):
+        monkeypatch.setenv("RATINGS_URL", changed)
+        assert anew(feed(), mark) == ({"answers:2"}, {False})
+    monkeypatch.setenv("RATINGS_URL", url.replace("127.0.0.1", "localhost"))
+    assert anew(feed(), mark) == ({"answers:1", "answers:2"}, {True})
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_watermark_of_another_type_is_read_from_its_beginning(answers, url):
+    answers(row(1), row(2, minutes=60))
+    mark = given(feed())[2]
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text('ALTER TABLE answers ALTER COLUMN "Changed at" TYPE timestamp'))
+    engine.dispose()
+    assert anew(feed(), mark) == ({"answers:1", "answers:2"}, {True})
+
+
+@pytest.mark.parametrize("mark", [{"id": 3}, {"kind": "number", "value": "9"}, "9"])
+def test_a_mark_without_its_settings_is_begun_again(answers, mark):
+    answers(row(1), row(2))
+    assert anew(feed(), mark) == ({"answers:1", "answers:2"}, {True})
+
+
+def test_other_settings_that_no_row_passes_leave_no_mark_to_go_on_from(answers):
+    answers(row(1))
+    mark = given(feed())[2]
+    assert list(read(feed(only={"domain": ["none"]}), mark)) == [Mark(None, anew=True)]
 
 
 def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path):

@@ -161,6 +161,31 @@ def test_an_endpoint_that_tells_no_usage_is_counted_by_the_length_of_its_texts()
         assert 1 < len(server.asked) < 8
 
 
+@pytest.mark.parametrize(("fault", "asked"), [((200, {}, b"<html>proxy error</html>"), 2), (error(500), 4)])
+def test_a_reply_that_may_have_been_paid_counts_in_full(fault, asked):
+    # A request reserves a little over 100 tokens: two of them are within the budget.
+    with teaching(lambda body, number: fault, max_tokens=250, attempts=4) as (server, settings):
+        assert ask(settings, "a")["a"].startswith("budget" if asked == 2 else "the teacher gave no answer")
+        assert len(server.asked) == asked
+
+
+def test_a_reading_that_is_left_waits_for_nothing_but_what_is_under_way(monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_WAIT", 60.0)
+
+    def script(body, number):
+        return echo(body, number) if "good" in body["messages"][-1]["content"] else error(500)
+
+    with teaching(script, parallel=2) as (server, settings):
+        answers = Teacher(settings).answers([question("good"), *(question(f"q{n}") for n in range(4))])
+        assert next(answers).text == "Answer good"
+        while len(server.asked) < 3:  # both threads wait then to ask again
+            time.sleep(0.01)
+        started = time.monotonic()
+        answers.close()
+        assert time.monotonic() - started < 10
+        assert len(server.asked) == 3
+
+
 def test_a_key_that_is_missing_or_wrong_is_named_and_never_shown(monkeypatch):
     def wrong(body, number):
         return error(401, "Incorrect API key provided: sk-very-secret-value")
