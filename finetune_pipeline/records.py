@@ -1,6 +1,7 @@
 """What crosses rooms: the events that arrive, the example that they become, and the manifest of each stage."""
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -242,6 +243,15 @@ def _explained(one: Mapping[str, Any], names: Collection[str]) -> str:
         given = str(one["loc"][-1])
         meant = get_close_matches(given, set(names) - {given}, n=1)  # itself it is where it stands elsewhere
         return f"{where}: there is no such field" + (f"; is it {meant[0]}?" if meant else "")
+    if one["type"] == "tuple_type":
+        return f"{where}: found {shown(one['input'])}, expected a list: [{one['input']}]"
+    if one["type"] == "union_tag_not_found":
+        return f"{where}: {one['ctx']['discriminator']} is missing; say what it is"
+    if one["type"] == "union_tag_invalid":
+        given, known = one["ctx"]["tag"], one["ctx"]["expected_tags"]
+        meant = get_close_matches(given, re.findall(r"\w+", known), n=1)
+        found = f"{where}: there is no {one['ctx']['discriminator']} {given!r}"
+        return f"{found}; is it {meant[0]}?" if meant else f"{found}; there are {known}"
     return f"{where}: found {shown(one['input'])}, {message.replace('Input should be', 'expected')}"
 
 

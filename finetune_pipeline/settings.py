@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finetune_pipeline.records import Rating, explained
 
@@ -56,12 +56,21 @@ def project_path(text: str) -> Path:
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and unknown keys are errors."""
+    """Base of all settings: frozen; unknown keys, and numbers that are none or endless, are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Reward = Annotated[float, Field(ge=-1, le=1)]
+
+
+def _cron(value: str) -> str:
+    if not re.fullmatch(r"@[a-z]+|[\w*/,?#-]+(\s+[\w*/,?#-]+){4}", value.strip()):
+        raise ValueError('expected a cron time of five fields, such as "0 2 * * *" (two at night)')
+    return value
+
+
+CronTime = Annotated[str, AfterValidator(_cron)]
 
 
 class QuotaSettings(Settings):
@@ -495,8 +504,8 @@ class TriggerSettings(Settings):
         default=60, gt=0, description="A run in progress without a word for so long is taken for dead."
     )
     running: bool = Field(default=False, description="The sensor and the yearly schedule are on without a click.")
-    nightly: str = Field(default="0 2 * * *", description="Cron time of the nightly look.")
-    yearly: str = Field(default="0 3 1 1 *", description="Cron time of the full retraining.")
+    nightly: CronTime = Field(default="0 2 * * *", description="Cron time of the nightly look.")
+    yearly: CronTime = Field(default="0 3 1 1 *", description="Cron time of the full retraining.")
 
 
 class LoopSettings(Settings):
@@ -596,6 +605,10 @@ def _environment_value(match: re.Match[str]) -> str:
     return os.environ[name]
 
 
+_KEYS = {"type", "attributes", "template_vars_module", "requirements", "post_processing"}
+"""What Dagster knows at the top of a component's YAML."""
+
+
 def read_loop(path: Path) -> LoopSettings:
     """The settings of one `defs.yaml`.
 
@@ -606,6 +619,11 @@ def read_loop(path: Path) -> LoopSettings:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or document.get("type") != COMPONENT_TYPE:
             raise SettingsError(f"{path}: expected `type: {COMPONENT_TYPE}` and `attributes:`")
+        if unknown := sorted(map(str, document.keys() - _KEYS)):
+            raise SettingsError(
+                f"{path}: beside `type` and `attributes` there is no {', '.join(unknown)}; a loop's settings stand "
+                "under `attributes`"
+            )
         return LoopSettings.model_validate(document.get("attributes") or {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML in UTF-8: {error}; correct it, then run again") from error

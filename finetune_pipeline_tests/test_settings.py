@@ -56,6 +56,12 @@ def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
         ("gate: {min_gain: 7}", r"gate\.min_gain: found 7, expected less than"),
         ("training: {epochs: many}", "training.epochs"),
         ("export: {quantization: Q3_X}", "export.quantization"),
+        ("training: {epochs: .inf}", r"training\.epochs: found inf"),
+        ("training: {learning_rate: .nan}", r"training\.learning_rate: found nan"),
+        ("training: {report_to: tensorboard}", r"training\.report_to: found 'tensorboard', expected a list: \[tensor"),
+        ("trigger: {nightly: always}", r"trigger\.nightly: found 'always', expected a cron time of five fields"),
+        ("sources: {feeds: [{name: a, path: b}]}", r"sources\.feeds\.0: 'kind' is missing"),
+        ("sources: {feeds: [{kind: file, name: a}]}", r"sources\.feeds\.0: there is no 'kind' 'file'; is it files\?"),
         ("training: {epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
     ],
 )
@@ -63,6 +69,19 @@ def test_a_setting_that_cannot_be_used_is_named(tmp_path, addition, said):
     path = write(tmp_path, "notes", loop_yaml(YAML + addition))
     with pytest.raises(SettingsError, match=said):
         read_loop(path)
+
+
+def test_a_key_beside_the_attributes_is_named(tmp_path):
+    path = write(tmp_path, "notes", loop_yaml(YAML) + "\natributes: 1\n")
+    with pytest.raises(SettingsError, match="beside `type` and `attributes` there is no atributes"):
+        read_loop(path)
+
+
+@pytest.mark.parametrize("time", ["0 2 * * *", "*/5 0-6 1,15 JAN MON-FRI", "@daily"])
+def test_times_of_schedules_are_crons(tmp_path, time):
+    assert (
+        read_loop(write(tmp_path, "notes", loop_yaml(f"{YAML}trigger: {{nightly: '{time}'}}"))).trigger.nightly == time
+    )
 
 
 def test_parameters_can_only_be_counted_in_json(tmp_path):

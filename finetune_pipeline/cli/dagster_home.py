@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from finetune_pipeline.artifacts import write_text
-from finetune_pipeline.settings import PROJECT_ROOT, home
+from finetune_pipeline.settings import PROJECT_ROOT, SettingsError, home
 
 PATHS = ("storage", "local_artifact_storage", "compute_logs")
 
@@ -15,11 +15,20 @@ def environment() -> dict[str, str]:
     """The environment in which Dagster's commands run, with its home made ready.
 
     The project's `dagster.yaml` is copied there without its paths, which are for a bare `dagster` command.
+
+    Raises:
+        SettingsError: it cannot be made.
     """
     dagster_home = Path(os.environ.get("DAGSTER_HOME") or home() / "dagster").resolve()
     env = {**os.environ, "FINETUNE_HOME": str(home()), "DAGSTER_HOME": str(dagster_home)}
     if dagster_home == home() / "dagster":
-        _prepare(dagster_home)
+        try:
+            _prepare(dagster_home)
+        except OSError as error:
+            raise SettingsError(
+                f"the folder {dagster_home} cannot be made or written ({error.strerror}); set FINETUNE_HOME to a "
+                "folder that can be written"
+            ) from error
     return env
 
 

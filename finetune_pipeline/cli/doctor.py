@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 
 import click
 
@@ -46,8 +47,19 @@ def _system() -> Iterator[Finding]:
     version = platform.python_version()
     fits = (3, 11) <= sys.version_info[:2] < (3, 13)
     yield Finding("python", fits, version, "" if fits else "make clean; make setup PYTHON=python3.11")
-    free = shutil.disk_usage(_existing_home()).free / 1e9
-    yield Finding("state", free > 1, f"{home()}, {free:.0f} GB free", "" if free > 1 else "free some disk space")
+    yield _state()
+
+
+def _state() -> Finding:
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=home()):
+            pass
+    except OSError as error:
+        remedy = "set FINETUNE_HOME to a folder that can be written"
+        return Finding("state", False, f"{home()} cannot be made or written ({error.strerror})", remedy)
+    free = shutil.disk_usage(home()).free / 1e9
+    return Finding("state", free > 1, f"{home()}, {free:.0f} GB free", "" if free > 1 else "free some disk space")
 
 
 def _compiler() -> Iterator[Finding]:
@@ -103,10 +115,6 @@ def _backends() -> Iterator[Finding]:
             "" if backend.available else backend.remedy,
             needed=backend.name == "peft",
         )
-
-
-def _existing_home() -> str:
-    return str(next(path for path in [home(), *home().parents] if path.exists()))
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_system, _compiler, _llama, _gpu, _backends)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from datetime import datetime
 from typing import IO
 
@@ -19,6 +20,7 @@ from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home, load_loop
 
 DEFINITIONS = "finetune_pipeline.definitions"
+_TAIL = 15  # lines of Dagster's log that are shown where no step began, as when the definitions do not load
 DEMO_LOOP = "aec_parser"
 DEMO_PROMPT = "150 mm concrete wall fire-rated two hours California seismic D"
 
@@ -131,26 +133,33 @@ def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:
         command, env=env, cwd=PROJECT_ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout is not None
+    unseen: list[str] = []
     try:
         with log.open("w", encoding="utf-8", buffering=1) as file:
-            _follow(process.stdout, file, verbose)
+            unseen = _follow(process.stdout, file, verbose)
         code = process.wait()
     except KeyboardInterrupt:
         code = process.wait()
     if code:
+        for line in unseen:
+            click.echo(line)
         click.echo(f"not promoted (exit code {code}); Dagster's whole log is in {log}")
     return code
 
 
-def _follow(lines: IO[str], log: IO[str], verbose: bool) -> None:
+def _follow(lines: IO[str], log: IO[str], verbose: bool) -> list[str]:
+    """Show what a person wants to see; where that was nothing at all, the last lines are given back."""
     started, last = time.monotonic(), None
+    tail: deque[str] = deque(maxlen=_TAIL)
     for raw in lines:
         log.write(raw)
         line = _COLOUR.sub("", raw.rstrip())
+        tail.append(line)
         text = line if verbose else summarise(line)
         if text and text != last:
             last = text
             click.echo(text if verbose else f"[{time.monotonic() - started:4.0f} s] {text}")
+    return list(tail) if last is None else []
 
 
 def summarise(line: str) -> str | None:

@@ -79,8 +79,10 @@ def layout_of(path: Path) -> Literal["lines", "array", "csv", "parquet"]:
         head = file.read(_BLOCK)
     if head.startswith(b"PAR1") or suffix == ".parquet":
         return "parquet"
-    array = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") and suffix not in {".jsonl", ".ndjson"}
-    return "array" if array else "lines"
+    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if suffix == ".json" and not begins:  # emptied to be written anew, rather than without a row
+        return "array"
+    return "array" if begins == b"[" and suffix not in {".jsonl", ".ndjson"} else "lines"
 
 
 def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:

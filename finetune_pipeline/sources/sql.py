@@ -325,7 +325,7 @@ def _engine(feed: SqlFeed) -> tuple[sa.Engine, str]:
     if not text:
         raise SourceError(
             f"source {feed.name}: the environment variable {feed.url_env} is not set; export the database's URL in it, "
-            "such as sqlite:////path/file.db or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+            "such as sqlite:////path/file.db or postgresql+psycopg://HOST/NAME"
         )
     try:
         url = make_url(text)
@@ -334,7 +334,7 @@ def _engine(feed: SqlFeed) -> tuple[sa.Engine, str]:
     except (sa.exc.ArgumentError, ValueError):  # their messages may hold the URL
         raise SourceError(
             f"source {feed.name}: what {feed.url_env} holds is no database URL that SQLAlchemy knows; expected such as "
-            "sqlite:////path/file.db or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+            "sqlite:////path/file.db or postgresql+psycopg://HOST/NAME"
         ) from None
     except ImportError as error:
         raise SourceError(
