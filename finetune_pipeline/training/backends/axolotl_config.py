@@ -6,6 +6,7 @@ test holds them against it.
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -180,7 +181,13 @@ def _trackers(settings: TrainingSettings, job: TrainingJob) -> dict[str, Any]:
     return {**{f"use_{name}": True for name in settings.report_to}, **project}
 
 
-def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Example:
+    line: dict[str, Any]  # as Axolotl reads it
+    wholes: list[str]  # the whole text with each of its answers, from the start token on
+
+
+def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[_Example]:
     """A split's examples: messages of which the last is learnt; for dpo and kto, texts with the template applied."""
     from datasets import load_from_disk
 
@@ -190,22 +197,26 @@ def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") ->
     state = folder / split / "state.json"
     if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         return []
-    return [_line(row, job, tokenizer) for row in load_from_disk(str(folder / split))]
+    return [_example(row, job, tokenizer) for row in load_from_disk(str(folder / split))]
 
 
-def _line(row: dict[str, Any], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def _example(row: dict[str, Any], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> _Example:
     asked = chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
     if job.settings.method == "sft":
         said = [{**message, "train": False} for message in asked]
-        return {"messages": [*said, {"role": "assistant", "content": row["completion"], "train": True}]}
+        messages = [*said, {"role": "assistant", "content": row["completion"], "train": True}]
+        return _Example({"messages": messages}, [str(tokenizer.apply_chat_template(messages, tokenize=False))])
     answers = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
     before = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-    line = {"prompt": _without_start(before, tokenizer)}
+    whole = {}
     for name in answers:
         message = {"role": "assistant", "content": row[name]}
-        whole = str(tokenizer.apply_chat_template([*asked, message], tokenize=False))
-        line[name] = whole.removeprefix(before).rstrip()
-    return line | ({"label": row["label"]} if "label" in row else {})
+        whole[name] = str(tokenizer.apply_chat_template([*asked, message], tokenize=False))
+    # A template may open with more than a finished turn has, as `<think>`; TRL leaves out what they do not share too.
+    prompt = os.path.commonprefix([before, *whole.values()])  # noqa: RUF071  # of texts, by character
+    line = {"prompt": _without_start(prompt, tokenizer)}
+    line |= {name: text[len(prompt) :].rstrip() for name, text in whole.items()}
+    return _Example(line | ({"label": row["label"]} if "label" in row else {}), list(whole.values()))
 
 
 def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -216,20 +227,16 @@ def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _short_enough(
-    lines: list[dict[str, Any]], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
+    examples: list[_Example], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[dict[str, Any]], int, float]:
-    """The lines of at most max_length tokens, the number of the others, and the mean tokens of a kept one."""
-    if not lines:
-        return [], 0, 0.0
-    if job.settings.method == "sft":
-        texts = tokenizer.apply_chat_template([line["messages"] for line in lines], tokenize=False)
-    else:
-        names = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
-        texts = [line["prompt"] + max((line[name] for name in names), key=len) for line in lines]
-    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    kept = [(line, count) for line, count in zip(lines, counts, strict=True) if count <= job.settings.max_length]
+    """The lines of at most max_length tokens, counted as by peft; how many others; the mean of the kept ones."""
+    counts = [
+        max(len(ids) for ids in tokenizer(example.wholes, add_special_tokens=False)["input_ids"])
+        for example in examples
+    ]
+    kept = [(one.line, count) for one, count in zip(examples, counts, strict=True) if count <= job.settings.max_length]
     mean = sum(count for _, count in kept) / max(len(kept), 1)
-    return [line for line, _ in kept], len(lines) - len(kept), mean
+    return [line for line, _ in kept], len(examples) - len(kept), mean
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
