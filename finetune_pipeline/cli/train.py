@@ -79,7 +79,7 @@ def _machine(vram: float | None, preset: str | None) -> "Machine":
 
 
 def _table(architecture: "Architecture", settings: TrainingSettings, machine: "Machine", examples: int) -> Table:
-    """Each method with and without checkpointing at the largest micro-batch that fits, or its need at one example."""
+    """Each method with and without checkpointing at the largest micro-batch that fits, or its need at the least."""
     from finetune_pipeline.training.estimate import memory, time
     from finetune_pipeline.training.presets import fits, ladder
 

@@ -87,6 +87,29 @@ def test_a_preset_fills_only_what_is_not_set():
     assert settled(plain, FAMILIES["Mistral-7B"]) is plain
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_preset_leaves_kto_an_answer_to_compare_with(preset, name):
+    try:
+        found = settled(TrainingSettings(preset=preset, method="kto"), FAMILIES[name])
+    except TrainingError as error:
+        assert f"{name} does not fit preset {preset}: with qlora, batch_size 2" in str(error)
+        return
+    assert found.batch_size >= 2
+    assert found.batch_size * found.gradient_accumulation == 16
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "method", "found"),
+    [(4, "sft", (4, "lora")), (1, "sft", (4, "lora")), (32, "sft", (1, "lora")), (16, "kto", (2, "qlora"))],
+)
+def test_where_the_accumulation_is_set_an_update_has_16_examples_or_as_many_as_fit(accumulation, method, found):
+    llama, own = FAMILIES["Llama-3.1-8B"], {"gradient_accumulation": accumulation, "method": method}
+    filled = settled(TrainingSettings(preset="24gb", **own), llama)
+    assert fits(llama, filled, machine_of("24gb"))
+    assert (filled.batch_size, filled.adapter, filled.gradient_accumulation) == (*found, accumulation)
+
+
 def test_less_memory_is_reckoned_for_checkpointing_a_smaller_batch_and_four_bits():
     def gib(**settings):
         return memory(FAMILIES["Llama-3.1-8B"], TrainingSettings(**settings), "gpu", bfloat16=True).bytes / 2**30
