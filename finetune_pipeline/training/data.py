@@ -23,16 +23,17 @@ IGNORED = -100
 _COLUMNS = ("prompt", "history", "completion")
 _REWARD = "reward"  # None in the tokens of a replayed example
 _SOURCE = "source"
-_REPLAY = "replay"  # the source of an example that nobody judged: it is mixed in against forgetting
+_REPLAYED = "replayed"
 _LOSS_SAMPLE = 256  # examples on which the loss is measured where there is no validation set
 _TOKENISED = ".tokenised"
-_FORM = 3  # of what lies there: another one is not read
+_FORM = 4  # of what lies there: another one is not read
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a job trains on: datasets of `input_ids`, `labels` (IGNORED on the prompt), `length` in tokens, `reward`."""
+    """What a job trains on: datasets of `input_ids`, `labels` (IGNORED on the prompt), `length` in tokens, `reward`,
+    and whether each is `replayed`."""
 
     train: "Dataset"
     measure: "Dataset"  # on which the loss before and after is measured
@@ -64,11 +65,8 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
     whole = _tokenised(job, tokenizer, "train")
     train = _short_enough(whole, job)
     too_long = len(whole) - len(train)
-    if not len(train):
-        raise TrainingError(
-            f"nothing is left to train on: {too_long} of {len(whole)} examples have more than "
-            f"{job.settings.max_length} tokens; raise max_length, or add examples"
-        )
+    if not len(train) or (job.settings.method == "sft" and all(train[_REPLAYED])):
+        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length))
     validation = _short_enough(_tokenised(job, tokenizer, "validation"), job)
     measure = validation if len(validation) else train.select(range(min(len(train), _LOSS_SAMPLE)))
     if job.settings.reward_weighted and job.settings.method == "sft":
@@ -77,6 +75,20 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
         # Decided here, so that a training that goes on sees what it saw before.
         train = train.select(by_reward(train[_REWARD], job.settings.seed))
     return Data(train, measure, too_long, bool(len(validation)))
+
+
+def replayed(row: dict[str, Any]) -> bool:
+    """Whether a row of a dataset is one that nobody judged, mixed in against forgetting: it is no reason to train."""
+    return bool(row.get(_SOURCE) == "replay")
+
+
+def nothing_left(too_long: int, examples: int, max_length: int) -> str:
+    """What to say where every example that is not replayed is too long."""
+    others = f", and the other {examples - too_long} are only replayed" if too_long < examples else ""
+    return (
+        f"nothing is left to train on: {too_long} of {examples} examples have more than {max_length} tokens{others}; "
+        "raise max_length, or add examples"
+    )
 
 
 def _short_enough(rows: "Dataset", job: TrainingJob) -> "Dataset":
@@ -157,6 +169,7 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
         "labels": List(Value("int32")),
         "length": Value("int32"),
         _REWARD: Value("float64"),
+        _REPLAYED: Value("bool"),
     }
     columns: dict[str, list[Any]] = {name: [] for name in kinds}
     if rows:
@@ -168,7 +181,8 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
             "input_ids": both,
             "labels": [_labels(prompt, ids) for prompt, ids in zip(asked, both, strict=True)],
             "length": [len(ids) for ids in both],
-            _REWARD: [None if row.get(_SOURCE) == _REPLAY else row.get(_REWARD) for row in rows],
+            _REWARD: [None if replayed(row) else row.get(_REWARD) for row in rows],
+            _REPLAYED: [replayed(row) for row in rows],
         }
     return Dataset.from_dict(columns, Features(kinds))
 

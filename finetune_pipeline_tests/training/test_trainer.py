@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from finetune_pipeline.training import callbacks
 from finetune_pipeline.training import data as data_module
 from finetune_pipeline.training import trainer as trainer_module
+from finetune_pipeline.training.backends.axolotl_config import write
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.data import IGNORED, load, tokenizer
 from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
@@ -124,6 +125,18 @@ def test_longer_examples_are_left_out_and_counted(job, tmp_path):
 def test_when_every_example_is_too_long_the_error_says_so(job):
     with pytest.raises(TrainingError, match="64 of 64 examples have more than 16 tokens; raise max_length"):
         train_here(with_settings(job, max_length=16))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_replayed_is_no_reason_to_train_where_all_else_is_too_long(job, tmp_path, weighted):
+    long = [{**row, "prompt": "7" * 400, "reward": 1.0, "source": "logs"} for row in rows(4, 100)]
+    dataset = save(tmp_path / "d", [*long, *({**row, "reward": None, "source": "replay"} for row in rows(6, 200))])
+    one = with_settings(job, max_length=128, reward_weighted=weighted).model_copy(update={"dataset": dataset})
+    said = "nothing is left to train on: 4 of 10 examples have more than 128 tokens, and the other 6 are only replayed"
+    with pytest.raises(TrainingError, match=said):
+        run_training(one, time.monotonic())
+    with pytest.raises(TrainingError, match=said):
+        write(one, None, gpu=False)
 
 
 def test_without_validation_the_loss_is_measured_on_the_training_examples(job, tmp_path):

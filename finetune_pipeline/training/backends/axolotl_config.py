@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.data import nothing_left, replayed
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingJob
 
 if TYPE_CHECKING:
@@ -65,17 +66,17 @@ def write(job: TrainingJob, checkpoint: Path | None, gpu: bool) -> Written:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).with_name(f"{PLUGIN}.py"), folder / f"{PLUGIN}.py")
     tokenizer = AutoTokenizer.from_pretrained(job.base_model, trust_remote_code=False)
-    train, too_long, tokens = _short_enough(_rows(job, "train", tokenizer), job, tokenizer)
-    if not train:
-        raise TrainingError(
-            f"nothing is left to train on: {too_long} examples have more than {job.settings.max_length} tokens; "
-            "raise max_length, or add examples"
-        )
-    validation, _, _ = _short_enough(_rows(job, "validation", tokenizer), job, tokenizer)
+    whole = _rows(job, "train", tokenizer)
+    train = _short_enough(whole, job)
+    too_long = len(whole) - len(train)
+    if all(example.replayed for example in train):
+        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length))
+    validation = _short_enough(_rows(job, "validation", tokenizer), job)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "measure.jsonl", validation or train[:_MEASURE_SAMPLE])
     config = configuration(job, len(train), checkpoint, gpu)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
+    tokens = sum(example.length for example in train) / len(train)
     return Written(folder / CONFIG, len(train), too_long, tokens)
 
 
@@ -184,7 +185,8 @@ def _trackers(settings: TrainingSettings, job: TrainingJob) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Example:
     line: dict[str, Any]  # as Axolotl reads it
-    wholes: list[str]  # the whole text with each of its answers, from the start token on
+    length: int  # tokens, counted as by peft: with the answer that has more of them
+    replayed: bool
 
 
 def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[_Example]:
@@ -202,21 +204,29 @@ def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") ->
 
 def _example(row: dict[str, Any], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> _Example:
     asked = chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
-    if job.settings.method == "sft":
-        said = [{**message, "train": False} for message in asked]
-        messages = [*said, {"role": "assistant", "content": row["completion"], "train": True}]
-        return _Example({"messages": messages}, [str(tokenizer.apply_chat_template(messages, tokenize=False))])
     answers = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
-    before = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     whole = {}
     for name in answers:
         message = {"role": "assistant", "content": row[name]}
         whole[name] = str(tokenizer.apply_chat_template([*asked, message], tokenize=False))
-    # A template may open with more than a finished turn has, as `<think>`; TRL leaves out what they do not share too.
+    length = max(len(ids) for ids in tokenizer(list(whole.values()), add_special_tokens=False)["input_ids"])
+    if job.settings.method == "sft":
+        said = [{**message, "train": False} for message in asked]
+        line: dict[str, Any] = {"messages": [*said, {"role": "assistant", "content": row["completion"], "train": True}]}
+    else:
+        line = _texts(asked, whole, tokenizer) | ({"label": row["label"]} if "label" in row else {})
+    return _Example(line, length, replayed(row))
+
+
+def _texts(asked: Any, whole: dict[str, str], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """The prompt, and each answer without it.
+
+    A template may open with more than a finished turn has, as `<think>`; TRL leaves out what they do not share too.
+    """
+    before = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     prompt = os.path.commonprefix([before, *whole.values()])  # noqa: RUF071  # of texts, by character
-    line = {"prompt": _without_start(prompt, tokenizer)}
-    line |= {name: text[len(prompt) :].rstrip() for name, text in whole.items()}
-    return _Example(line | ({"label": row["label"]} if "label" in row else {}), list(whole.values()))
+    answers = {name: text[len(prompt) :].rstrip() for name, text in whole.items()}
+    return {"prompt": _without_start(prompt, tokenizer), **answers}
 
 
 def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -226,18 +236,9 @@ def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     return text.removeprefix(start) if adds else text
 
 
-def _short_enough(
-    examples: list[_Example], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[dict[str, Any]], int, float]:
-    """The lines of at most max_length tokens, counted as by peft; how many others; the mean of the kept ones."""
-    counts = [
-        max(len(ids) for ids in tokenizer(example.wholes, add_special_tokens=False)["input_ids"])
-        for example in examples
-    ]
-    kept = [(one.line, count) for one, count in zip(examples, counts, strict=True) if count <= job.settings.max_length]
-    mean = sum(count for _, count in kept) / max(len(kept), 1)
-    return [line for line, _ in kept], len(examples) - len(kept), mean
+def _short_enough(examples: list[_Example], job: TrainingJob) -> list[_Example]:
+    return [example for example in examples if example.length <= job.settings.max_length]
 
 
-def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+def _write_lines(path: Path, examples: Iterable[_Example]) -> None:
+    write_text(path, "".join(f"{json.dumps(example.line, ensure_ascii=False)}\n" for example in examples))
