@@ -185,17 +185,36 @@ def _cached_config(base: str) -> Path | None:
 
 def read_architecture(path: Path, name: str) -> Architecture:
     """The architecture that a config.json describes; see architecture_of."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    text = {**config, **config.get("text_config", {})}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also where it is no UTF-8
+        raise TrainingError(f"{path} is no JSON ({error}); download {name} again") from error
+    if not isinstance(config, dict):
+        raise TrainingError(f"{path} holds {config!r:.40}, not an object of settings; download {name} again")
+    said = {**config, **(config.get("text_config") or {})}
+    text = {key: value for key, value in said.items() if value is not None}
+    wrong = [f"{key} {text[key]!r}" for key in _COUNTS if not _is_count(text.get(key, 1))]
+    if wrong:
+        raise TrainingError(f"{path} says {', '.join(wrong)} where a whole number is expected; download {name} again")
     try:
         if any(text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
             raise TrainingError(f"{name} is a mixture of experts, whose memory cannot be planned here yet")
-        return _from_config(text, config.get("vision_config", {}), name)
+        return _from_config(text, config.get("vision_config") or {}, name)
     except KeyError as error:
         raise TrainingError(
             f"{path} does not say {error}, so the memory of {name} cannot be planned; known are models of Llama's "
             "kind (Llama, Mistral, Qwen, Gemma and theirs)"
         ) from error
+
+
+_COUNTS = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _from_config(text: dict[str, Any], vision: dict[str, Any], name: str) -> Architecture:

@@ -46,6 +46,24 @@ def test_a_mixture_of_experts_and_an_unknown_model_are_refused(tmp_path):
         architecture_of("somebody/some-model-1b")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{broken", "is no JSON"),
+        ("\udcff", "is no JSON"),
+        ("[]", r"holds \[\], not an object"),
+        ('{"text_config": null}', "does not say 'num_attention_heads'"),
+        ('{"hidden_size": "64", "head_dim": 0}', "says hidden_size '64', head_dim 0 where a whole number is expected"),
+    ],
+)
+def test_a_broken_config_is_named_with_what_was_found(text, said, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(TrainingError, match=said) as error:
+        architecture_of(str(tmp_path))
+    assert str(path) in str(error.value)
+
+
 def test_a_known_family_is_found_by_its_hugging_face_id():
     assert architecture_of("meta-llama/Llama-3.1-8B-Instruct").name == "Llama-3.1-8B"
     assert architecture_of("meta-llama/Meta-Llama-3.1-8B-Instruct").name == "Llama-3.1-8B"
