@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import hash_file, hash_of, package_versions
 from finetune_pipeline.records import Turn, chat
+from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import TrainingError, TrainingJob
 from finetune_pipeline.training.sampling import by_reward
 
@@ -67,7 +69,10 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
     too_long = len(whole) - len(train)
     if not len(train) or (job.settings.method == "sft" and all(train[_REPLAYED])):
         raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length))
-    validation = _short_enough(_tokenised(job, tokenizer, "validation"), job)
+    held_out = _tokenised(job, tokenizer, "validation")
+    validation = _short_enough(held_out, job)
+    if job.settings.method == "sft" and not len(validation) and (len(held_out) or job.settings.early_stopping):
+        print(no_validation(job.settings, len(held_out)), file=sys.stderr, flush=True)
     measure = validation if len(validation) else train.select(range(min(len(train), _LOSS_SAMPLE)))
     if job.settings.reward_weighted and job.settings.method == "sft":
         if set(train[_REWARD]) == {None}:
@@ -89,6 +94,15 @@ def nothing_left(too_long: int, examples: int, max_length: int) -> str:
         f"nothing is left to train on: {too_long} of {examples} examples have more than {max_length} tokens{others}; "
         "raise max_length, or add examples"
     )
+
+
+def no_validation(settings: TrainingSettings, held_out: int) -> str:
+    """What to say where nothing that was held out can be validated on: `held_out` examples, all too long."""
+    why = f"all {held_out} validation examples have more than {settings.max_length} tokens (raise max_length)"
+    if not held_out:
+        why = "the dataset has no validation examples (raise curation.validation_share, or add examples)"
+    stopping = " and early_stopping does nothing" if settings.early_stopping else ""
+    return f"the training is not validated, so the last weights stay{stopping}: {why}"
 
 
 def _short_enough(rows: "Dataset", job: TrainingJob) -> "Dataset":

@@ -145,6 +145,24 @@ def test_without_validation_the_loss_is_measured_on_the_training_examples(job, t
     assert data.measure["input_ids"] == data.train["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("held_out", "stopping", "said"),
+    [
+        (8, None, "not validated, so the last weights stay: all 8 validation examples have more than 128 tokens"),
+        (8, 1, "the last weights stay and early_stopping does nothing: all 8 validation examples have more than 128"),
+        (0, 1, "the last weights stay and early_stopping does nothing: the dataset has no validation examples"),
+        (0, None, ""),
+    ],
+)
+def test_that_a_training_is_not_validated_is_told(job, tmp_path, capsys, held_out, stopping, said):
+    long = [{**row, "prompt": "7" * 400} for row in rows(held_out, 300)]
+    one = with_settings(job, max_length=128, early_stopping=stopping)
+    one = one.model_copy(update={"dataset": save(tmp_path / "d", rows(8, 100), long)})
+    assert not load(one, tokenizer(one.base_model)).validates
+    told = [line for line in capsys.readouterr().err.splitlines() if "validated" in line]
+    assert len(told) == bool(said) and said in "".join(told)
+
+
 def test_texts_are_tokenised_once_for_all_trainings_of_them(job, tmp_path, monkeypatch):
     dataset = save(tmp_path / "d", rows(16), rows(4, 50))
     first = job.model_copy(update={"dataset": dataset})
