@@ -137,6 +137,31 @@ def test_less_memory_is_reckoned_for_checkpointing_a_smaller_batch_and_four_bits
     assert gib(gradient_checkpointing=True, batch_size=1, adapter="qlora") < 11
 
 
+def test_logits_of_all_tokens_are_reckoned_where_embeddings_are_trained_and_rows_are_filled_up(tmp_path):
+    def logits(kind, tied=True, **settings):
+        config = {**CONFIG, "model_type": kind, "tie_word_embeddings": tied}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        asked = TrainingSettings(batch_size=4, max_length=2048, gradient_checkpointing=True, **settings)
+        (loss,) = [
+            part
+            for part in memory(architecture_of(str(tmp_path)), asked, "gpu", bfloat16=True).parts
+            if part.name in {"loss", "gradients"}
+        ]
+        return f"of {4 * 2048} tokens x 256,000 words" in loss.formula
+
+    assert logits("gemma2", trainable_token_indices=(5,))
+    assert logits("gemma2", trainable_token_indices="all")
+    assert not logits("gemma2")
+    assert not logits("gemma2", tied=False, trainable_token_indices=(5,))
+    assert not logits("llama", trainable_token_indices=(5,))
+    assert not FAMILIES["gemma-3-12b"].shares_rows and FAMILIES["Qwen3-8B"].shares_rows
+
+
+CONFIG = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 256000,
+}  # fmt: skip
+
+
 def test_what_a_layer_is_reckoned_to_keep_is_what_autograd_keeps():
     import torch
     from peft import LoraConfig, get_peft_model
