@@ -406,7 +406,7 @@ class TrainingSettings(Settings):
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         default=(), description="Trackers that Hugging Face's Trainer reports to; each has to be installed."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the adapter's weights and the order of examples.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the adapter's weights and the order of examples.")
 
 
 class ExportSettings(Settings):

@@ -55,6 +55,7 @@ def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
         ("min_gain: 0.1", r"min_gain: there is no such field(?!; is it min_gain\?)"),  # it is one of gate's
         ("gate: {min_gain: 7}", r"gate\.min_gain: found 7, expected less than"),
         ("training: {epochs: many}", "training.epochs"),
+        ("training: {seed: 4294967296}", r"training\.seed: found 4294967296, expected less than 4294967296"),
         ("export: {quantization: Q3_X}", "export.quantization"),
         ("training: {epochs: .inf}", r"training\.epochs: found inf"),
         ("training: {learning_rate: .nan}", r"training\.learning_rate: found nan"),

@@ -1,5 +1,6 @@
 """`finetune train plan`: which training fits a memory size, what it takes, and how that was reckoned."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ def train() -> None:
 @train.command()
 @click.option("--base", metavar="M", help="Base model: a folder, or a Hugging Face id; default the loop's.")
 @click.option("--vram", type=click.FloatRange(1), metavar="GB", help="Memory of a GPU; default this machine's.")
-@click.option("--preset", type=click.Choice(_PRESETS), help="Plan for a preset's memory instead.")
+@click.option("--preset", type=click.Choice(_PRESETS), help="Plan for a preset's memory instead; default the loop's.")
 @click.option(
     "--loop", metavar="NAME", help="Begin with this loop's base model and settings; without --base, the only loop's."
 )
@@ -40,11 +41,14 @@ def plan(
 
     if vram is not None and preset is not None:
         raise SettingsError("--vram and --preset both name a memory size; give one of them")
+    if vram is not None and not math.isfinite(vram):  # click takes nan for a number within any range
+        raise SettingsError(f"--vram {vram} is no memory size; give a number of GB, as --vram 12")
     if base and not loop:
         architecture, given = architecture_of(base), TrainingSettings()
     else:
         chosen = the_loop(loop)
         architecture, given = architecture_of(base or chosen.base_model), chosen.training
+    preset = preset or (given.preset if vram is None else None)
     machine = _machine(vram, preset)
     if length is not None:
         given = TrainingSettings(**given.model_dump(include=given.model_fields_set) | {"max_length": length})
@@ -79,7 +83,7 @@ def _machine(vram: float | None, preset: str | None) -> "Machine":
 
 
 def _table(architecture: "Architecture", settings: TrainingSettings, machine: "Machine", examples: int) -> Table:
-    """Each method with and without checkpointing at the largest micro-batch that fits, or its need at one example."""
+    """Each method with and without checkpointing at the largest micro-batch that fits, or its need at the least."""
     from finetune_pipeline.training.estimate import memory, time
     from finetune_pipeline.training.presets import fits, ladder
 

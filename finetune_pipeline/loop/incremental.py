@@ -7,11 +7,12 @@ from typing import Any
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, find, hash_of
 from finetune_pipeline.curation.dataset import DATASET
+from finetune_pipeline.curation.preferences import LABELLED
 from finetune_pipeline.database import connect
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.settings import LoopSettings, TrainingSettings
-from finetune_pipeline.training.incremental import chosen, obstacle
+from finetune_pipeline.training.incremental import chosen, obstacle, with_both_labels
 
 _ANSWERS = ("completion", "label", "chosen", "rejected")
 
@@ -61,10 +62,12 @@ def start(
     learnt = _found(DatasetManifest, loop.name, adapter.manifest.inputs.get("curated_dataset"))
     if learnt is None:
         return _full(f"the dataset of {serving.name} is not there any more, so nobody knows what is new")
-    known, rows = set(_hashes(learnt, part)), _hashes(dataset, part)
+    rows = _rows(dataset, part)
+    known, hashes = {_hash(row) for row in _rows(learnt, part)}, [_hash(row) for row in rows]
     if part == DATASET:
-        known |= set(rows[len(rows) - dataset.manifest.replayed :])  # they stand at the end, and are nothing new
-    return _on_top(serving.name, adapter, known, rows, settings)
+        known |= set(hashes[len(rows) - dataset.manifest.replayed :])  # they stand at the end, and are nothing new
+    labels = [row["label"] for row in rows] if part == LABELLED else None
+    return _on_top(serving.name, adapter, known, hashes, labels, settings)
 
 
 def write_subset(dataset: Path, rows: tuple[int, ...], folder: Path) -> Path:
@@ -83,11 +86,16 @@ def _on_top(
     adapter: Artifact[AdapterManifest],
     known: set[str],
     hashes: list[str],
+    labels: list[bool] | None,
     settings: TrainingSettings,
 ) -> Start:
     rows = chosen(hashes, known, settings.replay_older, str(settings.seed))
     if not rows:
         return _full(f"nothing is new since {name} was trained")
+    if labels is not None:
+        rows = with_both_labels(rows, hashes, labels, known, str(settings.seed))
+        if len({labels[row] for row in rows}) == 1:
+            return _full(f"what is new is all {'good' if labels[rows[0]] else 'bad'}, and kto needs both")
     new = sum(hashes[row] not in known for row in rows)
     reason = f"on top of {name}: {new} new examples, {len(rows) - new} older ones replayed"
     return Start(adapter, tuple(rows), new, reason)
@@ -104,12 +112,16 @@ def _found(kind: Any, loop: str, version: str | None) -> Any:
         return None
 
 
-def _hashes(dataset: Artifact[DatasetManifest], part: str) -> list[str]:
-    """What tells the rows to train on apart: their text, whatever was said of them since."""
+def _rows(dataset: Artifact[DatasetManifest], part: str) -> list[dict[str, Any]]:
+    """The rows to train on."""
     import datasets
 
     folder = dataset.path / part
     if not folder.is_dir():  # made before this method was there
         return []
-    rows = datasets.load_from_disk(str(folder / "train")).to_list()
-    return [hash_of([row["prompt"], row["history"], *(row.get(name) for name in _ANSWERS)]) for row in rows]
+    return list(datasets.load_from_disk(str(folder / "train")).to_list())
+
+
+def _hash(row: dict[str, Any]) -> str:
+    """What tells a row from others: its text, whatever was said of it since."""
+    return hash_of([row["prompt"], row["history"], *(row.get(name) for name in _ANSWERS)])

@@ -136,6 +136,7 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
             description=loop.description,
             created_at=model.created_at,
             mode=model.mode,
+            mode_reason=made_from.adapter_manifest.mode_reason if made_from.adapter_manifest else "",
             base_model=_base_name(made_from.base_model) if made_from.base_model else loop.base_model,
             base_hash=model.base_hash,
             files={path.name: sha256 for path, sha256 in model.files.items()},

@@ -115,10 +115,9 @@ def adapter(
     its place in a pool, and the next one would wait for ever.
     """
     base = resolve_base_model(loop.base_model)
-    settings = _settled(loop.base_model, settings, tell)
     held = dataset.manifest
     choice = choose(settings.method, Counts(good=held.train - held.replayed, pairs=held.pairs, bad=held.undesirable))
-    settings = settings.model_copy(update={"method": choice.method})
+    settings = _settled(loop.base_model, settings.model_copy(update={"method": choice.method}), tell)
     part = PARTS[choice.method]
     begin = start(loop, settings, dataset, part, base_hash(base))
     tell(f"{begin.mode} training, {begin.reason}; by {choice.reason}")

@@ -27,6 +27,7 @@ class Card:
         name: `loop@v1.2.0`.
         description: what the loop's model does.
         mode: "full" or "incremental" training.
+        mode_reason: what it started from, and on top of which version.
         files: name of each model file -> its SHA-256.
         data: figures of the dataset, by the name to show.
         events: the ingest sequences that the data comes from, "1..480".
@@ -46,6 +47,7 @@ class Card:
     base_model: str
     base_hash: str
     files: Mapping[str, str]
+    mode_reason: str = ""
     adapter: str | None = None
     dataset: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -86,7 +88,7 @@ def _made_from(card: Card) -> str:
         "adapter": card.adapter,
         "dataset": card.dataset,
         "events": card.events or up_to,
-        "training": card.mode,
+        "training": f"{card.mode}, {card.mode_reason}" if card.mode_reason else card.mode,
         "promoted": f"{card.created_at:%Y-%m-%d %H:%M} UTC",
         **{name: f"SHA-256 `{sha256}`" for name, sha256 in card.files.items()},
     }

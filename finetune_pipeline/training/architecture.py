@@ -1,11 +1,13 @@
 """What a base model is made of, without loading it: from its config.json, or from the table of known families."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings, project_path
+from finetune_pipeline.training import unpadded
 from finetune_pipeline.training.job import TrainingError
 
 
@@ -27,6 +29,7 @@ class Architecture:
         qk_norm: whether query and key are normalised (Qwen 3, Gemma 3).
         norms: normalisations in a layer: 2, or 4 in Gemma.
         other: parameters beside the language model: a vision tower, which stays as it is.
+        shares_rows: whether examples lie one after the other in a row (unpadded.py); else each is filled up.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Architecture:
     qk_norm: bool = False
     norms: int = 2
     other: int = 0
+    shares_rows: bool = True
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -120,7 +124,7 @@ FAMILIES: dict[str, Architecture] = {
         Architecture("deepseek-coder-6.7b", **{**_LLAMA2_7B, "vocabulary": 32256}),
         Architecture(
             "gemma-3-12b", layers=48, hidden=3840, ffn=15360, heads=16, kv_heads=8, head_dim=256, vocabulary=262208,
-            tied=True, qk_norm=True, norms=4, other=421_000_000,
+            tied=True, qk_norm=True, norms=4, other=421_000_000, shares_rows=False,
         ),
         Architecture("Qwen2.5-0.5B", **_qwen(24, 896, 4864, 14, 2, 64, 151936, tied=True), qkv_bias=True),
         Architecture("Qwen2.5-1.5B", **_qwen(28, 1536, 8960, 12, 2, 128, 151936, tied=True), qkv_bias=True),
@@ -185,17 +189,37 @@ def _cached_config(base: str) -> Path | None:
 
 def read_architecture(path: Path, name: str) -> Architecture:
     """The architecture that a config.json describes; see architecture_of."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    text = {**config, **config.get("text_config", {})}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also where it is no UTF-8
+        raise TrainingError(f"{path} is no JSON ({error}); download {name} again") from error
+    if not isinstance(config, dict):
+        raise TrainingError(f"{path} holds {config!r:.40}, not an object of settings; download {name} again")
+    said = {**config, **(config.get("text_config") or {})}
+    text = {key: value for key, value in said.items() if value is not None}
+    wrong = [f"{key} {text[key]!r}" for key in _COUNTS if not _is_count(text.get(key, 1))]
+    if wrong:
+        raise TrainingError(f"{path} says {', '.join(wrong)} where a whole number is expected; download {name} again")
     try:
         if any(text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
             raise TrainingError(f"{name} is a mixture of experts, whose memory cannot be planned here yet")
-        return _from_config(text, config.get("vision_config", {}), name)
+        architecture = _from_config(text, config.get("vision_config") or {}, name)
     except KeyError as error:
         raise TrainingError(
             f"{path} does not say {error}, so the memory of {name} cannot be planned; known are models of Llama's "
             "kind (Llama, Mistral, Qwen, Gemma and theirs)"
         ) from error
+    return replace(architecture, shares_rows=unpadded.fits(SimpleNamespace(**{"model_type": "", **config})))
+
+
+_COUNTS = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _from_config(text: dict[str, Any], vision: dict[str, Any], name: str) -> Architecture:

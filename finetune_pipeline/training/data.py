@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import hash_file, hash_of, package_versions
 from finetune_pipeline.records import Turn, chat
+from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import TrainingError, TrainingJob
 from finetune_pipeline.training.sampling import by_reward
 
@@ -23,16 +25,17 @@ IGNORED = -100
 _COLUMNS = ("prompt", "history", "completion")
 _REWARD = "reward"  # None in the tokens of a replayed example
 _SOURCE = "source"
-_REPLAY = "replay"  # the source of an example that nobody judged: it is mixed in against forgetting
+_REPLAYED = "replayed"
 _LOSS_SAMPLE = 256  # examples on which the loss is measured where there is no validation set
 _TOKENISED = ".tokenised"
-_FORM = 3  # of what lies there: another one is not read
+_FORM = 4  # of what lies there: another one is not read
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a job trains on: datasets of `input_ids`, `labels` (IGNORED on the prompt), `length` in tokens, `reward`."""
+    """What a job trains on: datasets of `input_ids`, `labels` (IGNORED on the prompt), `length` in tokens, `reward`,
+    and whether each is `replayed`."""
 
     train: "Dataset"
     measure: "Dataset"  # on which the loss before and after is measured
@@ -64,12 +67,12 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
     whole = _tokenised(job, tokenizer, "train")
     train = _short_enough(whole, job)
     too_long = len(whole) - len(train)
-    if not len(train):
-        raise TrainingError(
-            f"nothing is left to train on: {too_long} of {len(whole)} examples have more than "
-            f"{job.settings.max_length} tokens; raise max_length, or add examples"
-        )
-    validation = _short_enough(_tokenised(job, tokenizer, "validation"), job)
+    if not len(train) or (job.settings.method == "sft" and all(train[_REPLAYED])):
+        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length))
+    held_out = _tokenised(job, tokenizer, "validation")
+    validation = _short_enough(held_out, job)
+    if job.settings.method == "sft" and not len(validation) and (len(held_out) or job.settings.early_stopping):
+        print(no_validation(job.settings, len(held_out)), file=sys.stderr, flush=True)
     measure = validation if len(validation) else train.select(range(min(len(train), _LOSS_SAMPLE)))
     if job.settings.reward_weighted and job.settings.method == "sft":
         if set(train[_REWARD]) == {None}:
@@ -77,6 +80,29 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
         # Decided here, so that a training that goes on sees what it saw before.
         train = train.select(by_reward(train[_REWARD], job.settings.seed))
     return Data(train, measure, too_long, bool(len(validation)))
+
+
+def replayed(row: dict[str, Any]) -> bool:
+    """Whether a row of a dataset is one that nobody judged, mixed in against forgetting: it is no reason to train."""
+    return bool(row.get(_SOURCE) == "replay")
+
+
+def nothing_left(too_long: int, examples: int, max_length: int) -> str:
+    """What to say where every example that is not replayed is too long."""
+    others = f", and the other {examples - too_long} are only replayed" if too_long < examples else ""
+    return (
+        f"nothing is left to train on: {too_long} of {examples} examples have more than {max_length} tokens{others}; "
+        "raise max_length, or add examples"
+    )
+
+
+def no_validation(settings: TrainingSettings, held_out: int) -> str:
+    """What to say where nothing that was held out can be validated on: `held_out` examples, all too long."""
+    why = f"all {held_out} validation examples have more than {settings.max_length} tokens (raise max_length)"
+    if not held_out:
+        why = "the dataset has no validation examples (raise curation.validation_share, or add examples)"
+    stopping = " and early_stopping does nothing" if settings.early_stopping else ""
+    return f"the training is not validated, so the last weights stay{stopping}: {why}"
 
 
 def _short_enough(rows: "Dataset", job: TrainingJob) -> "Dataset":
@@ -157,6 +183,7 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
         "labels": List(Value("int32")),
         "length": Value("int32"),
         _REWARD: Value("float64"),
+        _REPLAYED: Value("bool"),
     }
     columns: dict[str, list[Any]] = {name: [] for name in kinds}
     if rows:
@@ -168,7 +195,8 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
             "input_ids": both,
             "labels": [_labels(prompt, ids) for prompt, ids in zip(asked, both, strict=True)],
             "length": [len(ids) for ids in both],
-            _REWARD: [None if row.get(_SOURCE) == _REPLAY else row.get(_REWARD) for row in rows],
+            _REWARD: [None if replayed(row) else row.get(_REWARD) for row in rows],
+            _REPLAYED: [replayed(row) for row in rows],
         }
     return Dataset.from_dict(columns, Features(kinds))
 

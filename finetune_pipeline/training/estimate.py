@@ -195,9 +195,12 @@ def cast_bytes(architecture: Architecture, settings: TrainingSettings, device: D
 def _working(architecture: Architecture, settings: TrainingSettings, bfloat16: bool, tokens: int) -> Part:
     """What comes and goes: the loss's logits or, where that is more, one layer's gradients.
 
-    Of answers to learn the logits are made for some tokens at a time; TRL's DPO and KTO make them for all.
+    Of answers to learn the logits are made for some tokens at a time; TRL's DPO and KTO make them for all. So does its
+    SFT where rows are filled up and trained embeddings are the output layer too, which is then no bare one.
     """
-    chunk = tokens if settings.method in {"dpo", "kto"} else min(tokens_at_a_time(architecture.vocabulary), tokens)
+    plain = settings.trainable_token_indices and architecture.tied and not architecture.shares_rows
+    whole = settings.method in {"dpo", "kto"} or plain
+    chunk = tokens if whole else min(tokens_at_a_time(architecture.vocabulary), tokens)
     logits = chunk * architecture.vocabulary * 4 * LOGIT_COPIES
     each = 2 if bfloat16 else 4
     layer = tokens * 3 * architecture.ffn * each

@@ -39,5 +39,28 @@ def chosen(hashes: Sequence[str], known: Collection[str], older_for_each: float,
     new = [i for i, value in enumerate(hashes) if value not in known]
     older = [i for i, value in enumerate(hashes) if value in known]
     count = round(older_for_each * len(new))
-    sample = sorted(older, key=lambda i: hash_of([seed, hashes[i]]))[:count]
-    return sorted([*new, *sample])
+    return sorted([*new, *_sample(older, hashes, seed)[:count]])
+
+
+def with_both_labels(
+    rows: Sequence[int], hashes: Sequence[str], labels: Sequence[bool], known: Collection[str], seed: str
+) -> list[int]:
+    """The chosen examples and, if they are all good or all bad, one older example of the other kind for each new one.
+
+    KTO learns from both. At most all; where there is none of the other kind, the chosen ones as they are.
+
+    Args:
+        rows: from `chosen`.
+        hashes, known, seed: as there.
+        labels: of every example of the dataset: whether it was found good.
+    """
+    kinds = {labels[i] for i in rows}
+    if len(kinds) != 1:
+        return list(rows)
+    others = [i for i, value in enumerate(hashes) if value in known and labels[i] not in kinds]
+    count = sum(hashes[i] not in known for i in rows)
+    return sorted([*rows, *_sample(others, hashes, seed)[:count]])
+
+
+def _sample(older: Sequence[int], hashes: Sequence[str], seed: str) -> list[int]:
+    return sorted(older, key=lambda i: hash_of([seed, hashes[i]]))

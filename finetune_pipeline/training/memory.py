@@ -9,7 +9,7 @@ from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.architecture import read_architecture
 from finetune_pipeline.training.estimate import ERROR, GIB, Device, MemoryEstimate, memory
 from finetune_pipeline.training.job import TrainingError
-from finetune_pipeline.training.presets import CHANGEABLE, Machine, changes, first_fitting, halved
+from finetune_pipeline.training.presets import CHANGEABLE, Machine, changes, fewest, first_fitting, halved
 
 # torch's own, C++'s, and oneDNN's, which says no more than this when it gets no memory (seen under a limit).
 _ALLOCATORS = (
@@ -137,7 +137,7 @@ def memory_may_run_out(settings: TrainingSettings) -> Iterator[None]:
     Raises:
         MemoryRanOut: memory ran out; a new process is to go on from the last checkpoint with a smaller micro-batch.
             This one was tried and did not: what a failed step held was not given back.
-        TrainingError: memory ran out with one example at a time.
+        TrainingError: memory ran out with as few examples at a time as there can be.
     """
     try:
         yield
@@ -150,9 +150,9 @@ def memory_may_run_out(settings: TrainingSettings) -> Iterator[None]:
 
 
 def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> TrainingError:
-    smaller = halved(micro, examples)
+    smaller = halved(micro, examples, fewest(settings))
     if not smaller:
-        return TrainingError(_with_one_example(settings, said))
+        return TrainingError(_with_the_fewest(settings, micro, said))
     message = (
         f"memory ran out with micro-batch {micro} ({said}); going on from the last checkpoint with {smaller} examples "
         f"at a time and {examples // smaller} steps an update, which makes the same {examples} examples an update"
@@ -160,14 +160,15 @@ def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> T
     return MemoryRanOut(message, smaller)
 
 
-def _with_one_example(settings: TrainingSettings, said: str) -> str:
+def _with_the_fewest(settings: TrainingSettings, micro: int, said: str) -> str:
     remedies = [f"max_length below {settings.max_length}"]
     if not settings.gradient_checkpointing:
         remedies.insert(0, "gradient_checkpointing: true")
     if settings.adapter == "lora":
         remedies.insert(-1, "adapter: qlora")
+    tried = "one example at a time" if micro == 1 else f"{micro} examples at a time, and {settings.method} needs 2"
     return (
-        f"memory ran out with one example at a time ({said}); set {', or '.join(remedies)}, or take a smaller "
+        f"memory ran out with {tried} ({said}); set {', or '.join(remedies)}, or take a smaller "
         "base_model; `finetune train plan` shows what fits"
     )
 
@@ -181,9 +182,9 @@ def ran_out(settings: TrainingSettings, micro_batch: int, said: str) -> str:
         said: the error that told it.
     """
     examples = settings.batch_size * settings.gradient_accumulation
-    smaller = halved(micro_batch, examples // settings.workers)
+    smaller = halved(micro_batch, examples // settings.workers, fewest(settings))
     if not smaller:
-        return _with_one_example(settings, said)
+        return _with_the_fewest(settings, micro_batch, said)
     return (
         f"memory ran out with {micro_batch} examples at a time ({said}); set batch_size: {smaller} and "
         f"gradient_accumulation: {examples // smaller}, which makes the same {examples} examples an update; run again "

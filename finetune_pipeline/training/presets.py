@@ -3,7 +3,8 @@
 A preset is a wish (rank, length, examples an update) and a memory size. What of it fits is found by going down one
 ladder, the same for presets, for `finetune train plan` and for what is suggested when a training is refused: first a
 smaller micro-batch with more accumulation, which changes nothing but speed; then gradient checkpointing, which costs
-time; then QLoRA, which costs some accuracy of the base; last shorter examples, which costs examples.
+time; then, where the accumulation is set, fewer examples an update; then QLoRA, which costs some accuracy of the base;
+last shorter examples, which costs examples.
 """
 
 from collections.abc import Iterator, Set
@@ -129,6 +130,8 @@ def with_wish(settings: TrainingSettings, preset: Preset) -> TrainingSettings:
     wish = {name: value for name, value in preset.wish.items() if name not in settings.model_fields_set}
     if "batch_size" not in wish and "gradient_accumulation" in wish:
         wish["gradient_accumulation"] = max(1, EXAMPLES_AN_UPDATE // settings.batch_size)
+    if "batch_size" in wish and "gradient_accumulation" not in wish:
+        wish["batch_size"] = max(fewest(settings), EXAMPLES_AN_UPDATE // settings.gradient_accumulation)
     return settings.model_copy(update=wish)
 
 
@@ -163,29 +166,44 @@ def ladder(settings: TrainingSettings, free: Set[str]) -> Iterator[TrainingSetti
     adapters = ["lora", "qlora"] if settings.adapter == "lora" and "adapter" in free else [settings.adapter]
     recomputed = settings.gradient_checkpointing
     checkpointing = [False, True] if not recomputed and "gradient_checkpointing" in free else [recomputed]
-    batches = list(_batches(settings)) if {"batch_size", "gradient_accumulation"} <= free else [{}]
+    updates = list(_updates(settings)) if "batch_size" in free and "gradient_accumulation" not in free else [settings]
     for length in lengths:
         for adapter in adapters:
-            for recompute in checkpointing:
-                for batch in batches:
-                    changes = {"max_length": length, "adapter": adapter, "gradient_checkpointing": recompute, **batch}
-                    yield settings.model_copy(update=changes)
+            for update in updates:
+                for recompute in checkpointing:
+                    for batch in _batches(update) if {"batch_size", "gradient_accumulation"} <= free else [update]:
+                        changes = {"max_length": length, "adapter": adapter, "gradient_checkpointing": recompute}
+                        yield batch.model_copy(update=changes)
 
 
-def _batches(settings: TrainingSettings) -> Iterator[dict[str, int]]:
+def _updates(settings: TrainingSettings) -> Iterator[TrainingSettings]:
+    """Settings with fewer and fewer examples an update, in as many steps."""
+    micro = settings.batch_size
+    while micro:
+        yield settings.model_copy(update={"batch_size": micro})
+        micro = halved(micro, micro, fewest(settings))
+
+
+def _batches(settings: TrainingSettings) -> Iterator[TrainingSettings]:
+    """Settings with smaller and smaller micro-batches, and as many examples an update."""
     examples, micro = settings.batch_size * settings.gradient_accumulation, settings.batch_size
     while micro:
-        yield {"batch_size": micro, "gradient_accumulation": examples // micro}
-        micro = halved(micro, examples)
+        yield settings.model_copy(update={"batch_size": micro, "gradient_accumulation": examples // micro})
+        micro = halved(micro, examples, fewest(settings))
 
 
-def halved(micro: int, examples: int) -> int:
-    """The next smaller micro-batch: at most half, and such that whole ones make `examples`; 0 below 1.
+def fewest(settings: TrainingSettings) -> int:
+    """Examples that a device needs at a time: KTO compares each with another one."""
+    return 2 if settings.method == "kto" else 1
 
-    >>> halved(24, 24), halved(6, 6), halved(5, 5), halved(1, 16)
-    (12, 3, 1, 0)
+
+def halved(micro: int, examples: int, least: int) -> int:
+    """The next smaller micro-batch: at most half, and such that whole ones make `examples`; 0 below `least`.
+
+    >>> halved(24, 24, 1), halved(6, 6, 1), halved(5, 5, 1), halved(1, 16, 1), halved(2, 16, 2)
+    (12, 3, 1, 0, 0)
     """
-    return next((size for size in range(micro // 2, 0, -1) if examples % size == 0), 0)
+    return next((size for size in range(micro // 2, least - 1, -1) if examples % size == 0), 0)
 
 
 def changes(before: TrainingSettings, after: TrainingSettings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ stay small; TRL's entropy and accuracy of every step, which nobody reads, are le
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune_pipeline.training.data import IGNORED
@@ -31,7 +32,7 @@ _TOKENS, _LENGTHS = 128, 16  # a row has a multiple of so many tokens, its examp
 _SHORT = 256  # tokens, below which scores fit into memory as a matrix
 
 
-def fits(config: "PretrainedConfig") -> bool:
+def fits(config: "PretrainedConfig | SimpleNamespace") -> bool:
     """Whether examples of this architecture can share a row: its layers mix tokens by plain causal attention alone."""
     capped = (getattr(config, name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping"))
     return config.model_type in _FAMILIES and not any(capped)

@@ -17,7 +17,7 @@ from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.models import Candidate
-from finetune_pipeline.settings import PROJECT_ROOT, load_loop
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop
 from finetune_pipeline.training.backends.base import Availability
 from finetune_pipeline.training.backends.unsloth import Unsloth
 from finetune_pipeline.training.job import TrainingError
@@ -206,6 +206,24 @@ def test_a_plan_says_what_fits_how_it_was_reckoned_and_what_to_write():
     here = run("train", "plan", "--examples", "100")  # there is one loop
     assert "matrix products reach here (measured)" in here
     assert "  batch_size: 24" in here  # the loop's own
+
+
+def test_a_plan_is_for_the_loops_preset_unless_another_memory_is_named(monkeypatch):
+    loop = load_loop("aec_parser")
+    loop = loop.model_copy(update={"training": TrainingSettings(preset="24gb")})
+    monkeypatch.setattr("finetune_pipeline.cli.train.the_loop", lambda _: loop)
+    assert "memory to use: 22.8 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser")
+    assert "memory to use: 22.8 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--length", "256")
+    assert "memory to use: 7.6 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--vram", "8")
+    assert "memory to use: 76.0 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--preset", "80gb")
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "-inf", "0", "-4"])
+def test_a_memory_size_that_is_none_is_refused(size):
+    result = CliRunner().invoke(finetune, ["train", "plan", "--base", "mistralai/Mistral-7B-v0.3", "--vram", size])
+    assert result.exit_code != 0
+    assert "--vram" in f"{result.output}{result.exception}"
+    assert "Traceback" not in result.output and "memory to use" not in result.output
 
 
 def test_a_plan_of_what_does_not_fit_says_what_it_takes_at_least_and_what_to_change():

@@ -9,13 +9,16 @@ import pytest
 from finetune_pipeline.artifacts import hash_file, pointed
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
+from finetune_pipeline.loop import incremental
 from finetune_pipeline.loop.automation import automation
 from finetune_pipeline.loop.incremental import start
+from finetune_pipeline.loop.lora_adapter import adapter
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import promote
 from finetune_pipeline.registry.models import Candidate
 from finetune_pipeline.training.job import TrainingResult
 from finetune_pipeline_tests.loop.conftest import corrected, definitions, write_events
+from finetune_pipeline_tests.loop.test_methods import dataset as labelled
 
 KEY = dg.AssetKey(["notes", "lora_adapter"])
 SMALL = {"epochs": 2, "max_length": 128, "lora_r": 4, "learning_rate": 0.002, "batch_size": 4}
@@ -107,6 +110,29 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
 
     third = materialize(full, instance, "lora_adapter")
     assert (third.manifest.mode, third.manifest.examples) == ("full", len(rows))
+
+
+@pytest.mark.slow
+def test_kto_goes_on_with_new_bad_answers_beside_older_good_ones(make_loop, tmp_path, monkeypatch):
+    training = {**SMALL, "epochs": 1, "method": "kto", "mode": "incremental", "replay_older": 0}
+    loop = make_loop(training=training, curation={"min_examples": 5, "validation_share": 0.2})
+    made = [adapter(loop, loop.training, labelled(loop), ignored, ignored)]
+    make_champion(made[0], tmp_path)
+    worse = labelled(loop, good=[], bad=["worse 1", "worse 2", "worse 3"])
+    made.append(adapter(loop, loop.training, worse, ignored, ignored))
+    manifest = made[1].manifest
+    new = manifest.new_examples
+    assert (manifest.mode, manifest.examples) == ("incremental", 2 * new)
+    assert manifest.mode_reason == f"on top of notes@v1.0.0: {new} new examples, {new} older ones replayed"
+
+    read = incremental._rows
+    monkeypatch.setattr(incremental, "_rows", lambda *of: [row for row in read(*of) if not row["label"]])
+    begin = start(loop, loop.training, worse, "labelled", manifest.base_hash)
+    assert (begin.mode, begin.reason) == ("full", "what is new is all bad, and kto needs both")
+
+
+def ignored(_):
+    """Told what nobody reads."""
 
 
 def test_the_yearly_run_trains_from_the_base_whatever_the_loop_says(make_loop, instance):

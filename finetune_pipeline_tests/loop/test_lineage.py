@@ -54,7 +54,8 @@ def adapter(db, version, of, run="run-1", on_top_of=None):
     inputs = {"curated_dataset": of} | ({"initial_adapter": on_top_of} if on_top_of else {})
     fields = {
         **COMMON, "version": version, "inputs": inputs, "base_model": "base", "base_hash": "b" * 64,
-        "mode": "full", "device": "cpu", "steps": 40, "examples": 12, "too_long": 0, "loss_before": 1.5,
+        "mode": "full", "mode_reason": "from the base model on everything", "device": "cpu", "steps": 40,
+        "examples": 12, "too_long": 0, "loss_before": 1.5,
         "loss_after": 0.25, "train_loss": 0.3, "tokens_per_second": 4000.0, "wall_seconds": 12.0,
         "peak_memory_bytes": 10**9, "watermark": 9,
     }  # fmt: skip
@@ -223,6 +224,7 @@ def test_the_card_tells_the_lineage_the_figures_and_the_verdict(db, loop, chain)
         "# notes@v1.0.0", "base (bbbbbbbbbbbbbbbb)", "| dataset | d1 |", "| events | 1..9 |", "| train | 2 |",
         "| left out | 3 |", "| redacted | 4 |", "| words right | 50.0 % | 75.0 % |", "gain 50.0 %, 5 % needed",
         "1.500 before, 0.250 after", "| Dagster run | run-1 |", "type: accuracy",
+        "| training | full, from the base model on everything |",
     ):  # fmt: skip
         assert said in text
     assert "exact_match" not in text

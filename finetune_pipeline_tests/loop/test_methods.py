@@ -6,7 +6,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.loop import curated_dataset as curation
-from finetune_pipeline.loop import curating
+from finetune_pipeline.loop import curating, lora_adapter
 from finetune_pipeline.loop.lineage import made_with
 from finetune_pipeline.loop.lora_adapter import adapter, training_run
 from finetune_pipeline.loop.raw_logs import snapshot
@@ -68,3 +68,12 @@ def test_a_method_without_data_stops_before_anything_is_loaded(make_loop):
     held = dataset(loop, good=[], bad=BAD)
     with pytest.raises(TrainingError, match=r"dpo needs corrections .*dataset has 0 answers found good"):
         adapter(loop, loop.training, held, lambda _: None, lambda _: None)
+
+
+def test_a_preset_is_filled_for_the_method_that_auto_chose(make_loop, monkeypatch):
+    loop = make_loop(training={"method": "auto", "preset": "cpu"})
+    filled = []
+    monkeypatch.setattr(lora_adapter, "settled", lambda settings, _: filled.append(settings) or settings)
+    monkeypatch.setattr(lora_adapter, "obtain", lambda *_, **__: None)
+    adapter(loop, loop.training, dataset(loop, good=GOOD[:5]), lambda _: None, lambda _: None)
+    assert [settings.method for settings in filled] == ["kto"]

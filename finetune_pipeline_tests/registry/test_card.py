@@ -12,7 +12,8 @@ FULL: dict[str, Any] = {
     "loop": "aec",
     "description": "Parses requests.",
     "created_at": datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
-    "mode": "full",
+    "mode": "incremental",
+    "mode_reason": "on top of aec@v1.1.0: 40 new examples, 40 older ones replayed",
     "base_model": "data/starter_model",
     "base_hash": "b" * 64,
     "files": {"model.gguf": "a" * 64},
@@ -54,6 +55,7 @@ def test_the_card_tells_all_that_is_known() -> None:
         "# aec@v1.2.0", "Parses requests.", "data/starter_model (bbbbbbbbbbbbbbbb)", "ad01", "da01", "1..480",
         "| train | 1,200 |", "1.500 before, 0.250 after", "gain 16.1 %, 5 % needed", f"SHA-256 `{'a' * 64}`",
         "| parameter \\| accuracy | 70.0 % | 81.3 % |", "2026-01-02 03:04 UTC", "## Limits",
+        "| training | incremental, on top of aec@v1.1.0: 40 new examples, 40 older ones replayed |",
     ):  # fmt: skip
         assert said in text
 
@@ -61,7 +63,7 @@ def test_the_card_tells_all_that_is_known() -> None:
 def test_what_is_not_known_is_left_out() -> None:
     text = model_card(Card(**{name: FULL[name] for name in NEEDED}))
     assert "None" not in text and "Evaluation" not in text and "Training data" not in text and "## Training" not in text
-    assert "metrics" not in front_matter(text)
+    assert "metrics" not in front_matter(text) and "| training | incremental |" in text
     only_watermark = model_card(Card(**{**{name: FULL[name] for name in NEEDED}, "watermark": 90}))
     assert "| events | up to sequence 90 |" in only_watermark
 

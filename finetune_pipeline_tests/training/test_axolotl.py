@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl, _Follower
 from finetune_pipeline.training.backends.axolotl_config import CONFIG, FOLDER, Written, write
 from finetune_pipeline.training.checkpoints import COMPLETE
+from finetune_pipeline.training.data import load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, finished
 from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.preference import load_preferences
+from finetune_pipeline.training.trainer import _trainer
 
 from .conftest import contrary, save, with_settings
 
@@ -261,6 +265,53 @@ def test_an_answer_of_a_preference_is_the_rest_of_the_template(job, tmp_path):
         "chosen": '{"thickness_mm": 100}<|im_end|>',
         "rejected": "I do not know.<|im_end|>",
     }
+
+
+OPENED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_what_a_template_opens_and_no_finished_turn_has_is_left_out_as_by_peft(job, tmp_path, method):
+    base = shutil.copytree(job.base_model, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(OPENED)
+    one = job_by(job, tmp_path, "out", method=method).model_copy(update={"base_model": base})
+    write(one, None, gpu=False)
+    written = [json.loads(line) for line in (one.output / FOLDER / "train.jsonl").read_text().splitlines()]
+    tokens = tokenizer(base)
+    data = load_preferences(one, load(one, tokens), tokens)
+    read = _trainer(one, one.settings, data, tokens, 24, False).train_dataset
+    names = ("prompt", "chosen", "rejected") if method == "dpo" else ("prompt", "completion")
+    assert written[0]["prompt"].endswith("<|im_start|>assistant\n")
+    ours = {tuple(line[name] for name in names) for line in written}
+    assert ours == {tuple(_text(tokens, row, name) for name in names) for row in read}
+
+
+def _text(tokens, row, name):
+    text = tokens.decode(row[f"{name}_ids"])
+    return text if name == "prompt" else text.rstrip()
+
+
+def test_a_preference_is_as_long_as_its_most_tokens_with_the_start_token_as_by_peft(job, tmp_path):
+    base = shutil.copytree(job.base_model, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ bos_token }}" + OPENED)
+    tokens = tokenizer(base)
+    answers = {"chosen": "1 2 3 4 5 6 7", "rejected": "concrete concrete concrete"}  # of 13 tokens, and of 3
+    row = {"prompt": "wall?", "history": [], **answers}
+    one = job_by(job, tmp_path, "out", method="dpo")
+    one = one.model_copy(update={"base_model": base, "preferences": save(tmp_path / "one", [row, row])})
+    said = [{"role": "user", "content": "wall?"}, {"role": "assistant", "content": answers["chosen"]}]
+    length = len(tokens.apply_chat_template(said, return_dict=True)["input_ids"])
+    assert write(with_settings(one, max_length=length), None, gpu=False).examples == 2
+    short = with_settings(one, max_length=length - 1)
+    with pytest.raises(TrainingError, match="nothing is left to train on"):
+        write(short, None, gpu=False)
+    data = load(one, tokens)
+    assert len(load_preferences(with_settings(one, max_length=length), data, tokens).train) == 2
+    with pytest.raises(TrainingError, match="nothing is left to train on"):
+        load_preferences(short, data, tokens)
 
 
 def wait_for(condition, seconds=300.0):

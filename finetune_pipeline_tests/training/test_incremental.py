@@ -3,7 +3,7 @@
 import pytest
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.incremental import chosen, obstacle
+from finetune_pipeline.training.incremental import chosen, obstacle, with_both_labels
 
 SETTINGS = TrainingSettings().model_dump(mode="json")
 
@@ -20,6 +20,18 @@ def test_all_new_examples_are_taken_and_as_many_older_ones_as_wished():
 
 def test_where_nothing_is_new_nothing_is_taken():
     assert chosen(["a", "b"], {"a", "b", "c"}, 1, "seed") == []
+
+
+def test_where_what_is_new_is_all_bad_as_many_older_good_ones_are_taken():
+    hashes = [f"h{n}" for n in range(10)]
+    labels = [True] * 4 + [False] * 6
+    known = set(hashes[:7])
+    rows = with_both_labels([5, 7, 8, 9], hashes, labels, known, "seed")
+    assert len(rows) == 7 and rows == sorted(rows) and set(rows) > {5, 7, 8, 9}
+    assert [labels[row] for row in rows] == [True] * 3 + [False] * 4
+    assert rows == with_both_labels([5, 7, 8, 9], hashes, labels, known, "seed")
+    assert with_both_labels([1, 7], hashes, labels, known, "seed") == [1, 7]
+    assert with_both_labels([7, 8], hashes, [False] * 10, known, "seed") == [7, 8]
 
 
 @pytest.mark.parametrize(

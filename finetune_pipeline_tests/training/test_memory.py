@@ -89,6 +89,17 @@ def test_the_examples_of_an_update_stay_the_same_whatever_their_number():
             fail(running, RuntimeError("DefaultCPUAllocator: can't allocate memory"))
 
 
+def test_kto_is_left_two_examples_at_a_time():
+    asked = TrainingSettings(method="kto", batch_size=4)
+    with pytest.raises(MemoryRanOut) as first:
+        fail(asked, MemoryError())
+    running = with_micro_batch(asked, first.value.micro_batch)
+    assert running.batch_size == 2
+    with pytest.raises(TrainingError, match=r"2 examples at a time, and kto needs 2 .*set gradient_checkpointing: t"):
+        fail(running, MemoryError())
+    assert "2 examples at a time, and kto needs 2 (no room); set grad" in ran_out(running, 2, "no room")
+
+
 def fail(settings, error):
     with memory_may_run_out(settings):
         raise error

@@ -46,6 +46,24 @@ def test_a_mixture_of_experts_and_an_unknown_model_are_refused(tmp_path):
         architecture_of("somebody/some-model-1b")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{broken", "is no JSON"),
+        ("\udcff", "is no JSON"),
+        ("[]", r"holds \[\], not an object"),
+        ('{"text_config": null}', "does not say 'num_attention_heads'"),
+        ('{"hidden_size": "64", "head_dim": 0}', "says hidden_size '64', head_dim 0 where a whole number is expected"),
+    ],
+)
+def test_a_broken_config_is_named_with_what_was_found(text, said, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(TrainingError, match=said) as error:
+        architecture_of(str(tmp_path))
+    assert str(path) in str(error.value)
+
+
 def test_a_known_family_is_found_by_its_hugging_face_id():
     assert architecture_of("meta-llama/Llama-3.1-8B-Instruct").name == "Llama-3.1-8B"
     assert architecture_of("meta-llama/Meta-Llama-3.1-8B-Instruct").name == "Llama-3.1-8B"
@@ -87,6 +105,29 @@ def test_a_preset_fills_only_what_is_not_set():
     assert settled(plain, FAMILIES["Mistral-7B"]) is plain
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_preset_leaves_kto_an_answer_to_compare_with(preset, name):
+    try:
+        found = settled(TrainingSettings(preset=preset, method="kto"), FAMILIES[name])
+    except TrainingError as error:
+        assert f"{name} does not fit preset {preset}: with qlora, batch_size 2" in str(error)
+        return
+    assert found.batch_size >= 2
+    assert found.batch_size * found.gradient_accumulation == 16
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "method", "found"),
+    [(4, "sft", (4, "lora")), (1, "sft", (4, "lora")), (32, "sft", (1, "lora")), (16, "kto", (2, "qlora"))],
+)
+def test_where_the_accumulation_is_set_an_update_has_16_examples_or_as_many_as_fit(accumulation, method, found):
+    llama, own = FAMILIES["Llama-3.1-8B"], {"gradient_accumulation": accumulation, "method": method}
+    filled = settled(TrainingSettings(preset="24gb", **own), llama)
+    assert fits(llama, filled, machine_of("24gb"))
+    assert (filled.batch_size, filled.adapter, filled.gradient_accumulation) == (*found, accumulation)
+
+
 def test_less_memory_is_reckoned_for_checkpointing_a_smaller_batch_and_four_bits():
     def gib(**settings):
         return memory(FAMILIES["Llama-3.1-8B"], TrainingSettings(**settings), "gpu", bfloat16=True).bytes / 2**30
@@ -94,6 +135,31 @@ def test_less_memory_is_reckoned_for_checkpointing_a_smaller_batch_and_four_bits
     assert gib() > gib(gradient_checkpointing=True) > gib(gradient_checkpointing=True, batch_size=1)
     assert 16 < gib(gradient_checkpointing=True, batch_size=1) < 19
     assert gib(gradient_checkpointing=True, batch_size=1, adapter="qlora") < 11
+
+
+def test_logits_of_all_tokens_are_reckoned_where_embeddings_are_trained_and_rows_are_filled_up(tmp_path):
+    def logits(kind, tied=True, **settings):
+        config = {**CONFIG, "model_type": kind, "tie_word_embeddings": tied}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        asked = TrainingSettings(batch_size=4, max_length=2048, gradient_checkpointing=True, **settings)
+        (loss,) = [
+            part
+            for part in memory(architecture_of(str(tmp_path)), asked, "gpu", bfloat16=True).parts
+            if part.name in {"loss", "gradients"}
+        ]
+        return f"of {4 * 2048} tokens x 256,000 words" in loss.formula
+
+    assert logits("gemma2", trainable_token_indices=(5,))
+    assert logits("gemma2", trainable_token_indices="all")
+    assert not logits("gemma2")
+    assert not logits("gemma2", tied=False, trainable_token_indices=(5,))
+    assert not logits("llama", trainable_token_indices=(5,))
+    assert not FAMILIES["gemma-3-12b"].shares_rows and FAMILIES["Qwen3-8B"].shares_rows
+
+
+CONFIG = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 256000,
+}  # fmt: skip
 
 
 def test_what_a_layer_is_reckoned_to_keep_is_what_autograd_keeps():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from finetune_pipeline.training import callbacks
 from finetune_pipeline.training import data as data_module
 from finetune_pipeline.training import trainer as trainer_module
+from finetune_pipeline.training.backends.axolotl_config import write
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.data import IGNORED, load, tokenizer
 from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
@@ -126,10 +127,40 @@ def test_when_every_example_is_too_long_the_error_says_so(job):
         train_here(with_settings(job, max_length=16))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_replayed_is_no_reason_to_train_where_all_else_is_too_long(job, tmp_path, weighted):
+    long = [{**row, "prompt": "7" * 400, "reward": 1.0, "source": "logs"} for row in rows(4, 100)]
+    dataset = save(tmp_path / "d", [*long, *({**row, "reward": None, "source": "replay"} for row in rows(6, 200))])
+    one = with_settings(job, max_length=128, reward_weighted=weighted).model_copy(update={"dataset": dataset})
+    said = "nothing is left to train on: 4 of 10 examples have more than 128 tokens, and the other 6 are only replayed"
+    with pytest.raises(TrainingError, match=said):
+        run_training(one, time.monotonic())
+    with pytest.raises(TrainingError, match=said):
+        write(one, None, gpu=False)
+
+
 def test_without_validation_the_loss_is_measured_on_the_training_examples(job, tmp_path):
     dataset = save(tmp_path / "d", rows(16))
     data = load(job.model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
     assert data.measure["input_ids"] == data.train["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "stopping", "said"),
+    [
+        (8, None, "not validated, so the last weights stay: all 8 validation examples have more than 128 tokens"),
+        (8, 1, "the last weights stay and early_stopping does nothing: all 8 validation examples have more than 128"),
+        (0, 1, "the last weights stay and early_stopping does nothing: the dataset has no validation examples"),
+        (0, None, ""),
+    ],
+)
+def test_that_a_training_is_not_validated_is_told(job, tmp_path, capsys, held_out, stopping, said):
+    long = [{**row, "prompt": "7" * 400} for row in rows(held_out, 300)]
+    one = with_settings(job, max_length=128, early_stopping=stopping)
+    one = one.model_copy(update={"dataset": save(tmp_path / "d", rows(8, 100), long)})
+    assert not load(one, tokenizer(one.base_model)).validates
+    told = [line for line in capsys.readouterr().err.splitlines() if "validated" in line]
+    assert len(told) == bool(said) and said in "".join(told)
 
 
 def test_texts_are_tokenised_once_for_all_trainings_of_them(job, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ test holds them against it.
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.data import nothing_left, replayed
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingJob
 
 if TYPE_CHECKING:
@@ -64,17 +66,17 @@ def write(job: TrainingJob, checkpoint: Path | None, gpu: bool) -> Written:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).with_name(f"{PLUGIN}.py"), folder / f"{PLUGIN}.py")
     tokenizer = AutoTokenizer.from_pretrained(job.base_model, trust_remote_code=False)
-    train, too_long, tokens = _short_enough(_rows(job, "train", tokenizer), job, tokenizer)
-    if not train:
-        raise TrainingError(
-            f"nothing is left to train on: {too_long} examples have more than {job.settings.max_length} tokens; "
-            "raise max_length, or add examples"
-        )
-    validation, _, _ = _short_enough(_rows(job, "validation", tokenizer), job, tokenizer)
+    whole = _rows(job, "train", tokenizer)
+    train = _short_enough(whole, job)
+    too_long = len(whole) - len(train)
+    if all(example.replayed for example in train):
+        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length))
+    validation = _short_enough(_rows(job, "validation", tokenizer), job)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "measure.jsonl", validation or train[:_MEASURE_SAMPLE])
     config = configuration(job, len(train), checkpoint, gpu)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
+    tokens = sum(example.length for example in train) / len(train)
     return Written(folder / CONFIG, len(train), too_long, tokens)
 
 
@@ -180,7 +182,14 @@ def _trackers(settings: TrainingSettings, job: TrainingJob) -> dict[str, Any]:
     return {**{f"use_{name}": True for name in settings.report_to}, **project}
 
 
-def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Example:
+    line: dict[str, Any]  # as Axolotl reads it
+    length: int  # tokens, counted as by peft: with the answer that has more of them
+    replayed: bool
+
+
+def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[_Example]:
     """A split's examples: messages of which the last is learnt; for dpo and kto, texts with the template applied."""
     from datasets import load_from_disk
 
@@ -190,22 +199,34 @@ def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") ->
     state = folder / split / "state.json"
     if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         return []
-    return [_line(row, job, tokenizer) for row in load_from_disk(str(folder / split))]
+    return [_example(row, job, tokenizer) for row in load_from_disk(str(folder / split))]
 
 
-def _line(row: dict[str, Any], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def _example(row: dict[str, Any], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> _Example:
     asked = chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
-    if job.settings.method == "sft":
-        said = [{**message, "train": False} for message in asked]
-        return {"messages": [*said, {"role": "assistant", "content": row["completion"], "train": True}]}
     answers = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
-    before = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-    line = {"prompt": _without_start(before, tokenizer)}
+    whole = {}
     for name in answers:
         message = {"role": "assistant", "content": row[name]}
-        whole = str(tokenizer.apply_chat_template([*asked, message], tokenize=False))
-        line[name] = whole.removeprefix(before).rstrip()
-    return line | ({"label": row["label"]} if "label" in row else {})
+        whole[name] = str(tokenizer.apply_chat_template([*asked, message], tokenize=False))
+    length = max(len(ids) for ids in tokenizer(list(whole.values()), add_special_tokens=False)["input_ids"])
+    if job.settings.method == "sft":
+        said = [{**message, "train": False} for message in asked]
+        line: dict[str, Any] = {"messages": [*said, {"role": "assistant", "content": row["completion"], "train": True}]}
+    else:
+        line = _texts(asked, whole, tokenizer) | ({"label": row["label"]} if "label" in row else {})
+    return _Example(line, length, replayed(row))
+
+
+def _texts(asked: Any, whole: dict[str, str], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """The prompt, and each answer without it.
+
+    A template may open with more than a finished turn has, as `<think>`; TRL leaves out what they do not share too.
+    """
+    before = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    prompt = os.path.commonprefix([before, *whole.values()])  # noqa: RUF071  # of texts, by character
+    answers = {name: text[len(prompt) :].rstrip() for name, text in whole.items()}
+    return {"prompt": _without_start(prompt, tokenizer), **answers}
 
 
 def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -215,22 +236,9 @@ def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     return text.removeprefix(start) if adds else text
 
 
-def _short_enough(
-    lines: list[dict[str, Any]], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[dict[str, Any]], int, float]:
-    """The lines of at most max_length tokens, the number of the others, and the mean tokens of a kept one."""
-    if not lines:
-        return [], 0, 0.0
-    if job.settings.method == "sft":
-        texts = tokenizer.apply_chat_template([line["messages"] for line in lines], tokenize=False)
-    else:
-        names = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
-        texts = [line["prompt"] + max((line[name] for name in names), key=len) for line in lines]
-    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    kept = [(line, count) for line, count in zip(lines, counts, strict=True) if count <= job.settings.max_length]
-    mean = sum(count for _, count in kept) / max(len(kept), 1)
-    return [line for line, _ in kept], len(lines) - len(kept), mean
+def _short_enough(examples: list[_Example], job: TrainingJob) -> list[_Example]:
+    return [example for example in examples if example.length <= job.settings.max_length]
 
 
-def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+def _write_lines(path: Path, examples: Iterable[_Example]) -> None:
+    write_text(path, "".join(f"{json.dumps(example.line, ensure_ascii=False)}\n" for example in examples))
