@@ -162,6 +162,17 @@ def test_a_source_with_marks_goes_on_and_takes_back_only_what_changed(loop):
     assert targets(loop) == ["ash said more", "elm spoke"]
 
 
+def test_after_each_mark_what_changed_is_told_anew(loop, monkeypatch):
+    monkeypatch.setattr(feeds, "_BETWEEN_MARKS", 2)
+    (feed,) = loop.sources.feeds
+    changed = [Item(one.origin, one.prompt, f"{one.answer} again") for one in items("ash", "elm", "fir", "oak")]
+    for one in (items("ash", "elm", "fir", "oak"), changed):
+        found = [*one[:2], Mark(1), *one[2:], Mark(2)]
+        fed = read_feed(loop, feed, connect(), lambda settings, mark, found=found: iter(found))
+    assert (fed.new, fed.withdrawn) == (4, 4)
+    assert targets(loop) == [f"{name} spoke again" for name in ("ash", "elm", "fir", "oak")]
+
+
 def test_a_reading_that_begins_anew_withdraws_what_it_does_not_give_and_marks_its_end_only(loop):
     (feed,) = loop.sources.feeds
     marks = []
@@ -415,6 +426,7 @@ def test_what_lies_beneath_something_unseen_is_not_withdrawn(loop):
     assert (fed.withdrawn, fed.skipped) == (2, 2)
     assert fed.failed.endswith("fir.md: is closed; sub: cannot be read")
     assert targets(loop) == ["fir spoke", "sub/ash spoke", "sub/elm spoke"]
+    assert take(loop, Skipped("", "the folder itself cannot be listed", unseen=True)).withdrawn == 0
     assert take(loop, Skipped("sub", "is no folder any more"), *items("yew")).withdrawn == 3
     assert targets(loop) == ["yew spoke"]
 
