@@ -20,6 +20,7 @@ from finetune_pipeline.training.callbacks import (
     VALIDATION_LOSS,
     NothingLeft,
     must_be_finite,
+    orderer,
     reporter,
     resumer,
     validator,
@@ -205,6 +206,7 @@ def _trainer(
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(orderer())
     trainer.accelerator.rng_types = ["torch"]  # all processes must draw the same order of examples
     if trainer.is_fsdp_enabled:
         shard(trainer)

@@ -8,11 +8,11 @@ from pydantic import ValidationError
 
 from finetune_pipeline.training import trainer as training
 from finetune_pipeline.training.data import load, tokenizer
-from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
+from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.preference import load_preferences
 from finetune_pipeline.training.trainer import _mean_loss, _trainer, run_training
 
-from .conftest import rows, save, with_settings
+from .conftest import breaking_in_half, rows, save, with_settings
 
 TURNS = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
 WRONG = json.dumps({"height_m": 3})
@@ -77,30 +77,17 @@ def learnt(job, tmp_path):
 def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
     prefer, method, on_top, tmp_path, monkeypatch, request
 ):
-    whole = prefer(method, checkpoints=3)
+    whole = prefer(method, checkpoints=6)
     if on_top:
         whole = whole.model_copy(update={"initial_adapter": request.getfixturevalue("learnt")})
-    run_training(whole, time.monotonic())
+    steps = run_training(whole, time.monotonic()).steps
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     broken.output.mkdir()
-
-    def breaking(job):
-        def on_step_begin(args, state, control, **_):
-            if state.global_step == 9:
-                raise KeyboardInterrupt
-
-        callback = reporter(job)
-        callback.on_step_begin = on_step_begin
-        return callback
-
-    reporter = training.reporter
-    monkeypatch.setattr(training, "reporter", breaking)
-    with pytest.raises(KeyboardInterrupt):
-        run_training(broken, time.monotonic())
-    monkeypatch.undo()
-    assert list((broken.output / CHECKPOINTS).glob("checkpoint-*"))
-    result = run_training(broken, time.monotonic())
-    assert 0 < result.resumed_from <= 9
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "reporter", breaking_in_half(training.reporter))
+        with pytest.raises(KeyboardInterrupt):
+            run_training(broken, time.monotonic())
+    assert run_training(broken, time.monotonic()).resumed_from == steps // 2  # the middle of the second epoch
     assert weights(broken) == weights(whole)
 
 

@@ -20,7 +20,7 @@ from finetune_pipeline.training.model import load_model, lora
 from finetune_pipeline.training.trackers import settle_trackers
 from finetune_pipeline.training.trainer import _trainer, run_training
 
-from .conftest import contrary, rows, save, with_settings
+from .conftest import breaking_in_half, contrary, rows, save, with_settings
 
 
 def train_here(job):
@@ -238,6 +238,28 @@ def train_until_the_result(job, monkeypatch):
         patched.setattr(trainer_module, "_take_best", lambda _: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             train_here(job)
+
+
+def train_in_two_goes(job, monkeypatch):
+    """A training that is broken in the middle of its second epoch, and gone on with."""
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_module, "reporter", breaking_in_half(trainer_module.reporter))
+        with pytest.raises(KeyboardInterrupt):
+            train_here(job)
+    return train_here(job)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+def test_a_training_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
+    job, padded_base, padded, tmp_path, monkeypatch
+):
+    whole = with_settings(job, checkpoints=6)
+    if padded:
+        whole = whole.model_copy(update={"base_model": padded_base})
+    train_here(whole)
+    broken = whole.model_copy(update={"output": tmp_path / "broken"})
+    assert train_in_two_goes(broken, monkeypatch).resumed_from == 12
+    assert adapter(broken) == adapter(whole)
 
 
 def test_a_training_that_stopped_early_and_was_killed_does_not_train_on(job, tmp_path, monkeypatch):
