@@ -74,6 +74,18 @@ def with_adapter(base: Any, job: TrainingJob) -> dict[str, Any]:
     return {"model": base, "peft_config": None if isinstance(base, PeftModel) else lora(job.settings, base)}
 
 
+def train_in_float32(model: Any, job: TrainingJob) -> None:
+    """Undo TRL's cast of an adapter over 4-bit weights to bfloat16, in which small steps are lost.
+
+    A checkpoint is loaded in float32, so that a resumed training would be another one than an unbroken one.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if job.initial_adapter is not None:  # what the cast cut off is in its file
+        model.load_adapter(job.initial_adapter, "default", is_trainable=True, use_safetensors=True)
+
+
 _WEIGHTS_SHARE = 0.7  # of a card's memory; the rest is for activations, gradients and the optimizer
 
 

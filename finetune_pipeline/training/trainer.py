@@ -38,6 +38,7 @@ from finetune_pipeline.training.model import (
     save_adapter,
     shard,
     sharding,
+    train_in_float32,
     whole_weights,
     with_adapter,
 )
@@ -208,6 +209,8 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(orderer())
     trainer.accelerator.rng_types = ["torch"]  # all processes must draw the same order of examples
+    if job.settings.adapter == "qlora":
+        train_in_float32(trainer.model, job)
     if trainer.is_fsdp_enabled:
         shard(trainer)
     return trainer
@@ -229,6 +232,7 @@ def _sft_trainer(
         max_length=None,  # longer examples were left out: cut ones would teach answers without an end
         # Where rows are filled up, batches of like lengths have less to fill.
         train_sampling_strategy="random" if shared_rows else "group_by_length",
+        loss_type="nll" if not shared_rows and _trains_output_layer(job, base) else None,
     )
     return (unpadded.trainer_class() if shared_rows else SFTTrainer)(
         **with_adapter(base, job),
@@ -237,6 +241,12 @@ def _sft_trainer(
         processing_class=tokens,
         callbacks=[reporter(job)],
     )
+
+
+def _trains_output_layer(job: TrainingJob, base: Any) -> bool:
+    """Whether the adapter wraps the output layer: TRL's own loss reads the weights of a bare one."""
+    tied = base.config.get_text_config(decoder=True).tie_word_embeddings
+    return bool(job.settings.trainable_token_indices) and tied
 
 
 def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat16: bool) -> dict[str, Any]:

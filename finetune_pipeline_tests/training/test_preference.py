@@ -72,12 +72,13 @@ def learnt(job, tmp_path):
     return first.output / "adapter"
 
 
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
 @pytest.mark.parametrize("on_top", [False, True], ids=["from the base", "on top of an adapter"])
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
-    prefer, method, on_top, tmp_path, monkeypatch, request
+    prefer, method, on_top, adapter, tmp_path, monkeypatch, request
 ):
-    whole = prefer(method, checkpoints=6)
+    whole = prefer(method, checkpoints=6, adapter=adapter)
     if on_top:
         whole = whole.model_copy(update={"initial_adapter": request.getfixturevalue("learnt")})
     steps = run_training(whole, time.monotonic()).steps
@@ -113,6 +114,13 @@ def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method,
     assert not [name for name, values in model.named_parameters() if values.requires_grad and ".ref" in name]
     model.set_adapter("ref")
     assert torch.equal(logits(), own)
+
+
+def test_over_4_bit_weights_the_policy_begins_as_the_reference(prefer, learnt):
+    trainer, _ = trainer_of(prefer("dpo", adapter="qlora").model_copy(update={"initial_adapter": learnt}))
+    pairs = {name: weight for name, weight in trainer.model.named_parameters() if ".default." in name}
+    for name, weight in pairs.items():
+        assert weight.requires_grad and weight.equal(trainer.model.get_parameter(name.replace(".default.", ".ref.")))
 
 
 def test_every_method_reads_the_same_tokens_and_is_measured_by_the_same_loss(prefer, job, tmp_path):

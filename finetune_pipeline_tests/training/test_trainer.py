@@ -174,6 +174,16 @@ def test_trained_embeddings_lie_in_the_adapter_and_come_back_from_it(job):
     assert (config["target_modules"], config["trainable_token_indices"]) == (["q_proj"], [token])
 
 
+def test_embeddings_are_trained_where_rows_are_padded(job, padded_base, tmp_path):
+    padded = job.model_copy(update={"base_model": padded_base})
+    token = tokenizer(padded_base)("7", add_special_tokens=False)["input_ids"][-1]
+    result = train_here(with_settings(padded, trainable_token_indices=(token,)))
+    plain = train_here(padded.model_copy(update={"output": tmp_path / "plain"}))
+    assert result.loss_before == pytest.approx(plain.loss_before, rel=1e-5)
+    assert result.loss_after < result.loss_before
+    assert b"trainable_tokens_delta" in adapter(job)
+
+
 def test_all_embeddings_can_be_trained(job):
     train_here(with_settings(job, trainable_token_indices="all", epochs=1))
     config = json.loads((job.output / "adapter" / "adapter_config.json").read_text())
@@ -260,6 +270,17 @@ def test_a_training_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     assert train_in_two_goes(broken, monkeypatch).resumed_from == 12
     assert adapter(broken) == adapter(whole)
+
+
+def test_a_qlora_that_was_broken_ends_with_the_weights_of_an_unbroken_one_in_float32(job, tmp_path, monkeypatch):
+    whole = with_settings(job, adapter="qlora", checkpoints=6)
+    train_here(whole)
+    broken = whole.model_copy(update={"output": tmp_path / "broken"})
+    train_in_two_goes(broken, monkeypatch)
+    assert adapter(broken) == adapter(whole)
+    assert {str(w.dtype) for w in load_file(whole.output / "adapter" / "adapter_model.safetensors").values()} == {
+        "torch.float32"
+    }
 
 
 def test_a_training_that_stopped_early_and_was_killed_does_not_train_on(job, tmp_path, monkeypatch):
