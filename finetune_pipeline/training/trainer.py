@@ -5,7 +5,6 @@ of an unbroken one.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import team, unpadded
 from finetune_pipeline.training.callbacks import (
@@ -27,7 +25,7 @@ from finetune_pipeline.training.callbacks import (
 )
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
-from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult, ValidationPoint
+from finetune_pipeline.training.job import CHECKPOINTS, CurvePoint, TrainingJob, TrainingResult, ValidationPoint, finish
 from finetune_pipeline.training.memory import check_memory, memory_may_run_out, with_micro_batch
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
@@ -97,8 +95,7 @@ def run_training(
     weights = whole_weights(trainer.model)
     if team.is_first():
         save_adapter(trainer.model, job, weights)
-        shutil.rmtree(job.output / CHECKPOINTS)
-        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+        finish(job, result)
     team.wait()
     return result
 
@@ -245,8 +242,8 @@ def _sft_trainer(
 
 def _trains_output_layer(job: TrainingJob, base: Any) -> bool:
     """Whether the adapter wraps the output layer: TRL's own loss reads the weights of a bare one."""
-    tied = base.config.get_text_config(decoder=True).tie_word_embeddings
-    return bool(job.settings.trainable_token_indices) and tied
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    return tied and bool(job.settings.trainable_token_indices)
 
 
 def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat16: bool) -> dict[str, Any]:
