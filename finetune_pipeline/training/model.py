@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +123,42 @@ def lora(settings: TrainingSettings, model: Any) -> Any:
     """The configuration of a new adapter over a model, as PEFT takes it.
 
     Raises:
-        TrainingError: a token whose embedding is to be trained is not in the model's vocabulary.
+        TrainingError: a token whose embedding is to be trained is not in the model's vocabulary, or a module that is
+            to be adapted is not in the model.
     """
     from peft import LoraConfig
 
-    targets = settings.target_modules
+    targets, beside = settings.target_modules, _beside_language_model(model)
+    if not isinstance(targets, str):
+        _must_have(model, targets, beside)
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=_beside_language_model(model),
+        exclude_modules=beside,
         trainable_token_indices=trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _must_have(model: Any, targets: Sequence[str], beside: str | None) -> None:
+    """Refuse names that no layer has which can take an adapter; PEFT passes over them, or fails without the names."""
+    from torch.nn import Embedding, Linear
+    from transformers.pytorch_utils import Conv1D
+
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Embedding | Conv1D) and not (beside and re.fullmatch(beside, name))
+    ]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if unknown:
+        raise TrainingError(
+            f"target_modules names {', '.join(unknown)}, but the layers of the base model that can take an adapter are "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in layers}))}; name some of these, or set "
+            "target_modules: all-linear"
+        )
 
 
 def _beside_language_model(model: Any) -> str | None:

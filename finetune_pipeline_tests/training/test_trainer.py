@@ -14,7 +14,7 @@ from finetune_pipeline.training import data as data_module
 from finetune_pipeline.training import trainer as trainer_module
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.data import IGNORED, load, tokenizer
-from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingResult, finished
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.model import load_model, lora
 from finetune_pipeline.training.trackers import settle_trackers
@@ -195,6 +195,13 @@ def test_a_token_that_the_base_does_not_have_is_refused(job):
         train_here(with_settings(job, trainable_token_indices=(99999,)))
 
 
+@pytest.mark.parametrize("name", ["foo", "input_layernorm"])
+def test_a_module_that_the_base_does_not_have_is_refused_with_those_that_it_has(job, name):
+    has = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(TrainingError, match=f"target_modules names {name}, but the layers .* are {has}; name some"):
+        train_here(with_settings(job, target_modules=("q_proj", name)))
+
+
 def test_a_dataset_that_is_not_there_is_an_error_that_says_so(job, tmp_path):
     with pytest.raises(TrainingError, match="holds no saved DatasetDict"):
         train_here(job.model_copy(update={"dataset": tmp_path / "nothing"}))
@@ -306,6 +313,21 @@ def test_a_training_killed_after_its_last_step_takes_no_other_one(job, tmp_path,
     result = train_here(killed)
     assert result.resumed_from == result.steps == unbroken.steps == 12
     assert adapter(killed) == adapter(part)
+
+
+def test_a_training_killed_while_its_checkpoints_are_removed_is_done(job, monkeypatch):
+    def kill(folder, *_, **__):
+        if folder == job.output / CHECKPOINTS:
+            sys.exit("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", kill)
+        with pytest.raises(SystemExit, match="killed"):
+            train_here(job)
+    result = finished(job)
+    assert result is not None and (job.output / CHECKPOINTS).exists()
+    assert train(job) == result
+    assert not (job.output / CHECKPOINTS).exists()
 
 
 @pytest.mark.parametrize("best_is_there", [True, False])
