@@ -46,7 +46,11 @@ def train(job: TrainingJob, started: float) -> None:
 
 
 def _member(parent: int, job: str, started: float) -> str:
+    import torch
+
     die_with_parent(parent)
+    if not torch.cuda.is_available():  # Accelerate would number it, and no checkpoint can be loaded to "cpu:0"
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     return team.take_part(TrainingJob.model_validate_json(job), started)
 
 

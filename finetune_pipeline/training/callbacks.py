@@ -117,6 +117,36 @@ def resumer(early_stopping: int | None) -> "TrainerCallback":
     return Resumer()
 
 
+def orderer() -> "TrainerCallback":
+    """The callback by which the order of an epoch's examples follows from the seed and the epoch's number alone.
+
+    The Trainer would draw an order by lengths from the chances of the whole process, which are others in one that
+    resumes; and with several processes it does not tell the sampler in which epoch a training resumes.
+    """
+    from transformers import TrainerCallback
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    class Orderer(TrainerCallback):  # type: ignore[misc]
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **_: Any) -> None:
+            import torch
+
+            sampler, epoch = _sampler(train_dataloader), int(state.epoch)
+            if isinstance(sampler, LengthGroupedSampler):
+                sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
+            elif hasattr(sampler, "set_epoch"):  # what is read as it lies has none
+                sampler.set_epoch(epoch)
+
+    return Orderer()
+
+
+def _sampler(loader: Any) -> Any:
+    """What orders the examples of a loader, below Accelerate's dealing them out to processes."""
+    batches = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return batches.sampler
+
+
 def _no_longer_better(state: Any, early_stopping: int | None) -> bool:
     losses = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
     return bool(losses) and early_stopping is not None and len(losses) - 1 - losses.index(min(losses)) >= early_stopping

@@ -1,10 +1,11 @@
 """What a training is told, and what it says of itself. Plain pydantic: read by the caller and by the trainer."""
 
+import shutil
 from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
 
-from finetune_pipeline.artifacts import hash_of
+from finetune_pipeline.artifacts import hash_of, write_text
 from finetune_pipeline.records import Record
 from finetune_pipeline.settings import TrainingSettings
 
@@ -113,6 +114,15 @@ class TrainingResult(Record):
     validation: tuple[ValidationPoint, ...] = Field(description="Empty where nothing was kept for validation.")
     best_step: int = Field(description="The step whose weights the adapter has: of the lowest validation loss.")
     stopped_early: bool = Field(description="Ended before its last step, since validation no longer got better.")
+
+
+def finish(job: TrainingJob, result: TrainingResult) -> None:
+    """Write the result of a job whose adapter lies there, and then remove its checkpoints, which nobody needs now.
+
+    A kill in between leaves checkpoints too many; the other way round, all would be trained again.
+    """
+    write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+    shutil.rmtree(job.output / CHECKPOINTS)
 
 
 def finished(job: TrainingJob) -> TrainingResult | None:

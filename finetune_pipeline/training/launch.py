@@ -1,6 +1,7 @@
 """Start a training as a child process, follow it, and say in words why it failed if it did."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from finetune_pipeline.artifacts import disk_full, tells_of_full_disk, write_tex
 from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import (
+    CHECKPOINTS,
     JOB,
     LOG,
     REFUSAL,
@@ -51,6 +53,7 @@ def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: 
     check_trackers(job.settings)
     result = finished(job)
     if result is not None:
+        shutil.rmtree(job.output / CHECKPOINTS, ignore_errors=True)  # of one that was killed after it had its result
         return result
     choose(job.settings).backend.validate(job.settings)
     job.output.mkdir(parents=True, exist_ok=True)

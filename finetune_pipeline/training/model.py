@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def with_adapter(base: Any, job: TrainingJob) -> dict[str, Any]:
     return {"model": base, "peft_config": None if isinstance(base, PeftModel) else lora(job.settings, base)}
 
 
+def train_in_float32(model: Any, job: TrainingJob) -> None:
+    """Undo TRL's cast of an adapter over 4-bit weights to bfloat16, in which small steps are lost.
+
+    A checkpoint is loaded in float32, so that a resumed training would be another one than an unbroken one.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if job.initial_adapter is not None:  # what the cast cut off is in its file
+        model.load_adapter(job.initial_adapter, "default", is_trainable=True, use_safetensors=True)
+
+
 _WEIGHTS_SHARE = 0.7  # of a card's memory; the rest is for activations, gradients and the optimizer
 
 
@@ -110,20 +123,42 @@ def lora(settings: TrainingSettings, model: Any) -> Any:
     """The configuration of a new adapter over a model, as PEFT takes it.
 
     Raises:
-        TrainingError: a token whose embedding is to be trained is not in the model's vocabulary.
+        TrainingError: a token whose embedding is to be trained is not in the model's vocabulary, or a module that is
+            to be adapted is not in the model.
     """
     from peft import LoraConfig
 
-    targets = settings.target_modules
+    targets, beside = settings.target_modules, _beside_language_model(model)
+    if not isinstance(targets, str):
+        _must_have(model, targets, beside)
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=_beside_language_model(model),
+        exclude_modules=beside,
         trainable_token_indices=trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _must_have(model: Any, targets: Sequence[str], beside: str | None) -> None:
+    """Refuse names that no layer has which can take an adapter; PEFT passes over them, or fails without the names."""
+    from torch.nn import Embedding, Linear
+    from transformers.pytorch_utils import Conv1D
+
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Embedding | Conv1D) and not (beside and re.fullmatch(beside, name))
+    ]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if unknown:
+        raise TrainingError(
+            f"target_modules names {', '.join(unknown)}, but the layers of the base model that can take an adapter are "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in layers}))}; name some of these, or set "
+            "target_modules: all-linear"
+        )
 
 
 def _beside_language_model(model: Any) -> str | None:

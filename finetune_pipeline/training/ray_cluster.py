@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.artifacts import hash_of, write_text
+from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.cluster import check_installed, connected
 from finetune_pipeline.training import team
 from finetune_pipeline.training.callbacks import VALIDATION_LOSS
@@ -34,6 +34,7 @@ from finetune_pipeline.training.job import (
     TrainingError,
     TrainingJob,
     TrainingResult,
+    finish,
     finished,
 )
 from finetune_pipeline.training.process import ENVIRONMENT
@@ -237,9 +238,7 @@ def _deliver(checkpoint: Any, job: TrainingJob, started: float) -> None:
         result = TrainingResult.model_validate_json((Path(folder) / RESULT).read_bytes())
         shutil.rmtree(job.output / ADAPTER, ignore_errors=True)
         (Path(folder) / ADAPTER).replace(job.output / ADAPTER)
-    shutil.rmtree(job.output / CHECKPOINTS)
-    result = result.model_copy(update={"job": job.key, "wall_seconds": time.monotonic() - started})
-    write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+    finish(job, result.model_copy(update={"job": job.key, "wall_seconds": time.monotonic() - started}))
 
 
 def _work(config: dict[str, Any]) -> str:

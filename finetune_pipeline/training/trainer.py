@@ -5,7 +5,6 @@ of an unbroken one.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -13,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import team, unpadded
 from finetune_pipeline.training.callbacks import (
     VALIDATION_LOSS,
     NothingLeft,
     must_be_finite,
+    orderer,
     reporter,
     resumer,
     validator,
 )
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
-from finetune_pipeline.training.job import CHECKPOINTS, RESULT, CurvePoint, TrainingJob, TrainingResult, ValidationPoint
+from finetune_pipeline.training.job import CHECKPOINTS, CurvePoint, TrainingJob, TrainingResult, ValidationPoint, finish
 from finetune_pipeline.training.memory import check_memory, memory_may_run_out, with_micro_batch
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
@@ -37,6 +36,7 @@ from finetune_pipeline.training.model import (
     save_adapter,
     shard,
     sharding,
+    train_in_float32,
     whole_weights,
     with_adapter,
 )
@@ -95,8 +95,7 @@ def run_training(
     weights = whole_weights(trainer.model)
     if team.is_first():
         save_adapter(trainer.model, job, weights)
-        shutil.rmtree(job.output / CHECKPOINTS)
-        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+        finish(job, result)
     team.wait()
     return result
 
@@ -205,7 +204,10 @@ def _trainer(
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(orderer())
     trainer.accelerator.rng_types = ["torch"]  # all processes must draw the same order of examples
+    if job.settings.adapter == "qlora":
+        train_in_float32(trainer.model, job)
     if trainer.is_fsdp_enabled:
         shard(trainer)
     return trainer
@@ -227,6 +229,7 @@ def _sft_trainer(
         max_length=None,  # longer examples were left out: cut ones would teach answers without an end
         # Where rows are filled up, batches of like lengths have less to fill.
         train_sampling_strategy="random" if shared_rows else "group_by_length",
+        loss_type="nll" if not shared_rows and _trains_output_layer(job, base) else None,
     )
     return (unpadded.trainer_class() if shared_rows else SFTTrainer)(
         **with_adapter(base, job),
@@ -235,6 +238,12 @@ def _sft_trainer(
         processing_class=tokens,
         callbacks=[reporter(job)],
     )
+
+
+def _trains_output_layer(job: TrainingJob, base: Any) -> bool:
+    """Whether the adapter wraps the output layer: TRL's own loss reads the weights of a bare one."""
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    return tied and bool(job.settings.trainable_token_indices)
 
 
 def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat16: bool) -> dict[str, Any]:

@@ -48,6 +48,30 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def padded_base(base, tmp_path_factory):
+    """Folder of a tiny model of a family whose examples cannot share a row, with tied embeddings: a Gemma 2."""
+    import torch
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("padded") / "tiny"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def rows(count, start=0):
     numbers = range(start, start + count)
     return [
@@ -82,6 +106,21 @@ def job(base, dataset, tmp_path):
 
 def with_settings(job, **changes):
     return job.model_copy(update={"settings": job.settings.model_copy(update=changes)})
+
+
+def breaking_in_half(reporter):
+    """A reporter with which a training ends one step after its half; wraps the real one."""
+
+    def make(job):
+        def on_step_begin(args, state, control, **_):
+            if state.global_step == state.max_steps // 2 + 1:
+                raise KeyboardInterrupt
+
+        callback = reporter(job)
+        callback.on_step_begin = on_step_begin
+        return callback
+
+    return make
 
 
 def contrary(job, folder):

@@ -8,11 +8,11 @@ from pydantic import ValidationError
 
 from finetune_pipeline.training import trainer as training
 from finetune_pipeline.training.data import load, tokenizer
-from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
+from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.preference import load_preferences
 from finetune_pipeline.training.trainer import _mean_loss, _trainer, run_training
 
-from .conftest import rows, save, with_settings
+from .conftest import breaking_in_half, rows, save, with_settings
 
 TURNS = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
 WRONG = json.dumps({"height_m": 3})
@@ -72,35 +72,23 @@ def learnt(job, tmp_path):
     return first.output / "adapter"
 
 
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
 @pytest.mark.parametrize("on_top", [False, True], ids=["from the base", "on top of an adapter"])
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
-    prefer, method, on_top, tmp_path, monkeypatch, request
+    prefer, method, on_top, adapter, tmp_path, monkeypatch, request
 ):
-    whole = prefer(method, checkpoints=3)
+    whole = prefer(method, checkpoints=6, adapter=adapter)
     if on_top:
         whole = whole.model_copy(update={"initial_adapter": request.getfixturevalue("learnt")})
-    run_training(whole, time.monotonic())
+    steps = run_training(whole, time.monotonic()).steps
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     broken.output.mkdir()
-
-    def breaking(job):
-        def on_step_begin(args, state, control, **_):
-            if state.global_step == 9:
-                raise KeyboardInterrupt
-
-        callback = reporter(job)
-        callback.on_step_begin = on_step_begin
-        return callback
-
-    reporter = training.reporter
-    monkeypatch.setattr(training, "reporter", breaking)
-    with pytest.raises(KeyboardInterrupt):
-        run_training(broken, time.monotonic())
-    monkeypatch.undo()
-    assert list((broken.output / CHECKPOINTS).glob("checkpoint-*"))
-    result = run_training(broken, time.monotonic())
-    assert 0 < result.resumed_from <= 9
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "reporter", breaking_in_half(training.reporter))
+        with pytest.raises(KeyboardInterrupt):
+            run_training(broken, time.monotonic())
+    assert run_training(broken, time.monotonic()).resumed_from == steps // 2  # the middle of the second epoch
     assert weights(broken) == weights(whole)
 
 
@@ -126,6 +114,13 @@ def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method,
     assert not [name for name, values in model.named_parameters() if values.requires_grad and ".ref" in name]
     model.set_adapter("ref")
     assert torch.equal(logits(), own)
+
+
+def test_over_4_bit_weights_the_policy_begins_as_the_reference(prefer, learnt):
+    trainer, _ = trainer_of(prefer("dpo", adapter="qlora").model_copy(update={"initial_adapter": learnt}))
+    pairs = {name: weight for name, weight in trainer.model.named_parameters() if ".default." in name}
+    for name, weight in pairs.items():
+        assert weight.requires_grad and weight.equal(trainer.model.get_parameter(name.replace(".default.", ".ref.")))
 
 
 def test_every_method_reads_the_same_tokens_and_is_measured_by_the_same_loss(prefer, job, tmp_path):

@@ -15,7 +15,7 @@ from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingF
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.team import Share
 
-from .conftest import rows, save, with_settings
+from .conftest import breaking_in_half, rows, save, with_settings
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,40 @@ def test_weights_dealt_out_go_on_from_a_checkpoint_and_end_with_the_best_ones(jo
     assert (result.resumed_from, result.best_step) == (12, 6)
     assert losses == pytest.approx([point.loss for point in expected.validation], rel=1e-3)
     assert result.loss_after == pytest.approx(losses[0], rel=1e-5) != expected.loss_after
+
+
+def broken_member(parent, text, started):
+    """A member that ends without a word one step after half of the training."""
+    from finetune_pipeline.training import trainer
+
+    trainer.reporter = breaking_in_half(trainer.reporter)
+    try:
+        return accelerated._member(parent, text, started)
+    except KeyboardInterrupt:
+        os._exit(9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+def test_a_team_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
+    job, padded_base, padded, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    whole = with_settings(job, workers=2, checkpoints=6)
+    if padded:
+        whole = whole.model_copy(update={"base_model": padded_base})
+    broken = whole.model_copy(update={"output": tmp_path / "broken"})
+    for one in (whole, broken):
+        (one.output / CHECKPOINTS).mkdir(parents=True)
+    accelerated.train(whole, time.monotonic())
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerated, "_member", broken_member)
+        with pytest.raises(TrainingError, match="status 9"):
+            accelerated.train(broken, time.monotonic())
+    accelerated.train(broken, time.monotonic())
+    assert finished(broken).resumed_from == 12  # the middle of the second of three epochs
+    ours, theirs = (load_file(one.output / "adapter" / "adapter_model.safetensors") for one in (whole, broken))
+    assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
 
 
 @pytest.mark.parametrize(

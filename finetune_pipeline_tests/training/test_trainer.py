@@ -15,13 +15,13 @@ from finetune_pipeline.training import trainer as trainer_module
 from finetune_pipeline.training.backends.axolotl_config import write
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.data import IGNORED, load, tokenizer
-from finetune_pipeline.training.job import TrainingError, TrainingResult, finished
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingResult, finished
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.model import load_model, lora
 from finetune_pipeline.training.trackers import settle_trackers
 from finetune_pipeline.training.trainer import _trainer, run_training
 
-from .conftest import contrary, rows, save, with_settings
+from .conftest import breaking_in_half, contrary, rows, save, with_settings
 
 
 def train_here(job):
@@ -205,6 +205,16 @@ def test_trained_embeddings_lie_in_the_adapter_and_come_back_from_it(job):
     assert (config["target_modules"], config["trainable_token_indices"]) == (["q_proj"], [token])
 
 
+def test_embeddings_are_trained_where_rows_are_padded(job, padded_base, tmp_path):
+    padded = job.model_copy(update={"base_model": padded_base})
+    token = tokenizer(padded_base)("7", add_special_tokens=False)["input_ids"][-1]
+    result = train_here(with_settings(padded, trainable_token_indices=(token,)))
+    plain = train_here(padded.model_copy(update={"output": tmp_path / "plain"}))
+    assert result.loss_before == pytest.approx(plain.loss_before, rel=1e-5)
+    assert result.loss_after < result.loss_before
+    assert b"trainable_tokens_delta" in adapter(job)
+
+
 def test_all_embeddings_can_be_trained(job):
     train_here(with_settings(job, trainable_token_indices="all", epochs=1))
     config = json.loads((job.output / "adapter" / "adapter_config.json").read_text())
@@ -214,6 +224,13 @@ def test_all_embeddings_can_be_trained(job):
 def test_a_token_that_the_base_does_not_have_is_refused(job):
     with pytest.raises(TrainingError, match="names 99999, but the base model's tokens have the ids 0 to"):
         train_here(with_settings(job, trainable_token_indices=(99999,)))
+
+
+@pytest.mark.parametrize("name", ["foo", "input_layernorm"])
+def test_a_module_that_the_base_does_not_have_is_refused_with_those_that_it_has(job, name):
+    has = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(TrainingError, match=f"target_modules names {name}, but the layers .* are {has}; name some"):
+        train_here(with_settings(job, target_modules=("q_proj", name)))
 
 
 def test_a_dataset_that_is_not_there_is_an_error_that_says_so(job, tmp_path):
@@ -271,6 +288,39 @@ def train_until_the_result(job, monkeypatch):
             train_here(job)
 
 
+def train_in_two_goes(job, monkeypatch):
+    """A training that is broken in the middle of its second epoch, and gone on with."""
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_module, "reporter", breaking_in_half(trainer_module.reporter))
+        with pytest.raises(KeyboardInterrupt):
+            train_here(job)
+    return train_here(job)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+def test_a_training_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
+    job, padded_base, padded, tmp_path, monkeypatch
+):
+    whole = with_settings(job, checkpoints=6)
+    if padded:
+        whole = whole.model_copy(update={"base_model": padded_base})
+    train_here(whole)
+    broken = whole.model_copy(update={"output": tmp_path / "broken"})
+    assert train_in_two_goes(broken, monkeypatch).resumed_from == 12
+    assert adapter(broken) == adapter(whole)
+
+
+def test_a_qlora_that_was_broken_ends_with_the_weights_of_an_unbroken_one_in_float32(job, tmp_path, monkeypatch):
+    whole = with_settings(job, adapter="qlora", checkpoints=6)
+    train_here(whole)
+    broken = whole.model_copy(update={"output": tmp_path / "broken"})
+    train_in_two_goes(broken, monkeypatch)
+    assert adapter(broken) == adapter(whole)
+    assert {str(w.dtype) for w in load_file(whole.output / "adapter" / "adapter_model.safetensors").values()} == {
+        "torch.float32"
+    }
+
+
 def test_a_training_that_stopped_early_and_was_killed_does_not_train_on(job, tmp_path, monkeypatch):
     stopping = contrary(with_settings(job, epochs=40, checkpoints=20, early_stopping=2), tmp_path)
     unbroken = train_here(stopping)
@@ -294,6 +344,21 @@ def test_a_training_killed_after_its_last_step_takes_no_other_one(job, tmp_path,
     result = train_here(killed)
     assert result.resumed_from == result.steps == unbroken.steps == 12
     assert adapter(killed) == adapter(part)
+
+
+def test_a_training_killed_while_its_checkpoints_are_removed_is_done(job, monkeypatch):
+    def kill(folder, *_, **__):
+        if folder == job.output / CHECKPOINTS:
+            sys.exit("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", kill)
+        with pytest.raises(SystemExit, match="killed"):
+            train_here(job)
+    result = finished(job)
+    assert result is not None and (job.output / CHECKPOINTS).exists()
+    assert train(job) == result
+    assert not (job.output / CHECKPOINTS).exists()
 
 
 @pytest.mark.parametrize("best_is_there", [True, False])

@@ -28,13 +28,13 @@ from finetune_pipeline.training.checkpoints import last_complete, mark_complete,
 from finetune_pipeline.training.job import (
     ADAPTER,
     CHECKPOINTS,
-    RESULT,
     CurvePoint,
     Progress,
     TrainingError,
     TrainingJob,
     TrainingResult,
     ValidationPoint,
+    finish,
 )
 from finetune_pipeline.training.memory import ran_out, tells_of_want_of_memory
 from finetune_pipeline.training.progress import PROGRESS, append
@@ -84,9 +84,8 @@ class Axolotl(Backend):
         _run(job, written.config, follower)
         _take_adapter(job)
         result = follower.result(started, step_of(checkpoint) if checkpoint else 0)
-        for name in (CHECKPOINTS, config.FOLDER):
-            shutil.rmtree(job.output / name)
-        write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
+        finish(job, result)
+        shutil.rmtree(job.output / config.FOLDER)
         return result
 
 
