@@ -72,7 +72,7 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
     held_out = _tokenised(job, tokenizer, "validation")
     validation = _short_enough(held_out, job)
     if job.settings.method == "sft" and not len(validation) and (len(held_out) or job.settings.early_stopping):
-        print(no_validation(job.settings, len(held_out)), file=sys.stderr, flush=True)
+        tell_not_validated(job.settings, len(held_out))
     measure = validation if len(validation) else train.select(range(min(len(train), _LOSS_SAMPLE)))
     if job.settings.reward_weighted and job.settings.method == "sft":
         if set(train[_REWARD]) == {None}:
@@ -96,13 +96,13 @@ def nothing_left(too_long: int, examples: int, max_length: int) -> str:
     )
 
 
-def no_validation(settings: TrainingSettings, held_out: int) -> str:
-    """What to say where nothing that was held out can be validated on: `held_out` examples, all too long."""
+def tell_not_validated(settings: TrainingSettings, held_out: int) -> None:
+    """Say in the log that nothing that was held out can be validated on: `held_out` examples, all too long."""
     why = f"all {held_out} validation examples have more than {settings.max_length} tokens (raise max_length)"
     if not held_out:
-        why = "the dataset has no validation examples (raise curation.validation_share, or add examples)"
+        why = "the dataset has too few validation examples (raise curation.validation_share, or add examples)"
     stopping = " and early_stopping does nothing" if settings.early_stopping else ""
-    return f"the training is not validated, so the last weights stay{stopping}: {why}"
+    print(f"the training is not validated, so the last weights stay{stopping}: {why}", file=sys.stderr, flush=True)
 
 
 def _short_enough(rows: "Dataset", job: TrainingJob) -> "Dataset":

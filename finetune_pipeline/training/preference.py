@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.data import Data
+from finetune_pipeline.training.data import Data, tell_not_validated
 from finetune_pipeline.training.job import TrainingError, TrainingJob
 from finetune_pipeline.training.model import with_adapter
 
@@ -51,9 +51,11 @@ def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerB
     if method == "kto":
         _must_have_both([row["label"] for row in kept], folder)
         random.Random(job.settings.seed).shuffle(kept)  # KTO reads in the order given: each with its neighbours
-    held_out = _read(folder / "validation", job, tokens)[1] if (folder / "validation").is_dir() else []
-    if method == "kto" and len(held_out) < 2:  # it compares each with another one
-        held_out = []
+    there, held_out = _read(folder / "validation", job, tokens) if (folder / "validation").is_dir() else (0, [])
+    if method == "kto" and len(held_out) == 1:  # it compares each with another one
+        there, held_out = 0, []
+    if not held_out and (there or job.settings.early_stopping):
+        tell_not_validated(job.settings, there)
     return replace(
         data,
         train=Dataset.from_list(kept),

@@ -183,7 +183,8 @@ def test_the_weights_that_stay_are_those_with_the_lowest_loss_of_the_method_itse
     assert result.loss_after != pytest.approx(losses[result.best_step])  # that one is of answers, as after SFT
 
 
-def test_without_held_out_preferences_the_last_weights_stay(prefer):
-    result = run_training(prefer("dpo"), time.monotonic())
+def test_without_held_out_preferences_the_last_weights_stay_and_that_is_told(prefer, capsys):
+    result = run_training(prefer("dpo", early_stopping=1), time.monotonic())
     assert not result.validation
     assert result.best_step == result.steps
+    assert "early_stopping does nothing: the dataset has too few validation examples" in capsys.readouterr().err

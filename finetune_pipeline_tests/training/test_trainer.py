@@ -150,7 +150,7 @@ def test_without_validation_the_loss_is_measured_on_the_training_examples(job, t
     [
         (8, None, "not validated, so the last weights stay: all 8 validation examples have more than 128 tokens"),
         (8, 1, "the last weights stay and early_stopping does nothing: all 8 validation examples have more than 128"),
-        (0, 1, "the last weights stay and early_stopping does nothing: the dataset has no validation examples"),
+        (0, 1, "the last weights stay and early_stopping does nothing: the dataset has too few validation examples"),
         (0, None, ""),
     ],
 )
