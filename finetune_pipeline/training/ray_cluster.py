@@ -39,6 +39,7 @@ from finetune_pipeline.training.job import (
 )
 from finetune_pipeline.training.process import ENVIRONMENT
 from finetune_pipeline.training.progress import PROGRESS, Follower, append
+from finetune_pipeline.training.trackers import TENSORBOARD, settle_trackers, tracker_variables
 
 STORAGE = "FINETUNE_RAY_STORAGE"
 
@@ -105,6 +106,7 @@ def train(job: TrainingJob, started: float) -> None:
     place = f"{storage or job.output / 'ray'}/{name}"
     online = bool(storage) and hub_revision(job.base_model) is not None
     variables = {name: os.environ.get(name, value) for name, value in (ENVIRONMENT | _RAY_ENVIRONMENT).items()}
+    variables |= tracker_variables()
     if online:
         variables["HF_HUB_OFFLINE"] = "0"  # workers get the base model by themselves
     with connected(variables, job.settings.workers, _OBJECT_STORE_BYTES):
@@ -238,6 +240,8 @@ def _deliver(checkpoint: Any, job: TrainingJob, started: float) -> None:
         result = TrainingResult.model_validate_json((Path(folder) / RESULT).read_bytes())
         shutil.rmtree(job.output / ADAPTER, ignore_errors=True)
         (Path(folder) / ADAPTER).replace(job.output / ADAPTER)
+        if (Path(folder) / TENSORBOARD).is_dir():
+            shutil.copytree(Path(folder) / TENSORBOARD, job.output / TENSORBOARD, dirs_exist_ok=True)
     finish(job, result.model_copy(update={"job": job.key, "wall_seconds": time.monotonic() - started}))
 
 
@@ -256,6 +260,7 @@ def _work(config: dict[str, Any]) -> str:
         if (
             finished(job) is None
         ):  # else it is the result that was restored; kept again, Ray would remove it as the older
+            settle_trackers(own)
             team.keep_checkpoints(_keep)
             with _told(own / PROGRESS, config["mailbox"].put.remote):
                 refusal = team.take_part(job, time.monotonic())

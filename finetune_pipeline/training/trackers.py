@@ -11,6 +11,9 @@ from pathlib import Path
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import TrainingError
 
+TENSORBOARD = "tensorboard"
+"""The folder of TensorBoard's files, beside the adapter."""
+
 # Either package will do for TensorBoard, as for the Trainer.
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
@@ -24,6 +27,11 @@ def check_trackers(settings: TrainingSettings) -> None:
             )
 
 
+def tracker_variables() -> dict[str, str]:
+    """The environment variables that say where and as whom to report, for processes of other machines."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
+
+
 def settle_trackers(output: Path) -> None:
     """Let TensorBoard write where the adapter will lie, unless its own variable says otherwise."""
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / TENSORBOARD))

@@ -145,6 +145,32 @@ def test_preferences_and_the_adapter_to_go_on_from_travel_through_the_storage(
     assert together.loss_after == pytest.approx(alone.loss_after, rel=0.02)
 
 
+@needs_ray
+@pytest.mark.slow
+def test_what_tensorboard_is_told_on_another_machine_comes_back(two_ray_nodes, job, tmp_path, monkeypatch):
+    monkeypatch.setenv(ray_cluster.STORAGE, str(tmp_path / "storage"))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    train(with_settings(job, compute="ray", workers=2, epochs=1, checkpoints=1, report_to=("tensorboard",)))
+    [file] = (job.output / "tensorboard").rglob("events.out.tfevents.*")
+    assert b"train/loss" in file.read_bytes()
+
+
+@needs_ray
+def test_workers_are_told_where_trackers_are(job, monkeypatch):
+    class Connected(Exception):
+        pass
+
+    def connected(variables, *_):
+        assert variables["WANDB_PROJECT"] == "ours" and variables["MLFLOW_TRACKING_URI"] == "http://mlflow"
+        raise Connected
+
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
+    monkeypatch.setattr(ray_cluster, "connected", connected)
+    with pytest.raises(Connected):
+        ray_cluster.train(on_ray(job), time.monotonic())
+
+
 @contextmanager
 def killed_driver(job):
     """A training started by hand; when the context ends, its process is killed, and all that it started must follow."""
