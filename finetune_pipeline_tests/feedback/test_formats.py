@@ -201,11 +201,19 @@ def test_a_line_without_its_end_is_read(tmp_path, loop):
     assert len(events(path, loop)) == 1
 
 
-@pytest.mark.parametrize("text", ["", "\n \n", "[]", " [ ] \n"])
-def test_an_empty_file_holds_nothing(tmp_path, loop, text):
-    path = tmp_path / "empty.json"
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", "[]"), ("a", " [ ] \n")])
+def test_an_empty_file_holds_nothing(tmp_path, loop, name, text):
+    path = tmp_path / name
     path.write_text(text)
     assert list(read_events(path, loop)) == []
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_json_file_without_an_array_is_one_that_somebody_still_writes(tmp_path, loop, text):
+    path = tmp_path / "emptied.json"
+    path.write_text(text)
+    (bad,) = read_events(path, loop)
+    assert bad.reason == "found 'the end of the file', expected '['; nothing after it was read"
 
 
 @pytest.mark.parametrize(

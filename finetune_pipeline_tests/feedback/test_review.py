@@ -154,7 +154,7 @@ def test_a_decision_outlives_a_source_that_was_away(db):
         feedback("on b", "b", "thumbs_up"))  # fmt: skip
     assert example(db, "b").target == "better"
     with db.write() as connection:
-        bring_back(connection, TASK, [str(uid("a"))], default_reward)
+        bring_back(connection, TASK, {str(uid("a")): "a.md"}, default_reward)
     assert example(db, "a").target == "better"
 
 
