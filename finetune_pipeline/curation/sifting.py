@@ -6,14 +6,14 @@ small enough to be held of millions, can be kept from cycle to cycle, and nobody
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic_core import from_json
 
-from finetune_pipeline.curation.near_duplicates import BANDS, BITS, sketch
+from finetune_pipeline.curation.near_duplicates import BANDS, BITS, Numbers, sketch
 from finetune_pipeline.curation.preferences import shows_a_fault
 from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.rules import OF_BENCHMARK, Policy, accept, at_a_glance, found_bad, near_benchmark
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _canonical = json.JSONEncoder(sort_keys=True).encode
 FORM = 6  # of the result and of how it is made: what was found by an earlier one, and datasets of it, are made anew
 EXAMPLE = tuple(Example.model_fields)
-
-Numbers = np.ndarray[Any, Any]
 
 Identity = Callable[[Example], str]
 """The content hash of an example: by it the store knows the example again after it was judged."""
@@ -62,7 +60,8 @@ def sift(batch: "pa.RecordBatch", policy: Policy, identity: Identity) -> "pa.Rec
     """
     import pyarrow as pa
 
-    rows = [_sifted(row, policy, identity) for row in batch.select(EXAMPLE).to_pylist()]
+    given = batch.select(EXAMPLE).to_pylist()
+    rows = [_sifted(row, policy, identity) for row in given]
     sketched = [row for row in rows if row.get("accepted")]
     answers = np.array([row["target"] for row in sketched], np.uint64)
     made = sketch([row["normalised"] for row in sketched], answers)
@@ -74,19 +73,19 @@ def sift(batch: "pa.RecordBatch", policy: Policy, identity: Identity) -> "pa.Rec
     }
     for name, width in (("bands", BANDS * 4), ("bits", BITS // 8)):
         columns[name] = [value or bytes(width) for value in columns[name]]
-    columns["length"] = _lengths(batch)
+    columns["length"] = _lengths(batch, [row["history"] or () for row in given])
     return pa.RecordBatch.from_pydict(columns, schema())
 
 
-def _lengths(batch: "pa.RecordBatch") -> Numbers:
+def _lengths(batch: "pa.RecordBatch", histories: Sequence[Sequence[Mapping[str, str]]]) -> Numbers:
     """How many bytes the texts of each row have."""
     import pyarrow.compute as pc
 
     total = np.zeros(batch.num_rows, np.uint32)
     for name in ("prompt", "output", "target", "origin"):
         total += pc.fill_null(pc.binary_length(batch.column(name)), 0).to_numpy(zero_copy_only=False).astype(np.uint32)
-    for row, turns in enumerate(batch.column("history").to_pylist()):
-        total[row] += sum(len(turn["content"].encode()) for turn in turns or ())
+    for row, turns in enumerate(histories):
+        total[row] += sum(len(turn["content"].encode()) for turn in turns)
     return total
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from finetune_pipeline.artifacts import hash_file
+from finetune_pipeline.artifacts import hash_file, write_text
 
 _DATA = "data-00000-of-00001.arrow"
 _AT_ONCE = 10_000  # rows of a record batch
@@ -90,7 +90,7 @@ class SplitWriter:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_split(folder: Path, split: str) -> list[dict[str, Any]]:

@@ -192,8 +192,8 @@ class _Sync:
         with self.database.write() as connection:
             if not self.marked and not self._of_no_use():
                 self.fed.withdrawn += withdraw(connection, self.loop.name, self._gone(connection))
-            if self.anew is not None:
-                self._put_mark(connection, self.anew.value)
+                if self.anew is not None:
+                    self._put_mark(connection, self.anew.value)
             self._put_skipped(connection)
         if self.unseen:
             self.fed.failed = self._not_to_its_end()

@@ -192,6 +192,8 @@ def test_a_reading_that_begins_anew_withdraws_what_it_does_not_give_and_marks_it
     with pytest.raises(SourceError):
         read_feed(loop, feed, connect(), read(*items("oak"), fault=SourceError("the line is gone")))
     assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]
+    wrong = [Skipped("oak.md", "expected a rating"), Mark("of c", anew=True)]
+    assert read_feed(loop, feed, connect(), lambda settings, mark: iter(wrong)).failed.startswith("nothing in it")
     fed = read_feed(loop, feed, connect(), read(*items("oak", "ash")))
     assert (fed.new, fed.withdrawn) == (0, 1)
     assert targets(loop) == ["ash spoke", "oak spoke"]
