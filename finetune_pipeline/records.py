@@ -88,6 +88,9 @@ class Interaction(Record):
     latency_ms: float | None = Field(default=None, ge=0)
     prompt_tokens: Count | None = None
     completion_tokens: Count | None = None
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="What the answer was sampled with; none: at temperature 0."
+    )
 
 
 class Feedback(Record):

@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 
 from finetune_pipeline.settings import database_url, home, survives_power_cut
 
-HEAD = "0005"
+HEAD = "0006"
 """The newest migration; kept here so that a database that is up to date needs no Alembic."""
 
 _BUSY_MS = 30_000

@@ -47,6 +47,7 @@ interactions = sa.Table(
     sa.Column("latency_ms", sa.Float),
     sa.Column("prompt_tokens", sa.Integer),
     sa.Column("completion_tokens", sa.Integer),
+    sa.Column("seed", sa.BigInteger, comment="What the answer was sampled with; null: temperature 0, or not known."),
     sa.Column("source", sa.String(200), comment="The declared source it was made from; null: an application's log."),
     sa.Column("origin", sa.String(1000), comment="Where in that source."),
     sa.Column("withdrawn", sa.BigInteger, comment="Ingest sequence at which its source no longer had it; else null."),

@@ -67,6 +67,7 @@ class Details(TypedDict, total=False):
     latency_ms: float | None
     prompt_tokens: int | None
     completion_tokens: int | None
+    seed: int | None
 
 
 @dataclass

@@ -13,6 +13,7 @@ Child to parent:
     {"id": 4, "result": null, "adapter": path or null}      from here on all answers are by this adapter
 """
 
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ from finetune_pipeline.records import Message, Record
 
 LOAD_ID = 0
 """The id under which the child answers `load`."""
+
+SEEDS = 2**32 - 1
+"""Seeds go from 0 to below this: llama.cpp reads the highest number of 32 bits as "draw another seed each time"."""
 
 
 class ModelSpec(Record):
@@ -46,7 +50,9 @@ class GenerateRequest(Record):
     max_tokens: int = Field(ge=1)
     temperature: float = Field(default=0.0, ge=0, description="0 takes the most probable token always.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability to draw from, after temperature.")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Same seed, same answer; only above temperature 0.")
+    seed: int | None = Field(
+        default=None, ge=0, lt=SEEDS, description="Same seed, same answer; None picks one. Only above temperature 0."
+    )
     stop: tuple[str, ...] = Field(default=(), description="Texts that end the answer; they are not part of it.")
     json_schema: dict[str, Any] | None = Field(
         default=None, description="The answer can only be JSON of this schema (types, properties, enum, items, $ref)."
@@ -59,6 +65,12 @@ class GenerateRequest(Record):
         if "" in self.stop:
             raise ValueError("an empty stop text would end every answer at once; leave it out")
         return self
+
+    def pick_seed(self) -> int | None:
+        """Return the seed to sample one answer with: the given one, or a random one; None at temperature 0."""
+        if self.temperature == 0:
+            return None
+        return secrets.randbelow(SEEDS) if self.seed is None else self.seed
 
 
 class Completion(Record):
@@ -84,6 +96,7 @@ class Completion(Record):
     )
     generation_seconds: float = Field(description="From its first token until its end; wall time, shared by the batch.")
     confidence: float | None = Field(description="Lowest probability among the tokens of the values; see `confidence`.")
+    seed: int | None = Field(default=None, description="What it was sampled with; None at temperature 0.")
 
 
 class EngineInfo(Record):

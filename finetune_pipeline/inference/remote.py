@@ -55,9 +55,11 @@ class RemoteModel:
         """
         import httpx
 
-        answer = _Answer()
+        answer = _Answer(seed=request.pick_seed())
         try:
-            async with self._client.stream("POST", "chat/completions", json=self._body(request)) as response:
+            async with self._client.stream(
+                "POST", "chat/completions", json=self._body(request, answer.seed)
+            ) as response:
                 await self._check(response)
                 async for event in _events(response):
                     piece = answer.add(event)
@@ -84,7 +86,7 @@ class RemoteModel:
         """End the connections."""
         await self._client.aclose()
 
-    def _body(self, request: GenerateRequest) -> dict[str, Any]:
+    def _body(self, request: GenerateRequest, seed: int | None) -> dict[str, Any]:
         if request.messages is None:
             raise RequestRefused("a raw prompt cannot be passed on to another server; ask with messages")
         body: dict[str, Any] = {
@@ -93,11 +95,12 @@ class RemoteModel:
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "seed": request.seed,
             "stream": True,
             "stream_options": {"include_usage": True},
             "logprobs": True,
         }
+        if seed is not None:
+            body["seed"] = seed
         if request.stop:
             body["stop"] = list(request.stop)
         if request.json_schema is not None:
@@ -117,8 +120,9 @@ class RemoteModel:
 
 @dataclass
 class _Answer:
-    """What has arrived of an answer."""
+    """What has arrived of an answer, and the seed that it was asked for with."""
 
+    seed: int | None
     pieces: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -156,6 +160,7 @@ class _Answer:
             prompt_seconds=0.0,
             generation_seconds=0.0,
             confidence=_confidence(text, self.tokens, self.logprobs),
+            seed=self.seed,
         )
 
 

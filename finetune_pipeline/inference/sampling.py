@@ -34,8 +34,9 @@ class TokenChooser:
         self._draw: Sampler | None = None
         if request.json_schema is not None:
             self._grammar = grammar(model, grammar_of(json.dumps(request.json_schema)))
-        if request.temperature > 0:
-            self._draw = draw(request.temperature, request.top_p, request.seed)
+        self.seed = request.pick_seed()
+        if self.seed is not None:
+            self._draw = draw(request.temperature, request.top_p, self.seed)
 
     @property
     def is_greedy(self) -> bool:

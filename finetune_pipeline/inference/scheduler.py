@@ -81,6 +81,7 @@ class Sequence:
             prompt_seconds=first - self.started,
             generation_seconds=now - first,
             confidence=confidence(self.text.text, self.text.token_texts, self.logprobs),
+            seed=self.chooser.seed,
         )
 
 

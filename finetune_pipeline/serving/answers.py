@@ -1,4 +1,4 @@
-"""What an answered question looks like on the wire: OpenAI's objects, with the answer's confidence beside them."""
+"""What an answered question looks like on the wire: OpenAI's objects, with confidence and seed beside them."""
 
 import json
 from typing import Literal
@@ -61,6 +61,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     confidence: float | None = Field(description="Lowest probability among the tokens of the answer's values.")
+    seed: int | None = Field(description="What it was sampled with: the same request with it gives the same answer.")
 
 
 class TextChoice(BaseModel):
@@ -82,6 +83,7 @@ class TextCompletion(BaseModel):
     choices: list[TextChoice]
     usage: Usage
     confidence: float | None
+    seed: int | None
 
 
 def chat_completion(id: UUID, created: int, model: str, completion: Completion, *, logprobs: bool) -> ChatCompletion:
@@ -92,7 +94,13 @@ def chat_completion(id: UUID, created: int, model: str, completion: Completion, 
         logprobs=_logprobs(completion) if logprobs else None,
     )
     return ChatCompletion(
-        id=id, created=created, model=model, choices=[choice], usage=usage(completion), confidence=completion.confidence
+        id=id,
+        created=created,
+        model=model,
+        choices=[choice],
+        usage=usage(completion),
+        confidence=completion.confidence,
+        seed=completion.seed,
     )
 
 
@@ -100,7 +108,13 @@ def text_completion(id: UUID, created: int, model: str, completion: Completion) 
     """The whole answer at once."""
     choice = TextChoice(text=completion.text, finish_reason=completion.finish_reason)
     return TextCompletion(
-        id=id, created=created, model=model, choices=[choice], usage=usage(completion), confidence=completion.confidence
+        id=id,
+        created=created,
+        model=model,
+        choices=[choice],
+        usage=usage(completion),
+        confidence=completion.confidence,
+        seed=completion.seed,
     )
 
 
@@ -130,8 +144,8 @@ class Chunks:
     def end(self, completion: Completion, *, logprobs: bool, with_usage: bool) -> str:
         """The last events: why it ended, how many tokens, and that nothing follows."""
         tokens = _logprobs(completion).model_dump() if logprobs and self._chat else None
-        confidence = {"confidence": completion.confidence}
-        last = self._event({} if self._chat else "", completion.finish_reason, tokens, confidence)
+        extra = {"confidence": completion.confidence, "seed": completion.seed}
+        last = self._event({} if self._chat else "", completion.finish_reason, tokens, extra)
         total = self._line({"choices": [], "usage": usage(completion).model_dump()}) if with_usage else ""
         return f"{last}{total}data: [DONE]\n\n"
 
@@ -140,7 +154,7 @@ class Chunks:
         content: object,
         finish_reason: FinishReason | None,
         logprobs: object = None,
-        extra: dict[str, float | None] | None = None,
+        extra: dict[str, float | int | None] | None = None,
     ) -> str:
         key = "delta" if self._chat else "text"
         choice = {"index": 0, key: content, "finish_reason": finish_reason, "logprobs": logprobs}

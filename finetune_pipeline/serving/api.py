@@ -10,6 +10,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from finetune_pipeline.inference.protocol import SEEDS
 from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Moment, Rating, ShortText, Text, Turn
 
 
@@ -124,7 +125,9 @@ class Generation(Request):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31), Whole] | None = None
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default 0: as it was measured.")
     top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: Annotated[int, Field(ge=0, lt=2**32), Whole] | None = None
+    seed: Annotated[int, Field(ge=-1, lt=SEEDS), Whole] | None = Field(
+        default=None, description="Same seed, same answer. Default, and -1: a random one, which the answer names."
+    )
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -219,6 +222,7 @@ class InteractionIn(Request):
     latency_ms: float | None = Field(default=None, ge=0)
     prompt_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = None
     completion_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63), Whole] | None = None
 
 
 def _of_kinds(*kinds: FeedbackKind, **needs: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _generate(
         max_tokens=limit,
         temperature=asked.temperature or 0.0,
         top_p=asked.top_p or 1.0,
-        seed=asked.seed or 0,
+        seed=None if asked.seed == -1 else asked.seed,  # as llama.cpp's and vLLM's servers read it
         stop=asked.stops,
         json_schema=schema,
     )
@@ -133,6 +133,7 @@ def _interaction(question: Question, loop: LoopSettings, answered: Answered, sec
         latency_ms=1000 * seconds,
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
+        seed=completion.seed,
     )
 
 

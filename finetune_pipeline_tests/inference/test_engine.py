@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
 from finetune_pipeline.inference.engine import Engine, child_environment
 from finetune_pipeline.inference.errors import EngineClosed, EngineCrashed, ModelNotLoaded, RequestRefused
@@ -101,6 +102,23 @@ def test_the_same_seed_draws_the_same_answer(stories):
 
     assert draw(7) == draw(7) != draw(8)
     assert draw(7, top_p=1e-6) == stories.generate([ask("Lily")])[0].text
+
+
+def test_without_a_seed_every_answer_draws_its_own_which_it_names(stories):
+    request = ask("Lily", temperature=1.0)
+    answers = stories.generate([request] * 4)
+    assert len({answer.seed for answer in answers}) == len({answer.text for answer in answers}) == 4
+    for answer in answers:
+        [again] = stories.generate([ask("Lily", temperature=1.0, seed=answer.seed)])
+        assert (again.text, again.seed) == (answer.text, answer.seed)
+    assert [answer.seed for answer in stories.generate([ask("Lily"), ask("Lily", seed=5)])] == [None, None]
+
+
+def test_the_seed_that_llama_cpp_reads_as_random_is_refused(stories):
+    with pytest.raises(ValidationError, match="less than 4294967295"):
+        ask("Lily", temperature=1.0, seed=2**32 - 1)
+    one, two = stories.generate([ask("Lily", temperature=1.0, seed=2**32 - 2)] * 2)
+    assert one.text == two.text
 
 
 def test_progress_counts_answers(tiny):

@@ -119,7 +119,18 @@ def test_all_that_shapes_an_answer_is_passed_on():
     assert (asked["temperature"], asked["top_p"], asked["seed"], asked["stop"]) == (0.5, 0.9, 7, ["x"])
     assert asked["response_format"]["json_schema"]["schema"] == {"type": "object"}
     assert (asked["logprobs"], asked["stream_options"]) == (True, {"include_usage": True})
-    assert "stop" not in plain and "response_format" not in plain
+    assert not {"stop", "response_format", "seed"} & set(plain)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, None), (0, 0), (7, 7)])
+def test_the_seed_that_a_server_is_asked_with_is_named_in_the_answer(given, expected):
+    request = ASK.model_copy(update={"temperature": 0.5, "seed": given})
+    with answering(WHOLE) as (server, settings):
+        seeds = [ask(settings, request).seed for _ in range(2)]
+        greedy = ask(settings)
+    assert [body.get("seed") for body in server.asked] == [*seeds, None]
+    assert seeds == [expected] * 2 if given is not None else len(set(seeds)) == 2
+    assert greedy.seed is None
 
 
 def test_the_key_of_the_environment_is_sent_and_a_missing_one_is_said(monkeypatch):

@@ -71,8 +71,9 @@ def test_what_is_no_json_of_a_question_is_refused(notes, content):
         ("temperature", "hot"),
         ("top_p", 0),
         ("top_p", 1.5),
-        ("seed", -1),
-        ("seed", 2**32),
+        ("seed", -2),
+        ("seed", 2**32 - 1),
+        ("seed", 0.5),
         ("stream", "yes"),
         ("stream", 1),
         ("stop", 7),
@@ -108,7 +109,7 @@ def test_a_wrong_or_unknown_field_is_refused_by_name(notes, field, value):
 
 
 def test_the_first_wrong_fields_are_named_and_the_rest_counted(notes):
-    wrong = {**BODY, "seed": -1, "top_p": 7, "n": 7, "stream": 7, "user": 7}
+    wrong = {**BODY, "seed": -2, "top_p": 7, "n": 7, "stream": 7, "user": 7}
     message = refused(post(notes, CHAT, wrong))["message"]
     assert message.count("Input should be") == 3
     assert "(and 2 more)" in message

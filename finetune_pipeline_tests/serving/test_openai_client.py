@@ -112,6 +112,41 @@ def test_the_same_seed_gives_the_same_answer(notes):
     ]
     texts = [answer.choices[0].message.content for answer in draw]
     assert texts[0] == texts[1] != texts[2]
+    assert [answer.seed for answer in draw] == [1, 1, 2]
+
+
+def sampled(notes, path, stream, **fields):
+    """The text of an answer, and its seed as the response and as the store name it."""
+    what = {"messages": [USER]} if path == "chat/completions" else {"prompt": PROMPT}
+    body = {"model": "notes", "temperature": 2, "max_tokens": 30, "stream": stream, **what, **fields}
+    response = notes.http.post(f"/v1/{path}", json=body)
+    assert response.status_code == 200, response.text
+    last = events(response)[-1] if stream else response.json()
+    kept = notes.interaction(response.headers["x-interaction-id"])["interaction"]
+    return kept["output"], last["seed"], kept["seed"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize("fields", [{}, {"seed": None}, {"seed": -1}])
+def test_without_a_seed_a_random_one_is_picked_recorded_and_returned(notes, path, stream, fields):
+    text, seed, kept = sampled(notes, path, stream, **fields)
+    other_text, other_seed, _ = sampled(notes, path, stream, **fields)
+    assert kept == seed != other_seed
+    assert text != other_text
+    assert sampled(notes, path, stream, seed=seed) == (text, seed, seed)
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 2])
+def test_every_seed_that_is_taken_gives_one_answer(notes, seed):
+    assert sampled(notes, "completions", False, seed=seed) == sampled(notes, "completions", False, seed=seed)
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": 3}, {"seed": -1}])
+def test_at_temperature_0_there_is_no_seed(notes, fields):
+    first, again = (sampled(notes, "chat/completions", False, temperature=0, **fields) for _ in range(2))
+    assert first == again
+    assert first[1:] == (None, None)
 
 
 def test_models_are_listed_and_retrieved(notes):
