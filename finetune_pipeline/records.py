@@ -221,6 +221,36 @@ def alpaca_prompt(instruction: Any, asked: Any) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+NOT_TRAINED = ("weight", "train", "trainable", "loss")
+"""Fields by which a turn, or a whole row, says that its answer is not to be trained on."""
+_TRAINED = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def not_trained(fields: Mapping[str, Any]) -> str:
+    """Return what says that the answer of a turn or row is context only, such as "weight: 0"; empty if nothing does.
+
+    It is OpenAI's `weight`, or `train`, `trainable` or `loss` of other trainers: false or 0, in CSV as a text.
+
+    Raises:
+        ValueError: such a field is neither true nor false nor a number.
+    """
+    for name in NOT_TRAINED:
+        value = fields.get(name)
+        if value is None:
+            continue
+        trained = _TRAINED.get(str(value).strip().casefold())
+        if trained is None:
+            try:
+                trained = float(value) > 0
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{name}: found {shown(value)}, expected true or 1 (trained on), false or 0 (context only)"
+                ) from None
+        if not trained:
+            return f"{name}: {value}"
+    return ""
+
+
 def explain(error: ValidationError) -> str:
     """What is wrong with a record, in a line: which field, what was found, what was expected."""
     return "; ".join(explained(error))

@@ -5,6 +5,7 @@ Curation and evaluation share it, so that both mean the same by "valid". Nothing
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,14 +110,17 @@ def _read_json(path: Path, setting: str) -> Any:
         raise SchemaError(f"{path} is not JSON: {error}; correct it, then run again") from error
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, constant: Callable[[str], Any] | None = None) -> Any:
     """The JSON value of an answer, strictly: no fences, NaN, infinity or half characters; at most 100 levels.
+
+    Args:
+        constant: reads NaN and infinity, which are refused without it.
 
     Raises:
         Unreadable: it is not JSON; the message says where.
     """
     try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_integer)
+        value = json.loads(text, parse_constant=constant or _finite, parse_float=_finite, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"not JSON: {error}") from error
     if _deeper_than(value, _MAX_DEPTH):

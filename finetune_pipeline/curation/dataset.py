@@ -28,7 +28,7 @@ from finetune_pipeline.curation.preferences import (
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.curation.rules import Policy, near_benchmark
 from finetune_pipeline.curation.storage import SplitWriter, iterate_split, read_split
-from finetune_pipeline.records import Example, Turn, conversation, normalise
+from finetune_pipeline.records import Example, Turn, conversation, normalise, not_trained
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -204,7 +204,7 @@ def in_validation(question: str, share: float) -> bool:
 
 
 def read_replay(path: Path) -> list[Row]:
-    """Read a JSONL of prompt and completion.
+    """Read a JSONL of prompt and completion, without rows that are not to be trained on.
 
     Raises:
         CurationError: the file is missing, or a line is not of this form.
@@ -216,7 +216,10 @@ def read_replay(path: Path) -> list[Row]:
         origin = f"{path.name}:{number}"
         try:
             document = json.loads(line)
-            rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay", origin))
+            if document["prompt"] is None or document["completion"] is None:
+                raise ValueError("null is no text")
+            if not not_trained(document):
+                rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay", origin))
         except (ValueError, KeyError, TypeError) as error:
             raise CurationError(
                 f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'

@@ -8,7 +8,8 @@ Three kinds of object are read, told apart by their keys, mixed as they may be:
 
 The last two take every other field of `records.Interaction` too. Their `reward` is of the output, and a correction
 beside it is worth what the table of rewards says. Without an id, or with one that is no UUID, it follows from the
-content, so that a file that is read twice adds nothing. Whatever file the rows stand in, it is read elsewhere.
+content, so that a file that is read twice adds nothing. One that is not to be trained on (`weight: 0`, or `train`,
+`trainable` or `loss` of false) is rejected. Whatever file the rows stand in, it is read elsewhere.
 """
 
 import json
@@ -30,11 +31,13 @@ from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batche
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import Recorded, good_enough, newest_sequence, record, sources_feedback_id
 from finetune_pipeline.records import (
+    NOT_TRAINED,
     Feedback,
     Interaction,
     alpaca_prompt,
     explain,
     logged,
+    not_trained,
     text_hash,
     without_system_prompt,
 )
@@ -220,7 +223,10 @@ def _exchange(given: dict[str, Any]) -> Events:
     """The interaction of a flat line, and the feedback on it."""
     if ("output" in given) == ("response" in given):
         raise ValueError("output: expected the answer, as `output` or as `response`")
-    own = {key: value for key, value in given.items() if key not in {"response", "reward", "correction"}}
+    if marked := not_trained(given):
+        raise ValueError(f"the line is not to be trained on ({marked})")
+    beside = {"response", "reward", "correction", *NOT_TRAINED}
+    own = {key: value for key, value in given.items() if key not in beside}
     own.setdefault("output", given.get("response"))
     if not _is_uuid(own.get("id")):
         # The time of the file is no part of what the line says; a time that it names itself is.

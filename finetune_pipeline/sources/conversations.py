@@ -7,17 +7,20 @@
     {"text": "<|im_start|>user\\n...<|im_end|>..."}                      messages, as one text in ChatML
 
 Each may have a `reward` (-1 to 1), a `correction` (what the answer should have been), `user`, `domain`, `kind` and
-`created_at` besides; other fields are not looked at. The last turn of the assistant is the answer, the turn before it
-the prompt, all before them the history.
+`created_at` in addition; other fields are not looked at. The last turn of the assistant is the answer, the turn before
+it the prompt, all before them the history.
+
+A `weight` of 0, or `train`, `trainable` or `loss` of false, of a turn says that its answer is context only: the last
+answer without it is the target. Of a row, it says that nothing of the row is trained on.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from finetune_pipeline.records import Moment, ShortText, Text, Turn, alpaca_prompt, explain, shown
+from finetune_pipeline.records import Moment, ShortText, Text, Turn, alpaca_prompt, explain, not_trained, shown
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.item import Item
 
@@ -30,8 +33,21 @@ _CHATML = "<|im_start|>"
 _CHATML_TURN = re.compile(r"<\|im_start\|>([^\n<]*)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 _ANSWERS = ("completion", "response", "output")
 
-Said = tuple[list[Turn], Any, Any]
-"""History, prompt and answer of a row."""
+
+class _Said(NamedTuple):
+    """History, prompt and answer of a row, and what says that a later answer is not to be trained on."""
+
+    history: list[Turn]
+    prompt: Any
+    answer: Any
+    dropped: str = ""
+
+
+class _Message(NamedTuple):
+    """A turn, and what says that it is context only; empty if it may be the target."""
+
+    turn: Turn
+    context: str = ""
 
 
 def _not_blank(text: str) -> str:
@@ -63,18 +79,23 @@ def to_item(row: Any, origin: str, form: FileFormat = "auto") -> Item:
         form: what the row is; auto tells by its fields.
 
     Raises:
-        ValueError: it is of no known form, or something in it is missing, empty or of the wrong type.
+        ValueError: it is of no known form, something in it is missing, empty or of the wrong type, or it has no answer
+            that is to be trained on.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"found {type(row).__name__}, expected an object with named fields")
-    history, prompt, answer = _FORMS[_form_of(row) if form == "auto" else form](row)
+    said = _FORMS[_form_of(row) if form == "auto" else form](row)
+    if marked := not_trained(row):
+        raise ValueError(f"the row is not to be trained on ({marked})")
     try:
-        taught = _Taught.model_validate({**row, "prompt": prompt, "answer": answer})
+        taught = _Taught.model_validate({**row, "prompt": said.prompt, "answer": said.answer})
     except ValidationError as error:
         raise ValueError(explain(error)) from None
     corrected = taught.correction is not None
+    if corrected and said.dropped:
+        raise ValueError(f"correction: it is of the last answer, which is not to be trained on ({said.dropped})")
     return Item(
-        origin, taught.prompt, taught.correction or taught.answer, tuple(history),
+        origin, taught.prompt, taught.correction or taught.answer, tuple(said.history),
         reward=None if corrected else taught.reward,  # it was of the answer that was corrected
         model_output=taught.answer if corrected else None,
         created_at=taught.created_at, user=taught.user, domain=taught.domain, kind=taught.kind,
@@ -97,36 +118,37 @@ def _form_of(row: Mapping[str, Any]) -> str:
     )
 
 
-def _alpaca(row: Mapping[str, Any]) -> Said:
+def _alpaca(row: Mapping[str, Any]) -> _Said:
     system = _system(row)
     instruction, asked = _field(row, "instruction"), row.get("input")
     # Where the system prompt stands as the instruction too, what was asked is the input alone.
     prompt = asked if asked and system and instruction == system[0].content else alpaca_prompt(instruction, asked)
-    return [*system, *_earlier(row.get("history"))], prompt, _field(row, "output")
+    return _Said([*system, *_earlier(row.get("history"))], prompt, _field(row, "output"))
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Said:
+def _prompt_completion(row: Mapping[str, Any]) -> _Said:
     there = [name for name in _ANSWERS if name in row]
     if len(there) != 1:
         raise ValueError(f"found {', '.join(there) or 'no answer'}, expected one of {', '.join(_ANSWERS)}")
     prompt, answer = _field(row, "prompt"), row[there[0]]
     if isinstance(prompt, list) and isinstance(answer, list):
-        return _answered(_turns([*prompt, *answer], "prompt"))
-    return [*_system(row), *_earlier(row.get("history"))], prompt, answer
+        asked = [message._replace(context="it stands in prompt") for message in _messages_of(prompt, "prompt")]
+        return _answered([*asked, *_messages_of(answer, there[0])])
+    return _Said([*_system(row), *_earlier(row.get("history"))], prompt, answer)
 
 
-def _sharegpt(row: Mapping[str, Any]) -> Said:
+def _sharegpt(row: Mapping[str, Any]) -> _Said:
     name = "conversation" if "conversation" in row else "conversations"
-    return _answered([*_system(row), *_turns(_field(row, name), name)])
+    return _answered([*map(_Message, _system(row)), *_messages_of(_field(row, name), name)])
 
 
-def _messages(row: Mapping[str, Any]) -> Said:
+def _messages(row: Mapping[str, Any]) -> _Said:
     name = "messages" if "messages" in row else "text"
     value = _field(row, name)
-    return _answered(_chatml(value) if isinstance(value, str) else _turns(value, name))
+    return _answered(_chatml(value) if isinstance(value, str) else _messages_of(value, name))
 
 
-_FORMS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
+_FORMS: dict[str, Callable[[Mapping[str, Any]], _Said]] = {
     "alpaca": _alpaca, "prompt_completion": _prompt_completion, "sharegpt": _sharegpt, "messages": _messages
 }  # fmt: skip
 
@@ -149,20 +171,21 @@ def _earlier(value: Any) -> list[Turn]:
     if isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
         sides = [(role, text) for pair in value for role, text in zip(("user", "assistant"), pair, strict=True)]
         return [_turn(role, text, "history") for role, text in sides if text]
-    return _turns(value, "history")
+    return [message.turn for message in _messages_of(value, "history")]
 
 
-def _turns(value: Any, name: str) -> list[Turn]:
+def _messages_of(value: Any, name: str) -> list[_Message]:
     if not isinstance(value, list):
         raise ValueError(f"{name}: found {type(value).__name__}, expected a list of turns")
-    turns = []
+    messages = []
     for number, turn in enumerate(value, start=1):
         where = f"{name}, turn {number}"
         if not isinstance(turn, Mapping):
             raise ValueError(f"{where}: found {type(turn).__name__}, expected an object")
         role, content = ("from", "value") if "from" in turn else ("role", "content")
-        turns.append(_turn(turn.get(role), _parts(turn.get(content)), where))
-    return turns
+        said = _turn(turn.get(role), _parts(turn.get(content)), where)
+        messages.append(_Message(said, not_trained(turn) if said.role == "assistant" else ""))
+    return messages
 
 
 def _turn(role: Any, content: Any, where: str) -> Turn:
@@ -184,19 +207,25 @@ def _parts(content: Any) -> Any:
     return content
 
 
-def _chatml(text: str) -> list[Turn]:
+def _chatml(text: str) -> list[_Message]:
     beside = _CHATML_TURN.sub("", text).strip()
     if beside or _CHATML not in text:
         raise ValueError(f"found {shown(beside or text)} outside of the turns, expected {_CHATML}role ...")
-    turns = [_turn(role, content, "text") for role, content in _CHATML_TURN.findall(text)]
-    return turns[:-1] if turns and not turns[-1].content.strip() else turns  # an open turn, for a model to go on
+    messages = [_Message(_turn(role, content, "text")) for role, content in _CHATML_TURN.findall(text)]
+    open_turn = messages and not messages[-1].turn.content.strip()  # for a model to go on
+    return messages[:-1] if open_turn else messages
 
 
-def _answered(turns: Sequence[Turn]) -> Said:
-    """The last answer with what it answers; what follows it has no answer and teaches nothing."""
-    last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=None)
-    if last is None:
+def _answered(messages: Sequence[_Message]) -> _Said:
+    """The last answer that is to be trained on, with what it answers; what follows it teaches nothing."""
+    answers = [number for number, message in enumerate(messages) if message.turn.role == "assistant"]
+    if not answers:
         raise ValueError("no turn is the assistant's, so there is no answer")
+    last = next((number for number in reversed(answers) if not messages[number].context), None)
+    dropped = messages[answers[-1]].context
+    if last is None:
+        raise ValueError(f"no answer is to be trained on ({dropped})")
+    turns = [message.turn for message in messages]
     if last == 0 or turns[last - 1].role != "user":
         raise ValueError("no turn of the user stands before the last answer")
-    return list(turns[: last - 1]), turns[last - 1].content, turns[last].content
+    return _Said(turns[: last - 1], turns[last - 1].content, turns[last].content, dropped)

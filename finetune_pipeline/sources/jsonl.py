@@ -16,7 +16,7 @@ from finetune_pipeline.records import Event, Feedback, Interaction, logged
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.conversations import to_item
 from finetune_pipeline.sources.item import Item, SourceError
-from finetune_pipeline.sources.rows import files_of, layout_of, read_rows
+from finetune_pipeline.sources.rows import constant, files_of, layout_of, read_rows, without_nulls
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _EXCERPT = 200
@@ -133,7 +133,7 @@ def _parse(raw: bytes, task: str, line: Line, form: Form, name: str) -> Line:
         return line
     try:
         text = raw.decode("utf-8-sig" if line.number == 1 else "utf-8")
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = without_nulls(json.loads(text, parse_constant=constant))
     except UnicodeDecodeError as error:
         return replace(line, reason=f"not UTF-8: {error.reason} at byte {error.start}", excerpt=_excerpt(raw))
     except (ValueError, RecursionError) as error:
@@ -156,10 +156,6 @@ def _understood(document: Any, task: str, line: Line, form: Form, name: str) -> 
     if event.task != task:
         return replace(line, reason=f"is of task {event.task!r}, this folder is read for {task!r}", final=True)
     return replace(line, event=event)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _first_error(error: ValidationError) -> str:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
     Attributes:
         number: the line at which it begins; in a JSON array and in Parquet its own number, from 1.
-        value: as its file has it: of CSV and Parquet a dict without the empty cells.
+        value: as its file has it, without the fields that are null, or the empty cells of CSV.
         reason: why it could not be read; empty if it could.
         breaks_off: nor could anything behind it, so nobody knows what the rest of the file holds.
     """
@@ -97,7 +98,28 @@ def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:
     readers = {"lines": _json_lines, "array": _json_array, "csv": _csv_rows, "parquet": _parquet_rows}
     for number, value in readers[layout_of(path)](path, max_bytes):
         bad = isinstance(value, _Bad)
-        yield Row(number, None, value.reason, value.breaks_off) if bad else Row(number, value)
+        yield Row(number, None, value.reason, value.breaks_off) if bad else Row(number, without_nulls(value))
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a row without its null fields, and its turns without theirs.
+
+    pandas and datasets write every column in every row, so null says that a row has no such field. So does NaN, which
+    is how pandas writes a missing value.
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(field) for name, field in value.items() if not _is_missing(field)}
+    return [without_nulls(element) for element in value] if isinstance(value, list) else value
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def constant(name: str) -> None:
+    """Return what NaN stands for in a row, where JSON has no such number; refuse Infinity."""
+    if name != "NaN":
+        raise ValueError(f"{name} is not a JSON number")
 
 
 def _json_lines(path: Path, max_bytes: int) -> _Numbered:
@@ -112,7 +134,7 @@ def _json_array(path: Path, max_bytes: int) -> _Numbered:
 
 def _value(text: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_json(text, constant)
     except Unreadable as error:
         return _Bad(str(error))
 
@@ -354,4 +376,4 @@ def _within(row: Any, max_bytes: int) -> Any:
         return row
     if sum(len(value) for value in row.values() if isinstance(value, str | bytes)) > max_bytes:
         return _Bad(_too_long(max_bytes))
-    return {name: value for name, value in row.items() if value is not None}
+    return row

@@ -213,7 +213,13 @@ def test_the_checks_find_what_was_put_into_a_dataset_behind_curations_back():
     assert invalid_targets(rows, strict) == ["fine: $: [] is not of type 'object'"]
 
 
-@pytest.mark.parametrize("text", ["not json\n", '{"prompt": "a"}\n', "[]\n"])
+def test_a_replayed_row_that_is_not_to_be_trained_on_is_left_out(tmp_path):
+    path = tmp_path / "replay.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "weight": 0}\n{"prompt": "c", "completion": "d", "train": 1}\n')
+    assert [row.prompt for row in read_replay(path)] == ["c"]
+
+
+@pytest.mark.parametrize("text", ["not json\n", '{"prompt": "a"}\n', '{"prompt": "a", "completion": null}\n', "[]\n"])
 def test_a_replay_file_of_another_form_is_named(tmp_path, text):
     path = tmp_path / "replay.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + text)

@@ -1,6 +1,7 @@
 """Files of feedback, read and written, on a real database."""
 
 import json
+import os
 
 import psutil
 import pytest
@@ -9,8 +10,9 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, FeedbackError, formats, store
 from finetune_pipeline.feedback.formats import BadLine, export_alpaca, export_events
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.records import Turn
+from finetune_pipeline.records import Feedback, Interaction, Turn
 from finetune_pipeline.sources import rows
+from finetune_pipeline.sources.jsonl import read_lines
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
 
@@ -115,6 +117,48 @@ def test_forms_may_be_mixed_line_by_line(tmp_path, loop, db):
     ]
 
 
+FIELDS = (
+    *Interaction.model_fields, *Feedback.model_fields, "instruction", "input", "response", "text", "weight", "train",
+    "trainable", "loss",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+@pytest.mark.parametrize(
+    "row",
+    [
+        interaction("a", history=[{"role": "user", "content": "h"}]).model_dump(mode="json", exclude_none=True),
+        *(
+            feedback("f", "a", kind, **more).model_dump(mode="json", exclude_none=True)
+            for kind, more in [("rating", {"rating": "5"}), ("success", {"score": 90}), ("thumbs_up", {})]
+        ),
+        {"prompt": "p", "output": "o", "reward": 0.5},
+        {"prompt": "p", "response": "o", "correction": "c", "history": [{"role": "user", "content": "h"}]},
+        *ALPACA,
+    ],
+    ids=lambda row: "+".join(row)[:40],
+)
+def test_null_and_nan_are_fields_that_are_not_there(tmp_path, loop, row, null):
+    turns = {"history": [{**turn, "name": null} for turn in row["history"]]} if "history" in row else {}
+    path = write(tmp_path / "a.jsonl", row)
+    filled = write(tmp_path / "b.jsonl", {**dict.fromkeys(FIELDS, null), **row, **turns})
+    os.utime(filled, ns=(path.stat().st_mtime_ns,) * 2)  # of a row that says no time it is the file's
+    assert events(filled, loop) == events(path, loop)
+    if "event" in row:
+        (line,) = read_lines(filled, "notes", offset=0, lines=0, max_line_bytes=10_000)
+        assert [line.event] == events(path, loop)
+
+
+@pytest.mark.parametrize("marked", [{"weight": 0}, {"train": False}, {"trainable": "false"}, {"loss": 0.0}])
+@pytest.mark.parametrize("row", [{"prompt": "p", "output": "o", "reward": 1}, ALPACA[0]])
+def test_a_line_that_is_not_to_be_trained_on_is_rejected_with_its_reason(tmp_path, loop, db, row, marked):
+    path = write(tmp_path / "a.jsonl", row, {**row, **marked}, {**row, **dict.fromkeys(marked, 1)})
+    done = import_file(path, loop, db)
+    ((name, value),) = marked.items()
+    assert [line.reason for line in done.bad] == [f"the line is not to be trained on ({name}: {value})"]
+    assert done.recorded == store.Recorded(interactions=1, feedback=1, duplicates=2)
+
+
 def test_what_a_flat_line_knows_is_kept(tmp_path, loop):
     given = {"prompt": "p", "output": "o", "user": "u", "confidence": 0.5, "id": str(uid("x")), "correction": "c",
              "created_at": START.isoformat(), "model": "m", "history": [{"role": "user", "content": "h"}]}  # fmt: skip
@@ -149,7 +193,7 @@ GOOD = {"prompt": "p", "output": "o"}
     ("line", "reason"),
     [
         ("not json\n", "not JSON"),
-        ('{"prompt": "p", "output": "o", "reward": NaN}\n', "NaN"),
+        ('{"prompt": "p", "output": "o", "reward": Infinity}\n', "Infinity"),
         ('{"prompt": "p", "output": "\\ud800"}\n', "surrogate"),
         ("7\n", "expected a JSON object"),
         ({}, "none of the keys event, prompt, instruction"),

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from finetune_pipeline.records import Turn, without_system_prompt
 from finetune_pipeline.settings import FilesFeed
 from finetune_pipeline.sources.files import read, read_file
 from finetune_pipeline.sources.item import Item, Skipped, SourceError
+from finetune_pipeline.sources.jsonl import read_whole
 from finetune_pipeline_tests.conftest import SHARED
 
 SNIPS = SHARED / "snips" / "raw"
@@ -86,6 +88,169 @@ def test_each_form_is_told_by_its_fields(tmp_path, row, prompt, history):
     assert found(path) == [Item("a.jsonl:1", prompt, "text", history)]
 
 
+FIELDS = (
+    "event", "messages", "conversations", "conversation", "instruction", "input", "output", "prompt", "completion",
+    "response", "text", "system", "history", "reward", "correction", "user", "domain", "kind", "created_at", "weight",
+    "train", "trainable", "loss", "something else",
+)  # fmt: skip
+TURN_FIELDS = ("role", "content", "from", "value", "name", "tool_calls", "weight", "train", "trainable", "loss")
+
+
+def with_nulls(value, null=None):
+    """A row with every field that it does not have, and its turns with theirs."""
+    fields = TURN_FIELDS if {"role", "from"} & value.keys() else FIELDS
+    parts = {
+        name: [with_nulls(part, null) if isinstance(part, dict) and "type" not in part else part for part in field]
+        if isinstance(field, list)
+        else field
+        for name, field in value.items()
+    }
+    return {**dict.fromkeys(fields, null), **parts}
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize(("row", "prompt", "history"), FORMS)
+def test_null_and_nan_are_fields_that_are_not_there(tmp_path, row, prompt, history, name, null):
+    if name == "a.parquet" and any(isinstance(turn["content"], list) for turn in row.get("messages", ())):
+        row = {
+            "messages": [
+                turn | {"content": text}
+                for turn, text in zip(row["messages"], ["Be short.", prompt, "text"], strict=True)
+            ]
+        }
+    filled = with_nulls(row, None if name == "a.parquet" else null)
+    assert found(write_as(tmp_path / name, [filled])) == [Item(f"{name}:1", prompt, "text", history)]
+    assert [line.event for line in read_whole(tmp_path / name, "notes", max_line_bytes=10_000)] == [
+        Item(f"{name}:1", prompt, "text", history)
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "nan.json"])
+def test_a_mixed_table_of_pandas_is_read_row_by_row(tmp_path, name):
+    rows = [
+        {"instruction": "Say text", "output": "text"},
+        {"prompt": "p", "completion": "c", "reward": 0.5},
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c", "weight": 1.0}]},
+        {"messages": ASKED},
+        {"prompt": "p", "response": "bad", "train": False},
+    ]
+    if name == "a.csv":  # where pandas does not write JSON
+        rows = [row for row in rows if not {"conversations", "messages"} & row.keys()]
+    table, path = pd.DataFrame(rows), tmp_path / name
+    if name == "a.parquet":
+        table.to_parquet(path)
+    elif name == "a.csv":
+        table.to_csv(path, index=False)
+    elif name == "nan.json":
+        path.write_text(json.dumps(table.to_dict("records")))
+    else:
+        table.to_json(path, orient="records", lines=name == "a.jsonl")
+    *taken, skipped = found(path)
+    assert [item.answer for item in taken] == ["text", "c", "c", "done"][: len(rows) - 1]
+    assert taken[1].reward == 0.5 and "the row is not to be trained on (train: " in skipped.reason
+
+
+def test_an_empty_text_and_infinity_are_no_nulls(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"messages": "", "prompt": "p", "completion": "c"}, '{"reward": Infinity}\n')
+    assert ["outside of the turns" in found(path)[0].reason, "Infinity" in found(path)[1].reason] == [True, True]
+
+
+USER, TOLD = {"role": "user", "content": "150 mm"}, {"role": "assistant", "content": "text"}
+SAYS_NO = [
+    (name, value)
+    for name in ("weight", "train", "trainable", "loss")
+    for value in (False, 0, 0.0, "false", "False", "0", "0.0", "no")
+]
+SAYS_YES = [
+    (name, value) for name in ("weight", "train", "trainable", "loss") for value in (True, 1, 0.5, "true", "1.0", None)
+]
+LATER = [USER | {"content": "again"}, TOLD | {"content": "bad"}, USER | {"content": "thanks"}]
+
+
+def as_sharegpt(turns):
+    sides = {"user": "human", "assistant": "gpt", "system": "system"}
+    renamed = [{"from": sides[turn["role"]], "value": turn["content"]} for turn in turns]
+    return [turn | new for turn, new in zip(({k: v for k, v in t.items() if k not in {"role", "content"}}
+                                             for t in turns), renamed, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), SAYS_NO)
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "prompt_completion"])
+def test_an_answer_that_is_not_to_be_trained_on_is_context_only(tmp_path, form, name, value):
+    marked = {name: value}
+    last = [*SAID, USER, TOLD, LATER[0], LATER[1] | marked, LATER[2]]
+    middle = [*SAID[:2], SAID[2] | marked, USER, TOLD]
+    path = tmp_path / "a.jsonl"
+    if form == "prompt_completion":  # what stands in prompt is context anyhow
+        write(path, {"prompt": [*SAID, USER], "completion": [TOLD, LATER[0], LATER[1] | marked]},
+              {"prompt": middle[:-1], "completion": middle[-1:]},
+              {"prompt": [*SAID, USER], "completion": [TOLD | marked]})  # fmt: skip
+    else:
+        rows = [last, middle, [USER, TOLD | marked]]
+        key, shape = ("messages", list) if form == "messages" else ("conversations", as_sharegpt)
+        write(path, *({key: shape(turns)} for turns in rows))
+    first, second, skipped = found(path)
+    assert first == Item("a.jsonl:1", "150 mm", "text", (SYSTEM, *EARLIER))  # and nothing of what came later
+    assert second == Item("a.jsonl:2", "150 mm", "text", (SYSTEM, *EARLIER))
+    assert skipped == Skipped("a.jsonl:3", f"no answer is to be trained on ({name}: {value})")
+
+
+@pytest.mark.parametrize(("name", "value"), SAYS_NO)
+@pytest.mark.parametrize("file", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_row_that_is_not_to_be_trained_on_is_skipped(tmp_path, name, value, file):
+    (skipped,) = found(write_as(tmp_path / file, [{"prompt": "p", "output": "o", name: value}]))
+    assert skipped.reason == f"the row is not to be trained on ({name}: {value})"
+
+
+@pytest.mark.parametrize("row", [row for row, *_ in FORMS], ids=lambda row: "+".join(row))
+def test_so_it_is_in_every_form(tmp_path, row):
+    (skipped,) = found(write(tmp_path / "a.jsonl", row | {"weight": 0}))
+    assert skipped.reason == "the row is not to be trained on (weight: 0)"
+
+
+@pytest.mark.parametrize(("name", "value"), SAYS_YES)
+@pytest.mark.parametrize(("row", "prompt", "history"), FORMS)
+def test_what_says_that_it_is_trained_on_is(tmp_path, row, prompt, history, name, value):
+    turns = {key: [turn | {name: value} for turn in row[key]] for key in ("messages", "conversations") if key in row}
+    path = write(tmp_path / "a.jsonl", row | {name: value} | turns)
+    assert found(path) == [Item("a.jsonl:1", prompt, "text", history)]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p", "completion": "c", "weight": "heavy"}, "weight: found 'heavy', expected true or 1"),
+        ({"prompt": "p", "completion": "c", "train": [0]}, "train: found [0]"),
+        ({"messages": [USER, TOLD | {"loss": "some"}]}, "loss: found 'some'"),
+        ({"messages": [USER, TOLD, *LATER[:1], LATER[1] | {"weight": 0}], "correction": "good"},
+         "correction: it is of the last answer, which is not to be trained on (weight: 0)"),
+        ({"messages": [USER, TOLD | {"weight": 0}, TOLD]}, "no turn of the user stands before"),
+    ],
+)  # fmt: skip
+def test_what_nobody_can_say_of_is_skipped(tmp_path, row, reason):
+    (skipped,) = found(write(tmp_path / "a.jsonl", row))
+    assert reason in skipped.reason
+
+
+def test_marks_on_the_users_turns_say_nothing(tmp_path):
+    (item,) = found(write(tmp_path / "a.jsonl", {"messages": [USER | {"train": False}, TOLD]}))
+    assert item.answer == "text"
+
+
+@pytest.mark.parametrize("form", list(WRITERS))
+def test_an_export_that_somebody_marked_is_not_trained_on(tmp_path, form):
+    history = (SYSTEM, *EARLIER)
+    write_rows(tmp_path / "out.jsonl", [Row("150 mm", "text", 0.5, "logs", history=history)], form, "")
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert "not to be trained on" in found(write(tmp_path / "a.jsonl", row | {"train": False}))[0].reason
+    for turns in (row.get("messages"), row.get("conversations")):
+        if turns:
+            turns[-1]["weight"] = 0
+            (item,) = found(write(tmp_path / "a.jsonl", row))
+            assert (item.prompt, item.answer, item.history) == ("a wall", "How thick?", (SYSTEM,))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_every_kind_of_file_gives_the_same(tmp_path, name):
     rows = [
@@ -140,7 +305,8 @@ GOOD = {"prompt": "p", "completion": "c"}
         ({"event": "interaction"}, "is an event of a log; put its file into the drop folder"),
         ([1], "found list, expected an object"),
         ("broken\n", "not JSON"),
-        ('{"prompt": NaN, "completion": "c"}\n', "not JSON"),
+        ('{"prompt": NaN, "completion": "c"}\n', "expected those of one form"),
+        ('{"prompt": "p", "completion": "c", "reward": -Infinity}\n', "not JSON"),
         ("[" * 9_000 + "\n", "not JSON"),
         ({**GOOD, "completion": "x" * 20_000}, "longer than 10000 bytes"),
     ],

@@ -36,7 +36,7 @@ def read(path, offset=0, lines=0, limit=10_000):
         (line(prompt_tokens=3_000_000_000), "prompt_tokens"),
         (line(created_at="0001-01-01T00:00:00+14:00"), "before the year 1"),
         (line(output="x" * 20_000), "longer than 10000 bytes"),
-        (b'{"event": "interaction", "confidence": NaN}\n', "NaN"),
+        (b'{"event": "interaction", "confidence": Infinity}\n', "Infinity"),
         (b"[" * 9_000 + b"\n", "not JSON"),  # nested absurdly deep
     ],
 )
