@@ -5,8 +5,9 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +57,28 @@ def two_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     finally:
         cluster.shutdown()
+
+
+def start_together(script: str, folder: Path, environments: Sequence[dict[str, str]]) -> list[str]:
+    """Run a script in a process for each environment, all from the same moment on; returns what each said wrongly."""
+    go = folder / "go"
+    waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.0005)\n"
+    heads = [line for line in script.splitlines() if line.startswith(("import ", "from "))]  # the slow part comes first
+    source = "\n".join([*heads, "print('ready', flush=True)", waiting, script])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", source], env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for own in environments
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", process.stderr and process.stderr.read()
+    go.touch()
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    go.unlink()
+    return [text for text, process in zip(said, processes, strict=True) if process.returncode]
 
 
 def uid(name: str) -> UUID:

@@ -8,13 +8,14 @@ import yaml
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import PROJECT_ROOT, SettingsError, home
 
-PATHS = ("storage", "local_artifact_storage", "compute_logs")
+PATHS = ("local_artifact_storage", "compute_logs")
 
 
 def environment() -> dict[str, str]:
     """The environment in which Dagster's commands run, with its home made ready.
 
-    The project's `dagster.yaml` is copied there without its paths, which are for a bare `dagster` command.
+    The project's `dagster.yaml` is copied there without its paths, which are for a bare `dagster` command. The storage
+    lies in DAGSTER_HOME itself.
 
     Raises:
         SettingsError: it cannot be made.
@@ -32,9 +33,15 @@ def environment() -> dict[str, str]:
     return env
 
 
-def _prepare(dagster_home: Path) -> None:
+def dagster_yaml() -> str:
+    """Return the text of the `dagster.yaml` of a home."""
     settings = yaml.safe_load((PROJECT_ROOT / "dagster.yaml").read_text(encoding="utf-8"))
-    text = yaml.safe_dump({key: value for key, value in settings.items() if key not in PATHS}, sort_keys=False)
+    settings["storage"]["custom"]["config"]["base_dir"] = {"env": "DAGSTER_HOME"}
+    return yaml.safe_dump({key: value for key, value in settings.items() if key not in PATHS}, sort_keys=False)
+
+
+def _prepare(dagster_home: Path) -> None:
+    text = dagster_yaml()
     path = dagster_home / "dagster.yaml"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return

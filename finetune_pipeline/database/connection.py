@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,15 @@ import sqlalchemy as sa
 from filelock import FileLock
 from sqlalchemy.engine import make_url
 
-from finetune_pipeline.settings import database_url, home, survives_power_cut
+from finetune_pipeline.settings import database_url, survives_power_cut
 
 HEAD = "0006"
 """The newest migration; kept here so that a database that is up to date needs no Alembic."""
 
 _BUSY_MS = 30_000
+_MIGRATION_LOCK = 0x66696E6574756E65
+"""PostgreSQL's advisory locks have numbers; any number that nobody else takes would do."""
+
 _DISK_FULL = ("database or disk is full", "disk I/O error", "No space left on device")
 
 
@@ -98,8 +101,7 @@ def _connect(url: str) -> Database:
             f"the folder of the database cannot be made ({error}); set FINETUNE_HOME to a folder that can be written"
         ) from error
     try:
-        revision = _revision(engine)
-        if revision != HEAD:
+        if not _is_up_to_date(engine, url):
             _migrate(engine, url)
     except sa.exc.DBAPIError as error:
         where = make_url(url).render_as_string(hide_password=True)
@@ -135,11 +137,23 @@ def _sqlite(url: str) -> sa.Engine:
     return engine
 
 
-def _revision(engine: sa.Engine) -> str | None:
+def _is_up_to_date(engine: sa.Engine, url: str) -> bool:
+    """Whether the database has this version's tables.
+
+    Raises:
+        DatabaseError: it has two revisions.
+    """
     with engine.connect() as connection:
         if not sa.inspect(connection).has_table("alembic_version"):
-            return None
-        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+            return False
+        revisions = sorted(connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars())
+    if len(revisions) > 1:
+        raise DatabaseError(
+            f"the database {make_url(url).render_as_string(hide_password=True)} has the revisions "
+            f"{' and '.join(revisions)}, expected one: two programs created or migrated it at the same time. Where "
+            "nothing is in it yet, delete it and run again; otherwise restore a copy from before"
+        )
+    return revisions == [HEAD]
 
 
 def _migrate(engine: sa.Engine, url: str) -> None:
@@ -150,16 +164,25 @@ def _migrate(engine: sa.Engine, url: str) -> None:
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    home().mkdir(parents=True, exist_ok=True)
-    # Processes that start together must not both create the tables.
-    with FileLock(home() / ".migration.lock"), engine.connect().execution_options(finetune_write=True) as connection:
+    with _alone(engine) as connection:
         config.attributes["connection"] = connection
         try:
-            with connection.begin():
-                command.upgrade(config, "head")
+            command.upgrade(config, "head")
         except CommandError as error:
             where = make_url(url).render_as_string(hide_password=True)
             raise DatabaseError(
                 f"the database {where} was written by another version of this project ({error}); "
                 "update the project, or set FINETUNE_DATABASE_URL to another database"
             ) from error
+
+
+@contextmanager
+def _alone(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction in which no other process migrates the same database, from whatever machine or home."""
+    path = engine.url.database
+    is_file = engine.dialect.name == "sqlite" and path not in {None, "", ":memory:"}
+    beside = FileLock(f"{path}.migration.lock") if is_file else nullcontext()
+    with beside, engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
+        if engine.dialect.name == "postgresql":  # until commit; a table can be locked only once it is there
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        yield connection

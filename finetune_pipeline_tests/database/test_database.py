@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from finetune_pipeline.database import DatabaseError, connect, connection
 from finetune_pipeline.database.tables import metadata
 from finetune_pipeline.feedback.store import tally
 from finetune_pipeline.settings import database_url
+from finetune_pipeline_tests.conftest import start_together
 
 
 def test_the_migrations_give_the_tables():
@@ -49,14 +49,53 @@ def test_an_up_to_date_database_needs_no_alembic():
     assert output.strip() == "False"
 
 
-def test_processes_that_start_together_make_the_tables_once():
-    script = "from finetune_pipeline.database import connect; connect()"
-    processes = [subprocess.Popen([sys.executable, "-c", script], env={**os.environ}) for _ in range(4)]
-    assert [process.wait() for process in processes] == [0, 0, 0, 0]
+OPEN = """
+import sqlalchemy as sa
+from finetune_pipeline.database import connect
+with connect().write() as connection:
+    connection.execute(sa.text("UPDATE counters SET value = value + 1 WHERE name = 'events'"))
+"""
+
+
+@pytest.mark.parametrize("start", ["empty", "empty", "0001"])
+def test_processes_that_start_together_create_or_migrate_once(url, tmp_path, start):
+    if start != "empty":
+        migrate_to(url, start)
+    # Each in a home of its own, as on several machines: what they share is the database.
+    own = [{"FINETUNE_DATABASE_URL": url, "FINETUNE_HOME": str(tmp_path / f"home{n}")} for n in range(4)]
+    assert start_together(OPEN, tmp_path, own) == []
+    database = connect(url)
+    with database.read() as open_connection:
+        revisions = open_connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all()
+        assert revisions == [connection.HEAD]
+        events = sa.text("SELECT value FROM counters WHERE name = 'events'")
+        assert open_connection.execute(events).scalar_one() == 4
+    database.engine.dispose()
+
+
+def test_a_database_with_two_revisions_says_what_to_do(url):
+    with connect(url).write() as open_connection:
+        open_connection.execute(sa.text("INSERT INTO alembic_version VALUES ('0001')"))
+    connection._open.pop(url).engine.dispose()
+    with pytest.raises(DatabaseError, match=r"expected one: two programs created or migrated it .* delete it and run"):
+        connect(url)
 
 
 def test_by_default_it_lies_under_the_home(own_home):
     assert database_url() == f"sqlite:///{own_home.resolve()}/finetune.db"
+
+
+def migrate_to(url, revision, rows=()):
+    """Make a database of an earlier version."""
+    engine = sa.create_engine(url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(connection.__file__).parent / "migrations"))
+    with engine.begin() as open_connection:
+        config.attributes["connection"] = open_connection
+        command.upgrade(config, revision)
+        for row in rows:
+            open_connection.execute(sa.text(row))
+    engine.dispose()
 
 
 OLD_ROWS = (
@@ -74,14 +113,7 @@ OLD_ROWS = (
 
 
 def test_a_database_of_the_previous_version_keeps_all_and_is_counted(url):
-    engine = sa.create_engine(url)
-    config = Config()
-    config.set_main_option("script_location", str(Path(connection.__file__).parent / "migrations"))
-    with engine.begin() as open_connection:
-        config.attributes["connection"] = open_connection
-        command.upgrade(config, "0001")
-        for row in OLD_ROWS:
-            open_connection.execute(sa.text(row))
+    migrate_to(url, "0001", OLD_ROWS)
     database = connect(url)
     with database.read() as open_connection:
         assert tally(open_connection, "notes") == {

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune_pipeline.cli.dagster_home import PATHS
+from finetune_pipeline.cli.dagster_home import dagster_yaml
 from finetune_pipeline.database import connect
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import list_comparisons
@@ -48,9 +48,7 @@ class Loop:
         self.home = folder / "home"
         self.dagster = folder / "dagster"
         self.dagster.mkdir()
-        settings = yaml.safe_load((PROJECT_ROOT / "dagster.yaml").read_text())
-        own = {key: value for key, value in settings.items() if key not in PATHS}
-        (self.dagster / "dagster.yaml").write_text(yaml.safe_dump(own))
+        (self.dagster / "dagster.yaml").write_text(dagster_yaml())
         self.env = {**os.environ, "FINETUNE_HOME": str(self.home), "DAGSTER_HOME": str(self.dagster)}
 
     def write(self, **changes):
