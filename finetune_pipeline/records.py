@@ -134,7 +134,7 @@ Event = Annotated[Interaction | Feedback, Field(discriminator="event")]
 def logged(event: Interaction | Feedback) -> Interaction | Feedback:
     """An event as it comes from an application, which cannot say that a declared source gave it.
 
-    It would be withdrawn as soon as that source is read, and would need no confidence to teach.
+    It would be withdrawn as soon as that source is read.
 
     Raises:
         ValueError: it has a source or an origin.

@@ -308,7 +308,10 @@ class CurationSettings(Settings):
 
     min_reward: float = Field(default=0.3, ge=-1, le=1, description="An example below this reward is not used.")
     min_confidence: float = Field(
-        default=0.85, ge=0, le=1, description="An answer that no person confirmed must be at least this confident."
+        default=0.85,
+        ge=0,
+        le=1,
+        description="An answer that no person confirmed must be at least this confident; one without confidence passes.",
     )
     max_prompt_chars: int = Field(default=8_000, ge=1, description="Longer prompts are left out.")
     max_answer_chars: int = Field(default=16_000, ge=1, description="Longer answers are left out.")

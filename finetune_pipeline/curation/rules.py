@@ -97,9 +97,9 @@ def at_a_glance(example: Example, policy: Policy) -> Decision:
         return Decision(False, UNREVIEWED)
     if not (example.corrected or reviewed) and example.reward < rules.min_reward:
         return Decision(False, f"reward below {rules.min_reward:g}")
-    sure = example.confidence is not None and example.confidence >= rules.min_confidence
-    written = example.source is not None and example.confidence is None  # by no model whose confidence one could ask
-    if not (sure or written or example.confirmed or example.corrected or reviewed):
+    # Missing confidence is not low confidence: nothing written by a person has one, nor answers of many servers.
+    unsure = example.confidence is not None and example.confidence < rules.min_confidence
+    if unsure and not (example.confirmed or example.corrected or reviewed):
         return Decision(False, f"confidence below {rules.min_confidence:g} and no person confirmed it")
     return _short_enough(example, rules)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
-FORM = 6  # of the result and of how it is made: what was found by an earlier one, and datasets of it, are made anew
+FORM = 7  # of the result and of how it is made: what was found by an earlier one, and datasets of it, are made anew
 EXAMPLE = tuple(Example.model_fields)
 
 Identity = Callable[[Example], str]

@@ -36,7 +36,9 @@ def said(text):
         ({"reward": -1, "corrected": True}, "accepted"),  # a correction's reward is only its weight
         ({"confidence": 0.84}, "confidence below 0.85"),
         ({"confidence": 0.85}, "accepted"),
-        ({"confidence": None}, "confidence below 0.85"),
+        ({"confidence": 0.0}, "confidence below 0.85"),
+        ({"confidence": None}, "accepted"),  # missing confidence is not low confidence
+        ({"confidence": None, "reward": 0.29}, "reward below 0.3"),
         ({"confidence": 0.1, "confirmed": True}, "accepted"),
         ({"confidence": 0.1, "corrected": True}, "accepted"),
         ({"prompt": "x" * 61}, "prompt longer than 60"),

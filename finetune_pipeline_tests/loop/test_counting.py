@@ -1,5 +1,7 @@
 """What counts as new is what the dataset would keep, in its redacted form, until it was judged."""
 
+import pytest
+
 from finetune_pipeline.artifacts import draft, publish
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
@@ -49,6 +51,29 @@ def test_the_same_prompt_in_another_conversation_counts_too(loop):
     turns = (Turn(role="user", content="about the ash"),)
     add(loop, *taught("a", "what now?"), *taught("b", "what now?", history=turns))
     assert count_new(loop, connect(), watermark=0) == 2
+
+
+@pytest.mark.parametrize("least", [0, 0.85, 1])
+@pytest.mark.parametrize("confidence", [None, 0.0, 0.5, 0.85, 1.0])
+@pytest.mark.parametrize(
+    ("said", "holds"),
+    [
+        ({"kind": "success", "score": 95}, True),
+        ({"kind": "reward", "reward": 0.9}, True),
+        ({"kind": "thumbs_up"}, False),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_the_count_and_the_dataset_agree_on_confidence(loop, least, confidence, said, holds):
+    loop = loop.model_copy(update={"curation": loop.curation.model_copy(update={"min_confidence": least})})
+    asked = interaction("b", prompt="how long is it?", output="six feet", confidence=confidence)
+    add(loop, *taught("a", "what now?"), asked, feedback("on b", "b", **said))
+    low = holds and confidence is not None and confidence < least  # missing confidence is not low confidence
+    assert count_new(loop, connect(), watermark=0) == (1 if low else 2)
+    snapshot, _ = raw_logs.snapshot(loop, connect())
+    data = dataset(loop, snapshot)
+    refused = {f"confidence below {least:g} and no person confirmed it": 1} if low else {}
+    assert (data.manifest.train + data.manifest.validation, data.manifest.left_out) == (1 if low else 2, refused)
 
 
 def test_what_was_judged_in_its_redacted_form_never_counts_again(loop):
