@@ -311,7 +311,7 @@ class CurationSettings(Settings):
         default=0.85,
         ge=0,
         le=1,
-        description="An answer that no person confirmed must be at least this confident; one without confidence passes.",
+        description="An answer that no person confirmed must be at least this confident; without confidence it passes.",
     )
     max_prompt_chars: int = Field(default=8_000, ge=1, description="Longer prompts are left out.")
     max_answer_chars: int = Field(default=16_000, ge=1, description="Longer answers are left out.")
