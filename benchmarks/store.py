@@ -1,10 +1,11 @@
-"""The feedback store: one event, many events, memory, import; and a million interactions.
+"""The feedback store: one event, many events, memory, import; a million interactions; and a gigabyte of event files.
 
 Peers in the same run: a line of JSON appended with fsync, and a plain SQLAlchemy insert and commit into a table of the
 same columns (SQLite with its defaults, which flush every commit). What is compared survives the same fault: a kill of
 the process (the store's default; the file without fsync), and a power cut (FINETUNE_DURABILITY=power-cut; the peers).
 """
 
+import hashlib
 import json
 import os
 import statistics
@@ -21,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 from uuid_utils.compat import uuid7
 
-from benchmarks.results import publish
+from benchmarks.results import end, publish
 from finetune_pipeline.records import Feedback, Interaction
 
 LOOP = "aec_parser"
@@ -45,6 +46,14 @@ def main() -> None:
     loaded = figures["import"]
     print(f"\nimport of the client: {loaded['seconds']:.2f} s, heavy packages loaded: {loaded['heavy'] or 'none'}")
     _million()
+    _logs()
+
+
+def _logs() -> None:
+    one = _in_a_process("logs")
+    row = [f"{one['files']} files, {one['gigabytes']:.1f} GB", f"{one['tick_ms']:.1f} ms", f"{one['verify_s']:.2f} s"]
+    publish("store_logs", ["event files", "the sensor's look at them", "verifying all that was read"], [row], one)
+    end([f"a look takes {one['tick_ms']:.0f} ms"] if one["tick_ms"] > ANSWER_MS else [])
 
 
 def _million() -> None:
@@ -229,6 +238,40 @@ def million() -> dict[str, Any]:
     return {"sizes": sizes, "limit_ms": ANSWER_MS}
 
 
+def logs(files: int = 200, megabytes: int = 5) -> dict[str, Any]:
+    """What the sensor pays for the event files at each tick, and what an ingest pays when all of them were touched."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.settings import load_loop
+    from finetune_pipeline.sources import ledger
+    from finetune_pipeline.sources.jsonl import Line, open_log
+
+    loop, database, content = load_loop(LOOP), connect(), os.urandom(megabytes * 10**6)
+    folder = loop.drop_folder
+    folder.mkdir(parents=True)
+    ends = {}
+    for number in range(files):
+        path = folder / f"log-{number:04}.jsonl"
+        path.write_bytes(number.to_bytes(4) + content)
+        ends[path] = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+        with database.write() as connection:
+            line = Line(1, ends[path][0], None, prefix_hash=ends[path][1])
+            ledger.advance(connection, LOOP, ledger.look_at(path), ledger.Position(), [line], finished=True)
+
+    def look() -> None:
+        with database.read() as connection:
+            if found := ledger.unread(connection, LOOP, [folder]):
+                sys.exit(f"{len(found)} files count as unread")
+
+    def verify() -> None:
+        for path, (size, prefix_hash) in ends.items():
+            with open_log(path) as log:
+                if not log.skip_if_unchanged(size, prefix_hash):
+                    sys.exit(f"{path} counts as rewritten")
+
+    tick, verifying = _milliseconds(look, times=50), _milliseconds(verify, times=3)
+    return {"files": files, "gigabytes": files * megabytes / 1e3, "tick_ms": tick, "verify_s": verifying / 1e3}
+
+
 def _history(start: int, end: int) -> Iterator[Interaction | Feedback]:
     for number in range(start, end):
         one = interaction(number)
@@ -265,5 +308,10 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
     else:
-        work: dict[str, Callable[..., Any]] = {"one_and_many": one_and_many, "import": importing, "million": million}
+        work: dict[str, Callable[..., Any]] = {
+            "one_and_many": one_and_many,
+            "import": importing,
+            "million": million,
+            "logs": logs,
+        }
         print(json.dumps(work[sys.argv[1]](*sys.argv[2:])))

@@ -192,6 +192,7 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
     """Read FILES: events, exchanges with a reward, or Alpaca; a file read twice adds nothing."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.formats import import_rows
+    from finetune_pipeline.feedback.store import conflict
     from finetune_pipeline.sources.rows import read_rows
 
     unusable = []
@@ -205,6 +206,10 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
             click.echo(f"  {bad.path}:{bad.line}: {bad.reason}", err=True)
         if done.rejected > len(done.bad):
             click.echo(f"  and {done.rejected - len(done.bad)} more", err=True)
+        for event in done.conflicts[:_SHOWN]:
+            click.echo(f"  {conflict(event)}", err=True)
+        if len(done.conflicts) > _SHOWN:
+            click.echo(f"  and {len(done.conflicts) - _SHOWN} more are known with other content", err=True)
         if done.rejected and done.rejected == done.lines:
             unusable.append(str(path))
     if unusable:

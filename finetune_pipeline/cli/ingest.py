@@ -43,6 +43,10 @@ def ingest(files: tuple[Path, ...], form: Form, loop: LoopSettings) -> None:
         f"{total.files} files: {recorded.interactions} interactions and {recorded.feedback} feedback added, "
         f"{recorded.duplicates} known already, {total.rejected} lines rejected"
     )
+    if total.conflicts:
+        click.echo(f"{total.conflicts} events have an id that is known with other content:", err=True)
+        for named in total.conflicting:
+            click.echo(f"  {named}", err=True)
     if total.rejected:
         with database.read() as connection:
             for row in rejected_lines(connection, loop.name, 10, [path.resolve() for path in files]):

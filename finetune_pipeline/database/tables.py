@@ -142,12 +142,14 @@ ingested_files = sa.Table(
     metadata,
     sa.Column("task", sa.String(60), primary_key=True),
     sa.Column("path", sa.String(1000), primary_key=True),
-    sa.Column("size", sa.BigInteger, nullable=False, comment="Bytes when last read to its end."),
+    sa.Column("inode", sa.BigInteger, comment="This and the next three: as stat said before it was last read."),
+    sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("mtime_ns", sa.BigInteger, nullable=False),
+    sa.Column("ctime_ns", sa.BigInteger),
     sa.Column("offset", sa.BigInteger, nullable=False, comment="Bytes read so far."),
     sa.Column("lines", sa.Integer, nullable=False),
     sa.Column("rejected", sa.Integer, nullable=False),
-    sa.Column("tail_hash", sa.String(64), nullable=False, comment="Of the bytes before offset: was it rewritten?"),
+    sa.Column("prefix_hash", sa.String(64), nullable=False, comment="SHA-256 of the bytes before offset."),
     sa.Column("finished", sa.Boolean, nullable=False),
 )
 

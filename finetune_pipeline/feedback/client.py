@@ -50,6 +50,10 @@ class FeedbackError(RuntimeError):
     """An event could not be recorded, or a file of events not be read or written; the message says what to do."""
 
 
+class IdTakenError(FeedbackError):
+    """A gateway has another event under this id."""
+
+
 class Details(TypedDict, total=False):
     """What may be known of an exchange beside prompt and output; see `records.Interaction`."""
 
@@ -101,8 +105,9 @@ class Transport(Protocol):
 class FeedbackClient:
     """Logs exchanges with a loop's model and what was thought of them.
 
-    An id or a `key` makes a call safe to repeat: what is recorded already is left as it was. A key is any text of the
-    application's own; the event's id follows from the loop's name and the key.
+    An id or a `key` makes a call safe to repeat: what is recorded already is left as it was, and where the repeated
+    call says something else, a warning of this module's log names the id. A key is any text of the application's own;
+    the event's id follows from the loop's name and the key.
 
     Args:
         loop: name of the loop, or its settings.
@@ -380,6 +385,8 @@ class _Store:
     def send(self, events: Sequence[Interaction | Feedback]) -> int:
         with self._database.write() as connection:
             recorded = self._store.record(connection, self._loop, events, self._reward)
+        for event in recorded.conflicts:
+            _log.warning("%s", self._store.conflict(event))
         return recorded.interactions + recorded.feedback
 
     def stats(self) -> dict[str, int]:
@@ -422,7 +429,11 @@ class _Gateway:
     def _post(self, event: Interaction | Feedback) -> str:
         path = "/v1/interactions" if isinstance(event, Interaction) else "/v1/feedback"
         body = event.model_dump_json(exclude={"event"}, exclude_none=True)
-        answer = self._ask("POST", path, content=body, headers={"Content-Type": "application/json"})
+        try:
+            answer = self._ask("POST", path, content=body, headers={"Content-Type": "application/json"})
+        except IdTakenError as error:
+            _log.warning("%s", error)
+            return "duplicate"
         status = answer.get("status")
         if answer.get("id") != str(event.id) or status not in _TAKEN:
             raise FeedbackError(
@@ -446,7 +457,13 @@ class _Gateway:
             answer = None
         if response.is_success and isinstance(answer, dict):
             return answer
-        raise FeedbackError(f"the gateway {self._url} answered {_problem(response, answer)}")
+        told = f"the gateway {self._url} answered {_problem(response, answer)}"
+        taken = (
+            isinstance(answer, dict)
+            and isinstance(answer.get("error"), dict)
+            and answer["error"].get("code") == "id_taken"
+        )
+        raise IdTakenError(told) if taken else FeedbackError(told)
 
 
 def _problem(response: "httpx.Response", answer: Any) -> str:
@@ -455,6 +472,11 @@ def _problem(response: "httpx.Response", answer: Any) -> str:
     if isinstance(error, dict):
         return f"{code}: {error.get('message')}"
     return f"{code} to {response.request.url.path}, and no JSON that a gateway sends; is its address right?"
+
+
+def _code(answer: Any) -> Any:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return error.get("code") if isinstance(error, dict) else None
 
 
 def _answered(output: str | None) -> str:

@@ -65,12 +65,18 @@ class BadLine:
 
 @dataclass
 class Imported:
-    """What reading a file did; `bad` are the first of the refused lines."""
+    """What reading a file did.
+
+    Attributes:
+        bad: the first of the refused lines.
+        conflicts: events whose id is known with other content.
+    """
 
     lines: int = 0
     rejected: int = 0
     recorded: Recorded = field(default_factory=Recorded)
     bad: list[BadLine] = field(default_factory=list)
+    conflicts: list[Interaction | Feedback] = field(default_factory=list)
 
 
 class Exported(NamedTuple):
@@ -93,6 +99,7 @@ def import_rows(path: Path, rows: Rows, loop: LoopSettings, database: Database) 
             with database.write() as connection:
                 done = record(connection, loop.name, batch, reward)
             result.recorded += Recorded(done.interactions, done.feedback, done.duplicates)
+            result.conflicts += done.conflicts
     except OSError as error:
         raise FeedbackError(f"{path} cannot be read ({error.strerror}); mend it, then import it again") from error
     return result

@@ -24,7 +24,7 @@ from uuid_utils.compat import uuid7
 from finetune_pipeline.artifacts import disk_full, flush
 from finetune_pipeline.database import Database, DatabaseError
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.feedback.store import record
+from finetune_pipeline.feedback.store import conflict, record
 from finetune_pipeline.records import Event, Feedback, Interaction
 from finetune_pipeline.settings import home, survives_power_cut
 
@@ -39,8 +39,9 @@ _RETRY_SECONDS = (0.1, 0.5, 2.0, 5.0)
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _log = logging.getLogger(__name__)
 
-Outcome = Literal["recorded", "duplicate", "waiting", "refused"]
-"""What became of an event; `waiting` is feedback whose interaction has not arrived, kept until it does."""
+Outcome = Literal["recorded", "duplicate", "conflict", "waiting", "refused"]
+"""What became of an event; `waiting` is feedback whose interaction has not arrived, kept until it does, and `conflict`
+a duplicate that says something else than what is stored, which stays."""
 
 RewardOf = Callable[[str], RewardFunction]
 """The reward function of a loop, by the loop's name."""
@@ -224,14 +225,19 @@ def record_all(database: Database, events: Sequence[Interaction | Feedback], rew
     """Record events of any loops in one transaction; what became of each."""
     known: set[UUID] = set()
     waiting: set[UUID] = set()
+    conflicts: list[Interaction | Feedback] = []
     with database.write() as connection:
         for task in sorted({event.task for event in events}):
             done = record(connection, task, [event for event in events if event.task == task], reward_of(task))
             known |= done.known
             waiting |= done.waiting
+            conflicts += done.conflicts
+    for event in conflicts:
+        _log.warning("%s", conflict(event))
     outcomes: list[Outcome] = []
     for event in events:
-        outcomes.append("duplicate" if event.id in known else "waiting" if event.id in waiting else "recorded")
+        duplicate: Outcome = "conflict" if event in conflicts else "duplicate"
+        outcomes.append(duplicate if event.id in known else "waiting" if event.id in waiting else "recorded")
         known.add(event.id)
     return outcomes
 

@@ -36,6 +36,7 @@ class Recorded:
         interactions, feedback: how many were added.
         duplicates: how many were there already, or twice in the batch, or were deleted on a person's wish.
         known: ids of the duplicates.
+        conflicts: those of the duplicates that say something else than what is stored under their id, which stays.
         waiting: ids of the added feedback whose interaction has not arrived yet.
     """
 
@@ -43,6 +44,7 @@ class Recorded:
     feedback: int = 0
     duplicates: int = 0
     known: frozenset[UUID] = field(default=frozenset(), compare=False)
+    conflicts: tuple[Interaction | Feedback, ...] = field(default=(), compare=False)
     waiting: frozenset[UUID] = field(default=frozenset(), compare=False)
 
     def __add__(self, other: "Recorded") -> "Recorded":
@@ -51,6 +53,7 @@ class Recorded:
             self.feedback + other.feedback,
             self.duplicates + other.duplicates,
             self.known | other.known,
+            self.conflicts + other.conflicts,
             self.waiting | other.waiting,
         )
 
@@ -87,12 +90,13 @@ def record(
 ) -> Recorded:
     """Add the events that are not there yet and renew what their interactions teach.
 
-    An id that is there already is left as it was: events are never changed. What was forgotten stays away, and so does
+    An id that is there already is left as it was: events are never changed. One that comes with other content is
+    among the `conflicts`. What was forgotten stays away, and so does
     all feedback on it.
     """
     # Taking the sequence first locks it until commit: no other writer can come between the look and the insert.
     first = take_sequence(connection, len(events))
-    fresh = _not_known(connection, events)
+    fresh, conflicts = _not_known(connection, events)
     rows = [(first + i, event) for i, event in enumerate(fresh)]
     interactions = [(event, sequence) for sequence, event in rows if isinstance(event, Interaction)]
     feedback = [(event, sequence) for sequence, event in rows if isinstance(event, Feedback)]
@@ -103,7 +107,12 @@ def record(
     waiting = _renew(connection, task, interactions, feedback, reward)
     added = {event.id for event in fresh}
     known = frozenset(event.id for event in events if event.id not in added)
-    return Recorded(len(interactions), len(feedback), len(events) - len(fresh), known, waiting)
+    return Recorded(len(interactions), len(feedback), len(events) - len(fresh), known, conflicts, waiting)
+
+
+def conflict(event: Interaction | Feedback) -> str:
+    """Say that an event's id is known with other content, and what to do."""
+    return f"the {event.event} {event.id} is known with other content, which stays; give what is new an id of its own"
 
 
 def withdraw(connection: sa.Connection, task: str, ids: Sequence[str]) -> int:
@@ -343,8 +352,10 @@ def renew_examples(
 _Numbered = tuple[E, int]
 
 
-def _not_known(connection: sa.Connection, events: Sequence[Interaction | Feedback]) -> list[Interaction | Feedback]:
-    """The events that are to be added: not there yet, and neither they nor what they speak of was forgotten."""
+def _not_known(
+    connection: sa.Connection, events: Sequence[Interaction | Feedback]
+) -> tuple[list[Interaction | Feedback], tuple[Interaction | Feedback, ...]]:
+    """The events that are to be added, not there yet and not forgotten; and those that contradict what is there."""
 
     def there(column: sa.Column[str], ids: Iterable[UUID]) -> set[str]:
         return {
@@ -359,13 +370,43 @@ def _not_known(connection: sa.Connection, events: Sequence[Interaction | Feedbac
         "feedback": there(t.feedback.c.id, (event.id for event in feedback)),
     }
     forgotten = there(t.forgotten_events.c.id, [e.id for e in events] + [e.interaction_id for e in feedback])
-    fresh = []
+    first = _stored(connection, known)
+    fresh, conflicts = [], []
     for event in events:
         gone = {str(event.id), str(getattr(event, "interaction_id", event.id))} & forgotten
-        if not gone and str(event.id) not in known[event.event]:
+        if gone:
+            continue
+        if str(event.id) not in known[event.event]:
             known[event.event].add(str(event.id))
+            first[event.event, event.id] = event
             fresh.append(event)
-    return fresh
+        elif _contradicts(event, first[event.event, event.id]):
+            conflicts.append(event)
+    return fresh, tuple(conflicts)
+
+
+def _stored(connection: sa.Connection, known: Mapping[str, set[str]]) -> dict[tuple[str, UUID], Interaction | Feedback]:
+    """The stored events of these ids."""
+    found: dict[tuple[str, UUID], Interaction | Feedback] = {}
+    readers = ((t.interactions, "interaction", _interaction), (t.feedback, "feedback", _feedback))
+    for table, kind, read in readers:
+        for chunk in _chunks(sorted(known[kind])):
+            for row in connection.execute(sa.select(table).where(table.c.id.in_(chunk))):
+                event: Interaction | Feedback = read(row)
+                found[kind, event.id] = event
+    return found
+
+
+_NOT_SAID = frozenset({"created_at", "source", "origin", "seed", "latency_ms", "prompt_tokens", "completion_tokens"})
+"""Fields in which a repeated event may differ: they say when and where it came from, and how long it took."""
+
+
+def _contradicts(event: Interaction | Feedback, stored: Interaction | Feedback) -> bool:
+    """Whether two events of one id say different things. What only one of them says is no contradiction."""
+    if type(event) is not type(stored):
+        return True
+    pairs = ((getattr(event, name), getattr(stored, name)) for name in type(event).model_fields.keys() - _NOT_SAID)
+    return any(new != old for new, old in pairs if new is not None and old is not None)
 
 
 def _renew(

@@ -142,7 +142,8 @@ def _attempts(loop: LoopSettings, instance: dg.DagsterInstance, watermark: int) 
 
 def _read_files(loop: LoopSettings, instance: dg.DagsterInstance, files: Sequence[UnreadFile], numbers: str) -> Answer:
     """A run of raw_logs alone, for files that the ledger does not know; the count follows at a later look."""
-    fingerprint = hash_of([(readable(str(file.path)), file.size, file.mtime_ns) for file in files])[:16]
+    stats = [(readable(str(x.path)), x.inode, x.size, x.mtime_ns, x.ctime_ns) for x in files]
+    fingerprint = hash_of(stats)[:16]
     tags = {LOOP_TAG: loop.name, FILES_TAG: fingerprint}
     tries = len(instance.get_runs(dg.RunsFilter(tags=tags), limit=loop.trigger.attempts))
     if tries >= loop.trigger.attempts:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,28 +14,38 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.forgetting import forgotten_of
 from finetune_pipeline.feedback.journal import take_over_orphans
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, record, take_sequence
+from finetune_pipeline.feedback.store import Recorded, conflict, record, take_sequence
 from finetune_pipeline.loop.feeds import FORGOTTEN, ingested_events
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import LoopSettings, load_loop
 from finetune_pipeline.sources import ledger
 from finetune_pipeline.sources.item import Item
-from finetune_pipeline.sources.jsonl import Form, Line, event_files, grows, read_lines, read_whole
+from finetune_pipeline.sources.jsonl import Form, Line, event_files, grows, open_log, read_lines, read_whole
 from finetune_pipeline.sources.rows import readable
 
 BATCH = 1_000
+NAMED = 20
 _ORIGIN = 900  # an origin may have 1,000 characters
 _QUIET_NS = 5 * 10**9
 
 
 @dataclass
 class Ingested:
-    """What one ingest did; `unreadable` names the files that could not be opened, and why."""
+    """What one ingest did.
+
+    Attributes:
+        rewritten: files that no longer have the bytes that were read of them, so that all was read again.
+        conflicts: events whose id is known with other content; the first of them are in `conflicting`.
+        unreadable: the files that could not be opened, and why.
+    """
 
     files: int = 0
     lines: int = 0
     rejected: int = 0
+    rewritten: int = 0
+    conflicts: int = 0
     recorded: Recorded = field(default_factory=Recorded)
+    conflicting: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
     def add(self, other: "Ingested") -> None:
@@ -43,7 +53,10 @@ class Ingested:
         self.files += other.files
         self.lines += other.lines
         self.rejected += other.rejected
+        self.rewritten += other.rewritten
+        self.conflicts += other.conflicts
         self.recorded += other.recorded
+        self.conflicting = (self.conflicting + other.conflicting)[:NAMED]
         self.unreadable += other.unreadable
 
 
@@ -100,37 +113,46 @@ def ingest_file(
         OSError: it cannot be read.
     """
     result = Ingested(files=1)
-    stat = path.stat()
-    file = ledger.UnreadFile(path, stat.st_size, stat.st_mtime_ns)
-    position, lines = _lines(loop, database, file, form)
-    for batch, last in _batches(lines):
-        with database.write() as connection:
-            take_sequence(connection, 0)  # until commit nobody is forgotten
-            batch = _without_forgotten(connection, loop, batch)
-            events = [event for line in batch for event in _events(loop, line)]
-            result.recorded += record(connection, loop.name, events, reward)
-            position = ledger.advance(connection, loop.name, file, position, batch, finished=last)
-        result.lines += len(batch)
-        result.rejected += sum(line.event is None for line in batch)
+    file = ledger.look_at(path)
+    with ExitStack() as opened:
+        position, lines = _lines(loop, database, file, form, result, opened)
+        for batch, last in _batches(lines):
+            with database.write() as connection:
+                take_sequence(connection, 0)  # until commit nobody is forgotten
+                batch = _without_forgotten(connection, loop, batch)
+                events = [(line, event) for line in batch for event in _events(loop, line)]
+                done = record(connection, loop.name, [event for _, event in events], reward)
+                position = ledger.advance(connection, loop.name, file, position, batch, finished=last)
+            result.recorded += Recorded(done.interactions, done.feedback, done.duplicates)
+            result.lines += len(batch)
+            result.rejected += sum(line.event is None for line in batch)
+            result.conflicts += len(done.conflicts)
+            named = (f"{path}:{line.number}: {conflict(event)}" for line, event in events if event in done.conflicts)
+            result.conflicting += islice(named, NAMED - len(result.conflicting))
     return result
 
 
 def _lines(
-    loop: LoopSettings, database: Database, file: ledger.UnreadFile, form: Form
+    loop: LoopSettings, database: Database, file: ledger.UnreadFile, form: Form, result: Ingested, opened: ExitStack
 ) -> tuple[ledger.Position, Iterator[Line]]:
-    """Where the reading of a file starts, and what comes from there on."""
+    """Where the reading of a file starts, and what comes from there on; `opened` closes it."""
     path, limit = file.path, loop.sources.max_line_bytes
     inside = any(path.parent == folder for folder in loop.log_folders)
     name = path.name if inside else str(path)[-_ORIGIN:]
     if not grows(path):
         whole = read_whole(path, loop.name, max_line_bytes=limit, form=form, name=name)
         return ledger.Position(offset=file.size), _asking(loop, whole)
+    log = opened.enter_context(open_log(path, name))
     start = ledger.Position()
     if form == "auto":
         with database.read() as connection:
-            start = ledger.position(connection, loop.name, path)
-    own = {"offset": start.offset, "lines": start.lines, "max_line_bytes": limit}
-    return start, _asking(loop, read_lines(path, loop.name, **own, form=form, name=name))
+            known = ledger.position(connection, loop.name, path)
+        if log.skip_if_unchanged(known.offset, known.prefix_hash):
+            start = known
+        else:
+            result.rewritten = int(known.offset > 0)
+    lines = read_lines(log, loop.name, lines=start.lines, max_line_bytes=limit, form=form)
+    return start, _asking(loop, lines)
 
 
 def _asking(loop: LoopSettings, lines: Iterator[Line]) -> Iterator[Line]:
@@ -182,16 +204,19 @@ def _reward_of(task: str) -> RewardFunction:
 def _describe(one: Ingested) -> str:
     if one.unreadable:
         return one.unreadable[0]
-    known = f"{one.recorded.duplicates} known already, {one.rejected} lines rejected"
-    return f"{one.recorded.interactions} interactions, {one.recorded.feedback} feedback, {known}"
+    said = f"{one.recorded.interactions} interactions, {one.recorded.feedback} feedback, "
+    said += f"{one.recorded.duplicates} known already, {one.rejected} lines rejected"
+    if one.rewritten:
+        said += "; it was rewritten since it was last read, so all of it was read again"
+    if one.conflicts:
+        said += f"; {one.conflicts} events have an id that is known with other content: {one.conflicting[0]}"
+    return said
 
 
 def _batches(lines: Iterator[Line]) -> Iterator[tuple[list[Line], bool]]:
     """Batches of lines, each with whether it is the last; there is always one, perhaps empty."""
-    batch = list(islice(lines, BATCH))
     while True:
-        following = list(islice(lines, BATCH))
-        yield batch, not following
-        if not following:
+        batch = list(islice(lines, BATCH))
+        yield batch, len(batch) < BATCH
+        if len(batch) < BATCH:
             return
-        batch = following

@@ -199,6 +199,8 @@ def _rejected_lines(loop: LoopSettings, database: Database, ingested: Ingested) 
             "files": read.files,
             "share": share,
             "files with an unfinished last line": read.unfinished,
+            "known_with_other_content": ingested.conflicts,
+            "conflicts": ingested.conflicting,
             "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in rejected)],
         },
     )
@@ -274,7 +276,9 @@ def _metadata(
         "withdrawn": sum(fed.withdrawn for fed in feeds),
         "known_already": ingested.recorded.duplicates,
         "rejected_now": ingested.rejected,
+        "known_with_other_content": ingested.conflicts,
         "files_read": ingested.files,
+        "files_rewritten": ingested.rewritten,
         "parts": len(artifact.manifest.parts),
         "rows_of_newest_part": artifact.manifest.new,
         "watermark": artifact.manifest.watermark,

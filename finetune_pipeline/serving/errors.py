@@ -77,6 +77,12 @@ class Conflict(GatewayError):
     status, kind, code = 409, "invalid_request_error", "conflict"
 
 
+class IdTaken(Conflict):
+    """An event has an id that is known with other content."""
+
+    code = "id_taken"
+
+
 class TooLarge(GatewayError):
     """The request's body is larger than the limit."""
 

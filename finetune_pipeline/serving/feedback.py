@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from uuid_utils.compat import uuid7
 
-from finetune_pipeline.feedback.store import Exchange, find, tally
+from finetune_pipeline.feedback.store import Exchange, conflict, find, tally
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.serving.api import FeedbackIn, InteractionIn, InteractionOut, Receipt, StatsOut, Status
-from finetune_pipeline.serving.errors import BadRequest, Conflict, NotFound, NotRecorded
+from finetune_pipeline.serving.errors import BadRequest, Conflict, IdTaken, NotFound, NotRecorded
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import allow, body_of, gateway_of, what_is_wrong
 
@@ -101,6 +101,8 @@ async def _receipt(gateway: Gateway, event: Feedback | Interaction) -> Response:
         outcome = None
     if outcome == "refused":
         raise NotRecorded(f"the store refused this event, and it was put aside: {gateway.recorder.refused}")
+    if outcome == "conflict":
+        raise IdTaken(conflict(event), param="id")
     status: Status = outcome or "accepted"
     receipt = Receipt(id=event.id, status=status)
     return JSONResponse(receipt.model_dump(mode="json"), 202 if status == "accepted" else 200)

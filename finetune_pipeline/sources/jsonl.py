@@ -6,7 +6,9 @@ JSON lines are read from where the last reading ended, since a log grows. Other 
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +22,13 @@ from finetune_pipeline.sources.rows import constant, files_of, layout_of, read_r
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _EXCERPT = 200
-_TAIL = 4_096
+_BLOCK = 1 << 20
+
+HOLE = (
+    "holds NUL bytes: this part of the file was not written, or was cut off by a crash; the file is read again when it "
+    "is written"
+)
+"""Why a line cannot be read that no program wrote so."""
 
 
 Form = FileFormat | Literal["events"]
@@ -36,6 +44,8 @@ class Line:
     event: Interaction | Feedback | Item | None
     reason: str = ""
     excerpt: str = ""
+    prefix_hash: str = ""
+    """Of JSON lines: of all bytes of the file up to `end`, as they were read."""
     final: bool = False
     """Refused whatever may still be written behind it: it is whole JSON, but nothing that can be taken in."""
 
@@ -81,51 +91,103 @@ def read_whole(path: Path, task: str, *, max_line_bytes: int, form: Form = "auto
             yield _understood(value, task, Line(number, end, None), form, name or path.name)
 
 
-def read_lines(
-    path: Path, task: str, *, offset: int, lines: int, max_line_bytes: int, form: Form = "auto", name: str = ""
-) -> Iterator[Line]:
-    """Read a file from a byte offset, where `lines` lines lie behind; `name` as in `read_whole`.
+class OpenLog:
+    """A file of JSON lines from which bytes are read once, in order, and hashed as they are read."""
 
-    A last line without its end is read only if it is whole JSON: otherwise someone may still be writing it, and it is
-    left for the next time.
+    def __init__(self, file: BufferedReader, name: str) -> None:
+        self._file = file
+        self.name = name
+        self._hash = hashlib.sha256()
+        self._last = b""
+
+    @property
+    def offset(self) -> int:
+        """How many bytes were read."""
+        return self._file.tell()
+
+    @property
+    def prefix_hash(self) -> str:
+        """The SHA-256 (hex) of all bytes that were read."""
+        return self._hash.hexdigest()
+
+    @property
+    def inside_a_line(self) -> bool:
+        """Whether the last byte that was read ends no line."""
+        return self._last not in {b"", b"\n"}
+
+    def skip_if_unchanged(self, offset: int, prefix_hash: str) -> bool:
+        """Go on at an offset if the bytes before it are still those that were read, otherwise stay at the start."""
+        left = offset
+        while left and (block := self._take(self._file.read(min(_BLOCK, left)))):
+            left -= len(block)
+        if not left and self.prefix_hash == prefix_hash:
+            return True
+        self._file.seek(0)
+        self._hash, self._last = hashlib.sha256(), b""
+        return False
+
+    def line(self, limit: int) -> bytes:
+        """The next line; of a longer one at most `limit` + 1 bytes, but of a run of NUL bytes in it only one."""
+        raw = self._take(self._file.readline(limit + 1))
+        if len(raw) > limit and raw.endswith(b"\0"):  # a hole in a sparse file may have gigabytes
+            while block := self._file.peek():
+                rest = block.lstrip(b"\0")
+                self._take(self._file.read(len(block) - len(rest)))
+                if rest:
+                    break
+            raw = raw.rstrip(b"\0") + b"\0" + self._take(self._file.readline(limit + 1))
+        return raw
+
+    def skip_line(self) -> bool:
+        """Skip what is left of a line; returns whether it ends."""
+        while rest := self._take(self._file.readline(_BLOCK)):
+            if rest.endswith(b"\n"):
+                return True
+        return False
+
+    def _take(self, data: bytes) -> bytes:
+        self._hash.update(data)
+        self._last = data[-1:] or self._last
+        return data
+
+
+@contextmanager
+def open_log(path: Path, name: str = "") -> Iterator[OpenLog]:
+    """Open a file of JSON lines; `name` as in `read_whole`.
+
+    Raises:
+        OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        # What follows a last line that had no end yet still belongs to that line.
-        number = lines - 1 if _inside_a_line(file, offset) else lines
-        file.seek(offset)
-        while raw := file.readline(max_line_bytes + 1):
-            number += 1
-            too_long = len(raw) > max_line_bytes and not raw.endswith(b"\n")
-            if too_long:
-                ended = _skip_line(file)
-                reason = f"longer than {max_line_bytes} bytes (sources.max_line_bytes)"
-                line = Line(number, file.tell(), None, reason, _excerpt(raw))
-            else:
-                ended = raw.endswith(b"\n")
-                line = _parse(raw, task, Line(number, file.tell(), None), form, name or path.name)
-            if line.event is None and not ended and not line.final:
-                return
-            if line.event is not None or line.reason:
-                yield line
+        yield OpenLog(file, name or path.name)
 
 
-def tail_hash(path: Path, offset: int) -> str:
-    """A hash of the last bytes before an offset: it changes when a file was rewritten instead of continued."""
-    with path.open("rb") as file:
-        file.seek(max(0, offset - _TAIL))
-        return hashlib.sha256(file.read(min(offset, _TAIL))).hexdigest()
+def read_lines(log: OpenLog, task: str, *, lines: int, max_line_bytes: int, form: Form = "auto") -> Iterator[Line]:
+    """Read a file from where it stands, with `lines` lines before that.
 
-
-def _inside_a_line(file: Any, offset: int) -> bool:
-    file.seek(max(0, offset - 1))
-    return offset > 0 and file.read(1) != b"\n"
-
-
-def _skip_line(file: Any) -> bool:
-    while rest := file.readline(1 << 16):
-        if rest.endswith(b"\n"):
-            return True
-    return False
+    A last line without its end is read only if it is whole JSON: otherwise someone may still be writing it, and it is
+    left for the next time. Of a line with a hole in it (NUL bytes, as a crash or a truncated log leaves them) what
+    stands behind the hole is read as a line of its own, and the hole is named.
+    """
+    # What follows a last line that had no end yet still belongs to that line.
+    number = lines - 1 if log.inside_a_line else lines
+    while raw := log.line(max_line_bytes):
+        number += 1
+        before, hole, written = raw.rpartition(b"\0")
+        if len(written) > max_line_bytes and not written.endswith(b"\n"):
+            ended = log.skip_line()
+            reason = f"longer than {max_line_bytes} bytes (sources.max_line_bytes)"
+            line = Line(number, log.offset, None, reason, _excerpt(written), log.prefix_hash)
+        else:
+            ended = written.endswith(b"\n")
+            blank = Line(number, log.offset, None, prefix_hash=log.prefix_hash)
+            line = _parse(written, task, blank, form, log.name)
+        if line.event is None and not ended and not line.final:
+            return
+        if line.event is not None or (line.reason and not hole):
+            yield line
+        if hole:
+            yield replace(line, event=None, reason=HOLE, excerpt=_excerpt(before.strip(b"\0")))
 
 
 def _parse(raw: bytes, task: str, line: Line, form: Form, name: str) -> Line:

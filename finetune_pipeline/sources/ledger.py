@@ -1,6 +1,8 @@
 """The ledger of event files: how far each was read, and which lines were refused, kept with the events themselves."""
 
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.sources.jsonl import Line, event_files, tail_hash
+from finetune_pipeline.sources.jsonl import Line, event_files
+
+_LARGEST_INTEGER = 2**63 - 1
+_CLOCK_TICK_SECONDS = 0.02
+"""A file system's times move in ticks of up to 10 ms, so two changes within one tick have the same time."""
 
 
 @dataclass(frozen=True)
@@ -18,23 +24,28 @@ class Position:
     offset: int = 0
     lines: int = 0
     rejected: int = 0
+    prefix_hash: str = ""
+    """Of the bytes before the offset; of a file that is read whole each time it is empty."""
 
 
 @dataclass(frozen=True)
 class UnreadFile:
-    """A file as it was before it is read."""
+    """A file as it was before it is read; a change of its content changes at least one of these, even where it keeps
+    its size and its `mtime` is put back."""
 
     path: Path
+    inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
 
 def position(connection: sa.Connection, task: str, path: Path) -> Position:
-    """Where to go on in a file: at its start if it is new, or was rewritten since."""
-    row = _row(connection, task, path)
-    if row is None or path.stat().st_size < row.offset or tail_hash(path, row.offset) != row.tail_hash:
-        return Position()
-    return Position(row.offset, row.lines, row.rejected)
+    """How far a file was read, as long as it still has the bytes that were read."""
+    f = t.ingested_files.c
+    query = sa.select(t.ingested_files).where(f.task == task, f.path == str(path))
+    row = connection.execute(query).one_or_none()
+    return Position() if row is None else Position(row.offset, row.lines, row.rejected, row.prefix_hash)
 
 
 def advance(
@@ -48,8 +59,10 @@ def advance(
     """
     path = file.path
     refused = [line for line in lines if line.event is None]
-    end = lines[-1].end if lines else start.offset
-    reached = Position(end, lines[-1].number if lines else start.lines, start.rejected + len(refused))
+    reached = start
+    if lines:
+        last = lines[-1]
+        reached = Position(last.end, last.number, start.rejected + len(refused), last.prefix_hash)
     _replace_rejected(connection, task, path, start, refused)
     own = sa.and_(t.ingested_files.c.task == task, t.ingested_files.c.path == str(path))
     connection.execute(t.ingested_files.delete().where(own))
@@ -57,12 +70,14 @@ def advance(
         t.ingested_files.insert().values(
             task=task,
             path=str(path),
+            inode=file.inode,
             size=file.size,
             mtime_ns=file.mtime_ns,
+            ctime_ns=file.ctime_ns,
             offset=reached.offset,
             lines=reached.lines,
             rejected=reached.rejected,
-            tail_hash=tail_hash(path, reached.offset),
+            prefix_hash=reached.prefix_hash,
             finished=finished,
         )
     )
@@ -70,13 +85,34 @@ def advance(
 
 
 def unread(connection: sa.Connection, task: str, folders: Sequence[Path]) -> list[UnreadFile]:
-    """Files that the ledger does not know, or that changed since; it looks at names, sizes and times only."""
+    """Files that the ledger does not know, or that changed since; it looks at what `stat` says of them only."""
     f = t.ingested_files.c
-    rows = connection.execute(sa.select(f.path, f.size, f.mtime_ns, f.finished).where(f.task == task))
-    known = {row.path: (row.size, row.mtime_ns) for row in rows if row.finished}
+    columns = (f.path, f.inode, f.size, f.mtime_ns, f.ctime_ns)
+    rows = connection.execute(sa.select(*columns).where(f.task == task, f.finished)).all()
+    known = {UnreadFile(Path(row.path), *row[1:]) for row in rows}
     paths = [path for folder in folders if folder.is_dir() for path in event_files(folder)]
-    files = [file for path in paths if (file := _look_at(path)) is not None]
-    return [file for file in files if known.get(str(file.path)) != (file.size, file.mtime_ns)]
+    files = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # taken away since its folder was listed
+            files.append(_as_it_is(path))
+    return [file for file in files if file not in known]
+
+
+def look_at(path: Path) -> UnreadFile:
+    """A file as it is now, when whatever changes it later shows by a later time.
+
+    Raises:
+        OSError: it is not there, or may not be looked at.
+    """
+    if time.time() - path.stat().st_ctime < _CLOCK_TICK_SECONDS:
+        time.sleep(_CLOCK_TICK_SECONDS)
+    return _as_it_is(path)
+
+
+def _as_it_is(path: Path) -> UnreadFile:
+    stat = path.stat()
+    inode = stat.st_ino & _LARGEST_INTEGER  # some file systems number beyond what a database's integers hold
+    return UnreadFile(path, inode, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -106,11 +142,6 @@ def rejected_lines(connection: sa.Connection, task: str, limit: int, paths: Sequ
     return connection.execute(query).all()
 
 
-def _row(connection: sa.Connection, task: str, path: Path) -> Any:
-    f = t.ingested_files.c
-    return connection.execute(sa.select(t.ingested_files).where(f.task == task, f.path == str(path))).one_or_none()
-
-
 def _replace_rejected(
     connection: sa.Connection, task: str, path: Path, start: Position, refused: Sequence[Line]
 ) -> None:
@@ -122,11 +153,3 @@ def _replace_rejected(
     ]
     if rows:
         connection.execute(t.rejected_lines.insert(), rows)
-
-
-def _look_at(path: Path) -> UnreadFile | None:
-    try:
-        stat = path.stat()
-    except FileNotFoundError:  # taken away since its folder was listed
-        return None
-    return UnreadFile(path, stat.st_size, stat.st_mtime_ns)

@@ -47,10 +47,14 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             events = self.server.events[self.path]
             known = body["id"] in events
-            events.setdefault(body["id"], body)
+            first = events.setdefault(body["id"], body)
+            other = any(body[name] != value for name, value in first.items() if name in body and name != "created_at")
             waiting = (
                 self.path == "/v1/feedback" and body["interaction_id"] not in self.server.events["/v1/interactions"]
             )
+        if other:
+            error = {"message": f"{body['id']} is known with other content", "code": "id_taken"}
+            return self._answer(409, {"error": error})
         status = self.server.status or ("duplicate" if known else "waiting" if waiting else "recorded")
         return self._answer(200, {"id": body["id"], "status": status})
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import sqlite3
 import subprocess
 import sys
@@ -362,6 +363,24 @@ def test_over_http_what_the_gateway_says_of_an_event_is_believed(remote, gateway
             remote.log("a wall", "{}")
     else:
         assert remote.log_many([interaction("a")]) == (status != "duplicate")
+
+
+def test_a_repeated_call_that_says_something_else_is_told_and_stops_nothing(client, caplog):
+    check_contradictions(client, caplog)
+
+
+def test_over_http_a_repeated_call_that_says_something_else_is_told_and_stops_nothing(remote, caplog):
+    check_contradictions(remote, caplog)
+
+
+def check_contradictions(client, caplog):
+    client.log("a wall", "{}", key="k")
+    assert client.log("a wall", "{}", key="k") == event_id("notes", "k")
+    assert caplog.text == ""
+    assert client.log("a wall", "another answer", key="k") == event_id("notes", "k")
+    assert client.log_many([interaction("a"), interaction("a", output="other"), interaction("b")]) == 2
+    for id in (event_id("notes", "k"), uid("a")):
+        assert len(re.findall(f"{id} is known with other content", caplog.text)) == 1
 
 
 def test_over_http_what_is_no_gateway_is_said_to_be_none(gateway):

@@ -12,7 +12,7 @@ from finetune_pipeline.feedback.formats import BadLine, export_alpaca, export_ev
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.records import Feedback, Interaction, Turn
 from finetune_pipeline.sources import rows
-from finetune_pipeline.sources.jsonl import read_lines
+from finetune_pipeline.sources.jsonl import open_log, read_lines
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
 
@@ -91,6 +91,24 @@ def test_alpaca_is_read_as_an_array_and_as_lines_and_adds_nothing_twice(tmp_path
     assert import_file(other, loop, db).recorded == store.Recorded(duplicates=6)
 
 
+def test_an_id_that_returns_with_other_content_is_named_and_the_first_stays(tmp_path, loop, db):
+    first = {"prompt": "p", "output": "o", "id": str(uid("a")), "reward": 0.5}
+    import_file(write(tmp_path / "a.jsonl", first), loop, db)
+    other = {**first, "output": "another"}
+    done = import_file(write(tmp_path / "b.jsonl", first, other), loop, db)
+    assert [event.output for event in done.conflicts] == ["another"]
+    assert held(db)[0][1] == "o"
+
+
+def test_events_that_were_exported_contradict_nothing(tmp_path, loop, db):
+    events = [interaction("a"), feedback("f", "a", "thumbs_up"), feedback("g", "a", "rating", rating="2")]
+    with db.write() as connection:
+        store.record(connection, loop.name, events, default_reward)
+    export_events(tmp_path / "out.jsonl", loop, db)
+    done = import_file(tmp_path / "out.jsonl", loop, db)
+    assert (done.recorded, done.conflicts) == (store.Recorded(duplicates=3), [])
+
+
 def test_forms_may_be_mixed_line_by_line(tmp_path, loop, db):
     path = write(
         tmp_path / "mixed.jsonl",
@@ -145,7 +163,8 @@ def test_null_and_nan_are_fields_that_are_not_there(tmp_path, loop, row, null):
     os.utime(filled, ns=(path.stat().st_mtime_ns,) * 2)  # of a row that says no time it is the file's
     assert events(filled, loop) == events(path, loop)
     if "event" in row:
-        (line,) = read_lines(filled, "notes", offset=0, lines=0, max_line_bytes=10_000)
+        with open_log(filled) as log:
+            (line,) = read_lines(log, "notes", lines=0, max_line_bytes=10_000)
         assert [line.event] == events(path, loop)
 
 

@@ -116,6 +116,20 @@ def test_a_file_that_the_ledger_does_not_know_is_read_first(loop, instance):
     assert answer(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
 
 
+def test_a_file_that_is_rewritten_again_and_again_starts_a_run_each_time(loop, instance):
+    """Its size and mtime stay: a run key made of those alone would be one that Dagster has seen."""
+    file = loop.drop_folder / "log.jsonl"
+    write_events(file, interaction("a1"))
+    stat, keys = file.stat(), []
+    for name in ("a2", "a3", "a4"):
+        ingest(loop, connect(), lambda text: None)
+        file.write_text(interaction(name).model_dump_json() + "\n")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert file.stat().st_size == stat.st_size
+        keys.append(answer(loop, instance, NOW).run_key)
+    assert len(set(keys)) == 3
+
+
 @pytest.mark.parametrize("name", ["new.csv", "new.json", "new.parquet"])
 def test_conversations_of_every_kind_of_file_are_noticed_too(loop, instance, name):
     loop.drop_folder.mkdir(parents=True)

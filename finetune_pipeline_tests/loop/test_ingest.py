@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import PROJECT_ROOT, SettingsError
 from finetune_pipeline.sources.item import SourceError
 from finetune_pipeline.sources.ledger import read_totals, rejected_lines
-from finetune_pipeline_tests.conftest import interaction
+from finetune_pipeline_tests.conftest import START, feedback, interaction
 from finetune_pipeline_tests.loop.conftest import corrected, write_events
 from finetune_pipeline_tests.sources.test_files import write_as
 
@@ -52,6 +53,156 @@ def test_a_rewritten_or_copied_file_brings_nothing_twice(loop):
     (loop.drop_folder / "copy.jsonl").write_text(text)
     assert take(loop).recorded == Recorded(0, 0, 4)
     assert interactions(loop) == 1
+
+
+def logged(*names):
+    """Lines of one length each."""
+    return "".join(interaction(name).model_dump_json() + "\n" for name in names).encode()
+
+
+def put_back(file, stat):
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def written_over(file, new):
+    with file.open("r+b") as out:
+        out.write(new)
+
+
+def truncated_and_written_again(file, new):
+    with file.open("r+b") as out:
+        out.truncate()
+        out.write(new)
+
+
+def replaced(file, new):
+    (file.parent / ".new").write_bytes(new)
+    (file.parent / ".new").replace(file)
+
+
+def link_led_elsewhere(file, new):
+    other = file.parent / "other.log"
+    other.write_bytes(new)
+    file.unlink()
+    file.symlink_to(other)
+
+
+CHANGES = [written_over, truncated_and_written_again, replaced, link_led_elsewhere]
+
+
+@pytest.mark.parametrize("keep_mtime", [True, False])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("more", [(), ("n8", "n9")], ids=["same size", "longer"])
+def test_a_rewritten_log_is_read_again_and_nothing_counts_twice(loop, change, keep_mtime, more):
+    # More than any buffer, with the change at its very start.
+    names = [f"a{n}" for n in range(10, 90)]
+    file = loop.drop_folder / "log.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(logged("o1", *names))
+    before = file.stat()
+    assert take(loop).recorded.interactions == 81
+    change(file, logged("n1", *names, *more))
+    if keep_mtime:
+        put_back(file, before)
+    done = take(loop)
+    assert (done.files, done.rewritten, done.recorded.interactions) == (1, 1, 1 + len(more))
+    assert interactions(loop) == 82 + len(more)
+    assert take(loop).files == 0
+
+
+def test_a_touched_log_is_verified_and_not_read_again(loop):
+    file = loop.drop_folder / "log.jsonl"
+    write_events(file, interaction("ash"))
+    take(loop)
+    file.touch()
+    done = take(loop)
+    assert (done.files, done.lines, done.rewritten) == (1, 0, 0)
+    assert take(loop).files == 0
+
+
+def test_a_log_that_shrank_and_grew_again_is_read_from_its_start(loop):
+    """As `copytruncate` of logrotate leaves it, also where the writer does not append: then it begins with a hole."""
+    file = loop.drop_folder / "log.jsonl"
+    write_events(file, *(interaction(f"old{n}") for n in range(5)))
+    take(loop)
+    size = file.stat().st_size
+    file.write_bytes(logged(*(f"new{n}" for n in range(9))))
+    assert take(loop).recorded.interactions == 9
+    with file.open("r+b") as out:
+        out.truncate(0)
+        out.seek(2 * size)
+        out.write(logged("last"))
+    done = take(loop)
+    assert (done.recorded.interactions, done.rejected, interactions(loop)) == (1, 1, 15)
+
+
+@pytest.mark.parametrize("start", [0, 1, 60])
+def test_a_hole_that_is_filled_later_loses_nothing(loop, start):
+    """Downloads that write from both ends, and file systems that allocate first: events appear where NULs were."""
+    whole = logged(*(f"n{number}" for number in range(200)))
+    begin, end = len(logged(*(f"n{number}" for number in range(start)))) + 20, len(whole) - 5_000
+    file = loop.drop_folder / "log.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(whole[:begin] + b"\0" * (end - begin) + whole[end:])
+    before = file.stat()
+    assert take(loop).rejected > 0
+    assert interactions(loop) > start
+    written_over(file, whole)
+    put_back(file, before)
+    done = take(loop)
+    assert (done.lines, done.rejected, done.rewritten, interactions(loop)) == (200, 0, 1, 200)
+    with connect().read() as connection:
+        assert rejected_lines(connection, "notes", 10) == []
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet"])
+def test_a_table_that_is_rewritten_at_equal_size_is_read_again(loop, name):
+    file = drop(loop, name)
+    take(loop)
+    before = file.stat()
+    content = file.read_bytes()
+    other = drop(loop, f"b{file.suffix}", [{**row, "completion": row["completion"].upper()} for row in ROWS])
+    new = other.read_bytes().ljust(len(content))
+    other.unlink()
+    assert len(new) == len(content)
+    written_over(file, new)
+    put_back(file, before)
+    assert (take(loop).recorded, interactions(loop)) == (Recorded(2, 2, 0), 4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (interaction("a"), interaction("a", output="another answer"), True),
+        (interaction("a"), interaction("a", prompt="another prompt"), True),
+        (interaction("a"), interaction("a", confidence=0.1), True),
+        (interaction("a"), interaction("a", history=[{"role": "user", "content": "before"}]), True),
+        (feedback("f", "a", "thumbs_up"), feedback("f", "a", "thumbs_down"), True),
+        (feedback("f", "a", "thumbs_up"), feedback("f", "b", "thumbs_up"), True),
+        (feedback("f", "a", "correction", correction="x"), feedback("f", "a", "correction", correction="y"), True),
+        (interaction("a"), interaction("a"), False),
+        (interaction("a"), interaction("a", created_at=START + timedelta(days=1)), False),  # logged again, later
+        (interaction("a"), interaction("a", latency_ms=7.0, confidence=None), False),
+    ],
+)
+@pytest.mark.parametrize("apart", [True, False], ids=["in two files", "in one file"])
+def test_an_id_that_returns_with_other_content_is_told_and_changes_nothing(loop, first, second, told, apart):
+    write_events(loop.drop_folder / "a.jsonl", first)
+    if apart:
+        take(loop)
+    other = loop.drop_folder / ("b.jsonl" if apart else "a.jsonl")
+    write_events(other, second)
+    said = []
+    done = ingest(loop, connect(), said.append)
+    assert (done.conflicts, done.recorded.duplicates) == (int(told), 1)
+    where = f"{other}:{1 if apart else 2}: the {second.event} {second.id} is known with other content"
+    assert [one.startswith(where) for one in done.conflicting] == [True] * told
+    assert ("known with other content" in said[-1]) == told
+    with connect().read() as connection:
+        table = {"interaction": t.interactions, "feedback": t.feedback}[first.event]
+        row = connection.execute(sa.select(table)).one()
+    stored = "output" if first.event == "interaction" else "kind"
+    assert getattr(row, stored) == getattr(first, stored)
 
 
 def test_bad_lines_are_quarantined_with_file_line_and_reason(loop):

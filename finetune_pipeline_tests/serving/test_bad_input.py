@@ -241,6 +241,22 @@ def test_feedback_given_twice_counts_once(notes, answered):
     assert len(notes.interaction(answered)["feedback"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "first", "other"),
+    [
+        ("/v1/feedback", {"kind": "thumbs_up"}, {"kind": "thumbs_down"}),
+        ("/v1/feedback", {"kind": "correction", "correction": "x"}, {"kind": "correction", "correction": "y"}),
+        ("/v1/interactions", {"prompt": "p", "output": "o"}, {"prompt": "p", "output": "another"}),
+    ],
+)
+def test_an_id_that_returns_with_other_content_is_refused_and_the_first_stays(notes, answered, path, first, other):
+    own = {"id": str(uuid4()), "task": "notes"} | ({"interaction_id": answered} if path == "/v1/feedback" else {})
+    assert [post(notes, path, own | first).json()["status"] for _ in range(2)] == ["recorded", "duplicate"]
+    error = refused(notes.http.post(path, json=own | other), 409)
+    assert error["code"] == "id_taken" and f"{own['id']} is known with other content" in error["message"]
+    assert post(notes, path, own | first).json()["status"] == "duplicate"
+
+
 def test_feedback_given_by_16_at_once_counts_once(notes, answered):
     before = notes.http.get("/v1/feedback/stats").json()
     body = {"id": str(uuid4()), "interaction_id": answered, "kind": "thumbs_up"}

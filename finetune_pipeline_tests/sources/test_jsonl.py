@@ -3,7 +3,7 @@ import json
 import pytest
 
 from finetune_pipeline.sources.item import SourceError
-from finetune_pipeline.sources.jsonl import event_files, read_lines
+from finetune_pipeline.sources.jsonl import HOLE, event_files, open_log, read_lines
 from finetune_pipeline_tests.conftest import interaction
 
 
@@ -11,8 +11,11 @@ def line(name="a", **changes):
     return json.dumps({**json.loads(interaction(name).model_dump_json()), **changes}).encode() + b"\n"
 
 
-def read(path, offset=0, lines=0, limit=10_000):
-    return list(read_lines(path, "notes", offset=offset, lines=lines, max_line_bytes=limit))
+def read(path, after=None, limit=10_000):
+    """The lines of a file, or those that come after one."""
+    with open_log(path) as log:
+        assert after is None or log.skip_if_unchanged(after.end, after.prefix_hash)
+        return list(read_lines(log, "notes", lines=after.number if after else 0, max_line_bytes=limit))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_reading_goes_on_where_it_ended(tmp_path):
     path.write_bytes(line("a"))
     (first,) = read(path)
     path.write_bytes(path.read_bytes() + line("b"))
-    (second,) = read(path, offset=first.end, lines=first.number)
+    (second,) = read(path, after=first)
     assert (second.number, second.event.prompt) == (2, "prompt b")
 
 
@@ -75,7 +78,7 @@ def test_line_numbers_stay_right_after_a_last_line_without_newline(tmp_path):
     path.write_bytes(line("a").rstrip(b"\n"))
     (first,) = read(path)
     path.write_bytes(path.read_bytes() + b"\nbroken\n")
-    (bad,) = read(path, offset=first.end, lines=first.number)
+    (bad,) = read(path, after=first)
     assert bad.number == 2
 
 
@@ -94,3 +97,39 @@ def test_blank_lines_and_a_byte_order_mark_are_no_errors(tmp_path):
 def test_a_missing_folder_says_what_to_do(tmp_path):
     with pytest.raises(SourceError, match=r"create it, or correct sources\.folders"):
         event_files(tmp_path / "nowhere")
+
+
+NULS = b"\0" * 3_000_000  # more than a block, and than a line may have
+
+
+@pytest.mark.parametrize(
+    ("content", "read_", "holes"),
+    [
+        (NULS + line("b"), [(1, "prompt b")], [1]),  # a log truncated under a writer that does not append
+        (line("a") + NULS + line("b"), [(1, "prompt a"), (2, "prompt b")], [2]),
+        (line("a") + line("c")[:40] + NULS + line("b"), [(1, "prompt a"), (2, "prompt b")], [2]),  # within a line
+        (line("a") + b"\0\0\0\n" + line("b"), [(1, "prompt a"), (3, "prompt b")], [2]),
+        (line("a") + NULS, [(1, "prompt a")], []),  # room that was reserved: nothing stands behind it yet
+        (line("a") + line("b")[:40] + NULS, [(1, "prompt a")], []),
+        (line("a") + NULS + line("b")[:40], [(1, "prompt a")], []),
+    ],
+)
+def test_what_stands_behind_a_hole_is_read_and_the_hole_is_named(tmp_path, content, read_, holes):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(content)
+    found = read(path)
+    assert [(one.number, one.event.prompt) for one in found if one.event] == read_
+    assert [(one.number, one.reason) for one in found if not one.event] == [(number, HOLE) for number in holes]
+
+
+@pytest.mark.parametrize("at", [0, 10, 5_000, -1])
+def test_a_changed_byte_anywhere_before_the_offset_is_noticed(tmp_path, at):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"".join(line(f"n{number}") for number in range(50)))
+    last = read(path)[-1]
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with open_log(path) as log:
+        assert not log.skip_if_unchanged(last.end, last.prefix_hash)
+        assert log.offset == 0
