@@ -57,10 +57,12 @@ def hash_file(path: Path) -> str:
 
 
 def hash_file_cached(path: Path, *, again: bool = False) -> str:
-    """SHA-256 (hex) of a file's content; it is read only if its size, time or inode is another than when it was last.
+    """SHA-256 (hex) of a file's content; it is read only if its size, mtime, ctime or inode changed since it was last.
 
-    What changed with all three kept is not noticed: where a hash decides what was measured, read it `again`. Hashes lie
-    in `$FINETUNE_HOME/cache`. Two processes may write them at once: what one of them found is lost, and found again.
+    What changed below the file system is not noticed: where a hash decides what was measured, read it `again`.
+
+    Hashes lie in `$FINETUNE_HOME/cache`. Two processes may write them at once: what one of them found is lost, and
+    found again.
 
     Args:
         again: read the file in any case.
@@ -72,7 +74,7 @@ def hash_file_cached(path: Path, *, again: bool = False) -> str:
         known = {}
     real = path.resolve()
     stat = real.stat()
-    stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+    stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     before = known.get(str(real))
     if before is not None and before[0] == stamp and not again:
         return before[1]
@@ -81,6 +83,19 @@ def hash_file_cached(path: Path, *, again: bool = False) -> str:
         with suppress(OSError):  # a full disk must keep nobody from a rollback
             write_text(cache, json.dumps({**known, str(real): entry}, indent=1, sort_keys=True) + "\n")
     return entry[1]
+
+
+def check_content(path: Path, expected: str, remedy: str) -> None:
+    """Refuse a file whose content is not what it was written with; see `hash_file_cached` for when it is read.
+
+    Raises:
+        ArtifactError: it has another SHA-256; the message names both, and the remedy.
+    """
+    found = hash_file_cached(path)
+    if found != expected:
+        raise ArtifactError(
+            f"{path} is damaged or was replaced: its SHA-256 is {found[:16]}..., expected {expected[:16]}...; {remedy}"
+        )
 
 
 def model_sha256(gguf_sha256: str, adapter_sha256: str | None) -> str:

@@ -454,6 +454,9 @@ class ServingSettings(Settings):
     versions: int = Field(
         default=2, ge=0, le=16, description="Versions beside the champion that stay loaded for who names them; 0: none."
     )
+    empty_limit: float = Field(
+        default=0.5, ge=0, le=1, description="Fraction of empty answers above which /healthz is degraded; 1: never."
+    )
     context: int | None = Field(default=None, ge=64, description="Tokens of prompt and answer; default evaluation's.")
     max_tokens: int | None = Field(default=None, ge=1, description="Tokens of an answer; default evaluation's.")
     review_below: float | None = Field(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
+from finetune_pipeline.artifacts import Artifact, check_content, obtain, package_versions, version_of
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.model import export
 from finetune_pipeline.records import BaseGgufManifest
@@ -12,9 +12,25 @@ from finetune_pipeline.settings import LoopSettings
 
 
 def base_gguf(loop: LoopSettings, tell: Callable[[str], None]) -> Path:
-    """The file of the loop's base model in the loop's quantisation, made if it is not there yet."""
+    """The file of the loop's base model in the loop's quantisation, made if it is not there yet.
+
+    Raises:
+        ArtifactError: it is there and damaged.
+    """
     artifact = base_gguf_artifact(loop, tell)
+    check_base(artifact)
     return artifact.path / artifact.manifest.gguf
+
+
+def check_base(artifact: Artifact[BaseGgufManifest]) -> None:
+    """Refuse a base model's file whose content is not what was exported.
+
+    Raises:
+        ArtifactError: it differs.
+    """
+    name = artifact.manifest.gguf
+    remedy = f"delete {artifact.path}; whoever needs it next makes it again"
+    check_content(artifact.path / name, artifact.manifest.files[name].sha256, remedy)
 
 
 def base_gguf_artifact(loop: LoopSettings, tell: Callable[[str], None]) -> Artifact[BaseGgufManifest]:

@@ -7,6 +7,7 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import (
     Artifact,
+    check_content,
     draft,
     hash_of,
     package_versions,
@@ -88,10 +89,16 @@ def report(
         against = ModelSpec(gguf=serving.gguf_path, adapter=serving.adapter_path)
     else:
         against = ModelSpec(gguf=base_gguf(loop, tell))
+    challenger = what_serves(gguf)
+    check_content(
+        gguf.path / gguf.manifest.gguf,
+        gguf.manifest.files[gguf.manifest.gguf].sha256,
+        f"delete {gguf.path}, then materialize gguf_model again",
+    )
     benchmark, rules = reading.benchmark(loop), reading.rules(loop)
     comparison = compare_models(
         Contender(serving.name if serving else f"{loop.name}@base", against),
-        Contender("challenger", what_serves(gguf)),
+        Contender("challenger", challenger),
         benchmark,
         Scorer(loop.evaluation.metric, reading.output_schema(loop), rules),
         loop.evaluation.metric,

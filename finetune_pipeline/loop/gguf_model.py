@@ -20,7 +20,7 @@ from finetune_pipeline.artifacts import (
 )
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.export.base import base_hash, resolve_base_model
-from finetune_pipeline.export.base_gguf import base_gguf_artifact
+from finetune_pipeline.export.base_gguf import base_gguf_artifact, check_base
 from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.model import ExportedModel, export, export_adapter
 from finetune_pipeline.inference.engine import Engine
@@ -178,6 +178,7 @@ def what_serves(artifact: Artifact[GgufManifest]) -> ModelSpec:
         raise ArtifactError(f"the base that {file} goes over is not there ({error}). {remedy}") from error
     if _sha256(below) != manifest.base_gguf_sha256:
         raise ArtifactError(f"the base in {folder} was made again and is not what {file} was checked with. {remedy}")
+    check_base(below)
     return ModelSpec(gguf=below.path / below.manifest.gguf, adapter=file)
 
 

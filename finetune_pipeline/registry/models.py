@@ -155,9 +155,8 @@ def check_file(model: Candidate, *, again: bool = True) -> None:
     """Refuse a model whose file is not what was measured.
 
     Args:
-        again: read the whole file. Otherwise one that has kept its size, time and inode since it was last read is
-            taken for the same, as a model of several GB takes many seconds to read; what changed all the same, with
-            those three kept, is not noticed.
+        again: read the whole file. Otherwise one that has kept its size, times and inode since it was last read is
+            taken for the same, as a model of several GB takes many seconds to read.
 
     Raises:
         RegistryError: it was deleted, a file of it is gone, or its content differs.
@@ -171,8 +170,8 @@ def check_file(model: Candidate, *, again: bool = True) -> None:
             raise _gone(model, path) from None
         if found != expected:
             raise RegistryError(
-                f"{_called(model)} cannot serve: {path} is not the file that was measured (SHA-256 {found[:16]}..., "
-                f"expected {expected[:16]}...); {_REMEDY}"
+                f"{_called(model)} cannot serve: {path} is damaged or was replaced: it is not the file that was "
+                f"measured (SHA-256 {found[:16]}..., expected {expected[:16]}...); {_REMEDY}"
             )
 
 

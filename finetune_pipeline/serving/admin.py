@@ -25,7 +25,7 @@ async def healthz(request: Request) -> Response:
     loops = {
         name: LoopHealth(
             serving=server.answering,
-            trouble=_in_public(gateway, server.trouble),
+            trouble=_in_public(gateway, server.problem),
             in_flight=sum(one.in_flight for one in server.served),
         )
         for name, server in gateway.servers.items()

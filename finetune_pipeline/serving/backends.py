@@ -1,10 +1,13 @@
 """What runs a model for the gateway, and a model in service: so many requests at once, then no more."""
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
+from finetune_pipeline.artifacts import check_content
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote import RemoteModel
@@ -61,6 +64,10 @@ class Upstream:
         await self._model.close()
 
 
+REMEMBERED, ENOUGH = 50, 20
+"""Of how many answers of a model it is remembered whether they were empty, and how many of them say something."""
+
+
 class Served:
     """A model in service, under one name.
 
@@ -68,17 +75,27 @@ class Served:
         name: `loop@v1.2.0`, `loop@base`, or `loop@` and the model's name at the other server.
         identity: the registry's id; None is the base model.
         capacity: requests that may be in it, waiting ones included.
+        files: what it was loaded from, each with its SHA-256; none for another server's.
     """
 
     def __init__(
-        self, name: str, identity: str | None, backend: Backend, capacity: int, spec: ModelSpec | None
+        self,
+        name: str,
+        identity: str | None,
+        backend: Backend,
+        capacity: int,
+        spec: ModelSpec | None,
+        files: Mapping[Path, str] | None = None,
     ) -> None:
         self.name = name
         self.identity = identity
         self.backend = backend
         self.capacity = capacity
         self.spec = spec
+        self.files = files or {}
         self.in_flight = 0
+        self._stamps = {path: _stamp(path) for path in self.files}
+        self._empty: deque[bool] = deque(maxlen=REMEMBERED)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -102,11 +119,39 @@ class Served:
         self.in_flight += 1
         self._idle.clear()
         try:
-            return await self.backend.answer(request, on_piece)
+            completion = await self.backend.answer(request, on_piece)
         finally:
             self.in_flight -= 1
             if not self.in_flight:
                 self._idle.set()
+        # What a stop text cut off at its start says nothing about the model.
+        if completion.text.strip() or not request.stop:
+            self._empty.append(not completion.text.strip())
+        return completion
+
+    def empty_answers(self, limit: float) -> str | None:
+        """Return what is wrong if more than this fraction of the latest answers are empty, else None."""
+        empty, answers = sum(self._empty), len(self._empty)
+        if answers < ENOUGH or empty <= limit * answers:
+            return None
+        return (
+            f"{empty} of the last {answers} answers of {self.name} are empty, more than serving.empty_limit "
+            f"({limit:.0%}) allows; look at these interactions, then roll back, or correct the server that answers"
+        )
+
+    def check_files(self) -> None:
+        """Refuse a model whose file was written to after it was loaded: llama.cpp reads its pages from there.
+
+        A file that was deleted or replaced by another is still there for the process that has it open.
+
+        Raises:
+            ArtifactError: its content changed.
+        """
+        for path, expected in self.files.items():
+            now, loaded = _stamp(path), self._stamps[path]
+            if now is not None and loaded is not None and now != loaded and now[0] == loaded[0]:
+                check_content(path, expected, "restore the file, or choose another version")
+                self._stamps[path] = now
 
     async def retire(self) -> None:
         """End it when its last answer is given, or at once when this is cancelled."""
@@ -114,6 +159,15 @@ class Served:
             await self._idle.wait()
         finally:
             await self.backend.close()
+
+
+def _stamp(path: Path) -> tuple[int, int, int, int] | None:
+    """What changes when a file is written to, its inode first; None where it is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: OnPiece, piece: str) -> None:

@@ -62,14 +62,16 @@ class _State(Collector):
         """One value of each loop."""
         yield GaugeMetricFamily("finetune_journal_pending_bytes", "Not in the store yet.", value=self._pending())
         serving = GaugeMetricFamily("finetune_serving", "1 for the model that answers.", labels=["loop", "model"])
-        healthy = GaugeMetricFamily("finetune_healthy", "0 when the champion cannot answer.", labels=["loop"])
+        healthy = GaugeMetricFamily(
+            "finetune_healthy", "0 when the champion cannot answer, or its answers are empty.", labels=["loop"]
+        )
         in_flight = GaugeMetricFamily("finetune_in_flight", "Requests in the models.", labels=["loop"])
         swaps = CounterMetricFamily("finetune_swaps", "Changes of the model.", labels=["loop", "result"])
         fallbacks = CounterMetricFamily("finetune_fallbacks", "Answers by the fallback.", labels=["loop"])
         for name, server in self._servers.items():
             if server.current:
                 serving.add_metric([name, server.current.name], 1)
-            healthy.add_metric([name], float(server.trouble is None and server.current is not None))
+            healthy.add_metric([name], float(server.problem is None and server.current is not None))
             in_flight.add_metric([name], sum(one.in_flight for one in server.served))
             swaps.add_metric([name, "done"], server.swaps)
             swaps.add_metric([name, "failed"], server.failed_swaps)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from finetune_pipeline.artifacts import ArtifactError
+from finetune_pipeline.artifacts import ArtifactError, hash_file_cached
 from finetune_pipeline.database import Database
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.export.process import ExportError
@@ -25,7 +26,7 @@ from finetune_pipeline.inference.errors import EngineClosed, EngineCrashed, Engi
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote import UpstreamFailed
 from finetune_pipeline.registry.champion import BASE, champion, resolve
-from finetune_pipeline.registry.models import ModelVersion, RegistryError, check_kept, check_there
+from finetune_pipeline.registry.models import ModelVersion, RegistryError, check_file
 from finetune_pipeline.serving.backends import LocalModel, OnPiece, Served, Upstream
 from finetune_pipeline.serving.errors import Busy, Refused, Unavailable, UnknownModel
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings
@@ -76,6 +77,7 @@ class LoopServer:
         self._versions: OrderedDict[str, Served] = OrderedDict()
         self._opening_others = asyncio.Lock()
         self._refused: tuple[str | None, float] | None = None
+        self._warned = False
         self._crashes: deque[float] = deque(maxlen=CRASHES)
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -90,15 +92,29 @@ class LoopServer:
         return [one for one in (self.current, self._fallback, *self._versions.values()) if one is not None]
 
     @property
+    def problem(self) -> str | None:
+        """What is wrong with what answers, as /healthz tells it; None when nothing is."""
+        return self.trouble or self._empty_answers()
+
+    def _empty_answers(self) -> str | None:
+        found = (one.empty_answers(self.loop.serving.empty_limit) for one in self.served)
+        return next((problem for problem in found if problem), None)
+
+    @property
     def answering(self) -> str | None:
         """The name of what answers now: the champion, or what stands in for it."""
         return next((one.name for one in (self.current, self._fallback) if one is not None and one.alive), None)
 
     async def follow(self, wanted: str | None) -> None:
         """Make the champion of this id the one that answers, if it is not already and can be loaded."""
+        empty = self._empty_answers()
+        if empty and not self._warned:
+            _log.warning(empty)
+        self._warned = bool(empty)
         async with self._moving:
             if self.loop.serving.upstream is not None and self.current is not None:
                 return
+            await self._discard_damaged()
             if self.current is not None and self.current.identity == wanted and self.current.alive:
                 self._refused = self.trouble = None  # moved back to what still serves
                 self._dismiss_fallback()
@@ -127,6 +143,21 @@ class LoopServer:
             self._later(old.retire())
         self._dismiss_fallback()
         return True
+
+    async def _discard_damaged(self) -> None:
+        """End models whose files were damaged while they served."""
+        for served in self.served:
+            try:
+                await asyncio.to_thread(served.check_files)
+            except (ArtifactError, OSError) as error:
+                _log.error("%s is taken out of service: %s", served.name, error)
+                if served is self.current:
+                    self.current, self.trouble = None, f"{served.name} was taken out of service: {error}"
+                elif served is self._fallback:
+                    self._fallback = None
+                else:
+                    self._versions = OrderedDict((k, v) for k, v in self._versions.items() if v is not served)
+                self._later(served.retire())
 
     def _dismiss_fallback(self) -> None:
         if self._fallback is not None and not self._opening_others.locked():
@@ -240,13 +271,13 @@ class LoopServer:
         upstream = self.loop.serving.upstream
         if upstream is not None:
             return self._remote(upstream)
-        spec, now = await asyncio.to_thread(self._spec, model), self.current
+        (spec, files), now = await asyncio.to_thread(self._spec, model), self.current
         name, identity = (model.name, model.id) if model else (f"{self.loop.name}@base", None)
         in_place = now is not None and now.spec is not None and now.alive and now.spec.gguf == spec.gguf
         if in_place and now is not None and now.spec != spec and isinstance(now.backend, LocalModel):
             await self._swap_adapter(now.backend.engine, spec)
-            return self._taking_over(now, name, identity, spec)
-        return Served(name, identity, LocalModel(await _engine(spec)), self.capacity, spec)
+            return Served(name, identity, now.backend, self.capacity, spec, files)
+        return Served(name, identity, LocalModel(await _engine(spec)), self.capacity, spec, files)
 
     async def _swap_adapter(self, engine: Engine, spec: ModelSpec) -> None:
         self._gate.clear()
@@ -256,16 +287,14 @@ class LoopServer:
             # Whoever waits goes on in a later turn of the event loop, when `current` has its new name.
             asyncio.get_running_loop().call_later(0, self._gate.set)
 
-    def _taking_over(self, now: Served, name: str, identity: str | None, spec: ModelSpec) -> Served:
-        return Served(name, identity, now.backend, self.capacity, spec)
-
-    def _spec(self, model: ModelVersion | None) -> ModelSpec:
+    def _spec(self, model: ModelVersion | None) -> tuple[ModelSpec, dict[Path, str]]:
+        """Return what to load, and its files with the SHA-256 that they have."""
         limits = {"context": self.loop.context, "parallel": self.loop.serving.parallel}
         if model is None:
-            return ModelSpec(gguf=base_gguf(self.loop, _log.info), **limits)
-        check_kept(model)
-        check_there(model)
-        return ModelSpec(gguf=model.gguf_path, adapter=model.adapter_path, **limits)
+            gguf = base_gguf(self.loop, _log.info)
+            return ModelSpec(gguf=gguf, **limits), {gguf: hash_file_cached(gguf)}
+        check_file(model, again=False)
+        return ModelSpec(gguf=model.gguf_path, adapter=model.adapter_path, **limits), model.files
 
     def _remote(self, upstream: UpstreamSettings) -> Served:
         return Served(f"{self.loop.name}@{upstream.model}", None, Upstream(upstream, self._via), self.capacity, None)
@@ -295,8 +324,8 @@ class LoopServer:
             return self._fallback
 
     async def _open_base(self) -> Served:
-        spec = await asyncio.to_thread(self._spec, None)
-        return Served(f"{self.loop.name}@base", None, LocalModel(await _engine(spec)), self.capacity, spec)
+        spec, files = await asyncio.to_thread(self._spec, None)
+        return Served(f"{self.loop.name}@base", None, LocalModel(await _engine(spec)), self.capacity, spec, files)
 
     async def _version(self, model: ModelVersion | None) -> Served:
         if not self.loop.serving.versions:
@@ -309,11 +338,11 @@ class LoopServer:
             known = self._versions.pop(name, None)
             if known is None or not known.alive:
                 try:
-                    spec = await asyncio.to_thread(self._spec, model)
+                    spec, files = await asyncio.to_thread(self._spec, model)
                     engine = await _engine(spec)
                 except _NOT_LOADABLE as error:
                     raise Unavailable(f"{name} does not load", detail=error) from error
-                known = Served(name, model.id if model else None, LocalModel(engine), self.capacity, spec)
+                known = Served(name, model.id if model else None, LocalModel(engine), self.capacity, spec, files)
             self._versions[name] = known
             while len(self._versions) > self.loop.serving.versions:
                 _, least_used = self._versions.popitem(last=False)

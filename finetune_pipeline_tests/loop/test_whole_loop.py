@@ -159,6 +159,18 @@ def test_keep_champion_ends_green_and_promotes_nothing(loop):
     assert champion(connect(), "meeting_notes") is None
 
 
+def test_a_challenger_that_was_damaged_is_not_measured(loop):
+    [version] = loop.complete("gguf_model")
+    [file] = (loop.stage("gguf_model") / version).glob("*Q*.gguf")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        code, log = loop.run("meeting_notes/eval_report")
+        assert code != 0 and f"{file} is damaged or was replaced" in log and "materialize gguf_model again" in log
+    finally:
+        file.write_bytes(content)
+
+
 def test_a_gain_is_promoted(loop):
     code, log = loop.run()
     assert code == 0, log

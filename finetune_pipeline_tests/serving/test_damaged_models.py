@@ -1,0 +1,152 @@
+"""Files that were damaged, before they are loaded and while they serve, and models whose answers are empty."""
+
+import os
+import shutil
+
+import pytest
+
+from finetune_pipeline.artifacts import hash_file
+from finetune_pipeline.cli.ask import spec_of
+from finetune_pipeline.database import connect
+from finetune_pipeline.export.base_gguf import base_gguf
+from finetune_pipeline.registry import champion
+from finetune_pipeline.registry.models import RegistryError
+from finetune_pipeline_tests.inference.test_remote import answering, chunk, sse
+from finetune_pipeline_tests.serving.conftest import make_loop, promote, serving, wait_until
+
+
+def flip(path, *, keep_times=False):
+    """Invert the second half of a file in place: tensors, so that it still loads."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        half = file.read()
+        file.seek(before.st_size // 2)
+        file.write(bytes(byte ^ 0xFF for byte in half))
+    if keep_times:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace(path):
+    """Put a damaged copy in the place of a file, as an interrupted download or restore does."""
+    copy = path.with_name("copy")
+    shutil.copyfile(path, copy)
+    flip(copy)
+    copy.replace(path)
+
+
+@pytest.mark.parametrize("kind", ["flipped", "flipped_at_the_same_time", "replaced"])
+def test_a_damaged_champion_is_refused_and_the_base_model_answers(ggufs, kind):
+    loop = f"damaged_{kind}"
+    good, bad = promote(ggufs["Q8_0"], loop), promote(ggufs["Q6_K"], loop)
+    replace(bad.gguf_path) if kind == "replaced" else flip(bad.gguf_path, keep_times=kind != "flipped")
+    with serving(make_loop(loop)) as running:
+        health = running.health()
+        trouble = health["loops"][loop]["trouble"]
+        assert (health["status"], health["loops"][loop]["serving"]) == ("degraded", f"{loop}@base")
+        assert f"{bad.name} does not load" in trouble and f"{bad.gguf_path} is damaged or was replaced" in trouble
+        assert hash_file(bad.gguf_path)[:16] in trouble and bad.gguf_sha256[:16] in trouble
+        assert "restore the file, or choose another version" in trouble
+        assert running.ask(model=loop).json()["model"] == f"{loop}@base"
+        named = running.ask(model=bad.name)
+        assert (named.status_code, bad.gguf_path.name in named.text) == (503, True)
+        with pytest.raises(RegistryError, match="is damaged or was replaced"):
+            spec_of(make_loop(loop), "champion")  # `finetune ask`
+        rolled_back = running.http.post("/admin/rollback", json={"loop": loop}).json()
+        assert rolled_back == {"loop": loop, "serving": good.name, "trouble": None}
+        with pytest.raises(RegistryError, match="is damaged or was replaced"):
+            champion.switch(connect(), loop, bad.version, "tests", "forward again")
+        assert running.health()["status"] == "ok"
+
+
+def test_a_file_damaged_while_it_serves_is_taken_out_of_service_until_it_is_restored(ggufs):
+    name = promote(ggufs["Q8_0"], "rotting")
+    with serving(make_loop("rotting")) as running:
+        before = running.ask(model="rotting").json()
+        assert before["model"] == name.name
+        name.gguf_path.chmod(0o640)  # another time of change, the same content
+        flip(name.gguf_path)
+        wait_until(lambda: running.health()["loops"]["rotting"]["serving"] == "rotting@base", 20)
+        assert "is damaged or was replaced" in running.health()["loops"]["rotting"]["trouble"]
+        assert running.ask(model="rotting").json()["model"] == "rotting@base"
+        flip(name.gguf_path)
+        assert running.http.post("/admin/reload-model", json={}).json()[0]["serving"] == name.name
+        after = running.ask(model="rotting").json()
+        assert after["choices"] == before["choices"]
+        assert running.health()["status"] == "ok"
+
+
+def test_a_damaged_adapter_leaves_the_old_one_serving(ggufs, adapters):
+    one = promote(ggufs["F16"], "torn", adapters[0])
+    with serving(make_loop("torn")) as running:
+        two = promote(ggufs["F16"], "torn", adapters[1])
+        wait_until(lambda: running.health()["loops"]["torn"]["serving"] == two.name)
+        champion.switch(connect(), "torn", one.version, "tests", "back")
+        wait_until(lambda: running.health()["loops"]["torn"]["serving"] == one.name)
+        replace(one.adapter_path)  # the process still has the old file
+        reloaded = running.http.post("/admin/reload-model", json={}).json()[0]
+        assert reloaded["serving"] == one.name
+        assert f"{one.adapter_path} is damaged or was replaced" in reloaded["trouble"]
+
+
+def test_a_damaged_base_model_is_refused_with_what_to_do():
+    loop = make_loop("rotten_base")
+    flip(base_gguf(loop, print))
+    with serving(loop) as running:
+        health = running.health()
+        assert health["status"] == "unavailable"
+        trouble = health["loops"]["rotten_base"]["trouble"]
+        assert "is damaged or was replaced" in trouble and "whoever needs it next makes it again" in trouble
+
+
+# ---- empty answers
+
+
+def test_a_model_whose_answers_are_empty_degrades_health_until_it_says_something_again():
+    silent, talking = sse(chunk(finish="stop")), sse(chunk("hello"), chunk(finish="stop"))
+    with answering(silent) as (server, upstream):
+        settings = {"upstream": upstream.model_dump(), "fallback": None}
+        with serving(make_loop("quiet", serving=settings)) as running:
+
+            def ask(times, **fields):
+                for _ in range(times):
+                    assert running.ask(model="quiet", **fields).status_code == 200
+
+            ask(30, stop=["x"])  # it may be the stop text that made them empty
+            ask(19)
+            assert running.health()["status"] == "ok"  # too few to say
+            ask(1)
+            health = running.health()
+            assert health["status"] == "degraded"
+            assert "20 of the last 20 answers of quiet@m are empty" in health["loops"]["quiet"]["trouble"]
+            assert running.figure("finetune_healthy", loop="quiet") == 0
+            server.body = talking.encode()
+            ask(19)
+            assert running.health()["status"] == "degraded"
+            ask(1)
+            assert running.health()["status"] == "ok"
+            assert running.figure("finetune_healthy", loop="quiet") == 1
+
+
+def test_an_application_whose_answers_may_be_empty_can_say_so():
+    with answering(sse(chunk(finish="stop"))) as (_, upstream):
+        settings = {"upstream": upstream.model_dump(), "fallback": None, "empty_limit": 1.0}
+        with serving(make_loop("mute", serving=settings)) as running:
+            for _ in range(25):
+                running.ask(model="mute")
+            assert running.health()["status"] == "ok"
+
+
+def test_a_model_that_was_damaged_before_it_was_measured_is_seen_by_its_answers(ggufs, tmp_path):
+    zeros = tmp_path / "zeros.gguf"
+    shutil.copyfile(ggufs["F16"], zeros)
+    size = zeros.stat().st_size
+    with zeros.open("r+b") as file:
+        file.seek(size // 4)
+        file.write(bytes(size - size // 4))
+    name = promote(zeros, "hollow").name
+    with serving(make_loop("hollow")) as running:
+        for _ in range(20):
+            answer = running.ask(model="hollow", max_tokens=4).json()
+        assert (answer["model"], answer["choices"][0]["message"]["content"].strip()) == (name, "")
+        assert running.health()["status"] == "degraded"
