@@ -5,6 +5,7 @@ base_gguf.py  the base model's own GGUF, made once
 base.py       where a base model lies, and the hash of what it is
 merge.py      LoRA into full-precision weights, beside the base's own tokenizer files
 gguf.py       llama.cpp's converter and quantiser
+tokenizer.py  the chat template and the name that the converter gets
 process.py    run one of these steps in a child process, and say why it failed
 __main__.py   what such a child does
 checks.py     same tokens, same answers: what the asset checks ask

@@ -5,9 +5,11 @@ import sys
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from finetune_pipeline.export.process import ExportError, run, run_step
+from finetune_pipeline.export.tokenizer import gguf_name, stage
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _ADAPTER_CONVERTER = "convert_lora_to_gguf.py"
@@ -34,13 +36,25 @@ def converter_folder() -> Path:
     return folder
 
 
-def convert(folder: Path, out_gguf: Path, outtype: OutType = "f16") -> None:
+def convert(folder: Path, out_gguf: Path, outtype: OutType = "f16", base_folder: Path | None = None) -> None:
     """Convert a Hugging Face folder to a GGUF, which is there complete or not at all.
+
+    Args:
+        folder: the model, as Hugging Face lays it out.
+        out_gguf: the file to write.
+        outtype: type of its weights.
+        base_folder: the base model, of which the GGUF gets chat template and name; default the folder itself.
 
     Raises:
         ExportError: the converter is missing or refuses the model; with what it said.
     """
-    _convert(_CONVERTER, [str(folder), "--outtype", outtype], out_gguf, f"converting {folder} to GGUF")
+    base = base_folder or folder
+    out_gguf.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=out_gguf.parent) as temporary:
+        staged = Path(temporary) / "model"
+        stage(folder, base, staged)
+        arguments = [str(staged), "--outtype", outtype, "--model-name", gguf_name(base)]
+        _convert(_CONVERTER, arguments, out_gguf, f"converting {folder} to GGUF")
 
 
 def convert_adapter(adapter_folder: Path, base_folder: Path, out_gguf: Path, outtype: OutType = "f16") -> None:

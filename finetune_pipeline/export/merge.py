@@ -43,11 +43,25 @@ def merge_here(base_folder: Path, adapter_folder: Path, out_folder: Path) -> Non
         base_folder, dtype=kind, use_safetensors=True, trust_remote_code=False, low_cpu_mem_usage=True
     )
     model = PeftModel.from_pretrained(base, adapter_folder, use_safetensors=True)
+    _refuse_tied(base)
     merged = model.merge_and_unload(safe_merge=True)  # safe: a NaN is an error
     merged.save_pretrained(out_folder)
     for name in TOKENIZER_FILES:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, out_folder / name)
+
+
+def _refuse_tied(model: Any) -> None:
+    """Refuse an adapter of an output layer that is the embeddings too, or of those: it would be merged into both."""
+    from peft.tuners.lora import LoraLayer
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if ends[1] is not None and ends[0].weight is ends[1].weight and any(isinstance(end, LoraLayer) for end in ends):
+        raise SystemExit(
+            "the adapter changes the output layer or the embeddings, which are one in this base model "
+            "(tie_word_embeddings), so merged it would be another model than was trained; train it again without them "
+            "in target_modules"
+        )
 
 
 def parameters(folder: Path) -> int:

@@ -69,7 +69,9 @@ def export(
         if adapter_folder is not None:
             adapter = adapter_folder
             step("merge", lambda: merge(base_folder, adapter, merged))
-        step("convert", lambda: convert(merged if adapter_folder is not None else base_folder, full))
+        step(
+            "convert", lambda: convert(merged if adapter_folder is not None else base_folder, full, "f16", base_folder)
+        )
     finally:
         shutil.rmtree(merged, ignore_errors=True)
     if quantization != F16:

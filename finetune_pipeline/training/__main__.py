@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.training.backends import choose
-from finetune_pipeline.training.base_model import check_base_model
+from finetune_pipeline.training.base_model import check_base_model, check_target_modules
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
 from finetune_pipeline.training.memory import MemoryRanOut
 from finetune_pipeline.training.process import ENVIRONMENT, cpu_quota, folder_alone, threads_each, usable_cores
@@ -69,6 +69,7 @@ def _train(job: TrainingJob, started: float, micro_batch: int | None) -> None:
     print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
     # Before torch is loaded, and for the processes of a team; on a Ray cluster elsewhere Ray sees to it.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(usable_cores(), cpu_quota(), job.settings.workers)))
+    check_target_modules(job.base_model, job.settings)
     if job.settings.compute == "ray":
         from finetune_pipeline.training import ray_cluster
 

@@ -38,6 +38,33 @@ def check_trained_tokens(folder: Path, settings: TrainingSettings) -> None:
         trained_tokens(settings, vocabulary)
 
 
+def check_target_modules(folder: Path, settings: TrainingSettings) -> None:
+    """Raise TrainingError if the adapter is to change an output layer that is the embeddings too, or those.
+
+    It would be merged into both, and the model that serves would be another one than was trained. Asks a model without
+    weights, since names of layers and whether they are tied differ by architecture: loads torch and transformers.
+    """
+    if settings.target_modules == "all-linear":  # PEFT leaves out the output layer
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    model.tie_weights()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if ends[1] is None or ends[0].weight is not ends[1].weight:
+        return
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    tied = [target for target in settings.target_modules if any(f".{name}".endswith(f".{target}") for name in names)]
+    if tied:
+        raise TrainingError(
+            f"target_modules names {', '.join(tied)}, but the output layer of the base model is its embeddings "
+            "(tie_word_embeddings): an adapter of one would be merged into both, and another model would serve than "
+            "was trained. Leave it out; trainable_token_indices trains the embeddings of single tokens"
+        )
+
+
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():

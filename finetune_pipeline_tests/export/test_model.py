@@ -10,6 +10,7 @@ from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.gguf import convert, quantise, tensor_types
 from finetune_pipeline.export.merge import merge
 from finetune_pipeline.export.model import export, export_adapter
+from finetune_pipeline.export.tokenizer import gguf_name
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.records import chat
@@ -129,6 +130,13 @@ def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatt
     assert greedy(chatty_stories, prompts) != expected  # the adapter does change the answers
     with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
         assert tokenizer_parity(chatty_stories, engine, prompts).same
+    assert {_name(path) for path in (model.full, model.gguf)} == {gguf_name(chatty_stories)}  # not the merged folder's
+
+
+def _name(gguf):
+    from gguf import GGUFReader
+
+    return GGUFReader(gguf).fields["general.name"].contents()
 
 
 def test_an_adapter_alone_answers_over_its_bases_gguf_as_merged(chatty_stories, adapter, tmp_path):

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from finetune_pipeline.training.base_model import check_base_model
-from finetune_pipeline.training.job import TrainingError
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
+from finetune_pipeline.training.base_model import check_base_model, check_target_modules
+from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.launch import train
 
 WHOLE = {
     "config.json": "{}",
@@ -48,6 +50,53 @@ def test_a_whole_model_passes(tmp_path):
 def test_a_chat_template_may_stand_in_the_tokenizer_config(tmp_path):
     files = {name: text for name, text in WHOLE.items() if name != "chat_template.jinja"}
     check_base_model(write(tmp_path, {**files, "tokenizer_config.json": json.dumps({"chat_template": "{{ x }}"})}))
+
+
+def config_alone(folder, kind, tied):
+    from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {
+        "llama": LlamaConfig(**sizes, intermediate_size=8, tie_word_embeddings=tied),
+        "gemma": Gemma3TextConfig(**sizes, intermediate_size=8, head_dim=4, tie_word_embeddings=tied),
+        "gpt2": GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=tied),
+        "neox": GPTNeoXConfig(**sizes, intermediate_size=8, tie_word_embeddings=tied),
+    }[kind]
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("llama", ["lm_head"]),
+        ("llama", ["embed_tokens"]),
+        ("llama", ["model.embed_tokens", "lm_head"]),
+        ("gemma", ["embed_tokens"]),
+        ("gpt2", ["wte"]),
+        ("gpt2", ["lm_head"]),
+        ("neox", ["embed_in"]),
+        ("neox", ["lm_head"]),
+    ],
+)
+def test_an_adapter_of_tied_embeddings_is_refused_and_of_untied_ones_is_not(tmp_path, kind, names):
+    settings = TrainingSettings(target_modules=("q_proj", *names))
+    with pytest.raises(TrainingError, match=f"target_modules names {', '.join(names)}, but the output layer"):
+        check_target_modules(config_alone(tmp_path / "tied", kind, True), settings)
+    check_target_modules(config_alone(tmp_path / "untied", kind, False), settings)
+
+
+@pytest.mark.parametrize("given", [{}, {"target_modules": ("q_proj", "head")}, {"trainable_token_indices": (3,)}])
+def test_other_layers_of_a_tied_model_may_be_adapted(tmp_path, given):
+    check_target_modules(config_alone(tmp_path, "llama", True), TrainingSettings(**given))
+
+
+def test_the_training_process_refuses_it_before_it_loads_the_weights(tmp_path):
+    base = PROJECT_ROOT / "data" / "starter_model"
+    settings = TrainingSettings(target_modules=("q_proj", "lm_head"))
+    job = TrainingJob(base_model=base, dataset=tmp_path / "none", output=tmp_path / "out", settings=settings)
+    with pytest.raises(TrainingError, match=r"target_modules names lm_head, .*tie_word_embeddings.*Leave it out"):
+        train(job)
 
 
 def test_launching_and_asking_for_backends_load_no_torch():

@@ -1,0 +1,72 @@
+"""An adapter of an output layer that is the embeddings too is merged into both, so it is refused."""
+
+import pytest
+
+from finetune_pipeline.export.merge import merge_here
+
+
+def base_of(random_base, folder, tied):
+    """The random base with an output layer that is its embeddings, or of its own."""
+    import shutil
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(random_base, folder)
+    config = AutoConfig.from_pretrained(folder, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def adapter_of(base, folder, **given):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **given)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(
+        folder, save_embedding_layers=False
+    )
+    return folder
+
+
+def scores(model):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([[1, 7, 30, 500, 5]])).logits
+
+
+def both(base, adapter, merged):
+    """What the base with its adapter says, and what the merged model says."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with_adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return scores(with_adapter), scores(AutoModelForCausalLM.from_pretrained(merged))
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_merged_is_the_base_with_its_adapter_or_refused(random_base, tmp_path, tied, names):
+    base = base_of(random_base, tmp_path / "base", tied)
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=names)
+    if tied:
+        with pytest.raises(SystemExit, match="tie_word_embeddings"):
+            merge_here(base, adapter, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+        return
+    merge_here(base, adapter, tmp_path / "merged")
+    expected, found = both(base, adapter, tmp_path / "merged")
+    assert (expected - found).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("given", [
+    {"target_modules": "all-linear"}, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 30]},
+])  # fmt: skip
+def test_other_adapters_of_a_tied_model_are_merged_as_trained(random_base, tmp_path, given):
+    base = base_of(random_base, tmp_path / "base", tied=True)
+    adapter = adapter_of(base, tmp_path / "adapter", **given)
+    merge_here(base, adapter, tmp_path / "merged")
+    expected, found = both(base, adapter, tmp_path / "merged")
+    assert (expected - found).abs().max() < 1e-3
