@@ -457,6 +457,9 @@ class ServingSettings(Settings):
     empty_limit: float = Field(
         default=0.5, ge=0, le=1, description="Fraction of empty answers above which /healthz is degraded; 1: never."
     )
+    stuck_seconds: float = Field(
+        default=120, ge=1, description="A model process that makes no progress for so long is ended and replaced."
+    )
     context: int | None = Field(default=None, ge=64, description="Tokens of prompt and answer; default evaluation's.")
     max_tokens: int | None = Field(default=None, ge=1, description="Tokens of an answer; default evaluation's.")
     review_below: float | None = Field(

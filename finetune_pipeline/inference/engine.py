@@ -1,5 +1,6 @@
 """The parent's handle of a model that runs in a child process. Thread-safe: all threads' requests share the batch."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -11,12 +12,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import finetune_pipeline
-from finetune_pipeline.inference.errors import BY_NAME, EngineClosed, EngineCrashed, EngineError
+from finetune_pipeline.inference.errors import (
+    BY_NAME,
+    EngineClosed,
+    EngineCrashed,
+    EngineError,
+    EngineStuck,
+    RequestRefused,
+)
 from finetune_pipeline.inference.protocol import LOAD_ID, Completion, EngineInfo, GenerateRequest, ModelSpec
 from finetune_pipeline.records import Message
 
@@ -41,7 +51,17 @@ _WHAT_TO_DO = {
     "SIGABRT": "llama.cpp stopped itself; the lines above say why. If they do not help, " + _REBUILD,
 }
 
-_Waiting = tuple["Future[Any]", "Callable[[str], None] | None"]
+WHERE_SECONDS = 1.0
+"""How long a child that makes no progress may take to say whose token it is choosing."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Who waits for a result."""
+
+    future: "Future[Any]"
+    on_piece: Callable[[str], None] | None = None
+    schema: dict[str, Any] | None = None
 
 
 class Engine:
@@ -50,7 +70,8 @@ class Engine:
     `spec` says what runs; its adapter is the present one.
 
     The child dies with this process, also by kill -9; when the child dies, every pending request fails with
-    EngineCrashed, and so does every later one: open a new engine then.
+    EngineCrashed, and so does every later one: open a new engine then. A child that has work and makes no progress for
+    `spec.stuck_seconds` is killed; the request with a schema that it was stuck in is refused, never retried.
 
     Args:
         spec: which model, and how much of it at once.
@@ -70,7 +91,11 @@ class Engine:
         self._ended: EngineError | None = None
         self._said: deque[str] = deque(maxlen=30)
         loaded: Future[Any] = Future()
-        self._waiting: dict[int, _Waiting] = {LOAD_ID: (loaded, None)}
+        self._waiting: dict[int, _Waiting] = {LOAD_ID: _Waiting(loaded)}
+        self._silent = 0.0
+        self._stuck = False
+        self._at: Future[int] = Future()
+        self._gone = threading.Event()
         started: Future[subprocess.Popen[str]] = Future()
         # The kernel ties a child to the *thread* that started it: this one lives exactly as long as the child.
         threading.Thread(target=self._supervise, args=(started,), name=f"engine {spec.gguf.name}", daemon=True).start()
@@ -99,6 +124,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether requests can be answered."""
         return self._ended is None
+
+    @property
+    def ended(self) -> EngineError | None:
+        """Why it has ended, if it has."""
+        return self._ended
 
     def render(self, messages: list[Message]) -> str:
         """The text that the model sees for these messages: its own chat template, with the prompt for the answer.
@@ -131,7 +161,7 @@ class Engine:
             EngineCrashed, EngineClosed: the engine has ended already.
         """
         order = {"op": "generate", "request": request.model_dump(mode="json"), "stream": on_piece is not None}
-        return self._ask(order, on_piece)
+        return self._ask(order, on_piece, request.json_schema)
 
     def swap_adapter(self, adapter: Path | None) -> "Future[None]":
         """Change to another LoRA adapter of the same base, or to the base alone; the future ends when it is done.
@@ -196,12 +226,17 @@ class Engine:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, order: dict[str, Any], on_piece: Callable[[str], None] | None = None) -> "Future[Any]":
+    def _ask(
+        self,
+        order: dict[str, Any],
+        on_piece: Callable[[str], None] | None = None,
+        schema: dict[str, Any] | None = None,
+    ) -> "Future[Any]":
         id, future = next(self._ids), Future[Any]()
         with self._lock:
             if self._ended:
                 raise self._ended
-            self._waiting[id] = (future, on_piece)
+            self._waiting[id] = _Waiting(future, on_piece, schema)
         future.add_done_callback(lambda done: self._forget(id) if done.cancelled() else None)
         self._write({**order, "id": id})
         return future
@@ -230,17 +265,54 @@ class Engine:
         started.set_result(process)
         listener = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
         listener.start()
+        threading.Thread(target=self._watch, args=(process,), daemon=True).start()
         assert process.stdout is not None
         try:
             for line in process.stdout:
+                self._silent = 0.0
                 self._receive(json.loads(line))
         except Exception as error:  # a line that is none of ours: nobody must wait for ever because of it
             self._said.append(f"its output could not be read: {error!r}")
             process.kill()
         process.wait()
+        self._gone.set()
         listener.join(1.0)
+        self._refuse_suspects()
         self._end(self._crash(process.returncode))
         _close_quietly(process.stdout)
+
+    def _watch(self, process: "subprocess.Popen[str]") -> None:
+        """Kill the child when it has work and says nothing; time in which this process is stopped does not count."""
+        tick = min(1.0, self.spec.stuck_seconds / 5)
+        while not self._gone.wait(tick):
+            with self._lock:
+                has_work = bool(self._waiting) and LOAD_ID not in self._waiting  # loading a large file takes minutes
+            self._silent = self._silent + tick if has_work else 0.0
+            if self._silent >= self.spec.stuck_seconds:
+                # In a thread: the pipe of a child that reads nothing may be full.
+                threading.Thread(target=self._write, args=({"op": "where"},), daemon=True).start()
+                with suppress(TimeoutError):
+                    self._at.result(WHERE_SECONDS)
+                self._stuck = True
+                process.kill()
+                return
+
+    def _refuse_suspects(self) -> None:
+        """End the request that the child was stuck in; where it could not say which, every one with a schema."""
+        if not self._stuck:
+            return
+        at = self._at.result() if self._at.done() else 0
+        with self._lock:
+            suspects = [id for id, who in self._waiting.items() if who.schema is not None and at in (0, id)]
+            refused = [self._waiting.pop(id) for id in suspects]
+        for who in refused:
+            if who.future.set_running_or_notify_cancel():
+                who.future.set_exception(
+                    RequestRefused(
+                        f"the model made no progress for {self.spec.stuck_seconds:g} s while it answered with "
+                        f"{_named(who.schema)}, and its process was ended; simplify this schema"
+                    )
+                )
 
     def _listen(self, stderr: IO[str]) -> None:
         with stderr:
@@ -248,17 +320,22 @@ class Engine:
                 self._said.append(line.rstrip())
 
     def _receive(self, message: dict[str, Any]) -> None:
+        if "at" in message:
+            self._at.set_result(message["at"])
+        if "id" not in message:
+            return
         with self._lock:
-            future, on_piece = self._waiting.get(message["id"], (None, None))
+            who = self._waiting.get(message["id"])
             if "piece" not in message:
                 self._waiting.pop(message["id"], None)
         if "adapter" in message:  # also when its future was cancelled too late
             adapter = message["adapter"]
             self.spec = self.spec.model_copy(update={"adapter": Path(adapter) if adapter else None})
-        if future is None:  # cancelled
+        if who is None:  # cancelled
             return
+        future = who.future
         if "piece" in message:
-            self._hand_on(message, future, on_piece)
+            self._hand_on(message, future, who.on_piece)
         elif future.set_running_or_notify_cancel():
             if "error" in message:
                 future.set_exception(BY_NAME[message["error"]](message["message"]))
@@ -278,16 +355,30 @@ class Engine:
         with self._lock:
             self._ended = self._ended or reason
             waiting, self._waiting = self._waiting, {}
-        for future, _ in waiting.values():
-            if future.set_running_or_notify_cancel():
-                future.set_exception(self._ended)
+        for who in waiting.values():
+            if who.future.set_running_or_notify_cancel():
+                who.future.set_exception(self._ended)
 
     def _crash(self, code: int) -> EngineCrashed:
         name = signal_name(code)
+        if self._stuck:
+            return EngineStuck(
+                f"the process that ran {self.spec.gguf} had requests and made no progress for "
+                f"{self.spec.stuck_seconds:g} s, so it was ended; open the engine again. On a machine that needs "
+                "longer for one batch, raise stuck_seconds",
+                name,
+            )
         how = f"was ended by {name}" if name else f"exited with status {code}"
         said = "\n".join(f"    {line}" for line in list(self._said)[-12:] if line) or "    (nothing)"
         what_to_do = _WHAT_TO_DO.get(name or "", "The lines above say why; correct that, then open the engine again")
         return EngineCrashed(f"the process that ran {self.spec.gguf} {how}. It said last:\n{said}\n{what_to_do}", name)
+
+
+def _named(schema: dict[str, Any] | None) -> str:
+    text = json.dumps(schema)
+    title = (schema or {}).get("title") or (schema or {}).get("$id") or "without a title"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return f"the json_schema {str(title)[:100]!r} (sha256 {digest}, {len(text)} bytes: {text[:120]})"
 
 
 def _result_of(result: Any) -> Any:

@@ -3,6 +3,7 @@
 EngineError
 ├── ModelNotLoaded   the file is missing, not a GGUF, truncated, or does not fit into memory
 ├── EngineCrashed    the child process died; its signal, and what it said last
+│   └── EngineStuck  it made no progress, and was ended
 ├── EngineClosed     the engine was closed before the answer came
 └── RequestRefused   this request cannot be answered; the others go on
 """
@@ -26,6 +27,10 @@ class EngineCrashed(EngineError):
     def __init__(self, message: str, signal: str | None = None) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+class EngineStuck(EngineCrashed):
+    """The process that ran the model made no progress for `stuck_seconds` and was ended; as EngineCrashed otherwise."""
 
 
 class EngineClosed(EngineError):

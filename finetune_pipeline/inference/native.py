@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from finetune_pipeline.inference.errors import ModelNotLoaded, RequestRefused
+from finetune_pipeline.inference.errors import ModelNotLoaded
 from finetune_pipeline.inference.protocol import EngineInfo, ModelSpec
 
 BATCH = 512
@@ -269,6 +269,14 @@ class NativeModel:
         """Whether a token ends an answer."""
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
+    def is_marker(self, token: int) -> bool:
+        """Return whether a token is a control token, or one that was added and looks like one (`<|im_start|>`)."""
+        kind = llama_cpp.llama_vocab_get_attr(self.vocab, token)
+        if kind & (llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN):
+            return True
+        piece = self.piece(token)
+        return bool(kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED) and piece[:1] + piece[-1:] == b"<>"
+
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Run a batch; returns one row of logits for each output of it, in its order, valid until the next decode."""
         code = llama_cpp.llama_decode(self._context, batch.native)
@@ -347,10 +355,6 @@ class Sampler:
         llama_cpp.llama_sampler_apply(self._native, ctypes.byref(array))
         return candidates[: array.size], array.selected
 
-    def accept(self, token: int) -> None:
-        """Tell it which token was chosen."""
-        llama_cpp.llama_sampler_accept(self._native, token)
-
     def close(self) -> None:
         """Free it."""
         llama_cpp.llama_sampler_free(self._native)
@@ -364,15 +368,3 @@ def draw(temperature: float, top_p: float, seed: int) -> Sampler:
         llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(top_p, 1))
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed))
     return Sampler(chain)
-
-
-def grammar(model: NativeModel, text: str) -> Sampler:
-    """A sampler that leaves only tokens that a grammar (GBNF) allows.
-
-    Raises:
-        RequestRefused: llama.cpp cannot use the grammar.
-    """
-    native = llama_cpp.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
-    if not native:
-        raise RequestRefused("llama.cpp cannot use the grammar of this json_schema; simplify the schema")
-    return Sampler(native)

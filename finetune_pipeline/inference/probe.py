@@ -58,7 +58,8 @@ def probe_engine() -> ProbeResult:
 def _run(gguf: Path) -> str | None:
     try:
         with Engine(ModelSpec(gguf=gguf, context=64, parallel=2)) as engine:
-            engine.generate([GenerateRequest(prompt=text, max_tokens=4) for text in ("a", "b", "c")])
+            requests = [GenerateRequest(prompt=text, max_tokens=4) for text in ("a", "b")]
+            engine.generate([*requests, GenerateRequest(prompt="c", max_tokens=4, json_schema={"type": "boolean"})])
     except EngineError as error:
         return str(error)
     return None

@@ -5,12 +5,14 @@ Parent to child, one object a line; the first is `load`, the end of the stream m
     {"op": "load", "spec": ModelSpec}                     {"op": "tokenize", "id": 1, "text": ...}
     {"op": "generate", "id": 2, "request": ..., "stream": false}
     {"op": "render", "id": 3, "messages": [...]}          {"op": "cancel", "id": 2}
-    {"op": "swap", "id": 4, "adapter": path or null}
+    {"op": "swap", "id": 4, "adapter": path or null}      {"op": "where"}
 
 Child to parent:
 
     {"id": 2, "result": ...}   {"id": 2, "piece": "text"}   {"id": 2, "error": "RequestRefused", "message": ...}
     {"id": 4, "result": null, "adapter": path or null}      from here on all answers are by this adapter
+    {"beat": true}                                          there is progress; again and again while there is work
+    {"at": 2}                                               to `where`: whose token is being chosen, 0 for nobody's
 """
 
 import secrets
@@ -36,6 +38,9 @@ class ModelSpec(Record):
     context: int = Field(default=2048, ge=16, description="Tokens of prompt and answer together, for each sequence.")
     parallel: int = Field(default=8, ge=1, le=64, description="Sequences decoded together.")
     threads: int | None = Field(default=None, ge=1, description="None chooses by the model's size.")
+    stuck_seconds: float = Field(
+        default=120, ge=1, description="Time without progress after which the process is taken for stuck and ended."
+    )
 
 
 class GenerateRequest(Record):
@@ -55,7 +60,7 @@ class GenerateRequest(Record):
     )
     stop: tuple[str, ...] = Field(default=(), description="Texts that end the answer; they are not part of it.")
     json_schema: dict[str, Any] | None = Field(
-        default=None, description="The answer can only be JSON of this schema (types, properties, enum, items, $ref)."
+        default=None, description="The answer is JSON of this schema; one that cannot be enforced is refused by name."
     )
 
     @model_validator(mode="after")

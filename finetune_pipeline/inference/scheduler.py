@@ -7,6 +7,7 @@ the next request at once. Nothing here knows of processes or pipes.
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from finetune_pipeline.inference.answer_text import AnswerText
 from finetune_pipeline.inference.confidence import confidence
 from finetune_pipeline.inference.errors import RequestRefused
+from finetune_pipeline.inference.grammar import Grammar
 from finetune_pipeline.inference.native import Adapter, Batch, NativeModel
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest
 from finetune_pipeline.inference.sampling import TokenChooser
@@ -24,11 +26,17 @@ from finetune_pipeline.inference.sampling import TokenChooser
 
 @dataclass(frozen=True)
 class Question:
-    """A request that waits for a place."""
+    """A request that waits for a place, and where it has a schema, for its grammar."""
 
     id: int
     request: GenerateRequest
     prompt: list[int]
+    grammar: "Future[Grammar] | None" = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can begin when there is a place."""
+        return self.grammar is None or self.grammar.done()
 
 
 @dataclass(frozen=True)
@@ -86,11 +94,16 @@ class Sequence:
 
 
 class Scheduler:
-    """Takes requests, and hands their outcomes to `report(id, outcome)`; a piece goes out as soon as it is known."""
+    """Takes requests, and hands their outcomes to `report(id, outcome)`; a piece goes out as soon as it is known.
+
+    Attributes:
+        choosing_for: id of the request whose next token is being chosen, 0 at other times; for another thread to read.
+    """
 
     def __init__(self, model: NativeModel, parallel: int, report: Callable[[int, Outcome], None]) -> None:
         self._model = model
         self._report = report
+        self.choosing_for = 0
         self._batch = Batch()
         self._free = deque(range(parallel))
         self._running: dict[int, Sequence] = {}
@@ -98,17 +111,24 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """There is something to do."""
-        return bool(self._running or self._waiting)
+        """There is something to do now."""
+        return bool(self._running) or self._next() is not None
 
-    def add(self, id: int, request: GenerateRequest, prompt: list[int]) -> None:
-        """Queue a request whose prompt is tokenized."""
+    @property
+    def empty(self) -> bool:
+        """There is nothing to do, and nothing to wait for."""
+        return not self._running and not self._waiting
+
+    def add(
+        self, id: int, request: GenerateRequest, prompt: list[int], grammar: "Future[Grammar] | None" = None
+    ) -> None:
+        """Queue a request whose prompt is tokenized; it waits without a place until its grammar is done."""
         if not prompt:
             self._report(id, RequestRefused("the prompt has no tokens; give at least one character"))
         elif len(prompt) >= self._model.context:
             self._report(id, self._too_long(len(prompt)))
         else:
-            self._waiting.append(Question(id, request, prompt))
+            self._waiting.append(Question(id, request, prompt, grammar))
 
     def swap(self, id: int, adapter: Path | None) -> None:
         """Queue a change of adapter: what came before it is answered with the old one, what comes after with this.
@@ -153,12 +173,19 @@ class Scheduler:
         if self._batch.used:
             self._choose(outputs, self._model.decode(self._batch))
 
+    def _next(self) -> Question | Swap | None:
+        """What may begin now: a question may overtake another whose grammar is being compiled, a swap nothing."""
+        for item in self._waiting:
+            if isinstance(item, Swap):
+                # Whoever comes after it has to wait too: an answer is wholly by one adapter.
+                return item if item is self._waiting[0] and not self._running else None
+            if item.ready:
+                return item
+        return None
+
     def _admit(self) -> None:
-        while self._free and self._waiting:
-            item = self._waiting[0]
-            if isinstance(item, Swap) and self._running:
-                return  # whoever comes after it has to wait too: an answer is wholly by one adapter
-            self._waiting.popleft()
+        while self._free and (item := self._next()) is not None:
+            self._waiting.remove(item)
             if isinstance(item, Swap):
                 self._model.use(item.adapter)
                 self._report(item.id, item)
@@ -168,7 +195,7 @@ class Scheduler:
     def _start(self, item: Question) -> None:
         request, prompt = item.request, item.prompt
         try:
-            chooser = TokenChooser(self._model, request)
+            chooser = TokenChooser(request, item.grammar.result() if item.grammar else None)
         except RequestRefused as refused:
             self._report(item.id, refused)
             return
@@ -188,17 +215,19 @@ class Scheduler:
         highest = logits.max(axis=1, keepdims=True)
         totals = highest[:, 0] + np.log(np.exp(logits - highest).sum(axis=1, dtype=np.float64))
         for row, sequence in enumerate(sequences):
+            self.choosing_for = sequence.id
             try:
                 token = int(best[row]) if sequence.chooser.is_greedy else sequence.chooser.choose(logits[row])
+                self._take(sequence, token, float(logits[row, token] - totals[row]))
             except RequestRefused as refused:
                 self._leave(sequence)
                 self._report(sequence.id, refused)
-                continue
-            self._take(sequence, token, float(logits[row, token] - totals[row]))
+        self.choosing_for = 0
 
     def _take(self, sequence: Sequence, token: int, logprob: float) -> None:
         sequence.first_token = sequence.first_token or time.perf_counter()
         if self._model.ends(token):
+            sequence.chooser.check(sequence.text.text)
             self._finish(sequence, "stop")
             return
         sequence.chooser.accept(token)

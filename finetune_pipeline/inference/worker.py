@@ -1,7 +1,8 @@
 """The child process: `python -m finetune_pipeline.inference.worker PARENT_PID`, JSON lines in and out.
 
-A thread reads the requests, the main loop decodes. When its input ends, or its parent dies, it exits at once: whatever
-it was doing is of no use to anybody then.
+A thread reads the requests, the main loop decodes, two threads compile schemas. When its input ends, or its parent
+dies, it exits at once: whatever it was doing is of no use to anybody then. While it has work, the main loop tells the
+parent several times a second that it makes progress.
 """
 
 import faulthandler
@@ -11,12 +12,15 @@ import queue
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.inference.chat_template import ChatTemplate
 from finetune_pipeline.inference.errors import EngineError, ModelNotLoaded, RequestRefused
+from finetune_pipeline.inference.grammar import Grammars
 from finetune_pipeline.inference.native import NativeModel
 from finetune_pipeline.inference.protocol import LOAD_ID, Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.scheduler import Outcome, Scheduler, Swap
@@ -24,32 +28,70 @@ from finetune_pipeline.records import Message
 
 Order = dict[str, Any]
 
+BEAT_SECONDS = 0.25
+"""Time between two lines that say nothing but that there is progress."""
+
+
+class Orders:
+    """What the parent asks, in its order; `where` is answered at once by the thread that reads it."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self.tell_where: Callable[[], None] = lambda: None
+
+    def read(self, source: IO[str]) -> None:
+        """Take every line of the input; exit when it ends."""
+        for line in source:
+            order = json.loads(line)
+            if order["op"] == "where":
+                self.tell_where()
+            else:
+                self.queue.put(order)
+        os._exit(0)
+
 
 class Worker:
     """One model and the requests to it."""
 
-    def __init__(self, model: NativeModel, spec: ModelSpec, output: IO[str]) -> None:
+    def __init__(self, model: NativeModel, spec: ModelSpec, orders: Orders, output: IO[str]) -> None:
         self._model = model
         self._spec = spec
+        self._orders = orders.queue
         self._output = output
+        self._writing = threading.Lock()
+        self._sent = 0.0
+        self._grammars = Grammars(model, lambda: self._orders.put({"op": "wake"}))
+        orders.tell_where = lambda: self.send({"at": self._scheduler.choosing_for})
         self._scheduler = Scheduler(model, spec.parallel, self._report)
         self._streamed: set[int] = set()
         self._template: ChatTemplate | None = None
 
-    def run(self, orders: "queue.SimpleQueue[Order]") -> None:
+    def run(self) -> None:
         """Answer orders for ever; decode while there is something to decode."""
         self.send({"id": LOAD_ID, "result": self._model.info().model_dump(mode="json")})
         while True:
-            while not self._scheduler.busy or not orders.empty():
-                self._take(orders.get())
+            while not self._scheduler.busy or not self._orders.empty():
+                try:
+                    self._take(self._orders.get(timeout=None if self._scheduler.empty else BEAT_SECONDS))
+                except queue.Empty:  # every request waits for its grammar
+                    self._beat()
             self._scheduler.step()
+            self._beat()
 
     def send(self, message: dict[str, Any]) -> None:
         """Write one line to the parent."""
-        self._output.write(json.dumps(message) + "\n")
-        self._output.flush()
+        with self._writing:
+            self._output.write(json.dumps(message) + "\n")
+            self._output.flush()
+            self._sent = time.monotonic()
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._sent >= BEAT_SECONDS:
+            self.send({"beat": True})
 
     def _take(self, order: Order) -> None:
+        if order["op"] == "wake":  # a grammar is ready: the scheduler looks by itself
+            return
         if order["op"] == "cancel":
             self._scheduler.cancel(order["id"])
             self._streamed.discard(order["id"])
@@ -71,7 +113,8 @@ class Worker:
                 request = GenerateRequest.model_validate(order["request"])
                 if order["stream"]:
                     self._streamed.add(order["id"])
-                self._scheduler.add(order["id"], request, self._prompt(request))
+                grammar = self._grammars.grammar(request.json_schema) if request.json_schema is not None else None
+                self._scheduler.add(order["id"], request, self._prompt(request), grammar)
 
     def _prompt(self, request: GenerateRequest) -> list[int]:
         if request.messages is not None:
@@ -108,13 +151,6 @@ class Worker:
             self.send({"id": id, "error": type(outcome).__name__, "message": str(outcome)})
 
 
-def read_orders(source: IO[str], orders: "queue.SimpleQueue[Order]") -> None:
-    """Queue every line of the input; exit when it ends."""
-    for line in source:
-        orders.put(json.loads(line))
-    os._exit(0)
-
-
 def main() -> None:
     """Load the model that the first line names, then answer until the input ends."""
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -123,14 +159,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     faulthandler.enable(all_threads=False)
     spec = ModelSpec.model_validate(json.loads(sys.stdin.readline())["spec"])
-    orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-    threading.Thread(target=read_orders, args=(sys.stdin, orders), daemon=True).start()
+    orders = Orders()
+    threading.Thread(target=orders.read, args=(sys.stdin,), daemon=True).start()
     try:
         model = NativeModel(spec)
     except ModelNotLoaded as error:
         print(json.dumps({"id": LOAD_ID, "error": "ModelNotLoaded", "message": str(error)}), file=output, flush=True)
         os._exit(0)
-    Worker(model, spec, output).run(orders)
+    Worker(model, spec, orders, output).run()
 
 
 if __name__ == "__main__":

@@ -94,7 +94,12 @@ class LoopServer:
     @property
     def problem(self) -> str | None:
         """What is wrong with what answers, as /healthz tells it; None when nothing is."""
-        return self.trouble or self._empty_answers()
+        return self.trouble or self._ended() or self._empty_answers()
+
+    def _ended(self) -> str | None:
+        if self.current is None or self.current.alive or not isinstance(self.current.backend, LocalModel):
+            return None
+        return f"{self.current.name} ended and is being replaced: {self.current.backend.engine.ended}"
 
     def _empty_answers(self) -> str | None:
         found = (one.empty_answers(self.loop.serving.empty_limit) for one in self.served)
@@ -289,7 +294,8 @@ class LoopServer:
 
     def _spec(self, model: ModelVersion | None) -> tuple[ModelSpec, dict[Path, str]]:
         """Return what to load, and its files with the SHA-256 that they have."""
-        limits = {"context": self.loop.context, "parallel": self.loop.serving.parallel}
+        serving = self.loop.serving
+        limits = {"context": self.loop.context, "parallel": serving.parallel, "stuck_seconds": serving.stuck_seconds}
         if model is None:
             gguf = base_gguf(self.loop, _log.info)
             return ModelSpec(gguf=gguf, **limits), {gguf: hash_file_cached(gguf)}

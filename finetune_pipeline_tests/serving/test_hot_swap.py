@@ -250,6 +250,29 @@ def test_a_killed_base_model_is_not_stood_in_for_by_itself(own_home):
         assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
 
 
+def test_a_model_without_progress_is_replaced_and_the_request_that_caused_it_is_told_its_schema(ggufs):
+    name = promote(ggufs["Q8_0"], "stuck").name
+    schema = {"title": "endless list", "type": "array", "items": {"type": "integer"}, "minItems": 150}
+    form = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}}
+    with served("stuck", stuck_seconds=2) as (running, before), ThreadPoolExecutor(2) as clients:
+        assert running.ask(model="stuck").json()["model"] == name
+        [process] = engines() - before
+        os.kill(process, signal.SIGSTOP)
+        asked = clients.submit(running.ask, model="stuck", response_format=form)
+        beside = clients.submit(Running(running.url).ask, model="stuck")
+        said = []
+        wait_until(lambda: said.append(running.health()) or said[-1]["status"] != "ok", 30)
+        assert said[-1]["status"] in {"degraded", "unavailable"}  # the latter until the base model stands in
+        assert "no progress for 2 s" in said[-1]["loops"]["stuck"]["trouble"]
+        refused = asked.result(30)
+        assert refused.status_code == 400
+        assert "'endless list'" in refused.json()["error"]["message"] and "no progress" in refused.text
+        assert beside.result(30).json()["model"] in {name, "stuck@base"}  # asked again of who stands in
+        wait_until(lambda: running.health()["status"] == "ok", 30)
+        assert process not in engines()
+        assert running.ask(model="stuck").json()["model"] == name
+
+
 def test_a_model_that_crashes_all_the_time_is_left_alone_and_said(ggufs):
     name = promote(ggufs["Q8_0"], "brittle").name
     with served("brittle") as (running, before):

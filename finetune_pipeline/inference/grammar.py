@@ -1,0 +1,290 @@
+"""What a JSON Schema lets a model say next: llguidance over the model's vocabulary. Only in a child process.
+
+A schema is compiled in a thread: llguidance cannot be interrupted, and lets the decoding loop go on meanwhile.
+"""
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_pipeline.inference.errors import RequestRefused
+from finetune_pipeline.inference.json_schema import Enforceable, enforceable
+from finetune_pipeline.inference.native import NativeModel
+
+COMPILE_SECONDS = 10.0
+"""A schema that takes longer is refused, though its thread goes on until llguidance comes back."""
+
+COMPILERS = 2
+"""Schemas that are compiled at once, those that take too long among them: when all do, no other schema is taken."""
+
+CACHED = 64
+
+_LOCATE_SECONDS = 1.0
+_LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=5_000,  # a row has some for each optional property that may come next
+    max_lexer_states=50_000,  # 1 to 2 kB each
+    max_grammar_size=20_000,
+    verbose_errors=False,  # they would show tokens of the answer
+)
+_OPTIONS: Any = {
+    "lenient": False,  # a schema cannot turn refusals off by `x-guidance`
+    "coerce_one_of": False,
+    "whitespace_flexible": False,  # white space without end is what a weak model likes to write
+    "item_separator": r",[\x20]?",
+    "key_separator": r":[\x20]?",
+    # Without \u every name is written in one way only, so that no property comes twice under two spellings.
+    "json_allowed_escapes": 'nrbtf\\"',
+    "json_allow_general_unicode_escapes": False,
+}
+
+
+class Grammar:
+    """A compiled schema; every answer has a `Matcher` of its own."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, checked: dict[str, Any]) -> None:
+        import jsonschema_rs
+
+        self._matcher = matcher
+        self._validator = jsonschema_rs.Draft202012Validator(checked)
+
+    def matcher(self) -> "Matcher":
+        """Start an answer."""
+        return Matcher(self._matcher.deep_copy(), self)
+
+    def check(self, text: str) -> None:
+        """Check a whole answer for what no grammar holds: items that are unique, properties that come once.
+
+        Raises:
+            RequestRefused: it is not valid; the message names keyword and path.
+        """
+        for error in self._validator.iter_errors(json.loads(text)):
+            keyword = [str(part) for part in error.schema_path][-1:] or ["schema"]
+            where = "/".join(["#", *map(str, error.instance_path)])
+            raise RequestRefused(
+                f"the model's answer breaks {keyword[0]} of json_schema at {where}: {error.message[:300]}. This can "
+                "only be checked when an answer is complete; ask again with a temperature and another seed, or leave "
+                "the keyword out"
+            )
+
+
+class Matcher:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, grammar: Grammar) -> None:
+        self.grammar = grammar
+        self._matcher = matcher
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return which tokens may come next.
+
+        Raises:
+            RequestRefused: none may, or llguidance gives up.
+        """
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed: NDArray[np.bool_] = np.unpackbits(mask, bitorder="little").astype(bool)
+        if not allowed.any():
+            raise RequestRefused(
+                "the json_schema leaves none of the model's tokens as the next one: its vocabulary lacks characters "
+                "that the schema needs, so use another schema or another model"
+            )
+        return allowed
+
+    def accept(self, token: int) -> None:
+        """Go on after this token.
+
+        Raises:
+            RequestRefused: llguidance gives up.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():  # llguidance never raises, and answers nothing from then on
+            raise RequestRefused(
+                f"the json_schema cannot be followed to the end: {_first_line(self._matcher.get_error())}. Simplify it"
+            )
+
+
+class Grammars:
+    """Compiles schemas for a model, each once.
+
+    Args:
+        notify: called from another thread when a grammar that was waited for is ready, or refused.
+    """
+
+    def __init__(self, model: NativeModel, notify: Callable[[], None]) -> None:
+        self._model = model
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="schema")
+        self._known: OrderedDict[str, Future[Grammar]] = OrderedDict()
+        self._late: set[Future[Grammar]] = set()
+        self._tokenizer: llguidance.LLTokenizer | None = None
+
+    def grammar(self, schema: dict[str, Any]) -> "Future[Grammar]":
+        """Return the grammar of a schema: done if it is known; otherwise in COMPILE_SECONDS it is ready or refused."""
+        text = json.dumps(schema)
+        with self._lock:
+            known = self._known.get(text)
+            if known is not None:
+                self._known.move_to_end(text)
+                return known
+            grammar: Future[Grammar] = Future()
+            if len(self._late) >= COMPILERS:
+                grammar.set_exception(RequestRefused(_all_late()))
+                return grammar
+            self._known[text] = grammar
+            while len(self._known) > CACHED:
+                self._known.popitem(last=False)
+        self._start(schema, grammar)
+        return grammar
+
+    def _start(self, schema: dict[str, Any], grammar: "Future[Grammar]") -> None:
+        work = self._pool.submit(self._compile, schema)
+        timer = threading.Timer(COMPILE_SECONDS, self._give_up, (work, grammar))
+        timer.daemon = True
+        timer.start()
+
+        def done(work: "Future[Grammar]") -> None:
+            timer.cancel()
+            with self._lock:
+                self._late.discard(work)
+                if grammar.done():  # given up
+                    return
+                error = work.exception()
+                if isinstance(error, RequestRefused):
+                    grammar.set_exception(error)
+                elif error is not None:
+                    grammar.set_exception(RequestRefused(f"json_schema cannot be enforced: {error!r:.300}"))
+                else:
+                    grammar.set_result(work.result())
+            self._notify()
+
+        work.add_done_callback(done)
+
+    def _give_up(self, work: "Future[Grammar]", grammar: "Future[Grammar]") -> None:
+        with self._lock:
+            if grammar.done():
+                return
+            grammar.set_exception(
+                RequestRefused(
+                    f"json_schema was not compiled within {COMPILE_SECONDS:g} s; make its patterns, enumerations and "
+                    "unions smaller"
+                )
+            )
+        if not work.cancel():  # it is running, and nothing can stop it
+            with self._lock:
+                if not work.done():
+                    self._late.add(work)
+        self._notify()
+
+    def _compile(self, schema: dict[str, Any]) -> Grammar:
+        if self._tokenizer is None:
+            self._tokenizer = _tokenizer(self._model)
+        return compiled(self._tokenizer, schema)
+
+
+def compiled(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> Grammar:
+    """Compile a schema.
+
+    Raises:
+        RequestRefused: it cannot be enforced; the message names keyword and path.
+    """
+    given = enforceable(schema)
+    _check_vocabulary(tokenizer, json.dumps(given.schema, ensure_ascii=False, separators=(",", ":")))
+    matcher = _matcher(tokenizer, given.schema)
+    if matcher.is_error():
+        raise _located(tokenizer, given, matcher.get_error())
+    return Grammar(matcher, given.checked)
+
+
+class _Vocabulary:
+    """A model's tokens in the form that llguidance reads: what stands for no text has the marker of special tokens."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, model: NativeModel) -> None:
+        self.eos_tokens = [token for token in range(model.n_vocab) if model.ends(token)]
+        self.eos_token_id = self.eos_tokens[0] if self.eos_tokens else None
+        self.tokens = [model.piece(token) for token in range(model.n_vocab)]
+        self.special_token_ids = [
+            token for token, piece in enumerate(self.tokens) if not piece or model.ends(token) or model.is_marker(token)
+        ]
+        self._tokenize = model.tokenize
+        self.tokenizer: llguidance.LLTokenizer | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        """The model's own tokens of a text, which llguidance writes where only one text may follow."""
+        tokens = self._tokenize(text)
+        if b"".join(self.tokens[token] for token in tokens) == text.encode() or self.tokenizer is None:
+            return tokens
+        return self.tokenizer.greedy_tokenize(text)  # llama.cpp put a space in front, or read a control token
+
+
+def _tokenizer(model: NativeModel) -> llguidance.LLTokenizer:
+    vocabulary = _Vocabulary(model)
+    if not vocabulary.eos_tokens:
+        raise RequestRefused("the model has no token that ends an answer, so no json_schema can be followed to its end")
+    tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=vocabulary.eos_tokens)  # type: ignore[arg-type]
+    vocabulary.tokenizer = tokenizer
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: llguidance.LLTokenizer, text: str) -> None:
+    """A byte that no token has would be written as another token, where only one text may follow."""
+    missing = [c for c in sorted({*text}) if tokenizer.decode_bytes(tokenizer.greedy_tokenize(c)) != c.encode()]
+    if missing:
+        raise RequestRefused(
+            f"the model's vocabulary cannot write {''.join(missing)[:40]!r}, which json_schema needs; use another "
+            "schema or another model"
+        )
+
+
+def _matcher(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> llguidance.LLMatcher:
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=_OPTIONS)
+    return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+
+
+def _located(tokenizer: llguidance.LLTokenizer, given: Enforceable, error: str) -> RequestRefused:
+    """Find what llguidance refuses: the innermost schema that fails alone in the same way, and its keyword."""
+    why = _first_line(error).replace("min/maxProperties", "minProperties and maxProperties")
+    definitions = given.schema.get("$defs", {})
+    end = time.monotonic() + _LOCATE_SECONDS
+    for alone in (dict.fromkeys(definitions, True), definitions):
+        for at, node in given.nodes:
+            if time.monotonic() > end:
+                break
+            if not _fails(tokenizer, {**node, "$defs": alone}, error):
+                continue
+            keywords = [name for name in node if name not in ("type", "$defs")]
+            without = ({**{k: v for k, v in node.items() if k != name}, "$defs": alone} for name in keywords)
+            found = [name for name, less in zip(keywords, without, strict=True) if not _fails(tokenizer, less, error)]
+            keyword = min(found or keywords or ["type"], key=lambda name: (name not in why, name == "properties"))
+            return RequestRefused(f"json_schema at {at[:300]}: {keyword}: {why}")
+    return RequestRefused(f"json_schema at #: {next(iter(given.schema), 'schema')}: {why}")
+
+
+def _fails(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any], error: str) -> bool:
+    matcher = _matcher(tokenizer, schema)
+    return matcher.is_error() and _first_line(matcher.get_error()) in error
+
+
+def _first_line(error: str) -> str:
+    return (error.strip().splitlines() or ["llguidance gives no reason"])[0][:300]
+
+
+def _all_late() -> str:
+    return (
+        f"{COMPILERS} other json_schemas take longer than {COMPILE_SECONDS:g} s to compile, so no new one is taken "
+        "now; ask again later"
+    )

@@ -1,0 +1,668 @@
+"""Rewrite a JSON Schema into the subset that llguidance enforces exactly, or refuse it by keyword and path.
+
+llguidance refuses most of what it cannot enforce, but deviates silently in places (exclusive bounds, integers that a
+float cannot hold, overlapping dialects of regular expressions). Whatever is not known to be enforced is refused here.
+The result is a schema of draft 2020-12 whose only references are `#/$defs/N`; drafts 4 to 2019-09 are translated.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_pipeline.inference.errors import RequestRefused
+
+Node = dict[str, Any] | bool
+
+MAX_BYTES = 64_000
+"""Larger schemas take llguidance seconds to compile, and it cannot be interrupted."""
+
+MAX_DEPTH = 60
+"""Levels of a schema: native code recurses over it on the stack of a thread."""
+
+MAX_REPEATS = 10_000
+"""Repetitions that lengths, item counts and a pattern may ask for: each can be a state of the lexer."""
+
+MAX_PATTERN_SIZE = 2_000
+"""Characters of a pattern with its repetitions written out: masks of larger ones take a tenth of a second and more."""
+
+MAX_OPTIONAL = 500
+"""Optional properties of one object: any may come next, and the mask before them takes a time that is quadratic."""
+
+MAX_PATTERN_PROPERTIES = 50
+"""llguidance intersects each with each other."""
+
+MAX_MULTIPLE = 10_000
+"""multipleOf without its decimal point: an automaton gets one state for each remainder."""
+
+_EXACT = 2**53
+_NUMBER_LIMIT = 1e15
+_DECIMALS = 15
+_DRAFTS = {
+    "json-schema.org/draft-04/schema": 4,
+    "json-schema.org/draft-06/schema": 6,
+    "json-schema.org/draft-07/schema": 7,
+    "json-schema.org/draft/2019-09/schema": 2019,
+    "json-schema.org/draft/2020-12/schema": 2020,
+}
+_REFUSED = {
+    "not": "list what is allowed instead",
+    "if": "use anyOf with one branch for each case",
+    "contains": "give the items a schema with `items`",
+    "dependencies": "use anyOf with one branch for each case",
+    "dependentRequired": "use anyOf with one branch for each case",
+    "dependentSchemas": "use anyOf with one branch for each case",
+    "unevaluatedItems": "use `items: false` beside prefixItems",
+    "unevaluatedProperties": "use `additionalProperties: false`",
+    "$dynamicRef": "use $ref",
+    "$recursiveRef": "use $ref",
+    "extends": "use allOf",
+    "disallow": "list what is allowed instead",
+    "divisibleBy": "use multipleOf",
+}
+_LENGTHS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
+
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_DATE = (
+    r"(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|"
+    r"02-(?:0[1-9]|1[0-9]|2[0-8]))|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+)
+FORMAT_PATTERNS = {
+    "date": f"^{_DATE}$",
+    "time": f"^{_TIME}$",
+    "date-time": f"^{_DATE}[tT]{_TIME}$",
+    "uuid": r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$",
+}
+"""Formats that llguidance does not take exactly (29 February; a leap second, which no library reads, is left out)."""
+
+_FORMATS = {"duration", "email", "ipv4", "ipv6", "uri"}
+_ANY_TEXT = {"binary", "directory-path", "file-path", "password", "path", "regex-flags"}
+_ANY_NUMBER = {"double", "float", "time-delta"}
+_INTEGERS = {"int32": (-(2**31), 2**31 - 1)}
+
+
+@dataclass(frozen=True)
+class Enforceable:
+    """A schema that llguidance enforces.
+
+    Attributes:
+        schema: for llguidance.
+        checked: the same with uniqueItems, which a whole answer is checked against.
+        nodes: every schema within it, the inner ones first, with its path in the schema as it was given.
+    """
+
+    schema: dict[str, Any]
+    checked: dict[str, Any]
+    nodes: list[tuple[str, dict[str, Any]]]
+
+
+def enforceable(schema: dict[str, Any]) -> Enforceable:
+    """Return an equivalent schema that llguidance enforces.
+
+    Raises:
+        RequestRefused: a keyword cannot be enforced or exceeds a limit; the message names it and its path.
+    """
+    size = len(json.dumps(schema, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if size > MAX_BYTES:
+        raise RequestRefused(f"json_schema has {size} bytes, at most {MAX_BYTES} are taken; make enumerations smaller")
+    if _deeper_than(schema, MAX_DEPTH):
+        raise RequestRefused(f"json_schema is nested more than {MAX_DEPTH} levels deep; move parts of it into $defs")
+    rewriter = _Rewriter(schema, unique=False)
+    rewritten = rewriter.rewritten()
+    return Enforceable(rewritten, _Rewriter(schema, unique=True).rewritten(), rewriter.nodes)
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+class _Rewriter:
+    """One schema on its way; paths in messages are JSON pointers into the schema as it was given."""
+
+    def __init__(self, schema: dict[str, Any], *, unique: bool) -> None:
+        self.nodes: list[tuple[str, dict[str, Any]]] = []
+        self._root = schema
+        self._unique = unique
+        self._draft = _draft_of(schema)
+        self._names: dict[str, str] = {}
+        self._pending: list[str] = []
+        self._definitions: dict[str, Node] = {}
+        self._exclusive: list[tuple[list[Node], str]] = []
+        self._multiples: list[tuple[int, int]] = []
+        self._patterned = 0
+
+    def rewritten(self) -> dict[str, Any]:
+        """Return the whole schema."""
+        root = self._node(self._root, "#")
+        while self._pending:
+            reference = self._pending.pop()
+            self._definitions[self._names[reference]] = self._node(self._target(reference), reference)
+        self._refuse_endless()
+        for branches, at in self._exclusive:
+            self._refuse_overlap(branches, at)
+        assert isinstance(root, dict)
+        return {"$defs": self._definitions, **root} if self._definitions else root
+
+    def _node(self, schema: Any, at: str) -> Node:
+        if isinstance(schema, bool):
+            return schema
+        self._refuse_keywords(schema, at)
+        if "$ref" in schema and self._draft < 2019:
+            beside = [name for name in schema if name in _SIBLINGS]
+            if beside:
+                raise _refused(at, beside[0], "before draft 2019-09 keywords beside $ref have no effect; use allOf")
+        node: dict[str, Any] = {"type": schema["type"]} if "type" in schema else {}
+        self._numbers(schema, at, node)
+        self._text(schema, at, node)
+        self._arrays(schema, at, node)
+        self._objects(schema, at, node)
+        for name in _LENGTHS:
+            if name in schema:
+                node[name] = _length(schema[name], name, at)
+        if "$ref" in schema:
+            node["$ref"] = self._reference(schema["$ref"], at)
+        every = [self._node(part, f"{at}/allOf/{n}") for n, part in enumerate(schema.get("allOf", []))]
+        node["allOf"] = every + node.pop("allOf", [])
+        if "anyOf" in schema:
+            node["anyOf"] = [self._node(part, f"{at}/anyOf/{n}") for n, part in enumerate(schema["anyOf"])]
+        if "oneOf" in schema:
+            branches = [self._node(part, f"{at}/oneOf/{n}") for n, part in enumerate(schema["oneOf"])]
+            self._exclusive.append((branches, f"{at}/oneOf"))
+            node["allOf"].append({"anyOf": branches})
+        if not node["allOf"]:
+            del node["allOf"]
+        if "enum" in schema:
+            node["enum"] = [_literal(value, "enum", at) for value in schema["enum"]]
+        if "const" in schema:
+            node["const"] = _literal(schema["const"], "const", at)
+        self.nodes.append((at, node))
+        return node
+
+    def _refuse_keywords(self, schema: dict[str, Any], at: str) -> None:
+        for name, instead in _REFUSED.items():
+            nothing = name.startswith(("dependen", "unevaluated")) and schema.get(name) in ({}, True)
+            idle = nothing or (name == "if" and not {"then", "else"} & {*schema})
+            if name in schema and not idle:
+                raise _refused(at, name, f"it is not enforced; {instead}")
+        for name in ("contentMediaType", "contentEncoding"):
+            if name in schema and self._draft < 2019:
+                raise _refused(at, name, "it is not enforced; since draft 2019-09 it is an annotation")
+        for name in ("$id", "id", "$schema"):
+            if at != "#" and isinstance(schema.get(name), str) and schema[name] != self._root.get(name):
+                raise _refused(at, name, "schemas within a schema that have a name of their own are not followed")
+
+    def _numbers(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+        types = _types(schema)
+        integral = "number" not in types and "integer" in types
+        bounds = {name: schema[name] for name in _BOUNDS if not isinstance(schema.get(name, False), bool)}
+        for name, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+            if schema.get(exclusive) is True and name in bounds:  # as draft 4 has it
+                bounds[exclusive] = bounds.pop(name)
+        bounds |= _bounds_of_format(schema, types, at)
+        ranged = {name: _bound(bound, name, at, integral=integral) for name, bound in bounds.items()}
+        _inclusive(ranged, integral=integral)
+        shorter = [] if integral else _prefixes(ranged)
+        if shorter and types & {"number", "integer"}:
+            others = [{"type": sorted(types - {"number", "integer"})}] if types - {"number", "integer"} else []
+            numbers: list[Node] = [{"type": "number", **ranged}, *({"const": number} for number in shorter)]
+            node.setdefault("allOf", []).append({"anyOf": [*others, *numbers]})
+        else:
+            node.update(ranged)
+        if "multipleOf" in schema:
+            node["multipleOf"] = self._multiple(schema["multipleOf"], at)
+
+    def _multiple(self, multiple: float, at: str) -> float:
+        scaled, decimals = _scaled(multiple)
+        if not 0 < scaled <= MAX_MULTIPLE or decimals > 9:
+            raise _refused(at, "multipleOf", f"it has at most {MAX_MULTIPLE} without its decimal point, and 9 decimals")
+        self._multiples.append((scaled, decimals))
+        most = max(digits for _, digits in self._multiples)
+        together = 1
+        for coefficient, digits in set(self._multiples):
+            number = coefficient * 10 ** (most - digits)
+            if together * number >= 2**32:
+                raise _refused(at, "multipleOf", "together with the other multipleOf its multiples are too large")
+            together = math.lcm(together, number)
+        return int(multiple) if float(multiple).is_integer() else multiple
+
+    def _text(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+        if "pattern" in schema:
+            every = _patterns(schema["pattern"], at)
+            node["pattern"] = every[0]
+            node.setdefault("allOf", []).extend({"pattern": pattern} for pattern in every[1:])
+        name = schema.get("format")
+        if name is None or name in _ANY_TEXT or name in _ANY_NUMBER or name in _INTEGERS:
+            return
+        if name in FORMAT_PATTERNS:
+            node.setdefault("allOf", []).append({"pattern": FORMAT_PATTERNS[name]})
+        elif name == "ipvanyaddress":
+            node.setdefault("allOf", []).append({"anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]})
+        elif name in _FORMATS:
+            node["format"] = name
+        else:
+            known = ", ".join(sorted(_FORMATS | {*FORMAT_PATTERNS}))
+            raise _refused(at, "format", f"{name!r} is not enforced; there are {known}, and `pattern`")
+
+    def _arrays(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+        prefix, items, rest = schema.get("prefixItems"), schema.get("items"), "items"
+        if self._draft < 2020:
+            if prefix is not None:
+                raise _refused(at, "prefixItems", "it is of draft 2020-12; use `items` with a list in this draft")
+            if isinstance(items, list):
+                prefix, items, rest = items, schema.get("additionalItems"), "additionalItems"
+        if prefix is not None:
+            name = "prefixItems" if self._draft >= 2020 else "items"
+            node["prefixItems"] = [self._node(part, f"{at}/{name}/{n}") for n, part in enumerate(prefix)]
+        if items is not None:
+            node["items"] = self._node(items, f"{at}/{rest}")
+        if schema.get("uniqueItems") and self._unique:
+            node["uniqueItems"] = True
+
+    def _objects(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+        for key in ("properties", "patternProperties"):
+            if key in schema:
+                node[key] = {
+                    _name(name, key, at): self._node(part, f"{at}/{key}/{_escaped(name)}")
+                    for name, part in schema[key].items()
+                }
+        if "required" in schema:
+            node["required"] = [_name(name, "required", at) for name in schema["required"]]
+        if len({*node.get("properties", {})} - {*node.get("required", [])}) > MAX_OPTIONAL:
+            raise _refused(at, "properties", f"at most {MAX_OPTIONAL} of them can be left out; require the others")
+        if "additionalProperties" in schema:
+            node["additionalProperties"] = self._node(schema["additionalProperties"], f"{at}/additionalProperties")
+        for pattern in schema.get("patternProperties", {}):
+            if len(_patterns(pattern, f"{at}/patternProperties")) > 1:
+                raise _refused(at, "patternProperties", f"{pattern!r} looks ahead; write it without (?!...)")
+        self._patterned += len(schema.get("patternProperties", {}))
+        if self._patterned > MAX_PATTERN_PROPERTIES:
+            raise _refused(at, "patternProperties", f"at most {MAX_PATTERN_PROPERTIES} of them are taken")
+        if schema.get("propertyNames", True) not in (True, {}):
+            self._property_names(schema, at, node)
+
+    def _property_names(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+        """Names as a pattern: what a dictionary with keys of an enumeration, a format or a length needs."""
+        names, where = schema["propertyNames"], f"{at}/propertyNames"
+        for _ in range(MAX_DEPTH):
+            if isinstance(names, dict) and {*names} & _KNOWN == {"$ref"}:
+                self._reference(names["$ref"], where)
+                names = self._target(names["$ref"])
+        if "patternProperties" in node or not isinstance(names, dict):
+            raise _refused(at, "propertyNames", "it is enforced only without patternProperties, and as a schema")
+        self._node(names, where)
+        pattern = _pattern_of_names(names)
+        if pattern is None:
+            raise _refused(
+                at, "propertyNames", "it can be one of enum, const, pattern, format, or minLength, maxLength"
+            )
+        for name in node.get("properties", {}):
+            if "enum" not in names and "const" not in names:
+                raise _refused(at, "propertyNames", "beside `properties` only an enum of names is enforced")
+            if not re.search(pattern, name):
+                node["properties"][name] = False
+        node["patternProperties"] = {pattern: node.get("additionalProperties", True)}
+        node["additionalProperties"] = False
+
+    def _reference(self, reference: str, at: str) -> str:
+        if reference != "#" and not reference.startswith("#/"):
+            raise RequestRefused(
+                f"json_schema at {at}: $ref refers to {reference[:200]!r}; only references within it (#/...) are "
+                "followed"
+            )
+        if reference not in self._names:
+            target = self._target(reference)
+            if not isinstance(target, bool | dict):
+                raise _refused(at, "$ref", f"there is no schema at {reference[:200]!r}")
+            self._names[reference] = str(len(self._names))
+            self._pending.append(reference)
+            if not re.fullmatch(r"#/definitions/[^/]*|#/\$defs/[^/]*", reference) or self._draft < 2019:
+                _check_form(target, self._draft, reference)
+        return f"#/$defs/{self._names[reference]}"
+
+    def _target(self, reference: str) -> Any:
+        from urllib.parse import unquote
+
+        found: Any = self._root
+        for part in reference.split("/")[1:]:
+            name = unquote(part).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isascii() and name.isdigit() and int(name) < len(found):
+                found = found[int(name)]
+            else:
+                found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+    def _refuse_endless(self) -> None:
+        """A definition that leads to itself before any value begins says nothing, and llguidance answers nothing."""
+        origins = {name: reference for reference, name in self._names.items()}
+        following = {name: set(_in_place(node)) for name, node in self._definitions.items()}
+        while leaves := [name for name, names in following.items() if not names & {*following}]:
+            for name in leaves:
+                del following[name]
+        if following:
+            at = origins[min(following)]
+            raise _refused(at, "$ref", "it leads back to itself without an object or array between")
+
+    def _refuse_overlap(self, branches: list[Node], at: str) -> None:
+        facts = [_Facts(branch, self._definitions) for branch in branches]
+        for first in range(len(facts)):
+            for second in range(first):
+                if not facts[first].excludes(facts[second]):
+                    keyword = f"branches {second} and {first} may hold for the same value"
+                    instead = "give each a required property with a const of its own, or use anyOf"
+                    raise _refused(at.removesuffix("/oneOf"), "oneOf", f"{keyword}; {instead}")
+
+
+_KNOWN = frozenset(
+    {"type", "format", "pattern", "items", "prefixItems", "additionalItems", "uniqueItems", "properties", "required"}
+    | {"patternProperties", "additionalProperties", "propertyNames", "allOf", "anyOf", "oneOf", "enum", "const", "$ref"}
+    | {*_REFUSED, *_LENGTHS, *_BOUNDS, "multipleOf"}
+)
+_SIBLINGS = _KNOWN - {"$ref"}
+
+
+class _Facts:
+    """What is certain of the values of a node: their types, the values that there are, and those of properties."""
+
+    def __init__(self, node: Node, definitions: dict[str, Node], depth: int = 0) -> None:
+        self.types: frozenset[str] = _TYPES if node is not False else frozenset()
+        self.values: frozenset[str] | None = None
+        self.properties: dict[str, _Facts] = {}
+        self.required: set[str] = set()
+        if isinstance(node, bool) or depth > 20:
+            return
+        self.types = frozenset("number" if kind == "integer" else kind for kind in _types(node))
+        given = node.get("enum", [node["const"]] if "const" in node else None)
+        if given is not None:
+            self.values = frozenset(json.dumps(value, sort_keys=True) for value in given)
+            self.types &= {_type_of(value) for value in given}
+        self.required = {*node.get("required", [])}
+        for name, part in node.get("properties", {}).items():
+            if name in self.required:
+                self.properties[name] = _Facts(part, definitions, depth + 1)
+        parts = [*node.get("allOf", []), *([definitions[node["$ref"][8:]]] if "$ref" in node else [])]
+        for part in parts:
+            self._add(_Facts(part, definitions, depth + 1))
+        if len(node.get("anyOf", [])) and given is None:
+            every = [_Facts(part, definitions, depth + 1) for part in node["anyOf"]]
+            self.types &= frozenset().union(*(one.types for one in every))
+
+    def _add(self, other: "_Facts") -> None:
+        self.types &= other.types
+        if other.values is not None:
+            self.values = other.values if self.values is None else self.values & other.values
+        self.required |= other.required
+        self.properties = {**other.properties, **self.properties}
+
+    def excludes(self, other: "_Facts") -> bool:
+        """Whether no value can be of both."""
+        if not self.types & other.types:
+            return True
+        if self.values is not None and other.values is not None and not self.values & other.values:
+            return True
+        return self.types & other.types == {"object"} and any(
+            name in other.properties and facts.excludes(other.properties[name])
+            for name, facts in self.properties.items()
+        )
+
+
+def _draft_of(schema: dict[str, Any]) -> int:
+    """The draft that a schema says it is of; 2020-12 without a word, or 7 where it is only valid there."""
+    try:
+        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise RequestRefused(f"json_schema is not JSON that can be written as UTF-8: {error}") from error
+    said = schema.get("$schema")
+    if isinstance(said, str):
+        draft = _DRAFTS.get(said.removesuffix("#").removeprefix("http://").removeprefix("https://"))
+        if draft is None:
+            known = ", ".join(_DRAFTS)
+            raise _refused("#", "$schema", f"{said[:200]!r} is not known; there are {known}, or leave it out")
+        _check_form(schema, draft, "#")
+        return draft
+    try:
+        _check_form(schema, 2020, "#")
+    except RequestRefused:
+        if _has_list_items(schema):  # tuples as pydantic 1 writes them, without naming a draft
+            _check_form(schema, 7, "#")
+            return 7
+        raise
+    return 2020
+
+
+def _has_list_items(schema: Any) -> bool:
+    level = [schema]
+    while level:
+        if any(isinstance(part, dict) and isinstance(part.get("items"), list) for part in level):
+            return True
+        level = [child for part in level for child in _children(part)]
+    return False
+
+
+def _check_form(schema: Any, draft: int, at: str) -> None:
+    import jsonschema_rs
+
+    of_draft = {number: f"https://{name}" if number > 7 else f"http://{name}#" for name, number in _DRAFTS.items()}
+    if isinstance(schema, bool):
+        return
+    try:
+        jsonschema_rs.meta.validate({**schema, "$schema": of_draft[draft]})
+    except jsonschema_rs.ValidationError as error:
+        path = [str(part) for part in error.instance_path]
+        keyword = path.pop() if path else "schema"
+        where = "/".join([at, *map(_escaped, path)])
+        raise _refused(where, keyword, f"this is no JSON Schema: {error.message[:300]}") from None
+
+
+def _refused(at: str, keyword: str, why: str) -> RequestRefused:
+    return RequestRefused(f"json_schema at {at[:300]}: {keyword}: {why}")
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _types(schema: dict[str, Any]) -> frozenset[str]:
+    given = schema.get("type", _TYPES)
+    return frozenset({given} if isinstance(given, str) else given)
+
+
+def _type_of(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    kinds = {dict: "object", list: "array", str: "string"}
+    return next((kind for cls, kind in kinds.items() if isinstance(value, cls)), "number")
+
+
+def _in_place(node: Node) -> Iterator[str]:
+    """Names of the definitions that apply to the very value that a node is about."""
+    if isinstance(node, dict):
+        if "$ref" in node:
+            yield node["$ref"].removeprefix("#/$defs/")
+        for part in (*node.get("allOf", []), *node.get("anyOf", [])):
+            yield from _in_place(part)
+
+
+def _scaled(number: float) -> tuple[int, int]:
+    """A number without its decimal point, and how many decimals it has."""
+    from decimal import Decimal
+
+    _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
+    assert isinstance(exponent, int)
+    coefficient = int("".join(map(str, digits))) * 10 ** max(0, min(exponent, 30))
+    return coefficient, max(0, -exponent)
+
+
+def _bound(bound: float, name: str, at: str, *, integral: bool) -> float:
+    if integral and abs(bound) <= _EXACT:
+        return int(bound) if float(bound).is_integer() else bound
+    if integral and name == "maximum" and bound == 2**63 - 1:
+        return bound
+    if not integral and abs(bound) <= _NUMBER_LIMIT and _scaled(bound)[1] <= _DECIMALS:
+        return int(bound) if float(bound).is_integer() else bound
+    limit = f"2^53 = {_EXACT}" if integral else f"{_NUMBER_LIMIT:g}, with {_DECIMALS} decimals"
+    raise _refused(at, name, f"{bound!r:.40} is not enforced exactly; bounds go up to {limit}")
+
+
+def _inclusive(bounds: dict[str, float], *, integral: bool) -> None:
+    """Replace the exclusive bounds that llguidance does not exclude in every case by the first number beyond."""
+    for name, inclusive, direction in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
+        bound = bounds.get(name)
+        if bound is None or (not integral and direction * bound < 0):
+            continue
+        if integral:
+            beyond: float = math.floor(bound) + 1 if direction > 0 else math.ceil(bound) - 1
+        else:
+            away = direction * max(math.nextafter(abs(bound), math.inf), abs(bound) + 1e-12)
+            beyond = away
+        del bounds[name]
+        stricter = max if direction > 0 else min
+        bounds[inclusive] = stricter(bounds.get(inclusive, beyond), beyond)
+
+
+def _prefixes(bounds: dict[str, float]) -> list[float]:
+    """Numbers that are written as the beginning of a bound: llguidance takes 0.50 below 0.55, but not 0.5."""
+    from decimal import Decimal
+
+    found = []
+    for name, bound in bounds.items():
+        text = format(Decimal(repr(bound)), "f")
+        outward = name.lower().endswith("maximum") == (bound > 0)
+        if outward and "." in text:
+            found += [float(text[:end]) for end in range(text.index(".") + 2, len(text))]
+    least = max((bound for name, bound in bounds.items() if "inimum" in name), default=-math.inf)
+    most = min((bound for name, bound in bounds.items() if "aximum" in name), default=math.inf)
+    return [int(number) if number.is_integer() else number for number in found if least <= number <= most]
+
+
+def _bounds_of_format(schema: dict[str, Any], types: frozenset[str], at: str) -> dict[str, int]:
+    """Bounds of `format: int32`; what is no number is left alone."""
+    limits = _INTEGERS.get(schema.get("format", ""))
+    if limits is None or not types & {"integer", "number"}:
+        return {}
+    if {*_BOUNDS} & {*schema}:
+        raise _refused(at, "format", "beside bounds it is not enforced; leave it out")
+    return {"minimum": limits[0], "maximum": limits[1]}
+
+
+def _length(length: float, name: str, at: str) -> int:
+    if name.startswith("min") and length > MAX_REPEATS:
+        raise _refused(at, name, f"{length} is more than the {MAX_REPEATS} that an answer can be held to")
+    return min(int(length), 2**31 - 1)
+
+
+def _name(name: str, keyword: str, at: str) -> str:
+    _literal(name, keyword, at)
+    return name
+
+
+def _literal(value: Any, keyword: str, at: str) -> Any:
+    """A value as the grammar writes it: whole numbers without a point.
+
+    Raises:
+        RequestRefused: a number is not exact as a float, or a text has a control character other than white space.
+    """
+    if isinstance(value, dict):
+        return {_name(name, keyword, at): _literal(part, keyword, at) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_literal(part, keyword, at) for part in value]
+    if isinstance(value, str) and re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", value):
+        raise _refused(at, keyword, "it has a control character, which answers cannot have")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    whole = float(value).is_integer() if abs(value) <= _EXACT else False
+    if not whole and (abs(value) > _NUMBER_LIMIT or _scaled(value)[1] > _DECIMALS):
+        raise _refused(at, keyword, f"{value!r:.40} is not enforced exactly; give at most 2^53 and 15 decimals")
+    return int(value) if whole else value
+
+
+def _pattern_of_names(names: dict[str, Any]) -> str | None:
+    given = {name for name in names if name in _KNOWN and name != "type"}
+    if given == {"enum"} or given == {"const"}:
+        every = [name for name in names.get("enum", [names.get("const")]) if isinstance(name, str)]
+        return f"^(?:{'|'.join(map(_quoted, every))})$" if every else None
+    if given == {"pattern"} and len(_patterns(names["pattern"], "")) == 1:
+        return str(names["pattern"])
+    if given == {"format"}:
+        return FORMAT_PATTERNS.get(names["format"])
+    if given and given <= {"minLength", "maxLength"}:
+        most = int(names["maxLength"]) if "maxLength" in names else ""
+        return rf"^[\s\S]{{{int(names.get('minLength', 0))},{most}}}$"
+    return None
+
+
+def _quoted(text: str) -> str:
+    return re.sub(r"[.^$*+?()\[\]{}|\\]", r"\\\g<0>", text)
+
+
+_SPACE = r"\t\n\x0b\x0c\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+_TOKEN = re.compile(
+    r"(?P<escape>\\(?:[dDwWsStnrfv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[pP]\{[\w=]+\}|[!-/:-@\[-`{-~]))"
+    r"|(?P<group>\((?:\?(?::|P?<[A-Za-z_]\w*>))?)(?!\?)"
+    r"|(?P<end>\))"
+    r"|(?P<set>\[\^?(?:\\.|[^\]\[\\])(?:\\.|[^\]\[\\])*\])"
+    r"|(?P<count>[*+?]\??|\{(?P<least>\d+)(?P<most>,\d*)?\}\??)"
+    r"|(?P<plain>[^\\(\[{*+?])"
+)
+_AHEAD = re.compile(r"\^\(\?!\^?\[(?P<set>(?!\^)(?:[^\]\[\\]|\\.)*)\]\*\$\)(?P<rest>[^|]*)")
+
+
+def _patterns(pattern: str, at: str) -> list[str]:
+    """A pattern of ECMA 262 as regular expressions of llguidance's dialect that all have to be found.
+
+    More than one come of `^(?!^[-+.]*$)`, by which pydantic says of a decimal that it has a digit.
+
+    Raises:
+        RequestRefused: it is too large, or has what the dialects read in different ways.
+    """
+    ahead = _AHEAD.fullmatch(pattern)
+    if ahead:
+        return [_translated("^" + ahead["rest"], at), _translated(f"[^{ahead['set']}]", at)]
+    return [_translated(pattern, at)]
+
+
+def _translated(pattern: str, at: str) -> str:
+    written: list[str] = []
+    sizes, before = [0], 0
+    position = 0
+    while position < len(pattern):
+        token = _TOKEN.match(pattern, position)
+        if token is None or (token["set"] and re.search(r"&&|--|~~", token["set"])):
+            rest = pattern[position : position + 40]
+            raise _refused(at, "pattern", f"what begins at {rest!r} is not enforced, or dialects read it differently")
+        position = token.end()
+        written.append(_written(token))
+        if token["group"]:
+            sizes.append(0)
+        elif token["count"]:
+            times = max(int(token["least"] or 1), int((token["most"] or ",0")[1:] or 0), 1)
+            sizes[-1] += before * (times - 1)
+        else:
+            before = (sizes.pop() if len(sizes) > 1 else 0) if token["end"] else 1
+            sizes[-1] += before
+        if sizes[-1] > MAX_PATTERN_SIZE:
+            raise _refused(at, "pattern", f"written out it has more than {MAX_PATTERN_SIZE} characters; repeat less")
+    return "".join(written)
+
+
+def _written(token: "re.Match[str]") -> str:
+    text = token[0]
+    if text == ".":
+        return r"[^\n\r\u2028\u2029]"
+    if text in (r"\s", r"\S"):
+        return ("[" if text == r"\s" else "[^") + _SPACE + "]"
+    if token["set"]:
+        return re.sub(r"\\(.)", lambda found: _SPACE if found[1] == "s" else found[0], text, flags=re.DOTALL)
+    return text
