@@ -382,7 +382,8 @@ class TrainingSettings(Settings):
     lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter, divided by its rank.")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="sft: dropout within the adapter.")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        default="all-linear", description="Layers that the adapter changes, by the end of their names."
+        default="all-linear",
+        description="Layers that the adapter changes, by the end of their names; no tied embeddings or output layer.",
     )
     trainable_token_indices: Literal["all"] | tuple[int, ...] = Field(
         default=(),
@@ -422,7 +423,7 @@ class ExportSettings(Settings):
         default="merged",
         description="merged: one file. adapter: a LoRA GGUF over the base's GGUF, swapped in place by the gateway.",
     )
-    agreement_sample: int = Field(default=24, ge=1, description="Prompts on which the quantised model is compared.")
+    agreement_sample: int = Field(default=24, ge=1, description="Prompts on which what serves is compared.")
     min_agreement: float = Field(
         default=0.8, ge=0, le=1, description="Share of same answers below which the check turns red (a warning)."
     )

@@ -12,7 +12,9 @@ def main(arguments: list[str] | None = None) -> int:
     merge = steps.add_parser("merge", help="LoRA adapter into the base's weights")
     merge.add_argument("base", type=Path)
     merge.add_argument("adapter", type=Path)
-    merge.add_argument("out", type=Path)
+    merge.add_argument("--out", type=Path, help="where to; without it nothing is merged")
+    merge.add_argument("--questions", type=Path, help="JSON file of what the base with its adapter is asked")
+    merge.add_argument("--answers", type=Path, help="where its answers go")
     quantise = steps.add_parser("quantise", help="a GGUF to another type")
     quantise.add_argument("source", type=Path)
     quantise.add_argument("out", type=Path)
@@ -21,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.step == "merge":
         from finetune_pipeline.export.merge import merge_here
 
-        merge_here(options.base, options.adapter, options.out)
+        merge_here(options.base, options.adapter, options.out, options.questions, options.answers)
         return 0
     from finetune_pipeline.export.gguf import quantise_here
 

@@ -8,19 +8,32 @@ import json
 import math
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from finetune_pipeline.export.base import TOKENIZER_FILES
 from finetune_pipeline.export.process import ExportError, run_step
+from finetune_pipeline.export.reference import Questions, answer
 
 _SMALL = 1_000_000_000
 
 
-def merge(base_folder: Path, adapter_folder: Path, out_folder: Path) -> None:
+def merge(
+    base_folder: Path, adapter_folder: Path, out_folder: Path | None, questions: Questions | None = None
+) -> list[str]:
     """Write the merged model into `out_folder` as safetensors; what was there goes away.
 
     Up to 1e9 parameters it is merged and saved in float32, so that rounding happens once, in the conversion; above
     that in the base's own type, for memory's sake.
+
+    Args:
+        base_folder: the base model.
+        adapter_folder: the trained adapter.
+        out_folder: None merges nothing, and only asks.
+        questions: answered by the base with its adapter, before they are merged.
+
+    Returns:
+        The answers.
 
     Raises:
         ExportError: a folder is not what it should be, the merged weights hold a NaN, or memory does not suffice.
@@ -28,13 +41,28 @@ def merge(base_folder: Path, adapter_folder: Path, out_folder: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter_folder / name).is_file():
             raise ExportError(f"{adapter_folder} has no {name}, so it is no trained adapter; train it again")
-    shutil.rmtree(out_folder, ignore_errors=True)
-    arguments = [str(base_folder), str(adapter_folder), str(out_folder)]
-    run_step("merge", arguments, f"merging {adapter_folder} into {base_folder}")
+    arguments = [str(base_folder), str(adapter_folder)]
+    if out_folder is not None:
+        shutil.rmtree(out_folder, ignore_errors=True)
+        arguments += ["--out", str(out_folder)]
+    with TemporaryDirectory() as folder:
+        asked, answers = Path(folder) / "questions.json", Path(folder) / "answers.json"
+        if questions is not None:
+            questions.write(asked)
+            arguments += ["--questions", str(asked), "--answers", str(answers)]
+        run_step("merge", arguments, f"merging {adapter_folder} into {base_folder}")
+        said: list[str] = json.loads(answers.read_text(encoding="utf-8")) if questions is not None else []
+    return said
 
 
-def merge_here(base_folder: Path, adapter_folder: Path, out_folder: Path) -> None:
-    """The merge itself, in this process: loads torch, transformers and peft."""
+def merge_here(
+    base_folder: Path,
+    adapter_folder: Path,
+    out_folder: Path | None,
+    questions: Path | None = None,
+    answers: Path | None = None,
+) -> None:
+    """The merge itself, in this process: loads torch, transformers and peft. Arguments as in `merge`, but in files."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -44,6 +72,10 @@ def merge_here(base_folder: Path, adapter_folder: Path, out_folder: Path) -> Non
     )
     model = PeftModel.from_pretrained(base, adapter_folder, use_safetensors=True)
     _refuse_tied(base)
+    if questions is not None and answers is not None:
+        answer(base.eval(), base_folder, questions, answers)
+    if out_folder is None:
+        return
     merged = model.merge_and_unload(safe_merge=True)  # safe: a NaN is an error
     merged.save_pretrained(out_folder)
     for name in TOKENIZER_FILES:

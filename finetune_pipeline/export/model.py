@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune_pipeline.export.gguf import convert, convert_adapter, quantise, tensor_types
 from finetune_pipeline.export.merge import merge
+from finetune_pipeline.export.reference import Questions
 
 F16 = "F16"
 ADAPTER = "adapter.gguf"
@@ -19,12 +20,12 @@ class ExportedModel:
 
     Attributes:
         gguf: the file that serves; with an adapter, the base's.
-        full: the same model at F16, in one file, with which what serves is compared; the very file that serves when
-            that is merged and F16.
+        full: the F16 file from which `gguf` was quantised; `gguf` itself where it was not quantised here.
         quantization: llama.cpp's type that was asked for.
         tensor_types: number of tensors of each type in `gguf`; more types than one where rows do not fit the blocks.
         seconds: wall time of each step.
         adapter: the LoRA adapter that serves over `gguf`.
+        reference: what the base with its adapter answered, unmerged and in transformers.
     """
 
     gguf: Path
@@ -33,6 +34,7 @@ class ExportedModel:
     tensor_types: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
     adapter: Path | None = None
+    reference: tuple[str, ...] = ()
 
 
 def export(
@@ -41,6 +43,7 @@ def export(
     out_folder: Path,
     quantization: str = "Q4_K_M",
     on_step: Callable[[str], None] = lambda _: None,
+    questions: Questions | None = None,
 ) -> ExportedModel:
     """Merge, convert and quantise; every step in a process of its own.
 
@@ -50,6 +53,7 @@ def export(
         out_folder: gets `model-F16.gguf` and `model-<quantization>.gguf`.
         quantization: a type of ExportSettings.quantization.
         on_step: called with the name of each step before it begins: merge, convert, quantise.
+        questions: what the base with its adapter is asked before they are merged, for `reference`.
 
     Raises:
         ExportError: a step failed; nothing half-written is left.
@@ -64,11 +68,12 @@ def export(
         seconds[name] = time.monotonic() - began
 
     merged = out_folder / ".merged"
+    reference: list[str] = []
     full, gguf = out_folder / f"model-{F16}.gguf", out_folder / f"model-{quantization}.gguf"
     try:
         if adapter_folder is not None:
             adapter = adapter_folder
-            step("merge", lambda: merge(base_folder, adapter, merged))
+            step("merge", lambda: reference.extend(merge(base_folder, adapter, merged, questions)))
         step(
             "convert", lambda: convert(merged if adapter_folder is not None else base_folder, full, "f16", base_folder)
         )
@@ -76,7 +81,7 @@ def export(
         shutil.rmtree(merged, ignore_errors=True)
     if quantization != F16:
         step("quantise", lambda: quantise(full, gguf, quantization))
-    return ExportedModel(gguf, full, quantization, tensor_types(gguf), seconds)
+    return ExportedModel(gguf, full, quantization, tensor_types(gguf), seconds, reference=tuple(reference))
 
 
 def export_adapter(
@@ -86,19 +91,30 @@ def export_adapter(
     out_folder: Path,
     quantization: str = "Q4_K_M",
     on_step: Callable[[str], None] = lambda _: None,
+    questions: Questions | None = None,
 ) -> ExportedModel:
-    """Convert the adapter alone, and merge it into the base at F16, which is what the pair has to answer like.
+    """Convert the adapter alone; nothing is merged.
 
     Args:
         base_gguf: the base model's GGUF, of type `quantization`, over which the adapter will serve.
-        out_folder: gets `adapter.gguf` and `model-F16.gguf`.
+        out_folder: gets `adapter.gguf`.
+        questions: what the base with its adapter is asked, for `reference`.
 
     Raises:
         ExportError: a step failed; nothing half-written is left.
     """
-    merged = export(base_folder, adapter_folder, out_folder, F16, on_step)
+    out_folder.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    reference: list[str] = []
+    if questions is not None:
+        on_step("ask")
+        began = time.monotonic()
+        reference = merge(base_folder, adapter_folder, None, questions)
+        seconds["ask"] = time.monotonic() - began
     on_step("convert the adapter")
     began = time.monotonic()
     convert_adapter(adapter_folder, base_folder, out_folder / ADAPTER)
-    seconds = {**merged.seconds, "convert the adapter": time.monotonic() - began}
-    return ExportedModel(base_gguf, merged.full, quantization, tensor_types(base_gguf), seconds, out_folder / ADAPTER)
+    seconds["convert the adapter"] = time.monotonic() - began
+    return ExportedModel(
+        base_gguf, base_gguf, quantization, tensor_types(base_gguf), seconds, out_folder / ADAPTER, tuple(reference)
+    )

@@ -23,6 +23,7 @@ from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf_artifact, check_base
 from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.model import ExportedModel, export, export_adapter
+from finetune_pipeline.export.reference import Questions
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
@@ -50,7 +51,8 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     descriptions = {
         "loads_and_answers": "What would serve loads in the engine's own process and answers.",
         "tokenizer_parity": "The engine reads the rendered chat template as the tokens that training used.",
-        "agreement": f"At least {loop.export.min_agreement:.0%} of answers are those of the unquantised model.",
+        "agreement": f"At least {loop.export.min_agreement:.0%} of answers are those of the base with its adapter, "
+        "unmerged and unquantised.",
     }
 
     @dg.asset(
@@ -70,8 +72,8 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """The model that would serve: adapter merged into the base, converted by llama.cpp, quantised.
 
         With `export.form: adapter` the adapter alone is converted, and serves over the base's own GGUF. The checks run
-        on exactly that pair; its answers are compared with those of the merged model at F16, so that a fault of the
-        adapter's conversion shows as well as what quantising the base costs.
+        on exactly what serves; its answers are compared with those of the base with its adapter in transformers, so
+        that a fault of the merge or the conversion shows as well as what quantising costs.
         """
         die_with_run()
         artifact = model(loop, lora_adapter, context.log.info)
@@ -114,7 +116,7 @@ def model(
         tell("checking it in the engine")
         outcomes = check(loop, base, exported)
         if exported.full != exported.gguf:
-            exported.full.unlink()  # it was there to compare with; it can be made again from the adapter
+            exported.full.unlink()  # it can be made again from the adapter
         write_text(folder / CHECKS, json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
         return {
             "inputs": inputs,
@@ -145,9 +147,18 @@ def _export(
     folder: Path,
     tell: Callable[[str], None],
 ) -> ExportedModel:
+    kind, chats = loop.export.quantization, [chat(loop.system_prompt, prompt) for prompt in _sample(loop)]
+    questions = Questions(chats, loop.evaluation.max_tokens)
     if below is None:
-        return export(base, adapter, folder, loop.export.quantization, tell)
-    return export_adapter(base, adapter, below.path / below.manifest.gguf, folder, loop.export.quantization, tell)
+        return export(base, adapter, folder, kind, tell, questions)
+    return export_adapter(base, adapter, below.path / below.manifest.gguf, folder, kind, tell, questions)
+
+
+def _sample(loop: LoopSettings) -> list[str]:
+    """The prompts on which what serves is compared: from all parts of the benchmark."""
+    questions = reading.benchmark(loop).questions
+    step = max(1, len(questions) // loop.export.agreement_sample)
+    return [question.prompt for question in questions[::step]][: loop.export.agreement_sample]
 
 
 def _files(exported: ExportedModel, below: Artifact[BaseGgufManifest] | None) -> dict[str, Any]:
@@ -184,9 +195,7 @@ def what_serves(artifact: Artifact[GgufManifest]) -> ModelSpec:
 
 def check(loop: LoopSettings, base: Path, exported: ExportedModel) -> list[Outcome]:
     """Try what would serve in the engine. A crash there is a failed check with the crash's name, never a dead run."""
-    questions = reading.benchmark(loop).questions
-    step = max(1, len(questions) // loop.export.agreement_sample)
-    prompts = [question.prompt for question in questions[::step]][: loop.export.agreement_sample]
+    prompts = _sample(loop)
     try:
         with _engine(loop, exported.gguf, exported.adapter) as engine:
             parity = tokenizer_parity(base, engine, [chat(loop.system_prompt, prompt) for prompt in prompts])
@@ -209,13 +218,7 @@ def check(loop: LoopSettings, base: Path, exported: ExportedModel) -> list[Outco
 
 
 def _agreement(loop: LoopSettings, exported: ExportedModel, prompts: Sequence[str], answers: Sequence[str]) -> Outcome:
-    if exported.full == exported.gguf:
-        return Outcome("agreement", True, {"share": 1.0, "note": "the file that serves is the unquantised one"})
-    try:
-        with _engine(loop, exported.full) as engine:
-            result = agreement(_answers(loop, engine, prompts), answers)
-    except EngineError as error:
-        return Outcome("agreement", False, {"error": f"the unquantised model: {type(error).__name__}: {error}"})
+    result = agreement(exported.reference, answers)
     offenders = [prompts[place] for place in result.offenders[:NAMED]]
     figures = {"share": result.share, "same": result.same, "of": result.total, "offenders": offenders}
     return Outcome("agreement", result.share >= loop.export.min_agreement, figures)

@@ -10,6 +10,7 @@ from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.gguf import convert, quantise, tensor_types
 from finetune_pipeline.export.merge import merge
 from finetune_pipeline.export.model import export, export_adapter
+from finetune_pipeline.export.reference import Questions
 from finetune_pipeline.export.tokenizer import gguf_name
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
@@ -120,13 +121,14 @@ def greedy(folder, prompts):
 def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatty_stories, adapter, tmp_path):
     merge(chatty_stories, adapter, tmp_path / "merged")
     steps = []
-    model = export(chatty_stories, adapter, tmp_path / "out", "Q8_0", steps.append)
-    assert steps == ["merge", "convert", "quantise"]
     prompts = [chat("", row["prompt"]) for row in snips_rows(76)[64:]]
+    model = export(chatty_stories, adapter, tmp_path / "out", "Q8_0", steps.append, Questions(prompts, 24))
+    assert steps == ["merge", "convert", "quantise"]
     expected = greedy(tmp_path / "merged", prompts)
     with Engine(ModelSpec(gguf=model.full, context=256)) as engine:
         answers = engine.generate([GenerateRequest(messages=messages, max_tokens=24) for messages in prompts])
     assert agreement(expected, [answer.text for answer in answers]).share >= 11 / 12
+    assert agreement(model.reference, expected).share >= 11 / 12  # unmerged it says the same
     assert greedy(chatty_stories, prompts) != expected  # the adapter does change the answers
     with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
         assert tokenizer_parity(chatty_stories, engine, prompts).same
@@ -142,19 +144,21 @@ def _name(gguf):
 def test_an_adapter_alone_answers_over_its_bases_gguf_as_merged(chatty_stories, adapter, tmp_path):
     base = export(chatty_stories, None, tmp_path / "base", "F16")
     steps = []
-    pair = export_adapter(chatty_stories, adapter, base.gguf, tmp_path / "out", "F16", steps.append)
-    assert steps == ["merge", "convert", "convert the adapter"] == list(pair.seconds)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.gguf", "model-F16.gguf"}
-    assert pair.gguf == base.gguf and pair.tensor_types == base.tensor_types
-    requests = [GenerateRequest(messages=chat("", row["prompt"]), max_tokens=24) for row in snips_rows(76)[64:]]
+    chats = [chat("", row["prompt"]) for row in snips_rows(76)[64:]]
+    out = tmp_path / "out"
+    pair = export_adapter(chatty_stories, adapter, base.gguf, out, "F16", steps.append, Questions(chats, 24))
+    assert steps == ["ask", "convert the adapter"] == list(pair.seconds)
+    assert {path.name for path in out.iterdir()} == {"adapter.gguf"}
+    assert pair.gguf == pair.full == base.gguf and pair.tensor_types == base.tensor_types
+    requests = [GenerateRequest(messages=messages, max_tokens=24) for messages in chats]
 
     def answers(spec):
         with Engine(spec) as engine:
             return [answer.text for answer in engine.generate(requests)]
 
-    merged = answers(ModelSpec(gguf=pair.full, context=256))
-    assert agreement(answers(ModelSpec(gguf=pair.gguf, adapter=pair.adapter, context=256)), merged).share >= 11 / 12
-    assert answers(ModelSpec(gguf=base.gguf, context=256)) != merged
+    served = answers(ModelSpec(gguf=pair.gguf, adapter=pair.adapter, context=256))
+    assert agreement(pair.reference, served).share >= 11 / 12
+    assert agreement(pair.reference, answers(ModelSpec(gguf=base.gguf, context=256))).share < 11 / 12
 
 
 def test_merging_leaves_the_tokenizer_byte_for_byte_and_full_precision(chatty_stories, adapter, tmp_path):

@@ -1,8 +1,19 @@
 """An adapter of an output layer that is the embeddings too is merged into both, so it is refused."""
 
+import json
+
 import pytest
 
+from finetune_pipeline.export import merge
+from finetune_pipeline.export.checks import agreement
+from finetune_pipeline.export.gguf import convert
 from finetune_pipeline.export.merge import merge_here
+from finetune_pipeline.export.reference import Questions
+from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+from finetune_pipeline.records import chat
+
+from .conftest import STARTER
 
 
 def base_of(random_base, folder, tied):
@@ -70,3 +81,21 @@ def test_other_adapters_of_a_tied_model_are_merged_as_trained(random_base, tmp_p
     merge_here(base, adapter, tmp_path / "merged")
     expected, found = both(base, adapter, tmp_path / "merged")
     assert (expected - found).abs().max() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "alpha", "least", "most"), [(["q_proj", "v_proj"], 4, 0.8, 1), (["lm_head"], 16, 0, 0.3)]
+)
+def test_agreement_with_the_unmerged_model_would_show_such_a_merge(tmp_path, monkeypatch, names, alpha, least, most):
+    monkeypatch.setattr(merge, "_refuse_tied", lambda _: None)  # as if nobody had known of it
+    adapter = adapter_of(STARTER, tmp_path / "adapter", target_modules=names, lora_alpha=alpha)
+    chats = [chat("", f"{thickness} mm {what} wall") for thickness in (100, 150, 200) for what in ("CMU", "brick", "")]
+    Questions(chats, 40).write(tmp_path / "questions.json")
+    merge_here(STARTER, adapter, tmp_path / "merged", tmp_path / "questions.json", tmp_path / "answers.json")
+    convert(tmp_path / "merged", tmp_path / "merged.gguf", "f16", STARTER)
+    with Engine(ModelSpec(gguf=tmp_path / "merged.gguf", context=256)) as engine:
+        served = engine.generate([GenerateRequest(messages=messages, max_tokens=40) for messages in chats])
+    reference = json.loads((tmp_path / "answers.json").read_text())
+    assert len({*reference}) > 2
+    assert least <= agreement(reference, [one.text for one in served]).share <= most
