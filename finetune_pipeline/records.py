@@ -4,7 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
@@ -36,6 +36,31 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("lies before the year 1 or after the year 9999 in UTC") from None
 
 
+CLOCK_SKEW = timedelta(minutes=10)
+"""How far ahead the clock may be that an event's time comes from. Later feedback outranks earlier, so one from the
+future would outrank all that is said until then."""
+
+
+def is_in_future(moment: datetime) -> bool:
+    """Return whether a time is further ahead than clocks differ; without a zone it is UTC."""
+    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment  # in UTC it may lie after the year 9999
+    return aware > datetime.now(UTC) + CLOCK_SKEW
+
+
+def not_in_future(moment: datetime) -> datetime:
+    """Return a time as it is.
+
+    Raises:
+        ValueError: it is in the future.
+    """
+    if is_in_future(moment):
+        raise ValueError(
+            f"{_in_utc(moment).isoformat()} is in the future (here it is {datetime.now(UTC).isoformat()}; a time "
+            "without a zone is UTC); leave it out, or correct the clock or the zone that it comes from"
+        )
+    return moment
+
+
 _NO_NUL = {"pattern": r"^[^\u0000]*$"}
 """What of it a JSON Schema can say."""
 
@@ -43,6 +68,7 @@ Text = Annotated[str, Field(json_schema_extra=_NO_NUL), AfterValidator(_storable
 ShortText = Annotated[str, Field(max_length=200, json_schema_extra=_NO_NUL), AfterValidator(_storable)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Moment = Annotated[datetime, AfterValidator(_in_utc)]
+PastMoment = Annotated[Moment, AfterValidator(not_in_future)]
 
 
 class Record(BaseModel):
@@ -132,13 +158,17 @@ Event = Annotated[Interaction | Feedback, Field(discriminator="event")]
 
 
 def logged(event: Interaction | Feedback) -> Interaction | Feedback:
-    """An event as it comes from an application, which cannot say that a declared source gave it.
+    """Return an event as it comes from an application.
 
-    It would be withdrawn as soon as that source is read.
+    It cannot say that a declared source gave it: it would be withdrawn as soon as that source is read.
 
     Raises:
-        ValueError: it has a source or an origin.
+        ValueError: it has a source or an origin, or its time is in the future.
     """
+    try:
+        not_in_future(event.created_at)
+    except ValueError as error:
+        raise ValueError(f"created_at: {error}") from None
     if isinstance(event, Interaction) and (event.source is not None or event.origin is not None):
         raise ValueError(
             "source, origin: only what a loop's declared sources and dropped files give has them; leave them out"

@@ -75,6 +75,7 @@ feedback = sa.Table(
     sa.Index(None, "task", "sequence"),
 )
 
+# An empty content hash marks an example that is to be worked out again (`feedback.store.renew_marked`).
 examples = sa.Table(
     "examples",
     metadata,

@@ -111,7 +111,7 @@ def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events |
     Raises:
         OSError: the file cannot be read.
     """
-    moment = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    moment = min(datetime.fromtimestamp(path.stat().st_mtime, UTC), datetime.now(UTC))
     for number, document, reason, _ in rows:
         if reason:
             yield BadLine(path, number, reason)

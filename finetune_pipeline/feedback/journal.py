@@ -25,7 +25,7 @@ from finetune_pipeline.artifacts import disk_full, flush
 from finetune_pipeline.database import Database, DatabaseError
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.store import conflict, record
-from finetune_pipeline.records import Event, Feedback, Interaction
+from finetune_pipeline.records import Event, Feedback, Interaction, not_in_future
 from finetune_pipeline.settings import home, survives_power_cut
 
 BATCH, BATCH_BYTES = 500, 4 * 2**20
@@ -311,9 +311,14 @@ def _batches(path: Path, aside: Path) -> Iterator[list[Interaction | Feedback]]:
             if not line.endswith(b"\n"):  # torn by the kill: nobody was told that it is recorded
                 break
             try:
-                batch.append(_EVENT.validate_json(line))
-            except ValidationError:
-                _log.error("%s holds a line that is no event; it was put aside in %s", path, aside)
+                event = _EVENT.validate_json(line)
+                not_in_future(event.created_at)  # the clock was wrong when the gateway took it
+                batch.append(event)
+            except ValueError as error:
+                what = (
+                    "a line that is no event" if isinstance(error, ValidationError) else f"an event whose time {error}"
+                )
+                _log.error("%s holds %s; it was put aside in %s", path, what, aside)
                 _put_aside(aside, line)
             size += len(line)
             if len(batch) >= BATCH or size >= BATCH_BYTES:

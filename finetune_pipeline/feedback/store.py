@@ -115,6 +115,18 @@ def conflict(event: Interaction | Feedback) -> str:
     return f"the {event.event} {event.id} is known with other content, which stays; give what is new an id of its own"
 
 
+def renew_marked(connection: sa.Connection, task: str, reward: RewardFunction) -> int:
+    """Work out again what the examples teach that a migration marked by an empty content hash; returns how many.
+
+    A migration that repairs events does not know the loop's rewards.
+    """
+    e = t.examples.c
+    ids = connection.execute(sa.select(e.interaction_id).where(e.task == task, e.content_hash == "")).scalars().all()
+    for chunk in _chunks(sorted(ids)):
+        renew_examples(connection, task, chunk, reward, at=take_sequence(connection, 1))
+    return len(ids)
+
+
 def withdraw(connection: sa.Connection, task: str, ids: Sequence[str]) -> int:
     """Have interactions teach nothing from now on, since their source no longer has them; returns how many did.
 

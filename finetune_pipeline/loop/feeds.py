@@ -30,7 +30,7 @@ from finetune_pipeline.feedback.store import (
     take_sequence,
     withdraw,
 )
-from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
+from finetune_pipeline.records import Feedback, Interaction, is_in_future, without_system_prompt
 from finetune_pipeline.settings import (
     INGESTED,
     CodeFeed,
@@ -354,7 +354,9 @@ def _made(
     task: str, source: str, item: Item, id: uuid.UUID, reward: float, feedback_id: uuid.UUID
 ) -> tuple[Interaction, Feedback]:
     """The interaction of an item, and the feedback that gives it its reward, or its correction."""
-    moment = item.created_at or datetime.now(UTC)
+    moment = item.created_at
+    if moment is None or is_in_future(moment):  # a note may be about a day to come
+        moment = datetime.now(UTC)
     interaction = Interaction(
         id=id, task=task, created_at=moment, prompt=item.prompt, history=item.history,
         output=item.answer if item.model_output is None else item.model_output,

@@ -14,7 +14,7 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.forgetting import forgotten_of
 from finetune_pipeline.feedback.journal import take_over_orphans
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, conflict, record, take_sequence
+from finetune_pipeline.feedback.store import Recorded, conflict, record, renew_marked, take_sequence
 from finetune_pipeline.loop.feeds import FORGOTTEN, ingested_events
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import LoopSettings, load_loop
@@ -76,6 +76,9 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
     left = take_over_orphans(database, lambda task: reward if task == loop.name else _reward_of(task))
     if left:
         tell(f"{left} events that a killed gateway had acknowledged were taken over from its journal")
+    with database.write() as connection:
+        if repaired := renew_marked(connection, loop.name, reward):
+            tell(f"what {repaired} interactions teach was worked out again: their events had times in the future")
     with database.read() as connection:
         files = ledger.unread(connection, loop.name, loop.log_folders)
     total = Ingested()

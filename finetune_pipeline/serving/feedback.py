@@ -1,7 +1,7 @@
 """The routes that learn: feedback, interactions had elsewhere, one interaction, statistics."""
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from uuid_utils.compat import uuid7
 
 from finetune_pipeline.feedback.store import Exchange, conflict, find, tally
-from finetune_pipeline.records import Feedback, Interaction
+from finetune_pipeline.records import Feedback, Interaction, not_in_future
 from finetune_pipeline.serving.api import FeedbackIn, InteractionIn, InteractionOut, Receipt, StatsOut, Status
 from finetune_pipeline.serving.errors import BadRequest, Conflict, IdTaken, NotFound, NotRecorded
 from finetune_pipeline.serving.gateway import Gateway
@@ -19,9 +19,6 @@ from finetune_pipeline.serving.http import allow, body_of, gateway_of, what_is_w
 
 PATIENCE_SECONDS = 2.0
 """How long a request waits until the store has what the journal has; then it is told that it is safe all the same."""
-
-CLOCKS_DIFFER = timedelta(minutes=10)
-"""How far ahead an application's clock may be. The newest verdict counts, so one from the future would always count."""
 
 router = APIRouter(dependencies=[Depends(allow("feedback"))])
 _ACCEPTED: dict[int | str, dict[str, Any]] = {
@@ -79,17 +76,14 @@ async def stats(request: Request, loop: str | None = None) -> StatsOut:
 
 
 def _event(kind: type[Any], values: dict[str, Any]) -> Any:
-    now = datetime.now(UTC)
     try:
-        event = kind.model_validate({"id": uuid7(), "created_at": now} | values)
+        event = kind.model_validate({"id": uuid7(), "created_at": datetime.now(UTC)} | values)
     except ValidationError as error:
         raise BadRequest(what_is_wrong(error)) from error
-    if event.created_at > now + CLOCKS_DIFFER:
-        raise Conflict(  # of two clocks; the form is right
-            f"created_at: {event.created_at.isoformat()} is in the future (here it is {now.isoformat()}); leave it "
-            "out, or set the clock that it came from",
-            param="created_at",
-        )
+    try:
+        not_in_future(event.created_at)
+    except ValueError as error:  # a conflict of two clocks: the form is right
+        raise Conflict(f"created_at: {error}", param="created_at") from None
     return event
 
 

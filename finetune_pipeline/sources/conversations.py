@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from finetune_pipeline.records import Moment, ShortText, Text, Turn, alpaca_prompt, explain, not_trained, shown
+from finetune_pipeline.records import PastMoment, ShortText, Text, Turn, alpaca_prompt, explain, not_trained, shown
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.item import Item
 
@@ -68,7 +68,7 @@ class _Taught(BaseModel):
     user: ShortText | None = None
     domain: ShortText | None = None
     kind: ShortText | None = None
-    created_at: Moment | None = None
+    created_at: PastMoment | None = None
 
 
 def to_item(row: Any, origin: str, form: FileFormat = "auto") -> Item:

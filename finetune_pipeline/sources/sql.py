@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sqlalchemy.dialects.postgresql import MONEY
 from sqlalchemy.engine import URL, make_url
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.records import shown
+from finetune_pipeline.records import CLOCK_SKEW, is_in_future, shown
 from finetune_pipeline.settings import SqlFeed
 from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
 
@@ -61,6 +61,8 @@ def read(feed: SqlFeed, mark: Any) -> Reading:
             table = _table(engine, feed)
             settings = _settings(engine, feed, table)
             anew = mark is not None and (not isinstance(mark, dict) or mark.get("settings") != settings)
+            # One that a row from the future had left, behind which nothing would be found until then.
+            anew = anew or (mark is not None and _is_ahead(_watermark(mark)))
             start = None if anew else mark
             if mark is not None:  # without one, a table that is empty now would count as a source that has nothing
                 yield Mark(start, anew)
@@ -88,6 +90,7 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
     highest = None if mark is None else _watermark(mark)
     while True:
         rows = _page(engine, feed, table, start, place, passed)
+        reached = None
         for row in rows:
             here = (row[0], row[1])
             if why := _no_place(feed, *here):
@@ -100,15 +103,34 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
                     "that names a row for good"
                 )
             place, passed = here, 0
+            if _is_ahead(row[0]):  # a mark there would hide all rows that come until then
+                why = f"{feed.watermark} is {row[0]}, in the future; it is read when that time has come"
+                yield Skipped(_origin(feed, row[1]), f"{why} (a time without a zone is UTC)", later=True)
+                continue
+            reached = row[0]
             yield _item(feed, row)
         if not rows:
             return
-        if place is not None:
+        if reached is not None:
             # Of a text the database alone knows the order, and there nothing was read before the mark.
-            highest = place[0] if highest is None or isinstance(place[0], str) else max(highest, place[0])
+            highest = reached if highest is None or isinstance(reached, str) else max(highest, reached)
+        if highest is not None:
             yield Mark(_as_mark(feed, highest))
         if len(rows) < feed.batch_rows:
             return
+
+
+def _is_ahead(watermark: Any) -> bool:
+    """Return whether a watermark is a time, a day, or the text of one, in the future; a number may count anything."""
+    if isinstance(watermark, str) and watermark[4:5] == "-":
+        try:
+            watermark = datetime.fromisoformat(watermark)
+        except ValueError:
+            return False
+    if isinstance(watermark, datetime):
+        return is_in_future(watermark)
+    # Somewhere on Earth it is tomorrow already.
+    return isinstance(watermark, date) and watermark > (datetime.now(UTC) + CLOCK_SKEW).date() + timedelta(days=1)
 
 
 def _no_place(feed: SqlFeed, watermark: Any, key: Any) -> str:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from alembic.migration import MigrationContext
 
 from finetune_pipeline.database import DatabaseError, connect, connection
 from finetune_pipeline.database.tables import metadata
-from finetune_pipeline.feedback.store import tally
+from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.feedback.store import find, renew_marked, tally, unmatched
 from finetune_pipeline.settings import database_url
-from finetune_pipeline_tests.conftest import start_together
+from finetune_pipeline_tests.conftest import start_together, uid
 
 
 def test_the_migrations_give_the_tables():
@@ -125,4 +127,72 @@ def test_a_database_of_the_previous_version_keeps_all_and_is_counted(url):
         assert open_connection.execute(sa.text("SELECT gguf_path, deployed_at FROM models")).one()[0] == "x.gguf"
     with database.engine.connect() as open_connection:
         assert compare_metadata(MigrationContext.configure(open_connection), metadata) == []
+    database.engine.dispose()
+
+
+AHEAD = "2999-01-01 00:00:00.000000"
+
+
+def test_times_in_the_future_are_repaired_and_what_they_decided_is_worked_out_again(url):
+    """What is given later outranks earlier, for each case: sequence, interaction, kind, time of a feedback."""
+    day = "2026-03-0{} 00:00:00.000000"
+    said = [
+        (4, "i1", "thumbs_up", AHEAD),
+        (5, "i1", "thumbs_down", day.format(3)),  # given after it, and from now on what counts
+        (6, "i2", "thumbs_down", day.format(3)),
+        (7, "i2", "thumbs_up", AHEAD),  # given last, and counts still
+        (8, "i2", "thumbs_down", day.format(2)),  # logged late
+        (9, "i3", "thumbs_down", AHEAD),
+        (10, "i3", "thumbs_up", AHEAD),  # in the order in which they came
+        (11, "waits", "thumbs_up", AHEAD),
+    ]
+    rows = [
+        "INSERT INTO interactions (id, task, sequence, created_at, prompt, output, confidence) "
+        f"VALUES ('{uid(name)}', 'notes', {sequence}, '{moment}', 'prompt {name}', 'answer', 0.9)"
+        for sequence, name, moment in [(1, "i1", day.format(1)), (2, "i2", day.format(1)), (3, "i3", AHEAD)]
+    ]
+    rows += [
+        "INSERT INTO feedback (id, task, sequence, interaction_id, created_at, kind) "
+        f"VALUES ('{uid(str(sequence))}', 'notes', {sequence}, '{uid(name)}', '{moment}', '{kind}')"
+        for sequence, name, kind, moment in said
+    ]
+    rows += [
+        "INSERT INTO examples (interaction_id, task, sequence, content_hash, target, reward, confirmed, corrected) "
+        f"VALUES ('{uid(name)}', 'notes', 9, 'hash', 'answer', {reward}, true, false)"
+        for name, reward in [("i1", 0.9), ("i2", 0.9), ("i3", 0.9)]
+    ]
+    rows += ["INSERT INTO tallies VALUES ('notes', 'examples', 3), ('notes', 'rewarded', 3)"]
+    migrate_to(url, "0007", [*rows, "UPDATE counters SET value = 11 WHERE name = 'events'"])
+    database = connect(url)
+    with database.write() as open_connection:
+        assert renew_marked(open_connection, "notes", default_reward) == 3
+        assert renew_marked(open_connection, "notes", default_reward) == 0
+    now = datetime.now(UTC)
+    with database.read() as open_connection:
+        rewards = {}
+        for name in ("i1", "i2", "i3"):
+            found = find(open_connection, uid(name))
+            rewards[name] = found.example.reward
+            assert all(one.created_at < now for one in (found.interaction, *found.feedback))
+            assert found.example.sequence > 11  # so that the next snapshot has it
+        assert {name: reward > 0 for name, reward in rewards.items()} == {"i1": False, "i2": True, "i3": True}
+        (waiting,) = unmatched(open_connection, "notes", 5)
+        assert waiting.created_at.replace(tzinfo=UTC) < now
+        counts = tally(open_connection, "notes")
+    assert (counts["examples"], counts["rewarded"]) == (3, 2)
+    database.engine.dispose()
+
+
+@pytest.mark.parametrize("moment", [AHEAD, "2026-03-01 00:00:00.000000"])
+def test_a_store_of_nothing_but_times_in_the_future_is_repaired(url, moment):
+    row = (
+        "INSERT INTO interactions (id, task, sequence, created_at, prompt, output) "
+        "VALUES ('{}', 'notes', 1, '{}', 'p', 'o')"
+    )
+    migrate_to(url, "0007", [row.format(uid("a"), moment)])
+    database = connect(url)
+    with database.read() as open_connection:
+        found = find(open_connection, uid("a")).interaction.created_at
+    assert found < datetime.now(UTC) + timedelta(seconds=1)
+    assert (found.isoformat() == "2026-03-01T00:00:00+00:00") == (moment != AHEAD)
     database.engine.dispose()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import psutil
@@ -371,6 +372,15 @@ def test_a_repeated_call_that_says_something_else_is_told_and_stops_nothing(clie
 
 def test_over_http_a_repeated_call_that_says_something_else_is_told_and_stops_nothing(remote, caplog):
     check_contradictions(remote, caplog)
+
+
+def test_a_time_in_the_future_is_refused(client):
+    later = datetime.now(UTC) + timedelta(days=1)
+    with pytest.raises(ValueError, match=r"created_at: .* is in the future"):
+        client.log("a wall", "{}", created_at=later)
+    with pytest.raises(ValueError, match=r"created_at: .* is in the future"):
+        client.log_many([interaction("a", created_at=later)])
+    assert client.stats() == {}
 
 
 def check_contradictions(client, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import UTC, datetime, timedelta
 
 import psutil
 import pytest
@@ -107,6 +108,25 @@ def test_events_that_were_exported_contradict_nothing(tmp_path, loop, db):
     export_events(tmp_path / "out.jsonl", loop, db)
     done = import_file(tmp_path / "out.jsonl", loop, db)
     assert (done.recorded, done.conflicts) == (store.Recorded(duplicates=3), [])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"event": "feedback", "interaction_id": str(uid("a")), "kind": "thumbs_up"},
+        {"event": "interaction", "prompt": "p", "output": "o"},
+        {"prompt": "p", "output": "o", "reward": 1.0},
+        ALPACA[0],
+    ],
+)
+def test_a_time_in_the_future_is_rejected_in_every_form(tmp_path, loop, db, row):
+    later = datetime.now(UTC) + timedelta(days=1)
+    done = import_file(write(tmp_path / "a.jsonl", {**row, "created_at": later.isoformat()}), loop, db)
+    assert (done.rejected, done.recorded) == (1, store.Recorded())
+    assert "is in the future" in done.bad[0].reason
+    path = write(tmp_path / "b.jsonl", row)
+    os.utime(path, (later.timestamp(),) * 2)  # the file's own time, which stands for a missing one, is no reason
+    assert import_file(path, loop, db).rejected == 0
 
 
 def test_forms_may_be_mixed_line_by_line(tmp_path, loop, db):

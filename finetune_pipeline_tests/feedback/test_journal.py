@@ -1,5 +1,6 @@
 """What was acknowledged is in the store in the end, whatever happens to the process, the database or the disk."""
 
+import json
 import multiprocessing
 import os
 import sqlite3
@@ -9,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -254,6 +256,14 @@ def test_more_than_a_batch_is_taken_over(db, monkeypatch):
     monkeypatch.setattr(journal, "BATCH", 7)
     leave(*(interaction(f"{n}") for n in range(30)))
     assert take_over_orphans(db, rewards) == 30
+
+
+def test_an_event_of_a_clock_that_was_ahead_is_put_aside_and_the_rest_is_taken_over(db):
+    later = datetime.now(UTC) + timedelta(days=1)
+    path = leave(interaction("a"), interaction("ahead", created_at=later), interaction("b"))
+    assert take_over_orphans(db, rewards) == 2
+    (kept,) = path.with_suffix(".refused").read_text().splitlines()
+    assert json.loads(kept)["id"] == str(uid("ahead"))
 
 
 def test_lines_and_events_that_cannot_be_used_are_put_aside_and_the_rest_is_taken_over(db):

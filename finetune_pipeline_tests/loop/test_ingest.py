@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,13 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.store import Recorded, totals
 from finetune_pipeline.loop.curating import dataset
-from finetune_pipeline.loop.feeds import read_feeds
+from finetune_pipeline.loop.feeds import ingested_events, read_feeds
 from finetune_pipeline.loop.ingest import ingest
 from finetune_pipeline.loop.raw_logs import snapshot
 from finetune_pipeline.settings import PROJECT_ROOT, SettingsError
-from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.item import Item, SourceError
 from finetune_pipeline.sources.ledger import read_totals, rejected_lines
-from finetune_pipeline_tests.conftest import START, feedback, interaction
+from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 from finetune_pipeline_tests.loop.conftest import corrected, write_events
 from finetune_pipeline_tests.sources.test_files import write_as
 
@@ -203,6 +203,63 @@ def test_an_id_that_returns_with_other_content_is_told_and_changes_nothing(loop,
         row = connection.execute(sa.select(table)).one()
     stored = "output" if first.event == "interaction" else "kind"
     assert getattr(row, stored) == getattr(first, stored)
+
+
+AHEAD = datetime(2099, 1, 1, tzinfo=UTC)
+TIMES = {
+    "with a zone": (lambda: AHEAD.isoformat(), False),
+    "without a zone": (lambda: AHEAD.replace(tzinfo=None).isoformat(), False),
+    "seconds": (lambda: int(AHEAD.timestamp()), False),
+    "milliseconds": (lambda: int(AHEAD.timestamp() * 1_000), False),
+    "the last there is": (lambda: "9999-12-31T23:59:59Z", False),
+    "an hour ahead in a zone behind": (lambda: minutes_ahead(60, zone=-11), False),
+    "minutes ahead": (lambda: minutes_ahead(5), True),  # clocks differ
+    "minutes ahead in a zone ahead": (lambda: minutes_ahead(5, zone=14), True),
+    "long ago": (lambda: "1970-01-01T00:00:00Z", True),
+}
+
+
+def minutes_ahead(minutes, zone=0):
+    return (datetime.now(UTC) + timedelta(minutes=minutes)).astimezone(timezone(timedelta(hours=zone))).isoformat()
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "when"),
+    [
+        *(("log.jsonl", form, when) for form in ("event", "conversation") for when in TIMES),
+        *((f"log.{kind}", "conversation", "without a zone") for kind in ("json", "csv", "parquet")),
+    ],
+)
+def test_a_time_in_the_future_is_rejected_however_it_is_written(loop, name, form, when):
+    moment, taken = TIMES[when]
+    row = {"prompt": "p", "output": "o", "created_at": moment()}
+    if form == "event":
+        row |= {"event": "interaction", "id": str(uid("a"))}
+    drop(loop, name, [row])
+    done = take(loop)
+    assert (done.recorded.interactions, done.rejected) == (int(taken), int(not taken))
+    if not taken:
+        with connect().read() as connection:
+            (line,) = rejected_lines(connection, "notes", 10)
+        assert line.reason.startswith("created_at: ") and "is in the future" in line.reason
+
+
+def test_an_ingest_works_out_again_what_a_migration_marked(loop):
+    write_events(loop.drop_folder / "log.jsonl", *corrected(["ash"]))
+    take(loop)
+    before = taught(loop)
+    with connect().write() as connection:
+        connection.execute(t.examples.update().values(content_hash="", target="of before the repair"))
+    said = []
+    ingest(loop, connect(), said.append)
+    assert taught(loop) == before
+    assert said[0].startswith("what 1 interactions teach was worked out again")
+
+
+def test_a_note_about_a_day_to_come_is_taken_as_of_today(loop):
+    item = Item("a.md", "what is planned?", "a meeting", created_at=AHEAD)
+    made, said = ingested_events(loop, item)
+    assert made.created_at == said.created_at < datetime.now(UTC)
 
 
 def test_bad_lines_are_quarantined_with_file_line_and_reason(loop):

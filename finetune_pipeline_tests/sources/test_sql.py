@@ -5,7 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 
 import pytest
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.settings import SqlFeed
 from finetune_pipeline.sources.item import Item, Mark, Skipped, SourceError
-from finetune_pipeline.sources.sql import read
+from finetune_pipeline.sources.sql import _is_ahead, read
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 COLUMNS = {
@@ -365,7 +365,7 @@ def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path):
 import resource
 from finetune_pipeline.settings import SqlFeed
 from finetune_pipeline.sources.item import Item
-from finetune_pipeline.sources.sql import read
+from finetune_pipeline.sources.sql import _is_ahead, read
 found, first = 0, 0
 for one in read(SqlFeed.model_validate_json({one.model_dump_json()!r}), None):
     found += isinstance(one, Item)
@@ -377,3 +377,59 @@ print(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first)
     found, grown = map(int, done.stdout.split())
     assert found == 100_000
     assert grown < 8 * 1024  # kilobytes, after the first pages; the rows are 46 MB
+
+
+AHEAD = timedelta(days=30_000)
+
+
+def test_a_row_from_the_future_waits_and_hides_no_later_row(answers):
+    now = datetime.now(UTC)
+    answers(row(1), row(2, **{"Changed at": now + AHEAD}), row(3, **{"Changed at": now + timedelta(minutes=5)}))
+    items, skipped, mark = given(feed(batch_rows=1))
+    assert set(items) == {"answers:1", "answers:3"}
+    assert "in the future; it is read when that time has come" in skipped["answers:2"]
+    answers(row(4, **{"Changed at": now + timedelta(minutes=6)}))
+    assert "answers:4" in given(feed(), mark)[0]
+    assert all(one.later for one in read(feed(), mark) if isinstance(one, Skipped))  # what it gave before stays
+    answers(row(2, **{"Changed at": now + timedelta(minutes=7)}))
+    assert "answers:2" in given(feed(), mark)[0]
+
+
+def test_a_mark_that_a_row_from_the_future_left_is_not_gone_on_from(answers, monkeypatch):
+    answers(row(1), row(2, **{"Changed at": datetime.now(UTC) + AHEAD}))
+    with monkeypatch.context() as before:
+        before.setattr("finetune_pipeline.sources.sql._is_ahead", lambda watermark: False)
+        mark = given(feed())[2]
+    answers(row(3))
+    items, _, new = given(feed(), mark)
+    assert set(items) == {"answers:1", "answers:3"} and new["value"] < mark["value"]
+
+
+FAR = datetime(2999, 1, 1, tzinfo=UTC)
+
+
+def here(zone):
+    return datetime.now(timezone(timedelta(hours=zone)))
+
+
+@pytest.mark.parametrize(
+    ("watermark", "ahead"),
+    [
+        (lambda: FAR, True),
+        (lambda: FAR.replace(tzinfo=None), True),
+        (lambda: here(14), False),
+        (lambda: here(0).replace(tzinfo=None) + timedelta(minutes=5), False),
+        (lambda: here(0).replace(tzinfo=None) + timedelta(hours=9), True),
+        (lambda: FAR.date(), True),
+        (lambda: here(14).date(), False),  # tomorrow, in UTC
+        (lambda: str(FAR), True),
+        (lambda: "2999-01-01", True),
+        (lambda: "9999-12-31T23:59:59-05:00", True),  # after the last year, in UTC
+        (lambda: "0999-a-text", False),
+        (lambda: "29990101", False),  # may be a number of anything
+        (lambda: 4_102_444_800_000, False),
+        (lambda: datetime(1, 1, 2), False),
+    ],
+)
+def test_what_counts_as_the_future(watermark, ahead):
+    assert _is_ahead(watermark()) == ahead
