@@ -18,7 +18,9 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
 	@touch $@
 
-setup: $(READY)
+setup:  # always: CMAKE_ARGS may be others than the last time's
+	@scripts/setup.sh
+	@touch $(READY)
 
 demo: $(READY)
 	@$(BIN)/finetune demo

@@ -4,7 +4,9 @@ adapter_swap  another adapter over the same base, at rest and under 8 clients: h
 code          2,000 Python files read as a source, without a teacher: time and memory
 curation      500 to 1,000,000 log rows to a dataset; near-duplicate removal beside its peers (about 10 minutes)
 definitions   all definitions resolved, and which heavy packages that loaded
+engine_threads  libgomp's default, its PASSIVE and the engine's own way to wait, quiet and beside busy loops (3 minutes)
 gateway       overhead of a request, tokens per second by clients, swaps under load, rollback
+llama_server  tokens per second, 8 clients and adapter swaps beside llama-server (needs xllamacpp, see the file)
 loop          the whole loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
 methods       SFT, DPO and KTO on the sample logs, and where few answers are good (about half an hour)
 memory        the estimated peak of a training beside the measured one, on a CPU
@@ -23,7 +25,9 @@ from benchmarks import (
     code,
     curation,
     definitions,
+    engine_threads,
     gateway,
+    llama_server,
     loop,
     memory,
     methods,
@@ -38,7 +42,9 @@ ALL = {
     "code": code.main,
     "curation": curation.main,
     "definitions": definitions.main,
+    "engine_threads": engine_threads.main,
     "gateway": gateway.main,
+    "llama_server": llama_server.main,
     "loop": loop.main,
     "methods": methods.main,
     "memory": memory.main,

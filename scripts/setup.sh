@@ -9,8 +9,9 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3.11}
 VENV=.venv
-# -march=native makes llama.cpp crash on quantised models on processors with AMX; this build runs everywhere.
-export CMAKE_ARGS=${CMAKE_ARGS:--DGGML_NATIVE=OFF}
+# -march=native makes llama.cpp crash on quantized models on processors with AMX; this build runs everywhere. What reads
+# images (LLAVA) is used by nothing here and takes a fifth of the time.
+export CMAKE_ARGS=${CMAKE_ARGS:--DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
@@ -36,9 +37,13 @@ say "torch $(pinned torch)"
 pip install -q -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 
 llama=$(pinned llama_cpp_python)
-if [ "$(cat $VENV/share/llama.cpp/VERSION 2>/dev/null)" != "$llama" ]; then
-  say "llama.cpp (llama-cpp-python $llama; it is compiled, about 5 minutes unless pip has it in its cache)"
-  pip install -q -c constraints.txt --no-binary llama_cpp_python llama_cpp_python
+build="$llama $CMAKE_ARGS"
+if [ "$(cat $VENV/share/llama.cpp/BUILD 2>/dev/null)" != "$build" ]; then
+  say "llama.cpp (llama-cpp-python $llama; it is compiled, about 4 minutes)"
+  rm -f $VENV/share/llama.cpp/BUILD  # until the end of this there is no complete build
+  # Without the cache: pip finds wheels there by version alone, also those that were compiled with other CMAKE_ARGS.
+  pip uninstall -q -y llama_cpp_python 2>/dev/null
+  pip install -q -c constraints.txt --no-cache-dir --no-binary llama_cpp_python llama_cpp_python
   # The source package carries llama.cpp's own converter, of exactly this version; the wheel does not.
   source=$(mktemp -d)
   trap 'rm -rf "$source"' EXIT
@@ -56,6 +61,7 @@ PYTHON
   mkdir -p $VENV/share
   mv "$source"/llama_cpp_python-*/vendor/llama.cpp $VENV/share/llama.cpp
   printf '%s\n' "$llama" > $VENV/share/llama.cpp/VERSION
+  printf '%s\n' "$build" > $VENV/share/llama.cpp/BUILD
 fi
 
 say "the project and everything else"

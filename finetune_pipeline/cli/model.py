@@ -48,10 +48,14 @@ def list_(loop: LoopSettings) -> None:
 def _columns(version: "ModelVersion") -> tuple[str, str, str, str]:
     return (
         f"{version.accuracy:.1%}" if version.accuracy is not None else "",
-        f"{version.latency_ms:,.0f} ms" if version.latency_ms is not None else "",
+        f"{version.latency_ms:,.0f} ms" if version.latency_ms is not None else _no_latency(version),
         f"{version.size_bytes / 1e6:,.1f} MB" if version.size_bytes is not None else "",
         f"{version.deployed_at:%Y-%m-%d %H:%M}" if version.deployed_at else "",
     )
+
+
+def _no_latency(version: "ModelVersion") -> str:
+    return "machine busy" if "speed_flag" in version.scores else ""
 
 
 @model.command()

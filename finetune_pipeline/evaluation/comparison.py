@@ -118,6 +118,12 @@ class Comparison:
     significance: Significance
 
     @property
+    def disturbed(self) -> str | None:
+        """What else used the cores while the models were timed, if it was too much to call that their speed."""
+        speeds = (self.champion.speed, self.challenger.speed)
+        return next((speed.disturbed for speed in speeds if speed and speed.disturbed), None)
+
+    @property
     def falling_slices(self) -> tuple[str, ...]:
         """Slices in which the challenger has less right than the champion."""
         return tuple(group.name for group in self.slices if group.change < 0)

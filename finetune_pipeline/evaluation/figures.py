@@ -1,7 +1,7 @@
 """The table of metrics that the report, Dagster's metadata and the terminal all show: its one home."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune_pipeline.evaluation.comparison import Comparison, Side, Totals
@@ -24,6 +24,7 @@ class Figure:
         key: its name in JSON and metadata.
         champion: shares are 0 to 1 and shown in percent; None where it was not measured or cannot be.
         challenger: as `champion`.
+        flag: why it does not describe the models, such as what else used the cores; the name tells so too.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Figure:
     challenger: float | None
     higher_is_better: bool
     unit: Unit
+    flag: str | None = None
 
     @property
     def better(self) -> bool | None:
@@ -57,15 +59,19 @@ def metric_table(comparison: Comparison) -> list[Figure]:
     def share(key: str, name: str, value: Callable[[Totals], tuple[int | None, int]], higher: bool = True) -> Figure:
         return row(key, name, lambda side: _share(*value(side.totals)), higher, "%")
 
+    def speed(key: str, name: str, higher: bool, unit: Unit) -> Figure:
+        said = f"{name} (machine busy)" if comparison.disturbed else name
+        return replace(row(key, said, _speed(key), higher, unit), flag=comparison.disturbed)
+
     return [
         share("accuracy", METRIC_NAMES[comparison.metric], lambda t: (t.right, t.total)),
         share("exact_match", "exact match", lambda t: (t.exact, t.questions)),
         share("valid_rate", "valid output", lambda t: (t.valid, t.questions)),
         share("compliance_rate", "compliance rules passed", lambda t: (t.compliant, t.questions)),
         share("hallucination_rate", "hallucinated values", lambda t: (t.hallucinated, t.stated), False),
-        row("latency_p50_ms", "latency, median", _speed("latency_p50_ms"), False, "ms"),
-        row("latency_p95_ms", "latency, 95th percentile", _speed("latency_p95_ms"), False, "ms"),
-        row("tokens_per_second", "generation", _speed("tokens_per_second"), True, "tokens/s"),
+        speed("latency_p50_ms", "latency, median", False, "ms"),
+        speed("latency_p95_ms", "latency, 95th percentile", False, "ms"),
+        speed("tokens_per_second", "generation", True, "tokens/s"),
         row("size_mb", "model size", lambda s: s.size_bytes / 1e6, False, "MB"),
     ]
 

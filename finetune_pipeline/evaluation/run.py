@@ -34,12 +34,16 @@ from finetune_pipeline.inference.build import engine_build
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.threads import OtherWork, allowed_cores
 from finetune_pipeline.records import Manifest, chat
 from finetune_pipeline.settings import EvaluationSettings
 
 ANSWERS = "answers.jsonl"
 SPEED_PROMPTS = 24
 WARM_UPS = 2
+QUIET = 0.1
+"""Fraction of all cores that other processes may use while models are timed; beyond it the speed is flagged."""
+
 Progress = Callable[[int, int], None]
 """Called with the answers that are done, and all that there will be."""
 
@@ -178,8 +182,9 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """Time models on the same prompts, one prompt at a time, after two warm-ups that do not count.
 
-    The models take turns, and who goes first alternates, so that noise of the machine hits all alike. Where they do not
-    fit into memory together, they are timed one after the other.
+    The models take turns, and who goes first alternates, so that noise of the machine hits all alike; the number of
+    threads stays the same all the time. Where the models do not fit into memory together, they are timed one after the
+    other. Where other processes use the cores meanwhile, the speed says so (`disturbed`).
 
     Args:
         specs: the models by name.
@@ -190,7 +195,8 @@ def measure_speed(
     """
     questions = _spread(benchmark.questions, prompts)
     requests = [_request(question, system_prompt, settings.max_tokens) for question in questions]
-    alone = {name: spec.model_copy(update={"context": settings.context, "parallel": 1}) for name, spec in specs.items()}
+    conditions = {"context": settings.context, "parallel": 1, "steady_threads": True}
+    alone = {name: spec.model_copy(update=conditions) for name, spec in specs.items()}
     groups = [alone] if _fit_together(list(alone.values())) else [{name: spec} for name, spec in alone.items()]
     speeds: dict[str, Speed] = {}
     for group in groups:
@@ -288,15 +294,19 @@ def _time_in_turns(engines: Mapping[str, Answers], requests: Sequence[GenerateRe
         for engine in engines.values():
             engine.submit(request).result()
     timed: dict[str, list[tuple[float, Completion]]] = {name: [] for name in engines}
+    others, cores = OtherWork(children=True), len(allowed_cores())
     for turn, request in enumerate(requests):
         for name in list(engines)[:: 1 if turn % 2 == 0 else -1]:
             start = time.perf_counter()
             completion = engines[name].submit(request).result()
             timed[name].append((time.perf_counter() - start, completion))
-    return {name: _speed(measured) for name, measured in timed.items()}
+    used = others.since_last()
+    disturbed = f"other processes used {used:.1f} of {cores} cores" if used > QUIET * cores else None
+    threads = {name: engine.info.threads if isinstance(engine, Engine) else None for name, engine in engines.items()}
+    return {name: _speed(measured, threads[name], disturbed) for name, measured in timed.items()}
 
 
-def _speed(timed: Sequence[tuple[float, Completion]]) -> Speed:
+def _speed(timed: Sequence[tuple[float, Completion]], threads: int | None, disturbed: str | None) -> Speed:
     latencies = sorted(seconds * 1000 for seconds, _ in timed)
     tokens = sum(completion.completion_tokens for _, completion in timed)
     generating = sum(completion.generation_seconds for _, completion in timed)
@@ -305,6 +315,8 @@ def _speed(timed: Sequence[tuple[float, Completion]]) -> Speed:
         latency_p95_ms=_percentile(latencies, 0.95),
         tokens_per_second=tokens / generating if generating else 0.0,
         prompts=len(latencies),
+        threads=threads,
+        disturbed=disturbed,
     )
 
 

@@ -28,6 +28,7 @@ from finetune_pipeline.inference.errors import (
     RequestRefused,
 )
 from finetune_pipeline.inference.protocol import LOAD_ID, Completion, EngineInfo, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.threads import SPIN_COUNT
 from finetune_pipeline.records import Message
 
 CLOSE_SECONDS = 5.0
@@ -409,6 +410,7 @@ def child_environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "GGML_NO_BACKTRACE": "1",  # a failed assertion would start a debugger on its own process
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT)),
     }
 
 

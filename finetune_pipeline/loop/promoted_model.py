@@ -131,12 +131,19 @@ def _promote(
             "eval_report": report.manifest.version,
             "watermark": gguf.manifest.watermark,
         },
-        scores={row["key"]: row["challenger"] for row in figures},
+        scores=_scores(figures),
         report_path=report.path / HTML,
     )
     return promote(
         connect(), candidate, report.manifest.champion_id, ACTOR, verdict.reason, report.manifest.comparison_id
     )
+
+
+def _scores(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the registry keeps of a report's figures: what was measured on a busy machine is not the model's."""
+    scores = {row["key"]: row["challenger"] for row in figures if not row["flag"]}
+    flag = next((row["flag"] for row in figures if row["flag"]), None)
+    return {**scores, "speed_flag": flag} if flag else scores
 
 
 def _files(gguf: Artifact[GgufManifest]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from finetune_pipeline.evaluation.confidence import separation
 from finetune_pipeline.evaluation.figures import markdown_table, metric_table, show
 from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.report import ReportError, plot_png, slices_of_report, verdict_of_report, write_report
+from finetune_pipeline.loop.promoted_model import _scores
 from finetune_pipeline.schemas import Rule
 from finetune_pipeline.settings import GateSettings
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_benchmark
@@ -168,3 +169,24 @@ def test_a_report_says_how_a_model_did_in_each_slice(tmp_path: Path, comparison:
     assert {one.name: len(one.prompts) for one in found} == {"doors $x_": 2, "walls": 2}
     with pytest.raises(ReportError, match="materialize eval_report again"):
         slices_of_report(tmp_path / "none.json", "champion")
+
+
+def test_a_speed_of_a_busy_machine_is_flagged_wherever_it_is_shown(benchmark: Benchmark, tmp_path: Path) -> None:
+    busy = FAST.model_copy(update={"disturbed": "other processes used 1.9 of 2 cores"})
+    sides = [side(name, [RIGHT] * 4, benchmark, busy) for name in ("champ", "chall")]
+    compared = compare(benchmark, "parameters", *sides)
+    flagged = {figure.key for figure in metric_table(compared) if figure.flag}
+    assert flagged == {"latency_p50_ms", "latency_p95_ms", "tokens_per_second"}
+    assert "| latency, median (machine busy) | 40.0 ms |" in markdown_table(compared)
+    write_report(tmp_path, "aec", compared, judge(compared, GateSettings()), GateSettings(), 0.5)
+    assert "other processes used 1.9 of 2 cores" in (tmp_path / "report.html").read_text()
+    figures = json.loads((tmp_path / "report.json").read_text())["figures"]
+    kept = _scores(figures)
+    assert not flagged & set(kept) and kept["accuracy"] == 1.0
+    assert kept["speed_flag"] == "other processes used 1.9 of 2 cores"
+
+
+def test_a_speed_of_a_quiet_machine_is_kept(benchmark: Benchmark) -> None:
+    compared = compare(benchmark, "parameters", *(side(n, [RIGHT] * 4, benchmark, FAST) for n in ("champ", "chall")))
+    kept = _scores([vars(figure) for figure in metric_table(compared)])
+    assert kept["latency_p50_ms"] == 40 and "speed_flag" not in kept

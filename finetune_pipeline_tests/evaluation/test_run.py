@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from finetune_pipeline.artifacts import hash_file, model_sha256, stage_folder
+from finetune_pipeline.evaluation import run
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.evaluation.comparison import Comparison
 from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.run import Contender, answer_benchmark, compare_models, measure_speed
 from finetune_pipeline.inference.errors import EngineCrashed, ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.protocol import ModelSpec
+from finetune_pipeline.inference.threads import OtherWork
 from finetune_pipeline.settings import EvaluationSettings
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, FakeEngines, line, write_benchmark
 
@@ -141,3 +143,17 @@ def test_two_models_are_compared_from_end_to_end(tmp_path: Path, benchmark: Benc
     again = compared()
     assert len(engines.asked) - asked == 2 * 12  # quality was found again, speed was not
     assert again.pairs == comparison.pairs
+
+
+@pytest.mark.parametrize("used", [0.0, 0.05, 1.9])
+def test_a_speed_that_was_measured_on_a_busy_machine_says_so(
+    tmp_path: Path, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, used: float
+) -> None:
+    monkeypatch.setattr(run, "allowed_cores", lambda: [0, 1])
+    monkeypatch.setattr(OtherWork, "since_last", lambda self: used)
+    specs = {"a": model(tmp_path, "a", 3), "b": model(tmp_path, "b", 6)}
+    engines = FakeEngines()
+    speeds = measure_speed(specs, benchmark, SETTINGS, "", prompts=3, open_engine=engines)
+    said = "other processes used 1.9 of 2 cores" if used > 1 else None
+    assert [speed.disturbed for speed in speeds.values()] == [said, said]
+    assert all(spec.steady_threads for spec in engines.opened)

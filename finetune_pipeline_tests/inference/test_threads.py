@@ -1,0 +1,88 @@
+"""How many threads decode beside other work, and that it changes no answer."""
+
+import subprocess
+import sys
+import time
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from finetune_pipeline.inference.native import Batch, NativeModel
+from finetune_pipeline.inference.probe import write_tiny_gguf
+from finetune_pipeline.inference.protocol import ModelSpec
+from finetune_pipeline.inference.threads import LOOK_SECONDS, OtherWork, Threads, threads_for
+
+
+@pytest.mark.parametrize(
+    ("cores", "others", "most", "expected"),
+    [
+        (2, 0.0, 2, 2),
+        (2, 0.3, 2, 2),
+        (2, 1.0, 2, 1),
+        (2, 1.4, 2, 1),
+        (2, 2.0, 2, 1),
+        (16, 2.1, 8, 8),
+        (16, 12.2, 8, 4),
+        (16, 16.0, 8, 1),
+        (4, 0.0, 1, 1),
+    ],
+)
+def test_as_many_threads_decode_as_find_a_core_of_their_own(cores, others, most, expected):
+    assert threads_for(cores, others, most) == expected
+
+
+def spin(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def test_the_work_of_others_is_counted_and_ones_own_is_not():
+    work = OtherWork()
+    spin(0.5)
+    before = work.since_last()
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        time.sleep(0.3)
+        work.since_last()
+        time.sleep(1.0)
+        beside = work.since_last()
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    cores = len(work._cores)
+    assert 0 <= before <= cores
+    assert beside > 0.8 * min(4, cores)
+
+
+@pytest.mark.parametrize(("most", "steady", "looks"), [(4, False, True), (4, True, False), (1, False, False)])
+def test_steady_threads_do_not_look(most, steady, looks, monkeypatch):
+    threads = Threads(most, steady=steady)
+    monkeypatch.setattr(threads._others, "since_last", lambda: 1000.0)
+    time.sleep(LOOK_SECONDS)
+    assert threads.look() == (1 if looks else most)
+    assert threads.most == most
+
+
+@pytest.mark.parametrize("changes", [[2, 2], [1, 2, 1, 3, 2, 1]])
+def test_the_number_of_threads_changes_no_logit(tmp_path, changes):
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    model = NativeModel(ModelSpec(gguf=tmp_path / "tiny.gguf", context=256, parallel=1, threads=3, steady_threads=True))
+    prompt = model.tokenize("the same whatever else the machine does " * 3)
+
+    def logits(counts):
+        batch, rows = Batch(), []
+        model.forget(0)
+        tokens, position = prompt, 0
+        for count in counts:
+            llama_cpp.llama_set_n_threads(model._context, count, count)
+            batch.clear()
+            batch.add(0, position, tokens, output=True)
+            position += len(tokens)
+            rows.append(model.decode(batch).copy())
+            tokens = [int(rows[-1].argmax())]
+        return np.stack(rows)
+
+    assert np.array_equal(logits([1] * len(changes)), logits(changes))
