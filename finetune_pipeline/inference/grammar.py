@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.inference.json_schema import Enforceable, enforceable
 from finetune_pipeline.inference.native import NativeModel
+from finetune_pipeline.schemas import Unreadable, parse_json
 
 COMPILE_SECONDS = 10.0
 """A schema that takes longer is refused, though its thread goes on until llguidance comes back."""
@@ -65,7 +66,11 @@ class Grammar:
         Raises:
             RequestRefused: it is not valid; the message names keyword and path.
         """
-        for error in self._validator.iter_errors(json.loads(text)):
+        try:
+            value = parse_json(text)
+        except Unreadable as unreadable:  # 1e999 is a number of JSON that nobody can read
+            raise RequestRefused(f"the model's answer follows the json_schema, but {unreadable}") from unreadable
+        for error in self._validator.iter_errors(value):
             keyword = [str(part) for part in error.schema_path][-1:] or ["schema"]
             where = "/".join(["#", *map(str, error.instance_path)])
             raise RequestRefused(
@@ -252,7 +257,10 @@ def _check_vocabulary(tokenizer: llguidance.LLTokenizer, text: str) -> None:
 
 def _matcher(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> llguidance.LLMatcher:
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=_OPTIONS)
-    return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # some fail only at their first token
+    return matcher
 
 
 def _located(tokenizer: llguidance.LLTokenizer, given: Enforceable, error: str) -> RequestRefused:

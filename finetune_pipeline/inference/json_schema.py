@@ -303,17 +303,21 @@ class _Rewriter:
         if "patternProperties" in node or not isinstance(names, dict):
             raise _refused(at, "propertyNames", "it is enforced only without patternProperties, and as a schema")
         self._node(names, where)
-        pattern = _pattern_of_names(names)
-        if pattern is None:
+        if _pattern_of_names(names) is None:
             raise _refused(
                 at, "propertyNames", "it can be one of enum, const, pattern, format, or minLength, maxLength"
             )
-        for name in node.get("properties", {}):
-            if "enum" not in names and "const" not in names:
+        own = node.get("properties", {})
+        if own:
+            if not {"enum", "const"} & {*names}:
                 raise _refused(at, "propertyNames", "beside `properties` only an enum of names is enforced")
-            if not re.search(pattern, name):
-                node["properties"][name] = False
-        node["patternProperties"] = {pattern: node.get("additionalProperties", True)}
+            every = names.get("enum", [names.get("const")])
+            node["properties"] = {name: part if name in every else False for name, part in own.items()}
+            # llguidance comes to a dead end where a pattern has only names that are taken.
+            names = {"enum": [name for name in every if name not in own]}
+        pattern = _pattern_of_names(names)
+        if pattern is not None:
+            node["patternProperties"] = {pattern: node.get("additionalProperties", True)}
         node["additionalProperties"] = False
 
     def _reference(self, reference: str, at: str) -> str:

@@ -120,6 +120,19 @@ def test_no_name_comes_twice_under_two_spellings():
     assert not accepts(grammar, None, r'{"a":1, "\u0061":"x"}')
 
 
+def test_a_number_that_nobody_can_read_is_no_answer():
+    grammar = compiled(BYTES, {"type": "number"})
+    assert accepts(grammar, None, "1e99") and not accepts(grammar, None, "1e999")
+
+
+def test_names_that_are_all_taken_are_no_dead_end():
+    schema = {"propertyNames": {"const": "a"}, "type": "object", "properties": {"a": {"type": "integer"}, "b": {}}}
+    matcher = compiled(BYTES, schema).matcher()
+    for byte in b'{"a":1':
+        matcher.accept(byte)
+    assert not matcher.allowed()[ord(",")] and matcher.allowed()[ord("}")]
+
+
 BOUNDS = [-1000.25, -2, -1.5, -1, -0.001, 0, 0.25, 0.5, 1, 1.5, 2, 9, 10, 99.9, 1000000]
 NUMBERS = [*BOUNDS, -1.4999, -0.5, 0.0009, 0.1, 0.26, 0.999, 1.0001, 3, 10.5, 100, 123456.789]
 
