@@ -5,12 +5,12 @@ JSON lines are read from where the last reading ended, since a log grows. Other 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -94,7 +94,7 @@ def read_whole(path: Path, task: str, *, max_line_bytes: int, form: Form = "auto
 class OpenLog:
     """A file of JSON lines from which bytes are read once, in order, and hashed as they are read."""
 
-    def __init__(self, file: BufferedReader, name: str) -> None:
+    def __init__(self, file: IO[bytes], name: str) -> None:
         self._file = file
         self.name = name
         self._hash = hashlib.sha256()
@@ -130,10 +130,12 @@ class OpenLog:
         """The next line; of a longer one at most `limit` + 1 bytes, but of a run of NUL bytes in it only one."""
         raw = self._take(self._file.readline(limit + 1))
         if len(raw) > limit and raw.endswith(b"\0"):  # a hole in a sparse file may have gigabytes
-            while block := self._file.peek():
-                rest = block.lstrip(b"\0")
-                self._take(self._file.read(len(block) - len(rest)))
-                if rest:
+            while block := self._file.read(_BLOCK):
+                # Stripping takes six times as long as comparing.
+                nuls = len(block) if block == bytes(len(block)) else len(block) - len(block.lstrip(b"\0"))
+                self._take(block[:nuls])
+                if nuls < len(block):
+                    self._file.seek(nuls - len(block), os.SEEK_CUR)
                     break
             raw = raw.rstrip(b"\0") + b"\0" + self._take(self._file.readline(limit + 1))
         return raw
