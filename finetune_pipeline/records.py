@@ -398,6 +398,7 @@ class AdapterManifest(Manifest):
     best_step: int | None = Field(default=None, description="The step whose weights were kept.")
     examples: int
     too_long: int = Field(description="Examples left out because they have more tokens than max_length.")
+    rejected: int = Field(default=0, description="Examples left out because the chat template rejects them.")
     loss_before: float = Field(description="Mean loss on the validation set before training (train set if empty).")
     loss_after: float
     train_loss: float = Field(description="Mean training loss of the last logged steps.")

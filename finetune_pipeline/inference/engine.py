@@ -141,12 +141,20 @@ class Engine:
         return text
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens of a rendered text, special tokens in it read as such and nothing added.
-
-        `tokenize(render(messages))` is what transformers' `apply_chat_template(tokenize=True)` gives: a template that
-        wants a beginning-of-sequence token writes it itself.
-        """
+        """Return the tokens of a text, control tokens in it read as such and nothing added."""
         tokens: list[int] = self._ask({"op": "tokenize", "text": text}).result()
+        return tokens
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Return the tokens that the model sees for these messages; control tokens are the chat template's own.
+
+        Where no message holds a control token, they are what transformers' `apply_chat_template(tokenize=True)` gives:
+        a template that wants a beginning-of-sequence token writes it itself.
+
+        Raises:
+            RequestRefused: as `render` does.
+        """
+        tokens: list[int] = self._ask({"op": "encode", "messages": messages}).result()
         return tokens
 
     def submit(self, request: GenerateRequest, on_piece: Callable[[str], None] | None = None) -> "Future[Completion]":

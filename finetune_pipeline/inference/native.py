@@ -237,6 +237,14 @@ class NativeModel:
         """A special token as it stands in texts; empty for None."""
         return "" if token is None else llama_cpp.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
 
+    def tokens_found_first(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return text and id of the tokens that are found before a text is split: control tokens, then the others."""
+        kinds = [llama_cpp.llama_vocab_get_attr(self.vocab, token) for token in range(self.n_vocab)]
+        never_text = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        control = [token for token, kind in enumerate(kinds) if kind & never_text]
+        others = [token for token, kind in enumerate(kinds) if kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED]
+        return {self.token_text(token): token for token in control}, {self.token_text(token): token for token in others}
+
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text, special tokens in it read as such, nothing added."""
         data = text.encode(errors="replace")

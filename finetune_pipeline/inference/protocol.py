@@ -4,8 +4,9 @@ Parent to child, one object a line; the first is `load`, the end of the stream m
 
     {"op": "load", "spec": ModelSpec}                     {"op": "tokenize", "id": 1, "text": ...}
     {"op": "generate", "id": 2, "request": ..., "stream": false}
-    {"op": "render", "id": 3, "messages": [...]}          {"op": "cancel", "id": 2}
-    {"op": "swap", "id": 4, "adapter": path or null}      {"op": "where"}
+    {"op": "render", "id": 3, "messages": [...]}          {"op": "encode", "id": 5, "messages": [...]}
+    {"op": "swap", "id": 4, "adapter": path or null}      {"op": "cancel", "id": 2}
+    {"op": "where"}
 
 Child to parent:
 
@@ -46,7 +47,8 @@ class ModelSpec(Record):
 class GenerateRequest(Record):
     """One thing to answer: either `messages`, put through the model's chat template, or `prompt`, a raw text.
 
-    A raw text starts with the beginning-of-sequence token if the file asks for one (`tokenizer.ggml.add_bos_token`) and
+    What messages hold is tokenized as text, control tokens too. A raw prompt is for text that is trusted as a template
+    is: it starts with the beginning-of-sequence token if the file asks for one (`tokenizer.ggml.add_bos_token`) and
     the text does not already start with it; special tokens in it are read as such.
     """
 

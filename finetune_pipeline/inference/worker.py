@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,6 @@ from finetune_pipeline.inference.grammar import Grammars
 from finetune_pipeline.inference.native import NativeModel
 from finetune_pipeline.inference.protocol import LOAD_ID, Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.scheduler import Outcome, Scheduler, Swap
-from finetune_pipeline.records import Message
 
 Order = dict[str, Any]
 
@@ -64,7 +64,6 @@ class Worker:
         orders.tell_where = lambda: self.send({"at": self._scheduler.choosing_for})
         self._scheduler = Scheduler(model, spec.parallel, self._report)
         self._streamed: set[int] = set()
-        self._template: ChatTemplate | None = None
 
     def run(self) -> None:
         """Answer orders for ever; decode while there is something to decode."""
@@ -104,7 +103,9 @@ class Worker:
     def _carry_out(self, order: Order) -> None:
         match order["op"]:
             case "render":
-                self.send({"id": order["id"], "result": self._render(order["messages"])})
+                self.send({"id": order["id"], "result": self._chat.render(order["messages"]).text})
+            case "encode":
+                self.send({"id": order["id"], "result": self._chat.tokens(order["messages"])})
             case "tokenize":
                 self.send({"id": order["id"], "result": self._model.tokenize(order["text"])})
             case "swap":
@@ -118,24 +119,23 @@ class Worker:
 
     def _prompt(self, request: GenerateRequest) -> list[int]:
         if request.messages is not None:
-            return self._model.tokenize(self._render(request.messages))
+            return self._chat.tokens(request.messages)
         tokens = self._model.tokenize(request.prompt or "")
         bos = self._model.bos
         return [bos, *tokens] if bos is not None and self._model.adds_bos and tokens[:1] != [bos] else tokens
 
-    def _render(self, messages: list[Message]) -> str:
-        if self._template is None:
-            self._template = self._compile()
-        return self._template.render(messages)
-
-    def _compile(self) -> ChatTemplate:
+    @cached_property
+    def _chat(self) -> ChatTemplate:
         source = self._model.chat_template()
         if source is None:
             raise RequestRefused(
                 f"{self._spec.gguf} has no chat template (tokenizer.chat_template), so messages cannot be rendered; "
                 "ask with a plain `prompt`, or put chat_template.jinja beside the tokenizer and convert again"
             )
-        return ChatTemplate(source, self._model.token_text(self._model.bos), self._model.token_text(self._model.eos))
+        model = self._model
+        variables = {"bos_token": model.token_text(model.bos), "eos_token": model.token_text(model.eos)}
+        control, added = model.tokens_found_first()
+        return ChatTemplate(source, variables, control, added, lambda texts: [model.tokenize(text) for text in texts])
 
     def _report(self, id: int, outcome: Outcome) -> None:
         if isinstance(outcome, str):

@@ -97,7 +97,10 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         settings = run_settings(loop, config.model_dump())  # type: ignore[attr-defined]
         artifact = adapter(loop, settings, curated_dataset, _reporter(context), context.log.info)
         record_training(connect(), training_run(artifact.manifest, context.run.run_id))
-        return dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
+        metadata = _metadata(artifact)
+        for rejection in metadata.get("rejections", []):
+            context.log.warning(f"examples were left out: {rejection}")
+        return dg.MaterializeResult(value=artifact, metadata=metadata)
 
     return lora_adapter
 
@@ -189,7 +192,7 @@ def training_run(manifest: AdapterManifest, run_id: str) -> TrainingRun:
 
 
 def _figures(result: TrainingResult) -> dict[str, Any]:
-    known = result.model_dump()
+    known = {**result.model_dump(), "rejected": result.rejected}
     return {name: known[name] for name in AdapterManifest.model_fields if name in known}
 
 
@@ -250,6 +253,8 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
         "mode_reason": manifest.mode_reason,
         "examples": manifest.examples,
         "too_long": manifest.too_long,
+        "rejected": manifest.rejected,
+        **({"rejections": [f"{one.count} {one.split}: {one}" for one in result.rejections]} if result.rejections else {}),
         "device": manifest.device,
         "seed": int(manifest.settings["seed"]),
         "loss_curve": picture(curve_png(result), "loss curve"),

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import hash_file, hash_of, package_versions
-from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.conversations import Rejected, conversations, rejections
+from finetune_pipeline.training.job import Rejection, TrainingError, TrainingJob
 from finetune_pipeline.training.sampling import by_reward
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ _COLUMNS = ("prompt", "history", "completion")
 _REWARD = "reward"  # None in the tokens of a replayed example
 _SOURCE = "source"
 _REPLAYED = "replayed"
+_ORIGIN = ("origin", "interaction_id")
+_REASON, _PROVENANCE = "rejected", "provenance"  # of an example that the chat template rejects; it has no tokens
 _LOSS_SAMPLE = 256  # examples on which the loss is measured where there is no validation set
 _TOKENISED = ".tokenised"
-_FORM = 4  # of what lies there: another one is not read
+_FORM = 5  # of what lies there: another one is not read
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -42,6 +44,7 @@ class Data:
     too_long: int
     validates: bool  # whether `measure` is a validation set, or only a sample of what is trained on
     preferred: "Dataset | None" = None  # held-out preferences, by whose loss dpo and kto are validated
+    rejections: tuple[Rejection, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -64,12 +67,12 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
     """
     if not (job.dataset / "dataset_dict.json").is_file():
         raise TrainingError(f"{job.dataset} holds no saved DatasetDict; make the dataset again")
-    whole = _tokenised(job, tokenizer, "train")
+    whole, rejected = _accepted(_tokenised(job, tokenizer, "train"), "train")
     train = _short_enough(whole, job)
     too_long = len(whole) - len(train)
     if not len(train) or (job.settings.method == "sft" and all(train[_REPLAYED])):
-        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length))
-    held_out = _tokenised(job, tokenizer, "validation")
+        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length, rejected))
+    held_out, rejected_too = _accepted(_tokenised(job, tokenizer, "validation"), "validation")
     validation = _short_enough(held_out, job)
     if job.settings.method == "sft" and not len(validation) and (len(held_out) or job.settings.early_stopping):
         tell_not_validated(job.settings, len(held_out))
@@ -79,7 +82,7 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
             raise TrainingError(f"{job.dataset / 'train'} lacks the column reward; make the dataset again")
         # Decided here, so that a training that goes on sees what it saw before.
         train = train.select(by_reward(train[_REWARD], job.settings.seed))
-    return Data(train, measure, too_long, bool(len(validation)))
+    return Data(train, measure, too_long, bool(len(validation)), rejections=rejected + rejected_too)
 
 
 def replayed(row: dict[str, Any]) -> bool:
@@ -87,13 +90,27 @@ def replayed(row: dict[str, Any]) -> bool:
     return bool(row.get(_SOURCE) == "replay")
 
 
-def nothing_left(too_long: int, examples: int, max_length: int) -> str:
-    """What to say where every example that is not replayed is too long."""
-    others = f", and the other {examples - too_long} are only replayed" if too_long < examples else ""
-    return (
-        f"nothing is left to train on: {too_long} of {examples} examples have more than {max_length} tokens{others}; "
-        "raise max_length, or add examples"
-    )
+def nothing_left(too_long: int, accepted: int, max_length: int, rejected: tuple[Rejection, ...] = ()) -> str:
+    """Return what to say where every example that is not replayed is too long or rejected.
+
+    Args:
+        too_long: examples with more than `max_length` tokens.
+        accepted: all that the chat template accepts.
+        max_length: tokens that an example may have.
+        rejected: what the chat template rejects.
+    """
+    examples = accepted + sum(one.count for one in rejected)
+    why, remedy = [], []
+    if rejected:
+        reasons = "; ".join(f"{one.count} of {examples} examples are rejected: {one}" for one in rejected)
+        why.append(reasons)
+        remedy.append("take a base model whose chat template accepts such conversations")
+    if too_long or not rejected:
+        why.append(f"{too_long} of {examples} examples have more than {max_length} tokens")
+        remedy.append("raise max_length")
+    if too_long < accepted:
+        why[-1] += f", and the other {accepted - too_long} are only replayed"
+    return f"nothing is left to train on: {'; '.join(why)}; {', '.join(remedy)}, or add examples"
 
 
 def tell_not_validated(settings: TrainingSettings, held_out: int) -> None:
@@ -103,6 +120,15 @@ def tell_not_validated(settings: TrainingSettings, held_out: int) -> None:
         why = "the dataset has too few validation examples (raise curation.validation_share, or add examples)"
     stopping = " and early_stopping does nothing" if settings.early_stopping else ""
     print(f"the training is not validated, so the last weights stay{stopping}: {why}", file=sys.stderr, flush=True)
+
+
+def _accepted(rows: "Dataset", split: str) -> "tuple[Dataset, tuple[Rejection, ...]]":
+    """The examples that the chat template accepts, and why it rejects the others."""
+    reasons, provenance = rows[_REASON], rows[_PROVENANCE]
+    rejected = [Rejected(reason, where) for reason, where in zip(reasons, provenance, strict=True) if reason]
+    if rejected:
+        rows = rows.select([index for index, reason in enumerate(reasons) if not reason])
+    return rows.remove_columns([_REASON, _PROVENANCE]), rejections(rejected, len(reasons), split)
 
 
 def _short_enough(rows: "Dataset", job: TrainingJob) -> "Dataset":
@@ -164,7 +190,9 @@ def _split(folder: Path, name: str) -> list[dict[str, Any]]:
     missing = set(_COLUMNS) - set(rows.column_names)
     if missing:
         raise TrainingError(f"{folder / name} lacks the column {' and '.join(sorted(missing))}; make the dataset again")
-    return list(rows.select_columns([name for name in (*_COLUMNS, _REWARD, _SOURCE) if name in rows.column_names]))
+    return list(
+        rows.select_columns([name for name in (*_COLUMNS, _REWARD, _SOURCE, *_ORIGIN) if name in rows.column_names])
+    )
 
 
 def _data_files(split: Path) -> list[str]:
@@ -184,26 +212,27 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
         "length": Value("int32"),
         _REWARD: Value("float64"),
         _REPLAYED: Value("bool"),
+        _REASON: Value("string"),
+        _PROVENANCE: Value("string"),
     }
     columns: dict[str, list[Any]] = {name: [] for name in kinds}
-    if rows:
-        prompts = [chat(system_prompt, r["prompt"], [Turn.model_validate(turn) for turn in r["history"]]) for r in rows]
-        answers = [{"role": "assistant", "content": row["completion"]} for row in rows]
-        asked = _ids(tokenizer, prompts, add_generation_prompt=True)
-        both = _ids(tokenizer, [[*prompt, answer] for prompt, answer in zip(prompts, answers, strict=True)])
-        columns = {
-            "input_ids": both,
-            "labels": [_labels(prompt, ids) for prompt, ids in zip(asked, both, strict=True)],
-            "length": [len(ids) for ids in both],
-            _REWARD: [None if replayed(row) else row.get(_REWARD) for row in rows],
-            _REPLAYED: [replayed(row) for row in rows],
-        }
+    for row, found in zip(rows, conversations(rows, ["completion"], system_prompt, tokenizer), strict=True):
+        if isinstance(found, Rejected):
+            ids: list[int] = []
+            labels: list[int] = []
+            why: str | None = found.reason
+            where: str | None = found.provenance
+        else:
+            ids, why, where = found.answers["completion"], None, None
+            labels = _labels(found.prompt, ids)
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+        columns["length"].append(len(ids))
+        columns[_REWARD].append(None if replayed(row) else row.get(_REWARD))
+        columns[_REPLAYED].append(replayed(row))
+        columns[_REASON].append(why)
+        columns[_PROVENANCE].append(where)
     return Dataset.from_dict(columns, Features(kinds))
-
-
-def _ids(tokenizer: "PreTrainedTokenizerBase", chats: list[Any], *, add_generation_prompt: bool = False) -> Any:
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def _labels(prompt: list[int], ids: list[int]) -> list[int]:

@@ -87,6 +87,18 @@ class ValidationPoint(Record):
     loss: float
 
 
+class Rejection(Record):
+    """Examples that the base model's chat template rejects, for one reason."""
+
+    split: str = Field(description="train or validation.")
+    reason: str
+    count: int
+    examples: tuple[str, ...] = Field(description="Where the first of them come from: source, place, interaction.")
+
+    def __str__(self) -> str:
+        return f"{self.reason} (from {'; '.join(self.examples)}{'; ...' if self.count > len(self.examples) else ''})"
+
+
 class TrainingResult(Record):
     """What a finished training says of itself; `result.json` is the last file that it writes."""
 
@@ -99,6 +111,9 @@ class TrainingResult(Record):
     resumed_from: int = Field(description="Step from which this process went on; 0 is a whole training.")
     examples: int = Field(description="Examples trained on.")
     too_long: int = Field(description="Examples left out for having more than max_length tokens.")
+    rejections: tuple[Rejection, ...] = Field(
+        default=(), description="Examples left out because the chat template rejects them."
+    )
     loss_before: float = Field(description="Mean loss per completion token on validation (on train if it is empty).")
     loss_after: float
     train_loss: float = Field(description="Mean training loss over the last tenth of the logged points.")
@@ -114,6 +129,11 @@ class TrainingResult(Record):
     validation: tuple[ValidationPoint, ...] = Field(description="Empty where nothing was kept for validation.")
     best_step: int = Field(description="The step whose weights the adapter has: of the lowest validation loss.")
     stopped_early: bool = Field(description="Ended before its last step, since validation no longer got better.")
+
+    @property
+    def rejected(self) -> int:
+        """Examples to train on that were left out because the chat template rejects them."""
+        return sum(one.count for one in self.rejections if one.split == "train")
 
 
 def finish(job: TrainingJob, result: TrainingResult) -> None:

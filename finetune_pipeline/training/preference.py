@@ -10,15 +10,15 @@ bad. Neither uses dropout: noise in the policy alone would be taken for its dist
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training.conversations import Conversation, Rejected, conversations, rejections
 from finetune_pipeline.training.data import Data, tell_not_validated
-from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.job import Rejection, TrainingError, TrainingJob
 from finetune_pipeline.training.model import with_adapter
 
 if TYPE_CHECKING:
@@ -42,25 +42,29 @@ def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerB
         raise TrainingError(
             f"method {method} needs {folder or 'preferences'}, which is not there; curate the data again"
         )
-    rows, kept = _read(folder / "train", job, tokens)
+    train = _read(folder, "train", job, tokens)
+    kept = train.kept
     if not kept:
+        rejected = "".join(f"; {one.count} of {train.rows} rows are rejected: {one}" for one in train.rejections)
         raise TrainingError(
-            f"nothing is left to train on by {method}: of {rows} rows of {folder} all have more than "
-            f"{job.settings.max_length} tokens; raise max_length, add examples, or set method to sft"
+            f"nothing is left to train on by {method}: of {train.rows} rows of {folder / 'train'} {train.too_long} "
+            f"have more than {job.settings.max_length} tokens{rejected}; raise max_length, add examples, or set method "
+            "to sft"
         )
     if method == "kto":
         _must_have_both([row["label"] for row in kept], folder)
         random.Random(job.settings.seed).shuffle(kept)  # KTO reads in the order given: each with its neighbours
-    there, held_out = _read(folder / "validation", job, tokens) if (folder / "validation").is_dir() else (0, [])
-    if method == "kto" and len(held_out) == 1:  # it compares each with another one
-        there, held_out = 0, []
-    if not held_out and (there or job.settings.early_stopping):
-        tell_not_validated(job.settings, there)
+    held_out = _read(folder, "validation", job, tokens)
+    if method == "kto" and len(held_out.kept) == 1:  # it compares each with another one
+        held_out = replace(held_out, rows=0, kept=[])
+    if not held_out.kept and (held_out.rows or job.settings.early_stopping):
+        tell_not_validated(job.settings, held_out.rows)
     return replace(
         data,
         train=Dataset.from_list(kept),
-        too_long=rows - len(kept),
-        preferred=Dataset.from_list(held_out) if held_out else None,
+        too_long=train.too_long,
+        preferred=Dataset.from_list(held_out.kept) if held_out.kept else None,
+        rejections=train.rejections + held_out.rejections,
     )
 
 
@@ -87,7 +91,7 @@ def preference_trainer(
         kind, config = DPOTrainer, DPOConfig(**shared, **_dpo(job.settings))
     else:
         kind, config = KTOTrainer, KTOConfig(**shared, **_kto(job.settings, arguments, data.train["label"]))
-    trainer = kind(
+    trainer = _of_tokens(kind)(
         **with_adapter(base, job),
         args=config,
         train_dataset=data.train,
@@ -100,6 +104,24 @@ def preference_trainer(
     # into subfolders only, if there are any). It is made anew from the initial adapter instead.
     trainer.model.save_pretrained = partial(trainer.model.save_pretrained, selected_adapters=["default"])
     return trainer
+
+
+def _of_tokens(kind: "type[DPOTrainer] | type[KTOTrainer]") -> Any:
+    """Return TRL's trainer for rows that are tokenized already: its own tokenizing makes control tokens of text."""
+
+    class OfTokens(kind):  # type: ignore[misc, valid-type]
+        def _prepare_dataset(self, dataset: "Dataset", _tokens: Any, args: Any, _name: str) -> "Dataset":
+            if "completion_ids" not in dataset.column_names:
+                return dataset
+            return dataset.map(_with_other_answers, batched=True, batch_size=args.per_device_train_batch_size)
+
+    return OfTokens
+
+
+def _with_other_answers(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Give each prompt of a KTO batch the answer to the one before: by these TRL estimates the KL divergence."""
+    answers = batch["completion_ids"]
+    return {**batch, "KL_completion_ids": [answers[-1], *answers[:-1]]}
 
 
 def _complete_reference(model: Any) -> None:
@@ -156,26 +178,32 @@ def _batches(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> Iterator
         yield {name: values.to(trainer.args.device) for name, values in batch.items()}
 
 
-def _read(folder: Path, job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> tuple[int, list[dict[str, Any]]]:
-    """How many rows there are, and those that are not too long."""
+@dataclass(frozen=True)
+class _Split:
+    rows: int
+    kept: list[dict[str, Any]]  # neither rejected nor too long, as TRL's collators take them
+    too_long: int
+    rejections: tuple[Rejection, ...]
+
+
+def _read(folder: Path, split: str, job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> _Split:
     from datasets import load_from_disk
 
-    rows = [_messages(row, job, tokens) for row in load_from_disk(str(folder))]
-    return len(rows), [row for row in rows if row["length"] <= job.settings.max_length]
+    rows = list(load_from_disk(str(folder / split))) if (folder / split).is_dir() else []
+    answers = _ANSWERS[job.settings.method]
+    found = conversations(rows, answers, job.system_prompt, tokens)
+    accepted = [(row, one) for row, one in zip(rows, found, strict=True) if not isinstance(one, Rejected)]
+    rejected = rejections([one for one in found if isinstance(one, Rejected)], len(rows), split)
+    kept = [_in_tokens(row, one) for row, one in accepted if one.length <= job.settings.max_length]
+    return _Split(len(rows), kept, len(accepted) - len(kept), rejected)
 
 
-def _messages(row: dict[str, Any], job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """TRL's conversational form of a row, and the tokens of its longest answer with all before it."""
-    prompt = chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
-    answers = {name: [{"role": "assistant", "content": row[name]}] for name in _ANSWERS[job.settings.method]}
-    length = max(len(_ids(tokens, prompt + answer)) for answer in answers.values())
+def _in_tokens(row: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+    """TRL's own form of a row that is tokenized already: an answer begins where it differs from the prompt."""
+    start = conversation.shared()
+    answers = {f"{name}_ids": ids[start:] for name, ids in conversation.answers.items()}
     label = {"label": row["label"]} if "label" in row else {}
-    return {"prompt": prompt, **answers, **label, "length": length}
-
-
-def _ids(tokens: "PreTrainedTokenizerBase", messages: list[dict[str, str]], **options: bool) -> list[int]:
-    ids: list[int] = tokens.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
-    return ids
+    return {"prompt_ids": conversation.prompt[:start], **answers, **label, "length": conversation.length}
 
 
 def _must_have_both(labels: list[bool], folder: Path) -> None:

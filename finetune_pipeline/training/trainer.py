@@ -116,6 +116,7 @@ def _result(
         resumed_from=step_of(done.checkpoint) if done.checkpoint else 0,
         examples=len(data.train),
         too_long=data.too_long,
+        rejections=data.rejections,
         loss_before=done.before,
         loss_after=done.after,
         train_loss=_mean([point.loss for point in curve[-max(1, len(curve) // 10) :]]),

@@ -1,0 +1,128 @@
+"""The rows of a dataset as conversations in tokens, and those that the chat template rejects. Loads transformers."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune_pipeline.inference.chat_template import ChatTemplate, Rendered, of_transformers
+from finetune_pipeline.inference.errors import RequestRefused
+from finetune_pipeline.records import Turn, chat
+from finetune_pipeline.training.job import Rejection, TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NAMED = 5  # rows that a rejection names
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row in tokens.
+
+    Attributes:
+        prompt: all before the answer, with the template's prompt for it.
+        answers: by column, the prompt and this answer; each may begin in another way than `prompt` does.
+        holds_control_tokens: whether somebody wrote a control token into it, which only these tokens keep as text.
+    """
+
+    prompt: list[int]
+    answers: dict[str, list[int]]
+    holds_control_tokens: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens with the longest answer."""
+        return max(map(len, self.answers.values()))
+
+    def shared(self) -> int:
+        """Return how many tokens the prompt and all answers begin with in common."""
+        shortest = min(len(self.prompt), *map(len, self.answers.values()))
+        every = [self.prompt, *self.answers.values()]
+        return next((place for place in range(shortest) if len({ids[place] for ids in every}) > 1), shortest)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that the chat template rejects."""
+
+    reason: str
+    provenance: str
+
+
+def messages_of(row: dict[str, Any], system_prompt: str) -> list[dict[str, str]]:
+    """Return the messages before the answer of a row."""
+    return chat(system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
+
+
+def conversations(
+    rows: Sequence[dict[str, Any]], answers: Sequence[str], system_prompt: str, tokenizer: "PreTrainedTokenizerBase"
+) -> list[Conversation | Rejected]:
+    """Tokenize rows as they are served: what people wrote is text, control tokens are the template's own.
+
+    Args:
+        rows: of a dataset, with `prompt` and `history`.
+        answers: the columns that hold an answer.
+        system_prompt: put before every prompt.
+        tokenizer: the base model's.
+
+    Raises:
+        TrainingError: the base model has no chat template that can be used.
+    """
+    try:
+        template = of_transformers(tokenizer)
+    except RequestRefused as error:
+        raise TrainingError(str(error)) from error
+    rendered = [_rendered(template, row, answers, system_prompt) for row in rows]
+    whole = [texts for texts in rendered if not isinstance(texts, Rejected) and not any(text.cut for text in texts)]
+    encoded = iter(template.encode([text for texts in whole for text in texts]))  # together, which is much faster
+    found: list[Conversation | Rejected] = []
+    for row, texts in zip(rows, rendered, strict=True):
+        if isinstance(texts, Rejected):
+            found.append(texts)
+            continue
+        cut = any(text.cut for text in texts)
+        try:
+            prompt, *rest = template.encode(texts) if cut else [next(encoded) for _ in texts]
+        except RequestRefused as error:
+            found.append(Rejected(str(error), _provenance(row)))
+            continue
+        found.append(Conversation(prompt, dict(zip(answers, rest, strict=True)), cut))
+    return found
+
+
+def _rendered(
+    template: ChatTemplate, row: dict[str, Any], answers: Sequence[str], system_prompt: str
+) -> list[Rendered] | Rejected:
+    asked = messages_of(row, system_prompt)
+    whole = [[*asked, {"role": "assistant", "content": row[name]}] for name in answers]
+    try:
+        return [template.render(asked), *(template.render(one, add_generation_prompt=False) for one in whole)]
+    except RequestRefused as error:
+        return Rejected(str(error), _provenance(row))
+
+
+def _provenance(row: dict[str, Any]) -> str:
+    interaction = row.get("interaction_id")
+    parts = [row.get("source"), row.get("origin"), f"interaction {interaction}" if interaction else None]
+    return ", ".join(filter(None, parts)) or "unknown"
+
+
+def rejections(rejected: Iterable[Rejected], of: int, split: str) -> tuple[Rejection, ...]:
+    """Count rows that the chat template rejects by their reasons, and say so in the log.
+
+    Args:
+        rejected: the rows.
+        of: how many rows there are.
+        split: what they were to be used for.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for row in rejected:
+        by_reason.setdefault(row.reason, []).append(row.provenance)
+    counted = tuple(
+        Rejection(split=split, reason=reason, count=len(rows), examples=tuple(rows[:_NAMED]))
+        for reason, rows in by_reason.items()
+    )
+    for one in counted:
+        print(f"left out {one.count} of {of} {split} examples: {one}", file=sys.stderr, flush=True)
+    return counted
