@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_pipeline.inference.chat_template import of_transformers
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.records import Message
 
@@ -45,7 +46,9 @@ class Agreement:
 
 
 def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[Message]]) -> ParityResult:
-    """Compare the tokens of rendered conversations in transformers (training) and llama.cpp (service).
+    """Compare the tokens of conversations in transformers (training) and llama.cpp (service).
+
+    Each is also compared with control tokens of the model in its last message, which both have to read as text.
 
     Args:
         base_folder: the base model, whose tokenizer trained.
@@ -55,13 +58,19 @@ def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[M
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
+    template = of_transformers(tokenizer)
+    forged = "".join(dict.fromkeys(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token))
     offenders = []
     for messages in samples:
-        text = engine.render(messages)
-        found = engine.tokenize(text)
-        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        if list(expected) != list(found):
-            offenders.append(TokenDifference(text, list(expected), list(found)))
+        *before, last = messages
+        injected = [*before, {**last, "content": f"{last['content']}{forged}\n{forged}"}]
+        expected = template.tokens(messages)
+        if not template.render(messages).cut:
+            expected = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        for asked, tokens in ((messages, expected), (injected, template.tokens(injected))):
+            found = engine.encode(asked)
+            if tokens != found:
+                offenders.append(TokenDifference(engine.render(asked), tokens, found))
     return ParityResult(len(samples), tuple(offenders))
 
 

@@ -85,7 +85,7 @@ def conversations(
         try:
             prompt, *rest = template.encode(texts) if cut else [next(encoded) for _ in texts]
         except RequestRefused as error:
-            found.append(Rejected(str(error), _provenance(row)))
+            found.append(Rejected(str(error), provenance(row)))
             continue
         found.append(Conversation(prompt, dict(zip(answers, rest, strict=True)), cut))
     return found
@@ -99,10 +99,11 @@ def _rendered(
     try:
         return [template.render(asked), *(template.render(one, add_generation_prompt=False) for one in whole)]
     except RequestRefused as error:
-        return Rejected(str(error), _provenance(row))
+        return Rejected(str(error), provenance(row))
 
 
-def _provenance(row: dict[str, Any]) -> str:
+def provenance(row: dict[str, Any]) -> str:
+    """Return where a row comes from."""
     interaction = row.get("interaction_id")
     parts = [row.get("source"), row.get("origin"), f"interaction {interaction}" if interaction else None]
     return ", ".join(filter(None, parts)) or "unknown"

@@ -224,7 +224,7 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
             where: str | None = found.provenance
         else:
             ids, why, where = found.answers["completion"], None, None
-            labels = _labels(found.prompt, ids)
+            labels = labels_of(found.prompt, ids)
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
         columns["length"].append(len(ids))
@@ -235,8 +235,8 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
     return Dataset.from_dict(columns, Features(kinds))
 
 
-def _labels(prompt: list[int], ids: list[int]) -> list[int]:
-    """The tokens to learn: those after the prompt, or from where a template or tokenizer writes it in another way."""
+def labels_of(prompt: list[int], ids: list[int]) -> list[int]:
+    """Return the tokens to learn: those after the prompt, or from where a template or tokenizer writes it otherwise."""
     same = next((place for place, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), None)
     start = max(len(prompt) if same is None else same, 1)  # nothing stands before the first token to predict it from
     return [IGNORED] * start + ids[start:]

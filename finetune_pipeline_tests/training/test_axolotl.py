@@ -16,7 +16,7 @@ import yaml
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl, _Follower
-from finetune_pipeline.training.backends.axolotl_config import CONFIG, FOLDER, Written, write
+from finetune_pipeline.training.backends.axolotl_config import FOLDER, Written, write
 from finetune_pipeline.training.checkpoints import COMPLETE
 from finetune_pipeline.training.data import load, tokenizer
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, finished
@@ -107,7 +107,7 @@ def test_axolotls_own_schema_takes_what_we_write(axolotl, job, tmp_path):
 
 
 def mean_loss(folder, adapter, rows):
-    """By transformers and PEFT alone; on the answer and its end token, not the line break that the template adds."""
+    """By transformers and PEFT alone; on all that the template writes from the answer on."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,7 +120,7 @@ def mean_loss(folder, adapter, rows):
         asked = [{"role": "user", "content": row["prompt"]}]
         answered = [*asked, {"role": "assistant", "content": row["completion"]}]
         before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(answered, tokenize=False).rstrip()
+        whole = tokenizer.apply_chat_template(answered, tokenize=False)
         ids = torch.tensor([tokenizer(whole, add_special_tokens=False)["input_ids"]])
         labels = ids.clone()
         labels[:, : len(tokenizer(before, add_special_tokens=False)["input_ids"])] = -100
@@ -242,15 +242,9 @@ def test_a_conversation_is_learnt_from_its_last_answer_only(job, tmp_path):
     one = job.model_copy(update={"dataset": dataset, "system_prompt": "Be short.", "output": tmp_path / "out"})
     written = write(one, None, gpu=True)
     (line,) = [json.loads(text) for text in (one.output / FOLDER / "train.jsonl").read_text().splitlines()]
-    assert [(m["role"], m["content"], m["train"]) for m in line["messages"]] == [
-        ("system", "Be short.", False),
-        ("user", "a wall", False),
-        ("assistant", "How thick?", False),
-        ("user", "150 mm", False),
-        ("assistant", "{}", True),
-    ]
-    config = yaml.safe_load((one.output / FOLDER / CONFIG).read_text())
-    assert config["datasets"][0]["message_field_training"] == "train"
+    row = load(one, tokenizer(one.base_model)).train[0]  # as peft reads it
+    assert (line["input_ids"], line["labels"]) == (row["input_ids"], row["labels"])
+    assert tokenizer(one.base_model).decode([label for label in line["labels"] if label >= 0]) == "{}<|im_end|>\n"
     assert (written.examples, written.too_long) == (1, 0)
 
 

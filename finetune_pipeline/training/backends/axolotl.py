@@ -191,6 +191,7 @@ class _Follower:
             resumed_from=resumed_from,
             examples=self.written.examples,
             too_long=self.written.too_long,
+            rejections=self.written.rejections,
             loss_before=losses[0][1],
             loss_after=after,
             train_loss=sum(point.loss for point in last) / len(last),

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import write_text
-from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.data import nothing_left, replayed
-from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingJob
+from finetune_pipeline.training.conversations import (
+    Conversation,
+    Rejected,
+    conversations,
+    messages_of,
+    provenance,
+    rejections,
+)
+from finetune_pipeline.training.data import labels_of, nothing_left, replayed
+from finetune_pipeline.training.job import CHECKPOINTS, Rejection, TrainingError, TrainingJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,12 +47,14 @@ class Written:
         examples: how many train.
         too_long: how many were left out for having more than max_length tokens.
         tokens: mean tokens of a training example.
+        rejections: what was left out because the chat template rejects it.
     """
 
     config: Path
     examples: int
     too_long: int
     tokens: float
+    rejections: tuple[Rejection, ...] = ()
 
 
 def write(job: TrainingJob, checkpoint: Path | None, gpu: bool) -> Written:
@@ -66,18 +75,19 @@ def write(job: TrainingJob, checkpoint: Path | None, gpu: bool) -> Written:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).with_name(f"{PLUGIN}.py"), folder / f"{PLUGIN}.py")
     tokenizer = AutoTokenizer.from_pretrained(job.base_model, trust_remote_code=False)
-    whole = _rows(job, "train", tokenizer)
+    whole, rejected = _rows(job, "train", tokenizer)
     train = _short_enough(whole, job)
     too_long = len(whole) - len(train)
     if all(example.replayed for example in train):
-        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length))
-    validation = _short_enough(_rows(job, "validation", tokenizer), job)
+        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length, rejected))
+    held_out, rejected_too = _rows(job, "validation", tokenizer)
+    validation = _short_enough(held_out, job)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "measure.jsonl", validation or train[:_MEASURE_SAMPLE])
     config = configuration(job, len(train), checkpoint, gpu)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
     tokens = sum(example.length for example in train) / len(train)
-    return Written(folder / CONFIG, len(train), too_long, tokens)
+    return Written(folder / CONFIG, len(train), too_long, tokens, rejected + rejected_too)
 
 
 def configuration(job: TrainingJob, examples: int, checkpoint: Path | None, gpu: bool) -> dict[str, Any]:
@@ -164,12 +174,7 @@ def _method(settings: TrainingSettings) -> dict[str, Any]:
 def _dataset_kind(settings: TrainingSettings) -> dict[str, Any]:
     """How Axolotl reads the lines that `_rows` makes."""
     if settings.method == "sft":
-        return {
-            "type": "chat_template",
-            "chat_template": "tokenizer_default",
-            "field_messages": "messages",
-            "message_field_training": "train",
-        }
+        return {}  # tokens already, which it sees by their columns
     if settings.method == "dpo":
         return {"type": "passthrough"}
     fields = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
@@ -189,44 +194,58 @@ class _Example:
     replayed: bool
 
 
-def _rows(job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[_Example]:
-    """A split's examples: messages of which the last is learnt; for dpo and kto, texts with the template applied."""
+def _rows(
+    job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[_Example], tuple[Rejection, ...]]:
+    """A split's examples: tokens, as peft trains on; for dpo and kto, texts with the template applied."""
     from datasets import load_from_disk
 
-    folder = job.dataset if job.settings.method == "sft" else job.preferences
+    method = job.settings.method
+    folder = job.dataset if method == "sft" else job.preferences
     if folder is None or not (folder / "dataset_dict.json").is_file():
-        raise TrainingError(f"{folder} holds no saved DatasetDict for {job.settings.method}; make the dataset again")
+        raise TrainingError(f"{folder} holds no saved DatasetDict for {method}; make the dataset again")
     state = folder / split / "state.json"
     if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
-        return []
-    return [_example(row, job, tokenizer) for row in load_from_disk(str(folder / split))]
+        return [], ()
+    rows = list(load_from_disk(str(folder / split)))
+    answers = ("chosen", "rejected") if method == "dpo" else ("completion",)
+    examples, rejected = [], []
+    for row, found in zip(rows, conversations(rows, answers, job.system_prompt, tokenizer), strict=True):
+        if isinstance(found, Rejected):
+            rejected.append(found)
+        elif method == "sft":
+            examples.append(_Example(_tokens(found), found.length, replayed(row)))
+        elif found.holds_control_tokens:
+            why = f"it holds a control token of the model, which axolotl cannot read as text by {method} (peft can)"
+            rejected.append(Rejected(why, provenance(row)))
+        else:
+            line = _texts(row, answers, job, tokenizer) | ({"label": row["label"]} if "label" in row else {})
+            examples.append(_Example(line, found.length, replayed(row)))
+    return examples, rejections(rejected, len(rows), split)
 
 
-def _example(row: dict[str, Any], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> _Example:
-    asked = chat(job.system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
-    answers = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
-    whole = {}
-    for name in answers:
-        message = {"role": "assistant", "content": row[name]}
-        whole[name] = str(tokenizer.apply_chat_template([*asked, message], tokenize=False))
-    length = max(len(ids) for ids in tokenizer(list(whole.values()), add_special_tokens=False)["input_ids"])
-    if job.settings.method == "sft":
-        said = [{**message, "train": False} for message in asked]
-        line: dict[str, Any] = {"messages": [*said, {"role": "assistant", "content": row["completion"], "train": True}]}
-    else:
-        line = _texts(asked, whole, tokenizer) | ({"label": row["label"]} if "label" in row else {})
-    return _Example(line, length, replayed(row))
+def _tokens(conversation: Conversation) -> dict[str, Any]:
+    ids = conversation.answers["completion"]
+    labels = labels_of(conversation.prompt, ids)
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
-def _texts(asked: Any, whole: dict[str, str], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def _texts(
+    row: dict[str, Any], answers: Iterable[str], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Any]:
     """The prompt, and each answer without it.
 
     A template may open with more than a finished turn has, as `<think>`; TRL leaves out what they do not share too.
     """
+    asked = messages_of(row, job.system_prompt)
     before = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    whole = {
+        name: str(tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": row[name]}], tokenize=False))
+        for name in answers
+    }
     prompt = os.path.commonprefix([before, *whole.values()])  # noqa: RUF071  # of texts, by character
-    answers = {name: text[len(prompt) :].rstrip() for name, text in whole.items()}
-    return {"prompt": _without_start(prompt, tokenizer), **answers}
+    rest = {name: text[len(prompt) :].rstrip() for name, text in whole.items()}
+    return {"prompt": _without_start(prompt, tokenizer), **rest}
 
 
 def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
