@@ -254,7 +254,11 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
         "examples": manifest.examples,
         "too_long": manifest.too_long,
         "rejected": manifest.rejected,
-        **({"rejections": [f"{one.count} {one.split}: {one}" for one in result.rejections]} if result.rejections else {}),
+        **(
+            {"rejections": [f"{one.count} {one.split}: {one}" for one in result.rejections]}
+            if result.rejections
+            else {}
+        ),
         "device": manifest.device,
         "seed": int(manifest.settings["seed"]),
         "loss_curve": picture(curve_png(result), "loss curve"),

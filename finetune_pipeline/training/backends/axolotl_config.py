@@ -214,7 +214,7 @@ def _rows(
         if isinstance(found, Rejected):
             rejected.append(found)
         elif method == "sft":
-            examples.append(_Example(_tokens(found), found.length, replayed(row)))
+            examples.append(_Example(_tokens(found, tokenizer), found.length, replayed(row)))
         elif found.holds_control_tokens:
             why = f"it holds a control token of the model, which axolotl cannot read as text by {method} (peft can)"
             rejected.append(Rejected(why, provenance(row)))
@@ -224,10 +224,12 @@ def _rows(
     return examples, rejections(rejected, len(rows), split)
 
 
-def _tokens(conversation: Conversation) -> dict[str, Any]:
+def _tokens(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """The tokens as peft trains on them, to the answer's end token: Axolotl learns nothing behind it."""
     ids = conversation.answers["completion"]
-    labels = labels_of(conversation.prompt, ids)
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    while tokenizer.decode(ids[-1:]).isspace():
+        ids = ids[:-1]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels_of(conversation.prompt, ids)}
 
 
 def _texts(
