@@ -43,7 +43,8 @@ class Scorer:
     """
 
     def __init__(self, metric: Metric, schema: Schema | None = None, rules: Sequence[Rule] = ()) -> None:
-        self._metric = metric
+        self.metric = metric
+        self.structured = schema is not None
         self._schema = compile_schema(schema) if schema is not None else None
         self._rules = {rule.id: compile_schema(rule.schema) for rule in rules}
 
@@ -81,10 +82,10 @@ class Scorer:
         return Scores(0, total, False, False, self._compliant(False), 0, 0, problem=problem)
 
     def _count(self, expected: Any, value: Any, exact: bool) -> tuple[int, int]:
-        if self._metric == "exact":
+        if self.metric == "exact":
             return int(exact), 1
-        if self._metric == "words":
-            return count_words(_text(expected), _text(value))
+        if self.metric == "words":
+            return count_words(answer_text(expected), answer_text(value))
         return count_parameters(expected, value)
 
     def _failed(self, value: Any) -> tuple[str, ...]:
@@ -150,17 +151,19 @@ def count_words(expected: str, answer: str) -> tuple[int, int]:
     >>> count_words("use a fire door", "A fire door, please, and a window")
     (3, 4)
     """
-    wanted = _words(expected)
-    found = _words(answer)[: len(wanted)]
+    wanted = words(expected)
+    found = words(answer)[: len(wanted)]
     return (Counter(wanted) & Counter(found)).total(), len(wanted)
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Return the words of a text, normalized; of one without any, its parts between spaces."""
     text = normalise(text)
     return re.findall(r"\w+", text) or text.split()
 
 
-def _text(value: Any) -> str:
+def answer_text(value: Any) -> str:
+    """Return an answer as text: JSON with sorted keys where it is a value."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
