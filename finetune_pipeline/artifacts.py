@@ -38,10 +38,14 @@ class Busy(ArtifactError):
 
 @dataclass(frozen=True)
 class Artifact(Generic[M]):
-    """A complete artifact: its folder, and what its manifest says."""
+    """A complete artifact: its folder, what its manifest says, and the SHA-256 of `manifest.json`.
+
+    The manifest holds the hashes of all files, so its own hash stands for the whole artifact.
+    """
 
     path: Path
     manifest: M
+    sha256: str
 
 
 def hash_of(value: Any) -> str:
@@ -74,6 +78,7 @@ def hash_file_cached(path: Path, *, again: bool = False) -> str:
         known = {}
     real = path.resolve()
     stat = real.stat()
+    # ctime too, which no program can set back: a file that was edited may be given its old mtime again.
     stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     before = known.get(str(real))
     if before is not None and before[0] == stamp and not again:
@@ -130,6 +135,12 @@ def find(kind: type[M], loop: str, version: str) -> Artifact[M] | None:
     return read(kind, path) if (path / MANIFEST).exists() else None
 
 
+def find_unaltered(kind: type[M], loop: str, version: str) -> Artifact[M] | None:
+    """As `find`, but an artifact that was edited, or put there by something else than a run, is as good as none."""
+    found = find(kind, loop, version)
+    return found if found is not None and alteration(found) is None else None
+
+
 def read(kind: type[M], path: Path) -> Artifact[M]:
     """Open a complete artifact.
 
@@ -138,7 +149,8 @@ def read(kind: type[M], path: Path) -> Artifact[M]:
     """
     remedy = f"materialize {kind.stage} again (delete {path} first)"
     try:
-        manifest = kind.model_validate_json((path / MANIFEST).read_bytes())
+        content = (path / MANIFEST).read_bytes()
+        manifest = kind.model_validate_json(content)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is not a complete artifact: it has no {MANIFEST}; {remedy}") from None
     except ValidationError as error:
@@ -147,7 +159,54 @@ def read(kind: type[M], path: Path) -> Artifact[M]:
         size = (path / name).stat().st_size if (path / name).exists() else None
         if size != record.size:
             raise ArtifactError(f"{path / name}: expected {record.size} bytes, found {size}; {remedy}")
-    return Artifact(path, manifest)
+    return Artifact(path, manifest, hashlib.sha256(content).hexdigest())
+
+
+_HASHED_AGAIN = 16_000_000
+"""Bytes up to which a file is read at every question; of larger ones the cached hash is taken."""
+
+
+def alteration(artifact: Artifact[M]) -> str | None:
+    """Return what about an artifact is not as a run here published it; None if it is untouched.
+
+    The hash of its manifest must be in the database, where editing files does not reach, and its files must have the
+    hashes that the manifest holds.
+    """
+    if not _is_recorded(artifact):
+        return f"{artifact.path / MANIFEST} is not what a run wrote"
+    recorded = artifact.manifest.files
+    inside = [path.relative_to(artifact.path) for path in artifact.path.rglob("*") if path.is_file()]
+    # What is hidden is no part of an artifact: training keeps tokens there.
+    found = {str(path) for path in inside if not any(part.startswith(".") for part in path.parts)} - {MANIFEST}
+    if found != recorded.keys():
+        names = ", ".join(sorted(found ^ recorded.keys())[:3])
+        return f"files were added to or removed from {artifact.path}: {names}"
+    for name, record in recorded.items():
+        path = artifact.path / name
+        if (hash_file_cached if record.size > _HASHED_AGAIN else hash_file)(path) != record.sha256:
+            return f"{path} is damaged or was replaced: its SHA-256 is another than when it was made"
+    return None
+
+
+def check_unaltered(artifact: Artifact[M]) -> None:
+    """Refuse an artifact that is not as a run here published it.
+
+    Raises:
+        ArtifactError: its manifest or a file of it is another.
+    """
+    problem = alteration(artifact)
+    if problem:
+        raise ArtifactError(f"{problem}; materialize {artifact.manifest.stage} again, which makes it anew")
+
+
+def _is_recorded(artifact: Artifact[M]) -> bool:
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.database.artifacts import is_made
+
+    manifest = artifact.manifest
+    there = (manifest.loop, manifest.stage, manifest.version)
+    # A copy of another loop's artifact, or under another version, is recorded, but not for this place.
+    return artifact.path.parts[-3:] == there and is_made(connect(), *there, artifact.sha256)
 
 
 @contextmanager
@@ -194,7 +253,7 @@ def obtain(
     keep: bool = False,
     usable: Callable[[Artifact[M]], bool] = lambda artifact: True,
 ) -> Artifact[M]:
-    """The artifact of this version: found if it is complete, else made.
+    """The artifact of this version: found if it is complete and as it was made, else made.
 
     Args:
         make: writes the files into a draft folder and returns the manifest's fields but loop, version, time and files.
@@ -205,12 +264,17 @@ def obtain(
         Busy: another process is making it now.
         ArtifactError: the disk is full, or a complete one is damaged.
     """
-    found = find(kind, loop, version)
-    if found is not None and usable(found):
+
+    def known() -> Artifact[M] | None:
+        found = find_unaltered(kind, loop, version)
+        return found if found is not None and usable(found) else None
+
+    found = known()
+    if found is not None:
         return found
     with draft(loop, kind.stage, version, keep=keep) as folder:
-        found = find(kind, loop, version)  # another process may have made it while this one came to the lock
-        if found is not None and usable(found):
+        found = known()  # another process may have made it while this one came to the lock
+        if found is not None:
             return found
         return publish(folder, kind, {"loop": loop, "version": version, **make(folder)})
 
@@ -287,7 +351,10 @@ def publish(
         files[str(path.relative_to(folder))] = FileRecord(sha256=hash_file(path), size=path.stat().st_size)
         flush(path)
     manifest = kind.model_validate({**fields, "created_at": datetime.now(UTC), "files": files})
-    write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    content = manifest.model_dump_json(indent=2) + "\n"
+    write_text(folder / MANIFEST, content)
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    _record(manifest, sha256)  # before the rename: a folder that stands is known, whenever the process is killed
     final, old = folder.parent / manifest.version, folder.parent / f".old-{manifest.version}"
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():  # damaged, or made anew: it goes only when the new one stands
@@ -295,7 +362,15 @@ def publish(
     folder.rename(final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-    return Artifact(final, manifest)
+    return Artifact(final, manifest, sha256)
+
+
+def _record(manifest: Manifest, sha256: str) -> None:
+    # Imported here: most commands need no artifact, and SQLAlchemy takes a fifth of a second.
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.database.artifacts import record_made
+
+    record_made(connect(), manifest.loop, manifest.stage, manifest.version, sha256, manifest.created_at)
 
 
 def write_text(path: Path, text: str) -> None:

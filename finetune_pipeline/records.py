@@ -338,6 +338,8 @@ class Manifest(Record):
     """What every artifact says of itself. Written last: its presence means that the artifact is complete."""
 
     stage: ClassVar[str]
+    blocking_checks: ClassVar[tuple[str, ...]] = ()
+    """Checks without whose passing outcomes nothing that was made from it is promoted."""
     loop: str
     version: str = Field(description="Hash of inputs and settings: the same version has the same content.")
     created_at: Moment
@@ -363,6 +365,7 @@ class DatasetManifest(Manifest):
     """A training set and its validation set."""
 
     stage: ClassVar[str] = "curated_dataset"
+    blocking_checks: ClassVar[tuple[str, ...]] = ("enough_examples", "no_benchmark_overlap", "targets_parse")
     train: int
     validation: int
     replayed: int = Field(description="Of train: examples mixed in against forgetting.")
@@ -405,6 +408,9 @@ class AdapterManifest(Manifest):
     tokens_per_second: float = Field(description="Tokens of text that training went through, by its wall time.")
     wall_seconds: float
     peak_memory_bytes: int
+    datasets: dict[str, str] = Field(
+        default={}, description="Every dataset that it learned from, its initial adapters' too: version -> its SHA-256."
+    )
     watermark: int
 
 
@@ -412,6 +418,7 @@ class GgufManifest(Manifest):
     """A model as it would serve: one file, or an adapter over the base's GGUF, whose version is in `inputs`."""
 
     stage: ClassVar[str] = "gguf_model"
+    blocking_checks: ClassVar[tuple[str, ...]] = ("loads_and_answers", "tokenizer_parity")
     form: Literal["merged", "adapter"] = "merged"
     gguf: str = Field(description="Name of the GGUF file in the artifact's folder: the whole model, or the adapter.")
     base_gguf_sha256: str | None = Field(default=None, description="Of the base's GGUF that an adapter goes over.")
@@ -420,6 +427,7 @@ class GgufManifest(Manifest):
     base_hash: str
     adapter_version: str
     mode: Literal["full", "incremental"]
+    datasets: dict[str, str] = Field(default={}, description="As the adapter's.")
     watermark: int
 
 
@@ -436,6 +444,7 @@ class ReportManifest(Manifest):
     """The comparison of a challenger with the champion."""
 
     stage: ClassVar[str] = "eval_report"
+    blocking_checks: ClassVar[tuple[str, ...]] = ("gain",)
     comparison_id: str
     challenger_sha256: str = Field(description="Identity of what answered: of the file, or of base and adapter.")
     champion_id: str | None = Field(description="Registry id of the model it was compared with; None is the base.")

@@ -495,6 +495,13 @@ class GateSettings(Settings):
     mode: Literal["relative", "points", "error_reduction"] = Field(
         default="relative", description="How the gain is measured; error_reduction suits a champion near its ceiling."
     )
+    min_score: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="The challenger has to score above this, whatever the champion scores; default what the expected "
+        "answer scores that has the most right when it is given to every question.",
+    )
     on_reject: Literal["fail", "keep_champion"] = Field(
         default="fail", description="fail ends the run red; keep_champion ends it green with the check red."
     )

@@ -106,7 +106,7 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path, monkeypatch):
         assert find(BaseGgufManifest, "notes", "v1") == kept
         assert [path.name for path in stage_folder("notes", "base_gguf").iterdir() if path.is_dir()] == ["v1"]
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_run_points_to_its_own_version_and_others_to_the_latest():

@@ -38,7 +38,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 @loop_option
 @click.option("--verbose", is_flag=True, help="Show Dagster's whole log.")
 def run(loop: LoopSettings, verbose: bool) -> None:
-    """Run the whole loop once, as `dagster asset materialize` does; exit code 0 only when promoted.
+    """Run the whole loop once, as `dagster asset materialize` does; exit code not 0 when the gate rejects.
 
     With gate.on_reject: keep_champion a rejected challenger ends with 0 too.
     """

@@ -184,6 +184,31 @@ skipped_items = sa.Table(
     comment="What the last reading of each source could not use, and why.",
 )
 
+made_artifacts = sa.Table(
+    "made_artifacts",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("stage", sa.String(60), primary_key=True),
+    sa.Column("version", sa.String(64), primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True, comment="Of its manifest, which holds its files' hashes."),
+    sa.Column("created_at", Moment, nullable=False),
+    comment="Every artifact that was published: a folder that is not in here was written or edited by something else.",
+)
+
+check_outcomes = sa.Table(
+    "check_outcomes",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("stage", sa.String(60), primary_key=True),
+    sa.Column("version", sa.String(64), primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True, comment="Of the artifact's manifest, as in made_artifacts."),
+    sa.Column("name", sa.String(60), primary_key=True, comment="Of a blocking check."),
+    sa.Column("passed", sa.Boolean, nullable=False),
+    sa.Column("run_id", sa.String(64), nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    comment="What the blocking checks last found of each artifact; without passing ones nothing is promoted.",
+)
+
 models = sa.Table(
     "models",
     metadata,
@@ -249,6 +274,8 @@ model_comparisons = sa.Table(
     sa.Column("watermark", sa.BigInteger, nullable=False, comment="The data that was judged ends here."),
     sa.Column("report_path", sa.Text, nullable=False),
     sa.Column("created_at", Moment, nullable=False),
+    sa.Column("report_sha256", sa.String(64), comment="Of the report's manifest; null: there is no report to rest on."),
+    sa.Column("after_move", sa.Integer, comment="Id of the loop's newest deployment when it was made; 0: none."),
     sa.Index(None, "loop", "watermark"),
 )
 

@@ -6,7 +6,8 @@ from functools import cached_property
 
 from finetune_pipeline.evaluation.answers import Answer, Speed
 from finetune_pipeline.evaluation.benchmark import Benchmark, Question
-from finetune_pipeline.evaluation.gate import Verdict, decide
+from finetune_pipeline.evaluation.constant import ConstantAnswer, best_constant
+from finetune_pipeline.evaluation.gate import Verdict, Worth, decide
 from finetune_pipeline.evaluation.metrics import Metric, Scorer, Scores
 from finetune_pipeline.evaluation.significance import Significance, paired_test
 from finetune_pipeline.settings import GateSettings
@@ -116,6 +117,14 @@ class Comparison:
     slices: tuple[GroupChange, ...]
     wordings: tuple[GroupChange, ...]  # empty where the benchmark names no wording
     significance: Significance
+    constant: ConstantAnswer
+    structured: bool  # the loop has an output schema
+
+    @property
+    def worth(self) -> Worth:
+        """What the challenger is worth, whatever the champion is; it was free to answer anything."""
+        totals = self.challenger.totals
+        return Worth(self.constant.right, totals.valid, totals.questions, self.structured)
 
     @property
     def disturbed(self) -> str | None:
@@ -161,8 +170,11 @@ def score_side(
     return Side(name, sha256, size_bytes, tuple(answers), scores, speed)
 
 
-def compare(benchmark: Benchmark, metric: Metric, champion: Side, challenger: Side) -> Comparison:
+def compare(benchmark: Benchmark, scorer: Scorer, champion: Side, challenger: Side) -> Comparison:
     """Compare two models that answered the same benchmark.
+
+    Args:
+        scorer: gave the scores of both sides.
 
     Raises:
         ComparisonError: one of them answered other questions.
@@ -177,7 +189,7 @@ def compare(benchmark: Benchmark, metric: Metric, champion: Side, challenger: Si
         champion.totals.total,
     )
     return Comparison(
-        metric=metric,
+        metric=scorer.metric,
         benchmark_sha256=benchmark.sha256,
         champion=champion,
         challenger=challenger,
@@ -185,6 +197,8 @@ def compare(benchmark: Benchmark, metric: Metric, champion: Side, challenger: Si
         slices=_groups(pairs, lambda question: question.slice),
         wordings=_groups(pairs, lambda question: question.wording),
         significance=significance,
+        constant=best_constant([q.expected for q in benchmark.questions], scorer.metric, structured=scorer.structured),
+        structured=scorer.structured,
     )
 
 
@@ -194,6 +208,7 @@ def judge(comparison: Comparison, settings: GateSettings) -> Verdict:
         comparison.champion.totals.right,
         comparison.challenger.totals.right,
         comparison.champion.totals.total,
+        comparison.worth,
         settings,
         comparison.significance,
         comparison.falling_slices,

@@ -3,13 +3,30 @@
 Scores are integers and the needed gain is a fraction: in floats 0.42 is not 5 % more than 0.40.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
+from math import ceil, floor
 
 from finetune_pipeline.evaluation.significance import Significance
 from finetune_pipeline.settings import GateSettings
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What tells a challenger that answers from one that is worthless, however bad the champion is.
+
+    Attributes:
+        constant_right: what the best constant answer has right.
+        valid: valid answers of the challenger, which was free to say anything.
+        answers: all of its answers.
+        structured: the loop has an output schema, so most answers have to pass it.
+    """
+
+    constant_right: int
+    valid: int
+    answers: int
+    structured: bool
 
 
 @dataclass(frozen=True)
@@ -19,7 +36,10 @@ class Verdict:
     The floats are for display only; None where they would divide by zero.
 
     Attributes:
-        needed_right: the fewest right that pass the rule on the gain; more than `total` if no score can.
+        needed_right: the fewest right that pass the rules on gain and score; more than `total` if no score can.
+        minimum_right: the most right that is still too little, whatever the champion has.
+        valid: the challenger's valid answers.
+        answers: all of its answers.
         relative_gain: gain over what the champion has right, 0.05 is 5 %.
         points: gain over all that can be right, -1 to 1.
         error_reduction: gain over what the champion has wrong.
@@ -31,6 +51,9 @@ class Verdict:
     challenger_right: int
     total: int
     needed_right: int
+    minimum_right: int
+    valid: int
+    answers: int
     relative_gain: float | None
     points: float
     error_reduction: float | None
@@ -40,19 +63,22 @@ def decide(
     champion_right: int,
     challenger_right: int,
     total: int,
+    worth: Worth,
     settings: GateSettings,
     significance: Significance | None = None,
     falling_slices: Sequence[str] = (),
 ) -> Verdict:
-    """Apply the rule: promote a challenger that gains enough over the champion on the same questions.
+    """Apply the rule: promote a challenger that is worth something and gains enough on the same questions.
 
     Enough is `min_gain` of what the champion has right (relative), of all (points), or of what it has wrong
-    (error_reduction), and always more than nothing.
+    (error_reduction), and always more than nothing. Worth something is a score above `min_score` (default: above the
+    best constant answer's) and, with an output schema, more valid answers than invalid ones.
 
     Args:
         champion_right: what the champion has right, 0 to `total`.
         challenger_right: what the challenger has right, 0 to `total`.
         total: all that can be right, at least 1.
+        worth: the best constant answer, and the challenger's valid answers.
         settings: the loop's gate.
         significance: of the gain; needed where `require_significance` is set.
         falling_slices: names of the slices in which the challenger has less right.
@@ -66,13 +92,17 @@ def decide(
             "above 0; evaluate again"
         )
     base = _base(champion_right, total, settings)
-    needed = champion_right + max(1, ceil(_min_gain(settings) * base))
-    enough = challenger_right >= needed
-    objections = [*_objections(settings, significance, falling_slices)] if enough else []
-    reason = _figures(champion_right, challenger_right, total, base, settings)
-    if not enough and needed > total:
-        objections.append(_out_of_reach(champion_right, total, needed, settings))
+    minimum = worth.constant_right if settings.min_score is None else floor(_exact(settings.min_score) * total)
     gain = challenger_right - champion_right
+    enough = gain >= max(1, ceil(_exact(settings.min_gain) * base))
+    needed = max(champion_right + max(1, ceil(_exact(settings.min_gain) * base)), minimum + 1)
+    objections = [*_worthless(challenger_right, minimum, worth)]
+    if enough:
+        objections += _objections(settings, significance, falling_slices)
+    if needed > total:
+        objections.append(_out_of_reach(champion_right, total, needed, minimum, settings))
+    figures = _figures(champion_right, challenger_right, total, base, settings)
+    reason = f"{figures}; {_stated(minimum, total, worth, settings)}"
     return Verdict(
         promote=enough and not objections,
         reason="; but ".join([reason, *objections]),
@@ -80,15 +110,35 @@ def decide(
         challenger_right=challenger_right,
         total=total,
         needed_right=needed,
+        minimum_right=minimum,
+        valid=worth.valid,
+        answers=worth.answers,
         relative_gain=gain / champion_right if champion_right else None,
         points=gain / total,
         error_reduction=gain / (total - champion_right) if champion_right < total else None,
     )
 
 
-def _min_gain(settings: GateSettings) -> Fraction:
+def _exact(setting: float) -> Fraction:
     # By its decimal text: 0.05 is 1/20, where the float itself is a little more.
-    return Fraction(str(settings.min_gain))
+    return Fraction(str(setting))
+
+
+def _stated(minimum: int, total: int, worth: Worth, settings: GateSettings) -> str:
+    """Both numbers of what it is worth, which every verdict states."""
+    if settings.min_score is None:
+        score = f"the best constant answer has {minimum:,} of {total:,} right"
+    else:
+        score = f"more than {minimum:,} of {total:,} right needed by gate.min_score {settings.min_score:g}"
+    majority = ", a majority needed" if worth.structured else ""
+    return f"{score}; {worth.valid:,} of {worth.answers:,} answers valid{majority}"
+
+
+def _worthless(challenger_right: int, minimum: int, worth: Worth) -> Iterator[str]:
+    if challenger_right <= minimum:
+        yield f"a challenger needs more than {minimum:,} right, however little the champion has"
+    if worth.structured and 2 * worth.valid <= worth.answers:
+        yield "most of its answers do not pass the output schema"
 
 
 def _base(champion_right: int, total: int, settings: GateSettings) -> int:
@@ -105,7 +155,7 @@ def _figures(champion: int, challenger: int, total: int, base: int, settings: Ga
         )
     unit = {"relative": "%", "points": "points", "error_reduction": "% of the errors"}[settings.mode]
     share = Fraction(gain, base) if base else Fraction(0)
-    needed = _min_gain(settings) * 100
+    needed = _exact(settings.min_gain) * 100
     asked = f"{_decimal(needed, 6)} {unit} needed" if needed else "more than nothing needed"
     return f"{counts}: {_word(gain)} {_percent(abs(share) * 100, needed)} {unit}, {asked}"
 
@@ -124,12 +174,17 @@ def _decimal(value: Fraction, decimals: int) -> str:
     return f"{float(value):.{decimals}f}".rstrip("0").rstrip(".")
 
 
-def _out_of_reach(champion: int, total: int, needed: int, settings: GateSettings) -> str:
+def _out_of_reach(champion: int, total: int, needed: int, minimum: int, settings: GateSettings) -> str:
+    if minimum >= total:
+        return (
+            "no score could pass: one answer has everything right; add questions with other answers to the benchmark, "
+            "or set gate.min_score"
+        )
     if champion == total:
         return "no score could pass: the champion has everything right; add harder questions to the benchmark"
     return (
         f"no score could pass: {needed:,} right would be needed of {total:,}; set gate.mode: error_reduction, which "
-        f"asks for {_decimal(_min_gain(settings) * 100, 6)} % of the {total - champion:,} that are wrong"
+        f"asks for {_decimal(_exact(settings.min_gain) * 100, 6)} % of the {total - champion:,} that are wrong"
     )
 
 

@@ -16,7 +16,7 @@ from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.evaluation.comparison import Comparison, GroupChange, Pair, Side
 from finetune_pipeline.evaluation.confidence import Separation, separation
 from finetune_pipeline.evaluation.figures import metric_table, show
-from finetune_pipeline.evaluation.gate import Verdict, decide
+from finetune_pipeline.evaluation.gate import Verdict, Worth, decide
 from finetune_pipeline.evaluation.plots import (
     confidence_plot,
     draw,
@@ -130,6 +130,7 @@ def verdict_of_report(path: Path, gate: GateSettings) -> Verdict:
             data["verdict"]["champion_right"],
             data["verdict"]["challenger_right"],
             data["verdict"]["total"],
+            Worth(**data["worth"]),
             gate,
             Significance(**data["significance"]),
             data["falling_slices"],
@@ -176,6 +177,8 @@ def _as_json(
         "champion": _side_json(comparison.champion),
         "challenger": _side_json(comparison.challenger),
         "verdict": asdict(verdict),
+        "worth": asdict(comparison.worth),
+        "constant_answer": asdict(comparison.constant),
         "gate": gate.model_dump(mode="json"),
         "significance": asdict(comparison.significance),
         "falling_slices": list(comparison.falling_slices),

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from finetune_pipeline.artifacts import (
     Artifact,
     draft,
-    find,
+    find_unaltered,
     hash_file,
     model_sha256,
     package_versions,
@@ -29,7 +29,7 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.evaluation.answers import Answer, Speed
 from finetune_pipeline.evaluation.benchmark import Benchmark, Question
 from finetune_pipeline.evaluation.comparison import Comparison, Side, compare, score_side
-from finetune_pipeline.evaluation.metrics import Metric, Scorer
+from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.inference.build import engine_build
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import ModelNotLoaded, RequestRefused
@@ -100,7 +100,6 @@ def compare_models(
     challenger: Contender,
     benchmark: Benchmark,
     scorer: Scorer,
-    metric: Metric,
     settings: EvaluationSettings,
     system_prompt: str,
     loop: str,
@@ -127,7 +126,7 @@ def compare_models(
         score_side(one.name, run.model_sha256, run.size_bytes, run.answers, benchmark, scorer, speeds[str(number)])
         for number, (one, run) in enumerate(zip(contenders, runs, strict=True))
     ]
-    return compare(benchmark, metric, *sides)
+    return compare(benchmark, scorer, *sides)
 
 
 def answer_benchmark(
@@ -156,7 +155,7 @@ def answer_benchmark(
     # How many are decoded together does not change an answer, so `parallel` is no part of the version.
     packages = package_versions("llama-cpp-python")
     version = version_of(inputs, {**decoding, "engine": engine_build()})
-    artifact = find(BenchmarkRunManifest, loop, version)
+    artifact = find_unaltered(BenchmarkRunManifest, loop, version)
     reused = artifact is not None
     if artifact is None:
         spec = spec.model_copy(update={"context": settings.context, "parallel": settings.parallel})
@@ -218,7 +217,9 @@ class _Work:
 def _generate(work: _Work, fields: Mapping[str, Any], identity: str) -> Artifact[BenchmarkRunManifest]:
     loop, version = fields["loop"], fields["version"]
     with draft(loop, BenchmarkRunManifest.stage, version, keep=True) as folder:
-        done = find(BenchmarkRunManifest, loop, version)  # somebody may have finished while we waited for the lock
+        done = find_unaltered(
+            BenchmarkRunManifest, loop, version
+        )  # somebody may have finished while we waited for the lock
         if done is not None:
             return done
         answers = _answer_rest(work, folder / ANSWERS)
@@ -280,6 +281,7 @@ def _read_answers(path: Path) -> dict[str, Answer]:
 
 
 def _request(question: Question, system_prompt: str, max_tokens: int) -> GenerateRequest:
+    # Never with the output schema: constrained decoding would make valid JSON of a model that learned none.
     return GenerateRequest(messages=chat(system_prompt, question.prompt), max_tokens=max_tokens, temperature=0.0)
 
 

@@ -15,10 +15,12 @@ from finetune_pipeline.curation.dataset import (
 )
 from finetune_pipeline.curation.origins import ORIGINS, first_origins
 from finetune_pipeline.curation.rules import CONFLICT
+from finetune_pipeline.database import connect
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.curating import dataset
 from finetune_pipeline.loop.io import pointers_key, upstream
 from finetune_pipeline.records import DatasetManifest, RawLogsManifest
+from finetune_pipeline.registry.outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings
 
 NAMED = 20
@@ -60,13 +62,16 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         artifact = dataset(loop, raw_logs)
         manifest = artifact.manifest
+        checks = list(_checks(loop, artifact))
+        # Kept here and not by Dagster's event, so that they hold whatever was selected.
+        record_outcomes(connect(), artifact, {one.check_name or "": one.passed for one in checks}, context.run.run_id)
         context.log.info(
             f"{manifest.train} to train on ({manifest.replayed} of them replayed), {manifest.validation} to validate; "
             f"beside them {manifest.pairs} pairs of a correction and the model's own answer, and "
             f"{manifest.undesirable} answers found bad; left out: {manifest.left_out or 'none'}"
         )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        yield from _checks(loop, artifact)
+        yield from checks
 
     return curated_dataset
 

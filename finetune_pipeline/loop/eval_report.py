@@ -1,13 +1,14 @@
 """The asset eval_report: champion and challenger on the same questions, and the gate's check."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import dagster as dg
 
 from finetune_pipeline.artifacts import (
     Artifact,
-    check_content,
+    ArtifactError,
+    check_unaltered,
     draft,
     hash_of,
     package_versions,
@@ -17,8 +18,9 @@ from finetune_pipeline.artifacts import (
     version_of,
 )
 from finetune_pipeline.children import die_with_run
-from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.curation.dataset import overlaps, read_all, read_rows
 from finetune_pipeline.database import connect
+from finetune_pipeline.evaluation.benchmark import Benchmark
 from finetune_pipeline.evaluation.comparison import Comparison, judge
 from finetune_pipeline.evaluation.figures import markdown_table, metric_table
 from finetune_pipeline.evaluation.gate import Verdict
@@ -31,12 +33,15 @@ from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.feedback.store import mark_judged
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
-from finetune_pipeline.loop.gguf_model import what_serves
+from finetune_pipeline.loop.gguf_model import identity, what_serves
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
+from finetune_pipeline.loop.proof import NotProven, check_proven
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
-from finetune_pipeline.registry.champion import champion
-from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison_in
+from finetune_pipeline.registry.champion import Served, serving
+from finetune_pipeline.registry.comparisons import ModelComparison, extend_watermark_in, record_comparison_in
 from finetune_pipeline.registry.models import check_file
+from finetune_pipeline.registry.outcomes import record_outcomes_in
+from finetune_pipeline.schemas import Rule
 from finetune_pipeline.settings import LoopSettings
 
 
@@ -59,6 +64,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             check("significance", "The gain is more than luck by a paired test."),
             check("no_slice_falls", "No slice of the benchmark has less right than before."),
         ],
+        output_required=False,
         kinds={"html"},
     )
     def eval_report(
@@ -67,10 +73,19 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """Champion (or base model) and challenger on the whole benchmark, both as the file or pair that would serve.
 
         Answers that were generated before are reused by hash; speed is measured anew. Writing this report is what
-        counts as judging the data, whatever the verdict.
+        counts as judging the data, whatever the verdict. Where the challenger is the champion, by hash, there is
+        nothing to compare: no report is written, and the run ends without a promotion.
         """
         die_with_run()
-        artifact, comparison, verdict = report(loop, gguf_model, context.run.run_id, context.log.info)
+        check_proven(gguf_model)
+        now = serving(connect(), loop.name)
+        if now.model is not None and now.model.sha256 == identity(gguf_model):
+            reason = f"nothing new to evaluate: the challenger is the champion {now.model.name}, by its SHA-256"
+            context.log.info(reason)
+            _judged_before(loop, gguf_model)
+            yield from _nothing_new(reason)
+            return
+        artifact, comparison, verdict = report(loop, gguf_model, now, context.run.run_id, context.log.info)
         context.log.info(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
         if comparison.disturbed:
             context.log.warning(f"latency is not stored as the models' own: {comparison.disturbed}; evaluate again")
@@ -81,34 +96,23 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
 
 def report(
-    loop: LoopSettings, gguf: Artifact[GgufManifest], run_id: str, tell: Callable[[str], None]
+    loop: LoopSettings, gguf: Artifact[GgufManifest], now: Served, run_id: str, tell: Callable[[str], None]
 ) -> tuple[Artifact[ReportManifest], Comparison, Verdict]:
-    """Compare what would serve with the champion, write the report, and remember that its data was judged."""
-    serving = champion(connect(), loop.name)
-    if serving:
-        check_file(serving)  # a damaged champion would be easy to beat
-    if serving:
-        against = ModelSpec(gguf=serving.gguf_path, adapter=serving.adapter_path)
-    else:
-        against = ModelSpec(gguf=base_gguf(loop, tell))
-    challenger = what_serves(gguf)
-    check_content(
-        gguf.path / gguf.manifest.gguf,
-        gguf.manifest.files[gguf.manifest.gguf].sha256,
-        f"delete {gguf.path}, then materialize gguf_model again",
-    )
+    """Compare what would serve with what serves now, write the report, and remember that its data was judged.
+
+    Raises:
+        ArtifactError: what answered is not what the checks of gguf_model passed on.
+    """
+    if now.model:
+        check_file(now.model)  # a damaged champion would be easy to beat
     benchmark, rules = reading.benchmark(loop), reading.rules(loop)
-    comparison = compare_models(
-        Contender(serving.name if serving else f"{loop.name}@base", against),
-        Contender("challenger", challenger),
-        benchmark,
-        Scorer(loop.evaluation.metric, reading.output_schema(loop), rules),
-        loop.evaluation.metric,
-        loop.evaluation,
-        loop.system_prompt,
-        loop.name,
-        _teller(tell),
-    )
+    check_distinct(loop, gguf)
+    comparison = _compare(loop, gguf, now, benchmark, rules, tell)
+    if comparison.challenger.gguf_sha256 != identity(gguf):
+        raise ArtifactError(
+            f"what answered the benchmark is not the file that gguf_model {gguf.manifest.version} was checked with; "
+            f"delete {gguf.path} and materialize gguf_model again"
+        )
     verdict = judge(comparison, loop.gate)
     inputs = {
         "gguf_model": gguf.manifest.version,
@@ -129,7 +133,7 @@ def report(
             "packages": package_versions(*reading.PACKAGES),
             "comparison_id": version,
             "challenger_sha256": comparison.challenger.gguf_sha256,
-            "champion_id": serving.id if serving else None,
+            "champion_id": now.model.id if now.model else None,
             "champion_sha256": comparison.champion.gguf_sha256,
             "benchmark_sha256": benchmark.sha256,
             "promote": verdict.promote,
@@ -137,8 +141,32 @@ def report(
             "watermark": gguf.manifest.watermark,
         }
         artifact = publish(folder, ReportManifest, fields)
-    _mark_judged(loop, artifact, gguf)
+    _mark_judged(loop, artifact, gguf, now.move, run_id)
     return artifact, comparison, verdict
+
+
+def _compare(
+    loop: LoopSettings,
+    gguf: Artifact[GgufManifest],
+    now: Served,
+    benchmark: Benchmark,
+    rules: Sequence[Rule],
+    tell: Callable[[str], None],
+) -> Comparison:
+    if now.model:
+        against = ModelSpec(gguf=now.model.gguf_path, adapter=now.model.adapter_path)
+    else:
+        against = ModelSpec(gguf=base_gguf(loop, tell))
+    return compare_models(
+        Contender(now.model.name if now.model else f"{loop.name}@base", against),
+        Contender("challenger", what_serves(gguf)),
+        benchmark,
+        Scorer(loop.evaluation.metric, reading.output_schema(loop), rules),
+        loop.evaluation,
+        loop.system_prompt,
+        loop.name,
+        _teller(tell),
+    )
 
 
 def judging_settings(loop: LoopSettings) -> dict[str, Any]:
@@ -153,7 +181,10 @@ def settings_hash(loop: LoopSettings) -> str:
     return hash_of({**judging_settings(loop), **reading.judging_files(loop), "base_model": base})
 
 
-def _mark_judged(loop: LoopSettings, artifact: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> None:
+def _mark_judged(
+    loop: LoopSettings, artifact: Artifact[ReportManifest], gguf: Artifact[GgufManifest], move: int, run_id: str
+) -> None:
+    """Bind the report to the database, with what its check found, and mark its data as judged: all or nothing."""
     manifest = artifact.manifest
     contents = _trained_contents(loop.name, gguf.manifest.adapter_version)
     with connect().write() as connection:
@@ -171,16 +202,57 @@ def _mark_judged(loop: LoopSettings, artifact: Artifact[ReportManifest], gguf: A
                 watermark=manifest.watermark,
                 report_path=artifact.path / HTML,
                 created_at=manifest.created_at,
+                report_sha256=artifact.sha256,
+                after_move=move,
             ),
         )
+        record_outcomes_in(connection, artifact, {"gain": manifest.promote}, run_id)
         mark_judged(connection, loop.name, contents)
+
+
+def _judged_before(loop: LoopSettings, gguf: Artifact[GgufManifest]) -> None:
+    """Mark the data of a challenger that is the champion as judged: it gave a model whose verdict is known.
+
+    Otherwise the same data would start the loop again and again.
+    """
+    contents = _trained_contents(loop.name, gguf.manifest.adapter_version)
+    with connect().write() as connection:
+        extend_watermark_in(connection, loop.name, identity(gguf), gguf.manifest.watermark)
+        mark_judged(connection, loop.name, contents)
+
+
+def check_distinct(loop: LoopSettings, gguf: Artifact[GgufManifest]) -> None:
+    """Refuse a model that learned from examples near the benchmark as it is now.
+
+    The check no_benchmark_overlap asked the same of the benchmark as it was when the dataset was made.
+
+    Raises:
+        NotProven: the message names examples.
+    """
+    dataset = _dataset_of(loop.name, gguf.manifest.adapter_version)
+    if dataset.manifest.inputs.get("benchmark") == reading.judging_files(loop)["benchmark"]:
+        return
+    near = list(overlaps(read_all(dataset.path), reading.policy(loop)))
+    if near:
+        raise NotProven(
+            f"curated_dataset {dataset.manifest.version} was made for another benchmark, and {len(near)} of its "
+            f"examples are near-duplicates of questions of this one ({', '.join(near[:3])}); materialize "
+            "everything from curated_dataset on again"
+        )
+
+
+def _dataset_of(loop: str, adapter_version: str) -> Artifact[DatasetManifest]:
+    adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version)
+    check_unaltered(adapter)
+    version = adapter.manifest.inputs["curated_dataset"]
+    dataset = read(DatasetManifest, stage_folder(loop, DatasetManifest.stage) / version)
+    check_unaltered(dataset)
+    return dataset
 
 
 def _trained_contents(loop: str, adapter_version: str) -> list[str]:
     """Content hashes of the examples that this adapter was trained and validated on, as they were before redaction."""
-    adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version).manifest
-    version = adapter.inputs["curated_dataset"]
-    dataset = read(DatasetManifest, stage_folder(loop, DatasetManifest.stage) / version)
+    dataset = _dataset_of(loop, adapter_version)
     rows = [row for split in ("train", "validation") for row in read_rows(dataset.path, split)]
     return [row["content_hash"] for row in rows if row["source"] != "replay"]
 
@@ -205,6 +277,10 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
         "right_challenger": verdict.challenger_right,
         "right_champion": verdict.champion_right,
         "of": verdict.total,
+        "best_constant_answer": comparison.constant.right,
+        "score_above": verdict.minimum_right,
+        "valid_challenger": verdict.valid,
+        "answers_challenger": verdict.answers,
         "comparison": dg.MetadataValue.md(markdown_table(comparison)),
         "plot": picture(plot_png(comparison), "champion and challenger"),
         "report": dg.MetadataValue.path(artifact.path / HTML),
@@ -212,6 +288,12 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
         "speed": comparison.disturbed or "measured on a quiet machine",
         **figures,
     }
+
+
+def _nothing_new(reason: str) -> Iterator[dg.AssetCheckResult]:
+    # Dagster asks for the outcome of each check of an asset, also where the asset is not materialized.
+    for name in ("gain", "significance", "no_slice_falls"):
+        yield dg.AssetCheckResult(check_name=name, passed=True, description=reason)
 
 
 def _checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Iterator[dg.AssetCheckResult]:
@@ -226,6 +308,9 @@ def _checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Ite
             "right_champion": verdict.champion_right,
             "needed": verdict.needed_right,
             "of": verdict.total,
+            "more_than": verdict.minimum_right,
+            "valid": verdict.valid,
+            "answers": verdict.answers,
         },
     )
     significance = comparison.significance

@@ -11,6 +11,7 @@ import dagster as dg
 from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
+    model_sha256,
     obtain,
     package_versions,
     read,
@@ -19,6 +20,7 @@ from finetune_pipeline.artifacts import (
     write_text,
 )
 from finetune_pipeline.children import die_with_run
+from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf_artifact, check_base
 from finetune_pipeline.export.checks import agreement, tokenizer_parity
@@ -30,11 +32,12 @@ from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.io import pointers_key, upstream
 from finetune_pipeline.records import AdapterManifest, BaseGgufManifest, GgufManifest, chat
+from finetune_pipeline.registry.outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings
 
 CHECKS = "checks.json"
 NAMED = 5
-BLOCKING = ("loads_and_answers", "tokenizer_parity")
+BLOCKING = GgufManifest.blocking_checks
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,10 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """
         die_with_run()
         artifact = model(loop, lora_adapter, context.log.info)
+        outcomes = _kept_outcomes(artifact.path)
+        record_outcomes(connect(), artifact, {one.name: one.passed for one in outcomes}, context.run.run_id)
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        for outcome in _kept_outcomes(artifact.path):
+        for outcome in outcomes:
             severity = dg.AssetCheckSeverity.ERROR if outcome.name in BLOCKING else dg.AssetCheckSeverity.WARN
             passed = outcome.passed
             if "share" in outcome.figures:  # what was found is kept, what is asked for may have changed since
@@ -128,6 +133,7 @@ def model(
             "base_hash": adapter.manifest.base_hash,
             "adapter_version": adapter.manifest.version,
             "mode": adapter.manifest.mode,
+            "datasets": adapter.manifest.datasets,
             "watermark": adapter.manifest.watermark,
         }
 
@@ -191,6 +197,13 @@ def what_serves(artifact: Artifact[GgufManifest]) -> ModelSpec:
         raise ArtifactError(f"the base in {folder} was made again and is not what {file} was checked with. {remedy}")
     check_base(below)
     return ModelSpec(gguf=below.path / below.manifest.gguf, adapter=file)
+
+
+def identity(artifact: Artifact[GgufManifest]) -> str:
+    """Return the SHA-256 of the file that would serve, or the identity of the pair, as its manifest has it."""
+    manifest = artifact.manifest
+    sha256 = manifest.files[manifest.gguf].sha256
+    return sha256 if manifest.base_gguf_sha256 is None else model_sha256(manifest.base_gguf_sha256, sha256)
 
 
 def check(loop: LoopSettings, base: Path, exported: ExportedModel) -> list[Outcome]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.artifacts import Artifact, ArtifactError, find, hash_of
+from finetune_pipeline.artifacts import Artifact, ArtifactError, find_unaltered, hash_of
 from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.curation.preferences import LABELLED
 from finetune_pipeline.database import connect
@@ -107,7 +107,7 @@ def _full(reason: str) -> Start:
 
 def _found(kind: Any, loop: str, version: str | None) -> Any:
     try:
-        return find(kind, loop, version) if version else None
+        return find_unaltered(kind, loop, version) if version else None
     except ArtifactError:  # damaged: as good as gone
         return None
 

@@ -40,10 +40,10 @@ class ArtifactPointers(dg.IOManager):
         artifacts.point(obj.manifest, context.run_id)
 
     def load_input(self, context: dg.InputContext) -> Artifact[Any]:
-        """The version of this run, or the latest one.
+        """The version of this run, or the latest one, as it was made: what was edited since is refused.
 
         Raises:
-            ArtifactError: the stage was never materialized, or its artifact is gone.
+            ArtifactError: the stage was never materialized, or its artifact is gone or was edited.
         """
         kind = STAGES[context.asset_key.path[-1]]
         own = artifacts.pointed(kind, self._loop, context.step_context.run_id)
@@ -53,6 +53,7 @@ class ArtifactPointers(dg.IOManager):
                 f"{kind.stage} of loop {self._loop} was never materialized here; materialize it first, or select "
                 "everything upstream with '*promoted_model'"
             )
+        artifacts.check_unaltered(found)
         return found
 
 

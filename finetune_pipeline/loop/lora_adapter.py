@@ -159,11 +159,16 @@ def adapter(
             "mode_reason": begin.reason,
             "new_examples": begin.new,
             "method_reason": choice.reason,
+            "datasets": _learned_from(dataset, begin.adapter),
             "watermark": dataset.manifest.watermark,
             **_figures(result),
         }
 
     return obtain(AdapterManifest, loop.name, version_of(inputs, shaping), make, keep=True)
+
+
+def _learned_from(dataset: Artifact[DatasetManifest], initial: Artifact[AdapterManifest] | None) -> dict[str, str]:
+    return {**(initial.manifest.datasets if initial else {}), dataset.manifest.version: dataset.sha256}
 
 
 def _settled(base_model: str, settings: TrainingSettings, tell: Callable[[str], None]) -> TrainingSettings:

@@ -10,6 +10,7 @@ import dagster as dg
 from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
+    alteration,
     hash_file,
     model_sha256,
     obtain,
@@ -25,6 +26,7 @@ from finetune_pipeline.loop.eval_report import settings_hash
 from finetune_pipeline.loop.gguf_model import what_serves
 from finetune_pipeline.loop.io import pointers_key, upstream
 from finetune_pipeline.loop.lineage import card
+from finetune_pipeline.loop.proof import check_passed, check_proven
 from finetune_pipeline.loop.reading import PACKAGES
 from finetune_pipeline.records import GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.registry.card import MODEL_CARD
@@ -87,32 +89,43 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 def check_measured(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> Verdict:
     """The gate's verdict on the report, which has to be about these very files under these very settings.
 
+    The report is asked of the database, by hash, and its verdict three times: of the rule, applied again to its
+    figures; of its manifest; and of the database, where editing files does not reach.
+
     Raises:
-        NotMeasured: file (of a pair, either of them), benchmark, settings or champion are not those of the report.
+        NotMeasured: file (of a pair, either of them), report, benchmark, settings or champion are not those that were
+            compared.
+        NotProven: a blocking check of what the model was made from did not pass.
     """
     manifest = report.manifest
-    serving = champion(connect(), loop.name)
+    now = champion(connect(), loop.name)
     files = what_serves(gguf)
-    identity = model_sha256(hash_file(files.gguf), hash_file(files.adapter) if files.adapter else None)
+    measured = model_sha256(hash_file(files.gguf), hash_file(files.adapter) if files.adapter else None)
+    judged = find_comparison(connect(), loop.name, manifest.comparison_id)
     found = {
-        "the GGUF": (identity, manifest.challenger_sha256),
-        "the report's own file": (hash_file(report.path / JSON), manifest.files[JSON].sha256),
+        "the GGUF": ((measured, gguf.manifest.version), (manifest.challenger_sha256, manifest.inputs["gguf_model"])),
+        "the report": (alteration(report), None),
+        "the report in the database": (judged.report_sha256 if judged else None, report.sha256),
         "base model, benchmark, schema, rules or gate settings": (settings_hash(loop), manifest.inputs["settings"]),
     }
-    differing = [name for name, (now, then) in found.items() if now != then]
-    challenger_serves = serving is not None and serving.sha256 == manifest.challenger_sha256
-    same_champion = (serving.id if serving else None) == manifest.champion_id
-    if not (challenger_serves or same_champion):
+    differing = [name for name, (is_now, then) in found.items() if is_now != then]
+    challenger_serves = now is not None and now.sha256 == manifest.challenger_sha256
+    if not challenger_serves and (now.id if now else None) != manifest.champion_id:
         differing.append("the champion")
-    judged = find_comparison(connect(), loop.name, manifest.comparison_id)
-    if judged is None or (judged.challenger_sha256, judged.promote) != (manifest.challenger_sha256, manifest.promote):
-        differing.append("what the database says of this comparison")
-    if differing:
+    if differing or judged is None:
         raise NotMeasured(
             f"the report {manifest.version} was not made for what would be promoted now; changed since: "
             f"{', '.join(differing)}. Materialize eval_report again, then promoted_model"
         )
-    return verdict_of_report(report.path / JSON, loop.gate)
+    verdict = verdict_of_report(report.path / JSON, loop.gate)
+    said = {"the rule": verdict.promote, "its manifest": manifest.promote, "the database": judged.promote}
+    if len(set(said.values())) > 1:
+        each = ", ".join(f"{who} says {'promote' if promote else 'reject'}" for who, promote in said.items())
+        raise NotMeasured(f"the verdicts on report {manifest.version} differ: {each}. Materialize eval_report again")
+    check_proven(gguf)
+    if verdict.promote:
+        check_passed(loop.name, ReportManifest, manifest.version, report.sha256)
+    return verdict
 
 
 def _promote(

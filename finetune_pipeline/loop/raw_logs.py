@@ -12,8 +12,9 @@ import sqlalchemy as sa
 from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
+    alteration,
     draft,
-    find,
+    find_unaltered,
     hash_file,
     package_versions,
     pointed,
@@ -129,6 +130,8 @@ def _base(loop: LoopSettings, connection: sa.Connection, until: int) -> Artifact
         last = pointed(RawLogsManifest, loop.name)
     except ArtifactError:
         return None  # it was deleted or damaged; the store has everything
+    if last is not None and alteration(last):
+        return None  # edited since; the store has everything
     if last is None or last.manifest.settings != _settings(loop) or last.manifest.watermark > until:
         return None  # a watermark ahead of the store: it was put back to an earlier copy of itself
     if last.manifest.inputs.get("store") != str(store_id(connection)):
@@ -155,7 +158,7 @@ def _write(
         content = {name: record.sha256 for name, record in known.items()}
         inputs = {**content, newest: hash_file(folder / newest), "events": f"1..{until}"}
         version = version_of(inputs, _settings(loop))
-        found = find(RawLogsManifest, loop.name, version)
+        found = find_unaltered(RawLogsManifest, loop.name, version)
         if found is not None:
             return found
         fields = {

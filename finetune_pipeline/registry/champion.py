@@ -15,7 +15,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import champions, models
-from finetune_pipeline.registry.history import Action, history_in, record_in, stack_of
+from finetune_pipeline.registry.comparisons import comparison_in
+from finetune_pipeline.registry.history import (
+    Action,
+    history_in,
+    newest_move_in,
+    promotions_in,
+    record_in,
+    stack_of,
+)
 from finetune_pipeline.registry.models import (
     Candidate,
     ModelVersion,
@@ -40,6 +48,26 @@ def champion(db: Database, loop: str) -> ModelVersion | None:
     """The model that serves; None is the loop's base model."""
     with db.read() as connection:
         return _champion_in(connection, loop)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What serves, and the number of the move that made it so.
+
+    Attributes:
+        model: None is the base model.
+        move: id of the champion's newest move; 0 if it never moved.
+    """
+
+    model: ModelVersion | None
+    move: int
+
+
+def serving(db: Database, loop: str) -> Served:
+    """The champion together with its newest move, as one state: what a comparison rests on."""
+    with db.read() as connection:
+        newest = newest_move_in(connection, loop)
+        return Served(_champion_in(connection, loop), newest.id if newest else 0)
 
 
 def champion_ids(db: Database) -> dict[str, str | None]:
@@ -75,19 +103,23 @@ def promote(
 ) -> ModelVersion:
     """Register a candidate and make it the champion, in one transaction.
 
-    Asked again after it succeeded (a retried step), it changes nothing and returns the same version.
+    Asked again while the candidate serves (a retried step), it changes nothing and returns the same version.
+
+    A comparison justifies one promotion, and only until the champion's next move: after a person's rollback or switch
+    the champion may be the one that was compared with, and the old comparison still says nothing against that person.
 
     Args:
         candidate: the GGUF that was measured; its file is hashed again.
         expected_champion_id: the champion that it was compared with; None is the base model.
         actor: who or what promotes.
         reason: the verdict's sentence; for "force", why the rule is passed over.
-        comparison_id: the report that says so; "force" may do without.
+        comparison_id: the recorded comparison that says so; "force" may do without.
         action: "force" passes over the gate's verdict, never over the champion.
 
     Raises:
-        ChampionMoved: another champion serves by now; nothing was changed.
-        RegistryError: the file is not what was measured, or actor, reason or comparison is missing.
+        ChampionMoved: the champion moved since the comparison; nothing was changed.
+        RegistryError: the file is not what was measured, the comparison is not about it or does not say to promote it,
+            or actor, reason or comparison is missing.
     """
     _check_signed(action, actor, reason)
     if action == "promote" and not comparison_id:
@@ -96,6 +128,8 @@ def promote(
     with moving(db, candidate.loop) as move:
         if move.current_id != candidate.id and move.current_id != expected_champion_id:
             raise _moved(move.connection, candidate.loop, expected_champion_id)
+        if action == "promote" and move.current_id != candidate.id:
+            _check_justified(move.connection, candidate, comparison_id or "")
         check_there(candidate)  # it may have been deleted while this waited for its turn
         model = register_in(move.connection, candidate, move.now)
         return move.to(model.id, action, actor, reason, comparison_id) or model
@@ -106,7 +140,7 @@ def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> Mo
 
     Raises:
         UnknownVersion: no model has this version; the message lists those that there are.
-        RegistryError: it was deleted, its file is gone or differs, or actor or reason is missing.
+        RegistryError: it was never promoted, was deleted, its file is gone or differs, or actor or reason is missing.
     """
     _check_signed("switch", actor, reason)
     if version.rpartition("@")[0] not in {"", loop}:
@@ -156,11 +190,17 @@ class Move:
         it goes one step back in history.
 
         Raises:
-            RegistryError: the model was deleted.
+            RegistryError: the model was deleted, or a switch or rollback would bring one that was never promoted.
         """
         target = model_in(self.connection, self.loop, model_id) if model_id else None
+        if model_id and (target is None or target.id != model_id):
+            raise RegistryError(
+                f"no model of {self.loop} in the registry has the id {model_id}; choose another version"
+            )
         if target is not None:
             check_kept(target)  # asked under the lock: until here it could be deleted
+        if target is not None and action in {"switch", "rollback"}:
+            _check_promoted(self.connection, target)
         if model_id == self.current_id and action != "rollback":
             return target
         here = champions.c.loop == self.loop
@@ -219,6 +259,37 @@ def _resolve_in(connection: sa.Connection, version: str, loop: str) -> ModelVers
         model_id = _previous_id(connection, loop)
         return model_in(connection, loop, model_id) if model_id else None
     return version_in(connection, loop, version)
+
+
+def _check_justified(connection: sa.Connection, candidate: Candidate, comparison_id: str) -> None:
+    """Refuse a promotion that its comparison does not justify, or justifies no more."""
+    found = comparison_in(connection, candidate.loop, comparison_id)
+    if found is None:
+        raise RegistryError(f"the comparison {comparison_id} is not in the database; materialize eval_report again")
+    if not found.promote or found.challenger_sha256 != candidate.sha256:
+        said = "says to reject its challenger" if not found.promote else "is about another model"
+        raise RegistryError(
+            f"the comparison {comparison_id} {said} ({found.reason}); it promotes nothing here. Evaluate this model"
+        )
+    newest = newest_move_in(connection, candidate.loop)
+    if found.after_move != (newest.id if newest else 0):
+        how = f" ({newest.action} by {newest.actor}, {newest.created_at:%Y-%m-%d %H:%M} UTC)" if newest else ""
+        raise ChampionMoved(
+            f"the champion moved{how} since comparison {comparison_id} was made, which justifies one promotion, and "
+            "none after the champion's next move; nothing was changed. Materialize eval_report again to compare anew"
+        )
+
+
+def _check_promoted(connection: sa.Connection, model: ModelVersion) -> None:
+    """Refuse a version that no promotion brought in, or whose row is about another file than was promoted."""
+    promotions = promotions_in(connection, model.loop, model.id)
+    compared = [comparison_in(connection, model.loop, one.comparison_id) for one in promotions if one.comparison_id]
+    known = {found.challenger_sha256 for found in compared if found is not None}
+    if not promotions or (known and model.sha256 not in known):
+        raise RegistryError(
+            f"{model.name} cannot serve: the history of {model.loop} has no promotion of this model (SHA-256 "
+            f"{model.sha256[:16]}...); `finetune model history` shows what was promoted. Promote it by a run first"
+        )
 
 
 def _moved(connection: sa.Connection, loop: str, expected_id: str | None) -> ChampionMoved:

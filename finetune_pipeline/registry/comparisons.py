@@ -27,6 +27,12 @@ class ModelComparison(Record):
     watermark: int = Field(ge=0, description="The data that was judged ends at this sequence.")
     report_path: Path
     created_at: Moment
+    report_sha256: str | None = Field(
+        default=None, description="Of the report's manifest, which holds the hashes of the report's files."
+    )
+    after_move: int | None = Field(
+        default=None, description="Id of the champion's newest move when this was made; 0: it had never moved."
+    )
 
 
 def record_comparison(db: Database, comparison: ModelComparison) -> None:
@@ -45,12 +51,35 @@ def record_comparison_in(connection: sa.Connection, comparison: ModelComparison)
 
 def find_comparison(db: Database, loop: str, id: str) -> ModelComparison | None:
     """The comparison of this id."""
-    return next(iter(_select(db, model_comparisons.c.loop == loop, model_comparisons.c.id == id)), None)
+    with db.read() as connection:
+        return comparison_in(connection, loop, id)
+
+
+def comparison_in(connection: sa.Connection, loop: str, id: str) -> ModelComparison | None:
+    """As `find_comparison`, within a transaction."""
+    here = (model_comparisons.c.loop == loop, model_comparisons.c.id == id)
+    row = connection.execute(sa.select(model_comparisons).where(*here)).first()
+    return _from_row(row) if row else None
+
+
+def extend_watermark_in(connection: sa.Connection, loop: str, challenger_sha256: str, watermark: int) -> None:
+    """Let the newest comparison of this challenger speak for data up to `watermark`, which gave the same model again.
+
+    Without it that data would start the loop again, to the same end.
+    """
+    c = model_comparisons.c
+    of_it = (c.loop == loop, c.challenger_sha256 == challenger_sha256)
+    newest = connection.execute(sa.select(c.id).where(*of_it).order_by(c.created_at.desc()).limit(1)).scalar()
+    here = (c.loop == loop, c.id == newest, c.watermark < watermark)
+    connection.execute(sa.update(model_comparisons).where(*here).values(watermark=watermark))
 
 
 def list_comparisons(db: Database, loop: str) -> list[ModelComparison]:
     """All comparisons of a loop, the newest first."""
-    return _select(db, model_comparisons.c.loop == loop)
+    c = model_comparisons.c
+    with db.read() as connection:
+        rows = connection.execute(sa.select(model_comparisons).where(c.loop == loop).order_by(c.created_at.desc()))
+        return [_from_row(row) for row in rows]
 
 
 def judged_watermark(db: Database, loop: str) -> int:
@@ -58,12 +87,6 @@ def judged_watermark(db: Database, loop: str) -> int:
     newest = sa.select(sa.func.max(model_comparisons.c.watermark)).where(model_comparisons.c.loop == loop)
     with db.read() as connection:
         return connection.execute(newest).scalar() or 0
-
-
-def _select(db: Database, *where: sa.ColumnElement[bool]) -> list[ModelComparison]:
-    rows = sa.select(model_comparisons).where(*where).order_by(model_comparisons.c.created_at.desc())
-    with db.read() as connection:
-        return [_from_row(row) for row in connection.execute(rows)]
 
 
 def _from_row(row: sa.Row[Any]) -> ModelComparison:

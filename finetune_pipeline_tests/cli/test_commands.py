@@ -15,13 +15,13 @@ from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.models import Candidate
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop
 from finetune_pipeline.training.backends.base import Availability
 from finetune_pipeline.training.backends.unsloth import Unsloth
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline_tests.conftest import interaction
+from finetune_pipeline_tests.registry.conftest import promote_over
 
 LOOP = "aec_parser"
 
@@ -49,8 +49,7 @@ def two_versions(own_home):
             loop=LOOP, gguf_path=path, gguf_sha256=hash_file(path), base_hash="b", mode="full",
             lineage={"lora_adapter": "abc"}, scores={"accuracy": 0.5 + number / 10}, report_path=path,
         )  # fmt: skip
-        before = champion(connect(), LOOP)
-        promote(connect(), candidate, before.id if before else None, "test", f"gain {number}", f"report {number}")
+        promote_over(connect(), candidate, f"gain {number}", "test")
 
 
 def test_models_are_listed_with_the_one_that_serves(two_versions):
@@ -113,12 +112,11 @@ def test_a_table_without_its_name_is_told_to_be_named_as_one(tmp_path):
 def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
     base, adapter = own_home / "model-1.gguf", own_home / "adapter.gguf"
     adapter.write_bytes(b"GGUF adapter")
-    before = champion(connect(), LOOP)
     pair = Candidate(
         loop=LOOP, gguf_path=base, gguf_sha256=hash_file(base), adapter_path=adapter, adapter_sha256=hash_file(adapter),
         base_hash="b", mode="full", lineage={}, scores={}, report_path=base,
     )  # fmt: skip
-    promote(connect(), pair, before.id, "test", "gain 3", "report 3")
+    promote_over(connect(), pair, "gain 3", "test")
     assert spec_of(load_loop(LOOP), "champion") == (f"{LOOP}@v1.2.0", ModelSpec(gguf=base, adapter=adapter))
     assert spec_of(load_loop(LOOP), "previous") == (f"{LOOP}@v1.1.0", ModelSpec(gguf=own_home / "model-2.gguf"))
 

@@ -12,10 +12,11 @@ from finetune_pipeline.artifacts import draft, hash_file, publish, stage_folder
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.records import GgufManifest
-from finetune_pipeline.registry.champion import champion, promote
+from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.models import Candidate
 from finetune_pipeline.registry.trainings import TrainingRun, record_training
 from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline_tests.registry.conftest import promote_over
 
 LOOP = "aec_parser"
 
@@ -46,8 +47,7 @@ def version(number, **files):
         lineage={"base_model": "data/starter_model", "lora_adapter": f"lora{number}", "watermark": number},
         scores={"accuracy": 0.5 + number / 100, "latency_p50_ms": 20.0 + number}, report_path=path,
     )  # fmt: skip
-    before = champion(connect(), LOOP)
-    return promote(connect(), candidate, before.id if before else None, "test", f"gain {number}", f"report {number}")
+    return promote_over(connect(), candidate, f"gain {number}", "test")
 
 
 @pytest.fixture

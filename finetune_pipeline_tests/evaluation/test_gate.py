@@ -1,18 +1,29 @@
 """The rule of promotion, at its boundaries."""
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_pipeline.evaluation.gate import decide
+from finetune_pipeline.evaluation import gate
+from finetune_pipeline.evaluation.gate import Verdict, Worth
 from finetune_pipeline.evaluation.significance import Significance
 from finetune_pipeline.settings import GateSettings
+
+WORTHY = Worth(constant_right=0, valid=100, answers=100, structured=True)
+
+
+def decide(champion: int, challenger: int, total: int, *others: Any, worth: Worth = WORTHY) -> Verdict:
+    """The rule, asked about a challenger that is worth something unless it is said otherwise."""
+    return gate.decide(champion, challenger, total, worth, *others)
+
 
 RELATIVE = GateSettings()
 POINTS = GateSettings(mode="points")
 ERRORS = GateSettings(mode="error_reduction")
+MIN_30 = GateSettings(min_score=0.3)
 LUCK = Significance("paired bootstrap over questions", 0.2, -0.01, 0.05, 200)
 SURE = Significance("paired bootstrap over questions", 0.001, 0.02, 0.05, 200)
 
@@ -105,6 +116,73 @@ def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int,
     champion, challenger, total = numbers
     if challenger < total and decide(champion, challenger, total, gate).promote:
         assert decide(champion, challenger + 1, total, gate).promote
+
+
+@pytest.mark.parametrize(
+    ("champion", "challenger", "total", "worth", "settings", "promote", "words"),
+    [
+        # 10 of 170 by one word for nearly every question, against a base that has nothing
+        (
+            0,
+            10,
+            170,
+            Worth(10, 170, 170, True),
+            RELATIVE,
+            False,
+            "best constant answer has 10 of 170 right; 170 of 170",
+        ),
+        (0, 10, 170, Worth(12, 170, 170, False), RELATIVE, False, "but a challenger needs more than 12 right"),
+        (0, 11, 170, Worth(10, 170, 170, False), RELATIVE, True, "the best constant answer has 10 of 170 right"),
+        # 2 of 60 without a valid answer
+        (0, 2, 60, Worth(1, 0, 60, True), RELATIVE, False, "0 of 60 answers valid, a majority needed; but most of its"),
+        (0, 40, 60, Worth(1, 30, 60, True), RELATIVE, False, "but most of its answers do not pass the output schema"),
+        (0, 40, 60, Worth(1, 31, 60, True), RELATIVE, True, "31 of 60 answers valid, a majority needed"),
+        (0, 40, 60, Worth(1, 0, 60, False), RELATIVE, True, "0 of 60 answers valid"),  # free text
+        # a champion that is worthless itself, in each mode
+        (5, 10, 170, Worth(10, 170, 170, False), RELATIVE, False, "gain 100.0 %, 5 % needed; the best constant"),
+        (1, 10, 100, Worth(10, 100, 100, False), POINTS, False, "but a challenger needs more than 10"),
+        (0, 10, 100, Worth(10, 100, 100, False), ERRORS, False, "but a challenger needs more than 10"),
+        # a threshold of one's own, in place of the constant answer's
+        (
+            0,
+            30,
+            100,
+            Worth(10, 100, 100, False),
+            MIN_30,
+            False,
+            "more than 30 of 100 right needed by gate.min_score 0.3",
+        ),
+        (
+            0,
+            31,
+            100,
+            Worth(90, 100, 100, False),
+            MIN_30,
+            True,
+            "more than 30 of 100 right needed by gate.min_score 0.3",
+        ),
+        (0, 1, 100, Worth(90, 100, 100, False), GateSettings(min_score=0), True, "more than 0 of 100"),
+        (0, 29, 1000, Worth(0, 100, 100, False), GateSettings(min_score=0.029), False, "more than 29 of 1,000"),
+        # rejected for its gain: both numbers are stated all the same
+        (
+            40,
+            41,
+            100,
+            Worth(7, 99, 100, True),
+            RELATIVE,
+            False,
+            "constant answer has 7 of 100 right; 99 of 100 answers",
+        ),
+        (0, 0, 100, Worth(100, 100, 100, False), RELATIVE, False, "one answer has everything right; add questions"),
+    ],
+)
+def test_a_worthless_challenger_is_rejected_whatever_the_champion_has(
+    champion: int, challenger: int, total: int, worth: Worth, settings: GateSettings, promote: bool, words: str
+) -> None:
+    verdict = decide(champion, challenger, total, settings, worth=worth)
+    assert (verdict.promote, words in verdict.reason) == (promote, True), verdict.reason
+    assert verdict.promote == (challenger >= verdict.needed_right and "most of its" not in verdict.reason)
+    assert f"{worth.valid} of {worth.answers} answers valid" in verdict.reason
 
 
 @given(counts, gates)

@@ -20,6 +20,7 @@ from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_b
 HOSTILE = "<script>alert('{{ 7*7 }}')</script>"
 RULES = (Rule("rated", "Walls have a fire rating", {"required": ["fire_rating_hr"]}),)
 RIGHT, HALF = json.dumps(WALL), '{"element": "wall", "material": "brick"}'
+SCORER = Scorer("parameters", SCHEMA, RULES)
 FAST = Speed(latency_p50_ms=40, latency_p95_ms=60, tokens_per_second=900, prompts=24)
 SLOW = Speed(latency_p50_ms=50, latency_p95_ms=90, tokens_per_second=700, prompts=24)
 
@@ -42,14 +43,14 @@ def side(name: str, texts: list[str], benchmark: Benchmark, speed: Speed | None)
         )
         for question, text in zip(benchmark.questions, texts, strict=True)
     ]
-    return score_side(name, name * 8, 4_000_000, answers, benchmark, Scorer("parameters", SCHEMA, RULES), speed)
+    return score_side(name, name * 8, 4_000_000, answers, benchmark, SCORER, speed)
 
 
 @pytest.fixture
 def comparison(benchmark: Benchmark) -> Comparison:
     champion = side("champ", [HALF, HALF, HALF, RIGHT], benchmark, SLOW)
     challenger = side("chall", [RIGHT, RIGHT, HOSTILE, HALF], benchmark, FAST)
-    return compare(benchmark, "parameters", champion, challenger)
+    return compare(benchmark, SCORER, champion, challenger)
 
 
 def test_slices_wordings_and_questions_are_compared(comparison: Comparison) -> None:
@@ -66,7 +67,7 @@ def test_slices_wordings_and_questions_are_compared(comparison: Comparison) -> N
 def test_answers_to_other_questions_are_refused(benchmark: Benchmark, comparison: Comparison) -> None:
     fewer = Benchmark(benchmark.questions[:2], "other")
     with pytest.raises(ComparisonError, match=r"champ answered other questions \(4\) than the benchmark has \(2\)"):
-        compare(fewer, "parameters", comparison.champion, comparison.challenger)
+        compare(fewer, SCORER, comparison.champion, comparison.challenger)
 
 
 def test_the_table_has_one_row_for_each_metric(comparison: Comparison) -> None:
@@ -108,7 +109,7 @@ def test_confidence_is_measured_against_what_was_right() -> None:
 
 
 def test_the_report_is_one_escaped_page_and_one_json(tmp_path: Path, comparison: Comparison) -> None:
-    gate = GateSettings()
+    gate = GateSettings(min_score=0.25)
     folder = tmp_path / "report"
     write_report(folder, "aec", comparison, judge(comparison, gate), gate, 0.85, RULES)
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json"]
@@ -120,7 +121,12 @@ def test_the_report_is_one_escaped_page_and_one_json(tmp_path: Path, comparison:
     assert "Not enough: the champion stays" in page
     assert page.count("data:image/svg+xml;base64,") == 5
     data = json.loads((folder / "report.json").read_text())
-    assert data["verdict"]["reason"] == "challenger 10 of 16 right against 10: gain 0.0 %, 5 % needed"
+    assert data["verdict"]["reason"] == (
+        "challenger 10 of 16 right against 10: gain 0.0 %, 5 % needed; more than 4 of 16 right needed by "
+        "gate.min_score 0.25; 3 of 4 answers valid, a majority needed"
+    )
+    assert "has to score above 4 of 16 (gate.min_score)" in page
+    assert "has 16 right. Decoded without a schema, 3 of 4 answers are valid, and a majority has to be." in page
     assert [question["change"] for question in data["questions"]] == [2, 2, -2, -2]
     assert data["questions"][2]["challenger"]["problem"].startswith("not JSON")
 
@@ -128,8 +134,8 @@ def test_the_report_is_one_escaped_page_and_one_json(tmp_path: Path, comparison:
 def test_the_gate_can_be_asked_again_on_a_report(tmp_path: Path, benchmark: Benchmark) -> None:
     champion = side("champ", [HALF] * 4, benchmark, None)
     challenger = side("chall", [RIGHT, RIGHT, RIGHT, HALF], benchmark, None)
-    comparison = compare(benchmark, "parameters", champion, challenger)
-    gate, strict = GateSettings(), GateSettings(require_significance=True)
+    comparison = compare(benchmark, SCORER, champion, challenger)
+    gate, strict = GateSettings(min_score=0), GateSettings(min_score=0, require_significance=True)
     write_report(tmp_path, "aec", comparison, judge(comparison, gate), gate, 0.85)
     assert verdict_of_report(tmp_path / "report.json", gate) == judge(comparison, gate)
     assert verdict_of_report(tmp_path / "report.json", gate).promote

@@ -132,9 +132,7 @@ def test_two_models_are_compared_from_end_to_end(tmp_path: Path, benchmark: Benc
     scorer = Scorer("parameters", SCHEMA)
 
     def compared() -> Comparison:
-        return compare_models(
-            champion, challenger, benchmark, scorer, "parameters", SETTINGS, "", "aec", open_engine=engines
-        )
+        return compare_models(champion, challenger, benchmark, scorer, SETTINGS, "", "aec", open_engine=engines)
 
     comparison = compared()
     assert (comparison.champion.totals.right, comparison.challenger.totals.right) == (16, 28)

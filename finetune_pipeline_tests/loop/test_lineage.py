@@ -14,7 +14,7 @@ from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, publish
 from finetune_pipeline.loop.lineage import MadeWith, card, lineage, made_with
 from finetune_pipeline.loop.lora_adapter import training_run
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
-from finetune_pipeline.registry.champion import champion, promote
+from finetune_pipeline.registry.champion import champion, promote, serving
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
 from finetune_pipeline.registry.models import Candidate
 from finetune_pipeline.registry.trainings import record_training
@@ -64,9 +64,9 @@ def adapter(db, version, of, run="run-1", on_top_of=None):
     record_training(db, training_run(manifest, run))
 
 
-def report(db, version, number):
+def report(db, version, path):
     fields = {
-        "comparison_id": version, "challenger_sha256": f"{number:064x}", "champion_id": None,
+        "comparison_id": version, "challenger_sha256": hash_file(path), "champion_id": None,
         "champion_sha256": "d" * 64, "benchmark_sha256": "e" * 64, "promote": True,
         "reason": "gain 50.0 %, 5 % needed", "watermark": 9,
     }  # fmt: skip
@@ -75,6 +75,7 @@ def report(db, version, number):
         publish(folder, ReportManifest, {**COMMON, "version": version, "inputs": {}, **fields})
     row = {**fields, "id": version, "loop": "notes", "report_path": home() / "r", "created_at": datetime.now(UTC)}
     del row["comparison_id"]
+    row["after_move"] = serving(db, "notes").move
     record_comparison(db, ModelComparison(**row))
 
 
@@ -88,11 +89,11 @@ def gguf(name, of):
         return publish(folder, GgufManifest, fields).path / "model.gguf"
 
 
-def promoted(db, name, of, number, action="promote", on_top_of=None):
+def promoted(db, name, of, action="promote", on_top_of=None):
     """A version whose adapter and report have its name."""
     adapter(db, f"a-{name}", of, on_top_of=on_top_of)
-    report(db, f"r-{name}", number)
     path = gguf(name, f"a-{name}")
+    report(db, f"r-{name}", path)
     before = champion(db, "notes")
     candidate = Candidate(
         loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash="b" * 64, mode="full",
@@ -109,7 +110,7 @@ def chain(db):
     logs("l2", ["i1", "i2", "i3"], ["i4", "i5"])
     dataset("d1", "l1", ["i1", None], ["i3"])
     dataset("d2", "l2", ["i1", "i4"], [])
-    return promoted(db, "one", "d1", 1), promoted(db, "two", "d2", 2)
+    return promoted(db, "one", "d1"), promoted(db, "two", "d2")
 
 
 def folders(stage, *names):
@@ -174,8 +175,8 @@ def test_weights_that_were_never_promoted_are_found_by_their_dataset(db, loop, c
 
 
 def test_what_was_trained_on_top_of_an_adapter_learnt_what_that_one_learnt(db, loop, chain):
-    promoted(db, "three", "d2", 3, on_top_of="a-one")
-    promoted(db, "four", "d2", 4, on_top_of="a-three")
+    promoted(db, "three", "d2", on_top_of="a-one")
+    promoted(db, "four", "d2", on_top_of="a-three")
     found = made_with(db, loop, {"i3"})  # in the first dataset alone: it was replaced or forgotten since
     assert found.datasets == folders("curated_dataset", "d1")
     assert found.models == ("notes@v1.3.0", "notes@v1.2.0", "notes@v1.0.0")
@@ -228,7 +229,7 @@ def test_the_card_tells_the_lineage_the_figures_and_the_verdict(db, loop, chain)
     ):  # fmt: skip
         assert said in text
     assert "exact_match" not in text
-    forced = card(db, loop, promoted(db, "three", "d2", 3, "force"))
+    forced = card(db, loop, promoted(db, "three", "d2", "force"))
     assert "gain 50.0 %, 5 % needed; force by ann: it is Friday" in forced
 
 

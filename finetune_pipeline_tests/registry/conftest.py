@@ -1,13 +1,39 @@
 """Candidates to promote, on a real database of each kind."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from uuid import uuid4
 
 import pytest
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.registry.models import Candidate
+from finetune_pipeline.database import Database
+from finetune_pipeline.registry.champion import champion, promote, serving
+from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
+from finetune_pipeline.registry.models import Candidate, ModelVersion
+
+
+def compared(db: Database, candidate: Candidate, id: str, **changes: Any) -> str:
+    """Record a comparison that says to promote a candidate over what serves now; returns its id."""
+    now = serving(db, candidate.loop)
+    fields = {
+        "id": id, "loop": candidate.loop, "challenger_sha256": candidate.sha256, "benchmark_sha256": "b" * 64,
+        "champion_id": now.model.id if now.model else None, "champion_sha256": "c" * 64, "promote": True,
+        "reason": "gain 6 %", "watermark": 50, "report_path": candidate.report_path, "created_at": datetime.now(UTC),
+        "report_sha256": "d" * 64, "after_move": now.move,
+    }  # fmt: skip
+    record_comparison(db, ModelComparison(**{**fields, **changes}))
+    return id
+
+
+def promote_over(db: Database, candidate: Candidate, reason: str = "gain 6 %", actor: str = "loop") -> ModelVersion:
+    """Compare a candidate with what serves now, and promote it."""
+    now = champion(db, candidate.loop)
+    id = compared(db, candidate, f"c{uuid4().hex[:12]}")
+    return promote(db, candidate, now.id if now else None, actor, reason, id)
+
 
 MakeCandidate = Callable[..., Candidate]
 

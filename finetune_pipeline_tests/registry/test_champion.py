@@ -4,23 +4,27 @@ import signal
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from finetune_pipeline import artifacts
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.database import Database
+from finetune_pipeline.database import Database, connect
+from finetune_pipeline.database.tables import models
+from finetune_pipeline.registry import models as models_module
 from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, resolve, rollback, switch
+from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.history import history
 from finetune_pipeline.registry.models import Candidate, ModelVersion, RegistryError, UnknownVersion, list_models
-from finetune_pipeline_tests.registry.conftest import MakeCandidate
+from finetune_pipeline_tests.registry.conftest import MakeCandidate, compared, promote_over
 
 
 def serve(db: Database, candidate: Candidate) -> ModelVersion:
     """Promote against whatever serves now."""
-    now = champion(db, candidate.loop)
-    return promote(db, candidate, now.id if now else None, "loop", "gain 6 %", "c1")
+    return promote_over(db, candidate)
 
 
 def version(db: Database, loop: str = "aec") -> str | None:
@@ -65,8 +69,9 @@ def test_a_promotion_keeps_all_that_is_known(db: Database, candidate: MakeCandid
         None,
         "loop",
         "gain 6 %",
-        "c1",
+        row.comparison_id,
     )
+    assert find_comparison(db, "aec", row.comparison_id or "") is not None
 
 
 def test_a_champion_that_moved_is_told_and_nothing_changes(db: Database, candidate: MakeCandidate) -> None:
@@ -83,6 +88,7 @@ def test_a_champion_that_moved_is_told_and_nothing_changes(db: Database, candida
 
 def test_a_retried_promotion_changes_nothing(db: Database, candidate: MakeCandidate) -> None:
     one = candidate("a")
+    compared(db, one, "c1")
     first = promote(db, one, None, "loop", "gain 6 %", "c1")
     assert promote(db, one, None, "loop", "gain 6 %", "c1").version == first.version
     assert len(history(db, "aec")) == 1
@@ -271,13 +277,14 @@ def test_of_two_threads_that_promote_at_once_exactly_one_wins(
 ) -> None:
     expected = None if first else serve(db, candidate("start")).id
     contenders = [candidate(f"m{number}") for number in range(6)]
+    ids = {one.id: compared(db, one, f"c-{one.id}") for one in contenders}
     start = threading.Barrier(len(contenders))
     outcomes: list[ModelVersion | ChampionMoved] = []
 
     def run(one: Candidate) -> None:
         start.wait()
         try:
-            outcomes.append(promote(db, one, expected, "loop", "gain", "c1"))
+            outcomes.append(promote(db, one, expected, "loop", "gain", ids[one.id]))
         except ChampionMoved as error:
             outcomes.append(error)
 
@@ -320,7 +327,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.registry import champion
 from finetune_pipeline.registry.models import Candidate
 
-url, candidate, expected, wait = sys.argv[1:]
+url, candidate, expected, wait, comparison = sys.argv[1:]
 if wait == "kill":
     champion.record_in = lambda *a, **k: os.kill(os.getpid(), 9)
 db = connect(url)
@@ -328,7 +335,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 try:
     model = champion.promote(
-        db, Candidate.model_validate_json(candidate), expected or None, "loop", "gain", "c1"
+        db, Candidate.model_validate_json(candidate), expected or None, "loop", "gain", comparison
     )
     print(model.version)
 except champion.ChampionMoved:
@@ -337,7 +344,16 @@ except champion.ChampionMoved:
 
 
 def process(url: str, one: Candidate, expected: str, wait: str = "") -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", SCRIPT, url, one.model_dump_json(), expected, wait]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        url,
+        one.model_dump_json(),
+        expected,
+        wait,
+        compared(connect(url), one, f"p-{one.id}"),
+    ]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -373,3 +389,87 @@ def test_a_kill_in_the_middle_of_a_promotion_leaves_the_old_champion(
     assert [model.id for model in list_models(db, "aec")] == [old.id]
     assert len(history(db, "aec")) == 1
     assert serve(db, candidate("new")).version == "v1.0.1"
+
+
+def by_hand(db: Database, one: Candidate, number: int, **columns: object) -> None:
+    """Write the row of a version that no promotion brought in."""
+    row = {**models_module._to_row(one), "major": number, "minor": 0, "patch": 0, "created_at": datetime.now(UTC)}
+    with db.write() as connection:
+        connection.execute(sa.insert(models).values({**row, **columns}))
+
+
+def test_a_version_that_was_never_promoted_cannot_be_switched_to(db: Database, candidate: MakeCandidate) -> None:
+    first = serve(db, candidate("a"))
+    by_hand(db, candidate("x"), 7)
+    by_hand(db, candidate("y"), 8, id=f"{0:016x}")  # under an id that is not its file's
+    for version_of_it in ("v7.0.0", "aec@v7.0.0", "v8.0.0"):
+        with pytest.raises(RegistryError, match=r"has no promotion of this model|has the id"):
+            switch(db, "aec", version_of_it, "ann", "to try")
+    assert champion(db, "aec") == first and len(history(db, "aec")) == 1
+
+
+def test_a_version_whose_row_was_given_another_file_cannot_be_switched_to(
+    db: Database, candidate: MakeCandidate
+) -> None:
+    first, other = serve(db, candidate("a")), candidate("x")
+    serve(db, candidate("b"))
+    changed = {"gguf_path": str(other.gguf_path), "gguf_sha256": other.gguf_sha256}
+    with db.write() as connection:
+        connection.execute(sa.update(models).where(models.c.id == first.id).values(changed))
+    for move in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
+        with pytest.raises(RegistryError):
+            move()
+    assert version(db) == "v1.0.1"
+
+
+def test_forced_versions_and_the_base_can_be_gone_back_to(db: Database, candidate: MakeCandidate) -> None:
+    promote(db, candidate("a"), None, "ann", "the customer waits", None, "force")
+    serve(db, candidate("b"))
+    for name in ("v1.0.0", "base", "v1.0.1"):
+        switch(db, "aec", name, "ann", "to try")
+    assert rollback(db, "aec", "ann", "r") is None
+    assert version(db) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"promote": False}, "says to reject its challenger"),
+        ({"challenger_sha256": "e" * 64}, "is about another model"),
+        ({"loop": "notes"}, "is not in the database"),
+        ({"after_move": None}, "the champion moved"),
+        ({"after_move": 99}, "the champion moved"),
+    ],
+)
+def test_a_comparison_that_does_not_say_so_promotes_nothing(
+    db: Database, candidate: MakeCandidate, changes: dict[str, object], words: str
+) -> None:
+    one = candidate("a")
+    compared(db, one, "c1", **changes)
+    with pytest.raises(RegistryError, match=words):
+        promote(db, one, None, "loop", "gain 6 %", "c1")
+    assert champion(db, "aec") is None and list_models(db, "aec") == []
+
+
+@pytest.mark.parametrize("move", ["rollback", "switch away and back", "another promotion undone"])
+def test_a_comparison_from_before_the_champion_s_last_move_promotes_nothing(
+    db: Database, candidate: MakeCandidate, move: str
+) -> None:
+    first, late = serve(db, candidate("a")), candidate("b")
+    for id in ("used", "unused"):
+        compared(db, late, id)
+    promote(db, late, first.id, "loop", "gain 6 %", "used")
+    rollback(db, "aec", "ann", "worse in practice")
+    if move == "switch away and back":
+        switch(db, "aec", "base", "ann", "s")
+        switch(db, "aec", "v1.0.0", "ann", "s")
+    elif move == "another promotion undone":
+        serve(db, candidate("c"))
+        rollback(db, "aec", "ann", "r")
+    assert version(db) == "v1.0.0"
+    for id in ("used", "unused"):
+        with pytest.raises(ChampionMoved, match=f"since comparison {id} was made"):
+            promote(db, late, first.id, "loop", "gain 6 %", id)
+    assert version(db) == "v1.0.0"
+    compared(db, late, "anew")
+    assert promote(db, late, first.id, "loop", "gain 6 %", "anew").version == "v1.0.1"

@@ -22,6 +22,7 @@ from finetune_pipeline.registry.deletion import Fate, ModelFolder, Standing, dec
 from finetune_pipeline.registry.history import Deployment, history, stack_of
 from finetune_pipeline.registry.models import Candidate, ModelVersion, RegistryError, list_models
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline_tests.registry.conftest import promote_over
 
 LOOP = LoopSettings(name="aec", base_model="b", evaluation={"benchmark": "q", "metric": "words"})
 BASE = "base-1"
@@ -73,8 +74,7 @@ def candidate(folder: Path, base: Path | None = None) -> Candidate:
 
 
 def serve(db: Database, one: Candidate) -> ModelVersion:
-    now = champion(db, "aec")
-    return promote(db, one, now.id if now else None, "loop", "gain 6 %", "c1")
+    return promote_over(db, one)
 
 
 def collect(db: Database, keep: int = 1) -> list[str]:

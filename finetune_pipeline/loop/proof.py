@@ -1,0 +1,48 @@
+"""Proof that a model may be evaluated and promoted: each blocking check of what it was made from passed, on this very
+content. Asked of the database, by hash; knows nothing of Dagster.
+"""
+
+from finetune_pipeline.artifacts import Artifact, ArtifactError
+from finetune_pipeline.database import connect
+from finetune_pipeline.records import DatasetManifest, GgufManifest, Manifest
+from finetune_pipeline.registry.outcomes import outcomes_of
+
+
+class NotProven(ArtifactError):
+    """A blocking check of what a model was made from did not pass, or was not run; the message says which."""
+
+
+def check_proven(gguf: Artifact[GgufManifest]) -> None:
+    """Refuse a model that was made from something whose blocking checks have no passing outcomes.
+
+    Raises:
+        NotProven: the message names the artifact, its checks, and what to do.
+    """
+    manifest = gguf.manifest
+    if not manifest.datasets:
+        raise NotProven(
+            f"gguf_model {manifest.version} does not say from which dataset it was trained: an earlier version of this "
+            "project made it; materialize everything from curated_dataset on again"
+        )
+    for version, sha256 in manifest.datasets.items():
+        check_passed(manifest.loop, DatasetManifest, version, sha256)
+    check_passed(manifest.loop, GgufManifest, manifest.version, gguf.sha256)
+
+
+def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> None:
+    """Refuse an artifact without a passing outcome of each of its blocking checks.
+
+    Raises:
+        NotProven: a check failed, or never ran on this content.
+    """
+    outcomes = outcomes_of(connect(), loop, kind, version, sha256)
+    problems = [
+        f"{name} failed in run {outcomes[name].run_id[:8]}" if name in outcomes else f"{name} was not run on it"
+        for name in kind.blocking_checks
+        if name not in outcomes or not outcomes[name].passed
+    ]
+    if problems:
+        raise NotProven(
+            f"{kind.stage} {version} did not pass its blocking checks: {', '.join(problems)}; nothing that was made "
+            f"from it is promoted. Correct the cause, then materialize {kind.stage} and what follows with their checks"
+        )

@@ -1,0 +1,63 @@
+"""What the blocking checks found of each artifact. In the database, so that no edited file changes an outcome."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from finetune_pipeline.artifacts import Artifact
+from finetune_pipeline.database import Database
+from finetune_pipeline.database.tables import check_outcomes
+from finetune_pipeline.records import Manifest, Moment, Record
+
+
+class CheckOutcome(Record):
+    """What one check last found of one artifact."""
+
+    loop: str
+    stage: str
+    version: str
+    sha256: str
+    name: str
+    passed: bool
+    run_id: str
+    created_at: Moment
+
+
+def record_outcomes(db: Database, artifact: Artifact[Any], outcomes: Mapping[str, bool], run_id: str) -> None:
+    """Keep what the blocking checks found of an artifact; a later outcome of the same check replaces an earlier one.
+
+    Args:
+        outcomes: of all checks; those that do not block are left out.
+        run_id: the run that asked.
+    """
+    with db.write() as connection:
+        record_outcomes_in(connection, artifact, outcomes, run_id)
+
+
+def record_outcomes_in(
+    connection: sa.Connection, artifact: Artifact[Any], outcomes: Mapping[str, bool], run_id: str
+) -> None:
+    """As `record_outcomes`, within a transaction."""
+    manifest = artifact.manifest
+    place = {"loop": manifest.loop, "stage": manifest.stage, "version": manifest.version, "sha256": artifact.sha256}
+    insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
+    for name in manifest.blocking_checks:
+        found = {"passed": outcomes[name], "run_id": run_id, "created_at": datetime.now(UTC)}
+        row: Any = insert(check_outcomes).values({**place, "name": name, **found})
+        connection.execute(row.on_conflict_do_update(index_elements=[*place, "name"], set_=found))
+
+
+def outcomes_of(db: Database, loop: str, kind: type[Manifest], version: str, sha256: str) -> dict[str, CheckOutcome]:
+    """Return the outcomes of one artifact, by the check's name.
+
+    Args:
+        sha256: of the artifact's manifest.
+    """
+    c = check_outcomes.c
+    here = (c.loop == loop, c.stage == kind.stage, c.version == version, c.sha256 == sha256)
+    with db.read() as connection:
+        rows = connection.execute(sa.select(check_outcomes).where(*here)).all()
+    return {row.name: CheckOutcome(**row._mapping) for row in rows}
