@@ -18,9 +18,10 @@ from finetune_pipeline.evaluation.run import ANSWERS, BenchmarkRunManifest
 from finetune_pipeline.loop.promoted_model import NotMeasured
 from finetune_pipeline.loop.proof import NotProven
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
-from finetune_pipeline.registry.champion import ChampionMoved, champion, rollback, switch
+from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, rollback, switch
 from finetune_pipeline.registry.comparisons import find_comparison, judged_watermark, list_comparisons
 from finetune_pipeline.registry.history import history
+from finetune_pipeline.registry.models import Candidate, RegistryError
 from finetune_pipeline.registry.outcomes import outcomes_of, record_outcomes
 from finetune_pipeline_tests.loop.conftest import corrected, definitions, write_events
 from finetune_pipeline_tests.loop.test_adapter_form import ask_for_what_it_answers, flip_last_byte, make_adapter, run
@@ -308,3 +309,19 @@ def test_a_model_that_learned_what_a_new_benchmark_asks_is_not_evaluated(loop, i
     with pytest.raises(NotProven, match="made for another benchmark, and 1 of its examples"):
         run(loop, instance, "eval_report", "promoted_model")
     assert served() is None
+
+
+def test_a_champion_that_was_damaged_is_no_easy_opponent(loop, instance, own_home):
+    gguf = pointed(GgufManifest, "notes")
+    path = own_home / "champion.gguf"
+    shutil.copy(gguf.path / gguf.manifest.gguf, path)
+    flip_last_byte(path)  # another model than the challenger
+    other = Candidate(
+        loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash=gguf.manifest.base_hash, mode="full",
+        lineage={}, scores={}, report_path=path,
+    )  # fmt: skip
+    promote(connect(), other, None, "ann", "a test needs it", None, "force")
+    flip_last_byte(path)
+    with pytest.raises(RegistryError, match="is not the file that was measured"):
+        run(loop, instance, "eval_report", "promoted_model")
+    assert len(history(connect(), "notes")) == 1
