@@ -180,7 +180,7 @@ def test_a_report_says_how_a_model_did_in_each_slice(tmp_path: Path, comparison:
 def test_a_speed_of_a_busy_machine_is_flagged_wherever_it_is_shown(benchmark: Benchmark, tmp_path: Path) -> None:
     busy = FAST.model_copy(update={"disturbed": "other processes used 1.9 of 2 cores"})
     sides = [side(name, [RIGHT] * 4, benchmark, busy) for name in ("champ", "chall")]
-    compared = compare(benchmark, "parameters", *sides)
+    compared = compare(benchmark, SCORER, *sides)
     flagged = {figure.key for figure in metric_table(compared) if figure.flag}
     assert flagged == {"latency_p50_ms", "latency_p95_ms", "tokens_per_second"}
     assert "| latency, median (machine busy) | 40.0 ms |" in markdown_table(compared)
@@ -193,6 +193,6 @@ def test_a_speed_of_a_busy_machine_is_flagged_wherever_it_is_shown(benchmark: Be
 
 
 def test_a_speed_of_a_quiet_machine_is_kept(benchmark: Benchmark) -> None:
-    compared = compare(benchmark, "parameters", *(side(n, [RIGHT] * 4, benchmark, FAST) for n in ("champ", "chall")))
+    compared = compare(benchmark, SCORER, *(side(n, [RIGHT] * 4, benchmark, FAST) for n in ("champ", "chall")))
     kept = _scores([vars(figure) for figure in metric_table(compared)])
     assert kept["latency_p50_ms"] == 40 and "speed_flag" not in kept
