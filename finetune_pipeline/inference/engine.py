@@ -329,7 +329,7 @@ class Engine:
                 self._said.append(line.rstrip())
 
     def _receive(self, message: dict[str, Any]) -> None:
-        if "at" in message:
+        if "at" in message and not self._at.done():
             self._at.set_result(message["at"])
         if "id" not in message:
             return

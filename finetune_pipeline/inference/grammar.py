@@ -48,17 +48,22 @@ _OPTIONS: Any = {
 
 
 class Grammar:
-    """A compiled schema; every answer has a `Matcher` of its own."""
+    """A schema that can be enforced; every answer has a `Matcher` of its own."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, checked: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: llguidance.LLTokenizer, given: Enforceable) -> None:
         import jsonschema_rs
 
-        self._matcher = matcher
-        self._validator = jsonschema_rs.Draft202012Validator(checked)
+        self._tokenizer = tokenizer
+        self._schema = given.schema
+        self._validator = jsonschema_rs.Draft202012Validator(given.checked)
 
     def matcher(self) -> "Matcher":
-        """Start an answer."""
-        return Matcher(self._matcher.deep_copy(), self)
+        """Start an answer, in the milliseconds that llguidance takes to compile.
+
+        Copies of one compiled matcher would share its lexer: what one answer cannot do, and the states that it has used
+        up, would hold for all others, so that an answer would depend on those before it.
+        """
+        return Matcher(_matcher(self._tokenizer, self._schema), self)
 
     def check(self, text: str) -> None:
         """Check a whole answer for what no grammar holds: items that are unique, properties that come once.
@@ -120,10 +125,10 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles schemas for a model, each once.
+    """Compiles schemas for a model; what is refused once is not tried again.
 
     Args:
-        notify: called from another thread when a grammar that was waited for is ready, or refused.
+        notify: called from another thread when a matcher that was waited for is ready, or refused.
     """
 
     def __init__(self, model: NativeModel, notify: Callable[[], None]) -> None:
@@ -131,71 +136,83 @@ class Grammars:
         self._notify = notify
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="schema")
-        self._known: OrderedDict[str, Future[Grammar]] = OrderedDict()
-        self._late: set[Future[Grammar]] = set()
+        self._known: OrderedDict[str, Grammar | RequestRefused] = OrderedDict()
+        self._late: set[Future[Matcher]] = set()
         self._tokenizer: llguidance.LLTokenizer | None = None
 
-    def grammar(self, schema: dict[str, Any]) -> "Future[Grammar]":
-        """Return the grammar of a schema: done if it is known; otherwise in COMPILE_SECONDS it is ready or refused."""
+    def matcher(self, schema: dict[str, Any]) -> "Future[Matcher]":
+        """Return what an answer of this schema is held to; within COMPILE_SECONDS it is ready or refused."""
         text = json.dumps(schema)
+        matcher: Future[Matcher] = Future()
         with self._lock:
             known = self._known.get(text)
-            if known is not None:
-                self._known.move_to_end(text)
-                return known
-            grammar: Future[Grammar] = Future()
-            if len(self._late) >= COMPILERS:
-                grammar.set_exception(RequestRefused(_all_late()))
-                return grammar
-            self._known[text] = grammar
-            while len(self._known) > CACHED:
-                self._known.popitem(last=False)
-        self._start(schema, grammar)
-        return grammar
+            refused = known if isinstance(known, RequestRefused) else None
+            if refused is None and len(self._late) >= COMPILERS:
+                refused = RequestRefused(_all_late())
+        if refused is not None:
+            matcher.set_exception(refused)
+        else:
+            self._start(text, schema, matcher)
+        return matcher
 
-    def _start(self, schema: dict[str, Any], grammar: "Future[Grammar]") -> None:
-        work = self._pool.submit(self._compile, schema)
-        timer = threading.Timer(COMPILE_SECONDS, self._give_up, (work, grammar))
+    def _start(self, text: str, schema: dict[str, Any], matcher: "Future[Matcher]") -> None:
+        work = self._pool.submit(self._compile, text, schema)
+        timer = threading.Timer(COMPILE_SECONDS, self._give_up, (text, work, matcher))
         timer.daemon = True
         timer.start()
 
-        def done(work: "Future[Grammar]") -> None:
+        def done(work: "Future[Matcher]") -> None:
             timer.cancel()
             with self._lock:
                 self._late.discard(work)
-                if grammar.done():  # given up
+                if matcher.done():  # given up
                     return
                 error = work.exception()
                 if isinstance(error, RequestRefused):
-                    grammar.set_exception(error)
+                    matcher.set_exception(error)
                 elif error is not None:
-                    grammar.set_exception(RequestRefused(f"json_schema cannot be enforced: {error!r:.300}"))
+                    matcher.set_exception(RequestRefused(f"json_schema cannot be enforced: {error!r:.300}"))
                 else:
-                    grammar.set_result(work.result())
+                    matcher.set_result(work.result())
             self._notify()
 
         work.add_done_callback(done)
 
-    def _give_up(self, work: "Future[Grammar]", grammar: "Future[Grammar]") -> None:
+    def _give_up(self, text: str, work: "Future[Matcher]", matcher: "Future[Matcher]") -> None:
+        refused = RequestRefused(
+            f"json_schema was not compiled within {COMPILE_SECONDS:g} s; make its patterns, enumerations and unions "
+            "smaller"
+        )
         with self._lock:
-            if grammar.done():
+            if matcher.done():
                 return
-            grammar.set_exception(
-                RequestRefused(
-                    f"json_schema was not compiled within {COMPILE_SECONDS:g} s; make its patterns, enumerations and "
-                    "unions smaller"
-                )
-            )
+            matcher.set_exception(refused)
         if not work.cancel():  # it is running, and nothing can stop it
             with self._lock:
                 if not work.done():
                     self._late.add(work)
+            self._remember(text, refused)
         self._notify()
 
-    def _compile(self, schema: dict[str, Any]) -> Grammar:
+    def _compile(self, text: str, schema: dict[str, Any]) -> "Matcher":
         if self._tokenizer is None:
             self._tokenizer = _tokenizer(self._model)
-        return compiled(self._tokenizer, schema)
+        known = self._known.get(text)
+        if known is None:
+            try:
+                known = compiled(self._tokenizer, schema)
+            except RequestRefused as refused:
+                known = refused
+            self._remember(text, known)
+        if isinstance(known, RequestRefused):
+            raise known
+        return known.matcher()
+
+    def _remember(self, text: str, known: Grammar | RequestRefused) -> None:
+        with self._lock:
+            self._known[text] = known
+            while len(self._known) > CACHED:
+                self._known.popitem(last=False)
 
 
 def compiled(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> Grammar:
@@ -209,7 +226,7 @@ def compiled(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> Gramm
     matcher = _matcher(tokenizer, given.schema)
     if matcher.is_error():
         raise _located(tokenizer, given, matcher.get_error())
-    return Grammar(matcher, given.checked)
+    return Grammar(tokenizer, given)
 
 
 class _Vocabulary:

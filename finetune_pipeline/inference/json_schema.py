@@ -80,7 +80,7 @@ FORMAT_PATTERNS = {
 """Formats that llguidance does not take exactly (29 February; a leap second, which no library reads, is left out)."""
 
 _FORMATS = {"duration", "email", "ipv4", "ipv6", "uri"}
-_ANY_TEXT = {"binary", "directory-path", "file-path", "password", "path", "regex-flags"}
+_ANY_TEXT = {"binary", "directory-path", "file-path", "password", "path"}
 _ANY_NUMBER = {"double", "float", "time-delta"}
 _INTEGERS = {"int32": (-(2**31), 2**31 - 1)}
 

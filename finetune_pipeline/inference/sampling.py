@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_pipeline.inference.grammar import Grammar, Matcher
+from finetune_pipeline.inference.grammar import Matcher
 from finetune_pipeline.inference.native import Sampler, draw
 from finetune_pipeline.inference.protocol import GenerateRequest
 
@@ -11,8 +11,8 @@ from finetune_pipeline.inference.protocol import GenerateRequest
 class TokenChooser:
     """The sampling state of one answer."""
 
-    def __init__(self, request: GenerateRequest, grammar: Grammar | None) -> None:
-        self._matcher: Matcher | None = grammar.matcher() if grammar else None
+    def __init__(self, request: GenerateRequest, matcher: Matcher | None) -> None:
+        self._matcher = matcher
         self._draw: Sampler | None = None
         self.seed = request.pick_seed()
         if self.seed is not None:

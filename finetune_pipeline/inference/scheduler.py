@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from finetune_pipeline.inference.answer_text import AnswerText
 from finetune_pipeline.inference.confidence import confidence
 from finetune_pipeline.inference.errors import RequestRefused
-from finetune_pipeline.inference.grammar import Grammar
+from finetune_pipeline.inference.grammar import Matcher
 from finetune_pipeline.inference.native import Adapter, Batch, NativeModel
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest
 from finetune_pipeline.inference.sampling import TokenChooser
@@ -26,17 +26,17 @@ from finetune_pipeline.inference.sampling import TokenChooser
 
 @dataclass(frozen=True)
 class Question:
-    """A request that waits for a place, and where it has a schema, for its grammar."""
+    """A request that waits for a place, and where it has a schema, until it is compiled."""
 
     id: int
     request: GenerateRequest
     prompt: list[int]
-    grammar: "Future[Grammar] | None" = None
+    matcher: "Future[Matcher] | None" = None
 
     @property
     def ready(self) -> bool:
         """Whether it can begin when there is a place."""
-        return self.grammar is None or self.grammar.done()
+        return self.matcher is None or self.matcher.done()
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,15 @@ class Scheduler:
         return not self._running and not self._waiting
 
     def add(
-        self, id: int, request: GenerateRequest, prompt: list[int], grammar: "Future[Grammar] | None" = None
+        self, id: int, request: GenerateRequest, prompt: list[int], matcher: "Future[Matcher] | None" = None
     ) -> None:
-        """Queue a request whose prompt is tokenized; it waits without a place until its grammar is done."""
+        """Queue a request whose prompt is tokenized; it waits without a place until its schema is compiled."""
         if not prompt:
             self._report(id, RequestRefused("the prompt has no tokens; give at least one character"))
         elif len(prompt) >= self._model.context:
             self._report(id, self._too_long(len(prompt)))
         else:
-            self._waiting.append(Question(id, request, prompt, grammar))
+            self._waiting.append(Question(id, request, prompt, matcher))
 
     def swap(self, id: int, adapter: Path | None) -> None:
         """Queue a change of adapter: what came before it is answered with the old one, what comes after with this.
@@ -174,7 +174,7 @@ class Scheduler:
             self._choose(outputs, self._model.decode(self._batch))
 
     def _next(self) -> Question | Swap | None:
-        """What may begin now: a question may overtake another whose grammar is being compiled, a swap nothing."""
+        """What may begin now: a question may overtake another whose schema is being compiled, a swap nothing."""
         for item in self._waiting:
             if isinstance(item, Swap):
                 # Whoever comes after it has to wait too: an answer is wholly by one adapter.
@@ -195,7 +195,7 @@ class Scheduler:
     def _start(self, item: Question) -> None:
         request, prompt = item.request, item.prompt
         try:
-            chooser = TokenChooser(request, item.grammar.result() if item.grammar else None)
+            chooser = TokenChooser(request, item.matcher.result() if item.matcher else None)
         except RequestRefused as refused:
             self._report(item.id, refused)
             return

@@ -72,7 +72,7 @@ class Worker:
             while not self._scheduler.busy or not self._orders.empty():
                 try:
                     self._take(self._orders.get(timeout=None if self._scheduler.empty else BEAT_SECONDS))
-                except queue.Empty:  # every request waits for its grammar
+                except queue.Empty:  # every request waits for its schema
                     self._beat()
             self._scheduler.step()
             self._beat()
@@ -89,7 +89,7 @@ class Worker:
             self.send({"beat": True})
 
     def _take(self, order: Order) -> None:
-        if order["op"] == "wake":  # a grammar is ready: the scheduler looks by itself
+        if order["op"] == "wake":  # a schema is compiled: the scheduler looks by itself
             return
         if order["op"] == "cancel":
             self._scheduler.cancel(order["id"])
@@ -114,8 +114,8 @@ class Worker:
                 request = GenerateRequest.model_validate(order["request"])
                 if order["stream"]:
                     self._streamed.add(order["id"])
-                grammar = self._grammars.grammar(request.json_schema) if request.json_schema is not None else None
-                self._scheduler.add(order["id"], request, self._prompt(request), grammar)
+                matcher = self._grammars.matcher(request.json_schema) if request.json_schema is not None else None
+                self._scheduler.add(order["id"], request, self._prompt(request), matcher)
 
     def _prompt(self, request: GenerateRequest) -> list[int]:
         if request.messages is not None:

@@ -446,6 +446,14 @@ def test_a_process_without_progress_is_ended_and_the_schema_named(tiny_gguf):
         assert not engine.alive and isinstance(engine.ended, EngineStuck)
 
 
+def test_a_child_says_whose_token_it_chooses_without_waiting_for_its_decoding_loop(tiny_gguf):
+    with Engine(ModelSpec(gguf=tiny_gguf, context=256, parallel=1)) as engine:
+        future = engine.submit(ask("a", 200))
+        engine._write({"op": "where"})
+        assert engine._at.result(10) in {0, 1}
+        assert future.result(60).completion_tokens
+
+
 def test_a_process_that_is_idle_or_slow_but_going_on_is_left_alone(tiny_gguf):
     with Engine(ModelSpec(gguf=tiny_gguf, context=2048, parallel=1, stuck_seconds=1.5)) as engine:
         pid = engine.pid
