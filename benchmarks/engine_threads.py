@@ -25,8 +25,8 @@ from finetune_pipeline.settings import PROJECT_ROOT
 STARTER = PROJECT_ROOT / "data" / "starter_model"
 ROUNDS = 12
 BUSY_LOOPS = 2
-SETTLE_SECONDS = 0.3
-"""After this the threads of the way before do not spin any more."""
+SETTLE_SECONDS = 1.5
+"""After this the machine's other work is known to the engine, and nobody's threads spin any more."""
 
 # GOMP_SPINCOUNT is what OMP_WAIT_POLICY stands for: 300,000 without one, 0 with PASSIVE. None: the project's own.
 WAYS: dict[str, str | None] = {"default": "300000", "PASSIVE": "0", "this build": None}
@@ -71,12 +71,11 @@ def _speeds(gguf: Path, loops: int) -> dict[str, list[float]]:
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
     with ExitStack() as stack:
         engines = {way: stack.enter_context(_engine(gguf, way)) for way in WAYS}
-        for engine in engines.values():
-            _generate(engine, 4)
         stack.enter_context(_busy(loops))
         tokens = 120 if gguf.stat().st_size < 20e6 else 30
         for _ in range(ROUNDS):
             for way in random.sample(list(WAYS), len(WAYS)):
+                _generate(engines[way], 4)
                 time.sleep(SETTLE_SECONDS)
                 speeds[way].append(_generate(engines[way], tokens))
     return speeds
@@ -89,7 +88,7 @@ def _engine(gguf: Path, way: str) -> Iterator[Engine]:
     if spins is not None:
         os.environ["GOMP_SPINCOUNT"] = spins
     try:
-        engine = Engine(ModelSpec(gguf=gguf, context=512, parallel=1))
+        engine = Engine(ModelSpec(gguf=gguf, context=512, parallel=1, steady_threads=spins is not None))
     finally:
         os.environ.pop("GOMP_SPINCOUNT", None)
         if before is not None:

@@ -181,9 +181,9 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """Time models on the same prompts, one prompt at a time, after two warm-ups that do not count.
 
-    The models take turns, and who goes first alternates, so that noise of the machine hits all alike. Where they do not
-    fit into memory together, they are timed one after the other. Where other processes use the cores meanwhile, the
-    speed says so (`disturbed`).
+    The models take turns, and who goes first alternates, so that noise of the machine hits all alike; the number of
+    threads stays the same all the time. Where the models do not fit into memory together, they are timed one after the
+    other. Where other processes use the cores meanwhile, the speed says so (`disturbed`).
 
     Args:
         specs: the models by name.
@@ -194,7 +194,8 @@ def measure_speed(
     """
     questions = _spread(benchmark.questions, prompts)
     requests = [_request(question, system_prompt, settings.max_tokens) for question in questions]
-    alone = {name: spec.model_copy(update={"context": settings.context, "parallel": 1}) for name, spec in specs.items()}
+    conditions = {"context": settings.context, "parallel": 1, "steady_threads": True}
+    alone = {name: spec.model_copy(update=conditions) for name, spec in specs.items()}
     groups = [alone] if _fit_together(list(alone.values())) else [{name: spec} for name, spec in alone.items()]
     speeds: dict[str, Speed] = {}
     for group in groups:

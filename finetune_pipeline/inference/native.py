@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from finetune_pipeline.inference.errors import ModelNotLoaded
 from finetune_pipeline.inference.protocol import EngineInfo, ModelSpec
-from finetune_pipeline.inference.threads import choose_threads
+from finetune_pipeline.inference.threads import Threads, most_threads
 
 BATCH = 512
 """Tokens of one decode: a long prompt goes in by chunks of this, so that running answers wait little."""
@@ -106,7 +106,8 @@ class NativeModel:
         self.vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.context = min(spec.context, llama_cpp.llama_model_n_ctx_train(self._model) or spec.context)
-        self.threads = spec.threads or choose_threads(llama_cpp.llama_model_n_params(self._model))
+        most = spec.threads or most_threads(llama_cpp.llama_model_n_params(self._model))
+        self.threads = Threads(most, steady=spec.steady_threads)
         self._context = self._new_context()
         self._adapter: Adapter | None = None
         if spec.adapter:
@@ -126,7 +127,7 @@ class NativeModel:
         params.n_ctx = self.context * self._spec.parallel
         params.n_seq_max = self._spec.parallel
         params.n_batch = params.n_ubatch = BATCH
-        params.n_threads = params.n_threads_batch = self.threads
+        params.n_threads = params.n_threads_batch = self.threads.most
         # Fixed, never `auto`: it changes the last digits, and answers must not depend on where they are computed.
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         # Each sequence has cells of its own: faster than one buffer for all (2,100 against 1,400 to 2,000 tokens/s with
@@ -196,7 +197,7 @@ class NativeModel:
             chat_template=self.chat_template(),
             build=f"llama-cpp-python {llama_cpp.__version__}, llama.cpp {llama_cpp.llama_version().decode()}",
             system=llama_cpp.llama_print_system_info().decode().strip(),
-            threads=self.threads,
+            threads=self.threads.most,
         )
 
     def chat_template(self) -> str | None:
@@ -285,6 +286,9 @@ class NativeModel:
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Run a batch; returns one row of logits for each output of it, in its order, valid until the next decode."""
+        before = self.threads.now
+        if self.threads.look() != before:
+            llama_cpp.llama_set_n_threads(self._context, self.threads.now, self.threads.now)
         code = llama_cpp.llama_decode(self._context, batch.native)
         if code != 0:  # cannot happen while every sequence keeps to its context
             raise RuntimeError(f"llama_decode returned {code} for {batch.used} tokens")

@@ -38,7 +38,10 @@ class ModelSpec(Record):
     adapter: Path | None = Field(default=None, description="A LoRA adapter as GGUF, applied at scale 1.")
     context: int = Field(default=2048, ge=16, description="Tokens of prompt and answer together, for each sequence.")
     parallel: int = Field(default=8, ge=1, le=64, description="Sequences decoded together.")
-    threads: int | None = Field(default=None, ge=1, description="None chooses by the model's size.")
+    threads: int | None = Field(default=None, ge=1, description="At most so many; None chooses by the model's size.")
+    steady_threads: bool = Field(
+        default=False, description="Always that many, also while others need the cores: for what is timed."
+    )
     stuck_seconds: float = Field(
         default=120, ge=1, description="Time without progress after which the process is taken for stuck and ended."
     )

@@ -150,6 +150,8 @@ def test_a_speed_that_was_measured_on_a_busy_machine_says_so(
     monkeypatch.setattr(run, "allowed_cores", lambda: [0, 1])
     monkeypatch.setattr(OtherWork, "since_last", lambda self: used)
     specs = {"a": model(tmp_path, "a", 3), "b": model(tmp_path, "b", 6)}
-    speeds = measure_speed(specs, benchmark, SETTINGS, "", prompts=3, open_engine=FakeEngines())
+    engines = FakeEngines()
+    speeds = measure_speed(specs, benchmark, SETTINGS, "", prompts=3, open_engine=engines)
     said = "other processes used 1.9 of 2 cores" if used > 1 else None
     assert [speed.disturbed for speed in speeds.values()] == [said, said]
+    assert all(spec.steady_threads for spec in engines.opened)

@@ -1,4 +1,4 @@
-"""How the threads wait, what else uses the cores, and that the number of threads changes no answer."""
+"""How many threads decode beside other work, and that it changes no answer."""
 
 import subprocess
 import sys
@@ -6,14 +6,30 @@ import time
 
 import llama_cpp
 import numpy as np
-import psutil
 import pytest
 
-from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.native import Batch, NativeModel
 from finetune_pipeline.inference.probe import write_tiny_gguf
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.inference.threads import SPIN_COUNT, OtherWork
+from finetune_pipeline.inference.threads import LOOK_SECONDS, OtherWork, Threads, threads_for
+
+
+@pytest.mark.parametrize(
+    ("cores", "others", "most", "expected"),
+    [
+        (2, 0.0, 2, 2),
+        (2, 0.3, 2, 2),
+        (2, 1.0, 2, 1),
+        (2, 1.4, 2, 1),
+        (2, 2.0, 2, 1),
+        (16, 2.1, 8, 8),
+        (16, 12.2, 8, 4),
+        (16, 16.0, 8, 1),
+        (4, 0.0, 1, 1),
+    ],
+)
+def test_as_many_threads_decode_as_find_a_core_of_their_own(cores, others, most, expected):
+    assert threads_for(cores, others, most) == expected
 
 
 def spin(seconds):
@@ -41,22 +57,19 @@ def test_the_work_of_others_is_counted_and_ones_own_is_not():
     assert beside > 0.8 * min(4, cores)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, str(SPIN_COUNT)), ("5", "5")])
-def test_the_threads_of_a_model_sleep_soon_unless_the_environment_says_otherwise(
-    monkeypatch, tmp_path, given, expected
-):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    if given:
-        monkeypatch.setenv("GOMP_SPINCOUNT", given)
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    with Engine(ModelSpec(gguf=tmp_path / "tiny.gguf", context=64, parallel=1)) as engine:
-        assert psutil.Process(engine.pid).environ()["GOMP_SPINCOUNT"] == expected
+@pytest.mark.parametrize(("most", "steady", "looks"), [(4, False, True), (4, True, False), (1, False, False)])
+def test_steady_threads_do_not_look(most, steady, looks, monkeypatch):
+    threads = Threads(most, steady=steady)
+    monkeypatch.setattr(threads._others, "since_last", lambda: 1000.0)
+    time.sleep(LOOK_SECONDS)
+    assert threads.look() == (1 if looks else most)
+    assert threads.most == most
 
 
 @pytest.mark.parametrize("changes", [[2, 2], [1, 2, 1, 3, 2, 1]])
 def test_the_number_of_threads_changes_no_logit(tmp_path, changes):
     write_tiny_gguf(tmp_path / "tiny.gguf")
-    model = NativeModel(ModelSpec(gguf=tmp_path / "tiny.gguf", context=256, parallel=1, threads=3))
+    model = NativeModel(ModelSpec(gguf=tmp_path / "tiny.gguf", context=256, parallel=1, threads=3, steady_threads=True))
     prompt = model.tokenize("the same whatever else the machine does " * 3)
 
     def logits(counts):
