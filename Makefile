@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
 	@touch $@
 
-setup:  # always: CMAKE_ARGS may be others than the last time's
+setup:  # always runs: CMAKE_ARGS may have changed since the last time
 	@scripts/setup.sh
 	@touch $(READY)
 

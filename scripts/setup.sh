@@ -9,8 +9,8 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3.11}
 VENV=.venv
-# -march=native makes llama.cpp crash on quantized models on processors with AMX; this build runs everywhere. What reads
-# images (LLAVA) is used by nothing here and takes a fifth of the time.
+# -march=native makes llama.cpp crash on quantized models on processors with AMX; this build runs everywhere. Image
+# input (LLAVA) is not used here and takes a fifth of the time to compile.
 export CMAKE_ARGS=${CMAKE_ARGS:--DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -40,8 +40,8 @@ llama=$(pinned llama_cpp_python)
 build="$llama $CMAKE_ARGS"
 if [ "$(cat $VENV/share/llama.cpp/BUILD 2>/dev/null)" != "$build" ]; then
   say "llama.cpp (llama-cpp-python $llama; it is compiled, about 4 minutes)"
-  rm -f $VENV/share/llama.cpp/BUILD  # until the end of this there is no complete build
-  # Without the cache: pip finds wheels there by version alone, also those that were compiled with other CMAKE_ARGS.
+  rm -f $VENV/share/llama.cpp/BUILD  # there is no complete build until the end of this block
+  # Without the cache: pip looks up wheels by version alone, and would install one compiled with other CMAKE_ARGS.
   pip uninstall -q -y llama_cpp_python 2>/dev/null
   pip install -q -c constraints.txt --no-cache-dir --no-binary llama_cpp_python llama_cpp_python
   # The source package carries llama.cpp's own converter, of exactly this version; the wheel does not.
