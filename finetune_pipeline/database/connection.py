@@ -101,12 +101,15 @@ def _connect(url: str) -> Database:
             f"the folder of the database cannot be made ({error}); set FINETUNE_HOME to a folder that can be written"
         ) from error
     try:
-        if not _is_up_to_date(engine, url):
-            _migrate(engine, url)
-    except sa.exc.DBAPIError as error:
+        # One process at a time opens a SQLite file for the first time: two that switch it to WAL at once fail with
+        # "database is locked" without waiting.
+        with FileLock(f"{engine.url.database}.migration.lock") if _is_sqlite_file(engine) else nullcontext():
+            if not _is_up_to_date(engine, url):
+                _migrate(engine, url)
+    except (sa.exc.DBAPIError, OSError) as error:
         where = make_url(url).render_as_string(hide_password=True)
         raise DatabaseError(
-            f"the database {where} cannot be opened ({error.orig}); check FINETUNE_DATABASE_URL, that the folder "
+            f"the database {where} cannot be opened ({getattr(error, 'orig', error)}); check FINETUNE_DATABASE_URL, that the folder "
             "can be written, and that the disk is not full"
         ) from error
     return Database(engine)
@@ -137,6 +140,10 @@ def _sqlite(url: str) -> sa.Engine:
     return engine
 
 
+def _is_sqlite_file(engine: sa.Engine) -> bool:
+    return engine.dialect.name == "sqlite" and engine.url.database not in {None, "", ":memory:"}
+
+
 def _is_up_to_date(engine: sa.Engine, url: str) -> bool:
     """Whether the database has this version's tables.
 
@@ -164,7 +171,9 @@ def _migrate(engine: sa.Engine, url: str) -> None:
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with _alone(engine) as connection:
+    with engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
+        if engine.dialect.name == "postgresql":  # until commit; a table can be locked only once it is there
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         config.attributes["connection"] = connection
         try:
             command.upgrade(config, "head")
@@ -174,15 +183,3 @@ def _migrate(engine: sa.Engine, url: str) -> None:
                 f"the database {where} was written by another version of this project ({error}); "
                 "update the project, or set FINETUNE_DATABASE_URL to another database"
             ) from error
-
-
-@contextmanager
-def _alone(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction in which no other process migrates the same database, from whatever machine or home."""
-    path = engine.url.database
-    is_file = engine.dialect.name == "sqlite" and path not in {None, "", ":memory:"}
-    beside = FileLock(f"{path}.migration.lock") if is_file else nullcontext()
-    with beside, engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
-        if engine.dialect.name == "postgresql":  # until commit; a table can be locked only once it is there
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-        yield connection

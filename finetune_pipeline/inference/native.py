@@ -7,7 +7,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,12 @@ class NativeModel:
         control = [token for token, kind in enumerate(kinds) if kind & never_text]
         others = [token for token, kind in enumerate(kinds) if kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED]
         return {self.token_text(token): token for token in control}, {self.token_text(token): token for token in others}
+
+    @cached_property
+    def max_prompt_bytes(self) -> int:
+        """Bytes beyond which a text has more tokens than the context, however it is tokenized."""
+        longest = max(len(llama_cpp.llama_vocab_get_text(self.vocab, token)) for token in range(self.n_vocab))
+        return self.context * longest
 
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text, special tokens in it read as such, nothing added."""

@@ -118,6 +118,14 @@ class Worker:
                 self._scheduler.add(order["id"], request, self._prompt(request), matcher)
 
     def _prompt(self, request: GenerateRequest) -> list[int]:
+        texts = [request.prompt or "", *(message["content"] for message in request.messages or ())]
+        size = sum(len(text.encode(errors="replace")) for text in texts)
+        # llama.cpp's tokenizer takes minutes for two megabytes of one character, and everybody waits for it.
+        if size > self._model.max_prompt_bytes:
+            raise RequestRefused(
+                f"the prompt has {size} bytes, more than the context of {self._model.context} tokens can hold; shorten "
+                "the prompt, or open the engine with a larger context (up to what the model was trained for)"
+            )
         if request.messages is not None:
             return self._chat.tokens(request.messages)
         tokens = self._model.tokenize(request.prompt or "")

@@ -107,7 +107,7 @@ def test_the_same_seed_draws_the_same_answer(stories):
 
 def test_without_a_seed_every_answer_draws_its_own_which_it_names(stories):
     request = ask("Lily", temperature=1.0)
-    answers = stories.generate([request] * 4)
+    answers = [stories.generate([request])[0] for _ in range(4)]  # alone, as they are again below
     assert len({answer.seed for answer in answers}) == len({answer.text for answer in answers}) == 4
     for answer in answers:
         [again] = stories.generate([ask("Lily", temperature=1.0, seed=answer.seed)])
@@ -277,6 +277,16 @@ def test_a_request_that_cannot_be_answered_is_refused_and_the_engine_goes_on(tin
     with pytest.raises(RequestRefused, match=says):
         tiny.generate([ask("b", max_tokens=3), request_])
     assert tiny.generate([ask("b", max_tokens=3)])
+
+
+@pytest.mark.parametrize("text", ["x" * 2_000_000, "<|im_end|>" * 200_000], ids=["one character", "control tokens"])
+@pytest.mark.parametrize("as_messages", [True, False])
+def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(tiny_gguf, text, as_messages):
+    given = {"messages": [{"role": "user", "content": text}]} if as_messages else {"prompt": text}
+    with Engine(ModelSpec(gguf=tiny_gguf, context=256, parallel=1, stuck_seconds=30)) as engine:
+        with pytest.raises(RequestRefused, match="bytes, more than the context of 256 tokens can hold"):
+            engine.generate([GenerateRequest(**given, max_tokens=1)])
+        assert engine.generate([ask("b", max_tokens=1)])
 
 
 def test_a_request_has_messages_or_a_prompt():
