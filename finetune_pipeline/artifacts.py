@@ -40,7 +40,7 @@ class Busy(ArtifactError):
 class Artifact(Generic[M]):
     """A complete artifact: its folder, what its manifest says, and the SHA-256 of `manifest.json`.
 
-    The manifest holds the hashes of all files, so its own hash stands for the whole artifact.
+    The manifest holds the hashes of all files, so its own hash identifies the complete artifact.
     """
 
     path: Path
@@ -63,10 +63,10 @@ def hash_file(path: Path) -> str:
 def hash_file_cached(path: Path, *, again: bool = False) -> str:
     """SHA-256 (hex) of a file's content; it is read only if its size, mtime, ctime or inode changed since it was last.
 
-    What changed below the file system is not noticed: where a hash decides what was measured, read it `again`.
+    Changes below the file system are not detected: read the file `again` if its hash decides what was measured.
 
-    Hashes lie in `$FINETUNE_HOME/cache`. Two processes may write them at once: what one of them found is lost, and
-    found again.
+    Hashes are kept in `$FINETUNE_HOME/cache`. If two processes write them at once, those of one are lost and computed
+    again.
 
     Args:
         again: read the file in any case.
@@ -78,7 +78,7 @@ def hash_file_cached(path: Path, *, again: bool = False) -> str:
         known = {}
     real = path.resolve()
     stat = real.stat()
-    # ctime too, which no program can set back: a file that was edited may be given its old mtime again.
+    # ctime too: unlike mtime, no program can set it back after an edit.
     stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     before = known.get(str(real))
     if before is not None and before[0] == stamp and not again:
@@ -91,10 +91,10 @@ def hash_file_cached(path: Path, *, again: bool = False) -> str:
 
 
 def check_content(path: Path, expected: str, remedy: str) -> None:
-    """Refuse a file whose content is not what it was written with; see `hash_file_cached` for when it is read.
+    """Refuse a file whose content changed since it was written; see `hash_file_cached` for when it is read.
 
     Raises:
-        ArtifactError: it has another SHA-256; the message names both, and the remedy.
+        ArtifactError: its SHA-256 differs; the message gives both hashes and the remedy.
     """
     found = hash_file_cached(path)
     if found != expected:
@@ -136,7 +136,7 @@ def find(kind: type[M], loop: str, version: str) -> Artifact[M] | None:
 
 
 def find_unaltered(kind: type[M], loop: str, version: str) -> Artifact[M] | None:
-    """As `find`, but an artifact that was edited, or put there by something else than a run, is as good as none."""
+    """Find an artifact like `find`, but return None for one that was edited or not published by a run."""
     found = find(kind, loop, version)
     return found if found is not None and alteration(found) is None else None
 
@@ -163,20 +163,20 @@ def read(kind: type[M], path: Path) -> Artifact[M]:
 
 
 _HASHED_AGAIN = 16_000_000
-"""Bytes up to which a file is read at every question; of larger ones the cached hash is taken."""
+"""Bytes up to which a file is hashed at every check; for larger files the cached hash is used."""
 
 
 def alteration(artifact: Artifact[M]) -> str | None:
-    """Return what about an artifact is not as a run here published it; None if it is untouched.
+    """Return how an artifact differs from what a run published; None if it is unaltered.
 
-    The hash of its manifest must be in the database, where editing files does not reach, and its files must have the
-    hashes that the manifest holds.
+    The hash of its manifest must be in the database, which editing files does not change, and its files must have the
+    hashes in the manifest.
     """
     if not _is_recorded(artifact):
         return f"{artifact.path / MANIFEST} is not what a run wrote"
     recorded = artifact.manifest.files
     inside = [path.relative_to(artifact.path) for path in artifact.path.rglob("*") if path.is_file()]
-    # What is hidden is no part of an artifact: training keeps tokens there.
+    # Hidden files are not part of an artifact: training caches tokens there.
     found = {str(path) for path in inside if not any(part.startswith(".") for part in path.parts)} - {MANIFEST}
     if found != recorded.keys():
         names = ", ".join(sorted(found ^ recorded.keys())[:3])
@@ -184,19 +184,19 @@ def alteration(artifact: Artifact[M]) -> str | None:
     for name, record in recorded.items():
         path = artifact.path / name
         if (hash_file_cached if record.size > _HASHED_AGAIN else hash_file)(path) != record.sha256:
-            return f"{path} is damaged or was replaced: its SHA-256 is another than when it was made"
+            return f"{path} is damaged or was replaced: its SHA-256 differs from the one in the manifest"
     return None
 
 
 def check_unaltered(artifact: Artifact[M]) -> None:
-    """Refuse an artifact that is not as a run here published it.
+    """Refuse an artifact that differs from what a run published.
 
     Raises:
-        ArtifactError: its manifest or a file of it is another.
+        ArtifactError: its manifest or one of its files was changed.
     """
     problem = alteration(artifact)
     if problem:
-        raise ArtifactError(f"{problem}; materialize {artifact.manifest.stage} again, which makes it anew")
+        raise ArtifactError(f"{problem}; materialize {artifact.manifest.stage} again")
 
 
 def _is_recorded(artifact: Artifact[M]) -> bool:
@@ -205,7 +205,7 @@ def _is_recorded(artifact: Artifact[M]) -> bool:
 
     manifest = artifact.manifest
     there = (manifest.loop, manifest.stage, manifest.version)
-    # A copy of another loop's artifact, or under another version, is recorded, but not for this place.
+    # A copy from another loop, or under another version, has a recorded hash, but not for this place.
     return artifact.path.parts[-3:] == there and is_made(connect(), *there, artifact.sha256)
 
 
@@ -253,7 +253,7 @@ def obtain(
     keep: bool = False,
     usable: Callable[[Artifact[M]], bool] = lambda artifact: True,
 ) -> Artifact[M]:
-    """The artifact of this version: found if it is complete and as it was made, else made.
+    """Return the artifact of this version: an existing one if it is complete and unaltered, else a new one.
 
     Args:
         make: writes the files into a draft folder and returns the manifest's fields but loop, version, time and files.
@@ -354,7 +354,7 @@ def publish(
     content = manifest.model_dump_json(indent=2) + "\n"
     write_text(folder / MANIFEST, content)
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    _record(manifest, sha256)  # before the rename: a folder that stands is known, whenever the process is killed
+    _record(manifest, sha256)  # before the rename: if the process is killed, no folder exists without its record
     final, old = folder.parent / manifest.version, folder.parent / f".old-{manifest.version}"
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():  # damaged, or made anew: it goes only when the new one stands
@@ -366,7 +366,7 @@ def publish(
 
 
 def _record(manifest: Manifest, sha256: str) -> None:
-    # Imported here: most commands need no artifact, and SQLAlchemy takes a fifth of a second.
+    # Imported here: most commands need no artifact, and importing SQLAlchemy takes 0.2 s.
     from finetune_pipeline.database import connect
     from finetune_pipeline.database.artifacts import record_made
 

@@ -37,18 +37,18 @@ def _in_utc(moment: datetime) -> datetime:
 
 
 CLOCK_SKEW = timedelta(minutes=10)
-"""How far ahead the clock may be that an event's time comes from. Later feedback outranks earlier, so one from the
-future would outrank all that is said until then."""
+"""How far ahead the clock of an event's source may be. Later feedback outranks earlier feedback, so feedback from the
+future would outrank all that is given until then."""
 
 
 def is_in_future(moment: datetime) -> bool:
-    """Return whether a time is further ahead than clocks differ; without a zone it is UTC."""
+    """Return whether a time is ahead by more than CLOCK_SKEW; a time without a zone is UTC."""
     aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment  # in UTC it may lie after the year 9999
     return aware > datetime.now(UTC) + CLOCK_SKEW
 
 
 def not_in_future(moment: datetime) -> datetime:
-    """Return a time as it is.
+    """Return a time unchanged.
 
     Raises:
         ValueError: it is in the future.
@@ -56,7 +56,7 @@ def not_in_future(moment: datetime) -> datetime:
     if is_in_future(moment):
         raise ValueError(
             f"{_in_utc(moment).isoformat()} is in the future (here it is {datetime.now(UTC).isoformat()}; a time "
-            "without a zone is UTC); leave it out, or correct the clock or the zone that it comes from"
+            "without a zone is UTC); leave it out, or fix the clock or the time zone of its source"
         )
     return moment
 
@@ -115,7 +115,10 @@ class Interaction(Record):
     prompt_tokens: Count | None = None
     completion_tokens: Count | None = None
     seed: int | None = Field(
-        default=None, ge=0, lt=2**63, description="What the answer was sampled with; none: at temperature 0."
+        default=None,
+        ge=0,
+        lt=2**63,
+        description="Seed that the answer was sampled with; null: temperature 0, or unknown.",
     )
 
 
@@ -158,9 +161,9 @@ Event = Annotated[Interaction | Feedback, Field(discriminator="event")]
 
 
 def logged(event: Interaction | Feedback) -> Interaction | Feedback:
-    """Return an event as it comes from an application.
+    """Return an event of an application unchanged.
 
-    It cannot say that a declared source gave it: it would be withdrawn as soon as that source is read.
+    It must not claim a declared source: it would be retracted as soon as that source is read.
 
     Raises:
         ValueError: it has a source or an origin, or its time is in the future.
@@ -252,17 +255,17 @@ def alpaca_prompt(instruction: Any, asked: Any) -> str:
 
 
 NOT_TRAINED = ("weight", "train", "trainable", "loss")
-"""Fields by which a turn, or a whole row, says that its answer is not to be trained on."""
+"""Fields by which a turn, or a row, says that its answer is not to be trained on."""
 _TRAINED = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def not_trained(fields: Mapping[str, Any]) -> str:
-    """Return what says that the answer of a turn or row is context only, such as "weight: 0"; empty if nothing does.
+    """Return the field that makes the answer of a turn or row context only, such as "weight: 0"; empty if none does.
 
-    It is OpenAI's `weight`, or `train`, `trainable` or `loss` of other trainers: false or 0, in CSV as a text.
+    The fields are OpenAI's `weight`, or `train`, `trainable` or `loss` of other trainers: false or 0, in CSV as text.
 
     Raises:
-        ValueError: such a field is neither true nor false nor a number.
+        ValueError: such a field is neither a boolean nor a number.
     """
     for name in NOT_TRAINED:
         value = fields.get(name)
@@ -339,7 +342,7 @@ class Manifest(Record):
 
     stage: ClassVar[str]
     blocking_checks: ClassVar[tuple[str, ...]] = ()
-    """Checks without whose passing outcomes nothing that was made from it is promoted."""
+    """Checks that must have passing outcomes before anything made from it is promoted."""
     loop: str
     version: str = Field(description="Hash of inputs and settings: the same version has the same content.")
     created_at: Moment
@@ -409,7 +412,8 @@ class AdapterManifest(Manifest):
     wall_seconds: float
     peak_memory_bytes: int
     datasets: dict[str, str] = Field(
-        default={}, description="Every dataset that it learned from, its initial adapters' too: version -> its SHA-256."
+        default={},
+        description="Datasets that it and its initial adapters were trained on: version -> SHA-256 of the manifest.",
     )
     watermark: int
 

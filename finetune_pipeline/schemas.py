@@ -114,7 +114,7 @@ def parse_json(text: str, constant: Callable[[str], Any] | None = None) -> Any:
     """The JSON value of an answer, strictly: no fences, NaN, infinity or half characters; at most 100 levels.
 
     Args:
-        constant: reads NaN and infinity, which are refused without it.
+        constant: parses NaN and infinity, which are refused without it.
 
     Raises:
         Unreadable: it is not JSON; the message says where.

@@ -311,7 +311,7 @@ class CurationSettings(Settings):
         default=0.85,
         ge=0,
         le=1,
-        description="An answer that no person confirmed must be at least this confident; without confidence it passes.",
+        description="An answer that no person confirmed must be at least this confident, if its confidence is known.",
     )
     max_prompt_chars: int = Field(default=8_000, ge=1, description="Longer prompts are left out.")
     max_answer_chars: int = Field(default=16_000, ge=1, description="Longer answers are left out.")
@@ -383,7 +383,7 @@ class TrainingSettings(Settings):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="sft: dropout within the adapter.")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",
-        description="Layers that the adapter changes, by the end of their names; no tied embeddings or output layer.",
+        description="Layers that the adapter changes, by the end of their names; tied embeddings are refused.",
     )
     trainable_token_indices: Literal["all"] | tuple[int, ...] = Field(
         default=(),
@@ -423,7 +423,9 @@ class ExportSettings(Settings):
         default="merged",
         description="merged: one file. adapter: a LoRA GGUF over the base's GGUF, swapped in place by the gateway.",
     )
-    agreement_sample: int = Field(default=24, ge=1, description="Prompts on which what serves is compared.")
+    agreement_sample: int = Field(
+        default=24, ge=1, description="Prompts on which the exported model is compared with the trained one."
+    )
     min_agreement: float = Field(
         default=0.8, ge=0, le=1, description="Share of same answers below which the check turns red (a warning)."
     )
@@ -459,7 +461,7 @@ class ServingSettings(Settings):
         default=0.5, ge=0, le=1, description="Fraction of empty answers above which /healthz is degraded; 1: never."
     )
     stuck_seconds: float = Field(
-        default=120, ge=1, description="A model process that makes no progress for so long is ended and replaced."
+        default=120, ge=1, description="A model process without progress for this long is ended and replaced."
     )
     context: int | None = Field(default=None, ge=64, description="Tokens of prompt and answer; default evaluation's.")
     max_tokens: int | None = Field(default=None, ge=1, description="Tokens of an answer; default evaluation's.")
@@ -499,8 +501,8 @@ class GateSettings(Settings):
         default=None,
         ge=0,
         lt=1,
-        description="The challenger has to score above this, whatever the champion scores; default what the expected "
-        "answer scores that has the most right when it is given to every question.",
+        description="The challenger has to score above this, whatever the champion scores; default: the score of the "
+        "best constant answer, the expected answer that scores highest when it is given to every question.",
     )
     on_reject: Literal["fail", "keep_champion"] = Field(
         default="fail", description="fail ends the run red; keep_champion ends it green with the check red."

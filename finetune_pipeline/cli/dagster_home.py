@@ -15,7 +15,7 @@ def environment() -> dict[str, str]:
     """The environment in which Dagster's commands run, with its home made ready.
 
     The project's `dagster.yaml` is copied there without its paths, which are for a bare `dagster` command. The storage
-    lies in DAGSTER_HOME itself.
+    is in DAGSTER_HOME itself.
 
     Raises:
         SettingsError: it cannot be made.

@@ -38,9 +38,9 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 @loop_option
 @click.option("--verbose", is_flag=True, help="Show Dagster's whole log.")
 def run(loop: LoopSettings, verbose: bool) -> None:
-    """Run the whole loop once, as `dagster asset materialize` does; exit code not 0 when the gate rejects.
+    """Run the whole loop once, as `dagster asset materialize` does; exits non-zero when the gate rejects.
 
-    With gate.on_reject: keep_champion a rejected challenger ends with 0 too.
+    With gate.on_reject: keep_champion it exits with 0 for a rejected challenger too.
     """
     _check_training(loop)
     sys.exit(materialize(loop, verbose=verbose))

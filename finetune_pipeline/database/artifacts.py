@@ -1,4 +1,4 @@
-"""The hashes of the artifacts that were published: what tells them from folders that something else wrote or edited."""
+"""The hashes of the published artifacts, which identify folders that were edited or not written by a run."""
 
 from datetime import datetime
 from typing import Any
@@ -11,7 +11,7 @@ from finetune_pipeline.database.tables import made_artifacts
 
 
 def record_made(db: Database, loop: str, stage: str, version: str, sha256: str, created_at: datetime) -> None:
-    """Keep that this artifact was published.
+    """Record that this artifact was published.
 
     Args:
         sha256: of its manifest.

@@ -17,7 +17,7 @@ HEAD = "0009"
 
 _BUSY_MS = 30_000
 _MIGRATION_LOCK = 0x66696E6574756E65
-"""PostgreSQL's advisory locks have numbers; any number that nobody else takes would do."""
+"""The key of PostgreSQL's advisory lock: any number that no other program uses."""
 
 _DISK_FULL = ("database or disk is full", "disk I/O error", "No space left on device")
 
@@ -145,7 +145,7 @@ def _is_sqlite_file(engine: sa.Engine) -> bool:
 
 
 def _is_up_to_date(engine: sa.Engine, url: str) -> bool:
-    """Whether the database has this version's tables.
+    """Return whether the database has this version's tables.
 
     Raises:
         DatabaseError: it has two revisions.
@@ -157,8 +157,8 @@ def _is_up_to_date(engine: sa.Engine, url: str) -> bool:
     if len(revisions) > 1:
         raise DatabaseError(
             f"the database {make_url(url).render_as_string(hide_password=True)} has the revisions "
-            f"{' and '.join(revisions)}, expected one: two programs created or migrated it at the same time. Where "
-            "nothing is in it yet, delete it and run again; otherwise restore a copy from before"
+            f"{' and '.join(revisions)}, expected one: two programs created or migrated it at the same time. If it "
+            "is still empty, delete it and run again; otherwise restore a backup from before that"
         )
     return revisions == [HEAD]
 

@@ -22,7 +22,10 @@ class Speed(Record):
     latency_p95_ms: float = Field(ge=0, description="95 % of the answers took at most so long, milliseconds.")
     tokens_per_second: float = Field(ge=0, description="Generated tokens by the time spent generating them.")
     prompts: int = Field(ge=1, description="How many answers were timed.")
-    threads: int | None = Field(default=None, description="That decoded, the same number all the time.")
+    threads: int | None = Field(
+        default=None, description="Number of threads that decoded, constant over the measurement."
+    )
     disturbed: str | None = Field(
-        default=None, description="What else used the cores meanwhile: then this is not the model's own speed."
+        default=None,
+        description="Other work on the cores during the measurement; if set, this is not the model's own speed.",
     )

@@ -122,13 +122,13 @@ class Comparison:
 
     @property
     def worth(self) -> Worth:
-        """What the challenger is worth, whatever the champion is; it was free to answer anything."""
+        """What the challenger is worth, whatever the champion is; its answers were decoded without a schema."""
         totals = self.challenger.totals
         return Worth(self.constant.right, totals.valid, totals.questions, self.structured)
 
     @property
     def disturbed(self) -> str | None:
-        """What else used the cores while the models were timed, if it was too much to call that their speed."""
+        """Other work on the cores while the models were timed, if it was too much for a valid measurement."""
         speeds = (self.champion.speed, self.challenger.speed)
         return next((speed.disturbed for speed in speeds if speed and speed.disturbed), None)
 
@@ -174,7 +174,7 @@ def compare(benchmark: Benchmark, scorer: Scorer, champion: Side, challenger: Si
     """Compare two models that answered the same benchmark.
 
     Args:
-        scorer: gave the scores of both sides.
+        scorer: the one that scored both sides.
 
     Raises:
         ComparisonError: one of them answered other questions.

@@ -1,8 +1,8 @@
 """The best constant answer: the expected answer that scores highest when it is given to every question. Pure.
 
-A model that scores no more has learned nothing of the questions. Scores are sums over parts of an answer (a value at a
-path, the nth occurrence of a word), so each answer is scored in the time that it takes to read it, not once for each
-question.
+A model that does not score above it has learned nothing about the questions. Scores are sums over parts of an answer
+(a value at a path, the nth occurrence of a word), so each answer is scored in one pass over its parts instead of once
+for each question.
 """
 
 import json
@@ -23,18 +23,18 @@ Score = Callable[[Any], int]
 
 @dataclass(frozen=True)
 class ConstantAnswer:
-    """An answer, and what it has right when it is given to every question."""
+    """An answer, and its score when it is given to every question."""
 
     text: str
     right: int
 
 
 def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: bool) -> ConstantAnswer:
-    """Return the expected answer that has the most right when given to every question; of equals, the first.
+    """Return the expected answer that scores highest when given to every question; on ties, the first.
 
     Args:
-        expected: of each question; at least one.
-        metric: what counts as right.
+        expected: the answer of each question; at least one.
+        metric: what counts as correct.
         structured: the loop has an output schema, so that answers are JSON.
     """
     texts = [answer for answer in expected if isinstance(answer, str) and not structured]
@@ -45,7 +45,7 @@ def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: b
     for answer in {_form(one, structured): None for one in expected}:
         right = of_text(answer) if texts else 0
         if values:
-            with suppress(Unreadable):  # a text, given to a question that expects JSON
+            with suppress(Unreadable):  # a text for a question that expects JSON
                 right += of_value(parse_json(answer))
         if right > best.right:
             best = ConstantAnswer(answer, right)
@@ -53,15 +53,17 @@ def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: b
 
 
 def _form(expected: Expected, structured: bool) -> str:
-    """An expected answer as a model would write it."""
+    """Return an expected answer as a model would write it."""
     return expected if isinstance(expected, str) and not structured else json.dumps(expected, ensure_ascii=False)
 
 
 def _scorer(expected: Sequence[Any], metric: Metric, whole: Callable[[Any], list[Hashable]]) -> Score:
-    """A function from an answer to what it has right, summed over all these expected ones.
+    """Return a function that scores an answer, summed over all these expected answers.
 
     Args:
-        whole: what `exact` compares.
+        expected: the expected answers.
+        metric: what counts as correct.
+        whole: the part that `exact` compares.
     """
     if metric == "words":
         return _words_scorer(answer_text(one) for one in expected)
@@ -71,7 +73,7 @@ def _scorer(expected: Sequence[Any], metric: Metric, whole: Callable[[Any], list
 
 
 def _words_scorer(expected: Iterable[str]) -> Score:
-    # The nth occurrence of a word is right in each expected answer that has it n times and is longer than its place.
+    # The nth occurrence of a word is correct for each expected answer that has it n times and is longer than its index.
     lengths: dict[tuple[str, int], list[int]] = defaultdict(list)
     for text in expected:
         wanted = words(text)
@@ -93,12 +95,12 @@ def _words_scorer(expected: Iterable[str]) -> Score:
 
 
 def _leaf_parts(value: Any) -> list[Hashable]:
-    """What `count_parameters` compares: equal for values that `same_value` takes for the same."""
+    """Return the parts that `count_parameters` compares; equal for values that `same_value` considers the same."""
     return [(path, _key(normalise(leaf) if isinstance(leaf, str) else leaf)) for path, leaf in leaves(value)]
 
 
 def _key(value: Any) -> Hashable:
-    """A key that is equal for values that `json_equal` takes for equal: 150 is 150.0, true is not 1."""
+    """Return a key that is equal for values that `json_equal` considers equal: 150 is 150.0, true is not 1."""
     if isinstance(value, dict):
         return "object", frozenset((name, _key(child)) for name, child in value.items())
     if isinstance(value, list):

@@ -24,7 +24,7 @@ class Figure:
         key: its name in JSON and metadata.
         champion: shares are 0 to 1 and shown in percent; None where it was not measured or cannot be.
         challenger: as `champion`.
-        flag: why it does not describe the models, such as what else used the cores; the name tells so too.
+        flag: why it does not describe the models, such as other work on the cores; the name says so too.
     """
 
     key: str

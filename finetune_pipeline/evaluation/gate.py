@@ -14,13 +14,13 @@ from finetune_pipeline.settings import GateSettings
 
 @dataclass(frozen=True)
 class Worth:
-    """What tells a challenger that answers from one that is worthless, however bad the champion is.
+    """Evidence that a challenger is worth serving, however bad the champion is.
 
     Attributes:
-        constant_right: what the best constant answer has right.
-        valid: valid answers of the challenger, which was free to say anything.
+        constant_right: score of the best constant answer.
+        valid: valid answers of the challenger, decoded without a schema.
         answers: all of its answers.
-        structured: the loop has an output schema, so most answers have to pass it.
+        structured: the loop has an output schema, so most answers have to be valid.
     """
 
     constant_right: int
@@ -36,8 +36,8 @@ class Verdict:
     The floats are for display only; None where they would divide by zero.
 
     Attributes:
-        needed_right: the fewest right that pass the rules on gain and score; more than `total` if no score can.
-        minimum_right: the most right that is still too little, whatever the champion has.
+        needed_right: the lowest score that passes the rules on gain and score; more than `total` if none can.
+        minimum_right: the score that the challenger has to exceed, whatever the champion has.
         valid: the challenger's valid answers.
         answers: all of its answers.
         relative_gain: gain over what the champion has right, 0.05 is 5 %.
@@ -71,8 +71,8 @@ def decide(
     """Apply the rule: promote a challenger that is worth something and gains enough on the same questions.
 
     Enough is `min_gain` of what the champion has right (relative), of all (points), or of what it has wrong
-    (error_reduction), and always more than nothing. Worth something is a score above `min_score` (default: above the
-    best constant answer's) and, with an output schema, more valid answers than invalid ones.
+    (error_reduction), and always more than nothing. A challenger is worth something if it scores above `min_score`
+    (default: the best constant answer's score) and, with an output schema, most of its answers are valid.
 
     Args:
         champion_right: what the champion has right, 0 to `total`.
@@ -125,7 +125,7 @@ def _exact(setting: float) -> Fraction:
 
 
 def _stated(minimum: int, total: int, worth: Worth, settings: GateSettings) -> str:
-    """Both numbers of what it is worth, which every verdict states."""
+    """Return the statement of both limits, score and valid answers, which every verdict has."""
     if settings.min_score is None:
         score = f"the best constant answer has {minimum:,} of {total:,} right"
     else:

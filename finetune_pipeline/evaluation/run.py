@@ -42,7 +42,7 @@ ANSWERS = "answers.jsonl"
 SPEED_PROMPTS = 24
 WARM_UPS = 2
 QUIET = 0.1
-"""Fraction of all cores that other processes may use while models are timed; beyond it the speed is flagged."""
+"""Fraction of all cores that other processes may use while models are timed; above it the speed is flagged."""
 
 Progress = Callable[[int, int], None]
 """Called with the answers that are done, and all that there will be."""
@@ -181,9 +181,9 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """Time models on the same prompts, one prompt at a time, after two warm-ups that do not count.
 
-    The models take turns, and who goes first alternates, so that noise of the machine hits all alike; the number of
-    threads stays the same all the time. Where the models do not fit into memory together, they are timed one after the
-    other. Where other processes use the cores meanwhile, the speed says so (`disturbed`).
+    The models take turns, and the first one alternates, so that noise affects all of them equally; the number of
+    threads is fixed. Models that do not fit into memory together are timed one after the other. If other processes
+    use the cores meanwhile, the speed says so (`disturbed`).
 
     Args:
         specs: the models by name.
@@ -218,9 +218,8 @@ class _Work:
 def _generate(work: _Work, fields: Mapping[str, Any], identity: str) -> Artifact[BenchmarkRunManifest]:
     loop, version = fields["loop"], fields["version"]
     with draft(loop, BenchmarkRunManifest.stage, version, keep=True) as folder:
-        done = find_unaltered(
-            BenchmarkRunManifest, loop, version
-        )  # somebody may have finished while we waited for the lock
+        # Another process may have finished while this one waited for the lock.
+        done = find_unaltered(BenchmarkRunManifest, loop, version)
         if done is not None:
             return done
         answers = _answer_rest(work, folder / ANSWERS)
@@ -282,7 +281,7 @@ def _read_answers(path: Path) -> dict[str, Answer]:
 
 
 def _request(question: Question, system_prompt: str, max_tokens: int) -> GenerateRequest:
-    # Never with the output schema: constrained decoding would make valid JSON of a model that learned none.
+    # Never with the output schema: constrained decoding would hide that a model has not learned to write valid JSON.
     return GenerateRequest(messages=chat(system_prompt, question.prompt), max_tokens=max_tokens, temperature=0.0)
 
 

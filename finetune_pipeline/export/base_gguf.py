@@ -12,10 +12,10 @@ from finetune_pipeline.settings import LoopSettings
 
 
 def base_gguf(loop: LoopSettings, tell: Callable[[str], None]) -> Path:
-    """The file of the loop's base model in the loop's quantisation, made if it is not there yet.
+    """Return the file of the loop's base model in the loop's quantization; export it if it does not exist.
 
     Raises:
-        ArtifactError: it is there and damaged.
+        ArtifactError: it exists and is damaged.
     """
     artifact = base_gguf_artifact(loop, tell)
     check_base(artifact)
@@ -23,13 +23,13 @@ def base_gguf(loop: LoopSettings, tell: Callable[[str], None]) -> Path:
 
 
 def check_base(artifact: Artifact[BaseGgufManifest]) -> None:
-    """Refuse a base model's file whose content is not what was exported.
+    """Refuse a base model's file whose content differs from what was exported.
 
     Raises:
         ArtifactError: it differs.
     """
     name = artifact.manifest.gguf
-    remedy = f"delete {artifact.path}; whoever needs it next makes it again"
+    remedy = f"delete {artifact.path}; it is exported again when it is next needed"
     check_content(artifact.path / name, artifact.manifest.files[name].sha256, remedy)
 
 

@@ -48,7 +48,7 @@ class Agreement:
 def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[Message]]) -> ParityResult:
     """Compare the tokens of conversations in transformers (training) and llama.cpp (service).
 
-    Each is also compared with control tokens of the model in its last message, which both have to read as text.
+    Each is also compared with control tokens in its last message, which both have to tokenize as text.
 
     Args:
         base_folder: the base model, whose tokenizer trained.

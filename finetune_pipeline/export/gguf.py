@@ -40,10 +40,10 @@ def convert(folder: Path, out_gguf: Path, outtype: OutType = "f16", base_folder:
     """Convert a Hugging Face folder to a GGUF, which is there complete or not at all.
 
     Args:
-        folder: the model, as Hugging Face lays it out.
+        folder: the model in Hugging Face's layout.
         out_gguf: the file to write.
         outtype: type of its weights.
-        base_folder: the base model, of which the GGUF gets chat template and name; default the folder itself.
+        base_folder: the base model, from which the GGUF gets its chat template and name; default the folder itself.
 
     Raises:
         ExportError: the converter is missing or refuses the model; with what it said.

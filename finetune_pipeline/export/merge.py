@@ -29,8 +29,8 @@ def merge(
     Args:
         base_folder: the base model.
         adapter_folder: the trained adapter.
-        out_folder: None merges nothing, and only asks.
-        questions: answered by the base with its adapter, before they are merged.
+        out_folder: for the merged model; with None nothing is merged, only the questions are answered.
+        questions: for the base with its adapter, before they are merged.
 
     Returns:
         The answers.
@@ -62,7 +62,7 @@ def merge_here(
     questions: Path | None = None,
     answers: Path | None = None,
 ) -> None:
-    """The merge itself, in this process: loads torch, transformers and peft. Arguments as in `merge`, but in files."""
+    """Merge in this process, with questions and answers in files; loads torch, transformers and peft."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -84,14 +84,14 @@ def merge_here(
 
 
 def _refuse_tied(model: Any) -> None:
-    """Refuse an adapter of an output layer that is the embeddings too, or of those: it would be merged into both."""
+    """Refuse LoRA on tied embeddings or their output layer: it would be merged into both."""
     from peft.tuners.lora import LoraLayer
 
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if ends[1] is not None and ends[0].weight is ends[1].weight and any(isinstance(end, LoraLayer) for end in ends):
         raise SystemExit(
-            "the adapter changes the output layer or the embeddings, which are one in this base model "
-            "(tie_word_embeddings), so merged it would be another model than was trained; train it again without them "
+            "the adapter changes the output layer or the embeddings, which share one weight in this base model "
+            "(tie_word_embeddings), so the merged model would differ from the trained one; train again without them "
             "in target_modules"
         )
 

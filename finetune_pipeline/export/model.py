@@ -20,12 +20,12 @@ class ExportedModel:
 
     Attributes:
         gguf: the file that serves; with an adapter, the base's.
-        full: the F16 file from which `gguf` was quantised; `gguf` itself where it was not quantised here.
+        full: the F16 file from which `gguf` was quantized; `gguf` itself if it was not quantized here.
         quantization: llama.cpp's type that was asked for.
         tensor_types: number of tensors of each type in `gguf`; more types than one where rows do not fit the blocks.
         seconds: wall time of each step.
         adapter: the LoRA adapter that serves over `gguf`.
-        reference: what the base with its adapter answered, unmerged and in transformers.
+        reference: the answers of the base with its adapter, unmerged, in transformers.
     """
 
     gguf: Path
@@ -53,7 +53,7 @@ def export(
         out_folder: gets `model-F16.gguf` and `model-<quantization>.gguf`.
         quantization: a type of ExportSettings.quantization.
         on_step: called with the name of each step before it begins: merge, convert, quantise.
-        questions: what the base with its adapter is asked before they are merged, for `reference`.
+        questions: for the base with its adapter, before they are merged; gives `reference`.
 
     Raises:
         ExportError: a step failed; nothing half-written is left.
@@ -98,7 +98,7 @@ def export_adapter(
     Args:
         base_gguf: the base model's GGUF, of type `quantization`, over which the adapter will serve.
         out_folder: gets `adapter.gguf`.
-        questions: what the base with its adapter is asked, for `reference`.
+        questions: for the base with its adapter; gives `reference`.
 
     Raises:
         ExportError: a step failed; nothing half-written is left.

@@ -1,4 +1,4 @@
-"""What the base with its adapter answers in transformers, unmerged: what every exported model has to answer like."""
+"""Answers of the base with its adapter, unmerged, in transformers: the reference for every exported model."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Questions:
-    """Conversations to be answered greedily, each in at most so many tokens."""
+    """Conversations to answer greedily, each in at most `max_tokens` tokens."""
 
     chats: Sequence[list[Message]]
     max_tokens: int
@@ -24,12 +24,12 @@ class Questions:
 
 
 def answer(model: Any, base_folder: Path, questions: Path, answers: Path) -> None:
-    """Have a model answer the questions of a file, and write a list of the answers' texts.
+    """Answer the questions of a file with a model, and write the list of answers.
 
     Args:
         model: a causal language model of transformers, with or without an adapter in its layers.
-        base_folder: the base model, whose tokenizer it has.
-        questions: what `Questions.write` wrote.
+        base_folder: the base model, for its tokenizer.
+        questions: file written by `Questions.write`.
         answers: the file to write.
     """
     from transformers import AutoTokenizer, GenerationConfig
@@ -40,7 +40,7 @@ def answer(model: Any, base_folder: Path, questions: Path, answers: Path) -> Non
     prompts = [list(tokenizer.apply_chat_template(chat, **render)) for chat in asked["chats"]]
     ends = _ends(model, tokenizer)
     own = model.generation_config
-    # Not the model's own, which may have penalties: the engine decodes without them.
+    # Not the model's own configuration, which may have penalties: the engine decodes without them.
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=asked["max_tokens"], eos_token_id=sorted(ends), pad_token_id=min(ends)
     )
@@ -54,7 +54,7 @@ def answer(model: Any, base_folder: Path, questions: Path, answers: Path) -> Non
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens at which an answer ends: every special one, since engines differ in which of them they stop at."""
+    """Return the tokens that end an answer: all special ones, since engines differ in which of them they stop at."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -74,6 +74,6 @@ def _generate(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[i
 
 
 def _until(ids: Sequence[int], ends: set[int]) -> list[int]:
-    """The tokens before the first that ends the answer."""
+    """Return the tokens before the first one that ends the answer."""
     last = next((place for place, id in enumerate(ids) if id in ends), len(ids))
     return list(ids[:last])

@@ -1,4 +1,4 @@
-"""What of a base's tokenizer llama.cpp's converter does not read as transformers does: chat template and name."""
+"""Chat template and name of a base model, which llama.cpp's converter resolves differently from transformers."""
 
 import json
 import re
@@ -17,9 +17,9 @@ _PHI_3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
 
 def chat_template(folder: Path) -> str | None:
-    """Return the chat template that transformers resolves for a folder; None has none.
+    """Return the chat template that transformers resolves for a folder; None if it has none.
 
-    Files of their own take precedence over tokenizer_config.json, which may have several by name.
+    Separate files take precedence over tokenizer_config.json, which may have several templates by name.
     """
     templates: Any = {}
     if (folder / TEMPLATE).is_file():
@@ -33,10 +33,10 @@ def chat_template(folder: Path) -> str | None:
 
 
 def gguf_name(folder: Path) -> str:
-    """Return the name that a GGUF of a base model gets.
+    """Return the name for a GGUF of a base model.
 
-    llama.cpp tells by it how special tokens are read: "phi-3" has them swallow the white space behind them. So the name
-    of a tokenizer whose tokens do that says so, and no other name does, whatever the folder is called.
+    llama.cpp decides by this name how special tokens are matched: with "phi-3" they absorb the white space after them.
+    So the name contains it if and only if the tokenizer's tokens do that, whatever the folder is called.
     """
     tokens = _added_tokens(folder)
     swallows = any(token.get("rstrip") for token in tokens.values()) and tokens.keys() >= _PHI_3_TOKENS
@@ -50,9 +50,9 @@ def stage(folder: Path, tokenizer_folder: Path, staged: Path) -> None:
     """Make a folder of links to a model's files, in which the converter finds the template that transformers resolves.
 
     Args:
-        folder: the model, as Hugging Face lays it out.
-        tokenizer_folder: the base model, whose tokenizer it has.
-        staged: the new folder. Its own name must say nothing: the converter reads that too.
+        folder: the model in Hugging Face's layout.
+        tokenizer_folder: the base model, for its tokenizer.
+        staged: the new folder. Its name must be neutral: the converter reads it too.
     """
     template, config = chat_template(tokenizer_folder), _json(folder / CONFIG)
     staged.mkdir(parents=True)
@@ -68,9 +68,9 @@ def stage(folder: Path, tokenizer_folder: Path, staged: Path) -> None:
 
 
 def _own_name(folder: Path) -> str:
-    """The name under which a model was published, else its folder's; in Hugging Face's cache that is only a hash."""
+    """Return the name under which a model was published, else its folder's (in Hugging Face's cache only a hash)."""
     published = str(_json(folder / "config.json").get("_name_or_path") or "")
-    if published and published.count("/") <= 1:  # else it is a path on somebody's machine
+    if published and published.count("/") <= 1:  # otherwise it is a local path
         return published.rpartition("/")[2] or published
     cached = folder.resolve().parents
     if len(cached) > 1 and cached[0].name == "snapshots" and cached[1].name.startswith("models--"):
@@ -79,7 +79,7 @@ def _own_name(folder: Path) -> str:
 
 
 def _added_tokens(folder: Path) -> dict[str, dict[str, Any]]:
-    """The tokens beside the vocabulary's own, by their text."""
+    """Return the added tokens, by their text."""
     listed = _json(folder / "tokenizer.json").get("added_tokens") or []
     configured = _json(folder / CONFIG).get("added_tokens_decoder") or {}
     return {token["content"]: token for token in [*listed, *configured.values()]}

@@ -51,7 +51,7 @@ class FeedbackError(RuntimeError):
 
 
 class IdTakenError(FeedbackError):
-    """A gateway has another event under this id."""
+    """A gateway has an event with other content under this id."""
 
 
 class Details(TypedDict, total=False):
@@ -105,8 +105,8 @@ class Transport(Protocol):
 class FeedbackClient:
     """Logs exchanges with a loop's model and what was thought of them.
 
-    An id or a `key` makes a call safe to repeat: what is recorded already is left as it was, and where the repeated
-    call says something else, a warning of this module's log names the id. A key is any text of the application's own;
+    An id or a `key` makes a call safe to repeat: what is recorded already is left as it was. If the repeated
+    call has other content, this module logs a warning with the id. A key is any text of the application's own;
     the event's id follows from the loop's name and the key.
 
     Args:

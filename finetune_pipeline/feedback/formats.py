@@ -8,8 +8,8 @@ Three kinds of object are read, told apart by their keys, mixed as they may be:
 
 The last two take every other field of `records.Interaction` too. Their `reward` is of the output, and a correction
 beside it is worth what the table of rewards says. Without an id, or with one that is no UUID, it follows from the
-content, so that a file that is read twice adds nothing. One that is not to be trained on (`weight: 0`, or `train`,
-`trainable` or `loss` of false) is rejected. Whatever file the rows stand in, it is read elsewhere.
+content, so that a file that is read twice adds nothing. A row marked as not to be trained on (`weight: 0`, or `train`,
+`trainable` or `loss` false) is rejected. Reading the rows of a file is done elsewhere.
 """
 
 import json
@@ -68,7 +68,7 @@ class Imported:
     """What reading a file did.
 
     Attributes:
-        bad: the first of the refused lines.
+        bad: the first rejected lines.
         conflicts: events whose id is known with other content.
     """
 

@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 Outcome = Literal["recorded", "duplicate", "conflict", "waiting", "refused"]
 """What became of an event; `waiting` is feedback whose interaction has not arrived, kept until it does, and `conflict`
-a duplicate that says something else than what is stored, which stays."""
+a duplicate with other content than the stored event, which is kept."""
 
 RewardOf = Callable[[str], RewardFunction]
 """The reward function of a loop, by the loop's name."""
@@ -312,11 +312,13 @@ def _batches(path: Path, aside: Path) -> Iterator[list[Interaction | Feedback]]:
                 break
             try:
                 event = _EVENT.validate_json(line)
-                not_in_future(event.created_at)  # the clock was wrong when the gateway took it
+                not_in_future(event.created_at)  # the clock was wrong when the gateway accepted it
                 batch.append(event)
             except ValueError as error:
                 what = (
-                    "a line that is no event" if isinstance(error, ValidationError) else f"an event whose time {error}"
+                    "a line that is not an event"
+                    if isinstance(error, ValidationError)
+                    else f"an event whose time {error}"
                 )
                 _log.error("%s holds %s; it was put aside in %s", path, what, aside)
                 _put_aside(aside, line)

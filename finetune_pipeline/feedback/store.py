@@ -36,7 +36,7 @@ class Recorded:
         interactions, feedback: how many were added.
         duplicates: how many were there already, or twice in the batch, or were deleted on a person's wish.
         known: ids of the duplicates.
-        conflicts: those of the duplicates that say something else than what is stored under their id, which stays.
+        conflicts: duplicates with other content than the stored event of their id, which is kept.
         waiting: ids of the added feedback whose interaction has not arrived yet.
     """
 
@@ -91,8 +91,7 @@ def record(
     """Add the events that are not there yet and renew what their interactions teach.
 
     An id that is there already is left as it was: events are never changed. One that comes with other content is
-    among the `conflicts`. What was forgotten stays away, and so does
-    all feedback on it.
+    among the `conflicts`. What was forgotten stays away, and so does all feedback on it.
     """
     # Taking the sequence first locks it until commit: no other writer can come between the look and the insert.
     first = take_sequence(connection, len(events))
@@ -111,14 +110,14 @@ def record(
 
 
 def conflict(event: Interaction | Feedback) -> str:
-    """Say that an event's id is known with other content, and what to do."""
-    return f"the {event.event} {event.id} is known with other content, which stays; give what is new an id of its own"
+    """Return the message that an event's id is known with other content, and what to do."""
+    return f"the {event.event} {event.id} is known with other content, which is kept; give the new event its own id"
 
 
 def renew_marked(connection: sa.Connection, task: str, reward: RewardFunction) -> int:
-    """Work out again what the examples teach that a migration marked by an empty content hash; returns how many.
+    """Recompute the examples that a migration marked by an empty content hash; return how many.
 
-    A migration that repairs events does not know the loop's rewards.
+    A migration that repairs events cannot do it, since it does not know the loop's rewards.
     """
     e = t.examples.c
     ids = connection.execute(sa.select(e.interaction_id).where(e.task == task, e.content_hash == "")).scalars().all()
@@ -367,7 +366,7 @@ _Numbered = tuple[E, int]
 def _not_known(
     connection: sa.Connection, events: Sequence[Interaction | Feedback]
 ) -> tuple[list[Interaction | Feedback], tuple[Interaction | Feedback, ...]]:
-    """The events that are to be added, not there yet and not forgotten; and those that contradict what is there."""
+    """Return the events to add (neither stored nor forgotten), and those that contradict a stored event."""
 
     def there(column: sa.Column[str], ids: Iterable[UUID]) -> set[str]:
         return {
@@ -398,7 +397,7 @@ def _not_known(
 
 
 def _stored(connection: sa.Connection, known: Mapping[str, set[str]]) -> dict[tuple[str, UUID], Interaction | Feedback]:
-    """The stored events of these ids."""
+    """Return the stored events with these ids."""
     found: dict[tuple[str, UUID], Interaction | Feedback] = {}
     readers = ((t.interactions, "interaction", _interaction), (t.feedback, "feedback", _feedback))
     for table, kind, read in readers:
@@ -410,11 +409,11 @@ def _stored(connection: sa.Connection, known: Mapping[str, set[str]]) -> dict[tu
 
 
 _NOT_SAID = frozenset({"created_at", "source", "origin", "seed", "latency_ms", "prompt_tokens", "completion_tokens"})
-"""Fields in which a repeated event may differ: they say when and where it came from, and how long it took."""
+"""Fields in which a repeated event may differ: its origin, time and costs."""
 
 
 def _contradicts(event: Interaction | Feedback, stored: Interaction | Feedback) -> bool:
-    """Whether two events of one id say different things. What only one of them says is no contradiction."""
+    """Return whether two events with one id differ in a field that both have."""
     if type(event) is not type(stored):
         return True
     pairs = ((getattr(event, name), getattr(stored, name)) for name in type(event).model_fields.keys() - _NOT_SAID)

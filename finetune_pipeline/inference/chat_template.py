@@ -1,10 +1,10 @@
 """Render a chat template the way transformers does, and tokenize the result so that text from people stays text.
 
-A message that holds `<|im_end|>` must not end its turn. The template is rendered twice, the second time with the
-characters that control tokens begin and end with replaced in everything that the messages hold. Both texts are equally
-long, so a control token that only the first has comes from a message, or is completed by one. The text is cut within
-it before it is tokenized, and no tokenizer finds it then. Training (transformers) and service (llama.cpp) both do this
-here, so they read the same tokens.
+A message that contains `<|im_end|>` must not end its turn. The template is rendered twice, the second time with
+stand-ins for the characters that control tokens begin and end with, everywhere in the messages. Both texts have the
+same length, so a control token that is only in the first comes from a message, or is completed by one. The text is
+split inside that token before it is tokenized, so no tokenizer finds it. Training (transformers) and service
+(llama.cpp) both use this module, so they get the same tokens.
 """
 
 import json
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokenize = Callable[[list[str]], list[list[int]]]
-"""Returns the tokens of each text; control tokens in it are read as such, and nothing is added."""
+"""Returns the tokens of each text; parses control tokens in it, and adds nothing."""
 
 _READING_METHODS = {
     "count", "endswith", "find", "index", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind",
     "rpartition", "rsplit", "rstrip", "split", "startswith", "strip",
 }  # fmt: skip
 _STAND_INS = 0x10F000  # private-use characters of the last plane
-# As llama.cpp's converter has it: it makes control tokens of these even where the tokenizer does not call them special.
+# As in llama.cpp's converter, which makes these control tokens even if the tokenizer does not mark them as special.
 _LOOKS_LIKE_CONTROL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused\d+>", re.DOTALL)
 
 
@@ -39,8 +39,8 @@ class Rendered:
     """A rendered conversation.
 
     Attributes:
-        pieces: the text, cut within each control token that a message holds or completes.
-        own: the control tokens that the template wrote; known where a message might hold one.
+        pieces: the text, split inside each control token that a message contains or completes.
+        own: the control tokens that the template wrote; known only if a message might contain one.
     """
 
     pieces: tuple[str, ...]
@@ -48,12 +48,12 @@ class Rendered:
 
     @property
     def text(self) -> str:
-        """The whole text."""
+        """The complete text."""
         return "".join(self.pieces)
 
     @property
     def cut(self) -> bool:
-        """Whether a message holds or completes a control token."""
+        """Whether a message contains or completes a control token."""
         return len(self.pieces) > 1
 
 
@@ -64,10 +64,10 @@ class ChatTemplate:
 
     Args:
         source: the template.
-        variables: what it can write besides the messages, such as bos_token.
-        special: text and id of each token that is never text.
-        added: the same of the other tokens that a tokenizer finds before it splits a text; those that the template
-            writes are control tokens too.
+        variables: what the template can use in addition to the messages, such as bos_token.
+        special: text and id of each special token.
+        added: text and id of the other tokens that a tokenizer matches before it splits a text; those that the
+            template writes are control tokens too.
         tokenize: the model's tokenizer.
 
     Raises:
@@ -98,11 +98,11 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> Rendered:
-        """Return the text of the messages, with the prompt for the answer unless told otherwise.
+        """Return the text of the messages, by default with the generation prompt.
 
         Raises:
             RequestRefused: the template rejects these messages (roles in another order, for instance), or acts on a
-                control token that one of them holds in a way that cannot be followed.
+                control token in one of them in a way that cannot be reproduced.
         """
         text = self._render(self._template, messages, add_generation_prompt)
         held = list(_strings(messages))
@@ -111,12 +111,12 @@ class ChatTemplate:
         marked = self._render(self._marked_template, self._control.mark(messages), add_generation_prompt)
         own = self._control.separate(marked)
         if self._control.mark(text) != self._control.mark(marked):
-            # The template computes with the characters that were replaced. That is no matter where none of the texts
-            # holds a control token and none was put together of them.
+            # The template computes with the characters that were replaced. This does not matter if no message contains
+            # a control token, and the template assembled none from several messages.
             if any(any(self._control.everywhere(one)) for one in held) or len(own) != len(self._control.separate(text)):
                 raise RequestRefused(
-                    "a message holds a control token of the model, and the chat template acts on it, so it cannot be "
-                    "read as text; take it out of the message"
+                    "a message contains a control token of the model, and the chat template acts on it, so it cannot "
+                    "be tokenized as text; remove it from the message"
                 )
             return Rendered((text,))
         cuts = self._control.cuts(text, marked, own)
@@ -127,7 +127,7 @@ class ChatTemplate:
         """Return the tokens of the rendered messages; control tokens among them are the template's own.
 
         Raises:
-            RequestRefused: as `render` does, or the tokenizer finds control tokens in what people wrote.
+            RequestRefused: as `render` does, or the tokenizer finds control tokens in a message.
         """
         return self.encode([self.render(messages, add_generation_prompt=add_generation_prompt)])[0]
 
@@ -135,9 +135,9 @@ class ChatTemplate:
         """Return the tokens of each rendered conversation.
 
         Raises:
-            RequestRefused: the tokenizer finds control tokens in what people wrote.
+            RequestRefused: the tokenizer finds control tokens in a message.
         """
-        # A tokenizer may put a space before a text. Behind a line break it does not, and that is taken off again.
+        # A tokenizer may prepend a space to a text. It does not after a line break, whose tokens are removed again.
         texts = [[one.pieces[0], *(f"\n{piece}" for piece in one.pieces[1:])] for one in conversations]
         encoded = iter(self._tokenize(["\n", *chain.from_iterable(texts)]))
         lead = next(encoded)
@@ -152,8 +152,8 @@ class ChatTemplate:
             tokens = tokens + (found[len(lead) :] if stands_alone else self._tokenize([piece])[0])
         if tuple(token for token in tokens if token in self._control.numbers) != rendered.own:
             raise RequestRefused(
-                "a message holds a control token of the model that its tokenizer cannot read as text; take it out of "
-                "the message"
+                "a message contains a control token of the model that its tokenizer cannot read as text; remove it "
+                "from the message"
             )
         return tokens
 
@@ -197,10 +197,10 @@ def of_transformers(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
 
 
 class _ControlTokens:
-    """The texts of control tokens, and where they are in a text."""
+    """The texts of the control tokens; finds and replaces them in a text."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
-        self.ids = {text: id for text, id in ids.items() if len(text) > 1}  # a single character cannot be cut
+        self.ids = {text: id for text, id in ids.items() if len(text) > 1}  # a single character cannot be split
         self.numbers = frozenset(self.ids.values())
         self._lengths = sorted({len(text) for text in self.ids}, reverse=True)
         starts = sorted({re.escape(text[:3]) for text in self.ids})
@@ -210,11 +210,11 @@ class _ControlTokens:
         self._ends = _one_of(ends)
 
     def may_begin_or_end_in(self, text: str) -> bool:
-        """Return whether a text holds a character that control tokens begin or end with."""
+        """Return whether a text contains a character that control tokens begin or end with."""
         return bool(self._ends.search(text))
 
     def mark(self, value: Any) -> Any:
-        """Replace the characters that control tokens begin or end with, in a text or in all texts of a value."""
+        """Replace the characters that control tokens begin or end with, in a string or in all strings of a value."""
         match value:
             case str():
                 return value.translate(self._stand_ins)
@@ -225,7 +225,7 @@ class _ControlTokens:
         return value
 
     def everywhere(self, text: str) -> Iterator[tuple[int, int]]:
-        """Yield the longest control token at each place where one begins; they may overlap."""
+        """Yield the longest control token at each position where one begins; they may overlap."""
         for start in (match.start() for match in self._starts.finditer(text)):
             for length in self._lengths:
                 if text[start : start + length] in self.ids:
@@ -241,7 +241,7 @@ class _ControlTokens:
         return spans
 
     def cuts(self, text: str, marked: str, own: Sequence[tuple[int, int]]) -> list[int]:
-        """Return where to cut a text, so that of its control tokens only the template's own are left.
+        """Return where to split a text, so that only the template's own control tokens are left in it.
 
         Args:
             text: as it was rendered.
@@ -257,9 +257,9 @@ class _ControlTokens:
 
 
 def _ends(token: str) -> set[str]:
-    """The first and last character of a token, without letters and digits if one of them is something else.
+    """Return the first and last character of a token, but no letters and digits if one of them is another character.
 
-    What a template compares, a role for instance, is letters and should not be marked.
+    Strings that a template compares, such as roles, consist of letters and should not be marked.
     """
     ends = {token[0], token[-1]}
     return {one for one in ends if not one.isalnum() and not one.isspace()} or ends
@@ -278,7 +278,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _with_marked_comparisons(template: "jinja2.nodes.Template", control: _ControlTokens) -> "jinja2.nodes.Template":
-    """Mark the constants that a template looks for in messages, so that it finds them in marked ones too."""
+    """Mark the constants that a template searches for in messages, so that it finds them in marked messages too."""
     from jinja2 import nodes
 
     looked_for: list[Any] = []

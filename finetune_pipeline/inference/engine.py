@@ -53,12 +53,12 @@ _WHAT_TO_DO = {
 }
 
 WHERE_SECONDS = 1.0
-"""How long a child that makes no progress may take to say whose token it is choosing."""
+"""Time that a stuck child has to report whose token it is choosing."""
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """Who waits for a result."""
+    """A request whose result is pending."""
 
     future: "Future[Any]"
     on_piece: Callable[[str], None] | None = None
@@ -128,7 +128,7 @@ class Engine:
 
     @property
     def ended(self) -> EngineError | None:
-        """Why it has ended, if it has."""
+        """The error that ended it; None while it runs."""
         return self._ended
 
     def render(self, messages: list[Message]) -> str:
@@ -291,7 +291,7 @@ class Engine:
         _close_quietly(process.stdout)
 
     def _watch(self, process: "subprocess.Popen[str]") -> None:
-        """Kill the child when it has work and says nothing; time in which this process is stopped does not count."""
+        """Kill the child when it has work and sends nothing; time in which this process is stopped does not count."""
         tick = min(1.0, self.spec.stuck_seconds / 5)
         while not self._gone.wait(tick):
             with self._lock:
@@ -307,7 +307,7 @@ class Engine:
                 return
 
     def _refuse_suspects(self) -> None:
-        """End the request that the child was stuck in; where it could not say which, every one with a schema."""
+        """Refuse the request that the child was stuck in; if it could not say which, every request with a schema."""
         if not self._stuck:
             return
         at = self._at.result() if self._at.done() else 0
@@ -373,8 +373,8 @@ class Engine:
         if self._stuck:
             return EngineStuck(
                 f"the process that ran {self.spec.gguf} had requests and made no progress for "
-                f"{self.spec.stuck_seconds:g} s, so it was ended; open the engine again. On a machine that needs "
-                "longer for one batch, raise stuck_seconds",
+                f"{self.spec.stuck_seconds:g} s, so it was ended; open the engine again. If one batch takes longer "
+                "on this machine, raise stuck_seconds",
                 name,
             )
         how = f"was ended by {name}" if name else f"exited with status {code}"

@@ -30,7 +30,7 @@ class EngineCrashed(EngineError):
 
 
 class EngineStuck(EngineCrashed):
-    """The process that ran the model made no progress for `stuck_seconds` and was ended; as EngineCrashed otherwise."""
+    """The process that ran the model made no progress for `stuck_seconds` and was ended."""
 
 
 class EngineClosed(EngineError):

@@ -1,6 +1,6 @@
-"""What a JSON Schema lets a model say next: llguidance over the model's vocabulary. Only in a child process.
+"""The tokens that a JSON Schema allows next: llguidance over the model's vocabulary. Used in the child process only.
 
-A schema is compiled in a thread: llguidance cannot be interrupted, and lets the decoding loop go on meanwhile.
+A schema is compiled in a thread, since llguidance cannot be interrupted; it releases the GIL, so decoding continues.
 """
 
 import json
@@ -21,34 +21,34 @@ from finetune_pipeline.inference.native import NativeModel
 from finetune_pipeline.schemas import Unreadable, parse_json
 
 COMPILE_SECONDS = 10.0
-"""A schema that takes longer is refused, though its thread goes on until llguidance comes back."""
+"""A schema that takes longer is refused, but its thread is busy until llguidance returns."""
 
 COMPILERS = 2
-"""Schemas that are compiled at once, those that take too long among them: when all do, no other schema is taken."""
+"""Schemas compiled at the same time. While all threads are busy with late ones, new schemas are refused."""
 
 CACHED = 64
 
 _LOCATE_SECONDS = 1.0
 _LIMITS = llguidance.LLParserLimits(
-    max_items_in_row=5_000,  # a row has some for each optional property that may come next
+    max_items_in_row=5_000,  # a row has several for each optional property that may come next
     max_lexer_states=50_000,  # 1 to 2 kB each
     max_grammar_size=20_000,
     verbose_errors=False,  # they would show tokens of the answer
 )
 _OPTIONS: Any = {
-    "lenient": False,  # a schema cannot turn refusals off by `x-guidance`
+    "lenient": False,  # otherwise a schema can turn refusals off by `x-guidance`
     "coerce_one_of": False,
-    "whitespace_flexible": False,  # white space without end is what a weak model likes to write
+    "whitespace_flexible": False,  # otherwise a weak model may generate white space without end
     "item_separator": r",[\x20]?",
     "key_separator": r":[\x20]?",
-    # Without \u every name is written in one way only, so that no property comes twice under two spellings.
+    # Without \u each name has one spelling only, so that no property is written twice in two spellings.
     "json_allowed_escapes": 'nrbtf\\"',
     "json_allow_general_unicode_escapes": False,
 }
 
 
 class Grammar:
-    """A schema that can be enforced; every answer has a `Matcher` of its own."""
+    """A schema that can be enforced. Every answer gets its own `Matcher`."""
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, given: Enforceable) -> None:
         import jsonschema_rs
@@ -58,58 +58,58 @@ class Grammar:
         self._validator = jsonschema_rs.Draft202012Validator(given.checked)
 
     def matcher(self) -> "Matcher":
-        """Start an answer, in the milliseconds that llguidance takes to compile.
+        """Return a matcher for one answer; llguidance compiles it in a few milliseconds.
 
-        Copies of one compiled matcher would share its lexer: what one answer cannot do, and the states that it has used
-        up, would hold for all others, so that an answer would depend on those before it.
+        Copies of one compiled matcher would share its lexer with its limits: an answer that uses up the lexer's states
+        would make all later answers fail.
         """
         return Matcher(_matcher(self._tokenizer, self._schema), self)
 
     def check(self, text: str) -> None:
-        """Check a whole answer for what no grammar holds: items that are unique, properties that come once.
+        """Check a complete answer for what the grammar cannot express: unique items, properties that occur once.
 
         Raises:
             RequestRefused: it is not valid; the message names keyword and path.
         """
         try:
             value = parse_json(text)
-        except Unreadable as unreadable:  # 1e999 is a number of JSON that nobody can read
+        except Unreadable as unreadable:  # 1e999 is valid JSON, but no float can hold it
             raise RequestRefused(f"the model's answer follows the json_schema, but {unreadable}") from unreadable
         for error in self._validator.iter_errors(value):
             keyword = [str(part) for part in error.schema_path][-1:] or ["schema"]
             where = "/".join(["#", *map(str, error.instance_path)])
             raise RequestRefused(
-                f"the model's answer breaks {keyword[0]} of json_schema at {where}: {error.message[:300]}. This can "
-                "only be checked when an answer is complete; ask again with a temperature and another seed, or leave "
-                "the keyword out"
+                f"the model's answer violates {keyword[0]} of json_schema at {where}: {error.message[:300]}. This can "
+                "only be checked on a complete answer; try again with a temperature and another seed, or remove the "
+                "keyword"
             )
 
 
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher, grammar: Grammar) -> None:
         self.grammar = grammar
         self._matcher = matcher
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Return which tokens may come next.
+        """Return which tokens are allowed next.
 
         Raises:
-            RequestRefused: none may, or llguidance gives up.
+            RequestRefused: no token is, or llguidance gives up.
         """
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed: NDArray[np.bool_] = np.unpackbits(mask, bitorder="little").astype(bool)
         if not allowed.any():
             raise RequestRefused(
-                "the json_schema leaves none of the model's tokens as the next one: its vocabulary lacks characters "
-                "that the schema needs, so use another schema or another model"
+                "the json_schema allows none of the model's tokens next: its vocabulary lacks characters that the "
+                "schema needs; use another schema or another model"
             )
         return allowed
 
     def accept(self, token: int) -> None:
-        """Go on after this token.
+        """Advance by this token.
 
         Raises:
             RequestRefused: llguidance gives up.
@@ -118,17 +118,19 @@ class Matcher:
         self._check()
 
     def _check(self) -> None:
-        if self._matcher.is_error():  # llguidance never raises, and answers nothing from then on
+        if self._matcher.is_error():  # llguidance never raises, and allows nothing from then on
             raise RequestRefused(
-                f"the json_schema cannot be followed to the end: {_first_line(self._matcher.get_error())}. Simplify it"
+                "the json_schema cannot be enforced to the end of the answer: "
+                f"{_first_line(self._matcher.get_error())}. Simplify it"
             )
 
 
 class Grammars:
-    """Compiles schemas for a model; what is refused once is not tried again.
+    """Compiles schemas for a model; a schema that was refused once is not compiled again.
 
     Args:
-        notify: called from another thread when a matcher that was waited for is ready, or refused.
+        model: whose vocabulary the matchers use.
+        notify: called from another thread when a matcher is ready or its schema is refused.
     """
 
     def __init__(self, model: NativeModel, notify: Callable[[], None]) -> None:
@@ -141,7 +143,7 @@ class Grammars:
         self._tokenizer: llguidance.LLTokenizer | None = None
 
     def matcher(self, schema: dict[str, Any]) -> "Future[Matcher]":
-        """Return what an answer of this schema is held to; within COMPILE_SECONDS it is ready or refused."""
+        """Return the matcher for an answer with this schema; it is ready or refused within COMPILE_SECONDS."""
         text = json.dumps(schema)
         matcher: Future[Matcher] = Future()
         with self._lock:
@@ -187,7 +189,7 @@ class Grammars:
             if matcher.done():
                 return
             matcher.set_exception(refused)
-        if not work.cancel():  # it is running, and nothing can stop it
+        if not work.cancel():  # it is running and cannot be stopped
             with self._lock:
                 if not work.done():
                     self._late.add(work)
@@ -230,7 +232,7 @@ def compiled(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> Gramm
 
 
 class _Vocabulary:
-    """A model's tokens in the form that llguidance reads: what stands for no text has the marker of special tokens."""
+    """A model's tokens in the form that llguidance expects; tokens without text are marked as special."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -246,7 +248,7 @@ class _Vocabulary:
         self.tokenizer: llguidance.LLTokenizer | None = None
 
     def __call__(self, text: str) -> list[int]:
-        """The model's own tokens of a text, which llguidance writes where only one text may follow."""
+        """Return the model's own tokens of a text, which llguidance forces where only one text is possible."""
         tokens = self._tokenize(text)
         if b"".join(self.tokens[token] for token in tokens) == text.encode() or self.tokenizer is None:
             return tokens
@@ -256,14 +258,14 @@ class _Vocabulary:
 def _tokenizer(model: NativeModel) -> llguidance.LLTokenizer:
     vocabulary = _Vocabulary(model)
     if not vocabulary.eos_tokens:
-        raise RequestRefused("the model has no token that ends an answer, so no json_schema can be followed to its end")
+        raise RequestRefused("the model has no token that ends an answer, so json_schema cannot be used with it")
     tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=vocabulary.eos_tokens)  # type: ignore[arg-type]
     vocabulary.tokenizer = tokenizer
     return tokenizer
 
 
 def _check_vocabulary(tokenizer: llguidance.LLTokenizer, text: str) -> None:
-    """A byte that no token has would be written as another token, where only one text may follow."""
+    """Refuse a schema with a byte that no token has: llguidance would force another token in its place."""
     missing = [c for c in sorted({*text}) if tokenizer.decode_bytes(tokenizer.greedy_tokenize(c)) != c.encode()]
     if missing:
         raise RequestRefused(
@@ -276,7 +278,7 @@ def _matcher(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> llgui
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=_OPTIONS)
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
     if not matcher.is_error():
-        matcher.compute_bitmask()  # some fail only at their first token
+        matcher.compute_bitmask()  # some errors appear only at the first token
     return matcher
 
 
@@ -305,11 +307,11 @@ def _fails(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any], error: str
 
 
 def _first_line(error: str) -> str:
-    return (error.strip().splitlines() or ["llguidance gives no reason"])[0][:300]
+    return (error.strip().splitlines() or ["llguidance gave no reason"])[0][:300]
 
 
 def _all_late() -> str:
     return (
-        f"{COMPILERS} other json_schemas take longer than {COMPILE_SECONDS:g} s to compile, so no new one is taken "
-        "now; ask again later"
+        f"{COMPILERS} other json_schemas take longer than {COMPILE_SECONDS:g} s to compile, so new ones are refused "
+        "for now; try again later"
     )

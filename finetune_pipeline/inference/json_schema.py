@@ -1,7 +1,7 @@
 """Rewrite a JSON Schema into the subset that llguidance enforces exactly, or refuse it by keyword and path.
 
-llguidance refuses most of what it cannot enforce, but deviates silently in places (exclusive bounds, integers that a
-float cannot hold, overlapping dialects of regular expressions). Whatever is not known to be enforced is refused here.
+llguidance refuses most of what it cannot enforce, but it deviates silently in places (exclusive bounds, integers that a
+float cannot hold, differences between regex dialects). Whatever is not known to be enforced exactly is refused here.
 The result is a schema of draft 2020-12 whose only references are `#/$defs/N`; drafts 4 to 2019-09 are translated.
 """
 
@@ -20,22 +20,22 @@ MAX_BYTES = 64_000
 """Larger schemas take llguidance seconds to compile, and it cannot be interrupted."""
 
 MAX_DEPTH = 60
-"""Levels of a schema: native code recurses over it on the stack of a thread."""
+"""Levels of nesting in a schema: native code recurses over them on a thread's stack."""
 
 MAX_REPEATS = 10_000
-"""Repetitions that lengths, item counts and a pattern may ask for: each can be a state of the lexer."""
+"""Largest minimum length or count that a schema may require: each repetition can be a state of the lexer."""
 
 MAX_PATTERN_SIZE = 2_000
-"""Characters of a pattern with its repetitions written out: masks of larger ones take a tenth of a second and more."""
+"""Characters of a pattern with its repetitions expanded: masks of larger ones take 0.1 s and more."""
 
 MAX_OPTIONAL = 500
-"""Optional properties of one object: any may come next, and the mask before them takes a time that is quadratic."""
+"""Optional properties of one object: any of them may come next, and the time for the mask is quadratic in them."""
 
 MAX_PATTERN_PROPERTIES = 50
-"""llguidance intersects each with each other."""
+"""llguidance intersects each with every other one."""
 
 MAX_MULTIPLE = 10_000
-"""multipleOf without its decimal point: an automaton gets one state for each remainder."""
+"""multipleOf without its decimal point: the automaton has one state for each remainder."""
 
 _EXACT = 2**53
 _NUMBER_LIMIT = 1e15
@@ -77,7 +77,7 @@ FORMAT_PATTERNS = {
     "date-time": f"^{_DATE}[tT]{_TIME}$",
     "uuid": r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$",
 }
-"""Formats that llguidance does not take exactly (29 February; a leap second, which no library reads, is left out)."""
+"""Formats that llguidance does not enforce exactly (29 February; without leap seconds, which no library parses)."""
 
 _FORMATS = {"duration", "email", "ipv4", "ipv6", "uri"}
 _ANY_TEXT = {"binary", "directory-path", "file-path", "password", "path"}
@@ -91,8 +91,8 @@ class Enforceable:
 
     Attributes:
         schema: for llguidance.
-        checked: the same with uniqueItems, which a whole answer is checked against.
-        nodes: every schema within it, the inner ones first, with its path in the schema as it was given.
+        checked: the same with uniqueItems, for the check of a complete answer.
+        nodes: every subschema, inner ones first, with its path in the original schema.
     """
 
     schema: dict[str, Any]
@@ -108,7 +108,9 @@ def enforceable(schema: dict[str, Any]) -> Enforceable:
     """
     size = len(json.dumps(schema, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
-        raise RequestRefused(f"json_schema has {size} bytes, at most {MAX_BYTES} are taken; make enumerations smaller")
+        raise RequestRefused(
+            f"json_schema has {size} bytes, at most {MAX_BYTES} are allowed; make enumerations smaller"
+        )
     if _deeper_than(schema, MAX_DEPTH):
         raise RequestRefused(f"json_schema is nested more than {MAX_DEPTH} levels deep; move parts of it into $defs")
     rewriter = _Rewriter(schema, unique=False)
@@ -130,7 +132,7 @@ def _children(value: Any) -> list[Any]:
 
 
 class _Rewriter:
-    """One schema on its way; paths in messages are JSON pointers into the schema as it was given."""
+    """Rewrites one schema; paths in messages are JSON pointers into the original schema."""
 
     def __init__(self, schema: dict[str, Any], *, unique: bool) -> None:
         self.nodes: list[tuple[str, dict[str, Any]]] = []
@@ -145,7 +147,7 @@ class _Rewriter:
         self._patterned = 0
 
     def rewritten(self) -> dict[str, Any]:
-        """Return the whole schema."""
+        """Return the rewritten schema."""
         root = self._node(self._root, "#")
         while self._pending:
             reference = self._pending.pop()
@@ -202,14 +204,14 @@ class _Rewriter:
                 raise _refused(at, name, "it is not enforced; since draft 2019-09 it is an annotation")
         for name in ("$id", "id", "$schema"):
             if at != "#" and isinstance(schema.get(name), str) and schema[name] != self._root.get(name):
-                raise _refused(at, name, "schemas within a schema that have a name of their own are not followed")
+                raise _refused(at, name, "subschemas with an identifier of their own are not supported")
 
     def _numbers(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
         types = _types(schema)
         integral = "number" not in types and "integer" in types
         bounds = {name: schema[name] for name in _BOUNDS if not isinstance(schema.get(name, False), bool)}
         for name, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
-            if schema.get(exclusive) is True and name in bounds:  # as draft 4 has it
+            if schema.get(exclusive) is True and name in bounds:  # as in draft 4
                 bounds[exclusive] = bounds.pop(name)
         bounds |= _bounds_of_format(schema, types, at)
         ranged = {name: _bound(bound, name, at, integral=integral) for name, bound in bounds.items()}
@@ -227,14 +229,16 @@ class _Rewriter:
     def _multiple(self, multiple: float, at: str) -> float:
         scaled, decimals = _scaled(multiple)
         if not 0 < scaled <= MAX_MULTIPLE or decimals > 9:
-            raise _refused(at, "multipleOf", f"it has at most {MAX_MULTIPLE} without its decimal point, and 9 decimals")
+            raise _refused(
+                at, "multipleOf", f"it may have at most {MAX_MULTIPLE} without its decimal point, and 9 decimals"
+            )
         self._multiples.append((scaled, decimals))
         most = max(digits for _, digits in self._multiples)
         together = 1
         for coefficient, digits in set(self._multiples):
             number = coefficient * 10 ** (most - digits)
             if together * number >= 2**32:
-                raise _refused(at, "multipleOf", "together with the other multipleOf its multiples are too large")
+                raise _refused(at, "multipleOf", "combined with the other multipleOf its multiples are too large")
             together = math.lcm(together, number)
         return int(multiple) if float(multiple).is_integer() else multiple
 
@@ -254,13 +258,13 @@ class _Rewriter:
             node["format"] = name
         else:
             known = ", ".join(sorted(_FORMATS | {*FORMAT_PATTERNS}))
-            raise _refused(at, "format", f"{name!r} is not enforced; there are {known}, and `pattern`")
+            raise _refused(at, "format", f"{name!r} is not enforced; use one of {known}, or `pattern`")
 
     def _arrays(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
         prefix, items, rest = schema.get("prefixItems"), schema.get("items"), "items"
         if self._draft < 2020:
             if prefix is not None:
-                raise _refused(at, "prefixItems", "it is of draft 2020-12; use `items` with a list in this draft")
+                raise _refused(at, "prefixItems", "it belongs to draft 2020-12; in this draft use `items` with a list")
             if isinstance(items, list):
                 prefix, items, rest = items, schema.get("additionalItems"), "additionalItems"
         if prefix is not None:
@@ -281,39 +285,43 @@ class _Rewriter:
         if "required" in schema:
             node["required"] = [_name(name, "required", at) for name in schema["required"]]
         if len({*node.get("properties", {})} - {*node.get("required", [])}) > MAX_OPTIONAL:
-            raise _refused(at, "properties", f"at most {MAX_OPTIONAL} of them can be left out; require the others")
+            raise _refused(
+                at, "properties", f"at most {MAX_OPTIONAL} of them may be optional; make the others required"
+            )
         if "additionalProperties" in schema:
             node["additionalProperties"] = self._node(schema["additionalProperties"], f"{at}/additionalProperties")
         for pattern in schema.get("patternProperties", {}):
             if len(_patterns(pattern, f"{at}/patternProperties")) > 1:
-                raise _refused(at, "patternProperties", f"{pattern!r} looks ahead; write it without (?!...)")
+                raise _refused(at, "patternProperties", f"{pattern!r} has a lookahead; write it without (?!...)")
         self._patterned += len(schema.get("patternProperties", {}))
         if self._patterned > MAX_PATTERN_PROPERTIES:
-            raise _refused(at, "patternProperties", f"at most {MAX_PATTERN_PROPERTIES} of them are taken")
+            raise _refused(at, "patternProperties", f"at most {MAX_PATTERN_PROPERTIES} of them are allowed in a schema")
         if schema.get("propertyNames", True) not in (True, {}):
             self._property_names(schema, at, node)
 
     def _property_names(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
-        """Names as a pattern: what a dictionary with keys of an enumeration, a format or a length needs."""
+        """Express names as a pattern, as a dictionary with keys of an enumeration, a format or a length needs."""
         names, where = schema["propertyNames"], f"{at}/propertyNames"
         for _ in range(MAX_DEPTH):
             if isinstance(names, dict) and {*names} & _KNOWN == {"$ref"}:
                 self._reference(names["$ref"], where)
                 names = self._target(names["$ref"])
         if "patternProperties" in node or not isinstance(names, dict):
-            raise _refused(at, "propertyNames", "it is enforced only without patternProperties, and as a schema")
+            raise _refused(at, "propertyNames", "it is enforced only without patternProperties, and only as an object")
         self._node(names, where)
         if _pattern_of_names(names) is None:
             raise _refused(
-                at, "propertyNames", "it can be one of enum, const, pattern, format, or minLength, maxLength"
+                at, "propertyNames", "it may have one of enum, const, pattern, format, or minLength and maxLength"
             )
         own = node.get("properties", {})
         if own:
             if not {"enum", "const"} & {*names}:
-                raise _refused(at, "propertyNames", "beside `properties` only an enum of names is enforced")
+                raise _refused(
+                    at, "propertyNames", "together with `properties` only an enum or const of names is enforced"
+                )
             every = names.get("enum", [names.get("const")])
             node["properties"] = {name: part if name in every else False for name, part in own.items()}
-            # llguidance comes to a dead end where a pattern has only names that are taken.
+            # llguidance reaches a dead end where a pattern matches only names that are already used.
             names = {"enum": [name for name in every if name not in own]}
         pattern = _pattern_of_names(names)
         if pattern is not None:
@@ -349,7 +357,7 @@ class _Rewriter:
         return found
 
     def _refuse_endless(self) -> None:
-        """A definition that leads to itself before any value begins says nothing, and llguidance answers nothing."""
+        """Refuse a definition that refers to itself before any value begins: llguidance would allow no token."""
         origins = {name: reference for reference, name in self._names.items()}
         following = {name: set(_in_place(node)) for name, node in self._definitions.items()}
         while leaves := [name for name, names in following.items() if not names & {*following}]:
@@ -357,16 +365,16 @@ class _Rewriter:
                 del following[name]
         if following:
             at = origins[min(following)]
-            raise _refused(at, "$ref", "it leads back to itself without an object or array between")
+            raise _refused(at, "$ref", "it refers back to itself without an object or array in between")
 
     def _refuse_overlap(self, branches: list[Node], at: str) -> None:
         facts = [_Facts(branch, self._definitions) for branch in branches]
         for first in range(len(facts)):
             for second in range(first):
                 if not facts[first].excludes(facts[second]):
-                    keyword = f"branches {second} and {first} may hold for the same value"
-                    instead = "give each a required property with a const of its own, or use anyOf"
-                    raise _refused(at.removesuffix("/oneOf"), "oneOf", f"{keyword}; {instead}")
+                    overlap = f"branches {second} and {first} may match the same value"
+                    instead = "give each a required property with its own const, or use anyOf"
+                    raise _refused(at.removesuffix("/oneOf"), "oneOf", f"{overlap}; {instead}")
 
 
 _KNOWN = frozenset(
@@ -378,7 +386,7 @@ _SIBLINGS = _KNOWN - {"$ref"}
 
 
 class _Facts:
-    """What is certain of the values of a node: their types, the values that there are, and those of properties."""
+    """What is known of the values that a node matches: their types, the possible values, and their properties."""
 
     def __init__(self, node: Node, definitions: dict[str, Node], depth: int = 0) -> None:
         self.types: frozenset[str] = _TYPES if node is not False else frozenset()
@@ -411,7 +419,7 @@ class _Facts:
         self.properties = {**other.properties, **self.properties}
 
     def excludes(self, other: "_Facts") -> bool:
-        """Whether no value can be of both."""
+        """Return whether no value can match both."""
         if not self.types & other.types:
             return True
         if self.values is not None and other.values is not None and not self.values & other.values:
@@ -423,23 +431,23 @@ class _Facts:
 
 
 def _draft_of(schema: dict[str, Any]) -> int:
-    """The draft that a schema says it is of; 2020-12 without a word, or 7 where it is only valid there."""
+    """Return the draft that `$schema` names; without it 2020-12, or 7 for a schema that is only valid there."""
     try:
         json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
-        raise RequestRefused(f"json_schema is not JSON that can be written as UTF-8: {error}") from error
+        raise RequestRefused(f"json_schema is not JSON that can be encoded as UTF-8: {error}") from error
     said = schema.get("$schema")
     if isinstance(said, str):
         draft = _DRAFTS.get(said.removesuffix("#").removeprefix("http://").removeprefix("https://"))
         if draft is None:
             known = ", ".join(_DRAFTS)
-            raise _refused("#", "$schema", f"{said[:200]!r} is not known; there are {known}, or leave it out")
+            raise _refused("#", "$schema", f"{said[:200]!r} is not known; use one of {known}, or leave it out")
         _check_form(schema, draft, "#")
         return draft
     try:
         _check_form(schema, 2020, "#")
     except RequestRefused:
-        if _has_list_items(schema):  # tuples as pydantic 1 writes them, without naming a draft
+        if _has_list_items(schema):  # tuples as pydantic 1 writes them, without $schema
             _check_form(schema, 7, "#")
             return 7
         raise
@@ -467,7 +475,7 @@ def _check_form(schema: Any, draft: int, at: str) -> None:
         path = [str(part) for part in error.instance_path]
         keyword = path.pop() if path else "schema"
         where = "/".join([at, *map(_escaped, path)])
-        raise _refused(where, keyword, f"this is no JSON Schema: {error.message[:300]}") from None
+        raise _refused(where, keyword, f"not a valid JSON Schema: {error.message[:300]}") from None
 
 
 def _refused(at: str, keyword: str, why: str) -> RequestRefused:
@@ -491,7 +499,7 @@ def _type_of(value: Any) -> str:
 
 
 def _in_place(node: Node) -> Iterator[str]:
-    """Names of the definitions that apply to the very value that a node is about."""
+    """Yield the names of the definitions that apply to the same value as a node."""
     if isinstance(node, dict):
         if "$ref" in node:
             yield node["$ref"].removeprefix("#/$defs/")
@@ -500,7 +508,7 @@ def _in_place(node: Node) -> Iterator[str]:
 
 
 def _scaled(number: float) -> tuple[int, int]:
-    """A number without its decimal point, and how many decimals it has."""
+    """Return a number without its decimal point, and how many decimals it has."""
     from decimal import Decimal
 
     _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
@@ -517,11 +525,11 @@ def _bound(bound: float, name: str, at: str, *, integral: bool) -> float:
     if not integral and abs(bound) <= _NUMBER_LIMIT and _scaled(bound)[1] <= _DECIMALS:
         return int(bound) if float(bound).is_integer() else bound
     limit = f"2^53 = {_EXACT}" if integral else f"{_NUMBER_LIMIT:g}, with {_DECIMALS} decimals"
-    raise _refused(at, name, f"{bound!r:.40} is not enforced exactly; bounds go up to {limit}")
+    raise _refused(at, name, f"{bound!r:.40} cannot be enforced exactly; bounds may go up to {limit}")
 
 
 def _inclusive(bounds: dict[str, float], *, integral: bool) -> None:
-    """Replace the exclusive bounds that llguidance does not exclude in every case by the first number beyond."""
+    """Replace exclusive bounds that llguidance does not always exclude by the first number beyond them."""
     for name, inclusive, direction in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
         bound = bounds.get(name)
         if bound is None or (not integral and direction * bound < 0):
@@ -537,7 +545,7 @@ def _inclusive(bounds: dict[str, float], *, integral: bool) -> None:
 
 
 def _prefixes(bounds: dict[str, float]) -> list[float]:
-    """Numbers that are written as the beginning of a bound: llguidance takes 0.50 below 0.55, but not 0.5."""
+    """Return numbers that are prefixes of a bound: below 0.55 llguidance accepts 0.50, but not 0.5."""
     from decimal import Decimal
 
     found = []
@@ -552,18 +560,18 @@ def _prefixes(bounds: dict[str, float]) -> list[float]:
 
 
 def _bounds_of_format(schema: dict[str, Any], types: frozenset[str], at: str) -> dict[str, int]:
-    """Bounds of `format: int32`; what is no number is left alone."""
+    """Return the bounds of `format: int32`, which only apply to numbers."""
     limits = _INTEGERS.get(schema.get("format", ""))
     if limits is None or not types & {"integer", "number"}:
         return {}
     if {*_BOUNDS} & {*schema}:
-        raise _refused(at, "format", "beside bounds it is not enforced; leave it out")
+        raise _refused(at, "format", "it is not enforced together with bounds; leave it out")
     return {"minimum": limits[0], "maximum": limits[1]}
 
 
 def _length(length: float, name: str, at: str) -> int:
     if name.startswith("min") and length > MAX_REPEATS:
-        raise _refused(at, name, f"{length} is more than the {MAX_REPEATS} that an answer can be held to")
+        raise _refused(at, name, f"{length} is more than {MAX_REPEATS}, the most that can be enforced")
     return min(int(length), 2**31 - 1)
 
 
@@ -573,22 +581,22 @@ def _name(name: str, keyword: str, at: str) -> str:
 
 
 def _literal(value: Any, keyword: str, at: str) -> Any:
-    """A value as the grammar writes it: whole numbers without a point.
+    """Return a value as the grammar generates it: integers without a decimal point.
 
     Raises:
-        RequestRefused: a number is not exact as a float, or a text has a control character other than white space.
+        RequestRefused: a number is not exact as a float, or a string has a control character other than white space.
     """
     if isinstance(value, dict):
         return {_name(name, keyword, at): _literal(part, keyword, at) for name, part in value.items()}
     if isinstance(value, list):
         return [_literal(part, keyword, at) for part in value]
     if isinstance(value, str) and re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", value):
-        raise _refused(at, keyword, "it has a control character, which answers cannot have")
+        raise _refused(at, keyword, "it has a control character, which answers cannot contain")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     whole = float(value).is_integer() if abs(value) <= _EXACT else False
     if not whole and (abs(value) > _NUMBER_LIMIT or _scaled(value)[1] > _DECIMALS):
-        raise _refused(at, keyword, f"{value!r:.40} is not enforced exactly; give at most 2^53 and 15 decimals")
+        raise _refused(at, keyword, f"{value!r:.40} cannot be enforced exactly; use at most 2^53 and 15 decimals")
     return int(value) if whole else value
 
 
@@ -624,12 +632,12 @@ _AHEAD = re.compile(r"\^\(\?!\^?\[(?P<set>(?!\^)(?:[^\]\[\\]|\\.)*)\]\*\$\)(?P<r
 
 
 def _patterns(pattern: str, at: str) -> list[str]:
-    """A pattern of ECMA 262 as regular expressions of llguidance's dialect that all have to be found.
+    """Translate an ECMA 262 pattern to regular expressions of llguidance's dialect, all of which must match.
 
-    More than one come of `^(?!^[-+.]*$)`, by which pydantic says of a decimal that it has a digit.
+    More than one is needed for `^(?!^[-+.]*$)`, by which pydantic says that a decimal has a digit.
 
     Raises:
-        RequestRefused: it is too large, or has what the dialects read in different ways.
+        RequestRefused: it is too large, or contains what the dialects interpret differently.
     """
     ahead = _AHEAD.fullmatch(pattern)
     if ahead:
@@ -645,7 +653,9 @@ def _translated(pattern: str, at: str) -> str:
         token = _TOKEN.match(pattern, position)
         if token is None or (token["set"] and re.search(r"&&|--|~~", token["set"])):
             rest = pattern[position : position + 40]
-            raise _refused(at, "pattern", f"what begins at {rest!r} is not enforced, or dialects read it differently")
+            raise _refused(
+                at, "pattern", f"the part from {rest!r} on is not supported, or regex dialects interpret it differently"
+            )
         position = token.end()
         written.append(_written(token))
         if token["group"]:
@@ -657,7 +667,11 @@ def _translated(pattern: str, at: str) -> str:
             before = (sizes.pop() if len(sizes) > 1 else 0) if token["end"] else 1
             sizes[-1] += before
         if sizes[-1] > MAX_PATTERN_SIZE:
-            raise _refused(at, "pattern", f"written out it has more than {MAX_PATTERN_SIZE} characters; repeat less")
+            raise _refused(
+                at,
+                "pattern",
+                f"with its repetitions expanded it has more than {MAX_PATTERN_SIZE} characters; reduce them",
+            )
     return "".join(written)
 
 

@@ -239,7 +239,7 @@ class NativeModel:
         return "" if token is None else llama_cpp.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
 
     def tokens_found_first(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Return text and id of the tokens that are found before a text is split: control tokens, then the others."""
+        """Return text and id of the tokens that are matched before a text is split: control tokens, then the others."""
         kinds = [llama_cpp.llama_vocab_get_attr(self.vocab, token) for token in range(self.n_vocab)]
         never_text = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
         control = [token for token, kind in enumerate(kinds) if kind & never_text]

@@ -12,8 +12,8 @@ Child to parent:
 
     {"id": 2, "result": ...}   {"id": 2, "piece": "text"}   {"id": 2, "error": "RequestRefused", "message": ...}
     {"id": 4, "result": null, "adapter": path or null}      from here on all answers are by this adapter
-    {"beat": true}                                          there is progress; again and again while there is work
-    {"at": 2}                                               to `where`: whose token is being chosen, 0 for nobody's
+    {"beat": true}                                          there is progress; sent repeatedly while there is work
+    {"at": 2}                                               answer to `where`: whose token is being chosen, 0: none
 """
 
 import secrets
@@ -28,7 +28,7 @@ LOAD_ID = 0
 """The id under which the child answers `load`."""
 
 SEEDS = 2**32 - 1
-"""Seeds go from 0 to below this: llama.cpp reads the highest number of 32 bits as "draw another seed each time"."""
+"""Seeds are 0 or above, and below this: llama.cpp reads the highest 32-bit number as "a random seed each time"."""
 
 
 class ModelSpec(Record):
@@ -38,21 +38,19 @@ class ModelSpec(Record):
     adapter: Path | None = Field(default=None, description="A LoRA adapter as GGUF, applied at scale 1.")
     context: int = Field(default=2048, ge=16, description="Tokens of prompt and answer together, for each sequence.")
     parallel: int = Field(default=8, ge=1, le=64, description="Sequences decoded together.")
-    threads: int | None = Field(default=None, ge=1, description="At most so many; None chooses by the model's size.")
-    steady_threads: bool = Field(
-        default=False, description="Always that many, also while others need the cores: for what is timed."
-    )
+    threads: int | None = Field(default=None, ge=1, description="At most this many; None chooses by the model's size.")
+    steady_threads: bool = Field(default=False, description="Always use that many, also beside other work: for timing.")
     stuck_seconds: float = Field(
-        default=120, ge=1, description="Time without progress after which the process is taken for stuck and ended."
+        default=120, ge=1, description="Time without progress after which the process counts as stuck and is ended."
     )
 
 
 class GenerateRequest(Record):
     """One thing to answer: either `messages`, put through the model's chat template, or `prompt`, a raw text.
 
-    What messages hold is tokenized as text, control tokens too. A raw prompt is for text that is trusted as a template
-    is: it starts with the beginning-of-sequence token if the file asks for one (`tokenizer.ggml.add_bos_token`) and
-    the text does not already start with it; special tokens in it are read as such.
+    Messages are tokenized as text, including control tokens in them. A raw prompt is for trusted text, such as a
+    rendered template: it starts with the beginning-of-sequence token if the file asks for one
+    (`tokenizer.ggml.add_bos_token`) and the text does not already start with it; special tokens in it are parsed.
     """
 
     messages: list[Message] | None = None
@@ -77,7 +75,7 @@ class GenerateRequest(Record):
         return self
 
     def pick_seed(self) -> int | None:
-        """Return the seed to sample one answer with: the given one, or a random one; None at temperature 0."""
+        """Return the seed for one answer: the given one, or a random one; None at temperature 0."""
         if self.temperature == 0:
             return None
         return secrets.randbelow(SEEDS) if self.seed is None else self.seed
@@ -106,7 +104,7 @@ class Completion(Record):
     )
     generation_seconds: float = Field(description="From its first token until its end; wall time, shared by the batch.")
     confidence: float | None = Field(description="Lowest probability among the tokens of the values; see `confidence`.")
-    seed: int | None = Field(default=None, description="What it was sampled with; None at temperature 0.")
+    seed: int | None = Field(default=None, description="The seed that it was sampled with; None at temperature 0.")
 
 
 class EngineInfo(Record):

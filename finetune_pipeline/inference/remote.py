@@ -120,7 +120,7 @@ class RemoteModel:
 
 @dataclass
 class _Answer:
-    """What has arrived of an answer, and the seed that it was asked for with."""
+    """What has arrived of an answer, and the seed of its request."""
 
     seed: int | None
     pieces: list[str] = field(default_factory=list)

@@ -39,16 +39,16 @@ class TokenChooser:
         return int(left["id"][selected])
 
     def accept(self, token: int) -> None:
-        """The answer goes on after this token.
+        """Append this token to the answer.
 
         Raises:
-            RequestRefused: the schema cannot be followed further.
+            RequestRefused: the schema cannot be enforced any further.
         """
         if self._matcher is not None:
             self._matcher.accept(token)
 
     def check(self, text: str) -> None:
-        """Check a whole answer against the schema.
+        """Check a complete answer against the schema.
 
         Raises:
             RequestRefused: it is not valid.

@@ -26,7 +26,7 @@ from finetune_pipeline.inference.sampling import TokenChooser
 
 @dataclass(frozen=True)
 class Question:
-    """A request that waits for a place, and where it has a schema, until it is compiled."""
+    """A request that waits for a free sequence and, if it has a schema, until the schema is compiled."""
 
     id: int
     request: GenerateRequest
@@ -35,7 +35,7 @@ class Question:
 
     @property
     def ready(self) -> bool:
-        """Whether it can begin when there is a place."""
+        """Whether it can start as soon as a sequence is free."""
         return self.matcher is None or self.matcher.done()
 
 
@@ -97,7 +97,7 @@ class Scheduler:
     """Takes requests, and hands their outcomes to `report(id, outcome)`; a piece goes out as soon as it is known.
 
     Attributes:
-        choosing_for: id of the request whose next token is being chosen, 0 at other times; for another thread to read.
+        choosing_for: id of the request whose next token is being chosen, 0 at other times; other threads may read it.
     """
 
     def __init__(self, model: NativeModel, parallel: int, report: Callable[[int, Outcome], None]) -> None:
@@ -111,18 +111,18 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """There is something to do now."""
+        """Whether there is something to do now."""
         return bool(self._running) or self._next() is not None
 
     @property
     def empty(self) -> bool:
-        """There is nothing to do, and nothing to wait for."""
+        """Whether there is neither work nor a request that waits."""
         return not self._running and not self._waiting
 
     def add(
         self, id: int, request: GenerateRequest, prompt: list[int], matcher: "Future[Matcher] | None" = None
     ) -> None:
-        """Queue a request whose prompt is tokenized; it waits without a place until its schema is compiled."""
+        """Queue a request whose prompt is tokenized; it takes no sequence until its schema is compiled."""
         if not prompt:
             self._report(id, RequestRefused("the prompt has no tokens; give at least one character"))
         elif len(prompt) >= self._model.context:
@@ -174,10 +174,10 @@ class Scheduler:
             self._choose(outputs, self._model.decode(self._batch))
 
     def _next(self) -> Question | Swap | None:
-        """What may begin now: a question may overtake another whose schema is being compiled, a swap nothing."""
+        """Return what may start now: a request may overtake one whose schema is being compiled; a swap may not."""
         for item in self._waiting:
             if isinstance(item, Swap):
-                # Whoever comes after it has to wait too: an answer is wholly by one adapter.
+                # Requests after it wait too: one adapter generates all of an answer.
                 return item if item is self._waiting[0] and not self._running else None
             if item.ready:
                 return item

@@ -1,8 +1,8 @@
-"""How many threads decode: as many as there are cores that nobody else uses.
+"""The number of decoding threads: as many as there are cores without other work.
 
-Decoding is hundreds of steps a token, and at the end of each step the threads wait for each other. When another process
-has one of the cores, all of them wait for the one that does not run, and a token takes ten times as long; one thread
-less takes what is left instead. The number of threads does not change the logits.
+Decoding a token takes hundreds of steps, and the threads wait for each other at the end of each. When another process
+uses one of the cores, all threads wait for the one that is not running, and a token takes ten times as long. With one
+thread less, every thread has a core. The number of threads does not change the logits.
 """
 
 import os
@@ -12,20 +12,20 @@ from contextlib import suppress
 import psutil
 
 SMALL_MODEL = 100_000_000
-"""Parameters below which one thread is used: waiting for each other costs the threads more than their work."""
+"""Parameters below which one thread is used: with more, waiting for each other costs more than the work."""
 
 SPIN_COUNT = 1000
-"""How often a thread looks whether the others are done before it sleeps (GOMP_SPINCOUNT of libgomp).
+"""How often a thread polls before it sleeps (GOMP_SPINCOUNT of libgomp).
 
-libgomp's default looks 300,000 times, which takes the time from the very thread that it waits for when cores are short;
-its PASSIVE sleeps at once, and waking up halves the speed when they are not.
+libgomp's default of 300,000 takes CPU time from the thread that it waits for when there are fewer free cores than
+threads. Its PASSIVE sleeps at once, and waking up halves the speed when there are enough.
 """
 
 LOOK_SECONDS = 0.25
 
 
 def most_threads(n_params: int) -> int:
-    """One thread for a small model, all physical cores that this process may use for others."""
+    """Return 1 for a small model, for others the number of physical cores that this process may use."""
     if n_params < SMALL_MODEL:
         return 1
     return max(1, min(psutil.cpu_count(logical=False) or len(allowed_cores()), len(allowed_cores())))
@@ -39,10 +39,10 @@ def allowed_cores() -> list[int]:
 
 
 class OtherWork:
-    """How many of the cores that this process may use are used by others, since it was last asked.
+    """Measures how many of the cores that this process may use are used by others.
 
     Args:
-        children: this process's children are none of the others.
+        children: count the children of this process as its own work.
     """
 
     def __init__(self, *, children: bool = False) -> None:
@@ -81,8 +81,8 @@ class Threads:
     """The number of threads to decode with now.
 
     Args:
-        most: on a quiet machine.
-        steady: always that many: what is timed side by side has to be timed under the same conditions.
+        most: the number on a quiet machine.
+        steady: use that number always, as models that are timed side by side need the same conditions.
     """
 
     def __init__(self, most: int, *, steady: bool) -> None:
@@ -93,7 +93,7 @@ class Threads:
         self._looked = time.monotonic()
 
     def look(self) -> int:
-        """Return how many threads to use; looks at the machine four times a second."""
+        """Return how many threads to use; measures the other work at most four times a second."""
         if self._adapts and time.monotonic() >= self._looked + LOOK_SECONDS:
             self._looked = time.monotonic()
             self.now = threads_for(len(allowed_cores()), self._others.since_last(), self.most)
@@ -101,5 +101,5 @@ class Threads:
 
 
 def threads_for(cores: int, others: float, most: int) -> int:
-    """Return how many threads find a core of their own while others use so many."""
+    """Return how many threads get a core of their own while others use this many cores."""
     return max(1, min(most, round(cores - others)))

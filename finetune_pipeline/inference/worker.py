@@ -1,8 +1,8 @@
 """The child process: `python -m finetune_pipeline.inference.worker PARENT_PID`, JSON lines in and out.
 
 A thread reads the requests, the main loop decodes, two threads compile schemas. When its input ends, or its parent
-dies, it exits at once: whatever it was doing is of no use to anybody then. While it has work, the main loop tells the
-parent several times a second that it makes progress.
+dies, it exits at once: its results are of no use then. While it has work, the main loop reports to the parent several
+times a second that it makes progress.
 """
 
 import faulthandler
@@ -29,11 +29,11 @@ from finetune_pipeline.inference.scheduler import Outcome, Scheduler, Swap
 Order = dict[str, Any]
 
 BEAT_SECONDS = 0.25
-"""Time between two lines that say nothing but that there is progress."""
+"""Time between two lines that only report progress."""
 
 
 class Orders:
-    """What the parent asks, in its order; `where` is answered at once by the thread that reads it."""
+    """The parent's orders, in sequence; the thread that reads them answers `where` at once."""
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[Order] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""Dagster's SQLite storage, created by one process at a time; `dagster.yaml` names it, for every command to use."""
+"""Dagster's SQLite storage, created by one process at a time; `dagster.yaml` names it, so every command uses it."""
 
 import logging
 import sqlite3
@@ -19,15 +19,15 @@ _log = logging.getLogger(__name__)
 class LockedSqliteStorage(DagsterSqliteStorage):
     """`DagsterSqliteStorage` that creates its databases under a lock.
 
-    Dagster takes a database that has tables and no Alembic revision for one of an old version, and stamps that. A
-    process that opens a database while another is creating it therefore adds a second revision, after which no command
-    opens it any more ("more than one head present").
+    Dagster assumes that a database with tables but without an Alembic revision is from an old version, and stamps that
+    version. So a process that opens a database while another one creates it adds a second revision, and no command can
+    open it any more ("more than one head present").
     """
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         folder = Path(base_dir)
         created = folder / "history" / ".created"
-        if created.exists():  # every step of every run opens the storage: they need not wait for each other
+        if created.exists():  # every step of every run opens the storage: they should not wait for each other
             super().__init__(base_dir, inst_data)
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,12 +41,12 @@ class LockedSqliteStorage(DagsterSqliteStorage):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> "LockedSqliteStorage":
-        """Open the storage that a `dagster.yaml` describes; Dagster's own method always makes its own class."""
+        """Open the storage that a `dagster.yaml` describes; the inherited method returns the parent class."""
         return cls.from_local(inst_data=inst_data, **config_value)
 
 
 def _drop_second_revision(path: Path) -> None:
-    """Repair a database that two processes created at the same time: its tables are those of the newer revision."""
+    """Repair a database that two processes created at once, whose tables are those of the newer revision."""
     if not path.exists():
         return
     with closing(sqlite3.connect(path, timeout=30)) as connection, connection:

@@ -73,7 +73,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """Champion (or base model) and challenger on the whole benchmark, both as the file or pair that would serve.
 
         Answers that were generated before are reused by hash; speed is measured anew. Writing this report is what
-        counts as judging the data, whatever the verdict. Where the challenger is the champion, by hash, there is
+        counts as judging the data, whatever the verdict. If the challenger is the champion, by hash, there is
         nothing to compare: no report is written, and the run ends without a promotion.
         """
         die_with_run()
@@ -88,7 +88,9 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         artifact, comparison, verdict = report(loop, gguf_model, now, context.run.run_id, context.log.info)
         context.log.info(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
         if comparison.disturbed:
-            context.log.warning(f"latency is not stored as the models' own: {comparison.disturbed}; evaluate again")
+            context.log.warning(
+                f"latency is not stored as the models' own: {comparison.disturbed}; evaluate again on a quiet machine"
+            )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact, comparison, verdict))
         yield from _checks(loop, comparison, verdict)
 
@@ -101,7 +103,7 @@ def report(
     """Compare what would serve with what serves now, write the report, and remember that its data was judged.
 
     Raises:
-        ArtifactError: what answered is not what the checks of gguf_model passed on.
+        ArtifactError: the model that answered is not the one that the checks of gguf_model passed.
     """
     if now.model:
         check_file(now.model)  # a damaged champion would be easy to beat
@@ -110,7 +112,8 @@ def report(
     comparison = _compare(loop, gguf, now, benchmark, rules, tell)
     if comparison.challenger.gguf_sha256 != identity(gguf):
         raise ArtifactError(
-            f"what answered the benchmark is not the file that gguf_model {gguf.manifest.version} was checked with; "
+            f"the file that answered the benchmark is not the one that gguf_model {gguf.manifest.version} was checked "
+            f"with; "
             f"delete {gguf.path} and materialize gguf_model again"
         )
     verdict = judge(comparison, loop.gate)
@@ -184,7 +187,7 @@ def settings_hash(loop: LoopSettings) -> str:
 def _mark_judged(
     loop: LoopSettings, artifact: Artifact[ReportManifest], gguf: Artifact[GgufManifest], move: int, run_id: str
 ) -> None:
-    """Bind the report to the database, with what its check found, and mark its data as judged: all or nothing."""
+    """Record the report and its check's outcome, and mark its data as judged, in one transaction."""
     manifest = artifact.manifest
     contents = _trained_contents(loop.name, gguf.manifest.adapter_version)
     with connect().write() as connection:
@@ -211,7 +214,7 @@ def _mark_judged(
 
 
 def _judged_before(loop: LoopSettings, gguf: Artifact[GgufManifest]) -> None:
-    """Mark the data of a challenger that is the champion as judged: it gave a model whose verdict is known.
+    """Mark the data of a challenger that is the champion as judged, since the model's verdict is known.
 
     Otherwise the same data would start the loop again and again.
     """
@@ -222,9 +225,9 @@ def _judged_before(loop: LoopSettings, gguf: Artifact[GgufManifest]) -> None:
 
 
 def check_distinct(loop: LoopSettings, gguf: Artifact[GgufManifest]) -> None:
-    """Refuse a model that learned from examples near the benchmark as it is now.
+    """Refuse a model that was trained on near-duplicates of the current benchmark's questions.
 
-    The check no_benchmark_overlap asked the same of the benchmark as it was when the dataset was made.
+    The check no_benchmark_overlap compared with the benchmark at the time when the dataset was made.
 
     Raises:
         NotProven: the message names examples.
@@ -237,7 +240,7 @@ def check_distinct(loop: LoopSettings, gguf: Artifact[GgufManifest]) -> None:
         raise NotProven(
             f"curated_dataset {dataset.manifest.version} was made for another benchmark, and {len(near)} of its "
             f"examples are near-duplicates of questions of this one ({', '.join(near[:3])}); materialize "
-            "everything from curated_dataset on again"
+            "curated_dataset and everything after it again"
         )
 
 
@@ -291,7 +294,7 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
 
 
 def _nothing_new(reason: str) -> Iterator[dg.AssetCheckResult]:
-    # Dagster asks for the outcome of each check of an asset, also where the asset is not materialized.
+    # Dagster requires a result of each check of an asset, even if the asset is not materialized.
     for name in ("gain", "significance", "no_slice_falls"):
         yield dg.AssetCheckResult(check_name=name, passed=True, description=reason)
 

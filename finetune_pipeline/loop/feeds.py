@@ -355,7 +355,7 @@ def _made(
 ) -> tuple[Interaction, Feedback]:
     """The interaction of an item, and the feedback that gives it its reward, or its correction."""
     moment = item.created_at
-    if moment is None or is_in_future(moment):  # a note may be about a day to come
+    if moment is None or is_in_future(moment):  # a note may be about a future day
         moment = datetime.now(UTC)
     interaction = Interaction(
         id=id, task=task, created_at=moment, prompt=item.prompt, history=item.history,

@@ -75,8 +75,8 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """The model that would serve: adapter merged into the base, converted by llama.cpp, quantised.
 
         With `export.form: adapter` the adapter alone is converted, and serves over the base's own GGUF. The checks run
-        on exactly what serves; its answers are compared with those of the base with its adapter in transformers, so
-        that a fault of the merge or the conversion shows as well as what quantising costs.
+        on exactly what serves. Its answers are compared with those of the base with its adapter in transformers, which
+        shows errors of the merge and the conversion as well as the cost of quantization.
         """
         die_with_run()
         artifact = model(loop, lora_adapter, context.log.info)
@@ -161,7 +161,7 @@ def _export(
 
 
 def _sample(loop: LoopSettings) -> list[str]:
-    """The prompts on which what serves is compared: from all parts of the benchmark."""
+    """Return the prompts for the comparison of answers, spread over the benchmark."""
     questions = reading.benchmark(loop).questions
     step = max(1, len(questions) // loop.export.agreement_sample)
     return [question.prompt for question in questions[::step]][: loop.export.agreement_sample]
@@ -200,7 +200,7 @@ def what_serves(artifact: Artifact[GgufManifest]) -> ModelSpec:
 
 
 def identity(artifact: Artifact[GgufManifest]) -> str:
-    """Return the SHA-256 of the file that would serve, or the identity of the pair, as its manifest has it."""
+    """Return the SHA-256 of the file that would serve, or the identity of the pair, according to its manifest."""
     manifest = artifact.manifest
     sha256 = manifest.files[manifest.gguf].sha256
     return sha256 if manifest.base_gguf_sha256 is None else model_sha256(manifest.base_gguf_sha256, sha256)

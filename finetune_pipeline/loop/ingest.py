@@ -34,8 +34,8 @@ class Ingested:
     """What one ingest did.
 
     Attributes:
-        rewritten: files that no longer have the bytes that were read of them, so that all was read again.
-        conflicts: events whose id is known with other content; the first of them are in `conflicting`.
+        rewritten: files whose already read bytes changed, so they were read again from the start.
+        conflicts: events whose id is known with other content; `conflicting` describes the first of them.
         unreadable: the files that could not be opened, and why.
     """
 
@@ -78,7 +78,7 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
         tell(f"{left} events that a killed gateway had acknowledged were taken over from its journal")
     with database.write() as connection:
         if repaired := renew_marked(connection, loop.name, reward):
-            tell(f"what {repaired} interactions teach was worked out again: their events had times in the future")
+            tell(f"the examples of {repaired} interactions were recomputed: their events had times in the future")
     with database.read() as connection:
         files = ledger.unread(connection, loop.name, loop.log_folders)
     total = Ingested()
@@ -138,7 +138,7 @@ def ingest_file(
 def _lines(
     loop: LoopSettings, database: Database, file: ledger.UnreadFile, form: Form, result: Ingested, opened: ExitStack
 ) -> tuple[ledger.Position, Iterator[Line]]:
-    """Where the reading of a file starts, and what comes from there on; `opened` closes it."""
+    """Return where the reading of a file starts, and its lines from there on; `opened` closes the file."""
     path, limit = file.path, loop.sources.max_line_bytes
     inside = any(path.parent == folder for folder in loop.log_folders)
     name = path.name if inside else str(path)[-_ORIGIN:]
@@ -210,7 +210,7 @@ def _describe(one: Ingested) -> str:
     said = f"{one.recorded.interactions} interactions, {one.recorded.feedback} feedback, "
     said += f"{one.recorded.duplicates} known already, {one.rejected} lines rejected"
     if one.rewritten:
-        said += "; it was rewritten since it was last read, so all of it was read again"
+        said += "; it was rewritten since it was last read, so it was read again from the start"
     if one.conflicts:
         said += f"; {one.conflicts} events have an id that is known with other content: {one.conflicting[0]}"
     return said

@@ -40,7 +40,7 @@ class ArtifactPointers(dg.IOManager):
         artifacts.point(obj.manifest, context.run_id)
 
     def load_input(self, context: dg.InputContext) -> Artifact[Any]:
-        """The version of this run, or the latest one, as it was made: what was edited since is refused.
+        """Return the version of this run, or the latest one; refuse one that was edited.
 
         Raises:
             ArtifactError: the stage was never materialized, or its artifact is gone or was edited.

@@ -89,8 +89,8 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 def check_measured(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> Verdict:
     """The gate's verdict on the report, which has to be about these very files under these very settings.
 
-    The report is asked of the database, by hash, and its verdict three times: of the rule, applied again to its
-    figures; of its manifest; and of the database, where editing files does not reach.
+    The report's hash must be in the database, and three verdicts must agree: of the rule, applied again to the report's
+    metrics, of its manifest, and of the database, which editing files does not change.
 
     Raises:
         NotMeasured: file (of a pair, either of them), report, benchmark, settings or champion are not those that were
@@ -153,7 +153,7 @@ def _promote(
 
 
 def _scores(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the registry keeps of a report's figures: what was measured on a busy machine is not the model's."""
+    """Return the metrics of a report for the registry, without speeds that were measured on a busy machine."""
     scores = {row["key"]: row["challenger"] for row in figures if not row["flag"]}
     flag = next((row["flag"] for row in figures if row["flag"]), None)
     return {**scores, "speed_flag": flag} if flag else scores

@@ -1,5 +1,6 @@
-"""Proof that a model may be evaluated and promoted: each blocking check of what it was made from passed, on this very
-content. Asked of the database, by hash; knows nothing of Dagster.
+"""Proof that a model may be evaluated and promoted: each blocking check passed on exactly the content it was made from.
+
+The outcomes are read from the database, by hash; independent of Dagster.
 """
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError
@@ -9,11 +10,11 @@ from finetune_pipeline.registry.outcomes import outcomes_of
 
 
 class NotProven(ArtifactError):
-    """A blocking check of what a model was made from did not pass, or was not run; the message says which."""
+    """A blocking check of a model or its datasets failed or was not run; the message says which."""
 
 
 def check_proven(gguf: Artifact[GgufManifest]) -> None:
-    """Refuse a model that was made from something whose blocking checks have no passing outcomes.
+    """Refuse a model unless all blocking checks of it and its datasets have passing outcomes.
 
     Raises:
         NotProven: the message names the artifact, its checks, and what to do.
@@ -21,8 +22,8 @@ def check_proven(gguf: Artifact[GgufManifest]) -> None:
     manifest = gguf.manifest
     if not manifest.datasets:
         raise NotProven(
-            f"gguf_model {manifest.version} does not say from which dataset it was trained: an earlier version of this "
-            "project made it; materialize everything from curated_dataset on again"
+            f"gguf_model {manifest.version} does not name the dataset that it was trained on, since an earlier version "
+            "of this project made it; materialize curated_dataset and everything after it again"
         )
     for version, sha256 in manifest.datasets.items():
         check_passed(manifest.loop, DatasetManifest, version, sha256)
@@ -30,10 +31,10 @@ def check_proven(gguf: Artifact[GgufManifest]) -> None:
 
 
 def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> None:
-    """Refuse an artifact without a passing outcome of each of its blocking checks.
+    """Refuse an artifact unless each of its blocking checks has a passing outcome.
 
     Raises:
-        NotProven: a check failed, or never ran on this content.
+        NotProven: a check failed, or was not run on this content.
     """
     outcomes = outcomes_of(connect(), loop, kind, version, sha256)
     problems = [
@@ -44,5 +45,5 @@ def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> 
     if problems:
         raise NotProven(
             f"{kind.stage} {version} did not pass its blocking checks: {', '.join(problems)}; nothing that was made "
-            f"from it is promoted. Correct the cause, then materialize {kind.stage} and what follows with their checks"
+            f"from it is promoted. Fix the cause, then materialize {kind.stage} and everything after it again"
         )

@@ -52,10 +52,10 @@ def champion(db: Database, loop: str) -> ModelVersion | None:
 
 @dataclass(frozen=True)
 class Served:
-    """What serves, and the number of the move that made it so.
+    """The model that serves, and the id of the champion's newest move.
 
     Attributes:
-        model: None is the base model.
+        model: the champion; None for the base model.
         move: id of the champion's newest move; 0 if it never moved.
     """
 
@@ -64,7 +64,7 @@ class Served:
 
 
 def serving(db: Database, loop: str) -> Served:
-    """The champion together with its newest move, as one state: what a comparison rests on."""
+    """Return the champion and its newest move from one transaction, for a comparison."""
     with db.read() as connection:
         newest = newest_move_in(connection, loop)
         return Served(_champion_in(connection, loop), newest.id if newest else 0)
@@ -105,8 +105,8 @@ def promote(
 
     Asked again while the candidate serves (a retried step), it changes nothing and returns the same version.
 
-    A comparison justifies one promotion, and only until the champion's next move: after a person's rollback or switch
-    the champion may be the one that was compared with, and the old comparison still says nothing against that person.
+    A comparison justifies one promotion, and only until the champion's next move. After a person's rollback or switch
+    the champion may be the one that was compared with, but the old comparison must not overrule that person.
 
     Args:
         candidate: the GGUF that was measured; its file is hashed again.
@@ -190,7 +190,7 @@ class Move:
         it goes one step back in history.
 
         Raises:
-            RegistryError: the model was deleted, or a switch or rollback would bring one that was never promoted.
+            RegistryError: the model was deleted, or a switch or rollback leads to one that was never promoted.
         """
         target = model_in(self.connection, self.loop, model_id) if model_id else None
         if model_id and (target is None or target.id != model_id):
@@ -262,26 +262,27 @@ def _resolve_in(connection: sa.Connection, version: str, loop: str) -> ModelVers
 
 
 def _check_justified(connection: sa.Connection, candidate: Candidate, comparison_id: str) -> None:
-    """Refuse a promotion that its comparison does not justify, or justifies no more."""
+    """Refuse a promotion that its comparison does not justify, or no longer justifies."""
     found = comparison_in(connection, candidate.loop, comparison_id)
     if found is None:
         raise RegistryError(f"the comparison {comparison_id} is not in the database; materialize eval_report again")
     if not found.promote or found.challenger_sha256 != candidate.sha256:
         said = "says to reject its challenger" if not found.promote else "is about another model"
         raise RegistryError(
-            f"the comparison {comparison_id} {said} ({found.reason}); it promotes nothing here. Evaluate this model"
+            f"the comparison {comparison_id} {said} ({found.reason}), so it does not justify this promotion; evaluate "
+            "this model"
         )
     newest = newest_move_in(connection, candidate.loop)
     if found.after_move != (newest.id if newest else 0):
         how = f" ({newest.action} by {newest.actor}, {newest.created_at:%Y-%m-%d %H:%M} UTC)" if newest else ""
         raise ChampionMoved(
-            f"the champion moved{how} since comparison {comparison_id} was made, which justifies one promotion, and "
-            "none after the champion's next move; nothing was changed. Materialize eval_report again to compare anew"
+            f"the champion moved{how} since comparison {comparison_id} was made. A comparison justifies one promotion, "
+            "and none after the champion's next move; nothing was changed. Materialize eval_report again"
         )
 
 
 def _check_promoted(connection: sa.Connection, model: ModelVersion) -> None:
-    """Refuse a version that no promotion brought in, or whose row is about another file than was promoted."""
+    """Refuse a version that was never promoted, or whose row names another file than was promoted."""
     promotions = promotions_in(connection, model.loop, model.id)
     compared = [comparison_in(connection, model.loop, one.comparison_id) for one in promotions if one.comparison_id]
     known = {found.challenger_sha256 for found in compared if found is not None}

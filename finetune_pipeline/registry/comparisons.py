@@ -56,16 +56,16 @@ def find_comparison(db: Database, loop: str, id: str) -> ModelComparison | None:
 
 
 def comparison_in(connection: sa.Connection, loop: str, id: str) -> ModelComparison | None:
-    """As `find_comparison`, within a transaction."""
+    """Return the comparison of this id, within a transaction."""
     here = (model_comparisons.c.loop == loop, model_comparisons.c.id == id)
     row = connection.execute(sa.select(model_comparisons).where(*here)).first()
     return _from_row(row) if row else None
 
 
 def extend_watermark_in(connection: sa.Connection, loop: str, challenger_sha256: str, watermark: int) -> None:
-    """Let the newest comparison of this challenger speak for data up to `watermark`, which gave the same model again.
+    """Extend the newest comparison of this challenger to data up to `watermark`, which gave the same model again.
 
-    Without it that data would start the loop again, to the same end.
+    Otherwise that data would start the loop again, with the same result.
     """
     c = model_comparisons.c
     of_it = (c.loop == loop, c.challenger_sha256 == challenger_sha256)

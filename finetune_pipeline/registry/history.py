@@ -39,14 +39,14 @@ def history_in(connection: sa.Connection, loop: str) -> list[Deployment]:
 
 
 def newest_move_in(connection: sa.Connection, loop: str) -> Deployment | None:
-    """The last move of a loop's champion; None if it never moved."""
+    """Return the newest move of a loop's champion; None if it never moved."""
     newest = sa.select(deployments).where(deployments.c.loop == loop).order_by(deployments.c.id.desc()).limit(1)
     row = connection.execute(newest).first()
     return Deployment(**row._mapping) if row else None
 
 
 def promotions_in(connection: sa.Connection, loop: str, model_id: str) -> list[Deployment]:
-    """Every move by which a model was promoted or forced, the oldest first."""
+    """Return every move that promoted or forced a model, oldest first."""
     d = deployments.c
     here = (d.loop == loop, d.model_id == model_id, d.action.in_(("promote", "force")))
     rows = connection.execute(sa.select(deployments).where(*here).order_by(d.id))

@@ -155,8 +155,8 @@ def check_file(model: Candidate, *, again: bool = True) -> None:
     """Refuse a model whose file is not what was measured.
 
     Args:
-        again: read the whole file. Otherwise one that has kept its size, times and inode since it was last read is
-            taken for the same, as a model of several GB takes many seconds to read.
+        again: read the file in any case. Otherwise a file with the same size, times and inode as when it was last read
+            counts as unchanged, since reading a model of several GB takes many seconds.
 
     Raises:
         RegistryError: it was deleted, a file of it is gone, or its content differs.

@@ -1,4 +1,4 @@
-"""What the blocking checks found of each artifact. In the database, so that no edited file changes an outcome."""
+"""Outcomes of the blocking checks of each artifact, in the database, so that no edited file changes one."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from finetune_pipeline.records import Manifest, Moment, Record
 
 
 class CheckOutcome(Record):
-    """What one check last found of one artifact."""
+    """The latest outcome of one check of one artifact."""
 
     loop: str
     stage: str
@@ -27,11 +27,13 @@ class CheckOutcome(Record):
 
 
 def record_outcomes(db: Database, artifact: Artifact[Any], outcomes: Mapping[str, bool], run_id: str) -> None:
-    """Keep what the blocking checks found of an artifact; a later outcome of the same check replaces an earlier one.
+    """Record the outcomes of an artifact's blocking checks; a later outcome of a check replaces an earlier one.
 
     Args:
-        outcomes: of all checks; those that do not block are left out.
-        run_id: the run that asked.
+        db: the database.
+        artifact: what was checked.
+        outcomes: whether each check passed; checks that do not block are ignored.
+        run_id: the run of the checks.
     """
     with db.write() as connection:
         record_outcomes_in(connection, artifact, outcomes, run_id)
@@ -40,7 +42,7 @@ def record_outcomes(db: Database, artifact: Artifact[Any], outcomes: Mapping[str
 def record_outcomes_in(
     connection: sa.Connection, artifact: Artifact[Any], outcomes: Mapping[str, bool], run_id: str
 ) -> None:
-    """As `record_outcomes`, within a transaction."""
+    """Record outcomes as `record_outcomes` does, within a transaction."""
     manifest = artifact.manifest
     place = {"loop": manifest.loop, "stage": manifest.stage, "version": manifest.version, "sha256": artifact.sha256}
     insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
@@ -51,7 +53,7 @@ def record_outcomes_in(
 
 
 def outcomes_of(db: Database, loop: str, kind: type[Manifest], version: str, sha256: str) -> dict[str, CheckOutcome]:
-    """Return the outcomes of one artifact, by the check's name.
+    """Return the outcomes of one artifact, by name of the check.
 
     Args:
         sha256: of the artifact's manifest.

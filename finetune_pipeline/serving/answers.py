@@ -1,4 +1,4 @@
-"""What an answered question looks like on the wire: OpenAI's objects, with confidence and seed beside them."""
+"""Answers in the wire format: OpenAI's objects, extended by confidence and seed."""
 
 import json
 from typing import Literal
@@ -61,7 +61,9 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     confidence: float | None = Field(description="Lowest probability among the tokens of the answer's values.")
-    seed: int | None = Field(description="What it was sampled with: the same request with it gives the same answer.")
+    seed: int | None = Field(
+        description="Seed of the answer, null at temperature 0; the same request with it gives the same answer."
+    )
 
 
 class TextChoice(BaseModel):

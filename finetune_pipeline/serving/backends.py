@@ -65,7 +65,7 @@ class Upstream:
 
 
 REMEMBERED, ENOUGH = 50, 20
-"""Of how many answers of a model it is remembered whether they were empty, and how many of them say something."""
+"""Number of latest answers that are checked for being empty, and the number from which they are conclusive."""
 
 
 class Served:
@@ -75,7 +75,7 @@ class Served:
         name: `loop@v1.2.0`, `loop@base`, or `loop@` and the model's name at the other server.
         identity: the registry's id; None is the base model.
         capacity: requests that may be in it, waiting ones included.
-        files: what it was loaded from, each with its SHA-256; none for another server's.
+        files: the files that it was loaded from, with their SHA-256; none for an upstream.
     """
 
     def __init__(
@@ -124,25 +124,25 @@ class Served:
             self.in_flight -= 1
             if not self.in_flight:
                 self._idle.set()
-        # What a stop text cut off at its start says nothing about the model.
+        # An answer that a stop text cut off at its start says nothing about the model.
         if completion.text.strip() or not request.stop:
             self._empty.append(not completion.text.strip())
         return completion
 
     def empty_answers(self, limit: float) -> str | None:
-        """Return what is wrong if more than this fraction of the latest answers are empty, else None."""
+        """Return a description if more than this fraction of the latest answers is empty, else None."""
         empty, answers = sum(self._empty), len(self._empty)
         if answers < ENOUGH or empty <= limit * answers:
             return None
         return (
             f"{empty} of the last {answers} answers of {self.name} are empty, more than serving.empty_limit "
-            f"({limit:.0%}) allows; look at these interactions, then roll back, or correct the server that answers"
+            f"({limit:.0%}) allows; look at these interactions, then roll back, or fix the upstream server"
         )
 
     def check_files(self) -> None:
-        """Refuse a model whose file was written to after it was loaded: llama.cpp reads its pages from there.
+        """Refuse a model whose file was overwritten after it was loaded: llama.cpp has it memory-mapped.
 
-        A file that was deleted or replaced by another is still there for the process that has it open.
+        If a file was deleted or replaced by another, the process that has it open still has the old content.
 
         Raises:
             ArtifactError: its content changed.
@@ -162,7 +162,7 @@ class Served:
 
 
 def _stamp(path: Path) -> tuple[int, int, int, int] | None:
-    """What changes when a file is written to, its inode first; None where it is not there."""
+    """Return the stat fields that change when a file is written, inode first; None if the file does not exist."""
     try:
         stat = path.stat()
     except OSError:

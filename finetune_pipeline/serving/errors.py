@@ -78,7 +78,7 @@ class Conflict(GatewayError):
 
 
 class IdTaken(Conflict):
-    """An event has an id that is known with other content."""
+    """An event's id is known with other content."""
 
     code = "id_taken"
 

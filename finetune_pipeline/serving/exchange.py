@@ -107,7 +107,7 @@ def _generate(
         max_tokens=limit,
         temperature=asked.temperature or 0.0,
         top_p=asked.top_p or 1.0,
-        seed=None if asked.seed == -1 else asked.seed,  # as llama.cpp's and vLLM's servers read it
+        seed=None if asked.seed == -1 else asked.seed,  # as in llama.cpp's and vLLM's servers
         stop=asked.stops,
         json_schema=schema,
     )

@@ -63,7 +63,7 @@ class _State(Collector):
         yield GaugeMetricFamily("finetune_journal_pending_bytes", "Not in the store yet.", value=self._pending())
         serving = GaugeMetricFamily("finetune_serving", "1 for the model that answers.", labels=["loop", "model"])
         healthy = GaugeMetricFamily(
-            "finetune_healthy", "0 when the champion cannot answer, or its answers are empty.", labels=["loop"]
+            "finetune_healthy", "0 when the champion cannot answer or its answers are empty.", labels=["loop"]
         )
         in_flight = GaugeMetricFamily("finetune_in_flight", "Requests in the models.", labels=["loop"])
         swaps = CounterMetricFamily("finetune_swaps", "Changes of the model.", labels=["loop", "result"])

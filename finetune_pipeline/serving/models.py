@@ -93,7 +93,7 @@ class LoopServer:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with what answers, as /healthz tells it; None when nothing is."""
+        """The problem that /healthz reports; None if there is none."""
         return self.trouble or self._ended() or self._empty_answers()
 
     def _ended(self) -> str | None:
@@ -150,7 +150,7 @@ class LoopServer:
         return True
 
     async def _discard_damaged(self) -> None:
-        """End models whose files were damaged while they served."""
+        """Take models out of service whose files were damaged while they served."""
         for served in self.served:
             try:
                 await asyncio.to_thread(served.check_files)
@@ -293,7 +293,7 @@ class LoopServer:
             asyncio.get_running_loop().call_later(0, self._gate.set)
 
     def _spec(self, model: ModelVersion | None) -> tuple[ModelSpec, dict[Path, str]]:
-        """Return what to load, and its files with the SHA-256 that they have."""
+        """Return what to load, and its files with their SHA-256."""
         serving = self.loop.serving
         limits = {"context": self.loop.context, "parallel": serving.parallel, "stuck_seconds": serving.stuck_seconds}
         if model is None:

@@ -10,8 +10,8 @@ Each may have a `reward` (-1 to 1), a `correction` (what the answer should have 
 `created_at` in addition; other fields are not looked at. The last turn of the assistant is the answer, the turn before
 it the prompt, all before them the history.
 
-A `weight` of 0, or `train`, `trainable` or `loss` of false, of a turn says that its answer is context only: the last
-answer without it is the target. Of a row, it says that nothing of the row is trained on.
+In a turn, `weight: 0`, or `train`, `trainable` or `loss` of false, makes its answer context only: the last answer
+without it is the target. In a row, it excludes the row from training.
 """
 
 import re
@@ -35,7 +35,7 @@ _ANSWERS = ("completion", "response", "output")
 
 
 class _Said(NamedTuple):
-    """History, prompt and answer of a row, and what says that a later answer is not to be trained on."""
+    """History, prompt and answer of a row, and the field that excludes a later answer from training."""
 
     history: list[Turn]
     prompt: Any
@@ -44,7 +44,7 @@ class _Said(NamedTuple):
 
 
 class _Message(NamedTuple):
-    """A turn, and what says that it is context only; empty if it may be the target."""
+    """A turn, and the field that makes it context only; empty if it may be the target."""
 
     turn: Turn
     context: str = ""
@@ -217,7 +217,7 @@ def _chatml(text: str) -> list[_Message]:
 
 
 def _answered(messages: Sequence[_Message]) -> _Said:
-    """The last answer that is to be trained on, with what it answers; what follows it teaches nothing."""
+    """Return the last answer to train on, with its prompt and history; the turns after it are dropped."""
     answers = [number for number, message in enumerate(messages) if message.turn.role == "assistant"]
     if not answers:
         raise ValueError("no turn is the assistant's, so there is no answer")

@@ -25,10 +25,10 @@ _EXCERPT = 200
 _BLOCK = 1 << 20
 
 HOLE = (
-    "holds NUL bytes: this part of the file was not written, or was cut off by a crash; the file is read again when it "
-    "is written"
+    "contains NUL bytes: this part of the file was not written, or was cut off by a crash; the file is read again when "
+    "it is written"
 )
-"""Why a line cannot be read that no program wrote so."""
+"""Why a line with NUL bytes is rejected."""
 
 
 Form = FileFormat | Literal["events"]
@@ -45,7 +45,7 @@ class Line:
     reason: str = ""
     excerpt: str = ""
     prefix_hash: str = ""
-    """Of JSON lines: of all bytes of the file up to `end`, as they were read."""
+    """For JSON lines: SHA-256 of all bytes of the file up to `end`."""
     final: bool = False
     """Refused whatever may still be written behind it: it is whole JSON, but nothing that can be taken in."""
 
@@ -92,7 +92,7 @@ def read_whole(path: Path, task: str, *, max_line_bytes: int, form: Form = "auto
 
 
 class OpenLog:
-    """A file of JSON lines from which bytes are read once, in order, and hashed as they are read."""
+    """A file of JSON lines that is read once, in order, and hashed while it is read."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file = file
@@ -102,21 +102,21 @@ class OpenLog:
 
     @property
     def offset(self) -> int:
-        """How many bytes were read."""
+        """Number of bytes that were read."""
         return self._file.tell()
 
     @property
     def prefix_hash(self) -> str:
-        """The SHA-256 (hex) of all bytes that were read."""
+        """SHA-256 (hex) of all bytes that were read."""
         return self._hash.hexdigest()
 
     @property
     def inside_a_line(self) -> bool:
-        """Whether the last byte that was read ends no line."""
+        """Whether the last byte that was read is not the end of a line."""
         return self._last not in {b"", b"\n"}
 
     def skip_if_unchanged(self, offset: int, prefix_hash: str) -> bool:
-        """Go on at an offset if the bytes before it are still those that were read, otherwise stay at the start."""
+        """Skip to an offset if the bytes before it are unchanged, else stay at the start; return whether it skipped."""
         left = offset
         while left and (block := self._take(self._file.read(min(_BLOCK, left)))):
             left -= len(block)
@@ -127,11 +127,11 @@ class OpenLog:
         return False
 
     def line(self, limit: int) -> bytes:
-        """The next line; of a longer one at most `limit` + 1 bytes, but of a run of NUL bytes in it only one."""
+        """Return the next line, at most `limit` + 1 bytes of it; a run of NUL bytes in it is reduced to one."""
         raw = self._take(self._file.readline(limit + 1))
         if len(raw) > limit and raw.endswith(b"\0"):  # a hole in a sparse file may have gigabytes
             while block := self._file.read(_BLOCK):
-                # Stripping takes six times as long as comparing.
+                # Comparing first: stripping takes six times as long.
                 nuls = len(block) if block == bytes(len(block)) else len(block) - len(block.lstrip(b"\0"))
                 self._take(block[:nuls])
                 if nuls < len(block):
@@ -141,7 +141,7 @@ class OpenLog:
         return raw
 
     def skip_line(self) -> bool:
-        """Skip what is left of a line; returns whether it ends."""
+        """Skip the rest of a line; return whether it ends."""
         while rest := self._take(self._file.readline(_BLOCK)):
             if rest.endswith(b"\n"):
                 return True
@@ -165,11 +165,11 @@ def open_log(path: Path, name: str = "") -> Iterator[OpenLog]:
 
 
 def read_lines(log: OpenLog, task: str, *, lines: int, max_line_bytes: int, form: Form = "auto") -> Iterator[Line]:
-    """Read a file from where it stands, with `lines` lines before that.
+    """Read a file from its current offset, which `lines` lines precede.
 
-    A last line without its end is read only if it is whole JSON: otherwise someone may still be writing it, and it is
-    left for the next time. Of a line with a hole in it (NUL bytes, as a crash or a truncated log leaves them) what
-    stands behind the hole is read as a line of its own, and the hole is named.
+    A last line without a line break is read only if it is complete JSON: otherwise it may still be written, and is left
+    for the next time. If a line has a hole (NUL bytes, from a crash or a truncated log), the text after the hole is
+    read as a line of its own, and the hole is reported.
     """
     # What follows a last line that had no end yet still belongs to that line.
     number = lines - 1 if log.inside_a_line else lines

@@ -14,7 +14,7 @@ from finetune_pipeline.sources.jsonl import Line, event_files
 
 _LARGEST_INTEGER = 2**63 - 1
 _CLOCK_TICK_SECONDS = 0.02
-"""A file system's times move in ticks of up to 10 ms, so two changes within one tick have the same time."""
+"""File systems record times in ticks of up to 10 ms, so two changes within one tick have the same time."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,15 @@ class Position:
     lines: int = 0
     rejected: int = 0
     prefix_hash: str = ""
-    """Of the bytes before the offset; of a file that is read whole each time it is empty."""
+    """SHA-256 of the bytes before the offset; empty for a file that is read completely each time."""
 
 
 @dataclass(frozen=True)
 class UnreadFile:
-    """A file as it was before it is read; a change of its content changes at least one of these, even where it keeps
-    its size and its `mtime` is put back."""
+    """A file's stat before it is read.
+
+    A change of its content changes at least one field, even if size and `mtime` stay the same.
+    """
 
     path: Path
     inode: int
@@ -41,7 +43,7 @@ class UnreadFile:
 
 
 def position(connection: sa.Connection, task: str, path: Path) -> Position:
-    """How far a file was read, as long as it still has the bytes that were read."""
+    """Return how far a file was read; valid only while the bytes before that are unchanged."""
     f = t.ingested_files.c
     query = sa.select(t.ingested_files).where(f.task == task, f.path == str(path))
     row = connection.execute(query).one_or_none()
@@ -85,7 +87,7 @@ def advance(
 
 
 def unread(connection: sa.Connection, task: str, folders: Sequence[Path]) -> list[UnreadFile]:
-    """Files that the ledger does not know, or that changed since; it looks at what `stat` says of them only."""
+    """Return the files that the ledger does not know or that changed since, judged by `stat` alone."""
     f = t.ingested_files.c
     columns = (f.path, f.inode, f.size, f.mtime_ns, f.ctime_ns)
     rows = connection.execute(sa.select(*columns).where(f.task == task, f.finished)).all()
@@ -93,16 +95,16 @@ def unread(connection: sa.Connection, task: str, folders: Sequence[Path]) -> lis
     paths = [path for folder in folders if folder.is_dir() for path in event_files(folder)]
     files = []
     for path in paths:
-        with suppress(FileNotFoundError):  # taken away since its folder was listed
+        with suppress(FileNotFoundError):  # removed since its folder was listed
             files.append(_as_it_is(path))
     return [file for file in files if file not in known]
 
 
 def look_at(path: Path) -> UnreadFile:
-    """A file as it is now, when whatever changes it later shows by a later time.
+    """Return a file's stat at a moment from which on every change gives it a later time.
 
     Raises:
-        OSError: it is not there, or may not be looked at.
+        OSError: it does not exist, or may not be read.
     """
     if time.time() - path.stat().st_ctime < _CLOCK_TICK_SECONDS:
         time.sleep(_CLOCK_TICK_SECONDS)
@@ -111,7 +113,7 @@ def look_at(path: Path) -> UnreadFile:
 
 def _as_it_is(path: Path) -> UnreadFile:
     stat = path.stat()
-    inode = stat.st_ino & _LARGEST_INTEGER  # some file systems number beyond what a database's integers hold
+    inode = stat.st_ino & _LARGEST_INTEGER  # some file systems have larger numbers than database integers hold
     return UnreadFile(path, inode, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 

@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
     Attributes:
         number: the line at which it begins; in a JSON array and in Parquet its own number, from 1.
-        value: as its file has it, without the fields that are null, or the empty cells of CSV.
+        value: the row without null fields, or the empty cells of CSV.
         reason: why it could not be read; empty if it could.
         breaks_off: nor could anything behind it, so nobody knows what the rest of the file holds.
     """
@@ -104,8 +104,8 @@ def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:
 def without_nulls(value: Any) -> Any:
     """Return a row without its null fields, and its turns without theirs.
 
-    pandas and datasets write every column in every row, so null says that a row has no such field. So does NaN, which
-    is how pandas writes a missing value.
+    pandas and datasets write every column in every row, so null means that a row has no such field. So does NaN, which
+    pandas writes for a missing value.
     """
     if isinstance(value, dict):
         return {name: without_nulls(field) for name, field in value.items() if not _is_missing(field)}
@@ -117,7 +117,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def constant(name: str) -> None:
-    """Return what NaN stands for in a row, where JSON has no such number; refuse Infinity."""
+    """Return None for NaN, which means a missing value in a row; refuse Infinity."""
     if name != "NaN":
         raise ValueError(f"{name} is not a JSON number")
 

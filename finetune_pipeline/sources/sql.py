@@ -61,7 +61,7 @@ def read(feed: SqlFeed, mark: Any) -> Reading:
             table = _table(engine, feed)
             settings = _settings(engine, feed, table)
             anew = mark is not None and (not isinstance(mark, dict) or mark.get("settings") != settings)
-            # One that a row from the future had left, behind which nothing would be found until then.
+            # Also if an earlier version left a cursor in the future, after which no row would be found until then.
             anew = anew or (mark is not None and _is_ahead(_watermark(mark)))
             start = None if anew else mark
             if mark is not None:  # without one, a table that is empty now would count as a source that has nothing
@@ -103,7 +103,7 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
                     "that names a row for good"
                 )
             place, passed = here, 0
-            if _is_ahead(row[0]):  # a mark there would hide all rows that come until then
+            if _is_ahead(row[0]):  # a cursor there would hide all rows that arrive until then
                 why = f"{feed.watermark} is {row[0]}, in the future; it is read when that time has come"
                 yield Skipped(_origin(feed, row[1]), f"{why} (a time without a zone is UTC)", later=True)
                 continue
@@ -121,7 +121,7 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
 
 
 def _is_ahead(watermark: Any) -> bool:
-    """Return whether a watermark is a time, a day, or the text of one, in the future; a number may count anything."""
+    """Return whether a watermark is a time or date, or the text of one, in the future; numbers are not checked."""
     if isinstance(watermark, str) and watermark[4:5] == "-":
         try:
             watermark = datetime.fromisoformat(watermark)
@@ -129,7 +129,7 @@ def _is_ahead(watermark: Any) -> bool:
             return False
     if isinstance(watermark, datetime):
         return is_in_future(watermark)
-    # Somewhere on Earth it is tomorrow already.
+    # In the easternmost time zones it is already tomorrow.
     return isinstance(watermark, date) and watermark > (datetime.now(UTC) + CLOCK_SKEW).date() + timedelta(days=1)
 
 

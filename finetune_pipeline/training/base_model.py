@@ -39,10 +39,10 @@ def check_trained_tokens(folder: Path, settings: TrainingSettings) -> None:
 
 
 def check_target_modules(folder: Path, settings: TrainingSettings) -> None:
-    """Raise TrainingError if the adapter is to change an output layer that is the embeddings too, or those.
+    """Raise TrainingError for LoRA on tied embeddings or their output layer.
 
-    It would be merged into both, and the model that serves would be another one than was trained. Asks a model without
-    weights, since names of layers and whether they are tied differ by architecture: loads torch and transformers.
+    It would be merged into both, and a different model would serve than was trained. Inspects a model without weights,
+    since layer names and tying differ by architecture: loads torch and transformers.
     """
     if settings.target_modules == "all-linear":  # PEFT leaves out the output layer
         return
@@ -60,8 +60,8 @@ def check_target_modules(folder: Path, settings: TrainingSettings) -> None:
     if tied:
         raise TrainingError(
             f"target_modules names {', '.join(tied)}, but the output layer of the base model is its embeddings "
-            "(tie_word_embeddings): an adapter of one would be merged into both, and another model would serve than "
-            "was trained. Leave it out; trainable_token_indices trains the embeddings of single tokens"
+            "(tie_word_embeddings): LoRA on one would be merged into both, and a different model would serve than was "
+            "trained. Leave it out; trainable_token_indices trains the embeddings of single tokens"
         )
 
 

@@ -21,9 +21,9 @@ class Conversation:
     """A row in tokens.
 
     Attributes:
-        prompt: all before the answer, with the template's prompt for it.
-        answers: by column, the prompt and this answer; each may begin in another way than `prompt` does.
-        holds_control_tokens: whether somebody wrote a control token into it, which only these tokens keep as text.
+        prompt: everything before the answer, with the generation prompt.
+        answers: by column, prompt and answer; their start may differ from `prompt`.
+        holds_control_tokens: whether its text contains a control token, which only these tokens keep as text.
     """
 
     prompt: list[int]
@@ -32,11 +32,11 @@ class Conversation:
 
     @property
     def length(self) -> int:
-        """Tokens with the longest answer."""
+        """Number of tokens with the longest answer."""
         return max(map(len, self.answers.values()))
 
     def shared(self) -> int:
-        """Return how many tokens the prompt and all answers begin with in common."""
+        """Return the number of leading tokens that the prompt and all answers share."""
         shortest = min(len(self.prompt), *map(len, self.answers.values()))
         every = [self.prompt, *self.answers.values()]
         return next((place for place in range(shortest) if len({ids[place] for ids in every}) > 1), shortest)
@@ -58,7 +58,7 @@ def messages_of(row: dict[str, Any], system_prompt: str) -> list[dict[str, str]]
 def conversations(
     rows: Sequence[dict[str, Any]], answers: Sequence[str], system_prompt: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Conversation | Rejected]:
-    """Tokenize rows as they are served: what people wrote is text, control tokens are the template's own.
+    """Tokenize rows as in service: control tokens in messages are text, only the template writes real ones.
 
     Args:
         rows: of a dataset, with `prompt` and `history`.
@@ -75,7 +75,7 @@ def conversations(
         raise TrainingError(str(error)) from error
     rendered = [_rendered(template, row, answers, system_prompt) for row in rows]
     whole = [texts for texts in rendered if not isinstance(texts, Rejected) and not any(text.cut for text in texts)]
-    encoded = iter(template.encode([text for texts in whole for text in texts]))  # together, which is much faster
+    encoded = iter(template.encode([text for texts in whole for text in texts]))  # in one batch, which is much faster
     found: list[Conversation | Rejected] = []
     for row, texts in zip(rows, rendered, strict=True):
         if isinstance(texts, Rejected):
@@ -110,12 +110,12 @@ def provenance(row: dict[str, Any]) -> str:
 
 
 def rejections(rejected: Iterable[Rejected], of: int, split: str) -> tuple[Rejection, ...]:
-    """Count rows that the chat template rejects by their reasons, and say so in the log.
+    """Count rejected rows by reason, and log the counts.
 
     Args:
-        rejected: the rows.
-        of: how many rows there are.
-        split: what they were to be used for.
+        rejected: the rejected rows.
+        of: number of all rows.
+        split: train or validation.
     """
     by_reason: dict[str, list[str]] = {}
     for row in rejected:

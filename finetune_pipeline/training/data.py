@@ -91,13 +91,13 @@ def replayed(row: dict[str, Any]) -> bool:
 
 
 def nothing_left(too_long: int, accepted: int, max_length: int, rejected: tuple[Rejection, ...] = ()) -> str:
-    """Return what to say where every example that is not replayed is too long or rejected.
+    """Return the message for a training in which every example that is not replayed is too long or rejected.
 
     Args:
-        too_long: examples with more than `max_length` tokens.
-        accepted: all that the chat template accepts.
+        too_long: number of examples with more than `max_length` tokens.
+        accepted: number of examples that the chat template accepts.
         max_length: tokens that an example may have.
-        rejected: what the chat template rejects.
+        rejected: the examples that the chat template rejects.
     """
     examples = accepted + sum(one.count for one in rejected)
     why, remedy = [], []
@@ -123,7 +123,7 @@ def tell_not_validated(settings: TrainingSettings, held_out: int) -> None:
 
 
 def _accepted(rows: "Dataset", split: str) -> "tuple[Dataset, tuple[Rejection, ...]]":
-    """The examples that the chat template accepts, and why it rejects the others."""
+    """Return the examples that the chat template accepts, and why it rejects the others."""
     reasons, provenance = rows[_REASON], rows[_PROVENANCE]
     rejected = [Rejected(reason, where) for reason, where in zip(reasons, provenance, strict=True) if reason]
     if rejected:
@@ -236,7 +236,7 @@ def _tokenise(rows: list[dict[str, Any]], system_prompt: str, tokenizer: "PreTra
 
 
 def labels_of(prompt: list[int], ids: list[int]) -> list[int]:
-    """Return the tokens to learn: those after the prompt, or from where a template or tokenizer writes it otherwise."""
+    """Return the labels: the tokens after the prompt, or from where the template or tokenizer writes it differently."""
     same = next((place for place, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), None)
     start = max(len(prompt) if same is None else same, 1)  # nothing stands before the first token to predict it from
     return [IGNORED] * start + ids[start:]

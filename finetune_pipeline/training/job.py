@@ -93,7 +93,7 @@ class Rejection(Record):
     split: str = Field(description="train or validation.")
     reason: str
     count: int
-    examples: tuple[str, ...] = Field(description="Where the first of them come from: source, place, interaction.")
+    examples: tuple[str, ...] = Field(description="Provenance of the first of them: source, origin, interaction.")
 
     def __str__(self) -> str:
         return f"{self.reason} (from {'; '.join(self.examples)}{'; ...' if self.count > len(self.examples) else ''})"
@@ -132,7 +132,7 @@ class TrainingResult(Record):
 
     @property
     def rejected(self) -> int:
-        """Examples to train on that were left out because the chat template rejects them."""
+        """Number of training examples that were excluded because the chat template rejects them."""
         return sum(one.count for one in self.rejections if one.split == "train")
 
 

@@ -107,7 +107,7 @@ def preference_trainer(
 
 
 def _of_tokens(kind: "type[DPOTrainer] | type[KTOTrainer]") -> Any:
-    """Return TRL's trainer for rows that are tokenized already: its own tokenizing makes control tokens of text."""
+    """Return TRL's trainer for tokenized rows: its own tokenization would parse control tokens in text."""
 
     class OfTokens(kind):  # type: ignore[misc, valid-type]
         def _prepare_dataset(self, dataset: "Dataset", _tokens: Any, args: Any, _name: str) -> "Dataset":
@@ -119,7 +119,7 @@ def _of_tokens(kind: "type[DPOTrainer] | type[KTOTrainer]") -> Any:
 
 
 def _with_other_answers(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Give each prompt of a KTO batch the answer to the one before: by these TRL estimates the KL divergence."""
+    """Pair each prompt of a KTO batch with the answer to the one before, by which TRL estimates the KL divergence."""
     answers = batch["completion_ids"]
     return {**batch, "KL_completion_ids": [answers[-1], *answers[:-1]]}
 
@@ -181,7 +181,7 @@ def _batches(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> Iterator
 @dataclass(frozen=True)
 class _Split:
     rows: int
-    kept: list[dict[str, Any]]  # neither rejected nor too long, as TRL's collators take them
+    kept: list[dict[str, Any]]  # neither rejected nor too long, in the form of TRL's collators
     too_long: int
     rejections: tuple[Rejection, ...]
 
@@ -199,7 +199,7 @@ def _read(folder: Path, split: str, job: TrainingJob, tokens: "PreTrainedTokeniz
 
 
 def _in_tokens(row: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
-    """TRL's own form of a row that is tokenized already: an answer begins where it differs from the prompt."""
+    """Return a tokenized row in TRL's form: an answer begins where it differs from the prompt."""
     start = conversation.shared()
     answers = {f"{name}_ids": ids[start:] for name, ids in conversation.answers.items()}
     label = {"label": row["label"]} if "label" in row else {}

@@ -267,10 +267,13 @@ def test_a_chat_template_that_cannot_be_used_refuses_messages_and_nothing_else(t
     [
         (ask("a" * 256), "256 tokens, the context holds 256"),
         (ask(""), "no tokens"),
-        (ask("a", json_schema={"type": "colour"}), "at #: type: this is no JSON Schema"),
+        (ask("a", json_schema={"type": "colour"}), "at #: type: not a valid JSON Schema"),
         (ask("a", json_schema={"$ref": "https://example.com/x.json"}), "only references within it"),
         (ask("a", json_schema={"enum": ["x" * 90_000] * 3}), "bytes"),
-        (ask("a", json_schema={"type": "string", "pattern": "^(a{999}){999}$"}), "pattern: written out"),
+        (
+            ask("a", json_schema={"type": "string", "pattern": "^(a{999}){999}$"}),
+            "pattern: with its repetitions expanded",
+        ),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_refused_and_the_engine_goes_on(tiny, request_, says):

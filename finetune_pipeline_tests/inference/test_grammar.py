@@ -62,7 +62,7 @@ def test_an_answer_that_exhausts_the_lexer_leaves_others_of_its_schema_alone():
             matcher.accept(token)
         return matcher.allowed()
 
-    with pytest.raises(RequestRefused, match="cannot be followed to the end"):
+    with pytest.raises(RequestRefused, match="cannot be enforced to the end"):
         write(
             [
                 ord('"'),
@@ -102,7 +102,7 @@ def test_a_compilation_beyond_its_time_fails_its_request_and_does_not_accumulate
         with pytest.raises(RequestRefused, match=r"was not compiled within 0\.05 s"):
             future.result(10)
         assert told.acquire(timeout=10)
-    with pytest.raises(RequestRefused, match="no new one is taken now"):
+    with pytest.raises(RequestRefused, match="new ones are refused for now"):
         grammars.matcher({"type": "boolean"}).result(0)
     monkeypatch.setattr(grammar, "COMPILE_SECONDS", 60.0)
     model.gate.set()

@@ -253,7 +253,7 @@ def test_an_ingest_works_out_again_what_a_migration_marked(loop):
     said = []
     ingest(loop, connect(), said.append)
     assert taught(loop) == before
-    assert said[0].startswith("what 1 interactions teach was worked out again")
+    assert said[0].startswith("the examples of 1 interactions were recomputed")
 
 
 def test_a_note_about_a_day_to_come_is_taken_as_of_today(loop):

@@ -96,7 +96,7 @@ def test_a_damaged_base_model_is_refused_with_what_to_do():
         health = running.health()
         assert health["status"] == "unavailable"
         trouble = health["loops"]["rotten_base"]["trouble"]
-        assert "is damaged or was replaced" in trouble and "whoever needs it next makes it again" in trouble
+        assert "is damaged or was replaced" in trouble and "it is exported again when it is next needed" in trouble
 
 
 # ---- empty answers

@@ -47,7 +47,7 @@ class Written:
         examples: how many train.
         too_long: how many were left out for having more than max_length tokens.
         tokens: mean tokens of a training example.
-        rejections: what was left out because the chat template rejects it.
+        rejections: examples that were excluded because the chat template rejects them.
     """
 
     config: Path
@@ -174,7 +174,7 @@ def _method(settings: TrainingSettings) -> dict[str, Any]:
 def _dataset_kind(settings: TrainingSettings) -> dict[str, Any]:
     """How Axolotl reads the lines that `_rows` makes."""
     if settings.method == "sft":
-        return {}  # tokens already, which it sees by their columns
+        return {}  # tokenized already, which Axolotl detects by the columns
     if settings.method == "dpo":
         return {"type": "passthrough"}
     fields = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
@@ -197,7 +197,7 @@ class _Example:
 def _rows(
     job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[_Example], tuple[Rejection, ...]]:
-    """A split's examples: tokens, as peft trains on; for dpo and kto, texts with the template applied."""
+    """Return a split's examples: for sft tokens as with peft, for dpo and kto texts with the template applied."""
     from datasets import load_from_disk
 
     method = job.settings.method
@@ -216,7 +216,7 @@ def _rows(
         elif method == "sft":
             examples.append(_Example(_tokens(found, tokenizer), found.length, replayed(row)))
         elif found.holds_control_tokens:
-            why = f"it holds a control token of the model, which axolotl cannot read as text by {method} (peft can)"
+            why = f"it contains a control token of the model, which axolotl cannot read as text by {method} (peft can)"
             rejected.append(Rejected(why, provenance(row)))
         else:
             line = _texts(row, answers, job, tokenizer) | ({"label": row["label"]} if "label" in row else {})
@@ -225,7 +225,7 @@ def _rows(
 
 
 def _tokens(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """The tokens as peft trains on them, to the answer's end token: Axolotl learns nothing behind it."""
+    """Return the tokens as peft trains on them, up to the answer's end token, as Axolotl learns nothing after it."""
     ids = conversation.answers["completion"]
     while tokenizer.decode(ids[-1:]).isspace():
         ids = ids[:-1]
