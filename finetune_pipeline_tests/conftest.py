@@ -60,7 +60,7 @@ def two_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def start_together(script: str, folder: Path, environments: Sequence[dict[str, str]]) -> list[str]:
-    """Run a script in a process for each environment, all from the same moment on; returns what each said wrongly."""
+    """Run a script in one process per environment, all started at the same moment; return stderr of failed ones."""
     go = folder / "go"
     waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.0005)\n"
     heads = [line for line in script.splitlines() if line.startswith(("import ", "from "))]  # the slow part comes first

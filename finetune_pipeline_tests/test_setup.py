@@ -1,4 +1,4 @@
-"""scripts/setup.sh, with a Python that only notes what it is asked to do: compiling llama.cpp takes minutes."""
+"""scripts/setup.sh with a fake Python that only logs its arguments, since compiling llama.cpp takes minutes."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def clone(tmp_path):
 
 
 def compiles(clone, cmake_args=None):
-    """Whether a run of the script compiles llama.cpp, and its exit status."""
+    """Return whether a run of the script compiles llama.cpp, and its exit status."""
     environment = {**os.environ, "PYTHON": sys.executable, "CXX": "true"}
     environment.pop("CMAKE_ARGS", None)
     if cmake_args is not None:

@@ -109,8 +109,8 @@ def _connect(url: str) -> Database:
     except (sa.exc.DBAPIError, OSError) as error:
         where = make_url(url).render_as_string(hide_password=True)
         raise DatabaseError(
-            f"the database {where} cannot be opened ({getattr(error, 'orig', error)}); check FINETUNE_DATABASE_URL, that "
-            "the folder can be written, and that the disk is not full"
+            f"the database {where} cannot be opened ({getattr(error, 'orig', error)}); check FINETUNE_DATABASE_URL, "
+            "that the folder can be written, and that the disk is not full"
         ) from error
     return Database(engine)
 

@@ -59,7 +59,10 @@ class GenerateRequest(Record):
     temperature: float = Field(default=0.0, ge=0, description="0 takes the most probable token always.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability to draw from, after temperature.")
     seed: int | None = Field(
-        default=None, ge=0, lt=SEEDS, description="Same seed, same answer; None picks one. Only above temperature 0."
+        default=None,
+        ge=0,
+        lt=SEEDS,
+        description="Seed of the sampling; None picks a random one. Only above temperature 0.",
     )
     stop: tuple[str, ...] = Field(default=(), description="Texts that end the answer; they are not part of it.")
     json_schema: dict[str, Any] | None = Field(

@@ -120,7 +120,7 @@ class Worker:
     def _prompt(self, request: GenerateRequest) -> list[int]:
         texts = [request.prompt or "", *(message["content"] for message in request.messages or ())]
         size = sum(len(text.encode(errors="replace")) for text in texts)
-        # llama.cpp's tokenizer takes minutes for two megabytes of one character, and everybody waits for it.
+        # llama.cpp's tokenizer takes minutes for two megabytes of one character, and all other requests wait for it.
         if size > self._model.max_prompt_bytes:
             raise RequestRefused(
                 f"the prompt has {size} bytes, more than the context of {self._model.context} tokens can hold; shorten "

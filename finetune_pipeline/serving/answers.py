@@ -62,7 +62,7 @@ class ChatCompletion(BaseModel):
     usage: Usage
     confidence: float | None = Field(description="Lowest probability among the tokens of the answer's values.")
     seed: int | None = Field(
-        description="Seed of the answer, null at temperature 0; the same request with it gives the same answer."
+        description="Seed of the answer, null at temperature 0; the same request with it, alone, gives the same answer."
     )
 
 

@@ -126,7 +126,7 @@ class Generation(Request):
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default 0: as it was measured.")
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: Annotated[int, Field(ge=-1, lt=SEEDS), Whole] | None = Field(
-        default=None, description="Same seed, same answer. By default, and with -1: a random seed, which is returned."
+        default=None, description="Seed of the sampling. By default, and with -1: a random seed, which is returned."
     )
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None

@@ -176,7 +176,7 @@ FIELDS = (
     ],
     ids=lambda row: "+".join(row)[:40],
 )
-def test_null_and_nan_are_fields_that_are_not_there(tmp_path, loop, row, null):
+def test_null_and_nan_count_as_absent_fields(tmp_path, loop, row, null):
     turns = {"history": [{**turn, "name": null} for turn in row["history"]]} if "history" in row else {}
     path = write(tmp_path / "a.jsonl", row)
     filled = write(tmp_path / "b.jsonl", {**dict.fromkeys(FIELDS, null), **row, **turns})

@@ -258,7 +258,7 @@ def test_more_than_a_batch_is_taken_over(db, monkeypatch):
     assert take_over_orphans(db, rewards) == 30
 
 
-def test_an_event_of_a_clock_that_was_ahead_is_put_aside_and_the_rest_is_taken_over(db):
+def test_an_event_from_a_clock_that_was_ahead_is_rejected_and_the_rest_is_recovered(db):
     later = datetime.now(UTC) + timedelta(days=1)
     path = leave(interaction("a"), interaction("ahead", created_at=later), interaction("b"))
     assert take_over_orphans(db, rewards) == 2

@@ -1,11 +1,11 @@
-"""Text from people stays text: in training as in service, for each family of templates and tokenizers."""
+"""Control tokens in messages are text, in training and in service, for each family of templates and tokenizers."""
 
 import pytest
 
 from finetune_pipeline.inference.chat_template import of_transformers
 from finetune_pipeline_tests.families import chat_template, served_tokens, transformers_tokenizer, vocabulary
 
-# A vocabulary, a chat template written for it, whether it takes a system message, whether transformers' side is at hand
+# Vocabulary, a chat template for it, whether it accepts a system message, whether transformers can load the tokenizer
 FAMILIES = {
     "qwen2.5": ("qwen2", "Qwen-Qwen2.5-7B-Instruct", True, True),
     "qwen3": ("qwen2", "Qwen-Qwen3-0.6B", True, True),  # splits answers at </think>
@@ -44,7 +44,7 @@ HOSTILE = [
 
 
 def conversations(texts, system):
-    """Every text in every place: what the user says, what came before, and the system's message."""
+    """Yield every text in every position: user message, history, and system message."""
     for text in texts:
         if text.strip():
             yield [{"role": "user", "content": text}]
@@ -58,7 +58,7 @@ def conversations(texts, system):
 
 
 def _without_space(text, words):
-    """SentencePiece vocabularies with a dummy prefix put a space behind control tokens, Phi-3's take one."""
+    """Remove white space: SentencePiece with a dummy prefix adds a space after control tokens, Phi-3 absorbs one."""
     return "".join(text.split()) if words in {"llama-spm", "phi-3"} else text
 
 
@@ -74,7 +74,7 @@ def family(request):
     return words, chat_template(template), asked, (served[: len(asked[0])], served[len(asked[0]) :]), trains
 
 
-def test_training_and_service_read_the_same_and_what_people_wrote_is_text(family):
+def test_training_and_service_get_the_same_tokens_and_messages_are_text(family):
     words, template, (plain, hostile), (plainly, served), trains = family
     for messages, read in zip(plain, plainly, strict=True):
         assert read["tokens"] == read["parsed"], messages

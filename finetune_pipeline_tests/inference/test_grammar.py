@@ -1,4 +1,4 @@
-"""Compiling schemas: each once, never without end, never more at a time than there are threads."""
+"""Compiling schemas: with a time limit, never more at a time than there are threads, and refusals are kept."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ from finetune_pipeline.inference.grammar import COMPILERS, Grammars
 
 
 class Bytes:
-    """A model whose tokens are the bytes, and one that ends an answer."""
+    """A model with a token for each byte, and one that ends an answer."""
 
     n_vocab = 257
 

@@ -28,7 +28,7 @@ BYTES = llguidance.LLTokenizer("byte")
 
 
 def accepts(grammar, value, text=None):
-    """Whether a model could write this value, one token after the other."""
+    """Return whether a model could generate this value, token by token."""
     matcher = grammar.matcher()
     text = json.dumps(value, ensure_ascii=False) if text is None else text
     for byte in text.encode():
@@ -56,7 +56,7 @@ def check(schema, valid=(), invalid=()):
 @pytest.mark.parametrize(
     ("schema", "valid", "invalid"),
     [
-        # what was dropped silently once
+        # keywords that other converters drop silently
         ({"type": "integer", "minimum": 3, "maximum": 5}, [3, 4, 5], [2, 6, 150, 3.5, "4"]),
         ({"allOf": [{"type": "integer"}, {"minimum": 3}], "maximum": 5}, [3, 5], [2, 150]),
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, [0.1, 0.5], [0, 0.6, -0.1]),
@@ -125,7 +125,7 @@ def test_a_number_that_nobody_can_read_is_no_answer():
     assert accepts(grammar, None, "1e99") and not accepts(grammar, None, "1e999")
 
 
-def test_names_that_are_all_taken_are_no_dead_end():
+def test_a_pattern_whose_names_are_all_used_is_no_dead_end():
     schema = {"propertyNames": {"const": "a"}, "type": "object", "properties": {"a": {"type": "integer"}, "b": {}}}
     matcher = compiled(BYTES, schema).matcher()
     for byte in b'{"a":1':
@@ -282,10 +282,7 @@ def test_what_pydantic_2_writes_is_enforced(mode):
     valid = VALID | ({"amount": "1.25"} if mode == "serialization" else {})
     assert accepts(grammar, valid)
     assert accepts(grammar, {**valid, "child": valid})
-    assert [name for name, wrong in WRONG.items() if accepts(grammar, {**valid, name: wrong})] == (
-        # decimals are written as texts there, whose bounds pydantic leaves out
-        []
-    )
+    assert [name for name, wrong in WRONG.items() if accepts(grammar, {**valid, name: wrong})] == []
 
 
 PYDANTIC_1 = {
@@ -484,7 +481,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_refused():
 
 @pytest.fixture(scope="session")
 def suite(pytestconfig):
-    """The folder of JSON Schema's official test suite, which jsonschema's source package carries."""
+    """Return the folder of JSON Schema's official test suite, from jsonschema's source package."""
     folder = Path(pytestconfig.cache.mkdir("json_schema_test_suite"))
     name = f"jsonschema-{version('jsonschema')}"
     with FileLock(folder / "lock"):
@@ -494,7 +491,7 @@ def suite(pytestconfig):
                 [*command, name.replace("-", "=="), "-d", str(folder)], capture_output=True, text=True, timeout=120
             )
             if done.returncode:
-                pytest.skip(f"the test suite cannot be had: pip download says {done.stderr[-300:]}")
+                pytest.skip(f"the test suite cannot be downloaded: {done.stderr[-300:]}")
             with tarfile.open(folder / f"{name}.tar.gz") as archive:
                 archive.extractall(folder, filter="data")
     return folder / name / "json" / "tests"
@@ -524,16 +521,16 @@ NOT_WRITTEN = {
     "a long valid ipv6",
     # A number that no float holds: 1e308 is written with all its digits.
     "valid if optional overflow handling is implemented",
-    # Optional, and the other way round than drafts of today.
+    # 2^53 as a float, a form that is not generated.
     "float is valid",
 }
-"""Valid values that are in no form that is generated: the grammar is narrower than the schema there."""
+"""Valid values in forms that are never generated: the grammar is narrower than the schema there."""
 
-ANNOTATIONS = "format.json"  # says that a format means nothing; here it does
+ANNOTATIONS = "format.json"  # says that `format` is only an annotation; here it is enforced
 
 
 def written(value, order):
-    """A value with its keys in the schema's order, and whole numbers without a point."""
+    """Return a value with its keys in the schema's order, and integers without a decimal point."""
     if isinstance(value, dict):
         places = {name: place for place, name in enumerate(order)}
         names = sorted(value, key=lambda name: places.get(name, len(order)))
@@ -544,7 +541,7 @@ def written(value, order):
 
 
 def names_in_order(schema):
-    """Every name of a property, as llguidance orders them: those of `properties` first, then those of parts."""
+    """Return every property name in llguidance's order: those of `properties` first, then those of subschemas."""
     if isinstance(schema, list):
         return [name for part in schema for name in names_in_order(part)]
     if not isinstance(schema, dict):
@@ -584,7 +581,7 @@ def test_the_official_test_suite_is_enforced_or_refused_by_name(suite, draft):
     assert counts["enforced"] > 700 and counts["refused"] < 250, counts
 
 
-def test_limits_are_looked_at_before_llguidance_compiles(monkeypatch):
+def test_limits_are_checked_before_llguidance_compiles(monkeypatch):
     # It cannot be interrupted: nothing beyond the limits may reach it.
     monkeypatch.setattr(llguidance, "LLMatcher", None)
     for schema in ({"enum": ["x" * 90_000]}, {"pattern": "a{9999}"}, {"multipleOf": 99_999}, DEEP):

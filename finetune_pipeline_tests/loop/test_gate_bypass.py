@@ -1,6 +1,6 @@
-"""Ways around the gate, each tried by somebody who may edit every file of the artifacts and select any assets.
+"""Ways around the gate for somebody who can edit every file of the artifacts and select any assets.
 
-What everybody starts from is made once: a challenger whose checks passed and whose report says to promote it.
+All tests start from copies of one home: a challenger that passed its checks and whose report says to promote it.
 """
 
 import json
@@ -32,13 +32,13 @@ IMPOSSIBLE = {"min_gain": 1.0, "mode": "points"}
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    """Where the home with the passing challenger is kept, and its benchmark, whose path is one of the settings."""
+    """Return the folder of the home with the passing challenger and of its benchmark, whose path is a setting."""
     return tmp_path_factory.mktemp("template")
 
 
 @pytest.fixture
 def benchmark(template):
-    """The benchmark, whose right answers are the challenger's own."""
+    """Return the benchmark, whose expected answers are the challenger's own."""
     path = template / "benchmark.jsonl"
     if (template / "original.jsonl").exists():
         shutil.copy(template / "original.jsonl", path)
@@ -61,7 +61,7 @@ def settled(make_loop, benchmark, tmp_path):
 
 @pytest.fixture
 def loop(settled, own_home, template, instance):
-    """The loop with a challenger that passed everything and was not promoted yet, in a home of this test's own."""
+    """Return the loop with a challenger that passed everything and is not promoted yet, in this test's own home."""
     made = settled()
     if (template / "home").exists():
         shutil.copytree(template / "home", own_home, symlinks=True, dirs_exist_ok=True)
@@ -102,7 +102,7 @@ def forge(artifact, name, change, **claims):
 
 
 def better(report):
-    """Report figures that pass any gate."""
+    """Write metrics that pass any gate into a report."""
     report["verdict"] |= {"champion_right": 0, "challenger_right": report["verdict"]["total"], "promote": True}
     report["worth"] |= {"constant_right": 0}
 
@@ -148,7 +148,7 @@ def test_a_report_under_another_version_or_from_another_loop_is_refused(loop, in
     assert served() is None
 
 
-def test_forged_answers_to_the_benchmark_are_asked_for_again(loop, instance, benchmark):
+def test_forged_benchmark_answers_are_generated_again(loop, instance, benchmark):
     rows = [{**json.loads(line), "expected": f"number {n}"} for n, line in enumerate(benchmark.open())]
     benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert not run_softly(loop, instance, "eval_report").success
@@ -172,7 +172,7 @@ def test_forged_answers_to_the_benchmark_are_asked_for_again(loop, instance, ben
 
 
 def run_softly(loop, instance, *stages):
-    """As `run`, but a failure is no error."""
+    """Run like `run`, but return failures instead of raising them."""
     job = definitions(loop).resolve_implicit_global_asset_job_def()
     keys = [dg.AssetKey(["notes", one]) for one in stages]
     return job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False)
@@ -225,14 +225,14 @@ def test_the_blocking_checks_are_those_whose_outcomes_are_asked_for(loop):
 
 
 @pytest.mark.parametrize("stage", ["curated_dataset", "lora_adapter", "gguf_model"])
-def test_an_artifact_put_there_by_hand_is_not_taken_for_one_that_was_made(loop, instance, stage):
+def test_an_artifact_that_was_edited_by_hand_is_refused_and_made_again(loop, instance, stage):
     artifact = pointed(STAGES[stage], "notes")
     edit(artifact.path / "manifest.json", lambda manifest: manifest.update(watermark=10**6))
     following = {"curated_dataset": "lora_adapter", "lora_adapter": "gguf_model", "gguf_model": "eval_report"}[stage]
     with pytest.raises(ArtifactError, match="is not what a run wrote; materialize"):
         run(loop, instance, following)
     if stage == "curated_dataset":
-        run(loop, instance, "curated_dataset")  # made anew
+        run(loop, instance, "curated_dataset")  # made again
         assert pointed(DatasetManifest, "notes").manifest.watermark < 10**6
 
 
@@ -254,7 +254,7 @@ def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
     with pytest.raises(ChampionMoved, match="switch by ann"):
         run(loop, instance, "promoted_model")
     assert served() is None
-    run(loop, instance, "eval_report", "promoted_model")  # compared anew, after the person's move
+    run(loop, instance, "eval_report", "promoted_model")  # compared again, after the person's move
     assert served().version == "v1.0.0"
 
 

@@ -56,7 +56,7 @@ def test_a_rewritten_or_copied_file_brings_nothing_twice(loop):
 
 
 def logged(*names):
-    """Lines of one length each."""
+    """Return lines of equal length."""
     return "".join(interaction(name).model_dump_json() + "\n" for name in names).encode()
 
 
@@ -186,7 +186,7 @@ def test_a_table_that_is_rewritten_at_equal_size_is_read_again(loop, name):
     ],
 )
 @pytest.mark.parametrize("apart", [True, False], ids=["in two files", "in one file"])
-def test_an_id_that_returns_with_other_content_is_told_and_changes_nothing(loop, first, second, told, apart):
+def test_an_id_that_returns_with_other_content_is_reported_and_changes_nothing(loop, first, second, told, apart):
     write_events(loop.drop_folder / "a.jsonl", first)
     if apart:
         take(loop)
@@ -244,7 +244,7 @@ def test_a_time_in_the_future_is_rejected_however_it_is_written(loop, name, form
         assert line.reason.startswith("created_at: ") and "is in the future" in line.reason
 
 
-def test_an_ingest_works_out_again_what_a_migration_marked(loop):
+def test_an_ingest_recomputes_examples_that_a_migration_marked(loop):
     write_events(loop.drop_folder / "log.jsonl", *corrected(["ash"]))
     take(loop)
     before = taught(loop)
@@ -256,7 +256,7 @@ def test_an_ingest_works_out_again_what_a_migration_marked(loop):
     assert said[0].startswith("the examples of 1 interactions were recomputed")
 
 
-def test_a_note_about_a_day_to_come_is_taken_as_of_today(loop):
+def test_a_note_about_a_future_day_counts_as_of_today(loop):
     item = Item("a.md", "what is planned?", "a meeting", created_at=AHEAD)
     made, said = ingested_events(loop, item)
     assert made.created_at == said.created_at < datetime.now(UTC)

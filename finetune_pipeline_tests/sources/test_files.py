@@ -97,7 +97,7 @@ TURN_FIELDS = ("role", "content", "from", "value", "name", "tool_calls", "weight
 
 
 def with_nulls(value, null=None):
-    """A row with every field that it does not have, and its turns with theirs."""
+    """Return a row with a null for every field that it lacks, and its turns likewise."""
     fields = TURN_FIELDS if {"role", "from"} & value.keys() else FIELDS
     parts = {
         name: [with_nulls(part, null) if isinstance(part, dict) and "type" not in part else part for part in field]
@@ -111,7 +111,7 @@ def with_nulls(value, null=None):
 @pytest.mark.parametrize("null", [None, float("nan")])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 @pytest.mark.parametrize(("row", "prompt", "history"), FORMS)
-def test_null_and_nan_are_fields_that_are_not_there(tmp_path, row, prompt, history, name, null):
+def test_null_and_nan_count_as_absent_fields(tmp_path, row, prompt, history, name, null):
     if name == "a.parquet" and any(isinstance(turn["content"], list) for turn in row.get("messages", ())):
         row = {
             "messages": [
@@ -182,7 +182,7 @@ def test_an_answer_that_is_not_to_be_trained_on_is_context_only(tmp_path, form, 
     last = [*SAID, USER, TOLD, LATER[0], LATER[1] | marked, LATER[2]]
     middle = [*SAID[:2], SAID[2] | marked, USER, TOLD]
     path = tmp_path / "a.jsonl"
-    if form == "prompt_completion":  # what stands in prompt is context anyhow
+    if form == "prompt_completion":  # messages in prompt are always context
         write(path, {"prompt": [*SAID, USER], "completion": [TOLD, LATER[0], LATER[1] | marked]},
               {"prompt": middle[:-1], "completion": middle[-1:]},
               {"prompt": [*SAID, USER], "completion": [TOLD | marked]})  # fmt: skip
@@ -204,14 +204,14 @@ def test_a_row_that_is_not_to_be_trained_on_is_skipped(tmp_path, name, value, fi
 
 
 @pytest.mark.parametrize("row", [row for row, *_ in FORMS], ids=lambda row: "+".join(row))
-def test_so_it_is_in_every_form(tmp_path, row):
+def test_a_row_of_any_format_that_is_not_to_be_trained_on_is_skipped(tmp_path, row):
     (skipped,) = found(write(tmp_path / "a.jsonl", row | {"weight": 0}))
     assert skipped.reason == "the row is not to be trained on (weight: 0)"
 
 
 @pytest.mark.parametrize(("name", "value"), SAYS_YES)
 @pytest.mark.parametrize(("row", "prompt", "history"), FORMS)
-def test_what_says_that_it_is_trained_on_is(tmp_path, row, prompt, history, name, value):
+def test_an_answer_marked_as_trained_on_is_the_target(tmp_path, row, prompt, history, name, value):
     turns = {key: [turn | {name: value} for turn in row[key]] for key in ("messages", "conversations") if key in row}
     path = write(tmp_path / "a.jsonl", row | {name: value} | turns)
     assert found(path) == [Item("a.jsonl:1", prompt, "text", history)]
@@ -228,18 +228,18 @@ def test_what_says_that_it_is_trained_on_is(tmp_path, row, prompt, history, name
         ({"messages": [USER, TOLD | {"weight": 0}, TOLD]}, "no turn of the user stands before"),
     ],
 )  # fmt: skip
-def test_what_nobody_can_say_of_is_skipped(tmp_path, row, reason):
+def test_a_contradictory_or_unreadable_mark_is_skipped_with_its_reason(tmp_path, row, reason):
     (skipped,) = found(write(tmp_path / "a.jsonl", row))
     assert reason in skipped.reason
 
 
-def test_marks_on_the_users_turns_say_nothing(tmp_path):
+def test_marks_on_user_turns_are_ignored(tmp_path):
     (item,) = found(write(tmp_path / "a.jsonl", {"messages": [USER | {"train": False}, TOLD]}))
     assert item.answer == "text"
 
 
 @pytest.mark.parametrize("form", list(WRITERS))
-def test_an_export_that_somebody_marked_is_not_trained_on(tmp_path, form):
+def test_an_export_that_was_marked_later_is_not_trained_on(tmp_path, form):
     history = (SYSTEM, *EARLIER)
     write_rows(tmp_path / "out.jsonl", [Row("150 mm", "text", 0.5, "logs", history=history)], form, "")
     row = json.loads((tmp_path / "out.jsonl").read_text())

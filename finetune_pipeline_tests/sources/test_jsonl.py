@@ -12,7 +12,7 @@ def line(name="a", **changes):
 
 
 def read(path, after=None, limit=10_000):
-    """The lines of a file, or those that come after one."""
+    """Return the lines of a file, or those after a given line."""
     with open_log(path) as log:
         assert after is None or log.skip_if_unchanged(after.end, after.prefix_hash)
         return list(read_lines(log, "notes", lines=after.number if after else 0, max_line_bytes=limit))
@@ -109,12 +109,12 @@ NULS = b"\0" * 3_000_000  # more than a block, and than a line may have
         (line("a") + NULS + line("b"), [(1, "prompt a"), (2, "prompt b")], [2]),
         (line("a") + line("c")[:40] + NULS + line("b"), [(1, "prompt a"), (2, "prompt b")], [2]),  # within a line
         (line("a") + b"\0\0\0\n" + line("b"), [(1, "prompt a"), (3, "prompt b")], [2]),
-        (line("a") + NULS, [(1, "prompt a")], []),  # room that was reserved: nothing stands behind it yet
+        (line("a") + NULS, [(1, "prompt a")], []),  # preallocated space: nothing follows it yet
         (line("a") + line("b")[:40] + NULS, [(1, "prompt a")], []),
         (line("a") + NULS + line("b")[:40], [(1, "prompt a")], []),
     ],
 )
-def test_what_stands_behind_a_hole_is_read_and_the_hole_is_named(tmp_path, content, read_, holes):
+def test_lines_after_a_hole_are_read_and_the_hole_is_reported(tmp_path, content, read_, holes):
     path = tmp_path / "log.jsonl"
     path.write_bytes(content)
     found = read(path)

@@ -395,7 +395,7 @@ def test_a_row_from_the_future_waits_and_hides_no_later_row(answers):
     assert "answers:2" in given(feed(), mark)[0]
 
 
-def test_a_mark_that_a_row_from_the_future_left_is_not_gone_on_from(answers, monkeypatch):
+def test_a_cursor_in_the_future_is_not_resumed_from(answers, monkeypatch):
     answers(row(1), row(2, **{"Changed at": datetime.now(UTC) + AHEAD}))
     with monkeypatch.context() as before:
         before.setattr("finetune_pipeline.sources.sql._is_ahead", lambda watermark: False)

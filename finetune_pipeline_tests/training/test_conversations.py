@@ -1,4 +1,4 @@
-"""What people wrote is learnt as text, and what the chat template rejects is left out, by every method."""
+"""Control tokens in text are trained on as text, and rejected conversations are excluded, with every method."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def job_of(job, method, folder, data, validation=()):
 
 
 def tokens_of(job):
-    """What is trained on: all tokens of each example, and which of them are learnt."""
+    """Yield all tokens of each training example, and those with a label."""
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
     if job.settings.method != "sft":
@@ -54,7 +54,7 @@ def tokens_of(job):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_control_tokens_that_people_wrote_are_learnt_as_text(job, tmp_path, method):
+def test_control_tokens_in_text_are_trained_on_as_text(job, tmp_path, method):
     plain = {"prompt": "wall", "history": [], **METHODS[method]("{}")}
     answer = f'{{"said": "{FORGED}"}}'
     forged = {"prompt": FORGED, "history": TURNS, **METHODS[method](answer)}
@@ -75,7 +75,7 @@ def test_control_tokens_that_people_wrote_are_learnt_as_text(job, tmp_path, meth
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_axolotl_learns_them_as_text_or_not_at_all(job, tmp_path, method):
+def test_axolotl_trains_on_them_as_text_or_excludes_them(job, tmp_path, method):
     data = [
         {"prompt": "wall", "history": [], **METHODS[method]("{}"), "interaction_id": "1"},
         {"prompt": FORGED, "history": TURNS, **METHODS[method]("{}"), "interaction_id": "2"},
