@@ -26,6 +26,13 @@ COMPILE_SECONDS = 10.0
 COMPILERS = 2
 """Schemas compiled at the same time. While all threads are busy with late ones, new schemas are refused."""
 
+MASK_SECONDS = 10.0
+"""CPU time that the masks of one answer may take: all other answers wait for them."""
+
+_QUEUED = (
+    f"json_schema was not compiled within {COMPILE_SECONDS:g} s, since others were compiled before it; try again later"
+)
+
 CACHED = 64
 
 _LOCATE_SECONDS = 1.0
@@ -75,14 +82,25 @@ class Grammar:
             value = parse_json(text)
         except Unreadable as unreadable:  # 1e999 is valid JSON, but no float can hold it
             raise RequestRefused(f"the model's answer follows the json_schema, but {unreadable}") from unreadable
-        for error in self._validator.iter_errors(value):
-            keyword = [str(part) for part in error.schema_path][-1:] or ["schema"]
-            where = "/".join(["#", *map(str, error.instance_path)])
-            raise RequestRefused(
-                f"the model's answer violates {keyword[0]} of json_schema at {where}: {error.message[:300]}. This can "
-                "only be checked on a complete answer; try again with a temperature and another seed, or remove the "
-                "keyword"
+        if not self._validator.is_valid(value):  # iter_errors takes exponential time in nested anyOf
+            repeated = _repeated(value, "#")
+            found = (
+                f"uniqueItems of json_schema: two items at {repeated[:300]} are equal" if repeated else "json_schema"
             )
+            raise RequestRefused(
+                f"the model's answer violates {found}. This can only be checked on a complete answer; try again with a "
+                "temperature and another seed, or remove the keyword"
+            )
+
+
+def _repeated(value: Any, at: str) -> str | None:
+    """Return the path of the first array that has an item twice."""
+    if isinstance(value, list):
+        texts = [json.dumps(item, sort_keys=True) for item in value]
+        if len({*texts}) < len(texts):
+            return at
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for name, part in parts if (found := _repeated(part, f"{at}/{name}"))), None)
 
 
 class Matcher:
@@ -91,15 +109,23 @@ class Matcher:
     def __init__(self, matcher: llguidance.LLMatcher, grammar: Grammar) -> None:
         self.grammar = grammar
         self._matcher = matcher
+        self._seconds = 0.0
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return which tokens are allowed next.
 
         Raises:
-            RequestRefused: no token is, or llguidance gives up.
+            RequestRefused: no token is, llguidance gives up, or its masks have taken MASK_SECONDS.
         """
+        started = time.thread_time()
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
+        self._seconds += time.thread_time() - started
+        if self._seconds > MASK_SECONDS:
+            raise RequestRefused(
+                f"the masks of the json_schema took more than {MASK_SECONDS:g} s in this answer; make its unions "
+                "(recursive ones above all) and patterns smaller"
+            )
         allowed: NDArray[np.bool_] = np.unpackbits(mask, bitorder="little").astype(bool)
         if not allowed.any():
             raise RequestRefused(
@@ -167,7 +193,7 @@ class Grammars:
             timer.cancel()
             with self._lock:
                 self._late.discard(work)
-                if matcher.done():  # given up
+                if not _claimed(matcher):
                     return
                 error = work.exception()
                 if isinstance(error, RequestRefused):
@@ -179,16 +205,17 @@ class Grammars:
             self._notify()
 
         work.add_done_callback(done)
+        matcher.add_done_callback(lambda matcher: work.cancel() if matcher.cancelled() else None)
 
     def _give_up(self, text: str, work: "Future[Matcher]", matcher: "Future[Matcher]") -> None:
         refused = RequestRefused(
             f"json_schema was not compiled within {COMPILE_SECONDS:g} s; make its patterns, enumerations and unions "
             "smaller"
         )
+        queued = not work.running() and not work.done()
         with self._lock:
-            if matcher.done():
-                return
-            matcher.set_exception(refused)
+            if _claimed(matcher):
+                matcher.set_exception(RequestRefused(_QUEUED) if queued else refused)
         if not work.cancel():  # it is running and cannot be stopped
             with self._lock:
                 if not work.done():
@@ -217,18 +244,33 @@ class Grammars:
                 self._known.popitem(last=False)
 
 
+def _claimed(matcher: "Future[Matcher]") -> bool:
+    """Return whether a result can be set: it has none, and nobody has cancelled it."""
+    return not matcher.done() and matcher.set_running_or_notify_cancel()
+
+
 def compiled(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> Grammar:
     """Compile a schema.
 
     Raises:
         RequestRefused: it cannot be enforced; the message names keyword and path.
     """
+    import jsonschema_rs
+
     given = enforceable(schema)
     _check_vocabulary(tokenizer, json.dumps(given.schema, ensure_ascii=False, separators=(",", ":")))
     matcher = _matcher(tokenizer, given.schema)
     if matcher.is_error():
         raise _located(tokenizer, given, matcher.get_error())
-    return Grammar(tokenizer, given)
+    try:
+        return Grammar(tokenizer, given)
+    except jsonschema_rs.ValidationError as error:  # the validator compiles smaller patterns than llguidance
+        large = error.instance
+        holders = (at for at, node in given.nodes if large in (node.get("pattern"), *node.get("patternProperties", {})))
+        raise RequestRefused(
+            f"json_schema at {next(holders, '#')[:300]}: pattern: it is too large for the check of complete answers; "
+            "reduce its repetitions"
+        ) from error
 
 
 class _Vocabulary:

@@ -8,7 +8,7 @@ The result is a schema of draft 2020-12 whose only references are `#/$defs/N`; d
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,14 @@ MAX_PATTERN_PROPERTIES = 50
 """llguidance intersects each with every other one."""
 
 MAX_MULTIPLE = 10_000
-"""multipleOf without its decimal point: the automaton has one state for each remainder."""
+"""multipleOf without its decimal point (the least common multiple of all that apply to one value): the automaton has
+one state for each remainder."""
+
+MAX_PATTERNS = 10
+"""Patterns and formats that all apply to one value: time and memory of their intersection double with each."""
+
+MAX_WORK = 100_000
+"""Schemas that one value of a complete answer is checked against: chains of `anyOf` or `allOf` and $ref multiply."""
 
 _EXACT = 2**53
 _NUMBER_LIMIT = 1e15
@@ -66,7 +73,7 @@ _LENGTHS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
 
-_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _DATE = (
     r"(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|"
     r"02-(?:0[1-9]|1[0-9]|2[0-8]))|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
@@ -145,6 +152,7 @@ class _Rewriter:
         self._exclusive: list[tuple[list[Node], str]] = []
         self._multiples: list[tuple[int, int]] = []
         self._patterned = 0
+        self._known_facts: dict[tuple[str, int], _Facts] = {}
 
     def rewritten(self) -> dict[str, Any]:
         """Return the rewritten schema."""
@@ -153,6 +161,7 @@ class _Rewriter:
             reference = self._pending.pop()
             self._definitions[self._names[reference]] = self._node(self._target(reference), reference)
         self._refuse_endless()
+        self._refuse_products(root)
         for branches, at in self._exclusive:
             self._refuse_overlap(branches, at)
         assert isinstance(root, dict)
@@ -367,14 +376,29 @@ class _Rewriter:
             at = origins[min(following)]
             raise _refused(at, "$ref", "it refers back to itself without an object or array in between")
 
+    def _refuse_products(self, root: Node) -> None:
+        """Refuse what takes exponential time: intersections of patterns, and chains of unions."""
+        origins = {name: reference for reference, name in self._names.items()}
+        weights: dict[str, _Weight] = {}
+        for name in _leaves_first({name: set(_references(node)) for name, node in self._definitions.items()}):
+            weights[name] = _weight(self._definitions[name], weights)
+            weights[name].check(origins[name])
+        _weight(root, weights).check("#")
+
     def _refuse_overlap(self, branches: list[Node], at: str) -> None:
-        facts = [_Facts(branch, self._definitions) for branch in branches]
+        facts = [_Facts(branch, self._facts) for branch in branches]
+        compared: dict[tuple[_Facts, _Facts], bool] = {}
         for first in range(len(facts)):
             for second in range(first):
-                if not facts[first].excludes(facts[second]):
+                if not facts[first].excludes(facts[second], compared):
                     overlap = f"branches {second} and {first} may match the same value"
                     instead = "give each a required property with its own const, or use anyOf"
                     raise _refused(at.removesuffix("/oneOf"), "oneOf", f"{overlap}; {instead}")
+
+    def _facts(self, name: str, depth: int) -> "_Facts":
+        if (name, depth) not in self._known_facts:
+            self._known_facts[name, depth] = _Facts(self._definitions[name], self._facts, depth)
+        return self._known_facts[name, depth]
 
 
 _KNOWN = frozenset(
@@ -388,7 +412,7 @@ _SIBLINGS = _KNOWN - {"$ref"}
 class _Facts:
     """What is known of the values that a node matches: their types, the possible values, and their properties."""
 
-    def __init__(self, node: Node, definitions: dict[str, Node], depth: int = 0) -> None:
+    def __init__(self, node: Node, named: "Callable[[str, int], _Facts]", depth: int = 0) -> None:
         self.types: frozenset[str] = _TYPES if node is not False else frozenset()
         self.values: frozenset[str] | None = None
         self.properties: dict[str, _Facts] = {}
@@ -403,12 +427,13 @@ class _Facts:
         self.required = {*node.get("required", [])}
         for name, part in node.get("properties", {}).items():
             if name in self.required:
-                self.properties[name] = _Facts(part, definitions, depth + 1)
-        parts = [*node.get("allOf", []), *([definitions[node["$ref"][8:]]] if "$ref" in node else [])]
-        for part in parts:
-            self._add(_Facts(part, definitions, depth + 1))
+                self.properties[name] = _Facts(part, named, depth + 1)
+        for part in node.get("allOf", []):
+            self._add(_Facts(part, named, depth + 1))
+        if "$ref" in node:
+            self._add(named(node["$ref"][8:], depth + 1))
         if len(node.get("anyOf", [])) and given is None:
-            every = [_Facts(part, definitions, depth + 1) for part in node["anyOf"]]
+            every = [_Facts(part, named, depth + 1) for part in node["anyOf"]]
             self.types &= frozenset().union(*(one.types for one in every))
 
     def _add(self, other: "_Facts") -> None:
@@ -418,16 +443,115 @@ class _Facts:
         self.required |= other.required
         self.properties = {**other.properties, **self.properties}
 
-    def excludes(self, other: "_Facts") -> bool:
-        """Return whether no value can match both."""
+    def excludes(self, other: "_Facts", compared: "dict[tuple[_Facts, _Facts], bool]") -> bool:
+        """Return whether no value can match both.
+
+        Args:
+            compared: results so far; the same definitions occur again and again.
+        """
         if not self.types & other.types:
             return True
         if self.values is not None and other.values is not None and not self.values & other.values:
             return True
-        return self.types & other.types == {"object"} and any(
-            name in other.properties and facts.excludes(other.properties[name])
-            for name, facts in self.properties.items()
-        )
+        if self.types & other.types != {"object"}:
+            return False
+        if (self, other) not in compared:
+            compared[self, other] = any(
+                name in other.properties and facts.excludes(other.properties[name], compared)
+                for name, facts in self.properties.items()
+            )
+        return compared[self, other]
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """How much applies to one value at once.
+
+    Attributes:
+        work: schemas that it, or one value within it, is checked against.
+        patterns: patterns and formats that apply together.
+        multiples: each multipleOf that applies together, without its decimal point, and its number of decimals.
+    """
+
+    work: int = 1
+    patterns: int = 0
+    multiples: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def remainders(self) -> int:
+        """States of the automaton for all multiples."""
+        most = max((decimals for _, decimals in self.multiples), default=0)
+        return math.lcm(*(scaled * 10 ** (most - decimals) for scaled, decimals in self.multiples))
+
+    def check(self, at: str) -> None:
+        """Check the limits.
+
+        Raises:
+            RequestRefused: one is exceeded; the message names the keyword.
+        """
+        if self.patterns > MAX_PATTERNS:
+            raise _refused(at, "allOf", f"at most {MAX_PATTERNS} patterns and formats may apply to one value")
+        if len(self.multiples) > 1 and self.remainders > MAX_MULTIPLE:
+            why = f"those of one value have a least common multiple of {self.remainders}, more than {MAX_MULTIPLE}"
+            raise _refused(at, "multipleOf", why)
+        if self.work > MAX_WORK:
+            why = (
+                f"with all $ref expanded one value is checked against more than {MAX_WORK} schemas; nest fewer of them"
+            )
+            raise _refused(at, "anyOf or allOf", why)
+
+
+def _weight(node: Node, weights: dict[str, _Weight]) -> _Weight:
+    """Return the weight of a node; a definition without one is part of a cycle and counts as a single schema."""
+    if isinstance(node, bool):
+        return _Weight()
+    every = [_weight(part, weights) for part in node.get("allOf", [])]
+    if "$ref" in node:
+        every.append(weights.get(node["$ref"].removeprefix("#/$defs/"), _Weight()))
+    branches = [_weight(part, weights) for part in node.get("anyOf", [])] or [_Weight(work=0)]
+    within = [_weight(part, weights).work for part in _within(node)]
+    own = {_scaled(node["multipleOf"])} if "multipleOf" in node else set()
+    heaviest = max(branches, key=lambda branch: branch.remainders)
+    return _Weight(
+        work=1 + sum(one.work for one in (*every, *branches)) + max(within, default=0),
+        patterns=sum(name in node for name in ("pattern", "format"))
+        + sum(one.patterns for one in every)
+        + max(one.patterns for one in branches),
+        multiples=frozenset(own).union(heaviest.multiples, *(one.multiples for one in every)),
+    )
+
+
+def _within(node: dict[str, Any]) -> list[Node]:
+    """Return the parts of a node that apply to values within its own."""
+    named = [part for key in ("properties", "patternProperties") for part in node.get(key, {}).values()]
+    return [
+        *named,
+        *node.get("prefixItems", []),
+        *(node[key] for key in ("items", "additionalProperties") if key in node),
+    ]
+
+
+def _references(node: Node) -> Iterator[str]:
+    """Yield the names of all definitions that a node refers to."""
+    yield from _in_place(node)
+    if isinstance(node, dict):
+        for part in (*node.get("allOf", []), *node.get("anyOf", []), *_within(node)):
+            yield from _references(part)
+
+
+def _leaves_first(following: dict[str, set[str]]) -> list[str]:
+    """Return the names so that each comes after those that it refers to, except in cycles."""
+    order: list[str] = []
+    seen: set[str] = set()
+    stack = [(name, False) for name in following]
+    while stack:
+        name, done = stack.pop()
+        if done:
+            order.append(name)
+        elif name not in seen:
+            seen.add(name)
+            stack += [(name, True), *((other, False) for other in following[name])]
+    return order
 
 
 def _draft_of(schema: dict[str, Any]) -> int:

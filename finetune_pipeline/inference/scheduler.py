@@ -150,6 +150,8 @@ class Scheduler:
         """Forget a request; one that is not known, or is over, is none."""
         for item in [item for item in self._waiting if item.id == id]:
             self._waiting.remove(item)
+            if isinstance(item, Question) and item.matcher:
+                item.matcher.cancel()
             if isinstance(item, Swap) and item.adapter:
                 item.adapter.close()
         for sequence in [sequence for sequence in self._running.values() if sequence.id == id]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
 import uuid
 from decimal import Decimal
 from importlib.metadata import version
@@ -410,6 +411,7 @@ for _ in range(100):
         ({"pattern": "[[a-z]]"}, "pattern"),
         ({"pattern": "[a-z&&[b]]"}, "pattern"),
         ({"pattern": "a{,5}"}, "pattern"),
+        ({"pattern": r"^\p{L}{1,1500}$"}, "pattern"),
         ({"pattern": "(((("}, "pattern"),
         ({"patternProperties": {f"^{n}$": {} for n in range(51)}}, "patternProperties"),
         ({"patternProperties": {"a": {"type": "null"}, "b": {"type": "string"}}}, "patternProperties"),
@@ -457,6 +459,105 @@ def test_what_is_not_enforced_is_refused_by_keyword_and_path(part, keyword):
 def test_a_schema_that_cannot_be_used_says_why(schema, says):
     with pytest.raises(RequestRefused, match=says):
         compiled(BYTES, schema)
+
+
+def ref(name):
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def chain(keyword, length, last):
+    """Definitions that each refer to the next one twice: a value is checked 2^length times."""
+    levels = {f"L{n}": {keyword: [ref(f"L{n + 1}"), ref(f"L{n + 1}")]} for n in range(length)}
+    return {**ref("L0"), "$defs": {**levels, f"L{length}": last}}
+
+
+def chain_of_objects(length):
+    def level(n):
+        return [
+            {"type": "object", "properties": {"a": ref(f"L{n + 1}"), "z": {"const": k}}, "required": ["a", "z"]}
+            for k in range(2)
+        ]
+
+    return {**ref("L0"), "$defs": {**{f"L{n}": {"anyOf": level(n)} for n in range(length)}, f"L{length}": {}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        (chain("anyOf", 18, {"type": "string"}), "anyOf or allOf"),
+        (chain("allOf", 18, {"type": "string"}), "anyOf or allOf"),
+        (chain_of_objects(18), "anyOf or allOf"),
+        ({**chain("allOf", 18, {"items": ref("L0")}), **ref("L3")}, "anyOf or allOf"),  # in a cycle
+        ({"allOf": [{"pattern": f"w{n}"} for n in range(11)]}, "allOf"),
+        ({"$defs": {"a": {"allOf": [{"pattern": f"w{n}"} for n in range(9)]}}, "format": "uri", **ref("a")}, None),
+        ({"$defs": {"a": {"allOf": [{"pattern": f"w{n}"} for n in range(10)]}}, "format": "uri", **ref("a")}, "allOf"),
+        ({"allOf": [{"multipleOf": 101}, {"anyOf": [{"multipleOf": 103}, {"type": "null"}]}]}, "multipleOf"),
+        ({"allOf": [{"multipleOf": 0.9973}, {"multipleOf": 1}]}, "multipleOf"),
+        ({"prefixItems": [{"multipleOf": 101}, {"multipleOf": 103}]}, None),  # of different values
+        ({"allOf": [{"multipleOf": 50}, {"multipleOf": 20}]}, None),
+    ],
+)
+def test_what_takes_exponential_time_is_refused_before_it_is_compiled(schema, keyword):
+    if keyword is None:
+        json_schema.enforceable(schema)
+    else:
+        with pytest.raises(RequestRefused, match=rf"json_schema at #[^ ]*: {keyword}: "):
+            json_schema.enforceable(schema)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_branches_that_refer_to_themselves_are_compared_in_a_moment(required):
+    names = [f"p{n}" for n in range(20)]
+    tree = {name: {"properties": {p: ref(name) for p in names}, "required": names * required} for name in "ab"}
+    schema = {"$defs": tree, "oneOf": [ref("a"), ref("b")]}
+    found = []
+
+    def refuse():
+        try:
+            json_schema.enforceable(schema)
+        except RequestRefused as refused:
+            found.append(str(refused))
+
+    thread = threading.Thread(target=refuse, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found and "branches 0 and 1 may match the same value" in found[0]
+
+
+def test_many_types_that_refer_to_each_other_are_enforced():
+    kinds = [f"k{n}" for n in range(30)]
+    each = {
+        kind: {
+            "type": "object",
+            "properties": {"kind": {"const": kind}, "left": ref("any"), "right": ref("any")},
+            "required": ["kind"],
+            "additionalProperties": False,
+        }
+        for kind in kinds
+    }
+    schema = {"$defs": {**each, "any": {"oneOf": [ref(kind) for kind in kinds]}}, **ref("any")}
+    leaf = {"kind": "k7"}
+    check(
+        schema,
+        [{"kind": "k1", "left": {"kind": "k29", "left": leaf, "right": leaf}}],
+        [{"kind": "k30"}, {"kind": "k1", "left": 1}],
+    )
+
+
+def test_a_deep_answer_with_repeated_items_is_refused_with_its_path():
+    branches = [
+        {"type": "object", "properties": {"a": ref("e"), "z": {"const": k}}, "required": ["a", "z"]} for k in range(3)
+    ]
+    unique = {"type": "array", "items": {"const": 1}, "uniqueItems": True}
+    grammar = compiled(BYTES, {"$defs": {"e": {"anyOf": [*branches, unique]}}, **ref("e")})
+    value = [1, 1]
+    for _ in range(10):
+        value = {"a": value, "z": 2}
+    with pytest.raises(
+        RequestRefused, match=f"violates uniqueItems of json_schema: two items at #{'/a' * 10} are equal"
+    ):
+        grammar.check(json.dumps(value))
+    grammar.check(json.dumps(value).replace("[1, 1]", "[1]"))
 
 
 class Letters:
