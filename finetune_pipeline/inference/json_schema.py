@@ -211,7 +211,7 @@ class _Rewriter:
         for name in ("contentMediaType", "contentEncoding"):
             if name in schema and self._draft < 2019:
                 raise _refused(at, name, "it is not enforced; since draft 2019-09 it is an annotation")
-        for name in ("$id", "id", "$schema"):
+        for name in ("$schema", "id" if self._draft == 4 else "$id"):
             if at != "#" and isinstance(schema.get(name), str) and schema[name] != self._root.get(name):
                 raise _refused(at, name, "subschemas with an identifier of their own are not supported")
 
@@ -305,7 +305,9 @@ class _Rewriter:
         self._patterned += len(schema.get("patternProperties", {}))
         if self._patterned > MAX_PATTERN_PROPERTIES:
             raise _refused(at, "patternProperties", f"at most {MAX_PATTERN_PROPERTIES} of them are allowed in a schema")
-        if schema.get("propertyNames", True) not in (True, {}):
+        names = schema.get("propertyNames", True)
+        says_nothing = isinstance(names, dict) and {*names} & _KNOWN <= {"type"} and "string" in _types(names)
+        if names is not True and not says_nothing:  # zod says of every record that its names are strings
             self._property_names(schema, at, node)
 
     def _property_names(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:

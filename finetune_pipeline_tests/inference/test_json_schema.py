@@ -91,7 +91,13 @@ def check(schema, valid=(), invalid=()):
             [{"x": "1"}, {"y": 1}, {}],
         ),
         ({"items": [{"type": "integer"}], "additionalItems": False}, [[], [1]], [["1"], [1, 2]]),
+        (
+            {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}},
+            [{}, {"a": 1}],
+            [{"a": "1"}],
+        ),
         # references
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"id": "A", "type": "integer"}}}, [1], ["1"]),  # as zod names types
         (
             {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"type": "integer"}}},
             [1],
@@ -418,6 +424,7 @@ for _ in range(100):
         ({"properties": {f"p{n}": {} for n in range(501)}}, "properties"),
         ({"properties": {"a": {}}, "maxProperties": 3}, "maxProperties"),
         ({"$id": "https://example.com/a", "type": "object"}, "$id"),
+        ({"propertyNames": {"type": "integer"}}, "propertyNames"),
         ({"$ref": "#/nowhere"}, "$ref"),
         ({"type": "gibberish"}, "type"),
     ],
