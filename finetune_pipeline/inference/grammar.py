@@ -33,7 +33,8 @@ _QUEUED = (
     f"json_schema was not compiled within {COMPILE_SECONDS:g} s, since others were compiled before it; try again later"
 )
 
-CACHED = 64
+CACHED = 16
+"""Compiled schemas that are kept; one can take 100 MB."""
 
 _LOCATE_SECONDS = 1.0
 _LIMITS = llguidance.LLParserLimits(

@@ -28,6 +28,9 @@ MAX_REPEATS = 10_000
 MAX_PATTERN_SIZE = 2_000
 """Characters of a pattern with its repetitions expanded: masks of larger ones take 0.1 s and more."""
 
+MAX_PATTERN_SIZES = 20_000
+"""The same for all patterns of a schema together: the validator of complete answers takes 1 to 7 kB for each."""
+
 MAX_OPTIONAL = 500
 """Optional properties of one object: any of them may come next, and the time for the mask is quadratic in them."""
 
@@ -152,6 +155,7 @@ class _Rewriter:
         self._exclusive: list[tuple[list[Node], str]] = []
         self._multiples: list[tuple[int, int]] = []
         self._patterned = 0
+        self._pattern_sizes = 0
         self._known_facts: dict[tuple[str, int], _Facts] = {}
 
     def rewritten(self) -> dict[str, Any]:
@@ -253,7 +257,7 @@ class _Rewriter:
 
     def _text(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
         if "pattern" in schema:
-            every = _patterns(schema["pattern"], at)
+            every = self._sized(_patterns(schema["pattern"], at), "pattern", at)
             node["pattern"] = every[0]
             node.setdefault("allOf", []).extend({"pattern": pattern} for pattern in every[1:])
         name = schema.get("format")
@@ -268,6 +272,13 @@ class _Rewriter:
         else:
             known = ", ".join(sorted(_FORMATS | {*FORMAT_PATTERNS}))
             raise _refused(at, "format", f"{name!r} is not enforced; use one of {known}, or `pattern`")
+
+    def _sized(self, patterns: list[tuple[str, int]], keyword: str, at: str) -> list[str]:
+        self._pattern_sizes += sum(size for _, size in patterns)
+        if self._pattern_sizes > MAX_PATTERN_SIZES:
+            limit = f"{MAX_PATTERN_SIZES} characters with their repetitions expanded"
+            raise _refused(at, keyword, f"all patterns up to here have more than {limit}; reduce them")
+        return [pattern for pattern, _ in patterns]
 
     def _arrays(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
         prefix, items, rest = schema.get("prefixItems"), schema.get("items"), "items"
@@ -300,7 +311,8 @@ class _Rewriter:
         if "additionalProperties" in schema:
             node["additionalProperties"] = self._node(schema["additionalProperties"], f"{at}/additionalProperties")
         for pattern in schema.get("patternProperties", {}):
-            if len(_patterns(pattern, f"{at}/patternProperties")) > 1:
+            every = _patterns(pattern, f"{at}/patternProperties")
+            if len(self._sized(every, "patternProperties", at)) > 1:
                 raise _refused(at, "patternProperties", f"{pattern!r} has a lookahead; write it without (?!...)")
         self._patterned += len(schema.get("patternProperties", {}))
         if self._patterned > MAX_PATTERN_PROPERTIES:
@@ -757,8 +769,8 @@ _TOKEN = re.compile(
 _AHEAD = re.compile(r"\^\(\?!\^?\[(?P<set>(?!\^)(?:[^\]\[\\]|\\.)*)\]\*\$\)(?P<rest>[^|]*)")
 
 
-def _patterns(pattern: str, at: str) -> list[str]:
-    """Translate an ECMA 262 pattern to regular expressions of llguidance's dialect, all of which must match.
+def _patterns(pattern: str, at: str) -> list[tuple[str, int]]:
+    """Translate an ECMA 262 pattern to regular expressions of llguidance's dialect, with their sizes; all must match.
 
     More than one is needed for `^(?!^[-+.]*$)`, by which pydantic says that a decimal has a digit.
 
@@ -771,7 +783,7 @@ def _patterns(pattern: str, at: str) -> list[str]:
     return [_translated(pattern, at)]
 
 
-def _translated(pattern: str, at: str) -> str:
+def _translated(pattern: str, at: str) -> tuple[str, int]:
     written: list[str] = []
     sizes, before = [0], 0
     position = 0
@@ -798,7 +810,7 @@ def _translated(pattern: str, at: str) -> str:
                 "pattern",
                 f"with its repetitions expanded it has more than {MAX_PATTERN_SIZE} characters; reduce them",
             )
-    return "".join(written)
+    return "".join(written), sum(sizes)
 
 
 def _written(token: "re.Match[str]") -> str:

@@ -419,6 +419,8 @@ for _ in range(100):
         ({"pattern": "a{,5}"}, "pattern"),
         ({"pattern": r"^\p{L}{1,1500}$"}, "pattern"),
         ({"pattern": "(((("}, "pattern"),
+        ({"allOf": [{"anyOf": [{"pattern": "a{1000}"} for _ in range(21)]}]}, "pattern"),
+        ({"patternProperties": {f"^{n}a{{1990}}$": {} for n in range(11)}}, "patternProperties"),
         ({"patternProperties": {f"^{n}$": {} for n in range(51)}}, "patternProperties"),
         ({"patternProperties": {"a": {"type": "null"}, "b": {"type": "string"}}}, "patternProperties"),
         ({"properties": {f"p{n}": {} for n in range(501)}}, "properties"),
