@@ -196,7 +196,10 @@ def check_unaltered(artifact: Artifact[M]) -> None:
     """
     problem = alteration(artifact)
     if problem:
-        raise ArtifactError(f"{problem}; materialize {artifact.manifest.stage} again")
+        raise ArtifactError(
+            f"{problem}; materialize {artifact.manifest.stage} again (if an earlier version of this project made it, "
+            "run the whole loop)"
+        )
 
 
 def _is_recorded(artifact: Artifact[M]) -> bool:

@@ -18,7 +18,7 @@ from finetune_pipeline.artifacts import (
     version_of,
 )
 from finetune_pipeline.children import die_with_run
-from finetune_pipeline.curation.dataset import overlaps, read_all, read_rows
+from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import Benchmark
 from finetune_pipeline.evaluation.comparison import Comparison, judge
@@ -35,8 +35,8 @@ from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.loop import reading
 from finetune_pipeline.loop.gguf_model import identity, what_serves
 from finetune_pipeline.loop.io import picture, pointers_key, upstream
-from finetune_pipeline.loop.proof import NotProven, check_proven
-from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
+from finetune_pipeline.loop.proof import NotProven, check_proven, dataset_of, near_benchmark
+from finetune_pipeline.records import AdapterManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import Served, serving
 from finetune_pipeline.registry.comparisons import ModelComparison, extend_watermark_in, record_comparison_in
 from finetune_pipeline.registry.models import check_file
@@ -225,37 +225,22 @@ def _judged_before(loop: LoopSettings, gguf: Artifact[GgufManifest]) -> None:
 
 
 def check_distinct(loop: LoopSettings, gguf: Artifact[GgufManifest]) -> None:
-    """Refuse a model that was trained on near-duplicates of the current benchmark's questions.
-
-    The check no_benchmark_overlap compared with the benchmark at the time when the dataset was made.
+    """Refuse a model that was trained, now or earlier, on near-duplicates of the current benchmark's questions.
 
     Raises:
         NotProven: the message names examples.
+        ArtifactError: a dataset that it was trained on is missing, or was edited.
     """
-    dataset = _dataset_of(loop.name, gguf.manifest.adapter_version)
-    if dataset.manifest.inputs.get("benchmark") == reading.judging_files(loop)["benchmark"]:
-        return
-    near = list(overlaps(read_all(dataset.path), reading.policy(loop)))
+    near = near_benchmark(loop, gguf.manifest.datasets)
     if near:
-        raise NotProven(
-            f"curated_dataset {dataset.manifest.version} was made for another benchmark, and {len(near)} of its "
-            f"examples are near-duplicates of questions of this one ({', '.join(near[:3])}); materialize "
-            "curated_dataset and everything after it again"
-        )
-
-
-def _dataset_of(loop: str, adapter_version: str) -> Artifact[DatasetManifest]:
-    adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version)
-    check_unaltered(adapter)
-    version = adapter.manifest.inputs["curated_dataset"]
-    dataset = read(DatasetManifest, stage_folder(loop, DatasetManifest.stage) / version)
-    check_unaltered(dataset)
-    return dataset
+        raise NotProven(f"{near}; materialize curated_dataset and everything after it again")
 
 
 def _trained_contents(loop: str, adapter_version: str) -> list[str]:
     """Content hashes of the examples that this adapter was trained and validated on, as they were before redaction."""
-    dataset = _dataset_of(loop, adapter_version)
+    adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version)
+    check_unaltered(adapter)
+    dataset = dataset_of(loop, adapter.manifest.inputs["curated_dataset"])
     rows = [row for split in ("train", "validation") for row in read_rows(dataset.path, split)]
     return [row["content_hash"] for row in rows if row["source"] != "replay"]
 

@@ -9,6 +9,7 @@ from finetune_pipeline.artifacts import Artifact, ArtifactError, find_unaltered,
 from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.curation.preferences import LABELLED
 from finetune_pipeline.database import connect
+from finetune_pipeline.loop.proof import near_benchmark
 from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.settings import LoopSettings, TrainingSettings
@@ -55,13 +56,18 @@ def start(
         return _full("no champion serves whose adapter could be gone on with")
     adapter = _found(AdapterManifest, loop.name, serving.lineage.get("lora_adapter"))
     if adapter is None:
-        return _full(f"the adapter of {serving.name} is not there any more")
+        return _full(
+            f"the adapter of {serving.name} is not there any more, or an earlier version of this project made it"
+        )
     problem = obstacle(settings.model_dump(mode="json"), base, adapter.manifest.settings, adapter.manifest.base_hash)
     if problem:
         return _full(f"the adapter of {serving.name} cannot be gone on with: {problem}")
     learnt = _found(DatasetManifest, loop.name, adapter.manifest.inputs.get("curated_dataset"))
     if learnt is None:
         return _full(f"the dataset of {serving.name} is not there any more, so nobody knows what is new")
+    problem = _near_benchmark(loop, adapter)
+    if problem:
+        return _full(f"the adapter of {serving.name} cannot be gone on with: {problem}")
     rows = _rows(dataset, part)
     known, hashes = {_hash(row) for row in _rows(learnt, part)}, [_hash(row) for row in rows]
     if part == DATASET:
@@ -103,6 +109,14 @@ def _on_top(
 
 def _full(reason: str) -> Start:
     return Start(None, None, 0, reason)
+
+
+def _near_benchmark(loop: LoopSettings, adapter: Artifact[AdapterManifest]) -> str | None:
+    """Return why an adapter may have been trained on the current benchmark's questions; None if it was not."""
+    try:
+        return near_benchmark(loop, adapter.manifest.datasets)
+    except ArtifactError:
+        return "a dataset that it was trained on is missing, so it cannot be compared with the benchmark"
 
 
 def _found(kind: Any, loop: str, version: str | None) -> Any:

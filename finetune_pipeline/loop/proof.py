@@ -3,10 +3,15 @@
 The outcomes are read from the database, by hash; independent of Dagster.
 """
 
-from finetune_pipeline.artifacts import Artifact, ArtifactError
+from collections.abc import Iterable
+
+from finetune_pipeline.artifacts import Artifact, ArtifactError, check_unaltered, read, stage_folder
+from finetune_pipeline.curation.dataset import overlaps, read_all
 from finetune_pipeline.database import connect
+from finetune_pipeline.loop import reading
 from finetune_pipeline.records import DatasetManifest, GgufManifest, Manifest
 from finetune_pipeline.registry.outcomes import outcomes_of
+from finetune_pipeline.settings import LoopSettings
 
 
 class NotProven(ArtifactError):
@@ -47,3 +52,39 @@ def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> 
             f"{kind.stage} {version} did not pass its blocking checks: {', '.join(problems)}; nothing that was made "
             f"from it is promoted. Fix the cause, then materialize {kind.stage} and everything after it again"
         )
+
+
+def dataset_of(loop: str, version: str) -> Artifact[DatasetManifest]:
+    """Return a dataset that a model was trained on, unaltered.
+
+    Raises:
+        ArtifactError: it is missing, or was edited.
+    """
+    dataset = read(DatasetManifest, stage_folder(loop, DatasetManifest.stage) / version)
+    check_unaltered(dataset)
+    return dataset
+
+
+def near_benchmark(loop: LoopSettings, datasets: Iterable[str]) -> str | None:
+    """Return which of these datasets has near-duplicates of the current benchmark's questions; None if none has.
+
+    The check no_benchmark_overlap compared each with the benchmark at the time when it was made. A model that was
+    trained on top of another was trained on the datasets of both.
+
+    Args:
+        datasets: versions of all datasets that a model was trained on.
+
+    Raises:
+        ArtifactError: a dataset is missing, or was edited.
+    """
+    now = reading.judging_files(loop)["benchmark"]
+    for dataset in (dataset_of(loop.name, version) for version in datasets):
+        if dataset.manifest.inputs.get("benchmark") == now:
+            continue
+        near = overlaps(read_all(dataset.path), reading.policy(loop))
+        if near:
+            return (
+                f"curated_dataset {dataset.manifest.version} was made for another benchmark, and {len(near)} of its "
+                f"examples are near-duplicates of questions of this one ({', '.join(near[:3])})"
+            )
+    return None

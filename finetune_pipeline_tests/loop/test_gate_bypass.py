@@ -11,10 +11,13 @@ import pytest
 import sqlalchemy as sa
 
 from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, point, pointed, publish, read, stage_folder
+from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.tables import check_outcomes, model_comparisons
 from finetune_pipeline.evaluation.report import JSON
 from finetune_pipeline.evaluation.run import ANSWERS, BenchmarkRunManifest
+from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.loop import incremental
 from finetune_pipeline.loop.promoted_model import NotMeasured
 from finetune_pipeline.loop.proof import NotProven
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
@@ -23,7 +26,7 @@ from finetune_pipeline.registry.comparisons import find_comparison, judged_water
 from finetune_pipeline.registry.history import history
 from finetune_pipeline.registry.models import Candidate, RegistryError
 from finetune_pipeline.registry.outcomes import outcomes_of, record_outcomes
-from finetune_pipeline_tests.loop.conftest import corrected, definitions, write_events
+from finetune_pipeline_tests.loop.conftest import ATTRIBUTES, corrected, definitions, write_events
 from finetune_pipeline_tests.loop.test_adapter_form import ask_for_what_it_answers, flip_last_byte, make_adapter, run
 
 STAGES = {kind.stage: kind for kind in (DatasetManifest, AdapterManifest, GgufManifest, ReportManifest)}
@@ -309,6 +312,63 @@ def test_a_model_that_learned_what_a_new_benchmark_asks_is_not_evaluated(loop, i
     with pytest.raises(NotProven, match="made for another benchmark, and 1 of its examples"):
         run(loop, instance, "eval_report", "promoted_model")
     assert served() is None
+
+
+@pytest.fixture
+def trained_twice(loop, settled, instance, benchmark, monkeypatch):
+    """Asked of a benchmark that came after the champion's training, with other examples to go on with; the loop.
+
+    Of those, none is near the benchmark any more: that of the champion's is left out.
+    """
+    run(loop, instance, "promoted_model")
+    rows = [json.loads(line) for line in benchmark.open()]
+    rows[0]["prompt"] = "please note what person3 said about the person3 matter"
+    benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    later = settled(training={**ATTRIBUTES["training"], "mode": "incremental"})
+    write_events(later.drop_folder / "later.jsonl", *corrected(f"other{n}" for n in range(10)))
+    run(later, instance, "raw_logs", "curated_dataset")
+    assert pointed(DatasetManifest, "notes").manifest.near_benchmark
+    monkeypatch.setattr(incremental, "obstacle", lambda *_: None)  # the champion's adapter is one of random weights
+    return later
+
+
+def copied(artifact, version, *, other_bytes="", **changes):
+    """Publish a copy of an artifact with changes to its manifest, and with a file of other bytes."""
+    manifest = artifact.manifest
+    with draft("notes", manifest.stage, version) as folder:
+        shutil.copytree(artifact.path, folder, dirs_exist_ok=True)
+        (folder / "manifest.json").unlink()
+        if other_bytes:
+            flip_last_byte(folder / other_bytes)
+        fields = manifest.model_dump(exclude={"files", "created_at"})
+        return publish(folder, type(manifest), {**fields, **changes, "version": version})
+
+
+def test_a_model_whose_first_training_learned_what_a_new_benchmark_asks_is_not_evaluated(trained_twice, instance):
+    adapter, gguf = pointed(AdapterManifest, "notes"), pointed(GgufManifest, "notes")
+    dataset = pointed(DatasetManifest, "notes")
+    datasets = {**gguf.manifest.datasets, dataset.manifest.version: dataset.sha256}
+    inputs = {**adapter.manifest.inputs, "curated_dataset": dataset.manifest.version}
+    second = copied(adapter, "d" * 16, inputs=inputs, datasets=datasets)
+    trained = {"adapter_version": second.manifest.version, "datasets": datasets}
+    challenger = copied(gguf, "e" * 16, other_bytes=gguf.manifest.gguf, **trained)
+    record_outcomes(connect(), challenger, dict.fromkeys(GgufManifest.blocking_checks, True), "run-1")
+    point(challenger.manifest, "by hand")
+    compared = list_comparisons(connect(), "notes")
+    with pytest.raises(NotProven, match="made for another benchmark, and 1 of its examples"):
+        run(trained_twice, instance, "eval_report", "promoted_model")
+    assert list_comparisons(connect(), "notes") == compared
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_goes_on_from_an_adapter_that_learned_what_a_new_benchmark_asks(trained_twice, there):
+    loop, adapter = trained_twice, pointed(AdapterManifest, "notes")
+    if not there:  # a dataset of an even earlier training, which is gone
+        copied(adapter, adapter.manifest.version, datasets={"0" * 16: "0" * 64, **adapter.manifest.datasets})
+    base = base_hash(resolve_base_model(loop.base_model))
+    begin = incremental.start(loop, loop.training, pointed(DatasetManifest, "notes"), DATASET, base)
+    expected = "made for another benchmark, and 1 of its examples" if there else "cannot be compared with the benchmark"
+    assert begin.mode == "full" and expected in begin.reason
 
 
 def test_a_champion_that_was_damaged_is_no_easy_opponent(loop, instance, own_home):
