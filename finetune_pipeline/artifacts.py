@@ -32,6 +32,10 @@ class ArtifactError(RuntimeError):
     """An artifact is missing, damaged or cannot be written; the message says which, and what to do."""
 
 
+class Damaged(ArtifactError):
+    """A file of an artifact is missing or has another size than when it was published."""
+
+
 class Busy(ArtifactError):
     """Another run works on the same artifact now."""
 
@@ -158,7 +162,7 @@ def read(kind: type[M], path: Path) -> Artifact[M]:
     for name, record in manifest.files.items():
         size = (path / name).stat().st_size if (path / name).exists() else None
         if size != record.size:
-            raise ArtifactError(f"{path / name}: expected {record.size} bytes, found {size}; {remedy}")
+            raise Damaged(f"{path / name}: expected {record.size} bytes, found {size}; {remedy}")
     return Artifact(path, manifest, hashlib.sha256(content).hexdigest())
 
 
@@ -265,11 +269,14 @@ def obtain(
 
     Raises:
         Busy: another process is making it now.
-        ArtifactError: the disk is full, or a complete one is damaged.
+        ArtifactError: the disk is full, or the manifest of an existing one has another form.
     """
 
     def known() -> Artifact[M] | None:
-        found = find_unaltered(kind, loop, version)
+        try:
+            found = find_unaltered(kind, loop, version)
+        except Damaged:
+            return None
         return found if found is not None and usable(found) else None
 
     found = known()

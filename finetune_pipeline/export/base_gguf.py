@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.artifacts import Artifact, check_content, obtain, package_versions, version_of
+from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.model import export
 from finetune_pipeline.records import BaseGgufManifest
@@ -12,29 +12,16 @@ from finetune_pipeline.settings import LoopSettings
 
 
 def base_gguf(loop: LoopSettings, tell: Callable[[str], None]) -> Path:
-    """Return the file of the loop's base model in the loop's quantization; export it if it does not exist.
+    """Return the file of the loop's base model in the loop's quantization; export it if it is missing or damaged.
 
-    Raises:
-        ArtifactError: it exists and is damaged.
+    The new file is renamed into place, so a process that has the old one open is not affected.
     """
     artifact = base_gguf_artifact(loop, tell)
-    check_base(artifact)
     return artifact.path / artifact.manifest.gguf
 
 
-def check_base(artifact: Artifact[BaseGgufManifest]) -> None:
-    """Refuse a base model's file whose content differs from what was exported.
-
-    Raises:
-        ArtifactError: it differs.
-    """
-    name = artifact.manifest.gguf
-    remedy = f"delete {artifact.path}; it is exported again when it is next needed"
-    check_content(artifact.path / name, artifact.manifest.files[name].sha256, remedy)
-
-
 def base_gguf_artifact(loop: LoopSettings, tell: Callable[[str], None]) -> Artifact[BaseGgufManifest]:
-    """As `base_gguf`, with its manifest."""
+    """Return the same as `base_gguf`, with its manifest."""
     base = resolve_base_model(loop.base_model)
     inputs = {"base_model": base_hash(base)}
     packages = package_versions("llama_cpp_python")

@@ -11,6 +11,7 @@ import dagster as dg
 from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
+    check_content,
     model_sha256,
     obtain,
     package_versions,
@@ -22,7 +23,7 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.children import die_with_run
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
-from finetune_pipeline.export.base_gguf import base_gguf_artifact, check_base
+from finetune_pipeline.export.base_gguf import base_gguf_artifact
 from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.model import ExportedModel, export, export_adapter
 from finetune_pipeline.export.reference import Questions
@@ -188,15 +189,16 @@ def what_serves(artifact: Artifact[GgufManifest]) -> ModelSpec:
     if manifest.form == "merged":
         return ModelSpec(gguf=file)
     folder = stage_folder(manifest.loop, BaseGgufManifest.stage) / manifest.inputs["base_gguf"]
-    remedy = "Materialize gguf_model again: it makes the base's file too"
+    remedy = "materialize gguf_model again: it makes the base's file too"
     try:
         below = read(BaseGgufManifest, folder)
     except ArtifactError as error:
-        raise ArtifactError(f"the base that {file} goes over is not there ({error}). {remedy}") from error
+        raise ArtifactError(f"the base that {file} goes over is not there ({error}); {remedy}") from error
     if _sha256(below) != manifest.base_gguf_sha256:
-        raise ArtifactError(f"the base in {folder} was made again and is not what {file} was checked with. {remedy}")
-    check_base(below)
-    return ModelSpec(gguf=below.path / below.manifest.gguf, adapter=file)
+        raise ArtifactError(f"the base in {folder} was made again and is not what {file} was checked with; {remedy}")
+    gguf = below.path / below.manifest.gguf
+    check_content(gguf, manifest.base_gguf_sha256, remedy)
+    return ModelSpec(gguf=gguf, adapter=file)
 
 
 def identity(artifact: Artifact[GgufManifest]) -> str:

@@ -89,14 +89,35 @@ def test_a_damaged_adapter_leaves_the_old_one_serving(ggufs, adapters):
         assert f"{one.adapter_path} is damaged or was replaced" in reloaded["trouble"]
 
 
-def test_a_damaged_base_model_is_refused_with_what_to_do():
-    loop = make_loop("rotten_base")
-    flip(base_gguf(loop, print))
+DAMAGES = {
+    "flipped": flip,
+    "replaced": replace,
+    "truncated": lambda file: os.truncate(file, 1000),
+    "deleted": os.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_base_model_is_exported_again(damage):
+    loop = make_loop(f"rotten_base_{damage}")
+    gguf = base_gguf(loop, print)
+    whole = hash_file(gguf)
+    DAMAGES[damage](gguf)
     with serving(loop) as running:
-        health = running.health()
-        assert health["status"] == "unavailable"
-        trouble = health["loops"]["rotten_base"]["trouble"]
-        assert "is damaged or was replaced" in trouble and "it is exported again when it is next needed" in trouble
+        assert (running.health()["status"], hash_file(gguf)) == ("ok", whole)
+        assert running.ask(model=loop.name).json()["model"] == f"{loop.name}@base"
+
+
+def test_a_base_model_damaged_while_it_serves_is_exported_again_and_loaded_anew():
+    loop = make_loop("rotting_base")
+    gguf = base_gguf(loop, print)
+    whole = hash_file(gguf)
+    with serving(loop) as running:
+        before = running.ask(model=loop.name).json()
+        flip(gguf)
+        wait_until(lambda: hash_file(gguf) == whole, 20)
+        wait_until(lambda: running.health()["status"] == "ok", 20)
+        assert running.ask(model=loop.name).json()["choices"] == before["choices"]
 
 
 # ---- empty answers
