@@ -474,11 +474,6 @@ def _problem(response: "httpx.Response", answer: Any) -> str:
     return f"{code} to {response.request.url.path}, and no JSON that a gateway sends; is its address right?"
 
 
-def _code(answer: Any) -> Any:
-    error = answer.get("error") if isinstance(answer, dict) else None
-    return error.get("code") if isinstance(error, dict) else None
-
-
 def _answered(output: str | None) -> str:
     if output is None:
         raise FeedbackError("nothing was logged, since there is no output; set call.output, or return the answer")
