@@ -127,6 +127,34 @@ def test_no_name_comes_twice_under_two_spellings():
     assert not accepts(grammar, None, r'{"a":1, "\u0061":"x"}')
 
 
+def nested(levels, leaf):
+    value = leaf
+    for _ in range(levels):
+        value = {"a": value}
+    return json.dumps(value)
+
+
+@pytest.mark.timeout(60)
+def test_the_check_of_a_deep_answer_takes_no_exponential_time():
+    parts = [{"properties": {"a": {"$ref": "#/$defs/n"}, "tags": {"type": "array"}}} for _ in range(4)]
+    schema = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "anyOf": parts}}}
+    deep = nested(60, {"tags": [1, 1]})
+    compiled(BYTES, schema).check(deep)
+    for part in parts:  # every branch fails, and each only after the value within
+        part["properties"]["tags"]["uniqueItems"] = True
+    with pytest.raises(RequestRefused, match=r"6\d levels deep"):
+        compiled(BYTES, schema).check(deep)
+    with pytest.raises(RequestRefused, match="uniqueItems"):
+        compiled(BYTES, schema).check(nested(3, {"tags": [1, 1]}))
+
+
+def test_items_are_unique_at_any_depth_of_a_recursive_model():
+    node = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}, "a": {"$ref": "#"}}}
+    compiled(BYTES, node).check(nested(60, {"tags": [1, 2]}))
+    with pytest.raises(RequestRefused, match=r"two items at #.*/a/tags are equal"):
+        compiled(BYTES, node).check(nested(60, {"tags": [1, 1]}))
+
+
 def test_a_number_that_nobody_can_read_is_no_answer():
     grammar = compiled(BYTES, {"type": "number"})
     assert accepts(grammar, None, "1e99") and not accepts(grammar, None, "1e999")
