@@ -36,9 +36,6 @@ _QUEUED = (
 CACHED = 16
 """Compiled schemas that are kept; one can take 100 MB."""
 
-MAX_CHECKS = 1_000_000
-"""Schemas that a complete answer of a recursive schema may be checked against, about a second."""
-
 _LOCATE_SECONDS = 1.0
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=5_000,  # a row has several for each optional property that may come next
@@ -66,8 +63,6 @@ class Grammar:
 
         self._tokenizer = tokenizer
         self._schema = given.schema
-        self._branching = given.branching
-        self._needs_check = given.checked != given.schema or any("minProperties" in node for _, node in given.nodes)
         self._validator = jsonschema_rs.Draft202012Validator(given.checked)
 
     def matcher(self) -> "Matcher":
@@ -88,14 +83,6 @@ class Grammar:
             value = parse_json(text)
         except Unreadable as unreadable:  # 1e999 is valid JSON, but no float can hold it
             raise RequestRefused(f"the model's answer follows the json_schema, but {unreadable}") from unreadable
-        if self._branching > 1 and self._branching ** _depth(value) > MAX_CHECKS:
-            # The validator cannot be interrupted, and decoding waits for it.
-            if not self._needs_check:
-                return
-            raise RequestRefused(
-                f"the model's answer is nested {_depth(value)} levels deep, too deep to check uniqueItems and "
-                "minProperties in a recursive json_schema; remove the keyword, or nest less"
-            )
         if not self._validator.is_valid(value):  # iter_errors takes exponential time in nested anyOf
             repeated = _repeated(value, "#")
             found = (
@@ -105,12 +92,6 @@ class Grammar:
                 f"the model's answer violates {found}. This can only be checked on a complete answer; try again with a "
                 "temperature and another seed, or remove the keyword"
             )
-
-
-def _depth(value: Any) -> int:
-    """Return how many levels of arrays and objects a value has; `parse_json` allows 100."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if parts is None else 1 + max(map(_depth, parts), default=0)
 
 
 def _repeated(value: Any, at: str) -> str | None:

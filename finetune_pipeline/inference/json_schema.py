@@ -103,14 +103,11 @@ class Enforceable:
         schema: for llguidance.
         checked: the same with uniqueItems, for the check of a complete answer.
         nodes: every subschema, inner ones first, with its path in the original schema.
-        branching: most references of a recursive definition to recursive ones, 0 without recursion: the schemas that a
-            value nested d levels deep is checked against can be this to the power of d.
     """
 
     schema: dict[str, Any]
     checked: dict[str, Any]
     nodes: list[tuple[str, dict[str, Any]]]
-    branching: int
 
 
 def enforceable(schema: dict[str, Any]) -> Enforceable:
@@ -128,16 +125,7 @@ def enforceable(schema: dict[str, Any]) -> Enforceable:
         raise RequestRefused(f"json_schema is nested more than {MAX_DEPTH} levels deep; move parts of it into $defs")
     rewriter = _Rewriter(schema, unique=False)
     rewritten = rewriter.rewritten()
-    checked = _Rewriter(schema, unique=True).rewritten()
-    return Enforceable(rewritten, checked, rewriter.nodes, _branching(rewritten.get("$defs", {})))
-
-
-def _branching(definitions: dict[str, Node]) -> int:
-    references = {name: list(_references(node)) for name, node in definitions.items()}
-    recursive = {*references}
-    while ends := {name for name in recursive if not recursive.intersection(references[name])}:
-        recursive -= ends
-    return max((sum(other in recursive for other in references[name]) for name in recursive), default=0)
+    return Enforceable(rewritten, _Rewriter(schema, unique=True).rewritten(), rewriter.nodes)
 
 
 def _deeper_than(value: Any, levels: int) -> bool:

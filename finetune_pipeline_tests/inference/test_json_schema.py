@@ -142,10 +142,8 @@ def test_the_check_of_a_deep_answer_takes_no_exponential_time():
     compiled(BYTES, schema).check(deep)
     for part in parts:  # every branch fails, and each only after the value within
         part["properties"]["tags"]["uniqueItems"] = True
-    with pytest.raises(RequestRefused, match=r"6\d levels deep"):
-        compiled(BYTES, schema).check(deep)
     with pytest.raises(RequestRefused, match="uniqueItems"):
-        compiled(BYTES, schema).check(nested(3, {"tags": [1, 1]}))
+        compiled(BYTES, schema).check(deep)
 
 
 def test_items_are_unique_at_any_depth_of_a_recursive_model():
