@@ -419,9 +419,21 @@ def test_answers_go_on_while_schemas_are_compiled(tiny):
     assert all(future.result(60).text.startswith("{") for future in compiling)
 
 
-def test_a_request_that_is_cancelled_while_its_schema_is_compiled_is_dropped(tiny):
-    futures = [tiny.submit(ask("a", 5, json_schema={"title": f"gone {n}", **SLOW})) for n in range(3)]
-    assert all(future.cancel() for future in futures)
+def test_a_request_that_is_cancelled_while_its_schema_is_compiled_is_dropped(tiny, monkeypatch):
+    answered, receive = [], tiny._receive
+    monkeypatch.setattr(tiny, "_receive", lambda message: (answered.append(message.get("id")), receive(message)))
+    # A quarter of the slowest schema each, so that all fit in the pipe of the stopped child, which then reads at once
+    # that they came and that they are cancelled.
+    values = SLOW["enum"][: len(SLOW["enum"]) // 4]
+    os.kill(tiny.pid, signal.SIGSTOP)
+    try:
+        futures = [tiny.submit(ask("a", 50, json_schema={"title": f"gone {n}", "enum": values})) for n in range(3)]
+        gone = list(tiny._waiting)
+        assert len(gone) == 3 and all(future.cancel() for future in futures)
+    finally:
+        os.kill(tiny.pid, signal.SIGCONT)
+    tiny.swap_adapter(None).result(60)  # it waits for every request before it that was not dropped
+    assert answered and not {*answered} & {*gone}
     assert tiny.generate([ask("b", 3), ask("c", 20, json_schema={"type": "boolean"})])
 
 
