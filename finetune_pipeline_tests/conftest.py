@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from finetune_pipeline.cluster import ADDRESS
-from finetune_pipeline.database import Database, connect
+from finetune_pipeline.database import Database, connect, connection
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.settings import PROJECT_ROOT
 
@@ -34,7 +34,11 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FINETUNE_HOME", str(home))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     monkeypatch.delenv("FINETUNE_DATABASE_URL", raising=False)
+    before = {*connection._open}
     yield home
+    # Thousands of tests in a process would otherwise keep the files of thousands of databases open.
+    for url in {*connection._open} - before:
+        connection._open.pop(url).engine.dispose()
 
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='pip install "finetune-pipeline[ray]"')

@@ -142,8 +142,8 @@ class Scheduler:
 
     def _too_long(self, length: int) -> RequestRefused:
         return RequestRefused(
-            f"the prompt has {length} tokens, the context holds {self._model.context} with the answer; shorten the "
-            "prompt, or open the engine with a larger context (up to what the model was trained for)"
+            f"the prompt has {length} tokens, more than the context of {self._model.context} tokens can hold with an "
+            "answer; shorten it, or open the engine with a larger context (up to what the model was trained for)"
         )
 
     def cancel(self, id: int) -> None:

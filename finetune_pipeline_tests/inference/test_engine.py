@@ -265,7 +265,7 @@ def test_a_chat_template_that_cannot_be_used_refuses_messages_and_nothing_else(t
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
-        (ask("a" * 256), "256 tokens, the context holds 256"),
+        (ask("a" * 256), "256 tokens, more than the context of 256 tokens can hold"),
         (ask(""), "no tokens"),
         (ask("a", json_schema={"type": "colour"}), "at #: type: not a valid JSON Schema"),
         (ask("a", json_schema={"$ref": "https://example.com/x.json"}), "only references within it"),

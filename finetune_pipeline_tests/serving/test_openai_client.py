@@ -168,9 +168,9 @@ def test_errors_are_those_that_the_client_knows(notes):
         client.chat.completions.create(
             model="notes", messages=[USER], tools=[{"type": "function", "function": {"name": "f"}}]
         )
-    with pytest.raises(openai.BadRequestError, match="the context holds 512"):
+    with pytest.raises(openai.BadRequestError, match="the context of 512 tokens"):
         client.chat.completions.create(model="notes", messages=[{"role": "user", "content": "wall " * 2000}])
-    with pytest.raises(openai.BadRequestError, match="the context holds 512"):
+    with pytest.raises(openai.BadRequestError, match="the context of 512 tokens"):
         list(client.completions.create(model="notes", prompt="wall " * 2000, stream=True))
 
 
