@@ -29,6 +29,8 @@ from finetune_pipeline.registry.outcomes import outcomes_of, record_outcomes
 from finetune_pipeline_tests.loop.conftest import ATTRIBUTES, corrected, definitions, write_events
 from finetune_pipeline_tests.loop.test_adapter_form import ask_for_what_it_answers, flip_last_byte, make_adapter, run
 
+pytestmark = pytest.mark.slow  # together they take some minutes
+
 STAGES = {kind.stage: kind for kind in (DatasetManifest, AdapterManifest, GgufManifest, ReportManifest)}
 IMPOSSIBLE = {"min_gain": 1.0, "mode": "points"}
 
@@ -202,7 +204,6 @@ def test_what_did_not_pass_a_blocking_check_is_neither_evaluated_nor_promoted(lo
     assert served() is None and list_comparisons(connect(), "notes") == reports
 
 
-@pytest.mark.slow
 def test_a_check_that_failed_in_a_run_is_remembered_by_the_next(loop, settled, instance):
     few = settled(curation={"min_examples": 50, "validation_share": 0.2})
     assert not run_softly(few, instance, "curated_dataset").success
