@@ -26,7 +26,7 @@ STARTER = PROJECT_ROOT / "data" / "starter_model"
 ROUNDS = 12
 BUSY_LOOPS = 2
 SETTLE_SECONDS = 1.5
-"""After this the machine's other work is known to the engine, and nobody's threads spin any more."""
+"""Time for the engine to notice other processes, and for threads of the previous measurement to stop spinning."""
 
 # GOMP_SPINCOUNT is what OMP_WAIT_POLICY stands for: 300,000 without one, 0 with PASSIVE. None: the project's own.
 WAYS: dict[str, str | None] = {"default": "300000", "PASSIVE": "0", "this build": None}

@@ -285,7 +285,7 @@ def _record_each(
         if len(events) > 1:  # one of them, or the loop's own reward function on it
             each = [_record_each(database, [event], reward_of, aside) for event in events]
             return [outcomes[0] for outcomes, _ in each], next((why for _, why in each if why), None)
-        _log.exception("the store refused an event; it was put aside in %s", aside)
+        _log.exception("the store refused an event; it was moved to %s", aside)
         _put_aside(aside, events[0].model_dump_json().encode() + b"\n")
         why = f"{type(error).__name__}: {error}"
         return ["refused"], f"an event was refused ({why}); mend the cause, then `finetune feedback import {aside}`"
@@ -320,7 +320,7 @@ def _batches(path: Path, aside: Path) -> Iterator[list[Interaction | Feedback]]:
                     if isinstance(error, ValidationError)
                     else f"an event whose time {error}"
                 )
-                _log.error("%s holds %s; it was put aside in %s", path, what, aside)
+                _log.error("%s holds %s; it was moved to %s", path, what, aside)
                 _put_aside(aside, line)
             size += len(line)
             if len(batch) >= BATCH or size >= BATCH_BYTES:

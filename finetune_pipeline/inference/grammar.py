@@ -246,7 +246,7 @@ class Grammars:
 
 
 def _claimed(matcher: "Future[Matcher]") -> bool:
-    """Return whether a result can be set: it has none, and nobody has cancelled it."""
+    """Return whether a result can be set: it has none and was not cancelled."""
     return not matcher.done() and matcher.set_running_or_notify_cancel()
 
 

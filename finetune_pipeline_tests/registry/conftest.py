@@ -16,7 +16,7 @@ from finetune_pipeline.registry.models import Candidate, ModelVersion
 
 
 def compared(db: Database, candidate: Candidate, id: str, **changes: Any) -> str:
-    """Record a comparison that says to promote a candidate over what serves now; returns its id."""
+    """Record a comparison that says to promote a candidate over the champion; returns its id."""
     now = serving(db, candidate.loop)
     fields = {
         "id": id, "loop": candidate.loop, "challenger_sha256": candidate.sha256, "benchmark_sha256": "b" * 64,
@@ -29,7 +29,7 @@ def compared(db: Database, candidate: Candidate, id: str, **changes: Any) -> str
 
 
 def promote_over(db: Database, candidate: Candidate, reason: str = "gain 6 %", actor: str = "loop") -> ModelVersion:
-    """Compare a candidate with what serves now, and promote it."""
+    """Compare a candidate with the champion, and promote it."""
     now = champion(db, candidate.loop)
     id = compared(db, candidate, f"c{uuid4().hex[:12]}")
     return promote(db, candidate, now.id if now else None, actor, reason, id)
