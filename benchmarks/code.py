@@ -46,9 +46,9 @@ def main() -> None:
 def measure(repository: str) -> dict[str, Any]:
     """Read a repository by itself, then into a loop's store, then again."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.loop.feeds import read_feed, reader
+    from finetune_pipeline.pipeline.source_sync import read_feed, reader
     from finetune_pipeline.sources.code import read
-    from finetune_pipeline.sources.item import Item
+    from finetune_pipeline.sources.source_record import Item
 
     feed = CodeFeed(kind="code", name="repository", path=repository)
     started = time.perf_counter()

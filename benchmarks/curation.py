@@ -158,7 +158,7 @@ def run(*paths: str) -> dict[str, Any]:
     import shutil
 
     from finetune_pipeline import artifacts
-    from finetune_pipeline.loop.curating import dataset
+    from finetune_pipeline.pipeline.build_dataset import dataset
     from finetune_pipeline.records import RawLogsManifest
     from finetune_pipeline.settings import load_loop
 
@@ -182,7 +182,7 @@ def write_snapshot(path: Path, size: int, seed: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from finetune_pipeline.loop.raw_logs import COLUMNS
+    from finetune_pipeline.orchestration.raw_logs import COLUMNS
 
     turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
     kinds = {"turns": turns, "moment": pa.timestamp("us", tz="UTC")}

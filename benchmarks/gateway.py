@@ -88,7 +88,7 @@ def _versions() -> list[str]:
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.registry.champion import champion, promote
-    from finetune_pipeline.registry.models import Candidate
+    from finetune_pipeline.registry.model_versions import Candidate
     from finetune_pipeline.settings import home, load_loop
 
     path = base_gguf(load_loop(LOOP), lambda _: None)

@@ -18,11 +18,11 @@ from finetune_pipeline.evaluation.run import answer_benchmark
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.loop import reading
-from finetune_pipeline.loop.curating import taught
-from finetune_pipeline.loop.ingest import ingest
-from finetune_pipeline.loop.lora_adapter import PARTS
-from finetune_pipeline.loop.raw_logs import snapshot
+from finetune_pipeline.orchestration.lora_adapter import PARTS
+from finetune_pipeline.orchestration.raw_logs import snapshot
+from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.build_dataset import taught
+from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.records import Example
 from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, home, read_loop
 from finetune_pipeline.training.job import TrainingJob, TrainingResult
@@ -92,7 +92,7 @@ def _write(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[st
     examples = list(taught(logs))
     if corrections is not None:
         examples = _few(examples, corrections)
-    curated = curate(examples, reading.replay(loop), reading.policy(loop), reading.identity)
+    curated = curate(examples, loop_files.replay(loop), loop_files.policy(loop), loop_files.identity)
     write_dataset(curated, folder, loop.system_prompt)
     return _counts(curated)
 
@@ -140,8 +140,8 @@ def _told(result: TrainingResult) -> dict[str, Any]:
 
 def _measure(loop: LoopSettings, gguf: Path) -> dict[str, float]:
     """Shares of right parameters by wording, and of valid answers."""
-    benchmark, evaluation = reading.benchmark(loop), loop.evaluation
-    scorer = Scorer(evaluation.metric, reading.output_schema(loop), reading.rules(loop))
+    benchmark, evaluation = loop_files.benchmark(loop), loop.evaluation
+    scorer = Scorer(evaluation.metric, loop_files.output_schema(loop), loop_files.rules(loop))
     spec = ModelSpec(gguf=gguf, context=evaluation.context, parallel=evaluation.parallel)
     answers = answer_benchmark(spec, benchmark, evaluation, loop.system_prompt, loop.name).answers
     scores = [

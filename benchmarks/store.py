@@ -204,7 +204,7 @@ def million() -> dict[str, Any]:
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback import FeedbackClient
     from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_sequence
-    from finetune_pipeline.loop.counting import count_new
+    from finetune_pipeline.pipeline.pending import count_new
     from finetune_pipeline.settings import load_loop
 
     loop, client, database = load_loop(LOOP), FeedbackClient(LOOP), connect()

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.results import end, publish
 from finetune_pipeline.settings import VaultFeed
-from finetune_pipeline.sources.item import Item
+from finetune_pipeline.sources.source_record import Item
 from finetune_pipeline.sources.vault import read
 
 NOTES = 10_000

@@ -17,7 +17,7 @@ from finetune_pipeline.records import Rating, explained
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFS_FOLDER = Path(__file__).resolve().parent / "defs"
-COMPONENT_TYPE = "finetune_pipeline.loop.component.FineTuneLoop"
+COMPONENT_TYPE = "finetune_pipeline.orchestration.FineTuneLoop"
 
 _ENV = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 _NAME = r"^[a-z][a-z0-9_]*$"

@@ -17,8 +17,8 @@ from uuid import UUID, uuid5
 import pytest
 import sqlalchemy as sa
 
-from finetune_pipeline.cluster import ADDRESS
 from finetune_pipeline.database import Database, connect, connection
+from finetune_pipeline.ray_session import ADDRESS
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.settings import PROJECT_ROOT
 

@@ -25,7 +25,7 @@ def spec_of(loop: LoopSettings, name: str) -> tuple[str, ModelSpec]:
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.registry.champion import resolve
-    from finetune_pipeline.registry.models import check_file
+    from finetune_pipeline.registry.model_versions import check_file
 
     found = resolve(connect(), name, loop.name)
     if found is not None:

@@ -18,8 +18,8 @@ from finetune_pipeline.settings import INGESTED, FeedbackSettings, LoopSettings,
 if TYPE_CHECKING:
     from finetune_pipeline.database import Database
     from finetune_pipeline.feedback import FeedbackClient
-    from finetune_pipeline.feedback.forgetting import Held
-    from finetune_pipeline.loop.lineage import MadeWith
+    from finetune_pipeline.feedback.erasure import Held
+    from finetune_pipeline.pipeline.lineage import MadeWith
     from finetune_pipeline.records import Rating
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -193,7 +193,7 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.formats import import_rows
     from finetune_pipeline.feedback.store import conflict
-    from finetune_pipeline.sources.rows import read_rows
+    from finetune_pipeline.sources.row_readers import read_rows
 
     unusable = []
     for path in files:
@@ -226,7 +226,7 @@ def withdraw(loop: LoopSettings, source: str, yes: bool) -> None:
     It stays in the store. Where the source is declared still, or again, the next run brings back what it has then.
     """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.loop.feeds import teaching_sources, withdraw_source
+    from finetune_pipeline.pipeline.source_sync import teaching_sources, withdraw_source
 
     database = connect()
     with database.read() as connection:
@@ -257,7 +257,7 @@ def forget(user: str, name: str | None, yes: bool) -> None:
     review decisions on those of others.
     """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.forgetting import wipe
+    from finetune_pipeline.feedback.erasure import wipe
 
     declared = {name: load_loop(name)} if name else load_loops()
     database = connect()
@@ -346,8 +346,8 @@ def _age(moment: datetime) -> str:
 
 def _take_over(database: "Database") -> None:
     """Bring in what a killed server left in its journal, so that it does not come back later."""
-    from finetune_pipeline.feedback.journal import take_over_orphans
     from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
+    from finetune_pipeline.feedback.write_ahead_log import take_over_orphans
 
     loops = load_loops()
 
@@ -359,7 +359,7 @@ def _take_over(database: "Database") -> None:
 
 def _tasks(database: "Database", declared: dict[str, LoopSettings]) -> list[str]:
     """All loops: those declared, and those that only the store still knows."""
-    from finetune_pipeline.feedback.forgetting import tasks_of
+    from finetune_pipeline.feedback.erasure import tasks_of
 
     with database.read() as connection:
         return sorted({*declared, *tasks_of(connection)})
@@ -367,8 +367,8 @@ def _tasks(database: "Database", declared: dict[str, LoopSettings]) -> list[str]
 
 def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, user: str) -> "tuple[Held, MadeWith]":
     """Print what the store holds of a person; returns it, and what was made with it."""
-    from finetune_pipeline.feedback.forgetting import held_of
-    from finetune_pipeline.loop.lineage import MadeWith, made_with
+    from finetune_pipeline.feedback.erasure import held_of
+    from finetune_pipeline.pipeline.lineage import MadeWith, made_with
 
     with database.read() as connection:
         held = held_of(connection, task, user)
@@ -380,7 +380,7 @@ def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, u
 
 
 def _forget(database: "Database", task: str, loop: LoopSettings | None, user: str) -> None:
-    from finetune_pipeline.feedback.forgetting import forget_user
+    from finetune_pipeline.feedback.erasure import forget_user
     from finetune_pipeline.feedback.rewards import reward_function
 
     reward = reward_function(loop.feedback if loop else FeedbackSettings())
@@ -435,15 +435,15 @@ def _finish(on_their_way: Sequence[Path], wiped: bool) -> None:
 
 def _journals_naming(user: str) -> list[Path]:
     """Journals of living servers that name the person; those of dead ones were taken over."""
-    from finetune_pipeline.feedback.journal import journal_folder
+    from finetune_pipeline.feedback.write_ahead_log import journal_folder
 
     return _naming(user, sorted(journal_folder().glob("*.jsonl")))
 
 
 def _files_naming(user: str, loop: LoopSettings) -> list[Path]:
     """Event files, and events that the store refused, that name the person."""
-    from finetune_pipeline.feedback.journal import journal_folder
-    from finetune_pipeline.sources.rows import files_of, layout_of, read_rows
+    from finetune_pipeline.feedback.write_ahead_log import journal_folder
+    from finetune_pipeline.sources.row_readers import files_of, layout_of, read_rows
 
     paths = [path for folder in loop.log_folders if folder.is_dir() for path in files_of(folder)]
     found = _naming(user, paths + sorted(journal_folder().glob("*.refused")))

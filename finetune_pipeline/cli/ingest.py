@@ -8,12 +8,12 @@ import click
 from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.loop.ingest import Ingested, ingest_file
-from finetune_pipeline.loop.ingest import ingest as ingest_all
+from finetune_pipeline.pipeline.ingest import Ingested, ingest_file
+from finetune_pipeline.pipeline.ingest import ingest as ingest_all
 from finetune_pipeline.settings import FileFormat, LoopSettings
 from finetune_pipeline.sources.jsonl import Form
 from finetune_pipeline.sources.ledger import position, rejected_lines
-from finetune_pipeline.sources.rows import SUFFIXES
+from finetune_pipeline.sources.row_readers import SUFFIXES
 
 
 @click.command()

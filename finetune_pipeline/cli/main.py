@@ -16,7 +16,6 @@ from finetune_pipeline.cli.run import demo, env, run, ui
 from finetune_pipeline.cli.serve import key, serve
 from finetune_pipeline.cli.status import status
 from finetune_pipeline.cli.train import train
-from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import DatabaseError
 from finetune_pipeline.evaluation.benchmark import BenchmarkError
@@ -26,11 +25,12 @@ from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.feedback import FeedbackError
 from finetune_pipeline.feedback.review import ReviewError
 from finetune_pipeline.inference.errors import EngineError
-from finetune_pipeline.registry.models import RegistryError
+from finetune_pipeline.ray_session import ClusterError
+from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline.schemas import SchemaError
 from finetune_pipeline.serving.access import KeyProblem
 from finetune_pipeline.settings import SettingsError
-from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.source_record import SourceError
 from finetune_pipeline.training.job import TrainingError
 
 EXPECTED = (

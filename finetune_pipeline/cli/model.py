@@ -13,7 +13,7 @@ from finetune_pipeline.settings import LoopSettings
 if TYPE_CHECKING:
     from finetune_pipeline.database import Database
     from finetune_pipeline.registry.deletion import Fate
-    from finetune_pipeline.registry.models import ModelVersion
+    from finetune_pipeline.registry.model_versions import ModelVersion
 
 
 @click.group()
@@ -27,8 +27,8 @@ def list_(loop: LoopSettings) -> None:
     """List the versions that were promoted, newest first; * serves."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.champion import champion
-    from finetune_pipeline.registry.history import history, stack_of
-    from finetune_pipeline.registry.models import list_models
+    from finetune_pipeline.registry.deployment_history import history, stack_of
+    from finetune_pipeline.registry.model_versions import list_models
 
     database = connect()
     serving = champion(database, loop.name)
@@ -65,7 +65,7 @@ def _no_latency(version: "ModelVersion") -> str:
 def show(version: str, card: bool, loop: LoopSettings) -> None:
     """Show one VERSION: files, figures, lineage, training, report. Default: the champion."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.loop.lineage import card as card_of
+    from finetune_pipeline.pipeline.lineage import card as card_of
     from finetune_pipeline.registry.champion import resolve
 
     database = connect()
@@ -81,7 +81,7 @@ def show(version: str, card: bool, loop: LoopSettings) -> None:
 
 
 def _facts(database: "Database", found: "ModelVersion") -> Iterator[tuple[str, str]]:
-    from finetune_pipeline.registry.trainings import find_training
+    from finetune_pipeline.registry.training_jobs import find_training
 
     yield "GGUF", f"{found.gguf_path}"
     yield "SHA-256", found.gguf_sha256
@@ -138,8 +138,8 @@ def rollback(reason: str, loop: LoopSettings) -> None:
 def history(loop: LoopSettings) -> None:
     """Show every move of the champion, oldest first."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.registry.history import history as moves_of
-    from finetune_pipeline.registry.models import list_models
+    from finetune_pipeline.registry.deployment_history import history as moves_of
+    from finetune_pipeline.registry.model_versions import list_models
 
     database = connect()
     names = {version.id: version.name for version in list_models(database, loop.name)}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from finetune_pipeline.database import Database
     from finetune_pipeline.feedback.review import Candidate
     from finetune_pipeline.feedback.rewards import RewardFunction
-    from finetune_pipeline.loop.review import Waiting
+    from finetune_pipeline.pipeline.review_queue import Waiting
     from finetune_pipeline.records import ReviewKind
 
 Problem = Callable[[str], str | None]
@@ -42,15 +42,17 @@ def review(loop: LoopSettings, limit: int | None, reviewer: str | None) -> None:
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.rewards import reward_function
-    from finetune_pipeline.loop import reading
-    from finetune_pipeline.loop.review import waiting
+    from finetune_pipeline.pipeline import loop_files
+    from finetune_pipeline.pipeline.review_queue import waiting
 
     database = connect()
     items = waiting(loop, database)[:limit]
     if not items:
         click.echo(f"nothing of loop {loop.name} waits for review")
         return
-    session = _Session(loop, database, reviewer or actor(), reward_function(loop.feedback), reading.policy(loop), items)
+    session = _Session(
+        loop, database, reviewer or actor(), reward_function(loop.feedback), loop_files.policy(loop), items
+    )
     session.run()
     click.echo(session.summary())
 
@@ -140,7 +142,7 @@ class _Session:
 
     def _wrong(self, answer: str) -> str | None:
         """Why curation would refuse an answer to the present example."""
-        from finetune_pipeline.loop.review import refusal
+        from finetune_pipeline.pipeline.review_queue import refusal
 
         return refusal(self._shown.interaction, answer, self.policy)
 
@@ -173,7 +175,7 @@ class _Session:
 
     def _undo(self) -> None:
         from finetune_pipeline.feedback.review import undo
-        from finetune_pipeline.loop.review import again
+        from finetune_pipeline.pipeline.review_queue import again
 
         if self.steps:
             self.at, name = self.steps.pop()

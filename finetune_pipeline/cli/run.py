@@ -93,14 +93,14 @@ def ui(port: int) -> None:
 
 def _check_training(loop: LoopSettings) -> None:
     """Say now what would let the third asset fail; weights are downloaded only when nothing else stands against it."""
-    from finetune_pipeline.cluster import check_installed
     from finetune_pipeline.export.base import CONFIG_FILES, resolve_base_model
+    from finetune_pipeline.ray_session import check_installed
     from finetune_pipeline.training.architecture import architecture_of
     from finetune_pipeline.training.backends import choose
     from finetune_pipeline.training.base_model import check_base_model, check_trained_tokens
+    from finetune_pipeline.training.distributed import share
     from finetune_pipeline.training.preference import check_batch
     from finetune_pipeline.training.presets import settled
-    from finetune_pipeline.training.team import share
     from finetune_pipeline.training.trackers import check_trackers
 
     settings = loop.training
@@ -125,7 +125,7 @@ def materialize(loop: LoopSettings, *, verbose: bool = False) -> int:
     env = environment()
     select = "*" + "/".join([*loop.prefix, "promoted_model"])
     # Dagster's process ends with this one: nobody would see what an orphan of a killed command goes on to promote.
-    tied = [sys.executable, "-m", "finetune_pipeline.children", str(os.getpid())]
+    tied = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
     command = [*tied, sys.executable, "-m", "dagster", "asset", "materialize", "--select", select, "-m", DEFINITIONS]
     log = home() / "logs" / f"{loop.name}-{datetime.now():%Y%m%d-%H%M%S}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
 
 
 def _check_journal() -> None:
-    from finetune_pipeline.feedback.journal import journal_folder
+    from finetune_pipeline.feedback.write_ahead_log import journal_folder
 
     try:
         journal_folder().mkdir(parents=True, exist_ok=True)

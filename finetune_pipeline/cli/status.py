@@ -13,8 +13,8 @@ def status(loop: LoopSettings) -> None:
     from finetune_pipeline.curation.trigger import describe
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.store import tally, unmatched
-    from finetune_pipeline.loop.counting import count_new
-    from finetune_pipeline.loop.review import waiting as waiting_for_review
+    from finetune_pipeline.pipeline.pending import count_new
+    from finetune_pipeline.pipeline.review_queue import waiting as waiting_for_review
     from finetune_pipeline.registry.champion import champion
     from finetune_pipeline.registry.comparisons import judged_watermark
     from finetune_pipeline.sources.ledger import unread

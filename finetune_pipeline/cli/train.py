@@ -77,7 +77,7 @@ def _machine(vram: float | None, preset: str | None) -> "Machine":
         return machine_of(preset)
     if vram is not None:
         return replace(machine_of(nearest(vram)), bytes=vram * 2**30 * USABLE)
-    from finetune_pipeline.training.probe import this_machine
+    from finetune_pipeline.training.hardware import this_machine
 
     return this_machine()
 

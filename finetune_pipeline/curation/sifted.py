@@ -15,10 +15,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifting import Identity, schema, sift
 from finetune_pipeline.curation.snapshot import ROWS, Part
+from finetune_pipeline.subprocess_lifetime import die_with_parent
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from finetune_pipeline.evaluation.answers import Answer, Speed
 from finetune_pipeline.evaluation.benchmark import Benchmark, Question
-from finetune_pipeline.evaluation.constant import ConstantAnswer, best_constant
+from finetune_pipeline.evaluation.constant_baseline import ConstantAnswer, best_constant
 from finetune_pipeline.evaluation.gate import Verdict, Worth, decide
 from finetune_pipeline.evaluation.metrics import Metric, Scorer, Scores
 from finetune_pipeline.evaluation.significance import Significance, paired_test

@@ -30,7 +30,7 @@ def run(command: Sequence[str], what: str, environment: Mapping[str, str] | None
     """
     process = subprocess.Popen(
         # A step that outlived a killed run would write into the folder of the next one.
-        [sys.executable, "-m", "finetune_pipeline.children", str(os.getpid()), *command],
+        [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid()), *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -13,17 +13,17 @@ import sqlalchemy as sa
 from pydantic import Field, ValidationError
 
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.feedback.decisions import (
+from finetune_pipeline.feedback.content_hash import content_hash
+from finetune_pipeline.feedback.resolution import resolve
+from finetune_pipeline.feedback.review_decisions import (
     UNDO,
     Decision,
     decision_of,
     standing,
     stands,
 )
-from finetune_pipeline.feedback.identity import content_hash
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.store import good_enough, load, renew_examples, take_sequence
-from finetune_pipeline.feedback.verdict import resolve
 from finetune_pipeline.records import (
     PERSON_KINDS,
     Example,

@@ -14,10 +14,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.feedback.decisions import standing, stands
-from finetune_pipeline.feedback.identity import content_hash, example_hash
+from finetune_pipeline.feedback.content_hash import content_hash, example_hash
+from finetune_pipeline.feedback.resolution import resolve
+from finetune_pipeline.feedback.review_decisions import standing, stands
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.feedback.verdict import resolve
 from finetune_pipeline.records import Example, Feedback, Interaction
 
 __all__ = ["content_hash"]  # kept where decisions need it too

@@ -18,13 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from finetune_pipeline.children import die_with_parent
 from finetune_pipeline.inference.chat_template import ChatTemplate
 from finetune_pipeline.inference.errors import EngineError, ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.grammar import Grammars
 from finetune_pipeline.inference.native import NativeModel
 from finetune_pipeline.inference.protocol import LOAD_ID, Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.scheduler import Outcome, Scheduler, Swap
+from finetune_pipeline.subprocess_lifetime import die_with_parent
 
 Order = dict[str, Any]
 

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import champions, models
 from finetune_pipeline.registry.comparisons import comparison_in
-from finetune_pipeline.registry.history import (
+from finetune_pipeline.registry.deployment_history import (
     Action,
     history_in,
     newest_move_in,
@@ -24,7 +24,7 @@ from finetune_pipeline.registry.history import (
     record_in,
     stack_of,
 )
-from finetune_pipeline.registry.models import (
+from finetune_pipeline.registry.model_versions import (
     Candidate,
     ModelVersion,
     RegistryError,

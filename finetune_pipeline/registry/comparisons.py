@@ -10,7 +10,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import model_comparisons
 from finetune_pipeline.records import Moment, Record
-from finetune_pipeline.registry.models import located_path, stored_path
+from finetune_pipeline.registry.model_versions import located_path, stored_path
 
 
 class ModelComparison(Record):

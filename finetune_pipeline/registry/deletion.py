@@ -21,8 +21,8 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import champions, models
 from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import Move, moving
-from finetune_pipeline.registry.history import Deployment, history_in, stack_of
-from finetune_pipeline.registry.models import ModelVersion, models_in
+from finetune_pipeline.registry.deployment_history import Deployment, history_in, stack_of
+from finetune_pipeline.registry.model_versions import ModelVersion, models_in
 from finetune_pipeline.settings import LoopSettings, home
 
 _GOING = ".deleted-"

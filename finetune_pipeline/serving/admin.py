@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from finetune_pipeline.registry.champion import rollback as roll_back
-from finetune_pipeline.registry.models import RegistryError
+from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline.serving.access import Caller
 from finetune_pipeline.serving.api import AdminRequest, Health, LoopHealth, Moved
 from finetune_pipeline.serving.errors import Conflict

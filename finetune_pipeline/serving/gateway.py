@@ -9,8 +9,8 @@ from uuid import uuid4
 
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.database import Database
-from finetune_pipeline.feedback.journal import Outcome, Recorder, take_over_orphans
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
+from finetune_pipeline.feedback.write_ahead_log import Outcome, Recorder, take_over_orphans
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.registry.champion import champion_ids
 from finetune_pipeline.serving.access import Access

@@ -26,7 +26,7 @@ from finetune_pipeline.inference.errors import EngineClosed, EngineCrashed, Engi
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote import UpstreamFailed
 from finetune_pipeline.registry.champion import BASE, champion, resolve
-from finetune_pipeline.registry.models import ModelVersion, RegistryError, check_file
+from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError, check_file
 from finetune_pipeline.serving.backends import LocalModel, OnPiece, Served, Upstream
 from finetune_pipeline.serving.errors import Busy, Refused, Unavailable, UnknownModel
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings

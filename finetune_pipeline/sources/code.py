@@ -16,17 +16,17 @@ from typing import Any, Literal
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.settings import CodeFeed, project_path
 from finetune_pipeline.sources import grammars
-from finetune_pipeline.sources.checks import (
+from finetune_pipeline.sources.code_chunks import LANGUAGES, Chunk, Flaw, cut_python, first_sentence
+from finetune_pipeline.sources.safe_folder import Text, some, texts
+from finetune_pipeline.sources.source_record import Item, Reading, Skipped
+from finetune_pipeline.sources.teacher import Answer, Question, Teacher
+from finetune_pipeline.sources.teacher_validation import (
     earlier_code_flaw,
     instruction_flaw,
     parses,
     read_instructions,
     read_refactoring,
 )
-from finetune_pipeline.sources.chunks import LANGUAGES, Chunk, Flaw, cut_python, first_sentence
-from finetune_pipeline.sources.folder import Text, some, texts
-from finetune_pipeline.sources.item import Item, Reading, Skipped
-from finetune_pipeline.sources.teacher import Answer, Question, Teacher
 
 MAX_FILE_BYTES = 1_000_000
 """A larger file is data or generated."""

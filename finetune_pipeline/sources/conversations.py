@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from finetune_pipeline.records import PastMoment, ShortText, Text, Turn, alpaca_prompt, explain, not_trained, shown
 from finetune_pipeline.settings import FileFormat
-from finetune_pipeline.sources.item import Item
+from finetune_pipeline.sources.source_record import Item
 
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",

@@ -29,12 +29,12 @@ import yaml
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.settings import DocumentsFeed, project_path
-from finetune_pipeline.sources.checks import FENCE, copied_share, fenced, is_storable
-from finetune_pipeline.sources.chunks import words
-from finetune_pipeline.sources.facts import PLACEHOLDERS, facts
-from finetune_pipeline.sources.folder import Text, some, texts
-from finetune_pipeline.sources.item import Item, Reading, Skipped, SourceError
+from finetune_pipeline.sources.code_chunks import words
+from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, facts
+from finetune_pipeline.sources.safe_folder import Text, some, texts
+from finetune_pipeline.sources.source_record import Item, Reading, Skipped, SourceError
 from finetune_pipeline.sources.teacher import Answer, Question, Teacher
+from finetune_pipeline.sources.teacher_validation import FENCE, copied_share, fenced, is_storable
 
 MAX_FILE_BYTES = 200_000
 """A longer document is no note, and fits into no prompt."""

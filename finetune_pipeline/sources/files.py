@@ -7,8 +7,8 @@ from typing import Any
 
 from finetune_pipeline.settings import FileFormat, FilesFeed, project_path
 from finetune_pipeline.sources.conversations import to_item
-from finetune_pipeline.sources.item import Item, Reading, Skipped, SourceError
-from finetune_pipeline.sources.rows import files_of, read_rows, readable
+from finetune_pipeline.sources.row_readers import files_of, read_rows, readable
+from finetune_pipeline.sources.source_record import Item, Reading, Skipped, SourceError
 
 _AN_EVENT = "is an event of a log; put its file into the drop folder, or name its folder in sources.folders"
 

@@ -10,8 +10,8 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from finetune_pipeline.sources.chunks import ANY_LENGTH, LANGUAGES, Chunk, Flaw, comment_above, moved_left
-from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.code_chunks import ANY_LENGTH, LANGUAGES, Chunk, Flaw, comment_above, moved_left
+from finetune_pipeline.sources.source_record import SourceError
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser

@@ -17,8 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from finetune_pipeline.records import Event, Feedback, Interaction, logged
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.conversations import to_item
-from finetune_pipeline.sources.item import Item, SourceError
-from finetune_pipeline.sources.rows import constant, files_of, layout_of, read_rows, without_nulls
+from finetune_pipeline.sources.row_readers import constant, files_of, layout_of, read_rows, without_nulls
+from finetune_pipeline.sources.source_record import Item, SourceError
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _EXCERPT = 200

@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, make_url
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import CLOCK_SKEW, is_in_future, shown
 from finetune_pipeline.settings import SqlFeed
-from finetune_pipeline.sources.item import Item, Mark, Reading, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Item, Mark, Reading, Skipped, SourceError
 
 _YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
 _NO = frozenset({"false", "f", "no", "n", "0", ""})

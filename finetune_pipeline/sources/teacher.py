@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from finetune_pipeline.artifacts import hash_of, write_text
 from finetune_pipeline.settings import TeacherSettings, home
-from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.source_record import SourceError
 
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 60.0

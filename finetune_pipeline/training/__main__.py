@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from finetune_pipeline.children import die_with_parent
-from finetune_pipeline.cluster import ClusterError
+from finetune_pipeline.ray_session import ClusterError
+from finetune_pipeline.subprocess_lifetime import die_with_parent
 from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model, check_target_modules
 from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
@@ -75,9 +75,9 @@ def _train(job: TrainingJob, started: float, micro_batch: int | None) -> None:
 
         ray_cluster.train(job, started)
     elif job.settings.workers > 1:
-        from finetune_pipeline.training import accelerated
+        from finetune_pipeline.training import elastic_launch
 
-        accelerated.train(job, started)
+        elastic_launch.train(job, started)
     else:
         choice.backend.run(job, started, micro_batch)
 

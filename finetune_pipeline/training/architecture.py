@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings, project_path
-from finetune_pipeline.training import unpadded
+from finetune_pipeline.training import padding_free
 from finetune_pipeline.training.job import TrainingError
 
 
@@ -209,7 +209,7 @@ def read_architecture(path: Path, name: str) -> Architecture:
             f"{path} does not say {error}, so the memory of {name} cannot be planned; known are models of Llama's "
             "kind (Llama, Mistral, Qwen, Gemma and theirs)"
         ) from error
-    return replace(architecture, shares_rows=unpadded.fits(SimpleNamespace(**{"model_type": "", **config})))
+    return replace(architecture, shares_rows=padding_free.fits(SimpleNamespace(**{"model_type": "", **config})))
 
 
 _COUNTS = (

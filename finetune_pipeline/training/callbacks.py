@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.training import team
+from finetune_pipeline.training import distributed
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob
 from finetune_pipeline.training.model import memory_now
@@ -39,7 +39,7 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
                 return
             must_be_finite(logs["loss"], state.global_step)
             now = time.monotonic()
-            if not team.is_first():
+            if not distributed.is_first():
                 return
             last = state.global_step + args.logging_steps > state.max_steps
             if last or now - self.written >= _SECONDS_BETWEEN_LINES:
@@ -48,14 +48,14 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            team.wait()  # each process writes a file of its own into it
-            if not team.first_says(lambda: _weights_are_finite(checkpoint)):
-                if team.is_first():
+            distributed.wait()  # each process writes a file of its own into it
+            if not distributed.first_says(lambda: _weights_are_finite(checkpoint)):
+                if distributed.is_first():
                     shutil.rmtree(checkpoint)  # it is worse than none: a resumed training would start from it
                 must_be_finite(math.nan, state.global_step)
-            if team.is_first():
+            if distributed.is_first():
                 mark_complete(checkpoint, job.key)
-            team.checkpoint_is_whole(checkpoint)
+            distributed.checkpoint_is_whole(checkpoint)
 
     return Reporter()
 

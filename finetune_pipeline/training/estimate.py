@@ -11,7 +11,7 @@ from typing import Literal
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.architecture import Architecture
-from finetune_pipeline.training.unpadded import tokens_at_a_time
+from finetune_pipeline.training.padding_free import tokens_at_a_time
 
 GIB = 2**30
 

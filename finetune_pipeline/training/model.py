@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training import team
+from finetune_pipeline.training import distributed
 from finetune_pipeline.training.job import ADAPTER, TrainingError, TrainingJob
 from finetune_pipeline.training.process import peak_resident_bytes
 
@@ -45,7 +45,7 @@ def load_model(job: TrainingJob, bfloat16: bool) -> Any:
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
     )
-    device = {"": team.device_index()} if gpu else {"": "cpu"}
+    device = {"": distributed.device_index()} if gpu else {"": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(
         job.base_model, quantization_config=four_bits, device_map=device, **arguments
     )
@@ -94,9 +94,9 @@ def must_shard(job: TrainingJob, bfloat16: bool) -> bool:
     """Whether the base's weights, in bfloat16 or not, are dealt out to the team's GPUs (FSDP): one cannot hold them."""
     import torch
 
-    if team.size() == 1 or not torch.cuda.is_available() or job.settings.adapter == "qlora":
+    if distributed.size() == 1 or not torch.cuda.is_available() or job.settings.adapter == "qlora":
         return False
-    card = torch.cuda.get_device_properties(team.device_index()).total_memory
+    card = torch.cuda.get_device_properties(distributed.device_index()).total_memory
     return weights_exceed_card(job.base_model, 2 if bfloat16 else 4, card)
 
 

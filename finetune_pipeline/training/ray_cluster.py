@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.cluster import check_installed, connected
-from finetune_pipeline.training import team
+from finetune_pipeline.ray_session import check_installed, connected
+from finetune_pipeline.training import distributed
 from finetune_pipeline.training.callbacks import VALIDATION_LOSS
 from finetune_pipeline.training.job import (
     ADAPTER,
@@ -98,7 +98,7 @@ def train(job: TrainingJob, started: float) -> None:
         ClusterError: Ray is not installed, or no cluster answers.
     """
     check_installed("training.compute")
-    team.share(job.settings, job.settings.workers)
+    distributed.share(job.settings, job.settings.workers)
     import ray
 
     storage = _storage()
@@ -226,7 +226,9 @@ def _fit(order: Order, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any
     try:
         result = trainer.fit()
     except WorkerGroupError as error:
-        ran_out = [failure for failure in error.worker_failures.values() if isinstance(failure, team.MemoryRanOutHere)]
+        ran_out = [
+            failure for failure in error.worker_failures.values() if isinstance(failure, distributed.MemoryRanOutHere)
+        ]
         if not ran_out:
             raise
         return str(ran_out[0]), None
@@ -261,9 +263,9 @@ def _work(config: dict[str, Any]) -> str:
             finished(job) is None
         ):  # else it is the result that was restored; kept again, Ray would remove it as the older
             settle_trackers(own)
-            team.keep_checkpoints(_keep)
+            distributed.keep_checkpoints(_keep)
             with _told(own / PROGRESS, config["mailbox"].put.remote):
-                refusal = team.take_part(job, time.monotonic())
+                refusal = distributed.take_part(job, time.monotonic())
             if refusal:
                 return refusal
             _keep(own, _RESULT)
@@ -337,7 +339,7 @@ def _keep(folder: Path, name: str = "") -> None:
     from ray.train import Checkpoint
 
     losses = [entry[VALIDATION_LOSS] for entry in _state(folder)["log_history"] if VALIDATION_LOSS in entry]
-    checkpoint = Checkpoint.from_directory(folder) if folder.is_dir() and (team.is_first() or not name) else None
+    checkpoint = Checkpoint.from_directory(folder) if folder.is_dir() and (distributed.is_first() or not name) else None
     score = {VALIDATION_LOSS: losses[-1] if losses else 0.0}  # alike, where nothing is validated: the newest is kept
     ray.train.report(score, checkpoint=checkpoint, checkpoint_dir_name=name or folder.name)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training import team, unpadded
+from finetune_pipeline.training import distributed, padding_free
 from finetune_pipeline.training.callbacks import (
     VALIDATION_LOSS,
     NothingLeft,
@@ -79,7 +79,7 @@ def run_training(
         TrainingError: the dataset, the base model or the loss makes it impossible.
     """
     settings = job.settings
-    share = team.share(settings, team.size())
+    share = distributed.share(settings, distributed.size())
     mine = {"batch_size": share.batch_size, "gradient_accumulation": share.gradient_accumulation}
     running = with_micro_batch(settings.model_copy(update=mine), micro_batch)
     tokens = tokenizer(job.base_model)
@@ -88,15 +88,17 @@ def run_training(
         data = load_preferences(job, data, tokens)
     bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)  # also where memory allows fewer at a time
     check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=_cards(job, bfloat16))
-    with nullcontext() if team.size() > 1 else memory_may_run_out(running):  # alone no process of a team can go back
+    with (
+        nullcontext() if distributed.size() > 1 else memory_may_run_out(running)
+    ):  # alone no process of a team can go back
         done = _trained(job, running, data, tokens, bfloat16, load_model)
     trainer = done.trainer
     result = _result(job, running, data, done, bfloat16, started)
     weights = whole_weights(trainer.model)
-    if team.is_first():
+    if distributed.is_first():
         save_adapter(trainer.model, job, weights)
         finish(job, result)
-    team.wait()
+    distributed.wait()
     return result
 
 
@@ -133,7 +135,7 @@ def _result(
 
 def _cards(job: TrainingJob, bfloat16: bool) -> int:
     """How many the base's weights are dealt out to."""
-    return team.size() if must_shard(job, bfloat16) else 1
+    return distributed.size() if must_shard(job, bfloat16) else 1
 
 
 def _trained(
@@ -153,7 +155,7 @@ def _trained(
         running,
         data,
         tokens,
-        _steps(len(data.train), job.settings if team.size() > 1 else running),
+        _steps(len(data.train), job.settings if distributed.size() > 1 else running),
         bfloat16,
         load_model,
     )
@@ -162,7 +164,7 @@ def _trained(
     if measure is not None:
         trainer.add_callback(validator(measure, running.early_stopping))
     trainer.add_callback(resumer(running.early_stopping))
-    checkpoint = team.first_then_others(lambda: last_complete(job.output / CHECKPOINTS, job.key))
+    checkpoint = distributed.first_then_others(lambda: last_complete(job.output / CHECKPOINTS, job.key))
     seconds = _train(trainer, checkpoint)
     best = _take_best(trainer)
     after = _mean_loss(trainer, data.measure)
@@ -219,9 +221,9 @@ def _sft_trainer(
 ) -> "SFTTrainer":
     from trl import SFTConfig, SFTTrainer
 
-    shared_rows = unpadded.fits(base.config)
+    shared_rows = padding_free.fits(base.config)
     if shared_rows:
-        base.set_attn_implementation(unpadded.register_attention())
+        base.set_attn_implementation(padding_free.register_attention())
     config = SFTConfig(
         **arguments,
         completion_only_loss=True,
@@ -232,7 +234,7 @@ def _sft_trainer(
         train_sampling_strategy="random" if shared_rows else "group_by_length",
         loss_type="nll" if not shared_rows and _trains_output_layer(job, base) else None,
     )
-    return (unpadded.trainer_class() if shared_rows else SFTTrainer)(
+    return (padding_free.trainer_class() if shared_rows else SFTTrainer)(
         **with_adapter(base, job),
         args=config,
         train_dataset=data.train,
@@ -313,7 +315,7 @@ def _mean_loss(trainer: "Trainer", dataset: "Dataset") -> float:
         # Every process measures all: the Trainer's own loader would deal the examples out, and repeat some to fill up.
         for examples in DataLoader(dataset, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
             batch = trainer._prepare_inputs(examples)
-            counted = unpadded.answers(batch)
+            counted = padding_free.answers(batch)
             total += float(trainer.compute_loss(model, batch)) * counted
             tokens += counted
     model.train()

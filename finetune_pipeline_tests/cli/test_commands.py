@@ -11,11 +11,11 @@ from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.cli import doctor as doctor_module
 from finetune_pipeline.cli.ask import spec_of
 from finetune_pipeline.cli.main import finetune
-from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.registry.models import Candidate
+from finetune_pipeline.ray_session import ClusterError
+from finetune_pipeline.registry.model_versions import Candidate
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop
 from finetune_pipeline.training.backends.base import Availability
 from finetune_pipeline.training.backends.unsloth import Unsloth

@@ -13,8 +13,8 @@ from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.records import GgufManifest
 from finetune_pipeline.registry.champion import champion
-from finetune_pipeline.registry.models import Candidate
-from finetune_pipeline.registry.trainings import TrainingRun, record_training
+from finetune_pipeline.registry.model_versions import Candidate
+from finetune_pipeline.registry.training_jobs import TrainingRun, record_training
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.registry.conftest import promote_over
 

@@ -20,8 +20,8 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import find, record
-from finetune_pipeline.loop import reading
-from finetune_pipeline.loop.review import refusal
+from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.review_queue import refusal
 from finetune_pipeline.settings import PROJECT_ROOT, load_loop
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -36,7 +36,7 @@ def five(own_home):
         interaction(f"{n}", prompt=f"please add wall number {n} by the river", output=ANSWER, confidence=n / 10)
         for n in range(1, 6)
     ]
-    assert reading.policy(load_loop(LOOP)).problem(ANSWER) is None
+    assert loop_files.policy(load_loop(LOOP)).problem(ANSWER) is None
     put(*events)
 
 
@@ -127,13 +127,13 @@ def test_an_answer_that_breaks_the_schema_cannot_be_approved():
 def test_what_no_approval_can_pass_is_said_at_once(own_home, limits, why):
     loop = load_loop(LOOP)
     curation = loop.curation.model_copy(update=limits)
-    policy = reading.policy(loop.model_copy(update={"curation": curation}))
+    policy = loop_files.policy(loop.model_copy(update={"curation": curation}))
     asked = interaction("1", prompt="please add wall number 1 by the river", output=ANSWER)
-    assert refusal(asked, ANSWER, reading.policy(loop)) is None
+    assert refusal(asked, ANSWER, loop_files.policy(loop)) is None
     assert refusal(asked, ANSWER, policy) == why
-    question = next(iter(reading.benchmark(loop).questions)).prompt
+    question = next(iter(loop_files.benchmark(loop).questions)).prompt
     leak = asked.model_copy(update={"prompt": question})
-    assert refusal(leak, ANSWER, reading.policy(loop)) == "near-duplicate of a benchmark question"
+    assert refusal(leak, ANSWER, loop_files.policy(loop)) == "near-duplicate of a benchmark question"
 
 
 def test_an_edit_is_held_to_the_schema_and_can_be_mended(tmp_path):

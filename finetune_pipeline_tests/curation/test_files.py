@@ -7,14 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.cluster import ClusterError
 from finetune_pipeline.curation import chosen, sifted, snapshot
 from finetune_pipeline.curation.dataset import curate, curate_files, write_dataset
 from finetune_pipeline.curation.origins import ORIGINS
 from finetune_pipeline.curation.rules import Policy, answer_validator
 from finetune_pipeline.curation.sifted import Cache
 from finetune_pipeline.curation.snapshot import table_of
-from finetune_pipeline.loop.reading import identity
+from finetune_pipeline.pipeline.loop_files import identity
+from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.settings import CurationSettings
 
 from ..conftest import needs_ray

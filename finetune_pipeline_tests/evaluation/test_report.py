@@ -12,7 +12,7 @@ from finetune_pipeline.evaluation.confidence import separation
 from finetune_pipeline.evaluation.figures import markdown_table, metric_table, show
 from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.report import ReportError, plot_png, slices_of_report, verdict_of_report, write_report
-from finetune_pipeline.loop.promoted_model import _scores
+from finetune_pipeline.orchestration.promoted_model import _scores
 from finetune_pipeline.schemas import Rule
 from finetune_pipeline.settings import GateSettings
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_benchmark

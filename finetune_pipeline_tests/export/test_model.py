@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from finetune_pipeline.export.checks import agreement, tokenizer_parity
 from finetune_pipeline.export.gguf import convert, quantise, tensor_types
 from finetune_pipeline.export.merge import merge
 from finetune_pipeline.export.model import export, export_adapter
+from finetune_pipeline.export.parity import agreement, tokenizer_parity
 from finetune_pipeline.export.reference import Questions, answer
 from finetune_pipeline.export.tokenizer import gguf_name
 from finetune_pipeline.inference.engine import Engine

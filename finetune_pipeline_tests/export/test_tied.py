@@ -5,9 +5,9 @@ import json
 import pytest
 
 from finetune_pipeline.export import merge
-from finetune_pipeline.export.checks import agreement
 from finetune_pipeline.export.gguf import convert
 from finetune_pipeline.export.merge import merge_here
+from finetune_pipeline.export.parity import agreement
 from finetune_pipeline.export.reference import Questions
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec

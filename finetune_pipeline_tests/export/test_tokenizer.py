@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from finetune_pipeline.export.checks import tokenizer_parity
 from finetune_pipeline.export.gguf import convert
+from finetune_pipeline.export.parity import tokenizer_parity
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.export.tokenizer import chat_template, gguf_name, stage
 from finetune_pipeline.inference.engine import Engine

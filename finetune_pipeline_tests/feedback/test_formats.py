@@ -12,13 +12,13 @@ from finetune_pipeline.feedback import FeedbackClient, FeedbackError, formats, s
 from finetune_pipeline.feedback.formats import BadLine, export_alpaca, export_events
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.records import Feedback, Interaction, Turn
-from finetune_pipeline.sources import rows
+from finetune_pipeline.sources import row_readers
 from finetune_pipeline.sources.jsonl import open_log, read_lines
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
 
 def rows_of(path, loop):
-    return rows.read_rows(path, loop.sources.max_line_bytes)
+    return row_readers.read_rows(path, loop.sources.max_line_bytes)
 
 
 def read_events(path, loop):
@@ -329,7 +329,7 @@ def test_an_element_longer_than_the_buffer_is_read_whole(tmp_path, loop):
 def test_wherever_the_buffer_ends_the_elements_are_the_same(tmp_path, loop, monkeypatch, block):
     items = [{**GOOD, "output": '\ud83d\udea7 \\ "\n', "reward": -0.25}, {**GOOD, "prompt": "q", "confidence": 1e-3}]
     path = write_array(tmp_path / "log.json", *items, indent=1)
-    monkeypatch.setattr(rows, "_BLOCK", block)
+    monkeypatch.setattr(row_readers, "_BLOCK", block)
     first, second = read_events(path, loop)
     assert (first[0].output, first[1].reward, second[0].confidence) == ('🚧 \\ "\n', -0.25, 0.001)
 

@@ -5,7 +5,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import store
-from finetune_pipeline.feedback.forgetting import forget_user
+from finetune_pipeline.feedback.erasure import forget_user
 from finetune_pipeline.feedback.review import ReviewError, candidates, decide, look, undo
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import bring_back, find, new_examples, tally, withdraw

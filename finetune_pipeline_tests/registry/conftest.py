@@ -12,7 +12,7 @@ from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import Database
 from finetune_pipeline.registry.champion import champion, promote, serving
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
-from finetune_pipeline.registry.models import Candidate, ModelVersion
+from finetune_pipeline.registry.model_versions import Candidate, ModelVersion
 
 
 def compared(db: Database, candidate: Candidate, id: str, **changes: Any) -> str:

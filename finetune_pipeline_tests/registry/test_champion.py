@@ -14,11 +14,17 @@ from finetune_pipeline import artifacts
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.database.tables import models
-from finetune_pipeline.registry import models as models_module
+from finetune_pipeline.registry import model_versions as models_module
 from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, resolve, rollback, switch
 from finetune_pipeline.registry.comparisons import find_comparison
-from finetune_pipeline.registry.history import history
-from finetune_pipeline.registry.models import Candidate, ModelVersion, RegistryError, UnknownVersion, list_models
+from finetune_pipeline.registry.deployment_history import history
+from finetune_pipeline.registry.model_versions import (
+    Candidate,
+    ModelVersion,
+    RegistryError,
+    UnknownVersion,
+    list_models,
+)
 from finetune_pipeline_tests.registry.conftest import MakeCandidate, compared, promote_over
 
 
@@ -325,7 +331,7 @@ SCRIPT = """
 import os, pathlib, sys
 from finetune_pipeline.database import connect
 from finetune_pipeline.registry import champion
-from finetune_pipeline.registry.models import Candidate
+from finetune_pipeline.registry.model_versions import Candidate
 
 url, candidate, expected, wait, comparison = sys.argv[1:]
 if wait == "kill":

@@ -16,11 +16,11 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry import champion as champion_module
 from finetune_pipeline.registry import deletion
-from finetune_pipeline.registry import models as models_module
+from finetune_pipeline.registry import model_versions as models_module
 from finetune_pipeline.registry.champion import champion, promote, resolve, rollback, switch
 from finetune_pipeline.registry.deletion import Fate, ModelFolder, Standing, decide_fates, delete, survey
-from finetune_pipeline.registry.history import Deployment, history, stack_of
-from finetune_pipeline.registry.models import Candidate, ModelVersion, RegistryError, list_models
+from finetune_pipeline.registry.deployment_history import Deployment, history, stack_of
+from finetune_pipeline.registry.model_versions import Candidate, ModelVersion, RegistryError, list_models
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline_tests.registry.conftest import promote_over
 

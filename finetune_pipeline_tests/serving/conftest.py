@@ -26,7 +26,7 @@ from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.export.gguf import convert, convert_adapter, quantise
 from finetune_pipeline.export.model import ExportedModel
 from finetune_pipeline.registry import champion
-from finetune_pipeline.registry.models import Candidate, ModelVersion
+from finetune_pipeline.registry.model_versions import Candidate, ModelVersion
 from finetune_pipeline.serving.app import create_app
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home

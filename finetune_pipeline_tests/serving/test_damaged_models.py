@@ -10,7 +10,7 @@ from finetune_pipeline.cli.ask import spec_of
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.registry import champion
-from finetune_pipeline.registry.models import RegistryError
+from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline_tests.inference.test_remote import answering, chunk, sse
 from finetune_pipeline_tests.serving.conftest import make_loop, promote, serving, wait_until
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import connect, tables
 from finetune_pipeline.export.base_gguf import base_gguf
-from finetune_pipeline.feedback.journal import journal_folder
+from finetune_pipeline.feedback.write_ahead_log import journal_folder
 from finetune_pipeline.settings import load_loop
 from finetune_pipeline_tests.serving.conftest import PROMPT, events, free_port, make_loop, process, serving, wait_until
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_recorded_is_not_answered(tmp_path, monkeypatch):
     if mount.returncode:
         pytest.skip(f"a small disk to fill can only be mounted by root here: {mount.stderr.strip()}")
     try:
-        monkeypatch.setattr("finetune_pipeline.feedback.journal.journal_folder", lambda: disk)
+        monkeypatch.setattr("finetune_pipeline.feedback.write_ahead_log.journal_folder", lambda: disk)
         with serving(make_loop()) as gateway:
             kept = gateway.ask().json()["id"]
             gateway.interaction(kept)  # waits until the journal is empty

@@ -1,6 +1,6 @@
 """What a reading of a source gave, for tests."""
 
-from finetune_pipeline.sources.item import Item
+from finetune_pipeline.sources.source_record import Item
 
 
 def taken(read, feed, **options):

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.settings import PROJECT_ROOT, CodeFeed
-from finetune_pipeline.sources import checks, grammars
-from finetune_pipeline.sources.chunks import Chunk, cut_python, first_sentence
+from finetune_pipeline.sources import grammars, teacher_validation
 from finetune_pipeline.sources.code import read
-from finetune_pipeline.sources.item import Skipped, SourceError
+from finetune_pipeline.sources.code_chunks import Chunk, cut_python, first_sentence
+from finetune_pipeline.sources.source_record import Skipped, SourceError
 
 from .endpoint import said, teaching
 from .readings import taken
@@ -427,8 +427,8 @@ def test_earlier_code_that_is_none_is_refused(repository, code, reason):
 @pytest.mark.usefixtures("_grammars")
 def test_earlier_code_of_a_method_is_read_within_its_class():
     (_, chunk) = [one for one in grammars.cut("java", OTHERS["A.java"]) if isinstance(one, Chunk)]
-    assert checks.earlier_code_flaw("int area() {\n  int one = 1;\n  return one;\n}", chunk) == ""
-    assert "parses" in checks.earlier_code_flaw("def area(self):\n    return 1", chunk)
+    assert teacher_validation.earlier_code_flaw("int area() {\n  int one = 1;\n  return one;\n}", chunk) == ""
+    assert "parses" in teacher_validation.earlier_code_flaw("def area(self):\n    return 1", chunk)
 
 
 SECRET = "sk-proj-" + "a1B2c3D4e5F6g7H8i9J0k1L2"
@@ -511,8 +511,8 @@ def test_over_the_budget_what_was_paid_is_given_and_the_rest_is_named(repository
 def test_whatever_a_teacher_sends_is_judged_and_never_raises(text, code):
     (chunk,) = cut_python(AREA)
     assert isinstance(chunk, Chunk)
-    checks.read_instructions(text)
-    checks.read_refactoring(f"{text}\n```python\n{code}\n```")
-    assert isinstance(checks.instruction_flaw(text, chunk, code), str)
-    assert isinstance(checks.earlier_code_flaw(code, chunk), str)
-    assert isinstance(Skipped("a", checks.earlier_code_flaw(text, chunk)).reason, str)
+    teacher_validation.read_instructions(text)
+    teacher_validation.read_refactoring(f"{text}\n```python\n{code}\n```")
+    assert isinstance(teacher_validation.instruction_flaw(text, chunk, code), str)
+    assert isinstance(teacher_validation.earlier_code_flaw(code, chunk), str)
+    assert isinstance(Skipped("a", teacher_validation.earlier_code_flaw(text, chunk)).reason, str)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.settings import PROJECT_ROOT, DocumentsFeed
 from finetune_pipeline.sources.documents import _diagram_flaw, _fill, _form_flaw, read, read_template
-from finetune_pipeline.sources.facts import PLACEHOLDERS, facts
-from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, facts
+from finetune_pipeline.sources.source_record import SourceError
 
 from .endpoint import said, teaching
 from .readings import taken

@@ -17,8 +17,8 @@ from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.records import Turn, without_system_prompt
 from finetune_pipeline.settings import FilesFeed
 from finetune_pipeline.sources.files import read, read_file
-from finetune_pipeline.sources.item import Item, Skipped, SourceError
 from finetune_pipeline.sources.jsonl import read_whole
+from finetune_pipeline.sources.source_record import Item, Skipped, SourceError
 from finetune_pipeline_tests.conftest import SHARED
 
 SNIPS = SHARED / "snips" / "raw"

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from finetune_pipeline.sources.item import SourceError
 from finetune_pipeline.sources.jsonl import HOLE, event_files, open_log, read_lines
+from finetune_pipeline.sources.source_record import SourceError
 from finetune_pipeline_tests.conftest import interaction
 
 

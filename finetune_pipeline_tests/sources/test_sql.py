@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.settings import SqlFeed
-from finetune_pipeline.sources.item import Item, Mark, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Item, Mark, Skipped, SourceError
 from finetune_pipeline.sources.sql import _is_ahead, read
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -364,7 +364,7 @@ def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path):
     script = f"""
 import resource
 from finetune_pipeline.settings import SqlFeed
-from finetune_pipeline.sources.item import Item
+from finetune_pipeline.sources.source_record import Item
 from finetune_pipeline.sources.sql import _is_ahead, read
 found, first = 0, 0
 for one in read(SqlFeed.model_validate_json({one.model_dump_json()!r}), None):

@@ -3,7 +3,7 @@
 import pytest
 import sqlalchemy as sa
 
-from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.source_record import SourceError
 
 from .test_sql import feed, given
 

@@ -10,7 +10,7 @@ import pytest
 
 from finetune_pipeline.settings import PROJECT_ROOT, home
 from finetune_pipeline.sources import teacher as module
-from finetune_pipeline.sources.item import SourceError
+from finetune_pipeline.sources.source_record import SourceError
 from finetune_pipeline.sources.teacher import Question, Teacher
 
 from .endpoint import error, said, teaching

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_pipeline.loop.feeds import reader
+from finetune_pipeline.pipeline.source_sync import reader
 from finetune_pipeline.settings import CodeFeed, DocumentsFeed, FilesFeed, VaultFeed
-from finetune_pipeline.sources.item import Item, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Item, Skipped, SourceError
 
 from .test_documents import FLOW, NOTE
 

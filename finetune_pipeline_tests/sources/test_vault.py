@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_pipeline.settings import VaultFeed
-from finetune_pipeline.sources.item import Item, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Item, Skipped, SourceError
 from finetune_pipeline.sources.vault import read
 from finetune_pipeline.sources.vault.folder import File
 from finetune_pipeline.sources.vault.note import Rules, read_note

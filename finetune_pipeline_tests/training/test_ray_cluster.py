@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from finetune_pipeline.artifacts import write_text
-from finetune_pipeline.cluster import ClusterError
+from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.training import ray_cluster
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
 from finetune_pipeline.training.launch import train

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from finetune_pipeline.settings import VaultFeed, project_path
-from finetune_pipeline.sources.item import Item, Reading, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Item, Reading, Skipped, SourceError
 from finetune_pipeline.sources.vault.folder import File, find, load
 from finetune_pipeline.sources.vault.note import Rules, read_note
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from finetune_pipeline.sources.item import Skipped
+from finetune_pipeline.sources.source_record import Skipped
 
 
 @dataclass(frozen=True)

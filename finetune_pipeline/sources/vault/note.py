@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import PurePosixPath
 
 from finetune_pipeline.settings import VaultFeed
-from finetune_pipeline.sources.item import Item, Skipped
+from finetune_pipeline.sources.source_record import Item, Skipped
 from finetune_pipeline.sources.vault.folder import File
 from finetune_pipeline.sources.vault.markdown import Section, heading_text, readable, sections, tags_in
+from finetune_pipeline.sources.vault.prompt import Name, name_of, question
 from finetune_pipeline.sources.vault.properties import Broken, created, properties, split, tags
-from finetune_pipeline.sources.vault.question import Name, name_of, question
 
 _AFTER_KIND = re.compile(r"\s*(?::|–|—|\s-\s)\s*")
 _BEFORE_NAME = re.compile(r"[\W\d_]*")

@@ -243,7 +243,7 @@ def _run(job: TrainingJob, path: Path, follower: _Follower) -> None:
 
 
 def _command(path: Path) -> list[str]:
-    children = [sys.executable, "-m", "finetune_pipeline.children", str(os.getpid())]
+    children = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
     # The plugin lies beside the configuration; what this project needs on the path would only be in the way there.
     command = ["env", f"PYTHONPATH={path.parent}", str(Path(os.environ[COMMAND]).expanduser())]
     return [*children, *command, "train", str(path), "--launcher", "python"]

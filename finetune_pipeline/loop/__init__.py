@@ -1,1 +1,0 @@
-"""The door for Dagster: the component, one file for each asset, automation."""

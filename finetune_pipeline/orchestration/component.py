@@ -1,0 +1,48 @@
+"""The Dagster component `FineTuneLoop`: from the settings of one YAML to one loop's definitions."""
+
+from typing import Self
+
+import dagster as dg
+from pydantic import BaseModel
+
+from finetune_pipeline.orchestration.automation import automation
+from finetune_pipeline.orchestration.curated_dataset import curated_dataset_asset
+from finetune_pipeline.orchestration.eval_report import eval_report_asset
+from finetune_pipeline.orchestration.gguf_model import gguf_model_asset
+from finetune_pipeline.orchestration.io_manager import ArtifactPointers, pointers_key
+from finetune_pipeline.orchestration.lora_adapter import lora_adapter_asset
+from finetune_pipeline.orchestration.promoted_model import promoted_model_asset
+from finetune_pipeline.orchestration.raw_logs import raw_logs_asset
+from finetune_pipeline.settings import LoopSettings
+
+
+class FineTuneLoop(dg.Component):
+    """One fine-tuning loop: six assets, their checks, a job, a sensor and two schedules."""
+
+    def __init__(self, settings: LoopSettings) -> None:
+        self.settings = settings
+
+    @classmethod
+    def get_model_cls(cls) -> type[BaseModel]:
+        """The settings that `attributes:` of a `defs.yaml` takes."""
+        return LoopSettings
+
+    @classmethod
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
+        """Make the component from its checked settings."""
+        assert isinstance(attributes, LoopSettings)
+        return cls(attributes)
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        """The loop's definitions."""
+        loop = self.settings
+        assets = [
+            raw_logs_asset(loop),
+            curated_dataset_asset(loop),
+            lora_adapter_asset(loop),
+            gguf_model_asset(loop),
+            eval_report_asset(loop),
+            promoted_model_asset(loop),
+        ]
+        pointers = {pointers_key(loop): ArtifactPointers(loop.name)}
+        return dg.Definitions.merge(dg.Definitions(assets=assets, resources=pointers), automation(loop))

@@ -1,0 +1,90 @@
+"""Proof that a model may be evaluated and promoted: each blocking check passed on exactly the content it was made from.
+
+The outcomes are read from the database, by hash; independent of Dagster.
+"""
+
+from collections.abc import Iterable
+
+from finetune_pipeline.artifacts import Artifact, ArtifactError, check_unaltered, read, stage_folder
+from finetune_pipeline.curation.dataset import overlaps, read_all
+from finetune_pipeline.database import connect
+from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.records import DatasetManifest, GgufManifest, Manifest
+from finetune_pipeline.registry.check_outcomes import outcomes_of
+from finetune_pipeline.settings import LoopSettings
+
+
+class NotProven(ArtifactError):
+    """A blocking check of a model or its datasets failed or was not run; the message says which."""
+
+
+def check_proven(gguf: Artifact[GgufManifest]) -> None:
+    """Refuse a model unless all blocking checks of it and its datasets have passing outcomes.
+
+    Raises:
+        NotProven: the message names the artifact, its checks, and what to do.
+    """
+    manifest = gguf.manifest
+    if not manifest.datasets:
+        raise NotProven(
+            f"gguf_model {manifest.version} does not name the dataset that it was trained on, since an earlier version "
+            "of this project made it; materialize curated_dataset and everything after it again"
+        )
+    for version, sha256 in manifest.datasets.items():
+        check_passed(manifest.loop, DatasetManifest, version, sha256)
+    check_passed(manifest.loop, GgufManifest, manifest.version, gguf.sha256)
+
+
+def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> None:
+    """Refuse an artifact unless each of its blocking checks has a passing outcome.
+
+    Raises:
+        NotProven: a check failed, or was not run on this content.
+    """
+    outcomes = outcomes_of(connect(), loop, kind, version, sha256)
+    problems = [
+        f"{name} failed in run {outcomes[name].run_id[:8]}" if name in outcomes else f"{name} was not run on it"
+        for name in kind.blocking_checks
+        if name not in outcomes or not outcomes[name].passed
+    ]
+    if problems:
+        raise NotProven(
+            f"{kind.stage} {version} did not pass its blocking checks: {', '.join(problems)}; nothing that was made "
+            f"from it is promoted. Fix the cause, then materialize {kind.stage} and everything after it again"
+        )
+
+
+def dataset_of(loop: str, version: str) -> Artifact[DatasetManifest]:
+    """Return a dataset that a model was trained on, unaltered.
+
+    Raises:
+        ArtifactError: it is missing, or was edited.
+    """
+    dataset = read(DatasetManifest, stage_folder(loop, DatasetManifest.stage) / version)
+    check_unaltered(dataset)
+    return dataset
+
+
+def near_benchmark(loop: LoopSettings, datasets: Iterable[str]) -> str | None:
+    """Return which of these datasets has near-duplicates of the current benchmark's questions; None if none has.
+
+    The check no_benchmark_overlap compared each with the benchmark at the time when it was made. A model that was
+    trained on top of another was trained on the datasets of both.
+
+    Args:
+        datasets: versions of all datasets that a model was trained on.
+
+    Raises:
+        ArtifactError: a dataset is missing, or was edited.
+    """
+    now = loop_files.judging_files(loop)["benchmark"]
+    for dataset in (dataset_of(loop.name, version) for version in datasets):
+        if dataset.manifest.inputs.get("benchmark") == now:
+            continue
+        near = overlaps(read_all(dataset.path), loop_files.policy(loop))
+        if near:
+            return (
+                f"curated_dataset {dataset.manifest.version} was made for another benchmark, and {len(near)} of its "
+                f"examples are near-duplicates of questions of this one ({', '.join(near[:3])})"
+            )
+    return None

@@ -1,0 +1,271 @@
+"""Deleting a person's data, on a real database."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback import store
+from finetune_pipeline.feedback.erasure import forget_user, held_of, tasks_of, wipe
+from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
+
+EVENTS = [
+    # Ann's own, with what others thought of it.
+    interaction("a1", user="ann", flag="low confidence"),
+    feedback("a1-bob", "a1", "correction", correction="right", user="bob"),
+    feedback("a1-check", "a1", "success", score=90),
+    interaction("a2", user="ann"),
+    feedback("a2-ann", "a2", "thumbs_up", user="ann"),
+    # Bob's, where Ann had the last word.
+    interaction("b1", user="bob", flag="low confidence"),
+    feedback("b1-check", "b1", "success", score=100),
+    feedback("b1-ann", "b1", "thumbs_down", user="ann"),
+    interaction("b2", user="bob"),
+    feedback("b2-ann", "b2", "correction", correction="as Ann has it", user="ann"),
+    interaction("b3", user="bob"),
+    feedback("b3-bob", "b3", "thumbs_up", user="bob"),
+    # Of interactions that never came.
+    feedback("x-ann", "x", "thumbs_up", user="ann"),
+    feedback("x-bob", "x", "thumbs_up", user="bob"),
+]
+ANNS = ["a1", "a1-bob", "a1-check", "a2", "a2-ann", "b1-ann", "b2-ann", "x-ann"]
+
+
+def record(db, *events, task="notes"):
+    with db.write() as connection:
+        return store.record(connection, task, events, default_reward)
+
+
+def forget(db, user="ann", task="notes"):
+    with db.write() as connection:
+        return forget_user(connection, task, user, default_reward)
+
+
+def tally(db, task="notes"):
+    with db.read() as connection:
+        return store.tally(connection, task)
+
+
+def examples(db):
+    with db.read() as connection:
+        e = t.examples.c
+        rows = connection.execute(sa.select(e.interaction_id, e.target, e.reward).order_by(e.sequence)).all()
+    return {interaction_id: (target, reward) for interaction_id, target, reward in rows}
+
+
+def everything(db):
+    """All that the tables hold, as text."""
+    with db.read() as connection:
+        return str([connection.execute(sa.select(table)).all() for table in t.metadata.sorted_tables])
+
+
+def test_a_person_is_forgotten_wholly_and_others_are_kept(db):
+    record(db, *EVENTS)
+    with db.read() as connection:
+        held = held_of(connection, "notes", "ann")
+    assert {*held.interactions, *held.feedback} == {str(uid(name)) for name in ANNS}
+    assert set(held.taught) == {str(uid(name)) for name in ("a1", "a2", "b1", "b2", "x")}
+    done = forget(db)
+    assert (done.interactions, done.feedback) == (2, 6)
+    assert done.ids == {str(uid(name)) for name in ANNS}
+    assert "ann" not in everything(db) and "Ann" not in everything(db)
+    # Bob's answers are worth again what they were without Ann.
+    assert examples(db) == {str(uid("b1")): ("answer b1", 1.0), str(uid("b3")): ("answer b3", 1.0)}
+
+
+def test_the_tallies_are_as_if_the_person_had_never_been(db, tmp_path):
+    record(db, *EVENTS)
+    forget(db)
+    other = connect(f"sqlite:///{tmp_path / 'other.db'}")
+    record(other, *(event for event in EVENTS if str(event.id) not in {str(uid(name)) for name in ANNS}))
+    assert tally(db) == tally(other)
+    assert tally(db) == {
+        "interactions": 3, "flagged": 1, "feedback": 3, "feedback.success": 1, "feedback.thumbs_up": 2,
+        "examples": 2, "rewarded": 2, "unmatched": 1,
+    }  # fmt: skip
+
+
+def test_what_was_forgotten_never_comes_back(db):
+    record(db, *EVENTS)
+    forget(db)
+    again = record(db, *EVENTS)
+    assert (again.interactions, again.feedback) == (0, 0)
+    assert {event.id for event in EVENTS} == again.known
+    assert tally(db)["interactions"] == 3
+    assert "ann" not in everything(db)
+    assert forget(db).ids == frozenset()
+
+
+def test_the_forgetting_has_its_place_among_the_events(db):
+    record(db, *EVENTS)
+    with db.read() as connection:
+        before = store.newest_sequence(connection)
+    forget(db)
+    with db.read() as connection:
+        rows = connection.execute(sa.select(t.forgotten_events.c.id, t.forgotten_events.c.sequence)).all()
+        after = store.newest_sequence(connection)
+    # And a hash of the name, for what declared sources give.
+    assert len(rows) == len(ANNS) + 1 and {row.id for row in rows} > {str(uid(name)) for name in ANNS}
+    assert sorted(row.sequence for row in rows) == list(range(before + 1, after + 1))
+
+
+def test_another_loop_and_another_name_are_left_alone(db):
+    record(db, *EVENTS, interaction("c", user="Ann"), interaction("d", user="ann2"))
+    strange = interaction("e", user="ann").model_copy(update={"task": "other"})
+    record(db, strange, task="other")
+    forget(db)
+    assert tally(db)["interactions"] == 5
+    assert tally(db, "other") == {"interactions": 1}
+    with db.read() as connection:
+        assert tasks_of(connection) == ["notes", "other"]
+    assert forget(db, task="other").interactions == 1
+    assert tally(db, "other") == {}
+
+
+def test_review_decisions_go_with_their_interaction_and_with_their_reviewer(db):
+    record(db, *EVENTS)
+    made = [("on-hers", "a1", "eve", "notes"), ("hers", "b1", "ann", "notes"), ("on-own", "a2", "ann", "notes"),
+            ("others", "b1", "eve", "notes"), ("elsewhere", "c", "ann", "other")]  # fmt: skip
+    rows = [
+        {"id": id, "task": task, "sequence": 1_000 + n, "interaction_id": str(uid(on)), "decision": "edit",
+         "target": f"as {by} has it", "reviewer": by, "created_at": START}
+        for n, (id, on, by, task) in enumerate(made)
+    ]  # fmt: skip
+    with db.write() as connection:
+        connection.execute(t.review_decisions.insert(), rows)
+    with db.read() as connection:
+        assert set(held_of(connection, "notes", "ann").decisions) == {"on-hers", "hers", "on-own"}
+    assert forget(db).decisions == 3
+    with db.read() as connection:
+        assert set(connection.execute(sa.select(t.review_decisions.c.id)).scalars()) == {"others", "elsewhere"}
+    forget(db, task="other")
+    assert "ann" not in everything(db)
+
+
+@pytest.mark.parametrize(
+    ("user", "excerpt", "goes"),
+    [
+        ("ann", '{"prompt": "p", "user": "ann"', True),
+        ("ann", '{"user":"ann","prompt"', True),
+        ("ann", '["ann"', True),
+        ("ann", '{"user": "anna"}', False),
+        ("ann", '{"user": "Ann"}', False),
+        ("ann", '{"prompt": "ann said so"}', False),
+        ("output", '{"output": "x", "user": "bob"}', False),  # the key of a field is no person
+        ("output", '{"output" : "x", "user": "output"}', True),
+        ("Zoë", '{"user": "Zo\\u00eb"}', True),
+        ("Zoë", '{"user": "Zoë"}', True),
+        ('a"b', '{"user": "a\\"b"}', True),
+        ("%", '{"user": "ann"}', False),
+        ("_nn", '{"user": "ann"}', False),
+    ],
+)
+def test_rejected_lines_that_name_the_person_go(db, user, excerpt, goes):
+    row = {"task": "notes", "path": "log.jsonl", "line": 1, "reason": "not JSON", "excerpt": excerpt}
+    with db.write() as connection:
+        connection.execute(t.rejected_lines.insert(), [row, {**row, "line": 2, "excerpt": "other"}])
+    assert forget(db, user).rejected_lines == goes
+    with db.read() as connection:
+        assert connection.execute(sa.select(t.rejected_lines.c.line)).scalars().all() == ([2] if goes else [1, 2])
+
+
+@pytest.mark.parametrize("user", ["'; DROP TABLE interactions; --", "%", "_", "", "ünï 🚧"])
+def test_a_name_is_data(db, user):
+    record(db, *EVENTS, interaction("z", user=user))
+    assert forget(db, user).interactions == 1
+    assert tally(db)["interactions"] == 5
+
+
+def test_more_events_than_one_statement_takes_are_forgotten(db):
+    many = [interaction(f"i{n}", user="ann") for n in range(1_200)]
+    record(db, *many, *(feedback(f"f{n}", f"i{n}", "thumbs_up") for n in range(1_200)))
+    done = forget(db)
+    assert (done.interactions, done.feedback, len(done.ids)) == (1_200, 1_200, 2_400)
+    assert tally(db) == {} and examples(db) == {}
+
+
+def test_a_fault_on_the_way_forgets_nothing(db):
+    record(db, *EVENTS)
+    before = everything(db)
+
+    def broken(feedback, interaction):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), db.write() as connection:
+        forget_user(connection, "notes", "ann", broken)
+    assert everything(db) == before
+
+
+def test_writers_at_the_same_time_lose_nothing(db):
+    record(db, *EVENTS)
+    faults = []
+
+    def write(number):
+        try:
+            for step in range(10):
+                name = f"{number}-{step}"
+                record(db, interaction(name, user="bob"), feedback(f"f{name}", "b1", "thumbs_up", user="bob"), *EVENTS)
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    assert forget(db).interactions == 2
+    for thread in threads:
+        thread.join()
+    assert not faults
+    counts = tally(db)
+    assert (counts["interactions"], counts["feedback"]) == (3 + 40, 3 + 40)
+    assert "ann" not in everything(db)
+
+
+def test_sqlites_files_do_not_hold_the_words_any_more(tmp_path):
+    path = tmp_path / "tests.db"
+    db = connect(f"sqlite:///{path}")
+    secret = "the words that nobody else may read"
+    record(db, *(interaction(f"b{n}", user="bob") for n in range(50)))
+    record(db, interaction("a", user="ann", prompt=secret, output=f"{secret} twice " * 500))
+    record(db, feedback("f", "a", "correction", correction=f"{secret} corrected"))
+    files = [path, tmp_path / "tests.db-wal"]
+    assert any(secret.encode() in file.read_bytes() for file in files)
+    forget(db)
+    assert wipe(db)
+    assert not any(secret.encode() in file.read_bytes() for file in files if file.exists())
+
+
+READER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN")
+connection.execute("SELECT count(*) FROM interactions").fetchone()
+print("reading", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_while_another_process_reads_the_files_are_not_clean_and_it_is_said_soon(tmp_path):
+    path, log = tmp_path / "tests.db", tmp_path / "tests.db-wal"
+    db = connect(f"sqlite:///{path}")
+    record(db, interaction("a", user="ann", output="the words that nobody else may read"))
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with reader:
+        assert reader.stdout.readline() == "reading\n"
+        forget(db)
+        began = time.monotonic()
+        assert not wipe(db)
+        assert time.monotonic() - began < 10
+        assert b"nobody else" in log.read_bytes()
+        reader.stdin.close()
+    assert wipe(db)
+    assert not any(b"nobody else" in file.read_bytes() for file in (path, log) if file.exists())
+    with db.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000

@@ -1,0 +1,100 @@
+import dagster as dg
+import pytest
+import yaml
+
+from finetune_pipeline.definitions import defs
+from finetune_pipeline.orchestration.component import FineTuneLoop
+from finetune_pipeline.orchestration.lora_adapter import NOT_IN_THE_LAUNCHPAD, training_config
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop, read_loop
+from finetune_pipeline_tests.orchestration.conftest import definitions
+
+STAGES = ["raw_logs", "curated_dataset", "lora_adapter", "gguf_model", "eval_report", "promoted_model"]
+
+
+def edges(graph):
+    return {
+        key.to_user_string(): sorted(parent.to_user_string() for parent in graph.get(key).parent_keys)
+        for key in graph.get_all_asset_keys()
+    }
+
+
+def test_the_default_loop_is_six_assets_with_bare_keys():
+    assert edges(defs().resolve_asset_graph()) == {
+        "raw_logs": [],
+        "curated_dataset": ["raw_logs"],
+        "lora_adapter": ["curated_dataset"],
+        "gguf_model": ["lora_adapter"],
+        "eval_report": ["gguf_model"],
+        "promoted_model": ["eval_report", "gguf_model"],
+    }
+
+
+def test_its_checks_and_which_of_them_block():
+    graph = defs().resolve_asset_graph()
+    checks = {f"{key.asset_key.to_user_string()}.{key.name}": graph.get(key).blocking for key in graph.asset_check_keys}
+    assert checks == {
+        "raw_logs.rejected_lines": False,
+        "raw_logs.sources_read": False,
+        "curated_dataset.enough_examples": True,
+        "curated_dataset.no_benchmark_overlap": True,
+        "curated_dataset.targets_parse": True,
+        "gguf_model.loads_and_answers": True,
+        "gguf_model.tokenizer_parity": True,
+        "gguf_model.agreement": False,
+        "eval_report.gain": True,
+        "eval_report.significance": False,
+        "eval_report.no_slice_falls": False,
+    }
+
+
+def test_each_loop_has_a_job_a_sensor_and_two_schedules_all_off():
+    repository = defs().get_repository_def()
+    assert repository.has_job("aec_parser_loop")
+    (sensor,) = repository.sensor_defs
+    assert (sensor.name, sensor.default_status) == ("aec_parser_new_examples", dg.DefaultSensorStatus.STOPPED)
+    schedules = {schedule.name: schedule.default_status for schedule in repository.schedule_defs}
+    assert schedules == {
+        "aec_parser_nightly": dg.DefaultScheduleStatus.STOPPED,
+        "aec_parser_yearly": dg.DefaultScheduleStatus.STOPPED,
+    }
+
+
+def test_they_are_on_where_the_yaml_says_so(make_loop):
+    repository = definitions(make_loop(trigger={"running": True})).get_repository_def()
+    assert [sensor.default_status for sensor in repository.sensor_defs] == [dg.DefaultSensorStatus.RUNNING]
+    on = [schedule.name for schedule in repository.schedule_defs if schedule.default_status.value == "RUNNING"]
+    assert on == ["notes_yearly"]  # the nightly one is for those who do without the sensor
+
+
+def test_a_second_loop_is_yaml_alone_and_stands_beside_the_first():
+    second = read_loop(PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml")
+    both = dg.Definitions.merge(definitions(load_loop("aec_parser")), definitions(second))
+    keys = set(edges(both.resolve_asset_graph()))
+    assert keys == {*STAGES, *(f"meeting_notes/{stage}" for stage in STAGES)}
+    groups = {spec.group_name for spec in both.resolve_all_asset_specs()}
+    assert groups == {"aec_parser", "meeting_notes"}
+    assert {job.name for job in both.get_repository_def().get_all_jobs()} >= {"aec_parser_loop", "meeting_notes_loop"}
+
+
+def test_dagster_reads_the_examples_yaml_as_it_is():
+    text = (PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml").read_text()
+    component = FineTuneLoop.from_attributes_dict(attributes=yaml.safe_load(text)["attributes"])
+    assert component.settings.output_schema is None
+
+
+def test_keep_champion_makes_the_gate_a_check_that_does_not_block(make_loop):
+    graph = definitions(make_loop(gate={"on_reject": "keep_champion"})).resolve_asset_graph()
+    assert {key.name: graph.get(key).blocking for key in graph.asset_check_keys}["gain"] is False
+
+
+def test_every_hyperparameter_can_be_set_for_one_run(make_loop):
+    config = training_config(make_loop(training={"epochs": 4}))
+    assert set(config.model_fields) == set(TrainingSettings.model_fields) - NOT_IN_THE_LAUNCHPAD
+    assert config().epochs == 4
+    assert config(epochs=1, seed=9).seed == 9
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_assets_docstring_is_its_page_in_the_ui(stage):
+    specs = {spec.key.path[-1]: spec for spec in defs().resolve_all_asset_specs()}
+    assert len(specs[stage].description) > 60

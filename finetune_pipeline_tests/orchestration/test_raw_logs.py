@@ -1,0 +1,235 @@
+"""A snapshot writes only what is new, and gives the same dataset as one that was written at once."""
+
+import random
+import shutil
+import uuid
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+import sqlalchemy as sa
+
+from finetune_pipeline.artifacts import point, pointed, stage_folder
+from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.database import connect
+from finetune_pipeline.database import tables as t
+from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.feedback.store import newest_sequence, record
+from finetune_pipeline.orchestration import raw_logs
+from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.records import DatasetManifest, Turn
+from finetune_pipeline_tests.conftest import feedback, interaction
+from finetune_pipeline_tests.orchestration.conftest import corrected, definitions
+
+
+def add(loop, *events, database=None):
+    with (database or connect()).write() as connection:
+        record(connection, loop.name, events, default_reward)
+
+
+def take(loop, database=None):
+    """A snapshot as a run would take it: the pointer moves."""
+    artifact, _ = raw_logs.snapshot(loop, database or connect())
+    point(artifact.manifest, "a run")
+    return artifact
+
+
+def forget_last(loop):
+    shutil.rmtree(stage_folder(loop.name, "runs"))
+
+
+def rows(artifact, part):
+    return pq.read_table(artifact.path / part).to_pylist()
+
+
+def test_only_what_came_or_changed_is_written_and_the_rest_is_linked(loop):
+    add(loop, *corrected(["ash", "birch"]))
+    first = take(loop)
+    add(loop, *corrected(["cedar"]), feedback("late", "ash", "correction", 5, correction="ash never spoke"))
+    second = take(loop)
+    assert second.manifest.parts == ["records-0001.parquet", "records-0002.parquet"]
+    assert (second.manifest.new, second.manifest.interactions, second.manifest.watermark) == (2, 3, 7)
+    old, linked = first.path / "records-0001.parquet", second.path / "records-0001.parquet"
+    assert old.stat().st_ino == linked.stat().st_ino
+    assert [row["target"] for row in rows(second, "records-0002.parquet")] == ["ash never spoke", "cedar spoke"]
+    kept = {
+        row["completion"] for split in ("train", "validation") for row in read_rows(dataset(loop, second).path, split)
+    }
+    assert kept == {"ash never spoke", "birch spoke", "cedar spoke"}
+
+
+def test_one_run_links_what_another_run_wrote(loop, instance):
+    keys = ["notes/raw_logs", "notes/curated_dataset"]
+    for name, parts in [("ash", 1), ("birch", 2)]:
+        add(loop, *corrected([f"{name} {n}" for n in range(8)]))
+        assets = definitions(loop).resolve_asset_graph().assets_defs
+        mine = [asset for asset in assets if asset.key.to_user_string() in keys]
+        done = dg.materialize(mine, instance=instance)
+        (event,) = [e for e in done.get_asset_materialization_events() if e.asset_key.path[-1] == "raw_logs"]
+        metadata = event.materialization.metadata
+        assert (metadata["parts"].value, metadata["rows_of_newest_part"].value) == (parts, 8)
+    assert pointed(DatasetManifest, loop.name).manifest.inputs["raw_logs"] == metadata["version"].value
+
+
+def test_nothing_new_gives_the_last_snapshot(loop):
+    add(loop, *corrected(["ash"]))
+    first = take(loop)
+    other = interaction("elsewhere").model_copy(update={"task": "another"})
+    with connect().write() as connection:
+        record(connection, "another", [other], default_reward)
+    assert take(loop) == first
+
+
+def test_a_row_holds_all_that_was_logged(loop):
+    logged = interaction(
+        "ash", history=(Turn(role="user", content="hello"),), validation_score=70, domain="forest", kind="note",
+        retrieved_context="a tree", arm="challenger", flag="unsure", model="notes@v1.0.0", user="ann",
+    )  # fmt: skip
+    add(loop, logged)
+    (row,) = rows(take(loop), "records-0001.parquet")
+    assert row["history"] == [{"role": "user", "content": "hello"}]
+    values = logged.model_dump()
+    for name in (
+        "validation_score",
+        "domain",
+        "kind",
+        "retrieved_context",
+        "arm",
+        "flag",
+        "model",
+        "user",
+        "created_at",
+    ):
+        assert row[name] == values[name]
+    assert row["target"] is None
+
+
+def random_events(seed):
+    """Batches of events: conversations, feedback that comes late or before its interaction, personal data."""
+    choose = random.Random(seed)
+    batches, asked = [], []
+    for batch in range(6):
+        events = []
+        for n in range(choose.randint(1, 8)):
+            name = f"{batch}-{n}"
+            asked.append(name)
+            turns = (Turn(role="user", content=f"about {choose.choice('abc')}"),) if choose.random() < 0.3 else ()
+            prompt = f"{choose.choice('abcdef')} asks ann@example.com about matter {choose.randint(1, 12)}"
+            events.append(interaction(name, prompt=prompt, history=turns))
+        for n in range(choose.randint(0, 12)):
+            on = choose.choice([*asked, f"{batch + 1}-0"])
+            kind = choose.choice(["correction", "thumbs_up", "thumbs_down"])
+            words = {"correction": f"answer {choose.randint(1, 5)}"} if kind == "correction" else {}
+            events.append(feedback(f"f{batch}-{n}", on, kind, batch * 100 + n, **words))
+        batches.append(events)
+    return batches
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_give_the_same_dataset_as_one_file(loop, seed):
+    for events in random_events(seed):
+        add(loop, *events)
+        in_parts = take(loop)
+    forget_last(loop)
+    at_once = take(loop)
+    assert len(in_parts.manifest.parts) > 2 and len(at_once.manifest.parts) == 1
+    for split in ("train", "validation"):
+        assert read_rows(dataset(loop, in_parts).path, split) == read_rows(dataset(loop, at_once).path, split)
+    assert dataset(loop, in_parts).manifest.train > 3
+
+
+def test_after_something_was_forgotten_everything_is_written_anew(loop):
+    add(loop, *corrected(["ash", "birch"]))
+    take(loop)
+    add(loop, *corrected(["cedar"]))
+    take(loop)
+    with connect().write() as connection:
+        gone = {"id": str(uuid.uuid4()), "task": "another", "sequence": newest_sequence(connection) + 1}
+        connection.execute(t.forgotten_events.insert(), gone)
+        connection.execute(sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["sequence"]))
+    assert len(take(loop).manifest.parts) == 2  # another loop's
+    with connect().write() as connection:
+        i, e = t.interactions.c, t.examples.c
+        ash = connection.execute(sa.select(i.id).order_by(i.sequence).limit(1)).scalar_one()
+        connection.execute(t.interactions.delete().where(i.id == ash))
+        connection.execute(t.examples.delete().where(e.interaction_id == ash))
+        gone = {"id": ash, "task": loop.name, "sequence": newest_sequence(connection) + 1}
+        connection.execute(t.forgotten_events.insert(), gone)
+        connection.execute(sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["sequence"]))
+    anew = take(loop)
+    assert [row["target"] for part in anew.manifest.parts for row in rows(anew, part)] == ["birch spoke", "cedar spoke"]
+    assert take(loop) == anew  # once is enough
+
+
+def test_other_reward_settings_write_everything_anew(loop, make_loop):
+    add(loop, *corrected(["ash"]))
+    take(loop)
+    ratings = {**loop.feedback.ratings, "3": 0.4}
+    other = make_loop(feedback={"ratings": ratings})
+    add(loop, *corrected(["birch"]))
+    assert len(take(other).manifest.parts) == 1
+    assert take(other).manifest.new == 2
+
+
+def test_too_many_parts_become_one(loop, monkeypatch):
+    monkeypatch.setattr(raw_logs, "MAX_PARTS", 2)
+    numbers = []
+    for name in ["ash", "birch", "cedar", "dogwood"]:
+        add(loop, *corrected([name]))
+        numbers.append(len(take(loop).manifest.parts))
+    assert numbers == [1, 2, 1, 2]
+
+
+def test_a_last_snapshot_that_is_damaged_is_written_anew(loop):
+    add(loop, *corrected(["ash"]))
+    first = take(loop)
+    (first.path / "records-0001.parquet").unlink()
+    add(loop, *corrected(["birch"]))
+    assert len(take(loop).manifest.parts) == 1
+
+
+def test_another_database_is_not_taken_for_the_same_one(loop, tmp_path):
+    add(loop, *corrected(["ash", "birch"]))
+    take(loop)
+    other = connect(f"sqlite:///{tmp_path / 'other.db'}")
+    add(loop, *corrected(["cedar", "elm", "fir"]), database=other)  # and has grown past the first
+    taken = take(loop, other)
+    assert taken.manifest.parts == ["records-0001.parquet"]
+    spoke = {row["target"] for row in rows(taken, "records-0001.parquet")}
+    assert spoke == {"cedar spoke", "elm spoke", "fir spoke"}
+
+
+def test_where_files_cannot_be_linked_they_are_copied(loop, monkeypatch):
+    add(loop, *corrected(["ash"]))
+    take(loop)
+    add(loop, *corrected(["birch"]))
+
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(raw_logs.os, "link", refuse)
+    second = take(loop)
+    assert [len(rows(second, part)) for part in second.manifest.parts] == [1, 1]
+
+
+def test_on_either_database_what_is_new_is_the_same(loop, db):
+    add(loop, *corrected(["ash", "birch"]), database=db)
+    take(loop, db)
+    add(loop, feedback("late", "birch", "thumbs_down", 9), *corrected(["cedar"]), database=db)
+    second = take(loop, db)
+    assert [row["interaction_id"] for row in rows(second, second.manifest.parts[-1])] == [
+        str(interaction(name).id) for name in ("birch", "cedar")
+    ]
+
+
+def test_what_is_new_is_found_by_indexes(loop):
+    add(loop, *corrected(["ash"]))
+    statements = []
+    with connect().read() as connection:
+        sa.event.listen(connection, "before_cursor_execute", lambda *given: statements.append(given[2:4]))
+        list(raw_logs.records(connection, loop.name, 10, 1))
+        text, values = statements[0]
+        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", values)]
+    assert not [step for step in plan if step.startswith("SCAN") and ("interactions" in step or "examples" in step)]
+    assert [step for step in plan if "ix_interactions_task_sequence (task=? AND sequence>?" in step]
+    assert [step for step in plan if "ix_examples_task_sequence (task=? AND sequence>?" in step]

@@ -1,0 +1,270 @@
+"""The whole loop through the real command line: training, export, engine, gate, registry, nothing replaced.
+
+One home for the file, and the tests in the order of a loop's life; finished work is found again, so that most of them
+cost seconds. The loop is the example of free text, `examples/meeting_notes`.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune_pipeline.cli.dagster_home import dagster_yaml
+from finetune_pipeline.database import connect
+from finetune_pipeline.registry.champion import champion
+from finetune_pipeline.registry.comparisons import list_comparisons
+from finetune_pipeline.registry.deployment_history import history
+from finetune_pipeline.registry.training_jobs import find_training
+from finetune_pipeline.settings import PROJECT_ROOT, read_loop
+
+EXAMPLE = PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml"
+DEFINITIONS = """
+from pathlib import Path
+import dagster as dg
+from finetune_pipeline.definitions import EXECUTOR
+from finetune_pipeline.orchestration.component import FineTuneLoop
+from finetune_pipeline.settings import read_loop
+loop = read_loop(Path({yaml!r}))
+defs = dg.Definitions.merge(
+    FineTuneLoop(loop).build_defs(dg.ComponentTree.for_test().load_context), dg.Definitions(executor=EXECUTOR)
+)
+"""
+IMPOSSIBLE = {"gate": {"min_gain": 1.0, "mode": "points"}}
+KEEP = {"gate": {"min_gain": 1.0, "mode": "points", "on_reject": "keep_champion"}}
+
+
+class Loop:
+    """The example loop in a home of its own, driven by `dagster asset materialize`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        self.dagster = folder / "dagster"
+        self.dagster.mkdir()
+        (self.dagster / "dagster.yaml").write_text(dagster_yaml())
+        self.env = {**os.environ, "FINETUNE_HOME": str(self.home), "DAGSTER_HOME": str(self.dagster)}
+
+    def write(self, **changes):
+        document = yaml.safe_load(EXAMPLE.read_text())
+        document["attributes"].update(changes)
+        (self.folder / "defs.yaml").write_text(yaml.safe_dump(document))
+        (self.folder / "loop.py").write_text(DEFINITIONS.format(yaml=str(self.folder / "defs.yaml")))
+        return read_loop(self.folder / "defs.yaml")
+
+    def start(self, select="*meeting_notes/promoted_model"):
+        command = [sys.executable, "-m", "dagster", "asset", "materialize", "--select", select, "-f"]
+        return subprocess.Popen(
+            [*command, str(self.folder / "loop.py")], env=self.env, cwd=PROJECT_ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, select="*meeting_notes/promoted_model", **changes):
+        """Exit code and log of one run."""
+        self.write(**changes)
+        process = self.start(select)
+        log = process.communicate()[0]
+        return process.returncode, log
+
+    def stage(self, name):
+        return self.home / "artifacts" / "meeting_notes" / name
+
+    def complete(self, name):
+        return sorted(path.parent.name for path in self.stage(name).glob("[!.]*/manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    return Loop(tmp_path_factory.mktemp("loop"))
+
+
+@pytest.fixture(autouse=True)
+def in_its_home(loop, own_home, monkeypatch):
+    monkeypatch.setenv("FINETUNE_HOME", str(loop.home))
+
+
+def until(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def alive(marker):
+    """Processes of this user whose command line has a text in it."""
+    found = subprocess.run(["pgrep", "-f", str(marker)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def test_a_killed_training_takes_its_processes_with_it_and_goes_on_from_its_checkpoint(loop):
+    loop.write()
+    process = loop.start()
+    drafts = loop.stage("lora_adapter")
+    until(lambda: list(drafts.glob(".draft-*/checkpoints/checkpoint-*/complete.json")))
+    os.kill(process.pid, signal.SIGKILL)  # the run's own process alone: the others have to notice
+    until(lambda: not alive(drafts), seconds=30)
+    process.communicate()
+    assert loop.complete("lora_adapter") == []
+    code, log = loop.run("*meeting_notes/lora_adapter")
+    assert code == 0, log
+    (version,) = loop.complete("lora_adapter")
+    result = json.loads((loop.stage("lora_adapter") / version / "result.json").read_text())
+    assert 0 < result["resumed_from"] < result["steps"]
+    names = {path.name for path in (loop.stage("lora_adapter") / version).iterdir()}
+    assert {"adapter", "manifest.json"} <= names and "checkpoints" not in names
+
+
+@pytest.mark.parametrize("stage", ["gguf_model", "benchmark_run"])
+def test_a_kill_in_a_later_stage_leaves_nothing_that_looks_complete(loop, stage):
+    loop.write(**IMPOSSIBLE)
+    process = loop.start()
+    until(lambda: list(loop.stage(stage).glob(".draft-*/*")))
+    kill(process)
+    assert loop.complete(stage) == []
+
+
+def test_a_rejected_challenger_ends_the_run_red_with_the_reason(loop):
+    code, log = loop.run(**IMPOSSIBLE)
+    assert code != 0
+    assert "needed" in log and "right against" in log
+    assert "promoted_model" not in {p.parent.name for p in loop.home.glob("artifacts/meeting_notes/*/*/manifest.json")}
+    assert champion(connect(), "meeting_notes") is None
+    (judged,) = list_comparisons(connect(), "meeting_notes")
+    assert not judged.promote and judged.watermark > 0
+
+
+def test_materializing_the_promotion_alone_is_no_way_round_the_gate(loop):
+    code, log = loop.run("meeting_notes/promoted_model", **IMPOSSIBLE)
+    assert code != 0 and "not promoted: challenger" in log
+    code, log = loop.run("meeting_notes/promoted_model")  # with a gate that would let it through
+    assert code != 0 and "was not made for what would be promoted now" in log
+    assert champion(connect(), "meeting_notes") is None
+
+
+def test_keep_champion_ends_green_and_promotes_nothing(loop):
+    code, log = loop.run("meeting_notes/eval_report*", **KEEP)
+    assert code == 0, log
+    assert "the champion stays" in log
+    assert champion(connect(), "meeting_notes") is None
+
+
+def test_a_challenger_that_was_damaged_is_not_measured(loop):
+    [version] = loop.complete("gguf_model")
+    [file] = (loop.stage("gguf_model") / version).glob("*Q*.gguf")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        code, log = loop.run("meeting_notes/eval_report")
+        assert code != 0 and f"{file} is damaged or was replaced" in log and "materialize gguf_model again" in log
+    finally:
+        file.write_bytes(content)
+
+
+def test_a_gain_is_promoted(loop):
+    code, log = loop.run()
+    assert code == 0, log
+    serving = champion(connect(), "meeting_notes")
+    assert serving.version == "v1.0.0" and serving.gguf_path.is_file()
+    assert [move.action for move in history(connect(), "meeting_notes")] == ["promote"]
+    training = find_training(connect(), "meeting_notes", serving.lineage["lora_adapter"])
+    assert training.steps > 0 and training.dataset in loop.complete("curated_dataset")
+    (version,) = loop.complete("promoted_model")
+    said = (loop.stage("promoted_model") / version / "MODEL_CARD.md").read_text()
+    assert "# meeting_notes@v1.0.0" in said and training.run_id in said and "right against" in said
+    report = json.loads((serving.report_path.parent / "report.json").read_text())
+    assert report["champion"]["name"] == "meeting_notes@base"
+    assert serving.scores["accuracy"] > report["champion"]["totals"]["right"] / report["champion"]["totals"]["total"]
+
+
+@pytest.mark.parametrize("select", ["*meeting_notes/promoted_model", "meeting_notes/eval_report"])
+def test_without_anything_new_a_run_ends_green_and_promotes_nothing(loop, select):
+    before = list_comparisons(connect(), "meeting_notes")
+    code, log = loop.run(select)
+    assert code == 0, log
+    assert "nothing new to evaluate: the challenger is the champion meeting_notes@v1.0.0" in log
+    assert champion(connect(), "meeting_notes").version == "v1.0.0"
+    assert list_comparisons(connect(), "meeting_notes") == before and len(loop.complete("promoted_model")) == 1
+
+
+def test_a_file_that_was_changed_after_it_was_measured_is_refused(loop):
+    serving = champion(connect(), "meeting_notes")
+    content = serving.gguf_path.read_bytes()
+    serving.gguf_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        for asset in ("promoted_model", "eval_report"):
+            code, log = loop.run(f"meeting_notes/{asset}")
+            assert code != 0 and "is damaged or was replaced" in log
+    finally:
+        serving.gguf_path.write_bytes(content)
+
+
+def test_an_adapter_is_never_merged_into_another_base(loop, tmp_path):
+    other = tmp_path / "other_base"
+    shutil.copytree(PROJECT_ROOT / "data" / "starter_model", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    code, log = loop.run("meeting_notes/gguf_model", base_model=str(other))
+    assert code != 0 and "was trained on another base model" in log
+    code, log = loop.run("meeting_notes/promoted_model", base_model=str(other))
+    assert code != 0 and "changed since: base model" in log
+
+
+def test_two_runs_at_the_same_time_end_with_one_answer(loop):
+    loop.write()
+    before = len(history(connect(), "meeting_notes"))
+    logs = [process.communicate()[0] for process in [loop.start(), loop.start()]]
+    for log in logs:
+        assert "nothing new to evaluate" in log or "another run is making" in log
+    assert len(history(connect(), "meeting_notes")) == before
+    assert not list(loop.home.glob("artifacts/meeting_notes/*/.draft-*/manifest.json"))
+
+
+def test_a_base_model_that_is_not_there_is_named(loop):
+    code, log = loop.run("*meeting_notes/lora_adapter", base_model="data/no_such_model")
+    assert code != 0
+    assert "data/no_such_model" in log
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "holds no question"), ('{"id": "a"}\n', "slice"), ("not json\n", "not JSON")],
+    ids=["empty", "fields missing", "no JSON"],
+)
+def test_a_benchmark_that_is_none_is_named(loop, tmp_path, text, said):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(text)
+    code, log = loop.run("*meeting_notes/curated_dataset", evaluation={"benchmark": str(bad), "metric": "words"})
+    assert code != 0
+    assert str(bad) in log and said in log
+
+
+@pytest.mark.parametrize("megabytes", [3, 12], ids=["while training", "while merging"])
+def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, megabytes):
+    small = Loop(tmp_path)
+    small.home.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(small.home)]
+    refused = subprocess.run(mount, capture_output=True, text=True)
+    if refused.returncode:
+        pytest.skip(f"a small disk to fill can only be mounted by root here: {refused.stderr.strip()}")
+    training = {"epochs": 0.2, "learning_rate": 2e-3, "max_length": 256, "checkpoints": 1}
+    try:
+        code, log = small.run("*meeting_notes/gguf_model", training=training)
+        assert code != 0
+        assert "the disk is full" in log and "ree some space" in log
+        assert small.complete("curated_dataset") and not small.complete("gguf_model")
+        subprocess.run(["mount", "-o", "remount,size=200m", str(small.home)], check=True)
+        code, log = small.run("*meeting_notes/gguf_model", training=training)
+        assert code == 0, log
+    finally:
+        subprocess.run(["umount", "-l", str(small.home)], check=True)

@@ -1,0 +1,61 @@
+"""A repository and a folder of notes feed a loop: what they taught is in the dataset with its source and origin."""
+
+import json
+
+from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.database import connect
+from finetune_pipeline.orchestration.raw_logs import snapshot
+from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_items
+from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline_tests.sources.endpoint import said, teaching
+
+CODE = {"kind": "code", "name": "own_code", "path": "finetune_pipeline/sources"}
+NOTES = {
+    "kind": "documents", "name": "meetings", "path": "examples/documents/notes",
+    "templates": "examples/documents/templates",
+}  # fmt: skip
+CURATION = {"min_examples": 1, "validation_share": 0.0}
+
+
+def test_code_and_documents_reach_the_dataset_with_their_origins(make_loop):
+    loop = make_loop(sources={"feeds": [CODE, NOTES]}, curation=CURATION)
+    told = []
+    feeds = read_feeds(loop, connect(), told.append)
+    assert [fed.failed for fed in feeds] == ["", ""]
+    assert all(fed.new == fed.items > 5 for fed in feeds), told
+    artifact, _ = snapshot(loop, connect())
+    rows = read_rows(dataset(loop, artifact).path, "train")
+    assert {row["source"] for row in rows} == {"own_code", "meetings"}
+    origins = {row["origin"] for row in rows}
+    assert {"code.py::request", "item.py::Item", "orders.md::api"} <= origins
+    assert all(fed.new == 0 for fed in read_feeds(loop, connect(), told.append))
+    with connect().read() as connection:
+        assert ("meetings", "kickoff.txt::api") in {
+            (row.source, row.origin) for row in skipped_items(connection, loop, 99)
+        }
+
+
+def test_what_a_loop_sends_to_a_teacher_is_redacted(make_loop, tmp_path):
+    secret = "sk-proj-" + "a1B2c3D4e5F6g7H8i9J0k1L2"
+    (tmp_path / "code").mkdir()
+    code = f'def connect(host):\n    token = "{secret}"\n    return dial(host, token)\n'
+    (tmp_path / "code" / "a.py").write_text(code)
+
+    def script(body, number):
+        return said(json.dumps({"instructions": ["Write connect(host), which dials a host with a token."]}))
+
+    with teaching(script) as (server, settings):
+        feed = {**CODE, "path": str(tmp_path / "code"), "teacher": settings.model_dump()}
+        (fed,) = read_feeds(make_loop(sources={"feeds": [feed]}, curation=CURATION), connect(), print)
+        assert (fed.items, fed.failed, len(server.asked)) == (1, "", 1)
+        assert secret not in json.dumps(server.asked)
+
+
+def test_a_teacher_without_its_key_fails_that_source_alone(make_loop):
+    teacher = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}
+    loop = make_loop(sources={"feeds": [{**CODE, "teacher": teacher}, NOTES]}, curation=CURATION)
+    code, notes = read_feeds(loop, connect(), print)
+    assert "NO_SUCH_KEY is not set" in code.failed
+    assert notes.items == 6
+    assert (PROJECT_ROOT / NOTES["path"]).is_dir()

@@ -1,0 +1,141 @@
+"""An incremental training on top of the champion's adapter, with the real store, registry and trainer."""
+
+import json
+from base64 import b64decode
+
+import dagster as dg
+import pytest
+
+from finetune_pipeline.artifacts import hash_file, pointed
+from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.database import connect
+from finetune_pipeline.orchestration.automation import automation
+from finetune_pipeline.orchestration.lora_adapter import adapter
+from finetune_pipeline.pipeline import incremental
+from finetune_pipeline.pipeline.incremental import start
+from finetune_pipeline.records import AdapterManifest, DatasetManifest
+from finetune_pipeline.registry.champion import promote
+from finetune_pipeline.registry.model_versions import Candidate
+from finetune_pipeline.training.job import TrainingResult
+from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
+from finetune_pipeline_tests.orchestration.test_methods import dataset as labelled
+
+KEY = dg.AssetKey(["notes", "lora_adapter"])
+SMALL = {"epochs": 2, "max_length": 128, "lora_r": 4, "learning_rate": 0.002, "batch_size": 4}
+
+
+def materialize(loop, instance, *stages):
+    job = definitions(loop).resolve_implicit_global_asset_job_def()
+    job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey(["notes", one]) for one in stages])
+    return pointed(AdapterManifest, "notes")
+
+
+def observed(instance):
+    """What the trainings said while they ran, the newest first, as Dagster keeps it."""
+    records = instance.fetch_observations(KEY, limit=100).records
+    return [{name: one.value for name, one in r.asset_observation.metadata.items()} for r in records]
+
+
+def make_champion(adapter, folder):
+    file = folder / "champion.gguf"
+    file.write_bytes(b"GGUF")
+    candidate = Candidate(
+        loop="notes", gguf_path=file, gguf_sha256=hash_file(file), base_hash=adapter.manifest.base_hash, mode="full",
+        lineage={"lora_adapter": adapter.manifest.version}, scores={}, report_path=file,
+    )  # fmt: skip
+    promote(connect(), candidate, None, "tests", "a test needs it", None, action="force")
+
+
+@pytest.mark.slow
+def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_path):
+    replay = tmp_path / "replay.jsonl"
+    rows = [{"prompt": f"an older matter of number {n}", "completion": f"older {n}"} for n in range(60)]
+    replay.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curation = {"min_examples": 5, "validation_share": 0.2, "replay": str(replay)}
+    full = make_loop(training=SMALL, curation=curation)
+    more = make_loop(training={**SMALL, "mode": "incremental", "replay_older": 0.5}, curation=curation)
+    events = more.drop_folder / "log.jsonl"
+    write_events(events, *corrected(f"person{n}" for n in range(12)))
+    stages = ("raw_logs", "curated_dataset", "lora_adapter")
+
+    first = materialize(more, instance, *stages)
+    assert (first.manifest.mode, first.manifest.mode_reason) == (
+        "full",
+        "no champion serves whose adapter could be gone on with",
+    )
+    last, *_ = observed(instance)
+    result = TrainingResult.model_validate_json((first.path / "result.json").read_bytes())
+    assert (last["step"], last["epoch"], last["seconds_left"]) == (result.steps, 2.0, 0.0)
+    assert last["training_loss"] == pytest.approx(result.curve[-1].loss)
+    assert last["validation_loss"] == pytest.approx(result.validation[-1].loss)
+    assert last["learning_rate"] == pytest.approx(result.curve[-1].learning_rate)
+    assert last["tokens_per_second"] > 0 and last["memory_mb"] > 10
+    event = instance.get_latest_materialization_event(KEY)
+    said = [entry.user_message for entry in instance.all_logs(event.run_id)]
+    assert any(line.startswith(f"training step {result.steps} of {result.steps}, epoch 2.0, loss ") for line in said)
+    curve = event.asset_materialization.metadata["loss_curve"].value
+    before, _, encoded = curve.removesuffix(")").partition(",")
+    assert before == "![loss curve](data:image/png;base64" and b64decode(encoded).startswith(b"\x89PNG")
+    make_champion(first, tmp_path)
+    again = materialize(more, instance, "lora_adapter")
+    assert again.manifest.version == first.manifest.version  # nothing is new: the same training, which is there
+    learnt = {row["prompt"] for row in read_rows(pointed(DatasetManifest, "notes").path, "train")}
+
+    write_events(events, *corrected(f"guest{n}" for n in range(10)))
+    second = materialize(more, instance, *stages)
+    dataset = pointed(DatasetManifest, "notes")
+    rows = read_rows(dataset.path, "train")
+    replayed = [row for row in rows if row["source"] == "replay"]
+    assert {row["prompt"] for row in replayed} - learnt  # other ones than before, which are no news all the same
+    new = [row for row in rows if row["prompt"] not in learnt and row not in replayed]
+    manifest = second.manifest
+    assert (manifest.mode, manifest.new_examples) == ("incremental", len(new))
+    assert manifest.inputs["initial_adapter"] == first.manifest.version
+    assert manifest.mode_reason == (
+        f"on top of notes@v1.0.0: {len(new)} new examples, {round(len(new) / 2)} older ones replayed"
+    )
+    assert manifest.examples == len(new) + round(len(new) / 2) < len(rows)
+    # It begins where the champion ended, not at the base.
+    assert manifest.loss_before < first.manifest.loss_before - 0.3
+    job = json.loads((second.path / "job.json").read_text())
+    assert job["initial_adapter"] == str(first.path / "adapter")
+
+    texts = [path.name for path in second.path.rglob("*") if path.suffix == ".arrow"]
+    assert texts == []  # they lie in the dataset alone
+    other = more.training.model_copy(update={"method": "dpo"})
+    assert start(more, other, dataset, "pairs", manifest.base_hash).reason == (
+        "the adapter of notes@v1.0.0 cannot be gone on with: it was trained by sft, which learns from other answers "
+        "than dpo"
+    )
+
+    third = materialize(full, instance, "lora_adapter")
+    assert (third.manifest.mode, third.manifest.examples) == ("full", len(rows))
+
+
+@pytest.mark.slow
+def test_kto_goes_on_with_new_bad_answers_beside_older_good_ones(make_loop, tmp_path, monkeypatch):
+    training = {**SMALL, "epochs": 1, "method": "kto", "mode": "incremental", "replay_older": 0}
+    loop = make_loop(training=training, curation={"min_examples": 5, "validation_share": 0.2})
+    made = [adapter(loop, loop.training, labelled(loop), ignored, ignored)]
+    make_champion(made[0], tmp_path)
+    worse = labelled(loop, good=[], bad=["worse 1", "worse 2", "worse 3"])
+    made.append(adapter(loop, loop.training, worse, ignored, ignored))
+    manifest = made[1].manifest
+    new = manifest.new_examples
+    assert (manifest.mode, manifest.examples) == ("incremental", 2 * new)
+    assert manifest.mode_reason == f"on top of notes@v1.0.0: {new} new examples, {new} older ones replayed"
+
+    read = incremental._rows
+    monkeypatch.setattr(incremental, "_rows", lambda *of: [row for row in read(*of) if not row["label"]])
+    begin = start(loop, loop.training, worse, "labelled", manifest.base_hash)
+    assert (begin.mode, begin.reason) == ("full", "what is new is all bad, and kto needs both")
+
+
+def ignored(_):
+    """Told what nobody reads."""
+
+
+def test_the_yearly_run_trains_from_the_base_whatever_the_loop_says(make_loop, instance):
+    [schedule] = [s for s in automation(make_loop(training={"mode": "incremental"})).schedules if "yearly" in s.name]
+    request = schedule(dg.build_schedule_context(instance))
+    assert request.run_config == {"ops": {"notes__lora_adapter": {"config": {"mode": "full"}}}}

@@ -1,0 +1,255 @@
+"""From a model to what it was made from, and from an interaction to what was made with it."""
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, publish, stage_folder, write_text
+from finetune_pipeline.orchestration.lora_adapter import training_run
+from finetune_pipeline.pipeline.lineage import MadeWith, card, lineage, made_with
+from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
+from finetune_pipeline.registry.champion import champion, promote, serving
+from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
+from finetune_pipeline.registry.model_versions import Candidate
+from finetune_pipeline.registry.training_jobs import record_training
+from finetune_pipeline.settings import PROJECT_ROOT, home
+
+COMMON = {"loop": "notes", "settings": {"method": "sft", "adapter": "lora"}, "packages": {}}
+FIGURE = {"name": "words right", "key": "accuracy", "champion": 0.5, "challenger": 0.75, "unit": "%"}
+
+
+def logs(version, *parts):
+    """A snapshot in several Parquet parts, each with these interactions."""
+    names = [f"part-{number}.parquet" for number in range(len(parts))]
+    fields = {**COMMON, "version": version, "inputs": {"events": "1..9"}, "interactions": 1, "feedback": 1}
+    fields["parts"] = names
+    with draft("notes", "raw_logs", version) as folder:
+        for name, ids in zip(names, parts, strict=True):
+            pq.write_table(pa.table({"interaction_id": pa.array(ids, pa.string())}), folder / name)
+        publish(folder, RawLogsManifest, {**fields, "examples": 1, "watermark": 9, "new": 1})
+
+
+def dataset(version, of, train, validation):
+    fields = {
+        **COMMON, "version": version, "inputs": {"raw_logs": of}, "train": len(train), "validation": len(validation),
+        "replayed": 1, "left_out": {"duplicate": 2, "other": 1}, "redacted": {"e-mail": 4}, "near_benchmark": [],
+        "watermark": 9,
+    }  # fmt: skip
+    with draft("notes", "curated_dataset", version) as folder:
+        splits = {
+            name: datasets.Dataset.from_dict({"prompt": ["p"] * len(ids), "interaction_id": ids})
+            for name, ids in (("train", train), ("validation", validation))
+        }
+        datasets.DatasetDict(splits).save_to_disk(folder / "dataset", num_shards=dict.fromkeys(splits, 1))
+        publish(folder, DatasetManifest, fields)
+
+
+def adapter(db, version, of, run="run-1", on_top_of=None):
+    inputs = {"curated_dataset": of} | ({"initial_adapter": on_top_of} if on_top_of else {})
+    fields = {
+        **COMMON, "version": version, "inputs": inputs, "base_model": "base", "base_hash": "b" * 64,
+        "mode": "full", "mode_reason": "from the base model on everything", "device": "cpu", "steps": 40,
+        "examples": 12, "too_long": 0, "loss_before": 1.5,
+        "loss_after": 0.25, "train_loss": 0.3, "tokens_per_second": 4000.0, "wall_seconds": 12.0,
+        "peak_memory_bytes": 10**9, "watermark": 9,
+    }  # fmt: skip
+    with draft("notes", "lora_adapter", version) as folder:
+        manifest = publish(folder, AdapterManifest, fields).manifest
+    record_training(db, training_run(manifest, run))
+
+
+def report(db, version, path):
+    fields = {
+        "comparison_id": version, "challenger_sha256": hash_file(path), "champion_id": None,
+        "champion_sha256": "d" * 64, "benchmark_sha256": "e" * 64, "promote": True,
+        "reason": "gain 50.0 %, 5 % needed", "watermark": 9,
+    }  # fmt: skip
+    with draft("notes", "eval_report", version) as folder:
+        write_text(folder / "report.json", json.dumps({"figures": [FIGURE]}))
+        publish(folder, ReportManifest, {**COMMON, "version": version, "inputs": {}, **fields})
+    row = {**fields, "id": version, "loop": "notes", "report_path": home() / "r", "created_at": datetime.now(UTC)}
+    del row["comparison_id"]
+    row["after_move"] = serving(db, "notes").move
+    record_comparison(db, ModelComparison(**row))
+
+
+def gguf(name, of):
+    fields = {
+        **COMMON, "version": name, "inputs": {"lora_adapter": of}, "gguf": "model.gguf", "quantization": "F16",
+        "base_model": "base", "base_hash": "b" * 64, "adapter_version": of, "mode": "full", "watermark": 9,
+    }  # fmt: skip
+    with draft("notes", "gguf_model", name) as folder:
+        write_text(folder / "model.gguf", name)
+        return publish(folder, GgufManifest, fields).path / "model.gguf"
+
+
+def promoted(db, name, of, action="promote", on_top_of=None):
+    """A version whose adapter and report have its name."""
+    adapter(db, f"a-{name}", of, on_top_of=on_top_of)
+    path = gguf(name, f"a-{name}")
+    report(db, f"r-{name}", path)
+    before = champion(db, "notes")
+    candidate = Candidate(
+        loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash="b" * 64, mode="full",
+        lineage={"base_model": "base", "lora_adapter": f"a-{name}", "eval_report": f"r-{name}", "watermark": 9},
+        scores={"accuracy": 0.75, "exact_match": None}, report_path=path,
+    )  # fmt: skip
+    return promote(db, candidate, before.id if before else None, "ann", "it is Friday", f"r-{name}", action)
+
+
+@pytest.fixture
+def chain(db):
+    """Two models of two datasets of two snapshots; the second snapshot has all interactions."""
+    logs("l1", ["i1", "i2"], ["i3"])
+    logs("l2", ["i1", "i2", "i3"], ["i4", "i5"])
+    dataset("d1", "l1", ["i1", None], ["i3"])
+    dataset("d2", "l2", ["i1", "i4"], [])
+    return promoted(db, "one", "d1"), promoted(db, "two", "d2")
+
+
+def folders(stage, *names):
+    return tuple(stage_folder("notes", stage) / name for name in names)
+
+
+def weights(*names):
+    return (*folders("lora_adapter", *(f"a-{name}" for name in names)), *folders("gguf_model", *names))
+
+
+def test_a_model_leads_back_to_base_dataset_events_report_and_training(db, chain):
+    found = lineage(db, chain[0])
+    assert (found.base_model, found.base_hash, found.adapter, found.dataset) == ("base", "b" * 64, "a-one", "d1")
+    assert (found.events, found.watermark) == ("1..9", 9)
+    assert (found.dataset_manifest.train, found.dataset_manifest.validation) == (2, 1)
+    assert found.report_manifest.reason == "gain 50.0 %, 5 % needed"
+    assert (found.training.run_id, found.training.dataset, found.training.method) == ("run-1", "d1", "sft, lora")
+
+
+def test_what_was_deleted_is_none_and_the_row_of_the_training_still_names_the_dataset(db, chain):
+    for stage, name in [("lora_adapter", "a-one"), ("eval_report", "r-one"), ("raw_logs", "l1")]:
+        folder = stage_folder("notes", stage) / name
+        (folder / "manifest.json").unlink()
+    found = lineage(db, chain[0])
+    assert (found.adapter_manifest, found.report_manifest, found.events) == (None, None, None)
+    assert (found.dataset, found.dataset_manifest.train) == ("d1", 2)
+    (stage_folder("notes", "curated_dataset") / "d1" / "manifest.json").write_text("{")
+    found = lineage(db, chain[0])
+    assert (found.dataset, found.dataset_manifest) == ("d1", None)
+
+
+def test_an_interaction_leads_to_snapshots_datasets_and_models(db, loop, chain):
+    assert made_with(db, loop, {"i4"}) == MadeWith(
+        folders("raw_logs", "l2"), folders("curated_dataset", "d2"), ("notes@v1.1.0",), weights("two")
+    )
+    both = MadeWith(
+        folders("raw_logs", "l1", "l2"), folders("curated_dataset", "d1", "d2"), ("notes@v1.1.0", "notes@v1.0.0"),
+        weights("one", "two"),
+    )  # fmt: skip
+    assert made_with(db, loop, {"i1", "unknown"}) == both
+    assert made_with(db, loop, ["i3"]).models == ("notes@v1.0.0",)  # it only validated
+    assert made_with(db, loop, {"i2"}) == MadeWith(folders("raw_logs", "l1", "l2"))
+    for nothing in (set(), {"unknown"}):
+        assert made_with(db, loop, nothing) == MadeWith()
+
+
+def test_weights_that_were_never_promoted_are_found_by_their_dataset(db, loop, chain):
+    adapter(db, "a-challenger", "d2")
+    gguf("challenger", "a-challenger")
+    adapter(db, "a-only", "d2")
+    adapter(db, "a-other", "d1")
+    found = made_with(db, loop, {"i4"})
+    assert found.models == ("notes@v1.1.0",)
+    assert found.weights == (
+        *folders("lora_adapter", "a-challenger", "a-only", "a-two"),
+        *folders("gguf_model", "challenger", "two"),
+    )
+    for name in ("a-challenger", "a-two"):  # without its adapter, the training's row leads from a GGUF to its dataset
+        shutil.rmtree(stage_folder("notes", "lora_adapter") / name)
+    found = made_with(db, loop, {"i4"}).weights
+    assert found == (*folders("lora_adapter", "a-only"), *folders("gguf_model", "challenger", "two"))
+
+
+def test_what_was_trained_on_top_of_an_adapter_learnt_what_that_one_learnt(db, loop, chain):
+    promoted(db, "three", "d2", on_top_of="a-one")
+    promoted(db, "four", "d2", on_top_of="a-three")
+    found = made_with(db, loop, {"i3"})  # in the first dataset alone: it was replaced or forgotten since
+    assert found.datasets == folders("curated_dataset", "d1")
+    assert found.models == ("notes@v1.3.0", "notes@v1.2.0", "notes@v1.0.0")
+    assert found.weights == (
+        *folders("lora_adapter", "a-four", "a-one", "a-three"),
+        *folders("gguf_model", "four", "one", "three"),
+    )
+    for name in ("a-three", "a-four"):  # the trainings' rows still lead from one to the next
+        shutil.rmtree(stage_folder("notes", "lora_adapter") / name)
+    assert made_with(db, loop, {"i3"}).models == found.models
+
+
+def test_an_artifact_of_an_older_version_of_the_project_is_looked_into_too(db, loop, chain):
+    for stage, name in (("raw_logs", "l2"), ("curated_dataset", "d2")):
+        (stage_folder("notes", stage) / name / "manifest.json").write_text("{}")
+    found = made_with(db, loop, {"i4"})
+    assert (found.snapshots, found.datasets) == (folders("raw_logs", "l2"), folders("curated_dataset", "d2"))
+    assert found.models == ("notes@v1.1.0",)
+
+
+def test_a_model_is_named_though_its_adapter_is_gone(db, loop, chain):
+    (stage_folder("notes", "lora_adapter") / "a-two" / "manifest.json").unlink()
+    assert made_with(db, loop, {"i4"}).models == ("notes@v1.1.0",)
+
+
+def test_a_snapshot_that_cannot_be_read_is_an_error_that_names_it(db, loop, chain):
+    path = stage_folder("notes", "raw_logs") / "l1" / "part-0.parquet"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(ArtifactError, match=r"part-0\.parquet"):
+        made_with(db, loop, {"i4"})
+    path.write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"part-0\.parquet"):
+        made_with(db, loop, {"i4"})
+
+
+def test_a_dataset_that_cannot_be_read_is_an_error_that_names_it(db, loop, chain):
+    (path,) = (stage_folder("notes", "curated_dataset") / "d1" / "dataset" / "train").glob("*.arrow")
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(ArtifactError, match=r"curated_dataset/d1 cannot be read"):
+        made_with(db, loop, {"i4"})
+
+
+def test_the_card_tells_the_lineage_the_figures_and_the_verdict(db, loop, chain):
+    text = card(db, loop, chain[0])
+    for said in (
+        "# notes@v1.0.0", "base (bbbbbbbbbbbbbbbb)", "| dataset | d1 |", "| events | 1..9 |", "| train | 2 |",
+        "| left out | 3 |", "| redacted | 4 |", "| words right | 50.0 % | 75.0 % |", "gain 50.0 %, 5 % needed",
+        "1.500 before, 0.250 after", "| Dagster run | run-1 |", "type: accuracy",
+        "| training | full, from the base model on everything |",
+    ):  # fmt: skip
+        assert said in text
+    assert "exact_match" not in text
+    forced = card(db, loop, promoted(db, "three", "d2", "force"))
+    assert "gain 50.0 %, 5 % needed; force by ann: it is Friday" in forced
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (str(PROJECT_ROOT / "data" / "starter_model"), "data/starter_model"),
+        ("/root/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/c1899de", "Qwen/Qwen3-0.6B"),
+        ("/models/mine", "/models/mine"),
+    ],
+)
+def test_the_card_names_the_base_as_others_know_it(db, loop, chain, folder, name):
+    model = chain[0].model_copy(update={"lineage": {**chain[0].lineage, "base_model": folder}})
+    assert f"base_model: {name}\n" in card(db, loop, model)
+
+
+def test_the_card_does_without_what_is_gone(db, loop, chain):
+    for stage in ("lora_adapter", "eval_report", "curated_dataset", "raw_logs"):
+        for path in stage_folder("notes", stage).glob("*/manifest.json"):
+            Path(path).unlink()
+    text = card(db, loop, chain[0])
+    assert "| dataset | d1 |" in text and "gain 50.0 %, 5 % needed" in text and "up to sequence 9" in text
+    assert "None" not in text and "| train |" not in text

@@ -1,0 +1,170 @@
+"""Decisions through snapshot, dataset and sensor; what waits for review."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune_pipeline.artifacts import stage_folder
+from finetune_pipeline.curation.dataset import read_all, read_rows
+from finetune_pipeline.database import connect
+from finetune_pipeline.feedback.review import decide, look, undo
+from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.feedback.store import record
+from finetune_pipeline.orchestration.raw_logs import snapshot
+from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.pending import count_new
+from finetune_pipeline.pipeline.review_queue import waiting
+from finetune_pipeline.pipeline.source_sync import read_feed
+from finetune_pipeline.records import DatasetManifest, RawLogsManifest
+from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
+from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
+
+CURATION = {"min_examples": 1, "validation_share": 0.0}
+NAMES = ["amy", "ben", "cid", "dan"]
+
+
+@pytest.fixture
+def loop(make_loop):
+    return make_loop(curation=CURATION)
+
+
+@pytest.fixture
+def logged(loop):
+    """Four answers that users liked, and one that nobody said anything of."""
+    events = [interaction(name, prompt=f"what did {name} say of it all?", output=f"{name} spoke") for name in NAMES]
+    events += [feedback(f"on {name}", name, "thumbs_up") for name in NAMES]
+    put(loop, *events, interaction("eve", prompt="what did eve say of it all?", output="eve spoke", confidence=0.3))
+
+
+def put(loop, *events):
+    with connect().write() as connection:
+        record(connection, loop.name, events, default_reward)
+
+
+def say(loop, name, kind, target=None):
+    with connect().write() as connection:
+        shown = next(look(connection, loop.name, [str(uid(name))], default_reward))
+        decide(connection, loop.name, shown, kind, target or shown.answer, "rita", default_reward)
+
+
+def curated(loop):
+    return dataset(loop, snapshot(loop, connect())[0])
+
+
+def answers(artifact):
+    return sorted(row["completion"] for row in read_rows(artifact.path, "train"))
+
+
+def test_decisions_decide_what_trains_and_survive_a_rebuild(loop, logged):
+    first = curated(loop)
+    assert answers(first) == ["amy spoke", "ben spoke", "cid spoke", "dan spoke"]
+    say(loop, "amy", "reject")
+    say(loop, "ben", "edit", "ben said it better")
+    say(loop, "eve", "approve")
+    second = curated(loop)
+    expected = ["ben said it better", "cid spoke", "dan spoke", "eve spoke"]
+    assert second.manifest.version != first.manifest.version and answers(second) == expected
+    assert second.manifest.left_out == {"rejected by a reviewer": 1}
+    assert not any("amy spoke" in json.dumps(row) for row in read_all(second.path))
+    put(loop, feedback("praise", "amy", "thumbs_up", minutes=9), feedback("blame", "eve", "thumbs_down", minutes=9))
+    for stage in (RawLogsManifest, DatasetManifest):
+        shutil.rmtree(stage_folder(loop.name, stage.stage))
+    assert answers(curated(loop)) == expected
+    with connect().write() as connection:
+        undo(connection, loop.name, "rita", default_reward)
+    assert answers(curated(loop)) == ["ben said it better", "cid spoke", "dan spoke"]
+
+
+def test_an_edit_makes_a_pair_with_what_the_model_had_said(loop, logged):
+    say(loop, "ben", "edit", "ben said it better")
+    pairs = [row for row in read_all(curated(loop).path) if "chosen" in row]
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [("ben said it better", "ben spoke")]
+
+
+def test_a_decision_outlives_the_file_that_the_words_were_in(make_loop):
+    feed = {"kind": "files", "name": "notes", "path": "somewhere"}
+    loop = make_loop(sources={"feeds": [feed]}, curation=CURATION)
+
+    def take(origin):
+        item = Item(origin, "what did amy say?", "amy spoke")
+        read_feed(loop, loop.sources.feeds[0], connect(), lambda settings, mark: iter([item]))
+
+    take("a.md")
+    (only,) = waiting(make_loop(sources={"feeds": [feed]}, curation=CURATION, review={"required": True}), connect())
+    with connect().write() as connection:
+        decide(connection, loop.name, only.candidate, "edit", "amy said more", "rita", default_reward)
+    take("moved/b.md")
+    assert answers(curated(loop)) == ["amy said more"]
+
+
+def test_where_review_is_required_only_what_was_approved_trains_and_counts(make_loop, logged):
+    loop = make_loop(curation=CURATION, review={"required": True})
+    put(loop, interaction("bad"), feedback("down", "bad", "thumbs_down"))
+    assert count_new(loop, connect(), 0) == 0 == curated(loop).manifest.train
+    assert not list(read_all(curated(loop).path))
+    assert len(waiting(loop, connect())) == 6
+    say(loop, "amy", "approve")
+    say(loop, "ben", "edit", "ben said it better")
+    say(loop, "cid", "reject")
+    made = curated(loop)
+    assert answers(made) == ["amy spoke", "ben said it better"]
+    assert count_new(loop, connect(), 0) == 2 == made.manifest.train
+    assert made.manifest.left_out["not approved by a reviewer"] == 2
+    assert len(waiting(loop, connect())) == 3
+    free = make_loop(curation=CURATION)
+    assert curated(free).manifest.version != made.manifest.version
+    assert count_new(free, connect(), 0) == 3 == len(answers(curated(free)))
+
+
+def test_the_queue_asks_what_is_unsure_first_and_says_why(loop, logged):
+    put(loop, feedback("no", "dan", "thumbs_down", minutes=3, user="u2"))
+    found = waiting(loop, connect())
+    assert [str(one.candidate.interaction.id) for one in found] == [str(uid("eve")), str(uid("dan"))]
+    assert found[0].reasons == ("confidence 0.30, below 0.85",)
+    assert found[1].reasons == ("opinions differ: 50% are against the answer that most are for",)
+    say(loop, "eve", "reject")
+    assert len(waiting(loop, connect())) == 1
+
+
+def test_a_user_who_changed_their_mind_has_one_voice(loop, logged):
+    put(loop, interaction("zoe"), feedback("1", "zoe", "thumbs_up", user="u"),
+        feedback("2", "zoe", "thumbs_down", minutes=1, user="u"))  # fmt: skip
+    (one,) = [one for one in waiting(loop, connect()) if one.candidate.interaction.id == uid("zoe")]
+    assert one.reasons == ("a person found it wrong, and nobody wrote what is right",)
+
+
+def report(folder: Path, promote: bool):
+    """A report as eval_report writes it, as far as its slices go."""
+    scores = {"walls": (9, 8), "people": (1, 9)}  # right of 10: challenger, champion
+    slices = [
+        {"name": name, "challenger": {"right": new, "total": 10}, "champion": {"right": old, "total": 10}}
+        for name, (new, old) in scores.items()
+    ]
+    questions = [{"slice": "people", "prompt": "what did zed say of it all?"}, {"slice": "walls", "prompt": "a wall"}]
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps({"slices": slices, "questions": questions}))
+    record_comparison(
+        connect(),
+        ModelComparison(
+            id=folder.name, loop="notes", challenger_sha256="a", champion_id=None, champion_sha256="b",
+            benchmark_sha256="c", promote=promote, reason="r", watermark=1, report_path=folder / "report.html",
+            created_at=START,
+        ),
+    )  # fmt: skip
+
+
+def test_what_is_like_the_weak_slices_of_the_newest_report_is_asked_too(loop, logged, own_home):
+    report(own_home / "promoted", promote=True)
+    found = waiting(loop, connect())
+    assert len(found) == 5 and found[0].candidate.interaction.id == uid("eve")
+    assert all("like the weak slice people (10% right)" in one.reasons[-1] for one in found)
+    shutil.rmtree(own_home / "promoted")
+    assert len(waiting(loop, connect())) == 1  # without its report, the queue goes on
+
+
+def test_a_rejected_challenger_s_weakness_is_not_the_champion_s(loop, logged, own_home):
+    report(own_home / "rejected", promote=False)
+    assert len(waiting(loop, connect())) == 1

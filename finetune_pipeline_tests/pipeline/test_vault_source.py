@@ -1,0 +1,41 @@
+"""A vault through the loop: its notes become rows that say where they stand, and follow what happens to the notes."""
+
+import pytest
+
+from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.database import connect
+from finetune_pipeline.orchestration.raw_logs import snapshot
+from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.source_sync import read_feeds
+
+
+@pytest.fixture
+def vault(tmp_path):
+    folder = tmp_path / "vault"
+    folder.mkdir()
+    (folder / "Saw.md").write_text("---\ntags: [decision]\n---\nWe buy the [[Mill|mill's]] saw.\n")
+    (folder / "2024-05-03.md").write_text("## Reflection\n\nToo quick.\n\n## Private #private\n\n#decision hidden\n")
+    (folder / "Broken.md").write_text("---\ntags: [decision\n---\nNever read.\n")
+    return folder
+
+
+def rows(loop):
+    read_feeds(loop, connect(), print)
+    artifact, _ = snapshot(loop, connect())
+    found = read_rows(dataset(loop, artifact).path, "train")
+    return {row["origin"]: (row["source"], row["completion"]) for row in found}
+
+
+def test_a_vault_becomes_a_dataset_whose_rows_follow_its_notes(make_loop, vault, capsys):
+    feed = {"kind": "vault", "name": "journal", "path": str(vault)}
+    loop = make_loop(sources={"feeds": [feed]}, curation={"min_examples": 1, "validation_share": 0.0})
+    day = {"2024-05-03.md#Reflection": ("journal", "Too quick.")}
+    assert rows(loop) == {"Saw.md": ("journal", "We buy the mill's saw."), **day}
+    assert "journal: 2 items, 2 of them new, 0 withdrawn, 1 skipped" in capsys.readouterr().out
+
+    (vault / "Saw.md").write_text("---\ntags: [decision]\n---\nWe rent a saw.\n")
+    assert rows(loop) == {"Saw.md": ("journal", "We rent a saw."), **day}
+    assert "1 of them new, 1 withdrawn" in capsys.readouterr().out
+
+    (vault / "Saw.md").unlink()
+    assert rows(loop) == day

@@ -1,0 +1,85 @@
+"""The layers of docs/architecture.md: which package may import which."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+
+from finetune_pipeline.settings import PROJECT_ROOT
+
+PACKAGE = PROJECT_ROOT / "finetune_pipeline"
+ENTRY_POINTS = {"orchestration", "serving", "cli"}
+DOMAIN = {"feedback", "sources", "curation", "training", "export", "evaluation", "registry"}
+INFRASTRUCTURE = {
+    "artifacts",
+    "database",
+    "inference",
+    "ray_session",
+    "records",
+    "schemas",
+    "settings",
+    "subprocess_lifetime",
+}
+HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}
+# The native layer of the engine is imported by nobody but the child process, whose work it is.
+ONLY_IN_THE_CHILD = {"inference/native.py"}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts)
+
+
+def imports(path, *, module_level=False):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if module_level else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down_the_layers(path):
+    here = part(path)
+    allowed = {
+        **{package: {package} | INFRASTRUCTURE for package in DOMAIN},
+        **dict.fromkeys(INFRASTRUCTURE, INFRASTRUCTURE),
+        "pipeline": {"pipeline"} | DOMAIN | INFRASTRUCTURE,
+        **{entry: {"pipeline", entry} | DOMAIN | INFRASTRUCTURE for entry in ENTRY_POINTS},
+        "cli": {"cli", "serving", "pipeline"} | DOMAIN | INFRASTRUCTURE,
+    }.get(here)
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "dagster":
+            assert here in {"orchestration", "defs", "definitions"}, f"{path} imports {name}"
+        if top == "finetune_pipeline" and rest and allowed is not None:
+            assert rest[0] in allowed, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    if str(path.relative_to(PACKAGE)) not in ONLY_IN_THE_CHILD:
+        assert not HEAVY & {name.split(".")[0] for name in imports(path, module_level=True)}
+
+
+@pytest.mark.parametrize("module", ["finetune_pipeline.definitions", "finetune_pipeline.cli.main"])
+def test_loading_definitions_and_commands_loads_nothing_heavy(module):
+    script = f"""
+import importlib, json, sys
+module = importlib.import_module({module!r})
+if hasattr(module, "defs"):
+    module.defs().resolve_asset_graph()
+print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    # Dagster itself brings none of these; pandas and pyarrow come only where a table is written.
+    assert json.loads(output.splitlines()[-1]) == []
+
+
+def test_nobody_writes_a_utils():
+    assert not [path for path in PACKAGE.rglob("*") if path.stem in {"utils", "helpers", "common", "misc"}]

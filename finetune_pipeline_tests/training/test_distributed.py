@@ -1,0 +1,249 @@
+"""Several processes of this machine train together, for real: by Gloo, on the processor."""
+
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+from safetensors.numpy import load_file
+
+from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.training import distributed, elastic_launch, model
+from finetune_pipeline.training.checkpoints import mark_complete
+from finetune_pipeline.training.distributed import Share
+from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, TrainingJob, finished
+from finetune_pipeline.training.launch import train
+
+from .conftest import breaking_in_half, rows, save, with_settings
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "workers", "share"),
+    [
+        (8, 1, 1, Share(8, 1)),
+        (8, 4, 2, Share(8, 2)),  # fewer steps before the batch gets smaller: that size is what the device holds
+        (8, 1, 2, Share(4, 1)),
+        (6, 2, 4, Share(3, 1)),
+        (4, 6, 3, Share(4, 2)),
+        (4, 5, 2, Share(2, 5)),  # ten examples each, at most four at once
+    ],
+)
+def test_an_update_has_as_many_examples_however_many_deal_with_it(batch, accumulation, workers, share):
+    settings = TrainingSettings(batch_size=batch, gradient_accumulation=accumulation)
+    assert distributed.share(settings, workers) == share
+    assert share.batch_size * share.gradient_accumulation * workers == batch * accumulation
+
+
+@pytest.mark.parametrize("workers", [3, 16])
+def test_what_cannot_be_dealt_out_evenly_is_refused_with_what_can(workers):
+    with pytest.raises(TrainingError, match=r"= 8 examples .* set workers to one of 1, 2, 4, 8"):
+        distributed.share(TrainingSettings(batch_size=8), workers)
+
+
+@pytest.mark.slow
+def test_two_processes_of_this_machine_give_the_adapter_that_one_gives(job, tmp_path):
+    one = with_settings(job, lora_dropout=0.0)
+    two = with_settings(job, workers=2).model_copy(update={"output": tmp_path / "two"})
+    seen = []
+    alone, together = train(one), train(two, seen.append)
+
+    assert together.steps == alone.steps == 24
+    assert together.loss_before == pytest.approx(alone.loss_before, rel=1e-5)
+    assert together.loss_after == pytest.approx(alone.loss_after, rel=1e-3)
+    assert together.loss_after < together.loss_before - 0.5
+    assert together.train_loss == pytest.approx(alone.train_loss, rel=1e-3)
+    assert [line.step for line in seen] == sorted({line.step for line in seen}), "one process writes"
+    assert (two.output / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (two.output / CHECKPOINTS).exists()
+
+
+def sharded_member(parent, text, started):
+    """accelerated._member on two cards, as far as Accelerate knows: it refuses FSDP on processors, PyTorch does not."""
+    from accelerate.state import DistributedType, PartialState
+
+    prepare, gather = PartialState.__init__, model.whole_weights
+    job = TrainingJob.model_validate_json(text)
+
+    def with_cards(self, *arguments, **named):
+        prepare(self, *arguments, **named)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    def gather_and_tell(trained):
+        weights = gather(trained)
+        kinds = {type(weight).__name__ for weight in trained.parameters()}
+        (job.output / f"{distributed.is_first()}.json").write_text(json.dumps(sorted(kinds)))
+        return weights
+
+    PartialState.__init__ = with_cards
+    model.must_shard, model.whole_weights = lambda *_: True, gather_and_tell
+    return elastic_launch._member(parent, text, started)
+
+
+@pytest.mark.slow
+def test_weights_dealt_out_to_two_processes_give_the_adapter_that_whole_ones_give(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sharded = with_settings(job, workers=2).model_copy(update={"output": tmp_path / "sharded"})
+    with monkeypatch.context() as patch:
+        patch.setattr(elastic_launch, "_member", sharded_member)
+        folder = sharded.output / CHECKPOINTS
+        folder.mkdir(parents=True)
+        elastic_launch.train(sharded, time.monotonic())
+    alone = train(job)
+
+    for first in (True, False):
+        assert json.loads((sharded.output / f"{first}.json").read_text()) == ["DTensor"]
+    result = finished(sharded)
+    assert result.loss_before == pytest.approx(alone.loss_before, rel=1e-5)
+    assert result.loss_after == pytest.approx(alone.loss_after, rel=1e-3)
+    theirs, ours = (load_file(one.output / "adapter" / "adapter_model.safetensors") for one in (job, sharded))
+    assert {name: weight.shape for name, weight in ours.items()} == {name: w.shape for name, w in theirs.items()}
+    assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 5e-3  # of about 0.5
+
+
+def broken_sharded_member(parent, text, started):
+    """A sharded member that ends without a word in its 15th step."""
+    from transformers import Trainer
+
+    step, steps = Trainer.training_step, []
+
+    def breaking(self, *arguments):
+        steps.append(1)
+        if len(steps) == 15:
+            os._exit(9)
+        return step(self, *arguments)
+
+    Trainer.training_step = breaking
+    return sharded_member(parent, text, started)
+
+
+@pytest.mark.slow
+def test_weights_dealt_out_go_on_from_a_checkpoint_and_end_with_the_best_ones(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = with_settings(job, bfloat16=False)
+    sharded = with_settings(alone, workers=2).model_copy(update={"output": tmp_path / "sharded"})
+    checkpoints = sharded.output / CHECKPOINTS
+    checkpoints.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(elastic_launch, "_member", broken_sharded_member)
+        with pytest.raises(TrainingError, match="status 9"):
+            elastic_launch.train(sharded, time.monotonic())
+        state = checkpoints / "checkpoint-12" / "trainer_state.json"
+        best = {"best_metric": 0.0, "best_global_step": 6}  # as if nothing later could be better
+        state.write_text(json.dumps(json.loads(state.read_text()) | best))
+        mark_complete(checkpoints / "checkpoint-12", sharded.key)
+        patch.setattr(elastic_launch, "_member", sharded_member)
+        elastic_launch.train(sharded, time.monotonic())
+    expected, result = train(alone), finished(sharded)
+    losses = [point.loss for point in result.validation]
+    assert (result.resumed_from, result.best_step) == (12, 6)
+    assert losses == pytest.approx([point.loss for point in expected.validation], rel=1e-3)
+    assert result.loss_after == pytest.approx(losses[0], rel=1e-5) != expected.loss_after
+
+
+def broken_member(parent, text, started):
+    """A member that ends without a word one step after half of the training."""
+    from finetune_pipeline.training import trainer
+
+    trainer.reporter = breaking_in_half(trainer.reporter)
+    try:
+        return elastic_launch._member(parent, text, started)
+    except KeyboardInterrupt:
+        os._exit(9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
+def test_a_team_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
+    job, padded_base, padded, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    whole = with_settings(job, workers=2, checkpoints=6)
+    if padded:
+        whole = whole.model_copy(update={"base_model": padded_base})
+    broken = whole.model_copy(update={"output": tmp_path / "broken"})
+    for one in (whole, broken):
+        (one.output / CHECKPOINTS).mkdir(parents=True)
+    elastic_launch.train(whole, time.monotonic())
+    with monkeypatch.context() as patch:
+        patch.setattr(elastic_launch, "_member", broken_member)
+        with pytest.raises(TrainingError, match="status 9"):
+            elastic_launch.train(broken, time.monotonic())
+    elastic_launch.train(broken, time.monotonic())
+    assert finished(broken).resumed_from == 12  # the middle of the second of three epochs
+    ours, theirs = (load_file(one.output / "adapter" / "adapter_model.safetensors") for one in (whole, broken))
+    assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "exceeds"),
+    [(24, True), (40, False)],  # 17 GB of weights leave 7 of 24, which is too little to train with
+)
+def test_weights_are_dealt_out_when_a_card_could_not_hold_them_and_the_training(tmp_path, gigabytes, exceeds):
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(17_000_000_000)  # a hole, that takes no room
+    assert model.weights_exceed_card(tmp_path, 2, gigabytes * 10**9) is exceeds
+    assert model.weights_exceed_card(tmp_path, 4, gigabytes * 10**9)
+
+
+@pytest.mark.parametrize(("bfloat16", "shards"), [(True, False), (False, True)])
+def test_weights_are_counted_as_they_are_trained(job, tmp_path, monkeypatch, bfloat16, shards):
+    import torch
+
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(17_000_000_000)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=40 * 10**9))
+    assert model.must_shard(job.model_copy(update={"base_model": tmp_path}), bfloat16) is shards
+
+
+def member_without_memory(parent, text, started):
+    """accelerated._member, of which the second process asks for more memory than there is, in its third step."""
+    import torch
+    from transformers import Trainer
+
+    step, steps = Trainer.training_step, []
+
+    def greedy(self, *arguments):
+        steps.append(1)
+        if len(steps) == 3 and not distributed.is_first():
+            torch.empty(2**50)
+        return step(self, *arguments)
+
+    Trainer.training_step = greedy
+    return elastic_launch._member(parent, text, started)
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_ends_the_team_which_says_what_to_set(job, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(elastic_launch, "_member", member_without_memory)
+    (job.output / CHECKPOINTS).mkdir(parents=True)
+    said = (
+        r"^memory ran out with 4 examples at a time \(.*allocate.*\); set batch_size: 2 and gradient_accumulation: 4,"
+    )
+    with pytest.raises(TrainingError, match=said):
+        elastic_launch.train(with_settings(job, workers=2), time.monotonic())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)  # the other process would wait for half an hour
+def test_weights_that_are_no_numbers_end_every_process_of_a_team(job, tmp_path):
+    dataset = save(tmp_path / "d", rows(64, 100))  # without validation, which would find them first
+    wild = with_settings(job, workers=2, learning_rate=1e30, checkpoints=24).model_copy(update={"dataset": dataset})
+    with pytest.raises(TrainingFailed, match=r"^the loss became nan .* diverged"):
+        train(wild)
+    whole = list((wild.output / CHECKPOINTS).glob("checkpoint-*/complete.json"))
+    assert len(whole) <= 2
+    assert all(load_file(path.parent / "adapter_model.safetensors") for path in whole)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_job_is_said_as_it_is_by_one_process(job):
+    impossible = with_settings(job, workers=2, max_length=16)
+    with pytest.raises(TrainingFailed, match=r"^nothing is left to train on: 64 of 64 examples"):
+        train(impossible)
