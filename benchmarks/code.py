@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import end, publish
-from finetune_pipeline.settings import CodeFeed, load_loop
+from finetune_pipeline.settings import CodeSource, load_loop
 
 FILES = 2_000
 LIMIT_SECONDS = 30
@@ -50,7 +50,7 @@ def measure(repository: str) -> dict[str, Any]:
     from finetune_pipeline.sources.code import read
     from finetune_pipeline.sources.source_record import Item
 
-    feed = CodeFeed(kind="code", name="repository", path=repository)
+    feed = CodeSource(kind="code", name="repository", path=repository)
     started = time.perf_counter()
     found = list(read(feed, None))
     seconds, cpu_seconds = [time.perf_counter() - started], time.process_time()

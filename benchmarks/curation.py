@@ -203,7 +203,7 @@ def lines(size: int, seed: int) -> Iterator[Line]:
     rng = Random(seed + 1_000)
     for number, line in enumerate(requests(size, seed)):
         yield {**line, **_judged(line, rng), "interaction_id": str(UUID(int=rng.getrandbits(128), version=4)),
-               "sequence": number + 1, "model": "aec_parser@v1.0.0", "user": f"u{number % 50:02}"}  # fmt: skip
+               "ingest_offset": number + 1, "model": "aec_parser@v1.0.0", "user": f"u{number % 50:02}"}  # fmt: skip
 
 
 def requests(size: int, seed: int) -> Iterator[Line]:

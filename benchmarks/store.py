@@ -100,7 +100,7 @@ def interaction(number: int, **fields: Any) -> Interaction:
         "prompt": f"150 mm concrete wall number {number}, two hour rating, California, for level {number % 40}",
         "output": OUTPUT, "confidence": 0.93, "user": f"u{number % 50:02}", "model": "aec_parser@v1.0.0",
     }  # fmt: skip
-    return Interaction(id=uuid7(), task=LOOP, created_at=datetime.now(UTC), **{**values, **fields})
+    return Interaction(id=uuid7(), loop=LOOP, created_at=datetime.now(UTC), **{**values, **fields})
 
 
 def one_and_many(kind: str) -> dict[str, float]:
@@ -203,7 +203,7 @@ def million() -> dict[str, Any]:
     """The sensor's question, the statistics and the newest 50, with more and more history. A third has feedback."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback import FeedbackClient
-    from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_sequence
+    from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_offset
     from finetune_pipeline.pipeline.pending import count_new
     from finetune_pipeline.settings import load_loop
 
@@ -213,14 +213,14 @@ def million() -> dict[str, Any]:
         client.log_many(_history(held, size))
         held = size
         with database.read() as connection:
-            watermark = newest_sequence(connection)
+            watermark = newest_offset(connection)
         idle = _milliseconds(partial(count_new, loop, database, watermark))
         batches = [[_new(size + i) for i in range(n, n + 50)] for n in range(60, 360, 50)]
         newest = [_new(size + i) for i in range(60)]
         taken = []
         for batch in [*batches, newest[:50]]:  # the last one is what the sensor is to find
             with database.read() as connection:
-                watermark = newest_sequence(connection)
+                watermark = newest_offset(connection)
             taken.append(_milliseconds(partial(client.log_many, [e for pair in batch for e in pair]), times=1))
         taking = statistics.median(taken)
         client.log_many(event for pair in newest[50:] for event in pair)
@@ -286,7 +286,7 @@ def _new(number: int) -> tuple[Interaction, Feedback]:
 
 
 def _thumb(one: Interaction, kind: Any) -> Feedback:
-    return Feedback(id=uuid7(), task=LOOP, interaction_id=one.id, created_at=one.created_at, kind=kind)
+    return Feedback(id=uuid7(), loop=LOOP, interaction_id=one.id, created_at=one.created_at, kind=kind)
 
 
 def _expect(wanted: int, count: Callable[[], int]) -> None:

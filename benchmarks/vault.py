@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import end, publish
-from finetune_pipeline.settings import VaultFeed
+from finetune_pipeline.settings import VaultSource
 from finetune_pipeline.sources.source_record import Item
 from finetune_pipeline.sources.vault import read
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 def vault(folder: Path) -> dict[str, Any]:
     """Read a vault some times, as a loop does at each of its runs."""
-    feed, seconds, items = VaultFeed(kind="vault", name="notes", path=str(folder)), [], 0
+    feed, seconds, items = VaultSource(kind="vault", name="notes", path=str(folder)), [], 0
     busy = time.process_time()
     for _ in range(RUNS):
         started = time.perf_counter()

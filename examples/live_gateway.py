@@ -89,7 +89,7 @@ def deployment(folder: Path) -> Path:
     path = project / "finetune_pipeline" / "defs" / LOOP / "defs.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     settings = document["attributes"]
-    settings["sources"] = {"folders": []}
+    settings["ingest"] = {"folders": []}
     settings["trigger"] = {"new_examples": 50, "interval_seconds": 5, "running": True}
     settings["training"]["epochs"] = 12  # 60 examples are few: more passes over them
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")

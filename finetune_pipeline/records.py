@@ -89,7 +89,7 @@ class Interaction(Record):
 
     event: Literal["interaction"] = "interaction"
     id: UUID = Field(description="Id of the interaction, given by who logs it; the same id twice is one interaction.")
-    task: str = Field(max_length=60, description="Name of the loop.")
+    loop: str = Field(max_length=60, description="Name of the loop.")
     created_at: Moment
     prompt: Text = Field(min_length=1, description="What the user asked, without the loop's system prompt.")
     history: tuple[Turn, ...] = Field(
@@ -106,10 +106,12 @@ class Interaction(Record):
     source: ShortText | None = Field(
         default=None, description="Which declared source it was made from; none: an application logged it."
     )
-    origin: Text | None = Field(
+    provenance: Text | None = Field(
         default=None, max_length=1_000, description="Where in that source: a note, a file and line, a row's key."
     )
-    arm: ShortText | None = Field(default=None, description="Traffic arm: what was meant to answer, such as champion.")
+    variant: ShortText | None = Field(
+        default=None, description="Traffic variant: what was meant to answer, such as champion."
+    )
     flag: ShortText | None = Field(default=None, description="Why a person should look at the answer.")
     latency_ms: float | None = Field(default=None, ge=0)
     prompt_tokens: Count | None = None
@@ -127,7 +129,7 @@ class Feedback(Record):
 
     event: Literal["feedback"] = "feedback"
     id: UUID = Field(description="Id of this feedback; the same id twice is one feedback.")
-    task: str = Field(max_length=60, description="Name of the loop.")
+    loop: str = Field(max_length=60, description="Name of the loop.")
     interaction_id: UUID
     created_at: Moment
     kind: FeedbackKind
@@ -166,15 +168,15 @@ def logged(event: Interaction | Feedback) -> Interaction | Feedback:
     It must not claim a declared source: it would be retracted as soon as that source is read.
 
     Raises:
-        ValueError: it has a source or an origin, or its time is in the future.
+        ValueError: it has a source or an provenance, or its time is in the future.
     """
     try:
         not_in_future(event.created_at)
     except ValueError as error:
         raise ValueError(f"created_at: {error}") from None
-    if isinstance(event, Interaction) and (event.source is not None or event.origin is not None):
+    if isinstance(event, Interaction) and (event.source is not None or event.provenance is not None):
         raise ValueError(
-            "source, origin: only what a loop's declared sources and dropped files give has them; leave them out"
+            "source, provenance: only what a loop's declared sources and dropped files give has them; leave them out"
         )
     return event
 
@@ -183,7 +185,7 @@ class Example(Record):
     """What one interaction teaches, after all its feedback: a prompt and the answer that it should get."""
 
     interaction_id: UUID
-    sequence: int = Field(ge=0, description="The store's ingest sequence of the newest event that shaped it.")
+    ingest_offset: int = Field(ge=0, description="The store's ingest offset of the newest event that shaped it.")
     prompt: str
     history: tuple[Turn, ...] = ()
     output: str = Field(description="What the model itself answered; the target where nobody corrected it.")
@@ -193,13 +195,13 @@ class Example(Record):
     confirmed: bool = Field(description="A person found the answer right.")
     corrected: bool = Field(description="A person wrote the target.")
     source: str | None = Field(default=None, description="The declared source; none: an application logged it.")
-    origin: str | None = Field(default=None, description="Where in that source.")
+    provenance: str | None = Field(default=None, description="Where in that source.")
     review: ReviewKind | None = Field(default=None, description="What a reviewer decided; none: nobody did.")
 
 
 def example_of(interaction: Interaction, **taught: Any) -> Example:
     """The example of an interaction: what was asked and answered, and the fields `taught` that say what it teaches."""
-    asked = {name: getattr(interaction, name) for name in ("source", "origin", "prompt", "history", "output")}
+    asked = {name: getattr(interaction, name) for name in ("source", "provenance", "prompt", "history", "output")}
     return Example(interaction_id=interaction.id, **asked, **taught)
 
 
@@ -298,6 +300,10 @@ def explained(error: ValidationError, names: Collection[str] = ()) -> list[str]:
     return [_explained(one, names) for one in error.errors(include_url=False)]
 
 
+_RENAMED = {"task": "loop", "arm": "variant", "origin": "provenance", "feeds": "sources"}
+"""Names of earlier versions, so that a log or a YAML of that time says what to change."""
+
+
 def _explained(one: Mapping[str, Any], names: Collection[str]) -> str:
     where = ".".join(str(part) for part in one["loc"])
     message = str(one["msg"]).removeprefix("Value error, ")
@@ -307,6 +313,8 @@ def _explained(one: Mapping[str, Any], names: Collection[str]) -> str:
         return f"{where}: is missing"
     if one["type"] == "extra_forbidden":
         given = str(one["loc"][-1])
+        if given in _RENAMED:
+            return f"{where}: there is no such field; it is named {_RENAMED[given]} now"
         meant = get_close_matches(given, set(names) - {given}, n=1)  # itself it is where it stands elsewhere
         return f"{where}: there is no such field" + (f"; is it {meant[0]}?" if meant else "")
     if one["type"] == "tuple_type":
@@ -361,7 +369,7 @@ class RawLogsManifest(Manifest):
     examples: int = Field(description="Interactions with something to teach.")
     parts: list[str] = Field(description="Parquet files, oldest first; a later part's row of an interaction stands.")
     new: int = Field(description="Rows of the newest part: interactions that came or changed since the one before.")
-    watermark: int = Field(description="Highest ingest sequence in the snapshot.")
+    watermark: int = Field(description="Highest ingest offset in the snapshot.")
 
 
 class DatasetManifest(Manifest):

@@ -77,13 +77,13 @@ class QuotaSettings(Settings):
     """How much of a dataset a source may be."""
 
     max_examples: int | None = Field(default=None, ge=1, description="At most so many of a dataset come from it.")
-    max_share: float = Field(
+    max_fraction: float = Field(
         default=1.0, gt=0, le=1,
         description="At most so much of a dataset comes from it, measured by the sources of a larger share.",
     )  # fmt: skip
 
 
-class FeedSettings(QuotaSettings):
+class SourceSettings(QuotaSettings):
     """What every declared source has."""
 
     name: str = Field(pattern=_NAME, max_length=60, description="Its name, on every record that comes from it.")
@@ -94,7 +94,7 @@ FileFormat = Literal["auto", "alpaca", "prompt_completion", "sharegpt", "message
 """What the rows of a file are; auto tells by their fields, row by row."""
 
 
-class FilesFeed(FeedSettings):
+class FilesSource(SourceSettings):
     """Files of conversations made elsewhere: JSONL, JSON, CSV, Parquet."""
 
     kind: Literal["files"]
@@ -103,7 +103,7 @@ class FilesFeed(FeedSettings):
     max_line_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer rows are named and left out.")
 
 
-class VaultFeed(FeedSettings):
+class VaultSource(SourceSettings):
     """An Obsidian vault: a folder of Markdown notes. It is only read."""
 
     kind: Literal["vault"]
@@ -146,7 +146,7 @@ class TeacherSettings(Settings):
     parallel: int = Field(default=4, ge=1, le=64, description="Requests at the same time.")
 
 
-class CodeFeed(FeedSettings):
+class CodeSource(SourceSettings):
     """A repository of source code, from which instructions are made whose answer is the code."""
 
     kind: Literal["code"]
@@ -165,7 +165,7 @@ class CodeFeed(FeedSettings):
     refactorings: bool = Field(default=False, description="The teacher gives refactoring requests besides.")
 
 
-class DocumentsFeed(FeedSettings):
+class DocumentsSource(SourceSettings):
     """Meeting notes and requirements, with templates of the artifacts wanted of them."""
 
     kind: Literal["documents"]
@@ -176,14 +176,14 @@ class DocumentsFeed(FeedSettings):
     )
 
 
-class SqlFeed(FeedSettings):
+class SqlSource(SourceSettings):
     """Rated answers in any database that SQLAlchemy reaches."""
 
     kind: Literal["sql"]
     url_env: str = Field(description="Environment variable that holds the database's URL, in SQLAlchemy's form.")
     table: str = Field(description="Table or view; with its schema before a dot where it has one.")
     key: str = Field(description="Column that names a row for good.")
-    watermark: str = Field(description="Column that grows whenever a row comes or changes: a number or a time.")
+    cursor: str = Field(description="Column that grows whenever a row comes or changes: a number or a time.")
     prompt: str = Field(description="Column of the prompt.")
     response: str = Field(description="Column of the answer.")
     rating: str | None = Field(default=None, description="Column of the rating.")
@@ -202,12 +202,12 @@ class SqlFeed(FeedSettings):
         default=60,
         ge=0,
         description="A reading starts so far before the end of the last one, for rows that were committed late: "
-        "seconds where the watermark is a time, so many where it is a number.",
+        "seconds where the cursor is a time, so many where it is a number.",
     )
     batch_rows: int = Field(default=1_000, ge=1, le=50_000, description="Rows in memory at once.")
 
     @model_validator(mode="after")
-    def _ratings_have_their_rewards(self) -> "SqlFeed":
+    def _ratings_have_their_rewards(self) -> "SqlSource":
         if (self.rating is None) != (not self.ratings):
             raise ValueError("rating and ratings go together: the column, and what each of its values is worth")
         return self
@@ -220,7 +220,7 @@ INGESTED = "ingested"
 """The source of conversations from the drop folder's files and from `finetune ingest FILE`."""
 
 
-class LogsFeed(QuotaSettings):
+class LogsSource(QuotaSettings):
     """What the application itself logged, as one source among the others: it is read always, and its quota is here."""
 
     kind: Literal["logs"]
@@ -231,7 +231,7 @@ class LogsFeed(QuotaSettings):
         return LOGS
 
 
-class IngestedFeed(QuotaSettings):
+class IngestedSource(QuotaSettings):
     """Conversations from dropped files and `finetune ingest`: they are read always, and their quota is here."""
 
     kind: Literal["ingested"]
@@ -242,15 +242,14 @@ class IngestedFeed(QuotaSettings):
         return INGESTED
 
 
-Feed = Annotated[
-    FilesFeed | VaultFeed | CodeFeed | DocumentsFeed | SqlFeed | LogsFeed | IngestedFeed, Field(discriminator="kind")
+Source = Annotated[
+    FilesSource | VaultSource | CodeSource | DocumentsSource | SqlSource | LogsSource | IngestedSource,
+    Field(discriminator="kind"),
 ]
 
 
-class SourceSettings(Settings):
-    """Where interactions and feedback come from."""
-
-    feeds: tuple[Feed, ...] = Field(default=(), description="Declared sources beside the logs; see docs/sources.md.")
+class IngestSettings(Settings):
+    """Where the application's logs and dropped files are read from."""
 
     folders: tuple[str, ...] = Field(
         default=(), description="Folders of logs, read in addition to the drop folder; relative to the project."
@@ -258,27 +257,15 @@ class SourceSettings(Settings):
     drop_folder: str | None = Field(
         default=None, description="Where files are dropped: logs, conversations; default $FINETUNE_HOME/inbox/<loop>."
     )
-    ingested_reward: float = Field(
+    default_reward: float = Field(
         default=0.8, ge=-1, le=1, description="Of conversations in dropped files that have no reward of their own."
     )
-    max_rejected_share: float = Field(
+    max_rejected_fraction: float = Field(
         default=0.05, ge=0, le=1, description="Share of unreadable lines above which raw_logs' check turns red."
     )
     max_line_bytes: int = Field(
         default=1_000_000, ge=1_000, description="A longer line is quarantined unread, so that it cannot fill memory."
     )
-
-    @field_validator("feeds")
-    @classmethod
-    def _every_feed_has_its_own_name(cls, feeds: tuple[Feed, ...]) -> tuple[Feed, ...]:
-        names = [feed.name for feed in feeds]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        taken = sorted(
-            {"replay", LOGS, INGESTED} & {feed.name for feed in feeds if not isinstance(feed, LogsFeed | IngestedFeed)}
-        )
-        if twice or taken:
-            raise ValueError(f"{', '.join(twice or taken)} is taken; give each source a name of its own")
-        return feeds
 
 
 class FeedbackSettings(Settings):
@@ -337,7 +324,7 @@ class CurationSettings(Settings):
     compute: Literal["local", "ray"] = Field(
         default="local", description="Where examples are looked at one by one: on this machine, or a Ray cluster."
     )
-    validation_share: float = Field(default=0.1, ge=0, lt=1, description="Share of prompts kept for validation.")
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of prompts kept for validation.")
     min_examples: int = Field(default=20, ge=1, description="Training does not start with fewer examples.")
     benchmark_similarity: float = Field(
         default=0.8, gt=0, le=1, description="Jaccard similarity to a benchmark prompt from which an example is out."
@@ -509,7 +496,7 @@ class GateSettings(Settings):
     )
     significance_level: float = Field(default=0.05, gt=0, lt=1, description="Level of the paired test.")
     require_significance: bool = Field(default=False, description="The paired test must pass too.")
-    forbid_slice_falls: bool = Field(default=False, description="No slice of the benchmark may fall.")
+    forbid_slice_regressions: bool = Field(default=False, description="No slice of the benchmark may fall.")
 
 
 class TriggerSettings(Settings):
@@ -540,7 +527,10 @@ class LoopSettings(Settings):
     output_schema: str | None = Field(
         default=None, description="JSON Schema file of the answers; without one, answers are free text."
     )
-    sources: SourceSettings = SourceSettings()
+    sources: tuple[Source, ...] = Field(
+        default=(), description="Declared sources in addition to the logs; see docs/sources.md."
+    )
+    ingest: IngestSettings = IngestSettings()
     feedback: FeedbackSettings = FeedbackSettings()
     curation: CurationSettings = CurationSettings()
     review: ReviewSettings = ReviewSettings()
@@ -556,6 +546,19 @@ class LoopSettings(Settings):
     @classmethod
     def _resolve_environment(cls, data: Any) -> Any:
         return resolve_environment(data)
+
+    @field_validator("sources")
+    @classmethod
+    def _source_names_are_unique(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        names = [source.name for source in sources]
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        reserved = sorted(
+            {"replay", LOGS, INGESTED}
+            & {source.name for source in sources if not isinstance(source, LogsSource | IngestedSource)}
+        )
+        if duplicates or reserved:
+            raise ValueError(f"{', '.join(duplicates or reserved)} is taken; give each source a name of its own")
+        return sources
 
     @model_validator(mode="after")
     def _parameters_need_a_schema(self) -> "LoopSettings":
@@ -597,13 +600,13 @@ class LoopSettings(Settings):
     @property
     def drop_folder(self) -> Path:
         """Where an application drops its JSONL files."""
-        given = self.sources.drop_folder
+        given = self.ingest.drop_folder
         return project_path(given) if given else home() / "inbox" / self.name
 
     @property
     def log_folders(self) -> list[Path]:
         """Every folder that raw_logs reads: the declared ones, then the drop folder."""
-        return [*(project_path(folder) for folder in self.sources.folders), self.drop_folder]
+        return [*(project_path(folder) for folder in self.ingest.folders), self.drop_folder]
 
 
 def resolve_environment(value: Any) -> Any:

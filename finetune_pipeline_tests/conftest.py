@@ -93,13 +93,13 @@ def uid(name: str) -> UUID:
 def interaction(name: str, **fields: Any) -> Interaction:
     """An interaction with what a test does not care about filled in."""
     given = {"prompt": f"prompt {name}", "output": f"answer {name}", "confidence": 0.9, "created_at": START}
-    return Interaction(id=uid(name), task="notes", **{**given, **fields})
+    return Interaction(id=uid(name), loop="notes", **{**given, **fields})
 
 
 def feedback(name: str, on: str, kind: str, minutes: int = 0, **fields: Any) -> Feedback:
     """A feedback on the interaction `on`, some minutes after the start."""
     at = START + timedelta(minutes=minutes)
-    return Feedback(id=uid(name), task="notes", interaction_id=uid(on), created_at=at, kind=kind, **fields)
+    return Feedback(id=uid(name), loop="notes", interaction_id=uid(on), created_at=at, kind=kind, **fields)
 
 
 def _postgres_programs() -> Path | None:

@@ -43,7 +43,7 @@ def test_any_other_loop_is_prefixed_with_its_name():
 
 def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
     assert LoopSettings.model_validate(MINIMAL).drop_folder == home() / "inbox" / "notes"
-    named = {**MINIMAL, "sources": {"drop_folder": str(tmp_path)}}
+    named = {**MINIMAL, "ingest": {"drop_folder": str(tmp_path)}}
     assert LoopSettings.model_validate(named).drop_folder == tmp_path
 
 
@@ -61,8 +61,8 @@ def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
         ("training: {learning_rate: .nan}", r"training\.learning_rate: found nan"),
         ("training: {report_to: tensorboard}", r"training\.report_to: found 'tensorboard', expected a list: \[tensor"),
         ("trigger: {nightly: always}", r"trigger\.nightly: found 'always', expected a cron time of five fields"),
-        ("sources: {feeds: [{name: a, path: b}]}", r"sources\.feeds\.0: 'kind' is missing"),
-        ("sources: {feeds: [{kind: file, name: a}]}", r"sources\.feeds\.0: there is no 'kind' 'file'; is it files\?"),
+        ("sources: [{name: a, path: b}]", r"sources\.0: 'kind' is missing"),
+        ("sources: [{kind: file, name: a}]", r"sources\.0: there is no 'kind' 'file'; is it files\?"),
         ("training: {epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
     ],
 )

@@ -32,7 +32,7 @@ _THUMBS = ("up", "down")
 
 @click.group()
 def feedback() -> None:
-    """Log, correct, rate, count, export, import, withdraw and forget."""
+    """Log, correct, rate, count, export, import, retract and erase."""
 
 
 def _key_option(command: F) -> F:
@@ -104,11 +104,11 @@ def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, 
 def stats(loop: LoopSettings) -> None:
     """Show how much feedback there is of which kind, and what waits."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.store import tally, unmatched
+    from finetune_pipeline.feedback.store import counters, unmatched
 
     with connect().read() as connection:
-        counts = tally(connection, loop.name)
-        # Looking for them goes through all feedback; the tally says at once whether there are any.
+        counts = counters(connection, loop.name)
+        # Looking for them goes through all feedback; the counters says at once whether there are any.
         waiting = unmatched(connection, loop.name, _SHOWN) if counts.get("unmatched") else ()
     Console().print(_stats_table(loop.name, counts))
     if waiting:
@@ -197,7 +197,7 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
 
     unusable = []
     for path in files:
-        done = import_rows(path, read_rows(path, loop.sources.max_line_bytes), loop, connect())
+        done = import_rows(path, read_rows(path, loop.ingest.max_line_bytes), loop, connect())
         click.echo(
             f"{path}: {done.recorded.interactions} interactions and {done.recorded.feedback} feedback added, "
             f"{done.recorded.duplicates} known already, {done.rejected} of {done.lines} lines rejected"
@@ -220,13 +220,13 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
 @click.option("--source", required=True, metavar="NAME", help="Of which source; one that is declared no longer, too.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @loop_option
-def withdraw(loop: LoopSettings, source: str, yes: bool) -> None:
+def retract(loop: LoopSettings, source: str, yes: bool) -> None:
     """Have nothing teach any more of what came from a source.
 
     It stays in the store. Where the source is declared still, or again, the next run brings back what it has then.
     """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.pipeline.source_sync import teaching_sources, withdraw_source
+    from finetune_pipeline.pipeline.source_sync import retract_source, teaching_sources
 
     database = connect()
     with database.read() as connection:
@@ -238,9 +238,9 @@ def withdraw(loop: LoopSettings, source: str, yes: bool) -> None:
         )
     if not yes:
         click.confirm(f"Have the {there[source]} items of {source} teach nothing any more?", abort=True)
-    count = withdraw_source(loop.name, source, database)
-    click.echo(f"{count} items of {source} withdrawn; the next dataset is made without them")
-    if any(feed.name == source for feed in loop.sources.feeds):
+    count = retract_source(loop.name, source, database)
+    click.echo(f"{count} items of {source} retracted; the next dataset is made without them")
+    if any(feed.name == source for feed in loop.sources):
         click.echo(
             f"{source} is still declared: the next run brings back what it has, unless you take it out of the YAML"
         )
@@ -250,7 +250,7 @@ def withdraw(loop: LoopSettings, source: str, yes: bool) -> None:
 @click.option("--user", required=True, metavar="NAME", help="Whose data is deleted.")
 @click.option("--loop", "name", metavar="NAME", help="Only of this loop; default all.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def forget(user: str, name: str | None, yes: bool) -> None:
+def erase(user: str, name: str | None, yes: bool) -> None:
     """Delete what the store holds of a person, and list what was made with it.
 
     Deleted are the person's interactions with all feedback and review decisions on them, and the person's feedback and
@@ -262,19 +262,19 @@ def forget(user: str, name: str | None, yes: bool) -> None:
     declared = {name: load_loop(name)} if name else load_loops()
     database = connect()
     _take_over(database)
-    loops = {task: declared.get(task) for task in ([name] if name else _tasks(database, declared))}
+    loops = {one: declared.get(one) for one in ([name] if name else _loop_names(database, declared))}
     # Afterwards nobody would know any more what was made with it, so that is looked up first.
-    found = {task: _held_and_made(database, task, loop, user) for task, loop in loops.items()}
+    found = {one: _held_and_made(database, one, loop, user) for one, loop in loops.items()}
     if not any(held.count for held, _ in found.values()):
         click.echo(f"the store holds nothing of {user!r}; names are compared letter by letter")
     elif not yes:
         click.confirm(f"Delete this data of {user!r} for good?", abort=True)
     on_their_way = _journals_naming(user)  # before the deletion: what comes into the store until then goes with it
-    for task, loop in loops.items():
-        _forget(database, task, loop, user)
+    for one, loop in loops.items():
+        _erase(database, one, loop, user)
     wiped = wipe(database)
-    for task, loop in loops.items():
-        _advise(task, loop, user, *found[task])
+    for one, loop in loops.items():
+        _advise(one, loop, user, *found[one])
     _finish(on_their_way, wiped)
 
 
@@ -351,67 +351,67 @@ def _take_over(database: "Database") -> None:
 
     loops = load_loops()
 
-    def reward_of(task: str) -> RewardFunction:
-        return reward_function(loops[task].feedback if task in loops else FeedbackSettings())
+    def reward_of(loop: str) -> RewardFunction:
+        return reward_function(loops[loop].feedback if loop in loops else FeedbackSettings())
 
     take_over_orphans(database, reward_of)
 
 
-def _tasks(database: "Database", declared: dict[str, LoopSettings]) -> list[str]:
+def _loop_names(database: "Database", declared: dict[str, LoopSettings]) -> list[str]:
     """All loops: those declared, and those that only the store still knows."""
-    from finetune_pipeline.feedback.erasure import tasks_of
+    from finetune_pipeline.feedback.erasure import loops_of
 
     with database.read() as connection:
-        return sorted({*declared, *tasks_of(connection)})
+        return sorted({*declared, *loops_of(connection)})
 
 
-def _held_and_made(database: "Database", task: str, loop: LoopSettings | None, user: str) -> "tuple[Held, MadeWith]":
+def _held_and_made(database: "Database", name: str, loop: LoopSettings | None, user: str) -> "tuple[Held, MadeWith]":
     """Print what the store holds of a person; returns it, and what was made with it."""
     from finetune_pipeline.feedback.erasure import held_of
     from finetune_pipeline.pipeline.lineage import MadeWith, made_with
 
     with database.read() as connection:
-        held = held_of(connection, task, user)
+        held = held_of(connection, name, user)
     click.echo(
-        f"{task}: {len(held.interactions)} interactions, {len(held.feedback)} feedback and {len(held.decisions)} "
+        f"{name}: {len(held.interactions)} interactions, {len(held.feedback)} feedback and {len(held.decisions)} "
         "review decisions"
     )
     return held, made_with(database, loop, held.taught) if loop else MadeWith()
 
 
-def _forget(database: "Database", task: str, loop: LoopSettings | None, user: str) -> None:
-    from finetune_pipeline.feedback.erasure import forget_user
+def _erase(database: "Database", name: str, loop: LoopSettings | None, user: str) -> None:
+    from finetune_pipeline.feedback.erasure import erase_user
     from finetune_pipeline.feedback.rewards import reward_function
 
     reward = reward_function(loop.feedback if loop else FeedbackSettings())
     with database.write() as connection:
-        done = forget_user(connection, task, user, reward)
+        done = erase_user(connection, name, user, reward)
     click.echo(
-        f"{task}: {done.interactions} interactions, {done.feedback} feedback, {done.decisions} review decisions and "
+        f"{name}: {done.interactions} interactions, {done.feedback} feedback, {done.decisions} review decisions and "
         f"{done.rejected_lines} excerpts of rejected lines deleted"
     )
 
 
-def _advise(task: str, loop: LoopSettings | None, user: str, held: "Held", made: "MadeWith") -> None:
+def _advise(name: str, loop: LoopSettings | None, user: str, held: "Held", made: "MadeWith") -> None:
     lists = {"snapshots": made.snapshots, "datasets": made.datasets, "models": made.models, "weights": made.weights}
     for title, what in lists.items():
         if what:
-            click.echo(f"{task}: {title} made with it:")
+            click.echo(f"{name}: {title} made with it:")
             _list(what)
     if any(lists.values()):
         click.echo(
-            f"  They still hold it. `finetune run --loop {task}` makes new ones without it. When another model serves, "
-            f"`finetune model gc --keep 1 --loop {task}` deletes the models, and rejected challengers too, with their "
+            f"  They still hold it. `finetune run --loop {name}` makes new ones without it. When another model serves, "
+            f"`finetune model gc --keep 1 --loop {name}` deletes the models, and rejected challengers too, with their "
             "folders in gguf_model; delete what is left of these folders then."
         )
     sources = [name for name in held.sources if name != INGESTED]
     if sources:
-        click.echo(f"{task}: these sources gave what was deleted, and may hold it still:")
+        click.echo(f"{name}: these sources gave what was deleted, and may hold it still:")
         _list(sources)
         click.echo("  Nothing that names the person as its author is taken from a source again; delete it there too.")
     files = _files_naming(user, loop) if loop else []
     if files:
-        click.echo(f"{task}: these files still name the person:")
+        click.echo(f"{name}: these files still name the person:")
         _list(files)
         click.echo("  What was deleted never comes back from them, but events not read yet would: delete it there too.")
 
@@ -450,7 +450,7 @@ def _files_naming(user: str, loop: LoopSettings) -> list[Path]:
     for path in paths:
         with suppress(FileNotFoundError):  # taken away meanwhile
             if layout_of(path) in {"csv", "parquet"}:  # in which a name stands as it is, not as a JSON text
-                rows = (row.value for row in read_rows(path, loop.sources.max_line_bytes))
+                rows = (row.value for row in read_rows(path, loop.ingest.max_line_bytes))
                 if any(isinstance(row, dict) and str(row.get("user")) == user for row in rows):
                     found.append(path)
     return list(dict.fromkeys(found))

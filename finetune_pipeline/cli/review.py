@@ -268,8 +268,10 @@ def _page(one: "Waiting", number: int, total: int) -> str:
 
 def _facts(candidate: "Candidate") -> list[tuple[str, str]]:
     interaction, example = candidate.interaction, candidate.example
-    origin = "the application's log" if interaction.source is None else f"{interaction.source}, {interaction.origin}"
-    facts = [("from", f"{origin}, {interaction.created_at:%Y-%m-%d}, {interaction.id}")]
+    provenance = (
+        "the application's log" if interaction.source is None else f"{interaction.source}, {interaction.provenance}"
+    )
+    facts = [("from", f"{provenance}, {interaction.created_at:%Y-%m-%d}, {interaction.id}")]
     if example is not None:
         facts.append(("reward", f"{example.reward:+.2f}"))
     if interaction.confidence is not None:

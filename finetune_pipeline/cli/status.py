@@ -12,7 +12,7 @@ def status(loop: LoopSettings) -> None:
     """Show how many new examples have arrived, and which model serves."""
     from finetune_pipeline.curation.trigger import describe
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.store import tally, unmatched
+    from finetune_pipeline.feedback.store import counters, unmatched
     from finetune_pipeline.pipeline.pending import count_new
     from finetune_pipeline.pipeline.review_queue import waiting as waiting_for_review
     from finetune_pipeline.registry.champion import champion
@@ -21,7 +21,7 @@ def status(loop: LoopSettings) -> None:
 
     database = connect()
     with database.read() as connection:
-        held = tally(connection, loop.name)
+        held = counters(connection, loop.name)
         waiting = unmatched(connection, loop.name, 1) if held.get("unmatched") else []
         files = unread(connection, loop.name, loop.log_folders)
     serving = champion(database, loop.name)
@@ -41,7 +41,7 @@ def status(loop: LoopSettings) -> None:
         )
     for folder in loop.log_folders[:-1]:
         if not folder.is_dir():
-            click.echo(f"  missing   the source folder {folder} is not there; create it, or correct sources.folders")
+            click.echo(f"  missing   the source folder {folder} is not there; create it, or correct ingest.folders")
     if files:
         click.echo(f"  unread    {len(files)} event files; `finetune ingest` takes them in")
     click.echo(

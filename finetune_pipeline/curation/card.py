@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, Row
-from finetune_pipeline.curation.origins import ORIGINS
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
+from finetune_pipeline.curation.provenance import PROVENANCE_FILE
 
 DATASET_CARD = "card.md"
 SAMPLE = 20  # rows, or as many as there are sources
@@ -22,7 +22,7 @@ class DatasetCard:
 
     Attributes:
         loop, version: whose dataset it is, and which: the hash of inputs and settings.
-        watermark: the last ingest sequence of the logs that it was made from.
+        watermark: the last ingest offset of the logs that it was made from.
         inputs: name -> hash or version of what it was made from.
         settings: every setting that shaped it: filters, quotas, the split.
         packages: versions of the libraries that made it.
@@ -82,7 +82,7 @@ def _sources(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     lines = [f"| {cell(source)} | {count:,} | {count / total:.1%} |" for source, count in sorted(counts.items())]
     head = ["## Sources", "", "| source | examples | share |", "|---|---:|---:|"]
-    return "\n".join([*head, *lines, "", f"Where each example came from: [{ORIGINS}]({ORIGINS})."])
+    return "\n".join([*head, *lines, "", f"Where each example came from: [{PROVENANCE_FILE}]({PROVENANCE_FILE})."])
 
 
 def _counts(title: str, name: str, counts: Mapping[str, int]) -> str:
@@ -104,7 +104,13 @@ def _sample(rows: Sequence[Row]) -> str:
 
 def _sampled(row: Row) -> dict[str, Any]:
     history = {"history": [{"role": t.role, "content": _cut(t.content)} for t in row.history]} if row.history else {}
-    told = {"source": row.source, "origin": row.origin, **history, "prompt": row.prompt, "completion": row.completion}
+    told = {
+        "source": row.source,
+        "provenance": row.provenance,
+        **history,
+        "prompt": row.prompt,
+        "completion": row.completion,
+    }
     return {name: _cut(value) if isinstance(value, str) else value for name, value in told.items()}
 
 

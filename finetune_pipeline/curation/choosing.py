@@ -127,7 +127,7 @@ def choose(found: Found, settings: CurationSettings, quotas: Mapping[str, Quota]
 
 def _by_trust(found: Found, places: Numbers) -> Numbers:
     """An order: what a reviewer decided before another person's before a validator's, reward, newest, hash."""
-    keys = [found.of(column, places) for column in ("tie", "target", "sequence", "reward", "person", "reviewed")]
+    keys = [found.of(column, places) for column in ("tie", "target", "ingest_offset", "reward", "person", "reviewed")]
     return np.lexsort(keys)[::-1]
 
 
@@ -207,7 +207,7 @@ def _undesirable(found: Found, accepted: Numbers, best: Numbers, kept: Numbers, 
     correction that is learnt is one example, with what it corrected.
     """
     shown = np.concatenate([accepted[found.of("fault", accepted)], found.places("bad")])
-    keys = [found.of(column, shown) for column in ("tie", "output", "sequence")]
+    keys = [found.of(column, shown) for column in ("tie", "output", "ingest_offset")]
     shown = shown[np.lexsort([*keys, -found.of("reward", shown), found.of("corrected", shown)])[::-1]]
     learnt, same = _targets(found, _by_question(found, best), found.of("question", shown))
     wrong = ~learnt | (found.of("output", shown) != same)

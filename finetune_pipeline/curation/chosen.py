@@ -27,8 +27,8 @@ _WINDOW, _BYTES = 200_000, 2**29
 class Chosen:
     """Which rows of a snapshot make the dataset, and the way to them."""
 
-    def __init__(self, rows: Rows, found: Found, choice: Choice, validation_share: float) -> None:
-        self._rows, self._found, self._choice, self._share = rows, found, choice, validation_share
+    def __init__(self, rows: Rows, found: Found, choice: Choice, validation_fraction: float) -> None:
+        self._rows, self._found, self._choice, self._share = rows, found, choice, validation_fraction
         self._questions = found.of("question", choice.kept)
 
     @classmethod
@@ -42,7 +42,9 @@ class Chosen:
             windows = (_redacted(rows, found, window, ("prompt", "history")) for window in _windows(found, places))
             return [normalise(_question(row)) for table in windows for row in table.to_pylist()]
 
-        return cls(rows, found, choose(found, policy.settings, policy.quotas, texts), policy.settings.validation_share)
+        return cls(
+            rows, found, choose(found, policy.settings, policy.quotas, texts), policy.settings.validation_fraction
+        )
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -155,7 +157,7 @@ def _learnt(rows: "pa.Table", found: Found, places: Numbers) -> "pa.Table":
     return pa.table(
         {
             **_asked(rows), "completion": rows["target"], "reward": rows["reward"],
-            "source": rows["source"].fill_null(LOGS), "origin": rows["origin"],
+            "source": rows["source"].fill_null(LOGS), "provenance": rows["provenance"],
             "interaction_id": rows["interaction_id"], "content_hash": found.texts("content", places),
         }
     )  # fmt: skip

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.formats import alpaca
-from finetune_pipeline.curation.origins import OriginsWriter
 from finetune_pipeline.curation.preferences import (
     LABELLED,
     LABELLED_COLUMNS,
@@ -25,6 +24,7 @@ from finetune_pipeline.curation.preferences import (
     Labelled,
     Pair,
 )
+from finetune_pipeline.curation.provenance import OriginsWriter
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.curation.rules import Policy, near_benchmark
 from finetune_pipeline.curation.storage import SplitWriter, iterate_split, read_split
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DATASET = "dataset"
 COLUMNS = {
     "prompt": "string", "history": "turns", "completion": "string", "reward": "float64", "source": "string",
-    "origin": "string", "interaction_id": "string", "content_hash": "string",
+    "provenance": "string", "interaction_id": "string", "content_hash": "string",
 }  # fmt: skip
 SPLITS = ("train", "validation")
 
@@ -55,7 +55,7 @@ class Row:
     completion: str
     reward: float
     source: str
-    origin: str | None = None
+    provenance: str | None = None
     interaction_id: str | None = None
     history: tuple[Turn, ...] = ()
     content_hash: str | None = None
@@ -213,13 +213,13 @@ def read_replay(path: Path) -> list[Row]:
         raise CurationError(f"curation.replay: {path} is not there; correct the path in the loop's YAML, or remove it")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        origin = f"{path.name}:{number}"
+        provenance = f"{path.name}:{number}"
         try:
             document = json.loads(line)
             if document["prompt"] is None or document["completion"] is None:
                 raise ValueError("null is no text")
             if not not_trained(document):
-                rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay", origin))
+                rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay", provenance))
         except (ValueError, KeyError, TypeError) as error:
             raise CurationError(
                 f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'
@@ -232,7 +232,7 @@ def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
 
     `dataset/` has the answers to learn (`train.alpaca.jsonl` and `validation.alpaca.jsonl` the same), `pairs/` the
     corrections with what the model had said, `labelled/` the answers found good (those of `dataset/`) and found bad.
-    `origins.csv` says where each row of `dataset/` came from.
+    `provenances.csv` says where each row of `dataset/` came from.
     """
     import pyarrow as pa
 
@@ -240,14 +240,14 @@ def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
         SplitWriter(folder / DATASET, COLUMNS, SPLITS) as dataset,
         SplitWriter(folder / PAIRS, PAIR_COLUMNS, SPLITS) as pairs,
         SplitWriter(folder / LABELLED, LABELLED_COLUMNS, SPLITS) as labelled,
-        OriginsWriter(folder) as origins,
+        OriginsWriter(folder) as provenances,
         (folder / "train.alpaca.jsonl").open("w", encoding="utf-8") as train,
         (folder / "validation.alpaca.jsonl").open("w", encoding="utf-8") as validation,
     ):
         replayed = pa.Table.from_pylist([_plain(row) for row in curated.replay], dataset.schema)
         for split, rows in chain(curated.chosen.tables(DATASET), [("train", replayed)]):
             dataset.write(split, rows)
-            origins.write(split, rows)
+            provenances.write(split, rows)
             good = rows.append_column("label", pa.repeat(True, rows.num_rows))
             labelled.write(split, good.select(list(LABELLED_COLUMNS)))
             (train if split == "train" else validation).writelines(_alpaca_lines(rows, system_prompt))
@@ -333,7 +333,7 @@ def _replayed(
             break
         prompt, completion = redact(original.prompt), redact(original.completion)
         row = replace(original, prompt=prompt.text, completion=completion.text)
-        if in_validation(row.question, policy.settings.validation_share) or asks(row.question):
+        if in_validation(row.question, policy.settings.validation_fraction) or asks(row.question):
             continue
         if near_benchmark(row.prompt, row.history, policy):
             continue

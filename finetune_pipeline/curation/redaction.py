@@ -209,7 +209,7 @@ def redact(text: str) -> Redacted:
 
 
 def redact_example(example: Example) -> RedactedExample:
-    """Replace secrets and personal data in the prompt, the answers, the history and the origin of an example."""
+    """Replace secrets and personal data in the prompt, the answers, the history and the provenance of an example."""
     counts: Counter[str] = Counter()
 
     def clean(text: str) -> str:
@@ -220,10 +220,10 @@ def redact_example(example: Example) -> RedactedExample:
     prompt, target = clean(example.prompt), clean(example.target)
     history = tuple(turn.model_copy(update={"content": clean(turn.content)}) for turn in example.history)
     output = target if example.output == example.target else clean(example.output)
-    origin = example.origin and clean(example.origin)  # a heading, a path or a key may be an address
+    provenance = example.provenance and clean(example.provenance)  # a heading, a path or a key may be an address
     if not counts:
         return RedactedExample(example)
-    changes = {"prompt": prompt, "target": target, "history": history, "output": output, "origin": origin}
+    changes = {"prompt": prompt, "target": target, "history": history, "output": output, "provenance": provenance}
     return RedactedExample(example.model_copy(update=changes), dict(sorted(counts.items())))
 
 

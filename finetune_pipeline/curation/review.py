@@ -41,7 +41,7 @@ class Case:
 
     Attributes:
         key: its name for who asks.
-        sequence: the store's; of two cases of one value, or of the same words, the newest counts.
+        ingest_offset: the store's; of two cases of one value, or of the same words, the newest counts.
         voices: what was said of its answers.
         person: whether a person said anything.
         refused: whether a person said that it is wrong.
@@ -50,7 +50,7 @@ class Case:
     """
 
     key: str
-    sequence: int
+    ingest_offset: int
     prompt: str
     answer: str
     history: tuple[Turn, ...] = ()
@@ -70,7 +70,7 @@ class Ranked:
     """A case of the queue: what looking at it is worth (0 to 2), and why it deserves that."""
 
     key: str
-    sequence: int
+    ingest_offset: int
     value: float
     reasons: tuple[str, ...]
 
@@ -121,10 +121,10 @@ def queue(cases: Iterable[Case], policy: Policy, weak: WeakSlices, below: float)
     Args:
         below: confidence below this is a reason.
     """
-    oldest_first = sorted(cases, key=lambda case: case.sequence)
+    oldest_first = sorted(cases, key=lambda case: case.ingest_offset)
     distinct = {(normalise(conversation(c.prompt, c.history)), c.answer.strip()): c for c in oldest_first}
     found = [ranked for case in distinct.values() if (ranked := rank(case, policy, weak, below)) is not None]
-    return sorted(found, key=lambda one: (-one.value, -one.sequence))
+    return sorted(found, key=lambda one: (-one.value, -one.ingest_offset))
 
 
 def rank(case: Case, policy: Policy, weak: WeakSlices, below: float) -> Ranked | None:
@@ -142,7 +142,7 @@ def rank(case: Case, policy: Policy, weak: WeakSlices, below: float) -> Ranked |
         return None
     doubt = 1 - prod(1 - sign for sign in (PRIOR, *(sign for sign, _ in signs)))
     weakness = 0.0 if slice_ is None else (1 - slice_[0].right) * slice_[1]
-    return Ranked(case.key, case.sequence, doubt * (1 + weakness), tuple(reasons))
+    return Ranked(case.key, case.ingest_offset, doubt * (1 + weakness), tuple(reasons))
 
 
 def disagreement(voices: Sequence[Voice]) -> float:

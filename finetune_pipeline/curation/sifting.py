@@ -33,7 +33,7 @@ COLUMNS = {
     "accepted": "bool", "bad": "bool", "overlap": "bool", "reason": "string",
     # How far it is trusted, and as what.
     "reviewed": "bool", "person": "bool", "corrected": "bool", "fault": "bool", "reward": "float64",
-    "sequence": "int64", "tie": "uint64",
+    "ingest_offset": "int64", "tie": "uint64",
     # Hashes: of the question, for its place in a split, of the answer to learn and of the model's own.
     "question": "uint64", "side": "uint32", "target": "uint64", "output": "uint64",
     "source": "string", "redacted": "string", "content": "string",
@@ -82,7 +82,7 @@ def _lengths(batch: "pa.RecordBatch", histories: Sequence[Sequence[Mapping[str, 
     import pyarrow.compute as pc
 
     total = np.zeros(batch.num_rows, np.uint32)
-    for name in ("prompt", "output", "target", "origin"):
+    for name in ("prompt", "output", "target", "provenance"):
         total += pc.fill_null(pc.binary_length(batch.column(name)), 0).to_numpy(zero_copy_only=False).astype(np.uint32)
     for row, turns in enumerate(histories):
         total[row] += sum(len(turn["content"].encode()) for turn in turns)
@@ -125,7 +125,7 @@ def _described(example: Example, counts: Mapping[str, int]) -> dict[str, Any]:
         "person": example.corrected or example.confirmed,
         "corrected": example.corrected,
         "reward": example.reward,
-        "sequence": example.sequence,
+        "ingest_offset": example.ingest_offset,
         "tie": number_of(str(example.interaction_id)),
         "normalised": question,
         "question": number_of(question),

@@ -29,7 +29,7 @@ def schema() -> "pa.Schema":
 
     text = pa.string()
     types = {
-        "sequence": pa.int64(), "reward": pa.float64(), "confidence": pa.float64(), "confirmed": pa.bool_(),
+        "ingest_offset": pa.int64(), "reward": pa.float64(), "confidence": pa.float64(), "confirmed": pa.bool_(),
         "corrected": pa.bool_(), "history": pa.list_(pa.struct({"role": text, "content": text})),
     }  # fmt: skip
     return pa.schema({name: types.get(name, text) for name in ROWS})

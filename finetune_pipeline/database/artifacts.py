@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database.connection import Database
-from finetune_pipeline.database.tables import made_artifacts
+from finetune_pipeline.database.tables import published_artifacts
 
 
 def record_made(db: Database, loop: str, stage: str, version: str, sha256: str, created_at: datetime) -> None:
@@ -19,13 +19,13 @@ def record_made(db: Database, loop: str, stage: str, version: str, sha256: str, 
     values = {"loop": loop, "stage": stage, "version": version, "sha256": sha256, "created_at": created_at}
     with db.write() as connection:
         insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-        row: Any = insert(made_artifacts).values(values)
+        row: Any = insert(published_artifacts).values(values)
         connection.execute(row.on_conflict_do_nothing())
 
 
 def is_made(db: Database, loop: str, stage: str, version: str, sha256: str) -> bool:
     """Return whether an artifact with this manifest was published."""
-    table = made_artifacts.c
+    table = published_artifacts.c
     here = (table.loop == loop, table.stage == stage, table.version == version, table.sha256 == sha256)
     with db.read() as connection:
         return connection.execute(sa.select(table.sha256).where(*here)).first() is not None

@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 
 from finetune_pipeline.settings import database_url, survives_power_cut
 
-HEAD = "0009"
+HEAD = "0010"
 """The newest migration; kept here so that a database that is up to date needs no Alembic."""
 
 _BUSY_MS = 30_000

@@ -1,7 +1,7 @@
 """The tables. A change here needs a migration in `migrations/versions/`; a test compares the two.
 
 Events (interactions, feedback) are only ever added. `examples` is what they teach at this moment, kept by the same
-transaction that adds an event, so that nobody has to read the whole history to count what is new; so are `tallies`.
+transaction that adds an event, so that counting what is new does not read the whole history; so are `loop_counters`.
 """
 
 import sqlalchemy as sa
@@ -22,15 +22,15 @@ counters = sa.Table(
     sa.Column("name", sa.String(60), primary_key=True),
     sa.Column("value", sa.BigInteger, nullable=False),
     # And besides `events`, `store`: a random number by which one database is told from another.
-    comment="The ingest sequence. Its row is locked until commit, so commits follow the sequence in PostgreSQL too.",
+    comment="The ingest offset. Its row is locked until commit, so commits follow the ingest_offset in PostgreSQL too.",
 )
 
 interactions = sa.Table(
     "interactions",
     metadata,
     sa.Column("id", sa.String(36), primary_key=True),
-    sa.Column("task", sa.String(60), nullable=False),
-    sa.Column("sequence", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("ingest_offset", sa.BigInteger, nullable=False, unique=True),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("prompt", sa.Text, nullable=False),
     sa.Column("history", sa.JSON(none_as_null=True), comment="Messages before the prompt; null without any."),
@@ -42,26 +42,30 @@ interactions = sa.Table(
     sa.Column("domain", sa.String(200)),
     sa.Column("kind", sa.String(200)),
     sa.Column("retrieved_context", sa.Text),
-    sa.Column("arm", sa.String(200), comment="Traffic arm."),
+    sa.Column("variant", sa.String(200), comment="Traffic variant."),
     sa.Column("flag", sa.String(200), comment="Why a person should look at it."),
     sa.Column("latency_ms", sa.Float),
     sa.Column("prompt_tokens", sa.Integer),
     sa.Column("completion_tokens", sa.Integer),
     sa.Column("seed", sa.BigInteger, comment="What the answer was sampled with; null: temperature 0, or not known."),
     sa.Column("source", sa.String(200), comment="The declared source it was made from; null: an application's log."),
-    sa.Column("origin", sa.String(1000), comment="Where in that source."),
-    sa.Column("withdrawn", sa.BigInteger, comment="Ingest sequence at which its source no longer had it; else null."),
-    sa.Index(None, "task", "sequence"),
-    sa.Index(None, "task", "source", "origin"),
-    sa.Index(None, "task", "withdrawn"),
+    sa.Column("provenance", sa.String(1000), comment="Where in that source."),
+    sa.Column(
+        "retracted_offset",
+        sa.BigInteger,
+        comment="Ingest ingest_offset at which its source no longer had it; else null.",
+    ),
+    sa.Index(None, "loop", "ingest_offset"),
+    sa.Index(None, "loop", "source", "provenance"),
+    sa.Index(None, "loop", "retracted_offset"),
 )
 
 feedback = sa.Table(
     "feedback",
     metadata,
     sa.Column("id", sa.String(36), primary_key=True),
-    sa.Column("task", sa.String(60), nullable=False),
-    sa.Column("sequence", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("ingest_offset", sa.BigInteger, nullable=False, unique=True),
     # No foreign key: feedback may arrive before its interaction.
     sa.Column("interaction_id", sa.String(36), nullable=False, index=True),
     sa.Column("created_at", Moment, nullable=False),
@@ -72,16 +76,16 @@ feedback = sa.Table(
     sa.Column("correction", sa.Text),
     sa.Column("output_hash", sa.String(64)),
     sa.Column("user", sa.String(200)),
-    sa.Index(None, "task", "sequence"),
+    sa.Index(None, "loop", "ingest_offset"),
 )
 
-# An empty content hash marks an example that is to be worked out again (`feedback.store.renew_marked`).
+# An empty content hash cursors an example that is to be worked out again (`feedback.store.renew_marked`).
 examples = sa.Table(
     "examples",
     metadata,
     sa.Column("interaction_id", sa.String(36), primary_key=True),
-    sa.Column("task", sa.String(60), nullable=False),
-    sa.Column("sequence", sa.BigInteger, nullable=False),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("ingest_offset", sa.BigInteger, nullable=False),
     sa.Column("content_hash", sa.String(64), nullable=False, comment="Of normalised prompt and target."),
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("reward", sa.Float, nullable=False),
@@ -89,27 +93,27 @@ examples = sa.Table(
     sa.Column("confirmed", sa.Boolean, nullable=False),
     sa.Column("corrected", sa.Boolean, nullable=False),
     sa.Column("review", sa.String(20), comment="approve, edit or reject; null: no reviewer decided."),
-    sa.Index(None, "task", "sequence"),
-    sa.Index(None, "task", "content_hash"),
+    sa.Index(None, "loop", "ingest_offset"),
+    sa.Index(None, "loop", "content_hash"),
 )
 
-tallies = sa.Table(
-    "tallies",
+loop_counters = sa.Table(
+    "loop_counters",
     metadata,
-    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("name", sa.String(60), primary_key=True),
     sa.Column("value", sa.BigInteger, nullable=False),
     comment="How much there is of what, kept by the transactions that add it: counting a million rows is slow.",
 )
 
-forgotten_events = sa.Table(
-    "forgotten_events",
+erased_events = sa.Table(
+    "erased_events",
     metadata,
-    # Or a hash of a forgotten person's name, by which declared sources are told to leave the person out.
+    # Or a hash of a erased person's name, by which declared sources are told to leave the person out.
     sa.Column("id", sa.String(36), primary_key=True, comment="Of an interaction or a feedback; random, says nothing."),
-    sa.Column("task", sa.String(60), nullable=False),
-    sa.Column("sequence", sa.BigInteger, nullable=False, comment="When: snapshots up to here may still hold it."),
-    sa.Index(None, "task", "sequence"),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("ingest_offset", sa.BigInteger, nullable=False, comment="When: snapshots up to here may still hold it."),
+    sa.Index(None, "loop", "ingest_offset"),
     comment="What was deleted on a person's wish never comes back, though a log still holds it.",
 )
 
@@ -117,16 +121,16 @@ review_decisions = sa.Table(
     "review_decisions",
     metadata,
     sa.Column("id", sa.String(36), primary_key=True),
-    sa.Column("task", sa.String(60), nullable=False),
-    sa.Column("sequence", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("ingest_offset", sa.BigInteger, nullable=False, unique=True),
     sa.Column("interaction_id", sa.String(36), nullable=False, index=True),
     sa.Column("decision", sa.String(20), nullable=False, comment="approve, reject or edit."),
     sa.Column("target", sa.Text, comment="The answer as the reviewer wrote it."),
     sa.Column("reviewer", sa.String(200), nullable=False),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("content_hash", sa.String(64), comment="Of the question and answer that were shown; null: an undo."),
-    sa.Index(None, "task", "sequence"),
-    sa.Index(None, "task", "content_hash"),
+    sa.Index(None, "loop", "ingest_offset"),
+    sa.Index(None, "loop", "content_hash"),
 )
 # Only ever added to: the newest decision on an interaction stands, and an undo says that none does.
 
@@ -141,7 +145,7 @@ judged_examples = sa.Table(
 ingested_files = sa.Table(
     "ingested_files",
     metadata,
-    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("path", sa.String(1000), primary_key=True),
     sa.Column("inode", sa.BigInteger, comment="This and the next three: as stat said before it was last read."),
     sa.Column("size", sa.BigInteger, nullable=False),
@@ -157,35 +161,35 @@ ingested_files = sa.Table(
 rejected_lines = sa.Table(
     "rejected_lines",
     metadata,
-    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("path", sa.String(1000), primary_key=True),
     sa.Column("line", sa.Integer, primary_key=True),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("excerpt", sa.Text, nullable=False),
 )
 
-source_marks = sa.Table(
-    "source_marks",
+source_cursors = sa.Table(
+    "source_cursors",
     metadata,
-    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("source", sa.String(200), primary_key=True),
-    sa.Column("mark", sa.JSON, nullable=False, comment="Where reading it goes on, in the source's own terms."),
+    sa.Column("cursor", sa.JSON, nullable=False, comment="Where reading it goes on, in the source's own terms."),
     sa.Column("read_at", Moment, nullable=False),
     comment="How far each declared source was read.",
 )
 
-skipped_items = sa.Table(
-    "skipped_items",
+skipped_records = sa.Table(
+    "skipped_records",
     metadata,
-    sa.Column("task", sa.String(60), primary_key=True),
+    sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("source", sa.String(200), primary_key=True),
-    sa.Column("origin", sa.String(1000), primary_key=True),
+    sa.Column("provenance", sa.String(1000), primary_key=True),
     sa.Column("reason", sa.Text, nullable=False),
     comment="What the last reading of each source could not use, and why.",
 )
 
-made_artifacts = sa.Table(
-    "made_artifacts",
+published_artifacts = sa.Table(
+    "published_artifacts",
     metadata,
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("stage", sa.String(60), primary_key=True),
@@ -201,7 +205,9 @@ check_outcomes = sa.Table(
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("stage", sa.String(60), primary_key=True),
     sa.Column("version", sa.String(64), primary_key=True),
-    sa.Column("sha256", sa.String(64), primary_key=True, comment="Of the artifact's manifest, as in made_artifacts."),
+    sa.Column(
+        "sha256", sa.String(64), primary_key=True, comment="Of the artifact's manifest, as in published_artifacts."
+    ),
     sa.Column("name", sa.String(60), primary_key=True, comment="Of a blocking check."),
     sa.Column("passed", sa.Boolean, nullable=False),
     sa.Column("run_id", sa.String(64), nullable=False),
@@ -209,8 +215,8 @@ check_outcomes = sa.Table(
     comment="What the blocking checks last found of each artifact; without passing ones nothing is promoted.",
 )
 
-models = sa.Table(
-    "models",
+model_versions = sa.Table(
+    "model_versions",
     metadata,
     sa.Column("id", sa.String(64), primary_key=True, comment="First 16 hex digits of the GGUF's SHA-256."),
     sa.Column("loop", sa.String(60), primary_key=True),
@@ -245,8 +251,8 @@ champions = sa.Table(
     sa.Column("updated_at", Moment, nullable=False),
 )
 
-deployments = sa.Table(
-    "deployments",
+deployment_history = sa.Table(
+    "deployment_history",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("loop", sa.String(60), nullable=False),
@@ -260,8 +266,8 @@ deployments = sa.Table(
     sa.Index(None, "loop", "id"),
 )
 
-model_comparisons = sa.Table(
-    "model_comparisons",
+comparisons = sa.Table(
+    "comparisons",
     metadata,
     sa.Column("id", sa.String(64), primary_key=True, comment="Version of the report."),
     sa.Column("loop", sa.String(60), primary_key=True),
@@ -275,7 +281,7 @@ model_comparisons = sa.Table(
     sa.Column("report_path", sa.Text, nullable=False),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("report_sha256", sa.String(64), comment="Of the report's manifest; null: there is no report to rest on."),
-    sa.Column("after_move", sa.Integer, comment="Id of the loop's newest deployment when it was made; 0: none."),
+    sa.Column("after_deployment", sa.Integer, comment="Id of the loop's newest deployment when it was made; 0: none."),
     sa.Index(None, "loop", "watermark"),
 )
 

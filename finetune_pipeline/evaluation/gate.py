@@ -198,6 +198,6 @@ def _objections(settings: GateSettings, significance: Significance | None, falli
             f"it may be luck: p = {significance.p_value:.3f} by {significance.method} on {significance.questions:,} "
             f"questions, at most {settings.significance_level:g} allowed"
         )
-    if settings.forbid_slice_falls and falling_slices:
+    if settings.forbid_slice_regressions and falling_slices:
         objections.append(f"these slices fall: {', '.join(falling_slices)}")
     return objections

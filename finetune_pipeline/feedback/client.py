@@ -66,7 +66,7 @@ class Details(TypedDict, total=False):
     domain: str | None
     kind: str | None
     retrieved_context: str | None
-    arm: str | None
+    variant: str | None
     flag: str | None
     latency_ms: float | None
     prompt_tokens: int | None
@@ -96,7 +96,7 @@ class Transport(Protocol):
         """Bring events there, all or none; returns how many were not known before."""
 
     def stats(self) -> dict[str, int]:
-        """How much the store holds of the loop, by the names of `store.tally`."""
+        """How much the store holds of the loop, by the names of `store.counters`."""
 
     def close(self) -> None:
         """Let go of what is held open."""
@@ -320,13 +320,13 @@ class FeedbackClient:
 
     def _event(self, given: Interaction | Feedback | Mapping[str, Any]) -> Interaction | Feedback:
         event = given if isinstance(given, Interaction | Feedback) else self._validated(given)
-        if event.task != self.loop:
-            raise ValueError(f"task: found {event.task!r}, expected {self.loop!r}, the loop of this client")
+        if event.loop != self.loop:
+            raise ValueError(f"loop: found {event.loop!r}, expected {self.loop!r}, the loop of this client")
         return logged(event)
 
     def _validated(self, given: Mapping[str, Any]) -> Interaction | Feedback:
         kind = Feedback if given.get("event") == "feedback" or "interaction_id" in given else Interaction
-        own = {"task": self.loop, "created_at": datetime.now(UTC)}
+        own = {"loop": self.loop, "created_at": datetime.now(UTC)}
         if "id" not in given:
             own["id"] = uuid7()
         return kind.model_validate({**own, **given})
@@ -391,7 +391,7 @@ class _Store:
 
     def stats(self) -> dict[str, int]:
         with self._database.read() as connection:
-            return self._store.tally(connection, self._loop)
+            return self._store.counters(connection, self._loop)
 
     def close(self) -> None:
         """The database is the process's, not this client's."""

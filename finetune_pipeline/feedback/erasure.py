@@ -1,7 +1,7 @@
 """Deleting what the store holds of a person. What was deleted stays away: its ids are remembered.
 
 An item of a declared source has no id of its own: it has another when its text or its rating changed. So the
-person's name is remembered too, as a hash that is this store's own (`forgotten_of`), and neither a declared source nor
+person's name is remembered too, as a hash that is this store's own (`erased_users`), and neither a declared source nor
 a dropped file of conversations brings in anything by that author again. It cannot reach what an application logs later.
 """
 
@@ -18,7 +18,7 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.review import shaped_by
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.feedback.store import count, renew_examples, store_id, take_sequence
+from finetune_pipeline.feedback.store import count, renew_examples, store_id, take_offsets
 
 _CHUNK = 500
 _WIPE_MS = 3_000
@@ -55,7 +55,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Forgotten:
+class Erased:
     """What was deleted: how many of each, and the ids of all deleted events."""
 
     interactions: int
@@ -65,44 +65,44 @@ class Forgotten:
     ids: frozenset[str]
 
 
-def tasks_of(connection: sa.Connection) -> list[str]:
+def loops_of(connection: sa.Connection) -> list[str]:
     """Names of all loops that the store has anything of, those no longer declared too."""
     tables = (t.interactions, t.feedback, t.review_decisions, t.rejected_lines)
-    names = sa.union(*(sa.select(table.c.task) for table in tables))
+    names = sa.union(*(sa.select(table.c.loop) for table in tables))
     return sorted(connection.execute(names).scalars())
 
 
-def held_of(connection: sa.Connection, task: str, user: str) -> Held:
-    """What `forget_user` would delete, and where it would change what is taught."""
+def held_of(connection: sa.Connection, loop: str, user: str) -> Held:
+    """What `erase_user` would delete, and where it would change what is taught."""
     i, f, d = t.interactions.c, t.feedback.c, t.review_decisions.c
-    query = sa.select(i.id, i.source).where(i.task == task, i.user == user).order_by(i.sequence)
+    query = sa.select(i.id, i.source).where(i.loop == loop, i.user == user).order_by(i.ingest_offset)
     rows = connection.execute(query).all()
     interactions = [row.id for row in rows]
     sources = sorted({row.source for row in rows if row.source is not None})
     feedback: dict[str, None] = {}
-    decided = sa.select(d.id).where(d.task == task, d.reviewer == user)
+    decided = sa.select(d.id).where(d.loop == loop, d.reviewer == user)
     decisions = dict.fromkeys(connection.execute(decided).scalars())
     for chunk in _chunks(interactions):
-        about = sa.select(f.id).where(f.task == task, f.interaction_id.in_(chunk))
+        about = sa.select(f.id).where(f.loop == loop, f.interaction_id.in_(chunk))
         feedback.update(dict.fromkeys(connection.execute(about).scalars()))
-        decided = sa.select(d.id).where(d.task == task, d.interaction_id.in_(chunk))
+        decided = sa.select(d.id).where(d.loop == loop, d.interaction_id.in_(chunk))
         decisions.update(dict.fromkeys(connection.execute(decided).scalars()))
-    own = connection.execute(sa.select(f.id, f.interaction_id).where(f.task == task, f.user == user)).all()
+    own = connection.execute(sa.select(f.id, f.interaction_id).where(f.loop == loop, f.user == user)).all()
     feedback.update(dict.fromkeys(row.id for row in own))
-    others = {row.interaction_id for row in own} | shaped_by(connection, task, list(decisions))
+    others = {row.interaction_id for row in own} | shaped_by(connection, loop, list(decisions))
     on_others = others - set(interactions)
     return Held(tuple(interactions), tuple(feedback), tuple(sorted(on_others)), tuple(decisions), tuple(sources))
 
 
-def forgotten_of(connection: sa.Connection, task: str, users: Iterable[str]) -> frozenset[str]:
-    """Those of these people who were forgotten in a loop."""
-    names = {_author_id(connection, task, user): user for user in users}
-    f = t.forgotten_events.c
+def erased_users(connection: sa.Connection, loop: str, users: Iterable[str]) -> frozenset[str]:
+    """Those of these people who were erased in a loop."""
+    names = {_author_id(connection, loop, user): user for user in users}
+    f = t.erased_events.c
     queries = (sa.select(f.id).where(f.id.in_(chunk)) for chunk in _chunks(sorted(names)))
     return frozenset(names[id] for query in queries for id in connection.execute(query).scalars())
 
 
-def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardFunction) -> Forgotten:
+def erase_user(connection: sa.Connection, loop: str, user: str, reward: RewardFunction) -> Erased:
     """Delete a person's interactions with all that was said of them, and what the person said of those of others.
 
     A review decision goes as a whole, as feedback does: what it holds beside the reviewer's name are the reviewer's
@@ -112,21 +112,21 @@ def forget_user(connection: sa.Connection, task: str, user: str, reward: RewardF
     Args:
         reward: the loop's reward function.
     """
-    # The sequence is locked until commit: no event can come between the look and the deletion.
-    take_sequence(connection, 0)
-    held = held_of(connection, task, user)
+    # The ingest_offset is locked until commit: no event can come between the look and the deletion.
+    take_offsets(connection, 0)
+    held = held_of(connection, loop, user)
     ids = [*held.interactions, *held.feedback]
-    name = [] if forgotten_of(connection, task, [user]) else [_author_id(connection, task, user)]
+    name = [] if erased_users(connection, loop, [user]) else [_author_id(connection, loop, user)]
     gone = [*ids, *held.decisions, *name]
-    first = take_sequence(connection, len(gone))
+    first = take_offsets(connection, len(gone))
     _overwrite_deleted(connection)
-    count(connection, task, _delete_events(connection, task, held))
-    _remember(connection, task, gone, first)
+    count(connection, loop, _delete_events(connection, loop, held))
+    _remember(connection, loop, gone, first)
     for chunk in _chunks(held.taught):  # a deleted interaction teaches nothing any more, so its example goes too
-        renew_examples(connection, task, chunk, reward)
-    rejected = _delete_rejected(connection, task, user)
-    _delete_skipped(connection, task, user)
-    return Forgotten(len(held.interactions), len(held.feedback), len(held.decisions), rejected, frozenset(ids))
+        renew_examples(connection, loop, chunk, reward)
+    rejected = _delete_rejected(connection, loop, user)
+    _delete_skipped(connection, loop, user)
+    return Erased(len(held.interactions), len(held.feedback), len(held.decisions), rejected, frozenset(ids))
 
 
 def wipe(database: Database) -> bool:
@@ -151,12 +151,12 @@ def wipe(database: Database) -> bool:
         connection.close()
 
 
-def _delete_events(connection: sa.Connection, task: str, held: Held) -> Counter[str]:
-    """Delete the rows; returns what that does to the loop's tallies of events."""
+def _delete_events(connection: sa.Connection, loop: str, held: Held) -> Counter[str]:
+    """Delete the rows; returns what that does to the loop's loop_counters of events."""
     i, f, d = t.interactions.c, t.feedback.c, t.review_decisions.c
     counts: Counter[str] = Counter()
     for chunk in _chunks(held.feedback):
-        matched = sa.exists().where(i.id == f.interaction_id, i.task == task)
+        matched = sa.exists().where(i.id == f.interaction_id, i.loop == loop)
         for kind, has_interaction in connection.execute(sa.select(f.kind, matched).where(f.id.in_(chunk))):
             counts.subtract(["feedback", f"feedback.{kind}", *([] if has_interaction else ["unmatched"])])
         connection.execute(t.feedback.delete().where(f.id.in_(chunk)))
@@ -169,34 +169,34 @@ def _delete_events(connection: sa.Connection, task: str, held: Held) -> Counter[
     return counts
 
 
-def _remember(connection: sa.Connection, task: str, ids: Sequence[str], first: int) -> None:
-    rows = [{"id": id, "task": task, "sequence": first + number} for number, id in enumerate(ids)]
+def _remember(connection: sa.Connection, loop: str, ids: Sequence[str], first: int) -> None:
+    rows = [{"id": id, "loop": loop, "ingest_offset": first + number} for number, id in enumerate(ids)]
     for start in range(0, len(rows), _CHUNK):
-        connection.execute(t.forgotten_events.insert(), rows[start : start + _CHUNK])
+        connection.execute(t.erased_events.insert(), rows[start : start + _CHUNK])
 
 
-def _delete_rejected(connection: sa.Connection, task: str, user: str) -> int:
+def _delete_rejected(connection: sa.Connection, loop: str, user: str) -> int:
     r = t.rejected_lines.c
     written = {json.dumps(user), json.dumps(user, ensure_ascii=False)}
     # A name behind which a colon stands is the key of a field, and not a person.
     named = re.compile("|".join(rf"{re.escape(name)}(?!\s*:)" for name in sorted(written)))
     like = sa.or_(*(r.excerpt.contains(name, autoescape=True) for name in written))
-    rows = connection.execute(sa.select(r.path, r.line, r.excerpt).where(r.task == task, like)).all()
+    rows = connection.execute(sa.select(r.path, r.line, r.excerpt).where(r.loop == loop, like)).all()
     found = [(row.path, row.line) for row in rows if named.search(row.excerpt)]
     for path, line in found:
-        connection.execute(t.rejected_lines.delete().where(r.task == task, r.path == path, r.line == line))
+        connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == path, r.line == line))
     return len(found)
 
 
-def _delete_skipped(connection: sa.Connection, task: str, user: str) -> None:
+def _delete_skipped(connection: sa.Connection, loop: str, user: str) -> None:
     """One line too many does no harm: the next reading writes them all anew."""
-    s = t.skipped_items.c
-    named = sa.or_(s.origin.contains(user, autoescape=True), s.reason.contains(user, autoescape=True))
-    connection.execute(t.skipped_items.delete().where(s.task == task, named))
+    s = t.skipped_records.c
+    named = sa.or_(s.provenance.contains(user, autoescape=True), s.reason.contains(user, autoescape=True))
+    connection.execute(t.skipped_records.delete().where(s.loop == loop, named))
 
 
-def _author_id(connection: sa.Connection, task: str, user: str) -> str:
-    return str(uuid.uuid5(_SPACE, "\n".join([str(store_id(connection)), task, user])))
+def _author_id(connection: sa.Connection, loop: str, user: str) -> str:
+    return str(uuid.uuid5(_SPACE, "\n".join([str(store_id(connection)), loop, user])))
 
 
 def _overwrite_deleted(connection: sa.Connection) -> None:

@@ -29,7 +29,7 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batches
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, good_enough, newest_sequence, record, sources_feedback_id
+from finetune_pipeline.feedback.store import Recorded, good_enough, newest_offset, record, sources_feedback_id
 from finetune_pipeline.records import (
     NOT_TRAINED,
     Feedback,
@@ -143,7 +143,7 @@ def export_events(path: Path, loop: LoopSettings, database: Database, *, force: 
             file.write(line + "\n")
             written += 1
         i = t.interactions.c
-        return Exported(written, _count(connection, i.task == loop.name, i.source.is_not(None)))
+        return Exported(written, _count(connection, i.loop == loop.name, i.source.is_not(None)))
 
 
 def export_alpaca(
@@ -157,7 +157,7 @@ def export_alpaca(
 ) -> Exported:
     """Write what a loop's interactions teach, whatever gave them: instruction, input, answer as it should be, reward.
 
-    What was withdrawn, since its source no longer has it, teaches nothing and is left out.
+    What was retracted, since its source no longer has it, teaches nothing and is left out.
 
     The system prompt is the instruction and the prompt the input; without a system prompt the prompt is the
     instruction. What was said before the prompt stands in `history`. A name that ends in .json gives a JSON array,
@@ -180,7 +180,7 @@ def export_alpaca(
             written += 1
         file.write("\n]\n" if array else "")
         i = t.interactions.c
-        return Exported(written, _count(connection, i.task == loop.name, i.withdrawn.is_not(None)))
+        return Exported(written, _count(connection, i.loop == loop.name, i.retracted_offset.is_not(None)))
 
 
 def _good(path: Path, rows: Rows, loop: LoopSettings, result: Imported) -> Iterator[Interaction | Feedback]:
@@ -197,9 +197,9 @@ def _good(path: Path, rows: Rows, loop: LoopSettings, result: Imported) -> Itera
 def _events(document: Any, loop: LoopSettings, moment: datetime) -> Events:
     if not isinstance(document, dict):
         raise ValueError(f"found {type(document).__name__}, expected a JSON object")
-    given = {"task": loop.name, "created_at": moment, **document}
-    if given["task"] != loop.name:
-        raise ValueError(f"is of task {given['task']!r:.80}, this file is read for {loop.name!r}")
+    given = {"loop": loop.name, "created_at": moment, **document}
+    if given["loop"] != loop.name:
+        raise ValueError(f"is of loop {given['loop']!r:.80}, this file is read for {loop.name!r}")
     if "event" in document:
         return [_own_event(given, document)]
     if "instruction" in document:
@@ -214,7 +214,7 @@ def _own_event(given: dict[str, Any], document: Any) -> Interaction | Feedback:
     event = given["event"]
     if not isinstance(event, str) or event not in kinds:
         raise ValueError(f"event: found {event!r:.80}, expected interaction or feedback")
-    return logged(kinds[event].model_validate({"id": event_id(given["task"], hash_of(document)), **given}))
+    return logged(kinds[event].model_validate({"id": event_id(given["loop"], hash_of(document)), **given}))
 
 
 def _from_alpaca(given: dict[str, Any], system_prompt: str) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _exchange(given: dict[str, Any]) -> Events:
     if not _is_uuid(own.get("id")):
         # The time of the file is no part of what the line says; a time that it names itself is.
         content = {key: value for key, value in own.items() if not isinstance(value, datetime)}
-        own["id"] = event_id(own["task"], hash_of(content))
+        own["id"] = event_id(own["loop"], hash_of(content))
     interaction = Interaction.model_validate(own)
     logged(interaction)
     events: Events = [interaction]
@@ -262,7 +262,7 @@ def _on(interaction: Interaction, kind: str, **values: Any) -> Feedback:
     return Feedback.model_validate(
         {
             "id": uuid5(interaction.id, hash_of([kind, about, values])),
-            "task": interaction.task,
+            "loop": interaction.loop,
             "interaction_id": interaction.id,
             "created_at": interaction.created_at,
             "kind": kind,
@@ -287,13 +287,13 @@ def _written(path: Path, force: bool) -> Iterator[IO[str]]:
         ) from error
 
 
-def _event_lines(connection: sa.Connection, task: str, reward: RewardFunction) -> Iterator[str]:
+def _event_lines(connection: sa.Connection, loop: str, reward: RewardFunction) -> Iterator[str]:
     i, f = t.interactions.c, t.feedback.c
-    until = newest_sequence(connection)
-    own = sa.select(t.interactions).where(i.task == task, i.sequence <= until, i.source.is_(None))
+    until = newest_offset(connection)
+    own = sa.select(t.interactions).where(i.loop == loop, i.ingest_offset <= until, i.source.is_(None))
     for rows in _partitions(connection, own, i):
         ids = [row.id for row in rows]
-        about = sa.select(t.feedback).where(f.task == task, f.interaction_id.in_(ids)).order_by(f.sequence)
+        about = sa.select(t.feedback).where(f.loop == loop, f.interaction_id.in_(ids)).order_by(f.ingest_offset)
         by_interaction: dict[UUID, list[Feedback]] = {}
         for row in connection.execute(about):
             by_interaction.setdefault(UUID(row.interaction_id), []).append(_record(Feedback, row))
@@ -302,8 +302,10 @@ def _event_lines(connection: sa.Connection, task: str, reward: RewardFunction) -
             for feedback in by_interaction.get(interaction.id, ()):
                 rewarded = feedback.model_copy(update={"reward": reward(feedback, interaction)})
                 yield rewarded.model_dump_json(exclude_none=True)
-    written = sa.exists().where(i.id == f.interaction_id, i.task == task, i.source.is_(None))
-    for rows in _partitions(connection, sa.select(t.feedback).where(f.task == task, f.sequence <= until, ~written), f):
+    written = sa.exists().where(i.id == f.interaction_id, i.loop == loop, i.source.is_(None))
+    for rows in _partitions(
+        connection, sa.select(t.feedback).where(f.loop == loop, f.ingest_offset <= until, ~written), f
+    ):
         for one in (_record(Feedback, row) for row in rows):
             given_on = one.interaction_id
             if one.id not in {sources_feedback_id(given_on), sources_feedback_id(given_on, one.reward)}:
@@ -313,7 +315,7 @@ def _event_lines(connection: sa.Connection, task: str, reward: RewardFunction) -
 def _record(kind: type[E], row: sa.Row[Any]) -> E:
     values = row._asdict()
     return kind.model_validate(
-        {k: v for k, v in values.items() if k not in {"sequence", "withdrawn"} and v is not None}
+        {k: v for k, v in values.items() if k not in {"ingest_offset", "retracted_offset"} and v is not None}
     )
 
 
@@ -325,19 +327,19 @@ def _no_history(interaction: Interaction) -> set[str]:
     return set() if interaction.history else {"history"}
 
 
-def _taught(connection: sa.Connection, task: str, min_reward: float) -> Iterator[sa.Row[Any]]:
+def _taught(connection: sa.Connection, loop: str, min_reward: float) -> Iterator[sa.Row[Any]]:
     i, e = t.interactions.c, t.examples.c
     query = (
         sa.select(i.prompt, i.history, e.target, e.reward)
         .join(t.examples, i.id == e.interaction_id)
-        .where(i.task == task, e.task == task, i.withdrawn.is_(None), good_enough(min_reward))
+        .where(i.loop == loop, e.loop == loop, i.retracted_offset.is_(None), good_enough(min_reward))
     )
     for rows in _partitions(connection, query, i):
         yield from rows
 
 
 def _partitions(connection: sa.Connection, query: sa.Select[Any], columns: Any) -> Iterable[Any]:
-    ordered = query.order_by(columns.sequence).execution_options(yield_per=_ROWS)
+    ordered = query.order_by(columns.ingest_offset).execution_options(yield_per=_ROWS)
     return connection.execute(ordered).partitions()
 
 

@@ -9,7 +9,7 @@ _VERDICTS = frozenset({"thumbs_up", "thumbs_down", "rating"})
 
 
 def resolve(
-    interaction: Interaction, feedback: Sequence[Feedback], sequence: int, reward: RewardFunction
+    interaction: Interaction, feedback: Sequence[Feedback], ingest_offset: int, reward: RewardFunction
 ) -> Example | None:
     """The example that an interaction gives, or None without feedback: then nothing is assumed.
 
@@ -19,7 +19,7 @@ def resolve(
     by_time = sorted(feedback, key=lambda item: (item.created_at, str(item.id)))
     corrections = [item for item in by_time if item.kind == "correction"]
     if corrections:
-        return _corrected(interaction, corrections[-1], by_time, sequence, reward)
+        return _corrected(interaction, corrections[-1], by_time, ingest_offset, reward)
     on_output = _about(by_time, interaction, text_hash(interaction.output))
     people = [item for item in on_output if item.kind in PERSON_KINDS]
     deciding = (people or on_output)[-1:]
@@ -28,7 +28,7 @@ def resolve(
     worth = reward(deciding[0], interaction)
     return example_of(
         interaction,
-        sequence=sequence,
+        ingest_offset=ingest_offset,
         target=interaction.output,
         reward=worth,
         confidence=interaction.confidence,
@@ -38,7 +38,7 @@ def resolve(
 
 
 def _corrected(
-    interaction: Interaction, correction: Feedback, by_time: list[Feedback], sequence: int, reward: RewardFunction
+    interaction: Interaction, correction: Feedback, by_time: list[Feedback], ingest_offset: int, reward: RewardFunction
 ) -> Example:
     target = correction.correction or ""
     verdicts = [item for item in _about(by_time, interaction, text_hash(target)) if item.kind in _VERDICTS]
@@ -46,7 +46,7 @@ def _corrected(
     refused = bool(later) and reward(later[-1], interaction) < 0
     return example_of(
         interaction,
-        sequence=sequence,
+        ingest_offset=ingest_offset,
         target=target,
         reward=reward(later[-1] if refused else correction, interaction),
         confidence=interaction.confidence,

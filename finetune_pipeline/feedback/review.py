@@ -23,7 +23,7 @@ from finetune_pipeline.feedback.review_decisions import (
     stands,
 )
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.feedback.store import good_enough, load, renew_examples, take_sequence
+from finetune_pipeline.feedback.store import good_enough, load, renew_examples, take_offsets
 from finetune_pipeline.records import (
     PERSON_KINDS,
     Example,
@@ -68,7 +68,7 @@ class Candidate:
     feedback: tuple[Feedback, ...]
     rewards: tuple[float, ...]
     example: Example | None
-    sequence: int
+    ingest_offset: int
     decided: Decision | None = None
 
     @property
@@ -88,7 +88,7 @@ class Candidate:
 
 
 def candidates(
-    connection: sa.Connection, task: str, reward: RewardFunction, below: float, min_reward: float, *, taught: bool
+    connection: sa.Connection, loop: str, reward: RewardFunction, below: float, min_reward: float, *, taught: bool
 ) -> list[Candidate]:
     """Interactions that may deserve a person's eye and that nobody decided on, the newest of each kind.
 
@@ -97,30 +97,30 @@ def candidates(
         min_reward: examples from here on may train.
         taught: whether what may train is among them too.
     """
-    queries = [_unsure(task, below), _disputed(task), _revised(task), *([_taught(task, min_reward)] if taught else [])]
+    queries = [_unsure(loop, below), _disputed(loop), _revised(loop), *([_taught(loop, min_reward)] if taught else [])]
     ids = sorted({id for query in queries for id in connection.execute(query.limit(POOL)).scalars()})
-    found = list(look(connection, task, ids, reward))
-    decisions = standing(connection, task, ids, [one.content_hash for one in found])
+    found = list(look(connection, loop, ids, reward))
+    decisions = standing(connection, loop, ids, [one.content_hash for one in found])
     return [
-        Candidate(one.interaction, one.feedback, one.rewards, one.example, one.sequence, own)
+        Candidate(one.interaction, one.feedback, one.rewards, one.example, one.ingest_offset, own)
         for one in found
         for own in [decisions.own.get(str(one.interaction.id))]
         if one.content_hash not in decisions.alike
     ]
 
 
-def look(connection: sa.Connection, task: str, ids: Sequence[str], reward: RewardFunction) -> Iterator[Candidate]:
+def look(connection: sa.Connection, loop: str, ids: Sequence[str], reward: RewardFunction) -> Iterator[Candidate]:
     """These interactions as a reviewer sees them; what is not there any more is left out."""
     for chunk in _chunks(ids):
-        for interaction, sequence, feedback in load(connection, task, chunk):
-            example = resolve(interaction, feedback, sequence, reward) if feedback else None
+        for interaction, ingest_offset, feedback in load(connection, loop, chunk):
+            example = resolve(interaction, feedback, ingest_offset, reward) if feedback else None
             rewards = tuple(reward(item, interaction) for item in feedback)
-            yield Candidate(interaction, tuple(feedback), rewards, example, sequence)
+            yield Candidate(interaction, tuple(feedback), rewards, example, ingest_offset)
 
 
 def decide(
     connection: sa.Connection,
-    task: str,
+    loop: str,
     shown: Candidate,
     kind: ReviewKind,
     target: str,
@@ -136,9 +136,9 @@ def decide(
     Raises:
         ReviewError: the interaction is gone, its answer is another one since, or the text cannot be kept.
     """
-    sequence = take_sequence(connection, 1)  # locked until commit: nothing comes between the look and the insert
+    ingest_offset = take_offsets(connection, 1)  # locked until commit: nothing comes between the look and the insert
     id = str(shown.interaction.id)
-    now = next(look(connection, task, [id], reward), None)
+    now = next(look(connection, loop, [id], reward), None)
     if now is None:
         raise ReviewError(f"interaction {id} was deleted meanwhile; nothing was kept")
     if now.content_hash != shown.content_hash:
@@ -149,12 +149,12 @@ def decide(
         first = error.errors()[0]
         raise ReviewError(f"{first['loc'][0]}: {first['msg']}; nothing was kept") from error
     row = {"decision": kind, "target": words.target, "content_hash": shown.content_hash}
-    _add(connection, task, sequence, id, words.reviewer, row)
-    _renew(connection, task, sequence, id, {shown.content_hash}, reward)
+    _add(connection, loop, ingest_offset, id, words.reviewer, row)
+    _renew(connection, loop, ingest_offset, id, {shown.content_hash}, reward)
 
 
 def undo(
-    connection: sa.Connection, task: str, reviewer: str, reward: RewardFunction, interaction_id: UUID | None = None
+    connection: sa.Connection, loop: str, reviewer: str, reward: RewardFunction, interaction_id: UUID | None = None
 ) -> str | None:
     """Take back the reviewer's newest decision that stands; returns the interaction's id, None if there is none.
 
@@ -163,37 +163,37 @@ def undo(
     Args:
         interaction_id: only a decision on this one.
     """
-    sequence = take_sequence(connection, 1)
+    ingest_offset = take_offsets(connection, 1)
     d = t.review_decisions.c
-    newest = sa.select(t.review_decisions).where(d.task == task, d.reviewer == reviewer, stands())
+    newest = sa.select(t.review_decisions).where(d.loop == loop, d.reviewer == reviewer, stands())
     if interaction_id is not None:
         newest = newest.where(d.interaction_id == str(interaction_id))
-    row = connection.execute(newest.order_by(d.sequence.desc()).limit(1)).one_or_none()
+    row = connection.execute(newest.order_by(d.ingest_offset.desc()).limit(1)).one_or_none()
     if row is None:
         return None
     decision = decision_of(row)
-    _add(connection, task, sequence, decision.interaction_id, reviewer, {"decision": UNDO})
+    _add(connection, loop, ingest_offset, decision.interaction_id, reviewer, {"decision": UNDO})
     taught = _contents(connection, [decision.interaction_id])
-    _renew(connection, task, sequence, decision.interaction_id, {decision.content_hash, *taught}, reward)
+    _renew(connection, loop, ingest_offset, decision.interaction_id, {decision.content_hash, *taught}, reward)
     return decision.interaction_id
 
 
-def decided_on(connection: sa.Connection, task: str, interaction_id: UUID) -> Decision | None:
+def decided_on(connection: sa.Connection, loop: str, interaction_id: UUID) -> Decision | None:
     """The decision that stands for an interaction."""
-    return standing(connection, task, [str(interaction_id)]).own.get(str(interaction_id))
+    return standing(connection, loop, [str(interaction_id)]).own.get(str(interaction_id))
 
 
-def alike(connection: sa.Connection, task: str, content_hashes: Sequence[str]) -> list[str]:
+def alike(connection: sa.Connection, loop: str, content_hashes: Sequence[str]) -> list[str]:
     """The interactions whose examples have these contents."""
     e = t.examples.c
     queries = (
-        sa.select(e.interaction_id).where(e.task == task, e.content_hash.in_(chunk))
+        sa.select(e.interaction_id).where(e.loop == loop, e.content_hash.in_(chunk))
         for chunk in _chunks(content_hashes)
     )
     return [id for query in queries for id in connection.execute(query).scalars()]
 
 
-def shaped_by(connection: sa.Connection, task: str, decision_ids: Sequence[str]) -> set[str]:
+def shaped_by(connection: sa.Connection, loop: str, decision_ids: Sequence[str]) -> set[str]:
     """The interactions whose examples these decisions may have shaped: their own, and those of the same words."""
     d, ids, hashes = t.review_decisions.c, set[str](), set[str]()
     for chunk in _chunks(decision_ids):
@@ -201,7 +201,7 @@ def shaped_by(connection: sa.Connection, task: str, decision_ids: Sequence[str])
             ids.add(row.interaction_id)
             hashes.update({row.content_hash} - {None})
     hashes.update(_contents(connection, sorted(ids)))
-    return ids.union(alike(connection, task, sorted(hashes)))
+    return ids.union(alike(connection, loop, sorted(hashes)))
 
 
 def _contents(connection: sa.Connection, interaction_ids: Sequence[str]) -> Iterator[str]:
@@ -216,18 +216,18 @@ def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _renew(
-    connection: sa.Connection, task: str, sequence: int, id: str, hashes: set[str], reward: RewardFunction
+    connection: sa.Connection, loop: str, ingest_offset: int, id: str, hashes: set[str], reward: RewardFunction
 ) -> None:
-    ids = sorted({id, *alike(connection, task, sorted(hashes))})
+    ids = sorted({id, *alike(connection, loop, sorted(hashes))})
     for chunk in _chunks(ids):
-        renew_examples(connection, task, chunk, reward, at=sequence)
+        renew_examples(connection, loop, chunk, reward, at=ingest_offset)
 
 
 def _add(
-    connection: sa.Connection, task: str, sequence: int, interaction_id: str, reviewer: str, row: dict[str, str]
+    connection: sa.Connection, loop: str, ingest_offset: int, interaction_id: str, reviewer: str, row: dict[str, str]
 ) -> None:
     who = {"reviewer": reviewer, "created_at": datetime.now(UTC)}
-    where = {"id": str(uuid4()), "task": task, "sequence": sequence, "interaction_id": interaction_id}
+    where = {"id": str(uuid4()), "loop": loop, "ingest_offset": ingest_offset, "interaction_id": interaction_id}
     connection.execute(t.review_decisions.insert().values(**where, **who, **row))
 
 
@@ -239,26 +239,28 @@ def _undecided() -> sa.ColumnElement[bool]:
 
 def _corrected_since() -> sa.ColumnElement[bool]:
     d, f = t.review_decisions.c, t.feedback.alias().c
-    return sa.exists().where(f.interaction_id == d.interaction_id, f.kind == "correction", f.sequence > d.sequence)
+    return sa.exists().where(
+        f.interaction_id == d.interaction_id, f.kind == "correction", f.ingest_offset > d.ingest_offset
+    )
 
 
-def _revised(task: str) -> sa.Select[Any]:
+def _revised(loop: str) -> sa.Select[Any]:
     """Decided on, and a person corrected it since."""
     i, d = t.interactions.c, t.review_decisions.c
-    query = sa.select(i.id).join(t.review_decisions, i.id == d.interaction_id).where(d.task == task, i.task == task)
-    return query.where(i.withdrawn.is_(None), stands(), _corrected_since()).order_by(d.sequence.desc())
+    query = sa.select(i.id).join(t.review_decisions, i.id == d.interaction_id).where(d.loop == loop, i.loop == loop)
+    return query.where(i.retracted_offset.is_(None), stands(), _corrected_since()).order_by(d.ingest_offset.desc())
 
 
-def _unsure(task: str, below: float) -> sa.Select[Any]:
+def _unsure(loop: str, below: float) -> sa.Select[Any]:
     """Flagged, or less confident than `below`, and no person said anything of it."""
     i, f = t.interactions.c, t.feedback.c
-    looked_at = sa.exists().where(f.interaction_id == i.id, f.task == task, f.kind.in_(sorted(PERSON_KINDS)))
+    looked_at = sa.exists().where(f.interaction_id == i.id, f.loop == loop, f.kind.in_(sorted(PERSON_KINDS)))
     unsure = sa.or_(i.flag.is_not(None), i.confidence < below)
-    query = sa.select(i.id).where(i.task == task, i.withdrawn.is_(None), unsure, ~looked_at, _undecided())
-    return query.order_by(i.sequence.desc())
+    query = sa.select(i.id).where(i.loop == loop, i.retracted_offset.is_(None), unsure, ~looked_at, _undecided())
+    return query.order_by(i.ingest_offset.desc())
 
 
-def _disputed(task: str) -> sa.Select[Any]:
+def _disputed(loop: str) -> sa.Select[Any]:
     """One said yes and another no, two wrote other answers, or a person said no and nobody wrote what is right."""
     i, f = t.interactions.c, t.feedback.c
     no = sa.or_(f.kind == "thumbs_down", sa.and_(f.kind == "rating", f.rating.in_(["1", "2"])))
@@ -269,14 +271,14 @@ def _disputed(task: str) -> sa.Select[Any]:
     any_no = sa.func.max(sa.case((no, 1), else_=0)) == 1
     unanswered = sa.and_(any_no, sa.func.count(f.correction) == 0)
     several = sa.func.count(f.correction.distinct()) > 1
-    query = sa.select(i.id).join(t.feedback, f.interaction_id == i.id).where(f.task == task, i.task == task)
-    grouped = query.where(i.withdrawn.is_(None), _undecided()).group_by(i.id, i.sequence)
-    return grouped.having(sa.or_(sa.and_(any_yes, any_bad), unanswered, several)).order_by(i.sequence.desc())
+    query = sa.select(i.id).join(t.feedback, f.interaction_id == i.id).where(f.loop == loop, i.loop == loop)
+    grouped = query.where(i.retracted_offset.is_(None), _undecided()).group_by(i.id, i.ingest_offset)
+    return grouped.having(sa.or_(sa.and_(any_yes, any_bad), unanswered, several)).order_by(i.ingest_offset.desc())
 
 
-def _taught(task: str, min_reward: float) -> sa.Select[Any]:
+def _taught(loop: str, min_reward: float) -> sa.Select[Any]:
     """What may train, and no reviewer saw."""
     i, e = t.interactions.c, t.examples.c
     query = sa.select(e.interaction_id).join(t.interactions, i.id == e.interaction_id)
-    unseen = query.where(e.task == task, e.review.is_(None), good_enough(min_reward))
-    return unseen.order_by(e.sequence.desc())
+    unseen = query.where(e.loop == loop, e.review.is_(None), good_enough(min_reward))
+    return unseen.order_by(e.ingest_offset.desc())

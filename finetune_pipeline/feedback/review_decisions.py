@@ -28,7 +28,7 @@ class Decision:
     Attributes:
         target: the answer that was approved or written; of a rejection the one that was shown.
         content_hash: of the question and answer that were shown.
-        sequence: the store's, so that later and earlier are told apart.
+        ingest_offset: the store's, so that later and earlier are told apart.
     """
 
     interaction_id: str
@@ -37,7 +37,7 @@ class Decision:
     reviewer: str
     created_at: datetime
     content_hash: str
-    sequence: int
+    ingest_offset: int
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,26 @@ class Decisions:
     alike: Mapping[str, Decision] = field(default_factory=dict)
 
     def apply(
-        self, interaction: Interaction, taught: Example | None, sequence: int, reward: RewardFunction
+        self, interaction: Interaction, taught: Example | None, ingest_offset: int, reward: RewardFunction
     ) -> Example | None:
         """What an interaction teaches after review.
 
         Args:
             taught: what it teaches by its feedback alone; None without feedback.
-            sequence: the newest of what shaped it.
+            ingest_offset: the newest of what shaped it.
         """
         decision = self.own.get(str(interaction.id))
         if decision is None and taught is not None:
             decision = self.alike.get(example_hash(taught))
         if decision is None:
             return taught
-        newest = max(sequence, decision.sequence)
+        newest = max(ingest_offset, decision.ingest_offset)
         if decision.kind == "reject":
-            return taught and taught.model_copy(update={"review": "reject", "sequence": newest})
+            return taught and taught.model_copy(update={"review": "reject", "ingest_offset": newest})
         return _approved(interaction, decision, newest, reward)
 
 
-def _approved(interaction: Interaction, decision: Decision, sequence: int, reward: RewardFunction) -> Example:
+def _approved(interaction: Interaction, decision: Decision, ingest_offset: int, reward: RewardFunction) -> Example:
     """The answer that a reviewer approved or wrote; it is worth what the same from a user would be."""
     said = (
         {"kind": "thumbs_up"} if decision.kind == "approve" else {"kind": "correction", "correction": decision.target}
@@ -76,7 +76,7 @@ def _approved(interaction: Interaction, decision: Decision, sequence: int, rewar
         {
             **said,
             "id": UUID(int=0),
-            "task": interaction.task,
+            "loop": interaction.loop,
             "interaction_id": interaction.id,
             "created_at": decision.created_at,
             "user": decision.reviewer,
@@ -84,7 +84,7 @@ def _approved(interaction: Interaction, decision: Decision, sequence: int, rewar
     )
     return example_of(
         interaction,
-        sequence=sequence,
+        ingest_offset=ingest_offset,
         target=decision.target,
         reward=reward(feedback, interaction),
         confidence=interaction.confidence,
@@ -94,13 +94,13 @@ def _approved(interaction: Interaction, decision: Decision, sequence: int, rewar
     )
 
 
-def standing(connection: sa.Connection, task: str, ids: Sequence[str], content_hashes: Iterable[str] = ()) -> Decisions:
+def standing(connection: sa.Connection, loop: str, ids: Sequence[str], content_hashes: Iterable[str] = ()) -> Decisions:
     """The decisions that stand for these interactions, and for these contents."""
     d = t.review_decisions.c
-    if connection.execute(sa.select(sa.func.max(d.sequence))).scalar() is None:
+    if connection.execute(sa.select(sa.func.max(d.ingest_offset))).scalar() is None:
         return Decisions()  # most stores have none, and their millions of events need not ask for each
     own = _select(connection, d.interaction_id, ids)
-    alike = _select(connection, d.content_hash, sorted(set(content_hashes)), d.task == task)
+    alike = _select(connection, d.content_hash, sorted(set(content_hashes)), d.loop == loop)
     return Decisions({one.interaction_id: one for one in own}, {one.content_hash: one for one in alike})
 
 
@@ -108,7 +108,7 @@ def stands(decision: sa.FromClause = t.review_decisions) -> sa.ColumnElement[boo
     """Whether a row of the decisions is the newest of its interaction, and no undo."""
     newer = t.review_decisions.alias()
     c = decision.c
-    later = sa.exists().where(newer.c.interaction_id == c.interaction_id, newer.c.sequence > c.sequence)
+    later = sa.exists().where(newer.c.interaction_id == c.interaction_id, newer.c.ingest_offset > c.ingest_offset)
     return sa.and_(c.decision != UNDO, ~later)
 
 
@@ -120,11 +120,11 @@ def _select(
     for start in range(0, len(values), _CHUNK):
         query = sa.select(t.review_decisions).where(column.in_(values[start : start + _CHUNK]), stands(), *where)
         found += [decision_of(row) for row in connection.execute(query)]
-    return sorted(found, key=lambda one: one.sequence)
+    return sorted(found, key=lambda one: one.ingest_offset)
 
 
 def decision_of(row: sa.Row[tuple[object, ...]]) -> Decision:
     """A row of the table."""
     moment = row.created_at if row.created_at.tzinfo else row.created_at.replace(tzinfo=UTC)
     shown = row.content_hash or ""
-    return Decision(row.interaction_id, row.decision, row.target or "", row.reviewer, moment, shown, row.sequence)
+    return Decision(row.interaction_id, row.decision, row.target or "", row.reviewer, moment, shown, row.ingest_offset)

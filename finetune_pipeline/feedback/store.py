@@ -79,31 +79,33 @@ class Exchange:
 
 @dataclass(frozen=True)
 class State:
-    """How an interaction of a declared source stands in the store: whether it is withdrawn, and where it stood last."""
+    """How an interaction of a declared source stands in the store: whether it is retracted, and where it stood last."""
 
-    withdrawn: bool
-    origin: str | None
+    retracted: bool
+    provenance: str | None
 
 
 def record(
-    connection: sa.Connection, task: str, events: Sequence[Interaction | Feedback], reward: RewardFunction
+    connection: sa.Connection, loop: str, events: Sequence[Interaction | Feedback], reward: RewardFunction
 ) -> Recorded:
     """Add the events that are not there yet and renew what their interactions teach.
 
     An id that is there already is left as it was: events are never changed. One that comes with other content is
-    among the `conflicts`. What was forgotten stays away, and so does all feedback on it.
+    among the `conflicts`. What was erased stays away, and so does all feedback on it.
     """
-    # Taking the sequence first locks it until commit: no other writer can come between the look and the insert.
-    first = take_sequence(connection, len(events))
+    # Taking the ingest_offset first locks it until commit: no other writer can come between the look and the insert.
+    first = take_offsets(connection, len(events))
     fresh, conflicts = _not_known(connection, events)
     rows = [(first + i, event) for i, event in enumerate(fresh)]
-    interactions = [(event, sequence) for sequence, event in rows if isinstance(event, Interaction)]
-    feedback = [(event, sequence) for sequence, event in rows if isinstance(event, Feedback)]
+    interactions = [(event, ingest_offset) for ingest_offset, event in rows if isinstance(event, Interaction)]
+    feedback = [(event, ingest_offset) for ingest_offset, event in rows if isinstance(event, Feedback)]
     if interactions:
-        connection.execute(t.interactions.insert(), [_row(sequence, event) for event, sequence in interactions])
+        connection.execute(
+            t.interactions.insert(), [_row(ingest_offset, event) for event, ingest_offset in interactions]
+        )
     if feedback:
-        connection.execute(t.feedback.insert(), [_row(sequence, event) for event, sequence in feedback])
-    waiting = _renew(connection, task, interactions, feedback, reward)
+        connection.execute(t.feedback.insert(), [_row(ingest_offset, event) for event, ingest_offset in feedback])
+    waiting = _renew(connection, loop, interactions, feedback, reward)
     added = {event.id for event in fresh}
     known = frozenset(event.id for event in events if event.id not in added)
     return Recorded(len(interactions), len(feedback), len(events) - len(fresh), known, conflicts, waiting)
@@ -114,47 +116,47 @@ def conflict(event: Interaction | Feedback) -> str:
     return f"the {event.event} {event.id} is known with other content, which is kept; give the new event its own id"
 
 
-def renew_marked(connection: sa.Connection, task: str, reward: RewardFunction) -> int:
+def renew_marked(connection: sa.Connection, loop: str, reward: RewardFunction) -> int:
     """Recompute the examples that a migration marked by an empty content hash; return how many.
 
     A migration that repairs events cannot do it, since it does not know the loop's rewards.
     """
     e = t.examples.c
-    ids = connection.execute(sa.select(e.interaction_id).where(e.task == task, e.content_hash == "")).scalars().all()
+    ids = connection.execute(sa.select(e.interaction_id).where(e.loop == loop, e.content_hash == "")).scalars().all()
     for chunk in _chunks(sorted(ids)):
-        renew_examples(connection, task, chunk, reward, at=take_sequence(connection, 1))
+        renew_examples(connection, loop, chunk, reward, at=take_offsets(connection, 1))
     return len(ids)
 
 
-def withdraw(connection: sa.Connection, task: str, ids: Sequence[str]) -> int:
+def retract(connection: sa.Connection, loop: str, ids: Sequence[str]) -> int:
     """Have interactions teach nothing from now on, since their source no longer has them; returns how many did.
 
-    They stay in the store, and teach again when their source has them again (`bring_back`).
+    They stay in the store, and teach again when their source has them again (`restore`).
     """
     i = t.interactions.c
-    first, number = take_sequence(connection, len(ids)), 0
+    first, number = take_offsets(connection, len(ids)), 0
     counts: Counter[str] = Counter()
     for chunk in _chunks(ids):
-        there = sa.select(i.id).where(i.id.in_(chunk), i.withdrawn.is_(None))
+        there = sa.select(i.id).where(i.id.in_(chunk), i.retracted_offset.is_(None))
         for id in sorted(connection.execute(there).scalars()):
-            connection.execute(t.interactions.update().where(i.id == id).values(withdrawn=first + number))
+            connection.execute(t.interactions.update().where(i.id == id).values(retracted_offset=first + number))
             number += 1
-        _forget_examples(connection, task, chunk, counts)
-    count(connection, task, counts)
+        _delete_examples(connection, loop, chunk, counts)
+    count(connection, loop, counts)
     return number
 
 
-def bring_back(connection: sa.Connection, task: str, origins: Mapping[str, str], reward: RewardFunction) -> None:
-    """Have interactions that were withdrawn, or stand elsewhere in their source now, teach what they taught.
+def restore(connection: sa.Connection, loop: str, provenances: Mapping[str, str], reward: RewardFunction) -> None:
+    """Have interactions that were retracted, or stand elsewhere in their source now, teach what they taught.
 
     Args:
-        origins: id -> where it stands now.
+        provenances: id -> where it stands now.
     """
     update = t.interactions.update().where(t.interactions.c.id == sa.bindparam("moved"))
-    for chunk in _chunks(sorted(origins)):
-        rows = [{"moved": id, "now": origins[id]} for id in chunk]
-        connection.execute(update.values(withdrawn=None, origin=sa.bindparam("now")), rows)
-        renew_examples(connection, task, chunk, reward, at=take_sequence(connection, 1))
+    for chunk in _chunks(sorted(provenances)):
+        rows = [{"moved": id, "now": provenances[id]} for id in chunk]
+        connection.execute(update.values(retracted_offset=None, provenance=sa.bindparam("now")), rows)
+        renew_examples(connection, loop, chunk, reward, at=take_offsets(connection, 1))
 
 
 def sources_feedback_id(interaction_id: UUID, reward: float | None = None) -> UUID:
@@ -165,31 +167,35 @@ def sources_feedback_id(interaction_id: UUID, reward: float | None = None) -> UU
 def states(connection: sa.Connection, ids: Sequence[str]) -> dict[str, State]:
     """Which of these interactions the store has, and how each stands there."""
     i = t.interactions.c
-    queries = (sa.select(i.id, i.withdrawn.is_not(None), i.origin).where(i.id.in_(chunk)) for chunk in _chunks(ids))
+    queries = (
+        sa.select(i.id, i.retracted_offset.is_not(None), i.provenance).where(i.id.in_(chunk)) for chunk in _chunks(ids)
+    )
     return {
-        id: State(bool(withdrawn), origin) for query in queries for id, withdrawn, origin in connection.execute(query)
+        id: State(bool(retracted), provenance)
+        for query in queries
+        for id, retracted, provenance in connection.execute(query)
     }
 
 
-def of_source(connection: sa.Connection, task: str, source: str) -> Iterator[tuple[str, str, bool]]:
-    """All interactions that were made from a declared source: id, origin, whether it is withdrawn."""
+def of_source(connection: sa.Connection, loop: str, source: str) -> Iterator[tuple[str, str, bool]]:
+    """All interactions that were made from a declared source: id, provenance, whether it is retracted."""
     i = t.interactions.c
-    query = sa.select(i.id, i.origin, i.withdrawn.is_not(None)).where(i.task == task, i.source == source)
+    query = sa.select(i.id, i.provenance, i.retracted_offset.is_not(None)).where(i.loop == loop, i.source == source)
     # Of the statement: a connection keeps its options, and PostgreSQL has no cursors for what writes.
     for row in connection.execute(query.execution_options(yield_per=5_000)):
         yield row[0], row[1] or "", bool(row[2])
 
 
-def take_sequence(connection: sa.Connection, count: int) -> int:
-    """Take the next `count` numbers of the ingest sequence, and hold it until commit; returns the first of them."""
+def take_offsets(connection: sa.Connection, count: int) -> int:
+    """Take the next `count` numbers of the ingest offset, and hold it until commit; returns the first of them."""
     c = t.counters.c
     update = sa.update(t.counters).where(c.name == _SEQUENCE).values(value=c.value + count).returning(c.value)
     value = connection.execute(update).scalar_one()
     return int(value) - count + 1
 
 
-def newest_sequence(connection: sa.Connection) -> int:
-    """The highest ingest sequence that was given out; every event up to it is committed."""
+def newest_offset(connection: sa.Connection) -> int:
+    """The highest ingest offset that was given out; every event up to it is committed."""
     value = connection.execute(sa.select(t.counters.c.value).where(t.counters.c.name == _SEQUENCE)).scalar()
     return int(value or 0)
 
@@ -199,38 +205,40 @@ def store_id(connection: sa.Connection) -> int:
     return int(connection.execute(sa.select(t.counters.c.value).where(t.counters.c.name == "store")).scalar_one())
 
 
-def tally(connection: sa.Connection, task: str) -> dict[str, int]:
+def counters(connection: sa.Connection, loop: str) -> dict[str, int]:
     """How much there is of what, in time that does not grow with it.
 
     Names: interactions, feedback, feedback.<kind>, examples, corrected (examples whose target a person wrote),
     rewarded (other examples with a reward above 0), unmatched (feedback whose interaction has not arrived), flagged
     (interactions that a person should look at). What is not named is 0.
     """
-    rows = connection.execute(sa.select(t.tallies.c.name, t.tallies.c.value).where(t.tallies.c.task == task))
+    rows = connection.execute(
+        sa.select(t.loop_counters.c.name, t.loop_counters.c.value).where(t.loop_counters.c.loop == loop)
+    )
     return {name: int(value) for name, value in rows if value}
 
 
-def totals(connection: sa.Connection, task: str) -> Totals:
+def totals(connection: sa.Connection, loop: str) -> Totals:
     """How many interactions, feedback and examples a loop has, and feedback whose interaction never came."""
-    counts = tally(connection, task)
+    counts = counters(connection, loop)
     return Totals(*(counts.get(name, 0) for name in ("interactions", "feedback", "examples", "unmatched")))
 
 
-def unmatched(connection: sa.Connection, task: str, limit: int) -> Sequence[Any]:
+def unmatched(connection: sa.Connection, loop: str, limit: int) -> Sequence[Any]:
     """The oldest feedback whose interaction has not arrived: id, interaction_id, kind, created_at."""
     f = t.feedback.c
-    known = sa.exists().where(t.interactions.c.id == f.interaction_id, t.interactions.c.task == task)
-    query = sa.select(f.id, f.interaction_id, f.kind, f.created_at).where(f.task == task, ~known)
-    return connection.execute(query.order_by(f.sequence).limit(limit)).all()
+    known = sa.exists().where(t.interactions.c.id == f.interaction_id, t.interactions.c.loop == loop)
+    query = sa.select(f.id, f.interaction_id, f.kind, f.created_at).where(f.loop == loop, ~known)
+    return connection.execute(query.order_by(f.ingest_offset).limit(limit)).all()
 
 
-def flagged(connection: sa.Connection, task: str, limit: int) -> list[Interaction]:
+def flagged(connection: sa.Connection, loop: str, limit: int) -> list[Interaction]:
     """The newest interactions that a person should look at, and that nobody has given feedback or decided on."""
     i = t.interactions.c
     decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id, stands())
-    looked_at = sa.exists().where(t.feedback.c.interaction_id == i.id, t.feedback.c.task == task)
-    query = sa.select(t.interactions).where(i.task == task, i.flag.is_not(None), ~decided, ~looked_at)
-    return [_interaction(row) for row in connection.execute(query.order_by(i.sequence.desc()).limit(limit))]
+    looked_at = sa.exists().where(t.feedback.c.interaction_id == i.id, t.feedback.c.loop == loop)
+    query = sa.select(t.interactions).where(i.loop == loop, i.flag.is_not(None), ~decided, ~looked_at)
+    return [_interaction(row) for row in connection.execute(query.order_by(i.ingest_offset.desc()).limit(limit))]
 
 
 def find(connection: sa.Connection, interaction_id: UUID) -> Exchange | None:
@@ -240,53 +248,54 @@ def find(connection: sa.Connection, interaction_id: UUID) -> Exchange | None:
     if row is None:
         return None
     interaction = _interaction(row)
-    about = sa.select(t.feedback).where(f.interaction_id == row.id, f.task == row.task).order_by(f.sequence)
+    about = sa.select(t.feedback).where(f.interaction_id == row.id, f.loop == row.loop).order_by(f.ingest_offset)
     feedback = tuple(_feedback(one) for one in connection.execute(about))
     taught = connection.execute(sa.select(t.examples).where(e.interaction_id == row.id)).one_or_none()
     return Exchange(interaction, feedback, _example(taught, interaction) if taught else None)
 
 
-def records(connection: sa.Connection, task: str, until: int, after: int = 0) -> Iterator[Sequence[Any]]:
+def records(connection: sa.Connection, loop: str, until: int, after: int = 0) -> Iterator[Sequence[Any]]:
     """Interactions of a loop with what they teach (null without feedback), in batches of rows, in the order of arrival.
 
     Args:
-        until: the newest ingest sequence to read.
-        after: only interactions that came, whose example changed, that were withdrawn, or that a reviewer decided on,
-            after this sequence. The time grows with what is new, not with the history: each condition has an index.
+        until: the newest ingest offset to read.
+        after: only interactions that came, whose example changed, that were retracted, or that a reviewer decided on,
+            after this offset. The time grows with what is new, not with the history: each condition has an index.
     """
     i, e = t.interactions.c, t.examples.c
     source = t.interactions.outerjoin(t.examples, i.id == e.interaction_id)
     query = sa.select(
-        i.id.label("interaction_id"), sa.func.coalesce(e.sequence, i.sequence).label("sequence"), i.created_at,
-        i.prompt, i.history, i.output, i.model, i.user, i.confidence, i.validation_score, i.domain, i.kind,
-        i.retrieved_context, i.arm, i.flag, i.source, i.origin, e.target, e.reward, e.confirmed, e.corrected, e.review,
+        i.id.label("interaction_id"), sa.func.coalesce(e.ingest_offset, i.ingest_offset).label("ingest_offset"),
+        i.created_at, i.prompt, i.history, i.output, i.model, i.user, i.confidence, i.validation_score, i.domain,
+        i.kind, i.retrieved_context, i.variant, i.flag, i.source, i.provenance, e.target, e.reward, e.confirmed,
+        e.corrected, e.review,
     )  # fmt: skip
     if after:
-        came = sa.select(i.id).where(i.task == task, i.sequence > after, i.sequence <= until)
-        changed = sa.select(e.interaction_id).where(e.task == task, e.sequence > after, e.sequence <= until)
-        gone = sa.select(i.id).where(i.task == task, i.withdrawn > after, i.withdrawn <= until)
+        came = sa.select(i.id).where(i.loop == loop, i.ingest_offset > after, i.ingest_offset <= until)
+        changed = sa.select(e.interaction_id).where(e.loop == loop, e.ingest_offset > after, e.ingest_offset <= until)
+        gone = sa.select(i.id).where(i.loop == loop, i.retracted_offset > after, i.retracted_offset <= until)
         d = t.review_decisions.c  # an undone approval may leave no example at all
-        decided = sa.select(d.interaction_id).where(d.task == task, d.sequence > after, d.sequence <= until)
+        decided = sa.select(d.interaction_id).where(d.loop == loop, d.ingest_offset > after, d.ingest_offset <= until)
         new = came.union(changed, gone, decided).subquery()
         query = query.select_from(new.join(source, new.c.id == i.id))
     else:
-        query = query.select_from(source).where(i.task == task, i.sequence <= until)
-    query = query.order_by(i.sequence)
+        query = query.select_from(source).where(i.loop == loop, i.ingest_offset <= until)
+    query = query.order_by(i.ingest_offset)
     yield from connection.execute(query.execution_options(yield_per=2_000)).partitions()
 
 
-def new_examples(connection: sa.Connection, task: str, after: int, min_reward: float) -> Iterator[Example]:
-    """Examples that changed after a sequence, were in no judged dataset, and may be good enough.
+def new_examples(connection: sa.Connection, loop: str, after: int, min_reward: float) -> Iterator[Example]:
+    """Examples that changed after a ingest_offset, were in no judged dataset, and may be good enough.
 
     The time grows with what is new, not with the history: both conditions have an index.
     """
     e, i = t.examples.c, t.interactions.c
-    judged = sa.exists().where(t.judged_examples.c.loop == task, t.judged_examples.c.content_hash == e.content_hash)
+    judged = sa.exists().where(t.judged_examples.c.loop == loop, t.judged_examples.c.content_hash == e.content_hash)
     query = (
-        sa.select(t.examples, i.prompt, i.history, i.output, i.source, i.origin)
+        sa.select(t.examples, i.prompt, i.history, i.output, i.source, i.provenance)
         .join(t.interactions, i.id == e.interaction_id)
-        .where(e.task == task, e.sequence > after, good_enough(min_reward), ~judged)
-        .order_by(e.sequence)
+        .where(e.loop == loop, e.ingest_offset > after, good_enough(min_reward), ~judged)
+        .order_by(e.ingest_offset)
     )
     for row in connection.execute(query.execution_options(yield_per=500)):
         values = row._asdict()
@@ -313,51 +322,53 @@ def mark_judged(connection: sa.Connection, loop: str, content_hashes: Sequence[s
 
 
 def load(
-    connection: sa.Connection, task: str, ids: Sequence[str]
+    connection: sa.Connection, loop: str, ids: Sequence[str]
 ) -> Iterator[tuple[Interaction, int, Sequence[Feedback]]]:
-    """These interactions with the newest sequence of what is said in and of them, and all their feedback."""
-    interactions = _load(connection, t.interactions, t.interactions.c.id, task, ids)
-    feedback = _load(connection, t.feedback, t.feedback.c.interaction_id, task, ids)
-    said = _by_interaction([(_feedback(row), row.sequence) for row in sorted(feedback, key=lambda row: row.sequence)])
+    """These interactions with the newest ingest_offset of what is said in and of them, and all their feedback."""
+    interactions = _load(connection, t.interactions, t.interactions.c.id, loop, ids)
+    feedback = _load(connection, t.feedback, t.feedback.c.interaction_id, loop, ids)
+    said = _by_interaction(
+        [(_feedback(row), row.ingest_offset) for row in sorted(feedback, key=lambda row: row.ingest_offset)]
+    )
     for row in interactions:
         own = said.get(UUID(row.id), [])
-        newest = max([row.sequence, *(number for _, number in own)])
+        newest = max([row.ingest_offset, *(number for _, number in own)])
         yield _interaction(row), newest, [item for item, _ in own]
 
 
-def count(connection: sa.Connection, task: str, changes: Mapping[str, int]) -> None:
-    """Add these changes to the loop's tallies."""
-    rows = [{"task": task, "name": name, "value": value} for name, value in sorted(changes.items()) if value]
+def count(connection: sa.Connection, loop: str, changes: Mapping[str, int]) -> None:
+    """Add these changes to the loop's loop_counters."""
+    rows = [{"loop": loop, "name": name, "value": value} for name, value in sorted(changes.items()) if value]
     if not rows:
         return
     insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-    added: Any = insert(t.tallies)
-    total = t.tallies.c.value + added.excluded.value
-    connection.execute(added.on_conflict_do_update(index_elements=["task", "name"], set_={"value": total}), rows)
+    added: Any = insert(t.loop_counters)
+    total = t.loop_counters.c.value + added.excluded.value
+    connection.execute(added.on_conflict_do_update(index_elements=["loop", "name"], set_={"value": total}), rows)
 
 
 def renew_examples(
-    connection: sa.Connection, task: str, ids: Sequence[str], reward: RewardFunction, at: int = 0
+    connection: sa.Connection, loop: str, ids: Sequence[str], reward: RewardFunction, at: int = 0
 ) -> None:
     """Work out anew what these interactions teach, from what the tables hold of them now.
 
     Args:
-        at: a sequence that was taken for it, so that who reads what changed since an earlier one sees them.
+        at: a ingest_offset that was taken for it, so that who reads what changed since an earlier one sees them.
     """
-    interactions = _load(connection, t.interactions, t.interactions.c.id, task, ids)
-    feedback = _load(connection, t.feedback, t.feedback.c.interaction_id, task, ids)
+    interactions = _load(connection, t.interactions, t.interactions.c.id, loop, ids)
+    feedback = _load(connection, t.feedback, t.feedback.c.interaction_id, loop, ids)
     counts: Counter[str] = Counter()
-    _forget_examples(connection, task, ids, counts)
-    by_interaction = _by_interaction([(_feedback(row), row.sequence) for row in feedback])
+    _delete_examples(connection, loop, ids, counts)
+    by_interaction = _by_interaction([(_feedback(row), row.ingest_offset) for row in feedback])
     _teach(
         connection,
-        task,
-        [(_interaction(row), max(at, row.sequence)) for row in interactions if row.withdrawn is None],
+        loop,
+        [(_interaction(row), max(at, row.ingest_offset)) for row in interactions if row.retracted_offset is None],
         by_interaction,
         reward,
         counts,
     )
-    count(connection, task, counts)
+    count(connection, loop, counts)
 
 
 _Numbered = tuple[E, int]
@@ -366,7 +377,7 @@ _Numbered = tuple[E, int]
 def _not_known(
     connection: sa.Connection, events: Sequence[Interaction | Feedback]
 ) -> tuple[list[Interaction | Feedback], tuple[Interaction | Feedback, ...]]:
-    """Return the events to add (neither stored nor forgotten), and those that contradict a stored event."""
+    """Return the events to add (neither stored nor erased), and those that contradict a stored event."""
 
     def there(column: sa.Column[str], ids: Iterable[UUID]) -> set[str]:
         return {
@@ -380,11 +391,11 @@ def _not_known(
         "interaction": there(t.interactions.c.id, (event.id for event in events if isinstance(event, Interaction))),
         "feedback": there(t.feedback.c.id, (event.id for event in feedback)),
     }
-    forgotten = there(t.forgotten_events.c.id, [e.id for e in events] + [e.interaction_id for e in feedback])
+    erased = there(t.erased_events.c.id, [e.id for e in events] + [e.interaction_id for e in feedback])
     first = _stored(connection, known)
     fresh, conflicts = [], []
     for event in events:
-        gone = {str(event.id), str(getattr(event, "interaction_id", event.id))} & forgotten
+        gone = {str(event.id), str(getattr(event, "interaction_id", event.id))} & erased
         if gone:
             continue
         if str(event.id) not in known[event.event]:
@@ -408,8 +419,10 @@ def _stored(connection: sa.Connection, known: Mapping[str, set[str]]) -> dict[tu
     return found
 
 
-_NOT_SAID = frozenset({"created_at", "source", "origin", "seed", "latency_ms", "prompt_tokens", "completion_tokens"})
-"""Fields in which a repeated event may differ: its origin, time and costs."""
+_NOT_SAID = frozenset(
+    {"created_at", "source", "provenance", "seed", "latency_ms", "prompt_tokens", "completion_tokens"}
+)
+"""Fields in which a repeated event may differ: its provenance, time and costs."""
 
 
 def _contradicts(event: Interaction | Feedback, stored: Interaction | Feedback) -> bool:
@@ -422,36 +435,36 @@ def _contradicts(event: Interaction | Feedback, stored: Interaction | Feedback) 
 
 def _renew(
     connection: sa.Connection,
-    task: str,
+    loop: str,
     fresh: Sequence[_Numbered[Interaction]],
     feedback: Sequence[_Numbered[Feedback]],
     reward: RewardFunction,
 ) -> frozenset[UUID]:
-    """Renew the examples that fresh events touch, and the tallies; returns the feedback that waits."""
+    """Renew the examples that fresh events touch, and the loop_counters; returns the feedback that waits."""
     # What was just added is at hand; only what is older has to be read.
     arrived = {interaction.id: number for interaction, number in fresh}
     earlier_ids = sorted({str(item.interaction_id) for item, _ in feedback if item.interaction_id not in arrived})
-    older = _load(connection, t.interactions, t.interactions.c.id, task, earlier_ids)
-    earlier = [(_interaction(row), row.sequence) for row in older if row.withdrawn is None]
+    older = _load(connection, t.interactions, t.interactions.c.id, loop, earlier_ids)
+    earlier = [(_interaction(row), row.ingest_offset) for row in older if row.retracted_offset is None]
     there = arrived.keys() | {UUID(row.id) for row in older}
     touched = [*map(str, arrived), *earlier_ids]
-    rows = _load(connection, t.feedback, t.feedback.c.interaction_id, task, touched)
-    by_interaction = _by_interaction([(_feedback(row), row.sequence) for row in rows])
+    rows = _load(connection, t.feedback, t.feedback.c.interaction_id, loop, touched)
+    by_interaction = _by_interaction([(_feedback(row), row.ingest_offset) for row in rows])
     waiting = frozenset(item.id for item, _ in feedback if item.interaction_id not in there)
     new_ids = {item.id for item, _ in feedback}
     matched = sum(item.id not in new_ids for id in arrived for item, _ in by_interaction.get(id, ()))
     counts = Counter({"interactions": len(fresh), "feedback": len(feedback), "unmatched": len(waiting) - matched})
     counts.update(f"feedback.{item.kind}" for item, _ in feedback)
     counts["flagged"] = sum(interaction.flag is not None for interaction, _ in fresh)
-    _forget_examples(connection, task, earlier_ids, counts)
-    _teach(connection, task, [*fresh, *earlier], by_interaction, reward, counts)
-    count(connection, task, counts)
+    _delete_examples(connection, loop, earlier_ids, counts)
+    _teach(connection, loop, [*fresh, *earlier], by_interaction, reward, counts)
+    count(connection, loop, counts)
     return waiting
 
 
 def _teach(
     connection: sa.Connection,
-    task: str,
+    loop: str,
     interactions: Sequence[_Numbered[Interaction]],
     feedback: Mapping[UUID, Sequence[_Numbered[Feedback]]],
     reward: RewardFunction,
@@ -460,30 +473,30 @@ def _teach(
     """Write the examples of these interactions; there are none of them yet."""
     taught = [_by_feedback(one, number, feedback.get(one.id), reward) for one, number in interactions]
     hashes = (example_hash(example) for _, example, _ in taught if example is not None)
-    decisions = standing(connection, task, [str(one.id) for one, _, _ in taught], hashes)
+    decisions = standing(connection, loop, [str(one.id) for one, _, _ in taught], hashes)
     rows = []
     for interaction, alone, newest in taught:
         example = decisions.apply(interaction, alone, newest, reward)
         if example is not None:
-            rows.append(_example_row(task, example))
+            rows.append(_example_row(loop, example))
             counts.update(_kinds(example.corrected, example.reward))
     if rows:
         connection.execute(t.examples.insert(), rows)
 
 
 def _by_feedback(
-    interaction: Interaction, sequence: int, said: Sequence[_Numbered[Feedback]] | None, reward: RewardFunction
+    interaction: Interaction, ingest_offset: int, said: Sequence[_Numbered[Feedback]] | None, reward: RewardFunction
 ) -> tuple[Interaction, Example | None, int]:
-    """What an interaction teaches by its feedback alone, and the newest sequence of it all."""
-    newest = max([sequence, *(number for _, number in said or ())])
+    """What an interaction teaches by its feedback alone, and the newest ingest_offset of it all."""
+    newest = max([ingest_offset, *(number for _, number in said or ())])
     return interaction, resolve(interaction, [item for item, _ in said], newest, reward) if said else None, newest
 
 
-def _forget_examples(connection: sa.Connection, task: str, ids: Sequence[str], counts: Counter[str]) -> None:
+def _delete_examples(connection: sa.Connection, loop: str, ids: Sequence[str], counts: Counter[str]) -> None:
     e = t.examples.c
     for chunk in _chunks(ids):
         gone = connection.execute(
-            t.examples.delete().where(e.task == task, e.interaction_id.in_(chunk)).returning(e.corrected, e.reward)
+            t.examples.delete().where(e.loop == loop, e.interaction_id.in_(chunk)).returning(e.corrected, e.reward)
         )
         for corrected, reward in gone:
             counts.subtract(_kinds(corrected, reward))
@@ -501,42 +514,42 @@ def _by_interaction(feedback: Sequence[_Numbered[Feedback]]) -> dict[UUID, list[
 
 
 def _load(
-    connection: sa.Connection, table: sa.Table, key: sa.Column[str], task: str, ids: Sequence[str]
+    connection: sa.Connection, table: sa.Table, key: sa.Column[str], loop: str, ids: Sequence[str]
 ) -> list[sa.Row[Any]]:
-    # The task is compared here: in the query, SQLite would take the index on it, and go through the whole history.
+    # The loop is compared here: in the query, SQLite would take the index on it, and go through the whole history.
     queries = (sa.select(table).where(key.in_(chunk)) for chunk in _chunks(ids))
-    return [row for query in queries for row in connection.execute(query) if row.task == task]
+    return [row for query in queries for row in connection.execute(query) if row.loop == loop]
 
 
 def _interaction(row: sa.Row[Any]) -> Interaction:
-    values = {name: value for name, value in row._asdict().items() if name not in {"sequence", "withdrawn"}}
+    values = {name: value for name, value in row._asdict().items() if name not in {"ingest_offset", "retracted_offset"}}
     return Interaction.model_validate({**values, "history": values["history"] or ()})
 
 
 def _feedback(row: sa.Row[Any]) -> Feedback:
-    return Feedback.model_validate({name: value for name, value in row._asdict().items() if name != "sequence"})
+    return Feedback.model_validate({name: value for name, value in row._asdict().items() if name != "ingest_offset"})
 
 
 def _example(row: sa.Row[Any], interaction: Interaction) -> Example:
     values = {name: value for name, value in row._asdict().items() if name in Example.model_fields}
-    asked = interaction.model_dump(include={"prompt", "history", "output", "source", "origin"})
+    asked = interaction.model_dump(include={"prompt", "history", "output", "source", "provenance"})
     return Example.model_validate({**values, **asked})
 
 
-def _row(sequence: int, event: Interaction | Feedback) -> dict[str, Any]:
+def _row(ingest_offset: int, event: Interaction | Feedback) -> dict[str, Any]:
     values = event.model_dump(exclude={"event"})
     identifiers: dict[str, Any] = {name: str(values[name]) for name in ("id", "interaction_id") if name in values}
     if isinstance(event, Interaction):
         values["history"] = list(values["history"]) or None
-    return {**values, **identifiers, "sequence": sequence}
+    return {**values, **identifiers, "ingest_offset": ingest_offset}
 
 
-def _example_row(task: str, example: Example) -> dict[str, Any]:
-    values = example.model_dump(exclude={"prompt", "history", "output", "source", "origin"})
+def _example_row(loop: str, example: Example) -> dict[str, Any]:
+    values = example.model_dump(exclude={"prompt", "history", "output", "source", "provenance"})
     return {
         **values,
         "interaction_id": str(example.interaction_id),
-        "task": task,
+        "loop": loop,
         "content_hash": example_hash(example),
     }
 

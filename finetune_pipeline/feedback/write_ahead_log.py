@@ -227,8 +227,8 @@ def record_all(database: Database, events: Sequence[Interaction | Feedback], rew
     waiting: set[UUID] = set()
     conflicts: list[Interaction | Feedback] = []
     with database.write() as connection:
-        for task in sorted({event.task for event in events}):
-            done = record(connection, task, [event for event in events if event.task == task], reward_of(task))
+        for loop in sorted({event.loop for event in events}):
+            done = record(connection, loop, [event for event in events if event.loop == loop], reward_of(loop))
             known |= done.known
             waiting |= done.waiting
             conflicts += done.conflicts

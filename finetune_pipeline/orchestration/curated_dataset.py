@@ -12,7 +12,7 @@ from finetune_pipeline.curation.dataset import (
     overlaps,
     read_all,
 )
-from finetune_pipeline.curation.origins import ORIGINS, first_origins
+from finetune_pipeline.curation.provenance import PROVENANCE_FILE, first_provenances
 from finetune_pipeline.curation.rules import CONFLICT
 from finetune_pipeline.database import connect
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
@@ -24,7 +24,7 @@ from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
 
 NAMED = 20
-ORIGINS_NAMED = 3  # of each source; the others are in the file
+PROVENANCES_NAMED = 3  # of each source; the others are in the file
 
 
 def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -57,7 +57,7 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
         Beside the answers to learn (`dataset/`, for SFT) lie corrections with what the model had said (`pairs/`, for
         DPO) and the answers found good and found bad (`labelled/`, for KTO), split in the same way. `card.md` says what
-        it is made of, with a sample, and `origins.csv` where each example came from.
+        it is made of, with a sample, and `provenances.csv` where each example came from.
         """
         die_with_run()
         artifact = dataset(loop, raw_logs)
@@ -87,7 +87,7 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "desirable": manifest.desirable,
         "undesirable": manifest.undesirable,
         "sources": _table("source", "examples", manifest.sources),
-        "origins": dg.MetadataValue.path(artifact.path / ORIGINS),
+        "provenances": dg.MetadataValue.path(artifact.path / PROVENANCE_FILE),
         "origins_first": _origins(artifact),
         "left_out": sum(manifest.left_out.values()),
         "left_out_why": _table("reason", "examples", manifest.left_out),
@@ -103,10 +103,12 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
 
 
 def _origins(artifact: Artifact[DatasetManifest]) -> dg.MetadataValue[Any]:
-    """The first origins of each source: a row for each."""
-    first = first_origins(artifact.path, artifact.manifest.sources, ORIGINS_NAMED)
-    lines = [f"| {source} | {cell(origin)} |" for source, origins in first.items() for origin in origins]
-    return dg.MetadataValue.md("\n".join(["| source | origin |", "|---|---|", *lines]))
+    """The first provenances of each source: a row for each."""
+    first = first_provenances(artifact.path, artifact.manifest.sources, PROVENANCES_NAMED)
+    lines = [
+        f"| {source} | {cell(provenance)} |" for source, provenances in first.items() for provenance in provenances
+    ]
+    return dg.MetadataValue.md("\n".join(["| source | provenance |", "|---|---|", *lines]))
 
 
 def _table(name: str, number: str, counts: dict[str, int]) -> dg.MetadataValue[Any]:

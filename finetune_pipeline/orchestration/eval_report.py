@@ -62,7 +62,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         check_specs=[
             check("gain", gate, blocking=loop.gate.on_reject == "fail"),
             check("significance", "The gain is more than luck by a paired test."),
-            check("no_slice_falls", "No slice of the benchmark has less right than before."),
+            check("no_slice_regressed", "No slice of the benchmark has less right than before."),
         ],
         output_required=False,
         kinds={"html"},
@@ -206,7 +206,7 @@ def _mark_judged(
                 report_path=artifact.path / HTML,
                 created_at=manifest.created_at,
                 report_sha256=artifact.sha256,
-                after_move=move,
+                after_deployment=move,
             ),
         )
         record_outcomes_in(connection, artifact, {"gain": manifest.promote}, run_id)
@@ -280,7 +280,7 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
 
 def _nothing_new(reason: str) -> Iterator[dg.AssetCheckResult]:
     # Dagster requires a result of each check of an asset, even if the asset is not materialized.
-    for name in ("gain", "significance", "no_slice_falls"):
+    for name in ("gain", "significance", "no_slice_regressed"):
         yield dg.AssetCheckResult(check_name=name, passed=True, description=reason)
 
 
@@ -310,7 +310,7 @@ def _checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Ite
     )
     changes = {group.name: f"{group.points:+.1%}" for group in comparison.slices}
     yield dg.AssetCheckResult(
-        check_name="no_slice_falls",
+        check_name="no_slice_regressed",
         passed=not comparison.falling_slices,
         severity=dg.AssetCheckSeverity.WARN,
         metadata={"falling": list(comparison.falling_slices), "changes": changes},

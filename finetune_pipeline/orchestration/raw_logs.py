@@ -23,10 +23,10 @@ from finetune_pipeline.artifacts import (
 )
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.feedback.store import Totals, newest_sequence, records, store_id, totals
+from finetune_pipeline.feedback.store import Totals, newest_offset, records, store_id, totals
 from finetune_pipeline.orchestration.io_manager import pointers_key
 from finetune_pipeline.pipeline.ingest import Ingested, ingest
-from finetune_pipeline.pipeline.source_sync import Fed, no_longer_declared, read_feeds, skipped_items
+from finetune_pipeline.pipeline.source_sync import Fed, no_longer_declared, read_feeds, skipped_records
 from finetune_pipeline.records import FileRecord, RawLogsManifest
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.ledger import read_totals, rejected_lines
@@ -36,10 +36,11 @@ from finetune_pipeline.subprocess_lifetime import die_with_run
 NAMED = 20
 MAX_PARTS = 32
 COLUMNS = {
-    "interaction_id": "string", "sequence": "int64", "created_at": "moment", "prompt": "string", "history": "turns",
+    "interaction_id": "string", "ingest_offset": "int64", "created_at": "moment", "prompt": "string",
+    "history": "turns",
     "output": "string", "model": "string", "user": "string", "confidence": "float64", "validation_score": "float64",
-    "domain": "string", "kind": "string", "retrieved_context": "string", "arm": "string", "flag": "string",
-    "source": "string", "origin": "string", "target": "string", "reward": "float64", "confirmed": "bool",
+    "domain": "string", "kind": "string", "retrieved_context": "string", "variant": "string", "flag": "string",
+    "source": "string", "provenance": "string", "target": "string", "reward": "float64", "confirmed": "bool",
     "corrected": "bool", "review": "string",
 }  # fmt: skip
 """What a snapshot holds of each interaction, and its type in the Parquet files."""
@@ -50,7 +51,7 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     check = dg.AssetCheckSpec(
         "rejected_lines",
         asset=[*loop.prefix, "raw_logs"],
-        description=f"At most {loop.sources.max_rejected_share:.0%} of all lines of the event files were rejected, and "
+        description=f"At most {loop.ingest.max_rejected_fraction:.0%} of all lines of event files were rejected, and "
         "every file could be read.",
     )
 
@@ -93,7 +94,7 @@ def snapshot(
     """The loop's records as they are at this moment, as Parquet; when nothing is new, the last snapshot itself.
 
     What the last snapshot holds is linked, not written again. Everything is written anew, as one part, where there is
-    no last snapshot, an event was forgotten since, the reward settings changed, or there would be too many parts.
+    no last snapshot, an event was erased since, the reward settings changed, or there would be too many parts.
 
     Args:
         feeds: what reading the declared sources did, to be told where there are no records.
@@ -102,7 +103,7 @@ def snapshot(
         SourceError: there are none.
     """
     with database.read() as connection:
-        until, counts = newest_sequence(connection), totals(connection, loop.name)
+        until, counts = newest_offset(connection), totals(connection, loop.name)
         if not counts.interactions:
             raise SourceError(_nothing(loop, feeds))
         base = _base(loop, connection, until)
@@ -136,9 +137,9 @@ def _base(loop: LoopSettings, connection: sa.Connection, until: int) -> Artifact
         return None  # a watermark ahead of the store: it was put back to an earlier copy of itself
     if last.manifest.inputs.get("store") != str(store_id(connection)):
         return None  # another database: its sequences are others
-    f = t.forgotten_events.c
-    forgotten = sa.select(f.id).where(f.task == loop.name, f.sequence > last.manifest.watermark).limit(1)
-    return None if connection.execute(forgotten).first() else last
+    f = t.erased_events.c
+    erased = sa.select(f.id).where(f.loop == loop.name, f.ingest_offset > last.manifest.watermark).limit(1)
+    return None if connection.execute(erased).first() else last
 
 
 def _settings(loop: LoopSettings) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def _rejected_lines(loop: LoopSettings, database: Database, ingested: Ingested) 
     share = read.rejected / read.lines if read.lines else 0.0
     return dg.AssetCheckResult(
         check_name="rejected_lines",
-        passed=share <= loop.sources.max_rejected_share and not ingested.unreadable,
+        passed=share <= loop.ingest.max_rejected_fraction and not ingested.unreadable,
         severity=dg.AssetCheckSeverity.WARN,
         metadata={
             "rejected": read.rejected,
@@ -224,21 +225,21 @@ def _sources(loop: LoopSettings, database: Database, feeds: Sequence[Fed]) -> di
     """What each declared source gave, what no longer declared ones still teach, and what could not be used."""
     with database.read() as connection:
         left = no_longer_declared(connection, loop)
-        skipped = skipped_items(connection, loop, NAMED)
+        skipped = skipped_records(connection, loop, NAMED)
     if not feeds and not left:
         return {}
-    lines = ["| source | items | new | withdrawn | skipped | |", "|---|---|---|---|---|---|"]
-    lines += [f"| {f.name} | {f.items} | {f.new} | {f.withdrawn} | {f.skipped} | {f.failed} |" for f in feeds]
+    lines = ["| source | items | new | retracted | skipped | |", "|---|---|---|---|---|---|"]
+    lines += [f"| {f.name} | {f.items} | {f.new} | {f.retracted} | {f.skipped} | {f.failed} |" for f in feeds]
     lines += [f"| {name} | {items} | 0 | 0 | 0 | {_left_behind(name)} |" for name, items in left.items()]
     return {
         "sources": dg.MetadataValue.md("\n".join(lines)),
-        "skipped": [f"{row.source}: {row.origin}: {row.reason}" for row in skipped],
+        "skipped": [f"{row.source}: {row.provenance}: {row.reason}" for row in skipped],
     }
 
 
 def _left_behind(source: str) -> str:
     return (
-        f"no longer declared, and teaches on without a quota; `finetune feedback withdraw --source {source}` ends that"
+        f"no longer declared, and teaches on without a quota; `finetune feedback retract --source {source}` ends that"
     )
 
 
@@ -276,7 +277,7 @@ def _metadata(
         "unmatched_feedback": counts.unmatched_feedback,
         "new_interactions": ingested.recorded.interactions + from_sources,
         "new_feedback": ingested.recorded.feedback + from_sources,
-        "withdrawn": sum(fed.withdrawn for fed in feeds),
+        "retracted": sum(fed.retracted for fed in feeds),
         "known_already": ingested.recorded.duplicates,
         "rejected_now": ingested.rejected,
         "known_with_other_content": ingested.conflicts,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.artifacts import Artifact, hash_of, obtain, package_versions, version_of, write_text
 from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_card
 from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, curate_files, write_dataset
-from finetune_pipeline.curation.origins import ORIGINS
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
+from finetune_pipeline.curation.provenance import PROVENANCE_FILE
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest
 from finetune_pipeline.settings import LoopSettings, home, project_path
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from finetune_pipeline.curation.sifted import Cache
 
 OF_THE_CHOICE = frozenset(
-    {"near_similarity", "semantic", "semantic_similarity", "validation_share", "min_examples", "replay", "replay_ratio"}
+    {
+        "near_similarity",
+        "semantic",
+        "semantic_similarity",
+        "validation_fraction",
+        "min_examples",
+        "replay",
+        "replay_ratio",
+    }
 )
 """Settings of curation that say nothing of an example by itself."""
 FOUND_BY = ("detect-secrets", "phonenumbers", "rensa", "jsonschema")
@@ -40,7 +48,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     settings = {
         **loop.curation.model_dump(exclude={"compute"}),  # wherever it is made, it is the same
         "system_prompt": loop.system_prompt,
-        "holds": [DATASET, PAIRS, LABELLED, DATASET_CARD, ORIGINS],
+        "holds": [DATASET, PAIRS, LABELLED, DATASET_CARD, PROVENANCE_FILE],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
         "review": loop.review.model_dump(),
         "form": FORM,

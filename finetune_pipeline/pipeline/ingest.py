@@ -11,11 +11,11 @@ import sqlalchemy as sa
 
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
-from finetune_pipeline.feedback.erasure import forgotten_of
+from finetune_pipeline.feedback.erasure import erased_users
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, conflict, record, renew_marked, take_sequence
+from finetune_pipeline.feedback.store import Recorded, conflict, record, renew_marked, take_offsets
 from finetune_pipeline.feedback.write_ahead_log import take_over_orphans
-from finetune_pipeline.pipeline.source_sync import FORGOTTEN, ingested_events
+from finetune_pipeline.pipeline.source_sync import ERASED, ingested_events
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import LoopSettings, load_loop
 from finetune_pipeline.sources import ledger
@@ -25,7 +25,7 @@ from finetune_pipeline.sources.source_record import Item
 
 BATCH = 1_000
 NAMED = 20
-_ORIGIN = 900  # an origin may have 1,000 characters
+_PROVENANCE = 900  # an provenance may have 1,000 characters
 _QUIET_NS = 5 * 10**9
 
 
@@ -73,7 +73,7 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
     for folder in loop.log_folders:
         event_files(folder)  # a declared folder that is missing is an error, not an empty source
     reward = reward_function(loop.feedback)
-    left = take_over_orphans(database, lambda task: reward if task == loop.name else _reward_of(task))
+    left = take_over_orphans(database, lambda name: reward if name == loop.name else _reward_of(name))
     if left:
         tell(f"{left} events that a killed gateway had acknowledged were taken over from its journal")
     with database.write() as connection:
@@ -121,7 +121,7 @@ def ingest_file(
         position, lines = _lines(loop, database, file, form, result, opened)
         for batch, last in _batches(lines):
             with database.write() as connection:
-                take_sequence(connection, 0)  # until commit nobody is forgotten
+                take_offsets(connection, 0)  # until commit nobody is erased
                 batch = _without_forgotten(connection, loop, batch)
                 events = [(line, event) for line in batch for event in _events(loop, line)]
                 done = record(connection, loop.name, [event for _, event in events], reward)
@@ -139,9 +139,9 @@ def _lines(
     loop: LoopSettings, database: Database, file: ledger.UnreadFile, form: Form, result: Ingested, opened: ExitStack
 ) -> tuple[ledger.Position, Iterator[Line]]:
     """Return where the reading of a file starts, and its lines from there on; `opened` closes the file."""
-    path, limit = file.path, loop.sources.max_line_bytes
+    path, limit = file.path, loop.ingest.max_line_bytes
     inside = any(path.parent == folder for folder in loop.log_folders)
-    name = path.name if inside else str(path)[-_ORIGIN:]
+    name = path.name if inside else str(path)[-_PROVENANCE:]
     if not grows(path):
         whole = read_whole(path, loop.name, max_line_bytes=limit, form=form, name=name)
         return ledger.Position(offset=file.size), _asking(loop, whole)
@@ -162,7 +162,7 @@ def _asking(loop: LoopSettings, lines: Iterator[Line]) -> Iterator[Line]:
     """The lines, without the conversations in which nothing is asked but what the loop's own system prompt says.
 
     The reason of a refused one is shown, and says what was found: it is redacted. Its excerpt is not shown; by it the
-    line is deleted when a user has to be forgotten.
+    line is deleted when a user has to be erased.
     """
     for line in lines:
         item = line.event
@@ -173,13 +173,11 @@ def _asking(loop: LoopSettings, lines: Iterator[Line]) -> Iterator[Line]:
 
 
 def _without_forgotten(connection: sa.Connection, loop: LoopSettings, batch: list[Line]) -> list[Line]:
-    """The lines, without the conversations whose author was forgotten."""
+    """The lines, without the conversations whose author was erased."""
     users = {line.event.user for line in batch if isinstance(line.event, Item) and line.event.user is not None}
-    gone = forgotten_of(connection, loop.name, users)
+    gone = erased_users(connection, loop.name, users)
     return [
-        replace(line, event=None, reason=FORGOTTEN)
-        if isinstance(line.event, Item) and line.event.user in gone
-        else line
+        replace(line, event=None, reason=ERASED) if isinstance(line.event, Item) and line.event.user in gone else line
         for line in batch
     ]
 
@@ -200,8 +198,8 @@ def _being_written(file: ledger.UnreadFile) -> bool:
     return False
 
 
-def _reward_of(task: str) -> RewardFunction:
-    return reward_function(load_loop(task).feedback)
+def _reward_of(loop: str) -> RewardFunction:
+    return reward_function(load_loop(loop).feedback)
 
 
 def _describe(one: Ingested) -> str:

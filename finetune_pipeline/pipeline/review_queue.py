@@ -55,7 +55,7 @@ def refusal(interaction: Interaction, target: str, policy: Policy) -> str | None
     """
     approved = example_of(
         interaction,
-        sequence=0,
+        ingest_offset=0,
         target=target,
         reward=1.0,
         confirmed=True,
@@ -87,7 +87,7 @@ def _case(candidate: Candidate, policy: Policy) -> Case:
     open_policy = replace(policy, review_required=False)
     return Case(
         key=str(interaction.id),
-        sequence=candidate.sequence,
+        ingest_offset=candidate.ingest_offset,
         prompt=interaction.prompt,
         answer=candidate.answer,
         history=interaction.history,

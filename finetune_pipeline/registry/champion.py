@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import Database
-from finetune_pipeline.database.tables import champions, models
+from finetune_pipeline.database.tables import champions, model_versions
 from finetune_pipeline.registry.comparisons import comparison_in
 from finetune_pipeline.registry.deployment_history import (
     Action,
@@ -221,8 +221,8 @@ class Move:
         return model_in(self.connection, self.loop, model_id) if model_id else None
 
     def _mark(self, model_id: str | None, **moments: datetime | None) -> None:
-        here = (models.c.loop == self.loop, models.c.id == model_id)
-        self.connection.execute(sa.update(models).where(*here).values(**moments))
+        here = (model_versions.c.loop == self.loop, model_versions.c.id == model_id)
+        self.connection.execute(sa.update(model_versions).where(*here).values(**moments))
 
 
 @contextmanager
@@ -273,7 +273,7 @@ def _check_justified(connection: sa.Connection, candidate: Candidate, comparison
             "this model"
         )
     newest = newest_move_in(connection, candidate.loop)
-    if found.after_move != (newest.id if newest else 0):
+    if found.after_deployment != (newest.id if newest else 0):
         how = f" ({newest.action} by {newest.actor}, {newest.created_at:%Y-%m-%d %H:%M} UTC)" if newest else ""
         raise ChampionMoved(
             f"the champion moved{how} since comparison {comparison_id} was made. A comparison justifies one promotion, "

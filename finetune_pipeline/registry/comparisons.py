@@ -8,7 +8,7 @@ from pydantic import Field
 from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import Database
-from finetune_pipeline.database.tables import model_comparisons
+from finetune_pipeline.database.tables import comparisons
 from finetune_pipeline.records import Moment, Record
 from finetune_pipeline.registry.model_versions import located_path, stored_path
 
@@ -24,13 +24,13 @@ class ModelComparison(Record):
     benchmark_sha256: str
     promote: bool
     reason: str
-    watermark: int = Field(ge=0, description="The data that was judged ends at this sequence.")
+    watermark: int = Field(ge=0, description="The data that was judged ends at this ingest_offset.")
     report_path: Path
     created_at: Moment
     report_sha256: str | None = Field(
         default=None, description="Of the report's manifest, which holds the hashes of the report's files."
     )
-    after_move: int | None = Field(
+    after_deployment: int | None = Field(
         default=None, description="Id of the champion's newest move when this was made; 0: it had never moved."
     )
 
@@ -45,7 +45,7 @@ def record_comparison_in(connection: sa.Connection, comparison: ModelComparison)
     """As `record_comparison`, within a transaction."""
     values = comparison.model_dump() | {"report_path": stored_path(comparison.report_path)}
     insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-    row: Any = insert(model_comparisons).values(values)
+    row: Any = insert(comparisons).values(values)
     connection.execute(row.on_conflict_do_nothing())
 
 
@@ -57,8 +57,8 @@ def find_comparison(db: Database, loop: str, id: str) -> ModelComparison | None:
 
 def comparison_in(connection: sa.Connection, loop: str, id: str) -> ModelComparison | None:
     """Return the comparison of this id, within a transaction."""
-    here = (model_comparisons.c.loop == loop, model_comparisons.c.id == id)
-    row = connection.execute(sa.select(model_comparisons).where(*here)).first()
+    here = (comparisons.c.loop == loop, comparisons.c.id == id)
+    row = connection.execute(sa.select(comparisons).where(*here)).first()
     return _from_row(row) if row else None
 
 
@@ -67,24 +67,24 @@ def extend_watermark_in(connection: sa.Connection, loop: str, challenger_sha256:
 
     Otherwise that data would start the loop again, with the same result.
     """
-    c = model_comparisons.c
+    c = comparisons.c
     of_it = (c.loop == loop, c.challenger_sha256 == challenger_sha256)
     newest = connection.execute(sa.select(c.id).where(*of_it).order_by(c.created_at.desc()).limit(1)).scalar()
     here = (c.loop == loop, c.id == newest, c.watermark < watermark)
-    connection.execute(sa.update(model_comparisons).where(*here).values(watermark=watermark))
+    connection.execute(sa.update(comparisons).where(*here).values(watermark=watermark))
 
 
 def list_comparisons(db: Database, loop: str) -> list[ModelComparison]:
     """All comparisons of a loop, the newest first."""
-    c = model_comparisons.c
+    c = comparisons.c
     with db.read() as connection:
-        rows = connection.execute(sa.select(model_comparisons).where(c.loop == loop).order_by(c.created_at.desc()))
+        rows = connection.execute(sa.select(comparisons).where(c.loop == loop).order_by(c.created_at.desc()))
         return [_from_row(row) for row in rows]
 
 
 def judged_watermark(db: Database, loop: str) -> int:
     """Where the newest data that was judged ends, whatever the verdict; 0 if none was."""
-    newest = sa.select(sa.func.max(model_comparisons.c.watermark)).where(model_comparisons.c.loop == loop)
+    newest = sa.select(sa.func.max(comparisons.c.watermark)).where(comparisons.c.loop == loop)
     with db.read() as connection:
         return connection.execute(newest).scalar() or 0
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.artifacts import MANIFEST, ArtifactError, Busy, locked, pointed, read, stage_folder
 from finetune_pipeline.database import Database
-from finetune_pipeline.database.tables import champions, models
+from finetune_pipeline.database.tables import champions, model_versions
 from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import Move, moving
 from finetune_pipeline.registry.deployment_history import Deployment, history_in, stack_of
@@ -181,8 +181,8 @@ def _fates_in(connection: sa.Connection, loop: LoopSettings, base_hash: str, kee
 def _mark_deleted(move: Move, folders: Sequence[ModelFolder]) -> None:
     for model in models_in(move.connection, move.loop):
         if not model.deleted_at and any(_lies_in(model, folder) for folder in folders):
-            here = (models.c.loop == move.loop, models.c.id == model.id)
-            move.connection.execute(sa.update(models).where(*here).values(deleted_at=move.now))
+            here = (model_versions.c.loop == move.loop, model_versions.c.id == model.id)
+            move.connection.execute(sa.update(model_versions).where(*here).values(deleted_at=move.now))
 
 
 def _put_aside(path: Path) -> bool:

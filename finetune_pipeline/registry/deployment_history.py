@@ -6,7 +6,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from finetune_pipeline.database import Database
-from finetune_pipeline.database.tables import deployments
+from finetune_pipeline.database.tables import deployment_history
 from finetune_pipeline.records import Moment, Record
 
 Action = Literal["promote", "force", "switch", "rollback"]
@@ -34,28 +34,35 @@ def history(db: Database, loop: str) -> list[Deployment]:
 
 def history_in(connection: sa.Connection, loop: str) -> list[Deployment]:
     """As `history`, within a transaction."""
-    rows = connection.execute(sa.select(deployments).where(deployments.c.loop == loop).order_by(deployments.c.id))
+    rows = connection.execute(
+        sa.select(deployment_history).where(deployment_history.c.loop == loop).order_by(deployment_history.c.id)
+    )
     return [Deployment(**row._mapping) for row in rows]
 
 
 def newest_move_in(connection: sa.Connection, loop: str) -> Deployment | None:
     """Return the newest move of a loop's champion; None if it never moved."""
-    newest = sa.select(deployments).where(deployments.c.loop == loop).order_by(deployments.c.id.desc()).limit(1)
+    newest = (
+        sa.select(deployment_history)
+        .where(deployment_history.c.loop == loop)
+        .order_by(deployment_history.c.id.desc())
+        .limit(1)
+    )
     row = connection.execute(newest).first()
     return Deployment(**row._mapping) if row else None
 
 
 def promotions_in(connection: sa.Connection, loop: str, model_id: str) -> list[Deployment]:
     """Return every move that promoted or forced a model, oldest first."""
-    d = deployments.c
+    d = deployment_history.c
     here = (d.loop == loop, d.model_id == model_id, d.action.in_(("promote", "force")))
-    rows = connection.execute(sa.select(deployments).where(*here).order_by(d.id))
+    rows = connection.execute(sa.select(deployment_history).where(*here).order_by(d.id))
     return [Deployment(**row._mapping) for row in rows]
 
 
 def record_in(connection: sa.Connection, **values: Any) -> None:
     """Write one move, in the transaction that makes it."""
-    connection.execute(sa.insert(deployments).values(**values))
+    connection.execute(sa.insert(deployment_history).values(**values))
 
 
 def stack_of(moves: Iterable[Deployment]) -> Sequence[str | None]:

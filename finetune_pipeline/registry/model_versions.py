@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_pipeline.artifacts import hash_file_cached, model_sha256
 from finetune_pipeline.database import Database
-from finetune_pipeline.database.tables import models
+from finetune_pipeline.database.tables import model_versions
 from finetune_pipeline.records import Moment, Record
 from finetune_pipeline.settings import home
 
@@ -83,14 +83,16 @@ def list_models(db: Database, loop: str) -> list[ModelVersion]:
 
 def models_in(connection: sa.Connection, loop: str) -> list[ModelVersion]:
     """As `list_models`, within a transaction."""
-    newest_first = (models.c.major.desc(), models.c.minor.desc(), models.c.patch.desc())
-    rows = connection.execute(sa.select(models).where(models.c.loop == loop).order_by(*newest_first))
+    newest_first = (model_versions.c.major.desc(), model_versions.c.minor.desc(), model_versions.c.patch.desc())
+    rows = connection.execute(sa.select(model_versions).where(model_versions.c.loop == loop).order_by(*newest_first))
     return [_from_row(row) for row in rows]
 
 
 def model_in(connection: sa.Connection, loop: str, model_id: str) -> ModelVersion | None:
     """The model of this id, within a transaction."""
-    row = connection.execute(sa.select(models).where(models.c.loop == loop, models.c.id == model_id)).first()
+    row = connection.execute(
+        sa.select(model_versions).where(model_versions.c.loop == loop, model_versions.c.id == model_id)
+    ).first()
     return _from_row(row) if row else None
 
 
@@ -121,14 +123,14 @@ def register_in(connection: sa.Connection, candidate: Candidate, now: Moment) ->
     if same is None:
         number = next_number(known[0] if known else None, candidate)
         values = _to_row(candidate) | dict(zip(("major", "minor", "patch"), number, strict=True), created_at=now)
-        connection.execute(sa.insert(models).values(values))
+        connection.execute(sa.insert(model_versions).values(values))
         return model_in(connection, candidate.loop, candidate.id) or _vanished(candidate)
     if same.sha256 != candidate.sha256:
         raise RegistryError(f"two different GGUF files share the id {candidate.id}; export the new one again")
     # Measured again, perhaps exported to another folder: the newest evidence is the one to show.
-    here = (models.c.loop == candidate.loop, models.c.id == candidate.id)
+    here = (model_versions.c.loop == candidate.loop, model_versions.c.id == candidate.id)
     values = {key: value for key, value in _to_row(candidate).items() if key in _RENEWED}
-    connection.execute(sa.update(models).where(*here).values(values | {"deleted_at": None}))
+    connection.execute(sa.update(model_versions).where(*here).values(values | {"deleted_at": None}))
     return model_in(connection, candidate.loop, candidate.id) or _vanished(candidate)
 
 

@@ -29,7 +29,7 @@ class TrainingRun(Record):
     tokens_per_second: float
     wall_seconds: float
     peak_memory_bytes: int
-    watermark: int = Field(ge=0, description="The data that was trained on ends at this sequence.")
+    watermark: int = Field(ge=0, description="The data that was trained on ends at this ingest_offset.")
     created_at: Moment
 
 

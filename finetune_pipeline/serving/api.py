@@ -204,7 +204,7 @@ class CompletionRequest(Generation):
 class InteractionIn(Request):
     """POST /v1/interactions: an exchange that the application had elsewhere."""
 
-    task: str = Field(max_length=60, description="Name of the loop.")
+    loop: str = Field(max_length=60, description="Name of the loop.")
     id: UUID | None = Field(default=None, description="Default a new one; the same id twice is one interaction.")
     created_at: Moment | None = None
     prompt: Text = Field(min_length=1)
@@ -217,7 +217,7 @@ class InteractionIn(Request):
     domain: ShortText | None = None
     kind: ShortText | None = None
     retrieved_context: Text | None = None
-    arm: ShortText | None = None
+    variant: ShortText | None = None
     flag: ShortText | None = None
     latency_ms: float | None = Field(default=None, ge=0)
     prompt_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = None
@@ -246,7 +246,7 @@ class FeedbackIn(Request):
 
     model_config = ConfigDict(json_schema_extra=_NEEDED)
 
-    task: str | None = Field(default=None, max_length=60, description="Name of the loop; default the interaction's.")
+    loop: str | None = Field(default=None, max_length=60, description="Name of the loop; default the interaction's.")
     id: UUID | None = None
     interaction_id: UUID
     created_at: Moment | None = None

@@ -117,7 +117,7 @@ def _interaction(question: Question, loop: LoopSettings, answered: Answered, sec
     completion, said = answered.completion, question.metadata
     return Interaction(
         id=question.id,
-        task=loop.name,
+        loop=loop.name,
         created_at=datetime.now(UTC),
         prompt=question.prompt,
         history=question.history,
@@ -128,7 +128,7 @@ def _interaction(question: Question, loop: LoopSettings, answered: Answered, sec
         domain=said.domain,
         kind=said.kind,
         retrieved_context=said.retrieved_context,
-        arm=answered.arm,
+        variant=answered.variant,
         flag=flag(completion.confidence, loop),
         latency_ms=1000 * seconds,
         prompt_tokens=completion.prompt_tokens,
@@ -145,12 +145,12 @@ def flag(confidence: float | None, loop: LoopSettings) -> str | None:
 
 
 def _count(gateway: Gateway, interaction: Interaction, answered: Answered, seconds: float) -> None:
-    metrics, task = gateway.metrics, interaction.task
-    metrics.answers.labels(task, answered.model, answered.arm).inc()
-    metrics.tokens.labels(task, "prompt").inc(answered.completion.prompt_tokens)
-    metrics.tokens.labels(task, "answer").inc(answered.completion.completion_tokens)
-    metrics.engine.labels(task).observe(seconds)
+    metrics, loop = gateway.metrics, interaction.loop
+    metrics.answers.labels(loop, answered.model, answered.variant).inc()
+    metrics.tokens.labels(loop, "prompt").inc(answered.completion.prompt_tokens)
+    metrics.tokens.labels(loop, "answer").inc(answered.completion.completion_tokens)
+    metrics.engine.labels(loop).observe(seconds)
     if interaction.confidence is not None:
-        metrics.confidence.labels(task).observe(interaction.confidence)
+        metrics.confidence.labels(loop).observe(interaction.confidence)
     if interaction.flag:
-        metrics.flagged.labels(task).inc()
+        metrics.flagged.labels(loop).inc()

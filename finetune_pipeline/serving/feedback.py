@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from uuid_utils.compat import uuid7
 
-from finetune_pipeline.feedback.store import Exchange, conflict, find, tally
+from finetune_pipeline.feedback.store import Exchange, conflict, counters, find
 from finetune_pipeline.records import Feedback, Interaction, not_in_future
 from finetune_pipeline.serving.api import FeedbackIn, InteractionIn, InteractionOut, Receipt, StatsOut, Status
 from finetune_pipeline.serving.errors import BadRequest, Conflict, IdTaken, NotFound, NotRecorded
@@ -31,7 +31,7 @@ async def feedback(request: Request, given: Annotated[FeedbackIn, Depends(body_o
     """Say what a person or a validator thought of an answer. It may come late, twice, or before its interaction."""
     gateway = gateway_of(request)
     loop = await _loop_of(gateway, given)
-    event = _event(Feedback, given.model_dump(exclude_none=True) | {"task": loop})
+    event = _event(Feedback, given.model_dump(exclude_none=True) | {"loop": loop})
     gateway.metrics.feedback.labels(loop, event.kind).inc()
     return await _receipt(gateway, event)
 
@@ -40,8 +40,8 @@ async def feedback(request: Request, given: Annotated[FeedbackIn, Depends(body_o
 async def interactions(request: Request, given: Annotated[InteractionIn, Depends(body_of(InteractionIn))]) -> Response:
     """Log an exchange that the application had with a model elsewhere."""
     gateway = gateway_of(request)
-    loop = gateway.loop_named(given.task).name
-    return await _receipt(gateway, _event(Interaction, given.model_dump(exclude_none=True) | {"task": loop}))
+    loop = gateway.loop_named(given.loop).name
+    return await _receipt(gateway, _event(Interaction, given.model_dump(exclude_none=True) | {"loop": loop}))
 
 
 @router.get("/v1/interactions/{id}")
@@ -103,23 +103,23 @@ async def _receipt(gateway: Gateway, event: Feedback | Interaction) -> Response:
 
 
 async def _loop_of(gateway: Gateway, given: FeedbackIn) -> str:
-    if given.task is not None or len(gateway.loops) == 1:
-        return gateway.loop_named(given.task).name
+    if given.loop is not None or len(gateway.loops) == 1:
+        return gateway.loop_named(given.loop).name
     found = await _find(gateway, given.interaction_id)
     if found is None:
         raise BadRequest(
-            f"the interaction {given.interaction_id} has not arrived, so its loop is not known; name it in `task`: "
+            f"the interaction {given.interaction_id} has not arrived, so its loop is not known; name it in `loop`: "
             f"{', '.join(gateway.loops)}",
-            param="task",
+            param="loop",
         )
-    return found.interaction.task
+    return found.interaction.loop
 
 
 async def _find(gateway: Gateway, id: UUID) -> Exchange | None:
     def look() -> Exchange | None:
         with gateway.database.read() as connection:
             found = find(connection, id)
-        return found if found is not None and found.interaction.task in gateway.loops else None
+        return found if found is not None and found.interaction.loop in gateway.loops else None
 
     newest = gateway.recorder.settled()
     if newest is not None:
@@ -129,4 +129,4 @@ async def _find(gateway: Gateway, id: UUID) -> Exchange | None:
 
 def _tally(gateway: Gateway, loop: str) -> dict[str, int]:
     with gateway.database.read() as connection:
-        return tally(connection, loop)
+        return counters(connection, loop)

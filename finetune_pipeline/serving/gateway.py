@@ -80,8 +80,8 @@ class Gateway:
 
     async def stop(self) -> None:
         """Bring what was recorded into the store, and end every model."""
-        for task in self._watching:
-            task.cancel()
+        for loop in self._watching:
+            loop.cancel()
         await asyncio.gather(*(server.close() for server in self.servers.values()))
         await asyncio.to_thread(self.recorder.close)
 
@@ -121,10 +121,10 @@ class Gateway:
     async def _read_keys(self) -> None:
         await asyncio.to_thread(self.access.refresh)
 
-    def _reward_of(self, task: str) -> RewardFunction:
-        if task not in self._rewards:  # of another gateway's journal
-            self._rewards[task] = reward_function(load_loop(task).feedback)
-        return self._rewards[task]
+    def _reward_of(self, loop: str) -> RewardFunction:
+        if loop not in self._rewards:  # of another gateway's journal
+            self._rewards[loop] = reward_function(load_loop(loop).feedback)
+        return self._rewards[loop]
 
 
 async def _watch(look: Callable[[], Awaitable[None]]) -> None:

@@ -21,7 +21,7 @@ class Metrics:
         own = self.registry
         self.requests = Counter("finetune_requests", "Requests by route and status.", ["route", "status"], registry=own)
         self.answers = Counter(
-            "finetune_answers", "Answers by model and traffic arm.", ["loop", "model", "arm"], registry=own
+            "finetune_answers", "Answers by model and traffic variant.", ["loop", "model", "variant"], registry=own
         )
         self.tokens = Counter("finetune_tokens", "Tokens by kind.", ["loop", "kind"], registry=own)
         self.flagged = Counter("finetune_flagged", "Answers flagged for review.", ["loop"], registry=own)

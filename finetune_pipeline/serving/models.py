@@ -31,7 +31,7 @@ from finetune_pipeline.serving.backends import LocalModel, OnPiece, Served, Upst
 from finetune_pipeline.serving.errors import Busy, Refused, Unavailable, UnknownModel
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings
 
-Arm = Literal["champion", "fallback", "version"]
+Variant = Literal["champion", "fallback", "version"]
 
 OnNamedPiece = Callable[[str, str], None]
 """Called with the name of the model that answers, and a piece of its answer."""
@@ -50,7 +50,7 @@ class Answered:
 
     completion: Completion
     model: str
-    arm: Arm
+    variant: Variant
 
 
 class LoopServer:
@@ -232,14 +232,14 @@ class LoopServer:
         identity = model.id if model else None
         await self._pass_gate()
         if self.current is not None and self.current.spec is not None and self.current.identity == identity:
-            served, arm = self.current, "champion"
+            served, variant = self.current, "champion"
         else:
-            served, arm = await self._version(model), "version"
+            served, variant = await self._version(model), "version"
         try:
             completion = await _asked(served, request, _Told(on_piece).by(served))
         except _BROKEN as error:
             raise Unavailable(f"{served.name} cannot answer", detail=error, retry_after=2) from error
-        return Answered(completion, served.name, "champion" if arm == "champion" else "version")
+        return Answered(completion, served.name, "champion" if variant == "champion" else "version")
 
     async def close(self) -> None:
         """End every model; answers that are being given are lost."""

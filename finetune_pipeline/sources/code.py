@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.settings import CodeFeed, project_path
+from finetune_pipeline.settings import CodeSource, project_path
 from finetune_pipeline.sources import grammars
 from finetune_pipeline.sources.code_chunks import LANGUAGES, Chunk, Flaw, cut_python, first_sentence
 from finetune_pipeline.sources.safe_folder import Text, some, texts
@@ -65,15 +65,15 @@ Answer with a line `REQUEST: ...` and after it the earlier code in one fenced bl
 
 @dataclass(frozen=True)
 class _Piece:
-    origin: str
+    provenance: str
     chunk: Chunk
 
 
 _Asked = tuple[Literal["code", "refactoring"], _Piece, Question]
 
 
-def read(feed: CodeFeed, mark: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
-    """Everything that the repository teaches at this moment; its origin is `path::Class.method`.
+def read(feed: CodeSource, cursor: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
+    """Everything that the repository teaches at this moment; its provenance is `path::Class.method`.
 
     Args:
         redact: takes secrets and personal data out of a text. What goes to a teacher, and what then trains, has passed
@@ -91,7 +91,7 @@ def read(feed: CodeFeed, mark: Any, *, redact: Callable[[str], str] | None = Non
         yield from _by_teacher(feed, Teacher(feed.teacher), redact)
 
 
-def _by_docstrings(feed: CodeFeed) -> Reading:
+def _by_docstrings(feed: CodeSource) -> Reading:
     for path, pieces in _files(feed):
         silent = 0
         for piece in pieces:
@@ -112,7 +112,7 @@ def request(chunk: Chunk, sentence: str) -> str:
     return f"Write the {LANGUAGES[chunk.language]} {chunk.kind} `{chunk.signature}`{of}: {sentence}"
 
 
-def _by_teacher(feed: CodeFeed, teacher: Teacher, redact: Callable[[str], str]) -> Reading:
+def _by_teacher(feed: CodeSource, teacher: Teacher, redact: Callable[[str], str]) -> Reading:
     skipped: deque[Skipped] = deque()
     for answer in teacher.answers(_questions(feed, redact, skipped)):
         while skipped:
@@ -122,7 +122,7 @@ def _by_teacher(feed: CodeFeed, teacher: Teacher, redact: Callable[[str], str]) 
 
 
 def _questions(
-    feed: CodeFeed, redact: Callable[[str], str], skipped: deque[Skipped]
+    feed: CodeSource, redact: Callable[[str], str], skipped: deque[Skipped]
 ) -> Iterator[tuple[_Asked, Question]]:
     for _, pieces in _files(feed):
         for piece in pieces:
@@ -143,7 +143,9 @@ def _redacted(piece: _Piece, redact: Callable[[str], str]) -> _Piece | Skipped:
     if code == chunk.code:
         return piece
     if not parses(chunk.language, code, chunk.owner):
-        return Skipped(piece.origin, "without the secrets or personal data in it, it no longer parses; it is not sent")
+        return Skipped(
+            piece.provenance, "without the secrets or personal data in it, it no longer parses; it is not sent"
+        )
     return replace(piece, chunk=replace(chunk, code=code))
 
 
@@ -159,7 +161,9 @@ def _taught(answer: Answer[_Asked]) -> Iterator[Item | Skipped]:
     kind, piece, question = answer.asked_for
     if answer.reason:
         yield Skipped(
-            piece.origin if kind == "code" else f"{piece.origin} [refactoring]", answer.reason, later=answer.later
+            piece.provenance if kind == "code" else f"{piece.provenance} [refactoring]",
+            answer.reason,
+            later=answer.later,
         )
     elif kind == "code":
         yield from _requests(answer.text, piece, question)
@@ -170,48 +174,48 @@ def _taught(answer: Answer[_Asked]) -> Iterator[Item | Skipped]:
 def _requests(text: str, piece: _Piece, question: Question) -> Iterator[Item | Skipped]:
     found = read_instructions(text)
     if found is None:
-        yield Skipped(piece.origin, 'the teacher did not answer with {"instructions": [...]}')
+        yield Skipped(piece.provenance, 'the teacher did not answer with {"instructions": [...]}')
         return
     for number, one in enumerate(dict.fromkeys(found[:_REQUESTS]), start=1):
-        here = replace(piece, origin=piece.origin if number == 1 else f"{piece.origin} [{number}]")
+        here = replace(piece, provenance=piece.provenance if number == 1 else f"{piece.provenance} [{number}]")
         flaw = instruction_flaw(one, piece.chunk, question.system)
-        yield Skipped(here.origin, f"the teacher's request {flaw}") if flaw else _item(here, one, "code")
+        yield Skipped(here.provenance, f"the teacher's request {flaw}") if flaw else _item(here, one, "code")
 
 
 def _refactoring(text: str, piece: _Piece, question: Question) -> Item | Skipped:
-    here = replace(piece, origin=f"{piece.origin} [refactoring]")
+    here = replace(piece, provenance=f"{piece.provenance} [refactoring]")
     found = read_refactoring(text)
     if found is None:
-        return Skipped(here.origin, "the teacher did not answer with a request and one block of code")
+        return Skipped(here.provenance, "the teacher did not answer with a request and one block of code")
     asked, earlier = found
     flaw = earlier_code_flaw(earlier, piece.chunk)
     if flaw:
-        return Skipped(here.origin, f"the teacher's earlier code {flaw}")
+        return Skipped(here.provenance, f"the teacher's earlier code {flaw}")
     flaw = instruction_flaw(asked, piece.chunk, question.system)
     if flaw and not flaw.startswith("is not about"):  # the code that stands with it says what it is about
-        return Skipped(here.origin, f"the teacher's request {flaw}")
+        return Skipped(here.provenance, f"the teacher's request {flaw}")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", earlier)), default=0))
     return _item(here, f"{asked}\n\n{fence}{piece.chunk.language}\n{earlier}\n{fence}", "refactoring")
 
 
 def _item(piece: _Piece, prompt: str, kind: str) -> Item:
-    return Item(piece.origin, prompt, piece.chunk.code, domain=piece.chunk.language, kind=kind)
+    return Item(piece.provenance, prompt, piece.chunk.code, domain=piece.chunk.language, kind=kind)
 
 
-def _files(feed: CodeFeed) -> Iterator[tuple[str, Iterator[_Piece | Skipped]]]:
+def _files(feed: CodeSource) -> Iterator[tuple[str, Iterator[_Piece | Skipped]]]:
     """Each file with what is cut out of it."""
     root = project_path(feed.path)
     wanted = texts(root, lambda name: _language(feed, name) is not None, feed.ignore, max_bytes=MAX_FILE_BYTES)
     for found in some(wanted, f"source {feed.name}: no file of {', '.join(feed.languages)} lies in {root}"):
         if isinstance(found, Skipped):
-            yield found.origin, iter([found])
+            yield found.provenance, iter([found])
         elif reason := _not_written_by_hand(found.text):
             yield found.path, iter([Skipped(found.path, reason)])
         else:
             yield found.path, _pieces(feed, found)
 
 
-def _pieces(feed: CodeFeed, file: Text) -> Iterator[_Piece | Skipped]:
+def _pieces(feed: CodeSource, file: Text) -> Iterator[_Piece | Skipped]:
     language, seen = _language(feed, file.path) or "", Counter[str]()
     for one in _cut(language, file.text, range(feed.min_lines, feed.max_lines + 1)):
         if isinstance(one, Flaw):
@@ -221,7 +225,7 @@ def _pieces(feed: CodeFeed, file: Text) -> Iterator[_Piece | Skipped]:
         name = one.name if seen[one.name] == 1 else f"{one.name}#{seen[one.name]}"
         piece = _Piece(f"{file.path}::{name}", one)
         if max(map(len, one.code.split("\n"))) > _LONGEST_LINE:
-            yield Skipped(piece.origin, f"has a line of more than {_LONGEST_LINE:,} characters, as data has")
+            yield Skipped(piece.provenance, f"has a line of more than {_LONGEST_LINE:,} characters, as data has")
         else:
             yield piece
 
@@ -233,7 +237,7 @@ def _cut(language: str, text: str, lengths: range) -> Iterator[Chunk | Flaw]:
         yield Flaw(1, "is nested too deep to be read")
 
 
-def _language(feed: CodeFeed, name: str) -> str | None:
+def _language(feed: CodeSource, name: str) -> str | None:
     """The language of a file by the end of its name, if it is one of the feed's."""
     suffix = PurePosixPath(name).suffix.lower()
     language = _SUFFIXES.get(suffix)

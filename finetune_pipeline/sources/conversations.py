@@ -71,11 +71,11 @@ class _Taught(BaseModel):
     created_at: PastMoment | None = None
 
 
-def to_item(row: Any, origin: str, form: FileFormat = "auto") -> Item:
+def to_item(row: Any, provenance: str, form: FileFormat = "auto") -> Item:
     """The conversation of a row.
 
     Args:
-        origin: where the row stands.
+        provenance: where the row stands.
         form: what the row is; auto tells by its fields.
 
     Raises:
@@ -95,7 +95,7 @@ def to_item(row: Any, origin: str, form: FileFormat = "auto") -> Item:
     if corrected and said.dropped:
         raise ValueError(f"correction: it is of the last answer, which is not to be trained on ({said.dropped})")
     return Item(
-        origin, taught.prompt, taught.correction or taught.answer, tuple(said.history),
+        provenance, taught.prompt, taught.correction or taught.answer, tuple(said.history),
         reward=None if corrected else taught.reward,  # it was of the answer that was corrected
         model_output=taught.answer if corrected else None,
         created_at=taught.created_at, user=taught.user, domain=taught.domain, kind=taught.kind,

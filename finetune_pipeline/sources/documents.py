@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.settings import DocumentsFeed, project_path
+from finetune_pipeline.settings import DocumentsSource, project_path
 from finetune_pipeline.sources.code_chunks import words
 from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, facts
 from finetune_pipeline.sources.safe_folder import Text, some, texts
@@ -79,14 +79,14 @@ class Template:
 
 @dataclass(frozen=True)
 class _Pair:
-    origin: str
+    provenance: str
     template: Template
     document: str
     known: dict[str, str]
 
 
-def read(feed: DocumentsFeed, mark: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
-    """One item for each document and template; its origin is `document::template`.
+def read(feed: DocumentsSource, cursor: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
+    """One item for each document and template; its provenance is `document::template`.
 
     Args:
         redact: takes secrets and personal data out of a text. What goes to a teacher, and what then trains, has passed
@@ -184,7 +184,7 @@ def _templates(folder: Path) -> Iterator[Template | Skipped]:
     taken: set[str] = set()
     for file in texts(folder, lambda name: name.lower().endswith(".md"), max_bytes=MAX_FILE_BYTES):
         if isinstance(file, Skipped):
-            yield Skipped(f"template {file.origin}", file.reason)
+            yield Skipped(f"template {file.provenance}", file.reason)
             continue
         template = read_template(file.text)
         if isinstance(template, str):
@@ -196,7 +196,7 @@ def _templates(folder: Path) -> Iterator[Template | Skipped]:
             yield template
 
 
-def _pairs(feed: DocumentsFeed, templates: list[Template], redact: Callable[[str], str]) -> Iterator[_Pair | Skipped]:
+def _pairs(feed: DocumentsSource, templates: list[Template], redact: Callable[[str], str]) -> Iterator[_Pair | Skipped]:
     root, forms = project_path(feed.path), project_path(feed.templates)
     found = texts(root, lambda name: name.lower().endswith((".md", ".txt")), max_bytes=MAX_FILE_BYTES)
     documents = (one for one in found if isinstance(one, Skipped) or not (root / one.path).is_relative_to(forms))
@@ -234,7 +234,7 @@ def _missing(pair: _Pair, form: str) -> Skipped | None:
     """What a form is to be filled with and the document does not say."""
     names = [name for name in placeholders(form) if not pair.known[name]]
     reason = f"the document names no {', '.join(names)}, which the template needs"
-    return Skipped(pair.origin, reason) if names else None
+    return Skipped(pair.provenance, reason) if names else None
 
 
 def _by_teacher(teacher: Teacher, pairs: Iterator[_Pair | Skipped]) -> Reading:
@@ -259,18 +259,18 @@ def _by_teacher(teacher: Teacher, pairs: Iterator[_Pair | Skipped]) -> Reading:
 def _taught(answer: Answer[_Pair]) -> Item | Skipped:
     pair = answer.asked_for
     if answer.reason:
-        return Skipped(pair.origin, answer.reason, later=answer.later)
+        return Skipped(pair.provenance, answer.reason, later=answer.later)
     text = answer.text
     blocks = fenced(text)
     if len(blocks) == 1 and blocks[0][0] in {"markdown", "md"} and _without_blocks(text).strip() == "":
         text = blocks[0][1].strip("\n")  # many models put a whole Markdown answer into a block of its own
     flaw = artifact_flaw(text, pair.template, pair.document)
-    return Skipped(pair.origin, f"the teacher's artifact {flaw}") if flaw else _item(pair, text)
+    return Skipped(pair.provenance, f"the teacher's artifact {flaw}") if flaw else _item(pair, text)
 
 
 def _item(pair: _Pair, answer: str) -> Item:
     prompt = f"{_fill(pair.template.instruction, pair.known)}\n\n{pair.document}"
-    return Item(pair.origin, prompt, answer, kind=pair.template.name)
+    return Item(pair.provenance, prompt, answer, kind=pair.template.name)
 
 
 def _question(pair: _Pair) -> Question:

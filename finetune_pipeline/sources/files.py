@@ -5,18 +5,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.settings import FileFormat, FilesFeed, project_path
+from finetune_pipeline.settings import FileFormat, FilesSource, project_path
 from finetune_pipeline.sources.conversations import to_item
 from finetune_pipeline.sources.row_readers import files_of, read_rows, readable
 from finetune_pipeline.sources.source_record import Item, Reading, Skipped, SourceError
 
-_AN_EVENT = "is an event of a log; put its file into the drop folder, or name its folder in sources.folders"
+_AN_EVENT = "is an event of a log; put its file into the drop folder, or name its folder in ingest.folders"
 
 
-def read(feed: FilesFeed, mark: Any) -> Reading:
+def read(feed: FilesSource, cursor: Any) -> Reading:
     """All conversations of a file, or of the files of a folder and of those in it, in the order of their names.
 
-    It has no marks: a row that is there no longer is withdrawn. Of links, only those that stay within the folder are
+    It has no cursors: a row that is there no longer is retracted. Of links, only those that stay within the folder are
     followed, and hidden files and folders are left out.
 
     Raises:
@@ -45,18 +45,18 @@ def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterat
         OSError: it cannot be read.
     """
     for number, value, reason, breaks_off in read_rows(path, max_bytes):
-        origin = f"{name}:{number}"
+        provenance = f"{name}:{number}"
         if breaks_off:
             yield Skipped(name, f"row {number}: {reason}", unseen=True)
         elif reason:
-            yield Skipped(origin, reason)
+            yield Skipped(provenance, reason)
         elif form == "auto" and isinstance(value, dict) and "event" in value:
-            yield Skipped(origin, _AN_EVENT)
+            yield Skipped(provenance, _AN_EVENT)
         else:
             try:
-                yield to_item(value, origin, form)
+                yield to_item(value, provenance, form)
             except ValueError as error:
-                yield Skipped(origin, str(error))
+                yield Skipped(provenance, str(error))
 
 
 def _files(root: Path, name: str) -> Sequence[Path | Skipped]:
@@ -75,7 +75,7 @@ def _files(root: Path, name: str) -> Sequence[Path | Skipped]:
             closed[folder] = str(error.strerror)
     if not found and closed:
         raise SourceError(f"source {name}: {root} cannot be read ({closed.popitem()[1]}); mend its rights")
-    if not found:  # a disk that is not mounted looks like this too, and must not withdraw everything
+    if not found:  # a disk that is not mounted looks like this too, and must not retract everything
         raise SourceError(f"source {name}: no file .jsonl, .json, .csv, .tsv or .parquet lies in {root}; put one there")
     unseen = [(readable(os.path.relpath(folder, root)), reason) for folder, reason in closed.items()]
     return [*(Skipped(folder, f"cannot be read ({reason})", unseen=True) for folder, reason in unseen), *found]

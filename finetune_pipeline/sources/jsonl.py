@@ -14,7 +14,7 @@ from typing import IO, Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from finetune_pipeline.records import Event, Feedback, Interaction, logged
+from finetune_pipeline.records import Event, Feedback, Interaction, explained, logged
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.conversations import to_item
 from finetune_pipeline.sources.row_readers import constant, files_of, layout_of, read_rows, without_nulls
@@ -60,7 +60,7 @@ def event_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise SourceError(
-            f"the source folder {folder} is not there; create it, or correct sources.folders in the loop's YAML"
+            f"the source folder {folder} is not there; create it, or correct ingest.folders in the loop's YAML"
         )
     return files_of(folder)
 
@@ -74,11 +74,11 @@ def grows(path: Path) -> bool:
     return path.suffix.lower() != ".json" and layout_of(path) == "lines"
 
 
-def read_whole(path: Path, task: str, *, max_line_bytes: int, form: Form = "auto", name: str = "") -> Iterator[Line]:
+def read_whole(path: Path, loop: str, *, max_line_bytes: int, form: Form = "auto", name: str = "") -> Iterator[Line]:
     """Read a file of any kind from its start; each line's `end` is the file's.
 
     Args:
-        name: how the origins of conversations call the file; default by its own name.
+        name: how the provenances of conversations call the file; default by its own name.
 
     Raises:
         OSError: it cannot be read.
@@ -88,7 +88,7 @@ def read_whole(path: Path, task: str, *, max_line_bytes: int, form: Form = "auto
         if reason:
             yield Line(number, end, None, reason)
         else:
-            yield _understood(value, task, Line(number, end, None), form, name or path.name)
+            yield _understood(value, loop, Line(number, end, None), form, name or path.name)
 
 
 class OpenLog:
@@ -164,7 +164,7 @@ def open_log(path: Path, name: str = "") -> Iterator[OpenLog]:
         yield OpenLog(file, name or path.name)
 
 
-def read_lines(log: OpenLog, task: str, *, lines: int, max_line_bytes: int, form: Form = "auto") -> Iterator[Line]:
+def read_lines(log: OpenLog, loop: str, *, lines: int, max_line_bytes: int, form: Form = "auto") -> Iterator[Line]:
     """Read a file from its current offset, which `lines` lines precede.
 
     A last line without a line break is read only if it is complete JSON: otherwise it may still be written, and is left
@@ -178,12 +178,12 @@ def read_lines(log: OpenLog, task: str, *, lines: int, max_line_bytes: int, form
         before, hole, written = raw.rpartition(b"\0")
         if len(written) > max_line_bytes and not written.endswith(b"\n"):
             ended = log.skip_line()
-            reason = f"longer than {max_line_bytes} bytes (sources.max_line_bytes)"
+            reason = f"longer than {max_line_bytes} bytes (ingest.max_line_bytes)"
             line = Line(number, log.offset, None, reason, _excerpt(written), log.prefix_hash)
         else:
             ended = written.endswith(b"\n")
             blank = Line(number, log.offset, None, prefix_hash=log.prefix_hash)
-            line = _parse(written, task, blank, form, log.name)
+            line = _parse(written, loop, blank, form, log.name)
         if line.event is None and not ended and not line.final:
             return
         if line.event is not None or (line.reason and not hole):
@@ -192,7 +192,7 @@ def read_lines(log: OpenLog, task: str, *, lines: int, max_line_bytes: int, form
             yield replace(line, event=None, reason=HOLE, excerpt=_excerpt(before.strip(b"\0")))
 
 
-def _parse(raw: bytes, task: str, line: Line, form: Form, name: str) -> Line:
+def _parse(raw: bytes, loop: str, line: Line, form: Form, name: str) -> Line:
     if not raw.strip():
         return line
     try:
@@ -202,23 +202,23 @@ def _parse(raw: bytes, task: str, line: Line, form: Form, name: str) -> Line:
         return replace(line, reason=f"not UTF-8: {error.reason} at byte {error.start}", excerpt=_excerpt(raw))
     except (ValueError, RecursionError) as error:
         return replace(line, reason=f"not JSON: {error}", excerpt=_excerpt(raw))
-    understood = _understood(document, task, line, form, name)
+    understood = _understood(document, loop, line, form, name)
     return understood if understood.event else replace(understood, excerpt=_excerpt(raw))
 
 
-def _understood(document: Any, task: str, line: Line, form: Form, name: str) -> Line:
+def _understood(document: Any, loop: str, line: Line, form: Form, name: str) -> Line:
     """A line with what it says, as an event or as a conversation, or with why it says neither."""
     conversation = isinstance(document, dict) and "event" not in document
     try:
         if form not in {"auto", "events"} or (form == "auto" and conversation):
             return replace(line, event=to_item(document, f"{name}:{line.number}", cast("FileFormat", form)))
-        event = logged(_EVENT.validate_python({"task": task, **document} if isinstance(document, dict) else document))
+        event = logged(_EVENT.validate_python({"loop": loop, **document} if isinstance(document, dict) else document))
     except ValidationError as error:
         return replace(line, reason=_first_error(error), final=True)
     except ValueError as error:
         return replace(line, reason=str(error), final=True)
-    if event.task != task:
-        return replace(line, reason=f"is of task {event.task!r}, this folder is read for {task!r}", final=True)
+    if event.loop != loop:
+        return replace(line, reason=f"is of loop {event.loop!r}, this folder is read for {loop!r}", final=True)
     return replace(line, event=event)
 
 
@@ -227,9 +227,8 @@ def _first_error(error: ValidationError) -> str:
     if first["type"] in {"union_tag_not_found", "union_tag_invalid"}:
         found = f"is {first['ctx']['tag']!r}" if "tag" in first.get("ctx", {}) else "is not there"
         return f"event: {found}, expected 'interaction' or 'feedback'"
-    where = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where + ': ' if where else ''}{first['msg']}{more}"
+    return explained(error)[0] + more
 
 
 def _excerpt(raw: bytes) -> str:

@@ -42,16 +42,16 @@ class UnreadFile:
     ctime_ns: int
 
 
-def position(connection: sa.Connection, task: str, path: Path) -> Position:
+def position(connection: sa.Connection, loop: str, path: Path) -> Position:
     """Return how far a file was read; valid only while the bytes before that are unchanged."""
     f = t.ingested_files.c
-    query = sa.select(t.ingested_files).where(f.task == task, f.path == str(path))
+    query = sa.select(t.ingested_files).where(f.loop == loop, f.path == str(path))
     row = connection.execute(query).one_or_none()
     return Position() if row is None else Position(row.offset, row.lines, row.rejected, row.prefix_hash)
 
 
 def advance(
-    connection: sa.Connection, task: str, file: UnreadFile, start: Position, lines: Sequence[Line], *, finished: bool
+    connection: sa.Connection, loop: str, file: UnreadFile, start: Position, lines: Sequence[Line], *, finished: bool
 ) -> Position:
     """Write down that these lines were taken, and quarantine the refused ones among them.
 
@@ -65,12 +65,12 @@ def advance(
     if lines:
         last = lines[-1]
         reached = Position(last.end, last.number, start.rejected + len(refused), last.prefix_hash)
-    _replace_rejected(connection, task, path, start, refused)
-    own = sa.and_(t.ingested_files.c.task == task, t.ingested_files.c.path == str(path))
+    _replace_rejected(connection, loop, path, start, refused)
+    own = sa.and_(t.ingested_files.c.loop == loop, t.ingested_files.c.path == str(path))
     connection.execute(t.ingested_files.delete().where(own))
     connection.execute(
         t.ingested_files.insert().values(
-            task=task,
+            loop=loop,
             path=str(path),
             inode=file.inode,
             size=file.size,
@@ -86,11 +86,11 @@ def advance(
     return reached
 
 
-def unread(connection: sa.Connection, task: str, folders: Sequence[Path]) -> list[UnreadFile]:
+def unread(connection: sa.Connection, loop: str, folders: Sequence[Path]) -> list[UnreadFile]:
     """Return the files that the ledger does not know or that changed since, judged by `stat` alone."""
     f = t.ingested_files.c
     columns = (f.path, f.inode, f.size, f.mtime_ns, f.ctime_ns)
-    rows = connection.execute(sa.select(*columns).where(f.task == task, f.finished)).all()
+    rows = connection.execute(sa.select(*columns).where(f.loop == loop, f.finished)).all()
     known = {UnreadFile(Path(row.path), *row[1:]) for row in rows}
     paths = [path for folder in folders if folder.is_dir() for path in event_files(folder)]
     files = []
@@ -127,31 +127,31 @@ class ReadTotals:
     unfinished: int
 
 
-def read_totals(connection: sa.Connection, task: str) -> ReadTotals:
+def read_totals(connection: sa.Connection, loop: str) -> ReadTotals:
     """The sums over a loop's event files."""
     f = t.ingested_files.c
     sums = [sa.func.sum(f.lines), sa.func.sum(f.rejected), sa.func.sum(sa.case((f.size > f.offset, 1), else_=0))]
-    row = connection.execute(sa.select(sa.func.count(), *sums).where(f.task == task)).one()
+    row = connection.execute(sa.select(sa.func.count(), *sums).where(f.loop == loop)).one()
     return ReadTotals(*(int(value or 0) for value in row))
 
 
-def rejected_lines(connection: sa.Connection, task: str, limit: int, paths: Sequence[Path] = ()) -> Sequence[Any]:
+def rejected_lines(connection: sa.Connection, loop: str, limit: int, paths: Sequence[Path] = ()) -> Sequence[Any]:
     """The first refused lines, of these files or of all: path, line, reason."""
     r = t.rejected_lines.c
-    query = sa.select(r.path, r.line, r.reason).where(r.task == task).order_by(r.path, r.line).limit(limit)
+    query = sa.select(r.path, r.line, r.reason).where(r.loop == loop).order_by(r.path, r.line).limit(limit)
     if paths:
         query = query.where(r.path.in_([str(path) for path in paths]))
     return connection.execute(query).all()
 
 
 def _replace_rejected(
-    connection: sa.Connection, task: str, path: Path, start: Position, refused: Sequence[Line]
+    connection: sa.Connection, loop: str, path: Path, start: Position, refused: Sequence[Line]
 ) -> None:
     r = t.rejected_lines.c
     # A rewritten file is read anew: what was refused from here on is no longer said of it.
-    connection.execute(t.rejected_lines.delete().where(r.task == task, r.path == str(path), r.line > start.lines))
+    connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == str(path), r.line > start.lines))
     rows = [
-        {"task": task, "path": str(path), "line": x.number, "reason": x.reason, "excerpt": x.excerpt} for x in refused
+        {"loop": loop, "path": str(path), "line": x.number, "reason": x.reason, "excerpt": x.excerpt} for x in refused
     ]
     if rows:
         connection.execute(t.rejected_lines.insert(), rows)

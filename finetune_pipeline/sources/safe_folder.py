@@ -68,7 +68,7 @@ def texts(
 def some(found: Iterator[Text | Skipped], nothing: str) -> Iterator[Text | Skipped]:
     """What was found, and an error behind it where there was nothing to be found.
 
-    A disk that is not mounted looks like an empty folder, and must not withdraw everything.
+    A disk that is not mounted looks like an empty folder, and must not retract everything.
 
     Raises:
         SourceError: there was nothing; `nothing` says what was looked for, and where.

@@ -21,8 +21,8 @@ from sqlalchemy.engine import URL, make_url
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import CLOCK_SKEW, is_in_future, shown
-from finetune_pipeline.settings import SqlFeed
-from finetune_pipeline.sources.source_record import Item, Mark, Reading, Skipped, SourceError
+from finetune_pipeline.settings import SqlSource
+from finetune_pipeline.sources.source_record import Cursor, Item, Reading, Skipped, SourceError
 
 _YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
 _NO = frozenset({"false", "f", "no", "n", "0", ""})
@@ -38,18 +38,18 @@ _KINDS: dict[str, tuple[type, Callable[[str], Any], Callable[[Any], str]]] = {
     "date": (date, date.fromisoformat, date.isoformat),
     "text": (str, str, str),
 }
-"""What a watermark may be, and how it stands in a mark; a time before a date, since every datetime is a date."""
+"""What a watermark may be, and how it stands in a cursor; a time before a date, since every datetime is a date."""
 
 
 class _Unusable(ValueError):
     """A row cannot be used; the message says why."""
 
 
-def read(feed: SqlFeed, mark: Any) -> Reading:
-    """Read the rows that came or changed since the mark, or all if it is of other settings; one comes behind each page.
+def read(feed: SqlSource, cursor: Any) -> Reading:
+    """Read the rows that came or changed since the cursor, or all if it is of other settings; yield a cursor per page.
 
     Args:
-        mark: `{"kind", "value", "settings"}`: the highest watermark that was read, and the hash of what decided which
+        cursor: `{"kind", "value", "settings"}`: the highest watermark that was read, and the hash of what decided which
             rows were, and what became of them.
 
     Raises:
@@ -60,34 +60,34 @@ def read(feed: SqlFeed, mark: Any) -> Reading:
         with _told(feed, secret):
             table = _table(engine, feed)
             settings = _settings(engine, feed, table)
-            anew = mark is not None and (not isinstance(mark, dict) or mark.get("settings") != settings)
+            anew = cursor is not None and (not isinstance(cursor, dict) or cursor.get("settings") != settings)
             # Also if an earlier version left a cursor in the future, after which no row would be found until then.
-            anew = anew or (mark is not None and _is_ahead(_watermark(mark)))
-            start = None if anew else mark
-            if mark is not None:  # without one, a table that is empty now would count as a source that has nothing
-                yield Mark(start, anew)
+            anew = anew or (cursor is not None and _is_ahead(_watermark(cursor)))
+            start = None if anew else cursor
+            if cursor is not None:  # without one, a table that is empty now would count as a source that has nothing
+                yield Cursor(start, anew)
             yield from _without_place(engine, feed, table)
             for one in _rows(engine, feed, table, start):
-                yield Mark({**one.value, "settings": settings}, anew) if isinstance(one, Mark) else one
+                yield Cursor({**one.value, "settings": settings}, anew) if isinstance(one, Cursor) else one
     finally:
         engine.dispose()
 
 
-def _settings(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> str:
+def _settings(engine: sa.Engine, feed: SqlSource, table: sa.TableClause) -> str:
     """A hash of what decides which rows are read and what each becomes: where one changes, all are read again."""
     query = {name: value for name, value in engine.url.query.items() if "pass" not in name}
     url = engine.url.set(password="", query=query).render_as_string()
     what = feed.model_dump(
-        mode="json", exclude={"name", "url_env", "max_examples", "max_share", "overlap", "batch_rows"}
+        mode="json", exclude={"name", "url_env", "max_examples", "max_fraction", "overlap", "batch_rows"}
     )
-    return hash_of([url, repr(table.c[feed.watermark].type), what])
+    return hash_of([url, repr(table.c[feed.cursor].type), what])
 
 
-def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) -> Reading:
-    start = _earlier(_watermark(mark), feed.overlap) if mark is not None else None
+def _rows(engine: sa.Engine, feed: SqlSource, table: sa.TableClause, cursor: Any) -> Reading:
+    start = _earlier(_watermark(cursor), feed.overlap) if cursor is not None else None
     place: tuple[Any, Any] | None = None
     passed = 0  # rows behind the place that cannot be one
-    highest = None if mark is None else _watermark(mark)
+    highest = None if cursor is None else _watermark(cursor)
     while True:
         rows = _page(engine, feed, table, start, place, passed)
         reached = None
@@ -95,7 +95,7 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
             here = (row[0], row[1])
             if why := _no_place(feed, *here):
                 passed += 1
-                yield Skipped(_origin(feed, row[1]), f"{why}, so no reading could go on behind it")
+                yield Skipped(_provenance(feed, row[1]), f"{why}, so no reading could go on behind it")
                 continue
             if here == place:
                 raise SourceError(
@@ -104,18 +104,18 @@ def _rows(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, mark: Any) ->
                 )
             place, passed = here, 0
             if _is_ahead(row[0]):  # a cursor there would hide all rows that arrive until then
-                why = f"{feed.watermark} is {row[0]}, in the future; it is read when that time has come"
-                yield Skipped(_origin(feed, row[1]), f"{why} (a time without a zone is UTC)", later=True)
+                why = f"{feed.cursor} is {row[0]}, in the future; it is read when that time has come"
+                yield Skipped(_provenance(feed, row[1]), f"{why} (a time without a zone is UTC)", later=True)
                 continue
             reached = row[0]
             yield _item(feed, row)
         if not rows:
             return
         if reached is not None:
-            # Of a text the database alone knows the order, and there nothing was read before the mark.
+            # Of a text the database alone knows the order, and there nothing was read before the cursor.
             highest = reached if highest is None or isinstance(reached, str) else max(highest, reached)
         if highest is not None:
-            yield Mark(_as_mark(feed, highest))
+            yield Cursor(_as_cursor(feed, highest))
         if len(rows) < feed.batch_rows:
             return
 
@@ -133,18 +133,18 @@ def _is_ahead(watermark: Any) -> bool:
     return isinstance(watermark, date) and watermark > (datetime.now(UTC) + CLOCK_SKEW).date() + timedelta(days=1)
 
 
-def _no_place(feed: SqlFeed, watermark: Any, key: Any) -> str:
+def _no_place(feed: SqlSource, watermark: Any, key: Any) -> str:
     """Why no page could begin behind a row; empty if one can."""
-    for column, value in ((feed.watermark, watermark), (feed.key, key)):
+    for column, value in ((feed.cursor, watermark), (feed.key, key)):
         if not _is_utf8(value):
             return f"{column} is not UTF-8"
     if isinstance(watermark, float | Decimal) and not math.isfinite(watermark):
-        return f"{feed.watermark} is {watermark}"
+        return f"{feed.cursor} is {watermark}"
     return ""
 
 
 def _page(
-    engine: sa.Engine, feed: SqlFeed, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None, passed: int
+    engine: sa.Engine, feed: SqlSource, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None, passed: int
 ) -> Sequence[Any]:
     """The next rows: watermark, key, prompt, response, rating, gold star, author, domain, kind."""
     watermark, key = _order(feed, table)
@@ -159,9 +159,9 @@ def _page(
         return connection.execute(query.order_by(watermark, key).limit(feed.batch_rows).offset(passed or None)).all()
 
 
-def _order(feed: SqlFeed, table: sa.TableClause) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
+def _order(feed: SqlSource, table: sa.TableClause) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
     """Watermark and key, as pages compare them."""
-    watermark: sa.ColumnElement[Any] = table.c[feed.watermark]
+    watermark: sa.ColumnElement[Any] = table.c[feed.cursor]
     if isinstance(watermark.type, sa.REAL):  # 0.1 of four bytes is read as 0.1, and that of eight is another number
         watermark = sa.cast(watermark, sa.Double)
     return watermark, table.c[feed.key]
@@ -174,7 +174,7 @@ def _is_readable(engine: sa.Engine, watermark: sa.ColumnElement[Any]) -> sa.Colu
     return sa.and_(watermark >= _FIRST_DAY, watermark < _DAY_AFTER)
 
 
-def _columns(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
+def _columns(feed: SqlSource, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
     """What is read of a row; null for what the mapping leaves out."""
     names = (
         feed.prompt, feed.response, feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column,
@@ -184,7 +184,7 @@ def _columns(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[Any]
     return [column.label(f"c{n}") for n, column in enumerate(columns)]
 
 
-def _only(feed: SqlFeed, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
+def _only(feed: SqlSource, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
     """The filters: each column must have one of its values."""
     return [_is_one_of(table.c[name], values) for name, values in feed.only.items()]
 
@@ -207,27 +207,27 @@ def _number(text: str) -> Decimal | None:
     return number if number.is_finite() else None
 
 
-def _without_place(engine: sa.Engine, feed: SqlFeed, table: sa.TableClause) -> Iterator[Skipped]:
+def _without_place(engine: sa.Engine, feed: SqlSource, table: sa.TableClause) -> Iterator[Skipped]:
     """Rows that stand nowhere in the order, since their watermark or key is NULL or no time; the first of them."""
-    watermark, key = table.c[feed.watermark], table.c[feed.key]
+    watermark, key = table.c[feed.cursor], table.c[feed.key]
     placeless = sa.or_(watermark.is_(None), key.is_(None), sa.not_(_is_readable(engine, watermark)))
     query = sa.select(key, sa.cast(watermark, sa.String(_LONGEST_NAME))).where(placeless, *_only(feed, table))
     with _connection(engine) as connection:
         rows = connection.execute(query.limit(_NAMED)).all()
-    for one, mark in rows:
-        found = f"{feed.key if one is None else feed.watermark} is NULL"
-        if one is not None and mark is not None:
-            found = f"{feed.watermark} is {_written(mark)}, no time from {_FIRST_DAY} until before {_DAY_AFTER}"
-        where = _origin(feed, one) if one is not None else f"{feed.table}: no key, {feed.watermark} {_written(mark)}"
+    for one, cursor in rows:
+        found = f"{feed.key if one is None else feed.cursor} is NULL"
+        if one is not None and cursor is not None:
+            found = f"{feed.cursor} is {_written(cursor)}, no time from {_FIRST_DAY} until before {_DAY_AFTER}"
+        where = _provenance(feed, one) if one is not None else f"{feed.table}: no key, {feed.cursor} {_written(cursor)}"
         yield Skipped(where, f"{found}, so nobody can say whether it was read")
 
 
-def _item(feed: SqlFeed, row: Any) -> Item | Skipped:
+def _item(feed: SqlSource, row: Any) -> Item | Skipped:
     watermark, key, prompt, response, rating, gold, author, domain, kind = row
-    origin = _origin(feed, key)
+    provenance = _provenance(feed, key)
     try:
         return Item(
-            origin=origin,
+            provenance=provenance,
             prompt=_text(feed.prompt, prompt),
             answer=_text(feed.response, response),
             reward=_reward(feed, rating, gold),
@@ -238,10 +238,10 @@ def _item(feed: SqlFeed, row: Any) -> Item | Skipped:
             keyed=True,
         )
     except _Unusable as problem:
-        return Skipped(origin, str(problem))
+        return Skipped(provenance, str(problem))
 
 
-def _origin(feed: SqlFeed, key: Any) -> str:
+def _provenance(feed: SqlSource, key: Any) -> str:
     return f"{feed.table}:{_written(key)}"
 
 
@@ -279,7 +279,7 @@ def _name(column: str | None, value: Any) -> str | None:
     return _text(str(column), value if isinstance(value, bytes | bytearray | memoryview) else str(value))
 
 
-def _reward(feed: SqlFeed, rating: Any, gold: Any) -> float | None:
+def _reward(feed: SqlSource, rating: Any, gold: Any) -> float | None:
     """What the row is worth; None is the feed's own."""
     if feed.gold_star is not None and _is_set(feed.gold_star, gold):
         return feed.gold_reward
@@ -311,18 +311,18 @@ def _plain(value: Any) -> str:
     return str(value).strip()
 
 
-def _as_mark(feed: SqlFeed, value: Any) -> dict[str, str]:
+def _as_cursor(feed: SqlSource, value: Any) -> dict[str, str]:
     for kind, (type_, _, write) in _KINDS.items():
         if isinstance(value, type_) and not isinstance(value, bool):
             return {"kind": kind, "value": write(value)}
     raise SourceError(
-        f"source {feed.name}: the watermark {feed.watermark} of {feed.table} is {value!r} "
+        f"source {feed.name}: the watermark {feed.cursor} of {feed.table} is {value!r} "
         f"({type(value).__name__}); expected a number, a time or a text"
     )
 
 
-def _watermark(mark: dict[str, str]) -> Any:
-    return _KINDS[mark["kind"]][1](mark["value"])
+def _watermark(cursor: dict[str, str]) -> Any:
+    return _KINDS[cursor["kind"]][1](cursor["value"])
 
 
 def _earlier(watermark: Any, overlap: float) -> Any:
@@ -341,7 +341,7 @@ def _earlier(watermark: Any, overlap: float) -> Any:
     return watermark
 
 
-def _engine(feed: SqlFeed) -> tuple[sa.Engine, str]:
+def _engine(feed: SqlSource) -> tuple[sa.Engine, str]:
     """What connects to the database, reading only; and the password, which no message may hold."""
     text = os.environ.get(feed.url_env)
     if not text:
@@ -368,7 +368,7 @@ def _engine(feed: SqlFeed) -> tuple[sa.Engine, str]:
     return engine, password
 
 
-def _only_readable(feed: SqlFeed, url: URL) -> URL:
+def _only_readable(feed: SqlSource, url: URL) -> URL:
     """SQLite makes a file that is not there, unless it is told to read only."""
     path = url.database
     if url.get_backend_name() != "sqlite" or not path or path.startswith((":memory:", "file:")):
@@ -392,7 +392,7 @@ def _connection(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
-def _table(engine: sa.Engine, feed: SqlFeed) -> sa.TableClause:
+def _table(engine: sa.Engine, feed: SqlSource) -> sa.TableClause:
     """The table as the database describes it. What the YAML names must be there, letter by letter."""
     schema, _, name = feed.table.rpartition(".")
     inspector = sa.inspect(engine)
@@ -411,9 +411,9 @@ def _table(engine: sa.Engine, feed: SqlFeed) -> sa.TableClause:
         raise SourceError(
             f"source {feed.name}: {feed.table} has no column {', '.join(missing)}; it has: {', '.join(names)}"
         )
-    if any(c["name"] == feed.watermark and isinstance(c["type"], MONEY) for c in found):
+    if any(c["name"] == feed.cursor and isinstance(c["type"], MONEY) for c in found):
         raise SourceError(
-            f"source {feed.name}: the watermark {feed.watermark} of {feed.table} is money, which is read as a text and "
+            f"source {feed.name}: the watermark {feed.cursor} of {feed.table} is money, which is read as a text and "
             "stands in another order; name another, or as `table` a view in which it is cast to numeric"
         )
     # SQLite keeps a time as whatever text was written, and compares it so; read as a time, it would be another text.
@@ -422,14 +422,14 @@ def _table(engine: sa.Engine, feed: SqlFeed) -> sa.TableClause:
     return sa.table(name, *columns, schema=schema or None)
 
 
-def _named(feed: SqlFeed) -> set[str]:
+def _named(feed: SqlSource) -> set[str]:
     """Every column that the YAML names."""
     mapped = (feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column)
-    return {feed.key, feed.watermark, feed.prompt, feed.response, *feed.only, *(name for name in mapped if name)}
+    return {feed.key, feed.cursor, feed.prompt, feed.response, *feed.only, *(name for name in mapped if name)}
 
 
 @contextmanager
-def _told(feed: SqlFeed, secret: str) -> Iterator[None]:
+def _told(feed: SqlSource, secret: str) -> Iterator[None]:
     """Errors of the database as one that says what to do, without the password."""
     try:
         yield
@@ -440,7 +440,7 @@ def _told(feed: SqlFeed, secret: str) -> Iterator[None]:
         if isinstance(error, sa.exc.DataError):
             raise SourceError(
                 f"source {feed.name}: a value in {feed.table} cannot be read ({said}), in the watermark "
-                f"{feed.watermark} or in another column that the YAML names; correct it, or name as `table` a view "
+                f"{feed.cursor} or in another column that the YAML names; correct it, or name as `table` a view "
                 "that leaves such rows out"
             ) from None
         raise SourceError(

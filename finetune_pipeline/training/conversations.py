@@ -105,7 +105,7 @@ def _rendered(
 def provenance(row: dict[str, Any]) -> str:
     """Return where a row comes from."""
     interaction = row.get("interaction_id")
-    parts = [row.get("source"), row.get("origin"), f"interaction {interaction}" if interaction else None]
+    parts = [row.get("source"), row.get("provenance"), f"interaction {interaction}" if interaction else None]
     return ", ".join(filter(None, parts)) or "unknown"
 
 

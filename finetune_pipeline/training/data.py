@@ -26,7 +26,7 @@ _COLUMNS = ("prompt", "history", "completion")
 _REWARD = "reward"  # None in the tokens of a replayed example
 _SOURCE = "source"
 _REPLAYED = "replayed"
-_ORIGIN = ("origin", "interaction_id")
+_PROVENANCE_COLUMNS = ("provenance", "interaction_id")
 _REASON, _PROVENANCE = "rejected", "provenance"  # of an example that the chat template rejects; it has no tokens
 _LOSS_SAMPLE = 256  # examples on which the loss is measured where there is no validation set
 _TOKENISED = ".tokenised"
@@ -117,7 +117,7 @@ def tell_not_validated(settings: TrainingSettings, held_out: int) -> None:
     """Say in the log that nothing that was held out can be validated on: `held_out` examples, all too long."""
     why = f"all {held_out} validation examples have more than {settings.max_length} tokens (raise max_length)"
     if not held_out:
-        why = "the dataset has too few validation examples (raise curation.validation_share, or add examples)"
+        why = "the dataset has too few validation examples (raise curation.validation_fraction, or add examples)"
     stopping = " and early_stopping does nothing" if settings.early_stopping else ""
     print(f"the training is not validated, so the last weights stay{stopping}: {why}", file=sys.stderr, flush=True)
 
@@ -191,7 +191,9 @@ def _split(folder: Path, name: str) -> list[dict[str, Any]]:
     if missing:
         raise TrainingError(f"{folder / name} lacks the column {' and '.join(sorted(missing))}; make the dataset again")
     return list(
-        rows.select_columns([name for name in (*_COLUMNS, _REWARD, _SOURCE, *_ORIGIN) if name in rows.column_names])
+        rows.select_columns(
+            [name for name in (*_COLUMNS, _REWARD, _SOURCE, *_PROVENANCE_COLUMNS) if name in rows.column_names]
+        )
     )
 
 

@@ -93,7 +93,7 @@ class Rejection(Record):
     split: str = Field(description="train or validation.")
     reason: str
     count: int
-    examples: tuple[str, ...] = Field(description="Provenance of the first of them: source, origin, interaction.")
+    examples: tuple[str, ...] = Field(description="Provenance of the first of them: source, provenance, interaction.")
 
     def __str__(self) -> str:
         return f"{self.reason} (from {'; '.join(self.examples)}{'; ...' if self.count > len(self.examples) else ''})"

@@ -32,7 +32,7 @@ def run(*arguments, code=0):
 
 @pytest.fixture
 def loop(make_loop, monkeypatch):  # noqa: F811
-    made = make_loop(system_prompt="Answer.", curation={"min_examples": 1, "validation_share": 0.3})
+    made = make_loop(system_prompt="Answer.", curation={"min_examples": 1, "validation_fraction": 0.3})
     monkeypatch.setattr(options, "load_loops", lambda: {made.name: made})
     return made
 

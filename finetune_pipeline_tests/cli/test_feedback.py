@@ -21,7 +21,7 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.write_ahead_log import journal_folder
 from finetune_pipeline.pipeline.source_sync import read_feed
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, RawLogsManifest
-from finetune_pipeline.settings import PROJECT_ROOT, FilesFeed, load_loop
+from finetune_pipeline.settings import PROJECT_ROOT, FilesSource, load_loop
 from finetune_pipeline.sources.source_record import Item
 from finetune_pipeline_tests.conftest import interaction, uid
 
@@ -144,7 +144,7 @@ def test_stats_do_not_go_through_the_feedback_when_none_waits():
 
     sa.event.listen(connect().engine, "before_cursor_execute", note)
     run("stats")
-    assert any("tallies" in statement for statement in statements)
+    assert any("loop_counters" in statement for statement in statements)
     assert not any("FROM feedback" in statement for statement in statements)
 
 
@@ -162,10 +162,10 @@ def test_what_is_exported_can_be_imported(tmp_path):
 
 def test_an_export_says_what_it_left_out(tmp_path):
     log()
-    given = interaction("a").model_copy(update={"task": LOOP, "source": "notes", "origin": "a.md"})
+    given = interaction("a").model_copy(update={"loop": LOOP, "source": "notes", "provenance": "a.md"})
     with connect().write() as connection:
         store.record(connection, LOOP, [given], default_reward)
-        store.withdraw(connection, LOOP, [str(given.id)])
+        store.retract(connection, LOOP, [str(given.id)])
     assert "1 events written" in (said := run("export", tmp_path / "out.jsonl").stdout)
     assert "left out: 1 conversations of declared sources and dropped files" in said
     said = run("export", tmp_path / "out.json", "--format", "alpaca").stdout
@@ -231,46 +231,46 @@ def test_a_person_is_forgotten_and_what_was_made_with_it_is_named():
     (inbox / "table.csv").write_text("prompt,completion,user\np,c,u1\n")
     (inbox / "other.csv").write_text("prompt,completion,user\nu1,c,u11\n")
     (inbox / "others.jsonl").write_text('{"event": "interaction", "user": "u11", "prompt": "u1"}\n')
-    said = run("forget", "--user", "u1", "--yes").stdout
+    said = run("erase", "--user", "u1", "--yes").stdout
     assert f"{LOOP}: 1 interactions, 2 feedback, 0 review decisions and 0 excerpts of rejected lines deleted" in said
     assert str(snapshot) in said and f"`finetune run --loop {LOOP}` makes new ones" in said
     assert str(inbox / "table.csv") in said and "other.csv" not in said
     assert str(inbox / "log.jsonl") in said and "delete it there too" in said
     assert exchange(id) is None and exchange(other).example is None
-    again = run("forget", "--user", "u1", "--yes", "--loop", LOOP).stdout
+    again = run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
     assert "0 interactions, 0 feedback" in again and str(snapshot) not in again
 
 
 def test_sources_that_may_still_hold_a_forgotten_person_are_named():
-    given = interaction("a", user="u1").model_copy(update={"task": LOOP, "source": "notes", "origin": "a.md"})
+    given = interaction("a", user="u1").model_copy(update={"loop": LOOP, "source": "notes", "provenance": "a.md"})
     with connect().write() as connection:
         store.record(connection, LOOP, [given], default_reward)
-    said = run("forget", "--user", "u1", "--yes", "--loop", LOOP).stdout
+    said = run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
     assert "these sources gave what was deleted, and may hold it still:\n    notes\n" in said
-    assert "may hold it still" not in run("forget", "--user", "u1", "--yes", "--loop", LOOP).stdout
+    assert "may hold it still" not in run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
 
 
 def test_nothing_is_deleted_without_a_yes():
     id = log("--user", "u1")
-    result = run("forget", "--user", "u1", input="n\n", code=1)
+    result = run("erase", "--user", "u1", input="n\n", code=1)
     assert "1 interactions, 0 feedback and 0 review decisions" in result.output
     assert exchange(id) is not None
-    run("forget", "--user", "u1", input="y\n")
+    run("erase", "--user", "u1", input="y\n")
     assert exchange(id) is None
 
 
 def test_loops_that_are_declared_no_more_are_forgotten_too():
     gone = load_loop(LOOP).model_copy(update={"name": "gone"})
     id = FeedbackClient(gone).log("a", "b", user="u1")
-    assert "gone: 1 interactions, 0 feedback" in run("forget", "--user", "u1", "--yes").stdout
+    assert "gone: 1 interactions, 0 feedback" in run("erase", "--user", "u1", "--yes").stdout
     assert exchange(str(id)) is None
 
 
 def test_what_waits_in_a_dead_servers_journal_is_forgotten_with_the_rest():
-    waiting = interaction("a", user="u1").model_copy(update={"task": LOOP})
+    waiting = interaction("a", user="u1").model_copy(update={"loop": LOOP})
     journal_folder().mkdir(parents=True)
     (journal_folder() / f"{uid('server')}.jsonl").write_text(waiting.model_dump_json() + "\n")
-    assert f"{LOOP}: 1 interactions" in run("forget", "--user", "u1", "--yes").stdout
+    assert f"{LOOP}: 1 interactions" in run("erase", "--user", "u1", "--yes").stdout
     assert not list(journal_folder().glob("*.jsonl"))
     with connect().write() as connection:
         assert store.record(connection, LOOP, [waiting], lambda *_: 0.0).interactions == 0
@@ -278,18 +278,18 @@ def test_what_waits_in_a_dead_servers_journal_is_forgotten_with_the_rest():
 
 def test_what_a_living_server_has_not_brought_into_the_store_is_told():
     id = log("--user", "u1")
-    waiting = interaction("a", user="u1").model_copy(update={"task": LOOP})
+    waiting = interaction("a", user="u1").model_copy(update={"loop": LOOP})
     journal_folder().mkdir(parents=True)
     journal = journal_folder() / f"{uid('server')}.jsonl"
     journal.write_text(waiting.model_dump_json() + "\n")
     with FileLock(f"{journal}.lock"):
-        result = run("forget", "--user", "u1", "--yes", code=1)
+        result = run("erase", "--user", "u1", "--yes", code=1)
         assert exchange(id) is None
         assert (
             f"still be on their way into the store ({journal})" in result.stderr and "Run this again" in result.stderr
         )
-        run("forget", "--user", "u2", "--yes")
-    assert f"{LOOP}: 1 interactions" in run("forget", "--user", "u1", "--yes").stdout
+        run("erase", "--user", "u2", "--yes")
+    assert f"{LOOP}: 1 interactions" in run("erase", "--user", "u1", "--yes").stdout
 
 
 def test_what_another_program_keeps_in_sqlites_log_is_told(url):
@@ -300,11 +300,11 @@ def test_what_another_program_keeps_in_sqlites_log_is_told(url):
     with other.connect() as reader:
         reader.exec_driver_sql("BEGIN")
         reader.exec_driver_sql("SELECT count(*) FROM interactions").all()
-        result = run("forget", "--user", "u1", "--yes", code=1)
+        result = run("erase", "--user", "u1", "--yes", code=1)
     assert "1 interactions, 0 feedback" in result.stdout
     assert "still holds the deleted text. Run this again" in result.stderr
     other.dispose()
-    run("forget", "--user", "u1", "--yes")
+    run("erase", "--user", "u1", "--yes")
 
 
 def test_weights_of_a_challenger_that_was_never_promoted_are_named():
@@ -323,7 +323,7 @@ def test_weights_of_a_challenger_that_was_never_promoted_are_named():
                   "device": "cpu", "examples": 1, "too_long": 0, "loss_before": 1, "loss_after": 1, "train_loss": 1,
                   "tokens_per_second": 1, "wall_seconds": 1, "peak_memory_bytes": 1}  # fmt: skip
         adapter = artifacts.publish(folder, AdapterManifest, {**common, **fields}).path
-    said = run("forget", "--user", "u1", "--yes").stdout
+    said = run("erase", "--user", "u1", "--yes").stdout
     assert f"{LOOP}: weights made with it:\n    {adapter}" in said
     assert f"`finetune model gc --keep 1 --loop {LOOP}`" in said
 
@@ -331,9 +331,9 @@ def test_weights_of_a_challenger_that_was_never_promoted_are_named():
 def test_what_a_source_gave_is_withdrawn_by_name_after_a_question():
     loop = load_loop(LOOP)
     items = [Item(f"{n}.md", f"a wall of {n} mm", json.dumps({"element": "wall"})) for n in range(3)]
-    feed = FilesFeed(kind="files", name="notes", path="somewhere")
+    feed = FilesSource(kind="files", name="notes", path="somewhere")
     read_feed(loop, feed, connect(), lambda settings, mark: iter(items))
-    assert "sources of which something does: notes (3)" in run("withdraw", "--source", "nots", code=1).output
-    assert "Have the 3 items of notes" in run("withdraw", "--source", "notes", code=1, input="n\n").output
-    assert "3 items of notes withdrawn" in run("withdraw", "--source", "notes", "--yes").output
-    assert "sources of which something does: none" in run("withdraw", "--source", "notes", code=1).output
+    assert "sources of which something does: notes (3)" in run("retract", "--source", "nots", code=1).output
+    assert "Have the 3 items of notes" in run("retract", "--source", "notes", code=1, input="n\n").output
+    assert "3 items of notes retracted" in run("retract", "--source", "notes", "--yes").output
+    assert "sources of which something does: none" in run("retract", "--source", "notes", code=1).output

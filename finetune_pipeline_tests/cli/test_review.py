@@ -42,7 +42,7 @@ def five(own_home):
 
 def put(*events):
     with connect().write() as connection:
-        record(connection, LOOP, [one.model_copy(update={"task": LOOP}) for one in events], default_reward)
+        record(connection, LOOP, [one.model_copy(update={"loop": LOOP}) for one in events], default_reward)
 
 
 def review(keys, *options, code=0, **environment):
@@ -58,7 +58,7 @@ def decided():
     d = t.review_decisions.c
     names = {str(uid(str(n))): str(n) for n in range(1, 6)}
     with connect().read() as connection:
-        rows = connection.execute(sa.select(t.review_decisions).order_by(d.sequence)).all()
+        rows = connection.execute(sa.select(t.review_decisions).order_by(d.ingest_offset)).all()
     return [(names[row.interaction_id], row.decision, row.reviewer, row.target) for row in rows]
 
 
@@ -100,7 +100,7 @@ def test_each_key_does_what_it_says_and_nothing_is_asked_twice():
 def test_what_was_said_before_and_by_whom_is_shown_and_cannot_steer_the_terminal():
     history = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hello\nthere"}]
     put(interaction("5b", prompt="\x1b[2Jpaint it", output="{}", confidence=0.01, history=history, source="vault",
-                    origin="a.md"), feedback("s", "5b", "success", score=90))  # fmt: skip
+                    provenance="a.md"), feedback("s", "5b", "success", score=90))  # fmt: skip
     said = review("q")
     assert "\x1b" not in said and "\\u001b[2Jpaint it" in said
     assert "system      Be short." in said and "user        hello\n              there" in said

@@ -4,7 +4,7 @@ import csv
 
 from finetune_pipeline.curation.card import DatasetCard, dataset_card, sample
 from finetune_pipeline.curation.dataset import SPLITS, Row, curate, read_rows, write_dataset
-from finetune_pipeline.curation.origins import ORIGINS, first_origins
+from finetune_pipeline.curation.provenance import PROVENANCE_FILE, first_provenances
 from finetune_pipeline_tests.conftest import uid
 from finetune_pipeline_tests.curation.test_dataset import EVERYTHING, POLICY, example, identity
 
@@ -16,13 +16,13 @@ def card_of(*examples, **changes):
 
 
 def test_it_says_what_the_dataset_is_made_of():
-    notes = [example(n, source="notes", origin=f"a|b.md:{n}") for n in range(3)]
+    notes = [example(n, source="notes", provenance=f"a|b.md:{n}") for n in range(3)]
     card = card_of(*notes, example(8), example(9, reward=0.1))
     assert "# Dataset 1234 of notes" in card and "4 examples to train on" in card
     assert "| logs | 1 | 25.0% |\n| notes | 3 | 75.0% |" in card
     assert "| min_reward | 0.3 |" in card and "| raw_logs | abc |" in card and "| events up to | 7 |" in card
     assert "| reward 0.1" in card or "reward" in card.split("## Left out")[1].split("##")[0]
-    assert '"origin": "a|b.md:' in card.split("## Sample")[1]
+    assert '"provenance": "a|b.md:' in card.split("## Sample")[1]
 
 
 def test_a_secret_is_counted_and_never_shown():
@@ -48,14 +48,14 @@ def test_the_sample_is_of_every_source():
 
 
 def test_the_origin_of_every_example_is_in_a_file(tmp_path):
-    notes = [example(n, source="notes", origin=f'a, "b"|{n}.md\n') for n in range(30)]
+    notes = [example(n, source="notes", provenance=f'a, "b"|{n}.md\n') for n in range(30)]
     replay = [Row("old prompt", "old answer", 1.0, "replay", "replay.jsonl:1")]
     curated = curate([*notes, example(99)], replay, POLICY, identity)
     write_dataset(curated, tmp_path, "")
-    with (tmp_path / ORIGINS).open(encoding="utf-8", newline="") as file:
+    with (tmp_path / PROVENANCE_FILE).open(encoding="utf-8", newline="") as file:
         told = [tuple(row.values()) for row in csv.DictReader(file)]
     rows = [(split, row) for split in SPLITS for row in read_rows(tmp_path, split)]
-    held = [(row["source"], row["origin"] or "", row["interaction_id"] or "", split) for split, row in rows]
+    held = [(row["source"], row["provenance"] or "", row["interaction_id"] or "", split) for split, row in rows]
     assert sorted(told) == sorted(held) and {split for *_, split in told} == set(SPLITS)
-    first = first_origins(tmp_path, curated.sources, 2)
+    first = first_provenances(tmp_path, curated.sources, 2)
     assert first["logs"] == [str(uid("99"))] and len(first["notes"]) == 2 and first["replay"] == ["replay.jsonl:1"]

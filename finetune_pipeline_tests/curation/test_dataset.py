@@ -24,12 +24,12 @@ from finetune_pipeline_tests.conftest import uid
 
 POLICY = Policy(CurationSettings(), NearIndex({"q": "the golden question of all"}), answer_validator(None))
 
-EVERYTHING = Policy(CurationSettings(validation_share=0), POLICY.benchmark, answer_validator(None))  # trains
+EVERYTHING = Policy(CurationSettings(validation_fraction=0), POLICY.benchmark, answer_validator(None))  # trains
 
 
 def example(number, **fields):
     given = {"prompt": f"prompt number {number}", "target": f"answer {number}", "reward": 0.9, "confidence": 0.9}
-    flags = {"confirmed": False, "corrected": False, "sequence": number}
+    flags = {"confirmed": False, "corrected": False, "ingest_offset": number}
     values = {**given, **flags, **fields}
     return Example(interaction_id=uid(str(number)), **{"output": values["target"], **values})
 
@@ -164,7 +164,7 @@ def test_the_same_prompt_in_another_conversation_is_another_question():
 
 
 def test_the_side_of_a_question_follows_from_all_that_was_said_before_it():
-    half = replace(POLICY, settings=CurationSettings(validation_share=0.5))
+    half = replace(POLICY, settings=CurationSettings(validation_fraction=0.5))
     examples = [example(n, prompt="150 mm", history=said(f"wall {n}", "How thick?")) for n in range(20)]
     curated = curate(examples, [], half, identity)
     assert curated.train and curated.validation

@@ -9,7 +9,7 @@ import pytest
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation import chosen, sifted, snapshot
 from finetune_pipeline.curation.dataset import curate, curate_files, write_dataset
-from finetune_pipeline.curation.origins import ORIGINS
+from finetune_pipeline.curation.provenance import PROVENANCE_FILE
 from finetune_pipeline.curation.rules import Policy, answer_validator
 from finetune_pipeline.curation.sifted import Cache
 from finetune_pipeline.curation.snapshot import table_of
@@ -77,8 +77,11 @@ def test_long_rows_are_read_in_parts_that_memory_holds_and_give_the_same(tmp_pat
     read = curate_files(paths, [], POLICY, identity)
     with monkeypatch.context() as patch:
         patch.setattr(snapshot.Rows, "take", take)
-        assert {**hashes(read, tmp_path / "b"), ORIGINS: ""} == {**written, ORIGINS: ""}  # its lines come in parts
-    one, other = (sorted((tmp_path / name / ORIGINS).read_text().splitlines()) for name in ("a", "b"))
+        assert {**hashes(read, tmp_path / "b"), PROVENANCE_FILE: ""} == {
+            **written,
+            PROVENANCE_FILE: "",
+        }  # its lines come in parts
+    one, other = (sorted((tmp_path / name / PROVENANCE_FILE).read_text().splitlines()) for name in ("a", "b"))
     assert one == other
     assert all(size <= 3_000 or rows == 1 for rows, size in taken)
     assert max(rows for rows, _ in taken) > 10 and len(taken) > 5
@@ -87,9 +90,9 @@ def test_long_rows_are_read_in_parts_that_memory_holds_and_give_the_same(tmp_pat
 def test_a_later_file_s_row_of_an_interaction_stands(tmp_path):
     early = [example(1, target="early"), example(2), example(3)]
     late = [example(1, target="late"), example(2, reward=-0.5)]
-    withdrawn = table_of([example(3)]).to_pylist()[0] | dict.fromkeys(["target", "reward", "confirmed", "corrected"])
+    retracted = table_of([example(3)]).to_pylist()[0] | dict.fromkeys(["target", "reward", "confirmed", "corrected"])
     paths = write(tmp_path, early, late, [])
-    pq.write_table(table_of([example(9)]).from_pylist([withdrawn], table_of([]).schema), paths[2])
+    pq.write_table(table_of([example(9)]).from_pylist([retracted], table_of([]).schema), paths[2])
     curated = curate_files(paths, [], EVERYTHING, identity)
     assert [(row.prompt, row.completion) for row in curated.train] == [("prompt number 1", "late")]
     assert curated.left_out == {"reward below 0.3": 1}

@@ -49,7 +49,7 @@ def test_the_same_json_written_otherwise_is_the_same_answer():
 
 def test_they_are_not_looked_for_where_the_loop_says_so():
     policy = Policy(
-        CurationSettings(validation_share=0, near_similarity=None), EVERYTHING.benchmark, lambda answer: None
+        CurationSettings(validation_fraction=0, near_similarity=None), EVERYTHING.benchmark, lambda answer: None
     )
     assert len(rows_of(curate(near(0, 1, 2), [], policy, identity))) == 3
 
@@ -136,7 +136,7 @@ def test_questions_that_mean_the_same_are_one_if_their_answers_agree(monkeypatch
     ]  # fmt: skip
     answers = ["150 mm", "150 mm", "150 mm", "180 mm"]
     examples = [example(n, prompt=asked[n], target=answers[n], reward=0.9 - n / 10) for n in range(4)]
-    policy = Policy(CurationSettings(validation_share=0, semantic=True), EVERYTHING.benchmark, EVERYTHING.problem)
+    policy = Policy(CurationSettings(validation_fraction=0, semantic=True), EVERYTHING.benchmark, EVERYTHING.problem)
     curated = curate(examples, [], policy, identity)
     assert {row.prompt for row in rows_of(curated)} == {asked[0], asked[2], asked[3]}
     assert curated.left_out == {"means the same as another example": 1}

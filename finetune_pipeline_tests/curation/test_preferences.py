@@ -60,7 +60,7 @@ def test_what_counts_as_found_bad():
 
 def test_answers_found_bad_count_within_the_quota_of_their_source():
     notes = {"source": "notes"}
-    bad = [disliked(n, **notes, sequence=n) for n in range(50)]
+    bad = [disliked(n, **notes, ingest_offset=n) for n in range(50)]
     good = [example(100 + n, **notes) for n in range(9)]
     own = [disliked(200 + n) for n in range(20)]  # of the logs, which have no quota
     few = replace(EVERYTHING, quotas={"notes": Quota(examples=2)})
@@ -114,7 +114,7 @@ def test_one_pair_a_question_even_where_its_answer_was_confirmed_later():
 
 def test_a_question_is_on_the_same_side_in_all_three_datasets(tmp_path):
     examples = [corrected(n) for n in range(60)] + [disliked(n) for n in range(60, 120)]
-    policy = POLICY.__class__(CurationSettings(validation_share=0.3), POLICY.benchmark, POLICY.problem)
+    policy = POLICY.__class__(CurationSettings(validation_fraction=0.3), POLICY.benchmark, POLICY.problem)
     write_dataset(curate(examples, [], policy, identity), tmp_path, "")
     asked = {
         split: {row["prompt"] for name in ("dataset", PAIRS, LABELLED) for row in read_split(tmp_path / name, split)}

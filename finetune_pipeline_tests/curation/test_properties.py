@@ -35,7 +35,7 @@ QUESTIONS = {
     "short": "Timber roof; T24; CA; R47!",  # five words
     "shorter": "Revise WD leaf, 850x2600",  # four
 }
-POLICY = Policy(CurationSettings(validation_share=0.4), NearIndex(QUESTIONS), answer_validator(None))
+POLICY = Policy(CurationSettings(validation_fraction=0.4), NearIndex(QUESTIONS), answer_validator(None))
 SECRETS = (
     "ann.smith@example.com", "+49 30 901820", "4111 1111 1111 1111", "hf_" + "aB1" * 12, "AKIA" + "IOSFODNN7EXAMPLE",
     "postgresql://bob:hunter2@db.example.com/x",
@@ -66,18 +66,18 @@ histories = st.sampled_from([()] * 7 + [said("about a house, ask ann.smith@examp
 @st.composite
 def logs(draw, prompts=planted):
     """Examples, each with an id of its own, some of them the same but for it."""
-    rewards, origins = (
+    rewards, provenances = (
         st.sampled_from([0.9, 0.9, 0.9, 0.5, 0.2, -0.8]),
         st.none() | planted.map("Notes/a.md#{}".format),
     )
-    fields = st.tuples(prompts, histories, answers, answers, rewards, st.booleans(), st.booleans(), origins)
+    fields = st.tuples(prompts, histories, answers, answers, rewards, st.booleans(), st.booleans(), provenances)
     made = []
-    for number, (prompt, history, target, output, reward, confirmed, corrected, origin) in enumerate(
+    for number, (prompt, history, target, output, reward, confirmed, corrected, provenance) in enumerate(
         draw(st.lists(fields, min_size=8, max_size=16))
     ):
         given = {"prompt": prompt, "history": history, "target": target, "output": output if corrected else target}
-        flags = {"confidence": 0.9, "confirmed": confirmed, "corrected": corrected, "sequence": number // 4}
-        flags |= {"reward": reward, "origin": origin}
+        flags = {"confidence": 0.9, "confirmed": confirmed, "corrected": corrected, "ingest_offset": number // 4}
+        flags |= {"reward": reward, "provenance": provenance}
         made.append(Example(interaction_id=uid(str(number)), **given, **flags))
     return made
 
@@ -142,7 +142,7 @@ def test_what_was_curated_stays_as_it_is(examples):
                 "history": row.history,
                 "target": row.completion,
                 "output": row.completion,
-                "origin": row.origin,
+                "provenance": row.provenance,
             }
         )
         for row in rows_of(once)
@@ -172,7 +172,7 @@ def test_what_was_replayed_never_validates(examples, replayed):
     first = curate(examples, replay, everything, identity)
     later = [
         Example(
-            interaction_id=uid(f"later {n}"), sequence=99, prompt=row.prompt, output="no", target="no", reward=0.9,
+            interaction_id=uid(f"later {n}"), ingest_offset=99, prompt=row.prompt, output="no", target="no", reward=0.9,
             confirmed=True, corrected=False,
         )
         for n, row in enumerate(first.replay)
@@ -208,7 +208,9 @@ def test_no_planted_overlap_with_the_benchmark_reaches_a_file(planted_leaks, oth
             "corrected": kind == "corrected",
         }
         output = "no" if kind == "corrected" else "yes"
-        made.append(Example(interaction_id=uid(f"leak {n}"), sequence=n, target="yes", output=output, **asked, **found))
+        made.append(
+            Example(interaction_id=uid(f"leak {n}"), ingest_offset=n, target="yes", output=output, **asked, **found)
+        )
     replay = [Row(leak, "yes", 1.0, "replay") for leak, _, _ in planted_leaks]
     curated = curate([*others, *made], replay, POLICY, identity)
     ids = {str(example.interaction_id) for example in made}

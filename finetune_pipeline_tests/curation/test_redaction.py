@@ -195,16 +195,17 @@ def test_json_stays_json(text, clean):
 
 def test_the_same_secret_gives_the_same_placeholder_everywhere_in_an_example():
     logged = Example(
-        interaction_id=uid("a"), sequence=1, prompt="write to jane@example.com", target='{"to": "jane@example.com"}',
+        interaction_id=uid("a"), ingest_offset=1, prompt="write to jane@example.com",
+        target='{"to": "jane@example.com"}',
         output="to: jane@example.com",
         history=(Turn(role="user", content="her number is +49 30 901820"),),
-        reward=1, confirmed=True, corrected=False, origin="People/2024-05-06 Talk.md#Call jane@example.com",
+        reward=1, confirmed=True, corrected=False, provenance="People/2024-05-06 Talk.md#Call jane@example.com",
     )  # fmt: skip
     redacted = redact_example(logged)
     assert (redacted.example.prompt, redacted.example.target) == ("write to [EMAIL]", '{"to": "[EMAIL]"}')
     assert redacted.example.history[0].content == "her number is [PHONE]"
     assert redacted.example.output == "to: [EMAIL]"
-    assert redacted.example.origin == "People/2024-05-06 Talk.md#Call [EMAIL]"
+    assert redacted.example.provenance == "People/2024-05-06 Talk.md#Call [EMAIL]"
     assert redacted.counts == {"email": 4, "phone": 1}
     assert redacted.example.interaction_id == logged.interaction_id
 
@@ -217,7 +218,7 @@ def test_a_commit_beside_an_aws_key_stays():
 def test_an_example_without_any_is_the_same_object():
     plain = Example(
         interaction_id=uid("a"),
-        sequence=1,
+        ingest_offset=1,
         prompt="p",
         output="t",
         target="t",

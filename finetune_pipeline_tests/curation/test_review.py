@@ -25,7 +25,7 @@ NONE = WeakSlices([])
 
 
 def case(key="a", **fields):
-    given = {"sequence": 1, "prompt": f"what of {key} and all the rest of it?", "answer": f"{key} it is"}
+    given = {"ingest_offset": 1, "prompt": f"what of {key} and all the rest of it?", "answer": f"{key} it is"}
     return Case(key=key, **{**given, **fields})
 
 
@@ -123,8 +123,9 @@ def test_what_can_never_train_is_not_asked():
 
 
 def test_the_same_words_are_asked_once_and_equals_newest_first():
-    twins = [case("a", sequence=1, confidence=0.2), case("b", sequence=9, prompt="What of A and all the rest of it?",
-             answer="a it is ", confidence=0.2), case("c", sequence=5, confidence=0.2)]  # fmt: skip
+    twins = [case("a", ingest_offset=1, confidence=0.2), case("b", ingest_offset=9, 
+             prompt="What of A and all the rest of it?",
+             answer="a it is ", confidence=0.2), case("c", ingest_offset=5, confidence=0.2)]  # fmt: skip
     assert [one.key for one in queue(twins, POLICY, NONE, 0.85)] == ["b", "c"]
 
 

@@ -20,7 +20,7 @@ def example(**fields):
     given = {"prompt": "a steel door", "target": '{"n": 1}', "reward": 0.9, "confidence": 0.9}
     flags = {"confirmed": False, "corrected": False}
     values = {**given, **flags, **fields}
-    return Example(interaction_id=uid("a"), sequence=1, **{"output": values["target"], **values})
+    return Example(interaction_id=uid("a"), ingest_offset=1, **{"output": values["target"], **values})
 
 
 def said(text):

@@ -72,10 +72,10 @@ def test_the_benchmark_is_large_even_and_partly_written_by_hand(benchmark: list[
     assert {item["slice"] for item in benchmark} == SLICES
     wordings = Counter(item["wording"] for item in benchmark)
     assert wordings["plain"] == wordings["firm"] == len(benchmark) / 2
-    by_hand = [item for item in benchmark if item["origin"] == "hand"]
+    by_hand = [item for item in benchmark if item["provenance"] == "hand"]
     assert len(by_hand) >= 60
     assert {(item["slice"], item["wording"]) for item in by_hand} == {(s, w) for s in SLICES for w in ("plain", "firm")}
-    assert {item["origin"] for item in benchmark} == {"hand", "generator"}
+    assert {item["provenance"] for item in benchmark} == {"hand", "generator"}
 
 
 def test_every_question_is_asked_once(benchmark: list[Line]) -> None:

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from finetune_pipeline.database import DatabaseError, connect, connection
 from finetune_pipeline.database.tables import metadata
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.feedback.store import find, renew_marked, tally, unmatched
+from finetune_pipeline.feedback.store import counters, find, renew_marked, unmatched
 from finetune_pipeline.settings import database_url
 from finetune_pipeline_tests.conftest import start_together, uid
 
@@ -118,13 +118,93 @@ def test_a_database_of_the_previous_version_keeps_all_and_is_counted(url):
     migrate_to(url, "0001", OLD_ROWS)
     database = connect(url)
     with database.read() as open_connection:
-        assert tally(open_connection, "notes") == {
+        assert counters(open_connection, "notes") == {
             "interactions": 2, "feedback": 2, "feedback.thumbs_up": 1, "feedback.thumbs_down": 1, "examples": 1,
             "rewarded": 1, "unmatched": 1,
         }  # fmt: skip
         row = open_connection.execute(sa.text("SELECT history, flag FROM interactions WHERE id = 'i1'")).one()
         assert tuple(row) == (None, None)
-        assert open_connection.execute(sa.text("SELECT gguf_path, deployed_at FROM models")).one()[0] == "x.gguf"
+        versions = open_connection.execute(sa.text("SELECT gguf_path, deployed_at FROM model_versions"))
+        assert versions.one()[0] == "x.gguf"
+    with database.engine.connect() as open_connection:
+        assert compare_metadata(MigrationContext.configure(open_connection), metadata) == []
+    database.engine.dispose()
+
+
+# One row or more of every table that the vocabulary migration renames or whose columns it renames.
+ROWS_BEFORE_THE_VOCABULARY = (
+    "INSERT INTO interactions (id, task, sequence, created_at, prompt, output, arm, source, origin, withdrawn) VALUES "
+    f"('{uid('a')}', 'notes', 1, '2026-01-01', 'a wall', 'an answer', 'champion', NULL, NULL, NULL), "
+    f"('{uid('b')}', 'notes', 2, '2026-01-01', 'a door', 'x', NULL, 'vault', 'a.md', 7)",
+    "INSERT INTO feedback (id, task, sequence, interaction_id, created_at, kind) "
+    f"VALUES ('{uid('f')}', 'notes', 3, '{uid('a')}', '2026-01-01', 'thumbs_up')",
+    "INSERT INTO examples (interaction_id, task, sequence, content_hash, target, reward, confirmed, corrected) "
+    f"VALUES ('{uid('a')}', 'notes', 3, 'hash', 'an answer', 1.0, true, false)",
+    "INSERT INTO tallies VALUES ('notes', 'examples', 1)",
+    "INSERT INTO forgotten_events VALUES ('e', 'notes', 5)",
+    "INSERT INTO review_decisions (id, task, sequence, interaction_id, decision, reviewer, created_at) "
+    f"VALUES ('d', 'notes', 6, '{uid('a')}', 'approve', 'ann', '2026-01-01')",
+    'INSERT INTO ingested_files (task, path, size, mtime_ns, "offset", lines, rejected, prefix_hash, finished) '
+    "VALUES ('notes', 'x.jsonl', 10, 1, 10, 2, 1, 'hash', true)",
+    "INSERT INTO rejected_lines VALUES ('notes', 'x.jsonl', 2, 'not JSON', 'x')",
+    "INSERT INTO source_marks VALUES ('notes', 'vault', '{}', '2026-01-01')",
+    "INSERT INTO skipped_items VALUES ('notes', 'vault', 'b.md', 'empty')",
+    "INSERT INTO made_artifacts VALUES ('notes', 'gguf_model', 'v', 'sha', '2026-01-01')",
+    "INSERT INTO models (id, loop, major, minor, patch, gguf_path, gguf_sha256, base_hash, mode, lineage, scores, "
+    "report_path, created_at) VALUES ('m1', 'notes', 1, 0, 0, 'x.gguf', 'hash', 'base', 'full', '{}', '{}', 'r', "
+    "'2026-01-01')",
+    "INSERT INTO deployments (loop, action, model_id, actor, reason, created_at) "
+    "VALUES ('notes', 'promote', 'm1', 'ann', 'better', '2026-01-01')",
+    "INSERT INTO model_comparisons (id, loop, challenger_sha256, champion_sha256, benchmark_sha256, promote, reason, "
+    "watermark, report_path, created_at, after_move) VALUES ('c', 'notes', 'a', 'b', 'd', true, 'better', 3, 'r', "
+    "'2026-01-01', 0)",
+    "UPDATE counters SET value = 7 WHERE name = 'events'",
+)
+
+
+def test_renamed_tables_and_columns_keep_their_rows(url):
+    migrate_to(url, "0009", ROWS_BEFORE_THE_VOCABULARY)
+    database = connect(url)
+    with database.read() as open_connection:
+        found = find(open_connection, uid("a"))
+        assert (found.interaction.loop, found.interaction.variant, found.example.ingest_offset) == (
+            "notes",
+            "champion",
+            3,
+        )
+        assert [one.loop for one in found.feedback] == ["notes"]
+        assert find(open_connection, uid("b")).interaction.provenance == "a.md"
+        assert counters(open_connection, "notes") == {"examples": 1}
+        rows = {
+            table: [tuple(row) for row in open_connection.execute(sa.text(f"SELECT {columns} FROM {table}"))]
+            for table, columns in {
+                "interactions": "ingest_offset, retracted_offset",
+                "erased_events": "id, loop, ingest_offset",
+                "review_decisions": "loop, ingest_offset",
+                "ingested_files": "loop, lines",
+                "rejected_lines": "loop, line",
+                "source_cursors": "loop, source, cursor",
+                "skipped_records": "loop, provenance",
+                "published_artifacts": "loop, version",
+                "model_versions": "loop, major, gguf_path",
+                "deployment_history": "loop, model_id",
+                "comparisons": "id, after_deployment",
+            }.items()
+        }
+    cursors = rows.pop("source_cursors")
+    assert [(loop, source, str(cursor)) for loop, source, cursor in cursors] == [("notes", "vault", "{}")]
+    assert rows == {
+        "interactions": [(1, None), (2, 7)],
+        "erased_events": [("e", "notes", 5)],
+        "review_decisions": [("notes", 6)],
+        "ingested_files": [("notes", 2)],
+        "rejected_lines": [("notes", 2)],
+        "skipped_records": [("notes", "b.md")],
+        "published_artifacts": [("notes", "v")],
+        "model_versions": [("notes", 1, "x.gguf")],
+        "deployment_history": [("notes", "m1")],
+        "comparisons": [("c", 0)],
+    }
     with database.engine.connect() as open_connection:
         assert compare_metadata(MigrationContext.configure(open_connection), metadata) == []
     database.engine.dispose()
@@ -174,11 +254,11 @@ def test_times_in_the_future_are_repaired_and_what_they_decided_is_worked_out_ag
             found = find(open_connection, uid(name))
             rewards[name] = found.example.reward
             assert all(one.created_at < now for one in (found.interaction, *found.feedback))
-            assert found.example.sequence > 11  # so that the next snapshot has it
+            assert found.example.ingest_offset > 11  # so that the next snapshot has it
         assert {name: reward > 0 for name, reward in rewards.items()} == {"i1": False, "i2": True, "i3": True}
         (waiting,) = unmatched(open_connection, "notes", 5)
         assert waiting.created_at.replace(tzinfo=UTC) < now
-        counts = tally(open_connection, "notes")
+        counts = counters(open_connection, "notes")
     assert (counts["examples"], counts["rewarded"]) == (3, 2)
     database.engine.dispose()
 

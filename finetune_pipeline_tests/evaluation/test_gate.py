@@ -72,7 +72,7 @@ def test_significance_blocks_only_where_it_is_asked_for() -> None:
 
 
 def test_falling_slices_block_only_where_that_is_asked_for() -> None:
-    strict = GateSettings(forbid_slice_falls=True)
+    strict = GateSettings(forbid_slice_regressions=True)
     assert decide(40, 44, 100, RELATIVE, SURE, ["doors"]).promote
     refused = decide(40, 44, 100, strict, SURE, ["doors", "stairs"])
     assert (refused.promote, "these slices fall: doors, stairs" in refused.reason) == (False, True)

@@ -45,7 +45,7 @@ def example(db, id):
 
 def counted(db):
     with db.read() as connection:
-        return store.tally(connection, "notes")
+        return store.counters(connection, "notes")
 
 
 def test_importing_the_client_loads_nothing_that_is_heavy():
@@ -151,9 +151,9 @@ def test_a_key_or_an_id_makes_a_call_safe_to_repeat(client, db):
         (lambda c: c.log("a", "b", user="u" * 201), "user"),
         (lambda c: c.log("a", "b\ud800"), "surrogate"),
         (lambda c: c.log("a", "b", surprise=1), "surprise"),
-        (lambda c: c.log("a", "b", source="imported"), "source, origin: only"),
+        (lambda c: c.log("a", "b", source="imported"), "source, provenance: only"),
         (lambda c: c.log("a", "b", history=[{"role": "robot", "content": ""}]), "history"),
-        (lambda c: c.log_many([{"prompt": "a", "output": "b", "task": "other"}]), "expected 'notes'"),
+        (lambda c: c.log_many([{"prompt": "a", "output": "b", "loop": "other"}]), "expected 'notes'"),
     ],
 )
 def test_wrong_input_is_refused_by_name_and_nothing_is_kept(client, db, call, expected):
@@ -165,7 +165,7 @@ def test_wrong_input_is_refused_by_name_and_nothing_is_kept(client, db, call, ex
 @pytest.mark.parametrize("text", ["'; DROP TABLE interactions; --", "%s {0} \\ \" '", "ünïcödé 🚧", "x" * 1_000_000])
 def test_every_text_is_data(client, db, text):
     short = text[:200]
-    fields = dict.fromkeys(("model", "user", "domain", "kind", "arm", "flag"), short)
+    fields = dict.fromkeys(("model", "user", "domain", "kind", "variant", "flag"), short)
     id = client.log(text, text, retrieved_context=text, history=[{"role": "user", "content": text}], **fields)
     client.correct(id, text + " better", user=short, key=text)
     with db.read() as connection:
@@ -318,7 +318,7 @@ def test_over_http_the_gateway_gets_the_same_events(remote, gateway):
     remote.rate(id, "gold")
     assert remote.correct(id, "better", user="u2", key="c") == given
     first, second = gateway.interactions
-    assert (first["prompt"], first["user"], first["task"]) == ("a wall", "u1", "notes")
+    assert (first["prompt"], first["user"], first["loop"]) == ("a wall", "u1", "notes")
     assert second["history"] == [{"role": "user", "content": "hi"}]
     assert second["id"] == str(event_id("notes", "k"))
     correction, rating = gateway.feedback
@@ -437,7 +437,7 @@ def test_no_two_rows_share_a_sequence(client, db):
         numbers = [
             n
             for table in (t.interactions, t.feedback)
-            for n in connection.execute(sa.select(table.c.sequence)).scalars()
+            for n in connection.execute(sa.select(table.c.ingest_offset)).scalars()
         ]
     assert len(set(numbers)) == 3
 

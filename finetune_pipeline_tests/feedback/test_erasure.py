@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import store
-from finetune_pipeline.feedback.erasure import forget_user, held_of, tasks_of, wipe
+from finetune_pipeline.feedback.erasure import erase_user, held_of, loops_of, wipe
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
@@ -37,25 +37,25 @@ EVENTS = [
 ANNS = ["a1", "a1-bob", "a1-check", "a2", "a2-ann", "b1-ann", "b2-ann", "x-ann"]
 
 
-def record(db, *events, task="notes"):
+def record(db, *events, loop="notes"):
     with db.write() as connection:
-        return store.record(connection, task, events, default_reward)
+        return store.record(connection, loop, events, default_reward)
 
 
-def forget(db, user="ann", task="notes"):
+def erase(db, user="ann", loop="notes"):
     with db.write() as connection:
-        return forget_user(connection, task, user, default_reward)
+        return erase_user(connection, loop, user, default_reward)
 
 
-def tally(db, task="notes"):
+def counters(db, loop="notes"):
     with db.read() as connection:
-        return store.tally(connection, task)
+        return store.counters(connection, loop)
 
 
 def examples(db):
     with db.read() as connection:
         e = t.examples.c
-        rows = connection.execute(sa.select(e.interaction_id, e.target, e.reward).order_by(e.sequence)).all()
+        rows = connection.execute(sa.select(e.interaction_id, e.target, e.reward).order_by(e.ingest_offset)).all()
     return {interaction_id: (target, reward) for interaction_id, target, reward in rows}
 
 
@@ -71,7 +71,7 @@ def test_a_person_is_forgotten_wholly_and_others_are_kept(db):
         held = held_of(connection, "notes", "ann")
     assert {*held.interactions, *held.feedback} == {str(uid(name)) for name in ANNS}
     assert set(held.taught) == {str(uid(name)) for name in ("a1", "a2", "b1", "b2", "x")}
-    done = forget(db)
+    done = erase(db)
     assert (done.interactions, done.feedback) == (2, 6)
     assert done.ids == {str(uid(name)) for name in ANNS}
     assert "ann" not in everything(db) and "Ann" not in everything(db)
@@ -81,11 +81,11 @@ def test_a_person_is_forgotten_wholly_and_others_are_kept(db):
 
 def test_the_tallies_are_as_if_the_person_had_never_been(db, tmp_path):
     record(db, *EVENTS)
-    forget(db)
+    erase(db)
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")
     record(other, *(event for event in EVENTS if str(event.id) not in {str(uid(name)) for name in ANNS}))
-    assert tally(db) == tally(other)
-    assert tally(db) == {
+    assert counters(db) == counters(other)
+    assert counters(db) == {
         "interactions": 3, "flagged": 1, "feedback": 3, "feedback.success": 1, "feedback.thumbs_up": 2,
         "examples": 2, "rewarded": 2, "unmatched": 1,
     }  # fmt: skip
@@ -93,39 +93,39 @@ def test_the_tallies_are_as_if_the_person_had_never_been(db, tmp_path):
 
 def test_what_was_forgotten_never_comes_back(db):
     record(db, *EVENTS)
-    forget(db)
+    erase(db)
     again = record(db, *EVENTS)
     assert (again.interactions, again.feedback) == (0, 0)
     assert {event.id for event in EVENTS} == again.known
-    assert tally(db)["interactions"] == 3
+    assert counters(db)["interactions"] == 3
     assert "ann" not in everything(db)
-    assert forget(db).ids == frozenset()
+    assert erase(db).ids == frozenset()
 
 
 def test_the_forgetting_has_its_place_among_the_events(db):
     record(db, *EVENTS)
     with db.read() as connection:
-        before = store.newest_sequence(connection)
-    forget(db)
+        before = store.newest_offset(connection)
+    erase(db)
     with db.read() as connection:
-        rows = connection.execute(sa.select(t.forgotten_events.c.id, t.forgotten_events.c.sequence)).all()
-        after = store.newest_sequence(connection)
+        rows = connection.execute(sa.select(t.erased_events.c.id, t.erased_events.c.ingest_offset)).all()
+        after = store.newest_offset(connection)
     # And a hash of the name, for what declared sources give.
     assert len(rows) == len(ANNS) + 1 and {row.id for row in rows} > {str(uid(name)) for name in ANNS}
-    assert sorted(row.sequence for row in rows) == list(range(before + 1, after + 1))
+    assert sorted(row.ingest_offset for row in rows) == list(range(before + 1, after + 1))
 
 
 def test_another_loop_and_another_name_are_left_alone(db):
     record(db, *EVENTS, interaction("c", user="Ann"), interaction("d", user="ann2"))
-    strange = interaction("e", user="ann").model_copy(update={"task": "other"})
-    record(db, strange, task="other")
-    forget(db)
-    assert tally(db)["interactions"] == 5
-    assert tally(db, "other") == {"interactions": 1}
+    strange = interaction("e", user="ann").model_copy(update={"loop": "other"})
+    record(db, strange, loop="other")
+    erase(db)
+    assert counters(db)["interactions"] == 5
+    assert counters(db, "other") == {"interactions": 1}
     with db.read() as connection:
-        assert tasks_of(connection) == ["notes", "other"]
-    assert forget(db, task="other").interactions == 1
-    assert tally(db, "other") == {}
+        assert loops_of(connection) == ["notes", "other"]
+    assert erase(db, loop="other").interactions == 1
+    assert counters(db, "other") == {}
 
 
 def test_review_decisions_go_with_their_interaction_and_with_their_reviewer(db):
@@ -133,18 +133,18 @@ def test_review_decisions_go_with_their_interaction_and_with_their_reviewer(db):
     made = [("on-hers", "a1", "eve", "notes"), ("hers", "b1", "ann", "notes"), ("on-own", "a2", "ann", "notes"),
             ("others", "b1", "eve", "notes"), ("elsewhere", "c", "ann", "other")]  # fmt: skip
     rows = [
-        {"id": id, "task": task, "sequence": 1_000 + n, "interaction_id": str(uid(on)), "decision": "edit",
+        {"id": id, "loop": loop, "ingest_offset": 1_000 + n, "interaction_id": str(uid(on)), "decision": "edit",
          "target": f"as {by} has it", "reviewer": by, "created_at": START}
-        for n, (id, on, by, task) in enumerate(made)
+        for n, (id, on, by, loop) in enumerate(made)
     ]  # fmt: skip
     with db.write() as connection:
         connection.execute(t.review_decisions.insert(), rows)
     with db.read() as connection:
         assert set(held_of(connection, "notes", "ann").decisions) == {"on-hers", "hers", "on-own"}
-    assert forget(db).decisions == 3
+    assert erase(db).decisions == 3
     with db.read() as connection:
         assert set(connection.execute(sa.select(t.review_decisions.c.id)).scalars()) == {"others", "elsewhere"}
-    forget(db, task="other")
+    erase(db, loop="other")
     assert "ann" not in everything(db)
 
 
@@ -167,10 +167,10 @@ def test_review_decisions_go_with_their_interaction_and_with_their_reviewer(db):
     ],
 )
 def test_rejected_lines_that_name_the_person_go(db, user, excerpt, goes):
-    row = {"task": "notes", "path": "log.jsonl", "line": 1, "reason": "not JSON", "excerpt": excerpt}
+    row = {"loop": "notes", "path": "log.jsonl", "line": 1, "reason": "not JSON", "excerpt": excerpt}
     with db.write() as connection:
         connection.execute(t.rejected_lines.insert(), [row, {**row, "line": 2, "excerpt": "other"}])
-    assert forget(db, user).rejected_lines == goes
+    assert erase(db, user).rejected_lines == goes
     with db.read() as connection:
         assert connection.execute(sa.select(t.rejected_lines.c.line)).scalars().all() == ([2] if goes else [1, 2])
 
@@ -178,16 +178,16 @@ def test_rejected_lines_that_name_the_person_go(db, user, excerpt, goes):
 @pytest.mark.parametrize("user", ["'; DROP TABLE interactions; --", "%", "_", "", "ünï 🚧"])
 def test_a_name_is_data(db, user):
     record(db, *EVENTS, interaction("z", user=user))
-    assert forget(db, user).interactions == 1
-    assert tally(db)["interactions"] == 5
+    assert erase(db, user).interactions == 1
+    assert counters(db)["interactions"] == 5
 
 
 def test_more_events_than_one_statement_takes_are_forgotten(db):
     many = [interaction(f"i{n}", user="ann") for n in range(1_200)]
     record(db, *many, *(feedback(f"f{n}", f"i{n}", "thumbs_up") for n in range(1_200)))
-    done = forget(db)
+    done = erase(db)
     assert (done.interactions, done.feedback, len(done.ids)) == (1_200, 1_200, 2_400)
-    assert tally(db) == {} and examples(db) == {}
+    assert counters(db) == {} and examples(db) == {}
 
 
 def test_a_fault_on_the_way_forgets_nothing(db):
@@ -198,7 +198,7 @@ def test_a_fault_on_the_way_forgets_nothing(db):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), db.write() as connection:
-        forget_user(connection, "notes", "ann", broken)
+        erase_user(connection, "notes", "ann", broken)
     assert everything(db) == before
 
 
@@ -217,11 +217,11 @@ def test_writers_at_the_same_time_lose_nothing(db):
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    assert forget(db).interactions == 2
+    assert erase(db).interactions == 2
     for thread in threads:
         thread.join()
     assert not faults
-    counts = tally(db)
+    counts = counters(db)
     assert (counts["interactions"], counts["feedback"]) == (3 + 40, 3 + 40)
     assert "ann" not in everything(db)
 
@@ -235,7 +235,7 @@ def test_sqlites_files_do_not_hold_the_words_any_more(tmp_path):
     record(db, feedback("f", "a", "correction", correction=f"{secret} corrected"))
     files = [path, tmp_path / "tests.db-wal"]
     assert any(secret.encode() in file.read_bytes() for file in files)
-    forget(db)
+    erase(db)
     assert wipe(db)
     assert not any(secret.encode() in file.read_bytes() for file in files if file.exists())
 
@@ -259,7 +259,7 @@ def test_while_another_process_reads_the_files_are_not_clean_and_it_is_said_soon
     )
     with reader:
         assert reader.stdout.readline() == "reading\n"
-        forget(db)
+        erase(db)
         began = time.monotonic()
         assert not wipe(db)
         assert time.monotonic() - began < 10

@@ -18,7 +18,7 @@ from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
 
 def rows_of(path, loop):
-    return row_readers.read_rows(path, loop.sources.max_line_bytes)
+    return row_readers.read_rows(path, loop.ingest.max_line_bytes)
 
 
 def read_events(path, loop):
@@ -240,11 +240,11 @@ GOOD = {"prompt": "p", "output": "o"}
         ({**GOOD, "reward": "much"}, "reward: found 'much'"),
         ({**GOOD, "confidence": 7}, "confidence: found 7"),
         ({**GOOD, "correction": " "}, "correction"),
-        ({**GOOD, "source": "imported"}, "source, origin: only"),
-        ({**GOOD, "event": "interaction", "origin": "a.md"}, "source, origin: only"),
+        ({**GOOD, "source": "imported"}, "source, provenance: only"),
+        ({**GOOD, "event": "interaction", "provenance": "a.md"}, "source, provenance: only"),
         ({**GOOD, "surprise": 1}, "surprise: there is no such field"),
-        ({**GOOD, "task": "other"}, "is of task 'other'"),
-        ({**GOOD, "task": ["notes"]}, "is of task"),
+        ({**GOOD, "loop": "other"}, "is of loop 'other'"),
+        ({**GOOD, "loop": ["notes"]}, "is of loop"),
         ({**GOOD, "response": "o"}, "`output` or as `response`"),
         ({"prompt": "p"}, "`output` or as `response`"),
         ({"prompt": "", "output": "o"}, "prompt"),

@@ -5,10 +5,10 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import store
-from finetune_pipeline.feedback.erasure import forget_user
+from finetune_pipeline.feedback.erasure import erase_user
 from finetune_pipeline.feedback.review import ReviewError, candidates, decide, look, undo
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.feedback.store import bring_back, find, new_examples, tally, withdraw
+from finetune_pipeline.feedback.store import counters, find, new_examples, restore, retract
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
 TASK = "notes"
@@ -49,12 +49,12 @@ def asked(db, taught=False):
 
 def tallied(db):
     with db.read() as connection:
-        return tally(connection, TASK)
+        return counters(connection, TASK)
 
 
 def newest(db):
     with db.read() as connection:
-        return store.newest_sequence(connection)
+        return store.newest_offset(connection)
 
 
 def changed(db, after):
@@ -138,23 +138,23 @@ def test_history_is_kept_and_the_newest_decision_stands(db):
     assert take_back(db, "sam") is None
     d = t.review_decisions.c
     with db.read() as connection:
-        rows = connection.execute(sa.select(d.decision, d.reviewer, d.target).order_by(d.sequence)).all()
+        rows = connection.execute(sa.select(d.decision, d.reviewer, d.target).order_by(d.ingest_offset)).all()
     assert [tuple(row) for row in rows] == [
         ("approve", "rita", "answer a"), ("reject", "sam", "answer a"), ("undo", "sam", None)
     ]  # fmt: skip
 
 
 def test_a_decision_outlives_a_source_that_was_away(db):
-    put(db, interaction("a", source="vault", origin="a.md"), feedback("on a", "a", "thumbs_up"))
+    put(db, interaction("a", source="vault", provenance="a.md"), feedback("on a", "a", "thumbs_up"))
     say(db, "a", "edit", "better")
     with db.write() as connection:
-        withdraw(connection, TASK, [str(uid("a"))])
+        retract(connection, TASK, [str(uid("a"))])
     assert example(db, "a") is None
-    put(db, interaction("b", prompt="prompt a", output="answer a", source="vault", origin="moved/a.md"),
+    put(db, interaction("b", prompt="prompt a", output="answer a", source="vault", provenance="moved/a.md"),
         feedback("on b", "b", "thumbs_up"))  # fmt: skip
     assert example(db, "b").target == "better"
     with db.write() as connection:
-        bring_back(connection, TASK, {str(uid("a")): "a.md"}, default_reward)
+        restore(connection, TASK, {str(uid("a")): "a.md"}, default_reward)
     assert example(db, "a").target == "better"
 
 
@@ -193,7 +193,7 @@ def test_a_decision_on_what_has_changed_or_gone_is_refused(db):
         say(db, "a", "approve", reviewer="")
     shown = seen(db, "a")
     with db.write() as connection:
-        forget_user(connection, TASK, "ann", default_reward)
+        erase_user(connection, TASK, "ann", default_reward)
     with pytest.raises(ReviewError, match="deleted meanwhile"), db.write() as connection:
         decide(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
 
@@ -206,16 +206,16 @@ def test_who_is_forgotten_takes_their_decisions_along_and_what_they_shaped_is_as
     say(db, "c", "approve", reviewer="sam")
     before = newest(db)
     with db.write() as connection:
-        assert forget_user(connection, TASK, "rita", default_reward).decisions == 1
+        assert erase_user(connection, TASK, "rita", default_reward).decisions == 1
     assert {example(db, name).target for name in "ab"} == {"the same answer"}
     with db.read() as connection:  # older snapshots hold rita's words, so the next one is written anew
-        f = t.forgotten_events.c
-        assert connection.execute(sa.select(f.id).where(f.sequence > before)).first()
+        f = t.erased_events.c
+        assert connection.execute(sa.select(f.id).where(f.ingest_offset > before)).first()
     say(db, "a", "edit", "on ann's words")
     with db.write() as connection:
-        forget_user(connection, TASK, "ann", default_reward)
+        erase_user(connection, TASK, "ann", default_reward)
     assert example(db, "b").target == "the same answer"
     assert example(db, "c").review == "approve"
     with db.write() as connection:
-        forget_user(connection, TASK, "sam", default_reward)
+        erase_user(connection, TASK, "sam", default_reward)
     assert example(db, "c") is None and tallied(db)["examples"] == 1

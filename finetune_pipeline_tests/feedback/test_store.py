@@ -48,7 +48,7 @@ def test_feedback_may_come_before_its_interaction():
 def test_late_feedback_makes_an_example_new_again_until_it_was_judged():
     record(interaction("a", confidence=0.2), feedback("f", "a", "success", score=90))
     with connect().read() as connection:
-        seen = store.newest_sequence(connection)
+        seen = store.newest_offset(connection)
     assert new(after=seen) == []
     record(feedback("g", "a", "thumbs_up", minutes=5))
     (example,) = new(after=seen)
@@ -69,7 +69,7 @@ def test_writers_at_the_same_time_lose_nothing_and_share_no_sequence():
     for thread in threads:
         thread.join()
     with connect().read() as connection:
-        sequences = connection.execute(sa.select(t.interactions.c.sequence)).scalars().all()
+        sequences = connection.execute(sa.select(t.interactions.c.ingest_offset)).scalars().all()
     assert len(sequences) == len(set(sequences)) == 8 * 20 + 1
 
 
@@ -79,12 +79,12 @@ def test_a_failed_transaction_leaves_no_trace():
         raise RuntimeError("killed in between")
     with connect().read() as connection:
         assert store.totals(connection, "notes").interactions == 0
-        assert store.newest_sequence(connection) == 0
+        assert store.newest_offset(connection) == 0
 
 
 def test_an_event_of_another_loop_takes_nothing_away():
     record(interaction("a"), feedback("f", "a", "thumbs_up"))
-    strange = feedback("g", "a", "thumbs_down", minutes=5).model_copy(update={"task": "other"})
+    strange = feedback("g", "a", "thumbs_down", minutes=5).model_copy(update={"loop": "other"})
     with connect().write() as connection:
         store.record(connection, "other", [strange], default_reward)
     assert len(new()) == 1
@@ -97,7 +97,7 @@ def test_whatever_is_logged_is_data(text):
 
 
 def counted():
-    """The tallies, counted from the tables."""
+    """The loop_counters, counted from the tables."""
     with connect().read() as connection:
         rows = connection.execute(sa.select(t.feedback)).all()
         known = set(connection.execute(sa.select(t.interactions.c.id)).scalars())
@@ -118,7 +118,7 @@ def counted():
 
 def tallied():
     with connect().read() as connection:
-        return store.tally(connection, "notes")
+        return store.counters(connection, "notes")
 
 
 def test_the_tallies_are_what_counting_gives_whatever_arrives_in_whatever_order():
@@ -163,9 +163,9 @@ def test_what_happens_at_once_from_many_threads_is_tallied_right():
 
 def test_a_forgotten_id_stays_away():
     with connect().write() as connection:
-        row = {"id": str(uid("a")), "task": "notes", "sequence": store.take_sequence(connection, 1)}
-        connection.execute(t.forgotten_events.insert().values(row))
-    late = feedback("f", "a", "correction", correction="what somebody wanted forgotten")
+        row = {"id": str(uid("a")), "loop": "notes", "ingest_offset": store.take_offsets(connection, 1)}
+        connection.execute(t.erased_events.insert().values(row))
+    late = feedback("f", "a", "correction", correction="what somebody wanted erased")
     assert record(interaction("a"), late) == store.Recorded(duplicates=2)
     assert tallied() == {}
 
@@ -173,7 +173,9 @@ def test_a_forgotten_id_stays_away():
 def test_an_exchange_is_found_with_all_that_was_said_of_it():
     given = feedback("f", "a", "correction", correction="better")
     history = ({"role": "user", "content": "earlier"}, {"role": "assistant", "content": "yes"})
-    asked = interaction("a", history=history, domain="fire", arm="champion", flag="unsure", retrieved_context="code 7")
+    asked = interaction(
+        "a", history=history, domain="fire", variant="champion", flag="unsure", retrieved_context="code 7"
+    )
     record(asked, given)
     with connect().read() as connection:
         found = store.find(connection, uid("a"))
@@ -202,7 +204,7 @@ def test_taking_in_events_reads_by_their_ids_and_never_through_the_history(url):
         sa.event.remove(database.engine, "before_cursor_execute", explain)
     searches = [plan for plan in plans if plan.startswith(("SEARCH", "SCAN"))]
     assert len(searches) > 4
-    assert [plan for plan in searches if "SCAN" in plan or "(task=?" in plan] == []
+    assert [plan for plan in searches if "SCAN" in plan or "(loop=?" in plan] == []
 
 
 def test_what_was_flagged_is_listed_until_a_person_has_said_something_of_it():

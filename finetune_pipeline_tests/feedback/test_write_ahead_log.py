@@ -27,7 +27,7 @@ from finetune_pipeline.settings import FeedbackSettings, SettingsError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
 
-def rewards(task):
+def rewards(loop):
     return reward_function(FeedbackSettings())
 
 
@@ -157,7 +157,7 @@ def test_a_store_that_is_away_is_said_and_tried_again(own_home, monkeypatch):
 
 
 def test_an_event_that_the_store_refuses_keeps_nothing_else_waiting(db):
-    def picky(task):
+    def picky(loop):
         def reward(given, about):
             if given.id == uid("bad"):
                 raise ValueError("not this one")
@@ -187,7 +187,7 @@ from finetune_pipeline.feedback.write_ahead_log import Recorder
 from finetune_pipeline_tests.conftest import interaction
 
 database = connect()
-recorder = Recorder(database, lambda task: None)
+recorder = Recorder(database, lambda loop: None)
 held = database.write()
 held.__enter__()  # nothing leaves the journal meanwhile
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
@@ -267,12 +267,12 @@ def test_an_event_from_a_clock_that_was_ahead_is_rejected_and_the_rest_is_recove
 
 
 def test_lines_and_events_that_cannot_be_used_are_put_aside_and_the_rest_is_taken_over(db):
-    def of_known_loops(task):
-        if task != "notes":
-            raise SettingsError(f"no loop is named {task!r}")
-        return rewards(task)
+    def of_known_loops(loop):
+        if loop != "notes":
+            raise SettingsError(f"no loop is named {loop!r}")
+        return rewards(loop)
 
-    path = leave(interaction("a"), interaction("b").model_copy(update={"task": "gone"}), interaction("c"))
+    path = leave(interaction("a"), interaction("b").model_copy(update={"loop": "gone"}), interaction("c"))
     path.write_bytes(b"not json\n" + path.read_bytes())
     assert take_over_orphans(db, of_known_loops) == 2
     aside = path.with_suffix(".refused").read_text()
@@ -322,7 +322,7 @@ from finetune_pipeline.feedback.rewards import reward_function
 from finetune_pipeline.settings import FeedbackSettings
 from finetune_pipeline_tests.conftest import interaction
 
-recorder = Recorder(connect(), lambda task: reward_function(FeedbackSettings()))
+recorder = Recorder(connect(), lambda loop: reward_function(FeedbackSettings()))
 n = 0
 while True:
     recorder.add(interaction(str(n)))

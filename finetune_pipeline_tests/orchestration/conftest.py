@@ -19,7 +19,7 @@ BENCHMARK = [
 ATTRIBUTES = {
     "name": "notes",
     "base_model": "data/starter_model",
-    "curation": {"min_examples": 5, "validation_share": 0.2},
+    "curation": {"min_examples": 5, "validation_fraction": 0.2},
     "training": {"epochs": 1, "max_length": 128},
     "evaluation": {"benchmark": "BENCHMARK", "metric": "words", "max_tokens": 24, "context": 192},
     "trigger": {"new_examples": 10},

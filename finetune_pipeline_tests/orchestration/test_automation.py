@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 
 from finetune_pipeline.database import connect
-from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_sequence
+from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_offset
 from finetune_pipeline.orchestration.automation import LOOP_TAG, SERIES_TAG, WATERMARK_TAG, answer
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
@@ -26,7 +26,7 @@ def take_in(loop, *events):
 
 def judge(loop, promote=True):
     with connect().read() as connection:
-        watermark = newest_sequence(connection)
+        watermark = newest_offset(connection)
     record_comparison(
         connect(),
         ModelComparison(

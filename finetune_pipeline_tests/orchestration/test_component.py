@@ -43,7 +43,7 @@ def test_its_checks_and_which_of_them_block():
         "gguf_model.agreement": False,
         "eval_report.gain": True,
         "eval_report.significance": False,
-        "eval_report.no_slice_falls": False,
+        "eval_report.no_slice_regressed": False,
     }
 
 

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, point, pointed, publish, read, stage_folder
 from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.database import connect
-from finetune_pipeline.database.tables import check_outcomes, model_comparisons
+from finetune_pipeline.database.tables import check_outcomes, comparisons
 from finetune_pipeline.evaluation.report import JSON
 from finetune_pipeline.evaluation.run import ANSWERS, BenchmarkRunManifest
 from finetune_pipeline.export.base import base_hash, resolve_base_model
@@ -210,7 +210,7 @@ def test_what_did_not_pass_a_blocking_check_is_neither_evaluated_nor_promoted(lo
 
 
 def test_a_check_that_failed_in_a_run_is_remembered_by_the_next(loop, settled, instance):
-    few = settled(curation={"min_examples": 50, "validation_share": 0.2})
+    few = settled(curation={"min_examples": 50, "validation_fraction": 0.2})
     assert not run_softly(few, instance, "curated_dataset").success
     make_adapter(few, 3)
     run(few, instance, "gguf_model")
@@ -276,7 +276,7 @@ def test_other_settings_than_the_report_s_promote_nothing(loop, settled, instanc
 
 def test_a_verdict_that_differs_from_the_database_s_promotes_nothing(loop, instance):
     with connect().write() as connection:
-        connection.execute(sa.update(model_comparisons).values(promote=False))
+        connection.execute(sa.update(comparisons).values(promote=False))
     with pytest.raises(NotMeasured, match="its manifest says promote, the database says reject"):
         run(loop, instance, "promoted_model")
     assert served() is None

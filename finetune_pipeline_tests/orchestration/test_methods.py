@@ -32,7 +32,7 @@ def checked(loop, artifact):
 
 
 def test_the_dataset_says_what_it_holds_and_what_was_disliked_is_found_again_and_forgotten(make_loop):
-    loop = make_loop(training={"method": "auto"}, curation={"min_examples": 20, "validation_share": 0.2})
+    loop = make_loop(training={"method": "auto"}, curation={"min_examples": 20, "validation_fraction": 0.2})
     artifact = dataset(loop)
     held = artifact.manifest
     assert held.pairs == held.desirable == held.train

@@ -14,7 +14,7 @@ from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.feedback.store import newest_sequence, record
+from finetune_pipeline.feedback.store import newest_offset, record
 from finetune_pipeline.orchestration import raw_logs
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.records import DatasetManifest, Turn
@@ -74,7 +74,7 @@ def test_one_run_links_what_another_run_wrote(loop, instance):
 def test_nothing_new_gives_the_last_snapshot(loop):
     add(loop, *corrected(["ash"]))
     first = take(loop)
-    other = interaction("elsewhere").model_copy(update={"task": "another"})
+    other = interaction("elsewhere").model_copy(update={"loop": "another"})
     with connect().write() as connection:
         record(connection, "another", [other], default_reward)
     assert take(loop) == first
@@ -83,7 +83,7 @@ def test_nothing_new_gives_the_last_snapshot(loop):
 def test_a_row_holds_all_that_was_logged(loop):
     logged = interaction(
         "ash", history=(Turn(role="user", content="hello"),), validation_score=70, domain="forest", kind="note",
-        retrieved_context="a tree", arm="challenger", flag="unsure", model="notes@v1.0.0", user="ann",
+        retrieved_context="a tree", variant="challenger", flag="unsure", model="notes@v1.0.0", user="ann",
     )  # fmt: skip
     add(loop, logged)
     (row,) = rows(take(loop), "records-0001.parquet")
@@ -94,7 +94,7 @@ def test_a_row_holds_all_that_was_logged(loop):
         "domain",
         "kind",
         "retrieved_context",
-        "arm",
+        "variant",
         "flag",
         "model",
         "user",
@@ -144,18 +144,22 @@ def test_after_something_was_forgotten_everything_is_written_anew(loop):
     add(loop, *corrected(["cedar"]))
     take(loop)
     with connect().write() as connection:
-        gone = {"id": str(uuid.uuid4()), "task": "another", "sequence": newest_sequence(connection) + 1}
-        connection.execute(t.forgotten_events.insert(), gone)
-        connection.execute(sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["sequence"]))
+        gone = {"id": str(uuid.uuid4()), "loop": "another", "ingest_offset": newest_offset(connection) + 1}
+        connection.execute(t.erased_events.insert(), gone)
+        connection.execute(
+            sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["ingest_offset"])
+        )
     assert len(take(loop).manifest.parts) == 2  # another loop's
     with connect().write() as connection:
         i, e = t.interactions.c, t.examples.c
-        ash = connection.execute(sa.select(i.id).order_by(i.sequence).limit(1)).scalar_one()
+        ash = connection.execute(sa.select(i.id).order_by(i.ingest_offset).limit(1)).scalar_one()
         connection.execute(t.interactions.delete().where(i.id == ash))
         connection.execute(t.examples.delete().where(e.interaction_id == ash))
-        gone = {"id": ash, "task": loop.name, "sequence": newest_sequence(connection) + 1}
-        connection.execute(t.forgotten_events.insert(), gone)
-        connection.execute(sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["sequence"]))
+        gone = {"id": ash, "loop": loop.name, "ingest_offset": newest_offset(connection) + 1}
+        connection.execute(t.erased_events.insert(), gone)
+        connection.execute(
+            sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["ingest_offset"])
+        )
     anew = take(loop)
     assert [row["target"] for part in anew.manifest.parts for row in rows(anew, part)] == ["birch spoke", "cedar spoke"]
     assert take(loop) == anew  # once is enough
@@ -231,5 +235,5 @@ def test_what_is_new_is_found_by_indexes(loop):
         text, values = statements[0]
         plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", values)]
     assert not [step for step in plan if step.startswith("SCAN") and ("interactions" in step or "examples" in step)]
-    assert [step for step in plan if "ix_interactions_task_sequence (task=? AND sequence>?" in step]
-    assert [step for step in plan if "ix_examples_task_sequence (task=? AND sequence>?" in step]
+    assert [step for step in plan if "ix_interactions_loop_ingest_offset (loop=? AND ingest_offset>?" in step]
+    assert [step for step in plan if "ix_examples_loop_ingest_offset (loop=? AND ingest_offset>?" in step]

@@ -42,10 +42,10 @@ def utterances(kind, count):
 
 def confirmed(text, answer):
     asked = Interaction(
-        id=uuid5(NAMESPACE, text), task="notes", created_at=MOMENT, prompt=text, output=answer, confidence=0.99
+        id=uuid5(NAMESPACE, text), loop="notes", created_at=MOMENT, prompt=text, output=answer, confidence=0.99
     )
     said = Feedback(
-        id=uuid5(NAMESPACE, f"on {text}"), task="notes", interaction_id=asked.id, created_at=MOMENT, kind="thumbs_up"
+        id=uuid5(NAMESPACE, f"on {text}"), loop="notes", interaction_id=asked.id, created_at=MOMENT, kind="thumbs_up"
     )
     return [asked, said]
 

@@ -45,7 +45,7 @@ def feeds(tmp_path, monkeypatch):
     sql = {"table": "answers", "key": "id", "watermark": "id", "prompt": "asked", "response": "said"}
     rated = {"rating": "stars", "ratings": {"5": 0.9, "1": -1.0}, "author": "author"}
     return [
-        {"kind": "logs", "max_share": 0.5},
+        {"kind": "logs", "max_fraction": 0.5},
         {"kind": "files", "name": "imported", "path": str(tmp_path / "imported.jsonl")},
         {"kind": "vault", "name": "journal", "path": str(vault)},
         {"kind": "code", "name": "repository", "path": str(repository)},
@@ -60,7 +60,7 @@ def feeds(tmp_path, monkeypatch):
 
 
 def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_from(make_loop, feeds, instance):
-    loop = make_loop(sources={"feeds": feeds}, curation={"min_examples": 5, "validation_share": 0.0})
+    loop = make_loop(sources=feeds, curation={"min_examples": 5, "validation_fraction": 0.0})
     write_events(loop.drop_folder / "log.jsonl", *corrected([f"voice {n}" for n in range(40)]))
     keys = [dg.AssetKey([*loop.prefix, name]) for name in ("raw_logs", "curated_dataset")]
     run = (
@@ -74,27 +74,28 @@ def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_fr
 
     dataset = pointed(DatasetManifest, loop.name)
     rows = [row for row in read_rows(dataset.path, "train") if row["source"] != "replay"]
-    origins = {
-        source: sorted(r["origin"] or "" for r in rows if r["source"] == source) for source in dataset.manifest.sources
+    provenances = {
+        source: sorted(r["provenance"] or "" for r in rows if r["source"] == source)
+        for source in dataset.manifest.sources
     }
-    assert set(origins) == {"logs", "imported", "journal", "repository", "meetings", "ratings"}
-    assert origins["imported"] == ["imported.jsonl:1"]
-    assert origins["journal"] == ["Mill.md", "Saw.md"]
-    assert origins["repository"] == ["walls.py::thickness"]
-    assert origins["ratings"] == ["answers:1"]  # the other one has one star
-    assert len(origins["logs"]) <= len(rows) / 2 + 1
+    assert set(provenances) == {"logs", "imported", "journal", "repository", "meetings", "ratings"}
+    assert provenances["imported"] == ["imported.jsonl:1"]
+    assert provenances["journal"] == ["Mill.md", "Saw.md"]
+    assert provenances["repository"] == ["walls.py::thickness"]
+    assert provenances["ratings"] == ["answers:1"]  # the other one has one star
+    assert len(provenances["logs"]) <= len(rows) / 2 + 1
 
     raw, curated = (run.asset_materializations_for_node("__".join(key.path))[0].metadata for key in keys)
     card = (dataset.path / "card.md").read_text()
     shown = [json.loads(line) for line in card.split("```json\n")[1].split("\n```")[0].splitlines()]
-    with Path(curated["origins"].value).open(encoding="utf-8", newline="") as file:
-        in_file = [(row["source"], row["origin"], row["interaction_id"]) for row in csv.DictReader(file)]
-    assert sorted(in_file) == sorted((r["source"], r["origin"] or "", r["interaction_id"]) for r in rows)
-    assert "[origins.csv](origins.csv)" in card and curated["card"].value == card
-    for source, known in origins.items():
+    with Path(curated["provenances"].value).open(encoding="utf-8", newline="") as file:
+        in_file = [(row["source"], row["provenance"], row["interaction_id"]) for row in csv.DictReader(file)]
+    assert sorted(in_file) == sorted((r["source"], r["provenance"] or "", r["interaction_id"]) for r in rows)
+    assert "[provenances.csv](provenances.csv)" in card and curated["card"].value == card
+    for source, known in provenances.items():
         assert f"| {source} |" in curated["sources"].value
-        assert {row["origin"] or "" for row in shown if row["source"] == source} <= set(known)
+        assert {row["provenance"] or "" for row in shown if row["source"] == source} <= set(known)
         assert source in {row["source"] for row in shown}
         if source != "logs":  # of what the application logged, the interaction's id says what it was
             assert f"| {source} |" in raw["sources"].value
-            assert any(f"| {source} | {origin} |" in curated["origins_first"].value for origin in known)
+            assert any(f"| {source} | {provenance} |" in curated["origins_first"].value for provenance in known)

@@ -43,7 +43,7 @@ def test_a_new_cycle_looks_at_the_new_part_only_and_gives_what_a_full_one_gives(
     assert looked[2:] == ["records-0001.parquet", "records-0002.parquet"]
     assert full.manifest.files == second.manifest.files
     # What says nothing of an example by itself costs no second look; what does, costs one.
-    dataset(make_loop(curation={**loop.curation.model_dump(), "validation_share": 0.5}), logs)
+    dataset(make_loop(curation={**loop.curation.model_dump(), "validation_fraction": 0.5}), logs)
     assert len(looked) == 4
     dataset(make_loop(curation={**loop.curation.model_dump(), "min_reward": 0.1}), logs)
     assert len(looked) == 6
@@ -55,12 +55,12 @@ def test_a_new_cycle_looks_at_the_new_part_only_and_gives_what_a_full_one_gives(
 
 def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_cache(make_loop):
     feed = {"kind": "files", "name": "imported", "path": "somewhere"}
-    loop = make_loop(sources={"feeds": [feed]}, curation={"min_examples": 1, "validation_share": 0.0})
+    loop = make_loop(sources=[feed], curation={"min_examples": 1, "validation_fraction": 0.0})
     ash, birch, cedar = (
         Item(name, f"what did {name} say of it?", f"{name} spoke") for name in ("ash", "birch", "cedar")
     )
     for items in ([ash, birch], [ash], [ash, birch], [ash], [ash, birch, cedar]):
-        read_feed(loop, loop.sources.feeds[0], connect(), lambda feed, mark, items=items: iter(items))
+        read_feed(loop, loop.sources[0], connect(), lambda feed, mark, items=items: iter(items))
         logs, _ = snapshot(loop, connect())
         point(logs.manifest, "a run")
         warm = dataset(loop, logs)
@@ -76,7 +76,7 @@ def test_a_question_of_the_benchmark_is_known_again_after_its_redaction(make_loo
     question = "Send the invoice to ann.smith@example.com today"
     row = {"id": "q1", "slice": "mail", "prompt": question, "expected": "sent"}
     (tmp_path / "benchmark.jsonl").write_text(json.dumps(row) + "\n")
-    loop = make_loop(curation={"min_examples": 1, "validation_share": 0.0})
+    loop = make_loop(curation={"min_examples": 1, "validation_fraction": 0.0})
     events = [*corrected(["ash"]), interaction("ann", prompt=question)]
     events.append(feedback("on ann", "ann", "correction", correction="sent"))
     with connect().write() as connection:
@@ -89,7 +89,7 @@ def test_a_question_of_the_benchmark_is_known_again_after_its_redaction(make_loo
 def test_another_tokenizer_under_the_same_path_gives_another_dataset(make_loop, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
-    cur = {"min_examples": 1, "validation_share": 0.0, "max_answer_tokens": 3}
+    cur = {"min_examples": 1, "validation_fraction": 0.0, "max_answer_tokens": 3}
     loop = make_loop(curation=cur, base_model=str(base))
 
     def tokenizer(split):

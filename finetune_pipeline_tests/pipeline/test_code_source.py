@@ -1,4 +1,4 @@
-"""A repository and a folder of notes feed a loop: what they taught is in the dataset with its source and origin."""
+"""A repository and a folder of notes feed a loop: what they taught is in the dataset with its source and provenance."""
 
 import json
 
@@ -6,7 +6,7 @@ from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline.build_dataset import dataset
-from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_items
+from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_records
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.sources.endpoint import said, teaching
 
@@ -15,11 +15,11 @@ NOTES = {
     "kind": "documents", "name": "meetings", "path": "examples/documents/notes",
     "templates": "examples/documents/templates",
 }  # fmt: skip
-CURATION = {"min_examples": 1, "validation_share": 0.0}
+CURATION = {"min_examples": 1, "validation_fraction": 0.0}
 
 
 def test_code_and_documents_reach_the_dataset_with_their_origins(make_loop):
-    loop = make_loop(sources={"feeds": [CODE, NOTES]}, curation=CURATION)
+    loop = make_loop(sources=[CODE, NOTES], curation=CURATION)
     told = []
     feeds = read_feeds(loop, connect(), told.append)
     assert [fed.failed for fed in feeds] == ["", ""]
@@ -27,12 +27,12 @@ def test_code_and_documents_reach_the_dataset_with_their_origins(make_loop):
     artifact, _ = snapshot(loop, connect())
     rows = read_rows(dataset(loop, artifact).path, "train")
     assert {row["source"] for row in rows} == {"own_code", "meetings"}
-    origins = {row["origin"] for row in rows}
-    assert {"code.py::request", "item.py::Item", "orders.md::api"} <= origins
+    provenances = {row["provenance"] for row in rows}
+    assert {"code.py::request", "item.py::Item", "orders.md::api"} <= provenances
     assert all(fed.new == 0 for fed in read_feeds(loop, connect(), told.append))
     with connect().read() as connection:
         assert ("meetings", "kickoff.txt::api") in {
-            (row.source, row.origin) for row in skipped_items(connection, loop, 99)
+            (row.source, row.provenance) for row in skipped_records(connection, loop, 99)
         }
 
 
@@ -47,14 +47,14 @@ def test_what_a_loop_sends_to_a_teacher_is_redacted(make_loop, tmp_path):
 
     with teaching(script) as (server, settings):
         feed = {**CODE, "path": str(tmp_path / "code"), "teacher": settings.model_dump()}
-        (fed,) = read_feeds(make_loop(sources={"feeds": [feed]}, curation=CURATION), connect(), print)
+        (fed,) = read_feeds(make_loop(sources=[feed], curation=CURATION), connect(), print)
         assert (fed.items, fed.failed, len(server.asked)) == (1, "", 1)
         assert secret not in json.dumps(server.asked)
 
 
 def test_a_teacher_without_its_key_fails_that_source_alone(make_loop):
     teacher = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}
-    loop = make_loop(sources={"feeds": [{**CODE, "teacher": teacher}, NOTES]}, curation=CURATION)
+    loop = make_loop(sources=[{**CODE, "teacher": teacher}, NOTES], curation=CURATION)
     code, notes = read_feeds(loop, connect(), print)
     assert "NO_SUCH_KEY is not set" in code.failed
     assert notes.items == 6

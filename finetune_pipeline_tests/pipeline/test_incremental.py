@@ -51,7 +51,7 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     replay = tmp_path / "replay.jsonl"
     rows = [{"prompt": f"an older matter of number {n}", "completion": f"older {n}"} for n in range(60)]
     replay.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    curation = {"min_examples": 5, "validation_share": 0.2, "replay": str(replay)}
+    curation = {"min_examples": 5, "validation_fraction": 0.2, "replay": str(replay)}
     full = make_loop(training=SMALL, curation=curation)
     more = make_loop(training={**SMALL, "mode": "incremental", "replay_older": 0.5}, curation=curation)
     events = more.drop_folder / "log.jsonl"
@@ -115,7 +115,7 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
 @pytest.mark.slow
 def test_kto_goes_on_with_new_bad_answers_beside_older_good_ones(make_loop, tmp_path, monkeypatch):
     training = {**SMALL, "epochs": 1, "method": "kto", "mode": "incremental", "replay_older": 0}
-    loop = make_loop(training=training, curation={"min_examples": 5, "validation_share": 0.2})
+    loop = make_loop(training=training, curation={"min_examples": 5, "validation_fraction": 0.2})
     made = [adapter(loop, loop.training, labelled(loop), ignored, ignored)]
     make_champion(made[0], tmp_path)
     worse = labelled(loop, good=[], bad=["worse 1", "worse 2", "worse 3"])

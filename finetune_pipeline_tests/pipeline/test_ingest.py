@@ -299,7 +299,7 @@ def test_a_mended_file_is_read_anew_and_its_quarantine_is_lifted(loop):
 
 
 def test_a_missing_source_and_an_empty_one_say_what_to_do(make_loop):
-    missing = make_loop(sources={"folders": ["nowhere/at/all"]})
+    missing = make_loop(ingest={"folders": ["nowhere/at/all"]})
     with pytest.raises(SourceError, match=r"nowhere/at/all is not there; create it, or correct sources\.folders"):
         take(missing)
     empty = make_loop()
@@ -398,9 +398,9 @@ def drop(loop, name, rows=ROWS):
 
 
 def taught(loop):
-    """Prompt, target, reward, source and origin of what the store's examples teach."""
+    """Prompt, target, reward, source and provenance of what the store's examples teach."""
     i, e = t.interactions.c, t.examples.c
-    query = sa.select(i.prompt, e.target, e.reward, i.source, i.origin).join(t.examples, i.id == e.interaction_id)
+    query = sa.select(i.prompt, e.target, e.reward, i.source, i.provenance).join(t.examples, i.id == e.interaction_id)
     with connect().read() as connection:
         return sorted(tuple(row) for row in connection.execute(query))
 
@@ -417,7 +417,7 @@ def test_dropped_conversations_are_taken_once_with_file_and_line(loop, name):
 
 
 def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_loop):
-    loop = make_loop(system_prompt="Be short.", sources={"ingested_reward": 0.5})
+    loop = make_loop(system_prompt="Be short.", ingest={"default_reward": 0.5})
     file = loop.drop_folder / "log.jsonl"
     write_events(file, *corrected(["ash"]))
     with file.open("a") as out:
@@ -511,12 +511,12 @@ def test_a_kill_within_a_table_loses_nothing_and_doubles_nothing(loop, tmp_path)
 
 def test_a_feed_may_not_have_the_name_of_what_is_dropped(make_loop):
     with pytest.raises(SettingsError, match="ingested is taken"):
-        make_loop(sources={"feeds": [{"kind": "files", "name": "ingested", "path": "x"}]})
+        make_loop(sources=[{"kind": "files", "name": "ingested", "path": "x"}])
 
 
 def test_what_is_dropped_can_have_a_quota(make_loop):
     quota = {"kind": "ingested", "max_examples": 3}
-    loop = make_loop(sources={"feeds": [quota]}, curation={"min_examples": 1, "validation_share": 0.0})
+    loop = make_loop(sources=[quota], curation={"min_examples": 1, "validation_fraction": 0.0})
     rows = [{"prompt": f"what is row {n} of it?", "completion": f"it is {n}"} for n in range(9)]
     loop.drop_folder.mkdir(parents=True, exist_ok=True)
     (loop.drop_folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -75,7 +75,7 @@ def report(db, version, path):
         publish(folder, ReportManifest, {**COMMON, "version": version, "inputs": {}, **fields})
     row = {**fields, "id": version, "loop": "notes", "report_path": home() / "r", "created_at": datetime.now(UTC)}
     del row["comparison_id"]
-    row["after_move"] = serving(db, "notes").move
+    row["after_deployment"] = serving(db, "notes").move
     record_comparison(db, ModelComparison(**row))
 
 
@@ -177,7 +177,7 @@ def test_weights_that_were_never_promoted_are_found_by_their_dataset(db, loop, c
 def test_what_was_trained_on_top_of_an_adapter_learnt_what_that_one_learnt(db, loop, chain):
     promoted(db, "three", "d2", on_top_of="a-one")
     promoted(db, "four", "d2", on_top_of="a-three")
-    found = made_with(db, loop, {"i3"})  # in the first dataset alone: it was replaced or forgotten since
+    found = made_with(db, loop, {"i3"})  # in the first dataset alone: it was replaced or erased since
     assert found.datasets == folders("curated_dataset", "d1")
     assert found.models == ("notes@v1.3.0", "notes@v1.2.0", "notes@v1.0.0")
     assert found.weights == (
@@ -251,5 +251,5 @@ def test_the_card_does_without_what_is_gone(db, loop, chain):
         for path in stage_folder("notes", stage).glob("*/manifest.json"):
             Path(path).unlink()
     text = card(db, loop, chain[0])
-    assert "| dataset | d1 |" in text and "gain 50.0 %, 5 % needed" in text and "up to sequence 9" in text
+    assert "| dataset | d1 |" in text and "gain 50.0 %, 5 % needed" in text and "up to ingest_offset 9" in text
     assert "None" not in text and "| train |" not in text

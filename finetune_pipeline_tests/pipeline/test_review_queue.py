@@ -22,7 +22,7 @@ from finetune_pipeline.registry.comparisons import ModelComparison, record_compa
 from finetune_pipeline.sources.source_record import Item
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
-CURATION = {"min_examples": 1, "validation_share": 0.0}
+CURATION = {"min_examples": 1, "validation_fraction": 0.0}
 NAMES = ["amy", "ben", "cid", "dan"]
 
 
@@ -86,14 +86,14 @@ def test_an_edit_makes_a_pair_with_what_the_model_had_said(loop, logged):
 
 def test_a_decision_outlives_the_file_that_the_words_were_in(make_loop):
     feed = {"kind": "files", "name": "notes", "path": "somewhere"}
-    loop = make_loop(sources={"feeds": [feed]}, curation=CURATION)
+    loop = make_loop(sources=[feed], curation=CURATION)
 
-    def take(origin):
-        item = Item(origin, "what did amy say?", "amy spoke")
-        read_feed(loop, loop.sources.feeds[0], connect(), lambda settings, mark: iter([item]))
+    def take(provenance):
+        item = Item(provenance, "what did amy say?", "amy spoke")
+        read_feed(loop, loop.sources[0], connect(), lambda settings, mark: iter([item]))
 
     take("a.md")
-    (only,) = waiting(make_loop(sources={"feeds": [feed]}, curation=CURATION, review={"required": True}), connect())
+    (only,) = waiting(make_loop(sources=[feed], curation=CURATION, review={"required": True}), connect())
     with connect().write() as connection:
         decide(connection, loop.name, only.candidate, "edit", "amy said more", "rita", default_reward)
     take("moved/b.md")

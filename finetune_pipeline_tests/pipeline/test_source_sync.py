@@ -14,20 +14,20 @@ from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import FeedbackClient
-from finetune_pipeline.feedback.erasure import forget_user, held_of
+from finetune_pipeline.feedback.erasure import erase_user, held_of
 from finetune_pipeline.feedback.formats import export_alpaca, export_events, import_rows
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.feedback.store import tally
+from finetune_pipeline.feedback.store import counters
 from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline import source_sync
 from finetune_pipeline.pipeline.build_dataset import dataset, taught
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
-from finetune_pipeline.pipeline.source_sync import read_feed, skipped_items
+from finetune_pipeline.pipeline.source_sync import read_feed, skipped_records
 from finetune_pipeline.records import shown
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.row_readers import read_rows as read_rows_of
-from finetune_pipeline.sources.source_record import Item, Mark, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Cursor, Item, Skipped, SourceError
 from finetune_pipeline_tests.conftest import interaction, uid
 
 from ..sources.test_files import write_as
@@ -44,7 +44,7 @@ def on_each_database(url, monkeypatch):
 
 @pytest.fixture
 def loop(make_loop):
-    return make_loop(sources={"feeds": [FEED]}, curation={"min_examples": 1, "validation_share": 0.0})
+    return make_loop(sources=[FEED], curation={"min_examples": 1, "validation_fraction": 0.0})
 
 
 def items(*names, **changes):
@@ -52,8 +52,8 @@ def items(*names, **changes):
 
 
 def take(loop, *found):
-    (feed,) = loop.sources.feeds
-    return read_feed(loop, feed, connect(), lambda settings, mark: iter(found))
+    (feed,) = loop.sources
+    return read_feed(loop, feed, connect(), lambda settings, cursor: iter(found))
 
 
 def targets(loop):
@@ -63,10 +63,10 @@ def targets(loop):
 
 def test_items_teach_with_their_source_and_origin(loop):
     fed = take(loop, *items("ash", "elm"))
-    assert (fed.items, fed.new, fed.withdrawn, fed.skipped) == (2, 2, 0, 0)
+    assert (fed.items, fed.new, fed.retracted, fed.skipped) == (2, 2, 0, 0)
     artifact, _ = snapshot(loop, connect())
     rows = read_rows(dataset(loop, artifact).path, "train")
-    assert {(row["source"], row["origin"]) for row in rows} == {("imported", "ash.md"), ("imported", "elm.md")}
+    assert {(row["source"], row["provenance"]) for row in rows} == {("imported", "ash.md"), ("imported", "elm.md")}
     assert dataset(loop, artifact).manifest.sources == {"imported": 2}
     assert count_new(loop, connect(), 0) == 2
 
@@ -75,17 +75,17 @@ def test_reading_it_again_changes_nothing(loop):
     take(loop, *items("ash", "elm"))
     first, _ = snapshot(loop, connect())
     fed = take(loop, *items("elm", "ash"))
-    assert (fed.items, fed.new, fed.withdrawn) == (2, 0, 0)
+    assert (fed.items, fed.new, fed.retracted) == (2, 0, 0)
     assert snapshot(loop, connect())[0].manifest.version == first.manifest.version
 
 
 def test_what_the_source_no_longer_has_teaches_no_longer_and_again_when_it_is_back(loop):
     take(loop, *items("ash", "elm"))
     assert targets(loop) == ["ash spoke", "elm spoke"]
-    assert take(loop, *items("ash")).withdrawn == 1
+    assert take(loop, *items("ash")).retracted == 1
     assert targets(loop) == ["ash spoke"]
     with connect().read() as connection:
-        assert tally(connection, loop.name)["examples"] == 1
+        assert counters(connection, loop.name)["examples"] == 1
     assert take(loop, *items("ash", "elm")).new == 0
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
@@ -93,7 +93,7 @@ def test_what_the_source_no_longer_has_teaches_no_longer_and_again_when_it_is_ba
 def test_a_changed_item_stands_instead_of_the_old_one(loop):
     take(loop, *items("ash"))
     fed = take(loop, Item("ash.md", "what did ash say about it all?", "ash said more"))
-    assert (fed.new, fed.withdrawn) == (1, 1)
+    assert (fed.new, fed.retracted) == (1, 1)
     assert targets(loop) == ["ash said more"]
 
 
@@ -101,8 +101,8 @@ def ids_of(loop):
     """Origin -> id of what the source has now."""
     i = t.interactions.c
     with connect().read() as connection:
-        query = sa.select(i.origin, i.id).where(i.task == loop.name, i.withdrawn.is_(None))
-        return {row.origin: row.id for row in connection.execute(query)}
+        query = sa.select(i.provenance, i.id).where(i.loop == loop.name, i.retracted_offset.is_(None))
+        return {row.provenance: row.id for row in connection.execute(query)}
 
 
 def test_what_moved_within_its_source_is_the_same_with_all_that_was_said_of_it(loop):
@@ -113,13 +113,13 @@ def test_what_moved_within_its_source_is_the_same_with_all_that_was_said_of_it(l
     before = ids_of(loop)
     FeedbackClient(loop).correct(before["a.jsonl:2"], "elm sang")
     fed = take(loop, line(1, "oak"), line(2, "ash"), line(3, "elm"))
-    assert (fed.items, fed.new, fed.withdrawn) == (3, 1, 0)
+    assert (fed.items, fed.new, fed.retracted) == (3, 1, 0)
     assert targets(loop) == ["ash spoke", "elm sang", "oak spoke"]
     after = ids_of(loop)
     assert (after["a.jsonl:2"], after["a.jsonl:3"]) == (before["a.jsonl:1"], before["a.jsonl:2"])
     rows = read_rows(dataset(loop, snapshot(loop, connect())[0]).path, "train")
-    assert {row["origin"]: row["completion"] for row in rows}["a.jsonl:3"] == "elm sang"
-    assert take(loop, line(1, "oak"), line(2, "ash")).withdrawn == 1
+    assert {row["provenance"]: row["completion"] for row in rows}["a.jsonl:3"] == "elm sang"
+    assert take(loop, line(1, "oak"), line(2, "ash")).retracted == 1
     assert take(loop, line(1, "oak"), line(2, "ash"), line(7, "elm")).new == 0
     assert targets(loop) == ["ash spoke", "elm sang", "oak spoke"]
     assert ids_of(loop)["a.jsonl:7"] == before["a.jsonl:2"]
@@ -133,7 +133,7 @@ def test_the_same_text_twice_is_two_things_wherever_they_stand(loop):
     before = ids_of(loop)
     assert len(set(before.values())) == 3
     fed = take(loop, *at("a:2", "a:4"))
-    assert (fed.items, fed.new, fed.withdrawn) == (2, 0, 1)
+    assert (fed.items, fed.new, fed.retracted) == (2, 0, 1)
     assert ids_of(loop) == {"a:2": before["a:1"], "a:4": before["a:2"]}
 
 
@@ -143,69 +143,69 @@ def test_rows_with_keys_are_told_apart_by_them_though_their_text_is_the_same(loo
 
     take(loop, *rows("t:1", "t:2"))
     before = ids_of(loop)
-    assert take(loop, *rows("t:2")).withdrawn == 1
+    assert take(loop, *rows("t:2")).retracted == 1
     assert ids_of(loop) == {"t:2": before["t:2"]}
 
 
 def test_a_source_with_marks_goes_on_and_takes_back_only_what_changed(loop):
-    (feed,) = loop.sources.feeds
-    marks = []
+    (feed,) = loop.sources
+    cursors = []
 
-    def read(settings, mark):
-        marks.append(mark)
-        yield from items("ash", "elm") if mark is None else [Item("ash.md", "what did ash say?", "ash said more")]
-        yield Mark({"id": 2 if mark is None else 3})
+    def read(settings, cursor):
+        cursors.append(cursor)
+        yield from items("ash", "elm") if cursor is None else [Item("ash.md", "what did ash say?", "ash said more")]
+        yield Cursor({"id": 2 if cursor is None else 3})
 
     read_feed(loop, feed, connect(), read)
-    assert read_feed(loop, feed, connect(), read).withdrawn == 1
-    assert marks == [None, {"id": 2}]
+    assert read_feed(loop, feed, connect(), read).retracted == 1
+    assert cursors == [None, {"id": 2}]
     assert targets(loop) == ["ash said more", "elm spoke"]
 
 
 def test_after_each_mark_what_changed_is_told_anew(loop, monkeypatch):
-    monkeypatch.setattr(source_sync, "_BETWEEN_MARKS", 2)
-    (feed,) = loop.sources.feeds
-    changed = [Item(one.origin, one.prompt, f"{one.answer} again") for one in items("ash", "elm", "fir", "oak")]
+    monkeypatch.setattr(source_sync, "_BETWEEN_CURSORS", 2)
+    (feed,) = loop.sources
+    changed = [Item(one.provenance, one.prompt, f"{one.answer} again") for one in items("ash", "elm", "fir", "oak")]
     for one in (items("ash", "elm", "fir", "oak"), changed):
-        found = [*one[:2], Mark(1), *one[2:], Mark(2)]
-        fed = read_feed(loop, feed, connect(), lambda settings, mark, found=found: iter(found))
-    assert (fed.new, fed.withdrawn) == (4, 4)
+        found = [*one[:2], Cursor(1), *one[2:], Cursor(2)]
+        fed = read_feed(loop, feed, connect(), lambda settings, cursor, found=found: iter(found))
+    assert (fed.new, fed.retracted) == (4, 4)
     assert targets(loop) == [f"{name} spoke again" for name in ("ash", "elm", "fir", "oak")]
 
 
 def test_a_reading_that_begins_anew_withdraws_what_it_does_not_give_and_marks_its_end_only(loop):
-    (feed,) = loop.sources.feeds
-    marks = []
+    (feed,) = loop.sources
+    cursors = []
 
     def read(*found, fault=None):
-        def reading(settings, mark):
-            marks.append(mark)
+        def reading(settings, cursor):
+            cursors.append(cursor)
             for item in found:
                 yield item
-                yield Mark(f"{item.origin} of b", anew=True)
+                yield Cursor(f"{item.provenance} of b", anew=True)
             if fault:
                 raise fault
 
         return reading
 
-    read_feed(loop, feed, connect(), lambda settings, mark: iter([*items("ash", "elm"), Mark("of a")]))
+    read_feed(loop, feed, connect(), lambda settings, cursor: iter([*items("ash", "elm"), Cursor("of a")]))
     with pytest.raises(SourceError):
         read_feed(loop, feed, connect(), read(*items("oak"), fault=SourceError("the line is gone")))
     assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]
-    wrong = [Skipped("oak.md", "expected a rating"), Mark("of c", anew=True)]
-    assert read_feed(loop, feed, connect(), lambda settings, mark: iter(wrong)).failed.startswith("nothing in it")
+    wrong = [Skipped("oak.md", "expected a rating"), Cursor("of c", anew=True)]
+    assert read_feed(loop, feed, connect(), lambda settings, cursor: iter(wrong)).failed.startswith("nothing in it")
     fed = read_feed(loop, feed, connect(), read(*items("oak", "ash")))
-    assert (fed.new, fed.withdrawn) == (0, 1)
+    assert (fed.new, fed.retracted) == (0, 1)
     assert targets(loop) == ["ash spoke", "oak spoke"]
     read_feed(loop, feed, connect(), read())
-    assert marks == ["of a", "of a", "ash.md of b"]
+    assert cursors == ["of a", "of a", "ash.md of b"]
 
 
 def test_a_source_that_fails_half_way_takes_nothing_back(loop):
     take(loop, *items("ash", "elm"))
-    (feed,) = loop.sources.feeds
+    (feed,) = loop.sources
 
-    def read(settings, mark):
+    def read(settings, cursor):
         yield from items("oak")
         raise SourceError("the disk is gone")
 
@@ -214,7 +214,7 @@ def test_a_source_that_fails_half_way_takes_nothing_back(loop):
     assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]  # what it gave until then was taken
 
 
-@pytest.mark.parametrize(
+@pytest.cursor.parametrize(
     ("fault", "said"),
     [
         (PermissionError(13, "Permission denied", "/closed/vault"), "PermissionError: .*'/closed/vault'"),
@@ -225,13 +225,13 @@ def test_a_source_that_fails_half_way_takes_nothing_back(loop):
     ],
 )
 def test_a_source_that_fails_in_any_way_is_named_and_the_others_go_on(make_loop, monkeypatch, fault, said):
-    def read(settings, mark):
+    def read(settings, cursor):
         if settings.name == "closed":
             raise fault
         yield from items("ash")
 
     monkeypatch.setattr(source_sync, "reader", lambda feed: read)
-    loop = make_loop(sources={"feeds": [{**FEED, "name": "closed"}, FEED]})
+    loop = make_loop(sources=[{**FEED, "name": "closed"}, FEED])
     closed, imported = source_sync.read_feeds(loop, connect(), print)
     assert re.search(said, closed.failed) and "ann@" not in closed.failed
     assert (imported.failed, imported.new) == ("", 1)
@@ -239,7 +239,7 @@ def test_a_source_that_fails_in_any_way_is_named_and_the_others_go_on(make_loop,
 
 def test_a_path_of_nobody_s_home_is_named_and_the_run_goes_on(make_loop):
     feed = {"kind": "vault", "name": "notes", "path": "~nosuchuser/vault"}
-    (fed,) = source_sync.read_feeds(make_loop(sources={"feeds": [feed]}), connect(), print)
+    (fed,) = source_sync.read_feeds(make_loop(sources=[feed]), connect(), print)
     assert "RuntimeError" in fed.failed and "correct its settings" in fed.failed
 
 
@@ -249,12 +249,12 @@ def test_what_cannot_be_used_is_named_with_its_reason(loop):
     )
     assert fed.skipped == 2
     with connect().read() as connection:
-        found = {row.origin: row.reason for row in skipped_items(connection, loop, 10)}
+        found = {row.provenance: row.reason for row in skipped_records(connection, loop, 10)}
     assert found["broken.md"] == "its frontmatter is not YAML"
     assert "prompt" in found["empty.md"]
     assert take(loop, *items("ash")).skipped == 0
     with connect().read() as connection:
-        assert not skipped_items(connection, loop, 10)
+        assert not skipped_records(connection, loop, 10)
 
 
 def test_what_is_said_of_unusable_things_shows_no_secret(loop):
@@ -267,12 +267,12 @@ def test_what_is_said_of_unusable_things_shows_no_secret(loop):
     )
     assert fed.skipped == 2
     with connect().read() as connection:
-        (row,) = skipped_items(connection, loop, 10)
-    assert row.origin == "people:[EMAIL]" and not {"ann", "aB1"} & set(row.reason.replace(".", " ").split())
+        (row,) = skipped_records(connection, loop, 10)
+    assert row.provenance == "people:[EMAIL]" and not {"ann", "aB1"} & set(row.reason.replace(".", " ").split())
     artifact, _ = snapshot(loop, connect())
     made = dataset(loop, artifact)
     (learnt,) = read_rows(made.path, "train")
-    assert learnt["origin"] == "People.md#Call [EMAIL]"
+    assert learnt["provenance"] == "People.md#Call [EMAIL]"
     assert made.manifest.redacted == {"email": 1} and "ann@" not in (made.path / "card.md").read_text()
 
 
@@ -292,9 +292,9 @@ def test_late_feedback_on_what_was_withdrawn_does_not_bring_it_back(loop, tmp_pa
     database = connect()
     with database.read() as connection:
         i = t.interactions.c
-        id = connection.execute(sa.select(i.id).where(i.origin == "ash.md")).scalar_one()
+        id = connection.execute(sa.select(i.id).where(i.provenance == "ash.md")).scalar_one()
     take(loop, *items("elm"))
-    thumb = {"kind": "thumbs_up", "interaction_id": id, "task": loop.name, "created_at": "2026-01-01T00:00:00Z"}
+    thumb = {"kind": "thumbs_up", "interaction_id": id, "loop": loop.name, "created_at": "2026-01-01T00:00:00Z"}
     with database.write() as connection:
         record(
             connection,
@@ -306,8 +306,8 @@ def test_late_feedback_on_what_was_withdrawn_does_not_bring_it_back(loop, tmp_pa
 
 
 def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
-    feed = {**FEED, "max_share": 0.25}
-    loop = make_loop(sources={"feeds": [feed]}, curation={"min_examples": 1, "validation_share": 0.0})
+    feed = {**FEED, "max_fraction": 0.25}
+    loop = make_loop(sources=[feed], curation={"min_examples": 1, "validation_fraction": 0.0})
     events = loop.drop_folder / "a.jsonl"
     write_events(events, *corrected(["amy", "ben", "cid"]))
     ingest(loop, connect(), print)
@@ -332,18 +332,18 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
     write_as(tmp_path / "files" / "a.parquet", rows)
     write_as(tmp_path / "files" / "b.csv", [{"prompt": "what did ash say?", "completion": "ash spoke"}, {"prompt": ""}])
     feed = {**FEED, "path": str(tmp_path / "files"), "reward": 0.9}
-    loop = make_loop(sources={"feeds": [feed]}, system_prompt="Be short.", curation={"min_examples": 1})
+    loop = make_loop(sources=[feed], system_prompt="Be short.", curation={"min_examples": 1})
     metadata = materialized(loop, instance, "raw_logs", "curated_dataset")
     (skipped,) = metadata["raw_logs"]["skipped"].value
     assert skipped.startswith("imported: b.csv:3: found no fields")
     card = metadata["curated_dataset"]["card"].value
-    assert "| imported | 7 | 100.0% |" in card and '"origin": "a.parquet:' in card
+    assert "| imported | 7 | 100.0% |" in card and '"provenance": "a.parquet:' in card
     path = Path(metadata["curated_dataset"]["path"].value)
     assert (path / "card.md").read_text() == card
     assert {row["reward"] for row in read_rows(path, "train")} == {0.9}
     assert "what did 0 say?" in {row["prompt"] for split in ("train", "validation") for row in read_rows(path, split)}
-    assert [metadata["raw_logs"][name].value for name in ("new_interactions", "new_feedback", "withdrawn")] == [7, 7, 0]
-    renamed = make_loop(sources={"feeds": [{**feed, "name": "renamed"}]}, curation={"min_examples": 1})
+    assert [metadata["raw_logs"][name].value for name in ("new_interactions", "new_feedback", "retracted")] == [7, 7, 0]
+    renamed = make_loop(sources=[{**feed, "name": "renamed"}], curation={"min_examples": 1})
     metadata = materialized(renamed, instance, "raw_logs")["raw_logs"]
     (skipped,) = metadata["skipped"].value
     assert skipped.startswith("renamed: b.csv:3: ")
@@ -351,32 +351,32 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
 
 
 def test_a_source_can_be_taken_out_and_is_read_again_where_it_is_declared(make_loop):
-    loop = make_loop(sources={"feeds": [FEED]}, curation={"min_examples": 1})
-    (feed,) = loop.sources.feeds
-    marks = []
+    loop = make_loop(sources=[FEED], curation={"min_examples": 1})
+    (feed,) = loop.sources
+    cursors = []
 
-    def read(settings, mark):
-        marks.append(mark)
+    def read(settings, cursor):
+        cursors.append(cursor)
         yield from items("ash", "elm")
-        yield Mark("the end")
+        yield Cursor("the end")
 
     read_feed(loop, feed, connect(), read)
     undeclared = make_loop(curation={"min_examples": 1})
     with connect().read() as connection:
         assert source_sync.no_longer_declared(connection, loop) == {}
         assert source_sync.no_longer_declared(connection, undeclared) == {"imported": 2}
-    assert source_sync.withdraw_source(loop.name, "imported", connect()) == 2
+    assert source_sync.retract_source(loop.name, "imported", connect()) == 2
     with connect().read() as connection:
         assert source_sync.no_longer_declared(connection, undeclared) == {}
     assert targets(loop) == []
     read_feed(loop, feed, connect(), read)
-    assert marks == [None, None] and targets(loop) == ["ash spoke", "elm spoke"]
+    assert cursors == [None, None] and targets(loop) == ["ash spoke", "elm spoke"]
 
 
 def test_what_a_teacher_had_no_budget_for_teaches_on_and_is_no_failure(loop):
     take(loop, *items("ash", "elm", "elm.md [2]", "oak"))
     fed = take(loop, *items("ash"), Skipped("elm.md", "no tokens are left", later=True))
-    assert (fed.withdrawn, fed.skipped, fed.failed) == (1, 1, "")
+    assert (fed.retracted, fed.skipped, fed.failed) == (1, 1, "")
     assert targets(loop) == ["ash spoke", "elm spoke", "elm.md [2] spoke"]
     assert take(loop, Skipped("elm.md", "no tokens are left", later=True)).failed == ""
 
@@ -384,20 +384,20 @@ def test_what_a_teacher_had_no_budget_for_teaches_on_and_is_no_failure(loop):
 def test_a_source_of_which_nothing_can_be_used_takes_nothing_back_and_is_named(make_loop, tmp_path):
     write_as(tmp_path / "a.jsonl", [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(3)])
     feed = {**FEED, "path": str(tmp_path / "a.jsonl")}
-    loop = make_loop(sources={"feeds": [feed]}, curation={"min_examples": 1})
+    loop = make_loop(sources=[feed], curation={"min_examples": 1})
     source_sync.read_feeds(loop, connect(), print)
-    wrong = make_loop(sources={"feeds": [{**feed, "format": "sharegpt"}]}, curation={"min_examples": 1})
+    wrong = make_loop(sources=[{**feed, "format": "sharegpt"}], curation={"min_examples": 1})
     (fed,) = source_sync.read_feeds(wrong, connect(), print)
-    assert (fed.items, fed.withdrawn, fed.skipped) == (0, 0, 3)
-    assert fed.failed.startswith("nothing in it can be used, so nothing of it was withdrawn (a.jsonl:1: ")
+    assert (fed.items, fed.retracted, fed.skipped) == (0, 0, 3)
+    assert fed.failed.startswith("nothing in it can be used, so nothing of it was retracted (a.jsonl:1: ")
     assert targets(loop) == ["0 spoke", "1 spoke", "2 spoke"]
 
 
 def test_two_readings_of_a_source_at_once_take_turns(loop):
-    (feed,) = loop.sources.feeds
+    (feed,) = loop.sources
     begun, go_on, said = threading.Event(), threading.Event(), []
 
-    def slow(settings, mark):
+    def slow(settings, cursor):
         yield from items("ash")
         begun.set()
         assert go_on.wait(60)
@@ -409,7 +409,7 @@ def test_two_readings_of_a_source_at_once_take_turns(loop):
     first = threading.Thread(target=read_feed, args=(loop, feed, connect(), slow))
     first.start()
     assert begun.wait(60)
-    read_feed(loop, feed, connect(), lambda settings, mark: iter(items("ash", "elm")), tell)
+    read_feed(loop, feed, connect(), lambda settings, cursor: iter(items("ash", "elm")), tell)
     first.join()
     assert said == ["another reading of imported runs on this machine; waiting for its end"]
     assert targets(loop) == ["ash spoke", "elm spoke"]
@@ -417,29 +417,30 @@ def test_two_readings_of_a_source_at_once_take_turns(loop):
 
 def test_two_sources_of_one_name_are_refused(make_loop):
     with pytest.raises(SettingsError, match="imported is taken"):
-        make_loop(sources={"feeds": [FEED, FEED]})
+        make_loop(sources=[FEED, FEED])
     with pytest.raises(SettingsError, match="logs is taken"):
-        make_loop(sources={"feeds": [{**FEED, "name": "logs"}]})
+        make_loop(sources=[{**FEED, "name": "logs"}])
 
 
 def test_what_lies_beneath_something_unseen_is_not_withdrawn(loop):
     take(loop, *items("sub/ash", "sub/elm", "sub2/oak", "yew"), Item("fir.md#Top", "what did fir say?", "fir spoke"))
     fed = take(loop, Skipped("sub", "cannot be read", unseen=True), Skipped("fir.md", "is closed", unseen=True))
-    assert (fed.withdrawn, fed.skipped) == (2, 2)
+    assert (fed.retracted, fed.skipped) == (2, 2)
     assert fed.failed.endswith("fir.md: is closed; sub: cannot be read")
     assert targets(loop) == ["fir spoke", "sub/ash spoke", "sub/elm spoke"]
-    assert take(loop, Skipped("", "the folder itself cannot be listed", unseen=True)).withdrawn == 0
-    assert take(loop, Skipped("sub", "is no folder any more"), *items("yew")).withdrawn == 3
+    assert take(loop, Skipped("", "the folder itself cannot be listed", unseen=True)).retracted == 0
+    assert take(loop, Skipped("sub", "is no folder any more"), *items("yew")).retracted == 3
     assert targets(loop) == ["yew spoke"]
 
 
-@pytest.mark.parametrize(("name", "whole"), [("a.json", True), ("a.json", False), ("a.parquet", True)])
+@pytest.cursor.parametrize(("name", "whole"), [("a.json", True), ("a.json", False), ("a.parquet", True)])
 def test_a_half_written_file_withdraws_nothing_and_the_check_names_it(make_loop, instance, tmp_path, name, whole):
     path = tmp_path / "files" / name
     path.parent.mkdir()
     write_as(path, [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(4)])
     loop = make_loop(
-        sources={"feeds": [{**FEED, "path": str(path.parent)}]}, curation={"min_examples": 1, "validation_share": 0.0}
+        sources=[{**FEED, "path": str(path.parent)}],
+        curation={"min_examples": 1, "validation_fraction": 0.0},
     )
     materialized(loop, instance, "raw_logs")
     path.write_bytes(path.read_bytes()[:-8] if whole else b" ")
@@ -451,22 +452,22 @@ def test_a_half_written_file_withdraws_nothing_and_the_check_names_it(make_loop,
     assert targets(loop) == [f"{n} spoke" for n in range(4)]
     (check,) = [one for one in run.get_asset_check_evaluations() if one.check_name == "sources_read"]
     assert not check.passed
-    assert check.description.startswith(f"imported: not read to its end, and nothing withdrawn there: {name}: row")
+    assert check.description.startswith(f"imported: not read to its end, and nothing retracted there: {name}: row")
 
 
 def test_a_reward_of_the_source_that_is_set_back_counts_again(make_loop):
     rewards = []
     for reward in (0.8, 0.5, 0.8):
-        loop = make_loop(sources={"feeds": [{**FEED, "reward": reward}]}, curation={"min_examples": 1})
+        loop = make_loop(sources=[{**FEED, "reward": reward}], curation={"min_examples": 1})
         take(loop, *items("ash"))
         (example,) = taught(snapshot(loop, connect())[0])
         rewards.append(example.reward)
     assert rewards == [0.8, 0.5, 0.8]
 
 
-def forget(loop, user):
+def erase(loop, user):
     with connect().write() as connection:
-        return forget_user(connection, loop.name, user, default_reward)
+        return erase_user(connection, loop.name, user, default_reward)
 
 
 def of_user(loop, user):
@@ -477,15 +478,15 @@ def of_user(loop, user):
 def test_a_forgotten_author_never_comes_back_from_a_declared_source(loop):
     take(loop, *items("ash", user="alice"), *items("elm", user="bob"), Skipped("oak.md", "user: found 'alice'"))
     assert of_user(loop, "alice").sources == ("imported",)
-    forget(loop, "alice")
+    erase(loop, "alice")
     moved = [Item("line 2", "what did ash say about it all?", "ash spoke", user="alice", reward=0.9)]
     fed = take(loop, *moved, *items("ash", "fir", user="alice"), *items("elm", user="bob"))
-    assert (fed.items, fed.new, fed.withdrawn, fed.skipped) == (1, 0, 0, 3)
+    assert (fed.items, fed.new, fed.retracted, fed.skipped) == (1, 0, 0, 3)
     assert not of_user(loop, "alice").count and targets(loop) == ["elm spoke"]
     with connect().read() as connection:
-        reasons = {row.reason for row in skipped_items(connection, loop, 9)}
+        reasons = {row.reason for row in skipped_records(connection, loop, 9)}
         everything = str([connection.execute(sa.select(table)).all() for table in t.metadata.sorted_tables])
-    assert reasons == {"its author was forgotten"} and "alice" not in everything
+    assert reasons == {"its author was erased"} and "alice" not in everything
 
 
 def test_a_forgotten_author_comes_from_no_dropped_file_but_may_log_anew(loop):
@@ -493,7 +494,7 @@ def test_a_forgotten_author_comes_from_no_dropped_file_but_may_log_anew(loop):
     loop.drop_folder.mkdir(parents=True)
     write_as(loop.drop_folder / "a.jsonl", [{**row, "user": "alice"}])
     assert ingest(loop, connect(), print).recorded.interactions == 1
-    forget(loop, "alice")
+    erase(loop, "alice")
     write_as(loop.drop_folder / "b.jsonl", [{**row, "completion": "ash said more", "user": "alice"}, row])
     write_events(loop.drop_folder / "c.jsonl", interaction("later", user="alice"))
     done = ingest(loop, connect(), print)
@@ -501,7 +502,7 @@ def test_a_forgotten_author_comes_from_no_dropped_file_but_may_log_anew(loop):
     assert of_user(loop, "alice").interactions == (str(uid("later")),)
     with connect().read() as connection:
         (row,) = connection.execute(sa.select(t.rejected_lines)).all()
-    assert (row.reason, row.excerpt) == ("its author was forgotten", "")
+    assert (row.reason, row.excerpt) == ("its author was erased", "")
 
 
 def test_what_an_application_logs_cannot_say_that_a_source_gave_it(loop):
@@ -511,19 +512,19 @@ def test_what_an_application_logs_cannot_say_that_a_source_gave_it(loop):
     assert (done.recorded.interactions, done.recorded.feedback, done.rejected) == (0, 1, 1)
     write_events(loop.drop_folder / "b.jsonl", asked)
     ingest(loop, connect(), print)
-    assert take(loop, *items("elm")).withdrawn == 0
+    assert take(loop, *items("elm")).retracted == 0
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
 
 def test_a_source_with_marks_needs_no_memory_for_what_it_gave_before(loop):
     take(loop, *items("ash"))
-    asked = {"task": loop.name, "created_at": datetime(2026, 1, 1, tzinfo=UTC), "prompt": "p", "output": "o"}
+    asked = {"loop": loop.name, "created_at": datetime(2026, 1, 1, tzinfo=UTC), "prompt": "p", "output": "o"}
     rows = [
         {
             "id": f"00000000-0000-4000-8000-{n:012x}",
-            "sequence": n + 1_000,
+            "ingest_offset": n + 1_000,
             "source": "imported",
-            "origin": f"{n}",
+            "provenance": f"{n}",
             **asked,
         }
         for n in range(100_000)
@@ -531,12 +532,12 @@ def test_a_source_with_marks_needs_no_memory_for_what_it_gave_before(loop):
     with connect().write() as connection:
         connection.execute(t.interactions.insert(), rows)
     del rows
-    (feed,) = loop.sources.feeds
+    (feed,) = loop.sources
     tracemalloc.start()
-    fed = read_feed(loop, feed, connect(), lambda settings, mark: iter([Mark(1), *items("ash", "elm"), Mark(2)]))
+    fed = read_feed(loop, feed, connect(), lambda settings, cursor: iter([Cursor(1), *items("ash", "elm"), Cursor(2)]))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (fed.items, fed.new, fed.withdrawn) == (2, 1, 0)
+    assert (fed.items, fed.new, fed.retracted) == (2, 1, 0)
     assert peak < 4e6
 
 
@@ -544,7 +545,7 @@ def test_of_a_source_in_which_nothing_can_be_used_the_first_are_named_and_all_co
     monkeypatch.setattr(source_sync, "_NAMED", 3)
     assert take(loop, *(Skipped(f"{n}", "is broken") for n in range(9))).skipped == 9
     with connect().read() as connection:
-        assert len(skipped_items(connection, loop, 99)) == 3
+        assert len(skipped_records(connection, loop, 99)) == 3
 
 
 def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_there_again(loop, tmp_path):
@@ -555,7 +556,7 @@ def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_t
     take(loop, *items("ash", "elm"))
     with connect().read() as connection:
         i = t.interactions.c
-        ash = connection.execute(sa.select(i.id).where(i.origin == "ash.md")).scalar_one()
+        ash = connection.execute(sa.select(i.id).where(i.provenance == "ash.md")).scalar_one()
     FeedbackClient(loop).correct(ash, "ash whispered")
     out = tmp_path / "out.jsonl"
     assert export_events(out, loop, connect()) == (3, 4)
@@ -564,15 +565,15 @@ def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_t
     before = targets(loop)
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")
     assert import_rows(out, read_rows_of(out, 10**6), loop, other).rejected == 0
-    (feed,) = loop.sources.feeds
-    read_feed(loop, feed, other, lambda settings, mark: iter(items("ash", "elm")))
+    (feed,) = loop.sources
+    read_feed(loop, feed, other, lambda settings, cursor: iter(items("ash", "elm")))
     artifact, _ = snapshot(loop, other)
     assert sorted(example.target for example in taught(artifact)) == [one for one in before if one != "ben spoke"]
     assert "ash whispered" in before
 
 
 def test_a_loop_without_records_says_which_source_failed(make_loop, tmp_path):
-    loop = make_loop(sources={"feeds": [{**FEED, "path": str(tmp_path / "nowhere")}]})
+    loop = make_loop(sources=[{**FEED, "path": str(tmp_path / "nowhere")}])
     done = source_sync.read_feeds(loop, connect(), print)
     with pytest.raises(SourceError, match=r"imported failed: .*nowhere is not there"):
         snapshot(loop, connect(), done)

@@ -10,7 +10,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline.build_dataset import dataset, taught
 from finetune_pipeline.pipeline.ingest import ingest
-from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_items
+from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_records
 
 from .conftest import corrected, write_events
 
@@ -18,7 +18,7 @@ FEED = {
     "kind": "sql", "name": "ratings", "url_env": "RATINGS_URL", "table": "answers", "key": "id", "watermark": "changed",
     "prompt": "prompt", "response": "response", "rating": "stars", "ratings": {"5": 1.0, "1": -1.0}, "batch_rows": 1000,
 }  # fmt: skip
-CURATION = {"min_examples": 1, "validation_share": 0.0}
+CURATION = {"min_examples": 1, "validation_fraction": 0.0}
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
@@ -57,45 +57,45 @@ def read_all(loop):
 
 def rewards(loop):
     artifact, _ = snapshot(loop, connect())
-    return {example.origin: example.reward for example in taught(artifact)}
+    return {example.provenance: example.reward for example in taught(artifact)}
 
 
 def test_rows_come_change_and_become_unusable(make_loop, rated):
-    loop = make_loop(sources={"feeds": [FEED]}, curation=CURATION)
+    loop = make_loop(sources=[FEED], curation=CURATION)
     rated(1, n1=5, n2=5, n3=3)
     assert (read_all(loop).new, rewards(loop)) == (2, {"answers:1": 1.0, "answers:2": 1.0})
     with connect().read() as connection:
-        assert [tuple(row) for row in skipped_items(connection, loop, 9)] == [
+        assert [tuple(row) for row in skipped_records(connection, loop, 9)] == [
             ("ratings", "answers:3", "stars is '3'; ratings knows 1, 5")
         ]
     version = snapshot(loop, connect())[0].manifest.version
     assert read_all(loop).new == 0 and snapshot(loop, connect())[0].manifest.version == version
     rated(5, n1=1, n4=5)
     fed = read_all(loop)
-    assert (fed.new, fed.withdrawn) == (2, 1)
+    assert (fed.new, fed.retracted) == (2, 1)
     assert rewards(loop) == {"answers:1": -1.0, "answers:2": 1.0, "answers:4": 1.0}
     rated(9, n2=None, n3=5)
-    assert (read_all(loop).withdrawn, set(rewards(loop))) == (1, {"answers:1", "answers:3", "answers:4"})
+    assert (read_all(loop).retracted, set(rewards(loop))) == (1, {"answers:1", "answers:3", "answers:4"})
     rated(12, n1=5)
     read_all(loop)
     assert rewards(loop)["answers:1"] == 1.0
     artifact, _ = snapshot(loop, connect())
     rows = read_rows(dataset(loop, artifact).path, "train")
-    assert {(row["source"], row["origin"]) for row in rows} == {("ratings", f"answers:{n}") for n in (1, 3, 4)}
+    assert {(row["source"], row["provenance"]) for row in rows} == {("ratings", f"answers:{n}") for n in (1, 3, 4)}
 
 
 def test_whole_pages_of_changed_rows_stand_instead_of_the_old_ones(make_loop, rated):
-    loop = make_loop(sources={"feeds": [FEED]}, curation=CURATION)
+    loop = make_loop(sources=[FEED], curation=CURATION)
     rated(1, **{f"n{n}": 5 for n in range(1_100)})
     assert read_all(loop).new == 1_100
     rated(9, **{f"n{n}": 1 for n in range(1_100)})
     fed = read_all(loop)
-    assert (fed.new, fed.withdrawn) == (1_100, 1_100)
+    assert (fed.new, fed.retracted) == (1_100, 1_100)
     assert set(rewards(loop).values()) == {-1.0}
 
 
 def test_a_quota_keeps_a_large_table_from_drowning_the_logs(make_loop, rated):
-    loop = make_loop(sources={"feeds": [{**FEED, "max_share": 0.5}]}, curation=CURATION)
+    loop = make_loop(sources=[{**FEED, "max_fraction": 0.5}], curation=CURATION)
     write_events(loop.drop_folder / "a.jsonl", *corrected(["amy", "ben", "cid"]))
     ingest(loop, connect(), print)
     rated(1, **{f"n{n}": 5 for n in range(20)})
@@ -106,36 +106,36 @@ def test_a_quota_keeps_a_large_table_from_drowning_the_logs(make_loop, rated):
 
 
 def test_a_table_that_is_emptied_takes_nothing_back(make_loop, rated, url):
-    loop = make_loop(sources={"feeds": [FEED]}, curation=CURATION)
+    loop = make_loop(sources=[FEED], curation=CURATION)
     rated(1, n1=5)
     read_all(loop)
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         connection.execute(sa.text("DELETE FROM answers"))
     engine.dispose()
-    assert read_all(loop).withdrawn == 0
+    assert read_all(loop).retracted == 0
     assert rewards(loop) == {"answers:1": 1.0}
 
 
 def test_other_settings_reach_the_rows_that_were_read_before(make_loop, rated):
     rated(1, n1=5, n2=1, n3=5)
     rated(60, n9=5)
-    read_all(make_loop(sources={"feeds": [FEED]}, curation=CURATION))
-    other = make_loop(sources={"feeds": [{**FEED, "ratings": {"5": 0.9}, "only": {"id": ["1", "2", "9"]}}]})
+    read_all(make_loop(sources=[FEED], curation=CURATION))
+    other = make_loop(sources=[{**FEED, "ratings": {"5": 0.9}, "only": {"id": ["1", "2", "9"]}}])
     fed = read_all(other)
-    assert (fed.new, fed.withdrawn, fed.skipped) == (2, 4, 1)
+    assert (fed.new, fed.retracted, fed.skipped) == (2, 4, 1)
     assert rewards(other) == {"answers:1": 0.9, "answers:9": 0.9}
     rated(99, n1=1)
-    assert read_all(other).items == 1  # it goes on from the mark of that reading
+    assert read_all(other).items == 1  # it goes on from the cursor of that reading
     assert rewards(other) == {"answers:9": 0.9}
 
 
 def test_settings_that_no_row_passes_withdraw_all_and_the_old_ones_bring_it_back(make_loop, rated):
-    loop = make_loop(sources={"feeds": [FEED]}, curation=CURATION)
+    loop = make_loop(sources=[FEED], curation=CURATION)
     rated(1, n1=5)
     rated(60, n9=5)
     read_all(loop)
-    none = make_loop(sources={"feeds": [{**FEED, "only": {"id": ["7"]}}]}, curation=CURATION)
-    assert (read_all(none).withdrawn, read_all(none).items) == (2, 0)
-    read_all(make_loop(sources={"feeds": [FEED]}, curation=CURATION))
+    none = make_loop(sources=[{**FEED, "only": {"id": ["7"]}}], curation=CURATION)
+    assert (read_all(none).retracted, read_all(none).items) == (2, 0)
+    read_all(make_loop(sources=[FEED], curation=CURATION))
     assert rewards(loop) == {"answers:1": 1.0, "answers:9": 1.0}

@@ -22,7 +22,7 @@ def compared(db: Database, candidate: Candidate, id: str, **changes: Any) -> str
         "id": id, "loop": candidate.loop, "challenger_sha256": candidate.sha256, "benchmark_sha256": "b" * 64,
         "champion_id": now.model.id if now.model else None, "champion_sha256": "c" * 64, "promote": True,
         "reason": "gain 6 %", "watermark": 50, "report_path": candidate.report_path, "created_at": datetime.now(UTC),
-        "report_sha256": "d" * 64, "after_move": now.move,
+        "report_sha256": "d" * 64, "after_deployment": now.move,
     }  # fmt: skip
     record_comparison(db, ModelComparison(**{**fields, **changes}))
     return id

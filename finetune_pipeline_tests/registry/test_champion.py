@@ -443,8 +443,8 @@ def test_forced_versions_and_the_base_can_be_gone_back_to(db: Database, candidat
         ({"promote": False}, "says to reject its challenger"),
         ({"challenger_sha256": "e" * 64}, "is about another model"),
         ({"loop": "notes"}, "is not in the database"),
-        ({"after_move": None}, "the champion moved"),
-        ({"after_move": 99}, "the champion moved"),
+        ({"after_deployment": None}, "the champion moved"),
+        ({"after_deployment": 99}, "the champion moved"),
     ],
 )
 def test_a_comparison_that_does_not_say_so_promotes_nothing(

@@ -264,11 +264,11 @@ def test_sql_in_every_text_stays_text(notes):
     assert notes.http.post("/v1/feedback", json=given).json()["status"] == "recorded"
     found = notes.interaction(answer["id"])
     assert (found["target"], found["feedback"][0]["user"]) == (SQL, SQL)
-    logged = {"task": "notes", "prompt": SQL, "output": SQL, "model": SQL, "user": SQL, "arm": SQL, "flag": SQL}
+    logged = {"loop": "notes", "prompt": SQL, "output": SQL, "model": SQL, "user": SQL, "variant": SQL, "flag": SQL}
     receipt = notes.http.post("/v1/interactions", json=logged).json()
     kept = notes.interaction(receipt["id"])["interaction"]
-    assert {kept[name] for name in logged if name != "task"} == {SQL}
-    assert notes.http.post("/v1/interactions", json={**logged, "task": SQL}).status_code == 404
+    assert {kept[name] for name in logged if name != "loop"} == {SQL}
+    assert notes.http.post("/v1/interactions", json={**logged, "loop": SQL}).status_code == 404
     assert notes.http.get("/v1/feedback/stats", params={"loop": SQL}).status_code == 404
     assert notes.ask(model=SQL).status_code == 404
 

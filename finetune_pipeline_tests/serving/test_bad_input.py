@@ -191,12 +191,12 @@ def test_an_unknown_path_or_method_is_refused_in_the_same_form(notes):
         ({"kind": "thumbs_up", "created_at": "0001-01-01T00:00:00+14:00"}, "lies before the year 1"),
         ({"kind": "thumbs_up", "output_hash": "x"}, "output_hash: String should match pattern"),
         ({"kind": "thumbs_up", "extra": 1}, "extra: Extra inputs are not permitted"),
-        ({"kind": "thumbs_up", "task": "windows"}, "no loop 'windows' is served"),
+        ({"kind": "thumbs_up", "loop": "windows"}, "no loop 'windows' is served"),
     ],
 )
 def test_feedback_that_cannot_be_is_refused(notes, answered, fields, says):
     response = post(notes, "/v1/feedback", {"interaction_id": answered, **fields})
-    assert says in refused(response, 404 if "task" in fields else 400)["message"]
+    assert says in refused(response, 404 if "loop" in fields else 400)["message"]
     assert notes.interaction(answered)["feedback"] == []
 
 
@@ -250,7 +250,7 @@ def test_feedback_given_twice_counts_once(notes, answered):
     ],
 )
 def test_an_id_that_returns_with_other_content_is_refused_and_the_first_stays(notes, answered, path, first, other):
-    own = {"id": str(uuid4()), "task": "notes"} | ({"interaction_id": answered} if path == "/v1/feedback" else {})
+    own = {"id": str(uuid4()), "loop": "notes"} | ({"interaction_id": answered} if path == "/v1/feedback" else {})
     assert [post(notes, path, own | first).json()["status"] for _ in range(2)] == ["recorded", "duplicate"]
     error = refused(notes.http.post(path, json=own | other), 409)
     assert error["code"] == "id_taken" and f"{own['id']} is known with other content" in error["message"]
@@ -275,7 +275,7 @@ def test_feedback_before_its_interaction_waits_and_then_counts(notes):
     assert post(notes, "/v1/feedback", early).json()["status"] == "waiting"
     assert notes.http.get("/v1/feedback/stats").json()["unmatched"] == waiting + 1
     refused(notes.http.get(f"/v1/interactions/{id}"), 404)
-    logged = {"id": id, "task": "notes", "prompt": "a late prompt", "output": "wrong", "user": "ada"}
+    logged = {"id": id, "loop": "notes", "prompt": "a late prompt", "output": "wrong", "user": "ada"}
     assert post(notes, "/v1/interactions", logged).json() == {"id": id, "status": "recorded"}
     assert post(notes, "/v1/interactions", logged).json() == {"id": id, "status": "duplicate"}
     found = notes.interaction(id)

@@ -186,7 +186,7 @@ def test_an_exchange_is_recorded_with_all_that_is_known_of_it(notes):
     found = notes.interaction(answer.id)
     kept = found["interaction"]
     assert (kept["prompt"], kept["output"]) == (PROMPT, answer.choices[0].message.content)
-    assert (kept["model"], kept["arm"], kept["user"]) == ("notes@base", "champion", "ada")
+    assert (kept["model"], kept["variant"], kept["user"]) == ("notes@base", "champion", "ada")
     assert (kept["domain"], kept["kind"], kept["retrieved_context"]) == ("walls", "parse", "brick is 115 mm")
     assert (kept["prompt_tokens"], kept["completion_tokens"]) == (
         answer.usage.prompt_tokens,

@@ -49,7 +49,7 @@ import schemathesis
 def map_body(context, body):
     # Names of loops that there are, and a last message that is the user's: no schema can say which.
     if isinstance(body, dict):
-        for name in ("model", "task", "loop"):
+        for name in ("model", "loop", "loop"):
             if isinstance(body.get(name), str) and 0 < len(body[name]) <= 60:
                 body[name] = "notes"
         messages = body.get("messages")

@@ -30,7 +30,7 @@ def two(own_home, ggufs):
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "arm"),
+    ("name", "model", "variant"),
     [
         ("walls", "walls@v1.1.0", "champion"),
         ("walls@champion", "walls@v1.1.0", "champion"),
@@ -45,11 +45,11 @@ def two(own_home, ggufs):
         ("doors@base", "doors@base", "champion"),
     ],
 )
-def test_a_name_stands_for_a_loop_a_version_or_an_alias(two, name, model, arm):
+def test_a_name_stands_for_a_loop_a_version_or_an_alias(two, name, model, variant):
     answer = two.ask(model=name).json()
     assert answer["model"] == model
     kept = two.interaction(answer["id"])["interaction"]
-    assert (kept["task"], kept["model"], kept["arm"]) == (model.partition("@")[0], model, arm)
+    assert (kept["loop"], kept["model"], kept["variant"]) == (model.partition("@")[0], model, variant)
     stream = events(two.ask(model=name, stream=True))
     assert {event["model"] for event in stream} == {model}
 
@@ -106,7 +106,7 @@ def test_the_base_answers_when_the_champions_file_cannot_be_used(ggufs, damage):
     with serving(make_loop(loop)) as gateway:
         answer = gateway.ask(model=loop).json()
         assert answer["model"] == f"{loop}@base"
-        assert gateway.interaction(answer["id"])["interaction"]["arm"] == "fallback"
+        assert gateway.interaction(answer["id"])["interaction"]["variant"] == "fallback"
         assert {event["model"] for event in events(gateway.ask(model=loop, stream=True))} == {f"{loop}@base"}
         health = gateway.health()
         assert (health["status"], health["loops"][loop]["serving"]) == ("degraded", f"{loop}@base")
@@ -132,7 +132,7 @@ def test_another_gateway_takes_over_as_the_fallback(ggufs, two):
     with serving(make_loop("handed_on", serving={"fallback": upstream})) as gateway:
         answer = gateway.ask(model="handed_on").json()
         assert answer["model"] == "handed_on@walls"
-        assert gateway.interaction(answer["id"])["interaction"]["arm"] == "fallback"
+        assert gateway.interaction(answer["id"])["interaction"]["variant"] == "fallback"
 
 
 # ---- an upstream as the engine

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_pipeline.curation.redaction import redact
-from finetune_pipeline.settings import PROJECT_ROOT, CodeFeed
+from finetune_pipeline.settings import PROJECT_ROOT, CodeSource
 from finetune_pipeline.sources import grammars, teacher_validation
 from finetune_pipeline.sources.code import read
 from finetune_pipeline.sources.code_chunks import Chunk, cut_python, first_sentence
@@ -87,7 +87,7 @@ def repository(tmp_path):
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return CodeFeed(**{"kind": "code", "name": "own", "path": str(root), **fields})
+        return CodeSource(**{"kind": "code", "name": "own", "path": str(root), **fields})
 
     return write
 
@@ -123,13 +123,13 @@ def test_classes_methods_and_what_stands_behind_conditions_are_cut_each_with_its
 
 
 def test_this_project_s_own_code_teaches_and_every_answer_parses():
-    feed = CodeFeed(kind="code", name="own", path="finetune_pipeline")
+    feed = CodeSource(kind="code", name="own", path="finetune_pipeline")
     items, skipped = taken(read, feed)
     files = list((PROJECT_ROOT / "finetune_pipeline").rglob("*.py"))
     assert len(items) > 3 * len(files)
     for item in items.values():
         (definition,) = ast.parse(item.answer).body
-        assert item.origin.partition("#")[0].endswith(definition.name)
+        assert item.provenance.partition("#")[0].endswith(definition.name)
         assert 3 <= item.answer.count("\n") + 1 <= feed.max_lines
     assert not [reason for reason in skipped.values() if "say nowhere" not in reason and "generated" not in reason]
 
@@ -167,8 +167,8 @@ def test_the_standard_library_is_cut_without_losing_a_character():
 def test_what_cannot_be_used_is_named_with_its_line_and_the_rest_is_read(repository, content, where, reason):
     items, skipped = taken(read, repository({"bad.py": content, "good.py": AREA}))
     assert list(items) == ["good.py::area"]
-    ((origin, said_of_it),) = skipped.items()
-    assert origin == f"bad.py{where}" or not where
+    ((provenance, said_of_it),) = skipped.items()
+    assert provenance == f"bad.py{where}" or not where
     assert re.search(reason, said_of_it)
 
 
@@ -220,12 +220,12 @@ def test_what_is_ignored_is_what_git_ignores(repository):
         text=True,
     )
     items, _ = taken(read, feed)
-    assert sorted(origin.partition("::")[0] for origin in items) == sorted(listed.stdout.split())
+    assert sorted(provenance.partition("::")[0] for provenance in items) == sorted(listed.stdout.split())
 
 
 def test_a_folder_that_is_not_there_is_said_with_what_to_do(tmp_path):
     with pytest.raises(SourceError, match="correct its path"):
-        list(read(CodeFeed(kind="code", name="own", path=str(tmp_path / "nowhere")), None))
+        list(read(CodeSource(kind="code", name="own", path=str(tmp_path / "nowhere")), None))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def _grammars():
 @pytest.mark.usefixtures("_grammars")
 def test_other_languages_are_cut_by_their_grammars(repository):
     items, skipped = taken(read, repository(OTHERS, languages=LANGUAGES))
-    assert {origin: item.prompt for origin, item in items.items()} == {
+    assert {provenance: item.prompt for provenance, item in items.items()} == {
         "A.java::A": "Write the Java class `class A`: A shape of two sides.",
         "A.java::A.area": "Write the Java method `int area()` of `A`: Gives the area of it.",
         "a.c::area": "Write the C function `static double area(double w)`: Gives the area of it.",
@@ -292,7 +292,7 @@ def test_other_languages_are_cut_by_their_grammars(repository):
     assert items["a.rs::Shape.area"].answer == "#[inline]\nfn area(&self) -> f64 {\n    self.w\n}"
     assert skipped == {"a.ts": "1 classes and functions say nowhere what they do; a teacher can ask for them"}
     for item in items.values():
-        owner = item.origin.partition("::")[2].rpartition(".")[0]
+        owner = item.provenance.partition("::")[2].rpartition(".")[0]
         assert grammars.parses(item.domain, item.answer, owner)
 
 
@@ -348,7 +348,7 @@ def taught(repository, script, files=None, **fields):
 
 def test_a_teacher_writes_the_requests_and_the_answer_stays_the_repository_s_own(repository):
     items, skipped, server = taught(repository, lambda body, number: requests(*GOOD))
-    assert {origin: item.prompt for origin, item in items.items()} == {
+    assert {provenance: item.prompt for provenance, item in items.items()} == {
         "a.py::area": GOOD[0],
         "a.py::area [2]": GOOD[1],
     }

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_pipeline.curation.redaction import redact
-from finetune_pipeline.settings import PROJECT_ROOT, DocumentsFeed
+from finetune_pipeline.settings import PROJECT_ROOT, DocumentsSource
 from finetune_pipeline.sources.documents import _diagram_flaw, _fill, _form_flaw, read, read_template
 from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, facts
 from finetune_pipeline.sources.source_record import SourceError
@@ -37,13 +37,13 @@ def folders(tmp_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content if isinstance(content, bytes) else content.encode())
         given = {"path": str(tmp_path / "notes"), "templates": str(tmp_path / "templates"), **fields}
-        return DocumentsFeed(kind="documents", name="notes", **given)
+        return DocumentsSource(kind="documents", name="notes", **given)
 
     return write
 
 
 def test_the_examples_give_a_diagram_an_api_document_and_a_data_model():
-    feed = DocumentsFeed(kind="documents", name="notes", path=f"{EXAMPLES}/notes", templates=f"{EXAMPLES}/templates")
+    feed = DocumentsSource(kind="documents", name="notes", path=f"{EXAMPLES}/notes", templates=f"{EXAMPLES}/templates")
     items, skipped = taken(read, feed)
     assert set(items) == {
         f"orders.md::{name}" for name in ("api", "data_model", "flow", "sequence")
@@ -99,7 +99,7 @@ def test_no_document_breaks_the_form_of_a_template(title, topics):
 
 
 @pytest.mark.parametrize(
-    ("content", "origin", "reason"),
+    ("content", "provenance", "reason"),
     [
         (b"caf\xe9 and a good deal more of what was said", "bad.md:1", "not UTF-8"),
         (b"a\0b" * 40, "bad.md:1", "null byte"),
@@ -108,13 +108,13 @@ def test_no_document_breaks_the_form_of_a_template(title, topics):
         ("No topic at all is named in this note, which is plain.", "bad.md::flow", "names no flow"),
     ],
 )
-def test_what_cannot_be_used_is_named_and_the_rest_is_read(folders, content, origin, reason):
+def test_what_cannot_be_used_is_named_and_the_rest_is_read(folders, content, provenance, reason):
     items, skipped = taken(
         read, folders({"bad.md": content, "good.md": NOTE, "data.bin": b"\0", ".obsidian/x.md": NOTE})
     )
     assert list(items) == ["good.md::flow"]
-    assert list(skipped) == [origin]
-    assert reason in skipped[origin]
+    assert list(skipped) == [provenance]
+    assert reason in skipped[provenance]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from finetune_pipeline.curation.dataset import Row
 from finetune_pipeline.curation.formats import WRITERS, write_rows
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.records import Turn, without_system_prompt
-from finetune_pipeline.settings import FilesFeed
+from finetune_pipeline.settings import FilesSource
 from finetune_pipeline.sources.files import read, read_file
 from finetune_pipeline.sources.jsonl import read_whole
 from finetune_pipeline.sources.source_record import Item, Skipped, SourceError
@@ -52,7 +52,7 @@ FORMS = [
 
 
 def feed(path, **more):
-    return FilesFeed.model_validate({"kind": "files", "name": "imported", "path": str(path), **more})
+    return FilesSource.model_validate({"kind": "files", "name": "imported", "path": str(path), **more})
 
 
 def write(path, *rows):
@@ -263,7 +263,7 @@ def test_every_kind_of_file_gives_the_same(tmp_path, name):
     assert (second.history, second.created_at.isoformat()) == ((SYSTEM, *EARLIER), "2026-01-02T03:04:05+00:00")
     assert (third.prompt, third.answer, third.reward) == ("150 mm", "done", -1)
     lines = {"a.jsonl": [1, 2, 3], "a.json": [1, 2, 3], "a.csv": [2, 4, 5], "a.parquet": [1, 2, 3]}[name]
-    assert [item.origin for item in (first, second, third)] == [f"{name}:{line}" for line in lines]
+    assert [item.provenance for item in (first, second, third)] == [f"{name}:{line}" for line in lines]
 
 
 def test_a_correction_says_what_the_model_had_answered(tmp_path):
@@ -314,8 +314,8 @@ GOOD = {"prompt": "p", "completion": "c"}
 def test_a_bad_row_is_named_and_the_others_are_taken(tmp_path, row, reason):
     path = write(tmp_path / "log.jsonl", GOOD, row, GOOD)
     first, bad, last = found(path, max_line_bytes=10_000)
-    assert (first.origin, last.origin) == ("log.jsonl:1", "log.jsonl:3")
-    assert isinstance(bad, Skipped) and bad.origin == "log.jsonl:2"
+    assert (first.provenance, last.provenance) == ("log.jsonl:1", "log.jsonl:3")
+    assert isinstance(bad, Skipped) and bad.provenance == "log.jsonl:2"
     assert reason in bad.reason and len(bad.reason) < 300
 
 
@@ -331,7 +331,7 @@ def test_bad_rows_of_a_csv_are_named(tmp_path):
     path.write_bytes(
         b"prompt,completion\r\np,c\r\n\r\np\xfc,c\r\nonly one\r\np,\r\n" + b"p," + b"x" * 20_000 + b'\r\np,c\r\np,"open'
     )
-    said = {x.origin: x.reason if isinstance(x, Skipped) else x.answer for x in found(path, max_line_bytes=10_000)}
+    said = {x.provenance: x.reason if isinstance(x, Skipped) else x.answer for x in found(path, max_line_bytes=10_000)}
     assert (said["a.csv:2"], said["a.csv:4"], said["a.csv:8"]) == ("c", "not UTF-8", "c")
     assert said["a.csv:5"] == "has 1 cells, and the header 2"
     assert said["a.csv:6"].startswith("found no answer") and "longer than 10000 bytes" in said["a.csv:7"]
@@ -353,8 +353,8 @@ def test_a_file_that_is_broken_as_a_whole_is_named_once_and_the_others_are_taken
     (tmp_path / name).write_bytes(content)
     write(tmp_path / "b.jsonl", GOOD)
     bad, good = found(tmp_path)
-    assert good.origin == "b.jsonl:1" and reason in bad.reason
-    assert (bad.origin, bad.unseen) == (name, True)  # nobody knows what is left of it
+    assert good.provenance == "b.jsonl:1" and reason in bad.reason
+    assert (bad.provenance, bad.unseen) == (name, True)  # nobody knows what is left of it
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.parquet"])
@@ -369,7 +369,7 @@ def test_of_a_damaged_file_the_rest_is_unknown(tmp_path, name):
     content[len(content) // 2 : len(content) // 2 + 100] = b"}" * 100
     path.write_bytes(content)
     *good, bad = found(path)
-    assert 0 < len(good) < 1_000 and (bad.origin, bad.unseen) == (name, True)
+    assert 0 < len(good) < 1_000 and (bad.provenance, bad.unseen) == (name, True)
     assert "nothing after it was read" in bad.reason
 
 
@@ -386,7 +386,7 @@ def test_text_in_parquet_that_is_not_utf_8_is_named_by_its_row(tmp_path):
     texts = pa.array([b"p", b"p\xfc", b"q"], pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"prompt": texts, "completion": ["a", "b", "c"]}), tmp_path / "a.parquet")
     first, bad, last = found(tmp_path)
-    assert (first.prompt, last.prompt, bad.origin) == ("p", "q", "a.parquet:2") and "not UTF-8" in bad.reason
+    assert (first.prompt, last.prompt, bad.provenance) == ("p", "q", "a.parquet:2") and "not UTF-8" in bad.reason
 
 
 def test_only_what_lies_in_the_folder_is_read(tmp_path):
@@ -401,7 +401,7 @@ def test_only_what_lies_in_the_folder_is_read(tmp_path):
     write(folder / "below" / "a.jsonl", GOOD)
     (folder / "to a hidden file.jsonl").symlink_to(".hidden.jsonl")
     (folder / "below" / "to a hidden folder.jsonl").symlink_to(".hidden/a.jsonl")
-    assert [item.origin for item in found(folder)] == ["below/a.jsonl:1"]
+    assert [item.provenance for item in found(folder)] == ["below/a.jsonl:1"]
 
 
 def test_a_source_that_is_not_there_says_what_to_do_and_withdraws_nothing(tmp_path):

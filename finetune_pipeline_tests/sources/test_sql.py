@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.settings import SqlFeed
-from finetune_pipeline.sources.source_record import Item, Mark, Skipped, SourceError
+from finetune_pipeline.settings import SqlSource
+from finetune_pipeline.sources.source_record import Cursor, Item, Skipped, SourceError
 from finetune_pipeline.sources.sql import _is_ahead, read
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def feed(**changes):
-    return SqlFeed.model_validate({**COLUMNS, **changes})
+    return SqlSource.model_validate({**COLUMNS, **changes})
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def row(id, minutes=0, **changes):
     return {"id": id, "prompt": f"asked {id}", "response": f"answered {id}", "stars": 5, **at, **changes}
 
 
-def given(feed, mark=None):
-    """Items by origin, what was skipped, and the last mark as the store gives it back."""
-    found = list(read(feed, mark))
-    marks = [one.value for one in found if isinstance(one, Mark)]
-    items = {one.origin: one for one in found if isinstance(one, Item)}
-    skipped = {one.origin: one.reason for one in found if isinstance(one, Skipped)}
-    return items, skipped, json.loads(json.dumps(marks[-1])) if marks else None
+def given(feed, cursor=None):
+    """Items by provenance, what was skipped, and the last cursor as the store gives it back."""
+    found = list(read(feed, cursor))
+    cursors = [one.value for one in found if isinstance(one, Cursor)]
+    items = {one.provenance: one for one in found if isinstance(one, Item)}
+    skipped = {one.provenance: one.reason for one in found if isinstance(one, Skipped)}
+    return items, skipped, json.loads(json.dumps(cursors[-1])) if cursors else None
 
 
 def test_a_row_becomes_an_item_by_the_mapping(answers):
@@ -94,8 +94,8 @@ def test_what_cannot_be_used_is_named_with_the_reason(answers):
         row(1, prompt=None), row(2, response=" \n"), row(3, stars=3), row(4, stars=None), row(5),
         {**row(6), "Changed at": None}, row(7, domain="x"),
     )  # fmt: skip
-    items, skipped, mark = given(feed())
-    assert set(items) == {"answers:5", "answers:7"} and mark is not None
+    items, skipped, cursor = given(feed())
+    assert set(items) == {"answers:5", "answers:7"} and cursor is not None
     assert skipped == {
         "answers:1": "prompt is NULL",
         "answers:2": "response is empty",
@@ -115,14 +115,14 @@ def test_pages_lose_nothing_though_the_watermark_is_the_same(answers):
     answers(*(row(n, minutes=n // 10) for n in range(1, 41)))
     items, _, _ = given(feed(batch_rows=7))
     assert list(items) == [f"answers:{n}" for n in range(1, 41)]
-    assert sum(isinstance(one, Mark) for one in read(feed(batch_rows=7), None)) == 6
+    assert sum(isinstance(one, Cursor) for one in read(feed(batch_rows=7), None)) == 6
 
 
 def test_a_reading_goes_on_where_the_last_one_ended(answers):
     answers(*(row(n, minutes=n) for n in range(1, 6)))
-    mark = given(feed(overlap=0))[2]
+    cursor = given(feed(overlap=0))[2]
     answers(row(6, minutes=6), row(2, minutes=7, stars=1))
-    items, _, later = given(feed(overlap=0), mark)
+    items, _, later = given(feed(overlap=0), cursor)
     assert set(items) == {"answers:5", "answers:6", "answers:2"}  # the last one again: see the next test
     assert items["answers:2"].reward == -1.0
     assert set(given(feed(overlap=0), later)[0]) == {"answers:2"}
@@ -130,25 +130,25 @@ def test_a_reading_goes_on_where_the_last_one_ended(answers):
 
 def test_rows_committed_late_are_not_lost(answers, url):
     answers(row(5, minutes=5), row(9, minutes=5))
-    mark = given(feed())[2]
+    cursor = given(feed())[2]
     answers(row(7, minutes=5))  # the same time, and a lower key than the last that was read
-    assert "answers:7" in given(feed(overlap=0), mark)[0]
+    assert "answers:7" in given(feed(overlap=0), cursor)[0]
     if url.startswith("sqlite"):
         return  # its times are texts, and it has one writer at a time
     answers(row(8, minutes=4.5))  # half a minute earlier
-    assert "answers:8" not in given(feed(overlap=0), mark)[0]
-    assert "answers:8" in given(feed(overlap=60), mark)[0]
-    assert given(feed(overlap=86_400), mark)[2] == mark  # going back never moves the mark back
+    assert "answers:8" not in given(feed(overlap=0), cursor)[0]
+    assert "answers:8" in given(feed(overlap=60), cursor)[0]
+    assert given(feed(overlap=86_400), cursor)[2] == cursor  # going back never moves the cursor back
 
 
 def test_an_emptied_table_keeps_its_mark(answers):
     answers(row(1))
-    mark = given(feed())[2]
+    cursor = given(feed())[2]
     answers({**row(1), "Changed at": None})
-    assert given(feed(), mark)[2] == mark and not given(feed(), mark)[0]
+    assert given(feed(), cursor)[2] == cursor and not given(feed(), cursor)[0]
 
 
-@pytest.mark.parametrize("kind", ["integer", "numeric", "text", "date", "float"])
+@pytest.cursor.parametrize("kind", ["integer", "numeric", "text", "date", "float"])
 def test_numbers_texts_and_dates_are_watermarks_too(url, monkeypatch, kind):
     monkeypatch.setenv("RATINGS_URL", url)
     types = {"integer": sa.BigInteger, "numeric": sa.Numeric, "text": sa.Text, "date": sa.Date, "float": sa.Double}
@@ -170,10 +170,10 @@ def test_numbers_texts_and_dates_are_watermarks_too(url, monkeypatch, kind):
     one = feed(table="t", key="k", watermark="w", prompt="k", response="k", rating=None, ratings={}, gold_star=None,
                author=None, domain=None, kind_column=None, overlap=0, batch_rows=4)  # fmt: skip
     put(range(0, 30, 2))
-    items, _, mark = given(one)
+    items, _, cursor = given(one)
     assert len(items) == 15
     put([29])
-    assert set(given(one, mark)[0]) == {"t:key 28", "t:key 29"}
+    assert set(given(one, cursor)[0]) == {"t:key 28", "t:key 29"}
     engine.dispose()
 
 
@@ -210,7 +210,7 @@ def test_sqlite_is_opened_for_reading_alone(tmp_path, monkeypatch):
     assert hash_file(path) == before
 
 
-@pytest.mark.parametrize("page", [1, 2, 10_000])
+@pytest.cursor.parametrize("page", [1, 2, 10_000])
 def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_path, monkeypatch, page):
     path = tmp_path / "ratings.db"
     bad = "CAST(x'ff61' AS TEXT)"
@@ -221,12 +221,12 @@ def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_pat
             connection.execute(f"INSERT INTO answers VALUES ({key}, {changed}, 'asked', 'answered')")
     monkeypatch.setenv("RATINGS_URL", f"sqlite:///{path}")
     plain = feed(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None, batch_rows=page)
-    items, skipped, mark = given(plain)
-    assert set(items) == {"answers:a", "answers:d"} and (mark["kind"], mark["value"]) == ("text", "3")
+    items, skipped, cursor = given(plain)
+    assert set(items) == {"answers:a", "answers:d"} and (cursor["kind"], cursor["value"]) == ("text", "3")
     assert skipped["answers:\\udcffa"] == "id is not UTF-8, so no reading could go on behind it"
     assert skipped["answers:f"].startswith("Changed at is not UTF-8") and "answers:e" in skipped
-    assert all(origin.encode() for origin in skipped)
-    assert set(given(plain, mark)[0]) == {"answers:d"}
+    assert all(provenance.encode() for provenance in skipped)
+    assert set(given(plain, cursor)[0]) == {"answers:d"}
 
 
 def test_a_wrong_name_is_told_with_those_that_there_are(answers):
@@ -256,7 +256,7 @@ def test_views_and_schemas_can_be_read(answers, url):
     assert set(given(feed(table=f"{schema}.best"))[0]) == {f"{schema}.best:2"}
 
 
-@pytest.mark.parametrize(
+@pytest.cursor.parametrize(
     ("text", "said"),
     [
         (None, "RATINGS_URL is not set"),
@@ -282,13 +282,15 @@ def test_a_rating_needs_its_rewards_and_rewards_their_rating():
             feed(**changes)
 
 
-def anew(feed, mark):
-    """What a reading gave, and of each of its marks whether it is of one that began again."""
-    found = list(read(feed, mark))
-    return {one.origin for one in found if isinstance(one, Item)}, {one.anew for one in found if isinstance(one, Mark)}
+def anew(feed, cursor):
+    """What a reading gave, and of each of its cursors whether it is of one that began again."""
+    found = list(read(feed, cursor))
+    return {one.provenance for one in found if isinstance(one, Item)}, {
+        one.anew for one in found if isinstance(one, Cursor)
+    }
 
 
-@pytest.mark.parametrize(
+@pytest.cursor.parametrize(
     "changes",
     [
         {"table": "best"}, {"key": "prompt"}, {"watermark": "id"}, {"prompt": "response"}, {"response": "prompt"},
@@ -303,54 +305,54 @@ def test_other_settings_read_the_rows_below_the_mark_again(answers, url, changes
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE VIEW best AS SELECT * FROM answers"))
     engine.dispose()
-    mark = given(feed())[2]
-    assert anew(feed(), mark) == ({"answers:2"}, {False})
-    origins, of_anew = anew(feed(**changes), mark)
-    assert len(origins) == 2 and of_anew == {True}
-    later = given(feed(**changes), mark)[2]
+    cursor = given(feed())[2]
+    assert anew(feed(), cursor) == ({"answers:2"}, {False})
+    provenances, of_anew = anew(feed(**changes), cursor)
+    assert len(provenances) == 2 and of_anew == {True}
+    later = given(feed(**changes), cursor)[2]
     assert len(anew(feed(**changes, overlap=0), later)[0]) == 1
     assert anew(feed(), None)[1] == {False}
 
 
 def test_what_changes_no_row_leaves_the_mark_as_it_is(answers):
     answers(row(1), row(2, minutes=60))
-    mark = given(feed())[2]
-    for changes in ({"name": "other"}, {"max_share": 0.5}, {"max_examples": 3}, {"overlap": 9}, {"batch_rows": 1}):
-        assert anew(feed(**changes), mark) == ({"answers:2"}, {False})
+    cursor = given(feed())[2]
+    for changes in ({"name": "other"}, {"max_fraction": 0.5}, {"max_examples": 3}, {"overlap": 9}, {"batch_rows": 1}):
+        assert anew(feed(**changes), cursor) == ({"answers:2"}, {False})
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
 def test_another_database_is_read_from_its_beginning_and_another_password_changes_nothing(answers, url, monkeypatch):
     answers(row(1), row(2, minutes=60))
-    mark = given(feed())[2]
+    cursor = given(feed())[2]
     for changed in (url.replace("tests@", "tests:secret@"), f"{url}?password=secret"):
         monkeypatch.setenv("RATINGS_URL", changed)
-        assert anew(feed(), mark) == ({"answers:2"}, {False})
+        assert anew(feed(), cursor) == ({"answers:2"}, {False})
     monkeypatch.setenv("RATINGS_URL", url.replace("127.0.0.1", "localhost"))
-    assert anew(feed(), mark) == ({"answers:1", "answers:2"}, {True})
+    assert anew(feed(), cursor) == ({"answers:1", "answers:2"}, {True})
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
 def test_a_watermark_of_another_type_is_read_from_its_beginning(answers, url):
     answers(row(1), row(2, minutes=60))
-    mark = given(feed())[2]
+    cursor = given(feed())[2]
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         connection.execute(sa.text('ALTER TABLE answers ALTER COLUMN "Changed at" TYPE timestamp'))
     engine.dispose()
-    assert anew(feed(), mark) == ({"answers:1", "answers:2"}, {True})
+    assert anew(feed(), cursor) == ({"answers:1", "answers:2"}, {True})
 
 
-@pytest.mark.parametrize("mark", [{"id": 3}, {"kind": "number", "value": "9"}, "9"])
-def test_a_mark_without_its_settings_is_begun_again(answers, mark):
+@pytest.cursor.parametrize("cursor", [{"id": 3}, {"kind": "number", "value": "9"}, "9"])
+def test_a_mark_without_its_settings_is_begun_again(answers, cursor):
     answers(row(1), row(2))
-    assert anew(feed(), mark) == ({"answers:1", "answers:2"}, {True})
+    assert anew(feed(), cursor) == ({"answers:1", "answers:2"}, {True})
 
 
 def test_other_settings_that_no_row_passes_leave_no_mark_to_go_on_from(answers):
     answers(row(1))
-    mark = given(feed())[2]
-    assert list(read(feed(only={"domain": ["none"]}), mark)) == [Mark(None, anew=True)]
+    cursor = given(feed())[2]
+    assert list(read(feed(only={"domain": ["none"]}), cursor)) == [Cursor(None, anew=True)]
 
 
 def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path):
@@ -363,11 +365,11 @@ def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path):
     one = feed(watermark="at", rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None)
     script = f"""
 import resource
-from finetune_pipeline.settings import SqlFeed
+from finetune_pipeline.settings import SqlSource
 from finetune_pipeline.sources.source_record import Item
 from finetune_pipeline.sources.sql import _is_ahead, read
 found, first = 0, 0
-for one in read(SqlFeed.model_validate_json({one.model_dump_json()!r}), None):
+for one in read(SqlSource.model_validate_json({one.model_dump_json()!r}), None):
     found += isinstance(one, Item)
     first = first or found == 2000 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first)
@@ -385,24 +387,24 @@ AHEAD = timedelta(days=30_000)
 def test_a_row_from_the_future_waits_and_hides_no_later_row(answers):
     now = datetime.now(UTC)
     answers(row(1), row(2, **{"Changed at": now + AHEAD}), row(3, **{"Changed at": now + timedelta(minutes=5)}))
-    items, skipped, mark = given(feed(batch_rows=1))
+    items, skipped, cursor = given(feed(batch_rows=1))
     assert set(items) == {"answers:1", "answers:3"}
     assert "in the future; it is read when that time has come" in skipped["answers:2"]
     answers(row(4, **{"Changed at": now + timedelta(minutes=6)}))
-    assert "answers:4" in given(feed(), mark)[0]
-    assert all(one.later for one in read(feed(), mark) if isinstance(one, Skipped))  # what it gave before stays
+    assert "answers:4" in given(feed(), cursor)[0]
+    assert all(one.later for one in read(feed(), cursor) if isinstance(one, Skipped))  # what it gave before stays
     answers(row(2, **{"Changed at": now + timedelta(minutes=7)}))
-    assert "answers:2" in given(feed(), mark)[0]
+    assert "answers:2" in given(feed(), cursor)[0]
 
 
 def test_a_cursor_in_the_future_is_not_resumed_from(answers, monkeypatch):
     answers(row(1), row(2, **{"Changed at": datetime.now(UTC) + AHEAD}))
     with monkeypatch.context() as before:
         before.setattr("finetune_pipeline.sources.sql._is_ahead", lambda watermark: False)
-        mark = given(feed())[2]
+        cursor = given(feed())[2]
     answers(row(3))
-    items, _, new = given(feed(), mark)
-    assert set(items) == {"answers:1", "answers:3"} and new["value"] < mark["value"]
+    items, _, new = given(feed(), cursor)
+    assert set(items) == {"answers:1", "answers:3"} and new["value"] < cursor["value"]
 
 
 FAR = datetime(2999, 1, 1, tzinfo=UTC)
@@ -412,7 +414,7 @@ def here(zone):
     return datetime.now(timezone(timedelta(hours=zone)))
 
 
-@pytest.mark.parametrize(
+@pytest.cursor.parametrize(
     ("watermark", "ahead"),
     [
         (lambda: FAR, True),

@@ -32,8 +32,8 @@ def plain(**changes):
     return feed(**{**mapped, "gold_star": None, "author": None, "domain": None, "kind_column": None, **changes})
 
 
-@pytest.mark.parametrize("page", [1, 2, 1_000])
-@pytest.mark.parametrize(
+@pytest.cursor.parametrize("page", [1, 2, 1_000])
+@pytest.cursor.parametrize(
     ("url", "kind", "last", "values"),
     [
         ("postgresql", "numeric", "7.5", ["'NaN'", "7.5", "'-Infinity'", "'Infinity'"]),
@@ -44,33 +44,33 @@ def plain(**changes):
 )
 def test_a_row_whose_number_is_not_finite_is_named_and_the_others_are_read(table, kind, last, values, page):
     table(f"w {kind}", *values)
-    items, skipped, mark = given(plain(batch_rows=page))
-    assert set(items) == {"t:2"} and mark["value"] == last
+    items, skipped, cursor = given(plain(batch_rows=page))
+    assert set(items) == {"t:2"} and cursor["value"] == last
     assert set(skipped) == {"t:1", "t:3", "t:4"}
     assert skipped["t:4"].lower().startswith("w is inf")
     assert skipped["t:4"].endswith(", so no reading could go on behind it")
-    assert set(given(plain(batch_rows=page), mark)[0]) == {"t:2"}
+    assert set(given(plain(batch_rows=page), cursor)[0]) == {"t:2"}
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-@pytest.mark.parametrize("page", [1, 1_000])
-@pytest.mark.parametrize("kind", ["timestamptz", "timestamp", "date"])
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("page", [1, 1_000])
+@pytest.cursor.parametrize("kind", ["timestamptz", "timestamp", "date"])
 def test_a_row_whose_time_no_driver_reads_is_named_and_the_others_are_read(table, kind, page):
     beyond = ["infinity", "-infinity", "0044-03-15 BC", "12000-01-01", "9999-12-31", "0001-01-01"]
     table(f"w {kind}", *(f"'{value}'" for value in [*beyond, "2026-05-01", "0001-01-02", "9999-12-30"]), "NULL")
-    items, skipped, mark = given(plain(batch_rows=page))
-    assert set(items) == {"t:7", "t:8"} and mark["value"].startswith("2026-05-01")
+    items, skipped, cursor = given(plain(batch_rows=page))
+    assert set(items) == {"t:7", "t:8"} and cursor["value"].startswith("2026-05-01")
     assert set(skipped) == {"t:1", "t:2", "t:3", "t:4", "t:5", "t:6", "t:9", "t:10"}
     assert "in the future" in skipped["t:9"]
     assert skipped["t:1"] == (
         "w is infinity, no time from 0001-01-02 until before 9999-12-31, so nobody can say whether it was read"
     )
     assert skipped["t:10"] == "w is NULL, so nobody can say whether it was read"
-    assert "t:7" in given(plain(batch_rows=page), mark)[0]
+    assert "t:7" in given(plain(batch_rows=page), cursor)[0]
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-@pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
 def test_a_time_at_the_ends_is_read_in_every_zone(table, url, monkeypatch, zone):
     table(
         "w timestamptz", *(f"'{value}+00'" for value in ("0001-01-01", "0001-01-04", "9999-12-29", "9999-12-31 23:59"))
@@ -80,7 +80,7 @@ def test_a_time_at_the_ends_is_read_in_every_zone(table, url, monkeypatch, zone)
     assert set(items) == {"t:2"} and "in the future" in skipped["t:3"]
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
 def test_another_value_that_no_driver_reads_is_told_with_the_remedy(table):
     table("w integer, d date", "1, 'infinity'")
     with pytest.raises(
@@ -89,15 +89,15 @@ def test_another_value_that_no_driver_reads_is_told_with_the_remedy(table):
         given(plain(domain="d"))
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
 def test_filters_name_values_that_an_enum_lacks(table):
     table("w integer, d mood", "1, 'sad'", "2, 'ok'", before="CREATE TYPE mood AS ENUM ('sad', 'ok')")
     assert set(given(plain(only={"d": ["sad", "gone"]}))[0]) == {"t:1"}
     assert not given(plain(only={"d": ["gone"]}))[0]
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-@pytest.mark.parametrize("kind", ["numeric(3,1)", "numeric", "real", "float8"])
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("kind", ["numeric(3,1)", "numeric", "real", "float8"])
 def test_filters_compare_numbers_as_numbers(table, kind):
     table(f"w integer, d {kind}", "1, 3.0", "2, 0.1", "3, 4", "4, 'NaN'", "5, NULL")
     assert set(given(plain(only={"d": ["3", "0.1"]}))[0]) == {"t:1", "t:2"}
@@ -105,22 +105,22 @@ def test_filters_compare_numbers_as_numbers(table, kind):
     assert set(given(plain(only={"d": ["NaN"]}))[0]) == {"t:4"}
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
 def test_a_watermark_of_four_bytes_loses_no_row(table):
     table("w real", *(f"{number / 10}" for number in range(1, 20)))
-    items, _, mark = given(plain(batch_rows=2))
+    items, _, cursor = given(plain(batch_rows=2))
     assert list(items) == [f"t:{number}" for number in range(1, 20)]
-    assert set(given(plain(batch_rows=2, overlap=0), mark)[0]) == {"t:19"}
+    assert set(given(plain(batch_rows=2, overlap=0), cursor)[0]) == {"t:19"}
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
 def test_a_watermark_of_money_is_told(table):
     table("w money", "1", "2")
     with pytest.raises(SourceError, match=r"the watermark w of t is money, .* a view in which it is cast to numeric"):
         given(plain())
 
 
-@pytest.mark.parametrize(
+@pytest.cursor.parametrize(
     ("kind", "late", "last", "overlap"),
     [
         ("date", "'2026-05-02'", "'2026-05-03'", 60),
@@ -130,17 +130,17 @@ def test_a_watermark_of_money_is_told(table):
         ("integer", "100", "160", 60),
     ],
 )
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
 def test_a_row_committed_late_within_the_overlap_is_read(table, url, kind, late, last, overlap):
     table(f"w {kind}", last)
-    mark = given(plain())[2]
+    cursor = given(plain())[2]
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         connection.exec_driver_sql(f"INSERT INTO t VALUES (2, 'late', {late})")
-    assert "t:2" not in given(plain(overlap=0), mark)[0]
-    assert "t:2" in given(plain(overlap=overlap), mark)[0]
+    assert "t:2" not in given(plain(overlap=0), cursor)[0]
+    assert "t:2" in given(plain(overlap=overlap), cursor)[0]
     with engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM t WHERE k = 1")
     engine.dispose()
-    items, _, later = given(plain(overlap=overlap), mark)
-    assert set(items) == {"t:2"} and later == mark  # what is left below it never moves it back
+    items, _, later = given(plain(overlap=overlap), cursor)
+    assert set(items) == {"t:2"} and later == cursor  # what is left below it never moves it back

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune_pipeline.pipeline.source_sync import reader
-from finetune_pipeline.settings import CodeFeed, DocumentsFeed, FilesFeed, VaultFeed
+from finetune_pipeline.settings import CodeSource, DocumentsSource, FilesSource, VaultSource
 from finetune_pipeline.sources.source_record import Item, Skipped, SourceError
 
 from .test_documents import FLOW, NOTE
@@ -46,7 +46,7 @@ def nobody():
 
 @pytest.fixture(params=TAUGHT)
 def feed(request, root):
-    kinds = {"files": FilesFeed, "vault": VaultFeed, "code": CodeFeed, "documents": DocumentsFeed}
+    kinds = {"files": FilesSource, "vault": VaultSource, "code": CodeSource, "documents": DocumentsSource}
     (root / "forms").mkdir()
     (root / "forms" / "flow.md").write_text(FLOW)
     (root / "in").mkdir()
@@ -71,7 +71,7 @@ def test_what_cannot_be_looked_into_is_named_and_said_to_be_unseen(feed, root):
     with nobody():
         found = list(reader(feed)(feed, None))
     assert sum(isinstance(one, Item) for one in found) == 2
-    assert {one.origin: one.unseen for one in found if isinstance(one, Skipped)} == {
+    assert {one.provenance: one.unseen for one in found if isinstance(one, Skipped)} == {
         f"b.{suffix}": True,
         "closed": True,
     }
@@ -82,7 +82,7 @@ def test_a_folder_of_rows_whose_names_alone_can_be_listed_is_unseen(root):
         (root / folder).mkdir()
         (root / folder / "a.jsonl").write_text(TAUGHT["files"][1])
     (root / "in" / "listed").chmod(0o744)
-    feed = FilesFeed(kind="files", name="own", path=str(root / "in"))
+    feed = FilesSource(kind="files", name="own", path=str(root / "in"))
     with nobody():
         found = list(reader(feed)(feed, None))
-    assert [one.origin for one in found if isinstance(one, Skipped) and one.unseen] == ["listed"]
+    assert [one.provenance for one in found if isinstance(one, Skipped) and one.unseen] == ["listed"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.settings import VaultFeed
+from finetune_pipeline.settings import VaultSource
 from finetune_pipeline.sources.source_record import Item, Skipped, SourceError
 from finetune_pipeline.sources.vault import read
 from finetune_pipeline.sources.vault.folder import File
@@ -101,7 +101,7 @@ SKIPPED = {
 
 
 def feed(path, **changes):
-    return VaultFeed(kind="vault", name="notes", path=str(path), **changes)
+    return VaultSource(kind="vault", name="notes", path=str(path), **changes)
 
 
 def taken(path, **changes):
@@ -138,12 +138,12 @@ def found(vault):
     return taken(vault, ignore=("templates", "Meta/Templates"))
 
 
-def answer(found, origin):
-    return next(item.answer for item in found[0] if item.origin == origin)
+def answer(found, provenance):
+    return next(item.answer for item in found[0] if item.provenance == provenance)
 
 
 def test_exactly_this_is_taken_with_these_questions(found):
-    assert {item.origin: (item.kind, item.prompt) for item in found[0]} == TAKEN
+    assert {item.provenance: (item.kind, item.prompt) for item in found[0]} == TAKEN
     assert len(found[0]) == len(TAKEN)
 
 
@@ -151,7 +151,7 @@ def test_exactly_this_is_named_and_skipped_and_the_rest_goes_on(found):
     link = "is a link, and links are not followed; put the note itself into the vault"
     links = {f"Links/{name}": link for name in ("Out.md", "Folder out", "In.md", "Round", "Itself.md")}
     odd = {"Links/Pipe.md": "is no file", "Odd/Huge.md": "is longer than 1000000 bytes (max_note_bytes)"}
-    assert {one.origin: one.reason for one in found[1]} == {**SKIPPED, **links, **odd}
+    assert {one.provenance: one.reason for one in found[1]} == {**SKIPPED, **links, **odd}
 
 
 def test_nothing_private_and_nothing_from_outside_is_in_any_of_it(found):
@@ -244,7 +244,7 @@ def test_ends_of_lines_and_byte_order_marks_change_nothing(found, name):
 
 
 @pytest.mark.parametrize(
-    ("origin", "moment"),
+    ("provenance", "moment"),
     [
         ("Decisions/Use SQLite for state.md", datetime(2024, 3, 11, tzinfo=UTC)),
         ("Decisions/ADR 7.md", datetime(2024, 5, 2, 7, 30, tzinfo=UTC)),
@@ -252,8 +252,8 @@ def test_ends_of_lines_and_byte_order_marks_change_nothing(found, name):
         ("Journal/2024-05-09.md#Storage#Decision", datetime(2024, 5, 9, tzinfo=UTC)),  # its frontmatter has no date
     ],
 )
-def test_it_was_said_when_the_frontmatter_or_the_name_says(found, origin, moment):
-    assert next(item.created_at for item in found[0] if item.origin == origin) == moment
+def test_it_was_said_when_the_frontmatter_or_the_name_says(found, provenance, moment):
+    assert next(item.created_at for item in found[0] if item.provenance == provenance) == moment
 
 
 def test_else_it_was_said_when_the_file_was_written(tmp_path):
@@ -264,7 +264,7 @@ def test_else_it_was_said_when_the_file_was_written(tmp_path):
 
 def test_whole_daily_notes_are_reflections_where_the_loop_says_so(vault):
     items, _ = taken(vault, whole_daily_notes=True)
-    said = {item.origin: item.answer for item in items if item.kind == "reflection"}
+    said = {item.provenance: item.answer for item in items if item.kind == "reflection"}
     assert said["Journal/2024-05-08.md"] == "Walked to the mill."
     assert "Index.md" not in said
     assert "Timber" not in said["Journal/2024-05-03.md"]  # a decision for itself
@@ -295,7 +295,7 @@ def test_templates_are_left_out_whatever_is_a_capital_in_their_folder_s_name(tmp
     for folder in (tmp_path, tmp_path / name):
         (folder / "Note.md").write_text("#decision\n\nWe buy it.\n")
     items, skipped = taken(tmp_path)
-    assert [item.origin for item in items] == ["Note.md"] and not skipped
+    assert [item.provenance for item in items] == ["Note.md"] and not skipped
 
 
 def test_a_note_that_vanishes_meanwhile_is_named(tmp_path):
@@ -325,7 +325,7 @@ def test_a_note_that_became_a_link_meanwhile_is_not_followed(tmp_path):
     (root / "b.md").unlink()
     (root / "b.md").symlink_to(tmp_path / "outside.md")
     (one,) = reading
-    assert one.origin == "b.md" and "cannot be read" in one.reason
+    assert one.provenance == "b.md" and "cannot be read" in one.reason
 
 
 def test_a_name_that_is_not_utf_8_is_named(tmp_path):
@@ -335,7 +335,7 @@ def test_a_name_that_is_not_utf_8_is_named(tmp_path):
         pytest.skip("this file system takes no such name")
     (tmp_path / "a.md").write_text("#decision\n\nYes.\n")
     items, skipped = taken(tmp_path)
-    assert [item.origin for item in items] == ["a.md"]
+    assert [item.provenance for item in items] == ["a.md"]
     assert skipped == [Skipped("\ufffd.md", "its name is not UTF-8; rename it")]
 
 
@@ -396,7 +396,7 @@ NOTES = st.lists(PIECES | st.text(max_size=8), max_size=40).map("".join)
 @given(NOTES)
 def test_whatever_a_note_says_its_reading_ends_in_items_or_in_its_name(text):
     for one in teach(text):
-        assert one.origin.startswith("Note.md")
+        assert one.provenance.startswith("Note.md")
         if isinstance(one, Item):
             assert one.prompt.strip() and one.answer.strip() and one.kind in {"decision", "learning", "reflection"}
 

@@ -25,7 +25,7 @@ ALTERNATING = (
 )
 TWICE = [{"role": "user", "content": "Hello"}]  # and then the prompt, from the user again
 METHODS = {
-    "sft": lambda answer: {"completion": answer, "source": "logs", "origin": "logs.jsonl:7"},
+    "sft": lambda answer: {"completion": answer, "source": "logs", "provenance": "logs.jsonl:7"},
     "dpo": lambda answer: {"chosen": answer, "rejected": "I do not know."},
     "kto": lambda answer: {"completion": answer, "label": True},
 }

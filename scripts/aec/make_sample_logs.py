@@ -31,7 +31,7 @@ from finetune_pipeline.inference.protocol import Completion, GenerateRequest, Mo
 DATA = Path(__file__).parents[2] / "data"
 STARTER_MODEL = DATA / "starter_model"
 SAMPLES = DATA / "samples"
-TASK = "aec_parser"
+LOOP = "aec_parser"
 BROKEN_RULE_COSTS = 10
 
 Event = dict[str, Any]
@@ -131,8 +131,8 @@ def validation_score(output: str, spec: Spec) -> int:
 def interaction(item: Asked, completion: Completion, milliseconds: int) -> Event:
     """The line that a gateway logs."""
     return {
-        "event": "interaction", "id": item.id, "task": TASK, "created_at": _stamp(item.at), "prompt": item.prompt,
-        "output": completion.text, "model": f"{TASK}@base",
+        "event": "interaction", "id": item.id, "loop": LOOP, "created_at": _stamp(item.at), "prompt": item.prompt,
+        "output": completion.text, "model": f"{LOOP}@base",
         "confidence": None if completion.confidence is None else round(completion.confidence, 4), "user": item.user,
         "latency_ms": milliseconds, "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,
@@ -166,7 +166,7 @@ def _person(right: bool, rng: Random) -> str | None:
 
 def _feedback(item: Asked, kind: str, delay: timedelta, again: int = 0, **more: Any) -> Event:
     return {
-        "event": "feedback", "id": str(uuid5(NAMESPACE_URL, f"{item.id}/{kind}/{again}")), "task": TASK,
+        "event": "feedback", "id": str(uuid5(NAMESPACE_URL, f"{item.id}/{kind}/{again}")), "loop": LOOP,
         "interaction_id": item.id, "created_at": _stamp(item.at + delay), "kind": kind, **more,
     }  # fmt: skip
 

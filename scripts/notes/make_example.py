@@ -58,7 +58,7 @@ def _events(pairs: list[tuple[str, str]]) -> list[dict[str, object]]:
     for number, ((note, summary), output) in enumerate(zip(pairs, outputs, strict=True)):
         at = datetime(2026, 1, 5, 9, tzinfo=UTC) + timedelta(minutes=7 * number)
         asked = str(uuid5(NAMESPACE, f"interaction {number}"))
-        common = {"task": loop.name, "created_at": at.isoformat()}
+        common = {"loop": loop.name, "created_at": at.isoformat()}
         events.append({"event": "interaction", "id": asked, **common, "prompt": note, "output": output})
         given = {"event": "feedback", "id": str(uuid5(NAMESPACE, f"feedback {number}")), **common}
         events.append({**given, "interaction_id": asked, "kind": "correction", "correction": summary})

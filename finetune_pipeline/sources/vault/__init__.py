@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from finetune_pipeline.settings import VaultFeed, project_path
+from finetune_pipeline.settings import VaultSource, project_path
 from finetune_pipeline.sources.source_record import Item, Reading, Skipped, SourceError
 from finetune_pipeline.sources.vault.folder import File, find, load
 from finetune_pipeline.sources.vault.note import Rules, read_note
 
 
-def read(feed: VaultFeed, mark: Any) -> Reading:
+def read(feed: VaultSource, cursor: Any) -> Reading:
     """All that a vault teaches at this moment, note by note in the order of their paths.
 
     What is private, hidden, a template or an attachment is left out without a word: a list of what somebody wants to
@@ -33,7 +33,7 @@ def read(feed: VaultFeed, mark: Any) -> Reading:
     if not paths:
         # A disk that is not mounted looks like this, and everything it taught would be taken back.
         raise SourceError(f"the vault {root} holds no note (.md) that may be read; {advice}")
-    yield from sorted((one for one in found if isinstance(one, Skipped)), key=lambda one: one.origin)
+    yield from sorted((one for one in found if isinstance(one, Skipped)), key=lambda one: one.provenance)
     names = Counter(_name(path) for path in paths)
     rules = Rules.of(feed)
     for path in paths:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import PurePosixPath
 
-from finetune_pipeline.settings import VaultFeed
+from finetune_pipeline.settings import VaultSource
 from finetune_pipeline.sources.source_record import Item, Skipped
 from finetune_pipeline.sources.vault.folder import File
 from finetune_pipeline.sources.vault.markdown import Section, heading_text, readable, sections, tags_in
@@ -36,7 +36,7 @@ class Rules:
     whole_days: bool
 
     @classmethod
-    def of(cls, feed: VaultFeed) -> "Rules":
+    def of(cls, feed: VaultSource) -> "Rules":
         """As a loop's YAML says."""
         names = "|".join(re.escape(_fold(tag.lstrip("#"))) for tag in feed.private_tags)
         return cls(
@@ -169,16 +169,16 @@ def _items(
 ) -> Iterator[Item | Skipped]:
     answers: dict[tuple[str, str], tuple[_Taken, list[str]]] = {}
     for taken in found:
-        origin = "#".join([path, *taken.headings])
+        provenance = "#".join([path, *taken.headings])
         answer = _answer(taken, rules, name, title)
         if answer:
             # Two sections of one name answer one question.
-            answers.setdefault((origin, taken.kind), (taken, []))[1].append(answer)
+            answers.setdefault((provenance, taken.kind), (taken, []))[1].append(answer)
         elif taken.tagged:
-            yield Skipped(origin, "has the tag, but nothing is written there")
-    for (origin, kind), (taken, texts) in answers.items():
+            yield Skipped(provenance, "has the tag, but nothing is written there")
+    for (provenance, kind), (taken, texts) in answers.items():
         prompt = question(kind, title, taken.topics, name.day, folder)
-        yield Item(origin, prompt, "\n\n".join(texts), created_at=moment, kind=kind)
+        yield Item(provenance, prompt, "\n\n".join(texts), created_at=moment, kind=kind)
 
 
 def _answer(taken: _Taken, rules: Rules, name: Name, title: str) -> str:

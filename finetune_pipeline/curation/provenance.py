@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ORIGINS = "origins.csv"
-_COLUMNS = ("source", "origin", "interaction_id", "split")
+PROVENANCE_FILE = "provenances.csv"
+_COLUMNS = ("source", "provenance", "interaction_id", "split")
 
 
 class OriginsWriter:
@@ -22,7 +22,7 @@ class OriginsWriter:
         from pyarrow.csv import CSVWriter
 
         self._schema = pa.schema(dict.fromkeys(_COLUMNS, pa.string()))
-        self._writer: Any = CSVWriter(str(folder / ORIGINS), self._schema)
+        self._writer: Any = CSVWriter(str(folder / PROVENANCE_FILE), self._schema)
 
     def write(self, split: str, rows: "pa.Table") -> None:
         """Add a table of the dataset's rows."""
@@ -40,14 +40,14 @@ class OriginsWriter:
         self._writer.close()
 
 
-def first_origins(folder: Path, sources: Collection[str], each: int) -> dict[str, list[str]]:
-    """Source -> the first origins of it, or the interactions' ids where it has none; reads no more than it has to."""
+def first_provenances(folder: Path, sources: Collection[str], each: int) -> dict[str, list[str]]:
+    """Return the first provenances of each source, or interaction ids where it has none; reads no more than needed."""
     found: dict[str, list[str]] = defaultdict(list)
     missing = set(sources)
-    with (folder / ORIGINS).open(encoding="utf-8", newline="") as file:
+    with (folder / PROVENANCE_FILE).open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["source"] in missing:
-                found[row["source"]].append(row["origin"] or row["interaction_id"])
+                found[row["source"]].append(row["provenance"] or row["interaction_id"])
                 missing -= {row["source"]} if len(found[row["source"]]) == each else set()
             if not missing:
                 break
