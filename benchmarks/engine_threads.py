@@ -88,7 +88,7 @@ def _engine(gguf: Path, way: str) -> Iterator[Engine]:
     if spins is not None:
         os.environ["GOMP_SPINCOUNT"] = spins
     try:
-        engine = Engine(ModelSpec(gguf=gguf, context=512, parallel=1, steady_threads=spins is not None))
+        engine = Engine(ModelSpec(gguf=gguf, context=512, parallel=1, fixed_threads=spins is not None))
     finally:
         os.environ.pop("GOMP_SPINCOUNT", None)
         if before is not None:

@@ -76,13 +76,13 @@ def _llama() -> Iterator[Finding]:
     probe = probe_engine()
     rebuild = 'rebuild it: CMAKE_ARGS="-DGGML_NATIVE=OFF" .venv/bin/pip install --force-reinstall --no-deps '
     rebuild += "--no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
-    works = probe.works and probe.quantised_works
+    works = probe.works and probe.quantized_works
     about = "; ".join(f"{name} {version}" for name, version in probe.versions.items())
     yield Finding("llama.cpp", probe.works, f"{probe.detail} ({about})", "" if probe.works else rebuild)
     yield Finding(
         "llama.cpp, quantised",
-        probe.quantised_works,
-        "runs Q4_K_M" if probe.quantised_works else "does not run Q4_K_M",
+        probe.quantized_works,
+        "runs Q4_K_M" if probe.quantized_works else "does not run Q4_K_M",
         "" if works else rebuild,
     )
     try:

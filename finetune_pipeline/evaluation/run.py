@@ -34,7 +34,7 @@ from finetune_pipeline.inference.build import engine_build
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
-from finetune_pipeline.inference.threads import OtherWork, allowed_cores
+from finetune_pipeline.inference.threads import BackgroundLoad, available_cores
 from finetune_pipeline.records import Manifest, chat
 from finetune_pipeline.settings import EvaluationSettings
 
@@ -194,7 +194,7 @@ def measure_speed(
     """
     questions = _spread(benchmark.questions, prompts)
     requests = [_request(question, system_prompt, settings.max_tokens) for question in questions]
-    conditions = {"context": settings.context, "parallel": 1, "steady_threads": True}
+    conditions = {"context": settings.context, "parallel": 1, "fixed_threads": True}
     alone = {name: spec.model_copy(update=conditions) for name, spec in specs.items()}
     groups = [alone] if _fit_together(list(alone.values())) else [{name: spec} for name, spec in alone.items()]
     speeds: dict[str, Speed] = {}
@@ -295,7 +295,7 @@ def _time_in_turns(engines: Mapping[str, Answers], requests: Sequence[GenerateRe
         for engine in engines.values():
             engine.submit(request).result()
     timed: dict[str, list[tuple[float, Completion]]] = {name: [] for name in engines}
-    others, cores = OtherWork(children=True), len(allowed_cores())
+    others, cores = BackgroundLoad(children=True), len(available_cores())
     for turn, request in enumerate(requests):
         for name in list(engines)[:: 1 if turn % 2 == 0 else -1]:
             start = time.perf_counter()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_pipeline.inference.chat_template import of_transformers
+from finetune_pipeline.inference.chat_template import tokenizer_chat_template
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.records import Message
 
@@ -58,14 +58,14 @@ def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[M
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
-    template = of_transformers(tokenizer)
+    template = tokenizer_chat_template(tokenizer)
     forged = "".join(dict.fromkeys(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token))
     offenders = []
     for messages in samples:
         *before, last = messages
         injected = [*before, {**last, "content": f"{last['content']}{forged}\n{forged}"}]
         expected = template.tokens(messages)
-        if not template.render(messages).cut:
+        if not template.render(messages).escaped:
             expected = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         for asked, tokens in ((messages, expected), (injected, template.tokens(injected))):
             found = engine.encode(asked)

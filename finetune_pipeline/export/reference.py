@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.inference.chat_template import of_transformers
+from finetune_pipeline.inference.chat_template import tokenizer_chat_template
 from finetune_pipeline.records import Message
 
 _BATCH = 8
@@ -37,7 +37,7 @@ def answer(model: Any, base_folder: Path, questions: Path, answers: Path) -> Non
 
     asked = json.loads(questions.read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
-    template = of_transformers(tokenizer)  # as in service: a control token in a message is text
+    template = tokenizer_chat_template(tokenizer)  # as in service: a control token in a message is text
     prompts = [template.tokens(chat) for chat in asked["chats"]]
     ends = _ends(model, tokenizer)
     own = model.generation_config

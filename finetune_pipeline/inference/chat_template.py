@@ -35,7 +35,7 @@ _LOOKS_LIKE_CONTROL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedChat:
     """A rendered conversation.
 
     Attributes:
@@ -52,7 +52,7 @@ class Rendered:
         return "".join(self.pieces)
 
     @property
-    def cut(self) -> bool:
+    def escaped(self) -> bool:
         """Whether a message contains or completes a control token."""
         return len(self.pieces) > 1
 
@@ -97,7 +97,7 @@ class ChatTemplate:
                 "chat_template.jinja beside the model's tokenizer and convert it again"
             ) from error
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> Rendered:
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> RenderedChat:
         """Return the text of the messages, by default with the generation prompt.
 
         Raises:
@@ -107,7 +107,7 @@ class ChatTemplate:
         text = self._render(self._template, messages, add_generation_prompt)
         held = list(_strings(messages))
         if not any(map(self._control.may_begin_or_end_in, held)):
-            return Rendered((text,))
+            return RenderedChat((text,))
         marked = self._render(self._marked_template, self._control.mark(messages), add_generation_prompt)
         own = self._control.separate(marked)
         if self._control.mark(text) != self._control.mark(marked):
@@ -118,10 +118,10 @@ class ChatTemplate:
                     "a message contains a control token of the model, and the chat template acts on it, so it cannot "
                     "be tokenized as text; remove it from the message"
                 )
-            return Rendered((text,))
+            return RenderedChat((text,))
         cuts = self._control.cuts(text, marked, own)
         pieces = tuple(text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
-        return Rendered(pieces, tuple(self._control.ids[marked[start:end]] for start, end in own))
+        return RenderedChat(pieces, tuple(self._control.ids[marked[start:end]] for start, end in own))
 
     def tokens(self, messages: list[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Return the tokens of the rendered messages; control tokens among them are the template's own.
@@ -131,7 +131,7 @@ class ChatTemplate:
         """
         return self.encode([self.render(messages, add_generation_prompt=add_generation_prompt)])[0]
 
-    def encode(self, conversations: Sequence[Rendered]) -> list[list[int]]:
+    def encode(self, conversations: Sequence[RenderedChat]) -> list[list[int]]:
         """Return the tokens of each rendered conversation.
 
         Raises:
@@ -143,7 +143,7 @@ class ChatTemplate:
         lead = next(encoded)
         return [self._joined(one, [next(encoded) for _ in one.pieces], lead) for one in conversations]
 
-    def _joined(self, rendered: Rendered, encoded: list[list[int]], lead: list[int]) -> list[int]:
+    def _joined(self, rendered: RenderedChat, encoded: list[list[int]], lead: list[int]) -> list[int]:
         tokens = encoded[0]
         if len(encoded) == 1:
             return tokens
@@ -173,7 +173,7 @@ class ChatTemplate:
             ) from error
 
 
-def of_transformers(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
+def tokenizer_chat_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
     """Return the chat template of a transformers tokenizer, as training reads it.
 
     Raises:

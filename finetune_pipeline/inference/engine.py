@@ -61,7 +61,7 @@ class _Waiting:
     """A request whose result is pending."""
 
     future: "Future[Any]"
-    on_piece: Callable[[str], None] | None = None
+    on_delta: Callable[[str], None] | None = None
     schema: dict[str, Any] | None = None
 
 
@@ -157,20 +157,20 @@ class Engine:
         tokens: list[int] = self._ask({"op": "encode", "messages": messages}).result()
         return tokens
 
-    def submit(self, request: GenerateRequest, on_piece: Callable[[str], None] | None = None) -> "Future[Completion]":
+    def submit(self, request: GenerateRequest, on_delta: Callable[[str], None] | None = None) -> "Future[Completion]":
         """Start a request; its future ends with the completion or an EngineError. Cancelling it frees its place.
 
         Callbacks, of the future too, run in the engine's own thread: they must not wait for the engine.
 
         Args:
-            on_piece: called with the answer's text in pieces as they come, before the future ends. What it raises ends
+            on_delta: called with the answer's text in pieces as they come, before the future ends. What it raises ends
                 this request alone, and its future raises it.
 
         Raises:
             EngineCrashed, EngineClosed: the engine has ended already.
         """
-        order = {"op": "generate", "request": request.model_dump(mode="json"), "stream": on_piece is not None}
-        return self._ask(order, on_piece, request.json_schema)
+        order = {"op": "generate", "request": request.model_dump(mode="json"), "stream": on_delta is not None}
+        return self._ask(order, on_delta, request.json_schema)
 
     def swap_adapter(self, adapter: Path | None) -> "Future[None]":
         """Change to another LoRA adapter of the same base, or to the base alone; the future ends when it is done.
@@ -238,14 +238,14 @@ class Engine:
     def _ask(
         self,
         order: dict[str, Any],
-        on_piece: Callable[[str], None] | None = None,
+        on_delta: Callable[[str], None] | None = None,
         schema: dict[str, Any] | None = None,
     ) -> "Future[Any]":
         id, future = next(self._ids), Future[Any]()
         with self._lock:
             if self._ended:
                 raise self._ended
-            self._waiting[id] = _Waiting(future, on_piece, schema)
+            self._waiting[id] = _Waiting(future, on_delta, schema)
         future.add_done_callback(lambda done: self._forget(id) if done.cancelled() else None)
         self._write({**order, "id": id})
         return future
@@ -344,17 +344,17 @@ class Engine:
             return
         future = who.future
         if "piece" in message:
-            self._hand_on(message, future, who.on_piece)
+            self._hand_on(message, future, who.on_delta)
         elif future.set_running_or_notify_cancel():
             if "error" in message:
                 future.set_exception(BY_NAME[message["error"]](message["message"]))
             else:
                 future.set_result(_result_of(message["result"]))
 
-    def _hand_on(self, message: dict[str, Any], future: "Future[Any]", on_piece: Callable[[str], None] | None) -> None:
+    def _hand_on(self, message: dict[str, Any], future: "Future[Any]", on_delta: Callable[[str], None] | None) -> None:
         try:
-            if on_piece:
-                on_piece(message["piece"])
+            if on_delta:
+                on_delta(message["piece"])
         except Exception as error:  # the caller's own fault: the requests of others go on
             self._forget(message["id"])
             if future.set_running_or_notify_cancel():

@@ -107,7 +107,7 @@ class NativeModel:
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.context = min(spec.context, llama_cpp.llama_model_n_ctx_train(self._model) or spec.context)
         most = spec.threads or most_threads(llama_cpp.llama_model_n_params(self._model))
-        self.threads = Threads(most, steady=spec.steady_threads)
+        self.threads = Threads(most, fixed=spec.fixed_threads)
         self._context = self._new_context()
         self._adapter: Adapter | None = None
         if spec.adapter:

@@ -31,13 +31,13 @@ class ProbeResult:
 
     Attributes:
         works: a model in F16 answers.
-        quantised_works: one in Q4_K_M does, too.
+        quantized_works: one in Q4_K_M does, too.
         detail: what was seen, or the first error with what to do.
         versions: of the packages that matter.
     """
 
     works: bool
-    quantised_works: bool
+    quantized_works: bool
     detail: str
     versions: dict[str, str]
 

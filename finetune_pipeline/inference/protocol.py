@@ -39,7 +39,7 @@ class ModelSpec(Record):
     context: int = Field(default=2048, ge=16, description="Tokens of prompt and answer together, for each sequence.")
     parallel: int = Field(default=8, ge=1, le=64, description="Sequences decoded together.")
     threads: int | None = Field(default=None, ge=1, description="At most this many; None chooses by the model's size.")
-    steady_threads: bool = Field(default=False, description="Always use that many, also beside other work: for timing.")
+    fixed_threads: bool = Field(default=False, description="Always use that many, also beside other work: for timing.")
     stuck_seconds: float = Field(
         default=120, ge=1, description="Time without progress after which the process counts as stuck and is ended."
     )

@@ -41,13 +41,13 @@ class RemoteModel:
             timeout=httpx.Timeout(settings.timeout_seconds, connect=min(5.0, settings.timeout_seconds)),
         )
 
-    async def generate(self, request: GenerateRequest, on_piece: Callable[[str], None] | None = None) -> Completion:
+    async def generate(self, request: GenerateRequest, on_delta: Callable[[str], None] | None = None) -> Completion:
         """Answer one request.
 
         Confidence comes from the token probabilities, where the server gives them.
 
         Args:
-            on_piece: called with each piece of text as it comes.
+            on_delta: called with each piece of text as it comes.
 
         Raises:
             RequestRefused: the server refuses this request.
@@ -63,8 +63,8 @@ class RemoteModel:
                 await self._check(response)
                 async for event in _events(response):
                     piece = answer.add(event)
-                    if piece and on_piece:
-                        on_piece(piece)
+                    if piece and on_delta:
+                        on_delta(piece)
         except httpx.HTTPError as error:
             raise UpstreamFailed(
                 f"{self.settings.url} does not answer ({type(error).__name__}: {error}); start it, or correct "

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_pipeline.inference.answer_text import AnswerText
+from finetune_pipeline.inference.completion_text import CompletionText
 from finetune_pipeline.inference.confidence import confidence
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.inference.grammar import Matcher
@@ -60,7 +60,7 @@ class Sequence:
     prompt: list[int]
     limit: int
     chooser: TokenChooser
-    text: AnswerText
+    text: CompletionText
     started: float
     done: int = 0
     """Tokens that the model has seen; the prompt first, then the answer."""
@@ -208,7 +208,7 @@ class Scheduler:
             prompt=prompt,
             limit=min(request.max_tokens, self._model.context - len(prompt)),
             chooser=chooser,
-            text=AnswerText(request.stop, strip_space=request.messages is not None and self._model.strips_space),
+            text=CompletionText(request.stop, strip_space=request.messages is not None and self._model.strips_space),
             started=time.perf_counter(),
         )
 

@@ -28,17 +28,17 @@ def most_threads(n_params: int) -> int:
     """Return 1 for a small model, for others the number of physical cores that this process may use."""
     if n_params < SMALL_MODEL:
         return 1
-    return max(1, min(psutil.cpu_count(logical=False) or len(allowed_cores()), len(allowed_cores())))
+    return max(1, min(psutil.cpu_count(logical=False) or len(available_cores()), len(available_cores())))
 
 
-def allowed_cores() -> list[int]:
+def available_cores() -> list[int]:
     """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
-class OtherWork:
+class BackgroundLoad:
     """Measures how many of the cores that this process may use are used by others.
 
     Args:
@@ -46,7 +46,7 @@ class OtherWork:
     """
 
     def __init__(self, *, children: bool = False) -> None:
-        self._cores = allowed_cores()
+        self._cores = available_cores()
         self._children = children
         self._before = self._read()
 
@@ -82,21 +82,21 @@ class Threads:
 
     Args:
         most: the number on a quiet machine.
-        steady: use that number always, as models that are timed side by side need the same conditions.
+        fixed: use that number always, as models that are timed side by side need the same conditions.
     """
 
-    def __init__(self, most: int, *, steady: bool) -> None:
+    def __init__(self, most: int, *, fixed: bool) -> None:
         self.most = most
         self.now = most
-        self._adapts = most > 1 and not steady
-        self._others = OtherWork()
+        self._adapts = most > 1 and not fixed
+        self._others = BackgroundLoad()
         self._looked = time.monotonic()
 
     def look(self) -> int:
         """Return how many threads to use; measures the other work at most four times a second."""
         if self._adapts and time.monotonic() >= self._looked + LOOK_SECONDS:
             self._looked = time.monotonic()
-            self.now = threads_for(len(allowed_cores()), self._others.since_last(), self.most)
+            self.now = threads_for(len(available_cores()), self._others.since_last(), self.most)
         return self.now
 
 

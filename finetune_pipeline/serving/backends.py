@@ -14,13 +14,13 @@ from finetune_pipeline.inference.remote import RemoteModel
 from finetune_pipeline.serving.errors import Busy
 from finetune_pipeline.settings import UpstreamSettings
 
-OnPiece = Callable[[str], None]
+OnDelta = Callable[[str], None]
 
 
 class Backend(Protocol):
     """What runs a model."""
 
-    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+    async def answer(self, request: GenerateRequest, on_delta: OnDelta | None) -> Completion:
         """Answer one request; cancelling it frees its place."""
         ...
 
@@ -35,12 +35,12 @@ class LocalModel:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+    async def answer(self, request: GenerateRequest, on_delta: OnDelta | None) -> Completion:
         """Answer one request; pieces arrive in this event loop."""
         loop = asyncio.get_running_loop()
-        tell: OnPiece | None = None
-        if on_piece is not None:
-            there: OnPiece = on_piece
+        tell: OnDelta | None = None
+        if on_delta is not None:
+            there: OnDelta = on_delta
             tell = lambda piece: _call_soon(loop, there, piece)  # noqa: E731
         return await asyncio.wrap_future(self.engine.submit(request, tell))
 
@@ -55,9 +55,9 @@ class Upstream:
     def __init__(self, settings: UpstreamSettings, via: str = "") -> None:
         self._model = RemoteModel(settings, via)
 
-    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+    async def answer(self, request: GenerateRequest, on_delta: OnDelta | None) -> Completion:
         """Answer one request."""
-        return await self._model.generate(request, on_piece)
+        return await self._model.generate(request, on_delta)
 
     async def close(self) -> None:
         """End the connections."""
@@ -104,7 +104,7 @@ class Served:
         """Whether it can be asked."""
         return not isinstance(self.backend, LocalModel) or self.backend.engine.alive
 
-    async def answer(self, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+    async def answer(self, request: GenerateRequest, on_delta: OnDelta | None) -> Completion:
         """Answer one request.
 
         Raises:
@@ -119,7 +119,7 @@ class Served:
         self.in_flight += 1
         self._idle.clear()
         try:
-            completion = await self.backend.answer(request, on_piece)
+            completion = await self.backend.answer(request, on_delta)
         finally:
             self.in_flight -= 1
             if not self.in_flight:
@@ -170,6 +170,6 @@ def _stamp(path: Path) -> tuple[int, int, int, int] | None:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, call: OnPiece, piece: str) -> None:
+def _call_soon(loop: asyncio.AbstractEventLoop, call: OnDelta, piece: str) -> None:
     with suppress(RuntimeError):  # the gateway is going down: nobody reads on
         loop.call_soon_threadsafe(call, piece)

@@ -15,7 +15,7 @@ from finetune_pipeline.records import Interaction, Turn, chat
 from finetune_pipeline.serving.api import ChatMessage, ChatRequest, CompletionRequest, Generation, Metadata
 from finetune_pipeline.serving.errors import BadRequest
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.models import Answered, OnNamedPiece
+from finetune_pipeline.serving.models import Answered, OnNamedDelta
 from finetune_pipeline.serving.routing import Route, route
 from finetune_pipeline.settings import LoopSettings
 
@@ -61,7 +61,7 @@ def question_of(gateway: Gateway, asked: ChatRequest | CompletionRequest) -> Que
     return Question(uuid7(), to, prompt, history, request, asked.user, asked.metadata or Metadata())
 
 
-async def ask(gateway: Gateway, question: Question, on_piece: OnNamedPiece | None = None) -> Exchange:
+async def ask(gateway: Gateway, question: Question, on_delta: OnNamedDelta | None = None) -> Exchange:
     """Answer a question and record the exchange.
 
     Raises:
@@ -71,9 +71,9 @@ async def ask(gateway: Gateway, question: Question, on_piece: OnNamedPiece | Non
     started = time.perf_counter()
     try:
         if version is None:
-            answered = await server.answer(question.request, on_piece)
+            answered = await server.answer(question.request, on_delta)
         else:
-            answered = await server.answer_by(version, question.request, on_piece)
+            answered = await server.answer_by(version, question.request, on_delta)
     except asyncio.CancelledError:
         gateway.metrics.abandoned.labels(question.route.loop).inc()
         raise

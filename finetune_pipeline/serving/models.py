@@ -27,13 +27,13 @@ from finetune_pipeline.inference.protocol import Completion, GenerateRequest, Mo
 from finetune_pipeline.inference.remote import UpstreamFailed
 from finetune_pipeline.registry.champion import BASE, champion, resolve
 from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError, check_file
-from finetune_pipeline.serving.backends import LocalModel, OnPiece, Served, Upstream
+from finetune_pipeline.serving.backends import LocalModel, OnDelta, Served, Upstream
 from finetune_pipeline.serving.errors import Busy, Refused, Unavailable, UnknownModel
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings
 
 Variant = Literal["champion", "fallback", "version"]
 
-OnNamedPiece = Callable[[str, str], None]
+OnNamedDelta = Callable[[str, str], None]
 """Called with the name of the model that answers, and a piece of its answer."""
 
 RETRY_SECONDS = 30.0
@@ -180,14 +180,14 @@ class LoopServer:
             with suppress(Unavailable):  # the questions will be told so
                 await self._fallback_model(self.trouble)
 
-    async def answer(self, request: GenerateRequest, on_piece: OnNamedPiece | None) -> Answered:
+    async def answer(self, request: GenerateRequest, on_delta: OnNamedDelta | None) -> Answered:
         """Answer with the champion, or with what takes over when it cannot.
 
         Raises:
             Busy, Unavailable, Refused: see there.
         """
         await self._pass_gate()
-        told = _Told(on_piece)
+        told = _Told(on_delta)
         while True:
             served = self.current
             problem = self.trouble or "no model is loaded"
@@ -218,7 +218,7 @@ class LoopServer:
                 self.fallbacks += 1
                 return Answered(completion, fallback.name, "fallback")
 
-    async def answer_by(self, version: str, request: GenerateRequest, on_piece: OnNamedPiece | None) -> Answered:
+    async def answer_by(self, version: str, request: GenerateRequest, on_delta: OnNamedDelta | None) -> Answered:
         """Answer with a version that was asked for by name.
 
         Raises:
@@ -236,7 +236,7 @@ class LoopServer:
         else:
             served, variant = await self._version(model), "version"
         try:
-            completion = await _asked(served, request, _Told(on_piece).by(served))
+            completion = await _asked(served, request, _Told(on_delta).by(served))
         except _BROKEN as error:
             raise Unavailable(f"{served.name} cannot answer", detail=error, retry_after=2) from error
         return Answered(completion, served.name, "champion" if variant == "champion" else "version")
@@ -402,11 +402,11 @@ def _close_unwanted(opening: "asyncio.Task[Engine]") -> None:
 class _Told:
     """Passes pieces on and remembers whether there were any."""
 
-    def __init__(self, on_piece: OnNamedPiece | None) -> None:
+    def __init__(self, on_delta: OnNamedDelta | None) -> None:
         self.anything = False
-        self._on_piece = on_piece
+        self._on_piece = on_delta
 
-    def by(self, served: Served) -> OnPiece | None:
+    def by(self, served: Served) -> OnDelta | None:
         """What to give to this model; None where nobody listens."""
         return partial(self._take, served.name) if self._on_piece else None
 
@@ -416,8 +416,8 @@ class _Told:
             self._on_piece(name, piece)
 
 
-async def _asked(served: Served, request: GenerateRequest, on_piece: OnPiece | None) -> Completion:
+async def _asked(served: Served, request: GenerateRequest, on_delta: OnDelta | None) -> Completion:
     try:
-        return await served.answer(request, on_piece)
+        return await served.answer(request, on_delta)
     except RequestRefused as error:
         raise Refused(str(error)) from error

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.inference.chat_template import ChatTemplate, Rendered, of_transformers
+from finetune_pipeline.inference.chat_template import ChatTemplate, RenderedChat, tokenizer_chat_template
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.records import Turn, chat
 from finetune_pipeline.training.job import Rejection, TrainingError
@@ -70,18 +70,18 @@ def conversations(
         TrainingError: the base model has no chat template that can be used.
     """
     try:
-        template = of_transformers(tokenizer)
+        template = tokenizer_chat_template(tokenizer)
     except RequestRefused as error:
         raise TrainingError(str(error)) from error
     rendered = [_rendered(template, row, answers, system_prompt) for row in rows]
-    whole = [texts for texts in rendered if not isinstance(texts, Rejected) and not any(text.cut for text in texts)]
+    whole = [texts for texts in rendered if not isinstance(texts, Rejected) and not any(text.escaped for text in texts)]
     encoded = iter(template.encode([text for texts in whole for text in texts]))  # in one batch, which is much faster
     found: list[Conversation | Rejected] = []
     for row, texts in zip(rows, rendered, strict=True):
         if isinstance(texts, Rejected):
             found.append(texts)
             continue
-        cut = any(text.cut for text in texts)
+        cut = any(text.escaped for text in texts)
         try:
             prompt, *rest = template.encode(texts) if cut else [next(encoded) for _ in texts]
         except RequestRefused as error:
@@ -93,7 +93,7 @@ def conversations(
 
 def _rendered(
     template: ChatTemplate, row: dict[str, Any], answers: Sequence[str], system_prompt: str
-) -> list[Rendered] | Rejected:
+) -> list[RenderedChat] | Rejected:
     asked = messages_of(row, system_prompt)
     whole = [[*asked, {"role": "assistant", "content": row[name]}] for name in answers]
     try:

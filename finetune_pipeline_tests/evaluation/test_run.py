@@ -13,7 +13,7 @@ from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.run import Contender, answer_benchmark, compare_models, measure_speed
 from finetune_pipeline.inference.errors import EngineCrashed, ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.inference.threads import OtherWork
+from finetune_pipeline.inference.threads import BackgroundLoad
 from finetune_pipeline.settings import EvaluationSettings
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, FakeEngines, line, write_benchmark
 
@@ -147,11 +147,11 @@ def test_two_models_are_compared_from_end_to_end(tmp_path: Path, benchmark: Benc
 def test_a_speed_that_was_measured_on_a_busy_machine_says_so(
     tmp_path: Path, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, used: float
 ) -> None:
-    monkeypatch.setattr(run, "allowed_cores", lambda: [0, 1])
-    monkeypatch.setattr(OtherWork, "since_last", lambda self: used)
+    monkeypatch.setattr(run, "available_cores", lambda: [0, 1])
+    monkeypatch.setattr(BackgroundLoad, "since_last", lambda self: used)
     specs = {"a": model(tmp_path, "a", 3), "b": model(tmp_path, "b", 6)}
     engines = FakeEngines()
     speeds = measure_speed(specs, benchmark, SETTINGS, "", prompts=3, open_engine=engines)
     said = "other processes used 1.9 of 2 cores" if used > 1 else None
     assert [speed.disturbed for speed in speeds.values()] == [said, said]
-    assert all(spec.steady_threads for spec in engines.opened)
+    assert all(spec.fixed_threads for spec in engines.opened)

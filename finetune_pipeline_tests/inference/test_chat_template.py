@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_pipeline.inference.chat_template import of_transformers
+from finetune_pipeline.inference.chat_template import tokenizer_chat_template
 from finetune_pipeline_tests.families import chat_template, served_tokens, transformers_tokenizer, vocabulary
 
 # Vocabulary, a chat template for it, whether it accepts a system message, whether transformers can load the tokenizer
@@ -86,7 +86,7 @@ def test_training_and_service_get_the_same_tokens_and_messages_are_text(family):
         assert read["control"] == own[tuple(message["role"] for message in messages)], messages
     if trains:
         tokenizer = transformers_tokenizer(words, template)
-        trained = of_transformers(tokenizer)
+        trained = tokenizer_chat_template(tokenizer)
         for messages, read in zip(plain + hostile, plainly + served, strict=True):
             assert trained.tokens(messages) == read["tokens"], messages
         for messages, read in zip(plain, plainly, strict=True):

@@ -401,7 +401,7 @@ def test_the_parent_loads_nothing_heavy():
 
 def test_the_probe_runs_a_plain_and_a_quantised_model():
     result = probe_engine()
-    assert result.works and result.quantised_works, result.detail
+    assert result.works and result.quantized_works, result.detail
     assert "llama-cpp-python" in result.versions
 
 

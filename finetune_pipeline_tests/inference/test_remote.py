@@ -85,11 +85,11 @@ WHOLE = sse(
 )
 
 
-def ask(settings, request=ASK, on_piece=None):
+def ask(settings, request=ASK, on_delta=None):
     async def once():
         model = RemoteModel(settings)
         try:
-            return await model.generate(request, on_piece)
+            return await model.generate(request, on_delta)
         finally:
             await model.close()
 
@@ -99,7 +99,7 @@ def ask(settings, request=ASK, on_piece=None):
 def test_an_answer_is_put_together_and_its_pieces_are_told():
     pieces = []
     with answering(WHOLE) as (server, settings):
-        answer = ask(settings, on_piece=pieces.append)
+        answer = ask(settings, on_delta=pieces.append)
     assert (answer.text, pieces, answer.finish_reason) == ('{"a":42}', ['{"a":', "42", "}"], "stop")
     assert (answer.prompt_tokens, answer.completion_tokens) == (11, 6)
     assert answer.token_texts == ['{"', "a", '":', "4", "2", "}"]
@@ -219,7 +219,7 @@ def test_half_a_character_and_strange_counts_do_no_harm():
     )
     pieces = []
     with answering(body) as (_, settings):
-        answer = ask(settings, on_piece=pieces.append)
+        answer = ask(settings, on_delta=pieces.append)
     assert (answer.text, pieces) == ("a?b", ["a?b"])
     assert (answer.prompt_tokens, answer.completion_tokens) == (0, 0)
 

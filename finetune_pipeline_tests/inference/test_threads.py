@@ -11,7 +11,7 @@ import pytest
 from finetune_pipeline.inference.native import Batch, NativeModel
 from finetune_pipeline.inference.probe import write_tiny_gguf
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.inference.threads import LOOK_SECONDS, OtherWork, Threads, threads_for
+from finetune_pipeline.inference.threads import LOOK_SECONDS, BackgroundLoad, Threads, threads_for
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def spin(seconds):
 
 
 def test_the_work_of_others_is_counted_and_ones_own_is_not():
-    work = OtherWork()
+    work = BackgroundLoad()
     spin(0.5)
     before = work.since_last()
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
@@ -57,9 +57,9 @@ def test_the_work_of_others_is_counted_and_ones_own_is_not():
     assert beside > 0.8 * min(4, cores)
 
 
-@pytest.mark.parametrize(("most", "steady", "looks"), [(4, False, True), (4, True, False), (1, False, False)])
-def test_steady_threads_do_not_look(most, steady, looks, monkeypatch):
-    threads = Threads(most, steady=steady)
+@pytest.mark.parametrize(("most", "fixed", "looks"), [(4, False, True), (4, True, False), (1, False, False)])
+def test_steady_threads_do_not_look(most, fixed, looks, monkeypatch):
+    threads = Threads(most, fixed=fixed)
     monkeypatch.setattr(threads._others, "since_last", lambda: 1000.0)
     time.sleep(LOOK_SECONDS)
     assert threads.look() == (1 if looks else most)
@@ -69,7 +69,7 @@ def test_steady_threads_do_not_look(most, steady, looks, monkeypatch):
 @pytest.mark.parametrize("changes", [[2, 2], [1, 2, 1, 3, 2, 1]])
 def test_the_number_of_threads_changes_no_logit(tmp_path, changes):
     write_tiny_gguf(tmp_path / "tiny.gguf")
-    model = NativeModel(ModelSpec(gguf=tmp_path / "tiny.gguf", context=256, parallel=1, threads=3, steady_threads=True))
+    model = NativeModel(ModelSpec(gguf=tmp_path / "tiny.gguf", context=256, parallel=1, threads=3, fixed_threads=True))
     prompt = model.tokenize("the same whatever else the machine does " * 3)
 
     def logits(counts):

@@ -1,10 +1,10 @@
 import pytest
 
-from finetune_pipeline.inference.answer_text import AnswerText
+from finetune_pipeline.inference.completion_text import CompletionText
 
 
 def feed(pieces, stop=(), **options):
-    answer = AnswerText(stop, **options)
+    answer = CompletionText(stop, **options)
     shown = [answer.add(piece) for piece in pieces]
     return answer, [*shown, answer.finish()]
 

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 
 
-class AnswerText:
+class CompletionText:
     """Collects the bytes of tokens; hands out what can be shown."""
 
     def __init__(self, stop: Sequence[str] = (), *, strip_space: bool = False) -> None:
