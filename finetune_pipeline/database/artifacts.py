@@ -1,12 +1,11 @@
 """The hashes of the published artifacts, which identify folders that were edited or not written by a run."""
 
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database.connection import Database
+from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import published_artifacts
 
 
@@ -18,9 +17,7 @@ def record_made(db: Database, loop: str, stage: str, version: str, sha256: str, 
     """
     values = {"loop": loop, "stage": stage, "version": version, "sha256": sha256, "created_at": created_at}
     with db.write() as connection:
-        insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-        row: Any = insert(published_artifacts).values(values)
-        connection.execute(row.on_conflict_do_nothing())
+        insert_if_absent(connection, published_artifacts, values)
 
 
 def is_made(db: Database, loop: str, stage: str, version: str, sha256: str) -> bool:

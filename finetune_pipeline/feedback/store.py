@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid5
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import tables as t
+from finetune_pipeline.database.statements import insert
 from finetune_pipeline.feedback.content_hash import content_hash, example_hash
 from finetune_pipeline.feedback.resolution import resolve
 from finetune_pipeline.feedback.review_decisions import standing, stands
@@ -341,8 +341,7 @@ def count(connection: sa.Connection, loop: str, changes: Mapping[str, int]) -> N
     rows = [{"loop": loop, "name": name, "value": value} for name, value in sorted(changes.items()) if value]
     if not rows:
         return
-    insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-    added: Any = insert(t.loop_counters)
+    added = insert(connection, t.loop_counters)
     total = t.loop_counters.c.value + added.excluded.value
     connection.execute(added.on_conflict_do_update(index_elements=["loop", "name"], set_={"value": total}), rows)
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import Database
+from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import champions, model_versions
 from finetune_pipeline.registry.comparisons import comparison_in
 from finetune_pipeline.registry.deployment_history import (
@@ -230,9 +230,7 @@ def moving(db: Database, loop: str) -> Iterator[Move]:
     """The loop's row of `champions`, locked until the transaction ends."""
     with db.write() as connection:
         # A row that is not there cannot be locked, so the first move of a loop makes it.
-        insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-        row: Any = insert(champions).values(loop=loop, model_id=None, updated_at=datetime.now(UTC))
-        connection.execute(row.on_conflict_do_nothing())
+        insert_if_absent(connection, champions, {"loop": loop, "model_id": None, "updated_at": datetime.now(UTC)})
         pointer = sa.select(champions.c.model_id).where(champions.c.loop == loop).with_for_update()
         current_id = connection.execute(pointer).scalar_one()
         yield Move(connection, loop, current_id, datetime.now(UTC))

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.database import Database
+from finetune_pipeline.database.statements import upsert
 from finetune_pipeline.database.tables import check_outcomes
 from finetune_pipeline.records import Manifest, Moment, Record
 
@@ -45,11 +45,9 @@ def record_outcomes_in(
     """Record outcomes as `record_outcomes` does, within a transaction."""
     manifest = artifact.manifest
     place = {"loop": manifest.loop, "stage": manifest.stage, "version": manifest.version, "sha256": artifact.sha256}
-    insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
     for name in manifest.blocking_checks:
         found = {"passed": outcomes[name], "run_id": run_id, "created_at": datetime.now(UTC)}
-        row: Any = insert(check_outcomes).values({**place, "name": name, **found})
-        connection.execute(row.on_conflict_do_update(index_elements=[*place, "name"], set_=found))
+        upsert(connection, check_outcomes, {**place, "name": name, **found})
 
 
 def outcomes_of(db: Database, loop: str, kind: type[Manifest], version: str, sha256: str) -> dict[str, CheckOutcome]:

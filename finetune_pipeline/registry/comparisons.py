@@ -5,9 +5,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from pydantic import Field
-from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import Database
+from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import comparisons
 from finetune_pipeline.records import Moment, Record
 from finetune_pipeline.registry.model_versions import located_path, stored_path
@@ -44,9 +44,7 @@ def record_comparison(db: Database, comparison: ModelComparison) -> None:
 def record_comparison_in(connection: sa.Connection, comparison: ModelComparison) -> None:
     """As `record_comparison`, within a transaction."""
     values = comparison.model_dump() | {"report_path": stored_path(comparison.report_path)}
-    insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-    row: Any = insert(comparisons).values(values)
-    connection.execute(row.on_conflict_do_nothing())
+    insert_if_absent(connection, comparisons, values)
 
 
 def find_comparison(db: Database, loop: str, id: str) -> ModelComparison | None:

@@ -1,12 +1,10 @@
 """The trainings that ended: one row for each adapter, which outlives its files. Progress is Dagster's."""
 
-from typing import Any
-
 import sqlalchemy as sa
 from pydantic import Field
-from sqlalchemy.dialects import postgresql, sqlite
 
 from finetune_pipeline.database import Database
+from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import training_jobs
 from finetune_pipeline.records import Moment, Record
 
@@ -36,9 +34,7 @@ class TrainingRun(Record):
 def record_training(db: Database, training: TrainingRun) -> None:
     """Keep a training; one that is kept already (same loop and id) stays as it is."""
     with db.write() as connection:
-        insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-        row: Any = insert(training_jobs).values(training.model_dump())
-        connection.execute(row.on_conflict_do_nothing())
+        insert_if_absent(connection, training_jobs, training.model_dump())
 
 
 def find_training(db: Database, loop: str, id: str) -> TrainingRun | None:

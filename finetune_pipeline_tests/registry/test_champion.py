@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from finetune_pipeline import artifacts
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import Database, connect
-from finetune_pipeline.database.tables import models
+from finetune_pipeline.database.tables import model_versions
 from finetune_pipeline.registry import model_versions as models_module
 from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, resolve, rollback, switch
 from finetune_pipeline.registry.comparisons import find_comparison
@@ -401,7 +401,7 @@ def by_hand(db: Database, one: Candidate, number: int, **columns: object) -> Non
     """Write the row of a version that no promotion brought in."""
     row = {**models_module._to_row(one), "major": number, "minor": 0, "patch": 0, "created_at": datetime.now(UTC)}
     with db.write() as connection:
-        connection.execute(sa.insert(models).values({**row, **columns}))
+        connection.execute(sa.insert(model_versions).values({**row, **columns}))
 
 
 def test_a_version_that_was_never_promoted_cannot_be_switched_to(db: Database, candidate: MakeCandidate) -> None:
@@ -421,7 +421,7 @@ def test_a_version_whose_row_was_given_another_file_cannot_be_switched_to(
     serve(db, candidate("b"))
     changed = {"gguf_path": str(other.gguf_path), "gguf_sha256": other.gguf_sha256}
     with db.write() as connection:
-        connection.execute(sa.update(models).where(models.c.id == first.id).values(changed))
+        connection.execute(sa.update(model_versions).where(model_versions.c.id == first.id).values(changed))
     for move in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
         with pytest.raises(RegistryError):
             move()
