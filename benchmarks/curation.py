@@ -182,10 +182,10 @@ def write_snapshot(path: Path, size: int, seed: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from finetune_pipeline.orchestration.raw_logs import COLUMNS
+    from finetune_pipeline.pipeline.snapshot import COLUMNS
 
     turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-    kinds = {"turns": turns, "moment": pa.timestamp("us", tz="UTC")}
+    kinds = {"turns": turns, "timestamp": pa.timestamp("us", tz="UTC")}
     schema = pa.schema({name: kinds.get(kind) or pa.type_for_alias(kind) for name, kind in COLUMNS.items()})
     batch: list[Line] = []
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:

@@ -19,10 +19,10 @@ from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.orchestration.lora_adapter import PARTS
-from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.build_dataset import taught
 from finetune_pipeline.pipeline.ingest import ingest
+from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.records import Example
 from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, home, read_loop
 from finetune_pipeline.training.job import TrainingJob, TrainingResult

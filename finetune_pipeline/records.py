@@ -367,8 +367,10 @@ class RawLogsManifest(Manifest):
     interactions: int
     feedback: int
     examples: int = Field(description="Interactions with something to teach.")
-    parts: list[str] = Field(description="Parquet files, oldest first; a later part's row of an interaction stands.")
-    new: int = Field(description="Rows of the newest part: interactions that came or changed since the one before.")
+    shards: list[str] = Field(
+        description="Parquet files, oldest first; a later shard's row of an interaction replaces an earlier one."
+    )
+    new: int = Field(description="Rows of the newest shard: interactions that came or changed since the one before.")
     watermark: int = Field(description="Highest ingest offset in the snapshot.")
 
 

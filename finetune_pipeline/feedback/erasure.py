@@ -102,6 +102,13 @@ def erased_users(connection: sa.Connection, loop: str, users: Iterable[str]) -> 
     return frozenset(names[id] for query in queries for id in connection.execute(query).scalars())
 
 
+def erased_after(connection: sa.Connection, loop: str, offset: int) -> bool:
+    """Return whether an event of the loop was erased after this ingest offset."""
+    e = t.erased_events.c
+    query = sa.select(e.id).where(e.loop == loop, e.ingest_offset > offset).limit(1)
+    return connection.execute(query).first() is not None
+
+
 def erase_user(connection: sa.Connection, loop: str, user: str, reward: RewardFunction) -> Erased:
     """Delete a person's interactions with all that was said of them, and what the person said of those of others.
 

@@ -57,7 +57,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     version = version_of(inputs, settings)
 
     def make(folder: Path) -> dict[str, Any]:
-        paths = [raw_logs.path / part for part in raw_logs.manifest.parts]
+        paths = [raw_logs.path / part for part in raw_logs.manifest.shards]
         curated = curate_files(
             paths, loop_files.replay(loop), policy, loop_files.identity, _cache(loop, raw_logs, files)
         )
@@ -88,7 +88,7 @@ def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[
         "packages": package_versions("finetune-pipeline", *FOUND_BY),
     }
     records = raw_logs.manifest.files
-    keys = [hash_of({**given, "part": records[part].sha256})[:32] for part in raw_logs.manifest.parts]
+    keys = [hash_of({**given, "part": records[part].sha256})[:32] for part in raw_logs.manifest.shards]
     return Cache(home() / "cache" / "curation" / loop.name, keys)
 
 
@@ -97,7 +97,7 @@ def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
     from finetune_pipeline.curation.sifting import example_of_row
     from finetune_pipeline.curation.snapshot import ROWS, Part, Rows
 
-    parts = [Part(raw_logs.path / part) for part in raw_logs.manifest.parts]
+    parts = [Part(raw_logs.path / part) for part in raw_logs.manifest.shards]
     stands = iter((~Rows(parts).superseded()).tolist())
     for part in parts:
         for batch in part.batches(ROWS):

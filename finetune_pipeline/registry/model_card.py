@@ -82,7 +82,7 @@ def _front_matter(card: Card) -> str:
 
 
 def _made_from(card: Card) -> str:
-    up_to = f"up to sequence {card.watermark}" if card.watermark is not None else None
+    up_to = f"up to ingest_offset {card.watermark}" if card.watermark is not None else None
     rows = {
         "base model": f"{card.base_model} ({card.base_hash[:16]})",
         "adapter": card.adapter,

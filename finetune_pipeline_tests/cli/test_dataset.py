@@ -11,8 +11,8 @@ from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.curation.dataset import SPLITS, learnt
 from finetune_pipeline.curation.formats import WRITERS
 from finetune_pipeline.database import connect
-from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline_tests.orchestration.conftest import make_loop  # noqa: F401
 from finetune_pipeline_tests.sources.test_files import write_as
 

@@ -7,9 +7,9 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.orchestration import curated_dataset as curation
 from finetune_pipeline.orchestration.lora_adapter import adapter, training_run
-from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline import build_dataset, lora_adapter
 from finetune_pipeline.pipeline.lineage import made_with
+from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 

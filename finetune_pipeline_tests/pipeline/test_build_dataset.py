@@ -11,8 +11,8 @@ from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
-from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import read_feed
 from finetune_pipeline.settings import home
 from finetune_pipeline.sources.source_record import Item
@@ -64,7 +64,7 @@ def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_
         logs, _ = snapshot(loop, connect())
         point(logs.manifest, "a run")
         warm = dataset(loop, logs)
-    parts = [logs.manifest.files[part].sha256 for part in logs.manifest.parts]
+    parts = [logs.manifest.files[part].sha256 for part in logs.manifest.shards]
     assert len(set(parts)) < len(parts), "two cycles withdrew the same"
     assert warm.manifest.train == 3
     shutil.rmtree(home() / "cache")

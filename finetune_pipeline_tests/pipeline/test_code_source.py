@@ -4,8 +4,8 @@ import json
 
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
-from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_records
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.sources.endpoint import said, teaching

@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.store import Recorded, totals
-from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.ingest import ingest
+from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import ingested_events, read_feeds
 from finetune_pipeline.settings import PROJECT_ROOT, SettingsError
 from finetune_pipeline.sources.ledger import read_totals, rejected_lines

@@ -28,7 +28,7 @@ def logs(version, *parts):
     """A snapshot in several Parquet parts, each with these interactions."""
     names = [f"part-{number}.parquet" for number in range(len(parts))]
     fields = {**COMMON, "version": version, "inputs": {"events": "1..9"}, "interactions": 1, "feedback": 1}
-    fields["parts"] = names
+    fields["shards"] = names
     with draft("notes", "raw_logs", version) as folder:
         for name, ids in zip(names, parts, strict=True):
             pq.write_table(pa.table({"interaction_id": pa.array(ids, pa.string())}), folder / name)

@@ -7,9 +7,9 @@ from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import mark_judged, record
-from finetune_pipeline.orchestration import raw_logs
 from finetune_pipeline.orchestration.curated_dataset import _metadata
 from finetune_pipeline.orchestration.eval_report import _trained_contents
+from finetune_pipeline.pipeline import snapshot as snapshots
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.records import AdapterManifest, Turn
@@ -70,7 +70,7 @@ def test_the_count_and_the_dataset_agree_on_confidence(loop, least, confidence, 
     add(loop, *taught("a", "what now?"), asked, feedback("on b", "b", **said))
     low = holds and confidence is not None and confidence < least  # missing confidence is not low confidence
     assert count_new(loop, connect(), watermark=0) == (1 if low else 2)
-    snapshot, _ = raw_logs.snapshot(loop, connect())
+    snapshot, _ = snapshots.snapshot(loop, connect())
     data = dataset(loop, snapshot)
     refused = {f"confidence below {least:g} and no person confirmed it": 1} if low else {}
     assert (data.manifest.train + data.manifest.validation, data.manifest.left_out) == (1 if low else 2, refused)
@@ -79,7 +79,7 @@ def test_the_count_and_the_dataset_agree_on_confidence(loop, least, confidence, 
 def test_what_was_judged_in_its_redacted_form_never_counts_again(loop):
     history = (Turn(role="user", content=f"I am {MAIL}"),)
     add(loop, *taught("a", f"write to {MAIL}"), *taught("b", "what now?", f"mail {MAIL}", history=history))
-    snapshot, _ = raw_logs.snapshot(loop, connect())
+    snapshot, _ = snapshots.snapshot(loop, connect())
     data = dataset(loop, snapshot)
     adapter_of(loop, data)
     with connect().write() as connection:
@@ -98,7 +98,7 @@ def test_no_secret_reaches_a_dataset_and_the_numbers_are_shown(loop):
         *taught("a", f"write to {MAIL} or +49 30 901820"),
         *taught("b", "what now?", f"mail {MAIL}", history=history),
     )
-    snapshot, _ = raw_logs.snapshot(loop, connect())
+    snapshot, _ = snapshots.snapshot(loop, connect())
     data = dataset(loop, snapshot)
     assert data.manifest.redacted == {"email": 3, "phone": 1}
     metadata = _metadata(data)

@@ -18,11 +18,11 @@ from finetune_pipeline.feedback.erasure import erase_user, held_of
 from finetune_pipeline.feedback.formats import export_alpaca, export_events, import_rows
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import counters
-from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline import source_sync
 from finetune_pipeline.pipeline.build_dataset import dataset, taught
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
+from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import read_feed, skipped_records
 from finetune_pipeline.records import shown
 from finetune_pipeline.settings import SettingsError

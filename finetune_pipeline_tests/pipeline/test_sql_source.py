@@ -7,9 +7,9 @@ import sqlalchemy as sa
 
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
-from finetune_pipeline.orchestration.raw_logs import snapshot
 from finetune_pipeline.pipeline.build_dataset import dataset, taught
 from finetune_pipeline.pipeline.ingest import ingest
+from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_records
 
 from .conftest import corrected, write_events

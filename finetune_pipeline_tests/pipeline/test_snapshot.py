@@ -15,7 +15,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import newest_offset, record
-from finetune_pipeline.orchestration import raw_logs
+from finetune_pipeline.pipeline import snapshot as snapshots
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.records import DatasetManifest, Turn
 from finetune_pipeline_tests.conftest import feedback, interaction
@@ -29,7 +29,7 @@ def add(loop, *events, database=None):
 
 def take(loop, database=None):
     """A snapshot as a run would take it: the pointer moves."""
-    artifact, _ = raw_logs.snapshot(loop, database or connect())
+    artifact, _ = snapshots.snapshot(loop, database or connect())
     point(artifact.manifest, "a run")
     return artifact
 
@@ -47,7 +47,7 @@ def test_only_what_came_or_changed_is_written_and_the_rest_is_linked(loop):
     first = take(loop)
     add(loop, *corrected(["cedar"]), feedback("late", "ash", "correction", 5, correction="ash never spoke"))
     second = take(loop)
-    assert second.manifest.parts == ["records-0001.parquet", "records-0002.parquet"]
+    assert second.manifest.shards == ["records-0001.parquet", "records-0002.parquet"]
     assert (second.manifest.new, second.manifest.interactions, second.manifest.watermark) == (2, 3, 7)
     old, linked = first.path / "records-0001.parquet", second.path / "records-0001.parquet"
     assert old.stat().st_ino == linked.stat().st_ino
@@ -67,7 +67,7 @@ def test_one_run_links_what_another_run_wrote(loop, instance):
         done = dg.materialize(mine, instance=instance)
         (event,) = [e for e in done.get_asset_materialization_events() if e.asset_key.path[-1] == "raw_logs"]
         metadata = event.materialization.metadata
-        assert (metadata["parts"].value, metadata["rows_of_newest_part"].value) == (parts, 8)
+        assert (metadata["shards"].value, metadata["rows_of_newest_shard"].value) == (parts, 8)
     assert pointed(DatasetManifest, loop.name).manifest.inputs["raw_logs"] == metadata["version"].value
 
 
@@ -132,7 +132,7 @@ def test_parts_give_the_same_dataset_as_one_file(loop, seed):
         in_parts = take(loop)
     forget_last(loop)
     at_once = take(loop)
-    assert len(in_parts.manifest.parts) > 2 and len(at_once.manifest.parts) == 1
+    assert len(in_parts.manifest.shards) > 2 and len(at_once.manifest.shards) == 1
     for split in ("train", "validation"):
         assert read_rows(dataset(loop, in_parts).path, split) == read_rows(dataset(loop, at_once).path, split)
     assert dataset(loop, in_parts).manifest.train > 3
@@ -149,7 +149,7 @@ def test_after_something_was_forgotten_everything_is_written_anew(loop):
         connection.execute(
             sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["ingest_offset"])
         )
-    assert len(take(loop).manifest.parts) == 2  # another loop's
+    assert len(take(loop).manifest.shards) == 2  # another loop's
     with connect().write() as connection:
         i, e = t.interactions.c, t.examples.c
         ash = connection.execute(sa.select(i.id).order_by(i.ingest_offset).limit(1)).scalar_one()
@@ -161,7 +161,10 @@ def test_after_something_was_forgotten_everything_is_written_anew(loop):
             sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["ingest_offset"])
         )
     anew = take(loop)
-    assert [row["target"] for part in anew.manifest.parts for row in rows(anew, part)] == ["birch spoke", "cedar spoke"]
+    assert [row["target"] for shard in anew.manifest.shards for row in rows(anew, shard)] == [
+        "birch spoke",
+        "cedar spoke",
+    ]
     assert take(loop) == anew  # once is enough
 
 
@@ -171,16 +174,16 @@ def test_other_reward_settings_write_everything_anew(loop, make_loop):
     ratings = {**loop.feedback.ratings, "3": 0.4}
     other = make_loop(feedback={"ratings": ratings})
     add(loop, *corrected(["birch"]))
-    assert len(take(other).manifest.parts) == 1
+    assert len(take(other).manifest.shards) == 1
     assert take(other).manifest.new == 2
 
 
 def test_too_many_parts_become_one(loop, monkeypatch):
-    monkeypatch.setattr(raw_logs, "MAX_PARTS", 2)
+    monkeypatch.setattr(snapshots, "MAX_SHARDS", 2)
     numbers = []
     for name in ["ash", "birch", "cedar", "dogwood"]:
         add(loop, *corrected([name]))
-        numbers.append(len(take(loop).manifest.parts))
+        numbers.append(len(take(loop).manifest.shards))
     assert numbers == [1, 2, 1, 2]
 
 
@@ -189,7 +192,7 @@ def test_a_last_snapshot_that_is_damaged_is_written_anew(loop):
     first = take(loop)
     (first.path / "records-0001.parquet").unlink()
     add(loop, *corrected(["birch"]))
-    assert len(take(loop).manifest.parts) == 1
+    assert len(take(loop).manifest.shards) == 1
 
 
 def test_another_database_is_not_taken_for_the_same_one(loop, tmp_path):
@@ -198,7 +201,7 @@ def test_another_database_is_not_taken_for_the_same_one(loop, tmp_path):
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")
     add(loop, *corrected(["cedar", "elm", "fir"]), database=other)  # and has grown past the first
     taken = take(loop, other)
-    assert taken.manifest.parts == ["records-0001.parquet"]
+    assert taken.manifest.shards == ["records-0001.parquet"]
     spoke = {row["target"] for row in rows(taken, "records-0001.parquet")}
     assert spoke == {"cedar spoke", "elm spoke", "fir spoke"}
 
@@ -211,9 +214,9 @@ def test_where_files_cannot_be_linked_they_are_copied(loop, monkeypatch):
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(raw_logs.os, "link", refuse)
+    monkeypatch.setattr(snapshots.os, "link", refuse)
     second = take(loop)
-    assert [len(rows(second, part)) for part in second.manifest.parts] == [1, 1]
+    assert [len(rows(second, part)) for part in second.manifest.shards] == [1, 1]
 
 
 def test_on_either_database_what_is_new_is_the_same(loop, db):
@@ -221,7 +224,7 @@ def test_on_either_database_what_is_new_is_the_same(loop, db):
     take(loop, db)
     add(loop, feedback("late", "birch", "thumbs_down", 9), *corrected(["cedar"]), database=db)
     second = take(loop, db)
-    assert [row["interaction_id"] for row in rows(second, second.manifest.parts[-1])] == [
+    assert [row["interaction_id"] for row in rows(second, second.manifest.shards[-1])] == [
         str(interaction(name).id) for name in ("birch", "cedar")
     ]
 
@@ -231,7 +234,7 @@ def test_what_is_new_is_found_by_indexes(loop):
     statements = []
     with connect().read() as connection:
         sa.event.listen(connection, "before_cursor_execute", lambda *given: statements.append(given[2:4]))
-        list(raw_logs.records(connection, loop.name, 10, 1))
+        list(snapshots.records(connection, loop.name, 10, 1))
         text, values = statements[0]
         plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", values)]
     assert not [step for step in plan if step.startswith("SCAN") and ("interactions" in step or "examples" in step)]
