@@ -1,6 +1,6 @@
 """Training on a GPU, or a tiny shape on the CPU: tokens per second, memory, and the share of the machine's peak.
 
-Run by benchmarks/gpu.sh. Each row is a training of ours (TrainingJob, in its own process) on a Llama of random weights:
+Run by benchmarks/gpu.sh. Each row is a training of ours (JobConfig, in its own process) on a Llama of random weights:
 what a step costs does not depend on what the weights say. Beside them stands TRL's own recipe: `SFTTrainer` with the
 defaults of `SFTConfig` over the same adapter (of LoRA alone: a 4-bit base is no default).
 """
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from benchmarks.results import publish
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
-from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob, TrainingResult
+from finetune_pipeline.training.job import JobConfig, Progress, TrainingError, TrainingResult
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.process import peak_resident_bytes
 
@@ -118,7 +118,7 @@ def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> li
     _apart(_make_dataset, shape, folder / "dataset", shape.batch * steps)
     found = []
     for adapter, backend in product(("lora", "qlora"), ("peft", "unsloth")):
-        job = TrainingJob(
+        job = JobConfig(
             base_model=folder / "model",
             dataset=folder / "dataset",
             output=folder / f"{adapter}-{backend}",
@@ -191,11 +191,11 @@ def _settings(shape: Shape, adapter: str, backend: str) -> TrainingSettings:
         {
             "backend": backend,
             "adapter": adapter,
-            "epochs": 1,
-            "batch_size": shape.batch,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": shape.batch,
             "max_length": 2048,
             "gradient_checkpointing": shape.checkpointing,
-            "checkpoints": 1,
+            "save_steps": 500,
         }
     )
 
@@ -208,10 +208,10 @@ def _figures(result: TrainingResult, told: list[Progress], flops: float, peaks: 
         first, last = later[0], later[-1]
         tokens = last.tokens_per_second * last.elapsed_seconds - first.tokens_per_second * first.elapsed_seconds
         speed = tokens / (last.elapsed_seconds - first.elapsed_seconds)
-    peak = peaks["bfloat16" if result.bfloat16 else "float32"]
+    peak = peaks["bfloat16" if result.bf16 else "float32"]
     return {
         "device": result.device,
-        "bfloat16": result.bfloat16,
+        "bf16": result.bf16,
         "tokens_per_second": speed,
         "peak_memory_bytes": result.peak_memory_bytes,
         "share_of_matmul_peak": speed * flops / peak,

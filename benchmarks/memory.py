@@ -14,7 +14,7 @@ from benchmarks.results import publish
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.architecture import read_architecture
 from finetune_pipeline.training.estimate import ERROR, memory
-from finetune_pipeline.training.job import TrainingJob
+from finetune_pipeline.training.job import JobConfig
 from finetune_pipeline.training.launch import train
 
 STARTER = PROJECT_ROOT / "data" / "starter_model"
@@ -26,20 +26,20 @@ SHAPES = {
 }
 UPDATES = 2
 CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (
-    ("starter", 60, {"batch_size": 24}),
-    ("starter", 480, {"batch_size": 8}),
-    ("starter", 480, {"batch_size": 8, "gradient_checkpointing": True}),
-    ("26M", 60, {"batch_size": 8}),
-    ("26M", 256, {"batch_size": 8}),
-    ("26M", 256, {"batch_size": 8, "gradient_checkpointing": True}),
-    ("26M", 256, {"batch_size": 8, "adapter": "qlora"}),
-    ("26M", 256, {"batch_size": 8, "bfloat16": True}),
-    ("26M", 256, {"batch_size": 8, "method": "dpo"}),
-    ("26M", 256, {"batch_size": 8, "method": "kto"}),
-    ("26M, 128k words", 256, {"batch_size": 8}),
-    ("26M, 128k words", 256, {"batch_size": 2, "method": "dpo"}),
-    ("152M", 60, {"batch_size": 2}),
-    ("152M", 256, {"batch_size": 2}),
+    ("starter", 60, {"per_device_train_batch_size": 24}),
+    ("starter", 480, {"per_device_train_batch_size": 8}),
+    ("starter", 480, {"per_device_train_batch_size": 8, "gradient_checkpointing": True}),
+    ("26M", 60, {"per_device_train_batch_size": 8}),
+    ("26M", 256, {"per_device_train_batch_size": 8}),
+    ("26M", 256, {"per_device_train_batch_size": 8, "gradient_checkpointing": True}),
+    ("26M", 256, {"per_device_train_batch_size": 8, "adapter": "qlora"}),
+    ("26M", 256, {"per_device_train_batch_size": 8, "bf16": True}),
+    ("26M", 256, {"per_device_train_batch_size": 8, "method": "dpo"}),
+    ("26M", 256, {"per_device_train_batch_size": 8, "method": "kto"}),
+    ("26M, 128k words", 256, {"per_device_train_batch_size": 8}),
+    ("26M, 128k words", 256, {"per_device_train_batch_size": 2, "method": "dpo"}),
+    ("152M", 60, {"per_device_train_batch_size": 2}),
+    ("152M", 256, {"per_device_train_batch_size": 2}),
 )
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         figures = [_measure(folder, shape, bases[shape], tokens, settings) for shape, tokens, settings in CASES]
     rows = [
         [
-            one["model"], one["adapter"], one["method"], "bfloat16" if one["bfloat16"] else "float32",
+            one["model"], one["adapter"], one["method"], "bfloat16" if one["bf16"] else "float32",
             "yes" if one["checkpointing"] else "no",
             f"{one['batch']} x {one['tokens']}", f"{one['estimate'] / 1e6:,.0f} MB",
             f"{one['measured'] / 1e6:,.0f} MB", f"{one['estimate'] / one['measured'] - 1:+.0%}",
@@ -75,11 +75,11 @@ def main() -> None:
 
 
 def _measure(folder: Path, shape: str, base: Path, tokens: int, changes: dict[str, Any]) -> dict[str, Any]:
-    settings = TrainingSettings.model_validate({"epochs": 1, "bfloat16": False, "checkpoints": 1, **changes})
+    settings = TrainingSettings.model_validate({"num_train_epochs": 1, "bf16": False, "save_steps": 500, **changes})
     output = folder / "out"
     shutil.rmtree(output, ignore_errors=True)
-    dataset = _dataset(folder / "dataset", tokens, settings.batch_size * UPDATES)
-    job = TrainingJob(
+    dataset = _dataset(folder / "dataset", tokens, settings.per_device_train_batch_size * UPDATES)
+    job = JobConfig(
         base_model=base,
         dataset=dataset,
         preferences=folder / "preferences" if settings.method != "sft" else None,
@@ -88,11 +88,11 @@ def _measure(folder: Path, shape: str, base: Path, tokens: int, changes: dict[st
     )
     result = train(job)
     architecture = read_architecture(base / "config.json", shape)
-    estimate = memory(architecture, settings, "cpu", bfloat16=result.bfloat16, tokens=tokens)
+    estimate = memory(architecture, settings, "cpu", bf16=result.bf16, tokens=tokens)
     return {
-        "model": shape, "adapter": settings.adapter, "method": settings.method, "bfloat16": result.bfloat16,
+        "model": shape, "adapter": settings.adapter, "method": settings.method, "bf16": result.bf16,
         "checkpointing": settings.gradient_checkpointing,
-        "batch": settings.batch_size, "tokens": tokens, "estimate": estimate.bytes,
+        "batch": settings.per_device_train_batch_size, "tokens": tokens, "estimate": estimate.bytes,
         "measured": result.peak_memory_bytes, "parts": {part.name: part.bytes for part in estimate.parts},
     }  # fmt: skip
 

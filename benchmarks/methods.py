@@ -25,7 +25,7 @@ from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.records import Example
 from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, home, read_loop
-from finetune_pipeline.training.job import TrainingJob, TrainingResult
+from finetune_pipeline.training.job import JobConfig, TrainingResult
 from finetune_pipeline.training.launch import train
 
 LOOP = DEFS_FOLDER / "aec_parser" / "defs.yaml"
@@ -52,10 +52,10 @@ class Case:
 CASES = [
     Case("thumbs", "sft", {"learning_rate": 2e-3}),
     Case("thumbs", "kto", {"method": "kto", "learning_rate": 3e-4}),
-    Case("fewest", "sft", {"learning_rate": 2e-3, "epochs": 12}),
+    Case("fewest", "sft", {"learning_rate": 2e-3, "num_train_epochs": 12}),
     Case("fewest", "kto", {"method": "kto", "learning_rate": 3e-4}),
-    Case("few", "sft", {"learning_rate": 2e-3, "epochs": 12}),
-    Case("few", "dpo", {"method": "dpo", "learning_rate": 2e-3, "epochs": 24}),
+    Case("few", "sft", {"learning_rate": 2e-3, "num_train_epochs": 12}),
+    Case("few", "dpo", {"method": "dpo", "learning_rate": 2e-3, "num_train_epochs": 24}),
     Case("few", "kto", {"method": "kto", "learning_rate": 3e-4}),
     Case("all", "sft", {"learning_rate": 2e-3}),
     Case("all", "dpo", {"method": "dpo", "learning_rate": 1e-3}),
@@ -119,7 +119,7 @@ def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:
     data, output = folder / f"data-{case.data}", folder / case.folder
     settings = type(loop.training).model_validate(loop.training.model_dump() | case.settings)
     part = PARTS[settings.method]
-    job = TrainingJob(
+    job = JobConfig(
         base_model=resolve_base_model(loop.base_model),
         dataset=data / DATASET,
         preferences=None if part == DATASET else data / part,

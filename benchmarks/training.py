@@ -107,7 +107,7 @@ def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, floa
         "share of peak",
         "speed",
     ]
-    figures = {"epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
+    figures = {"num_train_epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
     publish("training", headings, rows, figures)
     missed = [*_missed(medians, runs)]
     if missed:
@@ -173,13 +173,15 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
 
     from finetune_pipeline.settings import load_loop
     from finetune_pipeline.training.data import load, tokenizer
-    from finetune_pipeline.training.job import TrainingJob
+    from finetune_pipeline.training.job import JobConfig
 
     output = Path(tempfile.mkdtemp(prefix="training-", dir=os.environ["FINETUNE_HOME"]))
     settings = load_loop("aec_parser").training
-    changes = {"learning_rate": float(rate), "epochs": EPOCHS, "bfloat16": kind == "bfloat16", "seed": int(seed)}
-    settings = settings.model_copy(update={**changes, "batch_size": BATCHES.get(recipe, settings.batch_size)})
-    job = TrainingJob(base_model=BASE, dataset=Path(dataset), output=output, settings=settings)
+    changes = {"learning_rate": float(rate), "num_train_epochs": EPOCHS, "bf16": kind == "bfloat16", "seed": int(seed)}
+    settings = settings.model_copy(
+        update={**changes, "per_device_train_batch_size": BATCHES.get(recipe, settings.per_device_train_batch_size)}
+    )
+    job = JobConfig(base_model=BASE, dataset=Path(dataset), output=output, settings=settings)
     set_seed(settings.seed)  # of the adapter's first weights
     data = load(job, tokenizer(BASE))
     text = EPOCHS * sum(data.train["length"])
@@ -198,9 +200,9 @@ def _ours(job: Any, data: Any) -> tuple[float, float]:
     from finetune_pipeline.training.data import tokenizer
     from finetune_pipeline.training.model import bfloat16_is_faster, save_adapter
 
-    bfloat16 = job.settings.bfloat16 and bfloat16_is_faster(job.settings.batch_size)
+    bf16 = job.settings.bf16 and bfloat16_is_faster(job.settings.per_device_train_batch_size)
     steps = own._steps(len(data.train), job.settings)
-    trainer = own._trainer(job, job.settings, data, tokenizer(job.base_model), steps, bfloat16)
+    trainer = own._trainer(job, job.settings, data, tokenizer(job.base_model), steps, bf16)
     seconds = _timed(trainer)
     save_adapter(trainer.model, job)
     return seconds
@@ -229,8 +231,8 @@ def _trl(job: Any, recipe: str) -> tuple[float, float]:
         args=SFTConfig(
             output_dir=str(job.output),
             learning_rate=settings.learning_rate,
-            num_train_epochs=settings.epochs,
-            bf16=settings.bfloat16,
+            num_train_epochs=settings.num_train_epochs,
+            bf16=settings.bf16,
             seed=settings.seed,
             use_cpu=True,
             save_strategy="no",

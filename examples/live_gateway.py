@@ -91,7 +91,7 @@ def deployment(folder: Path) -> Path:
     settings = document["attributes"]
     settings["ingest"] = {"folders": []}
     settings["trigger"] = {"new_examples": 50, "interval_seconds": 5, "running": True}
-    settings["training"]["epochs"] = 12  # 60 examples are few: more passes over them
+    settings["training"]["num_train_epochs"] = 12  # 60 examples are few: more passes over them
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return project
 

@@ -341,63 +341,107 @@ class ReviewSettings(Settings):
     required: bool = Field(default=False, description="Only examples that a reviewer approved or edited train.")
 
 
+def _steps(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("expected a fraction of all steps (below 1) or a whole number of steps")
+    return value
+
+
+Steps = Annotated[float, AfterValidator(_steps)]
+"""A number of steps, or below 1 a fraction of all steps, as in transformers' TrainingArguments."""
+
+PresetName = Literal["cpu", "8gb", "12gb", "16gb", "24gb", "48gb", "80gb"]
+"""Memory sizes for which finetune_pipeline/training/presets.py has settings."""
+
+
 class TrainingSettings(Settings):
-    """One training; plain values can be overridden for one run in Dagster's launchpad."""
+    """How an adapter is trained. Names are those of TRL, PEFT and transformers where a setting reaches them."""
 
     backend: Literal["auto", "peft", "unsloth", "axolotl"] = Field(
-        default="auto", description="What trains. auto: unsloth where it can, else peft (TRL and PEFT)."
+        default="auto",
+        description="Training library. auto: unsloth where it is installed and supports the settings, else peft (TRL "
+        "and PEFT).",
     )
-    compute: Literal["local", "ray"] = Field(default="local", description="Where: on this machine, or a Ray cluster.")
-    workers: int = Field(
-        default=1, ge=1, description="Processes that train together: GPUs of this machine, or workers of the cluster."
+    compute: Literal["local", "ray"] = Field(default="local", description="Train on this machine or a Ray cluster.")
+    num_processes: int = Field(
+        default=1, ge=1, description="Processes that train together: one per GPU, or one per worker of the Ray cluster."
     )
-    preset: Literal["cpu", "8gb", "12gb", "16gb", "24gb", "48gb", "80gb"] | None = Field(
-        default=None, description="Fills what is not set here for a memory size; `finetune train plan` shows with what."
+    preset: PresetName | None = Field(
+        default=None,
+        description="Memory size for which settings that are not set here are chosen, see `finetune train plan`.",
     )
     method: Literal["auto", "sft", "dpo", "kto"] = Field(
         default="sft",
-        description="sft learns answers; dpo from pairs of a corrected and the model's own answer; kto from answers "
-        "found good and bad; auto chooses by what the dataset holds.",
+        description="sft: supervised fine-tuning on completions. dpo: preference pairs. kto: desirable and undesirable "
+        "completions. auto: chosen by what the dataset holds.",
     )
     mode: Literal["full", "incremental"] = Field(
         default="full",
-        description="full: from the base model on everything. incremental: the champion's adapter, on what is new.",
+        description="full: a new adapter from the base model on all examples. incremental: warm-started from the "
+        "champion's adapter, on new examples and a replay sample.",
     )
-    replay_older: float = Field(default=1.0, ge=0, description="incremental: older examples for each new one.")
-    adapter: Literal["lora", "qlora"] = Field(default="lora", description="qlora trains over 4-bit NF4 base weights.")
-    lora_r: int = Field(default=16, ge=1, description="Rank of the adapter.")
-    lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter, divided by its rank.")
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="sft: dropout within the adapter.")
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+    replay_ratio: float = Field(default=1.0, ge=0, description="incremental: replayed older examples per new example.")
+    adapter: Literal["lora", "qlora"] = Field(
+        default="lora", description="qlora: LoRA over base weights in 4 bits (NF4)."
+    )
+    lora_r: int = Field(default=16, ge=1, description="LoRA rank.")
+    lora_alpha: int = Field(default=32, ge=1, description="LoRA alpha: updates are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="sft: dropout of the LoRA layers.")
+    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",
-        description="Layers that the adapter changes, by the end of their names; tied embeddings are refused.",
+        description="Modules that get LoRA layers, by the end of their names. Tied embeddings are rejected.",
     )
     trainable_token_indices: Literal["all"] | tuple[int, ...] = Field(
         default=(),
-        description="Tokens whose embeddings are trained besides: ids, or all. Needed where the base never saw them.",
+        description="Token ids whose embeddings are trained in addition, or all; for tokens that the base model was "
+        "never trained on.",
     )
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
-    epochs: float = Field(default=3.0, gt=0, description="Passes over the training examples.")
-    batch_size: int = Field(default=8, ge=1, description="Examples a step on the device.")
-    gradient_accumulation: int = Field(default=1, ge=1, description="Steps whose gradients make one update.")
-    max_length: int = Field(default=1024, ge=16, description="Tokens; longer examples are left out and counted.")
-    warmup_share: float = Field(default=0.05, ge=0, lt=1, description="Share of all steps spent warming up.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
-    gradient_checkpointing: bool = Field(default=False, description="Less memory for about 20 % more time.")
-    bfloat16: bool = Field(default=True, description="bfloat16 where the machine is faster with it.")
-    reward_weighted: bool = Field(
-        default=False, description="sft: examples are drawn in proportion to their reward, not each once an epoch."
+    num_train_epochs: float = Field(default=3.0, gt=0, description="Passes over the training examples.")
+    per_device_train_batch_size: int = Field(
+        default=8,
+        ge=1,
+        description="Per-device batch size with one process; several processes split it, so an update keeps its size.",
     )
-    beta: float = Field(default=0.1, gt=0, description="dpo and kto: how much leaving the reference model costs.")
-    sft_weight: float = Field(default=1.0, ge=0, description="dpo: weight of learning the chosen answers besides.")
-    checkpoints: int = Field(default=5, ge=1, description="How often a training is saved, and validated, on its way.")
-    early_stopping: int | None = Field(
-        default=None, ge=1, description="Ends after so many validations without a lower loss."
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per update.")
+    max_length: int = Field(default=1024, ge=16, description="Tokens; longer examples are left out and counted.")
+    warmup_steps: Steps = Field(default=0.05, ge=0, description="Warmup steps; below 1, a fraction of all steps.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of the optimizer.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, about 20 % more time."
+    )
+    bf16: bool = Field(default=True, description="Compute in bfloat16 where that is faster on this machine.")
+    reward_weighted: bool = Field(
+        default=False, description="sft: sample examples in proportion to 1 + reward instead of once per epoch each."
+    )
+    beta: float = Field(
+        default=0.1, gt=0, description="dpo and kto: strength of the KL penalty to the reference model."
+    )
+    loss_type: tuple[str, ...] = Field(default=("sigmoid", "sft"), description="dpo: losses that are added up.")
+    loss_weights: tuple[float, ...] | None = Field(
+        default=None, description="dpo: a weight for each loss_type; default 1 for each."
+    )
+    save_steps: Steps = Field(
+        default=0.2, gt=0, description="Steps between checkpoints and validations; below 1, a fraction of all steps."
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="Validations without a lower loss after which training stops."
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        default=(), description="Trackers that Hugging Face's Trainer reports to; each has to be installed."
+        default=(), description="Trackers that transformers' Trainer reports to; each has to be installed."
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the adapter's weights and the order of examples.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the adapter's initial weights and the order of examples."
+    )
+
+    @model_validator(mode="after")
+    def _each_loss_has_a_weight(self) -> "TrainingSettings":
+        if self.loss_weights is not None and len(self.loss_type) != len(self.loss_weights):
+            raise ValueError(
+                f"loss_type has {len(self.loss_type)} entries and loss_weights has {len(self.loss_weights)}; give each "
+                "loss a weight"
+            )
+        return self
 
 
 class ExportSettings(Settings):

@@ -54,16 +54,16 @@ def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
         ("surprise: 1", "surprise"),
         ("min_gain: 0.1", r"min_gain: there is no such field(?!; is it min_gain\?)"),  # it is one of gate's
         ("gate: {min_gain: 7}", r"gate\.min_gain: found 7, expected less than"),
-        ("training: {epochs: many}", "training.epochs"),
+        ("training: {num_train_epochs: many}", "training.num_train_epochs"),
         ("training: {seed: 4294967296}", r"training\.seed: found 4294967296, expected less than 4294967296"),
         ("export: {quantization: Q3_X}", "export.quantization"),
-        ("training: {epochs: .inf}", r"training\.epochs: found inf"),
+        ("training: {num_train_epochs: .inf}", r"training\.num_train_epochs: found inf"),
         ("training: {learning_rate: .nan}", r"training\.learning_rate: found nan"),
         ("training: {report_to: tensorboard}", r"training\.report_to: found 'tensorboard', expected a list: \[tensor"),
         ("trigger: {nightly: always}", r"trigger\.nightly: found 'always', expected a cron time of five fields"),
         ("sources: [{name: a, path: b}]", r"sources\.0: 'kind' is missing"),
         ("sources: [{kind: file, name: a}]", r"sources\.0: there is no 'kind' 'file'; is it files\?"),
-        ("training: {epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
+        ("training: {num_train_epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(tmp_path, addition, said):
@@ -99,8 +99,8 @@ def test_trained_embeddings_cannot_be_served_as_an_adapter(tmp_path):
 
 def test_values_come_from_the_environment_with_their_type(tmp_path, monkeypatch):
     monkeypatch.setenv("EPOCHS", "2.5")
-    path = write(tmp_path, "notes", loop_yaml(YAML + "training: {epochs: '{{ env.EPOCHS }}'}"))
-    assert read_loop(path).training.epochs == 2.5
+    path = write(tmp_path, "notes", loop_yaml(YAML + "training: {num_train_epochs: '{{ env.EPOCHS }}'}"))
+    assert read_loop(path).training.num_train_epochs == 2.5
 
 
 @pytest.mark.parametrize("text", ["- a list\n", "type: something.Else\n", "a: [unclosed\n"])

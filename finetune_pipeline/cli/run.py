@@ -98,7 +98,7 @@ def _check_training(loop: LoopSettings) -> None:
     from finetune_pipeline.training.architecture import architecture_of
     from finetune_pipeline.training.backends import choose
     from finetune_pipeline.training.base_model import check_base_model, check_trained_tokens
-    from finetune_pipeline.training.distributed import share
+    from finetune_pipeline.training.distributed import split_batch
     from finetune_pipeline.training.preference import check_batch
     from finetune_pipeline.training.presets import settled
     from finetune_pipeline.training.trackers import check_trackers
@@ -109,7 +109,7 @@ def _check_training(loop: LoopSettings) -> None:
         settings = settled(settings, architecture_of(loop.base_model))
     choose(settings).backend.validate(settings)
     check_trackers(settings)
-    check_batch(settings, share(settings, settings.workers).batch_size)
+    check_batch(settings, split_batch(settings, settings.num_processes).per_device_train_batch_size)
     check_trained_tokens(config, settings)
     if settings.compute == "ray":
         check_installed("training.compute")

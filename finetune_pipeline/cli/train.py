@@ -2,20 +2,18 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from finetune_pipeline.cli.options import the_loop
-from finetune_pipeline.settings import SettingsError, TrainingSettings
+from finetune_pipeline.settings import PresetName, SettingsError, TrainingSettings
 
 if TYPE_CHECKING:
     from finetune_pipeline.training.architecture import Architecture
     from finetune_pipeline.training.presets import Machine
-
-_PRESETS = ("cpu", "8gb", "12gb", "16gb", "24gb", "48gb", "80gb")
 
 
 @click.group()
@@ -26,7 +24,9 @@ def train() -> None:
 @train.command()
 @click.option("--base", metavar="M", help="Base model: a folder, or a Hugging Face id; default the loop's.")
 @click.option("--vram", type=click.FloatRange(1), metavar="GB", help="Memory of a GPU; default this machine's.")
-@click.option("--preset", type=click.Choice(_PRESETS), help="Plan for a preset's memory instead; default the loop's.")
+@click.option(
+    "--preset", type=click.Choice(get_args(PresetName)), help="Plan for a preset's memory instead; default the loop's."
+)
 @click.option(
     "--loop", metavar="NAME", help="Begin with this loop's base model and settings; without --base, the only loop's."
 )
@@ -92,17 +92,22 @@ def _table(architecture: "Architecture", settings: TrainingSettings, machine: "M
         table.add_column(heading)
     for adapter in ("lora", "qlora"):
         for recompute in (False, True):
-            examples_an_update = settings.batch_size * settings.gradient_accumulation
+            examples_an_update = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
             change: dict[str, object] = {"adapter": adapter, "gradient_checkpointing": recompute}
-            change |= {"batch_size": examples_an_update, "gradient_accumulation": 1}
-            rungs = list(ladder(settings.model_copy(update=change), {"batch_size", "gradient_accumulation"}))
+            change |= {"per_device_train_batch_size": examples_an_update, "gradient_accumulation_steps": 1}
+            rungs = list(
+                ladder(
+                    settings.model_copy(update=change), {"per_device_train_batch_size", "gradient_accumulation_steps"}
+                )
+            )
             row = next((rung for rung in rungs if fits(architecture, rung, machine)), rungs[-1])
-            need = memory(architecture, row, machine.device, bfloat16=machine.bfloat16)
+            need = memory(architecture, row, machine.device, bf16=machine.bf16)
             took = time(architecture, row, examples=examples, tokens=row.max_length // 2, rate=machine.rate, source="")
             fit = need.bytes <= machine.bytes
             table.add_row(
-                adapter, "yes" if recompute else "no", f"{row.batch_size} x {row.gradient_accumulation}",
-                f"{row.max_length:,}", f"{need.bytes / 2**30:.1f} GiB", "fits" if fit else "does not fit",
+                adapter, "yes" if recompute else "no",
+                f"{row.per_device_train_batch_size} x {row.gradient_accumulation_steps}", f"{row.max_length:,}",
+                f"{need.bytes / 2**30:.1f} GiB", "fits" if fit else "does not fit",
                 duration(took.seconds) if fit else "",
             )  # fmt: skip
     return table
@@ -113,7 +118,7 @@ def _details(
 ) -> Iterator[str]:
     from finetune_pipeline.training.estimate import ERROR, memory, time
 
-    need = memory(architecture, settings, machine.device, bfloat16=machine.bfloat16)
+    need = memory(architecture, settings, machine.device, bf16=machine.bf16)
     yield f"\nchosen: peak {need.bytes / 2**30:.2f} GiB, which may be off by {ERROR:.0%}"
     for part in need.parts:
         yield f"  {part.name:<13} {part.bytes / 2**30:6.2f} GiB  {part.formula}"
@@ -121,7 +126,14 @@ def _details(
     took = time(architecture, settings, examples=examples, tokens=tokens, rate=machine.rate, source=machine.source)
     yield f"time: {duration(took.seconds)}, for examples of half the length: {took.formula}"
     yield "\ntraining:"
-    for name in ("adapter", "lora_r", "lora_alpha", "batch_size", "gradient_accumulation", "max_length"):
+    for name in (
+        "adapter",
+        "lora_r",
+        "lora_alpha",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_length",
+    ):
         yield f"  {name}: {getattr(settings, name)}"
     yield f"  gradient_checkpointing: {str(settings.gradient_checkpointing).lower()}"
 

@@ -23,7 +23,7 @@ from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.subprocess_lifetime import die_with_run
 from finetune_pipeline.training.architecture import architecture_of
 from finetune_pipeline.training.checkpoints import last_complete, step_of
-from finetune_pipeline.training.job import ADAPTER, CHECKPOINTS, RESULT, Progress, TrainingJob, TrainingResult
+from finetune_pipeline.training.job import ADAPTER, CHECKPOINTS, RESULT, JobConfig, Progress, TrainingResult
 from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.loss_curve import curve_png
 from finetune_pipeline.training.methods import Counts, choose
@@ -33,7 +33,14 @@ REPORT_EVERY_SECONDS = 5.0
 PARTS = {"sft": DATASET, "dpo": PAIRS, "kto": LABELLED}
 """What a method trains on, in the dataset's folder."""
 
-NOT_IN_THE_LAUNCHPAD = {"target_modules", "trainable_token_indices", "report_to", "preset"}
+NOT_IN_THE_LAUNCHPAD = {
+    "lora_target_modules",
+    "trainable_token_indices",
+    "loss_type",
+    "loss_weights",
+    "report_to",
+    "preset",
+}
 """Settings that Dagster's config has no type for, or that fill others."""
 
 
@@ -133,7 +140,7 @@ def adapter(
     def make(folder: Path) -> dict[str, Any]:
         examples = dataset.path / part
         where = examples if begin.rows is None else write_subset(examples, begin.rows, folder / part)
-        job = TrainingJob(
+        job = JobConfig(
             base_model=base,
             dataset=where if part == DATASET else dataset.path / DATASET,
             preferences=None if part == DATASET else where,

@@ -95,7 +95,7 @@ def _on_top(
     labels: list[bool] | None,
     settings: TrainingSettings,
 ) -> Start:
-    rows = chosen(hashes, known, settings.replay_older, str(settings.seed))
+    rows = chosen(hashes, known, settings.replay_ratio, str(settings.seed))
     if not rows:
         return _full(f"nothing is new since {name} was trained")
     if labels is not None:

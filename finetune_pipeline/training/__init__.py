@@ -1,7 +1,7 @@
 """Train a LoRA adapter, in a process of its own that knows nothing of Dagster.
 
 launch.py         train(job): start the process, follow its progress, say why it failed
-job.py            what goes in (TrainingJob) and what comes out (TrainingResult, Progress)
+job.py            what goes in (JobConfig) and what comes out (TrainingResult, Progress)
 __main__.py       python -m finetune_pipeline.training job.json
 methods.py        by which method to train, from what the dataset holds
 trainer.py        the training itself: TRL and PEFT; the files that load torch are this one and those it imports

@@ -17,7 +17,7 @@ from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.subprocess_lifetime import die_with_parent
 from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model, check_target_modules
-from finetune_pipeline.training.job import REFUSAL, REFUSED, TrainingError, TrainingJob, finished
+from finetune_pipeline.training.job import REFUSAL, REFUSED, JobConfig, TrainingError, finished
 from finetune_pipeline.training.memory import MemoryRanOut
 from finetune_pipeline.training.process import ENVIRONMENT, cpu_quota, folder_alone, threads_each, usable_cores
 from finetune_pipeline.training.trackers import settle_trackers
@@ -27,17 +27,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Read the job, train, and return the exit status."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m finetune_pipeline.training", description="Train one adapter.")
-    parser.add_argument("job", type=Path, help="JSON file of a TrainingJob")
+    parser.add_argument("job", type=Path, help="JSON file of a JobConfig")
     parser.add_argument(
         "--parent", type=int, help="process id to die with; without it, the training outlives its shell"
     )
-    parser.add_argument("--micro-batch", type=int, help="examples in memory at once, where batch_size was too many")
+    parser.add_argument(
+        "--micro-batch", type=int, help="examples in memory at once, where per_device_train_batch_size was too many"
+    )
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with_parent(options.parent)
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     try:
-        _run(TrainingJob.model_validate_json(options.job.read_bytes()), started, options.micro_batch)
+        _run(JobConfig.model_validate_json(options.job.read_bytes()), started, options.micro_batch)
     except MemoryRanOut as error:
         print(error, file=sys.stderr, flush=True)
         _start_anew(options, error.micro_batch)
@@ -55,7 +57,7 @@ def _start_anew(options: argparse.Namespace, micro_batch: int) -> NoReturn:
     os.execv(sys.executable, [*command, "--micro-batch", str(micro_batch)])
 
 
-def _run(job: TrainingJob, started: float, micro_batch: int | None) -> None:
+def _run(job: JobConfig, started: float, micro_batch: int | None) -> None:
     check_base_model(job.base_model)
     settle_trackers(job.output)
     with folder_alone(job.output):
@@ -63,18 +65,18 @@ def _run(job: TrainingJob, started: float, micro_batch: int | None) -> None:
             _train(job, started, micro_batch)
 
 
-def _train(job: TrainingJob, started: float, micro_batch: int | None) -> None:
+def _train(job: JobConfig, started: float, micro_batch: int | None) -> None:
     choice = choose(job.settings)
     choice.backend.validate(job.settings)
     print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
     # Before torch is loaded, and for the processes of a team; on a Ray cluster elsewhere Ray sees to it.
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(usable_cores(), cpu_quota(), job.settings.workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(usable_cores(), cpu_quota(), job.settings.num_processes)))
     check_target_modules(job.base_model, job.settings)
     if job.settings.compute == "ray":
         from finetune_pipeline.training import ray_cluster
 
         ray_cluster.train(job, started)
-    elif job.settings.workers > 1:
+    elif job.settings.num_processes > 1:
         from finetune_pipeline.training import elastic_launch
 
         elastic_launch.train(job, started)

@@ -84,7 +84,7 @@ class Architecture:
         chosen = [
             shape
             for name, shape in self.projections.items()
-            if settings.target_modules == "all-linear" or name.endswith(settings.target_modules)
+            if settings.lora_target_modules == "all-linear" or name.endswith(settings.lora_target_modules)
         ]
         adapter = self.layers * sum(settings.lora_r * (inputs + outputs) for inputs, outputs in chosen)
         return adapter + self.trained_tokens(settings) * self.hidden

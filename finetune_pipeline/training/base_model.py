@@ -44,7 +44,7 @@ def check_target_modules(folder: Path, settings: TrainingSettings) -> None:
     It would be merged into both, and a different model would serve than was trained. Inspects a model without weights,
     since layer names and tying differ by architecture: loads torch and transformers.
     """
-    if settings.target_modules == "all-linear":  # PEFT leaves out the output layer
+    if settings.lora_target_modules == "all-linear":  # PEFT leaves out the output layer
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,10 +56,12 @@ def check_target_modules(folder: Path, settings: TrainingSettings) -> None:
     if ends[1] is None or ends[0].weight is not ends[1].weight:
         return
     names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    tied = [target for target in settings.target_modules if any(f".{name}".endswith(f".{target}") for name in names)]
+    tied = [
+        target for target in settings.lora_target_modules if any(f".{name}".endswith(f".{target}") for name in names)
+    ]
     if tied:
         raise TrainingError(
-            f"target_modules names {', '.join(tied)}, but the output layer of the base model is its embeddings "
+            f"lora_target_modules names {', '.join(tied)}, but the output layer of the base model is its embeddings "
             "(tie_word_embeddings): LoRA on one would be merged into both, and a different model would serve than was "
             "trained. Leave it out; trainable_token_indices trains the embeddings of single tokens"
         )

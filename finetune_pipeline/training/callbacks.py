@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.training import distributed
 from finetune_pipeline.training.checkpoints import mark_complete
-from finetune_pipeline.training.job import Progress, TrainingError, TrainingJob
+from finetune_pipeline.training.job import JobConfig, Progress, TrainingError
 from finetune_pipeline.training.model import memory_now
 from finetune_pipeline.training.progress import PROGRESS, append
 
@@ -22,7 +22,7 @@ VALIDATION_LOSS = "validation_loss"
 _SECONDS_BETWEEN_LINES = 1.0
 
 
-def reporter(job: TrainingJob) -> "TrainerCallback":
+def reporter(job: JobConfig) -> "TrainerCallback":
     """The callback that writes progress, refuses a loss that is no number, and declares checkpoints whole."""
     from transformers import TrainerCallback
 
@@ -60,14 +60,14 @@ def reporter(job: TrainingJob) -> "TrainerCallback":
     return Reporter()
 
 
-def validator(measure: Callable[[], float], early_stopping: int | None) -> "TrainerCallback":
+def validator(measure: Callable[[], float], early_stopping_patience: int | None) -> "TrainerCallback":
     """The callback that measures the validation loss whenever a checkpoint is due, and remembers which was best.
 
     What it remembers stands in the Trainer's own state, which every checkpoint holds: a resumed training knows it too.
 
     Args:
         measure: gives the validation loss of the weights as they are.
-        early_stopping: ends the training after so many validations without a lower loss; None never does.
+        early_stopping_patience: ends the training after so many validations without a lower loss; None never does.
     """
     from transformers import TrainerCallback
 
@@ -82,7 +82,7 @@ def validator(measure: Callable[[], float], early_stopping: int | None) -> "Trai
                 state.best_metric, state.best_global_step = loss, state.global_step
                 # The Trainer keeps this one when it removes older checkpoints.
                 state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            if _no_longer_better(state, early_stopping):
+            if _no_longer_better(state, early_stopping_patience):
                 control.should_training_stop = True
 
     return Validator()
@@ -92,14 +92,14 @@ class NothingLeft(Exception):
     """A training that was resumed has no step left; its state and weights are those of its last checkpoint."""
 
 
-def resumer(early_stopping: int | None) -> "TrainerCallback":
+def resumer(early_stopping_patience: int | None) -> "TrainerCallback":
     """The callback that makes a resumed training's state true here and now.
 
     The Trainer itself would take one step more after a checkpoint behind which there is none, unless that ends an
     epoch; and it looks for the best checkpoint in the folder where it was written, which may have been moved.
 
     Args:
-        early_stopping: as the validator has it.
+        early_stopping_patience: as the validator has it.
     """
     from transformers import TrainerCallback
 
@@ -111,7 +111,7 @@ def resumer(early_stopping: int | None) -> "TrainerCallback":
                     state.best_model_checkpoint = str(best)
                 else:  # the best of those to come, then
                     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-            if state.global_step >= state.max_steps or _no_longer_better(state, early_stopping):
+            if state.global_step >= state.max_steps or _no_longer_better(state, early_stopping_patience):
                 raise NothingLeft
 
     return Resumer()
@@ -147,9 +147,13 @@ def _sampler(loader: Any) -> Any:
     return batches.sampler
 
 
-def _no_longer_better(state: Any, early_stopping: int | None) -> bool:
+def _no_longer_better(state: Any, early_stopping_patience: int | None) -> bool:
     losses = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
-    return bool(losses) and early_stopping is not None and len(losses) - 1 - losses.index(min(losses)) >= early_stopping
+    return (
+        bool(losses)
+        and early_stopping_patience is not None
+        and len(losses) - 1 - losses.index(min(losses)) >= early_stopping_patience
+    )
 
 
 def _progress(args: Any, state: Any, logs: dict[str, float], elapsed: float, first: int) -> Progress:
@@ -182,5 +186,5 @@ def must_be_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss became {loss} by step {step}: the training diverged and its weights are useless; lower "
-            "learning_rate (a tenth of it is a good try), or set bfloat16 to false"
+            "learning_rate (a tenth of it is a good try), or set bf16 to false"
         )

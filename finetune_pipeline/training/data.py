@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.artifacts import hash_file, hash_of, package_versions
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.conversations import Rejected, conversations, rejections
-from finetune_pipeline.training.job import Rejection, TrainingError, TrainingJob
+from finetune_pipeline.training.job import JobConfig, Rejection, TrainingError
 from finetune_pipeline.training.sampling import by_reward
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
+def load(job: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> Data:
     """Read the dataset of a job, as tokens.
 
     Raises:
@@ -74,7 +74,7 @@ def load(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase") -> Data:
         raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length, rejected))
     held_out, rejected_too = _accepted(_tokenised(job, tokenizer, "validation"), "validation")
     validation = _short_enough(held_out, job)
-    if job.settings.method == "sft" and not len(validation) and (len(held_out) or job.settings.early_stopping):
+    if job.settings.method == "sft" and not len(validation) and (len(held_out) or job.settings.early_stopping_patience):
         tell_not_validated(job.settings, len(held_out))
     measure = validation if len(validation) else train.select(range(min(len(train), _LOSS_SAMPLE)))
     if job.settings.reward_weighted and job.settings.method == "sft":
@@ -118,7 +118,7 @@ def tell_not_validated(settings: TrainingSettings, held_out: int) -> None:
     why = f"all {held_out} validation examples have more than {settings.max_length} tokens (raise max_length)"
     if not held_out:
         why = "the dataset has too few validation examples (raise curation.validation_fraction, or add examples)"
-    stopping = " and early_stopping does nothing" if settings.early_stopping else ""
+    stopping = " and early_stopping_patience does nothing" if settings.early_stopping_patience else ""
     print(f"the training is not validated, so the last weights stay{stopping}: {why}", file=sys.stderr, flush=True)
 
 
@@ -131,12 +131,12 @@ def _accepted(rows: "Dataset", split: str) -> "tuple[Dataset, tuple[Rejection, .
     return rows.remove_columns([_REASON, _PROVENANCE]), rejections(rejected, len(reasons), split)
 
 
-def _short_enough(rows: "Dataset", job: TrainingJob) -> "Dataset":
+def _short_enough(rows: "Dataset", job: JobConfig) -> "Dataset":
     kept = [index for index, length in enumerate(rows["length"]) if length <= job.settings.max_length]
     return rows if len(kept) == len(rows) else rows.select(kept)
 
 
-def _tokenised(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase", split: str) -> "Dataset":
+def _tokenised(job: JobConfig, tokenizer: "PreTrainedTokenizerBase", split: str) -> "Dataset":
     """A split as tokens: read where an earlier training of the same texts left it, else made and left there.
 
     It lies within the dataset's own folder, so that who deletes the texts deletes the tokens too.
@@ -152,7 +152,7 @@ def _tokenised(job: TrainingJob, tokenizer: "PreTrainedTokenizerBase", split: st
     return made
 
 
-def _key(job: TrainingJob, split: str) -> str:
+def _key(job: JobConfig, split: str) -> str:
     """Hash (16 hex digits) of all that decides the tokens: the rows, the system prompt, the tokenizer."""
     files = [job.dataset / split / name for name in _data_files(job.dataset / split)]
     files += sorted(path for pattern in _TOKENIZER_FILES for path in job.base_model.glob(pattern))

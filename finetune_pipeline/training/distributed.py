@@ -6,12 +6,11 @@ PyTorch wants them; Hugging Face's Trainer and Accelerate find each other by the
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.job import TrainingError, TrainingJob
-from finetune_pipeline.training.memory import out_of_memory, ran_out
+from finetune_pipeline.training.job import JobConfig, TrainingError
+from finetune_pipeline.training.memory import out_of_memory, ran_out, with_micro_batch
 
 _keepers: list[Callable[[Path], None]] = []
 
@@ -59,39 +58,34 @@ def first_then_others(action: Callable[[], Path | None]) -> Path | None:
     return found
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one process does of each update of the weights.
+def split_batch(settings: TrainingSettings, processes: int) -> TrainingSettings:
+    """Split the global batch across ranks, so that an update has the same examples whatever their number.
 
-    Attributes:
-        batch_size: examples a step on its device.
-        gradient_accumulation: steps whose gradients it adds up.
-    """
+    The global batch is per_device_train_batch_size x gradient_accumulation_steps. No device gets more at once than
+    per_device_train_batch_size, the micro-batch that fits its memory.
 
-    batch_size: int
-    gradient_accumulation: int
+    Args:
+        settings: of the whole training.
+        processes: number of ranks.
 
-
-def share(settings: TrainingSettings, processes: int) -> Share:
-    """Deal the examples of an update out to processes, so that an update means the same however many there are.
-
-    The examples of an update are batch_size x gradient_accumulation, of the whole training. No device gets more at
-    once than batch_size, which is what its memory was found to hold.
+    Returns:
+        The settings with the batch size and accumulation steps of one rank.
 
     Raises:
-        TrainingError: they cannot be dealt out evenly.
+        TrainingError: the global batch cannot be split evenly.
     """
-    examples = settings.batch_size * settings.gradient_accumulation
+    examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     each, left = divmod(examples, processes)
     if left or not each:
         divisors = ", ".join(str(n) for n in range(1, examples + 1) if examples % n == 0)
         raise TrainingError(
-            f"an update of batch_size {settings.batch_size} x gradient_accumulation {settings.gradient_accumulation} "
-            f"= {examples} examples cannot be dealt out evenly to {processes} workers; set workers to one of "
-            f"{divisors}, or change gradient_accumulation"
+            f"a batch of per_device_train_batch_size {settings.per_device_train_batch_size} x "
+            f"gradient_accumulation_steps {settings.gradient_accumulation_steps} = {examples} examples cannot be split "
+            f"evenly across {processes} processes; set num_processes to one of {divisors}, or change "
+            "gradient_accumulation_steps"
         )
-    batch = max(n for n in range(1, settings.batch_size + 1) if each % n == 0)
-    return Share(batch, each // batch)
+    micro_batch = max(n for n in range(1, settings.per_device_train_batch_size + 1) if each % n == 0)
+    return with_micro_batch(settings, micro_batch, each)
 
 
 def keep_checkpoints(keeper: Callable[[Path], None]) -> None:
@@ -109,7 +103,7 @@ class MemoryRanOutHere(Exception):
     """One process of the team has too little memory. It has to end by this: the others wait for it."""
 
 
-def take_part(job: TrainingJob, started: float) -> str:
+def take_part(job: JobConfig, started: float) -> str:
     """Do this process's part of a training.
 
     Returns:
@@ -128,6 +122,6 @@ def take_part(job: TrainingJob, started: float) -> str:
         if not out_of_memory(error):
             raise
         said = (str(error).strip().splitlines() or ["MemoryError"])[0]
-        micro_batch = share(job.settings, size()).batch_size
+        micro_batch = split_batch(job.settings, size()).per_device_train_batch_size
         raise MemoryRanOutHere(ran_out(job.settings, micro_batch, said)) from error
     return ""

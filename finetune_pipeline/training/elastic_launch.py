@@ -8,29 +8,29 @@ import os
 
 from finetune_pipeline.subprocess_lifetime import die_with_parent
 from finetune_pipeline.training import distributed
-from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.job import JobConfig, TrainingError
 
 
-def train(job: TrainingJob, started: float) -> None:
-    """Train in settings.workers processes, which end with this one.
+def train(job: JobConfig, started: float) -> None:
+    """Train in settings.num_processes processes, which end with this one.
 
     Args:
         job: what to train.
         started: time.monotonic() at which this process began.
 
     Raises:
-        TrainingError: the job is impossible, or there are fewer GPUs than workers.
+        TrainingError: the job is impossible, or there are fewer GPUs than processes.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    workers = job.settings.workers
-    distributed.share(job.settings, workers)
-    _check_devices(workers)
+    processes = job.settings.num_processes
+    distributed.split_batch(job.settings, processes)
+    _check_devices(processes)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=workers,
+        nproc_per_node=processes,
         run_id=job.key,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -51,15 +51,17 @@ def _member(parent: int, job: str, started: float) -> str:
     die_with_parent(parent)
     if not torch.cuda.is_available():  # Accelerate would number it, and no checkpoint can be loaded to "cpu:0"
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    return distributed.take_part(TrainingJob.model_validate_json(job), started)
+    return distributed.take_part(JobConfig.model_validate_json(job), started)
 
 
-def _check_devices(workers: int) -> None:
+def _check_devices(processes: int) -> None:
     import torch
 
     devices = torch.cuda.device_count()
-    if 0 < devices < workers:
-        raise TrainingError(f"workers is {workers}, but this machine has {devices} GPU(s); set workers to {devices}")
+    if 0 < devices < processes:
+        raise TrainingError(
+            f"num_processes is {processes}, but this machine has {devices} GPU(s); set num_processes to {devices}"
+        )
 
 
 def _failure(error: "Exception") -> str:
@@ -71,5 +73,9 @@ def _failure(error: "Exception") -> str:
         return str(ran_out.removeprefix(mark))
     rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
     how = failure.signal_name() if failure.exitcode < 0 else f"status {failure.exitcode}"
-    cause = ", most likely because memory ran out: use a smaller batch_size or max_length" if "KILL" in how else ""
+    cause = (
+        ", most likely because memory ran out: use a smaller per_device_train_batch_size or max_length"
+        if "KILL" in how
+        else ""
+    )
     return f"worker {rank} ended with {how}{cause}; running it again goes on from the last checkpoint"

@@ -85,7 +85,7 @@ def memory(
     settings: TrainingSettings,
     device: Device,
     *,
-    bfloat16: bool,
+    bf16: bool,
     tokens: int | None = None,
     micro_batch: int | None = None,
     shards: int = 1,
@@ -98,20 +98,20 @@ def memory(
         device: where it trains.
         bfloat16: whether it trains with bfloat16 autocast (on a GPU, over bfloat16 weights).
         tokens: of the longest example; default max_length.
-        micro_batch: examples in memory at once; default batch_size.
+        micro_batch: examples in memory at once; default per_device_train_batch_size.
         shards: cards that the base's weights are dealt out to (FSDP); weights in 4 bits never are.
     """
     length = settings.max_length if tokens is None else min(tokens, settings.max_length)
-    batch = settings.batch_size if micro_batch is None else micro_batch
+    batch = settings.per_device_train_batch_size if micro_batch is None else micro_batch
     batch *= 2 if settings.method == "dpo" else 1  # a pair is two examples
     parts = [
         _process(device),
-        _weights(architecture, settings, device, bfloat16, shards),
+        _weights(architecture, settings, device, bf16, shards),
         _adapter(architecture, settings),
-        _activations(architecture, settings, device, bfloat16, batch, length),
-        _working(architecture, settings, bfloat16, batch * length),
+        _activations(architecture, settings, device, bf16, batch, length),
+        _working(architecture, settings, bf16, batch * length),
     ]
-    return MemoryEstimate((*parts, _allocator(architecture, device, bfloat16, batch * length, parts[2:])))
+    return MemoryEstimate((*parts, _allocator(architecture, device, bf16, batch * length, parts[2:])))
 
 
 def _process(device: Device) -> Part:
@@ -120,10 +120,8 @@ def _process(device: Device) -> Part:
     return Part("process", PROCESS_BYTES, "Python, torch and the trainer's libraries (measured)")
 
 
-def _weights(
-    architecture: Architecture, settings: TrainingSettings, device: Device, bfloat16: bool, shards: int
-) -> Part:
-    each = 2 if device == "gpu" and bfloat16 else 4
+def _weights(architecture: Architecture, settings: TrainingSettings, device: Device, bf16: bool, shards: int) -> Part:
+    each = 2 if device == "gpu" and bf16 else 4
     if settings.adapter == "lora" and shards > 1:
         # FSDP puts the layer that computes together, the next one meanwhile, and the embeddings.
         whole = 2 * architecture.linear // architecture.layers + architecture.embeddings
@@ -153,23 +151,23 @@ def _adapter(architecture: Architecture, settings: TrainingSettings) -> Part:
 
 
 def _activations(
-    architecture: Architecture, settings: TrainingSettings, device: Device, bfloat16: bool, batch: int, length: int
+    architecture: Architecture, settings: TrainingSettings, device: Device, bf16: bool, batch: int, length: int
 ) -> Part:
     """What is kept from the forward pass for the backward pass."""
     tokens = batch * length
-    layer = layer_bytes(architecture, settings, bfloat16, length)
-    weights = cast_bytes(architecture, settings, device, bfloat16)
+    layer = layer_bytes(architecture, settings, bf16, length)
+    weights = cast_bytes(architecture, settings, device, bf16)
     ends = 4 * architecture.hidden * tokens * 3  # the embeddings, the last normalisation, its output
     if not settings.gradient_checkpointing:
         kept = architecture.layers * (layer * tokens + weights) + ends
         return Part("activations", round(kept), f"{architecture.layers} layers x {tokens:,} tokens x {layer:,} B")
-    stream = (2 if device == "gpu" and bfloat16 and settings.adapter == "lora" else 4) * architecture.hidden
+    stream = (2 if device == "gpu" and bf16 and settings.adapter == "lora" else 4) * architecture.hidden
     kept = tokens * (architecture.layers * stream + layer) + weights + ends
     formula = f"{tokens:,} tokens x ({architecture.layers} layers x {stream:,} B + one whole layer {layer:,} B)"
     return Part("activations", round(kept), formula)
 
 
-def layer_bytes(architecture: Architecture, settings: TrainingSettings, bfloat16: bool, length: int) -> int:
+def layer_bytes(architecture: Architecture, settings: TrainingSettings, bf16: bool, length: int) -> int:
     """Bytes that one decoder layer keeps for each token.
 
     In float32: the residual stream before and after attention and both normalised (4 hidden), query, key and value as
@@ -180,19 +178,19 @@ def layer_bytes(architecture: Architecture, settings: TrainingSettings, bfloat16
     hidden, queries, ffn = architecture.hidden, architecture.heads * architecture.head_dim, architecture.ffn
     inner = 4 * queries + 4 * ffn + len(architecture.projections) * settings.lora_r + length
     stream = 2 + architecture.norms - 2
-    if bfloat16:
+    if bf16:
         return 4 * stream * hidden + 2 * (5 * hidden + inner)
     return 4 * ((2 + stream) * hidden + inner)
 
 
-def cast_bytes(architecture: Architecture, settings: TrainingSettings, device: Device, bfloat16: bool) -> int:
+def cast_bytes(architecture: Architecture, settings: TrainingSettings, device: Device, bf16: bool) -> int:
     """The bfloat16 copy of a layer's float32 weights, which autocast keeps for the backward pass on a CPU."""
-    if device == "cpu" and bfloat16 and settings.adapter == "lora":
+    if device == "cpu" and bf16 and settings.adapter == "lora":
         return 2 * architecture.linear // architecture.layers
     return 0
 
 
-def _working(architecture: Architecture, settings: TrainingSettings, bfloat16: bool, tokens: int) -> Part:
+def _working(architecture: Architecture, settings: TrainingSettings, bf16: bool, tokens: int) -> Part:
     """What comes and goes: the loss's logits or, where that is more, one layer's gradients.
 
     Of answers to learn the logits are made for some tokens at a time; TRL's DPO and KTO make them for all. So does its
@@ -202,7 +200,7 @@ def _working(architecture: Architecture, settings: TrainingSettings, bfloat16: b
     whole = settings.method in {"dpo", "kto"} or plain
     chunk = tokens if whole else min(tokens_at_a_time(architecture.vocabulary), tokens)
     logits = chunk * architecture.vocabulary * 4 * LOGIT_COPIES
-    each = 2 if bfloat16 else 4
+    each = 2 if bf16 else 4
     layer = tokens * 3 * architecture.ffn * each
     if settings.adapter == "qlora":
         layer += max(inputs * outputs for inputs, outputs in architecture.projections.values()) * each
@@ -214,11 +212,11 @@ def _working(architecture: Architecture, settings: TrainingSettings, bfloat16: b
     )
 
 
-def _allocator(architecture: Architecture, device: Device, bfloat16: bool, tokens: int, passing: list[Part]) -> Part:
+def _allocator(architecture: Architecture, device: Device, bf16: bool, tokens: int, passing: list[Part]) -> Part:
     if device == "gpu":
         lost = round(ALLOCATOR_SHARE * sum(part.bytes for part in passing))
         return Part("allocator", lost, f"{ALLOCATOR_SHARE:.0%} of all but the base's weights (assumed)")
-    each = 2 if bfloat16 else 4
+    each = 2 if bf16 else 4
     kept = round(HEAP_COPIES * tokens * architecture.layers * architecture.ffn * each)
     words = f"{tokens:,} tokens x {architecture.layers} layers x {HEAP_COPIES} x {architecture.ffn:,} x {each} B"
     return Part("allocator", kept, f"freed blocks kept: {words} (measured)")
@@ -248,12 +246,12 @@ def time(
         rate: floating-point operations a second that the training reaches.
         source: where that rate is from, in words.
     """
-    whole = math.ceil(settings.epochs * examples) * tokens
+    whole = math.ceil(settings.num_train_epochs * examples) * tokens
     work = flops(architecture, settings, whole, tokens)
     passes = BACKWARD_FLOPS[settings.gradient_checkpointing]
     return TimeEstimate(
         work / rate,
-        f"{settings.epochs:g} epochs x {examples:,} examples x {tokens:,} tokens, {work:.2g} operations "
+        f"{settings.num_train_epochs:g} epochs x {examples:,} examples x {tokens:,} tokens, {work:.2g} operations "
         f"({passes} for each weight and token, and attention), at {rate / 1e12:.3g} TFLOP/s: {source}",
     )
 

@@ -16,19 +16,19 @@ def this_machine() -> Machine:
 
     gpu = torch.cuda.is_available()
     available = available_bytes() + (CONTEXT_BYTES if gpu else PROCESS_BYTES)  # the part that this process holds
-    bfloat16 = gpu and torch.cuda.is_bf16_supported()
-    peak = _products_a_second(gpu, bfloat16)
-    kind = "bfloat16" if bfloat16 else "float32"
+    bf16 = gpu and torch.cuda.is_bf16_supported()
+    peak = _products_a_second(gpu, bf16)
+    kind = "bfloat16" if bf16 else "float32"
     source = f"{ASSUMED_SHARE:.0%} (assumed) of the {peak / 1e12:.3g} that {kind} matrix products reach here (measured)"
-    return Machine("gpu" if gpu else "cpu", available, bfloat16, ASSUMED_SHARE * peak, source)
+    return Machine("gpu" if gpu else "cpu", available, bf16, ASSUMED_SHARE * peak, source)
 
 
-def _products_a_second(gpu: bool, bfloat16: bool) -> float:
+def _products_a_second(gpu: bool, bf16: bool) -> float:
     """Operations a second of the best of some square matrix products."""
     import torch
 
     size = _SIZE["gpu" if gpu else "cpu"]
-    kind = torch.bfloat16 if bfloat16 else torch.float32
+    kind = torch.bfloat16 if bf16 else torch.float32
     matrix = torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=kind)
     best = float("inf")
     for _ in range(_PRODUCTS):

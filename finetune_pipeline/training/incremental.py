@@ -5,7 +5,7 @@ from typing import Any
 
 from finetune_pipeline.artifacts import hash_of
 
-_SHAPE = ("adapter", "lora_r", "lora_alpha", "target_modules", "trainable_token_indices")
+_SHAPE = ("adapter", "lora_r", "lora_alpha", "lora_target_modules", "trainable_token_indices")
 """Settings that an adapter has for good: one of others cannot be gone on with."""
 
 

@@ -1,5 +1,6 @@
 """What a training is told, and what it says of itself. Plain pydantic: read by the caller and by the trainer."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class TrainingFailed(TrainingError):
     """The training process ended without a result; the message says how, what it wrote last, and what to do."""
 
 
-class TrainingJob(Record):
+class JobConfig(Record):
     """One training. Everything that it writes lies under `output`."""
 
     base_model: Path = Field(description="Folder of the base model: config.json, safetensors, tokenizer files.")
@@ -52,6 +53,15 @@ class TrainingJob(Record):
     def key(self) -> str:
         """Hash (16 hex digits) of all that shapes the adapter: only checkpoints of the same key are gone on with."""
         return hash_of(self.model_dump(mode="json", exclude={"output": True, "settings": {"report_to"}}))[:16]
+
+
+def steps_of(steps: float, total: int) -> int:
+    """Return a number of steps that is given as such or, below 1, as a fraction of all `total` steps (rounded up).
+
+    >>> steps_of(0.2, 35), steps_of(0.2, 36), steps_of(500, 35)
+    (7, 8, 500)
+    """
+    return math.ceil(round(steps * total, 6)) if steps < 1 else int(steps)
 
 
 class Progress(Record):
@@ -102,11 +112,11 @@ class Rejection(Record):
 class TrainingResult(Record):
     """What a finished training says of itself; `result.json` is the last file that it writes."""
 
-    job: str = Field(description="TrainingJob.key of what was trained.")
+    job: str = Field(description="JobConfig.key of what was trained.")
     device: str = Field(description="cpu, or the name of the GPU.")
     method: str = Field(description="sft, dpo or kto.")
     adapter: str = Field(description="lora or qlora.")
-    bfloat16: bool = Field(description="Whether bfloat16 autocast was used.")
+    bf16: bool = Field(description="Whether bfloat16 autocast was used.")
     steps: int = Field(description="Updates of the weights.")
     resumed_from: int = Field(description="Step from which this process went on; 0 is a whole training.")
     examples: int = Field(description="Examples trained on.")
@@ -123,7 +133,8 @@ class TrainingResult(Record):
         description="Highest use of the scarce memory: of the GPU when trained on one, else resident in main memory."
     )
     micro_batch: int | None = Field(
-        default=None, description="Examples in memory at once in the end: less than batch_size where memory ran out."
+        default=None,
+        description="Micro-batch size at the end, less than per_device_train_batch_size where memory ran out.",
     )
     curve: tuple[CurvePoint, ...]
     validation: tuple[ValidationPoint, ...] = Field(description="Empty where nothing was kept for validation.")
@@ -136,7 +147,7 @@ class TrainingResult(Record):
         return sum(one.count for one in self.rejections if one.split == "train")
 
 
-def finish(job: TrainingJob, result: TrainingResult) -> None:
+def finish(job: JobConfig, result: TrainingResult) -> None:
     """Write the result of a job whose adapter lies there, and then remove its checkpoints, which nobody needs now.
 
     A kill in between leaves checkpoints too many; the other way round, all would be trained again.
@@ -145,7 +156,7 @@ def finish(job: TrainingJob, result: TrainingResult) -> None:
     shutil.rmtree(job.output / CHECKPOINTS)
 
 
-def finished(job: TrainingJob) -> TrainingResult | None:
+def finished(job: JobConfig) -> TrainingResult | None:
     """The result of this very job if it lies in its folder, complete."""
     path = job.output / RESULT
     if not path.is_file() or not (job.output / ADAPTER / "adapter_model.safetensors").is_file():

@@ -19,9 +19,9 @@ from finetune_pipeline.training.job import (
     LOG,
     REFUSAL,
     REFUSED,
+    JobConfig,
     Progress,
     TrainingFailed,
-    TrainingJob,
     TrainingResult,
     finished,
 )
@@ -34,7 +34,7 @@ _LOG_LINES = 15
 _NO_CAUSE = "Failed to load CPU gemm_4bit_forward"  # bitsandbytes says so in every QLoRA on a CPU, and goes on
 
 
-def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: None) -> TrainingResult:
+def train(job: JobConfig, on_progress: Callable[[Progress], None] = lambda _: None) -> TrainingResult:
     """Train in a process of its own and return its result; blocks until it is there.
 
     Run again with the same job after a failure or a kill, it goes on from the last checkpoint; a job whose result lies
@@ -72,7 +72,7 @@ def train(job: TrainingJob, on_progress: Callable[[Progress], None] = lambda _: 
     return result
 
 
-def _command(job: TrainingJob) -> list[str]:
+def _command(job: JobConfig) -> list[str]:
     # -u: the log's last lines must be there when a signal ends the process.
     module = "finetune_pipeline.training"
     return [sys.executable, "-u", "-m", module, str(job.output / JOB), "--parent", str(os.getpid())]
@@ -99,7 +99,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _failure(status: int, job: TrainingJob, before: int) -> str:
+def _failure(status: int, job: JobConfig, before: int) -> str:
     lines = _last_lines(job.output / LOG, before)
     if tells_of_full_disk("\n".join(lines)):
         return str(disk_full(job.output, lines[-1].strip()))
@@ -116,8 +116,8 @@ def _cause(status: int) -> str:
     again = "running it again goes on from the last checkpoint"
     if status == -signal.SIGKILL:
         return (
-            "the training was killed (SIGKILL), most likely because memory ran out: use a smaller batch_size "
-            f"(with more gradient_accumulation) or max_length; {again}"
+            "the training was killed (SIGKILL), most likely because memory ran out: use a smaller "
+            f"per_device_train_batch_size (with more gradient_accumulation_steps) or max_length; {again}"
         )
     if status < 0:
         return f"the training was ended by {signal.Signals(-status).name}; {again}"

@@ -58,9 +58,7 @@ def _cached_bytes(stat: Path) -> int:
     return sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
-def check_memory(
-    base_model: Path, settings: TrainingSettings, *, longest: int, bfloat16: bool, shards: int = 1
-) -> None:
+def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, bf16: bool, shards: int = 1) -> None:
     """Compare what a training is reckoned to need with what there is; tell it in the log.
 
     Args:
@@ -81,12 +79,12 @@ def check_memory(
         print(f"memory is not checked: {unknown}", file=sys.stderr, flush=True)
         return
     device: Device = "gpu" if torch.cuda.is_available() else "cpu"
-    need = memory(architecture, settings, device, bfloat16=bfloat16, tokens=longest, shards=shards)
+    need = memory(architecture, settings, device, bf16=bf16, tokens=longest, shards=shards)
     available = available_bytes()
     print(comparison(need, available), file=sys.stderr, flush=True)
     if need.to_come * (1 - ERROR) > available:
         # The process or context stands already, so its bytes are there beside what is available.
-        machine = Machine(device, available + need.parts[0].bytes, bfloat16, rate=1.0, source="", shards=shards)
+        machine = Machine(device, available + need.parts[0].bytes, bf16, rate=1.0, source="", shards=shards)
         smaller = first_fitting(architecture, settings, CHANGEABLE, machine, longest)
         raise TrainingError(f"{comparison(need, available)}; {_remedy(settings, smaller)}")
 
@@ -110,7 +108,9 @@ def _remedy(settings: TrainingSettings, smaller: TrainingSettings | None) -> str
 
 def _of_the_team(share: TrainingSettings) -> TrainingSettings:
     """One process's share of an update as the settings say it, for all of them."""
-    return share.model_copy(update={"gradient_accumulation": share.gradient_accumulation * share.workers})
+    return share.model_copy(
+        update={"gradient_accumulation_steps": share.gradient_accumulation_steps * share.num_processes}
+    )
 
 
 class MemoryRanOut(TrainingError):
@@ -121,12 +121,12 @@ class MemoryRanOut(TrainingError):
         self.micro_batch = micro_batch
 
 
-def with_micro_batch(settings: TrainingSettings, micro_batch: int | None) -> TrainingSettings:
-    """The settings with so many examples at a time and as many in an update; for running it, not for the job's key."""
-    if micro_batch is None:
-        return settings
-    examples = settings.batch_size * settings.gradient_accumulation
-    running = {"batch_size": micro_batch, "gradient_accumulation": examples // micro_batch}
+def with_micro_batch(settings: TrainingSettings, micro_batch: int, examples: int) -> TrainingSettings:
+    """Return settings that run `examples` per update in micro-batches of `micro_batch`.
+
+    They are for running a job; its key is that of the settings as they were given.
+    """
+    running = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": examples // micro_batch}
     return settings.model_copy(update=running)
 
 
@@ -145,8 +145,8 @@ def memory_may_run_out(settings: TrainingSettings) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         said = (str(error).strip().splitlines() or ["MemoryError"])[0]
-        examples = settings.batch_size * settings.gradient_accumulation
-        raise _less(settings, settings.batch_size, examples, said) from error
+        examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        raise _less(settings, settings.per_device_train_batch_size, examples, said) from error
 
 
 def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> TrainingError:
@@ -181,14 +181,14 @@ def ran_out(settings: TrainingSettings, micro_batch: int, said: str) -> str:
         micro_batch: examples that one device had at once.
         said: the error that told it.
     """
-    examples = settings.batch_size * settings.gradient_accumulation
-    smaller = halved(micro_batch, examples // settings.workers, fewest(settings))
+    examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    smaller = halved(micro_batch, examples // settings.num_processes, fewest(settings))
     if not smaller:
         return _with_the_fewest(settings, micro_batch, said)
     return (
-        f"memory ran out with {micro_batch} examples at a time ({said}); set batch_size: {smaller} and "
-        f"gradient_accumulation: {examples // smaller}, which makes the same {examples} examples an update; run again "
-        "as it is, it would go on from the last checkpoint and run out again"
+        f"memory ran out with a micro-batch of {micro_batch} ({said}); set per_device_train_batch_size: {smaller} and "
+        f"gradient_accumulation_steps: {examples // smaller}, which gives the same {examples} examples per update; "
+        "unchanged, it would resume from the last checkpoint and run out of memory again"
     )
 
 

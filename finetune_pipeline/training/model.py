@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import distributed
-from finetune_pipeline.training.job import ADAPTER, TrainingError, TrainingJob
+from finetune_pipeline.training.job import ADAPTER, JobConfig, TrainingError
 from finetune_pipeline.training.process import peak_resident_bytes
 
 _SMALL_BATCH = 8  # below it, bfloat16 autocast gains nothing on a CPU; at 8 it is 1.15 times as fast, at 24 1.5
@@ -27,7 +27,7 @@ def bfloat16_is_faster(batch_size: int) -> bool:
     return bool(flags & {"amx_bf16", "avx512_bf16"})
 
 
-def load_model(job: TrainingJob, bfloat16: bool) -> Any:
+def load_model(job: JobConfig, bf16: bool) -> Any:
     """The base model's frozen weights: in bfloat16 if that is what is computed in, 4-bit with qlora.
 
     Frozen float32 weights would be cast anew in every step: autocast remembers a cast of trained weights only.
@@ -36,7 +36,7 @@ def load_model(job: TrainingJob, bfloat16: bool) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     gpu = torch.cuda.is_available()
-    kind = torch.bfloat16 if bfloat16 else torch.float32
+    kind = torch.bfloat16 if bf16 else torch.float32
     arguments: dict[str, Any] = {"dtype": kind, "use_safetensors": True, "trust_remote_code": False}
     if job.settings.adapter == "lora":
         return AutoModelForCausalLM.from_pretrained(job.base_model, **arguments)
@@ -66,7 +66,7 @@ def _keep_weights_as_they_are(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def with_adapter(base: Any, job: TrainingJob) -> dict[str, Any]:
+def with_adapter(base: Any, job: JobConfig) -> dict[str, Any]:
     """The arguments `model` and `peft_config` of TRL's trainers: a new adapter, or the one that is gone on from."""
     from peft import PeftModel
 
@@ -75,7 +75,7 @@ def with_adapter(base: Any, job: TrainingJob) -> dict[str, Any]:
     return {"model": base, "peft_config": None if isinstance(base, PeftModel) else lora(job.settings, base)}
 
 
-def train_in_float32(model: Any, job: TrainingJob) -> None:
+def train_in_float32(model: Any, job: JobConfig) -> None:
     """Undo TRL's cast of an adapter over 4-bit weights to bfloat16, in which small steps are lost.
 
     A checkpoint is loaded in float32, so that a resumed training would be another one than an unbroken one.
@@ -90,14 +90,14 @@ def train_in_float32(model: Any, job: TrainingJob) -> None:
 _WEIGHTS_SHARE = 0.7  # of a card's memory; the rest is for activations, gradients and the optimizer
 
 
-def must_shard(job: TrainingJob, bfloat16: bool) -> bool:
+def must_shard(job: JobConfig, bf16: bool) -> bool:
     """Whether the base's weights, in bfloat16 or not, are dealt out to the team's GPUs (FSDP): one cannot hold them."""
     import torch
 
     if distributed.size() == 1 or not torch.cuda.is_available() or job.settings.adapter == "qlora":
         return False
     card = torch.cuda.get_device_properties(distributed.device_index()).total_memory
-    return weights_exceed_card(job.base_model, 2 if bfloat16 else 4, card)
+    return weights_exceed_card(job.base_model, 2 if bf16 else 4, card)
 
 
 def weights_exceed_card(base_model: Path, bytes_each: int, card_bytes: int) -> bool:
@@ -128,7 +128,7 @@ def lora(settings: TrainingSettings, model: Any) -> Any:
     """
     from peft import LoraConfig
 
-    targets, beside = settings.target_modules, _beside_language_model(model)
+    targets, beside = settings.lora_target_modules, _beside_language_model(model)
     if not isinstance(targets, str):
         _must_have(model, targets, beside)
     return LoraConfig(
@@ -155,9 +155,9 @@ def _must_have(model: Any, targets: Sequence[str], beside: str | None) -> None:
     unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
     if unknown:
         raise TrainingError(
-            f"target_modules names {', '.join(unknown)}, but the layers of the base model that can take an adapter are "
+            f"lora_target_modules names {', '.join(unknown)}, but the layers of the base model that can take LoRA are "
             f"{', '.join(sorted({name.rpartition('.')[2] for name in layers}))}; name some of these, or set "
-            "target_modules: all-linear"
+            "lora_target_modules: all-linear"
         )
 
 
@@ -215,7 +215,7 @@ def whole_weights(model: Any) -> Any:
     return get_model_state_dict(model, options=options)
 
 
-def save_adapter(model: Any, job: TrainingJob, weights: Any = None) -> None:
+def save_adapter(model: Any, job: JobConfig, weights: Any = None) -> None:
     """Write the adapter without the tokenizer (it is the base's, as it is) and without this machine's paths.
 
     Args:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.conversations import Conversation, Rejected, conversations, rejections
 from finetune_pipeline.training.data import Data, tell_not_validated
-from finetune_pipeline.training.job import Rejection, TrainingError, TrainingJob
+from finetune_pipeline.training.job import JobConfig, Rejection, TrainingError
 from finetune_pipeline.training.model import with_adapter
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _ANSWERS = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
 
 
-def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase") -> Data:
+def load_preferences(job: JobConfig, data: Data, tokens: "PreTrainedTokenizerBase") -> Data:
     """The pairs (dpo) or labelled answers (kto) of a job to train on, with what `data` measures the loss on.
 
     Raises:
@@ -57,7 +57,7 @@ def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerB
     held_out = _read(folder, "validation", job, tokens)
     if method == "kto" and len(held_out.kept) == 1:  # it compares each with another one
         held_out = replace(held_out, rows=0, kept=[])
-    if not held_out.kept and (held_out.rows or job.settings.early_stopping):
+    if not held_out.kept and (held_out.rows or job.settings.early_stopping_patience):
         tell_not_validated(job.settings, held_out.rows)
     return replace(
         data,
@@ -69,7 +69,7 @@ def load_preferences(job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerB
 
 
 def preference_trainer(
-    job: TrainingJob,
+    job: JobConfig,
     data: Data,
     tokens: "PreTrainedTokenizerBase",
     arguments: dict[str, Any],
@@ -186,7 +186,7 @@ class _Split:
     rejections: tuple[Rejection, ...]
 
 
-def _read(folder: Path, split: str, job: TrainingJob, tokens: "PreTrainedTokenizerBase") -> _Split:
+def _read(folder: Path, split: str, job: JobConfig, tokens: "PreTrainedTokenizerBase") -> _Split:
     from datasets import load_from_disk
 
     rows = list(load_from_disk(str(folder / split))) if (folder / split).is_dir() else []
@@ -216,11 +216,9 @@ def _must_have_both(labels: list[bool], folder: Path) -> None:
 
 
 def _dpo(settings: TrainingSettings) -> dict[str, Any]:
-    """The loss of the pair and, unless its weight is 0, that of learning the chosen answer."""
-    losses = {"sigmoid": 1.0, **({"sft": settings.sft_weight} if settings.sft_weight else {})}
     return {
-        "loss_type": list(losses),
-        "loss_weights": list(losses.values()),
+        "loss_type": list(settings.loss_type),
+        "loss_weights": list(settings.loss_weights or [1.0] * len(settings.loss_type)),
         "train_sampling_strategy": "group_by_length",
         "length_column_name": "length",
         "remove_unused_columns": False,  # it would remove the lengths
@@ -230,11 +228,11 @@ def _dpo(settings: TrainingSettings) -> dict[str, Any]:
 def check_batch(settings: TrainingSettings, size: int) -> None:
     """Raise TrainingError if `size` examples at a time, on each device, are too few for the method."""
     if settings.method == "kto" and size < 2:
-        fewer = f" (of {settings.batch_size}: memory or the number of workers allows no more)"
+        given = settings.per_device_train_batch_size
+        fewer = f" (of {given}: memory or num_processes allows no more)" if given > 1 else ""
         raise TrainingError(
-            "kto compares the answers of a batch and needs 2 or more on each device, not "
-            f"{size}{fewer if settings.batch_size > 1 else ''}; raise batch_size, or set shorter examples "
-            "(max_length), fewer workers, or method sft"
+            f"kto compares the completions of a batch and needs 2 or more on each device, not {size}{fewer}; raise "
+            "per_device_train_batch_size, or set a smaller max_length, a smaller num_processes, or method: sft"
         )
 
 

@@ -9,7 +9,7 @@ last shorter examples, which costs examples.
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.architecture import Architecture
@@ -21,7 +21,9 @@ USABLE = 0.95
 EXAMPLES_AN_UPDATE = 16
 SHORTEST = 256
 """Tokens; a plan does not go below."""
-CHANGEABLE = frozenset({"batch_size", "gradient_accumulation", "adapter", "gradient_checkpointing", "max_length"})
+CHANGEABLE = frozenset(
+    {"per_device_train_batch_size", "gradient_accumulation_steps", "adapter", "gradient_checkpointing", "max_length"}
+)
 """Settings that a plan may change to make a training fit."""
 
 
@@ -40,7 +42,7 @@ class Machine:
 
     device: Device
     bytes: float
-    bfloat16: bool
+    bf16: bool
     rate: float
     source: str
     shards: int = 1
@@ -70,8 +72,8 @@ class Preset:
             "lora_r": self.lora_r,
             "lora_alpha": 2 * self.lora_r,
             "max_length": self.max_length,
-            "batch_size": EXAMPLES_AN_UPDATE,
-            "gradient_accumulation": 1,
+            "per_device_train_batch_size": EXAMPLES_AN_UPDATE,
+            "gradient_accumulation_steps": 1,
             "gradient_checkpointing": False,
         }
 
@@ -128,10 +130,12 @@ def settled(settings: TrainingSettings, architecture: Architecture) -> TrainingS
 def with_wish(settings: TrainingSettings, preset: Preset) -> TrainingSettings:
     """Settings with what they do not set themselves as the preset wishes it."""
     wish = {name: value for name, value in preset.wish.items() if name not in settings.model_fields_set}
-    if "batch_size" not in wish and "gradient_accumulation" in wish:
-        wish["gradient_accumulation"] = max(1, EXAMPLES_AN_UPDATE // settings.batch_size)
-    if "batch_size" in wish and "gradient_accumulation" not in wish:
-        wish["batch_size"] = max(fewest(settings), EXAMPLES_AN_UPDATE // settings.gradient_accumulation)
+    if "per_device_train_batch_size" not in wish and "gradient_accumulation_steps" in wish:
+        wish["gradient_accumulation_steps"] = max(1, EXAMPLES_AN_UPDATE // settings.per_device_train_batch_size)
+    if "per_device_train_batch_size" in wish and "gradient_accumulation_steps" not in wish:
+        wish["per_device_train_batch_size"] = max(
+            fewest(settings), EXAMPLES_AN_UPDATE // settings.gradient_accumulation_steps
+        )
     return settings.model_copy(update=wish)
 
 
@@ -152,9 +156,7 @@ def first_fitting(
 
 def fits(architecture: Architecture, settings: TrainingSettings, machine: Machine, tokens: int | None = None) -> bool:
     """Whether a training's estimate is within a machine's memory."""
-    need = memory(
-        architecture, settings, machine.device, bfloat16=machine.bfloat16, tokens=tokens, shards=machine.shards
-    )
+    need = memory(architecture, settings, machine.device, bf16=machine.bf16, tokens=tokens, shards=machine.shards)
     return need.bytes <= machine.bytes
 
 
@@ -166,29 +168,42 @@ def ladder(settings: TrainingSettings, free: Set[str]) -> Iterator[TrainingSetti
     adapters = ["lora", "qlora"] if settings.adapter == "lora" and "adapter" in free else [settings.adapter]
     recomputed = settings.gradient_checkpointing
     checkpointing = [False, True] if not recomputed and "gradient_checkpointing" in free else [recomputed]
-    updates = list(_updates(settings)) if "batch_size" in free and "gradient_accumulation" not in free else [settings]
+    updates = (
+        list(_updates(settings))
+        if "per_device_train_batch_size" in free and "gradient_accumulation_steps" not in free
+        else [settings]
+    )
     for length in lengths:
         for adapter in adapters:
             for update in updates:
                 for recompute in checkpointing:
-                    for batch in _batches(update) if {"batch_size", "gradient_accumulation"} <= free else [update]:
+                    for batch in (
+                        _batches(update)
+                        if {"per_device_train_batch_size", "gradient_accumulation_steps"} <= free
+                        else [update]
+                    ):
                         changes = {"max_length": length, "adapter": adapter, "gradient_checkpointing": recompute}
                         yield batch.model_copy(update=changes)
 
 
 def _updates(settings: TrainingSettings) -> Iterator[TrainingSettings]:
     """Settings with fewer and fewer examples an update, in as many steps."""
-    micro = settings.batch_size
+    micro = settings.per_device_train_batch_size
     while micro:
-        yield settings.model_copy(update={"batch_size": micro})
+        yield settings.model_copy(update={"per_device_train_batch_size": micro})
         micro = halved(micro, micro, fewest(settings))
 
 
 def _batches(settings: TrainingSettings) -> Iterator[TrainingSettings]:
     """Settings with smaller and smaller micro-batches, and as many examples an update."""
-    examples, micro = settings.batch_size * settings.gradient_accumulation, settings.batch_size
+    examples, micro = (
+        settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+        settings.per_device_train_batch_size,
+    )
     while micro:
-        yield settings.model_copy(update={"batch_size": micro, "gradient_accumulation": examples // micro})
+        yield settings.model_copy(
+            update={"per_device_train_batch_size": micro, "gradient_accumulation_steps": examples // micro}
+        )
         micro = halved(micro, examples, fewest(settings))
 
 
@@ -225,17 +240,14 @@ def does_not_fit(
         where: what that memory is called.
     """
     *_, least = ladder(wished, free)
-    need = memory(architecture, least, machine.device, bfloat16=machine.bfloat16).bytes
-    larger = [
-        name
-        for name in get_args(get_args(TrainingSettings.model_fields["preset"].annotation)[0])
-        if name != "cpu" and PRESETS[name].gib * GIB * USABLE >= need
-    ]
+    need = memory(architecture, least, machine.device, bf16=machine.bf16).bytes
+    larger = [name for name in PRESETS if name != "cpu" and PRESETS[name].gib * GIB * USABLE >= need]
     remedy = f"the smallest preset for it is {larger[0]}" if larger else "no preset is large enough"
     if first_fitting(architecture, wished, CHANGEABLE, machine):
         remedy = f"leave {', '.join(sorted(CHANGEABLE - free))} to be chosen; {remedy}"
     return (
-        f"{architecture.name} does not fit {where}: with {least.adapter}, batch_size "
-        f"{least.batch_size} and {least.max_length} tokens it takes {need / GIB:.1f} GiB of {machine.bytes / GIB:.1f}; "
+        f"{architecture.name} does not fit {where}: with {least.adapter}, per_device_train_batch_size "
+        f"{least.per_device_train_batch_size} and {least.max_length} tokens it takes {need / GIB:.1f} GiB of "
+        f"{machine.bytes / GIB:.1f}; "
         f"{remedy}, or take a smaller base_model"
     )

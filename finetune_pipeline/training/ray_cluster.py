@@ -30,9 +30,9 @@ from finetune_pipeline.training.job import (
     ADAPTER,
     CHECKPOINTS,
     RESULT,
+    JobConfig,
     Progress,
     TrainingError,
-    TrainingJob,
     TrainingResult,
     finish,
     finished,
@@ -64,7 +64,7 @@ class Order:
         hub: Hugging Face id and revision of a base model that each machine gets by itself.
     """
 
-    job: TrainingJob
+    job: JobConfig
     name: str
     inputs: str
     hub: tuple[str, str] | None
@@ -86,7 +86,7 @@ class Mailbox:
         return lines
 
 
-def train(job: TrainingJob, started: float) -> None:
+def train(job: JobConfig, started: float) -> None:
     """Train on a Ray cluster; what was started there ends with this process.
 
     Args:
@@ -98,7 +98,7 @@ def train(job: TrainingJob, started: float) -> None:
         ClusterError: Ray is not installed, or no cluster answers.
     """
     check_installed("training.compute")
-    distributed.share(job.settings, job.settings.workers)
+    distributed.split_batch(job.settings, job.settings.num_processes)
     import ray
 
     storage = _storage()
@@ -109,8 +109,8 @@ def train(job: TrainingJob, started: float) -> None:
     variables |= tracker_variables()
     if online:
         variables["HF_HUB_OFFLINE"] = "0"  # workers get the base model by themselves
-    with connected(variables, job.settings.workers, _OBJECT_STORE_BYTES):
-        gpus = _has_gpus(ray.cluster_resources(), job.settings.workers)
+    with connected(variables, job.settings.num_processes, _OBJECT_STORE_BYTES):
+        gpus = _has_gpus(ray.cluster_resources(), job.settings.num_processes)
         order = _send(job, name, place) if storage else Order(job, name, "", None)
         refusal, checkpoint = _follow(order, place.removesuffix(f"/{name}"), gpus, job.output / PROGRESS)
         if not refusal:
@@ -137,13 +137,13 @@ def _has_gpus(resources: dict[str, float], workers: int) -> bool:
     there = int(resources.get(kind, 0))
     if there < workers:
         raise TrainingError(
-            f"workers is {workers}, but the Ray cluster has {there} {kind}(s) now; set workers to {max(there, 1)}, or "
-            "start more nodes first"
+            f"num_processes is {workers}, but the Ray cluster has {there} {kind}(s) now; set "
+            f"num_processes to {max(there, 1)}, or start more nodes first"
         )
     return kind == "GPU"
 
 
-def _send(job: TrainingJob, name: str, place: str) -> Order:
+def _send(job: JobConfig, name: str, place: str) -> Order:
     """Bring the job's inputs to the storage; a model of the Hugging Face hub is told by its id instead."""
     from pyarrow.fs import FileSystem
 
@@ -212,7 +212,7 @@ def _fit(order: Order, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any
     trainer = TorchTrainer(
         _work,
         train_loop_config={"order": order, "mailbox": mailbox},
-        scaling_config=ScalingConfig(num_workers=order.job.settings.workers, use_gpu=gpus),
+        scaling_config=ScalingConfig(num_workers=order.job.settings.num_processes, use_gpu=gpus),
         run_config=RunConfig(
             name=order.name,
             storage_path=storage,
@@ -235,7 +235,7 @@ def _fit(order: Order, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any
     return result.return_value, result.checkpoint
 
 
-def _deliver(checkpoint: Any, job: TrainingJob, started: float) -> None:
+def _deliver(checkpoint: Any, job: JobConfig, started: float) -> None:
     """Put adapter and result where a training on this machine puts them."""
     with tempfile.TemporaryDirectory(dir=job.output, prefix=".ray-") as folder:
         checkpoint.to_directory(folder)
@@ -309,7 +309,7 @@ def _fetch(order: Order) -> None:
         part.rename(_INPUTS)
 
 
-def _restore(checkpoint: Any, job: TrainingJob) -> None:
+def _restore(checkpoint: Any, job: JobConfig) -> None:
     """Bring the newest checkpoint here, and the best one, whose weights the adapter may have in the end."""
     if checkpoint is None:
         return

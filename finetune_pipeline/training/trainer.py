@@ -25,7 +25,15 @@ from finetune_pipeline.training.callbacks import (
 )
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.data import Data, load, tokenizer
-from finetune_pipeline.training.job import CHECKPOINTS, CurvePoint, TrainingJob, TrainingResult, ValidationPoint, finish
+from finetune_pipeline.training.job import (
+    CHECKPOINTS,
+    CurvePoint,
+    JobConfig,
+    TrainingResult,
+    ValidationPoint,
+    finish,
+    steps_of,
+)
 from finetune_pipeline.training.memory import check_memory, memory_may_run_out, with_micro_batch
 from finetune_pipeline.training.model import (
     bfloat16_is_faster,
@@ -49,7 +57,7 @@ if TYPE_CHECKING:
 
 _CURVE_POINTS = 50
 
-LoadModel = Callable[[TrainingJob, bool], Any]
+LoadModel = Callable[[JobConfig, bool], Any]
 """Gives the base model of a job, for bfloat16 or not; a backend's own may have its adapter on it already."""
 
 
@@ -64,7 +72,7 @@ class _Trained:
 
 
 def run_training(
-    job: TrainingJob, started: float, micro_batch: int | None = None, load_model: LoadModel = load_model
+    job: JobConfig, started: float, micro_batch: int | None = None, load_model: LoadModel = load_model
 ) -> TrainingResult:
     """Train the adapter of a job, from its last whole checkpoint if there is one.
 
@@ -72,28 +80,31 @@ def run_training(
         job: what to train.
         started: time.monotonic() at which the process began.
         load_model: gives the base model of a job, in bfloat16 or not; one that has its adapter already gets no other.
-        micro_batch: examples in memory at once, where batch_size was too many.
+        micro_batch: examples in memory at once, where per_device_train_batch_size was too many.
 
     Raises:
         MemoryRanOut: a new process is to go on with fewer examples at a time.
         TrainingError: the dataset, the base model or the loss makes it impossible.
     """
     settings = job.settings
-    share = distributed.share(settings, distributed.size())
-    mine = {"batch_size": share.batch_size, "gradient_accumulation": share.gradient_accumulation}
-    running = with_micro_batch(settings.model_copy(update=mine), micro_batch)
+    running = distributed.split_batch(settings, distributed.size())
+    if micro_batch is not None:
+        batch = running.per_device_train_batch_size * running.gradient_accumulation_steps
+        running = with_micro_batch(running, micro_batch, batch)
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
     if settings.method != "sft":
         data = load_preferences(job, data, tokens)
-    bfloat16 = settings.bfloat16 and bfloat16_is_faster(settings.batch_size)  # also where memory allows fewer at a time
-    check_memory(job.base_model, running, longest=data.longest, bfloat16=bfloat16, shards=_cards(job, bfloat16))
+    bf16 = settings.bf16 and bfloat16_is_faster(
+        settings.per_device_train_batch_size
+    )  # also where memory allows fewer at a time
+    check_memory(job.base_model, running, longest=data.longest, bf16=bf16, shards=_cards(job, bf16))
     with (
         nullcontext() if distributed.size() > 1 else memory_may_run_out(running)
     ):  # alone no process of a team can go back
-        done = _trained(job, running, data, tokens, bfloat16, load_model)
+        done = _trained(job, running, data, tokens, bf16, load_model)
     trainer = done.trainer
-    result = _result(job, running, data, done, bfloat16, started)
+    result = _result(job, running, data, done, bf16, started)
     weights = whole_weights(trainer.model)
     if distributed.is_first():
         save_adapter(trainer.model, job, weights)
@@ -103,7 +114,7 @@ def run_training(
 
 
 def _result(
-    job: TrainingJob, running: TrainingSettings, data: Data, done: _Trained, bfloat16: bool, started: float
+    job: JobConfig, running: TrainingSettings, data: Data, done: _Trained, bf16: bool, started: float
 ) -> TrainingResult:
     import torch
 
@@ -113,7 +124,7 @@ def _result(
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         method=job.settings.method,
         adapter=job.settings.adapter,
-        bfloat16=bfloat16,
+        bf16=bf16,
         steps=trainer.state.global_step,
         resumed_from=step_of(done.checkpoint) if done.checkpoint else 0,
         examples=len(data.train),
@@ -125,7 +136,7 @@ def _result(
         tokens_per_second=trainer._total_train_tokens / max(done.seconds, 1e-9),
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory(),
-        micro_batch=running.batch_size,
+        micro_batch=running.per_device_train_batch_size,
         curve=tuple(curve),
         validation=tuple(_validations(trainer)),
         best_step=done.best_step,
@@ -133,17 +144,17 @@ def _result(
     )
 
 
-def _cards(job: TrainingJob, bfloat16: bool) -> int:
+def _cards(job: JobConfig, bf16: bool) -> int:
     """How many the base's weights are dealt out to."""
-    return distributed.size() if must_shard(job, bfloat16) else 1
+    return distributed.size() if must_shard(job, bf16) else 1
 
 
 def _trained(
-    job: TrainingJob,
+    job: JobConfig,
     running: TrainingSettings,
     data: Data,
     tokens: "PreTrainedTokenizerBase",
-    bfloat16: bool,
+    bf16: bool,
     load_model: LoadModel,
 ) -> _Trained:
     """Train once. `running` are the job's settings with the micro-batch that memory allows."""
@@ -156,14 +167,14 @@ def _trained(
         data,
         tokens,
         _steps(len(data.train), job.settings if distributed.size() > 1 else running),
-        bfloat16,
+        bf16,
         load_model,
     )
     before = _mean_loss(trainer, data.measure)
     measure = _validation(trainer, data)
     if measure is not None:
-        trainer.add_callback(validator(measure, running.early_stopping))
-    trainer.add_callback(resumer(running.early_stopping))
+        trainer.add_callback(validator(measure, running.early_stopping_patience))
+    trainer.add_callback(resumer(running.early_stopping_patience))
     checkpoint = distributed.first_then_others(lambda: last_complete(job.output / CHECKPOINTS, job.key))
     seconds = _train(trainer, checkpoint)
     best = _take_best(trainer)
@@ -183,27 +194,27 @@ def _validation(trainer: "Trainer", data: Data) -> Callable[[], float] | None:
 
 def _steps(examples: int, settings: TrainingSettings) -> int:
     """Updates of the weights in the whole training, counted as transformers' Trainer counts them."""
-    batches = math.ceil(examples / settings.batch_size)
-    updates = max(math.ceil(batches / settings.gradient_accumulation), 1)
-    return math.ceil(updates * settings.epochs)
+    batches = math.ceil(examples / settings.per_device_train_batch_size)
+    updates = max(math.ceil(batches / settings.gradient_accumulation_steps), 1)
+    return math.ceil(updates * settings.num_train_epochs)
 
 
 def _trainer(
-    job: TrainingJob,
+    job: JobConfig,
     running: TrainingSettings,
     data: Data,
     tokens: "PreTrainedTokenizerBase",
     steps: int,
-    bfloat16: bool,
+    bf16: bool,
     load_model: LoadModel = load_model,
 ) -> "Trainer":
     from transformers import PrinterCallback
 
-    arguments = _arguments(job, running, steps, bfloat16)
+    arguments = _arguments(job, running, steps, bf16)
     if job.settings.method == "sft":
-        trainer = _sft_trainer(job, data, tokens, arguments, load_model(job, bfloat16))
+        trainer = _sft_trainer(job, data, tokens, arguments, load_model(job, bf16))
     else:
-        trainer = preference_trainer(job, data, tokens, arguments, load_model(job, bfloat16), [reporter(job)])
+        trainer = preference_trainer(job, data, tokens, arguments, load_model(job, bf16), [reporter(job)])
     # It would write a model card with every checkpoint, which nobody reads.
     trainer.create_model_card = lambda *_, **__: None
     trainer.remove_callback(PrinterCallback)
@@ -217,7 +228,7 @@ def _trainer(
 
 
 def _sft_trainer(
-    job: TrainingJob, data: Data, tokens: "PreTrainedTokenizerBase", arguments: dict[str, Any], base: Any
+    job: JobConfig, data: Data, tokens: "PreTrainedTokenizerBase", arguments: dict[str, Any], base: Any
 ) -> "SFTTrainer":
     from trl import SFTConfig, SFTTrainer
 
@@ -243,34 +254,36 @@ def _sft_trainer(
     )
 
 
-def _trains_output_layer(job: TrainingJob, base: Any) -> bool:
+def _trains_output_layer(job: JobConfig, base: Any) -> bool:
     """Whether the adapter wraps the output layer: TRL's own loss reads the weights of a bare one."""
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
     return tied and bool(job.settings.trainable_token_indices)
 
 
-def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat16: bool) -> dict[str, Any]:
+def _arguments(job: JobConfig, settings: TrainingSettings, steps: int, bf16: bool) -> dict[str, Any]:
     """What TRL's trainers of every method are told."""
     import torch
 
     return {
         "output_dir": str(job.output / CHECKPOINTS),
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.batch_size,  # more would need memory that training does not
-        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "num_train_epochs": settings.num_train_epochs,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_train_batch_size,  # a larger one could run out
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": int(steps * settings.warmup_share),  # its first step learns nothing: none of a few
+        "warmup_steps": int(steps * settings.warmup_steps)
+        if settings.warmup_steps < 1
+        else int(settings.warmup_steps),  # its first step learns nothing: none of a few
         "weight_decay": settings.weight_decay,
-        "bf16": bfloat16,
+        "bf16": bf16,
         "seed": settings.seed,
         "logging_strategy": "steps",
         "logging_steps": math.ceil(steps / _CURVE_POINTS),
         "logging_nan_inf_filter": False,  # it would report the mean of the losses before instead of a NaN
         "save_strategy": "steps",
-        "save_steps": math.ceil(steps / settings.checkpoints),
+        "save_steps": steps_of(settings.save_steps, steps),
         "save_total_limit": 3,  # the best, the newest, and the one before it while the newest is not whole yet
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -278,7 +291,7 @@ def _arguments(job: TrainingJob, settings: TrainingSettings, steps: int, bfloat1
         "run_name": job.key,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,  # every weight of the adapter takes part in every step
-        **(sharding() if _cards(job, bfloat16) > 1 else {}),
+        **(sharding() if _cards(job, bf16) > 1 else {}),
     }
 
 

@@ -159,10 +159,10 @@ def test_the_default_loop_reads_files_that_are_there():
         ({"base_model": "docs"}, "docs has no config.json"),
         ({"compute": "ray"}, "Ray is not installed"),
         ({"report_to": ("wandb",)}, "names wandb, which is not installed"),
-        ({"batch_size": 24, "workers": 5}, "cannot be dealt out evenly to 5 workers"),
-        ({"method": "kto", "batch_size": 1}, "needs 2 or more on each device, not 1"),
+        ({"per_device_train_batch_size": 24, "num_processes": 5}, "cannot be split evenly across 5 processes"),
+        ({"method": "kto", "per_device_train_batch_size": 1}, "needs 2 or more on each device, not 1"),
         ({"trainable_token_indices": (5, 999_999)}, "names 999999, but the base model's tokens"),
-        ({"preset": "8gb", "batch_size": 512, "max_length": 65_536}, "does not fit preset 8gb"),
+        ({"preset": "8gb", "per_device_train_batch_size": 512, "max_length": 65_536}, "does not fit preset 8gb"),
     ],
 )
 def test_what_would_let_the_training_fail_is_said_before_anything_runs(monkeypatch, changes, said):
@@ -180,7 +180,7 @@ def test_what_would_let_the_training_fail_is_said_before_anything_runs(monkeypat
 
 def test_the_weights_of_a_base_model_are_downloaded_only_when_the_settings_will_do(tmp_path, monkeypatch):
     loop = load_loop(LOOP)
-    training = loop.training.model_copy(update={"workers": 5})
+    training = loop.training.model_copy(update={"num_processes": 5})
     changed = loop.model_copy(update={"base_model": "some-one/some-model", "training": training})
     monkeypatch.setattr("finetune_pipeline.cli.options.load_loops", lambda: {LOOP: changed})
     wanted = []
@@ -192,7 +192,7 @@ def test_the_weights_of_a_base_model_are_downloaded_only_when_the_settings_will_
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("finetune_pipeline.cli.run.materialize", lambda *_, **__: pytest.fail("it ran"))
     result = CliRunner().invoke(finetune, ["run"])
-    assert "cannot be dealt out evenly to 5 workers" in str(result.exception)
+    assert "cannot be split evenly across 5 processes" in str(result.exception)
     assert "config.json" in wanted and not [name for name in wanted if "safetensors" in name]
 
 
@@ -203,7 +203,7 @@ def test_a_plan_says_what_fits_how_it_was_reckoned_and_what_to_write():
         assert said in output
     here = run("train", "plan", "--examples", "100")  # there is one loop
     assert "matrix products reach here (measured)" in here
-    assert "  batch_size: 24" in here  # the loop's own
+    assert "  per_device_train_batch_size: 24" in here  # the loop's own
 
 
 def test_a_plan_is_for_the_loops_preset_unless_another_memory_is_named(monkeypatch):
@@ -231,7 +231,7 @@ def test_a_plan_of_what_does_not_fit_says_what_it_takes_at_least_and_what_to_cha
         return str(result.exception)
 
     large = refusal("--base", "meta-llama/Llama-3.3-70B-Instruct", "--vram", "24")
-    assert "does not fit 24 GB: with qlora, batch_size 1 and 256 tokens" in large
+    assert "does not fit 24 GB: with qlora, per_device_train_batch_size 1 and 256 tokens" in large
     assert "the smallest preset for it is 80gb, or take a smaller base_model" in large
     long = refusal("--base", "mistralai/Mistral-7B-v0.3", "--vram", "8", "--length", "65536")
     assert "and 65536 tokens" in long and "leave max_length to be chosen" in long

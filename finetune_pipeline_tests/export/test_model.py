@@ -16,7 +16,7 @@ from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.records import chat
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.job import TrainingJob
+from finetune_pipeline.training.job import JobConfig
 from finetune_pipeline.training.trainer import run_training
 
 from .conftest import SNIPS
@@ -95,8 +95,8 @@ def adapter(chatty_stories, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("trained")
     DatasetDict(train=Dataset.from_list(snips_rows(64))).save_to_disk(folder / "dataset")
-    settings = TrainingSettings(epochs=5, batch_size=16, learning_rate=1e-2)
-    job = TrainingJob(base_model=chatty_stories, dataset=folder / "dataset", output=folder / "out", settings=settings)
+    settings = TrainingSettings(num_train_epochs=5, per_device_train_batch_size=16, learning_rate=1e-2)
+    job = JobConfig(base_model=chatty_stories, dataset=folder / "dataset", output=folder / "out", settings=settings)
     job.output.mkdir()
     result = run_training(job, time.monotonic())
     assert result.loss_after < result.loss_before
@@ -208,10 +208,10 @@ def test_a_qlora_adapter_is_merged_into_the_full_weights_and_not_into_the_4_bit_
     from safetensors.torch import load_file
 
     DatasetDict(train=Dataset.from_list(snips_rows(32))).save_to_disk(tmp_path / "dataset")
-    settings = TrainingSettings(adapter="qlora", epochs=2, batch_size=16, learning_rate=1e-2, lora_r=4, lora_alpha=8)
-    job = TrainingJob(
-        base_model=chatty_stories, dataset=tmp_path / "dataset", output=tmp_path / "out", settings=settings
+    settings = TrainingSettings(
+        adapter="qlora", num_train_epochs=2, per_device_train_batch_size=16, learning_rate=1e-2, lora_r=4, lora_alpha=8
     )
+    job = JobConfig(base_model=chatty_stories, dataset=tmp_path / "dataset", output=tmp_path / "out", settings=settings)
     job.output.mkdir()
     run_training(job, time.monotonic())
     merge(chatty_stories, job.output / "adapter", tmp_path / "merged")

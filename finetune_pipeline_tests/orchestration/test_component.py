@@ -88,10 +88,10 @@ def test_keep_champion_makes_the_gate_a_check_that_does_not_block(make_loop):
 
 
 def test_every_hyperparameter_can_be_set_for_one_run(make_loop):
-    config = training_config(make_loop(training={"epochs": 4}))
+    config = training_config(make_loop(training={"num_train_epochs": 4}))
     assert set(config.model_fields) == set(TrainingSettings.model_fields) - NOT_IN_THE_LAUNCHPAD
-    assert config().epochs == 4
-    assert config(epochs=1, seed=9).seed == 9
+    assert config().num_train_epochs == 4
+    assert config(num_train_epochs=1, seed=9).seed == 9
 
 
 @pytest.mark.parametrize("stage", STAGES)

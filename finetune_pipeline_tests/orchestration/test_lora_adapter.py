@@ -24,7 +24,7 @@ LARGE = {
     ("base", "why"),
     [
         ("data/no_such_model", "the base model data/no_such_model is not there"),
-        ("LARGE", "does not fit preset 8gb: with qlora, batch_size 1"),
+        ("LARGE", "does not fit preset 8gb: with qlora, per_device_train_batch_size 1"),
     ],
 )
 def test_a_preset_that_cannot_be_filled_fails_its_own_training_alone(make_loop, instance, tmp_path, base, why):
@@ -45,17 +45,26 @@ def test_a_preset_that_cannot_be_filled_fails_its_own_training_alone(make_loop, 
 
 
 def test_in_the_launchpad_what_the_preset_fills_is_empty_and_can_be_set_for_one_run(make_loop):
-    loop = make_loop(training={"preset": "8gb", "lora_r": 4, "early_stopping": 2})
+    loop = make_loop(training={"preset": "8gb", "lora_r": 4, "early_stopping_patience": 2})
     Config = training_config(loop)
     plain = Config()
-    assert (plain.lora_r, plain.batch_size, plain.adapter, plain.epochs) == (4, None, None, 3.0)
-    assert "preset 8gb fills it" in Config.model_fields["batch_size"].description
+    assert (plain.lora_r, plain.per_device_train_batch_size, plain.adapter, plain.num_train_epochs) == (
+        4,
+        None,
+        None,
+        3.0,
+    )
+    assert "preset 8gb fills it" in Config.model_fields["per_device_train_batch_size"].description
     filled = settled(run_settings(loop, plain.model_dump()), FAMILIES["Mistral-7B"])
     assert filled == settled(loop.training, FAMILIES["Mistral-7B"])
-    once = Config(batch_size=2, early_stopping=None)
+    once = Config(per_device_train_batch_size=2, early_stopping_patience=None)
     changed = settled(run_settings(loop, once.model_dump()), FAMILIES["Mistral-7B"])
-    assert (changed.batch_size, changed.gradient_accumulation, changed.early_stopping) == (2, 8, None)
-    without = make_loop(training={"epochs": 4})
+    assert (
+        changed.per_device_train_batch_size,
+        changed.gradient_accumulation_steps,
+        changed.early_stopping_patience,
+    ) == (2, 8, None)
+    without = make_loop(training={"num_train_epochs": 4})
     assert run_settings(without, training_config(without)(seed=9).model_dump()).seed == 9
 
 

@@ -48,7 +48,7 @@ def test_the_dataset_says_what_it_holds_and_what_was_disliked_is_found_again_and
 
 @pytest.mark.slow
 def test_auto_is_resolved_before_the_training_and_the_adapter_says_why(make_loop):
-    loop = make_loop(training={"method": "auto", "epochs": 1, "max_length": 128})
+    loop = make_loop(training={"method": "auto", "num_train_epochs": 1, "max_length": 128})
     held = dataset(loop, good=GOOD[:5])
     told = []
     made = adapter(loop, loop.training, held, lambda _: None, told.append)

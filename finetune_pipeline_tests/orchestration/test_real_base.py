@@ -22,7 +22,14 @@ from finetune_pipeline_tests.orchestration.conftest import definitions, write_ev
 
 SNIPS, STORIES = SHARED / "snips" / "raw", SHARED / "stories260k"
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
-TRAINING = {"batch_size": 32, "learning_rate": 0.01, "epochs": 3, "max_length": 128, "lora_r": 16, "checkpoints": 2}
+TRAINING = {
+    "per_device_train_batch_size": 32,
+    "learning_rate": 0.01,
+    "num_train_epochs": 3,
+    "max_length": 128,
+    "lora_r": 16,
+    "save_steps": 0.5,
+}
 
 
 def utterances(kind, count):

@@ -257,7 +257,7 @@ def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, megabytes):
     refused = subprocess.run(mount, capture_output=True, text=True)
     if refused.returncode:
         pytest.skip(f"a small disk to fill can only be mounted by root here: {refused.stderr.strip()}")
-    training = {"epochs": 0.2, "learning_rate": 2e-3, "max_length": 256, "checkpoints": 1}
+    training = {"num_train_epochs": 0.2, "learning_rate": 2e-3, "max_length": 256, "save_steps": 500}
     try:
         code, log = small.run("*meeting_notes/gguf_model", training=training)
         assert code != 0

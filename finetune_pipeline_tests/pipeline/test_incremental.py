@@ -21,7 +21,13 @@ from finetune_pipeline_tests.orchestration.conftest import corrected, definition
 from finetune_pipeline_tests.orchestration.test_methods import dataset as labelled
 
 KEY = dg.AssetKey(["notes", "lora_adapter"])
-SMALL = {"epochs": 2, "max_length": 128, "lora_r": 4, "learning_rate": 0.002, "batch_size": 4}
+SMALL = {
+    "num_train_epochs": 2,
+    "max_length": 128,
+    "lora_r": 4,
+    "learning_rate": 0.002,
+    "per_device_train_batch_size": 4,
+}
 
 
 def materialize(loop, instance, *stages):
@@ -53,7 +59,7 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     replay.write_text("".join(json.dumps(row) + "\n" for row in rows))
     curation = {"min_examples": 5, "validation_fraction": 0.2, "replay": str(replay)}
     full = make_loop(training=SMALL, curation=curation)
-    more = make_loop(training={**SMALL, "mode": "incremental", "replay_older": 0.5}, curation=curation)
+    more = make_loop(training={**SMALL, "mode": "incremental", "replay_ratio": 0.5}, curation=curation)
     events = more.drop_folder / "log.jsonl"
     write_events(events, *corrected(f"person{n}" for n in range(12)))
     stages = ("raw_logs", "curated_dataset", "lora_adapter")
@@ -114,7 +120,7 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
 
 @pytest.mark.slow
 def test_kto_goes_on_with_new_bad_answers_beside_older_good_ones(make_loop, tmp_path, monkeypatch):
-    training = {**SMALL, "epochs": 1, "method": "kto", "mode": "incremental", "replay_older": 0}
+    training = {**SMALL, "num_train_epochs": 1, "method": "kto", "mode": "incremental", "replay_ratio": 0}
     loop = make_loop(training=training, curation={"min_examples": 5, "validation_fraction": 0.2})
     made = [adapter(loop, loop.training, labelled(loop), ignored, ignored)]
     make_champion(made[0], tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
-from finetune_pipeline.training.job import TrainingJob
+from finetune_pipeline.training.job import JobConfig
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the training process; read when torch is loaded
 
@@ -99,9 +99,15 @@ def job(base, dataset, tmp_path):
     """A training of 24 steps that takes a second."""
     # In float32, in which one process and two, a whole and a resumed training can be compared closely.
     settings = TrainingSettings(
-        epochs=3, batch_size=8, learning_rate=2e-2, lora_r=4, lora_alpha=8, checkpoints=4, bfloat16=False
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        learning_rate=2e-2,
+        lora_r=4,
+        lora_alpha=8,
+        save_steps=0.25,
+        bf16=False,
     )
-    return TrainingJob(base_model=base, dataset=dataset, output=tmp_path / "out", settings=settings)
+    return JobConfig(base_model=base, dataset=dataset, output=tmp_path / "out", settings=settings)
 
 
 def with_settings(job, **changes):

@@ -71,7 +71,7 @@ def preferences(folder, method, count=16):
 
 
 def job_by(job, tmp_path, name, **changes):
-    changed = with_settings(job, **{"backend": "axolotl", "bfloat16": False, **changes})
+    changed = with_settings(job, **{"backend": "axolotl", "bf16": False, **changes})
     method = changed.settings.method
     chosen = preferences(tmp_path / method, method) if method != "sft" else None
     return changed.model_copy(update={"output": tmp_path / name, "preferences": chosen})
@@ -80,9 +80,13 @@ def job_by(job, tmp_path, name, **changes):
 JOBS = {
     "sft": {},
     "sft_qlora": {"adapter": "qlora", "gradient_checkpointing": True, "report_to": ("wandb", "tensorboard")},
-    "sft_stopping": {"early_stopping": 2, "target_modules": ("q_proj", "v_proj"), "trainable_token_indices": (5, 7)},
+    "sft_stopping": {
+        "early_stopping_patience": 2,
+        "lora_target_modules": ("q_proj", "v_proj"),
+        "trainable_token_indices": (5, 7),
+    },
     "dpo": {"method": "dpo", "beta": 0.2},
-    "dpo_alone": {"method": "dpo", "sft_weight": 0.0, "bfloat16": True},
+    "dpo_alone": {"method": "dpo", "loss_type": ("sigmoid",), "bf16": True},
     "kto": {"method": "kto", "report_to": ("mlflow",)},
 }
 
@@ -136,7 +140,7 @@ def mean_loss(folder, adapter, rows):
 def test_axolotl_trains_is_killed_goes_on_and_leaves_an_adapter_as_any_backend(job, tmp_path):
     from datasets import load_from_disk
 
-    broken = job_by(job, tmp_path, "broken", epochs=20, checkpoints=8)
+    broken = job_by(job, tmp_path, "broken", num_train_epochs=20, save_steps=0.125)
     write_text(broken.output / "job.json", broken.model_dump_json())
     process = subprocess.Popen([sys.executable, "-m", "finetune_pipeline.training", broken.output / "job.json"])
     checkpoints = broken.output / CHECKPOINTS
@@ -169,7 +173,7 @@ def test_axolotl_trains_is_killed_goes_on_and_leaves_an_adapter_as_any_backend(j
 def test_axolotl_leaves_the_weights_that_validated_best_and_says_so(job, tmp_path):
     from datasets import load_from_disk
 
-    one = contrary(job_by(job, tmp_path, "out", epochs=16, checkpoints=8, learning_rate=6e-2), tmp_path)
+    one = contrary(job_by(job, tmp_path, "out", num_train_epochs=16, save_steps=0.125, learning_rate=6e-2), tmp_path)
     result = train(one)
     losses = {point.step: point.loss for point in result.validation}
     assert result.best_step == min(losses, key=losses.__getitem__) < result.steps == 64
@@ -213,9 +217,8 @@ def test_when_memory_runs_out_in_axolotl_the_error_says_which_batch_size_to_set(
     (tmp_path / "bin" / "axolotl").chmod(0o755)
     monkeypatch.setenv(COMMAND, str(tmp_path / "bin" / "axolotl"))
     job.output.mkdir()
-    said = (
-        r"memory ran out with 8 examples at a time \((.*CUDA|.*SIGKILL).*set batch_size: 4 and gradient_accumulation: 2"
-    )
+    said = r"memory ran out with a micro-batch of 8 \((.*CUDA|.*SIGKILL).*set per_device_train_batch_size: 4 and "
+    said += "gradient_accumulation_steps: 2"
     with pytest.raises(TrainingError, match=said):
         Axolotl().run(job, 0.0)
 
@@ -224,7 +227,7 @@ def test_when_memory_runs_out_in_axolotl_the_error_says_which_batch_size_to_set(
 @pytest.mark.usefixtures("configured")
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_axolotl_learns_from_preferences(job, tmp_path, method):
-    result = train(job_by(job, tmp_path, "out", method=method, epochs=3, checkpoints=1))
+    result = train(job_by(job, tmp_path, "out", method=method, num_train_epochs=3, save_steps=500))
     assert (result.method, result.steps, result.examples) == (method, 6, 16)
     assert result.loss_after < result.loss_before
 
@@ -233,7 +236,7 @@ def test_axolotl_learns_from_preferences(job, tmp_path, method):
 @pytest.mark.usefixtures("configured")
 def test_what_axolotl_says_of_a_failure_is_told(job, tmp_path):
     with pytest.raises(TrainingFailed, match=r"axolotl ended with status 1(.|\n)*no_such_layer"):
-        train(job_by(job, tmp_path, "out", target_modules=("no_such_layer",)))
+        train(job_by(job, tmp_path, "out", lora_target_modules=("no_such_layer",)))
 
 
 def test_a_conversation_is_learnt_from_its_last_answer_only(job, tmp_path):

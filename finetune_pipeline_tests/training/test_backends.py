@@ -47,7 +47,7 @@ def test_auto_takes_unsloth_where_it_can_and_says_why_not(monkeypatch):
     )
     there = [Peft(), OnGpu(), Axolotl()]
     assert choose(TrainingSettings(), there).backend.name == "unsloth"
-    for settings in (TrainingSettings(workers=2), TrainingSettings(trainable_token_indices="all")):
+    for settings in (TrainingSettings(num_processes=2), TrainingSettings(trainable_token_indices="all")):
         choice = choose(settings, there)
         assert choice.backend.name == "peft"
         assert choice.reason.startswith("auto: unsloth cannot train this")
@@ -61,9 +61,9 @@ def test_auto_takes_unsloth_where_it_can_and_says_why_not(monkeypatch):
         ("axolotl", {"compute": "ray"}, "set compute: local"),
         ("axolotl", {"trainable_token_indices": "all"}, "list trainable_token_indices"),
         ("axolotl", {"mode": "incremental"}, "set mode: full"),
-        ("axolotl", {"method": "kto", "early_stopping": 2}, "no early stopping for kto"),
-        ("unsloth", {"workers": 2}, "workers: 1"),
-        ("unsloth", {"bfloat16": False}, "leave bfloat16 true"),
+        ("axolotl", {"method": "kto", "early_stopping_patience": 2}, "no early stopping for kto"),
+        ("unsloth", {"num_processes": 2}, "num_processes: 1"),
+        ("unsloth", {"bf16": False}, "leave bf16 true"),
         ("unsloth", {"trainable_token_indices": (3,)}, "leave trainable_token_indices out"),
         ("unsloth", {"mode": "incremental"}, "set mode: full"),
     ],
@@ -105,13 +105,13 @@ def test_a_model_that_brings_its_adapter_trains_as_one_that_is_given_it(job, tmp
     """What the backend unsloth does, with PEFT's own model: only the construction differs."""
     from peft import get_peft_model
 
-    def adapted(job, bfloat16):
-        base = load_model(job, bfloat16)
+    def adapted(job, bf16):
+        base = load_model(job, bf16)
         return get_peft_model(base, lora(job.settings, base))
 
     results = []
     for name, hook in [("given", load_model), ("brought", adapted)]:
-        one = with_settings(job, epochs=1).model_copy(update={"output": tmp_path / name})
+        one = with_settings(job, num_train_epochs=1).model_copy(update={"output": tmp_path / name})
         one.output.mkdir()
         run_training(one, 0.0, load_model=hook)
         results.append((finished(one).loss_after, (one.output / "adapter/adapter_model.safetensors").read_bytes()))
@@ -126,5 +126,5 @@ def test_unsloth_is_told_of_the_job(job):
     every = adapter_arguments(job.settings)
     assert (every["r"], every["lora_alpha"], every["random_state"]) == (4, 8, 0)
     assert every["target_modules"] == list(unsloth.LINEAR_LAYERS)
-    some = adapter_arguments(job.settings.model_copy(update={"target_modules": ("q_proj",)}))
+    some = adapter_arguments(job.settings.model_copy(update={"lora_target_modules": ("q_proj",)}))
     assert some["target_modules"] == ["q_proj"]

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.base_model import check_base_model, check_target_modules
-from finetune_pipeline.training.job import TrainingError, TrainingJob
+from finetune_pipeline.training.job import JobConfig, TrainingError
 from finetune_pipeline.training.launch import train
 
 WHOLE = {
@@ -80,22 +80,22 @@ def config_alone(folder, kind, tied):
     ],
 )
 def test_an_adapter_of_tied_embeddings_is_refused_and_of_untied_ones_is_not(tmp_path, kind, names):
-    settings = TrainingSettings(target_modules=("q_proj", *names))
-    with pytest.raises(TrainingError, match=f"target_modules names {', '.join(names)}, but the output layer"):
+    settings = TrainingSettings(lora_target_modules=("q_proj", *names))
+    with pytest.raises(TrainingError, match=f"lora_target_modules names {', '.join(names)}, but the output layer"):
         check_target_modules(config_alone(tmp_path / "tied", kind, True), settings)
     check_target_modules(config_alone(tmp_path / "untied", kind, False), settings)
 
 
-@pytest.mark.parametrize("given", [{}, {"target_modules": ("q_proj", "head")}, {"trainable_token_indices": (3,)}])
+@pytest.mark.parametrize("given", [{}, {"lora_target_modules": ("q_proj", "head")}, {"trainable_token_indices": (3,)}])
 def test_other_layers_of_a_tied_model_may_be_adapted(tmp_path, given):
     check_target_modules(config_alone(tmp_path, "llama", True), TrainingSettings(**given))
 
 
 def test_the_training_process_refuses_it_before_it_loads_the_weights(tmp_path):
     base = PROJECT_ROOT / "data" / "starter_model"
-    settings = TrainingSettings(target_modules=("q_proj", "lm_head"))
-    job = TrainingJob(base_model=base, dataset=tmp_path / "none", output=tmp_path / "out", settings=settings)
-    with pytest.raises(TrainingError, match=r"target_modules names lm_head, .*tie_word_embeddings.*Leave it out"):
+    settings = TrainingSettings(lora_target_modules=("q_proj", "lm_head"))
+    job = JobConfig(base_model=base, dataset=tmp_path / "none", output=tmp_path / "out", settings=settings)
+    with pytest.raises(TrainingError, match=r"lora_target_modules names lm_head, .*tie_word_embeddings.*Leave it out"):
         train(job)
 
 

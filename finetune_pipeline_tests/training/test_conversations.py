@@ -34,7 +34,7 @@ METHODS = {
 def job_of(job, method, folder, data, validation=()):
     """A job that trains on these rows, whichever the method."""
     saved = save(folder, data, validation)
-    changed = with_settings(job, method=method, max_length=1024, epochs=1, checkpoints=1)
+    changed = with_settings(job, method=method, max_length=1024, num_train_epochs=1, save_steps=500)
     places = {"dataset": saved} if method == "sft" else {"preferences": saved}
     return changed.model_copy(update=places)
 

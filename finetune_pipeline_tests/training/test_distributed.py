@@ -11,40 +11,40 @@ from safetensors.numpy import load_file
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import distributed, elastic_launch, model
 from finetune_pipeline.training.checkpoints import mark_complete
-from finetune_pipeline.training.distributed import Share
-from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, TrainingJob, finished
+from finetune_pipeline.training.job import CHECKPOINTS, JobConfig, TrainingError, TrainingFailed, finished
 from finetune_pipeline.training.launch import train
 
 from .conftest import breaking_in_half, rows, save, with_settings
 
 
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "workers", "share"),
+    ("batch", "accumulation", "processes", "rank"),
     [
-        (8, 1, 1, Share(8, 1)),
-        (8, 4, 2, Share(8, 2)),  # fewer steps before the batch gets smaller: that size is what the device holds
-        (8, 1, 2, Share(4, 1)),
-        (6, 2, 4, Share(3, 1)),
-        (4, 6, 3, Share(4, 2)),
-        (4, 5, 2, Share(2, 5)),  # ten examples each, at most four at once
+        (8, 1, 1, (8, 1)),
+        (8, 4, 2, (8, 2)),  # fewer steps before the batch gets smaller: that size is what the device holds
+        (8, 1, 2, (4, 1)),
+        (6, 2, 4, (3, 1)),
+        (4, 6, 3, (4, 2)),
+        (4, 5, 2, (2, 5)),  # ten examples each, at most four at once
     ],
 )
-def test_an_update_has_as_many_examples_however_many_deal_with_it(batch, accumulation, workers, share):
-    settings = TrainingSettings(batch_size=batch, gradient_accumulation=accumulation)
-    assert distributed.share(settings, workers) == share
-    assert share.batch_size * share.gradient_accumulation * workers == batch * accumulation
+def test_an_update_has_the_same_examples_for_any_number_of_processes(batch, accumulation, processes, rank):
+    settings = TrainingSettings(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    split = distributed.split_batch(settings, processes)
+    assert (split.per_device_train_batch_size, split.gradient_accumulation_steps) == rank
+    assert rank[0] * rank[1] * processes == batch * accumulation
 
 
-@pytest.mark.parametrize("workers", [3, 16])
-def test_what_cannot_be_dealt_out_evenly_is_refused_with_what_can(workers):
-    with pytest.raises(TrainingError, match=r"= 8 examples .* set workers to one of 1, 2, 4, 8"):
-        distributed.share(TrainingSettings(batch_size=8), workers)
+@pytest.mark.parametrize("processes", [3, 16])
+def test_an_uneven_split_is_refused_with_the_even_ones(processes):
+    with pytest.raises(TrainingError, match=r"= 8 examples .* set num_processes to one of 1, 2, 4, 8"):
+        distributed.split_batch(TrainingSettings(per_device_train_batch_size=8), processes)
 
 
 @pytest.mark.slow
 def test_two_processes_of_this_machine_give_the_adapter_that_one_gives(job, tmp_path):
     one = with_settings(job, lora_dropout=0.0)
-    two = with_settings(job, workers=2).model_copy(update={"output": tmp_path / "two"})
+    two = with_settings(job, num_processes=2).model_copy(update={"output": tmp_path / "two"})
     seen = []
     alone, together = train(one), train(two, seen.append)
 
@@ -63,7 +63,7 @@ def sharded_member(parent, text, started):
     from accelerate.state import DistributedType, PartialState
 
     prepare, gather = PartialState.__init__, model.whole_weights
-    job = TrainingJob.model_validate_json(text)
+    job = JobConfig.model_validate_json(text)
 
     def with_cards(self, *arguments, **named):
         prepare(self, *arguments, **named)
@@ -84,7 +84,7 @@ def sharded_member(parent, text, started):
 @pytest.mark.slow
 def test_weights_dealt_out_to_two_processes_give_the_adapter_that_whole_ones_give(job, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    sharded = with_settings(job, workers=2).model_copy(update={"output": tmp_path / "sharded"})
+    sharded = with_settings(job, num_processes=2).model_copy(update={"output": tmp_path / "sharded"})
     with monkeypatch.context() as patch:
         patch.setattr(elastic_launch, "_member", sharded_member)
         folder = sharded.output / CHECKPOINTS
@@ -121,8 +121,8 @@ def broken_sharded_member(parent, text, started):
 @pytest.mark.slow
 def test_weights_dealt_out_go_on_from_a_checkpoint_and_end_with_the_best_ones(job, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    alone = with_settings(job, bfloat16=False)
-    sharded = with_settings(alone, workers=2).model_copy(update={"output": tmp_path / "sharded"})
+    alone = with_settings(job, bf16=False)
+    sharded = with_settings(alone, num_processes=2).model_copy(update={"output": tmp_path / "sharded"})
     checkpoints = sharded.output / CHECKPOINTS
     checkpoints.mkdir(parents=True)
     with monkeypatch.context() as patch:
@@ -159,7 +159,7 @@ def test_a_team_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
     job, padded_base, padded, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    whole = with_settings(job, workers=2, checkpoints=6)
+    whole = with_settings(job, num_processes=2, save_steps=1 / 6)
     if padded:
         whole = whole.model_copy(update={"base_model": padded_base})
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
@@ -188,8 +188,8 @@ def test_weights_are_dealt_out_when_a_card_could_not_hold_them_and_the_training(
     assert model.weights_exceed_card(tmp_path, 4, gigabytes * 10**9)
 
 
-@pytest.mark.parametrize(("bfloat16", "shards"), [(True, False), (False, True)])
-def test_weights_are_counted_as_they_are_trained(job, tmp_path, monkeypatch, bfloat16, shards):
+@pytest.mark.parametrize(("bf16", "shards"), [(True, False), (False, True)])
+def test_weights_are_counted_as_they_are_trained(job, tmp_path, monkeypatch, bf16, shards):
     import torch
 
     (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
@@ -198,7 +198,7 @@ def test_weights_are_counted_as_they_are_trained(job, tmp_path, monkeypatch, bfl
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=40 * 10**9))
-    assert model.must_shard(job.model_copy(update={"base_model": tmp_path}), bfloat16) is shards
+    assert model.must_shard(job.model_copy(update={"base_model": tmp_path}), bf16) is shards
 
 
 def member_without_memory(parent, text, started):
@@ -223,18 +223,19 @@ def test_a_process_without_memory_ends_the_team_which_says_what_to_set(job, monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(elastic_launch, "_member", member_without_memory)
     (job.output / CHECKPOINTS).mkdir(parents=True)
-    said = (
-        r"^memory ran out with 4 examples at a time \(.*allocate.*\); set batch_size: 2 and gradient_accumulation: 4,"
-    )
+    said = r"^memory ran out with a micro-batch of 4 \(.*allocate.*\); set per_device_train_batch_size: 2 and "
+    said += "gradient_accumulation_steps: 4,"
     with pytest.raises(TrainingError, match=said):
-        elastic_launch.train(with_settings(job, workers=2), time.monotonic())
+        elastic_launch.train(with_settings(job, num_processes=2), time.monotonic())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)  # the other process would wait for half an hour
 def test_weights_that_are_no_numbers_end_every_process_of_a_team(job, tmp_path):
     dataset = save(tmp_path / "d", rows(64, 100))  # without validation, which would find them first
-    wild = with_settings(job, workers=2, learning_rate=1e30, checkpoints=24).model_copy(update={"dataset": dataset})
+    wild = with_settings(job, num_processes=2, learning_rate=1e30, save_steps=1 / 24).model_copy(
+        update={"dataset": dataset}
+    )
     with pytest.raises(TrainingFailed, match=r"^the loss became nan .* diverged"):
         train(wild)
     whole = list((wild.output / CHECKPOINTS).glob("checkpoint-*/complete.json"))
@@ -244,6 +245,6 @@ def test_weights_that_are_no_numbers_end_every_process_of_a_team(job, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_wrong_with_the_job_is_said_as_it_is_by_one_process(job):
-    impossible = with_settings(job, workers=2, max_length=16)
+    impossible = with_settings(job, num_processes=2, max_length=16)
     with pytest.raises(TrainingFailed, match=r"^nothing is left to train on: 64 of 64 examples"):
         train(impossible)

@@ -38,9 +38,13 @@ def test_where_what_is_new_is_all_bad_as_many_older_good_ones_are_taken():
     ("change", "base", "why"),
     [
         ({}, "b", None),
-        ({"learning_rate": 1e-5, "epochs": 9.0}, "b", None),  # how it learns may change
+        ({"learning_rate": 1e-5, "num_train_epochs": 9.0}, "b", None),  # how it learns may change
         ({"lora_r": 8}, "b", "it was trained with other lora_r"),
-        ({"target_modules": ["q_proj"], "adapter": "qlora"}, "b", "it was trained with other adapter, target_modules"),
+        (
+            {"lora_target_modules": ["q_proj"], "adapter": "qlora"},
+            "b",
+            "it was trained with other adapter, lora_target_modules",
+        ),
         ({}, "c", "its base model is another one"),
         # What KTO learns from, the champion of SFT has not seen: the answers found bad.
         ({"method": "kto"}, "b", "it was trained by sft, which learns from other answers than kto"),

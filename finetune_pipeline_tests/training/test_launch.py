@@ -49,7 +49,9 @@ def shell(text):
 
 
 def test_killed_and_resumed_it_ends_with_the_weights_of_an_unbroken_training(job, tmp_path):
-    long = with_settings(job, epochs=20, checkpoints=8, lora_dropout=0.1)  # 160 steps, a checkpoint every 20
+    long = with_settings(
+        job, num_train_epochs=20, save_steps=0.125, lora_dropout=0.1
+    )  # 160 steps, a checkpoint every 20
     broken = long.model_copy(update={"output": tmp_path / "broken"})
     unbroken = long.model_copy(update={"output": tmp_path / "unbroken"})
     write_text(broken.output / "job.json", broken.model_dump_json())
@@ -104,8 +106,8 @@ def test_the_training_dies_with_its_parent(job, tmp_path):
             sys.executable,
             "-c",
             "import sys; from finetune_pipeline.training.launch import train;"
-            "from finetune_pipeline.training.job import TrainingJob;"
-            f"train(TrainingJob.model_validate_json(open({str(job_file)!r}).read()))",
+            "from finetune_pipeline.training.job import JobConfig;"
+            f"train(JobConfig.model_validate_json(open({str(job_file)!r}).read()))",
         ]
     )
     watched = psutil.Process(parent.pid)
@@ -130,7 +132,7 @@ def test_a_training_whose_parent_has_gone_before_it_began_ends_at_once(job):
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("echo loading; kill -9 $$", r"SIGKILL.*memory ran out.*smaller batch_size(.|\n)*loading"),
+        ("echo loading; kill -9 $$", r"SIGKILL.*memory ran out.*smaller per_device_train_batch_size(.|\n)*loading"),
         ("echo loading; kill -SEGV $$", r"SIGSEGV.*goes on from the last checkpoint(.|\n)*loading"),
         ("echo ValueError: odd; exit 1", r"status 1(.|\n)*ValueError: odd"),
         ("exit 0", "status 0 and no result"),

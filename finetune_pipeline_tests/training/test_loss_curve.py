@@ -8,7 +8,7 @@ from finetune_pipeline.training.loss_curve import curve_figure, curve_png
 
 def result(*validated):
     return TrainingResult(
-        job="j", device="cpu", method="sft", adapter="lora", bfloat16=False, steps=4, resumed_from=0, examples=8,
+        job="j", device="cpu", method="sft", adapter="lora", bf16=False, steps=4, resumed_from=0, examples=8,
         too_long=0, loss_before=3.0, loss_after=1.0, train_loss=1.0, tokens_per_second=1.0, wall_seconds=1.0,
         peak_memory_bytes=1, best_step=4, stopped_early=False,
         curve=tuple(CurvePoint(step=step, loss=3.0 - step / 2, learning_rate=0.1) for step in range(1, 5)),

@@ -56,7 +56,7 @@ def train(job, megabytes):
 def test_when_memory_runs_out_it_goes_on_with_half_the_micro_batch_to_the_same_weights(job, tmp_path):
     from safetensors.torch import load_file
 
-    one = with_settings(job, batch_size=64, epochs=3, learning_rate=1e-3, max_length=1024)
+    one = with_settings(job, per_device_train_batch_size=64, num_train_epochs=3, learning_rate=1e-3, max_length=1024)
     one = one.model_copy(update={"dataset": save(tmp_path / "long", long_rows(64))})
     results, weights = [], []
     for name, megabytes in [("limited", 400), ("free", 100_000)]:
@@ -77,24 +77,24 @@ def test_when_memory_runs_out_it_goes_on_with_half_the_micro_batch_to_the_same_w
 
 def test_the_examples_of_an_update_stay_the_same_whatever_their_number():
     for batch, accumulation, tried in [(24, 1, [12, 6, 3, 1]), (5, 2, [2, 1]), (7, 1, [1])]:
-        asked = TrainingSettings(batch_size=batch, gradient_accumulation=accumulation)
+        asked = TrainingSettings(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
         running = asked
         for micro in tried:
             with pytest.raises(MemoryRanOut, match=f"same {batch * accumulation} examples an update") as ran_out:
                 fail(running, MemoryError())
             assert ran_out.value.micro_batch == micro
-            running = with_micro_batch(asked, micro)
-            assert running.batch_size * running.gradient_accumulation == batch * accumulation
+            running = with_micro_batch(asked, micro, batch * accumulation)
+            assert running.per_device_train_batch_size * running.gradient_accumulation_steps == batch * accumulation
         with pytest.raises(TrainingError, match=r"one example at a time.*checkpointing: true.*max_length below"):
             fail(running, RuntimeError("DefaultCPUAllocator: can't allocate memory"))
 
 
 def test_kto_is_left_two_examples_at_a_time():
-    asked = TrainingSettings(method="kto", batch_size=4)
+    asked = TrainingSettings(method="kto", per_device_train_batch_size=4)
     with pytest.raises(MemoryRanOut) as first:
         fail(asked, MemoryError())
-    running = with_micro_batch(asked, first.value.micro_batch)
-    assert running.batch_size == 2
+    running = with_micro_batch(asked, first.value.micro_batch, 4)
+    assert running.per_device_train_batch_size == 2
     with pytest.raises(TrainingError, match=r"2 examples at a time, and kto needs 2 .*set gradient_checkpointing: t"):
         fail(running, MemoryError())
     assert "2 examples at a time, and kto needs 2 (no room); set grad" in ran_out(running, 2, "no room")
@@ -111,11 +111,13 @@ def test_another_error_is_not_taken_for_want_of_memory():
 
 
 def test_what_clearly_does_not_fit_is_refused_with_what_would(job, monkeypatch, capfd):
-    large = with_settings(job, batch_size=512, max_length=1024)
-    check_memory(large.base_model, large.settings, longest=16, bfloat16=False)  # short examples need little
+    large = with_settings(job, per_device_train_batch_size=512, max_length=1024)
+    check_memory(large.base_model, large.settings, longest=16, bf16=False)  # short examples need little
     monkeypatch.setattr(memory, "available_bytes", lambda: 500 * 10**6)
-    with pytest.raises(TrainingError, match=r"reckoned to need .* GiB more .*what fits: batch_size: \d+, gradient_acc"):
-        check_memory(large.base_model, large.settings, longest=1024, bfloat16=False)
+    with pytest.raises(
+        TrainingError, match=r"reckoned to need .* GiB more .*what fits: per_device_train_batch_size: \d+, gradient_acc"
+    ):
+        check_memory(large.base_model, large.settings, longest=1024, bf16=False)
 
 
 LLAMA_70B = {
@@ -136,22 +138,23 @@ def test_a_model_that_only_a_team_can_hold_is_refused_on_one_card_and_not_on_eig
     write_text(tmp_path / "config.json", json.dumps(LLAMA_70B))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "available_bytes", lambda: 79 * GIB)
-    share = TrainingSettings(workers=8, batch_size=1, gradient_checkpointing=True)
+    share = TrainingSettings(num_processes=8, per_device_train_batch_size=1, gradient_checkpointing=True)
     with pytest.raises(TrainingError, match="what fits: adapter: qlora"):
-        check_memory(tmp_path, share, longest=512, bfloat16=True)
-    check_memory(tmp_path, share, longest=512, bfloat16=True, shards=8)
+        check_memory(tmp_path, share, longest=512, bf16=True)
+    check_memory(tmp_path, share, longest=512, bf16=True, shards=8)
     told = capfd.readouterr().err.splitlines()[-1]
     assert float(re.search(r"base weights ([\d.]+)", told)[1]) == pytest.approx(131.42 / 8 + 7.1, abs=0.01)
-    large = share.model_copy(update={"batch_size": 64})
-    with pytest.raises(TrainingError, match=r"what fits: batch_size: 16, gradient_accumulation: 32$"):
-        check_memory(tmp_path, large, longest=1024, bfloat16=True, shards=8)
+    large = share.model_copy(update={"per_device_train_batch_size": 64})
+    with pytest.raises(
+        TrainingError, match=r"what fits: per_device_train_batch_size: 16, gradient_accumulation_steps: 32$"
+    ):
+        check_memory(tmp_path, large, longest=1024, bf16=True, shards=8)
 
 
 def test_where_it_cannot_go_on_by_itself_it_says_which_batch_size_to_set():
-    team = TrainingSettings(workers=2, batch_size=8, gradient_accumulation=2)
-    assert "ran out with 8 examples at a time (no room); set batch_size: 4 and gradient_accumulation: 4" in ran_out(
-        team, 8, "no room"
-    )
+    team = TrainingSettings(num_processes=2, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    settings = "set per_device_train_batch_size: 4 and gradient_accumulation_steps: 4"
+    assert f"ran out with a micro-batch of 8 (no room); {settings}" in ran_out(team, 8, "no room")
     assert "one example at a time (no room); set gradient_checkpointing: true" in ran_out(team, 1, "no room")
 
 
@@ -159,9 +162,7 @@ def test_what_is_over_by_less_than_the_estimates_error_is_tried(job, monkeypatch
     from finetune_pipeline.training.architecture import read_architecture
     from finetune_pipeline.training.estimate import memory as reckon
 
-    need = reckon(
-        read_architecture(job.base_model / "config.json", "x"), job.settings, "cpu", bfloat16=False, tokens=64
-    )
+    need = reckon(read_architecture(job.base_model / "config.json", "x"), job.settings, "cpu", bf16=False, tokens=64)
     monkeypatch.setattr(memory, "available_bytes", lambda: round(need.to_come * 0.9))
-    check_memory(job.base_model, job.settings, longest=64, bfloat16=False)
+    check_memory(job.base_model, job.settings, longest=64, bf16=False)
     assert "off by 20%, so it is tried" in capfd.readouterr().err

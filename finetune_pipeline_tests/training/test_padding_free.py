@@ -127,7 +127,7 @@ def test_the_mean_loss_is_that_of_transformers_on_each_example_alone(job):
     tokens = tokenizer(job.base_model)
     data = load(job, tokens)
     job.output.mkdir()
-    trainer = _trainer(job, with_settings(job, batch_size=3).settings, data, tokens, 24, False)
+    trainer = _trainer(job, with_settings(job, per_device_train_batch_size=3).settings, data, tokens, 24, False)
     plain = AutoModelForCausalLM.from_pretrained(job.base_model, dtype=torch.float32)
     with torch.no_grad():
         total = sum(float(alone(plain, row)) for row in data.measure)
@@ -140,7 +140,9 @@ def test_accumulated_steps_weigh_every_answer_token_the_same(job, tmp_path):
     data = load(job, tokens)
     found = []
     for batch_size, accumulation in ((6, 1), (2, 3)):
-        sized = with_settings(job, batch_size=batch_size, gradient_accumulation=accumulation, epochs=1)
+        sized = with_settings(
+            job, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, num_train_epochs=1
+        )
         sized = sized.model_copy(update={"output": tmp_path / str(batch_size)})
         torch.manual_seed(0)
         trainer = _trainer(sized, sized.settings, data, tokens, 11, False)

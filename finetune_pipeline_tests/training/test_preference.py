@@ -66,7 +66,7 @@ def test_it_learns_and_says_what_it_did(prefer, method, examples, steps):
 @pytest.fixture
 def learnt(job, tmp_path):
     """An adapter that learnt something, by SFT."""
-    first = with_settings(job, epochs=1, checkpoints=1).model_copy(update={"output": tmp_path / "learnt"})
+    first = with_settings(job, num_train_epochs=1, save_steps=500).model_copy(update={"output": tmp_path / "learnt"})
     first.output.mkdir()
     run_training(first, time.monotonic())
     return first.output / "adapter"
@@ -78,7 +78,7 @@ def learnt(job, tmp_path):
 def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
     prefer, method, on_top, adapter, tmp_path, monkeypatch, request
 ):
-    whole = prefer(method, checkpoints=6, adapter=adapter)
+    whole = prefer(method, save_steps=1 / 6, adapter=adapter)
     if on_top:
         whole = whole.model_copy(update={"initial_adapter": request.getfixturevalue("learnt")})
     steps = run_training(whole, time.monotonic()).steps
@@ -97,7 +97,7 @@ def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method,
     import torch
 
     settings = {"trainable_token_indices": (5, 6)}
-    first = with_settings(job, epochs=1, checkpoints=1, **settings)
+    first = with_settings(job, num_train_epochs=1, save_steps=500, **settings)
     first = first.model_copy(update={"output": tmp_path / "learnt"})
     first.output.mkdir()
     run_training(first, time.monotonic())
@@ -139,9 +139,9 @@ def test_every_method_reads_the_same_tokens_and_is_measured_by_the_same_loss(pre
 
 
 def test_what_the_losses_are_made_of_is_what_was_set(prefer):
-    dpo, _ = trainer_of(prefer("dpo", beta=0.3, sft_weight=0.5))
+    dpo, _ = trainer_of(prefer("dpo", beta=0.3, loss_weights=(1.0, 0.5)))
     assert (dpo.beta, dpo.loss_types, dpo.loss_weights, dpo.ref_model) == (0.3, ["sigmoid", "sft"], [1.0, 0.5], None)
-    plain, _ = trainer_of(prefer("dpo", sft_weight=0))
+    plain, _ = trainer_of(prefer("dpo", loss_type=("sigmoid",)))
     assert plain.loss_types == ["sigmoid"]
     kto, _ = trainer_of(prefer("kto", beta=0.3))
     assert (kto.beta, kto.desirable_weight, kto.undesirable_weight) == (0.3, 1.0, 2.0)  # 32 good, 16 bad
@@ -159,7 +159,7 @@ def test_what_cannot_be_trained_on_is_said(prefer, job, tmp_path):
     with pytest.raises(TrainingError, match=r"32 good and 0 bad ones to train on; set method to sft"):
         trainer_of(prefer("kto", LABELLED[:32]))
     with pytest.raises(TrainingError, match="needs 2 or more on each device, not 1;"):
-        trainer_of(prefer("kto", batch_size=1))
+        trainer_of(prefer("kto", per_device_train_batch_size=1))
     with pytest.raises(TrainingError, match=r"method dpo needs .*nothing, which is not there; curate the data again"):
         trainer_of(prefer("dpo").model_copy(update={"preferences": tmp_path / "nothing"}))
     values = job.model_dump() | {"settings": {"method": "auto"}}
@@ -170,7 +170,7 @@ def test_what_cannot_be_trained_on_is_said(prefer, job, tmp_path):
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_the_weights_that_stay_are_those_with_the_lowest_loss_of_the_method_itself(prefer, method):
     """What is held out wants the opposite of what is trained on, so the method's loss grows there from the start."""
-    job = prefer(method, epochs=8, checkpoints=4, learning_rate=5e-2)
+    job = prefer(method, num_train_epochs=8, save_steps=0.25, learning_rate=5e-2)
     if method == "dpo":
         contrary = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:8]]
     else:
@@ -184,7 +184,9 @@ def test_the_weights_that_stay_are_those_with_the_lowest_loss_of_the_method_itse
 
 
 def test_without_held_out_preferences_the_last_weights_stay_and_that_is_told(prefer, capsys):
-    result = run_training(prefer("dpo", early_stopping=1), time.monotonic())
+    result = run_training(prefer("dpo", early_stopping_patience=1), time.monotonic())
     assert not result.validation
     assert result.best_step == result.steps
-    assert "early_stopping does nothing: the dataset has too few validation examples" in capsys.readouterr().err
+    assert (
+        "early_stopping_patience does nothing: the dataset has too few validation examples" in capsys.readouterr().err
+    )

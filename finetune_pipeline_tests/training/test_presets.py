@@ -82,10 +82,10 @@ def test_a_preset_fits_or_says_that_it_does_not(preset, name):
     try:
         found = settled(TrainingSettings(preset=preset), FAMILIES[name])
     except TrainingError as error:
-        assert f"{name} does not fit preset {preset}: with qlora, batch_size 1" in str(error)
+        assert f"{name} does not fit preset {preset}: with qlora, per_device_train_batch_size 1" in str(error)
         return
     assert fits(FAMILIES[name], found, machine)
-    assert found.batch_size * found.gradient_accumulation == 16
+    assert found.per_device_train_batch_size * found.gradient_accumulation_steps == 16
 
 
 def test_a_7b_model_trains_by_qlora_in_8_gb_by_lora_in_24_and_a_70b_one_by_qlora_in_80():
@@ -98,10 +98,15 @@ def test_a_7b_model_trains_by_qlora_in_8_gb_by_lora_in_24_and_a_70b_one_by_qlora
 
 
 def test_a_preset_fills_only_what_is_not_set():
-    own = TrainingSettings(preset="24gb", batch_size=2, lora_r=4, max_length=300)
+    own = TrainingSettings(preset="24gb", per_device_train_batch_size=2, lora_r=4, max_length=300)
     found = settled(own, FAMILIES["Mistral-7B"])
-    assert (found.batch_size, found.gradient_accumulation, found.lora_r, found.max_length) == (2, 8, 4, 300)
-    plain = TrainingSettings(batch_size=3)
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps, found.lora_r, found.max_length) == (
+        2,
+        8,
+        4,
+        300,
+    )
+    plain = TrainingSettings(per_device_train_batch_size=3)
     assert settled(plain, FAMILIES["Mistral-7B"]) is plain
 
 
@@ -111,10 +116,10 @@ def test_a_preset_leaves_kto_an_answer_to_compare_with(preset, name):
     try:
         found = settled(TrainingSettings(preset=preset, method="kto"), FAMILIES[name])
     except TrainingError as error:
-        assert f"{name} does not fit preset {preset}: with qlora, batch_size 2" in str(error)
+        assert f"{name} does not fit preset {preset}: with qlora, per_device_train_batch_size 2" in str(error)
         return
-    assert found.batch_size >= 2
-    assert found.batch_size * found.gradient_accumulation == 16
+    assert found.per_device_train_batch_size >= 2
+    assert found.per_device_train_batch_size * found.gradient_accumulation_steps == 16
 
 
 @pytest.mark.parametrize(
@@ -122,29 +127,34 @@ def test_a_preset_leaves_kto_an_answer_to_compare_with(preset, name):
     [(4, "sft", (4, "lora")), (1, "sft", (4, "lora")), (32, "sft", (1, "lora")), (16, "kto", (2, "qlora"))],
 )
 def test_where_the_accumulation_is_set_an_update_has_16_examples_or_as_many_as_fit(accumulation, method, found):
-    llama, own = FAMILIES["Llama-3.1-8B"], {"gradient_accumulation": accumulation, "method": method}
+    llama, own = FAMILIES["Llama-3.1-8B"], {"gradient_accumulation_steps": accumulation, "method": method}
     filled = settled(TrainingSettings(preset="24gb", **own), llama)
     assert fits(llama, filled, machine_of("24gb"))
-    assert (filled.batch_size, filled.adapter, filled.gradient_accumulation) == (*found, accumulation)
+    assert (filled.per_device_train_batch_size, filled.adapter, filled.gradient_accumulation_steps) == (
+        *found,
+        accumulation,
+    )
 
 
 def test_less_memory_is_reckoned_for_checkpointing_a_smaller_batch_and_four_bits():
     def gib(**settings):
-        return memory(FAMILIES["Llama-3.1-8B"], TrainingSettings(**settings), "gpu", bfloat16=True).bytes / 2**30
+        return memory(FAMILIES["Llama-3.1-8B"], TrainingSettings(**settings), "gpu", bf16=True).bytes / 2**30
 
-    assert gib() > gib(gradient_checkpointing=True) > gib(gradient_checkpointing=True, batch_size=1)
-    assert 16 < gib(gradient_checkpointing=True, batch_size=1) < 19
-    assert gib(gradient_checkpointing=True, batch_size=1, adapter="qlora") < 11
+    assert gib() > gib(gradient_checkpointing=True) > gib(gradient_checkpointing=True, per_device_train_batch_size=1)
+    assert 16 < gib(gradient_checkpointing=True, per_device_train_batch_size=1) < 19
+    assert gib(gradient_checkpointing=True, per_device_train_batch_size=1, adapter="qlora") < 11
 
 
 def test_logits_of_all_tokens_are_reckoned_where_embeddings_are_trained_and_rows_are_filled_up(tmp_path):
     def logits(kind, tied=True, **settings):
         config = {**CONFIG, "model_type": kind, "tie_word_embeddings": tied}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        asked = TrainingSettings(batch_size=4, max_length=2048, gradient_checkpointing=True, **settings)
+        asked = TrainingSettings(
+            per_device_train_batch_size=4, max_length=2048, gradient_checkpointing=True, **settings
+        )
         (loss,) = [
             part
-            for part in memory(architecture_of(str(tmp_path)), asked, "gpu", bfloat16=True).parts
+            for part in memory(architecture_of(str(tmp_path)), asked, "gpu", bf16=True).parts
             if part.name in {"loss", "gradients"}
         ]
         return f"of {4 * 2048} tokens x 256,000 words" in loss.formula

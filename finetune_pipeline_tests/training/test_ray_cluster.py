@@ -24,7 +24,9 @@ from .test_preference import PAIRS
 
 
 def on_ray(job, **changes):
-    return with_settings(job, compute="ray", workers=2, epochs=20, checkpoints=8, **changes)  # a checkpoint every 20
+    return with_settings(
+        job, compute="ray", num_processes=2, num_train_epochs=20, save_steps=0.125, **changes
+    )  # a checkpoint every 20
 
 
 def processes(of, name):
@@ -59,7 +61,7 @@ def test_a_killed_worker_is_survived_and_the_loss_is_that_of_one_worker(
     storage = tmp_path / "storage"
     storage.mkdir()
     monkeypatch.setenv(ray_cluster.STORAGE, str(storage))
-    alone = train(with_settings(job, epochs=20, checkpoints=8))
+    alone = train(with_settings(job, num_train_epochs=20, save_steps=0.125))
     ours = shutil.copytree(base, tmp_path / "ours" / "tiny")
     theirs = shutil.copytree(dataset, tmp_path / "ours" / "d")
     two = on_ray(job).model_copy(update={"base_model": ours, "dataset": theirs, "output": tmp_path / "two"})
@@ -119,9 +121,9 @@ def test_preferences_and_the_adapter_to_go_on_from_travel_through_the_storage(
 ):
     ours, storage = tmp_path / "ours", tmp_path / "storage"
     storage.mkdir()
-    first = with_settings(job, epochs=1, checkpoints=1).model_copy(update={"output": tmp_path / "learnt"})
+    first = with_settings(job, num_train_epochs=1, save_steps=500).model_copy(update={"output": tmp_path / "learnt"})
     train(first)
-    dpo = with_settings(job, method="dpo", epochs=2).model_copy(
+    dpo = with_settings(job, method="dpo", num_train_epochs=2).model_copy(
         update={
             "preferences": save(ours / "pairs", PAIRS),
             "initial_adapter": shutil.copytree(first.output / "adapter", ours / "adapter"),
@@ -138,7 +140,7 @@ def test_preferences_and_the_adapter_to_go_on_from_travel_through_the_storage(
 
     leaving = threading.Thread(target=leave_nothing_here)
     leaving.start()
-    together = train(with_settings(dpo, compute="ray", workers=2))
+    together = train(with_settings(dpo, compute="ray", num_processes=2))
     leaving.join()
     assert not ours.exists() and list(storage.iterdir()) == []
     assert together.loss_before == pytest.approx(alone.loss_before, rel=1e-3)
@@ -150,7 +152,11 @@ def test_preferences_and_the_adapter_to_go_on_from_travel_through_the_storage(
 def test_what_tensorboard_is_told_on_another_machine_comes_back(two_ray_nodes, job, tmp_path, monkeypatch):
     monkeypatch.setenv(ray_cluster.STORAGE, str(tmp_path / "storage"))
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    train(with_settings(job, compute="ray", workers=2, epochs=1, checkpoints=1, report_to=("tensorboard",)))
+    train(
+        with_settings(
+            job, compute="ray", num_processes=2, num_train_epochs=1, save_steps=500, report_to=("tensorboard",)
+        )
+    )
     [file] = (job.output / "tensorboard").rglob("events.out.tfevents.*")
     assert b"train/loss" in file.read_bytes()
 
@@ -193,7 +199,7 @@ def killed_driver(job):
 @pytest.mark.slow
 def test_a_killed_training_takes_its_cluster_with_it_and_the_next_goes_on_from_its_checkpoint(job):
     """Without an address the cluster is started for the training, and neither it nor a worker outlives it."""
-    two = with_settings(on_ray(job), epochs=80)  # the workers see after a second or two that nobody is left
+    two = with_settings(on_ray(job), num_train_epochs=80)  # the workers see after a second or two that nobody is left
     with killed_driver(two) as driver:
         wait_for(lambda: ray_has_kept(two, "checkpoint-80"))
         assert len(processes(driver, "RayTrainWorker")) == 2
@@ -227,8 +233,8 @@ def ray_has_kept(job, name):
 @needs_ray
 @pytest.mark.slow
 def test_after_a_lost_worker_the_adapter_still_has_the_best_weights(job, tmp_path):
-    overfitting = contrary(with_settings(job, epochs=40, checkpoints=20, learning_rate=6e-2), tmp_path)
-    two = with_settings(overfitting, compute="ray", workers=2)
+    overfitting = contrary(with_settings(job, num_train_epochs=40, save_steps=0.05, learning_rate=6e-2), tmp_path)
+    two = with_settings(overfitting, compute="ray", num_processes=2)
     killed, kept = [], set()
 
     def kill_one(progress):
@@ -276,7 +282,9 @@ def test_workers_have_gpus_where_the_cluster_has_any(resources, workers, gpus):
 
 
 def test_a_cluster_that_is_too_small_is_refused_and_not_waited_for():
-    with pytest.raises(TrainingError, match=r"workers is 8, but the Ray cluster has 4 GPU\(s\) now; set workers to 4"):
+    with pytest.raises(
+        TrainingError, match=r"num_processes is 8, but the Ray cluster has 4 GPU\(s\) now; set num_processes to 4"
+    ):
         ray_cluster._has_gpus({"CPU": 64.0, "GPU": 4.0}, 8)
 
 

@@ -57,19 +57,21 @@ def test_it_learns_leaves_an_adapter_and_says_what_it_did(job):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_training_of_a_single_step_learns_too(job, share):
-    result = train_here(with_settings(job, epochs=1, batch_size=64, checkpoints=1, warmup_share=share))
+    result = train_here(
+        with_settings(job, num_train_epochs=1, per_device_train_batch_size=64, save_steps=500, warmup_steps=share)
+    )
     assert result.steps == 1 and result.loss_after < result.loss_before
 
 
 def test_the_learning_rate_grows_for_the_share_of_the_steps_that_is_set(job):
-    rates = [point.learning_rate for point in train_here(with_settings(job, warmup_share=0.5)).curve]
+    rates = [point.learning_rate for point in train_here(with_settings(job, warmup_steps=0.5)).curve]
     assert rates.index(max(rates)) == 12 and rates[0] == 0
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(job, tmp_path):
     results = []
     for name, seed in [("a", 7), ("b", 7), ("c", 8)]:
-        one = with_settings(job, seed=seed, epochs=1).model_copy(update={"output": tmp_path / name})
+        one = with_settings(job, seed=seed, num_train_epochs=1).model_copy(update={"output": tmp_path / name})
         train_here(one)
         results.append(adapter(one))
     assert results[0] == results[1] != results[2]
@@ -149,14 +151,14 @@ def test_without_validation_the_loss_is_measured_on_the_training_examples(job, t
     ("held_out", "stopping", "said"),
     [
         (8, None, "not validated, so the last weights stay: all 8 validation examples have more than 128 tokens"),
-        (8, 1, "the last weights stay and early_stopping does nothing: all 8 validation examples have more than 128"),
-        (0, 1, "the last weights stay and early_stopping does nothing: the dataset has too few validation examples"),
+        (8, 1, "early_stopping_patience does nothing: all 8 validation examples have more than 128"),
+        (0, 1, "early_stopping_patience does nothing: the dataset has too few validation examples"),
         (0, None, ""),
     ],
 )
 def test_that_a_training_is_not_validated_is_told(job, tmp_path, capsys, held_out, stopping, said):
     long = [{**row, "prompt": "7" * 400} for row in rows(held_out, 300)]
-    one = with_settings(job, max_length=128, early_stopping=stopping)
+    one = with_settings(job, max_length=128, early_stopping_patience=stopping)
     one = one.model_copy(update={"dataset": save(tmp_path / "d", rows(8, 100), long)})
     assert not load(one, tokenizer(one.base_model)).validates
     told = [line for line in capsys.readouterr().err.splitlines() if "validated" in line]
@@ -194,7 +196,9 @@ def test_trained_embeddings_lie_in_the_adapter_and_come_back_from_it(job):
     from transformers import AutoModelForCausalLM
 
     token = tokenizer(job.base_model)("7", add_special_tokens=False)["input_ids"][-1]
-    train_here(with_settings(job, trainable_token_indices=(token,), target_modules=("q_proj",), epochs=1))
+    train_here(
+        with_settings(job, trainable_token_indices=(token,), lora_target_modules=("q_proj",), num_train_epochs=1)
+    )
     base = AutoModelForCausalLM.from_pretrained(job.base_model)
     before = base.get_input_embeddings().weight.detach().clone()
     merged = PeftModel.from_pretrained(base, job.output / "adapter").merge_and_unload()
@@ -216,7 +220,7 @@ def test_embeddings_are_trained_where_rows_are_padded(job, padded_base, tmp_path
 
 
 def test_all_embeddings_can_be_trained(job):
-    train_here(with_settings(job, trainable_token_indices="all", epochs=1))
+    train_here(with_settings(job, trainable_token_indices="all", num_train_epochs=1))
     config = json.loads((job.output / "adapter" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == list(range(len(tokenizer(job.base_model))))
 
@@ -229,8 +233,10 @@ def test_a_token_that_the_base_does_not_have_is_refused(job):
 @pytest.mark.parametrize("name", ["foo", "input_layernorm"])
 def test_a_module_that_the_base_does_not_have_is_refused_with_those_that_it_has(job, name):
     has = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
-    with pytest.raises(TrainingError, match=f"target_modules names {name}, but the layers .* are {has}; name some"):
-        train_here(with_settings(job, target_modules=("q_proj", name)))
+    with pytest.raises(
+        TrainingError, match=f"lora_target_modules names {name}, but the layers .* are {has}; name some"
+    ):
+        train_here(with_settings(job, lora_target_modules=("q_proj", name)))
 
 
 def test_a_dataset_that_is_not_there_is_an_error_that_says_so(job, tmp_path):
@@ -252,7 +258,7 @@ def test_qlora_trains_over_four_bit_weights(job):
 
 
 def test_the_weights_with_the_lowest_validation_loss_are_kept(job, tmp_path):
-    result = train_here(contrary(with_settings(job, epochs=16, checkpoints=8), tmp_path))
+    result = train_here(contrary(with_settings(job, num_train_epochs=16, save_steps=0.125), tmp_path))
     losses = {point.step: point.loss for point in result.validation}
     assert list(losses) == list(range(8, 65, 8))
     assert result.best_step == min(losses, key=losses.__getitem__) < 64
@@ -268,13 +274,15 @@ def test_the_best_and_the_newest_checkpoints_are_kept_and_the_rest_removed(job, 
         mark_complete(checkpoint, key)
 
     monkeypatch.setattr(callbacks, "mark_complete", mark)
-    train_here(with_settings(job, checkpoints=8))
+    train_here(with_settings(job, save_steps=0.125))
     assert len(lying) == 8
     assert max(lying) == 3
 
 
 def test_it_stops_when_validation_no_longer_gets_better(job, tmp_path):
-    result = train_here(contrary(with_settings(job, epochs=40, checkpoints=20, early_stopping=2), tmp_path))
+    result = train_here(
+        contrary(with_settings(job, num_train_epochs=40, save_steps=0.05, early_stopping_patience=2), tmp_path)
+    )
     losses = [point.loss for point in result.validation]
     assert result.stopped_early and result.steps < 160
     assert len(losses) - 1 - losses.index(min(losses)) == 2
@@ -301,7 +309,7 @@ def train_in_two_goes(job, monkeypatch):
 def test_a_training_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
     job, padded_base, padded, tmp_path, monkeypatch
 ):
-    whole = with_settings(job, checkpoints=6)
+    whole = with_settings(job, save_steps=1 / 6)
     if padded:
         whole = whole.model_copy(update={"base_model": padded_base})
     train_here(whole)
@@ -311,7 +319,7 @@ def test_a_training_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_
 
 
 def test_a_qlora_that_was_broken_ends_with_the_weights_of_an_unbroken_one_in_float32(job, tmp_path, monkeypatch):
-    whole = with_settings(job, adapter="qlora", checkpoints=6)
+    whole = with_settings(job, adapter="qlora", save_steps=1 / 6)
     train_here(whole)
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     train_in_two_goes(broken, monkeypatch)
@@ -322,7 +330,7 @@ def test_a_qlora_that_was_broken_ends_with_the_weights_of_an_unbroken_one_in_flo
 
 
 def test_a_training_that_stopped_early_and_was_killed_does_not_train_on(job, tmp_path, monkeypatch):
-    stopping = contrary(with_settings(job, epochs=40, checkpoints=20, early_stopping=2), tmp_path)
+    stopping = contrary(with_settings(job, num_train_epochs=40, save_steps=0.05, early_stopping_patience=2), tmp_path)
     unbroken = train_here(stopping)
     killed = stopping.model_copy(update={"output": tmp_path / "killed"})
     train_until_the_result(killed, monkeypatch)
@@ -337,7 +345,7 @@ def test_a_training_that_stopped_early_and_was_killed_does_not_train_on(job, tmp
 
 
 def test_a_training_killed_after_its_last_step_takes_no_other_one(job, tmp_path, monkeypatch):
-    part = with_settings(job, epochs=1.5)  # it ends within an epoch
+    part = with_settings(job, num_train_epochs=1.5)  # it ends within an epoch
     unbroken = train_here(part)
     killed = part.model_copy(update={"output": tmp_path / "killed"})
     train_until_the_result(killed, monkeypatch)
@@ -363,7 +371,7 @@ def test_a_training_killed_while_its_checkpoints_are_removed_is_done(job, monkey
 
 @pytest.mark.parametrize("best_is_there", [True, False])
 def test_the_best_weights_are_found_in_a_folder_that_was_moved(job, tmp_path, monkeypatch, best_is_there):
-    job = contrary(with_settings(job, epochs=16, checkpoints=8), tmp_path)
+    job = contrary(with_settings(job, num_train_epochs=16, save_steps=0.125), tmp_path)
     train_until_the_result(job, monkeypatch)
     moved = job.model_copy(update={"output": tmp_path / "moved"})
     job.output.rename(moved.output)
@@ -400,7 +408,7 @@ def test_progress_tells_memory_and_the_last_validation(job):
 
 def test_weights_that_are_no_numbers_never_make_a_checkpoint(job):
     with pytest.raises(TrainingError, match="diverged"):
-        train_here(with_settings(job, learning_rate=1e30, checkpoints=24))
+        train_here(with_settings(job, learning_rate=1e30, save_steps=1 / 24))
     whole = list((job.output / "checkpoints").glob("checkpoint-*/complete.json"))
     assert len(whole) <= 2  # of 24: the first steps, before the first update with such a rate
     for marker in whole:

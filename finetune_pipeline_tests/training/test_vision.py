@@ -47,7 +47,7 @@ def test_only_the_language_models_layers_get_an_adapter(base, targets, layers):
     from peft import get_peft_model
 
     model = load(base)
-    adapted = get_peft_model(model, lora(TrainingSettings(target_modules=targets), model))
+    adapted = get_peft_model(model, lora(TrainingSettings(lora_target_modules=targets), model))
     trained = [name for name, values in adapted.named_parameters() if values.requires_grad]
     assert len(trained) == 2 * 2 * len(layers)  # A and B, in two layers
     assert all(".language_model.layers." in name for name in trained)

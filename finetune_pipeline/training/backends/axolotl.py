@@ -29,9 +29,9 @@ from finetune_pipeline.training.job import (
     ADAPTER,
     CHECKPOINTS,
     CurvePoint,
+    JobConfig,
     Progress,
     TrainingError,
-    TrainingJob,
     TrainingResult,
     ValidationPoint,
     finish,
@@ -68,16 +68,16 @@ class Axolotl(Backend):
     def cannot(self, settings: TrainingSettings) -> Iterator[str]:  # noqa: D102
         if settings.reward_weighted:
             yield "it cannot draw examples by their reward; set reward_weighted: false, or backend: peft"
-        if settings.compute == "ray" or settings.workers > 1:
-            yield "it is started as one process on this machine; set compute: local and workers: 1, or backend: peft"
+        if settings.compute == "ray" or settings.num_processes > 1:
+            yield "it trains in one process on this machine; set compute: local and num_processes: 1, or backend: peft"
         if settings.trainable_token_indices == "all":
             yield "it trains embeddings of listed tokens only; list trainable_token_indices, or set backend: peft"
         if settings.mode == "incremental":
             yield "it begins with a new adapter; set mode: full, or backend: peft"
-        if settings.early_stopping and settings.method != "sft":
-            yield f"it has no early stopping for {settings.method}; leave early_stopping out, or set backend: peft"
+        if settings.early_stopping_patience and settings.method != "sft":
+            yield f"it has no early stopping for {settings.method}; unset early_stopping_patience, or set backend: peft"
 
-    def run(self, job: TrainingJob, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
+    def run(self, job: JobConfig, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
         checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
         written = config.write(job, checkpoint, has_nvidia())
         follower = _Follower(job, written)
@@ -99,7 +99,7 @@ def _version(command: Path) -> str:
 class _Follower:
     """Reads what the plugin tells, and passes it on in the common form."""
 
-    job: TrainingJob
+    job: JobConfig
     written: config.Written
     began: float = 0.0
     first: int = 0
@@ -125,7 +125,7 @@ class _Follower:
 
     def _begun(self, event: dict[str, Any]) -> None:
         self.began, self.first = time.monotonic(), event["step"]
-        self.facts |= {"device": event["device"], "bfloat16": event["bfloat16"]}
+        self.facts |= {"device": event["device"], "bf16": event["bf16"]}
 
     def _log(self, event: dict[str, Any]) -> None:
         for name in ("loss", "eval_loss"):
@@ -149,13 +149,13 @@ class _Follower:
             eta_seconds=elapsed / done * (event["steps"] - event["step"]),
             elapsed_seconds=elapsed,
             memory_bytes=None,
-            micro_batch=self.job.settings.batch_size,
+            micro_batch=self.job.settings.per_device_train_batch_size,
         )
 
     def _tokens(self, steps: int) -> float:
         """Tokens of text in so many updates, by the mean length: Axolotl's own count has the padding in it."""
         settings = self.job.settings
-        return steps * settings.batch_size * settings.gradient_accumulation * self.written.tokens
+        return steps * settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.written.tokens
 
     def _saved(self, event: dict[str, Any]) -> None:
         if not event["finite"]:
@@ -186,7 +186,7 @@ class _Follower:
             device=facts["device"],
             method=settings.method,
             adapter=settings.adapter,
-            bfloat16=facts["bfloat16"],
+            bf16=facts["bf16"],
             steps=facts["step"],
             resumed_from=resumed_from,
             examples=self.written.examples,
@@ -198,7 +198,7 @@ class _Follower:
             tokens_per_second=self._tokens(facts["step"] - self.first) / max(facts["seconds"], 1e-9),
             wall_seconds=time.monotonic() - started,
             peak_memory_bytes=facts["peak_memory"],
-            micro_batch=settings.batch_size,
+            micro_batch=settings.per_device_train_batch_size,
             curve=curve,
             validation=tuple(ValidationPoint(step=step, loss=loss) for step, loss in losses if step),
             best_step=facts["best_step"],
@@ -206,7 +206,7 @@ class _Follower:
         )
 
 
-def _run(job: TrainingJob, path: Path, follower: _Follower) -> None:
+def _run(job: JobConfig, path: Path, follower: _Follower) -> None:
     """Run the command to its end; it dies with this process, and ends when it has diverged."""
     log = job.output / config.FOLDER / "axolotl.log"
     with log.open("wb") as output:
@@ -233,7 +233,7 @@ def _run(job: TrainingJob, path: Path, follower: _Follower) -> None:
     if process.returncode == -signal.SIGKILL:
         tells = "it was killed by SIGKILL, most likely for that"
     if process.returncode != 0 and tells:
-        raise TrainingError(ran_out(job.settings, job.settings.batch_size, tells.strip()))
+        raise TrainingError(ran_out(job.settings, job.settings.per_device_train_batch_size, tells.strip()))
     if process.returncode != 0 or "history" not in follower.facts:
         tail = "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
         raise TrainingError(
@@ -254,7 +254,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "AXOLOTL_DO_NOT_TRACK": "1"}
 
 
-def _take_adapter(job: TrainingJob) -> None:
+def _take_adapter(job: JobConfig) -> None:
     """Bring the adapter that Axolotl wrote to where, and in the form in which, every backend leaves it."""
     made, final, temporary = job.output / CHECKPOINTS, job.output / ADAPTER, job.output / f".{ADAPTER}.tmp"
     for folder in (final, temporary):

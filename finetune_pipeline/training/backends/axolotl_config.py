@@ -24,7 +24,7 @@ from finetune_pipeline.training.conversations import (
     rejections,
 )
 from finetune_pipeline.training.data import labels_of, nothing_left, replayed
-from finetune_pipeline.training.job import CHECKPOINTS, Rejection, TrainingError, TrainingJob
+from finetune_pipeline.training.job import CHECKPOINTS, JobConfig, Rejection, TrainingError, steps_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class Written:
     rejections: tuple[Rejection, ...] = ()
 
 
-def write(job: TrainingJob, checkpoint: Path | None, gpu: bool) -> Written:
+def write(job: JobConfig, checkpoint: Path | None, gpu: bool) -> Written:
     """Write a job's data and configuration into its folder `axolotl`, with the plugin beside them.
 
     Args:
@@ -90,7 +90,7 @@ def write(job: TrainingJob, checkpoint: Path | None, gpu: bool) -> Written:
     return Written(folder / CONFIG, len(train), too_long, tokens, rejected + rejected_too)
 
 
-def configuration(job: TrainingJob, examples: int, checkpoint: Path | None, gpu: bool) -> dict[str, Any]:
+def configuration(job: JobConfig, examples: int, checkpoint: Path | None, gpu: bool) -> dict[str, Any]:
     """The contents of axolotl.yaml.
 
     Args:
@@ -101,8 +101,10 @@ def configuration(job: TrainingJob, examples: int, checkpoint: Path | None, gpu:
     """
     settings = job.settings
     folder = job.output / FOLDER
-    updates = math.ceil(math.ceil(examples / settings.batch_size) / settings.gradient_accumulation)
-    steps = max(math.ceil(updates * settings.epochs), 1)
+    updates = math.ceil(
+        math.ceil(examples / settings.per_device_train_batch_size) / settings.gradient_accumulation_steps
+    )
+    steps = max(math.ceil(updates * settings.num_train_epochs), 1)
     kind = _dataset_kind(settings)
     config = {
         "base_model": str(job.base_model),
@@ -119,25 +121,26 @@ def configuration(job: TrainingJob, examples: int, checkpoint: Path | None, gpu:
         "sample_packing": False,  # packed batches would make other steps of the same settings
         "pad_to_sequence_len": False,
         "train_on_inputs": False,
-        "micro_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "micro_batch_size": settings.per_device_train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "num_epochs": settings.epochs,
+        "num_epochs": settings.num_train_epochs,
         "optimizer": "adamw_torch",
         "learning_rate": settings.learning_rate,
         "lr_scheduler": "cosine",
-        "warmup_ratio": settings.warmup_share,
+        "warmup_ratio": settings.warmup_steps if settings.warmup_steps < 1 else None,
+        "warmup_steps": int(settings.warmup_steps) if settings.warmup_steps >= 1 else None,
         "weight_decay": settings.weight_decay,
-        "bf16": "auto" if gpu and settings.bfloat16 else False,
-        "fp16": None if gpu and settings.bfloat16 else False,
+        "bf16": "auto" if gpu and settings.bf16 else False,
+        "fp16": None if gpu and settings.bf16 else False,
         "seed": settings.seed,
         "logging_steps": math.ceil(steps / _LOG_POINTS),
-        "save_steps": math.ceil(steps / settings.checkpoints),
-        "eval_steps": math.ceil(steps / settings.checkpoints),
+        "save_steps": steps_of(settings.save_steps, steps),
+        "eval_steps": steps_of(settings.save_steps, steps),
         "save_total_limit": 2,
         # Else Axolotl does so unasked for SFT; for DPO and KTO it never does.
         "load_best_model_at_end": settings.method == "sft",
-        "early_stopping_patience": settings.early_stopping,
+        "early_stopping_patience": settings.early_stopping_patience,
         "resume_from_checkpoint": str(checkpoint) if checkpoint else None,
         **_trackers(settings, job),
         **({} if gpu else dict.fromkeys(_KERNELS, False)),  # they are Triton's
@@ -146,7 +149,7 @@ def configuration(job: TrainingJob, examples: int, checkpoint: Path | None, gpu:
 
 
 def _adapter(settings: TrainingSettings) -> dict[str, Any]:
-    every = settings.target_modules == "all-linear"
+    every = settings.lora_target_modules == "all-linear"
     return {
         "adapter": settings.adapter,
         "load_in_4bit": settings.adapter == "qlora",
@@ -154,7 +157,7 @@ def _adapter(settings: TrainingSettings) -> dict[str, Any]:
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
         "lora_target_linear": True if every else None,
-        "lora_target_modules": None if every else list(settings.target_modules),
+        "lora_target_modules": None if every else list(settings.lora_target_modules),
         "peft_trainable_token_indices": [i for i in settings.trainable_token_indices if isinstance(i, int)] or None,
     }
 
@@ -166,9 +169,8 @@ def _method(settings: TrainingSettings) -> dict[str, Any]:
     if settings.method == "kto":
         # Axolotl's KTO trainer is told nothing of unused columns, and its collator needs them all.
         return {**method, "remove_unused_columns": False}
-    if settings.sft_weight:
-        return {**method, "dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, settings.sft_weight]}
-    return method
+    losses = list(settings.loss_type)
+    return {**method, "dpo_loss_type": losses, "dpo_loss_weights": list(settings.loss_weights or [1.0] * len(losses))}
 
 
 def _dataset_kind(settings: TrainingSettings) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def _dataset_kind(settings: TrainingSettings) -> dict[str, Any]:
     return {"type": {**fields, **formats}}
 
 
-def _trackers(settings: TrainingSettings, job: TrainingJob) -> dict[str, Any]:
+def _trackers(settings: TrainingSettings, job: JobConfig) -> dict[str, Any]:
     project = {"wandb_project": "finetune-pipeline"} if "wandb" in settings.report_to else {}
     return {**{f"use_{name}": True for name in settings.report_to}, **project}
 
@@ -195,7 +197,7 @@ class _Example:
 
 
 def _rows(
-    job: TrainingJob, split: str, tokenizer: "PreTrainedTokenizerBase"
+    job: JobConfig, split: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[_Example], tuple[Rejection, ...]]:
     """Return a split's examples: for sft tokens as with peft, for dpo and kto texts with the template applied."""
     from datasets import load_from_disk
@@ -233,7 +235,7 @@ def _tokens(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def _texts(
-    row: dict[str, Any], answers: Iterable[str], job: TrainingJob, tokenizer: "PreTrainedTokenizerBase"
+    row: dict[str, Any], answers: Iterable[str], job: JobConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, Any]:
     """The prompt, and each answer without it.
 
@@ -257,7 +259,7 @@ def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     return text.removeprefix(start) if adds else text
 
 
-def _short_enough(examples: list[_Example], job: TrainingJob) -> list[_Example]:
+def _short_enough(examples: list[_Example], job: JobConfig) -> list[_Example]:
     return [example for example in examples if example.length <= job.settings.max_length]
 
 

@@ -52,7 +52,7 @@ def _callback() -> Any:
                     state.best_model_checkpoint = str(best)
                 else:
                     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-            tell("begun", step=state.global_step, steps=state.max_steps, bfloat16=bool(args.bf16), device=_device())
+            tell("begun", step=state.global_step, steps=state.max_steps, bf16=bool(args.bf16), device=_device())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step >= state.max_steps:  # else the last steps of an uneven number go unmeasured

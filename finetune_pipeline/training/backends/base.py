@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import ClassVar
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.job import TrainingError, TrainingJob, TrainingResult
+from finetune_pipeline.training.job import JobConfig, TrainingError, TrainingResult
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Backend(ABC):
         """What of these settings it cannot do, each as a sentence that says what to change."""
 
     @abstractmethod
-    def run(self, job: TrainingJob, started: float, micro_batch: int | None = None) -> TrainingResult:
+    def run(self, job: JobConfig, started: float, micro_batch: int | None = None) -> TrainingResult:
         """Train in this process, which is the job's own, from the last whole checkpoint if there is one.
 
         Args:
             job: what to train, validated.
             started: time.monotonic() at which the process began.
-            micro_batch: examples in memory at once, where batch_size was too many.
+            micro_batch: examples in memory at once, where per_device_train_batch_size was too many.
 
         Raises:
             TrainingError: the job cannot be done; the message says what to change.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.backends.base import Availability, Backend, has_nvidia, missing, versions
-from finetune_pipeline.training.job import TrainingJob, TrainingResult
+from finetune_pipeline.training.job import JobConfig, TrainingResult
 
 
 class Peft(Backend):
@@ -24,7 +24,7 @@ class Peft(Backend):
         if settings.adapter == "qlora" and not qlora.available:
             yield f"adapter: qlora ({qlora.why}); {qlora.remedy}, or set adapter: lora"
 
-    def run(self, job: TrainingJob, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
+    def run(self, job: JobConfig, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
         from finetune_pipeline.training.trainer import run_training
 
         return run_training(job, started, micro_batch)
