@@ -1,9 +1,10 @@
-"""Run a GGUF in a child process of its own: `Engine` is the parent's handle, `worker` the child.
+"""Generate text with a GGUF model that runs in a child process.
 
     caller --> Engine --JSON lines--> worker --> scheduler --> native (llama.cpp)
                   ^                                  |
-                  +------ pieces, completions -------+
+                  +------ deltas, completions -------+
 
-A native crash is an error with a name, memory is given back when the process ends, and prompts of all callers are
-decoded together.
+`engine.Engine` is the parent's handle; `worker` is the child. A crash in native code becomes an exception, the memory
+is freed when the process ends, and the prompts of all callers are decoded in one batch. `remote.RemoteModel` sends the
+same requests to another OpenAI-compatible server.
 """

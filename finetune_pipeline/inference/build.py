@@ -1,4 +1,4 @@
-"""Which build of llama.cpp is installed, told without loading it."""
+"""The installed build of llama.cpp, identified without loading it."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -9,8 +9,8 @@ from finetune_pipeline.artifacts import hash_file, hash_of
 
 @cache
 def engine_build() -> str:
-    """A hash (16 hex digits) of llama.cpp's installed libraries: another build may give other answers."""
+    """Return a hash (16 hex digits) of llama.cpp's shared libraries; another build may give other completions."""
     spec = find_spec("llama_cpp")
-    folders = [Path(place) for place in (spec.submodule_search_locations if spec else None) or []]
+    folders = [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or []]
     files = sorted(path for folder in folders for path in (folder / "lib").glob("*") if path.is_file())
     return hash_of({path.name: hash_file(path) for path in files})[:16]

@@ -1,9 +1,9 @@
-"""Render a chat template the way transformers does, and tokenize the result so that text from people stays text.
+"""Render chat templates as transformers does, and tokenize the result without control tokens from messages.
 
-A message that contains `<|im_end|>` must not end its turn. The template is rendered twice, the second time with
-stand-ins for the characters that control tokens begin and end with, everywhere in the messages. Both texts have the
-same length, so a control token that is only in the first comes from a message, or is completed by one. The text is
-split inside that token before it is tokenized, so no tokenizer finds it. Training (transformers) and service
+A message that contains `<|im_end|>` must not end its turn. The template is rendered twice. The second time, all
+characters in messages that control tokens begin or end with are replaced by placeholders. Both texts have the same
+length, so a control token that is only in the first text comes from a message, or is completed by one. The text is
+split inside that token before it is tokenized, so that no tokenizer finds it. Training (transformers) and serving
 (llama.cpp) both use this module, so they get the same tokens.
 """
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokenize = Callable[[list[str]], list[list[int]]]
-"""Returns the tokens of each text; parses control tokens in it, and adds nothing."""
+"""A function that returns the tokens of each text. It parses control tokens and adds nothing."""
 
 _READING_METHODS = {
     "count", "endswith", "find", "index", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind",
     "rpartition", "rsplit", "rstrip", "split", "startswith", "strip",
 }  # fmt: skip
-_STAND_INS = 0x10F000  # private-use characters of the last plane
-# As in llama.cpp's converter, which makes these control tokens even if the tokenizer does not mark them as special.
+_PLACEHOLDERS = 0x10F000  # first of the private-use characters of the last Unicode plane
+# As in llama.cpp's converter, which makes them control tokens even if the tokenizer does not mark them as special.
 _LOOKS_LIKE_CONTROL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused\d+>", re.DOTALL)
 
 
@@ -39,39 +39,39 @@ class RenderedChat:
     """A rendered conversation.
 
     Attributes:
-        pieces: the text, split inside each control token that a message contains or completes.
-        own: the control tokens that the template wrote; known only if a message might contain one.
+        segments: the text, split inside each control token that a message contains or completes.
+        template_tokens: the control tokens that the template wrote; known only if a message might contain one.
     """
 
-    pieces: tuple[str, ...]
-    own: tuple[int, ...] = ()
+    segments: tuple[str, ...]
+    template_tokens: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
         """The complete text."""
-        return "".join(self.pieces)
+        return "".join(self.segments)
 
     @property
     def escaped(self) -> bool:
         """Whether a message contains or completes a control token."""
-        return len(self.pieces) > 1
+        return len(self.segments) > 1
 
 
 class ChatTemplate:
-    """A compiled chat template and the tokenizer that its text is for.
+    """A compiled chat template and the tokenizer for its text.
 
-    It runs in jinja's sandbox: it comes with a model file and is not trusted.
+    The template runs in jinja's sandbox, because it comes with a model file and is not trusted.
 
     Args:
         source: the template.
-        variables: what the template can use in addition to the messages, such as bos_token.
+        variables: variables of the template in addition to the messages, such as bos_token.
         special: text and id of each special token.
-        added: text and id of the other tokens that a tokenizer matches before it splits a text; those that the
-            template writes are control tokens too.
+        added: text and id of the other tokens that a tokenizer matches before it splits a text; those that occur in
+            the template are control tokens too.
         tokenize: the model's tokenizer.
 
     Raises:
-        RequestRefused: it is not a valid template.
+        RequestRefused: the template is not valid.
     """
 
     def __init__(
@@ -89,42 +89,44 @@ class ChatTemplate:
         try:
             environment = _environment()
             self._template = environment.from_string(source)
-            reading = _with_marked_comparisons(environment.parse(source), self._control)
-            self._marked_template = environment.from_string(reading)
+            marked = _mark_comparisons(environment.parse(source), self._control)
+            self._marked_template = environment.from_string(marked)
         except Exception as error:
             raise RequestRefused(
-                f"the model's chat template is not valid jinja: {error}. Ask with a plain `prompt`, or correct "
-                "chat_template.jinja beside the model's tokenizer and convert it again"
+                f"The model's chat template is not valid jinja: {error}. Send a plain `prompt`, or correct "
+                "chat_template.jinja beside the model's tokenizer and convert the model again."
             ) from error
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> RenderedChat:
         """Return the text of the messages, by default with the generation prompt.
 
         Raises:
-            RequestRefused: the template rejects these messages (roles in another order, for instance), or acts on a
+            RequestRefused: the template rejects these messages (because of their roles, for instance), or processes a
                 control token in one of them in a way that cannot be reproduced.
         """
+        control = self._control
         text = self._render(self._template, messages, add_generation_prompt)
-        held = list(_strings(messages))
-        if not any(map(self._control.may_begin_or_end_in, held)):
+        strings = list(_strings(messages))
+        if not any(map(control.may_begin_or_end_in, strings)):
             return RenderedChat((text,))
-        marked = self._render(self._marked_template, self._control.mark(messages), add_generation_prompt)
-        own = self._control.separate(marked)
-        if self._control.mark(text) != self._control.mark(marked):
+        marked = self._render(self._marked_template, control.mark(messages), add_generation_prompt)
+        of_template = control.find_separate(marked)
+        if control.mark(text) != control.mark(marked):
             # The template computes with the characters that were replaced. This does not matter if no message contains
             # a control token, and the template assembled none from several messages.
-            if any(any(self._control.everywhere(one)) for one in held) or len(own) != len(self._control.separate(text)):
+            in_message = any(any(control.find_all(string)) for string in strings)
+            if in_message or len(of_template) != len(control.find_separate(text)):
                 raise RequestRefused(
-                    "a message contains a control token of the model, and the chat template acts on it, so it cannot "
-                    "be tokenized as text; remove it from the message"
+                    "A message contains a control token of the model, and the chat template processes it, so it cannot "
+                    "be tokenized as text. Remove it from the message."
                 )
             return RenderedChat((text,))
-        cuts = self._control.cuts(text, marked, own)
-        pieces = tuple(text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
-        return RenderedChat(pieces, tuple(self._control.ids[marked[start:end]] for start, end in own))
+        cuts = control.cuts(text, marked, of_template)
+        segments = tuple(text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
+        return RenderedChat(segments, tuple(control.ids[marked[start:end]] for start, end in of_template))
 
     def tokens(self, messages: list[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Return the tokens of the rendered messages; control tokens among them are the template's own.
+        """Return the tokens of the rendered messages; all control tokens are the template's.
 
         Raises:
             RequestRefused: as `render` does, or the tokenizer finds control tokens in a message.
@@ -137,25 +139,27 @@ class ChatTemplate:
         Raises:
             RequestRefused: the tokenizer finds control tokens in a message.
         """
-        # A tokenizer may prepend a space to a text. It does not after a line break, whose tokens are removed again.
-        texts = [[one.pieces[0], *(f"\n{piece}" for piece in one.pieces[1:])] for one in conversations]
+        # A tokenizer may prepend a space to a text, but not after a line break. So each later segment is tokenized
+        # after a line break, whose tokens are removed again.
+        texts = [[chat.segments[0], *(f"\n{segment}" for segment in chat.segments[1:])] for chat in conversations]
         encoded = iter(self._tokenize(["\n", *chain.from_iterable(texts)]))
-        lead = next(encoded)
-        return [self._joined(one, [next(encoded) for _ in one.pieces], lead) for one in conversations]
-
-    def _joined(self, rendered: RenderedChat, encoded: list[list[int]], lead: list[int]) -> list[int]:
-        tokens = encoded[0]
-        if len(encoded) == 1:
-            return tokens
-        for piece, found in zip(rendered.pieces[1:], encoded[1:], strict=True):
-            stands_alone = found[: len(lead)] == lead
-            tokens = tokens + (found[len(lead) :] if stands_alone else self._tokenize([piece])[0])
-        if tuple(token for token in tokens if token in self._control.numbers) != rendered.own:
-            raise RequestRefused(
-                "a message contains a control token of the model that its tokenizer cannot read as text; remove it "
-                "from the message"
-            )
-        return tokens
+        line_break = next(encoded)
+        result = []
+        for chat in conversations:
+            tokens = next(encoded)
+            for segment in chat.segments[1:]:
+                found = next(encoded)
+                # A tokenizer may also merge the line break with the segment; then the segment is tokenized alone.
+                separable = found[: len(line_break)] == line_break
+                tokens = tokens + (found[len(line_break) :] if separable else self._tokenize([segment])[0])
+            control = tuple(token for token in tokens if token in self._control.numbers)
+            if chat.escaped and control != chat.template_tokens:
+                raise RequestRefused(
+                    "A message contains a control token of the model that its tokenizer cannot read as text. Remove it "
+                    "from the message."
+                )
+            result.append(tokens)
+        return result
 
     def _render(self, template: "jinja2.Template", messages: Any, add_generation_prompt: bool) -> str:
         try:
@@ -166,15 +170,15 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
-        except Exception as error:  # a template can raise anything: it is a program that came with the model
+        except Exception as error:  # a template is a program and can raise anything
             raise RequestRefused(
-                f"the model's chat template cannot render these {len(messages)} messages: {error}. Give them the roles "
-                "and the order that the template expects, usually system, user, assistant, user"
+                f"The model's chat template cannot render these {len(messages)} messages: {error}. Use the roles and "
+                "the order that the template expects, usually system, user, assistant, user."
             ) from error
 
 
 def tokenizer_chat_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
-    """Return the chat template of a transformers tokenizer, as training reads it.
+    """Return the chat template of a transformers tokenizer.
 
     Raises:
         RequestRefused: the tokenizer has no chat template, or an invalid one.
@@ -183,7 +187,7 @@ def tokenizer_chat_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplat
         source = tokenizer.get_chat_template()
     except ValueError as error:
         raise RequestRefused(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; put chat_template.jinja beside it"
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template; put chat_template.jinja beside it."
         ) from error
     tokens = tokenizer.added_tokens_decoder.items()
     special = {token.content: id for id, token in tokens if token.special or id in tokenizer.all_special_ids}
@@ -197,17 +201,17 @@ def tokenizer_chat_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplat
 
 
 class _ControlTokens:
-    """The texts of the control tokens; finds and replaces them in a text."""
+    """Finds control tokens in texts, and replaces the characters that they begin and end with by placeholders."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
-        self.ids = {text: id for text, id in ids.items() if len(text) > 1}  # a single character cannot be split
+        self.ids = {text: id for text, id in ids.items() if len(text) > 1}  # one character cannot be split
         self.numbers = frozenset(self.ids.values())
         self._lengths = sorted({len(text) for text in self.ids}, reverse=True)
         starts = sorted({re.escape(text[:3]) for text in self.ids})
         self._starts = re.compile(f"(?={'|'.join(starts)})" if starts else r"(?!)")
         ends = sorted(set(chain.from_iterable(_ends(text) for text in self.ids)))
-        self._stand_ins = {ord(character): chr(_STAND_INS + number) for number, character in enumerate(ends)}
-        self._ends = _one_of(ends)
+        self._placeholders = {ord(character): chr(_PLACEHOLDERS + number) for number, character in enumerate(ends)}
+        self._ends = re.compile(f"[{re.escape(''.join(ends))}]" if ends else r"(?!)")
 
     def may_begin_or_end_in(self, text: str) -> bool:
         """Return whether a text contains a character that control tokens begin or end with."""
@@ -217,14 +221,14 @@ class _ControlTokens:
         """Replace the characters that control tokens begin or end with, in a string or in all strings of a value."""
         match value:
             case str():
-                return value.translate(self._stand_ins)
+                return value.translate(self._placeholders)
             case list() | tuple():
                 return [self.mark(one) for one in value]
             case dict():
                 return {key: self.mark(one) for key, one in value.items()}
         return value
 
-    def everywhere(self, text: str) -> Iterator[tuple[int, int]]:
+    def find_all(self, text: str) -> Iterator[tuple[int, int]]:
         """Yield the longest control token at each position where one begins; they may overlap."""
         for start in (match.start() for match in self._starts.finditer(text)):
             for length in self._lengths:
@@ -232,41 +236,38 @@ class _ControlTokens:
                     yield start, start + length
                     break
 
-    def separate(self, text: str) -> list[tuple[int, int]]:
+    def find_separate(self, text: str) -> list[tuple[int, int]]:
         """Return the control tokens of a text as tokenizers find them: from the left, the longest first."""
         spans: list[tuple[int, int]] = []
-        for start, end in self.everywhere(text):
+        for start, end in self.find_all(text):
             if not spans or start >= spans[-1][1]:
                 spans.append((start, end))
         return spans
 
-    def cuts(self, text: str, marked: str, own: Sequence[tuple[int, int]]) -> list[int]:
-        """Return where to split a text, so that only the template's own control tokens are left in it.
+    def cuts(self, text: str, marked: str, of_template: Sequence[tuple[int, int]]) -> list[int]:
+        """Return where to split a text so that only the template's control tokens are left in it.
 
         Args:
-            text: as it was rendered.
+            text: the rendered text.
             marked: the same with the messages marked.
-            own: the control tokens of `marked`.
+            of_template: start and end of the control tokens in `marked`.
         """
-        within = {place for start, end in own for place in range(start + 1, end)}
-        places = set()
-        for start, end in self.everywhere(text):
+        inside_template_tokens = {index for start, end in of_template for index in range(start + 1, end)}
+        cuts = set()
+        for start, end in self.find_all(text):
             if text[start:end] != marked[start:end]:
-                places.add(next((place for place in range(start + 1, end) if place not in within), start + 1))
-        return sorted(places)
+                inside = range(start + 1, end)
+                cuts.add(next((index for index in inside if index not in inside_template_tokens), start + 1))
+        return sorted(cuts)
 
 
 def _ends(token: str) -> set[str]:
-    """Return the first and last character of a token, but no letters and digits if one of them is another character.
+    """Return the first and last character of a token; without letters and digits, if the other one is neither.
 
-    Strings that a template compares, such as roles, consist of letters and should not be marked.
+    The strings that a template compares, such as roles, consist of letters and should not be marked.
     """
     ends = {token[0], token[-1]}
-    return {one for one in ends if not one.isalnum() and not one.isspace()} or ends
-
-
-def _one_of(characters: "Sequence[str] | set[str]") -> re.Pattern[str]:
-    return re.compile(f"[{re.escape(''.join(sorted(characters)))}]" if characters else r"(?!)")
+    return {character for character in ends if not character.isalnum() and not character.isspace()} or ends
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -277,8 +278,8 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(one)
 
 
-def _with_marked_comparisons(template: "jinja2.nodes.Template", control: _ControlTokens) -> "jinja2.nodes.Template":
-    """Mark the constants that a template searches for in messages, so that it finds them in marked messages too."""
+def _mark_comparisons(template: "jinja2.nodes.Template", control: _ControlTokens) -> "jinja2.nodes.Template":
+    """Mark the constants that a template looks for in messages, so that it finds them in marked messages too."""
     from jinja2 import nodes
 
     looked_for: list[Any] = []
@@ -307,7 +308,7 @@ def _environment() -> "jinja2.Environment":
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationMark(Extension):
-        """`{% generation %}` marks what is trained on; for the text it means nothing."""
+        """Parse `{% generation %}`, which marks what is trained on, and ignore it."""
 
         tags = {"generation"}  # noqa: RUF012 - jinja's own interface
 

@@ -1,4 +1,4 @@
-"""The parent's handle of a model that runs in a child process. Thread-safe: all threads' requests share the batch."""
+"""The parent's handle of a model that runs in a child process. Thread-safe; all threads share the batch."""
 
 import hashlib
 import itertools
@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 import finetune_pipeline
 from finetune_pipeline.inference.errors import (
-    BY_NAME,
+    RAISED_BY_WORKER,
     EngineClosed,
     EngineCrashed,
     EngineError,
@@ -34,31 +34,31 @@ from finetune_pipeline.records import Message
 CLOSE_SECONDS = 5.0
 """How long a child may take to exit before it is killed."""
 
+CURRENT_SECONDS = 1.0
+"""How long a stuck child may take to report the request whose token it is sampling."""
+
 _REBUILD = (
-    "llama.cpp crashed in native code. Rebuild it for a plain processor (some builds crash on quantised models where "
-    'the processor has AMX): CMAKE_ARGS="-DGGML_NATIVE=OFF" pip install --force-reinstall --no-cache-dir --no-deps '
+    "llama.cpp crashed in native code. Rebuild it for a generic CPU (some builds crash on quantized models where the "
+    'CPU has AMX): CMAKE_ARGS="-DGGML_NATIVE=OFF" pip install --force-reinstall --no-cache-dir --no-deps '
     "--no-binary llama-cpp-python llama-cpp-python"
 )
 _KILLED = (
-    "it was killed from outside, by somebody or by the system because memory ran out: use a smaller model, context or "
-    "parallel, or free some memory"
+    "The process was killed by somebody, or by the system because memory ran out. Use a smaller model, context or "
+    "parallel, or free some memory."
 )
-_WHAT_TO_DO = {
+_ADVICE = {
     "SIGKILL": _KILLED,
     "SIGTERM": _KILLED,
     "SIGSEGV": _REBUILD,
     "SIGILL": _REBUILD,
-    "SIGBUS": _REBUILD + "; or the model file changed while it was in use",
-    "SIGABRT": "llama.cpp stopped itself; the lines above say why. If they do not help, " + _REBUILD,
+    "SIGBUS": _REBUILD + "; or the model file changed while it was in use.",
+    "SIGABRT": "llama.cpp aborted; the lines above say why. If they do not help: " + _REBUILD,
 }
-
-WHERE_SECONDS = 1.0
-"""Time that a stuck child has to report whose token it is choosing."""
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """A request whose result is pending."""
+class _PendingRequest:
+    """A command whose result has not arrived."""
 
     future: "Future[Any]"
     on_delta: Callable[[str], None] | None = None
@@ -66,19 +66,21 @@ class _Waiting:
 
 
 class Engine:
-    """A model in a child process of its own, from construction until `close`.
+    """A model in a child process, from construction until `close`.
 
-    `spec` says what runs; its adapter is the present one.
-
-    The child dies with this process, also by kill -9; when the child dies, every pending request fails with
-    EngineCrashed, and so does every later one: open a new engine then. A child that has work and makes no progress for
-    `spec.stuck_seconds` is killed; the request with a schema that it was stuck in is refused, never retried.
+    The child dies with this process, even after kill -9. If the child dies, all pending and later requests raise
+    EngineCrashed; open a new engine then. A child that has work and makes no progress for `spec.stuck_seconds` is
+    killed, and the request whose schema it was stuck in is refused.
 
     Args:
-        spec: which model, and how much of it at once.
+        spec: the model, and the resources it may use.
+
+    Attributes:
+        spec: the same with the current adapter.
+        info: what was loaded.
 
     Raises:
-        ModelNotLoaded: the file is missing, not a GGUF, truncated, or memory does not suffice.
+        ModelNotLoaded: the file is missing, not a GGUF, truncated, or does not fit into memory.
         EngineCrashed: the child died while it loaded.
     """
 
@@ -88,17 +90,17 @@ class Engine:
         self.spec = spec
         self._ids = itertools.count(LOAD_ID + 1)
         self._lock = threading.Lock()
-        self._writing = threading.Lock()
-        self._ended: EngineError | None = None
-        self._said: deque[str] = deque(maxlen=30)
+        self._write_lock = threading.Lock()
+        self._exit_error: EngineError | None = None
+        self._stderr: deque[str] = deque(maxlen=30)
         loaded: Future[Any] = Future()
-        self._waiting: dict[int, _Waiting] = {LOAD_ID: _Waiting(loaded)}
-        self._silent = 0.0
+        self._pending: dict[int, _PendingRequest] = {LOAD_ID: _PendingRequest(loaded)}
+        self._silent_seconds = 0.0
         self._stuck = False
-        self._at: Future[int] = Future()
-        self._gone = threading.Event()
+        self._current: Future[int] = Future()
+        self._exited = threading.Event()
         started: Future[subprocess.Popen[str]] = Future()
-        # The kernel ties a child to the *thread* that started it: this one lives exactly as long as the child.
+        # The kernel ties a child to the *thread* that started it, so this thread lives as long as the child.
         threading.Thread(target=self._supervise, args=(started,), name=f"engine {spec.gguf.name}", daemon=True).start()
         self._process = started.result()
         try:
@@ -124,79 +126,79 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether requests can be answered."""
-        return self._ended is None
+        return self._exit_error is None
 
     @property
-    def ended(self) -> EngineError | None:
-        """The error that ended it; None while it runs."""
-        return self._ended
+    def exit_error(self) -> EngineError | None:
+        """Why the engine ended; None while it runs."""
+        return self._exit_error
 
     def render(self, messages: list[Message]) -> str:
-        """The text that the model sees for these messages: its own chat template, with the prompt for the answer.
+        """Return the text of these messages in the model's chat template, with the generation prompt.
 
         Raises:
-            RequestRefused: the model has no chat template, or it refuses these messages.
+            RequestRefused: the model has no chat template, or it rejects these messages.
         """
-        text: str = self._ask({"op": "render", "messages": messages}).result()
+        text: str = self._send({"op": "render", "messages": messages}).result()
         return text
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a text, control tokens in it read as such and nothing added."""
-        tokens: list[int] = self._ask({"op": "tokenize", "text": text}).result()
+        """Return the tokens of a text; control tokens in it are parsed, and nothing is added."""
+        tokens: list[int] = self._send({"op": "tokenize", "text": text}).result()
         return tokens
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """Return the tokens that the model sees for these messages; control tokens are the chat template's own.
+        """Return the tokens that the model sees for these messages; all control tokens are the chat template's.
 
-        Where no message holds a control token, they are what transformers' `apply_chat_template(tokenize=True)` gives:
-        a template that wants a beginning-of-sequence token writes it itself.
+        If no message contains a control token, they are those of transformers' `apply_chat_template(tokenize=True)`.
 
         Raises:
             RequestRefused: as `render` does.
         """
-        tokens: list[int] = self._ask({"op": "encode", "messages": messages}).result()
+        tokens: list[int] = self._send({"op": "encode", "messages": messages}).result()
         return tokens
 
     def submit(self, request: GenerateRequest, on_delta: Callable[[str], None] | None = None) -> "Future[Completion]":
-        """Start a request; its future ends with the completion or an EngineError. Cancelling it frees its place.
+        """Start a request and return its future; cancelling the future stops the request.
 
-        Callbacks, of the future too, run in the engine's own thread: they must not wait for the engine.
+        Callbacks, including the future's, run in the engine's own thread and must not wait for the engine.
 
         Args:
-            on_delta: called with the answer's text in pieces as they come, before the future ends. What it raises ends
-                this request alone, and its future raises it.
+            on_delta: called with each text delta, before the future is done. An exception from it ends this request,
+                and the future raises it.
 
         Raises:
-            EngineCrashed, EngineClosed: the engine has ended already.
-        """
-        order = {"op": "generate", "request": request.model_dump(mode="json"), "stream": on_delta is not None}
-        return self._ask(order, on_delta, request.json_schema)
-
-    def swap_adapter(self, adapter: Path | None) -> "Future[None]":
-        """Change to another LoRA adapter of the same base, or to the base alone; the future ends when it is done.
-
-        Requests that were submitted before are answered with the old adapter, those after with the new one: these wait
-        until the running answers have ended, and no answer is by two adapters. Cancelling the future before that
-        leaves the old one. llama.cpp tells adapters of another base by names and shapes only: which base an adapter
-        was trained on is the caller's to know.
-
-        Raises:
-            ModelNotLoaded: (by the future) the file is missing, no adapter, or of another base; the old one stays.
             EngineCrashed, EngineClosed: the engine has ended.
         """
-        return self._ask({"op": "swap", "adapter": str(adapter) if adapter else None})
+        command = {"op": "generate", "request": request.model_dump(mode="json"), "stream": on_delta is not None}
+        return self._send(command, on_delta, request.json_schema)
+
+    def swap_adapter(self, adapter: Path | None) -> "Future[None]":
+        """Change to another LoRA adapter of the same base model, or to None; the future is done when it is in use.
+
+        Requests submitted before use the old adapter. Requests submitted after use the new one: they wait until the
+        running completions are finished. Cancelling the future in time keeps the old adapter.
+
+        llama.cpp compares only tensor names and shapes, so the caller must know that the adapter was trained on this
+        base model.
+
+        Raises:
+            ModelNotLoaded: (from the future) the file is missing, not an adapter, or does not fit; the old one stays.
+            EngineCrashed, EngineClosed: the engine has ended.
+        """
+        return self._send({"op": "swap", "adapter": str(adapter) if adapter else None})
 
     def generate(
         self, requests: Sequence[GenerateRequest], progress: Callable[[int], None] | None = None
     ) -> list[Completion]:
-        """Answer all requests, in their order.
+        """Return the completions of all requests, in their order.
 
-        What else is in the batch changes the last digits of the logits, never more: a greedy answer is the same alone
-        and in company unless two tokens were as good as equally probable at some step.
+        What else is in the batch changes only the last digits of the logits, so a greedy completion is the same alone
+        and in a batch, unless two tokens were almost equally probable at some step.
 
         Args:
             requests: any number; `spec.parallel` of them are decoded together.
-            progress: called from this thread with the number of answers that are done.
+            progress: called from this thread with the number of finished completions.
 
         Raises:
             RequestRefused: one of them cannot be answered; the others are cancelled.
@@ -214,20 +216,20 @@ class Engine:
                 future.cancel()
 
     def stream(self, request: GenerateRequest) -> Iterator[str | Completion]:
-        """The answer's text in pieces as they come, then the completion; leaving it early cancels the rest."""
-        arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        future = self.submit(request, arrived.put)
-        future.add_done_callback(lambda _: arrived.put(None))
+        """Yield text deltas as they arrive, then the completion; closing the iterator cancels the request."""
+        deltas: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        future = self.submit(request, deltas.put)
+        future.add_done_callback(lambda _: deltas.put(None))
         try:
-            yield from iter(arrived.get, None)
+            yield from iter(deltas.get, None)
             yield future.result()
         finally:
             future.cancel()
 
     def close(self) -> None:
-        """End the child; requests that are not done fail with EngineClosed. May be called again."""
-        self._end(EngineClosed(f"the engine of {self.spec.gguf} was closed; open a new one to ask again"))
-        with self._writing:
+        """End the child; unfinished requests raise EngineClosed. May be called again."""
+        self._fail_pending(EngineClosed(f"The engine of {self.spec.gguf} was closed; open a new one."))
+        with self._write_lock:
             _close_quietly(self._process.stdin)
         try:
             self._process.wait(CLOSE_SECONDS)
@@ -235,170 +237,167 @@ class Engine:
             self._process.kill()
             self._process.wait()
 
-    def _ask(
+    def _send(
         self,
-        order: dict[str, Any],
+        command: dict[str, Any],
         on_delta: Callable[[str], None] | None = None,
         schema: dict[str, Any] | None = None,
     ) -> "Future[Any]":
         id, future = next(self._ids), Future[Any]()
         with self._lock:
-            if self._ended:
-                raise self._ended
-            self._waiting[id] = _Waiting(future, on_delta, schema)
-        future.add_done_callback(lambda done: self._forget(id) if done.cancelled() else None)
-        self._write({**order, "id": id})
+            if self._exit_error:
+                raise self._exit_error
+            self._pending[id] = _PendingRequest(future, on_delta, schema)
+        future.add_done_callback(lambda done: self._cancel(id) if done.cancelled() else None)
+        self._write({**command, "id": id})
         return future
 
-    def _forget(self, id: int) -> None:
+    def _cancel(self, id: int) -> None:
         with self._lock:
-            known = self._waiting.pop(id, None)
-        if known:
+            pending = self._pending.pop(id, None)
+        if pending:
             self._write({"op": "cancel", "id": id})
 
-    def _write(self, order: dict[str, Any]) -> None:
+    def _write(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        with self._writing:
+        with self._write_lock:
             try:
-                self._process.stdin.write(json.dumps(order) + "\n")
+                self._process.stdin.write(json.dumps(command) + "\n")
                 self._process.stdin.flush()
-            except (OSError, ValueError):  # the child is gone; the supervisor says so to every future
+            except (OSError, ValueError):  # the child is gone; the supervisor thread fails every future
                 pass
 
     def _supervise(self, started: "Future[subprocess.Popen[str]]") -> None:
+        """Start the child, receive its messages, and fail all pending requests when it exits."""
         try:
             process = start_child()
         except BaseException as error:
             started.set_exception(error)
             return
         started.set_result(process)
-        listener = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
-        listener.start()
-        threading.Thread(target=self._watch, args=(process,), daemon=True).start()
+        stderr_reader = threading.Thread(target=self._read_stderr, args=(process.stderr,), daemon=True)
+        stderr_reader.start()
+        threading.Thread(target=self._kill_if_stuck, args=(process,), daemon=True).start()
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                self._silent = 0.0
+                self._silent_seconds = 0.0
                 self._receive(json.loads(line))
-        except Exception as error:  # a line that is none of ours: nobody must wait for ever because of it
-            self._said.append(f"its output could not be read: {error!r}")
+        except Exception as error:  # an unexpected line: fail all requests instead of waiting forever
+            self._stderr.append(f"its output could not be read: {error!r}")
             process.kill()
         process.wait()
-        self._gone.set()
-        listener.join(1.0)
-        self._refuse_suspects()
-        self._end(self._crash(process.returncode))
+        self._exited.set()
+        stderr_reader.join(1.0)
+        if self._stuck:
+            self._refuse_stuck_request()
+        self._fail_pending(self._crash_error(process.returncode))
         _close_quietly(process.stdout)
 
-    def _watch(self, process: "subprocess.Popen[str]") -> None:
+    def _read_stderr(self, stderr: IO[str]) -> None:
+        with stderr:
+            for line in stderr:
+                self._stderr.append(line.rstrip())
+
+    def _kill_if_stuck(self, process: "subprocess.Popen[str]") -> None:
         """Kill the child when it has work and sends nothing; time in which this process is stopped does not count."""
         tick = min(1.0, self.spec.stuck_seconds / 5)
-        while not self._gone.wait(tick):
+        while not self._exited.wait(tick):
             with self._lock:
-                has_work = bool(self._waiting) and LOAD_ID not in self._waiting  # loading a large file takes minutes
-            self._silent = self._silent + tick if has_work else 0.0
-            if self._silent >= self.spec.stuck_seconds:
-                # In a thread: the pipe of a child that reads nothing may be full.
-                threading.Thread(target=self._write, args=({"op": "where"},), daemon=True).start()
+                has_work = bool(self._pending) and LOAD_ID not in self._pending  # loading a large file takes minutes
+            self._silent_seconds = self._silent_seconds + tick if has_work else 0.0
+            if self._silent_seconds >= self.spec.stuck_seconds:
+                # In a thread, because the pipe of a child that does not read may be full.
+                threading.Thread(target=self._write, args=({"op": "current"},), daemon=True).start()
                 with suppress(TimeoutError):
-                    self._at.result(WHERE_SECONDS)
+                    self._current.result(CURRENT_SECONDS)
                 self._stuck = True
                 process.kill()
                 return
 
-    def _refuse_suspects(self) -> None:
-        """Refuse the request that the child was stuck in; if it could not say which, every request with a schema."""
-        if not self._stuck:
-            return
-        at = self._at.result() if self._at.done() else 0
+    def _refuse_stuck_request(self) -> None:
+        """Refuse the request that the child was stuck in; if that is unknown, every request with a schema."""
+        current = self._current.result() if self._current.done() else 0
         with self._lock:
-            suspects = [id for id, who in self._waiting.items() if who.schema is not None and at in (0, id)]
-            refused = [self._waiting.pop(id) for id in suspects]
-        for who in refused:
-            if who.future.set_running_or_notify_cancel():
-                who.future.set_exception(
+            ids = [id for id, one in self._pending.items() if one.schema is not None and current in (0, id)]
+            refused = [self._pending.pop(id) for id in ids]
+        for one in refused:
+            if one.future.set_running_or_notify_cancel():
+                one.future.set_exception(
                     RequestRefused(
-                        f"the model made no progress for {self.spec.stuck_seconds:g} s while it answered with "
-                        f"{_named(who.schema)}, and its process was ended; simplify this schema"
+                        f"The model made no progress for {self.spec.stuck_seconds:g} s while it answered with "
+                        f"{_describe(one.schema or {})}, and its process was ended. Simplify this schema."
                     )
                 )
 
-    def _listen(self, stderr: IO[str]) -> None:
-        with stderr:
-            for line in stderr:
-                self._said.append(line.rstrip())
-
     def _receive(self, message: dict[str, Any]) -> None:
-        if "at" in message and not self._at.done():
-            self._at.set_result(message["at"])
-        if "id" not in message:
+        if "current" in message and not self._current.done():
+            self._current.set_result(message["current"])
+        if "id" not in message:  # a heartbeat
             return
+        id, is_delta = message["id"], "delta" in message
         with self._lock:
-            who = self._waiting.get(message["id"])
-            if "piece" not in message:
-                self._waiting.pop(message["id"], None)
-        if "adapter" in message:  # also when its future was cancelled too late
+            pending = self._pending.get(id) if is_delta else self._pending.pop(id, None)
+        if "adapter" in message:  # even if its future was cancelled too late
             adapter = message["adapter"]
             self.spec = self.spec.model_copy(update={"adapter": Path(adapter) if adapter else None})
-        if who is None:  # cancelled
+        if pending is None:  # cancelled
             return
-        future = who.future
-        if "piece" in message:
-            self._hand_on(message, future, who.on_delta)
+        future = pending.future
+        if is_delta:
+            try:
+                if pending.on_delta:
+                    pending.on_delta(message["delta"])
+            except Exception as error:  # the caller's fault: other requests are not affected
+                self._cancel(id)
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
         elif future.set_running_or_notify_cancel():
+            result = message.get("result")
             if "error" in message:
-                future.set_exception(BY_NAME[message["error"]](message["message"]))
+                future.set_exception(RAISED_BY_WORKER[message["error"]](message["message"]))
+            elif isinstance(result, dict) and "token_ids" in result:
+                future.set_result(Completion.model_validate(result))
             else:
-                future.set_result(_result_of(message["result"]))
+                future.set_result(result)
 
-    def _hand_on(self, message: dict[str, Any], future: "Future[Any]", on_delta: Callable[[str], None] | None) -> None:
-        try:
-            if on_delta:
-                on_delta(message["piece"])
-        except Exception as error:  # the caller's own fault: the requests of others go on
-            self._forget(message["id"])
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
-
-    def _end(self, reason: EngineError) -> None:
+    def _fail_pending(self, error: EngineError) -> None:
         with self._lock:
-            self._ended = self._ended or reason
-            waiting, self._waiting = self._waiting, {}
-        for who in waiting.values():
-            if who.future.set_running_or_notify_cancel():
-                who.future.set_exception(self._ended)
+            self._exit_error = self._exit_error or error
+            pending, self._pending = self._pending, {}
+        for one in pending.values():
+            if one.future.set_running_or_notify_cancel():
+                one.future.set_exception(self._exit_error)
 
-    def _crash(self, code: int) -> EngineCrashed:
-        name = signal_name(code)
+    def _crash_error(self, returncode: int) -> EngineCrashed:
+        name = signal_name(returncode)
         if self._stuck:
             return EngineStuck(
-                f"the process that ran {self.spec.gguf} had requests and made no progress for "
-                f"{self.spec.stuck_seconds:g} s, so it was ended; open the engine again. If one batch takes longer "
-                "on this machine, raise stuck_seconds",
+                f"The process that ran {self.spec.gguf} had requests and made no progress for "
+                f"{self.spec.stuck_seconds:g} s, so it was ended. Open the engine again. If one batch takes longer on "
+                "this machine, raise stuck_seconds.",
                 name,
             )
-        how = f"was ended by {name}" if name else f"exited with status {code}"
-        said = "\n".join(f"    {line}" for line in list(self._said)[-12:] if line) or "    (nothing)"
-        what_to_do = _WHAT_TO_DO.get(name or "", "The lines above say why; correct that, then open the engine again")
-        return EngineCrashed(f"the process that ran {self.spec.gguf} {how}. It said last:\n{said}\n{what_to_do}", name)
+        how = f"was ended by {name}" if name else f"exited with status {returncode}"
+        output = "\n".join(f"    {line}" for line in list(self._stderr)[-12:] if line) or "    (nothing)"
+        advice = _ADVICE.get(name or "", "The lines above say why. Fix that, then open the engine again.")
+        return EngineCrashed(
+            f"The process that ran {self.spec.gguf} {how}. Its last output:\n{output}\n{advice}",
+            name,
+        )
 
 
-def _named(schema: dict[str, Any] | None) -> str:
+def _describe(schema: dict[str, Any]) -> str:
     text = json.dumps(schema)
-    title = (schema or {}).get("title") or (schema or {}).get("$id") or "without a title"
+    title = schema.get("title") or schema.get("$id") or "without a title"
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"the json_schema {str(title)[:100]!r} (sha256 {digest}, {len(text)} bytes: {text[:120]})"
 
 
-def _result_of(result: Any) -> Any:
-    is_completion = isinstance(result, dict) and "token_ids" in result
-    return Completion.model_validate(result) if is_completion else result
-
-
 def start_child() -> "subprocess.Popen[str]":
-    """Start a worker that waits for its `load` line."""
+    """Start a worker that waits for its `load` command."""
     return subprocess.Popen(
-        # -P: a file in the working directory must not stand in for a module.
+        # -P: a file in the working directory must not shadow a module.
         [sys.executable, "-P", "-m", "finetune_pipeline.inference.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -411,19 +410,19 @@ def start_child() -> "subprocess.Popen[str]":
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a child: it finds this very package, wherever it is started from."""
+    """Return the environment for a child, in which it imports this very package from any working directory."""
     package_root = str(Path(finetune_pipeline.__file__).resolve().parents[1])
     paths = [package_root, os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "GGML_NO_BACKTRACE": "1",  # a failed assertion would start a debugger on its own process
+        "GGML_NO_BACKTRACE": "1",  # otherwise a failed assertion starts a debugger on its own process
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT)),
     }
 
 
 def signal_name(returncode: int) -> str | None:
-    """The name of the signal that ended a process, None when it exited by itself."""
+    """Return the name of the signal that ended a process, or None if it exited."""
     if returncode >= 0:
         return None
     try:
@@ -437,4 +436,4 @@ def _close_quietly(stream: IO[str] | None) -> None:
         if stream:
             stream.close()
     except OSError:
-        pass  # what was left in its buffer could not reach a child that is gone
+        pass  # the child that should have read its buffer is gone

@@ -1,16 +1,17 @@
-"""What can go wrong between a caller and a model.
+"""The exceptions of `inference`.
 
 EngineError
 ├── ModelNotLoaded   the file is missing, not a GGUF, truncated, or does not fit into memory
-├── EngineCrashed    the child process died; its signal, and what it said last
-│   └── EngineStuck  it made no progress, and was ended
-├── EngineClosed     the engine was closed before the answer came
-└── RequestRefused   this request cannot be answered; the others go on
+├── EngineCrashed    the child process died
+│   └── EngineStuck  it made no progress and was killed
+├── EngineClosed     the engine was closed before the request was done
+├── RequestRefused   this request cannot be answered; other requests are not affected
+└── UpstreamFailed   another OpenAI-compatible server cannot be reached, or fails
 """
 
 
 class EngineError(RuntimeError):
-    """Base of all errors of `inference`; each says what was found, what was expected and what to do."""
+    """Base class of all exceptions of `inference`."""
 
 
 class ModelNotLoaded(EngineError):
@@ -18,10 +19,10 @@ class ModelNotLoaded(EngineError):
 
 
 class EngineCrashed(EngineError):
-    """The process that ran the model died; every request in it is lost, and the engine has to be opened again.
+    """The process that ran the model died. All its requests failed; open a new engine.
 
     Attributes:
-        signal: name of the signal that ended it (`SIGSEGV`), or None when it exited by itself.
+        signal: name of the signal that ended the process (`SIGSEGV`), or None if it exited.
     """
 
     def __init__(self, message: str, signal: str | None = None) -> None:
@@ -30,16 +31,20 @@ class EngineCrashed(EngineError):
 
 
 class EngineStuck(EngineCrashed):
-    """The process that ran the model made no progress for `stuck_seconds` and was ended."""
+    """The process that ran the model made no progress for `stuck_seconds` and was killed."""
 
 
 class EngineClosed(EngineError):
-    """The engine was closed before, or while, it was asked."""
+    """The engine was closed before the request was done."""
 
 
 class RequestRefused(EngineError):
-    """This request cannot be answered: too long, a schema or chat template that cannot be used, or an empty prompt."""
+    """This request cannot be answered: it is empty or too long, or its schema or chat template is unusable."""
 
 
-BY_NAME: dict[str, type[EngineError]] = {kind.__name__: kind for kind in (ModelNotLoaded, RequestRefused)}
-"""The errors that the child reports itself, as they are named on the wire."""
+class UpstreamFailed(EngineError):
+    """The other server cannot be reached, is busy, returns an error, or returns something that is not a completion."""
+
+
+RAISED_BY_WORKER: dict[str, type[EngineError]] = {kind.__name__: kind for kind in (ModelNotLoaded, RequestRefused)}
+"""The exceptions that the child process reports, by their names on the wire."""

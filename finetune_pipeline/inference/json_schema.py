@@ -1,8 +1,9 @@
 """Rewrite a JSON Schema into the subset that llguidance enforces exactly, or refuse it by keyword and path.
 
-llguidance refuses most of what it cannot enforce, but it deviates silently in places (exclusive bounds, integers that a
-float cannot hold, differences between regex dialects). Whatever is not known to be enforced exactly is refused here.
-The result is a schema of draft 2020-12 whose only references are `#/$defs/N`; drafts 4 to 2019-09 are translated.
+llguidance refuses most of what it cannot enforce, but in some cases it silently enforces something else (exclusive
+bounds, integers that a float cannot represent, differences between regex dialects). Here, every keyword that is not
+known to be enforced exactly is refused. The result is a schema of draft 2020-12 whose only references are `#/$defs/N`;
+drafts 4 to 2019-09 are translated.
 """
 
 import json
@@ -17,35 +18,35 @@ from finetune_pipeline.inference.errors import RequestRefused
 Node = dict[str, Any] | bool
 
 MAX_BYTES = 64_000
-"""Larger schemas take llguidance seconds to compile, and it cannot be interrupted."""
+"""Larger schemas take seconds to compile, and llguidance cannot be interrupted."""
 
 MAX_DEPTH = 60
-"""Levels of nesting in a schema: native code recurses over them on a thread's stack."""
+"""Levels of nesting in a schema; native code recurses over them on a thread's stack."""
 
 MAX_REPEATS = 10_000
-"""Largest minimum length or count that a schema may require: each repetition can be a state of the lexer."""
+"""Largest minimum length or count that a schema may require; each repetition can be a state of the lexer."""
 
 MAX_PATTERN_SIZE = 2_000
-"""Characters of a pattern with its repetitions expanded: masks of larger ones take 0.1 s and more."""
+"""Characters of a pattern with its repetitions expanded; masks of larger patterns take 0.1 s and more."""
 
 MAX_PATTERN_SIZES = 20_000
-"""The same for all patterns of a schema together: the validator of complete answers takes 1 to 7 kB for each."""
+"""The same for all patterns of a schema together; the validator of complete answers takes 1 to 7 kB for each."""
 
 MAX_OPTIONAL = 500
-"""Optional properties of one object: any of them may come next, and the time for the mask is quadratic in them."""
+"""Optional properties of one object; any of them may come next, and the time for the mask is quadratic in them."""
 
 MAX_PATTERN_PROPERTIES = 50
 """llguidance intersects each with every other one."""
 
 MAX_MULTIPLE = 10_000
-"""multipleOf without its decimal point (the least common multiple of all that apply to one value): the automaton has
-one state for each remainder."""
+"""Largest multipleOf without its decimal point (the least common multiple of all that apply to one value); the
+automaton has one state for each remainder."""
 
 MAX_PATTERNS = 10
-"""Patterns and formats that all apply to one value: time and memory of their intersection double with each."""
+"""Patterns and formats that all apply to one value; time and memory of their intersection double with each."""
 
 MAX_WORK = 100_000
-"""Schemas that one value of a complete answer is checked against: chains of `anyOf` or `allOf` and $ref multiply."""
+"""Schemas that one value of a complete answer is checked against; chains of `anyOf` or `allOf` and $ref multiply."""
 
 _EXACT = 2**53
 _NUMBER_LIMIT = 1e15
@@ -87,7 +88,8 @@ FORMAT_PATTERNS = {
     "date-time": f"^{_DATE}[tT]{_TIME}$",
     "uuid": r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$",
 }
-"""Formats that llguidance does not enforce exactly (29 February; without leap seconds, which no library parses)."""
+"""Patterns for formats that llguidance does not enforce exactly (29 February); without leap seconds, which no library
+parses."""
 
 _FORMATS = {"duration", "email", "ipv4", "ipv6", "uri"}
 _ANY_TEXT = {"binary", "directory-path", "file-path", "password", "path"}
@@ -96,12 +98,12 @@ _INTEGERS = {"int32": (-(2**31), 2**31 - 1)}
 
 
 @dataclass(frozen=True)
-class Enforceable:
-    """A schema that llguidance enforces.
+class EnforceableSchema:
+    """A schema that llguidance enforces exactly.
 
     Attributes:
         schema: for llguidance.
-        checked: the same with uniqueItems, for the check of a complete answer.
+        checked: the same with uniqueItems, for the check of complete answers.
         nodes: every subschema, inner ones first, with its path in the original schema.
     """
 
@@ -110,7 +112,7 @@ class Enforceable:
     nodes: list[tuple[str, dict[str, Any]]]
 
 
-def enforceable(schema: dict[str, Any]) -> Enforceable:
+def rewrite_schema(schema: dict[str, Any]) -> EnforceableSchema:
     """Return an equivalent schema that llguidance enforces.
 
     Raises:
@@ -119,13 +121,15 @@ def enforceable(schema: dict[str, Any]) -> Enforceable:
     size = len(json.dumps(schema, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
         raise RequestRefused(
-            f"json_schema has {size} bytes, at most {MAX_BYTES} are allowed; make enumerations smaller"
+            f"The json_schema has {size} bytes; at most {MAX_BYTES} are allowed. Make its enumerations smaller."
         )
     if _deeper_than(schema, MAX_DEPTH):
-        raise RequestRefused(f"json_schema is nested more than {MAX_DEPTH} levels deep; move parts of it into $defs")
+        raise RequestRefused(
+            f"The json_schema is nested more than {MAX_DEPTH} levels deep; move parts of it into $defs."
+        )
     rewriter = _Rewriter(schema, unique=False)
     rewritten = rewriter.rewritten()
-    return Enforceable(rewritten, _Rewriter(schema, unique=True).rewritten(), rewriter.nodes)
+    return EnforceableSchema(rewritten, _Rewriter(schema, unique=True).rewritten(), rewriter.nodes)
 
 
 def _deeper_than(value: Any, levels: int) -> bool:
@@ -186,7 +190,10 @@ class _Rewriter:
         self._objects(schema, at, node)
         for name in _LENGTHS:
             if name in schema:
-                node[name] = _length(schema[name], name, at)
+                length = schema[name]
+                if name.startswith("min") and length > MAX_REPEATS:
+                    raise _refused(at, name, f"{length} is more than {MAX_REPEATS}, the most that can be enforced")
+                node[name] = min(int(length), 2**31 - 1)
         if "$ref" in schema:
             node["$ref"] = self._reference(schema["$ref"], at)
         every = [self._node(part, f"{at}/allOf/{n}") for n, part in enumerate(schema.get("allOf", []))]
@@ -257,9 +264,9 @@ class _Rewriter:
 
     def _text(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
         if "pattern" in schema:
-            every = self._sized(_patterns(schema["pattern"], at), "pattern", at)
-            node["pattern"] = every[0]
-            node.setdefault("allOf", []).extend({"pattern": pattern} for pattern in every[1:])
+            patterns = self._check_sizes(_patterns(schema["pattern"], at), "pattern", at)
+            node["pattern"] = patterns[0]
+            node.setdefault("allOf", []).extend({"pattern": pattern} for pattern in patterns[1:])
         name = schema.get("format")
         if name is None or name in _ANY_TEXT or name in _ANY_NUMBER or name in _INTEGERS:
             return
@@ -273,7 +280,7 @@ class _Rewriter:
             known = ", ".join(sorted(_FORMATS | {*FORMAT_PATTERNS}))
             raise _refused(at, "format", f"{name!r} is not enforced; use one of {known}, or `pattern`")
 
-    def _sized(self, patterns: list[tuple[str, int]], keyword: str, at: str) -> list[str]:
+    def _check_sizes(self, patterns: list[tuple[str, int]], keyword: str, at: str) -> list[str]:
         self._pattern_sizes += sum(size for _, size in patterns)
         if self._pattern_sizes > MAX_PATTERN_SIZES:
             limit = f"{MAX_PATTERN_SIZES} characters with their repetitions expanded"
@@ -312,18 +319,18 @@ class _Rewriter:
             node["additionalProperties"] = self._node(schema["additionalProperties"], f"{at}/additionalProperties")
         for pattern in schema.get("patternProperties", {}):
             every = _patterns(pattern, f"{at}/patternProperties")
-            if len(self._sized(every, "patternProperties", at)) > 1:
+            if len(self._check_sizes(every, "patternProperties", at)) > 1:
                 raise _refused(at, "patternProperties", f"{pattern!r} has a lookahead; write it without (?!...)")
         self._patterned += len(schema.get("patternProperties", {}))
         if self._patterned > MAX_PATTERN_PROPERTIES:
             raise _refused(at, "patternProperties", f"at most {MAX_PATTERN_PROPERTIES} of them are allowed in a schema")
         names = schema.get("propertyNames", True)
-        says_nothing = isinstance(names, dict) and {*names} & _KNOWN <= {"type"} and "string" in _types(names)
-        if names is not True and not says_nothing:  # zod says of every record that its names are strings
+        is_trivial = isinstance(names, dict) and {*names} & _KNOWN <= {"type"} and "string" in _types(names)
+        if names is not True and not is_trivial:  # zod declares names as strings in every record
             self._property_names(schema, at, node)
 
     def _property_names(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
-        """Express names as a pattern, as a dictionary with keys of an enumeration, a format or a length needs."""
+        """Express propertyNames (an enumeration, a pattern, a format or a length) as patternProperties."""
         names, where = schema["propertyNames"], f"{at}/propertyNames"
         for _ in range(MAX_DEPTH):
             if isinstance(names, dict) and {*names} & _KNOWN == {"$ref"}:
@@ -344,7 +351,7 @@ class _Rewriter:
                 )
             every = names.get("enum", [names.get("const")])
             node["properties"] = {name: part if name in every else False for name, part in own.items()}
-            # llguidance reaches a dead end where a pattern matches only names that are already used.
+            # llguidance finds no next token where a pattern matches only names that are already used.
             names = {"enum": [name for name in every if name not in own]}
         pattern = _pattern_of_names(names)
         if pattern is not None:
@@ -354,7 +361,7 @@ class _Rewriter:
     def _reference(self, reference: str, at: str) -> str:
         if reference != "#" and not reference.startswith("#/"):
             raise RequestRefused(
-                f"json_schema at {at}: $ref refers to {reference[:200]!r}; only references within it (#/...) are "
+                f"json_schema at {at}: $ref: it refers to {reference[:200]!r}; only references within it (#/...) are "
                 "followed"
             )
         if reference not in self._names:
@@ -380,23 +387,23 @@ class _Rewriter:
         return found
 
     def _refuse_endless(self) -> None:
-        """Refuse a definition that refers to itself before any value begins: llguidance would allow no token."""
-        origins = {name: reference for reference, name in self._names.items()}
+        """Refuse a definition that refers to itself before any value begins; llguidance would allow no token."""
+        references = {name: reference for reference, name in self._names.items()}
         following = {name: set(_in_place(node)) for name, node in self._definitions.items()}
         while leaves := [name for name, names in following.items() if not names & {*following}]:
             for name in leaves:
                 del following[name]
         if following:
-            at = origins[min(following)]
+            at = references[min(following)]
             raise _refused(at, "$ref", "it refers back to itself without an object or array in between")
 
     def _refuse_products(self, root: Node) -> None:
         """Refuse what takes exponential time: intersections of patterns, and chains of unions."""
-        origins = {name: reference for reference, name in self._names.items()}
+        references = {name: reference for reference, name in self._names.items()}
         weights: dict[str, _Weight] = {}
         for name in _leaves_first({name: set(_references(node)) for name, node in self._definitions.items()}):
             weights[name] = _weight(self._definitions[name], weights)
-            weights[name].check(origins[name])
+            weights[name].check(references[name])
         _weight(root, weights).check("#")
 
     def _refuse_overlap(self, branches: list[Node], at: str) -> None:
@@ -424,7 +431,7 @@ _SIBLINGS = _KNOWN - {"$ref"}
 
 
 class _Facts:
-    """What is known of the values that a node matches: their types, the possible values, and their properties."""
+    """What is known about the values that a node matches: types, possible values, and required properties."""
 
     def __init__(self, node: Node, named: "Callable[[str, int], _Facts]", depth: int = 0) -> None:
         self.types: frozenset[str] = _TYPES if node is not False else frozenset()
@@ -461,7 +468,7 @@ class _Facts:
         """Return whether no value can match both.
 
         Args:
-            compared: results so far; the same definitions occur again and again.
+            compared: results so far, because the same definitions occur many times.
         """
         if not self.types & other.types:
             return True
@@ -479,12 +486,12 @@ class _Facts:
 
 @dataclass(frozen=True)
 class _Weight:
-    """How much applies to one value at once.
+    """The constraints that apply to one value at the same time.
 
     Attributes:
-        work: schemas that it, or one value within it, is checked against.
-        patterns: patterns and formats that apply together.
-        multiples: each multipleOf that applies together, without its decimal point, and its number of decimals.
+        work: number of schemas that the value, or one value within it, is checked against.
+        patterns: number of patterns and formats.
+        multiples: each multipleOf without its decimal point, and its number of decimals.
     """
 
     work: int = 1
@@ -493,7 +500,7 @@ class _Weight:
 
     @property
     def remainders(self) -> int:
-        """States of the automaton for all multiples."""
+        """Number of states of the automaton for all multiples."""
         most = max((decimals for _, decimals in self.multiples), default=0)
         return math.lcm(*(scaled * 10 ** (most - decimals) for scaled, decimals in self.multiples))
 
@@ -516,7 +523,7 @@ class _Weight:
 
 
 def _weight(node: Node, weights: dict[str, _Weight]) -> _Weight:
-    """Return the weight of a node; a definition without one is part of a cycle and counts as a single schema."""
+    """Return the weight of a node; a definition without a weight is part of a cycle and counts as one schema."""
     if isinstance(node, bool):
         return _Weight()
     every = [_weight(part, weights) for part in node.get("allOf", [])]
@@ -554,7 +561,7 @@ def _references(node: Node) -> Iterator[str]:
 
 
 def _leaves_first(following: dict[str, set[str]]) -> list[str]:
-    """Return the names so that each comes after those that it refers to, except in cycles."""
+    """Return the names in topological order, references first, except in cycles."""
     order: list[str] = []
     seen: set[str] = set()
     stack = [(name, False) for name in following]
@@ -569,23 +576,23 @@ def _leaves_first(following: dict[str, set[str]]) -> list[str]:
 
 
 def _draft_of(schema: dict[str, Any]) -> int:
-    """Return the draft that `$schema` names; without it 2020-12, or 7 for a schema that is only valid there."""
+    """Return the draft of `$schema`; without it 2020-12, or 7 for a schema that is only valid in draft 7."""
     try:
         json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
-        raise RequestRefused(f"json_schema is not JSON that can be encoded as UTF-8: {error}") from error
-    said = schema.get("$schema")
-    if isinstance(said, str):
-        draft = _DRAFTS.get(said.removesuffix("#").removeprefix("http://").removeprefix("https://"))
+        raise RequestRefused(f"The json_schema is not JSON that can be encoded as UTF-8: {error}") from error
+    uri = schema.get("$schema")
+    if isinstance(uri, str):
+        draft = _DRAFTS.get(uri.removesuffix("#").removeprefix("http://").removeprefix("https://"))
         if draft is None:
             known = ", ".join(_DRAFTS)
-            raise _refused("#", "$schema", f"{said[:200]!r} is not known; use one of {known}, or leave it out")
+            raise _refused("#", "$schema", f"{uri[:200]!r} is not known; use one of {known}, or leave it out")
         _check_form(schema, draft, "#")
         return draft
     try:
         _check_form(schema, 2020, "#")
     except RequestRefused:
-        if _has_list_items(schema):  # tuples as pydantic 1 writes them, without $schema
+        if _has_list_items(schema):  # pydantic 1 writes tuples like this, without $schema
             _check_form(schema, 7, "#")
             return 7
         raise
@@ -667,7 +674,7 @@ def _bound(bound: float, name: str, at: str, *, integral: bool) -> float:
 
 
 def _inclusive(bounds: dict[str, float], *, integral: bool) -> None:
-    """Replace exclusive bounds that llguidance does not always exclude by the first number beyond them."""
+    """Replace exclusive bounds that llguidance does not always exclude by the next number."""
     for name, inclusive, direction in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
         bound = bounds.get(name)
         if bound is None or (not integral and direction * bound < 0):
@@ -698,19 +705,13 @@ def _prefixes(bounds: dict[str, float]) -> list[float]:
 
 
 def _bounds_of_format(schema: dict[str, Any], types: frozenset[str], at: str) -> dict[str, int]:
-    """Return the bounds of `format: int32`, which only apply to numbers."""
+    """Return the bounds of `format: int32`, if it applies to numbers."""
     limits = _INTEGERS.get(schema.get("format", ""))
     if limits is None or not types & {"integer", "number"}:
         return {}
     if {*_BOUNDS} & {*schema}:
         raise _refused(at, "format", "it is not enforced together with bounds; leave it out")
     return {"minimum": limits[0], "maximum": limits[1]}
-
-
-def _length(length: float, name: str, at: str) -> int:
-    if name.startswith("min") and length > MAX_REPEATS:
-        raise _refused(at, name, f"{length} is more than {MAX_REPEATS}, the most that can be enforced")
-    return min(int(length), 2**31 - 1)
 
 
 def _name(name: str, keyword: str, at: str) -> str:
@@ -742,7 +743,8 @@ def _pattern_of_names(names: dict[str, Any]) -> str | None:
     given = {name for name in names if name in _KNOWN and name != "type"}
     if given == {"enum"} or given == {"const"}:
         every = [name for name in names.get("enum", [names.get("const")]) if isinstance(name, str)]
-        return f"^(?:{'|'.join(map(_quoted, every))})$" if every else None
+        quoted = [re.sub(r"[.^$*+?()\[\]{}|\\]", r"\\\g<0>", name) for name in every]
+        return f"^(?:{'|'.join(quoted)})$" if every else None
     if given == {"pattern"} and len(_patterns(names["pattern"], "")) == 1:
         return str(names["pattern"])
     if given == {"format"}:
@@ -751,10 +753,6 @@ def _pattern_of_names(names: dict[str, Any]) -> str | None:
         most = int(names["maxLength"]) if "maxLength" in names else ""
         return rf"^[\s\S]{{{int(names.get('minLength', 0))},{most}}}$"
     return None
-
-
-def _quoted(text: str) -> str:
-    return re.sub(r"[.^$*+?()\[\]{}|\\]", r"\\\g<0>", text)
 
 
 _SPACE = r"\t\n\x0b\x0c\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
@@ -772,10 +770,10 @@ _AHEAD = re.compile(r"\^\(\?!\^?\[(?P<set>(?!\^)(?:[^\]\[\\]|\\.)*)\]\*\$\)(?P<r
 def _patterns(pattern: str, at: str) -> list[tuple[str, int]]:
     """Translate an ECMA 262 pattern to regular expressions of llguidance's dialect, with their sizes; all must match.
 
-    More than one is needed for `^(?!^[-+.]*$)`, by which pydantic says that a decimal has a digit.
+    More than one is needed for `^(?!^[-+.]*$)`, with which pydantic requires a digit in a decimal.
 
     Raises:
-        RequestRefused: it is too large, or contains what the dialects interpret differently.
+        RequestRefused: it is too large, or regex dialects interpret it differently.
     """
     ahead = _AHEAD.fullmatch(pattern)
     if ahead:

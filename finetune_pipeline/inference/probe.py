@@ -1,6 +1,6 @@
-"""Does llama.cpp work on this machine? Makes a tiny random model, quantises it and runs both, each in a child process.
+"""Test whether llama.cpp works on this machine: run a tiny random model in F16 and in Q4_K_M, in child processes.
 
-`python -m finetune_pipeline.inference.probe SOURCE TARGET` is the child that quantises.
+`python -m finetune_pipeline.inference.probe SOURCE TARGET` is the child that quantizes.
 """
 
 import subprocess
@@ -8,7 +8,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune_pipeline.artifacts import package_versions
 from finetune_pipeline.inference.engine import Engine, child_environment, signal_name
@@ -19,21 +18,21 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_UNKNOWN, _CONTROL, _BYTE = 2, 3, 6  # llama.cpp's types of tokens
+_UNKNOWN, _CONTROL, _BYTE = 2, 3, 6  # llama.cpp's token types
 _SPECIAL = (("<unk>", _UNKNOWN), *((text, _CONTROL) for text in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")))
-_HIDDEN, _FFN, _LAYERS, _HEADS, _KV_HEADS = 256, 768, 4, 4, 2  # rows of K-quants are multiples of 256
+_HIDDEN, _FFN, _LAYERS, _HEADS, _KV_HEADS = 256, 768, 4, 4, 2  # K-quants need rows of a multiple of 256
 _SECONDS = 120
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What was found.
+    """The result of the test.
 
     Attributes:
-        works: a model in F16 answers.
-        quantized_works: one in Q4_K_M does, too.
-        detail: what was seen, or the first error with what to do.
-        versions: of the packages that matter.
+        works: a model in F16 runs.
+        quantized_works: a model in Q4_K_M runs too.
+        detail: a summary, or the first error with what to do.
+        versions: of the packages that were used.
     """
 
     works: bool
@@ -43,16 +42,16 @@ class ProbeResult:
 
 
 def probe_engine() -> ProbeResult:
-    """Run a tiny model in F16 and in Q4_K_M; takes 2 to 3 seconds and never raises for what llama.cpp does."""
+    """Run a tiny model in F16 and in Q4_K_M; takes 2 to 3 seconds and does not raise if llama.cpp fails."""
     versions = package_versions("llama-cpp-python", "gguf")
     with tempfile.TemporaryDirectory(prefix="finetune-probe-") as folder:
-        plain, quantised = Path(folder) / "probe-f16.gguf", Path(folder) / "probe-q4_k_m.gguf"
+        plain, quantized = Path(folder) / "probe-f16.gguf", Path(folder) / "probe-q4_k_m.gguf"
         write_tiny_gguf(plain)
         problem = _run(plain)
         if problem:
             return ProbeResult(False, False, problem, versions)
-        problem = _quantise(plain, quantised) or _run(quantised)
-    return ProbeResult(True, problem is None, problem or "a tiny model answers in F16 and in Q4_K_M", versions)
+        problem = _quantize(plain, quantized) or _run(quantized)
+    return ProbeResult(True, problem is None, problem or "a tiny model runs in F16 and in Q4_K_M", versions)
 
 
 def _run(gguf: Path) -> str | None:
@@ -65,26 +64,37 @@ def _run(gguf: Path) -> str | None:
     return None
 
 
-def _quantise(source: Path, target: Path) -> str | None:
+def _quantize(source: Path, target: Path) -> str | None:
     command = [sys.executable, "-P", "-m", "finetune_pipeline.inference.probe", str(source), str(target)]
     try:
         done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"quantising a tiny model took more than {_SECONDS} s; this machine is too busy; try again later"
+        return f"Quantizing a tiny model took more than {_SECONDS} s. This machine is too busy; try again later."
     if done.returncode == 0:
         return None
     how = signal_name(done.returncode) or f"status {done.returncode}"
-    return f"quantising a tiny model ended with {how}; reinstall llama-cpp-python. It said last: {done.stderr[-500:]}"
+    return (
+        f"Quantizing a tiny model ended with {how}; reinstall llama-cpp-python. Its last output: {done.stderr[-500:]}"
+    )
 
 
 def write_tiny_gguf(path: Path, *, chat_template: str | None = CHATML, add_bos: bool = False, seed: int = 0) -> None:
-    """Write a random Llama of 2.9 M parameters in F16, whose tokens are the bytes; 6 MB, the same for the same seed."""
+    """Write a random Llama model with 2.9 M parameters in F16 and one token for each byte; 6 MB."""
     import gguf
     import numpy as np
 
     tokens = [*_SPECIAL, *((f"<0x{byte:02X}>", _BYTE) for byte in range(256))]
     writer = gguf.GGUFWriter(path, "llama")
-    _describe(writer, gguf)
+    writer.add_name("probe")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(_HIDDEN)
+    writer.add_block_count(_LAYERS)
+    writer.add_feed_forward_length(_FFN)
+    writer.add_head_count(_HEADS)
+    writer.add_head_count_kv(_KV_HEADS)
+    writer.add_rope_dimension_count(_HIDDEN // _HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_scores([0.0] * len(tokens))
@@ -105,19 +115,6 @@ def write_tiny_gguf(path: Path, *, chat_template: str | None = CHATML, add_bos: 
     writer.close()
 
 
-def _describe(writer: Any, gguf: Any) -> None:
-    writer.add_name("probe")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(_HIDDEN)
-    writer.add_block_count(_LAYERS)
-    writer.add_feed_forward_length(_FFN)
-    writer.add_head_count(_HEADS)
-    writer.add_head_count_kv(_KV_HEADS)
-    writer.add_rope_dimension_count(_HIDDEN // _HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-
-
 def _tensors(vocabulary: int) -> dict[str, tuple[int, ...]]:
     kv = _HIDDEN // _HEADS * _KV_HEADS
     layer: dict[str, tuple[int, ...]] = {
@@ -136,7 +133,7 @@ def _tensors(vocabulary: int) -> dict[str, tuple[int, ...]]:
 
 
 def main() -> int:
-    """Quantise the file of the first argument to Q4_K_M in the second; 0 when it worked."""
+    """Quantize the file of the first argument to Q4_K_M; return 0 on success."""
     import llama_cpp
 
     source, target = (path.encode() for path in sys.argv[1:3])

@@ -1,19 +1,19 @@
-"""What is asked of a model and what it answers: the values that callers use, and that cross the pipe as JSON lines.
+"""What callers send to a model and get from it, and how it crosses the pipe as JSON lines.
 
-Parent to child, one object a line; the first is `load`, the end of the stream means "exit":
+From parent to child, one object a line. The first is `load`; the end of the stream means "exit":
 
-    {"op": "load", "spec": ModelSpec}                     {"op": "tokenize", "id": 1, "text": ...}
+    {"op": "load", "spec": ModelSpec}                      {"op": "tokenize", "id": 1, "text": ...}
     {"op": "generate", "id": 2, "request": ..., "stream": false}
-    {"op": "render", "id": 3, "messages": [...]}          {"op": "encode", "id": 5, "messages": [...]}
-    {"op": "swap", "id": 4, "adapter": path or null}      {"op": "cancel", "id": 2}
-    {"op": "where"}
+    {"op": "render", "id": 3, "messages": [...]}           {"op": "encode", "id": 5, "messages": [...]}
+    {"op": "swap", "id": 4, "adapter": path or null}       {"op": "cancel", "id": 2}
+    {"op": "current"}
 
-Child to parent:
+From child to parent:
 
-    {"id": 2, "result": ...}   {"id": 2, "piece": "text"}   {"id": 2, "error": "RequestRefused", "message": ...}
-    {"id": 4, "result": null, "adapter": path or null}      from here on all answers are by this adapter
-    {"beat": true}                                          there is progress; sent repeatedly while there is work
-    {"at": 2}                                               answer to `where`: whose token is being chosen, 0: none
+    {"id": 2, "result": ...}   {"id": 2, "delta": "text"}   {"id": 2, "error": "RequestRefused", "message": ...}
+    {"id": 4, "result": null, "adapter": path or null}      later completions are generated with this adapter
+    {"heartbeat": true}                                     the child makes progress; sent while there is work
+    {"current": 2}                                          id of the request whose token is being sampled, or 0
 """
 
 import secrets
@@ -28,45 +28,44 @@ LOAD_ID = 0
 """The id under which the child answers `load`."""
 
 SEEDS = 2**32 - 1
-"""Seeds are 0 or above, and below this: llama.cpp reads the highest 32-bit number as "a random seed each time"."""
+"""Seeds are below this: llama.cpp reads the highest 32-bit number as "a random seed each time"."""
 
 
 class ModelSpec(Record):
-    """Which model runs, and how much of it at once."""
+    """The model to load, and the resources it may use."""
 
     gguf: Path
-    adapter: Path | None = Field(default=None, description="A LoRA adapter as GGUF, applied at scale 1.")
-    context: int = Field(default=2048, ge=16, description="Tokens of prompt and answer together, for each sequence.")
+    adapter: Path | None = Field(default=None, description="LoRA adapter as GGUF, applied at scale 1.")
+    context: int = Field(default=2048, ge=16, description="Tokens of prompt and completion, for each sequence.")
     parallel: int = Field(default=8, ge=1, le=64, description="Sequences decoded together.")
-    threads: int | None = Field(default=None, ge=1, description="At most this many; None chooses by the model's size.")
-    fixed_threads: bool = Field(default=False, description="Always use that many, also beside other work: for timing.")
+    threads: int | None = Field(default=None, ge=1, description="Most threads; default: chosen by the model's size.")
+    fixed_threads: bool = Field(
+        default=False, description="Always use that many threads, also under background load; for timing."
+    )
     stuck_seconds: float = Field(
-        default=120, ge=1, description="Time without progress after which the process counts as stuck and is ended."
+        default=120, ge=1, description="Time without progress after which the process is killed as stuck."
     )
 
 
 class GenerateRequest(Record):
-    """One thing to answer: either `messages`, put through the model's chat template, or `prompt`, a raw text.
+    """A request for one completion: either `messages`, rendered by the model's chat template, or a raw `prompt`.
 
     Messages are tokenized as text, including control tokens in them. A raw prompt is for trusted text, such as a
-    rendered template: it starts with the beginning-of-sequence token if the file asks for one
-    (`tokenizer.ggml.add_bos_token`) and the text does not already start with it; special tokens in it are parsed.
+    rendered template: control tokens in it are parsed, and it gets a beginning-of-sequence token if the file asks for
+    one (`tokenizer.ggml.add_bos_token`) and the prompt does not start with it.
     """
 
     messages: list[Message] | None = None
     prompt: str | None = None
     max_tokens: int = Field(ge=1)
-    temperature: float = Field(default=0.0, ge=0, description="0 takes the most probable token always.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability to draw from, after temperature.")
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy decoding.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Probability mass to sample from, after temperature.")
     seed: int | None = Field(
-        default=None,
-        ge=0,
-        lt=SEEDS,
-        description="Seed of the sampling; None picks a random one. Only above temperature 0.",
+        default=None, ge=0, lt=SEEDS, description="Seed above temperature 0; default: a random one."
     )
-    stop: tuple[str, ...] = Field(default=(), description="Texts that end the answer; they are not part of it.")
+    stop: tuple[str, ...] = Field(default=(), description="Texts that end the completion; they are not part of it.")
     json_schema: dict[str, Any] | None = Field(
-        default=None, description="The answer is JSON of this schema; one that cannot be enforced is refused by name."
+        default=None, description="Constrain the completion to JSON of this schema."
     )
 
     @model_validator(mode="after")
@@ -74,52 +73,49 @@ class GenerateRequest(Record):
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("give either `messages` or `prompt`, exactly one")
         if "" in self.stop:
-            raise ValueError("an empty stop text would end every answer at once; leave it out")
+            raise ValueError("an empty stop text would end every completion at once; leave it out")
         return self
 
     def pick_seed(self) -> int | None:
-        """Return the seed for one answer: the given one, or a random one; None at temperature 0."""
+        """Return the seed for one completion: the given one, or a random one; None at temperature 0."""
         if self.temperature == 0:
             return None
         return secrets.randbelow(SEEDS) if self.seed is None else self.seed
 
 
 class Completion(Record):
-    """An answer, token by token.
+    """A finished completion with its tokens.
 
-    The texts of the tokens joined are the text, except that the text ends before a stop text. The token that ends an
-    answer is not among them. A token that is only a part of a character has an empty text; the part that completes
-    it has the character.
+    The joined token texts are the text, except that the text ends before a stop text. The end-of-generation token is
+    not included. A token that is an incomplete part of a character has an empty text; the token that completes the
+    character has it.
     """
 
     text: str
     token_ids: list[int]
     token_texts: list[str]
     token_logprobs: list[float] = Field(
-        description="Natural log of the probability that the model itself gave to each chosen token: before "
-        "temperature, top_p and schema."
+        description="Natural log of each token's probability before temperature, top_p and schema."
     )
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
-    prompt_seconds: float = Field(
-        description="From its start in the batch until its first token was chosen; wall time."
-    )
-    generation_seconds: float = Field(description="From its first token until its end; wall time, shared by the batch.")
-    confidence: float | None = Field(description="Lowest probability among the tokens of the values; see `confidence`.")
-    seed: int | None = Field(default=None, description="The seed that it was sampled with; None at temperature 0.")
+    prompt_seconds: float = Field(description="Wall time from its first batch until its first token was sampled.")
+    generation_seconds: float = Field(description="Wall time from its first token until its end.")
+    confidence: float | None = Field(description="Lowest probability among the tokens of its values.")
+    seed: int | None = Field(default=None, description="The seed that was used; None at temperature 0.")
 
 
 class EngineInfo(Record):
-    """What runs: the model as its file describes it, and the build of llama.cpp that runs it."""
+    """The loaded model as its file describes it, and the build of llama.cpp that runs it."""
 
-    description: str = Field(description="llama.cpp's own, such as `llama 3B Q4_K - Medium`.")
+    description: str = Field(description="llama.cpp's description, such as `llama 3B Q4_K - Medium`.")
     n_params: int
     n_vocab: int
-    context_train: int = Field(description="Tokens that the model was trained for.")
-    context: int = Field(description="Tokens that a sequence may have here: the spec's, at most context_train.")
-    size_bytes: int = Field(description="Bytes of all tensors.")
+    context_train: int = Field(description="Context length that the model was trained with.")
+    context: int = Field(description="Tokens of one sequence: the spec's context, at most context_train.")
+    size_bytes: int = Field(description="Size of all tensors.")
     chat_template: str | None
     build: str = Field(description="Versions of llama-cpp-python and llama.cpp.")
-    system: str = Field(description="What llama.cpp was built to use of the processor.")
+    system: str = Field(description="CPU features that llama.cpp was built to use.")
     threads: int

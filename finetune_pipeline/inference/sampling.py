@@ -1,30 +1,30 @@
-"""Choose the next token of one answer: the most probable, or a drawn one, and only what a JSON Schema allows."""
+"""Select the next token of a completion."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_pipeline.inference.grammar import Matcher
-from finetune_pipeline.inference.native import Sampler, draw
+from finetune_pipeline.inference.native import NativeSampler, temperature_sampler
 from finetune_pipeline.inference.protocol import GenerateRequest
 
 
-class TokenChooser:
-    """The sampling state of one answer."""
+class TokenSampler:
+    """The sampling state of one completion: greedy or random, with or without a JSON Schema."""
 
     def __init__(self, request: GenerateRequest, matcher: Matcher | None) -> None:
         self._matcher = matcher
-        self._draw: Sampler | None = None
+        self._sampler: NativeSampler | None = None
         self.seed = request.pick_seed()
         if self.seed is not None:
-            self._draw = draw(request.temperature, request.top_p, self.seed)
+            self._sampler = temperature_sampler(request.temperature, request.top_p, self.seed)
 
     @property
-    def is_greedy(self) -> bool:
-        """It takes the most probable token and nothing else, which a whole batch can do at once."""
-        return self._matcher is None and self._draw is None
+    def is_argmax(self) -> bool:
+        """Whether the next token is simply the most probable one, which numpy can find for a whole batch."""
+        return self._matcher is None and self._sampler is None
 
-    def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token.
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """Return the next token.
 
         Raises:
             RequestRefused: the schema allows none of the model's tokens here.
@@ -33,13 +33,13 @@ class TokenChooser:
         if self._matcher is not None:
             ids = ids[self._matcher.allowed()[: len(logits)]]
             logits = logits[ids]
-        if self._draw is None:
+        if self._sampler is None:
             return int(ids[logits.argmax()])
-        left, selected = self._draw.apply(ids, logits)
-        return int(left["id"][selected])
+        candidates, selected = self._sampler.apply(ids, logits)
+        return int(candidates["id"][selected])
 
     def accept(self, token: int) -> None:
-        """Append this token to the answer.
+        """Advance the schema's state by this token.
 
         Raises:
             RequestRefused: the schema cannot be enforced any further.
@@ -48,7 +48,7 @@ class TokenChooser:
             self._matcher.accept(token)
 
     def check(self, text: str) -> None:
-        """Check a complete answer against the schema.
+        """Check the complete text against the schema.
 
         Raises:
             RequestRefused: it is not valid.
@@ -57,6 +57,6 @@ class TokenChooser:
             self._matcher.grammar.check(text)
 
     def close(self) -> None:
-        """Free what llama.cpp holds for it."""
-        if self._draw is not None:
-            self._draw.close()
+        """Free the native sampler."""
+        if self._sampler is not None:
+            self._sampler.close()

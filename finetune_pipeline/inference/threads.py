@@ -1,8 +1,8 @@
-"""The number of decoding threads: as many as there are cores without other work.
+"""The number of decoding threads: one for each core that no other process uses.
 
-Decoding a token takes hundreds of steps, and the threads wait for each other at the end of each. When another process
-uses one of the cores, all threads wait for the one that is not running, and a token takes ten times as long. With one
-thread less, every thread has a core. The number of threads does not change the logits.
+Decoding a token takes hundreds of steps, and the threads wait for each other after each step. When another process uses
+one of the cores, all threads wait for the one that does not run, and a token takes ten times as long. With one thread
+less, every thread has a core. The number of threads does not change the logits.
 """
 
 import os
@@ -12,16 +12,16 @@ from contextlib import suppress
 import psutil
 
 SMALL_MODEL = 100_000_000
-"""Parameters below which one thread is used: with more, waiting for each other costs more than the work."""
+"""Models with fewer parameters use one thread: synchronization would cost more than the computation."""
 
 SPIN_COUNT = 1000
 """How often a thread polls before it sleeps (GOMP_SPINCOUNT of libgomp).
 
 libgomp's default of 300,000 takes CPU time from the thread that it waits for when there are fewer free cores than
-threads. Its PASSIVE sleeps at once, and waking up halves the speed when there are enough.
+threads. Its PASSIVE policy sleeps at once, and waking up halves the speed when there are enough cores.
 """
 
-LOOK_SECONDS = 0.25
+MEASURE_SECONDS = 0.25
 
 
 def most_threads(n_params: int) -> int:
@@ -39,10 +39,10 @@ def available_cores() -> list[int]:
 
 
 class BackgroundLoad:
-    """Measures how many of the cores that this process may use are used by others.
+    """Measures how many of the available cores other processes use.
 
     Args:
-        children: count the children of this process as its own work.
+        children: do not count the children of this process as others.
     """
 
     def __init__(self, *, children: bool = False) -> None:
@@ -58,48 +58,43 @@ class BackgroundLoad:
 
     def _read(self) -> tuple[float, float, float]:
         cores = psutil.cpu_times(percpu=True)
-        busy = sum(sum(cores[core]) - _idle(cores[core]) for core in self._cores if core < len(cores))
-        return time.monotonic(), busy, time.process_time() + (_children_seconds() if self._children else 0.0)
-
-
-def _children_seconds() -> float:
-    seconds = 0.0
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it ended a moment ago
-            times = child.cpu_times()
-            seconds += times.user + times.system
-    return seconds
-
-
-def _idle(core: object) -> float:
-    # `guest` is part of `user` already.
-    names = ("idle", "iowait", "guest", "guest_nice")
-    return sum(getattr(core, name, 0.0) for name in names)
+        not_busy = ("idle", "iowait", "guest", "guest_nice")  # guest time is also counted as user time
+        busy = sum(
+            sum(cores[core]) - sum(getattr(cores[core], name, 0.0) for name in not_busy)
+            for core in self._cores
+            if core < len(cores)
+        )
+        own = time.process_time()
+        for child in psutil.Process().children(recursive=True) if self._children else []:
+            with suppress(psutil.Error):  # it has just ended
+                times = child.cpu_times()
+                own += times.user + times.system
+        return time.monotonic(), busy, own
 
 
 class Threads:
-    """The number of threads to decode with now.
+    """The current number of decoding threads.
 
     Args:
-        most: the number on a quiet machine.
-        fixed: use that number always, as models that are timed side by side need the same conditions.
+        most: the number on an idle machine.
+        fixed: always use that number, as models that are timed against each other need equal conditions.
     """
 
     def __init__(self, most: int, *, fixed: bool) -> None:
         self.most = most
         self.now = most
         self._adapts = most > 1 and not fixed
-        self._others = BackgroundLoad()
-        self._looked = time.monotonic()
+        self._load = BackgroundLoad()
+        self._measured = time.monotonic()
 
-    def look(self) -> int:
-        """Return how many threads to use; measures the other work at most four times a second."""
-        if self._adapts and time.monotonic() >= self._looked + LOOK_SECONDS:
-            self._looked = time.monotonic()
-            self.now = threads_for(len(available_cores()), self._others.since_last(), self.most)
+    def update(self) -> int:
+        """Return how many threads to use; measures the background load at most four times a second."""
+        if self._adapts and time.monotonic() >= self._measured + MEASURE_SECONDS:
+            self._measured = time.monotonic()
+            self.now = threads_for(len(available_cores()), self._load.since_last(), self.most)
         return self.now
 
 
-def threads_for(cores: int, others: float, most: int) -> int:
-    """Return how many threads get a core of their own while others use this many cores."""
-    return max(1, min(most, round(cores - others)))
+def threads_for(cores: int, used_by_others: float, most: int) -> int:
+    """Return how many threads get a core of their own."""
+    return max(1, min(most, round(cores - used_by_others)))

@@ -22,9 +22,15 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.engine import Engine
-from finetune_pipeline.inference.errors import EngineClosed, EngineCrashed, EngineError, ModelNotLoaded, RequestRefused
+from finetune_pipeline.inference.errors import (
+    EngineClosed,
+    EngineCrashed,
+    EngineError,
+    ModelNotLoaded,
+    RequestRefused,
+    UpstreamFailed,
+)
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
-from finetune_pipeline.inference.remote import UpstreamFailed
 from finetune_pipeline.registry.champion import BASE, champion, resolve
 from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError, check_file
 from finetune_pipeline.serving.backends import LocalModel, OnDelta, Served, Upstream
@@ -99,7 +105,7 @@ class LoopServer:
     def _ended(self) -> str | None:
         if self.current is None or self.current.alive or not isinstance(self.current.backend, LocalModel):
             return None
-        return f"{self.current.name} ended and is being replaced: {self.current.backend.engine.ended}"
+        return f"{self.current.name} ended and is being replaced: {self.current.backend.engine.exit_error}"
 
     def _empty_answers(self) -> str | None:
         found = (one.empty_answers(self.loop.serving.empty_limit) for one in self.served)

@@ -1,4 +1,4 @@
-"""Real models: one made here from random weights, and one that was trained, where it is at hand."""
+"""Real models: one with random weights, and a trained one where it is available."""
 
 import json
 import os
@@ -20,9 +20,9 @@ WITH_BOS = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}
 
 
 def run_converter(script: str, *arguments: object) -> None:
-    """Run one of llama.cpp's converters; skips where they are not installed."""
+    """Run one of llama.cpp's converters, or skip the test if it is not installed."""
     if not (LLAMA_CPP / script).exists():
-        pytest.skip(f"{LLAMA_CPP / script} is not there: `make setup` installs llama.cpp's converter")
+        pytest.skip(f"{LLAMA_CPP / script} does not exist: `make setup` installs llama.cpp's converter")
     subprocess.run(
         [sys.executable, str(LLAMA_CPP / script), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(LLAMA_CPP / "gguf-py")},
@@ -33,10 +33,10 @@ def run_converter(script: str, *arguments: object) -> None:
 
 @pytest.fixture(scope="session")
 def stories_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """stories260k as a Hugging Face folder, with a chat template that writes the beginning-of-sequence token itself."""
+    """Return stories260k as a Hugging Face folder, with a chat template that writes the BOS token."""
     if not (SHARED / "stories260k").exists():
         pytest.skip(
-            f"{SHARED / 'stories260k'} is not there: the trained model of these tests is no part of the project"
+            f"{SHARED / 'stories260k'} does not exist: the trained model of these tests is not part of the project"
         )
     folder = tmp_path_factory.mktemp("stories") / "stories260k"
     shutil.copytree(SHARED / "stories260k", folder, copy_function=shutil.copyfile)
@@ -48,7 +48,7 @@ def stories_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stories_gguf(stories_folder: Path) -> Path:
-    """The same as an F16 GGUF."""
+    """Return the same model as an F16 GGUF."""
     gguf = stories_folder.parent / "stories.gguf"
     run_converter("convert_hf_to_gguf.py", stories_folder, "--outfile", gguf, "--outtype", "f16")
     return gguf
@@ -56,14 +56,14 @@ def stories_gguf(stories_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def stories(stories_gguf: Path) -> Iterator[Engine]:
-    """A model that tells children's stories."""
+    """Return an engine with the stories model."""
     with Engine(ModelSpec(gguf=stories_gguf, context=256, parallel=4)) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a ChatML template; its tokens are bytes."""
+    """Return a random model with a ChatML template and one token for each byte."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     write_tiny_gguf(path)
     return path
@@ -71,6 +71,6 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_gguf: Path) -> Iterator[Engine]:
-    """The random model, open."""
+    """Return an engine with the random model."""
     with Engine(ModelSpec(gguf=tiny_gguf, context=256, parallel=4)) as engine:
         yield engine

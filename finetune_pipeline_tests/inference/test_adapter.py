@@ -1,4 +1,4 @@
-"""A LoRA adapter beside its base answers as the adapted model does in transformers, and is changed in place."""
+"""LoRA adapters generate as in transformers, and are swapped without a restart."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ def tokens(engine, prompts=PROMPTS):
 
 @pytest.fixture(scope="module")
 def starter(tmp_path_factory):
-    """The starter model's GGUF, and two adapters of it that change its answers, by name; None is the base alone."""
+    """Return the starter model's GGUF and two adapters that change its completions, by name; None is the base."""
     folder = tmp_path_factory.mktemp("starter")
     base = folder / "base.gguf"
     run_converter("convert_hf_to_gguf.py", STARTER, "--outfile", base, "--outtype", "f16")
@@ -46,7 +46,7 @@ def open_engine(starter, adapter=None, **fields):
 
 @pytest.fixture(scope="module")
 def alone(starter):
-    """What engines answer that were opened with one adapter and never saw another."""
+    """Return the completions of engines that were opened with one adapter."""
     answers = {}
     for name in (None, "one", "two"):
         with open_engine(starter, name) as engine:
@@ -55,7 +55,7 @@ def alone(starter):
     return answers
 
 
-def test_swapping_in_place_answers_as_an_engine_that_was_opened_so(starter, alone):
+def test_a_swapped_adapter_generates_as_one_loaded_at_the_start(starter, alone):
     with open_engine(starter, "one") as engine:
         for name in ("one", "two", None, "two", "one", "one", None):
             assert engine.swap_adapter(starter[name]).result() is None
@@ -63,27 +63,29 @@ def test_swapping_in_place_answers_as_an_engine_that_was_opened_so(starter, alon
             assert tokens(engine) == alone[name]
 
 
-def test_requests_before_a_swap_get_the_old_adapter_and_those_after_it_the_new(starter, alone):
+def test_a_swap_applies_to_requests_that_were_submitted_after_it(starter, alone):
     with open_engine(starter, parallel=2) as engine:
         ended, futures = [], []
         for number, name in enumerate(("one", None, "two")):
             engine.swap_adapter(starter[name])
-            for place, prompt in enumerate(PROMPTS):  # more than are decoded together: some wait on each side of a swap
+            for index, prompt in enumerate(
+                PROMPTS
+            ):  # more than are decoded together, so some wait before and after a swap
                 future = engine.submit(ask(prompt))
                 future.add_done_callback(lambda _, number=number: ended.append(number))
-                futures.append((future, alone[name][place]))
+                futures.append((future, alone[name][index]))
         assert [future.result().token_ids for future, _ in futures] == [expected for _, expected in futures]
         assert ended == sorted(ended)
 
 
-def test_under_load_every_answer_of_20_swaps_is_wholly_by_one_adapter(starter, alone):
-    possible = [{tuple(answers[place]) for answers in alone.values()} for place in range(len(PROMPTS))]
+def test_under_load_every_completion_is_generated_with_one_adapter(starter, alone):
+    possible = [{tuple(answers[index]) for answers in alone.values()} for index in range(len(PROMPTS))]
     found, stop = [], threading.Event()
 
     def client(engine):
         while not stop.is_set():
-            for place, prompt in enumerate(PROMPTS):
-                found.append((place, tuple(engine.submit(ask(prompt)).result(60).token_ids)))
+            for index, prompt in enumerate(PROMPTS):
+                found.append((index, tuple(engine.submit(ask(prompt)).result(60).token_ids)))
 
     with open_engine(starter, parallel=4) as engine:
         clients = [threading.Thread(target=client, args=(engine,)) for _ in range(8)]
@@ -100,18 +102,18 @@ def test_under_load_every_answer_of_20_swaps_is_wholly_by_one_adapter(starter, a
             thread.join()
     print(f"{len(found)} answers; a swap under load took {max(seconds) * 1000:.0f} ms at most")
     assert len(found) > SWAPS
-    assert all(answer in possible[place] for place, answer in found)
-    assert {answer for place, answer in found if place == 0} == possible[0]  # all three did answer
+    assert all(answer in possible[index] for index, answer in found)
+    assert {answer for index, answer in found if index == 0} == possible[0]  # all three were used
 
 
-def test_a_file_that_cannot_be_used_leaves_the_old_adapter(starter, alone, tmp_path, tiny_gguf):
+def test_an_unusable_file_keeps_the_old_adapter(starter, alone, tmp_path, tiny_gguf):
     text, truncated, other = tmp_path / "notes.gguf", tmp_path / "truncated.gguf", tmp_path / "other.gguf"
     text.write_text("not an adapter")
     truncated.write_bytes(starter["two"].read_bytes()[:-1000])
     write_adapter(STARTER, tmp_path / "other", 0, hidden=128)
     run_converter("convert_lora_to_gguf.py", tmp_path / "other", "--base", STARTER, "--outfile", other)
     refused = [
-        (tmp_path / "missing.gguf", "is not there"),
+        (tmp_path / "missing.gguf", "does not exist"),
         (text, "starts with b'not '"),
         (starter["base"], "expect general.type to be 'adapter'"),
         (truncated, "not within the file bounds"),
@@ -126,7 +128,7 @@ def test_a_file_that_cannot_be_used_leaves_the_old_adapter(starter, alone, tmp_p
         assert tokens(engine) == alone["one"]
 
 
-def test_a_swap_that_is_cancelled_in_time_does_not_happen(starter, alone):
+def test_a_swap_can_be_cancelled(starter, alone):
     with open_engine(starter, "one", parallel=1) as engine:
         running = engine.submit(ask(PROMPTS[0]))
         swap = engine.swap_adapter(starter["two"])
@@ -138,7 +140,7 @@ def test_a_swap_that_is_cancelled_in_time_does_not_happen(starter, alone):
         assert engine.spec.adapter == starter["one"]
 
 
-def test_an_adapter_that_was_left_is_given_back(starter, tmp_path):
+def test_the_previous_adapter_is_freed(starter, tmp_path):
     large = tmp_path / "large.gguf"
     write_adapter(STARTER, tmp_path / "large", 0, rank=256)
     run_converter("convert_lora_to_gguf.py", tmp_path / "large", "--base", STARTER, "--outfile", large)
@@ -148,10 +150,10 @@ def test_an_adapter_that_was_left_is_given_back(starter, tmp_path):
         for _ in range(100):
             engine.swap_adapter(large).result()
         kept = child.memory_info().rss - before
-    assert kept < 50 * large.stat().st_size  # of the 100 that it would keep; the allocator keeps about 12
+    assert kept < 50 * large.stat().st_size  # instead of 100; the allocator keeps about 12
 
 
-def test_base_and_adapter_answer_as_the_adapted_model_does(stories_folder, stories_gguf, stories, tmp_path):
+def test_an_adapter_generates_as_in_transformers(stories_folder, stories_gguf, stories, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from finetune_pipeline.inference import json_schema
 from finetune_pipeline.inference.errors import RequestRefused
-from finetune_pipeline.inference.grammar import compiled
+from finetune_pipeline.inference.grammar import compile_grammar
 from finetune_pipeline.settings import PROJECT_ROOT
 
 BYTES = llguidance.LLTokenizer("byte")
@@ -46,7 +46,7 @@ def accepts(grammar, value, text=None):
 
 
 def check(schema, valid=(), invalid=()):
-    grammar = compiled(BYTES, schema)
+    grammar = compile_grammar(BYTES, schema)
     assert [value for value in valid if not accepts(grammar, value)] == [], "a valid value is not accepted"
     assert [value for value in invalid if accepts(grammar, value)] == [], "an invalid value is accepted"
 
@@ -122,7 +122,7 @@ def test_it_is_enforced(schema, valid, invalid):
 
 
 def test_no_name_comes_twice_under_two_spellings():
-    grammar = compiled(BYTES, {"properties": {"a": {"type": "integer"}}})
+    grammar = compile_grammar(BYTES, {"properties": {"a": {"type": "integer"}}})
     assert accepts(grammar, None, '{"a":1, "b":2}')
     assert not accepts(grammar, None, r'{"a":1, "\u0061":"x"}')
 
@@ -139,28 +139,28 @@ def test_the_check_of_a_deep_answer_takes_no_exponential_time():
     parts = [{"properties": {"a": {"$ref": "#/$defs/n"}, "tags": {"type": "array"}}} for _ in range(4)]
     schema = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "anyOf": parts}}}
     deep = nested(60, {"tags": [1, 1]})
-    compiled(BYTES, schema).check(deep)
+    compile_grammar(BYTES, schema).check(deep)
     for part in parts:  # every branch fails, and each only after the value within
         part["properties"]["tags"]["uniqueItems"] = True
     with pytest.raises(RequestRefused, match="uniqueItems"):
-        compiled(BYTES, schema).check(deep)
+        compile_grammar(BYTES, schema).check(deep)
 
 
 def test_items_are_unique_at_any_depth_of_a_recursive_model():
     node = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}, "a": {"$ref": "#"}}}
-    compiled(BYTES, node).check(nested(60, {"tags": [1, 2]}))
+    compile_grammar(BYTES, node).check(nested(60, {"tags": [1, 2]}))
     with pytest.raises(RequestRefused, match=r"two items at #.*/a/tags are equal"):
-        compiled(BYTES, node).check(nested(60, {"tags": [1, 1]}))
+        compile_grammar(BYTES, node).check(nested(60, {"tags": [1, 1]}))
 
 
 def test_a_number_that_nobody_can_read_is_no_answer():
-    grammar = compiled(BYTES, {"type": "number"})
+    grammar = compile_grammar(BYTES, {"type": "number"})
     assert accepts(grammar, None, "1e99") and not accepts(grammar, None, "1e999")
 
 
 def test_a_pattern_whose_names_are_all_used_is_no_dead_end():
     schema = {"propertyNames": {"const": "a"}, "type": "object", "properties": {"a": {"type": "integer"}, "b": {}}}
-    matcher = compiled(BYTES, schema).matcher()
+    matcher = compile_grammar(BYTES, schema).matcher()
     for byte in b'{"a":1':
         matcher.accept(byte)
     assert not matcher.allowed()[ord(",")] and matcher.allowed()[ord("}")]
@@ -187,7 +187,7 @@ def test_every_pair_of_bounds_is_exact(kind, low, high):
                 and (kind == "number" or float(number).is_integer())
             ]
             try:
-                grammar = compiled(BYTES, schema)
+                grammar = compile_grammar(BYTES, schema)
                 found = [number for number in NUMBERS if accepts(grammar, number)]
             except RequestRefused:
                 found = []  # nothing lies between them
@@ -311,7 +311,7 @@ WRONG = {
 
 @pytest.mark.parametrize("mode", ["validation", "serialization"])
 def test_what_pydantic_2_writes_is_enforced(mode):
-    grammar = compiled(BYTES, Everything.model_json_schema(mode=mode))
+    grammar = compile_grammar(BYTES, Everything.model_json_schema(mode=mode))
     valid = VALID | ({"amount": "1.25"} if mode == "serialization" else {})
     assert accepts(grammar, valid)
     assert accepts(grammar, {**valid, "child": valid})
@@ -392,7 +392,7 @@ def test_what_pydantic_1_writes_is_enforced(name, valid, invalid):
 
 def test_the_schemas_of_this_repository_are_enforced_on_their_benchmarks():
     schema = json.loads((PROJECT_ROOT / "data/benchmarks/aec_parser.schema.json").read_text())
-    grammar = compiled(BYTES, schema)
+    grammar = compile_grammar(BYTES, schema)
     lines = (PROJECT_ROOT / "data/benchmarks/aec_parser.jsonl").read_text().splitlines()
     expected = [json.loads(line)["expected"] for line in lines]
     values = [json.loads(value) if isinstance(value, str) else value for value in expected]
@@ -460,7 +460,7 @@ for _ in range(100):
 def test_what_is_not_enforced_is_refused_by_keyword_and_path(part, keyword):
     schema = {"type": "object", "properties": {"x": {"type": "array", "items": part}}, "required": ["x"]}
     with pytest.raises(RequestRefused, match=rf"json_schema at #/properties/x/items[^ ]*: {re.escape(keyword)}: "):
-        compiled(BYTES, schema)
+        compile_grammar(BYTES, schema)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_what_is_not_enforced_is_refused_by_keyword_and_path(part, keyword):
 )
 def test_a_schema_that_cannot_be_used_says_why(schema, says):
     with pytest.raises(RequestRefused, match=says):
-        compiled(BYTES, schema)
+        compile_grammar(BYTES, schema)
 
 
 def ref(name):
@@ -534,10 +534,10 @@ def chain_of_objects(length):
 )
 def test_what_takes_exponential_time_is_refused_before_it_is_compiled(schema, keyword):
     if keyword is None:
-        json_schema.enforceable(schema)
+        json_schema.rewrite_schema(schema)
     else:
         with pytest.raises(RequestRefused, match=rf"json_schema at #[^ ]*: {keyword}: "):
-            json_schema.enforceable(schema)
+            json_schema.rewrite_schema(schema)
 
 
 @pytest.mark.parametrize("required", [True, False])
@@ -549,7 +549,7 @@ def test_branches_that_refer_to_themselves_are_compared_in_a_moment(required):
 
     def refuse():
         try:
-            json_schema.enforceable(schema)
+            json_schema.rewrite_schema(schema)
         except RequestRefused as refused:
             found.append(str(refused))
 
@@ -584,7 +584,7 @@ def test_a_deep_answer_with_repeated_items_is_refused_with_its_path():
         {"type": "object", "properties": {"a": ref("e"), "z": {"const": k}}, "required": ["a", "z"]} for k in range(3)
     ]
     unique = {"type": "array", "items": {"const": 1}, "uniqueItems": True}
-    grammar = compiled(BYTES, {"$defs": {"e": {"anyOf": [*branches, unique]}}, **ref("e")})
+    grammar = compile_grammar(BYTES, {"$defs": {"e": {"anyOf": [*branches, unique]}}, **ref("e")})
     value = [1, 1]
     for _ in range(10):
         value = {"a": value, "z": 2}
@@ -607,9 +607,9 @@ class Letters:
 
 def test_a_byte_that_the_vocabulary_lacks_is_refused():
     tokenizer = llguidance.LLTokenizer(Letters(), eos_token=[128])
-    assert compiled(tokenizer, {"const": "e"})
+    assert compile_grammar(tokenizer, {"const": "e"})
     with pytest.raises(RequestRefused, match="vocabulary cannot write 'é'"):
-        compiled(tokenizer, {"const": "é"})
+        compile_grammar(tokenizer, {"const": "é"})
 
 
 # ---- the official test suite
@@ -717,7 +717,7 @@ def test_the_official_test_suite_is_enforced_or_refused_by_name(suite, draft):
             if draft != "draft2020-12":
                 schema = {"$schema": NAMED[draft], **schema}
             try:
-                grammar = compiled(BYTES, schema)
+                grammar = compile_grammar(BYTES, schema)
             except RequestRefused as refused:
                 counts["refused"] += 1
                 assert "json_schema at #" in str(refused) or "levels deep" in str(refused), str(refused)
@@ -738,7 +738,7 @@ def test_limits_are_checked_before_llguidance_compiles(monkeypatch):
     # It cannot be interrupted: nothing beyond the limits may reach it. Any use of the matcher is an AttributeError.
     monkeypatch.setattr(llguidance, "LLMatcher", None)
     with pytest.raises(AttributeError):
-        compiled(BYTES, {"type": "boolean"})
+        compile_grammar(BYTES, {"type": "boolean"})
     for schema in ({"enum": ["x" * 90_000]}, {"pattern": "a{9999}"}, {"multipleOf": 99_999}, DEEP):
         with pytest.raises(RequestRefused):
-            compiled(BYTES, schema)
+            compile_grammar(BYTES, schema)

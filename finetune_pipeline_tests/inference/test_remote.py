@@ -1,4 +1,4 @@
-"""A model behind another server: what is asked of it, and what becomes of servers that fail in every way."""
+"""The client of another OpenAI-compatible server, with servers that fail in many ways."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ ASK = GenerateRequest(messages=[{"role": "user", "content": "hello"}], max_token
 
 
 class Server(ThreadingHTTPServer):
-    """Real HTTP that answers with these very bytes, and remembers what it was asked."""
+    """An HTTP server that returns these bytes and records the requests."""
 
     def __init__(self, body: bytes, status: int = 200, length: int | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -47,8 +47,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def answering(body, **fields):
-    """A server with this answer, and the settings that name it."""
+def serving(body, **fields):
+    """Yield a server with this response, and the settings for it."""
     with Server(body if isinstance(body, bytes) else body.encode(), **fields) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -96,22 +96,22 @@ def ask(settings, request=ASK, on_delta=None):
     return asyncio.run(once())
 
 
-def test_an_answer_is_put_together_and_its_pieces_are_told():
-    pieces = []
-    with answering(WHOLE) as (server, settings):
-        answer = ask(settings, on_delta=pieces.append)
-    assert (answer.text, pieces, answer.finish_reason) == ('{"a":42}', ['{"a":', "42", "}"], "stop")
+def test_a_completion_is_assembled_from_its_deltas():
+    deltas = []
+    with serving(WHOLE) as (server, settings):
+        answer = ask(settings, on_delta=deltas.append)
+    assert (answer.text, deltas, answer.finish_reason) == ('{"a":42}', ['{"a":', "42", "}"], "stop")
     assert (answer.prompt_tokens, answer.completion_tokens) == (11, 6)
     assert answer.token_texts == ['{"', "a", '":', "4", "2", "}"]
     assert answer.confidence == pytest.approx(math.exp(-0.7))  # of the value, not of its key
     assert server.paths == ["/v1/chat/completions"]
 
 
-def test_all_that_shapes_an_answer_is_passed_on():
+def test_all_generation_parameters_are_sent():
     request = ASK.model_copy(
         update={"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ("x",), "json_schema": {"type": "object"}}
     )
-    with answering(WHOLE) as (server, settings):
+    with serving(WHOLE) as (server, settings):
         ask(settings, request)
         ask(settings)
     asked, plain = server.asked
@@ -123,9 +123,9 @@ def test_all_that_shapes_an_answer_is_passed_on():
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, None), (0, 0), (7, 7)])
-def test_the_seed_that_a_server_is_asked_with_is_named_in_the_answer(given, expected):
+def test_the_seed_that_was_sent_is_in_the_completion(given, expected):
     request = ASK.model_copy(update={"temperature": 0.5, "seed": given})
-    with answering(WHOLE) as (server, settings):
+    with serving(WHOLE) as (server, settings):
         seeds = [ask(settings, request).seed for _ in range(2)]
         greedy = ask(settings)
     assert [body.get("seed") for body in server.asked] == [*seeds, None]
@@ -133,9 +133,9 @@ def test_the_seed_that_a_server_is_asked_with_is_named_in_the_answer(given, expe
     assert greedy.seed is None
 
 
-def test_the_key_of_the_environment_is_sent_and_a_missing_one_is_said(monkeypatch):
+def test_the_api_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("OTHER_KEY", "s3cret")
-    with answering(WHOLE) as (server, settings):
+    with serving(WHOLE) as (server, settings):
         ask(settings.model_copy(update={"api_key_env": "OTHER_KEY"}))
         ask(settings)
         assert server.headers[0]["Authorization"] == "Bearer s3cret"
@@ -145,28 +145,28 @@ def test_the_key_of_the_environment_is_sent_and_a_missing_one_is_said(monkeypatc
             ask(settings.model_copy(update={"api_key_env": "OTHER_KEY"}))
 
 
-def test_a_server_without_logprobs_or_usage_gives_an_answer_without_confidence():
-    with answering(sse(chunk("hi"), chunk(finish="length"), "[DONE]")) as (_, settings):
+def test_without_logprobs_there_is_no_confidence():
+    with serving(sse(chunk("hi"), chunk(finish="length"), "[DONE]")) as (_, settings):
         answer = ask(settings)
     assert (answer.text, answer.confidence, answer.finish_reason, answer.prompt_tokens) == ("hi", None, "length", 0)
 
 
-def test_a_raw_prompt_cannot_be_passed_on():
-    with answering(WHOLE) as (server, settings), pytest.raises(RequestRefused, match="ask with messages"):
+def test_a_raw_prompt_cannot_be_sent():
+    with serving(WHOLE) as (server, settings), pytest.raises(RequestRefused, match="send messages"):
         ask(settings, GenerateRequest(prompt="x", max_tokens=1))
     assert server.asked == []
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_what_the_server_refuses_is_the_requests_fault(status):
-    says = pytest.raises(RequestRefused, match=rf"answered {status}: .*too long")
-    with answering('{"error": "too long"}', status=status) as (_, settings), says:
+def test_a_request_error_refuses_the_request(status):
+    says = pytest.raises(RequestRefused, match=rf"returned status {status}: .*too long")
+    with serving('{"error": "too long"}', status=status) as (_, settings), says:
         ask(settings)
 
 
 @pytest.mark.parametrize("status", [301, 401, 403, 404, 429, 500, 503])
-def test_any_other_status_is_the_servers_fault_and_named(status):
-    with answering("x" * 10_000, status=status) as (_, settings), pytest.raises(UpstreamFailed) as failed:
+def test_any_other_status_is_an_upstream_failure(status):
+    with serving("x" * 10_000, status=status) as (_, settings), pytest.raises(UpstreamFailed) as failed:
         ask(settings)
     assert settings.url in str(failed.value)
     assert len(str(failed.value)) < 600
@@ -175,55 +175,55 @@ def test_any_other_status_is_the_servers_fault_and_named(status):
 BROKEN = {
     "nothing": "",
     "html": "<html>hello</html>",
-    "no json": sse("{"),
+    "invalid json": sse("{"),
     "a list": sse([1]),
     "no end": sse(chunk("hi")),
     "end without reason": sse(chunk("hi"), "[DONE]"),
     "an error": sse(chunk("hi"), {"error": {"message": "out of memory"}}),
-    "choices of another kind": sse({"choices": {"a": 1}}),
+    "choices of another type": sse({"choices": {"a": 1}}),
     "a choice that is a number": sse({"choices": [7]}),
-    "a delta that is a text": sse({"choices": [{"delta": "hi"}]}),
+    "a delta that is a string": sse({"choices": [{"delta": "hi"}]}),
     "content that is a number": sse({"choices": [{"delta": {"content": 7}}]}),
     "tokens without logprobs": sse(chunk("hi", logprobs={"content": [{"token": "hi"}]})),
-    "logprobs that are texts": sse(chunk("hi", logprobs=tokens(("hi", "sure"))), chunk(finish="stop")),
-    "logprobs that are no numbers": sse(chunk("hi", logprobs=tokens(("hi", float("nan")))), chunk(finish="stop")),
-    "usage that is a text": sse({"usage": "much", "choices": []}, chunk("hi"), chunk(finish="stop"), "[DONE]"),
+    "logprobs that are strings": sse(chunk("hi", logprobs=tokens(("hi", "sure"))), chunk(finish="stop")),
+    "logprobs that are NaN": sse(chunk("hi", logprobs=tokens(("hi", float("nan")))), chunk(finish="stop")),
+    "usage that is a string": sse({"usage": "much", "choices": []}, chunk("hi"), chunk(finish="stop"), "[DONE]"),
     "deep nesting": "data: " + "[" * 100_000 + "\n\n",
-    "no text": b"data: \xff\xfe\n\n",
+    "invalid UTF-8": b"data: \xff\xfe\n\n",
 }
 
 
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN.keys())
-def test_what_is_no_answer_is_the_servers_fault(body):
-    with answering(body) as (_, settings), pytest.raises(UpstreamFailed):
+def test_an_invalid_stream_is_an_upstream_failure(body):
+    with serving(body) as (_, settings), pytest.raises(UpstreamFailed):
         ask(settings)
 
 
-def test_a_broken_connection_is_the_servers_fault():
-    with answering(sse(chunk("hi")), length=10_000) as (_, settings), pytest.raises(UpstreamFailed, match="not answer"):
+def test_a_broken_connection_is_an_upstream_failure():
+    with serving(sse(chunk("hi")), length=10_000) as (_, settings), pytest.raises(UpstreamFailed, match="not answer"):
         ask(settings)
 
 
-def test_a_server_that_is_silent_is_given_up_after_its_time():
+def test_a_silent_server_times_out():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         with pytest.raises(UpstreamFailed, match="ReadTimeout"):
             ask(UpstreamSettings(url=url, model="m", timeout_seconds=0.3))
 
 
-def test_half_a_character_and_strange_counts_do_no_harm():
+def test_surrogates_and_invalid_counts_are_replaced():
     body = sse(
         '{"choices": [{"delta": {"content": "a\\ud800b"}}]}',
         chunk(finish="stop"),
         {"choices": [], "usage": {"prompt_tokens": "many", "completion_tokens": -1}},
     )
-    pieces = []
-    with answering(body) as (_, settings):
-        answer = ask(settings, on_delta=pieces.append)
-    assert (answer.text, pieces) == ("a?b", ["a?b"])
+    deltas = []
+    with serving(body) as (_, settings):
+        answer = ask(settings, on_delta=deltas.append)
+    assert (answer.text, deltas) == ("a?b", ["a?b"])
     assert (answer.prompt_tokens, answer.completion_tokens) == (0, 0)
 
 
-def test_a_name_that_is_no_host_is_the_servers_fault():
+def test_an_unknown_host_is_an_upstream_failure():
     with pytest.raises(UpstreamFailed, match="does not answer"):
         ask(UpstreamSettings(url="http://nowhere.invalid/v1", model="m", timeout_seconds=1))

@@ -1,4 +1,4 @@
-"""How many threads decode beside other work, and that it changes no answer."""
+"""The number of decoding threads follows the background load and does not change the logits."""
 
 import subprocess
 import sys
@@ -11,11 +11,11 @@ import pytest
 from finetune_pipeline.inference.native import Batch, NativeModel
 from finetune_pipeline.inference.probe import write_tiny_gguf
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.inference.threads import LOOK_SECONDS, BackgroundLoad, Threads, threads_for
+from finetune_pipeline.inference.threads import MEASURE_SECONDS, BackgroundLoad, Threads, threads_for
 
 
 @pytest.mark.parametrize(
-    ("cores", "others", "most", "expected"),
+    ("cores", "used_by_others", "most", "expected"),
     [
         (2, 0.0, 2, 2),
         (2, 0.3, 2, 2),
@@ -28,8 +28,8 @@ from finetune_pipeline.inference.threads import LOOK_SECONDS, BackgroundLoad, Th
         (4, 0.0, 1, 1),
     ],
 )
-def test_as_many_threads_decode_as_find_a_core_of_their_own(cores, others, most, expected):
-    assert threads_for(cores, others, most) == expected
+def test_every_thread_gets_its_own_core(cores, used_by_others, most, expected):
+    assert threads_for(cores, used_by_others, most) == expected
 
 
 def spin(seconds):
@@ -38,43 +38,43 @@ def spin(seconds):
         pass
 
 
-def test_the_work_of_others_is_counted_and_ones_own_is_not():
-    work = BackgroundLoad()
+def test_only_the_load_of_other_processes_is_counted():
+    load = BackgroundLoad()
     spin(0.5)
-    before = work.since_last()
+    before = load.since_last()
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
     try:
         time.sleep(0.3)
-        work.since_last()
+        load.since_last()
         time.sleep(1.0)
-        beside = work.since_last()
+        loaded = load.since_last()
     finally:
         for loop in loops:
             loop.kill()
             loop.wait()
-    cores = len(work._cores)
+    cores = len(load._cores)
     assert 0 <= before <= cores
-    assert beside > 0.8 * min(4, cores)
+    assert loaded > 0.8 * min(4, cores)
 
 
-@pytest.mark.parametrize(("most", "fixed", "looks"), [(4, False, True), (4, True, False), (1, False, False)])
-def test_steady_threads_do_not_look(most, fixed, looks, monkeypatch):
+@pytest.mark.parametrize(("most", "fixed", "measures"), [(4, False, True), (4, True, False), (1, False, False)])
+def test_fixed_threads_do_not_measure_the_load(most, fixed, measures, monkeypatch):
     threads = Threads(most, fixed=fixed)
-    monkeypatch.setattr(threads._others, "since_last", lambda: 1000.0)
-    time.sleep(LOOK_SECONDS)
-    assert threads.look() == (1 if looks else most)
+    monkeypatch.setattr(threads._load, "since_last", lambda: 1000.0)
+    time.sleep(MEASURE_SECONDS)
+    assert threads.update() == (1 if measures else most)
     assert threads.most == most
 
 
 @pytest.mark.parametrize("changes", [[2, 2], [1, 2, 1, 3, 2, 1]])
-def test_the_number_of_threads_changes_no_logit(tmp_path, changes):
+def test_the_number_of_threads_does_not_change_the_logits(tmp_path, changes):
     write_tiny_gguf(tmp_path / "tiny.gguf")
     model = NativeModel(ModelSpec(gguf=tmp_path / "tiny.gguf", context=256, parallel=1, threads=3, fixed_threads=True))
-    prompt = model.tokenize("the same whatever else the machine does " * 3)
+    prompt = model.tokenize("the same under any load " * 3)
 
     def logits(counts):
         batch, rows = Batch(), []
-        model.forget(0)
+        model.clear_sequence(0)
         tokens, position = prompt, 0
         for count in counts:
             llama_cpp.llama_set_n_threads(model._context, count, count)

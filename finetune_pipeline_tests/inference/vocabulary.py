@@ -1,4 +1,4 @@
-"""A child process that reads conversations as the one that serves does, with a GGUF that has only a vocabulary."""
+"""A child process that tokenizes conversations as a worker does, with a GGUF that has only a vocabulary."""
 
 import ctypes
 import json
@@ -36,10 +36,10 @@ class Vocabulary(NativeModel):
 
 
 def read(worker, model, messages):
-    """Return the tokens of a conversation and their text, or why it was refused."""
+    """Return the tokens of a conversation and their text, or the error message."""
     try:
-        text = worker._chat.render(messages).text
-        tokens = worker._chat.tokens(messages)
+        text = worker._chat_template.render(messages).text
+        tokens = worker._chat_template.tokens(messages)
     except RequestRefused as refused:
         return {"refused": str(refused)}
     return {
@@ -47,13 +47,13 @@ def read(worker, model, messages):
         "decoded": model.text(tokens),
         "text": text,
         "parsed": model.tokenize(text),
-        "control": [token for token in tokens if token in worker._chat._control.numbers],
+        "control": [token for token in tokens if token in worker._chat_template._control.numbers],
     }
 
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     model = Vocabulary(asked["gguf"], asked["template"])
-    worker = Worker.__new__(Worker)  # all that is needed of it to read a conversation
+    worker = Worker.__new__(Worker)  # only what tokenizing a conversation needs
     worker._model, worker._spec = model, ModelSpec(gguf=asked["gguf"])
     json.dump([read(worker, model, messages) for messages in asked["conversations"]], sys.stdout)
