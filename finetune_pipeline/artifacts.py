@@ -1,8 +1,8 @@
-"""Where artifacts lie: `$FINETUNE_HOME/artifacts/<loop>/<stage>/<version>/`, each complete or not there at all.
+"""Artifacts on disk: `$FINETUNE_HOME/artifacts/<loop>/<stage>/<version>/`, each complete or absent.
 
-A version is the hash of what went in, so the same inputs give the same folder and finished work is found again. Files
-are written into a draft folder beside it, flushed, and renamed into place; `manifest.json` is the last file of the
-draft. A kill leaves a draft that the next run takes away (or, for training, goes on with).
+A version is a hash of the inputs and settings, so equal inputs give the same folder and finished work is reused. Files
+are written into a draft folder next to it, flushed, and renamed into place; `manifest.json` is written last. A kill
+leaves a draft, which the next run deletes (a training run resumes from it).
 """
 
 import errno
@@ -29,22 +29,22 @@ M = TypeVar("M", bound=Manifest)
 
 
 class ArtifactError(RuntimeError):
-    """An artifact is missing, damaged or cannot be written; the message says which, and what to do."""
+    """An artifact is missing, damaged or cannot be written; the message says which one and what to do."""
 
 
-class Damaged(ArtifactError):
-    """A file of an artifact is missing or has another size than when it was published."""
+class DamagedArtifactError(ArtifactError):
+    """A file of an artifact is missing, or its size differs from the manifest."""
 
 
-class Busy(ArtifactError):
-    """Another run works on the same artifact now."""
+class ArtifactBusyError(ArtifactError):
+    """Another process is writing the same artifact."""
 
 
 @dataclass(frozen=True)
 class Artifact(Generic[M]):
-    """A complete artifact: its folder, what its manifest says, and the SHA-256 of `manifest.json`.
+    """A complete artifact: its folder, its manifest, and the SHA-256 of `manifest.json`.
 
-    The manifest holds the hashes of all files, so its own hash identifies the complete artifact.
+    The manifest holds the hashes of all files, so its own hash identifies the whole artifact.
     """
 
     path: Path
@@ -53,27 +53,28 @@ class Artifact(Generic[M]):
 
 
 def hash_of(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value, the same for equal values whatever their order of keys."""
+    """Return the SHA-256 (hex) of a JSON value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
+    """Return the SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_file_cached(path: Path, *, again: bool = False) -> str:
-    """SHA-256 (hex) of a file's content; it is read only if its size, mtime, ctime or inode changed since it was last.
+def hash_file_cached(path: Path, *, force: bool = False) -> str:
+    """Return the SHA-256 (hex) of a file, read again only if its size, mtime, ctime or inode changed.
 
-    Changes below the file system are not detected: read the file `again` if its hash decides what was measured.
+    A change below the file system goes unnoticed: pass `force` where the hash decides what was measured.
 
-    Hashes are kept in `$FINETUNE_HOME/cache`. If two processes write them at once, those of one are lost and computed
-    again.
+    Hashes are cached in `$FINETUNE_HOME/cache`. If two processes write the cache at once, the entries of one are lost
+    and computed again later.
 
     Args:
-        again: read the file in any case.
+        path: the file.
+        force: read the file even if it looks unchanged.
     """
     cache = home() / "cache" / "file_hashes.json"
     try:
@@ -82,23 +83,23 @@ def hash_file_cached(path: Path, *, again: bool = False) -> str:
         known = {}
     real = path.resolve()
     stat = real.stat()
-    # ctime too: unlike mtime, no program can set it back after an edit.
+    # ctime as well: unlike mtime, a program cannot set it back after an edit.
     stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     before = known.get(str(real))
-    if before is not None and before[0] == stamp and not again:
+    if before is not None and before[0] == stamp and not force:
         return before[1]
     entry = [stamp, hash_file(real)]
     if entry != before:
-        with suppress(OSError):  # a full disk must keep nobody from a rollback
+        with suppress(OSError):  # a full disk must not prevent a rollback
             write_text(cache, json.dumps({**known, str(real): entry}, indent=1, sort_keys=True) + "\n")
     return entry[1]
 
 
 def check_content(path: Path, expected: str, remedy: str) -> None:
-    """Refuse a file whose content changed since it was written; see `hash_file_cached` for when it is read.
+    """Raise unless a file still has the expected SHA-256 (see `hash_file_cached` for when it is read).
 
     Raises:
-        ArtifactError: its SHA-256 differs; the message gives both hashes and the remedy.
+        ArtifactError: the hash differs; the message gives both hashes and the remedy.
     """
     found = hash_file_cached(path)
     if found != expected:
@@ -108,12 +109,12 @@ def check_content(path: Path, expected: str, remedy: str) -> None:
 
 
 def model_sha256(gguf_sha256: str, adapter_sha256: str | None) -> str:
-    """The identity of what runs: the file's hash, or one hash of a base's and its adapter's."""
+    """Return the identity of a served model: the GGUF's hash, or one hash over base GGUF and adapter GGUF."""
     return gguf_sha256 if adapter_sha256 is None else hash_of([gguf_sha256, adapter_sha256])
 
 
 def package_versions(*names: str) -> dict[str, str]:
-    """Versions of installed packages; one that is not installed is left out."""
+    """Return the versions of installed packages; packages that are not installed are left out."""
     versions = {}
     for name in names:
         try:
@@ -124,32 +125,36 @@ def package_versions(*names: str) -> dict[str, str]:
 
 
 def stage_folder(loop: str, stage: str) -> Path:
-    """The folder of all versions of a stage."""
+    """Return the folder that holds all versions of a stage."""
     return home() / "artifacts" / loop / stage
 
 
 def version_of(inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """The version that these inputs and settings give: 16 hex digits."""
+    """Return the version for these inputs and settings: 16 hex digits."""
     return hash_of({"inputs": dict(inputs), "settings": dict(settings)})[:16]
 
 
 def find(kind: type[M], loop: str, version: str) -> Artifact[M] | None:
-    """The artifact of this version if it is complete and its files have their size."""
+    """Return the artifact of this version, or None if it is not complete.
+
+    Raises:
+        ArtifactError: the manifest cannot be read, or a file is missing or has another size.
+    """
     path = stage_folder(loop, kind.stage) / version
     return read(kind, path) if (path / MANIFEST).exists() else None
 
 
 def find_unaltered(kind: type[M], loop: str, version: str) -> Artifact[M] | None:
-    """Find an artifact like `find`, but return None for one that was edited or not published by a run."""
+    """Return the artifact like `find`, but None if it was edited or not published by a run."""
     found = find(kind, loop, version)
-    return found if found is not None and alteration(found) is None else None
+    return found if found is not None and find_alteration(found) is None else None
 
 
 def read(kind: type[M], path: Path) -> Artifact[M]:
     """Open a complete artifact.
 
     Raises:
-        ArtifactError: there is no manifest, it is of another form, or a file is missing or of another size.
+        ArtifactError: the manifest is missing or has another format, or a file is missing or has another size.
     """
     remedy = f"materialize {kind.stage} again (delete {path} first)"
     try:
@@ -162,43 +167,49 @@ def read(kind: type[M], path: Path) -> Artifact[M]:
     for name, record in manifest.files.items():
         size = (path / name).stat().st_size if (path / name).exists() else None
         if size != record.size:
-            raise Damaged(f"{path / name}: expected {record.size} bytes, found {size}; {remedy}")
+            raise DamagedArtifactError(f"{path / name}: expected {record.size} bytes, found {size}; {remedy}")
     return Artifact(path, manifest, hashlib.sha256(content).hexdigest())
 
 
-_HASHED_AGAIN = 16_000_000
-"""Bytes up to which a file is hashed at every check; for larger files the cached hash is used."""
+_ALWAYS_HASHED_BYTES = 16_000_000
+"""Files up to this size are hashed at every check; larger files use the cached hash."""
 
 
-def alteration(artifact: Artifact[M]) -> str | None:
-    """Return how an artifact differs from what a run published; None if it is unaltered.
+def find_alteration(artifact: Artifact[M]) -> str | None:
+    """Return how an artifact differs from what a run published; None if it does not differ.
 
-    The hash of its manifest must be in the database, which editing files does not change, and its files must have the
-    hashes in the manifest.
+    The database holds the hash of every published manifest, so edited files cannot hide; the manifest holds the hashes
+    of the files.
     """
-    if not _is_recorded(artifact):
+    from finetune_pipeline.database import connect  # importing SQLAlchemy takes 0.2 s, which most commands do not need
+    from finetune_pipeline.database.artifacts import is_published
+
+    manifest = artifact.manifest
+    place = (manifest.loop, manifest.stage, manifest.version)
+    # A copy in another loop or under another version has a known hash, but not for this place.
+    if artifact.path.parts[-3:] != place or not is_published(connect(), *place, artifact.sha256):
         return f"{artifact.path / MANIFEST} is not what a run wrote"
     recorded = artifact.manifest.files
     inside = [path.relative_to(artifact.path) for path in artifact.path.rglob("*") if path.is_file()]
-    # Hidden files are not part of an artifact: training caches tokens there.
+    # Hidden files are not part of an artifact: training caches token ids there.
     found = {str(path) for path in inside if not any(part.startswith(".") for part in path.parts)} - {MANIFEST}
     if found != recorded.keys():
         names = ", ".join(sorted(found ^ recorded.keys())[:3])
         return f"files were added to or removed from {artifact.path}: {names}"
     for name, record in recorded.items():
         path = artifact.path / name
-        if (hash_file_cached if record.size > _HASHED_AGAIN else hash_file)(path) != record.sha256:
+        if (hash_file_cached if record.size > _ALWAYS_HASHED_BYTES else hash_file)(path) != record.sha256:
             return f"{path} is damaged or was replaced: its SHA-256 differs from the one in the manifest"
     return None
 
 
 def check_unaltered(artifact: Artifact[M]) -> None:
-    """Refuse an artifact that differs from what a run published.
+    """Raise if an artifact differs from what a run published.
 
     Raises:
-        ArtifactError: its manifest or one of its files was changed.
+        ArtifactError: the manifest or a file was changed.
     """
-    problem = alteration(artifact)
+    problem = find_alteration(artifact)
     if problem:
         raise ArtifactError(
             f"{problem}; materialize {artifact.manifest.stage} again (if an earlier version of this project made it, "
@@ -206,29 +217,21 @@ def check_unaltered(artifact: Artifact[M]) -> None:
         )
 
 
-def _is_recorded(artifact: Artifact[M]) -> bool:
-    from finetune_pipeline.database import connect
-    from finetune_pipeline.database.artifacts import is_made
-
-    manifest = artifact.manifest
-    there = (manifest.loop, manifest.stage, manifest.version)
-    # A copy from another loop, or under another version, has a recorded hash, but not for this place.
-    return artifact.path.parts[-3:] == there and is_made(connect(), *there, artifact.sha256)
-
-
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold `path` for this process; the lock goes with the process, also by kill -9.
+def try_lock(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock of `path` for this process, without waiting; `kill -9` releases it too.
 
     Raises:
-        Busy: another process holds it.
+        ArtifactBusyError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise Busy(f"another run is making {what} now ({path}); wait until it has finished, then run again") from None
+        raise ArtifactBusyError(
+            f"another run is making {what} now ({path}); wait until it has finished, then run again"
+        ) from None
     try:
         yield
     finally:
@@ -236,14 +239,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(path: Path, what: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Hold `path` for this process, after waiting until nobody else does; the lock goes with the process."""
+def wait_for_lock(path: Path, what: str, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of `path` for this process, waiting for it if needed; `kill -9` releases it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        tell(f"another {what} runs on this machine; waiting for its end")
+        log(f"another {what} is running on this machine; waiting for it to finish")
         lock.acquire()
     try:
         yield
@@ -251,7 +254,7 @@ def in_turn(path: Path, what: str, tell: Callable[[str], None]) -> Iterator[None
         lock.release()
 
 
-def obtain(
+def get_or_create(
     kind: type[M],
     loop: str,
     version: str,
@@ -263,27 +266,31 @@ def obtain(
     """Return the artifact of this version: an existing one if it is complete and unaltered, else a new one.
 
     Args:
-        make: writes the files into a draft folder and returns the manifest's fields but loop, version, time and files.
+        kind: manifest class of the stage.
+        loop: name of the loop.
+        version: see `version_of`.
+        make: writes the files into a draft folder and returns the manifest's fields except loop, version, created_at
+            and files.
         keep: see `draft`.
-        usable: whether a complete one will do, or has to be made anew.
+        usable: decides whether an existing artifact can be reused; otherwise it is made again.
 
     Raises:
-        Busy: another process is making it now.
-        ArtifactError: the disk is full, or the manifest of an existing one has another form.
+        ArtifactBusyError: another process is making the same version.
+        ArtifactError: the disk is full, or an existing manifest has another format.
     """
 
-    def known() -> Artifact[M] | None:
+    def existing() -> Artifact[M] | None:
         try:
             found = find_unaltered(kind, loop, version)
-        except Damaged:
+        except DamagedArtifactError:
             return None
         return found if found is not None and usable(found) else None
 
-    found = known()
+    found = existing()
     if found is not None:
         return found
     with draft(loop, kind.stage, version, keep=keep) as folder:
-        found = known()  # another process may have made it while this one came to the lock
+        found = existing()  # another process may have made it before this one got the lock
         if found is not None:
             return found
         return publish(folder, kind, {"loop": loop, "version": version, **make(folder)})
@@ -291,18 +298,21 @@ def obtain(
 
 @contextmanager
 def draft(loop: str, stage: str, version: str, *, keep: bool = False) -> Iterator[Path]:
-    """A folder to write an artifact into, alone; `publish` ends it.
+    """Open a locked draft folder for an artifact; `publish` turns it into the artifact.
 
     Args:
-        keep: leave the folder after a fault and start from what an earlier one left (training resumes there).
+        loop: name of the loop.
+        stage: name of the stage.
+        version: see `version_of`.
+        keep: keep the folder after an error and start from its content next time (training resumes there).
 
     Raises:
-        Busy: another process is making the same version.
-        ArtifactError: the disk is full; nothing half-written is left.
+        ArtifactBusyError: another process is making the same version.
+        ArtifactError: the disk is full; no partial artifact remains.
     """
     path = stage_folder(loop, stage) / f".draft-{version}"
     try:
-        with locked(path, f"{stage} {version} of {loop}"):
+        with try_lock(path, f"{stage} {version} of {loop}"):
             if not keep:
                 shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True, exist_ok=True)
@@ -312,30 +322,30 @@ def draft(loop: str, stage: str, version: str, *, keep: bool = False) -> Iterato
                 if not keep:
                     shutil.rmtree(path, ignore_errors=True)
                 raise
-            shutil.rmtree(path, ignore_errors=True)  # published, it has another name; else it was not needed
+            shutil.rmtree(path, ignore_errors=True)  # after `publish` nothing is left here
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
         raise disk_full(path, error) from error
 
 
-_WORDS_OF_A_FULL_DISK = (
+_DISK_FULL_MESSAGES = (
     "No space left on device",
     "os error 28",
     "Disk quota exceeded",
     "os error 122",
-    "enforce fail at inline_container.cc",  # torch.save, whose archive came out shorter than what was written
+    "enforce fail at inline_container.cc",  # torch.save: the archive is shorter than what was written
     "requested and 0 written",  # numpy's tofile
 )
 
 
-def tells_of_full_disk(log: str) -> bool:
-    """Whether what a child process wrote last means that the disk was full."""
-    return any(words in log for words in _WORDS_OF_A_FULL_DISK)
+def is_disk_full_message(log: str) -> bool:
+    """Return whether the last output of a child process says that the disk was full."""
+    return any(message in log for message in _DISK_FULL_MESSAGES)
 
 
 def disk_full(path: Path, error: object) -> ArtifactError:
-    """The error of a full disk, with what is free and what to do."""
+    """Return the error for a full disk, with the free space and what to do."""
     there = next(parent for parent in [path, *path.parents] if parent.exists())
     free = shutil.disk_usage(there).free / 1e6
     return ArtifactError(
@@ -347,12 +357,13 @@ def disk_full(path: Path, error: object) -> ArtifactError:
 def publish(
     folder: Path, kind: type[M], fields: Mapping[str, Any], known: Mapping[str, FileRecord] | None = None
 ) -> Artifact[M]:
-    """Make a draft the artifact: hash and flush its files, write the manifest, rename the folder into place.
+    """Turn a draft into the artifact: hash and flush its files, write the manifest, rename the folder.
 
     Args:
-        folder: the draft's folder.
-        fields: the manifest's fields but `created_at` and `files`.
-        known: files taken over from an older artifact as they were, whose hashes its manifest knows.
+        folder: the draft folder.
+        kind: manifest class of the stage.
+        fields: the manifest's fields except `created_at` and `files`.
+        known: unchanged files of an older artifact, with their hashes, so that they are not hashed again.
     """
     files = dict(known or {})
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
@@ -364,10 +375,14 @@ def publish(
     content = manifest.model_dump_json(indent=2) + "\n"
     write_text(folder / MANIFEST, content)
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    _record(manifest, sha256)  # before the rename: if the process is killed, no folder exists without its record
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.database.artifacts import record_published
+
+    # Before the rename, so that a killed process leaves no folder that the database does not know.
+    record_published(connect(), manifest.loop, manifest.stage, manifest.version, sha256, manifest.created_at)
     final, old = folder.parent / manifest.version, folder.parent / f".old-{manifest.version}"
     shutil.rmtree(old, ignore_errors=True)
-    if final.exists():  # damaged, or made anew: it goes only when the new one stands
+    if final.exists():  # damaged or made again: delete it only once the new one is in place
         final.rename(old)
     folder.rename(final)
     flush(final.parent)
@@ -375,16 +390,8 @@ def publish(
     return Artifact(final, manifest, sha256)
 
 
-def _record(manifest: Manifest, sha256: str) -> None:
-    # Imported here: most commands need no artifact, and importing SQLAlchemy takes 0.2 s.
-    from finetune_pipeline.database import connect
-    from finetune_pipeline.database.artifacts import record_made
-
-    record_made(connect(), manifest.loop, manifest.stage, manifest.version, sha256, manifest.created_at)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
+    """Write a file atomically: a kill leaves the old content or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, force=True) as file:
         file.write(text)
@@ -392,17 +399,18 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[IO[str]]:
-    """Open a text file for writing that is there whole or not at all: a kill or a fault leaves what was there before.
+    """Open a text file that appears under its name only when complete; a kill or an error leaves the old file.
 
     Args:
-        force: overwrite what is there.
+        path: the file.
+        force: replace an existing file.
 
     Raises:
-        FileExistsError: it is there already, and not `force`.
-        OSError: it cannot be written.
+        FileExistsError: the file exists and `force` is false.
+        OSError: the file cannot be written.
     """
     if path.exists() and not force:
-        raise FileExistsError(errno.EEXIST, "is there already", str(path))
+        raise FileExistsError(errno.EEXIST, "already exists", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -424,17 +432,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def point(manifest: Manifest, run: str) -> None:
-    """Remember that this version is a run's own, and the latest of its stage."""
+def set_latest(manifest: Manifest, run: str) -> None:
+    """Point the run and the stage's `latest` pointer to this version."""
     for name in (run, "latest"):
         write_text(_pointer(manifest.loop, name, manifest.stage), json.dumps({"version": manifest.version}) + "\n")
 
 
-def pointed(kind: type[M], loop: str, run: str = "latest") -> Artifact[M] | None:
-    """The artifact that a run made of a stage (or the one made last), or None if it made none.
+def get_latest(kind: type[M], loop: str, run: str = "latest") -> Artifact[M] | None:
+    """Return the artifact that a run made of a stage (by default the latest), or None if there is none.
 
     Raises:
-        ArtifactError: it was made but is gone or damaged.
+        ArtifactError: the artifact is missing or damaged.
     """
     path = _pointer(loop, run, kind.stage)
     if not path.exists():

@@ -9,13 +9,13 @@ import pytest
 
 from finetune_pipeline import artifacts
 from finetune_pipeline.artifacts import (
+    ArtifactBusyError,
     ArtifactError,
-    Busy,
     draft,
     find,
+    get_latest,
     hash_file,
     hash_file_cached,
-    pointed,
     publish,
     stage_folder,
 )
@@ -80,7 +80,7 @@ def test_a_second_run_is_told_and_a_killed_one_leaves_the_way_free():
     holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
         assert holder.stdout.readline() == "holding\n"
-        with pytest.raises(Busy, match="another run is making base_gguf v1 of notes now"):
+        with pytest.raises(ArtifactBusyError, match="another run is making base_gguf v1 of notes now"):
             make()
     finally:
         holder.send_signal(signal.SIGKILL)
@@ -111,10 +111,10 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path, monkeypatch):
 
 def test_a_run_points_to_its_own_version_and_others_to_the_latest():
     manifest = make().manifest
-    artifacts.point(manifest, "run-1")
-    assert pointed(BaseGgufManifest, "notes", "run-1").manifest == manifest
-    assert pointed(BaseGgufManifest, "notes").manifest == manifest
-    assert pointed(BaseGgufManifest, "notes", "run-2") is None
+    artifacts.set_latest(manifest, "run-1")
+    assert get_latest(BaseGgufManifest, "notes", "run-1").manifest == manifest
+    assert get_latest(BaseGgufManifest, "notes").manifest == manifest
+    assert get_latest(BaseGgufManifest, "notes", "run-2") is None
 
 
 WRITER = """
@@ -147,9 +147,9 @@ def test_a_hash_is_of_the_value_and_not_of_its_order():
 
 
 WAIT = """
-from finetune_pipeline.artifacts import in_turn
+from finetune_pipeline.artifacts import wait_for_lock
 from finetune_pipeline.settings import home
-with in_turn(home() / "training", "training", lambda text: print(text, flush=True)):
+with wait_for_lock(home() / "training", "training", lambda text: print(text, flush=True)):
     print("my turn", flush=True)
 """
 
@@ -159,7 +159,7 @@ def test_the_next_one_waits_its_turn_and_gets_it_when_the_holder_is_killed():
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env={**os.environ})
     assert holder.stdout.readline() == "my turn\n"
     waiting = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True, env={**os.environ})
-    assert waiting.stdout.readline() == "another training runs on this machine; waiting for its end\n"
+    assert waiting.stdout.readline() == "another training is running on this machine; waiting for it to finish\n"
     holder.kill()
     holder.wait()
     assert waiting.communicate(timeout=30)[0] == "my turn\n"
@@ -190,6 +190,6 @@ def test_a_file_is_hashed_again_only_when_something_of_it_changed(tmp_path, own_
     file.write_text("ten")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # the same size, inode and mtime, but another ctime
     assert hash_file_cached(file) == hash_file(file) and len(read) == 5
-    assert hash_file_cached(file, again=True) == hash_file(file) and len(read) == 6
+    assert hash_file_cached(file, force=True) == hash_file(file) and len(read) == 6
     (own_home / "cache" / "file_hashes.json").write_text("{")
     assert hash_file_cached(file) == hash_file(file)

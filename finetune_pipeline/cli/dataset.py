@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from finetune_pipeline.artifacts import Artifact, ArtifactError, pointed, read, stage_folder
+from finetune_pipeline.artifacts import Artifact, ArtifactError, get_latest, read, stage_folder
 from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.curation.card import DATASET_CARD
 from finetune_pipeline.curation.dataset import SPLITS, learnt
@@ -81,7 +81,7 @@ def _dataset(loop: LoopSettings, version: str | None) -> "Dataset":
     """
     folder = stage_folder(loop.name, DatasetManifest.stage)
     if version is None:
-        newest = pointed(DatasetManifest, loop.name)
+        newest = get_latest(DatasetManifest, loop.name)
         if newest is None:
             raise ArtifactError(f"loop {loop.name} has no dataset yet; `finetune run --loop {loop.name}` makes one")
         return newest

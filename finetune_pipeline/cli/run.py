@@ -14,7 +14,7 @@ from typing import IO
 
 import click
 
-from finetune_pipeline.artifacts import locked
+from finetune_pipeline.artifacts import try_lock
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home, load_loop
@@ -54,7 +54,7 @@ def demo(context: click.Context) -> None:
     from finetune_pipeline.cli.summary import show_summary
 
     folder = home() / "demo"
-    with locked(folder, "the demo"):
+    with try_lock(folder, "the demo"):
         click.echo(f"the demo runs in {folder}; an earlier demo there is replaced")
         shutil.rmtree(folder, ignore_errors=True)
         os.environ["FINETUNE_HOME"] = str(folder)

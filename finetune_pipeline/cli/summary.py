@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from finetune_pipeline.artifacts import pointed
+from finetune_pipeline.artifacts import get_latest
 from finetune_pipeline.evaluation.figures import show
 from finetune_pipeline.evaluation.report import HTML, JSON
 from finetune_pipeline.records import AdapterManifest, DatasetManifest, PromotionManifest, ReportManifest
@@ -16,27 +16,27 @@ from finetune_pipeline.settings import LoopSettings
 
 def show_summary(loop: LoopSettings) -> None:
     """Print what the newest artifacts of a loop say; stages that were not reached are left out."""
-    dataset = pointed(DatasetManifest, loop.name)
+    dataset = get_latest(DatasetManifest, loop.name)
     if dataset is not None:
         m = dataset.manifest
         click.echo(
             f"examples  {m.train + m.validation - m.replayed} from use ({m.validation} of them validate), "
             f"{m.replayed} replayed, {sum(m.left_out.values())} left out"
         )
-    adapter = pointed(AdapterManifest, loop.name)
+    adapter = get_latest(AdapterManifest, loop.name)
     if adapter is not None:
         a = adapter.manifest
         click.echo(
             f"training  loss {a.loss_before:.3f} -> {a.loss_after:.3f} in {a.steps} steps, {a.wall_seconds:.0f} s, "
             f"{a.tokens_per_second:,.0f} tokens/s, peak {a.peak_memory_bytes / 2**30:.2f} GiB on {a.device}"
         )
-    report = pointed(ReportManifest, loop.name)
+    report = get_latest(ReportManifest, loop.name)
     if report is not None:
         Console().print(_table(json.loads((report.path / JSON).read_text(encoding="utf-8"))))
         verdict = click.style("promote", fg="green") if report.manifest.promote else click.style("reject", fg="red")
         click.echo(f"verdict   {verdict}: {report.manifest.reason}")
         click.echo(f"report    {report.path / HTML}")
-    promotion = pointed(PromotionManifest, loop.name)
+    promotion = get_latest(PromotionManifest, loop.name)
     if promotion is not None:
         click.echo(f"promoted  {click.style(promotion.manifest.model, bold=True)}")
         click.echo(f"GGUF      {promotion.manifest.gguf_path}")

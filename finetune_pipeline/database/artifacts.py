@@ -9,7 +9,7 @@ from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import published_artifacts
 
 
-def record_made(db: Database, loop: str, stage: str, version: str, sha256: str, created_at: datetime) -> None:
+def record_published(db: Database, loop: str, stage: str, version: str, sha256: str, created_at: datetime) -> None:
     """Record that this artifact was published.
 
     Args:
@@ -20,7 +20,7 @@ def record_made(db: Database, loop: str, stage: str, version: str, sha256: str, 
         insert_if_absent(connection, published_artifacts, values)
 
 
-def is_made(db: Database, loop: str, stage: str, version: str, sha256: str) -> bool:
+def is_published(db: Database, loop: str, stage: str, version: str, sha256: str) -> bool:
     """Return whether an artifact with this manifest was published."""
     table = published_artifacts.c
     here = (table.loop == loop, table.stage == stage, table.version == version, table.sha256 == sha256)

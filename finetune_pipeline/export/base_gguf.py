@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.artifacts import Artifact, obtain, package_versions, version_of
+from finetune_pipeline.artifacts import Artifact, get_or_create, package_versions, version_of
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.model import export
 from finetune_pipeline.records import BaseGgufManifest
@@ -40,4 +40,4 @@ def base_gguf_artifact(loop: LoopSettings, tell: Callable[[str], None]) -> Artif
             "base_hash": inputs["base_model"],
         }
 
-    return obtain(BaseGgufManifest, loop.name, version_of(inputs, settings), make)
+    return get_or_create(BaseGgufManifest, loop.name, version_of(inputs, settings), make)

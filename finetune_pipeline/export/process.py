@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from finetune_pipeline.artifacts import disk_full, tells_of_full_disk
+from finetune_pipeline.artifacts import disk_full, is_disk_full_message
 from finetune_pipeline.settings import home
 
 _LOG_LINES = 15
@@ -44,7 +44,7 @@ def run(command: Sequence[str], what: str, environment: Mapping[str, str] | None
         process.kill()
         process.wait()
         raise
-    if process.returncode and tells_of_full_disk(output):
+    if process.returncode and is_disk_full_message(output):
         raise ExportError(f"{what} failed: {disk_full(home(), output.strip().splitlines()[-1])}")
     if process.returncode:
         raise ExportError(f"{what} {_how(process.returncode)}. Its last lines:\n{_tail(output)}")

@@ -12,8 +12,8 @@ from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
     check_content,
+    get_or_create,
     model_sha256,
-    obtain,
     package_versions,
     read,
     stage_folder,
@@ -143,7 +143,7 @@ def model(
             return False  # the base's file was made again and is another
         return all(outcome.passed for outcome in _kept_outcomes(found.path) if outcome.name in BLOCKING)
 
-    return obtain(GgufManifest, loop.name, version_of(inputs, settings), make, usable=passed)
+    return get_or_create(GgufManifest, loop.name, version_of(inputs, settings), make, usable=passed)
 
 
 def _export(

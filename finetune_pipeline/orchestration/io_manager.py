@@ -37,7 +37,7 @@ class ArtifactPointers(dg.IOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: Artifact[Any]) -> None:
         """Remember which version this run made."""
-        artifacts.point(obj.manifest, context.run_id)
+        artifacts.set_latest(obj.manifest, context.run_id)
 
     def load_input(self, context: dg.InputContext) -> Artifact[Any]:
         """Return the version of this run, or the latest one; refuse one that was edited.
@@ -46,8 +46,8 @@ class ArtifactPointers(dg.IOManager):
             ArtifactError: the stage was never materialized, or its artifact is gone or was edited.
         """
         kind = STAGES[context.asset_key.path[-1]]
-        own = artifacts.pointed(kind, self._loop, context.step_context.run_id)
-        found = own or artifacts.pointed(kind, self._loop)
+        own = artifacts.get_latest(kind, self._loop, context.step_context.run_id)
+        found = own or artifacts.get_latest(kind, self._loop)
         if found is None:
             raise ArtifactError(
                 f"{kind.stage} of loop {self._loop} was never materialized here; materialize it first, or select "

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_origin
 import dagster as dg
 from pydantic import Field, create_model
 
-from finetune_pipeline.artifacts import Artifact, in_turn, obtain, package_versions, version_of
+from finetune_pipeline.artifacts import Artifact, get_or_create, package_versions, version_of, wait_for_lock
 from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.database import connect
@@ -149,7 +149,7 @@ def adapter(
             settings=settings,
             initial_adapter=begin.adapter.path / ADAPTER if begin.adapter else None,
         )
-        with in_turn(home() / "training", "training", tell):
+        with wait_for_lock(home() / "training", "training", tell):
             done = last_complete(folder / CHECKPOINTS, job.key)
             if done is not None:
                 tell(f"goes on from the checkpoint of step {step_of(done)}")
@@ -171,7 +171,7 @@ def adapter(
             **_figures(result),
         }
 
-    return obtain(AdapterManifest, loop.name, version_of(inputs, shaping), make, keep=True)
+    return get_or_create(AdapterManifest, loop.name, version_of(inputs, shaping), make, keep=True)
 
 
 def _learned_from(dataset: Artifact[DatasetManifest], initial: Artifact[AdapterManifest] | None) -> dict[str, str]:

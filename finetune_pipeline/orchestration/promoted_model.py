@@ -10,10 +10,10 @@ import dagster as dg
 from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
-    alteration,
+    find_alteration,
+    get_or_create,
     hash_file,
     model_sha256,
-    obtain,
     package_versions,
     version_of,
     write_text,
@@ -104,7 +104,7 @@ def check_measured(loop: LoopSettings, report: Artifact[ReportManifest], gguf: A
     judged = find_comparison(connect(), loop.name, manifest.comparison_id)
     found = {
         "the GGUF": ((measured, gguf.manifest.version), (manifest.challenger_sha256, manifest.inputs["gguf_model"])),
-        "the report": (alteration(report), None),
+        "the report": (find_alteration(report), None),
         "the report in the database": (judged.report_sha256 if judged else None, report.sha256),
         "base model, benchmark, schema, rules or gate settings": (settings_hash(loop), manifest.inputs["settings"]),
     }
@@ -185,7 +185,7 @@ def _keep(loop: LoopSettings, report: Artifact[ReportManifest], model: ModelVers
         write_text(folder / MODEL_CARD, card(connect(), loop, model))
         return fields
 
-    return obtain(PromotionManifest, loop.name, version, make)
+    return get_or_create(PromotionManifest, loop.name, version, make)
 
 
 def _metadata(artifact: Artifact[PromotionManifest], model: ModelVersion, verdict: Verdict) -> dict[str, Any]:

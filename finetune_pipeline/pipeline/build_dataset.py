@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.artifacts import Artifact, hash_of, obtain, package_versions, version_of, write_text
+from finetune_pipeline.artifacts import Artifact, get_or_create, hash_of, package_versions, version_of, write_text
 from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_card
 from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, curate_files, write_dataset
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
@@ -72,7 +72,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         write_text(folder / DATASET_CARD, card)
         return {**made, **_figures(curated)}
 
-    return obtain(DatasetManifest, loop.name, version, make)
+    return get_or_create(DatasetManifest, loop.name, version, make)
 
 
 def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[str, str]) -> "Cache":

@@ -12,12 +12,12 @@ import sqlalchemy as sa
 from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
-    alteration,
     draft,
+    find_alteration,
     find_unaltered,
+    get_latest,
     hash_file,
     package_versions,
-    pointed,
     publish,
     version_of,
 )
@@ -138,10 +138,10 @@ def _no_interactions(loop: LoopSettings, sources: Sequence[Fed]) -> str:
 def _last_usable(loop: LoopSettings, connection: sa.Connection, until: int) -> Artifact[RawLogsManifest] | None:
     """Return the last snapshot if the next one can link its shards."""
     try:
-        last = pointed(RawLogsManifest, loop.name)
+        last = get_latest(RawLogsManifest, loop.name)
     except ArtifactError:  # deleted or damaged
         return None
-    if last is None or alteration(last) or last.manifest.settings != _settings(loop):
+    if last is None or find_alteration(last) or last.manifest.settings != _settings(loop):
         return None
     if last.manifest.watermark > until:  # the database was restored from an earlier backup
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from finetune_pipeline.artifacts import hash_of, in_turn
+from finetune_pipeline.artifacts import hash_of, wait_for_lock
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
@@ -127,7 +127,7 @@ def read_feed(
     """
     sync = _Sync(loop, feed, database, reward_function(loop.feedback))
     # One that began before another would retract what only the other saw.
-    with in_turn(home() / "cache" / "feeds" / loop.name / feed.name, f"reading of {feed.name}", tell):
+    with wait_for_lock(home() / "cache" / "feeds" / loop.name / feed.name, f"reading of {feed.name}", tell):
         for batch in _batches(read(feed, sync.cursor())):
             sync.take(batch)
         sync.finish()

@@ -16,7 +16,15 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from finetune_pipeline.artifacts import MANIFEST, ArtifactError, Busy, locked, pointed, read, stage_folder
+from finetune_pipeline.artifacts import (
+    MANIFEST,
+    ArtifactBusyError,
+    ArtifactError,
+    get_latest,
+    read,
+    stage_folder,
+    try_lock,
+)
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import champions, model_versions
 from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
@@ -156,9 +164,9 @@ def delete(db: Database, loop: LoopSettings, base_hash: str, keep: int, doomed: 
     """Delete these folders, but for those that came to be needed since they were surveyed; returns what went.
 
     Raises:
-        Busy: another deletion runs.
+        ArtifactBusyError: another deletion runs.
     """
-    with locked(home() / "artifacts" / loop.name / ".deletion", "room among the model files"):
+    with try_lock(home() / "artifacts" / loop.name / ".deletion", "room among the model files"):
         left = [fate for fate in survey(db, loop, base_hash, keep) if fate.folder.left]
         _remove_put_aside(loop.name)
         with moving(db, loop.name) as move:
@@ -188,10 +196,10 @@ def _mark_deleted(move: Move, folders: Sequence[ModelFolder]) -> None:
 def _put_aside(path: Path) -> bool:
     """Rename a folder, so that it is gone at once; False if a run makes it anew in this moment."""
     try:
-        with locked(path.parent / f".draft-{path.name}", path.name):
+        with try_lock(path.parent / f".draft-{path.name}", path.name):
             path.rename(path.with_name(f"{_GOING}{path.name}"))
             return True
-    except Busy:
+    except ArtifactBusyError:
         return False
 
 
@@ -250,7 +258,7 @@ def _put_aside_folders(loop: str) -> list[Path]:
 
 def _newest(loop: str) -> str | None:
     try:
-        newest = pointed(GgufManifest, loop)
+        newest = get_latest(GgufManifest, loop)
     except ArtifactError:  # it was made and is gone or damaged: nobody can take it
         return None
     return newest.manifest.version if newest else None
@@ -259,9 +267,9 @@ def _newest(loop: str) -> str | None:
 def _being_made(path: Path) -> str:
     draft = path.with_name(f".draft-{path.name}")
     try:
-        with locked(draft, path.name) if draft.with_name(f"{draft.name}.lock").exists() else nullcontext():
+        with try_lock(draft, path.name) if draft.with_name(f"{draft.name}.lock").exists() else nullcontext():
             return ""
-    except Busy:
+    except ArtifactBusyError:
         return "a run makes it anew now"
 
 

@@ -167,7 +167,7 @@ def check_file(model: Candidate, *, again: bool = True) -> None:
         check_kept(model)
     for path, expected in model.files.items():
         try:
-            found = hash_file_cached(path, again=again)
+            found = hash_file_cached(path, force=again)
         except (FileNotFoundError, IsADirectoryError):  # or was deleted at this moment, by a run that makes room
             raise _gone(model, path) from None
         if found != expected:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_pipeline.artifacts import disk_full, tells_of_full_disk, write_text
+from finetune_pipeline.artifacts import disk_full, is_disk_full_message, write_text
 from finetune_pipeline.training.backends import choose
 from finetune_pipeline.training.base_model import check_base_model
 from finetune_pipeline.training.job import (
@@ -101,7 +101,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 def _failure(status: int, job: JobConfig, before: int) -> str:
     lines = _last_lines(job.output / LOG, before)
-    if tells_of_full_disk("\n".join(lines)):
+    if is_disk_full_message("\n".join(lines)):
         return str(disk_full(job.output, lines[-1].strip()))
     if status == REFUSED:
         text = "\n".join(lines)

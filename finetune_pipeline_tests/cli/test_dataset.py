@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from finetune_pipeline.artifacts import point
+from finetune_pipeline.artifacts import set_latest
 from finetune_pipeline.cli import options
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.curation.dataset import SPLITS, learnt
@@ -40,7 +40,7 @@ def loop(make_loop, monkeypatch):  # noqa: F811
 def make_dataset(loop):
     artifact, _ = snapshot(loop, connect())
     made = dataset(loop, artifact)
-    point(made.manifest, "run")
+    set_latest(made.manifest, "run")
     return made
 
 

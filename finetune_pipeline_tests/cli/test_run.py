@@ -20,7 +20,10 @@ RUN = "00000000-0000-4000-8000-000000000000"
         (f"{HEAD} - DEBUG - __ASSET_JOB - {RUN} - 77 - raw_logs - LOADED_INPUT - Loaded", None),
         ("Traceback (most recent call last):", None),
         ("ValueError: of somebody else", None),
-        ("finetune_pipeline.artifacts.Busy: wait", f"\x1b[31m{'':<16} wait\x1b[0m"),  # the reason of a failure
+        (
+            "finetune_pipeline.artifacts.ArtifactBusyError: wait",
+            f"\x1b[31m{'':<16} wait\x1b[0m",
+        ),  # the reason of a failure
     ],
 )
 def test_of_dagsters_log_only_what_people_want_is_shown(line, shown):

@@ -5,7 +5,7 @@ import json
 import dagster as dg
 import pytest
 
-from finetune_pipeline.artifacts import ArtifactError, model_sha256, obtain, point, pointed
+from finetune_pipeline.artifacts import ArtifactError, get_latest, get_or_create, model_sha256, set_latest
 from finetune_pipeline.cli.ask import answers, spec_of
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
@@ -30,7 +30,7 @@ def run(loop, instance, *stages):
 def make_adapter(loop, seed):
     """An adapter of random weights in the place of a trained one."""
     base = resolve_base_model(loop.base_model)
-    dataset = pointed(DatasetManifest, "notes")
+    dataset = get_latest(DatasetManifest, "notes")
     inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
 
     def make(folder):
@@ -39,12 +39,12 @@ def make_adapter(loop, seed):
         about["datasets"] = {dataset.manifest.version: dataset.sha256}
         return {**about, "base_hash": inputs["base_model"], **FIGURES}
 
-    point(obtain(AdapterManifest, "notes", f"{seed:016}", make).manifest, "by hand")
+    set_latest(get_or_create(AdapterManifest, "notes", f"{seed:016}", make).manifest, "by hand")
 
 
 def ask_for_what_it_answers(loop, folder):
     """Make the newest export's own answers the right ones, so that it wins; returns them."""
-    spec = what_serves(pointed(GgufManifest, "notes"))
+    spec = what_serves(get_latest(GgufManifest, "notes"))
     expected = answers(loop, spec, *(row["prompt"] for row in BENCHMARK))
     rows = [{**row, "expected": answer} for row, answer in zip(BENCHMARK, expected, strict=True)]
     (folder / "benchmark.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,7 +56,7 @@ def judge(loop, instance, folder):
     run(loop, instance, "gguf_model")
     expected = ask_for_what_it_answers(loop, folder)
     run(loop, instance, "eval_report", "promoted_model")
-    serving, report = champion(connect(), "notes"), pointed(ReportManifest, "notes").manifest
+    serving, report = champion(connect(), "notes"), get_latest(ReportManifest, "notes").manifest
     assert serving.sha256 == report.challenger_sha256
     assert answers(loop, spec_of(loop, "champion")[1], BENCHMARK[0]["prompt"]) == expected[:1]
     return serving, report
@@ -76,7 +76,7 @@ def test_pairs_and_merged_models_are_compared_and_promoted_as_what_would_serve(m
 
     make_adapter(pair, 0)
     first, report = judge(pair, instance, tmp_path)
-    made = pointed(GgufManifest, "notes")
+    made = get_latest(GgufManifest, "notes")
     assert {path.name for path in made.path.iterdir()} == {"adapter.gguf", CHECKS, "manifest.json"}
     assert made.manifest.form == "adapter" and made.manifest.inputs["base_gguf"] == first.gguf_path.parent.name
     assert {outcome["name"]: outcome["passed"] for outcome in json.loads((made.path / CHECKS).read_text())} == {

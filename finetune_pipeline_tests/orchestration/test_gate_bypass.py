@@ -10,7 +10,16 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, point, pointed, publish, read, stage_folder
+from finetune_pipeline.artifacts import (
+    ArtifactError,
+    draft,
+    get_latest,
+    hash_file,
+    publish,
+    read,
+    set_latest,
+    stage_folder,
+)
 from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.tables import check_outcomes, comparisons
@@ -120,7 +129,7 @@ def better(report):
 def test_what_nobody_touched_is_promoted(loop, instance):
     assert run(loop, instance, "promoted_model").success
     assert served().version == "v1.0.0"
-    report = pointed(ReportManifest, "notes")
+    report = get_latest(ReportManifest, "notes")
     assert find_comparison(connect(), "notes", report.manifest.version).report_sha256 == report.sha256
 
 
@@ -128,7 +137,7 @@ def test_what_nobody_touched_is_promoted(loop, instance):
 def test_a_rejected_report_that_was_rewritten_promotes_nothing(loop, settled, instance, claims):
     strict = settled(gate=IMPOSSIBLE)
     assert not run_softly(strict, instance, "eval_report", "promoted_model").success
-    forge(pointed(ReportManifest, "notes"), JSON, better, **claims)
+    forge(get_latest(ReportManifest, "notes"), JSON, better, **claims)
     with pytest.raises(ArtifactError, match="is not what a run wrote"):
         run(strict, instance, "promoted_model")
     assert served() is None
@@ -136,7 +145,7 @@ def test_a_rejected_report_that_was_rewritten_promotes_nothing(loop, settled, in
 
 @pytest.mark.parametrize("stage", ["gguf_model", "eval_report"])
 def test_an_edited_input_of_the_promotion_is_refused(loop, instance, stage):
-    artifact = pointed(STAGES[stage], "notes")
+    artifact = get_latest(STAGES[stage], "notes")
     flip_last_byte(max((path for path in artifact.path.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size))
     with pytest.raises(ArtifactError, match="is damaged or was replaced"):
         run(loop, instance, "promoted_model")
@@ -144,7 +153,7 @@ def test_an_edited_input_of_the_promotion_is_refused(loop, instance, stage):
 
 
 def test_a_report_under_another_version_or_from_another_loop_is_refused(loop, instance):
-    passing = pointed(ReportManifest, "notes")
+    passing = get_latest(ReportManifest, "notes")
     other = stage_folder("notes", "eval_report") / "0123456789abcdef"
     shutil.copytree(passing.path, other)
     foreign = stage_folder("other", "eval_report") / passing.manifest.version
@@ -194,7 +203,7 @@ BLOCKING = [(kind.stage, name) for kind in (DatasetManifest, GgufManifest) for n
 @pytest.mark.parametrize(("stage", "name"), BLOCKING)
 @pytest.mark.parametrize("how", ["failed", "was not run"])
 def test_what_did_not_pass_a_blocking_check_is_neither_evaluated_nor_promoted(loop, instance, stage, name, how):
-    artifact = pointed(STAGES[stage], "notes")
+    artifact = get_latest(STAGES[stage], "notes")
     assert outcomes_of(connect(), "notes", STAGES[stage], artifact.manifest.version, artifact.sha256)[name].passed
     if how == "failed":
         passed = dict.fromkeys(STAGES[stage].blocking_checks, True)
@@ -235,14 +244,14 @@ def test_the_blocking_checks_are_those_whose_outcomes_are_asked_for(loop):
 
 @pytest.mark.parametrize("stage", ["curated_dataset", "lora_adapter", "gguf_model"])
 def test_an_artifact_that_was_edited_by_hand_is_refused_and_made_again(loop, instance, stage):
-    artifact = pointed(STAGES[stage], "notes")
+    artifact = get_latest(STAGES[stage], "notes")
     edit(artifact.path / "manifest.json", lambda manifest: manifest.update(watermark=10**6))
     following = {"curated_dataset": "lora_adapter", "lora_adapter": "gguf_model", "gguf_model": "eval_report"}[stage]
     with pytest.raises(ArtifactError, match="is not what a run wrote; materialize"):
         run(loop, instance, following)
     if stage == "curated_dataset":
         run(loop, instance, "curated_dataset")  # made again
-        assert pointed(DatasetManifest, "notes").manifest.watermark < 10**6
+        assert get_latest(DatasetManifest, "notes").manifest.watermark < 10**6
 
 
 def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
@@ -254,7 +263,7 @@ def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
     assert len(history(connect(), "notes")) == 1
     rollback(connect(), "notes", "ann", "worse in practice")
     for version in (second, first):
-        point(read(ReportManifest, stage_folder("notes", "eval_report") / version).manifest, "by hand")
+        set_latest(read(ReportManifest, stage_folder("notes", "eval_report") / version).manifest, "by hand")
         with pytest.raises(ChampionMoved, match="rollback by ann"):
             run(loop, instance, "promoted_model")
     assert served() is None
@@ -297,7 +306,7 @@ def test_data_that_gave_the_champion_again_counts_as_judged(loop, instance):
     run(loop, instance, "promoted_model")
     judged = judged_watermark(connect(), "notes")
     newer = {"watermark": judged + 7}
-    gguf = pointed(GgufManifest, "notes")
+    gguf = get_latest(GgufManifest, "notes")
     with draft("notes", "gguf_model", "f" * 16) as folder:  # trained on more, and the same file to the last byte
         for path in gguf.path.iterdir():
             if path.name != "manifest.json":
@@ -305,7 +314,7 @@ def test_data_that_gave_the_champion_again_counts_as_judged(loop, instance):
         fields = gguf.manifest.model_dump(exclude={"files", "created_at"})
         again = publish(folder, GgufManifest, {**fields, "version": "f" * 16, **newer})
     record_outcomes(connect(), again, dict.fromkeys(GgufManifest.blocking_checks, True), "run-1")
-    point(again.manifest, "by hand")
+    set_latest(again.manifest, "by hand")
     assert run(loop, instance, "eval_report", "promoted_model").success
     assert judged_watermark(connect(), "notes") == judged + 7
     assert len(history(connect(), "notes")) == 1
@@ -333,7 +342,7 @@ def trained_twice(loop, settled, instance, benchmark, monkeypatch):
     later = settled(training={**ATTRIBUTES["training"], "mode": "incremental"})
     write_events(later.drop_folder / "later.jsonl", *corrected(f"other{n}" for n in range(10)))
     run(later, instance, "raw_logs", "curated_dataset")
-    assert pointed(DatasetManifest, "notes").manifest.near_benchmark
+    assert get_latest(DatasetManifest, "notes").manifest.near_benchmark
     monkeypatch.setattr(incremental, "obstacle", lambda *_: None)  # the champion's adapter is one of random weights
     return later
 
@@ -351,15 +360,15 @@ def copied(artifact, version, *, other_bytes="", **changes):
 
 
 def test_a_model_whose_first_training_learned_what_a_new_benchmark_asks_is_not_evaluated(trained_twice, instance):
-    adapter, gguf = pointed(AdapterManifest, "notes"), pointed(GgufManifest, "notes")
-    dataset = pointed(DatasetManifest, "notes")
+    adapter, gguf = get_latest(AdapterManifest, "notes"), get_latest(GgufManifest, "notes")
+    dataset = get_latest(DatasetManifest, "notes")
     datasets = {**gguf.manifest.datasets, dataset.manifest.version: dataset.sha256}
     inputs = {**adapter.manifest.inputs, "curated_dataset": dataset.manifest.version}
     second = copied(adapter, "d" * 16, inputs=inputs, datasets=datasets)
     trained = {"adapter_version": second.manifest.version, "datasets": datasets}
     challenger = copied(gguf, "e" * 16, other_bytes=gguf.manifest.gguf, **trained)
     record_outcomes(connect(), challenger, dict.fromkeys(GgufManifest.blocking_checks, True), "run-1")
-    point(challenger.manifest, "by hand")
+    set_latest(challenger.manifest, "by hand")
     compared = list_comparisons(connect(), "notes")
     with pytest.raises(NotProven, match="made for another benchmark, and 1 of its examples"):
         run(trained_twice, instance, "eval_report", "promoted_model")
@@ -368,17 +377,17 @@ def test_a_model_whose_first_training_learned_what_a_new_benchmark_asks_is_not_e
 
 @pytest.mark.parametrize("there", [True, False])
 def test_nothing_goes_on_from_an_adapter_that_learned_what_a_new_benchmark_asks(trained_twice, there):
-    loop, adapter = trained_twice, pointed(AdapterManifest, "notes")
+    loop, adapter = trained_twice, get_latest(AdapterManifest, "notes")
     if not there:  # a dataset of an even earlier training, which is gone
         copied(adapter, adapter.manifest.version, datasets={"0" * 16: "0" * 64, **adapter.manifest.datasets})
     base = base_hash(resolve_base_model(loop.base_model))
-    begin = incremental.start(loop, loop.training, pointed(DatasetManifest, "notes"), DATASET, base)
+    begin = incremental.start(loop, loop.training, get_latest(DatasetManifest, "notes"), DATASET, base)
     expected = "made for another benchmark, and 1 of its examples" if there else "cannot be compared with the benchmark"
     assert begin.mode == "full" and expected in begin.reason
 
 
 def test_a_champion_that_was_damaged_is_no_easy_opponent(loop, instance, own_home):
-    gguf = pointed(GgufManifest, "notes")
+    gguf = get_latest(GgufManifest, "notes")
     path = own_home / "champion.gguf"
     shutil.copy(gguf.path / gguf.manifest.gguf, path)
     flip_last_byte(path)  # another model than the challenger

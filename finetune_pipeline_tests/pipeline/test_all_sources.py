@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from finetune_pipeline.artifacts import pointed
+from finetune_pipeline.artifacts import get_latest
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.records import DatasetManifest
 from finetune_pipeline.settings import PROJECT_ROOT
@@ -72,7 +72,7 @@ def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_fr
     checks = {e.check_name: e.passed for e in run.get_asset_check_evaluations()}
     assert checks["sources_read"]
 
-    dataset = pointed(DatasetManifest, loop.name)
+    dataset = get_latest(DatasetManifest, loop.name)
     rows = [row for row in read_rows(dataset.path, "train") if row["source"] != "replay"]
     provenances = {
         source: sorted(r["provenance"] or "" for r in rows if r["source"] == source)

@@ -5,7 +5,7 @@ import shutil
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from finetune_pipeline.artifacts import point
+from finetune_pipeline.artifacts import set_latest
 from finetune_pipeline.curation import sifted, sifting
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
@@ -25,7 +25,7 @@ def take(loop, *names):
     with connect().write() as connection:
         record(connection, loop.name, corrected(names), default_reward)
     artifact, _ = snapshot(loop, connect())
-    point(artifact.manifest, "a run")  # the next snapshot builds on it
+    set_latest(artifact.manifest, "a run")  # the next snapshot builds on it
     return artifact
 
 
@@ -62,7 +62,7 @@ def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_
     for items in ([ash, birch], [ash], [ash, birch], [ash], [ash, birch, cedar]):
         read_feed(loop, loop.sources[0], connect(), lambda feed, mark, items=items: iter(items))
         logs, _ = snapshot(loop, connect())
-        point(logs.manifest, "a run")
+        set_latest(logs.manifest, "a run")
         warm = dataset(loop, logs)
     parts = [logs.manifest.files[part].sha256 for part in logs.manifest.shards]
     assert len(set(parts)) < len(parts), "two cycles withdrew the same"

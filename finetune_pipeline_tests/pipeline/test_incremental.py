@@ -6,7 +6,7 @@ from base64 import b64decode
 import dagster as dg
 import pytest
 
-from finetune_pipeline.artifacts import hash_file, pointed
+from finetune_pipeline.artifacts import get_latest, hash_file
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.orchestration.automation import automation
@@ -33,7 +33,7 @@ SMALL = {
 def materialize(loop, instance, *stages):
     job = definitions(loop).resolve_implicit_global_asset_job_def()
     job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey(["notes", one]) for one in stages])
-    return pointed(AdapterManifest, "notes")
+    return get_latest(AdapterManifest, "notes")
 
 
 def observed(instance):
@@ -85,11 +85,11 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     make_champion(first, tmp_path)
     again = materialize(more, instance, "lora_adapter")
     assert again.manifest.version == first.manifest.version  # nothing is new: the same training, which is there
-    learnt = {row["prompt"] for row in read_rows(pointed(DatasetManifest, "notes").path, "train")}
+    learnt = {row["prompt"] for row in read_rows(get_latest(DatasetManifest, "notes").path, "train")}
 
     write_events(events, *corrected(f"guest{n}" for n in range(10)))
     second = materialize(more, instance, *stages)
-    dataset = pointed(DatasetManifest, "notes")
+    dataset = get_latest(DatasetManifest, "notes")
     rows = read_rows(dataset.path, "train")
     replayed = [row for row in rows if row["source"] == "replay"]
     assert {row["prompt"] for row in replayed} - learnt  # other ones than before, which are no news all the same

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from finetune_pipeline.artifacts import point, pointed, stage_folder
+from finetune_pipeline.artifacts import get_latest, set_latest, stage_folder
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
@@ -30,7 +30,7 @@ def add(loop, *events, database=None):
 def take(loop, database=None):
     """A snapshot as a run would take it: the pointer moves."""
     artifact, _ = snapshots.snapshot(loop, database or connect())
-    point(artifact.manifest, "a run")
+    set_latest(artifact.manifest, "a run")
     return artifact
 
 
@@ -68,7 +68,7 @@ def test_one_run_links_what_another_run_wrote(loop, instance):
         (event,) = [e for e in done.get_asset_materialization_events() if e.asset_key.path[-1] == "raw_logs"]
         metadata = event.materialization.metadata
         assert (metadata["shards"].value, metadata["rows_of_newest_shard"].value) == (parts, 8)
-    assert pointed(DatasetManifest, loop.name).manifest.inputs["raw_logs"] == metadata["version"].value
+    assert get_latest(DatasetManifest, loop.name).manifest.inputs["raw_logs"] == metadata["version"].value
 
 
 def test_nothing_new_gives_the_last_snapshot(loop):

@@ -411,7 +411,7 @@ def test_two_readings_of_a_source_at_once_take_turns(loop):
     assert begun.wait(60)
     read_feed(loop, feed, connect(), lambda settings, cursor: iter(items("ash", "elm")), tell)
     first.join()
-    assert said == ["another reading of imported runs on this machine; waiting for its end"]
+    assert said == ["another reading of imported is running on this machine; waiting for it to finish"]
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.artifacts import Busy, draft, hash_file, locked, point, publish, stage_folder
+from finetune_pipeline.artifacts import ArtifactBusyError, draft, hash_file, publish, set_latest, stage_folder, try_lock
 from finetune_pipeline.database import Database
 from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry import champion as champion_module
@@ -154,7 +154,7 @@ def test_the_newest_export_stays_though_it_was_rejected(db: Database) -> None:
     for number, name in enumerate("ab"):
         path = gguf(name)
         report(f"r{number}", name, False)
-        point(GgufManifest.model_validate_json((path / "manifest.json").read_bytes()), "run-1")
+        set_latest(GgufManifest.model_validate_json((path / "manifest.json").read_bytes()), "run-1")
     assert collect(db) == ["a"]
 
 
@@ -353,8 +353,8 @@ def test_two_deletions_at_once_do_not_meet(db: Database) -> None:
     gguf("a")
     report("r", "a", False)
     with (
-        locked(stage_folder("aec", ".deletion"), "room"),
-        pytest.raises(Busy, match="another run is making room among the model files now"),
+        try_lock(stage_folder("aec", ".deletion"), "room"),
+        pytest.raises(ArtifactBusyError, match="another run is making room among the model files now"),
     ):
         collect(db)
     assert collect(db) == ["a"]
