@@ -117,11 +117,11 @@ def check(schema, valid=(), invalid=()):
         ({"x-guidance": {"lenient": True}, "type": "integer", "maximum": 3}, [3], [4]),
     ],
 )
-def test_it_is_enforced(schema, valid, invalid):
+def test_a_schema_is_enforced(schema, valid, invalid):
     check(schema, valid, invalid)
 
 
-def test_no_name_comes_twice_under_two_spellings():
+def test_no_property_is_generated_in_two_spellings():
     grammar = compile_grammar(BYTES, {"properties": {"a": {"type": "integer"}}})
     assert accepts(grammar, None, '{"a":1, "b":2}')
     assert not accepts(grammar, None, r'{"a":1, "\u0061":"x"}')
@@ -135,7 +135,7 @@ def nested(levels, leaf):
 
 
 @pytest.mark.timeout(60)
-def test_the_check_of_a_deep_answer_takes_no_exponential_time():
+def test_checking_a_deep_answer_takes_no_exponential_time():
     parts = [{"properties": {"a": {"$ref": "#/$defs/n"}, "tags": {"type": "array"}}} for _ in range(4)]
     schema = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "anyOf": parts}}}
     deep = nested(60, {"tags": [1, 1]})
@@ -146,19 +146,19 @@ def test_the_check_of_a_deep_answer_takes_no_exponential_time():
         compile_grammar(BYTES, schema).check(deep)
 
 
-def test_items_are_unique_at_any_depth_of_a_recursive_model():
+def test_unique_items_are_checked_at_any_depth():
     node = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}, "a": {"$ref": "#"}}}
     compile_grammar(BYTES, node).check(nested(60, {"tags": [1, 2]}))
     with pytest.raises(RequestRefused, match=r"two items at #.*/a/tags are equal"):
         compile_grammar(BYTES, node).check(nested(60, {"tags": [1, 1]}))
 
 
-def test_a_number_that_nobody_can_read_is_no_answer():
+def test_a_number_beyond_floats_is_refused():
     grammar = compile_grammar(BYTES, {"type": "number"})
     assert accepts(grammar, None, "1e99") and not accepts(grammar, None, "1e999")
 
 
-def test_a_pattern_whose_names_are_all_used_is_no_dead_end():
+def test_a_pattern_whose_names_are_all_used_leaves_other_tokens():
     schema = {"propertyNames": {"const": "a"}, "type": "object", "properties": {"a": {"type": "integer"}, "b": {}}}
     matcher = compile_grammar(BYTES, schema).matcher()
     for byte in b'{"a":1':
@@ -310,7 +310,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("mode", ["validation", "serialization"])
-def test_what_pydantic_2_writes_is_enforced(mode):
+def test_schemas_of_pydantic_2_are_enforced(mode):
     grammar = compile_grammar(BYTES, Everything.model_json_schema(mode=mode))
     valid = VALID | ({"amount": "1.25"} if mode == "serialization" else {})
     assert accepts(grammar, valid)
@@ -382,7 +382,7 @@ PYDANTIC_1 = {
         ("pet", {"kind": "dog"}, {"kind": "cow"}),
     ],
 )
-def test_what_pydantic_1_writes_is_enforced(name, valid, invalid):
+def test_schemas_of_pydantic_1_are_enforced(name, valid, invalid):
     schema = {**PYDANTIC_1, "properties": {n: s for n, s in PYDANTIC_1["properties"].items() if n in (name, "bounded")}}
     order = list(schema["properties"])
     whole = [{n: ({"bounded": 3} | {name: value})[n] for n in order} for value in (valid, invalid)]
@@ -457,7 +457,7 @@ for _ in range(100):
         ({"type": "gibberish"}, "type"),
     ],
 )
-def test_what_is_not_enforced_is_refused_by_keyword_and_path(part, keyword):
+def test_an_unenforceable_keyword_is_refused_with_its_path(part, keyword):
     schema = {"type": "object", "properties": {"x": {"type": "array", "items": part}}, "required": ["x"]}
     with pytest.raises(RequestRefused, match=rf"json_schema at #/properties/x/items[^ ]*: {re.escape(keyword)}: "):
         compile_grammar(BYTES, schema)
@@ -473,7 +473,7 @@ def test_what_is_not_enforced_is_refused_by_keyword_and_path(part, keyword):
         ({"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}, "refers back to itself"),
         ({"$ref": "other.json"}, "only references within it"),
         ({"$ref": "#anchor"}, "only references within it"),
-        ({"enum": ["x" * 90_000]}, "bytes, at most"),
+        ({"enum": ["x" * 90_000]}, "bytes; at most"),
         (DEEP, "levels deep"),
         ({"$schema": "https://example.com/own"}, "is not known"),
         ({"properties": 7}, "properties: not a valid JSON Schema"),
@@ -491,7 +491,7 @@ def test_what_is_not_enforced_is_refused_by_keyword_and_path(part, keyword):
         ),
     ],
 )
-def test_a_schema_that_cannot_be_used_says_why(schema, says):
+def test_an_unusable_schema_is_refused_with_the_reason(schema, says):
     with pytest.raises(RequestRefused, match=says):
         compile_grammar(BYTES, schema)
 
@@ -532,7 +532,7 @@ def chain_of_objects(length):
         ({"allOf": [{"multipleOf": 50}, {"multipleOf": 20}]}, None),
     ],
 )
-def test_what_takes_exponential_time_is_refused_before_it_is_compiled(schema, keyword):
+def test_schemas_that_take_exponential_time_are_refused(schema, keyword):
     if keyword is None:
         json_schema.rewrite_schema(schema)
     else:
@@ -541,7 +541,7 @@ def test_what_takes_exponential_time_is_refused_before_it_is_compiled(schema, ke
 
 
 @pytest.mark.parametrize("required", [True, False])
-def test_branches_that_refer_to_themselves_are_compared_in_a_moment(required):
+def test_recursive_branches_are_compared_quickly(required):
     names = [f"p{n}" for n in range(20)]
     tree = {name: {"properties": {p: ref(name) for p in names}, "required": names * required} for name in "ab"}
     schema = {"$defs": tree, "oneOf": [ref("a"), ref("b")]}
@@ -559,7 +559,7 @@ def test_branches_that_refer_to_themselves_are_compared_in_a_moment(required):
     assert found and "branches 0 and 1 may match the same value" in found[0]
 
 
-def test_many_types_that_refer_to_each_other_are_enforced():
+def test_mutually_recursive_types_are_enforced():
     kinds = [f"k{n}" for n in range(30)]
     each = {
         kind: {
@@ -579,7 +579,7 @@ def test_many_types_that_refer_to_each_other_are_enforced():
     )
 
 
-def test_a_deep_answer_with_repeated_items_is_refused_with_its_path():
+def test_repeated_items_in_a_deep_answer_are_refused_with_their_path():
     branches = [
         {"type": "object", "properties": {"a": ref("e"), "z": {"const": k}}, "required": ["a", "z"]} for k in range(3)
     ]

@@ -47,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(body, **fields):
+def fake_upstream(body, **fields):
     """Yield a server with this response, and the settings for it."""
     with Server(body if isinstance(body, bytes) else body.encode(), **fields) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -98,7 +98,7 @@ def ask(settings, request=ASK, on_delta=None):
 
 def test_a_completion_is_assembled_from_its_deltas():
     deltas = []
-    with serving(WHOLE) as (server, settings):
+    with fake_upstream(WHOLE) as (server, settings):
         answer = ask(settings, on_delta=deltas.append)
     assert (answer.text, deltas, answer.finish_reason) == ('{"a":42}', ['{"a":', "42", "}"], "stop")
     assert (answer.prompt_tokens, answer.completion_tokens) == (11, 6)
@@ -111,7 +111,7 @@ def test_all_generation_parameters_are_sent():
     request = ASK.model_copy(
         update={"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ("x",), "json_schema": {"type": "object"}}
     )
-    with serving(WHOLE) as (server, settings):
+    with fake_upstream(WHOLE) as (server, settings):
         ask(settings, request)
         ask(settings)
     asked, plain = server.asked
@@ -125,7 +125,7 @@ def test_all_generation_parameters_are_sent():
 @pytest.mark.parametrize(("given", "expected"), [(None, None), (0, 0), (7, 7)])
 def test_the_seed_that_was_sent_is_in_the_completion(given, expected):
     request = ASK.model_copy(update={"temperature": 0.5, "seed": given})
-    with serving(WHOLE) as (server, settings):
+    with fake_upstream(WHOLE) as (server, settings):
         seeds = [ask(settings, request).seed for _ in range(2)]
         greedy = ask(settings)
     assert [body.get("seed") for body in server.asked] == [*seeds, None]
@@ -135,7 +135,7 @@ def test_the_seed_that_was_sent_is_in_the_completion(given, expected):
 
 def test_the_api_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("OTHER_KEY", "s3cret")
-    with serving(WHOLE) as (server, settings):
+    with fake_upstream(WHOLE) as (server, settings):
         ask(settings.model_copy(update={"api_key_env": "OTHER_KEY"}))
         ask(settings)
         assert server.headers[0]["Authorization"] == "Bearer s3cret"
@@ -146,13 +146,13 @@ def test_the_api_key_comes_from_the_environment(monkeypatch):
 
 
 def test_without_logprobs_there_is_no_confidence():
-    with serving(sse(chunk("hi"), chunk(finish="length"), "[DONE]")) as (_, settings):
+    with fake_upstream(sse(chunk("hi"), chunk(finish="length"), "[DONE]")) as (_, settings):
         answer = ask(settings)
     assert (answer.text, answer.confidence, answer.finish_reason, answer.prompt_tokens) == ("hi", None, "length", 0)
 
 
 def test_a_raw_prompt_cannot_be_sent():
-    with serving(WHOLE) as (server, settings), pytest.raises(RequestRefused, match="send messages"):
+    with fake_upstream(WHOLE) as (server, settings), pytest.raises(RequestRefused, match="send messages"):
         ask(settings, GenerateRequest(prompt="x", max_tokens=1))
     assert server.asked == []
 
@@ -160,13 +160,13 @@ def test_a_raw_prompt_cannot_be_sent():
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_request_error_refuses_the_request(status):
     says = pytest.raises(RequestRefused, match=rf"returned status {status}: .*too long")
-    with serving('{"error": "too long"}', status=status) as (_, settings), says:
+    with fake_upstream('{"error": "too long"}', status=status) as (_, settings), says:
         ask(settings)
 
 
 @pytest.mark.parametrize("status", [301, 401, 403, 404, 429, 500, 503])
 def test_any_other_status_is_an_upstream_failure(status):
-    with serving("x" * 10_000, status=status) as (_, settings), pytest.raises(UpstreamFailed) as failed:
+    with fake_upstream("x" * 10_000, status=status) as (_, settings), pytest.raises(UpstreamFailed) as failed:
         ask(settings)
     assert settings.url in str(failed.value)
     assert len(str(failed.value)) < 600
@@ -195,12 +195,15 @@ BROKEN = {
 
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN.keys())
 def test_an_invalid_stream_is_an_upstream_failure(body):
-    with serving(body) as (_, settings), pytest.raises(UpstreamFailed):
+    with fake_upstream(body) as (_, settings), pytest.raises(UpstreamFailed):
         ask(settings)
 
 
 def test_a_broken_connection_is_an_upstream_failure():
-    with serving(sse(chunk("hi")), length=10_000) as (_, settings), pytest.raises(UpstreamFailed, match="not answer"):
+    with (
+        fake_upstream(sse(chunk("hi")), length=10_000) as (_, settings),
+        pytest.raises(UpstreamFailed, match="not answer"),
+    ):
         ask(settings)
 
 
@@ -218,7 +221,7 @@ def test_surrogates_and_invalid_counts_are_replaced():
         {"choices": [], "usage": {"prompt_tokens": "many", "completion_tokens": -1}},
     )
     deltas = []
-    with serving(body) as (_, settings):
+    with fake_upstream(body) as (_, settings):
         answer = ask(settings, on_delta=deltas.append)
     assert (answer.text, deltas) == ("a?b", ["a?b"])
     assert (answer.prompt_tokens, answer.completion_tokens) == (0, 0)

@@ -11,7 +11,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.registry import champion
 from finetune_pipeline.registry.model_versions import RegistryError
-from finetune_pipeline_tests.inference.test_remote import answering, chunk, sse
+from finetune_pipeline_tests.inference.test_remote import chunk, fake_upstream, sse
 from finetune_pipeline_tests.serving.conftest import make_loop, promote, serving, wait_until
 
 
@@ -125,7 +125,7 @@ def test_a_base_model_damaged_while_it_serves_is_exported_again_and_loaded_anew(
 
 def test_a_model_whose_answers_are_empty_degrades_health_until_it_says_something_again():
     silent, talking = sse(chunk(finish="stop")), sse(chunk("hello"), chunk(finish="stop"))
-    with answering(silent) as (server, upstream):
+    with fake_upstream(silent) as (server, upstream):
         settings = {"upstream": upstream.model_dump(), "fallback": None}
         with serving(make_loop("quiet", serving=settings)) as running:
 
@@ -150,7 +150,7 @@ def test_a_model_whose_answers_are_empty_degrades_health_until_it_says_something
 
 
 def test_an_application_whose_answers_may_be_empty_can_say_so():
-    with answering(sse(chunk(finish="stop"))) as (_, upstream):
+    with fake_upstream(sse(chunk(finish="stop"))) as (_, upstream):
         settings = {"upstream": upstream.model_dump(), "fallback": None, "empty_limit": 1.0}
         with serving(make_loop("mute", serving=settings)) as running:
             for _ in range(25):
