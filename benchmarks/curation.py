@@ -158,8 +158,8 @@ def run(*paths: str) -> dict[str, Any]:
     import shutil
 
     from finetune_pipeline import artifacts
+    from finetune_pipeline.manifests import RawLogsManifest
     from finetune_pipeline.pipeline.build_dataset import dataset
-    from finetune_pipeline.records import RawLogsManifest
     from finetune_pipeline.settings import load_loop
 
     loop = load_loop(LOOP)
@@ -384,9 +384,9 @@ def ours(rows: list[list[str]]) -> list[int]:
 
     from finetune_pipeline.curation.near_duplicates import Sketches, components, sketch
     from finetune_pipeline.curation.sifting import answer_key
-    from finetune_pipeline.records import normalise
+    from finetune_pipeline.records import normalize
 
-    questions = [normalise(row[0]) for row in rows]
+    questions = [normalize(row[0]) for row in rows]
     answers = np.array([answer_key(row[1]) for row in rows], np.uint64)
     parts = [sketch(questions[at : at + 2_000], answers[at : at + 2_000]) for at in range(0, len(rows), 2_000)]
     whole = Sketches(

@@ -181,13 +181,13 @@ def _engine_alone(parallel: int) -> float:
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.inference.engine import Engine
     from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
-    from finetune_pipeline.records import chat
+    from finetune_pipeline.records import chat_messages
     from finetune_pipeline.settings import load_loop
 
     loop = load_loop(LOOP)
     gguf = base_gguf(loop, lambda _: None)
     requests = [
-        GenerateRequest(messages=chat(loop.system_prompt, prompt), max_tokens=loop.max_tokens)
+        GenerateRequest(messages=chat_messages(loop.system_prompt, prompt), max_tokens=loop.max_tokens)
         for prompt in _prompts(REQUESTS // (1 if parallel > 1 else 4))
     ]
     with Engine(ModelSpec(gguf=gguf, context=loop.context, parallel=parallel)) as engine:

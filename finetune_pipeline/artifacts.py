@@ -21,7 +21,7 @@ from typing import IO, Any, Generic, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from finetune_pipeline.records import FileRecord, Manifest
+from finetune_pipeline.manifests import FileRecord, Manifest
 from finetune_pipeline.settings import home
 
 MANIFEST = "manifest.json"

@@ -1,15 +1,15 @@
-"""What crosses rooms: the events that arrive, the example that they become, and the manifest of each stage."""
+"""Records shared by all packages: interactions, feedback, and the examples made from them."""
 
 import hashlib
-import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from finetune_pipeline.validation_messages import short_repr
 
 Rating = Literal["1", "2", "3", "4", "5", "gold"]
 Message = dict[str, str]
@@ -21,11 +21,11 @@ PERSON_KINDS = frozenset({"correction", "thumbs_up", "thumbs_down", "rating"})
 
 
 def _storable(text: str) -> str:
-    # PostgreSQL cannot hold NUL, UTF-8 no half of a surrogate pair, and no real prompt has either.
+    # PostgreSQL cannot store NUL, and UTF-8 cannot encode an unpaired surrogate. No real prompt has either.
     if "\x00" in text:
-        raise ValueError("holds a NUL character, which no store can keep; remove it")
+        raise ValueError("contains a NUL character, which cannot be stored; remove it")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("holds half of a surrogate pair, which is no character; remove it")
+        raise ValueError("contains an unpaired surrogate, which is not a valid character; remove it")
     return text
 
 
@@ -37,13 +37,14 @@ def _in_utc(moment: datetime) -> datetime:
 
 
 CLOCK_SKEW = timedelta(minutes=10)
-"""How far ahead the clock of an event's source may be. Later feedback outranks earlier feedback, so feedback from the
-future would outrank all that is given until then."""
+"""How far ahead of this machine's clock an event may be. Later feedback outranks earlier feedback, so feedback from the
+future would outrank everything given until then."""
 
 
 def is_in_future(moment: datetime) -> bool:
-    """Return whether a time is ahead by more than CLOCK_SKEW; a time without a zone is UTC."""
-    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment  # in UTC it may lie after the year 9999
+    """Return whether a time is ahead by more than CLOCK_SKEW; a time without a time zone is UTC."""
+    # Not converted to UTC: there it could be after the year 9999, which `datetime` cannot represent.
+    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     return aware > datetime.now(UTC) + CLOCK_SKEW
 
 
@@ -55,24 +56,24 @@ def not_in_future(moment: datetime) -> datetime:
     """
     if is_in_future(moment):
         raise ValueError(
-            f"{_in_utc(moment).isoformat()} is in the future (here it is {datetime.now(UTC).isoformat()}; a time "
-            "without a zone is UTC); leave it out, or fix the clock or the time zone of its source"
+            f"{_in_utc(moment).isoformat()} is in the future (now it is {datetime.now(UTC).isoformat()}; a time "
+            "without a time zone is UTC); leave it out, or fix the clock or the time zone where it was written"
         )
     return moment
 
 
+# JSON Schema can express the rule on NUL, but not the one on surrogates.
 _NO_NUL = {"pattern": r"^[^\u0000]*$"}
-"""What of it a JSON Schema can say."""
 
 Text = Annotated[str, Field(json_schema_extra=_NO_NUL), AfterValidator(_storable)]
 ShortText = Annotated[str, Field(max_length=200, json_schema_extra=_NO_NUL), AfterValidator(_storable)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
-Moment = Annotated[datetime, AfterValidator(_in_utc)]
-PastMoment = Annotated[Moment, AfterValidator(not_in_future)]
+UtcDatetime = Annotated[datetime, AfterValidator(_in_utc)]
+PastUtcDatetime = Annotated[UtcDatetime, AfterValidator(not_in_future)]
 
 
 class Record(BaseModel):
-    """Base of all records: frozen, unknown keys refused, no NaN."""
+    """Base class of all records: frozen, without unknown keys or NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -85,34 +86,36 @@ class Turn(Record):
 
 
 class Interaction(Record):
-    """One exchange with a model in service, as an application logs it."""
+    """One logged prompt and answer."""
 
     event: Literal["interaction"] = "interaction"
-    id: UUID = Field(description="Id of the interaction, given by who logs it; the same id twice is one interaction.")
+    id: UUID = Field(description="Id, chosen by the application; a repeated id is recorded once.")
     loop: str = Field(max_length=60, description="Name of the loop.")
-    created_at: Moment
+    created_at: UtcDatetime
     prompt: Text = Field(min_length=1, description="What the user asked, without the loop's system prompt.")
     history: tuple[Turn, ...] = Field(
-        default=(), description="Messages before the prompt; one of the system stands instead of the loop's own."
+        default=(), description="Messages before the prompt; a system message replaces the loop's system prompt."
     )
-    output: Text = Field(description="What the model answered.")
-    model: ShortText | None = Field(default=None, description="Which model answered: loop@version.")
-    confidence: float | None = Field(default=None, ge=0, le=1, description="Lowest probability among value tokens.")
-    validation_score: float | None = Field(default=None, ge=0, le=100, description="What a validator gave on the spot.")
-    user: ShortText | None = Field(default=None, description="The author: whose words the prompt are.")
+    output: Text = Field(description="The model's answer.")
+    model: ShortText | None = Field(default=None, description="The model that answered: loop@version.")
+    confidence: float | None = Field(default=None, ge=0, le=1, description="Lowest probability among the value tokens.")
+    validation_score: float | None = Field(
+        default=None, ge=0, le=100, description="Score of a validator at answer time, 0 to 100."
+    )
+    user: ShortText | None = Field(default=None, description="Author of the prompt.")
     domain: ShortText | None = None
-    kind: ShortText | None = Field(default=None, description="Kind of request, in the application's own terms.")
-    retrieved_context: Text | None = Field(default=None, description="What was retrieved and put into the prompt.")
+    kind: ShortText | None = Field(default=None, description="Kind of request, in the application's terms.")
+    retrieved_context: Text | None = Field(default=None, description="Retrieved text that was put into the prompt.")
     source: ShortText | None = Field(
-        default=None, description="Which declared source it was made from; none: an application logged it."
+        default=None, description="The declared source it came from; null if an application logged it."
     )
     provenance: Text | None = Field(
-        default=None, max_length=1_000, description="Where in that source: a note, a file and line, a row's key."
+        default=None, max_length=1_000, description="Where in that source: note, file and line, or row key."
     )
     variant: ShortText | None = Field(
-        default=None, description="Traffic variant: what was meant to answer, such as champion."
+        default=None, description="Traffic variant the request was routed to, such as champion."
     )
-    flag: ShortText | None = Field(default=None, description="Why a person should look at the answer.")
+    flag: ShortText | None = Field(default=None, description="Reason why a person should review the answer.")
     latency_ms: float | None = Field(default=None, ge=0)
     prompt_tokens: Count | None = None
     completion_tokens: Count | None = None
@@ -120,29 +123,29 @@ class Interaction(Record):
         default=None,
         ge=0,
         lt=2**63,
-        description="Seed that the answer was sampled with; null: temperature 0, or unknown.",
+        description="Sampling seed; null at temperature 0, or if unknown.",
     )
 
 
 class Feedback(Record):
-    """What a person or a validator thought of one answer."""
+    """What a person or a validator said about one interaction."""
 
     event: Literal["feedback"] = "feedback"
-    id: UUID = Field(description="Id of this feedback; the same id twice is one feedback.")
+    id: UUID = Field(description="Id, chosen by the application; a repeated id is recorded once.")
     loop: str = Field(max_length=60, description="Name of the loop.")
     interaction_id: UUID
-    created_at: Moment
+    created_at: UtcDatetime
     kind: FeedbackKind
-    score: float | None = Field(default=None, ge=0, le=100, description="Of success and validation_failure.")
-    rating: Rating | None = Field(default=None, description="Of rating: 1 to 5 stars, or gold.")
+    score: float | None = Field(default=None, ge=0, le=100, description="For success and validation_failure: 0 to 100.")
+    rating: Rating | None = Field(default=None, description="For rating: 1 to 5 stars, or gold.")
     reward: float | None = Field(
-        default=None, ge=-1, le=1, description="The reward, where the application knows it better than the table."
+        default=None, ge=-1, le=1, description="A reward of the application's own; replaces the computed one."
     )
-    correction: Text | None = Field(default=None, description="The answer as it should have been.")
+    correction: Text | None = Field(default=None, description="The corrected answer.")
     output_hash: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
-        description="text_hash of the output it speaks of; default the logged.",
+        description="text_hash of the answer it is about; default: the logged output.",
     )
     user: ShortText | None = None
 
@@ -162,13 +165,13 @@ class Feedback(Record):
 Event = Annotated[Interaction | Feedback, Field(discriminator="event")]
 
 
-def logged(event: Interaction | Feedback) -> Interaction | Feedback:
-    """Return an event of an application unchanged.
+def validate_application_event(event: Interaction | Feedback) -> Interaction | Feedback:
+    """Return an application's event unchanged, or raise if it has a field that only a source sync may set.
 
-    It must not claim a declared source: it would be retracted as soon as that source is read.
+    An event that claimed a declared source would be retracted at the next sync of that source.
 
     Raises:
-        ValueError: it has a source or an provenance, or its time is in the future.
+        ValueError: it has a source or a provenance, or its time is in the future.
     """
     try:
         not_in_future(event.created_at)
@@ -176,66 +179,66 @@ def logged(event: Interaction | Feedback) -> Interaction | Feedback:
         raise ValueError(f"created_at: {error}") from None
     if isinstance(event, Interaction) and (event.source is not None or event.provenance is not None):
         raise ValueError(
-            "source, provenance: only what a loop's declared sources and dropped files give has them; leave them out"
+            "source, provenance: set only for interactions from declared sources and dropped files; leave them out"
         )
     return event
 
 
 class Example(Record):
-    """What one interaction teaches, after all its feedback: a prompt and the answer that it should get."""
+    """One training row: the prompt of an interaction and the target answer after all its feedback."""
 
     interaction_id: UUID
-    ingest_offset: int = Field(ge=0, description="The store's ingest offset of the newest event that shaped it.")
+    ingest_offset: int = Field(ge=0, description="Ingest offset of the newest event that it depends on.")
     prompt: str
     history: tuple[Turn, ...] = ()
-    output: str = Field(description="What the model itself answered; the target where nobody corrected it.")
+    output: str = Field(description="The model's answer; it is the target unless somebody corrected it.")
     target: str
     reward: float = Field(ge=-1, le=1)
     confidence: float | None = Field(default=None, ge=0, le=1)
-    confirmed: bool = Field(description="A person found the answer right.")
+    confirmed: bool = Field(description="A person confirmed the target.")
     corrected: bool = Field(description="A person wrote the target.")
-    source: str | None = Field(default=None, description="The declared source; none: an application logged it.")
-    provenance: str | None = Field(default=None, description="Where in that source.")
-    review: ReviewKind | None = Field(default=None, description="What a reviewer decided; none: nobody did.")
+    source: str | None = Field(default=None, description="As of the interaction.")
+    provenance: str | None = Field(default=None, description="As of the interaction.")
+    review: ReviewKind | None = Field(default=None, description="The reviewer's decision; null without one.")
+
+    @classmethod
+    def from_interaction(cls, interaction: Interaction, **fields: Any) -> "Example":
+        """Return an interaction's example; `fields` are those that do not come from the interaction."""
+        copied = {name: getattr(interaction, name) for name in ("source", "provenance", "prompt", "history", "output")}
+        return cls(interaction_id=interaction.id, **copied, **fields)
 
 
-def example_of(interaction: Interaction, **taught: Any) -> Example:
-    """The example of an interaction: what was asked and answered, and the fields `taught` that say what it teaches."""
-    asked = {name: getattr(interaction, name) for name in ("source", "provenance", "prompt", "history", "output")}
-    return Example(interaction_id=interaction.id, **asked, **taught)
-
-
-def normalise(text: str) -> str:
-    """The form in which prompts are compared: NFKC, case folded, white space collapsed."""
+def normalize(text: str) -> str:
+    """Return a text in the form in which prompts are compared: NFKC, case-folded, white space collapsed."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def text_hash(text: str) -> str:
-    """SHA-256 (hex) of the normalised text."""
-    return hashlib.sha256(normalise(text).encode()).hexdigest()
+    """Return the SHA-256 (hex) of the normalized text."""
+    return hashlib.sha256(normalize(text).encode()).hexdigest()
 
 
-def conversation(prompt: str, history: Sequence[Turn]) -> str:
-    """A prompt with what was said before it, as one text: what tells two questions apart."""
+def conversation_text(prompt: str, history: Sequence[Turn]) -> str:
+    """Return a prompt and the messages before it as one text, by which prompts are compared."""
     return "\n".join([*(f"{turn.role}: {turn.content}" for turn in history), prompt])
 
 
-def chat(system_prompt: str, prompt: str, history: Sequence[Turn] = ()) -> list[Message]:
-    """The messages that a loop sends for a prompt; the same in training, evaluation and service.
+def chat_messages(system_prompt: str, prompt: str, history: Sequence[Turn] = ()) -> list[Message]:
+    """Return the chat messages for a prompt; training, evaluation and serving all use this function.
 
-    A system message of the history stands instead of the loop's own.
+    A system message in the history replaces the loop's system prompt.
     """
-    earlier = [{"role": turn.role, "content": turn.content} for turn in history]
-    own = bool(earlier) and earlier[0]["role"] == "system"
-    system = [{"role": "system", "content": system_prompt}] if system_prompt and not own else []
-    return [*system, *earlier, {"role": "user", "content": prompt}]
+    messages = [{"role": turn.role, "content": turn.content} for turn in history]
+    if system_prompt and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return [*messages, {"role": "user", "content": prompt}]
 
 
 def without_system_prompt(prompt: str, history: Sequence[Turn], system_prompt: str) -> tuple[str, tuple[Turn, ...]]:
-    """A conversation as a loop keeps it: without the loop's own system prompt, which `chat` adds.
+    """Return prompt and history without the loop's system prompt, which `chat_messages` adds again.
 
-    Files made elsewhere have it as the system message, or as the instruction before the prompt (`alpaca_prompt`). Where
-    it is all that is there, nothing was asked, and the prompt is empty.
+    Files made elsewhere contain it as the system message, or as the instruction before the prompt (`alpaca_prompt`).
+    A prompt that consists of nothing else becomes empty.
     """
     if not system_prompt:
         return prompt, tuple(history)
@@ -244,236 +247,45 @@ def without_system_prompt(prompt: str, history: Sequence[Turn], system_prompt: s
     return "" if prompt == system_prompt else prompt.removeprefix(f"{system_prompt}\n\n"), tuple(history)
 
 
-def alpaca_prompt(instruction: Any, asked: Any) -> str:
-    """The prompt of an Alpaca row: the instruction, and what it is to be done with.
+def alpaca_prompt(instruction: Any, input: Any) -> str:
+    """Return the prompt of an Alpaca row: the instruction, a blank line, and the input if there is one.
 
     Raises:
-        ValueError: they are no texts.
+        ValueError: one of them is not a string.
     """
-    parts = (instruction, asked or "")
+    parts = (instruction, input or "")
     if not all(isinstance(part, str) for part in parts):
-        raise ValueError("instruction and input: expected two texts")
+        raise ValueError("instruction and input: expected two strings")
     return "\n\n".join(part for part in parts if part)
 
 
-NOT_TRAINED = ("weight", "train", "trainable", "loss")
-"""Fields by which a turn, or a row, says that its answer is not to be trained on."""
-_TRAINED = {"true": True, "yes": True, "false": False, "no": False}
+LOSS_MASK_FIELDS = ("weight", "train", "trainable", "loss")
+"""Fields by which a turn, or a row, excludes its answer from the loss."""
+
+_BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def not_trained(fields: Mapping[str, Any]) -> str:
-    """Return the field that makes the answer of a turn or row context only, such as "weight: 0"; empty if none does.
+def loss_mask_field(fields: Mapping[str, Any]) -> str:
+    """Return the field that excludes an answer from the loss, such as "weight: 0"; empty if there is none.
 
-    The fields are OpenAI's `weight`, or `train`, `trainable` or `loss` of other trainers: false or 0, in CSV as text.
+    The fields are OpenAI's `weight`, and `train`, `trainable` or `loss` of other trainers. Values are booleans or
+    numbers, in CSV files as text.
 
     Raises:
-        ValueError: such a field is neither a boolean nor a number.
+        ValueError: the value of such a field is neither a boolean nor a number.
     """
-    for name in NOT_TRAINED:
+    for name in LOSS_MASK_FIELDS:
         value = fields.get(name)
         if value is None:
             continue
-        trained = _TRAINED.get(str(value).strip().casefold())
+        trained = _BOOLEANS.get(str(value).strip().casefold())
         if trained is None:
             try:
                 trained = float(value) > 0
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"{name}: found {shown(value)}, expected true or 1 (trained on), false or 0 (context only)"
+                    f"{name}: found {short_repr(value)}, expected true or 1 (trained on), false or 0 (context only)"
                 ) from None
         if not trained:
             return f"{name}: {value}"
     return ""
-
-
-def explain(error: ValidationError) -> str:
-    """What is wrong with a record, in a line: which field, what was found, what was expected."""
-    return "; ".join(explained(error))
-
-
-def explained(error: ValidationError, names: Collection[str] = ()) -> list[str]:
-    """What is wrong, a line for each field.
-
-    Args:
-        names: that a misspelt name may have meant.
-    """
-    return [_explained(one, names) for one in error.errors(include_url=False)]
-
-
-_RENAMED = {"task": "loop", "arm": "variant", "origin": "provenance", "feeds": "sources"}
-"""Names of earlier versions, so that a log or a YAML of that time says what to change."""
-
-
-def _explained(one: Mapping[str, Any], names: Collection[str]) -> str:
-    where = ".".join(str(part) for part in one["loc"])
-    message = str(one["msg"]).removeprefix("Value error, ")
-    if not where:
-        return message
-    if one["type"] == "missing":
-        return f"{where}: is missing"
-    if one["type"] == "extra_forbidden":
-        given = str(one["loc"][-1])
-        if given in _RENAMED:
-            return f"{where}: there is no such field; it is named {_RENAMED[given]} now"
-        meant = get_close_matches(given, set(names) - {given}, n=1)  # itself it is where it stands elsewhere
-        return f"{where}: there is no such field" + (f"; is it {meant[0]}?" if meant else "")
-    if one["type"] == "tuple_type":
-        return f"{where}: found {shown(one['input'])}, expected a list: [{one['input']}]"
-    if one["type"] == "union_tag_not_found":
-        return f"{where}: {one['ctx']['discriminator']} is missing; say what it is"
-    if one["type"] == "union_tag_invalid":
-        given, known = one["ctx"]["tag"], one["ctx"]["expected_tags"]
-        meant = get_close_matches(given, re.findall(r"\w+", known), n=1)
-        found = f"{where}: there is no {one['ctx']['discriminator']} {given!r}"
-        return f"{found}; is it {meant[0]}?" if meant else f"{found}; there are {known}"
-    return f"{where}: found {shown(one['input'])}, {message.replace('Input should be', 'expected')}"
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """A value as an error says it, of at most `limit` characters.
-
-    It is cut between two words: of half an address or key nobody could tell what it is, and redact it.
-    """
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: text.rfind(' ', 0, limit) + 1]}..."
-
-
-class FileRecord(Record):
-    """One file of an artifact."""
-
-    sha256: str
-    size: int = Field(ge=0, description="Bytes.")
-
-
-class Manifest(Record):
-    """What every artifact says of itself. Written last: its presence means that the artifact is complete."""
-
-    stage: ClassVar[str]
-    blocking_checks: ClassVar[tuple[str, ...]] = ()
-    """Checks that must have passing outcomes before anything made from it is promoted."""
-    loop: str
-    version: str = Field(description="Hash of inputs and settings: the same version has the same content.")
-    created_at: Moment
-    inputs: dict[str, str] = Field(description="What it was made from: name -> hash or version.")
-    settings: dict[str, Any] = Field(description="The settings that shaped it.")
-    packages: dict[str, str] = Field(description="Versions of the libraries that made it.")
-    files: dict[str, FileRecord]
-
-
-class RawLogsManifest(Manifest):
-    """A snapshot of the loop's records."""
-
-    stage: ClassVar[str] = "raw_logs"
-    interactions: int
-    feedback: int
-    examples: int = Field(description="Interactions with something to teach.")
-    shards: list[str] = Field(
-        description="Parquet files, oldest first; a later shard's row of an interaction replaces an earlier one."
-    )
-    new: int = Field(description="Rows of the newest shard: interactions that came or changed since the one before.")
-    watermark: int = Field(description="Highest ingest offset in the snapshot.")
-
-
-class DatasetManifest(Manifest):
-    """A training set and its validation set."""
-
-    stage: ClassVar[str] = "curated_dataset"
-    blocking_checks: ClassVar[tuple[str, ...]] = ("enough_examples", "no_benchmark_overlap", "targets_parse")
-    train: int
-    validation: int
-    replayed: int = Field(description="Of train: examples mixed in against forgetting.")
-    sources: dict[str, int] = Field(
-        default={}, description="Source -> examples of train and validation, the replayed ones among them."
-    )
-    left_out: dict[str, int] = Field(description="Reason -> examples.")
-    redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places of the training set.")
-    near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")
-    conflicts: list[tuple[str, str]] = Field(
-        default=[], description="Interaction ids of an answer that was kept and of another to its question, the first."
-    )
-    # What is beside the training set, without its validation split. An older dataset has none of it.
-    pairs: int = Field(default=0, description="Corrected answers with what the model had said instead.")
-    desirable: int = Field(default=0, description="Answers found good, without the replayed ones.")
-    undesirable: int = Field(default=0, description="Answers found bad.")
-    watermark: int
-
-
-class AdapterManifest(Manifest):
-    """A trained LoRA adapter."""
-
-    stage: ClassVar[str] = "lora_adapter"
-    base_model: str = Field(description="Folder of the base model.")
-    base_hash: str
-    mode: Literal["full", "incremental"]
-    mode_reason: str = Field(default="", description="Why, or on top of which version.")
-    new_examples: int = Field(default=0, description="incremental: examples that the champion was not trained on.")
-    method: Literal["sft", "dpo", "kto"] = Field(default="sft", description="What the adapter was trained by.")
-    method_reason: str = Field(default="", description="Why by this method: it was set, or what was found.")
-    device: str
-    steps: int
-    best_step: int | None = Field(default=None, description="The step whose weights were kept.")
-    examples: int
-    too_long: int = Field(description="Examples left out because they have more tokens than max_length.")
-    rejected: int = Field(default=0, description="Examples left out because the chat template rejects them.")
-    loss_before: float = Field(description="Mean loss on the validation set before training (train set if empty).")
-    loss_after: float
-    train_loss: float = Field(description="Mean training loss of the last logged steps.")
-    tokens_per_second: float = Field(description="Tokens of text that training went through, by its wall time.")
-    wall_seconds: float
-    peak_memory_bytes: int
-    datasets: dict[str, str] = Field(
-        default={},
-        description="Datasets that it and its initial adapters were trained on: version -> SHA-256 of the manifest.",
-    )
-    watermark: int
-
-
-class GgufManifest(Manifest):
-    """A model as it would serve: one file, or an adapter over the base's GGUF, whose version is in `inputs`."""
-
-    stage: ClassVar[str] = "gguf_model"
-    blocking_checks: ClassVar[tuple[str, ...]] = ("loads_and_answers", "tokenizer_parity")
-    form: Literal["merged", "adapter"] = "merged"
-    gguf: str = Field(description="Name of the GGUF file in the artifact's folder: the whole model, or the adapter.")
-    base_gguf_sha256: str | None = Field(default=None, description="Of the base's GGUF that an adapter goes over.")
-    quantization: str
-    base_model: str
-    base_hash: str
-    adapter_version: str
-    mode: Literal["full", "incremental"]
-    datasets: dict[str, str] = Field(default={}, description="As the adapter's.")
-    watermark: int
-
-
-class BaseGgufManifest(Manifest):
-    """The base model as a GGUF of the loop's quantisation: what serves and is compared with before a champion is."""
-
-    stage: ClassVar[str] = "base_gguf"
-    gguf: str = Field(description="Name of the GGUF file in the artifact's folder.")
-    quantization: str
-    base_hash: str
-
-
-class ReportManifest(Manifest):
-    """The comparison of a challenger with the champion."""
-
-    stage: ClassVar[str] = "eval_report"
-    blocking_checks: ClassVar[tuple[str, ...]] = ("gain",)
-    comparison_id: str
-    challenger_sha256: str = Field(description="Identity of what answered: of the file, or of base and adapter.")
-    champion_id: str | None = Field(description="Registry id of the model it was compared with; None is the base.")
-    champion_sha256: str = Field(description="As challenger_sha256.")
-    benchmark_sha256: str
-    promote: bool
-    reason: str
-    watermark: int
-
-
-class PromotionManifest(Manifest):
-    """Which model became champion."""
-
-    stage: ClassVar[str] = "promoted_model"
-    model_id: str
-    model: str = Field(description="loop@version")
-    gguf_path: str
-    previous_id: str | None

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from finetune_pipeline.records import Rating, explained
+from finetune_pipeline.records import Rating
+from finetune_pipeline.validation_messages import error_messages
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFS_FOLDER = Path(__file__).resolve().parent / "defs"
@@ -694,7 +695,7 @@ def read_loop(path: Path) -> LoopSettings:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML in UTF-8: {error}; correct it, then run again") from error
     except ValidationError as error:
-        lines = [f"  {line}" for line in explained(error, _names())]
+        lines = [f"  {line}" for line in error_messages(error, _names())]
         raise SettingsError("\n".join([f"{path}: these settings cannot be used:", *lines])) from error
 
 

@@ -19,7 +19,7 @@ from finetune_pipeline.artifacts import (
     publish,
     stage_folder,
 )
-from finetune_pipeline.records import BaseGgufManifest
+from finetune_pipeline.manifests import BaseGgufManifest
 
 FIELDS = {
     "loop": "notes", "version": "v1", "inputs": {"base": "abc"}, "settings": {}, "packages": {},

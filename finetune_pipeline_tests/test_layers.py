@@ -16,11 +16,13 @@ INFRASTRUCTURE = {
     "artifacts",
     "database",
     "inference",
+    "manifests",
     "ray_session",
     "records",
     "schemas",
     "settings",
     "subprocess_lifetime",
+    "validation_messages",
 }
 HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}
 # The native layer of the engine is imported by nobody but the child process, whose work it is.

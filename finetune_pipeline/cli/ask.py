@@ -38,10 +38,10 @@ def answers(loop: LoopSettings, spec: ModelSpec, *prompts: str) -> list[str]:
     """What a model answers, with the loop's system prompt and limits."""
     from finetune_pipeline.inference.engine import Engine
     from finetune_pipeline.inference.protocol import GenerateRequest
-    from finetune_pipeline.records import chat
+    from finetune_pipeline.records import chat_messages
 
     requests = [
-        GenerateRequest(messages=chat(loop.system_prompt, prompt), max_tokens=loop.evaluation.max_tokens)
+        GenerateRequest(messages=chat_messages(loop.system_prompt, prompt), max_tokens=loop.evaluation.max_tokens)
         for prompt in prompts
     ]
     with Engine(spec.model_copy(update={"context": loop.evaluation.context, "parallel": 1})) as engine:

@@ -11,7 +11,7 @@ from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.curation.card import DATASET_CARD
 from finetune_pipeline.curation.dataset import SPLITS, learnt
 from finetune_pipeline.curation.formats import WRITERS, write_rows
-from finetune_pipeline.records import DatasetManifest
+from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.settings import LoopSettings
 
 F = TypeVar("F", bound=Callable[..., Any])

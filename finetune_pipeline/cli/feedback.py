@@ -284,13 +284,13 @@ def _client(loop: LoopSettings) -> Iterator["FeedbackClient"]:
     from pydantic import ValidationError
 
     from finetune_pipeline.feedback import FeedbackClient
-    from finetune_pipeline.records import explain
+    from finetune_pipeline.validation_messages import error_message
 
     client = FeedbackClient(loop)
     try:
         yield client
     except ValidationError as error:
-        raise click.ClickException(explain(error)) from error
+        raise click.ClickException(error_message(error)) from error
     except ValueError as error:
         raise click.ClickException(str(error)) from error
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from finetune_pipeline.artifacts import get_latest
 from finetune_pipeline.evaluation.figures import show
 from finetune_pipeline.evaluation.report import HTML, JSON
-from finetune_pipeline.records import AdapterManifest, DatasetManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.settings import LoopSettings
 
 

@@ -13,7 +13,7 @@ from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifted import Cache, sift_parts
 from finetune_pipeline.curation.sifting import Identity, example_of_row, number_of
 from finetune_pipeline.curation.snapshot import ROWS, Part, Rows, schema
-from finetune_pipeline.records import Turn, conversation, normalise
+from finetune_pipeline.records import Turn, conversation_text, normalize
 from finetune_pipeline.settings import LOGS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Chosen:
         def texts(places: Numbers) -> list[str]:
             """Questions in their normalised form."""
             windows = (_redacted(rows, found, window, ("prompt", "history")) for window in _windows(found, places))
-            return [normalise(_question(row)) for table in windows for row in table.to_pylist()]
+            return [normalize(_question(row)) for table in windows for row in table.to_pylist()]
 
         return cls(
             rows, found, choose(found, policy.settings, policy.quotas, texts), policy.settings.validation_fraction
@@ -88,7 +88,7 @@ class Chosen:
 
     def asks(self, question: str) -> bool:
         """Whether a question is among those that are learnt."""
-        number = np.uint64(number_of(normalise(question)))
+        number = np.uint64(number_of(normalize(question)))
         at = int(np.searchsorted(self._questions, number))
         return at < len(self._questions) and bool(self._questions[at] == number)
 
@@ -148,7 +148,7 @@ def _redacted(rows: Rows, found: Found, places: Numbers, columns: Sequence[str])
 
 
 def _question(row: dict[str, Any]) -> str:
-    return conversation(row["prompt"], [Turn.model_construct(**turn) for turn in row["history"] or ()])
+    return conversation_text(row["prompt"], [Turn.model_construct(**turn) for turn in row["history"] or ()])
 
 
 def _learnt(rows: "pa.Table", found: Found, places: Numbers) -> "pa.Table":

@@ -28,7 +28,7 @@ from finetune_pipeline.curation.provenance import OriginsWriter
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.curation.rules import Policy, near_benchmark
 from finetune_pipeline.curation.storage import SplitWriter, iterate_split, read_split
-from finetune_pipeline.records import Example, Turn, conversation, normalise, not_trained
+from finetune_pipeline.records import Example, Turn, conversation_text, loss_mask_field, normalize
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,7 +63,7 @@ class Row:
     @property
     def question(self) -> str:
         """The prompt with what was said before it."""
-        return conversation(self.prompt, self.history)
+        return conversation_text(self.prompt, self.history)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +200,7 @@ def in_validation(question: str, share: float) -> bool:
     """Whether a question belongs to the validation set: fixed by its hash, so it never moves between cycles."""
     from finetune_pipeline.curation.sifting import side
 
-    return side(normalise(question)) / 16**8 < share
+    return side(normalize(question)) / 16**8 < share
 
 
 def read_replay(path: Path) -> list[Row]:
@@ -218,7 +218,7 @@ def read_replay(path: Path) -> list[Row]:
             document = json.loads(line)
             if document["prompt"] is None or document["completion"] is None:
                 raise ValueError("null is no text")
-            if not not_trained(document):
+            if not loss_mask_field(document):
                 rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay", provenance))
         except (ValueError, KeyError, TypeError) as error:
             raise CurationError(

@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from finetune_pipeline.records import normalise
+from finetune_pipeline.records import normalize
 
 SHINGLE = 5
 RUN = 8  # words
@@ -16,7 +16,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:[.,]\d+
 
 def shingles(text: str) -> frozenset[str]:
     """The set of 5-character pieces of the normalised text; a shorter text is its own only piece."""
-    text = normalise(text)
+    text = normalize(text)
     return frozenset([text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))])
 
 
@@ -28,7 +28,7 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
 
 def words_of(text: str) -> list[str]:
     """The words of the normalised text, without its punctuation."""
-    return _WORD.findall(normalise(text))
+    return _WORD.findall(normalize(text))
 
 
 def runs(words: Sequence[str]) -> frozenset[str]:

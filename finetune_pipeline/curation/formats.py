@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import new_file
-from finetune_pipeline.records import Turn, chat
+from finetune_pipeline.records import Turn, chat_messages
 
 if TYPE_CHECKING:
     from finetune_pipeline.curation.dataset import Row
@@ -37,7 +37,7 @@ def alpaca(row: "Row", system_prompt: str) -> dict[str, Any]:
 
 def messages(row: "Row", system_prompt: str) -> dict[str, Any]:
     """The messages as OpenAI's API and chat templates have them, the answer last."""
-    said = [*chat(system_prompt, row.prompt, row.history), {"role": "assistant", "content": row.completion}]
+    said = [*chat_messages(system_prompt, row.prompt, row.history), {"role": "assistant", "content": row.completion}]
     return {"messages": said, "reward": row.reward}
 
 

@@ -51,7 +51,7 @@ def sketch(questions: Sequence[str], answers: Numbers) -> Sketches:
     """Sketch normalised questions.
 
     Args:
-        questions: in the form of `records.normalise`.
+        questions: in the form of `records.normalize`.
         answers: a hash (uint64) of the answer of each.
     """
     from rensa import RMinHash

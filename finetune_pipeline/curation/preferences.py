@@ -6,7 +6,7 @@ question, the answer to learn is the same in all three.
 
 from dataclasses import dataclass
 
-from finetune_pipeline.records import Example, Turn, conversation
+from finetune_pipeline.records import Example, Turn, conversation_text
 
 PAIRS = "pairs"
 LABELLED = "labelled"
@@ -31,7 +31,7 @@ class Pair:
     @property
     def question(self) -> str:
         """The prompt with what was said before it."""
-        return conversation(self.prompt, self.history)
+        return conversation_text(self.prompt, self.history)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Labelled:
     @property
     def question(self) -> str:
         """The prompt with what was said before it."""
-        return conversation(self.prompt, self.history)
+        return conversation_text(self.prompt, self.history)
 
 
 def shows_a_fault(example: Example, max_answer_chars: int) -> bool:

@@ -17,7 +17,7 @@ from math import prod
 
 from finetune_pipeline.curation.duplicates import NearIndex
 from finetune_pipeline.curation.rules import Policy, near_benchmark
-from finetune_pipeline.records import Turn, conversation, normalise
+from finetune_pipeline.records import Turn, conversation_text, normalize
 
 PRIOR = 0.05
 FLAGGED = 0.5
@@ -103,9 +103,9 @@ class WeakSlices:
 
     def like(self, case: Case) -> tuple[Slice, float] | None:
         """The weak slice that a case belongs to by its kind or domain (similarity 1), or is like by its words."""
-        named = {normalise(name) for name in (case.kind, case.domain) if name}
+        named = {normalize(name) for name in (case.kind, case.domain) if name}
         for name, one in self._slices.items():
-            if normalise(name) in named:
+            if normalize(name) in named:
                 return one, 1.0
         nearest = self._index.nearest(case.prompt)
         if nearest is None or nearest[1] < LIKE:
@@ -122,7 +122,7 @@ def queue(cases: Iterable[Case], policy: Policy, weak: WeakSlices, below: float)
         below: confidence below this is a reason.
     """
     oldest_first = sorted(cases, key=lambda case: case.ingest_offset)
-    distinct = {(normalise(conversation(c.prompt, c.history)), c.answer.strip()): c for c in oldest_first}
+    distinct = {(normalize(conversation_text(c.prompt, c.history)), c.answer.strip()): c for c in oldest_first}
     found = [ranked for case in distinct.values() if (ranked := rank(case, policy, weak, below)) is not None]
     return sorted(found, key=lambda one: (-one.value, -one.ingest_offset))
 
@@ -175,5 +175,5 @@ def _signs(case: Case, below: float) -> list[tuple[float, str]]:
 
 
 def _may_ever_train(case: Case, policy: Policy) -> bool:
-    too_long = len(conversation(case.prompt, case.history)) > policy.settings.max_prompt_chars
+    too_long = len(conversation_text(case.prompt, case.history)) > policy.settings.max_prompt_chars
     return not too_long and not near_benchmark(case.prompt, case.history, policy)

@@ -9,7 +9,7 @@ from finetune_pipeline.curation.duplicates import NearIndex
 from finetune_pipeline.curation.lengths import TokenCounter
 from finetune_pipeline.curation.quality import refuses, repetition
 from finetune_pipeline.curation.quotas import Quota
-from finetune_pipeline.records import Example, Turn, conversation
+from finetune_pipeline.records import Example, Turn, conversation_text
 from finetune_pipeline.schemas import Schema, Unreadable, compile_schema, parse_json
 from finetune_pipeline.settings import CurationSettings
 
@@ -68,7 +68,7 @@ def _too_many_tokens(example: Example, policy: Policy) -> str:
     if tokens is None:
         return ""
     most = rules.max_prompt_tokens
-    if most is not None and tokens.more_than(conversation(example.prompt, example.history), most):
+    if most is not None and tokens.more_than(conversation_text(example.prompt, example.history), most):
         return f"prompt longer than {most} tokens"
     most = rules.max_answer_tokens
     if most is not None and tokens.more_than(example.target, most):
@@ -119,7 +119,7 @@ def found_bad(example: Example, policy: Policy) -> bool:
 
 
 def _short_enough(example: Example, rules: CurationSettings) -> Decision:
-    if len(conversation(example.prompt, example.history)) > rules.max_prompt_chars:
+    if len(conversation_text(example.prompt, example.history)) > rules.max_prompt_chars:
         return Decision(False, f"prompt longer than {rules.max_prompt_chars} characters")
     if len(example.target) > rules.max_answer_chars:
         return Decision(False, f"answer longer than {rules.max_answer_chars} characters")
@@ -151,7 +151,7 @@ def near_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> bool
 
 
 def _overlap(prompt: str, history: Sequence[Turn], policy: Policy) -> str | None:
-    texts = {prompt, conversation(prompt, history), *(turn.content for turn in history if turn.role == "user")}
+    texts = {prompt, conversation_text(prompt, history), *(turn.content for turn in history if turn.role == "user")}
     if any(policy.benchmark.near(text, policy.settings.benchmark_similarity) for text in texts):
         return NEAR_BENCHMARK
     # The conversation holds all of them, and whatever question one of them does; but a prompt, or an earlier turn, may

@@ -17,7 +17,7 @@ from finetune_pipeline.curation.near_duplicates import BANDS, BITS, Numbers, ske
 from finetune_pipeline.curation.preferences import shows_a_fault
 from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.rules import OF_BENCHMARK, Policy, accept, at_a_glance, found_bad, near_benchmark
-from finetune_pipeline.records import Example, conversation, normalise
+from finetune_pipeline.records import Example, conversation_text, normalize
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -118,7 +118,7 @@ def example_of_row(row: Mapping[str, Any]) -> Example:
 
 
 def _described(example: Example, counts: Mapping[str, int]) -> dict[str, Any]:
-    question = normalise(conversation(example.prompt, example.history))
+    question = normalize(conversation_text(example.prompt, example.history))
     target = answer_key(example.target)
     return {
         "reviewed": example.review is not None,

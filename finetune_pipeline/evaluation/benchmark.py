@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.records import normalise
+from finetune_pipeline.records import normalize
 from finetune_pipeline.schemas import Schema, compile_schema
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class _Reader:
         first = self.ids.setdefault(item["id"], number)
         if first != number:
             yield f"the id {item['id']!r} is already on line {first}; give each question its own id"
-        first = self.prompts.setdefault(normalise(item["prompt"]), number)
+        first = self.prompts.setdefault(normalize(item["prompt"]), number)
         if first != number:
             yield f"the same prompt is already on line {first}; take one of them out"
         if self.validator is not None:

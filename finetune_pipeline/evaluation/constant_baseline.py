@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_pipeline.evaluation.metrics import Metric, answer_text, leaves, words
-from finetune_pipeline.records import normalise
+from finetune_pipeline.records import normalize
 from finetune_pipeline.schemas import Unreadable, parse_json
 
 Expected = dict[str, Any] | str
@@ -39,7 +39,7 @@ def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: b
     """
     texts = [answer for answer in expected if isinstance(answer, str) and not structured]
     values = [answer for answer in expected if structured or not isinstance(answer, str)]
-    of_text = _scorer(texts, metric, lambda text: [normalise(text)])
+    of_text = _scorer(texts, metric, lambda text: [normalize(text)])
     of_value = _scorer(values, metric, lambda value: [_key(value)])
     best = ConstantAnswer("", -1)
     for answer in {_form(one, structured): None for one in expected}:
@@ -96,7 +96,7 @@ def _words_scorer(expected: Iterable[str]) -> Score:
 
 def _leaf_parts(value: Any) -> list[Hashable]:
     """Return the parts that `count_parameters` compares; equal for values that `same_value` considers the same."""
-    return [(path, _key(normalise(leaf) if isinstance(leaf, str) else leaf)) for path, leaf in leaves(value)]
+    return [(path, _key(normalize(leaf) if isinstance(leaf, str) else leaf)) for path, leaf in leaves(value)]
 
 
 def _key(value: Any) -> Hashable:

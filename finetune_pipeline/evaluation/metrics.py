@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune_pipeline.records import normalise
+from finetune_pipeline.records import normalize
 from finetune_pipeline.schemas import Rule, Schema, Unreadable, children, compile_schema, parse_json
 
 Metric = Literal["parameters", "words", "exact"]
@@ -70,7 +70,7 @@ class Scorer:
         )
 
     def _score_text(self, expected: str, answer: str) -> Scores:
-        exact = normalise(expected) == normalise(answer)
+        exact = normalize(expected) == normalize(answer)
         right, total = self._count(expected, answer, exact)
         valid = bool(answer.strip())
         failed = self._failed(answer)
@@ -111,7 +111,7 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def same_value(expected: Any, stated: Any) -> bool:
     """Whether two leaves say the same: 150 is 150.0, "Oregon " is "oregon", but true is not 1."""
     if isinstance(expected, str) and isinstance(stated, str):
-        return normalise(expected) == normalise(stated)
+        return normalize(expected) == normalize(stated)
     return json_equal(expected, stated)
 
 
@@ -158,7 +158,7 @@ def count_words(expected: str, answer: str) -> tuple[int, int]:
 
 def words(text: str) -> list[str]:
     """Return the words of a text, normalized; of one without any, its parts between spaces."""
-    text = normalise(text)
+    text = normalize(text)
     return re.findall(r"\w+", text) or text.split()
 
 

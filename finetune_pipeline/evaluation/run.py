@@ -35,7 +35,8 @@ from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.threads import BackgroundLoad, available_cores
-from finetune_pipeline.records import Manifest, chat
+from finetune_pipeline.manifests import Manifest
+from finetune_pipeline.records import chat_messages
 from finetune_pipeline.settings import EvaluationSettings
 
 ANSWERS = "answers.jsonl"
@@ -282,7 +283,9 @@ def _read_answers(path: Path) -> dict[str, Answer]:
 
 def _request(question: Question, system_prompt: str, max_tokens: int) -> GenerateRequest:
     # Never with the output schema: constrained decoding would hide that a model has not learned to write valid JSON.
-    return GenerateRequest(messages=chat(system_prompt, question.prompt), max_tokens=max_tokens, temperature=0.0)
+    return GenerateRequest(
+        messages=chat_messages(system_prompt, question.prompt), max_tokens=max_tokens, temperature=0.0
+    )
 
 
 def _inputs(spec: ModelSpec, benchmark: Benchmark) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from finetune_pipeline.artifacts import Artifact, get_or_create, package_versions, version_of
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.model import export
-from finetune_pipeline.records import BaseGgufManifest
+from finetune_pipeline.manifests import BaseGgufManifest
 from finetune_pipeline.settings import LoopSettings
 
 

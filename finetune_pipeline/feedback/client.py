@@ -26,7 +26,16 @@ from uuid import UUID, uuid5
 
 from uuid_utils.compat import uuid7
 
-from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Message, Rating, Turn, logged, text_hash
+from finetune_pipeline.records import (
+    Feedback,
+    FeedbackKind,
+    Interaction,
+    Message,
+    Rating,
+    Turn,
+    text_hash,
+    validate_application_event,
+)
 from finetune_pipeline.settings import LoopSettings, load_loop
 
 if TYPE_CHECKING:
@@ -322,7 +331,7 @@ class FeedbackClient:
         event = given if isinstance(given, Interaction | Feedback) else self._validated(given)
         if event.loop != self.loop:
             raise ValueError(f"loop: found {event.loop!r}, expected {self.loop!r}, the loop of this client")
-        return logged(event)
+        return validate_application_event(event)
 
     def _validated(self, given: Mapping[str, Any]) -> Interaction | Feedback:
         kind = Feedback if given.get("event") == "feedback" or "interaction_id" in given else Interaction

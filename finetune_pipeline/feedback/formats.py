@@ -31,17 +31,17 @@ from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batche
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import Recorded, good_enough, newest_offset, record, sources_feedback_id
 from finetune_pipeline.records import (
-    NOT_TRAINED,
+    LOSS_MASK_FIELDS,
     Feedback,
     Interaction,
     alpaca_prompt,
-    explain,
-    logged,
-    not_trained,
+    loss_mask_field,
     text_hash,
+    validate_application_event,
     without_system_prompt,
 )
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.validation_messages import error_message
 
 _SHOWN = 20
 _ROWS = 500
@@ -119,7 +119,7 @@ def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events |
         try:
             yield _events(document, loop, moment)
         except ValidationError as error:
-            yield BadLine(path, number, explain(error))
+            yield BadLine(path, number, error_message(error))
         except ValueError as error:
             yield BadLine(path, number, str(error))
 
@@ -214,14 +214,16 @@ def _own_event(given: dict[str, Any], document: Any) -> Interaction | Feedback:
     event = given["event"]
     if not isinstance(event, str) or event not in kinds:
         raise ValueError(f"event: found {event!r:.80}, expected interaction or feedback")
-    return logged(kinds[event].model_validate({"id": event_id(given["loop"], hash_of(document)), **given}))
+    return validate_application_event(
+        kinds[event].model_validate({"id": event_id(given["loop"], hash_of(document)), **given})
+    )
 
 
 def _from_alpaca(given: dict[str, Any], system_prompt: str) -> dict[str, Any]:
     # `text` is what the original data set has beside them: the three in one.
     rest = {key: value for key, value in given.items() if key not in {"instruction", "input", "text"}}
     if "prompt" in rest:
-        raise ValueError("instruction and input: expected two texts, and no prompt beside them")
+        raise ValueError("instruction and input: expected two strings, and no prompt in addition")
     prompt, _ = without_system_prompt(alpaca_prompt(given["instruction"], given.get("input")), (), system_prompt)
     return {**rest, "prompt": prompt}
 
@@ -230,9 +232,9 @@ def _exchange(given: dict[str, Any]) -> Events:
     """The interaction of a flat line, and the feedback on it."""
     if ("output" in given) == ("response" in given):
         raise ValueError("output: expected the answer, as `output` or as `response`")
-    if marked := not_trained(given):
+    if marked := loss_mask_field(given):
         raise ValueError(f"the line is not to be trained on ({marked})")
-    beside = {"response", "reward", "correction", *NOT_TRAINED}
+    beside = {"response", "reward", "correction", *LOSS_MASK_FIELDS}
     own = {key: value for key, value in given.items() if key not in beside}
     own.setdefault("output", given.get("response"))
     if not _is_uuid(own.get("id")):
@@ -240,7 +242,7 @@ def _exchange(given: dict[str, Any]) -> Events:
         content = {key: value for key, value in own.items() if not isinstance(value, datetime)}
         own["id"] = event_id(own["loop"], hash_of(content))
     interaction = Interaction.model_validate(own)
-    logged(interaction)
+    validate_application_event(interaction)
     events: Events = [interaction]
     if given.get("reward") is not None:
         events.append(_on(interaction, "reward", reward=given["reward"]))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, example_of, text_hash
+from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
 
 _VERDICTS = frozenset({"thumbs_up", "thumbs_down", "rating"})
 
@@ -26,7 +26,7 @@ def resolve(
     if not deciding:
         return None
     worth = reward(deciding[0], interaction)
-    return example_of(
+    return Example.from_interaction(
         interaction,
         ingest_offset=ingest_offset,
         target=interaction.output,
@@ -44,7 +44,7 @@ def _corrected(
     verdicts = [item for item in _about(by_time, interaction, text_hash(target)) if item.kind in _VERDICTS]
     later = [item for item in verdicts if item.created_at >= correction.created_at]
     refused = bool(later) and reward(later[-1], interaction) < 0
-    return example_of(
+    return Example.from_interaction(
         interaction,
         ingest_offset=ingest_offset,
         target=target,

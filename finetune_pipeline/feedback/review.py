@@ -33,7 +33,7 @@ from finetune_pipeline.records import (
     ReviewKind,
     ShortText,
     Text,
-    conversation,
+    conversation_text,
 )
 
 POOL = 2_000
@@ -79,7 +79,7 @@ class Candidate:
     @property
     def question(self) -> str:
         """The prompt with what was said before it."""
-        return conversation(self.interaction.prompt, self.interaction.history)
+        return conversation_text(self.interaction.prompt, self.interaction.history)
 
     @property
     def content_hash(self) -> str:

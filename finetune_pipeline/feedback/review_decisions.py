@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.content_hash import example_hash
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.records import Example, Feedback, Interaction, ReviewKind, example_of
+from finetune_pipeline.records import Example, Feedback, Interaction, ReviewKind
 
 UNDO = "undo"
 _CHUNK = 500
@@ -82,7 +82,7 @@ def _approved(interaction: Interaction, decision: Decision, ingest_offset: int, 
             "user": decision.reviewer,
         }
     )
-    return example_of(
+    return Example.from_interaction(
         interaction,
         ingest_offset=ingest_offset,
         target=decision.target,

@@ -15,10 +15,10 @@ from finetune_pipeline.curation.dataset import (
 from finetune_pipeline.curation.provenance import PROVENANCE_FILE, first_provenances
 from finetune_pipeline.curation.rules import CONFLICT
 from finetune_pipeline.database import connect
+from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.build_dataset import dataset
-from finetune_pipeline.records import DatasetManifest, RawLogsManifest
 from finetune_pipeline.registry.check_outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run

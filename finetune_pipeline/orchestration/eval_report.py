@@ -31,11 +31,11 @@ from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.feedback.store import mark_judged
 from finetune_pipeline.inference.protocol import ModelSpec
+from finetune_pipeline.manifests import AdapterManifest, GgufManifest, ReportManifest
 from finetune_pipeline.orchestration.gguf_model import identity, what_serves
 from finetune_pipeline.orchestration.io_manager import picture, pointers_key, upstream
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.required_checks import NotProven, check_proven, dataset_of, near_benchmark
-from finetune_pipeline.records import AdapterManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import Served, serving
 from finetune_pipeline.registry.check_outcomes import record_outcomes_in
 from finetune_pipeline.registry.comparisons import ModelComparison, extend_watermark_in, record_comparison_in

@@ -29,9 +29,10 @@ from finetune_pipeline.export.reference import Questions
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+from finetune_pipeline.manifests import AdapterManifest, BaseGgufManifest, GgufManifest
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.records import AdapterManifest, BaseGgufManifest, GgufManifest, chat
+from finetune_pipeline.records import chat_messages
 from finetune_pipeline.registry.check_outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
@@ -154,7 +155,7 @@ def _export(
     folder: Path,
     tell: Callable[[str], None],
 ) -> ExportedModel:
-    kind, chats = loop.export.quantization, [chat(loop.system_prompt, prompt) for prompt in _sample(loop)]
+    kind, chats = loop.export.quantization, [chat_messages(loop.system_prompt, prompt) for prompt in _sample(loop)]
     questions = Questions(chats, loop.evaluation.max_tokens)
     if below is None:
         return export(base, adapter, folder, kind, tell, questions)
@@ -213,7 +214,7 @@ def check(loop: LoopSettings, base: Path, exported: ExportedModel) -> list[Outco
     prompts = _sample(loop)
     try:
         with _engine(loop, exported.gguf, exported.adapter) as engine:
-            parity = tokenizer_parity(base, engine, [chat(loop.system_prompt, prompt) for prompt in prompts])
+            parity = tokenizer_parity(base, engine, [chat_messages(loop.system_prompt, prompt) for prompt in prompts])
             answers = _answers(loop, engine, prompts)
             about = {"engine": engine.info.build, "parameters": engine.info.n_params}
     except EngineError as error:
@@ -246,7 +247,7 @@ def _engine(loop: LoopSettings, gguf: Path, adapter: Path | None = None) -> Engi
 
 def _answers(loop: LoopSettings, engine: Engine, prompts: Sequence[str]) -> list[str]:
     requests = [
-        GenerateRequest(messages=chat(loop.system_prompt, prompt), max_tokens=loop.evaluation.max_tokens)
+        GenerateRequest(messages=chat_messages(loop.system_prompt, prompt), max_tokens=loop.evaluation.max_tokens)
         for prompt in prompts
     ]
     return [completion.text for completion in engine.generate(requests)]

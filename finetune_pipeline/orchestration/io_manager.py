@@ -12,7 +12,7 @@ import dagster as dg
 
 from finetune_pipeline import artifacts
 from finetune_pipeline.artifacts import Artifact, ArtifactError
-from finetune_pipeline.records import (
+from finetune_pipeline.manifests import (
     AdapterManifest,
     DatasetManifest,
     GgufManifest,

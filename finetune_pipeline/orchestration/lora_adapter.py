@@ -14,10 +14,10 @@ from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.io_manager import picture, pointers_key, upstream
 from finetune_pipeline.pipeline.incremental import start, write_subset
 from finetune_pipeline.pipeline.loop_files import PACKAGES
-from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.training_jobs import TrainingRun, record_training
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.subprocess_lifetime import die_with_run

@@ -21,13 +21,13 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.report import HTML, JSON, verdict_of_report
+from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.orchestration.eval_report import settings_hash
 from finetune_pipeline.orchestration.gguf_model import what_serves
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
 from finetune_pipeline.pipeline.lineage import card
 from finetune_pipeline.pipeline.loop_files import PACKAGES
 from finetune_pipeline.pipeline.required_checks import check_passed, check_proven
-from finetune_pipeline.records import GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.model_card import MODEL_CARD

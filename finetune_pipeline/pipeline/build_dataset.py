@@ -10,8 +10,9 @@ from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_c
 from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, curate_files, write_dataset
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.curation.provenance import PROVENANCE_FILE
+from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.records import DatasetManifest, Example, RawLogsManifest
+from finetune_pipeline.records import Example
 from finetune_pipeline.settings import LoopSettings, home, project_path
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from finetune_pipeline.artifacts import Artifact, ArtifactError, find_unaltered,
 from finetune_pipeline.curation.dataset import DATASET
 from finetune_pipeline.curation.preferences import LABELLED
 from finetune_pipeline.database import connect
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.pipeline.required_checks import near_benchmark
-from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.settings import LoopSettings, TrainingSettings
 from finetune_pipeline.training.incremental import chosen, obstacle, with_both_labels

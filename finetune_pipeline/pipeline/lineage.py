@@ -15,7 +15,7 @@ from finetune_pipeline.curation.dataset import read_all
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.figures import show
 from finetune_pipeline.evaluation.report import JSON
-from finetune_pipeline.records import (
+from finetune_pipeline.manifests import (
     AdapterManifest,
     DatasetManifest,
     GgufManifest,

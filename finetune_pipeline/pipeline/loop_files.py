@@ -14,7 +14,7 @@ from finetune_pipeline.curation.rules import Policy, Validator, answer_validator
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.feedback.content_hash import content_hash
-from finetune_pipeline.records import Example, conversation
+from finetune_pipeline.records import Example, conversation_text
 from finetune_pipeline.schemas import Rule, load_rules, load_schema
 from finetune_pipeline.settings import LoopSettings, project_path
 
@@ -74,7 +74,7 @@ def tokenizer_path(loop: LoopSettings) -> Path | None:
 
 def identity(example: Example) -> str:
     """The content hash by which the store knows an example again after it was judged."""
-    return content_hash(conversation(example.prompt, example.history), example.target)
+    return content_hash(conversation_text(example.prompt, example.history), example.target)
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ from finetune_pipeline.curation.trigger import Attempt
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.store import new_examples
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.records import conversation, text_hash
+from finetune_pipeline.records import conversation_text, text_hash
 from finetune_pipeline.settings import LoopSettings
 
 COUNT_LIMIT = 1_000
@@ -28,7 +28,9 @@ def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: 
             if not at_a_glance(original, policy).accepted:
                 continue
             example = redact_example(original).example
-            question = text_hash(conversation(example.prompt, example.history))  # the dataset keeps one example of it
+            question = text_hash(
+                conversation_text(example.prompt, example.history)
+            )  # the dataset keeps one example of it
             if question not in seen and accept(example, policy).accepted:
                 seen.add(question)
                 if len(seen) >= limit:

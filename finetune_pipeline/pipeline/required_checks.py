@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from finetune_pipeline.artifacts import Artifact, ArtifactError, check_unaltered, read, stage_folder
 from finetune_pipeline.curation.dataset import overlaps, read_all
 from finetune_pipeline.database import connect
+from finetune_pipeline.manifests import DatasetManifest, GgufManifest, Manifest
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.records import DatasetManifest, GgufManifest, Manifest
 from finetune_pipeline.registry.check_outcomes import outcomes_of
 from finetune_pipeline.settings import LoopSettings
 

@@ -12,7 +12,7 @@ from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_rep
 from finetune_pipeline.feedback.review import Candidate, candidates, look
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.records import PERSON_KINDS, Feedback, Interaction, example_of, text_hash
+from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.settings import LoopSettings
 
@@ -53,7 +53,7 @@ def refusal(interaction: Interaction, target: str, policy: Policy) -> str | None
 
     It is the rule that curation asks, of what redaction leaves.
     """
-    approved = example_of(
+    approved = Example.from_interaction(
         interaction,
         ingest_offset=0,
         target=target,

@@ -24,9 +24,9 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.erasure import erased_after
 from finetune_pipeline.feedback.store import Totals, newest_offset, records, store_id, totals
+from finetune_pipeline.manifests import FileRecord, RawLogsManifest
 from finetune_pipeline.pipeline.ingest import Ingested, ingest
 from finetune_pipeline.pipeline.source_sync import Fed, no_longer_declared, read_feeds, skipped_records
-from finetune_pipeline.records import FileRecord, RawLogsManifest
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.ledger import ReadTotals, read_totals, rejected_lines
 from finetune_pipeline.sources.source_record import SourceError

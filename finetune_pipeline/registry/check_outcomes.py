@@ -10,7 +10,8 @@ from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.statements import upsert
 from finetune_pipeline.database.tables import check_outcomes
-from finetune_pipeline.records import Manifest, Moment, Record
+from finetune_pipeline.manifests import Manifest
+from finetune_pipeline.records import Record, UtcDatetime
 
 
 class CheckOutcome(Record):
@@ -23,7 +24,7 @@ class CheckOutcome(Record):
     name: str
     passed: bool
     run_id: str
-    created_at: Moment
+    created_at: UtcDatetime
 
 
 def record_outcomes(db: Database, artifact: Artifact[Any], outcomes: Mapping[str, bool], run_id: str) -> None:

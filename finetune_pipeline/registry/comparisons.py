@@ -9,7 +9,7 @@ from pydantic import Field
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import comparisons
-from finetune_pipeline.records import Moment, Record
+from finetune_pipeline.records import Record, UtcDatetime
 from finetune_pipeline.registry.model_versions import located_path, stored_path
 
 
@@ -26,7 +26,7 @@ class ModelComparison(Record):
     reason: str
     watermark: int = Field(ge=0, description="The data that was judged ends at this ingest_offset.")
     report_path: Path
-    created_at: Moment
+    created_at: UtcDatetime
     report_sha256: str | None = Field(
         default=None, description="Of the report's manifest, which holds the hashes of the report's files."
     )

@@ -27,7 +27,7 @@ from finetune_pipeline.artifacts import (
 )
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import champions, model_versions
-from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
+from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import Move, moving
 from finetune_pipeline.registry.deployment_history import Deployment, history_in, stack_of
 from finetune_pipeline.registry.model_versions import ModelVersion, models_in

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import deployment_history
-from finetune_pipeline.records import Moment, Record
+from finetune_pipeline.records import Record, UtcDatetime
 
 Action = Literal["promote", "force", "switch", "rollback"]
 
@@ -23,7 +23,7 @@ class Deployment(Record):
     actor: str
     reason: str
     comparison_id: str | None
-    created_at: Moment
+    created_at: UtcDatetime
 
 
 def history(db: Database, loop: str) -> list[Deployment]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from finetune_pipeline.artifacts import hash_file_cached, model_sha256
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import model_versions
-from finetune_pipeline.records import Moment, Record
+from finetune_pipeline.records import Record, UtcDatetime
 from finetune_pipeline.settings import home
 
 _ID_LENGTH = 16
@@ -60,14 +60,14 @@ class ModelVersion(Candidate):
     """A model that was promoted once, with its version."""
 
     version: str = Field(pattern=r"^v\d+\.\d+\.\d+$")
-    created_at: Moment
+    created_at: UtcDatetime
     accuracy: float | None = Field(default=None, description="Quality: share right on the benchmark.")
     latency_ms: float | None = Field(default=None, description="Performance: median of an answer, when measured.")
     tokens_per_second: float | None = None
     size_bytes: int | None = None
-    deployed_at: Moment | None = Field(default=None, description="When it last became champion.")
-    retired_at: Moment | None = Field(default=None, description="When it last ceased to be champion.")
-    deleted_at: Moment | None = Field(default=None, description="When its files were deleted.")
+    deployed_at: UtcDatetime | None = Field(default=None, description="When it last became champion.")
+    retired_at: UtcDatetime | None = Field(default=None, description="When it last ceased to be champion.")
+    deleted_at: UtcDatetime | None = Field(default=None, description="When its files were deleted.")
 
     @property
     def name(self) -> str:
@@ -113,7 +113,7 @@ def version_in(connection: sa.Connection, loop: str, version: str) -> ModelVersi
     )
 
 
-def register_in(connection: sa.Connection, candidate: Candidate, now: Moment) -> ModelVersion:
+def register_in(connection: sa.Connection, candidate: Candidate, now: UtcDatetime) -> ModelVersion:
     """Give a candidate its version and keep it; the same file keeps the version that it has.
 
     Call it only while the loop's champion is locked: the next number is counted from what is there.

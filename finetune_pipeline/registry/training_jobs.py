@@ -6,7 +6,7 @@ from pydantic import Field
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import training_jobs
-from finetune_pipeline.records import Moment, Record
+from finetune_pipeline.records import Record, UtcDatetime
 
 
 class TrainingRun(Record):
@@ -28,7 +28,7 @@ class TrainingRun(Record):
     wall_seconds: float
     peak_memory_bytes: int
     watermark: int = Field(ge=0, description="The data that was trained on ends at this ingest_offset.")
-    created_at: Moment
+    created_at: UtcDatetime
 
 
 def record_training(db: Database, training: TrainingRun) -> None:

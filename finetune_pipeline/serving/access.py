@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import api_keys
-from finetune_pipeline.records import Moment, Record
+from finetune_pipeline.records import Record, UtcDatetime
 from finetune_pipeline.serving.errors import Forbidden, Unauthorized
 
 Scope = Literal["infer", "feedback", "admin"]
@@ -31,8 +31,8 @@ class ApiKey(Record):
     id: str
     name: str
     scopes: tuple[Scope, ...]
-    created_at: Moment
-    revoked_at: Moment | None = None
+    created_at: UtcDatetime
+    revoked_at: UtcDatetime | None = None
 
 
 @dataclass(frozen=True)

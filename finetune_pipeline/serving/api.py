@@ -11,7 +11,7 @@ from uuid import UUID
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from finetune_pipeline.inference.protocol import SEEDS
-from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Moment, Rating, ShortText, Text, Turn
+from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Rating, ShortText, Text, Turn, UtcDatetime
 
 
 def _whole(number: Any) -> Any:
@@ -206,7 +206,7 @@ class InteractionIn(Request):
 
     loop: str = Field(max_length=60, description="Name of the loop.")
     id: UUID | None = Field(default=None, description="Default a new one; the same id twice is one interaction.")
-    created_at: Moment | None = None
+    created_at: UtcDatetime | None = None
     prompt: Text = Field(min_length=1)
     history: list[Turn] = []
     output: Text
@@ -249,7 +249,7 @@ class FeedbackIn(Request):
     loop: str | None = Field(default=None, max_length=60, description="Name of the loop; default the interaction's.")
     id: UUID | None = None
     interaction_id: UUID
-    created_at: Moment | None = None
+    created_at: UtcDatetime | None = None
     kind: FeedbackKind
     score: float | None = Field(default=None, ge=0, le=100)
     rating: Rating | None = None

@@ -11,7 +11,7 @@ from uuid import UUID
 from uuid_utils.compat import uuid7
 
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest
-from finetune_pipeline.records import Interaction, Turn, chat
+from finetune_pipeline.records import Interaction, Turn, chat_messages
 from finetune_pipeline.serving.api import ChatMessage, ChatRequest, CompletionRequest, Generation, Metadata
 from finetune_pipeline.serving.errors import BadRequest
 from finetune_pipeline.serving.gateway import Gateway
@@ -57,7 +57,7 @@ def question_of(gateway: Gateway, asked: ChatRequest | CompletionRequest) -> Que
         limit, schema = asked.limit, asked.schema_wanted
     else:
         prompt, history, limit, schema = asked.text, (), asked.max_tokens, None
-    request = _generate(asked, chat(loop.system_prompt, prompt, history), limit or loop.max_tokens, schema)
+    request = _generate(asked, chat_messages(loop.system_prompt, prompt, history), limit or loop.max_tokens, schema)
     return Question(uuid7(), to, prompt, history, request, asked.user, asked.metadata or Metadata())
 
 

@@ -20,9 +20,10 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from finetune_pipeline.records import PastMoment, ShortText, Text, Turn, alpaca_prompt, explain, not_trained, shown
+from finetune_pipeline.records import PastUtcDatetime, ShortText, Text, Turn, alpaca_prompt, loss_mask_field
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline.validation_messages import error_message, short_repr
 
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
@@ -68,7 +69,7 @@ class _Taught(BaseModel):
     user: ShortText | None = None
     domain: ShortText | None = None
     kind: ShortText | None = None
-    created_at: PastMoment | None = None
+    created_at: PastUtcDatetime | None = None
 
 
 def to_item(row: Any, provenance: str, form: FileFormat = "auto") -> Item:
@@ -85,12 +86,12 @@ def to_item(row: Any, provenance: str, form: FileFormat = "auto") -> Item:
     if not isinstance(row, Mapping):
         raise ValueError(f"found {type(row).__name__}, expected an object with named fields")
     said = _FORMS[_form_of(row) if form == "auto" else form](row)
-    if marked := not_trained(row):
+    if marked := loss_mask_field(row):
         raise ValueError(f"the row is not to be trained on ({marked})")
     try:
         taught = _Taught.model_validate({**row, "prompt": said.prompt, "answer": said.answer})
     except ValidationError as error:
-        raise ValueError(explain(error)) from None
+        raise ValueError(error_message(error)) from None
     corrected = taught.correction is not None
     if corrected and said.dropped:
         raise ValueError(f"correction: it is of the last answer, which is not to be trained on ({said.dropped})")
@@ -111,7 +112,7 @@ def _form_of(row: Mapping[str, Any]) -> str:
         return "alpaca"
     if "prompt" in row:
         return "prompt_completion"
-    found = f"the fields {shown(', '.join(map(str, row)))}" if row else "no fields"
+    found = f"the fields {short_repr(', '.join(map(str, row)))}" if row else "no fields"
     raise ValueError(
         f"found {found}, expected those of one form: instruction and output (alpaca), prompt and completion, "
         "conversations (sharegpt), messages, or event"
@@ -184,20 +185,20 @@ def _messages_of(value: Any, name: str) -> list[_Message]:
             raise ValueError(f"{where}: found {type(turn).__name__}, expected an object")
         role, content = ("from", "value") if "from" in turn else ("role", "content")
         said = _turn(turn.get(role), _parts(turn.get(content)), where)
-        messages.append(_Message(said, not_trained(turn) if said.role == "assistant" else ""))
+        messages.append(_Message(said, loss_mask_field(turn) if said.role == "assistant" else ""))
     return messages
 
 
 def _turn(role: Any, content: Any, where: str) -> Turn:
     known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        raise ValueError(f"{where}: the role is {shown(role)}, expected system, user (human) or assistant (gpt)")
+        raise ValueError(f"{where}: the role is {short_repr(role)}, expected system, user (human) or assistant (gpt)")
     if not isinstance(content, str):
         raise ValueError(f"{where}: found {type(content).__name__}, expected a text")
     try:
         return Turn.model_validate({"role": known, "content": content})
     except ValidationError as error:
-        raise ValueError(f"{where}: {explain(error)}") from None
+        raise ValueError(f"{where}: {error_message(error)}") from None
 
 
 def _parts(content: Any) -> Any:
@@ -210,7 +211,7 @@ def _parts(content: Any) -> Any:
 def _chatml(text: str) -> list[_Message]:
     beside = _CHATML_TURN.sub("", text).strip()
     if beside or _CHATML not in text:
-        raise ValueError(f"found {shown(beside or text)} outside of the turns, expected {_CHATML}role ...")
+        raise ValueError(f"found {short_repr(beside or text)} outside of the turns, expected {_CHATML}role ...")
     messages = [_Message(_turn(role, content, "text")) for role, content in _CHATML_TURN.findall(text)]
     open_turn = messages and not messages[-1].turn.content.strip()  # for a model to go on
     return messages[:-1] if open_turn else messages

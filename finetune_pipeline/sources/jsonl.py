@@ -14,11 +14,12 @@ from typing import IO, Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from finetune_pipeline.records import Event, Feedback, Interaction, explained, logged
+from finetune_pipeline.records import Event, Feedback, Interaction, validate_application_event
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.conversations import to_item
 from finetune_pipeline.sources.row_readers import constant, files_of, layout_of, read_rows, without_nulls
 from finetune_pipeline.sources.source_record import Item, SourceError
+from finetune_pipeline.validation_messages import error_messages
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _EXCERPT = 200
@@ -212,7 +213,9 @@ def _understood(document: Any, loop: str, line: Line, form: Form, name: str) -> 
     try:
         if form not in {"auto", "events"} or (form == "auto" and conversation):
             return replace(line, event=to_item(document, f"{name}:{line.number}", cast("FileFormat", form)))
-        event = logged(_EVENT.validate_python({"loop": loop, **document} if isinstance(document, dict) else document))
+        event = validate_application_event(
+            _EVENT.validate_python({"loop": loop, **document} if isinstance(document, dict) else document)
+        )
     except ValidationError as error:
         return replace(line, reason=_first_error(error), final=True)
     except ValueError as error:
@@ -228,7 +231,7 @@ def _first_error(error: ValidationError) -> str:
         found = f"is {first['ctx']['tag']!r}" if "tag" in first.get("ctx", {}) else "is not there"
         return f"event: {found}, expected 'interaction' or 'feedback'"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return explained(error)[0] + more
+    return error_messages(error)[0] + more
 
 
 def _excerpt(raw: bytes) -> str:

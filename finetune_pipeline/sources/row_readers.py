@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from finetune_pipeline.records import shown
 from finetune_pipeline.schemas import Unreadable, parse_json
+from finetune_pipeline.validation_messages import short_repr
 
 SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
 """How files of rows are named."""
@@ -206,7 +206,7 @@ class _Array:
                 self._expect(",")
         if self._next():
             self._fill(_BLOCK)  # what the buffer's end cut in two, nobody could redact
-            raise _Fault(f"found {shown(self._rest[:_SHOWN])} after the end of the array")
+            raise _Fault(f"found {short_repr(self._rest[:_SHOWN])} after the end of the array")
 
     def _element(self) -> str:
         decoder = json.JSONDecoder()
@@ -316,7 +316,7 @@ def _bad_header(names: Sequence[str], cut: bool) -> str:
     if cut or not _is_text(names) or any("\x00" in name for name in names):
         return "the first line is no header of a CSV file in UTF-8; save it as UTF-8, with the columns' names first"
     twice = sorted({name for name in names if names.count(name) > 1})
-    return f"the header names {shown(', '.join(twice))} twice; give each column a name of its own" if twice else ""
+    return f"the header names {short_repr(', '.join(twice))} twice; give each column a name of its own" if twice else ""
 
 
 def _csv_row(names: Sequence[str], cells: Sequence[str]) -> Any:

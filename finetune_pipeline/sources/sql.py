@@ -20,9 +20,10 @@ from sqlalchemy.dialects.postgresql import MONEY
 from sqlalchemy.engine import URL, make_url
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.records import CLOCK_SKEW, is_in_future, shown
+from finetune_pipeline.records import CLOCK_SKEW, is_in_future
 from finetune_pipeline.settings import SqlSource
 from finetune_pipeline.sources.source_record import Cursor, Item, Reading, Skipped, SourceError
+from finetune_pipeline.validation_messages import short_repr
 
 _YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
 _NO = frozenset({"false", "f", "no", "n", "0", ""})
@@ -289,14 +290,14 @@ def _reward(feed: SqlSource, rating: Any, gold: Any) -> float | None:
         raise _Unusable(f"{feed.rating} is NULL")
     value = _plain(rating)
     if value not in feed.ratings:
-        raise _Unusable(f"{feed.rating} is {shown(value)}; ratings knows {', '.join(feed.ratings)}")
+        raise _Unusable(f"{feed.rating} is {short_repr(value)}; ratings knows {', '.join(feed.ratings)}")
     return feed.ratings[value]
 
 
 def _is_set(column: str, value: Any) -> bool:
     text = "" if value is None else _plain(value).lower()
     if text not in _YES | _NO:
-        raise _Unusable(f"{column} is {shown(text)}, neither yes nor no")
+        raise _Unusable(f"{column} is {short_repr(text)}, neither yes nor no")
     return text in _YES
 
 

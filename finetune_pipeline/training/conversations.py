@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.inference.chat_template import ChatTemplate, RenderedChat, tokenizer_chat_template
 from finetune_pipeline.inference.errors import RequestRefused
-from finetune_pipeline.records import Turn, chat
+from finetune_pipeline.records import Turn, chat_messages
 from finetune_pipeline.training.job import Rejection, TrainingError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Rejected:
 
 def messages_of(row: dict[str, Any], system_prompt: str) -> list[dict[str, str]]:
     """Return the messages before the answer of a row."""
-    return chat(system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
+    return chat_messages(system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
 
 
 def conversations(

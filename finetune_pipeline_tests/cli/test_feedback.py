@@ -19,8 +19,8 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, store
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.write_ahead_log import journal_folder
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline.source_sync import read_feed
-from finetune_pipeline.records import AdapterManifest, DatasetManifest, RawLogsManifest
 from finetune_pipeline.settings import PROJECT_ROOT, FilesSource, load_loop
 from finetune_pipeline.sources.source_record import Item
 from finetune_pipeline_tests.conftest import interaction, uid

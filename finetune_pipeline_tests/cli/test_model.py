@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from finetune_pipeline.artifacts import draft, hash_file, publish, stage_folder
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
-from finetune_pipeline.records import GgufManifest
+from finetune_pipeline.manifests import GgufManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.model_versions import Candidate
 from finetune_pipeline.registry.training_jobs import TrainingRun, record_training

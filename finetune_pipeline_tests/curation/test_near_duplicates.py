@@ -13,7 +13,7 @@ from finetune_pipeline.curation.meaning import alike
 from finetune_pipeline.curation.near_duplicates import components, sketch
 from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifting import answer_key
-from finetune_pipeline.records import normalise
+from finetune_pipeline.records import normalize
 from finetune_pipeline.settings import CurationSettings
 
 from .test_dataset import EVERYTHING, example, identity, rows_of
@@ -80,7 +80,7 @@ def test_no_bad_answer_is_one_that_a_near_duplicate_teaches():
 
 def kept(texts, answers, similarity=0.8):
     numbers = np.array([answer_key(answer) for answer in answers], np.uint64)
-    texts = [normalise(text) for text in texts]
+    texts = [normalize(text) for text in texts]
     return components(sketch(texts, numbers), similarity, lambda places: [texts[place] for place in places])
 
 

@@ -23,7 +23,7 @@ from finetune_pipeline.curation.dataset import (
 from finetune_pipeline.curation.duplicates import RUN, NearIndex
 from finetune_pipeline.curation.preferences import LABELLED, PAIRS
 from finetune_pipeline.curation.rules import CONFLICT, Policy, answer_validator
-from finetune_pipeline.records import Example, normalise
+from finetune_pipeline.records import Example, normalize
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
 
@@ -160,7 +160,7 @@ def test_a_question_never_changes_sides(early, late):
     late = [example.model_copy(update={"interaction_id": uid(f"late {n}")}) for n, example in enumerate(late)]
     first, second = (curate(given, [], POLICY, identity) for given in (early, [*early, *late]))
     for one, other in ((first.train, second.validation), (first.validation, second.train)):
-        assert not {normalise(row.question) for row in one} & {normalise(row.question) for row in other}
+        assert not {normalize(row.question) for row in one} & {normalize(row.question) for row in other}
     assert all(in_validation(row.question, 0.4) for row in second.validation)
 
 
@@ -178,8 +178,8 @@ def test_what_was_replayed_never_validates(examples, replayed):
         for n, row in enumerate(first.replay)
     ]  # fmt: skip
     second = curate([*examples, *later], replay, everything, identity)
-    trained = {normalise(row.question) for row in first.train}
-    assert not trained & {normalise(row.question) for row in second.validation}
+    trained = {normalize(row.question) for row in first.train}
+    assert not trained & {normalize(row.question) for row in second.validation}
     wanted = round(10 * first.count("dataset", "train"))
     free = {row.prompt for row in replay if not in_validation(row.prompt, 0.4)} - {row.prompt for row in first.train}
     assert first.replayed == wanted or not free  # and no more is held back than has to be
@@ -217,5 +217,5 @@ def test_no_planted_overlap_with_the_benchmark_reaches_a_file(planted_leaks, oth
     assert ids <= set(curated.near_benchmark)
     rows, text = written(curated)
     assert not [one for one in ids if one in text]
-    assert not [leak for leak, _, _ in planted_leaks if normalise(leak) in normalise(text)]
+    assert not [leak for leak, _, _ in planted_leaks if normalize(leak) in normalize(text)]
     assert overlaps(rows, POLICY) == []

@@ -15,7 +15,7 @@ from finetune_pipeline.curation.duplicates import NearIndex
 from finetune_pipeline.curation.rules import Policy, accept, answer_validator
 from finetune_pipeline.feedback.resolution import resolve
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.records import Example, Feedback, Interaction, normalise
+from finetune_pipeline.records import Example, Feedback, Interaction, normalize
 from finetune_pipeline.settings import CurationSettings
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_the_benchmark_is_large_even_and_partly_written_by_hand(benchmark: list[
 
 def test_every_question_is_asked_once(benchmark: list[Line]) -> None:
     assert len({item["id"] for item in benchmark}) == len(benchmark)
-    assert len({normalise(item["prompt"]) for item in benchmark}) == len(benchmark)
+    assert len({normalize(item["prompt"]) for item in benchmark}) == len(benchmark)
 
 
 def test_every_expected_answer_passes_the_schema_and_the_rules(benchmark: list[Line]) -> None:

@@ -14,7 +14,7 @@ from finetune_pipeline.export.reference import Questions, answer
 from finetune_pipeline.export.tokenizer import gguf_name
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
-from finetune_pipeline.records import chat
+from finetune_pipeline.records import chat_messages
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import JobConfig
 from finetune_pipeline.training.trainer import run_training
@@ -26,10 +26,10 @@ STORY = (
     "big, red ball."
 )
 SAMPLES = [
-    chat("", "2 hr concrete wall, 200 mm, in Utah"),
-    chat("Answer in JSON.", "U-factor 0.30 window   with  spaces\nand a second line"),
-    chat("", "dvoukřídlé dveře 90 × 210 cm – 1½ hr 🚪 <b>&amp;</b>"),
-    chat("", " 007 "),
+    chat_messages("", "2 hr concrete wall, 200 mm, in Utah"),
+    chat_messages("Answer in JSON.", "U-factor 0.30 window   with  spaces\nand a second line"),
+    chat_messages("", "dvoukřídlé dveře 90 × 210 cm – 1½ hr 🚪 <b>&amp;</b>"),
+    chat_messages("", " 007 "),
 ]
 
 
@@ -121,7 +121,7 @@ def greedy(folder, prompts):
 def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatty_stories, adapter, tmp_path):
     merge(chatty_stories, adapter, tmp_path / "merged")
     steps = []
-    prompts = [chat("", row["prompt"]) for row in snips_rows(76)[64:]]
+    prompts = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
     model = export(chatty_stories, adapter, tmp_path / "out", "Q8_0", steps.append, Questions(prompts, 24))
     assert steps == ["merge", "convert", "quantise"]
     expected = greedy(tmp_path / "merged", prompts)
@@ -148,7 +148,7 @@ def test_control_tokens_in_a_question_are_text_in_the_reference_answers(random_b
 
     def tokens_of(prompt):
         read.clear()
-        Questions([chat("", prompt)], 1).write(tmp_path / "questions.json")
+        Questions([chat_messages("", prompt)], 1).write(tmp_path / "questions.json")
         answer(model, random_base, tmp_path / "questions.json", tmp_path / "answers.json")
         return read[0]
 
@@ -170,7 +170,7 @@ def _name(gguf):
 def test_an_adapter_alone_answers_over_its_bases_gguf_as_merged(chatty_stories, adapter, tmp_path):
     base = export(chatty_stories, None, tmp_path / "base", "F16")
     steps = []
-    chats = [chat("", row["prompt"]) for row in snips_rows(76)[64:]]
+    chats = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
     out = tmp_path / "out"
     pair = export_adapter(chatty_stories, adapter, base.gguf, out, "F16", steps.append, Questions(chats, 24))
     assert steps == ["ask", "convert the adapter"] == list(pair.seconds)

@@ -11,7 +11,7 @@ from finetune_pipeline.export.parity import agreement
 from finetune_pipeline.export.reference import Questions
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
-from finetune_pipeline.records import chat
+from finetune_pipeline.records import chat_messages
 
 from .conftest import STARTER
 
@@ -90,7 +90,11 @@ def test_other_adapters_of_a_tied_model_are_merged_as_trained(random_base, tmp_p
 def test_agreement_with_the_unmerged_model_would_show_such_a_merge(tmp_path, monkeypatch, names, alpha, least, most):
     monkeypatch.setattr(merge, "_refuse_tied", lambda _: None)  # as if nobody had known of it
     adapter = adapter_of(STARTER, tmp_path / "adapter", target_modules=names, lora_alpha=alpha)
-    chats = [chat("", f"{thickness} mm {what} wall") for thickness in (100, 150, 200) for what in ("CMU", "brick", "")]
+    chats = [
+        chat_messages("", f"{thickness} mm {what} wall")
+        for thickness in (100, 150, 200)
+        for what in ("CMU", "brick", "")
+    ]
     Questions(chats, 40).write(tmp_path / "questions.json")
     merge_here(STARTER, adapter, tmp_path / "merged", tmp_path / "questions.json", tmp_path / "answers.json")
     convert(tmp_path / "merged", tmp_path / "merged.gguf", "f16", STARTER)

@@ -11,14 +11,14 @@ from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.export.tokenizer import chat_template, gguf_name, stage
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.records import chat
+from finetune_pipeline.records import chat_messages
 
 from .conftest import STARTER
 
 PARTS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 ONE = PARTS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 OTHER = "OTHER " + ONE
-SAMPLES = [chat("", "2 hr concrete wall"), chat("Answer in JSON.", " 007  \n walls ")]
+SAMPLES = [chat_messages("", "2 hr concrete wall"), chat_messages("Answer in JSON.", " 007  \n walls ")]
 
 
 def named(**templates):

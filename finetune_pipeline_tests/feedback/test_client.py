@@ -151,7 +151,7 @@ def test_a_key_or_an_id_makes_a_call_safe_to_repeat(client, db):
         (lambda c: c.log("a", "b", user="u" * 201), "user"),
         (lambda c: c.log("a", "b\ud800"), "surrogate"),
         (lambda c: c.log("a", "b", surprise=1), "surprise"),
-        (lambda c: c.log("a", "b", source="imported"), "source, provenance: only"),
+        (lambda c: c.log("a", "b", source="imported"), "source, provenance: set only"),
         (lambda c: c.log("a", "b", history=[{"role": "robot", "content": ""}]), "history"),
         (lambda c: c.log_many([{"prompt": "a", "output": "b", "loop": "other"}]), "expected 'notes'"),
     ],

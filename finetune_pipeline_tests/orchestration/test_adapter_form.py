@@ -9,8 +9,8 @@ from finetune_pipeline.artifacts import ArtifactError, get_latest, get_or_create
 from finetune_pipeline.cli.ask import answers, spec_of
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.orchestration.gguf_model import CHECKS, what_serves
-from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline_tests.adapters import write_adapter
 from finetune_pipeline_tests.orchestration.conftest import BENCHMARK, corrected, definitions, write_events

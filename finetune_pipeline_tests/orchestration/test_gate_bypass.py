@@ -26,10 +26,10 @@ from finetune_pipeline.database.tables import check_outcomes, comparisons
 from finetune_pipeline.evaluation.report import JSON
 from finetune_pipeline.evaluation.run import ANSWERS, BenchmarkRunManifest
 from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.orchestration.promoted_model import NotMeasured
 from finetune_pipeline.pipeline import incremental
 from finetune_pipeline.pipeline.required_checks import NotProven
-from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, rollback, switch
 from finetune_pipeline.registry.check_outcomes import outcomes_of, record_outcomes
 from finetune_pipeline.registry.comparisons import find_comparison, judged_watermark, list_comparisons

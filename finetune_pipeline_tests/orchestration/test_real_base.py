@@ -13,7 +13,7 @@ import dagster as dg
 import pytest
 
 from finetune_pipeline.database import connect
-from finetune_pipeline.records import Feedback, Interaction, normalise
+from finetune_pipeline.records import Feedback, Interaction, normalize
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline_tests.conftest import NAMESPACE, SHARED
@@ -41,8 +41,8 @@ def utterances(kind, count):
         name = f"{kind}_{folder.name}.json" if kind == "validate" else f"train_{folder.name}_full.json"
         items = json.loads((folder / name).read_bytes().decode("utf-8", "replace"))[folder.name]
         texts = ["".join(piece["text"] for piece in item["data"]).strip() for item in items]
-        fresh = [text for text in dict.fromkeys(texts) if normalise(text) not in seen and "\ufffd" not in text]
-        seen.update(map(normalise, fresh[:count]))
+        fresh = [text for text in dict.fromkeys(texts) if normalize(text) not in seen and "\ufffd" not in text]
+        seen.update(map(normalize, fresh[:count]))
         pairs += [(text, json.dumps({"intent": folder.name}, separators=(",", ":"))) for text in fresh[:count]]
     return pairs
 

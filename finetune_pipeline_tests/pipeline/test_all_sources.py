@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.artifacts import get_latest
 from finetune_pipeline.curation.dataset import read_rows
-from finetune_pipeline.records import DatasetManifest
+from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.settings import PROJECT_ROOT
 
 from .conftest import corrected, definitions, write_events

@@ -9,11 +9,11 @@ import pytest
 from finetune_pipeline.artifacts import get_latest, hash_file
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.automation import automation
 from finetune_pipeline.orchestration.lora_adapter import adapter
 from finetune_pipeline.pipeline import incremental
 from finetune_pipeline.pipeline.incremental import start
-from finetune_pipeline.records import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import promote
 from finetune_pipeline.registry.model_versions import Candidate
 from finetune_pipeline.training.job import TrainingResult

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, publish, stage_folder, write_text
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
 from finetune_pipeline.orchestration.lora_adapter import training_run
 from finetune_pipeline.pipeline.lineage import MadeWith, card, lineage, made_with
-from finetune_pipeline.records import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
 from finetune_pipeline.registry.champion import champion, promote, serving
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
 from finetune_pipeline.registry.model_versions import Candidate

@@ -7,12 +7,13 @@ from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import mark_judged, record
+from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.orchestration.curated_dataset import _metadata
 from finetune_pipeline.orchestration.eval_report import _trained_contents
 from finetune_pipeline.pipeline import snapshot as snapshots
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.pending import count_new
-from finetune_pipeline.records import AdapterManifest, Turn
+from finetune_pipeline.records import Turn
 from finetune_pipeline_tests.conftest import feedback, interaction
 
 MAIL = "ann@example.com"

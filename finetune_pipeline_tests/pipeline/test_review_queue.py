@@ -12,12 +12,12 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.review import decide, look, undo
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
+from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.review_queue import waiting
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import read_feed
-from finetune_pipeline.records import DatasetManifest, RawLogsManifest
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
 from finetune_pipeline.sources.source_record import Item
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid

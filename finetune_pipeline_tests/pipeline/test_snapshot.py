@@ -15,9 +15,10 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import newest_offset, record
+from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.pipeline import snapshot as snapshots
 from finetune_pipeline.pipeline.build_dataset import dataset
-from finetune_pipeline.records import DatasetManifest, Turn
+from finetune_pipeline.records import Turn
 from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions
 

@@ -24,10 +24,10 @@ from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import read_feed, skipped_records
-from finetune_pipeline.records import shown
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.row_readers import read_rows as read_rows_of
 from finetune_pipeline.sources.source_record import Cursor, Item, Skipped, SourceError
+from finetune_pipeline.validation_messages import short_repr
 from finetune_pipeline_tests.conftest import interaction, uid
 
 from ..sources.test_files import write_as
@@ -262,7 +262,7 @@ def test_what_is_said_of_unusable_things_shows_no_secret(loop):
     fed = take(
         loop,
         Skipped("people:ann@example.com", "stars is 'hf_" + "aB1" * 12 + "'; ratings knows 1, 5"),
-        Skipped("people:bob@example.com", f"found {shown(long)}, expected a role"),
+        Skipped("people:bob@example.com", f"found {short_repr(long)}, expected a role"),
         Item("People.md#Call ann@example.com", "what did ash say?", "ash spoke"),
     )
     assert fed.skipped == 2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from finetune_pipeline.artifacts import ArtifactBusyError, draft, hash_file, publish, set_latest, stage_folder, try_lock
 from finetune_pipeline.database import Database
-from finetune_pipeline.records import BaseGgufManifest, GgufManifest, ReportManifest
+from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry import champion as champion_module
 from finetune_pipeline.registry import deletion
 from finetune_pipeline.registry import model_versions as models_module

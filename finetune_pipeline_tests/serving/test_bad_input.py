@@ -184,7 +184,7 @@ def test_an_unknown_path_or_method_is_refused_in_the_same_form(notes):
         ({"kind": "rating", "rating": "6"}, "rating: Input should be '1', '2', '3', '4', '5' or 'gold'"),
         ({"kind": "rating", "rating": 5}, "rating: Input should be '1', '2', '3', '4', '5' or 'gold'"),
         ({"kind": "correction", "correction": "  "}, "kind correction needs the corrected answer"),
-        ({"kind": "correction", "correction": "a\x00b"}, "holds a NUL character"),
+        ({"kind": "correction", "correction": "a\x00b"}, "contains a NUL character"),
         ({"kind": "applause"}, "kind: Input should be"),
         ({"kind": "thumbs_up", "id": "not-an-id"}, "id: Input should be a valid UUID"),
         ({"kind": "thumbs_up", "created_at": "yesterday"}, "created_at: Input should be a valid datetime"),

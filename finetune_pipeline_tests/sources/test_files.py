@@ -289,7 +289,7 @@ GOOD = {"prompt": "p", "completion": "c"}
         ({**GOOD, "completion": "a\x00b"}, "NUL"),
         ({**GOOD, "correction": " "}, "correction"),
         ({"instruction": "i"}, "output: is missing"),
-        ({"instruction": 7, "output": "o"}, "expected two texts"),
+        ({"instruction": 7, "output": "o"}, "expected two strings"),
         ({"instruction": "", "output": "o"}, "prompt: found '', is empty"),
         ({"messages": "p"}, "outside of the turns"),
         ({"messages": {"role": "user"}}, "messages: found dict, expected a list of turns"),

@@ -1,0 +1,148 @@
+"""Manifests: what each artifact of the pipeline records about itself."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from finetune_pipeline.records import Record, UtcDatetime
+
+
+class FileRecord(Record):
+    """One file of an artifact."""
+
+    sha256: str
+    size: int = Field(ge=0, description="Bytes.")
+
+
+class Manifest(Record):
+    """What every artifact says of itself. Written last: its presence means that the artifact is complete."""
+
+    stage: ClassVar[str]
+    blocking_checks: ClassVar[tuple[str, ...]] = ()
+    """Checks that must have passing outcomes before anything made from it is promoted."""
+    loop: str
+    version: str = Field(description="Hash of inputs and settings: the same version has the same content.")
+    created_at: UtcDatetime
+    inputs: dict[str, str] = Field(description="What it was made from: name -> hash or version.")
+    settings: dict[str, Any] = Field(description="The settings that shaped it.")
+    packages: dict[str, str] = Field(description="Versions of the libraries that made it.")
+    files: dict[str, FileRecord]
+
+
+class RawLogsManifest(Manifest):
+    """A snapshot of the loop's records."""
+
+    stage: ClassVar[str] = "raw_logs"
+    interactions: int
+    feedback: int
+    examples: int = Field(description="Interactions with something to teach.")
+    shards: list[str] = Field(
+        description="Parquet files, oldest first; a later shard's row of an interaction replaces an earlier one."
+    )
+    new: int = Field(description="Rows of the newest shard: interactions that came or changed since the one before.")
+    watermark: int = Field(description="Highest ingest offset in the snapshot.")
+
+
+class DatasetManifest(Manifest):
+    """A training set and its validation set."""
+
+    stage: ClassVar[str] = "curated_dataset"
+    blocking_checks: ClassVar[tuple[str, ...]] = ("enough_examples", "no_benchmark_overlap", "targets_parse")
+    train: int
+    validation: int
+    replayed: int = Field(description="Of train: examples mixed in against forgetting.")
+    sources: dict[str, int] = Field(
+        default={}, description="Source -> examples of train and validation, the replayed ones among them."
+    )
+    left_out: dict[str, int] = Field(description="Reason -> examples.")
+    redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places of the training set.")
+    near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")
+    conflicts: list[tuple[str, str]] = Field(
+        default=[], description="Interaction ids of an answer that was kept and of another to its question, the first."
+    )
+    # What is beside the training set, without its validation split. An older dataset has none of it.
+    pairs: int = Field(default=0, description="Corrected answers with what the model had said instead.")
+    desirable: int = Field(default=0, description="Answers found good, without the replayed ones.")
+    undesirable: int = Field(default=0, description="Answers found bad.")
+    watermark: int
+
+
+class AdapterManifest(Manifest):
+    """A trained LoRA adapter."""
+
+    stage: ClassVar[str] = "lora_adapter"
+    base_model: str = Field(description="Folder of the base model.")
+    base_hash: str
+    mode: Literal["full", "incremental"]
+    mode_reason: str = Field(default="", description="Why, or on top of which version.")
+    new_examples: int = Field(default=0, description="incremental: examples that the champion was not trained on.")
+    method: Literal["sft", "dpo", "kto"] = Field(default="sft", description="What the adapter was trained by.")
+    method_reason: str = Field(default="", description="Why by this method: it was set, or what was found.")
+    device: str
+    steps: int
+    best_step: int | None = Field(default=None, description="The step whose weights were kept.")
+    examples: int
+    too_long: int = Field(description="Examples left out because they have more tokens than max_length.")
+    rejected: int = Field(default=0, description="Examples left out because the chat template rejects them.")
+    loss_before: float = Field(description="Mean loss on the validation set before training (train set if empty).")
+    loss_after: float
+    train_loss: float = Field(description="Mean training loss of the last logged steps.")
+    tokens_per_second: float = Field(description="Tokens of text that training went through, by its wall time.")
+    wall_seconds: float
+    peak_memory_bytes: int
+    datasets: dict[str, str] = Field(
+        default={},
+        description="Datasets that it and its initial adapters were trained on: version -> SHA-256 of the manifest.",
+    )
+    watermark: int
+
+
+class GgufManifest(Manifest):
+    """A model as it would serve: one file, or an adapter over the base's GGUF, whose version is in `inputs`."""
+
+    stage: ClassVar[str] = "gguf_model"
+    blocking_checks: ClassVar[tuple[str, ...]] = ("loads_and_answers", "tokenizer_parity")
+    form: Literal["merged", "adapter"] = "merged"
+    gguf: str = Field(description="Name of the GGUF file in the artifact's folder: the whole model, or the adapter.")
+    base_gguf_sha256: str | None = Field(default=None, description="Of the base's GGUF that an adapter goes over.")
+    quantization: str
+    base_model: str
+    base_hash: str
+    adapter_version: str
+    mode: Literal["full", "incremental"]
+    datasets: dict[str, str] = Field(default={}, description="As the adapter's.")
+    watermark: int
+
+
+class BaseGgufManifest(Manifest):
+    """The base model as a GGUF of the loop's quantisation: what serves and is compared with before a champion is."""
+
+    stage: ClassVar[str] = "base_gguf"
+    gguf: str = Field(description="Name of the GGUF file in the artifact's folder.")
+    quantization: str
+    base_hash: str
+
+
+class ReportManifest(Manifest):
+    """The comparison of a challenger with the champion."""
+
+    stage: ClassVar[str] = "eval_report"
+    blocking_checks: ClassVar[tuple[str, ...]] = ("gain",)
+    comparison_id: str
+    challenger_sha256: str = Field(description="Identity of what answered: of the file, or of base and adapter.")
+    champion_id: str | None = Field(description="Registry id of the model it was compared with; None is the base.")
+    champion_sha256: str = Field(description="As challenger_sha256.")
+    benchmark_sha256: str
+    promote: bool
+    reason: str
+    watermark: int
+
+
+class PromotionManifest(Manifest):
+    """Which model became champion."""
+
+    stage: ClassVar[str] = "promoted_model"
+    model_id: str
+    model: str = Field(description="loop@version")
+    gguf_path: str
+    previous_id: str | None
