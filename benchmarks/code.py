@@ -46,23 +46,23 @@ def main() -> None:
 def measure(repository: str) -> dict[str, Any]:
     """Read a repository by itself, then into a loop's store, then again."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.pipeline.source_sync import read_feed, reader
+    from finetune_pipeline.pipeline.source_sync import reader_for, sync_source
     from finetune_pipeline.sources.code import read
-    from finetune_pipeline.sources.source_record import Item
+    from finetune_pipeline.sources.source_record import SourceRecord
 
-    feed = CodeSource(kind="code", name="repository", path=repository)
+    source = CodeSource(kind="code", name="repository", path=repository)
     started = time.perf_counter()
-    found = list(read(feed, None))
+    found = list(read(source, None))
     seconds, cpu_seconds = [time.perf_counter() - started], time.process_time()
     loop, database = load_loop("aec_parser"), connect()
     for _ in range(2):
         started = time.perf_counter()
-        read_feed(loop, feed, database, reader(feed))
+        sync_source(loop, source, database, reader_for(source))
         seconds.append(time.perf_counter() - started)
-    items = sum(isinstance(one, Item) for one in found)
+    records = sum(isinstance(one, SourceRecord) for one in found)
     return {
         **dict(zip(("read_seconds", "store_seconds", "again_seconds"), seconds, strict=True)),
-        "read_cpu_seconds": cpu_seconds, "items": items, "skipped": len(found) - items,
+        "read_cpu_seconds": cpu_seconds, "items": records, "skipped": len(found) - records,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }  # fmt: skip
 

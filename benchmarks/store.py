@@ -242,8 +242,8 @@ def logs(files: int = 200, megabytes: int = 5) -> dict[str, Any]:
     """What the sensor pays for the event files at each tick, and what an ingest pays when all of them were touched."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.settings import load_loop
-    from finetune_pipeline.sources import ledger
-    from finetune_pipeline.sources.jsonl import Line, open_log
+    from finetune_pipeline.sources import ingest_ledger
+    from finetune_pipeline.sources.ingest_reader import IngestLine, open_log
 
     loop, database, content = load_loop(LOOP), connect(), os.urandom(megabytes * 10**6)
     folder = loop.drop_folder
@@ -254,12 +254,14 @@ def logs(files: int = 200, megabytes: int = 5) -> dict[str, Any]:
         path.write_bytes(number.to_bytes(4) + content)
         ends[path] = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
         with database.write() as connection:
-            line = Line(1, ends[path][0], None, prefix_hash=ends[path][1])
-            ledger.advance(connection, LOOP, ledger.look_at(path), ledger.Position(), [line], finished=True)
+            line = IngestLine(1, ends[path][0], None, prefix_hash=ends[path][1])
+            ingest_ledger.advance(
+                connection, LOOP, ingest_ledger.look_at(path), ingest_ledger.Position(), [line], finished=True
+            )
 
     def look() -> None:
         with database.read() as connection:
-            if found := ledger.unread(connection, LOOP, [folder]):
+            if found := ingest_ledger.unread(connection, LOOP, [folder]):
                 sys.exit(f"{len(found)} files count as unread")
 
     def verify() -> None:

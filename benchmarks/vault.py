@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.results import end, publish
 from finetune_pipeline.settings import VaultSource
-from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline.sources.vault import read
 
 NOTES = 10_000
@@ -41,15 +41,15 @@ def main() -> None:
 
 def vault(folder: Path) -> dict[str, Any]:
     """Read a vault some times, as a loop does at each of its runs."""
-    feed, seconds, items = VaultSource(kind="vault", name="notes", path=str(folder)), [], 0
+    source, seconds, records = VaultSource(kind="vault", name="notes", path=str(folder)), [], 0
     busy = time.process_time()
     for _ in range(RUNS):
         started = time.perf_counter()
-        items = sum(isinstance(one, Item) for one in read(feed, None))
+        records = sum(isinstance(one, SourceRecord) for one in read(source, None))
         seconds.append(time.perf_counter() - started)
     cpu = (time.process_time() - busy) / RUNS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"seconds": seconds, "best_seconds": min(seconds), "cpu_seconds": cpu, "items": items, "peak_mb": peak}
+    return {"seconds": seconds, "best_seconds": min(seconds), "cpu_seconds": cpu, "items": records, "peak_mb": peak}
 
 
 def write_vault(folder: Path, notes: int) -> int:

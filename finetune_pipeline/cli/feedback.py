@@ -226,21 +226,22 @@ def retract(loop: LoopSettings, source: str, yes: bool) -> None:
     It stays in the store. Where the source is declared still, or again, the next run brings back what it has then.
     """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.pipeline.source_sync import retract_source, teaching_sources
+    from finetune_pipeline.feedback.source_state import active_sources
+    from finetune_pipeline.pipeline.source_sync import retract_source
 
     database = connect()
     with database.read() as connection:
-        there = teaching_sources(connection, loop.name)
+        there = active_sources(connection, loop.name)
     if source not in there:
         names = ", ".join(f"{name} ({count})" for name, count in there.items()) or "none"
         raise click.ClickException(
             f"nothing of {source} teaches in {loop.name}; sources of which something does: {names}"
         )
     if not yes:
-        click.confirm(f"Have the {there[source]} items of {source} teach nothing any more?", abort=True)
+        click.confirm(f"Have the {there[source]} records of {source} teach nothing any more?", abort=True)
     count = retract_source(loop.name, source, database)
-    click.echo(f"{count} items of {source} retracted; the next dataset is made without them")
-    if any(feed.name == source for feed in loop.sources):
+    click.echo(f"{count} records of {source} retracted; the next dataset is made without them")
+    if any(one.name == source for one in loop.sources):
         click.echo(
             f"{source} is still declared: the next run brings back what it has, unless you take it out of the YAML"
         )

@@ -8,11 +8,11 @@ import click
 from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.pipeline.ingest import Ingested, ingest_file
+from finetune_pipeline.pipeline.ingest import IngestReport, ingest_file
 from finetune_pipeline.pipeline.ingest import ingest as ingest_all
 from finetune_pipeline.settings import FileFormat, LoopSettings
-from finetune_pipeline.sources.jsonl import Form
-from finetune_pipeline.sources.ledger import position, rejected_lines
+from finetune_pipeline.sources.ingest_ledger import position, rejected_lines
+from finetune_pipeline.sources.ingest_reader import IngestFormat
 from finetune_pipeline.sources.row_readers import SUFFIXES
 
 
@@ -23,7 +23,7 @@ from finetune_pipeline.sources.row_readers import SUFFIXES
     help="What the rows of FILES are; auto tells by their fields, row by row.",
 )  # fmt: skip
 @loop_option
-def ingest(files: tuple[Path, ...], form: Form, loop: LoopSettings) -> None:
+def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> None:
     """Take FILES into the store, or all new files of the loop's folders.
 
     JSONL, JSON, CSV and Parquet are read: events of a log, and conversations in the forms that docs/sources.md names.
@@ -31,7 +31,7 @@ def ingest(files: tuple[Path, ...], form: Form, loop: LoopSettings) -> None:
     if form != "auto" and not files:
         raise click.UsageError("--format goes with FILES: in the folders each row tells by its fields what it is")
     database = connect()
-    total = Ingested()
+    total = IngestReport()
     if files:
         reward = reward_function(loop.feedback)
         for path in files:
@@ -59,7 +59,9 @@ def ingest(files: tuple[Path, ...], form: Form, loop: LoopSettings) -> None:
         raise click.ClickException(advice)
 
 
-def _read(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: Form) -> Ingested:
+def _read(
+    loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: IngestFormat
+) -> IngestReport:
     try:
         done = ingest_file(loop, database, path, reward, form)
     except OSError as error:

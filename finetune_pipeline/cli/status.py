@@ -17,7 +17,7 @@ def status(loop: LoopSettings) -> None:
     from finetune_pipeline.pipeline.review_queue import waiting as waiting_for_review
     from finetune_pipeline.registry.champion import champion
     from finetune_pipeline.registry.comparisons import judged_watermark
-    from finetune_pipeline.sources.ledger import unread
+    from finetune_pipeline.sources.ingest_ledger import unread
 
     database = connect()
     with database.read() as connection:

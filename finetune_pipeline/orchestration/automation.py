@@ -14,7 +14,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.sources.ledger import UnreadFile, unread
+from finetune_pipeline.sources.ingest_ledger import UnreadFile, unread
 from finetune_pipeline.sources.row_readers import readable
 
 LOOP_TAG = "finetune/loop"

@@ -45,7 +45,7 @@ def raw_logs_checks(loop: LoopSettings, logs: CollectedLogs) -> Iterator[dg.Asse
             "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in logs.rejected)],
         },
     )
-    failed = [f"{source.name}: {source.failed}" for source in logs.sources if source.failed]
+    failed = [f"{source.name}: {source.error}" for source in logs.sources if source.error]
     yield dg.AssetCheckResult(
         check_name="sources_read",
         passed=not failed,

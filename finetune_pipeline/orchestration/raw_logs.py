@@ -64,7 +64,7 @@ def _metadata(logs: CollectedLogs) -> dict[str, Any]:
     if logs.sources or logs.undeclared:
         rows = ["| source | records | new | retracted | skipped | |", "|---|---|---|---|---|---|"]
         for s in logs.sources:
-            rows.append(f"| {s.name} | {s.items} | {s.new} | {s.retracted} | {s.skipped} | {s.failed} |")
+            rows.append(f"| {s.name} | {s.records} | {s.new} | {s.retracted} | {s.skipped} | {s.error} |")
         for name, count in logs.undeclared.items():
             remedy = f"`finetune feedback retract --source {name}` stops that"
             rows.append(f"| {name} | {count} | 0 | 0 | 0 | not declared, but still trains without a quota; {remedy} |")

@@ -15,13 +15,21 @@ from finetune_pipeline.feedback.erasure import erased_users
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import Recorded, conflict, record, renew_marked, take_offsets
 from finetune_pipeline.feedback.write_ahead_log import take_over_orphans
-from finetune_pipeline.pipeline.source_sync import ERASED, ingested_events
+from finetune_pipeline.pipeline.source_events import ERASED, ingested_events
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import LoopSettings, load_loop
-from finetune_pipeline.sources import ledger
-from finetune_pipeline.sources.jsonl import Form, Line, event_files, grows, open_log, read_lines, read_whole
+from finetune_pipeline.sources import ingest_ledger
+from finetune_pipeline.sources.ingest_reader import (
+    IngestFormat,
+    IngestLine,
+    event_files,
+    grows,
+    open_log,
+    read_lines,
+    read_whole,
+)
 from finetune_pipeline.sources.row_readers import readable
-from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline.sources.source_record import SourceRecord
 
 BATCH = 1_000
 NAMED = 20
@@ -30,7 +38,7 @@ _QUIET_NS = 5 * 10**9
 
 
 @dataclass
-class Ingested:
+class IngestReport:
     """What one ingest did.
 
     Attributes:
@@ -48,7 +56,7 @@ class Ingested:
     conflicting: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
-    def add(self, other: "Ingested") -> None:
+    def add(self, other: "IngestReport") -> None:
         """Count another one in."""
         self.files += other.files
         self.lines += other.lines
@@ -60,7 +68,7 @@ class Ingested:
         self.unreadable += other.unreadable
 
 
-def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) -> Ingested:
+def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) -> IngestReport:
     """Take every unread file of the loop's folders into the store, and say what was found in each.
 
     Each batch of lines and the file's place in the ledger are one transaction, so a kill loses nothing and nothing
@@ -80,8 +88,8 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
         if repaired := renew_marked(connection, loop.name, reward):
             tell(f"the examples of {repaired} interactions were recomputed: their events had times in the future")
     with database.read() as connection:
-        files = ledger.unread(connection, loop.name, loop.log_folders)
-    total = Ingested()
+        files = ingest_ledger.unread(connection, loop.name, loop.log_folders)
+    total = IngestReport()
     for number, file in enumerate(files, start=1):
         name = f"file {number} of {len(files)}, {readable(file.path.name)}"
         if _being_written(file):
@@ -93,18 +101,18 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
     return total
 
 
-def _ingest_if_readable(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction) -> Ingested:
+def _ingest_if_readable(loop: LoopSettings, database: Database, path: Path, reward: RewardFunction) -> IngestReport:
     if readable(str(path)) != str(path):
-        return Ingested(unreadable=[f"{readable(str(path))}: its name is not UTF-8; rename it"])
+        return IngestReport(unreadable=[f"{readable(str(path))}: its name is not UTF-8; rename it"])
     try:
         return ingest_file(loop, database, path, reward)
     except OSError as error:
-        return Ingested(unreadable=[f"{path}: {error.strerror}; mend it or take it away"])
+        return IngestReport(unreadable=[f"{path}: {error.strerror}; mend it or take it away"])
 
 
 def ingest_file(
-    loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: Form = "auto"
-) -> Ingested:
+    loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: IngestFormat = "auto"
+) -> IngestReport:
     """Take one file: JSON lines from where the ledger left them, any other from its start.
 
     What a killed reading had taken of it counts no second time, since ids follow from the content.
@@ -115,8 +123,8 @@ def ingest_file(
     Raises:
         OSError: it cannot be read.
     """
-    result = Ingested(files=1)
-    file = ledger.look_at(path)
+    result = IngestReport(files=1)
+    file = ingest_ledger.look_at(path)
     with ExitStack() as opened:
         position, lines = _lines(loop, database, file, form, result, opened)
         for batch, last in _batches(lines):
@@ -125,7 +133,7 @@ def ingest_file(
                 batch = _without_forgotten(connection, loop, batch)
                 events = [(line, event) for line in batch for event in _events(loop, line)]
                 done = record(connection, loop.name, [event for _, event in events], reward)
-                position = ledger.advance(connection, loop.name, file, position, batch, finished=last)
+                position = ingest_ledger.advance(connection, loop.name, file, position, batch, finished=last)
             result.recorded += Recorded(done.interactions, done.feedback, done.duplicates)
             result.lines += len(batch)
             result.rejected += sum(line.event is None for line in batch)
@@ -136,20 +144,25 @@ def ingest_file(
 
 
 def _lines(
-    loop: LoopSettings, database: Database, file: ledger.UnreadFile, form: Form, result: Ingested, opened: ExitStack
-) -> tuple[ledger.Position, Iterator[Line]]:
+    loop: LoopSettings,
+    database: Database,
+    file: ingest_ledger.UnreadFile,
+    form: IngestFormat,
+    result: IngestReport,
+    opened: ExitStack,
+) -> tuple[ingest_ledger.Position, Iterator[IngestLine]]:
     """Return where the reading of a file starts, and its lines from there on; `opened` closes the file."""
     path, limit = file.path, loop.ingest.max_line_bytes
     inside = any(path.parent == folder for folder in loop.log_folders)
     name = path.name if inside else str(path)[-_PROVENANCE:]
     if not grows(path):
         whole = read_whole(path, loop.name, max_line_bytes=limit, form=form, name=name)
-        return ledger.Position(offset=file.size), _asking(loop, whole)
+        return ingest_ledger.Position(offset=file.size), _asking(loop, whole)
     log = opened.enter_context(open_log(path, name))
-    start = ledger.Position()
+    start = ingest_ledger.Position()
     if form == "auto":
         with database.read() as connection:
-            known = ledger.position(connection, loop.name, path)
+            known = ingest_ledger.position(connection, loop.name, path)
         if log.skip_if_unchanged(known.offset, known.prefix_hash):
             start = known
         else:
@@ -158,7 +171,7 @@ def _lines(
     return start, _asking(loop, lines)
 
 
-def _asking(loop: LoopSettings, lines: Iterator[Line]) -> Iterator[Line]:
+def _asking(loop: LoopSettings, lines: Iterator[IngestLine]) -> Iterator[IngestLine]:
     """The lines, without the conversations in which nothing is asked but what the loop's own system prompt says.
 
     The reason of a refused one is shown, and says what was found: it is redacted. Its excerpt is not shown; by it the
@@ -166,29 +179,34 @@ def _asking(loop: LoopSettings, lines: Iterator[Line]) -> Iterator[Line]:
     """
     for line in lines:
         item = line.event
-        if isinstance(item, Item) and not without_system_prompt(item.prompt, item.history, loop.system_prompt)[0]:
+        if (
+            isinstance(item, SourceRecord)
+            and not without_system_prompt(item.prompt, item.history, loop.system_prompt)[0]
+        ):
             yield replace(line, event=None, reason="nothing is asked beside the loop's own system prompt")
         else:
             yield replace(line, reason=redact(line.reason).text) if line.event is None else line
 
 
-def _without_forgotten(connection: sa.Connection, loop: LoopSettings, batch: list[Line]) -> list[Line]:
+def _without_forgotten(connection: sa.Connection, loop: LoopSettings, batch: list[IngestLine]) -> list[IngestLine]:
     """The lines, without the conversations whose author was erased."""
-    users = {line.event.user for line in batch if isinstance(line.event, Item) and line.event.user is not None}
+    users = {line.event.user for line in batch if isinstance(line.event, SourceRecord) and line.event.user is not None}
     gone = erased_users(connection, loop.name, users)
     return [
-        replace(line, event=None, reason=ERASED) if isinstance(line.event, Item) and line.event.user in gone else line
+        replace(line, event=None, reason=ERASED)
+        if isinstance(line.event, SourceRecord) and line.event.user in gone
+        else line
         for line in batch
     ]
 
 
-def _events(loop: LoopSettings, line: Line) -> Sequence[Interaction | Feedback]:
-    if isinstance(line.event, Item):
+def _events(loop: LoopSettings, line: IngestLine) -> Sequence[Interaction | Feedback]:
+    if isinstance(line.event, SourceRecord):
         return ingested_events(loop, line.event)
     return () if line.event is None else (line.event,)
 
 
-def _being_written(file: ledger.UnreadFile) -> bool:
+def _being_written(file: ingest_ledger.UnreadFile) -> bool:
     """Whether somebody may still be writing a CSV file: nothing in it would tell that its last row is only a part."""
     if file.path.suffix.lower() not in {".csv", ".tsv"} or time.time_ns() - file.mtime_ns > _QUIET_NS:
         return False
@@ -202,7 +220,7 @@ def _reward_of(loop: str) -> RewardFunction:
     return reward_function(load_loop(loop).feedback)
 
 
-def _describe(one: Ingested) -> str:
+def _describe(one: IngestReport) -> str:
     if one.unreadable:
         return one.unreadable[0]
     said = f"{one.recorded.interactions} interactions, {one.recorded.feedback} feedback, "
@@ -214,7 +232,7 @@ def _describe(one: Ingested) -> str:
     return said
 
 
-def _batches(lines: Iterator[Line]) -> Iterator[tuple[list[Line], bool]]:
+def _batches(lines: Iterator[IngestLine]) -> Iterator[tuple[list[IngestLine], bool]]:
     """Batches of lines, each with whether it is the last; there is always one, perhaps empty."""
     while True:
         batch = list(islice(lines, BATCH))

@@ -55,7 +55,7 @@ def policy(loop: LoopSettings) -> Policy:
     schema = project_path(loop.output_schema) if loop.output_schema else None
     path = project_path(loop.evaluation.benchmark)
     index, problem = _judges(path, schema, _stamp(path), _stamp(schema))
-    quotas = {feed.name: Quota(feed.max_examples, feed.max_fraction) for feed in loop.sources}
+    quotas = {source.name: Quota(source.max_examples, source.max_fraction) for source in loop.sources}
     tokenizer = tokenizer_path(loop)
     tokens = _token_counter(tokenizer.parent, tokenizer, _stamp(tokenizer)) if tokenizer else None
     return Policy(loop.curation, index, problem, quotas, loop.review.required, tokens)

@@ -23,12 +23,13 @@ from finetune_pipeline.artifacts import (
 )
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.erasure import erased_after
+from finetune_pipeline.feedback.source_state import skipped_records, undeclared_sources
 from finetune_pipeline.feedback.store import Totals, newest_offset, records, store_id, totals
 from finetune_pipeline.manifests import FileRecord, RawLogsManifest
-from finetune_pipeline.pipeline.ingest import Ingested, ingest
-from finetune_pipeline.pipeline.source_sync import Fed, no_longer_declared, read_feeds, skipped_records
+from finetune_pipeline.pipeline.ingest import IngestReport, ingest
+from finetune_pipeline.pipeline.source_sync import SourceReport, sync_sources
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.sources.ledger import ReadTotals, read_totals, rejected_lines
+from finetune_pipeline.sources.ingest_ledger import ReadTotals, read_totals, rejected_lines
 from finetune_pipeline.sources.source_record import SourceError
 
 MAX_SHARDS = 32
@@ -62,8 +63,8 @@ class CollectedLogs:
 
     artifact: Artifact[RawLogsManifest]
     totals: Totals
-    ingested: Ingested
-    sources: Sequence[Fed]
+    ingested: IngestReport
+    sources: Sequence[SourceReport]
     undeclared: dict[str, int]
     skipped: Sequence[Any]
     files_read: ReadTotals
@@ -77,7 +78,7 @@ def collect_logs(loop: LoopSettings, database: Database, log: Callable[[str], No
         SourceError: the loop has no interactions, or a folder that its YAML names does not exist.
     """
     ingested = ingest(loop, database, log)
-    sources = read_feeds(loop, database, log)
+    sources = sync_sources(loop, database, log)
     artifact, counts = snapshot(loop, database, sources)
     with database.read() as connection:
         return CollectedLogs(
@@ -85,7 +86,7 @@ def collect_logs(loop: LoopSettings, database: Database, log: Callable[[str], No
             totals=counts,
             ingested=ingested,
             sources=sources,
-            undeclared=no_longer_declared(connection, loop),
+            undeclared=undeclared_sources(connection, loop),
             skipped=skipped_records(connection, loop, NAMED),
             files_read=read_totals(connection, loop.name),
             rejected=rejected_lines(connection, loop.name, NAMED),
@@ -93,7 +94,7 @@ def collect_logs(loop: LoopSettings, database: Database, log: Callable[[str], No
 
 
 def snapshot(
-    loop: LoopSettings, database: Database, sources: Sequence[Fed] = ()
+    loop: LoopSettings, database: Database, sources: Sequence[SourceReport] = ()
 ) -> tuple[Artifact[RawLogsManifest], Totals]:
     """Return the loop's interactions as Parquet files, with what each of them teaches now.
 
@@ -120,13 +121,13 @@ def snapshot(
         return _write(loop, connection, base, until, counts), counts
 
 
-def _no_interactions(loop: LoopSettings, sources: Sequence[Fed]) -> str:
+def _no_interactions(loop: LoopSettings, sources: Sequence[SourceReport]) -> str:
     folders = ", ".join(str(folder) for folder in loop.log_folders)
     message = f"loop {loop.name} has no interactions: {folders} hold no event file with a readable line"
     for source in sources:
-        if source.failed:
-            message += f". The declared source {source.name} failed: {source.failed}"
-    empty = ", ".join(source.name for source in sources if not source.failed)
+        if source.error:
+            message += f". The declared source {source.name} failed: {source.error}"
+    empty = ", ".join(source.name for source in sources if not source.error)
     if empty:
         message += f". Nothing usable came from {empty}"
     return (

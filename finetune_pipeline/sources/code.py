@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.settings import CodeSource, project_path
-from finetune_pipeline.sources import grammars
-from finetune_pipeline.sources.code_chunks import LANGUAGES, Chunk, Flaw, cut_python, first_sentence
-from finetune_pipeline.sources.safe_folder import Text, some, texts
-from finetune_pipeline.sources.source_record import Item, Reading, Skipped
-from finetune_pipeline.sources.teacher import Answer, Question, Teacher
+from finetune_pipeline.sources import tree_sitter_chunks
+from finetune_pipeline.sources.code_chunks import LANGUAGES, ChunkError, CodeChunk, cut_python, first_sentence
+from finetune_pipeline.sources.safe_folder import TextFile, some, texts
+from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceRecord
+from finetune_pipeline.sources.teacher import Teacher, TeacherAnswer, TeacherRequest
 from finetune_pipeline.sources.teacher_validation import (
     earlier_code_flaw,
     instruction_flaw,
@@ -66,13 +66,13 @@ Answer with a line `REQUEST: ...` and after it the earlier code in one fenced bl
 @dataclass(frozen=True)
 class _Piece:
     provenance: str
-    chunk: Chunk
+    chunk: CodeChunk
 
 
-_Asked = tuple[Literal["code", "refactoring"], _Piece, Question]
+_Asked = tuple[Literal["code", "refactoring"], _Piece, TeacherRequest]
 
 
-def read(feed: CodeSource, cursor: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
+def read(source: CodeSource, cursor: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
     """Everything that the repository teaches at this moment; its provenance is `path::Class.method`.
 
     Args:
@@ -83,19 +83,19 @@ def read(feed: CodeSource, cursor: Any, *, redact: Callable[[str], str] | None =
         SourceError: the folder is not there or holds no code, a grammar is missing, or the teacher cannot be used.
         ValueError: there is a teacher, but no `redact`.
     """
-    if feed.teacher is None:
-        yield from _by_docstrings(feed)
+    if source.teacher is None:
+        yield from _by_docstrings(source)
     elif redact is None:
         raise ValueError("code goes to a teacher only redacted: pass `redact`")
     else:
-        yield from _by_teacher(feed, Teacher(feed.teacher), redact)
+        yield from _by_teacher(source, Teacher(source.teacher), redact)
 
 
-def _by_docstrings(feed: CodeSource) -> Reading:
-    for path, pieces in _files(feed):
+def _by_docstrings(source: CodeSource) -> Reading:
+    for path, pieces in _files(source):
         silent = 0
         for piece in pieces:
-            if isinstance(piece, Skipped):
+            if isinstance(piece, SkippedRecord):
                 yield piece
             elif sentence := first_sentence(piece.chunk.doc):
                 yield _item(piece, request(piece.chunk, sentence), "code")
@@ -103,18 +103,18 @@ def _by_docstrings(feed: CodeSource) -> Reading:
                 silent += 1
         if silent:
             reason = f"{silent} classes and functions say nowhere what they do; a teacher can ask for them"
-            yield Skipped(path, reason)
+            yield SkippedRecord(path, reason)
 
 
-def request(chunk: Chunk, sentence: str) -> str:
+def request(chunk: CodeChunk, sentence: str) -> str:
     """What a developer would have asked to get this code, by its signature and what its docstring says first."""
     of = f" of `{chunk.owner}`" if chunk.owner else ""
     return f"Write the {LANGUAGES[chunk.language]} {chunk.kind} `{chunk.signature}`{of}: {sentence}"
 
 
-def _by_teacher(feed: CodeSource, teacher: Teacher, redact: Callable[[str], str]) -> Reading:
-    skipped: deque[Skipped] = deque()
-    for answer in teacher.answers(_questions(feed, redact, skipped)):
+def _by_teacher(source: CodeSource, teacher: Teacher, redact: Callable[[str], str]) -> Reading:
+    skipped: deque[SkippedRecord] = deque()
+    for answer in teacher.answers(_questions(source, redact, skipped)):
         while skipped:
             yield skipped.popleft()
         yield from _taught(answer)
@@ -122,48 +122,48 @@ def _by_teacher(feed: CodeSource, teacher: Teacher, redact: Callable[[str], str]
 
 
 def _questions(
-    feed: CodeSource, redact: Callable[[str], str], skipped: deque[Skipped]
-) -> Iterator[tuple[_Asked, Question]]:
-    for _, pieces in _files(feed):
+    source: CodeSource, redact: Callable[[str], str], skipped: deque[SkippedRecord]
+) -> Iterator[tuple[_Asked, TeacherRequest]]:
+    for _, pieces in _files(source):
         for piece in pieces:
             clean = _redacted(piece, redact) if isinstance(piece, _Piece) else piece
-            if isinstance(clean, Skipped):
+            if isinstance(clean, SkippedRecord):
                 skipped.append(clean)
                 continue
             question = _question(_ASKS_FOR_REQUESTS, clean.chunk, _ANSWER_TOKENS)
             yield ("code", clean, question), question
-            if feed.refactorings:
+            if source.refactorings:
                 question = _question(_ASKS_FOR_EARLIER_CODE, clean.chunk, _ANSWER_TOKENS + len(clean.chunk.code) // 2)
                 yield ("refactoring", clean, question), question
 
 
-def _redacted(piece: _Piece, redact: Callable[[str], str]) -> _Piece | Skipped:
+def _redacted(piece: _Piece, redact: Callable[[str], str]) -> _Piece | SkippedRecord:
     chunk = piece.chunk
     code = redact(chunk.code)
     if code == chunk.code:
         return piece
     if not parses(chunk.language, code, chunk.owner):
-        return Skipped(
+        return SkippedRecord(
             piece.provenance, "without the secrets or personal data in it, it no longer parses; it is not sent"
         )
     return replace(piece, chunk=replace(chunk, code=code))
 
 
-def _question(system: str, chunk: Chunk, max_answer: int) -> Question:
+def _question(system: str, chunk: CodeChunk, max_answer: int) -> TeacherRequest:
     # The code cannot hold the mark that ends it, as that is made of the code's own hash.
     mark = f"code-{hash_of(chunk.code)[:12]}"
     language = LANGUAGES[chunk.language]
     told = system.format(kind=chunk.kind, language=language, mark=mark, number=_REQUESTS)
-    return Question(told, f"<{mark}>\n{chunk.code}\n</{mark}>", max_answer)
+    return TeacherRequest(told, f"<{mark}>\n{chunk.code}\n</{mark}>", max_answer)
 
 
-def _taught(answer: Answer[_Asked]) -> Iterator[Item | Skipped]:
+def _taught(answer: TeacherAnswer[_Asked]) -> Iterator[SourceRecord | SkippedRecord]:
     kind, piece, question = answer.asked_for
     if answer.reason:
-        yield Skipped(
+        yield SkippedRecord(
             piece.provenance if kind == "code" else f"{piece.provenance} [refactoring]",
             answer.reason,
-            later=answer.later,
+            deferred=answer.deferred,
         )
     elif kind == "code":
         yield from _requests(answer.text, piece, question)
@@ -171,79 +171,81 @@ def _taught(answer: Answer[_Asked]) -> Iterator[Item | Skipped]:
         yield _refactoring(answer.text, piece, question)
 
 
-def _requests(text: str, piece: _Piece, question: Question) -> Iterator[Item | Skipped]:
+def _requests(text: str, piece: _Piece, question: TeacherRequest) -> Iterator[SourceRecord | SkippedRecord]:
     found = read_instructions(text)
     if found is None:
-        yield Skipped(piece.provenance, 'the teacher did not answer with {"instructions": [...]}')
+        yield SkippedRecord(piece.provenance, 'the teacher did not answer with {"instructions": [...]}')
         return
     for number, one in enumerate(dict.fromkeys(found[:_REQUESTS]), start=1):
         here = replace(piece, provenance=piece.provenance if number == 1 else f"{piece.provenance} [{number}]")
         flaw = instruction_flaw(one, piece.chunk, question.system)
-        yield Skipped(here.provenance, f"the teacher's request {flaw}") if flaw else _item(here, one, "code")
+        yield SkippedRecord(here.provenance, f"the teacher's request {flaw}") if flaw else _item(here, one, "code")
 
 
-def _refactoring(text: str, piece: _Piece, question: Question) -> Item | Skipped:
+def _refactoring(text: str, piece: _Piece, question: TeacherRequest) -> SourceRecord | SkippedRecord:
     here = replace(piece, provenance=f"{piece.provenance} [refactoring]")
     found = read_refactoring(text)
     if found is None:
-        return Skipped(here.provenance, "the teacher did not answer with a request and one block of code")
+        return SkippedRecord(here.provenance, "the teacher did not answer with a request and one block of code")
     asked, earlier = found
     flaw = earlier_code_flaw(earlier, piece.chunk)
     if flaw:
-        return Skipped(here.provenance, f"the teacher's earlier code {flaw}")
+        return SkippedRecord(here.provenance, f"the teacher's earlier code {flaw}")
     flaw = instruction_flaw(asked, piece.chunk, question.system)
     if flaw and not flaw.startswith("is not about"):  # the code that stands with it says what it is about
-        return Skipped(here.provenance, f"the teacher's request {flaw}")
+        return SkippedRecord(here.provenance, f"the teacher's request {flaw}")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", earlier)), default=0))
     return _item(here, f"{asked}\n\n{fence}{piece.chunk.language}\n{earlier}\n{fence}", "refactoring")
 
 
-def _item(piece: _Piece, prompt: str, kind: str) -> Item:
-    return Item(piece.provenance, prompt, piece.chunk.code, domain=piece.chunk.language, kind=kind)
+def _item(piece: _Piece, prompt: str, kind: str) -> SourceRecord:
+    return SourceRecord(piece.provenance, prompt, piece.chunk.code, domain=piece.chunk.language, kind=kind)
 
 
-def _files(feed: CodeSource) -> Iterator[tuple[str, Iterator[_Piece | Skipped]]]:
+def _files(source: CodeSource) -> Iterator[tuple[str, Iterator[_Piece | SkippedRecord]]]:
     """Each file with what is cut out of it."""
-    root = project_path(feed.path)
-    wanted = texts(root, lambda name: _language(feed, name) is not None, feed.ignore, max_bytes=MAX_FILE_BYTES)
-    for found in some(wanted, f"source {feed.name}: no file of {', '.join(feed.languages)} lies in {root}"):
-        if isinstance(found, Skipped):
+    root = project_path(source.path)
+    wanted = texts(root, lambda name: _language(source, name) is not None, source.ignore, max_bytes=MAX_FILE_BYTES)
+    for found in some(wanted, f"source {source.name}: no file of {', '.join(source.languages)} lies in {root}"):
+        if isinstance(found, SkippedRecord):
             yield found.provenance, iter([found])
         elif reason := _not_written_by_hand(found.text):
-            yield found.path, iter([Skipped(found.path, reason)])
+            yield found.path, iter([SkippedRecord(found.path, reason)])
         else:
-            yield found.path, _pieces(feed, found)
+            yield found.path, _pieces(source, found)
 
 
-def _pieces(feed: CodeSource, file: Text) -> Iterator[_Piece | Skipped]:
-    language, seen = _language(feed, file.path) or "", Counter[str]()
-    for one in _cut(language, file.text, range(feed.min_lines, feed.max_lines + 1)):
-        if isinstance(one, Flaw):
-            yield Skipped(f"{file.path}:{one.line}", one.reason)
+def _pieces(source: CodeSource, file: TextFile) -> Iterator[_Piece | SkippedRecord]:
+    language, seen = _language(source, file.path) or "", Counter[str]()
+    for one in _cut(language, file.text, range(source.min_lines, source.max_lines + 1)):
+        if isinstance(one, ChunkError):
+            yield SkippedRecord(f"{file.path}:{one.line}", one.reason)
             continue
         seen[one.name] += 1
         name = one.name if seen[one.name] == 1 else f"{one.name}#{seen[one.name]}"
         piece = _Piece(f"{file.path}::{name}", one)
         if max(map(len, one.code.split("\n"))) > _LONGEST_LINE:
-            yield Skipped(piece.provenance, f"has a line of more than {_LONGEST_LINE:,} characters, as data has")
+            yield SkippedRecord(piece.provenance, f"has a line of more than {_LONGEST_LINE:,} characters, as data has")
         else:
             yield piece
 
 
-def _cut(language: str, text: str, lengths: range) -> Iterator[Chunk | Flaw]:
+def _cut(language: str, text: str, lengths: range) -> Iterator[CodeChunk | ChunkError]:
     try:
-        yield from cut_python(text, lengths) if language == "python" else grammars.cut(language, text, lengths)
+        yield from (
+            cut_python(text, lengths) if language == "python" else tree_sitter_chunks.cut(language, text, lengths)
+        )
     except RecursionError:
-        yield Flaw(1, "is nested too deep to be read")
+        yield ChunkError(1, "is nested too deep to be read")
 
 
-def _language(feed: CodeSource, name: str) -> str | None:
-    """The language of a file by the end of its name, if it is one of the feed's."""
+def _language(source: CodeSource, name: str) -> str | None:
+    """The language of a file by the end of its name, if it is one of the source's."""
     suffix = PurePosixPath(name).suffix.lower()
     language = _SUFFIXES.get(suffix)
-    if suffix == ".h" and "cpp" in feed.languages:
+    if suffix == ".h" and "cpp" in source.languages:
         language = "cpp"  # headers of C++ are no C, and most of C is C++
-    return language if ("typescript" if language == "tsx" else language) in feed.languages else None
+    return language if ("typescript" if language == "tsx" else language) in source.languages else None
 
 
 def _not_written_by_hand(text: str) -> str:

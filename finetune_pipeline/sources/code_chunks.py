@@ -32,7 +32,7 @@ Definition = Function | ast.ClassDef
 
 
 @dataclass(frozen=True)
-class Chunk:
+class CodeChunk:
     """A class or function.
 
     Attributes:
@@ -64,14 +64,14 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Flaw:
+class ChunkError:
     """Something in a file that cannot be used, at this line."""
 
     line: int
     reason: str
 
 
-def cut_python(text: str, lengths: range = ANY_LENGTH) -> Iterator[Chunk | Flaw]:
+def cut_python(text: str, lengths: range = ANY_LENGTH) -> Iterator[CodeChunk | ChunkError]:
     """The classes, methods and functions of a Python file, in its order; those within functions stay with them.
 
     What has no body of its own (`...`, `pass`, `raise NotImplementedError`) is left out.
@@ -82,9 +82,9 @@ def cut_python(text: str, lengths: range = ANY_LENGTH) -> Iterator[Chunk | Flaw]
     try:
         tree = parse_python(text)
     except SyntaxError as error:
-        yield Flaw(error.lineno or 1, f"is not Python that this version reads: {error.msg}")
+        yield ChunkError(error.lineno or 1, f"is not Python that this version reads: {error.msg}")
     except (ValueError, RecursionError, MemoryError) as error:
-        yield Flaw(1, f"is not Python that can be read: {error}")
+        yield ChunkError(1, f"is not Python that can be read: {error}")
     else:
         lines = text.split("\n")
         yield from _PythonCutter(lines, lengths, _rows_inside_strings(tree, lines)).definitions(tree.body, "")
@@ -150,7 +150,7 @@ class _PythonCutter:
     inside: set[int]
     """Rows (from 0) that begin inside a string."""
 
-    def definitions(self, body: Sequence[ast.stmt], owner: str) -> Iterator[Chunk | Flaw]:
+    def definitions(self, body: Sequence[ast.stmt], owner: str) -> Iterator[CodeChunk | ChunkError]:
         for node in body:
             if isinstance(node, Definition):
                 name = f"{owner}.{node.name}" if owner else node.name
@@ -163,19 +163,19 @@ class _PythonCutter:
                 for part in ("body", "handlers", "orelse", "finalbody", "cases"):
                     yield from self.definitions(getattr(node, part, ()), owner)
 
-    def _chunk(self, node: Definition, first: int, name: str, owned: bool) -> Chunk | Flaw:
+    def _chunk(self, node: Definition, first: int, name: str, owned: bool) -> CodeChunk | ChunkError:
         own = self.lines[first : node.end_lineno]
         code = moved_left(own, {row - first for row in self.inside.intersection(range(first, first + len(own)))})
         if own[0][:1].isspace() and not _moves_as_a_whole(own):
             try:
                 parse_python(code)
             except SyntaxError:
-                return Flaw(first + 1, f"{name} is no Python by itself")
+                return ChunkError(first + 1, f"{name} is no Python by itself")
         doc = ast.get_docstring(node, clean=False) or comment_above(self.lines, first)
         kind = "class" if isinstance(node, ast.ClassDef) else "method" if owned else "function"
         if isinstance(node, ast.AsyncFunctionDef):
             kind = f"async {kind}"
-        return Chunk("python", kind, name, first + 1, code, _signature(node), doc)
+        return CodeChunk("python", kind, name, first + 1, code, _signature(node), doc)
 
 
 def _moves_as_a_whole(lines: Sequence[str]) -> bool:

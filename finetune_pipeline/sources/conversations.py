@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from finetune_pipeline.records import PastUtcDatetime, ShortText, Text, Turn, alpaca_prompt, loss_mask_field
 from finetune_pipeline.settings import FileFormat
-from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline.validation_messages import error_message, short_repr
 
 _ROLES = {
@@ -72,7 +72,7 @@ class _Taught(BaseModel):
     created_at: PastUtcDatetime | None = None
 
 
-def to_item(row: Any, provenance: str, form: FileFormat = "auto") -> Item:
+def to_record(row: Any, provenance: str, form: FileFormat = "auto") -> SourceRecord:
     """The conversation of a row.
 
     Args:
@@ -95,7 +95,7 @@ def to_item(row: Any, provenance: str, form: FileFormat = "auto") -> Item:
     corrected = taught.correction is not None
     if corrected and said.dropped:
         raise ValueError(f"correction: it is of the last answer, which is not to be trained on ({said.dropped})")
-    return Item(
+    return SourceRecord(
         provenance, taught.prompt, taught.correction or taught.answer, tuple(said.history),
         reward=None if corrected else taught.reward,  # it was of the answer that was corrected
         model_output=taught.answer if corrected else None,

@@ -31,9 +31,9 @@ from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.settings import DocumentsSource, project_path
 from finetune_pipeline.sources.code_chunks import words
 from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, facts
-from finetune_pipeline.sources.safe_folder import Text, some, texts
-from finetune_pipeline.sources.source_record import Item, Reading, Skipped, SourceError
-from finetune_pipeline.sources.teacher import Answer, Question, Teacher
+from finetune_pipeline.sources.safe_folder import TextFile, some, texts
+from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceError, SourceRecord
+from finetune_pipeline.sources.teacher import Teacher, TeacherAnswer, TeacherRequest
 from finetune_pipeline.sources.teacher_validation import FENCE, copied_share, fenced, is_storable
 
 MAX_FILE_BYTES = 200_000
@@ -85,7 +85,7 @@ class _Pair:
     known: dict[str, str]
 
 
-def read(feed: DocumentsSource, cursor: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
+def read(source: DocumentsSource, cursor: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
     """One item for each document and template; its provenance is `document::template`.
 
     Args:
@@ -96,21 +96,21 @@ def read(feed: DocumentsSource, cursor: Any, *, redact: Callable[[str], str] | N
         SourceError: a folder is not there, there is no document, no usable template, or the teacher cannot be used.
         ValueError: there is a teacher, but no `redact`.
     """
-    found = list(_templates(project_path(feed.templates)))
-    yield from (one for one in found if isinstance(one, Skipped))
+    found = list(_templates(project_path(source.templates)))
+    yield from (one for one in found if isinstance(one, SkippedRecord))
     templates = [one for one in found if isinstance(one, Template)]
     if not templates:
         raise SourceError(
-            f"{feed.templates} holds no usable template: a .md file with `name` and `instruction` in its front matter, "
-            "and the form of the artifact below; see docs/sources-documents.md"
+            f"{source.templates} holds no usable template: a .md file with `name` and `instruction` in its front "
+            "matter, and the form of the artifact below; see docs/sources-documents.md"
         )
-    if feed.teacher is None:
-        for pair in _pairs(feed, templates, lambda text: text):
+    if source.teacher is None:
+        for pair in _pairs(source, templates, lambda text: text):
             yield _filled(pair) if isinstance(pair, _Pair) else pair
     elif redact is None:
         raise ValueError("documents go to a teacher only redacted: pass `redact`")
     else:
-        yield from _by_teacher(Teacher(feed.teacher), _pairs(feed, templates, redact))
+        yield from _by_teacher(Teacher(source.teacher), _pairs(source, templates, redact))
 
 
 def placeholders(form: str) -> list[str]:
@@ -180,31 +180,33 @@ def _diagram_flaw(text: str) -> str:
     return ""
 
 
-def _templates(folder: Path) -> Iterator[Template | Skipped]:
+def _templates(folder: Path) -> Iterator[Template | SkippedRecord]:
     taken: set[str] = set()
     for file in texts(folder, lambda name: name.lower().endswith(".md"), max_bytes=MAX_FILE_BYTES):
-        if isinstance(file, Skipped):
-            yield Skipped(f"template {file.provenance}", file.reason)
+        if isinstance(file, SkippedRecord):
+            yield SkippedRecord(f"template {file.provenance}", file.reason)
             continue
         template = read_template(file.text)
         if isinstance(template, str):
-            yield Skipped(f"template {file.path}", template)
+            yield SkippedRecord(f"template {file.path}", template)
         elif template.name in taken:
-            yield Skipped(f"template {file.path}", f"another template is named {template.name}")
+            yield SkippedRecord(f"template {file.path}", f"another template is named {template.name}")
         else:
             taken.add(template.name)
             yield template
 
 
-def _pairs(feed: DocumentsSource, templates: list[Template], redact: Callable[[str], str]) -> Iterator[_Pair | Skipped]:
-    root, forms = project_path(feed.path), project_path(feed.templates)
+def _pairs(
+    source: DocumentsSource, templates: list[Template], redact: Callable[[str], str]
+) -> Iterator[_Pair | SkippedRecord]:
+    root, forms = project_path(source.path), project_path(source.templates)
     found = texts(root, lambda name: name.lower().endswith((".md", ".txt")), max_bytes=MAX_FILE_BYTES)
-    documents = (one for one in found if isinstance(one, Skipped) or not (root / one.path).is_relative_to(forms))
-    for file in some(documents, f"source {feed.name}: no document (.md or .txt) lies in {root}"):
-        if isinstance(file, Skipped):
+    documents = (one for one in found if isinstance(one, SkippedRecord) or not (root / one.path).is_relative_to(forms))
+    for file in some(documents, f"source {source.name}: no document (.md or .txt) lies in {root}"):
+        if isinstance(file, SkippedRecord):
             yield file
         elif len(file.text.strip()) < _SHORTEST_DOCUMENT:
-            yield Skipped(file.path, "is empty or too short to make anything of")
+            yield SkippedRecord(file.path, "is empty or too short to make anything of")
         else:
             title, text = _read(file)
             title, text = redact(title), redact(text)
@@ -213,7 +215,7 @@ def _pairs(feed: DocumentsSource, templates: list[Template], redact: Callable[[s
                 yield _Pair(f"{file.path}::{template.name}", template, text, known)
 
 
-def _read(file: Text) -> tuple[str, str]:
+def _read(file: TextFile) -> tuple[str, str]:
     """Title and text of a document: of its front matter, its first heading, or its name."""
     match = _FRONT_MATTER.match(file.text)
     head = _mapping(match["yaml"]) if match else None
@@ -225,24 +227,24 @@ def _read(file: Text) -> tuple[str, str]:
     return " ".join(title.split()).strip(" #"), text.strip()
 
 
-def _filled(pair: _Pair) -> Item | Skipped:
+def _filled(pair: _Pair) -> SourceRecord | SkippedRecord:
     missing = _missing(pair, f"{pair.template.instruction}\n{pair.template.body}")
     return missing or _item(pair, _fill(pair.template.body, pair.known))
 
 
-def _missing(pair: _Pair, form: str) -> Skipped | None:
+def _missing(pair: _Pair, form: str) -> SkippedRecord | None:
     """What a form is to be filled with and the document does not say."""
     names = [name for name in placeholders(form) if not pair.known[name]]
     reason = f"the document names no {', '.join(names)}, which the template needs"
-    return Skipped(pair.provenance, reason) if names else None
+    return SkippedRecord(pair.provenance, reason) if names else None
 
 
-def _by_teacher(teacher: Teacher, pairs: Iterator[_Pair | Skipped]) -> Reading:
-    skipped: deque[Skipped] = deque()
+def _by_teacher(teacher: Teacher, pairs: Iterator[_Pair | SkippedRecord]) -> Reading:
+    skipped: deque[SkippedRecord] = deque()
 
-    def questions() -> Iterator[tuple[_Pair, Question]]:
+    def questions() -> Iterator[tuple[_Pair, TeacherRequest]]:
         for pair in pairs:
-            if isinstance(pair, Skipped):
+            if isinstance(pair, SkippedRecord):
                 skipped.append(pair)
             elif missing := _missing(pair, pair.template.instruction):
                 skipped.append(missing)
@@ -256,30 +258,30 @@ def _by_teacher(teacher: Teacher, pairs: Iterator[_Pair | Skipped]) -> Reading:
     yield from skipped
 
 
-def _taught(answer: Answer[_Pair]) -> Item | Skipped:
+def _taught(answer: TeacherAnswer[_Pair]) -> SourceRecord | SkippedRecord:
     pair = answer.asked_for
     if answer.reason:
-        return Skipped(pair.provenance, answer.reason, later=answer.later)
+        return SkippedRecord(pair.provenance, answer.reason, deferred=answer.deferred)
     text = answer.text
     blocks = fenced(text)
     if len(blocks) == 1 and blocks[0][0] in {"markdown", "md"} and _without_blocks(text).strip() == "":
         text = blocks[0][1].strip("\n")  # many models put a whole Markdown answer into a block of its own
     flaw = artifact_flaw(text, pair.template, pair.document)
-    return Skipped(pair.provenance, f"the teacher's artifact {flaw}") if flaw else _item(pair, text)
+    return SkippedRecord(pair.provenance, f"the teacher's artifact {flaw}") if flaw else _item(pair, text)
 
 
-def _item(pair: _Pair, answer: str) -> Item:
+def _item(pair: _Pair, answer: str) -> SourceRecord:
     prompt = f"{_fill(pair.template.instruction, pair.known)}\n\n{pair.document}"
-    return Item(pair.provenance, prompt, answer, kind=pair.template.name)
+    return SourceRecord(pair.provenance, prompt, answer, kind=pair.template.name)
 
 
-def _question(pair: _Pair) -> Question:
+def _question(pair: _Pair) -> TeacherRequest:
     # Neither text can hold the mark that ends it, as that is made of their own hash.
     mark = hash_of([pair.document, pair.template.body])[:12]
     task = _fill(pair.template.instruction, pair.known)
     form = f"<form-{mark}>\n{pair.template.body}\n</form-{mark}>"
     document = f"<document-{mark}>\n{pair.document}\n</document-{mark}>"
-    return Question(_ASKS.format(mark=mark), f"Task: {task}\n\n{form}\n\n{document}", _ANSWER_TOKENS)
+    return TeacherRequest(_ASKS.format(mark=mark), f"Task: {task}\n\n{form}\n\n{document}", _ANSWER_TOKENS)
 
 
 def _fill(form: str, known: dict[str, str]) -> str:

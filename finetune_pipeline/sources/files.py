@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.settings import FileFormat, FilesSource, project_path
-from finetune_pipeline.sources.conversations import to_item
+from finetune_pipeline.sources.conversations import to_record
 from finetune_pipeline.sources.row_readers import files_of, read_rows, readable
-from finetune_pipeline.sources.source_record import Item, Reading, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceError, SourceRecord
 
 _AN_EVENT = "is an event of a log; put its file into the drop folder, or name its folder in ingest.folders"
 
 
-def read(feed: FilesSource, cursor: Any) -> Reading:
+def read(source: FilesSource, cursor: Any) -> Reading:
     """All conversations of a file, or of the files of a folder and of those in it, in the order of their names.
 
     It has no cursors: a row that is there no longer is retracted. Of links, only those that stay within the folder are
@@ -22,24 +22,24 @@ def read(feed: FilesSource, cursor: Any) -> Reading:
     Raises:
         SourceError: it is not there, holds no file of rows, or cannot be read.
     """
-    root = project_path(feed.path)
-    for path in _files(root, feed.name):
-        if isinstance(path, Skipped):
+    root = project_path(source.path)
+    for path in _files(root, source.name):
+        if isinstance(path, SkippedRecord):
             yield path
             continue
         name = readable(path.name if path == root else str(path.relative_to(root)))
         try:
-            yield from read_file(path, name, feed.format, feed.max_line_bytes)
+            yield from read_file(path, name, source.format, source.max_line_bytes)
         except OSError as error:
             if path == root:
                 raise SourceError(f"{root} cannot be read ({error.strerror}); mend it, then run again") from error
-            yield Skipped(name, f"cannot be read ({error.strerror})", unseen=True)
+            yield SkippedRecord(name, f"cannot be read ({error.strerror})", unreadable=True)
 
 
-def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterator[Item | Skipped]:
+def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterator[SourceRecord | SkippedRecord]:
     """The conversations of one file; each says the file by `name`, and its line.
 
-    A file that is damaged or only half written is unseen as a whole: nobody knows what of it is gone.
+    A file that is damaged or only half written is unreadable as a whole: nobody knows what of it is gone.
 
     Raises:
         OSError: it cannot be read.
@@ -47,19 +47,19 @@ def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterat
     for number, value, reason, breaks_off in read_rows(path, max_bytes):
         provenance = f"{name}:{number}"
         if breaks_off:
-            yield Skipped(name, f"row {number}: {reason}", unseen=True)
+            yield SkippedRecord(name, f"row {number}: {reason}", unreadable=True)
         elif reason:
-            yield Skipped(provenance, reason)
+            yield SkippedRecord(provenance, reason)
         elif form == "auto" and isinstance(value, dict) and "event" in value:
-            yield Skipped(provenance, _AN_EVENT)
+            yield SkippedRecord(provenance, _AN_EVENT)
         else:
             try:
-                yield to_item(value, provenance, form)
+                yield to_record(value, provenance, form)
             except ValueError as error:
-                yield Skipped(provenance, str(error))
+                yield SkippedRecord(provenance, str(error))
 
 
-def _files(root: Path, name: str) -> Sequence[Path | Skipped]:
+def _files(root: Path, name: str) -> Sequence[Path | SkippedRecord]:
     """The files of rows, and the folders that cannot be looked into."""
     if root.is_file():
         return [root]
@@ -77,5 +77,8 @@ def _files(root: Path, name: str) -> Sequence[Path | Skipped]:
         raise SourceError(f"source {name}: {root} cannot be read ({closed.popitem()[1]}); mend its rights")
     if not found:  # a disk that is not mounted looks like this too, and must not retract everything
         raise SourceError(f"source {name}: no file .jsonl, .json, .csv, .tsv or .parquet lies in {root}; put one there")
-    unseen = [(readable(os.path.relpath(folder, root)), reason) for folder, reason in closed.items()]
-    return [*(Skipped(folder, f"cannot be read ({reason})", unseen=True) for folder, reason in unseen), *found]
+    unreadable = [(readable(os.path.relpath(folder, root)), reason) for folder, reason in closed.items()]
+    return [
+        *(SkippedRecord(folder, f"cannot be read ({reason})", unreadable=True) for folder, reason in unreadable),
+        *found,
+    ]

@@ -24,7 +24,7 @@ _SHOWN = 1_000
 _LONGEST_SIGN = 12  # an escaped surrogate pair; no other sign of JSON but texts and numbers is longer
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     """A row, or why there is none.
 
     Attributes:
@@ -81,12 +81,12 @@ def layout_of(path: Path) -> Literal["lines", "array", "csv", "parquet"]:
     if head.startswith(b"PAR1") or suffix == ".parquet":
         return "parquet"
     begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if suffix == ".json" and not begins:  # emptied to be written anew, rather than without a row
+    if suffix == ".json" and not begins:  # emptied to be written restarted, rather than without a row
         return "array"
     return "array" if begins == b"[" and suffix not in {".jsonl", ".ndjson"} else "lines"
 
 
-def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:
+def read_rows(path: Path, max_bytes: int) -> Iterator[FileRow]:
     """Every row of a file, in memory hardly more than one at a time (of Parquet, a few hundred).
 
     Args:
@@ -98,7 +98,7 @@ def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:
     readers = {"lines": _json_lines, "array": _json_array, "csv": _csv_rows, "parquet": _parquet_rows}
     for number, value in readers[layout_of(path)](path, max_bytes):
         bad = isinstance(value, _Bad)
-        yield Row(number, None, value.reason, value.breaks_off) if bad else Row(number, without_nulls(value))
+        yield FileRow(number, None, value.reason, value.breaks_off) if bad else FileRow(number, without_nulls(value))
 
 
 def without_nulls(value: Any) -> Any:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
-from finetune_pipeline.sources.source_record import Skipped, SourceError
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceError
 
 _IGNORE_FILE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
-class Text:
-    """A file's text, lines ended by a line feed alone."""
+class TextFile:
+    """A file's text, lines ended by a line source alone."""
 
     path: str
     """From the folder on, with slashes."""
@@ -32,7 +32,7 @@ class _Rules:
 
 def texts(
     root: Path, wanted: Callable[[str], bool], ignore: tuple[str, ...] = (), *, max_bytes: int
-) -> Iterator[Text | Skipped]:
+) -> Iterator[TextFile | SkippedRecord]:
     """The UTF-8 texts under a folder in the order of their names, and what of the wanted ones cannot be read.
 
     What git ignores is judged by the .gitignore files of the folder itself, in git's order of precedence. Git is not
@@ -56,7 +56,7 @@ def texts(
         rules = (*rules, *_rules(root, folder))
         below: list[tuple[str, tuple[_Rules, ...]]] = []
         for found in _entries(root, folder, rules, wanted, ignore):
-            if isinstance(found, Skipped):
+            if isinstance(found, SkippedRecord):
                 yield found
             elif found.endswith("/"):
                 below.append((found, rules))
@@ -65,7 +65,7 @@ def texts(
         folders += reversed(below)
 
 
-def some(found: Iterator[Text | Skipped], nothing: str) -> Iterator[Text | Skipped]:
+def some(found: Iterator[TextFile | SkippedRecord], nothing: str) -> Iterator[TextFile | SkippedRecord]:
     """What was found, and an error behind it where there was nothing to be found.
 
     A disk that is not mounted looks like an empty folder, and must not retract everything.
@@ -75,7 +75,7 @@ def some(found: Iterator[Text | Skipped], nothing: str) -> Iterator[Text | Skipp
     """
     there = False
     for one in found:
-        there = there or isinstance(one, Text) or not one.unseen
+        there = there or isinstance(one, TextFile) or not one.unreadable
         yield one
     if not there:
         raise SourceError(f"{nothing}; put it there, correct the path in the loop's YAML, or bring the disk back")
@@ -83,13 +83,13 @@ def some(found: Iterator[Text | Skipped], nothing: str) -> Iterator[Text | Skipp
 
 def _entries(
     root: Path, folder: str, rules: tuple[_Rules, ...], wanted: Callable[[str], bool], ignore: tuple[str, ...]
-) -> Iterator[str | Skipped]:
+) -> Iterator[str | SkippedRecord]:
     """What of one folder is read: paths of files, and of folders with a slash behind."""
     try:
         with os.scandir(root / folder) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
-        yield Skipped(_shown(folder).rstrip("/"), f"the folder cannot be read: {error.strerror}", unseen=True)
+        yield SkippedRecord(_shown(folder).rstrip("/"), f"the folder cannot be read: {error.strerror}", unreadable=True)
         return
     for entry in entries:
         is_folder = entry.is_dir(follow_symlinks=False)
@@ -99,29 +99,29 @@ def _entries(
         if entry.name.startswith(".") or not (of_use or link) or _ignored(path, rules):
             continue
         if link:
-            yield Skipped(_shown(path), "is a symbolic link, and links are not followed")
+            yield SkippedRecord(_shown(path), "is a symbolic link, and links are not followed")
         elif _shown(path) != path:
-            yield Skipped(_shown(path), "its name is not UTF-8; rename it")
+            yield SkippedRecord(_shown(path), "its name is not UTF-8; rename it")
         elif is_folder or entry.is_file(follow_symlinks=False):
             yield path
 
 
-def _text(root: Path, path: str, max_bytes: int) -> Text | Skipped:
+def _text(root: Path, path: str, max_bytes: int) -> TextFile | SkippedRecord:
     try:
         # A link that came in place of the file since its folder was read is not followed either.
         with os.fdopen(os.open(root / path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
-        return Skipped(path, f"cannot be read: {error.strerror}", unseen=True)
+        return SkippedRecord(path, f"cannot be read: {error.strerror}", unreadable=True)
     if len(data) > max_bytes:
-        return Skipped(path, f"is larger than {max_bytes:,} bytes")
+        return SkippedRecord(path, f"is larger than {max_bytes:,} bytes")
     if (at := data.find(b"\0")) >= 0:
-        return Skipped(f"{path}:{_line(data, at)}", "holds a null byte, which no text has")
+        return SkippedRecord(f"{path}:{_line(data, at)}", "holds a null byte, which no text has")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return Skipped(f"{path}:{_line(data, error.start)}", f"is not UTF-8: {error.reason}")
-    return Text(path, text.replace("\r\n", "\n").replace("\r", "\n"))
+        return SkippedRecord(f"{path}:{_line(data, error.start)}", f"is not UTF-8: {error.reason}")
+    return TextFile(path, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _line(data: bytes, at: int) -> int:

@@ -1,4 +1,4 @@
-"""What every declared source gives: conversations and where in it they stand, and what of it could not be used."""
+"""What a source yields when it is read: records, skipped records and cursors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from finetune_pipeline.records import Turn
 
 
 class SourceError(RuntimeError):
-    """A source is not there or cannot be read; the message says which, and what to do."""
+    """A source is missing or cannot be read. The message names it and says what to do."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """A conversation: a prompt, and the answer that it should get.
+class SourceRecord:
+    """A conversation with the answer that the model should give.
 
     Attributes:
-        provenance: where in its source it stands, so that a person finds it there: a note and heading, a file and
-            line, a function, a row's key. What has the same provenance later is the newer state of the same thing.
-        prompt, history: what is asked, and what was said before.
-        answer: what is to be answered.
-        reward: in -1 ... 1; None is the source's own from the YAML.
-        model_output: what a model had answered where `answer` is a person's correction of it.
+        provenance: where the record is in its source: a note and heading, a file and line, a function, a row's key. A
+            later record with the same provenance is a newer state of the same thing.
+        prompt, history: the last message of the user, and the messages before it.
+        answer: the target.
+        reward: -1 to 1; None stands for the source's `reward` in the YAML.
+        model_output: the model's answer, if `answer` is a person's correction of it.
         created_at, user, domain, kind: as in `records.Interaction`.
-        keyed: its provenance has a key that stays with it. Other records are recognized by their text.
+        keyed: whether the provenance contains a stable key. Other records are recognized by their text.
     """
 
     provenance: str
@@ -41,41 +41,38 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """Something in a source that cannot be used: where it stands, and why in words a person can act on.
+class SkippedRecord:
+    """Something in a source that cannot be used, and why.
 
     Attributes:
-        unseen: it is a file or folder that could not be looked into, or not to its end, so nobody knows what is left of
-            it: what it gave before (its own provenance, and those that go on from it with `/`, `:`, `#` or ` [`) is not
-            taken back.
-        later: it is there, but what can be made of it was not made this time, as a teacher's budget was spent: what it
-            gave before is not taken back.
+        unreadable: a file or folder that could not be opened or read to its end. Earlier records at or below this
+            provenance (followed by `/`, `:`, `#` or ` [`) are not retracted.
+        deferred: it was not processed this time, for example because a teacher's budget was spent. Its earlier record
+            is not retracted.
     """
 
     provenance: str
     reason: str
-    unseen: bool = False
-    later: bool = False
+    unreadable: bool = False
+    deferred: bool = False
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Everything up to here was given: a source that gives cursors goes on from the last one, and takes nothing back.
+    """A position up to which everything was yielded. The next reading resumes from the last cursor.
 
-    It gives one at least every 100,000 items. What was given since the last one supersedes its earlier states, also
-    where it had to be skipped.
+    A source with cursors yields one at least every 100,000 records, and retracts nothing at its end. What it yielded
+    since the last cursor supersedes earlier records with the same provenance, even if it had to be skipped.
 
     Attributes:
-        value: JSON, in the source's own terms.
-        anew: this reading does not go on from an earlier cursor though there was one, since that was of other settings.
-            It is one of the whole source: what it does not give is retracted at its end, and its last cursor kept only
-            then, so that one that was broken off begins again.
+        value: JSON with a meaning of the source's own.
+        restarted: the reading started from the beginning because the previous cursor belongs to other settings. At its
+            end, what it did not yield is retracted and the last cursor is stored. An interrupted reading starts again.
     """
 
     value: Any
-    anew: bool = False
+    restarted: bool = False
 
 
-Reading = Iterator[Item | Skipped | Cursor]
-"""One reading of a source. One without a cursor gives all that the source has at this moment, and what it no longer
-gives is retracted, but for what lies beneath something `unseen`."""
+Reading = Iterator[SourceRecord | SkippedRecord | Cursor]
+"""One reading of a source. Without cursors it yields all that the source has now."""

@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, make_url
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import CLOCK_SKEW, is_in_future
 from finetune_pipeline.settings import SqlSource
-from finetune_pipeline.sources.source_record import Cursor, Item, Reading, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Cursor, Reading, SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline.validation_messages import short_repr
 
 _YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
@@ -46,7 +46,7 @@ class _Unusable(ValueError):
     """A row cannot be used; the message says why."""
 
 
-def read(feed: SqlSource, cursor: Any) -> Reading:
+def read(source: SqlSource, cursor: Any) -> Reading:
     """Read the rows that came or changed since the cursor, or all if it is of other settings; yield a cursor per page.
 
     Args:
@@ -56,68 +56,68 @@ def read(feed: SqlSource, cursor: Any) -> Reading:
     Raises:
         SourceError: the database cannot be reached, or the table or a column of it is not there.
     """
-    engine, secret = _engine(feed)
+    engine, secret = _engine(source)
     try:
-        with _told(feed, secret):
-            table = _table(engine, feed)
-            settings = _settings(engine, feed, table)
-            anew = cursor is not None and (not isinstance(cursor, dict) or cursor.get("settings") != settings)
+        with _told(source, secret):
+            table = _table(engine, source)
+            settings = _settings(engine, source, table)
+            restarted = cursor is not None and (not isinstance(cursor, dict) or cursor.get("settings") != settings)
             # Also if an earlier version left a cursor in the future, after which no row would be found until then.
-            anew = anew or (cursor is not None and _is_ahead(_watermark(cursor)))
-            start = None if anew else cursor
+            restarted = restarted or (cursor is not None and _is_ahead(_watermark(cursor)))
+            start = None if restarted else cursor
             if cursor is not None:  # without one, a table that is empty now would count as a source that has nothing
-                yield Cursor(start, anew)
-            yield from _without_place(engine, feed, table)
-            for one in _rows(engine, feed, table, start):
-                yield Cursor({**one.value, "settings": settings}, anew) if isinstance(one, Cursor) else one
+                yield Cursor(start, restarted)
+            yield from _without_place(engine, source, table)
+            for one in _rows(engine, source, table, start):
+                yield Cursor({**one.value, "settings": settings}, restarted) if isinstance(one, Cursor) else one
     finally:
         engine.dispose()
 
 
-def _settings(engine: sa.Engine, feed: SqlSource, table: sa.TableClause) -> str:
+def _settings(engine: sa.Engine, source: SqlSource, table: sa.TableClause) -> str:
     """A hash of what decides which rows are read and what each becomes: where one changes, all are read again."""
     query = {name: value for name, value in engine.url.query.items() if "pass" not in name}
     url = engine.url.set(password="", query=query).render_as_string()
-    what = feed.model_dump(
+    what = source.model_dump(
         mode="json", exclude={"name", "url_env", "max_examples", "max_fraction", "overlap", "batch_rows"}
     )
-    return hash_of([url, repr(table.c[feed.cursor].type), what])
+    return hash_of([url, repr(table.c[source.cursor].type), what])
 
 
-def _rows(engine: sa.Engine, feed: SqlSource, table: sa.TableClause, cursor: Any) -> Reading:
-    start = _earlier(_watermark(cursor), feed.overlap) if cursor is not None else None
+def _rows(engine: sa.Engine, source: SqlSource, table: sa.TableClause, cursor: Any) -> Reading:
+    start = _earlier(_watermark(cursor), source.overlap) if cursor is not None else None
     place: tuple[Any, Any] | None = None
     passed = 0  # rows behind the place that cannot be one
     highest = None if cursor is None else _watermark(cursor)
     while True:
-        rows = _page(engine, feed, table, start, place, passed)
+        rows = _page(engine, source, table, start, place, passed)
         reached = None
         for row in rows:
             here = (row[0], row[1])
-            if why := _no_place(feed, *here):
+            if why := _no_place(source, *here):
                 passed += 1
-                yield Skipped(_provenance(feed, row[1]), f"{why}, so no reading could go on behind it")
+                yield SkippedRecord(_provenance(source, row[1]), f"{why}, so no reading could go on behind it")
                 continue
             if here == place:
                 raise SourceError(
-                    f"source {feed.name}: {row[1]!r} stands in several rows of {feed.table}; name as `key` the column "
-                    "that names a row for good"
+                    f"source {source.name}: {row[1]!r} stands in several rows of {source.table}; name as `key` the "
+                    "column that names a row for good"
                 )
             place, passed = here, 0
             if _is_ahead(row[0]):  # a cursor there would hide all rows that arrive until then
-                why = f"{feed.cursor} is {row[0]}, in the future; it is read when that time has come"
-                yield Skipped(_provenance(feed, row[1]), f"{why} (a time without a zone is UTC)", later=True)
+                why = f"{source.cursor} is {row[0]}, in the future; it is read when that time has come"
+                yield SkippedRecord(_provenance(source, row[1]), f"{why} (a time without a zone is UTC)", deferred=True)
                 continue
             reached = row[0]
-            yield _item(feed, row)
+            yield _item(source, row)
         if not rows:
             return
         if reached is not None:
             # Of a text the database alone knows the order, and there nothing was read before the cursor.
             highest = reached if highest is None or isinstance(reached, str) else max(highest, reached)
         if highest is not None:
-            yield Cursor(_as_cursor(feed, highest))
-        if len(rows) < feed.batch_rows:
+            yield Cursor(_as_cursor(source, highest))
+        if len(rows) < source.batch_rows:
             return
 
 
@@ -134,38 +134,38 @@ def _is_ahead(watermark: Any) -> bool:
     return isinstance(watermark, date) and watermark > (datetime.now(UTC) + CLOCK_SKEW).date() + timedelta(days=1)
 
 
-def _no_place(feed: SqlSource, watermark: Any, key: Any) -> str:
+def _no_place(source: SqlSource, watermark: Any, key: Any) -> str:
     """Why no page could begin behind a row; empty if one can."""
-    for column, value in ((feed.cursor, watermark), (feed.key, key)):
+    for column, value in ((source.cursor, watermark), (source.key, key)):
         if not _is_utf8(value):
             return f"{column} is not UTF-8"
     if isinstance(watermark, float | Decimal) and not math.isfinite(watermark):
-        return f"{feed.cursor} is {watermark}"
+        return f"{source.cursor} is {watermark}"
     return ""
 
 
 def _page(
-    engine: sa.Engine, feed: SqlSource, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None, passed: int
+    engine: sa.Engine, source: SqlSource, table: sa.TableClause, start: Any, place: tuple[Any, Any] | None, passed: int
 ) -> Sequence[Any]:
     """The next rows: watermark, key, prompt, response, rating, gold star, author, domain, kind."""
-    watermark, key = _order(feed, table)
+    watermark, key = _order(source, table)
     placed = (watermark.is_not(None), key.is_not(None), _is_readable(engine, watermark))
-    query = sa.select(*_columns(feed, table)).where(*placed, *_only(feed, table))
+    query = sa.select(*_columns(source, table)).where(*placed, *_only(source, table))
     if place is not None:
         behind = sa.or_(watermark > place[0], sa.and_(watermark == place[0], key > place[1]))
         query = query.where(watermark >= place[0], behind)  # the first says no more, and lets an index be used
     elif start is not None:
         query = query.where(watermark >= start)
     with _connection(engine) as connection:
-        return connection.execute(query.order_by(watermark, key).limit(feed.batch_rows).offset(passed or None)).all()
+        return connection.execute(query.order_by(watermark, key).limit(source.batch_rows).offset(passed or None)).all()
 
 
-def _order(feed: SqlSource, table: sa.TableClause) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
+def _order(source: SqlSource, table: sa.TableClause) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
     """Watermark and key, as pages compare them."""
-    watermark: sa.ColumnElement[Any] = table.c[feed.cursor]
+    watermark: sa.ColumnElement[Any] = table.c[source.cursor]
     if isinstance(watermark.type, sa.REAL):  # 0.1 of four bytes is read as 0.1, and that of eight is another number
         watermark = sa.cast(watermark, sa.Double)
-    return watermark, table.c[feed.key]
+    return watermark, table.c[source.key]
 
 
 def _is_readable(engine: sa.Engine, watermark: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
@@ -175,19 +175,20 @@ def _is_readable(engine: sa.Engine, watermark: sa.ColumnElement[Any]) -> sa.Colu
     return sa.and_(watermark >= _FIRST_DAY, watermark < _DAY_AFTER)
 
 
-def _columns(feed: SqlSource, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
+def _columns(source: SqlSource, table: sa.TableClause) -> list[sa.ColumnElement[Any]]:
     """What is read of a row; null for what the mapping leaves out."""
     names = (
-        feed.prompt, feed.response, feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column,
+        source.prompt, source.response, source.rating, source.gold_star, source.author, source.domain,
+        source.kind_column,
     )  # fmt: skip
-    columns = [*_order(feed, table), *(sa.null() if name is None else table.c[name] for name in names)]
+    columns = [*_order(source, table), *(sa.null() if name is None else table.c[name] for name in names)]
     # Under labels of our own, since one column may be named for two purposes.
     return [column.label(f"c{n}") for n, column in enumerate(columns)]
 
 
-def _only(feed: SqlSource, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
+def _only(source: SqlSource, table: sa.TableClause) -> list[sa.ColumnElement[bool]]:
     """The filters: each column must have one of its values."""
-    return [_is_one_of(table.c[name], values) for name, values in feed.only.items()]
+    return [_is_one_of(table.c[name], values) for name, values in source.only.items()]
 
 
 def _is_one_of(column: sa.ColumnClause[Any], values: Sequence[str]) -> sa.ColumnElement[bool]:
@@ -208,42 +209,46 @@ def _number(text: str) -> Decimal | None:
     return number if number.is_finite() else None
 
 
-def _without_place(engine: sa.Engine, feed: SqlSource, table: sa.TableClause) -> Iterator[Skipped]:
+def _without_place(engine: sa.Engine, source: SqlSource, table: sa.TableClause) -> Iterator[SkippedRecord]:
     """Rows that stand nowhere in the order, since their watermark or key is NULL or no time; the first of them."""
-    watermark, key = table.c[feed.cursor], table.c[feed.key]
+    watermark, key = table.c[source.cursor], table.c[source.key]
     placeless = sa.or_(watermark.is_(None), key.is_(None), sa.not_(_is_readable(engine, watermark)))
-    query = sa.select(key, sa.cast(watermark, sa.String(_LONGEST_NAME))).where(placeless, *_only(feed, table))
+    query = sa.select(key, sa.cast(watermark, sa.String(_LONGEST_NAME))).where(placeless, *_only(source, table))
     with _connection(engine) as connection:
         rows = connection.execute(query.limit(_NAMED)).all()
     for one, cursor in rows:
-        found = f"{feed.key if one is None else feed.cursor} is NULL"
+        found = f"{source.key if one is None else source.cursor} is NULL"
         if one is not None and cursor is not None:
-            found = f"{feed.cursor} is {_written(cursor)}, no time from {_FIRST_DAY} until before {_DAY_AFTER}"
-        where = _provenance(feed, one) if one is not None else f"{feed.table}: no key, {feed.cursor} {_written(cursor)}"
-        yield Skipped(where, f"{found}, so nobody can say whether it was read")
+            found = f"{source.cursor} is {_written(cursor)}, no time from {_FIRST_DAY} until before {_DAY_AFTER}"
+        where = (
+            _provenance(source, one)
+            if one is not None
+            else f"{source.table}: no key, {source.cursor} {_written(cursor)}"
+        )
+        yield SkippedRecord(where, f"{found}, so nobody can say whether it was read")
 
 
-def _item(feed: SqlSource, row: Any) -> Item | Skipped:
+def _item(source: SqlSource, row: Any) -> SourceRecord | SkippedRecord:
     watermark, key, prompt, response, rating, gold, author, domain, kind = row
-    provenance = _provenance(feed, key)
+    provenance = _provenance(source, key)
     try:
-        return Item(
+        return SourceRecord(
             provenance=provenance,
-            prompt=_text(feed.prompt, prompt),
-            answer=_text(feed.response, response),
-            reward=_reward(feed, rating, gold),
+            prompt=_text(source.prompt, prompt),
+            answer=_text(source.response, response),
+            reward=_reward(source, rating, gold),
             created_at=watermark if isinstance(watermark, datetime) else None,
-            user=_name(feed.author, author),
-            domain=_name(feed.domain, domain),
-            kind=_name(feed.kind_column, kind),
+            user=_name(source.author, author),
+            domain=_name(source.domain, domain),
+            kind=_name(source.kind_column, kind),
             keyed=True,
         )
     except _Unusable as problem:
-        return Skipped(provenance, str(problem))
+        return SkippedRecord(provenance, str(problem))
 
 
-def _provenance(feed: SqlSource, key: Any) -> str:
-    return f"{feed.table}:{_written(key)}"
+def _provenance(source: SqlSource, key: Any) -> str:
+    return f"{source.table}:{_written(key)}"
 
 
 def _written(value: Any) -> str:
@@ -280,18 +285,18 @@ def _name(column: str | None, value: Any) -> str | None:
     return _text(str(column), value if isinstance(value, bytes | bytearray | memoryview) else str(value))
 
 
-def _reward(feed: SqlSource, rating: Any, gold: Any) -> float | None:
-    """What the row is worth; None is the feed's own."""
-    if feed.gold_star is not None and _is_set(feed.gold_star, gold):
-        return feed.gold_reward
-    if feed.rating is None:
+def _reward(source: SqlSource, rating: Any, gold: Any) -> float | None:
+    """What the row is worth; None is the source's own."""
+    if source.gold_star is not None and _is_set(source.gold_star, gold):
+        return source.gold_reward
+    if source.rating is None:
         return None
     if rating is None:
-        raise _Unusable(f"{feed.rating} is NULL")
+        raise _Unusable(f"{source.rating} is NULL")
     value = _plain(rating)
-    if value not in feed.ratings:
-        raise _Unusable(f"{feed.rating} is {short_repr(value)}; ratings knows {', '.join(feed.ratings)}")
-    return feed.ratings[value]
+    if value not in source.ratings:
+        raise _Unusable(f"{source.rating} is {short_repr(value)}; ratings knows {', '.join(source.ratings)}")
+    return source.ratings[value]
 
 
 def _is_set(column: str, value: Any) -> bool:
@@ -312,12 +317,12 @@ def _plain(value: Any) -> str:
     return str(value).strip()
 
 
-def _as_cursor(feed: SqlSource, value: Any) -> dict[str, str]:
+def _as_cursor(source: SqlSource, value: Any) -> dict[str, str]:
     for kind, (type_, _, write) in _KINDS.items():
         if isinstance(value, type_) and not isinstance(value, bool):
             return {"kind": kind, "value": write(value)}
     raise SourceError(
-        f"source {feed.name}: the watermark {feed.cursor} of {feed.table} is {value!r} "
+        f"source {source.name}: the watermark {source.cursor} of {source.table} is {value!r} "
         f"({type(value).__name__}); expected a number, a time or a text"
     )
 
@@ -342,40 +347,40 @@ def _earlier(watermark: Any, overlap: float) -> Any:
     return watermark
 
 
-def _engine(feed: SqlSource) -> tuple[sa.Engine, str]:
+def _engine(source: SqlSource) -> tuple[sa.Engine, str]:
     """What connects to the database, reading only; and the password, which no message may hold."""
-    text = os.environ.get(feed.url_env)
+    text = os.environ.get(source.url_env)
     if not text:
         raise SourceError(
-            f"source {feed.name}: the environment variable {feed.url_env} is not set; export the database's URL in it, "
-            "such as sqlite:////path/file.db or postgresql+psycopg://HOST/NAME"
+            f"source {source.name}: the environment variable {source.url_env} is not set; export the database's URL "
+            "in it, such as sqlite:////path/file.db or postgresql+psycopg://HOST/NAME"
         )
     try:
         url = make_url(text)
         password = str(url.password or "")
-        engine = sa.create_engine(_only_readable(feed, url), hide_parameters=True)
+        engine = sa.create_engine(_only_readable(source, url), hide_parameters=True)
     except (sa.exc.ArgumentError, ValueError):  # their messages may hold the URL
         raise SourceError(
-            f"source {feed.name}: what {feed.url_env} holds is no database URL that SQLAlchemy knows; expected such as "
-            "sqlite:////path/file.db or postgresql+psycopg://HOST/NAME"
+            f"source {source.name}: what {source.url_env} holds is no database URL that SQLAlchemy knows; expected "
+            "such as sqlite:////path/file.db or postgresql+psycopg://HOST/NAME"
         ) from None
     except ImportError as error:
         raise SourceError(
-            f"source {feed.name}: the driver of {url.drivername} is not installed ({error.name}); install it, or name "
-            f"another in {feed.url_env}, such as postgresql+psycopg://"
+            f"source {source.name}: the driver of {url.drivername} is not installed ({error.name}); install it, or "
+            f"name another in {source.url_env}, such as postgresql+psycopg://"
         ) from None
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", _prepare_sqlite)
     return engine, password
 
 
-def _only_readable(feed: SqlSource, url: URL) -> URL:
+def _only_readable(source: SqlSource, url: URL) -> URL:
     """SQLite makes a file that is not there, unless it is told to read only."""
     path = url.database
     if url.get_backend_name() != "sqlite" or not path or path.startswith((":memory:", "file:")):
         return url
     if not Path(path).is_file():
-        raise SourceError(f"source {feed.name}: the file {path} is not there; correct {feed.url_env}")
+        raise SourceError(f"source {source.name}: the file {path} is not there; correct {source.url_env}")
     return url.set(database=f"file:{quote(str(Path(path).resolve()))}", query={"mode": "ro", "uri": "true"})
 
 
@@ -393,9 +398,9 @@ def _connection(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
-def _table(engine: sa.Engine, feed: SqlSource) -> sa.TableClause:
+def _table(engine: sa.Engine, source: SqlSource) -> sa.TableClause:
     """The table as the database describes it. What the YAML names must be there, letter by letter."""
-    schema, _, name = feed.table.rpartition(".")
+    schema, _, name = source.table.rpartition(".")
     inspector = sa.inspect(engine)
     try:
         found = inspector.get_columns(name, schema=schema or None)
@@ -404,18 +409,18 @@ def _table(engine: sa.Engine, feed: SqlSource) -> sa.TableClause:
     if not found:
         there = sorted({*inspector.get_table_names(schema or None), *inspector.get_view_names(schema or None)})
         raise SourceError(
-            f"source {feed.name}: there is no table or view {feed.table}; there are: {', '.join(there) or 'none'}"
+            f"source {source.name}: there is no table or view {source.table}; there are: {', '.join(there) or 'none'}"
         )
     names = [column["name"] for column in found]
-    missing = sorted(_named(feed) - set(names))
+    missing = sorted(_named(source) - set(names))
     if missing:
         raise SourceError(
-            f"source {feed.name}: {feed.table} has no column {', '.join(missing)}; it has: {', '.join(names)}"
+            f"source {source.name}: {source.table} has no column {', '.join(missing)}; it has: {', '.join(names)}"
         )
-    if any(c["name"] == feed.cursor and isinstance(c["type"], MONEY) for c in found):
+    if any(c["name"] == source.cursor and isinstance(c["type"], MONEY) for c in found):
         raise SourceError(
-            f"source {feed.name}: the watermark {feed.cursor} of {feed.table} is money, which is read as a text and "
-            "stands in another order; name another, or as `table` a view in which it is cast to numeric"
+            f"source {source.name}: the watermark {source.cursor} of {source.table} is money, which is read as a text "
+            "and stands in another order; name another, or as `table` a view in which it is cast to numeric"
         )
     # SQLite keeps a time as whatever text was written, and compares it so; read as a time, it would be another text.
     typed = engine.dialect.name != "sqlite"
@@ -423,14 +428,14 @@ def _table(engine: sa.Engine, feed: SqlSource) -> sa.TableClause:
     return sa.table(name, *columns, schema=schema or None)
 
 
-def _named(feed: SqlSource) -> set[str]:
+def _named(source: SqlSource) -> set[str]:
     """Every column that the YAML names."""
-    mapped = (feed.rating, feed.gold_star, feed.author, feed.domain, feed.kind_column)
-    return {feed.key, feed.cursor, feed.prompt, feed.response, *feed.only, *(name for name in mapped if name)}
+    mapped = (source.rating, source.gold_star, source.author, source.domain, source.kind_column)
+    return {source.key, source.cursor, source.prompt, source.response, *source.only, *(name for name in mapped if name)}
 
 
 @contextmanager
-def _told(feed: SqlSource, secret: str) -> Iterator[None]:
+def _told(source: SqlSource, secret: str) -> Iterator[None]:
     """Errors of the database as one that says what to do, without the password."""
     try:
         yield
@@ -440,11 +445,11 @@ def _told(feed: SqlSource, secret: str) -> Iterator[None]:
             said = said.replace(text, "***")
         if isinstance(error, sa.exc.DataError):
             raise SourceError(
-                f"source {feed.name}: a value in {feed.table} cannot be read ({said}), in the watermark "
-                f"{feed.cursor} or in another column that the YAML names; correct it, or name as `table` a view "
+                f"source {source.name}: a value in {source.table} cannot be read ({said}), in the watermark "
+                f"{source.cursor} or in another column that the YAML names; correct it, or name as `table` a view "
                 "that leaves such rows out"
             ) from None
         raise SourceError(
-            f"source {feed.name}: the database of {feed.url_env} cannot be read ({said}); see that it runs, that its "
-            "user may read the table, and that the URL is right"
+            f"source {source.name}: the database of {source.url_env} cannot be read ({said}); see that it runs, "
+            "that its user may read the table, and that the URL is right"
         ) from None

@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Question:
+class TeacherRequest:
     """What the teacher is asked, and how many tokens its answer may have."""
 
     system: str
@@ -55,17 +55,17 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer(Generic[T]):
+class TeacherAnswer(Generic[T]):
     """What came of a question: a text, or the reason why there is none.
 
     Attributes:
-        later: asked again, at another time or with more budget, the teacher may well answer.
+        deferred: asked again, at another time or with more budget, the teacher may well answer.
     """
 
     asked_for: T
     text: str = ""
     reason: str = ""
-    later: bool = False
+    deferred: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Teacher:
         self._stopped = threading.Event()
         self._client = _client(settings, self._key)
 
-    def answers(self, questions: Iterable[tuple[T, Question]]) -> Iterator[Answer[T]]:
+    def answers(self, questions: Iterable[tuple[T, TeacherRequest]]) -> Iterator[TeacherAnswer[T]]:
         """The answers, in the order of the questions, each with what it was asked for.
 
         When the budget is spent, what is kept from earlier is still given, and the rest has the reason "budget".
@@ -171,26 +171,26 @@ class Teacher:
             executor.shutdown(wait=True, cancel_futures=True)
             self._client.close()
 
-    def _collect(self, asked_for: T, future: Future[str], given_up: int) -> tuple[Answer[T], int]:
+    def _collect(self, asked_for: T, future: Future[str], given_up: int) -> tuple[TeacherAnswer[T], int]:
         try:
-            return Answer(asked_for, future.result()), 0
+            return TeacherAnswer(asked_for, future.result()), 0
         except _OverBudget:
             reason = (
                 f"budget: no tokens are left of the {self.settings.max_tokens:,} of one reading (teacher.max_tokens); "
                 "the next reading goes on here"
             )
-            return Answer(asked_for, reason=reason, later=True), given_up
+            return TeacherAnswer(asked_for, reason=reason, deferred=True), given_up
         except _Refused as error:
-            return Answer(asked_for, reason=str(error)), 0
+            return TeacherAnswer(asked_for, reason=str(error)), 0
         except _GivenUp as error:
             if given_up + 1 >= _GIVEN_UP_IN_A_ROW:
                 raise SourceError(
                     f"the teacher {self.settings.url} answered none of {_GIVEN_UP_IN_A_ROW} questions in a row "
                     f"({error}); look at it, then read again: what it has answered is kept"
                 ) from error
-            return Answer(asked_for, reason=f"the teacher gave no answer: {error}", later=True), given_up + 1
+            return TeacherAnswer(asked_for, reason=f"the teacher gave no answer: {error}", deferred=True), given_up + 1
 
-    def _answer(self, question: Question) -> str:
+    def _answer(self, question: TeacherRequest) -> str:
         messages = [{"role": "system", "content": question.system}, {"role": "user", "content": question.user}]
         key = hash_of([self.settings.model, messages, question.max_answer])
         path = home() / "cache" / "teacher" / key[:2] / f"{key}.json"
@@ -205,7 +205,7 @@ class Teacher:
                     write_text(path, json.dumps({**asdict(reply), "model": self.settings.model}) + "\n")
         return _usable(reply, question.max_answer)
 
-    def _ask(self, messages: list[dict[str, str]], question: Question) -> _Reply:
+    def _ask(self, messages: list[dict[str, str]], question: TeacherRequest) -> _Reply:
         wait = _FIRST_WAIT
         for attempt in range(1, self.settings.attempts + 1):
             self._wait_until_allowed()
@@ -218,7 +218,7 @@ class Teacher:
                 wait = min(2 * wait, _LONGEST_WAIT)
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _once(self, messages: list[dict[str, str]], question: Question) -> _Reply:
+    def _once(self, messages: list[dict[str, str]], question: TeacherRequest) -> _Reply:
         asked = _OVERHEAD + _tokens(question.system) + _tokens(question.user)
         reserved, spent = asked + question.max_answer, 0
         if not self._budget.reserve(reserved):

@@ -3,8 +3,8 @@
 import json
 import re
 
-from finetune_pipeline.sources import grammars
-from finetune_pipeline.sources.code_chunks import LANGUAGES, Chunk, cut_python, parse_python, words
+from finetune_pipeline.sources import tree_sitter_chunks
+from finetune_pipeline.sources.code_chunks import LANGUAGES, CodeChunk, cut_python, parse_python, words
 from finetune_pipeline.sources.teacher import is_refusal
 
 LONGEST_INSTRUCTION = 2_000
@@ -53,7 +53,7 @@ def read_instructions(text: str) -> list[str] | None:
     return [" ".join(one.split()) for one in found]
 
 
-def instruction_flaw(text: str, chunk: Chunk, asked: str) -> str:
+def instruction_flaw(text: str, chunk: CodeChunk, asked: str) -> str:
     """What speaks against a request whose answer is the chunk's code.
 
     Args:
@@ -84,7 +84,7 @@ def read_refactoring(text: str) -> tuple[str, str] | None:
     return (request, blocks[0][1].strip("\n")) if len(blocks) == 1 and request else None
 
 
-def earlier_code_flaw(code: str, chunk: Chunk) -> str:
+def earlier_code_flaw(code: str, chunk: CodeChunk) -> str:
     """What speaks against earlier code, of which the chunk's is said to be the refactored form."""
     if not code.strip():
         return "is empty"
@@ -106,7 +106,7 @@ def earlier_code_flaw(code: str, chunk: Chunk) -> str:
 def parses(language: str, code: str, owner: str = "") -> bool:
     """Whether it is code of that language; a method alone is."""
     if language != "python":
-        return grammars.parses(language, code, owner)
+        return tree_sitter_chunks.parses(language, code, owner)
     try:
         parse_python(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -114,7 +114,7 @@ def parses(language: str, code: str, owner: str = "") -> bool:
     return True
 
 
-def is_about(text: str, chunk: Chunk) -> bool:
+def is_about(text: str, chunk: CodeChunk) -> bool:
     """Whether a text speaks of the chunk: it has its name, or two words of the names in it.
 
     A name of one word, such as `read`, may be a word of any sentence: it counts as a name where it is written as one.
@@ -157,9 +157,9 @@ def _defined(language: str, code: str, owner: str) -> set[str]:
     if language == "python":
         found = list(cut_python(code))
     else:
-        sources = [code, *([grammars.in_its_type(language, code, owner)] if owner else [])]
-        found = [one for source in sources for one in grammars.cut(language, source + "\n")]
-    return {one.own_name for one in found if isinstance(one, Chunk)}
+        sources = [code, *([tree_sitter_chunks.in_its_type(language, code, owner)] if owner else [])]
+        found = [one for source in sources for one in tree_sitter_chunks.cut(language, source + "\n")]
+    return {one.own_name for one in found if isinstance(one, CodeChunk)}
 
 
 def _bare(code: str) -> str:

@@ -20,9 +20,9 @@ from finetune_pipeline.feedback import FeedbackClient, store
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.write_ahead_log import journal_folder
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, RawLogsManifest
-from finetune_pipeline.pipeline.source_sync import read_feed
+from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.settings import PROJECT_ROOT, FilesSource, load_loop
-from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline_tests.conftest import interaction, uid
 
 LOOP = "aec_parser"
@@ -330,10 +330,10 @@ def test_weights_of_a_challenger_that_was_never_promoted_are_named():
 
 def test_what_a_source_gave_is_withdrawn_by_name_after_a_question():
     loop = load_loop(LOOP)
-    items = [Item(f"{n}.md", f"a wall of {n} mm", json.dumps({"element": "wall"})) for n in range(3)]
+    records = [SourceRecord(f"{n}.md", f"a wall of {n} mm", json.dumps({"element": "wall"})) for n in range(3)]
     feed = FilesSource(kind="files", name="notes", path="somewhere")
-    read_feed(loop, feed, connect(), lambda settings, mark: iter(items))
+    sync_source(loop, feed, connect(), lambda source, cursor: iter(records))
     assert "sources of which something does: notes (3)" in run("retract", "--source", "nots", code=1).output
-    assert "Have the 3 items of notes" in run("retract", "--source", "notes", code=1, input="n\n").output
-    assert "3 items of notes retracted" in run("retract", "--source", "notes", "--yes").output
+    assert "Have the 3 records of notes" in run("retract", "--source", "notes", code=1, input="n\n").output
+    assert "3 records of notes retracted" in run("retract", "--source", "notes", "--yes").output
     assert "sources of which something does: none" in run("retract", "--source", "notes", code=1).output

@@ -13,7 +13,7 @@ from finetune_pipeline.feedback.formats import BadLine, export_alpaca, export_ev
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.records import Feedback, Interaction, Turn
 from finetune_pipeline.sources import row_readers
-from finetune_pipeline.sources.jsonl import open_log, read_lines
+from finetune_pipeline.sources.ingest_reader import open_log, read_lines
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
 

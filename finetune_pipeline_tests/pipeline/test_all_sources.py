@@ -1,4 +1,4 @@
-"""One loop, fed by all its kinds of source at once, through Dagster: every example says where it is from."""
+"""One loop, report by all its kinds of source at once, through Dagster: every example says where it is from."""
 
 import csv
 import json
@@ -12,14 +12,13 @@ from finetune_pipeline.artifacts import get_latest
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.settings import PROJECT_ROOT
-
-from .conftest import corrected, definitions, write_events
+from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 
 EXAMPLES = PROJECT_ROOT / "examples" / "documents"
 
 
 @pytest.fixture
-def feeds(tmp_path, monkeypatch):
+def reports(tmp_path, monkeypatch):
     """A vault, a repository, documents, a database and a file, each with a few things to learn."""
     vault = tmp_path / "vault"
     vault.mkdir()
@@ -42,7 +41,7 @@ def feeds(tmp_path, monkeypatch):
     engine.dispose()
     monkeypatch.setenv("RATINGS_URL", url)
     (tmp_path / "imported.jsonl").write_text('{"instruction": "Name a wall.", "input": "", "output": "Brick wall."}\n')
-    sql = {"table": "answers", "key": "id", "watermark": "id", "prompt": "asked", "response": "said"}
+    sql = {"table": "answers", "key": "id", "cursor": "id", "prompt": "asked", "response": "said"}
     rated = {"rating": "stars", "ratings": {"5": 0.9, "1": -1.0}, "author": "author"}
     return [
         {"kind": "logs", "max_fraction": 0.5},
@@ -59,8 +58,8 @@ def feeds(tmp_path, monkeypatch):
     ]
 
 
-def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_from(make_loop, feeds, instance):
-    loop = make_loop(sources=feeds, curation={"min_examples": 5, "validation_fraction": 0.0})
+def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_from(make_loop, reports, instance):
+    loop = make_loop(sources=reports, curation={"min_examples": 5, "validation_fraction": 0.0})
     write_events(loop.drop_folder / "log.jsonl", *corrected([f"voice {n}" for n in range(40)]))
     keys = [dg.AssetKey([*loop.prefix, name]) for name in ("raw_logs", "curated_dataset")]
     run = (

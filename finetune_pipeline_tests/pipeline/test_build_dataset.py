@@ -13,12 +13,11 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.source_sync import read_feed
+from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.settings import home
-from finetune_pipeline.sources.source_record import Item
-
-from ..conftest import feedback, interaction, uid
-from .conftest import corrected
+from finetune_pipeline.sources.source_record import SourceRecord
+from finetune_pipeline_tests.conftest import feedback, interaction, uid
+from finetune_pipeline_tests.orchestration.conftest import corrected
 
 
 def take(loop, *names):
@@ -57,10 +56,10 @@ def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_
     feed = {"kind": "files", "name": "imported", "path": "somewhere"}
     loop = make_loop(sources=[feed], curation={"min_examples": 1, "validation_fraction": 0.0})
     ash, birch, cedar = (
-        Item(name, f"what did {name} say of it?", f"{name} spoke") for name in ("ash", "birch", "cedar")
+        SourceRecord(name, f"what did {name} say of it?", f"{name} spoke") for name in ("ash", "birch", "cedar")
     )
-    for items in ([ash, birch], [ash], [ash, birch], [ash], [ash, birch, cedar]):
-        read_feed(loop, loop.sources[0], connect(), lambda feed, mark, items=items: iter(items))
+    for records in ([ash, birch], [ash], [ash, birch], [ash], [ash, birch, cedar]):
+        sync_source(loop, loop.sources[0], connect(), lambda source, cursor, records=records: iter(records))
         logs, _ = snapshot(loop, connect())
         set_latest(logs.manifest, "a run")
         warm = dataset(loop, logs)

@@ -1,12 +1,13 @@
-"""A repository and a folder of notes feed a loop: what they taught is in the dataset with its source and provenance."""
+"""Code and document sources: their records reach the dataset with source and provenance."""
 
 import json
 
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
+from finetune_pipeline.feedback.source_state import skipped_records
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_records
+from finetune_pipeline.pipeline.source_sync import sync_sources
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.sources.endpoint import said, teaching
 
@@ -21,15 +22,15 @@ CURATION = {"min_examples": 1, "validation_fraction": 0.0}
 def test_code_and_documents_reach_the_dataset_with_their_origins(make_loop):
     loop = make_loop(sources=[CODE, NOTES], curation=CURATION)
     told = []
-    feeds = read_feeds(loop, connect(), told.append)
-    assert [fed.failed for fed in feeds] == ["", ""]
-    assert all(fed.new == fed.items > 5 for fed in feeds), told
+    reports = sync_sources(loop, connect(), told.append)
+    assert [report.error for report in reports] == ["", ""]
+    assert all(report.new == report.records > 5 for report in reports), told
     artifact, _ = snapshot(loop, connect())
     rows = read_rows(dataset(loop, artifact).path, "train")
     assert {row["source"] for row in rows} == {"own_code", "meetings"}
     provenances = {row["provenance"] for row in rows}
-    assert {"code.py::request", "item.py::Item", "orders.md::api"} <= provenances
-    assert all(fed.new == 0 for fed in read_feeds(loop, connect(), told.append))
+    assert {"code.py::request", "source_record.py::SourceRecord", "orders.md::api"} <= provenances
+    assert all(report.new == 0 for report in sync_sources(loop, connect(), told.append))
     with connect().read() as connection:
         assert ("meetings", "kickoff.txt::api") in {
             (row.source, row.provenance) for row in skipped_records(connection, loop, 99)
@@ -46,16 +47,16 @@ def test_what_a_loop_sends_to_a_teacher_is_redacted(make_loop, tmp_path):
         return said(json.dumps({"instructions": ["Write connect(host), which dials a host with a token."]}))
 
     with teaching(script) as (server, settings):
-        feed = {**CODE, "path": str(tmp_path / "code"), "teacher": settings.model_dump()}
-        (fed,) = read_feeds(make_loop(sources=[feed], curation=CURATION), connect(), print)
-        assert (fed.items, fed.failed, len(server.asked)) == (1, "", 1)
+        source = {**CODE, "path": str(tmp_path / "code"), "teacher": settings.model_dump()}
+        (report,) = sync_sources(make_loop(sources=[source], curation=CURATION), connect(), print)
+        assert (report.records, report.error, len(server.asked)) == (1, "", 1)
         assert secret not in json.dumps(server.asked)
 
 
 def test_a_teacher_without_its_key_fails_that_source_alone(make_loop):
     teacher = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}
     loop = make_loop(sources=[{**CODE, "teacher": teacher}, NOTES], curation=CURATION)
-    code, notes = read_feeds(loop, connect(), print)
-    assert "NO_SUCH_KEY is not set" in code.failed
-    assert notes.items == 6
+    code, notes = sync_sources(loop, connect(), print)
+    assert "NO_SUCH_KEY is not set" in code.error
+    assert notes.records == 6
     assert (PROJECT_ROOT / NOTES["path"]).is_dir()

@@ -16,10 +16,11 @@ from finetune_pipeline.feedback.store import Recorded, totals
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.source_sync import ingested_events, read_feeds
+from finetune_pipeline.pipeline.source_events import ingested_events
+from finetune_pipeline.pipeline.source_sync import sync_sources
 from finetune_pipeline.settings import PROJECT_ROOT, SettingsError
-from finetune_pipeline.sources.ledger import read_totals, rejected_lines
-from finetune_pipeline.sources.source_record import Item, SourceError
+from finetune_pipeline.sources.ingest_ledger import read_totals, rejected_lines
+from finetune_pipeline.sources.source_record import SourceError, SourceRecord
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
 from finetune_pipeline_tests.sources.test_files import write_as
@@ -257,8 +258,8 @@ def test_an_ingest_recomputes_examples_that_a_migration_marked(loop):
 
 
 def test_a_note_about_a_future_day_counts_as_of_today(loop):
-    item = Item("a.md", "what is planned?", "a meeting", created_at=AHEAD)
-    made, said = ingested_events(loop, item)
+    record = SourceRecord("a.md", "what is planned?", "a meeting", created_at=AHEAD)
+    made, said = ingested_events(loop, record)
     assert made.created_at == said.created_at < datetime.now(UTC)
 
 
@@ -300,7 +301,7 @@ def test_a_mended_file_is_read_anew_and_its_quarantine_is_lifted(loop):
 
 def test_a_missing_source_and_an_empty_one_say_what_to_do(make_loop):
     missing = make_loop(ingest={"folders": ["nowhere/at/all"]})
-    with pytest.raises(SourceError, match=r"nowhere/at/all is not there; create it, or correct sources\.folders"):
+    with pytest.raises(SourceError, match=r"nowhere/at/all is not there; create it, or correct ingest\.folders"):
         take(missing)
     empty = make_loop()
     take(empty)
@@ -521,6 +522,6 @@ def test_what_is_dropped_can_have_a_quota(make_loop):
     loop.drop_folder.mkdir(parents=True, exist_ok=True)
     (loop.drop_folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     take(loop)
-    assert read_feeds(loop, connect(), print) == []  # it is no source to be read once more
+    assert sync_sources(loop, connect(), print) == []  # it is no source to be read once more
     manifest = dataset(loop, snapshot(loop, connect())[0]).manifest
     assert (manifest.train, manifest.left_out) == (3, {"over the quota of ingested": 6})

@@ -17,9 +17,9 @@ from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.review_queue import waiting
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.source_sync import read_feed
+from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
-from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
 CURATION = {"min_examples": 1, "validation_fraction": 0.0}
@@ -89,8 +89,8 @@ def test_a_decision_outlives_the_file_that_the_words_were_in(make_loop):
     loop = make_loop(sources=[feed], curation=CURATION)
 
     def take(provenance):
-        item = Item(provenance, "what did amy say?", "amy spoke")
-        read_feed(loop, loop.sources[0], connect(), lambda settings, mark: iter([item]))
+        record = SourceRecord(provenance, "what did amy say?", "amy spoke")
+        sync_source(loop, loop.sources[0], connect(), lambda source, cursor: iter([record]))
 
     take("a.md")
     (only,) = waiting(make_loop(sources=[feed], curation=CURATION, review={"required": True}), connect())

@@ -17,23 +17,24 @@ from finetune_pipeline.feedback import FeedbackClient
 from finetune_pipeline.feedback.erasure import erase_user, held_of
 from finetune_pipeline.feedback.formats import export_alpaca, export_events, import_rows
 from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.feedback.source_state import skipped_records, undeclared_sources
 from finetune_pipeline.feedback.store import counters
 from finetune_pipeline.pipeline import source_sync
 from finetune_pipeline.pipeline.build_dataset import dataset, taught
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.source_sync import read_feed, skipped_records
+from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.row_readers import read_rows as read_rows_of
-from finetune_pipeline.sources.source_record import Cursor, Item, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline.validation_messages import short_repr
 from finetune_pipeline_tests.conftest import interaction, uid
+from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 
 from ..sources.test_files import write_as
-from .conftest import corrected, definitions, write_events
 
-FEED = {"kind": "files", "name": "imported", "path": "somewhere"}
+SOURCE = {"kind": "files", "name": "imported", "path": "somewhere"}
 
 
 @pytest.fixture(autouse=True)
@@ -44,16 +45,18 @@ def on_each_database(url, monkeypatch):
 
 @pytest.fixture
 def loop(make_loop):
-    return make_loop(sources=[FEED], curation={"min_examples": 1, "validation_fraction": 0.0})
+    return make_loop(sources=[SOURCE], curation={"min_examples": 1, "validation_fraction": 0.0})
 
 
-def items(*names, **changes):
-    return [Item(f"{name}.md", f"what did {name} say about it all?", f"{name} spoke", **changes) for name in names]
+def records(*names, **changes):
+    return [
+        SourceRecord(f"{name}.md", f"what did {name} say about it all?", f"{name} spoke", **changes) for name in names
+    ]
 
 
 def take(loop, *found):
-    (feed,) = loop.sources
-    return read_feed(loop, feed, connect(), lambda settings, cursor: iter(found))
+    (source,) = loop.sources
+    return sync_source(loop, source, connect(), lambda settings, cursor: iter(found))
 
 
 def targets(loop):
@@ -62,8 +65,8 @@ def targets(loop):
 
 
 def test_items_teach_with_their_source_and_origin(loop):
-    fed = take(loop, *items("ash", "elm"))
-    assert (fed.items, fed.new, fed.retracted, fed.skipped) == (2, 2, 0, 0)
+    report = take(loop, *records("ash", "elm"))
+    assert (report.records, report.new, report.retracted, report.skipped) == (2, 2, 0, 0)
     artifact, _ = snapshot(loop, connect())
     rows = read_rows(dataset(loop, artifact).path, "train")
     assert {(row["source"], row["provenance"]) for row in rows} == {("imported", "ash.md"), ("imported", "elm.md")}
@@ -72,28 +75,28 @@ def test_items_teach_with_their_source_and_origin(loop):
 
 
 def test_reading_it_again_changes_nothing(loop):
-    take(loop, *items("ash", "elm"))
+    take(loop, *records("ash", "elm"))
     first, _ = snapshot(loop, connect())
-    fed = take(loop, *items("elm", "ash"))
-    assert (fed.items, fed.new, fed.retracted) == (2, 0, 0)
+    report = take(loop, *records("elm", "ash"))
+    assert (report.records, report.new, report.retracted) == (2, 0, 0)
     assert snapshot(loop, connect())[0].manifest.version == first.manifest.version
 
 
 def test_what_the_source_no_longer_has_teaches_no_longer_and_again_when_it_is_back(loop):
-    take(loop, *items("ash", "elm"))
+    take(loop, *records("ash", "elm"))
     assert targets(loop) == ["ash spoke", "elm spoke"]
-    assert take(loop, *items("ash")).retracted == 1
+    assert take(loop, *records("ash")).retracted == 1
     assert targets(loop) == ["ash spoke"]
     with connect().read() as connection:
         assert counters(connection, loop.name)["examples"] == 1
-    assert take(loop, *items("ash", "elm")).new == 0
+    assert take(loop, *records("ash", "elm")).new == 0
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
 
 def test_a_changed_item_stands_instead_of_the_old_one(loop):
-    take(loop, *items("ash"))
-    fed = take(loop, Item("ash.md", "what did ash say about it all?", "ash said more"))
-    assert (fed.new, fed.retracted) == (1, 1)
+    take(loop, *records("ash"))
+    report = take(loop, SourceRecord("ash.md", "what did ash say about it all?", "ash said more"))
+    assert (report.new, report.retracted) == (1, 1)
     assert targets(loop) == ["ash said more"]
 
 
@@ -107,13 +110,13 @@ def ids_of(loop):
 
 def test_what_moved_within_its_source_is_the_same_with_all_that_was_said_of_it(loop):
     def line(number, name):
-        return Item(f"a.jsonl:{number}", f"what did {name} say about it all?", f"{name} spoke")
+        return SourceRecord(f"a.jsonl:{number}", f"what did {name} say about it all?", f"{name} spoke")
 
     take(loop, line(1, "ash"), line(2, "elm"))
     before = ids_of(loop)
     FeedbackClient(loop).correct(before["a.jsonl:2"], "elm sang")
-    fed = take(loop, line(1, "oak"), line(2, "ash"), line(3, "elm"))
-    assert (fed.items, fed.new, fed.retracted) == (3, 1, 0)
+    report = take(loop, line(1, "oak"), line(2, "ash"), line(3, "elm"))
+    assert (report.records, report.new, report.retracted) == (3, 1, 0)
     assert targets(loop) == ["ash spoke", "elm sang", "oak spoke"]
     after = ids_of(loop)
     assert (after["a.jsonl:2"], after["a.jsonl:3"]) == (before["a.jsonl:1"], before["a.jsonl:2"])
@@ -127,19 +130,19 @@ def test_what_moved_within_its_source_is_the_same_with_all_that_was_said_of_it(l
 
 def test_the_same_text_twice_is_two_things_wherever_they_stand(loop):
     def at(*places):
-        return [Item(place, "what did ash say?", "ash spoke") for place in places]
+        return [SourceRecord(place, "what did ash say?", "ash spoke") for place in places]
 
     take(loop, *at("a:1", "a:2", "a:3"))
     before = ids_of(loop)
     assert len(set(before.values())) == 3
-    fed = take(loop, *at("a:2", "a:4"))
-    assert (fed.items, fed.new, fed.retracted) == (2, 0, 1)
+    report = take(loop, *at("a:2", "a:4"))
+    assert (report.records, report.new, report.retracted) == (2, 0, 1)
     assert ids_of(loop) == {"a:2": before["a:1"], "a:4": before["a:2"]}
 
 
 def test_rows_with_keys_are_told_apart_by_them_though_their_text_is_the_same(loop):
     def rows(*keys):
-        return [Item(key, "what did ash say?", "ash spoke", keyed=True) for key in keys]
+        return [SourceRecord(key, "what did ash say?", "ash spoke", keyed=True) for key in keys]
 
     take(loop, *rows("t:1", "t:2"))
     before = ids_of(loop)
@@ -148,73 +151,78 @@ def test_rows_with_keys_are_told_apart_by_them_though_their_text_is_the_same(loo
 
 
 def test_a_source_with_marks_goes_on_and_takes_back_only_what_changed(loop):
-    (feed,) = loop.sources
+    (source,) = loop.sources
     cursors = []
 
     def read(settings, cursor):
         cursors.append(cursor)
-        yield from items("ash", "elm") if cursor is None else [Item("ash.md", "what did ash say?", "ash said more")]
+        yield from (
+            records("ash", "elm") if cursor is None else [SourceRecord("ash.md", "what did ash say?", "ash said more")]
+        )
         yield Cursor({"id": 2 if cursor is None else 3})
 
-    read_feed(loop, feed, connect(), read)
-    assert read_feed(loop, feed, connect(), read).retracted == 1
+    sync_source(loop, source, connect(), read)
+    assert sync_source(loop, source, connect(), read).retracted == 1
     assert cursors == [None, {"id": 2}]
     assert targets(loop) == ["ash said more", "elm spoke"]
 
 
 def test_after_each_mark_what_changed_is_told_anew(loop, monkeypatch):
     monkeypatch.setattr(source_sync, "_BETWEEN_CURSORS", 2)
-    (feed,) = loop.sources
-    changed = [Item(one.provenance, one.prompt, f"{one.answer} again") for one in items("ash", "elm", "fir", "oak")]
-    for one in (items("ash", "elm", "fir", "oak"), changed):
+    (source,) = loop.sources
+    changed = [
+        SourceRecord(one.provenance, one.prompt, f"{one.answer} again") for one in records("ash", "elm", "fir", "oak")
+    ]
+    for one in (records("ash", "elm", "fir", "oak"), changed):
         found = [*one[:2], Cursor(1), *one[2:], Cursor(2)]
-        fed = read_feed(loop, feed, connect(), lambda settings, cursor, found=found: iter(found))
-    assert (fed.new, fed.retracted) == (4, 4)
+        report = sync_source(loop, source, connect(), lambda settings, cursor, found=found: iter(found))
+    assert (report.new, report.retracted) == (4, 4)
     assert targets(loop) == [f"{name} spoke again" for name in ("ash", "elm", "fir", "oak")]
 
 
 def test_a_reading_that_begins_anew_withdraws_what_it_does_not_give_and_marks_its_end_only(loop):
-    (feed,) = loop.sources
+    (source,) = loop.sources
     cursors = []
 
     def read(*found, fault=None):
         def reading(settings, cursor):
             cursors.append(cursor)
-            for item in found:
-                yield item
-                yield Cursor(f"{item.provenance} of b", anew=True)
+            for record in found:
+                yield record
+                yield Cursor(f"{record.provenance} of b", restarted=True)
             if fault:
                 raise fault
 
         return reading
 
-    read_feed(loop, feed, connect(), lambda settings, cursor: iter([*items("ash", "elm"), Cursor("of a")]))
+    sync_source(loop, source, connect(), lambda settings, cursor: iter([*records("ash", "elm"), Cursor("of a")]))
     with pytest.raises(SourceError):
-        read_feed(loop, feed, connect(), read(*items("oak"), fault=SourceError("the line is gone")))
+        sync_source(loop, source, connect(), read(*records("oak"), fault=SourceError("the line is gone")))
     assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]
-    wrong = [Skipped("oak.md", "expected a rating"), Cursor("of c", anew=True)]
-    assert read_feed(loop, feed, connect(), lambda settings, cursor: iter(wrong)).failed.startswith("nothing in it")
-    fed = read_feed(loop, feed, connect(), read(*items("oak", "ash")))
-    assert (fed.new, fed.retracted) == (0, 1)
+    wrong = [SkippedRecord("oak.md", "expected a rating"), Cursor("of c", restarted=True)]
+    report = sync_source(loop, source, connect(), lambda settings, cursor: iter(wrong))
+    assert report.error.startswith("no record is usable")
+    report = sync_source(loop, source, connect(), read(*records("oak", "ash")))
+    assert (report.new, report.retracted) == (0, 1)
     assert targets(loop) == ["ash spoke", "oak spoke"]
-    read_feed(loop, feed, connect(), read())
+    sync_source(loop, source, connect(), read())
     assert cursors == ["of a", "of a", "ash.md of b"]
 
 
 def test_a_source_that_fails_half_way_takes_nothing_back(loop):
-    take(loop, *items("ash", "elm"))
-    (feed,) = loop.sources
+    take(loop, *records("ash", "elm"))
+    (source,) = loop.sources
 
     def read(settings, cursor):
-        yield from items("oak")
+        yield from records("oak")
         raise SourceError("the disk is gone")
 
     with pytest.raises(SourceError):
-        read_feed(loop, feed, connect(), read)
+        sync_source(loop, source, connect(), read)
     assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]  # what it gave until then was taken
 
 
-@pytest.cursor.parametrize(
+@pytest.mark.parametrize(
     ("fault", "said"),
     [
         (PermissionError(13, "Permission denied", "/closed/vault"), "PermissionError: .*'/closed/vault'"),
@@ -228,44 +236,47 @@ def test_a_source_that_fails_in_any_way_is_named_and_the_others_go_on(make_loop,
     def read(settings, cursor):
         if settings.name == "closed":
             raise fault
-        yield from items("ash")
+        yield from records("ash")
 
-    monkeypatch.setattr(source_sync, "reader", lambda feed: read)
-    loop = make_loop(sources=[{**FEED, "name": "closed"}, FEED])
-    closed, imported = source_sync.read_feeds(loop, connect(), print)
-    assert re.search(said, closed.failed) and "ann@" not in closed.failed
-    assert (imported.failed, imported.new) == ("", 1)
+    monkeypatch.setattr(source_sync, "reader_for", lambda source: read)
+    loop = make_loop(sources=[{**SOURCE, "name": "closed"}, SOURCE])
+    closed, imported = source_sync.sync_sources(loop, connect(), print)
+    assert re.search(said, closed.error) and "ann@" not in closed.error
+    assert (imported.error, imported.new) == ("", 1)
 
 
 def test_a_path_of_nobody_s_home_is_named_and_the_run_goes_on(make_loop):
-    feed = {"kind": "vault", "name": "notes", "path": "~nosuchuser/vault"}
-    (fed,) = source_sync.read_feeds(make_loop(sources=[feed]), connect(), print)
-    assert "RuntimeError" in fed.failed and "correct its settings" in fed.failed
+    source = {"kind": "vault", "name": "notes", "path": "~nosuchuser/vault"}
+    (report,) = source_sync.sync_sources(make_loop(sources=[source]), connect(), print)
+    assert "RuntimeError" in report.error and "correct the source's settings" in report.error
 
 
 def test_what_cannot_be_used_is_named_with_its_reason(loop):
-    fed = take(
-        loop, Skipped("broken.md", "its frontmatter is not YAML"), Item("empty.md", "", "nothing"), *items("ash")
+    report = take(
+        loop,
+        SkippedRecord("broken.md", "its frontmatter is not YAML"),
+        SourceRecord("empty.md", "", "nothing"),
+        *records("ash"),
     )
-    assert fed.skipped == 2
+    assert report.skipped == 2
     with connect().read() as connection:
         found = {row.provenance: row.reason for row in skipped_records(connection, loop, 10)}
     assert found["broken.md"] == "its frontmatter is not YAML"
     assert "prompt" in found["empty.md"]
-    assert take(loop, *items("ash")).skipped == 0
+    assert take(loop, *records("ash")).skipped == 0
     with connect().read() as connection:
         assert not skipped_records(connection, loop, 10)
 
 
 def test_what_is_said_of_unusable_things_shows_no_secret(loop):
     long = f"{'word ' * 14}ann.smith@example.com is behind it"  # an error cuts what it shows: of an address none or all
-    fed = take(
+    report = take(
         loop,
-        Skipped("people:ann@example.com", "stars is 'hf_" + "aB1" * 12 + "'; ratings knows 1, 5"),
-        Skipped("people:bob@example.com", f"found {short_repr(long)}, expected a role"),
-        Item("People.md#Call ann@example.com", "what did ash say?", "ash spoke"),
+        SkippedRecord("people:ann@example.com", "stars is 'hf_" + "aB1" * 12 + "'; ratings knows 1, 5"),
+        SkippedRecord("people:bob@example.com", f"found {short_repr(long)}, expected a role"),
+        SourceRecord("People.md#Call ann@example.com", "what did ash say?", "ash spoke"),
     )
-    assert fed.skipped == 2
+    assert report.skipped == 2
     with connect().read() as connection:
         (row,) = skipped_records(connection, loop, 10)
     assert row.provenance == "people:[EMAIL]" and not {"ann", "aB1"} & set(row.reason.replace(".", " ").split())
@@ -277,7 +288,7 @@ def test_what_is_said_of_unusable_things_shows_no_secret(loop):
 
 
 def test_a_correction_of_a_model_s_answer_teaches_as_one(loop):
-    take(loop, *items("ash", model_output="ash was silent"))
+    take(loop, *records("ash", model_output="ash was silent"))
     artifact, _ = snapshot(loop, connect())
     (example,) = taught(artifact)
     assert (example.corrected, example.target, example.output) == (True, "ash spoke", "ash was silent")
@@ -288,12 +299,12 @@ def test_late_feedback_on_what_was_withdrawn_does_not_bring_it_back(loop, tmp_pa
     from finetune_pipeline.feedback.store import record
     from finetune_pipeline.records import Feedback
 
-    take(loop, *items("ash", "elm"))
+    take(loop, *records("ash", "elm"))
     database = connect()
     with database.read() as connection:
         i = t.interactions.c
         id = connection.execute(sa.select(i.id).where(i.provenance == "ash.md")).scalar_one()
-    take(loop, *items("elm"))
+    take(loop, *records("elm"))
     thumb = {"kind": "thumbs_up", "interaction_id": id, "loop": loop.name, "created_at": "2026-01-01T00:00:00Z"}
     with database.write() as connection:
         record(
@@ -306,12 +317,12 @@ def test_late_feedback_on_what_was_withdrawn_does_not_bring_it_back(loop, tmp_pa
 
 
 def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
-    feed = {**FEED, "max_fraction": 0.25}
-    loop = make_loop(sources=[feed], curation={"min_examples": 1, "validation_fraction": 0.0})
+    source = {**SOURCE, "max_fraction": 0.25}
+    loop = make_loop(sources=[source], curation={"min_examples": 1, "validation_fraction": 0.0})
     events = loop.drop_folder / "a.jsonl"
     write_events(events, *corrected(["amy", "ben", "cid"]))
     ingest(loop, connect(), print)
-    take(loop, *items("ash", "elm", "oak", "yew", "fir", "bay"))
+    take(loop, *records("ash", "elm", "oak", "yew", "fir", "bay"))
     artifact, _ = snapshot(loop, connect())
     manifest = dataset(loop, artifact).manifest
     assert manifest.sources == {"imported": 1, "logs": 3}
@@ -331,8 +342,8 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
     (tmp_path / "files").mkdir()
     write_as(tmp_path / "files" / "a.parquet", rows)
     write_as(tmp_path / "files" / "b.csv", [{"prompt": "what did ash say?", "completion": "ash spoke"}, {"prompt": ""}])
-    feed = {**FEED, "path": str(tmp_path / "files"), "reward": 0.9}
-    loop = make_loop(sources=[feed], system_prompt="Be short.", curation={"min_examples": 1})
+    source = {**SOURCE, "path": str(tmp_path / "files"), "reward": 0.9}
+    loop = make_loop(sources=[source], system_prompt="Be short.", curation={"min_examples": 1})
     metadata = materialized(loop, instance, "raw_logs", "curated_dataset")
     (skipped,) = metadata["raw_logs"]["skipped"].value
     assert skipped.startswith("imported: b.csv:3: found no fields")
@@ -343,62 +354,62 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
     assert {row["reward"] for row in read_rows(path, "train")} == {0.9}
     assert "what did 0 say?" in {row["prompt"] for split in ("train", "validation") for row in read_rows(path, split)}
     assert [metadata["raw_logs"][name].value for name in ("new_interactions", "new_feedback", "retracted")] == [7, 7, 0]
-    renamed = make_loop(sources=[{**feed, "name": "renamed"}], curation={"min_examples": 1})
+    renamed = make_loop(sources=[{**source, "name": "renamed"}], curation={"min_examples": 1})
     metadata = materialized(renamed, instance, "raw_logs")["raw_logs"]
     (skipped,) = metadata["skipped"].value
     assert skipped.startswith("renamed: b.csv:3: ")
-    assert "| imported | 7 | 0 | 0 | 0 | no longer declared, and teaches on" in metadata["sources"].value
+    assert "| imported | 7 | 0 | 0 | 0 | not declared, but still trains" in metadata["sources"].value
 
 
 def test_a_source_can_be_taken_out_and_is_read_again_where_it_is_declared(make_loop):
-    loop = make_loop(sources=[FEED], curation={"min_examples": 1})
-    (feed,) = loop.sources
+    loop = make_loop(sources=[SOURCE], curation={"min_examples": 1})
+    (source,) = loop.sources
     cursors = []
 
     def read(settings, cursor):
         cursors.append(cursor)
-        yield from items("ash", "elm")
+        yield from records("ash", "elm")
         yield Cursor("the end")
 
-    read_feed(loop, feed, connect(), read)
+    sync_source(loop, source, connect(), read)
     undeclared = make_loop(curation={"min_examples": 1})
     with connect().read() as connection:
-        assert source_sync.no_longer_declared(connection, loop) == {}
-        assert source_sync.no_longer_declared(connection, undeclared) == {"imported": 2}
+        assert undeclared_sources(connection, loop) == {}
+        assert undeclared_sources(connection, undeclared) == {"imported": 2}
     assert source_sync.retract_source(loop.name, "imported", connect()) == 2
     with connect().read() as connection:
-        assert source_sync.no_longer_declared(connection, undeclared) == {}
+        assert undeclared_sources(connection, undeclared) == {}
     assert targets(loop) == []
-    read_feed(loop, feed, connect(), read)
+    sync_source(loop, source, connect(), read)
     assert cursors == [None, None] and targets(loop) == ["ash spoke", "elm spoke"]
 
 
 def test_what_a_teacher_had_no_budget_for_teaches_on_and_is_no_failure(loop):
-    take(loop, *items("ash", "elm", "elm.md [2]", "oak"))
-    fed = take(loop, *items("ash"), Skipped("elm.md", "no tokens are left", later=True))
-    assert (fed.retracted, fed.skipped, fed.failed) == (1, 1, "")
+    take(loop, *records("ash", "elm", "elm.md [2]", "oak"))
+    report = take(loop, *records("ash"), SkippedRecord("elm.md", "no tokens are left", deferred=True))
+    assert (report.retracted, report.skipped, report.error) == (1, 1, "")
     assert targets(loop) == ["ash spoke", "elm spoke", "elm.md [2] spoke"]
-    assert take(loop, Skipped("elm.md", "no tokens are left", later=True)).failed == ""
+    assert take(loop, SkippedRecord("elm.md", "no tokens are left", deferred=True)).error == ""
 
 
 def test_a_source_of_which_nothing_can_be_used_takes_nothing_back_and_is_named(make_loop, tmp_path):
     write_as(tmp_path / "a.jsonl", [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(3)])
-    feed = {**FEED, "path": str(tmp_path / "a.jsonl")}
-    loop = make_loop(sources=[feed], curation={"min_examples": 1})
-    source_sync.read_feeds(loop, connect(), print)
-    wrong = make_loop(sources=[{**feed, "format": "sharegpt"}], curation={"min_examples": 1})
-    (fed,) = source_sync.read_feeds(wrong, connect(), print)
-    assert (fed.items, fed.retracted, fed.skipped) == (0, 0, 3)
-    assert fed.failed.startswith("nothing in it can be used, so nothing of it was retracted (a.jsonl:1: ")
+    source = {**SOURCE, "path": str(tmp_path / "a.jsonl")}
+    loop = make_loop(sources=[source], curation={"min_examples": 1})
+    source_sync.sync_sources(loop, connect(), print)
+    wrong = make_loop(sources=[{**source, "format": "sharegpt"}], curation={"min_examples": 1})
+    (report,) = source_sync.sync_sources(wrong, connect(), print)
+    assert (report.records, report.retracted, report.skipped) == (0, 0, 3)
+    assert report.error.startswith("no record is usable, so nothing was retracted (a.jsonl:1: ")
     assert targets(loop) == ["0 spoke", "1 spoke", "2 spoke"]
 
 
 def test_two_readings_of_a_source_at_once_take_turns(loop):
-    (feed,) = loop.sources
+    (source,) = loop.sources
     begun, go_on, said = threading.Event(), threading.Event(), []
 
     def slow(settings, cursor):
-        yield from items("ash")
+        yield from records("ash")
         begun.set()
         assert go_on.wait(60)
 
@@ -406,10 +417,10 @@ def test_two_readings_of_a_source_at_once_take_turns(loop):
         said.append(message)
         go_on.set()
 
-    first = threading.Thread(target=read_feed, args=(loop, feed, connect(), slow))
+    first = threading.Thread(target=sync_source, args=(loop, source, connect(), slow))
     first.start()
     assert begun.wait(60)
-    read_feed(loop, feed, connect(), lambda settings, cursor: iter(items("ash", "elm")), tell)
+    sync_source(loop, source, connect(), lambda settings, cursor: iter(records("ash", "elm")), tell)
     first.join()
     assert said == ["another reading of imported is running on this machine; waiting for it to finish"]
     assert targets(loop) == ["ash spoke", "elm spoke"]
@@ -417,29 +428,37 @@ def test_two_readings_of_a_source_at_once_take_turns(loop):
 
 def test_two_sources_of_one_name_are_refused(make_loop):
     with pytest.raises(SettingsError, match="imported is taken"):
-        make_loop(sources=[FEED, FEED])
+        make_loop(sources=[SOURCE, SOURCE])
     with pytest.raises(SettingsError, match="logs is taken"):
-        make_loop(sources=[{**FEED, "name": "logs"}])
+        make_loop(sources=[{**SOURCE, "name": "logs"}])
 
 
 def test_what_lies_beneath_something_unseen_is_not_withdrawn(loop):
-    take(loop, *items("sub/ash", "sub/elm", "sub2/oak", "yew"), Item("fir.md#Top", "what did fir say?", "fir spoke"))
-    fed = take(loop, Skipped("sub", "cannot be read", unseen=True), Skipped("fir.md", "is closed", unseen=True))
-    assert (fed.retracted, fed.skipped) == (2, 2)
-    assert fed.failed.endswith("fir.md: is closed; sub: cannot be read")
+    take(
+        loop,
+        *records("sub/ash", "sub/elm", "sub2/oak", "yew"),
+        SourceRecord("fir.md#Top", "what did fir say?", "fir spoke"),
+    )
+    report = take(
+        loop,
+        SkippedRecord("sub", "cannot be read", unreadable=True),
+        SkippedRecord("fir.md", "is closed", unreadable=True),
+    )
+    assert (report.retracted, report.skipped) == (2, 2)
+    assert report.error.endswith("fir.md: is closed; sub: cannot be read")
     assert targets(loop) == ["fir spoke", "sub/ash spoke", "sub/elm spoke"]
-    assert take(loop, Skipped("", "the folder itself cannot be listed", unseen=True)).retracted == 0
-    assert take(loop, Skipped("sub", "is no folder any more"), *items("yew")).retracted == 3
+    assert take(loop, SkippedRecord("", "the folder itself cannot be listed", unreadable=True)).retracted == 0
+    assert take(loop, SkippedRecord("sub", "is no folder any more"), *records("yew")).retracted == 3
     assert targets(loop) == ["yew spoke"]
 
 
-@pytest.cursor.parametrize(("name", "whole"), [("a.json", True), ("a.json", False), ("a.parquet", True)])
+@pytest.mark.parametrize(("name", "whole"), [("a.json", True), ("a.json", False), ("a.parquet", True)])
 def test_a_half_written_file_withdraws_nothing_and_the_check_names_it(make_loop, instance, tmp_path, name, whole):
     path = tmp_path / "files" / name
     path.parent.mkdir()
     write_as(path, [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(4)])
     loop = make_loop(
-        sources=[{**FEED, "path": str(path.parent)}],
+        sources=[{**SOURCE, "path": str(path.parent)}],
         curation={"min_examples": 1, "validation_fraction": 0.0},
     )
     materialized(loop, instance, "raw_logs")
@@ -458,8 +477,8 @@ def test_a_half_written_file_withdraws_nothing_and_the_check_names_it(make_loop,
 def test_a_reward_of_the_source_that_is_set_back_counts_again(make_loop):
     rewards = []
     for reward in (0.8, 0.5, 0.8):
-        loop = make_loop(sources=[{**FEED, "reward": reward}], curation={"min_examples": 1})
-        take(loop, *items("ash"))
+        loop = make_loop(sources=[{**SOURCE, "reward": reward}], curation={"min_examples": 1})
+        take(loop, *records("ash"))
         (example,) = taught(snapshot(loop, connect())[0])
         rewards.append(example.reward)
     assert rewards == [0.8, 0.5, 0.8]
@@ -476,12 +495,14 @@ def of_user(loop, user):
 
 
 def test_a_forgotten_author_never_comes_back_from_a_declared_source(loop):
-    take(loop, *items("ash", user="alice"), *items("elm", user="bob"), Skipped("oak.md", "user: found 'alice'"))
+    take(
+        loop, *records("ash", user="alice"), *records("elm", user="bob"), SkippedRecord("oak.md", "user: found 'alice'")
+    )
     assert of_user(loop, "alice").sources == ("imported",)
     erase(loop, "alice")
-    moved = [Item("line 2", "what did ash say about it all?", "ash spoke", user="alice", reward=0.9)]
-    fed = take(loop, *moved, *items("ash", "fir", user="alice"), *items("elm", user="bob"))
-    assert (fed.items, fed.new, fed.retracted, fed.skipped) == (1, 0, 0, 3)
+    moved = [SourceRecord("line 2", "what did ash say about it all?", "ash spoke", user="alice", reward=0.9)]
+    report = take(loop, *moved, *records("ash", "fir", user="alice"), *records("elm", user="bob"))
+    assert (report.records, report.new, report.retracted, report.skipped) == (1, 0, 0, 3)
     assert not of_user(loop, "alice").count and targets(loop) == ["elm spoke"]
     with connect().read() as connection:
         reasons = {row.reason for row in skipped_records(connection, loop, 9)}
@@ -512,12 +533,12 @@ def test_what_an_application_logs_cannot_say_that_a_source_gave_it(loop):
     assert (done.recorded.interactions, done.recorded.feedback, done.rejected) == (0, 1, 1)
     write_events(loop.drop_folder / "b.jsonl", asked)
     ingest(loop, connect(), print)
-    assert take(loop, *items("elm")).retracted == 0
+    assert take(loop, *records("elm")).retracted == 0
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
 
 def test_a_source_with_marks_needs_no_memory_for_what_it_gave_before(loop):
-    take(loop, *items("ash"))
+    take(loop, *records("ash"))
     asked = {"loop": loop.name, "created_at": datetime(2026, 1, 1, tzinfo=UTC), "prompt": "p", "output": "o"}
     rows = [
         {
@@ -532,18 +553,20 @@ def test_a_source_with_marks_needs_no_memory_for_what_it_gave_before(loop):
     with connect().write() as connection:
         connection.execute(t.interactions.insert(), rows)
     del rows
-    (feed,) = loop.sources
+    (source,) = loop.sources
     tracemalloc.start()
-    fed = read_feed(loop, feed, connect(), lambda settings, cursor: iter([Cursor(1), *items("ash", "elm"), Cursor(2)]))
+    report = sync_source(
+        loop, source, connect(), lambda settings, cursor: iter([Cursor(1), *records("ash", "elm"), Cursor(2)])
+    )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (fed.items, fed.new, fed.retracted) == (2, 1, 0)
+    assert (report.records, report.new, report.retracted) == (2, 1, 0)
     assert peak < 4e6
 
 
 def test_of_a_source_in_which_nothing_can_be_used_the_first_are_named_and_all_counted(loop, monkeypatch):
-    monkeypatch.setattr(source_sync, "_NAMED", 3)
-    assert take(loop, *(Skipped(f"{n}", "is broken") for n in range(9))).skipped == 9
+    monkeypatch.setattr(source_sync, "_MAX_SKIPPED", 3)
+    assert take(loop, *(SkippedRecord(f"{n}", "is broken") for n in range(9))).skipped == 9
     with connect().read() as connection:
         assert len(skipped_records(connection, loop, 99)) == 3
 
@@ -552,8 +575,8 @@ def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_t
     write_events(loop.drop_folder / "a.jsonl", *corrected(["amy"]))
     write_as(loop.drop_folder / "b.jsonl", [{"prompt": "what did ben say?", "completion": "ben spoke"}])
     ingest(loop, connect(), print)
-    take(loop, *items("ash", "elm", "oak"))
-    take(loop, *items("ash", "elm"))
+    take(loop, *records("ash", "elm", "oak"))
+    take(loop, *records("ash", "elm"))
     with connect().read() as connection:
         i = t.interactions.c
         ash = connection.execute(sa.select(i.id).where(i.provenance == "ash.md")).scalar_one()
@@ -565,15 +588,15 @@ def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_t
     before = targets(loop)
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")
     assert import_rows(out, read_rows_of(out, 10**6), loop, other).rejected == 0
-    (feed,) = loop.sources
-    read_feed(loop, feed, other, lambda settings, cursor: iter(items("ash", "elm")))
+    (source,) = loop.sources
+    sync_source(loop, source, other, lambda settings, cursor: iter(records("ash", "elm")))
     artifact, _ = snapshot(loop, other)
     assert sorted(example.target for example in taught(artifact)) == [one for one in before if one != "ben spoke"]
     assert "ash whispered" in before
 
 
 def test_a_loop_without_records_says_which_source_failed(make_loop, tmp_path):
-    loop = make_loop(sources=[{**FEED, "path": str(tmp_path / "nowhere")}])
-    done = source_sync.read_feeds(loop, connect(), print)
+    loop = make_loop(sources=[{**SOURCE, "path": str(tmp_path / "nowhere")}])
+    done = source_sync.sync_sources(loop, connect(), print)
     with pytest.raises(SourceError, match=r"imported failed: .*nowhere is not there"):
         snapshot(loop, connect(), done)

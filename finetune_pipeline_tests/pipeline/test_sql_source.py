@@ -7,15 +7,15 @@ import sqlalchemy as sa
 
 from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
+from finetune_pipeline.feedback.source_state import skipped_records
 from finetune_pipeline.pipeline.build_dataset import dataset, taught
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.source_sync import read_feeds, skipped_records
+from finetune_pipeline.pipeline.source_sync import sync_sources
+from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
 
-from .conftest import corrected, write_events
-
-FEED = {
-    "kind": "sql", "name": "ratings", "url_env": "RATINGS_URL", "table": "answers", "key": "id", "watermark": "changed",
+SOURCE = {
+    "kind": "sql", "name": "ratings", "url_env": "RATINGS_URL", "table": "answers", "key": "id", "cursor": "changed",
     "prompt": "prompt", "response": "response", "rating": "stars", "ratings": {"5": 1.0, "1": -1.0}, "batch_rows": 1000,
 }  # fmt: skip
 CURATION = {"min_examples": 1, "validation_fraction": 0.0}
@@ -50,9 +50,9 @@ def rated(url, monkeypatch):
 
 
 def read_all(loop):
-    (fed,) = read_feeds(loop, connect(), print)
-    assert not fed.failed
-    return fed
+    (report,) = sync_sources(loop, connect(), print)
+    assert not report.error
+    return report
 
 
 def rewards(loop):
@@ -61,7 +61,7 @@ def rewards(loop):
 
 
 def test_rows_come_change_and_become_unusable(make_loop, rated):
-    loop = make_loop(sources=[FEED], curation=CURATION)
+    loop = make_loop(sources=[SOURCE], curation=CURATION)
     rated(1, n1=5, n2=5, n3=3)
     assert (read_all(loop).new, rewards(loop)) == (2, {"answers:1": 1.0, "answers:2": 1.0})
     with connect().read() as connection:
@@ -71,8 +71,8 @@ def test_rows_come_change_and_become_unusable(make_loop, rated):
     version = snapshot(loop, connect())[0].manifest.version
     assert read_all(loop).new == 0 and snapshot(loop, connect())[0].manifest.version == version
     rated(5, n1=1, n4=5)
-    fed = read_all(loop)
-    assert (fed.new, fed.retracted) == (2, 1)
+    report = read_all(loop)
+    assert (report.new, report.retracted) == (2, 1)
     assert rewards(loop) == {"answers:1": -1.0, "answers:2": 1.0, "answers:4": 1.0}
     rated(9, n2=None, n3=5)
     assert (read_all(loop).retracted, set(rewards(loop))) == (1, {"answers:1", "answers:3", "answers:4"})
@@ -85,17 +85,17 @@ def test_rows_come_change_and_become_unusable(make_loop, rated):
 
 
 def test_whole_pages_of_changed_rows_stand_instead_of_the_old_ones(make_loop, rated):
-    loop = make_loop(sources=[FEED], curation=CURATION)
+    loop = make_loop(sources=[SOURCE], curation=CURATION)
     rated(1, **{f"n{n}": 5 for n in range(1_100)})
     assert read_all(loop).new == 1_100
     rated(9, **{f"n{n}": 1 for n in range(1_100)})
-    fed = read_all(loop)
-    assert (fed.new, fed.retracted) == (1_100, 1_100)
+    report = read_all(loop)
+    assert (report.new, report.retracted) == (1_100, 1_100)
     assert set(rewards(loop).values()) == {-1.0}
 
 
 def test_a_quota_keeps_a_large_table_from_drowning_the_logs(make_loop, rated):
-    loop = make_loop(sources=[{**FEED, "max_fraction": 0.5}], curation=CURATION)
+    loop = make_loop(sources=[{**SOURCE, "max_fraction": 0.5}], curation=CURATION)
     write_events(loop.drop_folder / "a.jsonl", *corrected(["amy", "ben", "cid"]))
     ingest(loop, connect(), print)
     rated(1, **{f"n{n}": 5 for n in range(20)})
@@ -106,7 +106,7 @@ def test_a_quota_keeps_a_large_table_from_drowning_the_logs(make_loop, rated):
 
 
 def test_a_table_that_is_emptied_takes_nothing_back(make_loop, rated, url):
-    loop = make_loop(sources=[FEED], curation=CURATION)
+    loop = make_loop(sources=[SOURCE], curation=CURATION)
     rated(1, n1=5)
     read_all(loop)
     engine = sa.create_engine(url)
@@ -120,22 +120,22 @@ def test_a_table_that_is_emptied_takes_nothing_back(make_loop, rated, url):
 def test_other_settings_reach_the_rows_that_were_read_before(make_loop, rated):
     rated(1, n1=5, n2=1, n3=5)
     rated(60, n9=5)
-    read_all(make_loop(sources=[FEED], curation=CURATION))
-    other = make_loop(sources=[{**FEED, "ratings": {"5": 0.9}, "only": {"id": ["1", "2", "9"]}}])
-    fed = read_all(other)
-    assert (fed.new, fed.retracted, fed.skipped) == (2, 4, 1)
+    read_all(make_loop(sources=[SOURCE], curation=CURATION))
+    other = make_loop(sources=[{**SOURCE, "ratings": {"5": 0.9}, "only": {"id": ["1", "2", "9"]}}])
+    report = read_all(other)
+    assert (report.new, report.retracted, report.skipped) == (2, 4, 1)
     assert rewards(other) == {"answers:1": 0.9, "answers:9": 0.9}
     rated(99, n1=1)
-    assert read_all(other).items == 1  # it goes on from the cursor of that reading
+    assert read_all(other).records == 1  # it goes on from the cursor of that reading
     assert rewards(other) == {"answers:9": 0.9}
 
 
 def test_settings_that_no_row_passes_withdraw_all_and_the_old_ones_bring_it_back(make_loop, rated):
-    loop = make_loop(sources=[FEED], curation=CURATION)
+    loop = make_loop(sources=[SOURCE], curation=CURATION)
     rated(1, n1=5)
     rated(60, n9=5)
     read_all(loop)
-    none = make_loop(sources=[{**FEED, "only": {"id": ["7"]}}], curation=CURATION)
-    assert (read_all(none).retracted, read_all(none).items) == (2, 0)
-    read_all(make_loop(sources=[FEED], curation=CURATION))
+    none = make_loop(sources=[{**SOURCE, "only": {"id": ["7"]}}], curation=CURATION)
+    assert (read_all(none).retracted, read_all(none).records) == (2, 0)
+    read_all(make_loop(sources=[SOURCE], curation=CURATION))
     assert rewards(loop) == {"answers:1": 1.0, "answers:9": 1.0}

@@ -6,7 +6,7 @@ from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.pipeline.build_dataset import dataset
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.source_sync import read_feeds
+from finetune_pipeline.pipeline.source_sync import sync_sources
 
 
 @pytest.fixture
@@ -20,22 +20,22 @@ def vault(tmp_path):
 
 
 def rows(loop):
-    read_feeds(loop, connect(), print)
+    sync_sources(loop, connect(), print)
     artifact, _ = snapshot(loop, connect())
     found = read_rows(dataset(loop, artifact).path, "train")
     return {row["provenance"]: (row["source"], row["completion"]) for row in found}
 
 
 def test_a_vault_becomes_a_dataset_whose_rows_follow_its_notes(make_loop, vault, capsys):
-    feed = {"kind": "vault", "name": "journal", "path": str(vault)}
-    loop = make_loop(sources=[feed], curation={"min_examples": 1, "validation_fraction": 0.0})
+    source = {"kind": "vault", "name": "journal", "path": str(vault)}
+    loop = make_loop(sources=[source], curation={"min_examples": 1, "validation_fraction": 0.0})
     day = {"2024-05-03.md#Reflection": ("journal", "Too quick.")}
     assert rows(loop) == {"Saw.md": ("journal", "We buy the mill's saw."), **day}
-    assert "journal: 2 items, 2 of them new, 0 retracted, 1 skipped" in capsys.readouterr().out
+    assert "journal: 2 records, 2 new, 0 retracted, 1 skipped" in capsys.readouterr().out
 
     (vault / "Saw.md").write_text("---\ntags: [decision]\n---\nWe rent a saw.\n")
     assert rows(loop) == {"Saw.md": ("journal", "We rent a saw."), **day}
-    assert "1 of them new, 1 retracted" in capsys.readouterr().out
+    assert "1 new, 1 retracted" in capsys.readouterr().out
 
     (vault / "Saw.md").unlink()
     assert rows(loop) == day

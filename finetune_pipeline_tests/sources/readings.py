@@ -1,13 +1,13 @@
 """What a reading of a source gave, for tests."""
 
-from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline.sources.source_record import SourceRecord
 
 
-def taken(read, feed, **options):
+def taken(read, source, **options):
     """Items and what was skipped, by provenance."""
-    items, skipped = {}, {}
-    for one in read(feed, None, **options):
-        place = items if isinstance(one, Item) else skipped
+    records, skipped = {}, {}
+    for one in read(source, None, **options):
+        place = records if isinstance(one, SourceRecord) else skipped
         assert one.provenance not in place
-        place[one.provenance] = one if isinstance(one, Item) else one.reason
-    return items, skipped
+        place[one.provenance] = one if isinstance(one, SourceRecord) else one.reason
+    return records, skipped

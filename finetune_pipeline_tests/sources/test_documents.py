@@ -25,7 +25,7 @@ NOTE = (
 
 @pytest.fixture
 def folders(tmp_path):
-    """Write documents and templates; gives the feed of them."""
+    """Write documents and templates; gives the source of them."""
 
     def write(documents, templates=None, **fields):
         for folder, files in (
@@ -43,21 +43,23 @@ def folders(tmp_path):
 
 
 def test_the_examples_give_a_diagram_an_api_document_and_a_data_model():
-    feed = DocumentsSource(kind="documents", name="notes", path=f"{EXAMPLES}/notes", templates=f"{EXAMPLES}/templates")
-    items, skipped = taken(read, feed)
-    assert set(items) == {
+    source = DocumentsSource(
+        kind="documents", name="notes", path=f"{EXAMPLES}/notes", templates=f"{EXAMPLES}/templates"
+    )
+    records, skipped = taken(read, source)
+    assert set(records) == {
         f"orders.md::{name}" for name in ("api", "data_model", "flow", "sequence")
     } | {"kickoff.txt::data_model", "kickoff.txt::sequence"}  # fmt: skip
     assert skipped["kickoff.txt::api"] == "the document names no endpoints, which the template needs"
-    sequence = items["kickoff.txt::sequence"]
+    sequence = records["kickoff.txt::sequence"]
     assert sequence.prompt.startswith('Make a list of who takes part in "Kick-off of the reading room"')
     assert "Visitors must book a seat one day ahead." in sequence.prompt
     assert sequence.answer.splitlines()[1:4] == [
         "sequenceDiagram", "    participant p1 as Cleo", "    participant p2 as Dan",
     ]  # fmt: skip
     assert sequence.kind == "sequence"
-    assert "- GET /orders/{id}" in items["orders.md::api"].answer
-    assert "    ORDER {\n        string number\n" in items["orders.md::data_model"].answer
+    assert "- GET /orders/{id}" in records["orders.md::api"].answer
+    assert "    ORDER {\n        string number\n" in records["orders.md::data_model"].answer
 
 
 def test_what_a_note_says_plainly_is_found():
@@ -109,10 +111,10 @@ def test_no_document_breaks_the_form_of_a_template(title, topics):
     ],
 )
 def test_what_cannot_be_used_is_named_and_the_rest_is_read(folders, content, provenance, reason):
-    items, skipped = taken(
+    records, skipped = taken(
         read, folders({"bad.md": content, "good.md": NOTE, "data.bin": b"\0", ".obsidian/x.md": NOTE})
     )
-    assert list(items) == ["good.md::flow"]
+    assert list(records) == ["good.md::flow"]
     assert list(skipped) == [provenance]
     assert reason in skipped[provenance]
 
@@ -137,8 +139,8 @@ def test_a_template_that_is_none_says_why(template, reason):
 
 def test_a_broken_template_is_named_and_without_any_good_one_nothing_is_read(folders):
     second = FLOW.replace("Draw", "Paint")
-    items, skipped = taken(read, folders({"a.md": NOTE}, {"a.md": FLOW, "b.md": second, "c.md": "broken"}))
-    assert list(items) == ["a.md::flow"]
+    records, skipped = taken(read, folders({"a.md": NOTE}, {"a.md": FLOW, "b.md": second, "c.md": "broken"}))
+    assert list(records) == ["a.md::flow"]
     assert set(skipped) == {"template b.md", "template c.md"}
     with pytest.raises(SourceError, match="no usable template"):
         taken(read, folders({}, {"a.md": "broken", "b.md": "broken"}))
@@ -147,11 +149,11 @@ def test_a_broken_template_is_named_and_without_any_good_one_nothing_is_read(fol
 
 
 def test_templates_within_the_documents_are_no_documents_and_links_are_not_followed(folders, tmp_path):
-    feed = folders({"a.md": NOTE, "forms/flow.md": FLOW}, {})
+    source = folders({"a.md": NOTE, "forms/flow.md": FLOW}, {})
     (tmp_path / "outside.md").write_text(NOTE)
-    (Path(feed.path) / "link.md").symlink_to(tmp_path / "outside.md")
-    items, skipped = taken(read, feed.model_copy(update={"templates": f"{feed.path}/forms"}))
-    assert list(items) == ["a.md::flow"]
+    (Path(source.path) / "link.md").symlink_to(tmp_path / "outside.md")
+    records, skipped = taken(read, source.model_copy(update={"templates": f"{source.path}/forms"}))
+    assert list(records) == ["a.md::flow"]
     assert list(skipped) == ["link.md"]
 
 
@@ -160,18 +162,18 @@ DIAGRAM = "```mermaid\nflowchart TD\n    a[Opening in May] --> b[Booking a seat]
 
 def taught(folders, answer, documents=None, template=FLOW):
     with teaching(lambda body, number: said(answer)) as (server, settings):
-        feed = folders(documents or {"a.md": NOTE}, {"t.md": template}, teacher=settings.model_dump())
-        return *taken(read, feed, redact=lambda text: redact(text).text), server
+        source = folders(documents or {"a.md": NOTE}, {"t.md": template}, teacher=settings.model_dump())
+        return *taken(read, source, redact=lambda text: redact(text).text), server
 
 
 @pytest.mark.parametrize("answer", [DIAGRAM, f"````markdown\n{DIAGRAM}\n````", f"Here it is:\n\n{DIAGRAM}"])
 def test_a_teacher_writes_the_artifact_in_the_form_of_the_template(folders, answer):
-    items, skipped, server = taught(folders, answer)
+    records, skipped, server = taught(folders, answer)
     assert skipped == {}
-    item = items["a.md::flow"]
-    assert DIAGRAM in item.answer
-    assert "````" not in item.answer
-    assert item.prompt == f'Draw the topics of "The reading room".\n\n{NOTE.strip()}'
+    record = records["a.md::flow"]
+    assert DIAGRAM in record.answer
+    assert "````" not in record.answer
+    assert record.prompt == f'Draw the topics of "The reading room".\n\n{NOTE.strip()}'
     assert "flowchart TD\n{flow}" in server.asked[0]["messages"][1]["content"]
 
 
@@ -191,32 +193,32 @@ def test_a_teacher_writes_the_artifact_in_the_form_of_the_template(folders, answ
     ],
 )
 def test_an_artifact_that_is_none_is_refused(folders, answer, reason):
-    items, skipped, _ = taught(folders, answer)
-    assert items == {}
+    records, skipped, _ = taught(folders, answer)
+    assert records == {}
     assert reason in skipped["a.md::flow"]
 
 
 def test_the_headings_of_a_template_are_kept(folders):
     template = "---\nname: api\ninstruction: Write it.\n---\n# {title}\n\n## Endpoints\n\n{endpoints}\n"
     answer = "# Reading room\n\nVisitors book a seat in the reading room, which opens in May."
-    items, skipped, _ = taught(folders, answer, template=template)
-    assert (items, list(skipped)) == ({}, ["a.md::api"])
+    records, skipped, _ = taught(folders, answer, template=template)
+    assert (records, list(skipped)) == ({}, ["a.md::api"])
     assert "lacks the heading '## Endpoints'" in skipped["a.md::api"]
     assert "a.md::api" in taught(folders, f"{answer}\n\n##  Endpoints\n\nnone", {"a.md": NOTE + "More."}, template)[0]
 
 
 def test_an_instruction_that_lacks_what_it_speaks_of_is_not_asked(folders):
     template = FLOW.replace("{title}", "{decisions}")
-    items, skipped, server = taught(folders, DIAGRAM, template=template)
-    assert (items, server.asked) == ({}, [])
+    records, skipped, server = taught(folders, DIAGRAM, template=template)
+    assert (records, server.asked) == ({}, [])
     assert skipped == {"a.md::flow": "the document names no decisions, which the template needs"}
 
 
 def test_personal_data_of_a_note_does_not_leave_for_a_teacher(folders):
     note = f"{NOTE}\nWrite to ana.lind@example.org, password: Sommer2024! and so on.\n"
-    items, _, server = taught(folders, DIAGRAM, {"a.md": note})
+    records, _, server = taught(folders, DIAGRAM, {"a.md": note})
     sent = json.dumps(server.asked)
     assert len(server.asked) == 1
     assert "ana.lind" not in sent
     assert "Sommer2024" not in sent
-    assert "[EMAIL]" in items["a.md::flow"].prompt
+    assert "[EMAIL]" in records["a.md::flow"].prompt

@@ -17,8 +17,8 @@ from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.records import Turn, without_system_prompt
 from finetune_pipeline.settings import FilesSource
 from finetune_pipeline.sources.files import read, read_file
-from finetune_pipeline.sources.jsonl import read_whole
-from finetune_pipeline.sources.source_record import Item, Skipped, SourceError
+from finetune_pipeline.sources.ingest_reader import read_whole
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline_tests.conftest import SHARED
 
 SNIPS = SHARED / "snips" / "raw"
@@ -51,7 +51,7 @@ FORMS = [
 ]  # fmt: skip
 
 
-def feed(path, **more):
+def source(path, **more):
     return FilesSource.model_validate({"kind": "files", "name": "imported", "path": str(path), **more})
 
 
@@ -79,13 +79,13 @@ def write_as(path, rows):
 
 
 def found(path, **more):
-    return list(read(feed(path, **more), None))
+    return list(read(source(path, **more), None))
 
 
 @pytest.mark.parametrize(("row", "prompt", "history"), FORMS)
 def test_each_form_is_told_by_its_fields(tmp_path, row, prompt, history):
     path = write(tmp_path / "a.jsonl", row)
-    assert found(path) == [Item("a.jsonl:1", prompt, "text", history)]
+    assert found(path) == [SourceRecord("a.jsonl:1", prompt, "text", history)]
 
 
 FIELDS = (
@@ -120,9 +120,9 @@ def test_null_and_nan_count_as_absent_fields(tmp_path, row, prompt, history, nam
             ]
         }
     filled = with_nulls(row, None if name == "a.parquet" else null)
-    assert found(write_as(tmp_path / name, [filled])) == [Item(f"{name}:1", prompt, "text", history)]
+    assert found(write_as(tmp_path / name, [filled])) == [SourceRecord(f"{name}:1", prompt, "text", history)]
     assert [line.event for line in read_whole(tmp_path / name, "notes", max_line_bytes=10_000)] == [
-        Item(f"{name}:1", prompt, "text", history)
+        SourceRecord(f"{name}:1", prompt, "text", history)
     ]
 
 
@@ -147,7 +147,7 @@ def test_a_mixed_table_of_pandas_is_read_row_by_row(tmp_path, name):
     else:
         table.to_json(path, orient="records", lines=name == "a.jsonl")
     *taken, skipped = found(path)
-    assert [item.answer for item in taken] == ["text", "c", "c", "done"][: len(rows) - 1]
+    assert [record.answer for record in taken] == ["text", "c", "c", "done"][: len(rows) - 1]
     assert taken[1].reward == 0.5 and "the row is not to be trained on (train: " in skipped.reason
 
 
@@ -191,9 +191,9 @@ def test_an_answer_that_is_not_to_be_trained_on_is_context_only(tmp_path, form, 
         key, shape = ("messages", list) if form == "messages" else ("conversations", as_sharegpt)
         write(path, *({key: shape(turns)} for turns in rows))
     first, second, skipped = found(path)
-    assert first == Item("a.jsonl:1", "150 mm", "text", (SYSTEM, *EARLIER))  # and nothing of what came later
-    assert second == Item("a.jsonl:2", "150 mm", "text", (SYSTEM, *EARLIER))
-    assert skipped == Skipped("a.jsonl:3", f"no answer is to be trained on ({name}: {value})")
+    assert first == SourceRecord("a.jsonl:1", "150 mm", "text", (SYSTEM, *EARLIER))  # and nothing of what came later
+    assert second == SourceRecord("a.jsonl:2", "150 mm", "text", (SYSTEM, *EARLIER))
+    assert skipped == SkippedRecord("a.jsonl:3", f"no answer is to be trained on ({name}: {value})")
 
 
 @pytest.mark.parametrize(("name", "value"), SAYS_NO)
@@ -214,7 +214,7 @@ def test_a_row_of_any_format_that_is_not_to_be_trained_on_is_skipped(tmp_path, r
 def test_an_answer_marked_as_trained_on_is_the_target(tmp_path, row, prompt, history, name, value):
     turns = {key: [turn | {name: value} for turn in row[key]] for key in ("messages", "conversations") if key in row}
     path = write(tmp_path / "a.jsonl", row | {name: value} | turns)
-    assert found(path) == [Item("a.jsonl:1", prompt, "text", history)]
+    assert found(path) == [SourceRecord("a.jsonl:1", prompt, "text", history)]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,8 @@ def test_a_contradictory_or_unreadable_mark_is_skipped_with_its_reason(tmp_path,
 
 
 def test_marks_on_user_turns_are_ignored(tmp_path):
-    (item,) = found(write(tmp_path / "a.jsonl", {"messages": [USER | {"train": False}, TOLD]}))
-    assert item.answer == "text"
+    (record,) = found(write(tmp_path / "a.jsonl", {"messages": [USER | {"train": False}, TOLD]}))
+    assert record.answer == "text"
 
 
 @pytest.mark.parametrize("form", list(WRITERS))
@@ -247,8 +247,8 @@ def test_an_export_that_was_marked_later_is_not_trained_on(tmp_path, form):
     for turns in (row.get("messages"), row.get("conversations")):
         if turns:
             turns[-1]["weight"] = 0
-            (item,) = found(write(tmp_path / "a.jsonl", row))
-            assert (item.prompt, item.answer, item.history) == ("a wall", "How thick?", (SYSTEM,))
+            (record,) = found(write(tmp_path / "a.jsonl", row))
+            assert (record.prompt, record.answer, record.history) == ("a wall", "How thick?", (SYSTEM,))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
@@ -263,12 +263,12 @@ def test_every_kind_of_file_gives_the_same(tmp_path, name):
     assert (second.history, second.created_at.isoformat()) == ((SYSTEM, *EARLIER), "2026-01-02T03:04:05+00:00")
     assert (third.prompt, third.answer, third.reward) == ("150 mm", "done", -1)
     lines = {"a.jsonl": [1, 2, 3], "a.json": [1, 2, 3], "a.csv": [2, 4, 5], "a.parquet": [1, 2, 3]}[name]
-    assert [item.provenance for item in (first, second, third)] == [f"{name}:{line}" for line in lines]
+    assert [record.provenance for record in (first, second, third)] == [f"{name}:{line}" for line in lines]
 
 
 def test_a_correction_says_what_the_model_had_answered(tmp_path):
-    (item,) = found(write(tmp_path / "a.jsonl", {"prompt": "p", "output": "no", "correction": "yes", "reward": -1}))
-    assert (item.answer, item.model_output, item.reward) == ("yes", "no", None)  # the reward was of the wrong one
+    (record,) = found(write(tmp_path / "a.jsonl", {"prompt": "p", "output": "no", "correction": "yes", "reward": -1}))
+    assert (record.answer, record.model_output, record.reward) == ("yes", "no", None)  # the reward was of the wrong one
 
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -315,7 +315,7 @@ def test_a_bad_row_is_named_and_the_others_are_taken(tmp_path, row, reason):
     path = write(tmp_path / "log.jsonl", GOOD, row, GOOD)
     first, bad, last = found(path, max_line_bytes=10_000)
     assert (first.provenance, last.provenance) == ("log.jsonl:1", "log.jsonl:3")
-    assert isinstance(bad, Skipped) and bad.provenance == "log.jsonl:2"
+    assert isinstance(bad, SkippedRecord) and bad.provenance == "log.jsonl:2"
     assert reason in bad.reason and len(bad.reason) < 300
 
 
@@ -331,7 +331,9 @@ def test_bad_rows_of_a_csv_are_named(tmp_path):
     path.write_bytes(
         b"prompt,completion\r\np,c\r\n\r\np\xfc,c\r\nonly one\r\np,\r\n" + b"p," + b"x" * 20_000 + b'\r\np,c\r\np,"open'
     )
-    said = {x.provenance: x.reason if isinstance(x, Skipped) else x.answer for x in found(path, max_line_bytes=10_000)}
+    said = {
+        x.provenance: x.reason if isinstance(x, SkippedRecord) else x.answer for x in found(path, max_line_bytes=10_000)
+    }
     assert (said["a.csv:2"], said["a.csv:4"], said["a.csv:8"]) == ("c", "not UTF-8", "c")
     assert said["a.csv:5"] == "has 1 cells, and the header 2"
     assert said["a.csv:6"].startswith("found no answer") and "longer than 10000 bytes" in said["a.csv:7"]
@@ -354,7 +356,7 @@ def test_a_file_that_is_broken_as_a_whole_is_named_once_and_the_others_are_taken
     write(tmp_path / "b.jsonl", GOOD)
     bad, good = found(tmp_path)
     assert good.provenance == "b.jsonl:1" and reason in bad.reason
-    assert (bad.provenance, bad.unseen) == (name, True)  # nobody knows what is left of it
+    assert (bad.provenance, bad.unreadable) == (name, True)  # nobody knows what is left of it
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.parquet"])
@@ -369,7 +371,7 @@ def test_of_a_damaged_file_the_rest_is_unknown(tmp_path, name):
     content[len(content) // 2 : len(content) // 2 + 100] = b"}" * 100
     path.write_bytes(content)
     *good, bad = found(path)
-    assert 0 < len(good) < 1_000 and (bad.provenance, bad.unseen) == (name, True)
+    assert 0 < len(good) < 1_000 and (bad.provenance, bad.unreadable) == (name, True)
     assert "nothing after it was read" in bad.reason
 
 
@@ -401,7 +403,7 @@ def test_only_what_lies_in_the_folder_is_read(tmp_path):
     write(folder / "below" / "a.jsonl", GOOD)
     (folder / "to a hidden file.jsonl").symlink_to(".hidden.jsonl")
     (folder / "below" / "to a hidden folder.jsonl").symlink_to(".hidden/a.jsonl")
-    assert [item.provenance for item in found(folder)] == ["below/a.jsonl:1"]
+    assert [record.provenance for record in found(folder)] == ["below/a.jsonl:1"]
 
 
 def test_a_source_that_is_not_there_says_what_to_do_and_withdraws_nothing(tmp_path):
@@ -414,9 +416,9 @@ def test_a_source_that_is_not_there_says_what_to_do_and_withdraws_nothing(tmp_pa
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_a_long_file_takes_little_memory(tmp_path, name):
     path = write_as(tmp_path / name, [{"prompt": f"p{n}", "completion": f"{n:05}" * 1_000} for n in range(6_000)])
-    next(iter(read(feed(path), None)))
+    next(iter(read(source(path), None)))
     before = psutil.Process().memory_info().rss
-    assert sum(isinstance(item, Item) for item in read(feed(path), None)) == 6_000
+    assert sum(isinstance(record, SourceRecord) for record in read(source(path), None)) == 6_000
     assert psutil.Process().memory_info().rss - before < 15e6  # of 30 MB
 
 
@@ -438,17 +440,17 @@ def test_an_export_is_read_back_as_the_same_example(tmp_path_factory, form, pair
     history = (*([Turn(role="system", content=own)] if own else []), *said)
     path = tmp_path_factory.mktemp("export") / "out.jsonl"
     write_rows(path, [Row(prompt, answer, reward, "logs", history=history)], form, system)
-    (item,) = read_file(path, "out", "auto", 10**6)
+    (record,) = read_file(path, "out", "auto", 10**6)
     expected = without_system_prompt(prompt, history, system)
-    assert without_system_prompt(item.prompt, item.history, system) == expected
-    assert (item.answer, item.reward) == (answer, reward)
+    assert without_system_prompt(record.prompt, record.history, system) == expected
+    assert (record.answer, record.reward) == (answer, reward)
 
 
 @pytest.mark.skipif(not SNIPS.is_dir(), reason="shared/data/snips is not there")
 def test_real_utterances_one_of_which_is_not_utf_8(tmp_path):
     # As published, each file is one JSON object, which is named; of the utterances a CSV is made, byte by byte.
     refused = found(SNIPS)
-    assert len(refused) == 21 and all(isinstance(one, Skipped) for one in refused)
+    assert len(refused) == 21 and all(isinstance(one, SkippedRecord) for one in refused)
     raw = (SNIPS / "PlayMusic" / "train_PlayMusic_full.json").read_bytes().decode("utf-8", "surrogateescape")
     path = tmp_path / "music.csv"
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -459,5 +461,5 @@ def test_real_utterances_one_of_which_is_not_utf_8(tmp_path):
             table.writerow(["".join(part["text"] for part in row["data"]), json.dumps(slots, ensure_ascii=False)])
     taken = found(path)
     assert len(taken) == 2_000
-    assert [one.reason for one in taken if isinstance(one, Skipped)] == ["not UTF-8"]
-    assert len({item.prompt for item in taken if isinstance(item, Item)}) == 1_985
+    assert [one.reason for one in taken if isinstance(one, SkippedRecord)] == ["not UTF-8"]
+    assert len({record.prompt for record in taken if isinstance(record, SourceRecord)}) == 1_985

@@ -14,19 +14,19 @@ from pydantic import ValidationError
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.settings import SqlSource
-from finetune_pipeline.sources.source_record import Cursor, Item, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline.sources.sql import _is_ahead, read
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 COLUMNS = {
     "kind": "sql", "name": "ratings", "url_env": "RATINGS_URL", "table": "answers", "key": "id",
-    "watermark": "Changed at", "prompt": "prompt", "response": "response",
+    "cursor": "Changed at", "prompt": "prompt", "response": "response",
     "rating": "stars", "ratings": {"5": 1.0, "4": 0.7, "1": -1.0},
     "gold_star": "gold", "author": "author", "domain": "domain", "kind_column": "kind",
 }  # fmt: skip
 
 
-def feed(**changes):
+def source(**changes):
     return SqlSource.model_validate({**COLUMNS, **changes})
 
 
@@ -60,33 +60,33 @@ def row(id, minutes=0, **changes):
     return {"id": id, "prompt": f"asked {id}", "response": f"answered {id}", "stars": 5, **at, **changes}
 
 
-def given(feed, cursor=None):
+def given(source, cursor=None):
     """Items by provenance, what was skipped, and the last cursor as the store gives it back."""
-    found = list(read(feed, cursor))
+    found = list(read(source, cursor))
     cursors = [one.value for one in found if isinstance(one, Cursor)]
-    items = {one.provenance: one for one in found if isinstance(one, Item)}
-    skipped = {one.provenance: one.reason for one in found if isinstance(one, Skipped)}
-    return items, skipped, json.loads(json.dumps(cursors[-1])) if cursors else None
+    records = {one.provenance: one for one in found if isinstance(one, SourceRecord)}
+    skipped = {one.provenance: one.reason for one in found if isinstance(one, SkippedRecord)}
+    return records, skipped, json.loads(json.dumps(cursors[-1])) if cursors else None
 
 
 def test_a_row_becomes_an_item_by_the_mapping(answers):
     answers(
         row(1, author="ann", domain="walls", kind="new", stars=4), row(2, stars=None, gold=True), row(3, gold=False)
     )
-    items, skipped, _ = given(feed())
-    first = items["answers:1"]
+    records, skipped, _ = given(source())
+    first = records["answers:1"]
     assert (first.prompt, first.answer, first.reward) == ("asked 1", "answered 1", 0.7)
     assert (first.user, first.domain, first.kind) == ("ann", "walls", "new")
-    assert [items[f"answers:{n}"].reward for n in (2, 3)] == [1.0, 1.0] and not skipped
-    assert given(feed(gold_reward=0.9))[0]["answers:2"].reward == 0.9
-    unrated = feed(rating=None, ratings={}, gold_star=None)
-    assert {item.reward for item in given(unrated)[0].values()} == {None}
+    assert [records[f"answers:{n}"].reward for n in (2, 3)] == [1.0, 1.0] and not skipped
+    assert given(source(gold_reward=0.9))[0]["answers:2"].reward == 0.9
+    unrated = source(rating=None, ratings={}, gold_star=None)
+    assert {record.reward for record in given(unrated)[0].values()} == {None}
 
 
 def test_filters_take_what_has_one_of_the_values(answers):
     answers(row(1, author="ann", team=1), row(2, author="bob", team=1), row(3, author="ann", team=2), row(4))
-    assert set(given(feed(only={"author": ["ann"]}))[0]) == {"answers:1", "answers:3"}
-    assert set(given(feed(only={"author": ["ann", "bob"], "team": ["1"]}))[0]) == {"answers:1", "answers:2"}
+    assert set(given(source(only={"author": ["ann"]}))[0]) == {"answers:1", "answers:3"}
+    assert set(given(source(only={"author": ["ann", "bob"], "team": ["1"]}))[0]) == {"answers:1", "answers:2"}
 
 
 def test_what_cannot_be_used_is_named_with_the_reason(answers):
@@ -94,8 +94,8 @@ def test_what_cannot_be_used_is_named_with_the_reason(answers):
         row(1, prompt=None), row(2, response=" \n"), row(3, stars=3), row(4, stars=None), row(5),
         {**row(6), "Changed at": None}, row(7, domain="x"),
     )  # fmt: skip
-    items, skipped, cursor = given(feed())
-    assert set(items) == {"answers:5", "answers:7"} and cursor is not None
+    records, skipped, cursor = given(source())
+    assert set(records) == {"answers:5", "answers:7"} and cursor is not None
     assert skipped == {
         "answers:1": "prompt is NULL",
         "answers:2": "response is empty",
@@ -103,52 +103,52 @@ def test_what_cannot_be_used_is_named_with_the_reason(answers):
         "answers:4": "stars is NULL",
         "answers:6": "Changed at is NULL, so nobody can say whether it was read",
     }
-    wrong = given(feed(response="notes", gold_star="domain"))[1]
+    wrong = given(source(response="notes", gold_star="domain"))[1]
     assert wrong["answers:5"] == "notes is NULL"
     answers(row(5, notes=b"\xff"), row(7, domain="perhaps", notes=b"x"))
-    wrong = given(feed(response="notes", gold_star="domain"))[1]
+    wrong = given(source(response="notes", gold_star="domain"))[1]
     assert wrong["answers:5"] in {"notes is bytes, expected text", "notes is memoryview, expected text"}
-    assert given(feed(gold_star="domain"))[1]["answers:7"] == "domain is 'perhaps', neither yes nor no"
+    assert given(source(gold_star="domain"))[1]["answers:7"] == "domain is 'perhaps', neither yes nor no"
 
 
 def test_pages_lose_nothing_though_the_watermark_is_the_same(answers):
     answers(*(row(n, minutes=n // 10) for n in range(1, 41)))
-    items, _, _ = given(feed(batch_rows=7))
-    assert list(items) == [f"answers:{n}" for n in range(1, 41)]
-    assert sum(isinstance(one, Cursor) for one in read(feed(batch_rows=7), None)) == 6
+    records, _, _ = given(source(batch_rows=7))
+    assert list(records) == [f"answers:{n}" for n in range(1, 41)]
+    assert sum(isinstance(one, Cursor) for one in read(source(batch_rows=7), None)) == 6
 
 
 def test_a_reading_goes_on_where_the_last_one_ended(answers):
     answers(*(row(n, minutes=n) for n in range(1, 6)))
-    cursor = given(feed(overlap=0))[2]
+    cursor = given(source(overlap=0))[2]
     answers(row(6, minutes=6), row(2, minutes=7, stars=1))
-    items, _, later = given(feed(overlap=0), cursor)
-    assert set(items) == {"answers:5", "answers:6", "answers:2"}  # the last one again: see the next test
-    assert items["answers:2"].reward == -1.0
-    assert set(given(feed(overlap=0), later)[0]) == {"answers:2"}
+    records, _, later = given(source(overlap=0), cursor)
+    assert set(records) == {"answers:5", "answers:6", "answers:2"}  # the last one again: see the next test
+    assert records["answers:2"].reward == -1.0
+    assert set(given(source(overlap=0), later)[0]) == {"answers:2"}
 
 
 def test_rows_committed_late_are_not_lost(answers, url):
     answers(row(5, minutes=5), row(9, minutes=5))
-    cursor = given(feed())[2]
+    cursor = given(source())[2]
     answers(row(7, minutes=5))  # the same time, and a lower key than the last that was read
-    assert "answers:7" in given(feed(overlap=0), cursor)[0]
+    assert "answers:7" in given(source(overlap=0), cursor)[0]
     if url.startswith("sqlite"):
         return  # its times are texts, and it has one writer at a time
     answers(row(8, minutes=4.5))  # half a minute earlier
-    assert "answers:8" not in given(feed(overlap=0), cursor)[0]
-    assert "answers:8" in given(feed(overlap=60), cursor)[0]
-    assert given(feed(overlap=86_400), cursor)[2] == cursor  # going back never moves the cursor back
+    assert "answers:8" not in given(source(overlap=0), cursor)[0]
+    assert "answers:8" in given(source(overlap=60), cursor)[0]
+    assert given(source(overlap=86_400), cursor)[2] == cursor  # going back never moves the cursor back
 
 
 def test_an_emptied_table_keeps_its_mark(answers):
     answers(row(1))
-    cursor = given(feed())[2]
+    cursor = given(source())[2]
     answers({**row(1), "Changed at": None})
-    assert given(feed(), cursor)[2] == cursor and not given(feed(), cursor)[0]
+    assert given(source(), cursor)[2] == cursor and not given(source(), cursor)[0]
 
 
-@pytest.cursor.parametrize("kind", ["integer", "numeric", "text", "date", "float"])
+@pytest.mark.parametrize("kind", ["integer", "numeric", "text", "date", "float"])
 def test_numbers_texts_and_dates_are_watermarks_too(url, monkeypatch, kind):
     monkeypatch.setenv("RATINGS_URL", url)
     types = {"integer": sa.BigInteger, "numeric": sa.Numeric, "text": sa.Text, "date": sa.Date, "float": sa.Double}
@@ -167,11 +167,11 @@ def test_numbers_texts_and_dates_are_watermarks_too(url, monkeypatch, kind):
         with engine.begin() as connection:
             connection.execute(table.insert(), [{"k": f"key {n}", "w": values[n]} for n in numbers])
 
-    one = feed(table="t", key="k", watermark="w", prompt="k", response="k", rating=None, ratings={}, gold_star=None,
+    one = source(table="t", key="k", cursor="w", prompt="k", response="k", rating=None, ratings={}, gold_star=None,
                author=None, domain=None, kind_column=None, overlap=0, batch_rows=4)  # fmt: skip
     put(range(0, 30, 2))
-    items, _, cursor = given(one)
-    assert len(items) == 15
+    records, _, cursor = given(one)
+    assert len(records) == 15
     put([29])
     assert set(given(one, cursor)[0]) == {"t:key 28", "t:key 29"}
     engine.dispose()
@@ -186,7 +186,7 @@ def test_it_never_writes(answers, url, tmp_path):
 
     sa.event.listen(sa.Engine, "before_cursor_execute", note)
     try:
-        assert given(feed())[0]
+        assert given(source())[0]
     finally:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
     assert statements and not [s for s in statements if s.split()[0].upper() not in {"SELECT", "PRAGMA", "SHOW", "SET"}]
@@ -195,7 +195,7 @@ def test_it_never_writes(answers, url, tmp_path):
 def test_sqlite_is_opened_for_reading_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("RATINGS_URL", f"sqlite:///{tmp_path}/not there.db")
     with pytest.raises(SourceError, match=r"not there\.db is not there; correct RATINGS_URL"):
-        given(feed())
+        given(source())
     assert not list(tmp_path.iterdir())
     path = tmp_path / "an # odd ? name.db"
     with sqlite3.connect(path) as connection:
@@ -204,13 +204,13 @@ def test_sqlite_is_opened_for_reading_alone(tmp_path, monkeypatch):
     before = hash_file(path)
     path.chmod(0o444)
     monkeypatch.setenv("RATINGS_URL", sa.URL.create("sqlite", database=str(path)).render_as_string())
-    plain = feed(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None)
-    items, skipped, _ = given(plain)
-    assert set(items) == {"answers:b"} and skipped == {"answers:a": "response is not UTF-8"}
+    plain = source(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None)
+    records, skipped, _ = given(plain)
+    assert set(records) == {"answers:b"} and skipped == {"answers:a": "response is not UTF-8"}
     assert hash_file(path) == before
 
 
-@pytest.cursor.parametrize("page", [1, 2, 10_000])
+@pytest.mark.parametrize("page", [1, 2, 10_000])
 def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_path, monkeypatch, page):
     path = tmp_path / "ratings.db"
     bad = "CAST(x'ff61' AS TEXT)"
@@ -220,9 +220,9 @@ def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_pat
         for key, changed in rows:
             connection.execute(f"INSERT INTO answers VALUES ({key}, {changed}, 'asked', 'answered')")
     monkeypatch.setenv("RATINGS_URL", f"sqlite:///{path}")
-    plain = feed(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None, batch_rows=page)
-    items, skipped, cursor = given(plain)
-    assert set(items) == {"answers:a", "answers:d"} and (cursor["kind"], cursor["value"]) == ("text", "3")
+    plain = source(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None, batch_rows=page)
+    records, skipped, cursor = given(plain)
+    assert set(records) == {"answers:a", "answers:d"} and (cursor["kind"], cursor["value"]) == ("text", "3")
     assert skipped["answers:\\udcffa"] == "id is not UTF-8, so no reading could go on behind it"
     assert skipped["answers:f"].startswith("Changed at is not UTF-8") and "answers:e" in skipped
     assert all(provenance.encode() for provenance in skipped)
@@ -231,19 +231,19 @@ def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_pat
 
 def test_a_wrong_name_is_told_with_those_that_there_are(answers):
     with pytest.raises(SourceError, match="there is no table or view answer; there are: answers"):
-        given(feed(table="answer"))
+        given(source(table="answer"))
     with pytest.raises(SourceError, match="answers has no column star; it has: id, Changed at, prompt"):
-        given(feed(rating="star"))
+        given(source(rating="star"))
     with pytest.raises(SourceError, match="has no column id; DROP TABLE answers"):
-        given(feed(prompt="id; DROP TABLE answers"))
+        given(source(prompt="id; DROP TABLE answers"))
     with pytest.raises(SourceError, match="has no column nobody"):
-        given(feed(only={"nobody": ["x"]}))
+        given(source(only={"nobody": ["x"]}))
 
 
 def test_a_key_that_names_no_single_row_is_told(answers):
     answers(row(1, author="ann"), row(2, author="ann"))
     with pytest.raises(SourceError, match="'ann' stands in several rows of answers"):
-        given(feed(key="author"))
+        given(source(key="author"))
 
 
 def test_views_and_schemas_can_be_read(answers, url):
@@ -253,10 +253,10 @@ def test_views_and_schemas_can_be_read(answers, url):
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE VIEW best AS SELECT * FROM answers WHERE id = 2"))
     engine.dispose()
-    assert set(given(feed(table=f"{schema}.best"))[0]) == {f"{schema}.best:2"}
+    assert set(given(source(table=f"{schema}.best"))[0]) == {f"{schema}.best:2"}
 
 
-@pytest.cursor.parametrize(
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         (None, "RATINGS_URL is not set"),
@@ -270,7 +270,7 @@ def test_views_and_schemas_can_be_read(answers, url):
 def test_a_database_that_cannot_be_reached_is_told_without_its_password(monkeypatch, caplog, text, said):
     monkeypatch.setenv("RATINGS_URL", text) if text else monkeypatch.delenv("RATINGS_URL", raising=False)
     with pytest.raises(SourceError, match=said) as problem:
-        given(feed())
+        given(source())
     chain = [problem.value, problem.value.__cause__]
     assert not any("hunter2" in str(error) for error in chain) and "hunter2" not in caplog.text
     assert problem.value.__suppress_context__ or problem.value.__context__ is None
@@ -279,21 +279,21 @@ def test_a_database_that_cannot_be_reached_is_told_without_its_password(monkeypa
 def test_a_rating_needs_its_rewards_and_rewards_their_rating():
     for changes in ({"ratings": {}}, {"rating": None}, {"ratings": {"5": 2}}):
         with pytest.raises(ValidationError):
-            feed(**changes)
+            source(**changes)
 
 
-def anew(feed, cursor):
+def restarted(source, cursor):
     """What a reading gave, and of each of its cursors whether it is of one that began again."""
-    found = list(read(feed, cursor))
-    return {one.provenance for one in found if isinstance(one, Item)}, {
-        one.anew for one in found if isinstance(one, Cursor)
+    found = list(read(source, cursor))
+    return {one.provenance for one in found if isinstance(one, SourceRecord)}, {
+        one.restarted for one in found if isinstance(one, Cursor)
     }
 
 
-@pytest.cursor.parametrize(
+@pytest.mark.parametrize(
     "changes",
     [
-        {"table": "best"}, {"key": "prompt"}, {"watermark": "id"}, {"prompt": "response"}, {"response": "prompt"},
+        {"table": "best"}, {"key": "prompt"}, {"cursor": "id"}, {"prompt": "response"}, {"response": "prompt"},
         {"rating": "team"}, {"ratings": {"5": 0.5}}, {"gold_star": None}, {"gold_reward": 0.5}, {"reward": 0.5},
         {"author": None}, {"domain": None}, {"kind_column": None}, {"only": {"stars": ["5"]}},
     ],
@@ -305,54 +305,54 @@ def test_other_settings_read_the_rows_below_the_mark_again(answers, url, changes
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE VIEW best AS SELECT * FROM answers"))
     engine.dispose()
-    cursor = given(feed())[2]
-    assert anew(feed(), cursor) == ({"answers:2"}, {False})
-    provenances, of_anew = anew(feed(**changes), cursor)
-    assert len(provenances) == 2 and of_anew == {True}
-    later = given(feed(**changes), cursor)[2]
-    assert len(anew(feed(**changes, overlap=0), later)[0]) == 1
-    assert anew(feed(), None)[1] == {False}
+    cursor = given(source())[2]
+    assert restarted(source(), cursor) == ({"answers:2"}, {False})
+    provenances, of_restarted = restarted(source(**changes), cursor)
+    assert len(provenances) == 2 and of_restarted == {True}
+    later = given(source(**changes), cursor)[2]
+    assert len(restarted(source(**changes, overlap=0), later)[0]) == 1
+    assert restarted(source(), None)[1] == {False}
 
 
 def test_what_changes_no_row_leaves_the_mark_as_it_is(answers):
     answers(row(1), row(2, minutes=60))
-    cursor = given(feed())[2]
+    cursor = given(source())[2]
     for changes in ({"name": "other"}, {"max_fraction": 0.5}, {"max_examples": 3}, {"overlap": 9}, {"batch_rows": 1}):
-        assert anew(feed(**changes), cursor) == ({"answers:2"}, {False})
+        assert restarted(source(**changes), cursor) == ({"answers:2"}, {False})
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_another_database_is_read_from_its_beginning_and_another_password_changes_nothing(answers, url, monkeypatch):
     answers(row(1), row(2, minutes=60))
-    cursor = given(feed())[2]
+    cursor = given(source())[2]
     for changed in (url.replace("tests@", "tests:secret@"), f"{url}?password=secret"):
         monkeypatch.setenv("RATINGS_URL", changed)
-        assert anew(feed(), cursor) == ({"answers:2"}, {False})
+        assert restarted(source(), cursor) == ({"answers:2"}, {False})
     monkeypatch.setenv("RATINGS_URL", url.replace("127.0.0.1", "localhost"))
-    assert anew(feed(), cursor) == ({"answers:1", "answers:2"}, {True})
+    assert restarted(source(), cursor) == ({"answers:1", "answers:2"}, {True})
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_a_watermark_of_another_type_is_read_from_its_beginning(answers, url):
     answers(row(1), row(2, minutes=60))
-    cursor = given(feed())[2]
+    cursor = given(source())[2]
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         connection.execute(sa.text('ALTER TABLE answers ALTER COLUMN "Changed at" TYPE timestamp'))
     engine.dispose()
-    assert anew(feed(), cursor) == ({"answers:1", "answers:2"}, {True})
+    assert restarted(source(), cursor) == ({"answers:1", "answers:2"}, {True})
 
 
-@pytest.cursor.parametrize("cursor", [{"id": 3}, {"kind": "number", "value": "9"}, "9"])
+@pytest.mark.parametrize("cursor", [{"id": 3}, {"kind": "number", "value": "9"}, "9"])
 def test_a_mark_without_its_settings_is_begun_again(answers, cursor):
     answers(row(1), row(2))
-    assert anew(feed(), cursor) == ({"answers:1", "answers:2"}, {True})
+    assert restarted(source(), cursor) == ({"answers:1", "answers:2"}, {True})
 
 
 def test_other_settings_that_no_row_passes_leave_no_mark_to_go_on_from(answers):
     answers(row(1))
-    cursor = given(feed())[2]
-    assert list(read(feed(only={"domain": ["none"]}), cursor)) == [Cursor(None, anew=True)]
+    cursor = given(source())[2]
+    assert list(read(source(only={"domain": ["none"]}), cursor)) == [Cursor(None, restarted=True)]
 
 
 def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path):
@@ -362,15 +362,15 @@ def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path):
         connection.execute("CREATE INDEX behind ON answers (at, id)")
         rows = ((n, n // 100, f"asked {n} " + "x" * 200, "answered " + "y" * 200) for n in range(100_000))
         connection.executemany("INSERT INTO answers VALUES (?, ?, ?, ?)", rows)
-    one = feed(watermark="at", rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None)
+    one = source(cursor="at", rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None)
     script = f"""
 import resource
 from finetune_pipeline.settings import SqlSource
-from finetune_pipeline.sources.source_record import Item
+from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline.sources.sql import _is_ahead, read
 found, first = 0, 0
 for one in read(SqlSource.model_validate_json({one.model_dump_json()!r}), None):
-    found += isinstance(one, Item)
+    found += isinstance(one, SourceRecord)
     first = first or found == 2000 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first)
 """
@@ -387,24 +387,26 @@ AHEAD = timedelta(days=30_000)
 def test_a_row_from_the_future_waits_and_hides_no_later_row(answers):
     now = datetime.now(UTC)
     answers(row(1), row(2, **{"Changed at": now + AHEAD}), row(3, **{"Changed at": now + timedelta(minutes=5)}))
-    items, skipped, cursor = given(feed(batch_rows=1))
-    assert set(items) == {"answers:1", "answers:3"}
+    records, skipped, cursor = given(source(batch_rows=1))
+    assert set(records) == {"answers:1", "answers:3"}
     assert "in the future; it is read when that time has come" in skipped["answers:2"]
     answers(row(4, **{"Changed at": now + timedelta(minutes=6)}))
-    assert "answers:4" in given(feed(), cursor)[0]
-    assert all(one.later for one in read(feed(), cursor) if isinstance(one, Skipped))  # what it gave before stays
+    assert "answers:4" in given(source(), cursor)[0]
+    assert all(
+        one.deferred for one in read(source(), cursor) if isinstance(one, SkippedRecord)
+    )  # what it gave before stays
     answers(row(2, **{"Changed at": now + timedelta(minutes=7)}))
-    assert "answers:2" in given(feed(), cursor)[0]
+    assert "answers:2" in given(source(), cursor)[0]
 
 
 def test_a_cursor_in_the_future_is_not_resumed_from(answers, monkeypatch):
     answers(row(1), row(2, **{"Changed at": datetime.now(UTC) + AHEAD}))
     with monkeypatch.context() as before:
         before.setattr("finetune_pipeline.sources.sql._is_ahead", lambda watermark: False)
-        cursor = given(feed())[2]
+        cursor = given(source())[2]
     answers(row(3))
-    items, _, new = given(feed(), cursor)
-    assert set(items) == {"answers:1", "answers:3"} and new["value"] < cursor["value"]
+    records, _, new = given(source(), cursor)
+    assert set(records) == {"answers:1", "answers:3"} and new["value"] < cursor["value"]
 
 
 FAR = datetime(2999, 1, 1, tzinfo=UTC)
@@ -414,7 +416,7 @@ def here(zone):
     return datetime.now(timezone(timedelta(hours=zone)))
 
 
-@pytest.cursor.parametrize(
+@pytest.mark.parametrize(
     ("watermark", "ahead"),
     [
         (lambda: FAR, True),

@@ -5,7 +5,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.sources.source_record import SourceError
 
-from .test_sql import feed, given
+from .test_sql import given, source
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def table(url, monkeypatch):
 
 
 def plain(**changes):
-    """A feed of that table, without ratings."""
-    mapped = {"table": "t", "key": "k", "watermark": "w", "prompt": "p", "response": "p", "rating": None, "ratings": {}}
-    return feed(**{**mapped, "gold_star": None, "author": None, "domain": None, "kind_column": None, **changes})
+    """A source of that table, without ratings."""
+    mapped = {"table": "t", "key": "k", "cursor": "w", "prompt": "p", "response": "p", "rating": None, "ratings": {}}
+    return source(**{**mapped, "gold_star": None, "author": None, "domain": None, "kind_column": None, **changes})
 
 
-@pytest.cursor.parametrize("page", [1, 2, 1_000])
-@pytest.cursor.parametrize(
+@pytest.mark.parametrize("page", [1, 2, 1_000])
+@pytest.mark.parametrize(
     ("url", "kind", "last", "values"),
     [
         ("postgresql", "numeric", "7.5", ["'NaN'", "7.5", "'-Infinity'", "'Infinity'"]),
@@ -44,22 +44,22 @@ def plain(**changes):
 )
 def test_a_row_whose_number_is_not_finite_is_named_and_the_others_are_read(table, kind, last, values, page):
     table(f"w {kind}", *values)
-    items, skipped, cursor = given(plain(batch_rows=page))
-    assert set(items) == {"t:2"} and cursor["value"] == last
+    records, skipped, cursor = given(plain(batch_rows=page))
+    assert set(records) == {"t:2"} and cursor["value"] == last
     assert set(skipped) == {"t:1", "t:3", "t:4"}
     assert skipped["t:4"].lower().startswith("w is inf")
     assert skipped["t:4"].endswith(", so no reading could go on behind it")
     assert set(given(plain(batch_rows=page), cursor)[0]) == {"t:2"}
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
-@pytest.cursor.parametrize("page", [1, 1_000])
-@pytest.cursor.parametrize("kind", ["timestamptz", "timestamp", "date"])
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("page", [1, 1_000])
+@pytest.mark.parametrize("kind", ["timestamptz", "timestamp", "date"])
 def test_a_row_whose_time_no_driver_reads_is_named_and_the_others_are_read(table, kind, page):
     beyond = ["infinity", "-infinity", "0044-03-15 BC", "12000-01-01", "9999-12-31", "0001-01-01"]
     table(f"w {kind}", *(f"'{value}'" for value in [*beyond, "2026-05-01", "0001-01-02", "9999-12-30"]), "NULL")
-    items, skipped, cursor = given(plain(batch_rows=page))
-    assert set(items) == {"t:7", "t:8"} and cursor["value"].startswith("2026-05-01")
+    records, skipped, cursor = given(plain(batch_rows=page))
+    assert set(records) == {"t:7", "t:8"} and cursor["value"].startswith("2026-05-01")
     assert set(skipped) == {"t:1", "t:2", "t:3", "t:4", "t:5", "t:6", "t:9", "t:10"}
     assert "in the future" in skipped["t:9"]
     assert skipped["t:1"] == (
@@ -69,18 +69,18 @@ def test_a_row_whose_time_no_driver_reads_is_named_and_the_others_are_read(table
     assert "t:7" in given(plain(batch_rows=page), cursor)[0]
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
-@pytest.cursor.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
 def test_a_time_at_the_ends_is_read_in_every_zone(table, url, monkeypatch, zone):
     table(
         "w timestamptz", *(f"'{value}+00'" for value in ("0001-01-01", "0001-01-04", "9999-12-29", "9999-12-31 23:59"))
     )
     monkeypatch.setenv("RATINGS_URL", f"{url}?options=-ctimezone%3D{zone}")
-    items, skipped, _ = given(plain())
-    assert set(items) == {"t:2"} and "in the future" in skipped["t:3"]
+    records, skipped, _ = given(plain())
+    assert set(records) == {"t:2"} and "in the future" in skipped["t:3"]
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_another_value_that_no_driver_reads_is_told_with_the_remedy(table):
     table("w integer, d date", "1, 'infinity'")
     with pytest.raises(
@@ -89,15 +89,15 @@ def test_another_value_that_no_driver_reads_is_told_with_the_remedy(table):
         given(plain(domain="d"))
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_filters_name_values_that_an_enum_lacks(table):
     table("w integer, d mood", "1, 'sad'", "2, 'ok'", before="CREATE TYPE mood AS ENUM ('sad', 'ok')")
     assert set(given(plain(only={"d": ["sad", "gone"]}))[0]) == {"t:1"}
     assert not given(plain(only={"d": ["gone"]}))[0]
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
-@pytest.cursor.parametrize("kind", ["numeric(3,1)", "numeric", "real", "float8"])
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("kind", ["numeric(3,1)", "numeric", "real", "float8"])
 def test_filters_compare_numbers_as_numbers(table, kind):
     table(f"w integer, d {kind}", "1, 3.0", "2, 0.1", "3, 4", "4, 'NaN'", "5, NULL")
     assert set(given(plain(only={"d": ["3", "0.1"]}))[0]) == {"t:1", "t:2"}
@@ -105,22 +105,22 @@ def test_filters_compare_numbers_as_numbers(table, kind):
     assert set(given(plain(only={"d": ["NaN"]}))[0]) == {"t:4"}
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_a_watermark_of_four_bytes_loses_no_row(table):
     table("w real", *(f"{number / 10}" for number in range(1, 20)))
-    items, _, cursor = given(plain(batch_rows=2))
-    assert list(items) == [f"t:{number}" for number in range(1, 20)]
+    records, _, cursor = given(plain(batch_rows=2))
+    assert list(records) == [f"t:{number}" for number in range(1, 20)]
     assert set(given(plain(batch_rows=2, overlap=0), cursor)[0]) == {"t:19"}
 
 
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_a_watermark_of_money_is_told(table):
     table("w money", "1", "2")
     with pytest.raises(SourceError, match=r"the watermark w of t is money, .* a view in which it is cast to numeric"):
         given(plain())
 
 
-@pytest.cursor.parametrize(
+@pytest.mark.parametrize(
     ("kind", "late", "last", "overlap"),
     [
         ("date", "'2026-05-02'", "'2026-05-03'", 60),
@@ -130,7 +130,7 @@ def test_a_watermark_of_money_is_told(table):
         ("integer", "100", "160", 60),
     ],
 )
-@pytest.cursor.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_a_row_committed_late_within_the_overlap_is_read(table, url, kind, late, last, overlap):
     table(f"w {kind}", last)
     cursor = given(plain())[2]
@@ -142,5 +142,5 @@ def test_a_row_committed_late_within_the_overlap_is_read(table, url, kind, late,
     with engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM t WHERE k = 1")
     engine.dispose()
-    items, _, later = given(plain(overlap=overlap), cursor)
-    assert set(items) == {"t:2"} and later == cursor  # what is left below it never moves it back
+    records, _, later = given(plain(overlap=overlap), cursor)
+    assert set(records) == {"t:2"} and later == cursor  # what is left below it never moves it back

@@ -11,7 +11,7 @@ import pytest
 from finetune_pipeline.settings import PROJECT_ROOT, home
 from finetune_pipeline.sources import teacher as module
 from finetune_pipeline.sources.source_record import SourceError
-from finetune_pipeline.sources.teacher import Question, Teacher
+from finetune_pipeline.sources.teacher import Teacher, TeacherRequest
 
 from .endpoint import error, said, teaching
 
@@ -22,7 +22,7 @@ def short_waits(monkeypatch):
 
 
 def question(name, answer=50):
-    return name, Question("You teach.", f"Question {name}", answer)
+    return name, TeacherRequest("You teach.", f"Request {name}", answer)
 
 
 def ask(settings, *names, answer=50):
@@ -32,7 +32,7 @@ def ask(settings, *names, answer=50):
 
 
 def echo(body, number):
-    return said(body["messages"][-1]["content"].replace("Question", "Answer"))
+    return said(body["messages"][-1]["content"].replace("Request", "Answer"))
 
 
 def slowly(body, number):
@@ -59,7 +59,7 @@ def test_the_same_question_at_the_same_time_is_asked_once():
         return echo(body, number)
 
     with teaching(slow) as (server, settings):
-        asked = [(n, Question("You teach.", "the very same", 50)) for n in range(4)]
+        asked = [(n, TeacherRequest("You teach.", "the very same", 50)) for n in range(4)]
         assert len([answer for answer in Teacher(settings).answers(asked) if answer.text]) == 4
         assert len(server.asked) == 1
 
@@ -237,9 +237,9 @@ def test_models_that_know_only_the_newer_name_of_the_limit_are_asked_by_it():
 READING = """
 import sys
 from finetune_pipeline.settings import TeacherSettings
-from finetune_pipeline.sources.teacher import Question, Teacher
+from finetune_pipeline.sources.teacher import TeacherRequest, Teacher
 settings = TeacherSettings(url=sys.argv[1], model="m", parallel=3)
-questions = [(n, Question("You teach.", f"Question q{n}", 50)) for n in range(30)]
+questions = [(n, TeacherRequest("You teach.", f"Request q{n}", 50)) for n in range(30)]
 print(sum(bool(answer.text) for answer in Teacher(settings).answers(questions)))
 """
 

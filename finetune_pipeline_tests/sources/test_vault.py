@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_pipeline.settings import VaultSource
-from finetune_pipeline.sources.source_record import Item, Skipped, SourceError
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline.sources.vault import read
 from finetune_pipeline.sources.vault.folder import File
 from finetune_pipeline.sources.vault.note import Rules, read_note
@@ -100,18 +100,20 @@ SKIPPED = {
 }
 
 
-def feed(path, **changes):
+def source(path, **changes):
     return VaultSource(kind="vault", name="notes", path=str(path), **changes)
 
 
 def taken(path, **changes):
-    found = list(read(feed(path, **changes), None))
-    return [one for one in found if isinstance(one, Item)], [one for one in found if isinstance(one, Skipped)]
+    found = list(read(source(path, **changes), None))
+    return [one for one in found if isinstance(one, SourceRecord)], [
+        one for one in found if isinstance(one, SkippedRecord)
+    ]
 
 
 def teach(text, path="Note.md", **changes):
     """What one note gives."""
-    return list(read_note(File(path, text, None), Rules.of(feed("unused", **changes)), ""))
+    return list(read_note(File(path, text, None), Rules.of(source("unused", **changes)), ""))
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +141,11 @@ def found(vault):
 
 
 def answer(found, provenance):
-    return next(item.answer for item in found[0] if item.provenance == provenance)
+    return next(record.answer for record in found[0] if record.provenance == provenance)
 
 
 def test_exactly_this_is_taken_with_these_questions(found):
-    assert {item.provenance: (item.kind, item.prompt) for item in found[0]} == TAKEN
+    assert {record.provenance: (record.kind, record.prompt) for record in found[0]} == TAKEN
     assert len(found[0]) == len(TAKEN)
 
 
@@ -233,8 +235,8 @@ def test_comments_are_not_answers(found):
     ],
 )
 def test_a_comment_that_begins_in_a_line_hides_what_it_spans(text, read):
-    (item,) = teach(f"# Decision\n{text}\n")
-    assert item.answer == read
+    (record,) = teach(f"# Decision\n{text}\n")
+    assert record.answer == read
 
 
 @pytest.mark.parametrize("name", ["CRLF", "BOM", "Old Mac"])
@@ -253,7 +255,7 @@ def test_ends_of_lines_and_byte_order_marks_change_nothing(found, name):
     ],
 )
 def test_it_was_said_when_the_frontmatter_or_the_name_says(found, provenance, moment):
-    assert next(item.created_at for item in found[0] if item.provenance == provenance) == moment
+    assert next(record.created_at for record in found[0] if record.provenance == provenance) == moment
 
 
 def test_else_it_was_said_when_the_file_was_written(tmp_path):
@@ -263,8 +265,8 @@ def test_else_it_was_said_when_the_file_was_written(tmp_path):
 
 
 def test_whole_daily_notes_are_reflections_where_the_loop_says_so(vault):
-    items, _ = taken(vault, whole_daily_notes=True)
-    said = {item.provenance: item.answer for item in items if item.kind == "reflection"}
+    records, _ = taken(vault, whole_daily_notes=True)
+    said = {record.provenance: record.answer for record in records if record.kind == "reflection"}
     assert said["Journal/2024-05-08.md"] == "Walked to the mill."
     assert "Index.md" not in said
     assert "Timber" not in said["Journal/2024-05-03.md"]  # a decision for itself
@@ -272,8 +274,8 @@ def test_whole_daily_notes_are_reflections_where_the_loop_says_so(vault):
 
 def test_tags_and_headings_are_the_loop_s_own():
     note = "## Gelernt\n\nSand.\n\n## Weg #Idee/neu\n\nUm den See.\n\n## Decision\n\nNo.\n"
-    items = teach(note, tags={"#idee": "idea"}, headings={"gelernt": "learning"}, private_tags=())
-    assert [(one.kind, one.prompt, one.answer) for one in items] == [
+    records = teach(note, tags={"#idee": "idea"}, headings={"gelernt": "learning"}, private_tags=())
+    assert [(one.kind, one.prompt, one.answer) for one in records] == [
         ("learning", "What did I learn about Note?", "Sand."),
         ("idea", "Which idea did I note about Weg (Note)?", "Um den See."),
     ]
@@ -294,20 +296,22 @@ def test_templates_are_left_out_whatever_is_a_capital_in_their_folder_s_name(tmp
     (tmp_path / name).mkdir()
     for folder in (tmp_path, tmp_path / name):
         (folder / "Note.md").write_text("#decision\n\nWe buy it.\n")
-    items, skipped = taken(tmp_path)
-    assert [item.provenance for item in items] == ["Note.md"] and not skipped
+    records, skipped = taken(tmp_path)
+    assert [record.provenance for record in records] == ["Note.md"] and not skipped
 
 
 def test_a_note_that_vanishes_meanwhile_is_named(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.md").write_text(f"#decision\n\n{name}\n")
-    reading = read(feed(tmp_path), None)
+    reading = read(source(tmp_path), None)
     next(reading)
     (tmp_path / "b.md").unlink()
     named, rest = reading
-    assert named == Skipped("b.md", "cannot be read: No such file or directory", unseen=True)  # or its disk is gone
+    assert named == SkippedRecord(
+        "b.md", "cannot be read: No such file or directory", unreadable=True
+    )  # or its disk is gone
     assert rest.answer == "c"
-    reading = read(feed(tmp_path), None)
+    reading = read(source(tmp_path), None)
     next(reading)
     shutil.rmtree(tmp_path)
     with pytest.raises(SourceError, match="was gone before"):
@@ -320,7 +324,7 @@ def test_a_note_that_became_a_link_meanwhile_is_not_followed(tmp_path):
     (tmp_path / "outside.md").write_text("#decision PLANTED-SECRET\n")
     for name in ("a", "b"):
         (root / f"{name}.md").write_text(f"#decision\n\n{name}\n")
-    reading = read(feed(root), None)
+    reading = read(source(root), None)
     next(reading)
     (root / "b.md").unlink()
     (root / "b.md").symlink_to(tmp_path / "outside.md")
@@ -334,16 +338,16 @@ def test_a_name_that_is_not_utf_8_is_named(tmp_path):
     except OSError:
         pytest.skip("this file system takes no such name")
     (tmp_path / "a.md").write_text("#decision\n\nYes.\n")
-    items, skipped = taken(tmp_path)
-    assert [item.provenance for item in items] == ["a.md"]
-    assert skipped == [Skipped("\ufffd.md", "its name is not UTF-8; rename it")]
+    records, skipped = taken(tmp_path)
+    assert [record.provenance for record in records] == ["a.md"]
+    assert skipped == [SkippedRecord("\ufffd.md", "its name is not UTF-8; rename it")]
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("head", ["a: " + "[" * 50_000, "a: &a [b]\nc: " + "[" + "*a," * 20_000 + "]", "- " * 30_000])
 def test_a_frontmatter_made_to_break_its_reader_is_named(head):
     (one,) = teach(f"---\n{head}\n---\nText.\n")
-    assert isinstance(one, Skipped) and len(one.reason) < 100
+    assert isinstance(one, SkippedRecord) and len(one.reason) < 100
 
 
 @pytest.mark.timeout(30)
@@ -397,7 +401,7 @@ NOTES = st.lists(PIECES | st.text(max_size=8), max_size=40).map("".join)
 def test_whatever_a_note_says_its_reading_ends_in_items_or_in_its_name(text):
     for one in teach(text):
         assert one.provenance.startswith("Note.md")
-        if isinstance(one, Item):
+        if isinstance(one, SourceRecord):
             assert one.prompt.strip() and one.answer.strip() and one.kind in {"decision", "learning", "reflection"}
 
 
@@ -407,7 +411,7 @@ def test_whatever_bytes_a_note_has_the_others_are_read(tmp_path_factory, content
     root = tmp_path_factory.mktemp("bytes")
     (root / "a.md").write_bytes(content)
     (root / "b.md").write_text("#decision\n\nYes.\n")
-    assert [item.answer for item in taken(root)[0]][-1] == "Yes."
+    assert [record.answer for record in taken(root)[0]][-1] == "Yes."
 
 
 MARKS = st.sampled_from(

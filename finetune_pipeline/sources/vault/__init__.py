@@ -6,12 +6,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from finetune_pipeline.settings import VaultSource, project_path
-from finetune_pipeline.sources.source_record import Item, Reading, Skipped, SourceError
+from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline.sources.vault.folder import File, find, load
 from finetune_pipeline.sources.vault.note import Rules, read_note
 
 
-def read(feed: VaultSource, cursor: Any) -> Reading:
+def read(source: VaultSource, cursor: Any) -> Reading:
     """All that a vault teaches at this moment, note by note in the order of their paths.
 
     What is private, hidden, a template or an attachment is left out without a word: a list of what somebody wants to
@@ -23,27 +23,27 @@ def read(feed: VaultSource, cursor: Any) -> Reading:
     Raises:
         SourceError: the folder is not there, or holds no note, or was gone at the end.
     """
-    root = project_path(feed.path)
+    root = project_path(source.path)
     advice = "correct `path` of this source in the loop's YAML, or bring the folder back"
     if not root.is_dir():
         what = "is no folder" if root.exists() else "is not there"
         raise SourceError(f"the vault {root} {what}; {advice}")
-    found = list(find(root, set(feed.ignore)))
+    found = list(find(root, set(source.ignore)))
     paths = sorted(one for one in found if isinstance(one, str))
     if not paths:
         # A disk that is not mounted looks like this, and everything it taught would be taken back.
         raise SourceError(f"the vault {root} holds no note (.md) that may be read; {advice}")
-    yield from sorted((one for one in found if isinstance(one, Skipped)), key=lambda one: one.provenance)
+    yield from sorted((one for one in found if isinstance(one, SkippedRecord)), key=lambda one: one.provenance)
     names = Counter(_name(path) for path in paths)
-    rules = Rules.of(feed)
+    rules = Rules.of(source)
     for path in paths:
-        file = load(root, path, feed.max_note_bytes)
-        yield from [file] if isinstance(file, Skipped) else _taught(file, rules, names)
+        file = load(root, path, source.max_note_bytes)
+        yield from [file] if isinstance(file, SkippedRecord) else _taught(file, rules, names)
     if not root.is_dir():
         raise SourceError(f"the vault {root} was gone before it was read to its end; {advice}")
 
 
-def _taught(file: File, rules: Rules, names: Counter[str]) -> Iterator[Item | Skipped]:
+def _taught(file: File, rules: Rules, names: Counter[str]) -> Iterator[SourceRecord | SkippedRecord]:
     folder = PurePosixPath(file.path).parent
     return read_note(file, rules, "" if names[_name(file.path)] == 1 or str(folder) == "." else str(folder))
 

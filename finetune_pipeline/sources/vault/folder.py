@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from finetune_pipeline.sources.source_record import Skipped
+from finetune_pipeline.sources.source_record import SkippedRecord
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class File:
     modified: datetime | None
 
 
-def find(root: Path, ignore: Collection[str]) -> Iterator[str | Skipped]:
+def find(root: Path, ignore: Collection[str]) -> Iterator[str | SkippedRecord]:
     """Paths of the notes under a folder, in no order, and what cannot be read, or leads away from it.
 
     Args:
@@ -39,10 +39,10 @@ def find(root: Path, ignore: Collection[str]) -> Iterator[str | Skipped]:
             with os.scandir(root / folder) as entries:
                 found = list(entries)
         except OSError as error:
-            yield Skipped(
+            yield SkippedRecord(
                 os.fsencode(folder).decode("utf-8", "replace"),
                 f"this folder cannot be read: {error.strerror}",
-                unseen=True,
+                unreadable=True,
             )
             continue
         for entry in found:
@@ -55,16 +55,16 @@ def find(root: Path, ignore: Collection[str]) -> Iterator[str | Skipped]:
                 yield one
 
 
-def _note(entry: os.DirEntry[str], path: str) -> str | Skipped | None:
+def _note(entry: os.DirEntry[str], path: str) -> str | SkippedRecord | None:
     name = os.fsencode(path).decode("utf-8", "replace")
     if entry.is_symlink():
-        return Skipped(name, "is a link, and links are not followed; put the note itself into the vault")
+        return SkippedRecord(name, "is a link, and links are not followed; put the note itself into the vault")
     if not entry.name.lower().endswith(".md"):
         return None
-    return path if name == path else Skipped(name, "its name is not UTF-8; rename it")
+    return path if name == path else SkippedRecord(name, "its name is not UTF-8; rename it")
 
 
-def load(root: Path, path: str, max_bytes: int) -> File | Skipped:
+def load(root: Path, path: str, max_bytes: int) -> File | SkippedRecord:
     """Read a note, or say why it cannot be."""
     try:
         # The file may have become a link, or a pipe that never answers, since it was found.
@@ -72,18 +72,18 @@ def load(root: Path, path: str, max_bytes: int) -> File | Skipped:
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                return Skipped(path, "is no file")
+                return SkippedRecord(path, "is no file")
             raw = file.read(max_bytes + 1)
     except OSError as error:
-        return Skipped(path, f"cannot be read: {error.strerror}", unseen=True)
+        return SkippedRecord(path, f"cannot be read: {error.strerror}", unreadable=True)
     if len(raw) > max_bytes:
-        return Skipped(path, f"is longer than {max_bytes} bytes (max_note_bytes)")
+        return SkippedRecord(path, f"is longer than {max_bytes} bytes (max_note_bytes)")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return Skipped(path, f"is not UTF-8 at byte {error.start}; save it as UTF-8")
+        return SkippedRecord(path, f"is not UTF-8 at byte {error.start}; save it as UTF-8")
     if "\x00" in text:
-        return Skipped(path, "holds a NUL character, which no note does; save it as text")
+        return SkippedRecord(path, "holds a NUL character, which no note does; save it as text")
     return File(path, text.replace("\r\n", "\n").replace("\r", "\n"), _moment(status.st_mtime))
 
 

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import PurePosixPath
 
 from finetune_pipeline.settings import VaultSource
-from finetune_pipeline.sources.source_record import Item, Skipped
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceRecord
 from finetune_pipeline.sources.vault.folder import File
+from finetune_pipeline.sources.vault.frontmatter import Broken, created, properties, split, tags
 from finetune_pipeline.sources.vault.markdown import Section, heading_text, readable, sections, tags_in
 from finetune_pipeline.sources.vault.prompt import Name, name_of, question
-from finetune_pipeline.sources.vault.properties import Broken, created, properties, split, tags
 
 _AFTER_KIND = re.compile(r"\s*(?::|–|—|\s-\s)\s*")
 _BEFORE_NAME = re.compile(r"[\W\d_]*")
@@ -36,14 +36,14 @@ class Rules:
     whole_days: bool
 
     @classmethod
-    def of(cls, feed: VaultSource) -> "Rules":
+    def of(cls, source: VaultSource) -> "Rules":
         """As a loop's YAML says."""
-        names = "|".join(re.escape(_fold(tag.lstrip("#"))) for tag in feed.private_tags)
+        names = "|".join(re.escape(_fold(tag.lstrip("#"))) for tag in source.private_tags)
         return cls(
-            tags={_fold(tag.lstrip("#")): kind for tag, kind in feed.tags.items()},
-            headings={_fold(heading): kind for heading, kind in feed.headings.items()},
+            tags={_fold(tag.lstrip("#")): kind for tag, kind in source.tags.items()},
+            headings={_fold(heading): kind for heading, kind in source.headings.items()},
             private=re.compile(f"#(?:{names})(?![\\w-])" if names else "(?!)"),
-            whole_days=feed.whole_daily_notes,
+            whole_days=source.whole_daily_notes,
         )
 
     def kind(self, found: Iterable[str]) -> str | None:
@@ -93,7 +93,7 @@ class _Open:
     taken: _Taken | None
 
 
-def read_note(file: File, rules: Rules, folder: str) -> Iterator[Item | Skipped]:
+def read_note(file: File, rules: Rules, folder: str) -> Iterator[SourceRecord | SkippedRecord]:
     """Everything that a note teaches; no text of it twice.
 
     A section of another kind than what it stands in is taken for itself and left out there.
@@ -105,7 +105,7 @@ def read_note(file: File, rules: Rules, folder: str) -> Iterator[Item | Skipped]
         head, body = split(file.text)
         found = properties(head)
     except Broken as error:
-        yield Skipped(file.path, str(error))
+        yield SkippedRecord(file.path, str(error))
         return
     listed = tags(found)
     if rules.is_private(" ".join([head, *(f"#{tag}" for tag in listed)])):
@@ -166,7 +166,7 @@ def _is_title(section: Section, topic: str, name: Name, title: str) -> bool:
 
 def _items(
     found: list[_Taken], path: str, title: str, name: Name, moment: datetime | None, folder: str, rules: Rules
-) -> Iterator[Item | Skipped]:
+) -> Iterator[SourceRecord | SkippedRecord]:
     answers: dict[tuple[str, str], tuple[_Taken, list[str]]] = {}
     for taken in found:
         provenance = "#".join([path, *taken.headings])
@@ -175,10 +175,10 @@ def _items(
             # Two sections of one name answer one question.
             answers.setdefault((provenance, taken.kind), (taken, []))[1].append(answer)
         elif taken.tagged:
-            yield Skipped(provenance, "has the tag, but nothing is written there")
+            yield SkippedRecord(provenance, "has the tag, but nothing is written there")
     for (provenance, kind), (taken, texts) in answers.items():
         prompt = question(kind, title, taken.topics, name.day, folder)
-        yield Item(provenance, prompt, "\n\n".join(texts), created_at=moment, kind=kind)
+        yield SourceRecord(provenance, prompt, "\n\n".join(texts), created_at=moment, kind=kind)
 
 
 def _answer(taken: _Taken, rules: Rules, name: Name, title: str) -> str:

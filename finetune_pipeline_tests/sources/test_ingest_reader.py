@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from finetune_pipeline.sources.jsonl import HOLE, event_files, open_log, read_lines
+from finetune_pipeline.sources.ingest_reader import HOLE, event_files, open_log, read_lines
 from finetune_pipeline.sources.source_record import SourceError
 from finetune_pipeline_tests.conftest import interaction
 
@@ -66,13 +66,13 @@ def test_reading_goes_on_where_it_ended(tmp_path):
 def test_a_line_that_is_still_being_written_is_left_for_the_next_time(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a") + line("b")[:40])
-    assert [item.number for item in read(path)] == [1]
+    assert [record.number for record in read(path)] == [1]
 
 
 def test_a_last_line_that_can_never_become_an_event_is_refused_at_once(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a") + b'{"event": "other"}')
-    assert [item.event is None for item in read(path)] == [False, True]
+    assert [record.event is None for record in read(path)] == [False, True]
 
 
 def test_line_numbers_stay_right_after_a_last_line_without_newline(tmp_path):
@@ -87,17 +87,17 @@ def test_line_numbers_stay_right_after_a_last_line_without_newline(tmp_path):
 def test_a_last_line_without_newline_is_read_if_it_is_whole(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a").rstrip(b"\n"))
-    assert [item.event.prompt for item in read(path)] == ["prompt a"]
+    assert [record.event.prompt for record in read(path)] == ["prompt a"]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_no_errors(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line("a") + b"\n  \n" + line("b"))
-    assert [item.number for item in read(path)] == [1, 4]
+    assert [record.number for record in read(path)] == [1, 4]
 
 
 def test_a_missing_folder_says_what_to_do(tmp_path):
-    with pytest.raises(SourceError, match=r"create it, or correct sources\.folders"):
+    with pytest.raises(SourceError, match=r"create it, or correct ingest\.folders"):
         event_files(tmp_path / "nowhere")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.sources.jsonl import Line, event_files
+from finetune_pipeline.sources.ingest_reader import IngestLine, event_files
 
 _LARGEST_INTEGER = 2**63 - 1
 _CLOCK_TICK_SECONDS = 0.02
@@ -51,7 +51,13 @@ def position(connection: sa.Connection, loop: str, path: Path) -> Position:
 
 
 def advance(
-    connection: sa.Connection, loop: str, file: UnreadFile, start: Position, lines: Sequence[Line], *, finished: bool
+    connection: sa.Connection,
+    loop: str,
+    file: UnreadFile,
+    start: Position,
+    lines: Sequence[IngestLine],
+    *,
+    finished: bool,
 ) -> Position:
     """Write down that these lines were taken, and quarantine the refused ones among them.
 
@@ -145,10 +151,10 @@ def rejected_lines(connection: sa.Connection, loop: str, limit: int, paths: Sequ
 
 
 def _replace_rejected(
-    connection: sa.Connection, loop: str, path: Path, start: Position, refused: Sequence[Line]
+    connection: sa.Connection, loop: str, path: Path, start: Position, refused: Sequence[IngestLine]
 ) -> None:
     r = t.rejected_lines.c
-    # A rewritten file is read anew: what was refused from here on is no longer said of it.
+    # A rewritten file is read restarted: what was refused from here on is no longer said of it.
     connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == str(path), r.line > start.lines))
     rows = [
         {"loop": loop, "path": str(path), "line": x.number, "reason": x.reason, "excerpt": x.excerpt} for x in refused

@@ -10,7 +10,14 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from finetune_pipeline.sources.code_chunks import ANY_LENGTH, LANGUAGES, Chunk, Flaw, comment_above, moved_left
+from finetune_pipeline.sources.code_chunks import (
+    ANY_LENGTH,
+    LANGUAGES,
+    ChunkError,
+    CodeChunk,
+    comment_above,
+    moved_left,
+)
 from finetune_pipeline.sources.source_record import SourceError
 
 if TYPE_CHECKING:
@@ -82,7 +89,7 @@ _DECLARATIONS = {
 }
 
 
-def cut(language: str, text: str, lengths: range = ANY_LENGTH) -> Iterator[Chunk | Flaw]:
+def cut(language: str, text: str, lengths: range = ANY_LENGTH) -> Iterator[CodeChunk | ChunkError]:
     """The classes and functions of a file that have a body, in its order; those within functions stay with them.
 
     What the grammar does not read is a flaw; what of the file has no error inside is given nevertheless.
@@ -96,7 +103,9 @@ def cut(language: str, text: str, lengths: range = ANY_LENGTH) -> Iterator[Chunk
     source = text.encode()
     root = _parser(language).parse(source).root_node
     if root.has_error:
-        yield Flaw(_first_error(root), f"is not {LANGUAGES[language]} that its grammar reads; what has an error is out")
+        yield ChunkError(
+            _first_error(root), f"is not {LANGUAGES[language]} that its grammar reads; what has an error is out"
+        )
     yield from _Cutter(language, source, text.split("\n"), lengths).definitions(root, "")
 
 
@@ -133,7 +142,7 @@ class _Cutter:
     lines: list[str]
     lengths: range
 
-    def definitions(self, node: "Node", owner: str) -> Iterator[Chunk]:
+    def definitions(self, node: "Node", owner: str) -> Iterator[CodeChunk]:
         grammar = _GRAMMARS[self.language]
         for outer in node.named_children:
             inner = _unwrapped(outer)
@@ -149,7 +158,7 @@ class _Cutter:
                 name = _plain(_text(inner.child_by_field_name(by))) if by else ""
                 yield from self.definitions(body or inner, _joined(owner, name))
 
-    def _chunk(self, outer: "Node", inner: "Node", owner: str) -> Iterator[Chunk]:
+    def _chunk(self, outer: "Node", inner: "Node", owner: str) -> Iterator[CodeChunk]:
         name, first = _name(inner), _with_attributes(outer)
         if outer.has_error or not name or outer.end_point.row - first.start_point.row + 1 not in self.lengths:
             return
@@ -158,7 +167,7 @@ class _Cutter:
         end = outer.end_byte + (self.source[outer.end_byte : outer.end_byte + 1] == b";")
         own = (indent + self.source[first.start_byte : end].decode()).split("\n")
         kept = {inside - row for inside in _rows_inside_strings(outer)} if indent else set()
-        yield Chunk(
+        yield CodeChunk(
             self.language, self._kind(inner, owner), _joined(owner, name), row + 1, moved_left(own, kept),
             self._signature(outer, inner), comment_above(self.lines, row),
         )  # fmt: skip

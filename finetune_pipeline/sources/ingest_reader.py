@@ -16,9 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune_pipeline.records import Event, Feedback, Interaction, validate_application_event
 from finetune_pipeline.settings import FileFormat
-from finetune_pipeline.sources.conversations import to_item
+from finetune_pipeline.sources.conversations import to_record
 from finetune_pipeline.sources.row_readers import constant, files_of, layout_of, read_rows, without_nulls
-from finetune_pipeline.sources.source_record import Item, SourceError
+from finetune_pipeline.sources.source_record import SourceError, SourceRecord
 from finetune_pipeline.validation_messages import error_messages
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
@@ -32,17 +32,17 @@ HOLE = (
 """Why a line with NUL bytes is rejected."""
 
 
-Form = FileFormat | Literal["events"]
+IngestFormat = FileFormat | Literal["events"]
 """What the lines of a file are."""
 
 
 @dataclass(frozen=True)
-class Line:
+class IngestLine:
     """One line of a file: an event or a conversation, or the reason why it is neither."""
 
     number: int
     end: int
-    event: Interaction | Feedback | Item | None
+    event: Interaction | Feedback | SourceRecord | None
     reason: str = ""
     excerpt: str = ""
     prefix_hash: str = ""
@@ -75,7 +75,9 @@ def grows(path: Path) -> bool:
     return path.suffix.lower() != ".json" and layout_of(path) == "lines"
 
 
-def read_whole(path: Path, loop: str, *, max_line_bytes: int, form: Form = "auto", name: str = "") -> Iterator[Line]:
+def read_whole(
+    path: Path, loop: str, *, max_line_bytes: int, form: IngestFormat = "auto", name: str = ""
+) -> Iterator[IngestLine]:
     """Read a file of any kind from its start; each line's `end` is the file's.
 
     Args:
@@ -87,9 +89,9 @@ def read_whole(path: Path, loop: str, *, max_line_bytes: int, form: Form = "auto
     end = path.stat().st_size
     for number, value, reason, _ in read_rows(path, max_line_bytes):
         if reason:
-            yield Line(number, end, None, reason)
+            yield IngestLine(number, end, None, reason)
         else:
-            yield _understood(value, loop, Line(number, end, None), form, name or path.name)
+            yield _understood(value, loop, IngestLine(number, end, None), form, name or path.name)
 
 
 class OpenLog:
@@ -165,7 +167,9 @@ def open_log(path: Path, name: str = "") -> Iterator[OpenLog]:
         yield OpenLog(file, name or path.name)
 
 
-def read_lines(log: OpenLog, loop: str, *, lines: int, max_line_bytes: int, form: Form = "auto") -> Iterator[Line]:
+def read_lines(
+    log: OpenLog, loop: str, *, lines: int, max_line_bytes: int, form: IngestFormat = "auto"
+) -> Iterator[IngestLine]:
     """Read a file from its current offset, which `lines` lines precede.
 
     A last line without a line break is read only if it is complete JSON: otherwise it may still be written, and is left
@@ -180,10 +184,10 @@ def read_lines(log: OpenLog, loop: str, *, lines: int, max_line_bytes: int, form
         if len(written) > max_line_bytes and not written.endswith(b"\n"):
             ended = log.skip_line()
             reason = f"longer than {max_line_bytes} bytes (ingest.max_line_bytes)"
-            line = Line(number, log.offset, None, reason, _excerpt(written), log.prefix_hash)
+            line = IngestLine(number, log.offset, None, reason, _excerpt(written), log.prefix_hash)
         else:
             ended = written.endswith(b"\n")
-            blank = Line(number, log.offset, None, prefix_hash=log.prefix_hash)
+            blank = IngestLine(number, log.offset, None, prefix_hash=log.prefix_hash)
             line = _parse(written, loop, blank, form, log.name)
         if line.event is None and not ended and not line.final:
             return
@@ -193,7 +197,7 @@ def read_lines(log: OpenLog, loop: str, *, lines: int, max_line_bytes: int, form
             yield replace(line, event=None, reason=HOLE, excerpt=_excerpt(before.strip(b"\0")))
 
 
-def _parse(raw: bytes, loop: str, line: Line, form: Form, name: str) -> Line:
+def _parse(raw: bytes, loop: str, line: IngestLine, form: IngestFormat, name: str) -> IngestLine:
     if not raw.strip():
         return line
     try:
@@ -207,12 +211,12 @@ def _parse(raw: bytes, loop: str, line: Line, form: Form, name: str) -> Line:
     return understood if understood.event else replace(understood, excerpt=_excerpt(raw))
 
 
-def _understood(document: Any, loop: str, line: Line, form: Form, name: str) -> Line:
+def _understood(document: Any, loop: str, line: IngestLine, form: IngestFormat, name: str) -> IngestLine:
     """A line with what it says, as an event or as a conversation, or with why it says neither."""
     conversation = isinstance(document, dict) and "event" not in document
     try:
         if form not in {"auto", "events"} or (form == "auto" and conversation):
-            return replace(line, event=to_item(document, f"{name}:{line.number}", cast("FileFormat", form)))
+            return replace(line, event=to_record(document, f"{name}:{line.number}", cast("FileFormat", form)))
         event = validate_application_event(
             _EVENT.validate_python({"loop": loop, **document} if isinstance(document, dict) else document)
         )
