@@ -1,6 +1,6 @@
-"""The connection to a Ray cluster, for the rooms that can work on one.
+"""The connection to a Ray cluster, for curation and training.
 
-RAY_ADDRESS   the cluster; without it, one is started on this machine for the time of the work
+The environment variable RAY_ADDRESS names the cluster; without it, a local one is started and stopped again.
 """
 
 import importlib.util
@@ -16,14 +16,14 @@ _PACKAGE = Path(__file__).parent
 
 
 class ClusterError(Exception):
-    """Ray is not installed, or no cluster answers; the message says what to do."""
+    """Ray is not installed, or the cluster does not respond; the message says what to do."""
 
 
 def check_installed(setting: str) -> None:
-    """Refuse work on Ray where Ray is not installed.
+    """Raise if Ray is not installed.
 
     Args:
-        setting: the name by which people asked for it.
+        setting: the setting that asked for Ray, for the message.
 
     Raises:
         ClusterError: Ray is not installed.
@@ -37,15 +37,15 @@ def check_installed(setting: str) -> None:
 
 @contextmanager
 def connected(variables: Mapping[str, str], cores: int | None, object_store_bytes: int) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one here; either way this package goes to the workers.
+    """Connect to the cluster at RAY_ADDRESS, or start a local one; this package is shipped to the workers.
 
     Args:
         variables: environment variables of the workers.
-        cores: processor cores of a cluster that is started here; none: those of this machine.
-        object_store_bytes: the object store's size, of a cluster that is started here.
+        cores: CPU cores of a local cluster; None: all of this machine.
+        object_store_bytes: object store size of a local cluster.
 
     Raises:
-        ClusterError: no cluster answers at the address.
+        ClusterError: no cluster responds at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -60,7 +60,9 @@ def connected(variables: Mapping[str, str], cores: int | None, object_store_byte
         if address:
             ray.init(address, **common)
         else:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves one in the home folder
+            os.environ.setdefault(
+                "RAY_AUTH_TOKEN", secrets.token_hex(32)
+            )  # without one, Ray writes a token file into the home folder
             ray.init(
                 "local",
                 _node_ip_address="127.0.0.1",
@@ -71,7 +73,7 @@ def connected(variables: Mapping[str, str], cores: int | None, object_store_byte
             )
     except ConnectionError as error:
         raise ClusterError(
-            f"no Ray cluster answers at {ADDRESS}={address} ({error}); correct it, or unset it to start one here"
+            f"no Ray cluster responds at {ADDRESS}={address} ({error}); correct it, or unset it to start a local one"
         ) from error
     try:
         yield

@@ -1,6 +1,6 @@
-"""A model's JSON: the schema of a loop's answers, its compliance rules, and the strict reading of an answer.
+"""JSON answers: the output schema of a loop, its compliance rules, and a strict JSON parser.
 
-Curation and evaluation share it, so that both mean the same by "valid". Nothing is ever fetched for a `$ref`.
+Curation and evaluation share this module, so that "valid" means the same in both. A `$ref` is never fetched.
 """
 
 import json
@@ -18,16 +18,16 @@ _MAX_DEPTH = 100
 
 
 class SchemaError(ValueError):
-    """A schema or rules file cannot be used; the message says which, why, and what to do."""
+    """A schema or rules file cannot be used; the message says which one, why, and what to do."""
 
 
-class Unreadable(ValueError):
+class InvalidJsonError(ValueError):
     """An answer is not JSON."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition that every answer has to keep, such as "a fire door is rated for at least 20 minutes"."""
+    """A condition that every answer must meet, such as "a fire door is rated for at least 20 minutes"."""
 
     id: str
     title: str
@@ -35,10 +35,10 @@ class Rule:
 
 
 def compile_schema(schema: Schema) -> "Draft202012Validator":
-    """A validator of draft 2020-12, to be made once and used for every answer.
+    """Compile a JSON Schema (draft 2020-12) into a validator; compile once and use it for every answer.
 
     Raises:
-        SchemaError: it is not a JSON Schema.
+        SchemaError: the value is not a JSON Schema.
     """
     from jsonschema import Draft202012Validator
     from jsonschema import SchemaError as NotASchema
@@ -48,12 +48,12 @@ def compile_schema(schema: Schema) -> "Draft202012Validator":
         Draft202012Validator.check_schema(schema)
     except NotASchema as error:
         raise SchemaError(f"not a JSON Schema (draft 2020-12): at {error.json_path} {error.message}") from error
-    # jsonschema's own registry would open the URL of an unknown $ref; an empty one does not.
+    # jsonschema's default registry would open the URL of an unknown $ref; an empty one does not.
     return Draft202012Validator(schema, registry=Registry())
 
 
 def load_schema(path: Path) -> Schema:
-    """The JSON Schema in a file.
+    """Load the JSON Schema in a file.
 
     Raises:
         SchemaError: the file is missing, not JSON, or not a schema.
@@ -66,32 +66,28 @@ def load_schema(path: Path) -> Schema:
 
 
 def load_rules(path: Path) -> tuple[Rule, ...]:
-    """The compliance rules in a file: a JSON list of `{"id", "title", "schema"}`.
+    """Load the compliance rules in a file: a JSON list of `{"id", "title", "schema"}`.
 
     Raises:
-        SchemaError: the file is missing or not such a list, an id comes twice, or a schema is none.
+        SchemaError: the file is missing or not such a list, an id is used twice, or a schema is invalid.
     """
     items = _read_json(path, "evaluation.compliance")
     if not isinstance(items, list):
         raise SchemaError(f"{path}: expected a JSON list of rules, found {type(items).__name__}")
     rules: dict[str, Rule] = {}
     for number, item in enumerate(items, start=1):
-        rule = _rule(item, f"{path}: rule {number}")
+        where = f"{path}: rule {number}"
+        if not isinstance(item, dict) or set(item) != {"id", "title", "schema"}:
+            found = sorted(item) if isinstance(item, dict) else type(item).__name__
+            raise SchemaError(f'{where}: expected the fields "id", "title" and "schema", found {found}')
+        rule = Rule(**item)
+        if not (isinstance(rule.id, str) and isinstance(rule.title, str) and isinstance(rule.schema, dict)):
+            raise SchemaError(f"{where}: expected a string as id and title, and an object as schema")
+        _checked(rule.schema, where)
         if rule.id in rules:
-            raise SchemaError(f"{path}: rule {number}: the id {rule.id!r} is used before; give each rule its own")
+            raise SchemaError(f"{where}: the id {rule.id!r} is already used; give each rule its own id")
         rules[rule.id] = rule
     return tuple(rules.values())
-
-
-def _rule(item: Any, where: str) -> Rule:
-    if not isinstance(item, dict) or set(item) != {"id", "title", "schema"}:
-        found = sorted(item) if isinstance(item, dict) else type(item).__name__
-        raise SchemaError(f'{where}: expected the fields "id", "title" and "schema", found {found}')
-    rule = Rule(**item)
-    if not (isinstance(rule.id, str) and isinstance(rule.title, str) and isinstance(rule.schema, dict)):
-        raise SchemaError(f"{where}: expected a text as id and title, and an object as schema")
-    _checked(rule.schema, where)
-    return rule
 
 
 def _checked(schema: Schema, where: str) -> None:
@@ -105,30 +101,31 @@ def _read_json(path: Path, setting: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SchemaError(f"{path} is not there; write it, or change {setting} in the loop's defs.yaml") from None
+        raise SchemaError(f"{path} does not exist; create it, or change {setting} in the loop's defs.yaml") from None
     except ValueError as error:
         raise SchemaError(f"{path} is not JSON: {error}; correct it, then run again") from error
 
 
 def parse_json(text: str, constant: Callable[[str], Any] | None = None) -> Any:
-    """The JSON value of an answer, strictly: no fences, NaN, infinity or half characters; at most 100 levels.
+    """Parse an answer as strict JSON: no code fences, NaN, infinity or lone surrogates; at most 100 levels deep.
 
     Args:
-        constant: parses NaN and infinity, which are refused without it.
+        text: the answer.
+        constant: parses NaN and infinity; without it they are errors.
 
     Raises:
-        Unreadable: it is not JSON; the message says where.
+        InvalidJsonError: the text is not JSON; the message says where.
     """
     try:
         value = json.loads(text, parse_constant=constant or _finite, parse_float=_finite, parse_int=_integer)
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"not JSON: {error}") from error
+        raise InvalidJsonError(f"not JSON: {error}") from error
     if _deeper_than(value, _MAX_DEPTH):
-        raise Unreadable(f"not JSON that anybody expects: more than {_MAX_DEPTH} levels deep")
+        raise InvalidJsonError(f"nested too deeply: more than {_MAX_DEPTH} levels")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise Unreadable("not JSON that can be written to a file: it has half of a surrogate pair") from None
+        raise InvalidJsonError("not valid Unicode: it has a lone surrogate") from None
     return value
 
 
@@ -140,7 +137,7 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    _finite(text)  # a longer one cannot be compared with a float
+    _finite(text)  # a larger integer could not be compared with a float
     return int(text)
 
 
@@ -154,7 +151,7 @@ def _deeper_than(value: Any, levels: int) -> bool:
 
 
 def children(value: Any) -> list[tuple[str | int, Any]]:
-    """The parts of an object (by name) or a list (by place); none of anything else."""
+    """Return the members of an object (by name) or a list (by index); an empty list for anything else."""
     if isinstance(value, dict):
         return list(value.items())
     return list(enumerate(value)) if isinstance(value, list) else []

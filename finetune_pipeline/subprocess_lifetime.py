@@ -1,6 +1,6 @@
-"""Child processes that do not outlive their parent: training, export steps, and every model that runs.
+"""Child processes that end with their parent: training, export steps, and model processes.
 
-`python -m finetune_pipeline.subprocess_lifetime PARENT COMMAND ...` runs any command so (on Linux).
+`python -m finetune_pipeline.subprocess_lifetime PARENT_PID COMMAND ...` runs any command that way (on Linux).
 """
 
 import ctypes
@@ -16,27 +16,27 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Make this process end when the one that started it ends, however that happens.
+    """End this process when its parent ends, even if the parent is killed.
 
-    On Linux the kernel sees to it, and the signal belongs to the parent's *thread*: start children from a thread that
-    lives as long. Elsewhere a thread looks once a second.
+    On Linux the kernel sends the signal when the parent's *thread* ends, so start children from a thread that lives as
+    long as they should. On other systems a thread checks the parent once a second.
 
     Args:
-        parent: process id of the parent, which may be gone already: then this process ends at once.
+        parent: process id of the parent. If the parent has already ended, this process ends at once.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it had gone before the kernel was asked
-        raise SystemExit(f"the process {parent} that started this one is gone")
+    if os.getppid() != parent:  # it ended before prctl was called
+        raise SystemExit(f"the parent process {parent} has ended")
 
 
 def die_with_run() -> None:
-    """Make a step's process end with the run that started it; a step in the run's own process stays as it is.
+    """End a step's process when its run's process ends; a step that runs inside the run's process is unaffected.
 
-    Dagster's step processes outlive a run that is killed, and with them the training that they watch. Their parent may
-    be a fork server, which is no help: it waits for the steps that it made before it ends with the run.
+    Without this, Dagster's step processes outlive a killed run, and so does the training that they started. The parent
+    of a step may be the fork server, which waits for its steps before it ends, so the run's process is watched too.
     """
     run = multiprocessing.parent_process()
     if run is not None:
@@ -57,4 +57,4 @@ def _watch(parent: int) -> None:
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
-    os.execvp(sys.argv[2], sys.argv[2:])  # the kernel keeps the tie
+    os.execvp(sys.argv[2], sys.argv[2:])  # the parent-death signal survives exec

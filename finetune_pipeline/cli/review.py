@@ -242,12 +242,12 @@ def _style(answer: str) -> dict[str, Any] | None:
 
 
 def _in_style(saved: str, style: dict[str, Any] | None) -> str:
-    from finetune_pipeline.schemas import Unreadable, parse_json
+    from finetune_pipeline.schemas import InvalidJsonError, parse_json
 
     if style is not None:
         try:
             return json.dumps(parse_json(saved), **style)
-        except Unreadable:
+        except InvalidJsonError:
             pass  # what is wrong with it is told of the text as the reviewer wrote it
     return saved.removesuffix("\n")
 

@@ -10,7 +10,7 @@ from finetune_pipeline.curation.lengths import TokenCounter
 from finetune_pipeline.curation.quality import refuses, repetition
 from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.records import Example, Turn, conversation_text
-from finetune_pipeline.schemas import Schema, Unreadable, compile_schema, parse_json
+from finetune_pipeline.schemas import InvalidJsonError, Schema, compile_schema, parse_json
 from finetune_pipeline.settings import CurationSettings
 
 Validator = Callable[[str], str | None]
@@ -209,7 +209,7 @@ class _AnswerValidator:
     def __call__(self, answer: str) -> str | None:
         try:
             value = parse_json(answer)
-        except Unreadable as error:
+        except InvalidJsonError as error:
             return str(error)
         if self.fast is not None and self.fast.is_valid(value):
             return None

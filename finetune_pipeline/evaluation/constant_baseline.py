@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune_pipeline.evaluation.metrics import Metric, answer_text, leaves, words
 from finetune_pipeline.records import normalize
-from finetune_pipeline.schemas import Unreadable, parse_json
+from finetune_pipeline.schemas import InvalidJsonError, parse_json
 
 Expected = dict[str, Any] | str
 Score = Callable[[Any], int]
@@ -45,7 +45,7 @@ def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: b
     for answer in {_form(one, structured): None for one in expected}:
         right = of_text(answer) if texts else 0
         if values:
-            with suppress(Unreadable):  # a text for a question that expects JSON
+            with suppress(InvalidJsonError):  # a text for a question that expects JSON
                 right += of_value(parse_json(answer))
         if right > best.right:
             best = ConstantAnswer(answer, right)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune_pipeline.records import normalize
-from finetune_pipeline.schemas import Rule, Schema, Unreadable, children, compile_schema, parse_json
+from finetune_pipeline.schemas import InvalidJsonError, Rule, Schema, children, compile_schema, parse_json
 
 Metric = Literal["parameters", "words", "exact"]
 Path = tuple[str | int, ...]
@@ -54,7 +54,7 @@ class Scorer:
             return self._score_text(expected, answer)
         try:
             value = parse_json(answer)
-        except Unreadable as error:
+        except InvalidJsonError as error:
             return self._unreadable(expected, str(error))
         return self._score_json(expected, value)
 

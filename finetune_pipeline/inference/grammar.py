@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.inference.json_schema import EnforceableSchema, rewrite_schema
 from finetune_pipeline.inference.native import NativeModel
-from finetune_pipeline.schemas import Unreadable, parse_json
+from finetune_pipeline.schemas import InvalidJsonError, parse_json
 
 COMPILE_SECONDS = 10.0
 """A schema that takes longer is refused, but its thread stays busy until llguidance returns."""
@@ -77,7 +77,7 @@ class Grammar:
         """
         try:
             value = parse_json(text)
-        except Unreadable as unreadable:  # 1e999 is valid JSON, but no float can hold it
+        except InvalidJsonError as unreadable:  # 1e999 is valid JSON, but no float can hold it
             raise RequestRefused(f"The model's answer follows the json_schema, but {unreadable}") from unreadable
         if not self._validator.is_valid(value):  # iter_errors takes exponential time in nested anyOf
             repeated = _repeated(value, "#")

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from finetune_pipeline.schemas import Unreadable, parse_json
+from finetune_pipeline.schemas import InvalidJsonError, parse_json
 from finetune_pipeline.validation_messages import short_repr
 
 SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
@@ -135,7 +135,7 @@ def _json_array(path: Path, max_bytes: int) -> _Numbered:
 def _value(text: str) -> Any:
     try:
         return parse_json(text, constant)
-    except Unreadable as error:
+    except InvalidJsonError as error:
         return _Bad(str(error))
 
 
