@@ -1,14 +1,18 @@
-"""A local language model that gets better from being used: one loop, six assets.
+"""A local language model that improves from use: one fine-tuning loop of six Dagster assets.
 
-    application --> feedback (JSONL, later gateway) --> store
-                                                          |
+    application --> gateway / event files --> event store
+                                                  |
     raw_logs -> curated_dataset -> lora_adapter -> gguf_model -> eval_report -> promoted_model
-    taken in,   good, distinct,    trained in a     merged,       champion and   the gate asked
-    snapshot    away from the      process of its   converted,    challenger on  again, then the
-    to Parquet  benchmark          own              quantised     one benchmark  champion moves
-                                                                                        |
-    application <-- the champion serves <-- registry <----------------------------------+
+    ingest and  filter, decon-     train with     merge,        compare with   ask the gate again,
+    snapshot    taminate, dedupe,  TRL and PEFT   convert,      the champion   move the champion
+    to Parquet  split                             quantize      on a benchmark       |
+                                                                                     |
+    application <-- gateway serves the champion <-- model registry <-----------------+
 
-Rooms (feedback, sources, curation, training, export, evaluation, registry) know nothing of each other. Doors (loop for
-Dagster, cli for the terminal) put them together. Under the rooms lie inference, database, artifacts, records, settings.
+Layers, each importing only those below it:
+
+    entry points     orchestration (Dagster), serving (HTTP), cli (terminal)
+    use cases        pipeline
+    domain packages  feedback, sources, curation, training, export, evaluation, registry; none imports another
+    infrastructure   database, inference, artifacts, records, settings, schemas, ...
 """

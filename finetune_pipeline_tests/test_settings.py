@@ -60,7 +60,7 @@ def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
         ("training: {num_train_epochs: .inf}", r"training\.num_train_epochs: found inf"),
         ("training: {learning_rate: .nan}", r"training\.learning_rate: found nan"),
         ("training: {report_to: tensorboard}", r"training\.report_to: found 'tensorboard', expected a list: \[tensor"),
-        ("trigger: {nightly: always}", r"trigger\.nightly: found 'always', expected a cron time of five fields"),
+        ("trigger: {nightly: always}", r"trigger\.nightly: found 'always', expected a cron schedule of five fields"),
         ("sources: [{name: a, path: b}]", r"sources\.0: 'kind' is missing"),
         ("sources: [{kind: file, name: a}]", r"sources\.0: there is no 'kind' 'file'; is it files\?"),
         ("training: {num_train_epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
@@ -74,7 +74,7 @@ def test_a_setting_that_cannot_be_used_is_named(tmp_path, addition, said):
 
 def test_a_key_beside_the_attributes_is_named(tmp_path):
     path = write(tmp_path, "notes", loop_yaml(YAML) + "\natributes: 1\n")
-    with pytest.raises(SettingsError, match="beside `type` and `attributes` there is no atributes"):
+    with pytest.raises(SettingsError, match="unknown top-level keys: atributes"):
         read_loop(path)
 
 
@@ -126,10 +126,10 @@ def test_what_is_no_loop_is_dagsters_business(tmp_path):
 def test_two_loops_cannot_have_one_name(tmp_path):
     write(tmp_path, "a", loop_yaml(YAML))
     write(tmp_path, "b", loop_yaml(YAML))
-    with pytest.raises(SettingsError, match="a second loop is named 'notes'"):
+    with pytest.raises(SettingsError, match="another loop is already named 'notes'"):
         load_loops(tmp_path)
 
 
 def test_an_unknown_loop_is_answered_with_those_that_there_are():
-    with pytest.raises(SettingsError, match="there are: aec_parser"):
+    with pytest.raises(SettingsError, match="declares: aec_parser"):
         load_loop("nobody")

@@ -1,4 +1,4 @@
-"""`finetune doctor`: what this machine can do, and what to do about what it cannot."""
+"""`finetune doctor`: check what this machine can run, with a remedy for each failed check."""
 
 import platform
 import shutil
@@ -15,7 +15,7 @@ from finetune_pipeline.settings import home
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `remedy` is empty where nothing needs to be done."""
+    """The result of one check; `remedy` is empty if there is nothing to do."""
 
     name: str
     works: bool
@@ -26,14 +26,14 @@ class Finding:
 
 @click.command()
 def doctor() -> None:
-    """Say what this machine can do: Python, compiler, llama.cpp, converter, GPU, training backends."""
+    """Check Python, compiler, llama.cpp, the GGUF converter, the GPU and the training backends."""
     broken = False
     for check in CHECKS:
         for finding in check():
-            mark = click.style("ok  ", fg="green") if finding.works else click.style("no  ", fg="yellow")
+            status = click.style("ok  ", fg="green") if finding.works else click.style("no  ", fg="yellow")
             if not finding.works and finding.needed:
-                mark, broken = click.style("FAIL", fg="red"), True
-            click.echo(f"{mark}  {finding.name:<22} {finding.detail}")
+                status, broken = click.style("FAIL", fg="red"), True
+            click.echo(f"{status}  {finding.name:<22} {finding.detail}")
             if finding.remedy:
                 click.echo(f"      {'':<22} → {finding.remedy}")
     sys.exit(1 if broken else 0)
@@ -56,8 +56,8 @@ def _state() -> Finding:
         with TemporaryFile(dir=home()):
             pass
     except OSError as error:
-        remedy = "set FINETUNE_HOME to a folder that can be written"
-        return Finding("state", False, f"{home()} cannot be made or written ({error.strerror})", remedy)
+        remedy = "set FINETUNE_HOME to a writable folder"
+        return Finding("state", False, f"{home()} cannot be created or written ({error.strerror})", remedy)
     free = shutil.disk_usage(home()).free / 1e9
     return Finding("state", free > 1, f"{home()}, {free:.0f} GB free", "" if free > 1 else "free some disk space")
 
@@ -80,7 +80,7 @@ def _llama() -> Iterator[Finding]:
     about = "; ".join(f"{name} {version}" for name, version in probe.versions.items())
     yield Finding("llama.cpp", probe.works, f"{probe.detail} ({about})", "" if probe.works else rebuild)
     yield Finding(
-        "llama.cpp, quantised",
+        "llama.cpp, quantized",
         probe.quantized_works,
         "runs Q4_K_M" if probe.quantized_works else "does not run Q4_K_M",
         "" if works else rebuild,
@@ -94,7 +94,7 @@ def _llama() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     if shutil.which("nvidia-smi") is None:
-        yield Finding("GPU", False, "no NVIDIA driver found: training runs on the CPU", needed=False)
+        yield Finding("GPU", False, "no NVIDIA driver found; training runs on the CPU", needed=False)
         return
     result = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
     import torch

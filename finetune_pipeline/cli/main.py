@@ -1,4 +1,4 @@
-"""The `finetune` command: its groups, and errors told in a line instead of a traceback."""
+"""The `finetune` command with its groups; expected errors are printed without a traceback."""
 
 import sys
 
@@ -52,13 +52,13 @@ EXPECTED = (
     SourceError,
     TrainingError,
 )
-"""Errors that say by themselves what was found and what to do; anything else is a bug and keeps its traceback."""
+"""Errors whose message says what was found and what to do; any other exception is a bug and keeps its traceback."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="finetune-pipeline")
 def finetune() -> None:
-    """A local language model that gets better from being used."""
+    """Fine-tune, evaluate, promote and serve a local language model that improves from use."""
 
 
 for command in (run, demo, ui, env, status, ingest, dataset, feedback, review, ask, model, train, serve, key, doctor):

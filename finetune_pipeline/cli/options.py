@@ -1,4 +1,4 @@
-"""The options that several commands share."""
+"""Options shared by several commands."""
 
 import getpass
 from collections.abc import Callable
@@ -12,29 +12,33 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def the_loop(name: str | None) -> LoopSettings:
-    """The loop of this name; without one, the only loop that there is."""
+    """Return the loop of this name; without a name, the only loop.
+
+    Raises:
+        SettingsError: there is no such loop, or no name was given and not exactly one loop exists.
+    """
     if name is not None:
         return load_loop(name)
     loops = load_loops()
     if not loops:
         raise SettingsError(f"no loop is declared under {DEFS_FOLDER}; the README shows how to write one")
     if len(loops) != 1:
-        raise SettingsError(f"there are several loops; name one with --loop: {', '.join(loops)}")
+        raise SettingsError(f"several loops are declared; choose one with --loop: {', '.join(loops)}")
     return next(iter(loops.values()))
 
 
 def loop_option(command: F) -> F:
-    """`--loop NAME`, given to the command as LoopSettings; not needed while there is one loop."""
+    """Add `--loop NAME`, passed to the command as LoopSettings; optional while there is only one loop."""
     return click.option(
         "--loop",
         callback=lambda _context, _parameter, name: the_loop(name),
         metavar="NAME",
-        help="Which loop; not needed while there is one.",
+        help="Name of the loop; optional while only one is declared.",
     )(command)
 
 
 def actor() -> str:
-    """Who is at the terminal, for the history."""
+    """Return the name of the operating system user, for the deployment history."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -1,4 +1,4 @@
-"""`finetune status`: what the sensor sees, and which model serves."""
+"""`finetune status`: the state of a loop."""
 
 import click
 
@@ -9,42 +9,28 @@ from finetune_pipeline.settings import LoopSettings
 @click.command()
 @loop_option
 def status(loop: LoopSettings) -> None:
-    """Show how many new examples have arrived, and which model serves."""
-    from finetune_pipeline.curation.trigger import describe
+    """Show what is stored, what waits for ingestion or review, the new examples, and the model that serves."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.store import counters, unmatched
-    from finetune_pipeline.pipeline.pending import count_new
-    from finetune_pipeline.pipeline.review_queue import waiting as waiting_for_review
-    from finetune_pipeline.registry.champion import champion
-    from finetune_pipeline.registry.comparisons import judged_watermark
-    from finetune_pipeline.sources.ingest_ledger import unread
+    from finetune_pipeline.pipeline.status import loop_status
 
-    database = connect()
-    with database.read() as connection:
-        held = counters(connection, loop.name)
-        waiting = unmatched(connection, loop.name, 1) if held.get("unmatched") else []
-        files = unread(connection, loop.name, loop.log_folders)
-    serving = champion(database, loop.name)
+    state = loop_status(loop, connect())
     click.echo(f"loop {loop.name}")
-    click.echo(f"  store     {held.get('interactions', 0):,} interactions, {held.get('feedback', 0):,} feedback")
-    if held.get("flagged"):
+    click.echo(f"  store     {state.interactions:,} interactions, {state.feedback:,} feedback")
+    if state.flagged:
         click.echo(
-            f"  flagged   {held['flagged']:,} answers so far that the model was not sure of; "
-            "`finetune feedback flagged` lists what nobody has looked at"
+            f"  flagged   {state.flagged:,} answers with low confidence so far; `finetune feedback flagged` "
+            "lists those that nobody has reviewed"
         )
-    if for_review := len(waiting_for_review(loop, database)):
-        click.echo(f"  review    {for_review:,} examples wait for a person's eye; `finetune review` shows them")
-    for oldest in waiting:
+    if state.to_review:
+        click.echo(f"  review    {state.to_review:,} examples to review; `finetune review` shows them")
+    if state.oldest_unmatched:
         click.echo(
-            f"  waiting   {held['unmatched']:,} feedback whose interaction has not arrived, the oldest since "
-            f"{oldest.created_at:%Y-%m-%d}; `finetune feedback stats` names them"
+            f"  unmatched {state.unmatched:,} feedback whose interaction has not arrived, the oldest of "
+            f"{state.oldest_unmatched:%Y-%m-%d}; `finetune feedback stats` lists them"
         )
-    for folder in loop.log_folders[:-1]:
-        if not folder.is_dir():
-            click.echo(f"  missing   the source folder {folder} is not there; create it, or correct ingest.folders")
-    if files:
-        click.echo(f"  unread    {len(files)} event files; `finetune ingest` takes them in")
-    click.echo(
-        f"  trigger   {describe(count_new(loop, database, judged_watermark(database, loop.name)), loop.trigger)}"
-    )
-    click.echo(f"  serving   {serving.name if serving else 'the base model'}")
+    for folder in state.missing_folders:
+        click.echo(f"  missing   the log folder {folder} does not exist; create it, or correct ingest.folders")
+    if state.unread_files:
+        click.echo(f"  unread    {state.unread_files} event files; `finetune ingest` reads them")
+    click.echo(f"  trigger   {state.trigger}")
+    click.echo(f"  serving   {state.champion or 'the base model'}")

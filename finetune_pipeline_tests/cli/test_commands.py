@@ -75,13 +75,13 @@ def test_an_error_is_a_line_that_says_what_to_do_and_no_traceback(two_versions):
     assert "no version 'v9.9.9'; there are: v1.1.0, v1.0.0" in result.stderr
     assert "Traceback" not in result.stderr
     unknown = real("status", "--loop", "nobody")
-    assert unknown.returncode == 1 and "there are: aec_parser" in unknown.stderr
+    assert unknown.returncode == 1 and "declares: aec_parser" in unknown.stderr
 
 
 def test_status_says_what_the_sensor_says(own_home):
     before = run("status")
     assert "0 of 50 new high-reward examples" in before
-    assert "event files; `finetune ingest` takes them in" in before
+    assert "event files; `finetune ingest` reads them" in before
     assert "interactions and" in run("ingest")
     after = run("status")
     assert "unread" not in after
@@ -128,7 +128,7 @@ def test_ask_answers_with_the_base_model_while_there_is_no_champion():
 
 def test_doctor_finds_this_machine_able():
     said = run("doctor")
-    for name in ("python", "C++ compiler", "llama.cpp, quantised", "GGUF converter", "GPU", "training: peft"):
+    for name in ("python", "C++ compiler", "llama.cpp, quantized", "GGUF converter", "GPU", "training: peft"):
         assert name in said
     assert "FAIL" not in said
 

@@ -192,7 +192,7 @@ def test_what_another_reviewer_decided_meanwhile_is_passed_over(monkeypatch):
 
 
 def test_an_empty_queue_says_so_and_status_counts():
-    assert "review    5 examples wait for a person's eye; `finetune review` shows" in CliRunner().invoke(
+    assert "review    5 examples to review; `finetune review` shows" in CliRunner().invoke(
         finetune, ["status", "--loop", LOOP]
     ).output.replace("\n", " ")
     review("aaaaa")
