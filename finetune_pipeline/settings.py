@@ -1,7 +1,7 @@
-"""Everything a loop can be told, and where its state lies. Plain pydantic: no Dagster, nothing heavy.
+"""The settings of a loop and the location of its state, as pydantic models without Dagster or heavy imports.
 
-One loop is one `finetune_pipeline/defs/<loop>/defs.yaml`. Every door (Dagster, the command line, later the gateway)
-reads it through this module, so that all of them see the same loop. Unknown keys are refused.
+One loop is one `finetune_pipeline/defs/<loop>/defs.yaml`. Dagster, the command line and the gateway read it through
+this module. Unknown keys are errors.
 """
 
 import os
@@ -26,24 +26,24 @@ _ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$"
 
 
 class SettingsError(ValueError):
-    """A loop's YAML, or an environment variable that it names, cannot be used; the message says what to change."""
+    """A loop's YAML, or an environment variable that it names, is invalid; the message says what to change."""
 
 
 def home() -> Path:
-    """The folder under which everything that the project writes lies: `FINETUNE_HOME`, by default `data/state`."""
+    """Return the folder that everything is written to: `FINETUNE_HOME`, by default `data/state`."""
     return Path(os.environ.get("FINETUNE_HOME") or PROJECT_ROOT / "data" / "state").expanduser().resolve()
 
 
 def database_url() -> str:
-    """Where the tables are: `FINETUNE_DATABASE_URL` (SQLAlchemy's form), by default SQLite under `home()`."""
+    """Return the database URL in SQLAlchemy's form: `FINETUNE_DATABASE_URL`, by default SQLite under `home()`."""
     return os.environ.get("FINETUNE_DATABASE_URL") or f"sqlite:///{home() / 'finetune.db'}"
 
 
 def survives_power_cut() -> bool:
-    """Whether what was recorded must survive a power cut too, not only a kill: `FINETUNE_DURABILITY=power-cut`.
+    """Return whether recorded events must survive a power cut, not only a kill: `FINETUNE_DURABILITY=power-cut`.
 
     Raises:
-        SettingsError: the variable has another value than "kill" (the default) or "power-cut".
+        SettingsError: the variable is neither "kill" (the default) nor "power-cut".
     """
     value = os.environ.get("FINETUNE_DURABILITY") or "kill"
     if value not in {"kill", "power-cut"}:
@@ -52,12 +52,12 @@ def survives_power_cut() -> bool:
 
 
 def project_path(text: str) -> Path:
-    """A path from a YAML: absolute as it is, relative ones from the project's root."""
+    """Return the absolute form of a path in a YAML; relative paths start at the project root."""
     return (PROJECT_ROOT / Path(text).expanduser()).resolve()
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen; unknown keys, and numbers that are none or endless, are errors."""
+    """Base class of all settings: frozen; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -67,7 +67,7 @@ Reward = Annotated[float, Field(ge=-1, le=1)]
 
 def _cron(value: str) -> str:
     if not re.fullmatch(r"@[a-z]+|[\w*/,?#-]+(\s+[\w*/,?#-]+){4}", value.strip()):
-        raise ValueError('expected a cron time of five fields, such as "0 2 * * *" (two at night)')
+        raise ValueError('expected a cron schedule of five fields, such as "0 2 * * *" (2 a.m. every day)')
     return value
 
 
@@ -560,17 +560,19 @@ class TriggerSettings(Settings):
 
 
 class LoopSettings(Settings):
-    """One fine-tuning loop: one task, one base model, one benchmark."""
+    """One fine-tuning loop: one task with its base model, data and benchmark."""
 
     name: str = Field(pattern=_NAME, max_length=60, description="Name of the loop, its group, job, sensor, schedules.")
     key_prefix: str | None = Field(
-        default=None, description="Prefix of the asset keys; default the name. Empty gives bare keys."
+        default=None, description="Prefix of the asset keys; default: the name. An empty prefix gives bare keys."
     )
-    description: str = Field(default="", description="What the loop's model does, in a sentence.")
-    base_model: str = Field(description="Hugging Face id, or a local folder relative to the project.")
-    system_prompt: str = Field(default="", description="Put before every prompt, in training and in service.")
+    description: str = Field(default="", description="One sentence on what the loop's model does.")
+    base_model: str = Field(description="Hugging Face model id, or a local folder relative to the project.")
+    system_prompt: str = Field(
+        default="", description="System message of every prompt, in training, evaluation and serving."
+    )
     output_schema: str | None = Field(
-        default=None, description="JSON Schema file of the answers; without one, answers are free text."
+        default=None, description="JSON Schema file for the answers; without one, answers are free text."
     )
     sources: tuple[Source, ...] = Field(
         default=(), description="Declared sources in addition to the logs; see docs/sources.md."
@@ -622,40 +624,44 @@ class LoopSettings(Settings):
 
     @property
     def prefix(self) -> list[str]:
-        """The asset keys' prefix as Dagster takes it: no parts, or one."""
+        """Return the prefix of the asset keys as Dagster takes it: an empty list or one part."""
         prefix = self.name if self.key_prefix is None else self.key_prefix
         return [prefix] if prefix else []
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and answer together, in service."""
+        """Return the context length in serving: tokens of prompt and answer together."""
         return self.serving.context or self.evaluation.context
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of an answer in service, unless the request says otherwise."""
+        """Return the maximum number of tokens of a served answer, unless the request sets its own."""
         return self.serving.max_tokens or self.evaluation.max_tokens
 
     @property
     def review_below(self) -> float:
-        """Answers less confident than this deserve a person's eye."""
+        """Return the confidence below which a served answer is flagged for review."""
         below = self.serving.review_below
         return self.curation.min_confidence if below is None else below
 
     @property
     def drop_folder(self) -> Path:
-        """Where an application drops its JSONL files."""
+        """Return the folder where an application drops its event files."""
         given = self.ingest.drop_folder
         return project_path(given) if given else home() / "inbox" / self.name
 
     @property
     def log_folders(self) -> list[Path]:
-        """Every folder that raw_logs reads: the declared ones, then the drop folder."""
+        """Return every folder that raw_logs reads: the declared ones, then the drop folder."""
         return [*(project_path(folder) for folder in self.ingest.folders), self.drop_folder]
 
 
 def resolve_environment(value: Any) -> Any:
-    """Replace `{{ env.NAME }}` in every string; an unset variable is an error that names it."""
+    """Return a YAML value with every `{{ env.NAME }}` replaced.
+
+    Raises:
+        SettingsError: a variable is not set.
+    """
     if isinstance(value, str):
         return _ENV.sub(_environment_value, value)
     if isinstance(value, Mapping):
@@ -673,14 +679,14 @@ def _environment_value(match: re.Match[str]) -> str:
 
 
 _KEYS = {"type", "attributes", "template_vars_module", "requirements", "post_processing"}
-"""What Dagster knows at the top of a component's YAML."""
+"""Top-level keys that Dagster knows in a component's YAML."""
 
 
 def read_loop(path: Path) -> LoopSettings:
-    """The settings of one `defs.yaml`.
+    """Read the settings of one `defs.yaml`.
 
     Raises:
-        SettingsError: the file is not YAML, is of another component type, or a setting is unknown or out of range.
+        SettingsError: the file is not YAML, has another component type, or a setting is unknown or out of range.
     """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -688,49 +694,56 @@ def read_loop(path: Path) -> LoopSettings:
             raise SettingsError(f"{path}: expected `type: {COMPONENT_TYPE}` and `attributes:`")
         if unknown := sorted(map(str, document.keys() - _KEYS)):
             raise SettingsError(
-                f"{path}: beside `type` and `attributes` there is no {', '.join(unknown)}; a loop's settings stand "
-                "under `attributes`"
+                f"{path}: unknown top-level keys: {', '.join(unknown)}; move a loop's settings under `attributes`"
             )
         return LoopSettings.model_validate(document.get("attributes") or {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML in UTF-8: {error}; correct it, then run again") from error
     except ValidationError as error:
         lines = [f"  {line}" for line in error_messages(error, _names())]
-        raise SettingsError("\n".join([f"{path}: these settings cannot be used:", *lines])) from error
+        raise SettingsError("\n".join([f"{path}: invalid settings:", *lines])) from error
 
 
 def _names() -> set[str]:
-    """The name of every setting there is."""
+    """Return the names of all settings."""
     schema = LoopSettings.model_json_schema()
     return {name for part in [schema, *schema["$defs"].values()] for name in part.get("properties", {})}
 
 
 def load_loops(folder: Path = DEFS_FOLDER) -> dict[str, LoopSettings]:
-    """Every loop declared under `folder`, by name, in the order of the folders' names."""
+    """Return every loop declared under `folder` by name, ordered by folder name.
+
+    Raises:
+        SettingsError: a file is invalid, or two loops have one name.
+    """
     loops: dict[str, LoopSettings] = {}
     for path in sorted(folder.glob("*/defs.yaml")):
         if not _is_loop(path):
             continue
         loop = read_loop(path)
         if loop.name in loops:
-            raise SettingsError(f"{path}: a second loop is named {loop.name!r}; give each its own name")
+            raise SettingsError(f"{path}: another loop is already named {loop.name!r}; give each loop its own name")
         loops[loop.name] = loop
     return loops
 
 
 def _is_loop(path: Path) -> bool:
-    # Shared resources and other components may lie beside the loops; they are Dagster's business.
+    # The folder may also hold shared resources and other components, which Dagster loads.
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        return True  # reading it says what is wrong
+        return True  # read_loop reports what is wrong
     return isinstance(document, dict) and document.get("type") == COMPONENT_TYPE
 
 
 def load_loop(name: str, folder: Path = DEFS_FOLDER) -> LoopSettings:
-    """The loop of this name; the error of an unknown one lists those that there are."""
+    """Return the loop of this name.
+
+    Raises:
+        SettingsError: there is no such loop; the message lists the existing ones.
+    """
     loops = load_loops(folder)
     if name not in loops:
         known = ", ".join(loops) or "none"
-        raise SettingsError(f"no loop is named {name!r}; under {folder} there are: {known}")
+        raise SettingsError(f"no loop is named {name!r}; {folder} declares: {known}")
     return loops[name]
