@@ -12,7 +12,7 @@ from finetune_pipeline.pipeline.review_queue import waiting
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.sources.ledger import unread
+from finetune_pipeline.sources.ingest_ledger import unread
 
 
 @dataclass(frozen=True)
