@@ -159,7 +159,7 @@ def run(*paths: str) -> dict[str, Any]:
 
     from finetune_pipeline import artifacts
     from finetune_pipeline.manifests import RawLogsManifest
-    from finetune_pipeline.pipeline.build_dataset import dataset
+    from finetune_pipeline.pipeline.build_dataset import build_dataset
     from finetune_pipeline.settings import load_loop
 
     loop = load_loop(LOOP)
@@ -169,8 +169,8 @@ def run(*paths: str) -> dict[str, Any]:
             shutil.copy(path, folder)
         names = [Path(path).name for path in paths]
         given = {"loop": loop.name, "version": str(len(paths)), "inputs": {}, "settings": {}, "packages": {}}
-        logs = artifacts.publish(folder, RawLogsManifest, {**given, **numbers, "parts": names})
-    manifest = dataset(loop, logs).manifest
+        logs = artifacts.publish(folder, RawLogsManifest, {**given, **numbers, "shards": names})
+    manifest = build_dataset(loop, logs).manifest
     return {"kept": manifest.train + manifest.validation, "left_out": manifest.left_out, "redacted": manifest.redacted}
 
 
@@ -286,7 +286,7 @@ def _exact(like: Line, rng: Random) -> Line:
 
 def _near(like: Line, rng: Random) -> Line | None:
     """The same request in slightly other words, if it is similar enough to be a near-duplicate by definition."""
-    from finetune_pipeline.curation.duplicates import jaccard, shingles
+    from finetune_pipeline.curation.decontamination import jaccard, shingles
 
     prompt = rng.choice(_EDITS)(like["prompt"], rng)
     similar = jaccard(shingles(prompt), shingles(like["prompt"]))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import publish
-from finetune_pipeline.curation.dataset import DATASET, Curated, curate, write_dataset
-from finetune_pipeline.curation.preferences import LABELLED, PAIRS
+from finetune_pipeline.curation.dataset import Curated, curate, write_dataset
+from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETION, UNPAIRED_PREFERENCE
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.run import answer_benchmark
@@ -20,7 +20,7 @@ from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.orchestration.lora_adapter import PARTS
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.pipeline.build_dataset import taught
+from finetune_pipeline.pipeline.build_dataset import examples_of
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.records import Example
@@ -89,7 +89,7 @@ def _write(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[st
     database = connect()
     ingest(loop, database, print)
     logs, _ = snapshot(loop, database)
-    examples = list(taught(logs))
+    examples = list(examples_of(logs))
     if corrections is not None:
         examples = _few(examples, corrections)
     curated = curate(examples, loop_files.replay(loop), loop_files.policy(loop), loop_files.identity)
@@ -108,10 +108,10 @@ def _few(examples: list[Example], corrections: int) -> list[Example]:
 
 def _counts(curated: Curated) -> dict[str, int]:
     return {
-        "good": curated.count(DATASET, "train"),
+        "good": curated.count(PROMPT_COMPLETION, "train"),
         "replayed": curated.replayed,
-        "pairs": curated.count(PAIRS, "train"),
-        "bad": curated.count(LABELLED, "train"),
+        "pairs": curated.count(PREFERENCE, "train"),
+        "bad": curated.count(UNPAIRED_PREFERENCE, "train"),
     }
 
 
@@ -121,8 +121,8 @@ def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:
     part = PARTS[settings.method]
     job = JobConfig(
         base_model=resolve_base_model(loop.base_model),
-        dataset=data / DATASET,
-        preferences=None if part == DATASET else data / part,
+        dataset=data / PROMPT_COMPLETION,
+        preferences=None if part == PROMPT_COMPLETION else data / part,
         system_prompt=loop.system_prompt,
         output=output,
         settings=settings,

@@ -137,7 +137,7 @@ def _dataset() -> str:
     subprocess.run(
         [sys.executable, *command, "-m", "finetune_pipeline.definitions"], check=True, env=env, capture_output=True
     )
-    (folder,) = Path(os.environ["FINETUNE_HOME"]).glob("artifacts/aec_parser/curated_dataset/*/dataset")
+    (folder,) = Path(os.environ["FINETUNE_HOME"]).glob("artifacts/aec_parser/curated_dataset/*/prompt_completion")
     return str(folder)
 
 

@@ -44,27 +44,25 @@ class RawLogsManifest(Manifest):
 
 
 class DatasetManifest(Manifest):
-    """A training set and its validation set."""
+    """The training and validation sets of curated_dataset."""
 
     stage: ClassVar[str] = "curated_dataset"
     blocking_checks: ClassVar[tuple[str, ...]] = ("enough_examples", "no_benchmark_overlap", "targets_parse")
-    train: int
-    validation: int
-    replayed: int = Field(description="Of train: examples mixed in against forgetting.")
-    sources: dict[str, int] = Field(
-        default={}, description="Source -> examples of train and validation, the replayed ones among them."
-    )
-    left_out: dict[str, int] = Field(description="Reason -> examples.")
-    redacted: dict[str, int] = Field(description="Kind of secret or personal data -> places of the training set.")
-    near_benchmark: list[str] = Field(description="Interaction ids taken out as near-duplicates of the benchmark.")
+    train: int = Field(description="Examples of prompt_completion/ to train on, replay included.")
+    validation: int = Field(description="Examples of prompt_completion/ to validate with.")
+    replayed: int = Field(description="Replay examples in train, against catastrophic forgetting.")
+    sources: dict[str, int] = Field(default={}, description="Source -> examples of train and validation.")
+    left_out: dict[str, int] = Field(description="Reason -> examples left out.")
+    redacted: dict[str, int] = Field(description="Kind of secret or personal data -> replacements in the examples.")
+    near_benchmark: list[str] = Field(description="Ids of interactions left out for overlap with the benchmark.")
     conflicts: list[tuple[str, str]] = Field(
-        default=[], description="Interaction ids of an answer that was kept and of another to its question, the first."
+        default=[],
+        description="Ids of the kept interaction and of one with another answer to the same prompt; the first ones.",
     )
-    # What is beside the training set, without its validation split. An older dataset has none of it.
-    pairs: int = Field(default=0, description="Corrected answers with what the model had said instead.")
-    desirable: int = Field(default=0, description="Answers found good, without the replayed ones.")
-    undesirable: int = Field(default=0, description="Answers found bad.")
-    watermark: int
+    preference_pairs: int = Field(description="Rows of preference/ to train on.")
+    desirable: int = Field(description="Desirable answers to train on, without replay.")
+    undesirable: int = Field(description="Undesirable answers to train on.")
+    watermark: int = Field(description="Last ingest offset of the snapshot that the dataset was built from.")
 
 
 class AdapterManifest(Manifest):

@@ -217,6 +217,9 @@ class SqlSource(SourceSettings):
 LOGS = "logs"
 """The source of what the application itself logged."""
 
+REPLAY = "replay"
+"""The source of replay examples, which a dataset mixes in against catastrophic forgetting."""
+
 INGESTED = "ingested"
 """The source of conversations from the drop folder's files and from `finetune ingest FILE`."""
 
@@ -600,7 +603,7 @@ class LoopSettings(Settings):
         names = [source.name for source in sources]
         duplicates = sorted({name for name in names if names.count(name) > 1})
         reserved = sorted(
-            {"replay", LOGS, INGESTED}
+            {REPLAY, LOGS, INGESTED}
             & {source.name for source in sources if not isinstance(source, LogsSource | IngestedSource)}
         )
         if duplicates or reserved:

@@ -17,6 +17,7 @@ from uuid import UUID, uuid5
 import pytest
 import sqlalchemy as sa
 
+from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION, read_split
 from finetune_pipeline.database import Database, connect, connection
 from finetune_pipeline.ray_session import ADDRESS
 from finetune_pipeline.records import Feedback, Interaction
@@ -25,6 +26,11 @@ from finetune_pipeline.settings import PROJECT_ROOT
 SHARED = PROJECT_ROOT.parent / "shared" / "data"
 NAMESPACE = UUID("00000000-0000-4000-8000-000000000000")
 START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def dataset_rows(dataset: Path, split: str) -> list[dict[str, Any]]:
+    """Return the rows of prompt_completion/ of a dataset."""
+    return list(read_split(dataset, PROMPT_COMPLETION, split))
 
 
 @pytest.fixture(autouse=True)

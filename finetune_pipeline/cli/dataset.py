@@ -8,9 +8,9 @@ import click
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, get_latest, read, stage_folder
 from finetune_pipeline.cli.options import loop_option
-from finetune_pipeline.curation.card import DATASET_CARD
-from finetune_pipeline.curation.dataset import SPLITS, learnt
-from finetune_pipeline.curation.formats import WRITERS, write_rows
+from finetune_pipeline.curation.dataset_card import DATASET_CARD
+from finetune_pipeline.curation.dataset_files import SPLITS, read_examples
+from finetune_pipeline.curation.export_formats import WRITERS, write_rows
 from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.settings import LoopSettings
 
@@ -47,7 +47,7 @@ def export(loop: LoopSettings, form: str, split: str, path: Path | None, version
     path = path or Path(f"{loop.name}-{found.manifest.version}-{split}.{form}.jsonl")
     system_prompt = str(found.manifest.settings.get("system_prompt", loop.system_prompt))
     try:
-        written = write_rows(path, learnt(found.path, split), form, system_prompt, force=force)
+        written = write_rows(path, read_examples(found.path, split), form, system_prompt, force=force)
     except FileExistsError as error:
         raise click.ClickException(
             f"{path} is there already; name another file with --out, or overwrite it with --force"

@@ -13,7 +13,7 @@ from finetune_pipeline.cli.options import actor, loop_option
 from finetune_pipeline.settings import LoopSettings
 
 if TYPE_CHECKING:
-    from finetune_pipeline.curation.rules import Policy
+    from finetune_pipeline.curation.acceptance import Policy
     from finetune_pipeline.database import Database
     from finetune_pipeline.feedback.review import Candidate
     from finetune_pipeline.feedback.rewards import RewardFunction

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune_pipeline.curation.acceptance import CONFLICT
 from finetune_pipeline.curation.near_duplicates import BANDS, BITS, Sketches, components
 from finetune_pipeline.curation.quotas import Quota, allowed
-from finetune_pipeline.curation.rules import CONFLICT
 from finetune_pipeline.settings import LOGS, CurationSettings
 
 if TYPE_CHECKING:

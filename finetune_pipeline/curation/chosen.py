@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune_pipeline.curation.acceptance import Policy
 from finetune_pipeline.curation.choosing import Choice, Found, Numbers, choose
-from finetune_pipeline.curation.preferences import LABELLED, PAIRS
+from finetune_pipeline.curation.dataset_files import PREFERENCE, UNPAIRED_PREFERENCE
 from finetune_pipeline.curation.redaction import redact_example
-from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifted import Cache, sift_parts
 from finetune_pipeline.curation.sifting import Identity, example_of_row, number_of
 from finetune_pipeline.curation.snapshot import ROWS, Part, Rows, schema
@@ -113,7 +113,9 @@ class Chosen:
             yield "validation", rows.filter(pa.array(validates))
 
     def _all(self, part: str) -> Numbers:
-        return {PAIRS: self._choice.pairs, LABELLED: self._choice.undesirable}.get(part, self._choice.kept)
+        return {PREFERENCE: self._choice.pairs, UNPAIRED_PREFERENCE: self._choice.undesirable}.get(
+            part, self._choice.kept
+        )
 
     def _validates(self, places: Numbers) -> Numbers:
         return np.asarray(self._found.of("side", places) / 16**8 < self._share)
@@ -177,7 +179,7 @@ def _bad(rows: "pa.Table", found: Found, places: Numbers) -> "pa.Table":
     return pa.table({**_asked(rows), **answers, "interaction_id": rows["interaction_id"]})
 
 
-_AS = {PAIRS: _pairs, LABELLED: _bad}
+_AS = {PREFERENCE: _pairs, UNPAIRED_PREFERENCE: _bad}
 
 
 def _asked(rows: "pa.Table") -> "dict[str, pa.Array]":

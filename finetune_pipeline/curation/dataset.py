@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.curation.errors import CurationError
-from finetune_pipeline.curation.formats import alpaca
-from finetune_pipeline.curation.preferences import (
-    LABELLED,
-    LABELLED_COLUMNS,
-    PAIR_COLUMNS,
-    PAIRS,
-    Labelled,
-    Pair,
+from finetune_pipeline.curation.acceptance import Policy, near_benchmark
+from finetune_pipeline.curation.dataset_files import (
+    COLUMNS,
+    PREFERENCE,
+    PROMPT_COMPLETION,
+    SPLITS,
+    UNPAIRED_PREFERENCE,
+    DatasetExample,
+    DatasetWriter,
+    ProvenanceWriter,
+    read_all,
+    turns_of,
 )
-from finetune_pipeline.curation.provenance import OriginsWriter
+from finetune_pipeline.curation.errors import CurationError
+from finetune_pipeline.curation.export_formats import alpaca
+from finetune_pipeline.curation.preferences import Labelled, Pair
 from finetune_pipeline.curation.redaction import redact
-from finetune_pipeline.curation.rules import Policy, near_benchmark
-from finetune_pipeline.curation.storage import SplitWriter, iterate_split, read_split
-from finetune_pipeline.records import Example, Turn, conversation_text, loss_mask_field, normalize
+from finetune_pipeline.records import Example, loss_mask_field, normalize
+from finetune_pipeline.settings import REPLAY
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,34 +40,8 @@ if TYPE_CHECKING:
     from finetune_pipeline.curation.chosen import Chosen
     from finetune_pipeline.curation.sifted import Cache
 
-DATASET = "dataset"
-COLUMNS = {
-    "prompt": "string", "history": "turns", "completion": "string", "reward": "float64", "source": "string",
-    "provenance": "string", "interaction_id": "string", "content_hash": "string",
-}  # fmt: skip
-SPLITS = ("train", "validation")
-
 Identity = Callable[[Example], str]
 """The content hash of an example: by it the store knows the example again after it was judged."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the dataset."""
-
-    prompt: str
-    completion: str
-    reward: float
-    source: str
-    provenance: str | None = None
-    interaction_id: str | None = None
-    history: tuple[Turn, ...] = ()
-    content_hash: str | None = None
-
-    @property
-    def question(self) -> str:
-        """The prompt with what was said before it."""
-        return conversation_text(self.prompt, self.history)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +60,7 @@ class Curated:
     """
 
     chosen: "Chosen"
-    replay: tuple[Row, ...]
+    replay: tuple[DatasetExample, ...]
     left_out: dict[str, int]
     redacted: dict[str, int]
     near_benchmark: tuple[str, ...]
@@ -99,27 +77,27 @@ class Curated:
         return [*rows, self.left_out, self.redacted, self.near_benchmark, self.conflicts]
 
     @cached_property
-    def train(self) -> tuple[Row, ...]:
+    def train(self) -> tuple[DatasetExample, ...]:
         """Answers to learn, the last `replayed` of them replayed ones."""
         return (*self._rows("train"), *self.replay)
 
     @cached_property
-    def validation(self) -> tuple[Row, ...]:
+    def validation(self) -> tuple[DatasetExample, ...]:
         """Answers to validate with."""
         return self._rows("validation")
 
     @property
     def pairs(self) -> dict[str, tuple[Pair, ...]]:
         """Corrected answers beside the model's own, by split."""
-        return {split: tuple(_pair(row) for row in self.chosen.rows(PAIRS, split)) for split in SPLITS}
+        return {split: tuple(_pair(row) for row in self.chosen.rows(PREFERENCE, split)) for split in SPLITS}
 
     @property
     def undesirable(self) -> dict[str, tuple[Labelled, ...]]:
         """Answers found bad, by split."""
-        return {split: tuple(_bad(row) for row in self.chosen.rows(LABELLED, split)) for split in SPLITS}
+        return {split: tuple(_bad(row) for row in self.chosen.rows(UNPAIRED_PREFERENCE, split)) for split in SPLITS}
 
-    def _rows(self, split: str) -> tuple[Row, ...]:
-        return tuple(_row(row) for row in self.chosen.rows(DATASET, split))
+    def _rows(self, split: str) -> tuple[DatasetExample, ...]:
+        return tuple(_row(row) for row in self.chosen.rows(PROMPT_COMPLETION, split))
 
     @property
     def replayed(self) -> int:
@@ -134,18 +112,20 @@ class Curated:
     @property
     def examples(self) -> int:
         """Examples from use: train and validation without the replayed ones."""
-        return sum(self.count(DATASET, split) for split in SPLITS)
+        return sum(self.count(PROMPT_COMPLETION, split) for split in SPLITS)
 
-    def sample(self, count: int) -> list[Row]:
+    def sample(self, count: int) -> list[DatasetExample]:
         """The first rows of each source, the replayed ones last: at most `count` of each."""
         return [*(_row(row) for row in self.chosen.sample(count)), *self.replay[:count]]
 
     def count(self, part: str, split: str) -> int:
-        """Rows of a split without the replayed ones: of DATASET, of PAIRS, or answers found bad (LABELLED)."""
+        """Return the number of rows of a split, without replay; of UNPAIRED_PREFERENCE the undesirable ones."""
         return self.chosen.count(part, split)
 
 
-def curate(examples: Iterable[Example], replay: Sequence[Row], policy: Policy, identity: Identity) -> Curated:
+def curate(
+    examples: Iterable[Example], replay: Sequence[DatasetExample], policy: Policy, identity: Identity
+) -> Curated:
     """Build the dataset, with secrets and personal data replaced; the same examples in any order give the same one."""
     from finetune_pipeline.curation.snapshot import Part, table_of
 
@@ -153,7 +133,11 @@ def curate(examples: Iterable[Example], replay: Sequence[Row], policy: Policy, i
 
 
 def curate_files(
-    paths: Sequence[Path], replay: Sequence[Row], policy: Policy, identity: Identity, cache: "Cache | None" = None
+    paths: Sequence[Path],
+    replay: Sequence[DatasetExample],
+    policy: Policy,
+    identity: Identity,
+    cache: "Cache | None" = None,
 ) -> Curated:
     """Build the dataset of a snapshot's Parquet files, of which a later one's row of an interaction stands.
 
@@ -167,12 +151,12 @@ def curate_files(
 
 
 def _curate(
-    parts: Sequence[Any], replay: Sequence[Row], policy: Policy, identity: Identity, cache: "Cache | None"
+    parts: Sequence[Any], replay: Sequence[DatasetExample], policy: Policy, identity: Identity, cache: "Cache | None"
 ) -> Curated:
     from finetune_pipeline.curation.chosen import Chosen
 
     chosen = Chosen.of(parts, policy, identity, cache)
-    count = round(policy.settings.replay_ratio * chosen.count(DATASET, "train"))
+    count = round(policy.settings.replay_ratio * chosen.count(PROMPT_COMPLETION, "train"))
     mixed_in, found = _replayed(replay, chosen.asks, count, policy)
     return Curated(
         chosen=chosen,
@@ -184,16 +168,16 @@ def _curate(
     )
 
 
-def _row(row: Mapping[str, Any]) -> Row:
-    return Row(**{**row, "history": turns(row)})
+def _row(row: Mapping[str, Any]) -> DatasetExample:
+    return DatasetExample(**{**row, "history": turns_of(row)})
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:
-    return Pair(**{**row, "history": turns(row)})
+    return Pair(**{**row, "history": turns_of(row)})
 
 
 def _bad(row: Mapping[str, Any]) -> Labelled:
-    return Labelled(**{**row, "history": turns(row)})
+    return Labelled(**{**row, "history": turns_of(row)})
 
 
 def in_validation(question: str, share: float) -> bool:
@@ -203,7 +187,7 @@ def in_validation(question: str, share: float) -> bool:
     return side(normalize(question)) / 16**8 < share
 
 
-def read_replay(path: Path) -> list[Row]:
+def read_replay(path: Path) -> list[DatasetExample]:
     """Read a JSONL of prompt and completion, without rows that are not to be trained on.
 
     Raises:
@@ -219,7 +203,9 @@ def read_replay(path: Path) -> list[Row]:
             if document["prompt"] is None or document["completion"] is None:
                 raise ValueError("null is no text")
             if not loss_mask_field(document):
-                rows.append(Row(str(document["prompt"]), str(document["completion"]), 1.0, "replay", provenance))
+                rows.append(
+                    DatasetExample(str(document["prompt"]), str(document["completion"]), 1.0, REPLAY, provenance)
+                )
         except (ValueError, KeyError, TypeError) as error:
             raise CurationError(
                 f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'
@@ -228,36 +214,31 @@ def read_replay(path: Path) -> list[Row]:
 
 
 def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
-    """Write three Hugging Face datasets of the splits train and validation, and the first for Alpaca-style tools too.
-
-    `dataset/` has the answers to learn (`train.alpaca.jsonl` and `validation.alpaca.jsonl` the same), `pairs/` the
-    corrections with what the model had said, `labelled/` the answers found good (those of `dataset/`) and found bad.
-    `provenances.csv` says where each row of `dataset/` came from.
-    """
+    """Write the datasets of all three types, train.alpaca.jsonl, validation.alpaca.jsonl and provenance.csv."""
     import pyarrow as pa
 
     with (
-        SplitWriter(folder / DATASET, COLUMNS, SPLITS) as dataset,
-        SplitWriter(folder / PAIRS, PAIR_COLUMNS, SPLITS) as pairs,
-        SplitWriter(folder / LABELLED, LABELLED_COLUMNS, SPLITS) as labelled,
-        OriginsWriter(folder) as provenances,
+        DatasetWriter(folder / PROMPT_COMPLETION, COLUMNS[PROMPT_COMPLETION]) as dataset,
+        DatasetWriter(folder / PREFERENCE, COLUMNS[PREFERENCE]) as pairs,
+        DatasetWriter(folder / UNPAIRED_PREFERENCE, COLUMNS[UNPAIRED_PREFERENCE]) as labelled,
+        ProvenanceWriter(folder) as provenances,
         (folder / "train.alpaca.jsonl").open("w", encoding="utf-8") as train,
         (folder / "validation.alpaca.jsonl").open("w", encoding="utf-8") as validation,
     ):
         replayed = pa.Table.from_pylist([_plain(row) for row in curated.replay], dataset.schema)
-        for split, rows in chain(curated.chosen.tables(DATASET), [("train", replayed)]):
+        for split, rows in chain(curated.chosen.tables(PROMPT_COMPLETION), [("train", replayed)]):
             dataset.write(split, rows)
             provenances.write(split, rows)
             good = rows.append_column("label", pa.repeat(True, rows.num_rows))
-            labelled.write(split, good.select(list(LABELLED_COLUMNS)))
+            labelled.write(split, good.select(list(COLUMNS[UNPAIRED_PREFERENCE])))
             (train if split == "train" else validation).writelines(_alpaca_lines(rows, system_prompt))
-        for split, rows in curated.chosen.tables(LABELLED):
+        for split, rows in curated.chosen.tables(UNPAIRED_PREFERENCE):
             labelled.write(split, rows)
-        for split, rows in curated.chosen.tables(PAIRS):
+        for split, rows in curated.chosen.tables(PREFERENCE):
             pairs.write(split, rows)
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: DatasetExample) -> dict[str, Any]:
     return {**asdict(replace(row, history=())), "history": [turn.model_dump() for turn in row.history]}
 
 
@@ -266,59 +247,57 @@ def _alpaca_lines(rows: "pa.Table", system_prompt: str) -> Iterator[str]:
         yield json.dumps(alpaca(_row(row), system_prompt), ensure_ascii=False) + "\n"
 
 
-def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    """The rows of a written dataset's split: the answers to learn."""
-    return read_split(folder / DATASET, split)
+@dataclass(frozen=True)
+class DatasetContent:
+    """What a written dataset holds, for the checks of the asset curated_dataset.
+
+    Attributes:
+        examples: examples of prompt_completion/ without replay, of both splits.
+        undesirable: undesirable answers of unpaired_preference/, of both splits.
+        near_benchmark: prompts that overlap with the benchmark, each once.
+        invalid_targets: `prompt: problem` of each answer to train on that does not pass the output schema.
+    """
+
+    examples: int
+    undesirable: int
+    near_benchmark: tuple[str, ...]
+    invalid_targets: tuple[str, ...]
 
 
-def learnt(folder: Path, split: str) -> Iterator[Row]:
-    """The same as rows."""
-    for row in read_rows(folder, split):
-        yield Row(**{**row, "history": turns(row)})
+def inspect_dataset(folder: Path, policy: Policy) -> DatasetContent:
+    """Read every row of a written dataset once and apply the policy to it again.
 
+    Curation should have left out whatever is found here; the checks read the files so that they do not rely on that.
 
-def read_all(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every row that a written dataset holds, of both splits: answers to learn, pairs, and labelled answers."""
-    for name in (DATASET, PAIRS, LABELLED):
-        if (folder / name).is_dir():  # an older version of the project wrote the first one alone
-            for split in SPLITS:
-                yield from iterate_split(folder / name, split)
-
-
-def overlaps(rows: Iterable[dict[str, Any]], policy: Policy) -> list[str]:
-    """Prompts among these rows, each named once, that are near a benchmark question."""
-    seen: set[int] = set()  # of hashes: there may be millions
-    found = []
-    for row in rows:
-        asked = hash((row["prompt"], history := turns(row)))
-        if asked not in seen and near_benchmark(row["prompt"], history, policy):
-            found.append(row["prompt"])
-        seen.add(asked)
-    return found
-
-
-def turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """What was said before the prompt of a row that was read."""
-    return tuple(Turn.model_validate(turn) for turn in row["history"])
-
-
-def invalid_targets(rows: Iterable[dict[str, Any]], policy: Policy) -> list[str]:
-    """Answers to learn that do not pass the output schema: the prompt, and what is wrong."""
-    seen: set[int] = set()
-    found = []
-    for row in rows:
+    Raises:
+        CurationError: an earlier version of the project wrote the dataset.
+    """
+    examples = undesirable = 0
+    near: list[str] = []
+    invalid: list[str] = []
+    seen_prompts: set[int] = set()  # hashes, since there may be millions of rows
+    seen_answers: set[int] = set()
+    for row in read_all(folder):
+        examples += row.get("source", REPLAY) != REPLAY
+        undesirable += row.get("label") is False
+        prompt, history = row["prompt"], turns_of(row)
+        if (key := hash((prompt, history))) not in seen_prompts:
+            seen_prompts.add(key)
+            if near_benchmark(prompt, history, policy):
+                near.append(prompt)
+        if row.get("label") is False:
+            continue
         answer = row["chosen"] if "chosen" in row else row["completion"]
-        key = hash((row["prompt"], answer))
-        if row.get("label") is not False and key not in seen:
-            seen.add(key)
-            problem = policy.problem(answer)
-            found += [] if problem is None else [f"{row['prompt']}: {problem}"]
-    return found
+        if (key := hash((prompt, answer))) not in seen_answers:
+            seen_answers.add(key)
+            if (problem := policy.problem(answer)) is not None:
+                invalid.append(f"{prompt}: {problem}")
+    return DatasetContent(examples, undesirable, tuple(near), tuple(invalid))
 
 
 def _replayed(
-    replay: Sequence[Row], asks: Callable[[str], bool], count: int, policy: Policy
-) -> tuple[list[Row], Counter[str]]:
+    replay: Sequence[DatasetExample], asks: Callable[[str], bool], count: int, policy: Policy
+) -> tuple[list[DatasetExample], Counter[str]]:
     """The rows to mix in, and what was redacted in them.
 
     Args:
@@ -327,13 +306,13 @@ def _replayed(
             to the validation set: who logs such a question later would find it there.
     """
     found: Counter[str] = Counter()
-    chosen: list[Row] = []
+    chosen: list[DatasetExample] = []
     for original in sorted(replay, key=lambda row: hash_of(row.prompt)):
         if len(chosen) == count:
             break
         prompt, completion = redact(original.prompt), redact(original.completion)
         row = replace(original, prompt=prompt.text, completion=completion.text)
-        if in_validation(row.question, policy.settings.validation_fraction) or asks(row.question):
+        if in_validation(row.conversation, policy.settings.validation_fraction) or asks(row.conversation):
             continue
         if near_benchmark(row.prompt, row.history, policy):
             continue

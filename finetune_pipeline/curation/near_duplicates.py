@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_pipeline.curation.duplicates import SHINGLE, jaccard, shingles
+from finetune_pipeline.curation.decontamination import SHINGLE, jaccard, shingles
 
 PERMUTATIONS, BANDS, BITS = 128, 16, 512
 _SEED = 1

@@ -8,15 +8,6 @@ from dataclasses import dataclass
 
 from finetune_pipeline.records import Example, Turn, conversation_text
 
-PAIRS = "pairs"
-LABELLED = "labelled"
-PAIR_COLUMNS = {
-    "prompt": "string", "history": "turns", "chosen": "string", "rejected": "string", "interaction_id": "string"
-}  # fmt: skip
-LABELLED_COLUMNS = {
-    "prompt": "string", "history": "turns", "completion": "string", "label": "bool", "interaction_id": "string"
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Pair:

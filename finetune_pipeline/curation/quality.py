@@ -1,29 +1,11 @@
-"""Answers that teach nothing: refusals, and texts that go round in circles."""
+"""Heuristics for answers that are bad training data."""
 
 import re
 from collections import Counter
 
-_CANNOT = r"(?:can['’]?t|can\s?not|won['’]?t|will not|(?:am|are|['’]m|['’]re) (?:not able|unable))"
-_REFUSAL = re.compile(
-    rf"(?i)\W*(?:"
-    rf"(?:(?:i['’]?m|i am|we['’]?re|we are)\s+(?:\w+\s+)?(?:sorry|afraid)|sorry|(?:my )?apologies|i apologi[sz]e"
-    rf"|unfortunately)\b.{{0,40}}?\b(?:i|we)\s*{_CANNOT}\b"
-    r"|(?:i['’]?m|i am|we['’]?re|we are)\s+(?:unable|not able)\s+to\b"
-    rf"|(?:i|we)\s+{_CANNOT}\s+(?:\w+ly\s+)?(?:help|assist|comply|fulfil+|provide|answer|do that|discuss|engage)\b"
-    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-    r"|es tut mir leid,? (?:aber )?(?:das kann ich|ich kann)\b"
-    r"|ich kann (?:ihnen |dir )?(?:dabei|damit) (?:leider )?nicht\b"
-    r"|désolée?,? (?:mais )?je ne peux pas\b|je ne peux pas (?:vous |t['’])?aider\b|lo siento,? (?:pero )?no puedo\b"
-    r")"
-)
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\S+")
 _RUN = 10
 _SHORT = 30
-
-
-def refuses(answer: str) -> bool:
-    """Whether an answer begins as models say no: "I'm sorry, but I cannot ..."."""
-    return _REFUSAL.match(answer) is not None
 
 
 def repetition(text: str) -> float:

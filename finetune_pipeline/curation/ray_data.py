@@ -10,7 +10,7 @@ package. Texts stay where they are read: only hashes and counts come back.
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.curation.rules import Policy
+from finetune_pipeline.curation.acceptance import Policy
 from finetune_pipeline.curation.sifting import Identity
 from finetune_pipeline.ray_session import check_installed, connected
 

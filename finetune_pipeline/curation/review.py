@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.curation.rules import Policy, near_benchmark
+from finetune_pipeline.curation.acceptance import Policy, near_benchmark
+from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.records import Turn, conversation_text, normalize
 
 PRIOR = 0.05

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_pipeline.curation.rules import Policy
+from finetune_pipeline.curation.acceptance import Policy
 from finetune_pipeline.curation.sifting import Identity, schema, sift
 from finetune_pipeline.curation.snapshot import ROWS, Part
 from finetune_pipeline.subprocess_lifetime import die_with_parent

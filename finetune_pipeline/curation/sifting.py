@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic_core import from_json
 
+from finetune_pipeline.curation.acceptance import OF_BENCHMARK, Policy, accept, at_a_glance, found_bad, near_benchmark
 from finetune_pipeline.curation.near_duplicates import BANDS, BITS, Numbers, sketch
 from finetune_pipeline.curation.preferences import shows_a_fault
 from finetune_pipeline.curation.redaction import redact_example
-from finetune_pipeline.curation.rules import OF_BENCHMARK, Policy, accept, at_a_glance, found_bad, near_benchmark
 from finetune_pipeline.records import Example, conversation_text, normalize
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
-FORM = 7  # of the result and of how it is made: what was found by an earlier one, and datasets of it, are made anew
+FORM = 8  # of the result and of how it is made: what was found by an earlier one, and datasets of it, are made anew
 EXAMPLE = tuple(Example.model_fields)
 
 Identity = Callable[[Example], str]

@@ -9,7 +9,7 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.curation.trigger import Attempt, decide
+from finetune_pipeline.curation.retrain_trigger import Attempt, decide
 from finetune_pipeline.database import connect
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import judged_watermark

@@ -1,30 +1,24 @@
-"""The asset curated_dataset: what is fit to train on, split once and for all, and kept away from the benchmark."""
+"""The asset curated_dataset: the datasets to train on, built from raw_logs, with blocking checks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
-from finetune_pipeline.curation.card import DATASET_CARD, cell
-from finetune_pipeline.curation.dataset import (
-    invalid_targets,
-    overlaps,
-    read_all,
-)
-from finetune_pipeline.curation.provenance import PROVENANCE_FILE, first_provenances
-from finetune_pipeline.curation.rules import CONFLICT
+from finetune_pipeline.curation.acceptance import CONFLICT
+from finetune_pipeline.curation.dataset_card import DATASET_CARD
+from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE, first_provenances
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
+from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
-from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_dataset, check_dataset
 from finetune_pipeline.registry.check_outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
 
-NAMED = 20
-PROVENANCES_NAMED = 3  # of each source; the others are in the file
+PROVENANCES_SHOWN = 3  # of each source; provenance.csv has all
 
 
 def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -40,60 +34,68 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         io_manager_key=pointers_key(loop),
         ins={"raw_logs": upstream(loop)},
         check_specs=[
-            check("enough_examples", f"At least {loop.curation.min_examples} examples are fit to train on."),
+            check("enough_examples", f"The dataset has at least {loop.curation.min_examples} examples."),
             check("no_benchmark_overlap", "No example is a near-duplicate of a benchmark question."),
-            check("targets_parse", "Every answer to learn passes the output schema."),
+            check("targets_parse", "Every answer to train on passes the output schema."),
         ],
         kinds={"huggingface"},
     )
     def curated_dataset(
         context: dg.AssetExecutionContext, raw_logs: Artifact[RawLogsManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """The training set: examples that people or validators found good, without duplicates.
+        """The training and validation sets: accepted examples without duplicates.
 
-        Secrets and personal data are replaced by placeholders first. Every prompt's hash says whether it trains or
-        validates, so it never moves between cycles. Near-duplicates of the benchmark are taken out and named; replayed
-        examples are mixed in against forgetting.
+        Secrets and personal data are replaced by placeholders. The hash of a prompt decides its split, so it never
+        moves between cycles. Near-duplicates of benchmark questions are left out and named. Replay examples are added
+        against catastrophic forgetting.
 
-        Beside the answers to learn (`dataset/`, for SFT) lie corrections with what the model had said (`pairs/`, for
-        DPO) and the answers found good and found bad (`labelled/`, for KTO), split in the same way. `card.md` says what
-        it is made of, with a sample, and `provenances.csv` where each example came from.
+        `prompt_completion/` is for SFT, `preference/` (corrections with the model's own answers) for DPO, and
+        `unpaired_preference/` (desirable and undesirable answers) for KTO; all have the same splits. `card.md`
+        describes the dataset with a sample, and `provenance.csv` says where each example came from.
         """
         die_with_run()
-        artifact = dataset(loop, raw_logs)
+        artifact = build_dataset(loop, raw_logs)
         manifest = artifact.manifest
-        checks = list(_checks(loop, artifact))
-        # Kept here and not by Dagster's event, so that they hold whatever was selected.
-        record_outcomes(connect(), artifact, {one.check_name or "": one.passed for one in checks}, context.run.run_id)
+        checks = check_dataset(loop, artifact)
+        # The registry keeps the outcomes too, since a later run may select assets without their checks.
+        record_outcomes(connect(), artifact, {check.name: check.passed for check in checks}, context.run.run_id)
         context.log.info(
-            f"{manifest.train} to train on ({manifest.replayed} of them replayed), {manifest.validation} to validate; "
-            f"beside them {manifest.pairs} pairs of a correction and the model's own answer, and "
-            f"{manifest.undesirable} answers found bad; left out: {manifest.left_out or 'none'}"
+            f"{manifest.train} examples to train on ({manifest.replayed} replayed), {manifest.validation} to validate, "
+            f"{manifest.preference_pairs} preference pairs, {manifest.undesirable} undesirable answers; "
+            f"left out: {manifest.left_out or 'none'}"
         )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        yield from checks
+        for check in checks:
+            yield dg.AssetCheckResult(
+                check_name=check.name,
+                passed=check.passed,
+                description=check.description or None,
+                metadata=check.metadata,
+            )
 
     return curated_dataset
 
 
 def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
+    provenances = first_provenances(artifact.path, manifest.sources, PROVENANCES_SHOWN)
+    first = [(source, provenance) for source, found in provenances.items() for provenance in found]
     return {
         "train": manifest.train,
         "validation": manifest.validation,
         "replayed": manifest.replayed,
         "examples": manifest.train + manifest.validation - manifest.replayed,
-        "pairs": manifest.pairs,
+        "preference_pairs": manifest.preference_pairs,
         "desirable": manifest.desirable,
         "undesirable": manifest.undesirable,
-        "sources": _table("source", "examples", manifest.sources),
-        "provenances": dg.MetadataValue.path(artifact.path / PROVENANCE_FILE),
-        "origins_first": _origins(artifact),
+        "sources": _table(["source", "examples"], manifest.sources.items()),
+        "provenance": dg.MetadataValue.path(artifact.path / PROVENANCE_FILE),
+        "provenance_first": _table(["source", "provenance"], first),
         "left_out": sum(manifest.left_out.values()),
-        "left_out_why": _table("reason", "examples", manifest.left_out),
+        "left_out_reasons": _table(["reason", "examples"], manifest.left_out.items()),
         "redacted": sum(manifest.redacted.values()),
-        "redacted_what": _table("kind", "places", manifest.redacted),
-        "near_benchmark": list(manifest.near_benchmark[:NAMED]),
+        "redacted_kinds": _table(["kind", "number"], manifest.redacted.items()),
+        "near_benchmark": list(manifest.near_benchmark[:OFFENDERS_SHOWN]),
         "card": dg.MetadataValue.md((artifact.path / DATASET_CARD).read_text(encoding="utf-8")),
         "conflicts": manifest.left_out.get(CONFLICT, 0),
         "conflicts_first": [f"{kept} was kept, {other} says otherwise" for kept, other in manifest.conflicts],
@@ -102,44 +104,5 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
     }
 
 
-def _origins(artifact: Artifact[DatasetManifest]) -> dg.MetadataValue[Any]:
-    """The first provenances of each source: a row for each."""
-    first = first_provenances(artifact.path, artifact.manifest.sources, PROVENANCES_NAMED)
-    lines = [
-        f"| {source} | {cell(provenance)} |" for source, provenances in first.items() for provenance in provenances
-    ]
-    return dg.MetadataValue.md("\n".join(["| source | provenance |", "|---|---|", *lines]))
-
-
-def _table(name: str, number: str, counts: dict[str, int]) -> dg.MetadataValue[Any]:
-    lines = [f"| {key} | {count} |" for key, count in counts.items()]
-    return dg.MetadataValue.md("\n".join([f"| {name} | {number} |", "|---|---|", *lines]))
-
-
-def _checks(loop: LoopSettings, artifact: Artifact[DatasetManifest]) -> Iterator[dg.AssetCheckResult]:
-    # Asked of what was written, not of what was meant to be written.
-    policy = loop_files.policy(loop)
-    examples = sum(row.get("source", "replay") != "replay" for row in read_all(artifact.path))
-    if loop.training.method in {"auto", "kto"}:  # which learn from answers found bad too
-        examples += sum(row.get("label") is False for row in read_all(artifact.path))
-    yield dg.AssetCheckResult(
-        check_name="enough_examples",
-        passed=examples >= loop.curation.min_examples,
-        description=f"{examples} of {loop.curation.min_examples} needed"
-        + ("; only what a reviewer approved trains (finetune review)" if loop.review.required else ""),
-        metadata={
-            "examples": examples,
-            "needed": loop.curation.min_examples,
-            "what to do": "log more feedback, or lower curation.min_examples",
-        },
-    )
-    yield _offenders("no_benchmark_overlap", overlaps(read_all(artifact.path), policy))
-    yield _offenders("targets_parse", invalid_targets(read_all(artifact.path), policy))
-
-
-def _offenders(name: str, offenders: Sequence[str]) -> dg.AssetCheckResult:
-    return dg.AssetCheckResult(
-        check_name=name,
-        passed=not offenders,
-        metadata={"offenders": len(offenders), "first": list(offenders[:NAMED])},
-    )
+def _table(headings: list[str], rows: Iterable[tuple[Any, ...]]) -> dg.MetadataValue[Any]:
+    return dg.MetadataValue.md(markdown_table(headings, rows))

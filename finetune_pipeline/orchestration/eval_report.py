@@ -1,6 +1,7 @@
 """The asset eval_report: champion and challenger on the same questions, and the gate's check."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import dagster as dg
@@ -17,7 +18,7 @@ from finetune_pipeline.artifacts import (
     stage_folder,
     version_of,
 )
-from finetune_pipeline.curation.dataset import read_rows
+from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION, SPLITS, read_split
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import Benchmark
 from finetune_pipeline.evaluation.comparison import Comparison, judge
@@ -41,7 +42,7 @@ from finetune_pipeline.registry.check_outcomes import record_outcomes_in
 from finetune_pipeline.registry.comparisons import ModelComparison, extend_watermark_in, record_comparison_in
 from finetune_pipeline.registry.model_versions import check_file
 from finetune_pipeline.schemas import Rule
-from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.settings import REPLAY, LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
 
 
@@ -241,8 +242,9 @@ def _trained_contents(loop: str, adapter_version: str) -> list[str]:
     adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version)
     check_unaltered(adapter)
     dataset = dataset_of(loop, adapter.manifest.inputs["curated_dataset"])
-    rows = [row for split in ("train", "validation") for row in read_rows(dataset.path, split)]
-    return [row["content_hash"] for row in rows if row["source"] != "replay"]
+    columns = ["content_hash", "source"]
+    rows = chain.from_iterable(read_split(dataset.path, PROMPT_COMPLETION, split, columns) for split in SPLITS)
+    return [row["content_hash"] for row in rows if row["source"] != REPLAY]
 
 
 def _teller(tell: Callable[[str], None]) -> Callable[[str, int, int], None]:

@@ -10,8 +10,7 @@ import dagster as dg
 from pydantic import Field, create_model
 
 from finetune_pipeline.artifacts import Artifact, get_or_create, package_versions, version_of, wait_for_lock
-from finetune_pipeline.curation.dataset import DATASET
-from finetune_pipeline.curation.preferences import LABELLED, PAIRS
+from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETION, UNPAIRED_PREFERENCE, type_folder
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
@@ -30,7 +29,7 @@ from finetune_pipeline.training.methods import Counts, choose
 from finetune_pipeline.training.presets import PRESETS, settled
 
 REPORT_EVERY_SECONDS = 5.0
-PARTS = {"sft": DATASET, "dpo": PAIRS, "kto": LABELLED}
+PARTS = {"sft": PROMPT_COMPLETION, "dpo": PREFERENCE, "kto": UNPAIRED_PREFERENCE}
 """What a method trains on, in the dataset's folder."""
 
 NOT_IN_THE_LAUNCHPAD = {
@@ -126,7 +125,9 @@ def adapter(
     """
     base = resolve_base_model(loop.base_model)
     held = dataset.manifest
-    choice = choose(settings.method, Counts(good=held.train - held.replayed, pairs=held.pairs, bad=held.undesirable))
+    choice = choose(
+        settings.method, Counts(good=held.train - held.replayed, pairs=held.preference_pairs, bad=held.undesirable)
+    )
     settings = _settled(loop.base_model, settings.model_copy(update={"method": choice.method}), tell)
     part = PARTS[choice.method]
     begin = start(loop, settings, dataset, part, base_hash(base))
@@ -138,12 +139,12 @@ def adapter(
     shaping["mode"] = begin.mode  # what is done, not what was wished for
 
     def make(folder: Path) -> dict[str, Any]:
-        examples = dataset.path / part
+        examples = type_folder(dataset.path, part)
         where = examples if begin.rows is None else write_subset(examples, begin.rows, folder / part)
         job = JobConfig(
             base_model=base,
-            dataset=where if part == DATASET else dataset.path / DATASET,
-            preferences=None if part == DATASET else where,
+            dataset=where if part == PROMPT_COMPLETION else dataset.path / PROMPT_COMPLETION,
+            preferences=None if part == PROMPT_COMPLETION else where,
             system_prompt=loop.system_prompt,
             output=folder,
             settings=settings,

@@ -1,15 +1,21 @@
-"""The dataset that a snapshot of the logs gives: what the asset curated_dataset makes. No Dagster here."""
+"""Build the dataset of a loop from a snapshot of its logs, and check what was written."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import Artifact, get_or_create, hash_of, package_versions, version_of, write_text
-from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_card
-from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, curate_files, write_dataset
-from finetune_pipeline.curation.preferences import LABELLED, PAIRS
-from finetune_pipeline.curation.provenance import PROVENANCE_FILE
+from finetune_pipeline.curation.dataset import Curated, curate_files, inspect_dataset, write_dataset
+from finetune_pipeline.curation.dataset_card import DATASET_CARD, DatasetCard, dataset_card
+from finetune_pipeline.curation.dataset_files import (
+    COLUMNS,
+    PREFERENCE,
+    PROMPT_COMPLETION,
+    PROVENANCE_FILE,
+    SPLITS,
+    UNPAIRED_PREFERENCE,
+)
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.records import Example
@@ -18,7 +24,7 @@ from finetune_pipeline.settings import LoopSettings, home, project_path
 if TYPE_CHECKING:
     from finetune_pipeline.curation.sifted import Cache
 
-OF_THE_CHOICE = frozenset(
+SELECTION_SETTINGS = frozenset(
     {
         "near_similarity",
         "semantic",
@@ -29,13 +35,14 @@ OF_THE_CHOICE = frozenset(
         "replay_ratio",
     }
 )
-"""Settings of curation that say nothing of an example by itself."""
-FOUND_BY = ("detect-secrets", "phonenumbers", "rensa", "jsonschema")
-"""Packages by which secrets, near-duplicates and valid answers are told: with others, a dataset is made anew."""
+"""Curation settings that do not change what is known of an example by itself, and so leave the filter cache valid."""
+
+FILTER_PACKAGES = ("detect-secrets", "phonenumbers", "rensa", "jsonschema")
+"""Packages whose version changes which secrets, near-duplicates and invalid answers are found."""
 
 
-def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
-    """The dataset that these logs give under the loop's settings, made if it is not there yet."""
+def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
+    """Return the dataset of a snapshot under the loop's settings; build it if it does not exist yet."""
     from finetune_pipeline.curation.sifting import FORM
 
     files = loop_files.hashes(
@@ -47,18 +54,18 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     inputs = {"raw_logs": raw_logs.manifest.version, **files}
     policy = loop_files.policy(loop)
     settings = {
-        **loop.curation.model_dump(exclude={"compute"}),  # wherever it is made, it is the same
+        **loop.curation.model_dump(exclude={"compute"}),  # it does not change the dataset
         "system_prompt": loop.system_prompt,
-        "holds": [DATASET, PAIRS, LABELLED, DATASET_CARD, PROVENANCE_FILE],
+        "contents": [*COLUMNS, DATASET_CARD, PROVENANCE_FILE],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
         "review": loop.review.model_dump(),
         "form": FORM,
-        "found_by": package_versions(*FOUND_BY),
+        "filter_packages": package_versions(*FILTER_PACKAGES),
     }
     version = version_of(inputs, settings)
 
     def make(folder: Path) -> dict[str, Any]:
-        paths = [raw_logs.path / part for part in raw_logs.manifest.shards]
+        paths = [raw_logs.path / shard for shard in raw_logs.manifest.shards]
         curated = curate_files(
             paths, loop_files.replay(loop), policy, loop_files.identity, _cache(loop, raw_logs, files)
         )
@@ -66,7 +73,7 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
         made: dict[str, Any] = {
             "inputs": inputs,
             "settings": settings,
-            "packages": package_versions("finetune-pipeline", "pyarrow", *FOUND_BY),
+            "packages": package_versions("finetune-pipeline", "pyarrow", *FILTER_PACKAGES),
             "watermark": raw_logs.manifest.watermark,
         }
         card = dataset_card(DatasetCard(loop.name, version, curated=curated, **made))
@@ -76,37 +83,83 @@ def dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact
     return get_or_create(DatasetManifest, loop.name, version, make)
 
 
+@dataclass(frozen=True)
+class DatasetCheck:
+    """The outcome of a blocking check of a dataset.
+
+    Attributes:
+        name: as in `DatasetManifest.blocking_checks`.
+        description: a sentence, or empty.
+        metadata: numbers and offenders, for people.
+    """
+
+    name: str
+    passed: bool
+    description: str
+    metadata: dict[str, Any]
+
+
+OFFENDERS_SHOWN = 20
+
+
+def check_dataset(loop: LoopSettings, dataset: Artifact[DatasetManifest]) -> tuple[DatasetCheck, ...]:
+    """Check what was written to a dataset, in one pass over its files.
+
+    Raises:
+        CurationError: an earlier version of the project wrote the dataset.
+    """
+    content = inspect_dataset(dataset.path, loop_files.policy(loop))
+    examples, needed = content.examples, loop.curation.min_examples
+    if loop.training.method in {"auto", "kto"}:  # these train on undesirable answers too
+        examples += content.undesirable
+    review = "; only examples that a reviewer approved train (finetune review)" if loop.review.required else ""
+    enough = DatasetCheck(
+        "enough_examples",
+        examples >= needed,
+        f"{examples} of {needed} needed{review}",
+        {"examples": examples, "needed": needed, "what to do": "log more feedback, or lower curation.min_examples"},
+    )
+    offenders = {"no_benchmark_overlap": content.near_benchmark, "targets_parse": content.invalid_targets}
+    return (
+        enough,
+        *(
+            DatasetCheck(name, not found, "", {"offenders": len(found), "first": list(found[:OFFENDERS_SHOWN])})
+            for name, found in offenders.items()
+        ),
+    )
+
+
 def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[str, str]) -> "Cache":
-    """What was found of each part of the logs by these settings and files: the next dataset looks at new parts only."""
+    """Return the filter cache: a new dataset filters only the shards that no earlier one has filtered."""
     from finetune_pipeline.curation.sifted import Cache
     from finetune_pipeline.curation.sifting import FORM
 
     given = {
         "form": FORM,
-        "settings": loop.curation.model_dump(exclude={"compute", *OF_THE_CHOICE}),
+        "settings": loop.curation.model_dump(exclude={"compute", *SELECTION_SETTINGS}),
         "review": loop.review.model_dump(),
         "files": files,
-        "packages": package_versions("finetune-pipeline", *FOUND_BY),
+        "packages": package_versions("finetune-pipeline", *FILTER_PACKAGES),
     }
     records = raw_logs.manifest.files
-    keys = [hash_of({**given, "part": records[part].sha256})[:32] for part in raw_logs.manifest.shards]
+    keys = [hash_of({**given, "shard": records[shard].sha256})[:32] for shard in raw_logs.manifest.shards]
     return Cache(home() / "cache" / "curation" / loop.name, keys)
 
 
-def taught(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
-    """What every interaction of a snapshot teaches; a later part's row of it stands instead of an earlier one."""
+def examples_of(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
+    """Yield the example of each interaction of a snapshot that has one, from the newest shard that has the row."""
     from finetune_pipeline.curation.sifting import example_of_row
     from finetune_pipeline.curation.snapshot import ROWS, Part, Rows
 
-    parts = [Part(raw_logs.path / part) for part in raw_logs.manifest.shards]
-    stands = iter((~Rows(parts).superseded()).tolist())
-    for part in parts:
-        for batch in part.batches(ROWS):
+    shards = [Part(raw_logs.path / shard) for shard in raw_logs.manifest.shards]
+    stands = iter((~Rows(shards).superseded()).tolist())
+    for shard in shards:
+        for batch in shard.batches(ROWS):
             yield from (example_of_row(row) for row in batch.to_pylist() if next(stands) and row["target"] is not None)
 
 
 def _figures(curated: Curated) -> dict[str, Any]:
-    held = {split: curated.count(DATASET, split) for split in SPLITS}
+    held = {split: curated.count(PROMPT_COMPLETION, split) for split in SPLITS}
     return {
         "train": held["train"] + curated.replayed,
         "validation": held["validation"],
@@ -116,7 +169,7 @@ def _figures(curated: Curated) -> dict[str, Any]:
         "redacted": curated.redacted,
         "near_benchmark": list(curated.near_benchmark),
         "conflicts": [list(pair) for pair in curated.conflicts],
-        "pairs": curated.count(PAIRS, "train"),
+        "preference_pairs": curated.count(PREFERENCE, "train"),
         "desirable": held["train"],
-        "undesirable": curated.count(LABELLED, "train"),
+        "undesirable": curated.count(UNPAIRED_PREFERENCE, "train"),
     }

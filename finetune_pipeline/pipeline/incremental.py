@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, find_unaltered, hash_of
-from finetune_pipeline.curation.dataset import DATASET
-from finetune_pipeline.curation.preferences import LABELLED
+from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION, UNPAIRED_PREFERENCE, type_folder
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.pipeline.required_checks import near_benchmark
@@ -70,9 +69,9 @@ def start(
         return _full(f"the adapter of {serving.name} cannot be gone on with: {problem}")
     rows = _rows(dataset, part)
     known, hashes = {_hash(row) for row in _rows(learnt, part)}, [_hash(row) for row in rows]
-    if part == DATASET:
+    if part == PROMPT_COMPLETION:
         known |= set(hashes[len(rows) - dataset.manifest.replayed :])  # they stand at the end, and are nothing new
-    labels = [row["label"] for row in rows] if part == LABELLED else None
+    labels = [row["label"] for row in rows] if part == UNPAIRED_PREFERENCE else None
     return _on_top(serving.name, adapter, known, hashes, labels, settings)
 
 
@@ -130,10 +129,7 @@ def _rows(dataset: Artifact[DatasetManifest], part: str) -> list[dict[str, Any]]
     """The rows to train on."""
     import datasets
 
-    folder = dataset.path / part
-    if not folder.is_dir():  # made before this method was there
-        return []
-    return list(datasets.load_from_disk(str(folder / "train")).to_list())
+    return list(datasets.load_from_disk(str(type_folder(dataset.path, part) / "train")).to_list())
 
 
 def _hash(row: dict[str, Any]) -> str:

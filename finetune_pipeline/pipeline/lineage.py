@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune_pipeline.artifacts import MANIFEST, ArtifactError, find, stage_folder
-from finetune_pipeline.curation.dataset import read_all
+from finetune_pipeline.curation.dataset_files import read_all
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.figures import show
 from finetune_pipeline.evaluation.report import JSON
@@ -276,6 +277,6 @@ def _snapshot_holds(folder: Path, ids: set[str]) -> bool:
 
 def _dataset_holds(folder: Path, ids: set[str]) -> bool:
     try:
-        return any(row["interaction_id"] in ids for row in read_all(folder))
-    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        return any(row["interaction_id"] in ids for row in read_all(folder, ["interaction_id"]))
+    except (OSError, ValueError, CurationError) as error:  # Arrow's errors are ValueErrors
         raise ArtifactError(f"{folder} cannot be read ({error}); delete it and ask again") from error

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from finetune_pipeline.curation.acceptance import accept, at_a_glance
 from finetune_pipeline.curation.redaction import redact_example
-from finetune_pipeline.curation.rules import accept, at_a_glance
-from finetune_pipeline.curation.trigger import Attempt
+from finetune_pipeline.curation.retrain_trigger import Attempt
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.store import new_examples
 from finetune_pipeline.pipeline import loop_files

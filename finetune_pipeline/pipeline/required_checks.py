@@ -6,7 +6,7 @@ The outcomes are read from the database, by hash; independent of Dagster.
 from collections.abc import Iterable
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, check_unaltered, read, stage_folder
-from finetune_pipeline.curation.dataset import overlaps, read_all
+from finetune_pipeline.curation.dataset import inspect_dataset
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import DatasetManifest, GgufManifest, Manifest
 from finetune_pipeline.pipeline import loop_files
@@ -81,7 +81,7 @@ def near_benchmark(loop: LoopSettings, datasets: Iterable[str]) -> str | None:
     for dataset in (dataset_of(loop.name, version) for version in datasets):
         if dataset.manifest.inputs.get("benchmark") == now:
             continue
-        near = overlaps(read_all(dataset.path), loop_files.policy(loop))
+        near = inspect_dataset(dataset.path, loop_files.policy(loop)).near_benchmark
         if near:
             return (
                 f"curated_dataset {dataset.manifest.version} was made for another benchmark, and {len(near)} of its "

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
+from finetune_pipeline.curation.acceptance import INVALID, Policy, accept, at_a_glance
 from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.review import Case, Ranked, Slice, Voice, WeakSlices, queue, rank
-from finetune_pipeline.curation.rules import INVALID, Policy, accept, at_a_glance
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_report
 from finetune_pipeline.feedback.review import Candidate, candidates, look

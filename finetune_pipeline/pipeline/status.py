@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from finetune_pipeline.curation.trigger import describe
+from finetune_pipeline.curation.retrain_trigger import describe
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.store import counters, unmatched
 from finetune_pipeline.pipeline.pending import count_new

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import hash_file, hash_of, package_versions
-from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.settings import REPLAY, TrainingSettings
 from finetune_pipeline.training.conversations import Rejected, conversations, rejections
 from finetune_pipeline.training.job import JobConfig, Rejection, TrainingError
 from finetune_pipeline.training.sampling import by_reward
@@ -87,7 +87,7 @@ def load(job: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> Data:
 
 def replayed(row: dict[str, Any]) -> bool:
     """Whether a row of a dataset is one that nobody judged, mixed in against forgetting: it is no reason to train."""
-    return bool(row.get(_SOURCE) == "replay")
+    return bool(row.get(_SOURCE) == REPLAY)
 
 
 def nothing_left(too_long: int, accepted: int, max_length: int, rejected: tuple[Rejection, ...] = ()) -> str:

@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from finetune_pipeline.artifacts import set_latest
 from finetune_pipeline.cli import options
 from finetune_pipeline.cli.main import finetune
-from finetune_pipeline.curation.dataset import SPLITS, learnt
-from finetune_pipeline.curation.formats import WRITERS
+from finetune_pipeline.curation.dataset_files import SPLITS, read_examples
+from finetune_pipeline.curation.export_formats import WRITERS
 from finetune_pipeline.database import connect
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline_tests.orchestration.conftest import make_loop  # noqa: F401
 from finetune_pipeline_tests.sources.test_files import write_as
@@ -39,7 +39,7 @@ def loop(make_loop, monkeypatch):  # noqa: F811
 
 def make_dataset(loop):
     artifact, _ = snapshot(loop, connect())
-    made = dataset(loop, artifact)
+    made = build_dataset(loop, artifact)
     set_latest(made.manifest, "run")
     return made
 
@@ -51,7 +51,7 @@ def made(loop, tmp_path):
 
 
 def examples(made):
-    rows = [row for split in SPLITS for row in learnt(made.path, split)]
+    rows = [row for split in SPLITS for row in read_examples(made.path, split)]
     return sorted((row.prompt, row.history, row.completion, row.reward) for row in rows)
 
 

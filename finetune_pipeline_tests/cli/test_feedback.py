@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from finetune_pipeline import artifacts
 from finetune_pipeline.cli.main import finetune
+from finetune_pipeline.curation.dataset_files import COLUMNS
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, store
 from finetune_pipeline.feedback.rewards import default_reward
@@ -215,7 +216,7 @@ def snapshot_of(*ids):
     with artifacts.draft(LOOP, "raw_logs", "abc") as folder:
         pq.write_table(pa.table({"interaction_id": [*ids]}), folder / "records.parquet")
         fields = {"loop": LOOP, "version": "abc", "inputs": {}, "settings": {}, "packages": {}, "interactions": 1,
-                  "feedback": 0, "examples": 0, "watermark": 1, "parts": ["records.parquet"], "new": 1}  # fmt: skip
+                  "feedback": 0, "examples": 0, "watermark": 1, "shards": ["records.parquet"], "new": 1}  # fmt: skip
         return artifacts.publish(folder, RawLogsManifest, fields).path
 
 
@@ -315,9 +316,12 @@ def test_weights_of_a_challenger_that_was_never_promoted_are_named():
             "train": datasets.Dataset.from_dict({"interaction_id": [id]}),
             "validation": datasets.Dataset.from_dict({"interaction_id": [str(uid("other"))]}),
         }
-        datasets.DatasetDict(rows).save_to_disk(folder / "dataset", num_shards=dict.fromkeys(rows, 1))
+        for name in COLUMNS:
+            datasets.DatasetDict(rows).save_to_disk(folder / name, num_shards=dict.fromkeys(rows, 1))
         artifacts.publish(folder, DatasetManifest, {**common, "inputs": {}, "train": 1, "validation": 1, "replayed": 0,
-                                                    "left_out": {}, "redacted": {}, "near_benchmark": []})  # fmt: skip
+                                                    "left_out": {}, "redacted": {}, "near_benchmark": [],
+                                                    "preference_pairs": 0, "desirable": 0,
+                                                    "undesirable": 0})  # fmt: skip
     with artifacts.draft(LOOP, "lora_adapter", "abc") as folder:
         fields = {"inputs": {"curated_dataset": "abc"}, "base_model": "b", "base_hash": "b", "mode": "full", "steps": 1,
                   "device": "cpu", "examples": 1, "too_long": 0, "loss_before": 1, "loss_after": 1, "train_loss": 1,

@@ -2,10 +2,10 @@
 
 import csv
 
-from finetune_pipeline.curation.card import DatasetCard, dataset_card, sample
-from finetune_pipeline.curation.dataset import SPLITS, Row, curate, read_rows, write_dataset
-from finetune_pipeline.curation.provenance import PROVENANCE_FILE, first_provenances
-from finetune_pipeline_tests.conftest import uid
+from finetune_pipeline.curation.dataset import curate, write_dataset
+from finetune_pipeline.curation.dataset_card import DatasetCard, dataset_card, sample
+from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE, SPLITS, DatasetExample, first_provenances
+from finetune_pipeline_tests.conftest import dataset_rows, uid
 from finetune_pipeline_tests.curation.test_dataset import EVERYTHING, POLICY, example, identity
 
 
@@ -39,9 +39,13 @@ def test_what_a_row_says_stays_within_the_sample():
 
 
 def test_the_sample_is_of_every_source():
-    rows = [Row(f"p{n}", "a", 1.0, source) for source, many in (("a", 9), ("b", 1), ("c", 9)) for n in range(many)]
+    rows = [
+        DatasetExample(f"p{n}", "a", 1.0, source)
+        for source, many in (("a", 9), ("b", 1), ("c", 9))
+        for n in range(many)
+    ]
     assert [row.source for row in sample(rows)] == ["a", "b", "c", "a", "c"]
-    assert [row.source for row in sample([Row("p", "a", 1.0, f"s{n:02}") for n in range(60)] * 3)] == [
+    assert [row.source for row in sample([DatasetExample("p", "a", 1.0, f"s{n:02}") for n in range(60)] * 3)] == [
         f"s{n:02}" for n in range(60)
     ]
     assert sample([]) == []
@@ -49,12 +53,12 @@ def test_the_sample_is_of_every_source():
 
 def test_the_origin_of_every_example_is_in_a_file(tmp_path):
     notes = [example(n, source="notes", provenance=f'a, "b"|{n}.md\n') for n in range(30)]
-    replay = [Row("old prompt", "old answer", 1.0, "replay", "replay.jsonl:1")]
+    replay = [DatasetExample("old prompt", "old answer", 1.0, "replay", "replay.jsonl:1")]
     curated = curate([*notes, example(99)], replay, POLICY, identity)
     write_dataset(curated, tmp_path, "")
     with (tmp_path / PROVENANCE_FILE).open(encoding="utf-8", newline="") as file:
         told = [tuple(row.values()) for row in csv.DictReader(file)]
-    rows = [(split, row) for split in SPLITS for row in read_rows(tmp_path, split)]
+    rows = [(split, row) for split in SPLITS for row in dataset_rows(tmp_path, split)]
     held = [(row["source"], row["provenance"] or "", row["interaction_id"] or "", split) for split, row in rows]
     assert sorted(told) == sorted(held) and {split for *_, split in told} == set(SPLITS)
     first = first_provenances(tmp_path, curated.sources, 2)

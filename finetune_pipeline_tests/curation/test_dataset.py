@@ -2,25 +2,32 @@ import json
 import random
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 
+from finetune_pipeline.curation.acceptance import Policy, answer_validator, near_benchmark
 from finetune_pipeline.curation.dataset import (
-    CurationError,
-    Row,
     curate,
     in_validation,
-    invalid_targets,
-    overlaps,
+    inspect_dataset,
     read_replay,
-    read_rows,
-    turns,
     write_dataset,
 )
-from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.curation.rules import Policy, answer_validator
+from finetune_pipeline.curation.dataset_files import (
+    COLUMNS,
+    PREFERENCE,
+    PROMPT_COMPLETION,
+    UNPAIRED_PREFERENCE,
+    DatasetExample,
+    DatasetWriter,
+    read_examples,
+    turns_of,
+)
+from finetune_pipeline.curation.decontamination import NearIndex
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.settings import CurationSettings
-from finetune_pipeline_tests.conftest import uid
+from finetune_pipeline_tests.conftest import dataset_rows, uid
 
 POLICY = Policy(CurationSettings(), NearIndex({"q": "the golden question of all"}), answer_validator(None))
 
@@ -99,19 +106,19 @@ def test_near_duplicates_of_the_benchmark_are_named():
 
 
 def test_replay_is_mixed_into_training_only_and_never_from_the_benchmark():
-    replay = [Row(f"old {n}", "old answer", 1.0, "replay") for n in range(500)]
-    replay.append(Row("the golden question of all", "x", 1.0, "replay"))
+    replay = [DatasetExample(f"old {n}", "old answer", 1.0, "replay") for n in range(500)]
+    replay.append(DatasetExample("the golden question of all", "x", 1.0, "replay"))
     curated = curate([example(n) for n in range(100)], replay, POLICY, identity)
     mine = [row for row in curated.train if row.source == "logs"]
     assert curated.replayed == len(mine) == len(curated.train) - len(mine)
     assert all(row.source == "logs" for row in curated.validation)
-    assert not overlaps([vars(row) for row in curated.train], POLICY)
+    assert not any(near_benchmark(row.prompt, row.history, POLICY) for row in curated.train)
 
 
 def test_a_replayed_row_of_the_benchmark_is_left_out_though_there_are_too_few():
     greedy = replace(EVERYTHING, settings=EVERYTHING.settings.model_copy(update={"replay_ratio": 10}))
     asked = ["The golden question of  ALL!", "Listen: the golden question of all, what is it?", "something old"]
-    replay = [Row(prompt, "x", 1.0, "replay") for prompt in asked]
+    replay = [DatasetExample(prompt, "x", 1.0, "replay") for prompt in asked]
     curated = curate([example(1)], replay, greedy, identity)
     assert [row.prompt for row in curated.replay] == ["something old"]
 
@@ -119,8 +126,8 @@ def test_a_replayed_row_of_the_benchmark_is_left_out_though_there_are_too_few():
 def test_what_is_written_is_what_is_read(tmp_path):
     curated = curate([example(n) for n in range(30)], [], POLICY, identity)
     write_dataset(curated, tmp_path, "Summarise.")
-    rows = read_rows(tmp_path, "train")
-    assert [Row(**{**row, "history": turns(row)}) for row in rows] == list(curated.train)
+    rows = dataset_rows(tmp_path, "train")
+    assert [DatasetExample(**{**row, "history": turns_of(row)}) for row in rows] == list(curated.train)
     lines = (tmp_path / "train.alpaca.jsonl").read_text().splitlines()
     first = curated.train[0]
     assert json.loads(lines[0]) == {
@@ -134,7 +141,7 @@ def test_a_conversation_is_written_as_messages_and_for_alpaca_as_pairs(tmp_path)
     own = (Turn(role="system", content="Be short."), *said("a door", "Which?"))
     curated = curate([example(1, history=history), example(2, history=own)], [], EVERYTHING, identity)
     write_dataset(curated, tmp_path, "Answer.")
-    assert {turns(row) for row in read_rows(tmp_path, "train")} == {history, own}
+    assert {turns_of(row) for row in dataset_rows(tmp_path, "train")} == {history, own}
     lines = [json.loads(line) for line in (tmp_path / "train.alpaca.jsonl").read_text().splitlines()]
     by_input = {line.pop("input"): line for line in lines}
     assert by_input["prompt number 1"] == {
@@ -156,7 +163,7 @@ def test_the_same_prompt_in_another_conversation_is_another_question():
         identity,
     )
     assert len(rows_of(curated)) == 3
-    assert {row.question for row in rows_of(curated)} == {
+    assert {row.conversation for row in rows_of(curated)} == {
         "150 mm",
         "user: a wall\nassistant: ?\n150 mm",
         "user: x\n150 mm",
@@ -168,8 +175,8 @@ def test_the_side_of_a_question_follows_from_all_that_was_said_before_it():
     examples = [example(n, prompt="150 mm", history=said(f"wall {n}", "How thick?")) for n in range(20)]
     curated = curate(examples, [], half, identity)
     assert curated.train and curated.validation
-    assert all(in_validation(row.question, 0.5) for row in curated.validation)
-    assert not any(in_validation(row.question, 0.5) for row in curated.train)
+    assert all(in_validation(row.conversation, 0.5) for row in curated.validation)
+    assert not any(in_validation(row.conversation, 0.5) for row in curated.train)
 
 
 def test_secrets_are_replaced_before_anything_is_decided_and_counted_where_they_were_kept():
@@ -180,11 +187,11 @@ def test_secrets_are_replaced_before_anything_is_decided_and_counted_where_they_
             example(3, prompt="ring +49 30 901820", reward=0.1),
             example(4, prompt="what now?", history=said("my mail is ann@example.com")),
         ],
-        [Row("old ann@example.com", "old answer", 1.0, "replay")],
+        [DatasetExample("old ann@example.com", "old answer", 1.0, "replay")],
         EVERYTHING,
         identity,
     )
-    assert {row.question: row.completion for row in rows_of(curated)} == {
+    assert {row.conversation: row.completion for row in rows_of(curated)} == {
         "write to [EMAIL]": "to [EMAIL]",
         "user: my mail is [EMAIL]\nwhat now?": "answer 4",
         "old [EMAIL]": "old answer",
@@ -200,17 +207,42 @@ def test_a_row_is_known_by_the_content_that_it_had_before_its_redaction():
 
 def test_an_empty_dataset_can_be_written_too(tmp_path):
     write_dataset(curate([], [], POLICY, identity), tmp_path, "")
-    assert read_rows(tmp_path, "train") == []
+    assert dataset_rows(tmp_path, "train") == []
 
 
-def test_the_checks_find_what_was_put_into_a_dataset_behind_curations_back():
+def test_inspecting_a_dataset_finds_what_curation_did_not_write(tmp_path):
     strict = Policy(CurationSettings(), POLICY.benchmark, answer_validator({"type": "object"}))
-    rows = [
-        {"prompt": "the golden question of all", "history": [], "completion": "{}"},
-        {"prompt": "fine", "history": [], "completion": "[]"},
-    ]
-    assert overlaps(rows, strict) == ["the golden question of all"]
-    assert invalid_targets(rows, strict) == ["fine: $: [] is not of type 'object'"]
+    write_dataset(curate([], [], POLICY, identity), tmp_path / "empty", "")
+    leak, fine = {"prompt": "the golden question of all", "history": []}, {"prompt": "fine", "history": []}
+    rows = {
+        PROMPT_COMPLETION: [
+            {**leak, "completion": "{}", "source": "logs"},
+            {**leak, "completion": "{}", "source": "replay"},
+            {**fine, "completion": "[]", "source": "notes"},
+        ],
+        PREFERENCE: [{**fine, "chosen": "{", "rejected": "also no JSON"}],
+        UNPAIRED_PREFERENCE: [
+            {**fine, "completion": "[]", "label": True},
+            {**fine, "completion": "no JSON", "label": False},
+        ],
+    }
+    for dataset_type, columns in COLUMNS.items():
+        with DatasetWriter(tmp_path / dataset_type, columns) as writer:
+            writer.write("train", pa.Table.from_pylist(rows[dataset_type], writer.schema))
+    content = inspect_dataset(tmp_path, strict)
+    assert content.near_benchmark == ("the golden question of all",)
+    assert content.invalid_targets[0] == "fine: $: [] is not of type 'object'"
+    assert len(content.invalid_targets) == 2 and content.invalid_targets[1].startswith("fine: ")
+    assert (content.examples, content.undesirable) == (2, 1)
+    empty = inspect_dataset(tmp_path / "empty", strict)
+    assert (empty.examples, empty.undesirable, empty.near_benchmark, empty.invalid_targets) == (0, 0, (), ())
+
+
+def test_a_dataset_of_an_earlier_version_is_named(tmp_path):
+    (tmp_path / "dataset" / "train").mkdir(parents=True)
+    for read in (lambda: list(read_examples(tmp_path, "train")), lambda: inspect_dataset(tmp_path, POLICY)):
+        with pytest.raises(CurationError, match=r"has no folder prompt_completion/.*`finetune run` builds"):
+            read()
 
 
 def test_a_replayed_row_that_is_not_to_be_trained_on_is_left_out(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation import chosen, sifted, snapshot
+from finetune_pipeline.curation.acceptance import Policy, answer_validator
 from finetune_pipeline.curation.dataset import curate, curate_files, write_dataset
-from finetune_pipeline.curation.provenance import PROVENANCE_FILE
-from finetune_pipeline.curation.rules import Policy, answer_validator
+from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE
 from finetune_pipeline.curation.sifted import Cache
 from finetune_pipeline.curation.snapshot import table_of
 from finetune_pipeline.pipeline.loop_files import identity
@@ -52,9 +52,9 @@ def test_files_give_what_their_examples_give(tmp_path):
     assert files == whole and len(files.train) > 100
     written = hashes(files, tmp_path / "a")
     assert written == hashes(whole, tmp_path / "b")
-    assert sorted(name for name in written if name.startswith("dataset/")) == [
-        "dataset/dataset_dict.json",
-        *(f"dataset/{split}/{name}" for split in ("train", "validation") for name in
+    assert sorted(name for name in written if name.startswith("prompt_completion/")) == [
+        "prompt_completion/dataset_dict.json",
+        *(f"prompt_completion/{split}/{name}" for split in ("train", "validation") for name in
           ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")),
     ]  # fmt: skip
     assert not list((tmp_path / "a").glob(".*")), "nothing is left of the writing"

@@ -6,10 +6,10 @@ from finetune_pipeline.curation import sifting
 from finetune_pipeline.settings import PROJECT_ROOT
 
 FINDS = (
-    "choosing", "chosen", "duplicates", "lengths", "meaning", "near_duplicates", "preferences", "quality", "redaction",
-    "rules", "sifting",
+    "acceptance", "choosing", "chosen", "decontamination", "meaning", "near_duplicates", "preferences", "quality",
+    "redaction", "sifting", "token_count",
 )  # fmt: skip
-LAST = (7, "1b1dea899b1222c7")
+LAST = (8, "ac8cb41b25e0fe08")
 
 
 def test_what_finds_otherwise_has_another_number():

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from finetune_pipeline.curation import meaning
-from finetune_pipeline.curation.dataset import CurationError, curate
-from finetune_pipeline.curation.duplicates import jaccard, shingles
+from finetune_pipeline.curation.acceptance import Policy
+from finetune_pipeline.curation.dataset import curate
+from finetune_pipeline.curation.decontamination import jaccard, shingles
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.meaning import alike
 from finetune_pipeline.curation.near_duplicates import components, sketch
-from finetune_pipeline.curation.rules import Policy
 from finetune_pipeline.curation.sifting import answer_key
 from finetune_pipeline.records import normalize
 from finetune_pipeline.settings import CurationSettings

@@ -2,10 +2,16 @@
 
 from dataclasses import replace
 
-from finetune_pipeline.curation.dataset import Row, curate, read_all, write_dataset
-from finetune_pipeline.curation.preferences import LABELLED, PAIRS
+from finetune_pipeline.curation.dataset import curate, write_dataset
+from finetune_pipeline.curation.dataset_files import (
+    PREFERENCE,
+    PROMPT_COMPLETION,
+    UNPAIRED_PREFERENCE,
+    DatasetExample,
+    read_all,
+    read_split,
+)
 from finetune_pipeline.curation.quotas import Quota
-from finetune_pipeline.curation.storage import read_split
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
 
@@ -117,7 +123,11 @@ def test_a_question_is_on_the_same_side_in_all_three_datasets(tmp_path):
     policy = POLICY.__class__(CurationSettings(validation_fraction=0.3), POLICY.benchmark, POLICY.problem)
     write_dataset(curate(examples, [], policy, identity), tmp_path, "")
     asked = {
-        split: {row["prompt"] for name in ("dataset", PAIRS, LABELLED) for row in read_split(tmp_path / name, split)}
+        split: {
+            row["prompt"]
+            for name in (PROMPT_COMPLETION, PREFERENCE, UNPAIRED_PREFERENCE)
+            for row in read_split(tmp_path, name, split)
+        }
         for split in ("train", "validation")
     }
     assert not asked["train"] & asked["validation"]
@@ -128,16 +138,19 @@ def test_a_question_is_on_the_same_side_in_all_three_datasets(tmp_path):
 def test_what_is_written_is_redacted_readable_when_empty_and_names_its_interactions(tmp_path):
     secret = corrected(1, output="mail bob@example.com", target="mail bob@example.com now")
     bad = disliked(2, prompt="ring +49 30 901820")
-    curated = curate([secret, bad], [Row("old prompt", "old answer", 1.0, "replay")], EVERYTHING, identity)
+    curated = curate([secret, bad], [DatasetExample("old prompt", "old answer", 1.0, "replay")], EVERYTHING, identity)
     write_dataset(curated, tmp_path, "")
-    (pair,) = read_split(tmp_path / PAIRS, "train")
+    (pair,) = read_split(tmp_path, PREFERENCE, "train")
     assert (pair["chosen"], pair["rejected"]) == ("mail [EMAIL] now", "mail [EMAIL]")
-    labelled = {(row["prompt"], row["completion"]): row["label"] for row in read_split(tmp_path / LABELLED, "train")}
+    labelled = {
+        (row["prompt"], row["completion"]): row["label"] for row in read_split(tmp_path, UNPAIRED_PREFERENCE, "train")
+    }
     assert labelled == {
         ("prompt number 1", "mail [EMAIL] now"): True,
         ("prompt number 1", "mail [EMAIL]"): False,
         ("ring [PHONE]", "answer 2"): False,
         ("old prompt", "old answer"): True,  # what is replayed is a good answer, and no pair
     }
-    assert read_split(tmp_path / PAIRS, "validation") == read_split(tmp_path / LABELLED, "validation") == []
+    for name in (PREFERENCE, UNPAIRED_PREFERENCE):
+        assert list(read_split(tmp_path, name, "validation")) == []
     assert {row["interaction_id"] for row in read_all(tmp_path)} == {str(uid("1")), str(uid("2")), None}

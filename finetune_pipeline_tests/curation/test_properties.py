@@ -9,20 +9,23 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.card import DATASET_CARD, DatasetCard, dataset_card
+from finetune_pipeline.curation.acceptance import CONFLICT, Policy, answer_validator
 from finetune_pipeline.curation.choosing import DUPLICATE, NEAR_DUPLICATE
 from finetune_pipeline.curation.dataset import (
-    DATASET,
-    Row,
     curate,
     in_validation,
-    overlaps,
-    read_all,
+    inspect_dataset,
     write_dataset,
 )
-from finetune_pipeline.curation.duplicates import RUN, NearIndex
-from finetune_pipeline.curation.preferences import LABELLED, PAIRS
-from finetune_pipeline.curation.rules import CONFLICT, Policy, answer_validator
+from finetune_pipeline.curation.dataset_card import DATASET_CARD, DatasetCard, dataset_card
+from finetune_pipeline.curation.dataset_files import (
+    PREFERENCE,
+    PROMPT_COMPLETION,
+    UNPAIRED_PREFERENCE,
+    DatasetExample,
+    read_all,
+)
+from finetune_pipeline.curation.decontamination import RUN, NearIndex
 from finetune_pipeline.records import Example, normalize
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
@@ -104,8 +107,13 @@ def written(curated):
         made = {"watermark": 1, "inputs": {}, "settings": {}, "packages": {}}
         (folder / DATASET_CARD).write_text(dataset_card(DatasetCard("notes", "v", curated=curated, **made)))
         rows = list(read_all(folder))
+        assert inspect_dataset(folder, POLICY).near_benchmark == ()
         files = [path for path in folder.rglob("*") if path.is_file()]
-        assert {path.parts[-3] for path in files if path.suffix == ".arrow"} == {DATASET, PAIRS, LABELLED}
+        assert {path.parts[-3] for path in files if path.suffix == ".arrow"} == {
+            PROMPT_COMPLETION,
+            PREFERENCE,
+            UNPAIRED_PREFERENCE,
+        }
         plain = [path.read_text() for path in files if path.suffix != ".arrow"]
     return rows, "\n".join([*plain, *(json.dumps(row, ensure_ascii=False) for row in rows)])
 
@@ -160,14 +168,16 @@ def test_a_question_never_changes_sides(early, late):
     late = [example.model_copy(update={"interaction_id": uid(f"late {n}")}) for n, example in enumerate(late)]
     first, second = (curate(given, [], POLICY, identity) for given in (early, [*early, *late]))
     for one, other in ((first.train, second.validation), (first.validation, second.train)):
-        assert not {normalize(row.question) for row in one} & {normalize(row.question) for row in other}
-    assert all(in_validation(row.question, 0.4) for row in second.validation)
+        assert not {normalize(row.conversation) for row in one} & {normalize(row.conversation) for row in other}
+    assert all(in_validation(row.conversation, 0.4) for row in second.validation)
 
 
 @settings(max_examples=60, deadline=None)
 @given(logs(texts), st.lists(texts, max_size=30))
 def test_what_was_replayed_never_validates(examples, replayed):
-    replay = [Row(prompt, "yes", 1.0, "replay", f"replay.jsonl:{n}") for n, prompt in enumerate(replayed, start=1)]
+    replay = [
+        DatasetExample(prompt, "yes", 1.0, "replay", f"replay.jsonl:{n}") for n, prompt in enumerate(replayed, start=1)
+    ]
     everything = replace(POLICY, settings=POLICY.settings.model_copy(update={"replay_ratio": 10.0}))
     first = curate(examples, replay, everything, identity)
     later = [
@@ -178,9 +188,9 @@ def test_what_was_replayed_never_validates(examples, replayed):
         for n, row in enumerate(first.replay)
     ]  # fmt: skip
     second = curate([*examples, *later], replay, everything, identity)
-    trained = {normalize(row.question) for row in first.train}
-    assert not trained & {normalize(row.question) for row in second.validation}
-    wanted = round(10 * first.count("dataset", "train"))
+    trained = {normalize(row.conversation) for row in first.train}
+    assert not trained & {normalize(row.conversation) for row in second.validation}
+    wanted = round(10 * first.count(PROMPT_COMPLETION, "train"))
     free = {row.prompt for row in replay if not in_validation(row.prompt, 0.4)} - {row.prompt for row in first.train}
     assert first.replayed == wanted or not free  # and no more is held back than has to be
 
@@ -188,7 +198,7 @@ def test_what_was_replayed_never_validates(examples, replayed):
 @settings(max_examples=60, deadline=None)
 @given(logs())
 def test_no_planted_secret_reaches_a_file(examples):
-    replay = [Row(f"old {n} {secret}", f"old {secret}", 1.0, "replay") for n, secret in enumerate(SECRETS)]
+    replay = [DatasetExample(f"old {n} {secret}", f"old {secret}", 1.0, "replay") for n, secret in enumerate(SECRETS)]
     _, text = written(curate(examples, replay, POLICY, lambda example: "a hash"))
     assert not [secret for secret in LEAKED if secret in text]
 
@@ -211,11 +221,10 @@ def test_no_planted_overlap_with_the_benchmark_reaches_a_file(planted_leaks, oth
         made.append(
             Example(interaction_id=uid(f"leak {n}"), ingest_offset=n, target="yes", output=output, **asked, **found)
         )
-    replay = [Row(leak, "yes", 1.0, "replay") for leak, _, _ in planted_leaks]
+    replay = [DatasetExample(leak, "yes", 1.0, "replay") for leak, _, _ in planted_leaks]
     curated = curate([*others, *made], replay, POLICY, identity)
     ids = {str(example.interaction_id) for example in made}
     assert ids <= set(curated.near_benchmark)
-    rows, text = written(curated)
+    _, text = written(curated)
     assert not [one for one in ids if one in text]
     assert not [leak for leak, _, _ in planted_leaks if normalize(leak) in normalize(text)]
-    assert overlaps(rows, POLICY) == []

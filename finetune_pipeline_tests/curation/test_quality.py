@@ -4,12 +4,13 @@ import pickle
 
 import pytest
 
-from finetune_pipeline.curation.duplicates import NearIndex, jaccard, shingles
+from finetune_pipeline.curation.acceptance import Policy, accept, answer_validator, near_benchmark
+from finetune_pipeline.curation.decontamination import NearIndex, jaccard, shingles
 from finetune_pipeline.curation.errors import CurationError
-from finetune_pipeline.curation.lengths import TokenCounter
-from finetune_pipeline.curation.quality import refuses, repetition
-from finetune_pipeline.curation.rules import Policy, accept, answer_validator, near_benchmark
+from finetune_pipeline.curation.quality import repetition
+from finetune_pipeline.curation.token_count import TokenCounter
 from finetune_pipeline.records import Turn
+from finetune_pipeline.refusals import is_refusal
 from finetune_pipeline.settings import PROJECT_ROOT, CurationSettings
 
 from .test_dataset import example
@@ -34,7 +35,7 @@ PROSE = (PROJECT_ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     ],
 )
 def test_refusals_are_found(answer):
-    assert refuses(answer)
+    assert is_refusal(answer)
     assert accept(example(1, target=answer), FREE).reason == "answer is a refusal"
 
 
@@ -49,7 +50,7 @@ def test_refusals_are_found(answer):
     ],
 )
 def test_what_only_sounds_like_one_is_none(answer):
-    assert not refuses(answer)
+    assert not is_refusal(answer)
 
 
 def test_a_refusal_that_a_person_wrote_or_found_right_is_learnt():

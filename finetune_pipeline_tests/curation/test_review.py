@@ -2,7 +2,8 @@
 
 import pytest
 
-from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.acceptance import REJECTED, UNREVIEWED, Policy, accept, answer_validator, found_bad
+from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.review import (
     FOUND_BAD,
     PRIOR,
@@ -14,7 +15,6 @@ from finetune_pipeline.curation.review import (
     queue,
     rank,
 )
-from finetune_pipeline.curation.rules import REJECTED, UNREVIEWED, Policy, accept, answer_validator, found_bad
 from finetune_pipeline.settings import CurationSettings
 
 from .test_dataset import example

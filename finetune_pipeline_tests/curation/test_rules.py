@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.curation.rules import Policy, accept, answer_validator
+from finetune_pipeline.curation.acceptance import Policy, accept, answer_validator
+from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.schemas import compile_schema, load_schema
 from finetune_pipeline.settings import PROJECT_ROOT, CurationSettings

@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from finetune_pipeline.curation.storage import SplitWriter, iterate_split, read_split
+from finetune_pipeline.curation.dataset_files import DatasetWriter, read_split
 
 COLUMNS = {"prompt": "string", "history": "turns", "reward": "float64", "label": "bool"}
 TEXT = datasets.Value("string")
@@ -32,7 +32,7 @@ ROWS: list[dict[str, Any]] = [
 
 def write(folder: Path, cuts: Sequence[int] = ()) -> Path:
     """All rows in the split train, in tables that end at these places."""
-    with SplitWriter(folder, COLUMNS, ("train", "validation")) as writer:
+    with DatasetWriter(folder, COLUMNS, ("train", "validation")) as writer:
         for start, end in pairwise([0, *cuts, len(ROWS)]):
             writer.write("train", pa.Table.from_pylist(ROWS[start:end], writer.schema))
     return folder
@@ -55,7 +55,7 @@ def test_the_same_rows_give_the_same_files_in_whatever_tables_they_come(tmp_path
 
 def test_what_the_library_tells_datasets_apart_by_is_of_the_content(tmp_path: Path) -> None:
     def fingerprint(rows: list[dict[str, Any]], name: str) -> str:
-        with SplitWriter(tmp_path / name, COLUMNS, ("train",)) as writer:
+        with DatasetWriter(tmp_path / name, COLUMNS, ("train",)) as writer:
             writer.write("train", pa.Table.from_pylist(rows, writer.schema))
         return str(datasets.load_from_disk(str(tmp_path / name))["train"]._fingerprint)
 
@@ -65,18 +65,19 @@ def test_what_the_library_tells_datasets_apart_by_is_of_the_content(tmp_path: Pa
 def test_what_the_library_wrote_is_read(tmp_path: Path) -> None:
     splits = {"train": datasets.Dataset.from_list(ROWS[:50], FEATURES)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d", num_shards={"train": 1})
-    assert read_split(tmp_path / "d", "train") == ROWS[:50]
+    assert list(read_split(tmp_path, "d", "train")) == ROWS[:50]
 
 
 def test_rows_are_read_one_after_the_other(tmp_path: Path) -> None:
-    reading = iterate_split(write(tmp_path / "d"), "train")
+    write(tmp_path / "d")
+    reading = read_split(tmp_path, "d", "train")
     assert next(reading) == ROWS[0]
     reading.close()  # type: ignore[attr-defined]
-    assert read_split(tmp_path / "d", "train") == ROWS
+    assert list(read_split(tmp_path, "d", "train")) == ROWS
 
 
 def test_what_was_broken_off_is_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), SplitWriter(tmp_path / "d", COLUMNS, ("train",)) as writer:
+    with pytest.raises(KeyError), DatasetWriter(tmp_path / "d", COLUMNS, ("train",)) as writer:
         writer.write("train", pa.Table.from_pylist(ROWS[:5], writer.schema))
         writer.write("test", pa.Table.from_pylist(ROWS[:5], writer.schema))
     with pytest.raises(FileNotFoundError):

@@ -2,7 +2,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from finetune_pipeline.curation.trigger import Attempt, decide
+from finetune_pipeline.curation.retrain_trigger import Attempt, decide
 from finetune_pipeline.settings import TriggerSettings
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.curation.rules import Policy, accept, answer_validator
+from finetune_pipeline.curation.acceptance import Policy, accept, answer_validator
+from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.feedback.resolution import resolve
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.records import Example, Feedback, Interaction, normalize

@@ -5,7 +5,7 @@ import json
 import dagster as dg
 
 from finetune_pipeline.curation import sifting
-from finetune_pipeline.curation.rules import Decision
+from finetune_pipeline.curation.acceptance import Decision
 from finetune_pipeline_tests.conftest import feedback, interaction
 
 from .conftest import definitions, write_events

@@ -20,7 +20,7 @@ from finetune_pipeline.artifacts import (
     set_latest,
     stage_folder,
 )
-from finetune_pipeline.curation.dataset import DATASET
+from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.tables import check_outcomes, comparisons
 from finetune_pipeline.evaluation.report import JSON
@@ -381,7 +381,7 @@ def test_nothing_goes_on_from_an_adapter_that_learned_what_a_new_benchmark_asks(
     if not there:  # a dataset of an even earlier training, which is gone
         copied(adapter, adapter.manifest.version, datasets={"0" * 16: "0" * 64, **adapter.manifest.datasets})
     base = base_hash(resolve_base_model(loop.base_model))
-    begin = incremental.start(loop, loop.training, get_latest(DatasetManifest, "notes"), DATASET, base)
+    begin = incremental.start(loop, loop.training, get_latest(DatasetManifest, "notes"), PROMPT_COMPLETION, base)
     expected = "made for another benchmark, and 1 of its examples" if there else "cannot be compared with the benchmark"
     assert begin.mode == "full" and expected in begin.reason
 

@@ -5,7 +5,6 @@ import pytest
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
-from finetune_pipeline.orchestration import curated_dataset as curation
 from finetune_pipeline.orchestration.lora_adapter import adapter, training_run
 from finetune_pipeline.pipeline import build_dataset, lora_adapter
 from finetune_pipeline.pipeline.lineage import made_with
@@ -24,23 +23,23 @@ def dataset(loop, good=GOOD, bad=BAD):
     database = connect()
     with database.write() as connection:
         record(connection, loop.name, [*corrected(good), *(e for pair in disliked for e in pair)], default_reward)
-    return build_dataset.dataset(loop, snapshot(loop, database)[0])
+    return build_dataset.build_dataset(loop, snapshot(loop, database)[0])
 
 
 def checked(loop, artifact):
-    return {check.check_name: check for check in curation._checks(loop, artifact)}
+    return {check.name: check for check in build_dataset.check_dataset(loop, artifact)}
 
 
 def test_the_dataset_says_what_it_holds_and_what_was_disliked_is_found_again_and_forgotten(make_loop):
     loop = make_loop(training={"method": "auto"}, curation={"min_examples": 20, "validation_fraction": 0.2})
     artifact = dataset(loop)
     held = artifact.manifest
-    assert held.pairs == held.desirable == held.train
+    assert held.preference_pairs == held.desirable == held.train
     assert held.train + held.validation == 8
     assert held.undesirable > held.train
     checks = checked(loop, artifact)
     assert all(check.passed for check in checks.values())
-    assert checks["enough_examples"].metadata["examples"].value == 8 + 8 + 20  # of the corrections, both answers
+    assert checks["enough_examples"].metadata["examples"] == 8 + 8 + 20  # of the corrections, both answers
     sft = make_loop(training={"method": "sft"}, curation=loop.curation.model_dump())
     assert not checked(sft, artifact)["enough_examples"].passed
     assert made_with(connect(), loop, [str(uid("bad 3"))]).datasets == (artifact.path,)

@@ -9,9 +9,9 @@ import pytest
 import sqlalchemy as sa
 
 from finetune_pipeline.artifacts import get_latest
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 
 EXAMPLES = PROJECT_ROOT / "examples" / "documents"
@@ -72,7 +72,7 @@ def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_fr
     assert checks["sources_read"]
 
     dataset = get_latest(DatasetManifest, loop.name)
-    rows = [row for row in read_rows(dataset.path, "train") if row["source"] != "replay"]
+    rows = [row for row in dataset_rows(dataset.path, "train") if row["source"] != "replay"]
     provenances = {
         source: sorted(r["provenance"] or "" for r in rows if r["source"] == source)
         for source in dataset.manifest.sources
@@ -87,14 +87,14 @@ def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_fr
     raw, curated = (run.asset_materializations_for_node("__".join(key.path))[0].metadata for key in keys)
     card = (dataset.path / "card.md").read_text()
     shown = [json.loads(line) for line in card.split("```json\n")[1].split("\n```")[0].splitlines()]
-    with Path(curated["provenances"].value).open(encoding="utf-8", newline="") as file:
+    with Path(curated["provenance"].value).open(encoding="utf-8", newline="") as file:
         in_file = [(row["source"], row["provenance"], row["interaction_id"]) for row in csv.DictReader(file)]
     assert sorted(in_file) == sorted((r["source"], r["provenance"] or "", r["interaction_id"]) for r in rows)
-    assert "[provenances.csv](provenances.csv)" in card and curated["card"].value == card
+    assert "[provenance.csv](provenance.csv)" in card and curated["card"].value == card
     for source, known in provenances.items():
         assert f"| {source} |" in curated["sources"].value
         assert {row["provenance"] or "" for row in shown if row["source"] == source} <= set(known)
         assert source in {row["source"] for row in shown}
         if source != "logs":  # of what the application logged, the interaction's id says what it was
             assert f"| {source} |" in raw["sources"].value
-            assert any(f"| {source} | {provenance} |" in curated["origins_first"].value for provenance in known)
+            assert any(f"| {source} | {provenance} |" in curated["provenance_first"].value for provenance in known)

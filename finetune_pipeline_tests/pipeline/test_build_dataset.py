@@ -7,16 +7,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from finetune_pipeline.artifacts import set_latest
 from finetune_pipeline.curation import sifted, sifting
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.settings import home
 from finetune_pipeline.sources.source_record import SourceRecord
-from finetune_pipeline_tests.conftest import feedback, interaction, uid
+from finetune_pipeline_tests.conftest import dataset_rows, feedback, interaction, uid
 from finetune_pipeline_tests.orchestration.conftest import corrected
 
 
@@ -32,23 +31,23 @@ def test_a_new_cycle_looks_at_the_new_part_only_and_gives_what_a_full_one_gives(
     looked = []
     real = sifted.chunked
     monkeypatch.setattr(sifted, "chunked", lambda part: looked.append(part.rows.name) or real(part))
-    dataset(loop, take(loop, "ash", "birch", "cedar", "elm"))
+    build_dataset(loop, take(loop, "ash", "birch", "cedar", "elm"))
     logs = take(loop, "fir", "oak")
-    second = dataset(loop, logs)
+    second = build_dataset(loop, logs)
     assert looked == ["records-0001.parquet", "records-0002.parquet"]
     shutil.rmtree(home() / "cache")
     shutil.rmtree(second.path)
-    full = dataset(loop, logs)
+    full = build_dataset(loop, logs)
     assert looked[2:] == ["records-0001.parquet", "records-0002.parquet"]
     assert full.manifest.files == second.manifest.files
     # What says nothing of an example by itself costs no second look; what does, costs one.
-    dataset(make_loop(curation={**loop.curation.model_dump(), "validation_fraction": 0.5}), logs)
+    build_dataset(make_loop(curation={**loop.curation.model_dump(), "validation_fraction": 0.5}), logs)
     assert len(looked) == 4
-    dataset(make_loop(curation={**loop.curation.model_dump(), "min_reward": 0.1}), logs)
+    build_dataset(make_loop(curation={**loop.curation.model_dump(), "min_reward": 0.1}), logs)
     assert len(looked) == 6
     # A release that looks otherwise uses neither what was found before nor the dataset of it.
     monkeypatch.setattr(sifting, "FORM", sifting.FORM + 1)
-    assert dataset(loop, logs).manifest.version != full.manifest.version
+    assert build_dataset(loop, logs).manifest.version != full.manifest.version
     assert len(looked) == 8
 
 
@@ -62,13 +61,13 @@ def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_
         sync_source(loop, loop.sources[0], connect(), lambda source, cursor, records=records: iter(records))
         logs, _ = snapshot(loop, connect())
         set_latest(logs.manifest, "a run")
-        warm = dataset(loop, logs)
+        warm = build_dataset(loop, logs)
     parts = [logs.manifest.files[part].sha256 for part in logs.manifest.shards]
     assert len(set(parts)) < len(parts), "two cycles withdrew the same"
     assert warm.manifest.train == 3
     shutil.rmtree(home() / "cache")
     shutil.rmtree(warm.path)
-    assert dataset(loop, logs).manifest.files == warm.manifest.files
+    assert build_dataset(loop, logs).manifest.files == warm.manifest.files
 
 
 def test_a_question_of_the_benchmark_is_known_again_after_its_redaction(make_loop, tmp_path):
@@ -80,9 +79,9 @@ def test_a_question_of_the_benchmark_is_known_again_after_its_redaction(make_loo
     events.append(feedback("on ann", "ann", "correction", correction="sent"))
     with connect().write() as connection:
         record(connection, loop.name, events, default_reward)
-    made = dataset(loop, snapshot(loop, connect())[0])
+    made = build_dataset(loop, snapshot(loop, connect())[0])
     assert list(made.manifest.near_benchmark) == [str(uid("ann"))]
-    assert "invoice" not in str(read_rows(made.path, "train"))
+    assert "invoice" not in str(dataset_rows(made.path, "train"))
 
 
 def test_another_tokenizer_under_the_same_path_gives_another_dataset(make_loop, tmp_path):
@@ -98,8 +97,8 @@ def test_another_tokenizer_under_the_same_path_gives_another_dataset(make_loop, 
 
     tokenizer(pre_tokenizers.Whitespace())
     logs = take(loop, "ash", "birch")
-    words = dataset(loop, logs).manifest
+    words = build_dataset(loop, logs).manifest
     tokenizer(pre_tokenizers.Split("", "isolated"))
-    letters = dataset(loop, logs).manifest
+    letters = build_dataset(loop, logs).manifest
     assert (words.train, letters.train) == (2, 0)
     assert words.version != letters.version

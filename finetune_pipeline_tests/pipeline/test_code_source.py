@@ -2,13 +2,13 @@
 
 import json
 
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.source_state import skipped_records
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_sources
 from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.sources.endpoint import said, teaching
 
 CODE = {"kind": "code", "name": "own_code", "path": "finetune_pipeline/sources"}
@@ -26,7 +26,7 @@ def test_code_and_documents_reach_the_dataset_with_their_origins(make_loop):
     assert [report.error for report in reports] == ["", ""]
     assert all(report.new == report.records > 5 for report in reports), told
     artifact, _ = snapshot(loop, connect())
-    rows = read_rows(dataset(loop, artifact).path, "train")
+    rows = dataset_rows(build_dataset(loop, artifact).path, "train")
     assert {row["source"] for row in rows} == {"own_code", "meetings"}
     provenances = {row["provenance"] for row in rows}
     assert {"code.py::request", "source_record.py::SourceRecord", "orders.md::api"} <= provenances

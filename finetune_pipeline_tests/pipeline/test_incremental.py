@@ -7,7 +7,6 @@ import dagster as dg
 import pytest
 
 from finetune_pipeline.artifacts import get_latest, hash_file
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.automation import automation
@@ -17,6 +16,7 @@ from finetune_pipeline.pipeline.incremental import start
 from finetune_pipeline.registry.champion import promote
 from finetune_pipeline.registry.model_versions import Candidate
 from finetune_pipeline.training.job import TrainingResult
+from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 from finetune_pipeline_tests.orchestration.test_methods import dataset as labelled
 
@@ -85,12 +85,12 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     make_champion(first, tmp_path)
     again = materialize(more, instance, "lora_adapter")
     assert again.manifest.version == first.manifest.version  # nothing is new: the same training, which is there
-    learnt = {row["prompt"] for row in read_rows(get_latest(DatasetManifest, "notes").path, "train")}
+    learnt = {row["prompt"] for row in dataset_rows(get_latest(DatasetManifest, "notes").path, "train")}
 
     write_events(events, *corrected(f"guest{n}" for n in range(10)))
     second = materialize(more, instance, *stages)
     dataset = get_latest(DatasetManifest, "notes")
-    rows = read_rows(dataset.path, "train")
+    rows = dataset_rows(dataset.path, "train")
     replayed = [row for row in rows if row["source"] == "replay"]
     assert {row["prompt"] for row in replayed} - learnt  # other ones than before, which are no news all the same
     new = [row for row in rows if row["prompt"] not in learnt and row not in replayed]
@@ -109,7 +109,7 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     texts = [path.name for path in second.path.rglob("*") if path.suffix == ".arrow"]
     assert texts == []  # they lie in the dataset alone
     other = more.training.model_copy(update={"method": "dpo"})
-    assert start(more, other, dataset, "pairs", manifest.base_hash).reason == (
+    assert start(more, other, dataset, "preference", manifest.base_hash).reason == (
         "the adapter of notes@v1.0.0 cannot be gone on with: it was trained by sft, which learns from other answers "
         "than dpo"
     )
@@ -133,7 +133,7 @@ def test_kto_goes_on_with_new_bad_answers_beside_older_good_ones(make_loop, tmp_
 
     read = incremental._rows
     monkeypatch.setattr(incremental, "_rows", lambda *of: [row for row in read(*of) if not row["label"]])
-    begin = start(loop, loop.training, worse, "labelled", manifest.base_hash)
+    begin = start(loop, loop.training, worse, "unpaired_preference", manifest.base_hash)
     assert (begin.mode, begin.reason) == ("full", "what is new is all bad, and kto needs both")
 
 

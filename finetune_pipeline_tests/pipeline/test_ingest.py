@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.store import Recorded, totals
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_events import ingested_events
@@ -248,12 +248,12 @@ def test_a_time_in_the_future_is_rejected_however_it_is_written(loop, name, form
 def test_an_ingest_recomputes_examples_that_a_migration_marked(loop):
     write_events(loop.drop_folder / "log.jsonl", *corrected(["ash"]))
     take(loop)
-    before = taught(loop)
+    before = examples_of(loop)
     with connect().write() as connection:
         connection.execute(t.examples.update().values(content_hash="", target="of before the repair"))
     said = []
     ingest(loop, connect(), said.append)
-    assert taught(loop) == before
+    assert examples_of(loop) == before
     assert said[0].startswith("the examples of 1 interactions were recomputed")
 
 
@@ -398,7 +398,7 @@ def drop(loop, name, rows=ROWS):
     return write_as(loop.drop_folder / name, rows)
 
 
-def taught(loop):
+def examples_of(loop):
     """Prompt, target, reward, source and provenance of what the store's examples teach."""
     i, e = t.interactions.c, t.examples.c
     query = sa.select(i.prompt, e.target, e.reward, i.source, i.provenance).join(t.examples, i.id == e.interaction_id)
@@ -411,7 +411,7 @@ def test_dropped_conversations_are_taken_once_with_file_and_line(loop, name):
     drop(loop, name)
     assert take(loop).recorded == Recorded(2, 2, 0)
     first = {"a.csv": 2}.get(name, 1)
-    assert taught(loop)[0] == ("what did ash say?", "ash spoke", 0.8, "ingested", f"{name}:{first}")
+    assert examples_of(loop)[0] == ("what did ash say?", "ash spoke", 0.8, "ingested", f"{name}:{first}")
     assert take(loop).files == 0
     drop(loop, "copy.jsonl")
     assert take(loop).recorded == Recorded(0, 0, 4)
@@ -432,7 +432,7 @@ def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_l
             out.write(json.dumps(row) + "\n")
     done = take(loop)
     assert (done.rejected, done.recorded) == (2, Recorded(4, 4, 0))
-    rows = {row[0]: row[1:] for row in taught(loop)}
+    rows = {row[0]: row[1:] for row in examples_of(loop)}
     assert rows["a wall"] == ("wall", -0.5, "ingested", "log.jsonl:3")
     assert rows["user"][:2] == ("assistant", 0.5) and rows["p"][:2] == ("yes", 0.5)
     assert rows["please note what ash said about the ash matter"][2] is None  # of the log
@@ -447,7 +447,7 @@ def test_another_reward_of_the_same_conversation_is_said_of_the_same_one(loop):
     take(loop)
     drop(loop, "b.csv", [{**ROWS[0], "reward": -1.0}])
     assert take(loop).recorded == Recorded(0, 1, 1)
-    assert [row[2] for row in taught(loop)] == [-1.0, 0.8]
+    assert [row[2] for row in examples_of(loop)] == [-1.0, 0.8]
 
 
 def test_a_changed_file_is_read_anew_and_its_bad_rows_are_named(loop):
@@ -504,7 +504,7 @@ def test_a_kill_within_a_table_loses_nothing_and_doubles_nothing(loop, tmp_path)
         process.send_signal(signal.SIGKILL)
         process.wait()
     take(loop)
-    assert len(taught(loop)) == interactions(loop) == 2_000
+    assert len(examples_of(loop)) == interactions(loop) == 2_000
     with connect().read() as connection:
         row = connection.execute(sa.select(t.ingested_files)).one()
     assert (row.lines, row.rejected, row.finished) == (2_001, 0, True)
@@ -523,5 +523,5 @@ def test_what_is_dropped_can_have_a_quota(make_loop):
     (loop.drop_folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     take(loop)
     assert sync_sources(loop, connect(), print) == []  # it is no source to be read once more
-    manifest = dataset(loop, snapshot(loop, connect())[0]).manifest
+    manifest = build_dataset(loop, snapshot(loop, connect())[0]).manifest
     assert (manifest.train, manifest.left_out) == (3, {"over the quota of ingested": 6})

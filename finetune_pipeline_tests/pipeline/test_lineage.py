@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, publish, stage_folder, write_text
+from finetune_pipeline.curation.dataset_files import COLUMNS
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
 from finetune_pipeline.orchestration.lora_adapter import training_run
 from finetune_pipeline.pipeline.lineage import MadeWith, card, lineage, made_with
@@ -39,6 +40,7 @@ def dataset(version, of, train, validation):
     fields = {
         **COMMON, "version": version, "inputs": {"raw_logs": of}, "train": len(train), "validation": len(validation),
         "replayed": 1, "left_out": {"duplicate": 2, "other": 1}, "redacted": {"e-mail": 4}, "near_benchmark": [],
+        "preference_pairs": 0, "desirable": 0, "undesirable": 0,
         "watermark": 9,
     }  # fmt: skip
     with draft("notes", "curated_dataset", version) as folder:
@@ -46,7 +48,8 @@ def dataset(version, of, train, validation):
             name: datasets.Dataset.from_dict({"prompt": ["p"] * len(ids), "interaction_id": ids})
             for name, ids in (("train", train), ("validation", validation))
         }
-        datasets.DatasetDict(splits).save_to_disk(folder / "dataset", num_shards=dict.fromkeys(splits, 1))
+        for name in COLUMNS:
+            datasets.DatasetDict(splits).save_to_disk(folder / name, num_shards=dict.fromkeys(splits, 1))
         publish(folder, DatasetManifest, fields)
 
 
@@ -213,7 +216,7 @@ def test_a_snapshot_that_cannot_be_read_is_an_error_that_names_it(db, loop, chai
 
 
 def test_a_dataset_that_cannot_be_read_is_an_error_that_names_it(db, loop, chain):
-    (path,) = (stage_folder("notes", "curated_dataset") / "d1" / "dataset" / "train").glob("*.arrow")
+    (path,) = (stage_folder("notes", "curated_dataset") / "d1" / "prompt_completion" / "train").glob("*.arrow")
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(ArtifactError, match=r"curated_dataset/d1 cannot be read"):
         made_with(db, loop, {"i4"})

@@ -3,7 +3,6 @@
 import pytest
 
 from finetune_pipeline.artifacts import draft, publish
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import mark_judged, record
@@ -11,10 +10,10 @@ from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.orchestration.curated_dataset import _metadata
 from finetune_pipeline.orchestration.eval_report import _trained_contents
 from finetune_pipeline.pipeline import snapshot as snapshots
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.records import Turn
-from finetune_pipeline_tests.conftest import feedback, interaction
+from finetune_pipeline_tests.conftest import dataset_rows, feedback, interaction
 
 MAIL = "ann@example.com"
 
@@ -24,7 +23,7 @@ def add(loop, *events):
         record(connection, loop.name, events, default_reward)
 
 
-def taught(name, prompt, answer="noted", **fields):
+def corrected_events(name, prompt, answer="noted", **fields):
     return [
         interaction(name, prompt=prompt, **fields),
         feedback(f"on {name}", name, "correction", correction=answer),
@@ -44,13 +43,13 @@ def adapter_of(loop, data):
 
 
 def test_what_differs_only_by_a_secret_counts_once(loop):
-    add(loop, *taught("a", f"write to {MAIL}"), *taught("b", "write to bob@example.com"))
+    add(loop, *corrected_events("a", f"write to {MAIL}"), *corrected_events("b", "write to bob@example.com"))
     assert count_new(loop, connect(), watermark=0) == 1
 
 
 def test_the_same_prompt_in_another_conversation_counts_too(loop):
     turns = (Turn(role="user", content="about the ash"),)
-    add(loop, *taught("a", "what now?"), *taught("b", "what now?", history=turns))
+    add(loop, *corrected_events("a", "what now?"), *corrected_events("b", "what now?", history=turns))
     assert count_new(loop, connect(), watermark=0) == 2
 
 
@@ -68,27 +67,31 @@ def test_the_same_prompt_in_another_conversation_counts_too(loop):
 def test_the_count_and_the_dataset_agree_on_confidence(loop, least, confidence, said, holds):
     loop = loop.model_copy(update={"curation": loop.curation.model_copy(update={"min_confidence": least})})
     asked = interaction("b", prompt="how long is it?", output="six feet", confidence=confidence)
-    add(loop, *taught("a", "what now?"), asked, feedback("on b", "b", **said))
+    add(loop, *corrected_events("a", "what now?"), asked, feedback("on b", "b", **said))
     low = holds and confidence is not None and confidence < least  # missing confidence is not low confidence
     assert count_new(loop, connect(), watermark=0) == (1 if low else 2)
     snapshot, _ = snapshots.snapshot(loop, connect())
-    data = dataset(loop, snapshot)
+    data = build_dataset(loop, snapshot)
     refused = {f"confidence below {least:g} and no person confirmed it": 1} if low else {}
     assert (data.manifest.train + data.manifest.validation, data.manifest.left_out) == (1 if low else 2, refused)
 
 
 def test_what_was_judged_in_its_redacted_form_never_counts_again(loop):
     history = (Turn(role="user", content=f"I am {MAIL}"),)
-    add(loop, *taught("a", f"write to {MAIL}"), *taught("b", "what now?", f"mail {MAIL}", history=history))
+    add(
+        loop,
+        *corrected_events("a", f"write to {MAIL}"),
+        *corrected_events("b", "what now?", f"mail {MAIL}", history=history),
+    )
     snapshot, _ = snapshots.snapshot(loop, connect())
-    data = dataset(loop, snapshot)
+    data = build_dataset(loop, snapshot)
     adapter_of(loop, data)
     with connect().write() as connection:
         mark_judged(connection, loop.name, _trained_contents(loop.name, "v1"))
     assert count_new(loop, connect(), watermark=0) == 0
-    add(loop, *taught("again", f"write to {MAIL}"))  # logged once more, with another id
+    add(loop, *corrected_events("again", f"write to {MAIL}"))  # logged once more, with another id
     assert count_new(loop, connect(), watermark=0) == 0
-    add(loop, *taught("other", "write to nobody"))
+    add(loop, *corrected_events("other", "write to nobody"))
     assert count_new(loop, connect(), watermark=0) == 1
 
 
@@ -96,16 +99,16 @@ def test_no_secret_reaches_a_dataset_and_the_numbers_are_shown(loop):
     history = (Turn(role="user", content=f"I am {MAIL}"),)
     add(
         loop,
-        *taught("a", f"write to {MAIL} or +49 30 901820"),
-        *taught("b", "what now?", f"mail {MAIL}", history=history),
+        *corrected_events("a", f"write to {MAIL} or +49 30 901820"),
+        *corrected_events("b", "what now?", f"mail {MAIL}", history=history),
     )
     snapshot, _ = snapshots.snapshot(loop, connect())
-    data = dataset(loop, snapshot)
+    data = build_dataset(loop, snapshot)
     assert data.manifest.redacted == {"email": 3, "phone": 1}
     metadata = _metadata(data)
     assert metadata["redacted"] == 4
-    assert metadata["redacted_what"].value == "| kind | places |\n|---|---|\n| email | 3 |\n| phone | 1 |"
+    assert metadata["redacted_kinds"].value == "| kind | number |\n|---|---|\n| email | 3 |\n| phone | 1 |"
     written = [path for path in data.path.rglob("*") if path.is_file()]
     assert written and not [path for path in written if b"example.com" in path.read_bytes()]
-    prompts = {row["prompt"] for split in ("train", "validation") for row in read_rows(data.path, split)}
+    prompts = {row["prompt"] for split in ("train", "validation") for row in dataset_rows(data.path, split)}
     assert prompts == {"write to [EMAIL] or [PHONE]", "what now?"}

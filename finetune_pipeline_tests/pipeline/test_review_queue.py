@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 
 from finetune_pipeline.artifacts import stage_folder
-from finetune_pipeline.curation.dataset import read_all, read_rows
+from finetune_pipeline.curation.dataset_files import read_all
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.review import decide, look, undo
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.review_queue import waiting
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
 from finetune_pipeline.sources.source_record import SourceRecord
-from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
+from finetune_pipeline_tests.conftest import START, dataset_rows, feedback, interaction, uid
 
 CURATION = {"min_examples": 1, "validation_fraction": 0.0}
 NAMES = ["amy", "ben", "cid", "dan"]
@@ -51,11 +51,11 @@ def say(loop, name, kind, target=None):
 
 
 def curated(loop):
-    return dataset(loop, snapshot(loop, connect())[0])
+    return build_dataset(loop, snapshot(loop, connect())[0])
 
 
 def answers(artifact):
-    return sorted(row["completion"] for row in read_rows(artifact.path, "train"))
+    return sorted(row["completion"] for row in dataset_rows(artifact.path, "train"))
 
 
 def test_decisions_decide_what_trains_and_survive_a_rebuild(loop, logged):

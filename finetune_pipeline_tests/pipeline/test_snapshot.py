@@ -10,16 +10,15 @@ import pytest
 import sqlalchemy as sa
 
 from finetune_pipeline.artifacts import get_latest, set_latest, stage_folder
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import newest_offset, record
 from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.pipeline import snapshot as snapshots
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.records import Turn
-from finetune_pipeline_tests.conftest import feedback, interaction
+from finetune_pipeline_tests.conftest import dataset_rows, feedback, interaction
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions
 
 
@@ -54,7 +53,9 @@ def test_only_what_came_or_changed_is_written_and_the_rest_is_linked(loop):
     assert old.stat().st_ino == linked.stat().st_ino
     assert [row["target"] for row in rows(second, "records-0002.parquet")] == ["ash never spoke", "cedar spoke"]
     kept = {
-        row["completion"] for split in ("train", "validation") for row in read_rows(dataset(loop, second).path, split)
+        row["completion"]
+        for split in ("train", "validation")
+        for row in dataset_rows(build_dataset(loop, second).path, split)
     }
     assert kept == {"ash never spoke", "birch spoke", "cedar spoke"}
 
@@ -135,8 +136,10 @@ def test_parts_give_the_same_dataset_as_one_file(loop, seed):
     at_once = take(loop)
     assert len(in_parts.manifest.shards) > 2 and len(at_once.manifest.shards) == 1
     for split in ("train", "validation"):
-        assert read_rows(dataset(loop, in_parts).path, split) == read_rows(dataset(loop, at_once).path, split)
-    assert dataset(loop, in_parts).manifest.train > 3
+        assert dataset_rows(build_dataset(loop, in_parts).path, split) == dataset_rows(
+            build_dataset(loop, at_once).path, split
+        )
+    assert build_dataset(loop, in_parts).manifest.train > 3
 
 
 def test_after_something_was_forgotten_everything_is_written_anew(loop):

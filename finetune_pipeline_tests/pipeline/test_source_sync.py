@@ -10,7 +10,6 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import FeedbackClient
@@ -20,7 +19,7 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.source_state import skipped_records, undeclared_sources
 from finetune_pipeline.feedback.store import counters
 from finetune_pipeline.pipeline import source_sync
-from finetune_pipeline.pipeline.build_dataset import dataset, taught
+from finetune_pipeline.pipeline.build_dataset import build_dataset, examples_of
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.snapshot import snapshot
@@ -29,7 +28,7 @@ from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.row_readers import read_rows as read_rows_of
 from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline.validation_messages import short_repr
-from finetune_pipeline_tests.conftest import interaction, uid
+from finetune_pipeline_tests.conftest import dataset_rows, interaction, uid
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 
 from ..sources.test_files import write_as
@@ -61,16 +60,16 @@ def take(loop, *found):
 
 def targets(loop):
     artifact, _ = snapshot(loop, connect())
-    return sorted(example.target for example in taught(artifact))
+    return sorted(example.target for example in examples_of(artifact))
 
 
 def test_items_teach_with_their_source_and_origin(loop):
     report = take(loop, *records("ash", "elm"))
     assert (report.records, report.new, report.retracted, report.skipped) == (2, 2, 0, 0)
     artifact, _ = snapshot(loop, connect())
-    rows = read_rows(dataset(loop, artifact).path, "train")
+    rows = dataset_rows(build_dataset(loop, artifact).path, "train")
     assert {(row["source"], row["provenance"]) for row in rows} == {("imported", "ash.md"), ("imported", "elm.md")}
-    assert dataset(loop, artifact).manifest.sources == {"imported": 2}
+    assert build_dataset(loop, artifact).manifest.sources == {"imported": 2}
     assert count_new(loop, connect(), 0) == 2
 
 
@@ -120,7 +119,7 @@ def test_what_moved_within_its_source_is_the_same_with_all_that_was_said_of_it(l
     assert targets(loop) == ["ash spoke", "elm sang", "oak spoke"]
     after = ids_of(loop)
     assert (after["a.jsonl:2"], after["a.jsonl:3"]) == (before["a.jsonl:1"], before["a.jsonl:2"])
-    rows = read_rows(dataset(loop, snapshot(loop, connect())[0]).path, "train")
+    rows = dataset_rows(build_dataset(loop, snapshot(loop, connect())[0]).path, "train")
     assert {row["provenance"]: row["completion"] for row in rows}["a.jsonl:3"] == "elm sang"
     assert take(loop, line(1, "oak"), line(2, "ash")).retracted == 1
     assert take(loop, line(1, "oak"), line(2, "ash"), line(7, "elm")).new == 0
@@ -281,8 +280,8 @@ def test_what_is_said_of_unusable_things_shows_no_secret(loop):
         (row,) = skipped_records(connection, loop, 10)
     assert row.provenance == "people:[EMAIL]" and not {"ann", "aB1"} & set(row.reason.replace(".", " ").split())
     artifact, _ = snapshot(loop, connect())
-    made = dataset(loop, artifact)
-    (learnt,) = read_rows(made.path, "train")
+    made = build_dataset(loop, artifact)
+    (learnt,) = dataset_rows(made.path, "train")
     assert learnt["provenance"] == "People.md#Call [EMAIL]"
     assert made.manifest.redacted == {"email": 1} and "ann@" not in (made.path / "card.md").read_text()
 
@@ -290,7 +289,7 @@ def test_what_is_said_of_unusable_things_shows_no_secret(loop):
 def test_a_correction_of_a_model_s_answer_teaches_as_one(loop):
     take(loop, *records("ash", model_output="ash was silent"))
     artifact, _ = snapshot(loop, connect())
-    (example,) = taught(artifact)
+    (example,) = examples_of(artifact)
     assert (example.corrected, example.target, example.output) == (True, "ash spoke", "ash was silent")
 
 
@@ -324,7 +323,7 @@ def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
     ingest(loop, connect(), print)
     take(loop, *records("ash", "elm", "oak", "yew", "fir", "bay"))
     artifact, _ = snapshot(loop, connect())
-    manifest = dataset(loop, artifact).manifest
+    manifest = build_dataset(loop, artifact).manifest
     assert manifest.sources == {"imported": 1, "logs": 3}
     assert manifest.left_out["over the quota of imported"] == 5
 
@@ -351,8 +350,10 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
     assert "| imported | 7 | 100.0% |" in card and '"provenance": "a.parquet:' in card
     path = Path(metadata["curated_dataset"]["path"].value)
     assert (path / "card.md").read_text() == card
-    assert {row["reward"] for row in read_rows(path, "train")} == {0.9}
-    assert "what did 0 say?" in {row["prompt"] for split in ("train", "validation") for row in read_rows(path, split)}
+    assert {row["reward"] for row in dataset_rows(path, "train")} == {0.9}
+    assert "what did 0 say?" in {
+        row["prompt"] for split in ("train", "validation") for row in dataset_rows(path, split)
+    }
     assert [metadata["raw_logs"][name].value for name in ("new_interactions", "new_feedback", "retracted")] == [7, 7, 0]
     renamed = make_loop(sources=[{**source, "name": "renamed"}], curation={"min_examples": 1})
     metadata = materialized(renamed, instance, "raw_logs")["raw_logs"]
@@ -479,7 +480,7 @@ def test_a_reward_of_the_source_that_is_set_back_counts_again(make_loop):
     for reward in (0.8, 0.5, 0.8):
         loop = make_loop(sources=[{**SOURCE, "reward": reward}], curation={"min_examples": 1})
         take(loop, *records("ash"))
-        (example,) = taught(snapshot(loop, connect())[0])
+        (example,) = examples_of(snapshot(loop, connect())[0])
         rewards.append(example.reward)
     assert rewards == [0.8, 0.5, 0.8]
 
@@ -591,7 +592,7 @@ def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_t
     (source,) = loop.sources
     sync_source(loop, source, other, lambda settings, cursor: iter(records("ash", "elm")))
     artifact, _ = snapshot(loop, other)
-    assert sorted(example.target for example in taught(artifact)) == [one for one in before if one != "ben spoke"]
+    assert sorted(example.target for example in examples_of(artifact)) == [one for one in before if one != "ben spoke"]
     assert "ash whispered" in before
 
 

@@ -5,13 +5,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.source_state import skipped_records
-from finetune_pipeline.pipeline.build_dataset import dataset, taught
+from finetune_pipeline.pipeline.build_dataset import build_dataset, examples_of
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_sources
+from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
 
 SOURCE = {
@@ -57,7 +57,7 @@ def read_all(loop):
 
 def rewards(loop):
     artifact, _ = snapshot(loop, connect())
-    return {example.provenance: example.reward for example in taught(artifact)}
+    return {example.provenance: example.reward for example in examples_of(artifact)}
 
 
 def test_rows_come_change_and_become_unusable(make_loop, rated):
@@ -80,7 +80,7 @@ def test_rows_come_change_and_become_unusable(make_loop, rated):
     read_all(loop)
     assert rewards(loop)["answers:1"] == 1.0
     artifact, _ = snapshot(loop, connect())
-    rows = read_rows(dataset(loop, artifact).path, "train")
+    rows = dataset_rows(build_dataset(loop, artifact).path, "train")
     assert {(row["source"], row["provenance"]) for row in rows} == {("ratings", f"answers:{n}") for n in (1, 3, 4)}
 
 
@@ -100,7 +100,7 @@ def test_a_quota_keeps_a_large_table_from_drowning_the_logs(make_loop, rated):
     ingest(loop, connect(), print)
     rated(1, **{f"n{n}": 5 for n in range(20)})
     read_all(loop)
-    manifest = dataset(loop, snapshot(loop, connect())[0]).manifest
+    manifest = build_dataset(loop, snapshot(loop, connect())[0]).manifest
     assert manifest.sources == {"logs": 3, "ratings": 3}
     assert manifest.left_out["over the quota of ratings"] == 17
 

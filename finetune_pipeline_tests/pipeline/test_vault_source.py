@@ -2,11 +2,11 @@
 
 import pytest
 
-from finetune_pipeline.curation.dataset import read_rows
 from finetune_pipeline.database import connect
-from finetune_pipeline.pipeline.build_dataset import dataset
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_sources
+from finetune_pipeline_tests.conftest import dataset_rows
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def vault(tmp_path):
 def rows(loop):
     sync_sources(loop, connect(), print)
     artifact, _ = snapshot(loop, connect())
-    found = read_rows(dataset(loop, artifact).path, "train")
+    found = dataset_rows(build_dataset(loop, artifact).path, "train")
     return {row["provenance"]: (row["source"], row["completion"]) for row in found}
 
 

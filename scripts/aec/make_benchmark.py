@@ -14,7 +14,7 @@ from typing import Any
 
 from wording import SLICES, has_later_words, ordered, request
 
-from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.decontamination import NearIndex
 
 HERE = Path(__file__).parent
 BENCHMARK = HERE.parents[1] / "data" / "benchmarks" / "aec_parser.jsonl"

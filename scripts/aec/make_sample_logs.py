@@ -23,7 +23,7 @@ from make_benchmark import near, reserved
 from make_rules import COMPLIANCE, OUTPUT_SCHEMA
 from wording import SLICES, Spec, answer_text, has_later_words, request, rotation
 
-from finetune_pipeline.curation.duplicates import NearIndex
+from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.export.model import export
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec

@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_pipeline.curation.dataset import DATASET, SPLITS, Curated, Row
-from finetune_pipeline.curation.preferences import LABELLED, PAIRS
-from finetune_pipeline.curation.provenance import PROVENANCE_FILE
+from finetune_pipeline.curation.dataset import Curated
+from finetune_pipeline.curation.dataset_files import (
+    PREFERENCE,
+    PROMPT_COMPLETION,
+    PROVENANCE_FILE,
+    SPLITS,
+    UNPAIRED_PREFERENCE,
+    DatasetExample,
+)
 
 DATASET_CARD = "card.md"
 SAMPLE = 20  # rows, or as many as there are sources
@@ -40,7 +46,7 @@ class DatasetCard:
 def dataset_card(card: DatasetCard) -> str:
     """Render a card; the same card gives the same text. No value of a secret is in it, only how many of each kind."""
     curated = card.curated
-    held = {split: curated.count(DATASET, split) for split in SPLITS}
+    held = {split: curated.count(PROMPT_COMPLETION, split) for split in SPLITS}
     title = f"# Dataset {cell(card.version)} of {cell(card.loop)}"
     lead = (
         f"{held['train'] + curated.replayed:,} examples to train on ({curated.replayed:,} of them replayed) and "
@@ -59,9 +65,9 @@ def dataset_card(card: DatasetCard) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def sample(rows: Sequence[Row]) -> list[Row]:
+def sample(rows: Sequence[DatasetExample]) -> list[DatasetExample]:
     """The first row of every source, then a second of each, while it stays within SAMPLE."""
-    by_source: dict[str, list[Row]] = defaultdict(list)
+    by_source: dict[str, list[DatasetExample]] = defaultdict(list)
     for row in rows:
         by_source[row.source].append(row)
     turns = [found[place] for place in range(OF_EACH) for _, found in sorted(by_source.items()) if place < len(found)]
@@ -70,10 +76,10 @@ def sample(rows: Sequence[Row]) -> list[Row]:
 
 def _splits(curated: Curated) -> dict[str, int]:
     return {
-        "train": curated.count(DATASET, "train") + curated.replayed,
-        "validation": curated.count(DATASET, "validation"),
-        "pairs of a correction and the model's own answer (train)": curated.count(PAIRS, "train"),
-        "answers found bad (train)": curated.count(LABELLED, "train"),
+        "train": curated.count(PROMPT_COMPLETION, "train") + curated.replayed,
+        "validation": curated.count(PROMPT_COMPLETION, "validation"),
+        "pairs of a correction and the model's own answer (train)": curated.count(PREFERENCE, "train"),
+        "answers found bad (train)": curated.count(UNPAIRED_PREFERENCE, "train"),
     }
 
 
@@ -96,13 +102,13 @@ def _table(title: str, head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     return "\n".join([f"## {title}", "", f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
 
 
-def _sample(rows: Sequence[Row]) -> str:
+def _sample(rows: Sequence[DatasetExample]) -> str:
     # One line of JSON each: whatever a text says, it cannot end the block that it stands in.
     lines = [json.dumps(_sampled(row), ensure_ascii=False) for row in sample(rows)]
     return "\n".join(["## Sample", "", "```json", *lines, "```"])
 
 
-def _sampled(row: Row) -> dict[str, Any]:
+def _sampled(row: DatasetExample) -> dict[str, Any]:
     history = {"history": [{"role": t.role, "content": _cut(t.content)} for t in row.history]} if row.history else {}
     told = {
         "source": row.source,

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from finetune_pipeline.curation.duplicates import NearIndex
-from finetune_pipeline.curation.lengths import TokenCounter
-from finetune_pipeline.curation.quality import refuses, repetition
+from finetune_pipeline.curation.decontamination import NearIndex
+from finetune_pipeline.curation.quality import repetition
 from finetune_pipeline.curation.quotas import Quota
+from finetune_pipeline.curation.token_count import TokenCounter
 from finetune_pipeline.records import Example, Turn, conversation_text
+from finetune_pipeline.refusals import is_refusal
 from finetune_pipeline.schemas import InvalidJsonError, Schema, compile_schema, parse_json
 from finetune_pipeline.settings import CurationSettings
 
@@ -83,7 +84,7 @@ def _poor_answer(example: Example, rules: CurationSettings) -> str:
     """
     if example.corrected or example.review in APPROVED:
         return ""
-    if not example.confirmed and refuses(example.target):
+    if not example.confirmed and is_refusal(example.target):
         return REFUSED
     return REPEATS if repetition(example.target) > rules.max_repetition else ""
 

@@ -9,15 +9,15 @@ from finetune_pipeline.artifacts import new_file
 from finetune_pipeline.records import Turn, chat_messages
 
 if TYPE_CHECKING:
-    from finetune_pipeline.curation.dataset import Row
+    from finetune_pipeline.curation.dataset_files import DatasetExample
 
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
 
-Writer = Callable[["Row", str], dict[str, Any]]
+Writer = Callable[["DatasetExample", str], dict[str, Any]]
 """A row in a form, under a loop's system prompt."""
 
 
-def alpaca(row: "Row", system_prompt: str) -> dict[str, Any]:
+def alpaca(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
     """instruction, input, output; the system prompt is the instruction.
 
     A system message of the conversation stands instead of the loop's own, and in `system` besides. What was said before
@@ -35,20 +35,20 @@ def alpaca(row: "Row", system_prompt: str) -> dict[str, Any]:
     }
 
 
-def messages(row: "Row", system_prompt: str) -> dict[str, Any]:
+def messages(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
     """The messages as OpenAI's API and chat templates have them, the answer last."""
     said = [*chat_messages(system_prompt, row.prompt, row.history), {"role": "assistant", "content": row.completion}]
     return {"messages": said, "reward": row.reward}
 
 
-def sharegpt(row: "Row", system_prompt: str) -> dict[str, Any]:
+def sharegpt(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
     """The same as conversations of from and value."""
     said = messages(row, system_prompt)["messages"]
     turns = [{"from": _SHAREGPT[turn["role"]], "value": turn["content"]} for turn in said]
     return {"conversations": turns, "reward": row.reward}
 
 
-def prompt_completion(row: "Row", system_prompt: str) -> dict[str, Any]:
+def prompt_completion(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
     """prompt and completion, without the loop's system prompt; what was said before stands in `history`."""
     said = {"history": [turn.model_dump() for turn in row.history]} if row.history else {}
     return {"prompt": row.prompt, "completion": row.completion, **said, "reward": row.reward}
@@ -60,7 +60,9 @@ WRITERS: dict[str, Writer] = {
 """Each form's writer, by its name."""
 
 
-def write_rows(path: Path, rows: Iterable["Row"], form: str, system_prompt: str, *, force: bool = False) -> int:
+def write_rows(
+    path: Path, rows: Iterable["DatasetExample"], form: str, system_prompt: str, *, force: bool = False
+) -> int:
     """Write rows in a form: a name in .json gives a JSON array, any other one JSON object a line.
 
     Args:
