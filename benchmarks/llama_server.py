@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from benchmarks.results import publish
-from finetune_pipeline.export.gguf import convert, convert_adapter, quantise
+from finetune_pipeline.export.gguf import convert, convert_adapter, quantize
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.settings import PROJECT_ROOT
@@ -138,7 +138,7 @@ class _Theirs:
 def _make(folder: Path) -> tuple[Path, list[Path]]:
     gguf = folder / "starter.gguf"
     convert(STARTER, folder / "f16.gguf")
-    quantise(folder / "f16.gguf", gguf, "Q4_K_M")
+    quantize(folder / "f16.gguf", gguf, "Q4_K_M")
     adapters = [folder / "one.gguf", folder / "two.gguf"]
     for seed, adapter in enumerate(adapters):
         write_adapter(STARTER, folder / adapter.stem, seed)

@@ -84,7 +84,7 @@ def _accuracy(report: dict[str, Any]) -> dict[str, Any]:
         sides = {}
         for side in ("champion", "challenger"):
             totals = group[side] if group else report[side]["totals"]
-            sides[side] = totals["right"] / totals["total"]
+            sides[side] = totals["correct"] / totals["total"]
             result[f"{name}_{'base' if side == 'champion' else 'new'}"] = sides[side]
         result[f"{name}_points"] = 100 * (sides["challenger"] - sides["champion"])
     result["gain_percent"] = 100 * (result["all_new"] / result["all_base"] - 1)

@@ -13,8 +13,8 @@ from benchmarks.results import publish
 from finetune_pipeline.curation.dataset import Curated, curate, write_dataset
 from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETION, UNPAIRED_PREFERENCE
 from finetune_pipeline.database import connect
-from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.run import answer_benchmark
+from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
@@ -151,7 +151,7 @@ def _measure(loop: LoopSettings, gguf: Path) -> dict[str, float]:
     shares = {}
     for wording in ("all", "firm", "plain"):
         asked = [s for s, q in zip(scores, benchmark.questions, strict=True) if wording in {"all", q.wording}]
-        shares[wording] = sum(s.right for s in asked) / sum(s.total for s in asked)
+        shares[wording] = sum(s.correct for s in asked) / sum(s.total for s in asked)
     return {**shares, "valid": sum(s.valid for s in scores) / len(scores)}
 
 

@@ -515,9 +515,9 @@ class EvaluationSettings(Settings):
     """On what, and how, two models are compared."""
 
     benchmark: str = Field(description="JSONL of id, slice, prompt and expected answer; relative to the project.")
-    metric: Literal["parameters", "words", "exact"] = Field(
+    metric: Literal["parameters", "rouge1", "exact"] = Field(
         default="parameters",
-        description="What the gate counts: right parameters of a JSON, right words of a text, or exact answers.",
+        description="What the gate counts: correct JSON parameters, words of a text (ROUGE-1 recall), exact matches.",
     )
     compliance: str | None = Field(default=None, description="JSON file of rules (JSON Schema conditions).")
     max_tokens: int = Field(default=256, ge=1, description="Tokens an answer may have.")
@@ -613,7 +613,7 @@ class LoopSettings(Settings):
     @model_validator(mode="after")
     def _parameters_need_a_schema(self) -> "LoopSettings":
         if self.evaluation.metric == "parameters" and self.output_schema is None:
-            raise ValueError("metric: parameters counts the values of a JSON; set output_schema, or metric: words")
+            raise ValueError("metric: parameters counts the values of a JSON; set output_schema, or metric: rouge1")
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from finetune_pipeline.settings import (
 MINIMAL = {
     "name": "notes",
     "base_model": "some/model",
-    "evaluation": {"benchmark": "notes.jsonl", "metric": "words"},
+    "evaluation": {"benchmark": "notes.jsonl", "metric": "rouge1"},
 }
 
 
@@ -28,7 +28,7 @@ def loop_yaml(attributes):
     return f"type: {COMPONENT_TYPE}\nattributes:\n" + "\n".join(f"  {line}" for line in attributes.splitlines())
 
 
-YAML = "name: notes\nbase_model: some/model\nevaluation: {benchmark: notes.jsonl, metric: words}\n"
+YAML = "name: notes\nbase_model: some/model\nevaluation: {benchmark: notes.jsonl, metric: rouge1}\n"
 
 
 def test_the_default_loop_can_be_read_and_has_bare_keys():
@@ -86,7 +86,7 @@ def test_times_of_schedules_are_crons(tmp_path, time):
 
 
 def test_parameters_can_only_be_counted_in_json(tmp_path):
-    path = write(tmp_path, "notes", loop_yaml(YAML.replace("words", "parameters")))
+    path = write(tmp_path, "notes", loop_yaml(YAML.replace("rouge1", "parameters")))
     with pytest.raises(SettingsError, match="set output_schema"):
         read_loop(path)
 

@@ -25,11 +25,11 @@ def spec_of(loop: LoopSettings, name: str) -> tuple[str, ModelSpec]:
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.registry.champion import resolve
-    from finetune_pipeline.registry.model_versions import check_file
+    from finetune_pipeline.registry.model_versions import check_files
 
     found = resolve(connect(), name, loop.name)
     if found is not None:
-        check_file(found, again=False)
+        check_files(found, again=False)
         return found.name, ModelSpec(gguf=found.gguf_path, adapter=found.adapter_path)
     return f"{loop.name}@base", ModelSpec(gguf=base_gguf(loop, click.echo))
 

@@ -1,15 +1,11 @@
 """The readable end of a run: what it used, what it learned, how the models compare, and the verdict."""
 
-import json
-from typing import Any
-
 import click
 from rich.console import Console
 from rich.table import Table
 
 from finetune_pipeline.artifacts import get_latest
-from finetune_pipeline.evaluation.figures import show
-from finetune_pipeline.evaluation.report import HTML, JSON
+from finetune_pipeline.evaluation.report import HTML, JSON, ReportMetrics, metrics_of_report
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.settings import LoopSettings
 
@@ -32,7 +28,7 @@ def show_summary(loop: LoopSettings) -> None:
         )
     report = get_latest(ReportManifest, loop.name)
     if report is not None:
-        Console().print(_table(json.loads((report.path / JSON).read_text(encoding="utf-8"))))
+        Console().print(_table(metrics_of_report(report.path / JSON)))
         verdict = click.style("promote", fg="green") if report.manifest.promote else click.style("reject", fg="red")
         click.echo(f"verdict   {verdict}: {report.manifest.reason}")
         click.echo(f"report    {report.path / HTML}")
@@ -42,17 +38,11 @@ def show_summary(loop: LoopSettings) -> None:
         click.echo(f"GGUF      {promotion.manifest.gguf_path}")
 
 
-def _table(report: dict[str, Any]) -> Table:
+def _table(metrics: ReportMetrics) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("metric")
-    for side in ("champion", "challenger"):
-        table.add_column(report[side]["name"], justify="right")
-    table.add_column("change", justify="right")
-    for row in report["figures"]:
-        unit, change = row["unit"], None
-        if row["champion"] is not None and row["challenger"] is not None:
-            change = row["challenger"] - row["champion"]
-        table.add_row(
-            row["name"], show(row["champion"], unit), show(row["challenger"], unit), show(change, unit, signed=True)
-        )
+    for heading in (metrics.champion, metrics.challenger, "change"):
+        table.add_column(heading, justify="right")
+    for row in metrics.rows:
+        table.add_row(row.name, *row.cells)
     return table

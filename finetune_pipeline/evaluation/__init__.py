@@ -1,8 +1,11 @@
-"""Is the challenger better than the champion? Benchmark, metrics, comparison, gate and report.
+"""Evaluation: benchmark two models, compare them, and decide whether the challenger is promoted.
 
-benchmark.py     the questions, fixed by hash          metrics.py        what one answer scores
-run.py           a GGUF answers them; speed            answers.py        what a run keeps of an answer
-comparison.py    two models, question by question      significance.py  could it be luck?
-gate.py          the rule of promotion                 confidence.py    does confidence tell right from wrong?
-figures.py       the table that every door shows       report.py        the page and the JSON; plots.py its pictures
+benchmark.py     questions and expected answers, fixed by a hash
+run.py           answers of a GGUF to the benchmark (answers.py), and its speed
+scoring.py       scores of one answer
+comparison.py    two models on the same questions, with significance.py and constant_baseline.py
+confidence.py    how well confidence separates correct from incorrect answers
+gate.py          the rule of promotion
+metric_table.py  the table of metrics
+report.py        report.html and report.json, with plots.py
 """

@@ -1,12 +1,12 @@
-"""What a model said in answer to the benchmark, and how fast it was."""
+"""Answers of a model to the benchmark, and its speed."""
 
 from pydantic import Field
 
 from finetune_pipeline.records import Record
 
 
-class Answer(Record):
-    """One answer of one model."""
+class BenchmarkAnswer(Record):
+    """One model's answer to one question of the benchmark."""
 
     id: str = Field(description="Id of the question.")
     text: str
@@ -16,16 +16,14 @@ class Answer(Record):
 
 
 class Speed(Record):
-    """How fast one model answers, one prompt at a time."""
+    """Speed of one model, measured one prompt at a time."""
 
-    latency_p50_ms: float = Field(ge=0, description="Half of the answers took at most so long, milliseconds.")
-    latency_p95_ms: float = Field(ge=0, description="95 % of the answers took at most so long, milliseconds.")
-    tokens_per_second: float = Field(ge=0, description="Generated tokens by the time spent generating them.")
-    prompts: int = Field(ge=1, description="How many answers were timed.")
-    threads: int | None = Field(
-        default=None, description="Number of threads that decoded, constant over the measurement."
-    )
-    disturbed: str | None = Field(
+    latency_p50_ms: float = Field(ge=0, description="Median latency of an answer in milliseconds.")
+    latency_p95_ms: float = Field(ge=0, description="95th percentile of the latency in milliseconds.")
+    tokens_per_second: float = Field(ge=0, description="Generated tokens divided by generation time.")
+    prompts: int = Field(ge=1, description="Number of timed answers.")
+    threads: int | None = Field(default=None, description="Number of threads for decoding, fixed while timing.")
+    contention: str | None = Field(
         default=None,
-        description="Other work on the cores during the measurement; if set, this is not the model's own speed.",
+        description="CPU time used by other processes while timing; if set, this is not the model's own speed.",
     )

@@ -1,6 +1,6 @@
-"""The questions on which models are compared: a JSONL file that never changes under a comparison (its hash names it).
+"""The benchmark: a JSONL file of questions with expected answers, identified by its hash.
 
-A line: `{"id", "slice", "prompt", "expected"}` and, if wanted, `"wording"` and `"origin"`.
+A line is `{"id", "slice", "prompt", "expected"}`, with optional `"wording"` and `"origin"`.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 _REQUIRED = ("id", "slice", "prompt", "expected")
 _OPTIONAL = ("wording", "origin")
-_SHOWN = 20
+_MAX_PROBLEMS = 20
 
 
 class BenchmarkError(ValueError):
-    """The benchmark cannot be used; each line of the message names a file, a line, what was found and what to do."""
+    """The benchmark cannot be used; each line of the message names file, line, problem and remedy."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """One prompt and the answer that counts as right."""
+class BenchmarkQuestion:
+    """One prompt and its expected answer."""
 
     id: str
     slice: str
@@ -39,68 +39,63 @@ class Question:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All questions in the file's order, and the SHA-256 of the file's bytes."""
+    """All questions in the file's order, and the SHA-256 of the file."""
 
-    questions: tuple[Question, ...]
+    questions: tuple[BenchmarkQuestion, ...]
     sha256: str
 
 
 def load_benchmark(path: Path, schema: Schema | None) -> Benchmark:
-    """Read a benchmark and check every line of it.
+    """Load a benchmark and check every line of it.
 
     Args:
-        path: the JSONL file; blank lines are passed over.
-        schema: what every expected answer has to pass; None for loops of free text.
+        path: the JSONL file; blank lines are ignored.
+        schema: schema of every expected answer; None for loops of free text.
 
     Raises:
-        BenchmarkError: the file is missing, empty or not UTF-8, or lines are wrong; up to 20 of them are named.
+        BenchmarkError: the file is missing, empty or not UTF-8, or lines are invalid; up to 20 of them are named.
         SchemaError: `schema` is not a JSON Schema.
     """
-    text, sha256 = _read(path)
-    reader = _Reader(path, compile_schema(schema) if schema is not None else None)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    questions = tuple(question for number, line in lines if (question := reader.question(number, line)))
-    if reader.problems:
-        more = len(reader.problems) - _SHOWN
-        rest = [f"and {more} more"] if more > 0 else []
-        raise BenchmarkError("\n".join([*reader.problems[:_SHOWN], *rest]))
-    if not questions:
-        raise BenchmarkError(f"{path} holds no question; write at least one line with {', '.join(_REQUIRED)}")
-    return Benchmark(questions, sha256)
-
-
-def _read(path: Path) -> tuple[str, str]:
-    # One read: what is hashed is what is asked, also while somebody edits the file.
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+        content = path.read_bytes()  # read once, so that the hash is of these very questions
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise BenchmarkError(
-            f"{path} is not there; write the benchmark, or change evaluation.benchmark in the loop's defs.yaml"
+            f"{path} does not exist; write the benchmark, or change evaluation.benchmark in the loop's defs.yaml"
         ) from None
     except UnicodeDecodeError as error:
         raise BenchmarkError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    parser = _BenchmarkParser(path, compile_schema(schema) if schema is not None else None)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    questions = tuple(question for number, line in lines if (question := parser.parse(number, line)))
+    if parser.problems:
+        more = len(parser.problems) - _MAX_PROBLEMS
+        rest = [f"and {more} more"] if more > 0 else []
+        raise BenchmarkError("\n".join([*parser.problems[:_MAX_PROBLEMS], *rest]))
+    if not questions:
+        raise BenchmarkError(f"{path} has no questions; write at least one line with {', '.join(_REQUIRED)}")
+    return Benchmark(questions, hashlib.sha256(content).hexdigest())
 
 
 @dataclass
-class _Reader:
-    """Reads line by line and remembers what it has seen, so that all problems are told at once."""
+class _BenchmarkParser:
+    """Parses line by line and collects all problems, so that one error reports them together."""
 
     path: Path
     validator: "Draft202012Validator | None"
     problems: list[str] = field(default_factory=list)
-    ids: dict[str, int] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)  # id -> first line with it
     prompts: dict[str, int] = field(default_factory=dict)
 
-    def question(self, number: int, line: str) -> Question | None:
+    def parse(self, number: int, line: str) -> BenchmarkQuestion | None:
         try:
-            item = json.loads(line, parse_constant=_no_constant)
+            item = json.loads(line, parse_constant=_reject_constant)
         except (ValueError, RecursionError) as error:
             problems = [f"not JSON ({error}); write one JSON object on each line"]
         else:
             problems = [*_shape_problems(item)] or [*self._content_problems(number, item)]
         self.problems += [f"{self.path}, line {number}: {problem}" for problem in problems]
-        return None if problems else Question(**item)
+        return None if problems else BenchmarkQuestion(**item)
 
     def _content_problems(self, number: int, item: dict[str, Any]) -> Iterator[str]:
         first = self.ids.setdefault(item["id"], number)
@@ -108,7 +103,7 @@ class _Reader:
             yield f"the id {item['id']!r} is already on line {first}; give each question its own id"
         first = self.prompts.setdefault(normalize(item["prompt"]), number)
         if first != number:
-            yield f"the same prompt is already on line {first}; take one of them out"
+            yield f"the same prompt is already on line {first}; remove one of them"
         if self.validator is not None:
             for error in self.validator.iter_errors(item["expected"]):
                 yield (
@@ -128,10 +123,10 @@ def _shape_problems(item: Any) -> Iterator[str]:
         elif name == "expected" and isinstance(item[name], dict):
             continue
         elif not isinstance(item[name], str) or not item[name].strip():
-            wanted = "an object or a text" if name == "expected" else "a text"
-            yield f'"{name}" is {_kind(item[name])}; expected {wanted} that is not empty'
+            wanted = "a non-empty object or text" if name == "expected" else "a non-empty text"
+            yield f'"{name}" is {_kind(item[name])}; expected {wanted}'
     for name in sorted(set(item) - {*_REQUIRED, *_OPTIONAL}):
-        yield f'"{name}" is not a field of a question; take it out (known: {", ".join((*_REQUIRED, *_OPTIONAL))})'
+        yield f'"{name}" is not a field of a question; remove it (known: {", ".join((*_REQUIRED, *_OPTIONAL))})'
 
 
 def _kind(value: Any) -> str:
@@ -141,5 +136,5 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _no_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")

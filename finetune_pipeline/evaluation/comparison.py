@@ -1,42 +1,42 @@
-"""Two models compared on the same questions: totals, slices, wordings, questions won and lost, significance. Pure."""
+"""Comparison of two models on the same questions: totals, slices, wordings, won and lost questions. Pure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from finetune_pipeline.evaluation.answers import Answer, Speed
-from finetune_pipeline.evaluation.benchmark import Benchmark, Question
+from finetune_pipeline.evaluation.answers import BenchmarkAnswer, Speed
+from finetune_pipeline.evaluation.benchmark import Benchmark, BenchmarkQuestion
 from finetune_pipeline.evaluation.constant_baseline import ConstantAnswer, best_constant
-from finetune_pipeline.evaluation.gate import Verdict, Worth, decide
-from finetune_pipeline.evaluation.metrics import Metric, Scorer, Scores
+from finetune_pipeline.evaluation.gate import QualityFloor, Verdict, decide
+from finetune_pipeline.evaluation.scoring import Metric, Scorer, Scores
 from finetune_pipeline.evaluation.significance import Significance, paired_test
 from finetune_pipeline.settings import GateSettings
 
 
 class ComparisonError(ValueError):
-    """Two runs cannot be compared; the message says why."""
+    """Two models cannot be compared; the message says why."""
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums of the scores of many answers."""
+class ScoreTotals:
+    """Sums of the scores of many answers; see `Scores` for each field."""
 
     questions: int
-    right: int
+    correct: int
     total: int
     exact: int
     valid: int
-    compliant: int | None  # None where the loop has no rules
+    compliant: int | None  # None if the loop has no rules
     stated: int
     hallucinated: int
 
 
-def total_of(scores: Sequence[Scores]) -> Totals:
-    """The sums of these scores."""
+def sum_scores(scores: Sequence[Scores]) -> ScoreTotals:
+    """Return the sums of these scores."""
     compliant = [score.compliant for score in scores if score.compliant is not None]
-    return Totals(
+    return ScoreTotals(
         questions=len(scores),
-        right=sum(score.right for score in scores),
+        correct=sum(score.correct for score in scores),
         total=sum(score.total for score in scores),
         exact=sum(score.exact for score in scores),
         valid=sum(score.valid for score in scores),
@@ -47,145 +47,145 @@ def total_of(scores: Sequence[Scores]) -> Totals:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two models, with what it answered.
+class ModelResult:
+    """One model's answers and scores.
 
     Attributes:
-        name: what people call it: `aec_parser@v1.2.0`, "base model", "challenger".
-        gguf_sha256: hash of the file that answered, or the identity of base and adapter.
-        size_bytes: size of that file (with its adapter's).
-        speed: measured in the same run as the other side's; None if it was not measured.
+        name: display name, such as `aec_parser@v1.2.0` or "challenger".
+        gguf_sha256: hash of the GGUF, or the combined hash of base and adapter.
+        size_bytes: size of the GGUF, including its adapter.
+        speed: measured together with the other model; None if not measured.
     """
 
     name: str
     gguf_sha256: str
     size_bytes: int
-    answers: tuple[Answer, ...]
+    answers: tuple[BenchmarkAnswer, ...]
     scores: tuple[Scores, ...]
     speed: Speed | None = None
 
     @cached_property
-    def totals(self) -> Totals:
-        """The sums over all answers."""
-        return total_of(self.scores)
+    def totals(self) -> ScoreTotals:
+        """Sums over all answers."""
+        return sum_scores(self.scores)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One question and both answers to it."""
+class QuestionComparison:
+    """One question with the answers of both models."""
 
-    question: Question
-    champion: Answer
+    question: BenchmarkQuestion
+    champion: BenchmarkAnswer
     champion_scores: Scores
-    challenger: Answer
+    challenger: BenchmarkAnswer
     challenger_scores: Scores
 
     @property
     def change(self) -> int:
-        """How much more the challenger has right."""
-        return self.challenger_scores.right - self.champion_scores.right
+        """The challenger's score minus the champion's."""
+        return self.challenger_scores.correct - self.champion_scores.correct
 
 
 @dataclass(frozen=True)
 class GroupChange:
-    """What both models have right in a part of the benchmark."""
+    """Scores of both models on one slice or wording of the benchmark."""
 
     name: str
-    champion: Totals
-    challenger: Totals
+    champion: ScoreTotals
+    challenger: ScoreTotals
 
     @property
     def change(self) -> int:
-        """How much more the challenger has right."""
-        return self.challenger.right - self.champion.right
+        """The challenger's score minus the champion's."""
+        return self.challenger.correct - self.champion.correct
 
     @property
     def points(self) -> float:
-        """The change as a share of all that can be right in this part, -1 to 1."""
+        """The change as a fraction of the group's highest possible score, -1 to 1."""
         return self.change / self.champion.total
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Challenger against champion, question by question."""
+    """Champion and challenger on one benchmark."""
 
     metric: Metric
     benchmark_sha256: str
-    champion: Side
-    challenger: Side
-    pairs: tuple[Pair, ...]
+    champion: ModelResult
+    challenger: ModelResult
+    questions: tuple[QuestionComparison, ...]
     slices: tuple[GroupChange, ...]
-    wordings: tuple[GroupChange, ...]  # empty where the benchmark names no wording
+    wordings: tuple[GroupChange, ...]  # empty if the benchmark has no wordings
     significance: Significance
     constant: ConstantAnswer
     structured: bool  # the loop has an output schema
 
     @property
-    def worth(self) -> Worth:
-        """What the challenger is worth, whatever the champion is; its answers were decoded without a schema."""
+    def quality_floor(self) -> QualityFloor:
+        """Measurements of the challenger that count whatever the champion's score; decoded without a schema."""
         totals = self.challenger.totals
-        return Worth(self.constant.right, totals.valid, totals.questions, self.structured)
+        return QualityFloor(self.constant.correct, totals.valid, totals.questions, self.structured)
 
     @property
-    def disturbed(self) -> str | None:
-        """Other work on the cores while the models were timed, if it was too much for a valid measurement."""
+    def contention(self) -> str | None:
+        """CPU time used by other processes while the models were timed, if too much for a valid measurement."""
         speeds = (self.champion.speed, self.challenger.speed)
-        return next((speed.disturbed for speed in speeds if speed and speed.disturbed), None)
+        return next((speed.contention for speed in speeds if speed and speed.contention), None)
 
     @property
-    def falling_slices(self) -> tuple[str, ...]:
-        """Slices in which the challenger has less right than the champion."""
+    def regressed_slices(self) -> tuple[str, ...]:
+        """Names of the slices in which the challenger's score is lower."""
         return tuple(group.name for group in self.slices if group.change < 0)
 
     @property
-    def won(self) -> tuple[Pair, ...]:
-        """Questions in which the challenger has more right, the largest gain first."""
-        return tuple(sorted((pair for pair in self.pairs if pair.change > 0), key=lambda pair: -pair.change))
+    def won(self) -> tuple[QuestionComparison, ...]:
+        """Questions in which the challenger's score is higher, largest gain first."""
+        return tuple(sorted((one for one in self.questions if one.change > 0), key=lambda one: -one.change))
 
     @property
-    def lost(self) -> tuple[Pair, ...]:
-        """Questions in which it has less right, the largest loss first."""
-        return tuple(sorted((pair for pair in self.pairs if pair.change < 0), key=lambda pair: pair.change))
+    def lost(self) -> tuple[QuestionComparison, ...]:
+        """Questions in which the challenger's score is lower, largest loss first."""
+        return tuple(sorted((one for one in self.questions if one.change < 0), key=lambda one: one.change))
 
 
-def score_side(
+def score_model(
     name: str,
     sha256: str,
     size_bytes: int,
-    answers: Sequence[Answer],
+    answers: Sequence[BenchmarkAnswer],
     benchmark: Benchmark,
     scorer: Scorer,
     speed: Speed | None = None,
-) -> Side:
+) -> ModelResult:
     """Score one model's answers, which are in the order of the benchmark's questions.
 
     Raises:
         ComparisonError: the answers belong to other questions.
     """
-    _same_questions(name, answers, benchmark)
+    _check_same_questions(name, answers, benchmark)
     scores = tuple(
         scorer.score(question.expected, answer.text)
         for question, answer in zip(benchmark.questions, answers, strict=True)
     )
-    return Side(name, sha256, size_bytes, tuple(answers), scores, speed)
+    return ModelResult(name, sha256, size_bytes, tuple(answers), scores, speed)
 
 
-def compare(benchmark: Benchmark, scorer: Scorer, champion: Side, challenger: Side) -> Comparison:
+def compare(benchmark: Benchmark, scorer: Scorer, champion: ModelResult, challenger: ModelResult) -> Comparison:
     """Compare two models that answered the same benchmark.
 
     Args:
-        scorer: the one that scored both sides.
+        scorer: the one that scored both models.
 
     Raises:
         ComparisonError: one of them answered other questions.
     """
-    for side in (champion, challenger):
-        _same_questions(side.name, side.answers, benchmark)
+    for model in (champion, challenger):
+        _check_same_questions(model.name, model.answers, benchmark)
     columns = (benchmark.questions, champion.answers, champion.scores, challenger.answers, challenger.scores)
-    pairs = tuple(Pair(*row) for row in zip(*columns, strict=True))
+    questions = tuple(QuestionComparison(*row) for row in zip(*columns, strict=True))
     significance = paired_test(
-        [score.right for score in champion.scores],
-        [score.right for score in challenger.scores],
+        [score.correct for score in champion.scores],
+        [score.correct for score in challenger.scores],
         champion.totals.total,
     )
     return Comparison(
@@ -193,9 +193,9 @@ def compare(benchmark: Benchmark, scorer: Scorer, champion: Side, challenger: Si
         benchmark_sha256=benchmark.sha256,
         champion=champion,
         challenger=challenger,
-        pairs=pairs,
-        slices=_groups(pairs, lambda question: question.slice),
-        wordings=_groups(pairs, lambda question: question.wording),
+        questions=questions,
+        slices=_group(questions, lambda question: question.slice),
+        wordings=_group(questions, lambda question: question.wording),
         significance=significance,
         constant=best_constant([q.expected for q in benchmark.questions], scorer.metric, structured=scorer.structured),
         structured=scorer.structured,
@@ -203,19 +203,19 @@ def compare(benchmark: Benchmark, scorer: Scorer, champion: Side, challenger: Si
 
 
 def judge(comparison: Comparison, settings: GateSettings) -> Verdict:
-    """Ask the gate about a comparison."""
+    """Return the gate's verdict on a comparison."""
     return decide(
-        comparison.champion.totals.right,
-        comparison.challenger.totals.right,
+        comparison.champion.totals.correct,
+        comparison.challenger.totals.correct,
         comparison.champion.totals.total,
-        comparison.worth,
+        comparison.quality_floor,
         settings,
         comparison.significance,
-        comparison.falling_slices,
+        comparison.regressed_slices,
     )
 
 
-def _same_questions(name: str, answers: Sequence[Answer], benchmark: Benchmark) -> None:
+def _check_same_questions(name: str, answers: Sequence[BenchmarkAnswer], benchmark: Benchmark) -> None:
     if [answer.id for answer in answers] != [question.id for question in benchmark.questions]:
         raise ComparisonError(
             f"{name} answered other questions ({len(answers):,}) than the benchmark has "
@@ -223,17 +223,19 @@ def _same_questions(name: str, answers: Sequence[Answer], benchmark: Benchmark) 
         )
 
 
-def _groups(pairs: Sequence[Pair], name_of: Callable[[Question], str | None]) -> tuple[GroupChange, ...]:
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        name = name_of(pair.question)
+def _group(
+    questions: Sequence[QuestionComparison], name_of: Callable[[BenchmarkQuestion], str | None]
+) -> tuple[GroupChange, ...]:
+    groups: dict[str, list[QuestionComparison]] = {}
+    for one in questions:
+        name = name_of(one.question)
         if name is not None:
-            groups.setdefault(name, []).append(pair)
+            groups.setdefault(name, []).append(one)
     return tuple(
         GroupChange(
             name,
-            total_of([pair.champion_scores for pair in members]),
-            total_of([pair.challenger_scores for pair in members]),
+            sum_scores([one.champion_scores for one in members]),
+            sum_scores([one.challenger_scores for one in members]),
         )
         for name, members in sorted(groups.items())
     )

@@ -1,4 +1,4 @@
-"""Does the model's confidence tell right answers from wrong ones? Shown beside the threshold that curation uses."""
+"""How well a model's confidence separates its correct answers from its incorrect ones."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -6,46 +6,44 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Separation:
-    """How well confidence separates one model's right answers from its wrong ones.
+class ConfidenceSeparation:
+    """Confidence of one model's correct and incorrect answers. Answers without a confidence are not counted.
 
     Attributes:
-        auroc: chance that a right answer is more confident than a wrong one, 0 to 1; 0.5 is a coin; None if all answers
-            are right, or all wrong.
-        threshold: the confidence from which curation takes an answer that no person confirmed.
-        right: answers that are right and have a confidence.
-        right_above: of them, those at or above the threshold.
-        wrong: answers that are wrong and have a confidence.
-        wrong_above: of them, those at or above the threshold; they would be taken for right.
+        auroc: probability that a correct answer has a higher confidence than an incorrect one, 0 to 1; 0.5 is chance;
+            None if all answers are correct, or all incorrect.
+        threshold: the confidence above which curation accepts an unconfirmed answer.
+        correct: number of correct answers.
+        correct_above: correct answers at or above the threshold.
+        incorrect: number of incorrect answers.
+        incorrect_above: incorrect answers at or above the threshold, which curation would accept.
     """
 
     auroc: float | None
     threshold: float
-    right: int
-    right_above: int
-    wrong: int
-    wrong_above: int
+    correct: int
+    correct_above: int
+    incorrect: int
+    incorrect_above: int
 
 
-def separation(confidences: Sequence[float | None], right: Sequence[bool], threshold: float) -> Separation:
-    """Compare confidence with what was right, answer by answer; answers without a confidence are left out."""
-    pairs = [(value, good) for value, good in zip(confidences, right, strict=True) if value is not None]
-    of_right = [value for value, good in pairs if good]
-    of_wrong = [value for value, good in pairs if not good]
-    return Separation(
-        auroc=_auroc(of_right, of_wrong),
+def separate_by_confidence(
+    confidences: Sequence[float | None], correct: Sequence[bool], threshold: float
+) -> ConfidenceSeparation:
+    """Compare the confidence of each answer with its correctness."""
+    known = [(value, good) for value, good in zip(confidences, correct, strict=True) if value is not None]
+    of_correct = [value for value, good in known if good]
+    of_incorrect = sorted(value for value, good in known if not good)
+    auroc = None
+    if of_correct and of_incorrect:
+        # Mann-Whitney U over all pairs; a tie counts half.
+        twice_u = sum(bisect_left(of_incorrect, value) + bisect_right(of_incorrect, value) for value in of_correct)
+        auroc = twice_u / (2 * len(of_correct) * len(of_incorrect))
+    return ConfidenceSeparation(
+        auroc=auroc,
         threshold=threshold,
-        right=len(of_right),
-        right_above=sum(value >= threshold for value in of_right),
-        wrong=len(of_wrong),
-        wrong_above=sum(value >= threshold for value in of_wrong),
+        correct=len(of_correct),
+        correct_above=sum(value >= threshold for value in of_correct),
+        incorrect=len(of_incorrect),
+        incorrect_above=sum(value >= threshold for value in of_incorrect),
     )
-
-
-def _auroc(of_right: Sequence[float], of_wrong: Sequence[float]) -> float | None:
-    """Mann and Whitney's U over all pairs; a tie counts half."""
-    if not of_right or not of_wrong:
-        return None
-    wrong = sorted(of_wrong)
-    twice = sum(bisect_left(wrong, value) + bisect_right(wrong, value) for value in of_right)
-    return twice / (2 * len(of_right) * len(wrong))

@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_pipeline.evaluation.metrics import Metric, answer_text, leaves, words
+from finetune_pipeline.evaluation.scoring import Metric, answer_text, leaves, words
 from finetune_pipeline.records import normalize
 from finetune_pipeline.schemas import InvalidJsonError, parse_json
 
 Expected = dict[str, Any] | str
-Score = Callable[[Any], int]
+ScoreFunction = Callable[[Any], int]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ConstantAnswer:
     """An answer, and its score when it is given to every question."""
 
     text: str
-    right: int
+    correct: int
 
 
 def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: bool) -> ConstantAnswer:
@@ -39,25 +39,24 @@ def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: b
     """
     texts = [answer for answer in expected if isinstance(answer, str) and not structured]
     values = [answer for answer in expected if structured or not isinstance(answer, str)]
-    of_text = _scorer(texts, metric, lambda text: [normalize(text)])
-    of_value = _scorer(values, metric, lambda value: [_key(value)])
+    score_on_texts = _score_function(texts, metric, lambda text: [normalize(text)])
+    score_on_values = _score_function(values, metric, lambda value: [_key(value)])
+    # Each expected answer as a model would write it, without repetitions.
+    answers = dict.fromkeys(
+        one if isinstance(one, str) and not structured else json.dumps(one, ensure_ascii=False) for one in expected
+    )
     best = ConstantAnswer("", -1)
-    for answer in {_form(one, structured): None for one in expected}:
-        right = of_text(answer) if texts else 0
+    for answer in answers:
+        correct = score_on_texts(answer) if texts else 0
         if values:
-            with suppress(InvalidJsonError):  # a text for a question that expects JSON
-                right += of_value(parse_json(answer))
-        if right > best.right:
-            best = ConstantAnswer(answer, right)
+            with suppress(InvalidJsonError):  # a text given to a question that expects JSON
+                correct += score_on_values(parse_json(answer))
+        if correct > best.correct:
+            best = ConstantAnswer(answer, correct)
     return best
 
 
-def _form(expected: Expected, structured: bool) -> str:
-    """Return an expected answer as a model would write it."""
-    return expected if isinstance(expected, str) and not structured else json.dumps(expected, ensure_ascii=False)
-
-
-def _scorer(expected: Sequence[Any], metric: Metric, whole: Callable[[Any], list[Hashable]]) -> Score:
+def _score_function(expected: Sequence[Any], metric: Metric, whole: Callable[[Any], list[Hashable]]) -> ScoreFunction:
     """Return a function that scores an answer, summed over all these expected answers.
 
     Args:
@@ -65,14 +64,14 @@ def _scorer(expected: Sequence[Any], metric: Metric, whole: Callable[[Any], list
         metric: what counts as correct.
         whole: the part that `exact` compares.
     """
-    if metric == "words":
-        return _words_scorer(answer_text(one) for one in expected)
+    if metric == "rouge1":
+        return _rouge1_function(answer_text(one) for one in expected)
     parts = _leaf_parts if metric == "parameters" else whole
-    held = Counter(part for one in expected for part in parts(one))
-    return lambda answer: sum(held[part] for part in parts(answer))
+    counts = Counter(part for one in expected for part in parts(one))
+    return lambda answer: sum(counts[part] for part in parts(answer))
 
 
-def _words_scorer(expected: Iterable[str]) -> Score:
+def _rouge1_function(expected: Iterable[str]) -> ScoreFunction:
     # The nth occurrence of a word is correct for each expected answer that has it n times and is longer than its index.
     lengths: dict[tuple[str, int], list[int]] = defaultdict(list)
     for text in expected:
@@ -84,12 +83,12 @@ def _words_scorer(expected: Iterable[str]) -> Score:
         known.sort()
 
     def score(answer: Any) -> int:
-        right, seen = 0, Counter[str]()
-        for place, word in enumerate(words(answer_text(answer))):
+        correct, seen = 0, Counter[str]()
+        for index, word in enumerate(words(answer_text(answer))):
             seen[word] += 1
             known = lengths.get((word, seen[word]), [])
-            right += len(known) - bisect_right(known, place)
-        return right
+            correct += len(known) - bisect_right(known, index)
+        return correct
 
     return score
 

@@ -1,4 +1,4 @@
-"""python -m finetune_pipeline.export merge|quantise ...: the steps that run in a process of their own."""
+"""python -m finetune_pipeline.export merge|quantize ...: the steps that run in a process of their own."""
 
 import argparse
 import sys
@@ -15,19 +15,19 @@ def main(arguments: list[str] | None = None) -> int:
     merge.add_argument("--out", type=Path, help="folder for the merged model; without it nothing is merged")
     merge.add_argument("--questions", type=Path, help="JSON file of questions for the base with its adapter")
     merge.add_argument("--answers", type=Path, help="JSON file for its answers")
-    quantise = steps.add_parser("quantise", help="a GGUF to another type")
-    quantise.add_argument("source", type=Path)
-    quantise.add_argument("out", type=Path)
-    quantise.add_argument("type")
+    quantize = steps.add_parser("quantize", help="a GGUF to another type")
+    quantize.add_argument("source", type=Path)
+    quantize.add_argument("out", type=Path)
+    quantize.add_argument("type")
     options = parser.parse_args(arguments)
     if options.step == "merge":
         from finetune_pipeline.export.merge import merge_here
 
         merge_here(options.base, options.adapter, options.out, options.questions, options.answers)
         return 0
-    from finetune_pipeline.export.gguf import quantise_here
+    from finetune_pipeline.export.gguf import quantize_here
 
-    return quantise_here(options.source, options.out, options.type)
+    return quantize_here(options.source, options.out, options.type)
 
 
 if __name__ == "__main__":

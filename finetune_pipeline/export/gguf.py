@@ -1,4 +1,4 @@
-"""Hugging Face folder to GGUF by llama.cpp's own converter, and GGUF to a smaller type by its own quantiser."""
+"""Hugging Face folder to GGUF by llama.cpp's own converter, and GGUF to a smaller type by its own quantizer."""
 
 import os
 import sys
@@ -79,7 +79,7 @@ def _convert(script: str, arguments: list[str], out_gguf: Path, what: str) -> No
         temporary.unlink(missing_ok=True)
 
 
-def quantise(in_gguf: Path, out_gguf: Path, kind: str) -> None:
+def quantize(in_gguf: Path, out_gguf: Path, kind: str) -> None:
     """Quantise a GGUF to a type of ExportSettings.quantization; the file is there complete or not at all.
 
     Rows whose length is no multiple of the type's block (256 for the K types, 32 for the others) are kept in a larger
@@ -90,14 +90,14 @@ def quantise(in_gguf: Path, out_gguf: Path, kind: str) -> None:
     """
     temporary = _temporary(out_gguf)
     try:
-        run_step("quantise", [str(in_gguf), str(temporary), kind], f"quantising {in_gguf} to {kind}")
+        run_step("quantize", [str(in_gguf), str(temporary), kind], f"quantizing {in_gguf} to {kind}")
         temporary.replace(out_gguf)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def quantise_here(source: Path, out: Path, kind: str) -> int:
-    """The quantisation itself, in this process; llama.cpp's own status, 0 when it was done."""
+def quantize_here(source: Path, out: Path, kind: str) -> int:
+    """The quantization itself, in this process; llama.cpp's own status, 0 when it was done."""
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()

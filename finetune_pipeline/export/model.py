@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune_pipeline.export.gguf import convert, convert_adapter, quantise, tensor_types
+from finetune_pipeline.export.gguf import convert, convert_adapter, quantize, tensor_types
 from finetune_pipeline.export.merge import merge
 from finetune_pipeline.export.reference import Questions
 
@@ -45,14 +45,14 @@ def export(
     on_step: Callable[[str], None] = lambda _: None,
     questions: Questions | None = None,
 ) -> ExportedModel:
-    """Merge, convert and quantise; every step in a process of its own.
+    """Merge, convert and quantize; every step in a process of its own.
 
     Args:
         base_folder: the base model, as Hugging Face lays it out.
         adapter_folder: the trained adapter; None exports the base itself, the baseline.
         out_folder: gets `model-F16.gguf` and `model-<quantization>.gguf`.
         quantization: a type of ExportSettings.quantization.
-        on_step: called with the name of each step before it begins: merge, convert, quantise.
+        on_step: called with the name of each step before it begins: merge, convert, quantize.
         questions: for the base with its adapter, before they are merged; gives `reference`.
 
     Raises:
@@ -80,7 +80,7 @@ def export(
     finally:
         shutil.rmtree(merged, ignore_errors=True)
     if quantization != F16:
-        step("quantise", lambda: quantise(full, gguf, quantization))
+        step("quantize", lambda: quantize(full, gguf, quantization))
     return ExportedModel(gguf, full, quantization, tensor_types(gguf), seconds, reference=tuple(reference))
 
 

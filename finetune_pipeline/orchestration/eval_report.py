@@ -22,12 +22,12 @@ from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION, SPLITS, 
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import Benchmark
 from finetune_pipeline.evaluation.comparison import Comparison, judge
-from finetune_pipeline.evaluation.figures import markdown_table, metric_table
 from finetune_pipeline.evaluation.gate import Verdict
-from finetune_pipeline.evaluation.metrics import Scorer
+from finetune_pipeline.evaluation.metric_table import comparison_markdown, metric_table
 from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML, write_report
 from finetune_pipeline.evaluation.run import Contender, compare_models
+from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.feedback.store import mark_judged
@@ -37,10 +37,10 @@ from finetune_pipeline.orchestration.gguf_model import identity, what_serves
 from finetune_pipeline.orchestration.io_manager import picture, pointers_key, upstream
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.required_checks import NotProven, check_proven, dataset_of, near_benchmark
-from finetune_pipeline.registry.champion import Served, serving
+from finetune_pipeline.registry.champion import CurrentDeployment, current_deployment
 from finetune_pipeline.registry.check_outcomes import record_outcomes_in
-from finetune_pipeline.registry.comparisons import ModelComparison, extend_watermark_in, record_comparison_in
-from finetune_pipeline.registry.model_versions import check_file
+from finetune_pipeline.registry.comparisons import ComparisonRecord, extend_watermark_in, record_comparison_in
+from finetune_pipeline.registry.model_versions import check_files
 from finetune_pipeline.schemas import Rule
 from finetune_pipeline.settings import REPLAY, LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
@@ -79,7 +79,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """
         die_with_run()
         check_proven(gguf_model)
-        now = serving(connect(), loop.name)
+        now = current_deployment(connect(), loop.name)
         if now.model is not None and now.model.sha256 == identity(gguf_model):
             reason = f"nothing new to evaluate: the challenger is the champion {now.model.name}, by its SHA-256"
             context.log.info(reason)
@@ -88,9 +88,9 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             return
         artifact, comparison, verdict = report(loop, gguf_model, now, context.run.run_id, context.log.info)
         context.log.info(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
-        if comparison.disturbed:
+        if comparison.contention:
             context.log.warning(
-                f"latency is not stored as the models' own: {comparison.disturbed}; evaluate again on a quiet machine"
+                f"latency is not stored as the models' own: {comparison.contention}; evaluate again on a quiet machine"
             )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact, comparison, verdict))
         yield from _checks(loop, comparison, verdict)
@@ -99,7 +99,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
 
 def report(
-    loop: LoopSettings, gguf: Artifact[GgufManifest], now: Served, run_id: str, tell: Callable[[str], None]
+    loop: LoopSettings, gguf: Artifact[GgufManifest], now: CurrentDeployment, run_id: str, tell: Callable[[str], None]
 ) -> tuple[Artifact[ReportManifest], Comparison, Verdict]:
     """Compare what would serve with what serves now, write the report, and remember that its data was judged.
 
@@ -107,7 +107,7 @@ def report(
         ArtifactError: the model that answered is not the one that the checks of gguf_model passed.
     """
     if now.model:
-        check_file(now.model)  # a damaged champion would be easy to beat
+        check_files(now.model)  # a damaged champion would be easy to beat
     benchmark, rules = loop_files.benchmark(loop), loop_files.rules(loop)
     check_distinct(loop, gguf)
     comparison = _compare(loop, gguf, now, benchmark, rules, tell)
@@ -145,14 +145,14 @@ def report(
             "watermark": gguf.manifest.watermark,
         }
         artifact = publish(folder, ReportManifest, fields)
-    _mark_judged(loop, artifact, gguf, now.move, run_id)
+    _mark_judged(loop, artifact, gguf, now.deployment_id, run_id)
     return artifact, comparison, verdict
 
 
 def _compare(
     loop: LoopSettings,
     gguf: Artifact[GgufManifest],
-    now: Served,
+    now: CurrentDeployment,
     benchmark: Benchmark,
     rules: Sequence[Rule],
     tell: Callable[[str], None],
@@ -194,7 +194,7 @@ def _mark_judged(
     with connect().write() as connection:
         record_comparison_in(
             connection,
-            ModelComparison(
+            ComparisonRecord(
                 id=manifest.comparison_id,
                 loop=loop.name,
                 challenger_sha256=manifest.challenger_sha256,
@@ -264,18 +264,18 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
     return {
         "verdict": "promote" if verdict.promote else "reject",
         "reason": verdict.reason,
-        "right_challenger": verdict.challenger_right,
-        "right_champion": verdict.champion_right,
+        "correct_challenger": verdict.challenger_correct,
+        "correct_champion": verdict.champion_correct,
         "of": verdict.total,
-        "best_constant_answer": comparison.constant.right,
-        "score_above": verdict.minimum_right,
+        "best_constant_answer": comparison.constant.correct,
+        "score_above": verdict.minimum_correct,
         "valid_challenger": verdict.valid,
         "answers_challenger": verdict.answers,
-        "comparison": dg.MetadataValue.md(markdown_table(comparison)),
+        "comparison": dg.MetadataValue.md(comparison_markdown(comparison)),
         "plot": picture(plot_png(comparison), "champion and challenger"),
         "report": dg.MetadataValue.path(artifact.path / HTML),
         "p_value": float(comparison.significance.p_value),
-        "speed": comparison.disturbed or "measured on a quiet machine",
+        "speed": comparison.contention or "measured on a quiet machine",
         **figures,
     }
 
@@ -294,11 +294,11 @@ def _checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Ite
         severity=dg.AssetCheckSeverity.ERROR if rejects else dg.AssetCheckSeverity.WARN,
         description=verdict.reason,
         metadata={
-            "right_challenger": verdict.challenger_right,
-            "right_champion": verdict.champion_right,
-            "needed": verdict.needed_right,
+            "correct_challenger": verdict.challenger_correct,
+            "correct_champion": verdict.champion_correct,
+            "needed": verdict.required_correct,
             "of": verdict.total,
-            "more_than": verdict.minimum_right,
+            "more_than": verdict.minimum_correct,
             "valid": verdict.valid,
             "answers": verdict.answers,
         },
@@ -313,7 +313,7 @@ def _checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Ite
     changes = {group.name: f"{group.points:+.1%}" for group in comparison.slices}
     yield dg.AssetCheckResult(
         check_name="no_slice_regressed",
-        passed=not comparison.falling_slices,
+        passed=not comparison.regressed_slices,
         severity=dg.AssetCheckSeverity.WARN,
-        metadata={"falling": list(comparison.falling_slices), "changes": changes},
+        metadata={"falling": list(comparison.regressed_slices), "changes": changes},
     )

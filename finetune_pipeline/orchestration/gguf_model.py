@@ -57,7 +57,7 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         "loads_and_answers": "What would serve loads in the engine's own process and answers.",
         "tokenizer_parity": "The engine reads the rendered chat template as the tokens that training used.",
         "agreement": f"At least {loop.export.min_agreement:.0%} of answers are those of the base with its adapter, "
-        "unmerged and unquantised.",
+        "unmerged and unquantized.",
     }
 
     @dg.asset(
@@ -74,7 +74,7 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     def gguf_model(
         context: dg.AssetExecutionContext, lora_adapter: Artifact[AdapterManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """The model that would serve: adapter merged into the base, converted by llama.cpp, quantised.
+        """The model that would serve: adapter merged into the base, converted by llama.cpp, quantized.
 
         With `export.form: adapter` the adapter alone is converted, and serves over the base's own GGUF. The checks run
         on exactly what serves. Its answers are compared with those of the base with its adapter in transformers, which

@@ -17,7 +17,7 @@ from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.io_manager import picture, pointers_key, upstream
 from finetune_pipeline.pipeline.incremental import start, write_subset
 from finetune_pipeline.pipeline.loop_files import PACKAGES
-from finetune_pipeline.registry.training_jobs import TrainingRun, record_training
+from finetune_pipeline.registry.training_jobs import TrainingJob, record_training_job
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.subprocess_lifetime import die_with_run
 from finetune_pipeline.training.architecture import architecture_of
@@ -102,7 +102,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         settings = run_settings(loop, config.model_dump())  # type: ignore[attr-defined]
         artifact = adapter(loop, settings, curated_dataset, _reporter(context), context.log.info)
-        record_training(connect(), training_run(artifact.manifest, context.run.run_id))
+        record_training_job(connect(), training_run(artifact.manifest, context.run.run_id))
         metadata = _metadata(artifact)
         for rejection in metadata.get("rejections", []):
             context.log.warning(f"examples were left out: {rejection}")
@@ -188,7 +188,7 @@ def _settled(base_model: str, settings: TrainingSettings, tell: Callable[[str], 
     return filled
 
 
-def training_run(manifest: AdapterManifest, run_id: str) -> TrainingRun:
+def training_run(manifest: AdapterManifest, run_id: str) -> TrainingJob:
     """What the registry keeps of a training.
 
     Args:
@@ -201,7 +201,7 @@ def training_run(manifest: AdapterManifest, run_id: str) -> TrainingRun:
         "initial_adapter": manifest.inputs.get("initial_adapter"),
         "method": "{method}, {adapter}".format_map(manifest.settings),
     }
-    return TrainingRun(**{name: known[name] for name in TrainingRun.model_fields})
+    return TrainingJob(**{name: known[name] for name in TrainingJob.model_fields})
 
 
 def _figures(result: TrainingResult) -> dict[str, Any]:

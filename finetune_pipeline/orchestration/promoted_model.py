@@ -1,6 +1,5 @@
 """The asset promoted_model: the gate asked again, then the champion moves, or stays."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from finetune_pipeline.artifacts import (
 )
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.gate import Verdict
-from finetune_pipeline.evaluation.report import HTML, JSON, verdict_of_report
+from finetune_pipeline.evaluation.metric_table import MetricRow
+from finetune_pipeline.evaluation.report import HTML, JSON, metrics_of_report, verdict_of_report
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.orchestration.eval_report import settings_hash
 from finetune_pipeline.orchestration.gguf_model import what_serves
@@ -31,7 +31,7 @@ from finetune_pipeline.pipeline.required_checks import check_passed, check_prove
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.model_card import MODEL_CARD
-from finetune_pipeline.registry.model_versions import Candidate, ModelVersion
+from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
 
@@ -131,8 +131,7 @@ def check_measured(loop: LoopSettings, report: Artifact[ReportManifest], gguf: A
 def _promote(
     loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest], verdict: Verdict
 ) -> ModelVersion:
-    figures = json.loads((report.path / JSON).read_text(encoding="utf-8"))["figures"]
-    candidate = Candidate(
+    candidate = CandidateModel(
         loop=loop.name,
         **_files(gguf),
         base_hash=gguf.manifest.base_hash,
@@ -144,7 +143,7 @@ def _promote(
             "eval_report": report.manifest.version,
             "watermark": gguf.manifest.watermark,
         },
-        scores=_scores(figures),
+        scores=_scores(metrics_of_report(report.path / JSON).rows),
         report_path=report.path / HTML,
     )
     return promote(
@@ -152,10 +151,10 @@ def _promote(
     )
 
 
-def _scores(figures: list[dict[str, Any]]) -> dict[str, Any]:
+def _scores(metrics: list[MetricRow]) -> dict[str, Any]:
     """Return the metrics of a report for the registry, without speeds that were measured on a busy machine."""
-    scores = {row["key"]: row["challenger"] for row in figures if not row["flag"]}
-    flag = next((row["flag"] for row in figures if row["flag"]), None)
+    scores = {row.key: row.challenger for row in metrics if not row.flag}
+    flag = next((row.flag for row in metrics if row.flag), None)
     return {**scores, "speed_flag": flag} if flag else scores
 
 

@@ -14,8 +14,7 @@ from finetune_pipeline.artifacts import MANIFEST, ArtifactError, find, stage_fol
 from finetune_pipeline.curation.dataset_files import read_all
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import Database
-from finetune_pipeline.evaluation.figures import show
-from finetune_pipeline.evaluation.report import JSON
+from finetune_pipeline.evaluation.report import JSON, ReportError, metrics_of_report
 from finetune_pipeline.manifests import (
     AdapterManifest,
     DatasetManifest,
@@ -25,10 +24,10 @@ from finetune_pipeline.manifests import (
     ReportManifest,
 )
 from finetune_pipeline.registry.comparisons import find_comparison
-from finetune_pipeline.registry.deployment_history import history
-from finetune_pipeline.registry.model_card import Card, FigureRow, model_card
+from finetune_pipeline.registry.deployment_history import list_deployments
+from finetune_pipeline.registry.model_card import Card, CardMetric, model_card
 from finetune_pipeline.registry.model_versions import ModelVersion, list_models
-from finetune_pipeline.registry.training_jobs import TrainingRun, find_training
+from finetune_pipeline.registry.training_jobs import TrainingJob, find_training_job
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings
 
 M = TypeVar("M", bound=Manifest)
@@ -100,7 +99,7 @@ class Lineage:
     adapter_manifest: AdapterManifest | None
     dataset_manifest: DatasetManifest | None
     report_manifest: ReportManifest | None
-    training: TrainingRun | None
+    training: TrainingJob | None
 
 
 def lineage(database: Database, model: ModelVersion) -> Lineage:
@@ -108,7 +107,7 @@ def lineage(database: Database, model: ModelVersion) -> Lineage:
     known = model.lineage
     version = known.get("lora_adapter")
     adapter = _manifest(AdapterManifest, model.loop, version)
-    training = find_training(database, model.loop, version) if version else None
+    training = find_training_job(database, model.loop, version) if version else None
     dataset_version, _ = _made_from(model.loop, version, training) if version else (None, None)
     dataset = _manifest(DatasetManifest, model.loop, dataset_version)
     logs = _manifest(RawLogsManifest, model.loop, dataset.inputs.get("raw_logs") if dataset else None)
@@ -148,7 +147,7 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
             watermark=made_from.watermark,
             training=_training_figures(training) if training else {},
             scores={key: value for key, value in model.scores.items() if isinstance(value, int | float)},
-            figures=_report_rows(model.loop, report) if report else (),
+            metrics=_report_rows(model.loop, report) if report else (),
             benchmark_sha256=report.benchmark_sha256 if report else None,
             verdict=_verdict(database, model),
         )
@@ -169,7 +168,7 @@ def _verdict(database: Database, model: ModelVersion) -> str:
     report = model.lineage.get("eval_report")
     comparison = find_comparison(database, model.loop, report) if report else None
     said = comparison.reason if comparison else ""
-    came = next((move for move in history(database, model.loop) if move.model_id == model.id), None)
+    came = next((one for one in list_deployments(database, model.loop) if one.model_id == model.id), None)
     if came is None or came.action == "promote":
         return said or (came.reason if came else "")
     return "; ".join([*([said] if said else []), f"{came.action} by {came.actor}: {came.reason}"])
@@ -186,7 +185,7 @@ def _data_figures(manifest: DatasetManifest) -> dict[str, Any]:
     }
 
 
-def _training_figures(training: TrainingRun) -> dict[str, Any]:
+def _training_figures(training: TrainingJob) -> dict[str, Any]:
     return {
         "method": f"{training.method}, {training.mode}",
         "examples": training.examples,
@@ -199,12 +198,13 @@ def _training_figures(training: TrainingRun) -> dict[str, Any]:
     }
 
 
-def _report_rows(loop: str, report: ReportManifest) -> tuple[FigureRow, ...]:
+def _report_rows(loop: str, report: ReportManifest) -> tuple[CardMetric, ...]:
     path = stage_folder(loop, report.stage) / report.version / JSON
-    rows = json.loads(path.read_text(encoding="utf-8"))["figures"]
-    return tuple(
-        FigureRow(row["name"], show(row["champion"], row["unit"]), show(row["challenger"], row["unit"])) for row in rows
-    )
+    try:
+        rows = metrics_of_report(path).rows
+    except ReportError:  # another version of this project wrote it
+        return ()
+    return tuple(CardMetric(row.name, row.cells[0], row.cells[1]) for row in rows)
 
 
 def _manifest(kind: type[M], loop: str, version: str | None) -> M | None:
@@ -229,11 +229,11 @@ def _learnt_from(database: Database, loop: str, adapter: str | None) -> set[str]
     """The datasets that an adapter was trained on, and those of the adapters that it was trained on top of."""
     datasets: dict[str, str | None] = {}
     while adapter is not None and adapter not in datasets:
-        datasets[adapter], adapter = _made_from(loop, adapter, find_training(database, loop, adapter))
+        datasets[adapter], adapter = _made_from(loop, adapter, find_training_job(database, loop, adapter))
     return {dataset for dataset in datasets.values() if dataset is not None}
 
 
-def _made_from(loop: str, adapter: str, training: TrainingRun | None) -> tuple[str | None, str | None]:
+def _made_from(loop: str, adapter: str, training: TrainingJob | None) -> tuple[str | None, str | None]:
     """The dataset that an adapter was trained on, and the adapter that it was trained on top of.
 
     By its manifest, or by the training's row where that is gone.

@@ -78,7 +78,7 @@ def weak_slices(loop: LoopSettings, database: Database) -> WeakSlices:
         slices = slices_of_report(newest.report_path.with_name(JSON), "challenger" if newest.promote else "champion")
     except ReportError:  # it was deleted: the queue does without
         return WeakSlices([])
-    return WeakSlices(Slice(one.name, one.right / one.total, one.prompts) for one in slices if one.total)
+    return WeakSlices(Slice(one.name, one.correct / one.total, one.prompts) for one in slices if one.total)
 
 
 def _case(candidate: Candidate, policy: Policy) -> Case:

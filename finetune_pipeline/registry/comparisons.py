@@ -13,7 +13,7 @@ from finetune_pipeline.records import Record, UtcDatetime
 from finetune_pipeline.registry.model_versions import located_path, stored_path
 
 
-class ModelComparison(Record):
+class ComparisonRecord(Record):
     """One evaluation report, in short."""
 
     id: str = Field(description="Version of the report.")
@@ -35,25 +35,25 @@ class ModelComparison(Record):
     )
 
 
-def record_comparison(db: Database, comparison: ModelComparison) -> None:
+def record_comparison(db: Database, comparison: ComparisonRecord) -> None:
     """Keep a comparison; one that is kept already (same loop and id) stays as it is."""
     with db.write() as connection:
         record_comparison_in(connection, comparison)
 
 
-def record_comparison_in(connection: sa.Connection, comparison: ModelComparison) -> None:
+def record_comparison_in(connection: sa.Connection, comparison: ComparisonRecord) -> None:
     """As `record_comparison`, within a transaction."""
     values = comparison.model_dump() | {"report_path": stored_path(comparison.report_path)}
     insert_if_absent(connection, comparisons, values)
 
 
-def find_comparison(db: Database, loop: str, id: str) -> ModelComparison | None:
+def find_comparison(db: Database, loop: str, id: str) -> ComparisonRecord | None:
     """The comparison of this id."""
     with db.read() as connection:
         return comparison_in(connection, loop, id)
 
 
-def comparison_in(connection: sa.Connection, loop: str, id: str) -> ModelComparison | None:
+def comparison_in(connection: sa.Connection, loop: str, id: str) -> ComparisonRecord | None:
     """Return the comparison of this id, within a transaction."""
     here = (comparisons.c.loop == loop, comparisons.c.id == id)
     row = connection.execute(sa.select(comparisons).where(*here)).first()
@@ -72,7 +72,7 @@ def extend_watermark_in(connection: sa.Connection, loop: str, challenger_sha256:
     connection.execute(sa.update(comparisons).where(*here).values(watermark=watermark))
 
 
-def list_comparisons(db: Database, loop: str) -> list[ModelComparison]:
+def list_comparisons(db: Database, loop: str) -> list[ComparisonRecord]:
     """All comparisons of a loop, the newest first."""
     c = comparisons.c
     with db.read() as connection:
@@ -87,6 +87,6 @@ def judged_watermark(db: Database, loop: str) -> int:
         return connection.execute(newest).scalar() or 0
 
 
-def _from_row(row: sa.Row[Any]) -> ModelComparison:
+def _from_row(row: sa.Row[Any]) -> ComparisonRecord:
     values = dict(row._mapping)
-    return ModelComparison(**{**values, "report_path": located_path(values["report_path"])})
+    return ComparisonRecord(**{**values, "report_path": located_path(values["report_path"])})

@@ -1,4 +1,4 @@
-"""The rows that every move of the champion leaves, and what they mean when replayed."""
+"""The deployment history: one row for each change of the champion."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -13,7 +13,7 @@ Action = Literal["promote", "force", "switch", "rollback"]
 
 
 class Deployment(Record):
-    """One move of the champion."""
+    """One change of a loop's champion. A model id of None is the base model."""
 
     id: int
     loop: str
@@ -26,55 +26,49 @@ class Deployment(Record):
     created_at: UtcDatetime
 
 
-def history(db: Database, loop: str) -> list[Deployment]:
-    """All moves of a loop's champion, the oldest first. `model_id` None is the base model."""
+def list_deployments(db: Database, loop: str) -> list[Deployment]:
+    """Return all deployments of a loop, oldest first."""
     with db.read() as connection:
-        return history_in(connection, loop)
+        return deployments_in(connection, loop)
 
 
-def history_in(connection: sa.Connection, loop: str) -> list[Deployment]:
-    """As `history`, within a transaction."""
-    rows = connection.execute(
-        sa.select(deployment_history).where(deployment_history.c.loop == loop).order_by(deployment_history.c.id)
-    )
-    return [Deployment(**row._mapping) for row in rows]
+def deployments_in(connection: sa.Connection, loop: str) -> list[Deployment]:
+    """Return all deployments of a loop, oldest first, within a transaction."""
+    query = sa.select(deployment_history).where(deployment_history.c.loop == loop).order_by(deployment_history.c.id)
+    return [Deployment(**row._mapping) for row in connection.execute(query)]
 
 
-def newest_move_in(connection: sa.Connection, loop: str) -> Deployment | None:
-    """Return the newest move of a loop's champion; None if it never moved."""
-    newest = (
-        sa.select(deployment_history)
-        .where(deployment_history.c.loop == loop)
-        .order_by(deployment_history.c.id.desc())
-        .limit(1)
-    )
-    row = connection.execute(newest).first()
+def newest_deployment_in(connection: sa.Connection, loop: str) -> Deployment | None:
+    """Return the newest deployment of a loop; None if its champion never changed."""
+    d = deployment_history.c
+    query = sa.select(deployment_history).where(d.loop == loop).order_by(d.id.desc()).limit(1)
+    row = connection.execute(query).first()
     return Deployment(**row._mapping) if row else None
 
 
 def promotions_in(connection: sa.Connection, loop: str, model_id: str) -> list[Deployment]:
-    """Return every move that promoted or forced a model, oldest first."""
+    """Return the deployments that promoted or forced a model, oldest first."""
     d = deployment_history.c
     here = (d.loop == loop, d.model_id == model_id, d.action.in_(("promote", "force")))
     rows = connection.execute(sa.select(deployment_history).where(*here).order_by(d.id))
     return [Deployment(**row._mapping) for row in rows]
 
 
-def record_in(connection: sa.Connection, **values: Any) -> None:
-    """Write one move, in the transaction that makes it."""
+def record_deployment_in(connection: sa.Connection, **values: Any) -> None:
+    """Record a deployment in the transaction that changes the champion."""
     connection.execute(sa.insert(deployment_history).values(**values))
 
 
-def stack_of(moves: Iterable[Deployment]) -> Sequence[str | None]:
-    """Who served, the present champion last; the base model (None) is always the first.
+def deployment_stack(deployments: Iterable[Deployment]) -> Sequence[str | None]:
+    """Return the stack of champions, the current one last. The base model (None) is always first.
 
-    A promotion, force or switch puts a model on top, a rollback takes it off, so that a second rollback goes further
-    back and not to and fro.
+    A promotion, force or switch pushes a model; a rollback pops one. A second rollback therefore goes one more step
+    back, instead of returning to the model that the first one left.
     """
     stack: list[str | None] = [None]
-    for move in moves:
-        if move.action == "rollback":
+    for deployment in deployments:
+        if deployment.action == "rollback":
             stack.pop()
         else:
-            stack.append(move.model_id)
+            stack.append(deployment.model_id)
     return stack

@@ -11,7 +11,7 @@ MODEL_CARD = "MODEL_CARD.md"
 
 
 @dataclass(frozen=True)
-class FigureRow:
+class CardMetric:
     """One metric of the report, as people read it."""
 
     name: str
@@ -34,7 +34,7 @@ class Card:
         watermark: the last of them that the training saw.
         training: figures of the training, by the name to show.
         scores: this model's figures by key, for the front matter; shares are 0 to 1.
-        figures: the report's table, this model against the one that it replaced.
+        metrics: the report's table, this model against the one that it replaced.
         benchmark_sha256: hash of the questions that both were asked.
         verdict: the gate's sentence.
     """
@@ -55,7 +55,7 @@ class Card:
     watermark: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
-    figures: Sequence[FigureRow] = ()
+    metrics: Sequence[CardMetric] = ()
     benchmark_sha256: str | None = None
     verdict: str = ""
 
@@ -97,8 +97,8 @@ def _made_from(card: Card) -> str:
 
 def _evaluation(card: Card) -> str:
     parts = [f"**Gate:** {_line(card.verdict)}"] if card.verdict else []
-    if card.figures:
-        rows = [f"| {_cell(row.name)} | {_cell(row.champion)} | {_cell(row.challenger)} |" for row in card.figures]
+    if card.metrics:
+        rows = [f"| {_cell(row.name)} | {_cell(row.champion)} | {_cell(row.challenger)} |" for row in card.metrics]
         parts.append("\n".join(["| metric | served before | this model |", "|---|---:|---:|", *rows]))
     if card.benchmark_sha256:
         parts.append(f"Both models were asked the same questions, benchmark `{card.benchmark_sha256[:16]}`.")
@@ -112,7 +112,7 @@ def _limits(card: Card) -> str:
             "",
             f"- It was trained for one task, `{card.loop}`, with that loop's system prompt; of other tasks nothing is "
             "known.",
-            "- Its figures hold for its benchmark and for exactly these files, by hash; another quantisation is "
+            "- Its figures hold for its benchmark and for exactly these files, by hash; another quantization is "
             "another model.",
             "- Its answers can be wrong. What it learned is what the application's users and validators found good.",
             "- Its training data comes from use and may carry the habits and gaps of those who used it.",

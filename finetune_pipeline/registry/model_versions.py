@@ -25,7 +25,7 @@ class UnknownVersion(RegistryError):
     """No model has this name; the message lists those that there are."""
 
 
-class Candidate(Record):
+class CandidateModel(Record):
     """A GGUF, or a base's GGUF with an adapter's, that may become a model version."""
 
     loop: str
@@ -56,7 +56,7 @@ class Candidate(Record):
         return {self.gguf_path: self.gguf_sha256, **adapter}
 
 
-class ModelVersion(Candidate):
+class ModelVersion(CandidateModel):
     """A model that was promoted once, with its version."""
 
     version: str = Field(pattern=r"^v\d+\.\d+\.\d+$")
@@ -113,7 +113,7 @@ def version_in(connection: sa.Connection, loop: str, version: str) -> ModelVersi
     )
 
 
-def register_in(connection: sa.Connection, candidate: Candidate, now: UtcDatetime) -> ModelVersion:
+def register_in(connection: sa.Connection, candidate: CandidateModel, now: UtcDatetime) -> ModelVersion:
     """Give a candidate its version and keep it; the same file keeps the version that it has.
 
     Call it only while the loop's champion is locked: the next number is counted from what is there.
@@ -134,7 +134,7 @@ def register_in(connection: sa.Connection, candidate: Candidate, now: UtcDatetim
     return model_in(connection, candidate.loop, candidate.id) or _vanished(candidate)
 
 
-def _vanished(candidate: Candidate) -> NoReturn:
+def _vanished(candidate: CandidateModel) -> NoReturn:
     raise RegistryError(f"the row of {candidate.id} is not there after it was written; the database is not usable")
 
 
@@ -143,7 +143,7 @@ _RENEWED = (
 )  # fmt: skip
 
 
-def next_number(newest: ModelVersion | None, candidate: Candidate) -> Number:
+def next_number(newest: ModelVersion | None, candidate: CandidateModel) -> Number:
     """The next semantic version: another base is a major step, a full training a minor one, an incremental a patch."""
     if newest is None:
         return (1, 0, 0)
@@ -153,7 +153,7 @@ def next_number(newest: ModelVersion | None, candidate: Candidate) -> Number:
     return (major, minor + 1, 0) if candidate.mode == "full" else (major, minor, patch + 1)
 
 
-def check_file(model: Candidate, *, again: bool = True) -> None:
+def check_files(model: CandidateModel, *, again: bool = True) -> None:
     """Refuse a model whose file is not what was measured.
 
     Args:
@@ -164,7 +164,7 @@ def check_file(model: Candidate, *, again: bool = True) -> None:
         RegistryError: it was deleted, a file of it is gone, or its content differs.
     """
     if isinstance(model, ModelVersion):
-        check_kept(model)
+        check_not_deleted(model)
     for path, expected in model.files.items():
         try:
             found = hash_file_cached(path, force=again)
@@ -177,7 +177,7 @@ def check_file(model: Candidate, *, again: bool = True) -> None:
             )
 
 
-def check_there(model: Candidate) -> None:
+def check_files_exist(model: CandidateModel) -> None:
     """Refuse a model without its files; looks only whether they are there.
 
     Raises:
@@ -188,11 +188,11 @@ def check_there(model: Candidate) -> None:
             raise _gone(model, path)
 
 
-def _gone(model: Candidate, path: Path) -> RegistryError:
+def _gone(model: CandidateModel, path: Path) -> RegistryError:
     return RegistryError(f"{_called(model)} cannot serve: its GGUF {path} is not there; {_REMEDY}")
 
 
-def check_kept(model: ModelVersion) -> None:
+def check_not_deleted(model: ModelVersion) -> None:
     """Refuse a version whose files were deleted to make room.
 
     Raises:
@@ -208,7 +208,7 @@ def check_kept(model: ModelVersion) -> None:
 _REMEDY = "materialize gguf_model again, restore the file, or choose another version"
 
 
-def _called(model: Candidate) -> str:
+def _called(model: CandidateModel) -> str:
     return model.name if isinstance(model, ModelVersion) else f"the candidate {model.id}"
 
 
@@ -234,8 +234,8 @@ def located_path(text: str) -> Path:
 _PATHS = ("gguf_path", "adapter_path", "report_path")
 
 
-def _to_row(candidate: Candidate) -> dict[str, Any]:
-    row = candidate.model_dump(include=set(Candidate.model_fields))
+def _to_row(candidate: CandidateModel) -> dict[str, Any]:
+    row = candidate.model_dump(include=set(CandidateModel.model_fields))
     paths = {key: stored_path(row[key]) if row[key] else None for key in _PATHS}
     scores = candidate.scores
     figures = {

@@ -9,7 +9,7 @@ from finetune_pipeline.database.tables import training_jobs
 from finetune_pipeline.records import Record, UtcDatetime
 
 
-class TrainingRun(Record):
+class TrainingJob(Record):
     """One training, and what came of it."""
 
     id: str = Field(description="Version of the adapter.")
@@ -31,15 +31,15 @@ class TrainingRun(Record):
     created_at: UtcDatetime
 
 
-def record_training(db: Database, training: TrainingRun) -> None:
+def record_training_job(db: Database, training: TrainingJob) -> None:
     """Keep a training; one that is kept already (same loop and id) stays as it is."""
     with db.write() as connection:
         insert_if_absent(connection, training_jobs, training.model_dump())
 
 
-def find_training(db: Database, loop: str, id: str) -> TrainingRun | None:
+def find_training_job(db: Database, loop: str, id: str) -> TrainingJob | None:
     """The training that made the adapter of this version."""
     here = sa.select(training_jobs).where(training_jobs.c.loop == loop, training_jobs.c.id == id)
     with db.read() as connection:
         row = connection.execute(here).first()
-    return TrainingRun(**row._mapping) if row else None
+    return TrainingJob(**row._mapping) if row else None

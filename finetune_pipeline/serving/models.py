@@ -32,7 +32,7 @@ from finetune_pipeline.inference.errors import (
 )
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.registry.champion import BASE, champion, resolve
-from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError, check_file
+from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError, check_files
 from finetune_pipeline.serving.backends import LocalModel, OnDelta, Served, Upstream
 from finetune_pipeline.serving.errors import Busy, Refused, Unavailable, UnknownModel
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings
@@ -305,7 +305,7 @@ class LoopServer:
         if model is None:
             gguf = base_gguf(self.loop, _log.info)
             return ModelSpec(gguf=gguf, **limits), {gguf: hash_file_cached(gguf)}
-        check_file(model, again=False)
+        check_files(model, again=False)
         return ModelSpec(gguf=model.gguf_path, adapter=model.adapter_path, **limits), model.files
 
     def _remote(self, upstream: UpstreamSettings) -> Served:

@@ -15,7 +15,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.ray_session import ClusterError
-from finetune_pipeline.registry.model_versions import Candidate
+from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop
 from finetune_pipeline.training.backends.base import Availability
 from finetune_pipeline.training.backends.unsloth import Unsloth
@@ -45,7 +45,7 @@ def two_versions(own_home):
         path = own_home / f"model-{number}.gguf"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"GGUF" + bytes([number]))
-        candidate = Candidate(
+        candidate = CandidateModel(
             loop=LOOP, gguf_path=path, gguf_sha256=hash_file(path), base_hash="b", mode="full",
             lineage={"lora_adapter": "abc"}, scores={"accuracy": 0.5 + number / 10}, report_path=path,
         )  # fmt: skip
@@ -61,10 +61,10 @@ def test_models_are_listed_with_the_one_that_serves(two_versions):
 
 def test_a_version_can_be_shown_switched_to_and_rolled_back_from(two_versions):
     assert "lora_adapter: abc" in run("model", "show", "v1.0.0")
-    assert run("model", "switch", "v1.0.0") == "aec_parser@v1.0.0 serves now\n"
-    assert run("model", "rollback") == "aec_parser@v1.1.0 serves again\n"
-    assert run("model", "rollback") == "aec_parser@v1.0.0 serves again\n"
-    assert run("model", "rollback") == "aec_parser@base serves again\n"
+    assert run("model", "switch", "v1.0.0") == "aec_parser@v1.0.0 is the champion now\n"
+    assert run("model", "rollback") == "aec_parser@v1.1.0 is the champion again\n"
+    assert run("model", "rollback") == "aec_parser@v1.0.0 is the champion again\n"
+    assert run("model", "rollback") == "aec_parser@base is the champion again\n"
     shown = run("model", "history")
     assert [shown.count(action) for action in ("promote", "switch", "rollback")] == [2, 2, 3]
 
@@ -112,7 +112,7 @@ def test_a_table_without_its_name_is_told_to_be_named_as_one(tmp_path):
 def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
     base, adapter = own_home / "model-1.gguf", own_home / "adapter.gguf"
     adapter.write_bytes(b"GGUF adapter")
-    pair = Candidate(
+    pair = CandidateModel(
         loop=LOOP, gguf_path=base, gguf_sha256=hash_file(base), adapter_path=adapter, adapter_sha256=hash_file(adapter),
         base_hash="b", mode="full", lineage={}, scores={}, report_path=base,
     )  # fmt: skip

@@ -13,8 +13,8 @@ from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import GgufManifest
 from finetune_pipeline.registry.champion import champion
-from finetune_pipeline.registry.model_versions import Candidate
-from finetune_pipeline.registry.training_jobs import TrainingRun, record_training
+from finetune_pipeline.registry.model_versions import CandidateModel
+from finetune_pipeline.registry.training_jobs import TrainingJob, record_training_job
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.registry.conftest import promote_over
 
@@ -42,7 +42,7 @@ def version(number, **files):
     with draft(LOOP, "gguf_model", name) as folder:
         (folder / "model.gguf").write_bytes(bytes([number]) * 1_500_000)
         path = publish(folder, GgufManifest, fields).path / "model.gguf"
-    candidate = Candidate(
+    candidate = CandidateModel(
         loop=LOOP, **{"gguf_path": path, "gguf_sha256": hash_file(path), **files}, base_hash="b", mode="full",
         lineage={"base_model": "data/starter_model", "lora_adapter": f"lora{number}", "watermark": number},
         scores={"accuracy": 0.5 + number / 100, "latency_p50_ms": 20.0 + number}, report_path=path,
@@ -56,10 +56,10 @@ def seven(own_home):
     return [version(number) for number in range(1, 8)]
 
 
-def test_the_list_shows_figures_deployment_champion_previous_and_what_was_deleted(seven):
+def test_the_list_shows_metrics_champion_previous_and_deleted_versions(seven):
     run("gc", "--keep", "1", "--yes")
     heading, *rows = lines("list")
-    assert heading == "model right latency size deployed (UTC)"
+    assert heading == "model accuracy latency size deployed (UTC)"
     now = f"{datetime.now(UTC):%Y-%m-%d}"
     assert rows[0].startswith(f"* aec_parser@v1.6.0 57.0% 27 ms 1.5 MB {now}") and rows[0].endswith("champion")
     assert rows[1].startswith(f"aec_parser@v1.5.0 56.0% 26 ms 1.5 MB {now}") and rows[1].endswith("previous")
@@ -71,9 +71,9 @@ def test_the_list_shows_figures_deployment_champion_previous_and_what_was_delete
 
 
 def test_a_version_is_shown_with_all_that_is_known_of_it(seven, own_home):
-    record_training(
+    record_training_job(
         connect(),
-        TrainingRun(
+        TrainingJob(
             id="lora1", loop=LOOP, run_id="run-17", dataset="d1", method="lora", mode="full", device="cpu",
             examples=120, steps=40, loss_before=1.5, loss_after=0.25, tokens_per_second=4000, wall_seconds=12,
             peak_memory_bytes=10**9, watermark=1, created_at=datetime(2026, 1, 1, tzinfo=UTC),
@@ -105,7 +105,7 @@ def test_the_card_is_printed_as_markdown_with_front_matter(seven):
 def test_a_dry_run_says_what_would_go_and_deletes_nothing(seven):
     said = run("gc", "--dry-run").splitlines()
     assert said[0].split(None, 4)[:4] == ["delete", "1.5", "MB", "gguf_model/gguf1"]
-    assert "v1.0.0: not champion, not previous, not in the last moves" in said[0]
+    assert "v1.0.0: not champion, not previous, not in the last deployments" in said[0]
     assert [line.split()[0] for line in said[1:7]] == ["keep"] * 6
     assert said[-1] == "would delete 1 of 7 folders, 1.5 MB"
     assert (stage_folder(LOOP, "gguf_model") / "gguf1" / "model.gguf").exists()

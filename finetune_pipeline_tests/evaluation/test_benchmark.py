@@ -1,4 +1,4 @@
-"""A benchmark that can be read is right; one that cannot says where and why."""
+"""A benchmark that can be read is correct; one that cannot says where and why."""
 
 import hashlib
 import json
@@ -33,11 +33,11 @@ def without(name: str) -> dict[str, object]:
     [
         (without("slice"), ['"slice" is missing', "add it"]),
         (without("expected"), ['"expected" is missing']),
-        (line("w2", prompt=7), ['"prompt" is a number', "a text"]),
+        (line("w2", prompt=7), ['"prompt" is a number', "a non-empty text"]),
         (line("w2", prompt="  "), ["an empty text"]),
-        (line("w2", expected=[1]), ['"expected" is a list', "an object or a text"]),
+        (line("w2", expected=[1]), ['"expected" is a list', "a non-empty object or text"]),
         (line("w2", id=None), ['"id" is null']),
-        (line("w2", wordng="firm"), ['"wordng" is not a field', "take it out"]),
+        (line("w2", wordng="firm"), ['"wordng" is not a field', "remove it"]),
         (line("w1", prompt="another"), ["'w1' is already on line 1", "its own id"]),
         (line("w2", prompt="a WALL,  please: W1"), ["same prompt is already on line 1"]),
         (line("w2", expected={"element": "roof"}), ["'w2' does not pass the output schema", "$.element", "'roof'"]),
@@ -55,8 +55,8 @@ def test_a_wrong_line_is_named_with_what_to_do(tmp_path: Path, second: object, w
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["holds no question", "write at least one"]),
-        (b"\n\n", ["holds no question"]),
+        (b"", ["has no questions", "write at least one"]),
+        (b"\n\n", ["has no questions"]),
         (b"{nonsense\n", ["line 1: not JSON"]),
         (b'{"id": NaN}\n', ["line 1: not JSON"]),
         (b"\xff\xfe\x00", ["not UTF-8", "save it as UTF-8"]),

@@ -8,24 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_pipeline.evaluation.constant_baseline import best_constant
-from finetune_pipeline.evaluation.metrics import Metric, Scorer
+from finetune_pipeline.evaluation.scoring import Metric, Scorer
 
 ANY_SCHEMA: dict[str, Any] = {}
 
 
 def by_force(expected: list[Any], metric: Metric, *, structured: bool) -> int:
-    """What the best of the expected answers has right, each given to each question."""
+    """What the best of the expected answers has correct, each given to each question."""
     scorer = Scorer(metric, ANY_SCHEMA if structured else None)
     texts = [one if isinstance(one, str) and not structured else json.dumps(one) for one in expected]
-    return max(sum(scorer.score(one, text).right for one in expected) for text in texts)
+    return max(sum(scorer.score(one, text).correct for one in expected) for text in texts)
 
 
 @pytest.mark.parametrize(
-    ("expected", "metric", "structured", "text", "right"),
+    ("expected", "metric", "structured", "text", "correct"),
     [
         (["yes", "Yes ", "no"], "exact", False, "yes", 2),
-        (["the wall is red", "the door is red", "no"], "words", False, "the wall is red", 7),
-        (["a a b", "a b b", "a"], "words", False, "a a b", 6),
+        (["the wall is red", "the door is red", "no"], "rouge1", False, "the wall is red", 7),
+        (["a a b", "a b b", "a"], "rouge1", False, "a a b", 6),
         ([{"a": 1, "b": 2}, {"a": 1.0, "b": 3}, {"a": True, "b": 3}], "parameters", True, '{"a": 1.0, "b": 3}', 4),
         ([{"a": "Oregon "}, {"a": "oregon"}, {"a": "x"}], "parameters", True, '{"a": "Oregon "}', 2),
         ([{"a": "Oregon "}, {"a": "oregon"}], "exact", True, '{"a": "Oregon "}', 1),
@@ -35,27 +35,27 @@ def by_force(expected: list[Any], metric: Metric, *, structured: bool) -> int:
     ],
 )
 def test_the_answer_that_scores_highest_is_found(
-    expected: list[Any], metric: Metric, structured: bool, text: str, right: int
+    expected: list[Any], metric: Metric, structured: bool, text: str, correct: int
 ) -> None:
     found = best_constant(expected, metric, structured=structured)
-    assert (found.text, found.right) == (text, right)
-    assert found.right == by_force(expected, metric, structured=structured)
+    assert (found.text, found.correct) == (text, correct)
+    assert found.correct == by_force(expected, metric, structured=structured)
 
 
 words = st.lists(st.sampled_from(["a", "A", "b", "c,", "!"]), min_size=1, max_size=6).map(" ".join)
 leaf = st.sampled_from([1, 1.0, 0, True, False, None, "x", "X ", "", [], {}])
 value = st.recursive(leaf, lambda v: st.lists(v, max_size=2) | st.dictionaries(st.sampled_from("ab"), v, max_size=2))
 objects = st.dictionaries(st.sampled_from("abc"), value, max_size=3)
-metrics = st.sampled_from(["parameters", "words", "exact"])
+metrics = st.sampled_from(["parameters", "rouge1", "exact"])
 
 
 @given(st.lists(words | objects, min_size=1, max_size=6), metrics, st.booleans())
 def test_it_is_what_the_scorer_says(expected: list[Any], metric: Metric, structured: bool) -> None:
     found = best_constant(expected, metric, structured=structured)
-    assert found.right == by_force(expected, metric, structured=structured)
+    assert found.correct == by_force(expected, metric, structured=structured)
 
 
 def test_a_benchmark_of_thousands_of_different_answers_is_read_once() -> None:
     expected = [f"note {n} says that the wall number {n % 7} is {n} mm thick and painted" for n in range(5_000)]
     # Scored pair by pair, 25 million of them, this would not end while anybody waits.
-    assert best_constant(expected, "words", structured=False).right >= 8 * 5_000
+    assert best_constant(expected, "rouge1", structured=False).correct >= 8 * 5_000

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_pipeline.evaluation import gate
-from finetune_pipeline.evaluation.gate import Verdict, Worth
+from finetune_pipeline.evaluation.gate import QualityFloor, Verdict
 from finetune_pipeline.evaluation.significance import Significance
 from finetune_pipeline.settings import GateSettings
 
-WORTHY = Worth(constant_right=0, valid=100, answers=100, structured=True)
+WORTHY = QualityFloor(constant_correct=0, valid=100, answers=100, structured=True)
 
 
-def decide(champion: int, challenger: int, total: int, *others: Any, worth: Worth = WORTHY) -> Verdict:
+def decide(champion: int, challenger: int, total: int, *others: Any, floor: QualityFloor = WORTHY) -> Verdict:
     """The rule, asked about a challenger that is worth something unless it is said otherwise."""
-    return gate.decide(champion, challenger, total, worth, *others)
+    return gate.decide(champion, challenger, total, floor, *others)
 
 
 RELATIVE = GateSettings()
@@ -31,8 +31,8 @@ SURE = Significance("paired bootstrap over questions", 0.001, 0.02, 0.05, 200)
 @pytest.mark.parametrize(
     ("champion", "challenger", "total", "settings", "promote", "words"),
     [
-        (40, 42, 100, RELATIVE, True, "challenger 42 of 100 right against 40: gain 5.0 %, 5 % needed"),
-        (640, 812, 1040, RELATIVE, True, "challenger 812 of 1,040 right against 640: gain 26.9 %, 5 % needed"),
+        (40, 42, 100, RELATIVE, True, "challenger 42 of 100 correct, champion 40: gain 5.0 %, 5 % needed"),
+        (640, 812, 1040, RELATIVE, True, "challenger 812 of 1,040 correct, champion 640: gain 26.9 %, 5 % needed"),
         (1000, 1049, 2000, RELATIVE, False, "gain 4.9 %, 5 % needed"),
         (100_000, 104_999, 200_000, RELATIVE, False, "gain 4.999 %, 5 % needed"),
         (20, 21, 100, RELATIVE, True, "gain 5.0 %"),
@@ -46,10 +46,17 @@ SURE = Significance("paired bootstrap over questions", 0.001, 0.02, 0.05, 200)
         (40, 44, 100, POINTS, False, "gain 4.0 points"),
         (960, 962, 1000, ERRORS, True, "gain 5.0 % of the errors"),
         (960, 961, 1000, ERRORS, False, "gain 2.5 % of the errors"),
-        (96, 100, 100, RELATIVE, False, "no score could pass: 101 right would be needed of 100; set gate.mode: error_"),
+        (
+            96,
+            100,
+            100,
+            RELATIVE,
+            False,
+            "no score could pass: 101 correct would be needed of 100; set gate.mode: error_",
+        ),
         (96, 100, 100, POINTS, False, "no score could pass"),
-        (100, 100, 100, RELATIVE, False, "the champion has everything right; add harder questions"),
-        (100, 100, 100, ERRORS, False, "the champion has everything right"),
+        (100, 100, 100, RELATIVE, False, "the champion has everything correct; add harder questions"),
+        (100, 100, 100, ERRORS, False, "the champion has everything correct"),
         (95, 100, 100, RELATIVE, True, "gain 5.3 %"),
     ],
 )
@@ -75,7 +82,7 @@ def test_falling_slices_block_only_where_that_is_asked_for() -> None:
     strict = GateSettings(forbid_slice_regressions=True)
     assert decide(40, 44, 100, RELATIVE, SURE, ["doors"]).promote
     refused = decide(40, 44, 100, strict, SURE, ["doors", "stairs"])
-    assert (refused.promote, "these slices fall: doors, stairs" in refused.reason) == (False, True)
+    assert (refused.promote, "these slices regressed: doors, stairs" in refused.reason) == (False, True)
     assert decide(40, 44, 100, strict, SURE).promote
 
 
@@ -106,9 +113,9 @@ def test_relative_is_the_integer_rule(numbers: tuple[int, int, int]) -> None:
 def test_needed_right_is_the_boundary(numbers: tuple[int, int, int], gate: GateSettings) -> None:
     champion, challenger, total = numbers
     verdict = decide(champion, challenger, total, gate)
-    assert verdict.promote == (challenger >= verdict.needed_right)
-    assert verdict.needed_right > champion
-    assert ("no score could pass" in verdict.reason) == (verdict.needed_right > total)
+    assert verdict.promote == (challenger >= verdict.required_correct)
+    assert verdict.required_correct > champion
+    assert ("no score could pass" in verdict.reason) == (verdict.required_correct > total)
 
 
 @given(counts, gates)
@@ -119,70 +126,102 @@ def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("champion", "challenger", "total", "worth", "settings", "promote", "words"),
+    ("champion", "challenger", "total", "floor", "settings", "promote", "words"),
     [
         # 10 of 170 by one word for nearly every question, against a base that has nothing
         (
             0,
             10,
             170,
-            Worth(10, 170, 170, True),
+            QualityFloor(10, 170, 170, True),
             RELATIVE,
             False,
-            "best constant answer has 10 of 170 right; 170 of 170",
+            "best constant answer has 10 of 170 correct; 170 of 170",
         ),
-        (0, 10, 170, Worth(12, 170, 170, False), RELATIVE, False, "but a challenger needs more than 12 right"),
-        (0, 11, 170, Worth(10, 170, 170, False), RELATIVE, True, "the best constant answer has 10 of 170 right"),
+        (0, 10, 170, QualityFloor(12, 170, 170, False), RELATIVE, False, "but a challenger needs more than 12 correct"),
+        (
+            0,
+            11,
+            170,
+            QualityFloor(10, 170, 170, False),
+            RELATIVE,
+            True,
+            "the best constant answer has 10 of 170 correct",
+        ),
         # 2 of 60 without a valid answer
-        (0, 2, 60, Worth(1, 0, 60, True), RELATIVE, False, "0 of 60 answers valid, a majority needed; but most of its"),
-        (0, 40, 60, Worth(1, 30, 60, True), RELATIVE, False, "but most of its answers do not pass the output schema"),
-        (0, 40, 60, Worth(1, 31, 60, True), RELATIVE, True, "31 of 60 answers valid, a majority needed"),
-        (0, 40, 60, Worth(1, 0, 60, False), RELATIVE, True, "0 of 60 answers valid"),  # free text
+        (
+            0,
+            2,
+            60,
+            QualityFloor(1, 0, 60, True),
+            RELATIVE,
+            False,
+            "0 of 60 answers valid, a majority needed; but most of its",
+        ),
+        (
+            0,
+            40,
+            60,
+            QualityFloor(1, 30, 60, True),
+            RELATIVE,
+            False,
+            "but most of its answers do not pass the output schema",
+        ),
+        (0, 40, 60, QualityFloor(1, 31, 60, True), RELATIVE, True, "31 of 60 answers valid, a majority needed"),
+        (0, 40, 60, QualityFloor(1, 0, 60, False), RELATIVE, True, "0 of 60 answers valid"),  # free text
         # a champion that is worthless itself, in each mode
-        (5, 10, 170, Worth(10, 170, 170, False), RELATIVE, False, "gain 100.0 %, 5 % needed; the best constant"),
-        (1, 10, 100, Worth(10, 100, 100, False), POINTS, False, "but a challenger needs more than 10"),
-        (0, 10, 100, Worth(10, 100, 100, False), ERRORS, False, "but a challenger needs more than 10"),
+        (5, 10, 170, QualityFloor(10, 170, 170, False), RELATIVE, False, "gain 100.0 %, 5 % needed; the best constant"),
+        (1, 10, 100, QualityFloor(10, 100, 100, False), POINTS, False, "but a challenger needs more than 10"),
+        (0, 10, 100, QualityFloor(10, 100, 100, False), ERRORS, False, "but a challenger needs more than 10"),
         # a threshold of one's own, in place of the constant answer's
         (
             0,
             30,
             100,
-            Worth(10, 100, 100, False),
+            QualityFloor(10, 100, 100, False),
             MIN_30,
             False,
-            "more than 30 of 100 right needed by gate.min_score 0.3",
+            "more than 30 of 100 correct needed by gate.min_score 0.3",
         ),
         (
             0,
             31,
             100,
-            Worth(90, 100, 100, False),
+            QualityFloor(90, 100, 100, False),
             MIN_30,
             True,
-            "more than 30 of 100 right needed by gate.min_score 0.3",
+            "more than 30 of 100 correct needed by gate.min_score 0.3",
         ),
-        (0, 1, 100, Worth(90, 100, 100, False), GateSettings(min_score=0), True, "more than 0 of 100"),
-        (0, 29, 1000, Worth(0, 100, 100, False), GateSettings(min_score=0.029), False, "more than 29 of 1,000"),
+        (0, 1, 100, QualityFloor(90, 100, 100, False), GateSettings(min_score=0), True, "more than 0 of 100"),
+        (0, 29, 1000, QualityFloor(0, 100, 100, False), GateSettings(min_score=0.029), False, "more than 29 of 1,000"),
         # rejected for its gain: both numbers are stated all the same
         (
             40,
             41,
             100,
-            Worth(7, 99, 100, True),
+            QualityFloor(7, 99, 100, True),
             RELATIVE,
             False,
-            "constant answer has 7 of 100 right; 99 of 100 answers",
+            "constant answer has 7 of 100 correct; 99 of 100 answers",
         ),
-        (0, 0, 100, Worth(100, 100, 100, False), RELATIVE, False, "one answer has everything right; add questions"),
+        (
+            0,
+            0,
+            100,
+            QualityFloor(100, 100, 100, False),
+            RELATIVE,
+            False,
+            "one constant answer has everything correct; add questions",
+        ),
     ],
 )
 def test_a_worthless_challenger_is_rejected_whatever_the_champion_has(
-    champion: int, challenger: int, total: int, worth: Worth, settings: GateSettings, promote: bool, words: str
+    champion: int, challenger: int, total: int, floor: QualityFloor, settings: GateSettings, promote: bool, words: str
 ) -> None:
-    verdict = decide(champion, challenger, total, settings, worth=worth)
+    verdict = decide(champion, challenger, total, settings, floor=floor)
     assert (verdict.promote, words in verdict.reason) == (promote, True), verdict.reason
-    assert verdict.promote == (challenger >= verdict.needed_right and "most of its" not in verdict.reason)
-    assert f"{worth.valid} of {worth.answers} answers valid" in verdict.reason
+    assert verdict.promote == (challenger >= verdict.required_correct and "most of its" not in verdict.reason)
+    assert f"{floor.valid} of {floor.answers} answers valid" in verdict.reason
 
 
 @given(counts, gates)

@@ -1,17 +1,31 @@
-"""Comparison, figures and report, on a small benchmark with hostile texts in it."""
+"""Comparison, metrics and report, on a small benchmark with hostile texts in it."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from finetune_pipeline.evaluation.answers import Answer, Speed
+from finetune_pipeline.evaluation.answers import BenchmarkAnswer, Speed
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
-from finetune_pipeline.evaluation.comparison import Comparison, ComparisonError, Side, compare, judge, score_side
-from finetune_pipeline.evaluation.confidence import separation
-from finetune_pipeline.evaluation.figures import markdown_table, metric_table, show
-from finetune_pipeline.evaluation.metrics import Scorer
-from finetune_pipeline.evaluation.report import ReportError, plot_png, slices_of_report, verdict_of_report, write_report
+from finetune_pipeline.evaluation.comparison import (
+    Comparison,
+    ComparisonError,
+    ModelResult,
+    compare,
+    judge,
+    score_model,
+)
+from finetune_pipeline.evaluation.confidence import separate_by_confidence
+from finetune_pipeline.evaluation.metric_table import comparison_markdown, format_metric, metric_table
+from finetune_pipeline.evaluation.plots import plot_png
+from finetune_pipeline.evaluation.report import (
+    ReportError,
+    metrics_of_report,
+    slices_of_report,
+    verdict_of_report,
+    write_report,
+)
+from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.orchestration.promoted_model import _scores
 from finetune_pipeline.schemas import Rule
 from finetune_pipeline.settings import GateSettings
@@ -36,14 +50,14 @@ def benchmark(tmp_path: Path) -> Benchmark:
     return load_benchmark(write_benchmark(tmp_path / "b.jsonl", lines), SCHEMA)
 
 
-def side(name: str, texts: list[str], benchmark: Benchmark, speed: Speed | None) -> Side:
+def side(name: str, texts: list[str], benchmark: Benchmark, speed: Speed | None) -> ModelResult:
     answers = [
-        Answer(
+        BenchmarkAnswer(
             id=question.id, text=text, confidence=0.9 if text == RIGHT else 0.4, prompt_tokens=9, completion_tokens=9
         )
         for question, text in zip(benchmark.questions, texts, strict=True)
     ]
-    return score_side(name, name * 8, 4_000_000, answers, benchmark, SCORER, speed)
+    return score_model(name, name * 8, 4_000_000, answers, benchmark, SCORER, speed)
 
 
 @pytest.fixture
@@ -59,9 +73,9 @@ def test_slices_wordings_and_questions_are_compared(comparison: Comparison) -> N
         ("walls", 4, 0.5),
     ]
     assert [(group.name, group.change) for group in comparison.wordings] == [("firm", 0), ("plain", 0)]
-    assert comparison.falling_slices == ("doors $x_",)
-    assert [pair.question.id for pair in comparison.won] == ["w0", "w1"]
-    assert [pair.question.id for pair in comparison.lost] == ["d0", "d1"]
+    assert comparison.regressed_slices == ("doors $x_",)
+    assert [one.question.id for one in comparison.won] == ["w0", "w1"]
+    assert [one.question.id for one in comparison.lost] == ["d0", "d1"]
 
 
 def test_answers_to_other_questions_are_refused(benchmark: Benchmark, comparison: Comparison) -> None:
@@ -71,7 +85,7 @@ def test_answers_to_other_questions_are_refused(benchmark: Benchmark, comparison
 
 
 def test_the_table_has_one_row_for_each_metric(comparison: Comparison) -> None:
-    rows = {figure.key: (figure.champion, figure.challenger, figure.better) for figure in metric_table(comparison)}
+    rows = {row.key: (row.champion, row.challenger, row.better) for row in metric_table(comparison)}
     assert rows == {
         "accuracy": (10 / 16, 10 / 16, None),
         "exact_match": (0.25, 0.5, True),
@@ -83,7 +97,7 @@ def test_the_table_has_one_row_for_each_metric(comparison: Comparison) -> None:
         "tokens_per_second": (700, 900, True),
         "size_mb": (4.0, 4.0, None),
     }
-    assert "| exact match | 25.0 % | 50.0 % | +25.0 points |" in markdown_table(comparison)
+    assert "| exact match | 25.0 % | 50.0 % | +25.0 points |" in comparison_markdown(comparison)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +111,21 @@ def test_the_table_has_one_row_for_each_metric(comparison: Comparison) -> None:
     ],
 )
 def test_figures_are_shown_as_people_read_them(value: float | None, unit: str, signed: bool, text: str) -> None:
-    assert show(value, unit, signed=signed) == text  # type: ignore[arg-type]
+    assert format_metric(value, unit, signed=signed) == text  # type: ignore[arg-type]
 
 
 def test_confidence_is_measured_against_what_was_right() -> None:
-    found = separation([0.9, 0.9, 0.5, 0.95, None], [True, True, False, False, True], 0.85)
-    assert (found.auroc, found.right, found.right_above, found.wrong, found.wrong_above) == (0.5, 2, 2, 2, 1)
-    assert separation([0.5, 0.5], [True, False], 0.85).auroc == 0.5
-    assert separation([0.9, 0.1], [True, True], 0.85).auroc is None
-    assert separation([], [], 0.85).auroc is None
+    found = separate_by_confidence([0.9, 0.9, 0.5, 0.95, None], [True, True, False, False, True], 0.85)
+    assert (found.auroc, found.correct, found.correct_above, found.incorrect, found.incorrect_above) == (
+        0.5,
+        2,
+        2,
+        2,
+        1,
+    )
+    assert separate_by_confidence([0.5, 0.5], [True, False], 0.85).auroc == 0.5
+    assert separate_by_confidence([0.9, 0.1], [True, True], 0.85).auroc is None
+    assert separate_by_confidence([], [], 0.85).auroc is None
 
 
 def test_the_report_is_one_escaped_page_and_one_json(tmp_path: Path, comparison: Comparison) -> None:
@@ -118,15 +138,15 @@ def test_the_report_is_one_escaped_page_and_one_json(tmp_path: Path, comparison:
     assert "&lt;script&gt;" in page
     assert "{{ 7*7 }}" in page
     assert "http://" not in page and "https://" not in page
-    assert "Not enough: the champion stays" in page
+    assert "Reject: the champion stays" in page
     assert page.count("data:image/svg+xml;base64,") == 5
     data = json.loads((folder / "report.json").read_text())
     assert data["verdict"]["reason"] == (
-        "challenger 10 of 16 right against 10: gain 0.0 %, 5 % needed; more than 4 of 16 right needed by "
+        "challenger 10 of 16 correct, champion 10: gain 0.0 %, 5 % needed; more than 4 of 16 correct needed by "
         "gate.min_score 0.25; 3 of 4 answers valid, a majority needed"
     )
-    assert "has to score above 4 of 16 (gate.min_score)" in page
-    assert "has 16 right. Decoded without a schema, 3 of 4 answers are valid, and a majority has to be." in page
+    assert "Minimum score: more than 4 of 16 (gate.min_score)" in page
+    assert "has 16 correct. Without constrained decoding, 3 of 4 answers are valid; a majority is required." in page
     assert [question["change"] for question in data["questions"]] == [2, 2, -2, -2]
     assert data["questions"][2]["challenger"]["problem"].startswith("not JSON")
 
@@ -169,8 +189,8 @@ def test_a_report_says_how_a_model_did_in_each_slice(tmp_path: Path, comparison:
     gate = GateSettings()
     write_report(tmp_path, "aec", comparison, judge(comparison, gate), gate, 0.85)
     found = slices_of_report(tmp_path / "report.json", "challenger")
-    assert [(one.name, one.right, one.total) for one in found] == [
-        (group.name, group.challenger.right, group.challenger.total) for group in comparison.slices
+    assert [(one.name, one.correct, one.total) for one in found] == [
+        (group.name, group.challenger.correct, group.challenger.total) for group in comparison.slices
     ]
     assert {one.name: len(one.prompts) for one in found} == {"doors $x_": 2, "walls": 2}
     with pytest.raises(ReportError, match="materialize eval_report again"):
@@ -178,21 +198,20 @@ def test_a_report_says_how_a_model_did_in_each_slice(tmp_path: Path, comparison:
 
 
 def test_a_speed_of_a_busy_machine_is_flagged_wherever_it_is_shown(benchmark: Benchmark, tmp_path: Path) -> None:
-    busy = FAST.model_copy(update={"disturbed": "other processes used 1.9 of 2 cores"})
+    busy = FAST.model_copy(update={"contention": "other processes used 1.9 of 2 cores"})
     sides = [side(name, [RIGHT] * 4, benchmark, busy) for name in ("champ", "chall")]
     compared = compare(benchmark, SCORER, *sides)
-    flagged = {figure.key for figure in metric_table(compared) if figure.flag}
+    flagged = {row.key for row in metric_table(compared) if row.flag}
     assert flagged == {"latency_p50_ms", "latency_p95_ms", "tokens_per_second"}
-    assert "| latency, median (machine busy) | 40.0 ms |" in markdown_table(compared)
+    assert "| latency, median (machine busy) | 40.0 ms |" in comparison_markdown(compared)
     write_report(tmp_path, "aec", compared, judge(compared, GateSettings()), GateSettings(), 0.5)
     assert "other processes used 1.9 of 2 cores" in (tmp_path / "report.html").read_text()
-    figures = json.loads((tmp_path / "report.json").read_text())["figures"]
-    kept = _scores(figures)
+    kept = _scores(metrics_of_report(tmp_path / "report.json").rows)
     assert not flagged & set(kept) and kept["accuracy"] == 1.0
     assert kept["speed_flag"] == "other processes used 1.9 of 2 cores"
 
 
 def test_a_speed_of_a_quiet_machine_is_kept(benchmark: Benchmark) -> None:
     compared = compare(benchmark, SCORER, *(side(n, [RIGHT] * 4, benchmark, FAST) for n in ("champ", "chall")))
-    kept = _scores([vars(figure) for figure in metric_table(compared)])
+    kept = _scores(metric_table(compared))
     assert kept["latency_p50_ms"] == 40 and "speed_flag" not in kept

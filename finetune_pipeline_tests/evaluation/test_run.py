@@ -9,8 +9,8 @@ from finetune_pipeline.artifacts import hash_file, model_sha256, stage_folder
 from finetune_pipeline.evaluation import run
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.evaluation.comparison import Comparison
-from finetune_pipeline.evaluation.metrics import Scorer
 from finetune_pipeline.evaluation.run import Contender, answer_benchmark, compare_models, measure_speed
+from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.inference.errors import EngineCrashed, ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.inference.threads import BackgroundLoad
@@ -19,6 +19,10 @@ from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, FakeEngines, 
 
 SETTINGS = EvaluationSettings(benchmark="b.jsonl")
 PROMPTS = [str(line(f"w{number}")["prompt"]) for number in range(10)]
+
+
+def ignore(done: int, total: int) -> None:
+    pass
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def test_what_changes_answers_generates_anew_and_what_does_not_does_not(tmp_path
 
     def reused(spec: ModelSpec = spec, system: str = "sys", **changes: object) -> bool:
         settings = SETTINGS.model_copy(update=changes)
-        return answer_benchmark(spec, benchmark, settings, system, "aec", None, engines).reused
+        return answer_benchmark(spec, benchmark, settings, system, "aec", ignore, engines).reused
 
     assert [reused(), reused(parallel=2), reused(metric="exact")] == [False, True, True]
     assert [reused(max_tokens=9), reused(context=512), reused(system="other")] == [False, False, False]
@@ -63,38 +67,38 @@ def test_what_changes_answers_generates_anew_and_what_does_not_does_not(tmp_path
 
 def test_a_pair_has_the_identity_of_both_its_files(tmp_path: Path, benchmark: Benchmark) -> None:
     base, adapter = model(tmp_path, "base", 4).gguf, model(tmp_path, "adapter", 1).gguf
-    run = answer_benchmark(ModelSpec(gguf=base, adapter=adapter), benchmark, SETTINGS, "", "aec", None, FakeEngines())
+    run = answer_benchmark(ModelSpec(gguf=base, adapter=adapter), benchmark, SETTINGS, "", "aec", ignore, FakeEngines())
     assert run.model_sha256 == model_sha256(hash_file(base), hash_file(adapter))
     assert run.size_bytes == base.stat().st_size + adapter.stat().st_size
-    alone = answer_benchmark(ModelSpec(gguf=base), benchmark, SETTINGS, "", "aec", None, FakeEngines())
+    alone = answer_benchmark(ModelSpec(gguf=base), benchmark, SETTINGS, "", "aec", ignore, FakeEngines())
     assert alone.model_sha256 == hash_file(base)
 
 
 def test_a_crash_keeps_what_was_answered(tmp_path: Path, benchmark: Benchmark) -> None:
     spec, crashing = model(tmp_path, "m", 10), FakeEngines(crash_after=6)
     with pytest.raises(EngineCrashed):
-        answer_benchmark(spec, benchmark, SETTINGS, "", "aec", None, crashing)
+        answer_benchmark(spec, benchmark, SETTINGS, "", "aec", ignore, crashing)
     [draft] = [path for path in stage_folder("aec", "benchmark_run").iterdir() if path.is_dir()]
     kept = len((draft / "answers.jsonl").read_text().splitlines())
     with (draft / "answers.jsonl").open("a") as file:
         file.write('{"id": "w9", "te')  # what a kill in the middle of a write leaves
     engines = FakeEngines()
-    run = answer_benchmark(spec, benchmark, SETTINGS, "", "aec", None, engines)
+    run = answer_benchmark(spec, benchmark, SETTINGS, "", "aec", ignore, engines)
     assert len(engines.asked) == 10 - kept
     assert [json.loads(answer.text) for answer in run.answers] == [WALL] * 10
 
 
 def test_a_missing_model_is_an_error_with_its_path(tmp_path: Path, benchmark: Benchmark) -> None:
-    with pytest.raises(ModelNotLoaded, match=r"none\.gguf is not there"):
-        answer_benchmark(ModelSpec(gguf=tmp_path / "none.gguf"), benchmark, SETTINGS, "", "aec", None, FakeEngines())
+    with pytest.raises(ModelNotLoaded, match=r"none\.gguf does not exist"):
+        answer_benchmark(ModelSpec(gguf=tmp_path / "none.gguf"), benchmark, SETTINGS, "", "aec", ignore, FakeEngines())
 
 
 def test_a_refused_question_is_named(tmp_path: Path, benchmark: Benchmark) -> None:
     longer = benchmark.questions[3].__class__(**{**vars(benchmark.questions[3]), "prompt": "long " * 20})
     asked = Benchmark((*benchmark.questions[:3], longer), "other")
     settings = SETTINGS.model_copy(update={"context": 64})
-    with pytest.raises(RequestRefused, match="question 'w3' of the benchmark was refused: the prompt has 100 tokens"):
-        answer_benchmark(model(tmp_path, "m", 4), asked, settings, "", "aec", None, FakeEngines())
+    with pytest.raises(RequestRefused, match="question 'w3' of the benchmark was rejected: the prompt has 100 tokens"):
+        answer_benchmark(model(tmp_path, "m", 4), asked, settings, "", "aec", ignore, FakeEngines())
 
 
 def test_models_take_turns_when_they_are_timed(tmp_path: Path, benchmark: Benchmark) -> None:
@@ -135,12 +139,12 @@ def test_two_models_are_compared_from_end_to_end(tmp_path: Path, benchmark: Benc
         return compare_models(champion, challenger, benchmark, scorer, SETTINGS, "", "aec", open_engine=engines)
 
     comparison = compared()
-    assert (comparison.champion.totals.right, comparison.challenger.totals.right) == (16, 28)
+    assert (comparison.champion.totals.correct, comparison.challenger.totals.correct) == (16, 28)
     assert len(comparison.won) == 3
     asked = len(engines.asked)
     again = compared()
     assert len(engines.asked) - asked == 2 * 12  # quality was found again, speed was not
-    assert again.pairs == comparison.pairs
+    assert again.questions == comparison.questions
 
 
 @pytest.mark.parametrize("used", [0.0, 0.05, 1.9])
@@ -153,5 +157,5 @@ def test_a_speed_that_was_measured_on_a_busy_machine_says_so(
     engines = FakeEngines()
     speeds = measure_speed(specs, benchmark, SETTINGS, "", prompts=3, open_engine=engines)
     said = "other processes used 1.9 of 2 cores" if used > 1 else None
-    assert [speed.disturbed for speed in speeds.values()] == [said, said]
+    assert [speed.contention for speed in speeds.values()] == [said, said]
     assert all(spec.fixed_threads for spec in engines.opened)

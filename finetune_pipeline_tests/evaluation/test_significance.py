@@ -40,7 +40,7 @@ def test_the_same_counts_give_the_same_figures_in_any_order() -> None:
 
 
 def rejections(gain: float, questions: int, trials: int = 400) -> float:
-    """The share of trials in which the test rejects at 5 %; parameters of a question are right or wrong together."""
+    """The share of trials in which the test rejects at 5 %; parameters of a question are correct or wrong together."""
     random = np.random.default_rng(7)
     rejected = 0
     for _ in range(trials):

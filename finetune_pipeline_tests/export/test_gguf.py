@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from finetune_pipeline.export.gguf import convert, convert_adapter, converter_folder, quantise
+from finetune_pipeline.export.gguf import convert, convert_adapter, converter_folder, quantize
 from finetune_pipeline.export.merge import merge, parameters
 from finetune_pipeline.export.process import ExportError, run
 
@@ -62,8 +62,8 @@ def test_a_failed_conversion_says_why_and_leaves_nothing(converter, tmp_path, sc
 def test_what_is_no_gguf_cannot_be_quantised(tmp_path):
     source = tmp_path / "in.gguf"
     source.write_bytes(b"not a GGUF")
-    with pytest.raises(ExportError, match=r"quantising .* failed with status"):
-        quantise(source, tmp_path / "out.gguf", "Q4_0")
+    with pytest.raises(ExportError, match=r"quantizing .* failed with status"):
+        quantize(source, tmp_path / "out.gguf", "Q4_0")
     assert list(tmp_path.iterdir()) == [source]
 
 

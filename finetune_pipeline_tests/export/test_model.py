@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from finetune_pipeline.export.gguf import convert, quantise, tensor_types
+from finetune_pipeline.export.gguf import convert, quantize, tensor_types
 from finetune_pipeline.export.merge import merge
 from finetune_pipeline.export.model import export, export_adapter
 from finetune_pipeline.export.parity import agreement, tokenizer_parity
@@ -36,7 +36,7 @@ SAMPLES = [
 def test_the_base_alone_becomes_a_gguf_that_tells_the_known_story(stories, tmp_path):
     steps = []
     model = export(stories, None, tmp_path, "Q4_K_M", steps.append)
-    assert steps == list(model.seconds) == ["convert", "quantise"]
+    assert steps == list(model.seconds) == ["convert", "quantize"]
     assert {path.name for path in tmp_path.iterdir()} == {"model-F16.gguf", "model-Q4_K_M.gguf"}
     for gguf in (model.full, model.gguf):
         with Engine(ModelSpec(gguf=gguf, context=128, parallel=1)) as engine:
@@ -48,7 +48,7 @@ def test_rows_that_fit_no_block_are_kept_larger_and_counted(stories, tmp_path):
     full = tmp_path / "full.gguf"
     convert(stories, full)
     for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_0"):
-        quantise(full, tmp_path / f"{kind}.gguf", kind)
+        quantize(full, tmp_path / f"{kind}.gguf", kind)
         types = tensor_types(tmp_path / f"{kind}.gguf")
         assert types["F16"] == 5  # the five down projections, 172 wide
         assert sum(types.values()) == 36
@@ -62,7 +62,7 @@ def test_at_f16_one_file_serves_and_reads_the_tokens_that_training_read(random_b
         result = tokenizer_parity(random_base, engine, SAMPLES)
     assert result.same, result.offenders
     assert result.checked == len(SAMPLES)
-    quantise(model.full, tmp_path / "k.gguf", "Q4_K_M")
+    quantize(model.full, tmp_path / "k.gguf", "Q4_K_M")
     assert "Q4_K" in tensor_types(tmp_path / "k.gguf")  # rows of 256 fit its blocks
 
 
@@ -123,7 +123,7 @@ def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatt
     steps = []
     prompts = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
     model = export(chatty_stories, adapter, tmp_path / "out", "Q8_0", steps.append, Questions(prompts, 24))
-    assert steps == ["merge", "convert", "quantise"]
+    assert steps == ["merge", "convert", "quantize"]
     expected = greedy(tmp_path / "merged", prompts)
     with Engine(ModelSpec(gguf=model.full, context=256)) as engine:
         answers = engine.generate([GenerateRequest(messages=messages, max_tokens=24) for messages in prompts])

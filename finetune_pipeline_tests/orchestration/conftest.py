@@ -21,7 +21,7 @@ ATTRIBUTES = {
     "base_model": "data/starter_model",
     "curation": {"min_examples": 5, "validation_fraction": 0.2},
     "training": {"num_train_epochs": 1, "max_length": 128},
-    "evaluation": {"benchmark": "BENCHMARK", "metric": "words", "max_tokens": 24, "context": 192},
+    "evaluation": {"benchmark": "BENCHMARK", "metric": "rouge1", "max_tokens": 24, "context": 192},
     "trigger": {"new_examples": 10},
 }
 

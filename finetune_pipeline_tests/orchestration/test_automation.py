@@ -11,7 +11,7 @@ from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_o
 from finetune_pipeline.orchestration.automation import LOOP_TAG, SERIES_TAG, WATERMARK_TAG, answer
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
-from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
+from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
 from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
 from finetune_pipeline_tests.sources.test_files import write_as
@@ -29,7 +29,7 @@ def judge(loop, promote=True):
         watermark = newest_offset(connection)
     record_comparison(
         connect(),
-        ModelComparison(
+        ComparisonRecord(
             id=f"report-{watermark}", loop=loop.name, challenger_sha256="a" * 64, champion_id=None,
             champion_sha256="b" * 64, benchmark_sha256="c" * 64, promote=promote, reason="because",
             watermark=watermark, report_path="/report.html", created_at=NOW,

@@ -30,11 +30,11 @@ from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufMa
 from finetune_pipeline.orchestration.promoted_model import NotMeasured
 from finetune_pipeline.pipeline import incremental
 from finetune_pipeline.pipeline.required_checks import NotProven
-from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, rollback, switch
+from finetune_pipeline.registry.champion import ChampionChanged, champion, promote, rollback, switch
 from finetune_pipeline.registry.check_outcomes import outcomes_of, record_outcomes
 from finetune_pipeline.registry.comparisons import find_comparison, judged_watermark, list_comparisons
-from finetune_pipeline.registry.deployment_history import history
-from finetune_pipeline.registry.model_versions import Candidate, RegistryError
+from finetune_pipeline.registry.deployment_history import list_deployments
+from finetune_pipeline.registry.model_versions import CandidateModel, RegistryError
 from finetune_pipeline_tests.orchestration.conftest import ATTRIBUTES, corrected, definitions, write_events
 from finetune_pipeline_tests.orchestration.test_adapter_form import (
     ask_for_what_it_answers,
@@ -122,8 +122,8 @@ def forge(artifact, name, change, **claims):
 
 def better(report):
     """Write metrics that pass any gate into a report."""
-    report["verdict"] |= {"champion_right": 0, "challenger_right": report["verdict"]["total"], "promote": True}
-    report["worth"] |= {"constant_right": 0}
+    report["verdict"] |= {"champion_correct": 0, "challenger_correct": report["verdict"]["total"], "promote": True}
+    report["quality_floor"] |= {"constant_correct": 0}
 
 
 def test_what_nobody_touched_is_promoted(loop, instance):
@@ -258,18 +258,18 @@ def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
     run(loop, instance, "eval_report")  # a second report of the same, made before the promotion
     first, second = (one.id for one in reversed(list_comparisons(connect(), "notes")))
     run(loop, instance, "promoted_model")
-    assert [move.comparison_id for move in history(connect(), "notes")] == [second]
+    assert [one.comparison_id for one in list_deployments(connect(), "notes")] == [second]
     run(loop, instance, "promoted_model")  # a retry of what succeeded changes nothing
-    assert len(history(connect(), "notes")) == 1
+    assert len(list_deployments(connect(), "notes")) == 1
     rollback(connect(), "notes", "ann", "worse in practice")
     for version in (second, first):
         set_latest(read(ReportManifest, stage_folder("notes", "eval_report") / version).manifest, "by hand")
-        with pytest.raises(ChampionMoved, match="rollback by ann"):
+        with pytest.raises(ChampionChanged, match="rollback by ann"):
             run(loop, instance, "promoted_model")
     assert served() is None
     switch(connect(), "notes", "v1.0.0", "ann", "to look again")
     switch(connect(), "notes", "base", "ann", "no, it is worse")
-    with pytest.raises(ChampionMoved, match="switch by ann"):
+    with pytest.raises(ChampionChanged, match="switch by ann"):
         run(loop, instance, "promoted_model")
     assert served() is None
     run(loop, instance, "eval_report", "promoted_model")  # compared again, after the person's move
@@ -294,12 +294,12 @@ def test_a_verdict_that_differs_from_the_database_s_promotes_nothing(loop, insta
 @pytest.mark.parametrize("selected", [["eval_report"], ["eval_report", "promoted_model"], ["promoted_model"]])
 def test_a_challenger_that_is_the_champion_ends_green_and_moves_nothing(loop, instance, selected):
     run(loop, instance, "promoted_model")
-    moves, compared = history(connect(), "notes"), list_comparisons(connect(), "notes")
+    deployments, compared = list_deployments(connect(), "notes"), list_comparisons(connect(), "notes")
     result = run(loop, instance, *selected)
     assert result.success
     materialized = {event.asset_key.path[-1] for event in result.get_asset_materialization_events()}
     assert materialized == ({"promoted_model"} if selected == ["promoted_model"] else set())
-    assert (history(connect(), "notes"), list_comparisons(connect(), "notes")) == (moves, compared)
+    assert (list_deployments(connect(), "notes"), list_comparisons(connect(), "notes")) == (deployments, compared)
 
 
 def test_data_that_gave_the_champion_again_counts_as_judged(loop, instance):
@@ -317,7 +317,7 @@ def test_data_that_gave_the_champion_again_counts_as_judged(loop, instance):
     set_latest(again.manifest, "by hand")
     assert run(loop, instance, "eval_report", "promoted_model").success
     assert judged_watermark(connect(), "notes") == judged + 7
-    assert len(history(connect(), "notes")) == 1
+    assert len(list_deployments(connect(), "notes")) == 1
 
 
 def test_a_model_that_learned_what_a_new_benchmark_asks_is_not_evaluated(loop, instance, benchmark):
@@ -391,7 +391,7 @@ def test_a_champion_that_was_damaged_is_no_easy_opponent(loop, instance, own_hom
     path = own_home / "champion.gguf"
     shutil.copy(gguf.path / gguf.manifest.gguf, path)
     flip_last_byte(path)  # another model than the challenger
-    other = Candidate(
+    other = CandidateModel(
         loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash=gguf.manifest.base_hash, mode="full",
         lineage={}, scores={}, report_path=path,
     )  # fmt: skip
@@ -399,4 +399,4 @@ def test_a_champion_that_was_damaged_is_no_easy_opponent(loop, instance, own_hom
     flip_last_byte(path)
     with pytest.raises(RegistryError, match="is not the file that was measured"):
         run(loop, instance, "eval_report", "promoted_model")
-    assert len(history(connect(), "notes")) == 1
+    assert len(list_deployments(connect(), "notes")) == 1

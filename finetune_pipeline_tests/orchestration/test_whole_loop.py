@@ -20,8 +20,8 @@ from finetune_pipeline.cli.dagster_home import dagster_yaml
 from finetune_pipeline.database import connect
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import list_comparisons
-from finetune_pipeline.registry.deployment_history import history
-from finetune_pipeline.registry.training_jobs import find_training
+from finetune_pipeline.registry.deployment_history import list_deployments
+from finetune_pipeline.registry.training_jobs import find_training_job
 from finetune_pipeline.settings import PROJECT_ROOT, read_loop
 
 EXAMPLE = PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml"
@@ -137,7 +137,7 @@ def test_a_kill_in_a_later_stage_leaves_nothing_that_looks_complete(loop, stage)
 def test_a_rejected_challenger_ends_the_run_red_with_the_reason(loop):
     code, log = loop.run(**IMPOSSIBLE)
     assert code != 0
-    assert "needed" in log and "right against" in log
+    assert "needed" in log and "correct, champion" in log
     assert "promoted_model" not in {p.parent.name for p in loop.home.glob("artifacts/meeting_notes/*/*/manifest.json")}
     assert champion(connect(), "meeting_notes") is None
     (judged,) = list_comparisons(connect(), "meeting_notes")
@@ -176,15 +176,15 @@ def test_a_gain_is_promoted(loop):
     assert code == 0, log
     serving = champion(connect(), "meeting_notes")
     assert serving.version == "v1.0.0" and serving.gguf_path.is_file()
-    assert [move.action for move in history(connect(), "meeting_notes")] == ["promote"]
-    training = find_training(connect(), "meeting_notes", serving.lineage["lora_adapter"])
+    assert [one.action for one in list_deployments(connect(), "meeting_notes")] == ["promote"]
+    training = find_training_job(connect(), "meeting_notes", serving.lineage["lora_adapter"])
     assert training.steps > 0 and training.dataset in loop.complete("curated_dataset")
     (version,) = loop.complete("promoted_model")
     said = (loop.stage("promoted_model") / version / "MODEL_CARD.md").read_text()
-    assert "# meeting_notes@v1.0.0" in said and training.run_id in said and "right against" in said
+    assert "# meeting_notes@v1.0.0" in said and training.run_id in said and "correct, champion" in said
     report = json.loads((serving.report_path.parent / "report.json").read_text())
     assert report["champion"]["name"] == "meeting_notes@base"
-    assert serving.scores["accuracy"] > report["champion"]["totals"]["right"] / report["champion"]["totals"]["total"]
+    assert serving.scores["accuracy"] > report["champion"]["totals"]["correct"] / report["champion"]["totals"]["total"]
 
 
 @pytest.mark.parametrize("select", ["*meeting_notes/promoted_model", "meeting_notes/eval_report"])
@@ -222,11 +222,11 @@ def test_an_adapter_is_never_merged_into_another_base(loop, tmp_path):
 
 def test_two_runs_at_the_same_time_end_with_one_answer(loop):
     loop.write()
-    before = len(history(connect(), "meeting_notes"))
+    before = len(list_deployments(connect(), "meeting_notes"))
     logs = [process.communicate()[0] for process in [loop.start(), loop.start()]]
     for log in logs:
         assert "nothing new to evaluate" in log or "another run is making" in log
-    assert len(history(connect(), "meeting_notes")) == before
+    assert len(list_deployments(connect(), "meeting_notes")) == before
     assert not list(loop.home.glob("artifacts/meeting_notes/*/.draft-*/manifest.json"))
 
 
@@ -244,7 +244,7 @@ def test_a_base_model_that_is_not_there_is_named(loop):
 def test_a_benchmark_that_is_none_is_named(loop, tmp_path, text, said):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(text)
-    code, log = loop.run("*meeting_notes/curated_dataset", evaluation={"benchmark": str(bad), "metric": "words"})
+    code, log = loop.run("*meeting_notes/curated_dataset", evaluation={"benchmark": str(bad), "metric": "rouge1"})
     assert code != 0
     assert str(bad) in log and said in log
 

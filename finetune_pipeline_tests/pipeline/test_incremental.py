@@ -14,7 +14,7 @@ from finetune_pipeline.orchestration.lora_adapter import adapter
 from finetune_pipeline.pipeline import incremental
 from finetune_pipeline.pipeline.incremental import start
 from finetune_pipeline.registry.champion import promote
-from finetune_pipeline.registry.model_versions import Candidate
+from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.training.job import TrainingResult
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
@@ -45,7 +45,7 @@ def observed(instance):
 def make_champion(adapter, folder):
     file = folder / "champion.gguf"
     file.write_bytes(b"GGUF")
-    candidate = Candidate(
+    candidate = CandidateModel(
         loop="notes", gguf_path=file, gguf_sha256=hash_file(file), base_hash=adapter.manifest.base_hash, mode="full",
         lineage={"lora_adapter": adapter.manifest.version}, scores={}, report_path=file,
     )  # fmt: skip

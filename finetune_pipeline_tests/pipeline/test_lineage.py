@@ -15,14 +15,22 @@ from finetune_pipeline.curation.dataset_files import COLUMNS
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
 from finetune_pipeline.orchestration.lora_adapter import training_run
 from finetune_pipeline.pipeline.lineage import MadeWith, card, lineage, made_with
-from finetune_pipeline.registry.champion import champion, promote, serving
-from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
-from finetune_pipeline.registry.model_versions import Candidate
-from finetune_pipeline.registry.training_jobs import record_training
+from finetune_pipeline.registry.champion import champion, current_deployment, promote
+from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
+from finetune_pipeline.registry.model_versions import CandidateModel
+from finetune_pipeline.registry.training_jobs import record_training_job
 from finetune_pipeline.settings import PROJECT_ROOT, home
 
 COMMON = {"loop": "notes", "settings": {"method": "sft", "adapter": "lora"}, "packages": {}}
-FIGURE = {"name": "words right", "key": "accuracy", "champion": 0.5, "challenger": 0.75, "unit": "%"}
+METRIC = {
+    "name": "ROUGE-1 recall",
+    "key": "accuracy",
+    "champion": 0.5,
+    "challenger": 0.75,
+    "unit": "%",
+    "higher_is_better": True,
+}
+METRICS = {"champion": {"name": "a"}, "challenger": {"name": "b"}, "metrics": [METRIC]}
 
 
 def logs(version, *parts):
@@ -64,7 +72,7 @@ def adapter(db, version, of, run="run-1", on_top_of=None):
     }  # fmt: skip
     with draft("notes", "lora_adapter", version) as folder:
         manifest = publish(folder, AdapterManifest, fields).manifest
-    record_training(db, training_run(manifest, run))
+    record_training_job(db, training_run(manifest, run))
 
 
 def report(db, version, path):
@@ -74,12 +82,15 @@ def report(db, version, path):
         "reason": "gain 50.0 %, 5 % needed", "watermark": 9,
     }  # fmt: skip
     with draft("notes", "eval_report", version) as folder:
-        write_text(folder / "report.json", json.dumps({"figures": [FIGURE]}))
+        write_text(
+            folder / "report.json",
+            json.dumps(METRICS),
+        )
         publish(folder, ReportManifest, {**COMMON, "version": version, "inputs": {}, **fields})
     row = {**fields, "id": version, "loop": "notes", "report_path": home() / "r", "created_at": datetime.now(UTC)}
     del row["comparison_id"]
-    row["after_deployment"] = serving(db, "notes").move
-    record_comparison(db, ModelComparison(**row))
+    row["after_deployment"] = current_deployment(db, "notes").deployment_id
+    record_comparison(db, ComparisonRecord(**row))
 
 
 def gguf(name, of):
@@ -98,7 +109,7 @@ def promoted(db, name, of, action="promote", on_top_of=None):
     path = gguf(name, f"a-{name}")
     report(db, f"r-{name}", path)
     before = champion(db, "notes")
-    candidate = Candidate(
+    candidate = CandidateModel(
         loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash="b" * 64, mode="full",
         lineage={"base_model": "base", "lora_adapter": f"a-{name}", "eval_report": f"r-{name}", "watermark": 9},
         scores={"accuracy": 0.75, "exact_match": None}, report_path=path,
@@ -226,7 +237,7 @@ def test_the_card_tells_the_lineage_the_figures_and_the_verdict(db, loop, chain)
     text = card(db, loop, chain[0])
     for said in (
         "# notes@v1.0.0", "base (bbbbbbbbbbbbbbbb)", "| dataset | d1 |", "| events | 1..9 |", "| train | 2 |",
-        "| left out | 3 |", "| redacted | 4 |", "| words right | 50.0 % | 75.0 % |", "gain 50.0 %, 5 % needed",
+        "| left out | 3 |", "| redacted | 4 |", "| ROUGE-1 recall | 50.0 % | 75.0 % |", "gain 50.0 %, 5 % needed",
         "1.500 before, 0.250 after", "| Dagster run | run-1 |", "type: accuracy",
         "| training | full, from the base model on everything |",
     ):  # fmt: skip

@@ -18,7 +18,7 @@ from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.review_queue import waiting
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_source
-from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
+from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
 from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline_tests.conftest import START, dataset_rows, feedback, interaction, uid
 
@@ -140,7 +140,7 @@ def report(folder: Path, promote: bool):
     """A report as eval_report writes it, as far as its slices go."""
     scores = {"walls": (9, 8), "people": (1, 9)}  # right of 10: challenger, champion
     slices = [
-        {"name": name, "challenger": {"right": new, "total": 10}, "champion": {"right": old, "total": 10}}
+        {"name": name, "challenger": {"correct": new, "total": 10}, "champion": {"correct": old, "total": 10}}
         for name, (new, old) in scores.items()
     ]
     questions = [{"slice": "people", "prompt": "what did zed say of it all?"}, {"slice": "walls", "prompt": "a wall"}]
@@ -148,7 +148,7 @@ def report(folder: Path, promote: bool):
     (folder / "report.json").write_text(json.dumps({"slices": slices, "questions": questions}))
     record_comparison(
         connect(),
-        ModelComparison(
+        ComparisonRecord(
             id=folder.name, loop="notes", challenger_sha256="a", champion_id=None, champion_sha256="b",
             benchmark_sha256="c", promote=promote, reason="r", watermark=1, report_path=folder / "report.html",
             created_at=START,

@@ -10,32 +10,34 @@ import pytest
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import Database
-from finetune_pipeline.registry.champion import champion, promote, serving
-from finetune_pipeline.registry.comparisons import ModelComparison, record_comparison
-from finetune_pipeline.registry.model_versions import Candidate, ModelVersion
+from finetune_pipeline.registry.champion import champion, current_deployment, promote
+from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
+from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
 
 
-def compared(db: Database, candidate: Candidate, id: str, **changes: Any) -> str:
+def compared(db: Database, candidate: CandidateModel, id: str, **changes: Any) -> str:
     """Record a comparison that says to promote a candidate over the champion; returns its id."""
-    now = serving(db, candidate.loop)
+    now = current_deployment(db, candidate.loop)
     fields = {
         "id": id, "loop": candidate.loop, "challenger_sha256": candidate.sha256, "benchmark_sha256": "b" * 64,
         "champion_id": now.model.id if now.model else None, "champion_sha256": "c" * 64, "promote": True,
         "reason": "gain 6 %", "watermark": 50, "report_path": candidate.report_path, "created_at": datetime.now(UTC),
-        "report_sha256": "d" * 64, "after_deployment": now.move,
+        "report_sha256": "d" * 64, "after_deployment": now.deployment_id,
     }  # fmt: skip
-    record_comparison(db, ModelComparison(**{**fields, **changes}))
+    record_comparison(db, ComparisonRecord(**{**fields, **changes}))
     return id
 
 
-def promote_over(db: Database, candidate: Candidate, reason: str = "gain 6 %", actor: str = "loop") -> ModelVersion:
+def promote_over(
+    db: Database, candidate: CandidateModel, reason: str = "gain 6 %", actor: str = "loop"
+) -> ModelVersion:
     """Compare a candidate with the champion, and promote it."""
     now = champion(db, candidate.loop)
     id = compared(db, candidate, f"c{uuid4().hex[:12]}")
     return promote(db, candidate, now.id if now else None, actor, reason, id)
 
 
-MakeCandidate = Callable[..., Candidate]
+MakeCandidate = Callable[..., CandidateModel]
 
 
 @pytest.fixture
@@ -44,11 +46,11 @@ def candidate(own_home: Path) -> MakeCandidate:
 
     def make(
         content: str, *, base: str = "base-1", mode: Literal["full", "incremental"] = "incremental", loop: str = "aec"
-    ) -> Candidate:
+    ) -> CandidateModel:
         path = own_home / "artifacts" / loop / content / "model.gguf"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-        return Candidate(
+        return CandidateModel(
             loop=loop,
             gguf_path=path,
             gguf_sha256=hash_file(path),

@@ -15,11 +15,11 @@ from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.database.tables import model_versions
 from finetune_pipeline.registry import model_versions as models_module
-from finetune_pipeline.registry.champion import ChampionMoved, champion, promote, resolve, rollback, switch
+from finetune_pipeline.registry.champion import ChampionChanged, champion, promote, resolve, rollback, switch
 from finetune_pipeline.registry.comparisons import find_comparison
-from finetune_pipeline.registry.deployment_history import history
+from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.model_versions import (
-    Candidate,
+    CandidateModel,
     ModelVersion,
     RegistryError,
     UnknownVersion,
@@ -28,7 +28,7 @@ from finetune_pipeline.registry.model_versions import (
 from finetune_pipeline_tests.registry.conftest import MakeCandidate, compared, promote_over
 
 
-def serve(db: Database, candidate: Candidate) -> ModelVersion:
+def serve(db: Database, candidate: CandidateModel) -> ModelVersion:
     """Promote against whatever serves now."""
     return promote_over(db, candidate)
 
@@ -68,7 +68,7 @@ def test_a_promotion_keeps_all_that_is_known(db: Database, candidate: MakeCandid
     promoted = serve(db, one)
     assert champion(db, "aec") == promoted
     assert promoted.model_dump(include=set(type(one).model_fields)) == one.model_dump()
-    [row] = history(db, "aec")
+    [row] = list_deployments(db, "aec")
     assert (row.action, row.model_id, row.previous_id, row.actor, row.reason, row.comparison_id) == (
         "promote",
         one.id,
@@ -84,12 +84,12 @@ def test_a_champion_that_moved_is_told_and_nothing_changes(db: Database, candida
     first = serve(db, candidate("a"))
     serve(db, candidate("b"))
     late = candidate("c")
-    for expected, words in [(first.id, "it was aec@v1.0.0, and is aec@v1.0.1 now"), (None, "it was aec's base model")]:
-        with pytest.raises(ChampionMoved, match=words) as error:
+    for expected, words in [(first.id, "expected aec@v1.0.0, found aec@v1.0.1;"), (None, "expected aec's base model")]:
+        with pytest.raises(ChampionChanged, match=words) as error:
             promote(db, late, expected, "loop", "gain 9 %", "c2")
         assert "Evaluate again" in str(error.value)
     assert version(db) == "v1.0.1"
-    assert len(list_models(db, "aec")) == len(history(db, "aec")) == 2
+    assert len(list_models(db, "aec")) == len(list_deployments(db, "aec")) == 2
 
 
 def test_a_retried_promotion_changes_nothing(db: Database, candidate: MakeCandidate) -> None:
@@ -97,7 +97,7 @@ def test_a_retried_promotion_changes_nothing(db: Database, candidate: MakeCandid
     compared(db, one, "c1")
     first = promote(db, one, None, "loop", "gain 6 %", "c1")
     assert promote(db, one, None, "loop", "gain 6 %", "c1").version == first.version
-    assert len(history(db, "aec")) == 1
+    assert len(list_deployments(db, "aec")) == 1
 
 
 def test_a_promotion_without_a_comparison_or_a_name_is_refused(db: Database, candidate: MakeCandidate) -> None:
@@ -115,7 +115,7 @@ def test_a_promotion_without_a_comparison_or_a_name_is_refused(db: Database, can
 
 def test_force_needs_no_comparison_and_is_recorded(db: Database, candidate: MakeCandidate) -> None:
     promote(db, candidate("a"), None, "ann", "the customer waits", None, "force")
-    [row] = history(db, "aec")
+    [row] = list_deployments(db, "aec")
     assert (row.action, row.actor, row.reason, row.comparison_id) == ("force", "ann", "the customer waits", None)
 
 
@@ -127,7 +127,7 @@ def test_rollback_walks_back_to_the_base_and_then_says_so(db: Database, candidat
     assert champion(db, "aec") is None
     with pytest.raises(RegistryError, match="nothing to roll back to"):
         rollback(db, "aec", "ann", "again")
-    assert [row.action for row in history(db, "aec")] == ["promote"] * 3 + ["rollback"] * 3
+    assert [row.action for row in list_deployments(db, "aec")] == ["promote"] * 3 + ["rollback"] * 3
     with pytest.raises(RegistryError, match="nothing to roll back to"):
         rollback(db, "never_heard_of", "ann", "why not")
 
@@ -158,13 +158,13 @@ def deployment(db: Database) -> dict[str, str]:
 
 def test_every_move_marks_what_begins_and_what_ceases_to_serve(db: Database, candidate: MakeCandidate) -> None:
     first = serve(db, candidate("a"))
-    assert first.deployed_at == history(db, "aec")[-1].created_at
+    assert first.deployed_at == list_deployments(db, "aec")[-1].created_at
     assert deployment(db) == {"v1.0.0": "serves"}
     promote(db, candidate("b"), first.id, "ann", "the customer waits", None, "force")
     assert deployment(db) == {"v1.0.0": "served", "v1.0.1": "serves"}
     switched = switch(db, "aec", "v1.0.0", "ann", "to try")
     assert switched == champion(db, "aec") and switched is not None
-    assert switched.deployed_at == history(db, "aec")[-1].created_at > first.deployed_at
+    assert switched.deployed_at == list_deployments(db, "aec")[-1].created_at > first.deployed_at
     assert deployment(db) == {"v1.0.0": "serves", "v1.0.1": "served"}
     back = rollback(db, "aec", "ann", "worse")
     assert back == champion(db, "aec")
@@ -181,7 +181,7 @@ def test_a_move_that_is_refused_marks_nothing(db: Database, candidate: MakeCandi
     for move in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
         with pytest.raises(RegistryError):
             move()
-    with pytest.raises(ChampionMoved):
+    with pytest.raises(ChampionChanged):
         promote(db, candidate("c"), first.id, "loop", "gain", "c1")
     assert list_models(db, "aec") == before
 
@@ -192,9 +192,9 @@ def test_switch_goes_to_any_version_and_to_the_base(db: Database, candidate: Mak
     for name, expected in [("v1.0.0", "v1.0.0"), ("aec@v1.0.1", "v1.0.1"), ("1.0.0", "v1.0.0"), ("base", None)]:
         switch(db, "aec", name, "ann", "to try")
         assert version(db) == expected
-    moves = len(history(db, "aec"))
+    moves = len(list_deployments(db, "aec"))
     switch(db, "aec", "base", "ann", "already there")
-    assert len(history(db, "aec")) == moves
+    assert len(list_deployments(db, "aec")) == moves
     assert rollback(db, "aec", "ann", "back") is not None
     assert version(db) == "v1.0.0"
 
@@ -285,13 +285,13 @@ def test_of_two_threads_that_promote_at_once_exactly_one_wins(
     contenders = [candidate(f"m{number}") for number in range(6)]
     ids = {one.id: compared(db, one, f"c-{one.id}") for one in contenders}
     start = threading.Barrier(len(contenders))
-    outcomes: list[ModelVersion | ChampionMoved] = []
+    outcomes: list[ModelVersion | ChampionChanged] = []
 
-    def run(one: Candidate) -> None:
+    def run(one: CandidateModel) -> None:
         start.wait()
         try:
             outcomes.append(promote(db, one, expected, "loop", "gain", ids[one.id]))
-        except ChampionMoved as error:
+        except ChampionChanged as error:
             outcomes.append(error)
 
     threads = [threading.Thread(target=run, args=(one,)) for one in contenders]
@@ -302,7 +302,7 @@ def test_of_two_threads_that_promote_at_once_exactly_one_wins(
     winners = [outcome for outcome in outcomes if isinstance(outcome, ModelVersion)]
     assert len(outcomes) == 6
     assert winners == [champion(db, "aec")]
-    assert len(list_models(db, "aec")) == len(history(db, "aec")) == (1 if first else 2)
+    assert len(list_models(db, "aec")) == len(list_deployments(db, "aec")) == (1 if first else 2)
 
 
 def test_of_two_rollbacks_at_once_each_goes_one_step(db: Database, candidate: MakeCandidate) -> None:
@@ -314,7 +314,7 @@ def test_of_two_rollbacks_at_once_each_goes_one_step(db: Database, candidate: Ma
         start.wait()
         try:
             rollback(db, "aec", "ann", "worse")
-        except ChampionMoved as error:
+        except ChampionChanged as error:
             refused.append(error)
 
     threads = [threading.Thread(target=run) for _ in range(3)]
@@ -322,7 +322,7 @@ def test_of_two_rollbacks_at_once_each_goes_one_step(db: Database, candidate: Ma
         thread.start()
     for thread in threads:
         thread.join()
-    steps = [row for row in history(db, "aec") if row.action == "rollback"]
+    steps = [row for row in list_deployments(db, "aec") if row.action == "rollback"]
     assert len(steps) == 3 - len(refused) >= 1
     assert version(db) == f"v1.0.{3 - len(steps)}"
 
@@ -331,25 +331,25 @@ SCRIPT = """
 import os, pathlib, sys
 from finetune_pipeline.database import connect
 from finetune_pipeline.registry import champion
-from finetune_pipeline.registry.model_versions import Candidate
+from finetune_pipeline.registry.model_versions import CandidateModel
 
 url, candidate, expected, wait, comparison = sys.argv[1:]
 if wait == "kill":
-    champion.record_in = lambda *a, **k: os.kill(os.getpid(), 9)
+    champion.record_deployment_in = lambda *a, **k: os.kill(os.getpid(), 9)
 db = connect(url)
 print("ready", flush=True)
 sys.stdin.readline()
 try:
     model = champion.promote(
-        db, Candidate.model_validate_json(candidate), expected or None, "loop", "gain", comparison
+        db, CandidateModel.model_validate_json(candidate), expected or None, "loop", "gain", comparison
     )
     print(model.version)
-except champion.ChampionMoved:
+except champion.ChampionChanged:
     print("moved")
 """
 
 
-def process(url: str, one: Candidate, expected: str, wait: str = "") -> "subprocess.Popen[str]":
+def process(url: str, one: CandidateModel, expected: str, wait: str = "") -> "subprocess.Popen[str]":
     command = [
         sys.executable,
         "-c",
@@ -393,11 +393,11 @@ def test_a_kill_in_the_middle_of_a_promotion_leaves_the_old_champion(
     assert killed.returncode == -signal.SIGKILL
     assert champion(db, "aec") == old
     assert [model.id for model in list_models(db, "aec")] == [old.id]
-    assert len(history(db, "aec")) == 1
+    assert len(list_deployments(db, "aec")) == 1
     assert serve(db, candidate("new")).version == "v1.0.1"
 
 
-def by_hand(db: Database, one: Candidate, number: int, **columns: object) -> None:
+def by_hand(db: Database, one: CandidateModel, number: int, **columns: object) -> None:
     """Write the row of a version that no promotion brought in."""
     row = {**models_module._to_row(one), "major": number, "minor": 0, "patch": 0, "created_at": datetime.now(UTC)}
     with db.write() as connection:
@@ -411,7 +411,7 @@ def test_a_version_that_was_never_promoted_cannot_be_switched_to(db: Database, c
     for version_of_it in ("v7.0.0", "aec@v7.0.0", "v8.0.0"):
         with pytest.raises(RegistryError, match=r"has no promotion of this model|has the id"):
             switch(db, "aec", version_of_it, "ann", "to try")
-    assert champion(db, "aec") == first and len(history(db, "aec")) == 1
+    assert champion(db, "aec") == first and len(list_deployments(db, "aec")) == 1
 
 
 def test_a_version_whose_row_was_given_another_file_cannot_be_switched_to(
@@ -440,11 +440,11 @@ def test_forced_versions_and_the_base_can_be_gone_back_to(db: Database, candidat
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"promote": False}, "says to reject its challenger"),
+        ({"promote": False}, "rejects its challenger"),
         ({"challenger_sha256": "e" * 64}, "is about another model"),
         ({"loop": "notes"}, "is not in the database"),
-        ({"after_deployment": None}, "the champion moved"),
-        ({"after_deployment": 99}, "the champion moved"),
+        ({"after_deployment": None}, "the champion changed"),
+        ({"after_deployment": 99}, "the champion changed"),
     ],
 )
 def test_a_comparison_that_does_not_say_so_promotes_nothing(
@@ -474,7 +474,7 @@ def test_a_comparison_from_before_the_champion_s_last_move_promotes_nothing(
         rollback(db, "aec", "ann", "r")
     assert version(db) == "v1.0.0"
     for id in ("used", "unused"):
-        with pytest.raises(ChampionMoved, match=f"since comparison {id} was made"):
+        with pytest.raises(ChampionChanged, match=f"since comparison {id} was made"):
             promote(db, late, first.id, "loop", "gain 6 %", id)
     assert version(db) == "v1.0.0"
     compared(db, late, "anew")

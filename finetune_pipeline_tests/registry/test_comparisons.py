@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.registry.comparisons import (
-    ModelComparison,
+    ComparisonRecord,
     find_comparison,
     judged_watermark,
     list_comparisons,
@@ -15,8 +15,8 @@ from finetune_pipeline.registry.comparisons import (
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def comparison(home: Path, id: str, watermark: int, loop: str = "aec", promote: bool = False) -> ModelComparison:
-    return ModelComparison(
+def comparison(home: Path, id: str, watermark: int, loop: str = "aec", promote: bool = False) -> ComparisonRecord:
+    return ComparisonRecord(
         id=id,
         loop=loop,
         challenger_sha256="a" * 64,

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from finetune_pipeline.registry.model_card import Card, FigureRow, model_card
+from finetune_pipeline.registry.model_card import Card, CardMetric, model_card
 
 FULL: dict[str, Any] = {
     "name": "aec@v1.2.0",
@@ -24,7 +24,7 @@ FULL: dict[str, Any] = {
     "watermark": 480,
     "training": {"examples": 1200, "validation loss": "1.500 before, 0.250 after"},
     "scores": {"accuracy": 0.8125, "latency_p50_ms": 21.0},
-    "figures": (FigureRow("parameter | accuracy", "70.0 %", "81.3 %"),),
+    "metrics": (CardMetric("parameter | accuracy", "70.0 %", "81.3 %"),),
     "benchmark_sha256": "c" * 64,
     "verdict": "gain 16.1 %, 5 % needed",
 }
@@ -65,7 +65,7 @@ def test_what_is_not_known_is_left_out() -> None:
     assert "None" not in text and "Evaluation" not in text and "Training data" not in text and "## Training" not in text
     assert "metrics" not in front_matter(text) and "| training | incremental |" in text
     only_watermark = model_card(Card(**{**{name: FULL[name] for name in NEEDED}, "watermark": 90}))
-    assert "| events | up to sequence 90 |" in only_watermark
+    assert "| events | up to ingest_offset 90 |" in only_watermark
 
 
 def test_a_text_cannot_break_the_front_matter_or_a_table() -> None:

@@ -4,30 +4,30 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_pipeline.database import Database
-from finetune_pipeline.registry.training_jobs import TrainingRun, find_training, record_training
+from finetune_pipeline.registry.training_jobs import TrainingJob, find_training_job, record_training_job
 
 
-def training(**changes: Any) -> TrainingRun:
+def training(**changes: Any) -> TrainingJob:
     fields = {
         "id": "a1", "loop": "aec", "run_id": "run-1", "dataset": "d1", "method": "lora", "mode": "full",
         "device": "cpu", "examples": 120, "steps": 40, "loss_before": 1.5, "loss_after": 0.25,
         "tokens_per_second": 4240.5, "wall_seconds": 12.5, "peak_memory_bytes": 3_000_000_000, "watermark": 480,
         "created_at": datetime(2026, 1, 1, tzinfo=UTC),
     }  # fmt: skip
-    return TrainingRun(**{**fields, **changes})
+    return TrainingJob(**{**fields, **changes})
 
 
 def test_what_was_recorded_is_found(db: Database) -> None:
-    record_training(db, training())
-    assert find_training(db, "aec", "a1") == training()
-    assert find_training(db, "notes", "a1") is None
-    assert find_training(db, "aec", "a2") is None
+    record_training_job(db, training())
+    assert find_training_job(db, "aec", "a1") == training()
+    assert find_training_job(db, "notes", "a1") is None
+    assert find_training_job(db, "aec", "a2") is None
 
 
 def test_a_training_that_was_found_again_keeps_its_first_row(db: Database) -> None:
-    record_training(db, training())
-    record_training(db, training(run_id="run-2", created_at=datetime(2026, 2, 1, tzinfo=UTC)))
-    record_training(db, training(loop="notes", run_id="run-3"))
-    first, other = find_training(db, "aec", "a1"), find_training(db, "notes", "a1")
+    record_training_job(db, training())
+    record_training_job(db, training(run_id="run-2", created_at=datetime(2026, 2, 1, tzinfo=UTC)))
+    record_training_job(db, training(loop="notes", run_id="run-3"))
+    first, other = find_training_job(db, "aec", "a1"), find_training_job(db, "notes", "a1")
     assert first is not None and first.run_id == "run-1"
     assert other is not None and other.run_id == "run-3"

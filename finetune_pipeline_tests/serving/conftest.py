@@ -23,10 +23,10 @@ from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import connect
 from finetune_pipeline.export import base_gguf as base_gguf_module
 from finetune_pipeline.export.base_gguf import base_gguf
-from finetune_pipeline.export.gguf import convert, convert_adapter, quantise
+from finetune_pipeline.export.gguf import convert, convert_adapter, quantize
 from finetune_pipeline.export.model import ExportedModel
 from finetune_pipeline.registry import champion
-from finetune_pipeline.registry.model_versions import Candidate, ModelVersion
+from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
 from finetune_pipeline.serving.app import create_app
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home
@@ -49,7 +49,7 @@ def ggufs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files = {kind: folder / f"{kind}.gguf" for kind in KINDS}
     convert(STARTER, files["F16"])
     for kind in KINDS[1:]:
-        quantise(files["F16"], files[kind], kind)
+        quantize(files["F16"], files[kind], kind)
     return files
 
 
@@ -99,7 +99,7 @@ def make_loop(name: str = "notes", **changes: Any) -> LoopSettings:
         "base_model": "data/starter_model",
         "system_prompt": "Parse the request.",
         "export": {"quantization": "F16"},
-        "evaluation": {"benchmark": "none.jsonl", "metric": "words", "max_tokens": 64, "context": 512},
+        "evaluation": {"benchmark": "none.jsonl", "metric": "rouge1", "max_tokens": 64, "context": 512},
         **changes,
     }
     return LoopSettings.model_validate(attributes)
@@ -118,7 +118,7 @@ def promote(gguf: Path, loop: str = "notes", adapter: Path | None = None, **fiel
         files[0].unlink()
         files[0] = gguf
         shutil.copyfile(adapter, files[1])
-    candidate = Candidate(
+    candidate = CandidateModel(
         loop=loop,
         gguf_path=files[0],
         gguf_sha256=hash_file(files[0]),

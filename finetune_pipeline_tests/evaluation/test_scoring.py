@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_pipeline.evaluation.metrics import Scorer, count_words, json_equal, leaves, same_value
+from finetune_pipeline.evaluation.scoring import Scorer, count_words, json_equal, leaves, same_value
 from finetune_pipeline.schemas import Rule
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL
 
@@ -15,7 +15,7 @@ THICK = Rule("thick", "Walls are at least 100 mm", {"properties": {"thickness_mm
 
 
 @pytest.mark.parametrize(
-    ("answer", "right", "exact", "valid", "stated", "hallucinated"),
+    ("answer", "correct", "exact", "valid", "stated", "hallucinated"),
     [
         (json.dumps(WALL), 4, True, True, 4, 0),
         ('{"element": "wall", "material": "brick", "thickness_mm": 230.0, "fire_rating_hr": 2}', 4, True, True, 4, 0),
@@ -37,10 +37,10 @@ THICK = Rule("thick", "Walls are at least 100 mm", {"properties": {"thickness_mm
         ('"wall"', 0, False, False, 1, 0),
     ],
 )
-def test_parameters(answer: str, right: int, exact: bool, valid: bool, stated: int, hallucinated: int) -> None:
+def test_parameters(answer: str, correct: int, exact: bool, valid: bool, stated: int, hallucinated: int) -> None:
     scores = Scorer("parameters", SCHEMA).score(WALL, answer)
-    found = (scores.right, scores.total, scores.exact, scores.valid, scores.stated, scores.hallucinated)
-    assert found == (right, 4, exact, valid, stated, hallucinated)
+    found = (scores.correct, scores.total, scores.exact, scores.valid, scores.stated, scores.hallucinated)
+    assert found == (correct, 4, exact, valid, stated, hallucinated)
     assert bool(scores.problem) != valid
     assert scores.compliant is None
 
@@ -54,7 +54,7 @@ def test_one_is_not_true() -> None:
 
 def test_lists_are_compared_by_index() -> None:
     scores = Scorer("parameters").score({"layers": ["brick", "wool"]}, '{"layers": ["brick", "air", "wool"]}')
-    assert (scores.right, scores.total, scores.stated, scores.hallucinated) == (1, 2, 3, 1)
+    assert (scores.correct, scores.total, scores.stated, scores.hallucinated) == (1, 2, 3, 1)
 
 
 def test_leaves_keep_their_path() -> None:
@@ -70,7 +70,7 @@ def test_failing_rules_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("expected", "answer", "right", "total"),
+    ("expected", "answer", "correct", "total"),
     [
         ("use a fire door", "Use a fire door.", 4, 4),
         ("use a fire door", "You could perhaps use a fire door", 1, 4),
@@ -79,18 +79,18 @@ def test_failing_rules_are_named() -> None:
         ("!!", "!!", 1, 1),
     ],
 )
-def test_words_count_recall_within_the_expected_length(expected: str, answer: str, right: int, total: int) -> None:
-    assert count_words(expected, answer) == (right, total)
-    scores = Scorer("words").score(expected, answer)
-    assert (scores.right, scores.total, scores.valid) == (right, total, bool(answer))
+def test_words_count_recall_within_the_expected_length(expected: str, answer: str, correct: int, total: int) -> None:
+    assert count_words(expected, answer) == (correct, total)
+    scores = Scorer("rouge1").score(expected, answer)
+    assert (scores.correct, scores.total, scores.valid) == (correct, total, bool(answer))
 
 
 def test_exact_counts_whole_answers() -> None:
     scorer = Scorer("exact")
-    assert (scorer.score("Yes, it is.", " yes,  it IS.").right, scorer.score("yes", "no").right) == (1, 0)
-    assert scorer.score({"a": 1}, '{"a": 1.0}').right == 1
+    assert (scorer.score("Yes, it is.", " yes,  it IS.").correct, scorer.score("yes", "no").correct) == (1, 0)
+    assert scorer.score({"a": 1}, '{"a": 1.0}').correct == 1
     assert scorer.score({"a": 1}, '{"a": 1, "b": 2}').total == 1
-    assert scorer.score({"a": 1}, '{"a": 1, "b": 2}').right == 0
+    assert scorer.score({"a": 1}, '{"a": 1, "b": 2}').correct == 0
 
 
 json_values = st.recursive(
@@ -107,7 +107,7 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text(), json_values, max_size=5))
 def test_the_expected_answer_itself_has_everything_right(expected: dict[str, object]) -> None:
     scores = Scorer("parameters").score(expected, json.dumps(expected))
-    assert (scores.right, scores.exact, scores.valid, scores.hallucinated) == (scores.total, True, True, 0)
+    assert (scores.correct, scores.exact, scores.valid, scores.hallucinated) == (scores.total, True, True, 0)
 
 
 @given(json_values, st.text())
@@ -115,7 +115,7 @@ def test_no_answer_breaks_the_scorer(value: object, text: str) -> None:
     scorer = Scorer("parameters", SCHEMA, [RATED])
     for answer in (json.dumps(value), text):
         scores = scorer.score(WALL, answer)
-        assert 0 <= scores.right <= scores.total == 4
+        assert 0 <= scores.correct <= scores.total == 4
         assert 0 <= scores.hallucinated <= scores.stated
 
 
@@ -127,5 +127,5 @@ def test_equality_is_symmetric(left: object, right: object) -> None:
 
 @given(st.text(), st.text())
 def test_words_never_exceed_what_is_expected(expected: str, answer: str) -> None:
-    right, total = count_words(expected, answer)
-    assert 0 <= right <= total
+    correct, total = count_words(expected, answer)
+    assert 0 <= correct <= total

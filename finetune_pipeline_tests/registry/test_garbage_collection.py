@@ -15,16 +15,23 @@ from finetune_pipeline.artifacts import ArtifactBusyError, draft, hash_file, pub
 from finetune_pipeline.database import Database
 from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, ReportManifest
 from finetune_pipeline.registry import champion as champion_module
-from finetune_pipeline.registry import deletion
+from finetune_pipeline.registry import garbage_collection
 from finetune_pipeline.registry import model_versions as models_module
 from finetune_pipeline.registry.champion import champion, promote, resolve, rollback, switch
-from finetune_pipeline.registry.deletion import Fate, ModelFolder, Standing, decide_fates, delete, survey
-from finetune_pipeline.registry.deployment_history import Deployment, history, stack_of
-from finetune_pipeline.registry.model_versions import Candidate, ModelVersion, RegistryError, list_models
+from finetune_pipeline.registry.deployment_history import Deployment, deployment_stack, list_deployments
+from finetune_pipeline.registry.garbage_collection import (
+    ModelFolder,
+    RegistryState,
+    RetentionDecision,
+    decide_retention,
+    delete_models,
+    plan_deletion,
+)
+from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion, RegistryError, list_models
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline_tests.registry.conftest import promote_over
 
-LOOP = LoopSettings(name="aec", base_model="b", evaluation={"benchmark": "q", "metric": "words"})
+LOOP = LoopSettings(name="aec", base_model="b", evaluation={"benchmark": "q", "metric": "rouge1"})
 BASE = "base-1"
 START = datetime(2026, 1, 1, tzinfo=UTC)
 COMMON: dict[str, Any] = {"loop": "aec", "settings": {}, "packages": {}}
@@ -61,26 +68,26 @@ def report(version: str, on: str, passed: bool) -> None:
         publish(folder, ReportManifest, fields)
 
 
-def candidate(folder: Path, base: Path | None = None) -> Candidate:
+def candidate(folder: Path, base: Path | None = None) -> CandidateModel:
     """The candidate of an artifact; with a base, a pair."""
     own = folder / "model.gguf"
     files: dict[str, Any] = {"gguf_path": own, "gguf_sha256": hash_file(own)}
     if base:
         files = {"gguf_path": base / "base.gguf", "gguf_sha256": hash_file(base / "base.gguf")}
         files |= {"adapter_path": own, "adapter_sha256": hash_file(own)}
-    return Candidate(
+    return CandidateModel(
         loop="aec", base_hash=BASE, mode="incremental", lineage={}, scores={}, report_path=folder / "r.html", **files
     )
 
 
-def serve(db: Database, one: Candidate) -> ModelVersion:
+def serve(db: Database, one: CandidateModel) -> ModelVersion:
     return promote_over(db, one)
 
 
 def collect(db: Database, keep: int = 1) -> list[str]:
     """Survey, then delete all that would go; what went."""
-    doomed = [fate.folder.path for fate in survey(db, LOOP, BASE, keep) if not fate.stays]
-    return sorted(fate.folder.path.name for fate in delete(db, LOOP, BASE, keep, doomed))
+    to_delete = [one.folder.path for one in plan_deletion(db, LOOP, BASE, keep) if not one.keep]
+    return sorted(one.folder.path.name for one in delete_models(db, LOOP, BASE, keep, to_delete))
 
 
 def there(stage: str = "gguf_model") -> set[str]:
@@ -90,18 +97,18 @@ def there(stage: str = "gguf_model") -> set[str]:
 def test_old_versions_go_and_what_serves_or_served_of_late_stays(db: Database) -> None:
     for name in "abcdef":
         serve(db, candidate(gguf(name)))
-    reasons = {fate.folder.path.name: (fate.stays, fate.reason) for fate in survey(db, LOOP, BASE, 2)}
-    assert {name for name, (stays, _) in reasons.items() if stays} == {"d", "e", "f"}
+    reasons = {one.folder.path.name: (one.keep, one.reason) for one in plan_deletion(db, LOOP, BASE, 2)}
+    assert {name for name, (keep, _) in reasons.items() if keep} == {"d", "e", "f"}
     assert reasons["f"] == (True, "v1.0.5, champion: it serves")
-    assert reasons["e"] == (True, "v1.0.4, previous: a rollback would bring it back")
-    assert reasons["d"] == (True, "v1.0.3, one of the last 2 moves of the champion refers to it")
-    assert reasons["a"] == (False, "v1.0.0: not champion, not previous, not in the last moves")
+    assert reasons["e"] == (True, "v1.0.4, previous: the target of a rollback")
+    assert reasons["d"] == (True, "v1.0.3, used by one of the last 2 deployments")
+    assert reasons["a"] == (False, "v1.0.0: not champion, not previous, not in the last deployments")
     assert there() == set("abcdef")
     assert collect(db, 2) == ["a", "b", "c"]
     assert there() == {"d", "e", "f"}
     deleted = {model.version for model in list_models(db, "aec") if model.deleted_at}
     assert deleted == {"v1.0.0", "v1.0.1", "v1.0.2"}
-    assert len(history(db, "aec")) == 6
+    assert len(list_deployments(db, "aec")) == 6
     assert collect(db, 2) == []
 
 
@@ -163,9 +170,9 @@ def test_what_a_run_makes_now_stays(db: Database) -> None:
     report("r", "a", False)
     with draft("aec", "gguf_model", "a") as folder, draft("aec", "base_gguf", "x"):
         (folder / "half.gguf").write_text("half")
-        (fate,) = survey(db, LOOP, BASE, 1)
-        assert (fate.stays, fate.reason) == (True, "a run makes it anew now")
-        assert delete(db, LOOP, BASE, 1, [fate.folder.path]) == []
+        (one,) = plan_deletion(db, LOOP, BASE, 1)
+        assert (one.keep, one.reason) == (True, "a run is making it again now")
+        assert delete_models(db, LOOP, BASE, 1, [one.folder.path]) == []
         assert (folder / "half.gguf").exists()
     assert collect(db) == ["a"]
 
@@ -200,26 +207,28 @@ def test_files_elsewhere_and_damaged_artifacts_are_never_touched(db: Database, t
     assert not [model for model in list_models(db, "aec") if model.deleted_at]
 
 
-@pytest.mark.parametrize("killed_in", ["_put_aside", "_remove_put_aside"])
+@pytest.mark.parametrize("killed_in", ["_rename_folder", "_remove_renamed"])
 def test_a_kill_leaves_a_version_that_is_marked_and_the_next_deletion_ends_it(
     db: Database, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
     for name in "abc":
         serve(db, candidate(gguf(name)))
-    doomed = [fate.folder.path for fate in survey(db, LOOP, BASE, 1) if not fate.stays]
+    to_delete = [one.folder.path for one in plan_deletion(db, LOOP, BASE, 1) if not one.keep]
 
     def die(path: Any) -> bool:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*(deletion, "_put_aside", die) if killed_in == "_put_aside" else (shutil, "rmtree", die))
+        patch.setattr(
+            *(garbage_collection, "_rename_folder", die) if killed_in == "_rename_folder" else (shutil, "rmtree", die)
+        )
         with pytest.raises(KeyboardInterrupt):
-            delete(db, LOOP, BASE, 1, doomed)
+            delete_models(db, LOOP, BASE, 1, to_delete)
     first = resolve(db, "v1.0.0", "aec")
     assert first is not None and first.deleted_at is not None
     with pytest.raises(RegistryError, match="were deleted"):
         switch(db, "aec", "v1.0.0", "ann", "s")
-    left = {"_put_aside": "a", "_remove_put_aside": ".deleted-a"}[killed_in]
+    left = {"_rename_folder": "a", "_remove_renamed": ".deleted-a"}[killed_in]
     assert there() == {left, "b", "c"}
     assert collect(db) == [left]
     assert there() == {"b", "c"}
@@ -230,13 +239,13 @@ def test_a_model_that_is_deleted_after_it_was_checked_is_refused(db: Database, m
         serve(db, candidate(gguf(name)))
     rejected = candidate(gguf("rejected"))
     report("r", "rejected", False)
-    check: Callable[..., None] = champion_module.check_file
+    check: Callable[..., None] = champion_module.check_files
 
-    def check_then_lose(model: Candidate, **how: bool) -> None:
+    def check_then_lose(model: CandidateModel, **how: bool) -> None:
         check(model, **how)
         collect(db)
 
-    monkeypatch.setattr(champion_module, "check_file", check_then_lose)
+    monkeypatch.setattr(champion_module, "check_files", check_then_lose)
     with pytest.raises(RegistryError, match="were deleted"):
         switch(db, "aec", "v1.0.0", "ann", "s")
     report("r", "rejected", False)
@@ -264,9 +273,9 @@ def test_a_model_that_is_deleted_while_it_is_read_is_refused(db: Database, monke
 def test_what_came_to_be_needed_since_the_survey_stays(db: Database) -> None:
     for name in "abc":
         serve(db, candidate(gguf(name)))
-    (doomed,) = [fate.folder.path for fate in survey(db, LOOP, BASE, 1) if not fate.stays]
+    (to_delete,) = [one.folder.path for one in plan_deletion(db, LOOP, BASE, 1) if not one.keep]
     switch(db, "aec", "v1.0.0", "ann", "s")
-    assert delete(db, LOOP, BASE, 1, [doomed]) == []
+    assert delete_models(db, LOOP, BASE, 1, [to_delete]) == []
     assert there() == {"a", "b", "c"}
     assert not [model for model in list_models(db, "aec") if model.deleted_at]
 
@@ -275,16 +284,16 @@ def test_a_promotion_between_mark_and_deletion_keeps_the_model(db: Database, mon
     made = {name: candidate(gguf(name)) for name in "abc"}
     for one in made.values():
         serve(db, one)
-    moving: Callable[..., Any] = deletion.moving
+    lock: Callable[..., Any] = garbage_collection.lock_champion
     opened: list[int] = []
 
     def promote_before_the_second(*arguments: Any) -> Any:
         opened.append(1)
         if len(opened) == 2:
             serve(db, made["a"])
-        return moving(*arguments)
+        return lock(*arguments)
 
-    monkeypatch.setattr(deletion, "moving", promote_before_the_second)
+    monkeypatch.setattr(garbage_collection, "lock_champion", promote_before_the_second)
     assert collect(db) == []
     assert there() == {"a", "b", "c"}
     now = champion(db, "aec")
@@ -296,7 +305,7 @@ def test_a_switch_at_the_same_moment_never_serves_a_deleted_model(db: Database) 
         for name in "xyz":
             serve(db, candidate(gguf(f"{name}{round_}")))
         target = next(model for model in list_models(db, "aec") if f"x{round_}" in str(model.gguf_path))
-        doomed = [fate.folder.path for fate in survey(db, LOOP, BASE, 1) if not fate.stays]
+        to_delete = [one.folder.path for one in plan_deletion(db, LOOP, BASE, 1) if not one.keep]
         start = threading.Barrier(2)
         outcomes: list[str] = []
 
@@ -313,7 +322,7 @@ def test_a_switch_at_the_same_moment_never_serves_a_deleted_model(db: Database) 
         thread = threading.Thread(target=run)
         thread.start()
         start.wait()
-        delete(db, LOOP, BASE, 1, doomed)
+        delete_models(db, LOOP, BASE, 1, to_delete)
         thread.join()
         after = resolve(db, target.version, "aec")
         assert after is not None
@@ -330,7 +339,7 @@ def test_a_promotion_at_the_same_moment_finds_its_file_or_is_refused(db: Databas
         one, start = candidate(path), threading.Barrier(2)
         outcomes: list[str] = []
 
-        def run(one: Candidate = one, start: threading.Barrier = start, outcomes: list[str] = outcomes) -> None:
+        def run(one: CandidateModel = one, start: threading.Barrier = start, outcomes: list[str] = outcomes) -> None:
             start.wait()
             try:
                 now = champion(db, "aec")
@@ -342,7 +351,7 @@ def test_a_promotion_at_the_same_moment_finds_its_file_or_is_refused(db: Databas
         thread = threading.Thread(target=run)
         thread.start()
         start.wait()
-        delete(db, LOOP, BASE, 1, [path])
+        delete_models(db, LOOP, BASE, 1, [path])
         thread.join()
         serving = champion(db, "aec")
         assert serving is None or (serving.gguf_path.is_file() and serving.deleted_at is None)
@@ -373,9 +382,9 @@ MODELS = [version(number) for number in range(7)]
 
 def replay(steps: list[tuple[str, int]]) -> list[Deployment]:
     """A history as the registry would write it for these wishes."""
-    moves: list[Deployment] = []
+    deployments: list[Deployment] = []
     for action, number in steps:
-        stack = stack_of(moves)
+        stack = deployment_stack(deployments)
         target = None if number == len(MODELS) else MODELS[number].id
         if action == "rollback":
             if len(stack) < 2:
@@ -383,9 +392,9 @@ def replay(steps: list[tuple[str, int]]) -> list[Deployment]:
             target = stack[-2]
         elif target == stack[-1]:
             continue
-        moves.append(
+        deployments.append(
             Deployment(
-                id=len(moves),
+                id=len(deployments),
                 loop="aec",
                 action=action,
                 model_id=target,
@@ -393,10 +402,10 @@ def replay(steps: list[tuple[str, int]]) -> list[Deployment]:
                 actor="a",
                 reason="r",
                 comparison_id=None,
-                created_at=START + timedelta(minutes=len(moves)),
+                created_at=START + timedelta(minutes=len(deployments)),
             )
         )
-    return moves
+    return deployments
 
 
 STEPS = st.lists(
@@ -407,15 +416,19 @@ STEPS = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(steps=STEPS, keep=st.integers(1, 8), reserved=st.sets(st.integers(0, len(MODELS) - 1)))
 def test_whatever_happened_nothing_needed_goes(steps: list[tuple[str, int]], keep: int, reserved: set[int]) -> None:
-    moves = replay(steps)
-    stack = stack_of(moves)
+    deployments = replay(steps)
+    stack = deployment_stack(deployments)
     folders = [
-        ModelFolder(model.gguf_path.parent, False, 1, reserved="made now" if number in reserved else "")
+        ModelFolder(model.gguf_path.parent, False, 1, protected="in progress" if number in reserved else "")
         for number, model in enumerate(MODELS)
     ]
-    fates = decide_fates(folders, Standing(stack[-1], MODELS, moves), keep)
-    going = {fate.folder.path for fate in fates if not fate.stays}
-    needed = {*stack[-2:], *(move.model_id for move in moves[-keep:]), *(move.previous_id for move in moves[-keep:])}
+    decisions = decide_retention(folders, RegistryState(stack[-1], MODELS, deployments), keep)
+    going = {one.folder.path for one in decisions if not one.keep}
+    needed = {
+        *stack[-2:],
+        *(one.model_id for one in deployments[-keep:]),
+        *(one.previous_id for one in deployments[-keep:]),
+    }
     for number, model in enumerate(MODELS):
         assert (model.gguf_path.parent in going) == (model.id not in needed and number not in reserved)
-    assert all(isinstance(fate, Fate) and fate.reason for fate in fates)
+    assert all(isinstance(one, RetentionDecision) and one.reason for one in decisions)
