@@ -1,4 +1,4 @@
-"""`finetune ask`: one prompt to the model that serves, as the application would ask it."""
+"""`finetune ask`: send one prompt to a model of the loop, as the application would."""
 
 import click
 
@@ -9,33 +9,39 @@ from finetune_pipeline.settings import LoopSettings
 
 @click.command()
 @click.argument("prompt")
-@click.option("--model", "name", default="champion", show_default=True, help="champion, previous, base, or a version.")
-@click.option("--compare", is_flag=True, help="Ask the base model too, and show both answers.")
+@click.option(
+    "--model",
+    "name",
+    default="champion",
+    show_default=True,
+    help="champion, previous, base, or a version such as v1.2.0.",
+)
+@click.option("--compare", is_flag=True, help="Print the base model's answer too.")
 @loop_option
 def ask(prompt: str, name: str, compare: bool, loop: LoopSettings) -> None:
-    """Ask the loop's model PROMPT and print its answer."""
+    """Send PROMPT to the loop's model and print its answer."""
     if compare:
-        side_by_side(loop, prompt)
+        compare_with_base(loop, prompt)
     else:
-        click.echo(answers(loop, spec_of(loop, name)[1], prompt)[0])
+        click.echo(generate_answers(loop, find_model(loop, name)[1], prompt)[0])
 
 
-def spec_of(loop: LoopSettings, name: str) -> tuple[str, ModelSpec]:
-    """The full name and the files of a version, champion or base; the base's file is made if it is not there yet."""
+def find_model(loop: LoopSettings, name: str) -> tuple[str, ModelSpec]:
+    """Return the full name and the files of champion, previous, base or a version; export the base if necessary."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.registry.champion import resolve
     from finetune_pipeline.registry.model_versions import check_files
 
-    found = resolve(connect(), name, loop.name)
-    if found is not None:
-        check_files(found, again=False)
-        return found.name, ModelSpec(gguf=found.gguf_path, adapter=found.adapter_path)
+    version = resolve(connect(), name, loop.name)
+    if version is not None:
+        check_files(version, again=False)
+        return version.name, ModelSpec(gguf=version.gguf_path, adapter=version.adapter_path)
     return f"{loop.name}@base", ModelSpec(gguf=base_gguf(loop, click.echo))
 
 
-def answers(loop: LoopSettings, spec: ModelSpec, *prompts: str) -> list[str]:
-    """What a model answers, with the loop's system prompt and limits."""
+def generate_answers(loop: LoopSettings, spec: ModelSpec, *prompts: str) -> list[str]:
+    """Return a model's answers with the loop's system prompt and limits."""
     from finetune_pipeline.inference.engine import Engine
     from finetune_pipeline.inference.protocol import GenerateRequest
     from finetune_pipeline.records import chat_messages
@@ -48,9 +54,9 @@ def answers(loop: LoopSettings, spec: ModelSpec, *prompts: str) -> list[str]:
         return [completion.text for completion in engine.generate(requests)]
 
 
-def side_by_side(loop: LoopSettings, prompt: str) -> None:
+def compare_with_base(loop: LoopSettings, prompt: str) -> None:
     """Print the answers of the base model and of the champion to one prompt."""
     click.echo(click.style(f"\n{prompt!r}", bold=True))
     for name in ("base", "champion"):
-        full_name, spec = spec_of(loop, name)
-        click.echo(f"  {full_name:<22} {answers(loop, spec, prompt)[0]}")
+        full_name, spec = find_model(loop, name)
+        click.echo(f"  {full_name:<22} {generate_answers(loop, spec, prompt)[0]}")

@@ -28,7 +28,7 @@ from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline.schemas import SchemaError
-from finetune_pipeline.serving.access import KeyProblem
+from finetune_pipeline.serving.access import ApiKeyError
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.source_record import SourceError
 from finetune_pipeline.training.job import TrainingError
@@ -43,7 +43,7 @@ EXPECTED = (
     EngineError,
     ExportError,
     FeedbackError,
-    KeyProblem,
+    ApiKeyError,
     RegistryError,
     ReportError,
     ReviewError,

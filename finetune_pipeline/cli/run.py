@@ -50,7 +50,7 @@ def run(loop: LoopSettings, verbose: bool) -> None:
 @click.pass_context
 def demo(context: click.Context) -> None:
     """Run the default loop on the sample logs from nothing, and show what came out of it."""
-    from finetune_pipeline.cli.ask import side_by_side
+    from finetune_pipeline.cli.ask import compare_with_base
     from finetune_pipeline.cli.summary import show_summary
 
     folder = home() / "demo"
@@ -65,7 +65,7 @@ def demo(context: click.Context) -> None:
         click.echo(f"the loop took {time.monotonic() - started:.0f} s\n")
         show_summary(loop)
         if code == 0:
-            side_by_side(loop, DEMO_PROMPT)
+            compare_with_base(loop, DEMO_PROMPT)
             click.echo(f"\nlook at it in the browser:   make ui FINETUNE_HOME={folder}")
             click.echo(f"ask it, list it, take it back: export FINETUNE_HOME={folder}; .venv/bin/finetune ask ...")
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""`finetune serve` and `finetune key`: the gateway for applications, and who may use it."""
+"""`finetune serve` and `finetune key`: run the gateway for applications, and manage its API keys."""
 
 import logging
 import socket
@@ -20,13 +20,16 @@ PORT = 8484
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; any but loopback needs API keys.")
-@click.option("--port", type=click.IntRange(1, 65_535), default=PORT, show_default=True, help="Port.")
-@click.option("--loop", "names", multiple=True, metavar="NAME", help="Which loops; default all.")
-@click.option("--verbose", is_flag=True, help="Show the log of every part.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; other than loopback needs API keys."
+)
+@click.option("--port", type=click.IntRange(1, 65_535), default=PORT, show_default=True, help="Port to listen on.")
+@click.option("--loop", "names", multiple=True, metavar="NAME", help="Loop to serve, repeatable; default: all loops.")
+@click.option("--verbose", is_flag=True, help="Show the log of all modules.")
 def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
-    """Answer applications: OpenAI's API over the promoted models, feedback, hot swap."""
+    """Serve the promoted models over an OpenAI-compatible API, accept feedback, and hot-swap new champions."""
     from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.write_ahead_log import journal_folder
     from finetune_pipeline.serving.access import is_loopback
     from finetune_pipeline.serving.app import run
     from finetune_pipeline.serving.gateway import Gateway
@@ -37,39 +40,30 @@ def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
     logging.getLogger("finetune_pipeline.serving").setLevel(logging.INFO)
     loops = [load_loop(name) for name in names] or list(load_loops().values())
     if not loops:
-        raise SettingsError("no loop is declared, so there is nothing to serve; the README shows how to write one")
+        raise SettingsError("No loop is declared, so there is nothing to serve; the README shows how to declare one.")
     database = connect()
-    _check_journal()
-    gateway = Gateway(loops, database, loopback=is_loopback(host), tell=click.echo)
-    if not gateway.loopback and not gateway.access.has_keys:
-        raise SettingsError(
-            f"{host} can be reached from other machines, and no API key exists; make one with "
-            "`finetune key create NAME`, or serve 127.0.0.1"
-        )
-    with _bound(host, port) as address:
-        _convert_bases(loops, database)
-        shown = f"[{host}]" if address.family == socket.AF_INET6 and ":" in host else host
-        click.echo(
-            f"http://{shown}:{port}/v1 is the base address for OpenAI clients; /docs lists everything; end with ctrl-c"
-        )
-        run(gateway, address)
-
-
-def _check_journal() -> None:
-    from finetune_pipeline.feedback.write_ahead_log import journal_folder
-
     try:
         journal_folder().mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=journal_folder()).close()
     except OSError as error:
         raise SettingsError(
-            f"{journal_folder()}, where a gateway keeps what it has acknowledged, cannot be written ({error}); set "
-            "FINETUNE_HOME to a folder that can be written"
+            f"{journal_folder()}, the folder of the write-ahead log, cannot be written ({error}). Set FINETUNE_HOME to "
+            "a writable folder."
         ) from error
+    gateway = Gateway(loops, database, loopback=is_loopback(host), progress=click.echo)
+    if not gateway.loopback and not gateway.access.has_keys:
+        raise SettingsError(
+            f"{host} can be reached from other machines, and no API key exists. Create one with "
+            "`finetune key create NAME`, or serve 127.0.0.1."
+        )
+    with _bind(host, port) as address:  # before the models, so that a used port is reported at once
+        _export_base_models(loops, database)
+        shown = f"[{host}]" if address.family == socket.AF_INET6 and ":" in host else host
+        click.echo(f"OpenAI base URL: http://{shown}:{port}/v1 (API reference: /docs); stop with ctrl-c")
+        run(gateway, address)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket on this address: that another program has it is better heard before a model is loaded."""
+def _bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)
@@ -77,14 +71,14 @@ def _bound(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         raise SettingsError(
-            f"{host}, port {port}, cannot be served ({error.strerror or error}); end the program that has it, or "
-            "choose another with --port or --host"
+            f"{host}, port {port}, cannot be served ({error.strerror or error}). End the program that uses it, or "
+            "choose another with --port or --host."
         ) from error
     return bound
 
 
-def _convert_bases(loops: Sequence[LoopSettings], database: "Database") -> None:
-    """Make the GGUF of a base model that will serve: minutes for a large one, which ctrl-c may end here."""
+def _export_base_models(loops: Sequence[LoopSettings], database: "Database") -> None:
+    """Export the base model of each loop without a champion, because it will serve; takes minutes for a large model."""
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.export.process import ExportError
     from finetune_pipeline.registry.champion import champion
@@ -99,7 +93,7 @@ def _convert_bases(loops: Sequence[LoopSettings], database: "Database") -> None:
 
 @click.group()
 def key() -> None:
-    """Make, list and revoke API keys; once there is one, every request needs one."""
+    """Create, list and revoke API keys; once a key was created, every request needs one."""
 
 
 @key.command()
@@ -111,39 +105,41 @@ def key() -> None:
     type=click.Choice(["infer", "feedback", "admin"]),
     default=("infer", "feedback"),
     show_default=True,
-    help="What it may do; give it several times.",
+    help="Scope of the key, repeatable.",
 )
 def create(name: str, scopes: tuple[str, ...]) -> None:
-    """Make a key called NAME and print its secret, this once."""
+    """Create a key called NAME and print its secret, which is not stored."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.serving.access import SCOPES, create_key
 
     secret = create_key(connect(), name, [scope for scope in SCOPES if scope in scopes])
     click.echo(secret)
-    click.echo(f"the key {name!r} may {', '.join(scopes)}; it is shown this once and kept as a hash only", err=True)
+    click.echo(
+        f"created key {name!r} with scopes {', '.join(scopes)}; only its hash is stored, so copy it now", err=True
+    )
 
 
 @key.command("list")
 def list_() -> None:
-    """List the keys, without their secrets."""
+    """List all keys, without their secrets."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.serving.access import list_keys
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("name", "may", "made (UTC)", "revoked (UTC)", "id"):
+    for heading in ("name", "scopes", "created (UTC)", "revoked (UTC)", "id"):
         table.add_column(heading, overflow="fold")
-    for one in list_keys(connect()):
-        revoked = f"{one.revoked_at:%Y-%m-%d %H:%M}" if one.revoked_at else ""
-        table.add_row(one.name, ", ".join(one.scopes), f"{one.created_at:%Y-%m-%d %H:%M}", revoked, one.id)
+    for key in list_keys(connect()):
+        revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
+        table.add_row(key.name, ", ".join(key.scopes), f"{key.created_at:%Y-%m-%d %H:%M}", revoked, key.id)
     Console().print(table)
 
 
 @key.command()
 @click.argument("name")
 def revoke(name: str) -> None:
-    """Take the key called NAME (or with this id) out of use."""
+    """Revoke the key with this NAME or id."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.serving.access import revoke_key
 
     count = revoke_key(connect(), name)
-    click.echo(f"{count} revoked; a running gateway refuses it within a second")
+    click.echo(f"revoked {count}; a running gateway refuses it within a second")

@@ -1,11 +1,12 @@
-"""The door for applications: an OpenAI-compatible gateway that logs, learns of feedback, and changes models in service.
+"""The entry point for applications: an OpenAI-compatible gateway that logs requests, accepts feedback and hot-swaps
+models.
 
-app.py          the HTTP application                   http.py       limits, hosts, bodies, streams, the clock
-completions.py  the routes that answer                 feedback.py   the routes that learn
-admin.py        health, metrics, reload, rollback      access.py     keys and scopes
-api.py          what requests look like                answers.py    what answers look like
-exchange.py     one question: ask, record, answer      gateway.py    all of it without HTTP
-models.py       which model answers; hot swap          backends.py   what runs a model
-routing.py      what the field `model` means           metrics.py    what Prometheus reads
-errors.py       what is refused, and how
+app.py           the HTTP application                    http.py          limits, host checks, bodies, streams
+completions.py   routes that generate                    feedback.py      routes for feedback and interactions
+admin.py         health, metrics, reload, rollback       access.py        API keys and their scopes
+api.py           request and response schemas            responses.py     completions in OpenAI's format
+interactions.py  one request: generate and record        gateway.py       all of it without HTTP
+loop_server.py   the models of a loop, hot swap          loaded_model.py  one model in service
+routing.py       the field `model` of a request          metrics.py       Prometheus metrics
+errors.py        error responses
 """

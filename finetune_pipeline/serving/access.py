@@ -1,4 +1,4 @@
-"""Who may do what: API keys with scopes, kept as hashes. Without any key, only this machine is served."""
+"""API keys with scopes, stored as hashes. Without any key, only this machine is served."""
 
 import hashlib
 import secrets
@@ -21,12 +21,12 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 _PREFIX = "ft-"
 
 
-class KeyProblem(RuntimeError):
-    """A key cannot be made or found; the message says why."""
+class ApiKeyError(RuntimeError):
+    """A key cannot be created or found."""
 
 
 class ApiKey(Record):
-    """A key as it is kept: without its secret, which nobody can read again."""
+    """A stored key, without its secret."""
 
     id: str
     name: str
@@ -37,7 +37,7 @@ class ApiKey(Record):
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks."""
+    """The sender of a request."""
 
     name: str
     scopes: frozenset[Scope]
@@ -47,17 +47,17 @@ LOCAL = Caller("local", frozenset(SCOPES))
 
 
 def create_key(database: Database, name: str, scopes: Collection[Scope]) -> str:
-    """Make a key and return its secret, which is shown this once.
+    """Create a key and return its secret, which is not stored.
 
-    The secret is 256 random bits, so a plain SHA-256 is enough to keep: there is nothing to guess.
+    The secret has 256 random bits, so an unsalted SHA-256 is sufficient.
 
     Raises:
-        KeyProblem: the name is empty, too long, or not printable, or a key of this name is in use.
+        ApiKeyError: the name is empty, too long, or not printable, or a key with this name is in use.
     """
     if not 1 <= len(name.strip()) <= 100 or not name.isprintable():
-        raise KeyProblem(f"{name[:120]!r} cannot be the name of a key; expected 1 to 100 printable characters")
+        raise ApiKeyError(f"{name[:120]!r} cannot be the name of a key; expected 1 to 100 printable characters.")
     if any(key.name == name and key.revoked_at is None for key in list_keys(database)):
-        raise KeyProblem(f"a key named {name!r} is in use; choose another name, or revoke that one first")
+        raise ApiKeyError(f"A key named {name!r} is in use; choose another name, or revoke that key first.")
     secret = _PREFIX + secrets.token_urlsafe(32)
     row = {
         "id": str(uuid7()),
@@ -72,7 +72,7 @@ def create_key(database: Database, name: str, scopes: Collection[Scope]) -> str:
 
 
 def list_keys(database: Database) -> list[ApiKey]:
-    """All keys, the revoked ones too, the oldest first."""
+    """Return all keys, including revoked ones, oldest first."""
     with database.read() as connection:
         rows = connection.execute(sa.select(api_keys).order_by(api_keys.c.id)).all()
     return [
@@ -88,10 +88,10 @@ def list_keys(database: Database) -> list[ApiKey]:
 
 
 def revoke_key(database: Database, name: str) -> int:
-    """Take every key of this name (or id) out of use; returns how many.
+    """Revoke every key with this name or id, and return how many.
 
     Raises:
-        KeyProblem: there is none.
+        ApiKeyError: there is none.
     """
     k = api_keys.c
     which = sa.and_(sa.or_(k.name == name, k.id == name), k.revoked_at.is_(None))
@@ -99,28 +99,28 @@ def revoke_key(database: Database, name: str) -> int:
         count = connection.execute(sa.update(api_keys).where(which).values(revoked_at=datetime.now(UTC))).rowcount
     if not count:
         names = ", ".join(key.name for key in list_keys(database) if key.revoked_at is None) or "none"
-        raise KeyProblem(f"no key in use is named {name!r}; there are: {names}")
+        raise ApiKeyError(f"No key in use is named {name!r}; there are: {names}.")
     return count
 
 
 class Access:
-    """Decides on each request; `refresh` reads the keys again.
+    """Checks the key of each request against the keys in memory, which `refresh` updates.
 
-    Once a key was made, every request needs one, from this machine too (a proxy in front of the gateway is local as
-    well), also when all were revoked.
+    Once a key was created, every request needs one, even from this machine (a reverse proxy is local too), and even
+    after all keys were revoked.
     """
 
     def __init__(self, database: Database, *, loopback: bool) -> None:
         self._database = database
         self._loopback = loopback
         self._callers: dict[str, Caller] = {}
-        self._made = False
+        self._keys_exist = False
         self.refresh()
 
     @property
     def open(self) -> bool:
         """Whether requests need no key."""
-        return self._loopback and not self._made
+        return self._loopback and not self._keys_exist
 
     @property
     def has_keys(self) -> bool:
@@ -128,11 +128,11 @@ class Access:
         return bool(self._callers)
 
     def refresh(self) -> None:
-        """Read the keys that are in use."""
+        """Read the keys from the database."""
         with self._database.read() as connection:
             k = api_keys.c
             rows = connection.execute(sa.select(k.secret_sha256, k.name, k.scopes, k.revoked_at)).all()
-        self._made = bool(rows)
+        self._keys_exist = bool(rows)
         self._callers = {
             row.secret_sha256: Caller(row.name, frozenset(s for s in SCOPES if s in row.scopes.split(",")))
             for row in rows
@@ -140,34 +140,33 @@ class Access:
         }
 
     def check(self, authorization: str | None, scope: Scope | None) -> Caller:
-        """Who asks, if they may.
+        """Return the caller if the key has the scope.
 
         Args:
             authorization: the request's header.
-            scope: what is needed; None is any key.
+            scope: the required scope; None accepts any key.
 
         Raises:
-            Unauthorized: a key is needed, and none or an unknown one was given.
-            Forbidden: the key has not this scope.
+            Unauthorized: the key is missing or unknown.
+            Forbidden: the key does not have the scope.
         """
         if self.open:
             return LOCAL
         kind, _, secret = (authorization or "").partition(" ")
         caller = self._callers.get(_hash(secret.strip())) if kind.lower() == "bearer" else None
         if caller is None:
-            found = "it is not known" if authorization else "none was given"
-            raise Unauthorized(
-                f"this gateway needs an API key, and {found}; send `Authorization: Bearer KEY` with a key made by "
-                "`finetune key create`"
-            )
+            found = "The API key is unknown" if authorization else "This gateway needs an API key"
+            raise Unauthorized(f"{found}. Send `Authorization: Bearer KEY` with a key from `finetune key create`.")
         if scope is not None and scope not in caller.scopes:
-            has = ", ".join(sorted(caller.scopes)) or "no scope"
-            raise Forbidden(f"the key {caller.name!r} has {has}, and this needs {scope}; make a key with that scope")
+            scopes = ", ".join(sorted(caller.scopes)) or "none"
+            raise Forbidden(
+                f"The key {caller.name!r} has the scopes {scopes}, but this needs {scope}. Create another key."
+            )
         return caller
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
+    """Return whether an address can be reached only from this machine."""
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""The routes of whoever runs the gateway: health, metrics, reload, rollback."""
+"""The routes for operators: health, metrics, reload, rollback."""
 
 import asyncio
 from typing import Annotated
@@ -10,73 +10,73 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from finetune_pipeline.registry.champion import rollback as roll_back
 from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline.serving.access import Caller
-from finetune_pipeline.serving.api import AdminRequest, Health, LoopHealth, Moved
+from finetune_pipeline.serving.api import AdminRequest, Health, LoopHealth, ModelInService
 from finetune_pipeline.serving.errors import Conflict
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import allow, body_of, gateway_of
+from finetune_pipeline.serving.http import get_gateway, json_body, require_scope
 
 router = APIRouter()
+Body = Annotated[AdminRequest, Depends(json_body(AdminRequest))]
 
 
-@router.get("/healthz", response_model=Health, responses={503: {"model": Health, "description": "Nothing answers."}})
+@router.get("/healthz", response_model=Health, responses={503: {"model": Health, "description": "No model answers."}})
 async def healthz(request: Request) -> Response:
-    """Whether questions are answered: ok, degraded (not all of them, or not by the champion), unavailable."""
-    gateway = gateway_of(request)
+    """Report ok, degraded (a loop does not answer, or not with its champion), or unavailable."""
+    gateway = get_gateway(request)
+
+    def public(error: str | None) -> str | None:
+        # This route needs no key, so errors, which may contain paths, are shown only on this machine.
+        return error if error is None or gateway.access.open else "see the gateway's log"
+
     loops = {
         name: LoopHealth(
-            serving=server.answering,
-            trouble=_in_public(gateway, server.problem),
-            in_flight=sum(one.in_flight for one in server.served),
+            serving=server.serving,
+            last_error=public(server.problem),
+            in_flight=sum(model.in_flight for model in server.loaded),
         )
         for name, server in gateway.servers.items()
     }
     recording = gateway.recorder.full or gateway.recorder.trouble or gateway.recorder.refused
     serving = [loop.serving is not None for loop in loops.values()]
-    well = all(serving) and not recording and not any(loop.trouble for loop in loops.values())
-    status = "ok" if well else "degraded" if any(serving) else "unavailable"
-    health = Health(status=status, loops=loops, recording=_in_public(gateway, recording))
+    healthy = all(serving) and not recording and not any(loop.last_error for loop in loops.values())
+    status = "ok" if healthy else "degraded" if any(serving) else "unavailable"
+    health = Health(status=status, loops=loops, recording=public(recording))
     return JSONResponse(health.model_dump(), 503 if status == "unavailable" else 200)
 
 
-@router.get("/metrics", dependencies=[Depends(allow(None))], response_class=Response)
+@router.get("/metrics", dependencies=[Depends(require_scope(None))], response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Figures for Prometheus."""
-    return Response(gateway_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    """Return metrics in Prometheus' text format."""
+    return Response(get_gateway(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.post("/admin/reload-model", dependencies=[Depends(allow("admin"))])
-async def reload_model(request: Request, asked: Annotated[AdminRequest, Depends(body_of(AdminRequest))]) -> list[Moved]:
-    """Load the champion again, beside what serves, and change over: one loop's, or every loop's."""
-    gateway = gateway_of(request)
-    names = list(gateway.servers) if asked.loop is None else [gateway.loop_named(asked.loop).name]
+@router.post("/admin/reload-model", dependencies=[Depends(require_scope("admin"))])
+async def reload_model(request: Request, body: Body) -> list[ModelInService]:
+    """Load the champion of one loop, or of all loops, again and change to it."""
+    gateway = get_gateway(request)
+    names = list(gateway.servers) if body.loop is None else [gateway.loop_named(body.loop).name]
     for name in names:
         await gateway.servers[name].reload()
-    return [_moved(gateway, name) for name in names]
+    return [_model_in_service(gateway, name) for name in names]
 
 
 @router.post("/admin/rollback")
 async def rollback(
-    request: Request,
-    caller: Annotated[Caller, Depends(allow("admin"))],
-    asked: Annotated[AdminRequest, Depends(body_of(AdminRequest))],
-) -> Moved:
-    """Bring back the champion before this one; on return it serves."""
-    gateway = gateway_of(request)
-    loop = gateway.loop_named(asked.loop).name
+    request: Request, caller: Annotated[Caller, Depends(require_scope("admin"))], body: Body
+) -> ModelInService:
+    """Roll back to the previous champion; it serves when this returns."""
+    gateway = get_gateway(request)
+    loop = gateway.loop_named(body.loop).name
     actor = f"gateway:{caller.name}"
     try:
-        await asyncio.to_thread(roll_back, gateway.database, loop, actor, asked.reason)
+        await asyncio.to_thread(roll_back, gateway.database, loop, actor, body.reason)
     except RegistryError as error:
         raise Conflict(str(error)) from error
-    await gateway.follow(loop)
-    return _moved(gateway, loop)
+    await gateway.follow_champion(loop)
+    return _model_in_service(gateway, loop)
 
 
-def _moved(gateway: Gateway, name: str) -> Moved:
+def _model_in_service(gateway: Gateway, name: str) -> ModelInService:
     server = gateway.servers[name]
-    return Moved(loop=name, serving=server.current.name if server.current else "nothing", trouble=server.trouble)
-
-
-def _in_public(gateway: Gateway, trouble: str | None) -> str | None:
-    """Whoever may ask for health without a key does not read paths."""
-    return trouble if trouble is None or gateway.access.open else "see the gateway's log"
+    serving = server.current.name if server.current else None
+    return ModelInService(loop=name, serving=serving, last_error=server.last_error)

@@ -1,7 +1,7 @@
-"""What requests and responses look like: OpenAI's forms, as far as a local model can mean them, and the feedback's.
+"""The schemas of requests and responses: OpenAI's, as far as a local model supports them, and the feedback API's.
 
-Fields of OpenAI's that cannot change an answer here are taken and left alone; fields that would change it and cannot be
-honoured (tools, n > 1, penalties, ...) are refused unless they ask for nothing; others are unknown and refused.
+OpenAI's fields that do not change the answer are accepted and ignored. Fields that would change it and are not
+supported (tools, n > 1, penalties, ...) are accepted only with values that have no effect. Unknown fields are rejected.
 """
 
 import json
@@ -19,9 +19,9 @@ def _whole(number: Any) -> Any:
 
 
 Whole = BeforeValidator(_whole)
-"""5.0 is 5: JSON knows no difference."""
+"""Accepts 5.0 as 5, because JSON has only one type of number."""
 
-Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Empty = Annotated[list[Any], Field(max_length=0)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 
 
@@ -29,13 +29,13 @@ Status = Literal["recorded", "duplicate", "waiting", "accepted"]
 
 
 class Request(BaseModel):
-    """Base of all requests: unknown fields and wrong types are refused."""
+    """Base class of all requests; rejects unknown fields and wrong types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TextPart(Request):
-    """A part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: Text
@@ -47,16 +47,16 @@ class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: ShortText | None = None
-    # An answer of before comes back with all its fields; here they can only be empty.
+    # Clients send earlier answers back with all their fields; here these can only be empty.
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: Nothing = None
-    tool_calls: Nothing = None
+    annotations: Empty = None
+    tool_calls: Empty = None
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """The text of the message."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
     @property
@@ -71,44 +71,44 @@ def _finite(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class JsonSchema(Request):
-    """The form of an answer."""
+    """A JSON Schema for the answer."""
 
     name: str = "answer"
     schema_: Annotated[dict[str, Any], AfterValidator(_finite)] = Field(
-        alias="schema", description="JSON Schema that the answer can only follow."
+        alias="schema", description="JSON Schema to which the answer is constrained."
     )
     description: str | None = None
     strict: bool | None = None
 
 
 class TextFormat(Request):
-    """Any text."""
+    """response_format for free text."""
 
     type: Literal["text"]
 
 
 class JsonFormat(Request):
-    """Any JSON object."""
+    """response_format for any JSON object."""
 
     type: Literal["json_object"]
 
 
 class SchemaFormat(Request):
-    """JSON of one schema."""
+    """response_format for JSON of one schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
 class StreamOptions(Request):
-    """What a stream holds beside the answer."""
+    """What a stream contains in addition to the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class Metadata(Request):
-    """What the application says of the request: these are kept with the interaction, others are left alone."""
+    """Information about the request; these fields are recorded with the interaction, others are ignored."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     __pydantic_extra__: dict[str, str]
@@ -119,19 +119,19 @@ class Metadata(Request):
 
 
 class Generation(Request):
-    """What chat completions and completions have in common."""
+    """The fields that chat completions and completions share."""
 
-    model: ShortText = Field(min_length=1, description="A loop, loop@version, or an alias.")
+    model: ShortText = Field(min_length=1, description="A loop, a version (loop@v1.2.0), or an alias.")
     max_tokens: Annotated[int, Field(ge=1, lt=2**31), Whole] | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2, description="Default 0: as it was measured.")
+    temperature: float | None = Field(default=None, ge=0, le=2, description="Default 0, as in the evaluation.")
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: Annotated[int, Field(ge=-1, lt=SEEDS), Whole] | None = Field(
-        default=None, description="Seed of the sampling. By default, and with -1: a random seed, which is returned."
+        default=None, description="Sampling seed. By default and with -1: a random seed, which is returned."
     )
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: ShortText | None = Field(default=None, description="Whose words the prompt are.")
+    user: ShortText | None = Field(default=None, description="The user who wrote the prompt.")
     metadata: Metadata | None = None
     n: Annotated[int, Field(ge=1, le=1), Whole] | None = None
     presence_penalty: Zero = None
@@ -143,7 +143,7 @@ class Generation(Request):
     prompt_cache_key: str | None = None
 
     @property
-    def stops(self) -> tuple[str, ...]:
+    def stop_texts(self) -> tuple[str, ...]:
         """The texts that end the answer."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in given if text)
@@ -153,30 +153,30 @@ class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
-        description="The conversation; what the user says last is the prompt."
+        description="The conversation; the last message is the prompt and must be the user's."
     )
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), Whole] | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = Field(default=None, discriminator="type")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0), Whole] | None = None
-    tools: Nothing = None
-    functions: Nothing = None
+    tools: Empty = None
+    functions: Empty = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
 
     @property
-    def limit(self) -> int | None:
-        """Tokens that the answer may have."""
+    def completion_limit(self) -> int | None:
+        """Most tokens of the answer."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def schema_wanted(self) -> dict[str, Any] | None:
-        """The JSON Schema that the answer has to follow."""
+    def output_schema(self) -> dict[str, Any] | None:
+        """The JSON Schema to which the answer is constrained."""
         match self.response_format:
-            case SchemaFormat(json_schema=wanted):
-                return wanted.schema_
+            case SchemaFormat(json_schema=given):
+                return given.schema_
             case JsonFormat():
                 return {"type": "object"}
             case _:
@@ -184,7 +184,7 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    """POST /v1/completions. The prompt is taken as what a user says: these models were trained on conversations."""
+    """POST /v1/completions. The prompt becomes a user's message, because the models are trained on conversations."""
 
     prompt: (
         Annotated[Text, Field(min_length=1)]
@@ -202,10 +202,10 @@ class CompletionRequest(Generation):
 
 
 class InteractionIn(Request):
-    """POST /v1/interactions: an exchange that the application had elsewhere."""
+    """POST /v1/interactions: an answer that the application got elsewhere."""
 
     loop: str = Field(max_length=60, description="Name of the loop.")
-    id: UUID | None = Field(default=None, description="Default a new one; the same id twice is one interaction.")
+    id: UUID | None = Field(default=None, description="Default: a new id. The same id sent twice is one interaction.")
     created_at: UtcDatetime | None = None
     prompt: Text = Field(min_length=1)
     history: list[Turn] = []
@@ -225,28 +225,30 @@ class InteractionIn(Request):
     seed: Annotated[int, Field(ge=0, lt=2**63), Whole] | None = None
 
 
-def _of_kinds(*kinds: FeedbackKind, **needs: dict[str, Any]) -> dict[str, Any]:
+def _kinds_with(*kinds: FeedbackKind, **needs: dict[str, Any]) -> dict[str, Any]:
     return {"properties": {"kind": {"enum": list(kinds)}, **needs}, "required": ["kind", *needs]}
 
 
-_NEEDED: dict[str, Any] = {
+_REQUIRED_BY_KIND: dict[str, Any] = {
     "anyOf": [
-        _of_kinds("thumbs_up", "thumbs_down"),
-        _of_kinds("correction", correction={"type": "string", "pattern": r"\S"}),
-        _of_kinds("success", "validation_failure", score={"type": "number"}),
-        _of_kinds("rating", rating={"type": "string"}),
-        _of_kinds("reward", reward={"type": "number"}),
+        _kinds_with("thumbs_up", "thumbs_down"),
+        _kinds_with("correction", correction={"type": "string", "pattern": r"\S"}),
+        _kinds_with("success", "validation_failure", score={"type": "number"}),
+        _kinds_with("rating", rating={"type": "string"}),
+        _kinds_with("reward", reward={"type": "number"}),
     ]
 }
-"""What each kind of feedback needs, for the description; `records.Feedback` asks for it."""
+"""The fields that each kind of feedback requires, for OpenAPI; `records.Feedback` enforces them."""
 
 
 class FeedbackIn(Request):
-    """POST /v1/feedback. The same id twice is one feedback, so a client can safely try again."""
+    """POST /v1/feedback. The same id sent twice is one feedback, so clients can safely retry."""
 
-    model_config = ConfigDict(json_schema_extra=_NEEDED)
+    model_config = ConfigDict(json_schema_extra=_REQUIRED_BY_KIND)
 
-    loop: str | None = Field(default=None, max_length=60, description="Name of the loop; default the interaction's.")
+    loop: str | None = Field(
+        default=None, max_length=60, description="Name of the loop; default: the interaction's loop."
+    )
     id: UUID | None = None
     interaction_id: UUID
     created_at: UtcDatetime | None = None
@@ -260,18 +262,21 @@ class FeedbackIn(Request):
 
 
 class AdminRequest(Request):
-    """POST /admin/..."""
+    """POST /admin/reload-model and POST /admin/rollback."""
 
-    loop: str | None = Field(default=None, max_length=60, description="Not needed while one loop is served.")
-    reason: Annotated[Text, Field(min_length=1, max_length=500)] = "asked for through the gateway"
+    loop: str | None = Field(
+        default=None, max_length=60, description="Name of the loop; not needed if only one is served."
+    )
+    reason: Annotated[Text, Field(min_length=1, max_length=500)] = "requested through the gateway"
 
 
 class Receipt(BaseModel):
-    """What became of an event."""
+    """The result of sending an event."""
 
     id: UUID
     status: Status = Field(
-        description="waiting: the interaction has not arrived; accepted: safe, and not in the store yet."
+        description="recorded; duplicate: it was recorded before; waiting: its interaction has not arrived; accepted: "
+        "it is in the write-ahead log, and not in the store yet."
     )
 
 
@@ -280,8 +285,8 @@ class InteractionOut(BaseModel):
 
     interaction: Interaction
     feedback: list[Feedback]
-    reward: float | None = Field(description="What all feedback together gives; null without any.")
-    target: str | None = Field(description="The answer that it teaches; null without feedback.")
+    reward: float | None = Field(description="Resolved reward of all feedback; null without feedback.")
+    target: str | None = Field(description="The completion to train on; null without feedback.")
 
 
 class StatsOut(BaseModel):
@@ -295,16 +300,16 @@ class StatsOut(BaseModel):
     corrected: int
     rewarded: int
     unmatched: int = Field(description="Feedback whose interaction has not arrived.")
-    flagged: int = Field(description="Interactions that a person should look at.")
-    pending_bytes: int = Field(description="In the journal, and not in the store yet.")
+    flagged: int = Field(description="Interactions flagged for review.")
+    pending_bytes: int = Field(description="Events in the write-ahead log that are not in the store yet.")
 
 
-class Moved(BaseModel):
-    """What serves after an administrator's call."""
+class ModelInService(BaseModel):
+    """The model in service after a reload or rollback."""
 
     loop: str
-    serving: str
-    trouble: str | None
+    serving: str | None
+    last_error: str | None = Field(description="Why the champion does not serve; null if it does.")
 
 
 class ModelCard(BaseModel):
@@ -315,7 +320,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "finetune-pipeline"
     loop: str
-    serving: str | None = Field(description="What answers under this name now.")
+    serving: str | None = Field(description="The model that answers under this name now.")
 
 
 class ModelList(BaseModel):
@@ -328,8 +333,8 @@ class ModelList(BaseModel):
 class LoopHealth(BaseModel):
     """One loop of GET /healthz."""
 
-    serving: str | None
-    trouble: str | None
+    serving: str | None = Field(description="The model in service; null if none can answer.")
+    last_error: str | None = Field(description="Why the loop is not healthy; null if it is.")
     in_flight: int
 
 
@@ -338,11 +343,11 @@ class Health(BaseModel):
 
     status: Literal["ok", "degraded", "unavailable"]
     loops: dict[str, LoopHealth]
-    recording: str | None = Field(description="What keeps events from the store; null when nothing does.")
+    recording: str | None = Field(description="Why events cannot be recorded; null if they can.")
 
 
 class ErrorDetail(BaseModel):
-    """Why a request was not answered."""
+    """Why the request failed."""
 
     message: str
     type: str
@@ -351,6 +356,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer other than 2xx."""
+    """Every error response."""
 
     error: ErrorDetail

@@ -1,10 +1,11 @@
-"""The gateway as an ASGI application, and how it is run."""
+"""The gateway as an ASGI application."""
 
 import logging
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -28,9 +29,9 @@ from finetune_pipeline.serving.api import (
     FeedbackIn,
     InteractionIn,
 )
-from finetune_pipeline.serving.errors import BadRequest, GatewayError, NotFound, Unavailable
+from finetune_pipeline.serving.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, Unavailable
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import ClientGone, Guard, error_response, gateway_of
+from finetune_pipeline.serving.http import ClientDisconnected, RequestGuard, error_response, get_gateway
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
@@ -40,22 +41,16 @@ BODIES: dict[str, type[BaseModel]] = {
     "/admin/reload-model": AdminRequest,
     "/admin/rollback": AdminRequest,
 }
-"""What is read from the body of a POST; the routes read it themselves, strictly, so the description is made here."""
+"""The body of each POST. The routes parse it themselves, strictly, so FastAPI does not know it for OpenAPI."""
 
 SWITCH_SECONDS = 0.001
-"""After so long the thread that records lets the one that answers go on; Python's default is 0.005."""
+"""Python's thread switch interval (default 0.005); shorter, so that the recorder's thread does not delay answers."""
 
 REFERENCE = "#/components/schemas/{model}"
 
 
-class MethodNotAllowed(GatewayError):
-    """The path is there, for another method."""
-
-    status, kind, code = 405, "invalid_request_error", "method_not_allowed"
-
-
 def create_app(gateway: Gateway) -> ASGIApp:
-    """The application of a gateway, which starts and stops with it."""
+    """Return the application, which starts and stops the gateway in its lifespan."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,11 +62,11 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
     app = FastAPIOffline(
         title="finetune-pipeline gateway",
-        description="OpenAI-compatible answers by the promoted models, and feedback on them.",
+        description="An OpenAI-compatible API for the promoted models, and an API for feedback on their answers.",
         version=metadata.version("finetune-pipeline"),
         lifespan=lifespan,
         redoc_url=None,
-        responses={"default": {"model": ErrorBody, "description": "Not answered, and why."}},
+        responses={"default": {"model": ErrorBody, "description": "The request failed."}},
     )
     app.state.gateway = gateway
     for router in (completions.router, feedback.router, admin.router):
@@ -79,19 +74,19 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientGone, _client_gone)
+    app.add_exception_handler(ClientDisconnected, _client_disconnected)
     for kind in (DatabaseError, sa.exc.OperationalError, sa.exc.TimeoutError):
-        app.add_exception_handler(kind, _database_away)
-    app.add_exception_handler(Exception, _fault)
-    app.openapi = _described(app)  # type: ignore[method-assign]
-    return Guard(app, gateway)
+        app.add_exception_handler(kind, _database_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
+    return RequestGuard(app, gateway)
 
 
 def run(gateway: Gateway, bound: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; answers that are being given then are waited for, up to 10 seconds.
+    """Serve until SIGINT or SIGTERM, then finish running answers for up to 10 seconds.
 
     Args:
-        bound: a socket with its address, not listening yet.
+        bound: a bound socket that does not listen yet.
 
     Raises:
         SystemExit: the gateway did not start; the log says why.
@@ -115,30 +110,28 @@ def run(gateway: Gateway, bound: socket.socket) -> None:
 
 async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
-    return error_response(error, gateway_of(request))
+    return error_response(error, get_gateway(request))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return error_response(BadRequest(f"{where}: {first['msg']}", param=where), gateway_of(request))
+    return error_response(BadRequest(f"{where}: {first['msg']}", param=where), get_gateway(request))
 
 
-async def _client_gone(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # as proxies note it; nobody reads it
+async def _client_disconnected(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's status for this; nobody reads it
 
 
-async def _database_away(request: Request, error: Exception) -> Response:
-    return error_response(
-        Unavailable(f"the store cannot be read now: {type(error).__name__}", retry_after=5), gateway_of(request)
-    )
+async def _database_error(request: Request, error: Exception) -> Response:
+    unavailable = Unavailable(f"The database cannot be read now ({type(error).__name__}).", retry_after=5)
+    return error_response(unavailable, get_gateway(request))
 
 
-async def _fault(request: Request, error: Exception) -> Response:
-    return error_response(
-        GatewayError(f"the gateway failed: {type(error).__name__}; its log says more"), gateway_of(request)
-    )
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    failed = GatewayError(f"The gateway failed with {type(error).__name__}; its log has the traceback.")
+    return error_response(failed, get_gateway(request))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -146,36 +139,31 @@ async def _http_error(request: Request, error: Exception) -> Response:
     what = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 405:
         response = error_response(
-            MethodNotAllowed(f"{what}: this path is for another method; see /docs"), gateway_of(request)
+            MethodNotAllowed(f"{what}: this path is for another method; see /docs."), get_gateway(request)
         )
         response.headers.update(error.headers or {})
         return response
     if error.status_code == 404:
-        return error_response(NotFound(f"{what}: there is nothing under this path; see /docs"), gateway_of(request))
+        return error_response(NotFound(f"{what}: there is no such path; see /docs."), get_gateway(request))
     logging.getLogger(__name__).warning("%s: %s", what, error.detail)
-    return error_response(BadRequest(str(error.detail)), gateway_of(request))
+    return error_response(BadRequest(str(error.detail)), get_gateway(request))
 
 
-def _described(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """OpenAPI with the bodies that the routes read, and without what FastAPI would answer by itself."""
-    usual = app.openapi
-
-    def described() -> dict[str, Any]:
-        if app.openapi_schema is not None:
-            return app.openapi_schema
-        document = usual()
-        _, schemas = models_json_schema([(model, "validation") for model in BODIES.values()], ref_template=REFERENCE)
-        document["components"]["schemas"] |= schemas["$defs"]
-        for path, model in BODIES.items():
-            schema = {"$ref": REFERENCE.format(model=model.__name__)}
-            body = {"required": True, "content": {"application/json": {"schema": schema}}}
-            document["paths"][path]["post"]["requestBody"] = body
-        for methods in document["paths"].values():
-            for operation in methods.values():
-                operation["responses"].pop("422", None)
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{}, {"key": []}]
-        app.openapi_schema = document
-        return document
-
-    return described
+def _openapi(app: FastAPI, generate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return FastAPI's OpenAPI document with the request bodies, and without its own validation errors."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    document = generate()
+    _, schemas = models_json_schema([(model, "validation") for model in BODIES.values()], ref_template=REFERENCE)
+    document["components"]["schemas"] |= schemas["$defs"]
+    for path, model in BODIES.items():
+        schema = {"$ref": REFERENCE.format(model=model.__name__)}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        document["paths"][path]["post"]["requestBody"] = body
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{}, {"key": []}]
+    app.openapi_schema = document
+    return document

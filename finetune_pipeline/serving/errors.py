@@ -1,16 +1,34 @@
-"""What the gateway refuses, and how it says so: OpenAI's form, `{"error": {"message", "type", "param", "code"}}`."""
+"""Error responses, in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`.
+
+GatewayError               500  a bug, or an event that the store refuses
+├── BadRequest             400  the request has the wrong format
+│   └── GenerationRefused  400  the model cannot answer it: too long, or a schema that cannot be enforced
+├── Unauthorized           401  the API key is missing or unknown
+├── Forbidden              403  the key, or the origin of the request, is not allowed to do this
+├── NotFound               404  there is no such path, loop or interaction
+│   └── UnknownModel       404  there is no such model
+├── MethodNotAllowed       405  the path exists for another method
+├── Conflict               409  the current state does not allow it
+│   └── IdTaken            409  an event with this id and other content exists
+├── TooLarge               413  the body is larger than the limit
+├── WrongMediaType         415  the body is not JSON
+├── NotRecorded            500  the store refused the event
+├── Overloaded             503  the model's queue is full
+└── Unavailable            503  no model can answer, or nothing can be recorded
+"""
 
 from typing import Any
 
 
 class GatewayError(Exception):
-    """An answer other than 2xx.
+    """An error response.
 
     Attributes:
-        status: of HTTP.
-        code: a word for programs.
-        detail: what only who runs the gateway should read, such as paths; others find it in the log.
-        retry_after: seconds after which to try again, if that may help.
+        status: HTTP status.
+        kind: OpenAI's error type.
+        code: identifies the error for programs.
+        detail: information for the operator only, such as paths; other clients are referred to the log.
+        retry_after: seconds after which the client should try again.
     """
 
     status = 500
@@ -27,87 +45,93 @@ class GatewayError(Exception):
         self.retry_after = retry_after
 
     def body(self, *, local: bool) -> dict[str, Any]:
-        """The JSON that the client reads; one on this machine, where no keys are, reads the detail too."""
+        """Return the JSON for the client; it includes the detail if the gateway serves this machine only."""
         if self.detail is None:
             message = self.message
         else:
-            message = f"{self.message}: {self.detail}" if local else f"{self.message}; the gateway's log says why"
+            message = f"{self.message}: {self.detail}" if local else f"{self.message}. The gateway's log says why."
         return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 class BadRequest(GatewayError):
-    """The request is not of the form that the API has."""
+    """The request has the wrong format."""
 
     status, kind, code = 400, "invalid_request_error", "invalid_request"
 
 
-class Refused(BadRequest):
-    """The request has the right form, and cannot be answered: too long, or a schema that cannot be used."""
+class GenerationRefused(BadRequest):
+    """The request has the right format, but the model cannot answer it."""
 
     code = "request_refused"
 
 
 class Unauthorized(GatewayError):
-    """No key, or none that is known."""
+    """The API key is missing or unknown."""
 
     status, kind, code = 401, "authentication_error", "invalid_api_key"
 
 
 class Forbidden(GatewayError):
-    """The key, or the place that the request comes from, may not do this."""
+    """The key, or the origin of the request, is not allowed to do this."""
 
     status, kind, code = 403, "permission_error", "not_allowed"
 
 
 class NotFound(GatewayError):
-    """There is no such model, loop or interaction."""
+    """There is no such path, loop or interaction."""
 
     status, kind, code = 404, "invalid_request_error", "not_found"
 
 
 class UnknownModel(NotFound):
-    """The field `model` names nothing."""
+    """There is no such model."""
 
     code = "model_not_found"
 
 
+class MethodNotAllowed(GatewayError):
+    """The path exists for another method."""
+
+    status, kind, code = 405, "invalid_request_error", "method_not_allowed"
+
+
 class Conflict(GatewayError):
-    """What is asked for cannot be done as things are."""
+    """The current state does not allow it."""
 
     status, kind, code = 409, "invalid_request_error", "conflict"
 
 
 class IdTaken(Conflict):
-    """An event's id is known with other content."""
+    """An event with this id and other content exists."""
 
     code = "id_taken"
 
 
 class TooLarge(GatewayError):
-    """The request's body is larger than the limit."""
+    """The body is larger than the limit."""
 
     status, kind, code = 413, "invalid_request_error", "request_too_large"
 
 
 class WrongMediaType(GatewayError):
-    """The request's body is not JSON."""
+    """The body is not JSON."""
 
     status, kind, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
 class NotRecorded(GatewayError):
-    """The store refused an event; it was put aside, and a person has to look."""
+    """The store refused the event; it is in a dead-letter file."""
 
     code = "not_recorded"
 
 
-class Busy(GatewayError):
+class Overloaded(GatewayError):
     """The model's queue is full."""
 
     status, kind, code = 503, "api_error", "overloaded"
 
 
 class Unavailable(GatewayError):
-    """No model can answer, or an exchange cannot be recorded."""
+    """No model can answer, or nothing can be recorded."""
 
     status, kind, code = 503, "api_error", "unavailable"

@@ -1,4 +1,4 @@
-"""The routes that learn: feedback, interactions had elsewhere, one interaction, statistics."""
+"""The routes for feedback, interactions from elsewhere, single interactions, and statistics."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -15,41 +15,51 @@ from finetune_pipeline.records import Feedback, Interaction, not_in_future
 from finetune_pipeline.serving.api import FeedbackIn, InteractionIn, InteractionOut, Receipt, StatsOut, Status
 from finetune_pipeline.serving.errors import BadRequest, Conflict, IdTaken, NotFound, NotRecorded
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import allow, body_of, gateway_of, what_is_wrong
+from finetune_pipeline.serving.http import describe_errors, get_gateway, json_body, require_scope
 
-PATIENCE_SECONDS = 2.0
-"""How long a request waits until the store has what the journal has; then it is told that it is safe all the same."""
+STORE_SECONDS = 2.0
+"""How long a request waits until the store has its event; the event is in the write-ahead log already."""
 
-router = APIRouter(dependencies=[Depends(allow("feedback"))])
+router = APIRouter(dependencies=[Depends(require_scope("feedback"))])
 _ACCEPTED: dict[int | str, dict[str, Any]] = {
-    202: {"model": Receipt, "description": "Safe in the journal; in the store as soon as that can take it."}
+    202: {"model": Receipt, "description": "The event is in the write-ahead log, and will be in the store later."}
 }
 
 
 @router.post("/v1/feedback", response_model=Receipt, responses=_ACCEPTED)
-async def feedback(request: Request, given: Annotated[FeedbackIn, Depends(body_of(FeedbackIn))]) -> Response:
-    """Say what a person or a validator thought of an answer. It may come late, twice, or before its interaction."""
-    gateway = gateway_of(request)
-    loop = await _loop_of(gateway, given)
-    event = _event(Feedback, given.model_dump(exclude_none=True) | {"loop": loop})
+async def feedback(request: Request, body: Annotated[FeedbackIn, Depends(json_body(FeedbackIn))]) -> Response:
+    """Record feedback on an answer. It may arrive late, twice, or before its interaction."""
+    gateway = get_gateway(request)
+    if body.loop is not None or len(gateway.loops) == 1:
+        loop = gateway.loop_named(body.loop).name
+    else:
+        found = await _find(gateway, body.interaction_id)
+        if found is None:
+            raise BadRequest(
+                f"The interaction {body.interaction_id} has not arrived, so its loop is unknown. Name it in `loop`: "
+                f"{', '.join(gateway.loops)}.",
+                param="loop",
+            )
+        loop = found.interaction.loop
+    event = _event(Feedback, body.model_dump(exclude_none=True) | {"loop": loop})
     gateway.metrics.feedback.labels(loop, event.kind).inc()
     return await _receipt(gateway, event)
 
 
 @router.post("/v1/interactions", response_model=Receipt, responses=_ACCEPTED)
-async def interactions(request: Request, given: Annotated[InteractionIn, Depends(body_of(InteractionIn))]) -> Response:
-    """Log an exchange that the application had with a model elsewhere."""
-    gateway = gateway_of(request)
-    loop = gateway.loop_named(given.loop).name
-    return await _receipt(gateway, _event(Interaction, given.model_dump(exclude_none=True) | {"loop": loop}))
+async def interactions(request: Request, body: Annotated[InteractionIn, Depends(json_body(InteractionIn))]) -> Response:
+    """Record an answer that the application got from a model elsewhere."""
+    gateway = get_gateway(request)
+    loop = gateway.loop_named(body.loop).name
+    return await _receipt(gateway, _event(Interaction, body.model_dump(exclude_none=True) | {"loop": loop}))
 
 
 @router.get("/v1/interactions/{id}")
 async def interaction(request: Request, id: UUID) -> InteractionOut:
-    """One interaction with its feedback, and what it teaches."""
-    found = await _find(gateway_of(request), id)
+    """Return one interaction with its feedback, its reward and the completion to train on."""
+    found = await _find(get_gateway(request), id)
     if found is None:
-        raise NotFound(f"there is no interaction {id}; its id is the `id` of the answer, and in X-Interaction-Id")
+        raise NotFound(f"There is no interaction {id}. Use the `id` of an answer, or its header X-Interaction-Id.")
     example = found.example
     return InteractionOut(
         interaction=found.interaction,
@@ -61,17 +71,21 @@ async def interaction(request: Request, id: UUID) -> InteractionOut:
 
 @router.get("/v1/feedback/stats")
 async def stats(request: Request, loop: str | None = None) -> StatsOut:
-    """How much feedback of which kind there is."""
-    gateway = gateway_of(request)
+    """Return the number of interactions, feedback by kind, and examples."""
+    gateway = get_gateway(request)
     name = gateway.loop_named(loop).name
-    counts = await asyncio.to_thread(_tally, gateway, name)
-    named = ("interactions", "feedback", "examples", "corrected", "rewarded", "unmatched", "flagged")
-    kinds = {key.partition(".")[2]: value for key, value in counts.items() if key.startswith("feedback.")}
+
+    def read() -> dict[str, int]:
+        with gateway.database.read() as connection:
+            return counters(connection, name)
+
+    counts = await asyncio.to_thread(read)
+    fields = ("interactions", "feedback", "examples", "corrected", "rewarded", "unmatched", "flagged")
     return StatsOut(
         loop=name,
-        by_kind=kinds,
+        by_kind={key.partition(".")[2]: count for key, count in counts.items() if key.startswith("feedback.")},
         pending_bytes=gateway.recorder.pending,
-        **{key: counts.get(key, 0) for key in named},
+        **{field: counts.get(field, 0) for field in fields},
     )
 
 
@@ -79,22 +93,23 @@ def _event(kind: type[Any], values: dict[str, Any]) -> Any:
     try:
         event = kind.model_validate({"id": uuid7(), "created_at": datetime.now(UTC)} | values)
     except ValidationError as error:
-        raise BadRequest(what_is_wrong(error)) from error
+        raise BadRequest(describe_errors(error)) from error
     try:
         not_in_future(event.created_at)
-    except ValueError as error:  # a conflict of two clocks: the form is right
+    except ValueError as error:  # the format is right, but the client's clock differs from this one
         raise Conflict(f"created_at: {error}", param="created_at") from None
     return event
 
 
 async def _receipt(gateway: Gateway, event: Feedback | Interaction) -> Response:
+    """Record an event and wait for a moment until the store has it."""
     future = asyncio.wrap_future(await gateway.record(event))
     try:
-        outcome = await asyncio.wait_for(asyncio.shield(future), PATIENCE_SECONDS)
+        outcome = await asyncio.wait_for(asyncio.shield(future), STORE_SECONDS)
     except TimeoutError:
         outcome = None
     if outcome == "refused":
-        raise NotRecorded(f"the store refused this event, and it was put aside: {gateway.recorder.refused}")
+        raise NotRecorded(f"The store refused this event: {gateway.recorder.refused}")
     if outcome == "conflict":
         raise IdTaken(conflict(event), param="id")
     status: Status = outcome or "accepted"
@@ -102,31 +117,15 @@ async def _receipt(gateway: Gateway, event: Feedback | Interaction) -> Response:
     return JSONResponse(receipt.model_dump(mode="json"), 202 if status == "accepted" else 200)
 
 
-async def _loop_of(gateway: Gateway, given: FeedbackIn) -> str:
-    if given.loop is not None or len(gateway.loops) == 1:
-        return gateway.loop_named(given.loop).name
-    found = await _find(gateway, given.interaction_id)
-    if found is None:
-        raise BadRequest(
-            f"the interaction {given.interaction_id} has not arrived, so its loop is not known; name it in `loop`: "
-            f"{', '.join(gateway.loops)}",
-            param="loop",
-        )
-    return found.interaction.loop
-
-
 async def _find(gateway: Gateway, id: UUID) -> Exchange | None:
-    def look() -> Exchange | None:
-        with gateway.database.read() as connection:
-            found = find(connection, id)
-        return found if found is not None and found.interaction.loop in gateway.loops else None
-
+    """Return an interaction of the served loops, after the store has all events that were recorded before."""
     newest = gateway.recorder.settled()
     if newest is not None:
-        await asyncio.wait({asyncio.wrap_future(newest)}, timeout=PATIENCE_SECONDS)
-    return await asyncio.to_thread(look)
+        await asyncio.wait({asyncio.wrap_future(newest)}, timeout=STORE_SECONDS)
 
+    def read() -> Exchange | None:
+        with gateway.database.read() as connection:
+            return find(connection, id)
 
-def _tally(gateway: Gateway, loop: str) -> dict[str, int]:
-    with gateway.database.read() as connection:
-        return counters(connection, loop)
+    found = await asyncio.to_thread(read)
+    return found if found is not None and found.interaction.loop in gateway.loops else None

@@ -1,4 +1,4 @@
-"""HTTP before and behind the routes: limits, hosts, bodies, errors, and the clock."""
+"""HTTP around the routes: size limits, host checks, JSON bodies, disconnects, error responses, and timing."""
 
 import asyncio
 import logging
@@ -19,44 +19,48 @@ from finetune_pipeline.serving.errors import BadRequest, Conflict, Forbidden, Ga
 from finetune_pipeline.serving.gateway import Gateway
 
 MAX_BODY = 2 * 2**20
-"""Bytes that a request may have. Longer prompts do not fit into the context of any model here."""
+"""Largest request body in bytes; longer prompts do not fit into the context of any model here."""
 
-ENGINE = "finetune.engine_seconds"
-"""Where a route leaves, in the request's scope, how long it waited for the model."""
+ENGINE_SECONDS = "finetune.engine_seconds"
+"""Key of the ASGI scope under which a route stores how long it waited for the model."""
 
-_ERRORS_NAMED = 3
+_ERRORS_SHOWN = 3
 _log = logging.getLogger(__name__)
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+class ClientDisconnected(Exception):
+    """The client closed the connection before it had the response."""
 
 
-class Guard:
-    """Refuses what no route should see, and measures the rest."""
+class RequestGuard:
+    """ASGI middleware that rejects forbidden requests and measures the others."""
 
     def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
         self._app = app
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        sent = _Sent(send, scope, started)
+        response = _TimedResponse(send, scope, started)
+        metrics = self._gateway.metrics
         try:
             self._check(scope)
-            await self._app(scope, _limited(receive), sent)
+            await self._app(scope, _with_size_limit(receive), response)
         except GatewayError as error:
-            if sent.status is not None:  # half an answer is out: it can only break off
+            if response.status is not None:  # a part of the response is sent; the connection can only be closed
                 raise
-            await error_response(error, self._gateway)(scope, receive, sent)
+            await error_response(error, self._gateway)(scope, receive, response)
         finally:
-            self._count(scope, sent, time.perf_counter() - started)
+            route = getattr(scope.get("route"), "path", "none")
+            metrics.requests.labels(route, str(response.status or "disconnected")).inc()
+            if ENGINE_SECONDS in scope and response.complete:
+                metrics.overhead.observe(time.perf_counter() - started - scope[ENGINE_SECONDS])
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -64,28 +68,23 @@ class Guard:
         if length.isdecimal() and int(length) > MAX_BODY:
             raise _too_large()
         if headers.get(VIA_HEADER.lower().encode()) == self._gateway.id:
-            raise Conflict("this gateway is its own upstream; correct serving.upstream or serving.fallback")
-        # A web page may send requests to this machine, also under a name of its own that it has pointed here.
+            raise Conflict("This gateway is its own upstream; correct serving.upstream or serving.fallback.")
+        # A web page can send requests to this machine, even under a domain of its own that resolves to 127.0.0.1.
         if self._gateway.access.open:
-            host = headers.get(b"host", "").rsplit(":", 1)[0] if not _bare_ipv6(headers) else headers[b"host"]
-            if not is_loopback(host):
-                raise Forbidden(f"this gateway serves this machine only, under localhost, not as {host[:100]!r}")
-            if b"origin" in headers and not _local(headers[b"origin"]):
-                raise Forbidden(f"web pages of {headers[b'origin'][:100]!r} may not use this gateway")
-
-    def _count(self, scope: Scope, sent: "_Sent", seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "none")
-        self._gateway.metrics.requests.labels(route, str(sent.status or "gone")).inc()
-        if ENGINE in scope and sent.whole:
-            self._gateway.metrics.overhead.observe(seconds - scope[ENGINE])
+            host = headers.get(b"host", "")
+            if not is_loopback(_without_port(host)):
+                raise Forbidden(f"This gateway serves this machine only, under localhost, not as {host[:100]!r}.")
+            origin = headers.get(b"origin")
+            if origin is not None and not is_loopback(_without_port(origin.split("://", 1)[-1].split("/", 1)[0])):
+                raise Forbidden(f"Web pages of {origin[:100]!r} may not use this gateway.")
 
 
-class _Sent:
-    """Passes an answer on, says how long it took, and remembers what it was."""
+class _TimedResponse:
+    """Forwards a response, adds a Server-Timing header, and keeps its status and whether it was sent completely."""
 
     def __init__(self, send: Send, scope: Scope, started: float) -> None:
         self.status: int | None = None
-        self.whole = False
+        self.complete = False
         self._send = send
         self._scope = scope
         self._started = started
@@ -93,75 +92,81 @@ class _Sent:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if ENGINE in self._scope:
-                engine = self._scope[ENGINE]
+            if ENGINE_SECONDS in self._scope:
+                engine = self._scope[ENGINE_SECONDS]
                 gateway = time.perf_counter() - self._started - engine
                 timing = f"engine;dur={1000 * engine:.2f}, gateway;dur={1000 * gateway:.2f}"
                 message["headers"] = [*message["headers"], (b"server-timing", timing.encode())]
         elif not message.get("more_body"):
-            self.whole = True
+            self.complete = True
         await self._send(message)
 
 
-def body_of(model: type[B]) -> Callable[[HttpRequest], Awaitable[B]]:
-    """A dependency that reads a JSON body of this form, strictly.
+def json_body(model: type[B]) -> Callable[[HttpRequest], Awaitable[B]]:
+    """Return a dependency that reads and strictly validates a JSON body.
 
     Raises:
-        WrongMediaType: it is not sent as JSON.
-        BadRequest: it is not JSON in UTF-8, or not of this form; the message names the first fields that are wrong.
+        WrongMediaType: the content type is not JSON.
+        BadRequest: the body is not valid; the message names the first wrong fields.
     """
 
     async def read(request: HttpRequest) -> B:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise WrongMediaType(f"the body is sent as {kind or 'nothing'}; send Content-Type: application/json")
+            raise WrongMediaType(
+                f"The content type is {kind or 'missing'}; send the body as Content-Type: application/json."
+            )
         try:
             return model.model_validate_json(await request.body())
         except ValidationError as error:
-            raise BadRequest(what_is_wrong(error), param=_where(error.errors()[0])) from error
+            raise BadRequest(describe_errors(error), param=_field(error.errors()[0])) from error
 
     return read
 
 
-def allow(scope: KeyScope | None) -> Callable[[HttpRequest], Awaitable[Caller]]:
-    """A dependency that lets only callers with this scope through."""
+def require_scope(scope: KeyScope | None) -> Callable[[HttpRequest], Awaitable[Caller]]:
+    """Return a dependency that accepts only callers with this scope; None accepts any key."""
 
     async def check(request: HttpRequest) -> Caller:
-        return gateway_of(request).access.check(request.headers.get("authorization"), scope)
+        return get_gateway(request).access.check(request.headers.get("authorization"), scope)
 
     return check
 
 
-def gateway_of(request: HttpRequest) -> Gateway:
-    """The gateway that this request came to."""
+def get_gateway(request: HttpRequest) -> Gateway:
+    """Return the gateway that handles this request."""
     gateway: Gateway = request.app.state.gateway
     return gateway
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do something for a client, and stop when it goes away.
+async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` and cancel it if the client disconnects.
 
     Args:
         receive: of the request, whose body was read.
-        work: is cancelled then.
 
     Raises:
-        ClientGone: it went away.
+        ClientDisconnected: the client disconnected.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            continue
+
+    task, disconnected = asyncio.create_task(work), asyncio.create_task(disconnect())
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientDisconnected
         return task.result()
     finally:
-        for one in (task, gone):
+        for one in (task, disconnected):
             one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)  # what is being cancelled still runs
+        await asyncio.gather(task, disconnected, return_exceptions=True)  # wait until they are cancelled
 
 
 class EventStream(Response):
-    """Server-sent events, made as they are sent: a slow client slows nobody, one that is gone ends them."""
+    """A response of server-sent events; the events end when the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -171,22 +176,23 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all of them."""
+        """Send all events."""
+
+        async def send_all() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for text in self._events:
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
         try:
-            with suppress(ClientGone):
-                await unless_gone(receive, self._send(send))
+            with suppress(ClientDisconnected):
+                await run_while_connected(receive, send_all())
         finally:
             await self._events.aclose()
 
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for text in self._events:
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
 
 def error_response(error: GatewayError, gateway: Gateway) -> JSONResponse:
-    """A refusal, as the client reads it."""
+    """Return the response for an error; log the detail if the client does not get it."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -195,47 +201,37 @@ def error_response(error: GatewayError, gateway: Gateway) -> JSONResponse:
     return JSONResponse(error.body(local=gateway.access.open), error.status, headers)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
+def describe_errors(error: ValidationError) -> str:
+    """Return the first wrong fields and what is wrong with them, in one line."""
+    errors = error.errors(include_url=False)
+    shown = [f"{_field(one) or 'the body'}: {one['msg']}" for one in errors[:_ERRORS_SHOWN]]
+    more = f" (and {len(errors) - len(shown)} more)" if len(errors) > len(shown) else ""
+    return f"{'; '.join(shown)}{more}; see /docs for the format"
 
 
-def _limited(receive: Receive) -> Receive:
-    taken = 0
+def _field(error: Any) -> str | None:
+    # Pydantic's location also contains the tried member of a union, such as "str" or "list[TextPart]".
+    parts = [str(part) for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    return ".".join(parts)[:200] or None
 
-    async def count() -> Message:
-        nonlocal taken
+
+def _with_size_limit(receive: Receive) -> Receive:
+    size = 0
+
+    async def limited() -> Message:
+        nonlocal size
         message = await receive()
-        taken += len(message.get("body", b""))
-        if taken > MAX_BODY:
+        size += len(message.get("body", b""))
+        if size > MAX_BODY:
             raise _too_large()
         return message
 
-    return count
+    return limited
 
 
 def _too_large() -> TooLarge:
-    return TooLarge(f"the request is larger than {MAX_BODY} bytes; send less at once")
+    return TooLarge(f"The request body is larger than {MAX_BODY} bytes; send less at once.")
 
 
-def _bare_ipv6(headers: dict[bytes, str]) -> bool:
-    return headers.get(b"host", "").endswith("]")
-
-
-def _local(origin: str) -> bool:
-    host = origin.split("://", 1)[-1].split("/", 1)[0]
-    return is_loopback(host if host.endswith("]") else host.rsplit(":", 1)[0])
-
-
-def what_is_wrong(error: ValidationError) -> str:
-    """The first fields that are wrong, and why, in a line."""
-    errors = error.errors(include_url=False)
-    named = [f"{_where(one) or 'the body'}: {one['msg']}" for one in errors[:_ERRORS_NAMED]]
-    more = f" (and {len(errors) - len(named)} more)" if len(errors) > len(named) else ""
-    return f"{'; '.join(named)}{more}; see /docs for the form"
-
-
-def _where(error: Any) -> str | None:
-    # Which of several forms was tried stands there too, as "str" or "list[TextPart]"; it is no field of the request.
-    parts = [str(part) for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
-    return ".".join(parts)[:200] or None
+def _without_port(host: str) -> str:
+    return host if host.endswith("]") else host.rsplit(":", 1)[0]  # a bare IPv6 address ends in a bracket

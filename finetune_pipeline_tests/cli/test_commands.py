@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.cli import doctor as doctor_module
-from finetune_pipeline.cli.ask import spec_of
+from finetune_pipeline.cli.ask import find_model
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.process import ExportError
@@ -117,8 +117,8 @@ def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
         base_hash="b", mode="full", lineage={}, scores={}, report_path=base,
     )  # fmt: skip
     promote_over(connect(), pair, "gain 3", "test")
-    assert spec_of(load_loop(LOOP), "champion") == (f"{LOOP}@v1.2.0", ModelSpec(gguf=base, adapter=adapter))
-    assert spec_of(load_loop(LOOP), "previous") == (f"{LOOP}@v1.1.0", ModelSpec(gguf=own_home / "model-2.gguf"))
+    assert find_model(load_loop(LOOP), "champion") == (f"{LOOP}@v1.2.0", ModelSpec(gguf=base, adapter=adapter))
+    assert find_model(load_loop(LOOP), "previous") == (f"{LOOP}@v1.1.0", ModelSpec(gguf=own_home / "model-2.gguf"))
 
 
 def test_ask_answers_with_the_base_model_while_there_is_no_champion():

@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from finetune_pipeline.artifacts import ArtifactError, get_latest, get_or_create, model_sha256, set_latest
-from finetune_pipeline.cli.ask import answers, spec_of
+from finetune_pipeline.cli.ask import find_model, generate_answers
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
@@ -45,7 +45,7 @@ def make_adapter(loop, seed):
 def ask_for_what_it_answers(loop, folder):
     """Make the newest export's own answers the right ones, so that it wins; returns them."""
     spec = what_serves(get_latest(GgufManifest, "notes"))
-    expected = answers(loop, spec, *(row["prompt"] for row in BENCHMARK))
+    expected = generate_answers(loop, spec, *(row["prompt"] for row in BENCHMARK))
     rows = [{**row, "expected": answer} for row, answer in zip(BENCHMARK, expected, strict=True)]
     (folder / "benchmark.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return expected
@@ -58,7 +58,7 @@ def judge(loop, instance, folder):
     run(loop, instance, "eval_report", "promoted_model")
     serving, report = champion(connect(), "notes"), get_latest(ReportManifest, "notes").manifest
     assert serving.sha256 == report.challenger_sha256
-    assert answers(loop, spec_of(loop, "champion")[1], BENCHMARK[0]["prompt"]) == expected[:1]
+    assert generate_answers(loop, find_model(loop, "champion")[1], BENCHMARK[0]["prompt"]) == expected[:1]
     return serving, report
 
 

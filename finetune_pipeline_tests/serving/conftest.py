@@ -1,6 +1,6 @@
-"""Real gateways on real models: the starter model's base, and other quantisations of it as promoted versions.
+"""Real gateways with real models: the starter model as base, and quantizations of it as promoted versions.
 
-Gateways of a module share the module's home and database; what a test must not disturb has a loop of its own.
+The tests of a module share one home and database; a test that changes models uses a loop of its own.
 """
 
 import json
@@ -37,14 +37,14 @@ PROMPT = "Add a 150 mm brick wall, 3 m high"
 KINDS = ("F16", "Q8_0", "Q6_K", "Q4_K_M")
 
 LONG = {"type": "array", "items": {"type": "integer"}, "minItems": 150}
-"""A schema whose answers take as many tokens as they may."""
+"""A schema whose answers always reach max_tokens."""
 
 MakeLoop = Callable[..., LoopSettings]
 
 
 @pytest.fixture(scope="session")
 def ggufs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The starter model in several quantisations: different models as far as a gateway can see."""
+    """Return the starter model in several quantizations, which a gateway treats as different models."""
     folder = tmp_path_factory.mktemp("ggufs")
     files = {kind: folder / f"{kind}.gguf" for kind in KINDS}
     convert(STARTER, files["F16"])
@@ -55,7 +55,7 @@ def ggufs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two adapters of the starter model that change its answers."""
+    """Return two adapters that change the starter model's answers."""
     folder = tmp_path_factory.mktemp("adapters")
     files = [folder / "one.gguf", folder / "two.gguf"]
     for seed, file in enumerate(files):
@@ -66,7 +66,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def converted_once(ggufs: dict[str, Path]) -> Iterator[None]:
-    """Every home's base model is made by the project's own code, but for the converter's eight seconds."""
+    """Replace the conversion of base models, which takes eight seconds, by copies."""
 
     def export(
         base: Path, adapter: None, folder: Path, quantization: str, tell: Callable[[str], None]
@@ -83,7 +83,7 @@ def converted_once(ggufs: dict[str, Path]) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The tests of a module write under one FINETUNE_HOME, so that they can share gateways."""
+    """Give each module its own FINETUNE_HOME."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_HOME", str(folder))
@@ -93,7 +93,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def make_loop(name: str = "notes", **changes: Any) -> LoopSettings:
-    """A loop on the starter model; `serving` is changed field by field."""
+    """Return settings of a loop with the starter model."""
     attributes: dict[str, Any] = {
         "name": name,
         "base_model": "data/starter_model",
@@ -106,7 +106,7 @@ def make_loop(name: str = "notes", **changes: Any) -> LoopSettings:
 
 
 def promote(gguf: Path, loop: str = "notes", adapter: Path | None = None, **fields: Any) -> ModelVersion:
-    """Make a copy of these files the loop's champion."""
+    """Promote a copy of these files to the loop's champion."""
     database = connect()
     now = champion.champion(database, loop)
     folder = home() / "artifacts" / loop / f"gguf-{time.time_ns()}"
@@ -114,7 +114,7 @@ def promote(gguf: Path, loop: str = "notes", adapter: Path | None = None, **fiel
     files = [folder / "model.gguf", folder / "adapter.gguf"]
     shutil.copyfile(gguf, files[0])
     if adapter:
-        # Pairs share the base's file, as the exporter leaves it.
+        # Adapters share the base model's file, as after an export.
         files[0].unlink()
         files[0] = gguf
         shutil.copyfile(adapter, files[1])
@@ -136,7 +136,7 @@ def promote(gguf: Path, loop: str = "notes", adapter: Path | None = None, **fiel
 
 
 class Running:
-    """A gateway that answers."""
+    """A running gateway and a client for it."""
 
     def __init__(self, url: str, gateway: Gateway | None = None) -> None:
         self.url = url
@@ -144,28 +144,28 @@ class Running:
         self.http = httpx.Client(base_url=url, timeout=60)
 
     def openai(self, **fields: Any) -> openai.OpenAI:
-        """The official client, which asks once and does not hide a failure by trying again."""
+        """Return the official client, without retries."""
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **fields})
 
     def ask(self, content: str = PROMPT, model: str = "notes", **fields: Any) -> httpx.Response:
-        """One plain question."""
+        """Send one message."""
         body = {"model": model, "messages": [{"role": "user", "content": content}], **fields}
         return self.http.post("/v1/chat/completions", json=body)
 
     def ask_all(self, messages: list[dict[str, Any]], model: str = "notes", **fields: Any) -> dict[str, Any]:
-        """The answer to a conversation."""
+        """Send a conversation and return the response."""
         response = self.http.post("/v1/chat/completions", json={"model": model, "messages": messages, **fields})
         assert response.status_code == 200, response.text
         return dict(response.json())
 
     def interaction(self, id: str) -> dict[str, Any]:
-        """What the gateway has recorded under this id."""
+        """Return the recorded interaction with this id."""
         response = self.http.get(f"/v1/interactions/{id}")
         assert response.status_code == 200, response.text
         return dict(response.json())
 
-    def figure(self, name: str, **labels: str) -> float:
-        """One value of /metrics, 0 where it was not counted yet."""
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's values with these labels."""
         from prometheus_client.parser import text_string_to_metric_families
 
         text = self.http.get("/metrics").text
@@ -173,16 +173,16 @@ class Running:
         return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
 
     def health(self) -> dict[str, Any]:
-        """What /healthz says."""
+        """Return the response of /healthz."""
         return dict(self.http.get("/healthz").json())
 
 
 @contextmanager
 def serving(*loops: LoopSettings) -> Iterator[Running]:
-    """A gateway of these loops in this process."""
+    """Run a gateway with these loops in this process."""
     import uvicorn
 
-    gateway = Gateway(loops, connect(), tell=lambda _: None)
+    gateway = Gateway(loops, connect(), progress=lambda _: None)
     config = uvicorn.Config(
         create_app(gateway), port=0, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=5
     )
@@ -199,12 +199,12 @@ def serving(*loops: LoopSettings) -> Iterator[Running]:
     finally:
         server.should_exit = True
         thread.join(30)
-        assert not thread.is_alive(), "the gateway does not end"
+        assert not thread.is_alive(), "the gateway does not stop"
 
 
 @contextmanager
 def process(*arguments: str, port: int, **environment: str) -> Iterator[tuple[Running, subprocess.Popen[str]]]:
-    """`finetune serve` as people start it, on the module's home."""
+    """Run `finetune serve` in a process."""
     command = [sys.executable, "-m", "finetune_pipeline.cli.main", "serve", "--port", str(port), *arguments]
     started = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -229,7 +229,7 @@ def _answers(running: Running) -> bool:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return an unused port."""
     import socket
 
     with socket.socket() as probe:
@@ -238,15 +238,15 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait for a condition; fails when it does not come."""
+    """Wait for a condition, or fail."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"it did not come within {seconds} s"
+        assert time.monotonic() < end, f"the condition was not met within {seconds} s"
         time.sleep(0.02)
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The server-sent events of a whole stream, without [DONE]."""
+    """Return the server-sent events of a complete stream, without [DONE]."""
     lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
@@ -254,7 +254,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def notes(own_home: Path) -> Iterator[Running]:
-    """A gateway of one loop that serves its base model."""
+    """Run a gateway with one loop that serves its base model."""
     base_gguf(make_loop(), print)
     with serving(make_loop()) as running:
         yield running

@@ -1,4 +1,4 @@
-"""Who is let in, from where, with how much; and what a request's text can never be."""
+"""API keys, host checks and size limits; texts of requests are never paths, SQL or templates."""
 
 import http.client
 import json
@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from finetune_pipeline.database import connect
-from finetune_pipeline.serving.access import Access, KeyProblem, create_key, is_loopback, list_keys, revoke_key
+from finetune_pipeline.serving.access import Access, ApiKeyError, create_key, is_loopback, list_keys, revoke_key
 from finetune_pipeline_tests.serving.conftest import PROMPT, free_port, make_loop, serving, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -21,7 +21,7 @@ BODY = {"model": "notes", "messages": [{"role": "user", "content": PROMPT}]}
 
 @pytest.fixture
 def locked(tmp_path, monkeypatch):
-    """A gateway with a home, and keys, of its own."""
+    """Run a gateway with its own home and three keys."""
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
     database = connect()
     keys = {
@@ -37,7 +37,7 @@ def bearer(key):
     return {"Authorization": f"Bearer {key}".encode()}
 
 
-# ---- without a key: this machine only
+# ---- without keys, only this machine is served
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "", "[::2]"])
@@ -48,7 +48,7 @@ def test_a_foreign_host_name_is_refused(notes, host):
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8484", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:8484"])
-def test_this_machines_names_are_let_in(notes, host):
+def test_names_of_this_machine_are_accepted(notes, host):
     assert notes.http.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
@@ -62,18 +62,18 @@ def test_a_foreign_web_page_is_refused(notes, origin):
     assert "access-control-allow-origin" not in notes.http.options(CHAT, headers={"Origin": origin}).headers
 
 
-def test_a_page_of_this_machine_is_let_in(notes):
+def test_a_web_page_of_this_machine_is_accepted(notes):
     assert notes.http.get("/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 200
     assert notes.http.get("/v1/models", headers={"Origin": "http://[::1]:3000"}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.com", "", "127.0.0.1.example.com"])
-def test_only_loopback_addresses_are_taken_for_such(host):
+def test_only_loopback_addresses_are_loopback(host):
     assert not is_loopback(host)
     assert is_loopback("127.0.0.2") and is_loopback("::1") and is_loopback("localhost")
 
 
-def test_another_address_without_keys_is_not_served(own_home):
+def test_other_addresses_are_not_served_without_keys(own_home):
     command = [
         sys.executable,
         "-m",
@@ -92,9 +92,9 @@ def test_another_address_without_keys_is_not_served(own_home):
 # ---- with keys
 
 
-def test_without_a_key_or_with_an_unknown_one_nothing_is_answered(locked):
+def test_without_a_known_key_every_route_is_refused(locked):
     running, _ = locked
-    with pytest.raises(openai.AuthenticationError, match="needs an API key, and it is not known"):
+    with pytest.raises(openai.AuthenticationError, match="The API key is unknown"):
         running.openai(api_key="ft-wrong").chat.completions.create(**BODY)
     paths = [("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("POST", "/v1/feedback")]
     paths += [("POST", "/v1/interactions"), ("GET", f"/v1/interactions/{'0' * 32}"), ("GET", "/v1/feedback/stats")]
@@ -106,11 +106,13 @@ def test_without_a_key_or_with_an_unknown_one_nothing_is_answered(locked):
             assert refused.headers["www-authenticate"] == "Bearer"
 
 
-def test_a_key_opens_only_what_it_is_for(locked):
+def test_a_key_allows_only_its_scopes(locked):
     running, keys = locked
     client = running.openai(api_key=keys["infer"])
     answer = client.chat.completions.create(**BODY)
-    with pytest.raises(openai.PermissionDeniedError, match="the key 'people' has feedback, and this needs infer"):
+    with pytest.raises(
+        openai.PermissionDeniedError, match="The key 'people' has the scopes feedback, but this needs infer"
+    ):
         running.openai(api_key=keys["feedback"]).chat.completions.create(**BODY)
     allowed = {
         ("GET", f"/v1/interactions/{answer.id}"): "feedback",
@@ -127,43 +129,43 @@ def test_a_key_opens_only_what_it_is_for(locked):
     assert running.http.get("/metrics", headers=bearer(keys["infer"])).status_code == 200
 
 
-def test_with_keys_any_name_of_the_gateway_will_do(locked):
+def test_with_keys_any_host_name_is_accepted(locked):
     running, keys = locked
     headers = {**bearer(keys["infer"]), "Host": "gateway.example", "Origin": "https://app.example"}
     assert running.http.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_health_needs_no_key_and_tells_strangers_no_paths(locked):
+def test_health_without_a_key_shows_no_paths(locked):
     running, _ = locked
-    running.gateway.servers["notes"].trouble = "/secret/path/model.gguf is not there"
+    running.gateway.servers["notes"].last_error = "/secret/path/model.gguf does not exist"
     health = running.health()
     assert "/secret" not in json.dumps(health)
-    assert health["loops"]["notes"]["trouble"] == "see the gateway's log"
+    assert health["loops"]["notes"]["last_error"] == "see the gateway's log"
 
 
-def test_an_error_tells_strangers_no_paths(locked):
+def test_errors_show_no_paths_to_other_machines(locked):
     running, keys = locked
     server = running.gateway.servers["notes"]
-    server.current, server.trouble, server.loop = (
+    server.current, server.last_error, server.loop = (
         None,
-        "/secret/path/model.gguf is not there",
+        "/secret/path/model.gguf does not exist",
         make_loop(serving={"fallback": None}),
     )
     error = running.http.post(CHAT, json=BODY, headers=bearer(keys["infer"]))
     assert error.status_code == 503 and "/secret" not in error.text
-    assert "notes cannot answer now; the gateway's log says why" in error.text
+    assert "notes cannot answer now. The gateway's log says why." in error.text
 
 
-def test_two_keys_in_use_cannot_have_one_name(tmp_path, monkeypatch):
+def test_two_keys_in_use_cannot_have_the_same_name(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
     create_key(connect(), "twin", ["infer"])
-    with pytest.raises(KeyProblem, match="a key named 'twin' is in use"):
+    with pytest.raises(ApiKeyError, match="A key named 'twin' is in use"):
         create_key(connect(), "twin", ["admin"])
     assert revoke_key(connect(), "twin") == 1
     create_key(connect(), "twin", ["infer"])
 
 
-def test_a_new_key_is_known_and_a_revoked_one_refused_within_a_second(locked):
+def test_new_and_revoked_keys_take_effect_within_a_second(locked):
     running, _ = locked
     secret = create_key(connect(), "late", ["infer"])
     wait_until(lambda: running.http.get("/v1/models", headers=bearer(secret)).status_code == 200, 1.5)
@@ -172,21 +174,21 @@ def test_a_new_key_is_known_and_a_revoked_one_refused_within_a_second(locked):
     assert running.http.get("/v1/models", headers=bearer(secret)).status_code == 401
 
 
-def test_a_revoked_key_is_refused_while_a_model_is_being_loaded(locked):
+def test_a_revoked_key_is_refused_while_a_model_loads(locked):
     running, keys = locked
     server = running.gateway.servers["notes"]
-    loop = running.gateway._watching[0].get_loop()
+    loop = running.gateway._refreshing[0].get_loop()
 
     import asyncio
 
-    asyncio.run_coroutine_threadsafe(server._moving.acquire(), loop).result(5)  # as if a large model were loaded
+    asyncio.run_coroutine_threadsafe(server._change_lock.acquire(), loop).result(5)  # as while a large model loads
     try:
-        time.sleep(0.6)  # the watcher waits for it now
+        time.sleep(0.6)  # the refresh of the loop waits for it now
         revoke_key(connect(), "app")
         time.sleep(1)
         assert running.http.get("/v1/models", headers=bearer(keys["infer"])).status_code == 401
     finally:
-        loop.call_soon_threadsafe(server._moving.release)
+        loop.call_soon_threadsafe(server._change_lock.release)
 
 
 def test_revoking_the_last_key_does_not_open_the_gateway(locked):
@@ -210,11 +212,11 @@ def test_the_database_holds_only_hashes_of_keys(locked):
         assert not any(secret.encode() in data for secret in keys.values())
 
 
-# ---- how much, and as what
+# ---- bodies and texts
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
-def test_what_a_web_form_can_send_is_not_read(notes, kind):
+def test_content_types_of_web_forms_are_refused(notes, kind):
     refused = notes.http.post(CHAT, content=json.dumps(BODY), headers={"Content-Type": kind})
     assert refused.status_code == 415
 
@@ -237,14 +239,14 @@ def _status(notes, path, body, headers):
         headers = {"Content-Type": "application/json", **headers}
         connection.request("POST", path, body, headers, encode_chunked="Transfer-Encoding" in headers)
     except (BrokenPipeError, ConnectionResetError):
-        pass  # it answered before it had all, as it should
+        pass  # it responded before it had the complete body
     return connection.getresponse().status
 
 
 @pytest.mark.parametrize(
     "id", ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "x.jsonl", "' OR 1=1 --", "%00", "0" * 33]
 )
-def test_an_id_that_is_a_path_is_no_id(notes, id):
+def test_a_path_is_not_an_id(notes, id):
     response = notes.http.get(f"/v1/interactions/{id}")
     assert response.status_code in {400, 404}
     assert "root:" not in response.text
@@ -273,7 +275,7 @@ def test_sql_in_every_text_stays_text(notes):
     assert notes.ask(model=SQL).status_code == 404
 
 
-def test_a_schema_that_refers_elsewhere_opens_nothing(notes):
+def test_references_in_a_schema_are_never_opened(notes):
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -314,12 +316,12 @@ def test_a_template_in_a_message_is_text(notes):
         assert answer.status_code == 200
         kept = notes.interaction(answer.json()["id"])["interaction"]
         assert kept["prompt"] == text
-    # Rendered, it would be as long as the number.
+    # If it were rendered, it would be as long as the number.
     lengths = [notes.ask(text, max_tokens=1).json()["usage"]["prompt_tokens"] for text in ("{{7*7}}", "49")]
     assert lengths[0] > lengths[1]
 
 
-def test_a_key_that_httpx_sends_twice_is_one_key(locked):
+def test_two_keys_in_one_request_are_not_combined(locked):
     running, keys = locked
     headers = [("Authorization", f"Bearer {keys['infer']}"), ("Authorization", f"Bearer {keys['admin']}")]
     assert httpx.post(f"{running.url}/admin/reload-model", json={}, headers=headers).status_code in {401, 403}

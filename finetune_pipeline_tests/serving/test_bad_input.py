@@ -1,4 +1,4 @@
-"""What is not of the API's form is refused with the field that is wrong; feedback counts once, whenever it comes."""
+"""Invalid requests are refused with the name of the wrong field; feedback counts once."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +53,7 @@ def answered(notes):
         b'{"model": ' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
     ],
 )
-def test_what_is_no_json_of_a_question_is_refused(notes, content):
+def test_invalid_json_is_refused(notes, content):
     for path in (CHAT, "/v1/completions", "/v1/feedback", "/v1/interactions"):
         refused(post(notes, path, content))
 
@@ -108,17 +108,17 @@ def test_a_wrong_or_unknown_field_is_refused_by_name(notes, field, value):
     assert error["param"].startswith(field)
 
 
-def test_the_first_wrong_fields_are_named_and_the_rest_counted(notes):
+def test_the_first_wrong_fields_are_named_and_the_others_counted(notes):
     wrong = {**BODY, "seed": -2, "top_p": 7, "n": 7, "stream": 7, "user": 7}
     message = refused(post(notes, CHAT, wrong))["message"]
     assert message.count("Input should be") == 3
     assert "(and 2 more)" in message
 
 
-def test_fields_that_ask_for_nothing_are_taken(notes):
-    nothing = {"n": 1, "tools": [], "logit_bias": {}, "presence_penalty": 0, "store": True, "tool_choice": "none"}
-    nothing |= {"stop": [], "top_logprobs": 0, "functions": None, "service_tier": "auto", "reasoning_effort": "low"}
-    assert post(notes, CHAT, {**BODY, **nothing}).status_code == 200
+def test_unsupported_fields_are_accepted_without_effect(notes):
+    no_effect = {"n": 1, "tools": [], "logit_bias": {}, "presence_penalty": 0, "store": True, "tool_choice": "none"}
+    no_effect |= {"stop": [], "top_logprobs": 0, "functions": None, "service_tier": "auto", "reasoning_effort": "low"}
+    assert post(notes, CHAT, {**BODY, **no_effect}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -139,16 +139,16 @@ def test_fields_that_ask_for_nothing_are_taken(notes):
         {"enum": [f"value {n}" for n in range(30_000)]},
     ],
 )
-def test_a_schema_that_cannot_be_used_is_refused_and_the_model_goes_on(notes, schema):
+def test_an_unusable_schema_is_refused_and_the_model_continues(notes, schema):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     response = notes.ask(response_format=form, max_tokens=4)
-    if response.status_code != 200:  # some of these llama.cpp can make something of
+    if response.status_code != 200:  # some of these can be enforced
         assert refused(response)["code"] == "request_refused"
     assert notes.ask(max_tokens=4).status_code == 200
     assert notes.health()["status"] == "ok"
 
 
-def test_a_deeply_nested_schema_is_refused_and_the_model_goes_on(notes):
+def test_a_deeply_nested_schema_is_refused_and_the_model_continues(notes):
     for depth in (60, 150, 10_000):
         schema = '{"type": "array", "items": ' * depth + "{}" + "}" * depth
         form = f'{{"type": "json_schema", "json_schema": {{"name": "x", "schema": {schema}}}}}'
@@ -162,7 +162,7 @@ def test_nan_in_a_schema_is_refused(notes):
     refused(post(notes, CHAT, json.dumps(BODY)[:-1] + f', "response_format": {form}}}'))
 
 
-def test_an_unknown_path_or_method_is_refused_in_the_same_form(notes):
+def test_unknown_paths_and_methods_return_errors_in_openais_format(notes):
     refused(notes.http.get("/v1/nothing"), 404)
     refused(notes.http.get("/../../etc/passwd"), 404)
     wrong = notes.http.get(CHAT)
@@ -191,23 +191,23 @@ def test_an_unknown_path_or_method_is_refused_in_the_same_form(notes):
         ({"kind": "thumbs_up", "created_at": "0001-01-01T00:00:00+14:00"}, "lies before the year 1"),
         ({"kind": "thumbs_up", "output_hash": "x"}, "output_hash: String should match pattern"),
         ({"kind": "thumbs_up", "extra": 1}, "extra: Extra inputs are not permitted"),
-        ({"kind": "thumbs_up", "loop": "windows"}, "no loop 'windows' is served"),
+        ({"kind": "thumbs_up", "loop": "windows"}, "No loop 'windows' is served"),
     ],
 )
-def test_feedback_that_cannot_be_is_refused(notes, answered, fields, says):
+def test_invalid_feedback_is_refused(notes, answered, fields, says):
     response = post(notes, "/v1/feedback", {"interaction_id": answered, **fields})
     assert says in refused(response, 404 if "loop" in fields else 400)["message"]
     assert notes.interaction(answered)["feedback"] == []
 
 
-def test_a_reward_that_is_no_number_is_refused(notes, answered):
+def test_a_reward_that_is_not_finite_is_refused(notes, answered):
     for word in ("NaN", "Infinity", "-Infinity"):
         body = f'{{"interaction_id": "{answered}", "kind": "reward", "reward": {word}}}'
         refused(post(notes, "/v1/feedback", body))
     assert notes.interaction(answered)["feedback"] == []
 
 
-def test_every_kind_of_feedback_gives_its_reward(notes):
+def test_every_kind_of_feedback_has_its_reward(notes):
     given = [
         ({"kind": "thumbs_up"}, 0.7, 1.0),
         ({"kind": "thumbs_down"}, -1.0, -0.9),
@@ -234,7 +234,7 @@ def test_feedback_from_the_future_is_refused(notes, answered):
     assert "is in the future" in refused(notes.http.post("/v1/feedback", json=given), 409)["message"]
 
 
-def test_feedback_given_twice_counts_once(notes, answered):
+def test_feedback_sent_twice_counts_once(notes, answered):
     body = {"id": str(uuid4()), "interaction_id": answered, "kind": "thumbs_up"}
     statuses = [post(notes, "/v1/feedback", body).json()["status"] for _ in range(3)]
     assert statuses == ["recorded", "duplicate", "duplicate"]
@@ -249,7 +249,7 @@ def test_feedback_given_twice_counts_once(notes, answered):
         ("/v1/interactions", {"prompt": "p", "output": "o"}, {"prompt": "p", "output": "another"}),
     ],
 )
-def test_an_id_that_returns_with_other_content_is_refused_and_the_first_stays(notes, answered, path, first, other):
+def test_an_id_with_other_content_is_refused(notes, answered, path, first, other):
     own = {"id": str(uuid4()), "loop": "notes"} | ({"interaction_id": answered} if path == "/v1/feedback" else {})
     assert [post(notes, path, own | first).json()["status"] for _ in range(2)] == ["recorded", "duplicate"]
     error = refused(notes.http.post(path, json=own | other), 409)
@@ -257,7 +257,7 @@ def test_an_id_that_returns_with_other_content_is_refused_and_the_first_stays(no
     assert post(notes, path, own | first).json()["status"] == "duplicate"
 
 
-def test_feedback_given_by_16_at_once_counts_once(notes, answered):
+def test_feedback_sent_by_16_clients_at_once_counts_once(notes, answered):
     before = notes.http.get("/v1/feedback/stats").json()
     body = {"id": str(uuid4()), "interaction_id": answered, "kind": "thumbs_up"}
     with ThreadPoolExecutor(16) as pool:
@@ -268,7 +268,7 @@ def test_feedback_given_by_16_at_once_counts_once(notes, answered):
     assert after["by_kind"]["thumbs_up"] == before["by_kind"].get("thumbs_up", 0) + 1
 
 
-def test_feedback_before_its_interaction_waits_and_then_counts(notes):
+def test_feedback_waits_for_its_interaction(notes):
     id = str(uuid4())
     early = {"interaction_id": id, "kind": "correction", "correction": "right"}
     waiting = notes.http.get("/v1/feedback/stats").json()["unmatched"]
@@ -283,7 +283,7 @@ def test_feedback_before_its_interaction_waits_and_then_counts(notes):
     assert notes.http.get("/v1/feedback/stats").json()["unmatched"] == waiting
 
 
-def test_text_of_every_script_comes_back_as_it_was(notes):
+def test_unicode_text_is_recorded_unchanged(notes):
     text = "Mauer Größe 壁 🧱 \u202e \ufeff e\u0301 \\u0000 \r\n\t\x7f"
     answer = notes.ask(text, user="Zoë 🧱", max_tokens=4).json()
     kept = notes.interaction(answer["id"])["interaction"]

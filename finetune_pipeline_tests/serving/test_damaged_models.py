@@ -1,4 +1,4 @@
-"""Files that were damaged, before they are loaded and while they serve, and models whose answers are empty."""
+"""Files that are damaged before they are loaded or while they serve, and models with empty answers."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.cli.ask import spec_of
+from finetune_pipeline.cli.ask import find_model
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.registry import champion
@@ -16,7 +16,7 @@ from finetune_pipeline_tests.serving.conftest import make_loop, promote, serving
 
 
 def flip(path, *, keep_times=False):
-    """Invert the second half of a file in place: tensors, so that it still loads."""
+    """Invert the second half of a file in place; it holds tensors, so the file still loads."""
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(before.st_size // 2)
@@ -28,7 +28,7 @@ def flip(path, *, keep_times=False):
 
 
 def replace(path):
-    """Put a damaged copy in the place of a file, as an interrupted download or restore does."""
+    """Replace a file by a damaged copy, as an interrupted download does."""
     copy = path.with_name("copy")
     shutil.copyfile(path, copy)
     flip(copy)
@@ -42,32 +42,32 @@ def test_a_damaged_champion_is_refused_and_the_base_model_answers(ggufs, kind):
     replace(bad.gguf_path) if kind == "replaced" else flip(bad.gguf_path, keep_times=kind != "flipped")
     with serving(make_loop(loop)) as running:
         health = running.health()
-        trouble = health["loops"][loop]["trouble"]
+        error = health["loops"][loop]["last_error"]
         assert (health["status"], health["loops"][loop]["serving"]) == ("degraded", f"{loop}@base")
-        assert f"{bad.name} does not load" in trouble and f"{bad.gguf_path} is damaged or was replaced" in trouble
-        assert hash_file(bad.gguf_path)[:16] in trouble and bad.gguf_sha256[:16] in trouble
-        assert "restore the file, or choose another version" in trouble
+        assert f"{bad.name} does not load" in error and f"{bad.gguf_path} is damaged or was replaced" in error
+        assert hash_file(bad.gguf_path)[:16] in error and bad.gguf_sha256[:16] in error
+        assert "restore the file, or choose another version" in error
         assert running.ask(model=loop).json()["model"] == f"{loop}@base"
         named = running.ask(model=bad.name)
         assert (named.status_code, bad.gguf_path.name in named.text) == (503, True)
         with pytest.raises(RegistryError, match="is damaged or was replaced"):
-            spec_of(make_loop(loop), "champion")  # `finetune ask`
+            find_model(make_loop(loop), "champion")  # `finetune ask`
         rolled_back = running.http.post("/admin/rollback", json={"loop": loop}).json()
-        assert rolled_back == {"loop": loop, "serving": good.name, "trouble": None}
+        assert rolled_back == {"loop": loop, "serving": good.name, "last_error": None}
         with pytest.raises(RegistryError, match="is damaged or was replaced"):
             champion.switch(connect(), loop, bad.version, "tests", "forward again")
         assert running.health()["status"] == "ok"
 
 
-def test_a_file_damaged_while_it_serves_is_taken_out_of_service_until_it_is_restored(ggufs):
+def test_a_model_damaged_while_it_serves_is_taken_out_of_service(ggufs):
     name = promote(ggufs["Q8_0"], "rotting")
     with serving(make_loop("rotting")) as running:
         before = running.ask(model="rotting").json()
         assert before["model"] == name.name
-        name.gguf_path.chmod(0o640)  # another time of change, the same content
+        name.gguf_path.chmod(0o640)  # changes its times but not its content
         flip(name.gguf_path)
         wait_until(lambda: running.health()["loops"]["rotting"]["serving"] == "rotting@base", 20)
-        assert "is damaged or was replaced" in running.health()["loops"]["rotting"]["trouble"]
+        assert "is damaged or was replaced" in running.health()["loops"]["rotting"]["last_error"]
         assert running.ask(model="rotting").json()["model"] == "rotting@base"
         flip(name.gguf_path)
         assert running.http.post("/admin/reload-model", json={}).json()[0]["serving"] == name.name
@@ -76,17 +76,17 @@ def test_a_file_damaged_while_it_serves_is_taken_out_of_service_until_it_is_rest
         assert running.health()["status"] == "ok"
 
 
-def test_a_damaged_adapter_leaves_the_old_one_serving(ggufs, adapters):
+def test_a_damaged_adapter_keeps_the_old_one_in_service(ggufs, adapters):
     one = promote(ggufs["F16"], "torn", adapters[0])
     with serving(make_loop("torn")) as running:
         two = promote(ggufs["F16"], "torn", adapters[1])
         wait_until(lambda: running.health()["loops"]["torn"]["serving"] == two.name)
         champion.switch(connect(), "torn", one.version, "tests", "back")
         wait_until(lambda: running.health()["loops"]["torn"]["serving"] == one.name)
-        replace(one.adapter_path)  # the process still has the old file
+        replace(one.adapter_path)  # the process still has the old file open
         reloaded = running.http.post("/admin/reload-model", json={}).json()[0]
         assert reloaded["serving"] == one.name
-        assert f"{one.adapter_path} is damaged or was replaced" in reloaded["trouble"]
+        assert f"{one.adapter_path} is damaged or was replaced" in reloaded["last_error"]
 
 
 DAMAGES = {
@@ -108,7 +108,7 @@ def test_a_damaged_base_model_is_exported_again(damage):
         assert running.ask(model=loop.name).json()["model"] == f"{loop.name}@base"
 
 
-def test_a_base_model_damaged_while_it_serves_is_exported_again_and_loaded_anew():
+def test_a_base_model_damaged_while_it_serves_is_exported_again():
     loop = make_loop("rotting_base")
     gguf = base_gguf(loop, print)
     whole = hash_file(gguf)
@@ -123,7 +123,7 @@ def test_a_base_model_damaged_while_it_serves_is_exported_again_and_loaded_anew(
 # ---- empty answers
 
 
-def test_a_model_whose_answers_are_empty_degrades_health_until_it_says_something_again():
+def test_empty_answers_degrade_health_until_answers_have_text():
     silent, talking = sse(chunk(finish="stop")), sse(chunk("hello"), chunk(finish="stop"))
     with fake_upstream(silent) as (server, upstream):
         settings = {"upstream": upstream.model_dump(), "fallback": None}
@@ -133,23 +133,23 @@ def test_a_model_whose_answers_are_empty_degrades_health_until_it_says_something
                 for _ in range(times):
                     assert running.ask(model="quiet", **fields).status_code == 200
 
-            ask(30, stop=["x"])  # it may be the stop text that made them empty
+            ask(30, stop=["x"])  # the stop text may have made them empty
             ask(19)
-            assert running.health()["status"] == "ok"  # too few to say
+            assert running.health()["status"] == "ok"  # too few to be conclusive
             ask(1)
             health = running.health()
             assert health["status"] == "degraded"
-            assert "20 of the last 20 answers of quiet@m are empty" in health["loops"]["quiet"]["trouble"]
-            assert running.figure("finetune_healthy", loop="quiet") == 0
+            assert "20 of the last 20 answers of quiet@m are empty" in health["loops"]["quiet"]["last_error"]
+            assert running.metric("finetune_healthy", loop="quiet") == 0
             server.body = talking.encode()
             ask(19)
             assert running.health()["status"] == "degraded"
             ask(1)
             assert running.health()["status"] == "ok"
-            assert running.figure("finetune_healthy", loop="quiet") == 1
+            assert running.metric("finetune_healthy", loop="quiet") == 1
 
 
-def test_an_application_whose_answers_may_be_empty_can_say_so():
+def test_the_limit_for_empty_answers_can_be_raised():
     with fake_upstream(sse(chunk(finish="stop"))) as (_, upstream):
         settings = {"upstream": upstream.model_dump(), "fallback": None, "empty_limit": 1.0}
         with serving(make_loop("mute", serving=settings)) as running:
@@ -158,7 +158,7 @@ def test_an_application_whose_answers_may_be_empty_can_say_so():
             assert running.health()["status"] == "ok"
 
 
-def test_a_model_that_was_damaged_before_it_was_measured_is_seen_by_its_answers(ggufs, tmp_path):
+def test_a_model_damaged_before_its_evaluation_is_detected_by_empty_answers(ggufs, tmp_path):
     zeros = tmp_path / "zeros.gguf"
     shutil.copyfile(ggufs["F16"], zeros)
     size = zeros.stat().st_size

@@ -1,4 +1,4 @@
-"""What was answered is recorded: through kills of the gateway, a locked database and a full disk."""
+"""Answered requests are recorded despite kills of the gateway, a locked database and a full disk."""
 
 import os
 import signal
@@ -21,17 +21,17 @@ from finetune_pipeline_tests.serving.conftest import PROMPT, events, free_port, 
 
 @pytest.fixture(autouse=True)
 def fresh_home(tmp_path, monkeypatch):
-    """Each of these tests has a home of its own, with the default loop's base model in it."""
+    """Give each test its own home with the default loop's base model."""
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
     base_gguf(load_loop("aec_parser"), print)
 
 
 class Users:
-    """Eight clients that ask, half of them for streams, and say what they think; until the gateway is gone."""
+    """Eight clients, half of them streaming, that send requests and feedback until the gateway is killed."""
 
     def __init__(self, url: str) -> None:
         self.answered: set[str] = set()
-        self.judged: set[str] = set()
+        self.rated: set[str] = set()
         self._url = url
         self._threads = [threading.Thread(target=self._use, args=(n % 2 == 0,)) for n in range(8)]
         for thread in self._threads:
@@ -47,7 +47,7 @@ class Users:
                     assert id == response.headers["x-interaction-id"]
                     self.answered.add(id)
                     receipt = http.post("/v1/feedback", json={"interaction_id": id, "kind": "thumbs_up"}).json()
-                    self.judged.add(receipt["id"])
+                    self.rated.add(receipt["id"])
             except (httpx.TransportError, AssertionError, IndexError):
                 return  # it was killed, perhaps in the middle of a stream
 
@@ -67,13 +67,13 @@ def kill(gateway):
     gateway.wait()
 
 
-def test_every_answered_exchange_survives_a_kill_of_the_gateway():
-    answered, judged, port = set(), set(), free_port()
+def test_every_answered_request_survives_a_kill_of_the_gateway():
+    answered, rated, port = set(), set(), free_port()
     for round_ in range(2):
         with process(port=port) as (running, gateway):
             users = Users(running.url)
-            wait_until(lambda users=users: len(users.judged) > 40, 60)
-            if round_ == 1:  # with the store shut, all that is told lies in the journal alone
+            wait_until(lambda users=users: len(users.rated) > 40, 60)
+            if round_ == 1:  # with the store locked, events are in the write-ahead log only
                 lock = sqlite3.connect(connect().engine.url.database, isolation_level=None)
                 lock.execute("BEGIN IMMEDIATE")
                 before = len(users.answered)
@@ -83,20 +83,20 @@ def test_every_answered_exchange_survives_a_kill_of_the_gateway():
             if round_ == 1:
                 lock.close()
         answered |= users.answered
-        judged |= users.judged
+        rated |= users.rated
     assert [path.suffix for path in journal_folder().iterdir()].count(".jsonl") == 1
-    told = subprocess.run(
+    ingested = subprocess.run(
         [sys.executable, "-m", "finetune_pipeline.cli.main", "ingest"], capture_output=True, text=True, timeout=120
     )
-    assert told.returncode == 0, told.stdout + told.stderr
-    there, thumbs = stored(tables.interactions), stored(tables.feedback)
-    assert answered <= set(there)
-    assert judged <= set(thumbs)
-    assert len(there) == len(set(there))
+    assert ingested.returncode == 0, ingested.stdout + ingested.stderr
+    interactions, thumbs = stored(tables.interactions), stored(tables.feedback)
+    assert answered <= set(interactions)
+    assert rated <= set(thumbs)
+    assert len(interactions) == len(set(interactions))
     assert not list(journal_folder().glob("*.jsonl"))
 
 
-def test_a_gateway_that_starts_takes_over_what_a_killed_one_left():
+def test_a_gateway_recovers_the_events_of_a_killed_one():
     port = free_port()
     with process(port=port) as (running, gateway):
         lock = sqlite3.connect(connect().engine.url.database, isolation_level=None)
@@ -110,13 +110,13 @@ def test_a_gateway_that_starts_takes_over_what_a_killed_one_left():
     assert sorted(stored(tables.interactions)) == sorted(ids)
 
 
-def test_an_orderly_end_leaves_nothing_behind():
+def test_an_orderly_shutdown_leaves_no_write_ahead_log():
     with process(port=free_port()) as (running, gateway):
         ids = {running.ask(model="aec_parser").json()["id"] for _ in range(5)}
         gateway.send_signal(signal.SIGTERM)
         gateway.wait(30)
-        said = gateway.stdout.read()
-    assert "Traceback" not in said
+        output = gateway.stdout.read()
+    assert "Traceback" not in output
     assert set(stored(tables.interactions)) == ids
     assert list(journal_folder().iterdir()) == []
 
@@ -129,19 +129,19 @@ def test_a_locked_database_delays_no_answer_and_loses_none():
         began = time.monotonic()
         answers = [gateway.ask(max_tokens=8).json() for _ in range(10)]
         assert time.monotonic() - began < 4
-        assert gateway.figure("finetune_journal_pending_bytes") > 0
+        assert gateway.metric("finetune_write_ahead_log_pending_bytes") > 0
         receipt = gateway.http.post("/v1/feedback", json={"interaction_id": answers[0]["id"], "kind": "thumbs_up"})
         assert (receipt.status_code, receipt.json()["status"]) == (202, "accepted")
         assert gateway.ask().status_code == 200
         lock.execute("COMMIT")
         lock.close()
-        wait_until(lambda: gateway.figure("finetune_journal_pending_bytes") == 0)
+        wait_until(lambda: gateway.metric("finetune_write_ahead_log_pending_bytes") == 0)
         for answer in answers:
             assert gateway.interaction(answer["id"])["interaction"]["id"] == answer["id"]
         assert len(gateway.interaction(answers[0]["id"])["feedback"]) == 1
 
 
-def test_what_cannot_be_recorded_is_not_answered(tmp_path, monkeypatch):
+def test_on_a_full_disk_requests_are_not_answered(tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)
@@ -151,7 +151,7 @@ def test_what_cannot_be_recorded_is_not_answered(tmp_path, monkeypatch):
         monkeypatch.setattr("finetune_pipeline.feedback.write_ahead_log.journal_folder", lambda: disk)
         with serving(make_loop()) as gateway:
             kept = gateway.ask().json()["id"]
-            gateway.interaction(kept)  # waits until the journal is empty
+            gateway.interaction(kept)  # waits until the write-ahead log is empty
             (disk / "filler").write_bytes(b"x" * 60_000)
             with open(disk / "filler", "ab", buffering=0) as file:  # noqa: PTH123
                 try:
@@ -165,10 +165,10 @@ def test_what_cannot_be_recorded_is_not_answered(tmp_path, monkeypatch):
                     assert "the disk is full" in response.text and "[DONE]" not in response.text
                 else:
                     assert (response.status_code, response.headers["retry-after"]) == (503, "30")
-                    assert "this cannot be recorded, so it is not answered" in response.json()["error"]["message"]
+                    assert "The event cannot be recorded, so it is not accepted" in response.json()["error"]["message"]
             lost = gateway.http.post("/v1/feedback", json={"interaction_id": kept, "kind": "thumbs_up"})
             assert lost.status_code == 503
-            assert gateway.figure("finetune_in_flight") == 0
+            assert gateway.metric("finetune_in_flight") == 0
             (disk / "filler").unlink()
             again = gateway.ask().json()["id"]
             assert gateway.interaction(again)["feedback"] == []

@@ -1,4 +1,4 @@
-"""The champion moves while clients ask: nobody is refused, and every answer names who gave it."""
+"""The champion changes under load: no request fails, and every answer names its model."""
 
 import asyncio
 import os
@@ -16,12 +16,12 @@ import pytest
 from finetune_pipeline.database import connect
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.registry import champion
-from finetune_pipeline.serving import models
+from finetune_pipeline.serving import loop_server
 from finetune_pipeline_tests.serving.conftest import PROMPT, Running, events, make_loop, promote, serving, wait_until
 
 
 def engines() -> set[int]:
-    """Process ids of the models that run under this process."""
+    """Return the process ids of all engines of this process."""
     found = set()
     for child in psutil.Process().children(recursive=True):
         try:
@@ -33,12 +33,12 @@ def engines() -> set[int]:
 
 
 class Load:
-    """Clients that ask all the time, half of them for streams."""
+    """Eight clients that send requests all the time, half of them streaming."""
 
     def __init__(self, running: Running, model: str) -> None:
         self.answers: list[tuple[str, str]] = []
         self.failures: list[str] = []
-        self.broken_off = 0
+        self.interrupted = 0
         self._running, self._model, self._stop = running, model, threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(n % 2 == 0,)) for n in range(8)]
 
@@ -50,8 +50,8 @@ class Load:
                     response = http.post("/v1/chat/completions", json=body)
                     if response.status_code != 200:
                         self.failures.append(response.text)
-                    elif stream and "broke off in the middle of the answer" in response.text.split("data: ")[-1]:
-                        self.broken_off += 1
+                    elif stream and "failed in the middle of the answer" in response.text.split("data: ")[-1]:
+                        self.interrupted += 1
                     elif stream:
                         parts = events(response)
                         [model] = {part["model"] for part in parts}
@@ -65,7 +65,7 @@ class Load:
 
     @property
     def texts(self) -> dict[str, set[str]]:
-        """What each model said."""
+        """The distinct answers of each model."""
         found: dict[str, set[str]] = {}
         for model, text in self.answers:
             found.setdefault(model, set()).add(text)
@@ -73,7 +73,7 @@ class Load:
 
     def wait_for(self, model: str, seconds: float = 5.0) -> None:
         """Wait until this model answers."""
-        # An answer that was begun before the last change may still come from this very model: it proves nothing.
+        # Answers that were started before the last change may come from this model too, so they do not count.
         wait_until(lambda: serves(self._running, self._model.partition("@")[0]) == model, seconds)
         start = len(self.answers)
         wait_until(lambda: any(name == model for name, _ in self.answers[start:]) or self.failures, seconds)
@@ -103,7 +103,7 @@ def serves(running: Running, loop: str) -> str:
     return running.health()["loops"][loop]["serving"]
 
 
-def test_no_question_fails_while_the_champion_moves(ggufs):
+def test_no_request_fails_while_the_champion_changes(ggufs):
     with served("moving") as (running, before):
         with Load(running, "moving") as load:
             load.wait_for("moving@base")
@@ -119,11 +119,11 @@ def test_no_question_fails_while_the_champion_moves(ggufs):
         assert len(load.answers) > 50
         assert set(load.texts) == {"moving@base", "moving@v1.0.0", "moving@v1.1.0", "moving@v1.2.0"}
         wait_until(lambda: len(engines() - before) == 1)
-        assert running.figure("finetune_swaps_total", loop="moving", result="done") == 6
-        assert running.figure("finetune_in_flight", loop="moving") == 0
+        assert running.metric("finetune_swaps_total", loop="moving", result="done") == 6
+        assert running.metric("finetune_in_flight", loop="moving") == 0
 
 
-def test_adapters_change_in_one_process_and_no_answer_is_by_another_than_it_names(ggufs, adapters):
+def test_adapters_are_swapped_in_one_process(ggufs, adapters):
     with served("pairs") as (running, before):
         one = promote(ggufs["F16"], "pairs", adapters[0])
         wait_until(lambda: serves(running, "pairs") == one.name)
@@ -145,7 +145,7 @@ def test_adapters_change_in_one_process_and_no_answer_is_by_another_than_it_name
         assert process in engines()
 
 
-def test_a_champion_that_does_not_load_leaves_the_old_one_serving_until_a_rollback(ggufs, tmp_path):
+def test_a_champion_that_does_not_load_keeps_the_old_one_in_service(ggufs, tmp_path):
     half = tmp_path / "half.gguf"
     half.write_bytes(ggufs["Q6_K"].read_bytes()[:200_000])
     good = promote(ggufs["Q8_0"], "careful")
@@ -154,27 +154,27 @@ def test_a_champion_that_does_not_load_leaves_the_old_one_serving_until_a_rollba
         with Load(running, "careful") as load:
             load.wait_for(good.name)
             bad = promote(half, "careful")
-            wait_until(lambda: running.health()["loops"]["careful"]["trouble"])
+            wait_until(lambda: running.health()["loops"]["careful"]["last_error"])
             health = running.health()
             assert health["status"] == "degraded"
             assert health["loops"]["careful"]["serving"] == good.name
-            trouble = health["loops"]["careful"]["trouble"]
-            assert f"{bad.name} does not load; {good.name} goes on serving: llama.cpp cannot load" in trouble
+            error = health["loops"]["careful"]["last_error"]
+            assert f"{bad.name} does not load; {good.name} stays in service: llama.cpp cannot load" in error
             load.wait_for(good.name)
-            assert running.figure("finetune_healthy", loop="careful") == 0
+            assert running.metric("finetune_healthy", loop="careful") == 0
             reloaded = running.http.post("/admin/reload-model", json={}).json()
-            assert [(one["serving"], one["trouble"] is None) for one in reloaded] == [(good.name, False)]
+            assert [(one["serving"], one["last_error"] is None) for one in reloaded] == [(good.name, False)]
             rolled_back = running.http.post("/admin/rollback", json={"reason": "it does not load"}).json()
-            assert rolled_back == {"loop": "careful", "serving": good.name, "trouble": None}
+            assert rolled_back == {"loop": "careful", "serving": good.name, "last_error": None}
             load.wait_for(good.name)
         assert load.failures == []
         assert set(load.texts) == {good.name}
         assert running.health()["status"] == "ok"
-        assert running.figure("finetune_swaps_total", loop="careful", result="failed") == 2
+        assert running.metric("finetune_swaps_total", loop="careful", result="failed") == 2
         assert len(engines() - before) == 1
 
 
-def test_rollback_through_the_api_serves_on_return(ggufs):
+def test_a_rollback_through_the_api_is_in_service_on_return(ggufs):
     first, second = promote(ggufs["Q8_0"], "back"), promote(ggufs["Q6_K"], "back")
     with served("back") as (running, _):
         assert running.ask(model="back").json()["model"] == second.name
@@ -183,14 +183,14 @@ def test_rollback_through_the_api_serves_on_return(ggufs):
         assert (answer.status_code, answer.json()["serving"]) == (200, first.name)
         assert running.ask(model="back").json()["model"] == first.name
         assert time.monotonic() - began < 5
-        assert running.figure("finetune_swaps_total", loop="back", result="done") == 1
+        assert running.metric("finetune_swaps_total", loop="back", result="done") == 1
         assert running.http.post("/admin/rollback", json={}).json()["serving"] == "back@base"
         nothing = running.http.post("/admin/rollback", json={})
         assert nothing.status_code == 409
         assert "there is nothing to roll back to" in nothing.json()["error"]["message"]
 
 
-def test_a_reload_gives_a_new_process_of_the_same_model(ggufs):
+def test_a_reload_starts_a_new_process_of_the_same_model(ggufs):
     promote(ggufs["Q8_0"], "again")
     with served("again") as (running, before):
         old = engines() - before
@@ -200,7 +200,7 @@ def test_a_reload_gives_a_new_process_of_the_same_model(ggufs):
         assert running.ask(model="again").json()["model"] == "again@v1.0.0"
 
 
-def test_a_killed_model_is_stood_in_for_and_comes_back(ggufs):
+def test_the_fallback_answers_until_a_killed_model_is_restarted(ggufs):
     name = promote(ggufs["Q8_0"], "killed").name
     with served("killed") as (running, before):
         with Load(running, "killed") as load:
@@ -214,14 +214,14 @@ def test_a_killed_model_is_stood_in_for_and_comes_back(ggufs):
         models = Counter(model for model, _ in load.answers)
         assert set(models) <= {name, "killed@base"}
         assert load.failures == []
-        assert load.broken_off <= 2 * 4  # streams that had begun: they say so, and are not recorded as answered
+        assert load.interrupted <= 2 * 4  # streams that had started; they end with an error and are not recorded
         wait_until(lambda: running.health()["status"] == "ok")
-        wait_until(lambda: len(engines() - before) == 1)  # who stood in is gone too
+        wait_until(lambda: len(engines() - before) == 1)  # the fallback is drained too
 
 
-def test_who_asks_the_stand_in_just_as_it_is_dismissed_is_answered_by_the_champion(ggufs, monkeypatch):
+def test_a_request_to_a_fallback_that_is_just_drained_goes_to_the_champion(ggufs, monkeypatch):
     name, found = promote(ggufs["Q8_0"], "raced").name, []
-    real = models.LoopServer._fallback_model
+    real = loop_server.LoopServer._fallback_model
 
     async def as_late_as_can_be(self, problem):
         found.append(await real(self, problem))
@@ -229,7 +229,7 @@ def test_who_asks_the_stand_in_just_as_it_is_dismissed_is_answered_by_the_champi
             await asyncio.sleep(0.01)
         return found[-1]
 
-    monkeypatch.setattr(models.LoopServer, "_fallback_model", as_late_as_can_be)
+    monkeypatch.setattr(loop_server.LoopServer, "_fallback_model", as_late_as_can_be)
     with served("raced") as (running, before):
         wait_until(lambda: serves(running, "raced") == name)
         [process] = engines() - before
@@ -239,7 +239,7 @@ def test_who_asks_the_stand_in_just_as_it_is_dismissed_is_answered_by_the_champi
         assert [one.name for one in found] == ["raced@base"]
 
 
-def test_a_killed_base_model_is_not_stood_in_for_by_itself(own_home):
+def test_a_killed_base_model_is_not_its_own_fallback(own_home):
     with served("base_only") as (running, before):
         [process] = engines() - before
         os.kill(process, signal.SIGKILL)
@@ -250,7 +250,7 @@ def test_a_killed_base_model_is_not_stood_in_for_by_itself(own_home):
         assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
 
 
-def test_a_model_without_progress_is_replaced_and_the_request_that_caused_it_is_told_its_schema(ggufs):
+def test_a_stuck_model_is_replaced_and_its_request_refused(ggufs):
     name = promote(ggufs["Q8_0"], "stuck").name
     schema = {"title": "endless list", "type": "array", "items": {"type": "integer"}, "minItems": 150}
     form = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}}
@@ -262,18 +262,18 @@ def test_a_model_without_progress_is_replaced_and_the_request_that_caused_it_is_
         beside = clients.submit(Running(running.url).ask, model="stuck")
         said = []
         wait_until(lambda: said.append(running.health()) or said[-1]["status"] != "ok", 30)
-        assert said[-1]["status"] in {"degraded", "unavailable"}  # the latter until the base model stands in
-        assert "no progress for 2 s" in said[-1]["loops"]["stuck"]["trouble"]
+        assert said[-1]["status"] in {"degraded", "unavailable"}  # the latter until the fallback is loaded
+        assert "no progress for 2 s" in said[-1]["loops"]["stuck"]["last_error"]
         refused = asked.result(30)
         assert refused.status_code == 400
         assert "'endless list'" in refused.json()["error"]["message"] and "no progress" in refused.text
-        assert beside.result(30).json()["model"] in {name, "stuck@base"}  # asked again of who stands in
+        assert beside.result(30).json()["model"] in {name, "stuck@base"}  # retried with the fallback
         wait_until(lambda: running.health()["status"] == "ok", 30)
         assert process not in engines()
         assert running.ask(model="stuck").json()["model"] == name
 
 
-def test_a_model_that_crashes_all_the_time_is_left_alone_and_said(ggufs):
+def test_a_model_that_crashes_repeatedly_is_not_restarted(ggufs):
     name = promote(ggufs["Q8_0"], "brittle").name
     with served("brittle") as (running, before):
         base = set()
@@ -282,22 +282,24 @@ def test_a_model_that_crashes_all_the_time_is_left_alone_and_said(ggufs):
             for process in engines() - before - base:
                 os.kill(process, signal.SIGKILL)
             wait_until(lambda: running.ask(model="brittle").json().get("model") == "brittle@base")
-        wait_until(lambda: "crashed 3 times within a minute" in (running.health()["loops"]["brittle"]["trouble"] or ""))
+        wait_until(
+            lambda: "crashed 3 times within a minute" in (running.health()["loops"]["brittle"]["last_error"] or "")
+        )
         assert running.health()["status"] == "degraded"
         assert running.ask(model="brittle").json()["model"] == "brittle@base"
 
 
-def test_an_asked_for_version_is_loaded_once_and_the_least_used_goes(ggufs):
+def test_a_named_version_is_loaded_once_and_the_least_recently_used_drained(ggufs):
     for kind in ("F16", "Q8_0", "Q6_K", "Q4_K_M"):
         promote(ggufs[kind], "many")
     with served("many") as (running, before):
         for version in ("v1.0.0", "v1.1.0", "v1.2.0", "v1.2.0"):
             assert running.ask(model=f"many@{version}").json()["model"] == f"many@{version}"
-        wait_until(lambda: len(engines() - before) == 3)  # the champion, and two beside it
+        wait_until(lambda: len(engines() - before) == 3)  # the champion and two versions
         assert running.ask(model="many@v1.0.0").json()["model"] == "many@v1.0.0"
 
 
-def test_two_that_move_at_once_load_the_champion_once(ggufs):
+def test_concurrent_changes_load_the_champion_once(ggufs):
     promote(ggufs["Q8_0"], "twice")
     with served("twice") as (running, _):
         promote(ggufs["Q6_K"], "twice")
@@ -307,19 +309,19 @@ def test_two_that_move_at_once_load_the_champion_once(ggufs):
         for thread in threads:
             thread.join()
         assert serves(running, "twice") == "twice@v1.1.0"
-        assert running.figure("finetune_swaps_total", loop="twice", result="done") == 1
+        assert running.metric("finetune_swaps_total", loop="twice", result="done") == 1
 
 
 def _follow(running: Running) -> None:
     import asyncio
 
     server = running.gateway.servers["twice"]
-    loop = running.gateway._watching[0].get_loop()
+    loop = running.gateway._refreshing[0].get_loop()
     pointer = champion.champion(connect(), "twice").id
     asyncio.run_coroutine_threadsafe(server.follow(pointer), loop).result(30)
 
 
-def test_what_a_client_that_went_away_had_asked_for_is_loaded_for_the_next(ggufs, monkeypatch):
+def test_loading_continues_when_the_client_disconnects(ggufs, monkeypatch):
     promote(ggufs["Q8_0"], "patient")
     promote(ggufs["Q6_K"], "patient")
     with served("patient") as (running, _):
@@ -330,7 +332,7 @@ def test_what_a_client_that_went_away_had_asked_for_is_loaded_for_the_next(ggufs
             opened.append(Engine(spec))
             return opened[-1]
 
-        monkeypatch.setattr(models, "Engine", slow)
+        monkeypatch.setattr(loop_server, "Engine", slow)
         for _ in range(3):
             with pytest.raises(httpx.ReadTimeout):
                 body = {"model": "patient@v1.0.0", "messages": [{"role": "user", "content": PROMPT}]}
@@ -340,14 +342,33 @@ def test_what_a_client_that_went_away_had_asked_for_is_loaded_for_the_next(ggufs
     wait_until(lambda: not opened[0].alive)
 
 
-def test_who_serves_no_versions_says_so(ggufs):
+def test_a_request_does_not_wait_longer_than_load_seconds_for_its_model(ggufs, monkeypatch):
+    promote(ggufs["Q8_0"], "slow_load")
+    promote(ggufs["Q6_K"], "slow_load")
+    with served("slow_load") as (running, _):
+        release = threading.Event()
+
+        def slow(spec):
+            release.wait(30)
+            return Engine(spec)
+
+        monkeypatch.setattr(loop_server, "Engine", slow)
+        monkeypatch.setattr(loop_server, "LOAD_SECONDS", 0.2)
+        refused = running.ask(model="slow_load@v1.0.0")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+        assert "is still loading the model for this request" in refused.json()["error"]["message"]
+        release.set()
+        wait_until(lambda: running.ask(model="slow_load@v1.0.0").status_code == 200)
+
+
+def test_without_versions_naming_one_is_refused(ggufs):
     promote(ggufs["Q8_0"], "closed")
     with serving(make_loop("closed", serving={"versions": 0})) as running:
         refused = running.ask(model="closed@base")
         assert (refused.status_code, "serving.versions is 0" in refused.text) == (503, True)
 
 
-def test_one_loop_that_loads_keeps_no_other_waiting(ggufs, monkeypatch):
+def test_a_loop_that_loads_a_model_does_not_delay_others(ggufs, monkeypatch):
     promote(ggufs["Q8_0"], "heavy")
     promote(ggufs["Q8_0"], "light")
     with serving(make_loop("heavy"), make_loop("light")) as running:
@@ -358,9 +379,9 @@ def test_one_loop_that_loads_keeps_no_other_waiting(ggufs, monkeypatch):
                 release.wait(30)
             return Engine(spec)
 
-        monkeypatch.setattr(models, "Engine", open_engine)
+        monkeypatch.setattr(loop_server, "Engine", open_engine)
         promote(ggufs["Q6_K"], "heavy")
-        time.sleep(1)  # it is being loaded now
+        time.sleep(1)  # it is loading now
         promote(ggufs["Q6_K"], "light")
         wait_until(lambda: serves(running, "light") == "light@v1.1.0", 10)
         assert serves(running, "heavy") == "heavy@v1.0.0"
@@ -368,16 +389,16 @@ def test_one_loop_that_loads_keeps_no_other_waiting(ggufs, monkeypatch):
         wait_until(lambda: serves(running, "heavy") == "heavy@v1.1.0", 10)
 
 
-def test_the_queue_is_bounded_while_an_adapter_is_changed_too(ggufs, adapters):
+def test_the_queue_is_bounded_during_an_adapter_swap(ggufs, adapters):
     promote(ggufs["F16"], "gated", adapter=adapters[0])
     with serving(make_loop("gated", serving={"parallel": 1, "queue": 1})) as running:
         server = running.gateway.servers["gated"]
-        loop = running.gateway._watching[0].get_loop()
-        loop.call_soon_threadsafe(server._gate.clear)  # as during a change
+        loop = running.gateway._refreshing[0].get_loop()
+        loop.call_soon_threadsafe(server._no_swap.clear)  # as during a swap
         with ThreadPoolExecutor(6) as pool:
             asked = [pool.submit(running.ask, model="gated") for _ in range(6)]
             wait_until(lambda: sum(one.done() for one in asked) == 4)
-            loop.call_soon_threadsafe(server._gate.set)
+            loop.call_soon_threadsafe(server._no_swap.set)
             answers = [one.result() for one in asked]
         assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503, 503]
         assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}

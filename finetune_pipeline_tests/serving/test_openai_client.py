@@ -1,4 +1,4 @@
-"""The official OpenAI client, unmodified, and what an exchange leaves behind."""
+"""The unmodified OpenAI client, and the interactions that are recorded."""
 
 import json
 import math
@@ -22,33 +22,33 @@ class Wall(BaseModel):
 
 @pytest.fixture(scope="module")
 def engine(ggufs):
-    """The model that the gateway serves, asked without it."""
+    """Return an engine with the model that the gateway serves."""
     with Engine(ModelSpec(gguf=ggufs["F16"], context=512)) as opened:
         yield opened
 
 
-def directly(engine, *messages, **fields):
+def without_gateway(engine, *messages, **fields):
     [answer] = engine.generate([GenerateRequest(messages=list(messages), max_tokens=64, **fields)])
     return answer
 
 
-def test_a_chat_is_answered_as_the_model_answers_it(notes, engine):
+def test_a_chat_is_answered_as_without_the_gateway(notes, engine):
     answer = notes.openai().chat.completions.create(model="notes", messages=[USER])
-    alone = directly(engine, SYSTEM, USER)
+    alone = without_gateway(engine, SYSTEM, USER)
     [choice] = answer.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", alone.text, "stop")
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (alone.prompt_tokens, len(alone.token_ids))
     assert (answer.model, answer.object) == ("notes@base", "chat.completion")
 
 
-def test_a_stream_brings_the_same_answer_in_pieces(notes):
+def test_a_stream_has_the_same_answer_in_deltas(notes):
     client = notes.openai()
     whole = client.chat.completions.create(model="notes", messages=[USER], logprobs=True)
     options = {"stream": True, "logprobs": True, "stream_options": {"include_usage": True}}
     chunks = list(client.chat.completions.create(model="notes", messages=[USER], **options))
-    pieces = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
-    assert len(pieces) > 5
-    assert "".join(pieces) == whole.choices[0].message.content
+    deltas = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert len(deltas) > 5
+    assert "".join(deltas) == whole.choices[0].message.content
     assert (chunks[0].choices[0].delta.role, chunks[-2].choices[0].finish_reason) == ("assistant", "stop")
     assert chunks[-1].usage == whole.usage
     tokens = [token.token for chunk in chunks if chunk.choices and chunk.choices[0].logprobs
@@ -58,21 +58,21 @@ def test_a_stream_brings_the_same_answer_in_pieces(notes):
     assert {chunk.model for chunk in chunks} == {"notes@base"}
 
 
-def test_logprobs_are_those_of_the_models_own_tokens(notes, engine):
+def test_logprobs_are_those_of_the_models_tokens(notes, engine):
     answer = notes.openai().chat.completions.create(model="notes", messages=[USER], logprobs=True)
     tokens = answer.choices[0].logprobs.content
-    alone = directly(engine, SYSTEM, USER)
+    alone = without_gateway(engine, SYSTEM, USER)
     assert [token.token for token in tokens] == alone.token_texts
     assert [token.logprob for token in tokens] == pytest.approx(alone.token_logprobs, rel=1e-3, abs=1e-4)
     assert bytes(byte for token in tokens for byte in token.bytes).decode() == answer.choices[0].message.content
 
 
-def test_parse_gives_an_object_of_the_clients_own_class(notes):
+def test_parse_returns_an_object_of_the_clients_class(notes):
     parsed = notes.openai().chat.completions.parse(model="notes", messages=[USER], response_format=Wall)
     assert isinstance(parsed.choices[0].message.parsed, Wall)
 
 
-def test_a_json_schema_holds_the_answer_streamed_or_not(notes):
+def test_a_json_schema_constrains_the_answer(notes):
     schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
     whole = notes.ask("what is the weather", response_format=form)
@@ -81,18 +81,18 @@ def test_a_json_schema_holds_the_answer_streamed_or_not(notes):
     assert json.loads("".join(event["choices"][0]["delta"].get("content", "") for event in stream)) == {"n": 7}
 
 
-def test_json_object_gives_an_object(notes):
+def test_json_object_returns_an_object(notes):
     answer = notes.ask("hello", response_format={"type": "json_object"}, max_tokens=128)
     assert answer.json()["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_completions_take_the_prompt_as_the_users_words(notes):
+def test_completions_send_the_prompt_as_a_user_message(notes):
     client = notes.openai()
     chat = client.chat.completions.create(model="notes", messages=[USER])
     whole = client.completions.create(model="notes", prompt=PROMPT)
     assert whole.choices[0].text == chat.choices[0].message.content
-    pieces = client.completions.create(model="notes", prompt=[PROMPT], stream=True)
-    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    deltas = client.completions.create(model="notes", prompt=[PROMPT], stream=True)
+    assert "".join(delta.choices[0].text for delta in deltas) == whole.choices[0].text
 
 
 def test_an_answer_ends_at_a_stop_text_and_at_max_tokens(notes):
@@ -116,7 +116,7 @@ def test_the_same_seed_gives_the_same_answer(notes):
 
 
 def sampled(notes, path, stream, **fields):
-    """The text of an answer, and its seed as the response and as the store name it."""
+    """Return an answer, its seed in the response, and its seed in the store."""
     what = {"messages": [USER]} if path == "chat/completions" else {"prompt": PROMPT}
     body = {"model": "notes", "temperature": 2, "max_tokens": 30, "stream": stream, **what, **fields}
     response = notes.http.post(f"/v1/{path}", json=body)
@@ -129,7 +129,7 @@ def sampled(notes, path, stream, **fields):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
 @pytest.mark.parametrize("fields", [{}, {"seed": None}, {"seed": -1}])
-def test_without_a_seed_a_random_one_is_picked_recorded_and_returned(notes, path, stream, fields):
+def test_without_a_seed_a_random_one_is_recorded_and_returned(notes, path, stream, fields):
     text, seed, kept = sampled(notes, path, stream, **fields)
     other_text, other_seed, _ = sampled(notes, path, stream, **fields)
     assert kept == seed != other_seed
@@ -138,7 +138,7 @@ def test_without_a_seed_a_random_one_is_picked_recorded_and_returned(notes, path
 
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 2])
-def test_every_seed_that_is_taken_gives_one_answer(notes, seed):
+def test_every_valid_seed_is_reproducible(notes, seed):
     assert sampled(notes, "completions", False, seed=seed) == sampled(notes, "completions", False, seed=seed)
 
 
@@ -153,13 +153,13 @@ def test_models_are_listed_and_retrieved(notes):
     client = notes.openai()
     assert [model.id for model in client.models.list()] == ["notes"]
     assert client.models.retrieve("notes").serving == "notes@base"
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'; there are: notes"):
+    with pytest.raises(openai.NotFoundError, match=r"There is no model 'gpt-4'\. There are: notes"):
         client.models.retrieve("gpt-4")
 
 
-def test_errors_are_those_that_the_client_knows(notes):
+def test_errors_raise_the_clients_exceptions(notes):
     client = notes.openai()
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'") as missing:
+    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-4'") as missing:
         client.chat.completions.create(model="gpt-4", messages=[USER])
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError, match="n: Input should be less than or equal to 1"):
@@ -174,7 +174,7 @@ def test_errors_are_those_that_the_client_knows(notes):
         list(client.completions.create(model="notes", prompt="wall " * 2000, stream=True))
 
 
-def test_an_exchange_is_recorded_with_all_that_is_known_of_it(notes):
+def test_an_interaction_is_recorded_with_all_its_fields(notes):
     raw = notes.openai().chat.completions.with_raw_response.create(
         model="notes",
         messages=[USER],
@@ -197,7 +197,7 @@ def test_an_exchange_is_recorded_with_all_that_is_known_of_it(notes):
     assert (found["feedback"], found["reward"], found["target"]) == ([], None, None)
 
 
-def test_a_stream_is_recorded_under_the_id_of_its_header_before_it_ends(notes):
+def test_a_stream_is_recorded_before_it_ends(notes):
     with notes.openai().chat.completions.with_streaming_response.create(
         model="notes", messages=[USER], stream=True
     ) as raw:
@@ -208,55 +208,55 @@ def test_a_stream_is_recorded_under_the_id_of_its_header_before_it_ends(notes):
     assert kept["confidence"] == chunks[-1].confidence
 
 
-def test_confidence_is_the_engines_and_what_is_below_the_threshold_is_flagged_and_counted(notes, engine):
-    flagged, stats = notes.figure("finetune_flagged_total"), notes.http.get("/v1/feedback/stats").json()
+def test_answers_below_the_confidence_threshold_are_flagged(notes, engine):
+    flagged, stats = notes.metric("finetune_flagged_total"), notes.http.get("/v1/feedback/stats").json()
     unsure = notes.ask(PROMPT).json()
-    alone = directly(engine, SYSTEM, USER)
+    alone = without_gateway(engine, SYSTEM, USER)
     assert unsure["confidence"] == pytest.approx(alone.confidence, rel=1e-3)
-    assert alone.confidence > math.exp(min(alone.token_logprobs))  # the closing bracket carries no value
+    assert alone.confidence > math.exp(min(alone.token_logprobs))  # the closing bracket is not a value
     assert alone.confidence < 0.85
     kept = notes.interaction(unsure["id"])["interaction"]
     assert kept["flag"] == f"confidence {alone.confidence:.2f} is below 0.85"
     easy = ["a steel beam", "Add a 150 mm brick wall", "a 200 mm concrete slab", "a vinyl window 900 mm wide"]
-    known = next(text for text in easy if directly(engine, SYSTEM, {**USER, "content": text}).confidence > 0.86)
+    known = next(text for text in easy if without_gateway(engine, SYSTEM, {**USER, "content": text}).confidence > 0.86)
     sure = notes.ask(known).json()
     assert notes.interaction(sure["id"])["interaction"]["flag"] is None
-    assert notes.figure("finetune_flagged_total") == flagged + 1
+    assert notes.metric("finetune_flagged_total") == flagged + 1
     assert notes.http.get("/v1/feedback/stats").json()["flagged"] == stats["flagged"] + 1
 
 
-def test_the_loops_own_threshold_decides_what_is_flagged(own_home):
+def test_the_loops_threshold_decides_what_is_flagged(own_home):
     with serving(make_loop("careless", serving={"review_below": 0.0})) as gateway:
         answer = gateway.ask(PROMPT, model="careless").json()
         assert gateway.interaction(answer["id"])["interaction"]["flag"] is None
 
 
-def test_history_is_rendered_and_kept(notes, engine):
+def test_history_is_rendered_and_recorded(notes, engine):
     earlier = [{"role": "user", "content": "a brick wall"}, {"role": "assistant", "content": '{"element":"wall"}'}]
     last = {"role": "user", "content": "make it 300 mm thick"}
     answer = notes.ask_all([*earlier, last])
-    alone = directly(engine, SYSTEM, *earlier, last)
+    alone = without_gateway(engine, SYSTEM, *earlier, last)
     assert answer["choices"][0]["message"]["content"] == alone.text
     assert answer["usage"]["prompt_tokens"] == alone.prompt_tokens
     kept = notes.interaction(answer["id"])["interaction"]
     assert (kept["prompt"], kept["history"]) == (last["content"], earlier)
 
 
-def test_the_loops_own_system_prompt_is_put_in_front_once(notes, engine):
-    alone = directly(engine, SYSTEM, USER).prompt_tokens
+def test_the_loops_system_prompt_is_added_once(notes, engine):
+    alone = without_gateway(engine, SYSTEM, USER).prompt_tokens
     sent, unsent = notes.ask_all([SYSTEM, USER]), notes.ask_all([USER])
     assert sent["usage"]["prompt_tokens"] == unsent["usage"]["prompt_tokens"] == alone
     assert notes.interaction(sent["id"])["interaction"]["history"] == []
 
 
-def test_another_system_prompt_stands_instead_of_the_loops_own(notes, engine):
+def test_another_system_prompt_replaces_the_loops(notes, engine):
     other = {"role": "system", "content": "Answer in French."}
     answer = notes.ask_all([{**other, "role": "developer"}, USER])
-    assert answer["usage"]["prompt_tokens"] == directly(engine, other, USER).prompt_tokens
+    assert answer["usage"]["prompt_tokens"] == without_gateway(engine, other, USER).prompt_tokens
     assert notes.interaction(answer["id"])["interaction"]["history"] == [other]
 
 
-def test_a_message_may_come_in_parts(notes):
+def test_a_message_can_have_parts(notes):
     parts = [{"type": "text", "text": PROMPT[:9]}, {"type": "text", "text": PROMPT[9:]}]
     answer = notes.ask_all([{"role": "user", "content": parts}])
     assert notes.interaction(answer["id"])["interaction"]["prompt"] == PROMPT
@@ -265,10 +265,10 @@ def test_a_message_may_come_in_parts(notes):
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([USER, {"role": "assistant", "content": "{}"}], "the last message is of the role 'assistant'"),
-        ([SYSTEM], "the last message is of the role 'system'"),
-        ([{"role": "user", "content": ""}], "the last message is empty"),
-        ([{"role": "user", "content": []}], "the last message is empty"),
+        ([USER, {"role": "assistant", "content": "{}"}], "The last message has the role 'assistant'"),
+        ([SYSTEM], "The last message has the role 'system'"),
+        ([{"role": "user", "content": ""}], "The last message is empty"),
+        ([{"role": "user", "content": []}], "The last message is empty"),
         ([], "messages: List should have at least 1 item"),
         ([{"role": "tool", "content": "x"}], "messages.0.role"),
         (
@@ -277,21 +277,21 @@ def test_a_message_may_come_in_parts(notes):
         ),
     ],
 )
-def test_what_is_no_question_of_a_user_is_refused(notes, messages, says):
+def test_the_last_message_must_be_the_users(notes, messages, says):
     response = notes.http.post("/v1/chat/completions", json={"model": "notes", "messages": messages})
     assert response.status_code == 400
     assert says in response.json()["error"]["message"]
 
 
-def test_the_gateways_own_time_is_measured(notes):
-    before = notes.figure("finetune_gateway_overhead_seconds_count")
+def test_the_gateways_overhead_is_measured(notes):
+    before = notes.metric("finetune_gateway_overhead_seconds_count")
     notes.ask()
-    assert notes.figure("finetune_gateway_overhead_seconds_count") == before + 1
-    assert notes.figure("finetune_requests_total", route="/v1/chat/completions", status="200") > 0
-    assert notes.figure("finetune_tokens_total", loop="notes", kind="answer") > 0
+    assert notes.metric("finetune_gateway_overhead_seconds_count") == before + 1
+    assert notes.metric("finetune_requests_total", route="/v1/chat/completions", status="200") > 0
+    assert notes.metric("finetune_tokens_total", loop="notes", kind="completion") > 0
 
 
-def test_an_answer_goes_back_as_the_client_holds_it(notes):
+def test_the_clients_answer_object_can_be_sent_back(notes):
     client = notes.openai()
     messages = [{"role": "user", "content": PROMPT}]
     answer = client.chat.completions.create(model="notes", messages=messages).choices[0].message

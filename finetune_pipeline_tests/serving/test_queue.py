@@ -1,4 +1,4 @@
-"""More questions than there is room for, slow clients, and clients that go away."""
+"""Full queues, slow clients, and clients that disconnect."""
 
 import json
 import socket
@@ -12,12 +12,12 @@ from finetune_pipeline_tests.serving.conftest import LONG, PROMPT, Running, even
 
 FORMAT = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": LONG}}
 TOKENS = 450
-"""As many as the context holds: about a third of a second on a quiet machine."""
+"""As many as the context allows; takes about a third of a second on an idle machine."""
 
 
 @pytest.fixture(scope="module")
 def narrow(own_home):
-    """A gateway that answers one question at a time and lets one wait."""
+    """Run a gateway with one slot and a queue of one."""
     with serving(make_loop(serving={"parallel": 1, "queue": 1})) as running:
         yield running
 
@@ -27,11 +27,11 @@ def long_answer(running: Running, **fields):
 
 
 def in_flight(running: Running) -> float:
-    return running.figure("finetune_in_flight", loop="notes")
+    return running.metric("finetune_in_flight", loop="notes")
 
 
 def send(running: Running, stream: bool, **fields) -> socket.socket:
-    """Ask through a bare socket; nothing is read."""
+    """Send a request through a socket and read nothing."""
     body = {"model": "notes", "messages": [{"role": "user", "content": "count"}], "stream": stream, **fields}
     body |= {"response_format": FORMAT, "max_tokens": TOKENS}
     raw = json.dumps(body).encode()
@@ -44,7 +44,7 @@ def send(running: Running, stream: bool, **fields) -> socket.socket:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_past_its_queue_a_model_tells_clients_to_come_back(narrow, stream):
+def test_requests_beyond_the_queue_get_503_with_retry_after(narrow, stream):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: long_answer(narrow, stream=stream), range(8)))
     statuses = [answer.status_code for answer in answers]
@@ -59,7 +59,7 @@ def test_past_its_queue_a_model_tells_clients_to_come_back(narrow, stream):
     assert in_flight(narrow) == 0
 
 
-def test_the_official_client_comes_back_by_itself_and_is_answered(narrow):
+def test_the_official_client_retries_and_is_answered(narrow):
     client = narrow.openai(max_retries=8)
     ask = lambda _: client.chat.completions.create(  # noqa: E731
         model="notes", messages=[{"role": "user", "content": PROMPT}], max_tokens=8
@@ -68,7 +68,7 @@ def test_the_official_client_comes_back_by_itself_and_is_answered(narrow):
         assert len(list(pool.map(ask, range(4)))) == 4
 
 
-def test_a_full_queue_is_the_clients_internal_server_error(narrow):
+def test_a_full_queue_raises_the_clients_internal_server_error(narrow):
     with ThreadPoolExecutor(2) as pool:
         busy = [pool.submit(long_answer, narrow) for _ in range(2)]
         wait_until(lambda: in_flight(narrow) == 2)
@@ -78,28 +78,28 @@ def test_a_full_queue_is_the_clients_internal_server_error(narrow):
         assert [each.result().status_code for each in busy] == [200, 200]
 
 
-def test_a_client_that_does_not_read_its_stream_keeps_nobody_waiting(narrow):
-    answered = narrow.figure("finetune_answers_total", loop="notes")
+def test_a_client_that_does_not_read_its_stream_delays_nobody(narrow):
+    answered = narrow.metric("finetune_answers_total", loop="notes")
     slow = [send(narrow, stream=True)]
-    wait_until(lambda: narrow.figure("finetune_answers_total", loop="notes") == answered + 1, 20)
+    wait_until(lambda: narrow.metric("finetune_answers_total", loop="notes") == answered + 1, 20)
     slow.append(send(narrow, stream=True))
     began = time.monotonic()
     assert narrow.ask(PROMPT).status_code == 200
     assert time.monotonic() - began < 10
     wait_until(lambda: in_flight(narrow) == 0)
-    for connection in slow:  # and what it did not read yet is still there
+    for connection in slow:  # the rest of the stream is still available
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
         text = b""
         while b"data: [DONE]" not in text:
             chunk = connection.recv(65536)
-            assert chunk, f"the stream ended before its end: {text[-300:]!r}"
+            assert chunk, f"the stream is incomplete: {text[-300:]!r}"
             text += chunk
         connection.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(narrow, stream):
-    abandoned = narrow.figure("finetune_abandoned_total", loop="notes")
+def test_a_disconnect_frees_the_slot(narrow, stream):
+    abandoned = narrow.metric("finetune_abandoned_total", loop="notes")
     gone = [send(narrow, stream=stream), send(narrow, stream=stream)]
     wait_until(lambda: in_flight(narrow) == 2)
     if stream:
@@ -110,12 +110,12 @@ def test_a_client_that_goes_away_frees_its_place(narrow, stream):
     wait_until(lambda: in_flight(narrow) == 0)
     assert narrow.ask(PROMPT).status_code == 200
     assert time.monotonic() - began < 10
-    assert narrow.figure("finetune_abandoned_total", loop="notes") == abandoned + 2
+    assert narrow.metric("finetune_abandoned_total", loop="notes") == abandoned + 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_is_no_fault_of_the_gateway(narrow, caplog, stream):
-    failed = narrow.figure("finetune_requests_total", status="500")
+def test_a_disconnect_is_not_an_error(narrow, caplog, stream):
+    failed = narrow.metric("finetune_requests_total", status="500")
     for _ in range(5):
         connection = send(narrow, stream=stream)
         wait_until(lambda: in_flight(narrow) == 1)
@@ -123,7 +123,7 @@ def test_a_client_that_goes_away_is_no_fault_of_the_gateway(narrow, caplog, stre
             connection.recv(100)
         connection.close()
         wait_until(lambda: in_flight(narrow) == 0)
-    assert narrow.figure("finetune_requests_total", status="500") == failed
+    assert narrow.metric("finetune_requests_total", status="500") == failed
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

@@ -1,13 +1,13 @@
-"""What the field `model` means, and what takes over when a champion cannot answer."""
+"""The field `model`, fallbacks, and upstream servers."""
 
 import openai
 import pytest
 
 from finetune_pipeline.database import connect
+from finetune_pipeline.inference.remote import RemoteModel
 from finetune_pipeline.registry import champion
-from finetune_pipeline.serving.backends import Upstream
 from finetune_pipeline.serving.errors import UnknownModel
-from finetune_pipeline.serving.routing import names_of, route
+from finetune_pipeline.serving.routing import loops_by_name, route
 from finetune_pipeline.settings import SettingsError, UpstreamSettings
 from finetune_pipeline_tests.serving.conftest import (
     events,
@@ -21,7 +21,7 @@ from finetune_pipeline_tests.serving.conftest import (
 
 @pytest.fixture(scope="module")
 def two(own_home, ggufs):
-    """Two loops on one gateway, one of them with two versions."""
+    """Run a gateway with two loops, one of them with two versions."""
     promote(ggufs["Q8_0"], "walls")
     promote(ggufs["Q6_K"], "walls")
     walls = make_loop("walls", serving={"aliases": ["specialist_local", "org/walls:latest"]})
@@ -45,7 +45,7 @@ def two(own_home, ggufs):
         ("doors@base", "doors@base", "champion"),
     ],
 )
-def test_a_name_stands_for_a_loop_a_version_or_an_alias(two, name, model, variant):
+def test_a_name_is_a_loop_a_version_or_an_alias(two, name, model, variant):
     answer = two.ask(model=name).json()
     assert answer["model"] == model
     kept = two.interaction(answer["id"])["interaction"]
@@ -55,7 +55,7 @@ def test_a_name_stands_for_a_loop_a_version_or_an_alias(two, name, model, varian
 
 
 @pytest.mark.parametrize("name", ["gpt-4", "walls@v9.9.9", "@v1.0.0", "Walls", "walls@doors@v1.0.0", "../walls", " "])
-def test_a_name_that_stands_for_nothing_is_not_found(two, name):
+def test_an_unknown_name_is_not_found(two, name):
     response = two.ask(model=name)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
     assert two.ask(model=name, stream=True).status_code == 404
@@ -68,11 +68,11 @@ def test_the_names_of_all_loops_are_listed(two):
     assert (card["loop"], card["serving"]) == ("walls", "walls@v1.1.0")
 
 
-def test_two_loops_cannot_answer_to_one_name():
-    with pytest.raises(SettingsError, match="both a and b answer to the name 'fast'"):
-        names_of([make_loop("a", serving={"aliases": ["fast"]}), make_loop("b", serving={"aliases": ["fast"]})])
-    with pytest.raises(SettingsError, match="both a and b answer to the name 'a'"):
-        names_of([make_loop("a"), make_loop("b", serving={"aliases": ["a"]})])
+def test_two_loops_cannot_have_the_same_name():
+    with pytest.raises(SettingsError, match="Both a and b are served as 'fast'"):
+        loops_by_name([make_loop("a", serving={"aliases": ["fast"]}), make_loop("b", serving={"aliases": ["fast"]})])
+    with pytest.raises(SettingsError, match="Both a and b are served as 'a'"):
+        loops_by_name([make_loop("a"), make_loop("b", serving={"aliases": ["a"]})])
 
 
 def test_feedback_finds_the_loop_of_its_interaction(two):
@@ -100,7 +100,7 @@ def _no_model(path):
 
 
 @pytest.mark.parametrize("damage", [_gone, _truncated, _no_model])
-def test_the_base_answers_when_the_champions_file_cannot_be_used(ggufs, damage):
+def test_the_base_model_answers_if_the_champions_file_is_unusable(ggufs, damage):
     loop = f"hurt{damage.__name__}"
     damage(promote(ggufs["Q8_0"], loop).gguf_path)
     with serving(make_loop(loop)) as gateway:
@@ -110,12 +110,12 @@ def test_the_base_answers_when_the_champions_file_cannot_be_used(ggufs, damage):
         assert {event["model"] for event in events(gateway.ask(model=loop, stream=True))} == {f"{loop}@base"}
         health = gateway.health()
         assert (health["status"], health["loops"][loop]["serving"]) == ("degraded", f"{loop}@base")
-        assert f"{loop}@v1.0.0 does not load; nothing served before it" in health["loops"][loop]["trouble"]
-        assert gateway.figure("finetune_fallbacks_total", loop=loop) == 2
-        assert gateway.figure("finetune_healthy", loop=loop) == 0
+        assert f"{loop}@v1.0.0 does not load; no other model is in service" in health["loops"][loop]["last_error"]
+        assert gateway.metric("finetune_fallbacks_total", loop=loop) == 2
+        assert gateway.metric("finetune_healthy", loop=loop) == 0
 
 
-def test_without_a_fallback_the_question_is_told_to_come_back(ggufs):
+def test_without_a_fallback_the_request_gets_503(ggufs):
     _gone(promote(ggufs["Q8_0"], "alone").gguf_path)
     with serving(make_loop("alone", serving={"fallback": None})) as gateway:
         with pytest.raises(openai.InternalServerError, match=r"alone@v1\.0\.0 does not load") as refused:
@@ -126,7 +126,7 @@ def test_without_a_fallback_the_question_is_told_to_come_back(ggufs):
         assert gateway.http.get("/healthz").status_code == 503
 
 
-def test_another_gateway_takes_over_as_the_fallback(ggufs, two):
+def test_another_gateway_can_be_the_fallback(ggufs, two):
     _gone(promote(ggufs["Q8_0"], "handed_on").gguf_path)
     upstream = {"url": f"{two.url}/v1", "model": "walls"}
     with serving(make_loop("handed_on", serving={"fallback": upstream})) as gateway:
@@ -140,13 +140,13 @@ def test_another_gateway_takes_over_as_the_fallback(ggufs, two):
 
 @pytest.fixture(scope="module")
 def upstream(two):
-    """A gateway whose answers come from another one."""
+    """Run a gateway with another gateway as upstream."""
     serving_settings = {"upstream": {"url": f"{two.url}/v1", "model": "walls@v1.0.0"}, "fallback": None}
     with serving(make_loop("far", serving=serving_settings)) as running:
         yield running
 
 
-def test_an_upstream_answers_as_it_would_itself(upstream, two):
+def test_an_upstream_answers_as_without_the_gateway(upstream, two):
     near = two.ask(model="walls@v1.0.0", logprobs=True).json()
     far = upstream.ask(model="far", logprobs=True).json()
     assert far["choices"][0]["message"] == near["choices"][0]["message"]
@@ -160,27 +160,27 @@ def test_an_upstream_answers_as_it_would_itself(upstream, two):
     assert kept["output"] == near["choices"][0]["message"]["content"]
 
 
-def test_an_upstreams_answer_is_streamed_on(upstream, two):
+def test_an_upstreams_answer_is_streamed(upstream, two):
     near = two.ask(model="walls@v1.0.0").json()["choices"][0]["message"]["content"]
     stream = events(upstream.ask(model="far", stream=True))
-    pieces = [event["choices"][0]["delta"].get("content") for event in stream]
-    assert "".join(filter(None, pieces)) == near
-    assert len(list(filter(None, pieces))) > 5
+    deltas = [event["choices"][0]["delta"].get("content") for event in stream]
+    assert "".join(filter(None, deltas)) == near
+    assert len(list(filter(None, deltas))) > 5
 
 
-def test_what_an_upstream_refuses_is_the_clients_fault(upstream):
+def test_a_request_that_the_upstream_refuses_gets_400(upstream):
     schema = {"name": "x", "schema": {"type": "array", "items": {"$ref": "https://example.com/x"}}}
     refused = upstream.ask(model="far", response_format={"type": "json_schema", "json_schema": schema})
     assert refused.status_code == 400
     assert "only references within it" in refused.json()["error"]["message"]
 
 
-def test_a_gateway_that_is_its_own_upstream_says_so():
+def test_a_gateway_detects_that_it_is_its_own_upstream():
     with serving(make_loop("circle", serving={"fallback": None})) as gateway:
         settings = UpstreamSettings(url=f"{gateway.url}/v1", model="circle")
-        gateway.gateway.servers["circle"].current.backend = Upstream(settings, gateway.gateway.id)
+        gateway.gateway.servers["circle"].current.runner = RemoteModel(settings, gateway.gateway.id)
         answer = gateway.ask(model="circle")
-    assert answer.status_code == 503 and "this gateway is its own upstream" in answer.text
+    assert answer.status_code == 503 and "This gateway is its own upstream" in answer.text
 
 
 def test_an_upstream_that_is_down_is_named():
@@ -192,32 +192,32 @@ def test_an_upstream_that_is_down_is_named():
             assert f"{url} does not answer" in response.json()["error"]["message"]
 
 
-def test_the_base_takes_over_for_an_upstream_that_is_down():
+def test_the_base_model_is_the_fallback_for_an_upstream_that_is_down():
     url = f"http://127.0.0.1:{free_port()}/v1"
     with serving(make_loop("lost_too", serving={"upstream": {"url": url, "model": "x"}})) as gateway:
         assert gateway.ask(model="lost_too").json()["model"] == "lost_too@base"
 
 
-def test_an_upstream_that_is_down_is_told_of_until_it_answers_again(two):
+def test_an_upstream_that_is_down_degrades_health_until_it_answers(two):
     port = free_port()
     settings = {"upstream": {"url": f"http://127.0.0.1:{port}/v1", "model": "walls"}}
     with serving(make_loop("waiting", serving=settings)) as gateway:
         assert gateway.ask(model="waiting").json()["model"] == "waiting@base"
-        assert "does not answer" in gateway.health()["loops"]["waiting"]["trouble"]
+        assert "does not answer" in gateway.health()["loops"]["waiting"]["last_error"]
         server = gateway.gateway.servers["waiting"]
-        server.current.backend = Upstream(UpstreamSettings(url=f"{two.url}/v1", model="walls"))
+        server.current.runner = RemoteModel(UpstreamSettings(url=f"{two.url}/v1", model="walls"))
         assert gateway.ask(model="waiting").json()["model"] == "waiting@walls"
         assert gateway.health()["status"] == "ok"
 
 
-def test_an_upstream_whose_key_is_not_set_is_said_at_once(two, monkeypatch):
+def test_a_missing_upstream_key_is_reported_at_once(two, monkeypatch):
     upstream = {"url": f"{two.url}/v1", "model": "walls", "api_key_env": "KEY_OF_NOBODY"}
     with serving(make_loop("keyless", serving={"upstream": upstream, "fallback": None})) as gateway:
-        assert "KEY_OF_NOBODY is not set" in gateway.health()["loops"]["keyless"]["trouble"]
+        assert "KEY_OF_NOBODY is not set" in gateway.health()["loops"]["keyless"]["last_error"]
         assert gateway.ask(model="keyless").status_code == 503
 
 
-def test_a_version_that_was_deleted_says_so(two, ggufs):
+def test_the_error_for_a_deleted_version_names_its_file(two, ggufs):
     gone = promote(ggufs["Q4_K_M"], "walls")
     champion.rollback(connect(), "walls", "tests", "back")
     _gone(gone.gguf_path)
@@ -227,8 +227,8 @@ def test_a_version_that_was_deleted_says_so(two, ggufs):
     wait_until(lambda: two.ask(model="walls").json()["model"] == "walls@v1.1.0")
 
 
-def test_a_loop_does_not_lead_into_another():
+def test_a_version_cannot_name_another_loop():
     names = {"notes": "notes"}
     assert route("notes@v1.0.0", names).version == "v1.0.0"
-    with pytest.raises(UnknownModel, match=r"there is no model 'notes@other@v1\.0\.0'"):
+    with pytest.raises(UnknownModel, match=r"There is no model 'notes@other@v1\.0\.0'"):
         route("notes@other@v1.0.0", names)
