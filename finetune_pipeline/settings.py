@@ -467,41 +467,53 @@ class ExportSettings(Settings):
 
 
 class UpstreamSettings(Settings):
-    """A model behind another OpenAI-compatible server: vLLM, llama-server, Ollama, or a service."""
+    """A model behind another OpenAI-compatible server: vLLM, llama-server, Ollama, or a cloud service."""
 
-    url: str = Field(pattern="^https?://", description="Its base address, as a rule ending in /v1.")
-    model: str = Field(min_length=1, description="The model's name there.")
-    api_key_env: str | None = Field(default=None, description="Environment variable that holds the key.")
-    timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for the next part of an answer.")
+    url: str = Field(pattern="^https?://", description="Base URL of the server, usually ending in /v1.")
+    model: str = Field(min_length=1, description="Name of the model at the server.")
+    api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
+    timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for the next part of a response.")
 
 
 class ServingSettings(Settings):
-    """How the gateway answers for this loop."""
+    """The gateway's settings for this loop."""
 
     aliases: tuple[Annotated[str, Field(pattern=_ALIAS)], ...] = Field(
-        default=(), description="Other names by which requests may ask for this loop's champion."
+        default=(), description="Further names by which requests can use this loop's champion."
     )
     upstream: UpstreamSettings | None = Field(
-        default=None, description="Answers come from this server; without it, from llama.cpp here."
+        default=None, description="Server that answers instead of a local llama.cpp engine."
     )
     fallback: Literal["base"] | UpstreamSettings | None = Field(
-        default="base", description="What answers when the champion cannot: the base model, another server, nothing."
+        default="base", description="What answers if the champion cannot: the base model, another server, or null."
     )
-    parallel: int = Field(default=8, ge=1, le=64, description="Answers decoded together.")
-    queue: int = Field(default=32, ge=0, description="Requests that may wait beyond those; more are told to come back.")
+    parallel: int = Field(default=8, ge=1, le=64, description="Requests decoded together.")
+    queue: int = Field(
+        default=32, ge=0, description="Further requests that may wait; more get status 503 with Retry-After."
+    )
     versions: int = Field(
-        default=2, ge=0, le=16, description="Versions beside the champion that stay loaded for who names them; 0: none."
+        default=2,
+        ge=0,
+        le=16,
+        description="Versions that stay loaded in addition to the champion, for requests that name them; 0: none.",
     )
     empty_limit: float = Field(
         default=0.5, ge=0, le=1, description="Fraction of empty answers above which /healthz is degraded; 1: never."
     )
     stuck_seconds: float = Field(
-        default=120, ge=1, description="A model process without progress for this long is ended and replaced."
+        default=120, ge=1, description="An engine without progress for this long is killed and restarted."
     )
-    context: int | None = Field(default=None, ge=64, description="Tokens of prompt and answer; default evaluation's.")
-    max_tokens: int | None = Field(default=None, ge=1, description="Tokens of an answer; default evaluation's.")
+    context: int | None = Field(
+        default=None, ge=64, description="Tokens of prompt and completion; default: evaluation.context."
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Default for max_tokens of a request; default: evaluation.max_tokens."
+    )
     review_below: float | None = Field(
-        default=None, ge=0, le=1, description="Less confident answers are flagged for review; default min_confidence."
+        default=None,
+        ge=0,
+        le=1,
+        description="Answers with a lower confidence are flagged for review; default: curation.min_confidence.",
     )
 
 
