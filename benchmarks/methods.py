@@ -18,11 +18,11 @@ from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.orchestration.lora_adapter import PARTS
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.build_dataset import examples_of
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
+from finetune_pipeline.pipeline.train import DATASET_TYPES
 from finetune_pipeline.records import Example
 from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, home, read_loop
 from finetune_pipeline.training.job import JobConfig, TrainingResult
@@ -118,7 +118,7 @@ def _counts(curated: Curated) -> dict[str, int]:
 def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:
     data, output = folder / f"data-{case.data}", folder / case.folder
     settings = type(loop.training).model_validate(loop.training.model_dump() | case.settings)
-    part = PARTS[settings.method]
+    part = DATASET_TYPES[settings.method]
     job = JobConfig(
         base_model=resolve_base_model(loop.base_model),
         dataset=data / PROMPT_COMPLETION,

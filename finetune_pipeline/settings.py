@@ -644,6 +644,11 @@ class LoopSettings(Settings):
         return [prefix] if prefix else []
 
     @property
+    def job_name(self) -> str:
+        """Name of the Dagster job that runs the whole loop."""
+        return f"{self.name}_loop"
+
+    @property
     def context(self) -> int:
         """Return the context length in serving: tokens of prompt and answer together."""
         return self.serving.context or self.evaluation.context

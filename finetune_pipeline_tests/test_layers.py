@@ -55,7 +55,7 @@ def test_imports_point_down_the_layers(path):
         **dict.fromkeys(INFRASTRUCTURE, INFRASTRUCTURE),
         "pipeline": {"pipeline"} | DOMAIN | INFRASTRUCTURE,
         **{entry: {"pipeline", entry} | DOMAIN | INFRASTRUCTURE for entry in ENTRY_POINTS},
-        "cli": {"cli", "serving", "pipeline"} | DOMAIN | INFRASTRUCTURE,
+        "cli": ENTRY_POINTS | {"pipeline"} | DOMAIN | INFRASTRUCTURE,
     }.get(here)
     for name in imports(path):
         top, *rest = name.split(".")

@@ -173,7 +173,7 @@ def test_what_would_let_the_training_fail_is_said_before_anything_runs(monkeypat
     monkeypatch.setattr(Unsloth, "check", lambda self: Availability("unsloth", False, "no GPU", "take another"))
     absent, find = {"ray", "wandb"}, importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name in absent else find(name, *of))
-    monkeypatch.setattr("finetune_pipeline.cli.run.materialize", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setattr("finetune_pipeline.cli.run.run_job", lambda *_, **__: pytest.fail("it ran"))
     result = CliRunner().invoke(finetune, ["run"])
     assert isinstance(result.exception, TrainingError | ExportError | ClusterError) and said in str(result.exception)
 
@@ -190,7 +190,7 @@ def test_the_weights_of_a_base_model_are_downloaded_only_when_the_settings_will_
         return tmp_path
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("finetune_pipeline.cli.run.materialize", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setattr("finetune_pipeline.cli.run.run_job", lambda *_, **__: pytest.fail("it ran"))
     result = CliRunner().invoke(finetune, ["run"])
     assert "cannot be split evenly across 5 processes" in str(result.exception)
     assert "config.json" in wanted and not [name for name in wanted if "safetensors" in name]

@@ -6,8 +6,9 @@ import dagster as dg
 import datasets
 import pytest
 
-from finetune_pipeline.orchestration.lora_adapter import describe, run_settings, training_config
+from finetune_pipeline.orchestration.lora_adapter import training_config
 from finetune_pipeline.pipeline.incremental import write_subset
+from finetune_pipeline.pipeline.train import describe_progress, settings_of_run
 from finetune_pipeline.settings import load_loop
 from finetune_pipeline.training.architecture import FAMILIES
 from finetune_pipeline.training.job import Progress
@@ -55,17 +56,17 @@ def test_in_the_launchpad_what_the_preset_fills_is_empty_and_can_be_set_for_one_
         3.0,
     )
     assert "preset 8gb fills it" in Config.model_fields["per_device_train_batch_size"].description
-    filled = settled(run_settings(loop, plain.model_dump()), FAMILIES["Mistral-7B"])
+    filled = settled(settings_of_run(loop, plain.model_dump()), FAMILIES["Mistral-7B"])
     assert filled == settled(loop.training, FAMILIES["Mistral-7B"])
     once = Config(per_device_train_batch_size=2, early_stopping_patience=None)
-    changed = settled(run_settings(loop, once.model_dump()), FAMILIES["Mistral-7B"])
+    changed = settled(settings_of_run(loop, once.model_dump()), FAMILIES["Mistral-7B"])
     assert (
         changed.per_device_train_batch_size,
         changed.gradient_accumulation_steps,
         changed.early_stopping_patience,
     ) == (2, 8, None)
     without = make_loop(training={"num_train_epochs": 4})
-    assert run_settings(without, training_config(without)(seed=9).model_dump()).seed == 9
+    assert settings_of_run(without, training_config(without)(seed=9).model_dump()).seed == 9
 
 
 def test_one_line_says_how_far_a_training_is():
@@ -73,13 +74,13 @@ def test_one_line_says_how_far_a_training_is():
         step=6, steps=24, epoch=0.75, loss=1.25, validation_loss=1.5, learning_rate=0.0002, tokens_per_second=12345.6,
         eta_seconds=83.4, elapsed_seconds=20, memory_bytes=3 * 2**29,
     )  # fmt: skip
-    assert describe(progress) == (
-        "training step 6 of 24, epoch 0.8, loss 1.250, held out 1.500, learning rate 0.0002, 12,346 tokens/s, "
-        "1.5 GiB, 1:23 left"
+    assert describe_progress(progress) == (
+        "training 25%, step 6 of 24, epoch 0.8, loss 1.250, validation loss 1.500, learning rate 0.0002, "
+        "12,346 tokens/s, 1.5 GiB, 1:23 left"
     )
     bare = progress.model_copy(update={"validation_loss": None, "memory_bytes": None})
-    assert describe(bare) == (
-        "training step 6 of 24, epoch 0.8, loss 1.250, learning rate 0.0002, 12,346 tokens/s, 1:23 left"
+    assert describe_progress(bare) == (
+        "training 25%, step 6 of 24, epoch 0.8, loss 1.250, learning rate 0.0002, 12,346 tokens/s, 1:23 left"
     )
 
 

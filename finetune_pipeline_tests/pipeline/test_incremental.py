@@ -10,15 +10,15 @@ from finetune_pipeline.artifacts import get_latest, hash_file
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.automation import automation
-from finetune_pipeline.orchestration.lora_adapter import adapter
 from finetune_pipeline.pipeline import incremental
 from finetune_pipeline.pipeline.incremental import start
+from finetune_pipeline.pipeline.train import train_adapter
 from finetune_pipeline.registry.champion import promote
 from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.training.job import TrainingResult
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
-from finetune_pipeline_tests.orchestration.test_methods import dataset as labelled
+from finetune_pipeline_tests.pipeline.test_train import dataset as labelled
 
 KEY = dg.AssetKey(["notes", "lora_adapter"])
 SMALL = {
@@ -78,7 +78,8 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     assert last["tokens_per_second"] > 0 and last["memory_mb"] > 10
     event = instance.get_latest_materialization_event(KEY)
     said = [entry.user_message for entry in instance.all_logs(event.run_id)]
-    assert any(line.startswith(f"training step {result.steps} of {result.steps}, epoch 2.0, loss ") for line in said)
+    last_step = f"training 100%, step {result.steps} of {result.steps}, epoch 2.0, loss "
+    assert any(line.startswith(last_step) for line in said)
     curve = event.asset_materialization.metadata["loss_curve"].value
     before, _, encoded = curve.removesuffix(")").partition(",")
     assert before == "![loss curve](data:image/png;base64" and b64decode(encoded).startswith(b"\x89PNG")
@@ -122,10 +123,10 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
 def test_kto_goes_on_with_new_bad_answers_beside_older_good_ones(make_loop, tmp_path, monkeypatch):
     training = {**SMALL, "num_train_epochs": 1, "method": "kto", "mode": "incremental", "replay_ratio": 0}
     loop = make_loop(training=training, curation={"min_examples": 5, "validation_fraction": 0.2})
-    made = [adapter(loop, loop.training, labelled(loop), ignored, ignored)]
+    made = [train_adapter(loop, loop.training, labelled(loop), "run", ignored, ignored)]
     make_champion(made[0], tmp_path)
     worse = labelled(loop, good=[], bad=["worse 1", "worse 2", "worse 3"])
-    made.append(adapter(loop, loop.training, worse, ignored, ignored))
+    made.append(train_adapter(loop, loop.training, worse, "run", ignored, ignored))
     manifest = made[1].manifest
     new = manifest.new_examples
     assert (manifest.mode, manifest.examples) == ("incremental", 2 * new)

@@ -13,8 +13,8 @@ import pytest
 from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, publish, stage_folder, write_text
 from finetune_pipeline.curation.dataset_files import COLUMNS
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
-from finetune_pipeline.orchestration.lora_adapter import training_run
 from finetune_pipeline.pipeline.lineage import MadeWith, card, lineage, made_with
+from finetune_pipeline.pipeline.train import training_job
 from finetune_pipeline.registry.champion import champion, current_deployment, promote
 from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
 from finetune_pipeline.registry.model_versions import CandidateModel
@@ -72,7 +72,7 @@ def adapter(db, version, of, run="run-1", on_top_of=None):
     }  # fmt: skip
     with draft("notes", "lora_adapter", version) as folder:
         manifest = publish(folder, AdapterManifest, fields).manifest
-    record_training_job(db, training_run(manifest, run))
+    record_training_job(db, training_job(manifest, run))
 
 
 def report(db, version, path):

@@ -5,10 +5,10 @@ import pytest
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
-from finetune_pipeline.orchestration.lora_adapter import adapter, training_run
-from finetune_pipeline.pipeline import build_dataset, lora_adapter
+from finetune_pipeline.pipeline import build_dataset, train
 from finetune_pipeline.pipeline.lineage import made_with
 from finetune_pipeline.pipeline.snapshot import snapshot
+from finetune_pipeline.pipeline.train import train_adapter, training_job
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -50,14 +50,14 @@ def test_auto_is_resolved_before_the_training_and_the_adapter_says_why(make_loop
     loop = make_loop(training={"method": "auto", "num_train_epochs": 1, "max_length": 128})
     held = dataset(loop, good=GOOD[:5])
     told = []
-    made = adapter(loop, loop.training, held, lambda _: None, told.append)
+    made = train_adapter(loop, loop.training, held, "run", lambda _: None, told.append)
     manifest = made.manifest
     assert manifest.method == "kto"
     assert manifest.method_reason.startswith("kto: 5 answers found good (5 of them corrections) and 2")
     assert told[0] == f"full training, from the base model on everything; by {manifest.method_reason}"
-    assert training_run(manifest, "run").method == "kto, lora"
+    assert training_job(manifest, "run").method == "kto, lora"
     by_hand = loop.training.model_copy(update={"method": "kto"})
-    again = adapter(loop, by_hand, held, lambda _: None, told.append).manifest
+    again = train_adapter(loop, by_hand, held, "run", lambda _: None, told.append).manifest
     assert (again.version, again.created_at) == (manifest.version, manifest.created_at)  # found, not trained again
     assert again.method_reason == manifest.method_reason
 
@@ -66,13 +66,18 @@ def test_a_method_without_data_stops_before_anything_is_loaded(make_loop):
     loop = make_loop(training={"method": "dpo"})
     held = dataset(loop, good=[], bad=BAD)
     with pytest.raises(TrainingError, match=r"dpo needs corrections .*dataset has 0 answers found good"):
-        adapter(loop, loop.training, held, lambda _: None, lambda _: None)
+        train_adapter(loop, loop.training, held, "run", lambda _: None, lambda _: None)
 
 
 def test_a_preset_is_filled_for_the_method_that_auto_chose(make_loop, monkeypatch):
     loop = make_loop(training={"method": "auto", "preset": "cpu"})
     filled = []
-    monkeypatch.setattr(lora_adapter, "settled", lambda settings, _: filled.append(settings) or settings)
-    monkeypatch.setattr(lora_adapter, "obtain", lambda *_, **__: None)
-    adapter(loop, loop.training, dataset(loop, good=GOOD[:5]), lambda _: None, lambda _: None)
+    monkeypatch.setattr(train, "settled", lambda settings, _: filled.append(settings) or settings)
+
+    def stop(*_, **__):
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "get_or_create", stop)
+    with pytest.raises(InterruptedError):
+        train_adapter(loop, loop.training, dataset(loop, good=GOOD[:5]), "run", lambda _: None, lambda _: None)
     assert [settings.method for settings in filled] == ["kto"]

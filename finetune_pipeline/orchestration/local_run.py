@@ -1,0 +1,116 @@
+"""Run a loop's job from a terminal: start it in a process of its own, show its events, end it on Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import dagster as dg
+
+from finetune_pipeline.orchestration.run_events import RunEvents
+from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home
+
+WORKSPACE = PROJECT_ROOT / "workspace.yaml"
+POLL_SECONDS = 0.3
+STOP_SECONDS = 30.0
+"""How long an interrupted run may take to end its steps before it is killed."""
+
+_LOG_TAIL = 15  # lines of the log that are shown if the run could not be created
+
+
+def run_loop(
+    loop: LoopSettings, echo: Callable[[str], None], *, verbose: bool = False, workspace: Path = WORKSPACE
+) -> int:
+    """Run the job of a loop and show its progress; the complete log goes to a file.
+
+    DAGSTER_HOME has to be set. The run ends with this process, however this process ends: otherwise an orphan could
+    promote a model that nobody waits for.
+
+    Args:
+        echo: shows a line.
+        verbose: show Dagster's complete log.
+        workspace: names the code location, as for Dagster's servers.
+
+    Returns:
+        0 if the run succeeded, 1 if it failed or the gate rejected the challenger, 128 plus the signal's number if a
+        signal ended it.
+    """
+    run_id, began = str(uuid.uuid4()), time.time()
+    log = home() / "logs" / f"{loop.name}-{datetime.now():%Y%m%d-%H%M%S}-{run_id[:8]}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tied = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
+    job = [sys.executable, "-m", "finetune_pipeline.orchestration.run_job", str(workspace), loop.job_name]
+    with _signals() as received, dg.DagsterInstance.get() as instance:
+        with log.open("xb") as file:
+            # A session of its own: Ctrl-C reaches only this process, which then marks the run as canceled.
+            process = subprocess.Popen(
+                [*tied, *job, loop.name, run_id], cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL,
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        events = RunEvents(instance, run_id, began)
+        try:
+            with log.open(encoding="utf-8", errors="replace") as written:
+                running = True
+                while running:
+                    running = process.poll() is None  # asked first, so that the last events are shown too
+                    lines = list(events.read())
+                    for line in written if verbose else lines:
+                        echo(line.rstrip("\n"))
+                    if running and (received or events.canceling):
+                        echo("stopping the run; press Ctrl-C again to kill it")
+                        _stop(instance, process, run_id, received)
+                    elif running:
+                        time.sleep(POLL_SECONDS)
+        finally:
+            if process.poll() is None:  # for example, because the output's reader is gone
+                _stop(instance, process, run_id, received)
+        run = instance.get_run_by_id(run_id)
+        if run is not None and not run.is_finished:  # the process was killed and could not do it
+            instance.report_run_failed(run, f"The run's process ended with exit code {process.returncode}.")
+    if received:
+        echo(f"canceled; the complete log is in {log}")
+        return 128 + received[0]
+    if process.returncode:
+        if not events.started:
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:]:
+                echo(line)
+        echo(f"the run did not succeed, nothing was promoted; the complete log is in {log}")
+    return 1 if process.returncode else 0
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of ending the process."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(instance: dg.DagsterInstance, process: "subprocess.Popen[bytes]", run_id: str, received: list[int]) -> None:
+    """Interrupt the run and its steps and wait for them; kill them after `STOP_SECONDS` or at the next signal."""
+    run = instance.get_run_by_id(run_id)
+    if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:
+        instance.report_run_canceling(run)
+    process.terminate()
+    signals, deadline = len(received), time.monotonic() + STOP_SECONDS
+    while process.poll() is None:
+        if time.monotonic() > deadline or len(received) > signals:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        time.sleep(POLL_SECONDS / 3)
+    run = instance.get_run_by_id(run_id)
+    if run is not None and not run.is_finished:
+        instance.report_run_canceled(run)

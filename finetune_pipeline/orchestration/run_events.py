@@ -1,0 +1,97 @@
+"""The progress of a run, read from Dagster's event log: steps, their durations, checks, messages and causes."""
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+import dagster as dg
+from dagster import DagsterEventType as Kind
+
+if TYPE_CHECKING:
+    from dagster_shared.error import SerializableErrorInfo
+
+_BATCH = 500
+_INTERRUPTS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
+
+
+class RunEvents:
+    """Reads the events of one run as they are written.
+
+    Attributes:
+        started: the run exists and its first event was written.
+        canceling: somebody asked to end the run, for example in the UI.
+    """
+
+    def __init__(self, instance: dg.DagsterInstance, run_id: str, began: float) -> None:
+        """Make a reader of a run's events.
+
+        Args:
+            began: time from which the seconds on each line count.
+        """
+        self.started = self.canceling = False
+        self._instance, self._run_id, self._began = instance, run_id, began
+        self._cursor: str | None = None
+        self._step_started: dict[str, float] = {}
+        self._step_failed = False
+
+    def read(self) -> Iterator[str]:
+        """Yield a line for each new event that a person wants to see."""
+        if not self.started:
+            run = self._instance.get_run_by_id(self._run_id)
+            # Reading earlier could create the run's event database while the run's own process creates it.
+            if run is None or run.status == dg.DagsterRunStatus.NOT_STARTED:
+                return
+            self.started = True
+        more = True
+        while more:
+            page = self._instance.get_records_for_run(self._run_id, self._cursor, limit=_BATCH)
+            self._cursor, more = page.cursor, page.has_more
+            for record in page.records:
+                line = self._line(record.event_log_entry)
+                if line:
+                    yield f"[{record.event_log_entry.timestamp - self._began:4.0f} s] {line}"
+
+    def _line(self, entry: dg.EventLogEntry) -> str | None:
+        step = f"{(entry.step_key or '').rpartition('__')[2]:<16}"  # without the key prefix of the loop
+        event = entry.dagster_event
+        if event is None:  # a message of a step
+            return f"{step} {entry.user_message}" if entry.step_key and int(entry.level) >= logging.INFO else None
+        seconds = entry.timestamp - self._step_started.get(entry.step_key or "", entry.timestamp)
+        match event.event_type:
+            case Kind.STEP_START:
+                self._step_started[entry.step_key or ""] = entry.timestamp
+                return f"{step} started"
+            case Kind.STEP_SUCCESS:
+                return f"{step} {click.style('done', fg='green')} in {seconds:.1f} s"
+            case Kind.STEP_FAILURE:
+                self._step_failed = True
+                reason = cause(event.step_failure_data.error)
+                return f"{step} {click.style('failed', fg='red')} after {seconds:.1f} s: {reason}"
+            case Kind.ASSET_CHECK_EVALUATION:
+                check = event.asset_check_evaluation_data
+                color = "red" if check.severity == dg.AssetCheckSeverity.ERROR else "yellow"
+                result = click.style("passed", fg="green") if check.passed else click.style("failed", fg=color)
+                description = f": {check.description}" if check.description else ""
+                return f"{step} check {check.check_name} {result}{description}"
+            case Kind.RUN_FAILURE if not self._step_failed:  # for example, the executor failed
+                return f"{step} {click.style('the run failed', fg='red')}: {cause(event.job_failure_data.error)}"
+            case Kind.RUN_CANCELING | Kind.RUN_CANCELED:
+                self.canceling = True
+        return None
+
+
+def cause(error: "SerializableErrorInfo | None") -> str:
+    """Return the message of the exception that a step raised, without what Dagster wraps around it and the traceback.
+
+    This project's exceptions and `dg.Failure` say what happened and what to do. Others keep the name of their class.
+    """
+    if error is None:
+        return "Dagster recorded no error"
+    while error.cause is not None and (error.cls_name or "").startswith("Dagster"):
+        error = error.cause
+    if error.cls_name in _INTERRUPTS:
+        return "it was interrupted"
+    name, _, message = error.message.strip().partition(": ")
+    ours = name.startswith("finetune_pipeline.") or name.endswith(".Failure")
+    return message if ours and message else f"{error.cls_name}: {message}".removesuffix(": ")

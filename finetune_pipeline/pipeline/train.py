@@ -1,0 +1,178 @@
+"""Train the adapter of a dataset: the work of the asset lora_adapter, and what is checked before a run starts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune_pipeline.artifacts import Artifact, get_or_create, package_versions, version_of, wait_for_lock
+from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETION, UNPAIRED_PREFERENCE, type_folder
+from finetune_pipeline.database import connect
+from finetune_pipeline.export.base import CONFIG_FILES, base_hash, resolve_base_model
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
+from finetune_pipeline.pipeline.incremental import start, write_subset
+from finetune_pipeline.pipeline.loop_files import PACKAGES
+from finetune_pipeline.registry.training_jobs import TrainingJob, record_training_job
+from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
+from finetune_pipeline.training.architecture import architecture_of
+from finetune_pipeline.training.checkpoints import last_complete, step_of
+from finetune_pipeline.training.job import ADAPTER, CHECKPOINTS, JobConfig, Progress
+from finetune_pipeline.training.launch import train
+from finetune_pipeline.training.methods import Counts, choose
+from finetune_pipeline.training.presets import PRESETS, settled
+
+DATASET_TYPES = {"sft": PROMPT_COMPLETION, "dpo": PREFERENCE, "kto": UNPAIRED_PREFERENCE}
+"""Training method -> the dataset type that it trains on, which is a folder of the dataset."""
+
+
+def check_can_train(loop: LoopSettings) -> None:
+    """Check the training settings and the base model before a run starts, so that it does not fail at its third asset.
+
+    The weights of a base model are downloaded only after everything else has been checked.
+
+    Raises:
+        TrainingError, ExportError, ClusterError: the message says what to change.
+    """
+    from finetune_pipeline.ray_session import check_installed
+    from finetune_pipeline.training import backends
+    from finetune_pipeline.training.base_model import check_base_model, check_trained_tokens
+    from finetune_pipeline.training.distributed import split_batch
+    from finetune_pipeline.training.preference import check_batch
+    from finetune_pipeline.training.trackers import check_trackers
+
+    settings = loop.training
+    config = resolve_base_model(loop.base_model, CONFIG_FILES)
+    if settings.preset is not None:
+        settings = settled(settings, architecture_of(loop.base_model))
+    backends.choose(settings).backend.validate(settings)
+    check_trackers(settings)
+    check_batch(settings, split_batch(settings, settings.num_processes).per_device_train_batch_size)
+    check_trained_tokens(config, settings)
+    if settings.compute == "ray":
+        check_installed("training.compute")
+    check_base_model(resolve_base_model(loop.base_model))
+
+
+def left_to_preset(loop: LoopSettings) -> set[str]:
+    """Return the names of the settings that the loop's preset fills."""
+    preset = loop.training.preset
+    return set() if preset is None else set(PRESETS[preset].wish) - loop.training.model_fields_set
+
+
+def settings_of_run(loop: LoopSettings, overrides: dict[str, Any]) -> TrainingSettings:
+    """Return the loop's training settings with those that were set for one run.
+
+    Args:
+        overrides: setting -> value; None leaves a setting to the loop's preset if the preset fills it.
+    """
+    preset = left_to_preset(loop)
+    given = {name: value for name, value in overrides.items() if value is not None or name not in preset}
+    return TrainingSettings.model_validate(loop.training.model_dump(exclude_unset=True) | given)
+
+
+def train_adapter(
+    loop: LoopSettings,
+    settings: TrainingSettings,
+    dataset: Artifact[DatasetManifest],
+    run_id: str,
+    on_progress: Callable[[Progress], None],
+    log: Callable[[str], None],
+) -> Artifact[AdapterManifest]:
+    """Return the adapter for this dataset and these settings, trained unless it exists, and record the training.
+
+    Only one training runs at a time on a machine. A file lock ensures that, not one of Dagster's pools: a run that is
+    killed keeps its slot in a pool, and the next run would wait forever.
+
+    Args:
+        run_id: Dagster's run, which is recorded with the training.
+    """
+    base, held = resolve_base_model(loop.base_model), dataset.manifest
+    counts = Counts(good=held.train - held.replayed, pairs=held.preference_pairs, bad=held.undesirable)
+    choice = choose(settings.method, counts)
+    settings = settings.model_copy(update={"method": choice.method})
+    if settings.preset is not None:
+        filled_by_preset = PRESETS[settings.preset].wish
+        settings = settled(settings, architecture_of(loop.base_model))
+        filled = ", ".join(f"{name} {getattr(settings, name)}" for name in filled_by_preset)
+        log(f"with preset {settings.preset}: {filled}")
+    dataset_type = DATASET_TYPES[choice.method]
+    begin = start(loop, settings, dataset, dataset_type, base_hash(base))
+    log(f"{begin.mode} training, {begin.reason}; by {choice.reason}")
+
+    inputs = {"curated_dataset": held.version, "base_model": base_hash(base)}
+    datasets = {held.version: dataset.sha256}
+    if begin.adapter is not None:
+        inputs["initial_adapter"] = begin.adapter.manifest.version
+        datasets = {**begin.adapter.manifest.datasets, **datasets}
+    hashed_settings = {
+        **settings.model_dump(mode="json", exclude={"report_to"}),
+        "system_prompt": loop.system_prompt,
+        "mode": begin.mode,  # as it is trained, which differs from the setting where incremental is not possible
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        examples = type_folder(dataset.path, dataset_type)
+        if begin.rows is not None:
+            examples = write_subset(examples, begin.rows, folder / dataset_type)
+        job = JobConfig(
+            base_model=base,
+            dataset=examples if dataset_type == PROMPT_COMPLETION else dataset.path / PROMPT_COMPLETION,
+            preferences=None if dataset_type == PROMPT_COMPLETION else examples,
+            system_prompt=loop.system_prompt,
+            output=folder,
+            settings=settings,
+            initial_adapter=begin.adapter.path / ADAPTER if begin.adapter else None,
+        )
+        with wait_for_lock(home() / "training", "training", log):
+            checkpoint = last_complete(folder / CHECKPOINTS, job.key)
+            if checkpoint is not None:
+                log(f"resumes from the checkpoint of step {step_of(checkpoint)}")
+            result = train(job, on_progress)
+        if begin.rows is not None:
+            shutil.rmtree(examples)  # personal data stays in the dataset and is not copied beside the weights
+        measured = {**result.model_dump(), "rejected": result.rejected}
+        return {
+            "inputs": inputs,
+            "settings": hashed_settings,
+            "packages": package_versions(*PACKAGES),
+            "base_model": str(base),
+            "base_hash": inputs["base_model"],
+            "mode": begin.mode,
+            "mode_reason": begin.reason,
+            "new_examples": begin.new,
+            "method_reason": choice.reason,
+            "datasets": datasets,
+            "watermark": held.watermark,
+            **{name: measured[name] for name in AdapterManifest.model_fields if name in measured},
+        }
+
+    version = version_of(inputs, hashed_settings)
+    adapter = get_or_create(AdapterManifest, loop.name, version, make, keep=True)
+    record_training_job(connect(), training_job(adapter.manifest, run_id))
+    return adapter
+
+
+def training_job(manifest: AdapterManifest, run_id: str) -> TrainingJob:
+    """Return what the registry keeps of a training after its adapter is deleted."""
+    known = {
+        **manifest.model_dump(),
+        "id": manifest.version,
+        "run_id": run_id,
+        "dataset": manifest.inputs["curated_dataset"],
+        "initial_adapter": manifest.inputs.get("initial_adapter"),
+        "method": "{method}, {adapter}".format_map(manifest.settings),
+    }
+    return TrainingJob(**{name: known[name] for name in TrainingJob.model_fields})
+
+
+def describe_progress(progress: Progress) -> str:
+    """Return one line on how far a training is."""
+    minutes, seconds = divmod(round(progress.eta_seconds), 60)
+    memory = "" if progress.memory_bytes is None else f"{progress.memory_bytes / 2**30:.1f} GiB, "
+    validation = "" if progress.validation_loss is None else f"validation loss {progress.validation_loss:.3f}, "
+    return (
+        f"training {progress.step / progress.steps:.0%}, step {progress.step} of {progress.steps}, "
+        f"epoch {progress.epoch:.1f}, loss {progress.loss:.3f}, {validation}"
+        f"learning rate {progress.learning_rate:.2g}, {progress.tokens_per_second:,.0f} tokens/s, "
+        f"{memory}{minutes}:{seconds:02d} left"
+    )

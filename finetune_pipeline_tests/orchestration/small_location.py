@@ -1,0 +1,49 @@
+"""A code location with a job of two small assets; the environment variable SECOND says what the second one does."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import dagster as dg
+
+from finetune_pipeline.artifacts import ArtifactBusyError
+from finetune_pipeline.definitions import EXECUTOR
+from finetune_pipeline.subprocess_lifetime import die_with_run
+
+NAMES = {"key_prefix": "notes", "group_name": "notes"}
+
+
+@dg.asset(**NAMES, check_specs=[dg.AssetCheckSpec(name, asset=["notes", "first"]) for name in ("fine", "doubtful")])
+def first(context):
+    die_with_run()
+    context.log.info("3 files")
+    context.log.debug("not for people")
+    yield dg.MaterializeResult()
+    yield dg.AssetCheckResult(check_name="fine", passed=True)
+    warning = dg.AssetCheckSeverity.WARN
+    yield dg.AssetCheckResult(check_name="doubtful", passed=False, severity=warning, description="1 of 3")
+
+
+@dg.asset(**NAMES, deps=[first])
+def second(context):
+    die_with_run()
+    match os.environ.get("SECOND"):
+        case "busy":
+            raise ArtifactBusyError("another run creates it now; wait")
+        case "bug":
+            raise KeyError("prompt")
+        case "gate":
+            raise dg.Failure("not promoted: 5 % needed", allow_retries=False)
+        case "sleep":
+            child = subprocess.Popen(["sleep", "1000"])
+            context.log.info("sleeping")
+            try:
+                child.wait()
+            finally:
+                child.kill()
+                child.wait()
+                Path(os.environ["CLEANED_UP"]).touch()
+
+
+job = dg.define_asset_job("notes_loop", selection=dg.AssetSelection.groups("notes"))
+defs = dg.Definitions(assets=[first, second], jobs=[job], executor=EXECUTOR)

@@ -1,0 +1,201 @@
+"""`finetune run` without a server: progress from the event log, the run's job, cancellation."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+
+import click
+import dagster as dg
+import pytest
+import yaml
+from dagster_shared.error import SerializableErrorInfo
+
+from finetune_pipeline.cli.dagster_home import environment
+from finetune_pipeline.orchestration import local_run
+from finetune_pipeline.orchestration.local_run import run_loop
+from finetune_pipeline.orchestration.run_events import cause
+
+LOCATION = Path(__file__).with_name("small_location.py")
+
+
+@pytest.fixture
+def workspace(tmp_path, own_home, monkeypatch):
+    """Return a workspace with the small location; Dagster's home is the test's own."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "workspace.yaml"
+    path.write_text(
+        yaml.safe_dump({"load_from": [{"python_file": {"relative_path": str(LOCATION), "location_name": "small"}}]})
+    )
+    return path
+
+
+def the_run():
+    with dg.DagsterInstance.get() as instance:
+        (run,) = instance.get_runs()
+        return run
+
+
+def run_and_read(loop, workspace, **options):
+    """Return the exit code of a run, and what it showed without colors and times."""
+    shown = []
+    code = run_loop(loop, shown.append, workspace=workspace, **options)
+    return code, [re.sub(r"^\[ *\d+ s\] ", "", click.unstyle(line)) for line in shown]
+
+
+def test_a_run_of_the_code_locations_job_shows_steps_checks_and_messages(loop, workspace):
+    code, lines = run_and_read(loop, workspace)
+    assert code == 0, lines
+    assert [re.sub(r"\d+\.\d", "0.1", line) for line in lines] == [
+        "first            started",
+        "first            3 files",
+        "first            check fine passed",
+        "first            check doubtful failed: 1 of 3",
+        "first            done in 0.1 s",
+        "second           started",
+        "second           done in 0.1 s",
+    ]
+    run = the_run()
+    origin = run.remote_job_origin.repository_origin
+    assert (run.job_name, origin.get_label()) == ("notes_loop", "__repository__@small")
+    assert run.tags["finetune/loop"] == "notes"
+    label = {".dagster/repository": "__repository__@small"}  # the filter of a job's page in the UI
+    with dg.DagsterInstance.get() as instance:
+        assert instance.get_runs(dg.RunsFilter(job_name="notes_loop", tags=label)) == [run]
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ("busy", "another run creates it now; wait"),
+        pytest.param("bug", "KeyError: 'prompt'", marks=pytest.mark.slow),
+        pytest.param("gate", "not promoted: 5 % needed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_failed_step_shows_its_cause(loop, workspace, monkeypatch, second, reason):
+    monkeypatch.setenv("SECOND", second)
+    code, lines = run_and_read(loop, workspace)
+    assert code == 1 and the_run().status == dg.DagsterRunStatus.FAILURE
+    assert re.fullmatch(rf"second           failed after \d+\.\d s: {re.escape(reason)}", lines[-2])
+    log = Path(lines[-1].rpartition(" ")[2])
+    assert lines[-1].startswith("the run did not succeed") and "in second" in log.read_text()
+
+
+QUERY = """{
+  repositoryOrError(repositorySelector: {repositoryName: "__repository__", repositoryLocationName: "small"}) {
+    ... on Repository { pipelines { name runs(limit: 5) { runId } } }
+  }
+  runsOrError { ... on Runs {
+    results { runId pipelineName status repositoryOrigin { repositoryName repositoryLocationName } }
+  } }
+}"""
+
+
+@pytest.mark.slow
+def test_the_ui_lists_the_run_under_its_job_and_on_the_timeline(loop, workspace):
+    """The timeline groups runs by repositoryOrigin and pipelineName, and leaves out runs without an origin."""
+    from dagster._core.workspace.context import WorkspaceProcessContext
+    from dagster._core.workspace.load_target import WorkspaceFileTarget
+    from dagster_graphql.test.utils import execute_dagster_graphql
+
+    assert run_and_read(loop, workspace)[0] == 0
+    target = WorkspaceFileTarget([str(workspace)])
+    with dg.DagsterInstance.get() as instance, WorkspaceProcessContext(instance, target) as context:
+        data = execute_dagster_graphql(context.create_request_context(), QUERY).data
+    run_id = the_run().run_id
+    jobs = {job["name"]: [run["runId"] for run in job["runs"]] for job in data["repositoryOrError"]["pipelines"]}
+    assert jobs["notes_loop"] == [run_id]
+    origin = {"repositoryName": "__repository__", "repositoryLocationName": "small"}
+    listed = {"runId": run_id, "pipelineName": "notes_loop", "status": "SUCCESS", "repositoryOrigin": origin}
+    assert data["runsOrError"]["results"] == [listed]
+
+
+RUN = """
+import sys
+from pathlib import Path
+from finetune_pipeline.orchestration.local_run import run_loop
+from finetune_pipeline.settings import load_loop
+loop = load_loop("aec_parser").model_copy(update={{"name": "notes"}})
+sys.exit(run_loop(loop, lambda line: print(line, flush=True), workspace=Path({workspace!r})))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_ends_the_run_and_its_children(workspace, tmp_path, number):
+    environ = {**os.environ, "SECOND": "sleep", "CLEANED_UP": str(tmp_path / "cleaned_up")}
+    command = [sys.executable, "-c", RUN.format(workspace=str(workspace))]
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "sleeping" in line:
+            break
+    process.send_signal(number)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert "stopping the run" in rest and "it was interrupted" in rest and "canceled; the complete log" in rest
+    assert the_run().status == dg.DagsterRunStatus.CANCELED
+    assert (tmp_path / "cleaned_up").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_canceled_elsewhere_ends(loop, workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECOND", "sleep")
+    monkeypatch.setenv("CLEANED_UP", str(tmp_path / "cleaned_up"))
+
+    def cancel():
+        with dg.DagsterInstance.get() as instance:
+            while not (runs := instance.get_runs()) or runs[0].status != dg.DagsterRunStatus.STARTED:
+                time.sleep(0.2)
+            instance.report_run_canceling(runs[0])
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    code, lines = run_and_read(loop, workspace)
+    thread.join()
+    assert code == 1 and "stopping the run; press Ctrl-C again to kill it" in lines
+    assert the_run().status == dg.DagsterRunStatus.CANCELED
+
+
+def test_definitions_that_do_not_load_are_shown(loop, workspace, monkeypatch):
+    content = {"load_from": [{"python_module": {"module_name": "finetune_pipeline.no_such_module"}}]}
+    workspace.write_text(yaml.safe_dump(content))
+    code, lines = run_and_read(loop, workspace)
+    assert code == 1 and any("no_such_module" in line for line in lines)
+    assert "the complete log is in" in lines[-1]
+
+    class AtOnce(datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1)
+
+    monkeypatch.setattr(local_run, "datetime", AtOnce)
+    logs = {run_and_read(loop, workspace)[1][-1].rpartition(" ")[2] for _ in range(2)}
+    assert len(logs) == 2, "two runs of one second share a log"
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "shown"),
+    [
+        ("ArtifactBusyError", "finetune_pipeline.artifacts.ArtifactBusyError: wait: it is busy\n", "wait: it is busy"),
+        ("Failure", "dagster._core.definitions.events.Failure: not promoted\n", "not promoted"),
+        ("ValueError", "ValueError: from elsewhere\n", "ValueError: from elsewhere"),
+        ("AssertionError", "AssertionError\n", "AssertionError"),
+        (
+            "DagsterExecutionInterruptedError",
+            "dagster._core.errors.DagsterExecutionInterruptedError\n",
+            "it was interrupted",
+        ),
+    ],
+)
+def test_the_cause_is_the_exception_of_the_step(name, message, shown):
+    raised = SerializableErrorInfo(message, [], name)
+    assert cause(raised) == shown
+    assert (
+        cause(SerializableErrorInfo("dagster: wrapped", [], "DagsterExecutionStepExecutionError", cause=raised))
+        == shown
+    )
