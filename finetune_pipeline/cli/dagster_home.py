@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
             _prepare(dagster_home)
         except OSError as error:
             raise SettingsError(
-                f"the folder {dagster_home} cannot be made or written ({error.strerror}); set FINETUNE_HOME to a "
+                f"the folder {dagster_home} cannot be created or written ({error.strerror}); set FINETUNE_HOME to a "
                 "folder that can be written"
             ) from error
     return env

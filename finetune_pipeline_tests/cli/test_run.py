@@ -22,7 +22,7 @@ def test_a_home_of_ones_own_is_left_alone(own_home, tmp_path, monkeypatch):
 def test_a_home_that_cannot_be_made_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "file"))
-    with pytest.raises(SettingsError, match=r"cannot be made or written .* set FINETUNE_HOME to a folder"):
+    with pytest.raises(SettingsError, match=r"cannot be created or written .* set FINETUNE_HOME to a folder"):
         environment()
     result = CliRunner().invoke(finetune, ["doctor"])
-    assert result.exit_code == 1 and "file cannot be made or written" in result.output
+    assert result.exit_code == 1 and "file cannot be created or written" in result.output
