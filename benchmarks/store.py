@@ -203,7 +203,8 @@ def million() -> dict[str, Any]:
     """The sensor's question, the statistics and the newest 50, with more and more history. A third has feedback."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback import FeedbackClient
-    from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_offset
+    from finetune_pipeline.feedback.content_hash import content_hash
+    from finetune_pipeline.feedback.store import mark_judged, newest_offset
     from finetune_pipeline.pipeline.pending import count_new
     from finetune_pipeline.settings import load_loop
 

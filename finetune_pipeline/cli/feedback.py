@@ -18,7 +18,7 @@ from finetune_pipeline.settings import INGESTED, FeedbackSettings, LoopSettings,
 if TYPE_CHECKING:
     from finetune_pipeline.database import Database
     from finetune_pipeline.feedback import FeedbackClient
-    from finetune_pipeline.feedback.erasure import Held
+    from finetune_pipeline.feedback.erasure import PersonData
     from finetune_pipeline.pipeline.lineage import MadeWith
     from finetune_pipeline.records import Rating
 
@@ -104,12 +104,12 @@ def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, 
 def stats(loop: LoopSettings) -> None:
     """Show how much feedback there is of which kind, and what waits."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.store import counters, unmatched
+    from finetune_pipeline.feedback.store import counters, unmatched_feedback
 
     with connect().read() as connection:
         counts = counters(connection, loop.name)
         # Looking for them goes through all feedback; the counters says at once whether there are any.
-        waiting = unmatched(connection, loop.name, _SHOWN) if counts.get("unmatched") else ()
+        waiting = unmatched_feedback(connection, loop.name, _SHOWN) if counts.get("unmatched") else ()
     Console().print(_stats_table(loop.name, counts))
     if waiting:
         click.echo(f"\nfeedback whose interaction has not arrived ({counts.get('unmatched', 0)}), oldest first:")
@@ -123,10 +123,10 @@ def stats(loop: LoopSettings) -> None:
 def flagged(loop: LoopSettings, limit: int) -> None:
     """List the newest answers that nobody has looked at, and that the model was not sure of."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.store import flagged as find_flagged
+    from finetune_pipeline.feedback.store import flagged_interactions
 
     with connect().read() as connection:
-        found = find_flagged(connection, loop.name, limit)
+        found = flagged_interactions(connection, loop.name, limit)
     for one in found:
         sure = "" if one.confidence is None else f", confidence {one.confidence:.2f}"
         click.echo(f"{one.id}  {one.flag}{sure}")
@@ -192,7 +192,7 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
     """Read FILES: events, exchanges with a reward, or Alpaca; a file read twice adds nothing."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.formats import import_rows
-    from finetune_pipeline.feedback.store import conflict
+    from finetune_pipeline.feedback.store import conflict_message
     from finetune_pipeline.sources.row_readers import read_rows
 
     unusable = []
@@ -207,7 +207,7 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
         if done.rejected > len(done.bad):
             click.echo(f"  and {done.rejected - len(done.bad)} more", err=True)
         for event in done.conflicts[:_SHOWN]:
-            click.echo(f"  {conflict(event)}", err=True)
+            click.echo(f"  {conflict_message(event)}", err=True)
         if len(done.conflicts) > _SHOWN:
             click.echo(f"  and {len(done.conflicts) - _SHOWN} more are known with other content", err=True)
         if done.rejected and done.rejected == done.lines:
@@ -258,7 +258,7 @@ def erase(user: str, name: str | None, yes: bool) -> None:
     review decisions on those of others.
     """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.erasure import wipe
+    from finetune_pipeline.feedback.erasure import overwrite_deleted
 
     declared = {name: load_loop(name)} if name else load_loops()
     database = connect()
@@ -270,10 +270,10 @@ def erase(user: str, name: str | None, yes: bool) -> None:
         click.echo(f"the store holds nothing of {user!r}; names are compared letter by letter")
     elif not yes:
         click.confirm(f"Delete this data of {user!r} for good?", abort=True)
-    on_their_way = _journals_naming(user)  # before the deletion: what comes into the store until then goes with it
+    on_their_way = _logs_naming(user)  # before the deletion: what comes into the store until then goes with it
     for one, loop in loops.items():
         _erase(database, one, loop, user)
-    wiped = wipe(database)
+    wiped = overwrite_deleted(database)
     for one, loop in loops.items():
         _advise(one, loop, user, *found[one])
     _finish(on_their_way, wiped)
@@ -308,11 +308,11 @@ def _tell(feedback_id: Any, interaction_id: str) -> None:
     from uuid import UUID
 
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.store import find
+    from finetune_pipeline.feedback.store import find_interaction
 
     click.echo(feedback_id)
     with connect().read() as connection:
-        known = find(connection, UUID(interaction_id)) is not None
+        known = find_interaction(connection, UUID(interaction_id)) is not None
     if not known:
         click.echo(f"interaction {interaction_id} has not arrived; the feedback waits for it", err=True)
 
@@ -348,31 +348,33 @@ def _age(moment: datetime) -> str:
 def _take_over(database: "Database") -> None:
     """Bring in what a killed server left in its journal, so that it does not come back later."""
     from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-    from finetune_pipeline.feedback.write_ahead_log import take_over_orphans
+    from finetune_pipeline.feedback.write_ahead_log import recover_orphans
 
     loops = load_loops()
 
     def reward_of(loop: str) -> RewardFunction:
         return reward_function(loops[loop].feedback if loop in loops else FeedbackSettings())
 
-    take_over_orphans(database, reward_of)
+    recover_orphans(database, reward_of)
 
 
 def _loop_names(database: "Database", declared: dict[str, LoopSettings]) -> list[str]:
     """All loops: those declared, and those that only the store still knows."""
-    from finetune_pipeline.feedback.erasure import loops_of
+    from finetune_pipeline.feedback.erasure import loops_with_data
 
     with database.read() as connection:
-        return sorted({*declared, *loops_of(connection)})
+        return sorted({*declared, *loops_with_data(connection)})
 
 
-def _held_and_made(database: "Database", name: str, loop: LoopSettings | None, user: str) -> "tuple[Held, MadeWith]":
+def _held_and_made(
+    database: "Database", name: str, loop: LoopSettings | None, user: str
+) -> "tuple[PersonData, MadeWith]":
     """Print what the store holds of a person; returns it, and what was made with it."""
-    from finetune_pipeline.feedback.erasure import held_of
+    from finetune_pipeline.feedback.erasure import person_data
     from finetune_pipeline.pipeline.lineage import MadeWith, made_with
 
     with database.read() as connection:
-        held = held_of(connection, name, user)
+        held = person_data(connection, name, user)
     click.echo(
         f"{name}: {len(held.interactions)} interactions, {len(held.feedback)} feedback and {len(held.decisions)} "
         "review decisions"
@@ -393,7 +395,7 @@ def _erase(database: "Database", name: str, loop: LoopSettings | None, user: str
     )
 
 
-def _advise(name: str, loop: LoopSettings | None, user: str, held: "Held", made: "MadeWith") -> None:
+def _advise(name: str, loop: LoopSettings | None, user: str, held: "PersonData", made: "MadeWith") -> None:
     lists = {"snapshots": made.snapshots, "datasets": made.datasets, "models": made.models, "weights": made.weights}
     for title, what in lists.items():
         if what:
@@ -434,20 +436,20 @@ def _finish(on_their_way: Sequence[Path], wiped: bool) -> None:
         raise click.ClickException(f"not all is gone yet: {'; and '.join(left)}. Run this again in a moment")
 
 
-def _journals_naming(user: str) -> list[Path]:
+def _logs_naming(user: str) -> list[Path]:
     """Journals of living servers that name the person; those of dead ones were taken over."""
-    from finetune_pipeline.feedback.write_ahead_log import journal_folder
+    from finetune_pipeline.feedback.write_ahead_log import write_ahead_log_folder
 
-    return _naming(user, sorted(journal_folder().glob("*.jsonl")))
+    return _naming(user, sorted(write_ahead_log_folder().glob("*.jsonl")))
 
 
 def _files_naming(user: str, loop: LoopSettings) -> list[Path]:
     """Event files, and events that the store refused, that name the person."""
-    from finetune_pipeline.feedback.write_ahead_log import journal_folder
+    from finetune_pipeline.feedback.write_ahead_log import write_ahead_log_folder
     from finetune_pipeline.sources.row_readers import files_of, layout_of, read_rows
 
     paths = [path for folder in loop.log_folders if folder.is_dir() for path in files_of(folder)]
-    found = _naming(user, paths + sorted(journal_folder().glob("*.refused")))
+    found = _naming(user, paths + sorted(write_ahead_log_folder().glob("*.refused")))
     for path in paths:
         with suppress(FileNotFoundError):  # taken away meanwhile
             if layout_of(path) in {"csv", "parquet"}:  # in which a name stands as it is, not as a JSON text

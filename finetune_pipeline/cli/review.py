@@ -15,9 +15,9 @@ from finetune_pipeline.settings import LoopSettings
 if TYPE_CHECKING:
     from finetune_pipeline.curation.acceptance import Policy
     from finetune_pipeline.database import Database
-    from finetune_pipeline.feedback.review import Candidate
+    from finetune_pipeline.feedback.review import ReviewCandidate
     from finetune_pipeline.feedback.rewards import RewardFunction
-    from finetune_pipeline.pipeline.review_queue import Waiting
+    from finetune_pipeline.pipeline.review_queue import QueuedReview
     from finetune_pipeline.records import ReviewKind
 
 Problem = Callable[[str], str | None]
@@ -43,10 +43,10 @@ def review(loop: LoopSettings, limit: int | None, reviewer: str | None) -> None:
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.rewards import reward_function
     from finetune_pipeline.pipeline import loop_files
-    from finetune_pipeline.pipeline.review_queue import waiting
+    from finetune_pipeline.pipeline.review_queue import review_queue
 
     database = connect()
-    items = waiting(loop, database)[:limit]
+    items = review_queue(loop, database)[:limit]
     if not items:
         click.echo(f"nothing of loop {loop.name} waits for review")
         return
@@ -71,7 +71,7 @@ class _Session:
     reviewer: str
     reward: "RewardFunction"
     policy: "Policy"
-    items: "list[Waiting]"
+    items: "list[QueuedReview]"
     at: int = 0
     steps: list[tuple[int, str]] = field(default_factory=list)
 
@@ -120,17 +120,17 @@ class _Session:
         return True
 
     @property
-    def _shown(self) -> "Candidate":
+    def _shown(self) -> "ReviewCandidate":
         return self.items[self.at].candidate
 
     def _is_open(self) -> bool:
         """Look at the present example anew: another reviewer may have decided, or the interaction be deleted."""
-        from finetune_pipeline.feedback.review import decided_on, look
+        from finetune_pipeline.feedback.review import load_candidates, standing_decision
 
         id = self._shown.interaction.id
         with self.database.read() as connection:
-            now = next(look(connection, self.loop.name, [str(id)], self.reward), None)
-            decision = decided_on(connection, self.loop.name, id)
+            now = next(load_candidates(connection, self.loop.name, [str(id)], self.reward), None)
+            decision = standing_decision(connection, self.loop.name, id)
         if now is None:
             _warn(f"interaction {id} was deleted meanwhile")
             return False
@@ -142,9 +142,9 @@ class _Session:
 
     def _wrong(self, answer: str) -> str | None:
         """Why curation would refuse an answer to the present example."""
-        from finetune_pipeline.pipeline.review_queue import refusal
+        from finetune_pipeline.pipeline.review_queue import rejection_reason
 
-        return refusal(self._shown.interaction, answer, self.policy)
+        return rejection_reason(self._shown.interaction, answer, self.policy)
 
     def _approve(self) -> None:
         answer = self._shown.answer
@@ -163,10 +163,10 @@ class _Session:
         return True
 
     def _decide(self, kind: "ReviewKind", target: str) -> None:
-        from finetune_pipeline.feedback.review import decide
+        from finetune_pipeline.feedback.review import record_decision
 
         with self.database.write() as connection:
-            decide(connection, self.loop.name, self._shown, kind, target, self.reviewer, self.reward)
+            record_decision(connection, self.loop.name, self._shown, kind, target, self.reviewer, self.reward)
         self._step(kind)
 
     def _step(self, name: str) -> None:
@@ -174,18 +174,18 @@ class _Session:
         self.at += 1
 
     def _undo(self) -> None:
-        from finetune_pipeline.feedback.review import undo
-        from finetune_pipeline.pipeline.review_queue import again
+        from finetune_pipeline.feedback.review import undo_decision
+        from finetune_pipeline.pipeline.review_queue import requeue
 
         if self.steps:
             self.at, name = self.steps.pop()
             if name != "skip":
                 with self.database.write() as connection:
-                    undo(connection, self.loop.name, self.reviewer, self.reward, self._shown.interaction.id)
+                    undo_decision(connection, self.loop.name, self.reviewer, self.reward, self._shown.interaction.id)
             return
         with self.database.write() as connection:  # what was decided in an earlier sitting
-            id = undo(connection, self.loop.name, self.reviewer, self.reward)
-            found = again(self.loop, connection, id, self.reward) if id else None
+            id = undo_decision(connection, self.loop.name, self.reviewer, self.reward)
+            found = requeue(self.loop, connection, id, self.reward) if id else None
         if found is None:
             _warn("there is nothing to take back")
         else:
@@ -252,7 +252,7 @@ def _in_style(saved: str, style: dict[str, Any] | None) -> str:
     return saved.removesuffix("\n")
 
 
-def _page(one: "Waiting", number: int, total: int) -> str:
+def _page(one: "QueuedReview", number: int, total: int) -> str:
     """One example as the reviewer sees it."""
     candidate, interaction = one.candidate, one.candidate.interaction
     lines = ["", click.style(f"{number} of {total}   value {one.value:.2f}", bold=True)]
@@ -266,7 +266,7 @@ def _page(one: "Waiting", number: int, total: int) -> str:
     return "\n".join([*lines, "  ".join(f"{key} {name}" for key, name in KEYS.items())])
 
 
-def _facts(candidate: "Candidate") -> list[tuple[str, str]]:
+def _facts(candidate: "ReviewCandidate") -> list[tuple[str, str]]:
     interaction, example = candidate.interaction, candidate.example
     provenance = (
         "the application's log" if interaction.source is None else f"{interaction.source}, {interaction.provenance}"

@@ -29,7 +29,7 @@ PORT = 8484
 def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
     """Serve the promoted models over an OpenAI-compatible API, accept feedback, and hot-swap new champions."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.feedback.write_ahead_log import journal_folder
+    from finetune_pipeline.feedback.write_ahead_log import write_ahead_log_folder
     from finetune_pipeline.serving.access import is_loopback
     from finetune_pipeline.serving.app import run
     from finetune_pipeline.serving.gateway import Gateway
@@ -43,12 +43,12 @@ def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
         raise SettingsError("No loop is declared, so there is nothing to serve; the README shows how to declare one.")
     database = connect()
     try:
-        journal_folder().mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=journal_folder()).close()
+        write_ahead_log_folder().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=write_ahead_log_folder()).close()
     except OSError as error:
         raise SettingsError(
-            f"{journal_folder()}, the folder of the write-ahead log, cannot be written ({error}). Set FINETUNE_HOME to "
-            "a writable folder."
+            f"{write_ahead_log_folder()}, the folder of the write-ahead log, cannot be written ({error}). Set "
+            "FINETUNE_HOME to a writable folder."
         ) from error
     gateway = Gateway(loops, database, loopback=is_loopback(host), progress=click.echo)
     if not gateway.loopback and not gateway.access.has_keys:

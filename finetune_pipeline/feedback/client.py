@@ -63,7 +63,7 @@ class IdTakenError(FeedbackError):
     """A gateway has an event with other content under this id."""
 
 
-class Details(TypedDict, total=False):
+class InteractionFields(TypedDict, total=False):
     """What may be known of an exchange beside prompt and output; see `records.Interaction`."""
 
     created_at: datetime
@@ -84,7 +84,7 @@ class Details(TypedDict, total=False):
 
 
 @dataclass
-class Call:
+class LoggedCall:
     """An exchange under way, see `FeedbackClient.call`.
 
     Attributes:
@@ -95,7 +95,7 @@ class Call:
 
     id: UUID
     output: str | None = None
-    details: Details = field(default_factory=Details)
+    details: InteractionFields = field(default_factory=InteractionFields)
 
 
 class Transport(Protocol):
@@ -169,7 +169,7 @@ class FeedbackClient:
         *,
         id: UUID | str | None = None,
         key: str | None = None,
-        **details: Unpack[Details],
+        **details: Unpack[InteractionFields],
     ) -> UUID:
         """Log one exchange; returns the id by which feedback will speak of it.
 
@@ -197,8 +197,8 @@ class FeedbackClient:
 
     @contextmanager
     def call(
-        self, prompt: str, *, id: UUID | str | None = None, key: str | None = None, **details: Unpack[Details]
-    ) -> Iterator[Call]:
+        self, prompt: str, *, id: UUID | str | None = None, key: str | None = None, **details: Unpack[InteractionFields]
+    ) -> Iterator[LoggedCall]:
         """Log the exchange that happens in the block, with its latency; a block that raises logs nothing.
 
             with client.call(prompt, user="u1") as call:
@@ -210,11 +210,11 @@ class FeedbackClient:
         Raises:
             FeedbackError: the block ended without `call.output`.
         """
-        call = Call(self._identity(id, key))
+        call = LoggedCall(self._identity(id, key))
         start = time.perf_counter()
         yield call
         latency_ms = (time.perf_counter() - start) * 1000
-        known: Details = {"latency_ms": latency_ms, **details, **call.details}
+        known: InteractionFields = {"latency_ms": latency_ms, **details, **call.details}
         self._log_answered(prompt, _answered(call.output), call.id, known)
 
     def logged(self, function: Callable[P, R]) -> Callable[P, R]:
@@ -243,7 +243,7 @@ class FeedbackClient:
             result: Any = await function(*args, **kwargs)  # type: ignore[misc]  # it is a coroutine function
             latency_ms = (time.perf_counter() - start) * 1000
             output = _answered(None if result is None else str(result))
-            id, details = self._identity(None, None), Details(latency_ms=latency_ms)
+            id, details = self._identity(None, None), InteractionFields(latency_ms=latency_ms)
             # In a thread, so that other tasks go on while the store writes.
             await asyncio.to_thread(self._log_answered, prompt_of(*args, **kwargs), output, id, details)
             self._last.set(id)
@@ -251,7 +251,7 @@ class FeedbackClient:
 
         return answer_async if inspect.iscoroutinefunction(function) else answer  # type: ignore[return-value]
 
-    def _log_answered(self, prompt: str, output: str, id: UUID, details: Details) -> None:
+    def _log_answered(self, prompt: str, output: str, id: UUID, details: InteractionFields) -> None:
         """Log an exchange whose answer somebody waits for: trouble with the log must not cost them the answer."""
         try:
             self.log(prompt, output, id=id, **details)
@@ -395,7 +395,7 @@ class _Store:
         with self._database.write() as connection:
             recorded = self._store.record(connection, self._loop, events, self._reward)
         for event in recorded.conflicts:
-            _log.warning("%s", self._store.conflict(event))
+            _log.warning("%s", self._store.conflict_message(event))
         return recorded.interactions + recorded.feedback
 
     def stats(self) -> dict[str, int]:

@@ -16,9 +16,9 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.feedback.review import shaped_by
+from finetune_pipeline.feedback.review import interactions_shaped_by
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.feedback.store import count, renew_examples, store_id, take_offsets
+from finetune_pipeline.feedback.store import add_to_counters, recompute_examples, store_id, take_offsets
 
 _CHUNK = 500
 _WIPE_MS = 3_000
@@ -26,7 +26,7 @@ _SPACE = uuid.UUID("b6a5f9f2-0f0e-4a53-8a2c-3f4f0c1d7e65")  # of this module's n
 
 
 @dataclass(frozen=True)
-class Held:
+class PersonData:
     """What the store holds of a person, by ids.
 
     Attributes:
@@ -65,14 +65,14 @@ class Erased:
     ids: frozenset[str]
 
 
-def loops_of(connection: sa.Connection) -> list[str]:
+def loops_with_data(connection: sa.Connection) -> list[str]:
     """Names of all loops that the store has anything of, those no longer declared too."""
     tables = (t.interactions, t.feedback, t.review_decisions, t.rejected_lines)
     names = sa.union(*(sa.select(table.c.loop) for table in tables))
     return sorted(connection.execute(names).scalars())
 
 
-def held_of(connection: sa.Connection, loop: str, user: str) -> Held:
+def person_data(connection: sa.Connection, loop: str, user: str) -> PersonData:
     """What `erase_user` would delete, and where it would change what is taught."""
     i, f, d = t.interactions.c, t.feedback.c, t.review_decisions.c
     query = sa.select(i.id, i.source).where(i.loop == loop, i.user == user).order_by(i.ingest_offset)
@@ -89,9 +89,9 @@ def held_of(connection: sa.Connection, loop: str, user: str) -> Held:
         decisions.update(dict.fromkeys(connection.execute(decided).scalars()))
     own = connection.execute(sa.select(f.id, f.interaction_id).where(f.loop == loop, f.user == user)).all()
     feedback.update(dict.fromkeys(row.id for row in own))
-    others = {row.interaction_id for row in own} | shaped_by(connection, loop, list(decisions))
+    others = {row.interaction_id for row in own} | interactions_shaped_by(connection, loop, list(decisions))
     on_others = others - set(interactions)
-    return Held(tuple(interactions), tuple(feedback), tuple(sorted(on_others)), tuple(decisions), tuple(sources))
+    return PersonData(tuple(interactions), tuple(feedback), tuple(sorted(on_others)), tuple(decisions), tuple(sources))
 
 
 def erased_users(connection: sa.Connection, loop: str, users: Iterable[str]) -> frozenset[str]:
@@ -121,22 +121,22 @@ def erase_user(connection: sa.Connection, loop: str, user: str, reward: RewardFu
     """
     # The ingest_offset is locked until commit: no event can come between the look and the deletion.
     take_offsets(connection, 0)
-    held = held_of(connection, loop, user)
+    held = person_data(connection, loop, user)
     ids = [*held.interactions, *held.feedback]
     name = [] if erased_users(connection, loop, [user]) else [_author_id(connection, loop, user)]
     gone = [*ids, *held.decisions, *name]
     first = take_offsets(connection, len(gone))
     _overwrite_deleted(connection)
-    count(connection, loop, _delete_events(connection, loop, held))
+    add_to_counters(connection, loop, _delete_events(connection, loop, held))
     _remember(connection, loop, gone, first)
     for chunk in _chunks(held.taught):  # a deleted interaction teaches nothing any more, so its example goes too
-        renew_examples(connection, loop, chunk, reward)
+        recompute_examples(connection, loop, chunk, reward)
     rejected = _delete_rejected(connection, loop, user)
     _delete_skipped(connection, loop, user)
     return Erased(len(held.interactions), len(held.feedback), len(held.decisions), rejected, frozenset(ids))
 
 
-def wipe(database: Database) -> bool:
+def overwrite_deleted(database: Database) -> bool:
     """Take what was deleted out of SQLite's files too: its write-ahead log still holds earlier pages.
 
     Returns:
@@ -158,7 +158,7 @@ def wipe(database: Database) -> bool:
         connection.close()
 
 
-def _delete_events(connection: sa.Connection, loop: str, held: Held) -> Counter[str]:
+def _delete_events(connection: sa.Connection, loop: str, held: PersonData) -> Counter[str]:
     """Delete the rows; returns what that does to the loop's loop_counters of events."""
     i, f, d = t.interactions.c, t.feedback.c, t.review_decisions.c
     counts: Counter[str] = Counter()

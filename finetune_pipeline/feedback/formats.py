@@ -29,7 +29,7 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batches
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, good_enough, newest_offset, record, sources_feedback_id
+from finetune_pipeline.feedback.store import RecordResult, newest_offset, qualifies, record, source_feedback_id
 from finetune_pipeline.records import (
     LOSS_MASK_FIELDS,
     Feedback,
@@ -55,7 +55,7 @@ E = TypeVar("E", Interaction, Feedback)
 
 
 @dataclass(frozen=True)
-class BadLine:
+class InvalidLine:
     """A line that is no event, and why."""
 
     path: Path
@@ -64,7 +64,7 @@ class BadLine:
 
 
 @dataclass
-class Imported:
+class ImportResult:
     """What reading a file did.
 
     Attributes:
@@ -74,38 +74,38 @@ class Imported:
 
     lines: int = 0
     rejected: int = 0
-    recorded: Recorded = field(default_factory=Recorded)
-    bad: list[BadLine] = field(default_factory=list)
+    recorded: RecordResult = field(default_factory=RecordResult)
+    bad: list[InvalidLine] = field(default_factory=list)
     conflicts: list[Interaction | Feedback] = field(default_factory=list)
 
 
-class Exported(NamedTuple):
+class ExportResult(NamedTuple):
     """How many lines, or examples, were written, and how many interactions were left out."""
 
     written: int
     left_out: int
 
 
-def import_rows(path: Path, rows: Rows, loop: LoopSettings, database: Database) -> Imported:
+def import_rows(path: Path, rows: Rows, loop: LoopSettings, database: Database) -> ImportResult:
     """Take the rows of a file into the store, of any of the formats; a bad one is named and the others are taken.
 
     Raises:
         FeedbackError: the file cannot be read.
     """
-    result = Imported()
+    result = ImportResult()
     reward = reward_function(loop.feedback)
     try:
         for batch in in_batches(_good(path, rows, loop, result)):
             with database.write() as connection:
                 done = record(connection, loop.name, batch, reward)
-            result.recorded += Recorded(done.interactions, done.feedback, done.duplicates)
+            result.recorded += RecordResult(done.interactions, done.feedback, done.duplicates)
             result.conflicts += done.conflicts
     except OSError as error:
         raise FeedbackError(f"{path} cannot be read ({error.strerror}); mend it, then import it again") from error
     return result
 
 
-def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events | BadLine]:
+def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events | InvalidLine]:
     """What each row of a file says: its events, or why it says nothing.
 
     Raises:
@@ -114,17 +114,17 @@ def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events |
     moment = min(datetime.fromtimestamp(path.stat().st_mtime, UTC), datetime.now(UTC))
     for number, document, reason, _ in rows:
         if reason:
-            yield BadLine(path, number, reason)
+            yield InvalidLine(path, number, reason)
             continue
         try:
             yield _events(document, loop, moment)
         except ValidationError as error:
-            yield BadLine(path, number, error_message(error))
+            yield InvalidLine(path, number, error_message(error))
         except ValueError as error:
-            yield BadLine(path, number, str(error))
+            yield InvalidLine(path, number, str(error))
 
 
-def export_events(path: Path, loop: LoopSettings, database: Database, *, force: bool = False) -> Exported:
+def export_events(path: Path, loop: LoopSettings, database: Database, *, force: bool = False) -> ExportResult:
     """Write what applications logged, and what was said of it, a line each, interactions before their feedback.
 
     It is the raw record: secrets and personal data stay in it. A feedback has the `reward` that it counted for, unless
@@ -143,7 +143,7 @@ def export_events(path: Path, loop: LoopSettings, database: Database, *, force: 
             file.write(line + "\n")
             written += 1
         i = t.interactions.c
-        return Exported(written, _count(connection, i.loop == loop.name, i.source.is_not(None)))
+        return ExportResult(written, _count(connection, i.loop == loop.name, i.source.is_not(None)))
 
 
 def export_alpaca(
@@ -154,7 +154,7 @@ def export_alpaca(
     *,
     min_reward: float = -1.0,
     force: bool = False,
-) -> Exported:
+) -> ExportResult:
     """Write what a loop's interactions teach, whatever gave them: instruction, input, answer as it should be, reward.
 
     What was retracted, since its source no longer has it, teaches nothing and is left out.
@@ -180,13 +180,13 @@ def export_alpaca(
             written += 1
         file.write("\n]\n" if array else "")
         i = t.interactions.c
-        return Exported(written, _count(connection, i.loop == loop.name, i.retracted_offset.is_not(None)))
+        return ExportResult(written, _count(connection, i.loop == loop.name, i.retracted_offset.is_not(None)))
 
 
-def _good(path: Path, rows: Rows, loop: LoopSettings, result: Imported) -> Iterator[Interaction | Feedback]:
+def _good(path: Path, rows: Rows, loop: LoopSettings, result: ImportResult) -> Iterator[Interaction | Feedback]:
     for item in read_events(path, rows, loop):
         result.lines += 1
-        if isinstance(item, BadLine):
+        if isinstance(item, InvalidLine):
             result.rejected += 1
             if len(result.bad) < _SHOWN:
                 result.bad.append(item)
@@ -310,7 +310,7 @@ def _event_lines(connection: sa.Connection, loop: str, reward: RewardFunction) -
     ):
         for one in (_record(Feedback, row) for row in rows):
             given_on = one.interaction_id
-            if one.id not in {sources_feedback_id(given_on), sources_feedback_id(given_on, one.reward)}:
+            if one.id not in {source_feedback_id(given_on), source_feedback_id(given_on, one.reward)}:
                 yield one.model_dump_json(exclude_none=True)
 
 
@@ -334,7 +334,7 @@ def _taught(connection: sa.Connection, loop: str, min_reward: float) -> Iterator
     query = (
         sa.select(i.prompt, i.history, e.target, e.reward)
         .join(t.examples, i.id == e.interaction_id)
-        .where(i.loop == loop, e.loop == loop, i.retracted_offset.is_(None), good_enough(min_reward))
+        .where(i.loop == loop, e.loop == loop, i.retracted_offset.is_(None), qualifies(min_reward))
     )
     for rows in _partitions(connection, query, i):
         yield from rows

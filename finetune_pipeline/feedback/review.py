@@ -17,13 +17,13 @@ from finetune_pipeline.feedback.content_hash import content_hash
 from finetune_pipeline.feedback.resolution import resolve
 from finetune_pipeline.feedback.review_decisions import (
     UNDO,
-    Decision,
+    ReviewDecision,
     decision_of,
-    standing,
-    stands,
+    is_standing,
+    standing_decisions,
 )
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.feedback.store import good_enough, load, renew_examples, take_offsets
+from finetune_pipeline.feedback.store import load_with_feedback, qualifies, recompute_examples, take_offsets
 from finetune_pipeline.records import (
     PERSON_KINDS,
     Example,
@@ -54,7 +54,7 @@ class _Words(Record):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ReviewCandidate:
     """An interaction that may deserve a person's eye.
 
     Attributes:
@@ -69,7 +69,7 @@ class Candidate:
     rewards: tuple[float, ...]
     example: Example | None
     ingest_offset: int
-    decided: Decision | None = None
+    decided: ReviewDecision | None = None
 
     @property
     def answer(self) -> str:
@@ -87,9 +87,9 @@ class Candidate:
         return content_hash(self.question, self.answer)
 
 
-def candidates(
+def review_candidates(
     connection: sa.Connection, loop: str, reward: RewardFunction, below: float, min_reward: float, *, taught: bool
-) -> list[Candidate]:
+) -> list[ReviewCandidate]:
     """Interactions that may deserve a person's eye and that nobody decided on, the newest of each kind.
 
     Args:
@@ -99,29 +99,31 @@ def candidates(
     """
     queries = [_unsure(loop, below), _disputed(loop), _revised(loop), *([_taught(loop, min_reward)] if taught else [])]
     ids = sorted({id for query in queries for id in connection.execute(query.limit(POOL)).scalars()})
-    found = list(look(connection, loop, ids, reward))
-    decisions = standing(connection, loop, ids, [one.content_hash for one in found])
+    found = list(load_candidates(connection, loop, ids, reward))
+    decisions = standing_decisions(connection, loop, ids, [one.content_hash for one in found])
     return [
-        Candidate(one.interaction, one.feedback, one.rewards, one.example, one.ingest_offset, own)
+        ReviewCandidate(one.interaction, one.feedback, one.rewards, one.example, one.ingest_offset, own)
         for one in found
         for own in [decisions.own.get(str(one.interaction.id))]
         if one.content_hash not in decisions.alike
     ]
 
 
-def look(connection: sa.Connection, loop: str, ids: Sequence[str], reward: RewardFunction) -> Iterator[Candidate]:
+def load_candidates(
+    connection: sa.Connection, loop: str, ids: Sequence[str], reward: RewardFunction
+) -> Iterator[ReviewCandidate]:
     """These interactions as a reviewer sees them; what is not there any more is left out."""
     for chunk in _chunks(ids):
-        for interaction, ingest_offset, feedback in load(connection, loop, chunk):
+        for interaction, ingest_offset, feedback in load_with_feedback(connection, loop, chunk):
             example = resolve(interaction, feedback, ingest_offset, reward) if feedback else None
             rewards = tuple(reward(item, interaction) for item in feedback)
-            yield Candidate(interaction, tuple(feedback), rewards, example, ingest_offset)
+            yield ReviewCandidate(interaction, tuple(feedback), rewards, example, ingest_offset)
 
 
-def decide(
+def record_decision(
     connection: sa.Connection,
     loop: str,
-    shown: Candidate,
+    shown: ReviewCandidate,
     kind: ReviewKind,
     target: str,
     reviewer: str,
@@ -138,7 +140,7 @@ def decide(
     """
     ingest_offset = take_offsets(connection, 1)  # locked until commit: nothing comes between the look and the insert
     id = str(shown.interaction.id)
-    now = next(look(connection, loop, [id], reward), None)
+    now = next(load_candidates(connection, loop, [id], reward), None)
     if now is None:
         raise ReviewError(f"interaction {id} was deleted meanwhile; nothing was kept")
     if now.content_hash != shown.content_hash:
@@ -153,7 +155,7 @@ def decide(
     _renew(connection, loop, ingest_offset, id, {shown.content_hash}, reward)
 
 
-def undo(
+def undo_decision(
     connection: sa.Connection, loop: str, reviewer: str, reward: RewardFunction, interaction_id: UUID | None = None
 ) -> str | None:
     """Take back the reviewer's newest decision that stands; returns the interaction's id, None if there is none.
@@ -165,7 +167,7 @@ def undo(
     """
     ingest_offset = take_offsets(connection, 1)
     d = t.review_decisions.c
-    newest = sa.select(t.review_decisions).where(d.loop == loop, d.reviewer == reviewer, stands())
+    newest = sa.select(t.review_decisions).where(d.loop == loop, d.reviewer == reviewer, is_standing())
     if interaction_id is not None:
         newest = newest.where(d.interaction_id == str(interaction_id))
     row = connection.execute(newest.order_by(d.ingest_offset.desc()).limit(1)).one_or_none()
@@ -178,12 +180,12 @@ def undo(
     return decision.interaction_id
 
 
-def decided_on(connection: sa.Connection, loop: str, interaction_id: UUID) -> Decision | None:
+def standing_decision(connection: sa.Connection, loop: str, interaction_id: UUID) -> ReviewDecision | None:
     """The decision that stands for an interaction."""
-    return standing(connection, loop, [str(interaction_id)]).own.get(str(interaction_id))
+    return standing_decisions(connection, loop, [str(interaction_id)]).own.get(str(interaction_id))
 
 
-def alike(connection: sa.Connection, loop: str, content_hashes: Sequence[str]) -> list[str]:
+def interactions_with_content(connection: sa.Connection, loop: str, content_hashes: Sequence[str]) -> list[str]:
     """The interactions whose examples have these contents."""
     e = t.examples.c
     queries = (
@@ -193,7 +195,7 @@ def alike(connection: sa.Connection, loop: str, content_hashes: Sequence[str]) -
     return [id for query in queries for id in connection.execute(query).scalars()]
 
 
-def shaped_by(connection: sa.Connection, loop: str, decision_ids: Sequence[str]) -> set[str]:
+def interactions_shaped_by(connection: sa.Connection, loop: str, decision_ids: Sequence[str]) -> set[str]:
     """The interactions whose examples these decisions may have shaped: their own, and those of the same words."""
     d, ids, hashes = t.review_decisions.c, set[str](), set[str]()
     for chunk in _chunks(decision_ids):
@@ -201,7 +203,7 @@ def shaped_by(connection: sa.Connection, loop: str, decision_ids: Sequence[str])
             ids.add(row.interaction_id)
             hashes.update({row.content_hash} - {None})
     hashes.update(_contents(connection, sorted(ids)))
-    return ids.union(alike(connection, loop, sorted(hashes)))
+    return ids.union(interactions_with_content(connection, loop, sorted(hashes)))
 
 
 def _contents(connection: sa.Connection, interaction_ids: Sequence[str]) -> Iterator[str]:
@@ -218,9 +220,9 @@ def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
 def _renew(
     connection: sa.Connection, loop: str, ingest_offset: int, id: str, hashes: set[str], reward: RewardFunction
 ) -> None:
-    ids = sorted({id, *alike(connection, loop, sorted(hashes))})
+    ids = sorted({id, *interactions_with_content(connection, loop, sorted(hashes))})
     for chunk in _chunks(ids):
-        renew_examples(connection, loop, chunk, reward, at=ingest_offset)
+        recompute_examples(connection, loop, chunk, reward, at=ingest_offset)
 
 
 def _add(
@@ -234,7 +236,7 @@ def _add(
 def _undecided() -> sa.ColumnElement[bool]:
     """No decision stands for the interaction, or a person corrected it since."""
     i, d = t.interactions.c, t.review_decisions.c
-    return ~sa.exists().where(d.interaction_id == i.id, stands(), ~_corrected_since())
+    return ~sa.exists().where(d.interaction_id == i.id, is_standing(), ~_corrected_since())
 
 
 def _corrected_since() -> sa.ColumnElement[bool]:
@@ -248,7 +250,7 @@ def _revised(loop: str) -> sa.Select[Any]:
     """Decided on, and a person corrected it since."""
     i, d = t.interactions.c, t.review_decisions.c
     query = sa.select(i.id).join(t.review_decisions, i.id == d.interaction_id).where(d.loop == loop, i.loop == loop)
-    return query.where(i.retracted_offset.is_(None), stands(), _corrected_since()).order_by(d.ingest_offset.desc())
+    return query.where(i.retracted_offset.is_(None), is_standing(), _corrected_since()).order_by(d.ingest_offset.desc())
 
 
 def _unsure(loop: str, below: float) -> sa.Select[Any]:
@@ -280,5 +282,5 @@ def _taught(loop: str, min_reward: float) -> sa.Select[Any]:
     """What may train, and no reviewer saw."""
     i, e = t.interactions.c, t.examples.c
     query = sa.select(e.interaction_id).join(t.interactions, i.id == e.interaction_id)
-    unseen = query.where(e.loop == loop, e.review.is_(None), good_enough(min_reward))
+    unseen = query.where(e.loop == loop, e.review.is_(None), qualifies(min_reward))
     return unseen.order_by(e.ingest_offset.desc())

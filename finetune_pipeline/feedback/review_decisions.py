@@ -22,7 +22,7 @@ _CHUNK = 500
 
 
 @dataclass(frozen=True)
-class Decision:
+class ReviewDecision:
     """A reviewer's decision that stands.
 
     Attributes:
@@ -41,11 +41,11 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Decisions:
+class StandingDecisions:
     """The decisions that stand for some interactions: their own, and those on the same question and answer."""
 
-    own: Mapping[str, Decision] = field(default_factory=dict)
-    alike: Mapping[str, Decision] = field(default_factory=dict)
+    own: Mapping[str, ReviewDecision] = field(default_factory=dict)
+    alike: Mapping[str, ReviewDecision] = field(default_factory=dict)
 
     def apply(
         self, interaction: Interaction, taught: Example | None, ingest_offset: int, reward: RewardFunction
@@ -67,7 +67,9 @@ class Decisions:
         return _approved(interaction, decision, newest, reward)
 
 
-def _approved(interaction: Interaction, decision: Decision, ingest_offset: int, reward: RewardFunction) -> Example:
+def _approved(
+    interaction: Interaction, decision: ReviewDecision, ingest_offset: int, reward: RewardFunction
+) -> Example:
     """The answer that a reviewer approved or wrote; it is worth what the same from a user would be."""
     said = (
         {"kind": "thumbs_up"} if decision.kind == "approve" else {"kind": "correction", "correction": decision.target}
@@ -94,17 +96,19 @@ def _approved(interaction: Interaction, decision: Decision, ingest_offset: int, 
     )
 
 
-def standing(connection: sa.Connection, loop: str, ids: Sequence[str], content_hashes: Iterable[str] = ()) -> Decisions:
+def standing_decisions(
+    connection: sa.Connection, loop: str, ids: Sequence[str], content_hashes: Iterable[str] = ()
+) -> StandingDecisions:
     """The decisions that stand for these interactions, and for these contents."""
     d = t.review_decisions.c
     if connection.execute(sa.select(sa.func.max(d.ingest_offset))).scalar() is None:
-        return Decisions()  # most stores have none, and their millions of events need not ask for each
+        return StandingDecisions()  # most stores have none, and their millions of events need not ask for each
     own = _select(connection, d.interaction_id, ids)
     alike = _select(connection, d.content_hash, sorted(set(content_hashes)), d.loop == loop)
-    return Decisions({one.interaction_id: one for one in own}, {one.content_hash: one for one in alike})
+    return StandingDecisions({one.interaction_id: one for one in own}, {one.content_hash: one for one in alike})
 
 
-def stands(decision: sa.FromClause = t.review_decisions) -> sa.ColumnElement[bool]:
+def is_standing(decision: sa.FromClause = t.review_decisions) -> sa.ColumnElement[bool]:
     """Whether a row of the decisions is the newest of its interaction, and no undo."""
     newer = t.review_decisions.alias()
     c = decision.c
@@ -114,17 +118,19 @@ def stands(decision: sa.FromClause = t.review_decisions) -> sa.ColumnElement[boo
 
 def _select(
     connection: sa.Connection, column: sa.Column[str], values: Sequence[str], *where: sa.ColumnElement[bool]
-) -> list[Decision]:
+) -> list[ReviewDecision]:
     """The decisions that stand, the newest last."""
     found = []
     for start in range(0, len(values), _CHUNK):
-        query = sa.select(t.review_decisions).where(column.in_(values[start : start + _CHUNK]), stands(), *where)
+        query = sa.select(t.review_decisions).where(column.in_(values[start : start + _CHUNK]), is_standing(), *where)
         found += [decision_of(row) for row in connection.execute(query)]
     return sorted(found, key=lambda one: one.ingest_offset)
 
 
-def decision_of(row: sa.Row[tuple[object, ...]]) -> Decision:
+def decision_of(row: sa.Row[tuple[object, ...]]) -> ReviewDecision:
     """A row of the table."""
     moment = row.created_at if row.created_at.tzinfo else row.created_at.replace(tzinfo=UTC)
     shown = row.content_hash or ""
-    return Decision(row.interaction_id, row.decision, row.target or "", row.reviewer, moment, shown, row.ingest_offset)
+    return ReviewDecision(
+        row.interaction_id, row.decision, row.target or "", row.reviewer, moment, shown, row.ingest_offset
+    )

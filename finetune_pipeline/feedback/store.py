@@ -14,13 +14,11 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.database.statements import insert
-from finetune_pipeline.feedback.content_hash import content_hash, example_hash
+from finetune_pipeline.feedback.content_hash import example_hash
 from finetune_pipeline.feedback.resolution import resolve
-from finetune_pipeline.feedback.review_decisions import standing, stands
+from finetune_pipeline.feedback.review_decisions import is_standing, standing_decisions
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.records import Example, Feedback, Interaction
-
-__all__ = ["content_hash"]  # kept where decisions need it too
 
 E = TypeVar("E", Interaction, Feedback)
 
@@ -29,47 +27,37 @@ _SEQUENCE = "events"
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordResult:
     """What became of a batch of events.
 
     Attributes:
         interactions, feedback: how many were added.
         duplicates: how many were there already, or twice in the batch, or were deleted on a person's wish.
-        known: ids of the duplicates.
+        duplicate_ids: ids of the duplicates.
         conflicts: duplicates with other content than the stored event of their id, which is kept.
-        waiting: ids of the added feedback whose interaction has not arrived yet.
+        unmatched_ids: ids of the added feedback whose interaction has not arrived yet.
     """
 
     interactions: int = 0
     feedback: int = 0
     duplicates: int = 0
-    known: frozenset[UUID] = field(default=frozenset(), compare=False)
+    duplicate_ids: frozenset[UUID] = field(default=frozenset(), compare=False)
     conflicts: tuple[Interaction | Feedback, ...] = field(default=(), compare=False)
-    waiting: frozenset[UUID] = field(default=frozenset(), compare=False)
+    unmatched_ids: frozenset[UUID] = field(default=frozenset(), compare=False)
 
-    def __add__(self, other: "Recorded") -> "Recorded":
-        return Recorded(
+    def __add__(self, other: "RecordResult") -> "RecordResult":
+        return RecordResult(
             self.interactions + other.interactions,
             self.feedback + other.feedback,
             self.duplicates + other.duplicates,
-            self.known | other.known,
+            self.duplicate_ids | other.duplicate_ids,
             self.conflicts + other.conflicts,
-            self.waiting | other.waiting,
+            self.unmatched_ids | other.unmatched_ids,
         )
 
 
 @dataclass(frozen=True)
-class Totals:
-    """How much the store holds of one loop."""
-
-    interactions: int
-    feedback: int
-    examples: int
-    unmatched_feedback: int
-
-
-@dataclass(frozen=True)
-class Exchange:
+class StoredInteraction:
     """One interaction with all that was said of it, and what it teaches now."""
 
     interaction: Interaction
@@ -78,7 +66,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class State:
+class InteractionState:
     """How an interaction of a declared source stands in the store: whether it is retracted, and where it stood last."""
 
     retracted: bool
@@ -87,7 +75,7 @@ class State:
 
 def record(
     connection: sa.Connection, loop: str, events: Sequence[Interaction | Feedback], reward: RewardFunction
-) -> Recorded:
+) -> RecordResult:
     """Add the events that are not there yet and renew what their interactions teach.
 
     An id that is there already is left as it was: events are never changed. One that comes with other content is
@@ -108,15 +96,15 @@ def record(
     waiting = _renew(connection, loop, interactions, feedback, reward)
     added = {event.id for event in fresh}
     known = frozenset(event.id for event in events if event.id not in added)
-    return Recorded(len(interactions), len(feedback), len(events) - len(fresh), known, conflicts, waiting)
+    return RecordResult(len(interactions), len(feedback), len(events) - len(fresh), known, conflicts, waiting)
 
 
-def conflict(event: Interaction | Feedback) -> str:
+def conflict_message(event: Interaction | Feedback) -> str:
     """Return the message that an event's id is known with other content, and what to do."""
     return f"the {event.event} {event.id} is known with other content, which is kept; give the new event its own id"
 
 
-def renew_marked(connection: sa.Connection, loop: str, reward: RewardFunction) -> int:
+def recompute_marked(connection: sa.Connection, loop: str, reward: RewardFunction) -> int:
     """Recompute the examples that a migration marked by an empty content hash; return how many.
 
     A migration that repairs events cannot do it, since it does not know the loop's rewards.
@@ -124,7 +112,7 @@ def renew_marked(connection: sa.Connection, loop: str, reward: RewardFunction) -
     e = t.examples.c
     ids = connection.execute(sa.select(e.interaction_id).where(e.loop == loop, e.content_hash == "")).scalars().all()
     for chunk in _chunks(sorted(ids)):
-        renew_examples(connection, loop, chunk, reward, at=take_offsets(connection, 1))
+        recompute_examples(connection, loop, chunk, reward, at=take_offsets(connection, 1))
     return len(ids)
 
 
@@ -142,7 +130,7 @@ def retract(connection: sa.Connection, loop: str, ids: Sequence[str]) -> int:
             connection.execute(t.interactions.update().where(i.id == id).values(retracted_offset=first + number))
             number += 1
         _delete_examples(connection, loop, chunk, counts)
-    count(connection, loop, counts)
+    add_to_counters(connection, loop, counts)
     return number
 
 
@@ -156,28 +144,28 @@ def restore(connection: sa.Connection, loop: str, provenances: Mapping[str, str]
     for chunk in _chunks(sorted(provenances)):
         rows = [{"moved": id, "now": provenances[id]} for id in chunk]
         connection.execute(update.values(retracted_offset=None, provenance=sa.bindparam("now")), rows)
-        renew_examples(connection, loop, chunk, reward, at=take_offsets(connection, 1))
+        recompute_examples(connection, loop, chunk, reward, at=take_offsets(connection, 1))
 
 
-def sources_feedback_id(interaction_id: UUID, reward: float | None = None) -> UUID:
+def source_feedback_id(interaction_id: UUID, reward: float | None = None) -> UUID:
     """The id of the feedback by which a source gives its item a reward; of a dropped file, each reward is another."""
     return uuid5(interaction_id, "feedback" if reward is None else f"reward {reward}")
 
 
-def states(connection: sa.Connection, ids: Sequence[str]) -> dict[str, State]:
+def interaction_states(connection: sa.Connection, ids: Sequence[str]) -> dict[str, InteractionState]:
     """Which of these interactions the store has, and how each stands there."""
     i = t.interactions.c
     queries = (
         sa.select(i.id, i.retracted_offset.is_not(None), i.provenance).where(i.id.in_(chunk)) for chunk in _chunks(ids)
     )
     return {
-        id: State(bool(retracted), provenance)
+        id: InteractionState(bool(retracted), provenance)
         for query in queries
         for id, retracted, provenance in connection.execute(query)
     }
 
 
-def of_source(connection: sa.Connection, loop: str, source: str) -> Iterator[tuple[str, str, bool]]:
+def interactions_of_source(connection: sa.Connection, loop: str, source: str) -> Iterator[tuple[str, str, bool]]:
     """All interactions that were made from a declared source: id, provenance, whether it is retracted."""
     i = t.interactions.c
     query = sa.select(i.id, i.provenance, i.retracted_offset.is_not(None)).where(i.loop == loop, i.source == source)
@@ -205,7 +193,7 @@ def store_id(connection: sa.Connection) -> int:
     return int(connection.execute(sa.select(t.counters.c.value).where(t.counters.c.name == "store")).scalar_one())
 
 
-def counters(connection: sa.Connection, loop: str) -> dict[str, int]:
+def counters(connection: sa.Connection, loop: str) -> Counter[str]:
     """How much there is of what, in time that does not grow with it.
 
     Names: interactions, feedback, feedback.<kind>, examples, corrected (examples whose target a person wrote),
@@ -215,16 +203,10 @@ def counters(connection: sa.Connection, loop: str) -> dict[str, int]:
     rows = connection.execute(
         sa.select(t.loop_counters.c.name, t.loop_counters.c.value).where(t.loop_counters.c.loop == loop)
     )
-    return {name: int(value) for name, value in rows if value}
+    return Counter({name: int(value) for name, value in rows if value})
 
 
-def totals(connection: sa.Connection, loop: str) -> Totals:
-    """How many interactions, feedback and examples a loop has, and feedback whose interaction never came."""
-    counts = counters(connection, loop)
-    return Totals(*(counts.get(name, 0) for name in ("interactions", "feedback", "examples", "unmatched")))
-
-
-def unmatched(connection: sa.Connection, loop: str, limit: int) -> Sequence[Any]:
+def unmatched_feedback(connection: sa.Connection, loop: str, limit: int) -> Sequence[Any]:
     """The oldest feedback whose interaction has not arrived: id, interaction_id, kind, created_at."""
     f = t.feedback.c
     known = sa.exists().where(t.interactions.c.id == f.interaction_id, t.interactions.c.loop == loop)
@@ -232,16 +214,16 @@ def unmatched(connection: sa.Connection, loop: str, limit: int) -> Sequence[Any]
     return connection.execute(query.order_by(f.ingest_offset).limit(limit)).all()
 
 
-def flagged(connection: sa.Connection, loop: str, limit: int) -> list[Interaction]:
+def flagged_interactions(connection: sa.Connection, loop: str, limit: int) -> list[Interaction]:
     """The newest interactions that a person should look at, and that nobody has given feedback or decided on."""
     i = t.interactions.c
-    decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id, stands())
+    decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id, is_standing())
     looked_at = sa.exists().where(t.feedback.c.interaction_id == i.id, t.feedback.c.loop == loop)
     query = sa.select(t.interactions).where(i.loop == loop, i.flag.is_not(None), ~decided, ~looked_at)
     return [_interaction(row) for row in connection.execute(query.order_by(i.ingest_offset.desc()).limit(limit))]
 
 
-def find(connection: sa.Connection, interaction_id: UUID) -> Exchange | None:
+def find_interaction(connection: sa.Connection, interaction_id: UUID) -> StoredInteraction | None:
     """The interaction of this id with its feedback in the order of arrival, and its example."""
     i, f, e = t.interactions.c, t.feedback.c, t.examples.c
     row = connection.execute(sa.select(t.interactions).where(i.id == str(interaction_id))).one_or_none()
@@ -251,10 +233,12 @@ def find(connection: sa.Connection, interaction_id: UUID) -> Exchange | None:
     about = sa.select(t.feedback).where(f.interaction_id == row.id, f.loop == row.loop).order_by(f.ingest_offset)
     feedback = tuple(_feedback(one) for one in connection.execute(about))
     taught = connection.execute(sa.select(t.examples).where(e.interaction_id == row.id)).one_or_none()
-    return Exchange(interaction, feedback, _example(taught, interaction) if taught else None)
+    return StoredInteraction(interaction, feedback, _example(taught, interaction) if taught else None)
 
 
-def records(connection: sa.Connection, loop: str, until: int, after: int = 0) -> Iterator[Sequence[Any]]:
+def interactions_with_examples(
+    connection: sa.Connection, loop: str, until: int, after: int = 0
+) -> Iterator[Sequence[Any]]:
     """Interactions of a loop with what they teach (null without feedback), in batches of rows, in the order of arrival.
 
     Args:
@@ -294,7 +278,7 @@ def new_examples(connection: sa.Connection, loop: str, after: int, min_reward: f
     query = (
         sa.select(t.examples, i.prompt, i.history, i.output, i.source, i.provenance)
         .join(t.interactions, i.id == e.interaction_id)
-        .where(e.loop == loop, e.ingest_offset > after, good_enough(min_reward), ~judged)
+        .where(e.loop == loop, e.ingest_offset > after, qualifies(min_reward), ~judged)
         .order_by(e.ingest_offset)
     )
     for row in connection.execute(query.execution_options(yield_per=500)):
@@ -303,7 +287,7 @@ def new_examples(connection: sa.Connection, loop: str, after: int, min_reward: f
         yield Example.model_validate({name: values[name] for name in Example.model_fields})
 
 
-def good_enough(min_reward: float) -> sa.ColumnElement[bool]:
+def qualifies(min_reward: float) -> sa.ColumnElement[bool]:
     """Whether an example of the table may train by its reward, a person's correction, or a reviewer's decision."""
     e = t.examples.c
     rejected = sa.and_(e.review.is_not(None), e.review == "reject")
@@ -321,7 +305,7 @@ def mark_judged(connection: sa.Connection, loop: str, content_hashes: Sequence[s
             connection.execute(t.judged_examples.insert(), rows)
 
 
-def load(
+def load_with_feedback(
     connection: sa.Connection, loop: str, ids: Sequence[str]
 ) -> Iterator[tuple[Interaction, int, Sequence[Feedback]]]:
     """These interactions with the newest ingest_offset of what is said in and of them, and all their feedback."""
@@ -336,7 +320,7 @@ def load(
         yield _interaction(row), newest, [item for item, _ in own]
 
 
-def count(connection: sa.Connection, loop: str, changes: Mapping[str, int]) -> None:
+def add_to_counters(connection: sa.Connection, loop: str, changes: Mapping[str, int]) -> None:
     """Add these changes to the loop's loop_counters."""
     rows = [{"loop": loop, "name": name, "value": value} for name, value in sorted(changes.items()) if value]
     if not rows:
@@ -346,7 +330,7 @@ def count(connection: sa.Connection, loop: str, changes: Mapping[str, int]) -> N
     connection.execute(added.on_conflict_do_update(index_elements=["loop", "name"], set_={"value": total}), rows)
 
 
-def renew_examples(
+def recompute_examples(
     connection: sa.Connection, loop: str, ids: Sequence[str], reward: RewardFunction, at: int = 0
 ) -> None:
     """Work out anew what these interactions teach, from what the tables hold of them now.
@@ -367,7 +351,7 @@ def renew_examples(
         reward,
         counts,
     )
-    count(connection, loop, counts)
+    add_to_counters(connection, loop, counts)
 
 
 _Numbered = tuple[E, int]
@@ -457,7 +441,7 @@ def _renew(
     counts["flagged"] = sum(interaction.flag is not None for interaction, _ in fresh)
     _delete_examples(connection, loop, earlier_ids, counts)
     _teach(connection, loop, [*fresh, *earlier], by_interaction, reward, counts)
-    count(connection, loop, counts)
+    add_to_counters(connection, loop, counts)
     return waiting
 
 
@@ -472,7 +456,7 @@ def _teach(
     """Write the examples of these interactions; there are none of them yet."""
     taught = [_by_feedback(one, number, feedback.get(one.id), reward) for one, number in interactions]
     hashes = (example_hash(example) for _, example, _ in taught if example is not None)
-    decisions = standing(connection, loop, [str(one.id) for one, _, _ in taught], hashes)
+    decisions = standing_decisions(connection, loop, [str(one.id) for one, _, _ in taught], hashes)
     rows = []
     for interaction, alone, newest in taught:
         example = decisions.apply(interaction, alone, newest, reward)

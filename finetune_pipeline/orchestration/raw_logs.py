@@ -43,10 +43,10 @@ def _metadata(logs: CollectedLogs) -> dict[str, Any]:
     manifest, recorded = logs.artifact.manifest, logs.ingested.recorded
     from_sources = sum(source.new for source in logs.sources)  # each with one feedback, which gives it its reward
     metadata = {
-        "interactions": logs.totals.interactions,
-        "feedback": logs.totals.feedback,
-        "examples": logs.totals.examples,
-        "unmatched_feedback": logs.totals.unmatched_feedback,
+        "interactions": logs.totals["interactions"],
+        "feedback": logs.totals["feedback"],
+        "examples": logs.totals["examples"],
+        "unmatched_feedback": logs.totals["unmatched"],
         "new_interactions": recorded.interactions + from_sources,
         "new_feedback": recorded.feedback + from_sources,
         "retracted": sum(source.retracted for source in logs.sources),

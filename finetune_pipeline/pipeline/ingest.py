@@ -13,8 +13,8 @@ from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.erasure import erased_users
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import Recorded, conflict, record, renew_marked, take_offsets
-from finetune_pipeline.feedback.write_ahead_log import take_over_orphans
+from finetune_pipeline.feedback.store import RecordResult, conflict_message, recompute_marked, record, take_offsets
+from finetune_pipeline.feedback.write_ahead_log import recover_orphans
 from finetune_pipeline.pipeline.source_events import ERASED, ingested_events
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import LoopSettings, load_loop
@@ -52,7 +52,7 @@ class IngestReport:
     rejected: int = 0
     rewritten: int = 0
     conflicts: int = 0
-    recorded: Recorded = field(default_factory=Recorded)
+    recorded: RecordResult = field(default_factory=RecordResult)
     conflicting: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
@@ -81,11 +81,11 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
     for folder in loop.log_folders:
         event_files(folder)  # a declared folder that is missing is an error, not an empty source
     reward = reward_function(loop.feedback)
-    left = take_over_orphans(database, lambda name: reward if name == loop.name else _reward_of(name))
+    left = recover_orphans(database, lambda name: reward if name == loop.name else _reward_of(name))
     if left:
-        tell(f"{left} events that a killed gateway had acknowledged were taken over from its journal")
+        tell(f"{left} events that a killed gateway had acknowledged were recovered from its write-ahead log")
     with database.write() as connection:
-        if repaired := renew_marked(connection, loop.name, reward):
+        if repaired := recompute_marked(connection, loop.name, reward):
             tell(f"the examples of {repaired} interactions were recomputed: their events had times in the future")
     with database.read() as connection:
         files = ingest_ledger.unread(connection, loop.name, loop.log_folders)
@@ -134,11 +134,13 @@ def ingest_file(
                 events = [(line, event) for line in batch for event in _events(loop, line)]
                 done = record(connection, loop.name, [event for _, event in events], reward)
                 position = ingest_ledger.advance(connection, loop.name, file, position, batch, finished=last)
-            result.recorded += Recorded(done.interactions, done.feedback, done.duplicates)
+            result.recorded += RecordResult(done.interactions, done.feedback, done.duplicates)
             result.lines += len(batch)
             result.rejected += sum(line.event is None for line in batch)
             result.conflicts += len(done.conflicts)
-            named = (f"{path}:{line.number}: {conflict(event)}" for line, event in events if event in done.conflicts)
+            named = (
+                f"{path}:{line.number}: {conflict_message(event)}" for line, event in events if event in done.conflicts
+            )
             result.conflicting += islice(named, NAMED - len(result.conflicting))
     return result
 

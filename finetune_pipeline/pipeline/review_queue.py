@@ -9,7 +9,7 @@ from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.review import Case, Ranked, Slice, Voice, WeakSlices, queue, rank
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_report
-from finetune_pipeline.feedback.review import Candidate, candidates, look
+from finetune_pipeline.feedback.review import ReviewCandidate, load_candidates, review_candidates
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
@@ -18,37 +18,41 @@ from finetune_pipeline.settings import LoopSettings
 
 
 @dataclass(frozen=True)
-class Waiting:
+class QueuedReview:
     """One example of the queue."""
 
-    candidate: Candidate
+    candidate: ReviewCandidate
     value: float
     reasons: tuple[str, ...]
 
 
-def waiting(loop: LoopSettings, database: Database) -> list[Waiting]:
+def review_queue(loop: LoopSettings, database: Database) -> list[QueuedReview]:
     """What deserves a person's eye and nobody decided on, the most valuable first."""
     policy, weak = loop_files.policy(loop), weak_slices(loop, database)
     taught = loop.review.required or bool(weak)
     reward = reward_function(loop.feedback)
     with database.read() as connection:
-        found = candidates(connection, loop.name, reward, loop.review_below, loop.curation.min_reward, taught=taught)
+        found = review_candidates(
+            connection, loop.name, reward, loop.review_below, loop.curation.min_reward, taught=taught
+        )
     by_key = {str(one.interaction.id): one for one in found}
     ranked = queue((_case(one, policy) for one in found), policy, weak, loop.review_below)
-    return [Waiting(by_key[one.key], one.value, one.reasons) for one in ranked]
+    return [QueuedReview(by_key[one.key], one.value, one.reasons) for one in ranked]
 
 
-def again(loop: LoopSettings, connection: sa.Connection, interaction_id: str, reward: RewardFunction) -> Waiting | None:
+def requeue(
+    loop: LoopSettings, connection: sa.Connection, interaction_id: str, reward: RewardFunction
+) -> QueuedReview | None:
     """One interaction as it would stand in the queue now, whatever it is worth; None if it is gone."""
-    candidate = next(look(connection, loop.name, [interaction_id], reward), None)
+    candidate = next(load_candidates(connection, loop.name, [interaction_id], reward), None)
     if candidate is None:
         return None
     policy = loop_files.policy(loop)
     found: Ranked | None = rank(_case(candidate, policy), policy, WeakSlices([]), loop.review_below)
-    return Waiting(candidate, found.value if found else 0.0, found.reasons if found else ("taken back",))
+    return QueuedReview(candidate, found.value if found else 0.0, found.reasons if found else ("taken back",))
 
 
-def refusal(interaction: Interaction, target: str, policy: Policy) -> str | None:
+def rejection_reason(interaction: Interaction, target: str, policy: Policy) -> str | None:
     """Why an answer would not train though a reviewer approved it; None if it would.
 
     It is the rule that curation asks, of what redaction leaves.
@@ -81,7 +85,7 @@ def weak_slices(loop: LoopSettings, database: Database) -> WeakSlices:
     return WeakSlices(Slice(one.name, one.correct / one.total, one.prompts) for one in slices if one.total)
 
 
-def _case(candidate: Candidate, policy: Policy) -> Case:
+def _case(candidate: ReviewCandidate, policy: Policy) -> Case:
     interaction, example, earlier = candidate.interaction, candidate.example, candidate.decided
     people = [item for item in candidate.feedback if item.kind in PERSON_KINDS]
     open_policy = replace(policy, review_required=False)
@@ -107,7 +111,7 @@ def _case(candidate: Candidate, policy: Policy) -> Case:
     )
 
 
-def _voices(candidate: Candidate) -> tuple[Voice, ...]:
+def _voices(candidate: ReviewCandidate) -> tuple[Voice, ...]:
     """One voice for each feedback; of one user, the last on each answer."""
     logged = text_hash(candidate.interaction.output)
     said: dict[tuple[str, str], Voice | None] = {}

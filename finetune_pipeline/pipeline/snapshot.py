@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.erasure import erased_after
 from finetune_pipeline.feedback.source_state import skipped_records, undeclared_sources
-from finetune_pipeline.feedback.store import Totals, newest_offset, records, store_id, totals
+from finetune_pipeline.feedback.store import counters, interactions_with_examples, newest_offset, store_id
 from finetune_pipeline.manifests import FileRecord, RawLogsManifest
 from finetune_pipeline.pipeline.ingest import IngestReport, ingest
 from finetune_pipeline.pipeline.source_sync import SourceReport, sync_sources
@@ -52,7 +53,7 @@ class CollectedLogs:
     """What `collect_logs` read, and the snapshot that it wrote.
 
     Attributes:
-        totals: how many interactions, feedback and examples the store holds for the loop.
+        totals: the loop's counters, see `feedback.store.counters`.
         ingested: what this call took from event files and dropped files.
         sources: what this call took from each declared source.
         undeclared: source -> interactions that still train although the YAML no longer declares the source.
@@ -62,7 +63,7 @@ class CollectedLogs:
     """
 
     artifact: Artifact[RawLogsManifest]
-    totals: Totals
+    totals: Counter[str]
     ingested: IngestReport
     sources: Sequence[SourceReport]
     undeclared: dict[str, int]
@@ -95,7 +96,7 @@ def collect_logs(loop: LoopSettings, database: Database, log: Callable[[str], No
 
 def snapshot(
     loop: LoopSettings, database: Database, sources: Sequence[SourceReport] = ()
-) -> tuple[Artifact[RawLogsManifest], Totals]:
+) -> tuple[Artifact[RawLogsManifest], Counter[str]]:
     """Return the loop's interactions as Parquet files, with what each of them teaches now.
 
     A snapshot consists of shards. Shards of the last snapshot are hard-linked; interactions that came or changed since
@@ -110,12 +111,12 @@ def snapshot(
         SourceError: the loop has no interactions.
     """
     with database.read() as connection:
-        until, counts = newest_offset(connection), totals(connection, loop.name)
-        if not counts.interactions:
+        until, counts = newest_offset(connection), counters(connection, loop.name)
+        if not counts["interactions"]:
             raise SourceError(_no_interactions(loop, sources))
         base = _last_usable(loop, connection, until)
         if base is not None:
-            if not any(records(connection, loop.name, until, base.manifest.watermark)):
+            if not any(interactions_with_examples(connection, loop.name, until, base.manifest.watermark)):
                 return base, counts
             base = base if len(base.manifest.shards) < MAX_SHARDS else None
         return _write(loop, connection, base, until, counts), counts
@@ -156,7 +157,11 @@ def _settings(loop: LoopSettings) -> dict[str, Any]:
 
 
 def _write(
-    loop: LoopSettings, connection: sa.Connection, base: Artifact[RawLogsManifest] | None, until: int, counts: Totals
+    loop: LoopSettings,
+    connection: sa.Connection,
+    base: Artifact[RawLogsManifest] | None,
+    until: int,
+    counts: Counter[str],
 ) -> Artifact[RawLogsManifest]:
     """Write the shards of `base` and one of what is new since (of everything, without a base) as a new snapshot."""
     shards = base.manifest.shards if base else []
@@ -171,7 +176,7 @@ def _write(
                 shutil.copyfile(base.path / name, folder / name)
             linked[name] = base.manifest.files[name]
         after = base.manifest.watermark if base else 0
-        new = _write_parquet(folder / newest, records(connection, loop.name, until, after))
+        new = _write_parquet(folder / newest, interactions_with_examples(connection, loop.name, until, after))
         # The version is the hash of the content: two databases with the same offsets do not share a snapshot.
         content = {name: record.sha256 for name, record in linked.items()}
         inputs = {**content, newest: hash_file(folder / newest), "events": f"1..{until}"}
@@ -185,9 +190,9 @@ def _write(
             "inputs": {"events": f"1..{until}", "store": str(store_id(connection))},
             "settings": _settings(loop),
             "packages": package_versions("finetune-pipeline", "pyarrow"),
-            "interactions": counts.interactions,
-            "feedback": counts.feedback,
-            "examples": counts.examples,
+            "interactions": counts["interactions"],
+            "feedback": counts["feedback"],
+            "examples": counts["examples"],
             "shards": [*shards, newest],
             "new": new,
             "watermark": until,

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.feedback.store import sources_feedback_id
+from finetune_pipeline.feedback.store import source_feedback_id
 from finetune_pipeline.records import Feedback, Interaction, is_in_future, without_system_prompt
 from finetune_pipeline.settings import INGESTED, LoopSettings
 from finetune_pipeline.sources.source_record import SourceRecord
@@ -40,7 +40,7 @@ def ingested_events(loop: LoopSettings, record: SourceRecord) -> tuple[Interacti
     reward = loop.ingest.default_reward if record.reward is None else record.reward
     record = without_own_system_prompt(record, loop)
     id = uuid.uuid5(_NAMESPACE, "\n".join([loop.name, INGESTED, _content_hash(record)]))
-    return source_events(loop.name, INGESTED, record, id, reward, sources_feedback_id(id, reward))
+    return source_events(loop.name, INGESTED, record, id, reward, source_feedback_id(id, reward))
 
 
 def source_events(

@@ -29,13 +29,13 @@ from finetune_pipeline.feedback.source_state import (
     write_cursor,
 )
 from finetune_pipeline.feedback.store import (
-    State,
-    of_source,
+    InteractionState,
+    interaction_states,
+    interactions_of_source,
     record,
     restore,
     retract,
-    sources_feedback_id,
-    states,
+    source_feedback_id,
     take_offsets,
 )
 from finetune_pipeline.pipeline.source_events import ERASED, declared_id, source_events, without_own_system_prompt
@@ -146,7 +146,7 @@ def retract_source(loop: str, source: str, database: Database) -> int:
     """
     with database.write() as connection:
         take_offsets(connection, 0)  # locks the store for other writers until the commit
-        active = [id for id, _, retracted in of_source(connection, loop, source) if not retracted]
+        active = [id for id, _, retracted in interactions_of_source(connection, loop, source) if not retracted]
         delete_cursor(connection, loop, source)
         return retract(connection, loop, active)
 
@@ -188,11 +188,15 @@ class _Sync:
         with self.database.write() as connection:
             take_offsets(connection, 0)  # until the commit nobody else adds an event or erases a person
             made = self._events_of(connection, batch)
-            known = states(connection, list(made))
+            known = interaction_states(connection, list(made))
             events = [event for id, pair in made.items() if id not in known for event in pair]
             recorded = record(connection, loop, events, self.reward)
             provenances = {id: str(made[id][0].provenance) for id in known}
-            changed = {id: at for id, at in provenances.items() if known[id] != State(retracted=False, provenance=at)}
+            changed = {
+                id: at
+                for id, at in provenances.items()
+                if known[id] != InteractionState(retracted=False, provenance=at)
+            }
             restore(connection, loop, changed, self.reward)
             cursor = batch[-1] if batch and isinstance(batch[-1], Cursor) else None
             if cursor is not None and cursor.restarted:
@@ -218,7 +222,7 @@ class _Sync:
             if not self.cursor_written and not unusable:
                 gone = [
                     id
-                    for id, provenance, retracted in of_source(connection, loop, source)
+                    for id, provenance, retracted in interactions_of_source(connection, loop, source)
                     if not (retracted or uuid.UUID(id).bytes in self.given or self._may_still_exist(provenance))
                 ]
                 self.report.retracted += retract(connection, loop, gone)
@@ -287,7 +291,7 @@ class _Sync:
             # Repeats are numbered, since their line numbers change with every line before them.
             self.repeats[id.bytes] += 1
             id = uuid.uuid5(id, str(self.repeats[id.bytes]))
-        return source_events(self.loop.name, source.name, one, id, reward, sources_feedback_id(id))
+        return source_events(self.loop.name, source.name, one, id, reward, source_feedback_id(id))
 
     def _skip(self, one: SkippedRecord) -> None:
         """Note a skipped record. A reason may quote a secret, so it is redacted."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from finetune_pipeline.curation.retrain_trigger import describe
 from finetune_pipeline.database import Database
-from finetune_pipeline.feedback.store import counters, unmatched
+from finetune_pipeline.feedback.store import counters, unmatched_feedback
 from finetune_pipeline.pipeline.pending import count_new
-from finetune_pipeline.pipeline.review_queue import waiting
+from finetune_pipeline.pipeline.review_queue import review_queue
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
@@ -48,14 +48,14 @@ def loop_status(loop: LoopSettings, database: Database) -> LoopStatus:
     """Return the state of a loop, read from the database and its log folders."""
     with database.read() as connection:
         counts = counters(connection, loop.name)
-        oldest = unmatched(connection, loop.name, 1) if counts.get("unmatched") else []
+        oldest = unmatched_feedback(connection, loop.name, 1) if counts.get("unmatched") else []
         unread_files = len(unread(connection, loop.name, loop.log_folders))
     serving = champion(database, loop.name)
     return LoopStatus(
         interactions=counts.get("interactions", 0),
         feedback=counts.get("feedback", 0),
         flagged=counts.get("flagged", 0),
-        to_review=len(waiting(loop, database)),
+        to_review=len(review_queue(loop, database)),
         unmatched=counts.get("unmatched", 0),
         oldest_unmatched=oldest[0].created_at if oldest else None,
         # The last folder is the drop folder, which ingestion creates.

@@ -36,7 +36,7 @@ async def healthz(request: Request) -> Response:
         )
         for name, server in gateway.servers.items()
     }
-    recording = gateway.recorder.full or gateway.recorder.trouble or gateway.recorder.refused
+    recording = gateway.recorder.disk_error or gateway.recorder.store_error or gateway.recorder.dead_letter
     serving = [loop.serving is not None for loop in loops.values()]
     healthy = all(serving) and not recording and not any(loop.last_error for loop in loops.values())
     status = "ok" if healthy else "degraded" if any(serving) else "unavailable"

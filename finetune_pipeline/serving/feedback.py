@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from uuid_utils.compat import uuid7
 
-from finetune_pipeline.feedback.store import Exchange, conflict, counters, find
+from finetune_pipeline.feedback.store import StoredInteraction, conflict_message, counters, find_interaction
 from finetune_pipeline.records import Feedback, Interaction, not_in_future
 from finetune_pipeline.serving.api import FeedbackIn, InteractionIn, InteractionOut, Receipt, StatsOut, Status
 from finetune_pipeline.serving.errors import BadRequest, Conflict, IdTaken, NotFound, NotRecorded
@@ -108,24 +108,24 @@ async def _receipt(gateway: Gateway, event: Feedback | Interaction) -> Response:
         outcome = await asyncio.wait_for(asyncio.shield(future), STORE_SECONDS)
     except TimeoutError:
         outcome = None
-    if outcome == "refused":
-        raise NotRecorded(f"The store refused this event: {gateway.recorder.refused}")
+    if outcome == "dead_lettered":
+        raise NotRecorded(f"The store refused this event: {gateway.recorder.dead_letter}")
     if outcome == "conflict":
-        raise IdTaken(conflict(event), param="id")
+        raise IdTaken(conflict_message(event), param="id")
     status: Status = outcome or "accepted"
     receipt = Receipt(id=event.id, status=status)
     return JSONResponse(receipt.model_dump(mode="json"), 202 if status == "accepted" else 200)
 
 
-async def _find(gateway: Gateway, id: UUID) -> Exchange | None:
+async def _find(gateway: Gateway, id: UUID) -> StoredInteraction | None:
     """Return an interaction of the served loops, after the store has all events that were recorded before."""
-    newest = gateway.recorder.settled()
+    newest = gateway.recorder.newest_pending()
     if newest is not None:
         await asyncio.wait({asyncio.wrap_future(newest)}, timeout=STORE_SECONDS)
 
-    def read() -> Exchange | None:
+    def read() -> StoredInteraction | None:
         with gateway.database.read() as connection:
-            return find(connection, id)
+            return find_interaction(connection, id)
 
     found = await asyncio.to_thread(read)
     return found if found is not None and found.interaction.loop in gateway.loops else None

@@ -10,7 +10,7 @@ from uuid import uuid4
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.write_ahead_log import Outcome, Recorder, take_over_orphans
+from finetune_pipeline.feedback.write_ahead_log import Outcome, Recorder, recover_orphans
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.registry.champion import champion_ids
 from finetune_pipeline.serving.access import Access
@@ -61,7 +61,7 @@ class Gateway:
 
     async def start(self) -> None:
         """Recover the events of killed gateways, load all models, and start to follow the registry."""
-        recovered = await asyncio.to_thread(take_over_orphans, self.database, self._reward_of)
+        recovered = await asyncio.to_thread(recover_orphans, self.database, self._reward_of)
         if recovered:
             self._progress(f"recovered {recovered} events of a killed gateway from its write-ahead log")
         self.recorder = Recorder(self.database, self._reward_of)

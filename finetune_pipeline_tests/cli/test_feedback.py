@@ -19,7 +19,7 @@ from finetune_pipeline.curation.dataset_files import COLUMNS
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, store
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.feedback.write_ahead_log import journal_folder
+from finetune_pipeline.feedback.write_ahead_log import write_ahead_log_folder
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.settings import PROJECT_ROOT, FilesSource, load_loop
@@ -47,7 +47,7 @@ def log(*options):
 
 def exchange(id):
     with connect().read() as connection:
-        return store.find(connection, UUID(id))
+        return store.find_interaction(connection, UUID(id))
 
 
 def test_an_exchange_is_logged_corrected_and_rated():
@@ -269,10 +269,10 @@ def test_loops_that_are_declared_no_more_are_forgotten_too():
 
 def test_what_waits_in_a_dead_servers_journal_is_forgotten_with_the_rest():
     waiting = interaction("a", user="u1").model_copy(update={"loop": LOOP})
-    journal_folder().mkdir(parents=True)
-    (journal_folder() / f"{uid('server')}.jsonl").write_text(waiting.model_dump_json() + "\n")
+    write_ahead_log_folder().mkdir(parents=True)
+    (write_ahead_log_folder() / f"{uid('server')}.jsonl").write_text(waiting.model_dump_json() + "\n")
     assert f"{LOOP}: 1 interactions" in run("erase", "--user", "u1", "--yes").stdout
-    assert not list(journal_folder().glob("*.jsonl"))
+    assert not list(write_ahead_log_folder().glob("*.jsonl"))
     with connect().write() as connection:
         assert store.record(connection, LOOP, [waiting], lambda *_: 0.0).interactions == 0
 
@@ -280,8 +280,8 @@ def test_what_waits_in_a_dead_servers_journal_is_forgotten_with_the_rest():
 def test_what_a_living_server_has_not_brought_into_the_store_is_told():
     id = log("--user", "u1")
     waiting = interaction("a", user="u1").model_copy(update={"loop": LOOP})
-    journal_folder().mkdir(parents=True)
-    journal = journal_folder() / f"{uid('server')}.jsonl"
+    write_ahead_log_folder().mkdir(parents=True)
+    journal = write_ahead_log_folder() / f"{uid('server')}.jsonl"
     journal.write_text(waiting.model_dump_json() + "\n")
     with FileLock(f"{journal}.lock"):
         result = run("erase", "--user", "u1", "--yes", code=1)

@@ -19,9 +19,9 @@ from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.feedback.store import find, record
+from finetune_pipeline.feedback.store import find_interaction, record
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.pipeline.review_queue import refusal
+from finetune_pipeline.pipeline.review_queue import rejection_reason
 from finetune_pipeline.settings import PROJECT_ROOT, load_loop
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -64,7 +64,7 @@ def decided():
 
 def example(name):
     with connect().read() as connection:
-        return find(connection, uid(name)).example
+        return find_interaction(connection, uid(name)).example
 
 
 def editor(folder, *contents):
@@ -129,11 +129,11 @@ def test_what_no_approval_can_pass_is_said_at_once(own_home, limits, why):
     curation = loop.curation.model_copy(update=limits)
     policy = loop_files.policy(loop.model_copy(update={"curation": curation}))
     asked = interaction("1", prompt="please add wall number 1 by the river", output=ANSWER)
-    assert refusal(asked, ANSWER, loop_files.policy(loop)) is None
-    assert refusal(asked, ANSWER, policy) == why
+    assert rejection_reason(asked, ANSWER, loop_files.policy(loop)) is None
+    assert rejection_reason(asked, ANSWER, policy) == why
     question = next(iter(loop_files.benchmark(loop).questions)).prompt
     leak = asked.model_copy(update={"prompt": question})
-    assert refusal(leak, ANSWER, loop_files.policy(loop)) == "near-duplicate of a benchmark question"
+    assert rejection_reason(leak, ANSWER, loop_files.policy(loop)) == "near-duplicate of a benchmark question"
 
 
 def test_an_edit_is_held_to_the_schema_and_can_be_mended(tmp_path):
@@ -174,15 +174,15 @@ def test_undo_takes_back_step_by_step_and_then_what_earlier_sittings_decided():
 
 def test_what_another_reviewer_decided_meanwhile_is_passed_over(monkeypatch):
     from finetune_pipeline.cli import review as module
-    from finetune_pipeline.feedback.review import decide, look
+    from finetune_pipeline.feedback.review import load_candidates, record_decision
 
     keys = iter("aq")
 
     def key():
         if not decided():
             with connect().write() as connection:
-                other = next(look(connection, LOOP, [str(uid("2"))], default_reward))
-                decide(connection, LOOP, other, "reject", other.answer, "sam", default_reward)
+                other = next(load_candidates(connection, LOOP, [str(uid("2"))], default_reward))
+                record_decision(connection, LOOP, other, "reject", other.answer, "sam", default_reward)
         return next(keys)
 
     monkeypatch.setattr(module, "_key", key)

@@ -42,7 +42,7 @@ def test_an_invalid_port_is_refused(own_home, port):
 
 def test_a_home_that_cannot_be_written_is_reported(own_home):
     connect()
-    (own_home / "journal").write_text("a file instead of the folder")
+    (own_home / "write_ahead_log").write_text("a file instead of the folder")
     assert "cannot be written" in refused("serve")
 
 

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from finetune_pipeline.database import DatabaseError, connect, connection
 from finetune_pipeline.database.tables import metadata
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.feedback.store import counters, find, renew_marked, unmatched
+from finetune_pipeline.feedback.store import counters, find_interaction, recompute_marked, unmatched_feedback
 from finetune_pipeline.settings import database_url
 from finetune_pipeline_tests.conftest import start_together, uid
 
@@ -166,14 +166,14 @@ def test_renamed_tables_and_columns_keep_their_rows(url):
     migrate_to(url, "0009", ROWS_BEFORE_THE_VOCABULARY)
     database = connect(url)
     with database.read() as open_connection:
-        found = find(open_connection, uid("a"))
+        found = find_interaction(open_connection, uid("a"))
         assert (found.interaction.loop, found.interaction.variant, found.example.ingest_offset) == (
             "notes",
             "champion",
             3,
         )
         assert [one.loop for one in found.feedback] == ["notes"]
-        assert find(open_connection, uid("b")).interaction.provenance == "a.md"
+        assert find_interaction(open_connection, uid("b")).interaction.provenance == "a.md"
         assert counters(open_connection, "notes") == {"examples": 1}
         rows = {
             table: [tuple(row) for row in open_connection.execute(sa.text(f"SELECT {columns} FROM {table}"))]
@@ -245,18 +245,18 @@ def test_times_in_the_future_are_repaired_and_what_they_decided_is_worked_out_ag
     migrate_to(url, "0007", [*rows, "UPDATE counters SET value = 11 WHERE name = 'events'"])
     database = connect(url)
     with database.write() as open_connection:
-        assert renew_marked(open_connection, "notes", default_reward) == 3
-        assert renew_marked(open_connection, "notes", default_reward) == 0
+        assert recompute_marked(open_connection, "notes", default_reward) == 3
+        assert recompute_marked(open_connection, "notes", default_reward) == 0
     now = datetime.now(UTC)
     with database.read() as open_connection:
         rewards = {}
         for name in ("i1", "i2", "i3"):
-            found = find(open_connection, uid(name))
+            found = find_interaction(open_connection, uid(name))
             rewards[name] = found.example.reward
             assert all(one.created_at < now for one in (found.interaction, *found.feedback))
             assert found.example.ingest_offset > 11  # so that the next snapshot has it
         assert {name: reward > 0 for name, reward in rewards.items()} == {"i1": False, "i2": True, "i3": True}
-        (waiting,) = unmatched(open_connection, "notes", 5)
+        (waiting,) = unmatched_feedback(open_connection, "notes", 5)
         assert waiting.created_at.replace(tzinfo=UTC) < now
         counts = counters(open_connection, "notes")
     assert (counts["examples"], counts["rewarded"]) == (3, 2)
@@ -272,7 +272,7 @@ def test_a_store_of_nothing_but_times_in_the_future_is_repaired(url, moment):
     migrate_to(url, "0007", [row.format(uid("a"), moment)])
     database = connect(url)
     with database.read() as open_connection:
-        found = find(open_connection, uid("a")).interaction.created_at
+        found = find_interaction(open_connection, uid("a")).interaction.created_at
     assert found < datetime.now(UTC) + timedelta(seconds=1)
     assert (found.isoformat() == "2026-03-01T00:00:00+00:00") == (moment != AHEAD)
     database.engine.dispose()

@@ -40,7 +40,7 @@ def remote(gateway):
 
 def example(db, id):
     with db.read() as connection:
-        return store.find(connection, id).example
+        return store.find_interaction(connection, id).example
 
 
 def counted(db):
@@ -169,7 +169,7 @@ def test_every_text_is_data(client, db, text):
     id = client.log(text, text, retrieved_context=text, history=[{"role": "user", "content": text}], **fields)
     client.correct(id, text + " better", user=short, key=text)
     with db.read() as connection:
-        found = store.find(connection, id)
+        found = store.find_interaction(connection, id)
     logged = found.interaction
     assert {logged.prompt, logged.output, logged.retrieved_context, logged.history[0].content} == {text}
     assert {getattr(logged, name) for name in fields} == {short}
@@ -220,7 +220,7 @@ def test_a_call_is_logged_with_its_latency(client, db):
         call.output = "{}"
         call.details["confidence"] = 0.7
     with db.read() as connection:
-        found = store.find(connection, call.id).interaction
+        found = store.find_interaction(connection, call.id).interaction
     assert (found.prompt, found.output, found.user, found.confidence) == ("a wall", "{}", "u1", 0.7)
     assert 20 <= found.latency_ms < 5_000
     assert client.last_id == call.id
@@ -249,7 +249,7 @@ def test_a_decorated_function_is_logged_and_answers_as_before(client, db):
     client.thumbs_up(client.last_id)
     assert (example(db, client.last_id).prompt, example(db, client.last_id).target) == ("a door", "['a door']")
     with db.read() as connection:
-        assert store.find(connection, first).interaction.output == "['a wall', 'a wall']"
+        assert store.find_interaction(connection, first).interaction.output == "['a wall', 'a wall']"
 
 
 def test_decorated_coroutines_each_know_their_own_interaction(client, db):
@@ -269,7 +269,7 @@ def test_decorated_coroutines_each_know_their_own_interaction(client, db):
     for i, (said, id) in enumerate(asyncio.run(all_of_them())):
         assert said == f"PROMPT {i}"
         with db.read() as connection:
-            found = store.find(connection, id).interaction
+            found = store.find_interaction(connection, id).interaction
         assert (found.prompt, found.output) == (f"prompt {i}", said)
         assert found.latency_ms >= 10
 

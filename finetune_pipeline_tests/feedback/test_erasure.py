@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import store
-from finetune_pipeline.feedback.erasure import erase_user, held_of, loops_of, wipe
+from finetune_pipeline.feedback.erasure import erase_user, loops_with_data, overwrite_deleted, person_data
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
@@ -68,7 +68,7 @@ def everything(db):
 def test_a_person_is_forgotten_wholly_and_others_are_kept(db):
     record(db, *EVENTS)
     with db.read() as connection:
-        held = held_of(connection, "notes", "ann")
+        held = person_data(connection, "notes", "ann")
     assert {*held.interactions, *held.feedback} == {str(uid(name)) for name in ANNS}
     assert set(held.taught) == {str(uid(name)) for name in ("a1", "a2", "b1", "b2", "x")}
     done = erase(db)
@@ -96,7 +96,7 @@ def test_what_was_forgotten_never_comes_back(db):
     erase(db)
     again = record(db, *EVENTS)
     assert (again.interactions, again.feedback) == (0, 0)
-    assert {event.id for event in EVENTS} == again.known
+    assert {event.id for event in EVENTS} == again.duplicate_ids
     assert counters(db)["interactions"] == 3
     assert "ann" not in everything(db)
     assert erase(db).ids == frozenset()
@@ -123,7 +123,7 @@ def test_another_loop_and_another_name_are_left_alone(db):
     assert counters(db)["interactions"] == 5
     assert counters(db, "other") == {"interactions": 1}
     with db.read() as connection:
-        assert loops_of(connection) == ["notes", "other"]
+        assert loops_with_data(connection) == ["notes", "other"]
     assert erase(db, loop="other").interactions == 1
     assert counters(db, "other") == {}
 
@@ -140,7 +140,7 @@ def test_review_decisions_go_with_their_interaction_and_with_their_reviewer(db):
     with db.write() as connection:
         connection.execute(t.review_decisions.insert(), rows)
     with db.read() as connection:
-        assert set(held_of(connection, "notes", "ann").decisions) == {"on-hers", "hers", "on-own"}
+        assert set(person_data(connection, "notes", "ann").decisions) == {"on-hers", "hers", "on-own"}
     assert erase(db).decisions == 3
     with db.read() as connection:
         assert set(connection.execute(sa.select(t.review_decisions.c.id)).scalars()) == {"others", "elsewhere"}
@@ -236,7 +236,7 @@ def test_sqlites_files_do_not_hold_the_words_any_more(tmp_path):
     files = [path, tmp_path / "tests.db-wal"]
     assert any(secret.encode() in file.read_bytes() for file in files)
     erase(db)
-    assert wipe(db)
+    assert overwrite_deleted(db)
     assert not any(secret.encode() in file.read_bytes() for file in files if file.exists())
 
 
@@ -261,11 +261,11 @@ def test_while_another_process_reads_the_files_are_not_clean_and_it_is_said_soon
         assert reader.stdout.readline() == "reading\n"
         erase(db)
         began = time.monotonic()
-        assert not wipe(db)
+        assert not overwrite_deleted(db)
         assert time.monotonic() - began < 10
         assert b"nobody else" in log.read_bytes()
         reader.stdin.close()
-    assert wipe(db)
+    assert overwrite_deleted(db)
     assert not any(b"nobody else" in file.read_bytes() for file in (path, log) if file.exists())
     with db.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000

@@ -9,7 +9,7 @@ import pytest
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, FeedbackError, formats, store
-from finetune_pipeline.feedback.formats import BadLine, export_alpaca, export_events
+from finetune_pipeline.feedback.formats import InvalidLine, export_alpaca, export_events
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.records import Feedback, Interaction, Turn
 from finetune_pipeline.sources import row_readers
@@ -42,8 +42,10 @@ def write_array(path, *items, indent=None):
 def held(db):
     """What the store holds: prompt, output, kinds of feedback, and the example's target and reward."""
     with db.read() as connection:
-        ids = [row.interaction_id for rows in store.records(connection, "notes", 10**9) for row in rows]
-        found = [store.find(connection, id) for id in ids]
+        ids = [
+            row.interaction_id for rows in store.interactions_with_examples(connection, "notes", 10**9) for row in rows
+        ]
+        found = [store.find_interaction(connection, id) for id in ids]
     return [
         (
             one.interaction.prompt,
@@ -57,7 +59,7 @@ def held(db):
 
 def events(path, loop):
     (found,) = read_events(path, loop)
-    assert not isinstance(found, BadLine), found.reason
+    assert not isinstance(found, InvalidLine), found.reason
     return found
 
 
@@ -84,12 +86,12 @@ def test_alpaca_is_read_as_an_array_and_as_lines_and_adds_nothing_twice(tmp_path
         write_array(path, *ALPACA, indent=2 if form == "indented" else None)
     done = import_file(path, loop, db)
     assert (done.lines, done.rejected, done.bad) == (4, 0, [])
-    assert done.recorded == store.Recorded(interactions=4, feedback=2)
+    assert done.recorded == store.RecordResult(interactions=4, feedback=2)
     assert held(db) == ALPACA_HELD
     # The same again, and the same from a file of the other form.
-    assert import_file(path, loop, db).recorded == store.Recorded(duplicates=6)
+    assert import_file(path, loop, db).recorded == store.RecordResult(duplicates=6)
     other = write(tmp_path / "again.jsonl", *ALPACA)
-    assert import_file(other, loop, db).recorded == store.Recorded(duplicates=6)
+    assert import_file(other, loop, db).recorded == store.RecordResult(duplicates=6)
 
 
 def test_an_id_that_returns_with_other_content_is_named_and_the_first_stays(tmp_path, loop, db):
@@ -107,7 +109,7 @@ def test_events_that_were_exported_contradict_nothing(tmp_path, loop, db):
         store.record(connection, loop.name, events, default_reward)
     export_events(tmp_path / "out.jsonl", loop, db)
     done = import_file(tmp_path / "out.jsonl", loop, db)
-    assert (done.recorded, done.conflicts) == (store.Recorded(duplicates=3), [])
+    assert (done.recorded, done.conflicts) == (store.RecordResult(duplicates=3), [])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_events_that_were_exported_contradict_nothing(tmp_path, loop, db):
 def test_a_time_in_the_future_is_rejected_in_every_form(tmp_path, loop, db, row):
     later = datetime.now(UTC) + timedelta(days=1)
     done = import_file(write(tmp_path / "a.jsonl", {**row, "created_at": later.isoformat()}), loop, db)
-    assert (done.rejected, done.recorded) == (1, store.Recorded())
+    assert (done.rejected, done.recorded) == (1, store.RecordResult())
     assert "is in the future" in done.bad[0].reason
     path = write(tmp_path / "b.jsonl", row)
     os.utime(path, (later.timestamp(),) * 2)  # the file's own time, which stands for a missing one, is no reason
@@ -146,7 +148,7 @@ def test_forms_may_be_mixed_line_by_line(tmp_path, loop, db):
         "\n",
         ALPACA[0],
     )
-    assert import_file(path, loop, db).recorded == store.Recorded(interactions=4, feedback=5)
+    assert import_file(path, loop, db).recorded == store.RecordResult(interactions=4, feedback=5)
     assert held(db) == [
         ("prompt a", "answer a", ["rating"], ("answer a", 0.9)),
         ("p", "o", ["reward"], ("o", 0.5)),
@@ -195,7 +197,7 @@ def test_a_line_that_is_not_to_be_trained_on_is_rejected_with_its_reason(tmp_pat
     done = import_file(path, loop, db)
     ((name, value),) = marked.items()
     assert [line.reason for line in done.bad] == [f"the line is not to be trained on ({name}: {value})"]
-    assert done.recorded == store.Recorded(interactions=1, feedback=1, duplicates=2)
+    assert done.recorded == store.RecordResult(interactions=1, feedback=1, duplicates=2)
 
 
 def test_what_a_flat_line_knows_is_kept(tmp_path, loop):
@@ -222,7 +224,7 @@ def test_a_missing_id_follows_from_the_content_alone(tmp_path, loop):
 def test_a_reward_that_comes_later_adds_only_that(tmp_path, loop, db):
     import_file(write(tmp_path / "a.jsonl", {"prompt": "p", "output": "o"}), loop, db)
     later = import_file(write(tmp_path / "b.jsonl", {"prompt": "p", "output": "o", "reward": 1}), loop, db)
-    assert later.recorded == store.Recorded(feedback=1, duplicates=1)
+    assert later.recorded == store.RecordResult(feedback=1, duplicates=1)
 
 
 GOOD = {"prompt": "p", "output": "o"}
@@ -378,7 +380,7 @@ def test_exported_events_come_back_the_same(tmp_path, loop, db, filled):
     assert rewards[str(uid("f3"))] == pytest.approx(0.2)
     assert rewards[str(uid("f5"))] is None  # its interaction never arrived
     before = held(db)
-    assert import_file(path, loop, db).recorded == store.Recorded(duplicates=9)
+    assert import_file(path, loop, db).recorded == store.RecordResult(duplicates=9)
     assert held(db) == before
 
 
@@ -432,7 +434,7 @@ def test_exported_alpaca_can_be_read_again(tmp_path, loop, db, filled, name):
     path = tmp_path / name
     export_alpaca(path, loop, db, str)
     other = store_at(tmp_path / "other.db")
-    assert import_file(path, loop, other).recorded == store.Recorded(interactions=3, feedback=3)
+    assert import_file(path, loop, other).recorded == store.RecordResult(interactions=3, feedback=3)
     taught = [example for *_, example in held(db) if example]
     assert [example for *_, example in held(other)] == taught
 

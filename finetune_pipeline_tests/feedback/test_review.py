@@ -6,9 +6,15 @@ import sqlalchemy as sa
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import store
 from finetune_pipeline.feedback.erasure import erase_user
-from finetune_pipeline.feedback.review import ReviewError, candidates, decide, look, undo
+from finetune_pipeline.feedback.review import (
+    ReviewError,
+    load_candidates,
+    record_decision,
+    review_candidates,
+    undo_decision,
+)
 from finetune_pipeline.feedback.rewards import default_reward
-from finetune_pipeline.feedback.store import counters, find, new_examples, restore, retract
+from finetune_pipeline.feedback.store import counters, find_interaction, new_examples, restore, retract
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
 TASK = "notes"
@@ -21,28 +27,30 @@ def put(db, *events):
 
 def seen(db, name):
     with db.read() as connection:
-        return next(look(connection, TASK, [str(uid(name))], default_reward))
+        return next(load_candidates(connection, TASK, [str(uid(name))], default_reward))
 
 
 def say(db, name, kind, target=None, reviewer="rita"):
     shown = seen(db, name)
     with db.write() as connection:
-        decide(connection, TASK, shown, kind, shown.answer if target is None else target, reviewer, default_reward)
+        record_decision(
+            connection, TASK, shown, kind, shown.answer if target is None else target, reviewer, default_reward
+        )
 
 
 def take_back(db, reviewer="rita", name=None):
     with db.write() as connection:
-        return undo(connection, TASK, reviewer, default_reward, uid(name) if name else None)
+        return undo_decision(connection, TASK, reviewer, default_reward, uid(name) if name else None)
 
 
 def example(db, name):
     with db.read() as connection:
-        return find(connection, uid(name)).example
+        return find_interaction(connection, uid(name)).example
 
 
 def asked(db, taught=False):
     with db.read() as connection:
-        found = candidates(connection, TASK, default_reward, 0.85, 0.3, taught=taught)
+        found = review_candidates(connection, TASK, default_reward, 0.85, 0.3, taught=taught)
     names = {str(uid(name)): name for name in ("a", "b", "c", "d")}
     return {names[str(one.interaction.id)] for one in found}
 
@@ -59,7 +67,11 @@ def newest(db):
 
 def changed(db, after):
     with db.read() as connection:
-        return {row.interaction_id: row for rows in store.records(connection, TASK, newest(db), after) for row in rows}
+        return {
+            row.interaction_id: row
+            for rows in store.interactions_with_examples(connection, TASK, newest(db), after)
+            for row in rows
+        }
 
 
 def new(db):
@@ -186,7 +198,7 @@ def test_a_decision_on_what_has_changed_or_gone_is_refused(db):
     shown = seen(db, "a")
     put(db, feedback("fix", "a", "correction", correction="other"))
     with pytest.raises(ReviewError, match="corrected meanwhile"), db.write() as connection:
-        decide(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
+        record_decision(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
     with pytest.raises(ReviewError, match=r"target: .*NUL.*nothing was kept"):
         say(db, "a", "edit", "a\x00b")
     with pytest.raises(ReviewError, match="reviewer"):
@@ -195,7 +207,7 @@ def test_a_decision_on_what_has_changed_or_gone_is_refused(db):
     with db.write() as connection:
         erase_user(connection, TASK, "ann", default_reward)
     with pytest.raises(ReviewError, match="deleted meanwhile"), db.write() as connection:
-        decide(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
+        record_decision(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
 
 
 def test_who_is_forgotten_takes_their_decisions_along_and_what_they_shaped_is_as_before(db):

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import store
+from finetune_pipeline.feedback.content_hash import content_hash
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -30,17 +31,19 @@ def new(after=0):
 
 def test_an_event_counts_once_however_often_it_arrives():
     events = [interaction("a"), feedback("f", "a", "thumbs_up")]
-    assert record(*events, *events) == store.Recorded(interactions=1, feedback=1, duplicates=2)
-    assert record(*events) == store.Recorded(duplicates=2)
+    assert record(*events, *events) == store.RecordResult(interactions=1, feedback=1, duplicates=2)
+    assert record(*events) == store.RecordResult(duplicates=2)
     with connect().read() as connection:
-        assert store.totals(connection, "notes") == store.Totals(1, 1, 1, 0)
+        assert dict(store.counters(connection, "notes")) == {
+            "interactions": 1, "feedback": 1, "feedback.thumbs_up": 1, "examples": 1, "rewarded": 1,
+        }  # fmt: skip
 
 
 def test_feedback_may_come_before_its_interaction():
     record(feedback("f", "a", "thumbs_up"))
     assert new() == []
     with connect().read() as connection:
-        assert store.totals(connection, "notes").unmatched_feedback == 1
+        assert store.counters(connection, "notes")["unmatched"] == 1
     record(interaction("a"))
     assert [example.prompt for example in new()] == ["prompt a"]
 
@@ -54,7 +57,7 @@ def test_late_feedback_makes_an_example_new_again_until_it_was_judged():
     (example,) = new(after=seen)
     assert example.confirmed
     with connect().write() as connection:
-        store.mark_judged(connection, "notes", [store.content_hash(example.prompt, example.target)] * 2)
+        store.mark_judged(connection, "notes", [content_hash(example.prompt, example.target)] * 2)
     assert new(after=0) == []
 
 
@@ -78,7 +81,7 @@ def test_a_failed_transaction_leaves_no_trace():
         store.record(connection, "notes", [interaction("a")], default_reward)
         raise RuntimeError("killed in between")
     with connect().read() as connection:
-        assert store.totals(connection, "notes").interactions == 0
+        assert store.counters(connection, "notes")["interactions"] == 0
         assert store.newest_offset(connection) == 0
 
 
@@ -116,12 +119,12 @@ def counted():
     return {name: value for name, value in counts.items() if value}
 
 
-def tallied():
+def loop_counters():
     with connect().read() as connection:
         return store.counters(connection, "notes")
 
 
-def test_the_tallies_are_what_counting_gives_whatever_arrives_in_whatever_order():
+def test_the_counters_equal_the_counted_rows_in_any_order_of_arrival():
     chance = random.Random(3)
     names = [f"{i}" for i in range(12)]
     events = [interaction(name, flag="confidence 0.10 is below 0.85" if int(name) % 3 == 0 else None) for name in names]
@@ -137,10 +140,10 @@ def test_the_tallies_are_what_counting_gives_whatever_arrives_in_whatever_order(
         size = chance.randrange(1, 9)
         batch, events = events[:size], events[size:]
         record(*batch)
-        assert tallied() == counted()
-    assert tallied()["unmatched"] > 0
+        assert loop_counters() == counted()
+    assert loop_counters()["unmatched"] > 0
     with connect().read() as connection:
-        assert {row.interaction_id for row in store.unmatched(connection, "notes", 99)} <= {
+        assert {row.interaction_id for row in store.unmatched_feedback(connection, "notes", 99)} <= {
             str(uid("never")), str(uid("never either"))
         }  # fmt: skip
 
@@ -156,7 +159,7 @@ def test_what_happens_at_once_from_many_threads_is_tallied_right():
         thread.start()
     for thread in threads:
         thread.join()
-    assert tallied() == counted() == {
+    assert loop_counters() == counted() == {
         "interactions": 17, "feedback": 1, "feedback.thumbs_up": 1, "examples": 1, "rewarded": 1
     }  # fmt: skip
 
@@ -166,8 +169,8 @@ def test_a_forgotten_id_stays_away():
         row = {"id": str(uid("a")), "loop": "notes", "ingest_offset": store.take_offsets(connection, 1)}
         connection.execute(t.erased_events.insert().values(row))
     late = feedback("f", "a", "correction", correction="what somebody wanted erased")
-    assert record(interaction("a"), late) == store.Recorded(duplicates=2)
-    assert tallied() == {}
+    assert record(interaction("a"), late) == store.RecordResult(duplicates=2)
+    assert loop_counters() == {}
 
 
 def test_an_exchange_is_found_with_all_that_was_said_of_it():
@@ -178,11 +181,11 @@ def test_an_exchange_is_found_with_all_that_was_said_of_it():
     )
     record(asked, given)
     with connect().read() as connection:
-        found = store.find(connection, uid("a"))
+        found = store.find_interaction(connection, uid("a"))
         assert (found.interaction, found.feedback, found.example.target) == (asked, (given,), "better")
         assert found.example.history == asked.history
-        assert store.flagged(connection, "notes", 9) == []
-        assert store.find(connection, uid("nobody")) is None
+        assert store.flagged_interactions(connection, "notes", 9) == []
+        assert store.find_interaction(connection, uid("nobody")) is None
 
 
 def test_taking_in_events_reads_by_their_ids_and_never_through_the_history(url):
@@ -211,10 +214,10 @@ def test_what_was_flagged_is_listed_until_a_person_has_said_something_of_it():
     unsure = interaction("a", flag="low confidence")
     record(unsure, interaction("b"))
     with connect().read() as connection:
-        assert store.flagged(connection, "notes", 9) == [unsure]
+        assert store.flagged_interactions(connection, "notes", 9) == [unsure]
     record(feedback("f", "a", "thumbs_up"))
     with connect().read() as connection:
-        assert store.flagged(connection, "notes", 9) == []
+        assert store.flagged_interactions(connection, "notes", 9) == []
 
 
 def test_the_same_prompt_after_another_history_is_another_example():

@@ -1,4 +1,4 @@
-"""What was acknowledged is in the store in the end, whatever happens to the process, the database or the disk."""
+"""Every acknowledged event reaches the store, whatever happens to the process, the database or the disk."""
 
 import json
 import multiprocessing
@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -21,8 +20,8 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.database.tables import interactions
 from finetune_pipeline.feedback import write_ahead_log
 from finetune_pipeline.feedback.rewards import reward_function
-from finetune_pipeline.feedback.store import find, totals
-from finetune_pipeline.feedback.write_ahead_log import Recorder, journal_folder, take_over_orphans
+from finetune_pipeline.feedback.store import counters, find_interaction
+from finetune_pipeline.feedback.write_ahead_log import Recorder, recover_orphans, write_ahead_log_folder
 from finetune_pipeline.settings import FeedbackSettings, SettingsError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -33,7 +32,7 @@ def rewards(loop):
 
 def count(database):
     with database.read() as connection:
-        return totals(connection, "notes").interactions
+        return counters(connection, "notes")["interactions"]
 
 
 def wait_until(condition, seconds=10.0):
@@ -51,9 +50,9 @@ def recorder(db):
 
 
 def leave(*events, torn=b"", name="left"):
-    """A journal whose process is gone."""
-    journal_folder().mkdir(parents=True, exist_ok=True)
-    path = journal_folder() / f"{name}.jsonl"
+    """Write the log of a process that was killed."""
+    write_ahead_log_folder().mkdir(parents=True, exist_ok=True)
+    path = write_ahead_log_folder() / f"{name}.jsonl"
     path.write_bytes(b"".join(event.model_dump_json().encode() + b"\n" for event in events) + torn)
     return path
 
@@ -61,18 +60,18 @@ def leave(*events, torn=b"", name="left"):
 # ---- in use
 
 
-def test_an_event_is_in_the_journal_at_once_and_in_the_store_soon(db, recorder):
+def test_an_event_is_in_the_log_at_once_and_in_the_store_soon(db, recorder):
     assert recorder.add(interaction("a")).result(10) == "recorded"
     assert recorder.add(interaction("a")).result(10) == "duplicate"
     assert recorder.add(feedback("on a", "a", "thumbs_up")).result(10) == "recorded"
     assert recorder.add(feedback("early", "b", "thumbs_up")).result(10) == "waiting"
     assert (recorder.pending, recorder.path.stat().st_size) == (0, 0)
     with db.read() as connection:
-        found = find(connection, uid("a"))
+        found = find_interaction(connection, uid("a"))
     assert (len(found.feedback), found.example.reward > 0) == (1, True)
 
 
-def test_what_sixteen_threads_add_is_there_once_each(db, recorder):
+def test_what_sixteen_threads_add_is_stored_once_each(db, recorder):
     with ThreadPoolExecutor(16) as pool:
         futures = list(pool.map(lambda n: recorder.add(interaction(f"{n % 100}")), range(400)))
     outcomes = [future.result(20) for future in futures]
@@ -80,16 +79,16 @@ def test_what_sixteen_threads_add_is_there_once_each(db, recorder):
     assert count(db) == 100
 
 
-def test_the_journal_is_gone_after_an_orderly_end(db):
+def test_the_log_is_deleted_on_close(db):
     recorder = Recorder(db, rewards)
     for n in range(50):
         recorder.add(interaction(f"{n}"))
     recorder.close()
     assert count(db) == 50
-    assert list(journal_folder().iterdir()) == []
+    assert list(write_ahead_log_folder().iterdir()) == []
 
 
-def test_a_journal_stays_small_where_traffic_never_pauses(own_home, monkeypatch):
+def test_the_log_stays_small_when_traffic_never_pauses(own_home, monkeypatch):
     monkeypatch.setattr(write_ahead_log, "SHRINK_BYTES", 20_000)
     database = connect()
     recorder = Recorder(database, rewards)
@@ -118,7 +117,7 @@ def test_a_journal_stays_small_where_traffic_never_pauses(own_home, monkeypatch)
 # ---- a database that cannot take them
 
 
-def test_a_locked_database_delays_nobody_and_loses_nothing(own_home):
+def test_a_locked_database_delays_no_caller_and_loses_nothing(own_home):
     database = connect()
     recorder = Recorder(database, rewards)
     other = sqlite3.connect(database.engine.url.database, isolation_level=None)
@@ -140,23 +139,23 @@ def test_a_locked_database_delays_nobody_and_loses_nothing(own_home):
     assert count(database) == 200
 
 
-def test_a_store_that_is_away_is_said_and_tried_again(own_home, monkeypatch):
+def test_an_unavailable_store_is_reported_and_retried(own_home, monkeypatch):
     monkeypatch.setattr(write_ahead_log, "_RETRY_SECONDS", (0.05,))
     database = connect()
     recorder = Recorder(database, rewards)
     with database.write() as connection:
         connection.execute(sa.text("ALTER TABLE interactions RENAME TO away"))
     done = recorder.add(interaction("a"))
-    wait_until(lambda: recorder.trouble)
-    assert "no such table" in recorder.trouble and str(recorder.path) in recorder.trouble
+    wait_until(lambda: recorder.store_error)
+    assert "no such table" in recorder.store_error and str(recorder.path) in recorder.store_error
     with database.write() as connection:
         connection.execute(sa.text("ALTER TABLE away RENAME TO interactions"))
     assert done.result(10) == "recorded"
-    assert recorder.trouble is None
+    assert recorder.store_error is None
     recorder.close()
 
 
-def test_an_event_that_the_store_refuses_keeps_nothing_else_waiting(db):
+def test_an_event_that_the_store_rejects_blocks_no_others(db):
     def picky(loop):
         def reward(given, about):
             if given.id == uid("bad"):
@@ -169,11 +168,11 @@ def test_an_event_that_the_store_refuses_keeps_nothing_else_waiting(db):
     added = [interaction("a"), feedback("bad", "a", "thumbs_up"), feedback("good", "a", "thumbs_up")]
     outcomes = [recorder.add(event).result(10) for event in added]
     recorder.close()
-    assert outcomes == ["recorded", "refused", "recorded"]
-    assert "not this one" in recorder.refused
-    aside = recorder.path.with_suffix(".refused")
-    assert str(uid("bad")) in aside.read_text()
-    assert str(uid("good")) not in aside.read_text()
+    assert outcomes == ["recorded", "dead_lettered", "recorded"]
+    assert "not this one" in recorder.dead_letter
+    dead_letters = recorder.path.with_suffix(".dead_letter")
+    assert str(uid("bad")) in dead_letters.read_text()
+    assert str(uid("good")) not in dead_letters.read_text()
 
 
 # ---- a disk that is full
@@ -189,15 +188,15 @@ from finetune_pipeline_tests.conftest import interaction
 database = connect()
 recorder = Recorder(database, lambda loop: None)
 held = database.write()
-held.__enter__()  # nothing leaves the journal meanwhile
+held.__enter__()  # nothing leaves the log meanwhile
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-kept, refused = [], None
+kept, message = [], None
 for n in range(100):
     try:
         recorder.add(interaction(str(n)))
         kept.append(n)
     except ArtifactError as error:
-        refused = str(error)
+        message = str(error)
         break
 size = recorder.path.stat().st_size
 assert size <= 10_000
@@ -206,67 +205,88 @@ assert recorder.path.read_bytes().count(b"\\n") == len(kept)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 recorder.add(interaction("after"))
 assert recorder.path.read_bytes().count(b"\\n") == len(kept) + 1
-print(len(kept), refused, flush=True)
+print(len(kept), message, flush=True)
 import os
 os._exit(0)
 """
 
 
-def test_a_full_disk_refuses_an_event_and_leaves_no_half_line(own_home):
+def test_a_full_disk_rejects_an_event_and_leaves_no_half_line(own_home):
     connect()
     ended = subprocess.run([sys.executable, "-c", FILL], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     number, said = ended.stdout.split(maxsplit=1)
     assert said.startswith("the disk is full: ")
-    assert take_over_orphans(connect(), rewards) == int(number) + 1
+    assert recover_orphans(connect(), rewards) == int(number) + 1
     assert count(connect()) == int(number) + 1
 
 
 # ---- what a killed process left
 
 
-def test_what_a_killed_process_left_is_taken_over_and_a_torn_line_is_not(db):
+def test_the_log_of_a_killed_process_is_recovered_without_its_torn_line(db):
     events = [interaction("a"), feedback("on a", "a", "thumbs_up"), interaction("b")]
     path = leave(*events, torn=interaction("torn").model_dump_json().encode()[:-5])
-    assert take_over_orphans(db, rewards) == 3
+    assert recover_orphans(db, rewards) == 3
     assert count(db) == 2
     assert not path.exists()
-    assert list(journal_folder().iterdir()) == []
-    assert take_over_orphans(db, rewards) == 0
+    assert list(write_ahead_log_folder().iterdir()) == []
+    assert recover_orphans(db, rewards) == 0
 
 
-def test_what_was_in_the_store_already_is_not_taken_over_twice(db):
+def test_an_event_that_is_stored_already_is_not_added_again(db):
     leave(interaction("a"), interaction("b"), name="first")
     leave(interaction("b"), interaction("c"), name="second")
-    assert take_over_orphans(db, rewards) == 3
+    assert recover_orphans(db, rewards) == 3
     assert count(db) == 3
 
 
-def test_the_journal_of_a_living_process_is_left_alone(db, recorder):
+def test_the_log_of_a_running_process_is_left_alone(db, recorder):
     other = db.write()
     with other:
         pass
     assert recorder.path.exists()
-    assert take_over_orphans(db, rewards) == 0
+    assert recover_orphans(db, rewards) == 0
     assert recorder.path.exists()
     assert recorder.add(interaction("a")).result(10) == "recorded"
 
 
-def test_more_than_a_batch_is_taken_over(db, monkeypatch):
+def test_the_log_of_an_earlier_version_is_recovered_under_the_new_field_names(db, own_home):
+    path = leave(interaction("a", variant="champion"), feedback("on a", "a", "thumbs_up"))
+    earlier = own_home / "journal"
+    earlier.mkdir()
+    for name, into in {"task": "loop", "arm": "variant", "origin": "provenance"}.items():
+        path.write_text(path.read_text().replace(f'"{into}":', f'"{name}":'))
+    unknown = json.dumps({"event": "interaction", "task": "notes", "verdict": 1}) + "\n"
+    path.rename(earlier / path.name).open("a").write(unknown)
+    assert '"task":' in (earlier / path.name).read_text() and '"arm":' in (earlier / path.name).read_text()
+    assert recover_orphans(db, rewards) == 2
+    with db.read() as connection:
+        found = find_interaction(connection, uid("a"))
+    assert (found.interaction.loop, found.interaction.variant, len(found.feedback)) == ("notes", "champion", 1)
+    assert list(earlier.iterdir()) == []
+    (dead_letters,) = write_ahead_log.dead_letter_files()
+    assert dead_letters.read_text() == unknown
+    before = earlier / "before.refused"  # dead letters of that version are still known
+    before.touch()
+    assert write_ahead_log.dead_letter_files() == [dead_letters, before]
+
+
+def test_more_than_one_batch_is_recovered(db, monkeypatch):
     monkeypatch.setattr(write_ahead_log, "BATCH", 7)
     leave(*(interaction(f"{n}") for n in range(30)))
-    assert take_over_orphans(db, rewards) == 30
+    assert recover_orphans(db, rewards) == 30
 
 
-def test_an_event_from_a_clock_that_was_ahead_is_rejected_and_the_rest_is_recovered(db):
+def test_an_event_from_the_future_becomes_a_dead_letter(db):
     later = datetime.now(UTC) + timedelta(days=1)
     path = leave(interaction("a"), interaction("ahead", created_at=later), interaction("b"))
-    assert take_over_orphans(db, rewards) == 2
-    (kept,) = path.with_suffix(".refused").read_text().splitlines()
+    assert recover_orphans(db, rewards) == 2
+    (kept,) = path.with_suffix(".dead_letter").read_text().splitlines()
     assert json.loads(kept)["id"] == str(uid("ahead"))
 
 
-def test_lines_and_events_that_cannot_be_used_are_put_aside_and_the_rest_is_taken_over(db):
+def test_unusable_lines_and_events_become_dead_letters_and_the_rest_is_recovered(db):
     def of_known_loops(loop):
         if loop != "notes":
             raise SettingsError(f"no loop is named {loop!r}")
@@ -274,28 +294,28 @@ def test_lines_and_events_that_cannot_be_used_are_put_aside_and_the_rest_is_take
 
     path = leave(interaction("a"), interaction("b").model_copy(update={"loop": "gone"}), interaction("c"))
     path.write_bytes(b"not json\n" + path.read_bytes())
-    assert take_over_orphans(db, of_known_loops) == 2
-    aside = path.with_suffix(".refused").read_text()
-    assert aside.startswith("not json\n")
-    assert str(uid("b")) in aside
+    assert recover_orphans(db, of_known_loops) == 2
+    dead_letters = path.with_suffix(".dead_letter").read_text()
+    assert dead_letters.startswith("not json\n")
+    assert str(uid("b")) in dead_letters
     assert not path.exists()
 
 
-def _take_over(folder, start, added):
+def _recover(folder, start, added):
     os.environ["FINETUNE_HOME"] = folder
     database = connect()
     start.wait()
     for _ in range(20):
-        added.put(take_over_orphans(database, rewards))
+        added.put(recover_orphans(database, rewards))
 
 
-def test_two_processes_that_race_take_an_orphan_over_once(own_home):
+def test_two_racing_processes_recover_a_log_once(own_home):
     database = connect()
     for n in range(20):
-        leave(*(interaction(f"{n} {m}") for m in range(10)), name=f"journal{n}")
+        leave(*(interaction(f"{n} {m}") for m in range(10)), name=f"log{n}")
     context = multiprocessing.get_context("spawn")
     start, added = context.Event(), context.Queue()
-    racers = [context.Process(target=_take_over, args=(str(own_home), start, added)) for _ in range(2)]
+    racers = [context.Process(target=_recover, args=(str(own_home), start, added)) for _ in range(2)]
     for racer in racers:
         racer.start()
     start.set()
@@ -304,14 +324,14 @@ def test_two_processes_that_race_take_an_orphan_over_once(own_home):
         racer.join(60)
     assert [racer.exitcode for racer in racers] == [0, 0]
     assert total == count(database) == 200
-    assert list(journal_folder().iterdir()) == []
+    assert list(write_ahead_log_folder().iterdir()) == []
 
 
-def test_a_journal_that_vanishes_between_the_look_and_the_lock_is_no_error(own_home, monkeypatch):
+def test_a_log_that_vanishes_before_it_is_locked_is_no_error(own_home, monkeypatch):
     path = leave(interaction("a"))
-    monkeypatch.setattr(Path, "glob", lambda *_: [path])
+    monkeypatch.setattr(write_ahead_log, "log_files", lambda: [path])
     path.unlink()
-    assert take_over_orphans(connect(), rewards) == 0
+    assert recover_orphans(connect(), rewards) == 0
 
 
 KILLED = """
@@ -342,7 +362,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(own_home):
         lines = process.stdout.read().split("\n")
         process.wait()
         told = max([told, *(int(line) for line in lines[:-1] if line)])
-    take_over_orphans(database, rewards)
+    recover_orphans(database, rewards)
     with database.read() as connection:
         ids = set(connection.execute(sa.select(interactions.c.id)).scalars())
     assert told > 10
@@ -353,7 +373,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(own_home):
 
 
 @pytest.mark.parametrize(("durability", "flushes"), [("kill", 0), ("power-cut", 3)])
-def test_each_event_is_flushed_only_where_a_power_cut_must_lose_nothing(own_home, monkeypatch, durability, flushes):
+def test_each_event_is_flushed_only_when_power_cuts_must_lose_nothing(own_home, monkeypatch, durability, flushes):
     monkeypatch.setenv("FINETUNE_DURABILITY", durability)
     database = connect()
     recorder = Recorder(database, rewards)
@@ -366,7 +386,7 @@ def test_each_event_is_flushed_only_where_a_power_cut_must_lose_nothing(own_home
     assert count(database) == 3
 
 
-def test_a_disk_that_cannot_flush_refuses_the_event(own_home, monkeypatch):
+def test_a_disk_that_cannot_flush_rejects_the_event(own_home, monkeypatch):
     monkeypatch.setenv("FINETUNE_DURABILITY", "power-cut")
     recorder = Recorder(connect(), rewards)
 
@@ -381,7 +401,7 @@ def test_a_disk_that_cannot_flush_refuses_the_event(own_home, monkeypatch):
     recorder.close()
 
 
-def test_a_server_that_only_reads_for_a_while_refuses_nothing_for_good(db):
+def test_a_read_only_server_causes_a_retry_and_no_dead_letter(db):
     if db.engine.dialect.name == "sqlite":
         pytest.skip("SQLite has no such state")
     with closing(Recorder(db, rewards)) as recorder:
@@ -390,7 +410,7 @@ def test_a_server_that_only_reads_for_a_while_refuses_nothing_for_good(db):
             connection.execute(sa.text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
         db.engine.dispose()
         added = recorder.add(interaction("a"))
-        wait_until(lambda: recorder.trouble)
+        wait_until(lambda: recorder.store_error)
         other = sa.create_engine(db.engine.url, isolation_level="AUTOCOMMIT")
         with other.connect() as connection:
             connection.execute(sa.text("SET default_transaction_read_only = off"))
@@ -400,7 +420,7 @@ def test_a_server_that_only_reads_for_a_while_refuses_nothing_for_good(db):
         assert added.result(20) == "recorded"
 
 
-def test_a_closed_recorder_takes_nothing(db):
+def test_a_closed_recorder_rejects_events(db):
     recorder = Recorder(db, rewards)
     recorder.close()
     with pytest.raises(RuntimeError, match="is closed"):

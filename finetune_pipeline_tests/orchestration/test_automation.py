@@ -7,7 +7,8 @@ import dagster as dg
 import pytest
 
 from finetune_pipeline.database import connect
-from finetune_pipeline.feedback.store import content_hash, mark_judged, newest_offset
+from finetune_pipeline.feedback.content_hash import content_hash
+from finetune_pipeline.feedback.store import mark_judged, newest_offset
 from finetune_pipeline.orchestration.automation import LOOP_TAG, SERIES_TAG, WATERMARK_TAG, answer
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.feedback.store import Recorded, totals
+from finetune_pipeline.feedback.store import RecordResult, counters
 from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
@@ -32,17 +32,17 @@ def take(loop):
 
 def interactions(loop):
     with connect().read() as connection:
-        return totals(connection, loop.name).interactions
+        return counters(connection, loop.name)["interactions"]
 
 
 def test_only_what_is_new_is_read(loop):
     file = loop.drop_folder / "log.jsonl"
     write_events(file, *corrected(["ash", "birch"]))
-    assert take(loop).recorded == Recorded(2, 2, 0)
+    assert take(loop).recorded == RecordResult(2, 2, 0)
     assert take(loop).files == 0
     write_events(file, *corrected(["cedar"]))
     again = take(loop)
-    assert (again.lines, again.recorded) == (2, Recorded(1, 1, 0))
+    assert (again.lines, again.recorded) == (2, RecordResult(1, 1, 0))
 
 
 def test_a_rewritten_or_copied_file_brings_nothing_twice(loop):
@@ -52,7 +52,7 @@ def test_a_rewritten_or_copied_file_brings_nothing_twice(loop):
     text = file.read_text()
     file.write_text("\n" + text)  # rewritten: other bytes before the place reached
     (loop.drop_folder / "copy.jsonl").write_text(text)
-    assert take(loop).recorded == Recorded(0, 0, 4)
+    assert take(loop).recorded == RecordResult(0, 0, 4)
     assert interactions(loop) == 1
 
 
@@ -168,7 +168,7 @@ def test_a_table_that_is_rewritten_at_equal_size_is_read_again(loop, name):
     assert len(new) == len(content)
     written_over(file, new)
     put_back(file, before)
-    assert (take(loop).recorded, interactions(loop)) == (Recorded(2, 2, 0), 4)
+    assert (take(loop).recorded, interactions(loop)) == (RecordResult(2, 2, 0), 4)
 
 
 @pytest.mark.parametrize(
@@ -409,12 +409,12 @@ def examples_of(loop):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_dropped_conversations_are_taken_once_with_file_and_line(loop, name):
     drop(loop, name)
-    assert take(loop).recorded == Recorded(2, 2, 0)
+    assert take(loop).recorded == RecordResult(2, 2, 0)
     first = {"a.csv": 2}.get(name, 1)
     assert examples_of(loop)[0] == ("what did ash say?", "ash spoke", 0.8, "ingested", f"{name}:{first}")
     assert take(loop).files == 0
     drop(loop, "copy.jsonl")
-    assert take(loop).recorded == Recorded(0, 0, 4)
+    assert take(loop).recorded == RecordResult(0, 0, 4)
 
 
 def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_loop):
@@ -431,7 +431,7 @@ def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_l
         ):
             out.write(json.dumps(row) + "\n")
     done = take(loop)
-    assert (done.rejected, done.recorded) == (2, Recorded(4, 4, 0))
+    assert (done.rejected, done.recorded) == (2, RecordResult(4, 4, 0))
     rows = {row[0]: row[1:] for row in examples_of(loop)}
     assert rows["a wall"] == ("wall", -0.5, "ingested", "log.jsonl:3")
     assert rows["user"][:2] == ("assistant", 0.5) and rows["p"][:2] == ("yes", 0.5)
@@ -446,7 +446,7 @@ def test_another_reward_of_the_same_conversation_is_said_of_the_same_one(loop):
     drop(loop, "a.csv")
     take(loop)
     drop(loop, "b.csv", [{**ROWS[0], "reward": -1.0}])
-    assert take(loop).recorded == Recorded(0, 1, 1)
+    assert take(loop).recorded == RecordResult(0, 1, 1)
     assert [row[2] for row in examples_of(loop)] == [-1.0, 0.8]
 
 
@@ -457,7 +457,7 @@ def test_a_changed_file_is_read_anew_and_its_bad_rows_are_named(loop):
         assert [(row.path, row.line) for row in rejected_lines(connection, "notes", 10)] == [(str(file), 4)]
         assert read_totals(connection, "notes").unfinished == 0
     drop(loop, "a.csv", [*ROWS, {"prompt": "p", "completion": "c"}])
-    assert (take(loop).recorded, interactions(loop)) == (Recorded(1, 1, 4), 3)
+    assert (take(loop).recorded, interactions(loop)) == (RecordResult(1, 1, 4), 3)
     with connect().read() as connection:
         assert rejected_lines(connection, "notes", 10) == []
 

@@ -9,13 +9,13 @@ import pytest
 from finetune_pipeline.artifacts import stage_folder
 from finetune_pipeline.curation.dataset_files import read_all
 from finetune_pipeline.database import connect
-from finetune_pipeline.feedback.review import decide, look, undo
+from finetune_pipeline.feedback.review import load_candidates, record_decision, undo_decision
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.pending import count_new
-from finetune_pipeline.pipeline.review_queue import waiting
+from finetune_pipeline.pipeline.review_queue import review_queue
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
@@ -46,8 +46,8 @@ def put(loop, *events):
 
 def say(loop, name, kind, target=None):
     with connect().write() as connection:
-        shown = next(look(connection, loop.name, [str(uid(name))], default_reward))
-        decide(connection, loop.name, shown, kind, target or shown.answer, "rita", default_reward)
+        shown = next(load_candidates(connection, loop.name, [str(uid(name))], default_reward))
+        record_decision(connection, loop.name, shown, kind, target or shown.answer, "rita", default_reward)
 
 
 def curated(loop):
@@ -74,7 +74,7 @@ def test_decisions_decide_what_trains_and_survive_a_rebuild(loop, logged):
         shutil.rmtree(stage_folder(loop.name, stage.stage))
     assert answers(curated(loop)) == expected
     with connect().write() as connection:
-        undo(connection, loop.name, "rita", default_reward)
+        undo_decision(connection, loop.name, "rita", default_reward)
     assert answers(curated(loop)) == ["ben said it better", "cid spoke", "dan spoke"]
 
 
@@ -93,9 +93,9 @@ def test_a_decision_outlives_the_file_that_the_words_were_in(make_loop):
         sync_source(loop, loop.sources[0], connect(), lambda source, cursor: iter([record]))
 
     take("a.md")
-    (only,) = waiting(make_loop(sources=[feed], curation=CURATION, review={"required": True}), connect())
+    (only,) = review_queue(make_loop(sources=[feed], curation=CURATION, review={"required": True}), connect())
     with connect().write() as connection:
-        decide(connection, loop.name, only.candidate, "edit", "amy said more", "rita", default_reward)
+        record_decision(connection, loop.name, only.candidate, "edit", "amy said more", "rita", default_reward)
     take("moved/b.md")
     assert answers(curated(loop)) == ["amy said more"]
 
@@ -105,7 +105,7 @@ def test_where_review_is_required_only_what_was_approved_trains_and_counts(make_
     put(loop, interaction("bad"), feedback("down", "bad", "thumbs_down"))
     assert count_new(loop, connect(), 0) == 0 == curated(loop).manifest.train
     assert not list(read_all(curated(loop).path))
-    assert len(waiting(loop, connect())) == 6
+    assert len(review_queue(loop, connect())) == 6
     say(loop, "amy", "approve")
     say(loop, "ben", "edit", "ben said it better")
     say(loop, "cid", "reject")
@@ -113,7 +113,7 @@ def test_where_review_is_required_only_what_was_approved_trains_and_counts(make_
     assert answers(made) == ["amy spoke", "ben said it better"]
     assert count_new(loop, connect(), 0) == 2 == made.manifest.train
     assert made.manifest.left_out["not approved by a reviewer"] == 2
-    assert len(waiting(loop, connect())) == 3
+    assert len(review_queue(loop, connect())) == 3
     free = make_loop(curation=CURATION)
     assert curated(free).manifest.version != made.manifest.version
     assert count_new(free, connect(), 0) == 3 == len(answers(curated(free)))
@@ -121,18 +121,18 @@ def test_where_review_is_required_only_what_was_approved_trains_and_counts(make_
 
 def test_the_queue_asks_what_is_unsure_first_and_says_why(loop, logged):
     put(loop, feedback("no", "dan", "thumbs_down", minutes=3, user="u2"))
-    found = waiting(loop, connect())
+    found = review_queue(loop, connect())
     assert [str(one.candidate.interaction.id) for one in found] == [str(uid("eve")), str(uid("dan"))]
     assert found[0].reasons == ("confidence 0.30, below 0.85",)
     assert found[1].reasons == ("opinions differ: 50% are against the answer that most are for",)
     say(loop, "eve", "reject")
-    assert len(waiting(loop, connect())) == 1
+    assert len(review_queue(loop, connect())) == 1
 
 
 def test_a_user_who_changed_their_mind_has_one_voice(loop, logged):
     put(loop, interaction("zoe"), feedback("1", "zoe", "thumbs_up", user="u"),
         feedback("2", "zoe", "thumbs_down", minutes=1, user="u"))  # fmt: skip
-    (one,) = [one for one in waiting(loop, connect()) if one.candidate.interaction.id == uid("zoe")]
+    (one,) = [one for one in review_queue(loop, connect()) if one.candidate.interaction.id == uid("zoe")]
     assert one.reasons == ("a person found it wrong, and nobody wrote what is right",)
 
 
@@ -158,13 +158,13 @@ def report(folder: Path, promote: bool):
 
 def test_what_is_like_the_weak_slices_of_the_newest_report_is_asked_too(loop, logged, own_home):
     report(own_home / "promoted", promote=True)
-    found = waiting(loop, connect())
+    found = review_queue(loop, connect())
     assert len(found) == 5 and found[0].candidate.interaction.id == uid("eve")
     assert all("like the weak slice people (10% right)" in one.reasons[-1] for one in found)
     shutil.rmtree(own_home / "promoted")
-    assert len(waiting(loop, connect())) == 1  # without its report, the queue goes on
+    assert len(review_queue(loop, connect())) == 1  # without its report, the queue goes on
 
 
 def test_a_rejected_challenger_s_weakness_is_not_the_champion_s(loop, logged, own_home):
     report(own_home / "rejected", promote=False)
-    assert len(waiting(loop, connect())) == 1
+    assert len(review_queue(loop, connect())) == 1

@@ -238,7 +238,7 @@ def test_what_is_new_is_found_by_indexes(loop):
     statements = []
     with connect().read() as connection:
         sa.event.listen(connection, "before_cursor_execute", lambda *given: statements.append(given[2:4]))
-        list(snapshots.records(connection, loop.name, 10, 1))
+        list(snapshots.interactions_with_examples(connection, loop.name, 10, 1))
         text, values = statements[0]
         plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", values)]
     assert not [step for step in plan if step.startswith("SCAN") and ("interactions" in step or "examples" in step)]

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import FeedbackClient
-from finetune_pipeline.feedback.erasure import erase_user, held_of
+from finetune_pipeline.feedback.erasure import erase_user, person_data
 from finetune_pipeline.feedback.formats import export_alpaca, export_events, import_rows
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.source_state import skipped_records, undeclared_sources
@@ -492,7 +492,7 @@ def erase(loop, user):
 
 def of_user(loop, user):
     with connect().read() as connection:
-        return held_of(connection, loop.name, user)
+        return person_data(connection, loop.name, user)
 
 
 def test_a_forgotten_author_never_comes_back_from_a_declared_source(loop):

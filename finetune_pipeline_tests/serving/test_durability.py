@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import connect, tables
 from finetune_pipeline.export.base_gguf import base_gguf
-from finetune_pipeline.feedback.write_ahead_log import journal_folder
+from finetune_pipeline.feedback.write_ahead_log import write_ahead_log_folder
 from finetune_pipeline.settings import load_loop
 from finetune_pipeline_tests.serving.conftest import PROMPT, events, free_port, make_loop, process, serving, wait_until
 
@@ -84,7 +84,7 @@ def test_every_answered_request_survives_a_kill_of_the_gateway():
                 lock.close()
         answered |= users.answered
         rated |= users.rated
-    assert [path.suffix for path in journal_folder().iterdir()].count(".jsonl") == 1
+    assert [path.suffix for path in write_ahead_log_folder().iterdir()].count(".jsonl") == 1
     ingested = subprocess.run(
         [sys.executable, "-m", "finetune_pipeline.cli.main", "ingest"], capture_output=True, text=True, timeout=120
     )
@@ -93,7 +93,7 @@ def test_every_answered_request_survives_a_kill_of_the_gateway():
     assert answered <= set(interactions)
     assert rated <= set(thumbs)
     assert len(interactions) == len(set(interactions))
-    assert not list(journal_folder().glob("*.jsonl"))
+    assert not list(write_ahead_log_folder().glob("*.jsonl"))
 
 
 def test_a_gateway_recovers_the_events_of_a_killed_one():
@@ -118,7 +118,7 @@ def test_an_orderly_shutdown_leaves_no_write_ahead_log():
         output = gateway.stdout.read()
     assert "Traceback" not in output
     assert set(stored(tables.interactions)) == ids
-    assert list(journal_folder().iterdir()) == []
+    assert list(write_ahead_log_folder().iterdir()) == []
 
 
 def test_a_locked_database_delays_no_answer_and_loses_none():
@@ -148,7 +148,7 @@ def test_on_a_full_disk_requests_are_not_answered(tmp_path, monkeypatch):
     if mount.returncode:
         pytest.skip(f"a small disk to fill can only be mounted by root here: {mount.stderr.strip()}")
     try:
-        monkeypatch.setattr("finetune_pipeline.feedback.write_ahead_log.journal_folder", lambda: disk)
+        monkeypatch.setattr("finetune_pipeline.feedback.write_ahead_log.write_ahead_log_folder", lambda: disk)
         with serving(make_loop()) as gateway:
             kept = gateway.ask().json()["id"]
             gateway.interaction(kept)  # waits until the write-ahead log is empty
