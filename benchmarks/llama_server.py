@@ -1,7 +1,7 @@
-"""The engine beside llama-server on the starter model, in one interleaved run.
+"""The engine against llama-server with the starter model, measured in turns.
 
-llama-server's own C++ HTTP server comes from the package xllamacpp, in an environment of its own, since it brings
-another llama.cpp: XLLAMACPP_PYTHON names its Python (python -m venv DIR; DIR/bin/pip install xllamacpp==2026.10.11549).
+llama-server's C++ HTTP server comes from the package xllamacpp. It needs its own environment, because it brings another
+llama.cpp; XLLAMACPP_PYTHON names its Python (python -m venv DIR; DIR/bin/pip install xllamacpp==2026.10.11549).
 """
 
 import json
@@ -51,19 +51,22 @@ server = xllamacpp.Server(params)
 print("serving", flush=True)
 sys.stdin.read()
 """
-"""llama-server within the other environment; it ends with its input."""
+"""Runs llama-server in the other environment until its input ends."""
 
 
 def main() -> None:
-    """Time both in turns: one client, eight clients, and a change of adapter with the first answer after it."""
+    """Time both in turns: one client, eight clients, and an adapter swap with the first token after it."""
     python = os.environ.get("XLLAMACPP_PYTHON")
     if not python:
-        print("llama_server: skipped, XLLAMACPP_PYTHON names no Python with xllamacpp (see benchmarks/llama_server.py)")
+        print("llama_server: skipped, set XLLAMACPP_PYTHON to a Python with xllamacpp (see benchmarks/llama_server.py)")
         return
     with tempfile.TemporaryDirectory(prefix="finetune-llama-server-") as folder:
         gguf, adapters = _make(Path(folder))
-        with _ours(gguf, adapters[0]) as engine, _theirs(python, gguf, adapters, engine.info.threads) as server:
-            sides: dict[str, _Ours | _Theirs] = {"engine": _Ours(engine, adapters), "llama-server": _Theirs(server)}
+        with _engine(gguf, adapters[0]) as engine, _llama_server(python, gguf, adapters, engine.info.threads) as server:
+            sides: dict[str, _EngineSide | _LlamaServerSide] = {
+                "engine": _EngineSide(engine, adapters),
+                "llama-server": _LlamaServerSide(server),
+            }
             measured = _measure(sides)
     rows = []
     for what, by_side in measured.items():
@@ -73,44 +76,44 @@ def main() -> None:
     publish("llama_server", ["what", "engine", "llama-server", "ratio"], rows, {"measured": measured})
 
 
-def _measure(sides: "dict[str, _Ours | _Theirs]") -> dict[str, dict[str, list[float]]]:
+def _measure(sides: "dict[str, _EngineSide | _LlamaServerSide]") -> dict[str, dict[str, list[float]]]:
     measures: dict[str, Callable[[Any], float]] = {
         "one client": lambda side: _tokens_per_second(side, 1),
         f"{CLIENTS} clients": lambda side: _tokens_per_second(side, CLIENTS),
-        "swap of the adapter, and an answer of one token": _swap,
+        "adapter swap and one token": _swap,
     }
     found: dict[str, dict[str, list[float]]] = {what: {name: [] for name in sides} for what in measures}
     for what, measure in measures.items():
         for number in range(ROUNDS + 1):
             for name in random.sample(list(sides), len(sides)):
                 value = measure(sides[name])
-                if number:  # the first warms up
+                if number:  # the first round is the warm-up
                     found[what][name].append(value)
     return found
 
 
-def _tokens_per_second(side: "_Ours | _Theirs", clients: int) -> float:
+def _tokens_per_second(side: "_EngineSide | _LlamaServerSide", clients: int) -> float:
     with ThreadPoolExecutor(clients) as threads:
         began = time.perf_counter()
-        # Prompts differ in their first words, so that no server answers from what it computed for another.
-        tokens = sum(threads.map(lambda number: side.answer(f"{number}: {PROMPT}", TOKENS), range(clients)))
+        # Prompts differ in their first token, so that no prompt cache helps.
+        tokens = sum(threads.map(lambda number: side.generate(f"{number}: {PROMPT}", TOKENS), range(clients)))
         return tokens / (time.perf_counter() - began)
 
 
-def _swap(side: "_Ours | _Theirs") -> float:
+def _swap(side: "_EngineSide | _LlamaServerSide") -> float:
     began = time.perf_counter()
     side.swap()
-    side.answer(PROMPT, 1)
+    side.generate(PROMPT, 1)
     return 1000 * (time.perf_counter() - began)
 
 
-class _Ours:
-    """The engine, without the gateway in front of it: without HTTP, which llama-server has."""
+class _EngineSide:
+    """The engine without the gateway, so without HTTP, which llama-server has."""
 
     def __init__(self, engine: Engine, adapters: list[Path]) -> None:
         self._engine, self._adapters, self._swaps = engine, adapters, 0
 
-    def answer(self, prompt: str, tokens: int) -> int:
+    def generate(self, prompt: str, tokens: int) -> int:
         request = GenerateRequest(prompt=prompt, max_tokens=tokens)
         return self._engine.submit(request).result().completion_tokens
 
@@ -119,13 +122,13 @@ class _Ours:
         self._engine.swap_adapter(self._adapters[self._swaps % 2]).result()
 
 
-class _Theirs:
-    """llama-server over HTTP; both adapters were loaded at its start, and their scales are changed."""
+class _LlamaServerSide:
+    """llama-server over HTTP; both adapters are loaded at its start, and a swap changes their scales."""
 
     def __init__(self, url: str) -> None:
         self._http, self._swaps = httpx.Client(base_url=url, timeout=60), 0
 
-    def answer(self, prompt: str, tokens: int) -> int:
+    def generate(self, prompt: str, tokens: int) -> int:
         body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False}
         return int(self._http.post("/completion", json=body).raise_for_status().json()["tokens_predicted"])
 
@@ -146,12 +149,12 @@ def _make(folder: Path) -> tuple[Path, list[Path]]:
     return gguf, adapters
 
 
-def _ours(gguf: Path, adapter: Path) -> Engine:
+def _engine(gguf: Path, adapter: Path) -> Engine:
     return Engine(ModelSpec(gguf=gguf, adapter=adapter, context=512, parallel=CLIENTS))
 
 
 @contextmanager
-def _theirs(python: str, gguf: Path, adapters: list[Path], threads: int) -> Iterator[str]:
+def _llama_server(python: str, gguf: Path, adapters: list[Path], threads: int) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

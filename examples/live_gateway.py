@@ -1,12 +1,13 @@
-"""The whole promise, live: an OpenAI client is answered, corrects, and is answered better, and nothing is restarted.
+"""The whole loop live: an OpenAI client sends feedback, and the gateway improves without a restart.
 
     .venv/bin/python examples/live_gateway.py
 
-A deployment of its own (a copy of the project without the sample logs, under $FINETUNE_HOME/live_gateway, replaced each
-time) runs `finetune serve` and `dagster dev`. An unmodified OpenAI client sends 60 requests of a firm to the starter
-model; what is wrong comes back as a correction through the API, what is right as a thumbs-up. The sensor starts the
-loop by itself, the model is trained, measured and promoted, the gateway changes over, and the very same client asks
-again: the same 60, and 40 that nobody ever gave feedback on. About 2 minutes.
+A separate deployment (a copy of the project without the sample logs, in
+$FINETUNE_HOME/live_gateway, replaced each time) runs `finetune serve` and `dagster dev`. An
+unmodified OpenAI client sends 60 requests to the starter model. Wrong answers get a correction
+through the API, correct ones a thumbs-up. The sensor starts the loop, which trains, evaluates and
+promotes a new model. The gateway swaps to it, and the same client sends the 60 requests again, and
+40 others without feedback. Takes about 2 minutes.
 """
 
 import json
@@ -32,7 +33,19 @@ from finetune_pipeline.settings import PROJECT_ROOT, home
 
 LOOP = "aec_parser"
 ASKED, HELD_OUT = 60, 40
-PATIENCE_SECONDS = 600
+TIMEOUT_SECONDS = 600
+SHOWN = (
+    "new high-reward",
+    "Launching run for",
+    "training step",
+    "promote:",
+    "reject:",
+    "serves now",
+    "in service",
+    "RUN_FAILURE",
+)
+"""Lines of Dagster's log that are printed contain one of these."""
+
 PARTS = (
     "finetune_pipeline",
     "data/starter_model",
@@ -45,31 +58,31 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A request of the firm, and the answer that its people want."""
+    """A request and its expected answer."""
 
     prompt: str
-    wanted: str
+    expected: str
 
 
 def main() -> None:
-    """Run the proof; exit code 1 if something does not happen in time."""
+    """Run the example; exit with status 1 if a step takes too long."""
     folder = home() / "live_gateway"
-    project = deployment(folder)
-    cases = firm_requests()
+    project = copy_project(folder)
+    cases = sample_cases()
     asked, held_out = cases[:ASKED], cases[ASKED : ASKED + HELD_OUT]
     port = free_port()
     with running(folder, project, ["finetune_pipeline.cli.main", "serve", "--port", str(port)], "gateway.log"):
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="not needed on this machine")
         wait_for_gateway(port)
-        before = [answers(client, group) for group in (asked, held_out)]
+        before = [ask_all(client, group) for group in (asked, held_out)]
         say(f"60 requests answered by {before[0][0].model}: {score(asked, before[0])}")
         give_feedback(port, asked, before[0])
         with running(
             folder, project, ["dagster", "dev", "-w", "workspace.yaml", "-p", str(free_port())], "dagster.log"
         ):
             wait_for_promotion(port, folder, before[0][0].model)
-        after = [answers(client, group) for group in (asked, held_out)]
-        say(f"the same client, the same gateway: {after[0][0].model} answers now")
+        after = [ask_all(client, group) for group in (asked, held_out)]
+        say(f"same client, same gateway: {after[0][0].model} answers now")
         for name, group, old, new in zip(
             ("60 requests with feedback", "40 others"), (asked, held_out), before, after, strict=True
         ):
@@ -78,8 +91,8 @@ def main() -> None:
         say("GET /healthz: " + httpx.get(f"http://127.0.0.1:{port}/healthz").text)
 
 
-def deployment(folder: Path) -> Path:
-    """A copy of the project whose only source is the gateway, with the sensor on."""
+def copy_project(folder: Path) -> Path:
+    """Copy the project; its only source of interactions is the gateway, and its sensor is on."""
     shutil.rmtree(folder, ignore_errors=True)
     project = folder / "project"
     for part in PARTS:
@@ -91,19 +104,19 @@ def deployment(folder: Path) -> Path:
     settings = document["attributes"]
     settings["ingest"] = {"folders": []}
     settings["trigger"] = {"new_examples": 50, "interval_seconds": 5, "running": True}
-    settings["training"]["num_train_epochs"] = 12  # 60 examples are few: more passes over them
+    settings["training"]["num_train_epochs"] = 12  # more epochs, because there are only 60 examples
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return project
 
 
 @contextmanager
 def running(folder: Path, project: Path, command: Sequence[str], log: str) -> Iterator[None]:
-    """A process of the deployment, stopped at the end."""
+    """Run a process of the deployment and stop it at the end."""
     state = folder / "state"
     dagster_home = state / "dagster"
     dagster_home.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "FINETUNE_HOME": str(state), "DAGSTER_HOME": str(dagster_home), "PYTHONPATH": str(project)}
-    # Started in the background of a script, this process and its children would ignore ctrl-c's signal.
+    # If a script starts this in the background, it and its children would otherwise ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with (folder / log).open("w") as file:
         process = subprocess.Popen(
@@ -116,25 +129,25 @@ def running(folder: Path, project: Path, command: Sequence[str], log: str) -> It
         process.wait(60)
 
 
-def firm_requests() -> list[Case]:
-    """Distinct requests of the sample logs for which the wanted answer is known, in an order of their own."""
+def sample_cases() -> list[Case]:
+    """Return the distinct requests of the sample logs whose expected answer is known, in a fixed order."""
     interactions: dict[str, dict[str, Any]] = {}
-    wanted: dict[str, str] = {}
+    expected: dict[str, str] = {}
     for path in sorted((PROJECT_ROOT / "data" / "samples" / LOOP).glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 event = json.loads(line)
             except ValueError:
-                continue  # the samples hold a broken line on purpose
+                continue  # the samples contain an invalid line on purpose
             if event.get("event") == "interaction":
                 interactions[event["id"]] = event
             elif event.get("kind") == "correction":
-                wanted[event["interaction_id"]] = event["correction"]
+                expected[event["interaction_id"]] = event["correction"]
             elif event.get("kind") == "thumbs_up" and event["interaction_id"] in interactions:
-                wanted.setdefault(event["interaction_id"], interactions[event["interaction_id"]]["output"])
+                expected.setdefault(event["interaction_id"], interactions[event["interaction_id"]]["output"])
     cases = {
         interactions[id]["prompt"]: Case(interactions[id]["prompt"], answer)
-        for id, answer in wanted.items()
+        for id, answer in expected.items()
         if id in interactions
     }
     return sorted(cases.values(), key=lambda case: case.prompt[::-1])
@@ -142,86 +155,72 @@ def firm_requests() -> list[Case]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the client got."""
+    """What the client received."""
 
     id: str
     model: str
     text: str
 
 
-def answers(client: OpenAI, cases: Sequence[Case]) -> list[Answer]:
-    """Ask them all."""
-    found = []
+def ask_all(client: OpenAI, cases: Sequence[Case]) -> list[Answer]:
+    """Return the answers to all cases."""
+    answers = []
     for case in cases:
-        said = client.chat.completions.create(
+        response = client.chat.completions.create(
             model=LOOP, messages=[{"role": "user", "content": case.prompt}], user="u07"
         )
-        found.append(Answer(said.id, said.model, said.choices[0].message.content or ""))
-    return found
+        answers.append(Answer(response.id, response.model, response.choices[0].message.content or ""))
+    return answers
 
 
 def give_feedback(port: int, cases: Sequence[Case], given: Sequence[Answer]) -> None:
-    """A correction for every wrong answer, a thumbs-up for every right one."""
+    """Send a correction for every wrong answer and a thumbs-up for every correct one."""
     corrections = 0
     for case, answer in zip(cases, given, strict=True):
         body: dict[str, Any] = {"interaction_id": answer.id, "user": "u07"}
-        if parameters(answer.text) == parameters(case.wanted):
+        if parameters(answer.text) == parameters(case.expected):
             body |= {"kind": "thumbs_up"}
         else:
             corrections += 1
-            body |= {"kind": "correction", "correction": case.wanted}
+            body |= {"kind": "correction", "correction": case.expected}
         httpx.post(f"http://127.0.0.1:{port}/v1/feedback", json=body).raise_for_status()
     say(f"{corrections} corrections and {len(cases) - corrections} thumbs-up sent to /v1/feedback")
     say("GET /v1/feedback/stats: " + httpx.get(f"http://127.0.0.1:{port}/v1/feedback/stats").text)
 
 
 def wait_for_gateway(port: int) -> None:
-    """Wait until questions are answered."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    """Wait until the gateway answers."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         try:
             health = httpx.get(f"http://127.0.0.1:{port}/healthz").json()
         except httpx.HTTPError:
             time.sleep(0.5)
             continue
-        say(f"the gateway is up: {health['loops'][LOOP]['serving']} serves")
+        say(f"the gateway is up: {health['loops'][LOOP]['serving']} is in service")
         return
-    sys.exit("the gateway did not come up; see gateway.log")
+    sys.exit("the gateway did not start; see gateway.log")
 
 
 def wait_for_promotion(port: int, folder: Path, old: str) -> None:
-    """Tell what the sensor and the run say until the gateway serves another model."""
-    deadline, told = time.monotonic() + PATIENCE_SECONDS, 0
-    say("dagster dev is started; nobody touches anything from here on")
+    """Print the progress of sensor and run until the gateway serves another model."""
+    deadline, printed = time.monotonic() + TIMEOUT_SECONDS, 0
+    say("dagster dev is started; everything from here on is automatic")
     while time.monotonic() < deadline:
         log = re.sub(r"\x1b\[[0-9;]*m", "", (folder / "dagster.log").read_text())
-        lines = [line for line in log.splitlines() if interesting(line)]
-        for line in lines[told:]:
+        lines = [line for line in log.splitlines() if any(words in line for words in SHOWN)]
+        for line in lines[printed:]:
             say("  " + re.sub(r"^\w+ - [0-9a-f-]{36} - (?:\d+ - )?", "", line.split(" - ", 3)[-1])[:130])
-        told = len(lines)
+        printed = len(lines)
         serving = httpx.get(f"http://127.0.0.1:{port}/healthz").json()["loops"][LOOP]["serving"]
         if serving and serving != old:
             return
         time.sleep(1)
-    sys.exit("it did not happen in time; see dagster.log")
-
-
-def interesting(line: str) -> bool:
-    """A line of Dagster's log that tells the story."""
-    words = (
-        "new high-reward",
-        "Launching run for",
-        "training step",
-        "promote:",
-        "reject:",
-        "serves now",
-        "RUN_FAILURE",
-    )
-    return any(word in line for word in words)
+    sys.exit("no model was promoted in time; see dagster.log")
 
 
 def parameters(text: str) -> dict[str, Any]:
-    """The parameters of an answer; none where it is no JSON object."""
+    """Return the parameters of an answer; none if it is not a JSON object."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -230,36 +229,36 @@ def parameters(text: str) -> dict[str, Any]:
 
 
 def score(cases: Sequence[Case], given: Sequence[Answer]) -> str:
-    """How many parameters are right."""
-    right = total = 0
+    """Return the number of correct parameters as text."""
+    correct = total = 0
     for case, answer in zip(cases, given, strict=True):
-        wanted, got = parameters(case.wanted), parameters(answer.text)
-        right += sum(got.get(name) == value for name, value in wanted.items())
-        total += len(wanted)
-    return f"{right} of {total} parameters right ({right / total:.1%})"
+        expected, given_values = parameters(case.expected), parameters(answer.text)
+        correct += sum(given_values.get(name) == value for name, value in expected.items())
+        total += len(expected)
+    return f"{correct} of {total} parameters correct ({correct / total:.1%})"
 
 
 def show(cases: Sequence[Case], old: Sequence[Answer], new: Sequence[Answer]) -> None:
-    """The first three answers that became right."""
-    mended = [
+    """Print the first three answers that became correct."""
+    fixed = [
         (case, before, after)
         for case, before, after in zip(cases, old, new, strict=True)
-        if parameters(before.text) != parameters(case.wanted) == parameters(after.text)
+        if parameters(before.text) != parameters(case.expected) == parameters(after.text)
     ]
-    for case, before, after in mended[:3]:
+    for case, before, after in fixed[:3]:
         print(f"\n  {case.prompt!r}\n    {before.model:<22} {before.text}\n    {after.model:<22} {after.text}")
     print()
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def say(text: str) -> None:
-    """A line with the time."""
+    """Print a line with the time."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
