@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def _swaps(url: str, versions: Sequence[str]) -> dict[str, Any]:
             version = versions[number % len(versions)]
             started = time.perf_counter()
             switch(connect(), LOOP, version, "benchmark", "benchmark")
-            _until(lambda name=f"{LOOP}@{version}": _serving(url) == name, 60)
+            _until(partial(_serves, url, version), 60)
             seconds.append(time.perf_counter() - started)
         stop.set()
     return {"swaps": SWAPS, "requests": load.requests, "failed": load.failed, "seconds": seconds}
@@ -234,6 +235,10 @@ def _rollback(url: str) -> float:
 def _prompts(count: int) -> list[str]:
     materials = ("concrete", "brick", "timber", "steel", "gypsum")
     return [f"{100 + 10 * (i % 40)} mm {materials[i % 5]} wall, {1 + i % 4} hour fire rating" for i in range(count)]
+
+
+def _serves(url: str, version: str) -> bool:
+    return _serving(url) == f"{LOOP}@{version}"
 
 
 def _serving(url: str) -> str | None:
