@@ -67,7 +67,7 @@ def main() -> None:
     loop = read_loop(LOOP)
     folder = home() / "benchmarks" / "methods"
     held = {name: _write(loop, folder / f"data-{name}", corrections) for name, corrections in CORRECTIONS.items()}
-    base = _measure(loop, export(resolve_base_model(loop.base_model), None, folder / "base", F16).full)
+    base = _measure(loop, export(resolve_base_model(loop.base_model), None, folder / "base", F16).f16)
     cases = [_run(loop, case, folder) for case in CASES]
     rows = [["", "the base model", "", "", "", *_cells(base)], *(_row(case) for case in cases)]
     headings = [
@@ -129,7 +129,7 @@ def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:
     )
     result = train(job)
     model = export(job.base_model, output / "adapter", output / "gguf", F16)
-    measured = _measure(loop, model.full)
+    measured = _measure(loop, model.f16)
     print(case.folder, measured, flush=True)
     return {"data": case.data, "name": case.name, **case.settings, **_told(result), **measured}
 

@@ -1,13 +1,13 @@
-"""From a base model and an adapter to the GGUF that serves.
+"""Export: turn a base model and an adapter into the GGUF that serves.
 
-model.py      export(base, adapter): merge, convert, quantize; export_adapter: the adapter alone, over the base's GGUF
+model.py      export: merge, convert, quantize; export_adapter: the adapter alone, applied to the base's GGUF
 base_gguf.py  the base model's own GGUF, made once
-base.py       where a base model lies, and the hash of what it is
-merge.py      LoRA into full-precision weights, beside the base's own tokenizer files
-reference.py  answers of the base with its adapter, unmerged
+base.py       the folder of a base model, and its hash
+merge.py      merge LoRA into full-precision weights, with the base's own tokenizer files
+reference.py  answers of the base with its unmerged adapter
 gguf.py       llama.cpp's converter and quantizer
 tokenizer.py  chat template and model name for the converter
-process.py    run one of these steps in a child process, and say why it failed
-__main__.py   what such a child does
-checks.py     same tokens, same answers: what the asset checks ask
+process.py    run a step in a child process
+__main__.py   the steps that run in a child process
+parity.py     same tokens and same answers as in training
 """

@@ -1,4 +1,4 @@
-"""The base model as a GGUF, made once: to beat and to serve while there is no champion, and what adapters go over."""
+"""The base model as a GGUF, made once. It serves without a champion, and adapters are applied to it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +11,16 @@ from finetune_pipeline.manifests import BaseGgufManifest
 from finetune_pipeline.settings import LoopSettings
 
 
-def base_gguf(loop: LoopSettings, tell: Callable[[str], None]) -> Path:
-    """Return the file of the loop's base model in the loop's quantization; export it if it is missing or damaged.
+def base_gguf(loop: LoopSettings, log: Callable[[str], None]) -> Path:
+    """Return the GGUF of the loop's base model in the loop's quantization; export it if it is missing or damaged.
 
     The new file is renamed into place, so a process that has the old one open is not affected.
     """
-    artifact = base_gguf_artifact(loop, tell)
+    artifact = base_gguf_artifact(loop, log)
     return artifact.path / artifact.manifest.gguf
 
 
-def base_gguf_artifact(loop: LoopSettings, tell: Callable[[str], None]) -> Artifact[BaseGgufManifest]:
+def base_gguf_artifact(loop: LoopSettings, log: Callable[[str], None]) -> Artifact[BaseGgufManifest]:
     """Return the same as `base_gguf`, with its manifest."""
     base = resolve_base_model(loop.base_model)
     inputs = {"base_model": base_hash(base)}
@@ -28,9 +28,9 @@ def base_gguf_artifact(loop: LoopSettings, tell: Callable[[str], None]) -> Artif
     settings = {"quantization": loop.export.quantization, **packages}
 
     def make(folder: Path) -> dict[str, Any]:
-        exported = export(base, None, folder, loop.export.quantization, tell)
-        if exported.full != exported.gguf:
-            exported.full.unlink()
+        exported = export(base, None, folder, loop.export.quantization, log)
+        if exported.f16 != exported.gguf:
+            exported.f16.unlink()
         return {
             "inputs": inputs,
             "settings": settings,

@@ -1,8 +1,10 @@
-"""Hugging Face folder to GGUF by llama.cpp's own converter, and GGUF to a smaller type by its own quantizer."""
+"""Convert a Hugging Face folder to GGUF with llama.cpp's converter, and quantize a GGUF."""
 
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,36 +19,36 @@ OutType = Literal["f16", "f32", "bf16"]
 
 
 def converter_folder() -> Path:
-    """The folder of llama.cpp's converter: `FINETUNE_LLAMA_CPP`, by default share/llama.cpp of the virtualenv.
+    """Return the folder of llama.cpp's converter: `FINETUNE_LLAMA_CPP`, or share/llama.cpp of the virtualenv.
 
     Raises:
-        ExportError: it is not there, or belongs to another version than the installed llama-cpp-python.
+        ExportError: it does not exist, or belongs to another version than the installed llama-cpp-python.
     """
-    given = os.environ.get("FINETUNE_LLAMA_CPP")
-    folder = Path(given).expanduser() if given else Path(sys.prefix) / "share" / "llama.cpp"
+    configured = os.environ.get("FINETUNE_LLAMA_CPP")
+    folder = Path(configured).expanduser() if configured else Path(sys.prefix) / "share" / "llama.cpp"
     if not (folder / _CONVERTER).is_file():
         raise ExportError(f'llama.cpp\'s converter is not in {folder}; run "make setup", or set FINETUNE_LLAMA_CPP')
-    version = folder / "VERSION"
+    version = folder / "VERSION"  # a converter of the user's own has none
     installed = metadata.version("llama-cpp-python")
-    if version.is_file() and version.read_text().strip() != installed:  # one of one's own has no VERSION
+    if version.is_file() and version.read_text().strip() != installed:
         raise ExportError(
-            f"the converter in {folder} is of llama-cpp-python {version.read_text().strip()}, but {installed} is "
-            'installed, and may not read what it writes; run "make setup" again'
+            f"the converter in {folder} belongs to llama-cpp-python {version.read_text().strip()}, but {installed} is "
+            'installed and may not read its files; run "make setup" again'
         )
     return folder
 
 
 def convert(folder: Path, out_gguf: Path, outtype: OutType = "f16", base_folder: Path | None = None) -> None:
-    """Convert a Hugging Face folder to a GGUF, which is there complete or not at all.
+    """Convert a Hugging Face folder to a GGUF. The file is complete, or not written at all.
 
     Args:
         folder: the model in Hugging Face's layout.
         out_gguf: the file to write.
-        outtype: type of its weights.
-        base_folder: the base model, from which the GGUF gets its chat template and name; default the folder itself.
+        outtype: type of the weights.
+        base_folder: the base model, for chat template and name; default the folder itself.
 
     Raises:
-        ExportError: the converter is missing or refuses the model; with what it said.
+        ExportError: the converter is missing or failed; with its output.
     """
     base = base_folder or folder
     out_gguf.parent.mkdir(parents=True, exist_ok=True)
@@ -58,10 +60,10 @@ def convert(folder: Path, out_gguf: Path, outtype: OutType = "f16", base_folder:
 
 
 def convert_adapter(adapter_folder: Path, base_folder: Path, out_gguf: Path, outtype: OutType = "f16") -> None:
-    """Convert a LoRA adapter to a GGUF that is applied over its base's, and is there complete or not at all.
+    """Convert a LoRA adapter to a GGUF, to be applied to its base's. The file is complete, or not written at all.
 
     Raises:
-        ExportError: the converter is missing or refuses the adapter; with what it said.
+        ExportError: the converter is missing or failed; with its output.
     """
     arguments = [str(adapter_folder), "--base", str(base_folder), "--outtype", outtype]
     _convert(_ADAPTER_CONVERTER, arguments, out_gguf, f"converting the adapter {adapter_folder} to GGUF")
@@ -69,35 +71,27 @@ def convert_adapter(adapter_folder: Path, base_folder: Path, out_gguf: Path, out
 
 def _convert(script: str, arguments: list[str], out_gguf: Path, what: str) -> None:
     converter = converter_folder()
-    temporary = _temporary(out_gguf)
-    command = [sys.executable, str(converter / script), *arguments, "--outfile", str(temporary)]
     path = os.pathsep.join(filter(None, [str(converter / "gguf-py"), os.environ.get("PYTHONPATH")]))
-    try:
+    with _complete_file(out_gguf) as temporary:
+        command = [sys.executable, str(converter / script), *arguments, "--outfile", str(temporary)]
         run(command, what, {"PYTHONPATH": path})
-        temporary.replace(out_gguf)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def quantize(in_gguf: Path, out_gguf: Path, kind: str) -> None:
-    """Quantise a GGUF to a type of ExportSettings.quantization; the file is there complete or not at all.
+    """Quantize a GGUF to a type of ExportSettings.quantization. The file is complete, or not written at all.
 
-    Rows whose length is no multiple of the type's block (256 for the K types, 32 for the others) are kept in a larger
-    type by llama.cpp; `tensor_types` counts what became of them.
+    llama.cpp keeps rows in a larger type if their length is not a multiple of the type's block (256 for the K types,
+    32 for the others); `tensor_types` counts the resulting types.
 
     Raises:
-        ExportError: llama.cpp refuses or crashes.
+        ExportError: llama.cpp failed or crashed.
     """
-    temporary = _temporary(out_gguf)
-    try:
+    with _complete_file(out_gguf) as temporary:
         run_step("quantize", [str(in_gguf), str(temporary), kind], f"quantizing {in_gguf} to {kind}")
-        temporary.replace(out_gguf)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def quantize_here(source: Path, out: Path, kind: str) -> int:
-    """The quantization itself, in this process; llama.cpp's own status, 0 when it was done."""
+    """Quantize in this process and return llama.cpp's status; 0 is success."""
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
@@ -107,13 +101,20 @@ def quantize_here(source: Path, out: Path, kind: str) -> int:
 
 
 def tensor_types(gguf: Path) -> dict[str, int]:
-    """How many tensors of two or more dimensions have which type: {"Q4_K": 25, "Q6_K": 4}."""
+    """Return the number of tensors of each type, among those of two or more dimensions: {"Q4_K": 25, "Q6_K": 4}."""
     from gguf import GGUFReader
 
     tensors = GGUFReader(gguf).tensors
     return dict(Counter(tensor.tensor_type.name for tensor in tensors if sum(n > 1 for n in tensor.shape) > 1))
 
 
-def _temporary(path: Path) -> Path:
+@contextmanager
+def _complete_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that is renamed to `path` at the end, and deleted after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.stem}.{os.getpid()}.tmp.gguf")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.gguf")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

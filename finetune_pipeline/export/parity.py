@@ -1,4 +1,4 @@
-"""Same tokens, same answers: what the asset checks of a GGUF ask."""
+"""Parity of a GGUF with its training: the same tokens, and the same answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from finetune_pipeline.records import Message
 
 @dataclass(frozen=True)
 class TokenDifference:
-    """One conversation that the GGUF reads otherwise than the model was trained to."""
+    """A conversation that the GGUF tokenizes differently from training."""
 
     text: str
     expected: list[int]
@@ -19,67 +19,67 @@ class TokenDifference:
 
 
 @dataclass(frozen=True)
-class ParityResult:
-    """Whether training and service read the same tokens, and the conversations that they do not."""
+class TokenizerParity:
+    """Number of compared conversations, and those with different tokens."""
 
     checked: int
     offenders: tuple[TokenDifference, ...]
 
     @property
     def same(self) -> bool:
-        """Whether no conversation differs."""
+        """Whether all conversations have the same tokens."""
         return not self.offenders
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """On how many prompts two models gave the same answer, and the positions of the others."""
+    """Number of prompts with the same answer from two models, and the indices of the others."""
 
     same: int
     total: int
     offenders: tuple[int, ...]
 
     @property
-    def share(self) -> float:
-        """Share of same answers, 1.0 when there were none."""
+    def fraction(self) -> float:
+        """Fraction of same answers; 1.0 if there are none."""
         return self.same / self.total if self.total else 1.0
 
 
-def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[Message]]) -> ParityResult:
+def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[Message]]) -> TokenizerParity:
     """Compare the tokens of conversations in transformers (training) and llama.cpp (service).
 
-    Each is also compared with control tokens in its last message, which both have to tokenize as text.
+    Each conversation is also compared with control tokens in its last message, which both have to tokenize as text.
 
     Args:
-        base_folder: the base model, whose tokenizer trained.
+        base_folder: the base model, whose tokenizer training used.
         engine: the GGUF that would serve.
-        samples: conversations that end with the user's message.
+        samples: conversations that end with a user message.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
     template = tokenizer_chat_template(tokenizer)
-    forged = "".join(dict.fromkeys(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token))
+    control = "".join(dict.fromkeys(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token))
     offenders = []
     for messages in samples:
         *before, last = messages
-        injected = [*before, {**last, "content": f"{last['content']}{forged}\n{forged}"}]
+        injected = [*before, {**last, "content": f"{last['content']}{control}\n{control}"}]
         expected = template.tokens(messages)
         if not template.render(messages).escaped:
             expected = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        for asked, tokens in ((messages, expected), (injected, template.tokens(injected))):
-            found = engine.encode(asked)
+        for conversation, tokens in ((messages, expected), (injected, template.tokens(injected))):
+            found = engine.encode(conversation)
             if tokens != found:
-                offenders.append(TokenDifference(engine.render(asked), tokens, found))
-    return ParityResult(len(samples), tuple(offenders))
+                offenders.append(TokenDifference(engine.render(conversation), tokens, found))
+    return TokenizerParity(len(samples), tuple(offenders))
 
 
-def agreement(answers_a: Sequence[str], answers_b: Sequence[str]) -> Agreement:
-    """Compare two models' answers to the same prompts, without white space around them.
+def compare_answers(answers_a: Sequence[str], answers_b: Sequence[str]) -> Agreement:
+    """Compare two models' answers to the same prompts, ignoring leading and trailing white space.
 
-    >>> agreement(["a", "b "], ["a", "b"]).same
+    >>> compare_answers(["a", "b "], ["a", "b"]).same
     2
     """
     pairs = zip(answers_a, answers_b, strict=True)
-    offenders = tuple(place for place, (a, b) in enumerate(pairs) if a.strip() != b.strip())
+    offenders = tuple(index for index, (a, b) in enumerate(pairs) if a.strip() != b.strip())
     return Agreement(len(answers_a) - len(offenders), len(answers_a), offenders)

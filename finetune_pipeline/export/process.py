@@ -1,4 +1,4 @@
-"""Run one step of an export as a child process: its memory is given back, and its crash is an error with a name."""
+"""Run one step of an export in a child process, so that its memory is freed and its crash is an error."""
 
 import os
 import signal
@@ -10,26 +10,26 @@ from finetune_pipeline.artifacts import disk_full, is_disk_full_message
 from finetune_pipeline.settings import home
 
 _LOG_LINES = 15
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # torch's threads wait asleep: by spinning they starve on busy cores
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # torch's threads sleep while they wait: spinning starves busy cores
 
 
 class ExportError(RuntimeError):
-    """A model cannot be exported; the message says at which step, why, and what to do."""
+    """A model cannot be exported; the message names the step, the reason and the remedy."""
 
 
 def run(command: Sequence[str], what: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run a command to its end and return what it wrote.
+    """Run a command and return its output.
 
     Args:
         command: program and arguments.
-        what: what it does, for the error: "merging the adapter".
-        environment: variables besides those of this process.
+        what: description of the step for the error, such as "merging the adapter".
+        environment: variables in addition to those of this process.
 
     Raises:
-        ExportError: it failed; with the signal's name or the status, and the last lines that it wrote.
+        ExportError: it failed; with the signal or the exit status, and the last lines of its output.
     """
     process = subprocess.Popen(
-        # A step that outlived a killed run would write into the folder of the next one.
+        # The child must die with this process: it would write into the folder of the next run.
         [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid()), *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -40,33 +40,29 @@ def run(command: Sequence[str], what: str, environment: Mapping[str, str] | None
     )
     try:
         output, _ = process.communicate()
-    except BaseException:  # a cancelled run leaves no process behind
+    except BaseException:  # a canceled run leaves no process behind
         process.kill()
         process.wait()
         raise
-    if process.returncode and is_disk_full_message(output):
+    status = process.returncode
+    if status == 0:
+        return output
+    if is_disk_full_message(output):
         raise ExportError(f"{what} failed: {disk_full(home(), output.strip().splitlines()[-1])}")
-    if process.returncode:
-        raise ExportError(f"{what} {_how(process.returncode)}. Its last lines:\n{_tail(output)}")
-    return output
-
-
-def run_step(step: str, arguments: Sequence[str], what: str) -> str:
-    """Run a step of `python -m finetune_pipeline.export` as `run` does."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return run([sys.executable, "-u", "-m", "finetune_pipeline.export", step, *arguments], what, offline)
-
-
-def _how(status: int) -> str:
     if status == -signal.SIGKILL:
-        return "was killed (SIGKILL), most likely because memory ran out: close other programs, or use a smaller model"
-    if status < 0:
-        return (
+        how = "was killed (SIGKILL), most likely because memory ran out: close other programs, or use a smaller model"
+    elif status < 0:
+        how = (
             f"crashed with {signal.Signals(-status).name} in native code: build llama-cpp-python with "
             'CMAKE_ARGS="-DGGML_NATIVE=OFF" ("make setup" does)'
         )
-    return f"failed with status {status}"
+    else:
+        how = f"failed with exit status {status}"
+    tail = "\n".join(f"  {line}" for line in output.splitlines()[-_LOG_LINES:]) or "  (no output)"
+    raise ExportError(f"{what} {how}. Its last lines:\n{tail}")
 
 
-def _tail(output: str) -> str:
-    return "\n".join(f"  {line}" for line in output.splitlines()[-_LOG_LINES:]) or "  (it wrote nothing)"
+def run_step(step: str, arguments: Sequence[str], what: str) -> str:
+    """Run a step of `python -m finetune_pipeline.export`; see `run`."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return run([sys.executable, "-u", "-m", "finetune_pipeline.export", step, *arguments], what, offline)

@@ -22,9 +22,9 @@ from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.metric_table import MetricRow
 from finetune_pipeline.evaluation.report import HTML, JSON, metrics_of_report, verdict_of_report
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
-from finetune_pipeline.orchestration.eval_report import settings_hash
-from finetune_pipeline.orchestration.gguf_model import what_serves
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
+from finetune_pipeline.pipeline.evaluate import settings_hash
+from finetune_pipeline.pipeline.export import model_spec
 from finetune_pipeline.pipeline.lineage import card
 from finetune_pipeline.pipeline.loop_files import PACKAGES
 from finetune_pipeline.pipeline.required_checks import check_passed, check_proven
@@ -99,7 +99,7 @@ def check_measured(loop: LoopSettings, report: Artifact[ReportManifest], gguf: A
     """
     manifest = report.manifest
     now = champion(connect(), loop.name)
-    files = what_serves(gguf)
+    files = model_spec(gguf)
     measured = model_sha256(hash_file(files.gguf), hash_file(files.adapter) if files.adapter else None)
     judged = find_comparison(connect(), loop.name, manifest.comparison_id)
     found = {
@@ -160,7 +160,7 @@ def _scores(metrics: list[MetricRow]) -> dict[str, Any]:
 
 def _files(gguf: Artifact[GgufManifest]) -> dict[str, Any]:
     """Paths and hashes of what serves, as the registry keeps them."""
-    spec, sha256 = what_serves(gguf), gguf.manifest.files[gguf.manifest.gguf].sha256
+    spec, sha256 = model_spec(gguf), gguf.manifest.files[gguf.manifest.gguf].sha256
     if spec.adapter is None:
         return {"gguf_path": spec.gguf, "gguf_sha256": sha256}
     base = {"gguf_path": spec.gguf, "gguf_sha256": gguf.manifest.base_gguf_sha256}

@@ -25,7 +25,7 @@ def test_a_folder_is_taken_as_it_is_relative_to_the_project_too(folder):
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "data/nothing"])
 def test_a_folder_that_is_not_there_is_named(name):
-    with pytest.raises(ExportError, match=r"is not there: .*nothing"):
+    with pytest.raises(ExportError, match=r"folder .*nothing.* of the base model .* does not exist"):
         resolve_base_model(name)
 
 

@@ -6,7 +6,7 @@ from importlib import metadata
 import pytest
 
 from finetune_pipeline.export.gguf import convert, convert_adapter, converter_folder, quantize
-from finetune_pipeline.export.merge import merge, parameters
+from finetune_pipeline.export.merge import count_parameters, merge
 from finetune_pipeline.export.process import ExportError, run
 
 
@@ -43,7 +43,10 @@ def test_a_converter_of_another_version_is_refused(converter):
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("print('BPE pre-tokenizer was not recognized'); raise SystemExit(3)", r"status 3(.|\n)*BPE pre-tokenizer"),
+        (
+            "print('BPE pre-tokenizer was not recognized'); raise SystemExit(3)",
+            r"status 3(.|\n)*BPE pre-tokenizer",
+        ),
         ("import os; os.kill(os.getpid(), 11)", "SIGSEGV.*GGML_NATIVE=OFF"),
         ("import os; os.kill(os.getpid(), 9)", "SIGKILL.*memory ran out"),
     ],
@@ -59,15 +62,15 @@ def test_a_failed_conversion_says_why_and_leaves_nothing(converter, tmp_path, sc
     assert list(out.iterdir()) == []
 
 
-def test_what_is_no_gguf_cannot_be_quantised(tmp_path):
+def test_a_file_that_is_not_a_gguf_cannot_be_quantized(tmp_path):
     source = tmp_path / "in.gguf"
     source.write_bytes(b"not a GGUF")
-    with pytest.raises(ExportError, match=r"quantizing .* failed with status"):
+    with pytest.raises(ExportError, match=r"quantizing .* failed with exit status"):
         quantize(source, tmp_path / "out.gguf", "Q4_0")
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_what_is_no_adapter_cannot_be_merged(tmp_path):
+def test_a_folder_that_is_not_an_adapter_cannot_be_merged(tmp_path):
     with pytest.raises(ExportError, match=r"no adapter_config\.json"):
         merge(tmp_path, tmp_path, tmp_path / "out")
 
@@ -101,4 +104,4 @@ def test_a_cancelled_step_leaves_no_process(monkeypatch):
 def test_parameters_are_counted_by_the_headers(random_base):
     from transformers import AutoModelForCausalLM
 
-    assert parameters(random_base) == AutoModelForCausalLM.from_pretrained(random_base).num_parameters()
+    assert count_parameters(random_base) == AutoModelForCausalLM.from_pretrained(random_base).num_parameters()

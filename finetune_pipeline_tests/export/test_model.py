@@ -9,8 +9,8 @@ import pytest
 from finetune_pipeline.export.gguf import convert, quantize, tensor_types
 from finetune_pipeline.export.merge import merge
 from finetune_pipeline.export.model import export, export_adapter
-from finetune_pipeline.export.parity import agreement, tokenizer_parity
-from finetune_pipeline.export.reference import Questions, answer
+from finetune_pipeline.export.parity import compare_answers, tokenizer_parity
+from finetune_pipeline.export.reference import ReferencePrompts, generate_answers
 from finetune_pipeline.export.tokenizer import gguf_name
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
@@ -38,7 +38,7 @@ def test_the_base_alone_becomes_a_gguf_that_tells_the_known_story(stories, tmp_p
     model = export(stories, None, tmp_path, "Q4_K_M", steps.append)
     assert steps == list(model.seconds) == ["convert", "quantize"]
     assert {path.name for path in tmp_path.iterdir()} == {"model-F16.gguf", "model-Q4_K_M.gguf"}
-    for gguf in (model.full, model.gguf):
+    for gguf in (model.f16, model.gguf):
         with Engine(ModelSpec(gguf=gguf, context=128, parallel=1)) as engine:
             told = engine.generate([GenerateRequest(prompt="<s>", max_tokens=50)])[0].text
         assert told.strip().startswith(STORY)
@@ -56,13 +56,13 @@ def test_rows_that_fit_no_block_are_kept_larger_and_counted(stories, tmp_path):
 
 def test_at_f16_one_file_serves_and_reads_the_tokens_that_training_read(random_base, tmp_path):
     model = export(random_base, None, tmp_path, "F16")
-    assert model.gguf == model.full
+    assert model.gguf == model.f16
     assert [path.name for path in tmp_path.iterdir()] == ["model-F16.gguf"]
     with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
         result = tokenizer_parity(random_base, engine, SAMPLES)
     assert result.same, result.offenders
     assert result.checked == len(SAMPLES)
-    quantize(model.full, tmp_path / "k.gguf", "Q4_K_M")
+    quantize(model.f16, tmp_path / "k.gguf", "Q4_K_M")
     assert "Q4_K" in tensor_types(tmp_path / "k.gguf")  # rows of 256 fit its blocks
 
 
@@ -122,17 +122,17 @@ def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatt
     merge(chatty_stories, adapter, tmp_path / "merged")
     steps = []
     prompts = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
-    model = export(chatty_stories, adapter, tmp_path / "out", "Q8_0", steps.append, Questions(prompts, 24))
+    model = export(chatty_stories, adapter, tmp_path / "out", "Q8_0", steps.append, ReferencePrompts(prompts, 24))
     assert steps == ["merge", "convert", "quantize"]
     expected = greedy(tmp_path / "merged", prompts)
-    with Engine(ModelSpec(gguf=model.full, context=256)) as engine:
+    with Engine(ModelSpec(gguf=model.f16, context=256)) as engine:
         answers = engine.generate([GenerateRequest(messages=messages, max_tokens=24) for messages in prompts])
-    assert agreement(expected, [answer.text for answer in answers]).share >= 11 / 12
-    assert agreement(model.reference, expected).share >= 11 / 12  # unmerged it says the same
+    assert compare_answers(expected, [answer.text for answer in answers]).fraction >= 11 / 12
+    assert compare_answers(model.reference, expected).fraction >= 11 / 12  # unmerged it says the same
     assert greedy(chatty_stories, prompts) != expected  # the adapter does change the answers
     with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
         assert tokenizer_parity(chatty_stories, engine, prompts).same
-    assert {_name(path) for path in (model.full, model.gguf)} == {gguf_name(chatty_stories)}  # not the merged folder's
+    assert {_name(path) for path in (model.f16, model.gguf)} == {gguf_name(chatty_stories)}  # not the merged folder's
 
 
 def test_control_tokens_in_a_question_are_text_in_the_reference_answers(random_base, tmp_path):
@@ -148,8 +148,8 @@ def test_control_tokens_in_a_question_are_text_in_the_reference_answers(random_b
 
     def tokens_of(prompt):
         read.clear()
-        Questions([chat_messages("", prompt)], 1).write(tmp_path / "questions.json")
-        answer(model, random_base, tmp_path / "questions.json", tmp_path / "answers.json")
+        ReferencePrompts([chat_messages("", prompt)], 1).write(tmp_path / "prompts.json")
+        generate_answers(model, random_base, tmp_path / "prompts.json", tmp_path / "answers.json")
         return read[0]
 
     special = set(tokenizer.all_special_ids)
@@ -172,10 +172,10 @@ def test_an_adapter_alone_answers_over_its_bases_gguf_as_merged(chatty_stories, 
     steps = []
     chats = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
     out = tmp_path / "out"
-    pair = export_adapter(chatty_stories, adapter, base.gguf, out, "F16", steps.append, Questions(chats, 24))
-    assert steps == ["ask", "convert the adapter"] == list(pair.seconds)
+    pair = export_adapter(chatty_stories, adapter, base.gguf, out, "F16", steps.append, ReferencePrompts(chats, 24))
+    assert steps == ["generate reference answers", "convert the adapter"] == list(pair.seconds)
     assert {path.name for path in out.iterdir()} == {"adapter.gguf"}
-    assert pair.gguf == pair.full == base.gguf and pair.tensor_types == base.tensor_types
+    assert pair.gguf == pair.f16 == base.gguf and pair.tensor_types == base.tensor_types
     requests = [GenerateRequest(messages=messages, max_tokens=24) for messages in chats]
 
     def answers(spec):
@@ -183,8 +183,8 @@ def test_an_adapter_alone_answers_over_its_bases_gguf_as_merged(chatty_stories, 
             return [answer.text for answer in engine.generate(requests)]
 
     served = answers(ModelSpec(gguf=pair.gguf, adapter=pair.adapter, context=256))
-    assert agreement(pair.reference, served).share >= 11 / 12
-    assert agreement(pair.reference, answers(ModelSpec(gguf=base.gguf, context=256))).share < 11 / 12
+    assert compare_answers(pair.reference, served).fraction >= 11 / 12
+    assert compare_answers(pair.reference, answers(ModelSpec(gguf=base.gguf, context=256))).fraction < 11 / 12
 
 
 def test_merging_leaves_the_tokenizer_byte_for_byte_and_full_precision(chatty_stories, adapter, tmp_path):
@@ -198,9 +198,9 @@ def test_merging_leaves_the_tokenizer_byte_for_byte_and_full_precision(chatty_st
 
 
 def test_agreement_names_the_answers_that_differ():
-    result = agreement(["a", "b", "c"], ["a ", "x", "c"])
+    result = compare_answers(["a", "b", "c"], ["a ", "x", "c"])
     assert (result.same, result.total, result.offenders) == (2, 3, (1,))
-    assert agreement([], []).share == 1.0
+    assert compare_answers([], []).fraction == 1.0
 
 
 def test_a_qlora_adapter_is_merged_into_the_full_weights_and_not_into_the_4_bit_ones(chatty_stories, tmp_path):

@@ -7,8 +7,8 @@ import pytest
 from finetune_pipeline.export import merge
 from finetune_pipeline.export.gguf import convert
 from finetune_pipeline.export.merge import merge_here
-from finetune_pipeline.export.parity import agreement
-from finetune_pipeline.export.reference import Questions
+from finetune_pipeline.export.parity import compare_answers
+from finetune_pipeline.export.reference import ReferencePrompts
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.records import chat_messages
@@ -95,11 +95,11 @@ def test_agreement_with_the_unmerged_model_would_show_such_a_merge(tmp_path, mon
         for thickness in (100, 150, 200)
         for what in ("CMU", "brick", "")
     ]
-    Questions(chats, 40).write(tmp_path / "questions.json")
-    merge_here(STARTER, adapter, tmp_path / "merged", tmp_path / "questions.json", tmp_path / "answers.json")
+    ReferencePrompts(chats, 40).write(tmp_path / "prompts.json")
+    merge_here(STARTER, adapter, tmp_path / "merged", tmp_path / "prompts.json", tmp_path / "answers.json")
     convert(tmp_path / "merged", tmp_path / "merged.gguf", "f16", STARTER)
     with Engine(ModelSpec(gguf=tmp_path / "merged.gguf", context=256)) as engine:
         served = engine.generate([GenerateRequest(messages=messages, max_tokens=40) for messages in chats])
     reference = json.loads((tmp_path / "answers.json").read_text())
     assert len({*reference}) > 2
-    assert least <= agreement(reference, [one.text for one in served]).share <= most
+    assert least <= compare_answers(reference, [one.text for one in served]).fraction <= most

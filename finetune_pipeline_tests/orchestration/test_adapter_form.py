@@ -10,7 +10,7 @@ from finetune_pipeline.cli.ask import find_model, generate_answers
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
-from finetune_pipeline.orchestration.gguf_model import CHECKS, what_serves
+from finetune_pipeline.pipeline.export import CHECKS, model_spec
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline_tests.adapters import write_adapter
 from finetune_pipeline_tests.orchestration.conftest import BENCHMARK, corrected, definitions, write_events
@@ -44,7 +44,7 @@ def make_adapter(loop, seed):
 
 def ask_for_what_it_answers(loop, folder):
     """Make the newest export's own answers the right ones, so that it wins; returns them."""
-    spec = what_serves(get_latest(GgufManifest, "notes"))
+    spec = model_spec(get_latest(GgufManifest, "notes"))
     expected = generate_answers(loop, spec, *(row["prompt"] for row in BENCHMARK))
     rows = [{**row, "expected": answer} for row, answer in zip(BENCHMARK, expected, strict=True)]
     (folder / "benchmark.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

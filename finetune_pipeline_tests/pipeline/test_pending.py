@@ -8,9 +8,9 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import mark_judged, record
 from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.orchestration.curated_dataset import _metadata
-from finetune_pipeline.orchestration.eval_report import _trained_contents
 from finetune_pipeline.pipeline import snapshot as snapshots
 from finetune_pipeline.pipeline.build_dataset import build_dataset
+from finetune_pipeline.pipeline.evaluate import trained_contents
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.records import Turn
 from finetune_pipeline_tests.conftest import dataset_rows, feedback, interaction
@@ -87,7 +87,7 @@ def test_what_was_judged_in_its_redacted_form_never_counts_again(loop):
     data = build_dataset(loop, snapshot)
     adapter_of(loop, data)
     with connect().write() as connection:
-        mark_judged(connection, loop.name, _trained_contents(loop.name, "v1"))
+        mark_judged(connection, loop.name, trained_contents(loop.name, "v1"))
     assert count_new(loop, connect(), watermark=0) == 0
     add(loop, *corrected_events("again", f"write to {MAIL}"))  # logged once more, with another id
     assert count_new(loop, connect(), watermark=0) == 0

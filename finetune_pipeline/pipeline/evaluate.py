@@ -1,0 +1,210 @@
+"""Evaluate a challenger against the champion, write the report, and mark its data as judged."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_pipeline.artifacts import (
+    Artifact,
+    ArtifactError,
+    check_unaltered,
+    draft,
+    hash_of,
+    package_versions,
+    publish,
+    read,
+    stage_folder,
+    version_of,
+)
+from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION, SPLITS, read_split
+from finetune_pipeline.database import connect
+from finetune_pipeline.evaluation.comparison import Comparison, judge
+from finetune_pipeline.evaluation.gate import Verdict
+from finetune_pipeline.evaluation.report import HTML, write_report
+from finetune_pipeline.evaluation.run import Contender, compare_models
+from finetune_pipeline.evaluation.scoring import Scorer
+from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.export.base_gguf import base_gguf
+from finetune_pipeline.feedback.store import mark_judged
+from finetune_pipeline.inference.protocol import ModelSpec
+from finetune_pipeline.manifests import AdapterManifest, GgufManifest, ReportManifest
+from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.export import gguf_identity, model_spec
+from finetune_pipeline.pipeline.required_checks import NotProven, check_proven, dataset_of, near_benchmark
+from finetune_pipeline.registry.champion import CurrentDeployment, current_deployment
+from finetune_pipeline.registry.check_outcomes import record_outcomes_in
+from finetune_pipeline.registry.comparisons import ComparisonRecord, extend_watermark_in, record_comparison_in
+from finetune_pipeline.registry.model_versions import check_files
+from finetune_pipeline.settings import REPLAY, LoopSettings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A written report, the comparison in it, and the gate's verdict."""
+
+    report: Artifact[ReportManifest]
+    comparison: Comparison
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class NothingToEvaluate:
+    """The challenger is the champion already, so no report was written."""
+
+    reason: str
+
+
+def evaluate(
+    loop: LoopSettings, gguf: Artifact[GgufManifest], run_id: str, log: Callable[[str], None]
+) -> Evaluation | NothingToEvaluate:
+    """Compare a challenger with the champion (or the base model), write the report, and mark its data as judged.
+
+    Data counts as judged whatever the verdict, so that it does not start another run. If the challenger is the
+    champion, by SHA-256, its data is marked as judged without a report.
+
+    Raises:
+        NotProven: a blocking check of what the challenger was made from did not pass, or the challenger was trained on
+            near-duplicates of the benchmark.
+        ArtifactError: the files that answered the benchmark are not those that passed the checks.
+    """
+    check_proven(gguf)
+    current = current_deployment(connect(), loop.name)
+    if current.model is not None and current.model.sha256 == gguf_identity(gguf):
+        contents = trained_contents(loop.name, gguf.manifest.adapter_version)
+        with connect().write() as connection:
+            extend_watermark_in(connection, loop.name, gguf_identity(gguf), gguf.manifest.watermark)
+            mark_judged(connection, loop.name, contents)
+        return NothingToEvaluate(
+            f"nothing new to evaluate: the challenger is the champion {current.model.name}, by its SHA-256"
+        )
+    if current.model:
+        check_files(current.model)  # a damaged champion would be easy to beat
+    near = near_benchmark(loop, gguf.manifest.datasets)
+    if near:
+        raise NotProven(f"{near}; materialize curated_dataset and everything after it again")
+    comparison = _compare(loop, gguf, current, log)
+    if comparison.challenger.gguf_sha256 != gguf_identity(gguf):
+        raise ArtifactError(
+            f"the file that answered the benchmark is not the one that gguf_model {gguf.manifest.version} was checked "
+            f"with; delete {gguf.path} and materialize gguf_model again"
+        )
+    verdict = judge(comparison, loop.gate)
+    report = _write_report(loop, gguf, current, comparison, verdict, run_id)
+    manifest = report.manifest
+    contents = trained_contents(loop.name, gguf.manifest.adapter_version)
+    # One transaction: a comparison whose data is not judged would start the loop again on the same data.
+    with connect().write() as connection:
+        record_comparison_in(
+            connection,
+            ComparisonRecord(
+                id=manifest.comparison_id,
+                loop=loop.name,
+                challenger_sha256=manifest.challenger_sha256,
+                champion_id=manifest.champion_id,
+                champion_sha256=manifest.champion_sha256,
+                benchmark_sha256=manifest.benchmark_sha256,
+                promote=manifest.promote,
+                reason=manifest.reason,
+                watermark=manifest.watermark,
+                report_path=report.path / HTML,
+                created_at=manifest.created_at,
+                report_sha256=report.sha256,
+                after_deployment=current.deployment_id,
+            ),
+        )
+        record_outcomes_in(connection, report, {"gain": manifest.promote}, run_id)
+        mark_judged(connection, loop.name, contents)
+    return Evaluation(report, comparison, verdict)
+
+
+def _compare(
+    loop: LoopSettings, gguf: Artifact[GgufManifest], current: CurrentDeployment, log: Callable[[str], None]
+) -> Comparison:
+    def log_progress(name: str, done: int, total: int) -> None:
+        if done == total or done % max(1, total // 4) == 0:
+            log(f"{name} answered {done} of {total} questions")
+
+    if current.model:
+        champion = Contender(
+            current.model.name, ModelSpec(gguf=current.model.gguf_path, adapter=current.model.adapter_path)
+        )
+    else:
+        champion = Contender(f"{loop.name}@base", ModelSpec(gguf=base_gguf(loop, log)))
+    return compare_models(
+        champion,
+        Contender("challenger", model_spec(gguf)),
+        loop_files.benchmark(loop),
+        Scorer(loop.evaluation.metric, loop_files.output_schema(loop), loop_files.rules(loop)),
+        loop.evaluation,
+        loop.system_prompt,
+        loop.name,
+        log_progress,
+    )
+
+
+def _write_report(
+    loop: LoopSettings,
+    gguf: Artifact[GgufManifest],
+    current: CurrentDeployment,
+    comparison: Comparison,
+    verdict: Verdict,
+    run_id: str,
+) -> Artifact[ReportManifest]:
+    inputs = {
+        "gguf_model": gguf.manifest.version,
+        "challenger": comparison.challenger.gguf_sha256,
+        "champion": comparison.champion.gguf_sha256,
+        "benchmark": comparison.benchmark_sha256,
+        "settings": settings_hash(loop),
+    }
+    # Speed is measured again each time, so every run has its own report.
+    version = version_of(inputs, {"run": run_id})
+    with draft(loop.name, ReportManifest.stage, version) as folder:
+        rules = loop_files.rules(loop)
+        write_report(folder, loop.name, comparison, verdict, loop.gate, loop.curation.min_confidence, rules)
+        fields = {
+            "loop": loop.name,
+            "version": version,
+            "inputs": inputs,
+            "settings": comparison_settings(loop),
+            "packages": package_versions(*loop_files.PACKAGES),
+            "comparison_id": version,
+            "challenger_sha256": comparison.challenger.gguf_sha256,
+            "champion_id": current.model.id if current.model else None,
+            "champion_sha256": comparison.champion.gguf_sha256,
+            "benchmark_sha256": comparison.benchmark_sha256,
+            "promote": verdict.promote,
+            "reason": verdict.reason,
+            "watermark": gguf.manifest.watermark,
+        }
+        return publish(folder, ReportManifest, fields)
+
+
+def comparison_settings(loop: LoopSettings) -> dict[str, Any]:
+    """Return the settings for which a comparison is valid; other settings need another comparison."""
+    evaluation = loop.evaluation.model_dump(exclude={"parallel"})
+    return {"evaluation": evaluation, "gate": loop.gate.model_dump(), "system_prompt": loop.system_prompt}
+
+
+def settings_hash(loop: LoopSettings) -> str:
+    """Return the hash of `comparison_settings`, the benchmark, schema and rules, and the base model."""
+    base = base_hash(resolve_base_model(loop.base_model))  # serves, and is compared with, if there is no champion
+    return hash_of({**comparison_settings(loop), **loop_files.judging_files(loop), "base_model": base})
+
+
+def trained_contents(loop: str, adapter_version: str) -> list[str]:
+    """Return the content hashes of the examples that an adapter was trained and validated on, before redaction.
+
+    Raises:
+        ArtifactError: the adapter or its dataset is missing, or was edited.
+    """
+    adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version)
+    check_unaltered(adapter)
+    dataset = dataset_of(loop, adapter.manifest.inputs["curated_dataset"])
+    columns = ["content_hash", "source"]
+    return [
+        row["content_hash"]
+        for split in SPLITS
+        for row in read_split(dataset.path, PROMPT_COMPLETION, split, columns)
+        if row["source"] != REPLAY
+    ]
