@@ -563,15 +563,19 @@ class TriggerSettings(Settings):
     """When a run starts by itself."""
 
     new_examples: int = Field(default=50, ge=1, description="New high-reward examples that start a run.")
-    attempts: int = Field(default=3, ge=1, description="Tries at the same data before the sensor waits for more.")
-    retry_after_minutes: float = Field(default=5, ge=0, description="Wait before a failed run is tried again.")
-    interval_seconds: int = Field(default=30, ge=5, description="Time between two looks of the sensor.")
-    silent_minutes: float = Field(
-        default=60, gt=0, description="A run in progress without a word for so long is taken for dead."
+    max_attempts: int = Field(
+        default=3, ge=1, description="Runs on the same data, if they fail, before the sensor waits for more data."
     )
-    running: bool = Field(default=False, description="The sensor and the yearly schedule are on without a click.")
-    nightly: CronTime = Field(default="0 2 * * *", description="Cron time of the nightly look.")
-    yearly: CronTime = Field(default="0 3 1 1 *", description="Cron time of the full retraining.")
+    retry_after_minutes: float = Field(default=5, ge=0, description="Minutes between a failed run and the next.")
+    interval_seconds: int = Field(default=30, ge=5, description="Seconds between two evaluations of the sensor.")
+    stalled_minutes: float = Field(
+        default=60, gt=0, description="An unfinished run that logs nothing for so long no longer delays the next run."
+    )
+    running: bool = Field(
+        default=False, description="Turn the sensor and the yearly schedule on by default, without a click in the UI."
+    )
+    nightly: CronTime = Field(default="0 2 * * *", description="Cron expression of the nightly schedule.")
+    yearly: CronTime = Field(default="0 3 1 1 *", description="Cron expression of the yearly full retraining.")
 
 
 class LoopSettings(Settings):

@@ -1,4 +1,4 @@
-"""Dagster's own state, under `$FINETUNE_HOME/dagster` unless DAGSTER_HOME says otherwise."""
+"""Dagster's home: `$FINETUNE_HOME/dagster`, unless DAGSTER_HOME is set."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,20 @@ PATHS = ("local_artifact_storage", "compute_logs")
 
 
 def environment() -> dict[str, str]:
-    """The environment in which Dagster's commands run, with its home made ready.
+    """Create Dagster's home and return the environment variables for Dagster's commands.
 
-    The project's `dagster.yaml` is copied there without its paths, which are for a bare `dagster` command. The storage
-    is in DAGSTER_HOME itself.
+    The home gets the project's `dagster.yaml` without the paths in it, which are for bare `dagster` commands.
 
     Raises:
-        SettingsError: it cannot be made.
+        SettingsError: the home cannot be created or written.
     """
     dagster_home = Path(os.environ.get("DAGSTER_HOME") or home() / "dagster").resolve()
     env = {**os.environ, "FINETUNE_HOME": str(home()), "DAGSTER_HOME": str(dagster_home)}
     if dagster_home == home() / "dagster":
         try:
-            _prepare(dagster_home)
+            text, path = dagster_yaml(), dagster_home / "dagster.yaml"
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                write_text(path, text)
         except OSError as error:
             raise SettingsError(
                 f"the folder {dagster_home} cannot be created or written ({error.strerror}); set FINETUNE_HOME to a "
@@ -34,16 +35,7 @@ def environment() -> dict[str, str]:
 
 
 def dagster_yaml() -> str:
-    """Return the text of the `dagster.yaml` of a home."""
+    """Return the content of the `dagster.yaml` in a home: the project's, with the storage in the home itself."""
     settings = yaml.safe_load((PROJECT_ROOT / "dagster.yaml").read_text(encoding="utf-8"))
     settings["storage"]["custom"]["config"]["base_dir"] = {"env": "DAGSTER_HOME"}
     return yaml.safe_dump({key: value for key, value in settings.items() if key not in PATHS}, sort_keys=False)
-
-
-def _prepare(dagster_home: Path) -> None:
-    text = dagster_yaml()
-    path = dagster_home / "dagster.yaml"
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    dagster_home.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)

@@ -1,4 +1,4 @@
-"""The readable end of a run: what it used, what it learned, how the models compare, and the verdict."""
+"""The summary after a demo: examples, training, the comparison of the models, and the verdict."""
 
 import click
 from rich.console import Console
@@ -11,12 +11,12 @@ from finetune_pipeline.settings import LoopSettings
 
 
 def show_summary(loop: LoopSettings) -> None:
-    """Print what the newest artifacts of a loop say; stages that were not reached are left out."""
+    """Print a summary of the newest artifacts of a loop, without the assets that were not materialized."""
     dataset = get_latest(DatasetManifest, loop.name)
     if dataset is not None:
         m = dataset.manifest
         click.echo(
-            f"examples  {m.train + m.validation - m.replayed} from use ({m.validation} of them validate), "
+            f"examples  {m.train + m.validation - m.replayed} from use ({m.validation} to validate), "
             f"{m.replayed} replayed, {sum(m.left_out.values())} left out"
         )
     adapter = get_latest(AdapterManifest, loop.name)

@@ -42,18 +42,17 @@ def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now
     if not series or new >= series[-1].series + needed:
         return Trigger(True, numbers, series=new, attempt=1)
     rearmed_at = series[-1].series + needed
-    if len(series) >= settings.attempts:
+    if len(series) >= settings.max_attempts:
         return Trigger(
             False,
-            f"{numbers}, but {len(series)} runs on them failed: look at the last one, mend the cause and launch the "
+            f"{numbers}, but {len(series)} runs on them failed: look at the last one, fix the cause and launch the "
             f"job by hand; the sensor tries again by itself at {rearmed_at}",
         )
     ended = series[-1].ended
     wait_until = ended + timedelta(minutes=settings.retry_after_minutes) if ended else now
     if now < wait_until:
-        return Trigger(
-            False, f"{numbers}; the last run failed, try {len(series) + 1} of {settings.attempts} at {wait_until:%H:%M}"
-        )
+        attempt = f"attempt {len(series) + 1} of {settings.max_attempts}"
+        return Trigger(False, f"{numbers}; the last run failed, {attempt} starts at {wait_until:%H:%M}")
     return Trigger(True, numbers, series=series[-1].series, attempt=len(series) + 1)
 
 

@@ -1,16 +1,14 @@
-"""What starts a run by itself: the sensor, the nightly schedule that asks the same question, the yearly retraining."""
+"""What starts runs: the loop's job, the sensor on new examples, the nightly schedule and the yearly retraining."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition as Job
-from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.curation.retrain_trigger import Attempt, decide
 from finetune_pipeline.database import connect
+from finetune_pipeline.manifests import AdapterManifest, RawLogsManifest
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
@@ -21,138 +19,132 @@ LOOP_TAG = "finetune/loop"
 WATERMARK_TAG = "finetune/watermark"
 SERIES_TAG = "finetune/series"
 FILES_TAG = "finetune/files"
-WAITING = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED]
 
-Answer = dg.RunRequest | dg.SkipReason
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+    dg.DagsterRunStatus.SUSPENDED,
+]
+
+RequestOrSkip = dg.RunRequest | dg.SkipReason
 
 
 def automation(loop: LoopSettings) -> dg.Definitions:
-    """The job, the sensor and the schedules of a loop."""
+    """Return the job, the sensor and the schedules of a loop."""
     job = dg.define_asset_job(
-        f"{loop.name}_loop", selection=dg.AssetSelection.groups(loop.name), description=f"The whole loop {loop.name}."
+        loop.job_name,
+        selection=dg.AssetSelection.groups(loop.name),
+        description=f"Runs the whole loop {loop.name}, from the logs to a promoted model.",
     )
-    return dg.Definitions(jobs=[job], sensors=[_sensor(loop, job)], schedules=[_nightly(loop, job), _yearly(loop, job)])
-
-
-def _sensor(loop: LoopSettings, job: Job) -> dg.SensorDefinition:
-    running = dg.DefaultSensorStatus.RUNNING if loop.trigger.running else dg.DefaultSensorStatus.STOPPED
+    enabled = loop.trigger.running
 
     @dg.sensor(
         name=f"{loop.name}_new_examples",
         job=job,
         minimum_interval_seconds=loop.trigger.interval_seconds,
-        default_status=running,
-        description=f"Starts the loop when {loop.trigger.new_examples} new high-reward examples have arrived.",
+        default_status=dg.DefaultSensorStatus.RUNNING if enabled else dg.DefaultSensorStatus.STOPPED,
+        description=f"Runs the loop when there are {loop.trigger.new_examples} new high-reward examples.",
     )
-    def sensor(context: dg.SensorEvaluationContext) -> Answer:
-        return answer(loop, context.instance, datetime.now(UTC))
+    def new_examples(context: dg.SensorEvaluationContext) -> RequestOrSkip:
+        return next_run(loop, context.instance, datetime.now(UTC))
 
-    return sensor
-
-
-def _nightly(loop: LoopSettings, job: Job) -> dg.ScheduleDefinition:
     @dg.schedule(
         name=f"{loop.name}_nightly",
         job=job,
         cron_schedule=loop.trigger.nightly,
-        description="Asks the sensor's question once a night, for those who prefer a clock.",
+        description="Checks once a night what the sensor checks, for loops that should train only at night.",
     )
-    def nightly(context: dg.ScheduleEvaluationContext) -> Answer:
-        return answer(loop, context.instance, datetime.now(UTC))
-
-    return nightly
-
-
-def _yearly(loop: LoopSettings, job: Job) -> dg.ScheduleDefinition:
-    running = dg.DefaultScheduleStatus.RUNNING if loop.trigger.running else dg.DefaultScheduleStatus.STOPPED
+    def nightly(context: dg.ScheduleEvaluationContext) -> RequestOrSkip:
+        return next_run(loop, context.instance, datetime.now(UTC))
 
     @dg.schedule(
         name=f"{loop.name}_yearly",
         job=job,
         cron_schedule=loop.trigger.yearly,
-        default_status=running,
-        description="Trains from the base model on everything once a year, however little is new.",
+        default_status=dg.DefaultScheduleStatus.RUNNING if enabled else dg.DefaultScheduleStatus.STOPPED,
+        description="Trains from the base model on all examples once a year, even if few are new.",
     )
-    def yearly(context: dg.ScheduleEvaluationContext) -> Answer:
-        busy = in_progress(loop, context.instance, datetime.now(UTC))
-        return _wait_for(busy) if busy else dg.RunRequest(tags={LOOP_TAG: loop.name}, run_config=_full_training(loop))
+    def yearly(context: dg.ScheduleEvaluationContext) -> RequestOrSkip:
+        run_id = unfinished_run(loop, context.instance, datetime.now(UTC))
+        if run_id is not None:
+            return _skip_during(run_id)
+        step = "__".join([*loop.prefix, AdapterManifest.stage])
+        full_training = {"ops": {step: {"config": {"mode": "full"}}}}
+        return dg.RunRequest(tags={LOOP_TAG: loop.name}, run_config=full_training)
 
-    return yearly
+    return dg.Definitions(jobs=[job], sensors=[new_examples], schedules=[nightly, yearly])
 
 
-def _full_training(loop: LoopSettings) -> dict[str, Any]:
-    step = "__".join([*loop.prefix, "lora_adapter"])
-    return {"ops": {step: {"config": {"mode": "full"}}}}
+def next_run(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> RequestOrSkip:
+    """Return the run to start now, or why none starts, with the number of new examples.
 
-
-def answer(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> Answer:
-    """Whether to start a run, with the numbers. Read from the store and the runs; nothing is remembered here."""
-    busy = in_progress(loop, instance, now)
-    if busy is not None:
-        return _wait_for(busy)
+    The decision depends only on the database, the log folders and Dagster's runs; it keeps no state of its own.
+    """
+    run_id = unfinished_run(loop, instance, now)
+    if run_id is not None:
+        return _skip_during(run_id)
     database = connect()
     watermark = judged_watermark(database, loop.name)
-    attempts = _attempts(loop, instance, watermark)
+    tags = {LOOP_TAG: loop.name, WATERMARK_TAG: str(watermark)}
+    attempts = [
+        Attempt(
+            series=int(record.dagster_run.tags[SERIES_TAG]),
+            ended=datetime.fromtimestamp(record.end_time, UTC) if record.end_time else None,
+        )
+        for record in instance.get_run_records(dg.RunsFilter(tags=tags), ascending=True)
+    ]
     trigger = decide(count_new(loop, database, watermark, attempts), attempts, loop.trigger, now)
-    if not trigger.fire:
-        with database.read() as connection:
-            files = unread(connection, loop.name, loop.log_folders)
-        return _read_files(loop, instance, files, trigger.reason) if files else dg.SkipReason(trigger.reason)
-    # Enough is enough, whatever files wait: this run takes them in too.
-    return dg.RunRequest(
-        run_key=f"{loop.name}:{watermark}:{trigger.series}:attempt{trigger.attempt}",
-        tags={LOOP_TAG: loop.name, WATERMARK_TAG: str(watermark), SERIES_TAG: str(trigger.series)},
-    )
+    if trigger.fire:  # whatever files are unread: the run reads them
+        return dg.RunRequest(
+            run_key=f"{loop.name}:{watermark}:{trigger.series}:attempt{trigger.attempt}",
+            tags={**tags, SERIES_TAG: str(trigger.series)},
+        )
+    with database.read() as connection:
+        files = unread(connection, loop.name, loop.log_folders)
+    return _read_files(loop, instance, files, trigger.reason) if files else dg.SkipReason(trigger.reason)
 
 
-def _wait_for(run_id: str) -> dg.SkipReason:
-    return dg.SkipReason(f"run {run_id[:8]} of this loop is in progress; the next look comes when it has ended")
+def unfinished_run(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> str | None:
+    """Return the id of a run that works on this loop now, however it was started.
 
-
-def in_progress(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> str | None:
-    """The id of a run that works on this loop now, however it was started."""
-    runs = instance.get_runs(dg.RunsFilter(statuses=[*IN_PROGRESS_RUN_STATUSES, *WAITING]))
-    for run in runs:
-        if _concerns(loop, run) and not _silent(instance, run.run_id, now, loop.trigger.silent_minutes):
-            return run.run_id
+    A run whose process was killed stays unfinished forever. It is ignored once it has logged nothing for
+    `trigger.stalled_minutes`: a healthy run logs more often.
+    """
+    for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
+        if run.asset_selection is None:
+            concerned = run.job_name in {loop.job_name, "__ASSET_JOB"}
+        else:
+            concerned = any(list(key.path[:-1]) == loop.prefix for key in run.asset_selection)
+        if concerned:
+            last = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
+            logged_at = datetime.fromtimestamp(last[0].timestamp, UTC) if last else now
+            if now - logged_at <= timedelta(minutes=loop.trigger.stalled_minutes):
+                return run.run_id
     return None
 
 
-def _concerns(loop: LoopSettings, run: dg.DagsterRun) -> bool:
-    if run.asset_selection is None:
-        return run.job_name in {f"{loop.name}_loop", "__ASSET_JOB"}
-    return any(list(key.path[:-1]) == loop.prefix for key in run.asset_selection)
+def _skip_during(run_id: str) -> dg.SkipReason:
+    return dg.SkipReason(f"run {run_id[:8]} of this loop is in progress")
 
 
-def _silent(instance: dg.DagsterInstance, run_id: str, now: datetime, minutes: float) -> bool:
-    # A run whose process was killed stays "in progress" for ever; one that lives writes to its log.
-    records = instance.get_records_for_run(run_id, limit=1, ascending=False).records
-    last = records[0].timestamp if records else now.timestamp()
-    return now - datetime.fromtimestamp(last, UTC) > timedelta(minutes=minutes)
-
-
-def _attempts(loop: LoopSettings, instance: dg.DagsterInstance, watermark: int) -> list[Attempt]:
-    tags = {LOOP_TAG: loop.name, WATERMARK_TAG: str(watermark)}
-    records = instance.get_run_records(dg.RunsFilter(tags=tags), ascending=True)
-    return [
-        Attempt(int(x.dagster_run.tags[SERIES_TAG]), datetime.fromtimestamp(x.end_time, UTC) if x.end_time else None)
-        for x in records
-    ]
-
-
-def _read_files(loop: LoopSettings, instance: dg.DagsterInstance, files: Sequence[UnreadFile], numbers: str) -> Answer:
-    """A run of raw_logs alone, for files that the ledger does not know; the count follows at a later look."""
+def _read_files(
+    loop: LoopSettings, instance: dg.DagsterInstance, files: Sequence[UnreadFile], numbers: str
+) -> RequestOrSkip:
+    """Return a run of raw_logs alone, which ingests unread files; a later evaluation counts their examples."""
     stats = [(readable(str(x.path)), x.inode, x.size, x.mtime_ns, x.ctime_ns) for x in files]
     fingerprint = hash_of(stats)[:16]
     tags = {LOOP_TAG: loop.name, FILES_TAG: fingerprint}
-    tries = len(instance.get_runs(dg.RunsFilter(tags=tags), limit=loop.trigger.attempts))
-    if tries >= loop.trigger.attempts:
+    tries = len(instance.get_runs(dg.RunsFilter(tags=tags), limit=loop.trigger.max_attempts))
+    if tries >= loop.trigger.max_attempts:
         return dg.SkipReason(
             f"{numbers}; {len(files)} new files could not be read in {tries} runs: look at the last run of raw_logs, "
-            "mend the cause and materialize raw_logs by hand"
+            "fix the cause and materialize raw_logs by hand"
         )
     return dg.RunRequest(
         run_key=f"{loop.name}:files:{fingerprint}:attempt{tries + 1}",
         tags=tags,
-        asset_selection=[dg.AssetKey([*loop.prefix, "raw_logs"])],
+        asset_selection=[dg.AssetKey([*loop.prefix, RawLogsManifest.stage])],
     )

@@ -1,4 +1,4 @@
-"""The Dagster component `FineTuneLoop`: from the settings of one YAML to one loop's definitions."""
+"""The Dagster component `FineTuneLoop`, which builds the definitions of one loop from one YAML."""
 
 from typing import Self
 
@@ -24,17 +24,17 @@ class FineTuneLoop(dg.Component):
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
-        """The settings that `attributes:` of a `defs.yaml` takes."""
+        """Return the model that validates `attributes:` of a `defs.yaml`."""
         return LoopSettings
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
-        """Make the component from its checked settings."""
+        """Return the component for validated settings."""
         assert isinstance(attributes, LoopSettings)
         return cls(attributes)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """The loop's definitions."""
+        """Return the loop's definitions."""
         loop = self.settings
         assets = [
             raw_logs_asset(loop),

@@ -1,8 +1,7 @@
-"""How assets find each other's artifacts: a small pointer from a run to a version, never "the newest folder".
+"""The IO manager: it passes artifacts from asset to asset as pointers from a run to a version.
 
-Dagster's own IO managers would pickle values; here the value is a complete artifact on disk, and what is kept for a run
-is only which version it made. A step of the same run gets that run's version; a step materialized alone gets the one
-that was made last.
+An artifact is a complete folder on disk, so nothing is pickled. A step gets the version that its own run created, or,
+if it is materialized alone, the version that was created last.
 """
 
 import base64
@@ -30,44 +29,44 @@ STAGES: dict[str, type[Manifest]] = {
 
 
 class ArtifactPointers(dg.IOManager):
-    """Hands the artifacts of one loop from asset to asset."""
+    """Stores and loads pointers to the artifacts of one loop."""
 
     def __init__(self, loop: str) -> None:
         self._loop = loop
 
     def handle_output(self, context: dg.OutputContext, obj: Artifact[Any]) -> None:
-        """Remember which version this run made."""
+        """Store which version this run created."""
         artifacts.set_latest(obj.manifest, context.run_id)
 
     def load_input(self, context: dg.InputContext) -> Artifact[Any]:
-        """Return the version of this run, or the latest one; refuse one that was edited.
+        """Return the version of this run, or the latest one.
 
         Raises:
-            ArtifactError: the stage was never materialized, or its artifact is gone or was edited.
+            ArtifactError: the asset was never materialized, or its artifact is missing or was edited.
         """
         kind = STAGES[context.asset_key.path[-1]]
         own = artifacts.get_latest(kind, self._loop, context.step_context.run_id)
         found = own or artifacts.get_latest(kind, self._loop)
         if found is None:
             raise ArtifactError(
-                f"{kind.stage} of loop {self._loop} was never materialized here; materialize it first, or select "
-                "everything upstream with '*promoted_model'"
+                f"{kind.stage} of loop {self._loop} was never materialized in this home; materialize it first, or "
+                "select everything upstream with '*promoted_model'"
             )
         artifacts.check_unaltered(found)
         return found
 
 
 def picture(png: bytes, title: str) -> dg.MarkdownMetadataValue:
-    """A picture that Dagster's UI shows among the metadata."""
+    """Return an image as metadata that Dagster's UI shows."""
     return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def pointers_key(loop: LoopSettings) -> str:
-    """The name under which the loop's pointers are a resource."""
+    """Return the resource key of the loop's IO manager."""
     return f"{loop.name}_artifacts"
 
 
 def upstream(loop: LoopSettings) -> dg.AssetIn:
-    """An input from the asset of the argument's name in the same loop."""
-    # Dagster cannot check a generic type by itself; the manifest's own type is checked when it is read.
+    """Return an input from the asset of the same loop that is named as the argument."""
+    # Dagster cannot check a generic type. Reading the manifest checks it.
     return dg.AssetIn(key_prefix=loop.prefix or None, dagster_type=dg.Any)

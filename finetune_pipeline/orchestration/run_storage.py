@@ -1,4 +1,4 @@
-"""Dagster's SQLite storage, created by one process at a time; `dagster.yaml` names it, so every command uses it."""
+"""Dagster's SQLite storage, created by one process at a time; `dagster.yaml` selects it for every command."""
 
 import logging
 import sqlite3
@@ -27,7 +27,7 @@ class LockedSqliteStorage(DagsterSqliteStorage):
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         folder = Path(base_dir)
         created = folder / "history" / ".created"
-        if created.exists():  # every step of every run opens the storage: they should not wait for each other
+        if created.exists():  # every step opens the storage; steps must not wait for each other
             super().__init__(base_dir, inst_data)
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,12 +41,12 @@ class LockedSqliteStorage(DagsterSqliteStorage):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> "LockedSqliteStorage":
-        """Open the storage that a `dagster.yaml` describes; the inherited method returns the parent class."""
+        """Open the storage that a `dagster.yaml` describes; the inherited method would return the parent class."""
         return cls.from_local(inst_data=inst_data, **config_value)
 
 
 def _drop_second_revision(path: Path) -> None:
-    """Repair a database that two processes created at once, whose tables are those of the newer revision."""
+    """Repair a database that two processes created at once; its tables are those of the newer revision."""
     if not path.exists():
         return
     with closing(sqlite3.connect(path, timeout=30)) as connection, connection:

@@ -1,7 +1,10 @@
-"""From what a model was made, and what was made from an interaction. Walks the manifests; knows nothing of Dagster.
+"""Lineage: what a model version was made from, and what was made from an interaction.
 
-model version -> report
-              -> adapter -> dataset -> logs          training run (a row, which outlives the adapter)
+model version -> eval_report
+              -> lora_adapter -> curated_dataset -> raw_logs
+
+The manifests of the artifacts hold the chain. The registry's table of training jobs holds the step from an adapter to
+its dataset too, so lineage outlives a deleted adapter.
 """
 
 import json
@@ -35,15 +38,15 @@ M = TypeVar("M", bound=Manifest)
 
 @dataclass(frozen=True)
 class MadeWith:
-    """What holds, or was made with, some interactions.
+    """Artifacts and models that hold, or were trained on, some interactions.
+
+    A warm-started adapter was trained on its own dataset and on those of the adapter that it started from.
 
     Attributes:
-        snapshots: folders of raw_logs artifacts that hold one of them, each with one or more Parquet files.
-        datasets: folders of curated_dataset artifacts with a row of one of them, to train on or to validate with.
-        models: names (`loop@v1.2.0`) of the versions that learnt from such a dataset, also of deleted ones.
-        weights: folders of lora_adapter and gguf_model artifacts that learnt from such a dataset, promoted or not.
-
-    An adapter learnt from its own dataset and, if it was trained on top of another adapter, from all that this one did.
+        snapshots: folders of raw_logs artifacts that hold one of the interactions.
+        datasets: folders of curated_dataset artifacts with an example of one of them, in either split.
+        models: names (`loop@v1.2.0`) of the versions that were trained on such a dataset, deleted ones included.
+        weights: folders of lora_adapter and gguf_model artifacts that were trained on such a dataset, promoted or not.
     """
 
     snapshots: tuple[Path, ...] = ()
@@ -53,16 +56,16 @@ class MadeWith:
 
 
 def made_with(database: Database, loop: LoopSettings, ids: Collection[str]) -> MadeWith:
-    """Which artifacts and models of a loop hold, or were made with, any of these interactions.
+    """Return the artifacts and models of a loop that hold, or were trained on, any of these interactions.
 
-    Drafts are not looked into. Of a dataset that was deleted nobody knows what it held, so its models and
-    weights are not named.
+    Drafts are not searched. The content of a deleted dataset is unknown, so models and weights that were trained only
+    on deleted datasets are not found.
 
     Args:
         ids: interaction ids, as text.
 
     Raises:
-        ArtifactError: a snapshot or a dataset cannot be read; nothing is said rather than half of it.
+        ArtifactError: a snapshot or a dataset cannot be read; an incomplete answer would be wrong.
     """
     wanted = set(ids)
     if not wanted:
@@ -70,24 +73,26 @@ def made_with(database: Database, loop: LoopSettings, ids: Collection[str]) -> M
     snapshots = tuple(path for path in _complete(loop.name, RawLogsManifest) if _snapshot_holds(path, wanted))
     datasets = tuple(path for path in _complete(loop.name, DatasetManifest) if _dataset_holds(path, wanted))
     versions = {path.name for path in datasets}
-    names = tuple(
-        model.name
-        for model in list_models(database, loop.name)
-        if versions & _learnt_from(database, loop.name, model.lineage.get("lora_adapter"))
-    )
-    return MadeWith(snapshots, datasets, names, tuple(_weights(database, loop.name, versions)))
+
+    def trained_on_them(adapter: str | None) -> bool:
+        return bool(versions & _datasets_of(database, loop.name, adapter))
+
+    models = [m.name for m in list_models(database, loop.name) if trained_on_them(m.lineage.get("lora_adapter"))]
+    weights = [path for path in _complete(loop.name, AdapterManifest) if trained_on_them(path.name)]
+    weights += [p for p in _complete(loop.name, GgufManifest) if trained_on_them(_inputs(p).get("lora_adapter"))]
+    return MadeWith(snapshots, datasets, tuple(models), tuple(weights))
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """From what one model version was made. A manifest is None where its artifact is gone or damaged.
+    """What one model version was made from. A manifest is None if its artifact was deleted or is damaged.
 
     Attributes:
         base_model: folder of the base model.
         adapter: version of the adapter.
-        dataset: version of the dataset; None if neither the adapter nor the training's row knows it.
-        events: the ingest sequences that the logs cover, "1..480".
-        watermark: the last of them that the training saw.
+        dataset: version of the dataset; None if neither the adapter nor its training job names it.
+        events: the ingest offsets that the snapshot covers, "1..480".
+        watermark: the last ingest offset that the training used.
     """
 
     base_model: str | None
@@ -103,22 +108,21 @@ class Lineage:
 
 
 def lineage(database: Database, model: ModelVersion) -> Lineage:
-    """Walk back from a model version. What was deleted since is None, never an error."""
+    """Return what a model version was made from; what was deleted since is None."""
     known = model.lineage
-    version = known.get("lora_adapter")
-    adapter = _manifest(AdapterManifest, model.loop, version)
-    training = find_training_job(database, model.loop, version) if version else None
-    dataset_version, _ = _made_from(model.loop, version, training) if version else (None, None)
+    adapter = known.get("lora_adapter")
+    training = find_training_job(database, model.loop, adapter) if adapter else None
+    dataset_version = _origin_of(model.loop, adapter, training)[0] if adapter else None
     dataset = _manifest(DatasetManifest, model.loop, dataset_version)
     logs = _manifest(RawLogsManifest, model.loop, dataset.inputs.get("raw_logs") if dataset else None)
     return Lineage(
         base_model=known.get("base_model"),
         base_hash=model.base_hash,
-        adapter=version,
+        adapter=adapter,
         dataset=dataset_version,
         events=logs.inputs.get("events") if logs else None,
         watermark=known.get("watermark"),
-        adapter_manifest=adapter,
+        adapter_manifest=_manifest(AdapterManifest, model.loop, adapter),
         dataset_manifest=dataset,
         report_manifest=_manifest(ReportManifest, model.loop, known.get("eval_report")),
         training=training,
@@ -126,9 +130,31 @@ def lineage(database: Database, model: ModelVersion) -> Lineage:
 
 
 def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
-    """The model card of a version, in Markdown; parts whose artifacts are gone are left out."""
+    """Return the model card of a version in Markdown, without the sections whose artifacts were deleted."""
     made_from = lineage(database, model)
     dataset, training, report = made_from.dataset_manifest, made_from.training, made_from.report_manifest
+    data_metrics: dict[str, Any] = {}
+    if dataset:
+        data_metrics = {
+            "train": dataset.train,
+            "validation": dataset.validation,
+            "replayed": dataset.replayed,
+            "left out": sum(dataset.left_out.values()),
+            "redacted": sum(dataset.redacted.values()),
+            "left out as near-duplicates of the benchmark": len(dataset.near_benchmark),
+        }
+    training_metrics: dict[str, Any] = {}
+    if training:
+        training_metrics = {
+            "method": f"{training.method}, {training.mode}",
+            "examples": training.examples,
+            "steps": training.steps,
+            "validation loss": f"{training.loss_before:.3f} before, {training.loss_after:.3f} after",
+            "speed": f"{training.tokens_per_second:,.0f} tokens/s",
+            "time": f"{training.wall_seconds:.0f} s on {training.device}",
+            "peak memory": f"{training.peak_memory_bytes / 1e6:,.0f} MB",
+            "Dagster run": training.run_id,
+        }
     return model_card(
         Card(
             name=model.name,
@@ -142,12 +168,12 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
             files={path.name: sha256 for path, sha256 in model.files.items()},
             adapter=made_from.adapter,
             dataset=made_from.dataset,
-            data=_data_figures(dataset) if dataset else {},
+            data=data_metrics,
             events=made_from.events,
             watermark=made_from.watermark,
-            training=_training_figures(training) if training else {},
+            training=training_metrics,
             scores={key: value for key, value in model.scores.items() if isinstance(value, int | float)},
-            metrics=_report_rows(model.loop, report) if report else (),
+            metrics=_card_metrics(model.loop, report) if report else (),
             benchmark_sha256=report.benchmark_sha256 if report else None,
             verdict=_verdict(database, model),
         )
@@ -155,7 +181,7 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
 
 
 def _base_name(folder: str) -> str:
-    """A base model as others know it: its Hugging Face id, or its path within the project."""
+    """Return the Hugging Face id of a downloaded base model, or the folder, relative to the project if inside."""
     path = Path(folder)
     cached = next((part for part in path.parts if part.startswith("models--")), None)
     if cached:
@@ -164,41 +190,18 @@ def _base_name(folder: str) -> str:
 
 
 def _verdict(database: Database, model: ModelVersion) -> str:
-    """The gate's sentence, and who passed it over if somebody did."""
+    """Return the gate's reason, and who deployed the version against it, if somebody did."""
     report = model.lineage.get("eval_report")
     comparison = find_comparison(database, model.loop, report) if report else None
-    said = comparison.reason if comparison else ""
-    came = next((one for one in list_deployments(database, model.loop) if one.model_id == model.id), None)
-    if came is None or came.action == "promote":
-        return said or (came.reason if came else "")
-    return "; ".join([*([said] if said else []), f"{came.action} by {came.actor}: {came.reason}"])
+    reason = comparison.reason if comparison else ""
+    deployment = next((one for one in list_deployments(database, model.loop) if one.model_id == model.id), None)
+    if deployment is None or deployment.action == "promote":
+        return reason or (deployment.reason if deployment else "")
+    by_hand = f"{deployment.action} by {deployment.actor}: {deployment.reason}"
+    return f"{reason}; {by_hand}" if reason else by_hand
 
 
-def _data_figures(manifest: DatasetManifest) -> dict[str, Any]:
-    return {
-        "train": manifest.train,
-        "validation": manifest.validation,
-        "replayed": manifest.replayed,
-        "left out": sum(manifest.left_out.values()),
-        "redacted": sum(manifest.redacted.values()),
-        "near a benchmark question, taken out": len(manifest.near_benchmark),
-    }
-
-
-def _training_figures(training: TrainingJob) -> dict[str, Any]:
-    return {
-        "method": f"{training.method}, {training.mode}",
-        "examples": training.examples,
-        "steps": training.steps,
-        "validation loss": f"{training.loss_before:.3f} before, {training.loss_after:.3f} after",
-        "speed": f"{training.tokens_per_second:,.0f} tokens/s",
-        "time": f"{training.wall_seconds:.0f} s on {training.device}",
-        "peak memory": f"{training.peak_memory_bytes / 1e6:,.0f} MB",
-        "Dagster run": training.run_id,
-    }
-
-
-def _report_rows(loop: str, report: ReportManifest) -> tuple[CardMetric, ...]:
+def _card_metrics(loop: str, report: ReportManifest) -> tuple[CardMetric, ...]:
     path = stage_folder(loop, report.stage) / report.version / JSON
     try:
         rows = metrics_of_report(path).rows
@@ -210,33 +213,23 @@ def _report_rows(loop: str, report: ReportManifest) -> tuple[CardMetric, ...]:
 def _manifest(kind: type[M], loop: str, version: str | None) -> M | None:
     try:
         found = find(kind, loop, version) if version else None
-    except ArtifactError:  # damaged: as good as gone
+    except ArtifactError:  # damaged
         return None
     return found.manifest if found else None
 
 
-def _weights(database: Database, loop: str, datasets: set[str]) -> Iterator[Path]:
-    """Folders of the adapters and model files that learnt from one of these datasets."""
-
-    def trained(adapter: str | None) -> bool:
-        return bool(datasets & _learnt_from(database, loop, adapter))
-
-    yield from (path for path in _complete(loop, AdapterManifest) if trained(path.name))
-    yield from (path for path in _complete(loop, GgufManifest) if trained(_inputs(path).get("lora_adapter")))
-
-
-def _learnt_from(database: Database, loop: str, adapter: str | None) -> set[str]:
-    """The datasets that an adapter was trained on, and those of the adapters that it was trained on top of."""
+def _datasets_of(database: Database, loop: str, adapter: str | None) -> set[str]:
+    """Return the datasets that an adapter was trained on, those of the adapters that it started from included."""
     datasets: dict[str, str | None] = {}
     while adapter is not None and adapter not in datasets:
-        datasets[adapter], adapter = _made_from(loop, adapter, find_training_job(database, loop, adapter))
+        datasets[adapter], adapter = _origin_of(loop, adapter, find_training_job(database, loop, adapter))
     return {dataset for dataset in datasets.values() if dataset is not None}
 
 
-def _made_from(loop: str, adapter: str, training: TrainingJob | None) -> tuple[str | None, str | None]:
-    """The dataset that an adapter was trained on, and the adapter that it was trained on top of.
+def _origin_of(loop: str, adapter: str, training: TrainingJob | None) -> tuple[str | None, str | None]:
+    """Return the dataset that an adapter was trained on and the adapter that it started from.
 
-    By its manifest, or by the training's row where that is gone.
+    They are read from the adapter's manifest, or from its training job if the adapter was deleted.
     """
     inputs = _inputs(stage_folder(loop, AdapterManifest.stage) / adapter)
     if not inputs and training is not None:
@@ -245,7 +238,7 @@ def _made_from(loop: str, adapter: str, training: TrainingJob | None) -> tuple[s
 
 
 def _inputs(folder: Path) -> dict[str, str]:
-    """What an artifact was made from, whichever version of the project wrote it; nothing where its manifest is gone."""
+    """Return the inputs in a manifest, of whatever version of the project; none if there is no manifest."""
     try:
         inputs: dict[str, str] = json.loads((folder / MANIFEST).read_bytes()).get("inputs", {})
     except (OSError, ValueError):
@@ -254,7 +247,7 @@ def _inputs(folder: Path) -> dict[str, str]:
 
 
 def _complete(loop: str, kind: type[Manifest]) -> Iterator[Path]:
-    """Folders of the complete artifacts of a stage, also of those that an older version of the project wrote."""
+    """Yield the folders of a stage's complete artifacts, also of those that an older version of the project wrote."""
     for path in sorted(stage_folder(loop, kind.stage).glob(f"[!.]*/{MANIFEST}")):
         yield path.parent
 
@@ -271,7 +264,7 @@ def _snapshot_holds(folder: Path, ids: set[str]) -> bool:
                 if pc.any(pc.is_in(batch.column(0), value_set=wanted)).as_py():
                     return True
         except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
-            raise ArtifactError(f"{path} cannot be read ({error}); delete {folder} and ask again") from error
+            raise ArtifactError(f"{path} cannot be read ({error}); delete {folder} and try again") from error
     return False
 
 
@@ -279,4 +272,4 @@ def _dataset_holds(folder: Path, ids: set[str]) -> bool:
     try:
         return any(row["interaction_id"] in ids for row in read_all(folder, ["interaction_id"]))
     except (OSError, ValueError, CurationError) as error:  # Arrow's errors are ValueErrors
-        raise ArtifactError(f"{folder} cannot be read ({error}); delete it and ask again") from error
+        raise ArtifactError(f"{folder} cannot be read ({error}); delete it and try again") from error

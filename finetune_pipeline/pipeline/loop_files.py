@@ -1,4 +1,4 @@
-"""What the assets of one loop read beside their inputs: the files that its YAML names."""
+"""The files that a loop's YAML names: benchmark, output schema, rules, replay examples, tokenizer."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -22,22 +22,22 @@ PACKAGES = ("finetune-pipeline", "torch", "transformers", "trl", "peft", "datase
 
 
 def output_schema(loop: LoopSettings) -> dict[str, Any] | None:
-    """The JSON Schema of the loop's answers, or None for free text."""
+    """Return the JSON Schema of the loop's answers, or None for free text."""
     return load_schema(project_path(loop.output_schema)) if loop.output_schema else None
 
 
 def benchmark(loop: LoopSettings) -> Benchmark:
-    """The loop's benchmark, every line of it checked."""
+    """Return the loop's benchmark; every line is validated."""
     return load_benchmark(project_path(loop.evaluation.benchmark), output_schema(loop))
 
 
 def rules(loop: LoopSettings) -> tuple[Rule, ...]:
-    """The loop's compliance rules."""
+    """Return the loop's compliance rules."""
     return load_rules(project_path(loop.evaluation.compliance)) if loop.evaluation.compliance else ()
 
 
 def judging_files(loop: LoopSettings) -> dict[str, str]:
-    """Hashes of the files that decide what a right answer is, by name."""
+    """Return the hashes of the files that decide which answers are correct, by name."""
     named = {
         "benchmark": loop.evaluation.benchmark,
         "output_schema": loop.output_schema,
@@ -47,18 +47,18 @@ def judging_files(loop: LoopSettings) -> dict[str, str]:
 
 
 def policy(loop: LoopSettings) -> Policy:
-    """The rule of which examples may train, with all that it needs.
+    """Return the policy that decides which examples may train.
 
-    Reading a benchmark and indexing it takes some 40 ms, and the sensor asks every few seconds: what was read is kept
-    while the files are the same by time and size.
+    Reading and indexing a benchmark takes about 40 ms, and the sensor needs the policy every few seconds. So the index
+    is cached until mtime or size of the files change.
     """
     schema = project_path(loop.output_schema) if loop.output_schema else None
     path = project_path(loop.evaluation.benchmark)
-    index, problem = _judges(path, schema, _stamp(path), _stamp(schema))
+    index, validator = _index_and_validator(path, schema, _stamp(path), _stamp(schema))
     quotas = {source.name: Quota(source.max_examples, source.max_fraction) for source in loop.sources}
     tokenizer = tokenizer_path(loop)
     tokens = _token_counter(tokenizer.parent, tokenizer, _stamp(tokenizer)) if tokenizer else None
-    return Policy(loop.curation, index, problem, quotas, loop.review.required, tokens)
+    return Policy(loop.curation, index, validator, quotas, loop.review.required, tokens)
 
 
 @lru_cache(maxsize=4)
@@ -67,25 +67,25 @@ def _token_counter(base: Path, *_stamps: object) -> TokenCounter:
 
 
 def tokenizer_path(loop: LoopSettings) -> Path | None:
-    """The base model's tokenizer, where curation counts tokens."""
+    """Return the base model's tokenizer file if curation limits the number of tokens."""
     limited = loop.curation.max_prompt_tokens or loop.curation.max_answer_tokens
     return tokenizer_file(resolve_base_model(loop.base_model)) if limited else None
 
 
 def identity(example: Example) -> str:
-    """The content hash by which the store knows an example again after it was judged."""
+    """Return the content hash by which the store recognizes an example that was judged before."""
     return content_hash(conversation_text(example.prompt, example.history), example.target)
 
 
 @lru_cache(maxsize=16)
-def _judges(path: Path, schema: Path | None, *_stamps: object) -> tuple[NearIndex, Validator]:
-    read = load_schema(schema) if schema else None
-    questions = {question.id: question.prompt for question in load_benchmark(path, read).questions}
+def _index_and_validator(path: Path, schema: Path | None, *_stamps: object) -> tuple[NearIndex, Validator]:
+    output_schema = load_schema(schema) if schema else None
+    questions = {question.id: question.prompt for question in load_benchmark(path, output_schema).questions}
     for id, prompt in list(questions.items()):
-        clean = redact(prompt).text  # as examples are, before they are compared
-        if clean != prompt:
-            questions[f"{id}, redacted"] = clean
-    return NearIndex(questions), answer_validator(read)
+        redacted = redact(prompt).text  # examples are redacted before they are compared with the questions
+        if redacted != prompt:
+            questions[f"{id}, redacted"] = redacted
+    return NearIndex(questions), answer_validator(output_schema)
 
 
 def _stamp(path: Path | None) -> tuple[int, int] | None:
@@ -96,16 +96,16 @@ def _stamp(path: Path | None) -> tuple[int, int] | None:
 
 
 def replay_path(loop: LoopSettings) -> Path | None:
-    """The file of examples that must not be erased."""
+    """Return the file of replay examples."""
     return project_path(loop.curation.replay) if loop.curation.replay else None
 
 
 def replay(loop: LoopSettings) -> list[Any]:
-    """The examples that are mixed in against forgetting."""
+    """Return the replay examples, which are added to a dataset against catastrophic forgetting."""
     path = replay_path(loop)
     return read_replay(path) if path else []
 
 
 def hashes(**paths: Path | None) -> dict[str, str]:
-    """SHA-256 of each file that is given, by name."""
+    """Return the SHA-256 of each file that is not None, by name."""
     return {name: hash_file(path) for name, path in paths.items() if path is not None}

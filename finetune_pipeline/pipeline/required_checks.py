@@ -1,6 +1,7 @@
-"""Proof that a model may be evaluated and promoted: each blocking check passed on exactly the content it was made from.
+"""The checks that a model must have passed before it is evaluated or promoted.
 
-The outcomes are read from the database, by hash; independent of Dagster.
+Each blocking check of the model and of the datasets that it was trained on must have a passing outcome in the database,
+recorded for exactly the hash of the content.
 """
 
 from collections.abc import Iterable
@@ -15,14 +16,14 @@ from finetune_pipeline.settings import LoopSettings
 
 
 class NotProven(ArtifactError):
-    """A blocking check of a model or its datasets failed or was not run; the message says which."""
+    """Raised if a blocking check of a model or one of its datasets failed or was not run."""
 
 
 def check_proven(gguf: Artifact[GgufManifest]) -> None:
-    """Refuse a model unless all blocking checks of it and its datasets have passing outcomes.
+    """Check that all blocking checks of a model and of its datasets passed.
 
     Raises:
-        NotProven: the message names the artifact, its checks, and what to do.
+        NotProven: the message names the artifact, the checks, and what to do.
     """
     manifest = gguf.manifest
     if not manifest.datasets:
@@ -36,10 +37,10 @@ def check_proven(gguf: Artifact[GgufManifest]) -> None:
 
 
 def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> None:
-    """Refuse an artifact unless each of its blocking checks has a passing outcome.
+    """Check that each blocking check of an artifact passed.
 
     Raises:
-        NotProven: a check failed, or was not run on this content.
+        NotProven: a check failed, or did not run on this content.
     """
     outcomes = outcomes_of(connect(), loop, kind, version, sha256)
     problems = [
@@ -49,13 +50,13 @@ def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> 
     ]
     if problems:
         raise NotProven(
-            f"{kind.stage} {version} did not pass its blocking checks: {', '.join(problems)}; nothing that was made "
-            f"from it is promoted. Fix the cause, then materialize {kind.stage} and everything after it again"
+            f"{kind.stage} {version} did not pass its blocking checks: {', '.join(problems)}; no model made from it "
+            f"is promoted. Fix the cause, then materialize {kind.stage} and everything after it again"
         )
 
 
 def dataset_of(loop: str, version: str) -> Artifact[DatasetManifest]:
-    """Return a dataset that a model was trained on, unaltered.
+    """Return a dataset that a model was trained on.
 
     Raises:
         ArtifactError: it is missing, or was edited.
@@ -66,10 +67,10 @@ def dataset_of(loop: str, version: str) -> Artifact[DatasetManifest]:
 
 
 def near_benchmark(loop: LoopSettings, datasets: Iterable[str]) -> str | None:
-    """Return which of these datasets has near-duplicates of the current benchmark's questions; None if none has.
+    """Return which of these datasets has near-duplicates of the benchmark, as a sentence; None if none has.
 
-    The check no_benchmark_overlap compared each with the benchmark at the time when it was made. A model that was
-    trained on top of another was trained on the datasets of both.
+    The check no_benchmark_overlap compared each with the benchmark at the time. A warm-started model was trained on its
+    own dataset and on those of the adapter that it started from.
 
     Args:
         datasets: versions of all datasets that a model was trained on.

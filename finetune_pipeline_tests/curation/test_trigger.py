@@ -6,7 +6,7 @@ from finetune_pipeline.curation.retrain_trigger import Attempt, decide
 from finetune_pipeline.settings import TriggerSettings
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
-SETTINGS = TriggerSettings(new_examples=50, attempts=3, retry_after_minutes=5)
+SETTINGS = TriggerSettings(new_examples=50, max_attempts=3, retry_after_minutes=5)
 LONG_AGO = NOW - timedelta(hours=1)
 JUST_NOW = NOW - timedelta(minutes=1)
 
@@ -21,7 +21,7 @@ def tried(*series, ended=LONG_AGO):
         (0, [], False, "0 of 50 new high-reward examples"),
         (49, [], False, "49 of 50"),
         (50, [], True, "50 of 50"),
-        (53, tried(50, ended=JUST_NOW), False, "try 2 of 3 at 12:04"),  # not at every tick
+        (53, tried(50, ended=JUST_NOW), False, "attempt 2 of 3 starts at 12:04"),  # not at every tick
         (53, tried(50), True, "53 of 50"),  # tried again after the wait
         (53, tried(50, 50, 50), False, "3 runs on them failed"),  # gives up, and says so
         (99, tried(50, 50, 50), False, "tries again by itself at 100"),

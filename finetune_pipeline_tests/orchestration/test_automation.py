@@ -9,7 +9,7 @@ import pytest
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.content_hash import content_hash
 from finetune_pipeline.feedback.store import mark_judged, newest_offset
-from finetune_pipeline.orchestration.automation import LOOP_TAG, SERIES_TAG, WATERMARK_TAG, answer
+from finetune_pipeline.orchestration.automation import LOOP_TAG, SERIES_TAG, WATERMARK_TAG, next_run
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
@@ -46,14 +46,14 @@ def add_run(instance, loop, request, status, ended=NOW):
 
 
 def test_it_always_says_the_numbers(loop, instance):
-    assert answer(loop, instance, NOW).skip_message == "0 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "0 of 10 new high-reward examples"
     take_in(loop, *corrected(["ash", "birch", "cedar"]))
-    assert answer(loop, instance, NOW).skip_message == "3 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "3 of 10 new high-reward examples"
 
 
 def test_enough_new_examples_start_the_whole_loop(loop, instance):
     take_in(loop, *corrected(f"person{n}" for n in range(10)))
-    request = answer(loop, instance, NOW)
+    request = next_run(loop, instance, NOW)
     assert isinstance(request, dg.RunRequest)
     assert request.asset_selection is None
     assert request.run_key == "notes:0:10:attempt1"
@@ -88,14 +88,14 @@ def test_different_corrections_of_one_prompt_are_one_example(loop):
 def test_a_file_that_never_stops_growing_does_not_keep_the_loop_from_starting(loop, instance):
     take_in(loop, *corrected(f"person{n}" for n in range(10)))
     write_events(loop.drop_folder / "log.jsonl", *corrected(["still more"]))
-    request = answer(loop, instance, NOW)
+    request = next_run(loop, instance, NOW)
     assert isinstance(request, dg.RunRequest) and request.asset_selection is None
 
 
 def test_a_judged_dataset_quiets_it_whatever_the_verdict(loop, instance):
     take_in(loop, *corrected(f"person{n}" for n in range(10)))
     judge(loop, promote=False)
-    assert answer(loop, instance, NOW).skip_message == "0 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "0 of 10 new high-reward examples"
 
 
 def test_what_was_judged_never_counts_again_even_when_it_is_logged_again(loop):
@@ -111,10 +111,10 @@ def test_what_was_judged_never_counts_again_even_when_it_is_logged_again(loop):
 
 def test_a_file_that_the_ledger_does_not_know_is_read_first(loop, instance):
     write_events(loop.drop_folder / "new.jsonl", *corrected(["ash"]))
-    request = answer(loop, instance, NOW)
+    request = next_run(loop, instance, NOW)
     assert request.asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
     ingest(loop, connect(), lambda text: None)
-    assert answer(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
 
 
 def test_a_file_that_is_rewritten_again_and_again_starts_a_run_each_time(loop, instance):
@@ -127,7 +127,7 @@ def test_a_file_that_is_rewritten_again_and_again_starts_a_run_each_time(loop, i
         file.write_text(interaction(name).model_dump_json() + "\n")
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert file.stat().st_size == stat.st_size
-        keys.append(answer(loop, instance, NOW).run_key)
+        keys.append(next_run(loop, instance, NOW).run_key)
     assert len(set(keys)) == 3
 
 
@@ -135,26 +135,26 @@ def test_a_file_that_is_rewritten_again_and_again_starts_a_run_each_time(loop, i
 def test_conversations_of_every_kind_of_file_are_noticed_too(loop, instance, name):
     loop.drop_folder.mkdir(parents=True)
     write_as(loop.drop_folder / name, [{"prompt": "what did ash say?", "completion": "ash spoke"}])
-    assert answer(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
+    assert next_run(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
     ingest(loop, connect(), lambda text: None)
-    assert answer(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
 
 
 def test_a_file_with_an_unusable_name_is_noticed_and_does_not_break_the_sensor(loop, instance):
     loop.drop_folder.mkdir(parents=True)
     write_as(loop.drop_folder / os.fsdecode(b"a\xfc.csv"), [{"prompt": "p", "completion": "c"}])
-    assert answer(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
+    assert next_run(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
 
 
 def test_a_file_that_cannot_be_read_does_not_start_runs_for_ever(loop, instance):
     write_events(loop.drop_folder / "new.jsonl", *corrected(["ash"]))
     keys = set()
-    for _ in range(loop.trigger.attempts):
-        request = answer(loop, instance, NOW)
+    for _ in range(loop.trigger.max_attempts):
+        request = next_run(loop, instance, NOW)
         keys.add(request.run_key)
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
-    assert len(keys) == loop.trigger.attempts
-    said = answer(loop, instance, NOW).skip_message
+    assert len(keys) == loop.trigger.max_attempts
+    said = next_run(loop, instance, NOW).skip_message
     assert said.startswith("0 of 10") and "look at the last run of raw_logs" in said
 
 
@@ -163,14 +163,14 @@ def test_a_failed_run_consumes_nothing_and_is_tried_again_a_few_times(loop, inst
     later = NOW
     for attempt in (1, 2, 3):
         later += timedelta(minutes=10)
-        request = answer(loop, instance, later)
+        request = next_run(loop, instance, later)
         assert request.run_key == f"notes:0:12:attempt{attempt}"
         assert request.tags == {LOOP_TAG: "notes", WATERMARK_TAG: "0", SERIES_TAG: "12"}
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
-    gave_up = answer(loop, instance, later + timedelta(minutes=10))
+    gave_up = next_run(loop, instance, later + timedelta(minutes=10))
     assert "12 of 10" in gave_up.skip_message and "by itself at 22" in gave_up.skip_message
     take_in(loop, *corrected(f"more{n}" for n in range(10)))
-    rearmed = answer(loop, instance, later + timedelta(minutes=20))
+    rearmed = next_run(loop, instance, later + timedelta(minutes=20))
     assert rearmed.run_key == "notes:0:22:attempt1"
 
 
@@ -182,7 +182,7 @@ def test_while_a_run_of_the_loop_is_in_progress_nothing_starts(loop, instance):
         asset_selection=frozenset({dg.AssetKey(["notes", "raw_logs"])}),
     )
     instance.add_run(by_hand.with_status(dg.DagsterRunStatus.STARTED))
-    assert "is in progress" in answer(loop, instance, NOW).skip_message
+    assert "is in progress" in next_run(loop, instance, NOW).skip_message
 
 
 def test_a_run_of_another_loop_is_nobodys_business_here(loop, instance):
@@ -193,14 +193,14 @@ def test_a_run_of_another_loop_is_nobodys_business_here(loop, instance):
         asset_selection=frozenset({dg.AssetKey(["raw_logs"])}),
     )
     instance.add_run(other.with_status(dg.DagsterRunStatus.STARTED))
-    assert isinstance(answer(loop, instance, NOW), dg.RunRequest)
+    assert isinstance(next_run(loop, instance, NOW), dg.RunRequest)
 
 
 def test_a_run_that_fell_silent_long_ago_does_not_silence_the_sensor(loop, instance):
     take_in(loop, *corrected(f"person{n}" for n in range(10)))
-    request = answer(loop, instance, NOW)
+    request = next_run(loop, instance, NOW)
     run = add_run(instance, loop, request, dg.DagsterRunStatus.STARTED)
     instance.report_engine_event("the last word", run)
-    assert "is in progress" in answer(loop, instance, datetime.now(UTC)).skip_message
+    assert "is in progress" in next_run(loop, instance, datetime.now(UTC)).skip_message
     next_day = datetime.now(UTC) + timedelta(days=1)
-    assert isinstance(answer(loop, instance, next_day), dg.RunRequest)
+    assert isinstance(next_run(loop, instance, next_day), dg.RunRequest)
