@@ -1,8 +1,8 @@
-# make demo    set up, run the whole loop on the sample logs, show what came out
+# make demo    set up, run the complete loop on the sample logs, show the result
 # make test    set up, run the tests
-# make ui      Dagster's UI on this project
-# make serve   the gateway: OpenAI's API over the promoted models
-# make check   what CI runs: formatter, linter, types, definitions, tests
+# make ui      Dagster's UI for this project
+# make serve   the gateway: an OpenAI-compatible API for the promoted models
+# make check   formatter, linter, types, definitions, tests: what CI runs, without the slow tests
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all ui serve check lint format bench doctor clean
 
@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
 	@touch $@
 
-setup:  # always runs: CMAKE_ARGS may have changed since the last time
+setup:  # always runs, because CMAKE_ARGS may have changed
 	@scripts/setup.sh
 	@touch $(READY)
 

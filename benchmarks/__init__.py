@@ -1,1 +1,1 @@
-"""The figures of the README, measured: `make bench`, or `python -m benchmarks NAME` for one of them."""
+"""Benchmarks of docs/benchmarks.md: `make bench` runs them, `python -m benchmarks NAME` one of them."""

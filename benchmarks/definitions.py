@@ -1,4 +1,4 @@
-"""How long it takes until all definitions are resolved, in a fresh process, and what heavy packages that loads."""
+"""Time to resolve all Dagster definitions in a new process, and the heavy packages that this imports."""
 
 import json
 import statistics
@@ -21,7 +21,7 @@ print(json.dumps({{"assets": len(graph.get_all_asset_keys()), "heavy": loaded}})
 
 
 def main() -> None:
-    """Measure the whole process, from the interpreter's start to its end."""
+    """Measure the process from the start of the interpreter to its end."""
     seconds = []
     for _ in range(RUNS):
         started = time.perf_counter()

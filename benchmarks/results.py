@@ -1,4 +1,4 @@
-"""How a benchmark tells what it measured: a Markdown table on the screen, JSON in a file."""
+"""Publish the results of a benchmark: a Markdown table on the screen, JSON in a file."""
 
 import json
 import platform
@@ -13,13 +13,13 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def end(missed: list[str]) -> None:
-    """End the benchmark with an error if a figure to reach was missed; after the figures were published."""
+    """Exit with an error if a target was missed. Call it after `publish`."""
     if missed:
-        sys.exit("missed: " + "; ".join(missed))
+        sys.exit("missed targets: " + "; ".join(missed))
 
 
 def publish(name: str, headings: list[str], rows: list[list[Any]], figures: dict[str, Any]) -> None:
-    """Print the table and write the figures, with the machine that they were measured on."""
+    """Print the table, and write the figures with a description of this machine."""
     print(f"\n## {name}\n")
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for row in rows:

@@ -1,4 +1,4 @@
-"""A fresh clone, set up twice: with an empty package cache, then with the one that this filled."""
+"""Time to set up a new clone, first with an empty package cache, then with the cache that the first run filled."""
 
 import os
 import shutil
@@ -13,23 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    """Clone, set up, remove the clone, clone again, set up again."""
+    """Clone and set up twice, with one package cache."""
     folder = Path(tempfile.mkdtemp(prefix="finetune-setup-"))
     env = {**os.environ, "PIP_CACHE_DIR": str(folder / "cache")}
+    clone, seconds = folder / "clone", {}
     try:
-        seconds = {name: _set_up(folder / "clone", env) for name in ("cold", "warm")}
+        for cache in ("cold", "warm"):
+            shutil.rmtree(clone, ignore_errors=True)
+            subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+            started = time.perf_counter()
+            subprocess.run(["make", "setup"], cwd=clone, env=env, check=True)
+            seconds[cache] = time.perf_counter() - started
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    rows = [[name, f"{value:.0f} s"] for name, value in seconds.items()]
+    rows = [[cache, f"{value:.0f} s"] for cache, value in seconds.items()]
     publish("setup", ["package cache", "make setup"], rows, {"seconds": seconds})
-
-
-def _set_up(clone: Path, env: dict[str, str]) -> float:
-    shutil.rmtree(clone, ignore_errors=True)
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-    started = time.perf_counter()
-    subprocess.run(["make", "setup"], cwd=clone, env=env, check=True)
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes an environment with Axolotl for a CPU: enough to hold our configurations against its schema, and to train a tiny
-# model by it. For the tests only: on a machine with a GPU, install Axolotl as its documentation says.
+# Create an environment with Axolotl for a CPU, sufficient to check our configurations against its schema and to train a
+# tiny model. For the tests only: on a machine with a GPU, install Axolotl as its documentation describes.
 #
-#   scripts/axolotl_env.sh [FOLDER]   default: $FINETUNE_HOME/axolotl or data/state/axolotl; made once, then found again
+#   scripts/axolotl_env.sh [FOLDER]   default: $FINETUNE_HOME/axolotl or data/state/axolotl; created once, then reused
 #
 #   PYTHON, TORCH_INDEX_URL           as for scripts/setup.sh
 #
-# Prints the path of the `axolotl` command. What it installs is pinned in scripts/axolotl_env.txt.
+# Prints the path of the `axolotl` command. scripts/axolotl_env.txt pins the packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,9 +24,9 @@ if ! cmp -s "$pins" "$folder/made-from.txt"; then
   "${PYTHON:-python3.11}" -m venv "$folder/venv"
   pip() { "$folder/venv/bin/python" -m pip install -q "$@" >&2; }
   pip ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' $pins)"
-  # Without dependencies: the file has all that is needed on a CPU, and Axolotl asks for gigabytes of CUDA besides.
+  # Without dependencies: the file lists everything for a CPU, and Axolotl would install gigabytes of CUDA in addition.
   pip --no-deps -r $pins
   cp $pins "$folder/made-from.txt"
-  echo "Axolotl's environment was made in $((SECONDS - started)) s" >&2
+  echo "Axolotl's environment was created in $((SECONDS - started)) s" >&2
 fi
 echo "$(cd "$folder" && pwd)/venv/bin/axolotl"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Makes .venv and installs what constraints.txt pins. Run by `make`; run again, it installs what is missing.
+# Create .venv and install the versions pinned in constraints.txt. `make` runs this; a second run installs what is missing.
 #
-#   PYTHON           the Python to use (3.11 or 3.12); default python3.11
-#   TORCH_INDEX_URL  a package index to take torch from, for a CPU-only or another CUDA build (see the README)
-#   CMAKE_ARGS       how llama.cpp is compiled; default: portable, CPU only
+#   PYTHON           Python to use (3.11 or 3.12); default python3.11
+#   TORCH_INDEX_URL  package index for torch, to get a CPU-only or another CUDA build (see the README)
+#   CMAKE_ARGS       options for compiling llama.cpp; default: portable, CPU only
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3.11}
 VENV=.venv
-# -march=native makes llama.cpp crash on quantized models on processors with AMX; this build runs everywhere. Image
-# input (LLAVA) is not used here and takes a fifth of the time to compile.
+# With -march=native, llama.cpp crashes on quantized models on processors with AMX. Image input (LLAVA) is not used and
+# takes a fifth of the time to compile.
 export CMAKE_ARGS=${CMAKE_ARGS:--DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -20,15 +20,15 @@ fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 case "$(uname -s)" in
   MINGW* | MSYS* | CYGWIN*) fail "Windows is not supported directly; install WSL (wsl --install) and run make inside it" ;;
 esac
-command -v "$PYTHON" >/dev/null || fail "$PYTHON was not found; install Python 3.11 or name yours: make setup PYTHON=python3.12"
+command -v "$PYTHON" >/dev/null || fail "$PYTHON was not found; install Python 3.11, or set another one: make setup PYTHON=python3.12"
 "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' ||
-  fail "$("$PYTHON" --version) was found, 3.11 or 3.12 is needed; name one: make setup PYTHON=/path/to/python3.11"
+  fail "$("$PYTHON" --version) was found, but 3.11 or 3.12 is needed; set one: make setup PYTHON=/path/to/python3.11"
 command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler was found; install one (Debian: apt-get install g++; macOS: xcode-select --install)"
 
 started=$SECONDS
 if [ ! -x $VENV/bin/python ]; then
-  say "making $VENV with $("$PYTHON" --version)"
-  "$PYTHON" -m venv $VENV || fail "the venv could not be made (Debian: apt-get install python3-venv)"
+  say "creating $VENV with $("$PYTHON" --version)"
+  "$PYTHON" -m venv $VENV || fail "$VENV could not be created (Debian: apt-get install python3-venv)"
 fi
 pip() { $VENV/bin/python -m pip "$@"; }
 pinned() { sed -n "s/^$1==//p" constraints.txt; }
@@ -39,12 +39,12 @@ pip install -q -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_U
 llama=$(pinned llama_cpp_python)
 build="$llama $CMAKE_ARGS"
 if [ "$(cat $VENV/share/llama.cpp/BUILD 2>/dev/null)" != "$build" ]; then
-  say "llama.cpp (llama-cpp-python $llama; it is compiled, about 4 minutes)"
-  rm -f $VENV/share/llama.cpp/BUILD  # there is no complete build until the end of this block
-  # Without the cache: pip looks up wheels by version alone, and would install one compiled with other CMAKE_ARGS.
+  say "llama.cpp (llama-cpp-python $llama; compiling takes about 4 minutes)"
+  rm -f $VENV/share/llama.cpp/BUILD  # the build is complete only at the end of this block
+  # Without the cache: pip identifies a cached wheel by version alone, so it would install one with other CMAKE_ARGS.
   pip uninstall -q -y llama_cpp_python 2>/dev/null
   pip install -q -c constraints.txt --no-cache-dir --no-binary llama_cpp_python llama_cpp_python
-  # The source package carries llama.cpp's own converter, of exactly this version; the wheel does not.
+  # The source package contains llama.cpp's converter of exactly this version; the wheel does not.
   source=$(mktemp -d)
   trap 'rm -rf "$source"' EXIT
   pip download -q --no-deps --no-binary llama_cpp_python -d "$source" "llama_cpp_python==$llama"
@@ -64,6 +64,6 @@ PYTHON
   printf '%s\n' "$build" > $VENV/share/llama.cpp/BUILD
 fi
 
-say "the project and everything else"
+say "the project and its other dependencies"
 pip install -q -c constraints.txt -e '.[dev,postgres]'
 say "ready after $((SECONDS - started)) s"
