@@ -1,4 +1,4 @@
-"""`finetune ingest`: logs and other files into the store, without Dagster."""
+"""The command `finetune ingest`: take logs and other files into the store, without Dagster."""
 
 from pathlib import Path
 from typing import get_args
@@ -20,16 +20,18 @@ from finetune_pipeline.sources.row_readers import SUFFIXES
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--format", "form", type=click.Choice((*get_args(FileFormat), "events")), default="auto", show_default=True,
-    help="What the rows of FILES are; auto tells by their fields, row by row.",
+    help="Format of the rows of FILES; auto tells it by the fields of each row.",
 )  # fmt: skip
 @loop_option
 def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> None:
     """Take FILES into the store, or all new files of the loop's folders.
 
-    JSONL, JSON, CSV and Parquet are read: events of a log, and conversations in the forms that docs/sources.md names.
+    Reads JSONL, JSON, CSV and Parquet: events of a log, and conversations in the formats of docs/sources.md.
     """
     if form != "auto" and not files:
-        raise click.UsageError("--format goes with FILES: in the folders each row tells by its fields what it is")
+        raise click.UsageError(
+            "--format needs FILES: for the files in the loop's folders, each row tells its format by its fields"
+        )
     database = connect()
     total = IngestReport()
     if files:
@@ -52,10 +54,10 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
             for row in rejected_lines(connection, loop.name, 10, [path.resolve() for path in files]):
                 click.echo(f"  {row.path}:{row.line}: {row.reason}", err=True)
     if files and total.rejected and not recorded.interactions + recorded.feedback + recorded.duplicates:
-        advice = "no row could be used: mend them as the reasons say, or name what they are with --format"
+        advice = "no row is usable: fix the rows as the reasons say, or name their format with --format"
         unnamed = [path for path in files if path.suffix.lower() not in SUFFIXES]
-        if unnamed:  # by its first bytes a table of text cannot be told from anything else
-            advice += f"; where {unnamed[0].name} is CSV, name the file {unnamed[0].stem}.csv"
+        if unnamed:  # CSV is recognized by its name only
+            advice += f"; if {unnamed[0].name} is CSV, rename it to {unnamed[0].stem}.csv"
         raise click.ClickException(advice)
 
 
@@ -65,9 +67,9 @@ def _read(
     try:
         done = ingest_file(loop, database, path, reward, form)
     except OSError as error:
-        raise click.ClickException(f"{path} cannot be read ({error.strerror}); mend it, then run again") from error
+        raise click.ClickException(f"{path} cannot be read ({error.strerror}); fix that, then run again") from error
     with database.read() as connection:
         left = path.stat().st_size - position(connection, loop.name, path).offset
     if left > 0:
-        click.echo(f"{path}: its last line is not whole ({left} bytes); it is read when it is", err=True)
+        click.echo(f"{path}: its last line is incomplete ({left} bytes); it is read when it is complete", err=True)
     return done

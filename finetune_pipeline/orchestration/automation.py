@@ -13,7 +13,7 @@ from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.ingest_ledger import UnreadFile, unread
-from finetune_pipeline.sources.row_readers import readable
+from finetune_pipeline.sources.text_files import printable
 
 LOOP_TAG = "finetune/loop"
 WATERMARK_TAG = "finetune/watermark"
@@ -134,7 +134,7 @@ def _read_files(
     loop: LoopSettings, instance: dg.DagsterInstance, files: Sequence[UnreadFile], numbers: str
 ) -> RequestOrSkip:
     """Return a run of raw_logs alone, which ingests unread files; a later evaluation counts their examples."""
-    stats = [(readable(str(x.path)), x.inode, x.size, x.mtime_ns, x.ctime_ns) for x in files]
+    stats = [(printable(str(x.path)), x.inode, x.size, x.mtime_ns, x.ctime_ns) for x in files]
     fingerprint = hash_of(stats)[:16]
     tags = {LOOP_TAG: loop.name, FILES_TAG: fingerprint}
     tries = len(instance.get_runs(dg.RunsFilter(tags=tags), limit=loop.trigger.max_attempts))

@@ -1,4 +1,4 @@
-"""The ledger of event files: how far each was read, and which lines were refused, kept with the events themselves."""
+"""The ledger of ingested files: how far each was read, and which lines were rejected. Kept in the event store."""
 
 import time
 from collections.abc import Sequence
@@ -12,20 +12,23 @@ import sqlalchemy as sa
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.sources.ingest_reader import IngestLine, event_files
 
-_LARGEST_INTEGER = 2**63 - 1
+_MAX_INTEGER = 2**63 - 1
 _CLOCK_TICK_SECONDS = 0.02
 """File systems record times in ticks of up to 10 ms, so two changes within one tick have the same time."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a file was read."""
+    """How far a file was read.
+
+    Attributes:
+        prefix_hash: SHA-256 of the bytes before the offset; empty for a file that is read completely each time.
+    """
 
     offset: int = 0
     lines: int = 0
     rejected: int = 0
     prefix_hash: str = ""
-    """SHA-256 of the bytes before the offset; empty for a file that is read completely each time."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,16 @@ class UnreadFile:
     size: int
     mtime_ns: int
     ctime_ns: int
+
+
+@dataclass(frozen=True)
+class ReadTotals:
+    """Totals over all ingested files of a loop; `unfinished` of them end in an incomplete line."""
+
+    files: int
+    lines: int
+    rejected: int
+    unfinished: int
 
 
 def position(connection: sa.Connection, loop: str, path: Path) -> Position:
@@ -59,25 +72,28 @@ def advance(
     *,
     finished: bool,
 ) -> Position:
-    """Write down that these lines were taken, and quarantine the refused ones among them.
+    """Record that these lines were read, and quarantine the rejected ones.
 
     Args:
-        file: as it was before reading, so that what was appended meanwhile makes it unread again.
+        file: its stat before reading, so that later changes make it unread again.
         finished: it was read to its end.
     """
-    path = file.path
-    refused = [line for line in lines if line.event is None]
+    rejected = [line for line in lines if line.event is None]
     reached = start
     if lines:
         last = lines[-1]
-        reached = Position(last.end, last.number, start.rejected + len(refused), last.prefix_hash)
-    _replace_rejected(connection, loop, path, start, refused)
-    own = sa.and_(t.ingested_files.c.loop == loop, t.ingested_files.c.path == str(path))
-    connection.execute(t.ingested_files.delete().where(own))
+        reached = Position(last.end, last.number, start.rejected + len(rejected), last.prefix_hash)
+    # When a file is read again, its lines from here on are judged again.
+    own = {"loop": loop, "path": str(file.path)}
+    r, f = t.rejected_lines.c, t.ingested_files.c
+    connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == own["path"], r.line > start.lines))
+    if rejected:
+        rows = [{**own, "line": line.number, "reason": line.reason, "excerpt": line.excerpt} for line in rejected]
+        connection.execute(t.rejected_lines.insert(), rows)
+    connection.execute(t.ingested_files.delete().where(f.loop == loop, f.path == own["path"]))
     connection.execute(
         t.ingested_files.insert().values(
-            loop=loop,
-            path=str(path),
+            **own,
             inode=file.inode,
             size=file.size,
             mtime_ns=file.mtime_ns,
@@ -102,7 +118,7 @@ def unread(connection: sa.Connection, loop: str, folders: Sequence[Path]) -> lis
     files = []
     for path in paths:
         with suppress(FileNotFoundError):  # removed since its folder was listed
-            files.append(_as_it_is(path))
+            files.append(_stat(path))
     return [file for file in files if file not in known]
 
 
@@ -110,31 +126,21 @@ def look_at(path: Path) -> UnreadFile:
     """Return a file's stat at a moment from which on every change gives it a later time.
 
     Raises:
-        OSError: it does not exist, or may not be read.
+        OSError: the file does not exist, or access is denied.
     """
     if time.time() - path.stat().st_ctime < _CLOCK_TICK_SECONDS:
         time.sleep(_CLOCK_TICK_SECONDS)
-    return _as_it_is(path)
+    return _stat(path)
 
 
-def _as_it_is(path: Path) -> UnreadFile:
+def _stat(path: Path) -> UnreadFile:
     stat = path.stat()
-    inode = stat.st_ino & _LARGEST_INTEGER  # some file systems have larger numbers than database integers hold
+    inode = stat.st_ino & _MAX_INTEGER  # some file systems have larger numbers than database integers hold
     return UnreadFile(path, inode, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
-@dataclass(frozen=True)
-class ReadTotals:
-    """What a loop's event files held so far; `unfinished` of them end in a line that is not whole yet."""
-
-    files: int
-    lines: int
-    rejected: int
-    unfinished: int
-
-
 def read_totals(connection: sa.Connection, loop: str) -> ReadTotals:
-    """The sums over a loop's event files."""
+    """Return the totals over a loop's ingested files."""
     f = t.ingested_files.c
     sums = [sa.func.sum(f.lines), sa.func.sum(f.rejected), sa.func.sum(sa.case((f.size > f.offset, 1), else_=0))]
     row = connection.execute(sa.select(sa.func.count(), *sums).where(f.loop == loop)).one()
@@ -142,22 +148,9 @@ def read_totals(connection: sa.Connection, loop: str) -> ReadTotals:
 
 
 def rejected_lines(connection: sa.Connection, loop: str, limit: int, paths: Sequence[Path] = ()) -> Sequence[Any]:
-    """The first refused lines, of these files or of all: path, line, reason."""
+    """Return the first rejected lines of these files, or of all: path, line, reason."""
     r = t.rejected_lines.c
     query = sa.select(r.path, r.line, r.reason).where(r.loop == loop).order_by(r.path, r.line).limit(limit)
     if paths:
         query = query.where(r.path.in_([str(path) for path in paths]))
     return connection.execute(query).all()
-
-
-def _replace_rejected(
-    connection: sa.Connection, loop: str, path: Path, start: Position, refused: Sequence[IngestLine]
-) -> None:
-    r = t.rejected_lines.c
-    # A rewritten file is read restarted: what was refused from here on is no longer said of it.
-    connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == str(path), r.line > start.lines))
-    rows = [
-        {"loop": loop, "path": str(path), "line": x.number, "reason": x.reason, "excerpt": x.excerpt} for x in refused
-    ]
-    if rows:
-        connection.execute(t.rejected_lines.insert(), rows)

@@ -1,6 +1,6 @@
-"""Files that loops take in: events of a log, and conversations made elsewhere; a bad line never stops the others.
+"""Read the files that a loop ingests: event logs, and conversations. A bad line does not stop the others.
 
-JSON lines are read from where the last reading ended, since a log grows. Other files are read whole.
+JSON Lines files are read from where the last reading ended, since a log grows. Other files are read from the start.
 """
 
 import hashlib
@@ -10,14 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_pipeline.records import Event, Feedback, Interaction, validate_application_event
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.conversations import to_record
-from finetune_pipeline.sources.row_readers import constant, files_of, layout_of, read_rows, without_nulls
+from finetune_pipeline.sources.row_readers import (
+    files_of,
+    layout_of,
+    parse_constant,
+    read_rows,
+    skip_line,
+    without_nulls,
+)
 from finetune_pipeline.sources.source_record import SourceError, SourceRecord
 from finetune_pipeline.validation_messages import error_messages
 
@@ -31,14 +38,23 @@ HOLE = (
 )
 """Why a line with NUL bytes is rejected."""
 
-
 IngestFormat = FileFormat | Literal["events"]
-"""What the lines of a file are."""
+"""Format of the lines of a file."""
 
 
 @dataclass(frozen=True)
 class IngestLine:
-    """One line of a file: an event or a conversation, or the reason why it is neither."""
+    """One line of a file.
+
+    Attributes:
+        number: from 1.
+        end: the offset behind it.
+        event: an event or conversation; None if the line is rejected.
+        reason: why it is rejected.
+        excerpt: the start of a rejected line.
+        prefix_hash: for JSON Lines: SHA-256 of all bytes of the file up to `end`.
+        final: it is rejected whatever is appended to it, since it is complete JSON.
+    """
 
     number: int
     end: int
@@ -46,31 +62,29 @@ class IngestLine:
     reason: str = ""
     excerpt: str = ""
     prefix_hash: str = ""
-    """For JSON lines: SHA-256 of all bytes of the file up to `end`."""
     final: bool = False
-    """Refused whatever may still be written behind it: it is whole JSON, but nothing that can be taken in."""
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The files of a folder that a loop takes in, by name.
+    """Return the files of a folder that a loop ingests, by name.
 
-    Hidden and temporary ones are left out, and links that lead out of the folder.
+    Hidden and temporary files are left out, and links that lead out of the folder.
 
     Raises:
-        SourceError: the folder is not there.
+        SourceError: the folder does not exist.
     """
     if not folder.is_dir():
         raise SourceError(
-            f"the source folder {folder} is not there; create it, or correct ingest.folders in the loop's YAML"
+            f"the source folder {folder} does not exist; create it, or correct ingest.folders in the loop's YAML"
         )
     return files_of(folder)
 
 
 def grows(path: Path) -> bool:
-    """Whether a file is JSON lines, of which what was appended can be read alone.
+    """Return whether a file is JSON Lines, so that appended lines can be read alone.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     return path.suffix.lower() != ".json" and layout_of(path) == "lines"
 
@@ -78,26 +92,24 @@ def grows(path: Path) -> bool:
 def read_whole(
     path: Path, loop: str, *, max_line_bytes: int, form: IngestFormat = "auto", name: str = ""
 ) -> Iterator[IngestLine]:
-    """Read a file of any kind from its start; each line's `end` is the file's.
+    """Yield all lines of a file of any kind. The `end` of each is the file's size.
 
     Args:
-        name: how the provenances of conversations call the file; default by its own name.
+        name: the file's name in the provenance of conversations; default its own name.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     end = path.stat().st_size
     for number, value, reason, _ in read_rows(path, max_line_bytes):
-        if reason:
-            yield IngestLine(number, end, None, reason)
-        else:
-            yield _understood(value, loop, IngestLine(number, end, None), form, name or path.name)
+        line = IngestLine(number, end, None, reason)
+        yield line if reason else _with_event(value, loop, line, form, name or path.name)
 
 
 class OpenLog:
-    """A file of JSON lines that is read once, in order, and hashed while it is read."""
+    """A JSON Lines file that is hashed while it is read."""
 
-    def __init__(self, file: IO[bytes], name: str) -> None:
+    def __init__(self, file: BinaryIO, name: str) -> None:
         self._file = file
         self.name = name
         self._hash = hashlib.sha256()
@@ -105,17 +117,17 @@ class OpenLog:
 
     @property
     def offset(self) -> int:
-        """Number of bytes that were read."""
+        """Number of bytes read so far."""
         return self._file.tell()
 
     @property
     def prefix_hash(self) -> str:
-        """SHA-256 (hex) of all bytes that were read."""
+        """SHA-256 (hex) of all bytes read so far."""
         return self._hash.hexdigest()
 
     @property
     def inside_a_line(self) -> bool:
-        """Whether the last byte that was read is not the end of a line."""
+        """Whether the last byte read is not the end of a line."""
         return self._last not in {b"", b"\n"}
 
     def skip_if_unchanged(self, offset: int, prefix_hash: str) -> bool:
@@ -131,7 +143,7 @@ class OpenLog:
 
     def line(self, limit: int) -> bytes:
         """Return the next line, at most `limit` + 1 bytes of it; a run of NUL bytes in it is reduced to one."""
-        raw = self._take(self._file.readline(limit + 1))
+        raw = self.readline(limit + 1)
         if len(raw) > limit and raw.endswith(b"\0"):  # a hole in a sparse file may have gigabytes
             while block := self._file.read(_BLOCK):
                 # Comparing first: stripping takes six times as long.
@@ -140,15 +152,12 @@ class OpenLog:
                 if nuls < len(block):
                     self._file.seek(nuls - len(block), os.SEEK_CUR)
                     break
-            raw = raw.rstrip(b"\0") + b"\0" + self._take(self._file.readline(limit + 1))
+            raw = raw.rstrip(b"\0") + b"\0" + self.readline(limit + 1)
         return raw
 
-    def skip_line(self) -> bool:
-        """Skip the rest of a line; return whether it ends."""
-        while rest := self._take(self._file.readline(_BLOCK)):
-            if rest.endswith(b"\n"):
-                return True
-        return False
+    def readline(self, size: int, /) -> bytes:
+        """Return the next line, at most `size` bytes of it."""
+        return self._take(self._file.readline(size))
 
     def _take(self, data: bytes) -> bytes:
         self._hash.update(data)
@@ -158,10 +167,10 @@ class OpenLog:
 
 @contextmanager
 def open_log(path: Path, name: str = "") -> Iterator[OpenLog]:
-    """Open a file of JSON lines; `name` as in `read_whole`.
+    """Open a JSON Lines file; `name` as in `read_whole`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         yield OpenLog(file, name or path.name)
@@ -170,25 +179,26 @@ def open_log(path: Path, name: str = "") -> Iterator[OpenLog]:
 def read_lines(
     log: OpenLog, loop: str, *, lines: int, max_line_bytes: int, form: IngestFormat = "auto"
 ) -> Iterator[IngestLine]:
-    """Read a file from its current offset, which `lines` lines precede.
+    """Yield the lines of a file from its current offset, which `lines` lines precede.
 
-    A last line without a line break is read only if it is complete JSON: otherwise it may still be written, and is left
-    for the next time. If a line has a hole (NUL bytes, from a crash or a truncated log), the text after the hole is
+    A last line without a line break is read only if it is complete JSON. Otherwise it may still be written, and is left
+    for the next reading. If a line has a hole (NUL bytes, from a crash or a truncated log), the text after the hole is
     read as a line of its own, and the hole is reported.
     """
-    # What follows a last line that had no end yet still belongs to that line.
+    # The rest of a last line that was read without its line break still belongs to that line.
     number = lines - 1 if log.inside_a_line else lines
     while raw := log.line(max_line_bytes):
         number += 1
         before, hole, written = raw.rpartition(b"\0")
         if len(written) > max_line_bytes and not written.endswith(b"\n"):
-            ended = log.skip_line()
+            skip_line(log)
+            ended = not log.inside_a_line
             reason = f"longer than {max_line_bytes} bytes (ingest.max_line_bytes)"
             line = IngestLine(number, log.offset, None, reason, _excerpt(written), log.prefix_hash)
         else:
             ended = written.endswith(b"\n")
             blank = IngestLine(number, log.offset, None, prefix_hash=log.prefix_hash)
-            line = _parse(written, loop, blank, form, log.name)
+            line = _parse_line(written, loop, blank, form, log.name)
         if line.event is None and not ended and not line.final:
             return
         if line.event is not None or (line.reason and not hole):
@@ -197,42 +207,41 @@ def read_lines(
             yield replace(line, event=None, reason=HOLE, excerpt=_excerpt(before.strip(b"\0")))
 
 
-def _parse(raw: bytes, loop: str, line: IngestLine, form: IngestFormat, name: str) -> IngestLine:
+def _parse_line(raw: bytes, loop: str, line: IngestLine, form: IngestFormat, name: str) -> IngestLine:
     if not raw.strip():
         return line
     try:
         text = raw.decode("utf-8-sig" if line.number == 1 else "utf-8")
-        document = without_nulls(json.loads(text, parse_constant=constant))
+        document = without_nulls(json.loads(text, parse_constant=parse_constant))
     except UnicodeDecodeError as error:
         return replace(line, reason=f"not UTF-8: {error.reason} at byte {error.start}", excerpt=_excerpt(raw))
     except (ValueError, RecursionError) as error:
         return replace(line, reason=f"not JSON: {error}", excerpt=_excerpt(raw))
-    understood = _understood(document, loop, line, form, name)
-    return understood if understood.event else replace(understood, excerpt=_excerpt(raw))
+    parsed = _with_event(document, loop, line, form, name)
+    return parsed if parsed.event else replace(parsed, excerpt=_excerpt(raw))
 
 
-def _understood(document: Any, loop: str, line: IngestLine, form: IngestFormat, name: str) -> IngestLine:
-    """A line with what it says, as an event or as a conversation, or with why it says neither."""
-    conversation = isinstance(document, dict) and "event" not in document
+def _with_event(document: Any, loop: str, line: IngestLine, form: IngestFormat, name: str) -> IngestLine:
+    """Return a line with its event or conversation, or with the reason why it is rejected."""
+    is_conversation = isinstance(document, dict) and "event" not in document
     try:
-        if form not in {"auto", "events"} or (form == "auto" and conversation):
+        if form not in {"auto", "events"} or (form == "auto" and is_conversation):
             return replace(line, event=to_record(document, f"{name}:{line.number}", cast("FileFormat", form)))
-        event = validate_application_event(
-            _EVENT.validate_python({"loop": loop, **document} if isinstance(document, dict) else document)
-        )
+        fields = {"loop": loop, **document} if isinstance(document, dict) else document
+        event = validate_application_event(_EVENT.validate_python(fields))
     except ValidationError as error:
         return replace(line, reason=_first_error(error), final=True)
     except ValueError as error:
         return replace(line, reason=str(error), final=True)
     if event.loop != loop:
-        return replace(line, reason=f"is of loop {event.loop!r}, this folder is read for {loop!r}", final=True)
+        return replace(line, reason=f"is of loop {event.loop!r}, but this folder is read for {loop!r}", final=True)
     return replace(line, event=event)
 
 
 def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] in {"union_tag_not_found", "union_tag_invalid"}:
-        found = f"is {first['ctx']['tag']!r}" if "tag" in first.get("ctx", {}) else "is not there"
+        found = f"is {first['ctx']['tag']!r}" if "tag" in first.get("ctx", {}) else "is missing"
         return f"event: {found}, expected 'interaction' or 'feedback'"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return error_messages(error)[0] + more

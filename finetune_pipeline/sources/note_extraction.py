@@ -1,7 +1,6 @@
-"""What a meeting note or a list of requirements says plainly, taken out by its form, to fill a template with.
+"""Extract facts from a meeting note or a list of requirements by fixed patterns, to fill a template.
 
-Nothing is guessed: what a document does not say in one of these forms is not found, and a template that needs it is not
-filled.
+Nothing is guessed: what a document does not say in one of these forms is not found.
 """
 
 import re
@@ -25,9 +24,9 @@ _ENTITY = re.compile(
 )  # fmt: skip
 _ENDPOINT = re.compile(r"\b(?P<text>(?:GET|POST|PUT|PATCH|DELETE)[ \t]+/[\w/{}:.-]*)")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-_MARKS = re.compile(r"[*_`]{1,3}")
+_MARKUP = re.compile(r"[*_`]{1,3}")
 _UNFIT_IN_DIAGRAM = re.compile(r"[^\w .,'/&-]+")
-_MOST = 30
+_MAX_VALUES = 30
 
 PLACEHOLDERS = frozenset(
     {
@@ -35,31 +34,30 @@ PLACEHOLDERS = frozenset(
         "entities", "participants", "flow", "mindmap", "entity_blocks",
     }
 )  # fmt: skip
-"""Everything that a template can be filled with: the keys of `facts`."""
+"""The placeholders of templates: the keys of `extract_facts`."""
 
 
-def facts(title: str, text: str) -> dict[str, str]:
-    """What each placeholder of a template stands for in this document; empty where the document says nothing of it."""
-    lines = _lines_of(text)
+def extract_facts(title: str, text: str) -> dict[str, str]:
+    """Return the value of each placeholder; empty if the document says nothing about it."""
     actors = _unique([*_listed(_ACTORS, text), *_found(_STORY, text), *_found(_SPOKEN, text)])
     sections = _unique(match["text"] for match in _HEADING.finditer(text) if _plain(match["text"]) != title)
     entities = _entities(text)
-    known = {
+    lists = {
         "sections": sections,
         "points": _unique(_found(_BULLET, text)),
         "actors": actors,
         "decisions": _unique([*_found(_DECISIONS, text), *_under(text, "decision")]),
         "actions": _unique([*_found(_ACTIONS, text), *_under(text, "action", "next step", "todo")]),
-        "requirements": _unique(line for line in lines if _REQUIREMENT.search(line)),
+        "requirements": _unique(line for line in _sentences(text) if _REQUIREMENT.search(line)),
         "endpoints": _unique(_found(_ENDPOINT, text)),
         "entities": [f"{name}: {', '.join(fields)}" for name, fields in entities.items()],
     }
     return {
         "title": title,
         "summary": _summary(text),
-        **{name: _bullets(values) for name, values in known.items()},
+        **{name: "\n".join(f"- {value}" for value in values) for name, values in lists.items()},
         "participants": _diagram(actors, lambda n, label: f"    participant p{n} as {label}"),
-        "flow": _flow(sections),
+        "flow": _flowchart(sections),
         "mindmap": _diagram(sections, lambda n, label: f"    {label}"),
         "entity_blocks": "\n".join(_entity_block(name, fields) for name, fields in entities.items()),
     }
@@ -72,7 +70,7 @@ def _entities(text: str) -> dict[str, list[str]]:
                   for field in re.split(r",\s*(?:and\s+)?|\s+and\s+", match["fields"])]  # fmt: skip
         name = _plain(match["name"])
         found[name] = _unique([*found.get(name, []), *filter(None, fields)])
-    return dict(list(found.items())[:_MOST])
+    return dict(list(found.items())[:_MAX_VALUES])
 
 
 def _entity_block(name: str, fields: list[str]) -> str:
@@ -80,7 +78,7 @@ def _entity_block(name: str, fields: list[str]) -> str:
     return f"    {_identifier(name).upper()} {{\n{rows}\n    }}"
 
 
-def _flow(sections: list[str]) -> str:
+def _flowchart(sections: list[str]) -> str:
     labels = [label for section in sections if (label := _label(section))]
     nodes = [f'    s{n}["{label}"]' for n, label in enumerate(labels, start=1)]
     arrows = [f"    s{n} --> s{n + 1}" for n in range(1, len(labels))]
@@ -93,7 +91,7 @@ def _diagram(values: list[str], line: Callable[[int, str], str]) -> str:
 
 
 def _label(text: str) -> str:
-    """What can stand in any Mermaid diagram without meaning anything there."""
+    """Return a text without what has a meaning in a Mermaid diagram."""
     label = " ".join(_UNFIT_IN_DIAGRAM.sub(" ", text).split())
     return f"{label}_" if label.lower() == "end" else label
 
@@ -103,21 +101,22 @@ def _identifier(text: str) -> str:
 
 
 def _summary(text: str) -> str:
+    """Return the first paragraph of prose."""
     for paragraph in re.split(r"\n\s*\n", text):
         prose = not paragraph.lstrip().startswith(("#", "-", "*", "+", "|", ">", "`")) and not _NAMED.match(paragraph)
         if prose and len(paragraph.split()) > 4 and paragraph.rstrip().endswith((".", "!", "?")):
-            return " ".join(_MARKS.sub("", paragraph).split())
+            return " ".join(_MARKUP.sub("", paragraph).split())
     return ""
 
 
-def _lines_of(text: str) -> list[str]:
-    """Sentences and list entries, one each."""
+def _sentences(text: str) -> list[str]:
+    """Return sentences and list entries."""
     lines = [re.sub(r"^[ \t]*(?:[-*+]|\d{1,3}[.)])[ \t]+(?:\[[ xX]\][ \t]+)?", "", line) for line in text.splitlines()]
     return [part for line in lines if not line.startswith("#") for part in _SENTENCE.split(line)]
 
 
 def _under(text: str, *names: str) -> list[str]:
-    """The list entries of the sections whose heading has one of these words."""
+    """Return the list entries in sections whose heading contains one of these words."""
     headings = [*_HEADING.finditer(text)]
     ends = [*(heading.start() for heading in headings[1:]), len(text)]
     found: list[str] = []
@@ -137,13 +136,9 @@ def _listed(pattern: re.Pattern[str], text: str) -> list[str]:
 
 def _unique(values: Iterable[str]) -> list[str]:
     plain = (_plain(value) for value in values)
-    return list(dict.fromkeys(value for value in plain if value))[:_MOST]
-
-
-def _bullets(values: list[str]) -> str:
-    return "\n".join(f"- {value}" for value in values)
+    return list(dict.fromkeys(value for value in plain if value))[:_MAX_VALUES]
 
 
 def _plain(text: str) -> str:
-    """One line without marks of Markdown; no fence can come out of it."""
-    return " ".join(_MARKS.sub("", text).split()).strip(" .#")
+    """Return a text as one line without Markdown, so that it cannot open a fenced block."""
+    return " ".join(_MARKUP.sub("", text).split()).strip(" .#")

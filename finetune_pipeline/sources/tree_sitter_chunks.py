@@ -1,6 +1,6 @@
-"""Classes and functions of languages other than Python, cut with tree-sitter; needs the extra `code`.
+"""Cut classes and functions out of code in languages other than Python, with tree-sitter (extra `code`).
 
-Each grammar is a package of its own that carries its parser: nothing is fetched when it is used.
+Each grammar is a package that contains its parser, so nothing is downloaded at run time.
 """
 
 import re
@@ -16,7 +16,7 @@ from finetune_pipeline.sources.code_chunks import (
     ChunkError,
     CodeChunk,
     comment_above,
-    moved_left,
+    dedent,
 )
 from finetune_pipeline.sources.source_record import SourceError
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Grammar:
-    """What of a language's syntax tree is cut.
+    """The nodes of a language's syntax tree that are cut.
 
     Attributes:
-        package: what carries the parser.
-        functions, types: node -> what people call it; what stands in a type is a method of it.
-        inside: nodes that are looked into besides -> the field that names what stands in them, if any.
-        wrapped: a method alone in a file, so that it parses.
-        function: what of the package gives the language.
+        package: the Python package with the parser.
+        functions, types: node type -> kind of the chunk. A function inside a type is a method.
+        inside: other node types that are searched -> the field with their name, if they qualify names.
+        wrapped: pattern that puts a method into a class, so that it parses.
+        function: the package's function that returns the language.
     """
 
     package: str
@@ -82,7 +82,7 @@ _GRAMMARS = {
     ),
 }  # fmt: skip
 _GRAMMARS["tsx"] = replace(_GRAMMARS["typescript"], function="language_tsx")
-_AROUND = {"export_statement", "template_declaration"}  # of a definition, and part of it
+_WRAPPERS = {"export_statement", "template_declaration"}  # around a definition, and part of it
 _DECLARATIONS = {
     "lexical_declaration": ("value", {"arrow_function", "function_expression"}),
     "type_declaration": ("type", {"struct_type", "interface_type"}),
@@ -90,12 +90,12 @@ _DECLARATIONS = {
 
 
 def cut(language: str, text: str, lengths: range = ANY_LENGTH) -> Iterator[CodeChunk | ChunkError]:
-    """The classes and functions of a file that have a body, in its order; those within functions stay with them.
+    """Yield the classes and functions of a file that have a body, in order. Those inside a function are part of it.
 
-    What the grammar does not read is a flaw; what of the file has no error inside is given nevertheless.
+    If the grammar cannot parse the file, the first error is yielded, and the definitions without an error inside.
 
     Args:
-        lengths: numbers of lines that are taken.
+        lengths: allowed numbers of lines.
 
     Raises:
         SourceError: the language's grammar is not installed.
@@ -103,20 +103,19 @@ def cut(language: str, text: str, lengths: range = ANY_LENGTH) -> Iterator[CodeC
     source = text.encode()
     root = _parser(language).parse(source).root_node
     if root.has_error:
-        yield ChunkError(
-            _first_error(root), f"is not {LANGUAGES[language]} that its grammar reads; what has an error is out"
-        )
+        reason = f"is not {LANGUAGES[language]} that its grammar can parse; definitions with an error are left out"
+        yield ChunkError(_first_error_line(root), reason)
     yield from _Cutter(language, source, text.split("\n"), lengths).definitions(root, "")
 
 
 def parses(language: str, code: str, owner: str) -> bool:
-    """Whether it is that language; a method is read inside what it belongs to."""
+    """Return whether a text is code of that language. A method is parsed inside a class."""
     sources = [code, *([in_its_type(language, code, owner)] if owner else [])]
     return any(not _parser(language).parse(f"{source}\n".encode()).root_node.has_error for source in sources)
 
 
 def in_its_type(language: str, code: str, owner: str) -> str:
-    """A method with as much of its class around it as its grammar asks for."""
+    """Return a method inside a class of its owner's name, as far as the grammar needs one."""
     return _GRAMMARS[language].wrapped.format(owner=owner.rpartition(".")[2], code=code)
 
 
@@ -129,7 +128,7 @@ def _parser(language: str) -> "Parser":
         package = import_module(grammar.package)
     except ImportError as error:
         raise SourceError(
-            f"{LANGUAGES[language]} is read with {error.name}, which is not installed: "
+            f"{LANGUAGES[language]} is parsed with {error.name}, which is not installed: "
             ".venv/bin/pip install -c constraints.txt -e '.[code]'"
         ) from error
     return Parser(Language(getattr(package, grammar.function)()))
@@ -155,7 +154,7 @@ class _Cutter:
                     yield from self.definitions(body, _joined(owner, _name(inner)))
             elif inner.type in grammar.inside:
                 by = grammar.inside[inner.type]
-                name = _plain(_text(inner.child_by_field_name(by))) if by else ""
+                name = _normalized(_text(inner.child_by_field_name(by))) if by else ""
                 yield from self.definitions(body or inner, _joined(owner, name))
 
     def _chunk(self, outer: "Node", inner: "Node", owner: str) -> Iterator[CodeChunk]:
@@ -168,7 +167,7 @@ class _Cutter:
         own = (indent + self.source[first.start_byte : end].decode()).split("\n")
         kept = {inside - row for inside in _rows_inside_strings(outer)} if indent else set()
         yield CodeChunk(
-            self.language, self._kind(inner, owner), _joined(owner, name), row + 1, moved_left(own, kept),
+            self.language, self._kind(inner, owner), _joined(owner, name), row + 1, dedent(own, kept),
             self._signature(outer, inner), comment_above(self.lines, row),
         )  # fmt: skip
 
@@ -189,8 +188,8 @@ class _Cutter:
 
 
 def _unwrapped(node: "Node") -> "Node":
-    """The definition itself, without `export`, `template <...>`, `const name =`, `type name`."""
-    if node.type in _AROUND and node.named_children:
+    """Return the definition itself, without `export`, `template <...>`, `const name =` or `type name`."""
+    if node.type in _WRAPPERS and node.named_children:
         return _unwrapped(node.child_by_field_name("declaration") or node.named_children[-1])
     if node.type in _DECLARATIONS and len(node.named_children) == 1:
         by, wanted = _DECLARATIONS[node.type]
@@ -201,7 +200,7 @@ def _unwrapped(node: "Node") -> "Node":
 
 
 def _name(node: "Node") -> str:
-    """A definition's name: its own, or of what it is given to; in C behind its declarators."""
+    """Return a definition's name: its own, or of the variable it is assigned to; in C, inside its declarators."""
     named = node.child_by_field_name("name")
     if named is None and node.parent is not None and node.parent.type in {"variable_declarator", "type_spec"}:
         named = node.parent.child_by_field_name("name")
@@ -209,11 +208,11 @@ def _name(node: "Node") -> str:
         node = inner
         if node.child_by_field_name("declarator") is None:
             named = node
-    return _plain(_text(named))
+    return _normalized(_text(named))
 
 
 def _receiver(node: "Node") -> str:
-    """What a method of Go belongs to."""
+    """Return the type that a Go method belongs to."""
     receiver = node.child_by_field_name("receiver")
     found = re.search(r"(\w+)\s*(?:\[[^)]*)?\)$", _text(receiver))
     return found[1] if found else ""
@@ -237,7 +236,7 @@ def _rows_inside_strings(node: "Node") -> Iterator[int]:
             nodes += one.children
 
 
-def _first_error(node: "Node") -> int:
+def _first_error_line(node: "Node") -> int:
     below: Node | None = node
     while below is not None and not (below.is_error or below.is_missing):
         node = below
@@ -249,8 +248,8 @@ def _text(node: "Node | None") -> str:
     return (node.text or b"").decode() if node is not None else ""
 
 
-def _plain(name: str) -> str:
-    """A name without type parameters, and with dots between its parts."""
+def _normalized(name: str) -> str:
+    """Return a name without type parameters, and with dots between its parts."""
     return re.sub(r"<.*", "", name, flags=re.DOTALL).replace("::", ".").strip()
 
 

@@ -98,13 +98,13 @@ def test_a_single_file_can_be_taken_in(tmp_path):
     assert f"{path}:2: not JSON" in said
     with path.open("a") as file:
         file.write('{"prompt": "a wall')
-    assert f"{path}: its last line is not whole (18 bytes)" in run("ingest", str(path))
+    assert f"{path}: its last line is incomplete (18 bytes)" in run("ingest", str(path))
 
 
 def test_a_table_without_its_name_is_told_to_be_named_as_one(tmp_path):
     path = tmp_path / "answers.txt"
     path.write_text("prompt,completion\np,c\n")
-    assert "where answers.txt is CSV, name the file answers.csv" in run("ingest", str(path), code=1)
+    assert "if answers.txt is CSV, rename it to answers.csv" in run("ingest", str(path), code=1)
     path.rename(tmp_path / "answers.csv")
     assert "1 interactions" in run("ingest", str(tmp_path / "answers.csv"))
 

@@ -102,4 +102,4 @@ def test_a_file_is_read_as_what_it_is_named(loop, tmp_path):
     refused = run("ingest", path, code=1)
     assert f"{path}:1: found 'not those' outside of the turns" in refused and "--format" in refused
     assert "1 interactions" in run("ingest", path, "--format", "alpaca")
-    assert "goes with FILES" in run("ingest", "--format", "alpaca", code=2)
+    assert "needs FILES" in run("ingest", "--format", "alpaca", code=2)

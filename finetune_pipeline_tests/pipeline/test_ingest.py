@@ -301,11 +301,11 @@ def test_a_mended_file_is_read_anew_and_its_quarantine_is_lifted(loop):
 
 def test_a_missing_source_and_an_empty_one_say_what_to_do(make_loop):
     missing = make_loop(ingest={"folders": ["nowhere/at/all"]})
-    with pytest.raises(SourceError, match=r"nowhere/at/all is not there; create it, or correct ingest\.folders"):
+    with pytest.raises(SourceError, match=r"nowhere/at/all does not exist; create it, or correct ingest\.folders"):
         take(missing)
     empty = make_loop()
     take(empty)
-    with pytest.raises(SourceError, match=r"has no interactions.*then materialize again"):
+    with pytest.raises(SourceError, match=r"has no interactions.*then materialize raw_logs again"):
         snapshot(empty, connect())
 
 
@@ -321,7 +321,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(loop, monkeypa
 
     monkeypatch.setattr(Path, "open", refuse)  # root, as whom CI may run, can read every file
     done = take(loop)
-    assert done.unreadable == [f"{loop.drop_folder / 'bad.jsonl'}: Permission denied; mend it or take it away"]
+    assert done.unreadable == [f"{loop.drop_folder / 'bad.jsonl'}: Permission denied; fix that, or move the file away"]
     assert interactions(loop) == 1
 
 

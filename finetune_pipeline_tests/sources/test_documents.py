@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.settings import PROJECT_ROOT, DocumentsSource
-from finetune_pipeline.sources.documents import _diagram_flaw, _fill, _form_flaw, read, read_template
-from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, facts
+from finetune_pipeline.sources.documents import block_problem, fill, form_problem, parse_template, read
+from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, extract_facts
 from finetune_pipeline.sources.source_record import SourceError
 
 from .endpoint import said, teaching
@@ -63,7 +63,7 @@ def test_the_examples_give_a_diagram_an_api_document_and_a_data_model():
 
 
 def test_what_a_note_says_plainly_is_found():
-    known = facts(
+    known = extract_facts(
         "T",
         "Attendees: **Ana**, Ben and Cleo\n\nWe met in the garden to talk about it.\n\n## Next steps\n"
         "- [ ] Ben writes it up\n"
@@ -83,8 +83,8 @@ def test_what_a_note_says_plainly_is_found():
 def test_a_document_cannot_reach_into_a_template():
     note = "# {title.__class__} {actors} {0}\n\nAttendees: {title}, ${HOME}, %(title)s\n\nNo more was said.\n"
     form = "{actors}\n{title.__class__} {unknown} {{title}}"
-    known = facts("{actors} {0.real}", note)
-    assert _fill(form, known) == "- {title}\n- ${HOME}\n- %(title)s\n{title.__class__} {unknown} {{actors} {0.real}}"
+    known = extract_facts("{actors} {0.real}", note)
+    assert fill(form, known) == "- {title}\n- ${HOME}\n- %(title)s\n{title.__class__} {unknown} {{actors} {0.real}}"
 
 
 @given(st.text(), st.lists(st.text(alphabet="ab `~#[]\"'{}()|;:%\n-end", max_size=30), max_size=5))
@@ -92,11 +92,11 @@ def test_no_document_breaks_the_form_of_a_template(title, topics):
     document = "".join(
         f"## {topic}\n- {topic}\nAttendees: {topic}\nA {topic} has {topic}, {topic}\n" for topic in topics
     )
-    known = facts(title, f"{title}\n{document}")
+    known = extract_facts(title, f"{title}\n{document}")
     for name in ("flow", "participants", "mindmap", "entity_blocks", "sections", "points", "entities"):
         form = f"## Part\n\n```mermaid\nflowchart TD\n{{{name}}}\n```\n"
-        filled = _fill(form, known)
-        assert (_form_flaw(filled, form), _diagram_flaw(filled)) == ("", "")
+        filled = fill(form, known)
+        assert (form_problem(filled, form), block_problem(filled)) == ("", "")
         assert filled.count("```") == 2
 
 
@@ -128,13 +128,13 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_read(folders, content, pro
         ("---\nname: ../up\ninstruction: x\n---\n{title}", "`name`"),
         ("---\nname: a\n---\n{title}", "`instruction`"),
         ("---\nname: a\ninstruction: x\ncommand: rm\n---\n{title}", "command: only"),
-        ("---\nname: a\ninstruction: x\n---\nNothing {unknown}", "nothing in it is filled"),
+        ("---\nname: a\ninstruction: x\n---\nNothing {unknown}", "contains no placeholder"),
         ("---\nname: a\ninstruction: x\n---\n```mermaid\nflowchat TD\n{flow}\n```", "no known diagram: 'flowchat'"),
         ("---\nname: a\ninstruction: x\n---\n```mermaid\nflowchart TD\n{flow}\n", "without an end"),
     ],
 )
 def test_a_template_that_is_none_says_why(template, reason):
-    assert reason in read_template(template)
+    assert reason in parse_template(template)
 
 
 def test_a_broken_template_is_named_and_without_any_good_one_nothing_is_read(folders):
@@ -185,7 +185,7 @@ def test_a_teacher_writes_the_artifact_in_the_form_of_the_template(folders, answ
         (DIAGRAM.replace("flowchart TD", "sequenceDiagram"), "no flowchart diagram"),
         (DIAGRAM + "\n```json\n{}", "without an end"),
         (DIAGRAM + "\n```mermaid\nboat\n```", "no known diagram: 'boat'"),
-        (DIAGRAM + "\n```json\n{,}\n```", "no JSON"),
+        (DIAGRAM + "\n```json\n{,}\n```", "not JSON"),
         (DIAGRAM.replace("Opening in May", "{flow}"), "placeholders left"),
         ("```mermaid\nflowchart TD\n  x[Sun] --> y[Moon]\n```", "not about the document"),
         (NOTE, "copy of the document"),

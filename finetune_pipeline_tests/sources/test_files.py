@@ -301,11 +301,11 @@ GOOD = {"prompt": "p", "completion": "c"}
         ({"messages": ["hi"]}, "turn 1: found str, expected an object"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 1: the role is ['human']"),
         ({"text": "<|im_start|>user\nhi<|im_end|> beside"}, "found 'beside' outside of the turns"),
-        ({"question": "p", "answer": "c"}, "found the fields 'question, answer', expected those of one form"),
+        ({"question": "p", "answer": "c"}, "found the fields 'question, answer', expected those of one format"),
         ({"event": "interaction"}, "is an event of a log; put its file into the drop folder"),
         ([1], "found list, expected an object"),
         ("broken\n", "not JSON"),
-        ('{"prompt": NaN, "completion": "c"}\n', "expected those of one form"),
+        ('{"prompt": NaN, "completion": "c"}\n', "expected those of one format"),
         ('{"prompt": "p", "completion": "c", "reward": -Infinity}\n', "not JSON"),
         ("[" * 9_000 + "\n", "not JSON"),
         ({**GOOD, "completion": "x" * 20_000}, "longer than 10000 bytes"),
@@ -335,7 +335,7 @@ def test_bad_rows_of_a_csv_are_named(tmp_path):
         x.provenance: x.reason if isinstance(x, SkippedRecord) else x.answer for x in found(path, max_line_bytes=10_000)
     }
     assert (said["a.csv:2"], said["a.csv:4"], said["a.csv:8"]) == ("c", "not UTF-8", "c")
-    assert said["a.csv:5"] == "has 1 cells, and the header 2"
+    assert said["a.csv:5"] == "has 1 cells, but the header has 2"
     assert said["a.csv:6"].startswith("found no answer") and "longer than 10000 bytes" in said["a.csv:7"]
     assert said["a.csv:9"].startswith("not CSV") and len(said) == 7
 
@@ -343,7 +343,7 @@ def test_bad_rows_of_a_csv_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.csv", b"\xff\xfep\x00,\x00", "UTF-8, with the columns' names first"),
+        ("a.csv", b"\xff\xfep\x00,\x00", "UTF-8, with the column names first"),
         ("a.csv", b"prompt,prompt\np,c\n", "'prompt' twice"),
         ("a.parquet", b"PAR1 broken", "not Parquet"),
         ("a.json", b'{\n "rows": []}', "is one JSON object; expected an array of rows"),
@@ -407,7 +407,7 @@ def test_only_what_lies_in_the_folder_is_read(tmp_path):
 
 
 def test_a_source_that_is_not_there_says_what_to_do_and_withdraws_nothing(tmp_path):
-    with pytest.raises(SourceError, match="is not there; create it, or correct its path"):
+    with pytest.raises(SourceError, match="does not exist; create it, or correct its path"):
         found(tmp_path / "nowhere")
     with pytest.raises(SourceError, match=r"no file .*lies in"):
         found(tmp_path)

@@ -24,7 +24,7 @@ def read(path, after=None, limit=10_000):
         (b"not json\n", "not JSON"),
         (b"[1, 2]\n", "valid dictionary"),
         (b'"text"\n', "valid dictionary"),
-        (b"{}\n", "expected those of one form"),  # neither an event nor a conversation
+        (b"{}\n", "expected those of one format"),  # neither an event nor a conversation
         (b'{"event": "other"}\n', "other"),
         (b"\xff\xfe{}\n", "not UTF-8"),
         (line(prompt=7), "prompt"),  # wrong type

@@ -26,9 +26,7 @@ def question(name, answer=50):
 
 
 def ask(settings, *names, answer=50):
-    return {
-        one.asked_for: one.text or one.reason for one in Teacher(settings).answers(question(n, answer) for n in names)
-    }
+    return {one.task: one.text or one.reason for one in Teacher(settings).answers(question(n, answer) for n in names)}
 
 
 def echo(body, number):
@@ -130,7 +128,7 @@ def test_an_endpoint_that_is_down_ends_the_reading_and_what_it_answered_is_kept(
         return echo(body, number) if "good" in body["messages"][-1]["content"] else error(500)
 
     with teaching(script, attempts=2, parallel=1) as (server, settings):
-        with pytest.raises(SourceError, match=r"none of 3 questions in a row .*500.*what it has answered is kept"):
+        with pytest.raises(SourceError, match=r"none of 3 requests in a row .*500.*its earlier answers are kept"):
             ask(settings, "good", "b", "c", "d", "e")
         before = len(server.asked)
         assert ask(settings, "good") == {"good": "Answer good"}
@@ -143,7 +141,7 @@ def test_the_budget_is_never_passed_and_the_next_reading_goes_on():
         first = ask(settings, *names)
         assert 100 * len(server.asked) <= 500
         assert {text for text in first.values() if text.startswith("budget")} == {
-            "budget: no tokens are left of the 500 of one reading (teacher.max_tokens); the next reading goes on here"
+            "budget: the 500 tokens of one reading (teacher.max_tokens) are spent; the next reading resumes here"
         }
         for _ in range(5):
             given = ask(settings, *names)

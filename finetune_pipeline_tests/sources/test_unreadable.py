@@ -55,7 +55,7 @@ def source(request, root):
 
 
 def test_an_empty_folder_is_an_error_and_no_source_that_has_nothing(source):
-    with pytest.raises(SourceError, match=r"lies in|holds no note"):
+    with pytest.raises(SourceError, match=r"lies in|contains no note"):
         list(reader_for(source)(source, None))
 
 
@@ -85,4 +85,4 @@ def test_a_folder_of_rows_whose_names_alone_can_be_listed_is_unseen(root):
     source = FilesSource(kind="files", name="own", path=str(root / "in"))
     with nobody():
         found = list(reader_for(source)(source, None))
-    assert [one.provenance for one in found if isinstance(one, SkippedRecord) and one.unreadable] == ["listed"]
+    assert [one.provenance for one in found if isinstance(one, SkippedRecord) and one.unreadable] == ["listed/a.jsonl"]

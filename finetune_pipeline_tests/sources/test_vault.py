@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from finetune_pipeline.settings import VaultSource
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, SourceRecord
+from finetune_pipeline.sources.text_files import TextFile
 from finetune_pipeline.sources.vault import read
-from finetune_pipeline.sources.vault.folder import File
-from finetune_pipeline.sources.vault.note import Rules, read_note
+from finetune_pipeline.sources.vault.note import NoteRules, read_note
 
 VAULT = Path(__file__).parent / "vault"
 TAKEN = {
@@ -83,20 +83,20 @@ TAKEN = {
     "言語/😀.md": ("reflection", "What were my thoughts about 😀?"),
 }
 SKIPPED = {
-    "Decisions/No text yet.md": "has the tag, but nothing is written there",
+    "Decisions/No text yet.md": "has the tag, but no text",
     "Odd/Broken YAML.md": "its frontmatter is not YAML, line 3; correct it, so that its tags can be read",
-    "Odd/Latin-1.md": "is not UTF-8 at byte 26; save it as UTF-8",
-    "Odd/NUL.md": "holds a NUL character, which no note does; save it as text",
-    "Odd/Never closed.md": "its frontmatter has no end; close it with a line ---",
-    "Odd/Only an image.md": "has the tag, but nothing is written there",
-    "Odd/Only frontmatter.md": "has the tag, but nothing is written there",
-    "Odd/UTF-16.md": "is not UTF-8 at byte 0; save it as UTF-8",
-    "Odd/YAML keys.md": "its frontmatter has a key that is no text; put it into quotes",
+    "Odd/Latin-1.md:4": "is not UTF-8 (invalid continuation byte); save it as UTF-8",
+    "Odd/NUL.md:1": "contains a null byte; save it as text",
+    "Odd/Never closed.md": "its frontmatter is not closed; add a line ---",
+    "Odd/Only an image.md": "has the tag, but no text",
+    "Odd/Only frontmatter.md": "has the tag, but no text",
+    "Odd/UTF-16.md:1": "contains a null byte; save it as text",
+    "Odd/YAML keys.md": "its frontmatter has a key that is not text; put it into quotes",
     "Odd/YAML list.md": "its frontmatter is a list, expected `key: value` lines",
-    "Odd/YAML text.md": "its frontmatter is a text, expected `key: value` lines",
+    "Odd/YAML text.md": "its frontmatter is text, expected `key: value` lines",
     "Private/Alias.md": "its frontmatter uses a YAML alias (*name); write the value itself",
     "Private/Broken.md": "its frontmatter is not YAML, line 3; correct it, so that its tags can be read",
-    "Private/Twice.md": "its frontmatter has a key twice; leave one",
+    "Private/Twice.md": "its frontmatter has a key twice; remove one",
 }
 
 
@@ -113,7 +113,7 @@ def taken(path, **changes):
 
 def teach(text, path="Note.md", **changes):
     """What one note gives."""
-    return list(read_note(File(path, text, None), Rules.of(source("unused", **changes)), ""))
+    return list(read_note(TextFile(path, text, None), NoteRules.of(source("unused", **changes)), ""))
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,9 @@ def test_exactly_this_is_taken_with_these_questions(found):
 
 
 def test_exactly_this_is_named_and_skipped_and_the_rest_goes_on(found):
-    link = "is a link, and links are not followed; put the note itself into the vault"
+    link = "is a symbolic link, and links are not followed"
     links = {f"Links/{name}": link for name in ("Out.md", "Folder out", "In.md", "Round", "Itself.md")}
-    odd = {"Links/Pipe.md": "is no file", "Odd/Huge.md": "is longer than 1000000 bytes (max_note_bytes)"}
+    odd = {"Links/Pipe.md": "is not a regular file", "Odd/Huge.md": "is larger than 1,000,000 bytes (max_note_bytes)"}
     assert {one.provenance: one.reason for one in found[1]} == {**SKIPPED, **links, **odd}
 
 
@@ -282,12 +282,12 @@ def test_tags_and_headings_are_the_loop_s_own():
 
 
 def test_a_folder_that_is_no_vault_is_an_error_and_takes_nothing_back(tmp_path):
-    with pytest.raises(SourceError, match="is not there; correct `path`"):
+    with pytest.raises(SourceError, match="does not exist; correct `path`"):
         taken(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match="holds no note"):
+    with pytest.raises(SourceError, match="contains no note"):
         taken(tmp_path)
     (tmp_path / "Note.txt").touch()
-    with pytest.raises(SourceError, match=r"Note\.txt is no folder; correct `path`"):
+    with pytest.raises(SourceError, match=r"Note\.txt is not a folder; correct `path`"):
         taken(tmp_path / "Note.txt")
 
 
@@ -314,7 +314,7 @@ def test_a_note_that_vanishes_meanwhile_is_named(tmp_path):
     reading = read(source(tmp_path), None)
     next(reading)
     shutil.rmtree(tmp_path)
-    with pytest.raises(SourceError, match="was gone before"):
+    with pytest.raises(SourceError, match="disappeared while"):
         list(reading)
 
 

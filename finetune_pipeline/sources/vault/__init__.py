@@ -1,55 +1,54 @@
-"""An Obsidian vault: notes and sections that hold a reflection, a decision or something learned. It is only read."""
+"""Read an Obsidian vault: notes and sections that contain a decision, a reflection or something learned."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 from finetune_pipeline.settings import VaultSource, project_path
-from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceError, SourceRecord
-from finetune_pipeline.sources.vault.folder import File, find, load
-from finetune_pipeline.sources.vault.note import Rules, read_note
+from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceError
+from finetune_pipeline.sources.text_files import find_files, read_text
+from finetune_pipeline.sources.vault.note import NoteRules, read_note
 
 
 def read(source: VaultSource, cursor: Any) -> Reading:
-    """All that a vault teaches at this moment, note by note in the order of their paths.
+    """Yield the records of a vault, note by note in the order of their paths.
 
-    What is private, hidden, a template or an attachment is left out without a word: a list of what somebody wants to
-    keep to himself is not something to write down elsewhere. A note that cannot be read is named; why never quotes it.
+    Private, hidden and ignored notes, templates and attachments are left out without being listed anywhere. A note that
+    cannot be read is skipped with a reason that never quotes it.
 
     Args:
-        mark: not used; a vault is read whole, so that a deleted note is noticed.
+        cursor: not used; the vault is always read completely, so that deleted notes are noticed.
 
     Raises:
-        SourceError: the folder is not there, or holds no note, or was gone at the end.
+        SourceError: the folder does not exist, contains no note, or disappeared during the reading.
     """
     root = project_path(source.path)
-    advice = "correct `path` of this source in the loop's YAML, or bring the folder back"
+    advice = "correct `path` of this source in the loop's YAML, or restore the folder"
     if not root.is_dir():
-        what = "is no folder" if root.exists() else "is not there"
-        raise SourceError(f"the vault {root} {what}; {advice}")
-    found = list(find(root, set(source.ignore)))
+        raise SourceError(f"the vault {root} {'is not a folder' if root.exists() else 'does not exist'}; {advice}")
+    ignored = {name.casefold() for name in source.ignore}
+
+    def is_ignored(path: str) -> bool:
+        return not ignored.isdisjoint({path.casefold(), path.casefold().rpartition("/")[2]})
+
+    found = list(find_files(root, lambda name: name.lower().endswith(".md"), ignored_folder=is_ignored))
     paths = sorted(one for one in found if isinstance(one, str))
     if not paths:
-        # A disk that is not mounted looks like this, and everything it taught would be taken back.
-        raise SourceError(f"the vault {root} holds no note (.md) that may be read; {advice}")
+        # An unmounted disk looks like this, and must not retract everything.
+        raise SourceError(f"the vault {root} contains no note (.md) that may be read; {advice}")
     yield from sorted((one for one in found if isinstance(one, SkippedRecord)), key=lambda one: one.provenance)
-    names = Counter(_name(path) for path in paths)
-    rules = Rules.of(source)
+    names = Counter(PurePosixPath(path).stem.casefold() for path in paths)
+    rules = NoteRules.of(source)
     for path in paths:
-        file = load(root, path, source.max_note_bytes)
-        yield from [file] if isinstance(file, SkippedRecord) else _taught(file, rules, names)
+        file = read_text(root, path, max_bytes=source.max_note_bytes, setting="max_note_bytes")
+        if isinstance(file, SkippedRecord):
+            yield file
+            continue
+        unique = names[PurePosixPath(path).stem.casefold()] == 1
+        folder = "" if unique else str(PurePosixPath(path).parent).removeprefix(".")
+        yield from read_note(file, rules, folder)
     if not root.is_dir():
-        raise SourceError(f"the vault {root} was gone before it was read to its end; {advice}")
-
-
-def _taught(file: File, rules: Rules, names: Counter[str]) -> Iterator[SourceRecord | SkippedRecord]:
-    folder = PurePosixPath(file.path).parent
-    return read_note(file, rules, "" if names[_name(file.path)] == 1 or str(folder) == "." else str(folder))
-
-
-def _name(path: str) -> str:
-    return PurePosixPath(path).stem.casefold()
+        raise SourceError(f"the vault {root} disappeared while it was read; {advice}")
 
 
 __all__ = ["read"]

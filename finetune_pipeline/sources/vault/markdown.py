@@ -1,12 +1,12 @@
-"""A note's sections and its text as a person reads it: code stays, what only Obsidian understands goes.
+"""Split a note into sections, and convert Obsidian's Markdown to plain text. Code stays as it is.
 
-Blocks are found by markdown-it-py (CommonMark). Inline it knows nothing of wiki-links, tags and comments, and would
-cost most of the time, so one expression finds these. A line of dashes under a text is a divider here and never makes
-that text a heading, since that is what people mean by it.
+markdown-it-py (CommonMark) finds the blocks. Its inline parser does not know wiki links, tags and comments and would
+take most of the time, so one regular expression finds these. A line of dashes below a text is a divider and never makes
+the text a heading, since that is what people mean by it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
@@ -15,12 +15,12 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock, heading
 
 IsLabel = Callable[[str], bool]
-"""Whether a tag, without `#`, is one that a note is taken by."""
+"""A function that returns whether a tag, without `#`, selects notes."""
 
 _NOT_IN_TAGS = r"""\s!"#$%&'()*+,.:;<=>?@\[\]^`{|}~\\\u2000-\u206f\u2e00-\u2e7f"""
-_TAG = rf"\#(?=\d*[^\d{_NOT_IN_TAGS}])[^{_NOT_IN_TAGS}]+"  # as Obsidian reads them: not of digits alone
+_TAG = rf"\#(?=\d*[^\d{_NOT_IN_TAGS}])[^{_NOT_IN_TAGS}]+"  # as in Obsidian: not only digits
 _ONLY_A_TAG = re.compile(_TAG)
-# Every repetition stops at what begins the next one: a hostile note must not take quadratic time.
+# Every repetition ends where the next one begins, so that a malicious note cannot take quadratic time.
 _INLINE = re.compile(
     rf"""
       (?P<kept> \\[^\w\s] | https?://[^\s<>\])]+
@@ -42,11 +42,11 @@ _QUERIES = {"dataview", "dataviewjs", "tasks", "query"}
 
 @dataclass
 class Section:
-    """A heading and what stands under it until the next one; the first section of a note has no heading.
+    """A heading with the text up to the next heading. The first section of a note has no heading.
 
     Attributes:
-        level: 1 to 6 as its heading; 0 without one.
-        blocks: text and code in turn, as lines, and whether they are code.
+        level: 1 to 6; 0 without a heading.
+        blocks: lines, and whether they are code.
     """
 
     level: int
@@ -54,17 +54,17 @@ class Section:
     blocks: list[tuple[list[str], bool]] = field(default_factory=list)
 
     def raw(self) -> str:
-        """All of it, as it is written."""
+        """Return the section as it is written."""
         return "\n".join([self.heading, *(line for lines, _ in self.blocks for line in lines)])
 
     def prose(self) -> Iterator[str]:
-        """Its text without code, the heading first."""
+        """Yield the heading and the text blocks, without code."""
         yield self.heading
         yield from ("\n".join(lines) for lines, is_code in self.blocks if not is_code)
 
 
 def sections(body: str) -> list[Section]:
-    """The sections of a note in their order."""
+    """Return the sections of a note in order."""
     lines = body.split("\n")
     found, at = [Section(0, "")], 0
     tokens = _parser().parse(body)
@@ -79,18 +79,14 @@ def sections(body: str) -> list[Section]:
             found[-1].blocks.append((lines[at:start], False))
         if is_heading:
             found.append(Section(int(token.tag[1]), tokens[number + 1].content))
-        elif token.type == "comment":  # by itself, so that nothing before it can say that it is none
+        elif token.type == "comment":  # a block of its own, so that no text before it can hide it
             found[-1].blocks.append(([*token.content.splitlines(), *lines[start:end]], False))
-        elif not _is_query(token.info):
+        # A query is left out: what the plugin would show in its place is not part of the note.
+        elif token.info.strip().split(" ")[0].lower() not in _QUERIES:
             found[-1].blocks.append((lines[start:end], True))
         at = end
     found[-1].blocks.append((lines[at:], False))
     return found
-
-
-def _is_query(info: str) -> bool:
-    # What a plugin would show in its place is not in the note.
-    return info.strip().split(" ")[0].lower() in _QUERIES
 
 
 @cache
@@ -102,7 +98,7 @@ def _parser() -> MarkdownIt:
 
 
 def _comment(state: StateBlock, start_line: int, end_line: int, silent: bool) -> bool:
-    """A comment that goes on in the next lines (`%%`), in which nothing is a heading or code."""
+    """Parse a comment (`%%`) of several lines, in which nothing is a heading or code. A rule of markdown-it-py."""
     begin = state.bMarks[start_line] + state.tShift[start_line]
     if state.is_code_block(start_line) or not _opens_comment(state.src[begin : state.eMarks[start_line]]):
         return False
@@ -117,43 +113,42 @@ def _comment(state: StateBlock, start_line: int, end_line: int, silent: bool) ->
         line += 1
     state.line = line
     token = state.push("comment", "", 0)
-    token.content = "%%" if of_heading else ""  # the heading has the sign that opens it
+    token.content = "%%" if of_heading else ""  # the heading contains the opening %%
     token.map = [first, state.line]
     return True
 
 
 def _opens_comment(line: str) -> bool:
-    """Whether a comment begins in a line and does not end in it."""
+    """Return whether a comment begins in a line and does not end in it."""
     gone = (found["gone"] or "" for found in _INLINE.finditer(line)) if "%%" in line else ()
     return any(text.startswith("%%") and (len(text) < 4 or not text.endswith("%%")) for text in gone)
 
 
 def tags_in(text: str) -> list[str]:
-    """The tags in a text without code blocks, without `#`: none in code, links, addresses and comments."""
+    """Return the tags in a text without code blocks, without `#`. Code, links, URLs and comments contain no tags."""
     if "#" not in text:
         return []
     return [found["tag"][1:] for found in _INLINE.finditer(text) if found["tag"]]
 
 
 def heading_text(heading: str) -> str:
-    """A heading as a person reads it, without tags and marks."""
+    """Return a heading as plain text, without tags and markup."""
     kept = [word for word in heading.split() if not _ONLY_A_TAG.fullmatch(word)]
-    return " ".join(re.sub(r"\*+|~~|`", "", _flat(" ".join(kept))).split())
+    return " ".join(re.sub(r"\*+|~~|`", "", _plain(" ".join(kept))).split())
 
 
 def readable(blocks: list[tuple[list[str], bool]], is_label: IsLabel) -> str:
-    """Text and code as a person reads them.
+    """Return text and code as a reader sees them.
 
-    Links become their names and callouts a title; comments, embeds, images and block ids are gone. A line of nothing
-    but tags is gone, and so are labels at the ends of a line; a tag within a sentence is one of its words.
+    Links become their names, and callouts a title. Comments, embeds, images and block ids are removed, and so are lines
+    of tags only and selecting tags at either end of a line. A tag within a sentence is a word.
     """
-    read: list[str] = []
+    result: list[str] = []
     for lines, is_code in blocks:
-        # One blank line is as good as several, but in code.
         for line in lines if is_code else _prose("\n".join(lines), is_label):
-            if line or is_code or (read and read[-1]):
-                read.append(line)
-    return "\n".join(read).strip("\n")
+            if line or is_code or (result and result[-1]):  # several blank lines become one, except in code
+                result.append(line)
+    return "\n".join(result).strip("\n")
 
 
 def _prose(text: str, is_label: IsLabel) -> list[str]:
@@ -161,11 +156,12 @@ def _prose(text: str, is_label: IsLabel) -> list[str]:
     if "#" in text:
         lines = (_without_labels(line, is_label) if "#" in line else line for line in text.split("\n"))
         text = "\n".join(line for line in lines if line is not None)
-    # Two spaces at a line's end break it in Markdown; nobody sees them.
-    return [line.rstrip() for line in _flat(text).split("\n")]
+    # Two spaces at the end of a line are an invisible line break in Markdown.
+    return [line.rstrip() for line in _plain(text).split("\n")]
 
 
 def _without_labels(line: str, is_label: IsLabel) -> str | None:
+    """Return a line without selecting tags at its ends, or None if it has only tags."""
     marker = _MARKER.match(line)
     begin = marker.end() if marker else 0
     words = line[begin:].split()
@@ -173,24 +169,21 @@ def _without_labels(line: str, is_label: IsLabel) -> str | None:
     if words and all(are_tags):
         return None
     rest = line[begin:]
-    last = _how_many(reversed(are_tags))
+    last = sum(1 for _ in takewhile(bool, reversed(are_tags)))
     if last and (last > 1 or words[-2][-1] in ".!?" or is_label(words[-1][1:])):
         rest = rest.rsplit(None, last)[0]
-    first = _how_many(are_tags)
+    first = sum(1 for _ in takewhile(bool, are_tags))
     if any(is_label(word[1:]) for word in words[:first]):
         rest = rest.split(None, first)[-1]
     return line[:begin] + rest
 
 
-def _how_many(are_tags: Iterable[bool]) -> int:
-    return sum(1 for _ in takewhile(bool, are_tags))
+def _plain(text: str) -> str:
+    """Return inline markup as plain text."""
+    return _INLINE.sub(_replacement, text)
 
 
-def _flat(text: str) -> str:
-    return _INLINE.sub(_replace, text)
-
-
-def _replace(found: re.Match[str]) -> str:
+def _replacement(found: re.Match[str]) -> str:
     if found["kept"]:
         return found["kept"]
     if found["gone"] is not None:
@@ -198,15 +191,15 @@ def _replace(found: re.Match[str]) -> str:
     if found["tag"]:
         return found["tag"][1:]
     if found["marked"]:
-        return _flat(found["marked"])
+        return _plain(found["marked"])
     if found["wiki"]:
-        return _name(found["wiki"])
-    # An address in the web belongs to the text, one of another note does not.
-    return found[0] if found["target"].startswith(("http://", "https://")) else _flat(found["text"])
+        return _link_text(found["wiki"])
+    # A web address belongs to the text, a link to another note does not.
+    return found[0] if found["target"].startswith(("http://", "https://")) else _plain(found["text"])
 
 
-def _name(link: str) -> str:
-    """What Obsidian shows for a wiki-link, but for the folders of the note."""
+def _link_text(link: str) -> str:
+    """Return what Obsidian shows for a wiki link, without the note's folders."""
     target, _, alias = link.replace("\\|", "|").partition("|")
     if alias.strip():
         return alias.strip()

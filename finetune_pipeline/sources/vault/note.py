@@ -1,18 +1,17 @@
-"""What one note teaches: the whole of it, or sections, each with the question that it answers."""
+"""Extract the records of one note: the complete note, or sections of it, each with a prompt."""
 
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import PurePosixPath
 
 from finetune_pipeline.settings import VaultSource
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceRecord
-from finetune_pipeline.sources.vault.folder import File
-from finetune_pipeline.sources.vault.frontmatter import Broken, created, properties, split, tags
+from finetune_pipeline.sources.text_files import TextFile
+from finetune_pipeline.sources.vault.frontmatter import FrontmatterError, created, properties, split, tags
 from finetune_pipeline.sources.vault.markdown import Section, heading_text, readable, sections, tags_in
-from finetune_pipeline.sources.vault.prompt import Name, name_of, question
+from finetune_pipeline.sources.vault.prompt import NoteName, parse_name, prompt_for
 
 _AFTER_KIND = re.compile(r"\s*(?::|–|—|\s-\s)\s*")
 _BEFORE_NAME = re.compile(r"[\W\d_]*")
@@ -20,13 +19,13 @@ _HEADING_CHARS = 100
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What to look for, in the form in which it is compared.
+class NoteRules:
+    """The source's settings, case-folded for comparison.
 
     Attributes:
-        tags: kind by tag, the first of which counts where a note has several.
-        headings: kind by the name of a heading.
-        private: finds a private tag in folded text.
+        tags: tag -> kind; if a note has several, the first one here counts.
+        headings: name of a heading -> kind.
+        private: finds a private tag in case-folded text.
         whole_days: a daily note without any of the tags is a reflection.
     """
 
@@ -36,8 +35,8 @@ class Rules:
     whole_days: bool
 
     @classmethod
-    def of(cls, source: VaultSource) -> "Rules":
-        """As a loop's YAML says."""
+    def of(cls, source: VaultSource) -> "NoteRules":
+        """Return the rules of a source."""
         names = "|".join(re.escape(_fold(tag.lstrip("#"))) for tag in source.private_tags)
         return cls(
             tags={_fold(tag.lstrip("#")): kind for tag, kind in source.tags.items()},
@@ -47,154 +46,156 @@ class Rules:
         )
 
     def kind(self, found: Iterable[str]) -> str | None:
-        """The kind that tags stand for; a nested one (`decision/architecture`) counts for those it is nested in."""
+        """Return the kind of these tags. A nested tag (`decision/architecture`) also counts for its parents."""
         folded = tuple(_fold(tag) + "/" for tag in found)
         return next((kind for tag, kind in self.tags.items() if any(one.startswith(tag + "/") for one in folded)), None)
 
     def is_private(self, text: str) -> bool:
-        """Whether a private tag stands in a text.
+        """Return whether a text contains a private tag, also in code, comments and URLs.
 
-        In code, comments and addresses too, where none would count that is looked for: too much left out is the smaller
-        harm.
+        Other tags do not count there, but leaving out too much is the smaller harm.
         """
         return "#" in text and self.private.search(_fold(text)) is not None
 
     def are_of_interest(self, body: str) -> bool:
-        """Whether a body holds any tag or heading at all, asked before it is parsed."""
+        """Return whether a text contains any of the tags or headings: a fast check before it is parsed."""
         folded = _fold(body)
         return any(name in folded for name in (*self.tags, *self.headings))
 
     def of_heading(self, heading: str) -> tuple[str | None, str]:
-        """The kind that a heading names, and what else it says: `Decisions`, `2. Decision: use SQLite`."""
+        """Return the kind that a heading names, and its topic: `Decisions`, `2. Decision: use SQLite`."""
         first, *rest = _AFTER_KIND.split(_BEFORE_NAME.sub("", heading, count=1), maxsplit=1)
         kind = self.headings.get(_fold(first.rstrip(" .!?")))
         return (None, heading) if kind is None else (kind, "".join(rest))
 
 
 @dataclass
-class _Taken:
-    """A note or section that is taken: its kind, where it stands, and its parts."""
+class _Selection:
+    """A selected note or section.
+
+    Attributes:
+        kind: decision, reflection, learning, or another of the settings.
+        headings: the headings down to it, for the provenance.
+        topics: the same without those that only name a kind, for the prompt.
+        tagged: it was selected by a tag.
+        sections: its sections.
+    """
 
     kind: str
     headings: tuple[str, ...]
     topics: tuple[str, ...]
     tagged: bool
-    parts: list[Section] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Open:
-    """A section within which the next ones may stand."""
+class _Parent:
+    """A section that may contain the following ones."""
 
     level: int
     private: bool
     headings: tuple[str, ...]
     topics: tuple[str, ...]
-    taken: _Taken | None
+    selection: _Selection | None
 
 
-def read_note(file: File, rules: Rules, folder: str) -> Iterator[SourceRecord | SkippedRecord]:
-    """Everything that a note teaches; no text of it twice.
+def read_note(file: TextFile, rules: NoteRules, folder: str) -> Iterator[SourceRecord | SkippedRecord]:
+    """Yield the records of a note. No text is in two of them.
 
-    A section of another kind than what it stands in is taken for itself and left out there.
+    A section of another kind than the section around it is a record of its own and left out there.
 
     Args:
-        folder: that tells it from other notes of its name; empty where nothing has to.
+        folder: the note's folder, if other notes have the same name; else empty.
     """
     try:
-        head, body = split(file.text)
-        found = properties(head)
-    except Broken as error:
+        frontmatter, body = split(file.text)
+        found = properties(frontmatter)
+    except FrontmatterError as error:
         yield SkippedRecord(file.path, str(error))
         return
     listed = tags(found)
-    if rules.is_private(" ".join([head, *(f"#{tag}" for tag in listed)])):
+    if rules.is_private(" ".join([frontmatter, *(f"#{tag}" for tag in listed)])):
         return
-    name, kind = name_of(PurePosixPath(file.path).stem), rules.kind(listed)
+    stem = PurePosixPath(file.path).stem
+    name, kind = parse_name(stem), rules.kind(listed)
     if kind is None and not (rules.whole_days and name.is_daily) and not rules.are_of_interest(body):
         return
     parsed = sections(body)
-    title = _title(file, name, found, parsed)
-    moment = created(found) or name.moment or file.modified
-    yield from _items(_taken(parsed, kind, rules, name, title), file.path, title, name, moment, folder, rules)
-
-
-def _title(file: File, name: Name, found: Mapping[str, list[str]], parsed: list[Section]) -> str:
-    if name.is_daily:
-        return ""
-    first = next((section.heading for section in parsed if section.level == 1), "")
-    given = (heading_text(text) for text in (*found.get("title", [])[:1], name.title, first))
-    return next((text for text in given if text), PurePosixPath(file.path).stem)
-
-
-def _taken(parsed: list[Section], kind: str | None, rules: Rules, name: Name, title: str) -> list[_Taken]:
-    """What is taken of a note, each with the sections that belong to it."""
     if rules.is_private(parsed[0].raw()):
-        return []
-    found: list[_Taken] = []
-    path: list[_Open] = []
-    for section in parsed:
-        while path and path[-1].level >= section.level:
-            path.pop()
-        outer = path[-1] if path else _Open(-1, False, (), (), None)
-        heading = heading_text(section.heading)
-        of_heading, topic = rules.of_heading(heading)
-        own = rules.kind(tag for text in section.prose() for tag in tags_in(text))
-        if section.level == 0:
-            own = kind or own
-        headings = (*outer.headings, heading[:_HEADING_CHARS]) if section.level else ()
-        topics = outer.topics if _is_title(section, topic, name, title) else (*outer.topics, topic)
-        taken, here = outer.taken, own or of_heading
-        if here is None and section.level == 0 and rules.whole_days and name.is_daily:
-            here = "reflection"
-        private = outer.private or rules.is_private(section.raw())
-        if here is not None and not private and (taken is None or taken.kind != here):
-            taken = _Taken(here, headings, topics, tagged=own is not None)
-            found.append(taken)
-        if taken is not None and not private:
-            taken.parts.append(section)
-        path.append(_Open(section.level, private, headings, topics, taken))
-    return found
-
-
-def _is_title(section: Section, topic: str, name: Name, title: str) -> bool:
-    if not topic or _fold(topic) == _fold(title):
-        return True
-    # `# Friday, 3 May 2024` over a daily note says nothing that its name does not.
-    return name.day is not None and name.is_daily and section.level == 1 and str(name.day.year) in topic
-
-
-def _items(
-    found: list[_Taken], path: str, title: str, name: Name, moment: datetime | None, folder: str, rules: Rules
-) -> Iterator[SourceRecord | SkippedRecord]:
-    answers: dict[tuple[str, str], tuple[_Taken, list[str]]] = {}
-    for taken in found:
-        provenance = "#".join([path, *taken.headings])
-        answer = _answer(taken, rules, name, title)
+        return
+    title = ""
+    if not name.is_daily:
+        top = next((section.heading for section in parsed if section.level == 1), "")
+        titles = (heading_text(text) for text in (*found.get("title", [])[:1], name.title, top))
+        title = next((text for text in titles if text), stem)
+    answers: dict[tuple[str, str], tuple[_Selection, list[str]]] = {}
+    for selection in _select(parsed, kind, rules, name, title):
+        provenance = "#".join([file.path, *selection.headings])
+        answer = _answer(selection, rules, name, title)
         if answer:
-            # Two sections of one name answer one question.
-            answers.setdefault((provenance, taken.kind), (taken, []))[1].append(answer)
-        elif taken.tagged:
-            yield SkippedRecord(provenance, "has the tag, but nothing is written there")
-    for (provenance, kind), (taken, texts) in answers.items():
-        prompt = question(kind, title, taken.topics, name.day, folder)
-        yield SourceRecord(provenance, prompt, "\n\n".join(texts), created_at=moment, kind=kind)
+            # Sections with the same heading are one answer.
+            answers.setdefault((provenance, selection.kind), (selection, []))[1].append(answer)
+        elif selection.tagged:
+            yield SkippedRecord(provenance, "has the tag, but no text")
+    moment = created(found) or name.moment or file.modified
+    for (provenance, own_kind), (selection, texts) in answers.items():
+        prompt = prompt_for(own_kind, title, selection.topics, name.day, folder)
+        yield SourceRecord(provenance, prompt, "\n\n".join(texts), created_at=moment, kind=own_kind)
 
 
-def _answer(taken: _Taken, rules: Rules, name: Name, title: str) -> str:
-    parts, said = [], False
-    for number, section in enumerate(taken.parts):
+def _select(
+    parsed: list[Section], note_kind: str | None, rules: NoteRules, name: NoteName, title: str
+) -> list[_Selection]:
+    """Return the selected parts of a note, each with its sections."""
+    selections: list[_Selection] = []
+    parents: list[_Parent] = []
+    for section in parsed:
+        while parents and parents[-1].level >= section.level:
+            parents.pop()
+        parent = parents[-1] if parents else _Parent(-1, False, (), (), None)
         heading = heading_text(section.heading)
-        if number and heading and not _is_title(section, heading, name, title):
+        heading_kind, topic = rules.of_heading(heading)
+        tag_kind = rules.kind(tag for text in section.prose() for tag in tags_in(text))
+        if section.level == 0:
+            tag_kind = note_kind or tag_kind
+        headings = (*parent.headings, heading[:_HEADING_CHARS]) if section.level else ()
+        topics = parent.topics if _repeats_title(section, topic, name, title) else (*parent.topics, topic)
+        selection, kind = parent.selection, tag_kind or heading_kind
+        if kind is None and section.level == 0 and rules.whole_days and name.is_daily:
+            kind = "reflection"
+        private = parent.private or rules.is_private(section.raw())
+        if kind is not None and not private and (selection is None or selection.kind != kind):
+            selection = _Selection(kind, headings, topics, tagged=tag_kind is not None)
+            selections.append(selection)
+        if selection is not None and not private:
+            selection.sections.append(section)
+        parents.append(_Parent(section.level, private, headings, topics, selection))
+    return selections
+
+
+def _repeats_title(section: Section, heading: str, name: NoteName, title: str) -> bool:
+    """Return whether a heading says no more than the note's name, such as `# Friday, 3 May 2024` in a daily note."""
+    if not heading or _fold(heading) == _fold(title):
+        return True
+    return name.day is not None and name.is_daily and section.level == 1 and str(name.day.year) in heading
+
+
+def _answer(selection: _Selection, rules: NoteRules, name: NoteName, title: str) -> str:
+    """Return the text of a selection; empty if it has only headings."""
+    parts, has_text = [], False
+    for number, section in enumerate(selection.sections):
+        heading = heading_text(section.heading)
+        if number and heading and not _repeats_title(section, heading, name, title):
             parts.append(f"{'#' * section.level} {heading}\n")
         text = readable(section.blocks, lambda tag: rules.kind([tag]) is not None)
         if text.strip():
-            said = True
+            has_text = True
             parts.append(f"{text}\n")
-    return "\n".join(parts).strip("\n") if said else ""
+    return "\n".join(parts).strip("\n") if has_text else ""
 
 
 def _fold(text: str) -> str:
+    """Return a text in the form in which tags and headings are compared."""
     if text.isascii():
         return text.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())

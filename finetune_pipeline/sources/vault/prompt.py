@@ -1,4 +1,4 @@
-"""The question that a note answers, made of what kind of note it is, what it is called and its day; without a model."""
+"""Make the prompt of a note from its kind, name and date, without a model."""
 
 import re
 from collections.abc import Sequence
@@ -8,20 +8,21 @@ from datetime import UTC, date, datetime
 _DATED = re.compile(r"(\d{4})([-._]?)(\d\d)\2(\d\d)(?!\d)[ _-]*(.*)", re.DOTALL)
 _WEEKDAY = re.compile(r"\W*(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*\W*", re.IGNORECASE)
 _ZETTEL = re.compile(r"\d{12,14}[ _-]*")
-_QUESTIONS = {
+_PROMPTS = {
     "decision": "What did I decide{about}{day}?",
     "reflection": "What were my thoughts{about}{day}?",
     "learning": "What did I learn{about}{day}?",
 }
+_OTHER_PROMPT = "Which {kind} did I note{about}{day}?"
 
 
 @dataclass(frozen=True)
-class Name:
-    """What a note's file is called.
+class NoteName:
+    """The file name of a note.
 
     Attributes:
-        title: what it is about; empty for a daily note, and for one that is named by a number only.
-        day: that its name begins with, as 2024-05-03 or 20240503.
+        title: the topic; empty for a daily note, or if the name is only a number.
+        day: the date at the start of the name, such as 2024-05-03 or 20240503.
     """
 
     title: str
@@ -29,44 +30,43 @@ class Name:
 
     @property
     def is_daily(self) -> bool:
-        """Named by its day and nothing else, but for the day of the week."""
+        """Whether the name is a date, with or without the day of the week."""
         return self.day is not None and not self.title
 
     @property
     def moment(self) -> datetime | None:
-        """The beginning of its day."""
+        """The beginning of the day."""
         return None if self.day is None else datetime(self.day.year, self.day.month, self.day.day, tzinfo=UTC)
 
 
-def name_of(stem: str) -> Name:
-    """Read the name of a note, without folder and `.md`."""
+def parse_name(stem: str) -> NoteName:
+    """Parse the name of a note, without folder and `.md`."""
     dated = _DATED.fullmatch(stem)
     if dated:
         try:
             day = date(int(dated[1]), int(dated[3]), int(dated[4]))
         except ValueError:
-            return Name(stem, None)
+            return NoteName(stem, None)
         rest = dated[5].strip()
-        return Name("" if _WEEKDAY.fullmatch(rest) else rest, day)
-    return Name(_ZETTEL.sub("", stem, count=1), None)
+        return NoteName("" if _WEEKDAY.fullmatch(rest) else rest, day)
+    return NoteName(_ZETTEL.sub("", stem, count=1), None)
 
 
-def question(kind: str, title: str, headings: Sequence[str], day: date | None, folder: str) -> str:
-    """What a person would have asked to be told this note or section.
+def prompt_for(kind: str, title: str, headings: Sequence[str], day: date | None, folder: str) -> str:
+    """Return the question that a note or section answers.
 
     Args:
         kind: decision, reflection, learning, or any other.
-        title: of the note; empty for a daily note.
-        headings: down to the section, without those that only say the kind.
-        day: of the note's name.
-        folder: that tells the note from others of its name; empty where nothing has to.
+        title: the note's title; empty for a daily note.
+        headings: the headings above the section, without those that only name the kind.
+        day: the date in the note's name.
+        folder: the note's folder, if other notes have the same name; else empty.
     """
     names = [name for name in (folder, title, *headings) if name]
     topic = names.pop() if title or headings else ""
-    if topic.endswith("?"):  # it is the question already
-        around = [*names, *([day.isoformat()] if day else [])]
-        return topic + (f" ({', '.join(around)})" if around else "")
-    around = [f" ({', '.join(names)})"] if names else []
-    about = "".join([f" about {topic}" if topic else "", *around])
-    pattern = _QUESTIONS.get(kind, "Which {kind} did I note{about}{day}?")
+    if topic.endswith("?"):  # already a question
+        context = [*names, *([day.isoformat()] if day else [])]
+        return topic + (f" ({', '.join(context)})" if context else "")
+    about = (f" about {topic}" if topic else "") + (f" ({', '.join(names)})" if names else "")
+    pattern = _PROMPTS.get(kind, _OTHER_PROMPT)
     return pattern.format(kind=kind, about=about, day=f" on {day.isoformat()}" if day else "")
