@@ -5,6 +5,7 @@ from typing import Literal
 
 from finetune_pipeline.evaluation.comparison import Comparison, ModelResult
 from finetune_pipeline.evaluation.scoring import Metric
+from finetune_pipeline.markdown_table import cell, markdown_table
 
 Unit = Literal["%", "ms", "tokens/s", "MB"]
 
@@ -118,9 +119,5 @@ def format_metric(value: float | None, unit: Unit, *, signed: bool = False) -> s
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Return the table in Markdown, for Dagster's metadata."""
-    names = [
-        model.name.replace("|", "\\|").replace("\n", " ") for model in (comparison.champion, comparison.challenger)
-    ]
-    lines = [f"| metric | {names[0]} | {names[1]} | change |", "|---|---:|---:|---:|"]
-    lines += [f"| {row.name} | {' | '.join(row.cells)} |" for row in metric_table(comparison)]
-    return "\n".join(lines)
+    headings = ["metric", cell(comparison.champion.name), cell(comparison.challenger.name), "change"]
+    return markdown_table(headings, [(row.name, *row.cells) for row in metric_table(comparison)], "lrrr")

@@ -28,7 +28,7 @@ from finetune_pipeline.manifests import (
 )
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.deployment_history import list_deployments
-from finetune_pipeline.registry.model_card import Card, CardMetric, model_card
+from finetune_pipeline.registry.model_card import ModelCard, render_model_card
 from finetune_pipeline.registry.model_versions import ModelVersion, list_models
 from finetune_pipeline.registry.training_jobs import TrainingJob, find_training_job
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings
@@ -155,8 +155,8 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
             "peak memory": f"{training.peak_memory_bytes / 1e6:,.0f} MB",
             "Dagster run": training.run_id,
         }
-    return model_card(
-        Card(
+    return render_model_card(
+        ModelCard(
             name=model.name,
             loop=loop.name,
             description=loop.description,
@@ -201,13 +201,13 @@ def _verdict(database: Database, model: ModelVersion) -> str:
     return f"{reason}; {by_hand}" if reason else by_hand
 
 
-def _card_metrics(loop: str, report: ReportManifest) -> tuple[CardMetric, ...]:
+def _card_metrics(loop: str, report: ReportManifest) -> tuple[tuple[str, str, str], ...]:
     path = stage_folder(loop, report.stage) / report.version / JSON
     try:
         rows = metrics_of_report(path).rows
     except ReportError:  # another version of this project wrote it
         return ()
-    return tuple(CardMetric(row.name, row.cells[0], row.cells[1]) for row in rows)
+    return tuple((row.name, *row.cells[:2]) for row in rows)
 
 
 def _manifest(kind: type[M], loop: str, version: str | None) -> M | None:

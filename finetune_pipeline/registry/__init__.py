@@ -1,9 +1,13 @@
-"""Which models there are, which one serves, and how that came: versions, champion, switch, rollback, history, deletion.
+"""Registry: model versions, the champion that serves, and how it became champion.
 
-    models.py        versions: values, names, numbering      comparisons.py   reports that were written
-    champion.py      the one pointer, and what moves it      history.py       the rows it leaves, replayed
-    deletion.py      model files that nobody needs           trainings.py     trainings that ended
-    card.py          the model card
+model_versions.py      versions: names, numbers, files
+champion.py            the champion pointer: promote, switch, roll back
+deployment_history.py  one row for each change of the champion
+comparisons.py         one row for each evaluation report
+check_outcomes.py      outcomes of blocking checks
+training_jobs.py       one row for each finished training
+garbage_collection.py  deletion of unused model files
+model_card.py          the model card
 
-A model is named `loop@v1.2.0`; `loop@champion`, `loop@previous` and `loop@base` name what stands there now.
+A model is named `loop@v1.2.0`; `loop@champion`, `loop@previous` and `loop@base` are names of the current ones.
 """

@@ -1,4 +1,4 @@
-"""Outcomes of the blocking checks of each artifact, in the database, so that no edited file changes one."""
+"""Outcomes of each artifact's blocking checks, in the database, so that editing a file cannot change them."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -32,9 +32,9 @@ def record_outcomes(db: Database, artifact: Artifact[Any], outcomes: Mapping[str
 
     Args:
         db: the database.
-        artifact: what was checked.
+        artifact: the checked artifact.
         outcomes: whether each check passed; checks that do not block are ignored.
-        run_id: the run of the checks.
+        run_id: the run that checked it.
     """
     with db.write() as connection:
         record_outcomes_in(connection, artifact, outcomes, run_id)
@@ -43,19 +43,19 @@ def record_outcomes(db: Database, artifact: Artifact[Any], outcomes: Mapping[str
 def record_outcomes_in(
     connection: sa.Connection, artifact: Artifact[Any], outcomes: Mapping[str, bool], run_id: str
 ) -> None:
-    """Record outcomes as `record_outcomes` does, within a transaction."""
+    """Record outcomes within a transaction; see `record_outcomes`."""
     manifest = artifact.manifest
-    place = {"loop": manifest.loop, "stage": manifest.stage, "version": manifest.version, "sha256": artifact.sha256}
+    key = {"loop": manifest.loop, "stage": manifest.stage, "version": manifest.version, "sha256": artifact.sha256}
     for name in manifest.blocking_checks:
-        found = {"passed": outcomes[name], "run_id": run_id, "created_at": datetime.now(UTC)}
-        upsert(connection, check_outcomes, {**place, "name": name, **found})
+        outcome = {"passed": outcomes[name], "run_id": run_id, "created_at": datetime.now(UTC)}
+        upsert(connection, check_outcomes, {**key, "name": name, **outcome})
 
 
 def outcomes_of(db: Database, loop: str, kind: type[Manifest], version: str, sha256: str) -> dict[str, CheckOutcome]:
-    """Return the outcomes of one artifact, by name of the check.
+    """Return the outcomes of one artifact by the name of the check.
 
     Args:
-        sha256: of the artifact's manifest.
+        sha256: hash of the artifact's manifest.
     """
     c = check_outcomes.c
     here = (c.loop == loop, c.stage == kind.stage, c.version == version, c.sha256 == sha256)

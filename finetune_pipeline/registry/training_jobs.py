@@ -1,4 +1,4 @@
-"""The trainings that ended: one row for each adapter, which outlives its files. Progress is Dagster's."""
+"""Finished training jobs: one row for each adapter, which outlives its files. Progress is in Dagster."""
 
 import sqlalchemy as sa
 from pydantic import Field
@@ -10,13 +10,13 @@ from finetune_pipeline.records import Record, UtcDatetime
 
 
 class TrainingJob(Record):
-    """One training, and what came of it."""
+    """One finished training and its result."""
 
     id: str = Field(description="Version of the adapter.")
     loop: str
-    run_id: str = Field(description="Dagster's run, which knows the progress.")
+    run_id: str = Field(description="Dagster's run.")
     dataset: str = Field(description="Version of the dataset.")
-    initial_adapter: str | None = Field(default=None, description="Version of the adapter that it went on from.")
+    initial_adapter: str | None = Field(default=None, description="Version of the adapter that it continued from.")
     method: str
     mode: str
     device: str
@@ -27,19 +27,19 @@ class TrainingJob(Record):
     tokens_per_second: float
     wall_seconds: float
     peak_memory_bytes: int
-    watermark: int = Field(ge=0, description="The data that was trained on ends at this ingest_offset.")
+    watermark: int = Field(ge=0, description="Last ingest offset of the training data.")
     created_at: UtcDatetime
 
 
-def record_training_job(db: Database, training: TrainingJob) -> None:
-    """Keep a training; one that is kept already (same loop and id) stays as it is."""
+def record_training_job(db: Database, job: TrainingJob) -> None:
+    """Record a training job, unless one with the same loop and id is recorded."""
     with db.write() as connection:
-        insert_if_absent(connection, training_jobs, training.model_dump())
+        insert_if_absent(connection, training_jobs, job.model_dump())
 
 
 def find_training_job(db: Database, loop: str, id: str) -> TrainingJob | None:
-    """The training that made the adapter of this version."""
-    here = sa.select(training_jobs).where(training_jobs.c.loop == loop, training_jobs.c.id == id)
+    """Return the training job that made this version of the adapter."""
+    query = sa.select(training_jobs).where(training_jobs.c.loop == loop, training_jobs.c.id == id)
     with db.read() as connection:
-        row = connection.execute(here).first()
+        row = connection.execute(query).first()
     return TrainingJob(**row._mapping) if row else None

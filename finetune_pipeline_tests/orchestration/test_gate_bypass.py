@@ -397,6 +397,6 @@ def test_a_champion_that_was_damaged_is_no_easy_opponent(loop, instance, own_hom
     )  # fmt: skip
     promote(connect(), other, None, "ann", "a test needs it", None, "force")
     flip_last_byte(path)
-    with pytest.raises(RegistryError, match="is not the file that was measured"):
+    with pytest.raises(RegistryError, match="is not the evaluated file"):
         run(loop, instance, "eval_report", "promoted_model")
     assert len(list_deployments(connect(), "notes")) == 1

@@ -265,5 +265,5 @@ def test_the_card_does_without_what_is_gone(db, loop, chain):
         for path in stage_folder("notes", stage).glob("*/manifest.json"):
             Path(path).unlink()
     text = card(db, loop, chain[0])
-    assert "| dataset | d1 |" in text and "gain 50.0 %, 5 % needed" in text and "up to ingest_offset 9" in text
+    assert "| dataset | d1 |" in text and "gain 50.0 %, 5 % needed" in text and "up to ingest offset 9" in text
     assert "None" not in text and "| train |" not in text

@@ -229,17 +229,17 @@ def test_a_model_whose_file_is_gone_or_differs_is_refused(db: Database, candidat
     first = serve(db, candidate("a"))
     serve(db, candidate("b"))
     first.gguf_path.write_text("A")
-    with pytest.raises(RegistryError, match=r"aec@v1\.0\.0 cannot serve: .* is not the file that was measured"):
+    with pytest.raises(RegistryError, match=r"aec@v1\.0\.0 cannot serve: .* is not the evaluated file"):
         switch(db, "aec", "v1.0.0", "ann", "to try")
     first.gguf_path.unlink()
-    with pytest.raises(RegistryError, match="is not there; materialize gguf_model again"):
+    with pytest.raises(RegistryError, match=r"does not exist\. Materialize gguf_model again"):
         switch(db, "aec", "v1.0.0", "ann", "to try")
-    with pytest.raises(RegistryError, match="is not there; materialize gguf_model again"):
+    with pytest.raises(RegistryError, match=r"does not exist\. Materialize gguf_model again"):
         rollback(db, "aec", "ann", "worse")
     assert version(db) == "v1.0.1"
     swapped = candidate("c")
     swapped.gguf_path.write_text("something else")
-    with pytest.raises(RegistryError, match=r"the candidate .* is not the file that was measured"):
+    with pytest.raises(RegistryError, match=r"the candidate .* is not the evaluated file"):
         serve(db, swapped)
 
 

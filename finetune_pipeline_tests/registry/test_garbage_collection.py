@@ -117,9 +117,7 @@ def test_a_deleted_version_says_so_and_nothing_is_skipped(db: Database) -> None:
         serve(db, candidate(gguf(name)))
     collect(db)
     for name in ("v1.0.0", "v1.0.1"):
-        with pytest.raises(
-            RegistryError, match=r"its files were deleted on 20.* UTC; switch to a version that is there"
-        ):
+        with pytest.raises(RegistryError, match=r"its files were deleted on 20.* UTC; switch to an existing version"):
             switch(db, "aec", name, "ann", "s")
     assert rollback(db, "aec", "ann", "r").version == "v1.0.2"  # type: ignore[union-attr]
     with pytest.raises(RegistryError, match=r"aec@v1\.0\.1 cannot serve: its files were deleted on"):
@@ -249,7 +247,7 @@ def test_a_model_that_is_deleted_after_it_was_checked_is_refused(db: Database, m
     with pytest.raises(RegistryError, match="were deleted"):
         switch(db, "aec", "v1.0.0", "ann", "s")
     report("r", "rejected", False)
-    with pytest.raises(RegistryError, match="is not there"):
+    with pytest.raises(RegistryError, match="does not exist"):
         promote(db, rejected, champion(db, "aec").id, "ann", "the customer waits", None, "force")  # type: ignore[union-attr]
     assert champion(db, "aec").version == "v1.0.2"  # type: ignore[union-attr]
     assert len(list_models(db, "aec")) == 3
@@ -265,7 +263,7 @@ def test_a_model_that_is_deleted_while_it_is_read_is_refused(db: Database, monke
         return read(path, **how)
 
     monkeypatch.setattr(models_module, "hash_file_cached", lose_then_read)
-    with pytest.raises(RegistryError, match=r"aec@v1\.0\.0 cannot serve: its GGUF .* is not there"):
+    with pytest.raises(RegistryError, match=r"aec@v1\.0\.0 cannot serve: its GGUF .* does not exist"):
         switch(db, "aec", "v1.0.0", "ann", "s")
     assert champion(db, "aec").version == "v1.0.2"  # type: ignore[union-attr]
 
@@ -327,7 +325,7 @@ def test_a_switch_at_the_same_moment_never_serves_a_deleted_model(db: Database) 
         after = resolve(db, target.version, "aec")
         assert after is not None
         switched = outcomes == ["switched"]
-        assert switched or "were deleted" in outcomes[0] or "is not there" in outcomes[0]
+        assert switched or "were deleted" in outcomes[0] or "does not exist" in outcomes[0]
         assert after.gguf_path.is_file() == switched == (after.deleted_at is None)
         assert (champion(db, "aec") == after) == switched
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from finetune_pipeline.registry.model_card import Card, CardMetric, model_card
+from finetune_pipeline.registry.model_card import ModelCard, render_model_card
 
 FULL: dict[str, Any] = {
     "name": "aec@v1.2.0",
@@ -24,7 +24,7 @@ FULL: dict[str, Any] = {
     "watermark": 480,
     "training": {"examples": 1200, "validation loss": "1.500 before, 0.250 after"},
     "scores": {"accuracy": 0.8125, "latency_p50_ms": 21.0},
-    "metrics": (CardMetric("parameter | accuracy", "70.0 %", "81.3 %"),),
+    "metrics": (("parameter | accuracy", "70.0 %", "81.3 %"),),
     "benchmark_sha256": "c" * 64,
     "verdict": "gain 16.1 %, 5 % needed",
 }
@@ -38,7 +38,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def test_the_front_matter_names_base_tags_and_metrics() -> None:
-    matter = front_matter(model_card(Card(**FULL)))
+    matter = front_matter(render_model_card(ModelCard(**FULL)))
     assert matter["base_model"] == "data/starter_model"
     assert {"gguf", "lora", "aec"} <= set(matter["tags"])
     assert matter["metrics"] == ["accuracy", "latency_p50_ms"]
@@ -50,7 +50,7 @@ def test_the_front_matter_names_base_tags_and_metrics() -> None:
 
 
 def test_the_card_tells_all_that_is_known() -> None:
-    text = model_card(Card(**FULL))
+    text = render_model_card(ModelCard(**FULL))
     for said in (
         "# aec@v1.2.0", "Parses requests.", "data/starter_model (bbbbbbbbbbbbbbbb)", "ad01", "da01", "1..480",
         "| train | 1,200 |", "1.500 before, 0.250 after", "gain 16.1 %, 5 % needed", f"SHA-256 `{'a' * 64}`",
@@ -61,17 +61,17 @@ def test_the_card_tells_all_that_is_known() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    text = model_card(Card(**{name: FULL[name] for name in NEEDED}))
+    text = render_model_card(ModelCard(**{name: FULL[name] for name in NEEDED}))
     assert "None" not in text and "Evaluation" not in text and "Training data" not in text and "## Training" not in text
     assert "metrics" not in front_matter(text) and "| training | incremental |" in text
-    only_watermark = model_card(Card(**{**{name: FULL[name] for name in NEEDED}, "watermark": 90}))
-    assert "| events | up to ingest_offset 90 |" in only_watermark
+    only_watermark = render_model_card(ModelCard(**{**{name: FULL[name] for name in NEEDED}, "watermark": 90}))
+    assert "| events | up to ingest offset 90 |" in only_watermark
 
 
 def test_a_text_cannot_break_the_front_matter_or_a_table() -> None:
     nasty = 'x: "y"\n---\n# | heading'
     changed = {"base_model": nasty, "verdict": nasty, "description": nasty, "data": {nasty: nasty}}
-    text = model_card(Card(**{**FULL, **changed}))
+    text = render_model_card(ModelCard(**{**FULL, **changed}))
     matter = yaml.safe_load(text[4 : text.index("\n---\n\n")])
     assert matter["base_model"] == nasty
     assert "\n# | heading" not in text.split("\n---\n\n", 1)[1]
