@@ -9,12 +9,11 @@ from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.curation.acceptance import CONFLICT
 from finetune_pipeline.curation.dataset_card import DATASET_CARD
 from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE, first_provenances
-from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
+from finetune_pipeline.orchestration.checks import check_specs, curated_dataset_checks
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
-from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_dataset, check_dataset
-from finetune_pipeline.registry.check_outcomes import record_outcomes
+from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_and_check
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
 
@@ -22,22 +21,14 @@ PROVENANCES_SHOWN = 3  # of each source; provenance.csv has all
 
 
 def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
-    """The asset curated_dataset of a loop, with its blocking checks."""
-
-    def check(name: str, description: str) -> dg.AssetCheckSpec:
-        key = [*loop.prefix, "curated_dataset"]
-        return dg.AssetCheckSpec(name, asset=key, description=description, blocking=True)
+    """Return the asset curated_dataset of a loop, with its blocking checks."""
 
     @dg.asset(
         key_prefix=loop.prefix or None,
         group_name=loop.name,
         io_manager_key=pointers_key(loop),
         ins={"raw_logs": upstream(loop)},
-        check_specs=[
-            check("enough_examples", f"The dataset has at least {loop.curation.min_examples} examples."),
-            check("no_benchmark_overlap", "No example is a near-duplicate of a benchmark question."),
-            check("targets_parse", "Every answer to train on passes the output schema."),
-        ],
+        check_specs=check_specs(loop, DatasetManifest.stage),
         kinds={"huggingface"},
     )
     def curated_dataset(
@@ -54,24 +45,15 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         describes the dataset with a sample, and `provenance.csv` says where each example came from.
         """
         die_with_run()
-        artifact = build_dataset(loop, raw_logs)
+        artifact, checks = build_and_check(loop, raw_logs, context.run.run_id)
         manifest = artifact.manifest
-        checks = check_dataset(loop, artifact)
-        # The registry keeps the outcomes too, since a later run may select assets without their checks.
-        record_outcomes(connect(), artifact, {check.name: check.passed for check in checks}, context.run.run_id)
         context.log.info(
             f"{manifest.train} examples to train on ({manifest.replayed} replayed), {manifest.validation} to validate, "
             f"{manifest.preference_pairs} preference pairs, {manifest.undesirable} undesirable answers; "
             f"left out: {manifest.left_out or 'none'}"
         )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        for check in checks:
-            yield dg.AssetCheckResult(
-                check_name=check.name,
-                passed=check.passed,
-                description=check.description or None,
-                metadata=check.metadata,
-            )
+        yield from curated_dataset_checks(checks)
 
     return curated_dataset
 

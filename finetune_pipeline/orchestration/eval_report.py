@@ -12,6 +12,7 @@ from finetune_pipeline.evaluation.metric_table import comparison_markdown, metri
 from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import GgufManifest, ReportManifest
+from finetune_pipeline.orchestration.checks import check_specs, eval_report_checks
 from finetune_pipeline.orchestration.io_manager import picture, pointers_key, upstream
 from finetune_pipeline.pipeline.evaluate import NothingToEvaluate, evaluate
 from finetune_pipeline.settings import LoopSettings
@@ -21,22 +22,12 @@ from finetune_pipeline.subprocess_lifetime import die_with_run
 def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset eval_report of a loop, with the gate's check (blocking unless on_reject is keep_champion)."""
 
-    def check(name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
-        key = [*loop.prefix, "eval_report"]
-        return dg.AssetCheckSpec(name, asset=key, description=description, blocking=blocking)
-
-    gate = f"The challenger gains at least {loop.gate.min_gain:.0%} ({loop.gate.mode}) over the champion."
-
     @dg.asset(
         key_prefix=loop.prefix or None,
         group_name=loop.name,
         io_manager_key=pointers_key(loop),
         ins={"gguf_model": upstream(loop)},
-        check_specs=[
-            check("gain", gate, blocking=loop.gate.on_reject == "fail"),
-            check("significance", "The gain is significant by a paired test."),
-            check("no_slice_regressed", "No slice of the benchmark regressed."),
-        ],
+        check_specs=check_specs(loop, ReportManifest.stage),
         output_required=False,
         kinds={"html"},
     )
@@ -54,8 +45,8 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         if isinstance(result, NothingToEvaluate):
             context.log.info(result.reason)
             # Dagster requires a result of each check of an asset, even if the asset is not materialized.
-            for name in ("gain", "significance", "no_slice_regressed"):
-                yield dg.AssetCheckResult(check_name=name, passed=True, description=result.reason)
+            for spec in check_specs(loop, ReportManifest.stage):
+                yield dg.AssetCheckResult(check_name=spec.name, passed=True, description=result.reason)
             return
         comparison, verdict = result.comparison, result.verdict
         context.log.info(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
@@ -64,7 +55,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
                 f"latency is not stored in the registry: {comparison.contention}; evaluate again on a quiet machine"
             )
         yield dg.MaterializeResult(value=result.report, metadata=_metadata(result.report, comparison, verdict))
-        yield from _checks(loop, comparison, verdict)
+        yield from eval_report_checks(loop, comparison, verdict)
 
     return eval_report
 
@@ -92,36 +83,3 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
         "speed": comparison.contention or "measured on a quiet machine",
         **metrics,
     }
-
-
-def _checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Iterator[dg.AssetCheckResult]:
-    rejects = loop.gate.on_reject == "fail"
-    yield dg.AssetCheckResult(
-        check_name="gain",
-        passed=verdict.promote,
-        severity=dg.AssetCheckSeverity.ERROR if rejects else dg.AssetCheckSeverity.WARN,
-        description=verdict.reason,
-        metadata={
-            "correct_challenger": verdict.challenger_correct,
-            "correct_champion": verdict.champion_correct,
-            "required_correct": verdict.required_correct,
-            "of": verdict.total,
-            "minimum_correct": verdict.minimum_correct,
-            "valid": verdict.valid,
-            "answers": verdict.answers,
-        },
-    )
-    significance = comparison.significance
-    yield dg.AssetCheckResult(
-        check_name="significance",
-        passed=significance.p_value <= loop.gate.significance_level,
-        severity=dg.AssetCheckSeverity.WARN,
-        metadata={"p_value": float(significance.p_value), "method": significance.method},
-    )
-    changes = {group.name: f"{group.points:+.1%}" for group in comparison.slices}
-    yield dg.AssetCheckResult(
-        check_name="no_slice_regressed",
-        passed=not comparison.regressed_slices,
-        severity=dg.AssetCheckSeverity.WARN,
-        metadata={"regressed": list(comparison.regressed_slices), "changes": changes},
-    )

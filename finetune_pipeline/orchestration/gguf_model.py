@@ -7,30 +7,22 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest
+from finetune_pipeline.orchestration.checks import check_specs, gguf_model_checks
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
-from finetune_pipeline.pipeline.export import BLOCKING, export_model, model_spec
+from finetune_pipeline.pipeline.export import export_model, model_spec
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
 
 
 def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset gguf_model of a loop, with its checks."""
-    descriptions = {
-        "loads_and_answers": "The model loads in the engine and answers.",
-        "tokenizer_parity": "The engine tokenizes the chat template as training did.",
-        "agreement": f"At least {loop.export.min_agreement:.0%} of answers equal those of the base with its unmerged "
-        "adapter.",
-    }
 
     @dg.asset(
         key_prefix=loop.prefix or None,
         group_name=loop.name,
         io_manager_key=pointers_key(loop),
         ins={"lora_adapter": upstream(loop)},
-        check_specs=[
-            dg.AssetCheckSpec(name, asset=[*loop.prefix, "gguf_model"], description=text, blocking=name in BLOCKING)
-            for name, text in descriptions.items()
-        ],
+        check_specs=check_specs(loop, GgufManifest.stage),
         kinds={"gguf"},
     )
     def gguf_model(
@@ -45,11 +37,7 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         artifact, checks = export_model(loop, lora_adapter, context.run.run_id, context.log.info)
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        for check in checks:
-            severity = dg.AssetCheckSeverity.ERROR if check.name in BLOCKING else dg.AssetCheckSeverity.WARN
-            yield dg.AssetCheckResult(
-                check_name=check.name, passed=check.passed, severity=severity, metadata=check.metrics
-            )
+        yield from gguf_model_checks(checks)
 
     return gguf_model
 

@@ -1,57 +1,27 @@
 """The asset lora_adapter: the LoRA adapter that a process of its own trains."""
 
 import time
-from typing import Any, Literal, get_origin
+from typing import Any
 
 import dagster as dg
-from pydantic import Field, create_model
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.io_manager import picture, pointers_key, upstream
-from finetune_pipeline.pipeline.train import describe_progress, left_to_preset, settings_of_run, train_adapter
-from finetune_pipeline.settings import LoopSettings, TrainingSettings
+from finetune_pipeline.orchestration.training_config import training_config
+from finetune_pipeline.pipeline.train import describe_progress, settings_of_run, train_adapter
+from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
 from finetune_pipeline.training.job import RESULT, Progress, TrainingResult
 from finetune_pipeline.training.loss_curve import curve_png
 
 REPORT_EVERY_SECONDS = 5.0
 
-NOT_IN_THE_LAUNCHPAD = {
-    "lora_target_modules",
-    "trainable_token_indices",
-    "loss_type",
-    "loss_weights",
-    "report_to",
-    "preset",
-}
-"""Settings that Dagster's config has no type for, or that fill others."""
-
 MANIFEST_FIELDS = (
     "method", "method_reason", "mode", "mode_reason", "examples", "too_long", "rejected", "steps", "best_step",
     "loss_before", "loss_after", "tokens_per_second", "wall_seconds", "device", "version",
 )  # fmt: skip
 """Fields of the manifest that are metadata under the same name."""
-
-
-def training_config(loop: LoopSettings) -> type[dg.Config]:
-    """Return the config of the launchpad, with a field for each plain training setting and the loop's defaults.
-
-    A setting that the loop leaves to its preset is None and is filled when the step runs. So a base model that is
-    missing or does not fit fails this loop's training, and not the loading of all loops.
-    """
-    preset = left_to_preset(loop)
-    fields: dict[str, Any] = {}
-    for name, field in TrainingSettings.model_fields.items():
-        if name in preset:
-            # Dagster's config has no optional Literal.
-            kind: Any = str if get_origin(field.annotation) is Literal else field.annotation
-            description = f"{field.description} Empty: preset {loop.training.preset} fills it."
-            fields[name] = (kind | None, Field(default=None, description=description))
-        elif name not in NOT_IN_THE_LAUNCHPAD:
-            default = getattr(loop.training, name)
-            fields[name] = (field.annotation, Field(default=default, description=field.description))
-    return create_model("TrainingConfig", __base__=dg.Config, **fields)
 
 
 def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:

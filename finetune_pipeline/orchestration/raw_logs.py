@@ -6,7 +6,8 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.database import connect
-from finetune_pipeline.orchestration.checks import raw_logs_check_specs, raw_logs_checks
+from finetune_pipeline.manifests import RawLogsManifest
+from finetune_pipeline.orchestration.checks import check_specs, raw_logs_checks
 from finetune_pipeline.orchestration.io_manager import pointers_key
 from finetune_pipeline.pipeline.snapshot import CollectedLogs, collect_logs
 from finetune_pipeline.settings import LoopSettings
@@ -20,7 +21,7 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         key_prefix=loop.prefix or None,
         group_name=loop.name,
         io_manager_key=pointers_key(loop),
-        check_specs=raw_logs_check_specs(loop),
+        check_specs=check_specs(loop, RawLogsManifest.stage),
         kinds={"parquet", "sqlite"},
     )
     def raw_logs(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:

@@ -16,9 +16,11 @@ from finetune_pipeline.curation.dataset_files import (
     SPLITS,
     UNPAIRED_PREFERENCE,
 )
+from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.records import Example
+from finetune_pipeline.registry.check_outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings, home, project_path
 
 if TYPE_CHECKING:
@@ -127,6 +129,19 @@ def check_dataset(loop: LoopSettings, dataset: Artifact[DatasetManifest]) -> tup
             for name, found in offenders.items()
         ),
     )
+
+
+def build_and_check(
+    loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], run_id: str
+) -> tuple[Artifact[DatasetManifest], tuple[DatasetCheck, ...]]:
+    """Return the dataset of a snapshot with its checks, and record their outcomes in the database.
+
+    A model is promoted only if these outcomes exist and passed, whatever assets and checks a run selected.
+    """
+    dataset = build_dataset(loop, raw_logs)
+    checks = check_dataset(loop, dataset)
+    record_outcomes(connect(), dataset, {check.name: check.passed for check in checks}, run_id)
+    return dataset, checks
 
 
 def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[str, str]) -> "Cache":

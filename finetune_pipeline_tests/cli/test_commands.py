@@ -155,7 +155,7 @@ def test_the_default_loop_reads_files_that_are_there():
     ("changes", "said"),
     [
         ({"backend": "unsloth"}, "unsloth cannot run here"),
-        ({"base_model": "../nowhere/model"}, "../nowhere/model is not there"),
+        ({"base_model": "../nowhere/model"}, "of the base model ../nowhere/model does not exist"),
         ({"base_model": "docs"}, "docs has no config.json"),
         ({"compute": "ray"}, "Ray is not installed"),
         ({"report_to": ("wandb",)}, "names wandb, which is not installed"),

@@ -26,7 +26,7 @@ from finetune_pipeline.evaluation.report import (
     write_report,
 )
 from finetune_pipeline.evaluation.scoring import Scorer
-from finetune_pipeline.orchestration.promoted_model import _scores
+from finetune_pipeline.pipeline.promote import scores_of
 from finetune_pipeline.schemas import Rule
 from finetune_pipeline.settings import GateSettings
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_benchmark
@@ -206,12 +206,12 @@ def test_a_speed_of_a_busy_machine_is_flagged_wherever_it_is_shown(benchmark: Be
     assert "| latency, median (machine busy) | 40.0 ms |" in comparison_markdown(compared)
     write_report(tmp_path, "aec", compared, judge(compared, GateSettings()), GateSettings(), 0.5)
     assert "other processes used 1.9 of 2 cores" in (tmp_path / "report.html").read_text()
-    kept = _scores(metrics_of_report(tmp_path / "report.json").rows)
+    kept = scores_of(metrics_of_report(tmp_path / "report.json").rows)
     assert not flagged & set(kept) and kept["accuracy"] == 1.0
     assert kept["speed_flag"] == "other processes used 1.9 of 2 cores"
 
 
 def test_a_speed_of_a_quiet_machine_is_kept(benchmark: Benchmark) -> None:
     compared = compare(benchmark, SCORER, *(side(n, [RIGHT] * 4, benchmark, FAST) for n in ("champ", "chall")))
-    kept = _scores(metric_table(compared))
+    kept = scores_of(metric_table(compared))
     assert kept["latency_p50_ms"] == 40 and "speed_flag" not in kept

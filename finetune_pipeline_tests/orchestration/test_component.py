@@ -4,7 +4,7 @@ import yaml
 
 from finetune_pipeline.definitions import defs
 from finetune_pipeline.orchestration.component import FineTuneLoop
-from finetune_pipeline.orchestration.lora_adapter import NOT_IN_THE_LAUNCHPAD, training_config
+from finetune_pipeline.orchestration.training_config import NOT_IN_THE_LAUNCHPAD, training_config
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop, read_loop
 from finetune_pipeline_tests.orchestration.conftest import definitions
 

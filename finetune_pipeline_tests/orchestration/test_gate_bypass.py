@@ -27,8 +27,8 @@ from finetune_pipeline.evaluation.report import JSON
 from finetune_pipeline.evaluation.run import ANSWERS, BenchmarkRunManifest
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
-from finetune_pipeline.orchestration.promoted_model import NotMeasured
 from finetune_pipeline.pipeline import incremental
+from finetune_pipeline.pipeline.promote import ReportMismatchError
 from finetune_pipeline.pipeline.required_checks import NotProven
 from finetune_pipeline.registry.champion import ChampionChanged, champion, promote, rollback, switch
 from finetune_pipeline.registry.check_outcomes import outcomes_of, record_outcomes
@@ -278,7 +278,9 @@ def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
 
 def test_other_settings_than_the_report_s_promote_nothing(loop, settled, instance):
     easier = settled(gate={"min_gain": 0})
-    with pytest.raises(NotMeasured, match="changed since: base model, benchmark, schema, rules or gate settings"):
+    with pytest.raises(
+        ReportMismatchError, match="changed since: base model, benchmark, schema, rules or gate settings"
+    ):
         run(easier, instance, "promoted_model")
     assert served() is None
 
@@ -286,7 +288,7 @@ def test_other_settings_than_the_report_s_promote_nothing(loop, settled, instanc
 def test_a_verdict_that_differs_from_the_database_s_promotes_nothing(loop, instance):
     with connect().write() as connection:
         connection.execute(sa.update(comparisons).values(promote=False))
-    with pytest.raises(NotMeasured, match="its manifest says promote, the database says reject"):
+    with pytest.raises(ReportMismatchError, match="its manifest says promote, the database says reject"):
         run(loop, instance, "promoted_model")
     assert served() is None
 

@@ -6,7 +6,7 @@ import dagster as dg
 import datasets
 import pytest
 
-from finetune_pipeline.orchestration.lora_adapter import training_config
+from finetune_pipeline.orchestration.training_config import training_config
 from finetune_pipeline.pipeline.incremental import write_subset
 from finetune_pipeline.pipeline.train import describe_progress, settings_of_run
 from finetune_pipeline.settings import load_loop
@@ -24,7 +24,7 @@ LARGE = {
 @pytest.mark.parametrize(
     ("base", "why"),
     [
-        ("data/no_such_model", "the base model data/no_such_model is not there"),
+        ("data/no_such_model", "data/no_such_model of the base model data/no_such_model does not exist"),
         ("LARGE", "does not fit preset 8gb: with qlora, per_device_train_batch_size 1"),
     ],
 )

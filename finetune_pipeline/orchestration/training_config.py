@@ -1,0 +1,39 @@
+"""The Dagster config of lora_adapter: training settings that can be set for one run in the launchpad."""
+
+from typing import Any, Literal, get_origin
+
+import dagster as dg
+from pydantic import Field, create_model
+
+from finetune_pipeline.pipeline.train import left_to_preset
+from finetune_pipeline.settings import LoopSettings, TrainingSettings
+
+NOT_IN_THE_LAUNCHPAD = {
+    "lora_target_modules",
+    "trainable_token_indices",
+    "loss_type",
+    "loss_weights",
+    "report_to",
+    "preset",
+}
+"""Settings that Dagster's config has no type for, or that fill others."""
+
+
+def training_config(loop: LoopSettings) -> type[dg.Config]:
+    """Return the config of the launchpad, with a field for each plain training setting and the loop's defaults.
+
+    A setting that the loop leaves to its preset is None and is filled when the step runs. So a base model that is
+    missing or does not fit fails this loop's training, and not the loading of all loops.
+    """
+    preset = left_to_preset(loop)
+    fields: dict[str, Any] = {}
+    for name, field in TrainingSettings.model_fields.items():
+        if name in preset:
+            # Dagster's config has no optional Literal.
+            kind: Any = str if get_origin(field.annotation) is Literal else field.annotation
+            description = f"{field.description} Empty: preset {loop.training.preset} fills it."
+            fields[name] = (kind | None, Field(default=None, description=description))
+        elif name not in NOT_IN_THE_LAUNCHPAD:
+            default = getattr(loop.training, name)
+            fields[name] = (field.annotation, Field(default=default, description=field.description))
+    return create_model("TrainingConfig", __base__=dg.Config, **fields)
