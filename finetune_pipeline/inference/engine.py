@@ -4,13 +4,12 @@ import hashlib
 import itertools
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -215,17 +214,6 @@ class Engine:
             for future in futures:
                 future.cancel()
 
-    def stream(self, request: GenerateRequest) -> Iterator[str | Completion]:
-        """Yield text deltas as they arrive, then the completion; closing the iterator cancels the request."""
-        deltas: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        future = self.submit(request, deltas.put)
-        future.add_done_callback(lambda _: deltas.put(None))
-        try:
-            yield from iter(deltas.get, None)
-            yield future.result()
-        finally:
-            future.cancel()
-
     def close(self) -> None:
         """End the child; unfinished requests raise EngineClosed. May be called again."""
         self._fail_pending(EngineClosed(f"The engine of {self.spec.gguf} was closed; open a new one."))
@@ -410,7 +398,7 @@ def start_child() -> "subprocess.Popen[str]":
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment for a child, in which it imports this very package from any working directory."""
+    """Return the environment for a child, with which it imports this package from any working directory."""
     package_root = str(Path(finetune_pipeline.__file__).resolve().parents[1])
     paths = [package_root, os.environ.get("PYTHONPATH", "")]
     return {

@@ -328,14 +328,16 @@ def _locate_error(tokenizer: llguidance.LLTokenizer, rewritten: EnforceableSchem
     why = _first_line(error).replace("min/maxProperties", "minProperties and maxProperties")
     definitions = rewritten.schema.get("$defs", {})
     end = time.monotonic() + _LOCATE_SECONDS
-    for alone in (dict.fromkeys(definitions, True), definitions):
+    for other_definitions in (dict.fromkeys(definitions, True), definitions):
         for at, node in rewritten.nodes:
             if time.monotonic() > end:
                 break
-            if not _fails(tokenizer, {**node, "$defs": alone}, error):
+            if not _fails(tokenizer, {**node, "$defs": other_definitions}, error):
                 continue
             keywords = [name for name in node if name not in ("type", "$defs")]
-            without = ({**{k: v for k, v in node.items() if k != name}, "$defs": alone} for name in keywords)
+            without = (
+                {**{k: v for k, v in node.items() if k != name}, "$defs": other_definitions} for name in keywords
+            )
             found = [name for name, less in zip(keywords, without, strict=True) if not _fails(tokenizer, less, error)]
             keyword = min(found or keywords or ["type"], key=lambda name: (name not in why, name == "properties"))
             return RequestRefused(f"json_schema at {at[:300]}: {keyword}: {why}")

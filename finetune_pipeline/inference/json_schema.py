@@ -123,7 +123,7 @@ def rewrite_schema(schema: dict[str, Any]) -> EnforceableSchema:
         raise RequestRefused(
             f"The json_schema has {size} bytes; at most {MAX_BYTES} are allowed. Make its enumerations smaller."
         )
-    if _deeper_than(schema, MAX_DEPTH):
+    if any(depth == MAX_DEPTH for depth, _ in enumerate(_levels(schema))):
         raise RequestRefused(
             f"The json_schema is nested more than {MAX_DEPTH} levels deep; move parts of it into $defs."
         )
@@ -132,17 +132,15 @@ def rewrite_schema(schema: dict[str, Any]) -> EnforceableSchema:
     return EnforceableSchema(rewritten, _Rewriter(schema, unique=True).rewritten(), rewriter.nodes)
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """Yield all values at depth 0, 1, ... of a JSON value."""
     level = [value]
-    for _ in range(levels):
-        level = [child for parent in level for child in _children(parent)]
-        if not level:
-            return False
-    return True
-
-
-def _children(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    while level:
+        yield level
+        containers = (
+            part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)
+        )
+        level = [child for container in containers for child in container]
 
 
 class _Rewriter:
@@ -170,71 +168,71 @@ class _Rewriter:
             self._definitions[self._names[reference]] = self._node(self._target(reference), reference)
         self._refuse_endless()
         self._refuse_products(root)
-        for branches, at in self._exclusive:
-            self._refuse_overlap(branches, at)
+        for branches, path in self._exclusive:
+            self._refuse_overlap(branches, path)
         assert isinstance(root, dict)
         return {"$defs": self._definitions, **root} if self._definitions else root
 
-    def _node(self, schema: Any, at: str) -> Node:
+    def _node(self, schema: Any, path: str) -> Node:
         if isinstance(schema, bool):
             return schema
-        self._refuse_keywords(schema, at)
+        self._refuse_keywords(schema, path)
         if "$ref" in schema and self._draft < 2019:
-            beside = [name for name in schema if name in _SIBLINGS]
-            if beside:
-                raise _refused(at, beside[0], "before draft 2019-09 keywords beside $ref have no effect; use allOf")
+            ignored = [name for name in schema if name in _SIBLINGS]
+            if ignored:
+                raise _refused(path, ignored[0], "before draft 2019-09 keywords beside $ref have no effect; use allOf")
         node: dict[str, Any] = {"type": schema["type"]} if "type" in schema else {}
-        self._numbers(schema, at, node)
-        self._text(schema, at, node)
-        self._arrays(schema, at, node)
-        self._objects(schema, at, node)
+        self._numbers(schema, path, node)
+        self._text(schema, path, node)
+        self._arrays(schema, path, node)
+        self._objects(schema, path, node)
         for name in _LENGTHS:
             if name in schema:
                 length = schema[name]
                 if name.startswith("min") and length > MAX_REPEATS:
-                    raise _refused(at, name, f"{length} is more than {MAX_REPEATS}, the most that can be enforced")
+                    raise _refused(path, name, f"{length} is more than {MAX_REPEATS}, the most that can be enforced")
                 node[name] = min(int(length), 2**31 - 1)
         if "$ref" in schema:
-            node["$ref"] = self._reference(schema["$ref"], at)
-        every = [self._node(part, f"{at}/allOf/{n}") for n, part in enumerate(schema.get("allOf", []))]
+            node["$ref"] = self._reference(schema["$ref"], path)
+        every = [self._node(part, f"{path}/allOf/{n}") for n, part in enumerate(schema.get("allOf", []))]
         node["allOf"] = every + node.pop("allOf", [])
         if "anyOf" in schema:
-            node["anyOf"] = [self._node(part, f"{at}/anyOf/{n}") for n, part in enumerate(schema["anyOf"])]
+            node["anyOf"] = [self._node(part, f"{path}/anyOf/{n}") for n, part in enumerate(schema["anyOf"])]
         if "oneOf" in schema:
-            branches = [self._node(part, f"{at}/oneOf/{n}") for n, part in enumerate(schema["oneOf"])]
-            self._exclusive.append((branches, f"{at}/oneOf"))
+            branches = [self._node(part, f"{path}/oneOf/{n}") for n, part in enumerate(schema["oneOf"])]
+            self._exclusive.append((branches, f"{path}/oneOf"))
             node["allOf"].append({"anyOf": branches})
         if not node["allOf"]:
             del node["allOf"]
         if "enum" in schema:
-            node["enum"] = [_literal(value, "enum", at) for value in schema["enum"]]
+            node["enum"] = [_literal(value, "enum", path) for value in schema["enum"]]
         if "const" in schema:
-            node["const"] = _literal(schema["const"], "const", at)
-        self.nodes.append((at, node))
+            node["const"] = _literal(schema["const"], "const", path)
+        self.nodes.append((path, node))
         return node
 
-    def _refuse_keywords(self, schema: dict[str, Any], at: str) -> None:
+    def _refuse_keywords(self, schema: dict[str, Any], path: str) -> None:
         for name, instead in _REFUSED.items():
-            nothing = name.startswith(("dependen", "unevaluated")) and schema.get(name) in ({}, True)
-            idle = nothing or (name == "if" and not {"then", "else"} & {*schema})
-            if name in schema and not idle:
-                raise _refused(at, name, f"it is not enforced; {instead}")
+            is_trivial = name.startswith(("dependen", "unevaluated")) and schema.get(name) in ({}, True)
+            has_no_effect = is_trivial or (name == "if" and not {"then", "else"} & {*schema})
+            if name in schema and not has_no_effect:
+                raise _refused(path, name, f"it is not enforced; {instead}")
         for name in ("contentMediaType", "contentEncoding"):
             if name in schema and self._draft < 2019:
-                raise _refused(at, name, "it is not enforced; since draft 2019-09 it is an annotation")
+                raise _refused(path, name, "it is not enforced; since draft 2019-09 it is an annotation")
         for name in ("$schema", "id" if self._draft == 4 else "$id"):
-            if at != "#" and isinstance(schema.get(name), str) and schema[name] != self._root.get(name):
-                raise _refused(at, name, "subschemas with an identifier of their own are not supported")
+            if path != "#" and isinstance(schema.get(name), str) and schema[name] != self._root.get(name):
+                raise _refused(path, name, "subschemas with an identifier of their own are not supported")
 
-    def _numbers(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+    def _numbers(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         types = _types(schema)
         integral = "number" not in types and "integer" in types
         bounds = {name: schema[name] for name in _BOUNDS if not isinstance(schema.get(name, False), bool)}
         for name, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
             if schema.get(exclusive) is True and name in bounds:  # as in draft 4
                 bounds[exclusive] = bounds.pop(name)
-        bounds |= _bounds_of_format(schema, types, at)
-        ranged = {name: _bound(bound, name, at, integral=integral) for name, bound in bounds.items()}
+        bounds |= _bounds_of_format(schema, types, path)
+        ranged = {name: _bound(bound, name, path, integral=integral) for name, bound in bounds.items()}
         _inclusive(ranged, integral=integral)
         shorter = [] if integral else _prefixes(ranged)
         if shorter and types & {"number", "integer"}:
@@ -244,13 +242,13 @@ class _Rewriter:
         else:
             node.update(ranged)
         if "multipleOf" in schema:
-            node["multipleOf"] = self._multiple(schema["multipleOf"], at)
+            node["multipleOf"] = self._multiple(schema["multipleOf"], path)
 
-    def _multiple(self, multiple: float, at: str) -> float:
+    def _multiple(self, multiple: float, path: str) -> float:
         scaled, decimals = _scaled(multiple)
         if not 0 < scaled <= MAX_MULTIPLE or decimals > 9:
             raise _refused(
-                at, "multipleOf", f"it may have at most {MAX_MULTIPLE} without its decimal point, and 9 decimals"
+                path, "multipleOf", f"it may have at most {MAX_MULTIPLE} without its decimal point, and 9 decimals"
             )
         self._multiples.append((scaled, decimals))
         most = max(digits for _, digits in self._multiples)
@@ -258,13 +256,13 @@ class _Rewriter:
         for coefficient, digits in set(self._multiples):
             number = coefficient * 10 ** (most - digits)
             if together * number >= 2**32:
-                raise _refused(at, "multipleOf", "combined with the other multipleOf its multiples are too large")
+                raise _refused(path, "multipleOf", "combined with the other multipleOf its multiples are too large")
             together = math.lcm(together, number)
         return int(multiple) if float(multiple).is_integer() else multiple
 
-    def _text(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+    def _text(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         if "pattern" in schema:
-            patterns = self._check_sizes(_patterns(schema["pattern"], at), "pattern", at)
+            patterns = self._check_sizes(_patterns(schema["pattern"], path), "pattern", path)
             node["pattern"] = patterns[0]
             node.setdefault("allOf", []).extend({"pattern": pattern} for pattern in patterns[1:])
         name = schema.get("format")
@@ -278,76 +276,82 @@ class _Rewriter:
             node["format"] = name
         else:
             known = ", ".join(sorted(_FORMATS | {*FORMAT_PATTERNS}))
-            raise _refused(at, "format", f"{name!r} is not enforced; use one of {known}, or `pattern`")
+            raise _refused(path, "format", f"{name!r} is not enforced; use one of {known}, or `pattern`")
 
-    def _check_sizes(self, patterns: list[tuple[str, int]], keyword: str, at: str) -> list[str]:
+    def _check_sizes(self, patterns: list[tuple[str, int]], keyword: str, path: str) -> list[str]:
         self._pattern_sizes += sum(size for _, size in patterns)
         if self._pattern_sizes > MAX_PATTERN_SIZES:
             limit = f"{MAX_PATTERN_SIZES} characters with their repetitions expanded"
-            raise _refused(at, keyword, f"all patterns up to here have more than {limit}; reduce them")
+            raise _refused(path, keyword, f"all patterns up to here have more than {limit}; reduce them")
         return [pattern for pattern, _ in patterns]
 
-    def _arrays(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+    def _arrays(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         prefix, items, rest = schema.get("prefixItems"), schema.get("items"), "items"
         if self._draft < 2020:
             if prefix is not None:
-                raise _refused(at, "prefixItems", "it belongs to draft 2020-12; in this draft use `items` with a list")
+                raise _refused(
+                    path, "prefixItems", "it belongs to draft 2020-12; in this draft use `items` with a list"
+                )
             if isinstance(items, list):
                 prefix, items, rest = items, schema.get("additionalItems"), "additionalItems"
         if prefix is not None:
             name = "prefixItems" if self._draft >= 2020 else "items"
-            node["prefixItems"] = [self._node(part, f"{at}/{name}/{n}") for n, part in enumerate(prefix)]
+            node["prefixItems"] = [self._node(part, f"{path}/{name}/{n}") for n, part in enumerate(prefix)]
         if items is not None:
-            node["items"] = self._node(items, f"{at}/{rest}")
+            node["items"] = self._node(items, f"{path}/{rest}")
         if schema.get("uniqueItems") and self._unique:
             node["uniqueItems"] = True
 
-    def _objects(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+    def _objects(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         for key in ("properties", "patternProperties"):
             if key in schema:
                 node[key] = {
-                    _name(name, key, at): self._node(part, f"{at}/{key}/{_escaped(name)}")
+                    _name(name, key, path): self._node(part, f"{path}/{key}/{_escaped(name)}")
                     for name, part in schema[key].items()
                 }
         if "required" in schema:
-            node["required"] = [_name(name, "required", at) for name in schema["required"]]
+            node["required"] = [_name(name, "required", path) for name in schema["required"]]
         if len({*node.get("properties", {})} - {*node.get("required", [])}) > MAX_OPTIONAL:
             raise _refused(
-                at, "properties", f"at most {MAX_OPTIONAL} of them may be optional; make the others required"
+                path, "properties", f"at most {MAX_OPTIONAL} of them may be optional; make the others required"
             )
         if "additionalProperties" in schema:
-            node["additionalProperties"] = self._node(schema["additionalProperties"], f"{at}/additionalProperties")
+            node["additionalProperties"] = self._node(schema["additionalProperties"], f"{path}/additionalProperties")
         for pattern in schema.get("patternProperties", {}):
-            every = _patterns(pattern, f"{at}/patternProperties")
-            if len(self._check_sizes(every, "patternProperties", at)) > 1:
-                raise _refused(at, "patternProperties", f"{pattern!r} has a lookahead; write it without (?!...)")
+            every = _patterns(pattern, f"{path}/patternProperties")
+            if len(self._check_sizes(every, "patternProperties", path)) > 1:
+                raise _refused(path, "patternProperties", f"{pattern!r} has a lookahead; write it without (?!...)")
         self._patterned += len(schema.get("patternProperties", {}))
         if self._patterned > MAX_PATTERN_PROPERTIES:
-            raise _refused(at, "patternProperties", f"at most {MAX_PATTERN_PROPERTIES} of them are allowed in a schema")
+            raise _refused(
+                path, "patternProperties", f"at most {MAX_PATTERN_PROPERTIES} of them are allowed in a schema"
+            )
         names = schema.get("propertyNames", True)
         is_trivial = isinstance(names, dict) and {*names} & _KNOWN <= {"type"} and "string" in _types(names)
         if names is not True and not is_trivial:  # zod declares names as strings in every record
-            self._property_names(schema, at, node)
+            self._property_names(schema, path, node)
 
-    def _property_names(self, schema: dict[str, Any], at: str, node: dict[str, Any]) -> None:
+    def _property_names(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         """Express propertyNames (an enumeration, a pattern, a format or a length) as patternProperties."""
-        names, where = schema["propertyNames"], f"{at}/propertyNames"
+        names, where = schema["propertyNames"], f"{path}/propertyNames"
         for _ in range(MAX_DEPTH):
             if isinstance(names, dict) and {*names} & _KNOWN == {"$ref"}:
                 self._reference(names["$ref"], where)
                 names = self._target(names["$ref"])
         if "patternProperties" in node or not isinstance(names, dict):
-            raise _refused(at, "propertyNames", "it is enforced only without patternProperties, and only as an object")
+            raise _refused(
+                path, "propertyNames", "it is enforced only without patternProperties, and only as an object"
+            )
         self._node(names, where)
         if _pattern_of_names(names) is None:
             raise _refused(
-                at, "propertyNames", "it may have one of enum, const, pattern, format, or minLength and maxLength"
+                path, "propertyNames", "it may have one of enum, const, pattern, format, or minLength and maxLength"
             )
         own = node.get("properties", {})
         if own:
             if not {"enum", "const"} & {*names}:
                 raise _refused(
-                    at, "propertyNames", "together with `properties` only an enum or const of names is enforced"
+                    path, "propertyNames", "together with `properties` only an enum or const of names is enforced"
                 )
             every = names.get("enum", [names.get("const")])
             node["properties"] = {name: part if name in every else False for name, part in own.items()}
@@ -358,16 +362,16 @@ class _Rewriter:
             node["patternProperties"] = {pattern: node.get("additionalProperties", True)}
         node["additionalProperties"] = False
 
-    def _reference(self, reference: str, at: str) -> str:
+    def _reference(self, reference: str, path: str) -> str:
         if reference != "#" and not reference.startswith("#/"):
             raise RequestRefused(
-                f"json_schema at {at}: $ref: it refers to {reference[:200]!r}; only references within it (#/...) are "
+                f"json_schema at {path}: $ref: it refers to {reference[:200]!r}; only references within it (#/...) are "
                 "followed"
             )
         if reference not in self._names:
             target = self._target(reference)
             if not isinstance(target, bool | dict):
-                raise _refused(at, "$ref", f"there is no schema at {reference[:200]!r}")
+                raise _refused(path, "$ref", f"there is no schema at {reference[:200]!r}")
             self._names[reference] = str(len(self._names))
             self._pending.append(reference)
             if not re.fullmatch(r"#/definitions/[^/]*|#/\$defs/[^/]*", reference) or self._draft < 2019:
@@ -394,8 +398,8 @@ class _Rewriter:
             for name in leaves:
                 del following[name]
         if following:
-            at = references[min(following)]
-            raise _refused(at, "$ref", "it refers back to itself without an object or array in between")
+            path = references[min(following)]
+            raise _refused(path, "$ref", "it refers back to itself without an object or array in between")
 
     def _refuse_products(self, root: Node) -> None:
         """Refuse what takes exponential time: intersections of patterns, and chains of unions."""
@@ -406,7 +410,7 @@ class _Rewriter:
             weights[name].check(references[name])
         _weight(root, weights).check("#")
 
-    def _refuse_overlap(self, branches: list[Node], at: str) -> None:
+    def _refuse_overlap(self, branches: list[Node], path: str) -> None:
         facts = [_Facts(branch, self._facts) for branch in branches]
         compared: dict[tuple[_Facts, _Facts], bool] = {}
         for first in range(len(facts)):
@@ -414,7 +418,7 @@ class _Rewriter:
                 if not facts[first].excludes(facts[second], compared):
                     overlap = f"branches {second} and {first} may match the same value"
                     instead = "give each a required property with its own const, or use anyOf"
-                    raise _refused(at.removesuffix("/oneOf"), "oneOf", f"{overlap}; {instead}")
+                    raise _refused(path.removesuffix("/oneOf"), "oneOf", f"{overlap}; {instead}")
 
     def _facts(self, name: str, depth: int) -> "_Facts":
         if (name, depth) not in self._known_facts:
@@ -504,22 +508,22 @@ class _Weight:
         most = max((decimals for _, decimals in self.multiples), default=0)
         return math.lcm(*(scaled * 10 ** (most - decimals) for scaled, decimals in self.multiples))
 
-    def check(self, at: str) -> None:
+    def check(self, path: str) -> None:
         """Check the limits.
 
         Raises:
             RequestRefused: one is exceeded; the message names the keyword.
         """
         if self.patterns > MAX_PATTERNS:
-            raise _refused(at, "allOf", f"at most {MAX_PATTERNS} patterns and formats may apply to one value")
+            raise _refused(path, "allOf", f"at most {MAX_PATTERNS} patterns and formats may apply to one value")
         if len(self.multiples) > 1 and self.remainders > MAX_MULTIPLE:
             why = f"those of one value have a least common multiple of {self.remainders}, more than {MAX_MULTIPLE}"
-            raise _refused(at, "multipleOf", why)
+            raise _refused(path, "multipleOf", why)
         if self.work > MAX_WORK:
             why = (
                 f"with all $ref expanded one value is checked against more than {MAX_WORK} schemas; nest fewer of them"
             )
-            raise _refused(at, "anyOf or allOf", why)
+            raise _refused(path, "anyOf or allOf", why)
 
 
 def _weight(node: Node, weights: dict[str, _Weight]) -> _Weight:
@@ -592,23 +596,15 @@ def _draft_of(schema: dict[str, Any]) -> int:
     try:
         _check_form(schema, 2020, "#")
     except RequestRefused:
-        if _has_list_items(schema):  # pydantic 1 writes tuples like this, without $schema
+        parts = (part for level in _levels(schema) for part in level if isinstance(part, dict))
+        if any(isinstance(part.get("items"), list) for part in parts):  # tuples of pydantic 1, without $schema
             _check_form(schema, 7, "#")
             return 7
         raise
     return 2020
 
 
-def _has_list_items(schema: Any) -> bool:
-    level = [schema]
-    while level:
-        if any(isinstance(part, dict) and isinstance(part.get("items"), list) for part in level):
-            return True
-        level = [child for part in level for child in _children(part)]
-    return False
-
-
-def _check_form(schema: Any, draft: int, at: str) -> None:
+def _check_form(schema: Any, draft: int, path: str) -> None:
     import jsonschema_rs
 
     of_draft = {number: f"https://{name}" if number > 7 else f"http://{name}#" for name, number in _DRAFTS.items()}
@@ -617,14 +613,14 @@ def _check_form(schema: Any, draft: int, at: str) -> None:
     try:
         jsonschema_rs.meta.validate({**schema, "$schema": of_draft[draft]})
     except jsonschema_rs.ValidationError as error:
-        path = [str(part) for part in error.instance_path]
-        keyword = path.pop() if path else "schema"
-        where = "/".join([at, *map(_escaped, path)])
+        pointer = [str(part) for part in error.instance_path]
+        keyword = pointer.pop() if pointer else "schema"
+        where = "/".join([path, *map(_escaped, pointer)])
         raise _refused(where, keyword, f"not a valid JSON Schema: {error.message[:300]}") from None
 
 
-def _refused(at: str, keyword: str, why: str) -> RequestRefused:
-    return RequestRefused(f"json_schema at {at[:300]}: {keyword}: {why}")
+def _refused(path: str, keyword: str, why: str) -> RequestRefused:
+    return RequestRefused(f"json_schema at {path[:300]}: {keyword}: {why}")
 
 
 def _escaped(name: str) -> str:
@@ -662,7 +658,7 @@ def _scaled(number: float) -> tuple[int, int]:
     return coefficient, max(0, -exponent)
 
 
-def _bound(bound: float, name: str, at: str, *, integral: bool) -> float:
+def _bound(bound: float, name: str, path: str, *, integral: bool) -> float:
     if integral and abs(bound) <= _EXACT:
         return int(bound) if float(bound).is_integer() else bound
     if integral and name == "maximum" and bound == 2**63 - 1:
@@ -670,7 +666,7 @@ def _bound(bound: float, name: str, at: str, *, integral: bool) -> float:
     if not integral and abs(bound) <= _NUMBER_LIMIT and _scaled(bound)[1] <= _DECIMALS:
         return int(bound) if float(bound).is_integer() else bound
     limit = f"2^53 = {_EXACT}" if integral else f"{_NUMBER_LIMIT:g}, with {_DECIMALS} decimals"
-    raise _refused(at, name, f"{bound!r:.40} cannot be enforced exactly; bounds may go up to {limit}")
+    raise _refused(path, name, f"{bound!r:.40} cannot be enforced exactly; bounds may go up to {limit}")
 
 
 def _inclusive(bounds: dict[str, float], *, integral: bool) -> None:
@@ -704,39 +700,39 @@ def _prefixes(bounds: dict[str, float]) -> list[float]:
     return [int(number) if number.is_integer() else number for number in found if least <= number <= most]
 
 
-def _bounds_of_format(schema: dict[str, Any], types: frozenset[str], at: str) -> dict[str, int]:
+def _bounds_of_format(schema: dict[str, Any], types: frozenset[str], path: str) -> dict[str, int]:
     """Return the bounds of `format: int32`, if it applies to numbers."""
     limits = _INTEGERS.get(schema.get("format", ""))
     if limits is None or not types & {"integer", "number"}:
         return {}
     if {*_BOUNDS} & {*schema}:
-        raise _refused(at, "format", "it is not enforced together with bounds; leave it out")
+        raise _refused(path, "format", "it is not enforced together with bounds; leave it out")
     return {"minimum": limits[0], "maximum": limits[1]}
 
 
-def _name(name: str, keyword: str, at: str) -> str:
-    _literal(name, keyword, at)
+def _name(name: str, keyword: str, path: str) -> str:
+    _literal(name, keyword, path)
     return name
 
 
-def _literal(value: Any, keyword: str, at: str) -> Any:
+def _literal(value: Any, keyword: str, path: str) -> Any:
     """Return a value as the grammar generates it: integers without a decimal point.
 
     Raises:
         RequestRefused: a number is not exact as a float, or a string has a control character other than white space.
     """
     if isinstance(value, dict):
-        return {_name(name, keyword, at): _literal(part, keyword, at) for name, part in value.items()}
+        return {_name(name, keyword, path): _literal(part, keyword, path) for name, part in value.items()}
     if isinstance(value, list):
-        return [_literal(part, keyword, at) for part in value]
+        return [_literal(part, keyword, path) for part in value]
     if isinstance(value, str) and re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", value):
-        raise _refused(at, keyword, "it has a control character, which answers cannot contain")
+        raise _refused(path, keyword, "it has a control character, which answers cannot contain")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    whole = float(value).is_integer() if abs(value) <= _EXACT else False
-    if not whole and (abs(value) > _NUMBER_LIMIT or _scaled(value)[1] > _DECIMALS):
-        raise _refused(at, keyword, f"{value!r:.40} cannot be enforced exactly; use at most 2^53 and 15 decimals")
-    return int(value) if whole else value
+    integral = float(value).is_integer() if abs(value) <= _EXACT else False
+    if not integral and (abs(value) > _NUMBER_LIMIT or _scaled(value)[1] > _DECIMALS):
+        raise _refused(path, keyword, f"{value!r:.40} cannot be enforced exactly; use at most 2^53 and 15 decimals")
+    return int(value) if integral else value
 
 
 def _pattern_of_names(names: dict[str, Any]) -> str | None:
@@ -767,7 +763,7 @@ _TOKEN = re.compile(
 _AHEAD = re.compile(r"\^\(\?!\^?\[(?P<set>(?!\^)(?:[^\]\[\\]|\\.)*)\]\*\$\)(?P<rest>[^|]*)")
 
 
-def _patterns(pattern: str, at: str) -> list[tuple[str, int]]:
+def _patterns(pattern: str, path: str) -> list[tuple[str, int]]:
     """Translate an ECMA 262 pattern to regular expressions of llguidance's dialect, with their sizes; all must match.
 
     More than one is needed for `^(?!^[-+.]*$)`, with which pydantic requires a digit in a decimal.
@@ -777,11 +773,11 @@ def _patterns(pattern: str, at: str) -> list[tuple[str, int]]:
     """
     ahead = _AHEAD.fullmatch(pattern)
     if ahead:
-        return [_translated("^" + ahead["rest"], at), _translated(f"[^{ahead['set']}]", at)]
-    return [_translated(pattern, at)]
+        return [_translated("^" + ahead["rest"], path), _translated(f"[^{ahead['set']}]", path)]
+    return [_translated(pattern, path)]
 
 
-def _translated(pattern: str, at: str) -> tuple[str, int]:
+def _translated(pattern: str, path: str) -> tuple[str, int]:
     written: list[str] = []
     sizes, before = [0], 0
     position = 0
@@ -790,7 +786,9 @@ def _translated(pattern: str, at: str) -> tuple[str, int]:
         if token is None or (token["set"] and re.search(r"&&|--|~~", token["set"])):
             rest = pattern[position : position + 40]
             raise _refused(
-                at, "pattern", f"the part from {rest!r} on is not supported, or regex dialects interpret it differently"
+                path,
+                "pattern",
+                f"the part from {rest!r} on is not supported, or regex dialects interpret it differently",
             )
         position = token.end()
         written.append(_written(token))
@@ -804,7 +802,7 @@ def _translated(pattern: str, at: str) -> tuple[str, int]:
             sizes[-1] += before
         if sizes[-1] > MAX_PATTERN_SIZE:
             raise _refused(
-                at,
+                path,
                 "pattern",
                 f"with its repetitions expanded it has more than {MAX_PATTERN_SIZE} characters; reduce them",
             )

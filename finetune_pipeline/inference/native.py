@@ -107,30 +107,19 @@ class NativeModel:
         self._log = NativeLog()
         self._spec = spec
         llama_cpp.llama_backend_init()
-        self._model = self._load()
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = False  # repacked weights crash on processors with AMX in some builds
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(spec.gguf), params)
+        if not self._model:
+            raise self._not_loaded("The file is truncated, damaged, of an unknown architecture, or")
         self.vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.context = min(spec.context, llama_cpp.llama_model_n_ctx_train(self._model) or spec.context)
         most = spec.threads or most_threads(llama_cpp.llama_model_n_params(self._model))
         self.threads = Threads(most, fixed=spec.fixed_threads)
-        self._context = self._new_context()
-        self._adapter: NativeAdapter | None = None
-        if spec.adapter:
-            self.set_adapter(self.load_adapter(spec.adapter))
-        self._token_bytes: dict[int, bytes] = {}
-
-    def _load(self) -> Any:
-        params = llama_cpp.llama_model_default_params()
-        params.use_extra_bufts = False  # repacked weights crash on processors with AMX in some builds
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(self._spec.gguf), params)
-        if not model:
-            raise self._not_loaded("The file is truncated, damaged, of an unknown architecture, or")
-        return model
-
-    def _new_context(self) -> Any:
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = self.context * self._spec.parallel
-        params.n_seq_max = self._spec.parallel
+        params.n_ctx = self.context * spec.parallel
+        params.n_seq_max = spec.parallel
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = self.threads.most
         # Fixed, not `auto`: it changes the last digits of the logits, which must be the same on every machine.
@@ -138,11 +127,14 @@ class NativeModel:
         # Each sequence has its own KV cache: faster than one buffer for all (2,100 against 1,400 to 2,000 tokens/s with
         # 8 sequences of a 3 M model), and a completion depends less on what else is in the batch.
         params.kv_unified = False
-        context = llama_cpp.llama_init_from_model(self._model, params)
-        if not context:
-            raise self._not_loaded(f"The KV cache of {self._spec.parallel} sequences of {self.context} tokens")
-        self._memory = llama_cpp.llama_get_memory(context)
-        return context
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise self._not_loaded(f"The KV cache of {spec.parallel} sequences of {self.context} tokens")
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._token_bytes: dict[int, bytes] = {}
+        self._adapter: NativeAdapter | None = None
+        if spec.adapter:
+            self.set_adapter(self.load_adapter(spec.adapter))
 
     def load_adapter(self, path: Path) -> "NativeAdapter":
         """Load a LoRA adapter; it is not used before `set_adapter`.
@@ -191,18 +183,12 @@ class NativeModel:
 
     def info(self) -> EngineInfo:
         """Return a description of the model and of the build that runs it."""
-        description = ctypes.create_string_buffer(256)
-        llama_cpp.llama_model_desc(self._model, description, 256)
         return EngineInfo(
-            description=description.value.decode(),
             n_params=llama_cpp.llama_model_n_params(self._model),
             n_vocab=self.n_vocab,
             context_train=llama_cpp.llama_model_n_ctx_train(self._model),
             context=self.context,
-            size_bytes=llama_cpp.llama_model_size(self._model),
-            chat_template=self.chat_template(),
             build=f"llama-cpp-python {llama_cpp.__version__}, llama.cpp {llama_cpp.llama_version().decode()}",
-            system=llama_cpp.llama_print_system_info().decode().strip(),
             threads=self.threads.most,
         )
 

@@ -107,15 +107,11 @@ class Completion(Record):
 
 
 class EngineInfo(Record):
-    """The loaded model as its file describes it, and the build of llama.cpp that runs it."""
+    """The loaded model, and the build of llama.cpp that runs it."""
 
-    description: str = Field(description="llama.cpp's description, such as `llama 3B Q4_K - Medium`.")
     n_params: int
     n_vocab: int
     context_train: int = Field(description="Context length that the model was trained with.")
     context: int = Field(description="Tokens of one sequence: the spec's context, at most context_train.")
-    size_bytes: int = Field(description="Size of all tensors.")
-    chat_template: str | None
     build: str = Field(description="Versions of llama-cpp-python and llama.cpp.")
-    system: str = Field(description="CPU features that llama.cpp was built to use.")
     threads: int

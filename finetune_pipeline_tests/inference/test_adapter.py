@@ -120,8 +120,8 @@ def test_an_unusable_file_keeps_the_old_adapter(starter, alone, tmp_path, tiny_g
         (other, "wrong base model"),
     ]
     with open_engine(starter, "one") as engine:
-        for path, says in refused:
-            with pytest.raises(ModelNotLoaded, match=says) as caught:
+        for path, reason in refused:
+            with pytest.raises(ModelNotLoaded, match=reason) as caught:
                 engine.swap_adapter(path).result()
             assert str(path) in str(caught.value)
             assert engine.spec.adapter == starter["one"]

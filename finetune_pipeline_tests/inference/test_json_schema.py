@@ -190,7 +190,7 @@ def test_every_pair_of_bounds_is_exact(kind, low, high):
                 grammar = compile_grammar(BYTES, schema)
                 found = [number for number in NUMBERS if accepts(grammar, number)]
             except RequestRefused:
-                found = []  # nothing lies between them
+                found = []  # no value is between them
             if found != expected:
                 wrong.append((schema, found, expected))
     assert wrong == []
@@ -385,8 +385,8 @@ PYDANTIC_1 = {
 def test_schemas_of_pydantic_1_are_enforced(name, valid, invalid):
     schema = {**PYDANTIC_1, "properties": {n: s for n, s in PYDANTIC_1["properties"].items() if n in (name, "bounded")}}
     order = list(schema["properties"])
-    whole = [{n: ({"bounded": 3} | {name: value})[n] for n in order} for value in (valid, invalid)]
-    check(schema, whole[:1], [whole[1], {**whole[0], "bounded": 2}, {**whole[0], "bounded": 150}])
+    complete = [{n: ({"bounded": 3} | {name: value})[n] for n in order} for value in (valid, invalid)]
+    check(schema, complete[:1], [complete[1], {**complete[0], "bounded": 2}, {**complete[0], "bounded": 150}])
     check(PYDANTIC_1, [{"bounded": 3}], [{"bounded": 2}, {}])
 
 
@@ -464,7 +464,7 @@ def test_an_unenforceable_keyword_is_refused_with_its_path(part, keyword):
 
 
 @pytest.mark.parametrize(
-    ("schema", "says"),
+    ("schema", "reason"),
     [
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "json_schema at #: required"),
         ({"minimum": 3, "maximum": 2, "type": "integer"}, "json_schema at #: minimum"),
@@ -491,8 +491,8 @@ def test_an_unenforceable_keyword_is_refused_with_its_path(part, keyword):
         ),
     ],
 )
-def test_an_unusable_schema_is_refused_with_the_reason(schema, says):
-    with pytest.raises(RequestRefused, match=says):
+def test_an_unusable_schema_is_refused_with_the_reason(schema, reason):
+    with pytest.raises(RequestRefused, match=reason):
         compile_grammar(BYTES, schema)
 
 
@@ -662,14 +662,14 @@ NOT_WRITTEN = {
 }
 """Valid values in forms that are never generated: the grammar is narrower than the schema there."""
 
-ANNOTATIONS = "format.json"  # says that `format` is only an annotation; here it is enforced
+ANNOTATIONS = "format.json"  # it treats `format` as an annotation; here it is enforced
 
 
 def written(value, order):
     """Return a value with its keys in the schema's order, and integers without a decimal point."""
     if isinstance(value, dict):
-        places = {name: place for place, name in enumerate(order)}
-        names = sorted(value, key=lambda name: places.get(name, len(order)))
+        positions = {name: position for position, name in enumerate(order)}
+        names = sorted(value, key=lambda name: positions.get(name, len(order)))
         return {name: written(value[name], order) for name in names}
     if isinstance(value, list):
         return [written(part, order) for part in value]

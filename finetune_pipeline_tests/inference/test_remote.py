@@ -159,8 +159,8 @@ def test_a_raw_prompt_cannot_be_sent():
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_request_error_refuses_the_request(status):
-    says = pytest.raises(RequestRefused, match=rf"returned status {status}: .*too long")
-    with fake_upstream('{"error": "too long"}', status=status) as (_, settings), says:
+    reason = pytest.raises(RequestRefused, match=rf"returned status {status}: .*too long")
+    with fake_upstream('{"error": "too long"}', status=status) as (_, settings), reason:
         ask(settings)
 
 

@@ -174,7 +174,7 @@ def test_unknown_paths_and_methods_return_errors_in_openais_format(notes):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "reason"),
     [
         ({"kind": "reward", "reward": 7}, "reward: Input should be less than or equal to 1"),
         ({"kind": "reward"}, "kind reward needs `reward`"),
@@ -194,9 +194,9 @@ def test_unknown_paths_and_methods_return_errors_in_openais_format(notes):
         ({"kind": "thumbs_up", "loop": "windows"}, "No loop 'windows' is served"),
     ],
 )
-def test_invalid_feedback_is_refused(notes, answered, fields, says):
+def test_invalid_feedback_is_refused(notes, answered, fields, reason):
     response = post(notes, "/v1/feedback", {"interaction_id": answered, **fields})
-    assert says in refused(response, 404 if "loop" in fields else 400)["message"]
+    assert reason in refused(response, 404 if "loop" in fields else 400)["message"]
     assert notes.interaction(answered)["feedback"] == []
 
 

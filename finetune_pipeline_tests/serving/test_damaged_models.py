@@ -101,21 +101,21 @@ DAMAGES = {
 def test_a_damaged_base_model_is_exported_again(damage):
     loop = make_loop(f"rotten_base_{damage}")
     gguf = base_gguf(loop, print)
-    whole = hash_file(gguf)
+    expected = hash_file(gguf)
     DAMAGES[damage](gguf)
     with serving(loop) as running:
-        assert (running.health()["status"], hash_file(gguf)) == ("ok", whole)
+        assert (running.health()["status"], hash_file(gguf)) == ("ok", expected)
         assert running.ask(model=loop.name).json()["model"] == f"{loop.name}@base"
 
 
 def test_a_base_model_damaged_while_it_serves_is_exported_again():
     loop = make_loop("rotting_base")
     gguf = base_gguf(loop, print)
-    whole = hash_file(gguf)
+    expected = hash_file(gguf)
     with serving(loop) as running:
         before = running.ask(model=loop.name).json()
         flip(gguf)
-        wait_until(lambda: hash_file(gguf) == whole, 20)
+        wait_until(lambda: hash_file(gguf) == expected, 20)
         wait_until(lambda: running.health()["status"] == "ok", 20)
         assert running.ask(model=loop.name).json()["choices"] == before["choices"]
 

@@ -259,15 +259,15 @@ def test_a_stuck_model_is_replaced_and_its_request_refused(ggufs):
         [process] = engines() - before
         os.kill(process, signal.SIGSTOP)
         asked = clients.submit(running.ask, model="stuck", response_format=form)
-        beside = clients.submit(Running(running.url).ask, model="stuck")
-        said = []
-        wait_until(lambda: said.append(running.health()) or said[-1]["status"] != "ok", 30)
-        assert said[-1]["status"] in {"degraded", "unavailable"}  # the latter until the fallback is loaded
-        assert "no progress for 2 s" in said[-1]["loops"]["stuck"]["last_error"]
+        other = clients.submit(Running(running.url).ask, model="stuck")
+        reports = []
+        wait_until(lambda: reports.append(running.health()) or reports[-1]["status"] != "ok", 30)
+        assert reports[-1]["status"] in {"degraded", "unavailable"}  # the latter until the fallback is loaded
+        assert "no progress for 2 s" in reports[-1]["loops"]["stuck"]["last_error"]
         refused = asked.result(30)
         assert refused.status_code == 400
         assert "'endless list'" in refused.json()["error"]["message"] and "no progress" in refused.text
-        assert beside.result(30).json()["model"] in {name, "stuck@base"}  # retried with the fallback
+        assert other.result(30).json()["model"] in {name, "stuck@base"}  # retried with the fallback
         wait_until(lambda: running.health()["status"] == "ok", 30)
         assert process not in engines()
         assert running.ask(model="stuck").json()["model"] == name

@@ -34,26 +34,26 @@ def without_gateway(engine, *messages, **fields):
 
 def test_a_chat_is_answered_as_without_the_gateway(notes, engine):
     answer = notes.openai().chat.completions.create(model="notes", messages=[USER])
-    alone = without_gateway(engine, SYSTEM, USER)
+    direct = without_gateway(engine, SYSTEM, USER)
     [choice] = answer.choices
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", alone.text, "stop")
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (alone.prompt_tokens, len(alone.token_ids))
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", direct.text, "stop")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (direct.prompt_tokens, len(direct.token_ids))
     assert (answer.model, answer.object) == ("notes@base", "chat.completion")
 
 
 def test_a_stream_has_the_same_answer_in_deltas(notes):
     client = notes.openai()
-    whole = client.chat.completions.create(model="notes", messages=[USER], logprobs=True)
+    complete = client.chat.completions.create(model="notes", messages=[USER], logprobs=True)
     options = {"stream": True, "logprobs": True, "stream_options": {"include_usage": True}}
     chunks = list(client.chat.completions.create(model="notes", messages=[USER], **options))
     deltas = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
     assert len(deltas) > 5
-    assert "".join(deltas) == whole.choices[0].message.content
+    assert "".join(deltas) == complete.choices[0].message.content
     assert (chunks[0].choices[0].delta.role, chunks[-2].choices[0].finish_reason) == ("assistant", "stop")
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage == complete.usage
     tokens = [token.token for chunk in chunks if chunk.choices and chunk.choices[0].logprobs
               for token in chunk.choices[0].logprobs.content]  # fmt: skip
-    assert tokens == [token.token for token in whole.choices[0].logprobs.content]
+    assert tokens == [token.token for token in complete.choices[0].logprobs.content]
     assert len({chunk.id for chunk in chunks}) == 1
     assert {chunk.model for chunk in chunks} == {"notes@base"}
 
@@ -61,9 +61,9 @@ def test_a_stream_has_the_same_answer_in_deltas(notes):
 def test_logprobs_are_those_of_the_models_tokens(notes, engine):
     answer = notes.openai().chat.completions.create(model="notes", messages=[USER], logprobs=True)
     tokens = answer.choices[0].logprobs.content
-    alone = without_gateway(engine, SYSTEM, USER)
-    assert [token.token for token in tokens] == alone.token_texts
-    assert [token.logprob for token in tokens] == pytest.approx(alone.token_logprobs, rel=1e-3, abs=1e-4)
+    direct = without_gateway(engine, SYSTEM, USER)
+    assert [token.token for token in tokens] == direct.token_texts
+    assert [token.logprob for token in tokens] == pytest.approx(direct.token_logprobs, rel=1e-3, abs=1e-4)
     assert bytes(byte for token in tokens for byte in token.bytes).decode() == answer.choices[0].message.content
 
 
@@ -75,8 +75,8 @@ def test_parse_returns_an_object_of_the_clients_class(notes):
 def test_a_json_schema_constrains_the_answer(notes):
     schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
-    whole = notes.ask("what is the weather", response_format=form)
-    assert json.loads(whole.json()["choices"][0]["message"]["content"]) == {"n": 7}
+    complete = notes.ask("what is the weather", response_format=form)
+    assert json.loads(complete.json()["choices"][0]["message"]["content"]) == {"n": 7}
     stream = events(notes.ask("what is the weather", response_format=form, stream=True))
     assert json.loads("".join(event["choices"][0]["delta"].get("content", "") for event in stream)) == {"n": 7}
 
@@ -89,10 +89,10 @@ def test_json_object_returns_an_object(notes):
 def test_completions_send_the_prompt_as_a_user_message(notes):
     client = notes.openai()
     chat = client.chat.completions.create(model="notes", messages=[USER])
-    whole = client.completions.create(model="notes", prompt=PROMPT)
-    assert whole.choices[0].text == chat.choices[0].message.content
+    complete = client.completions.create(model="notes", prompt=PROMPT)
+    assert complete.choices[0].text == chat.choices[0].message.content
     deltas = client.completions.create(model="notes", prompt=[PROMPT], stream=True)
-    assert "".join(delta.choices[0].text for delta in deltas) == whole.choices[0].text
+    assert "".join(delta.choices[0].text for delta in deltas) == complete.choices[0].text
 
 
 def test_an_answer_ends_at_a_stop_text_and_at_max_tokens(notes):
@@ -211,12 +211,12 @@ def test_a_stream_is_recorded_before_it_ends(notes):
 def test_answers_below_the_confidence_threshold_are_flagged(notes, engine):
     flagged, stats = notes.metric("finetune_flagged_total"), notes.http.get("/v1/feedback/stats").json()
     unsure = notes.ask(PROMPT).json()
-    alone = without_gateway(engine, SYSTEM, USER)
-    assert unsure["confidence"] == pytest.approx(alone.confidence, rel=1e-3)
-    assert alone.confidence > math.exp(min(alone.token_logprobs))  # the closing bracket is not a value
-    assert alone.confidence < 0.85
+    direct = without_gateway(engine, SYSTEM, USER)
+    assert unsure["confidence"] == pytest.approx(direct.confidence, rel=1e-3)
+    assert direct.confidence > math.exp(min(direct.token_logprobs))  # the closing bracket is not a value
+    assert direct.confidence < 0.85
     kept = notes.interaction(unsure["id"])["interaction"]
-    assert kept["flag"] == f"confidence {alone.confidence:.2f} is below 0.85"
+    assert kept["flag"] == f"confidence {direct.confidence:.2f} is below 0.85"
     easy = ["a steel beam", "Add a 150 mm brick wall", "a 200 mm concrete slab", "a vinyl window 900 mm wide"]
     known = next(text for text in easy if without_gateway(engine, SYSTEM, {**USER, "content": text}).confidence > 0.86)
     sure = notes.ask(known).json()
@@ -235,17 +235,17 @@ def test_history_is_rendered_and_recorded(notes, engine):
     earlier = [{"role": "user", "content": "a brick wall"}, {"role": "assistant", "content": '{"element":"wall"}'}]
     last = {"role": "user", "content": "make it 300 mm thick"}
     answer = notes.ask_all([*earlier, last])
-    alone = without_gateway(engine, SYSTEM, *earlier, last)
-    assert answer["choices"][0]["message"]["content"] == alone.text
-    assert answer["usage"]["prompt_tokens"] == alone.prompt_tokens
+    direct = without_gateway(engine, SYSTEM, *earlier, last)
+    assert answer["choices"][0]["message"]["content"] == direct.text
+    assert answer["usage"]["prompt_tokens"] == direct.prompt_tokens
     kept = notes.interaction(answer["id"])["interaction"]
     assert (kept["prompt"], kept["history"]) == (last["content"], earlier)
 
 
 def test_the_loops_system_prompt_is_added_once(notes, engine):
-    alone = without_gateway(engine, SYSTEM, USER).prompt_tokens
+    direct = without_gateway(engine, SYSTEM, USER).prompt_tokens
     sent, unsent = notes.ask_all([SYSTEM, USER]), notes.ask_all([USER])
-    assert sent["usage"]["prompt_tokens"] == unsent["usage"]["prompt_tokens"] == alone
+    assert sent["usage"]["prompt_tokens"] == unsent["usage"]["prompt_tokens"] == direct
     assert notes.interaction(sent["id"])["interaction"]["history"] == []
 
 
@@ -263,7 +263,7 @@ def test_a_message_can_have_parts(notes):
 
 
 @pytest.mark.parametrize(
-    ("messages", "says"),
+    ("messages", "reason"),
     [
         ([USER, {"role": "assistant", "content": "{}"}], "The last message has the role 'assistant'"),
         ([SYSTEM], "The last message has the role 'system'"),
@@ -277,10 +277,10 @@ def test_a_message_can_have_parts(notes):
         ),
     ],
 )
-def test_the_last_message_must_be_the_users(notes, messages, says):
+def test_the_last_message_must_be_the_users(notes, messages, reason):
     response = notes.http.post("/v1/chat/completions", json={"model": "notes", "messages": messages})
     assert response.status_code == 400
-    assert says in response.json()["error"]["message"]
+    assert reason in response.json()["error"]["message"]
 
 
 def test_the_gateways_overhead_is_measured(notes):
