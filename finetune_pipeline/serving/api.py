@@ -11,7 +11,17 @@ from uuid import UUID
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from finetune_pipeline.inference.protocol import SEEDS
-from finetune_pipeline.records import Feedback, FeedbackKind, Interaction, Rating, ShortText, Text, Turn, UtcDatetime
+from finetune_pipeline.records import (
+    Count,
+    Feedback,
+    FeedbackKind,
+    Interaction,
+    Rating,
+    ShortText,
+    Text,
+    Turn,
+    UtcDatetime,
+)
 
 
 def _whole(number: Any) -> Any:
@@ -201,27 +211,20 @@ class CompletionRequest(Generation):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
-class InteractionIn(Request):
+class InteractionIn(Interaction):
     """POST /v1/interactions: an answer that the application got elsewhere."""
 
-    loop: str = Field(max_length=60, description="Name of the loop.")
-    id: UUID | None = Field(default=None, description="Default: a new id. The same id sent twice is one interaction.")
-    created_at: UtcDatetime | None = None
-    prompt: Text = Field(min_length=1)
-    history: list[Turn] = []
-    output: Text
-    model: ShortText | None = None
-    confidence: float | None = Field(default=None, ge=0, le=1)
-    validation_score: float | None = Field(default=None, ge=0, le=100)
-    user: ShortText | None = None
-    domain: ShortText | None = None
-    kind: ShortText | None = None
-    retrieved_context: Text | None = None
-    variant: ShortText | None = None
-    flag: ShortText | None = None
-    latency_ms: float | None = Field(default=None, ge=0)
-    prompt_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = None
-    completion_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = None
+    model_config = ConfigDict(strict=True)
+
+    id: UUID | None = Field(  # type: ignore[assignment]
+        default=None, description="Default: a new id. The same id sent twice is one interaction."
+    )
+    created_at: UtcDatetime | None = Field(default=None, description="Default: now.")  # type: ignore[assignment]
+    # An event that claimed a declared source would be retracted at the next sync of that source.
+    source: None = None
+    provenance: None = None
+    prompt_tokens: Annotated[Count, Whole] | None = None
+    completion_tokens: Annotated[Count, Whole] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63), Whole] | None = None
 
 

@@ -71,13 +71,9 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.state.gateway = gateway
     for router in (completions.router, feedback.router, admin.router):
         app.include_router(router)
-    app.add_exception_handler(GatewayError, _gateway_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnected, _client_disconnected)
-    for kind in (DatabaseError, sa.exc.OperationalError, sa.exc.TimeoutError):
-        app.add_exception_handler(kind, _database_error)
-    app.add_exception_handler(Exception, _unexpected_error)
+    database_errors = (DatabaseError, sa.exc.OperationalError, sa.exc.TimeoutError)
+    for kind in (GatewayError, RequestValidationError, HTTPException, ClientDisconnected, *database_errors, Exception):
+        app.add_exception_handler(kind, _error)
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
     return RequestGuard(app, gateway)
 
@@ -108,45 +104,33 @@ def run(gateway: Gateway, bound: socket.socket) -> None:
         sys.exit(3)
 
 
-async def _gateway_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, GatewayError)
-    return error_response(error, get_gateway(request))
-
-
-async def _validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return error_response(BadRequest(f"{where}: {first['msg']}", param=where), get_gateway(request))
-
-
-async def _client_disconnected(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nginx's status for this; nobody reads it
-
-
-async def _database_error(request: Request, error: Exception) -> Response:
-    unavailable = Unavailable(f"The database cannot be read now ({type(error).__name__}).", retry_after=5)
-    return error_response(unavailable, get_gateway(request))
-
-
-async def _unexpected_error(request: Request, error: Exception) -> Response:
-    failed = GatewayError(f"The gateway failed with {type(error).__name__}; its log has the traceback.")
-    return error_response(failed, get_gateway(request))
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _error(request: Request, error: Exception) -> Response:
+    """Return the response for an exception, in OpenAI's format."""
     what = f"{request.method} {request.url.path[:200]}"
-    if error.status_code == 405:
-        response = error_response(
-            MethodNotAllowed(f"{what}: this path is for another method; see /docs."), get_gateway(request)
-        )
-        response.headers.update(error.headers or {})
-        return response
-    if error.status_code == 404:
-        return error_response(NotFound(f"{what}: there is no such path; see /docs."), get_gateway(request))
-    logging.getLogger(__name__).warning("%s: %s", what, error.detail)
-    return error_response(BadRequest(str(error.detail)), get_gateway(request))
+    match error:
+        case GatewayError():
+            found = error
+        case RequestValidationError():  # of path or query; bodies are validated by the routes
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            found = BadRequest(f"{where}: {first['msg']}", param=where)
+        case ClientDisconnected():
+            return Response(status_code=499)  # nginx's status for this; nobody reads it
+        case HTTPException(status_code=405):
+            found = MethodNotAllowed(f"{what}: this path is for another method; see /docs.")
+        case HTTPException(status_code=404):
+            found = NotFound(f"{what}: there is no such path; see /docs.")
+        case HTTPException():
+            logging.getLogger(__name__).warning("%s: %s", what, error.detail)
+            found = BadRequest(str(error.detail))
+        case DatabaseError() | sa.exc.OperationalError() | sa.exc.TimeoutError():
+            found = Unavailable(f"The database cannot be read now ({type(error).__name__}).", retry_after=5)
+        case _:
+            found = GatewayError(f"The gateway failed with {type(error).__name__}; its log has the traceback.")
+    response = error_response(found, get_gateway(request))
+    if isinstance(error, HTTPException) and found.status == 405:
+        response.headers.update(error.headers or {})  # Allow
+    return response
 
 
 def _openapi(app: FastAPI, generate: Callable[[], dict[str, Any]]) -> dict[str, Any]:

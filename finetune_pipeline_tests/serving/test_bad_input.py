@@ -234,6 +234,12 @@ def test_feedback_from_the_future_is_refused(notes, answered):
     assert "is in the future" in refused(notes.http.post("/v1/feedback", json=given), 409)["message"]
 
 
+@pytest.mark.parametrize("field", ["source", "provenance"])
+def test_an_application_cannot_claim_a_declared_source(notes, field):
+    logged = {"loop": "notes", "prompt": "p", "output": "o", field: "vault"}
+    assert field in refused(post(notes, "/v1/interactions", logged))["message"]
+
+
 def test_feedback_sent_twice_counts_once(notes, answered):
     body = {"id": str(uuid4()), "interaction_id": answered, "kind": "thumbs_up"}
     statuses = [post(notes, "/v1/feedback", body).json()["status"] for _ in range(3)]
