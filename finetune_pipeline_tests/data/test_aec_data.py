@@ -1,4 +1,4 @@
-"""The embedded default's data: the benchmark, its rules, the starter model's replay and the sample logs."""
+"""The default loop's data: the benchmark, its rules, the starter model's replay examples and the sample logs."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "data"
 SLICES = {"walls", "doors_windows", "slabs_structure", "mep", "seismic", "fire_energy", "louisiana"}
 
-# The generators are scripts and no package; they find each other beside themselves.
+# The generators are scripts, not a package; they import each other from their own folder.
 sys.path.insert(0, str(ROOT / "scripts" / "aec"))
 
 import make_benchmark  # noqa: E402
@@ -67,18 +67,18 @@ def prompts_of_logs() -> list[str]:
     return [line["prompt"] for line in both if line["event"] == "interaction"]
 
 
-def test_the_benchmark_is_large_even_and_partly_written_by_hand(benchmark: list[Line]) -> None:
+def test_the_benchmark_is_large_balanced_and_partly_hand_written(benchmark: list[Line]) -> None:
     assert len(benchmark) >= 240
     assert {item["slice"] for item in benchmark} == SLICES
     wordings = Counter(item["wording"] for item in benchmark)
     assert wordings["plain"] == wordings["firm"] == len(benchmark) / 2
-    by_hand = [item for item in benchmark if item["provenance"] == "hand"]
+    by_hand = [item for item in benchmark if item["origin"] == "hand"]
     assert len(by_hand) >= 60
     assert {(item["slice"], item["wording"]) for item in by_hand} == {(s, w) for s in SLICES for w in ("plain", "firm")}
-    assert {item["provenance"] for item in benchmark} == {"hand", "generator"}
+    assert {item["origin"] for item in benchmark} == {"hand", "generator"}
 
 
-def test_every_question_is_asked_once(benchmark: list[Line]) -> None:
+def test_no_question_occurs_twice(benchmark: list[Line]) -> None:
     assert len({item["id"] for item in benchmark}) == len(benchmark)
     assert len({normalize(item["prompt"]) for item in benchmark}) == len(benchmark)
 
@@ -87,11 +87,11 @@ def test_every_expected_answer_passes_the_schema_and_the_rules(benchmark: list[L
     assert {item["id"]: found for item in benchmark if (found := problems(item["expected"]))} == {}
 
 
-def test_every_expected_answer_has_its_keys_in_the_one_order(benchmark: list[Line]) -> None:
+def test_every_expected_answer_has_its_keys_in_order(benchmark: list[Line]) -> None:
     assert all(list(item["expected"]) == list(wording.ordered(item["expected"])) for item in benchmark)
 
 
-def test_the_written_schema_and_rules_are_those_of_the_script() -> None:
+def test_schema_and_rules_are_as_the_script_writes_them() -> None:
     for path, content in ((make_rules.SCHEMA, make_rules.OUTPUT_SCHEMA), (make_rules.RULES, make_rules.COMPLIANCE)):
         assert json.loads(path.read_text(encoding="utf-8")) == content
 
@@ -109,21 +109,21 @@ def test_the_written_schema_and_rules_are_those_of_the_script() -> None:
         ("pipe-size", {"element": "pipe", "material": "copper", "service": "hot_water"}),
     ],
 )
-def test_a_rule_catches_what_no_practitioner_would_accept(rule: str, answer: Line) -> None:
+def test_a_rule_rejects_an_unacceptable_answer(rule: str, answer: Line) -> None:
     assert problems(answer) == [rule]
 
 
-def test_every_answer_that_the_generator_can_draw_keeps_the_rules() -> None:
+def test_generated_answers_pass_the_rules() -> None:
     rng = Random(5)
     drawn = (wording.sample_spec(slice_name, rng) for slice_name in wording.rotation(wording.SLICES, 210))
     assert [spec for spec in drawn if problems(spec)] == []
 
 
-def test_the_generator_writes_the_same_benchmark_again() -> None:
+def test_the_script_reproduces_the_benchmark() -> None:
     assert make_benchmark.benchmark_text().encode() == make_benchmark.BENCHMARK.read_bytes()
 
 
-def test_the_firm_sometimes_takes_up_a_word_later(benchmark: list[Line]) -> None:
+def test_the_firm_adopts_words_in_the_second_batch(benchmark: list[Line]) -> None:
     first = [line["prompt"] for line in logs("aec_parser") if line["event"] == "interaction"]
     more = [line["prompt"] for line in logs("aec_parser_more") if line["event"] == "interaction"]
     assert not any(wording.has_later_words(prompt) for prompt in first)
@@ -131,27 +131,27 @@ def test_the_firm_sometimes_takes_up_a_word_later(benchmark: list[Line]) -> None
     assert any(wording.has_later_words(item["prompt"]) for item in benchmark)
 
 
-def test_nothing_trained_on_is_near_the_benchmark(index: NearIndex) -> None:
-    replay = [pair["prompt"] for pair in read(DATA / "starter_model" / "replay.jsonl")]
-    pretraining = [pair["prompt"] for pair in make_starter_model.pairs(1500, make_starter_model.SEED)]
+def test_no_training_text_is_near_the_benchmark(index: NearIndex) -> None:
+    replay = [example["prompt"] for example in read(DATA / "starter_model" / "replay.jsonl")]
+    pretraining = [example["prompt"] for example in make_starter_model.examples(1500, make_starter_model.SEED)]
     assert near(index, iter(replay + pretraining + prompts_of_logs())) == []
 
 
-def test_the_demonstration_is_no_memory() -> None:
+def test_no_training_text_is_near_the_demo_prompt() -> None:
     demo = NearIndex({"demo": make_benchmark.DEMO_PROMPT})
-    replay = [pair["prompt"] for pair in read(DATA / "starter_model" / "replay.jsonl")]
-    pretraining = [pair["prompt"] for pair in make_starter_model.pairs(1500, make_starter_model.SEED)]
+    replay = [example["prompt"] for example in read(DATA / "starter_model" / "replay.jsonl")]
+    pretraining = [example["prompt"] for example in make_starter_model.examples(1500, make_starter_model.SEED)]
     assert near(demo, iter(replay + pretraining + prompts_of_logs())) == []
 
 
-def test_replay_is_plain_and_right() -> None:
+def test_replay_examples_pass_the_rules() -> None:
     replay = read(DATA / "starter_model" / "replay.jsonl")
     assert len(replay) == 300
-    assert [pair for pair in replay if problems(json.loads(pair["completion"]))] == []
+    assert [example for example in replay if problems(json.loads(example["completion"]))] == []
 
 
 @pytest.mark.parametrize(("folder", "at_least"), [("aec_parser", 150), ("aec_parser_more", 50)])
-def test_sample_logs_are_records_in_order_of_time(folder: str, at_least: int) -> None:
+def test_sample_logs_are_valid_and_in_time_order(folder: str, at_least: int) -> None:
     lines = logs(folder)
     interactions = [Interaction.model_validate(line) for line in lines if line["event"] == "interaction"]
     feedback = [Feedback.model_validate(line) for line in lines if line["event"] == "feedback"]
@@ -165,7 +165,7 @@ def test_sample_logs_are_records_in_order_of_time(folder: str, at_least: int) ->
     assert len(confident) == len(interactions)
 
 
-def test_no_prompt_was_asked_twice() -> None:
+def test_no_logged_prompt_occurs_twice() -> None:
     prompts = prompts_of_logs()
     assert len(set(prompts)) == len(prompts)
 
@@ -183,14 +183,14 @@ def examples(folder: str) -> list[Example]:
 
 
 @pytest.mark.parametrize(("folder", "at_least"), [("aec_parser", 180), ("aec_parser_more", 50)])
-def test_enough_of_the_logs_may_train(folder: str, at_least: int, index: NearIndex) -> None:
+def test_enough_logged_examples_are_accepted(folder: str, at_least: int, index: NearIndex) -> None:
     policy = Policy(CurationSettings(), index, answer_validator(make_rules.OUTPUT_SCHEMA))
     accepted = [example for example in examples(folder) if accept(example, policy).accepted]
     assert len(accepted) >= at_least
     assert sum(example.reward >= policy.settings.min_reward for example in accepted) >= at_least
 
 
-def test_every_correction_is_the_truth_of_a_request() -> None:
+def test_corrections_pass_the_rules() -> None:
     lines = logs("aec_parser") + logs("aec_parser_more")
     corrections = [json.loads(line["correction"]) for line in lines if line.get("kind") == "correction"]
     assert [answer for answer in corrections if problems(answer)] == []

@@ -1,9 +1,9 @@
-"""Writes the JSON Schema of the AEC parser's answers, and the compliance rules that every answer has to keep.
+"""Write the JSON Schema of the AEC parser's answers, and the compliance rules that every answer must pass.
 
     python scripts/aec/make_rules.py
 
-The rules are screening rules, made to catch an answer that no practitioner would accept; they replace no code review.
-Each is a JSON Schema, most with a condition (if, then), so that any validator can apply them.
+The rules screen for answers that no practitioner would accept; they do not replace a check against the building code.
+Each rule is a JSON Schema, most with a condition (if, then), so that any validator can apply it.
 """
 
 import json
@@ -85,7 +85,7 @@ OUTPUT_SCHEMA: Schema = {
 
 
 def _has(**values: Any) -> Schema:
-    """Matches an answer that has all these keys with one of the values (a tuple), exactly the value, or a schema."""
+    """Return a schema for answers with all these keys; a value is a constant, a tuple of alternatives, or a schema."""
     schemas = {key: value if isinstance(value, dict) else _value(value) for key, value in values.items()}
     return {"properties": schemas, "required": list(values)}
 

@@ -1,10 +1,9 @@
-"""Makes the starter model: a small Llama trained from random weights on plain requests and their answers.
+"""Train the starter model: a small Llama, from random weights, on plainly worded requests and their answers.
 
     python scripts/aec/make_starter_model.py            # a few minutes on two cores; see data/starter_model/README.md
 
-It writes tokenizer, weights and the replay examples under `data/starter_model/`. It is a stand-in for a real base
-model, small enough to be committed and to be fine-tuned in half a minute; it knows nothing but this task, in plain
-wording. The seeds and the number of threads are fixed; another processor may still round differently.
+The script writes tokenizer, weights and replay examples to `data/starter_model/`. Seeds and the number of threads are
+fixed; another processor may still round differently.
 """
 
 import argparse
@@ -27,13 +26,14 @@ if TYPE_CHECKING:
 
 OUT = Path(__file__).parents[2] / "data" / "starter_model"
 SEED = 7
-PAIRS = 22_000
+EXAMPLES = 22_000
 REPLAY = 300
 THREADS = 2
 BATCH = 48
-MATRIX_RATE = 6e-3  # of Muon, for the layers' matrices: with AdamW alone, copying numbers takes twice the data to learn
-OTHER_RATE = 3e-3  # of AdamW, for embeddings and norms
-PROMPT_WEIGHT = 0.1  # a little loss on the prompt gives every piece of the vocabulary an embedding that means something
+# With AdamW alone for all weights, the model needs twice the data to learn to copy numbers.
+MUON_LEARNING_RATE = 6e-3
+ADAMW_LEARNING_RATE = 3e-3
+PROMPT_WEIGHT = 0.1  # weight of the loss on the prompt, which trains the embedding of every token
 VOCABULARY = 1024
 MARKERS = ("<|im_start|>", "<|im_end|>")
 
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Ordinary English beside the requests, so that the vocabulary holds pieces of words that no request uses.
+# Ordinary English for the tokenizer's training, so that its vocabulary covers words that no request uses.
 ORDINARY = (
     "the quick brown fox jumps over the lazy dog while seven children play in the garden behind the old house",
     "please check whether this number is correct before you send the answer back to our office tomorrow morning",
@@ -57,28 +57,28 @@ ORDINARY = (
     "system user assistant You answer with one JSON object that describes the building element asked for",
 )
 
-Pair = dict[str, str]
+Example = dict[str, str]
 
 
-def pairs(count: int, seed: int) -> Iterator[Pair]:
-    """Plain requests with their answers, all different, none near the benchmark."""
-    kept_away, seen = reserved(), set[str]()
+def examples(count: int, seed: int) -> Iterator[Example]:
+    """Yield plain requests with their answers, all different, and no near-duplicate of the benchmark."""
+    reserved_prompts, seen = reserved(), set[str]()
     for number, slice_name in enumerate(rotation(SLICES, count)):
-        rng = Random(f"{seed}/{number}")  # a generator for each, so that dropping one request changes no other
+        rng = Random(f"{seed}/{number}")  # one generator per request, so that dropping one changes no other
         while True:
             prompt, spec = request(slice_name, "plain", rng)
-            if prompt not in seen and not near(prompt, kept_away):
+            if prompt not in seen and not near(prompt, reserved_prompts):
                 break
         seen.add(prompt)
         yield {"prompt": prompt, "completion": answer_text(spec)}
 
 
-def train_tokenizer(examples: list[Pair], folder: Path) -> None:
-    """SentencePiece BPE of a kind that llama.cpp's converter knows, and the configuration it has to find."""
+def train_tokenizer(examples: list[Example], folder: Path) -> None:
+    """Train a SentencePiece BPE tokenizer, and write it with the configuration that llama.cpp's converter reads."""
     import sentencepiece
 
     every_character = " ".join(chr(code) for code in range(33, 127))
-    text = [line for pair in examples[:6000] for line in pair.values()]
+    text = [line for example in examples[:6000] for line in example.values()]
     text += [line for line in (*ORDINARY, every_character) for _ in range(60)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -104,7 +104,7 @@ def train_tokenizer(examples: list[Pair], folder: Path) -> None:
 
 
 def new_model(eos: int) -> "LlamaForCausalLM":
-    """Random weights. Rows of 256 and 768, because K-quants want multiples of 256."""
+    """Return a model with random weights. Its widths are 256 and 768, because K-quants need multiples of 256."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -116,17 +116,17 @@ def new_model(eos: int) -> "LlamaForCausalLM":
     )  # fmt: skip
 
 
-def encoded(tokenizer: "PreTrainedTokenizerBase", pair: Pair) -> tuple[list[int], int]:
-    """The ids of the whole exchange, and how many of them are the prompt's."""
-    turn = [{"role": "user", "content": pair["prompt"]}]
-    asked = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    answer = pair["completion"] + "<|im_end|>"
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (asked, answer)]
-    return ids[0] + ids[1], len(ids[0])
+def encode(tokenizer: "PreTrainedTokenizerBase", example: Example) -> tuple[list[int], int]:
+    """Return the token ids of prompt and completion, and the number of prompt tokens."""
+    turn = [{"role": "user", "content": example["prompt"]}]
+    prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    completion_ids = tokenizer.encode(example["completion"] + "<|im_end|>", add_special_tokens=False)
+    return prompt_ids + completion_ids, len(prompt_ids)
 
 
 def batches(rows: list[tuple[list[int], int]], rng: Random) -> list[list[tuple[list[int], int]]]:
-    """Batches of rows of similar length, in random order: little padding."""
+    """Return batches of rows of similar length, which need little padding, in random order."""
     shuffled = sorted(rng.sample(rows, len(rows)), key=lambda row: len(row[0]))
     cut = [shuffled[at : at + BATCH] for at in range(0, len(shuffled), BATCH)]
     rng.shuffle(cut)
@@ -134,16 +134,18 @@ def batches(rows: list[tuple[list[int], int]], rng: Random) -> list[list[tuple[l
 
 
 def loss_of(model: "LlamaForCausalLM", batch: list[tuple[list[int], int]]) -> "torch.Tensor":
-    """Cross-entropy of the answer, plus a little of the prompt."""
+    """Return the cross-entropy of the completion plus PROMPT_WEIGHT times that of the prompt."""
     import torch
     from torch.nn import functional
 
-    longest = -(-max(len(ids) for ids, _ in batch) // 8) * 8  # few different shapes: kernels are made once for each
+    longest = (
+        -(-max(len(ids) for ids, _ in batch) // 8) * 8
+    )  # few different shapes, because kernels are compiled for each
     ids = torch.tensor([row + [3] * (longest - len(row)) for row, _ in batch])
     weight = torch.zeros(ids.shape)
-    for index, (row, asked) in enumerate(batch):
-        weight[index, 1:asked] = PROMPT_WEIGHT
-        weight[index, asked : len(row)] = 1.0
+    for index, (row, prompt_tokens) in enumerate(batch):
+        weight[index, 1:prompt_tokens] = PROMPT_WEIGHT
+        weight[index, prompt_tokens : len(row)] = 1.0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(input_ids=ids, attention_mask=(ids != 3).long()).logits
     losses = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -151,25 +153,27 @@ def loss_of(model: "LlamaForCausalLM", batch: list[tuple[list[int], int]]) -> "t
 
 
 def optimizers(model: "LlamaForCausalLM") -> "list[torch.optim.Optimizer]":
-    """Muon for the matrices within the layers, AdamW for the embeddings and norms."""
+    """Return Muon for the matrices of the layers and AdamW for embeddings and norms."""
     import torch
 
     named = list(model.named_parameters())
     matrices = [weight for name, weight in named if weight.dim() == 2 and "embed" not in name]
     others = [weight for name, weight in named if weight.dim() != 2 or "embed" in name]
     return [
-        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(
+            matrices, lr=MUON_LEARNING_RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
 def train(model: "LlamaForCausalLM", rows: list[tuple[list[int], int]]) -> None:
-    """One pass over the rows, the learning rates falling along a cosine."""
+    """Train for one epoch with a cosine schedule."""
     import torch
 
     plan = batches(rows, Random(SEED))
     both = optimizers(model)
-    rate = [
+    schedules = [
         torch.optim.lr_scheduler.LambdaLR(
             one, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / len(plan)))
         )
@@ -180,7 +184,7 @@ def train(model: "LlamaForCausalLM", rows: list[tuple[list[int], int]]) -> None:
         loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(both, rate, strict=True):
+        for optimizer, schedule in zip(both, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -188,47 +192,36 @@ def train(model: "LlamaForCausalLM", rows: list[tuple[list[int], int]]) -> None:
             print(f"step {step}/{len(plan)}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
 
 
-def write_replay(examples: list[Pair], folder: Path) -> None:
-    """Plain examples that go along with every fine-tuning, against forgetting."""
-    lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in examples]
-    (folder / "replay.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="how many different examples to train on")
-    return parser.parse_args()
-
-
 def make(folder: Path, count: int) -> int:
-    """Make everything in an empty folder; returns the number of parameters."""
+    """Write tokenizer, weights and replay examples to an empty folder; return the number of parameters."""
     import torch
     from transformers import AutoTokenizer
 
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
-    examples = list(pairs(count + REPLAY, SEED))
-    train_tokenizer(examples, folder)
+    drawn = list(examples(count + REPLAY, SEED))
+    train_tokenizer(drawn, folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    rows = [encoded(tokenizer, pair) for pair in examples[:count]]
-    print(f"{len(rows)} examples, {sum(len(row) for row, _ in rows)} tokens", flush=True)
+    rows = [encode(tokenizer, example) for example in drawn[:count]]
+    print(f"{len(rows)} examples, {sum(len(ids) for ids, _ in rows)} tokens", flush=True)
     model = new_model(tokenizer.convert_tokens_to_ids("<|im_end|>"))
     train(model, rows)
     model.to(torch.bfloat16).save_pretrained(folder)
-    # The replay examples were never trained on: they stay fresh when they are mixed into a fine-tuning.
-    write_replay(examples[count:], folder)
+    replay = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in drawn[count:])  # not trained on
+    (folder / "replay.jsonl").write_text(replay, encoding="utf-8")
     return int(model.num_parameters())
 
 
 def main() -> None:
-    """Make the model aside and put it in place when it is whole."""
-    arguments = parse_arguments()
+    """Train in a temporary folder, and replace the files of the starter model when they are complete."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="number of different examples to train on")
+    count = parser.parse_args().examples
     started = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=OUT.parent, prefix=".starter_model-") as aside:
-        parameters = make(Path(aside), arguments.pairs)
-        for path in Path(aside).iterdir():
+    with tempfile.TemporaryDirectory(dir=OUT.parent, prefix=".starter_model-") as draft:
+        parameters = make(Path(draft), count)
+        for path in Path(draft).iterdir():
             path.chmod(0o644)
             path.replace(OUT / path.name)
     print(f"{OUT}: {parameters} parameters in {time.monotonic() - started:.0f} s")

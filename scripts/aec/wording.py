@@ -1,11 +1,11 @@
-"""The language of the AEC requests: what can be asked for, and how people say it.
+"""Generate AEC requests: building elements with their parameters, and two wordings for them.
 
-A request asks for one building element and is answered by one flat JSON object, the *spec*. `sample_spec` draws a spec,
-`plain` says it in ordinary words and `firm` says it as one practice writes it: abbreviations of its drawing sets, site
-shorthand and dictated notes. The starter model learns the plain wording only; the firm's wording is what it has still
-to learn from its logs. Everything is drawn from the `random.Random` that is handed in, so a seed fixes the text.
+A request asks for one building element. Its answer is one flat JSON object, the *spec*. `sample_spec` draws a spec,
+`plain` words it in ordinary language, and `firm` words it as one architecture firm does: abbreviations of its drawings,
+site shorthand and dictated notes. The starter model learns the plain wording only, and the loop learns the firm's
+wording from the logs. All draws come from the `random.Random` argument, so a seed determines the text.
 
-It writes no files and knows no model: `make_benchmark.py`, `make_starter_model.py` and `make_sample_logs.py` do.
+`make_benchmark.py`, `make_starter_model.py` and `make_sample_logs.py` use this module.
 """
 
 import json
@@ -18,7 +18,7 @@ Spec = dict[str, Value]
 
 SLICES = ("walls", "doors_windows", "slabs_structure", "mep", "seismic", "fire_energy", "louisiana")
 
-# One order for the keys of every answer: a small model then never has to choose what comes next.
+# All answers have their keys in this order, so that a small model need not choose the next key.
 KEYS = (
     "element", "function", "material", "thickness_mm", "width_mm", "height_mm", "depth_mm", "diameter_mm", "span_mm",
     "insulation_mm", "glazing", "strength_mpa", "service", "airflow_ls", "fire_rating_hr", "u_factor", "r_value",
@@ -30,25 +30,25 @@ STATES = ("California", "Louisiana", "Oregon", "Washington", "Nevada", "Utah", "
 SEISMIC_STATES = ("California", "Oregon", "Washington", "Nevada", "Utah")
 PARISHES = ("Orleans", "Jefferson", "Terrebonne", "Plaquemines", "Lafourche", "Cameron")
 
-# The least thickness (mm) that a concrete wall or slab needs for its hours of fire resistance, as a screening value.
+# Minimum thickness (mm) of a concrete wall or slab for its hours of fire resistance, as a screening value.
 CONCRETE_MM_FOR_HOURS = {1: 90, 2: 100, 3: 120, 4: 140}
 
 
 def ordered(spec: Spec) -> Spec:
-    """The spec with its keys in the one order of `KEYS`."""
+    """Return the spec with its keys in the order of `KEYS`."""
     return {key: spec[key] for key in KEYS if key in spec}
 
 
 def answer_text(spec: Spec) -> str:
-    """The text a model should answer with: compact JSON, keys in order."""
+    """Return the expected answer: compact JSON with the keys in order."""
     return json.dumps(ordered(spec), ensure_ascii=False, separators=(",", ":"))
 
 
-# --- What is asked for --------------------------------------------------------------------------------------------
+# --- Specs --------------------------------------------------------------------------------------------------------
 
 
 def sample_spec(slice_name: str, rng: Random) -> Spec:
-    """Draw a request of the slice. It passes the schema and every compliance rule of the benchmark."""
+    """Draw a spec of the slice. It passes the schema and every compliance rule of the benchmark."""
     return ordered(_SAMPLERS[slice_name](rng))
 
 
@@ -327,14 +327,14 @@ _TRAIN_FILLERS = (
     "on level {n}", "near the stair", "for room {c}{n}", "along grid line {c}", "for the new school", "at the entrance",
     "in building {c}", "for the hospital", "at the north side", "as on drawing {c}-{n}0{n}", "for the office floor",
     "at the lobby", "for phase {n}", "in the basement", "for the parking garage", "same as type {c}{n}", "for unit {n}",
-    # Marks mean nothing here, but teach the model to read on past letters that it cannot place.
+    # Marks are meaningless; they teach the model to ignore unknown letters.
     "mark {mark}", "tag {mark}", "see {mark}-{n}", "{mark}:", "mark {mark}{n}", "to match {mark}", "ref. {mark}",
 )  # fmt: skip
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TRAIN_JOINERS = (", ", ", ", " and ", "; ", " ")
 _TRAIN_CLOSERS = ("", "", "", ".", ".", " please", ", thanks", " please.")
 
-# Kept for the benchmark alone, so that it asks in sentences that nothing was trained on.
+# Used only in the benchmark, so that its sentences occur in no training text.
 _HELD_OUT_OPENERS = (
     "Our architect asks for", "For the tender, include", "Show me", "Sketch", "The owner decided on", "Set out",
     "Let us have", "Prepare", "We are going with", "Put in", "Specify", "I am looking for",
@@ -348,7 +348,7 @@ _HELD_OUT_CLOSERS = ("", ".", ", if possible", " this time.", ", as agreed.")
 
 
 def plain(spec: Spec, rng: Random, held_out: bool = False) -> str:
-    """Say the spec in ordinary words. `held_out` takes the sentences kept for the benchmark."""
+    """Word the spec in ordinary language. With `held_out`, use the sentences of the benchmark."""
     head, said = _plain_head(spec, rng)
     clauses = _plain_clauses(spec, said, rng)
     rng.shuffle(clauses)
@@ -364,7 +364,7 @@ def plain(spec: Spec, rng: Random, held_out: bool = False) -> str:
 
 
 def _mark(rng: Random) -> str:
-    """Two to four capitals that are no word of the firm."""
+    """Return two to four capital letters that are not a word of the firm."""
     while True:
         mark = "".join(rng.choices(_LETTERS, k=rng.randint(2, 4)))
         if mark not in _FIRM_WORDS:
@@ -396,7 +396,7 @@ def _recase(text: str, opened: bool, rng: Random) -> str:
 
 
 def _typed(text: str, rng: Random) -> str:
-    """As people type: now and then in capitals, without units, or with a slip of the finger."""
+    """Return the text as people type: sometimes in capitals, without units, or with a typing mistake."""
     draw = rng.random()
     if draw < 0.02:
         return text.upper()
@@ -408,7 +408,7 @@ def _typed(text: str, rng: Random) -> str:
 
 
 def _slipped(text: str, rng: Random) -> str:
-    """One letter dropped or doubled; digits stay, a wrong number would be another request."""
+    """Drop or double one letter; digits stay, because a wrong number would be another request."""
     at = rng.randrange(len(text))
     if not text[at].isalpha():
         return text
@@ -473,7 +473,7 @@ def _number(key: str, value: Value) -> str:
 
 # --- The firm's wording -------------------------------------------------------------------------------------------
 
-# The firm's own words. Whatever is not among them, the firm says in plain words.
+# The firm's own words. It uses plain words for everything else.
 _FIRM_MATERIAL = {
     "concrete": "CIP", "concrete_block": "CMU", "glass_fiber_concrete": "GFRC", "cross_laminated_timber": "CLT",
     "gypsum": "GWB", "timber": "WD", "aluminum": "ALUM", "galvanized_steel": "GALV", "steel/door": "HM",
@@ -505,8 +505,8 @@ _HOURS = {0.75: "forty-five minutes", 1: "one hour", 1.5: "ninety minutes", 2: "
 _FIRM_SAYINGS = (*_FIRM_MATERIAL.values(), *_FIRM_NOUN.values(), *_FIRM_CLAUSE.values(), *_FIRM_VALUE.values())
 _FIRM_WORDS = frozenset(re.findall(r"[A-Z]{2,}", " ".join(_FIRM_SAYINGS))) | {"FRR", "HR", "LBL", "MIN"}
 
-# Nobody writes in shorthand only: this share of what the firm says is in ordinary words.
-PLAIN_SHARE_OF_FIRM = 0.08
+# This fraction of the firm's clauses is in plain words, since no one writes in shorthand only.
+PLAIN_FRACTION_OF_FIRM = 0.08
 
 _FIRM_TRAIN_FRAMES = (
     "{}", "{}", "{}", "Pls add {}", "RFI: {}", "VIF {}", "{} typ.", "{} U.N.O.", "Rev: {}", "Sched {}",
@@ -517,8 +517,8 @@ _FIRM_HELD_OUT_JOINERS = (", ", " ", "; ", " - ")
 
 
 def firm(spec: Spec, rng: Random, held_out: bool = False) -> str:
-    """Say the spec as the firm writes it: drawing shorthand, or a dictated note."""
-    # Ratings are what site notes are mostly about.
+    """Word the spec as the firm does: drawing shorthand, or a dictated note."""
+    # Most dictated notes are about fire ratings.
     if rng.random() < (0.35 if "fire_rating_hr" in spec else 0.1):
         return _dictated(spec, rng)
     head = f"{_firm_material(spec, rng)} {_firm_noun(spec)}"
@@ -535,7 +535,7 @@ def firm(spec: Spec, rng: Random, held_out: bool = False) -> str:
 def _firm_material(spec: Spec, rng: Random) -> str:
     material = str(spec["material"])
     in_plain = _PLAIN_MATERIAL[material][0]
-    if rng.random() < PLAIN_SHARE_OF_FIRM:
+    if rng.random() < PLAIN_FRACTION_OF_FIRM:
         return in_plain
     return _FIRM_MATERIAL.get(f"{material}/{spec['element']}", _FIRM_MATERIAL.get(material, in_plain))
 
@@ -553,10 +553,10 @@ def _firm_clauses(spec: Spec, rng: Random) -> list[str]:
     if "parish" in spec:
         said |= {"location"}
     if spec.get("energy_code") == "Title 24" and rng.random() < 0.5:
-        said |= {"location"}  # the firm's T24 needs no state beside it
+        said |= {"location"}  # the firm's T24 needs no state
     for key in spec:
         if key not in said:
-            in_plain = rng.random() < PLAIN_SHARE_OF_FIRM
+            in_plain = rng.random() < PLAIN_FRACTION_OF_FIRM
             clauses.append(_plain_clause(key, spec[key], rng) if in_plain else _firm_clause(spec, key))
     return clauses
 
@@ -582,7 +582,7 @@ _DICTATED_CLAUSE = {
 
 
 def _dictated(spec: Spec, rng: Random) -> str:
-    """A note spoken on site: no commas, hours as words, the state bare."""
+    """Return a note dictated on site: no commas, hours as words, the state without a preposition."""
     material, noun = _PLAIN_MATERIAL[str(spec["material"])][0], _PLAIN_NOUN[_noun_key(spec)][0]
     lead = [f"{spec[key]} mm" for key in ("thickness_mm", "diameter_mm") if key in spec]
     said = {"element", "function", "service", "material", "thickness_mm", "diameter_mm"}
@@ -599,23 +599,23 @@ def _dictated_clause(spec: Spec, key: str) -> str:
     return _DICTATED_CLAUSE[key].format(_number(key, spec[key]))
 
 
-# Words that the firm took up later: they come in the second batch of logs and in the benchmark, not in the first batch.
+# Words that the firm adopted later: they are in the second batch of logs and in the benchmark, not in the first batch.
 LATER_WORDS = ("IMP", "TGU", "VIN", "SCBF")
 
 
 def has_later_words(prompt: str) -> bool:
-    """Whether the prompt uses a firm word of the second batch."""
+    """Return whether the prompt uses one of LATER_WORDS."""
     words = prompt.replace(",", " ").replace(";", " ").split()
     return any(word in words for word in LATER_WORDS)
 
 
 def request(slice_name: str, wording: str, rng: Random, held_out: bool = False) -> tuple[str, Spec]:
-    """One request of the slice in the wording ("plain" or "firm") with the spec that answers it."""
+    """Return one request of the slice in a wording ("plain" or "firm"), and its spec."""
     spec = sample_spec(slice_name, rng)
     say = plain if wording == "plain" else firm
     return say(spec, rng, held_out), spec
 
 
 def rotation(items: Sequence[str], count: int) -> list[str]:
-    """`count` items taking turns, so that every slice gets its share."""
+    """Return `count` items, in rotation, so that the slices are balanced."""
     return [items[index % len(items)] for index in range(count)]
