@@ -4,7 +4,7 @@ import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -187,6 +187,8 @@ def validate_application_event(event: Interaction | Feedback) -> Interaction | F
 class Example(Record):
     """One training row: the prompt of an interaction and the target answer after all its feedback."""
 
+    INTERACTION_FIELDS: ClassVar = frozenset({"prompt", "history", "output", "source", "provenance"})
+
     interaction_id: UUID
     ingest_offset: int = Field(ge=0, description="Ingest offset of the newest event that it depends on.")
     prompt: str
@@ -204,7 +206,7 @@ class Example(Record):
     @classmethod
     def from_interaction(cls, interaction: Interaction, **fields: Any) -> "Example":
         """Return an interaction's example; `fields` are those that do not come from the interaction."""
-        copied = {name: getattr(interaction, name) for name in ("source", "provenance", "prompt", "history", "output")}
+        copied = {name: getattr(interaction, name) for name in cls.INTERACTION_FIELDS}
         return cls(interaction_id=interaction.id, **copied, **fields)
 
 

@@ -222,7 +222,7 @@ def _renew(
 ) -> None:
     ids = sorted({id, *interactions_with_content(connection, loop, sorted(hashes))})
     for chunk in _chunks(ids):
-        recompute_examples(connection, loop, chunk, reward, at=ingest_offset)
+        recompute_examples(connection, loop, chunk, reward, offset=ingest_offset)
 
 
 def _add(
