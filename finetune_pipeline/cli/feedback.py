@@ -379,7 +379,7 @@ def _held_and_made(
         f"{name}: {len(held.interactions)} interactions, {len(held.feedback)} feedback and {len(held.decisions)} "
         "review decisions"
     )
-    return held, made_with(database, loop, held.taught) if loop else MadeWith()
+    return held, made_with(database, loop, held.affected_interactions) if loop else MadeWith()
 
 
 def _erase(database: "Database", name: str, loop: LoopSettings | None, user: str) -> None:

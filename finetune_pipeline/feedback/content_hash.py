@@ -1,19 +1,19 @@
-"""By what an example is known again: pure, and light enough for every process that curates."""
+"""The content hash of an example: its identity after exact deduplication."""
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import Example, conversation_text, normalize
 
 
-def content_hash(question: str, target: str) -> str:
-    """The identity of an example after exact deduplication.
+def content_hash(conversation: str, target: str) -> str:
+    """Return the hash of a prompt and its target.
 
     Args:
-        question: the prompt, with what was said before it (`records.conversation`); compared in its normalised form.
-        target: the answer to learn; compared without outer spaces.
+        conversation: the prompt with the messages before it (`records.conversation_text`); hashed in normalized form.
+        target: the target answer; hashed without surrounding white space.
     """
-    return hash_of([normalize(question), target.strip()])
+    return hash_of([normalize(conversation), target.strip()])
 
 
 def example_hash(example: Example) -> str:
-    """The content hash of an example."""
+    """Return the content hash of an example."""
     return content_hash(conversation_text(example.prompt, example.history), example.target)

@@ -1,4 +1,4 @@
-"""From a feedback to a reward in -1.0 ... +1.0, the table of rewards of this project."""
+"""The reward of a feedback, from -1.0 to +1.0."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,11 +16,13 @@ _TOKENS = re.compile(r"\w+|[^\w\s]")
 def default_reward(
     feedback: Feedback, interaction: Interaction, ratings: Mapping[Rating, float] = FeedbackSettings().ratings
 ) -> float:
-    """The reward of one feedback on one answer.
+    """Return the reward of one feedback by the project's table of rewards.
 
-    A reward that came with the feedback is taken as it is. A score gives -1.0 at 0, -0.3 at 60, +0.8 at 80 and +1.0 at
-    100, linear between. A correction gives +0.2 to +0.6, more the less had to change. A thumb gives +1.0 or -1.0; with
-    a score (0 to 100) as its strength, +0.7 to +1.0 or -0.9 to -1.0. A rating is worth what `ratings` says.
+    - A feedback with a `reward` has this reward.
+    - A validation score has -1.0 at 0, -0.3 at 60, +0.8 at 80 and +1.0 at 100, and is linear in between.
+    - A correction has +0.2 to +0.6: the less it changes, the higher.
+    - A thumb has +1.0 or -1.0; with a score of 0 to 100 as its strength, +0.7 to +1.0 or -0.9 to -1.0.
+    - A rating has its value in `ratings`.
     """
     if feedback.reward is not None:
         return feedback.reward
@@ -39,7 +41,7 @@ def default_reward(
 
 
 def score_reward(score: float) -> float:
-    """The reward of a validation score (0 to 100), continuous: failures below 60, successes from 80."""
+    """Return the reward of a validation score, 0 to 100: continuous, with failures below 60 and successes from 80."""
     if score >= 80:
         return 0.8 + 0.2 * (score - 80) / 20
     if score >= 60:
@@ -48,15 +50,15 @@ def score_reward(score: float) -> float:
 
 
 def similarity(old: str, new: str) -> float:
-    """How much of a text stayed, 0 to 1, by its words and signs."""
+    """Return the token-level similarity of two texts (difflib ratio), 0 to 1; tokens are words and punctuation."""
     return SequenceMatcher(None, _TOKENS.findall(old), _TOKENS.findall(new), autojunk=False).ratio()
 
 
 def reward_function(settings: FeedbackSettings) -> RewardFunction:
-    """The loop's own reward function, held to -1 ... 1, or the default one with the loop's ratings.
+    """Return the loop's own reward function, clipped to -1 to 1, or the default with the loop's ratings.
 
     Raises:
-        SettingsError: nothing callable is at its path.
+        SettingsError: the loop's own function cannot be imported.
     """
     dotted_path = settings.reward_function
     if dotted_path is None:
@@ -69,7 +71,7 @@ def reward_function(settings: FeedbackSettings) -> RewardFunction:
             f"feedback.reward_function: {dotted_path!r} cannot be imported ({error}); expected package.module.function"
         ) from error
 
-    def bounded(feedback: Feedback, interaction: Interaction) -> float:
+    def clipped(feedback: Feedback, interaction: Interaction) -> float:
         return max(-1.0, min(1.0, float(function(feedback, interaction))))
 
-    return bounded
+    return clipped

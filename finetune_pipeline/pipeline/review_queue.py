@@ -1,25 +1,34 @@
-"""What waits for a person's eye: the store, the newest report and the loop's rules put together. No Dagster here."""
+"""Review: the queue of examples that a person should review, and a session that decides on them one by one.
 
+Each decision is one transaction, so a session may end at any moment, and several reviewers may work at once.
+"""
+
+from collections import Counter
 from dataclasses import dataclass, replace
-
-import sqlalchemy as sa
 
 from finetune_pipeline.curation.acceptance import INVALID, Policy, accept, at_a_glance
 from finetune_pipeline.curation.redaction import redact_example
-from finetune_pipeline.curation.review import Case, Ranked, Slice, Voice, WeakSlices, queue, rank
+from finetune_pipeline.curation.review import ReviewInput, Slice, Vote, WeakSlices, rank, review_value
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_report
-from finetune_pipeline.feedback.review import ReviewCandidate, load_candidates, review_candidates
-from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
+from finetune_pipeline.feedback.review import (
+    ReviewCandidate,
+    load_candidates,
+    record_decision,
+    review_candidates,
+    standing_decision,
+    undo_decision,
+)
+from finetune_pipeline.feedback.rewards import reward_function
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.records import PERSON_KINDS, Example, Feedback, Interaction, text_hash
+from finetune_pipeline.records import PERSON_KINDS, Example, Interaction, ReviewKind, text_hash
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.settings import LoopSettings
 
 
 @dataclass(frozen=True)
 class QueuedReview:
-    """One example of the queue."""
+    """One example of the queue, the value of its review, and the reasons for it."""
 
     candidate: ReviewCandidate
     value: float
@@ -27,35 +36,24 @@ class QueuedReview:
 
 
 def review_queue(loop: LoopSettings, database: Database) -> list[QueuedReview]:
-    """What deserves a person's eye and nobody decided on, the most valuable first."""
+    """Return the examples that need a review and have no decision, the most valuable first."""
     policy, weak = loop_files.policy(loop), weak_slices(loop, database)
-    taught = loop.review.required or bool(weak)
-    reward = reward_function(loop.feedback)
+    reward, min_reward = reward_function(loop.feedback), loop.curation.min_reward
+    # An example that may train needs a review if all do, or if its prompt may be similar to a weak slice.
+    qualifying = loop.review.required or bool(weak)
     with database.read() as connection:
-        found = review_candidates(
-            connection, loop.name, reward, loop.review_below, loop.curation.min_reward, taught=taught
+        candidates = review_candidates(
+            connection, loop.name, reward, loop.review_below, min_reward, include_qualifying=qualifying
         )
-    by_key = {str(one.interaction.id): one for one in found}
-    ranked = queue((_case(one, policy) for one in found), policy, weak, loop.review_below)
-    return [QueuedReview(by_key[one.key], one.value, one.reasons) for one in ranked]
-
-
-def requeue(
-    loop: LoopSettings, connection: sa.Connection, interaction_id: str, reward: RewardFunction
-) -> QueuedReview | None:
-    """One interaction as it would stand in the queue now, whatever it is worth; None if it is gone."""
-    candidate = next(load_candidates(connection, loop.name, [interaction_id], reward), None)
-    if candidate is None:
-        return None
-    policy = loop_files.policy(loop)
-    found: Ranked | None = rank(_case(candidate, policy), policy, WeakSlices([]), loop.review_below)
-    return QueuedReview(candidate, found.value if found else 0.0, found.reasons if found else ("taken back",))
+    by_id = {str(one.interaction.id): one for one in candidates}
+    ranked = rank((_review_input(one, policy) for one in candidates), policy, weak, loop.review_below)
+    return [QueuedReview(by_id[one.id], one.value, one.reasons) for one in ranked]
 
 
 def rejection_reason(interaction: Interaction, target: str, policy: Policy) -> str | None:
-    """Why an answer would not train though a reviewer approved it; None if it would.
+    """Return why an answer would not train even if a reviewer approved it; None if it would train.
 
-    It is the rule that curation asks, of what redaction leaves.
+    This is curation's own rule, applied after redaction.
     """
     approved = Example.from_interaction(
         interaction,
@@ -74,23 +72,122 @@ def rejection_reason(interaction: Interaction, target: str, policy: Policy) -> s
 
 
 def weak_slices(loop: LoopSettings, database: Database) -> WeakSlices:
-    """Where the model that serves since the newest report is weakest; nothing before the first report."""
+    """Return the weak slices of the newest report, for the model that serves since; none before the first report."""
     newest = next(iter(list_comparisons(database, loop.name)), None)
     if newest is None:
         return WeakSlices([])
     try:
         slices = slices_of_report(newest.report_path.with_name(JSON), "challenger" if newest.promote else "champion")
-    except ReportError:  # it was deleted: the queue does without
+    except ReportError:  # it was deleted, so nothing is known of slices
         return WeakSlices([])
     return WeakSlices(Slice(one.name, one.correct / one.total, one.prompts) for one in slices if one.total)
 
 
-def _case(candidate: ReviewCandidate, policy: Policy) -> Case:
-    interaction, example, earlier = candidate.interaction, candidate.example, candidate.decided
-    people = [item for item in candidate.feedback if item.kind in PERSON_KINDS]
-    open_policy = replace(policy, review_required=False)
-    return Case(
-        key=str(interaction.id),
+class ReviewSession:
+    """One reviewer's way through the queue.
+
+    Attributes:
+        queue: the examples, in order.
+        position: the index of the current example.
+    """
+
+    def __init__(self, loop: LoopSettings, database: Database, reviewer: str, limit: int | None = None) -> None:
+        self._loop = loop
+        self._database = database
+        self._reviewer = reviewer
+        self._reward = reward_function(loop.feedback)
+        self._policy = loop_files.policy(loop)
+        self._steps: list[tuple[int, ReviewKind | None]] = []  # position and decision; None for a skipped example
+        self.queue = review_queue(loop, database)[:limit]
+        self.position = 0
+
+    @property
+    def current(self) -> ReviewCandidate:
+        """The current example."""
+        return self.queue[self.position].candidate
+
+    def refresh(self) -> str | None:
+        """Reload the current example; return why it cannot be decided on any more, or None if it can."""
+        id = self.current.interaction.id
+        with self._database.read() as connection:
+            now = next(load_candidates(connection, self._loop.name, [str(id)], self._reward), None)
+            decision = standing_decision(connection, self._loop.name, id)
+        if now is None:
+            return f"interaction {id} was deleted in the meantime"
+        previous = self.current.previous_decision
+        if decision is not None and decision != previous:
+            return f"{decision.reviewer} decided {decision.kind} on interaction {id} in the meantime"
+        reloaded = replace(now, previous_decision=previous)
+        self.queue[self.position] = replace(self.queue[self.position], candidate=reloaded)
+        return None
+
+    def rejection_reason(self, answer: str) -> str | None:
+        """Return why this answer to the current prompt would not train even if approved; None if it would train."""
+        return rejection_reason(self.current.interaction, answer, self._policy)
+
+    def decide(self, kind: ReviewKind, target: str) -> None:
+        """Record a decision on the current example, and go on to the next.
+
+        Raises:
+            ReviewError: the example was deleted or has changed, or the text cannot be stored.
+        """
+        with self._database.write() as connection:
+            record_decision(connection, self._loop.name, self.current, kind, target, self._reviewer, self._reward)
+        self._steps.append((self.position, kind))
+        self.position += 1
+
+    def skip(self) -> None:
+        """Go on to the next example without a decision."""
+        self._steps.append((self.position, None))
+        self.position += 1
+
+    def undo(self) -> bool:
+        """Undo the last step, or the reviewer's newest decision of an earlier session; return False if there is none.
+
+        The example becomes the current one.
+        """
+        if self._steps:
+            self.position, kind = self._steps.pop()
+            if kind is not None:
+                id = self.current.interaction.id
+                with self._database.write() as connection:
+                    undo_decision(connection, self._loop.name, self._reviewer, self._reward, id)
+            return True
+        with self._database.write() as connection:
+            undone = undo_decision(connection, self._loop.name, self._reviewer, self._reward)
+            found = load_candidates(connection, self._loop.name, [undone] if undone else [], self._reward)
+            candidate = next(found, None)
+        if candidate is None:
+            return False
+        value = review_value(
+            _review_input(candidate, self._policy), self._policy, WeakSlices([]), self._loop.review_below
+        )
+        queued = QueuedReview(
+            candidate, value.value if value else 0.0, value.reasons if value else ("its decision was undone",)
+        )
+        others = [one for one in self.queue[self.position :] if str(one.candidate.interaction.id) != undone]
+        self.queue[self.position :] = [queued, *others]
+        return True
+
+    def counts(self) -> Counter[str]:
+        """Return how many examples were approved ("approve"), edited, rejected and skipped, by the name of the step."""
+        return Counter(kind or "skip" for _, kind in self._steps)
+
+
+def _review_input(candidate: ReviewCandidate, policy: Policy) -> ReviewInput:
+    interaction, example, previous = candidate.interaction, candidate.example, candidate.previous_decision
+    judged = list(zip(candidate.feedback, candidate.rewards, strict=True))
+    logged = text_hash(interaction.output)
+    # One vote per feedback; of one user, only the last vote on each answer counts.
+    votes: dict[tuple[str, str], Vote | None] = {}
+    for number, (feedback, reward) in enumerate(judged):
+        answer = text_hash(feedback.correction) if feedback.correction else feedback.output_hash or logged
+        correct = True if feedback.kind == "correction" else None if reward == 0 else reward > 0
+        votes[feedback.user or f"\n{number}", answer] = None if correct is None else Vote(answer, correct)
+    by_people = [(feedback, reward) for feedback, reward in judged if feedback.kind in PERSON_KINDS]
+    without_review = replace(policy, review_required=False)
+    return ReviewInput(
+        id=str(interaction.id),
         ingest_offset=candidate.ingest_offset,
         prompt=interaction.prompt,
         answer=candidate.answer,
@@ -99,30 +196,9 @@ def _case(candidate: ReviewCandidate, policy: Policy) -> Case:
         flag=interaction.flag,
         kind=interaction.kind,
         domain=interaction.domain,
-        voices=_voices(candidate),
-        person=bool(people),
-        refused=any(
-            worth < 0
-            for item, worth in zip(candidate.feedback, candidate.rewards, strict=True)
-            if item.kind in PERSON_KINDS
-        ),
-        trains=example is not None and at_a_glance(example, open_policy).accepted,
-        since=f"{earlier.reviewer} decided {earlier.kind}" if earlier else "",
+        votes=tuple(vote for vote in votes.values() if vote is not None),
+        has_human_feedback=bool(by_people),
+        rejected=any(reward < 0 for _, reward in by_people),
+        would_train=example is not None and at_a_glance(example, without_review).accepted,
+        corrected_since=f"{previous.reviewer} decided {previous.kind}" if previous else "",
     )
-
-
-def _voices(candidate: ReviewCandidate) -> tuple[Voice, ...]:
-    """One voice for each feedback; of one user, the last on each answer."""
-    logged = text_hash(candidate.interaction.output)
-    said: dict[tuple[str, str], Voice | None] = {}
-    for number, (item, worth) in enumerate(zip(candidate.feedback, candidate.rewards, strict=True)):
-        answer = text_hash(item.correction) if item.correction else item.output_hash or logged
-        right = _right(item, worth)
-        said[item.user or f"\n{number}", answer] = None if right is None else Voice(answer, right)
-    return tuple(voice for voice in said.values() if voice is not None)
-
-
-def _right(item: Feedback, worth: float) -> bool | None:
-    if item.kind == "correction":
-        return True
-    return None if worth == 0 else worth > 0

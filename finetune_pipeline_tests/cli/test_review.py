@@ -84,20 +84,20 @@ def editor(folder, *contents):
     return str(path)
 
 
-def test_each_key_does_what_it_says_and_nothing_is_asked_twice():
+def test_each_key_does_what_it_says_and_nothing_is_shown_twice():
     said = review("ars")
     assert "1 of 5   value 0.9" in said and "3 of 5" in said and "4 of 5" in said
     assert "why         confidence 0.10, below 0.85" in said
-    assert "asked       please add wall number 1 by the river" in said and ANSWER in said
+    assert "prompt      please add wall number 1 by the river" in said and ANSWER in said
     assert said.endswith("1 approve, 1 reject, 1 skip; 2 of this queue left\n")
     assert decided() == [("1", "approve", "rita", ANSWER), ("2", "reject", "rita", ANSWER)]
     again = review("q")
-    assert "1 of 3" in again and "wall number 3" in again  # what was skipped waits for the next sitting
+    assert "1 of 3" in again and "wall number 3" in again  # what was skipped waits for the next session
     assert "nothing decided; 3 of this queue left" in again
     assert "1 of 2" in review("q", "--limit", "2")
 
 
-def test_what_was_said_before_and_by_whom_is_shown_and_cannot_steer_the_terminal():
+def test_history_and_feedback_are_shown_and_cannot_control_the_terminal():
     history = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hello\nthere"}]
     put(interaction("5b", prompt="\x1b[2Jpaint it", output="{}", confidence=0.01, history=history, source="vault",
                     provenance="a.md"), feedback("s", "5b", "success", score=90))  # fmt: skip
@@ -124,7 +124,7 @@ def test_an_answer_that_breaks_the_schema_cannot_be_approved():
         ({"max_prompt_tokens": 3}, "prompt longer than 3 tokens"),
     ],
 )
-def test_what_no_approval_can_pass_is_said_at_once(own_home, limits, why):
+def test_an_answer_that_cannot_train_is_reported_at_once(own_home, limits, why):
     loop = load_loop(LOOP)
     curation = loop.curation.model_copy(update=limits)
     policy = loop_files.policy(loop.model_copy(update={"curation": curation}))
@@ -136,18 +136,18 @@ def test_what_no_approval_can_pass_is_said_at_once(own_home, limits, why):
     assert rejection_reason(leak, ANSWER, loop_files.policy(loop)) == "near-duplicate of a benchmark question"
 
 
-def test_an_edit_is_held_to_the_schema_and_can_be_mended(tmp_path):
-    mended = {"element": "wall", "material": "brick", "thickness_mm": 300}
-    program = editor(tmp_path, "{ not json", '{"element": "air"}', json.dumps(mended, indent=4))
+def test_an_edit_must_fit_the_schema_and_can_be_fixed(tmp_path):
+    fixed = {"element": "wall", "material": "brick", "thickness_mm": 300}
+    program = editor(tmp_path, "{ not json", '{"element": "air"}', json.dumps(fixed, indent=4))
     said = review("eeeq", VISUAL="", EDITOR=program)
-    assert "it cannot train so: not JSON" in said and "it cannot train so: $" in said
-    assert decided() == [("1", "edit", "rita", json.dumps(mended, separators=(",", ":")))]  # as the model writes it
+    assert "it cannot train like this: not JSON" in said and "it cannot train like this: $" in said
+    assert decided() == [("1", "edit", "rita", json.dumps(fixed, separators=(",", ":")))]  # as the model writes it
     assert json.loads((tmp_path / "seen-0").read_text()) == json.loads(ANSWER)
     assert (tmp_path / "seen-1").read_text().strip() == "{ not json"  # what was typed is not lost
     assert (example("1").corrected, example("1").review) == (True, "edit")
 
 
-def test_an_edit_that_is_given_up_or_fails_decides_nothing(tmp_path):
+def test_an_abandoned_or_failed_edit_decides_nothing(tmp_path):
     program = editor(tmp_path, "{ not json")
     assert review("exq", VISUAL="", EDITOR=program).count("1 of 5") == 2
     assert "Editing failed" in review("eq", VISUAL="", EDITOR="false")
@@ -155,24 +155,24 @@ def test_an_edit_that_is_given_up_or_fails_decides_nothing(tmp_path):
     assert decided() == []
     same = editor(tmp_path, ANSWER)
     review("eq", VISUAL="", EDITOR=same)
-    assert [row[1] for row in decided()] == ["approve"]  # nothing was changed, so that is what it is
+    assert [row[1] for row in decided()] == ["approve"]  # nothing was changed
 
 
-def test_undo_takes_back_step_by_step_and_then_what_earlier_sittings_decided():
+def test_undo_goes_back_step_by_step_and_into_earlier_sessions():
     said = review("asu" + "u" + "r" + "q")
     assert [row[:2] for row in decided()] == [("1", "approve"), ("1", "undo"), ("1", "reject")]
     assert said.count("1 of 5") == 2 and said.count("2 of 5") == 3
     assert "1 reject; 4 of this queue left" in said
     again = review("uaq")
     assert [row[:2] for row in decided()][3:] == [("1", "undo"), ("1", "approve")]
-    assert "1 of 5" in again and "taken back" not in again
+    assert "1 of 5" in again and "was undone" not in again
     assert example("1").review == "approve"
     review("u" + "u" + "q")
     assert example("1") is None
-    assert "there is nothing to take back" in review("uq")
+    assert "there is no decision of yours to undo" in review("uq")
 
 
-def test_what_another_reviewer_decided_meanwhile_is_passed_over(monkeypatch):
+def test_an_example_that_another_reviewer_decided_is_passed_over(monkeypatch):
     from finetune_pipeline.cli import review as module
     from finetune_pipeline.feedback.review import load_candidates, record_decision
 
@@ -187,7 +187,7 @@ def test_what_another_reviewer_decided_meanwhile_is_passed_over(monkeypatch):
 
     monkeypatch.setattr(module, "_key", key)
     said = review("")
-    assert f"sam decided reject on interaction {uid('2')} meanwhile" in said and "3 of 5" in said
+    assert f"sam decided reject on interaction {uid('2')} in the meantime" in said and "3 of 5" in said
     assert [row[:3] for row in decided()] == [("2", "reject", "sam"), ("1", "approve", "rita")]
 
 
@@ -196,7 +196,7 @@ def test_an_empty_queue_says_so_and_status_counts():
         finetune, ["status", "--loop", LOOP]
     ).output.replace("\n", " ")
     review("aaaaa")
-    assert review("") == f"nothing of loop {LOOP} waits for review\n"
+    assert review("") == f"no example of loop {LOOP} needs a review\n"
 
 
 def test_keys_come_through_a_pipe_too():
@@ -253,25 +253,25 @@ def terminal():
         one.close()
 
 
-def test_at_a_terminal_single_keys_do_and_a_kill_loses_nothing(terminal, tmp_path):
-    mended = ANSWER.replace("250", "300")
-    one = terminal(VISUAL="", EDITOR=editor(tmp_path, "{ not json", mended))
+def test_a_terminal_needs_single_keys_and_a_kill_loses_nothing(terminal, tmp_path):
+    fixed = ANSWER.replace("250", "300")
+    one = terminal(VISUAL="", EDITOR=editor(tmp_path, "{ not json", fixed))
     one.until("1 of 5")
     one.until("q quit")
     one.press("a")  # no Enter
     one.until("2 of 5")
     one.until("q quit")
-    one.press("\x1b[A")  # an arrow is no key of ours
+    one.press("\x1b[A")  # an arrow has no meaning
     one.until("a approve")
     one.press("e")
-    one.until("it cannot train so: not JSON")
+    one.until("it cannot train like this: not JSON")
     one.until("leaves it as it was")
     one.press("e")
     one.until("3 of 5")
     one.until("q quit")
     one.process.kill()
     one.process.wait(30)
-    assert [row[:2] for row in decided()] == [("1", "approve"), ("2", "edit")] and decided()[1][3] == mended
+    assert [row[:2] for row in decided()] == [("1", "approve"), ("2", "edit")] and decided()[1][3] == fixed
     two = terminal()
     two.until("1 of 3")
     two.until("wall number 3")
@@ -282,7 +282,7 @@ def test_at_a_terminal_single_keys_do_and_a_kill_loses_nothing(terminal, tmp_pat
     two.press("r")
     two.until("wall number 3")
     two.until("q quit")
-    two.press("\x03")  # Ctrl-C ends the sitting, and keeps what was decided
+    two.press("\x03")  # Ctrl-C ends the session and keeps the decisions
     two.until("1 reject; 3 of this queue left")
     assert two.process.wait(30) == 0
     assert [row[1] for row in decided()] == ["approve", "edit", "undo", "reject"]

@@ -1,19 +1,19 @@
-"""What deserves a person's eye, in which order, and why: the pure rule."""
+"""Which answers need a review, in which order, and why: the pure rule."""
 
 import pytest
 
 from finetune_pipeline.curation.acceptance import REJECTED, UNREVIEWED, Policy, accept, answer_validator, found_bad
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.review import (
-    FOUND_BAD,
     PRIOR,
-    Case,
+    REJECTED_ANSWER,
+    ReviewInput,
     Slice,
-    Voice,
+    Vote,
     WeakSlices,
     disagreement,
-    queue,
     rank,
+    review_value,
 )
 from finetune_pipeline.settings import CurationSettings
 
@@ -26,68 +26,68 @@ NONE = WeakSlices([])
 
 def case(key="a", **fields):
     given = {"ingest_offset": 1, "prompt": f"what of {key} and all the rest of it?", "answer": f"{key} it is"}
-    return Case(key=key, **{**given, **fields})
+    return ReviewInput(id=key, **{**given, **fields})
 
 
 def value(one, policy=POLICY, weak=NONE):
-    ranked = rank(one, policy, weak, 0.85)
+    ranked = review_value(one, policy, weak, 0.85)
     return None if ranked is None else ranked.value
 
 
 def reasons(one, policy=POLICY, weak=NONE):
-    return rank(one, policy, weak, 0.85).reasons
+    return review_value(one, policy, weak, 0.85).reasons
 
 
-def test_what_gives_no_reason_is_not_asked():
+def test_without_a_reason_there_is_no_review():
     assert value(case()) is None
     assert value(case(confidence=0.9)) is None
-    assert value(case(trains=True)) is None
+    assert value(case(would_train=True)) is None
 
 
 def test_the_less_confident_comes_first():
-    found = queue([case("a", confidence=0.6), case("b", confidence=0.1), case("c", confidence=0.8)], POLICY, NONE, 0.85)
-    assert [one.key for one in found] == ["b", "a", "c"]
+    found = rank([case("a", confidence=0.6), case("b", confidence=0.1), case("c", confidence=0.8)], POLICY, NONE, 0.85)
+    assert [one.id for one in found] == ["b", "a", "c"]
     assert found[0].value == pytest.approx(1 - (1 - PRIOR) * 0.1)
     assert found[0].reasons == ("confidence 0.10, below 0.85",)
 
 
-def test_a_person_s_word_settles_confidence_and_flag():
-    assert value(case(confidence=0.1, flag="odd", person=True)) is None
+def test_human_feedback_settles_confidence_and_flag():
+    assert value(case(confidence=0.1, flag="odd", has_human_feedback=True)) is None
     assert reasons(case(flag="odd")) == ("flagged: odd",)
     assert reasons(case(flag="confidence 0.10 is below 0.85", confidence=0.1)) == ("confidence 0.10, below 0.85",)
 
 
-def test_signs_add_up_but_never_beyond_certainty():
-    both = value(case(confidence=0.5, voices=(Voice("x", True), Voice("x", False))))
+def test_signals_add_up_but_never_beyond_certainty():
+    both = value(case(confidence=0.5, votes=(Vote("x", True), Vote("x", False))))
     assert both == pytest.approx(1 - (1 - PRIOR) * 0.5 * 0.5)
     assert value(case(confidence=0.5)) < both < 1
 
 
 @pytest.mark.parametrize(
-    ("voices", "expected"),
+    ("votes", "expected"),
     [
         ([], 0),
         ([("x", True), ("x", True)], 0),
-        ([("x", False)], 0),  # nobody is for anything: that is no disagreement
+        ([("x", False)], 0),  # no vote for any answer is no disagreement
         ([("x", True), ("x", False)], 0.5),
         ([("x", True), ("x", True), ("x", False)], 1 / 3),
-        ([("x", False), ("y", True)], 0),  # who refused x and who wrote y agree
-        ([("x", True), ("y", True)], 0.5),  # one found x right, another wrote y
-        ([("x", True), ("y", True), ("x", False)], 0.5),  # y leads, since one refused x
+        ([("x", False), ("y", True)], 0),  # rejecting x and writing y agree
+        ([("x", True), ("y", True)], 0.5),  # one vote for x, one correction y
+        ([("x", True), ("y", True), ("x", False)], 0.5),  # y leads, because of the vote against x
         ([("y", True), ("z", True), ("z", True)], 1 / 3),
     ],
 )
-def test_disagreement_is_the_share_against_what_most_are_for(voices, expected):
-    found = [Voice(*voice) for voice in voices]
+def test_disagreement_is_the_fraction_of_votes_against_the_leading_answer(votes, expected):
+    found = [Vote(*vote) for vote in votes]
     assert disagreement(found) == pytest.approx(expected)
     assert disagreement(found) == disagreement(list(reversed(found)))
 
 
-def test_a_refused_answer_that_nobody_wrote_anew_is_worth_most():
-    bad = case(refused=True, person=True, voices=(Voice("x", False),))
-    assert reasons(bad) == ("a person found it wrong, and nobody wrote what is right",)
-    assert value(bad) == pytest.approx(1 - (1 - PRIOR) * (1 - FOUND_BAD))
-    assert value(case(refused=True, person=True, voices=(Voice("x", False), Voice("y", True)))) is None
+def test_a_rejected_answer_without_a_correction_is_worth_most():
+    bad = case(rejected=True, has_human_feedback=True, votes=(Vote("x", False),))
+    assert reasons(bad) == ("a person rejected the answer, and nobody corrected it",)
+    assert value(bad) == pytest.approx(1 - (1 - PRIOR) * (1 - REJECTED_ANSWER))
+    assert value(case(rejected=True, has_human_feedback=True, votes=(Vote("x", False), Vote("y", True)))) is None
 
 
 WEAK = WeakSlices(
@@ -99,38 +99,40 @@ WEAK = WeakSlices(
 )
 
 
-def test_what_is_like_a_weak_slice_is_worth_more():
+def test_a_prompt_like_a_weak_slice_is_worth_more():
     like = case(prompt="a fire door of 90 minutes in the west wing", confidence=0.6)
     (first, second) = reasons(like, weak=WEAK)
-    assert first.startswith("confidence") and second.startswith("like the weak slice doors (20% right), similarity 0.")
+    assert first.startswith("confidence") and second.startswith(
+        "similar to the weak slice doors (20% correct), similarity 0."
+    )
     assert value(case(confidence=0.6), weak=WEAK) < value(like, weak=WEAK) < 2 * value(case(confidence=0.6))
     assert value(case(prompt="a fire door of 90 minutes in the west wing"), weak=WEAK) > PRIOR
     assert value(case(prompt="a wall of brick, 100 mm thick"), weak=WEAK) is None  # that slice is not weak
 
 
-def test_the_kind_of_a_request_may_name_the_slice():
+def test_kind_or_domain_may_name_the_slice():
     assert value(case(domain="Doors"), weak=WEAK) == pytest.approx(PRIOR * 1.8)
-    assert reasons(case(kind="doors"), weak=WEAK) == ("like the weak slice doors (20% right), similarity 1.00",)
+    assert reasons(case(kind="doors"), weak=WEAK) == ("similar to the weak slice doors (20% correct), similarity 1.00",)
 
 
 def test_without_a_difference_no_slice_is_weak():
     assert not WeakSlices([Slice("a", 0.5), Slice("b", 0.5)]) and not NONE
 
 
-def test_what_can_never_train_is_not_asked():
+def test_an_example_that_can_never_train_is_not_reviewed():
     assert value(case(prompt="The golden question of all!", confidence=0.1)) is None
     assert value(case(prompt="x" * 9_000, confidence=0.1)) is None
 
 
-def test_the_same_words_are_asked_once_and_equals_newest_first():
+def test_the_same_content_is_reviewed_once_and_equal_values_newest_first():
     twins = [case("a", ingest_offset=1, confidence=0.2), case("b", ingest_offset=9, 
              prompt="What of A and all the rest of it?",
              answer="a it is ", confidence=0.2), case("c", ingest_offset=5, confidence=0.2)]  # fmt: skip
-    assert [one.key for one in queue(twins, POLICY, NONE, 0.85)] == ["b", "c"]
+    assert [one.id for one in rank(twins, POLICY, NONE, 0.85)] == ["b", "c"]
 
 
-def test_where_review_is_required_everything_that_would_train_is_asked():
-    assert reasons(case(trains=True), REQUIRED) == ("trains only when a reviewer approves it",)
+def test_if_review_is_required_everything_that_would_train_is_reviewed():
+    assert reasons(case(would_train=True), REQUIRED) == ("trains only if a reviewer approves it",)
     assert value(case(), REQUIRED) is None
 
 

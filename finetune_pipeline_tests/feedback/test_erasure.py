@@ -70,7 +70,7 @@ def test_a_person_is_forgotten_wholly_and_others_are_kept(db):
     with db.read() as connection:
         held = person_data(connection, "notes", "ann")
     assert {*held.interactions, *held.feedback} == {str(uid(name)) for name in ANNS}
-    assert set(held.taught) == {str(uid(name)) for name in ("a1", "a2", "b1", "b2", "x")}
+    assert set(held.affected_interactions) == {str(uid(name)) for name in ("a1", "a2", "b1", "b2", "x")}
     done = erase(db)
     assert (done.interactions, done.feedback) == (2, 6)
     assert done.ids == {str(uid(name)) for name in ANNS}

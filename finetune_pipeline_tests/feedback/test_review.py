@@ -1,4 +1,4 @@
-"""Decisions in the real store: what they change, what they survive, how they are taken back."""
+"""Decisions in the real store: what they change, what they survive, how they are undone."""
 
 import pytest
 import sqlalchemy as sa
@@ -48,9 +48,9 @@ def example(db, name):
         return find_interaction(connection, uid(name)).example
 
 
-def asked(db, taught=False):
+def candidates(db, qualifying=False):
     with db.read() as connection:
-        found = review_candidates(connection, TASK, default_reward, 0.85, 0.3, taught=taught)
+        found = review_candidates(connection, TASK, default_reward, 0.85, 0.3, include_qualifying=qualifying)
     names = {str(uid(name)): name for name in ("a", "b", "c", "d")}
     return {names[str(one.interaction.id)] for one in found}
 
@@ -118,7 +118,7 @@ def test_a_decision_is_on_the_same_words_wherever_they_are(db):
         db, interaction("d", prompt=" The same  question", output="the same answer"), feedback("on d", "d", "thumbs_up")
     )
     assert (example(db, "d").review, example(db, "d").target) == ("edit", "the right answer")
-    assert asked(db, taught=True) == {"c"}
+    assert candidates(db, qualifying=True) == {"c"}
     assert take_back(db) == str(uid("a"))
     assert {example(db, name).target for name in "abd"} == {"the same answer"}
     assert {example(db, name).review for name in "abd"} == {None}
@@ -146,7 +146,7 @@ def test_history_is_kept_and_the_newest_decision_stands(db):
     assert example(db, "a").review == "reject"
     assert take_back(db, "rita") is None  # hers stands no more
     assert take_back(db, "sam") == str(uid("a"))
-    assert example(db, "a").review is None and asked(db, taught=True) == {"a"}
+    assert example(db, "a").review is None and candidates(db, qualifying=True) == {"a"}
     assert take_back(db, "sam") is None
     d = t.review_decisions.c
     with db.read() as connection:
@@ -174,15 +174,15 @@ def test_what_is_asked_is_undecided_and_unsure_disputed_or_refused(db):
     put(db, interaction("a", confidence=0.2), interaction("b"), feedback("b up", "b", "thumbs_up"),
         feedback("b down", "b", "thumbs_down"), interaction("c"), feedback("c down", "c", "thumbs_down"),
         interaction("d", confidence=0.2), feedback("d up", "d", "thumbs_up"))  # fmt: skip
-    assert asked(db) == {"a", "b", "c"}
+    assert candidates(db) == {"a", "b", "c"}
     say(db, "a", "approve")
     say(db, "b", "reject")
-    assert asked(db) == {"c"}
+    assert candidates(db) == {"c"}
     put(db, feedback("a fixed", "a", "correction", correction="other"))  # a person wrote another answer since
-    assert asked(db) == {"a", "c"}
+    assert candidates(db) == {"a", "c"}
     assert seen(db, "a").answer == "other" and example(db, "a").target == "answer a"
     say(db, "a", "approve")
-    assert asked(db) == {"c"} and example(db, "a").target == "other"
+    assert candidates(db) == {"c"} and example(db, "a").target == "other"
 
 
 def test_validators_and_corrections_that_agree_are_not_asked(db):
@@ -190,23 +190,23 @@ def test_validators_and_corrections_that_agree_are_not_asked(db):
         feedback("b fixed", "b", "correction", correction="x"), feedback("b down", "b", "thumbs_down"),
         interaction("c"), feedback("c 1", "c", "correction", correction="x"),
         feedback("c 2", "c", "correction", correction="y"))  # fmt: skip
-    assert asked(db) == {"c"}
+    assert candidates(db) == {"c"}
 
 
 def test_a_decision_on_what_has_changed_or_gone_is_refused(db):
     put(db, interaction("a", user="ann"))
     shown = seen(db, "a")
     put(db, feedback("fix", "a", "correction", correction="other"))
-    with pytest.raises(ReviewError, match="corrected meanwhile"), db.write() as connection:
+    with pytest.raises(ReviewError, match="corrected in the meantime"), db.write() as connection:
         record_decision(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
-    with pytest.raises(ReviewError, match=r"target: .*NUL.*nothing was kept"):
+    with pytest.raises(ReviewError, match=r"target: .*NUL.*nothing was recorded"):
         say(db, "a", "edit", "a\x00b")
     with pytest.raises(ReviewError, match="reviewer"):
         say(db, "a", "approve", reviewer="")
     shown = seen(db, "a")
     with db.write() as connection:
         erase_user(connection, TASK, "ann", default_reward)
-    with pytest.raises(ReviewError, match="deleted meanwhile"), db.write() as connection:
+    with pytest.raises(ReviewError, match="deleted in the meantime"), db.write() as connection:
         record_decision(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
 
 

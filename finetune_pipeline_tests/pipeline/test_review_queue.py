@@ -124,7 +124,7 @@ def test_the_queue_asks_what_is_unsure_first_and_says_why(loop, logged):
     found = review_queue(loop, connect())
     assert [str(one.candidate.interaction.id) for one in found] == [str(uid("eve")), str(uid("dan"))]
     assert found[0].reasons == ("confidence 0.30, below 0.85",)
-    assert found[1].reasons == ("opinions differ: 50% are against the answer that most are for",)
+    assert found[1].reasons == ("feedback disagrees: 50% of the votes are against the leading answer",)
     say(loop, "eve", "reject")
     assert len(review_queue(loop, connect())) == 1
 
@@ -133,7 +133,7 @@ def test_a_user_who_changed_their_mind_has_one_voice(loop, logged):
     put(loop, interaction("zoe"), feedback("1", "zoe", "thumbs_up", user="u"),
         feedback("2", "zoe", "thumbs_down", minutes=1, user="u"))  # fmt: skip
     (one,) = [one for one in review_queue(loop, connect()) if one.candidate.interaction.id == uid("zoe")]
-    assert one.reasons == ("a person found it wrong, and nobody wrote what is right",)
+    assert one.reasons == ("a person rejected the answer, and nobody corrected it",)
 
 
 def report(folder: Path, promote: bool):
@@ -160,7 +160,7 @@ def test_what_is_like_the_weak_slices_of_the_newest_report_is_asked_too(loop, lo
     report(own_home / "promoted", promote=True)
     found = review_queue(loop, connect())
     assert len(found) == 5 and found[0].candidate.interaction.id == uid("eve")
-    assert all("like the weak slice people (10% right)" in one.reasons[-1] for one in found)
+    assert all("similar to the weak slice people (10% correct)" in one.reasons[-1] for one in found)
     shutil.rmtree(own_home / "promoted")
     assert len(review_queue(loop, connect())) == 1  # without its report, the queue goes on
 
