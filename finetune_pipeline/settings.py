@@ -449,20 +449,20 @@ class TrainingSettings(Settings):
 
 
 class ExportSettings(Settings):
-    """How the trained model becomes a GGUF."""
+    """How a trained model is exported as a GGUF."""
 
     quantization: Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"] = Field(
-        default="Q4_K_M", description="llama.cpp's type of the file that serves."
+        default="Q4_K_M", description="Quantization type of llama.cpp for the model that serves."
     )
     form: Literal["merged", "adapter"] = Field(
         default="merged",
-        description="merged: one file. adapter: a LoRA GGUF over the base's GGUF, swapped in place by the gateway.",
+        description="merged: one file. adapter: a LoRA GGUF for the base's GGUF, hot-swapped by the gateway.",
     )
     agreement_sample: int = Field(
-        default=24, ge=1, description="Prompts on which the exported model is compared with the trained one."
+        default=24, ge=1, description="Number of prompts to compare the exported model with the trained one."
     )
     min_agreement: float = Field(
-        default=0.8, ge=0, le=1, description="Share of same answers below which the check turns red (a warning)."
+        default=0.8, ge=0, le=1, description="Fraction of equal answers below which the check warns."
     )
 
 
@@ -518,45 +518,50 @@ class ServingSettings(Settings):
 
 
 class RegistrySettings(Settings):
-    """What the registry keeps."""
+    """What garbage collection keeps."""
 
-    keep: int = Field(default=5, ge=1, description="Champions of the last so many moves are never deleted.")
+    keep: int = Field(default=5, ge=1, description="Models of this many newest deployments are never deleted.")
 
 
 class EvaluationSettings(Settings):
-    """On what, and how, two models are compared."""
+    """The benchmark, and how models answer it."""
 
-    benchmark: str = Field(description="JSONL of id, slice, prompt and expected answer; relative to the project.")
+    benchmark: str = Field(description="JSONL file of id, slice, prompt and expected answer; relative to the project.")
     metric: Literal["parameters", "rouge1", "exact"] = Field(
         default="parameters",
         description="What the gate counts: correct JSON parameters, words of a text (ROUGE-1 recall), exact matches.",
     )
-    compliance: str | None = Field(default=None, description="JSON file of rules (JSON Schema conditions).")
-    max_tokens: int = Field(default=256, ge=1, description="Tokens an answer may have.")
-    context: int = Field(default=2048, ge=64, description="Tokens of prompt and answer together.")
-    parallel: int = Field(default=8, ge=1, le=64, description="Prompts decoded together.")
+    compliance: str | None = Field(default=None, description="JSON file of compliance rules (JSON Schemas).")
+    max_tokens: int = Field(default=256, ge=1, description="Maximum tokens of an answer.")
+    context: int = Field(default=2048, ge=64, description="Maximum tokens of prompt and answer together.")
+    parallel: int = Field(default=8, ge=1, le=64, description="Prompts decoded in parallel.")
 
 
 class GateSettings(Settings):
     """When a challenger is promoted."""
 
-    min_gain: float = Field(default=0.05, ge=0, le=1, description="0.05 is 5 % (relative), 5 points, or 5 % of errors.")
+    min_gain: float = Field(
+        default=0.05, ge=0, le=1, description="Required gain: 0.05 is 5 % (relative), 5 points, or 5 % fewer errors."
+    )
     mode: Literal["relative", "points", "error_reduction"] = Field(
-        default="relative", description="How the gain is measured; error_reduction suits a champion near its ceiling."
+        default="relative", description="How the gain is measured; error_reduction suits a champion with few errors."
     )
     min_score: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="The challenger has to score above this, whatever the champion scores; default: the score of the "
-        "best constant answer, the expected answer that scores highest when it is given to every question.",
+        description="Score (0 to 1) that a challenger must exceed, whatever the champion's. Default: the score of the "
+        "best constant answer, that is, of the expected answer that scores highest when given to every question.",
     )
     on_reject: Literal["fail", "keep_champion"] = Field(
-        default="fail", description="fail ends the run red; keep_champion ends it green with the check red."
+        default="fail",
+        description="fail: a rejection fails the run. keep_champion: the run succeeds with a failed check.",
     )
-    significance_level: float = Field(default=0.05, gt=0, lt=1, description="Level of the paired test.")
-    require_significance: bool = Field(default=False, description="The paired test must pass too.")
-    forbid_slice_regressions: bool = Field(default=False, description="No slice of the benchmark may fall.")
+    significance_level: float = Field(default=0.05, gt=0, lt=1, description="Significance level of the paired test.")
+    require_significance: bool = Field(default=False, description="Require a significant gain by the paired test.")
+    forbid_slice_regressions: bool = Field(
+        default=False, description="Reject a challenger that regresses in a slice of the benchmark."
+    )
 
 
 class TriggerSettings(Settings):

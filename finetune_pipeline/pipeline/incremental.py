@@ -1,12 +1,13 @@
 """What a training starts from: the base model and everything, or the champion's adapter and what is new."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, find_unaltered, hash_of
-from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION, UNPAIRED_PREFERENCE, type_folder
+from finetune_pipeline.curation.dataset_files import COLUMNS, PROMPT_COMPLETION, UNPAIRED_PREFERENCE, read_split
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.pipeline.required_checks import near_benchmark
@@ -67,11 +68,15 @@ def start(
     problem = _near_benchmark(loop, adapter)
     if problem:
         return _full(f"the adapter of {serving.name} cannot be gone on with: {problem}")
-    rows = _rows(dataset, part)
-    known, hashes = {_hash(row) for row in _rows(learnt, part)}, [_hash(row) for row in rows]
+    known = {hash for hash, _ in _examples(learnt, part)}
+    hashes: list[str] = []
+    labels: list[bool] | None = [] if part == UNPAIRED_PREFERENCE else None
+    for hash, label in _examples(dataset, part):
+        hashes.append(hash)
+        if labels is not None:
+            labels.append(bool(label))
     if part == PROMPT_COMPLETION:
-        known |= set(hashes[len(rows) - dataset.manifest.replayed :])  # they stand at the end, and are nothing new
-    labels = [row["label"] for row in rows] if part == UNPAIRED_PREFERENCE else None
+        known |= set(hashes[len(hashes) - dataset.manifest.replayed :])  # replay is at the end, and never new
     return _on_top(serving.name, adapter, known, hashes, labels, settings)
 
 
@@ -125,13 +130,8 @@ def _found(kind: Any, loop: str, version: str | None) -> Any:
         return None
 
 
-def _rows(dataset: Artifact[DatasetManifest], part: str) -> list[dict[str, Any]]:
-    """The rows to train on."""
-    import datasets
-
-    return list(datasets.load_from_disk(str(type_folder(dataset.path, part) / "train")).to_list())
-
-
-def _hash(row: dict[str, Any]) -> str:
-    """What tells a row from others: its text, whatever was said of it since."""
-    return hash_of([row["prompt"], row["history"], *(row.get(name) for name in _ANSWERS)])
+def _examples(dataset: Artifact[DatasetManifest], dataset_type: str) -> Iterator[tuple[str, bool | None]]:
+    """Yield the hash of each training example's text, and its label; only one batch is in memory at a time."""
+    columns = [name for name in ("prompt", "history", *_ANSWERS) if name in COLUMNS[dataset_type]]
+    for row in read_split(dataset.path, dataset_type, "train", columns):
+        yield hash_of([row["prompt"], row["history"], *(row.get(name) for name in _ANSWERS)]), row.get("label")
