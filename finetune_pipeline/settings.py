@@ -75,45 +75,49 @@ CronTime = Annotated[str, AfterValidator(_cron)]
 
 
 class QuotaSettings(Settings):
-    """How much of a dataset a source may be."""
+    """The quota of a source in a dataset."""
 
-    max_examples: int | None = Field(default=None, ge=1, description="At most so many of a dataset come from it.")
+    max_examples: int | None = Field(
+        default=None, ge=1, description="Largest number of a dataset's examples from this source."
+    )
     max_fraction: float = Field(
         default=1.0, gt=0, le=1,
-        description="At most so much of a dataset comes from it, measured by the sources of a larger share.",
+        description="Largest fraction of a dataset from this source, relative to sources with a larger fraction.",
     )  # fmt: skip
 
 
 class SourceSettings(QuotaSettings):
-    """What every declared source has."""
+    """Settings of every declared source."""
 
-    name: str = Field(pattern=_NAME, max_length=60, description="Its name, on every record that comes from it.")
-    reward: float = Field(default=0.8, ge=-1, le=1, description="Of its answers, where it has no rewards of its own.")
+    name: str = Field(pattern=_NAME, max_length=60, description="Name of the source, stored with every record.")
+    reward: float = Field(default=0.8, ge=-1, le=1, description="Reward of answers without a reward of their own.")
 
 
 FileFormat = Literal["auto", "alpaca", "prompt_completion", "sharegpt", "messages"]
-"""What the rows of a file are; auto tells by their fields, row by row."""
+"""Format of the rows of a file; auto tells it by the fields of each row."""
 
 
 class FilesSource(SourceSettings):
-    """Files of conversations made elsewhere: JSONL, JSON, CSV, Parquet."""
+    """JSONL, JSON, CSV or Parquet files of conversations."""
 
     kind: Literal["files"]
-    path: str = Field(description="A file, or a folder of them; relative to the project.")
-    format: FileFormat = Field(default="auto", description="What its rows are; auto tells by their fields.")
-    max_line_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer rows are named and left out.")
+    path: str = Field(description="A file or folder; relative to the project, or absolute.")
+    format: FileFormat = Field(default="auto", description="Format of the rows; auto tells it by their fields.")
+    max_line_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer rows are skipped.")
 
 
 class VaultSource(SourceSettings):
-    """An Obsidian vault: a folder of Markdown notes. It is only read."""
+    """An Obsidian vault: a folder of Markdown notes."""
 
     kind: Literal["vault"]
     path: str = Field(description="The vault's folder; relative to the project, or absolute.")
     tags: dict[str, str] = Field(
         default={"decision": "decision", "learning": "learning", "reflection": "reflection"},
-        description="Tag -> kind: notes and sections with such a tag are taken; of several the first here counts.",
+        description="Tag -> kind of the notes and sections with that tag; of several tags, the first one here counts.",
     )
-    private_tags: tuple[str, ...] = Field(default=("private",), description="What has one of these is never taken.")
+    private_tags: tuple[str, ...] = Field(
+        default=("private",), description="Tags of notes and sections that are never read out."
+    )
     headings: dict[str, str] = Field(
         default={
             "Decision": "decision",
@@ -123,126 +127,126 @@ class VaultSource(SourceSettings):
             "Reflection": "reflection",
             "Reflections": "reflection",
         },
-        description="Name of a heading -> kind: sections under it are taken, in daily notes too.",
+        description="Name of a heading -> kind. Selects the sections under such a heading, also in daily notes.",
     )
     whole_daily_notes: bool = Field(
-        default=False, description="Daily notes are reflections as a whole, without a tag or heading that says so."
+        default=False, description="Select complete daily notes as reflections, even without a tag or heading."
     )
     ignore: tuple[str, ...] = Field(
         default=("templates", "_templates"),
-        description="Folders that are left out, by name or by path in the vault, in capitals or not.",
+        description="Folders to leave out, by name or by path in the vault; case does not matter.",
     )
-    max_note_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer notes are named and left out.")
+    max_note_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer notes are skipped.")
 
 
 class TeacherSettings(Settings):
-    """The model that writes instructions, behind any OpenAI-compatible endpoint."""
+    """A model behind an OpenAI-compatible endpoint that writes prompts or artifacts."""
 
-    url: str = Field(pattern="^https?://", description="Its base address, as a rule ending in /v1.")
-    model: str = Field(min_length=1, description="The model's name there.")
-    api_key_env: str | None = Field(default=None, description="Environment variable that holds the key.")
-    max_tokens: int = Field(default=200_000, ge=1, description="Tokens that one reading may spend, asked and answered.")
-    timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for an answer.")
-    attempts: int = Field(default=4, ge=1, description="Tries at one request before it is given up.")
-    parallel: int = Field(default=4, ge=1, le=64, description="Requests at the same time.")
+    url: str = Field(pattern="^https?://", description="Base URL, which usually ends in /v1.")
+    model: str = Field(min_length=1, description="Name of the model at the endpoint.")
+    api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
+    max_tokens: int = Field(
+        default=200_000, ge=1, description="Budget of one reading, in prompt and completion tokens."
+    )
+    timeout_seconds: float = Field(default=60, gt=0, description="Timeout of a request.")
+    attempts: int = Field(default=4, ge=1, description="Attempts per request.")
+    parallel: int = Field(default=4, ge=1, le=64, description="Number of concurrent requests.")
 
 
 class CodeSource(SourceSettings):
-    """A repository of source code, from which instructions are made whose answer is the code."""
+    """A repository of source code. The prompts ask for its classes and functions."""
 
     kind: Literal["code"]
     path: str = Field(description="The repository's folder; relative to the project, or absolute.")
     languages: tuple[Literal["python", "javascript", "typescript", "go", "rust", "java", "c", "cpp"], ...] = Field(
-        default=("python",), min_length=1, description="Others than python need the extra `code`."
+        default=("python",), min_length=1, description="All but python need the extra `code`."
     )
     ignore: tuple[str, ...] = Field(
-        default=("node_modules", "vendor", "dist", "build", "__pycache__"), description="Folders left out, by name."
+        default=("node_modules", "vendor", "dist", "build", "__pycache__"), description="Names of folders to leave out."
     )
-    min_lines: int = Field(default=3, ge=1, description="Shorter functions and classes are left out.")
-    max_lines: int = Field(default=120, ge=1, description="Longer ones too.")
+    min_lines: int = Field(default=3, ge=1, description="Minimum length of a class or function.")
+    max_lines: int = Field(default=120, ge=1, description="Maximum length of a class or function.")
     teacher: TeacherSettings | None = Field(
-        default=None, description="What writes the instructions; without one, signatures and docstrings make them."
+        default=None, description="Writes the prompts; without one, they are made from signatures and docstrings."
     )
-    refactorings: bool = Field(default=False, description="The teacher gives refactoring requests besides.")
+    refactorings: bool = Field(default=False, description="The teacher also writes refactoring prompts.")
 
 
 class DocumentsSource(SourceSettings):
-    """Meeting notes and requirements, with templates of the artifacts wanted of them."""
+    """Meeting notes and requirements, with templates of the artifacts to make from them."""
 
     kind: Literal["documents"]
     path: str = Field(description="Folder of .md and .txt documents; relative to the project, or absolute.")
-    templates: str = Field(description="Folder of templates, one for each kind of artifact: diagram, API, data model.")
+    templates: str = Field(description="Folder of templates, one for each kind of artifact.")
     teacher: TeacherSettings | None = Field(
-        default=None, description="What writes the artifacts; without one, the templates alone make them."
+        default=None, description="Writes the artifacts; without one, the templates are filled."
     )
 
 
 class SqlSource(SourceSettings):
-    """Rated answers in any database that SQLAlchemy reaches."""
+    """Rated answers in a database that SQLAlchemy supports."""
 
     kind: Literal["sql"]
-    url_env: str = Field(description="Environment variable that holds the database's URL, in SQLAlchemy's form.")
-    table: str = Field(description="Table or view; with its schema before a dot where it has one.")
-    key: str = Field(description="Column that names a row for good.")
-    cursor: str = Field(description="Column that grows whenever a row comes or changes: a number or a time.")
+    url_env: str = Field(description="Environment variable with the database URL in SQLAlchemy's form.")
+    table: str = Field(description="Table or view, optionally as schema.table.")
+    key: str = Field(description="Column that identifies a row permanently.")
+    cursor: str = Field(description="Column that increases whenever a row is added or changed: a number or a time.")
     prompt: str = Field(description="Column of the prompt.")
     response: str = Field(description="Column of the answer.")
     rating: str | None = Field(default=None, description="Column of the rating.")
-    ratings: dict[str, Reward] = Field(default={}, description="What each value of the rating is worth.")
-    gold_star: str | None = Field(
-        default=None, description="Column of a flag; where it is set, the rating is not asked."
-    )
-    gold_reward: Reward = Field(default=1.0, description="What an answer with the gold star is worth.")
-    author: str | None = Field(default=None, description="Column of who wrote the prompt.")
+    ratings: dict[str, Reward] = Field(default={}, description="Rating -> reward.")
+    gold_star: str | None = Field(default=None, description="Column of a flag. If it is set, the rating is ignored.")
+    gold_reward: Reward = Field(default=1.0, description="Reward of answers with a gold star.")
+    author: str | None = Field(default=None, description="Column of the prompt's author.")
     domain: str | None = Field(default=None, description="Column of the domain.")
     kind_column: str | None = Field(default=None, description="Column of the kind of request.")
     only: dict[str, tuple[str, ...]] = Field(
-        default={}, description="Column -> values, of which a row must have one: authors, domains, kinds."
+        default={}, description="Column -> allowed values. Other rows are not read."
     )
     overlap: float = Field(
         default=60,
         ge=0,
-        description="A reading starts so far before the end of the last one, for rows that were committed late: "
-        "seconds where the cursor is a time, so many where it is a number.",
+        description="How far before the end of the last reading the next one starts, for rows that were committed "
+        "late: in seconds if the cursor is a time, else in its own unit.",
     )
     batch_rows: int = Field(default=1_000, ge=1, le=50_000, description="Rows in memory at once.")
 
     @model_validator(mode="after")
     def _ratings_have_their_rewards(self) -> "SqlSource":
         if (self.rating is None) != (not self.ratings):
-            raise ValueError("rating and ratings go together: the column, and what each of its values is worth")
+            raise ValueError("rating and ratings need each other: the column, and the reward of each of its values")
         return self
 
 
 LOGS = "logs"
-"""The source of what the application itself logged."""
+"""Name of the source of the application's own logs."""
 
 REPLAY = "replay"
 """The source of replay examples, which a dataset mixes in against catastrophic forgetting."""
 
 INGESTED = "ingested"
-"""The source of conversations from the drop folder's files and from `finetune ingest FILE`."""
+"""Name of the source of conversations from the drop folder and from `finetune ingest FILE`."""
 
 
 class LogsSource(QuotaSettings):
-    """What the application itself logged, as one source among the others: it is read always, and its quota is here."""
+    """The application's own logs. They are always read; this entry only sets their quota."""
 
     kind: Literal["logs"]
 
     @property
     def name(self) -> str:
-        """As it stands on the rows of a dataset."""
+        """Name of the source in a dataset."""
         return LOGS
 
 
 class IngestedSource(QuotaSettings):
-    """Conversations from dropped files and `finetune ingest`: they are read always, and their quota is here."""
+    """Conversations of dropped files and `finetune ingest`. They are always read; this entry only sets their quota."""
 
     kind: Literal["ingested"]
 
     @property
     def name(self) -> str:
-        """As it stands on the rows of a dataset."""
+        """Name of the source in a dataset."""
         return INGESTED
 
 
@@ -253,22 +257,24 @@ Source = Annotated[
 
 
 class IngestSettings(Settings):
-    """Where the application's logs and dropped files are read from."""
+    """Folders of the application's logs and of dropped files, and how they are ingested."""
 
     folders: tuple[str, ...] = Field(
-        default=(), description="Folders of logs, read in addition to the drop folder; relative to the project."
+        default=(), description="Folders of logs in addition to the drop folder; relative to the project."
     )
     drop_folder: str | None = Field(
-        default=None, description="Where files are dropped: logs, conversations; default $FINETUNE_HOME/inbox/<loop>."
+        default=None, description="Folder for dropped logs and conversations; default $FINETUNE_HOME/inbox/<loop>."
     )
     default_reward: float = Field(
-        default=0.8, ge=-1, le=1, description="Of conversations in dropped files that have no reward of their own."
+        default=0.8, ge=-1, le=1, description="Reward of dropped conversations without a reward of their own."
     )
     max_rejected_fraction: float = Field(
-        default=0.05, ge=0, le=1, description="Share of unreadable lines above which raw_logs' check turns red."
+        default=0.05, ge=0, le=1, description="Fraction of rejected lines above which the check rejected_lines fails."
     )
     max_line_bytes: int = Field(
-        default=1_000_000, ge=1_000, description="A longer line is quarantined unread, so that it cannot fill memory."
+        default=1_000_000,
+        ge=1_000,
+        description="Longer lines are rejected unread, so that they cannot fill the memory.",
     )
 
 

@@ -1,1 +1,1 @@
-"""Ingest from elsewhere: declared sources, each a module of its kind, and files through a ledger."""
+"""Read interactions from elsewhere: declared sources (one module per kind), and ingested files with their ledger."""

@@ -439,7 +439,7 @@ def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_l
     with connect().read() as connection:
         bad, nothing = rejected_lines(connection, "notes", 10)
     assert (bad.line, "conversations: found str" in bad.reason) == (6, True)
-    assert (nothing.line, "nothing is asked" in nothing.reason) == (7, True)
+    assert (nothing.line, "own system prompt" in nothing.reason) == (7, True)
 
 
 def test_another_reward_of_the_same_conversation_is_said_of_the_same_one(loop):

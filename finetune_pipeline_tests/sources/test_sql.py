@@ -101,7 +101,7 @@ def test_what_cannot_be_used_is_named_with_the_reason(answers):
         "answers:2": "response is empty",
         "answers:3": "stars is '3'; ratings knows 5, 4, 1",
         "answers:4": "stars is NULL",
-        "answers:6": "Changed at is NULL, so nobody can say whether it was read",
+        "answers:6": "Changed at is NULL, so it is unknown whether it was read",
     }
     wrong = given(source(response="notes", gold_star="domain"))[1]
     assert wrong["answers:5"] == "notes is NULL"
@@ -194,7 +194,7 @@ def test_it_never_writes(answers, url, tmp_path):
 
 def test_sqlite_is_opened_for_reading_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("RATINGS_URL", f"sqlite:///{tmp_path}/not there.db")
-    with pytest.raises(SourceError, match=r"not there\.db is not there; correct RATINGS_URL"):
+    with pytest.raises(SourceError, match=r"not there\.db does not exist; correct RATINGS_URL"):
         given(source())
     assert not list(tmp_path.iterdir())
     path = tmp_path / "an # odd ? name.db"
@@ -223,7 +223,7 @@ def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_pat
     plain = source(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None, batch_rows=page)
     records, skipped, cursor = given(plain)
     assert set(records) == {"answers:a", "answers:d"} and (cursor["kind"], cursor["value"]) == ("text", "3")
-    assert skipped["answers:\\udcffa"] == "id is not UTF-8, so no reading could go on behind it"
+    assert skipped["answers:\\udcffa"] == "id is not UTF-8, so no reading could resume after it"
     assert skipped["answers:f"].startswith("Changed at is not UTF-8") and "answers:e" in skipped
     assert all(provenance.encode() for provenance in skipped)
     assert set(given(plain, cursor)[0]) == {"answers:d"}
@@ -242,7 +242,7 @@ def test_a_wrong_name_is_told_with_those_that_there_are(answers):
 
 def test_a_key_that_names_no_single_row_is_told(answers):
     answers(row(1, author="ann"), row(2, author="ann"))
-    with pytest.raises(SourceError, match="'ann' stands in several rows of answers"):
+    with pytest.raises(SourceError, match="'ann' is the key of several rows of answers"):
         given(source(key="author"))
 
 
@@ -260,10 +260,10 @@ def test_views_and_schemas_can_be_read(answers, url):
     ("text", "said"),
     [
         (None, "RATINGS_URL is not set"),
-        ("hunter2 is no url", "no database URL"),
-        ("nosuchdb://ann:hunter2@db/x", "no database URL|not installed"),
+        ("hunter2 is no url", "not a database URL"),
+        ("nosuchdb://ann:hunter2@db/x", "not a database URL|not installed"),
         ("postgresql+psycopg://ann:hunter2@127.0.0.1:1/x", "cannot be read"),
-        ("postgresql+psycopg://ann:hunter2@127.0.0.1:port/x", "no database URL"),
+        ("postgresql+psycopg://ann:hunter2@127.0.0.1:port/x", "not a database URL"),
         ("mysql+pymysql://ann:hunter2@db/x", "driver of mysql.pymysql is not installed"),
     ],
 )
@@ -389,7 +389,7 @@ def test_a_row_from_the_future_waits_and_hides_no_later_row(answers):
     answers(row(1), row(2, **{"Changed at": now + AHEAD}), row(3, **{"Changed at": now + timedelta(minutes=5)}))
     records, skipped, cursor = given(source(batch_rows=1))
     assert set(records) == {"answers:1", "answers:3"}
-    assert "in the future; it is read when that time has come" in skipped["answers:2"]
+    assert "in the future; the row is read when that time has come" in skipped["answers:2"]
     answers(row(4, **{"Changed at": now + timedelta(minutes=6)}))
     assert "answers:4" in given(source(), cursor)[0]
     assert all(
@@ -402,7 +402,7 @@ def test_a_row_from_the_future_waits_and_hides_no_later_row(answers):
 def test_a_cursor_in_the_future_is_not_resumed_from(answers, monkeypatch):
     answers(row(1), row(2, **{"Changed at": datetime.now(UTC) + AHEAD}))
     with monkeypatch.context() as before:
-        before.setattr("finetune_pipeline.sources.sql._is_ahead", lambda watermark: False)
+        before.setattr("finetune_pipeline.sources.sql._is_ahead", lambda value: False)
         cursor = given(source())[2]
     answers(row(3))
     records, _, new = given(source(), cursor)
@@ -417,7 +417,7 @@ def here(zone):
 
 
 @pytest.mark.parametrize(
-    ("watermark", "ahead"),
+    ("value", "ahead"),
     [
         (lambda: FAR, True),
         (lambda: FAR.replace(tzinfo=None), True),
@@ -435,5 +435,5 @@ def here(zone):
         (lambda: datetime(1, 1, 2), False),
     ],
 )
-def test_what_counts_as_the_future(watermark, ahead):
-    assert _is_ahead(watermark()) == ahead
+def test_what_counts_as_the_future(value, ahead):
+    assert _is_ahead(value()) == ahead

@@ -48,7 +48,7 @@ def test_a_row_whose_number_is_not_finite_is_named_and_the_others_are_read(table
     assert set(records) == {"t:2"} and cursor["value"] == last
     assert set(skipped) == {"t:1", "t:3", "t:4"}
     assert skipped["t:4"].lower().startswith("w is inf")
-    assert skipped["t:4"].endswith(", so no reading could go on behind it")
+    assert skipped["t:4"].endswith(", so no reading could resume after it")
     assert set(given(plain(batch_rows=page), cursor)[0]) == {"t:2"}
 
 
@@ -63,9 +63,9 @@ def test_a_row_whose_time_no_driver_reads_is_named_and_the_others_are_read(table
     assert set(skipped) == {"t:1", "t:2", "t:3", "t:4", "t:5", "t:6", "t:9", "t:10"}
     assert "in the future" in skipped["t:9"]
     assert skipped["t:1"] == (
-        "w is infinity, no time from 0001-01-02 until before 9999-12-31, so nobody can say whether it was read"
+        "w is infinity, not a time from 0001-01-02 until before 9999-12-31, so it is unknown whether it was read"
     )
-    assert skipped["t:10"] == "w is NULL, so nobody can say whether it was read"
+    assert skipped["t:10"] == "w is NULL, so it is unknown whether it was read"
     assert "t:7" in given(plain(batch_rows=page), cursor)[0]
 
 
@@ -83,9 +83,7 @@ def test_a_time_at_the_ends_is_read_in_every_zone(table, url, monkeypatch, zone)
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_another_value_that_no_driver_reads_is_told_with_the_remedy(table):
     table("w integer, d date", "1, 'infinity'")
-    with pytest.raises(
-        SourceError, match=r"a value in t cannot be read \(.*infinity.*\), in the watermark w or .* view"
-    ):
+    with pytest.raises(SourceError, match=r"a value in t cannot be read \(.*infinity.*\), in the cursor w or .* view"):
         given(plain(domain="d"))
 
 
@@ -116,7 +114,7 @@ def test_a_watermark_of_four_bytes_loses_no_row(table):
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_a_watermark_of_money_is_told(table):
     table("w money", "1", "2")
-    with pytest.raises(SourceError, match=r"the watermark w of t is money, .* a view in which it is cast to numeric"):
+    with pytest.raises(SourceError, match=r"the cursor w of t is money, .* a view in which it is cast to numeric"):
         given(plain())
 
 
