@@ -1,12 +1,11 @@
-"""The loop starting by itself, live: Dagster's daemon runs, a file is dropped, and everything else follows.
+"""Show the loop starting by itself: Dagster's daemon runs, event files arrive, the sensor starts runs.
 
     .venv/bin/python examples/live_sensor.py
 
-In a home of its own ($FINETUNE_HOME/live, replaced each time) it starts `dagster dev`, switches the default loop's
-sensor on, and waits: the sample logs are ingested, a run starts, the first champion is promoted, the next tick is
-quiet.
-Then it drops the second batch of sample logs into the inbox and waits for the next run to be judged and the tick after
-it to be quiet again. It prints what the sensor said, and ends with the history of the champion. About 5 minutes.
+The script works in a home of its own, `$FINETUNE_HOME/live`, which each call replaces. It starts `dagster dev`, turns
+on the sensor of the default loop, and waits until the sample logs are ingested, a run has promoted the first champion,
+and the sensor is quiet again. Then it drops a second file into the inbox and waits until the next run was judged and
+the sensor is quiet. It prints every tick of the sensor, and the deployment history at the end. About 5 minutes.
 """
 
 import os
@@ -27,11 +26,11 @@ from finetune_pipeline.settings import PROJECT_ROOT, home
 LOOP = "aec_parser"
 SENSOR = f"{LOOP}_new_examples"
 MORE = PROJECT_ROOT / "data" / "samples" / "aec_parser_more" / "more.jsonl"
-PATIENCE_SECONDS = 420
+TIMEOUT_SECONDS = 420
 
 
 def main() -> None:
-    """Run the proof; exit code 1 if something does not happen in time."""
+    """Run the example; exit with 1 if something does not happen in time."""
     folder = home() / "live"
     shutil.rmtree(folder, ignore_errors=True)
     os.environ["FINETUNE_HOME"] = str(folder)
@@ -39,32 +38,32 @@ def main() -> None:
     from finetune_pipeline.cli.dagster_home import environment
 
     os.environ.update(environment())
-    told: set[str] = set()
+    shown: set[str] = set()
     with daemon(folder / "dagster-dev.log"), DagsterInstance.get() as instance:
         command(["sensor", "start", SENSOR, "-w", "workspace.yaml"])
-        say("the sensor is on; the sample logs wait in their folder")
-        wait_for_quiet(instance, told, judged=1)
-        say("the first data was judged, and the tick after it is quiet")
+        say("the sensor is on, the sample logs are in their folder")
+        wait_for_quiet(instance, shown, judged=1)
+        say("the first data was judged, and the next tick starts nothing")
         inbox = folder / "inbox" / LOOP
         shutil.copy(MORE, inbox / ".more.partial")
         (inbox / ".more.partial").rename(inbox / MORE.name)
         say(f"dropped {MORE.name} into {inbox}")
-        wait_for_quiet(instance, told, judged=2)
-        say("the second data was judged, and the tick after it is quiet")
+        wait_for_quiet(instance, shown, judged=2)
+        say("the second data was judged, and the next tick starts nothing")
     subprocess.run([sys.executable, "-m", "finetune_pipeline.cli.main", "model", "history"], check=True)
 
 
 @contextmanager
 def daemon(log: Path) -> Iterator[None]:
-    """`dagster dev` with its webserver on a port of the system's choice."""
-    # Started in the background of a script, this process and all its children would ignore SIGINT.
+    """Run `dagster dev` while the block runs."""
+    # A script's background process and all its children ignore SIGINT unless it is reset.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", "3199"]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(arguments, cwd=PROJECT_ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
-        time.sleep(10)  # until its code server answers
+        time.sleep(10)  # until the code server answers
         yield
     finally:
         process.send_signal(signal.SIGINT)
@@ -72,20 +71,20 @@ def daemon(log: Path) -> Iterator[None]:
 
 
 def command(arguments: list[str]) -> None:
-    """One of Dagster's own commands."""
+    """Run one of Dagster's commands."""
     subprocess.run([sys.executable, "-m", "dagster", *arguments], cwd=PROJECT_ROOT, check=True)
 
 
-def wait_for_quiet(instance: DagsterInstance, told: set[str], judged: int) -> None:
-    """Wait until so many runs of the whole loop have ended and the newest tick starts nothing; tell each new tick."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_for_quiet(instance: DagsterInstance, shown: set[str], judged: int) -> None:
+    """Wait until `judged` runs of the whole loop have ended and the newest tick starts none; print each new tick."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         ended = sum(run.is_finished and "finetune/series" in run.tags for run in instance.get_runs())
         for state in instance.all_instigator_state():
             for tick in reversed(instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=20)):
                 text = tick.skip_reason or f"starts {tick.run_keys}"
-                if tick.tick_id not in told and tick.status != TickStatus.STARTED:
-                    told.add(tick.tick_id)
+                if tick.tick_id not in shown and tick.status != TickStatus.STARTED:
+                    shown.add(tick.tick_id)
                     say(f"  tick: {text}")
             newest = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=1)
             if ended >= judged and newest and (newest[0].skip_reason or "").startswith("0 of"):
@@ -95,7 +94,7 @@ def wait_for_quiet(instance: DagsterInstance, told: set[str], judged: int) -> No
 
 
 def say(text: str) -> None:
-    """A line with the time."""
+    """Print a line with the time."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 

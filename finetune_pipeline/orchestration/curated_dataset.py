@@ -47,10 +47,11 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         artifact, checks = build_and_check(loop, raw_logs, context.run.run_id)
         manifest = artifact.manifest
+        left_out = "; ".join(f"{reason}: {count}" for reason, count in manifest.left_out.items())
         context.log.info(
             f"{manifest.train} examples to train on ({manifest.replayed} replayed), {manifest.validation} to validate, "
             f"{manifest.preference_pairs} preference pairs, {manifest.undesirable} undesirable answers; "
-            f"left out: {manifest.left_out or 'none'}"
+            f"left out: {left_out or 'none'}"
         )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
         yield from curated_dataset_checks(checks)
