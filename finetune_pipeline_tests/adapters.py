@@ -1,4 +1,4 @@
-"""LoRA adapters as peft writes them, of random weights: made in a moment, without training."""
+"""LoRA adapters with random weights in PEFT's format, created without training."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from pathlib import Path
 def write_adapter(
     base: Path, folder: Path, seed: int, *, strength: float = 0.1, rank: int = 4, hidden: int | None = None
 ) -> None:
-    """Write an adapter of a Llama that changes its answers; another seed changes them otherwise.
+    """Write an adapter of a Llama that changes its answers, differently for each seed.
 
     Args:
         strength: standard deviation of the weights; 0.02 changes some answers of the starter model, 0.1 most.
-        hidden: a width that is not the base's, for an adapter that does not fit it.
+        hidden: hidden size; default the base's. Another one gives an adapter that does not fit the base.
     """
     import numpy as np
     from safetensors.numpy import save_file

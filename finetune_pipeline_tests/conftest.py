@@ -1,4 +1,4 @@
-"""What every test stands on: a home of its own, so that nothing of a checkout's state is ever touched."""
+"""Fixtures and builders for all tests. Each test has a FINETUNE_HOME of its own."""
 
 import os
 import secrets
@@ -35,25 +35,25 @@ def dataset_rows(dataset: Path, split: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Every test writes under its own FINETUNE_HOME."""
+    """Set FINETUNE_HOME to a temporary folder for each test."""
     home = tmp_path / "home"
     monkeypatch.setenv("FINETUNE_HOME", str(home))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     monkeypatch.delenv("FINETUNE_DATABASE_URL", raising=False)
     before = {*connection._open}
     yield home
-    # Thousands of tests in a process would otherwise keep the files of thousands of databases open.
+    # Otherwise a process that runs thousands of tests would keep thousands of database files open.
     for url in {*connection._open} - before:
         connection._open.pop(url).engine.dispose()
 
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='pip install "finetune-pipeline[ray]"')
-RAY_TOKEN = secrets.token_hex(32)  # one for all clusters: a process that has connected to one keeps the token it had
+RAY_TOKEN = secrets.token_hex(32)  # the same for all clusters, because a process keeps the token of its first one
 
 
 @pytest.fixture
 def two_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two Ray nodes with one core each, which Ray takes for two machines; RAY_ADDRESS names them."""
+    """Start two Ray nodes with one core each, which Ray treats as two machines, and set RAY_ADDRESS."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
@@ -70,10 +70,12 @@ def two_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def start_together(script: str, folder: Path, environments: Sequence[dict[str, str]]) -> list[str]:
-    """Run a script in one process per environment, all started at the same moment; return stderr of failed ones."""
+    """Run a script in one process per environment, all at the same moment; return the stderr of failed ones."""
     go = folder / "go"
     waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.0005)\n"
-    heads = [line for line in script.splitlines() if line.startswith(("import ", "from "))]  # the slow part comes first
+    heads = [
+        line for line in script.splitlines() if line.startswith(("import ", "from "))
+    ]  # imports are slow, so they come first
     source = "\n".join([*heads, "print('ready', flush=True)", waiting, script])
     processes = [
         subprocess.Popen(
@@ -86,24 +88,24 @@ def start_together(script: str, folder: Path, environments: Sequence[dict[str, s
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", process.stderr and process.stderr.read()
     go.touch()
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
     go.unlink()
-    return [text for text, process in zip(said, processes, strict=True) if process.returncode]
+    return [text for text, process in zip(errors, processes, strict=True) if process.returncode]
 
 
 def uid(name: str) -> UUID:
-    """An id by name, the same in every run."""
+    """Return an id for a name, the same in every run."""
     return uuid5(NAMESPACE, name)
 
 
 def interaction(name: str, **fields: Any) -> Interaction:
-    """An interaction with what a test does not care about filled in."""
+    """Return an interaction; fields that are not given get defaults."""
     given = {"prompt": f"prompt {name}", "output": f"answer {name}", "confidence": 0.9, "created_at": START}
     return Interaction(id=uid(name), loop="notes", **{**given, **fields})
 
 
 def feedback(name: str, on: str, kind: str, minutes: int = 0, **fields: Any) -> Feedback:
-    """A feedback on the interaction `on`, some minutes after the start."""
+    """Return feedback on the interaction `on`, some minutes after START."""
     at = START + timedelta(minutes=minutes)
     return Feedback(id=uid(name), loop="notes", interaction_id=uid(on), created_at=at, kind=kind, **fields)
 
@@ -117,12 +119,12 @@ def _postgres_programs() -> Path | None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL server of our own, in a temporary folder."""
+    """Start a PostgreSQL server in a temporary folder and return its URL."""
     programs = _postgres_programs()
     if programs is None:
         pytest.skip("no PostgreSQL server is installed (initdb was not found)")
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'finetune-pipeline[postgres]'")
-    # PostgreSQL refuses to run as root, and the folder has to belong to who runs it.
+    # PostgreSQL refuses to run as root, and its folder must belong to the user that runs it.
     user = "nobody" if os.getuid() == 0 else None
     folder = Path(tempfile.mkdtemp(prefix="finetune-postgres-"))
     if user:
@@ -147,7 +149,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database."""
+    """Return the URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'tests.db'}"
     server = request.getfixturevalue("postgres")

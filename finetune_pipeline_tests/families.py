@@ -1,6 +1,6 @@
-"""Real tokenizers and chat templates of model families, from llama-cpp-python's source package.
+"""Tokenizers and chat templates of real model families, from llama-cpp-python's source package.
 
-pip downloads it once (77 MB) into the user's cache; tests that need it are skipped where it cannot be reached.
+pip downloads it once (77 MB) into the user's cache. If that fails, tests that need it are skipped.
 """
 
 import json
@@ -25,7 +25,7 @@ LLAMA_3 = QWEN.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
 
 @cache
 def models_folder():
-    """Return the vocabularies and templates of the installed version; skips where they cannot be downloaded."""
+    """Return the folder of vocabularies and templates; skip the test if it cannot be downloaded."""
     package = f"llama_cpp_python=={version('llama-cpp-python')}"
     folder = CACHE / package.replace("==", "-")
     if not folder.exists():
@@ -39,7 +39,7 @@ def models_folder():
             _unpack(next(Path(temporary).glob("*.tar.gz")), unpacked)
             try:
                 unpacked.rename(folder)
-            except OSError:  # tests beside this one were faster
+            except OSError:  # another test process created it meanwhile
                 assert folder.exists()
     return folder
 
@@ -54,26 +54,26 @@ def _unpack(archive, folder):
 
 
 def chat_template(name):
-    """Return a chat template by its name."""
+    """Return the chat template with a name."""
     return (models_folder() / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def vocabulary(name):
-    """Return the path of a GGUF that holds a tokenizer and nothing else."""
+    """Return the path of a GGUF that holds only a tokenizer."""
     return models_folder() / f"ggml-vocab-{name}.gguf"
 
 
 def served_tokens(path, template, conversations):
-    """Return what the process that serves would read for each conversation: tokens, their text, or why not."""
-    asked = json.dumps({"gguf": str(path), "template": template, "conversations": conversations})
+    """Return what the engine's process reads for each conversation: token ids and their text, or an error."""
+    request = json.dumps({"gguf": str(path), "template": template, "conversations": conversations})
     command = [sys.executable, "-m", "finetune_pipeline_tests.inference.vocabulary"]
-    done = subprocess.run(command, input=asked, capture_output=True, text=True)
+    done = subprocess.run(command, input=request, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
 def transformers_tokenizer(name, template):
-    """Return a family's tokenizer as transformers has it, with a chat template."""
+    """Return a family's tokenizer for transformers, with a chat template."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import AddedToken, PreTrainedTokenizerFast
@@ -105,22 +105,22 @@ def transformers_tokenizer(name, template):
 
 
 def _header(path):
-    """The key-value pairs of a GGUF; llama.cpp's own reader takes half a minute for a large vocabulary."""
-    data, place = path.read_bytes(), 24
+    """Return the key-value pairs of a GGUF; the gguf package takes half a minute for a large vocabulary."""
+    data, offset = path.read_bytes(), 24
     (count,) = struct.unpack_from("<Q", data, 16)
 
     def read(kind):
-        nonlocal place
+        nonlocal offset
         if kind == 8:
-            (length,) = struct.unpack_from("<Q", data, place)
-            place += 8 + length
-            return data[place - length : place].decode("utf-8", "replace")
+            (length,) = struct.unpack_from("<Q", data, offset)
+            offset += 8 + length
+            return data[offset - length : offset].decode("utf-8", "replace")
         if kind == 9:
-            inner, length = struct.unpack_from("<IQ", data, place)
-            place += 12
+            inner, length = struct.unpack_from("<IQ", data, offset)
+            offset += 12
             return [read(inner) for _ in range(length)]
-        (value,) = struct.unpack_from(f"<{SCALARS[kind]}", data, place)
-        place += struct.calcsize(SCALARS[kind])
+        (value,) = struct.unpack_from(f"<{SCALARS[kind]}", data, offset)
+        offset += struct.calcsize(SCALARS[kind])
         return value
 
     header = {}

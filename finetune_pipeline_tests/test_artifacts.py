@@ -33,7 +33,7 @@ def make(content="weights"):
         return publish(folder, BaseGgufManifest, FIELDS)
 
 
-def test_an_artifact_is_found_again_and_explains_itself():
+def test_a_published_artifact_is_found_with_its_manifest():
     made = make()
     found = find(BaseGgufManifest, "notes", "v1")
     assert found == made
@@ -41,14 +41,14 @@ def test_an_artifact_is_found_again_and_explains_itself():
     assert found.manifest.files["model.gguf"].size == 7
 
 
-def test_without_its_manifest_it_is_not_there():
+def test_a_folder_without_a_manifest_is_not_an_artifact():
     (make().path / "manifest.json").unlink()
     assert find(BaseGgufManifest, "notes", "v1") is None
     assert make("again").manifest.files["model.gguf"].size == 5
 
 
 @pytest.mark.parametrize("damage", ["shorter", None])
-def test_a_damaged_file_is_named_with_what_to_do(damage):
+def test_a_damaged_file_is_reported_with_the_remedy(damage):
     file = make().path / "model.gguf"
     if damage:
         file.write_text("x")
@@ -58,10 +58,10 @@ def test_a_damaged_file_is_named_with_what_to_do(damage):
         find(BaseGgufManifest, "notes", "v1")
 
 
-def test_a_fault_leaves_nothing_half_written():
+def test_an_error_leaves_no_draft():
     with pytest.raises(RuntimeError), draft("notes", "base_gguf", "v1") as folder:
         (folder / "model.gguf").write_text("half")
-        raise RuntimeError("in between")
+        raise RuntimeError("failed")
     assert find(BaseGgufManifest, "notes", "v1") is None
     assert not list(stage_folder("notes", "base_gguf").glob(".draft-v1"))
 
@@ -76,7 +76,7 @@ with draft("notes", "base_gguf", "v1") as folder:
 """
 
 
-def test_a_second_run_is_told_and_a_killed_one_leaves_the_way_free():
+def test_a_draft_is_locked_until_its_process_ends():
     holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
         assert holder.stdout.readline() == "holding\n"
@@ -89,19 +89,19 @@ def test_a_second_run_is_told_and_a_killed_one_leaves_the_way_free():
     assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json", "model.gguf"]
 
 
-def test_a_full_disk_says_so_and_loses_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_earlier_artifacts_stay(tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True
     )
     if mount.returncode:
-        pytest.skip(f"a small disk to fill can only be mounted by root here: {mount.stderr.strip()}")
+        pytest.skip(f"mounting a small disk needs root: {mount.stderr.strip()}")
     monkeypatch.setenv("FINETUNE_HOME", str(disk))
     try:
         kept = make()
-        says = pytest.raises(ArtifactError, match=r"the disk is full.*Free some space or set FINETUNE_HOME")
-        with says, draft("notes", "base_gguf", "v2") as folder:
+        error = pytest.raises(ArtifactError, match=r"the disk is full.*Free some space or set FINETUNE_HOME")
+        with error, draft("notes", "base_gguf", "v2") as folder:
             (folder / "model.gguf").write_bytes(b"x" * 5_000_000)
         assert find(BaseGgufManifest, "notes", "v1") == kept
         assert [path.name for path in stage_folder("notes", "base_gguf").iterdir() if path.is_dir()] == ["v1"]
@@ -109,7 +109,7 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path, monkeypatch):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_run_points_to_its_own_version_and_others_to_the_latest():
+def test_a_run_has_its_own_latest_version():
     manifest = make().manifest
     artifacts.set_latest(manifest, "run-1")
     assert get_latest(BaseGgufManifest, "notes", "run-1").manifest == manifest
@@ -129,7 +129,7 @@ while True:
 """
 
 
-def test_a_file_is_the_old_or_the_new_one_whenever_the_writer_is_killed(tmp_path):
+def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path):
     path = tmp_path / "file"
     for wait in (0.05, 0.11, 0.17, 0.23):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
@@ -141,7 +141,7 @@ def test_a_file_is_the_old_or_the_new_one_whenever_the_writer_is_killed(tmp_path
         assert text in {"a" * 200_000, "b" * 200_000}
 
 
-def test_a_hash_is_of_the_value_and_not_of_its_order():
+def test_a_hash_does_not_depend_on_key_order():
     assert artifacts.hash_of({"a": 1, "b": [2]}) == artifacts.hash_of(json.loads('{"b": [2], "a": 1}'))
     assert artifacts.hash_of({"a": 1}) != artifacts.hash_of({"a": 2})
 
@@ -150,22 +150,22 @@ WAIT = """
 from finetune_pipeline.artifacts import wait_for_lock
 from finetune_pipeline.settings import home
 with wait_for_lock(home() / "training", "training", lambda text: print(text, flush=True)):
-    print("my turn", flush=True)
+    print("locked", flush=True)
 """
 
 
-def test_the_next_one_waits_its_turn_and_gets_it_when_the_holder_is_killed():
+def test_a_waiting_process_gets_the_lock_of_a_killed_one():
     hold = WAIT + "    import time; time.sleep(60)\n"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env={**os.environ})
-    assert holder.stdout.readline() == "my turn\n"
+    assert holder.stdout.readline() == "locked\n"
     waiting = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True, env={**os.environ})
     assert waiting.stdout.readline() == "another training is running on this machine; waiting for it to finish\n"
     holder.kill()
     holder.wait()
-    assert waiting.communicate(timeout=30)[0] == "my turn\n"
+    assert waiting.communicate(timeout=30)[0] == "locked\n"
 
 
-def test_a_file_is_hashed_again_only_when_something_of_it_changed(tmp_path, own_home, monkeypatch):
+def test_a_file_is_hashed_again_only_after_a_change(tmp_path, own_home, monkeypatch):
     file, read = tmp_path / "model.gguf", []
 
     def counted(path):
@@ -185,7 +185,7 @@ def test_a_file_is_hashed_again_only_when_something_of_it_changed(tmp_path, own_
     other = tmp_path / "other"
     other.write_text("six")
     os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    other.replace(file)  # the same size and time, and another file
+    other.replace(file)  # the same size and mtime, but another inode
     assert hash_file_cached(file) == hash_file(file) and len(read) == 4
     file.write_text("ten")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # the same size, inode and mtime, but another ctime

@@ -1,4 +1,4 @@
-"""What the documents say is there, is there."""
+"""The commands, targets and files that the docs name exist."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ README = DOCUMENTS[0].read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_that_a_document_names_exists(document):
+def test_commands_in_the_docs_exist(document):
     for words in re.findall(r"(?:\.venv/bin/|`)finetune ([a-z][a-z |]*)", document.read_text(encoding="utf-8")):
         first, *rest = re.split(r"[ |]+", words.strip())
         command = finetune.commands.get(first)
@@ -28,12 +28,12 @@ def test_every_command_that_a_document_names_exists(document):
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)`?", README))))
-def test_every_make_target_that_the_readme_names_exists(target):
+def test_make_targets_in_the_readme_exist(target):
     makefile = (PROJECT_ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_every_file_that_the_readme_links_to_exists():
+def test_links_in_the_readme_lead_to_files():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (PROJECT_ROOT / target).exists(), target
 
@@ -46,7 +46,7 @@ def test_the_readmes_steps_to_a_second_loop_work(tmp_path):
     assert list(load_loops(defs)) == ["aec_parser", "meeting_notes"]
 
 
-def test_the_workflows_and_the_workspace_name_what_there_is():
+def test_the_workspace_names_the_code_location():
     for path in [*(PROJECT_ROOT / ".github" / "workflows").glob("*.yml"), PROJECT_ROOT / "workspace.yaml"]:
         assert yaml.safe_load(path.read_text(encoding="utf-8"))
     workspace = yaml.safe_load((PROJECT_ROOT / "workspace.yaml").read_text())["load_from"][0]["python_module"]

@@ -27,7 +27,7 @@ INFRASTRUCTURE = {
     "validation_messages",
 }
 HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}
-# The native layer of the engine is imported by nobody but the child process, whose work it is.
+# Only the engine's child process imports its native layer.
 ONLY_IN_THE_CHILD = {"inference/native.py"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts)
 
@@ -66,13 +66,13 @@ def test_imports_point_down_the_layers(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_heavy_packages_are_imported_where_they_are_used(path):
+def test_heavy_packages_are_imported_inside_functions(path):
     if str(path.relative_to(PACKAGE)) not in ONLY_IN_THE_CHILD:
         assert not HEAVY & {name.split(".")[0] for name in imports(path, module_level=True)}
 
 
 @pytest.mark.parametrize("module", ["finetune_pipeline.definitions", "finetune_pipeline.cli.main"])
-def test_loading_definitions_and_commands_loads_nothing_heavy(module):
+def test_definitions_and_commands_load_no_heavy_package(module):
     script = f"""
 import importlib, json, sys
 module = importlib.import_module({module!r})
@@ -81,9 +81,9 @@ if hasattr(module, "defs"):
 print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))
 """
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    # Dagster itself brings none of these; pandas and pyarrow come only where a table is written.
+    # Dagster imports none of these.
     assert json.loads(output.splitlines()[-1]) == []
 
 
-def test_nobody_writes_a_utils():
+def test_no_module_is_named_utils():
     assert not [path for path in PACKAGE.rglob("*") if path.stem in {"utils", "helpers", "common", "misc"}]

@@ -31,28 +31,28 @@ def loop_yaml(attributes):
 YAML = "name: notes\nbase_model: some/model\nevaluation: {benchmark: notes.jsonl, metric: rouge1}\n"
 
 
-def test_the_default_loop_can_be_read_and_has_bare_keys():
+def test_the_default_loop_has_bare_asset_keys():
     loop = load_loop("aec_parser")
     assert loop.prefix == []
     assert (loop.gate.min_gain, loop.trigger.new_examples) == (0.05, 50)
 
 
-def test_any_other_loop_is_prefixed_with_its_name():
+def test_other_loops_are_prefixed_with_their_name():
     assert LoopSettings.model_validate(MINIMAL).prefix == ["notes"]
 
 
-def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
+def test_the_drop_folder_is_under_the_home_by_default(tmp_path):
     assert LoopSettings.model_validate(MINIMAL).drop_folder == home() / "inbox" / "notes"
     named = {**MINIMAL, "ingest": {"drop_folder": str(tmp_path)}}
     assert LoopSettings.model_validate(named).drop_folder == tmp_path
 
 
 @pytest.mark.parametrize(
-    ("addition", "said"),
+    ("addition", "message"),
     [
         ("gate: {min_gian: 0.1}", r"gate\.min_gian: there is no such field; is it min_gain\?"),
         ("surprise: 1", "surprise"),
-        ("min_gain: 0.1", r"min_gain: there is no such field(?!; is it min_gain\?)"),  # it is one of gate's
+        ("min_gain: 0.1", r"min_gain: there is no such field(?!; is it min_gain\?)"),  # it belongs to gate
         ("gate: {min_gain: 7}", r"gate\.min_gain: found 7, expected less than"),
         ("training: {num_train_epochs: many}", "training.num_train_epochs"),
         ("training: {seed: 4294967296}", r"training\.seed: found 4294967296, expected less than 4294967296"),
@@ -66,26 +66,26 @@ def test_the_drop_folder_lies_under_the_home_unless_it_is_named(tmp_path):
         ("training: {num_train_epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_named(tmp_path, addition, said):
+def test_an_invalid_setting_is_named(tmp_path, addition, message):
     path = write(tmp_path, "notes", loop_yaml(YAML + addition))
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=message):
         read_loop(path)
 
 
-def test_a_key_beside_the_attributes_is_named(tmp_path):
+def test_an_unknown_top_level_key_is_named(tmp_path):
     path = write(tmp_path, "notes", loop_yaml(YAML) + "\natributes: 1\n")
     with pytest.raises(SettingsError, match="unknown top-level keys: atributes"):
         read_loop(path)
 
 
 @pytest.mark.parametrize("time", ["0 2 * * *", "*/5 0-6 1,15 JAN MON-FRI", "@daily"])
-def test_times_of_schedules_are_crons(tmp_path, time):
+def test_schedules_are_cron_times(tmp_path, time):
     assert (
         read_loop(write(tmp_path, "notes", loop_yaml(f"{YAML}trigger: {{nightly: '{time}'}}"))).trigger.nightly == time
     )
 
 
-def test_parameters_can_only_be_counted_in_json(tmp_path):
+def test_the_metric_parameters_needs_an_output_schema(tmp_path):
     path = write(tmp_path, "notes", loop_yaml(YAML.replace("rouge1", "parameters")))
     with pytest.raises(SettingsError, match="set output_schema"):
         read_loop(path)
@@ -97,20 +97,20 @@ def test_trained_embeddings_cannot_be_served_as_an_adapter(tmp_path):
         read_loop(write(tmp_path, "notes", loop_yaml(YAML + addition)))
 
 
-def test_values_come_from_the_environment_with_their_type(tmp_path, monkeypatch):
+def test_values_from_the_environment_are_converted(tmp_path, monkeypatch):
     monkeypatch.setenv("EPOCHS", "2.5")
     path = write(tmp_path, "notes", loop_yaml(YAML + "training: {num_train_epochs: '{{ env.EPOCHS }}'}"))
     assert read_loop(path).training.num_train_epochs == 2.5
 
 
 @pytest.mark.parametrize("text", ["- a list\n", "type: something.Else\n", "a: [unclosed\n"])
-def test_a_file_that_is_no_loop_is_refused(tmp_path, text):
+def test_a_file_that_declares_no_loop_is_rejected(tmp_path, text):
     with pytest.raises(SettingsError, match=r"defs\.yaml"):
         read_loop(write(tmp_path, "notes", text))
 
 
 @pytest.mark.parametrize("content", [b"a: [unclosed\n", b"\xff\xfe"])
-def test_a_broken_file_among_the_loops_is_named(tmp_path, content):
+def test_a_malformed_file_among_the_loops_is_named(tmp_path, content):
     path = tmp_path / "broken" / "defs.yaml"
     path.parent.mkdir()
     path.write_bytes(content)
@@ -118,18 +118,18 @@ def test_a_broken_file_among_the_loops_is_named(tmp_path, content):
         load_loops(tmp_path)
 
 
-def test_what_is_no_loop_is_dagsters_business(tmp_path):
+def test_other_dagster_components_are_ignored(tmp_path):
     write(tmp_path, "resources", "type: dagster.SomethingElse\n")
     assert load_loops(tmp_path) == {}
 
 
-def test_two_loops_cannot_have_one_name(tmp_path):
+def test_two_loops_cannot_have_the_same_name(tmp_path):
     write(tmp_path, "a", loop_yaml(YAML))
     write(tmp_path, "b", loop_yaml(YAML))
     with pytest.raises(SettingsError, match="another loop is already named 'notes'"):
         load_loops(tmp_path)
 
 
-def test_an_unknown_loop_is_answered_with_those_that_there_are():
+def test_an_unknown_loop_is_an_error_that_lists_the_declared_ones():
     with pytest.raises(SettingsError, match="declares: aec_parser"):
         load_loop("nobody")

@@ -1,4 +1,4 @@
-"""scripts/setup.sh with a fake Python that only logs its arguments, since compiling llama.cpp takes minutes."""
+"""scripts/setup.sh, run with a fake Python that logs its arguments, because compiling llama.cpp takes minutes."""
 
 import os
 import shutil
@@ -42,12 +42,12 @@ def compiles(clone, cmake_args=None):
     log = clone / "log"
     log.unlink(missing_ok=True)
     code = subprocess.run([clone / "scripts" / "setup.sh"], env=environment, capture_output=True).returncode
-    [*compiled] = [line for line in log.read_text().splitlines() if "pip install" in line and "--no-binary" in line]
+    compiled = [line for line in log.read_text().splitlines() if "pip install" in line and "--no-binary" in line]
     assert all("--no-cache-dir" in line for line in compiled)
     return bool(compiled), code
 
 
-def test_llama_cpp_is_compiled_again_when_it_would_be_another_build(clone):
+def test_llama_cpp_is_compiled_again_for_other_cmake_args(clone):
     assert compiles(clone) == (True, 0)
     assert compiles(clone) == (False, 0)
     assert compiles(clone, "-DGGML_NATIVE=OFF -DGGML_CUDA=on") == (True, 0)
@@ -55,15 +55,18 @@ def test_llama_cpp_is_compiled_again_when_it_would_be_another_build(clone):
     assert compiles(clone) == (True, 0)
 
 
-def test_a_clone_from_before_the_stamp_named_the_build_is_compiled_again(clone):
+def test_llama_cpp_is_compiled_again_without_a_build_stamp(clone):
     assert compiles(clone) == (True, 0)
     (clone / ".venv" / "share" / "llama.cpp" / "BUILD").unlink()
     assert compiles(clone) == (True, 0)
 
 
-def test_a_build_that_failed_is_tried_again(clone):
+def test_a_failed_build_is_retried(clone):
     assert compiles(clone) == (True, 0)
     (clone / "broken").touch()
     assert compiles(clone, "-DGGML_CUDA=on") == (True, 1)
     (clone / "broken").unlink()
-    assert compiles(clone) == (True, 0)  # what was there is gone, though its stamp said these very arguments
+    assert compiles(clone) == (
+        True,
+        0,
+    )  # the failed build removed the earlier one, although its stamp had these arguments
