@@ -1,5 +1,4 @@
-"""The entry point for applications: an OpenAI-compatible gateway that logs requests, accepts feedback and hot-swaps
-models.
+"""An OpenAI-compatible gateway that logs requests, accepts feedback and hot-swaps models.
 
 app.py           the HTTP application                    http.py          limits, host checks, bodies, streams
 completions.py   routes that generate                    feedback.py      routes for feedback and interactions

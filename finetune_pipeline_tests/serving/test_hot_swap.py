@@ -219,7 +219,7 @@ def test_the_fallback_answers_until_a_killed_model_is_restarted(ggufs):
         wait_until(lambda: len(engines() - before) == 1)  # the fallback is drained too
 
 
-def test_a_request_to_a_fallback_that_is_just_drained_goes_to_the_champion(ggufs, monkeypatch):
+def test_a_request_to_a_drained_fallback_goes_to_the_champion(ggufs, monkeypatch):
     name, found = promote(ggufs["Q8_0"], "raced").name, []
     real = loop_server.LoopServer._fallback_model
 
