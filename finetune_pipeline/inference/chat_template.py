@@ -152,8 +152,8 @@ class ChatTemplate:
                 # A tokenizer may also merge the line break with the segment; then the segment is tokenized alone.
                 separable = found[: len(line_break)] == line_break
                 tokens = tokens + (found[len(line_break) :] if separable else self._tokenize([segment])[0])
-            control = tuple(token for token in tokens if token in self._control.numbers)
-            if chat.escaped and control != chat.template_tokens:
+            control = (token for token in tokens if token in self._control.numbers)
+            if chat.escaped and tuple(control) != chat.template_tokens:
                 raise RequestRefused(
                     "A message contains a control token of the model that its tokenizer cannot read as text. Remove it "
                     "from the message."
