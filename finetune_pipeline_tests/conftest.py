@@ -73,9 +73,8 @@ def start_together(script: str, folder: Path, environments: Sequence[dict[str, s
     """Run a script in one process per environment, all at the same moment; return the stderr of failed ones."""
     go = folder / "go"
     waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.0005)\n"
-    heads = [
-        line for line in script.splitlines() if line.startswith(("import ", "from "))
-    ]  # imports are slow, so they come first
+    # Imports are slow, so they come before the wait.
+    heads = [line for line in script.splitlines() if line.startswith(("import ", "from "))]
     source = "\n".join([*heads, "print('ready', flush=True)", waiting, script])
     processes = [
         subprocess.Popen(
