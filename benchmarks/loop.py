@@ -1,4 +1,4 @@
-"""The whole loop on the sample logs, as CI runs it, once for each of three seeds, each in a home of its own."""
+"""Run the loop on the sample logs as CI does, once for each of three seeds, each with its own FINETUNE_HOME."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def measure(seed: int) -> dict[str, Any]:
-    """One run of the loop with this training seed."""
+    """Run the loop with this training seed and return its measurements."""
     home = Path(tempfile.mkdtemp(prefix="finetune-bench-"))
     os.environ["FINETUNE_HOME"] = str(home)
     os.environ.pop("DAGSTER_HOME", None)
@@ -43,7 +44,7 @@ def measure(seed: int) -> dict[str, Any]:
         seconds, peaks, code, log = _run([*COMMAND, "--config-json", config], environment())
         reports = list(home.glob("artifacts/aec_parser/eval_report/*/report.json"))
         if len(reports) != 1:
-            sys.exit(f"the loop made no report (exit code {code}):\n{log[-3000:]}")
+            sys.exit(f"the loop wrote no report (exit code {code}):\n{log[-3000:]}")
         report = json.loads(reports[0].read_text(encoding="utf-8"))
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -52,29 +53,23 @@ def measure(seed: int) -> dict[str, Any]:
 
 
 def _run(command: list[str], env: dict[str, str]) -> tuple[float, dict[int, float], int, str]:
-    """Wall seconds, peak resident MiB of each process of the tree, exit code, and what was printed."""
+    """Run a command; return seconds, peak resident MiB of each process of its tree, exit code and output."""
     started = time.perf_counter()
     peaks: dict[int, float] = {}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
         root = psutil.Process(process.pid)
+        processes: list[psutil.Process] = []
         while process.poll() is None:
-            for one in _tree(root):
-                try:
+            with suppress(psutil.NoSuchProcess):
+                processes = [root, *root.children(recursive=True)]
+            for one in processes:
+                with suppress(psutil.NoSuchProcess):
                     peaks[one.pid] = max(peaks.get(one.pid, 0.0), one.memory_info().rss / 2**20)
-                except psutil.NoSuchProcess:
-                    continue
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - started
         log.seek(0)
         return seconds, peaks, process.returncode, log.read()
-
-
-def _tree(root: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _accuracy(report: dict[str, Any]) -> dict[str, Any]:

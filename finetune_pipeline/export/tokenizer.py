@@ -35,24 +35,24 @@ def chat_template(folder: Path) -> str | None:
 def gguf_name(folder: Path) -> str:
     """Return the name for a GGUF of a base model.
 
-    llama.cpp decides by this name how special tokens are matched: with "phi-3" they absorb the white space after them.
-    So the name contains it if and only if the tokenizer's tokens do that, whatever the folder is called.
+    llama.cpp reads this name: with "phi-3" in it, special tokens absorb the white space after them. So the name
+    contains it if and only if the tokenizer's tokens do that, whatever the name of the folder.
     """
     tokens = _added_tokens(folder)
-    swallows = any(token.get("rstrip") for token in tokens.values()) and tokens.keys() >= _PHI_3_TOKENS
+    absorbs = any(token.get("rstrip") for token in tokens.values()) and tokens.keys() >= _PHI_3_TOKENS
     name = _MODERN_BERT.sub("modern bert", _own_name(folder))
-    if not swallows:
+    if not absorbs:
         return _PHI_3.sub("phi 3", name)
     return name if _PHI_3.search(name) else f"{name} (phi-3 tokenizer)"
 
 
 def stage(folder: Path, tokenizer_folder: Path, staged: Path) -> None:
-    """Make a folder of links to a model's files, in which the converter finds the template that transformers resolves.
+    """Make a folder of links to a model's files, with the chat template that transformers resolves.
 
     Args:
         folder: the model in Hugging Face's layout.
         tokenizer_folder: the base model, for its tokenizer.
-        staged: the new folder. Its name must be neutral: the converter reads it too.
+        staged: the new folder, with a neutral name, since the converter reads it too.
     """
     template, config = chat_template(tokenizer_folder), _json(folder / CONFIG)
     staged.mkdir(parents=True)
@@ -68,7 +68,7 @@ def stage(folder: Path, tokenizer_folder: Path, staged: Path) -> None:
 
 
 def _own_name(folder: Path) -> str:
-    """Return the name under which a model was published, else its folder's (in Hugging Face's cache only a hash)."""
+    """Return the name under which a model was published, or its folder's (a hash in Hugging Face's cache)."""
     published = str(_json(folder / "config.json").get("_name_or_path") or "")
     if published and published.count("/") <= 1:  # otherwise it is a local path
         return published.rpartition("/")[2] or published

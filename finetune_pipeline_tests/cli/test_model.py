@@ -1,4 +1,4 @@
-"""`finetune model`: what it lists and shows, the card, and how it makes room."""
+"""`finetune model`: list, show, card and garbage collection."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def lines(*arguments):
 
 
 def version(number, **files):
-    """Promote a model whose artifact lies where the stage puts it."""
+    """Promote a model with an artifact of gguf_model."""
     name = f"gguf{number}"
     fields = {
         "loop": LOOP, "version": name, "inputs": {}, "settings": {}, "packages": {}, "gguf": "model.gguf",
@@ -70,7 +70,7 @@ def test_the_list_shows_metrics_champion_previous_and_deleted_versions(seven):
     assert rows[0].endswith("previous") and rows[7] == "* aec_parser@base champion"
 
 
-def test_a_version_is_shown_with_all_that_is_known_of_it(seven, own_home):
+def test_show_prints_all_known_details(seven, own_home):
     record_training_job(
         connect(),
         TrainingJob(
@@ -81,11 +81,11 @@ def test_a_version_is_shown_with_all_that_is_known_of_it(seven, own_home):
     )  # fmt: skip
     run("gc", "--keep", "1", "--yes")
     shown = run("show", "v1.0.0")
-    for said in (
+    for text in (
         "aec_parser@v1.0.0", "gguf1/model.gguf", seven[0].gguf_sha256, "deployed", "retired", "deleted", "1.5 MB",
         "accuracy: 0.51", "lora_adapter: lora1", "run_id: run-17", "loss_after: 0.25",
     ):  # fmt: skip
-        assert said in shown
+        assert text in shown
     assert "retired" not in run("show") and "deleted" not in run("show")
     adapter = own_home / "adapter.gguf"
     adapter.write_bytes(b"GGUF")
@@ -102,17 +102,17 @@ def test_the_card_is_printed_as_markdown_with_front_matter(seven):
     assert run("show", "base", "--card") == "aec_parser@base: the base model data/starter_model\n"
 
 
-def test_a_dry_run_says_what_would_go_and_deletes_nothing(seven):
-    said = run("gc", "--dry-run").splitlines()
-    assert said[0].split(None, 4)[:4] == ["delete", "1.5", "MB", "gguf_model/gguf1"]
-    assert "v1.0.0: not champion, not previous, not in the last deployments" in said[0]
-    assert [line.split()[0] for line in said[1:7]] == ["keep"] * 6
-    assert said[-1] == "would delete 1 of 7 folders, 1.5 MB"
+def test_a_dry_run_deletes_nothing(seven):
+    output = run("gc", "--dry-run").splitlines()
+    assert output[0].split(None, 4)[:4] == ["delete", "1.5", "MB", "gguf_model/gguf1"]
+    assert "v1.0.0: not champion, not previous, not in the last deployments" in output[0]
+    assert [line.split()[0] for line in output[1:7]] == ["keep"] * 6
+    assert output[-1] == "would delete 1 of 7 folders, 1.5 MB"
     assert (stage_folder(LOOP, "gguf_model") / "gguf1" / "model.gguf").exists()
     assert "deleted" not in run("list")
 
 
-def test_it_asks_before_it_deletes(seven):
+def test_gc_asks_before_it_deletes(seven):
     gone = stage_folder(LOOP, "gguf_model") / "gguf1"
     assert "delete 1 of 7 folders, 1.5 MB? [y/N]" in run("gc", input="n\n", code=1)
     assert gone.exists()
@@ -122,7 +122,7 @@ def test_it_asks_before_it_deletes(seven):
     assert "deleted 4 of 6 folders, 6.0 MB" in run("gc", "--keep", "1", "--yes")
 
 
-def test_a_switch_to_a_deleted_version_is_a_line_that_says_what_to_do(seven):
+def test_a_switch_to_a_deleted_version_prints_a_remedy(seven):
     run("gc", "--yes")
     command = [sys.executable, "-m", "finetune_pipeline.cli.main", "model", "switch", "v1.0.0"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)

@@ -1,4 +1,4 @@
-"""An engine that answers from a dictionary, and benchmarks of a few questions."""
+"""A fake engine that answers from a dictionary, and small benchmarks."""
 
 import json
 from concurrent.futures import Future
@@ -33,7 +33,7 @@ def write_benchmark(path: Path, lines: list[dict[str, object]]) -> Path:
 
 
 class FakeEngines:
-    """Opens fake engines: a GGUF's content is JSON, prompt -> answer. Counts what was asked of each file."""
+    """Opens fake engines, whose GGUF is JSON of prompt -> answer, and records the prompts of each file."""
 
     def __init__(self, crash_after: int | None = None) -> None:
         self.asked: list[tuple[str, str]] = []

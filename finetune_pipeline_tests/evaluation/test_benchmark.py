@@ -1,4 +1,4 @@
-"""A benchmark that can be read is correct; one that cannot says where and why."""
+"""Loading benchmarks, rules and schemas: valid files, and errors that name line, problem and remedy."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from finetune_pipeline.schemas import SchemaError, compile_schema, load_rules, l
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_benchmark
 
 
-def test_a_good_benchmark_keeps_order_fields_and_hash(tmp_path: Path) -> None:
+def test_a_benchmark_keeps_order_fields_and_hash(tmp_path: Path) -> None:
     path = write_benchmark(tmp_path / "b.jsonl", [line("w1"), line("w2", wording="firm", origin="hand")])
     benchmark = load_benchmark(path, SCHEMA)
     assert [(q.id, q.wording, q.origin) for q in benchmark.questions] == [("w1", "plain", None), ("w2", "firm", "hand")]
@@ -19,7 +19,7 @@ def test_a_good_benchmark_keeps_order_fields_and_hash(tmp_path: Path) -> None:
     assert benchmark.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_texts_are_expected_where_there_is_no_schema(tmp_path: Path) -> None:
+def test_expected_answers_may_be_texts_without_a_schema(tmp_path: Path) -> None:
     path = write_benchmark(tmp_path / "b.jsonl", [line("w1", expected="Use brick.")])
     assert load_benchmark(path, None).questions[0].expected == "Use brick."
 
@@ -44,7 +44,7 @@ def without(name: str) -> dict[str, object]:
         ([1, 2], ["expected an object", "found a list"]),
     ],
 )
-def test_a_wrong_line_is_named_with_what_to_do(tmp_path: Path, second: object, words: list[str]) -> None:
+def test_an_invalid_line_is_named_with_a_remedy(tmp_path: Path, second: object, words: list[str]) -> None:
     path = write_benchmark(tmp_path / "b.jsonl", [line("w1"), second])  # type: ignore[list-item]
     with pytest.raises(BenchmarkError) as error:
         load_benchmark(path, SCHEMA)
@@ -63,7 +63,7 @@ def test_a_wrong_line_is_named_with_what_to_do(tmp_path: Path, second: object, w
         (b"[" * 100_000 + b"\n", ["line 1: not JSON"]),
     ],
 )
-def test_a_file_that_is_no_benchmark(tmp_path: Path, content: bytes, words: list[str]) -> None:
+def test_an_unusable_file_is_rejected(tmp_path: Path, content: bytes, words: list[str]) -> None:
     path = tmp_path / "b.jsonl"
     path.write_bytes(content)
     with pytest.raises(BenchmarkError) as error:
@@ -76,7 +76,7 @@ def test_a_missing_file_names_the_setting(tmp_path: Path) -> None:
         load_benchmark(tmp_path / "none.jsonl", None)
 
 
-def test_all_problems_are_told_at_once_up_to_twenty(tmp_path: Path) -> None:
+def test_one_error_reports_up_to_twenty_problems(tmp_path: Path) -> None:
     path = write_benchmark(tmp_path / "b.jsonl", [without("id") for _ in range(25)])
     with pytest.raises(BenchmarkError) as error:
         load_benchmark(path, None)
@@ -84,13 +84,13 @@ def test_all_problems_are_told_at_once_up_to_twenty(tmp_path: Path) -> None:
     assert "and 5 more" in str(error.value)
 
 
-def test_rules_are_read_and_wrong_ones_refused(tmp_path: Path) -> None:
+def test_rules_are_loaded_and_invalid_ones_rejected(tmp_path: Path) -> None:
     path = tmp_path / "rules.json"
     rule = {"id": "fire", "title": "Walls are rated", "schema": {"required": ["fire_rating_hr"]}}
     path.write_text(json.dumps([rule]))
     assert [rule.id for rule in load_rules(path)] == ["fire"]
     for wrong, words in [
-        ([rule, rule], "rule 2.*used before"),
+        ([rule, rule], "rule 2.*already used"),
         ([{"id": "fire"}], 'rule 1: expected the fields "id"'),
         ([{**rule, "schema": {"type": "thing"}}], "rule 1: not a JSON Schema"),
         ({}, "expected a JSON list"),
@@ -111,7 +111,7 @@ def test_a_schema_file_is_checked(tmp_path: Path) -> None:
     assert load_schema(path) == SCHEMA
 
 
-def test_a_reference_elsewhere_is_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_reference_is_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     import urllib.request
 
     from referencing.exceptions import Unresolvable

@@ -1,4 +1,4 @@
-"""The best constant answer, against the scorer itself: every expected answer, given to every question."""
+"""The best constant answer, compared with scoring every expected answer on every question."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ ANY_SCHEMA: dict[str, Any] = {}
 
 
 def by_force(expected: list[Any], metric: Metric, *, structured: bool) -> int:
-    """What the best of the expected answers has correct, each given to each question."""
+    """Return the highest score of an expected answer that is given to every question."""
     scorer = Scorer(metric, ANY_SCHEMA if structured else None)
     texts = [one if isinstance(one, str) and not structured else json.dumps(one) for one in expected]
     return max(sum(scorer.score(one, text).correct for one in expected) for text in texts)
@@ -34,7 +34,7 @@ def by_force(expected: list[Any], metric: Metric, *, structured: bool) -> int:
         (["one", "two"], "exact", True, '"one"', 1),
     ],
 )
-def test_the_answer_that_scores_highest_is_found(
+def test_the_answer_with_the_highest_score_is_found(
     expected: list[Any], metric: Metric, structured: bool, text: str, correct: int
 ) -> None:
     found = best_constant(expected, metric, structured=structured)
@@ -50,12 +50,12 @@ metrics = st.sampled_from(["parameters", "rouge1", "exact"])
 
 
 @given(st.lists(words | objects, min_size=1, max_size=6), metrics, st.booleans())
-def test_it_is_what_the_scorer_says(expected: list[Any], metric: Metric, structured: bool) -> None:
+def test_the_score_equals_the_scorer_s(expected: list[Any], metric: Metric, structured: bool) -> None:
     found = best_constant(expected, metric, structured=structured)
     assert found.correct == by_force(expected, metric, structured=structured)
 
 
-def test_a_benchmark_of_thousands_of_different_answers_is_read_once() -> None:
+def test_thousands_of_different_answers_take_one_pass() -> None:
     expected = [f"note {n} says that the wall number {n % 7} is {n} mm thick and painted" for n in range(5_000)]
-    # Scored pair by pair, 25 million of them, this would not end while anybody waits.
+    # Scoring all 25 million pairs would exceed the time limit of a test.
     assert best_constant(expected, "rouge1", structured=False).correct >= 8 * 5_000

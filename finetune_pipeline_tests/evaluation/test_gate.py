@@ -1,4 +1,4 @@
-"""The rule of promotion, at its boundaries."""
+"""The rule of promotion and its boundaries."""
 
 from fractions import Fraction
 from typing import Any
@@ -12,11 +12,11 @@ from finetune_pipeline.evaluation.gate import QualityFloor, Verdict
 from finetune_pipeline.evaluation.significance import Significance
 from finetune_pipeline.settings import GateSettings
 
-WORTHY = QualityFloor(constant_correct=0, valid=100, answers=100, structured=True)
+LOW_FLOOR = QualityFloor(constant_correct=0, valid=100, answers=100, structured=True)
 
 
-def decide(champion: int, challenger: int, total: int, *others: Any, floor: QualityFloor = WORTHY) -> Verdict:
-    """The rule, asked about a challenger that is worth something unless it is said otherwise."""
+def decide(champion: int, challenger: int, total: int, *others: Any, floor: QualityFloor = LOW_FLOOR) -> Verdict:
+    """Return the verdict on a challenger above the quality floor, unless another floor is given."""
     return gate.decide(champion, challenger, total, floor, *others)
 
 
@@ -24,8 +24,8 @@ RELATIVE = GateSettings()
 POINTS = GateSettings(mode="points")
 ERRORS = GateSettings(mode="error_reduction")
 MIN_30 = GateSettings(min_score=0.3)
-LUCK = Significance("paired bootstrap over questions", 0.2, -0.01, 0.05, 200)
-SURE = Significance("paired bootstrap over questions", 0.001, 0.02, 0.05, 200)
+NOT_SIGNIFICANT = Significance("paired bootstrap over questions", 0.2, -0.01, 0.05, 200)
+SIGNIFICANT = Significance("paired bootstrap over questions", 0.001, 0.02, 0.05, 200)
 
 
 @pytest.mark.parametrize(
@@ -67,27 +67,27 @@ def test_the_rule(
     assert (verdict.promote, words in verdict.reason) == (promote, True), verdict.reason
 
 
-def test_significance_blocks_only_where_it_is_asked_for() -> None:
+def test_significance_blocks_only_if_required() -> None:
     strict = GateSettings(require_significance=True)
-    assert decide(40, 44, 100, RELATIVE, LUCK).promote
-    refused = decide(40, 44, 100, strict, LUCK)
+    assert decide(40, 44, 100, RELATIVE, NOT_SIGNIFICANT).promote
+    refused = decide(40, 44, 100, strict, NOT_SIGNIFICANT)
     assert not refused.promote
     assert "p = 0.200 by paired bootstrap over questions on 200 questions, at most 0.05 allowed" in refused.reason
-    assert decide(40, 44, 100, strict, SURE).promote
+    assert decide(40, 44, 100, strict, SIGNIFICANT).promote
     assert "was not measured" in decide(40, 44, 100, strict).reason
     assert not decide(40, 44, 100, strict).promote
 
 
-def test_falling_slices_block_only_where_that_is_asked_for() -> None:
+def test_regressed_slices_block_only_if_forbidden() -> None:
     strict = GateSettings(forbid_slice_regressions=True)
-    assert decide(40, 44, 100, RELATIVE, SURE, ["doors"]).promote
-    refused = decide(40, 44, 100, strict, SURE, ["doors", "stairs"])
+    assert decide(40, 44, 100, RELATIVE, SIGNIFICANT, ["doors"]).promote
+    refused = decide(40, 44, 100, strict, SIGNIFICANT, ["doors", "stairs"])
     assert (refused.promote, "these slices regressed: doors, stairs" in refused.reason) == (False, True)
-    assert decide(40, 44, 100, strict, SURE).promote
+    assert decide(40, 44, 100, strict, SIGNIFICANT).promote
 
 
 @pytest.mark.parametrize(("champion", "challenger", "total"), [(-1, 0, 10), (0, 11, 10), (11, 0, 10), (0, 0, 0)])
-def test_impossible_counts_are_refused(champion: int, challenger: int, total: int) -> None:
+def test_impossible_scores_are_rejected(champion: int, challenger: int, total: int) -> None:
     with pytest.raises(ValueError, match="evaluate again"):
         decide(champion, challenger, total, RELATIVE)
 
@@ -110,7 +110,7 @@ def test_relative_is_the_integer_rule(numbers: tuple[int, int, int]) -> None:
 
 
 @given(counts, gates)
-def test_needed_right_is_the_boundary(numbers: tuple[int, int, int], gate: GateSettings) -> None:
+def test_the_required_score_is_the_boundary(numbers: tuple[int, int, int], gate: GateSettings) -> None:
     champion, challenger, total = numbers
     verdict = decide(champion, challenger, total, gate)
     assert verdict.promote == (challenger >= verdict.required_correct)
@@ -119,7 +119,9 @@ def test_needed_right_is_the_boundary(numbers: tuple[int, int, int], gate: GateS
 
 
 @given(counts, gates)
-def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int, int, int], gate: GateSettings) -> None:
+def test_a_higher_score_never_turns_a_promotion_into_a_rejection(
+    numbers: tuple[int, int, int], gate: GateSettings
+) -> None:
     champion, challenger, total = numbers
     if challenger < total and decide(champion, challenger, total, gate).promote:
         assert decide(champion, challenger + 1, total, gate).promote
@@ -128,7 +130,7 @@ def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int,
 @pytest.mark.parametrize(
     ("champion", "challenger", "total", "floor", "settings", "promote", "words"),
     [
-        # 10 of 170 by one word for nearly every question, against a base that has nothing
+        # one word for nearly every question scores 10 of 170; the base model scores 0
         (
             0,
             10,
@@ -148,7 +150,7 @@ def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int,
             True,
             "the best constant answer has 10 of 170 correct",
         ),
-        # 2 of 60 without a valid answer
+        # 2 of 60 correct without a valid answer
         (
             0,
             2,
@@ -169,11 +171,11 @@ def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int,
         ),
         (0, 40, 60, QualityFloor(1, 31, 60, True), RELATIVE, True, "31 of 60 answers valid, a majority needed"),
         (0, 40, 60, QualityFloor(1, 0, 60, False), RELATIVE, True, "0 of 60 answers valid"),  # free text
-        # a champion that is worthless itself, in each mode
+        # a champion below the quality floor, in each mode
         (5, 10, 170, QualityFloor(10, 170, 170, False), RELATIVE, False, "gain 100.0 %, 5 % needed; the best constant"),
         (1, 10, 100, QualityFloor(10, 100, 100, False), POINTS, False, "but a challenger needs more than 10"),
         (0, 10, 100, QualityFloor(10, 100, 100, False), ERRORS, False, "but a challenger needs more than 10"),
-        # a threshold of one's own, in place of the constant answer's
+        # gate.min_score instead of the constant answer's score
         (
             0,
             30,
@@ -194,7 +196,7 @@ def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int,
         ),
         (0, 1, 100, QualityFloor(90, 100, 100, False), GateSettings(min_score=0), True, "more than 0 of 100"),
         (0, 29, 1000, QualityFloor(0, 100, 100, False), GateSettings(min_score=0.029), False, "more than 29 of 1,000"),
-        # rejected for its gain: both numbers are stated all the same
+        # a rejection for the gain states the limits too
         (
             40,
             41,
@@ -215,7 +217,7 @@ def test_more_right_never_turns_a_promotion_into_a_rejection(numbers: tuple[int,
         ),
     ],
 )
-def test_a_worthless_challenger_is_rejected_whatever_the_champion_has(
+def test_a_challenger_below_the_quality_floor_is_rejected(
     champion: int, challenger: int, total: int, floor: QualityFloor, settings: GateSettings, promote: bool, words: str
 ) -> None:
     verdict = decide(champion, challenger, total, settings, floor=floor)
@@ -231,7 +233,7 @@ def test_a_model_never_beats_itself(numbers: tuple[int, int, int], gate: GateSet
 
 
 @given(counts, gates, st.integers(2, 50))
-def test_only_the_proportions_count(numbers: tuple[int, int, int], gate: GateSettings, times: int) -> None:
+def test_scaling_all_counts_keeps_the_verdict(numbers: tuple[int, int, int], gate: GateSettings, times: int) -> None:
     champion, challenger, total = numbers
     verdict = decide(champion, challenger, total, gate)
     scaled = decide(champion * times, challenger * times, total * times, gate)
@@ -239,7 +241,7 @@ def test_only_the_proportions_count(numbers: tuple[int, int, int], gate: GateSet
 
 
 @given(counts, gates)
-def test_the_reason_never_shows_a_gain_on_the_wrong_side(numbers: tuple[int, int, int], gate: GateSettings) -> None:
+def test_the_shown_gain_agrees_with_the_verdict(numbers: tuple[int, int, int], gate: GateSettings) -> None:
     champion, challenger, total = numbers
     verdict = decide(champion, challenger, total, gate)
     words = verdict.reason.split(": ", 1)[1].split()

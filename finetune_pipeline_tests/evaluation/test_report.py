@@ -1,4 +1,4 @@
-"""Comparison, metrics and report, on a small benchmark with hostile texts in it."""
+"""Comparison, metrics and report of a small benchmark that contains hostile texts."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_b
 
 HOSTILE = "<script>alert('{{ 7*7 }}')</script>"
 RULES = (Rule("rated", "Walls have a fire rating", {"required": ["fire_rating_hr"]}),)
-RIGHT, HALF = json.dumps(WALL), '{"element": "wall", "material": "brick"}'
+CORRECT, HALF = json.dumps(WALL), '{"element": "wall", "material": "brick"}'
 SCORER = Scorer("parameters", SCHEMA, RULES)
 FAST = Speed(latency_p50_ms=40, latency_p95_ms=60, tokens_per_second=900, prompts=24)
 SLOW = Speed(latency_p50_ms=50, latency_p95_ms=90, tokens_per_second=700, prompts=24)
@@ -53,7 +53,7 @@ def benchmark(tmp_path: Path) -> Benchmark:
 def side(name: str, texts: list[str], benchmark: Benchmark, speed: Speed | None) -> ModelResult:
     answers = [
         BenchmarkAnswer(
-            id=question.id, text=text, confidence=0.9 if text == RIGHT else 0.4, prompt_tokens=9, completion_tokens=9
+            id=question.id, text=text, confidence=0.9 if text == CORRECT else 0.4, prompt_tokens=9, completion_tokens=9
         )
         for question, text in zip(benchmark.questions, texts, strict=True)
     ]
@@ -62,8 +62,8 @@ def side(name: str, texts: list[str], benchmark: Benchmark, speed: Speed | None)
 
 @pytest.fixture
 def comparison(benchmark: Benchmark) -> Comparison:
-    champion = side("champ", [HALF, HALF, HALF, RIGHT], benchmark, SLOW)
-    challenger = side("chall", [RIGHT, RIGHT, HOSTILE, HALF], benchmark, FAST)
+    champion = side("champ", [HALF, HALF, HALF, CORRECT], benchmark, SLOW)
+    challenger = side("chall", [CORRECT, CORRECT, HOSTILE, HALF], benchmark, FAST)
     return compare(benchmark, SCORER, champion, challenger)
 
 
@@ -78,7 +78,7 @@ def test_slices_wordings_and_questions_are_compared(comparison: Comparison) -> N
     assert [one.question.id for one in comparison.lost] == ["d0", "d1"]
 
 
-def test_answers_to_other_questions_are_refused(benchmark: Benchmark, comparison: Comparison) -> None:
+def test_answers_to_other_questions_are_rejected(benchmark: Benchmark, comparison: Comparison) -> None:
     fewer = Benchmark(benchmark.questions[:2], "other")
     with pytest.raises(ComparisonError, match=r"champ answered other questions \(4\) than the benchmark has \(2\)"):
         compare(fewer, SCORER, comparison.champion, comparison.challenger)
@@ -110,11 +110,11 @@ def test_the_table_has_one_row_for_each_metric(comparison: Comparison) -> None:
         (None, "MB", False, "—"),
     ],
 )
-def test_figures_are_shown_as_people_read_them(value: float | None, unit: str, signed: bool, text: str) -> None:
+def test_metrics_are_formatted_for_people(value: float | None, unit: str, signed: bool, text: str) -> None:
     assert format_metric(value, unit, signed=signed) == text  # type: ignore[arg-type]
 
 
-def test_confidence_is_measured_against_what_was_right() -> None:
+def test_confidence_is_compared_with_correctness() -> None:
     found = separate_by_confidence([0.9, 0.9, 0.5, 0.95, None], [True, True, False, False, True], 0.85)
     assert (found.auroc, found.correct, found.correct_above, found.incorrect, found.incorrect_above) == (
         0.5,
@@ -128,7 +128,7 @@ def test_confidence_is_measured_against_what_was_right() -> None:
     assert separate_by_confidence([], [], 0.85).auroc is None
 
 
-def test_the_report_is_one_escaped_page_and_one_json(tmp_path: Path, comparison: Comparison) -> None:
+def test_the_report_is_an_escaped_page_and_json(tmp_path: Path, comparison: Comparison) -> None:
     gate = GateSettings(min_score=0.25)
     folder = tmp_path / "report"
     write_report(folder, "aec", comparison, judge(comparison, gate), gate, 0.85, RULES)
@@ -151,9 +151,9 @@ def test_the_report_is_one_escaped_page_and_one_json(tmp_path: Path, comparison:
     assert data["questions"][2]["challenger"]["problem"].startswith("not JSON")
 
 
-def test_the_gate_can_be_asked_again_on_a_report(tmp_path: Path, benchmark: Benchmark) -> None:
+def test_a_report_gives_the_same_verdict_again(tmp_path: Path, benchmark: Benchmark) -> None:
     champion = side("champ", [HALF] * 4, benchmark, None)
-    challenger = side("chall", [RIGHT, RIGHT, RIGHT, HALF], benchmark, None)
+    challenger = side("chall", [CORRECT, CORRECT, CORRECT, HALF], benchmark, None)
     comparison = compare(benchmark, SCORER, champion, challenger)
     gate, strict = GateSettings(min_score=0), GateSettings(min_score=0, require_significance=True)
     write_report(tmp_path, "aec", comparison, judge(comparison, gate), gate, 0.85)
@@ -166,13 +166,13 @@ def test_the_gate_can_be_asked_again_on_a_report(tmp_path: Path, benchmark: Benc
         verdict_of_report(tmp_path / "report.json", gate)
 
 
-def test_the_picture_is_a_small_png(comparison: Comparison) -> None:
-    picture = plot_png(comparison)
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) < 150_000
+def test_the_plot_is_a_small_png(comparison: Comparison) -> None:
+    image = plot_png(comparison)
+    assert image.startswith(b"\x89PNG")
+    assert len(image) < 150_000
 
 
-def test_importing_the_room_loads_nothing_heavy() -> None:
+def test_importing_the_package_loads_nothing_heavy() -> None:
     import subprocess
     import sys
 
@@ -185,7 +185,7 @@ def test_importing_the_room_loads_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_a_report_says_how_a_model_did_in_each_slice(tmp_path: Path, comparison: Comparison) -> None:
+def test_a_report_gives_the_score_in_each_slice(tmp_path: Path, comparison: Comparison) -> None:
     gate = GateSettings()
     write_report(tmp_path, "aec", comparison, judge(comparison, gate), gate, 0.85)
     found = slices_of_report(tmp_path / "report.json", "challenger")
@@ -197,9 +197,9 @@ def test_a_report_says_how_a_model_did_in_each_slice(tmp_path: Path, comparison:
         slices_of_report(tmp_path / "none.json", "champion")
 
 
-def test_a_speed_of_a_busy_machine_is_flagged_wherever_it_is_shown(benchmark: Benchmark, tmp_path: Path) -> None:
+def test_speed_of_a_busy_machine_is_flagged_everywhere(benchmark: Benchmark, tmp_path: Path) -> None:
     busy = FAST.model_copy(update={"contention": "other processes used 1.9 of 2 cores"})
-    sides = [side(name, [RIGHT] * 4, benchmark, busy) for name in ("champ", "chall")]
+    sides = [side(name, [CORRECT] * 4, benchmark, busy) for name in ("champ", "chall")]
     compared = compare(benchmark, SCORER, *sides)
     flagged = {row.key for row in metric_table(compared) if row.flag}
     assert flagged == {"latency_p50_ms", "latency_p95_ms", "tokens_per_second"}
@@ -211,7 +211,7 @@ def test_a_speed_of_a_busy_machine_is_flagged_wherever_it_is_shown(benchmark: Be
     assert kept["speed_flag"] == "other processes used 1.9 of 2 cores"
 
 
-def test_a_speed_of_a_quiet_machine_is_kept(benchmark: Benchmark) -> None:
-    compared = compare(benchmark, SCORER, *(side(n, [RIGHT] * 4, benchmark, FAST) for n in ("champ", "chall")))
+def test_speed_of_a_quiet_machine_is_stored(benchmark: Benchmark) -> None:
+    compared = compare(benchmark, SCORER, *(side(n, [CORRECT] * 4, benchmark, FAST) for n in ("champ", "chall")))
     kept = scores_of(metric_table(compared))
     assert kept["latency_p50_ms"] == 40 and "speed_flag" not in kept

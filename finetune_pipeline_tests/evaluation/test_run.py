@@ -1,4 +1,4 @@
-"""Answers are kept and found again; speed is measured anew; a killed run goes on where it was."""
+"""Answers are stored and reused, speed is measured each time, and a killed run resumes."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_answers_are_generated_once(tmp_path: Path, benchmark: Benchmark) -> Non
     assert sorted(path.name for path in first.path.iterdir()) == ["answers.jsonl", "manifest.json"]
 
 
-def test_what_changes_answers_generates_anew_and_what_does_not_does_not(tmp_path: Path, benchmark: Benchmark) -> None:
+def test_only_settings_that_change_answers_prevent_reuse(tmp_path: Path, benchmark: Benchmark) -> None:
     engines = FakeEngines()
     spec = model(tmp_path, "m", 4)
 
@@ -65,7 +65,7 @@ def test_what_changes_answers_generates_anew_and_what_does_not_does_not(tmp_path
     assert reused(spec.model_copy(update={"adapter": renamed.gguf})) is False
 
 
-def test_a_pair_has_the_identity_of_both_its_files(tmp_path: Path, benchmark: Benchmark) -> None:
+def test_base_and_adapter_have_a_combined_hash(tmp_path: Path, benchmark: Benchmark) -> None:
     base, adapter = model(tmp_path, "base", 4).gguf, model(tmp_path, "adapter", 1).gguf
     run = answer_benchmark(ModelSpec(gguf=base, adapter=adapter), benchmark, SETTINGS, "", "aec", ignore, FakeEngines())
     assert run.model_sha256 == model_sha256(hash_file(base), hash_file(adapter))
@@ -74,14 +74,14 @@ def test_a_pair_has_the_identity_of_both_its_files(tmp_path: Path, benchmark: Be
     assert alone.model_sha256 == hash_file(base)
 
 
-def test_a_crash_keeps_what_was_answered(tmp_path: Path, benchmark: Benchmark) -> None:
+def test_a_run_resumes_after_a_crash(tmp_path: Path, benchmark: Benchmark) -> None:
     spec, crashing = model(tmp_path, "m", 10), FakeEngines(crash_after=6)
     with pytest.raises(EngineCrashed):
         answer_benchmark(spec, benchmark, SETTINGS, "", "aec", ignore, crashing)
     [draft] = [path for path in stage_folder("aec", "benchmark_run").iterdir() if path.is_dir()]
     kept = len((draft / "answers.jsonl").read_text().splitlines())
     with (draft / "answers.jsonl").open("a") as file:
-        file.write('{"id": "w9", "te')  # what a kill in the middle of a write leaves
+        file.write('{"id": "w9", "te')  # a line truncated by a kill
     engines = FakeEngines()
     run = answer_benchmark(spec, benchmark, SETTINGS, "", "aec", ignore, engines)
     assert len(engines.asked) == 10 - kept
@@ -93,7 +93,7 @@ def test_a_missing_model_is_an_error_with_its_path(tmp_path: Path, benchmark: Be
         answer_benchmark(ModelSpec(gguf=tmp_path / "none.gguf"), benchmark, SETTINGS, "", "aec", ignore, FakeEngines())
 
 
-def test_a_refused_question_is_named(tmp_path: Path, benchmark: Benchmark) -> None:
+def test_a_rejected_question_is_named(tmp_path: Path, benchmark: Benchmark) -> None:
     longer = benchmark.questions[3].__class__(**{**vars(benchmark.questions[3]), "prompt": "long " * 20})
     asked = Benchmark((*benchmark.questions[:3], longer), "other")
     settings = SETTINGS.model_copy(update={"context": 64})
@@ -101,7 +101,7 @@ def test_a_refused_question_is_named(tmp_path: Path, benchmark: Benchmark) -> No
         answer_benchmark(model(tmp_path, "m", 4), asked, settings, "", "aec", ignore, FakeEngines())
 
 
-def test_models_take_turns_when_they_are_timed(tmp_path: Path, benchmark: Benchmark) -> None:
+def test_models_take_turns_while_timed(tmp_path: Path, benchmark: Benchmark) -> None:
     engines = FakeEngines()
     specs = {"a": model(tmp_path, "a", 3), "b": model(tmp_path, "b", 6)}
     speeds = measure_speed(specs, benchmark, SETTINGS, "", prompts=4, open_engine=engines)
@@ -114,7 +114,7 @@ def test_models_take_turns_when_they_are_timed(tmp_path: Path, benchmark: Benchm
     assert 0 <= speeds["a"].latency_p50_ms <= speeds["a"].latency_p95_ms
 
 
-def test_where_memory_does_not_suffice_they_are_timed_one_after_the_other(
+def test_models_that_do_not_fit_into_memory_are_timed_one_by_one(
     tmp_path: Path, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import psutil
@@ -129,7 +129,7 @@ def test_where_memory_does_not_suffice_they_are_timed_one_after_the_other(
     assert [name for name, _ in engines.asked] == ["a.gguf"] * 5 + ["b.gguf"] * 5
 
 
-def test_two_models_are_compared_from_end_to_end(tmp_path: Path, benchmark: Benchmark) -> None:
+def test_two_models_are_compared_end_to_end(tmp_path: Path, benchmark: Benchmark) -> None:
     engines = FakeEngines()
     champion = Contender("base model", model(tmp_path, "a", 4))
     challenger = Contender("challenger", model(tmp_path, "b", 7))
@@ -143,12 +143,12 @@ def test_two_models_are_compared_from_end_to_end(tmp_path: Path, benchmark: Benc
     assert len(comparison.won) == 3
     asked = len(engines.asked)
     again = compared()
-    assert len(engines.asked) - asked == 2 * 12  # quality was found again, speed was not
+    assert len(engines.asked) - asked == 2 * 12  # answers are reused, speed is measured again
     assert again.questions == comparison.questions
 
 
 @pytest.mark.parametrize("used", [0.0, 0.05, 1.9])
-def test_a_speed_that_was_measured_on_a_busy_machine_says_so(
+def test_speed_of_a_busy_machine_is_flagged(
     tmp_path: Path, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, used: float
 ) -> None:
     monkeypatch.setattr(run, "available_cores", lambda: [0, 1])

@@ -1,4 +1,4 @@
-"""What one answer scores, case by case."""
+"""Scores of one answer."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_parameters(answer: str, correct: int, exact: bool, valid: bool, stated:
     assert scores.compliant is None
 
 
-def test_one_is_not_true() -> None:
+def test_true_is_not_one() -> None:
     assert not same_value(True, 1)
     assert not same_value(0, False)
     assert same_value(True, True)
@@ -61,7 +61,7 @@ def test_leaves_keep_their_path() -> None:
     assert dict(leaves({"a": {"b": [1, {"c": 2}]}, "d": []})) == {("a", "b", 0): 1, ("a", "b", 1, "c"): 2, ("d",): []}
 
 
-def test_failing_rules_are_named() -> None:
+def test_violated_rules_are_named() -> None:
     scorer = Scorer("parameters", SCHEMA, [RATED, THICK])
     assert scorer.score(WALL, json.dumps(WALL)).compliant is True
     thin = scorer.score(WALL, '{"element": "wall", "thickness_mm": 90}')
@@ -79,13 +79,13 @@ def test_failing_rules_are_named() -> None:
         ("!!", "!!", 1, 1),
     ],
 )
-def test_words_count_recall_within_the_expected_length(expected: str, answer: str, correct: int, total: int) -> None:
+def test_rouge1_is_recall_within_the_expected_length(expected: str, answer: str, correct: int, total: int) -> None:
     assert count_words(expected, answer) == (correct, total)
     scores = Scorer("rouge1").score(expected, answer)
     assert (scores.correct, scores.total, scores.valid) == (correct, total, bool(answer))
 
 
-def test_exact_counts_whole_answers() -> None:
+def test_exact_counts_answers() -> None:
     scorer = Scorer("exact")
     assert (scorer.score("Yes, it is.", " yes,  it IS.").correct, scorer.score("yes", "no").correct) == (1, 0)
     assert scorer.score({"a": 1}, '{"a": 1.0}').correct == 1
@@ -105,7 +105,7 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=5))
-def test_the_expected_answer_itself_has_everything_right(expected: dict[str, object]) -> None:
+def test_the_expected_answer_has_the_highest_score(expected: dict[str, object]) -> None:
     scores = Scorer("parameters").score(expected, json.dumps(expected))
     assert (scores.correct, scores.exact, scores.valid, scores.hallucinated) == (scores.total, True, True, 0)
 
@@ -126,6 +126,6 @@ def test_equality_is_symmetric(left: object, right: object) -> None:
 
 
 @given(st.text(), st.text())
-def test_words_never_exceed_what_is_expected(expected: str, answer: str) -> None:
+def test_rouge1_never_exceeds_the_total(expected: str, answer: str) -> None:
     correct, total = count_words(expected, answer)
     assert 0 <= correct <= total

@@ -1,4 +1,4 @@
-"""The tests of significance do what they say: checked by exact cases and by simulation."""
+"""Significance tests, verified by exact cases and by simulation."""
 
 import math
 
@@ -16,12 +16,12 @@ def test_mcnemar_is_the_binomial_tail() -> None:
     assert mcnemar(2000, 1800) == pytest.approx(0.5 * math.erfc((200 - 1) / math.sqrt(2 * 3800)), rel=0.01)
 
 
-def test_questions_worth_one_are_tested_by_mcnemar() -> None:
+def test_questions_that_count_one_use_mcnemar() -> None:
     found = paired_test([0, 0, 1, 0, 1], [1, 1, 1, 1, 0], 5)
     assert (found.method, found.p_value, found.questions) == ("exact McNemar", 5 / 16, 5)
 
 
-def test_a_clear_gain_is_sure_and_no_gain_is_not() -> None:
+def test_a_clear_gain_is_significant_and_no_gain_is_not() -> None:
     old = [2, 3, 4, 1] * 50
     better = paired_test(old, [count + 1 for count in old], 1000)
     assert (better.method, better.p_value < 0.001) == ("paired bootstrap over questions", True)
@@ -30,17 +30,17 @@ def test_a_clear_gain_is_sure_and_no_gain_is_not() -> None:
     assert paired_test([count + 1 for count in old], old, 1000).p_value == 1.0
 
 
-def test_few_differing_questions_cannot_be_more_sure_than_an_exact_test() -> None:
+def test_few_differing_questions_limit_the_p_value() -> None:
     assert paired_test([0] * 4 + [3] * 40, [3] * 4 + [3] * 40, 200).p_value == 1 / 16
 
 
-def test_the_same_counts_give_the_same_figures_in_any_order() -> None:
+def test_the_order_of_questions_does_not_matter() -> None:
     old, new = [1, 2, 3, 0, 4] * 8, [2, 2, 2, 1, 4] * 8
     assert paired_test(old, new, 200) == paired_test(old[::-1], new[::-1], 200)
 
 
 def rejections(gain: float, questions: int, trials: int = 400) -> float:
-    """The share of trials in which the test rejects at 5 %; parameters of a question are correct or wrong together."""
+    """Return the fraction of trials rejected at 5 %; the parameters of one question are correlated."""
     random = np.random.default_rng(7)
     rejected = 0
     for _ in range(trials):
@@ -55,12 +55,12 @@ def rejections(gain: float, questions: int, trials: int = 400) -> float:
 
 
 @pytest.mark.parametrize("questions", [30, 200])
-def test_without_a_true_gain_the_bootstrap_rejects_about_five_percent(questions: int) -> None:
+def test_without_a_gain_about_five_percent_are_rejected(questions: int) -> None:
     # 400 trials: the standard error is 1.1 %.
     assert 0.02 <= rejections(0.0, questions) <= 0.085
 
 
-def test_with_a_true_gain_it_mostly_rejects() -> None:
+def test_a_true_gain_is_mostly_detected() -> None:
     assert rejections(0.06, 200, trials=100) >= 0.7
 
 

@@ -1,4 +1,4 @@
-"""Real, tiny models: stories260k where it is at hand, and a random Llama with the starter model's tokenizer."""
+"""Tiny models: stories260k if available, and a random Llama with the starter model's tokenizer."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def chatty_stories(stories, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory):
-    """A random Llama with rows of 256, and the tokenizer that ships with the project."""
+    """A random Llama with rows of 256, and the tokenizer of the starter model."""
     if not (STARTER / "tokenizer.model").exists():
         pytest.skip(f"{STARTER} is not there; run git checkout data/starter_model")
     import torch

@@ -1,4 +1,4 @@
-"""Where a base model is looked for, and what its hash is made of."""
+"""Resolving and hashing base models."""
 
 import pytest
 
@@ -18,18 +18,18 @@ def folder(tmp_path, monkeypatch):
     return model
 
 
-def test_a_folder_is_taken_as_it_is_relative_to_the_project_too(folder):
+def test_a_folder_may_be_absolute_or_relative_to_the_project(folder):
     assert resolve_base_model(str(folder)) == folder
     assert resolve_base_model("finetune_pipeline/export") == PROJECT_ROOT / "finetune_pipeline" / "export"
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "data/nothing"])
-def test_a_folder_that_is_not_there_is_named(name):
+def test_a_missing_folder_is_named(name):
     with pytest.raises(ExportError, match=r"folder .*nothing.* of the base model .* does not exist"):
         resolve_base_model(name)
 
 
-def test_offline_the_error_says_what_was_looked_for_and_where(monkeypatch):
+def test_the_offline_error_names_folder_cache_and_network(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -38,31 +38,31 @@ def test_offline_the_error_says_what_was_looked_for_and_where(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
-def test_the_hash_changes_with_what_the_model_is(folder, name):
+def test_the_hash_changes_with_each_file_of_the_model(folder, name):
     before = base_hash(folder)
     (folder / name).write_text("something else")
     assert base_hash(folder) != before
 
 
-def test_the_hash_does_not_change_with_what_lies_beside_it(folder):
+def test_the_hash_ignores_other_files(folder):
     before = base_hash(folder)
     (folder / "README.md").write_text("about")
     (folder / "replay.jsonl").write_text("{}")
     assert base_hash(folder) == before
 
 
-def test_a_file_that_has_not_changed_is_not_read_again(folder, monkeypatch):
+def test_an_unchanged_file_is_not_hashed_again(folder, monkeypatch):
     before = base_hash(folder)
     monkeypatch.setattr(artifacts, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
     assert base_hash(folder) == before
 
 
-def test_a_spoilt_cache_is_no_harm(folder, tmp_path):
+def test_a_damaged_cache_is_ignored(folder, tmp_path):
     before = base_hash(folder)
     (tmp_path / "state" / "cache" / "file_hashes.json").write_text("{")
     assert base_hash(folder) == before
 
 
-def test_a_folder_without_weights_is_no_base_model(tmp_path):
+def test_a_folder_without_weights_is_not_a_base_model(tmp_path):
     with pytest.raises(ExportError, match="no safetensors weights"):
         base_hash(tmp_path)

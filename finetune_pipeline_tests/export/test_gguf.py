@@ -1,4 +1,4 @@
-"""How the steps of an export fail, and what they leave."""
+"""Errors of the export steps, which leave no files."""
 
 import sys
 from importlib import metadata
@@ -12,7 +12,7 @@ from finetune_pipeline.export.process import ExportError, run
 
 @pytest.fixture
 def converter(tmp_path, monkeypatch):
-    """Puts a script of one's own in the place of llama.cpp's converter."""
+    """Return a function that replaces llama.cpp's converter by a script."""
     folder = tmp_path / "llama.cpp"
     folder.mkdir()
     monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(folder))
@@ -25,13 +25,13 @@ def converter(tmp_path, monkeypatch):
     return write
 
 
-def test_a_missing_converter_is_an_error_that_says_make_setup(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_converter_names_make_setup(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(tmp_path))
     with pytest.raises(ExportError, match="make setup"):
         converter_folder()
 
 
-def test_a_converter_of_another_version_is_refused(converter):
+def test_a_converter_of_another_version_is_rejected(converter):
     folder = converter("")
     (folder / "VERSION").write_text("0.0.1\n")
     with pytest.raises(ExportError, match=r"0\.0\.1, but .* is installed"):
@@ -41,7 +41,7 @@ def test_a_converter_of_another_version_is_refused(converter):
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "message"),
     [
         (
             "print('BPE pre-tokenizer was not recognized'); raise SystemExit(3)",
@@ -51,13 +51,13 @@ def test_a_converter_of_another_version_is_refused(converter):
         ("import os; os.kill(os.getpid(), 9)", "SIGKILL.*memory ran out"),
     ],
 )
-def test_a_failed_conversion_says_why_and_leaves_nothing(converter, tmp_path, script, said):
+def test_a_failed_conversion_gives_the_reason_and_leaves_nothing(converter, tmp_path, script, message):
     half = "import sys; open(sys.argv[sys.argv.index('--outfile') + 1], 'w').write('half')\n"
     converter(half + script)
     out = tmp_path / "out"
-    with pytest.raises(ExportError, match=said):
+    with pytest.raises(ExportError, match=message):
         convert(tmp_path, out / "model.gguf")
-    with pytest.raises(ExportError, match=said):
+    with pytest.raises(ExportError, match=message):
         convert_adapter(tmp_path, tmp_path, out / "adapter.gguf")
     assert list(out.iterdir()) == []
 
@@ -76,7 +76,7 @@ def test_a_folder_that_is_not_an_adapter_cannot_be_merged(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_of_another_model_is_an_error_with_the_reason(random_base, tmp_path):
+def test_an_adapter_of_another_model_is_an_error(random_base, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,7 +86,7 @@ def test_an_adapter_of_another_model_is_an_error_with_the_reason(random_base, tm
         merge(random_base, tmp_path / "adapter", tmp_path / "out")
 
 
-def test_a_cancelled_step_leaves_no_process(monkeypatch):
+def test_a_canceled_step_leaves_no_process(monkeypatch):
     import subprocess
 
     started = []
@@ -101,7 +101,7 @@ def test_a_cancelled_step_leaves_no_process(monkeypatch):
     assert started[0].poll() is not None
 
 
-def test_parameters_are_counted_by_the_headers(random_base):
+def test_parameters_are_counted_from_the_headers(random_base):
     from transformers import AutoModelForCausalLM
 
     assert count_parameters(random_base) == AutoModelForCausalLM.from_pretrained(random_base).num_parameters()

@@ -1,4 +1,4 @@
-"""From weights to the GGUF that serves, held against transformers and against a text known beforehand."""
+"""Exported models, compared with transformers and with a known text."""
 
 import json
 import shutil
@@ -33,18 +33,18 @@ SAMPLES = [
 ]
 
 
-def test_the_base_alone_becomes_a_gguf_that_tells_the_known_story(stories, tmp_path):
+def test_an_exported_base_model_generates_the_known_story(stories, tmp_path):
     steps = []
     model = export(stories, None, tmp_path, "Q4_K_M", steps.append)
     assert steps == list(model.seconds) == ["convert", "quantize"]
     assert {path.name for path in tmp_path.iterdir()} == {"model-F16.gguf", "model-Q4_K_M.gguf"}
     for gguf in (model.f16, model.gguf):
         with Engine(ModelSpec(gguf=gguf, context=128, parallel=1)) as engine:
-            told = engine.generate([GenerateRequest(prompt="<s>", max_tokens=50)])[0].text
-        assert told.strip().startswith(STORY)
+            text = engine.generate([GenerateRequest(prompt="<s>", max_tokens=50)])[0].text
+        assert text.strip().startswith(STORY)
 
 
-def test_rows_that_fit_no_block_are_kept_larger_and_counted(stories, tmp_path):
+def test_rows_that_do_not_fit_a_block_keep_a_larger_type(stories, tmp_path):
     full = tmp_path / "full.gguf"
     convert(stories, full)
     for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_0"):
@@ -54,7 +54,7 @@ def test_rows_that_fit_no_block_are_kept_larger_and_counted(stories, tmp_path):
         assert sum(types.values()) == 36
 
 
-def test_at_f16_one_file_serves_and_reads_the_tokens_that_training_read(random_base, tmp_path):
+def test_f16_needs_one_file_with_the_tokens_of_training(random_base, tmp_path):
     model = export(random_base, None, tmp_path, "F16")
     assert model.gguf == model.f16
     assert [path.name for path in tmp_path.iterdir()] == ["model-F16.gguf"]
@@ -66,14 +66,14 @@ def test_at_f16_one_file_serves_and_reads_the_tokens_that_training_read(random_b
     assert "Q4_K" in tensor_types(tmp_path / "k.gguf")  # rows of 256 fit its blocks
 
 
-def test_a_tokenizer_saved_anew_is_found_out(random_base, tmp_path):
-    spoilt = tmp_path / "spoilt"
-    shutil.copytree(random_base, spoilt)
-    config = json.loads((spoilt / "tokenizer_config.json").read_text())
+def test_a_changed_tokenizer_fails_the_parity_check(random_base, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(random_base, changed)
+    config = json.loads((changed / "tokenizer_config.json").read_text())
     del config["added_tokens_decoder"]
-    (spoilt / "tokenizer_config.json").write_text(json.dumps(config))
-    convert(spoilt, tmp_path / "spoilt.gguf")
-    with Engine(ModelSpec(gguf=tmp_path / "spoilt.gguf", context=256)) as engine:
+    (changed / "tokenizer_config.json").write_text(json.dumps(config))
+    convert(changed, tmp_path / "changed.gguf")
+    with Engine(ModelSpec(gguf=tmp_path / "changed.gguf", context=256)) as engine:
         result = tokenizer_parity(random_base, engine, SAMPLES)
     assert not result.same
     assert result.offenders[0].found != result.offenders[0].expected
@@ -104,7 +104,7 @@ def adapter(chatty_stories, tmp_path_factory):
 
 
 def greedy(folder, prompts):
-    """What transformers answers with the merged weights."""
+    """Return the answers of transformers with the weights in a folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,7 +118,7 @@ def greedy(folder, prompts):
     return answers
 
 
-def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatty_stories, adapter, tmp_path):
+def test_llama_cpp_and_transformers_give_the_same_answers(chatty_stories, adapter, tmp_path):
     merge(chatty_stories, adapter, tmp_path / "merged")
     steps = []
     prompts = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
@@ -128,14 +128,14 @@ def test_a_trained_adapter_answers_in_llama_cpp_as_it_does_in_transformers(chatt
     with Engine(ModelSpec(gguf=model.f16, context=256)) as engine:
         answers = engine.generate([GenerateRequest(messages=messages, max_tokens=24) for messages in prompts])
     assert compare_answers(expected, [answer.text for answer in answers]).fraction >= 11 / 12
-    assert compare_answers(model.reference, expected).fraction >= 11 / 12  # unmerged it says the same
-    assert greedy(chatty_stories, prompts) != expected  # the adapter does change the answers
+    assert compare_answers(model.reference, expected).fraction >= 11 / 12  # unmerged too
+    assert greedy(chatty_stories, prompts) != expected  # the adapter changes the answers
     with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
         assert tokenizer_parity(chatty_stories, engine, prompts).same
     assert {_name(path) for path in (model.f16, model.gguf)} == {gguf_name(chatty_stories)}  # not the merged folder's
 
 
-def test_control_tokens_in_a_question_are_text_in_the_reference_answers(random_base, tmp_path):
+def test_control_tokens_in_a_prompt_are_text_for_the_reference(random_base, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(random_base), AutoModelForCausalLM.from_pretrained(random_base)
@@ -167,27 +167,27 @@ def _name(gguf):
     return GGUFReader(gguf).fields["general.name"].contents()
 
 
-def test_an_adapter_alone_answers_over_its_bases_gguf_as_merged(chatty_stories, adapter, tmp_path):
+def test_an_adapter_applied_to_the_base_answers_as_merged(chatty_stories, adapter, tmp_path):
     base = export(chatty_stories, None, tmp_path / "base", "F16")
     steps = []
     chats = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
     out = tmp_path / "out"
-    pair = export_adapter(chatty_stories, adapter, base.gguf, out, "F16", steps.append, ReferencePrompts(chats, 24))
-    assert steps == ["generate reference answers", "convert the adapter"] == list(pair.seconds)
+    exported = export_adapter(chatty_stories, adapter, base.gguf, out, "F16", steps.append, ReferencePrompts(chats, 24))
+    assert steps == ["generate reference answers", "convert the adapter"] == list(exported.seconds)
     assert {path.name for path in out.iterdir()} == {"adapter.gguf"}
-    assert pair.gguf == pair.f16 == base.gguf and pair.tensor_types == base.tensor_types
+    assert exported.gguf == exported.f16 == base.gguf and exported.tensor_types == base.tensor_types
     requests = [GenerateRequest(messages=messages, max_tokens=24) for messages in chats]
 
     def answers(spec):
         with Engine(spec) as engine:
             return [answer.text for answer in engine.generate(requests)]
 
-    served = answers(ModelSpec(gguf=pair.gguf, adapter=pair.adapter, context=256))
-    assert compare_answers(pair.reference, served).fraction >= 11 / 12
-    assert compare_answers(pair.reference, answers(ModelSpec(gguf=base.gguf, context=256))).fraction < 11 / 12
+    served = answers(ModelSpec(gguf=exported.gguf, adapter=exported.adapter, context=256))
+    assert compare_answers(exported.reference, served).fraction >= 11 / 12
+    assert compare_answers(exported.reference, answers(ModelSpec(gguf=base.gguf, context=256))).fraction < 11 / 12
 
 
-def test_merging_leaves_the_tokenizer_byte_for_byte_and_full_precision(chatty_stories, adapter, tmp_path):
+def test_merging_keeps_the_tokenizer_files_and_full_precision(chatty_stories, adapter, tmp_path):
     merge(chatty_stories, adapter, tmp_path / "merged")
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names == {path.name for path in chatty_stories.iterdir()}
@@ -197,13 +197,13 @@ def test_merging_leaves_the_tokenizer_byte_for_byte_and_full_precision(chatty_st
     assert set(tensor_types(tmp_path / "merged.gguf")) == {"F32"}
 
 
-def test_agreement_names_the_answers_that_differ():
+def test_agreement_has_the_indices_of_different_answers():
     result = compare_answers(["a", "b", "c"], ["a ", "x", "c"])
     assert (result.same, result.total, result.offenders) == (2, 3, (1,))
     assert compare_answers([], []).fraction == 1.0
 
 
-def test_a_qlora_adapter_is_merged_into_the_full_weights_and_not_into_the_4_bit_ones(chatty_stories, tmp_path):
+def test_a_qlora_adapter_is_merged_into_the_full_weights(chatty_stories, tmp_path):
     from datasets import Dataset, DatasetDict
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""An adapter of an output layer that is the embeddings too is merged into both, so it is refused."""
+"""An adapter on tied embeddings would be merged into the output layer too, so it is rejected."""
 
 import json
 
@@ -17,7 +17,7 @@ from .conftest import STARTER
 
 
 def base_of(random_base, folder, tied):
-    """The random base with an output layer that is its embeddings, or of its own."""
+    """Return the random base with tied or separate embeddings and output layer."""
     import shutil
 
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,7 +41,7 @@ def adapter_of(base, folder, **given):
     return folder
 
 
-def scores(model):
+def logits(model):
     import torch
 
     with torch.no_grad():
@@ -49,17 +49,17 @@ def scores(model):
 
 
 def both(base, adapter, merged):
-    """What the base with its adapter says, and what the merged model says."""
+    """Return the logits of the base with its adapter, and of the merged model."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     with_adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    return scores(with_adapter), scores(AutoModelForCausalLM.from_pretrained(merged))
+    return logits(with_adapter), logits(AutoModelForCausalLM.from_pretrained(merged))
 
 
 @pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_merged_is_the_base_with_its_adapter_or_refused(random_base, tmp_path, tied, names):
+def test_the_merged_model_equals_the_unmerged_one_or_is_rejected(random_base, tmp_path, tied, names):
     base = base_of(random_base, tmp_path / "base", tied)
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=names)
     if tied:
@@ -75,7 +75,7 @@ def test_what_is_merged_is_the_base_with_its_adapter_or_refused(random_base, tmp
 @pytest.mark.parametrize("given", [
     {"target_modules": "all-linear"}, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 30]},
 ])  # fmt: skip
-def test_other_adapters_of_a_tied_model_are_merged_as_trained(random_base, tmp_path, given):
+def test_other_adapters_of_a_tied_model_are_merged(random_base, tmp_path, given):
     base = base_of(random_base, tmp_path / "base", tied=True)
     adapter = adapter_of(base, tmp_path / "adapter", **given)
     merge_here(base, adapter, tmp_path / "merged")
@@ -87,8 +87,8 @@ def test_other_adapters_of_a_tied_model_are_merged_as_trained(random_base, tmp_p
 @pytest.mark.parametrize(
     ("names", "alpha", "least", "most"), [(["q_proj", "v_proj"], 4, 0.8, 1), (["lm_head"], 16, 0, 0.3)]
 )
-def test_agreement_with_the_unmerged_model_would_show_such_a_merge(tmp_path, monkeypatch, names, alpha, least, most):
-    monkeypatch.setattr(merge, "_refuse_tied", lambda _: None)  # as if nobody had known of it
+def test_low_agreement_reveals_such_a_merge(tmp_path, monkeypatch, names, alpha, least, most):
+    monkeypatch.setattr(merge, "_refuse_tied", lambda _: None)  # without the check
     adapter = adapter_of(STARTER, tmp_path / "adapter", target_modules=names, lora_alpha=alpha)
     chats = [
         chat_messages("", f"{thickness} mm {what} wall")

@@ -1,4 +1,4 @@
-"""The GGUF gets the template and the tokenizer that training has, whatever files and names a folder has."""
+"""The GGUF has the chat template and tokenization of training, whatever the files and name of a folder."""
 
 import json
 import shutil
@@ -25,23 +25,23 @@ def named(**templates):
     return [{"name": name, "template": text} for name, text in templates.items()]
 
 
-# What stands in tokenizer_config.json, in chat_template.jinja, in additional_chat_templates/, in chat_template.json.
+# Content of tokenizer_config.json, chat_template.jinja, additional_chat_templates/ and chat_template.json.
 FILES = {
     "config alone": (ONE, None, {}, None),
     "jinja alone": (None, ONE, {}, None),
-    "jinja beside another in the config": (OTHER, ONE, {}, None),
+    "jinja and another in the config": (OTHER, ONE, {}, None),
     "named in the config": (named(tool_use=OTHER, default=ONE), None, {}, None),
-    "named in the config beside jinja": (named(tool_use=OTHER, default=OTHER), ONE, {}, None),
+    "named in the config and jinja": (named(tool_use=OTHER, default=OTHER), ONE, {}, None),
     "named in the config, none the default": (named(tool_use=OTHER), None, {}, None),
-    "additional beside jinja": (OTHER, ONE, {"tool_use": OTHER}, None),
+    "additional and jinja": (OTHER, ONE, {"tool_use": OTHER}, None),
     "additional has the default": (OTHER, OTHER, {"default": ONE}, None),
-    "additional beside the config": (OTHER, None, {"tool_use": ONE}, None),
-    "a processor's beside jinja": (None, ONE, {}, OTHER),
+    "additional and the config": (OTHER, None, {"tool_use": ONE}, None),
+    "a processor's and jinja": (None, ONE, {}, OTHER),
     "a processor's alone": (None, None, {}, OTHER),
     "none": (None, None, {}, None),
 }
 GETS_NONE = {name for name in FILES if name.endswith(("alone", "none")) and FILES[name][:3] == (None, None, {})} | {
-    "named in the config, none the default", "additional beside the config"
+    "named in the config, none the default", "additional and the config"
 }  # fmt: skip
 
 
@@ -82,11 +82,11 @@ def test_the_template_is_the_one_that_transformers_resolves(tmp_path, case):
     stage(folder, folder, tmp_path / "staged")
     assert chat_template(tmp_path / "staged") == expected
     config = json.loads((tmp_path / "staged" / "tokenizer_config.json").read_text())
-    assert config.get("chat_template") == expected  # which is what the converter reads
+    assert config.get("chat_template") == expected  # read by the converter
     assert (tmp_path / "staged" / "tokenizer.model").samefile(folder / "tokenizer.model")
 
 
-@pytest.mark.parametrize("case", ["jinja beside another in the config", "named in the config beside jinja"])
+@pytest.mark.parametrize("case", ["jinja and another in the config", "named in the config beside jinja"])
 def test_the_gguf_renders_as_training_does(random_base, tmp_path, case):
     base = shutil.copytree(random_base, tmp_path / "base")
     write_templates(base, *FILES[case])
@@ -103,7 +103,7 @@ NAMES = ["my-base", "Phi-3-mini-4k-instruct", "phi3", "a-PHI-3.5-tune", "modern-
 
 
 def swallowing(folder):
-    """Have the special tokens swallow the white space behind them, as those of Phi-3 do."""
+    """Make special tokens absorb the white space after them, as in Phi-3."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     tokens = config["added_tokens_decoder"]
@@ -115,7 +115,7 @@ def swallowing(folder):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("place", ["folder", "published", "cache"])
-def test_a_name_says_how_tokens_are_read_and_nothing_else_does(tmp_path, name, place):
+def test_only_the_tokenizer_decides_the_gguf_name(tmp_path, name, place):
     places = {"folder": name, "published": "base", "cache": f"models--org--{name}/snapshots/0123abc"}
     base = tokenizer_alone(tmp_path / places[place])
     (base / "config.json").write_text(json.dumps({"_name_or_path": f"org/{name}"} if place == "published" else {}))
@@ -126,13 +126,13 @@ def test_a_name_says_how_tokens_are_read_and_nothing_else_does(tmp_path, name, p
     assert any(word in gguf_name(base).lower() for word in ("phi-3", "phi3")) and "modern-bert" not in gguf_name(base)
 
 
-def test_a_path_on_somebodys_machine_is_no_name(tmp_path):
+def test_a_local_path_is_not_a_name(tmp_path):
     base = tokenizer_alone(tmp_path / "mine")
     (base / "config.json").write_text(json.dumps({"_name_or_path": "/home/ann/models/phi-3"}))
     assert gguf_name(base) == "mine"
 
 
-def test_a_broken_file_of_the_tokenizer_is_named(tmp_path):
+def test_a_damaged_tokenizer_file_is_named(tmp_path):
     base = tokenizer_alone(tmp_path / "mine")
     (base / "tokenizer_config.json").write_text("{")
     with pytest.raises(ExportError, match=r"tokenizer_config\.json is not JSON"):
@@ -141,7 +141,7 @@ def test_a_broken_file_of_the_tokenizer_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["my-base", "Phi-3-mini"])
 @pytest.mark.parametrize("swallows", [False, True])
-def test_tokens_are_those_of_training_whatever_the_folder_is_called(random_base, tmp_path, name, swallows):
+def test_tokens_equal_those_of_training_for_any_folder_name(random_base, tmp_path, name, swallows):
     from transformers import AutoModelForCausalLM
 
     base = shutil.copytree(random_base, tmp_path / name)

@@ -1,4 +1,4 @@
-"""Candidates to promote, on a real database of each kind."""
+"""Candidates to promote, on real SQLite and PostgreSQL databases."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersi
 
 
 def compared(db: Database, candidate: CandidateModel, id: str, **changes: Any) -> str:
-    """Record a comparison that says to promote a candidate over the champion; returns its id."""
+    """Record a comparison that justifies promoting a candidate, and return its id."""
     now = current_deployment(db, candidate.loop)
     fields = {
         "id": id, "loop": candidate.loop, "challenger_sha256": candidate.sha256, "benchmark_sha256": "b" * 64,
@@ -42,7 +42,7 @@ MakeCandidate = Callable[..., CandidateModel]
 
 @pytest.fixture
 def candidate(own_home: Path) -> MakeCandidate:
-    """Makes a GGUF of some content and the candidate that names it."""
+    """Return a function that writes a GGUF with some content and returns its candidate."""
 
     def make(
         content: str, *, base: str = "base-1", mode: Literal["full", "incremental"] = "incremental", loop: str = "aec"

@@ -1,4 +1,4 @@
-"""The champion moves by promotion, force, switch and rollback, each in one transaction, each with its row."""
+"""Promotion, force, switch and rollback change the champion in one transaction and are recorded."""
 
 import signal
 import subprocess
@@ -29,7 +29,7 @@ from finetune_pipeline_tests.registry.conftest import MakeCandidate, compared, p
 
 
 def serve(db: Database, candidate: CandidateModel) -> ModelVersion:
-    """Promote against whatever serves now."""
+    """Promote a candidate over the current champion."""
     return promote_over(db, candidate)
 
 
@@ -62,7 +62,7 @@ def test_versions_follow_base_and_mode(db: Database, candidate: MakeCandidate) -
     assert serve(db, candidate("a", loop="notes")).name == "notes@v1.0.0"
 
 
-def test_a_promotion_keeps_all_that_is_known(db: Database, candidate: MakeCandidate) -> None:
+def test_a_promotion_stores_all_fields(db: Database, candidate: MakeCandidate) -> None:
     assert champion(db, "aec") is None
     one = candidate("a")
     promoted = serve(db, one)
@@ -80,7 +80,7 @@ def test_a_promotion_keeps_all_that_is_known(db: Database, candidate: MakeCandid
     assert find_comparison(db, "aec", row.comparison_id or "") is not None
 
 
-def test_a_champion_that_moved_is_told_and_nothing_changes(db: Database, candidate: MakeCandidate) -> None:
+def test_an_unexpected_champion_is_an_error_and_nothing_changes(db: Database, candidate: MakeCandidate) -> None:
     first = serve(db, candidate("a"))
     serve(db, candidate("b"))
     late = candidate("c")
@@ -100,7 +100,7 @@ def test_a_retried_promotion_changes_nothing(db: Database, candidate: MakeCandid
     assert len(list_deployments(db, "aec")) == 1
 
 
-def test_a_promotion_without_a_comparison_or_a_name_is_refused(db: Database, candidate: MakeCandidate) -> None:
+def test_a_promotion_needs_comparison_actor_and_reason(db: Database, candidate: MakeCandidate) -> None:
     for arguments, words in [
         (("loop", "gain", None, "promote"), "needs the comparison"),
         (("loop", "gain", "", "promote"), "needs the comparison"),
@@ -119,7 +119,7 @@ def test_force_needs_no_comparison_and_is_recorded(db: Database, candidate: Make
     assert (row.action, row.actor, row.reason, row.comparison_id) == ("force", "ann", "the customer waits", None)
 
 
-def test_rollback_walks_back_to_the_base_and_then_says_so(db: Database, candidate: MakeCandidate) -> None:
+def test_rollback_ends_at_the_base_model(db: Database, candidate: MakeCandidate) -> None:
     for name in "abc":
         serve(db, candidate(name))
     seen = [rollback(db, "aec", "ann", "worse in practice") for _ in range(3)]
@@ -147,7 +147,7 @@ def test_rollback_undoes_switches_and_promotions_after_rollbacks(db: Database, c
 
 
 def deployment(db: Database) -> dict[str, str]:
-    """Of each version whether it serves, served, or never did."""
+    """Return for each version whether it serves, served before, or never served."""
     states = {}
     for model in list_models(db, "aec"):
         assert model.retired_at is None or (model.deployed_at is not None and model.retired_at >= model.deployed_at)
@@ -156,7 +156,7 @@ def deployment(db: Database) -> dict[str, str]:
     return states
 
 
-def test_every_move_marks_what_begins_and_what_ceases_to_serve(db: Database, candidate: MakeCandidate) -> None:
+def test_every_deployment_updates_the_times_of_both_models(db: Database, candidate: MakeCandidate) -> None:
     first = serve(db, candidate("a"))
     assert first.deployed_at == list_deployments(db, "aec")[-1].created_at
     assert deployment(db) == {"v1.0.0": "serves"}
@@ -173,28 +173,28 @@ def test_every_move_marks_what_begins_and_what_ceases_to_serve(db: Database, can
     assert deployment(db) == {"v1.0.0": "served", "v1.0.1": "served"}
 
 
-def test_a_move_that_is_refused_marks_nothing(db: Database, candidate: MakeCandidate) -> None:
+def test_a_rejected_deployment_updates_nothing(db: Database, candidate: MakeCandidate) -> None:
     first = serve(db, candidate("a"))
     serve(db, candidate("b"))
     before = list_models(db, "aec")
     first.gguf_path.unlink()
-    for move in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
+    for deploy in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
         with pytest.raises(RegistryError):
-            move()
+            deploy()
     with pytest.raises(ChampionChanged):
         promote(db, candidate("c"), first.id, "loop", "gain", "c1")
     assert list_models(db, "aec") == before
 
 
-def test_switch_goes_to_any_version_and_to_the_base(db: Database, candidate: MakeCandidate) -> None:
+def test_switch_accepts_any_version_and_the_base(db: Database, candidate: MakeCandidate) -> None:
     for name in "ab":
         serve(db, candidate(name))
     for name, expected in [("v1.0.0", "v1.0.0"), ("aec@v1.0.1", "v1.0.1"), ("1.0.0", "v1.0.0"), ("base", None)]:
         switch(db, "aec", name, "ann", "to try")
         assert version(db) == expected
-    moves = len(list_deployments(db, "aec"))
+    before = len(list_deployments(db, "aec"))
     switch(db, "aec", "base", "ann", "already there")
-    assert len(list_deployments(db, "aec")) == moves
+    assert len(list_deployments(db, "aec")) == before
     assert rollback(db, "aec", "ann", "back") is not None
     assert version(db) == "v1.0.0"
 
@@ -225,7 +225,7 @@ def test_an_unknown_version_lists_the_known_ones(db: Database, candidate: MakeCa
         switch(db, "notes", "aec@v1.0.0", "ann", "to try")
 
 
-def test_a_model_whose_file_is_gone_or_differs_is_refused(db: Database, candidate: MakeCandidate) -> None:
+def test_a_missing_or_changed_file_is_rejected(db: Database, candidate: MakeCandidate) -> None:
     first = serve(db, candidate("a"))
     serve(db, candidate("b"))
     first.gguf_path.write_text("A")
@@ -243,7 +243,7 @@ def test_a_model_whose_file_is_gone_or_differs_is_refused(db: Database, candidat
         serve(db, swapped)
 
 
-def test_switch_and_rollback_do_not_read_again_what_a_promotion_read_in_full(
+def test_switch_and_rollback_do_not_hash_files_again(
     db: Database, candidate: MakeCandidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = candidate("a")
@@ -278,9 +278,7 @@ def test_the_home_can_move(
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_of_two_threads_that_promote_at_once_exactly_one_wins(
-    db: Database, candidate: MakeCandidate, first: bool
-) -> None:
+def test_exactly_one_of_concurrent_threads_promotes(db: Database, candidate: MakeCandidate, first: bool) -> None:
     expected = None if first else serve(db, candidate("start")).id
     contenders = [candidate(f"m{number}") for number in range(6)]
     ids = {one.id: compared(db, one, f"c-{one.id}") for one in contenders}
@@ -305,7 +303,7 @@ def test_of_two_threads_that_promote_at_once_exactly_one_wins(
     assert len(list_models(db, "aec")) == len(list_deployments(db, "aec")) == (1 if first else 2)
 
 
-def test_of_two_rollbacks_at_once_each_goes_one_step(db: Database, candidate: MakeCandidate) -> None:
+def test_concurrent_rollbacks_go_one_step_each(db: Database, candidate: MakeCandidate) -> None:
     for name in "abcd":
         serve(db, candidate(name))
     start, refused = threading.Barrier(3), []
@@ -345,7 +343,7 @@ try:
     )
     print(model.version)
 except champion.ChampionChanged:
-    print("moved")
+    print("changed")
 """
 
 
@@ -363,16 +361,14 @@ def process(url: str, one: CandidateModel, expected: str, wait: str = "") -> "su
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_of_two_processes_that_promote_at_once_exactly_one_wins(
-    db: Database, url: str, candidate: MakeCandidate
-) -> None:
+def test_exactly_one_of_concurrent_processes_promotes(db: Database, url: str, candidate: MakeCandidate) -> None:
     expected = serve(db, candidate("start")).id
     processes = [process(url, candidate(name), expected) for name in ("x", "y")]
     for one in processes:
         assert one.stdout is not None
         assert one.stdout.readline() == "ready\n"
     outcomes = [one.communicate("\n", timeout=60)[0].strip() for one in _started_together(processes)]
-    assert sorted(outcomes) == ["moved", "v1.0.1"]
+    assert sorted(outcomes) == ["changed", "v1.0.1"]
     assert version(db) == "v1.0.1"
 
 
@@ -384,9 +380,7 @@ def _started_together(processes: "list[subprocess.Popen[str]]") -> "list[subproc
     return processes
 
 
-def test_a_kill_in_the_middle_of_a_promotion_leaves_the_old_champion(
-    db: Database, url: str, candidate: MakeCandidate
-) -> None:
+def test_a_kill_during_a_promotion_leaves_the_old_champion(db: Database, url: str, candidate: MakeCandidate) -> None:
     old = serve(db, candidate("old"))
     killed = process(url, candidate("new"), old.id, "kill")
     killed.communicate("\n", timeout=60)
@@ -398,13 +392,13 @@ def test_a_kill_in_the_middle_of_a_promotion_leaves_the_old_champion(
 
 
 def by_hand(db: Database, one: CandidateModel, number: int, **columns: object) -> None:
-    """Write the row of a version that no promotion brought in."""
+    """Insert a version that was never promoted."""
     row = {**models_module._to_row(one), "major": number, "minor": 0, "patch": 0, "created_at": datetime.now(UTC)}
     with db.write() as connection:
         connection.execute(sa.insert(model_versions).values({**row, **columns}))
 
 
-def test_a_version_that_was_never_promoted_cannot_be_switched_to(db: Database, candidate: MakeCandidate) -> None:
+def test_switch_rejects_a_version_that_was_never_promoted(db: Database, candidate: MakeCandidate) -> None:
     first = serve(db, candidate("a"))
     by_hand(db, candidate("x"), 7)
     by_hand(db, candidate("y"), 8, id=f"{0:016x}")  # under an id that is not its file's
@@ -414,21 +408,19 @@ def test_a_version_that_was_never_promoted_cannot_be_switched_to(db: Database, c
     assert champion(db, "aec") == first and len(list_deployments(db, "aec")) == 1
 
 
-def test_a_version_whose_row_was_given_another_file_cannot_be_switched_to(
-    db: Database, candidate: MakeCandidate
-) -> None:
+def test_switch_rejects_a_version_whose_file_was_replaced_in_its_row(db: Database, candidate: MakeCandidate) -> None:
     first, other = serve(db, candidate("a")), candidate("x")
     serve(db, candidate("b"))
     changed = {"gguf_path": str(other.gguf_path), "gguf_sha256": other.gguf_sha256}
     with db.write() as connection:
         connection.execute(sa.update(model_versions).where(model_versions.c.id == first.id).values(changed))
-    for move in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
+    for deploy in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
         with pytest.raises(RegistryError):
-            move()
+            deploy()
     assert version(db) == "v1.0.1"
 
 
-def test_forced_versions_and_the_base_can_be_gone_back_to(db: Database, candidate: MakeCandidate) -> None:
+def test_switch_accepts_forced_versions_and_the_base(db: Database, candidate: MakeCandidate) -> None:
     promote(db, candidate("a"), None, "ann", "the customer waits", None, "force")
     serve(db, candidate("b"))
     for name in ("v1.0.0", "base", "v1.0.1"):
@@ -447,7 +439,7 @@ def test_forced_versions_and_the_base_can_be_gone_back_to(db: Database, candidat
         ({"after_deployment": 99}, "the champion changed"),
     ],
 )
-def test_a_comparison_that_does_not_say_so_promotes_nothing(
+def test_a_comparison_that_does_not_justify_it_promotes_nothing(
     db: Database, candidate: MakeCandidate, changes: dict[str, object], words: str
 ) -> None:
     one = candidate("a")
@@ -457,19 +449,19 @@ def test_a_comparison_that_does_not_say_so_promotes_nothing(
     assert champion(db, "aec") is None and list_models(db, "aec") == []
 
 
-@pytest.mark.parametrize("move", ["rollback", "switch away and back", "another promotion undone"])
-def test_a_comparison_from_before_the_champion_s_last_move_promotes_nothing(
-    db: Database, candidate: MakeCandidate, move: str
+@pytest.mark.parametrize("change", ["rollback", "switch away and back", "another promotion undone"])
+def test_a_comparison_before_the_last_deployment_promotes_nothing(
+    db: Database, candidate: MakeCandidate, change: str
 ) -> None:
     first, late = serve(db, candidate("a")), candidate("b")
     for id in ("used", "unused"):
         compared(db, late, id)
     promote(db, late, first.id, "loop", "gain 6 %", "used")
     rollback(db, "aec", "ann", "worse in practice")
-    if move == "switch away and back":
+    if change == "switch away and back":
         switch(db, "aec", "base", "ann", "s")
         switch(db, "aec", "v1.0.0", "ann", "s")
-    elif move == "another promotion undone":
+    elif change == "another promotion undone":
         serve(db, candidate("c"))
         rollback(db, "aec", "ann", "r")
     assert version(db) == "v1.0.0"
@@ -477,5 +469,5 @@ def test_a_comparison_from_before_the_champion_s_last_move_promotes_nothing(
         with pytest.raises(ChampionChanged, match=f"since comparison {id} was made"):
             promote(db, late, first.id, "loop", "gain 6 %", id)
     assert version(db) == "v1.0.0"
-    compared(db, late, "anew")
-    assert promote(db, late, first.id, "loop", "gain 6 %", "anew").version == "v1.0.1"
+    compared(db, late, "again")
+    assert promote(db, late, first.id, "loop", "gain 6 %", "again").version == "v1.0.1"

@@ -1,4 +1,4 @@
-"""Every report leaves one row, and the watermark of what was judged comes from them."""
+"""Recorded comparisons and the watermark of judged data."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +31,7 @@ def comparison(home: Path, id: str, watermark: int, loop: str = "aec", promote: 
     )
 
 
-def test_the_watermark_is_the_newest_judged_whatever_the_verdict(db: Database, own_home: Path) -> None:
+def test_the_watermark_does_not_depend_on_the_verdict(db: Database, own_home: Path) -> None:
     assert judged_watermark(db, "aec") == 0
     record_comparison(db, comparison(own_home, "r1", 120, promote=True))
     record_comparison(db, comparison(own_home, "r2", 180))

@@ -1,4 +1,4 @@
-"""Model files go only when nobody needs them, and a version never claims a file that is gone."""
+"""Only unused model files are deleted, and the registry never claims a deleted file."""
 
 import shutil
 import threading
@@ -38,7 +38,7 @@ COMMON: dict[str, Any] = {"loop": "aec", "settings": {}, "packages": {}}
 
 
 def gguf(version: str, over: Path | None = None) -> Path:
-    """An artifact of gguf_model, with a folder and a manifest as the stage makes them."""
+    """Publish an artifact of gguf_model and return its folder."""
     fields = {
         **COMMON, "version": version, "inputs": {}, "gguf": "model.gguf",
         "quantization": "F16", "base_model": "b", "base_hash": BASE, "adapter_version": "a", "mode": "incremental",
@@ -69,7 +69,7 @@ def report(version: str, on: str, passed: bool) -> None:
 
 
 def candidate(folder: Path, base: Path | None = None) -> CandidateModel:
-    """The candidate of an artifact; with a base, a pair."""
+    """Return the candidate of an artifact; with a base, an adapter applied to it."""
     own = folder / "model.gguf"
     files: dict[str, Any] = {"gguf_path": own, "gguf_sha256": hash_file(own)}
     if base:
@@ -85,16 +85,16 @@ def serve(db: Database, one: CandidateModel) -> ModelVersion:
 
 
 def collect(db: Database, keep: int = 1) -> list[str]:
-    """Survey, then delete all that would go; what went."""
+    """Plan a deletion, carry it out, and return the names of the deleted folders."""
     to_delete = [one.folder.path for one in plan_deletion(db, LOOP, BASE, keep) if not one.keep]
     return sorted(one.folder.path.name for one in delete_models(db, LOOP, BASE, keep, to_delete))
 
 
-def there(stage: str = "gguf_model") -> set[str]:
+def folders(stage: str = "gguf_model") -> set[str]:
     return {path.name for path in stage_folder("aec", stage).glob("*") if path.suffix != ".lock"}
 
 
-def test_old_versions_go_and_what_serves_or_served_of_late_stays(db: Database) -> None:
+def test_old_versions_are_deleted_and_recent_ones_kept(db: Database) -> None:
     for name in "abcdef":
         serve(db, candidate(gguf(name)))
     reasons = {one.folder.path.name: (one.keep, one.reason) for one in plan_deletion(db, LOOP, BASE, 2)}
@@ -103,16 +103,16 @@ def test_old_versions_go_and_what_serves_or_served_of_late_stays(db: Database) -
     assert reasons["e"] == (True, "v1.0.4, previous: the target of a rollback")
     assert reasons["d"] == (True, "v1.0.3, used by one of the last 2 deployments")
     assert reasons["a"] == (False, "v1.0.0: not champion, not previous, not in the last deployments")
-    assert there() == set("abcdef")
+    assert folders() == set("abcdef")
     assert collect(db, 2) == ["a", "b", "c"]
-    assert there() == {"d", "e", "f"}
+    assert folders() == {"d", "e", "f"}
     deleted = {model.version for model in list_models(db, "aec") if model.deleted_at}
     assert deleted == {"v1.0.0", "v1.0.1", "v1.0.2"}
     assert len(list_deployments(db, "aec")) == 6
     assert collect(db, 2) == []
 
 
-def test_a_deleted_version_says_so_and_nothing_is_skipped(db: Database) -> None:
+def test_a_deleted_version_is_an_error_and_never_skipped(db: Database) -> None:
     for name in "abcd":
         serve(db, candidate(gguf(name)))
     collect(db)
@@ -126,7 +126,7 @@ def test_a_deleted_version_says_so_and_nothing_is_skipped(db: Database) -> None:
     assert switch(db, "aec", "base", "ann", "s") is None
 
 
-def test_rollback_and_switch_go_on_after_a_deletion(db: Database) -> None:
+def test_rollback_and_switch_work_after_a_deletion(db: Database) -> None:
     for name in "abcde":
         serve(db, candidate(gguf(name)))
     assert collect(db, 3) == ["a"]
@@ -135,27 +135,27 @@ def test_rollback_and_switch_go_on_after_a_deletion(db: Database) -> None:
     assert switch(db, "aec", "v1.0.4", "ann", "s") == champion(db, "aec")
 
 
-def test_a_deleted_model_that_was_made_again_serves_under_its_old_version(db: Database) -> None:
+def test_a_deleted_model_exported_again_keeps_its_version(db: Database) -> None:
     for name in "abc":
         serve(db, candidate(gguf(name)))
     assert collect(db) == ["a"]
     again = serve(db, candidate(gguf("a")))
     assert (again.version, again.deleted_at) == ("v1.0.0", None)
     assert collect(db) == ["b"]
-    assert there() == {"a", "c"}
+    assert folders() == {"a", "c"}
 
 
-def test_only_rejected_challengers_go(db: Database) -> None:
+def test_only_rejected_challengers_are_deleted(db: Database) -> None:
     for name in ("unjudged", "rejected", "passed", "twice"):
         gguf(name)
     for version, on, passed in [("r1", "rejected", False), ("r2", "passed", True), ("r3", "twice", True)]:
         report(version, on, passed)
     report("r4", "twice", False)
     assert collect(db) == ["rejected", "twice"]
-    assert there() == {"unjudged", "passed"}
+    assert folders() == {"unjudged", "passed"}
 
 
-def test_the_newest_export_stays_though_it_was_rejected(db: Database) -> None:
+def test_the_newest_export_is_kept_even_if_rejected(db: Database) -> None:
     for number, name in enumerate("ab"):
         path = gguf(name)
         report(f"r{number}", name, False)
@@ -163,7 +163,7 @@ def test_the_newest_export_stays_though_it_was_rejected(db: Database) -> None:
     assert collect(db) == ["a"]
 
 
-def test_what_a_run_makes_now_stays(db: Database) -> None:
+def test_an_artifact_in_progress_is_kept(db: Database) -> None:
     gguf("a")
     report("r", "a", False)
     with draft("aec", "gguf_model", "a") as folder, draft("aec", "base_gguf", "x"):
@@ -175,14 +175,14 @@ def test_what_a_run_makes_now_stays(db: Database) -> None:
     assert collect(db) == ["a"]
 
 
-def test_the_base_of_the_loop_and_of_kept_pairs_stays(db: Database) -> None:
+def test_the_base_of_the_loop_and_of_kept_adapters_is_kept(db: Database) -> None:
     over_old, over_new = base_gguf("over-old", "base-0"), base_gguf("over-new", "base-0")
     base_gguf("other-base", "base-0"), base_gguf("older-engine"), base_gguf("own")
     for name, over in [("a", over_old), ("b", over_new), ("c", over_new)]:
         serve(db, candidate(gguf(name, over), over))
     gguf("challenger", base_gguf("of-a-challenger", "base-0"))
     assert collect(db) == ["a", "older-engine", "other-base", "over-old"]
-    assert there("base_gguf") == {"over-new", "own", "of-a-challenger"}
+    assert folders("base_gguf") == {"over-new", "own", "of-a-challenger"}
     assert [model.version for model in list_models(db, "aec") if model.deleted_at] == ["v1.0.0"]
 
 
@@ -206,9 +206,7 @@ def test_files_elsewhere_and_damaged_artifacts_are_never_touched(db: Database, t
 
 
 @pytest.mark.parametrize("killed_in", ["_rename_folder", "_remove_renamed"])
-def test_a_kill_leaves_a_version_that_is_marked_and_the_next_deletion_ends_it(
-    db: Database, monkeypatch: pytest.MonkeyPatch, killed_in: str
-) -> None:
+def test_the_next_deletion_finishes_a_killed_one(db: Database, monkeypatch: pytest.MonkeyPatch, killed_in: str) -> None:
     for name in "abc":
         serve(db, candidate(gguf(name)))
     to_delete = [one.folder.path for one in plan_deletion(db, LOOP, BASE, 1) if not one.keep]
@@ -227,12 +225,12 @@ def test_a_kill_leaves_a_version_that_is_marked_and_the_next_deletion_ends_it(
     with pytest.raises(RegistryError, match="were deleted"):
         switch(db, "aec", "v1.0.0", "ann", "s")
     left = {"_rename_folder": "a", "_remove_renamed": ".deleted-a"}[killed_in]
-    assert there() == {left, "b", "c"}
+    assert folders() == {left, "b", "c"}
     assert collect(db) == [left]
-    assert there() == {"b", "c"}
+    assert folders() == {"b", "c"}
 
 
-def test_a_model_that_is_deleted_after_it_was_checked_is_refused(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_deleted_after_its_check_is_rejected(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abc":
         serve(db, candidate(gguf(name)))
     rejected = candidate(gguf("rejected"))
@@ -253,7 +251,7 @@ def test_a_model_that_is_deleted_after_it_was_checked_is_refused(db: Database, m
     assert len(list_models(db, "aec")) == 3
 
 
-def test_a_model_that_is_deleted_while_it_is_read_is_refused(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_deleted_while_it_is_hashed_is_rejected(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abc":
         serve(db, candidate(gguf(name)))
     read: Callable[..., str] = models_module.hash_file_cached
@@ -268,13 +266,13 @@ def test_a_model_that_is_deleted_while_it_is_read_is_refused(db: Database, monke
     assert champion(db, "aec").version == "v1.0.2"  # type: ignore[union-attr]
 
 
-def test_what_came_to_be_needed_since_the_survey_stays(db: Database) -> None:
+def test_a_folder_needed_since_the_plan_is_kept(db: Database) -> None:
     for name in "abc":
         serve(db, candidate(gguf(name)))
     (to_delete,) = [one.folder.path for one in plan_deletion(db, LOOP, BASE, 1) if not one.keep]
     switch(db, "aec", "v1.0.0", "ann", "s")
     assert delete_models(db, LOOP, BASE, 1, [to_delete]) == []
-    assert there() == {"a", "b", "c"}
+    assert folders() == {"a", "b", "c"}
     assert not [model for model in list_models(db, "aec") if model.deleted_at]
 
 
@@ -293,12 +291,12 @@ def test_a_promotion_between_mark_and_deletion_keeps_the_model(db: Database, mon
 
     monkeypatch.setattr(garbage_collection, "lock_champion", promote_before_the_second)
     assert collect(db) == []
-    assert there() == {"a", "b", "c"}
+    assert folders() == {"a", "b", "c"}
     now = champion(db, "aec")
     assert now is not None and (now.version, now.deleted_at) == ("v1.0.0", None)
 
 
-def test_a_switch_at_the_same_moment_never_serves_a_deleted_model(db: Database) -> None:
+def test_a_concurrent_switch_never_serves_a_deleted_model(db: Database) -> None:
     for round_ in range(6):
         for name in "xyz":
             serve(db, candidate(gguf(f"{name}{round_}")))
@@ -330,7 +328,7 @@ def test_a_switch_at_the_same_moment_never_serves_a_deleted_model(db: Database) 
         assert (champion(db, "aec") == after) == switched
 
 
-def test_a_promotion_at_the_same_moment_finds_its_file_or_is_refused(db: Database) -> None:
+def test_a_concurrent_promotion_finds_its_file_or_is_rejected(db: Database) -> None:
     for round_ in range(4):
         path = gguf(f"n{round_}")
         report(f"r{round_}", path.name, False)
@@ -356,7 +354,7 @@ def test_a_promotion_at_the_same_moment_finds_its_file_or_is_refused(db: Databas
         assert (serving is not None and serving.id == one.id) == (outcomes == ["promoted"])
 
 
-def test_two_deletions_at_once_do_not_meet(db: Database) -> None:
+def test_deletions_exclude_each_other(db: Database) -> None:
     gguf("a")
     report("r", "a", False)
     with (
@@ -379,7 +377,7 @@ MODELS = [version(number) for number in range(7)]
 
 
 def replay(steps: list[tuple[str, int]]) -> list[Deployment]:
-    """A history as the registry would write it for these wishes."""
+    """Return the history that the registry would write for these steps."""
     deployments: list[Deployment] = []
     for action, number in steps:
         stack = deployment_stack(deployments)
@@ -412,12 +410,14 @@ STEPS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(steps=STEPS, keep=st.integers(1, 8), reserved=st.sets(st.integers(0, len(MODELS) - 1)))
-def test_whatever_happened_nothing_needed_goes(steps: list[tuple[str, int]], keep: int, reserved: set[int]) -> None:
+@given(steps=STEPS, keep=st.integers(1, 8), in_progress=st.sets(st.integers(0, len(MODELS) - 1)))
+def test_no_history_leads_to_deleting_a_needed_model(
+    steps: list[tuple[str, int]], keep: int, in_progress: set[int]
+) -> None:
     deployments = replay(steps)
     stack = deployment_stack(deployments)
     folders = [
-        ModelFolder(model.gguf_path.parent, False, 1, protected="in progress" if number in reserved else "")
+        ModelFolder(model.gguf_path.parent, False, 1, protected="in progress" if number in in_progress else "")
         for number, model in enumerate(MODELS)
     ]
     decisions = decide_retention(folders, RegistryState(stack[-1], MODELS, deployments), keep)
@@ -428,5 +428,5 @@ def test_whatever_happened_nothing_needed_goes(steps: list[tuple[str, int]], kee
         *(one.previous_id for one in deployments[-keep:]),
     }
     for number, model in enumerate(MODELS):
-        assert (model.gguf_path.parent in going) == (model.id not in needed and number not in reserved)
+        assert (model.gguf_path.parent in going) == (model.id not in needed and number not in in_progress)
     assert all(isinstance(one, RetentionDecision) and one.reason for one in decisions)

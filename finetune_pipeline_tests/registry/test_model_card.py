@@ -1,4 +1,4 @@
-"""The model card: front matter that Hugging Face's readers understand, and only what is known."""
+"""The model card: Hugging Face's front matter, and sections for known values only."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -49,18 +49,18 @@ def test_the_front_matter_names_base_tags_and_metrics() -> None:
     assert result["dataset"]["type"] == "c" * 64
 
 
-def test_the_card_tells_all_that_is_known() -> None:
+def test_the_card_has_all_known_values() -> None:
     text = render_model_card(ModelCard(**FULL))
-    for said in (
+    for text_part in (
         "# aec@v1.2.0", "Parses requests.", "data/starter_model (bbbbbbbbbbbbbbbb)", "ad01", "da01", "1..480",
         "| train | 1,200 |", "1.500 before, 0.250 after", "gain 16.1 %, 5 % needed", f"SHA-256 `{'a' * 64}`",
         "| parameter \\| accuracy | 70.0 % | 81.3 % |", "2026-01-02 03:04 UTC", "## Limits",
         "| training | incremental, on top of aec@v1.1.0: 40 new examples, 40 older ones replayed |",
     ):  # fmt: skip
-        assert said in text
+        assert text_part in text
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_unknown_values_are_left_out() -> None:
     text = render_model_card(ModelCard(**{name: FULL[name] for name in NEEDED}))
     assert "None" not in text and "Evaluation" not in text and "Training data" not in text and "## Training" not in text
     assert "metrics" not in front_matter(text) and "| training | incremental |" in text

@@ -1,4 +1,4 @@
-"""A training leaves one row, which says what it was whatever comes later."""
+"""Recorded training jobs."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -7,7 +7,7 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.registry.training_jobs import TrainingJob, find_training_job, record_training_job
 
 
-def training(**changes: Any) -> TrainingJob:
+def training_job(**changes: Any) -> TrainingJob:
     fields = {
         "id": "a1", "loop": "aec", "run_id": "run-1", "dataset": "d1", "method": "lora", "mode": "full",
         "device": "cpu", "examples": 120, "steps": 40, "loss_before": 1.5, "loss_after": 0.25,
@@ -17,17 +17,17 @@ def training(**changes: Any) -> TrainingJob:
     return TrainingJob(**{**fields, **changes})
 
 
-def test_what_was_recorded_is_found(db: Database) -> None:
-    record_training_job(db, training())
-    assert find_training_job(db, "aec", "a1") == training()
+def test_a_recorded_job_is_found(db: Database) -> None:
+    record_training_job(db, training_job())
+    assert find_training_job(db, "aec", "a1") == training_job()
     assert find_training_job(db, "notes", "a1") is None
     assert find_training_job(db, "aec", "a2") is None
 
 
-def test_a_training_that_was_found_again_keeps_its_first_row(db: Database) -> None:
-    record_training_job(db, training())
-    record_training_job(db, training(run_id="run-2", created_at=datetime(2026, 2, 1, tzinfo=UTC)))
-    record_training_job(db, training(loop="notes", run_id="run-3"))
+def test_recording_a_job_again_keeps_the_first_row(db: Database) -> None:
+    record_training_job(db, training_job())
+    record_training_job(db, training_job(run_id="run-2", created_at=datetime(2026, 2, 1, tzinfo=UTC)))
+    record_training_job(db, training_job(loop="notes", run_id="run-3"))
     first, other = find_training_job(db, "aec", "a1"), find_training_job(db, "notes", "a1")
     assert first is not None and first.run_id == "run-1"
     assert other is not None and other.run_id == "run-3"
