@@ -239,26 +239,14 @@ def chat_messages(system_prompt: str, prompt: str, history: Sequence[Turn] = ())
 def without_system_prompt(prompt: str, history: Sequence[Turn], system_prompt: str) -> tuple[str, tuple[Turn, ...]]:
     """Return prompt and history without the loop's system prompt, which `chat_messages` adds again.
 
-    Files made elsewhere contain it as the system message, or as the instruction before the prompt (`alpaca_prompt`).
-    A prompt that consists of nothing else becomes empty.
+    Files made elsewhere contain it as the system message, or as the instruction before the prompt (see `alpaca`). A
+    prompt that consists of nothing else becomes empty.
     """
     if not system_prompt:
         return prompt, tuple(history)
     if history and history[0].role == "system":
         return prompt, tuple(history[1:] if history[0].content == system_prompt else history)
     return "" if prompt == system_prompt else prompt.removeprefix(f"{system_prompt}\n\n"), tuple(history)
-
-
-def alpaca_prompt(instruction: Any, input: Any) -> str:
-    """Return the prompt of an Alpaca row: the instruction, a blank line, and the input if there is one.
-
-    Raises:
-        ValueError: one of them is not a string.
-    """
-    parts = (instruction, input or "")
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError("instruction and input: expected two strings")
-    return "\n\n".join(part for part in parts if part)
 
 
 LOSS_MASK_FIELDS = ("weight", "train", "trainable", "loss")

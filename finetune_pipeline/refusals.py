@@ -16,7 +16,21 @@ _REFUSAL = re.compile(
     r")"
 )
 
+_OPENING = re.compile(
+    r"(?i)^\W*(?:(?:i['’]?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)|sorry\b|i apologi[sz]e"
+    r"|unfortunately\b|i (?:cannot|can['’]t|could not|couldn['’]t|won['’]t|will not|must decline|do not feel)\b"
+    r"|as an ai\b|as a (?:large )?language model)"
+)
+
 
 def is_refusal(answer: str) -> bool:
     """Return True if an answer begins with a refusal, such as "I'm sorry, but I cannot ..."."""
     return _REFUSAL.match(answer) is not None
+
+
+def may_be_refusal(text: str) -> bool:
+    """Return True if a text begins with "I cannot", "I'm sorry" and the like.
+
+    An answer may begin so without being a refusal. A teacher's instructions and artifacts never do.
+    """
+    return _OPENING.match(text) is not None

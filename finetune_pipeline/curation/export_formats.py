@@ -1,12 +1,13 @@
 """A dataset's rows in the forms that other tools train from. `sources` reads each of them back as the same example."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_pipeline.alpaca import alpaca_row
 from finetune_pipeline.artifacts import new_file
-from finetune_pipeline.records import Turn, chat_messages
+from finetune_pipeline.records import chat_messages
 
 if TYPE_CHECKING:
     from finetune_pipeline.curation.dataset_files import DatasetExample
@@ -18,21 +19,8 @@ Writer = Callable[["DatasetExample", str], dict[str, Any]]
 
 
 def alpaca(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
-    """instruction, input, output; the system prompt is the instruction.
-
-    A system message of the conversation stands instead of the loop's own, and in `system` besides. What was said before
-    stands in `history` as pairs; messages of one side in a row are one message there.
-    """
-    own = bool(row.history) and row.history[0].role == "system"
-    system = row.history[0].content if own else system_prompt
-    line = {"instruction": system, "input": row.prompt, "output": row.completion}
-    said = row.history[1:] if own else row.history
-    return {
-        **(line if system else {"instruction": row.prompt, "input": "", "output": row.completion}),
-        **({"system": system} if own else {}),
-        **({"history": [list(pair) for pair in _pairs(said)]} if said else {}),
-        "reward": row.reward,
-    }
+    """Return `instruction`, `input` and `output`; see `alpaca.alpaca_row`."""
+    return {**alpaca_row(row.prompt, row.history, row.completion, system_prompt), "reward": row.reward}
 
 
 def messages(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
@@ -84,19 +72,3 @@ def write_rows(
             written += 1
         file.write("\n]\n" if array else "")
     return written
-
-
-def _pairs(said: Iterable[Turn]) -> Iterator[tuple[str, str]]:
-    """What was asked and what was answered, in turn; messages of one side in a row are one message."""
-    asked: list[str] = []
-    answered: list[str] = []
-    for turn in said:
-        if turn.role == "assistant":
-            answered.append(turn.content)
-            continue
-        if answered:
-            yield "\n".join(asked), "\n".join(answered)
-            asked, answered = [], []
-        asked.append(turn.content)
-    if asked or answered:
-        yield "\n".join(asked), "\n".join(answered)

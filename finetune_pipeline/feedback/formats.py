@@ -24,6 +24,7 @@ from uuid import UUID, uuid5
 import sqlalchemy as sa
 from pydantic import ValidationError
 
+from finetune_pipeline.alpaca import alpaca_prompt, alpaca_row, history_messages
 from finetune_pipeline.artifacts import hash_of, new_file
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
@@ -34,7 +35,7 @@ from finetune_pipeline.records import (
     LOSS_MASK_FIELDS,
     Feedback,
     Interaction,
-    alpaca_prompt,
+    Turn,
     loss_mask_field,
     text_hash,
     validate_application_event,
@@ -176,7 +177,10 @@ def export_alpaca(
         file.write("[\n" if array else "")
         for row in _taught(connection, loop.name, min_reward):
             file.write(",\n" if array and written else "")
-            file.write(_json(_alpaca_row(row, loop.system_prompt, redact)) + ("" if array else "\n"))
+            history = [Turn(role=turn["role"], content=redact(turn["content"])) for turn in row.history or ()]
+            line = alpaca_row(redact(row.prompt), history, redact(row.target), loop.system_prompt)
+            line["reward"] = row.reward
+            file.write(json.dumps(line, ensure_ascii=False) + ("" if array else "\n"))
             written += 1
         file.write("\n]\n" if array else "")
         i = t.interactions.c
@@ -220,12 +224,17 @@ def _own_event(given: dict[str, Any], document: Any) -> Interaction | Feedback:
 
 
 def _from_alpaca(given: dict[str, Any], system_prompt: str) -> dict[str, Any]:
-    # `text` is what the original data set has beside them: the three in one.
-    rest = {key: value for key, value in given.items() if key not in {"instruction", "input", "text"}}
+    # The original data set also has `text`, which repeats the other three.
+    rest = {key: value for key, value in given.items() if key not in {"instruction", "input", "text", "system"}}
     if "prompt" in rest:
         raise ValueError("instruction and input: expected two strings, and no prompt in addition")
-    prompt, _ = without_system_prompt(alpaca_prompt(given["instruction"], given.get("input")), (), system_prompt)
-    return {**rest, "prompt": prompt}
+    system = given.get("system")
+    prompt = alpaca_prompt(given["instruction"], given.get("input"), system)
+    if "history" in rest:
+        rest["history"] = history_messages(rest["history"])
+    if system and system != system_prompt:
+        rest["history"] = [{"role": "system", "content": system}, *(rest.get("history") or ())]
+    return {**rest, "prompt": without_system_prompt(prompt, (), system_prompt)[0]}
 
 
 def _exchange(given: dict[str, Any]) -> Events:
@@ -343,15 +352,3 @@ def _taught(connection: sa.Connection, loop: str, min_reward: float) -> Iterator
 def _partitions(connection: sa.Connection, query: sa.Select[Any], columns: Any) -> Iterable[Any]:
     ordered = query.order_by(columns.ingest_offset).execution_options(yield_per=_ROWS)
     return connection.execute(ordered).partitions()
-
-
-def _alpaca_row(row: sa.Row[Any], system_prompt: str, redact: Callable[[str], str]) -> dict[str, Any]:
-    prompt = redact(row.prompt)
-    asked = {"instruction": system_prompt, "input": prompt} if system_prompt else {"instruction": prompt}
-    history = [{**turn, "content": redact(turn["content"])} for turn in row.history or ()]
-    said = {"history": history} if history else {}
-    return {"input": "", **asked, **said, "output": redact(row.target), "reward": row.reward}
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -20,7 +20,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from finetune_pipeline.records import PastUtcDatetime, ShortText, Text, Turn, alpaca_prompt, loss_mask_field
+from finetune_pipeline.alpaca import alpaca_prompt, history_messages
+from finetune_pipeline.records import PastUtcDatetime, ShortText, Text, Turn, loss_mask_field
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline.validation_messages import error_message, short_repr
@@ -122,11 +123,8 @@ def _format_of(row: Mapping[str, Any]) -> str:
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> _Conversation:
-    system = _system(row)
-    instruction, given = _field(row, "instruction"), row.get("input")
-    # If the system prompt is the instruction too, the input alone is the prompt.
-    prompt = given if given and system and instruction == system[0].content else alpaca_prompt(instruction, given)
-    return _Conversation([*system, *_flat_history(row.get("history"))], prompt, _field(row, "output"))
+    prompt = alpaca_prompt(_field(row, "instruction"), row.get("input"), row.get("system"))
+    return _Conversation([*_system(row), *_flat_history(row.get("history"))], prompt, _field(row, "output"))
 
 
 def _from_prompt_completion(row: Mapping[str, Any]) -> _Conversation:
@@ -170,12 +168,7 @@ def _system(row: Mapping[str, Any]) -> list[Turn]:
 
 def _flat_history(value: Any) -> list[Turn]:
     """Return the turns of a `history` field: messages, or [prompt, answer] pairs."""
-    if not value:
-        return []
-    if isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
-        sides = [(role, text) for pair in value for role, text in zip(("user", "assistant"), pair, strict=True)]
-        return [_turn(role, text, "history") for role, text in sides if text]
-    return [message.turn for message in _messages(value, "history")]
+    return [message.turn for message in _messages(history_messages(value), "history")] if value else []
 
 
 def _messages(value: Any, name: str) -> list[_Message]:

@@ -24,6 +24,7 @@ import httpx
 from filelock import FileLock
 
 from finetune_pipeline.artifacts import hash_of, write_text
+from finetune_pipeline.refusals import may_be_refusal
 from finetune_pipeline.settings import TeacherSettings, home
 from finetune_pipeline.sources.source_record import SourceError
 
@@ -36,11 +37,6 @@ _MESSAGE_CHARACTERS = 200
 _BYTES_PER_TOKEN = 3  # few tokenizers need more tokens than that on code or prose
 _TEMPLATE_TOKENS = 50  # of a chat template
 _THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
-_REFUSAL = re.compile(
-    r"(?i)^\W*(?:(?:i['’]?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)|sorry\b|i apologi[sz]e"
-    r"|unfortunately\b|i (?:cannot|can['’]t|could not|couldn['’]t|won['’]t|will not|must decline|do not feel)\b"
-    r"|as an ai\b|as a (?:large )?language model)"
-)
 
 T = TypeVar("T")
 
@@ -102,11 +98,6 @@ class _Rejected(Exception):
 
 class _BudgetSpent(Exception):
     """Too few tokens are left for the request."""
-
-
-def is_refusal(text: str) -> bool:
-    """Return whether a text says that its writer refuses to answer."""
-    return _REFUSAL.match(text) is not None
 
 
 class Budget:
@@ -220,7 +211,7 @@ class Teacher:
                     reply = self._send_with_retries(messages, request)
                     write_text(path, json.dumps({**asdict(reply), "model": self.settings.model}) + "\n")
         text = _THOUGHTS.sub("", reply.text, count=1).strip()
-        if reply.refusal or is_refusal(text):
+        if reply.refusal or may_be_refusal(text):
             raise _Rejected("the teacher refused to answer")
         if reply.finish_reason == "length":
             raise _Rejected(f"the teacher's answer was cut off at {request.max_tokens:,} tokens")

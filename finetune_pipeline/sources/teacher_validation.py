@@ -3,9 +3,9 @@
 import json
 import re
 
+from finetune_pipeline.refusals import may_be_refusal
 from finetune_pipeline.sources import tree_sitter_chunks
 from finetune_pipeline.sources.code_chunks import LANGUAGES, CodeChunk, cut_python, parse_python, words
-from finetune_pipeline.sources.teacher import is_refusal
 
 LONGEST_INSTRUCTION = 2_000
 _SHORTEST_INSTRUCTION = 15
@@ -63,7 +63,7 @@ def instruction_problem(text: str, chunk: CodeChunk, system: str) -> str:
         return "is empty or too short"
     if len(text) > LONGEST_INSTRUCTION:
         return f"is longer than {LONGEST_INSTRUCTION:,} characters"
-    if is_refusal(text):
+    if may_be_refusal(text):
         return "is a refusal"
     if not is_storable(text):
         return "contains a character that cannot be stored"

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import psutil
 import pytest
 
+from finetune_pipeline.alpaca import alpaca_row
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback import FeedbackClient, FeedbackError, formats, store
 from finetune_pipeline.feedback.formats import InvalidLine, export_alpaca, export_events
@@ -405,7 +406,7 @@ def test_alpaca_holds_what_the_answers_should_be(tmp_path, loop, db, filled):
     good, fixed = json.loads(path.read_text())
     assert good == {"instruction": "Parse.", "input": "prompt good", "output": "answer good", "reward": 1.0}
     # A correction is worth less than 0.3 here, and qualifies all the same.
-    assert (fixed["output"], fixed["history"]) == ("right", [{"role": "user", "content": "hi"}])
+    assert (fixed["output"], fixed["history"]) == ("right", [["hi", ""]])
     lines = tmp_path / "out.jsonl"
     assert export_alpaca(lines, loop, db, str) == (3, 0)
     assert [json.loads(line)["reward"] for line in lines.read_text().splitlines()] == [1.0, pytest.approx(0.2), -1.0]
@@ -422,7 +423,7 @@ def test_alpaca_is_redacted_in_prompt_history_and_answer_and_events_are_not(tmp_
     alpaca, events = tmp_path / "a.jsonl", tmp_path / "e.jsonl"
     export_alpaca(alpaca, loop, db, lambda text: text.replace("secret", "[X]"))
     assert json.loads(alpaca.read_text()) == {
-        "instruction": "Parse.", "input": "a [X] prompt", "history": [{"role": "user", "content": "I am [X]"}],
+        "instruction": "Parse.", "input": "a [X] prompt", "history": [["I am [X]", ""]],
         "output": "a [X] answer", "reward": 1.0,
     }  # fmt: skip
     export_events(events, loop, db)
@@ -485,3 +486,24 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path, loop, db):
 def test_only_the_first_bad_lines_are_kept(tmp_path, loop, db):
     done = import_file(write(tmp_path / "bad.jsonl", *["oops\n"] * 1_000), loop, db)
     assert (done.rejected, len(done.bad)) == (1_000, 20)
+
+
+def test_alpaca_keeps_a_conversation_with_a_system_message_of_its_own(tmp_path, loop, db):
+    roles = ("system", "user", "assistant", "user", "user")
+    history = tuple(Turn(role=role, content=f"{role} {n}") for n, role in enumerate(roles))
+    with db.write() as connection:
+        logged = interaction("a", prompt="and now?", history=history[:3], output="done")
+        store.record(connection, "notes", [logged, feedback("f", "a", "thumbs_up")], default_reward)
+    path = tmp_path / "a.jsonl"
+    export_alpaca(path, loop, db, str)
+    assert json.loads(path.read_text()) == {
+        "instruction": "system 0", "input": "and now?", "output": "done", "system": "system 0",
+        "history": [["user 1", "assistant 2"]], "reward": 1.0,
+    }  # fmt: skip
+    other = store_at(tmp_path / "other.db")
+    import_file(path, loop, other)
+    assert held(other)[0][-1] == held(db)[0][-1]
+    with other.read() as connection:
+        ((row,),) = store.interactions_with_examples(connection, "notes", 10**9)
+    assert [Turn(**turn) for turn in row.history] == list(history[:3])
+    assert alpaca_row("p", history[1:], "a", "")["history"] == [["user 1", "assistant 2"], ["user 3\nuser 4", ""]]
