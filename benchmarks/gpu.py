@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from benchmarks.results import publish
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
+from finetune_pipeline.training.child_process import train
+from finetune_pipeline.training.hardware import peak_resident_bytes
 from finetune_pipeline.training.job import JobConfig, Progress, TrainingError, TrainingResult
-from finetune_pipeline.training.launch import train
-from finetune_pipeline.training.process import peak_resident_bytes
 
 TOKENIZER = PROJECT_ROOT / "data" / "starter_model"
 HEADINGS = ["model", "adapter", "backend", "tokens/s", "peak memory", "of matmul peak"]

@@ -13,9 +13,9 @@ from typing import Any
 from benchmarks.results import publish
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.architecture import read_architecture
-from finetune_pipeline.training.estimate import ERROR, memory
+from finetune_pipeline.training.child_process import train
+from finetune_pipeline.training.estimate import ERROR, estimate_memory
 from finetune_pipeline.training.job import JobConfig
-from finetune_pipeline.training.launch import train
 
 STARTER = PROJECT_ROOT / "data" / "starter_model"
 _SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -88,7 +88,7 @@ def _measure(folder: Path, shape: str, base: Path, tokens: int, changes: dict[st
     )
     result = train(job)
     architecture = read_architecture(base / "config.json", shape)
-    estimate = memory(architecture, settings, "cpu", bf16=result.bf16, tokens=tokens)
+    estimate = estimate_memory(architecture, settings, "cpu", bf16=result.bf16, tokens=tokens)
     return {
         "model": shape, "adapter": settings.adapter, "method": settings.method, "bf16": result.bf16,
         "checkpointing": settings.gradient_checkpointing,

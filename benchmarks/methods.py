@@ -25,8 +25,8 @@ from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.train import DATASET_TYPES
 from finetune_pipeline.records import Example
 from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, home, read_loop
+from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import JobConfig, TrainingResult
-from finetune_pipeline.training.launch import train
 
 LOOP = DEFS_FOLDER / "aec_parser" / "defs.yaml"
 CORRECTIONS = {"thumbs": 0, "fewest": 8, "few": 24, "all": None}

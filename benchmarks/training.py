@@ -107,7 +107,7 @@ def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, floa
         "share of peak",
         "speed",
     ]
-    figures = {"num_train_epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
+    figures = {"epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
     publish("training", headings, rows, figures)
     missed = [*_missed(medians, runs)]
     if missed:
@@ -172,8 +172,8 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
     from transformers import set_seed
 
     from finetune_pipeline.settings import load_loop
-    from finetune_pipeline.training.data import load, tokenizer
     from finetune_pipeline.training.job import JobConfig
+    from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
 
     output = Path(tempfile.mkdtemp(prefix="training-", dir=os.environ["FINETUNE_HOME"]))
     settings = load_loop("aec_parser").training
@@ -183,11 +183,11 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
     )
     job = JobConfig(base_model=BASE, dataset=Path(dataset), output=output, settings=settings)
     set_seed(settings.seed)  # of the adapter's first weights
-    data = load(job, tokenizer(BASE))
+    data = load_data(job, load_tokenizer(BASE))
     text = EPOCHS * sum(data.train["length"])
     answers = EPOCHS * sum(label != -100 for labels in data.train["labels"] for label in labels)
     seconds, cpu = _ours(job, data) if recipe.startswith("ours") else _trl(job, recipe)
-    loss, layers, adapter, output_matrix = _judged(output / "adapter", data.measure)
+    loss, layers, adapter, output_matrix = _judged(output / "adapter", data.validation)
     flops = (4 * layers + 6 * adapter) * text + 4 * output_matrix * answers
     shutil.rmtree(output)
     figures = {"seconds": seconds, "per_second": text / seconds, "per_cpu_second": text / cpu}
@@ -197,12 +197,12 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
 def _ours(job: Any, data: Any) -> tuple[float, float]:
     """Wall and CPU seconds of the loop of the project's own trainer, as a training of the loop calls it."""
     from finetune_pipeline.training import trainer as own
-    from finetune_pipeline.training.data import tokenizer
-    from finetune_pipeline.training.model import bfloat16_is_faster, save_adapter
+    from finetune_pipeline.training.model import bf16_is_faster, save_adapter
+    from finetune_pipeline.training.tokenized_data import load_tokenizer
 
-    bf16 = job.settings.bf16 and bfloat16_is_faster(job.settings.per_device_train_batch_size)
-    steps = own._steps(len(data.train), job.settings)
-    trainer = own._trainer(job, job.settings, data, tokenizer(job.base_model), steps, bf16)
+    bf16 = job.settings.bf16 and bf16_is_faster(job.settings.per_device_train_batch_size)
+    steps = own.count_steps(len(data.train), job.settings)
+    trainer = own.make_trainer(job, job.settings, data, load_tokenizer(job.base_model), steps, bf16)
     seconds = _timed(trainer)
     save_adapter(trainer.model, job)
     return seconds

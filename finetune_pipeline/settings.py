@@ -11,9 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from finetune_pipeline.records import Rating
+from finetune_pipeline.trainer_fields import check_lora_config, check_member, check_trainer_config
 from finetune_pipeline.validation_messages import error_messages
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -401,6 +411,8 @@ class TrainingSettings(Settings):
         default="all-linear",
         description="Modules that get LoRA layers, by the end of their names. Tied embeddings are rejected.",
     )
+    use_rslora: bool = Field(default=False, description="Rank-stabilized LoRA: scale by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = Field(default=False, description="Weight-decomposed LoRA (DoRA): more time and memory.")
     trainable_token_indices: Literal["all"] | tuple[int, ...] = Field(
         default=(),
         description="Token ids whose embeddings are trained in addition, or all; for tokens that the base model was "
@@ -416,11 +428,18 @@ class TrainingSettings(Settings):
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per update.")
     max_length: int = Field(default=1024, ge=16, description="Tokens; longer examples are left out and counted.")
     warmup_steps: Steps = Field(default=0.05, ge=0, description="Warmup steps; below 1, a fraction of all steps.")
+    lr_scheduler_type: str = Field(default="cosine", description="Learning-rate schedule, by transformers' name.")
+    optim: str = Field(default="adamw_torch_fused", description="Optimizer, by transformers' name.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of the optimizer.")
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about 20 % more time."
     )
     bf16: bool = Field(default=True, description="Compute in bfloat16 where that is faster on this machine.")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        default=None,
+        description="Attention of transformers over padded batches; default attention within packed sequences where "
+        "the architecture allows it, else transformers' choice. flash_attention_2 needs the package flash-attn.",
+    )
     reward_weighted: bool = Field(
         default=False, description="sft: sample examples in proportion to 1 + reward instead of once per epoch each."
     )
@@ -430,6 +449,9 @@ class TrainingSettings(Settings):
     loss_type: tuple[str, ...] = Field(default=("sigmoid", "sft"), description="dpo: losses that are added up.")
     loss_weights: tuple[float, ...] | None = Field(
         default=None, description="dpo: a weight for each loss_type; default 1 for each."
+    )
+    logging_steps: Steps = Field(
+        default=0.02, gt=0, description="Steps between points of the loss curve; below 1, a fraction of all steps."
     )
     save_steps: Steps = Field(
         default=0.2, gt=0, description="Steps between checkpoints and validations; below 1, a fraction of all steps."
@@ -443,6 +465,36 @@ class TrainingSettings(Settings):
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of the adapter's initial weights and the order of examples."
     )
+
+    trainer_config: dict[str, Any] = Field(
+        default={}, description="Other fields of TRL's SFTConfig, DPOConfig or KTOConfig, whichever the method uses."
+    )
+    lora_config: dict[str, Any] = Field(default={}, description="Other fields of PEFT's LoraConfig.")
+
+    @field_validator("lr_scheduler_type")
+    @classmethod
+    def _known_schedule(cls, value: str) -> str:
+        if value == "reduce_lr_on_plateau":
+            raise ValueError("but the learning rate cannot depend on the validation loss here; use cosine or linear")
+        return value if value == "cosine" else check_member(value, "SchedulerType")
+
+    @field_validator("optim")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        return value if value == "adamw_torch_fused" else check_member(value, "OptimizerNames")
+
+    @field_validator("trainer_config")
+    @classmethod
+    def _known_trainer_fields(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and "method" in info.data:
+            check_trainer_config(value, info.data["method"])
+        return value
+
+    @field_validator("lora_config")
+    @classmethod
+    def _known_lora_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_lora_config(value)
+        return value
 
     @model_validator(mode="after")
     def _each_loss_has_a_weight(self) -> "TrainingSettings":
@@ -644,11 +696,18 @@ class LoopSettings(Settings):
         return self
 
     @model_validator(mode="after")
-    def _trained_embeddings_are_merged(self) -> "LoopSettings":
-        if self.training.trainable_token_indices and self.export.form == "adapter":
+    def _adapter_gguf_can_hold_the_adapter(self) -> "LoopSettings":
+        if self.export.form == "merged":
+            return self
+        training = self.training
+        unsupported = [
+            *(name for name in ("trainable_token_indices", "use_rslora", "use_dora") if getattr(training, name)),
+            *(f"lora_config.{name}" for name in ("bias", "lora_bias", "alpha_pattern") if name in training.lora_config),
+        ]
+        if unsupported:
             raise ValueError(
-                "training.trainable_token_indices changes embeddings, which an adapter's GGUF cannot hold; set "
-                "export.form: merged, or leave it out"
+                f"a GGUF adapter cannot hold what training.{', training.'.join(unsupported)} trains; set export.form: "
+                "merged, or leave it out"
             )
         return self
 

@@ -25,6 +25,7 @@ INFRASTRUCTURE = {
     "schemas",
     "settings",
     "subprocess_lifetime",
+    "trainer_fields",
     "validation_messages",
 }
 HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}

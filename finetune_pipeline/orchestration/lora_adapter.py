@@ -13,7 +13,7 @@ from finetune_pipeline.pipeline.train import describe_progress, settings_of_run,
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
 from finetune_pipeline.training.job import RESULT, Progress, TrainingResult
-from finetune_pipeline.training.loss_curve import curve_png
+from finetune_pipeline.training.loss_curve import loss_curve_png
 
 REPORT_EVERY_SECONDS = 5.0
 
@@ -93,7 +93,7 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
         "training_loss": manifest.train_loss,
         "peak_memory_mb": manifest.peak_memory_bytes / 1e6,
         "seed": int(manifest.settings["seed"]),
-        "loss_curve": picture(curve_png(result), "loss curve"),
+        "loss_curve": picture(loss_curve_png(result), "loss curve"),
         "path": dg.MetadataValue.path(artifact.path),
     }
     if result.rejections:

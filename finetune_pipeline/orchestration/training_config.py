@@ -13,6 +13,9 @@ NOT_IN_THE_LAUNCHPAD = {
     "trainable_token_indices",
     "loss_type",
     "loss_weights",
+    "attn_implementation",
+    "trainer_config",
+    "lora_config",
     "report_to",
     "preset",
 }

@@ -13,7 +13,7 @@ from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.pipeline.required_checks import near_benchmark
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.settings import LoopSettings, TrainingSettings
-from finetune_pipeline.training.incremental import chosen, obstacle, with_both_labels
+from finetune_pipeline.training.warm_start import obstacle_to_warm_start, select_examples, with_both_labels
 
 _ANSWERS = ("completion", "label", "chosen", "rejected")
 
@@ -59,7 +59,9 @@ def start(
         return _full(
             f"the adapter of {serving.name} is not there any more, or an earlier version of this project made it"
         )
-    problem = obstacle(settings.model_dump(mode="json"), base, adapter.manifest.settings, adapter.manifest.base_hash)
+    problem = obstacle_to_warm_start(
+        settings.model_dump(mode="json"), base, adapter.manifest.settings, adapter.manifest.base_hash
+    )
     if problem:
         return _full(f"the adapter of {serving.name} cannot be gone on with: {problem}")
     learnt = _found(DatasetManifest, loop.name, adapter.manifest.inputs.get("curated_dataset"))
@@ -99,7 +101,7 @@ def _on_top(
     labels: list[bool] | None,
     settings: TrainingSettings,
 ) -> Start:
-    rows = chosen(hashes, known, settings.replay_ratio, str(settings.seed))
+    rows = select_examples(hashes, known, settings.replay_ratio, str(settings.seed))
     if not rows:
         return _full(f"nothing is new since {name} was trained")
     if labels is not None:

@@ -16,10 +16,10 @@ from finetune_pipeline.registry.training_jobs import TrainingJob, record_trainin
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.architecture import architecture_of
 from finetune_pipeline.training.checkpoints import last_complete, step_of
+from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import ADAPTER, CHECKPOINTS, JobConfig, Progress
-from finetune_pipeline.training.launch import train
-from finetune_pipeline.training.methods import Counts, choose
-from finetune_pipeline.training.presets import PRESETS, settled
+from finetune_pipeline.training.method_choice import DatasetCounts, choose_method
+from finetune_pipeline.training.presets import PRESETS, apply_preset
 
 DATASET_TYPES = {"sft": PROMPT_COMPLETION, "dpo": PREFERENCE, "kto": UNPAIRED_PREFERENCE}
 """Training method -> the dataset type that it trains on, which is a folder of the dataset."""
@@ -37,16 +37,16 @@ def check_can_train(loop: LoopSettings) -> None:
     from finetune_pipeline.training import backends
     from finetune_pipeline.training.base_model import check_base_model, check_trained_tokens
     from finetune_pipeline.training.distributed import split_batch
-    from finetune_pipeline.training.preference import check_batch
+    from finetune_pipeline.training.preference import check_micro_batch
     from finetune_pipeline.training.trackers import check_trackers
 
     settings = loop.training
     config = resolve_base_model(loop.base_model, CONFIG_FILES)
     if settings.preset is not None:
-        settings = settled(settings, architecture_of(loop.base_model))
-    backends.choose(settings).backend.validate(settings)
+        settings = apply_preset(settings, architecture_of(loop.base_model))
+    backends.choose_backend(settings).backend.validate(settings)
     check_trackers(settings)
-    check_batch(settings, split_batch(settings, settings.num_processes).per_device_train_batch_size)
+    check_micro_batch(settings, split_batch(settings, settings.num_processes).per_device_train_batch_size)
     check_trained_tokens(config, settings)
     if settings.compute == "ray":
         check_installed("training.compute")
@@ -56,7 +56,7 @@ def check_can_train(loop: LoopSettings) -> None:
 def left_to_preset(loop: LoopSettings) -> set[str]:
     """Return the names of the settings that the loop's preset fills."""
     preset = loop.training.preset
-    return set() if preset is None else set(PRESETS[preset].wish) - loop.training.model_fields_set
+    return set() if preset is None else set(PRESETS[preset].preferred) - loop.training.model_fields_set
 
 
 def settings_of_run(loop: LoopSettings, overrides: dict[str, Any]) -> TrainingSettings:
@@ -87,12 +87,14 @@ def train_adapter(
         run_id: Dagster's run, which is recorded with the training.
     """
     base, held = resolve_base_model(loop.base_model), dataset.manifest
-    counts = Counts(good=held.train - held.replayed, pairs=held.preference_pairs, bad=held.undesirable)
-    choice = choose(settings.method, counts)
+    counts = DatasetCounts(
+        desirable=held.train - held.replayed, pairs=held.preference_pairs, undesirable=held.undesirable
+    )
+    choice = choose_method(settings.method, counts)
     settings = settings.model_copy(update={"method": choice.method})
     if settings.preset is not None:
-        filled_by_preset = PRESETS[settings.preset].wish
-        settings = settled(settings, architecture_of(loop.base_model))
+        filled_by_preset = PRESETS[settings.preset].preferred
+        settings = apply_preset(settings, architecture_of(loop.base_model))
         filled = ", ".join(f"{name} {getattr(settings, name)}" for name in filled_by_preset)
         log(f"with preset {settings.preset}: {filled}")
     dataset_type = DATASET_TYPES[choice.method]

@@ -1,22 +1,31 @@
-"""Train a LoRA adapter, in a process of its own that knows nothing of Dagster.
+"""Trains a LoRA adapter in a process of its own that is independent of Dagster.
 
-launch.py         train(job): start the process, follow its progress, say why it failed
-job.py            what goes in (JobConfig) and what comes out (TrainingResult, Progress)
-__main__.py       python -m finetune_pipeline.training job.json
-methods.py        by which method to train, from what the dataset holds
-trainer.py        the training itself: TRL and PEFT; the files that load torch are this one and those it imports
-preference.py     DPO and KTO: their data, their trainers, their figure
-sampling.py       which examples a pass sees when rewards weigh them
-team.py           several processes train together: which one is this, and what is its share
-accelerated.py    starts them on this machine, one for each GPU
-ray_cluster.py    starts them on a Ray cluster, and brings progress and adapter back
-base_model.py     is this folder a base model that can be trained, asked without torch
-checkpoints.py    which checkpoint is complete, after a kill at any time
-architecture.py   what a base model is made of, without loading it
-estimate.py       memory and time of a training, part by part
-presets.py        what fits: settings for a memory size and a model
-memory.py         asked for before a training; when it runs out, half the micro-batch
-process.py        die with the parent, and have the folder alone
-progress.py       the JSON lines that everybody follows
-backends/         what trains (peft, unsloth, axolotl), whether it can here, and which one is chosen
+child_process.py    train(job): starts the process, follows its progress, says why it failed
+job.py              the input (JobConfig) and the output (TrainingResult, Progress)
+__main__.py         python -m finetune_pipeline.training job.json
+method_choice.py    chooses SFT, DPO or KTO by what the dataset holds
+trainer.py          the training itself, by TRL and PEFT; loads torch, as do the modules that it imports
+padding_free.py     SFT on packed sequences
+preference.py       DPO and KTO
+model.py            the base model's weights and the adapter over them
+callbacks.py        progress, validation, checkpoints
+conversations.py    dataset rows as tokenized conversations
+tokenized_data.py   the examples of a job as memory-mapped tokens
+reward_sampling.py  sampling of examples by their rewards
+warm_start.py       incremental training from the champion's adapter
+distributed.py      ranks of a training in several processes
+elastic_launch.py   starts them on this machine, one per GPU
+ray_cluster.py      starts them on a Ray cluster
+base_model.py       checks of the base model's folder, without torch
+checkpoints.py      complete checkpoints, after a kill at any time
+architecture.py     dimensions of a base model, without loading it
+estimate.py         memory and time of a training, part by part
+presets.py          settings that fit a memory size
+hardware.py         memory, cores and speed of this machine
+memory.py           the memory check, and what to do when memory runs out
+process.py          environment variables and the lock of the training process
+progress.py         progress as JSON lines
+trackers.py         TensorBoard, Weights & Biases, MLflow
+loss_curve.py       the loss curve as a picture
+backends/           peft, unsloth, axolotl: whether they can run here, and which one is chosen
 """

@@ -1,6 +1,6 @@
-"""python -m finetune_pipeline.training job.json: train one adapter and end.
+"""python -m finetune_pipeline.training job.json: train one adapter and exit.
 
-Exit status: 0 with a result.json; 2 when the job cannot be done (the last line of the output says why, after
+Exit status: 0 with a result.json; 2 if the job cannot be done (the last line of the output says why, after
 `TRAINING FAILED: `); anything else is a fault.
 """
 
@@ -9,18 +9,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from pydantic import ValidationError
 
 from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.subprocess_lifetime import die_with_parent
-from finetune_pipeline.training.backends import choose
+from finetune_pipeline.training.backends import choose_backend
 from finetune_pipeline.training.base_model import check_base_model, check_target_modules
+from finetune_pipeline.training.hardware import cpu_quota, threads_per_process, usable_cores
 from finetune_pipeline.training.job import REFUSAL, REFUSED, JobConfig, TrainingError, finished
 from finetune_pipeline.training.memory import MemoryRanOut
-from finetune_pipeline.training.process import ENVIRONMENT, cpu_quota, folder_alone, threads_each, usable_cores
-from finetune_pipeline.training.trackers import settle_trackers
+from finetune_pipeline.training.process import ENVIRONMENT, lock_output
+from finetune_pipeline.training.trackers import set_tensorboard_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,45 +32,39 @@ def main(arguments: list[str] | None = None) -> int:
         "--parent", type=int, help="process id to die with; without it, the training outlives its shell"
     )
     parser.add_argument(
-        "--micro-batch", type=int, help="examples in memory at once, where per_device_train_batch_size was too many"
+        "--micro-batch", type=int, help="micro-batch size, if memory ran out with per_device_train_batch_size"
     )
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with_parent(options.parent)
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     try:
-        _run(JobConfig.model_validate_json(options.job.read_bytes()), started, options.micro_batch)
+        job = JobConfig.model_validate_json(options.job.read_bytes())
+        check_base_model(job.base_model)
+        set_tensorboard_folder(job.output)
+        with lock_output(job.output):
+            if finished(job) is None:
+                _train(job, started, options.micro_batch)
     except MemoryRanOut as error:
         print(error, file=sys.stderr, flush=True)
-        _start_anew(options, error.micro_batch)
+        # A fresh process under the same id: this one does not get back all memory that the failed step held.
+        command = [sys.executable, "-u", "-m", "finetune_pipeline.training", str(options.job)]
+        if options.parent is not None:
+            command += ["--parent", str(options.parent)]
+        os.execv(sys.executable, [*command, "--micro-batch", str(error.micro_batch)])
     except (TrainingError, ClusterError, ValidationError, OSError) as error:
         print(f"{REFUSAL}{error}", file=sys.stderr, flush=True)
         return REFUSED
     return 0
 
 
-def _start_anew(options: argparse.Namespace, micro_batch: int) -> NoReturn:
-    """Become a fresh process under the same id, which gives back all memory and the folder's lock."""
-    command = [sys.executable, "-u", "-m", "finetune_pipeline.training", str(options.job)]
-    if options.parent is not None:
-        command += ["--parent", str(options.parent)]
-    os.execv(sys.executable, [*command, "--micro-batch", str(micro_batch)])
-
-
-def _run(job: JobConfig, started: float, micro_batch: int | None) -> None:
-    check_base_model(job.base_model)
-    settle_trackers(job.output)
-    with folder_alone(job.output):
-        if finished(job) is None:
-            _train(job, started, micro_batch)
-
-
 def _train(job: JobConfig, started: float, micro_batch: int | None) -> None:
-    choice = choose(job.settings)
+    choice = choose_backend(job.settings)
     choice.backend.validate(job.settings)
     print(f"backend {choice.backend.name} ({choice.reason})", flush=True)
-    # Before torch is loaded, and for the processes of a team; on a Ray cluster elsewhere Ray sees to it.
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(usable_cores(), cpu_quota(), job.settings.num_processes)))
+    # Set before torch is loaded, and inherited by further processes; workers of a Ray cluster get theirs from Ray.
+    threads = threads_per_process(usable_cores(), cpu_quota(), job.settings.num_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     check_target_modules(job.base_model, job.settings)
     if job.settings.compute == "ray":
         from finetune_pipeline.training import ray_cluster

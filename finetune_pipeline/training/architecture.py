@@ -1,4 +1,4 @@
-"""What a base model is made of, without loading it: from its config.json, or from the table of known families."""
+"""Dimensions of a base model, without loading it: from its config.json, or from a table of known families."""
 
 import json
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ from finetune_pipeline.training.job import TrainingError
 
 @dataclass(frozen=True)
 class Architecture:
-    """The dimensions of a decoder of Llama's kind: attention with grouped heads, a gated feed-forward layer.
+    """Dimensions of a Llama-like decoder: grouped-query attention and a gated feed-forward layer.
 
     Attributes:
-        name: what it is called, in messages.
+        name: of the model, for messages.
         layers: decoder layers.
         hidden: width of the residual stream.
         ffn: width within the feed-forward layer.
@@ -24,12 +24,12 @@ class Architecture:
         kv_heads: key and value heads.
         head_dim: width of a head.
         vocabulary: rows of the embeddings.
-        tied: whether the output layer is the embeddings.
+        tied: whether embeddings and output layer share their weights.
         qkv_bias: whether query, key and value have a bias (Qwen 2.5).
-        qk_norm: whether query and key are normalised (Qwen 3, Gemma 3).
-        norms: normalisations in a layer: 2, or 4 in Gemma.
-        other: parameters beside the language model: a vision tower, which stays as it is.
-        shares_rows: whether examples lie one after the other in a row (unpadded.py); else each is filled up.
+        qk_norm: whether query and key are normalized (Qwen 3, Gemma 3).
+        norms: norms in a layer: 2, or 4 in Gemma.
+        other: parameters beside the language model, such as a vision tower, which are not trained.
+        padding_free: whether SFT trains on packed sequences (padding_free.py); else examples are padded.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Architecture:
     qk_norm: bool = False
     norms: int = 2
     other: int = 0
-    shares_rows: bool = True
+    padding_free: bool = True
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one decoder layer: inputs and outputs of each."""
+        """Linear layers of one decoder layer: inputs and outputs of each."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden, queries),
@@ -63,12 +63,12 @@ class Architecture:
 
     @property
     def linear(self) -> int:
-        """Parameters of the linear layers of all decoder layers: what QLoRA holds in 4 bits."""
+        """Parameters of the linear layers of all decoder layers, which QLoRA holds in 4 bits."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.projections.values())
 
     @property
     def embeddings(self) -> int:
-        """Parameters of the embeddings, and of the output layer where it is its own."""
+        """Parameters of the embeddings, and of the output layer unless it is tied."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
@@ -79,8 +79,10 @@ class Architecture:
         return self.linear + self.embeddings + self.layers * (biases + norms) + self.hidden + self.other
 
     def trained(self, settings: TrainingSettings) -> int:
-        """Parameters that an adapter of these settings trains: rank x (inputs + outputs) of each layer (LoRA, Hu et
-        al. 2021), and the embeddings of single tokens."""
+        """Return the parameters that an adapter of these settings trains.
+
+        These are rank x (inputs + outputs) of each layer (LoRA, Hu et al. 2021), and embeddings of single tokens.
+        """
         chosen = [
             shape
             for name, shape in self.projections.items()
@@ -90,7 +92,7 @@ class Architecture:
         return adapter + self.trained_tokens(settings) * self.hidden
 
     def trained_tokens(self, settings: TrainingSettings) -> int:
-        """Tokens whose embeddings are trained."""
+        """Return the number of tokens whose embeddings are trained."""
         indices = settings.trainable_token_indices
         return self.vocabulary if indices == "all" else len(indices)
 
@@ -124,7 +126,7 @@ FAMILIES: dict[str, Architecture] = {
         Architecture("deepseek-coder-6.7b", **{**_LLAMA2_7B, "vocabulary": 32256}),
         Architecture(
             "gemma-3-12b", layers=48, hidden=3840, ffn=15360, heads=16, kv_heads=8, head_dim=256, vocabulary=262208,
-            tied=True, qk_norm=True, norms=4, other=421_000_000, shares_rows=False,
+            tied=True, qk_norm=True, norms=4, other=421_000_000, padding_free=False,
         ),
         Architecture("Qwen2.5-0.5B", **_qwen(24, 896, 4864, 14, 2, 64, 151936, tied=True), qkv_bias=True),
         Architecture("Qwen2.5-1.5B", **_qwen(28, 1536, 8960, 12, 2, 128, 151936, tied=True), qkv_bias=True),
@@ -143,25 +145,28 @@ FAMILIES: dict[str, Architecture] = {
         ),
     )
 }  # fmt: skip
-"""Published dimensions (each model's config.json), by the part of the id that says family and size."""
+"""Published dimensions (from each model's config.json), by the part of the id that names family and size."""
 
 
 def architecture_of(base: str) -> Architecture:
-    """The architecture of a base model: from its folder, from Hugging Face's cache, or from the table; no download.
+    """Return the architecture of a base model: from its folder, Hugging Face's cache, or the table; never a download.
 
     Args:
         base: a folder, absolute or relative to the project, or a Hugging Face id.
 
     Raises:
-        TrainingError: it is none of these, or its config.json is not of Llama's kind.
+        TrainingError: it is none of these, or its config.json is not of a Llama-like model.
     """
     folder = project_path(base)
     if (folder / "config.json").is_file():
         return read_architecture(folder / "config.json", base)
-    cached = _cached_config(base)
-    if cached is not None:
-        return read_architecture(cached, base)
-    known = [name for name in FAMILIES if _plain(base.rpartition("/")[2]).startswith(_plain(name))]
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(base, "config.json")
+        if isinstance(cached, str):
+            return read_architecture(Path(cached), base)
+    known = [name for name in FAMILIES if _size_name(base.rpartition("/")[2]).startswith(_size_name(name))]
     if not known:
         raise TrainingError(
             f"{base} is neither a folder with a config.json, nor downloaded, nor one of the families known here "
@@ -170,56 +175,45 @@ def architecture_of(base: str) -> Architecture:
     return FAMILIES[max(known, key=len)]
 
 
-def _plain(name: str) -> str:
-    """A model's name without what says nothing of its dimensions.
+def _size_name(name: str) -> str:
+    """Return a model's name without the parts that do not affect its dimensions.
 
     Llama 3.1 was published with and without "Meta-", and Qwen 2.5 Coder has the sizes of Qwen 2.5.
     """
     return name.lower().removeprefix("meta-").replace("qwen2.5-coder-", "qwen2.5-")
 
 
-def _cached_config(base: str) -> Path | None:
-    if base.count("/") != 1 or base.startswith((".", "/", "~")):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(base, "config.json")
-    return Path(found) if isinstance(found, str) else None
-
-
 def read_architecture(path: Path, name: str) -> Architecture:
-    """The architecture that a config.json describes; see architecture_of."""
+    """Return the architecture that a config.json describes; errors as of `architecture_of`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also where it is no UTF-8
-        raise TrainingError(f"{path} is no JSON ({error}); download {name} again") from error
+    except ValueError as error:  # UnicodeDecodeError too
+        raise TrainingError(f"{path} is not JSON ({error}); download {name} again") from error
     if not isinstance(config, dict):
-        raise TrainingError(f"{path} holds {config!r:.40}, not an object of settings; download {name} again")
-    said = {**config, **(config.get("text_config") or {})}
-    text = {key: value for key, value in said.items() if value is not None}
-    wrong = [f"{key} {text[key]!r}" for key in _COUNTS if not _is_count(text.get(key, 1))]
+        raise TrainingError(f"{path} holds {config!r:.40} instead of an object; download {name} again")
+    merged = {**config, **(config.get("text_config") or {})}
+    text = {key: value for key, value in merged.items() if value is not None}
+    counts = {key: text.get(key, 1) for key in _COUNTS}
+    wrong = [f"{key} {value!r}" for key, value in counts.items() if not isinstance(value, int) or value <= 0]
     if wrong:
-        raise TrainingError(f"{path} says {', '.join(wrong)} where a whole number is expected; download {name} again")
+        raise TrainingError(f"{path} has {', '.join(wrong)} instead of positive integers; download {name} again")
     try:
         if any(text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise TrainingError(f"{name} is a mixture of experts, whose memory cannot be planned here yet")
+            raise TrainingError(f"{name} is a mixture of experts, whose memory cannot be estimated here yet")
         architecture = _from_config(text, config.get("vision_config") or {}, name)
     except KeyError as error:
         raise TrainingError(
-            f"{path} does not say {error}, so the memory of {name} cannot be planned; known are models of Llama's "
-            "kind (Llama, Mistral, Qwen, Gemma and theirs)"
+            f"{path} has no {error}, so the memory of {name} cannot be estimated; this works for Llama-like models "
+            "(Llama, Mistral, Qwen, Gemma and their derivatives)"
         ) from error
-    return replace(architecture, shares_rows=padding_free.fits(SimpleNamespace(**{"model_type": "", **config})))
+    packs = padding_free.supports(SimpleNamespace(**{"model_type": "", **config}))
+    return replace(architecture, padding_free=packs)
 
 
 _COUNTS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size",
 )  # fmt: skip
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
 
 
 def _from_config(text: dict[str, Any], vision: dict[str, Any], name: str) -> Architecture:
@@ -242,7 +236,7 @@ def _from_config(text: dict[str, Any], vision: dict[str, Any], name: str) -> Arc
 
 
 def _vision_parameters(vision: dict[str, Any]) -> int:
-    """Of a vision tower's transformer: attention 4 h² and feed-forward 2 h f a layer; the rest is small beside them."""
+    """Estimate the parameters of a vision tower: per layer 4 h² of attention and 2 h f of feed-forward."""
     if "num_hidden_layers" not in vision:
         return 0
     hidden, ffn = vision["hidden_size"], vision["intermediate_size"]

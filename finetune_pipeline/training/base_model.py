@@ -1,4 +1,4 @@
-"""Is this folder a base model that can be trained? Asked before anything heavy is loaded."""
+"""Checks that a folder is a base model that can be trained, before anything heavy is loaded."""
 
 import json
 from pathlib import Path
@@ -14,23 +14,36 @@ def check_base_model(folder: Path) -> None:
     """Raise TrainingError unless `folder` holds a config, safetensors weights, a tokenizer and a chat template."""
     if not folder.is_dir():
         raise TrainingError(
-            f"the base model {folder} is not there; set base_model to a folder with config.json and safetensors "
+            f"the base model {folder} does not exist; set base_model to a folder with config.json and safetensors "
             "weights, or to a Hugging Face id"
         )
     if not (folder / "config.json").is_file():
-        raise TrainingError(f"{folder} has no config.json, so it is no Hugging Face model folder; check base_model")
-    _check_weights(folder)
+        raise TrainingError(f"{folder} has no config.json, so it is not a Hugging Face model folder; check base_model")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise TrainingError(f"{folder} lacks {', '.join(missing)}, which its index names; download it again")
+    elif not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        if pickled:
+            raise TrainingError(
+                f"{folder} has its weights only as pickle ({', '.join(pickled)}), which can run code when it is read "
+                "and is refused; take a safetensors version of the model"
+            )
+        raise TrainingError(f"{folder} has no safetensors weights; download the model again")
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise TrainingError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); copy it from the original model")
     if not _has_chat_template(folder):
         raise TrainingError(
-            f"{folder} has no chat template, so nobody could say where a prompt ends and an answer begins; use an "
+            f"{folder} has no chat template, which marks where a prompt ends and a completion begins; use an "
             "instruction-tuned model, or put a chat_template.jinja into the folder"
         )
 
 
 def check_trained_tokens(folder: Path, settings: TrainingSettings) -> None:
-    """Raise TrainingError if a token whose embedding is to be trained is not in the model; needs its config alone."""
+    """Raise TrainingError if a token whose embedding is to be trained is not in the model; reads its config only."""
     config = folder / "config.json"
     known = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     vocabulary = {**known, **known.get("text_config", {})}.get("vocab_size")
@@ -41,10 +54,10 @@ def check_trained_tokens(folder: Path, settings: TrainingSettings) -> None:
 def check_target_modules(folder: Path, settings: TrainingSettings) -> None:
     """Raise TrainingError for LoRA on tied embeddings or their output layer.
 
-    It would be merged into both, and a different model would serve than was trained. Inspects a model without weights,
-    since layer names and tying differ by architecture: loads torch and transformers.
+    It would be merged into both, and a different model would serve than was trained. Layer names and tying differ by
+    architecture, so this builds the model without weights; it loads torch and transformers.
     """
-    if settings.lora_target_modules == "all-linear":  # PEFT leaves out the output layer
+    if settings.lora_target_modules == "all-linear":  # PEFT excludes the output layer
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -65,23 +78,6 @@ def check_target_modules(folder: Path, settings: TrainingSettings) -> None:
             "(tie_word_embeddings): LoRA on one would be merged into both, and a different model would serve than was "
             "trained. Leave it out; trainable_token_indices trains the embeddings of single tokens"
         )
-
-
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(name for name in wanted if not (folder / name).is_file())
-        if missing:
-            raise TrainingError(f"{folder} lacks {', '.join(missing)}, which its index names; download it again")
-    elif not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        if pickled:
-            raise TrainingError(
-                f"{folder} has its weights as pickle only ({', '.join(pickled)}), which can run code when it is read "
-                "and is refused; take a safetensors version of the model"
-            )
-        raise TrainingError(f"{folder} has no safetensors weights; download the model again")
 
 
 def _has_chat_template(folder: Path) -> bool:

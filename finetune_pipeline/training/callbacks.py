@@ -1,4 +1,4 @@
-"""What is done while a training runs: progress, validation, checkpoints that are whole, a loss that is no number."""
+"""Trainer callbacks: progress, validation, complete checkpoints, resuming, and the order of examples."""
 
 import math
 import shutil
@@ -9,182 +9,173 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.training import distributed
 from finetune_pipeline.training.checkpoints import mark_complete
-from finetune_pipeline.training.job import JobConfig, Progress, TrainingError
-from finetune_pipeline.training.model import memory_now
-from finetune_pipeline.training.progress import PROGRESS, append
+from finetune_pipeline.training.job import ADAPTER_WEIGHTS, JobConfig, Progress, TrainingError
+from finetune_pipeline.training.model import memory_in_use
+from finetune_pipeline.training.progress import PROGRESS, append_progress
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 VALIDATION_LOSS = "validation_loss"
-"""Its name in the Trainer's history."""
+"""Key of the validation loss in the Trainer's log history."""
 
 _SECONDS_BETWEEN_LINES = 1.0
 
 
-def reporter(job: JobConfig) -> "TrainerCallback":
-    """The callback that writes progress, refuses a loss that is no number, and declares checkpoints whole."""
+def progress_callback(job: JobConfig, on_checkpoint: Callable[[Path], None] = lambda _: None) -> "TrainerCallback":
+    """Return a callback that writes progress, ends on a non-finite loss and marks checkpoints complete.
+
+    Args:
+        job: what is trained.
+        on_checkpoint: called on every rank with the folder of each complete checkpoint.
+    """
     from transformers import TrainerCallback
 
-    class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
         def __init__(self) -> None:
             self.began = self.written = 0.0
-            self.first = 0
+            self.first_step = 0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.began, self.first = time.monotonic(), state.global_step
+            self.began, self.first_step = time.monotonic(), state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             if "loss" not in logs:
                 return
-            must_be_finite(logs["loss"], state.global_step)
+            check_finite(logs["loss"], state.global_step)
             now = time.monotonic()
-            if not distributed.is_first():
-                return
             last = state.global_step + args.logging_steps > state.max_steps
-            if last or now - self.written >= _SECONDS_BETWEEN_LINES:
-                append(job.output / PROGRESS, _progress(args, state, logs, now - self.began, self.first))
-                self.written = now
+            if not distributed.is_rank_zero() or not (last or now - self.written >= _SECONDS_BETWEEN_LINES):
+                return
+            elapsed, done = now - self.began, max(state.global_step - self.first_step, 1)
+            validated = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
+            progress = Progress(
+                step=state.global_step,
+                steps=state.max_steps,
+                epoch=state.epoch,
+                loss=logs["loss"],
+                validation_loss=validated[-1] if validated else None,
+                learning_rate=logs["learning_rate"],
+                tokens_per_second=logs.get("num_tokens", 0) / max(elapsed, 1e-9),
+                eta_seconds=elapsed / done * (state.max_steps - state.global_step),
+                micro_batch=args.per_device_train_batch_size,
+                elapsed_seconds=elapsed,
+                memory_bytes=memory_in_use(),
+            )
+            append_progress(job.output / PROGRESS, progress)
+            self.written = now
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            distributed.wait()  # each process writes a file of its own into it
-            if not distributed.first_says(lambda: _weights_are_finite(checkpoint)):
-                if distributed.is_first():
-                    shutil.rmtree(checkpoint)  # it is worse than none: a resumed training would start from it
-                must_be_finite(math.nan, state.global_step)
-            if distributed.is_first():
+            distributed.barrier()  # each rank writes a file of its own into it
+            if not distributed.decided_by_rank_zero(lambda: _weights_are_finite(checkpoint)):
+                if distributed.is_rank_zero():
+                    shutil.rmtree(checkpoint)  # a resumed training would start from it
+                check_finite(math.nan, state.global_step)
+            if distributed.is_rank_zero():
                 mark_complete(checkpoint, job.key)
-            distributed.checkpoint_is_whole(checkpoint)
+            on_checkpoint(checkpoint)
 
-    return Reporter()
+    return ProgressCallback()
 
 
-def validator(measure: Callable[[], float], early_stopping_patience: int | None) -> "TrainerCallback":
-    """The callback that measures the validation loss whenever a checkpoint is due, and remembers which was best.
+def validation_callback(measure: Callable[[], float], patience: int | None) -> "TrainerCallback":
+    """Return a callback that measures the validation loss before each checkpoint, and remembers the lowest.
 
-    What it remembers stands in the Trainer's own state, which every checkpoint holds: a resumed training knows it too.
+    The losses are kept in the Trainer's state, which every checkpoint holds, so a resumed training has them too.
 
     Args:
-        measure: gives the validation loss of the weights as they are.
-        early_stopping_patience: ends the training after so many validations without a lower loss; None never does.
+        measure: returns the validation loss of the current weights.
+        patience: validations without a lower loss after which training stops; None never does.
     """
     from transformers import TrainerCallback
 
-    class Validator(TrainerCallback):  # type: ignore[misc]
+    class ValidationCallback(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not control.should_save:
                 return
             loss = measure()
-            must_be_finite(loss, state.global_step)
+            check_finite(loss, state.global_step)
             state.log_history.append({"step": state.global_step, VALIDATION_LOSS: loss})
             if state.best_metric is None or loss < state.best_metric:
                 state.best_metric, state.best_global_step = loss, state.global_step
-                # The Trainer keeps this one when it removes older checkpoints.
+                # The Trainer keeps the best checkpoint when it removes older ones.
                 state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            if _no_longer_better(state, early_stopping_patience):
+            if _patience_is_exhausted(state, patience):
                 control.should_training_stop = True
 
-    return Validator()
+    return ValidationCallback()
 
 
-class NothingLeft(Exception):
-    """A training that was resumed has no step left; its state and weights are those of its last checkpoint."""
+class NoStepsLeft(Exception):
+    """A resumed training has no step left; state and weights are those of its last checkpoint."""
 
 
-def resumer(early_stopping_patience: int | None) -> "TrainerCallback":
-    """The callback that makes a resumed training's state true here and now.
+def resume_callback(patience: int | None) -> "TrainerCallback":
+    """Return a callback that corrects the Trainer's state when a training resumes.
 
-    The Trainer itself would take one step more after a checkpoint behind which there is none, unless that ends an
-    epoch; and it looks for the best checkpoint in the folder where it was written, which may have been moved.
+    The Trainer looks for the best checkpoint under the path where it was written, which may have been moved; and it
+    takes one more step after the last one, unless that one ends an epoch.
 
     Args:
-        early_stopping_patience: as the validator has it.
+        patience: as for `validation_callback`.
     """
     from transformers import TrainerCallback
 
-    class Resumer(TrainerCallback):  # type: ignore[misc]
+    class ResumeCallback(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.best_global_step:
                 best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
                 if best.is_dir():
                     state.best_model_checkpoint = str(best)
-                else:  # the best of those to come, then
+                else:  # it is lost, so the best of the remaining steps counts
                     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-            if state.global_step >= state.max_steps or _no_longer_better(state, early_stopping_patience):
-                raise NothingLeft
+            if state.global_step >= state.max_steps or _patience_is_exhausted(state, patience):
+                raise NoStepsLeft
 
-    return Resumer()
+    return ResumeCallback()
 
 
-def orderer() -> "TrainerCallback":
-    """The callback by which the order of an epoch's examples follows from the seed and the epoch's number alone.
+def example_order_callback() -> "TrainerCallback":
+    """Return a callback by which the order of examples follows from the seed and the epoch's number alone.
 
-    The Trainer would draw an order by lengths from the chances of the whole process, which are others in one that
-    resumes; and with several processes it does not tell the sampler in which epoch a training resumes.
+    The Trainer groups by length with the process's random state, which differs in a resumed process; and with several
+    processes it does not tell the sampler in which epoch a training resumes.
     """
     from transformers import TrainerCallback
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
-    class Orderer(TrainerCallback):  # type: ignore[misc]
+    class ExampleOrderCallback(TrainerCallback):  # type: ignore[misc]
         def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **_: Any) -> None:
             import torch
 
-            sampler, epoch = _sampler(train_dataloader), int(state.epoch)
-            if isinstance(sampler, LengthGroupedSampler):
-                sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
-            elif hasattr(sampler, "set_epoch"):  # what is read as it lies has none
-                sampler.set_epoch(epoch)
+            batches, epoch = train_dataloader.batch_sampler, int(state.epoch)
+            while hasattr(batches, "batch_sampler"):  # Accelerate's, which split batches across ranks
+                batches = batches.batch_sampler
+            if isinstance(batches.sampler, LengthGroupedSampler):
+                batches.sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
+            elif hasattr(batches.sampler, "set_epoch"):  # a sequential one has no order to set
+                batches.sampler.set_epoch(epoch)
 
-    return Orderer()
-
-
-def _sampler(loader: Any) -> Any:
-    """What orders the examples of a loader, below Accelerate's dealing them out to processes."""
-    batches = loader.batch_sampler
-    while hasattr(batches, "batch_sampler"):
-        batches = batches.batch_sampler
-    return batches.sampler
+    return ExampleOrderCallback()
 
 
-def _no_longer_better(state: Any, early_stopping_patience: int | None) -> bool:
+def check_finite(loss: float, step: int) -> None:
+    """Raise TrainingError if a loss is NaN or infinite: the training has diverged."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} by step {step}: the training diverged and its weights are useless; lower "
+            "learning_rate (a tenth of it is a good try), or set bf16 to false"
+        )
+
+
+def _patience_is_exhausted(state: Any, patience: int | None) -> bool:
     losses = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
-    return (
-        bool(losses)
-        and early_stopping_patience is not None
-        and len(losses) - 1 - losses.index(min(losses)) >= early_stopping_patience
-    )
-
-
-def _progress(args: Any, state: Any, logs: dict[str, float], elapsed: float, first: int) -> Progress:
-    done = max(state.global_step - first, 1)
-    validated = [entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry]
-    return Progress(
-        step=state.global_step,
-        steps=state.max_steps,
-        epoch=state.epoch,
-        loss=logs["loss"],
-        validation_loss=validated[-1] if validated else None,
-        learning_rate=logs["learning_rate"],
-        tokens_per_second=logs.get("num_tokens", 0) / max(elapsed, 1e-9),
-        eta_seconds=elapsed / done * (state.max_steps - state.global_step),
-        micro_batch=args.per_device_train_batch_size,
-        elapsed_seconds=elapsed,
-        memory_bytes=memory_now(),
-    )
+    return bool(losses) and patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def _weights_are_finite(checkpoint: Path) -> bool:
     import torch
     from safetensors.torch import load_file
 
-    return all(bool(torch.isfinite(w).all()) for w in load_file(checkpoint / "adapter_model.safetensors").values())
-
-
-def must_be_finite(loss: float, step: int) -> None:
-    """Raise TrainingError when the training has diverged."""
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss became {loss} by step {step}: the training diverged and its weights are useless; lower "
-            "learning_rate (a tenth of it is a good try), or set bf16 to false"
-        )
+    return all(bool(torch.isfinite(weights).all()) for weights in load_file(checkpoint / ADAPTER_WEIGHTS).values())

@@ -1,7 +1,7 @@
-"""Which checkpoints are whole. A kill can come at any time, also in the middle of writing or of removing one.
+"""Complete checkpoints. A kill can come at any time, also while one is being written or removed.
 
-A checkpoint counts from the moment when `complete.json` lies in it, written and renamed after everything else. It
-names the job and the size of each file, so that a truncated file, or a checkpoint of other settings, is not used.
+A checkpoint is complete once it has a `complete.json`, which is written and renamed after everything else. It names the
+job and the size of each file, so a truncated file, or a checkpoint of other settings, is not used.
 """
 
 import json
@@ -14,7 +14,7 @@ COMPLETE = "complete.json"
 
 
 def mark_complete(checkpoint: Path, job: str) -> None:
-    """Flush a checkpoint's files and declare it whole."""
+    """Flush a checkpoint's files to disk, then write its `complete.json`."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != COMPLETE]
     for path in files:
         flush(path)
@@ -23,7 +23,7 @@ def mark_complete(checkpoint: Path, job: str) -> None:
 
 
 def is_complete(checkpoint: Path, job: str) -> bool:
-    """Whether a checkpoint is whole and of this job."""
+    """Return whether a checkpoint is complete and of this job."""
     try:
         marker = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
         return bool(marker["job"] == job) and all(
@@ -34,16 +34,16 @@ def is_complete(checkpoint: Path, job: str) -> bool:
 
 
 def last_complete(folder: Path, job: str) -> Path | None:
-    """The checkpoint with the most steps among the whole ones of this job; the others are removed."""
-    whole = []
+    """Return the latest complete checkpoint of this job; remove those that are incomplete or of another job."""
+    complete = []
     for checkpoint in folder.glob("checkpoint-*"):
         if is_complete(checkpoint, job):
-            whole.append(checkpoint)
+            complete.append(checkpoint)
         else:
             shutil.rmtree(checkpoint)
-    return max(whole, key=step_of, default=None)
+    return max(complete, key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of updates after which a checkpoint was written."""
+    """Return the optimizer step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("checkpoint-"))

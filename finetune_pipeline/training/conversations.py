@@ -1,11 +1,11 @@
-"""The rows of a dataset as conversations in tokens, and those that the chat template rejects. Loads transformers."""
+"""Dataset rows as tokenized conversations, and the rows that the chat template rejects. Loads transformers."""
 
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.inference.chat_template import ChatTemplate, RenderedChat, tokenizer_chat_template
+from finetune_pipeline.inference.chat_template import RenderedChat, tokenizer_chat_template
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.records import Turn, chat_messages
 from finetune_pipeline.training.job import Rejection, TrainingError
@@ -13,37 +13,41 @@ from finetune_pipeline.training.job import Rejection, TrainingError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAMED = 5  # rows that a rejection names
+IGNORE_INDEX = -100
+"""Label of a token without a loss, in PyTorch and Hugging Face."""
+
+_NAMED_ROWS = 5  # rows that a rejection names
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A row in tokens.
+class TokenizedRow:
+    """A row's conversation as token ids.
 
     Attributes:
-        prompt: everything before the answer, with the generation prompt.
-        answers: by column, prompt and answer; their start may differ from `prompt`.
-        holds_control_tokens: whether its text contains a control token, which only these tokens keep as text.
+        prompt: everything before the completion, with the generation prompt.
+        conversations: by column of a completion, the prompt with that completion. Their first tokens may differ from
+            `prompt`, since a template may write a finished turn differently.
+        holds_control_tokens: the text contains a control token of the model, which only these ids keep as text.
     """
 
     prompt: list[int]
-    answers: dict[str, list[int]]
+    conversations: dict[str, list[int]]
     holds_control_tokens: bool
 
     @property
     def length(self) -> int:
-        """Number of tokens with the longest answer."""
-        return max(map(len, self.answers.values()))
+        """Number of tokens of the longest conversation."""
+        return max(map(len, self.conversations.values()))
 
     def shared(self) -> int:
-        """Return the number of leading tokens that the prompt and all answers share."""
-        shortest = min(len(self.prompt), *map(len, self.answers.values()))
-        every = [self.prompt, *self.answers.values()]
-        return next((place for place in range(shortest) if len({ids[place] for ids in every}) > 1), shortest)
+        """Return the number of leading tokens that the prompt and all conversations share."""
+        every = [self.prompt, *self.conversations.values()]
+        shortest = min(map(len, every))
+        return next((index for index in range(shortest) if len({ids[index] for ids in every}) > 1), shortest)
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedRow:
     """A row that the chat template rejects."""
 
     reason: str
@@ -51,79 +55,90 @@ class Rejected:
 
 
 def messages_of(row: dict[str, Any], system_prompt: str) -> list[dict[str, str]]:
-    """Return the messages before the answer of a row."""
+    """Return a row's messages before the completion."""
     return chat_messages(system_prompt, row["prompt"], [Turn.model_validate(turn) for turn in row["history"]])
 
 
-def conversations(
-    rows: Sequence[dict[str, Any]], answers: Sequence[str], system_prompt: str, tokenizer: "PreTrainedTokenizerBase"
-) -> list[Conversation | Rejected]:
-    """Tokenize rows as in service: control tokens in messages are text, only the template writes real ones.
+def tokenize_rows(
+    rows: Sequence[dict[str, Any]], completions: Sequence[str], system_prompt: str, tokenizer: "PreTrainedTokenizerBase"
+) -> list[TokenizedRow | RejectedRow]:
+    """Tokenize rows as in service: only the template writes control tokens; in messages their text stays text.
 
     Args:
-        rows: of a dataset, with `prompt` and `history`.
-        answers: the columns that hold an answer.
-        system_prompt: put before every prompt.
+        rows: with `prompt` and `history`.
+        completions: the columns that hold a completion.
+        system_prompt: of every conversation.
         tokenizer: the base model's.
 
     Raises:
-        TrainingError: the base model has no chat template that can be used.
+        TrainingError: the base model has no usable chat template.
     """
     try:
         template = tokenizer_chat_template(tokenizer)
     except RequestRefused as error:
         raise TrainingError(str(error)) from error
-    rendered = [_rendered(template, row, answers, system_prompt) for row in rows]
-    whole = [texts for texts in rendered if not isinstance(texts, Rejected) and not any(text.escaped for text in texts)]
-    encoded = iter(template.encode([text for texts in whole for text in texts]))  # in one batch, which is much faster
-    found: list[Conversation | Rejected] = []
-    for row, texts in zip(rows, rendered, strict=True):
-        if isinstance(texts, Rejected):
-            found.append(texts)
-            continue
-        cut = any(text.escaped for text in texts)
+
+    def render(row: dict[str, Any]) -> list[RenderedChat] | RejectedRow:
+        messages = messages_of(row, system_prompt)
+        finished = [[*messages, {"role": "assistant", "content": row[name]}] for name in completions]
         try:
-            prompt, *rest = template.encode(texts) if cut else [next(encoded) for _ in texts]
+            return [
+                template.render(messages),
+                *(template.render(conversation, add_generation_prompt=False) for conversation in finished),
+            ]
         except RequestRefused as error:
-            found.append(Rejected(str(error), provenance(row)))
+            return RejectedRow(str(error), provenance_of(row))
+
+    rendered = [render(row) for row in rows]
+    # Texts without control tokens are encoded in one batch, which is much faster.
+    plain = [
+        texts for texts in rendered if not isinstance(texts, RejectedRow) and not any(text.escaped for text in texts)
+    ]
+    encoded = iter(template.encode([text for texts in plain for text in texts]))
+    tokenized: list[TokenizedRow | RejectedRow] = []
+    for row, texts in zip(rows, rendered, strict=True):
+        if isinstance(texts, RejectedRow):
+            tokenized.append(texts)
             continue
-        found.append(Conversation(prompt, dict(zip(answers, rest, strict=True)), cut))
-    return found
+        escaped = any(text.escaped for text in texts)
+        try:
+            prompt, *conversations = template.encode(texts) if escaped else [next(encoded) for _ in texts]
+        except RequestRefused as error:
+            tokenized.append(RejectedRow(str(error), provenance_of(row)))
+            continue
+        tokenized.append(TokenizedRow(prompt, dict(zip(completions, conversations, strict=True)), escaped))
+    return tokenized
 
 
-def _rendered(
-    template: ChatTemplate, row: dict[str, Any], answers: Sequence[str], system_prompt: str
-) -> list[RenderedChat] | Rejected:
-    asked = messages_of(row, system_prompt)
-    whole = [[*asked, {"role": "assistant", "content": row[name]}] for name in answers]
-    try:
-        return [template.render(asked), *(template.render(one, add_generation_prompt=False) for one in whole)]
-    except RequestRefused as error:
-        return Rejected(str(error), provenance(row))
+def labels_of(prompt: list[int], ids: list[int]) -> list[int]:
+    """Return the labels of a conversation: its tokens from the first one that differs from the prompt."""
+    differs = next((index for index, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), None)
+    start = max(len(prompt) if differs is None else differs, 1)  # no token precedes the first one to predict it from
+    return [IGNORE_INDEX] * start + ids[start:]
 
 
-def provenance(row: dict[str, Any]) -> str:
-    """Return where a row comes from."""
+def provenance_of(row: dict[str, Any]) -> str:
+    """Return where a row comes from, in words."""
     interaction = row.get("interaction_id")
     parts = [row.get("source"), row.get("provenance"), f"interaction {interaction}" if interaction else None]
     return ", ".join(filter(None, parts)) or "unknown"
 
 
-def rejections(rejected: Iterable[Rejected], of: int, split: str) -> tuple[Rejection, ...]:
+def count_rejections(rejected: Iterable[RejectedRow], rows: int, split: str) -> tuple[Rejection, ...]:
     """Count rejected rows by reason, and log the counts.
 
     Args:
         rejected: the rejected rows.
-        of: number of all rows.
+        rows: number of all rows of the split.
         split: train or validation.
     """
     by_reason: dict[str, list[str]] = {}
     for row in rejected:
         by_reason.setdefault(row.reason, []).append(row.provenance)
     counted = tuple(
-        Rejection(split=split, reason=reason, count=len(rows), examples=tuple(rows[:_NAMED]))
-        for reason, rows in by_reason.items()
+        Rejection(split=split, reason=reason, count=len(found), examples=tuple(found[:_NAMED_ROWS]))
+        for reason, found in by_reason.items()
     )
     for one in counted:
-        print(f"left out {one.count} of {of} {split} examples: {one}", file=sys.stderr, flush=True)
+        print(f"left out {one.count} of {rows} {split} examples: {one}", file=sys.stderr, flush=True)
     return counted

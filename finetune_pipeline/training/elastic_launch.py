@@ -1,7 +1,7 @@
-"""Several processes of one machine train together: one for each GPU, or several on the CPU.
+"""Trains in several processes of this machine: one per GPU, or several on the CPU.
 
-What Accelerate's own launcher does for a script, done here for a function: PyTorch's elastic launcher starts the
-processes, and the Trainer's Accelerate joins them by NCCL (GPUs) or Gloo (CPU).
+This does for a function what Accelerate's launcher does for a script: PyTorch's elastic launcher starts the processes,
+and the Trainer's Accelerate joins them by NCCL (GPUs) or Gloo (CPU).
 """
 
 import os
@@ -9,6 +9,7 @@ import os
 from finetune_pipeline.subprocess_lifetime import die_with_parent
 from finetune_pipeline.training import distributed
 from finetune_pipeline.training.job import JobConfig, TrainingError
+from finetune_pipeline.training.memory import RankOutOfMemory
 
 
 def train(job: JobConfig, started: float) -> None:
@@ -21,12 +22,17 @@ def train(job: JobConfig, started: float) -> None:
     Raises:
         TrainingError: the job is impossible, or there are fewer GPUs than processes.
     """
+    import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     processes = job.settings.num_processes
-    distributed.split_batch(job.settings, processes)
-    _check_devices(processes)
+    distributed.split_batch(job.settings, processes)  # raises if it cannot be split
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise TrainingError(
+            f"num_processes is {processes}, but this machine has {gpus} GPU(s); set num_processes to {gpus}"
+        )
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -34,48 +40,39 @@ def train(job: JobConfig, started: float) -> None:
         run_id=job.key,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,  # a process that failed on this machine fails again; the next run goes on from the checkpoint
+        max_restarts=0,  # what fails on this machine would fail again; the next run resumes from the checkpoint
         start_method="spawn",
     )
     try:
-        refusals = elastic_launch(config, _member)(os.getpid(), job.model_dump_json(), started)
+        refusals = elastic_launch(config, _rank)(os.getpid(), job.model_dump_json(), started)
     except ChildFailedError as error:
         raise TrainingError(_failure(error)) from error
     if reason := next(filter(None, refusals.values()), ""):
         raise TrainingError(reason)
 
 
-def _member(parent: int, job: str, started: float) -> str:
+def _rank(parent: int, job: str, started: float) -> str:
     import torch
+
+    from finetune_pipeline.training.trainer import train_rank
 
     die_with_parent(parent)
-    if not torch.cuda.is_available():  # Accelerate would number it, and no checkpoint can be loaded to "cpu:0"
+    if not torch.cuda.is_available():  # Accelerate would number the device, and no checkpoint loads to "cpu:0"
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    return distributed.take_part(JobConfig.model_validate_json(job), started)
-
-
-def _check_devices(processes: int) -> None:
-    import torch
-
-    devices = torch.cuda.device_count()
-    if 0 < devices < processes:
-        raise TrainingError(
-            f"num_processes is {processes}, but this machine has {devices} GPU(s); set num_processes to {devices}"
-        )
+    return train_rank(JobConfig.model_validate_json(job), started)
 
 
 def _failure(error: "Exception") -> str:
-    # An exception leaves what it said; a signal leaves a plain text. Others may fail because the first one did.
+    # An exception leaves a dict; a signal leaves a plain text. Other ranks may fail because the first one did.
     failures = error.failures.values()  # type: ignore[attr-defined]  # torch is untyped here
-    said = [failure.message["message"] for failure in failures if isinstance(failure.message, dict)]
-    mark = f"{distributed.MemoryRanOutHere.__name__}: "
-    if ran_out := next((words for words in said if words.startswith(mark)), ""):
-        return str(ran_out.removeprefix(mark))
+    messages = [failure.message["message"] for failure in failures if isinstance(failure.message, dict)]
+    prefix = f"{RankOutOfMemory.__name__}: "
+    if ran_out := next((message for message in messages if message.startswith(prefix)), ""):
+        return str(ran_out.removeprefix(prefix))
     rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
-    how = failure.signal_name() if failure.exitcode < 0 else f"status {failure.exitcode}"
-    cause = (
-        ", most likely because memory ran out: use a smaller per_device_train_batch_size or max_length"
-        if "KILL" in how
-        else ""
-    )
-    return f"worker {rank} ended with {how}{cause}; running it again goes on from the last checkpoint"
+    how, cause = f"status {failure.exitcode}", ""
+    if failure.exitcode < 0:
+        how = failure.signal_name()
+    if "KILL" in how:
+        cause = ", most likely because memory ran out: use a smaller per_device_train_batch_size or max_length"
+    return f"rank {rank} ended with {how}{cause}; running it again resumes from the last checkpoint"

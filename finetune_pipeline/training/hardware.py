@@ -1,40 +1,126 @@
-"""How fast and how large this machine is, measured in a second. Loads torch."""
+"""Memory, cores and speed of this machine, within the limits of its container."""
 
+import sys
 import time
+from pathlib import Path
 
+from finetune_pipeline.inference.threads import available_cores
 from finetune_pipeline.training.estimate import CONTEXT_BYTES, PROCESS_BYTES
-from finetune_pipeline.training.memory import available_bytes
-from finetune_pipeline.training.presets import ASSUMED_SHARE, Machine
+from finetune_pipeline.training.presets import ASSUMED_UTILIZATION, Machine
 
-_SIZE = {"cpu": 1024, "gpu": 8192}
-_PRODUCTS = 5
+_CGROUP_MEMORY = (  # limit and usage, in versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+_MATRIX_SIZE = {"cpu": 1024, "gpu": 8192}
+_REPETITIONS = 5
 
 
 def this_machine() -> Machine:
-    """This machine's free memory, and the speed of its matrix products, of which a training reaches a share."""
+    """Measure this machine's free memory and the speed of its matrix products. Takes a second and loads torch."""
     import torch
 
     gpu = torch.cuda.is_available()
-    available = available_bytes() + (CONTEXT_BYTES if gpu else PROCESS_BYTES)  # the part that this process holds
     bf16 = gpu and torch.cuda.is_bf16_supported()
-    peak = _products_a_second(gpu, bf16)
-    kind = "bfloat16" if bf16 else "float32"
-    source = f"{ASSUMED_SHARE:.0%} (assumed) of the {peak / 1e12:.3g} that {kind} matrix products reach here (measured)"
-    return Machine("gpu" if gpu else "cpu", available, bf16, ASSUMED_SHARE * peak, source)
-
-
-def _products_a_second(gpu: bool, bf16: bool) -> float:
-    """Operations a second of the best of some square matrix products."""
-    import torch
-
-    size = _SIZE["gpu" if gpu else "cpu"]
-    kind = torch.bfloat16 if bf16 else torch.float32
-    matrix = torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=kind)
-    best = float("inf")
-    for _ in range(_PRODUCTS):
+    device, dtype = "gpu" if gpu else "cpu", torch.bfloat16 if bf16 else torch.float32
+    size = _MATRIX_SIZE[device]
+    matrix = torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=dtype)
+    fastest = float("inf")
+    for _ in range(_REPETITIONS):
         began = time.perf_counter()
         matrix @ matrix
         if gpu:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        fastest = min(fastest, time.perf_counter() - began)
+    peak = 2 * size**3 / fastest
+    return Machine(
+        device="gpu" if gpu else "cpu",
+        bytes=available_memory() + (CONTEXT_BYTES if gpu else PROCESS_BYTES),  # this process holds that part already
+        bf16=bf16,
+        rate=ASSUMED_UTILIZATION * peak,
+        source=f"{ASSUMED_UTILIZATION:.0%} (assumed) of the {peak / 1e12:.3g} that {'bfloat16' if bf16 else 'float32'} "
+        "matrix products reach here (measured)",
+    )
+
+
+def available_memory() -> int:
+    """Return the free bytes of the GPU where there is one, else of main memory."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else available_main_memory()
+
+
+def available_main_memory() -> int:
+    """Return the free bytes of main memory, in a container at most what its limit leaves."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for limit, usage in _CGROUP_MEMORY:
+        try:
+            left = int(Path(limit).read_text()) - int(Path(usage).read_text())
+        except (OSError, ValueError):  # another version of cgroups, or "max"
+            continue
+        try:
+            counts = dict(line.split() for line in (Path(limit).parent / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            counts = {}
+        # cgroups count the page cache as used, though it is given back on demand.
+        cached = sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
+        available = min(available, max(left, 0) + cached)
+    return available
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak resident memory of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held before it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def usable_cores() -> int:
+    """Return the number of physical cores that this process may use."""
+    import psutil
+
+    allowed = len(available_cores())
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return the CPU quota of this process's cgroup and its parents, in cores (Linux); None without a limit.
+
+    Args:
+        root: where cgroups of version 2 are mounted.
+        own: file that names this process's cgroup.
+    """
+    try:
+        group = next(line for line in own.read_text().splitlines() if line.startswith("0::")).removeprefix("0::/")
+    except (OSError, StopIteration):  # not Linux, or only version 1
+        return None
+    quotas = []
+    for folder in [root / group, *(root / group).parents]:
+        try:
+            allowed, period = (folder / "cpu.max").read_text().split()
+            quotas.append(int(allowed) / int(period))
+        except (OSError, ValueError):  # the root group has none, or it is "max"
+            continue
+    return min(quotas, default=None)
+
+
+def threads_per_process(cores: int, quota: float | None, processes: int) -> int:
+    """Return the threads of each of several processes, which together should not outnumber the usable cores.
+
+    torch starts a thread for each core that it sees, which in a container with a CPU quota are too many: they would
+    wait for each other.
+
+    Args:
+        cores: that a process may run on.
+        quota: the container's CPU quota in cores, if there is one.
+        processes: that compute at the same time.
+    """
+    usable = cores if quota is None else min(cores, int(quota))
+    return max(usable // processes, 1)

@@ -1,4 +1,4 @@
-"""What a training is told, and what it says of itself. Plain pydantic: read by the caller and by the trainer."""
+"""A training's input (JobConfig) and output (Progress, TrainingResult); read by the caller and the training process."""
 
 import math
 import shutil
@@ -10,9 +10,11 @@ from finetune_pipeline.artifacts import hash_of, write_text
 from finetune_pipeline.records import Record
 from finetune_pipeline.settings import TrainingSettings
 
+# Files and folders of a job's output folder.
 JOB = "job.json"
 RESULT = "result.json"
 ADAPTER = "adapter"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHECKPOINTS = "checkpoints"
 LOG = "training.log"
 
@@ -22,36 +24,36 @@ REFUSAL = "TRAINING FAILED: "
 
 
 class TrainingError(RuntimeError):
-    """A training cannot be done as it was asked for; the message says what to change."""
+    """A training cannot be done as asked; the message says what to change."""
 
 
 class TrainingFailed(TrainingError):
-    """The training process ended without a result; the message says how, what it wrote last, and what to do."""
+    """The training process ended without a result; the message has its last output and what to do next."""
 
 
 class JobConfig(Record):
     """One training. Everything that it writes lies under `output`."""
 
     base_model: Path = Field(description="Folder of the base model: config.json, safetensors, tokenizer files.")
-    dataset: Path = Field(description="DatasetDict saved to disk: train, perhaps validation; prompt and completion.")
+    dataset: Path = Field(description="DatasetDict saved to disk, in prompt-completion form: train and validation.")
     preferences: Path | None = Field(
-        default=None, description="For dpo and kto, DatasetDict saved to disk: pairs, or labelled answers."
+        default=None, description="For dpo and kto: DatasetDict saved to disk, in (unpaired) preference form."
     )
-    system_prompt: str = Field(default="", description="Put before every prompt, as in service.")
-    output: Path = Field(description="Folder to write to; a training that was killed there goes on from it.")
+    system_prompt: str = Field(default="", description="System prompt of every conversation, as in service.")
+    output: Path = Field(description="Output folder; a killed training resumes from the checkpoints in it.")
     settings: TrainingSettings = TrainingSettings()
-    initial_adapter: Path | None = Field(default=None, description="Adapter to go on from, instead of a new one.")
+    initial_adapter: Path | None = Field(default=None, description="Adapter to warm-start from.")
 
     @field_validator("settings")
     @classmethod
     def _the_method_was_chosen(cls, settings: TrainingSettings) -> TrainingSettings:
         if settings.method == "auto":
-            raise ValueError("method auto is no method; let training.methods.choose decide by what the dataset holds")
+            raise ValueError("method: auto has to be resolved first, by training.method_choice.choose_method")
         return settings
 
     @property
     def key(self) -> str:
-        """Hash (16 hex digits) of all that shapes the adapter: only checkpoints of the same key are gone on with."""
+        """Hash (16 hex digits) of everything that shapes the adapter; only checkpoints of this key are resumed."""
         return hash_of(self.model_dump(mode="json", exclude={"output": True, "settings": {"report_to"}}))[:16]
 
 
@@ -65,25 +67,25 @@ def steps_of(steps: float, total: int) -> int:
 
 
 class Progress(Record):
-    """How far a training is, at one moment of it."""
+    """The state of a running training at one step."""
 
-    step: int = Field(description="Updates of the weights done.")
-    steps: int = Field(description="Updates that the whole training has.")
+    step: int = Field(description="Optimizer steps done.")
+    steps: int = Field(description="Optimizer steps of the whole training.")
     epoch: float
     loss: float = Field(description="Mean training loss since the line before.")
-    validation_loss: float | None = Field(default=None, description="Of the last validation, if there was one yet.")
+    validation_loss: float | None = Field(default=None, description="Of the last validation, if there was one.")
     learning_rate: float
-    tokens_per_second: float = Field(description="Tokens of text, without padding, since this process began to train.")
+    tokens_per_second: float = Field(description="Tokens without padding since this process started training.")
     eta_seconds: float
-    micro_batch: int | None = Field(default=None, description="Examples in memory at once, at this moment.")
-    elapsed_seconds: float = Field(description="Since this process began to train; a resumed one begins at 0.")
+    micro_batch: int | None = Field(default=None, description="Current micro-batch size.")
+    elapsed_seconds: float = Field(description="Since this process started training; a resumed one starts at 0.")
     memory_bytes: int | None = Field(
-        description="Of the GPU when trained on one, else resident in main memory; None where a backend does not tell."
+        description="GPU memory when trained on a GPU, else resident memory; None if the backend does not report it."
     )
 
 
 class CurvePoint(Record):
-    """One point of the loss curve."""
+    """A point of the training loss curve."""
 
     step: int
     loss: float
@@ -91,7 +93,7 @@ class CurvePoint(Record):
 
 
 class ValidationPoint(Record):
-    """The loss on the validation set, measured on the way."""
+    """The validation loss at a step."""
 
     step: int
     loss: float
@@ -103,63 +105,65 @@ class Rejection(Record):
     split: str = Field(description="train or validation.")
     reason: str
     count: int
-    examples: tuple[str, ...] = Field(description="Provenance of the first of them: source, provenance, interaction.")
+    examples: tuple[str, ...] = Field(
+        description="Where the first of them come from: source, place in it, interaction."
+    )
 
     def __str__(self) -> str:
         return f"{self.reason} (from {'; '.join(self.examples)}{'; ...' if self.count > len(self.examples) else ''})"
 
 
 class TrainingResult(Record):
-    """What a finished training says of itself; `result.json` is the last file that it writes."""
+    """Metrics of a finished training; `result.json` is the last file that it writes."""
 
-    job: str = Field(description="JobConfig.key of what was trained.")
+    job: str = Field(description="JobConfig.key of the job.")
     device: str = Field(description="cpu, or the name of the GPU.")
     method: str = Field(description="sft, dpo or kto.")
     adapter: str = Field(description="lora or qlora.")
     bf16: bool = Field(description="Whether bfloat16 autocast was used.")
-    steps: int = Field(description="Updates of the weights.")
-    resumed_from: int = Field(description="Step from which this process went on; 0 is a whole training.")
+    steps: int = Field(description="Optimizer steps.")
+    resumed_from: int = Field(description="Step of the checkpoint that this process resumed from; 0 for none.")
     examples: int = Field(description="Examples trained on.")
     too_long: int = Field(description="Examples left out for having more than max_length tokens.")
     rejections: tuple[Rejection, ...] = Field(
         default=(), description="Examples left out because the chat template rejects them."
     )
-    loss_before: float = Field(description="Mean loss per completion token on validation (on train if it is empty).")
+    loss_before: float = Field(
+        description="Mean loss per completion token on the validation set (on train if it is empty)."
+    )
     loss_after: float
     train_loss: float = Field(description="Mean training loss over the last tenth of the logged points.")
-    tokens_per_second: float = Field(description="Tokens of text, without padding, by the time of the training loop.")
-    wall_seconds: float = Field(description="From the start of this process to its result, imports included.")
-    peak_memory_bytes: int = Field(
-        description="Highest use of the scarce memory: of the GPU when trained on one, else resident in main memory."
-    )
+    tokens_per_second: float = Field(description="Tokens without padding per second of the training loop.")
+    wall_seconds: float = Field(description="From the start of this process to its result, including imports.")
+    peak_memory_bytes: int = Field(description="Peak GPU memory when trained on a GPU, else peak resident memory.")
     micro_batch: int | None = Field(
         default=None,
         description="Micro-batch size at the end, less than per_device_train_batch_size where memory ran out.",
     )
     curve: tuple[CurvePoint, ...]
-    validation: tuple[ValidationPoint, ...] = Field(description="Empty where nothing was kept for validation.")
-    best_step: int = Field(description="The step whose weights the adapter has: of the lowest validation loss.")
-    stopped_early: bool = Field(description="Ended before its last step, since validation no longer got better.")
+    validation: tuple[ValidationPoint, ...] = Field(description="Empty without a validation set.")
+    best_step: int = Field(description="Step of the adapter's weights: the one with the lowest validation loss.")
+    stopped_early: bool = Field(description="Ended before its last step because the validation loss no longer fell.")
 
     @property
     def rejected(self) -> int:
-        """Number of training examples that were excluded because the chat template rejects them."""
+        """Number of training examples left out because the chat template rejects them."""
         return sum(one.count for one in self.rejections if one.split == "train")
 
 
 def finish(job: JobConfig, result: TrainingResult) -> None:
-    """Write the result of a job whose adapter lies there, and then remove its checkpoints, which nobody needs now.
+    """Write the result of a job whose adapter is written, then remove its checkpoints.
 
-    A kill in between leaves checkpoints too many; the other way round, all would be trained again.
+    A kill in between leaves checkpoints behind; in the other order, all steps would be trained again.
     """
     write_text(job.output / RESULT, result.model_dump_json(indent=2) + "\n")
     shutil.rmtree(job.output / CHECKPOINTS)
 
 
 def finished(job: JobConfig) -> TrainingResult | None:
-    """The result of this very job if it lies in its folder, complete."""
+    """Return the result in the job's output folder if it is complete and of this job."""
     path = job.output / RESULT
-    if not path.is_file() or not (job.output / ADAPTER / "adapter_model.safetensors").is_file():
+    if not path.is_file() or not (job.output / ADAPTER / ADAPTER_WEIGHTS).is_file():
         return None
     try:
         result = TrainingResult.model_validate_json(path.read_bytes())

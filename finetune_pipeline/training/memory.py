@@ -1,4 +1,4 @@
-"""Memory: asked for before a training begins, and what happens when it runs out all the same."""
+"""The memory check before a training, and the errors when memory runs out all the same."""
 
 import sys
 from collections.abc import Iterator
@@ -7,12 +7,20 @@ from pathlib import Path
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.architecture import read_architecture
-from finetune_pipeline.training.estimate import ERROR, GIB, Device, MemoryEstimate, memory
+from finetune_pipeline.training.estimate import ERROR, GIB, Device, MemoryEstimate, estimate_memory
+from finetune_pipeline.training.hardware import available_memory
 from finetune_pipeline.training.job import TrainingError
-from finetune_pipeline.training.presets import CHANGEABLE, Machine, changes, fewest, first_fitting, halved
+from finetune_pipeline.training.presets import (
+    CHANGEABLE,
+    Machine,
+    changed_settings,
+    first_fitting,
+    next_micro_batch,
+    smallest_micro_batch,
+)
 
-# torch's own, C++'s, and oneDNN's, which says no more than this when it gets no memory (seen under a limit).
-_ALLOCATORS = (
+# torch's allocators, C++'s, and oneDNN's, which says no more than this when it gets no memory.
+_ALLOCATOR_ERRORS = (
     "CUDA out of memory",
     "DefaultCPUAllocator",
     "std::bad_alloc",
@@ -20,56 +28,19 @@ _ALLOCATORS = (
     "Cannot allocate memory",
 )
 
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def available_bytes() -> int:
-    """Memory that this process could still take: of the GPU where there is one, else of the machine and container."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return available_main_memory()
-
-
-def available_main_memory() -> int:
-    """Main memory that could still be taken, in bytes; in a container with a limit, what its limit leaves."""
-    import psutil
-
-    left = psutil.virtual_memory().available
-    for limit, used in _CGROUPS:
-        try:
-            room = int(Path(limit).read_text()) - int(Path(used).read_text())
-        except (OSError, ValueError):  # another version of cgroups, or "max"
-            continue
-        # Pages of files count as used there, though they are given back when memory is wanted.
-        left = min(left, max(room, 0) + _cached_bytes(Path(limit).parent / "memory.stat"))
-    return left
-
-
-def _cached_bytes(stat: Path) -> int:
-    try:
-        counts = dict(line.split() for line in stat.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
-
 
 def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, bf16: bool, shards: int = 1) -> None:
-    """Compare what a training is reckoned to need with what there is; tell it in the log.
+    """Compare a training's estimated memory with what is free, and log both.
 
     Args:
         base_model: its folder.
-        settings: of the training, with the share of one process of its team.
+        settings: of one rank.
         longest: tokens of the longest example.
-        bfloat16: whether it trains with bfloat16.
-        shards: cards that the base's weights are dealt out to.
+        bf16: whether it trains in bfloat16.
+        shards: GPUs across which the base weights are sharded.
 
     Raises:
-        TrainingError: it needs clearly more than there is: by more than the estimate's own error.
+        TrainingError: it needs more than is free, by more than the error of the estimate.
     """
     import torch
 
@@ -79,46 +50,47 @@ def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, 
         print(f"memory is not checked: {unknown}", file=sys.stderr, flush=True)
         return
     device: Device = "gpu" if torch.cuda.is_available() else "cpu"
-    need = memory(architecture, settings, device, bf16=bf16, tokens=longest, shards=shards)
-    available = available_bytes()
-    print(comparison(need, available), file=sys.stderr, flush=True)
-    if need.to_come * (1 - ERROR) > available:
-        # The process or context stands already, so its bytes are there beside what is available.
-        machine = Machine(device, available + need.parts[0].bytes, bf16, rate=1.0, source="", shards=shards)
-        smaller = first_fitting(architecture, settings, CHANGEABLE, machine, longest)
-        raise TrainingError(f"{comparison(need, available)}; {_remedy(settings, smaller)}")
+    need = estimate_memory(architecture, settings, device, bf16=bf16, tokens=longest, shards=shards)
+    available = available_memory()
+    print(compare_memory(need, available), file=sys.stderr, flush=True)
+    if need.to_come * (1 - ERROR) <= available:
+        return
+    # The process or CUDA context exists already, so its bytes are not part of what is available.
+    machine = Machine(device, available + need.parts[0].bytes, bf16, rate=1.0, source="", shards=shards)
+    smaller = first_fitting(architecture, settings, CHANGEABLE, machine, longest)
+    remedy = "nothing smaller fits either: free some memory, or take a smaller base_model"
+    if smaller is not None:
+        changes = changed_settings(*(_of_all_ranks(one) for one in (settings, smaller)))
+        remedy = "what fits: " + ", ".join(f"{name}: {str(value).lower()}" for name, value in changes.items())
+    raise TrainingError(f"{compare_memory(need, available)}; {remedy}")
 
 
-def comparison(need: MemoryEstimate, available: int) -> str:
-    """What a training is reckoned to need beside what there is, in words."""
+def compare_memory(need: MemoryEstimate, available: int) -> str:
+    """Return a sentence with the estimated memory of a training and the free memory."""
     parts = ", ".join(f"{part.name} {part.bytes / GIB:.2f}" for part in need.parts[1:])
-    words = f"the training is reckoned to need {need.to_come / GIB:.2f} GiB more ({parts})"
-    words += f" and {available / GIB:.2f} GiB are free"
+    sentence = f"estimated memory of the training: {need.to_come / GIB:.2f} GiB more ({parts})"
+    sentence += f"; free: {available / GIB:.2f} GiB"
     if need.to_come * (1 - ERROR) <= available < need.to_come:
-        words += f"; the estimate may be off by {ERROR:.0%}, so it is tried"
-    return words
+        sentence += f"; the estimate may be off by {ERROR:.0%}, so the training starts"
+    return sentence
 
 
-def _remedy(settings: TrainingSettings, smaller: TrainingSettings | None) -> str:
-    if smaller is None:
-        return "nothing smaller fits either: free some memory, or take a smaller base_model"
-    whole = [_of_the_team(one) for one in (settings, smaller)]
-    return "what fits: " + ", ".join(f"{name}: {str(value).lower()}" for name, value in changes(*whole).items())
-
-
-def _of_the_team(share: TrainingSettings) -> TrainingSettings:
-    """One process's share of an update as the settings say it, for all of them."""
-    return share.model_copy(
-        update={"gradient_accumulation_steps": share.gradient_accumulation_steps * share.num_processes}
-    )
+def _of_all_ranks(settings: TrainingSettings) -> TrainingSettings:
+    """Return the settings of the whole training, from those of one rank."""
+    steps = settings.gradient_accumulation_steps * settings.num_processes
+    return settings.model_copy(update={"gradient_accumulation_steps": steps})
 
 
 class MemoryRanOut(TrainingError):
-    """Memory ran out, and `micro_batch` examples at a time are to be tried next, in a process of their own."""
+    """Memory ran out; a fresh process should continue with a micro-batch of `micro_batch`."""
 
     def __init__(self, message: str, micro_batch: int) -> None:
         super().__init__(message)
         self.micro_batch = micro_batch
+
+
+class RankOutOfMemory(Exception):
+    """Memory ran out on one of several ranks. The rank has to end by this, since the others wait for it."""
 
 
 def with_micro_batch(settings: TrainingSettings, micro_batch: int, examples: int) -> TrainingSettings:
@@ -131,74 +103,75 @@ def with_micro_batch(settings: TrainingSettings, micro_batch: int, examples: int
 
 
 @contextmanager
-def memory_may_run_out(settings: TrainingSettings) -> Iterator[None]:
-    """Tell want of memory from other errors.
+def catch_out_of_memory(settings: TrainingSettings) -> Iterator[None]:
+    """Turn out-of-memory errors of a training in one process into what to do next.
 
     Raises:
-        MemoryRanOut: memory ran out; a new process is to go on from the last checkpoint with a smaller micro-batch.
-            This one was tried and did not: what a failed step held was not given back.
-        TrainingError: memory ran out with as few examples at a time as there can be.
+        MemoryRanOut: a fresh process should resume with a smaller micro-batch. This process cannot: it does not get
+            back all memory that the failed step held.
+        TrainingError: memory ran out with the smallest micro-batch.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        said = (str(error).strip().splitlines() or ["MemoryError"])[0]
-        examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-        raise _less(settings, settings.per_device_train_batch_size, examples, said) from error
+        message, micro_batch = first_line(error), settings.per_device_train_batch_size
+        examples = micro_batch * settings.gradient_accumulation_steps
+        smaller = next_micro_batch(micro_batch, examples, smallest_micro_batch(settings))
+        if not smaller:
+            raise TrainingError(_smallest_ran_out(settings, micro_batch, message)) from error
+        raise MemoryRanOut(
+            f"memory ran out with a micro-batch of {micro_batch} ({message}); resuming from the last checkpoint with "
+            f"{smaller} and {examples // smaller} gradient accumulation steps, the same {examples} examples per update",
+            smaller,
+        ) from error
 
 
-def _less(settings: TrainingSettings, micro: int, examples: int, said: str) -> TrainingError:
-    smaller = halved(micro, examples, fewest(settings))
+def out_of_memory_advice(settings: TrainingSettings, micro_batch: int, message: str) -> str:
+    """Return the error message where a training cannot reduce its micro-batch itself: several ranks, or Axolotl.
+
+    Args:
+        settings: of the whole training.
+        micro_batch: of one device.
+        message: of the error.
+    """
+    examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    smaller = next_micro_batch(micro_batch, examples // settings.num_processes, smallest_micro_batch(settings))
     if not smaller:
-        return TrainingError(_with_the_fewest(settings, micro, said))
-    message = (
-        f"memory ran out with micro-batch {micro} ({said}); going on from the last checkpoint with {smaller} examples "
-        f"at a time and {examples // smaller} steps an update, which makes the same {examples} examples an update"
+        return _smallest_ran_out(settings, micro_batch, message)
+    return (
+        f"memory ran out with a micro-batch of {micro_batch} ({message}); set per_device_train_batch_size: {smaller} "
+        f"and gradient_accumulation_steps: {examples // smaller}, which gives the same {examples} examples per update; "
+        "unchanged, it would resume from the last checkpoint and run out of memory again"
     )
-    return MemoryRanOut(message, smaller)
 
 
-def _with_the_fewest(settings: TrainingSettings, micro: int, said: str) -> str:
+def _smallest_ran_out(settings: TrainingSettings, micro_batch: int, message: str) -> str:
     remedies = [f"max_length below {settings.max_length}"]
     if not settings.gradient_checkpointing:
         remedies.insert(0, "gradient_checkpointing: true")
     if settings.adapter == "lora":
         remedies.insert(-1, "adapter: qlora")
-    tried = "one example at a time" if micro == 1 else f"{micro} examples at a time, and {settings.method} needs 2"
+    least = f", the least that {settings.method} needs" if micro_batch > 1 else ""
     return (
-        f"memory ran out with {tried} ({said}); set {', or '.join(remedies)}, or take a smaller "
-        "base_model; `finetune train plan` shows what fits"
+        f"memory ran out with a micro-batch of {micro_batch}{least} ({message}); set {', or '.join(remedies)}, or take "
+        "a smaller base_model; `finetune train plan` shows what fits"
     )
 
 
-def ran_out(settings: TrainingSettings, micro_batch: int, said: str) -> str:
-    """What to do where a training cannot go on by itself with fewer examples at a time: in a team, or by Axolotl.
-
-    Args:
-        settings: of the whole training.
-        micro_batch: examples that one device had at once.
-        said: the error that told it.
-    """
-    examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    smaller = halved(micro_batch, examples // settings.num_processes, fewest(settings))
-    if not smaller:
-        return _with_the_fewest(settings, micro_batch, said)
-    return (
-        f"memory ran out with a micro-batch of {micro_batch} ({said}); set per_device_train_batch_size: {smaller} and "
-        f"gradient_accumulation_steps: {examples // smaller}, which gives the same {examples} examples per update; "
-        "unchanged, it would resume from the last checkpoint and run out of memory again"
-    )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's, CUDA's, or the one of torch's allocator on a CPU."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out: Python's, CUDA's, or that of torch's allocator on a CPU."""
     import torch
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or tells_of_want_of_memory(str(error))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_out_of_memory_message(str(error))
 
 
-def tells_of_want_of_memory(words: str) -> bool:
-    """Whether what an allocator, or a child process, said means that memory ran out."""
-    return any(said in words for said in _ALLOCATORS)
+def is_out_of_memory_message(text: str) -> bool:
+    """Return whether the message of an allocator, or of a child process, means that memory ran out."""
+    return any(message in text for message in _ALLOCATOR_ERRORS)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,20 +3,23 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import distributed
+from finetune_pipeline.training.hardware import peak_resident_bytes
 from finetune_pipeline.training.job import ADAPTER, JobConfig, TrainingError
-from finetune_pipeline.training.process import peak_resident_bytes
 
-_SMALL_BATCH = 8  # below it, bfloat16 autocast gains nothing on a CPU; at 8 it is 1.15 times as fast, at 24 1.5
+_SMALL_BATCH = 8  # below it bfloat16 autocast gains nothing on a CPU; at 8 it is 1.15 times as fast, at 24 1.5 times
+_WEIGHTS_FRACTION = 0.7  # of a GPU's memory; the rest is for activations, gradients and the optimizer
 
 
-def bfloat16_is_faster(batch_size: int) -> bool:
-    """On a GPU that has it; on a CPU with instructions for it, once the batch is large enough to pay for the casts."""
+def bf16_is_faster(batch_size: int) -> bool:
+    """Return whether bfloat16 is faster here: on GPUs that have it, and on CPUs with instructions for it.
+
+    On a CPU the batch must be large enough to pay for the casts.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -28,153 +31,147 @@ def bfloat16_is_faster(batch_size: int) -> bool:
 
 
 def load_model(job: JobConfig, bf16: bool) -> Any:
-    """The base model's frozen weights: in bfloat16 if that is what is computed in, 4-bit with qlora.
+    """Load the frozen base weights: in bfloat16 if that is what is computed in, in 4 bits for qlora.
 
-    Frozen float32 weights would be cast anew in every step: autocast remembers a cast of trained weights only.
+    Frozen float32 weights would be cast in every step: autocast caches casts of trained weights only.
+
+    Raises:
+        TrainingError: transformers does not have the attention implementation for this model or machine.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    gpu = torch.cuda.is_available()
-    kind = torch.bfloat16 if bf16 else torch.float32
-    arguments: dict[str, Any] = {"dtype": kind, "use_safetensors": True, "trust_remote_code": False}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    arguments: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    attention = job.settings.attn_implementation
+    if attention is not None:
+        arguments["attn_implementation"] = attention
+    if job.settings.adapter == "qlora":
+        arguments["device_map"] = {"": distributed.local_rank() if torch.cuda.is_available() else "cpu"}
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(job.base_model, **arguments)
+    except (ImportError, ValueError) as error:
+        if attention is None:
+            raise
+        raise TrainingError(
+            f"attn_implementation {attention} cannot be used: {error}; leave it out, or set attn_implementation: sdpa"
+        ) from error
     if job.settings.adapter == "lora":
-        return AutoModelForCausalLM.from_pretrained(job.base_model, **arguments)
-    from peft import prepare_model_for_kbit_training
-
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
-    )
-    device = {"": distributed.device_index()} if gpu else {"": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(
-        job.base_model, quantization_config=four_bits, device_map=device, **arguments
-    )
-    _keep_weights_as_they_are(model)
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=job.settings.gradient_checkpointing)
-
-
-def _keep_weights_as_they_are(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference when the loss is measured.
-
-    On a CPU with AVX-512 bfloat16, the first evaluation packs them into a layout that has no backward pass: training
-    went on afterwards with gradients that were silently wrong (bitsandbytes 0.50), and some shapes fail outright.
-    """
+        return model
     from bitsandbytes.nn.modules import Linear4bit
+    from peft import prepare_model_for_kbit_training
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
+            # On a CPU with AVX-512 bfloat16, bitsandbytes 0.50 repacks 4-bit weights for inference when the loss is
+            # measured, into a layout without a backward pass: training then goes on with silently wrong gradients,
+            # and some shapes fail outright.
             module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=job.settings.gradient_checkpointing)
 
 
-def with_adapter(base: Any, job: JobConfig) -> dict[str, Any]:
-    """The arguments `model` and `peft_config` of TRL's trainers: a new adapter, or the one that is gone on from."""
+def adapter_arguments(base: Any, job: JobConfig) -> dict[str, Any]:
+    """Return the arguments `model` and `peft_config` of TRL's trainers: for a new adapter, or the initial one."""
     from peft import PeftModel
 
     if job.initial_adapter is not None:
         base = PeftModel.from_pretrained(base, job.initial_adapter, is_trainable=True, use_safetensors=True)
-    return {"model": base, "peft_config": None if isinstance(base, PeftModel) else lora(job.settings, base)}
+    return {"model": base, "peft_config": None if isinstance(base, PeftModel) else lora_config(job.settings, base)}
 
 
-def train_in_float32(model: Any, job: JobConfig) -> None:
+def cast_adapter_to_float32(model: Any, job: JobConfig) -> None:
     """Undo TRL's cast of an adapter over 4-bit weights to bfloat16, in which small steps are lost.
 
-    A checkpoint is loaded in float32, so that a resumed training would be another one than an unbroken one.
+    Checkpoints are loaded in float32, so a resumed training would also differ from an uninterrupted one.
     """
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-    if job.initial_adapter is not None:  # what the cast cut off is in its file
+    if job.initial_adapter is not None:  # the cast has already rounded its weights
         model.load_adapter(job.initial_adapter, "default", is_trainable=True, use_safetensors=True)
 
 
-_WEIGHTS_SHARE = 0.7  # of a card's memory; the rest is for activations, gradients and the optimizer
-
-
 def must_shard(job: JobConfig, bf16: bool) -> bool:
-    """Whether the base's weights, in bfloat16 or not, are dealt out to the team's GPUs (FSDP): one cannot hold them."""
+    """Return whether one GPU cannot hold the base weights, so that they are sharded across ranks (FSDP)."""
     import torch
 
-    if distributed.size() == 1 or not torch.cuda.is_available() or job.settings.adapter == "qlora":
+    if distributed.world_size() == 1 or not torch.cuda.is_available() or job.settings.adapter == "qlora":
         return False
-    card = torch.cuda.get_device_properties(distributed.device_index()).total_memory
-    return weights_exceed_card(job.base_model, 2 if bf16 else 4, card)
+    memory = torch.cuda.get_device_properties(distributed.local_rank()).total_memory
+    return weights_exceed_gpu(job.base_model, 2 if bf16 else 4, memory)
 
 
-def weights_exceed_card(base_model: Path, bytes_each: int, card_bytes: int) -> bool:
-    """Whether a base model leaves too little of a card's memory for training.
+def weights_exceed_gpu(base_model: Path, bytes_per_weight: int, gpu_bytes: int) -> bool:
+    """Return whether a base model leaves too little of a GPU's memory for training.
 
     Args:
-        base_model: its folder; the weights there are counted by the size of their files.
-        bytes_each: of a weight, as it is trained.
-        card_bytes: memory of the card.
+        base_model: its folder; weights are counted by the size of its files.
+        bytes_per_weight: in training.
+        gpu_bytes: memory of the GPU.
     """
-    kind = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
-    stored = 4 if (kind.get("dtype") or kind.get("torch_dtype")) == "float32" else 2
-    weights = sum(path.stat().st_size for path in base_model.glob("*.safetensors")) / stored * bytes_each
-    return weights > _WEIGHTS_SHARE * card_bytes
+    config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    stored = 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
+    weights = sum(path.stat().st_size for path in base_model.glob("*.safetensors")) / stored * bytes_per_weight
+    return weights > _WEIGHTS_FRACTION * gpu_bytes
 
 
-def sharding() -> dict[str, Any]:
-    """What Hugging Face's Trainer is told of FSDP: layers are wrapped each, checkpoints hold whole weights."""
-    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
-
-
-def lora(settings: TrainingSettings, model: Any) -> Any:
-    """The configuration of a new adapter over a model, as PEFT takes it.
+def lora_config(settings: TrainingSettings, model: Any) -> Any:
+    """Return PEFT's configuration of a new adapter over a model.
 
     Raises:
-        TrainingError: a token whose embedding is to be trained is not in the model's vocabulary, or a module that is
-            to be adapted is not in the model.
+        TrainingError: a trained token is not in the model's vocabulary, a target module is not in the model, or PEFT
+            rejects a field.
     """
     from peft import LoraConfig
-
-    targets, beside = settings.lora_target_modules, _beside_language_model(model)
-    if not isinstance(targets, str):
-        _must_have(model, targets, beside)
-    return LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=beside,
-        trainable_token_indices=trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _must_have(model: Any, targets: Sequence[str], beside: str | None) -> None:
-    """Refuse names that no layer has which can take an adapter; PEFT passes over them, or fails without the names."""
     from torch.nn import Embedding, Linear
     from transformers.pytorch_utils import Conv1D
 
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, Linear | Embedding | Conv1D) and not (beside and re.fullmatch(beside, name))
-    ]
-    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
-    if unknown:
-        raise TrainingError(
-            f"lora_target_modules names {', '.join(unknown)}, but the layers of the base model that can take LoRA are "
-            f"{', '.join(sorted({name.rpartition('.')[2] for name in layers}))}; name some of these, or set "
-            "lora_target_modules: all-linear"
+    targets = settings.lora_target_modules
+    exclude = None
+    if model.config.get_text_config(decoder=True) is not model.config:
+        # Modules beside the language model, such as a vision tower, get no adapter.
+        decoder = model.get_decoder()
+        (name,) = [name for name, module in model.named_modules() if module is decoder]
+        exclude = rf"(?!{re.escape(name)}\.).*"
+    if not isinstance(targets, str):
+        # PEFT ignores names that it does not find, or fails without saying which.
+        layers = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, Linear | Embedding | Conv1D) and not (exclude and re.fullmatch(exclude, name))
+        ]
+        unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+        if unknown:
+            raise TrainingError(
+                f"lora_target_modules names {', '.join(unknown)}, but the layers of the base model that can take LoRA "
+                f"are {', '.join(sorted({name.rpartition('.')[2] for name in layers}))}; name some of these, or set "
+                "lora_target_modules: all-linear"
+            )
+    try:
+        return LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            exclude_modules=exclude,
+            trainable_token_indices=trained_tokens(settings, model.get_input_embeddings().num_embeddings) or None,
+            task_type="CAUSAL_LM",
+            **settings.lora_config,
         )
-
-
-def _beside_language_model(model: Any) -> str | None:
-    """A pattern of the modules beside the language model (a vision tower), which take no adapter; None has none."""
-    if model.config.get_text_config(decoder=True) is model.config:
-        return None
-    decoder = model.get_decoder()
-    (name,) = [name for name, module in model.named_modules() if module is decoder]
-    return rf"(?!{re.escape(name)}\.).*"
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"PEFT rejects lora_config {settings.lora_config}: {error}") from error
 
 
 def trained_tokens(settings: TrainingSettings, vocabulary: int) -> list[int]:
-    """The ids of the tokens whose embeddings are trained.
+    """Return the ids of the tokens whose embeddings are trained.
 
     Raises:
-        TrainingError: one of them is not in a vocabulary of that size.
+        TrainingError: an id is not in a vocabulary of that size.
     """
     if settings.trainable_token_indices == "all":
         return list(range(vocabulary))
@@ -188,15 +185,18 @@ def trained_tokens(settings: TrainingSettings, vocabulary: int) -> list[int]:
 
 
 def shard(trainer: Any) -> None:
-    """Deal the weights out before anything is computed with them: whole they would not fit."""
+    """Shard the weights before anything is computed with them, since one GPU could not hold them."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    # What the Trainer does when it begins to train, where it leaves a model alone that is sharded already.
+    # As the Trainer does when it starts to train; it leaves a model alone that is sharded already.
     trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
 
 
-def deal_out_again(model: Any) -> None:
-    """Shard what measuring a loss left whole, as no backward pass followed: no checkpoint can be loaded into that."""
+def reshard(model: Any) -> None:
+    """Reshard FSDP modules that an evaluation left unsharded, since no backward pass followed.
+
+    No checkpoint can be loaded into unsharded modules.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -204,8 +204,8 @@ def deal_out_again(model: Any) -> None:
             module.reshard()
 
 
-def whole_weights(model: Any) -> Any:
-    """The trained weights of a sharded model, put together: every process has to ask. None if the model is whole."""
+def gather_trained_weights(model: Any) -> Any:
+    """Return the full trained weights of a sharded model; every rank has to call this. None if it is not sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import FSDPModule
 
@@ -216,12 +216,12 @@ def whole_weights(model: Any) -> Any:
 
 
 def save_adapter(model: Any, job: JobConfig, weights: Any = None) -> None:
-    """Write the adapter without the tokenizer (it is the base's, as it is) and without this machine's paths.
+    """Write the adapter, without the tokenizer (the base's is unchanged) and without paths of this machine.
 
     Args:
         model: the base with its adapter.
-        job: says where to.
-        weights: whole_weights(model); they go into the file instead of the model's own, if there are any.
+        job: whose output folder it is written to.
+        weights: from `gather_trained_weights`; written instead of the model's own unless they are None.
     """
     final, temporary = job.output / ADAPTER, job.output / f".{ADAPTER}.tmp"
     for folder in (final, temporary):
@@ -234,14 +234,14 @@ def save_adapter(model: Any, job: JobConfig, weights: Any = None) -> None:
         state_dict=weights,
         safe_serialization=True,
         save_embedding_layers=False,
-        selected_adapters=["default"],  # DPO on top of an adapter has its reference beside it
+        selected_adapters=["default"],  # a warm-started DPO has its reference beside it
     )
-    (temporary / "README.md").unlink(missing_ok=True)  # a model card of blanks
+    (temporary / "README.md").unlink(missing_ok=True)  # an empty model card
     temporary.replace(final)
 
 
-def memory_now() -> int:
-    """The use of the scarce memory now, in bytes: of the GPU where there is one, else resident."""
+def memory_in_use() -> int:
+    """Return the memory in use in bytes: of the GPU where there is one, else resident."""
     import psutil
     import torch
 
@@ -249,7 +249,7 @@ def memory_now() -> int:
 
 
 def peak_memory() -> int:
-    """The highest use of the scarce memory so far, in bytes: of the GPU where there is one, else resident."""
+    """Return the peak memory in bytes: of the GPU where there is one, else resident."""
     import torch
 
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_resident_bytes()

@@ -1,7 +1,6 @@
-"""Progress as JSON lines, appended and flushed: one file that the caller, the API and the terminal all follow.
+"""Progress as JSON lines, which the caller, the API and the terminal follow in one file.
 
-The file only grows. After a resumption the steps since the last checkpoint stand in it twice, and the last line of a
-step is the one that counts.
+The file only grows. After a resume, the steps since the checkpoint are in it twice; the last line of a step counts.
 """
 
 import os
@@ -15,8 +14,8 @@ from finetune_pipeline.training.job import Progress
 PROGRESS = "progress.jsonl"
 
 
-def append(path: Path, progress: Progress) -> None:
-    """Add one line, in one write, so that a kill leaves no half of it."""
+def append_progress(path: Path, progress: Progress) -> None:
+    """Append a line in a single write, so that a kill leaves no half of it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, (progress.model_dump_json() + "\n").encode())
@@ -24,23 +23,33 @@ def append(path: Path, progress: Progress) -> None:
         os.close(descriptor)
 
 
-class Follower:
-    """Reads the lines that are added to a progress file after the follower was made."""
+class LineReader:
+    """Reads complete lines that are appended to a file after the reader was made."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = path.stat().st_size if path.exists() else 0
 
-    def read(self) -> Iterator[Progress]:
-        """The whole lines added since the last call; what cannot be read is passed over."""
+    def read(self) -> list[bytes]:
+        """Return the complete lines since the last call."""
         if not self._path.exists():
-            return
+            return []
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            added = file.read()
-        whole, _, _ = added.rpartition(b"\n")
-        self._offset += len(whole) + 1 if whole else 0
-        for line in whole.splitlines():
+            lines, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(lines) + len(newline)
+        return lines.splitlines()
+
+
+class ProgressReader:
+    """Reads the progress that is appended to a file after the reader was made."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = LineReader(path)
+
+    def read(self) -> Iterator[Progress]:
+        """Yield the progress since the last call; skip lines that are not valid."""
+        for line in self._lines.read():
             try:
                 yield Progress.model_validate_json(line)
             except ValidationError:

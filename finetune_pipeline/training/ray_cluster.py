@@ -1,8 +1,8 @@
-"""The same training on the workers of a Ray cluster, by Ray Train.
+"""Trains on the workers of a Ray cluster, by Ray Train.
 
-The process that was started for the job stays here: it sends the job, writes the progress that comes back as a local
-training would, and puts the adapter where a local training would have put it. Each worker runs the trainer itself, in
-a folder of its own machine. When workers are lost, Ray starts them again and they go on from the last checkpoint.
+The job's training process stays on this machine: it sends the job, writes the progress that comes back, and puts the
+adapter where a local training would. Each worker runs the trainer in a folder of its own machine. When workers are
+lost, Ray starts them again and they resume from the last checkpoint.
 
 RAY_ADDRESS             the cluster; without it, one is started on this machine for the time of the training
 FINETUNE_RAY_STORAGE    a folder or URI (s3://...) that this machine and all workers reach: base model, dataset,
@@ -37,16 +37,17 @@ from finetune_pipeline.training.job import (
     finish,
     finished,
 )
+from finetune_pipeline.training.memory import RankOutOfMemory
 from finetune_pipeline.training.process import ENVIRONMENT
-from finetune_pipeline.training.progress import PROGRESS, Follower, append
-from finetune_pipeline.training.trackers import TENSORBOARD, settle_trackers, tracker_variables
+from finetune_pipeline.training.progress import PROGRESS, ProgressReader, append_progress
+from finetune_pipeline.training.trackers import TENSORBOARD, set_tensorboard_folder, tracker_variables
 
 STORAGE = "FINETUNE_RAY_STORAGE"
 
-_LOSSES_SURVIVED = 3
+_MAX_FAILURES = 3
 _POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 200_000_000  # of a cluster started here: nothing large goes through it
-_RESULT = "result"  # the last checkpoint, which holds the adapter and what the training says of itself
+_RESULT = "result"  # the last checkpoint, which holds the adapter and the result
 _INPUTS = Path("inputs")  # in a worker's folder; relative, so that the job's key is the same on every machine
 
 # Ray Train would turn every print() of a worker into a log line, also those by which `datasets` hashes functions.
@@ -54,14 +55,14 @@ _RAY_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
 
 
 @dataclass(frozen=True)
-class Order:
-    """What each worker is told.
+class WorkerTask:
+    """What each worker gets.
 
     Attributes:
-        job: the job with paths as the workers see them, but for `output`, which each makes for itself.
-        name: of the folder in the storage, and of the workers' folders.
-        inputs: URI of the base model and dataset that were sent; empty when the workers see this machine's paths.
-        hub: Hugging Face id and revision of a base model that each machine gets by itself.
+        job: the job with paths as workers see them, except for `output`, which each worker makes for itself.
+        name: of the folder in the storage and of the workers' folders.
+        inputs: URI of the base model and dataset that were sent; empty if workers see this machine's paths.
+        hub: Hugging Face id and revision of a base model that each machine downloads itself.
     """
 
     job: JobConfig
@@ -70,20 +71,20 @@ class Order:
     hub: tuple[str, str] | None
 
 
-class Mailbox:
-    """An actor between the first worker, which tells how far it is, and the process that started the training."""
+class ProgressMailbox:
+    """An actor that passes progress from rank 0 to the process that started the training."""
 
     def __init__(self) -> None:
-        self._lines: list[Progress] = []
+        self._progress: list[Progress] = []
 
-    def put(self, lines: list[Progress]) -> None:
-        """Add lines of progress."""
-        self._lines += lines
+    def put(self, progress: list[Progress]) -> None:
+        """Add progress."""
+        self._progress += progress
 
     def take(self) -> list[Progress]:
-        """The lines since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
+        """Return the progress since the last call."""
+        progress, self._progress = self._progress, []
+        return progress
 
 
 def train(job: JobConfig, started: float) -> None:
@@ -94,76 +95,71 @@ def train(job: JobConfig, started: float) -> None:
         started: time.monotonic() at which this process began.
 
     Raises:
-        TrainingError: the job is impossible, or the cluster has too little.
+        TrainingError: the job is impossible, or the cluster is too small.
         ClusterError: Ray is not installed, or no cluster answers.
     """
     check_installed("training.compute")
-    distributed.split_batch(job.settings, job.settings.num_processes)
+    distributed.split_batch(job.settings, job.settings.num_processes)  # raises if it cannot be split
     import ray
 
-    storage = _storage()
+    storage = os.environ.get(STORAGE, "").rstrip("/")
+    if storage and "://" not in storage:
+        storage = str(Path(storage).resolve())
     name = f"finetune-{job.key}-{hash_of(str(job.output))[:8]}"
-    place = f"{storage or job.output / 'ray'}/{name}"
-    online = bool(storage) and hub_revision(job.base_model) is not None
+    folder = f"{storage or job.output / 'ray'}/{name}"
     variables = {name: os.environ.get(name, value) for name, value in (ENVIRONMENT | _RAY_ENVIRONMENT).items()}
     variables |= tracker_variables()
-    if online:
-        variables["HF_HUB_OFFLINE"] = "0"  # workers get the base model by themselves
+    if storage and hub_revision(job.base_model) is not None:
+        variables["HF_HUB_OFFLINE"] = "0"  # workers download the base model themselves
     with connected(variables, job.settings.num_processes, _OBJECT_STORE_BYTES):
-        gpus = _has_gpus(ray.cluster_resources(), job.settings.num_processes)
-        order = _send(job, name, place) if storage else Order(job, name, "", None)
-        refusal, checkpoint = _follow(order, place.removesuffix(f"/{name}"), gpus, job.output / PROGRESS)
+        gpus = use_gpus(ray.cluster_resources(), job.settings.num_processes)
+        task = _send(job, name, folder) if storage else WorkerTask(job, name, "", None)
+        refusal, checkpoint = _follow(task, folder.removesuffix(f"/{name}"), gpus, job.output / PROGRESS)
         if not refusal:
             _deliver(checkpoint, job, started)
-        _remove(place)  # what was sent there too
+        _remove(folder)  # including the inputs that were sent
         if refusal:
             raise TrainingError(refusal)
     shutil.rmtree(job.output / "ray", ignore_errors=True)
 
 
-def _storage() -> str:
-    """The place that all machines reach, as an absolute path or URI; empty if none is set."""
-    storage = os.environ.get(STORAGE, "").rstrip("/")
-    return storage if not storage or "://" in storage else str(Path(storage).resolve())
-
-
-def _has_gpus(resources: dict[str, float], workers: int) -> bool:
-    """Whether the workers train on GPUs: each has one, if the cluster has any.
+def use_gpus(resources: dict[str, float], workers: int) -> bool:
+    """Return whether workers train on GPUs, one each: so they do if the cluster has any.
 
     Raises:
-        TrainingError: there are fewer GPUs, or processor cores, than workers; Ray would wait for them for ever.
+        TrainingError: there are fewer GPUs, or CPU cores, than workers; Ray would wait for them forever.
     """
     kind = "GPU" if resources.get("GPU", 0) else "CPU"
-    there = int(resources.get(kind, 0))
-    if there < workers:
+    available = int(resources.get(kind, 0))
+    if available < workers:
         raise TrainingError(
-            f"num_processes is {workers}, but the Ray cluster has {there} {kind}(s) now; set "
-            f"num_processes to {max(there, 1)}, or start more nodes first"
+            f"num_processes is {workers}, but the Ray cluster has {available} {kind}(s) now; set num_processes to "
+            f"{max(available, 1)}, or start more nodes first"
         )
     return kind == "GPU"
 
 
-def _send(job: JobConfig, name: str, place: str) -> Order:
-    """Bring the job's inputs to the storage; a model of the Hugging Face hub is told by its id instead."""
+def _send(job: JobConfig, name: str, folder: str) -> WorkerTask:
+    """Upload the job's inputs to the storage; a model of the Hugging Face hub is referred to by its id instead."""
     from pyarrow.fs import FileSystem
 
-    inputs = f"{place}/{_INPUTS}"
+    inputs = f"{folder}/{_INPUTS}"
     files, path = FileSystem.from_uri(inputs)
     files.create_dir(path, recursive=True)
     hub = hub_revision(job.base_model)
     if hub is None:
         _upload(job.base_model, f"{inputs}/base/{job.base_model.name}")
-    seen = {"base_model": _INPUTS / "base" / job.base_model.name}
-    for part in ("dataset", "preferences", "initial_adapter"):
-        folder = getattr(job, part)
-        if folder is not None:
-            _upload(folder, f"{inputs}/{part}")
-            seen[part] = _INPUTS / part
-    return Order(job.model_copy(update=seen), name, inputs, hub)
+    paths = {"base_model": _INPUTS / "base" / job.base_model.name}
+    for name_of_input in ("dataset", "preferences", "initial_adapter"):
+        source = getattr(job, name_of_input)
+        if source is not None:
+            _upload(source, f"{inputs}/{name_of_input}")
+            paths[name_of_input] = _INPUTS / name_of_input
+    return WorkerTask(job.model_copy(update=paths), name, inputs, hub)
 
 
 def hub_revision(folder: Path) -> tuple[str, str] | None:
-    """Id and revision of a model that lies in Hugging Face's cache (.../models--OWNER--NAME/snapshots/REVISION)."""
+    """Return id and revision of a model in Hugging Face's cache (.../models--OWNER--NAME/snapshots/REVISION)."""
     model = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not model.startswith("models--"):
         return None
@@ -178,14 +174,14 @@ def _upload(folder: Path, destination: str) -> None:
     copy_files(str(folder), path, source_filesystem=LocalFileSystem(), destination_filesystem=files)
 
 
-def _remove(place: str) -> None:
+def _remove(uri: str) -> None:
     from pyarrow.fs import FileSystem
 
-    files, path = FileSystem.from_uri(place)
+    files, path = FileSystem.from_uri(uri)
     files.delete_dir(path)
 
 
-def _follow(order: Order, storage: str, gpus: bool, progress: Path) -> tuple[str, Any]:
+def _follow(task: WorkerTask, storage: str, gpus: bool, progress_file: Path) -> tuple[str, Any]:
     """Run the training in the cluster and write its progress here.
 
     Returns:
@@ -193,31 +189,31 @@ def _follow(order: Order, storage: str, gpus: bool, progress: Path) -> tuple[str
     """
     import ray
 
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(order, storage, gpus, mailbox)
+    mailbox = ray.remote(num_cpus=0)(ProgressMailbox).remote()
+    running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(task, storage, gpus, mailbox)
     done: list[Any] = []
     while not done:
         done, _ = ray.wait([running], timeout=_POLL_SECONDS)
-        for line in ray.get(mailbox.take.remote()):
-            append(progress, line)
+        for progress in ray.get(mailbox.take.remote()):
+            append_progress(progress_file, progress)
     refusal, checkpoint = ray.get(running)
     return refusal, checkpoint
 
 
-def _fit(order: Order, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any]:
-    """Run Ray Train, in the cluster itself: so it does whether this machine is part of it or a client."""
+def _fit(task: WorkerTask, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any]:
+    """Run Ray Train within the cluster, so that it works the same whether this machine is part of it or a client."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"order": order, "mailbox": mailbox},
-        scaling_config=ScalingConfig(num_workers=order.job.settings.num_processes, use_gpu=gpus),
+        train_loop_config={"task": task, "mailbox": mailbox},
+        scaling_config=ScalingConfig(num_workers=task.job.settings.num_processes, use_gpu=gpus),
         run_config=RunConfig(
-            name=order.name,
+            name=task.name,
             storage_path=storage,
-            failure_config=FailureConfig(max_failures=_LOSSES_SURVIVED),
-            # The newest is kept besides.
+            failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+            # Ray keeps the newest in addition.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=VALIDATION_LOSS, checkpoint_score_order="min"
             ),
@@ -226,9 +222,7 @@ def _fit(order: Order, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any
     try:
         result = trainer.fit()
     except WorkerGroupError as error:
-        ran_out = [
-            failure for failure in error.worker_failures.values() if isinstance(failure, distributed.MemoryRanOutHere)
-        ]
+        ran_out = [failure for failure in error.worker_failures.values() if isinstance(failure, RankOutOfMemory)]
         if not ran_out:
             raise
         return str(ran_out[0]), None
@@ -248,33 +242,33 @@ def _deliver(checkpoint: Any, job: JobConfig, started: float) -> None:
 
 
 def _work(config: dict[str, Any]) -> str:
-    """A worker: fetch what it needs, train its part, keep checkpoints in the storage. Returns a refusal, or empty."""
+    """Run one worker: fetch the inputs, train as a rank, report checkpoints. Returns a refusal, or empty."""
     import ray.train
 
-    order: Order = config["order"]
-    machine = Path(tempfile.gettempdir()) / f"{order.name}-{ray.get_runtime_context().get_node_id()[:8]}"
-    with _own_folder(machine) as own:
+    from finetune_pipeline.training.trainer import train_rank
+
+    task: WorkerTask = config["task"]
+    machine = Path(tempfile.gettempdir()) / f"{task.name}-{ray.get_runtime_context().get_node_id()[:8]}"
+    with _worker_folder(machine) as own:
         os.chdir(machine)
-        if order.inputs:
-            _fetch(order)
-        job = order.job.model_copy(update={"output": own})
+        if task.inputs:
+            _fetch(task)
+        job = task.job.model_copy(update={"output": own})
         _restore(ray.train.get_checkpoint(), job)
-        if (
-            finished(job) is None
-        ):  # else it is the result that was restored; kept again, Ray would remove it as the older
-            settle_trackers(own)
-            distributed.keep_checkpoints(_keep)
-            with _told(own / PROGRESS, config["mailbox"].put.remote):
-                refusal = distributed.take_part(job, time.monotonic())
+        # A restored result is not reported again: Ray would remove it as the older one of two.
+        if finished(job) is None:
+            set_tensorboard_folder(own)
+            with _forward_progress(own / PROGRESS, config["mailbox"].put.remote):
+                refusal = train_rank(job, time.monotonic(), _report)
             if refusal:
                 return refusal
-            _keep(own, _RESULT)
+            _report(own, _RESULT)
     return ""
 
 
 @contextmanager
-def _own_folder(machine: Path) -> Iterator[Path]:
-    """A folder of this worker within its machine's; the last worker to leave removes all."""
+def _worker_folder(machine: Path) -> Iterator[Path]:
+    """Make a folder for this worker within its machine's folder; the last worker to leave removes both."""
     import psutil
 
     own = machine / f"worker-{os.getpid()}"
@@ -285,12 +279,12 @@ def _own_folder(machine: Path) -> Iterator[Path]:
         os.chdir(tempfile.gettempdir())
         shutil.rmtree(own, ignore_errors=True)
         others = [int(folder.name.removeprefix("worker-")) for folder in machine.glob("worker-*")]
-        if not any(psutil.pid_exists(worker) for worker in others):  # killed ones removed nothing
+        if not any(psutil.pid_exists(worker) for worker in others):  # killed workers removed nothing
             shutil.rmtree(machine, ignore_errors=True)
 
 
-def _fetch(order: Order) -> None:
-    """Bring the inputs to this machine, into the present folder, unless another worker here has."""
+def _fetch(task: WorkerTask) -> None:
+    """Download the inputs into the current folder, unless another worker of this machine has."""
     from filelock import FileLock
     from ray.train import Checkpoint
 
@@ -298,19 +292,19 @@ def _fetch(order: Order) -> None:
     with FileLock(_INPUTS.with_suffix(".lock")):
         if _INPUTS.exists():
             return
-        shutil.rmtree(part, ignore_errors=True)  # of a worker that was killed
-        Checkpoint(order.inputs).to_directory(part)
-        if order.hub is not None:
+        shutil.rmtree(part, ignore_errors=True)  # of a killed worker
+        Checkpoint(task.inputs).to_directory(part)
+        if task.hub is not None:
             from huggingface_hub import snapshot_download
 
-            name, revision = order.hub
+            name, revision = task.hub
             (part / "base").mkdir()
-            (part / "base" / order.job.base_model.name).symlink_to(snapshot_download(name, revision=revision))
+            (part / "base" / task.job.base_model.name).symlink_to(snapshot_download(name, revision=revision))
         part.rename(_INPUTS)
 
 
 def _restore(checkpoint: Any, job: JobConfig) -> None:
-    """Bring the newest checkpoint here, and the best one, whose weights the adapter may have in the end."""
+    """Download the newest checkpoint, and the best one, whose weights the adapter may get in the end."""
     if checkpoint is None:
         return
     name = Path(checkpoint.path).name
@@ -321,37 +315,42 @@ def _restore(checkpoint: Any, job: JobConfig) -> None:
 
     newest = job.output / CHECKPOINTS / name
     checkpoint.to_directory(newest)
-    best = f"checkpoint-{_state(newest)['best_global_step']}"
-    place = f"{checkpoint.path.removesuffix(name)}{best}"
-    if best != name and checkpoint.filesystem.get_file_info(place).type == FileType.Directory:
-        type(checkpoint)(place, checkpoint.filesystem).to_directory(newest.with_name(best))
+    best = f"checkpoint-{_trainer_state(newest)['best_global_step']}"
+    path = f"{checkpoint.path.removesuffix(name)}{best}"
+    if best != name and checkpoint.filesystem.get_file_info(path).type == FileType.Directory:
+        type(checkpoint)(path, checkpoint.filesystem).to_directory(newest.with_name(best))
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    """What the Trainer remembers in a checkpoint; nothing where another worker wrote it."""
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the Trainer's state in a checkpoint; an empty one if another worker wrote it."""
     path = checkpoint / "trainer_state.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"log_history": []}
 
 
-def _keep(folder: Path, name: str = "") -> None:
-    """Bring this worker's part of a checkpoint to the storage; returns when all workers have."""
+def _report(folder: Path, name: str = "") -> None:
+    """Report this worker's part of a checkpoint to Ray, which stores it; returns when all workers have."""
     import ray.train
     from ray.train import Checkpoint
 
-    losses = [entry[VALIDATION_LOSS] for entry in _state(folder)["log_history"] if VALIDATION_LOSS in entry]
-    checkpoint = Checkpoint.from_directory(folder) if folder.is_dir() and (distributed.is_first() or not name) else None
-    score = {VALIDATION_LOSS: losses[-1] if losses else 0.0}  # alike, where nothing is validated: the newest is kept
-    ray.train.report(score, checkpoint=checkpoint, checkpoint_dir_name=name or folder.name)
+    history = _trainer_state(folder)["log_history"]
+    losses = [entry[VALIDATION_LOSS] for entry in history if VALIDATION_LOSS in entry]
+    has_part = folder.is_dir() and (distributed.is_rank_zero() or not name)
+    score = {VALIDATION_LOSS: losses[-1] if losses else 0.0}  # equal scores without validation: the newest is kept
+    ray.train.report(
+        score,
+        checkpoint=Checkpoint.from_directory(folder) if has_part else None,
+        checkpoint_dir_name=name or folder.name,
+    )
 
 
 @contextmanager
-def _told(progress: Path, tell: Callable[[list[Progress]], Any]) -> Iterator[None]:
-    """Pass on what is added to a progress file, while the context lasts."""
-    follower, done = Follower(progress), threading.Event()
+def _forward_progress(progress_file: Path, send: Callable[[list[Progress]], Any]) -> Iterator[None]:
+    """Forward what is appended to a progress file while the context lasts."""
+    reader, done = ProgressReader(progress_file), threading.Event()
 
     def follow() -> None:
         while not done.wait(_POLL_SECONDS):
-            tell(list(follower.read()))
+            send(list(reader.read()))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -360,4 +359,4 @@ def _told(progress: Path, tell: Callable[[list[Progress]], Any]) -> Iterator[Non
     finally:
         done.set()
         thread.join()
-        tell(list(follower.read()))
+        send(list(reader.read()))

@@ -1,7 +1,7 @@
-"""Experiment trackers that Hugging Face's Trainer reports to: TensorBoard, Weights & Biases, MLflow.
+"""Experiment trackers of Hugging Face's Trainer: TensorBoard, Weights & Biases, MLflow.
 
-Where they report to is set by their own environment variables (`WANDB_PROJECT`, `MLFLOW_TRACKING_URI`, ...);
-TensorBoard's files lie with the adapter.
+Their own environment variables (`WANDB_PROJECT`, `MLFLOW_TRACKING_URI`, ...) say where to report; TensorBoard's files
+are beside the adapter.
 """
 
 import importlib.util
@@ -12,10 +12,9 @@ from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import TrainingError
 
 TENSORBOARD = "tensorboard"
-"""The folder of TensorBoard's files, beside the adapter."""
+"""Folder of TensorBoard's files, beside the adapter."""
 
-# Either package will do for TensorBoard, as for the Trainer.
-_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}  # any of them
 
 
 def check_trackers(settings: TrainingSettings) -> None:
@@ -28,10 +27,10 @@ def check_trackers(settings: TrainingSettings) -> None:
 
 
 def tracker_variables() -> dict[str, str]:
-    """The environment variables that say where and as whom to report, for processes of other machines."""
+    """Return the environment variables of trackers, for processes on other machines."""
     return {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
 
 
-def settle_trackers(output: Path) -> None:
-    """Let TensorBoard write where the adapter will lie, unless its own variable says otherwise."""
+def set_tensorboard_folder(output: Path) -> None:
+    """Have TensorBoard write beside the adapter, unless its own variable says otherwise."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / TENSORBOARD))

@@ -210,10 +210,10 @@ def test_a_plan_is_for_the_loops_preset_unless_another_memory_is_named(monkeypat
     loop = load_loop("aec_parser")
     loop = loop.model_copy(update={"training": TrainingSettings(preset="24gb")})
     monkeypatch.setattr("finetune_pipeline.cli.train.the_loop", lambda _: loop)
-    assert "memory to use: 22.8 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser")
-    assert "memory to use: 22.8 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--length", "256")
-    assert "memory to use: 7.6 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--vram", "8")
-    assert "memory to use: 76.0 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--preset", "80gb")
+    assert "usable memory: 22.8 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser")
+    assert "usable memory: 22.8 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--length", "256")
+    assert "usable memory: 7.6 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--vram", "8")
+    assert "usable memory: 76.0 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--preset", "80gb")
 
 
 @pytest.mark.parametrize("size", ["nan", "inf", "-inf", "0", "-4"])
@@ -221,7 +221,7 @@ def test_a_memory_size_that_is_none_is_refused(size):
     result = CliRunner().invoke(finetune, ["train", "plan", "--base", "mistralai/Mistral-7B-v0.3", "--vram", size])
     assert result.exit_code != 0
     assert "--vram" in f"{result.output}{result.exception}"
-    assert "Traceback" not in result.output and "memory to use" not in result.output
+    assert "Traceback" not in result.output and "usable memory" not in result.output
 
 
 def test_a_plan_of_what_does_not_fit_says_what_it_takes_at_least_and_what_to_change():

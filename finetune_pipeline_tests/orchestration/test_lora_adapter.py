@@ -12,7 +12,7 @@ from finetune_pipeline.pipeline.train import describe_progress, settings_of_run
 from finetune_pipeline.settings import load_loop
 from finetune_pipeline.training.architecture import FAMILIES
 from finetune_pipeline.training.job import Progress
-from finetune_pipeline.training.presets import settled
+from finetune_pipeline.training.presets import apply_preset
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 
 LARGE = {
@@ -56,10 +56,10 @@ def test_in_the_launchpad_what_the_preset_fills_is_empty_and_can_be_set_for_one_
         3.0,
     )
     assert "preset 8gb fills it" in Config.model_fields["per_device_train_batch_size"].description
-    filled = settled(settings_of_run(loop, plain.model_dump()), FAMILIES["Mistral-7B"])
-    assert filled == settled(loop.training, FAMILIES["Mistral-7B"])
+    filled = apply_preset(settings_of_run(loop, plain.model_dump()), FAMILIES["Mistral-7B"])
+    assert filled == apply_preset(loop.training, FAMILIES["Mistral-7B"])
     once = Config(per_device_train_batch_size=2, early_stopping_patience=None)
-    changed = settled(settings_of_run(loop, once.model_dump()), FAMILIES["Mistral-7B"])
+    changed = apply_preset(settings_of_run(loop, once.model_dump()), FAMILIES["Mistral-7B"])
     assert (
         changed.per_device_train_batch_size,
         changed.gradient_accumulation_steps,
@@ -91,9 +91,9 @@ def test_a_part_of_a_dataset_has_these_rows_and_no_tokens_of_the_others(tmp_path
         "validation": datasets.Dataset.from_dict({"prompt": ["held out"]}),
     }
     datasets.DatasetDict(splits).save_to_disk(whole)
-    (whole / ".tokenised" / "train-0").mkdir(parents=True)
+    (whole / ".tokenized" / "train-0").mkdir(parents=True)
     for rows in ((1, 4), (2, 5, 8)):  # the second time over what a killed training left
         part = datasets.load_from_disk(str(write_subset(whole, rows, tmp_path / "part")))
         assert part["train"]["prompt"][:] == [f"p{row}" for row in rows]
         assert part["validation"]["prompt"][:] == ["held out"]
-    assert not (tmp_path / "part" / ".tokenised").exists()
+    assert not (tmp_path / "part" / ".tokenized").exists()

@@ -114,15 +114,15 @@ def with_settings(job, **changes):
     return job.model_copy(update={"settings": job.settings.model_copy(update=changes)})
 
 
-def breaking_in_half(reporter):
-    """A reporter with which a training ends one step after its half; wraps the real one."""
+def breaking_in_half(progress_callback):
+    """Wrap progress_callback so that the training ends one step after its half."""
 
-    def make(job):
+    def make(*arguments):
         def on_step_begin(args, state, control, **_):
             if state.global_step == state.max_steps // 2 + 1:
                 raise KeyboardInterrupt
 
-        callback = reporter(job)
+        callback = progress_callback(*arguments)
         callback.on_step_begin = on_step_begin
         return callback
 

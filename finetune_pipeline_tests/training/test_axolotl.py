@@ -15,14 +15,14 @@ import yaml
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
-from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl, _Follower
-from finetune_pipeline.training.backends.axolotl_config import FOLDER, Written, write
+from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl, EventReader
+from finetune_pipeline.training.backends.axolotl_config import FOLDER, WrittenJob, write
 from finetune_pipeline.training.checkpoints import COMPLETE
-from finetune_pipeline.training.data import load, tokenizer
+from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, finished
-from finetune_pipeline.training.launch import train
 from finetune_pipeline.training.preference import load_preferences
-from finetune_pipeline.training.trainer import _trainer
+from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.trainer import make_trainer
 
 from .conftest import contrary, save, with_settings
 
@@ -92,7 +92,7 @@ JOBS = {
 
 
 @pytest.mark.slow
-def test_axolotls_own_schema_takes_what_we_write(axolotl, job, tmp_path):
+def test_axolotls_schema_accepts_the_configurations(axolotl, job, tmp_path):
     files = []
     for name, changes in JOBS.items():
         one = job_by(job, tmp_path, name, **changes)
@@ -137,7 +137,7 @@ def mean_loss(folder, adapter, rows):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("configured")
-def test_axolotl_trains_is_killed_goes_on_and_leaves_an_adapter_as_any_backend(job, tmp_path):
+def test_axolotl_is_killed_resumes_and_leaves_an_adapter(job, tmp_path):
     from datasets import load_from_disk
 
     broken = job_by(job, tmp_path, "broken", num_train_epochs=20, save_steps=0.125)
@@ -170,7 +170,7 @@ def test_axolotl_trains_is_killed_goes_on_and_leaves_an_adapter_as_any_backend(j
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("configured")
-def test_axolotl_leaves_the_weights_that_validated_best_and_says_so(job, tmp_path):
+def test_axolotl_keeps_the_weights_with_the_lowest_validation_loss(job, tmp_path):
     from datasets import load_from_disk
 
     one = contrary(job_by(job, tmp_path, "out", num_train_epochs=16, save_steps=0.125, learning_rate=6e-2), tmp_path)
@@ -184,7 +184,7 @@ def test_axolotl_leaves_the_weights_that_validated_best_and_says_so(job, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("configured")
-def test_a_loss_that_is_no_number_ends_axolotl_at_once(job, tmp_path):
+def test_a_non_finite_loss_ends_axolotl_at_once(job, tmp_path):
     one = job_by(job, tmp_path, "out", learning_rate=1e30)
     with pytest.raises(TrainingFailed, match=r"^the loss became .* diverged"):
         train(one)
@@ -195,24 +195,24 @@ def test_a_loss_that_is_no_number_ends_axolotl_at_once(job, tmp_path):
     "event",
     [
         {"event": "log", "step": 3, "steps": 9, "epoch": 0.1, "eval_loss": float("nan")},
-        {"event": "saved", "step": 3, "finite": False},
+        {"event": "save", "step": 3, "finite": False},
     ],
 )
-def test_what_is_no_number_is_refused_when_axolotl_tells_of_it(job, event):
+def test_non_finite_values_in_axolotls_events_end_the_training(job, event):
     write_text(job.output / FOLDER / "events.jsonl", "")
-    follower = _Follower(job, Written(job.output, 1, 0, 1.0))
+    reader = EventReader(job, WrittenJob(job.output, 1, 0, 1.0))
     checkpoint = job.output / CHECKPOINTS / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    write_text(follower.path, json.dumps(event) + "\n")
+    write_text(reader.path, json.dumps(event) + "\n")
     with pytest.raises(TrainingError, match="became nan by step 3"):
-        follower.read()
+        reader.read()
     assert not (checkpoint / COMPLETE).exists()
 
 
 @pytest.mark.parametrize(
     "script", ["echo loading; echo 'torch.OutOfMemoryError: CUDA out of memory. Tried'; exit 1", "kill -9 $$"]
 )
-def test_when_memory_runs_out_in_axolotl_the_error_says_which_batch_size_to_set(job, tmp_path, monkeypatch, script):
+def test_out_of_memory_in_axolotl_says_which_batch_size_to_set(job, tmp_path, monkeypatch, script):
     write_text(tmp_path / "bin" / "axolotl", f"#!/bin/sh\n{script}\n")
     (tmp_path / "bin" / "axolotl").chmod(0o755)
     monkeypatch.setenv(COMMAND, str(tmp_path / "bin" / "axolotl"))
@@ -234,24 +234,24 @@ def test_axolotl_learns_from_preferences(job, tmp_path, method):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("configured")
-def test_what_axolotl_says_of_a_failure_is_told(job, tmp_path):
+def test_axolotls_last_lines_are_in_the_error(job, tmp_path):
     with pytest.raises(TrainingFailed, match=r"axolotl ended with status 1(.|\n)*no_such_layer"):
         train(job_by(job, tmp_path, "out", lora_target_modules=("no_such_layer",)))
 
 
-def test_a_conversation_is_learnt_from_its_last_answer_only(job, tmp_path):
+def test_only_the_completion_of_a_conversation_has_labels(job, tmp_path):
     turns = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
     dataset = save(tmp_path / "d", [{"prompt": "150 mm", "history": turns, "completion": "{}"}])
     one = job.model_copy(update={"dataset": dataset, "system_prompt": "Be short.", "output": tmp_path / "out"})
     written = write(one, None, gpu=True)
     (line,) = [json.loads(text) for text in (one.output / FOLDER / "train.jsonl").read_text().splitlines()]
-    row = load(one, tokenizer(one.base_model)).train[0]  # as peft reads it
+    row = load_data(one, load_tokenizer(one.base_model)).train[0]  # as peft reads it
     assert (line["input_ids"], line["labels"]) == (row["input_ids"][:-1], row["labels"][:-1])  # without a line break
-    assert tokenizer(one.base_model).decode([label for label in line["labels"] if label >= 0]) == "{}<|im_end|>"
+    assert load_tokenizer(one.base_model).decode([label for label in line["labels"] if label >= 0]) == "{}<|im_end|>"
     assert (written.examples, written.too_long) == (1, 0)
 
 
-def test_an_answer_of_a_preference_is_the_rest_of_the_template(job, tmp_path):
+def test_a_preferred_completion_is_the_rest_of_the_template(job, tmp_path):
     settings = TrainingSettings(method="dpo", max_length=512)
     chosen = preferences(tmp_path / "pairs", "dpo", 4)
     one = job.model_copy(update={"settings": settings, "preferences": chosen, "output": tmp_path / "out"})
@@ -271,15 +271,15 @@ OPENED = (
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_what_a_template_opens_and_no_finished_turn_has_is_left_out_as_by_peft(job, tmp_path, method):
+def test_text_of_the_generation_prompt_only_is_left_out(job, tmp_path, method):
     base = shutil.copytree(job.base_model, tmp_path / "base")
     (base / "chat_template.jinja").write_text(OPENED)
     one = job_by(job, tmp_path, "out", method=method).model_copy(update={"base_model": base})
     write(one, None, gpu=False)
     written = [json.loads(line) for line in (one.output / FOLDER / "train.jsonl").read_text().splitlines()]
-    tokens = tokenizer(base)
-    data = load_preferences(one, load(one, tokens), tokens)
-    read = _trainer(one, one.settings, data, tokens, 24, False).train_dataset
+    tokens = load_tokenizer(base)
+    data = load_preferences(one, load_data(one, tokens), tokens)
+    read = make_trainer(one, one.settings, data, tokens, 24, False).train_dataset
     names = ("prompt", "chosen", "rejected") if method == "dpo" else ("prompt", "completion")
     assert written[0]["prompt"].endswith("<|im_start|>assistant\n")
     ours = {tuple(line[name] for name in names) for line in written}
@@ -291,10 +291,10 @@ def _text(tokens, row, name):
     return text if name == "prompt" else text.rstrip()
 
 
-def test_a_preference_is_as_long_as_its_most_tokens_with_the_start_token_as_by_peft(job, tmp_path):
+def test_the_length_of_a_preference_is_that_of_its_longest_completion(job, tmp_path):
     base = shutil.copytree(job.base_model, tmp_path / "base")
     (base / "chat_template.jinja").write_text("{{ bos_token }}" + OPENED)
-    tokens = tokenizer(base)
+    tokens = load_tokenizer(base)
     answers = {"chosen": "1 2 3 4 5 6 7", "rejected": "concrete concrete concrete"}  # of 13 tokens, and of 3
     row = {"prompt": "wall?", "history": [], **answers}
     one = job_by(job, tmp_path, "out", method="dpo")
@@ -305,7 +305,7 @@ def test_a_preference_is_as_long_as_its_most_tokens_with_the_start_token_as_by_p
     short = with_settings(one, max_length=length - 1)
     with pytest.raises(TrainingError, match="nothing is left to train on"):
         write(short, None, gpu=False)
-    data = load(one, tokens)
+    data = load_data(one, tokens)
     assert len(load_preferences(with_settings(one, max_length=length), data, tokens).train) == 2
     with pytest.raises(TrainingError, match="nothing is left to train on"):
         load_preferences(short, data, tokens)

@@ -1,22 +1,22 @@
-"""Which backend trains, why, and what each says before anything starts. The GPU's own part needs a GPU."""
+"""The choice of a backend, and what each rejects before anything starts. Unsloth itself needs a GPU."""
 
 import pytest
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.backends import BACKENDS, Availability, available_backends, choose, unsloth
+from finetune_pipeline.training.backends import BACKENDS, Availability, available_backends, choose_backend, unsloth
 from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl
 from finetune_pipeline.training.backends.peft import Peft
-from finetune_pipeline.training.backends.unsloth import Unsloth, adapter_arguments, model_arguments
+from finetune_pipeline.training.backends.unsloth import Unsloth, lora_arguments, model_arguments
+from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import TrainingError, finished
-from finetune_pipeline.training.launch import train
-from finetune_pipeline.training.model import load_model, lora
+from finetune_pipeline.training.model import load_model, lora_config
 from finetune_pipeline.training.trainer import run_training
 
 from .conftest import with_settings
 
 
 class OnGpu(Unsloth):
-    """Unsloth as it is on a machine that has what it needs; nothing of it is run."""
+    """Unsloth as on a machine with a GPU; nothing of it is run."""
 
     def check(self):
         return Availability("unsloth", True, "unsloth 1.0; trains on one GPU")
@@ -26,7 +26,7 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr("finetune_pipeline.training.backends.unsloth.has_nvidia", lambda: False)
 
 
-def test_every_backend_says_why_and_what_to_do(monkeypatch):
+def test_every_backend_explains_its_availability(monkeypatch):
     without_gpu(monkeypatch)
     monkeypatch.delenv(COMMAND, raising=False)
     found = {backend.name: backend for backend in available_backends()}
@@ -38,20 +38,20 @@ def test_every_backend_says_why_and_what_to_do(monkeypatch):
     assert f"set {COMMAND} to its command" in found["axolotl"].remedy
 
 
-def test_auto_takes_unsloth_where_it_can_and_says_why_not(monkeypatch):
+def test_auto_chooses_unsloth_where_it_can_train(monkeypatch):
     without_gpu(monkeypatch)
-    here = choose(TrainingSettings())
+    here = choose_backend(TrainingSettings())
     assert (here.backend.name, here.reason) == (
         "peft",
         "auto: unsloth cannot run here (no NVIDIA GPU was found (no nvidia-smi))",
     )
     there = [Peft(), OnGpu(), Axolotl()]
-    assert choose(TrainingSettings(), there).backend.name == "unsloth"
+    assert choose_backend(TrainingSettings(), there).backend.name == "unsloth"
     for settings in (TrainingSettings(num_processes=2), TrainingSettings(trainable_token_indices="all")):
-        choice = choose(settings, there)
+        choice = choose_backend(settings, there)
         assert choice.backend.name == "peft"
         assert choice.reason.startswith("auto: unsloth cannot train this")
-    assert choose(TrainingSettings(backend="axolotl"), there).backend.name == "axolotl"
+    assert choose_backend(TrainingSettings(backend="axolotl"), there).backend.name == "axolotl"
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,21 @@ def test_auto_takes_unsloth_where_it_can_and_says_why_not(monkeypatch):
         ("unsloth", {"bf16": False}, "leave bf16 true"),
         ("unsloth", {"trainable_token_indices": (3,)}, "leave trainable_token_indices out"),
         ("unsloth", {"mode": "incremental"}, "set mode: full"),
+        ("unsloth", {"use_dora": True}, "leave use_dora out"),
+        ("unsloth", {"attn_implementation": "sdpa"}, "leave attn_implementation out"),
+        ("unsloth", {"lora_config": {"lora_bias": True}}, "does not take lora_config lora_bias"),
+        ("axolotl", {"lora_config": {"lora_bias": True}}, "does not take lora_config lora_bias"),
+        ("axolotl", {"trainer_config": {"torch_empty_cache_steps": 5}}, "trainer_config torch_empty_cache_steps"),
+        ("axolotl", {"attn_implementation": "eager"}, "has no attn_implementation: eager"),
+        ("peft", {"attn_implementation": "flash_attention_2"}, "flash_attention_2 needs an NVIDIA GPU"),
+        ("peft", {"attn_implementation": "flash_attention_2", "bf16": False}, "set bf16: true, or leave it out"),
     ],
 )
-def test_what_a_backend_cannot_train_is_said_with_what_to_change(backend, changes, said):
+def test_unsupported_settings_are_named_with_a_remedy(backend, changes, said):
     one = next(known for known in BACKENDS if known.name == backend)
     settings = TrainingSettings.model_validate({"backend": backend, **changes})
-    assert any(said in problem for problem in one.cannot(settings))
-    assert not list(one.cannot(TrainingSettings()))
+    assert any(said in problem for problem in one.unsupported(settings))
+    assert not list(one.unsupported(TrainingSettings()))
 
 
 @pytest.mark.parametrize(
@@ -80,10 +88,10 @@ def test_what_a_backend_cannot_train_is_said_with_what_to_change(backend, change
     [
         ("unsloth", None, "unsloth cannot run here: no NVIDIA GPU was found .*; use peft"),
         ("axolotl", None, f"axolotl cannot run here: {COMMAND} is not set; install Axolotl"),
-        ("axolotl", "/nowhere/axolotl", "is /nowhere/axolotl, which is no program; install Axolotl"),
+        ("axolotl", "/nowhere/axolotl", "is /nowhere/axolotl, which is not a program; install Axolotl"),
     ],
 )
-def test_a_backend_that_cannot_run_here_is_refused_before_anything_starts(job, monkeypatch, backend, command, said):
+def test_an_unavailable_backend_is_refused_before_anything_starts(job, monkeypatch, backend, command, said):
     without_gpu(monkeypatch)
     monkeypatch.delenv(COMMAND, raising=False)
     if command:
@@ -93,24 +101,24 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_starts(job, m
     assert not job.output.exists()
 
 
-def test_what_this_machine_cannot_train_is_refused_with_the_reason(job, monkeypatch, tmp_path):
+def test_unsupported_settings_are_refused_before_anything_starts(job, monkeypatch, tmp_path):
     command = tmp_path / "axolotl"
     command.touch(mode=0o755)
     monkeypatch.setenv(COMMAND, str(command))
-    with pytest.raises(TrainingError, match="axolotl cannot train this: it cannot draw examples by their reward"):
+    with pytest.raises(TrainingError, match="axolotl cannot train this: it cannot sample examples by their reward"):
         train(with_settings(job, backend="axolotl", reward_weighted=True))
 
 
-def test_a_model_that_brings_its_adapter_trains_as_one_that_is_given_it(job, tmp_path):
-    """What the backend unsloth does, with PEFT's own model: only the construction differs."""
+def test_a_model_with_an_adapter_trains_like_one_without(job, tmp_path):
+    """As the backend unsloth does it: only the construction of the model differs."""
     from peft import get_peft_model
 
     def adapted(job, bf16):
         base = load_model(job, bf16)
-        return get_peft_model(base, lora(job.settings, base))
+        return get_peft_model(base, lora_config(job.settings, base))
 
     results = []
-    for name, hook in [("given", load_model), ("brought", adapted)]:
+    for name, hook in [("plain", load_model), ("adapted", adapted)]:
         one = with_settings(job, num_train_epochs=1).model_copy(update={"output": tmp_path / name})
         one.output.mkdir()
         run_training(one, 0.0, load_model=hook)
@@ -118,13 +126,20 @@ def test_a_model_that_brings_its_adapter_trains_as_one_that_is_given_it(job, tmp
     assert results[0] == results[1]
 
 
-def test_unsloth_is_told_of_the_job(job):
-    told = model_arguments(with_settings(job, adapter="qlora", max_length=512, gradient_checkpointing=True))
-    assert told["model_name"] == str(job.base_model)
-    assert (told["load_in_4bit"], told["load_in_16bit"], told["trust_remote_code"]) == (True, False, False)
-    assert (told["max_seq_length"], told["use_gradient_checkpointing"]) == (512, "unsloth")
-    every = adapter_arguments(job.settings)
+def test_unsloth_gets_the_settings_of_the_job(job):
+    arguments = model_arguments(with_settings(job, adapter="qlora", max_length=512, gradient_checkpointing=True))
+    assert arguments["model_name"] == str(job.base_model)
+    assert (arguments["load_in_4bit"], arguments["load_in_16bit"], arguments["trust_remote_code"]) == (
+        True,
+        False,
+        False,
+    )
+    assert (arguments["max_seq_length"], arguments["use_gradient_checkpointing"]) == (512, "unsloth")
+    every = lora_arguments(job.settings)
     assert (every["r"], every["lora_alpha"], every["random_state"]) == (4, 8, 0)
     assert every["target_modules"] == list(unsloth.LINEAR_LAYERS)
-    some = adapter_arguments(job.settings.model_copy(update={"lora_target_modules": ("q_proj",)}))
+    some = lora_arguments(job.settings.model_copy(update={"lora_target_modules": ("q_proj",)}))
     assert some["target_modules"] == ["q_proj"]
+    passed = {"use_rslora": True, "lora_config": {"init_lora_weights": "gaussian"}}
+    more = lora_arguments(job.settings.model_copy(update=passed))
+    assert (more["use_rslora"], more["init_lora_weights"]) == (True, "gaussian")

@@ -8,8 +8,8 @@ import pytest
 
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.base_model import check_base_model, check_target_modules
+from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import JobConfig, TrainingError
-from finetune_pipeline.training.launch import train
 
 WHOLE = {
     "config.json": "{}",
@@ -31,23 +31,23 @@ def write(folder, files):
     [
         ("config.json", {}, "has no config.json"),
         ("model.safetensors", {}, "no safetensors weights"),
-        ("model.safetensors", {"pytorch_model.bin": ""}, "pickle only .pytorch_model.bin.*refused"),
+        ("model.safetensors", {"pytorch_model.bin": ""}, "only as pickle .pytorch_model.bin.*refused"),
         ("model.safetensors", {"model-1.safetensors": "", "model.safetensors.index.json": INDEX}, "lacks model-2"),
         ("tokenizer.json", {}, "no tokenizer"),
         ("chat_template.jinja", {}, "no chat template"),
     ],
 )
-def test_what_is_missing_is_named(tmp_path, without, instead, said):
+def test_a_missing_file_is_named(tmp_path, without, instead, said):
     files = {name: text for name, text in WHOLE.items() if name != without}
     with pytest.raises(TrainingError, match=said):
         check_base_model(write(tmp_path, {**files, **instead}))
 
 
-def test_a_whole_model_passes(tmp_path):
+def test_a_complete_model_passes(tmp_path):
     check_base_model(write(tmp_path, WHOLE))
 
 
-def test_a_chat_template_may_stand_in_the_tokenizer_config(tmp_path):
+def test_a_chat_template_may_be_in_the_tokenizer_config(tmp_path):
     files = {name: text for name, text in WHOLE.items() if name != "chat_template.jinja"}
     check_base_model(write(tmp_path, {**files, "tokenizer_config.json": json.dumps({"chat_template": "{{ x }}"})}))
 
@@ -79,7 +79,7 @@ def config_alone(folder, kind, tied):
         ("neox", ["lm_head"]),
     ],
 )
-def test_an_adapter_of_tied_embeddings_is_refused_and_of_untied_ones_is_not(tmp_path, kind, names):
+def test_lora_on_tied_embeddings_is_refused(tmp_path, kind, names):
     settings = TrainingSettings(lora_target_modules=("q_proj", *names))
     with pytest.raises(TrainingError, match=f"lora_target_modules names {', '.join(names)}, but the output layer"):
         check_target_modules(config_alone(tmp_path / "tied", kind, True), settings)
@@ -87,11 +87,11 @@ def test_an_adapter_of_tied_embeddings_is_refused_and_of_untied_ones_is_not(tmp_
 
 
 @pytest.mark.parametrize("given", [{}, {"lora_target_modules": ("q_proj", "head")}, {"trainable_token_indices": (3,)}])
-def test_other_layers_of_a_tied_model_may_be_adapted(tmp_path, given):
+def test_other_layers_of_a_tied_model_are_accepted(tmp_path, given):
     check_target_modules(config_alone(tmp_path, "llama", True), TrainingSettings(**given))
 
 
-def test_the_training_process_refuses_it_before_it_loads_the_weights(tmp_path):
+def test_tied_embeddings_are_refused_before_weights_are_loaded(tmp_path):
     base = PROJECT_ROOT / "data" / "starter_model"
     settings = TrainingSettings(lora_target_modules=("q_proj", "lm_head"))
     job = JobConfig(base_model=base, dataset=tmp_path / "none", output=tmp_path / "out", settings=settings)
@@ -99,9 +99,10 @@ def test_the_training_process_refuses_it_before_it_loads_the_weights(tmp_path):
         train(job)
 
 
-def test_launching_and_asking_for_backends_load_no_torch():
+def test_starting_a_training_and_listing_backends_load_no_torch():
     code = (
-        "import sys, finetune_pipeline.training.launch, finetune_pipeline.export.model, finetune_pipeline.export.base;"
+        "import sys, finetune_pipeline.training.child_process;"
+        "import finetune_pipeline.export.model, finetune_pipeline.export.base;"
         "from finetune_pipeline.training.backends import available_backends; available_backends();"
         "print({'torch', 'transformers', 'trl', 'peft', 'datasets', 'llama_cpp'} & set(sys.modules))"
     )

@@ -1,9 +1,9 @@
-"""Which checkpoints count as whole."""
+"""Complete checkpoints."""
 
 from finetune_pipeline.training.checkpoints import is_complete, last_complete, mark_complete
 
 
-def test_a_checkpoint_is_whole_with_all_files_of_its_subfolders_and_of_its_job_alone(tmp_path):
+def test_a_checkpoint_is_complete_with_all_its_files(tmp_path):
     checkpoint = tmp_path / "checkpoint-8"
     (checkpoint / "ref").mkdir(parents=True)
     (checkpoint / "weights").write_text("1234")
@@ -11,5 +11,5 @@ def test_a_checkpoint_is_whole_with_all_files_of_its_subfolders_and_of_its_job_a
     assert not is_complete(checkpoint, "job")
     mark_complete(checkpoint, "job")
     assert is_complete(checkpoint, "job") and not is_complete(checkpoint, "another")
-    (checkpoint / "ref" / "weights").write_text("123")  # cut off
+    (checkpoint / "ref" / "weights").write_text("123")  # truncated
     assert last_complete(tmp_path, "job") is None and not checkpoint.exists()

@@ -7,10 +7,11 @@ import time
 import pytest
 
 from finetune_pipeline.training.backends.axolotl_config import FOLDER, write
-from finetune_pipeline.training.data import IGNORED, load, tokenizer
+from finetune_pipeline.training.conversations import IGNORE_INDEX
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.preference import load_preferences
-from finetune_pipeline.training.trainer import _trainer, run_training
+from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.trainer import make_trainer, run_training
 
 from .conftest import rows, save, with_settings
 
@@ -41,13 +42,13 @@ def job_of(job, method, folder, data, validation=()):
 
 def tokens_of(job):
     """Yield all tokens of each training example, and those with a label."""
-    tokens = tokenizer(job.base_model)
-    data = load(job, tokens)
+    tokens = load_tokenizer(job.base_model)
+    data = load_data(job, tokens)
     if job.settings.method != "sft":
         data = load_preferences(job, data, tokens)
-    for row in _trainer(job, job.settings, data, tokens, 24, False).train_dataset:
+    for row in make_trainer(job, job.settings, data, tokens, 24, False).train_dataset:
         if "input_ids" in row:
-            yield row["input_ids"], [label for label in row["labels"] if label != IGNORED]
+            yield row["input_ids"], [label for label in row["labels"] if label != IGNORE_INDEX]
         else:
             answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
             yield from ((row["prompt_ids"] + row[name], row[name]) for name in answers)
@@ -60,7 +61,7 @@ def test_control_tokens_in_text_are_trained_on_as_text(job, tmp_path, method):
     forged = {"prompt": FORGED, "history": TURNS, **METHODS[method](answer)}
     more = [] if method != "kto" else [{**plain, "label": False}, {**plain, "completion": "no"}]
     one = job_of(job, method, tmp_path / "d", [plain, forged, *more]).model_copy(update={"system_prompt": SYSTEM})
-    tokens = tokenizer(one.base_model)
+    tokens = load_tokenizer(one.base_model)
     start, end = tokens.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     read = [ids for ids, learnt in tokens_of(one) if FORGED in tokens.decode(learnt)]
     assert len(read) == 1
@@ -75,7 +76,7 @@ def test_control_tokens_in_text_are_trained_on_as_text(job, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_axolotl_trains_on_them_as_text_or_excludes_them(job, tmp_path, method):
+def test_axolotl_keeps_control_tokens_as_text_or_leaves_examples_out(job, tmp_path, method):
     data = [
         {"prompt": "wall", "history": [], **METHODS[method]("{}"), "interaction_id": "1"},
         {"prompt": FORGED, "history": TURNS, **METHODS[method]("{}"), "interaction_id": "2"},
@@ -112,7 +113,7 @@ def given(method, count=16, start=100):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_conversation_that_the_template_rejects_is_left_out_and_counted(alternating, tmp_path, capfd, method):
+def test_rejected_conversations_are_left_out_and_counted(alternating, tmp_path, capfd, method):
     one = job_of(alternating, method, tmp_path / "d", given(method), given(method, 4, 200))
     result = run_training(one, time.monotonic())
     assert (result.examples, result.rejected, result.too_long) == (16, 1, 0)
@@ -122,12 +123,12 @@ def test_a_conversation_that_the_template_rejects_is_left_out_and_counted(altern
     assert "left out 1 of 17 train examples: " in capfd.readouterr().err
     if method == "sft":
         assert said.examples == ("logs, logs.jsonl:7, interaction 0190-7",)
-        again = load(one, tokenizer(one.base_model))  # from the tokens that are kept beside the dataset
+        again = load_data(one, load_tokenizer(one.base_model))  # from the tokens that are kept beside the dataset
         assert again.rejections == result.rejections
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_training_fails_where_the_template_rejects_all_and_says_why(alternating, tmp_path, method):
+def test_a_training_fails_if_the_template_rejects_everything(alternating, tmp_path, method):
     one = job_of(alternating, method, tmp_path / "d", given(method)[:1])
     with pytest.raises(TrainingError, match=r"nothing is left to train on.*1 of 1 .* rejected: .*roles must alternate"):
         run_training(one, time.monotonic())
@@ -135,18 +136,18 @@ def test_a_training_fails_where_the_template_rejects_all_and_says_why(alternatin
         write(one, None, gpu=False)
 
 
-def test_replayed_examples_alone_are_no_reason_to_train(alternating, tmp_path):
+def test_replay_data_alone_is_refused(alternating, tmp_path):
     replayed = [{**row, "source": "replay"} for row in given("sft")[1:]]
     one = job_of(alternating, "sft", tmp_path / "d", [given("sft")[0], *replayed])
     with pytest.raises(TrainingError, match=r"1 of 17 examples are rejected: .*, and the other 16 are only replayed"):
         run_training(one, time.monotonic())
 
 
-def test_a_base_model_without_a_chat_template_is_an_error_that_says_so(job, tmp_path):
+def test_a_base_model_without_a_chat_template_is_an_error(job, tmp_path):
     base = shutil.copytree(job.base_model, tmp_path / "base")
     (base / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((base / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(TrainingError, match=r"has no chat template; put chat_template\.jinja beside it"):
-        load(job.model_copy(update={"base_model": base}), tokenizer(base))
+        load_data(job.model_copy(update={"base_model": base}), load_tokenizer(base))

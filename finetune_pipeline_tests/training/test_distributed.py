@@ -1,4 +1,4 @@
-"""Several processes of this machine train together, for real: by Gloo, on the processor."""
+"""Trainings in several processes of this machine, by Gloo on the CPU."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import distributed, elastic_launch, model
 from finetune_pipeline.training.checkpoints import mark_complete
+from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import CHECKPOINTS, JobConfig, TrainingError, TrainingFailed, finished
-from finetune_pipeline.training.launch import train
 
 from .conftest import breaking_in_half, rows, save, with_settings
 
@@ -21,7 +21,7 @@ from .conftest import breaking_in_half, rows, save, with_settings
     ("batch", "accumulation", "processes", "rank"),
     [
         (8, 1, 1, (8, 1)),
-        (8, 4, 2, (8, 2)),  # fewer steps before the batch gets smaller: that size is what the device holds
+        (8, 4, 2, (8, 2)),  # fewer steps first: the batch size is what the device can hold
         (8, 1, 2, (4, 1)),
         (6, 2, 4, (3, 1)),
         (4, 6, 3, (4, 2)),
@@ -42,7 +42,7 @@ def test_an_uneven_split_is_refused_with_the_even_ones(processes):
 
 
 @pytest.mark.slow
-def test_two_processes_of_this_machine_give_the_adapter_that_one_gives(job, tmp_path):
+def test_two_processes_give_the_same_adapter_as_one(job, tmp_path):
     one = with_settings(job, lora_dropout=0.0)
     two = with_settings(job, num_processes=2).model_copy(update={"output": tmp_path / "two"})
     seen = []
@@ -58,11 +58,11 @@ def test_two_processes_of_this_machine_give_the_adapter_that_one_gives(job, tmp_
     assert not (two.output / CHECKPOINTS).exists()
 
 
-def sharded_member(parent, text, started):
-    """accelerated._member on two cards, as far as Accelerate knows: it refuses FSDP on processors, PyTorch does not."""
+def sharded_rank(parent, text, started):
+    """Run elastic_launch._rank as if there were two GPUs: Accelerate refuses FSDP on CPUs, PyTorch does not."""
     from accelerate.state import DistributedType, PartialState
 
-    prepare, gather = PartialState.__init__, model.whole_weights
+    prepare, gather = PartialState.__init__, model.gather_trained_weights
     job = JobConfig.model_validate_json(text)
 
     def with_cards(self, *arguments, **named):
@@ -73,20 +73,20 @@ def sharded_member(parent, text, started):
     def gather_and_tell(trained):
         weights = gather(trained)
         kinds = {type(weight).__name__ for weight in trained.parameters()}
-        (job.output / f"{distributed.is_first()}.json").write_text(json.dumps(sorted(kinds)))
+        (job.output / f"{distributed.is_rank_zero()}.json").write_text(json.dumps(sorted(kinds)))
         return weights
 
     PartialState.__init__ = with_cards
-    model.must_shard, model.whole_weights = lambda *_: True, gather_and_tell
-    return elastic_launch._member(parent, text, started)
+    model.must_shard, model.gather_trained_weights = lambda *_: True, gather_and_tell
+    return elastic_launch._rank(parent, text, started)
 
 
 @pytest.mark.slow
-def test_weights_dealt_out_to_two_processes_give_the_adapter_that_whole_ones_give(job, tmp_path, monkeypatch):
+def test_sharded_weights_give_the_same_adapter(job, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     sharded = with_settings(job, num_processes=2).model_copy(update={"output": tmp_path / "sharded"})
     with monkeypatch.context() as patch:
-        patch.setattr(elastic_launch, "_member", sharded_member)
+        patch.setattr(elastic_launch, "_rank", sharded_rank)
         folder = sharded.output / CHECKPOINTS
         folder.mkdir(parents=True)
         elastic_launch.train(sharded, time.monotonic())
@@ -102,8 +102,8 @@ def test_weights_dealt_out_to_two_processes_give_the_adapter_that_whole_ones_giv
     assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 5e-3  # of about 0.5
 
 
-def broken_sharded_member(parent, text, started):
-    """A sharded member that ends without a word in its 15th step."""
+def broken_sharded_rank(parent, text, started):
+    """Run a sharded rank that exits in its 15th step."""
     from transformers import Trainer
 
     step, steps = Trainer.training_step, []
@@ -115,25 +115,25 @@ def broken_sharded_member(parent, text, started):
         return step(self, *arguments)
 
     Trainer.training_step = breaking
-    return sharded_member(parent, text, started)
+    return sharded_rank(parent, text, started)
 
 
 @pytest.mark.slow
-def test_weights_dealt_out_go_on_from_a_checkpoint_and_end_with_the_best_ones(job, tmp_path, monkeypatch):
+def test_a_sharded_training_resumes_and_keeps_the_best_weights(job, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone = with_settings(job, bf16=False)
     sharded = with_settings(alone, num_processes=2).model_copy(update={"output": tmp_path / "sharded"})
     checkpoints = sharded.output / CHECKPOINTS
     checkpoints.mkdir(parents=True)
     with monkeypatch.context() as patch:
-        patch.setattr(elastic_launch, "_member", broken_sharded_member)
+        patch.setattr(elastic_launch, "_rank", broken_sharded_rank)
         with pytest.raises(TrainingError, match="status 9"):
             elastic_launch.train(sharded, time.monotonic())
         state = checkpoints / "checkpoint-12" / "trainer_state.json"
-        best = {"best_metric": 0.0, "best_global_step": 6}  # as if nothing later could be better
+        best = {"best_metric": 0.0, "best_global_step": 6}  # as if no later loss could be lower
         state.write_text(json.dumps(json.loads(state.read_text()) | best))
         mark_complete(checkpoints / "checkpoint-12", sharded.key)
-        patch.setattr(elastic_launch, "_member", sharded_member)
+        patch.setattr(elastic_launch, "_rank", sharded_rank)
         elastic_launch.train(sharded, time.monotonic())
     expected, result = train(alone), finished(sharded)
     losses = [point.loss for point in result.validation]
@@ -142,22 +142,20 @@ def test_weights_dealt_out_go_on_from_a_checkpoint_and_end_with_the_best_ones(jo
     assert result.loss_after == pytest.approx(losses[0], rel=1e-5) != expected.loss_after
 
 
-def broken_member(parent, text, started):
-    """A member that ends without a word one step after half of the training."""
+def broken_rank(parent, text, started):
+    """Run a rank that exits one step after half of the training."""
     from finetune_pipeline.training import trainer
 
-    trainer.reporter = breaking_in_half(trainer.reporter)
+    trainer.progress_callback = breaking_in_half(trainer.progress_callback)
     try:
-        return elastic_launch._member(parent, text, started)
+        return elastic_launch._rank(parent, text, started)
     except KeyboardInterrupt:
         os._exit(9)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
-def test_a_team_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
-    job, padded_base, padded, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_interrupted_processes_resume_to_the_same_weights(job, padded_base, padded, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = with_settings(job, num_processes=2, save_steps=1 / 6)
     if padded:
@@ -167,7 +165,7 @@ def test_a_team_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
         (one.output / CHECKPOINTS).mkdir(parents=True)
     elastic_launch.train(whole, time.monotonic())
     with monkeypatch.context() as patch:
-        patch.setattr(elastic_launch, "_member", broken_member)
+        patch.setattr(elastic_launch, "_rank", broken_rank)
         with pytest.raises(TrainingError, match="status 9"):
             elastic_launch.train(broken, time.monotonic())
     elastic_launch.train(broken, time.monotonic())
@@ -180,12 +178,12 @@ def test_a_team_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
     ("gigabytes", "exceeds"),
     [(24, True), (40, False)],  # 17 GB of weights leave 7 of 24, which is too little to train with
 )
-def test_weights_are_dealt_out_when_a_card_could_not_hold_them_and_the_training(tmp_path, gigabytes, exceeds):
+def test_weights_are_sharded_if_one_gpu_cannot_hold_them(tmp_path, gigabytes, exceeds):
     (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
     with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(17_000_000_000)  # a hole, that takes no room
-    assert model.weights_exceed_card(tmp_path, 2, gigabytes * 10**9) is exceeds
-    assert model.weights_exceed_card(tmp_path, 4, gigabytes * 10**9)
+        file.truncate(17_000_000_000)  # a sparse file, which takes no space
+    assert model.weights_exceed_gpu(tmp_path, 2, gigabytes * 10**9) is exceeds
+    assert model.weights_exceed_gpu(tmp_path, 4, gigabytes * 10**9)
 
 
 @pytest.mark.parametrize(("bf16", "shards"), [(True, False), (False, True)])
@@ -201,8 +199,8 @@ def test_weights_are_counted_as_they_are_trained(job, tmp_path, monkeypatch, bf1
     assert model.must_shard(job.model_copy(update={"base_model": tmp_path}), bf16) is shards
 
 
-def member_without_memory(parent, text, started):
-    """accelerated._member, of which the second process asks for more memory than there is, in its third step."""
+def rank_without_memory(parent, text, started):
+    """Run elastic_launch._rank; rank 1 allocates too much memory in its third step."""
     import torch
     from transformers import Trainer
 
@@ -210,18 +208,18 @@ def member_without_memory(parent, text, started):
 
     def greedy(self, *arguments):
         steps.append(1)
-        if len(steps) == 3 and not distributed.is_first():
+        if len(steps) == 3 and not distributed.is_rank_zero():
             torch.empty(2**50)
         return step(self, *arguments)
 
     Trainer.training_step = greedy
-    return elastic_launch._member(parent, text, started)
+    return elastic_launch._rank(parent, text, started)
 
 
 @pytest.mark.slow
-def test_a_process_without_memory_ends_the_team_which_says_what_to_set(job, monkeypatch):
+def test_a_rank_without_memory_ends_all_with_advice(job, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(elastic_launch, "_member", member_without_memory)
+    monkeypatch.setattr(elastic_launch, "_rank", rank_without_memory)
     (job.output / CHECKPOINTS).mkdir(parents=True)
     said = r"^memory ran out with a micro-batch of 4 \(.*allocate.*\); set per_device_train_batch_size: 2 and "
     said += "gradient_accumulation_steps: 4,"
@@ -230,9 +228,9 @@ def test_a_process_without_memory_ends_the_team_which_says_what_to_set(job, monk
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)  # the other process would wait for half an hour
-def test_weights_that_are_no_numbers_end_every_process_of_a_team(job, tmp_path):
-    dataset = save(tmp_path / "d", rows(64, 100))  # without validation, which would find them first
+@pytest.mark.timeout(120)  # the other rank would wait for half an hour
+def test_non_finite_weights_end_every_rank(job, tmp_path):
+    dataset = save(tmp_path / "d", rows(64, 100))  # without validation, which would fail first
     wild = with_settings(job, num_processes=2, learning_rate=1e30, save_steps=1 / 24).model_copy(
         update={"dataset": dataset}
     )
@@ -244,7 +242,7 @@ def test_weights_that_are_no_numbers_end_every_process_of_a_team(job, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_the_job_is_said_as_it_is_by_one_process(job):
+def test_several_processes_give_the_same_error_as_one(job):
     impossible = with_settings(job, num_processes=2, max_length=16)
     with pytest.raises(TrainingFailed, match=r"^nothing is left to train on: 64 of 64 examples"):
         train(impossible)

@@ -3,7 +3,7 @@
 import pytest
 
 from finetune_pipeline.training.job import CurvePoint, TrainingResult, ValidationPoint
-from finetune_pipeline.training.loss_curve import curve_figure, curve_png
+from finetune_pipeline.training.loss_curve import loss_curve, loss_curve_png
 
 
 def result(*validated):
@@ -19,13 +19,13 @@ def result(*validated):
 @pytest.mark.parametrize(
     ("validated", "label", "points"),
     [
-        (((2, 2.0), (4, 1.0)), "held out", [(0, 3.0), (2, 2.0), (4, 1.0)]),
+        (((2, 2.0), (4, 1.0)), "validation", [(0, 3.0), (2, 2.0), (4, 1.0)]),
         ((), "training examples, before and after", [(0, 3.0), (4, 1.0)]),
     ],
 )
-def test_it_draws_the_losses_and_says_on_what_they_were_measured(validated, label, points):
-    training, measured = curve_figure(result(*validated)).axes[0].get_lines()[:2]
+def test_the_plot_says_which_examples_were_measured(validated, label, points):
+    training, measured = loss_curve(result(*validated)).axes[0].get_lines()[:2]
     assert [tuple(point) for point in training.get_xydata()] == [(1, 2.5), (2, 2.0), (3, 1.5), (4, 1.0)]
     assert [tuple(point) for point in measured.get_xydata()] == points
     assert (training.get_label(), measured.get_label()) == ("training", label)
-    assert curve_png(result(*validated)).startswith(b"\x89PNG")
+    assert loss_curve_png(result(*validated)).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""What is done about memory: refused before a training, and half the micro-batch when it runs out."""
+"""The memory check before a training, and smaller micro-batches when memory runs out."""
 
 import json
 import re
@@ -14,28 +14,28 @@ from finetune_pipeline.training.estimate import GIB
 from finetune_pipeline.training.job import TrainingError, TrainingResult
 from finetune_pipeline.training.memory import (
     MemoryRanOut,
+    catch_out_of_memory,
     check_memory,
-    memory_may_run_out,
-    ran_out,
+    out_of_memory_advice,
     with_micro_batch,
 )
 
 from .conftest import save, with_settings
 
-# Address space is what the process has when training begins, and so much more.
+# Limit the address space to what the process has when training starts, and a little more.
 LIMITED = """
 import resource, sys
 import torch, transformers, trl, peft, datasets
 import finetune_pipeline.training.trainer as trainer
 from finetune_pipeline.training.__main__ import main
-began = trainer._trained
-def limited(job, running, *rest):
+made = trainer.make_trainer
+def limited(*arguments):
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         torch.ones(64, 64) @ torch.ones(64, 64)
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[2]) * 10**6, resource.RLIM_INFINITY))
-    return began(job, running, *rest)
-trainer._trained = limited
+    return made(*arguments)
+trainer.make_trainer = limited
 sys.exit(main([sys.argv[1]]))
 """
 
@@ -53,7 +53,7 @@ def train(job, megabytes):
 
 
 @pytest.mark.slow
-def test_when_memory_runs_out_it_goes_on_with_half_the_micro_batch_to_the_same_weights(job, tmp_path):
+def test_after_running_out_of_memory_it_resumes_to_the_same_weights(job, tmp_path):
     from safetensors.torch import load_file
 
     one = with_settings(job, per_device_train_batch_size=64, num_train_epochs=3, learning_rate=1e-3, max_length=1024)
@@ -75,47 +75,52 @@ def test_when_memory_runs_out_it_goes_on_with_half_the_micro_batch_to_the_same_w
         assert (weights[0][name] - tensor).abs().max() < 2e-3, name
 
 
-def test_the_examples_of_an_update_stay_the_same_whatever_their_number():
+def test_a_smaller_micro_batch_keeps_the_examples_per_update():
     for batch, accumulation, tried in [(24, 1, [12, 6, 3, 1]), (5, 2, [2, 1]), (7, 1, [1])]:
         asked = TrainingSettings(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
         running = asked
         for micro in tried:
-            with pytest.raises(MemoryRanOut, match=f"same {batch * accumulation} examples an update") as ran_out:
+            with pytest.raises(MemoryRanOut, match=f"same {batch * accumulation} examples per update") as ran_out:
                 fail(running, MemoryError())
             assert ran_out.value.micro_batch == micro
             running = with_micro_batch(asked, micro, batch * accumulation)
             assert running.per_device_train_batch_size * running.gradient_accumulation_steps == batch * accumulation
-        with pytest.raises(TrainingError, match=r"one example at a time.*checkpointing: true.*max_length below"):
+        with pytest.raises(TrainingError, match=r"micro-batch of 1 .*checkpointing: true.*max_length below"):
             fail(running, RuntimeError("DefaultCPUAllocator: can't allocate memory"))
 
 
-def test_kto_is_left_two_examples_at_a_time():
+def test_kto_keeps_a_micro_batch_of_two():
     asked = TrainingSettings(method="kto", per_device_train_batch_size=4)
     with pytest.raises(MemoryRanOut) as first:
         fail(asked, MemoryError())
     running = with_micro_batch(asked, first.value.micro_batch, 4)
     assert running.per_device_train_batch_size == 2
-    with pytest.raises(TrainingError, match=r"2 examples at a time, and kto needs 2 .*set gradient_checkpointing: t"):
+    with pytest.raises(
+        TrainingError, match=r"micro-batch of 2, the least that kto needs .*set gradient_checkpointing: t"
+    ):
         fail(running, MemoryError())
-    assert "2 examples at a time, and kto needs 2 (no room); set grad" in ran_out(running, 2, "no room")
+    assert "micro-batch of 2, the least that kto needs (no room); set grad" in out_of_memory_advice(
+        running, 2, "no room"
+    )
 
 
 def fail(settings, error):
-    with memory_may_run_out(settings):
+    with catch_out_of_memory(settings):
         raise error
 
 
-def test_another_error_is_not_taken_for_want_of_memory():
+def test_other_errors_are_passed_on():
     with pytest.raises(RuntimeError, match="shapes do not match"):
         fail(TrainingSettings(), RuntimeError("shapes do not match"))
 
 
-def test_what_clearly_does_not_fit_is_refused_with_what_would(job, monkeypatch, capfd):
+def test_a_training_that_does_not_fit_is_refused_with_what_fits(job, monkeypatch, capfd):
     large = with_settings(job, per_device_train_batch_size=512, max_length=1024)
     check_memory(large.base_model, large.settings, longest=16, bf16=False)  # short examples need little
-    monkeypatch.setattr(memory, "available_bytes", lambda: 500 * 10**6)
+    monkeypatch.setattr(memory, "available_memory", lambda: 500 * 10**6)
     with pytest.raises(
-        TrainingError, match=r"reckoned to need .* GiB more .*what fits: per_device_train_batch_size: \d+, gradient_acc"
+        TrainingError,
+        match=r"estimated memory .* GiB more .*what fits: per_device_train_batch_size: \d+, gradient_acc",
     ):
         check_memory(large.base_model, large.settings, longest=1024, bf16=False)
 
@@ -132,37 +137,39 @@ LLAMA_70B = {
 }
 
 
-def test_a_model_that_only_a_team_can_hold_is_refused_on_one_card_and_not_on_eight(tmp_path, monkeypatch, capfd):
+def test_a_model_for_eight_gpus_is_refused_on_one(tmp_path, monkeypatch, capfd):
     import torch
 
     write_text(tmp_path / "config.json", json.dumps(LLAMA_70B))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 79 * GIB)
-    share = TrainingSettings(num_processes=8, per_device_train_batch_size=1, gradient_checkpointing=True)
+    monkeypatch.setattr(memory, "available_memory", lambda: 79 * GIB)
+    rank = TrainingSettings(num_processes=8, per_device_train_batch_size=1, gradient_checkpointing=True)
     with pytest.raises(TrainingError, match="what fits: adapter: qlora"):
-        check_memory(tmp_path, share, longest=512, bf16=True)
-    check_memory(tmp_path, share, longest=512, bf16=True, shards=8)
+        check_memory(tmp_path, rank, longest=512, bf16=True)
+    check_memory(tmp_path, rank, longest=512, bf16=True, shards=8)
     told = capfd.readouterr().err.splitlines()[-1]
     assert float(re.search(r"base weights ([\d.]+)", told)[1]) == pytest.approx(131.42 / 8 + 7.1, abs=0.01)
-    large = share.model_copy(update={"per_device_train_batch_size": 64})
+    large = rank.model_copy(update={"per_device_train_batch_size": 64})
     with pytest.raises(
         TrainingError, match=r"what fits: per_device_train_batch_size: 16, gradient_accumulation_steps: 32$"
     ):
         check_memory(tmp_path, large, longest=1024, bf16=True, shards=8)
 
 
-def test_where_it_cannot_go_on_by_itself_it_says_which_batch_size_to_set():
-    team = TrainingSettings(num_processes=2, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+def test_several_processes_are_told_which_batch_size_to_set():
+    two = TrainingSettings(num_processes=2, per_device_train_batch_size=8, gradient_accumulation_steps=2)
     settings = "set per_device_train_batch_size: 4 and gradient_accumulation_steps: 4"
-    assert f"ran out with a micro-batch of 8 (no room); {settings}" in ran_out(team, 8, "no room")
-    assert "one example at a time (no room); set gradient_checkpointing: true" in ran_out(team, 1, "no room")
+    assert f"ran out with a micro-batch of 8 (no room); {settings}" in out_of_memory_advice(two, 8, "no room")
+    assert "micro-batch of 1 (no room); set gradient_checkpointing: true" in out_of_memory_advice(two, 1, "no room")
 
 
-def test_what_is_over_by_less_than_the_estimates_error_is_tried(job, monkeypatch, capfd):
+def test_a_need_within_the_error_of_the_estimate_is_tried(job, monkeypatch, capfd):
     from finetune_pipeline.training.architecture import read_architecture
-    from finetune_pipeline.training.estimate import memory as reckon
+    from finetune_pipeline.training.estimate import estimate_memory
 
-    need = reckon(read_architecture(job.base_model / "config.json", "x"), job.settings, "cpu", bf16=False, tokens=64)
-    monkeypatch.setattr(memory, "available_bytes", lambda: round(need.to_come * 0.9))
+    need = estimate_memory(
+        read_architecture(job.base_model / "config.json", "x"), job.settings, "cpu", bf16=False, tokens=64
+    )
+    monkeypatch.setattr(memory, "available_memory", lambda: round(need.to_come * 0.9))
     check_memory(job.base_model, job.settings, longest=64, bf16=False)
-    assert "off by 20%, so it is tried" in capfd.readouterr().err
+    assert "off by 20%, so the training starts" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""DPO and KTO on a tiny model: what they read, that they learn, and that a broken one ends as an unbroken one."""
+"""DPO and KTO on a tiny model."""
 
 import json
 import time
@@ -7,10 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from finetune_pipeline.training import trainer as training
-from finetune_pipeline.training.data import load, tokenizer
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.preference import load_preferences
-from finetune_pipeline.training.trainer import _mean_loss, _trainer, run_training
+from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.trainer import make_trainer, mean_loss, run_training
 
 from .conftest import breaking_in_half, rows, save, with_settings
 
@@ -25,7 +25,7 @@ LABELLED = [{**row, "label": True} for row in GOOD] + [
 
 @pytest.fixture
 def prefer(job, tmp_path):
-    """Make a job of a method that learns from preferences; by default those above."""
+    """Return a function that makes a DPO or KTO job, by default on the examples above."""
 
     def make(method, preferences=None, **settings):
         preferences = preferences or {"dpo": PAIRS, "kto": LABELLED}[method]
@@ -38,11 +38,11 @@ def prefer(job, tmp_path):
 
 
 def trainer_of(job):
-    tokens = tokenizer(job.base_model)
-    data = load(job, tokens)
+    tokenizer = load_tokenizer(job.base_model)
+    data = load_data(job, tokenizer)
     if job.settings.method != "sft":
-        data = load_preferences(job, data, tokens)
-    return _trainer(job, job.settings, data, tokens, 24, False), data
+        data = load_preferences(job, data, tokenizer)
+    return make_trainer(job, job.settings, data, tokenizer, 24, False), data
 
 
 def weights(job):
@@ -50,11 +50,11 @@ def weights(job):
 
 
 @pytest.mark.parametrize(("method", "examples", "steps"), [("dpo", 32, 12), ("kto", 48, 18)])
-def test_it_learns_and_says_what_it_did(prefer, method, examples, steps):
+def test_it_learns_and_reports_metrics(prefer, method, examples, steps):
     job = prefer(method)
     result = run_training(job, time.monotonic())
     assert (result.method, result.examples, result.steps) == (method, examples, steps)
-    assert result.loss_after < result.loss_before  # of answers to learn, which neither loss is made of alone
+    assert result.loss_after < result.loss_before  # of chosen and desirable completions
     assert result.train_loss < result.curve[0].loss
     lines = [json.loads(line) for line in (job.output / "progress.jsonl").read_text().splitlines()]
     assert (lines[-1]["step"], lines[-1]["steps"]) == (steps, steps)
@@ -65,7 +65,7 @@ def test_it_learns_and_says_what_it_did(prefer, method, examples, steps):
 
 @pytest.fixture
 def learnt(job, tmp_path):
-    """An adapter that learnt something, by SFT."""
+    """Folder of an adapter that was trained by SFT."""
     first = with_settings(job, num_train_epochs=1, save_steps=500).model_copy(update={"output": tmp_path / "learnt"})
     first.output.mkdir()
     run_training(first, time.monotonic())
@@ -73,9 +73,9 @@ def learnt(job, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
-@pytest.mark.parametrize("on_top", [False, True], ids=["from the base", "on top of an adapter"])
+@pytest.mark.parametrize("on_top", [False, True], ids=["from the base", "warm start"])
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
+def test_an_interrupted_training_ends_with_the_same_weights(
     prefer, method, on_top, adapter, tmp_path, monkeypatch, request
 ):
     whole = prefer(method, save_steps=1 / 6, adapter=adapter)
@@ -85,7 +85,7 @@ def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     broken.output.mkdir()
     with monkeypatch.context() as patched:
-        patched.setattr(training, "reporter", breaking_in_half(training.reporter))
+        patched.setattr(training, "progress_callback", breaking_in_half(training.progress_callback))
         with pytest.raises(KeyboardInterrupt):
             run_training(broken, time.monotonic())
     assert run_training(broken, time.monotonic()).resumed_from == steps // 2  # the middle of the second epoch
@@ -93,7 +93,7 @@ def test_a_broken_training_ends_with_the_weights_of_an_unbroken_one(
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method, tmp_path):
+def test_the_reference_of_a_warm_start_is_a_copy_of_the_adapter(prefer, job, method, tmp_path):
     import torch
 
     settings = {"trainable_token_indices": (5, 6)}
@@ -110,20 +110,20 @@ def test_on_top_of_an_adapter_the_reference_is_a_copy_of_it(prefer, job, method,
 
     own = logits()
     with model.disable_adapter():
-        assert not torch.allclose(logits(), own, atol=1e-3)  # the base says something else
+        assert not torch.allclose(logits(), own, atol=1e-3)  # the base differs
     assert not [name for name, values in model.named_parameters() if values.requires_grad and ".ref" in name]
     model.set_adapter("ref")
     assert torch.equal(logits(), own)
 
 
-def test_over_4_bit_weights_the_policy_begins_as_the_reference(prefer, learnt):
+def test_over_4_bit_weights_the_policy_starts_as_the_reference(prefer, learnt):
     trainer, _ = trainer_of(prefer("dpo", adapter="qlora").model_copy(update={"initial_adapter": learnt}))
     pairs = {name: weight for name, weight in trainer.model.named_parameters() if ".default." in name}
     for name, weight in pairs.items():
         assert weight.requires_grad and weight.equal(trainer.model.get_parameter(name.replace(".default.", ".ref.")))
 
 
-def test_every_method_reads_the_same_tokens_and_is_measured_by_the_same_loss(prefer, job, tmp_path):
+def test_all_methods_read_the_same_tokens_and_measure_the_same_loss(prefer, job, tmp_path):
     dataset = save(tmp_path / "sft", GOOD, GOOD[:8])
     made = {}
     for method in ("sft", "dpo", "kto"):
@@ -134,11 +134,11 @@ def test_every_method_reads_the_same_tokens_and_is_measured_by_the_same_loss(pre
     assert [(row["prompt_ids"] + row["chosen_ids"], len(row["chosen_ids"])) for row in dpo] == learnt
     good = [(row["prompt_ids"] + row["completion_ids"], len(row["completion_ids"])) for row in kto if row["label"]]
     assert sorted(good) == sorted(learnt)
-    losses = [_mean_loss(trainer, data.measure) for trainer, data in made.values()]
+    losses = [mean_loss(trainer, data.validation) for trainer, data in made.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(losses[2], rel=1e-5)
 
 
-def test_what_the_losses_are_made_of_is_what_was_set(prefer):
+def test_the_losses_are_those_that_were_set(prefer):
     dpo, _ = trainer_of(prefer("dpo", beta=0.3, loss_weights=(1.0, 0.5)))
     assert (dpo.beta, dpo.loss_types, dpo.loss_weights, dpo.ref_model) == (0.3, ["sigmoid", "sft"], [1.0, 0.5], None)
     plain, _ = trainer_of(prefer("dpo", loss_type=("sigmoid",)))
@@ -147,7 +147,7 @@ def test_what_the_losses_are_made_of_is_what_was_set(prefer):
     assert (kto.beta, kto.desirable_weight, kto.undesirable_weight) == (0.3, 1.0, 2.0)  # 32 good, 16 bad
 
 
-def test_longer_answers_are_left_out_and_counted_whichever_of_a_pair_is_long(prefer):
+def test_pairs_with_a_long_completion_are_left_out_and_counted(prefer):
     long = {**PAIRS[0], "rejected": WRONG * 30}
     _, data = trainer_of(prefer("dpo", [*PAIRS, long], max_length=128))
     assert (len(data.train), data.too_long) == (32, 1)
@@ -155,20 +155,20 @@ def test_longer_answers_are_left_out_and_counted_whichever_of_a_pair_is_long(pre
         trainer_of(prefer("dpo", [long], max_length=128))
 
 
-def test_what_cannot_be_trained_on_is_said(prefer, job, tmp_path):
-    with pytest.raises(TrainingError, match=r"32 good and 0 bad ones to train on; set method to sft"):
+def test_unusable_preferences_are_refused_with_the_reason(prefer, job, tmp_path):
+    with pytest.raises(TrainingError, match=r"32 desirable and 0 undesirable ones to train on; set method: sft"):
         trainer_of(prefer("kto", LABELLED[:32]))
     with pytest.raises(TrainingError, match="needs 2 or more on each device, not 1;"):
         trainer_of(prefer("kto", per_device_train_batch_size=1))
-    with pytest.raises(TrainingError, match=r"method dpo needs .*nothing, which is not there; curate the data again"):
+    with pytest.raises(TrainingError, match=r"method dpo needs .*nothing, which is missing; curate the data again"):
         trainer_of(prefer("dpo").model_copy(update={"preferences": tmp_path / "nothing"}))
     values = job.model_dump() | {"settings": {"method": "auto"}}
-    with pytest.raises(ValidationError, match=r"training\.methods\.choose"):
+    with pytest.raises(ValidationError, match=r"training\.method_choice\.choose_method"):
         type(job).model_validate(values)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_the_weights_that_stay_are_those_with_the_lowest_loss_of_the_method_itself(prefer, method):
+def test_the_weights_with_the_lowest_preference_loss_are_kept(prefer, method):
     """What is held out wants the opposite of what is trained on, so the method's loss grows there from the start."""
     job = prefer(method, num_train_epochs=8, save_steps=0.25, learning_rate=5e-2)
     if method == "dpo":
@@ -183,7 +183,7 @@ def test_the_weights_that_stay_are_those_with_the_lowest_loss_of_the_method_itse
     assert result.loss_after != pytest.approx(losses[result.best_step])  # that one is of answers, as after SFT
 
 
-def test_without_held_out_preferences_the_last_weights_stay_and_that_is_told(prefer, capsys):
+def test_without_a_validation_set_the_last_preference_weights_are_kept(prefer, capsys):
     result = run_training(prefer("dpo", early_stopping_patience=1), time.monotonic())
     assert not result.validation
     assert result.best_step == result.steps

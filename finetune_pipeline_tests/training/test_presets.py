@@ -6,9 +6,9 @@ import pytest
 
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.architecture import FAMILIES, architecture_of, read_architecture
-from finetune_pipeline.training.estimate import layer_bytes, memory
+from finetune_pipeline.training.estimate import estimate_memory, layer_bytes
 from finetune_pipeline.training.job import TrainingError
-from finetune_pipeline.training.presets import PRESETS, fits, machine_of, settled
+from finetune_pipeline.training.presets import PRESETS, apply_preset, fits, machine_of
 
 PUBLISHED = {  # billions of parameters, as the models' cards say
     "CodeLlama-7b": 6.74, "Llama-3.1-8B": 8.03, "Mistral-7B": 7.24, "deepseek-coder-6.7b": 6.74, "gemma-3-12b": 12.2,
@@ -18,12 +18,12 @@ PUBLISHED = {  # billions of parameters, as the models' cards say
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_dimensions_of_a_known_family_give_its_published_size(name):
+def test_a_known_family_has_its_published_size(name):
     assert FAMILIES[name].parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.012)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text"])
-def test_the_parameters_read_from_a_config_are_those_of_the_model(kind, tmp_path):
+def test_parameters_from_a_config_equal_those_of_the_model(kind, tmp_path):
     import torch
     import transformers
 
@@ -49,11 +49,11 @@ def test_a_mixture_of_experts_and_an_unknown_model_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{broken", "is no JSON"),
-        ("\udcff", "is no JSON"),
-        ("[]", r"holds \[\], not an object"),
-        ('{"text_config": null}', "does not say 'num_attention_heads'"),
-        ('{"hidden_size": "64", "head_dim": 0}', "says hidden_size '64', head_dim 0 where a whole number is expected"),
+        ("{broken", "is not JSON"),
+        ("\udcff", "is not JSON"),
+        ("[]", r"holds \[\] instead of an object"),
+        ('{"text_config": null}', "has no 'num_attention_heads'"),
+        ('{"hidden_size": "64", "head_dim": 0}', "has hidden_size '64', head_dim 0 instead of positive integers"),
     ],
 )
 def test_a_broken_config_is_named_with_what_was_found(text, said, tmp_path):
@@ -77,10 +77,10 @@ def test_a_known_family_is_found_by_its_hugging_face_id():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_preset_fits_or_says_that_it_does_not(preset, name):
+def test_a_preset_fits_or_is_refused(preset, name):
     machine = machine_of(preset)
     try:
-        found = settled(TrainingSettings(preset=preset), FAMILIES[name])
+        found = apply_preset(TrainingSettings(preset=preset), FAMILIES[name])
     except TrainingError as error:
         assert f"{name} does not fit preset {preset}: with qlora, per_device_train_batch_size 1" in str(error)
         return
@@ -88,18 +88,18 @@ def test_a_preset_fits_or_says_that_it_does_not(preset, name):
     assert found.per_device_train_batch_size * found.gradient_accumulation_steps == 16
 
 
-def test_a_7b_model_trains_by_qlora_in_8_gb_by_lora_in_24_and_a_70b_one_by_qlora_in_80():
-    small = settled(TrainingSettings(preset="8gb"), FAMILIES["Mistral-7B"])
+def test_presets_choose_lora_or_qlora_by_memory():
+    small = apply_preset(TrainingSettings(preset="8gb"), FAMILIES["Mistral-7B"])
     assert (small.adapter, small.max_length) == ("qlora", 1024)
-    assert settled(TrainingSettings(preset="24gb"), FAMILIES["Mistral-7B"]).adapter == "lora"
-    assert settled(TrainingSettings(preset="80gb"), FAMILIES["Llama-3.3-70B"]).adapter == "qlora"
+    assert apply_preset(TrainingSettings(preset="24gb"), FAMILIES["Mistral-7B"]).adapter == "lora"
+    assert apply_preset(TrainingSettings(preset="80gb"), FAMILIES["Llama-3.3-70B"]).adapter == "qlora"
     with pytest.raises(TrainingError, match="the smallest preset for it is 80gb"):
-        settled(TrainingSettings(preset="24gb"), FAMILIES["Llama-3.3-70B"])
+        apply_preset(TrainingSettings(preset="24gb"), FAMILIES["Llama-3.3-70B"])
 
 
 def test_a_preset_fills_only_what_is_not_set():
     own = TrainingSettings(preset="24gb", per_device_train_batch_size=2, lora_r=4, max_length=300)
-    found = settled(own, FAMILIES["Mistral-7B"])
+    found = apply_preset(own, FAMILIES["Mistral-7B"])
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps, found.lora_r, found.max_length) == (
         2,
         8,
@@ -107,14 +107,14 @@ def test_a_preset_fills_only_what_is_not_set():
         300,
     )
     plain = TrainingSettings(per_device_train_batch_size=3)
-    assert settled(plain, FAMILIES["Mistral-7B"]) is plain
+    assert apply_preset(plain, FAMILIES["Mistral-7B"]) is plain
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_preset_leaves_kto_an_answer_to_compare_with(preset, name):
+def test_a_preset_gives_kto_a_micro_batch_of_two_or_more(preset, name):
     try:
-        found = settled(TrainingSettings(preset=preset, method="kto"), FAMILIES[name])
+        found = apply_preset(TrainingSettings(preset=preset, method="kto"), FAMILIES[name])
     except TrainingError as error:
         assert f"{name} does not fit preset {preset}: with qlora, per_device_train_batch_size 2" in str(error)
         return
@@ -126,9 +126,9 @@ def test_a_preset_leaves_kto_an_answer_to_compare_with(preset, name):
     ("accumulation", "method", "found"),
     [(4, "sft", (4, "lora")), (1, "sft", (4, "lora")), (32, "sft", (1, "lora")), (16, "kto", (2, "qlora"))],
 )
-def test_where_the_accumulation_is_set_an_update_has_16_examples_or_as_many_as_fit(accumulation, method, found):
+def test_with_fixed_accumulation_an_update_has_at_most_16_examples(accumulation, method, found):
     llama, own = FAMILIES["Llama-3.1-8B"], {"gradient_accumulation_steps": accumulation, "method": method}
-    filled = settled(TrainingSettings(preset="24gb", **own), llama)
+    filled = apply_preset(TrainingSettings(preset="24gb", **own), llama)
     assert fits(llama, filled, machine_of("24gb"))
     assert (filled.per_device_train_batch_size, filled.adapter, filled.gradient_accumulation_steps) == (
         *found,
@@ -136,16 +136,16 @@ def test_where_the_accumulation_is_set_an_update_has_16_examples_or_as_many_as_f
     )
 
 
-def test_less_memory_is_reckoned_for_checkpointing_a_smaller_batch_and_four_bits():
+def test_checkpointing_small_batches_and_four_bits_need_less_memory():
     def gib(**settings):
-        return memory(FAMILIES["Llama-3.1-8B"], TrainingSettings(**settings), "gpu", bf16=True).bytes / 2**30
+        return estimate_memory(FAMILIES["Llama-3.1-8B"], TrainingSettings(**settings), "gpu", bf16=True).bytes / 2**30
 
     assert gib() > gib(gradient_checkpointing=True) > gib(gradient_checkpointing=True, per_device_train_batch_size=1)
     assert 16 < gib(gradient_checkpointing=True, per_device_train_batch_size=1) < 19
     assert gib(gradient_checkpointing=True, per_device_train_batch_size=1, adapter="qlora") < 11
 
 
-def test_logits_of_all_tokens_are_reckoned_where_embeddings_are_trained_and_rows_are_filled_up(tmp_path):
+def test_padded_batches_with_trained_embeddings_need_all_logits(tmp_path):
     def logits(kind, tied=True, **settings):
         config = {**CONFIG, "model_type": kind, "tie_word_embeddings": tied}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -154,17 +154,17 @@ def test_logits_of_all_tokens_are_reckoned_where_embeddings_are_trained_and_rows
         )
         (loss,) = [
             part
-            for part in memory(architecture_of(str(tmp_path)), asked, "gpu", bf16=True).parts
+            for part in estimate_memory(architecture_of(str(tmp_path)), asked, "gpu", bf16=True).parts
             if part.name in {"loss", "gradients"}
         ]
-        return f"of {4 * 2048} tokens x 256,000 words" in loss.formula
+        return f"of {4 * 2048} tokens x 256,000 tokens of vocabulary" in loss.formula
 
     assert logits("gemma2", trainable_token_indices=(5,))
     assert logits("gemma2", trainable_token_indices="all")
     assert not logits("gemma2")
     assert not logits("gemma2", tied=False, trainable_token_indices=(5,))
     assert not logits("llama", trainable_token_indices=(5,))
-    assert not FAMILIES["gemma-3-12b"].shares_rows and FAMILIES["Qwen3-8B"].shares_rows
+    assert not FAMILIES["gemma-3-12b"].padding_free and FAMILIES["Qwen3-8B"].padding_free
 
 
 CONFIG = {
@@ -172,7 +172,7 @@ CONFIG = {
 }  # fmt: skip
 
 
-def test_what_a_layer_is_reckoned_to_keep_is_what_autograd_keeps():
+def test_a_layer_keeps_what_is_estimated():
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM

@@ -15,8 +15,8 @@ import pytest
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.training import ray_cluster
+from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
-from finetune_pipeline.training.launch import train
 
 from ..conftest import needs_ray
 from .conftest import contrary, save, with_settings
@@ -54,7 +54,7 @@ def leftovers():
 
 @needs_ray
 @pytest.mark.slow
-def test_a_killed_worker_is_survived_and_the_loss_is_that_of_one_worker(
+def test_a_training_survives_a_killed_worker_with_the_same_loss(
     two_ray_nodes, job, base, dataset, tmp_path, monkeypatch
 ):
     """What one worker gives, two give, though one of them is killed; nothing but the storage joins the machines."""
@@ -116,9 +116,7 @@ def loss_by_peft(job, base, dataset):
 
 @needs_ray
 @pytest.mark.slow
-def test_preferences_and_the_adapter_to_go_on_from_travel_through_the_storage(
-    two_ray_nodes, job, tmp_path, monkeypatch
-):
+def test_preferences_and_initial_adapter_travel_through_the_storage(two_ray_nodes, job, tmp_path, monkeypatch):
     ours, storage = tmp_path / "ours", tmp_path / "storage"
     storage.mkdir()
     first = with_settings(job, num_train_epochs=1, save_steps=500).model_copy(update={"output": tmp_path / "learnt"})
@@ -149,7 +147,7 @@ def test_preferences_and_the_adapter_to_go_on_from_travel_through_the_storage(
 
 @needs_ray
 @pytest.mark.slow
-def test_what_tensorboard_is_told_on_another_machine_comes_back(two_ray_nodes, job, tmp_path, monkeypatch):
+def test_tensorboard_files_come_back_from_the_workers(two_ray_nodes, job, tmp_path, monkeypatch):
     monkeypatch.setenv(ray_cluster.STORAGE, str(tmp_path / "storage"))
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     train(
@@ -162,7 +160,7 @@ def test_what_tensorboard_is_told_on_another_machine_comes_back(two_ray_nodes, j
 
 
 @needs_ray
-def test_workers_are_told_where_trackers_are(job, monkeypatch):
+def test_workers_get_the_trackers_variables(job, monkeypatch):
     class Connected(Exception):
         pass
 
@@ -197,7 +195,7 @@ def killed_driver(job):
 
 @needs_ray
 @pytest.mark.slow
-def test_a_killed_training_takes_its_cluster_with_it_and_the_next_goes_on_from_its_checkpoint(job):
+def test_a_killed_training_ends_its_cluster_and_can_be_resumed(job):
     """Without an address the cluster is started for the training, and neither it nor a worker outlives it."""
     two = with_settings(on_ray(job), num_train_epochs=80)  # the workers see after a second or two that nobody is left
     with killed_driver(two) as driver:
@@ -213,7 +211,7 @@ def test_a_killed_training_takes_its_cluster_with_it_and_the_next_goes_on_from_i
 
 @needs_ray
 @pytest.mark.slow
-def test_a_training_killed_after_its_last_step_is_not_done_again(job):
+def test_a_training_killed_after_its_last_step_is_not_repeated(job):
     two = on_ray(job)
     with killed_driver(two) as driver:
         wait_for(lambda: processes(driver, "RayTrainWorker"))
@@ -232,7 +230,7 @@ def ray_has_kept(job, name):
 
 @needs_ray
 @pytest.mark.slow
-def test_after_a_lost_worker_the_adapter_still_has_the_best_weights(job, tmp_path):
+def test_after_a_lost_worker_the_best_weights_are_kept(job, tmp_path):
     overfitting = contrary(with_settings(job, num_train_epochs=40, save_steps=0.05, learning_rate=6e-2), tmp_path)
     two = with_settings(overfitting, compute="ray", num_processes=2)
     killed, kept = [], set()
@@ -267,7 +265,7 @@ def test_a_new_worker_gets_the_newest_checkpoint_and_the_best(job, tmp_path, bes
     assert restored == ({"checkpoint-8", "checkpoint-40"} if best_is_there else {"checkpoint-40"})
 
 
-def test_without_ray_it_says_how_to_get_it(job, monkeypatch):
+def test_without_ray_the_error_says_how_to_install_it(job, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ClusterError, match=r"pip install .*'\.\[ray\]', or set compute: local"):
         ray_cluster.train(on_ray(job), time.monotonic())
@@ -277,18 +275,18 @@ def test_without_ray_it_says_how_to_get_it(job, monkeypatch):
     ("resources", "workers", "gpus"),
     [({"CPU": 4.0}, 2, False), ({"CPU": 64.0, "GPU": 4.0}, 4, True)],
 )
-def test_workers_have_gpus_where_the_cluster_has_any(resources, workers, gpus):
-    assert ray_cluster._has_gpus(resources, workers) is gpus
+def test_workers_use_gpus_if_the_cluster_has_any(resources, workers, gpus):
+    assert ray_cluster.use_gpus(resources, workers) is gpus
 
 
-def test_a_cluster_that_is_too_small_is_refused_and_not_waited_for():
+def test_a_cluster_that_is_too_small_is_refused():
     with pytest.raises(
         TrainingError, match=r"num_processes is 8, but the Ray cluster has 4 GPU\(s\) now; set num_processes to 4"
     ):
-        ray_cluster._has_gpus({"CPU": 64.0, "GPU": 4.0}, 8)
+        ray_cluster.use_gpus({"CPU": 64.0, "GPU": 4.0}, 8)
 
 
-def test_a_model_of_the_hub_is_told_by_its_id(tmp_path):
+def test_a_hub_model_is_sent_as_its_id(tmp_path):
     cached = tmp_path / "hub" / "models--meta-llama--Llama-3.1-8B" / "snapshots" / "d04e592"
     assert ray_cluster.hub_revision(cached) == ("meta-llama/Llama-3.1-8B", "d04e592")
     assert ray_cluster.hub_revision(tmp_path / "models" / "tiny") is None

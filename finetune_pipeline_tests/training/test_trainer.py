@@ -9,17 +9,17 @@ import pytest
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from finetune_pipeline.training import callbacks
-from finetune_pipeline.training import data as data_module
+from finetune_pipeline.training import callbacks, tokenized_data
 from finetune_pipeline.training import trainer as trainer_module
 from finetune_pipeline.training.backends.axolotl_config import write
 from finetune_pipeline.training.checkpoints import mark_complete
-from finetune_pipeline.training.data import IGNORED, load, tokenizer
+from finetune_pipeline.training.child_process import train
+from finetune_pipeline.training.conversations import IGNORE_INDEX
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingResult, finished
-from finetune_pipeline.training.launch import train
-from finetune_pipeline.training.model import load_model, lora
-from finetune_pipeline.training.trackers import settle_trackers
-from finetune_pipeline.training.trainer import _trainer, run_training
+from finetune_pipeline.training.model import load_model, lora_config
+from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.trackers import set_tensorboard_folder
+from finetune_pipeline.training.trainer import make_trainer, run_training
 
 from .conftest import breaking_in_half, contrary, rows, save, with_settings
 
@@ -33,7 +33,7 @@ def adapter(job):
     return (job.output / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_it_learns_leaves_an_adapter_and_says_what_it_did(job):
+def test_it_learns_and_leaves_an_adapter_and_a_result(job):
     result = train_here(job)
     files = {str(path.relative_to(job.output)) for path in job.output.rglob("*") if path.is_file()}
     assert files == {
@@ -49,26 +49,26 @@ def test_it_learns_leaves_an_adapter_and_says_what_it_did(job):
     assert result.tokens_per_second > 0
     assert 50e6 < result.peak_memory_bytes < 8e9
     config = json.loads((job.output / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "tiny"  # no path of this machine
+    assert config["base_model_name_or_path"] == "tiny"  # not a path of this machine
     lines = [json.loads(line) for line in (job.output / "progress.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == lines[-1]["steps"] == 24
     assert lines[-1]["eta_seconds"] == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_training_of_a_single_step_learns_too(job, share):
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_a_training_of_a_single_step_learns(job, warmup):
     result = train_here(
-        with_settings(job, num_train_epochs=1, per_device_train_batch_size=64, save_steps=500, warmup_steps=share)
+        with_settings(job, num_train_epochs=1, per_device_train_batch_size=64, save_steps=500, warmup_steps=warmup)
     )
     assert result.steps == 1 and result.loss_after < result.loss_before
 
 
-def test_the_learning_rate_grows_for_the_share_of_the_steps_that_is_set(job):
+def test_the_learning_rate_grows_during_the_warmup_steps(job):
     rates = [point.learning_rate for point in train_here(with_settings(job, warmup_steps=0.5)).curve]
     assert rates.index(max(rates)) == 12 and rates[0] == 0
 
 
-def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(job, tmp_path):
+def test_the_same_seed_gives_the_same_adapter(job, tmp_path):
     results = []
     for name, seed in [("a", 7), ("b", 7), ("c", 8)]:
         one = with_settings(job, seed=seed, num_train_epochs=1).model_copy(update={"output": tmp_path / name})
@@ -77,18 +77,18 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(job, tmp_
     assert results[0] == results[1] != results[2]
 
 
-def test_the_loss_counts_the_answer_only(job):
-    tokens = tokenizer(job.base_model)
+def test_only_the_completion_has_labels(job):
+    tokens = load_tokenizer(job.base_model)
     job.output.mkdir()
-    trainer = _trainer(job, job.settings, load(job, tokens), tokens, 24, False)
+    trainer = make_trainer(job, job.settings, load_data(job, tokens), tokens, 24, False)
     row = trainer.train_dataset[0]
-    learnt = tokens.decode([label for label in row["labels"] if label != -100])
-    assert learnt.strip() == json.dumps({"thickness_mm": 100}) + "<|im_end|>"
+    labeled = tokens.decode([label for label in row["labels"] if label != IGNORE_INDEX])
+    assert labeled.strip() == json.dumps({"thickness_mm": 100}) + "<|im_end|>"
 
 
-def test_the_system_prompt_stands_before_every_prompt(job):
-    tokens = tokenizer(job.base_model)
-    data = load(job.model_copy(update={"system_prompt": "Answer in JSON."}), tokens)
+def test_every_conversation_starts_with_the_system_prompt(job):
+    tokens = load_tokenizer(job.base_model)
+    data = load_data(job.model_copy(update={"system_prompt": "Answer in JSON."}), tokens)
     turns = [
         {"role": "system", "content": "Answer in JSON."},
         {"role": "user", "content": "wall of 100 mm"},
@@ -97,40 +97,42 @@ def test_the_system_prompt_stands_before_every_prompt(job):
     assert tokens.decode(data.train[0]["input_ids"]) == tokens.apply_chat_template(turns, tokenize=False)
 
 
-def test_what_was_said_before_the_prompt_is_trained_on_as_it_is_served(job, tmp_path):
+def test_earlier_turns_are_tokenized_as_in_service(job, tmp_path):
     turns = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
     row = {"prompt": "150 mm", "history": turns, "completion": "{}"}
     dataset = save(tmp_path / "d", [row])
-    tokens = tokenizer(job.base_model)
-    data = load(job.model_copy(update={"system_prompt": "Be short.", "dataset": dataset}), tokens)
+    tokens = load_tokenizer(job.base_model)
+    data = load_data(job.model_copy(update={"system_prompt": "Be short.", "dataset": dataset}), tokens)
     asked = [{"role": "system", "content": "Be short."}, *turns, {"role": "user", "content": "150 mm"}]
     served = tokens.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     (row,) = data.train
-    assert tokens.decode(row["input_ids"][: row["labels"].count(IGNORED)]) == served
+    assert tokens.decode(row["input_ids"][: row["labels"].count(IGNORE_INDEX)]) == served
 
 
-def test_a_conversation_of_a_file_without_histories_is_refused(job, tmp_path):
+def test_a_dataset_without_histories_is_refused(job, tmp_path):
     dataset = save(tmp_path / "d", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(TrainingError, match="lacks the column history; make the dataset again"):
-        load(job.model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
+        load_data(job.model_copy(update={"dataset": dataset}), load_tokenizer(job.base_model))
 
 
 def test_longer_examples_are_left_out_and_counted(job, tmp_path):
     long = {"prompt": "wall " * 200, "history": [], "completion": "{}"}
     dataset = save(tmp_path / "d", [*rows(16), long], rows(4))
-    data = load(job.model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
-    short = load(with_settings(job, max_length=64).model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
+    data = load_data(job.model_copy(update={"dataset": dataset}), load_tokenizer(job.base_model))
+    short = load_data(
+        with_settings(job, max_length=64).model_copy(update={"dataset": dataset}), load_tokenizer(job.base_model)
+    )
     assert (len(data.train), data.too_long) == (17, 0)
     assert (len(short.train), short.too_long) == (16, 1)
 
 
-def test_when_every_example_is_too_long_the_error_says_so(job):
+def test_a_dataset_of_too_long_examples_is_refused(job):
     with pytest.raises(TrainingError, match="64 of 64 examples have more than 16 tokens; raise max_length"):
         train_here(with_settings(job, max_length=16))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_what_is_replayed_is_no_reason_to_train_where_all_else_is_too_long(job, tmp_path, weighted):
+def test_replay_data_and_too_long_examples_are_refused(job, tmp_path, weighted):
     long = [{**row, "prompt": "7" * 400, "reward": 1.0, "source": "logs"} for row in rows(4, 100)]
     dataset = save(tmp_path / "d", [*long, *({**row, "reward": None, "source": "replay"} for row in rows(6, 200))])
     one = with_settings(job, max_length=128, reward_weighted=weighted).model_copy(update={"dataset": dataset})
@@ -141,10 +143,10 @@ def test_what_is_replayed_is_no_reason_to_train_where_all_else_is_too_long(job, 
         write(one, None, gpu=False)
 
 
-def test_without_validation_the_loss_is_measured_on_the_training_examples(job, tmp_path):
+def test_without_validation_the_loss_is_measured_on_training_examples(job, tmp_path):
     dataset = save(tmp_path / "d", rows(16))
-    data = load(job.model_copy(update={"dataset": dataset}), tokenizer(job.base_model))
-    assert data.measure["input_ids"] == data.train["input_ids"]
+    data = load_data(job.model_copy(update={"dataset": dataset}), load_tokenizer(job.base_model))
+    assert data.validation["input_ids"] == data.train["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -156,46 +158,46 @@ def test_without_validation_the_loss_is_measured_on_the_training_examples(job, t
         (0, None, ""),
     ],
 )
-def test_that_a_training_is_not_validated_is_told(job, tmp_path, capsys, held_out, stopping, said):
+def test_a_training_without_validation_is_logged(job, tmp_path, capsys, held_out, stopping, said):
     long = [{**row, "prompt": "7" * 400} for row in rows(held_out, 300)]
     one = with_settings(job, max_length=128, early_stopping_patience=stopping)
     one = one.model_copy(update={"dataset": save(tmp_path / "d", rows(8, 100), long)})
-    assert not load(one, tokenizer(one.base_model)).validates
+    assert not load_data(one, load_tokenizer(one.base_model)).has_validation
     told = [line for line in capsys.readouterr().err.splitlines() if "validated" in line]
     assert len(told) == bool(said) and said in "".join(told)
 
 
-def test_texts_are_tokenised_once_for_all_trainings_of_them(job, tmp_path, monkeypatch):
+def test_texts_are_tokenized_once_for_all_trainings(job, tmp_path, monkeypatch):
     dataset = save(tmp_path / "d", rows(16), rows(4, 50))
     first = job.model_copy(update={"dataset": dataset})
-    made = load(first, tokenizer(job.base_model))
+    made = load_data(first, load_tokenizer(job.base_model))
     with monkeypatch.context() as patched:
-        patched.setattr(data_module, "_tokenise", None)  # another seed, another length, a retry
-        again = load(with_settings(first, seed=5, max_length=500), tokenizer(job.base_model))
+        patched.setattr(tokenized_data, "tokenize_rows", None)  # another seed, another length, a retry
+        again = load_data(with_settings(first, seed=5, max_length=500), load_tokenizer(job.base_model))
     assert again.train["input_ids"] == made.train["input_ids"]
-    assert again.measure["labels"] == made.measure["labels"]
-    other = load(first.model_copy(update={"system_prompt": "Be short."}), tokenizer(job.base_model))
+    assert again.validation["labels"] == made.validation["labels"]
+    other = load_data(first.model_copy(update={"system_prompt": "Be short."}), load_tokenizer(job.base_model))
     assert other.train[0]["length"] > made.train[0]["length"]
     save(dataset, rows(16, 500), rows(4, 50))
-    changed = load(first, tokenizer(job.base_model))
+    changed = load_data(first, load_tokenizer(job.base_model))
     assert changed.train["input_ids"] != made.train["input_ids"]
 
 
-def test_tokens_half_written_by_a_killed_training_are_not_read(job, tmp_path):
+def test_unfinished_token_files_are_not_read(job, tmp_path):
     dataset = save(tmp_path / "d", rows(16), rows(4, 50))
     job = job.model_copy(update={"dataset": dataset})
-    made = load(job, tokenizer(job.base_model))
-    for folder in (dataset / ".tokenised").iterdir():
-        folder.rename(folder.with_name(f".draft-{folder.name}"))
-    assert load(job, tokenizer(job.base_model)).train["input_ids"] == made.train["input_ids"]
+    made = load_data(job, load_tokenizer(job.base_model))
+    for folder in (dataset / ".tokenized").iterdir():
+        folder.rename(folder.with_name("tmp-unfinished"))
+    assert load_data(job, load_tokenizer(job.base_model)).train["input_ids"] == made.train["input_ids"]
 
 
-def test_trained_embeddings_lie_in_the_adapter_and_come_back_from_it(job):
+def test_trained_embeddings_are_saved_in_the_adapter(job):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    token = tokenizer(job.base_model)("7", add_special_tokens=False)["input_ids"][-1]
+    token = load_tokenizer(job.base_model)("7", add_special_tokens=False)["input_ids"][-1]
     train_here(
         with_settings(job, trainable_token_indices=(token,), lora_target_modules=("q_proj",), num_train_epochs=1)
     )
@@ -209,9 +211,9 @@ def test_trained_embeddings_lie_in_the_adapter_and_come_back_from_it(job):
     assert (config["target_modules"], config["trainable_token_indices"]) == (["q_proj"], [token])
 
 
-def test_embeddings_are_trained_where_rows_are_padded(job, padded_base, tmp_path):
+def test_embeddings_are_trained_on_padded_batches(job, padded_base, tmp_path):
     padded = job.model_copy(update={"base_model": padded_base})
-    token = tokenizer(padded_base)("7", add_special_tokens=False)["input_ids"][-1]
+    token = load_tokenizer(padded_base)("7", add_special_tokens=False)["input_ids"][-1]
     result = train_here(with_settings(padded, trainable_token_indices=(token,)))
     plain = train_here(padded.model_copy(update={"output": tmp_path / "plain"}))
     assert result.loss_before == pytest.approx(plain.loss_before, rel=1e-5)
@@ -222,16 +224,16 @@ def test_embeddings_are_trained_where_rows_are_padded(job, padded_base, tmp_path
 def test_all_embeddings_can_be_trained(job):
     train_here(with_settings(job, trainable_token_indices="all", num_train_epochs=1))
     config = json.loads((job.output / "adapter" / "adapter_config.json").read_text())
-    assert config["trainable_token_indices"] == list(range(len(tokenizer(job.base_model))))
+    assert config["trainable_token_indices"] == list(range(len(load_tokenizer(job.base_model))))
 
 
-def test_a_token_that_the_base_does_not_have_is_refused(job):
+def test_an_unknown_token_is_refused(job):
     with pytest.raises(TrainingError, match="names 99999, but the base model's tokens have the ids 0 to"):
         train_here(with_settings(job, trainable_token_indices=(99999,)))
 
 
 @pytest.mark.parametrize("name", ["foo", "input_layernorm"])
-def test_a_module_that_the_base_does_not_have_is_refused_with_those_that_it_has(job, name):
+def test_an_unknown_target_module_is_refused_with_the_known_ones(job, name):
     has = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     with pytest.raises(
         TrainingError, match=f"lora_target_modules names {name}, but the layers .* are {has}; name some"
@@ -239,12 +241,12 @@ def test_a_module_that_the_base_does_not_have_is_refused_with_those_that_it_has(
         train_here(with_settings(job, lora_target_modules=("q_proj", name)))
 
 
-def test_a_dataset_that_is_not_there_is_an_error_that_says_so(job, tmp_path):
+def test_a_missing_dataset_is_an_error(job, tmp_path):
     with pytest.raises(TrainingError, match="holds no saved DatasetDict"):
         train_here(job.model_copy(update={"dataset": tmp_path / "nothing"}))
 
 
-def test_a_loss_that_is_no_number_ends_the_training_and_leaves_no_result(job):
+def test_a_non_finite_loss_ends_the_training_without_a_result(job):
     with pytest.raises(TrainingError, match=r"diverged.*lower learning_rate"):
         train_here(with_settings(job, learning_rate=1e30))
     assert not (job.output / "result.json").exists()
@@ -266,20 +268,20 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(job, tmp_path):
     assert not (job.output / "checkpoints").exists()
 
 
-def test_the_best_and_the_newest_checkpoints_are_kept_and_the_rest_removed(job, monkeypatch):
-    lying = []
+def test_only_the_best_and_the_newest_checkpoints_are_kept(job, monkeypatch):
+    counts = []
 
     def mark(checkpoint, key):
-        lying.append(len(list(checkpoint.parent.glob("checkpoint-*"))))
+        counts.append(len(list(checkpoint.parent.glob("checkpoint-*"))))
         mark_complete(checkpoint, key)
 
     monkeypatch.setattr(callbacks, "mark_complete", mark)
     train_here(with_settings(job, save_steps=0.125))
-    assert len(lying) == 8
-    assert max(lying) == 3
+    assert len(counts) == 8
+    assert max(counts) == 3
 
 
-def test_it_stops_when_validation_no_longer_gets_better(job, tmp_path):
+def test_it_stops_when_the_validation_loss_no_longer_falls(job, tmp_path):
     result = train_here(
         contrary(with_settings(job, num_train_epochs=40, save_steps=0.05, early_stopping_patience=2), tmp_path)
     )
@@ -289,24 +291,24 @@ def test_it_stops_when_validation_no_longer_gets_better(job, tmp_path):
 
 
 def train_until_the_result(job, monkeypatch):
-    """A training that is killed when its last checkpoint is whole and its result not there yet."""
+    """Train, and be killed after the last checkpoint and before the result."""
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "_take_best", lambda _: sys.exit("killed"))
+        patched.setattr(trainer_module, "_load_best", lambda _: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             train_here(job)
 
 
-def train_in_two_goes(job, monkeypatch):
-    """A training that is broken in the middle of its second epoch, and gone on with."""
+def train_interrupted(job, monkeypatch):
+    """Train, be interrupted in the middle of the second epoch, and resume."""
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "reporter", breaking_in_half(trainer_module.reporter))
+        patched.setattr(trainer_module, "progress_callback", breaking_in_half(trainer_module.progress_callback))
         with pytest.raises(KeyboardInterrupt):
             train_here(job)
     return train_here(job)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["one row", "padded"])
-def test_a_training_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_one(
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_a_training_interrupted_within_an_epoch_resumes_to_the_same_weights(
     job, padded_base, padded, tmp_path, monkeypatch
 ):
     whole = with_settings(job, save_steps=1 / 6)
@@ -314,47 +316,47 @@ def test_a_training_broken_within_an_epoch_ends_with_the_weights_of_an_unbroken_
         whole = whole.model_copy(update={"base_model": padded_base})
     train_here(whole)
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
-    assert train_in_two_goes(broken, monkeypatch).resumed_from == 12
+    assert train_interrupted(broken, monkeypatch).resumed_from == 12
     assert adapter(broken) == adapter(whole)
 
 
-def test_a_qlora_that_was_broken_ends_with_the_weights_of_an_unbroken_one_in_float32(job, tmp_path, monkeypatch):
+def test_an_interrupted_qlora_resumes_to_the_same_weights(job, tmp_path, monkeypatch):
     whole = with_settings(job, adapter="qlora", save_steps=1 / 6)
     train_here(whole)
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
-    train_in_two_goes(broken, monkeypatch)
+    train_interrupted(broken, monkeypatch)
     assert adapter(broken) == adapter(whole)
     assert {str(w.dtype) for w in load_file(whole.output / "adapter" / "adapter_model.safetensors").values()} == {
         "torch.float32"
     }
 
 
-def test_a_training_that_stopped_early_and_was_killed_does_not_train_on(job, tmp_path, monkeypatch):
+def test_a_training_killed_after_early_stopping_does_not_continue(job, tmp_path, monkeypatch):
     stopping = contrary(with_settings(job, num_train_epochs=40, save_steps=0.05, early_stopping_patience=2), tmp_path)
-    unbroken = train_here(stopping)
+    uninterrupted = train_here(stopping)
     killed = stopping.model_copy(update={"output": tmp_path / "killed"})
     train_until_the_result(killed, monkeypatch)
     result = train_here(killed)
-    assert result.resumed_from == result.steps == unbroken.steps < 160
+    assert result.resumed_from == result.steps == uninterrupted.steps < 160
     assert (result.validation, result.best_step, result.stopped_early) == (
-        unbroken.validation,
-        unbroken.best_step,
+        uninterrupted.validation,
+        uninterrupted.best_step,
         True,
     )
     assert adapter(killed) == adapter(stopping)
 
 
-def test_a_training_killed_after_its_last_step_takes_no_other_one(job, tmp_path, monkeypatch):
+def test_a_training_killed_after_its_last_step_takes_no_further_one(job, tmp_path, monkeypatch):
     part = with_settings(job, num_train_epochs=1.5)  # it ends within an epoch
-    unbroken = train_here(part)
+    uninterrupted = train_here(part)
     killed = part.model_copy(update={"output": tmp_path / "killed"})
     train_until_the_result(killed, monkeypatch)
     result = train_here(killed)
-    assert result.resumed_from == result.steps == unbroken.steps == 12
+    assert result.resumed_from == result.steps == uninterrupted.steps == 12
     assert adapter(killed) == adapter(part)
 
 
-def test_a_training_killed_while_its_checkpoints_are_removed_is_done(job, monkeypatch):
+def test_a_training_killed_while_removing_checkpoints_is_done(job, monkeypatch):
     def kill(folder, *_, **__):
         if folder == job.output / CHECKPOINTS:
             sys.exit("killed")
@@ -370,7 +372,7 @@ def test_a_training_killed_while_its_checkpoints_are_removed_is_done(job, monkey
 
 
 @pytest.mark.parametrize("best_is_there", [True, False])
-def test_the_best_weights_are_found_in_a_folder_that_was_moved(job, tmp_path, monkeypatch, best_is_there):
+def test_the_best_weights_are_found_in_a_moved_folder(job, tmp_path, monkeypatch, best_is_there):
     job = contrary(with_settings(job, num_train_epochs=16, save_steps=0.125), tmp_path)
     train_until_the_result(job, monkeypatch)
     moved = job.model_copy(update={"output": tmp_path / "moved"})
@@ -391,7 +393,7 @@ def test_without_a_validation_set_the_last_weights_are_kept(job, tmp_path):
     assert (result.validation, result.best_step, result.stopped_early) == ((), result.steps, False)
 
 
-def test_training_goes_on_from_an_adapter(job, tmp_path):
+def test_training_is_warm_started_from_an_adapter(job, tmp_path):
     first = train_here(job)
     further = job.model_copy(update={"output": tmp_path / "further", "initial_adapter": job.output / "adapter"})
     second = train_here(further)
@@ -399,14 +401,14 @@ def test_training_goes_on_from_an_adapter(job, tmp_path):
     assert adapter(further) != adapter(job)
 
 
-def test_progress_tells_memory_and_the_last_validation(job):
+def test_progress_has_memory_and_validation_loss(job):
     train_here(job)
     last = json.loads((job.output / "progress.jsonl").read_text().splitlines()[-1])
     assert 50e6 < last["memory_bytes"] < 8e9
     assert last["validation_loss"] > 0
 
 
-def test_weights_that_are_no_numbers_never_make_a_checkpoint(job):
+def test_non_finite_weights_never_become_a_checkpoint(job):
     with pytest.raises(TrainingError, match="diverged"):
         train_here(with_settings(job, learning_rate=1e30, save_steps=1 / 24))
     whole = list((job.output / "checkpoints").glob("checkpoint-*/complete.json"))
@@ -415,25 +417,25 @@ def test_weights_that_are_no_numbers_never_make_a_checkpoint(job):
         assert all(w.isfinite().all() for w in load_file(marker.parent / "adapter_model.safetensors").values())
 
 
-def test_tensorboard_is_reported_to(job, monkeypatch):
+def test_it_reports_to_tensorboard(job, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    settle_trackers(job.output)
+    set_tensorboard_folder(job.output)
     train_here(with_settings(job, report_to=("tensorboard",)))
     [file] = (job.output / "tensorboard").rglob("events.out.tfevents.*")
     assert b"train/loss" in file.read_bytes()
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(job):
+def test_a_missing_tracker_is_named_before_anything_starts(job):
     with pytest.raises(TrainingError, match="names wandb, which is not installed; pip install wandb"):
         train(with_settings(job, report_to=("wandb",)))
     assert not job.output.exists()
 
 
-def test_measuring_the_loss_does_not_spoil_the_gradients_of_4_bit_weights(job):
+def test_evaluation_does_not_change_gradients_over_4_bit_weights(job):
     import torch
 
     base = load_model(with_settings(job, adapter="qlora"), False)
-    model = get_peft_model(base, lora(job.settings, base))
+    model = get_peft_model(base, lora_config(job.settings, base))
     ids = torch.arange(40, 104).reshape(2, 32)
 
     def gradients():

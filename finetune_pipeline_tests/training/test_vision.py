@@ -1,10 +1,10 @@
-"""A model that sees: the adapter is the language model's alone."""
+"""Models with a vision tower: only the language model gets an adapter."""
 
 import pytest
 import torch
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.model import lora
+from finetune_pipeline.training.model import lora_config
 
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -37,7 +37,7 @@ def load(base):
     return AutoModelForCausalLM.from_pretrained(base)
 
 
-def answers(model):
+def logits_of(model):
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
 
@@ -47,14 +47,14 @@ def test_only_the_language_models_layers_get_an_adapter(base, targets, layers):
     from peft import get_peft_model
 
     model = load(base)
-    adapted = get_peft_model(model, lora(TrainingSettings(lora_target_modules=targets), model))
+    adapted = get_peft_model(model, lora_config(TrainingSettings(lora_target_modules=targets), model))
     trained = [name for name, values in adapted.named_parameters() if values.requires_grad]
     assert len(trained) == 2 * 2 * len(layers)  # A and B, in two layers
     assert all(".language_model.layers." in name for name in trained)
     assert {name.rsplit(".", 4)[1] for name in trained} == layers
 
 
-def test_it_is_saved_read_merged_and_converted_under_the_names_of_the_base(base, tmp_path):
+def test_the_adapter_is_merged_and_converted_under_the_names_of_the_base(base, tmp_path):
     import gguf
     from peft import PeftModel, get_peft_model
 
@@ -62,19 +62,19 @@ def test_it_is_saved_read_merged_and_converted_under_the_names_of_the_base(base,
     from finetune_pipeline.export.merge import merge_here
 
     model = load(base)
-    adapted = get_peft_model(model, lora(TrainingSettings(), model))
+    adapted = get_peft_model(model, lora_config(TrainingSettings(), model))
     for values in adapted.parameters():
         if values.requires_grad:
             torch.nn.init.normal_(values, std=0.3)
     adapted.save_pretrained(tmp_path / "adapter")
-    said = answers(adapted)
-    assert not torch.allclose(said, answers(load(base)), atol=1e-2)
-    again = PeftModel.from_pretrained(load(base), tmp_path / "adapter", is_trainable=True)  # as it is gone on from
-    assert torch.equal(answers(again), said)
+    expected = logits_of(adapted)
+    assert not torch.allclose(expected, logits_of(load(base)), atol=1e-2)
+    again = PeftModel.from_pretrained(load(base), tmp_path / "adapter", is_trainable=True)  # as for a warm start
+    assert torch.equal(logits_of(again), expected)
     assert not any("vision" in name for name, values in again.named_parameters() if values.requires_grad)
     merge_here(base, tmp_path / "adapter", tmp_path / "merged")
     merged = load(tmp_path / "merged")
-    assert torch.allclose(answers(merged), said, atol=1e-4)
+    assert torch.allclose(logits_of(merged), expected, atol=1e-4)
     assert set(merged.state_dict()) == set(load(base).state_dict())
     convert_adapter(tmp_path / "adapter", base, tmp_path / "adapter.gguf")
     tensors = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors}

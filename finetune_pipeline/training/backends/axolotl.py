@@ -1,8 +1,8 @@
-"""Axolotl, by its own command in its own environment, which cannot be this one: each pins other versions.
+"""Axolotl, by its own command in its own environment, since it pins other versions of the same packages.
 
 The environment variable FINETUNE_AXOLOTL names the command. The training process writes axolotl.yaml, starts the
-command as a child that dies with it, turns what the plugin tells into progress and whole checkpoints, and brings the
-adapter into the common layout.
+command as a child that dies with it, turns the plugin's events into progress and complete checkpoints, and moves the
+adapter to where every backend leaves it.
 """
 
 import json
@@ -22,11 +22,12 @@ from typing import Any
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.backends import axolotl_config as config
-from finetune_pipeline.training.backends.base import Availability, Backend, has_nvidia
-from finetune_pipeline.training.callbacks import must_be_finite
+from finetune_pipeline.training.backends.base import Availability, TrainingBackend, has_nvidia
+from finetune_pipeline.training.callbacks import check_finite
 from finetune_pipeline.training.checkpoints import last_complete, mark_complete, step_of
 from finetune_pipeline.training.job import (
     ADAPTER,
+    ADAPTER_WEIGHTS,
     CHECKPOINTS,
     CurvePoint,
     JobConfig,
@@ -36,8 +37,8 @@ from finetune_pipeline.training.job import (
     ValidationPoint,
     finish,
 )
-from finetune_pipeline.training.memory import ran_out, tells_of_want_of_memory
-from finetune_pipeline.training.progress import PROGRESS, append
+from finetune_pipeline.training.memory import is_out_of_memory_message, out_of_memory_advice
+from finetune_pipeline.training.progress import PROGRESS, LineReader, append_progress
 
 COMMAND = "FINETUNE_AXOLOTL"
 _INSTALL = (
@@ -47,10 +48,9 @@ _INSTALL = (
 _POLL_SECONDS = 0.2
 _SECONDS_BETWEEN_LINES = 1.0
 _LOG_LINES = 10
-_LINE = re.compile(r"[\r\n]+")
 
 
-class Axolotl(Backend):
+class Axolotl(TrainingBackend):
     """The command `axolotl train`."""
 
     name = "axolotl"
@@ -61,85 +61,82 @@ class Axolotl(Backend):
             return Availability("axolotl", False, f"{COMMAND} is not set", _INSTALL)
         path = Path(command).expanduser()
         if not (path.is_file() and os.access(path, os.X_OK)):
-            return Availability("axolotl", False, f"{COMMAND} is {command}, which is no program", _INSTALL)
-        speed = "" if has_nvidia() else "; without a GPU it works but is slow, it is meant for tests there"
-        return Availability("axolotl", True, f"{_version(path)} at {path}{speed}")
+            return Availability("axolotl", False, f"{COMMAND} is {command}, which is not a program", _INSTALL)
+        # The version is read from the environment's folder: asking the command would load torch.
+        found = next(path.resolve().parents[1].glob("lib/python*/site-packages/axolotl-*.dist-info"), None)
+        version = f"axolotl {found.name.split('-')[1].removesuffix('.dist')}" if found else "axolotl, version unknown"
+        speed = "" if has_nvidia() else "; without a GPU it works but is slow, for tests only"
+        return Availability("axolotl", True, f"{version} at {path}{speed}")
 
-    def cannot(self, settings: TrainingSettings) -> Iterator[str]:  # noqa: D102
+    def unsupported(self, settings: TrainingSettings) -> Iterator[str]:  # noqa: D102
         if settings.reward_weighted:
-            yield "it cannot draw examples by their reward; set reward_weighted: false, or backend: peft"
+            yield "it cannot sample examples by their reward; set reward_weighted: false, or backend: peft"
         if settings.compute == "ray" or settings.num_processes > 1:
             yield "it trains in one process on this machine; set compute: local and num_processes: 1, or backend: peft"
         if settings.trainable_token_indices == "all":
             yield "it trains embeddings of listed tokens only; list trainable_token_indices, or set backend: peft"
         if settings.mode == "incremental":
-            yield "it begins with a new adapter; set mode: full, or backend: peft"
+            yield "it starts with a new adapter; set mode: full, or backend: peft"
         if settings.early_stopping_patience and settings.method != "sft":
             yield f"it has no early stopping for {settings.method}; unset early_stopping_patience, or set backend: peft"
+        if settings.attn_implementation == "eager":
+            yield "it has no attn_implementation: eager; leave it out, or set backend: peft"
+        for name, known in (("trainer_config", config.TRAINER_FIELDS), ("lora_config", config.LORA_FIELDS)):
+            if unknown := sorted(getattr(settings, name).keys() - known.keys()):
+                yield f"it does not take {name} {', '.join(unknown)}; leave it out, or set backend: peft"
 
     def run(self, job: JobConfig, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
         checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
         written = config.write(job, checkpoint, has_nvidia())
-        follower = _Follower(job, written)
-        _run(job, written.config, follower)
+        events = EventReader(job, written)
+        _run(job, written.config, events)
         _take_adapter(job)
-        result = follower.result(started, step_of(checkpoint) if checkpoint else 0)
+        result = events.result(started, step_of(checkpoint) if checkpoint else 0)
         finish(job, result)
         shutil.rmtree(job.output / config.FOLDER)
         return result
 
 
-def _version(command: Path) -> str:
-    """Read from the environment's folder: asking the command itself would load torch."""
-    found = next(command.resolve().parents[1].glob("lib/python*/site-packages/axolotl-*.dist-info"), None)
-    return f"axolotl {found.name.split('-')[1].removesuffix('.dist')}" if found else "a version that does not tell"
-
-
 @dataclass
-class _Follower:
-    """Reads what the plugin tells, and passes it on in the common form."""
+class EventReader:
+    """Reads the plugin's events and turns them into progress, complete checkpoints and a result."""
 
     job: JobConfig
-    written: config.Written
+    written: config.WrittenJob
     began: float = 0.0
-    first: int = 0
-    told: float = 0.0
-    offset: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
+    first_step: int = 0
+    last_progress: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)  # of the events train_begin and train_end
 
     def __post_init__(self) -> None:
         self.path = self.job.output / config.FOLDER / "events.jsonl"
-        self.path.unlink(missing_ok=True)  # of a process that was killed
+        self.path.unlink(missing_ok=True)  # of a killed process
+        self._lines = LineReader(self.path)
 
     def read(self) -> None:
-        """Pass on all that was told since the last call."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self.offset += len(whole) + len(newline)
-        for line in whole.splitlines():
+        """Handle all events since the last call."""
+        for line in self._lines.read():
             event = json.loads(line)
-            getattr(self, f"_{event.pop('event')}")(event)
-
-    def _begun(self, event: dict[str, Any]) -> None:
-        self.began, self.first = time.monotonic(), event["step"]
-        self.facts |= {"device": event["device"], "bf16": event["bf16"]}
+            kind = event.pop("event")
+            if kind == "train_begin":
+                self.began, self.first_step = time.monotonic(), event["step"]
+                self.facts |= {"device": event["device"], "bf16": event["bf16"]}
+            elif kind == "log":
+                self._log(event)
+            elif kind == "save":
+                self._save(event)
+            elif kind == "train_end":
+                self.facts |= event | {"seconds": time.monotonic() - self.began}
 
     def _log(self, event: dict[str, Any]) -> None:
         for name in ("loss", "eval_loss"):
-            must_be_finite(event.get(name, 0.0), event["step"])
-        if "loss" not in event:
-            return
+            check_finite(event.get(name, 0.0), event["step"])
         now = time.monotonic()
-        if event["step"] == event["steps"] or now - self.told >= _SECONDS_BETWEEN_LINES:
-            append(self.job.output / PROGRESS, self._progress(event, now - self.began))
-            self.told = now
-
-    def _progress(self, event: dict[str, Any], elapsed: float) -> Progress:
-        done = max(event["step"] - self.first, 1)
-        return Progress(
+        last = event["step"] == event["steps"]
+        if "loss" not in event or not (last or now - self.last_progress >= _SECONDS_BETWEEN_LINES):
+            return
+        elapsed, done = now - self.began, max(event["step"] - self.first_step, 1)
+        progress = Progress(
             step=event["step"],
             steps=event["steps"],
             epoch=event["epoch"],
@@ -151,34 +148,34 @@ class _Follower:
             memory_bytes=None,
             micro_batch=self.job.settings.per_device_train_batch_size,
         )
+        append_progress(self.job.output / PROGRESS, progress)
+        self.last_progress = now
 
-    def _tokens(self, steps: int) -> float:
-        """Tokens of text in so many updates, by the mean length: Axolotl's own count has the padding in it."""
-        settings = self.job.settings
-        return steps * settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.written.tokens
-
-    def _saved(self, event: dict[str, Any]) -> None:
+    def _save(self, event: dict[str, Any]) -> None:
         if not event["finite"]:
-            must_be_finite(math.nan, event["step"])
+            check_finite(math.nan, event["step"])
         checkpoint = self.job.output / CHECKPOINTS / f"checkpoint-{event['step']}"
         try:
             mark_complete(checkpoint, self.job.key)
-        except FileNotFoundError:  # Axolotl has removed it already: later ones are there
+        except FileNotFoundError:  # Axolotl has removed it already, since there are later ones
             return
 
-    def _ended(self, event: dict[str, Any]) -> None:
-        self.facts |= event | {"seconds": time.monotonic() - self.began}
+    def _tokens(self, steps: int) -> float:
+        """Estimate the tokens without padding of some steps by the mean length; Axolotl's count includes padding."""
+        settings = self.job.settings
+        examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        return steps * examples * self.written.mean_tokens
 
     def result(self, started: float, resumed_from: int) -> TrainingResult:
-        """What is known of the finished training; the losses are of validations: the first, the adapter's."""
+        """Return the result of the finished training; its losses are those of the first and the best validation."""
         facts, settings = self.facts, self.job.settings
         history = facts["history"]
         losses = [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
         after = next(loss for step, loss in reversed(losses) if step == facts["best_step"])
-        steps = {entry["step"]: entry for entry in history if "loss" in entry}
+        logged = {entry["step"]: entry for entry in history if "loss" in entry}
         curve = tuple(
             CurvePoint(step=step, loss=float(entry["loss"]), learning_rate=float(entry["learning_rate"]))
-            for step, entry in sorted(steps.items())
+            for step, entry in sorted(logged.items())
         )
         last = curve[-max(1, len(curve) // 10) :]
         return TrainingResult(
@@ -194,8 +191,8 @@ class _Follower:
             rejections=self.written.rejections,
             loss_before=losses[0][1],
             loss_after=after,
-            train_loss=sum(point.loss for point in last) / len(last),
-            tokens_per_second=self._tokens(facts["step"] - self.first) / max(facts["seconds"], 1e-9),
+            train_loss=sum(point.loss for point in last) / max(len(last), 1),
+            tokens_per_second=self._tokens(facts["step"] - self.first_step) / max(facts["seconds"], 1e-9),
             wall_seconds=time.monotonic() - started,
             peak_memory_bytes=facts["peak_memory"],
             micro_batch=settings.per_device_train_batch_size,
@@ -206,13 +203,18 @@ class _Follower:
         )
 
 
-def _run(job: JobConfig, path: Path, follower: _Follower) -> None:
-    """Run the command to its end; it dies with this process, and ends when it has diverged."""
+def _run(job: JobConfig, config_file: Path, events: EventReader) -> None:
+    """Run the command to its end; it dies with this process, and is ended when the training has diverged."""
+    program = Path(os.environ[COMMAND]).expanduser()
+    dies_with_parent = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
+    # Axolotl finds the plugin beside the configuration; this project's own PYTHONPATH would be in its way.
+    command = ["env", f"PYTHONPATH={config_file.parent}", str(program), "train", str(config_file)]
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     log = job.output / config.FOLDER / "axolotl.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _command(path),
-            env=_environment(),
+            [*dies_with_parent, *command, "--launcher", "python"],
+            env={**os.environ, "PATH": path, "AXOLOTL_DO_NOT_TRACK": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -220,49 +222,40 @@ def _run(job: JobConfig, path: Path, follower: _Follower) -> None:
         )
         try:
             while process.poll() is None:
-                follower.read()
+                events.read()
                 time.sleep(_POLL_SECONDS)
-            follower.read()
+            events.read()
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    lines = [line for line in _LINE.split(log.read_text(encoding="utf-8", errors="replace")) if line.strip()]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     print("\n".join(lines), flush=True)
-    tells = next((line for line in lines if tells_of_want_of_memory(line)), "")
+    message = next((line for line in lines if is_out_of_memory_message(line)), "")
     if process.returncode == -signal.SIGKILL:
-        tells = "it was killed by SIGKILL, most likely for that"
-    if process.returncode != 0 and tells:
-        raise TrainingError(ran_out(job.settings, job.settings.per_device_train_batch_size, tells.strip()))
-    if process.returncode != 0 or "history" not in follower.facts:
+        message = "it was killed by SIGKILL, most likely because memory ran out"
+    if process.returncode != 0 and message:
+        settings = job.settings
+        advice = out_of_memory_advice(settings, settings.per_device_train_batch_size, message.strip())
+        raise TrainingError(advice)
+    if process.returncode != 0 or "history" not in events.facts:
         tail = "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
         raise TrainingError(
-            f"axolotl ended with status {process.returncode}; after mending the cause, running it again goes on from "
+            f"axolotl ended with status {process.returncode}; after fixing the cause, running it again resumes from "
             f"the last checkpoint. Its last lines:\n{tail}"
         )
 
 
-def _command(path: Path) -> list[str]:
-    children = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
-    # The plugin lies beside the configuration; what this project needs on the path would only be in the way there.
-    command = ["env", f"PYTHONPATH={path.parent}", str(Path(os.environ[COMMAND]).expanduser())]
-    return [*children, *command, "train", str(path), "--launcher", "python"]
-
-
-def _environment() -> dict[str, str]:
-    folder = Path(os.environ[COMMAND]).expanduser().parent
-    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "AXOLOTL_DO_NOT_TRACK": "1"}
-
-
 def _take_adapter(job: JobConfig) -> None:
-    """Bring the adapter that Axolotl wrote to where, and in the form in which, every backend leaves it."""
-    made, final, temporary = job.output / CHECKPOINTS, job.output / ADAPTER, job.output / f".{ADAPTER}.tmp"
+    """Move Axolotl's adapter to where, and in the form in which, every backend leaves it."""
+    source, final, temporary = job.output / CHECKPOINTS, job.output / ADAPTER, job.output / f".{ADAPTER}.tmp"
     for folder in (final, temporary):
         shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir()
-    settings = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = job.base_model.name  # no path of this machine
+    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = job.base_model.name  # not a path of this machine
     settings["target_modules"] = sorted(settings["target_modules"])
     write_text(temporary / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
-    shutil.copyfile(made / "adapter_model.safetensors", temporary / "adapter_model.safetensors")
+    shutil.copyfile(source / ADAPTER_WEIGHTS, temporary / ADAPTER_WEIGHTS)
     temporary.replace(final)

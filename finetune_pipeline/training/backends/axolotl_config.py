@@ -1,30 +1,31 @@
-"""A job in Axolotl's own words: its axolotl.yaml, and the examples in the form that Axolotl reads.
+"""A job as Axolotl reads it: its axolotl.yaml, and the examples in Axolotl's formats.
 
-The keys are those of Axolotl's schema (AxolotlInputConfig); scripts/axolotl_env.sh makes an environment in which a
-test holds them against it.
+The keys are those of Axolotl's schema (AxolotlInputConfig); scripts/axolotl_env.sh makes an environment in which a test
+checks them against it.
 """
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_pipeline.artifacts import write_text
-from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.artifacts import new_file, write_text
 from finetune_pipeline.training.conversations import (
-    Conversation,
-    Rejected,
-    conversations,
+    RejectedRow,
+    TokenizedRow,
+    count_rejections,
+    labels_of,
     messages_of,
-    provenance,
-    rejections,
+    provenance_of,
+    tokenize_rows,
 )
-from finetune_pipeline.training.data import labels_of, nothing_left, replayed
 from finetune_pipeline.training.job import CHECKPOINTS, JobConfig, Rejection, TrainingError, steps_of
+from finetune_pipeline.training.tokenized_data import data_files, is_replayed, load_tokenizer, nothing_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,89 +34,131 @@ FOLDER = "axolotl"
 CONFIG = "axolotl.yaml"
 PLUGIN = "axolotl_progress"
 
-_MEASURE_SAMPLE = 256  # training examples on which the loss is measured where there is no validation set
-_LOG_POINTS = 50
-_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+TRAINER_FIELDS = {
+    name: name
+    for name in (
+        "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "dataloader_pin_memory",
+        "dataloader_prefetch_factor", "lr_scheduler_kwargs", "max_grad_norm", "max_steps", "neftune_noise_alpha",
+        "optim_args", "torch_compile",
+    )
+}  # fmt: skip
+"""Fields of `trainer_config` that Axolotl takes, with its keys."""
+LORA_FIELDS = {
+    "init_lora_weights": "peft_init_lora_weights",
+    "layers_pattern": "peft_layers_pattern",
+    "layers_to_transform": "peft_layers_to_transform",
+}
+"""Fields of `lora_config` that Axolotl takes, with its keys."""
+
+_LOSS_SAMPLE = 256  # training examples on which the loss is measured without a validation set
+_ROWS_PER_BATCH = 1000
+_TRITON_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenJob:
     """What was written for a job.
 
     Attributes:
         config: path of axolotl.yaml.
-        examples: how many train.
-        too_long: how many were left out for having more than max_length tokens.
-        tokens: mean tokens of a training example.
-        rejections: examples that were excluded because the chat template rejects them.
+        examples: number of training examples.
+        too_long: number of examples left out for having more than max_length tokens.
+        mean_tokens: of a training example.
+        rejections: examples left out because the chat template rejects them.
     """
 
     config: Path
     examples: int
     too_long: int
-    tokens: float
+    mean_tokens: float
     rejections: tuple[Rejection, ...] = ()
 
 
-def write(job: JobConfig, checkpoint: Path | None, gpu: bool) -> Written:
-    """Write a job's data and configuration into its folder `axolotl`, with the plugin beside them.
+def write(job: JobConfig, checkpoint: Path | None, gpu: bool) -> WrittenJob:
+    """Write a job's examples and configuration into its folder `axolotl`, with the plugin beside them.
 
     Args:
         job: what to train.
-        checkpoint: a whole one to go on from.
+        checkpoint: a complete one to resume from.
         gpu: whether the machine has one; Axolotl's kernels need it.
 
     Raises:
-        TrainingError: the dataset is not there, or nothing of it is short enough.
+        TrainingError: the dataset is missing, or nothing of it can be trained on.
     """
     import yaml
-    from transformers import AutoTokenizer
 
     folder = job.output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).with_name(f"{PLUGIN}.py"), folder / f"{PLUGIN}.py")
-    tokenizer = AutoTokenizer.from_pretrained(job.base_model, trust_remote_code=False)
-    whole, rejected = _rows(job, "train", tokenizer)
-    train = _short_enough(whole, job)
-    too_long = len(whole) - len(train)
-    if all(example.replayed for example in train):
-        raise TrainingError(nothing_left(too_long, len(whole), job.settings.max_length, rejected))
-    held_out, rejected_too = _rows(job, "validation", tokenizer)
-    validation = _short_enough(held_out, job)
-    _write_lines(folder / "train.jsonl", train)
-    _write_lines(folder / "measure.jsonl", validation or train[:_MEASURE_SAMPLE])
-    config = configuration(job, len(train), checkpoint, gpu)
+    tokenizer = load_tokenizer(job.base_model)
+    train = _write_split(folder / "train.jsonl", job, "train", tokenizer)
+    if train.replayed == train.examples:
+        accepted = train.examples + train.too_long
+        raise TrainingError(nothing_left(train.too_long, accepted, job.settings.max_length, train.rejections))
+    validation = _write_split(folder / "validation.jsonl", job, "validation", tokenizer)
+    if not validation.examples:
+        with (folder / "train.jsonl").open(encoding="utf-8") as lines:
+            write_text(folder / "validation.jsonl", "".join(islice(lines, _LOSS_SAMPLE)))
+    config = configuration(job, train.examples, checkpoint, gpu)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
-    tokens = sum(example.length for example in train) / len(train)
-    return Written(folder / CONFIG, len(train), too_long, tokens, rejected + rejected_too)
+    return WrittenJob(
+        config=folder / CONFIG,
+        examples=train.examples,
+        too_long=train.too_long,
+        mean_tokens=train.tokens / train.examples,
+        rejections=train.rejections + validation.rejections,
+    )
 
 
 def configuration(job: JobConfig, examples: int, checkpoint: Path | None, gpu: bool) -> dict[str, Any]:
-    """The contents of axolotl.yaml.
+    """Return the contents of axolotl.yaml.
 
     Args:
         job: what to train.
-        examples: how many there are.
-        checkpoint: a whole one to go on from.
+        examples: number of training examples.
+        checkpoint: a complete one to resume from.
         gpu: whether the machine has one.
     """
-    settings = job.settings
-    folder = job.output / FOLDER
-    updates = math.ceil(
-        math.ceil(examples / settings.per_device_train_batch_size) / settings.gradient_accumulation_steps
-    )
-    steps = max(math.ceil(updates * settings.num_train_epochs), 1)
-    kind = _dataset_kind(settings)
+    settings, folder = job.settings, job.output / FOLDER
+    batches = math.ceil(examples / settings.per_device_train_batch_size)
+    updates = math.ceil(batches / settings.gradient_accumulation_steps)
+    steps = settings.trainer_config.get("max_steps") or max(math.ceil(updates * settings.num_train_epochs), 1)
+    every = settings.lora_target_modules == "all-linear"
+    dataset: dict[str, Any] = {}  # sft: tokenized already, which Axolotl detects by the columns
+    method: dict[str, Any] = {"group_by_length": True}
+    if settings.method != "sft":
+        method = {"rl": settings.method, "rl_beta": settings.beta}
+    if settings.method == "dpo":
+        dataset = {"type": "passthrough"}
+        losses = list(settings.loss_type)
+        method |= {"dpo_loss_type": losses, "dpo_loss_weights": list(settings.loss_weights or [1.0] * len(losses))}
+    if settings.method == "kto":
+        fields = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
+        dataset = {"type": {**fields, "prompt_format": "{prompt}", "completion_format": "{completion}"}}
+        # Axolotl does not tell its KTO trainer about unused columns, and the collator needs all of them.
+        method["remove_unused_columns"] = False
     config = {
         "base_model": str(job.base_model),
         "trust_remote_code": False,
         "plugins": [f"{PLUGIN}.ProgressPlugin"],
-        "datasets": [{"path": str(folder / "train.jsonl"), **kind}],
-        "test_datasets": [{"path": str(folder / "measure.jsonl"), "split": "train", **kind}],
+        "datasets": [{"path": str(folder / "train.jsonl"), **dataset}],
+        "test_datasets": [{"path": str(folder / "validation.jsonl"), "split": "train", **dataset}],
         "dataset_prepared_path": str(folder / "prepared"),
         "output_dir": str(job.output / CHECKPOINTS),
-        **_adapter(settings),
-        **_method(settings),
+        "adapter": settings.adapter,
+        "load_in_4bit": settings.adapter == "qlora",
+        "lora_r": settings.lora_r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "lora_target_linear": True if every else None,
+        "lora_target_modules": None if every else list(settings.lora_target_modules),
+        "peft_use_rslora": settings.use_rslora or None,
+        "peft_use_dora": settings.use_dora or None,
+        "peft_trainable_token_indices": [i for i in settings.trainable_token_indices if isinstance(i, int)] or None,
+        **{LORA_FIELDS[name]: value for name, value in settings.lora_config.items()},
+        **method,
+        "sdp_attention": True if settings.attn_implementation == "sdpa" else None,
+        "flash_attention": True if settings.attn_implementation == "flash_attention_2" else None,
         "sequence_len": settings.max_length,
         "excess_length_strategy": "drop",
         "sample_packing": False,  # packed batches would make other steps of the same settings
@@ -125,143 +168,109 @@ def configuration(job: JobConfig, examples: int, checkpoint: Path | None, gpu: b
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "num_epochs": settings.num_train_epochs,
-        "optimizer": "adamw_torch",
+        "optimizer": settings.optim,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler": "cosine",
+        "lr_scheduler": settings.lr_scheduler_type,
         "warmup_ratio": settings.warmup_steps if settings.warmup_steps < 1 else None,
         "warmup_steps": int(settings.warmup_steps) if settings.warmup_steps >= 1 else None,
         "weight_decay": settings.weight_decay,
         "bf16": "auto" if gpu and settings.bf16 else False,
         "fp16": None if gpu and settings.bf16 else False,
         "seed": settings.seed,
-        "logging_steps": math.ceil(steps / _LOG_POINTS),
+        "logging_steps": steps_of(settings.logging_steps, steps),
         "save_steps": steps_of(settings.save_steps, steps),
         "eval_steps": steps_of(settings.save_steps, steps),
         "save_total_limit": 2,
-        # Else Axolotl does so unasked for SFT; for DPO and KTO it never does.
+        # Axolotl's default for SFT; for DPO and KTO it cannot.
         "load_best_model_at_end": settings.method == "sft",
         "early_stopping_patience": settings.early_stopping_patience,
         "resume_from_checkpoint": str(checkpoint) if checkpoint else None,
-        **_trackers(settings, job),
-        **({} if gpu else dict.fromkeys(_KERNELS, False)),  # they are Triton's
+        **{f"use_{name}": True for name in settings.report_to},
+        "wandb_project": "finetune-pipeline" if "wandb" in settings.report_to else None,
+        **({} if gpu else dict.fromkeys(_TRITON_KERNELS, False)),
+        **{TRAINER_FIELDS[name]: value for name, value in settings.trainer_config.items()},
     }
     return {name: value for name, value in config.items() if value is not None}
 
 
-def _adapter(settings: TrainingSettings) -> dict[str, Any]:
-    every = settings.lora_target_modules == "all-linear"
-    return {
-        "adapter": settings.adapter,
-        "load_in_4bit": settings.adapter == "qlora",
-        "lora_r": settings.lora_r,
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": settings.lora_dropout,
-        "lora_target_linear": True if every else None,
-        "lora_target_modules": None if every else list(settings.lora_target_modules),
-        "peft_trainable_token_indices": [i for i in settings.trainable_token_indices if isinstance(i, int)] or None,
-    }
+@dataclass
+class _SplitCounts:
+    examples: int = 0
+    replayed: int = 0
+    too_long: int = 0
+    tokens: int = 0
+    rejections: tuple[Rejection, ...] = ()
 
 
-def _method(settings: TrainingSettings) -> dict[str, Any]:
-    if settings.method == "sft":
-        return {"group_by_length": True}
-    method: dict[str, Any] = {"rl": settings.method, "rl_beta": settings.beta}
-    if settings.method == "kto":
-        # Axolotl's KTO trainer is told nothing of unused columns, and its collator needs them all.
-        return {**method, "remove_unused_columns": False}
-    losses = list(settings.loss_type)
-    return {**method, "dpo_loss_type": losses, "dpo_loss_weights": list(settings.loss_weights or [1.0] * len(losses))}
+def _write_split(path: Path, job: JobConfig, split: str, tokenizer: "PreTrainedTokenizerBase") -> _SplitCounts:
+    """Write a split's examples as JSON lines, batch by batch."""
+    counts, rejected, rows = _SplitCounts(), [], 0
+    with new_file(path, force=True) as file:
+        for row, tokenized in _tokenized_rows(job, split, tokenizer):
+            rows += 1
+            if isinstance(tokenized, RejectedRow):
+                rejected.append(tokenized)
+            elif job.settings.method != "sft" and tokenized.holds_control_tokens:
+                why = "it contains a control token of the model, which axolotl cannot read as text by "
+                rejected.append(RejectedRow(f"{why}{job.settings.method} (peft can)", provenance_of(row)))
+            elif tokenized.length > job.settings.max_length:
+                counts.too_long += 1
+            else:
+                sft = job.settings.method == "sft"
+                line = _tokens(tokenized, tokenizer) if sft else _texts(row, [*tokenized.conversations], job, tokenizer)
+                file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
+                counts.examples += 1
+                counts.replayed += is_replayed(row)
+                counts.tokens += tokenized.length
+    counts.rejections = count_rejections(rejected, rows, split)
+    return counts
 
 
-def _dataset_kind(settings: TrainingSettings) -> dict[str, Any]:
-    """How Axolotl reads the lines that `_rows` makes."""
-    if settings.method == "sft":
-        return {}  # tokenized already, which Axolotl detects by the columns
-    if settings.method == "dpo":
-        return {"type": "passthrough"}
-    fields = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
-    formats = {"prompt_format": "{prompt}", "completion_format": "{completion}"}
-    return {"type": {**fields, **formats}}
-
-
-def _trackers(settings: TrainingSettings, job: JobConfig) -> dict[str, Any]:
-    project = {"wandb_project": "finetune-pipeline"} if "wandb" in settings.report_to else {}
-    return {**{f"use_{name}": True for name in settings.report_to}, **project}
-
-
-@dataclass(frozen=True)
-class _Example:
-    line: dict[str, Any]  # as Axolotl reads it
-    length: int  # tokens, counted as by peft: with the answer that has more of them
-    replayed: bool
-
-
-def _rows(
+def _tokenized_rows(
     job: JobConfig, split: str, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[_Example], tuple[Rejection, ...]]:
-    """Return a split's examples: for sft tokens as with peft, for dpo and kto texts with the template applied."""
+) -> Iterator[tuple[dict[str, Any], TokenizedRow | RejectedRow]]:
     from datasets import load_from_disk
 
     method = job.settings.method
     folder = job.dataset if method == "sft" else job.preferences
     if folder is None or not (folder / "dataset_dict.json").is_file():
         raise TrainingError(f"{folder} holds no saved DatasetDict for {method}; make the dataset again")
-    state = folder / split / "state.json"
-    if not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
-        return [], ()
-    rows = list(load_from_disk(str(folder / split)))
-    answers = ("chosen", "rejected") if method == "dpo" else ("completion",)
-    examples, rejected = [], []
-    for row, found in zip(rows, conversations(rows, answers, job.system_prompt, tokenizer), strict=True):
-        if isinstance(found, Rejected):
-            rejected.append(found)
-        elif method == "sft":
-            examples.append(_Example(_tokens(found, tokenizer), found.length, replayed(row)))
-        elif found.holds_control_tokens:
-            why = f"it contains a control token of the model, which axolotl cannot read as text by {method} (peft can)"
-            rejected.append(Rejected(why, provenance(row)))
-        else:
-            line = _texts(row, answers, job, tokenizer) | ({"label": row["label"]} if "label" in row else {})
-            examples.append(_Example(line, found.length, replayed(row)))
-    return examples, rejections(rejected, len(rows), split)
+    if not data_files(folder / split):
+        return
+    completions = ("chosen", "rejected") if method == "dpo" else ("completion",)
+    for batch in load_from_disk(str(folder / split)).iter(batch_size=_ROWS_PER_BATCH):
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        yield from zip(rows, tokenize_rows(rows, completions, job.system_prompt, tokenizer), strict=True)
 
 
-def _tokens(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Return the tokens as peft trains on them, up to the answer's end token, as Axolotl learns nothing after it."""
-    ids = conversation.answers["completion"]
+def _tokens(row: TokenizedRow, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return the token ids as peft trains on them, up to the end token: Axolotl computes no loss after it."""
+    ids = row.conversations["completion"]
     while tokenizer.decode(ids[-1:]).isspace():
         ids = ids[:-1]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels_of(conversation.prompt, ids)}
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels_of(row.prompt, ids)}
 
 
 def _texts(
-    row: dict[str, Any], answers: Iterable[str], job: JobConfig, tokenizer: "PreTrainedTokenizerBase"
+    row: dict[str, Any], completions: list[str], job: JobConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, Any]:
-    """The prompt, and each answer without it.
+    """Return the prompt, and each completion without it, with the template applied.
 
-    A template may open with more than a finished turn has, as `<think>`; TRL leaves out what they do not share too.
+    A generation prompt may have more than a finished turn has, such as `<think>`; what they do not share is left out,
+    as TRL does.
     """
-    asked = messages_of(row, job.system_prompt)
-    before = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-    whole = {
-        name: str(tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": row[name]}], tokenize=False))
-        for name in answers
+    messages = messages_of(row, job.system_prompt)
+    start = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    finished = {
+        name: str(
+            tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": row[name]}], tokenize=False)
+        )
+        for name in completions
     }
-    prompt = os.path.commonprefix([before, *whole.values()])  # noqa: RUF071  # of texts, by character
-    rest = {name: text[len(prompt) :].rstrip() for name, text in whole.items()}
-    return {"prompt": _without_start(prompt, tokenizer), **rest}
-
-
-def _without_start(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Without the start token that the template wrote, where the tokenizer adds one itself."""
-    start = tokenizer.bos_token
-    adds = start is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(start) if adds else text
-
-
-def _short_enough(examples: list[_Example], job: JobConfig) -> list[_Example]:
-    return [example for example in examples if example.length <= job.settings.max_length]
-
-
-def _write_lines(path: Path, examples: Iterable[_Example]) -> None:
-    write_text(path, "".join(f"{json.dumps(example.line, ensure_ascii=False)}\n" for example in examples))
+    prompt = os.path.commonprefix([start, *finished.values()])  # noqa: RUF071  # of texts, by character
+    rest = {name: text[len(prompt) :].rstrip() for name, text in finished.items()}
+    bos = tokenizer.bos_token
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        prompt = prompt.removeprefix(bos)  # the tokenizer adds one itself
+    label = {"label": row["label"]} if "label" in row else {}
+    return {"prompt": prompt, **rest, **label}

@@ -1,6 +1,6 @@
-"""A plugin that Axolotl loads in its own environment: it tells how far the training is, and seeds.
+"""A plugin that Axolotl loads in its own environment: it reports events and sets the seed.
 
-It is copied beside the job's axolotl.yaml and stands alone there: nothing of this project can be imported.
+It is copied beside the job's axolotl.yaml and has to stand alone there: nothing of this project can be imported.
 """
 
 import json
@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin  # the only environment that loads this file has it
+from axolotl.integrations.base import BasePlugin  # installed in the only environment that loads this file
 
 EVENTS = Path(__file__).with_name("events.jsonl")
 
 
-def tell(event: str, **values: Any) -> None:
-    """Add one line, in one write, so that a kill leaves no half of it."""
+def report(event: str, **values: Any) -> None:
+    """Append an event in a single write, so that a kill leaves no half of it."""
     line = json.dumps({"event": event, **values}) + "\n"
     descriptor = os.open(EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -24,27 +24,30 @@ def tell(event: str, **values: Any) -> None:
 
 
 class ProgressPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not installed where types are checked
-    """Puts the callback into Axolotl's trainer, and the seed before its model."""
+    """Adds the callback to Axolotl's trainer, and sets the seed before the model is made."""
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        """Have a loss that is no number reported: the Trainer would tell the mean of those before instead."""
+        """Have a non-finite loss reported: the Trainer would report the mean of earlier losses instead."""
         return {"logging_nan_inf_filter": False}
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Seed the adapter's first weights, which Axolotl leaves to chance."""
+        """Seed the adapter's initial weights, which Axolotl leaves random."""
         from transformers import set_seed
 
         set_seed(cfg.seed)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """The callbacks, as Axolotl asks for them."""
+        """Return the callbacks, as Axolotl asks for them."""
         return [_callback()]
 
 
 def _callback() -> Any:
+    import torch
     from transformers import TrainerCallback
 
-    class Teller(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    gpu = torch.cuda.is_available()
+
+    class EventCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.best_global_step:  # the Trainer looks where it was written, and the folder may have been moved
                 best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
@@ -52,44 +55,34 @@ def _callback() -> Any:
                     state.best_model_checkpoint = str(best)
                 else:
                     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-            tell("begun", step=state.global_step, steps=state.max_steps, bf16=bool(args.bf16), device=_device())
+            device = torch.cuda.get_device_name() if gpu else "cpu"
+            report("train_begin", step=state.global_step, steps=state.max_steps, bf16=bool(args.bf16), device=device)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step >= state.max_steps:  # else the last steps of an uneven number go unmeasured
+            if state.global_step >= state.max_steps:  # the last step may not be a multiple of eval_steps
                 control.should_evaluate = True
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             kept = {name: float(logs[name]) for name in ("loss", "eval_loss", "learning_rate") if name in logs}
-            tell("log", step=state.global_step, steps=state.max_steps, epoch=state.epoch or 0.0, **kept)
+            report("log", step=state.global_step, steps=state.max_steps, epoch=state.epoch or 0.0, **kept)
 
         def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
             trained = [weight for weight in model.parameters() if weight.requires_grad]
-            tell("saved", step=state.global_step, finite=all(bool(w.isfinite().all()) for w in trained))
+            report("save", step=state.global_step, finite=all(bool(w.isfinite().all()) for w in trained))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            tell(
-                "ended",
+            if gpu:
+                peak = int(torch.cuda.max_memory_allocated())
+            else:
+                lines = Path("/proc/self/status").read_text().splitlines()  # Axolotl runs on Linux
+                peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+            report(
+                "train_end",
                 step=state.global_step,
                 steps=state.max_steps,
                 best_step=(args.load_best_model_at_end and state.best_global_step) or state.global_step,
-                peak_memory=_peak_memory(),
+                peak_memory=peak,
                 history=state.log_history,
             )
 
-    return Teller()
-
-
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else the most resident memory of this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    lines = Path("/proc/self/status").read_text().splitlines()  # Axolotl runs on Linux
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return EventCallback()

@@ -1,4 +1,4 @@
-"""The training process: killed for real, resumed, locked, cancelled, and orphaned."""
+"""The training process: killed, resumed, locked, canceled and orphaned."""
 
 import os
 import shutil
@@ -11,11 +11,12 @@ import psutil
 import pytest
 
 from finetune_pipeline.artifacts import write_text
-from finetune_pipeline.training import launch
+from finetune_pipeline.training import child_process
 from finetune_pipeline.training.checkpoints import COMPLETE, is_complete, last_complete, mark_complete
+from finetune_pipeline.training.child_process import train
+from finetune_pipeline.training.hardware import cpu_quota, threads_per_process, usable_cores
 from finetune_pipeline.training.job import CHECKPOINTS, Progress, TrainingError, TrainingFailed
-from finetune_pipeline.training.launch import train
-from finetune_pipeline.training.process import cpu_quota, folder_alone, threads_each, usable_cores
+from finetune_pipeline.training.process import lock_output
 from finetune_pipeline.training.trainer import run_training
 
 from .conftest import with_settings
@@ -48,12 +49,11 @@ def shell(text):
     return lambda job: ["sh", "-c", text.replace("{out}", str(job.output))]
 
 
-def test_killed_and_resumed_it_ends_with_the_weights_of_an_unbroken_training(job, tmp_path):
-    long = with_settings(
-        job, num_train_epochs=20, save_steps=0.125, lora_dropout=0.1
-    )  # 160 steps, a checkpoint every 20
+def test_a_killed_training_resumes_to_the_same_weights(job, tmp_path):
+    # 160 steps, a checkpoint every 20
+    long = with_settings(job, num_train_epochs=20, save_steps=0.125, lora_dropout=0.1)
     broken = long.model_copy(update={"output": tmp_path / "broken"})
-    unbroken = long.model_copy(update={"output": tmp_path / "unbroken"})
+    uninterrupted = long.model_copy(update={"output": tmp_path / "uninterrupted"})
     write_text(broken.output / "job.json", broken.model_dump_json())
     process = subprocess.Popen([sys.executable, "-m", "finetune_pipeline.training", broken.output / "job.json"])
     checkpoints = broken.output / CHECKPOINTS
@@ -67,11 +67,11 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_an_unbroken_training(job
 
     seen = []
     result = train(broken, seen.append)
-    unbroken.output.mkdir()
-    run_training(unbroken, time.monotonic())
+    uninterrupted.output.mkdir()
+    run_training(uninterrupted, time.monotonic())
 
     assert result.resumed_from in range(40, 160, 20)
-    assert weights(broken) == weights(unbroken)
+    assert weights(broken) == weights(uninterrupted)
     assert [point.step for point in result.curve][-1] == seen[-1].step == 160
     assert not checkpoints.exists()
     began = time.monotonic()
@@ -79,14 +79,13 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_an_unbroken_training(job
     assert time.monotonic() - began < 1
 
 
-def test_only_whole_checkpoints_of_the_same_job_count(tmp_path):
+def test_only_complete_checkpoints_of_the_same_job_count(tmp_path):
     for name, job in [("checkpoint-10", "this"), ("checkpoint-20", "this"), ("checkpoint-30", "other")]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "optimizer.pt").write_bytes(b"12345")
         mark_complete(tmp_path / name, job)
-    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(
-        b"123"
-    )  # truncated, as a full disk or power cut leaves it
+    # Truncated, as after a power cut.
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(b"123")
     (tmp_path / "checkpoint-40").mkdir()
     assert not is_complete(tmp_path / "checkpoint-20", "this")
     assert last_complete(tmp_path, "this") == tmp_path / "checkpoint-10"
@@ -94,7 +93,7 @@ def test_only_whole_checkpoints_of_the_same_job_count(tmp_path):
 
 
 def test_a_second_training_on_the_same_folder_is_refused(job):
-    with folder_alone(job.output), pytest.raises(TrainingFailed, match="another training is writing to"):
+    with lock_output(job.output), pytest.raises(TrainingFailed, match="another training is writing to"):
         train(job)
 
 
@@ -105,7 +104,7 @@ def test_the_training_dies_with_its_parent(job, tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; from finetune_pipeline.training.launch import train;"
+            "import sys; from finetune_pipeline.training.child_process import train;"
             "from finetune_pipeline.training.job import JobConfig;"
             f"train(JobConfig.model_validate_json(open({str(job_file)!r}).read()))",
         ]
@@ -118,14 +117,14 @@ def test_the_training_dies_with_its_parent(job, tmp_path):
     wait_for(lambda: not child.is_running(), 10)
 
 
-def test_a_training_whose_parent_has_gone_before_it_began_ends_at_once(job):
+def test_a_training_whose_parent_is_gone_ends_at_once(job):
     write_text(job.output / "job.json", job.model_dump_json())
     gone = subprocess.Popen(["true"])
     gone.wait()
     command = [sys.executable, "-m", "finetune_pipeline.training", job.output / "job.json", "--parent", str(gone.pid)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert "is gone" in ended.stderr
+    assert "has ended" in ended.stderr
     assert not (job.output / CHECKPOINTS).exists()
 
 
@@ -133,38 +132,38 @@ def test_a_training_whose_parent_has_gone_before_it_began_ends_at_once(job):
     ("script", "said"),
     [
         ("echo loading; kill -9 $$", r"SIGKILL.*memory ran out.*smaller per_device_train_batch_size(.|\n)*loading"),
-        ("echo loading; kill -SEGV $$", r"SIGSEGV.*goes on from the last checkpoint(.|\n)*loading"),
+        ("echo loading; kill -SEGV $$", r"SIGSEGV.*resumes from the last checkpoint(.|\n)*loading"),
         ("echo ValueError: odd; exit 1", r"status 1(.|\n)*ValueError: odd"),
         ("exit 0", "status 0 and no result"),
         ("echo noise; echo 'TRAINING FAILED: too hot'; exit 2", "^too hot$"),
     ],
 )
 def test_a_failure_says_how_it_ended_and_what_to_do(job, monkeypatch, script, said):
-    monkeypatch.setattr(launch, "_command", shell(script))
+    monkeypatch.setattr(child_process, "_command", shell(script))
     with pytest.raises(TrainingFailed, match=said):
         train(job)
 
 
-def test_the_first_line_of_a_failure_names_the_log_and_no_line_that_is_not_the_cause(job, monkeypatch):
+def test_the_first_line_of_a_failure_has_the_last_output_and_the_log(job, monkeypatch):
     noise = "Failed to load CPU gemm_4bit_forward from kernels-community: no module. Please make sure"
-    monkeypatch.setattr(launch, "_command", shell(f"echo step 7; echo '{noise}'; kill -9 $$"))
+    monkeypatch.setattr(child_process, "_command", shell(f"echo step 7; echo '{noise}'; kill -9 $$"))
     with pytest.raises(TrainingFailed) as failed:
         train(job)
     first, *rest = str(failed.value).splitlines()
-    assert first.endswith(f"It said last: step 7. Its whole log is in {job.output / 'training.log'}")
+    assert first.endswith(f"Its last output: step 7. The complete log is {job.output / 'training.log'}")
     assert f"  {noise}" in rest
 
 
 @pytest.mark.parametrize("words", ["OSError: [Errno 122] Disk quota exceeded: 'x'", "Io(Os { os error 122 })"])
-def test_a_quota_that_is_used_up_is_told_as_a_full_disk(job, monkeypatch, words):
-    monkeypatch.setattr(launch, "_command", shell(f'echo "{words}"; exit 1'))
+def test_an_exhausted_quota_is_reported_as_a_full_disk(job, monkeypatch, words):
+    monkeypatch.setattr(child_process, "_command", shell(f'echo "{words}"; exit 1'))
     with pytest.raises(TrainingFailed, match="the disk is full"):
         train(job)
 
 
-def test_a_failure_is_told_by_what_this_attempt_said_and_not_by_an_earlier_one(job, monkeypatch):
+def test_a_failure_shows_the_output_of_this_attempt_only(job, monkeypatch):
     write_text(job.output / "training.log", "OSError: No space left on device\n")
-    monkeypatch.setattr(launch, "_command", shell("echo loading; kill -9 $$"))
+    monkeypatch.setattr(child_process, "_command", shell("echo loading; kill -9 $$"))
     with pytest.raises(TrainingFailed, match="SIGKILL") as failed:
         train(job)
     assert "loading" in str(failed.value) and "No space" not in str(failed.value)
@@ -174,11 +173,11 @@ def test_a_failure_is_told_by_what_this_attempt_said_and_not_by_an_earlier_one(j
     ("cores", "quota", "processes", "threads"),
     [(8, None, 1, 8), (8, 2.5, 1, 2), (2, 16.0, 1, 2), (8, None, 3, 2), (8, 6.0, 2, 3), (2, 0.5, 4, 1)],
 )
-def test_threads_do_not_outnumber_the_cores_that_may_be_used(cores, quota, processes, threads):
-    assert threads_each(cores, quota, processes) == threads
+def test_threads_do_not_outnumber_the_usable_cores(cores, quota, processes, threads):
+    assert threads_per_process(cores, quota, processes) == threads
 
 
-def test_the_cores_are_those_that_the_process_and_its_container_may_use(tmp_path):
+def test_cores_and_quota_are_those_of_process_and_container(tmp_path):
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
@@ -194,7 +193,7 @@ def test_the_cores_are_those_that_the_process_and_its_container_may_use(tmp_path
 
 
 def test_an_exception_in_the_caller_stops_the_training(job, monkeypatch):
-    monkeypatch.setattr(launch, "_command", shell(f"echo '{LINE}' >> {{out}}/progress.jsonl; exec sleep 60"))
+    monkeypatch.setattr(child_process, "_command", shell(f"echo '{LINE}' >> {{out}}/progress.jsonl; exec sleep 60"))
     before = set(psutil.Process().children())
 
     def cancel(progress):
@@ -205,7 +204,7 @@ def test_an_exception_in_the_caller_stops_the_training(job, monkeypatch):
     assert set(psutil.Process().children()) <= before  # others of this test run may have children of their own
 
 
-def test_a_base_model_that_cannot_be_trained_is_refused_before_anything_starts(job, tmp_path):
-    with pytest.raises(TrainingError, match="is not there"):
+def test_an_unusable_base_model_is_refused_before_anything_starts(job, tmp_path):
+    with pytest.raises(TrainingError, match="does not exist"):
         train(job.model_copy(update={"base_model": tmp_path / "nothing"}))
     assert not job.output.exists()
