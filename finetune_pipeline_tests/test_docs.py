@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import click
 import pytest
 import yaml
 
@@ -23,8 +24,9 @@ def test_commands_in_the_docs_exist(document):
         first, *rest = re.split(r"[ |]+", words.strip())
         command = finetune.commands.get(first)
         assert command is not None, f"finetune {first}"
-        if first == "model":
-            assert {word for word in rest if word} <= set(command.commands) | {"v"}, words
+        if isinstance(command, click.Group):
+            subcommands = rest if "|" in words else rest[:1]
+            assert {word for word in subcommands if word} <= {*command.commands, "v"}, words  # v: of a version
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)`?", README))))
@@ -33,9 +35,17 @@ def test_make_targets_in_the_readme_exist(target):
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_links_in_the_readme_lead_to_files():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (PROJECT_ROOT / target).exists(), target
+@pytest.mark.parametrize("document", [*DOCUMENTS, PROJECT_ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_links_lead_to_files(document):
+    targets = re.findall(r"\]\((?!http|#)([^)#]+)", document.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def test_decisions_are_numbered_and_have_a_date_and_a_status():
+    text = (PROJECT_ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
+    form = r"^## (\d+)\. \S.*\n\n\d{4}-\d\d-\d\d, (?:accepted|superseded by \d+)\.$"
+    numbers = [int(number) for number in re.findall(form, text, re.MULTILINE)]
+    assert numbers == list(range(1, text.count("\n## ") + 1))
 
 
 def test_the_readmes_steps_to_a_second_loop_work(tmp_path):
