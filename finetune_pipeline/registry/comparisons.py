@@ -35,14 +35,8 @@ class ComparisonRecord(Record):
     )
 
 
-def record_comparison(db: Database, comparison: ComparisonRecord) -> None:
-    """Record a comparison, unless one with the same loop and id is recorded."""
-    with db.write() as connection:
-        record_comparison_in(connection, comparison)
-
-
 def record_comparison_in(connection: sa.Connection, comparison: ComparisonRecord) -> None:
-    """Record a comparison within a transaction; see `record_comparison`."""
+    """Record a comparison, unless one with the same loop and id is recorded."""
     values = comparison.model_dump() | {"report_path": stored_path(comparison.report_path)}
     insert_if_absent(connection, comparisons, values)
 

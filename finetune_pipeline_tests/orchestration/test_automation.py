@@ -12,9 +12,10 @@ from finetune_pipeline.feedback.store import mark_judged, newest_offset
 from finetune_pipeline.orchestration.automation import LOOP_TAG, SERIES_TAG, WATERMARK_TAG, next_run
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
-from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
+from finetune_pipeline.registry.comparisons import ComparisonRecord
 from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
+from finetune_pipeline_tests.registry.conftest import record_comparison
 from finetune_pipeline_tests.sources.test_files import write_as
 
 NOW = datetime.now(UTC)

@@ -16,10 +16,11 @@ from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufMa
 from finetune_pipeline.pipeline.lineage import MadeWith, card, lineage, made_with
 from finetune_pipeline.pipeline.train import training_job
 from finetune_pipeline.registry.champion import champion, current_deployment, promote
-from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
+from finetune_pipeline.registry.comparisons import ComparisonRecord
 from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.registry.training_jobs import record_training_job
 from finetune_pipeline.settings import PROJECT_ROOT, home
+from finetune_pipeline_tests.registry.conftest import record_comparison
 
 COMMON = {"loop": "notes", "settings": {"method": "sft", "adapter": "lora"}, "packages": {}}
 METRIC = {

@@ -18,9 +18,10 @@ from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.review_queue import review_queue
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_source
-from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
+from finetune_pipeline.registry.comparisons import ComparisonRecord
 from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline_tests.conftest import START, dataset_rows, feedback, interaction, uid
+from finetune_pipeline_tests.registry.conftest import record_comparison
 
 CURATION = {"min_examples": 1, "validation_fraction": 0.0}
 NAMES = ["amy", "ben", "cid", "dan"]

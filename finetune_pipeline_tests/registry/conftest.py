@@ -11,8 +11,14 @@ import pytest
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import Database
 from finetune_pipeline.registry.champion import champion, current_deployment, promote
-from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison
+from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison_in
 from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
+
+
+def record_comparison(db: Database, comparison: ComparisonRecord) -> None:
+    """Record a comparison in a transaction of its own."""
+    with db.write() as connection:
+        record_comparison_in(connection, comparison)
 
 
 def compared(db: Database, candidate: CandidateModel, id: str, **changes: Any) -> str:

@@ -9,8 +9,8 @@ from finetune_pipeline.registry.comparisons import (
     find_comparison,
     judged_watermark,
     list_comparisons,
-    record_comparison,
 )
+from finetune_pipeline_tests.registry.conftest import record_comparison
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
