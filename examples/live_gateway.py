@@ -37,7 +37,7 @@ TIMEOUT_SECONDS = 600
 SHOWN = (
     "new high-reward",
     "Launching run for",
-    "training step",
+    "%, step ",
     "promote:",
     "reject:",
     "serves now",

@@ -128,8 +128,8 @@ def rewrite_schema(schema: dict[str, Any]) -> EnforceableSchema:
             f"The json_schema is nested more than {MAX_DEPTH} levels deep; move parts of it into $defs."
         )
     rewriter = _Rewriter(schema, unique=False)
-    rewritten = rewriter.rewritten()
-    return EnforceableSchema(rewritten, _Rewriter(schema, unique=True).rewritten(), rewriter.nodes)
+    rewritten = rewriter.rewrite()
+    return EnforceableSchema(rewritten, _Rewriter(schema, unique=True).rewrite(), rewriter.nodes)
 
 
 def _levels(value: Any) -> Iterator[list[Any]]:
@@ -151,29 +151,29 @@ class _Rewriter:
         self._root = schema
         self._unique = unique
         self._draft = _draft_of(schema)
-        self._names: dict[str, str] = {}
-        self._pending: list[str] = []
+        self._names: dict[str, str] = {}  # name in $defs of each reference
+        self._pending: list[str] = []  # references whose definitions are not rewritten yet
         self._definitions: dict[str, Node] = {}
-        self._exclusive: list[tuple[list[Node], str]] = []
-        self._multiples: list[tuple[int, int]] = []
-        self._patterned = 0
-        self._pattern_sizes = 0
+        self._one_ofs: list[tuple[list[Node], str]] = []  # branches and path
+        self._multiples: list[tuple[int, int]] = []  # without decimal point, and number of decimals
+        self._pattern_property_count = 0
+        self._pattern_sizes = 0  # total, with repetitions expanded
         self._known_facts: dict[tuple[str, int], _Facts] = {}
 
-    def rewritten(self) -> dict[str, Any]:
-        """Return the rewritten schema."""
-        root = self._node(self._root, "#")
+    def rewrite(self) -> dict[str, Any]:
+        """Return the rewritten schema with its definitions."""
+        root = self._rewrite(self._root, "#")
         while self._pending:
             reference = self._pending.pop()
-            self._definitions[self._names[reference]] = self._node(self._target(reference), reference)
-        self._refuse_endless()
-        self._refuse_products(root)
-        for branches, path in self._exclusive:
+            self._definitions[self._names[reference]] = self._rewrite(self._resolve(reference), reference)
+        self._refuse_direct_recursion()
+        self._refuse_exponential(root)
+        for branches, path in self._one_ofs:
             self._refuse_overlap(branches, path)
         assert isinstance(root, dict)
         return {"$defs": self._definitions, **root} if self._definitions else root
 
-    def _node(self, schema: Any, path: str) -> Node:
+    def _rewrite(self, schema: Any, path: str) -> Node:
         if isinstance(schema, bool):
             return schema
         self._refuse_keywords(schema, path)
@@ -182,10 +182,10 @@ class _Rewriter:
             if ignored:
                 raise _refused(path, ignored[0], "before draft 2019-09 keywords beside $ref have no effect; use allOf")
         node: dict[str, Any] = {"type": schema["type"]} if "type" in schema else {}
-        self._numbers(schema, path, node)
-        self._text(schema, path, node)
-        self._arrays(schema, path, node)
-        self._objects(schema, path, node)
+        self._rewrite_numbers(schema, path, node)
+        self._rewrite_strings(schema, path, node)
+        self._rewrite_arrays(schema, path, node)
+        self._rewrite_objects(schema, path, node)
         for name in _LENGTHS:
             if name in schema:
                 length = schema[name]
@@ -193,21 +193,21 @@ class _Rewriter:
                     raise _refused(path, name, f"{length} is more than {MAX_REPEATS}, the most that can be enforced")
                 node[name] = min(int(length), 2**31 - 1)
         if "$ref" in schema:
-            node["$ref"] = self._reference(schema["$ref"], path)
-        every = [self._node(part, f"{path}/allOf/{n}") for n, part in enumerate(schema.get("allOf", []))]
+            node["$ref"] = self._rewrite_reference(schema["$ref"], path)
+        every = [self._rewrite(part, f"{path}/allOf/{n}") for n, part in enumerate(schema.get("allOf", []))]
         node["allOf"] = every + node.pop("allOf", [])
         if "anyOf" in schema:
-            node["anyOf"] = [self._node(part, f"{path}/anyOf/{n}") for n, part in enumerate(schema["anyOf"])]
+            node["anyOf"] = [self._rewrite(part, f"{path}/anyOf/{n}") for n, part in enumerate(schema["anyOf"])]
         if "oneOf" in schema:
-            branches = [self._node(part, f"{path}/oneOf/{n}") for n, part in enumerate(schema["oneOf"])]
-            self._exclusive.append((branches, f"{path}/oneOf"))
+            branches = [self._rewrite(part, f"{path}/oneOf/{n}") for n, part in enumerate(schema["oneOf"])]
+            self._one_ofs.append((branches, f"{path}/oneOf"))
             node["allOf"].append({"anyOf": branches})
         if not node["allOf"]:
             del node["allOf"]
         if "enum" in schema:
-            node["enum"] = [_literal(value, "enum", path) for value in schema["enum"]]
+            node["enum"] = [_exact_literal(value, "enum", path) for value in schema["enum"]]
         if "const" in schema:
-            node["const"] = _literal(schema["const"], "const", path)
+            node["const"] = _exact_literal(schema["const"], "const", path)
         self.nodes.append((path, node))
         return node
 
@@ -224,7 +224,7 @@ class _Rewriter:
             if path != "#" and isinstance(schema.get(name), str) and schema[name] != self._root.get(name):
                 raise _refused(path, name, "subschemas with an identifier of their own are not supported")
 
-    def _numbers(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
+    def _rewrite_numbers(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         types = _types(schema)
         integral = "number" not in types and "integer" in types
         bounds = {name: schema[name] for name in _BOUNDS if not isinstance(schema.get(name, False), bool)}
@@ -232,9 +232,9 @@ class _Rewriter:
             if schema.get(exclusive) is True and name in bounds:  # as in draft 4
                 bounds[exclusive] = bounds.pop(name)
         bounds |= _bounds_of_format(schema, types, path)
-        ranged = {name: _bound(bound, name, path, integral=integral) for name, bound in bounds.items()}
-        _inclusive(ranged, integral=integral)
-        shorter = [] if integral else _prefixes(ranged)
+        ranged = {name: _exact_bound(bound, name, path, integral=integral) for name, bound in bounds.items()}
+        _make_bounds_inclusive(ranged, integral=integral)
+        shorter = [] if integral else _prefixes_of_bounds(ranged)
         if shorter and types & {"number", "integer"}:
             others = [{"type": sorted(types - {"number", "integer"})}] if types - {"number", "integer"} else []
             numbers: list[Node] = [{"type": "number", **ranged}, *({"const": number} for number in shorter)]
@@ -242,10 +242,10 @@ class _Rewriter:
         else:
             node.update(ranged)
         if "multipleOf" in schema:
-            node["multipleOf"] = self._multiple(schema["multipleOf"], path)
+            node["multipleOf"] = self._check_multiple(schema["multipleOf"], path)
 
-    def _multiple(self, multiple: float, path: str) -> float:
-        scaled, decimals = _scaled(multiple)
+    def _check_multiple(self, multiple: float, path: str) -> float:
+        scaled, decimals = _without_decimal_point(multiple)
         if not 0 < scaled <= MAX_MULTIPLE or decimals > 9:
             raise _refused(
                 path, "multipleOf", f"it may have at most {MAX_MULTIPLE} without its decimal point, and 9 decimals"
@@ -260,9 +260,9 @@ class _Rewriter:
             together = math.lcm(together, number)
         return int(multiple) if float(multiple).is_integer() else multiple
 
-    def _text(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
+    def _rewrite_strings(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         if "pattern" in schema:
-            patterns = self._check_sizes(_patterns(schema["pattern"], path), "pattern", path)
+            patterns = self._check_sizes(_translate_patterns(schema["pattern"], path), "pattern", path)
             node["pattern"] = patterns[0]
             node.setdefault("allOf", []).extend({"pattern": pattern} for pattern in patterns[1:])
         name = schema.get("format")
@@ -285,7 +285,7 @@ class _Rewriter:
             raise _refused(path, keyword, f"all patterns up to here have more than {limit}; reduce them")
         return [pattern for pattern, _ in patterns]
 
-    def _arrays(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
+    def _rewrite_arrays(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         prefix, items, rest = schema.get("prefixItems"), schema.get("items"), "items"
         if self._draft < 2020:
             if prefix is not None:
@@ -296,53 +296,53 @@ class _Rewriter:
                 prefix, items, rest = items, schema.get("additionalItems"), "additionalItems"
         if prefix is not None:
             name = "prefixItems" if self._draft >= 2020 else "items"
-            node["prefixItems"] = [self._node(part, f"{path}/{name}/{n}") for n, part in enumerate(prefix)]
+            node["prefixItems"] = [self._rewrite(part, f"{path}/{name}/{n}") for n, part in enumerate(prefix)]
         if items is not None:
-            node["items"] = self._node(items, f"{path}/{rest}")
+            node["items"] = self._rewrite(items, f"{path}/{rest}")
         if schema.get("uniqueItems") and self._unique:
             node["uniqueItems"] = True
 
-    def _objects(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
+    def _rewrite_objects(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         for key in ("properties", "patternProperties"):
             if key in schema:
                 node[key] = {
-                    _name(name, key, path): self._node(part, f"{path}/{key}/{_escaped(name)}")
+                    _exact_literal(name, key, path): self._rewrite(part, f"{path}/{key}/{_escaped(name)}")
                     for name, part in schema[key].items()
                 }
         if "required" in schema:
-            node["required"] = [_name(name, "required", path) for name in schema["required"]]
+            node["required"] = [_exact_literal(name, "required", path) for name in schema["required"]]
         if len({*node.get("properties", {})} - {*node.get("required", [])}) > MAX_OPTIONAL:
             raise _refused(
                 path, "properties", f"at most {MAX_OPTIONAL} of them may be optional; make the others required"
             )
         if "additionalProperties" in schema:
-            node["additionalProperties"] = self._node(schema["additionalProperties"], f"{path}/additionalProperties")
+            node["additionalProperties"] = self._rewrite(schema["additionalProperties"], f"{path}/additionalProperties")
         for pattern in schema.get("patternProperties", {}):
-            every = _patterns(pattern, f"{path}/patternProperties")
+            every = _translate_patterns(pattern, f"{path}/patternProperties")
             if len(self._check_sizes(every, "patternProperties", path)) > 1:
                 raise _refused(path, "patternProperties", f"{pattern!r} has a lookahead; write it without (?!...)")
-        self._patterned += len(schema.get("patternProperties", {}))
-        if self._patterned > MAX_PATTERN_PROPERTIES:
+        self._pattern_property_count += len(schema.get("patternProperties", {}))
+        if self._pattern_property_count > MAX_PATTERN_PROPERTIES:
             raise _refused(
                 path, "patternProperties", f"at most {MAX_PATTERN_PROPERTIES} of them are allowed in a schema"
             )
         names = schema.get("propertyNames", True)
         is_trivial = isinstance(names, dict) and {*names} & _KNOWN <= {"type"} and "string" in _types(names)
         if names is not True and not is_trivial:  # zod declares names as strings in every record
-            self._property_names(schema, path, node)
+            self._rewrite_property_names(schema, path, node)
 
-    def _property_names(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
+    def _rewrite_property_names(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         """Express propertyNames (an enumeration, a pattern, a format or a length) as patternProperties."""
         names, where = schema["propertyNames"], f"{path}/propertyNames"
         for _ in range(MAX_DEPTH):
             if isinstance(names, dict) and {*names} & _KNOWN == {"$ref"}:
-                self._reference(names["$ref"], where)
-                names = self._target(names["$ref"])
+                self._rewrite_reference(names["$ref"], where)
+                names = self._resolve(names["$ref"])
         if "patternProperties" in node or not isinstance(names, dict):
             raise _refused(
                 path, "propertyNames", "it is enforced only without patternProperties, and only as an object"
             )
-        self._node(names, where)
+        self._rewrite(names, where)
         if _pattern_of_names(names) is None:
             raise _refused(
                 path, "propertyNames", "it may have one of enum, const, pattern, format, or minLength and maxLength"
@@ -362,23 +362,23 @@ class _Rewriter:
             node["patternProperties"] = {pattern: node.get("additionalProperties", True)}
         node["additionalProperties"] = False
 
-    def _reference(self, reference: str, path: str) -> str:
+    def _rewrite_reference(self, reference: str, path: str) -> str:
         if reference != "#" and not reference.startswith("#/"):
             raise RequestRefused(
                 f"json_schema at {path}: $ref: it refers to {reference[:200]!r}; only references within it (#/...) are "
                 "followed"
             )
         if reference not in self._names:
-            target = self._target(reference)
+            target = self._resolve(reference)
             if not isinstance(target, bool | dict):
                 raise _refused(path, "$ref", f"there is no schema at {reference[:200]!r}")
             self._names[reference] = str(len(self._names))
             self._pending.append(reference)
             if not re.fullmatch(r"#/definitions/[^/]*|#/\$defs/[^/]*", reference) or self._draft < 2019:
-                _check_form(target, self._draft, reference)
+                _check_meta_schema(target, self._draft, reference)
         return f"#/$defs/{self._names[reference]}"
 
-    def _target(self, reference: str) -> Any:
+    def _resolve(self, reference: str) -> Any:
         from urllib.parse import unquote
 
         found: Any = self._root
@@ -390,10 +390,10 @@ class _Rewriter:
                 found = found.get(name) if isinstance(found, dict) else None
         return found
 
-    def _refuse_endless(self) -> None:
+    def _refuse_direct_recursion(self) -> None:
         """Refuse a definition that refers to itself before any value begins; llguidance would allow no token."""
         references = {name: reference for reference, name in self._names.items()}
-        following = {name: set(_in_place(node)) for name, node in self._definitions.items()}
+        following = {name: set(_references_to_same_value(node)) for name, node in self._definitions.items()}
         while leaves := [name for name, names in following.items() if not names & {*following}]:
             for name in leaves:
                 del following[name]
@@ -401,7 +401,7 @@ class _Rewriter:
             path = references[min(following)]
             raise _refused(path, "$ref", "it refers back to itself without an object or array in between")
 
-    def _refuse_products(self, root: Node) -> None:
+    def _refuse_exponential(self, root: Node) -> None:
         """Refuse what takes exponential time: intersections of patterns, and chains of unions."""
         references = {name: reference for reference, name in self._names.items()}
         weights: dict[str, _Weight] = {}
@@ -534,8 +534,8 @@ def _weight(node: Node, weights: dict[str, _Weight]) -> _Weight:
     if "$ref" in node:
         every.append(weights.get(node["$ref"].removeprefix("#/$defs/"), _Weight()))
     branches = [_weight(part, weights) for part in node.get("anyOf", [])] or [_Weight(work=0)]
-    within = [_weight(part, weights).work for part in _within(node)]
-    own = {_scaled(node["multipleOf"])} if "multipleOf" in node else set()
+    within = [_weight(part, weights).work for part in _inner_nodes(node)]
+    own = {_without_decimal_point(node["multipleOf"])} if "multipleOf" in node else set()
     heaviest = max(branches, key=lambda branch: branch.remainders)
     return _Weight(
         work=1 + sum(one.work for one in (*every, *branches)) + max(within, default=0),
@@ -546,7 +546,7 @@ def _weight(node: Node, weights: dict[str, _Weight]) -> _Weight:
     )
 
 
-def _within(node: dict[str, Any]) -> list[Node]:
+def _inner_nodes(node: dict[str, Any]) -> list[Node]:
     """Return the parts of a node that apply to values within its own."""
     named = [part for key in ("properties", "patternProperties") for part in node.get(key, {}).values()]
     return [
@@ -558,9 +558,9 @@ def _within(node: dict[str, Any]) -> list[Node]:
 
 def _references(node: Node) -> Iterator[str]:
     """Yield the names of all definitions that a node refers to."""
-    yield from _in_place(node)
+    yield from _references_to_same_value(node)
     if isinstance(node, dict):
-        for part in (*node.get("allOf", []), *node.get("anyOf", []), *_within(node)):
+        for part in (*node.get("allOf", []), *node.get("anyOf", []), *_inner_nodes(node)):
             yield from _references(part)
 
 
@@ -591,27 +591,28 @@ def _draft_of(schema: dict[str, Any]) -> int:
         if draft is None:
             known = ", ".join(_DRAFTS)
             raise _refused("#", "$schema", f"{uri[:200]!r} is not known; use one of {known}, or leave it out")
-        _check_form(schema, draft, "#")
+        _check_meta_schema(schema, draft, "#")
         return draft
     try:
-        _check_form(schema, 2020, "#")
+        _check_meta_schema(schema, 2020, "#")
     except RequestRefused:
         parts = (part for level in _levels(schema) for part in level if isinstance(part, dict))
         if any(isinstance(part.get("items"), list) for part in parts):  # tuples of pydantic 1, without $schema
-            _check_form(schema, 7, "#")
+            _check_meta_schema(schema, 7, "#")
             return 7
         raise
     return 2020
 
 
-def _check_form(schema: Any, draft: int, path: str) -> None:
+def _check_meta_schema(schema: Any, draft: int, path: str) -> None:
+    """Check a schema against the meta-schema of its draft."""
     import jsonschema_rs
 
-    of_draft = {number: f"https://{name}" if number > 7 else f"http://{name}#" for name, number in _DRAFTS.items()}
     if isinstance(schema, bool):
         return
+    uris = {number: f"https://{name}" if number > 7 else f"http://{name}#" for name, number in _DRAFTS.items()}
     try:
-        jsonschema_rs.meta.validate({**schema, "$schema": of_draft[draft]})
+        jsonschema_rs.meta.validate({**schema, "$schema": uris[draft]})
     except jsonschema_rs.ValidationError as error:
         pointer = [str(part) for part in error.instance_path]
         keyword = pointer.pop() if pointer else "schema"
@@ -639,16 +640,16 @@ def _type_of(value: Any) -> str:
     return next((kind for cls, kind in kinds.items() if isinstance(value, cls)), "number")
 
 
-def _in_place(node: Node) -> Iterator[str]:
+def _references_to_same_value(node: Node) -> Iterator[str]:
     """Yield the names of the definitions that apply to the same value as a node."""
     if isinstance(node, dict):
         if "$ref" in node:
             yield node["$ref"].removeprefix("#/$defs/")
         for part in (*node.get("allOf", []), *node.get("anyOf", [])):
-            yield from _in_place(part)
+            yield from _references_to_same_value(part)
 
 
-def _scaled(number: float) -> tuple[int, int]:
+def _without_decimal_point(number: float) -> tuple[int, int]:
     """Return a number without its decimal point, and how many decimals it has."""
     from decimal import Decimal
 
@@ -658,18 +659,18 @@ def _scaled(number: float) -> tuple[int, int]:
     return coefficient, max(0, -exponent)
 
 
-def _bound(bound: float, name: str, path: str, *, integral: bool) -> float:
+def _exact_bound(bound: float, name: str, path: str, *, integral: bool) -> float:
     if integral and abs(bound) <= _EXACT:
         return int(bound) if float(bound).is_integer() else bound
     if integral and name == "maximum" and bound == 2**63 - 1:
         return bound
-    if not integral and abs(bound) <= _NUMBER_LIMIT and _scaled(bound)[1] <= _DECIMALS:
+    if not integral and abs(bound) <= _NUMBER_LIMIT and _without_decimal_point(bound)[1] <= _DECIMALS:
         return int(bound) if float(bound).is_integer() else bound
     limit = f"2^53 = {_EXACT}" if integral else f"{_NUMBER_LIMIT:g}, with {_DECIMALS} decimals"
     raise _refused(path, name, f"{bound!r:.40} cannot be enforced exactly; bounds may go up to {limit}")
 
 
-def _inclusive(bounds: dict[str, float], *, integral: bool) -> None:
+def _make_bounds_inclusive(bounds: dict[str, float], *, integral: bool) -> None:
     """Replace exclusive bounds that llguidance does not always exclude by the next number."""
     for name, inclusive, direction in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
         bound = bounds.get(name)
@@ -678,14 +679,13 @@ def _inclusive(bounds: dict[str, float], *, integral: bool) -> None:
         if integral:
             beyond: float = math.floor(bound) + 1 if direction > 0 else math.ceil(bound) - 1
         else:
-            away = direction * max(math.nextafter(abs(bound), math.inf), abs(bound) + 1e-12)
-            beyond = away
+            beyond = direction * max(math.nextafter(abs(bound), math.inf), abs(bound) + 1e-12)
         del bounds[name]
         stricter = max if direction > 0 else min
         bounds[inclusive] = stricter(bounds.get(inclusive, beyond), beyond)
 
 
-def _prefixes(bounds: dict[str, float]) -> list[float]:
+def _prefixes_of_bounds(bounds: dict[str, float]) -> list[float]:
     """Return numbers that are prefixes of a bound: below 0.55 llguidance accepts 0.50, but not 0.5."""
     from decimal import Decimal
 
@@ -710,27 +710,24 @@ def _bounds_of_format(schema: dict[str, Any], types: frozenset[str], path: str) 
     return {"minimum": limits[0], "maximum": limits[1]}
 
 
-def _name(name: str, keyword: str, path: str) -> str:
-    _literal(name, keyword, path)
-    return name
-
-
-def _literal(value: Any, keyword: str, path: str) -> Any:
+def _exact_literal(value: Any, keyword: str, path: str) -> Any:
     """Return a value as the grammar generates it: integers without a decimal point.
 
     Raises:
         RequestRefused: a number is not exact as a float, or a string has a control character other than white space.
     """
     if isinstance(value, dict):
-        return {_name(name, keyword, path): _literal(part, keyword, path) for name, part in value.items()}
+        return {
+            _exact_literal(name, keyword, path): _exact_literal(part, keyword, path) for name, part in value.items()
+        }
     if isinstance(value, list):
-        return [_literal(part, keyword, path) for part in value]
+        return [_exact_literal(part, keyword, path) for part in value]
     if isinstance(value, str) and re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", value):
         raise _refused(path, keyword, "it has a control character, which answers cannot contain")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     integral = float(value).is_integer() if abs(value) <= _EXACT else False
-    if not integral and (abs(value) > _NUMBER_LIMIT or _scaled(value)[1] > _DECIMALS):
+    if not integral and (abs(value) > _NUMBER_LIMIT or _without_decimal_point(value)[1] > _DECIMALS):
         raise _refused(path, keyword, f"{value!r:.40} cannot be enforced exactly; use at most 2^53 and 15 decimals")
     return int(value) if integral else value
 
@@ -741,7 +738,7 @@ def _pattern_of_names(names: dict[str, Any]) -> str | None:
         every = [name for name in names.get("enum", [names.get("const")]) if isinstance(name, str)]
         quoted = [re.sub(r"[.^$*+?()\[\]{}|\\]", r"\\\g<0>", name) for name in every]
         return f"^(?:{'|'.join(quoted)})$" if every else None
-    if given == {"pattern"} and len(_patterns(names["pattern"], "")) == 1:
+    if given == {"pattern"} and len(_translate_patterns(names["pattern"], "")) == 1:
         return str(names["pattern"])
     if given == {"format"}:
         return FORMAT_PATTERNS.get(names["format"])
@@ -763,7 +760,7 @@ _TOKEN = re.compile(
 _AHEAD = re.compile(r"\^\(\?!\^?\[(?P<set>(?!\^)(?:[^\]\[\\]|\\.)*)\]\*\$\)(?P<rest>[^|]*)")
 
 
-def _patterns(pattern: str, path: str) -> list[tuple[str, int]]:
+def _translate_patterns(pattern: str, path: str) -> list[tuple[str, int]]:
     """Translate an ECMA 262 pattern to regular expressions of llguidance's dialect, with their sizes; all must match.
 
     More than one is needed for `^(?!^[-+.]*$)`, with which pydantic requires a digit in a decimal.
@@ -773,11 +770,11 @@ def _patterns(pattern: str, path: str) -> list[tuple[str, int]]:
     """
     ahead = _AHEAD.fullmatch(pattern)
     if ahead:
-        return [_translated("^" + ahead["rest"], path), _translated(f"[^{ahead['set']}]", path)]
-    return [_translated(pattern, path)]
+        return [_translate_pattern("^" + ahead["rest"], path), _translate_pattern(f"[^{ahead['set']}]", path)]
+    return [_translate_pattern(pattern, path)]
 
 
-def _translated(pattern: str, path: str) -> tuple[str, int]:
+def _translate_pattern(pattern: str, path: str) -> tuple[str, int]:
     written: list[str] = []
     sizes, before = [0], 0
     position = 0
@@ -791,7 +788,7 @@ def _translated(pattern: str, path: str) -> tuple[str, int]:
                 f"the part from {rest!r} on is not supported, or regex dialects interpret it differently",
             )
         position = token.end()
-        written.append(_written(token))
+        written.append(_translate_token(token))
         if token["group"]:
             sizes.append(0)
         elif token["count"]:
@@ -809,7 +806,7 @@ def _translated(pattern: str, path: str) -> tuple[str, int]:
     return "".join(written), sum(sizes)
 
 
-def _written(token: "re.Match[str]") -> str:
+def _translate_token(token: "re.Match[str]") -> str:
     text = token[0]
     if text == ".":
         return r"[^\n\r\u2028\u2029]"
