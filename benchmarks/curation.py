@@ -379,21 +379,21 @@ def _peers() -> Path:
 
 
 def ours(rows: list[list[str]]) -> list[int]:
-    """What this project keeps."""
+    """Return the indices that this project keeps."""
     import numpy as np
 
-    from finetune_pipeline.curation.near_duplicates import Sketches, components, sketch
-    from finetune_pipeline.curation.sifting import answer_key
+    from finetune_pipeline.curation.deduplication import Sketches, near_duplicates, sketch
+    from finetune_pipeline.curation.filter import answer_hash
     from finetune_pipeline.records import normalize
 
-    questions = [normalize(row[0]) for row in rows]
-    answers = np.array([answer_key(row[1]) for row in rows], np.uint64)
-    parts = [sketch(questions[at : at + 2_000], answers[at : at + 2_000]) for at in range(0, len(rows), 2_000)]
-    whole = Sketches(
-        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("bands", "bits", "sizes", "answers"))
+    prompts = [normalize(row[0]) for row in rows]
+    targets = np.array([answer_hash(row[1]) for row in rows], np.uint64)
+    batches = [sketch(prompts[at : at + 2_000], targets[at : at + 2_000]) for at in range(0, len(rows), 2_000)]
+    sketches = Sketches(
+        *(np.concatenate([getattr(b, name) for b in batches]) for name in ("bands", "bits", "shingles", "targets"))
     )
-    labels = components(whole, 0.8, lambda places: [questions[place] for place in places.tolist()])
-    return [int(place) for place in np.unique(labels, return_index=True)[1]]
+    labels = near_duplicates(sketches, 0.8, lambda indices: [prompts[index] for index in indices.tolist()])
+    return [int(index) for index in np.unique(labels, return_index=True)[1]]
 
 
 if __name__ == "__main__":

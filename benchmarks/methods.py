@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import publish
-from finetune_pipeline.curation.dataset import Curated, curate, write_dataset
+from finetune_pipeline.curation.dataset import curate
 from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETION, UNPAIRED_PREFERENCE
+from finetune_pipeline.curation.snapshot import COLUMNS, Shard, Snapshot, example_of, schema
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.run import answer_benchmark
 from finetune_pipeline.evaluation.scoring import Scorer
@@ -19,7 +20,6 @@ from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.pipeline.build_dataset import examples_of
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.train import DATASET_TYPES
@@ -85,16 +85,35 @@ def main() -> None:
 
 
 def _write(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[str, int]:
-    """The dataset of the sample logs; with `corrections`, of so many of them and all that was found bad."""
+    """Build the dataset of the sample logs; with `corrections`, of that many of them and of all undesirable answers."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     database = connect()
     ingest(loop, database, print)
     logs, _ = snapshot(loop, database)
-    examples = list(examples_of(logs))
+    rows = Snapshot([Shard(logs.path / shard) for shard in logs.manifest.shards])
+    current = rows.take(np.flatnonzero(~rows.superseded()), COLUMNS).to_pylist()
+    examples = [example_of(row) for row in current if row["target"] is not None]
     if corrections is not None:
         examples = _few(examples, corrections)
-    curated = curate(examples, loop_files.replay(loop), loop_files.policy(loop), loop_files.identity)
-    write_dataset(curated, folder, loop.system_prompt)
-    return _counts(curated)
+    shard = folder.with_suffix(".parquet")
+    pq.write_table(pa.Table.from_pylist([example.model_dump(mode="json") for example in examples], schema()), shard)
+    summary = curate(
+        folder,
+        [shard],
+        loop_files.replay(loop),
+        loop_files.policy(loop),
+        loop_files.identity,
+        system_prompt=loop.system_prompt,
+    )
+    return {
+        "good": summary.rows[PROMPT_COMPLETION]["train"],
+        "replayed": summary.replayed,
+        "pairs": summary.rows[PREFERENCE]["train"],
+        "bad": summary.rows[UNPAIRED_PREFERENCE]["train"],
+    }
 
 
 def _few(examples: list[Example], corrections: int) -> list[Example]:
@@ -104,15 +123,6 @@ def _few(examples: list[Example], corrections: int) -> list[Example]:
     wrong = [e.model_copy(update={**changes, "target": e.output}) for e in corrected[corrections:]]
     good = corrected[:corrections] or [e for e in examples if e.reward > 0 and not e.corrected]
     return [*good, *wrong, *(example for example in examples if example.reward < 0)]
-
-
-def _counts(curated: Curated) -> dict[str, int]:
-    return {
-        "good": curated.count(PROMPT_COMPLETION, "train"),
-        "replayed": curated.replayed,
-        "pairs": curated.count(PREFERENCE, "train"),
-        "bad": curated.count(UNPAIRED_PREFERENCE, "train"),
-    }
 
 
 def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid5
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 
+from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION, read_split
+from finetune_pipeline.curation.snapshot import COLUMNS, Shard, Snapshot, example_of
 from finetune_pipeline.database import Database, connect, connection
+from finetune_pipeline.manifests import RawLogsManifest
 from finetune_pipeline.ray_session import ADDRESS
-from finetune_pipeline.records import Feedback, Interaction
+from finetune_pipeline.records import Example, Feedback, Interaction
 from finetune_pipeline.settings import PROJECT_ROOT
 
 SHARED = PROJECT_ROOT.parent / "shared" / "data"
@@ -31,6 +35,13 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 def dataset_rows(dataset: Path, split: str) -> list[dict[str, Any]]:
     """Return the rows of prompt_completion/ of a dataset."""
     return list(read_split(dataset, PROMPT_COMPLETION, split))
+
+
+def snapshot_examples(raw_logs: Artifact[RawLogsManifest]) -> list[Example]:
+    """Return the examples of a snapshot; an interaction's row in a later shard replaces earlier ones."""
+    rows = Snapshot([Shard(raw_logs.path / shard) for shard in raw_logs.manifest.shards])
+    current = rows.take(np.flatnonzero(~rows.superseded()), COLUMNS).to_pylist()
+    return [example_of(row) for row in current if row["target"] is not None]
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,7 @@ import click
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, get_latest, read, stage_folder
 from finetune_pipeline.cli.options import loop_option
-from finetune_pipeline.curation.dataset_card import DATASET_CARD
-from finetune_pipeline.curation.dataset_files import SPLITS, read_examples
+from finetune_pipeline.curation.dataset_files import DATASET_CARD, SPLITS, read_examples
 from finetune_pipeline.curation.export_formats import WRITERS, write_rows
 from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.settings import LoopSettings

@@ -1,37 +1,54 @@
-"""Which examples may train: one rule, asked by the dataset and by the sensor that counts what is new."""
+"""The acceptance policy: which examples may train. Curation asks it, and so does the count of new examples."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.curation.decontamination import NearIndex
-from finetune_pipeline.curation.quality import repetition
-from finetune_pipeline.curation.quotas import Quota
-from finetune_pipeline.curation.token_count import TokenCounter
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.records import Example, Turn, conversation_text
 from finetune_pipeline.refusals import is_refusal
 from finetune_pipeline.schemas import InvalidJsonError, Schema, compile_schema, parse_json
 from finetune_pipeline.settings import CurationSettings
 
+APPROVED = frozenset({"approve", "edit"})
+"""Decisions of a reviewer by which an example may train."""
+
+REJECTED = "rejected by a reviewer"
+UNREVIEWED = "not approved by a reviewer"
+CONFLICT = "same prompt, less trusted answer"
+NEAR_BENCHMARK = "near-duplicate of a benchmark question"
+CONTAINS_BENCHMARK = "contains, or is part of, a benchmark question"
+BENCHMARK_REASONS = frozenset({NEAR_BENCHMARK, CONTAINS_BENCHMARK})
+INVALID = "answer does not pass the output schema"
+REFUSAL = "answer is a refusal"
+REPETITIVE = "answer repeats itself"
+
 Validator = Callable[[str], str | None]
-"""Gives None for a valid answer, else what is wrong with it."""
+"""Returns None for a valid answer, else what is wrong with it."""
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Whether an example may train, and why not."""
+class Quota:
+    """The most that a source may give: a number of examples, and a fraction of the dataset (0 to 1)."""
 
-    accepted: bool
-    reason: str = "accepted"
+    max_examples: int | None = None
+    max_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the rule needs beside the example. It can be sent to other processes if its `problem` can.
+    """Everything that decides which examples may train. It can be pickled if its `problem` can.
 
     Attributes:
+        benchmark: an index of the benchmark's questions.
         problem: what is wrong with an answer; see `answer_validator`.
+        quotas: source -> its quota.
+        review_required: only examples that a reviewer approved or edited may train.
         tokens: counts tokens, where the settings limit them.
     """
 
@@ -40,154 +57,172 @@ class Policy:
     problem: Validator
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     review_required: bool = False
-    """Whether only what a reviewer approved or edited trains."""
-    tokens: TokenCounter | None = None
+    tokens: "TokenCounter | None" = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether an example may train, and if not, why."""
+
+    accepted: bool
+    reason: str = "accepted"
+
+
+# --- Examples ---------------------------------------------------------------------------------------------------------
 
 
 def accept(example: Example, policy: Policy) -> Decision:
-    """Decide on one example, already redacted, cheapest question first.
+    """Decide on a redacted example, with the cheapest filters first.
 
-    A person's correction qualifies whatever its reward, which is its weight and no verdict; so does what a reviewer
-    approved or edited.
+    A correction by a person, and an example that a reviewer approved or edited, may train with any reward.
     """
-    glance = at_a_glance(example, policy)
-    if not glance.accepted:
-        return glance
+    settings = policy.settings
+    decision = quick_filters(example, policy)
+    if not decision.accepted:
+        return decision
     if not example.target.strip():
         return Decision(False, "answer is empty")
     if policy.problem(example.target) is not None:
         return Decision(False, INVALID)
-    poor = _too_many_tokens(example, policy) or _poor_answer(example, policy.settings)
-    if poor:
-        return Decision(False, poor)
-    overlap = _overlap(example.prompt, example.history, policy)
-    return Decision(False, overlap) if overlap else Decision(True)
+    if policy.tokens is not None:
+        most = settings.max_prompt_tokens
+        prompt = conversation_text(example.prompt, example.history)
+        if most is not None and policy.tokens.more_than(prompt, most):
+            return Decision(False, f"prompt longer than {most} tokens")
+        most = settings.max_answer_tokens
+        if most is not None and policy.tokens.more_than(example.target, most):
+            return Decision(False, f"answer longer than {most} tokens")
+    # What a person wrote or a reviewer approved is taken as it is; an answer that a person confirmed may be a refusal.
+    if not (example.corrected or example.review in APPROVED):
+        if not example.confirmed and is_refusal(example.target):
+            return Decision(False, REFUSAL)
+        if repeated_fraction(example.target) > settings.max_repetition:
+            return Decision(False, REPETITIVE)
+    overlap = _benchmark_overlap(example.prompt, example.history, policy)
+    return Decision(True) if overlap is None else Decision(False, overlap)
 
 
-def _too_many_tokens(example: Example, policy: Policy) -> str:
-    rules, tokens = policy.settings, policy.tokens
-    if tokens is None:
-        return ""
-    most = rules.max_prompt_tokens
-    if most is not None and tokens.more_than(conversation_text(example.prompt, example.history), most):
-        return f"prompt longer than {most} tokens"
-    most = rules.max_answer_tokens
-    if most is not None and tokens.more_than(example.target, most):
-        return f"answer longer than {most} tokens"
-    return ""
-
-
-def _poor_answer(example: Example, rules: CurationSettings) -> str:
-    """Why an answer teaches nothing, or nothing.
-
-    What a person wrote, or a reviewer approved, is as it should be; what a person found right may well be a refusal.
-    """
-    if example.corrected or example.review in APPROVED:
-        return ""
-    if not example.confirmed and is_refusal(example.target):
-        return REFUSED
-    return REPEATS if repetition(example.target) > rules.max_repetition else ""
-
-
-def at_a_glance(example: Example, policy: Policy) -> Decision:
-    """The part of the rule that reads no text, so that nobody has to redact what is refused anyway."""
-    rules, reviewed = policy.settings, example.review in APPROVED
+def quick_filters(example: Example, policy: Policy) -> Decision:
+    """Decide by everything but the content of the texts, so that most refused examples need no redaction."""
+    settings, approved = policy.settings, example.review in APPROVED
     if example.review == "reject":
         return Decision(False, REJECTED)
-    if policy.review_required and not reviewed:
+    if policy.review_required and not approved:
         return Decision(False, UNREVIEWED)
-    if not (example.corrected or reviewed) and example.reward < rules.min_reward:
-        return Decision(False, f"reward below {rules.min_reward:g}")
-    # Missing confidence is not low confidence: nothing written by a person has one, nor answers of many servers.
-    unsure = example.confidence is not None and example.confidence < rules.min_confidence
-    if unsure and not (example.confirmed or example.corrected or reviewed):
-        return Decision(False, f"confidence below {rules.min_confidence:g} and no person confirmed it")
-    return _short_enough(example, rules)
+    if not (example.corrected or approved) and example.reward < settings.min_reward:
+        return Decision(False, f"reward below {settings.min_reward:g}")
+    # Missing confidence is not low confidence: answers by people and by many servers have none.
+    unsure = example.confidence is not None and example.confidence < settings.min_confidence
+    if unsure and not (example.confirmed or example.corrected or approved):
+        return Decision(False, f"confidence below {settings.min_confidence:g} and no person confirmed it")
+    return _length_filter(example, settings)
 
 
-def found_bad(example: Example, policy: Policy) -> bool:
-    """Whether an example shows what the model should not have answered; the part of that rule that reads no text.
+def is_undesirable(example: Example, policy: Policy) -> bool:
+    """Return True if the output of an example is an undesirable answer, by everything but the content of its texts.
 
-    It has to be the model's own answer, as far below zero as `min_reward` is above: a correction that somebody refused
-    says nothing of what the model does. What is left to ask after its redaction is `near_benchmark`. Nothing of what a
-    reviewer rejected trains, and where review is required, nothing that none has seen.
+    It has to be the model's own answer, as a refused correction says nothing about the model, and its reward as far
+    below zero as `min_reward` is above. Reviewed examples are never undesirable, and where review is required, none is.
+    The caller still has to redact it and to ask `overlaps_benchmark`.
     """
     if example.review is not None or policy.review_required:
         return False
     disliked = example.reward < 0 and example.reward <= -policy.settings.min_reward
     own = example.output.strip() == example.target.strip() != ""
-    return disliked and own and not example.corrected and _short_enough(example, policy.settings).accepted
+    return disliked and own and not example.corrected and _length_filter(example, policy.settings).accepted
 
 
-def _short_enough(example: Example, rules: CurationSettings) -> Decision:
-    if len(conversation_text(example.prompt, example.history)) > rules.max_prompt_chars:
-        return Decision(False, f"prompt longer than {rules.max_prompt_chars} characters")
-    if len(example.target) > rules.max_answer_chars:
-        return Decision(False, f"answer longer than {rules.max_answer_chars} characters")
+def has_rejected_output(example: Example, max_answer_chars: int) -> bool:
+    """Return True if a person corrected the model's output to another answer: the two make a preference pair."""
+    usable = bool(example.output.strip()) and len(example.output) <= max_answer_chars
+    return example.corrected and usable and example.output.strip() != example.target.strip()
+
+
+def _length_filter(example: Example, settings: CurationSettings) -> Decision:
+    if len(conversation_text(example.prompt, example.history)) > settings.max_prompt_chars:
+        return Decision(False, f"prompt longer than {settings.max_prompt_chars} characters")
+    if len(example.target) > settings.max_answer_chars:
+        return Decision(False, f"answer longer than {settings.max_answer_chars} characters")
     return Decision(True)
 
 
-APPROVED = frozenset({"approve", "edit"})
-"""What a reviewer decides on an example that is to train."""
-REJECTED = "rejected by a reviewer"
-UNREVIEWED = "not approved by a reviewer"
-CONFLICT = "same prompt, less trusted answer"
-NEAR_BENCHMARK = "near-duplicate of a benchmark question"
-CONTAINS_BENCHMARK = "contains, or is part of, a benchmark question"
-OF_BENCHMARK = frozenset({NEAR_BENCHMARK, CONTAINS_BENCHMARK})
-INVALID = "answer does not pass the output schema"
-REFUSED = "answer is a refusal"
-REPEATS = "answer repeats itself"
+def overlaps_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> bool:
+    """Return True if a prompt is nearly the same as a benchmark question, contains one, or is part of one.
 
+    The prompt is compared alone and with the turns before it. So is each earlier turn of the user, since its answer
+    stands in the conversation and is trained on.
 
-def near_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> bool:
-    """Whether a prompt, alone or with what was said before it, is near a question of the benchmark, or contains one.
-
-    So it is too where the user asked one earlier in the conversation: its answer may stand there, and is trained on.
-
-    Answers are not compared: the right answer of a benchmark question is that of many other questions too, and to learn
-    it for those is what training is for.
+    Answers are not compared: the right answer to a benchmark question is the right answer to many other questions too,
+    which training is meant to teach.
     """
-    return _overlap(prompt, history, policy) is not None
+    return _benchmark_overlap(prompt, history, policy) is not None
 
 
-def _overlap(prompt: str, history: Sequence[Turn], policy: Policy) -> str | None:
+def _benchmark_overlap(prompt: str, history: Sequence[Turn], policy: Policy) -> str | None:
     texts = {prompt, conversation_text(prompt, history), *(turn.content for turn in history if turn.role == "user")}
     if any(policy.benchmark.near(text, policy.settings.benchmark_similarity) for text in texts):
         return NEAR_BENCHMARK
-    # The conversation holds all of them, and whatever question one of them does; but a prompt, or an earlier turn, may
-    # be part of a question though the conversation is not.
+    # All texts, not just the conversation: a prompt or turn may be part of a question though the conversation is not.
     return CONTAINS_BENCHMARK if any(policy.benchmark.contains(text) for text in texts) else None
 
 
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\S+")  # CJK has no spaces between words
+_RUN_WORDS = 10
+_MIN_WORDS = 30
+
+
+def repeated_fraction(text: str) -> float:
+    """Return the fraction of a text (0 to 1, by characters) in runs of 10 words that occurred before.
+
+    This is one of the measures by which Rae et al. (2021, "Scaling Language Models: Methods, Analysis & Insights from
+    Training Gopher", table A1) filter pages, there for runs of 5 to 10 words. A text of fewer than 30 words has 0.
+    """
+    if len(text) < 2 * _MIN_WORDS:
+        return 0.0
+    words = _WORD.findall(text)
+    if len(words) < _MIN_WORDS:
+        return 0.0
+    seen: Counter[tuple[str, ...]] = Counter()
+    repeated = [False] * len(words)
+    for start in range(len(words) - _RUN_WORDS + 1):
+        run = tuple(words[start : start + _RUN_WORDS])
+        seen[run] += 1
+        if seen[run] > 1:
+            repeated[start : start + _RUN_WORDS] = [True] * _RUN_WORDS
+    total = sum(map(len, words))
+    return sum(len(word) for word, again in zip(words, repeated, strict=True) if again) / total
+
+
 def answer_validator(schema: Schema | None) -> Validator:
-    """What checks an answer: JSON under the schema, or for free text nothing. It can be sent to other processes.
+    """Return a validator of answers that can be pickled: JSON under the schema, or for free text nothing.
 
     Args:
         schema: JSON Schema (draft 2020-12), or None for free text.
     """
     if schema is None:
-        return _no_problem
+        return _accept_any
     validator = _AnswerValidator(schema)
-    validator.compiled  # noqa: B018  what is no schema is refused here
+    validator.compiled  # noqa: B018  refuses an invalid schema here
     return validator
 
 
-def _no_problem(answer: str) -> None:
+def _accept_any(answer: str) -> None:
     return None
 
 
-_PLAIN = """
+_KEYWORDS = """
     $schema $id title description default examples type enum const properties required additionalProperties items
     prefixItems minimum maximum exclusiveMinimum exclusiveMaximum minLength maxLength minItems maxItems minProperties
     maxProperties anyOf allOf oneOf not if then else
 """
-_PLAIN_KEYWORDS = frozenset(_PLAIN.split())
-"""Keywords of which nobody doubts the meaning: no patterns (each language has its own), formats or references."""
+_COMMON_KEYWORDS = frozenset(_KEYWORDS.split())
+"""Keywords that all validators understand alike. Patterns, formats and references are not among them."""
 
 
 class _AnswerValidator:
-    """Says what is wrong with an answer. Of a plain schema, right answers are told by a faster validator (in Rust)."""
+    """Validates answers; under a schema of common keywords, a faster validator in Rust accepts most of them."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
@@ -201,7 +236,7 @@ class _AnswerValidator:
 
     @cached_property
     def fast(self) -> Any:
-        if not _is_plain(self._schema):
+        if not _has_common_keywords_only(self._schema):
             return None
         from jsonschema_rs import Draft202012Validator
 
@@ -218,13 +253,70 @@ class _AnswerValidator:
         return None if first is None else f"{first.json_path}: {first.message}"
 
 
-def _is_plain(schema: Any) -> bool:
-    """Whether a schema has keywords of the plain kind only."""
+def _has_common_keywords_only(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return isinstance(schema, bool)
-    if not schema.keys() <= _PLAIN_KEYWORDS:
+    if not schema.keys() <= _COMMON_KEYWORDS:
         return False
     parts = list(schema.get("properties", {}).values())
     parts += [part for name in ("prefixItems", "anyOf", "allOf", "oneOf") for part in schema.get(name, [])]
     parts += [schema[name] for name in ("additionalProperties", "items", "not", "if", "then", "else") if name in schema]
-    return all(_is_plain(part) for part in parts)
+    return all(_has_common_keywords_only(part) for part in parts)
+
+
+# --- Tokens -----------------------------------------------------------------------------------------------------------
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Return the tokenizer's file in a model's folder.
+
+    Raises:
+        CurationError: the folder has neither tokenizer.json nor tokenizer.model.
+    """
+    path = next((folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise CurationError(
+            f"{folder} has neither of {', '.join(_TOKENIZER_FILES)}, so tokens cannot be counted; remove "
+            "curation.max_prompt_tokens and max_answer_tokens, or choose a base model with one of these files"
+        )
+    return path
+
+
+class TokenCounter:
+    """Counts tokens with a base model's tokenizer, without torch or transformers; pickling it copies the file along."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tokenizer's file of a model's folder.
+
+        Raises:
+            CurationError: the folder has neither tokenizer.json nor tokenizer.model.
+        """
+        path = tokenizer_file(folder)
+        self._name, self._content = path.name, path.read_bytes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_name": self._name, "_content": self._content}
+
+    @cached_property
+    def _encode(self) -> Callable[[str], Any]:
+        if self._name == "tokenizer.json":
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_buffer(self._content)
+            return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        from sentencepiece import SentencePieceProcessor
+
+        model = SentencePieceProcessor(model_proto=self._content)
+        return lambda text: model.encode(text)
+
+    def more_than(self, text: str, limit: int) -> bool:
+        """Return True if a text has more tokens than `limit`."""
+        if text.isascii() and len(text) < limit:
+            return False  # no token of ASCII text is shorter than a character
+        return self.count(text) > limit
+
+    def count(self, text: str) -> int:
+        """Return the number of tokens of a text, without the chat template's."""
+        return len(self._encode(text))

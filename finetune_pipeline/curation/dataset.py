@@ -1,322 +1,279 @@
-"""From examples to a training set: redact, decide, deduplicate, split, mix in what must not be forgotten, write.
+"""Build a dataset from a snapshot: filter -> deduplicate -> select -> split -> add replay -> write.
 
-`sifting` looks at each example alone, `choosing` compares them by what that left of them, and here the chosen rows are
-read once more, redacted and written. A million rows go through this in bounded memory as ten do.
+    1. `filter.py` reads each example alone: redact, filter, decontaminate, hash. Its results can be cached by shard.
+    2. `select.py` compares the accepted examples by those hashes: one for each prompt, near-duplicates, quotas.
+    3. Here the selected rows are read again, redacted, and written with replay examples by `dataset_files.py`.
+
+A million rows go through this in bounded memory. Loads numpy and pyarrow.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.curation.acceptance import Policy, near_benchmark
+from finetune_pipeline.curation.acceptance import Policy, overlaps_benchmark
 from finetune_pipeline.curation.dataset_files import (
     COLUMNS,
     PREFERENCE,
     PROMPT_COMPLETION,
-    SPLITS,
     UNPAIRED_PREFERENCE,
     DatasetExample,
+    DatasetSummary,
     DatasetWriter,
     ProvenanceWriter,
-    read_all,
     turns_of,
 )
-from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.export_formats import alpaca
-from finetune_pipeline.curation.preferences import Labelled, Pair
-from finetune_pipeline.curation.redaction import redact
-from finetune_pipeline.records import Example, loss_mask_field, normalize
-from finetune_pipeline.settings import REPLAY
+from finetune_pipeline.curation.filter import FilterCache, FilterResult, Identity, filter_shards, hash64, split_hash
+from finetune_pipeline.curation.redaction import redact, redact_example
+from finetune_pipeline.curation.select import select
+from finetune_pipeline.curation.snapshot import COLUMNS as SNAPSHOT_COLUMNS
+from finetune_pipeline.curation.snapshot import Array, Shard, Snapshot, example_of, schema
+from finetune_pipeline.records import Turn, conversation_text, normalize
+from finetune_pipeline.settings import LOGS
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from finetune_pipeline.curation.chosen import Chosen
-    from finetune_pipeline.curation.sifted import Cache
-
-Identity = Callable[[Example], str]
-"""The content hash of an example: by it the store knows the example again after it was judged."""
-
-
-@dataclass(frozen=True, eq=False)
-class Curated:
-    """A dataset before it is written, with what was left out and why.
-
-    Its rows are read when they are asked for: `train`, `validation`, `pairs` and `undesirable` are for few of them.
-
-    Attributes:
-        chosen: where the rows are.
-        replay: replayed rows, which stand at the end of `train`.
-        left_out: why how many examples are not in train or validation.
-        redacted: kind of secret or personal data -> places where it was replaced.
-        near_benchmark: interaction ids taken out as near-duplicates of the benchmark, or for containing some of it.
-        conflicts: interaction ids of an answer that was kept and of another to the same question, the first ones.
-    """
-
-    chosen: "Chosen"
-    replay: tuple[DatasetExample, ...]
-    left_out: dict[str, int]
-    redacted: dict[str, int]
-    near_benchmark: tuple[str, ...]
-    conflicts: tuple[tuple[str, str], ...]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Curated) and self._content() == other._content()
-
-    def __hash__(self) -> int:
-        return hash(self.near_benchmark)
-
-    def _content(self) -> list[Any]:
-        rows = [self.train, self.validation, self.pairs, self.undesirable]
-        return [*rows, self.left_out, self.redacted, self.near_benchmark, self.conflicts]
-
-    @cached_property
-    def train(self) -> tuple[DatasetExample, ...]:
-        """Answers to learn, the last `replayed` of them replayed ones."""
-        return (*self._rows("train"), *self.replay)
-
-    @cached_property
-    def validation(self) -> tuple[DatasetExample, ...]:
-        """Answers to validate with."""
-        return self._rows("validation")
-
-    @property
-    def pairs(self) -> dict[str, tuple[Pair, ...]]:
-        """Corrected answers beside the model's own, by split."""
-        return {split: tuple(_pair(row) for row in self.chosen.rows(PREFERENCE, split)) for split in SPLITS}
-
-    @property
-    def undesirable(self) -> dict[str, tuple[Labelled, ...]]:
-        """Answers found bad, by split."""
-        return {split: tuple(_bad(row) for row in self.chosen.rows(UNPAIRED_PREFERENCE, split)) for split in SPLITS}
-
-    def _rows(self, split: str) -> tuple[DatasetExample, ...]:
-        return tuple(_row(row) for row in self.chosen.rows(PROMPT_COMPLETION, split))
-
-    @property
-    def replayed(self) -> int:
-        """Examples mixed in against forgetting."""
-        return len(self.replay)
-
-    @property
-    def sources(self) -> dict[str, int]:
-        """Source -> examples of train and validation."""
-        return dict(sorted((self.chosen.sources + Counter(row.source for row in self.replay)).items()))
-
-    @property
-    def examples(self) -> int:
-        """Examples from use: train and validation without the replayed ones."""
-        return sum(self.count(PROMPT_COMPLETION, split) for split in SPLITS)
-
-    def sample(self, count: int) -> list[DatasetExample]:
-        """The first rows of each source, the replayed ones last: at most `count` of each."""
-        return [*(_row(row) for row in self.chosen.sample(count)), *self.replay[:count]]
-
-    def count(self, part: str, split: str) -> int:
-        """Return the number of rows of a split, without replay; of UNPAIRED_PREFERENCE the undesirable ones."""
-        return self.chosen.count(part, split)
+# The most rows, or bytes of text, in memory at once; the snapshot is read once for each such window. A column of more
+# than 2 GiB cannot be concatenated.
+_WINDOW_ROWS, _WINDOW_BYTES = 200_000, 2**29
 
 
 def curate(
-    examples: Iterable[Example], replay: Sequence[DatasetExample], policy: Policy, identity: Identity
-) -> Curated:
-    """Build the dataset, with secrets and personal data replaced; the same examples in any order give the same one."""
-    from finetune_pipeline.curation.snapshot import Part, table_of
-
-    return _curate([Part(table_of(examples))], replay, policy, identity, None)
-
-
-def curate_files(
-    paths: Sequence[Path],
+    folder: Path,
+    shards: Sequence[Path],
     replay: Sequence[DatasetExample],
     policy: Policy,
     identity: Identity,
-    cache: "Cache | None" = None,
-) -> Curated:
-    """Build the dataset of a snapshot's Parquet files, of which a later one's row of an interaction stands.
+    *,
+    system_prompt: str = "",
+    cache: FilterCache | None = None,
+    sample_size: int = 2,
+) -> DatasetSummary:
+    """Build a dataset from a snapshot and write it; the same examples in any order give the same files.
 
     Args:
-        policy, identity: are sent to other processes where there are many rows.
-        cache: where what was found of each file is kept, so that the next time only new files are looked at.
+        folder: where the dataset is written.
+        shards: Parquet files of the snapshot, oldest first; an interaction's row in a later one replaces earlier rows.
+        replay: examples to mix in against catastrophic forgetting.
+        policy, identity: are pickled where many rows are filtered in other processes.
+        system_prompt: the instruction of the Alpaca files.
+        cache: keeps the filter's result of each shard, so that the next dataset filters new shards only.
+        sample_size: how many examples of each source the summary has.
     """
-    from finetune_pipeline.curation.snapshot import Part
+    snapshot = Snapshot([Shard(path) for path in shards])
+    filtered = FilterResult(filter_shards(snapshot.shards, policy, identity, cache), snapshot.superseded())
+    rows = _Rows(snapshot, filtered, policy.settings.validation_fraction)
+    selection = select(filtered, policy.settings, policy.quotas, rows.prompts)
+    indices = {
+        PROMPT_COMPLETION: selection.examples,
+        PREFERENCE: selection.pairs,
+        UNPAIRED_PREFERENCE: selection.undesirable,
+    }
+    counts = {dataset_type: rows.count(found) for dataset_type, found in indices.items()}
+    known_prompts = filtered.numbers("prompt", selection.examples)
+    replayed, replay_redacted = _select_replay(
+        replay, known_prompts, round(policy.settings.replay_ratio * counts[PROMPT_COMPLETION]["train"]), policy
+    )
+    _write(folder, rows, indices, replayed, system_prompt)
 
-    return _curate([Part(path) for path in paths], replay, policy, identity, cache)
-
-
-def _curate(
-    parts: Sequence[Any], replay: Sequence[DatasetExample], policy: Policy, identity: Identity, cache: "Cache | None"
-) -> Curated:
-    from finetune_pipeline.curation.chosen import Chosen
-
-    chosen = Chosen.of(parts, policy, identity, cache)
-    count = round(policy.settings.replay_ratio * chosen.count(PROMPT_COMPLETION, "train"))
-    mixed_in, found = _replayed(replay, chosen.asks, count, policy)
-    return Curated(
-        chosen=chosen,
-        replay=tuple(mixed_in),
-        left_out=chosen.left_out,
-        redacted=dict(sorted((found + Counter(chosen.redacted)).items())),
-        near_benchmark=chosen.overlaps,
-        conflicts=chosen.conflicts,
+    sources, source_codes = filtered.sources(selection.examples)
+    source_counts = Counter(dict(zip(sources, np.bincount(source_codes, minlength=len(sources)).tolist(), strict=True)))
+    conflict_ids = rows.ids(np.array(selection.conflicts, np.int64).reshape(-1))
+    return DatasetSummary(
+        rows=counts,
+        replayed=len(replayed),
+        sources=dict(sorted((source_counts + Counter(example.source for example in replayed)).items())),
+        left_out=selection.left_out,
+        redacted=dict(sorted((replay_redacted + Counter(selection.redacted)).items())),
+        near_benchmark=tuple(sorted(rows.ids(selection.near_benchmark))),
+        conflicts=tuple(zip(conflict_ids[::2], conflict_ids[1::2], strict=True)),
+        sample=(*rows.sample(selection.examples, sample_size), *replayed[:sample_size]),
     )
 
 
-def _row(row: Mapping[str, Any]) -> DatasetExample:
-    return DatasetExample(**{**row, "history": turns_of(row)})
+def in_validation(conversation: str, fraction: float) -> bool:
+    """Return True if a conversation belongs to the validation set; its hash decides, so it never changes splits."""
+    return split_hash(normalize(conversation)) / 2**32 < fraction
 
 
-def _pair(row: Mapping[str, Any]) -> Pair:
-    return Pair(**{**row, "history": turns_of(row)})
+# --- Rows of the snapshot ---------------------------------------------------------------------------------------------
 
 
-def _bad(row: Mapping[str, Any]) -> Labelled:
-    return Labelled(**{**row, "history": turns_of(row)})
+class _Rows:
+    """Reads selected rows of a snapshot again, redacted, as tables of a dataset."""
+
+    def __init__(self, snapshot: Snapshot, filtered: FilterResult, validation_fraction: float) -> None:
+        self._snapshot, self._filtered, self._fraction = snapshot, filtered, validation_fraction
+
+    def count(self, indices: Array) -> dict[str, int]:
+        """Return split -> rows."""
+        validation = int(self._in_validation(indices).sum())
+        return {"train": len(indices) - validation, "validation": validation}
+
+    def ids(self, indices: Array) -> list[str]:
+        """Return the interaction ids."""
+        return list(self._snapshot.take(indices, ["interaction_id"])["interaction_id"].to_pylist())
+
+    def prompts(self, indices: Array) -> list[str]:
+        """Return the normalized conversations."""
+        return [
+            normalize(conversation_text(row["prompt"], [Turn.model_construct(**turn) for turn in row["history"] or ()]))
+            for window in self._windows(indices)
+            for row in self._redacted(window, ("prompt", "history")).to_pylist()
+        ]
+
+    def sample(self, indices: Array, count: int) -> Iterator[DatasetExample]:
+        """Yield the first `count` examples of each source, sorted by the names of the sources."""
+        sources, codes = self._filtered.sources(indices)
+        for code in sorted(range(len(sources)), key=sources.__getitem__):
+            table = self._table(PROMPT_COMPLETION, indices[codes == code][:count])
+            yield from (DatasetExample(**{**row, "history": turns_of(row)}) for row in table.to_pylist())
+
+    def tables(self, dataset_type: str, indices: Array) -> "Iterator[tuple[str, pa.Table]]":
+        """Yield the rows as tables of a dataset type, each with its split; as many rows at once as fit into memory."""
+        import pyarrow as pa
+
+        for window in self._windows(indices):
+            table, validation = self._table(dataset_type, window), self._in_validation(window)
+            yield "train", table.filter(pa.array(~validation))
+            yield "validation", table.filter(pa.array(validation))
+
+    def _in_validation(self, indices: Array) -> Array:
+        return np.asarray(self._filtered.numbers("split", indices) / 2**32 < self._fraction)
+
+    def _windows(self, indices: Array) -> Iterator[Array]:
+        """Yield the indices in their order, as many at once as may be in memory."""
+        ends = np.cumsum(self._filtered.numbers("bytes", indices), dtype=np.int64)
+        start, before = 0, 0
+        while start < len(indices):
+            fitting = int(np.searchsorted(ends, before + _WINDOW_BYTES, "right"))
+            end = min(start + _WINDOW_ROWS, max(start + 1, fitting))
+            yield indices[start:end]
+            start, before = end, int(ends[end - 1])
+
+    def _table(self, dataset_type: str, indices: Array) -> "pa.Table":
+        import pyarrow as pa
+
+        rows = self._redacted(indices, SNAPSHOT_COLUMNS)
+        history = rows["history"].combine_chunks()
+        if history.null_count:  # without history it is empty, not null
+            history = pa.ListArray.from_arrays(history.offsets, history.values)
+        columns: dict[str, Any] = {"prompt": rows["prompt"], "history": history}
+        if dataset_type == PROMPT_COMPLETION:
+            columns |= {
+                "completion": rows["target"],
+                "reward": rows["reward"],
+                "source": rows["source"].fill_null(LOGS),
+            }
+            columns |= {"provenance": rows["provenance"], "interaction_id": rows["interaction_id"]}
+            columns |= {"content_hash": self._filtered.texts("content_hash", indices)}
+        elif dataset_type == PREFERENCE:
+            columns |= {"chosen": rows["target"], "rejected": rows["output"], "interaction_id": rows["interaction_id"]}
+        else:
+            columns |= {"completion": rows["output"], "label": pa.repeat(False, len(rows))}
+            columns |= {"interaction_id": rows["interaction_id"]}
+        return pa.table(columns)
+
+    def _redacted(self, indices: Array, columns: Sequence[str]) -> "pa.Table":
+        """Return these rows, redacted again where the filter found something to redact; most rows stay as read."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        table = self._snapshot.take(indices, columns)
+        affected = pc.is_valid(self._filtered.texts("redacted", indices)).to_numpy()
+        if not affected.any():
+            return table
+        # All columns: the provenance may be redacted too, and an example is redacted as a whole.
+        whole = (
+            table.filter(pa.array(affected))
+            if set(columns) == set(SNAPSHOT_COLUMNS)
+            else self._snapshot.take(indices[affected], SNAPSHOT_COLUMNS)
+        )
+        clean = [redact_example(example_of(row)).example.model_dump(mode="json") for row in whole.to_pylist()]
+        replaced = pa.Table.from_pylist(clean, schema()).select(list(columns))
+        order = np.where(affected, len(table) + np.cumsum(affected) - 1, np.arange(len(table)))
+        return pa.concat_tables([table, replaced.cast(table.schema)]).take(pa.array(order))
 
 
-def in_validation(question: str, share: float) -> bool:
-    """Whether a question belongs to the validation set: fixed by its hash, so it never moves between cycles."""
-    from finetune_pipeline.curation.sifting import side
-
-    return side(normalize(question)) / 16**8 < share
+# --- Replay -----------------------------------------------------------------------------------------------------------
 
 
-def read_replay(path: Path) -> list[DatasetExample]:
-    """Read a JSONL of prompt and completion, without rows that are not to be trained on.
+def _select_replay(
+    replay: Sequence[DatasetExample], known_prompts: Array, count: int, policy: Policy
+) -> tuple[list[DatasetExample], Counter[str]]:
+    """Return up to `count` replay examples, redacted, and what was redacted in them.
 
-    Raises:
-        CurationError: the file is missing, or a line is not of this form.
+    An example is passed over if the dataset has its prompt already, if it overlaps with the benchmark, or if its prompt
+    belongs to the validation set: logged later, the prompt would be validated with after it was trained on.
+
+    Args:
+        known_prompts: the hashes of the prompts of the dataset, ascending.
     """
-    if not path.is_file():
-        raise CurationError(f"curation.replay: {path} is not there; correct the path in the loop's YAML, or remove it")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        provenance = f"{path.name}:{number}"
-        try:
-            document = json.loads(line)
-            if document["prompt"] is None or document["completion"] is None:
-                raise ValueError("null is no text")
-            if not loss_mask_field(document):
-                rows.append(
-                    DatasetExample(str(document["prompt"]), str(document["completion"]), 1.0, REPLAY, provenance)
-                )
-        except (ValueError, KeyError, TypeError) as error:
-            raise CurationError(
-                f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'
-            ) from error
-    return rows
+    redacted: Counter[str] = Counter()
+    selected: list[DatasetExample] = []
+    for original in sorted(replay, key=lambda example: hash_of(example.prompt)):
+        if len(selected) == count:
+            break
+        prompt, completion = redact(original.prompt), redact(original.completion)
+        example = replace(original, prompt=prompt.text, completion=completion.text)
+        number = np.uint64(hash64(normalize(example.conversation)))
+        at = int(np.searchsorted(known_prompts, number))
+        if at < len(known_prompts) and known_prompts[at] == number:
+            continue
+        if in_validation(example.conversation, policy.settings.validation_fraction):
+            continue
+        if overlaps_benchmark(example.prompt, example.history, policy):
+            continue
+        redacted.update(prompt.counts)
+        redacted.update(completion.counts)
+        selected.append(example)
+    return selected, redacted
 
 
-def write_dataset(curated: Curated, folder: Path, system_prompt: str) -> None:
-    """Write the datasets of all three types, train.alpaca.jsonl, validation.alpaca.jsonl and provenance.csv."""
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    folder: Path, rows: _Rows, indices: dict[str, Array], replayed: Sequence[DatasetExample], system_prompt: str
+) -> None:
+    """Write the datasets of all three types, provenance.csv and an Alpaca file for each split."""
     import pyarrow as pa
 
     with (
-        DatasetWriter(folder / PROMPT_COMPLETION, COLUMNS[PROMPT_COMPLETION]) as dataset,
+        DatasetWriter(folder / PROMPT_COMPLETION, COLUMNS[PROMPT_COMPLETION]) as examples,
         DatasetWriter(folder / PREFERENCE, COLUMNS[PREFERENCE]) as pairs,
-        DatasetWriter(folder / UNPAIRED_PREFERENCE, COLUMNS[UNPAIRED_PREFERENCE]) as labelled,
-        ProvenanceWriter(folder) as provenances,
+        DatasetWriter(folder / UNPAIRED_PREFERENCE, COLUMNS[UNPAIRED_PREFERENCE]) as unpaired,
+        ProvenanceWriter(folder) as provenance,
         (folder / "train.alpaca.jsonl").open("w", encoding="utf-8") as train,
         (folder / "validation.alpaca.jsonl").open("w", encoding="utf-8") as validation,
     ):
-        replayed = pa.Table.from_pylist([_plain(row) for row in curated.replay], dataset.schema)
-        for split, rows in chain(curated.chosen.tables(PROMPT_COMPLETION), [("train", replayed)]):
-            dataset.write(split, rows)
-            provenances.write(split, rows)
-            good = rows.append_column("label", pa.repeat(True, rows.num_rows))
-            labelled.write(split, good.select(list(COLUMNS[UNPAIRED_PREFERENCE])))
-            (train if split == "train" else validation).writelines(_alpaca_lines(rows, system_prompt))
-        for split, rows in curated.chosen.tables(UNPAIRED_PREFERENCE):
-            labelled.write(split, rows)
-        for split, rows in curated.chosen.tables(PREFERENCE):
-            pairs.write(split, rows)
 
+        def write_examples(split: str, table: "pa.Table") -> None:
+            examples.write(split, table)
+            provenance.write(split, table)
+            desirable = table.append_column("label", pa.repeat(True, table.num_rows))
+            unpaired.write(split, desirable.select(list(COLUMNS[UNPAIRED_PREFERENCE])))
+            for row in table.to_pylist():
+                example = DatasetExample(**{**row, "history": turns_of(row)})
+                line = json.dumps(alpaca(example, system_prompt), ensure_ascii=False) + "\n"
+                (train if split == "train" else validation).write(line)
 
-def _plain(row: DatasetExample) -> dict[str, Any]:
-    return {**asdict(replace(row, history=())), "history": [turn.model_dump() for turn in row.history]}
-
-
-def _alpaca_lines(rows: "pa.Table", system_prompt: str) -> Iterator[str]:
-    for row in rows.to_pylist():
-        yield json.dumps(alpaca(_row(row), system_prompt), ensure_ascii=False) + "\n"
-
-
-@dataclass(frozen=True)
-class DatasetContent:
-    """What a written dataset holds, for the checks of the asset curated_dataset.
-
-    Attributes:
-        examples: examples of prompt_completion/ without replay, of both splits.
-        undesirable: undesirable answers of unpaired_preference/, of both splits.
-        near_benchmark: prompts that overlap with the benchmark, each once.
-        invalid_targets: `prompt: problem` of each answer to train on that does not pass the output schema.
-    """
-
-    examples: int
-    undesirable: int
-    near_benchmark: tuple[str, ...]
-    invalid_targets: tuple[str, ...]
-
-
-def inspect_dataset(folder: Path, policy: Policy) -> DatasetContent:
-    """Read every row of a written dataset once and apply the policy to it again.
-
-    Curation should have left out whatever is found here; the checks read the files so that they do not rely on that.
-
-    Raises:
-        CurationError: an earlier version of the project wrote the dataset.
-    """
-    examples = undesirable = 0
-    near: list[str] = []
-    invalid: list[str] = []
-    seen_prompts: set[int] = set()  # hashes, since there may be millions of rows
-    seen_answers: set[int] = set()
-    for row in read_all(folder):
-        examples += row.get("source", REPLAY) != REPLAY
-        undesirable += row.get("label") is False
-        prompt, history = row["prompt"], turns_of(row)
-        if (key := hash((prompt, history))) not in seen_prompts:
-            seen_prompts.add(key)
-            if near_benchmark(prompt, history, policy):
-                near.append(prompt)
-        if row.get("label") is False:
-            continue
-        answer = row["chosen"] if "chosen" in row else row["completion"]
-        if (key := hash((prompt, answer))) not in seen_answers:
-            seen_answers.add(key)
-            if (problem := policy.problem(answer)) is not None:
-                invalid.append(f"{prompt}: {problem}")
-    return DatasetContent(examples, undesirable, tuple(near), tuple(invalid))
-
-
-def _replayed(
-    replay: Sequence[DatasetExample], asks: Callable[[str], bool], count: int, policy: Policy
-) -> tuple[list[DatasetExample], Counter[str]]:
-    """The rows to mix in, and what was redacted in them.
-
-    Args:
-        asks: whether the dataset asks a question already.
-        count: how many, if there are so many that neither the dataset nor the benchmark asks, and that do not belong
-            to the validation set: who logs such a question later would find it there.
-    """
-    found: Counter[str] = Counter()
-    chosen: list[DatasetExample] = []
-    for original in sorted(replay, key=lambda row: hash_of(row.prompt)):
-        if len(chosen) == count:
-            break
-        prompt, completion = redact(original.prompt), redact(original.completion)
-        row = replace(original, prompt=prompt.text, completion=completion.text)
-        if in_validation(row.conversation, policy.settings.validation_fraction) or asks(row.conversation):
-            continue
-        if near_benchmark(row.prompt, row.history, policy):
-            continue
-        found.update(prompt.counts)
-        found.update(completion.counts)
-        chosen.append(row)
-    return chosen, found
+        for split, table in rows.tables(PROMPT_COMPLETION, indices[PROMPT_COMPLETION]):
+            write_examples(split, table)
+        plain = [
+            {**asdict(replace(example, history=())), "history": [turn.model_dump() for turn in example.history]}
+            for example in replayed
+        ]
+        write_examples("train", pa.Table.from_pylist(plain, examples.schema))
+        for split, table in rows.tables(UNPAIRED_PREFERENCE, indices[UNPAIRED_PREFERENCE]):
+            unpaired.write(split, table)
+        for split, table in rows.tables(PREFERENCE, indices[PREFERENCE]):
+            pairs.write(split, table)

@@ -1,4 +1,4 @@
-"""The card of a dataset version: what it is made of, in Markdown for people. Pure: plain values in, text out."""
+"""The card of a dataset: what it is made of, in Markdown for people."""
 
 import json
 from collections import defaultdict
@@ -6,32 +6,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_pipeline.curation.dataset import Curated
 from finetune_pipeline.curation.dataset_files import (
     PREFERENCE,
     PROMPT_COMPLETION,
     PROVENANCE_FILE,
-    SPLITS,
     UNPAIRED_PREFERENCE,
     DatasetExample,
+    DatasetSummary,
 )
+from finetune_pipeline.markdown_table import cell, markdown_table
 
-DATASET_CARD = "card.md"
-SAMPLE = 20  # rows, or as many as there are sources
-OF_EACH = 2  # rows of a source
-_LONGEST = 400
+SAMPLE_ROWS = 20  # or one for each source, if there are more sources
+SAMPLE_ROWS_OF_SOURCE = 2
+_MAX_CHARS = 400
 
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """All that a card tells.
+    """The content of a card.
 
     Attributes:
-        loop, version: whose dataset it is, and which: the hash of inputs and settings.
-        watermark: the last ingest offset of the logs that it was made from.
-        inputs: name -> hash or version of what it was made from.
-        settings: every setting that shaped it: filters, quotas, the split.
-        packages: versions of the libraries that made it.
+        loop, version: of the dataset; the version is the hash of inputs and settings.
+        watermark: the last ingest offset of the logs that the dataset was built from.
+        inputs: name -> hash or version of what the dataset was built from.
+        settings: every setting that shaped the dataset: filters, quotas, the split.
+        packages: versions of the libraries that built it.
     """
 
     loop: str
@@ -40,95 +39,81 @@ class DatasetCard:
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
     packages: Mapping[str, str]
-    curated: Curated
+    summary: DatasetSummary
 
 
 def dataset_card(card: DatasetCard) -> str:
-    """Render a card; the same card gives the same text. No value of a secret is in it, only how many of each kind."""
-    curated = card.curated
-    held = {split: curated.count(PROMPT_COMPLETION, split) for split in SPLITS}
-    title = f"# Dataset {cell(card.version)} of {cell(card.loop)}"
-    lead = (
-        f"{held['train'] + curated.replayed:,} examples to train on ({curated.replayed:,} of them replayed) and "
-        f"{held['validation']:,} to validate. Which side a prompt is on follows from its hash and never changes. "
-        "Secrets and personal data were replaced by placeholders before anything was written."
+    """Return the card as Markdown. Secrets are counted by kind and never shown."""
+    summary = card.summary
+    examples = summary.rows[PROMPT_COMPLETION]
+    rows = {
+        "train": examples["train"] + summary.replayed,
+        "validation": examples["validation"],
+        "preference pairs (train)": summary.rows[PREFERENCE]["train"],
+        "undesirable answers (train)": summary.rows[UNPAIRED_PREFERENCE]["train"],
+    }
+    total = sum(summary.sources.values())
+    sources = [(source, count, f"{count / total:.1%}") for source, count in sorted(summary.sources.items())]
+    settings = [(name, _setting(value)) for name, value in card.settings.items()]
+    # One line of JSON for each example: no text can end the code block.
+    lines = [json.dumps(_shortened(example), ensure_ascii=False) for example in card_sample(summary.sample)]
+    return "\n\n".join(
+        [
+            f"# Dataset {cell(card.version)} of {cell(card.loop)}",
+            f"{rows['train']:,} examples to train on ({summary.replayed:,} of them replay) and {rows['validation']:,} "
+            "to validate with. The hash of a prompt decides its split, which never changes. Secrets and personal data "
+            "were replaced by placeholders before anything was written.",
+            "## Sources",
+            markdown_table(["source", "examples", "fraction"], sources, "lrr"),
+            f"Where each example came from: [{PROVENANCE_FILE}]({PROVENANCE_FILE}).",
+            "## Splits",
+            markdown_table(["part", "rows"], rows.items()),
+            "## Left out, and why",
+            _counts("reason", summary.left_out),
+            "## Replaced by placeholders",
+            _counts("kind", summary.redacted),
+            "## Filters and settings",
+            markdown_table(["setting", "value"], settings),
+            "## Built from",
+            markdown_table(["input", "hash or version"], {**card.inputs, "events up to": card.watermark}.items()),
+            "## Built with",
+            markdown_table(["package", "version"], card.packages.items()),
+            "## Sample",
+            "\n".join(["```json", *lines, "```"]) + "\n",
+        ]
     )
-    splits = {name: f"{rows:,}" for name, rows in _splits(curated).items()}
-    parts = [
-        title, lead, _sources(curated.sources), _table("Splits", ("part", "rows"), splits),
-        _counts("Left out, and why", "reason", curated.left_out),
-        _counts("Replaced by placeholders", "kind", curated.redacted),
-        _table("Filters and settings", ("setting", "value"), {k: _shown(v) for k, v in card.settings.items()}),
-        _table("Made from", ("what", "hash or version"), {**card.inputs, "events up to": card.watermark}),
-        _table("Made with", ("package", "version"), card.packages), _sample(curated.sample(OF_EACH)),
-    ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
 
 
-def sample(rows: Sequence[DatasetExample]) -> list[DatasetExample]:
-    """The first row of every source, then a second of each, while it stays within SAMPLE."""
+def card_sample(examples: Sequence[DatasetExample]) -> list[DatasetExample]:
+    """Return the first example of every source, then a second of each, up to SAMPLE_ROWS."""
     by_source: dict[str, list[DatasetExample]] = defaultdict(list)
-    for row in rows:
-        by_source[row.source].append(row)
-    turns = [found[place] for place in range(OF_EACH) for _, found in sorted(by_source.items()) if place < len(found)]
-    return turns[: max(SAMPLE, len(by_source))]
+    for example in examples:
+        by_source[example.source].append(example)
+    in_turn = [
+        found[position]
+        for position in range(SAMPLE_ROWS_OF_SOURCE)
+        for _, found in sorted(by_source.items())
+        if position < len(found)
+    ]
+    return in_turn[: max(SAMPLE_ROWS, len(by_source))]
 
 
-def _splits(curated: Curated) -> dict[str, int]:
-    return {
-        "train": curated.count(PROMPT_COMPLETION, "train") + curated.replayed,
-        "validation": curated.count(PROMPT_COMPLETION, "validation"),
-        "pairs of a correction and the model's own answer (train)": curated.count(PREFERENCE, "train"),
-        "answers found bad (train)": curated.count(UNPAIRED_PREFERENCE, "train"),
-    }
+def _counts(heading: str, counts: Mapping[str, int]) -> str:
+    return markdown_table([heading, "number"], counts.items()) if counts else "Nothing."
 
 
-def _sources(counts: Mapping[str, int]) -> str:
-    """Where the examples come from."""
-    total = sum(counts.values())
-    lines = [f"| {cell(source)} | {count:,} | {count / total:.1%} |" for source, count in sorted(counts.items())]
-    head = ["## Sources", "", "| source | examples | share |", "|---|---:|---:|"]
-    return "\n".join([*head, *lines, "", f"Where each example came from: [{PROVENANCE_FILE}]({PROVENANCE_FILE})."])
+def _shortened(example: DatasetExample) -> dict[str, Any]:
+    fields: dict[str, Any] = {"source": example.source, "provenance": example.provenance}
+    if example.history:
+        fields["history"] = [{"role": turn.role, "content": _shorten(turn.content)} for turn in example.history]
+    fields |= {"prompt": example.prompt, "completion": example.completion}
+    return {name: _shorten(value) if isinstance(value, str) else value for name, value in fields.items()}
 
 
-def _counts(title: str, name: str, counts: Mapping[str, int]) -> str:
-    if not counts:
-        return f"## {title}\n\nNothing."
-    return _table(title, (name, "number"), {key: f"{count:,}" for key, count in counts.items()})
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]} ... ({len(text):,} characters)"
 
 
-def _table(title: str, head: tuple[str, str], rows: Mapping[str, Any]) -> str:
-    lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows.items()]
-    return "\n".join([f"## {title}", "", f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
-
-
-def _sample(rows: Sequence[DatasetExample]) -> str:
-    # One line of JSON each: whatever a text says, it cannot end the block that it stands in.
-    lines = [json.dumps(_sampled(row), ensure_ascii=False) for row in sample(rows)]
-    return "\n".join(["## Sample", "", "```json", *lines, "```"])
-
-
-def _sampled(row: DatasetExample) -> dict[str, Any]:
-    history = {"history": [{"role": t.role, "content": _cut(t.content)} for t in row.history]} if row.history else {}
-    told = {
-        "source": row.source,
-        "provenance": row.provenance,
-        **history,
-        "prompt": row.prompt,
-        "completion": row.completion,
-    }
-    return {name: _cut(value) if isinstance(value, str) else value for name, value in told.items()}
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(text):,} characters)"
-
-
-def _shown(value: Any) -> str:
-    return _cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-
-
-def cell(value: Any) -> str:
-    """A value as it may stand in a cell of a Markdown table."""
-    text = f"{value:,}" if isinstance(value, int) else str(value)
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;") or "(empty)"
+def _setting(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return _shorten(text) if text.strip() else "(empty)"

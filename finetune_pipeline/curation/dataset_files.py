@@ -3,6 +3,7 @@
     prompt_completion/     for SFT: prompt, completion; replay examples included
     preference/            for DPO: prompt, chosen (a correction), rejected (the model's own answer)
     unpaired_preference/   for KTO: prompt, completion, label (desirable or not)
+    card.md                what the dataset is made of, for people
     provenance.csv         source, provenance, interaction id and split of each example of prompt_completion/
 
 Each dataset has the splits train and validation, and a column `history` with the turns before the prompt. pyarrow
@@ -21,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import hash_file, write_text
 from finetune_pipeline.curation.errors import CurationError
-from finetune_pipeline.records import Turn, conversation_text
+from finetune_pipeline.records import Turn, conversation_text, loss_mask_field
+from finetune_pipeline.settings import REPLAY
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PROMPT_COMPLETION, PREFERENCE, UNPAIRED_PREFERENCE = "prompt_completion", "preference", "unpaired_preference"
 SPLITS = ("train", "validation")
-PROVENANCE_FILE = "provenance.csv"
+PROVENANCE_FILE, DATASET_CARD = "provenance.csv", "card.md"
 
 COLUMNS = {
     PROMPT_COMPLETION: {
@@ -74,6 +76,31 @@ class DatasetExample:
     def conversation(self) -> str:
         """The prompt with the turns before it."""
         return conversation_text(self.prompt, self.history)
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What a dataset was built from and what was left out.
+
+    Attributes:
+        rows: dataset type -> split -> rows, without replay; of unpaired preference the undesirable ones.
+        replayed: replay examples, which stand at the end of train.
+        sources: source -> examples of train and validation, replay included.
+        left_out: reason -> examples that are not in train or validation.
+        redacted: kind of secret or personal data -> replacements in the examples.
+        near_benchmark: ids of interactions that overlap with the benchmark.
+        conflicts: ids of a kept interaction and of one with another answer to the same prompt, the first ones.
+        sample: the first examples of each source, replay last.
+    """
+
+    rows: dict[str, dict[str, int]]
+    replayed: int
+    sources: dict[str, int]
+    left_out: dict[str, int]
+    redacted: dict[str, int]
+    near_benchmark: tuple[str, ...]
+    conflicts: tuple[tuple[str, str], ...]
+    sample: tuple[DatasetExample, ...]
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -222,6 +249,33 @@ def read_all(dataset: Path, columns: Sequence[str] | None = None) -> Iterator[di
     for dataset_type in COLUMNS:
         for split in SPLITS:
             yield from read_split(dataset, dataset_type, split, columns)
+
+
+def read_replay(path: Path) -> list[DatasetExample]:
+    """Read replay examples from JSON lines with prompt and completion; rows marked as not to be trained on are skipped.
+
+    Raises:
+        CurationError: the file is missing, or a line has another form.
+    """
+    if not path.is_file():
+        raise CurationError(
+            f"curation.replay: the file {path} does not exist; correct the path in the loop's YAML, or remove it"
+        )
+    examples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            prompt, completion = row["prompt"], row["completion"]
+            if prompt is None or completion is None:
+                raise ValueError("null is not a text")
+            if not loss_mask_field(row):
+                provenance = f"{path.name}:{number}"
+                examples.append(DatasetExample(str(prompt), str(completion), 1.0, REPLAY, provenance))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CurationError(
+                f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'
+            ) from error
+    return examples
 
 
 def turns_of(row: Mapping[str, Any]) -> tuple[Turn, ...]:

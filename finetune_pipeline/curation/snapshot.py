@@ -1,9 +1,6 @@
-"""The rows that are curated, by their place: Parquet files that are read in batches, or a table in memory.
+"""The rows of a snapshot: Parquet shards that are read in batches, or row by row index. Loads numpy."""
 
-Loads pyarrow and numpy.
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +13,15 @@ from finetune_pipeline.records import Example
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BATCH = 20_000
-ROWS = tuple(Example.model_fields)
-"""The columns of a snapshot that curation reads."""
+_BATCH_ROWS = 20_000
+COLUMNS = tuple(Example.model_fields)
+"""The columns of a snapshot that curation reads: the fields of an Example."""
 
-Numbers = np.ndarray[Any, Any]
+Array = np.ndarray[Any, Any]
 
 
 def schema() -> "pa.Schema":
-    """Their types."""
+    """Return the Arrow types of the columns."""
     import pyarrow as pa
 
     text = pa.string()
@@ -32,96 +29,88 @@ def schema() -> "pa.Schema":
         "ingest_offset": pa.int64(), "reward": pa.float64(), "confidence": pa.float64(), "confirmed": pa.bool_(),
         "corrected": pa.bool_(), "history": pa.list_(pa.struct({"role": text, "content": text})),
     }  # fmt: skip
-    return pa.schema({name: types.get(name, text) for name in ROWS})
+    return pa.schema({name: types.get(name, text) for name in COLUMNS})
 
 
-def table_of(examples: Iterable[Example]) -> "pa.Table":
-    """Examples as rows."""
-    import pyarrow as pa
-
-    return pa.Table.from_pylist([example.model_dump(mode="json") for example in examples], schema())
+def example_of(row: Mapping[str, Any]) -> Example:
+    """Return the example of a row."""
+    return Example.model_validate({**row, "history": row["history"] or ()})
 
 
 @dataclass(frozen=True)
-class Part:
-    """A Parquet file of rows, or the rows themselves."""
+class Shard:
+    """A Parquet file of a snapshot."""
 
-    rows: "Path | pa.Table"
+    path: Path
 
     @cached_property
     def count(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
         import pyarrow.parquet as pq
 
-        return int(pq.read_metadata(self.rows).num_rows if isinstance(self.rows, Path) else self.rows.num_rows)
+        return int(pq.read_metadata(self.path).num_rows)
 
-    def batches(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> "Iterator[pa.RecordBatch]":
-        """All rows in their order, or those of some of the file's row groups."""
+    def batches(self, columns: Sequence[str], row_groups: Sequence[int] | None = None) -> "Iterator[pa.RecordBatch]":
+        """Yield the rows of all row groups, or of these, in their order."""
         import pyarrow.parquet as pq
 
-        if isinstance(self.rows, Path):
-            with pq.ParquetFile(self.rows) as file:
-                yield from file.iter_batches(_BATCH, row_groups=groups, columns=list(columns))
-        else:
-            yield from self.rows.select(list(columns)).to_batches(_BATCH)
+        with pq.ParquetFile(self.path) as file:
+            yield from file.iter_batches(_BATCH_ROWS, row_groups=row_groups, columns=list(columns))
 
 
-class Rows:
-    """The rows of all parts, one after another."""
+class Snapshot:
+    """The rows of all shards; a row index counts through the shards in their order."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
-        self._starts = np.cumsum([0, *(part.count for part in parts)])
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = shards
+        self._starts = np.cumsum([0, *(shard.count for shard in shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def take(self, places: Numbers, columns: Sequence[str]) -> "pa.Table":
-        """The rows of these places, in their order; the parts are read once."""
+    def take(self, indices: Array, columns: Sequence[str]) -> "pa.Table":
+        """Return the rows at these indices, in the order of the indices; each shard is read at most once."""
         import pyarrow as pa
 
-        ascending = np.sort(places)
-        found = [batch for part in self._at(ascending, columns) for batch in part]
+        ascending = np.sort(indices)
+        found: list[pa.RecordBatch] = []
+        for shard, start, end in zip(self.shards, self._starts[:-1], self._starts[1:], strict=True):
+            in_shard = ascending[np.searchsorted(ascending, start) : np.searchsorted(ascending, end)] - start
+            if len(in_shard):
+                found += _rows_of(shard.batches(columns), in_shard)
         if not found:
             return schema().empty_table().select(list(columns))
-        order = np.empty(len(places), np.int64)
-        order[np.argsort(places, kind="stable")] = np.arange(len(places))
+        order = np.empty(len(indices), np.int64)
+        order[np.argsort(indices, kind="stable")] = np.arange(len(indices))
         return pa.Table.from_batches(found).take(pa.array(order))
 
-    def _at(self, ascending: Numbers, columns: Sequence[str]) -> "Iterator[Iterable[pa.RecordBatch]]":
-        for part, start, end in zip(self.parts, self._starts[:-1], self._starts[1:], strict=True):
-            mine = ascending[np.searchsorted(ascending, start) : np.searchsorted(ascending, end)] - start
-            if len(mine):
-                yield _some(part.batches(columns), mine)
-
-    def superseded(self) -> Numbers:
-        """Whether a later part has a row of the same interaction, which stands instead."""
+    def superseded(self) -> Array:
+        """Return a mask of the rows whose interaction has a row in a later shard, which replaces them."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        gone = np.zeros(len(self), np.bool_)
-        later: list[pa.Array] = []
-        for part, end in reversed(list(zip(self.parts, self._starts[1:], strict=True))):
-            known, start = pa.chunked_array(later, pa.string()), end - part.count
-            if part is self.parts[0] and not later:
-                break  # there is no other part
-            for batch in part.batches(["interaction_id"]):
+        mask = np.zeros(len(self), np.bool_)
+        if len(self.shards) == 1:
+            return mask
+        later: list[pa.Array] = []  # the ids of the shards after the current one
+        for shard, start in reversed(list(zip(self.shards, self._starts[:-1], strict=True))):
+            known = pa.chunked_array(later, pa.string())
+            for batch in shard.batches(["interaction_id"]):
                 ids = batch.column(0)
-                gone[start : start + len(ids)] = pc.is_in(ids, value_set=known).to_numpy(zero_copy_only=False)
+                mask[start : start + len(ids)] = pc.is_in(ids, value_set=known).to_numpy(zero_copy_only=False)
                 start += len(ids)
-                if part is not self.parts[0]:  # nothing is older than the first, and it may be the history of years
+                if shard is not self.shards[0]:  # no shard is older than the first, which may hold years of logs
                     later.append(ids)
-        return gone
+        return mask
 
 
-def _some(batches: "Iterable[pa.RecordBatch]", places: Numbers) -> "Iterator[pa.RecordBatch]":
-    """The rows of these places, which ascend."""
+def _rows_of(batches: "Iterable[pa.RecordBatch]", ascending: Array) -> "Iterator[pa.RecordBatch]":
     import pyarrow as pa
 
     start = 0
     for batch in batches:
         end = start + batch.num_rows
-        mine = places[np.searchsorted(places, start) : np.searchsorted(places, end)] - start
-        if len(mine):
-            yield batch.take(pa.array(mine))
+        in_batch = ascending[np.searchsorted(ascending, start) : np.searchsorted(ascending, end)] - start
+        if len(in_batch):
+            yield batch.take(pa.array(in_batch))
         start = end

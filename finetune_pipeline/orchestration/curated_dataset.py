@@ -7,8 +7,7 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.curation.acceptance import CONFLICT
-from finetune_pipeline.curation.dataset_card import DATASET_CARD
-from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE, first_provenances
+from finetune_pipeline.curation.dataset_files import DATASET_CARD, PROVENANCE_FILE, first_provenances
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.checks import check_specs, curated_dataset_checks

@@ -1,30 +1,24 @@
 """Build the dataset of a loop from a snapshot of its logs, and check what was written."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune_pipeline.artifacts import Artifact, get_or_create, hash_of, package_versions, version_of, write_text
-from finetune_pipeline.curation.dataset import Curated, curate_files, inspect_dataset, write_dataset
-from finetune_pipeline.curation.dataset_card import DATASET_CARD, DatasetCard, dataset_card
+from finetune_pipeline.curation.dataset_checks import inspect_dataset
 from finetune_pipeline.curation.dataset_files import (
     COLUMNS,
+    DATASET_CARD,
     PREFERENCE,
     PROMPT_COMPLETION,
     PROVENANCE_FILE,
-    SPLITS,
     UNPAIRED_PREFERENCE,
 )
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.records import Example
 from finetune_pipeline.registry.check_outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings, home, project_path
-
-if TYPE_CHECKING:
-    from finetune_pipeline.curation.sifted import Cache
 
 SELECTION_SETTINGS = frozenset(
     {
@@ -45,7 +39,9 @@ FILTER_PACKAGES = ("detect-secrets", "phonenumbers", "rensa", "jsonschema")
 
 def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
     """Return the dataset of a snapshot under the loop's settings; build it if it does not exist yet."""
-    from finetune_pipeline.curation.sifting import FORM
+    from finetune_pipeline.curation.dataset import curate
+    from finetune_pipeline.curation.dataset_card import SAMPLE_ROWS_OF_SOURCE, DatasetCard, dataset_card
+    from finetune_pipeline.curation.filter import CODE_VERSION, FilterCache
 
     files = loop_files.hashes(
         benchmark=project_path(loop.evaluation.benchmark),
@@ -61,26 +57,60 @@ def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Ar
         "contents": [*COLUMNS, DATASET_CARD, PROVENANCE_FILE],
         "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
         "review": loop.review.model_dump(),
-        "form": FORM,
+        "code_version": CODE_VERSION,
         "filter_packages": package_versions(*FILTER_PACKAGES),
     }
     version = version_of(inputs, settings)
 
+    # The cache key of a shard covers everything that the filter depends on, and nothing that only selection does.
+    filter_inputs = {
+        "code_version": CODE_VERSION,
+        "settings": loop.curation.model_dump(exclude={"compute", *SELECTION_SETTINGS}),
+        "review": loop.review.model_dump(),
+        "files": files,
+        "packages": package_versions("finetune-pipeline", *FILTER_PACKAGES),
+    }
+    shards = raw_logs.manifest.shards
+    hashes = [raw_logs.manifest.files[shard].sha256 for shard in shards]
+    cache = FilterCache(
+        home() / "cache" / "curation" / loop.name,
+        [hash_of({**filter_inputs, "shard": sha256})[:32] for sha256 in hashes],
+    )
+
     def make(folder: Path) -> dict[str, Any]:
-        paths = [raw_logs.path / shard for shard in raw_logs.manifest.shards]
-        curated = curate_files(
-            paths, loop_files.replay(loop), policy, loop_files.identity, _cache(loop, raw_logs, files)
+        summary = curate(
+            folder,
+            [raw_logs.path / shard for shard in shards],
+            loop_files.replay(loop),
+            policy,
+            loop_files.identity,
+            system_prompt=loop.system_prompt,
+            cache=cache,
+            sample_size=SAMPLE_ROWS_OF_SOURCE,
         )
-        write_dataset(curated, folder, loop.system_prompt)
-        made: dict[str, Any] = {
+        built: dict[str, Any] = {
             "inputs": inputs,
             "settings": settings,
             "packages": package_versions("finetune-pipeline", "pyarrow", *FILTER_PACKAGES),
             "watermark": raw_logs.manifest.watermark,
         }
-        card = dataset_card(DatasetCard(loop.name, version, curated=curated, **made))
+        card = dataset_card(DatasetCard(loop.name, version, summary=summary, **built))
         write_text(folder / DATASET_CARD, card)
-        return {**made, **_figures(curated)}
+        examples = summary.rows[PROMPT_COMPLETION]
+        return {
+            **built,
+            "train": examples["train"] + summary.replayed,
+            "validation": examples["validation"],
+            "replayed": summary.replayed,
+            "sources": summary.sources,
+            "left_out": summary.left_out,
+            "redacted": summary.redacted,
+            "near_benchmark": list(summary.near_benchmark),
+            "conflicts": [list(pair) for pair in summary.conflicts],
+            "preference_pairs": summary.rows[PREFERENCE]["train"],
+            "desirable": examples["train"],
+            "undesirable": summary.rows[UNPAIRED_PREFERENCE]["train"],
+        }
 
     return get_or_create(DatasetManifest, loop.name, version, make)
 
@@ -142,49 +172,3 @@ def build_and_check(
     checks = check_dataset(loop, dataset)
     record_outcomes(connect(), dataset, {check.name: check.passed for check in checks}, run_id)
     return dataset, checks
-
-
-def _cache(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], files: dict[str, str]) -> "Cache":
-    """Return the filter cache: a new dataset filters only the shards that no earlier one has filtered."""
-    from finetune_pipeline.curation.sifted import Cache
-    from finetune_pipeline.curation.sifting import FORM
-
-    given = {
-        "form": FORM,
-        "settings": loop.curation.model_dump(exclude={"compute", *SELECTION_SETTINGS}),
-        "review": loop.review.model_dump(),
-        "files": files,
-        "packages": package_versions("finetune-pipeline", *FILTER_PACKAGES),
-    }
-    records = raw_logs.manifest.files
-    keys = [hash_of({**given, "shard": records[shard].sha256})[:32] for shard in raw_logs.manifest.shards]
-    return Cache(home() / "cache" / "curation" / loop.name, keys)
-
-
-def examples_of(raw_logs: Artifact[RawLogsManifest]) -> Iterator[Example]:
-    """Yield the example of each interaction of a snapshot that has one, from the newest shard that has the row."""
-    from finetune_pipeline.curation.sifting import example_of_row
-    from finetune_pipeline.curation.snapshot import ROWS, Part, Rows
-
-    shards = [Part(raw_logs.path / shard) for shard in raw_logs.manifest.shards]
-    stands = iter((~Rows(shards).superseded()).tolist())
-    for shard in shards:
-        for batch in shard.batches(ROWS):
-            yield from (example_of_row(row) for row in batch.to_pylist() if next(stands) and row["target"] is not None)
-
-
-def _figures(curated: Curated) -> dict[str, Any]:
-    held = {split: curated.count(PROMPT_COMPLETION, split) for split in SPLITS}
-    return {
-        "train": held["train"] + curated.replayed,
-        "validation": held["validation"],
-        "replayed": curated.replayed,
-        "sources": curated.sources,
-        "left_out": curated.left_out,
-        "redacted": curated.redacted,
-        "near_benchmark": list(curated.near_benchmark),
-        "conflicts": [list(pair) for pair in curated.conflicts],
-        "preference_pairs": curated.count(PREFERENCE, "train"),
-        "desirable": held["train"],
-        "undesirable": curated.count(UNPAIRED_PREFERENCE, "train"),
-    }

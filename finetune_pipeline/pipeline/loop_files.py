@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.curation.acceptance import Policy, Validator, answer_validator
-from finetune_pipeline.curation.dataset import read_replay
+from finetune_pipeline.curation.acceptance import (
+    Policy,
+    Quota,
+    TokenCounter,
+    Validator,
+    answer_validator,
+    tokenizer_file,
+)
+from finetune_pipeline.curation.dataset_files import read_replay
 from finetune_pipeline.curation.decontamination import NearIndex
-from finetune_pipeline.curation.quotas import Quota
 from finetune_pipeline.curation.redaction import redact
-from finetune_pipeline.curation.token_count import TokenCounter, tokenizer_file
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.feedback.content_hash import content_hash

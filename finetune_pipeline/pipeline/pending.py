@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from finetune_pipeline.curation.acceptance import accept, at_a_glance
+from finetune_pipeline.curation.acceptance import accept, quick_filters
 from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.retrain_trigger import Attempt
 from finetune_pipeline.database import Database
@@ -25,7 +25,7 @@ def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: 
     seen: set[str] = set()
     with database.read() as connection:
         for original in new_examples(connection, loop.name, watermark, loop.curation.min_reward):
-            if not at_a_glance(original, policy).accepted:
+            if not quick_filters(original, policy).accepted:
                 continue
             example = redact_example(original).example
             question = text_hash(

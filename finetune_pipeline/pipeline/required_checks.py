@@ -7,7 +7,7 @@ recorded for exactly the hash of the content.
 from collections.abc import Iterable
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, check_unaltered, read, stage_folder
-from finetune_pipeline.curation.dataset import inspect_dataset
+from finetune_pipeline.curation.dataset_checks import inspect_dataset
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import DatasetManifest, GgufManifest, Manifest
 from finetune_pipeline.pipeline import loop_files

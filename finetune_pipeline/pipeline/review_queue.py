@@ -6,7 +6,7 @@ Each decision is one transaction, so a session may end at any moment, and severa
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from finetune_pipeline.curation.acceptance import INVALID, Policy, accept, at_a_glance
+from finetune_pipeline.curation.acceptance import INVALID, Policy, accept, quick_filters
 from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.review import ReviewInput, Slice, Vote, WeakSlices, rank, review_value
 from finetune_pipeline.database import Database
@@ -199,6 +199,6 @@ def _review_input(candidate: ReviewCandidate, policy: Policy) -> ReviewInput:
         votes=tuple(vote for vote in votes.values() if vote is not None),
         has_human_feedback=bool(by_people),
         rejected=any(reward < 0 for _, reward in by_people),
-        would_train=example is not None and at_a_glance(example, without_review).accepted,
+        would_train=example is not None and quick_filters(example, without_review).accepted,
         corrected_since=f"{previous.reviewer} decided {previous.kind}" if previous else "",
     )

@@ -1,21 +1,22 @@
-"""What was found of older logs is used again, so nobody may change how it is found and leave its number as it is."""
+"""CODE_VERSION has to be raised when curation changes, since cached results and datasets of the old code are reused."""
 
 import hashlib
 
-from finetune_pipeline.curation import sifting
+from finetune_pipeline.curation import filter
 from finetune_pipeline.settings import PROJECT_ROOT
 
-FINDS = (
-    "acceptance", "choosing", "chosen", "decontamination", "meaning", "near_duplicates", "preferences", "quality",
-    "redaction", "sifting", "token_count",
+FILES = (
+    *(f"curation/{name}.py" for name in ("acceptance", "dataset", "decontamination", "deduplication", "filter",
+                                         "redaction", "select")),
+    "refusals.py",
 )  # fmt: skip
-LAST = (8, "ac8cb41b25e0fe08")
+LAST = (9, "60ae1fc86310248d")
 
 
-def test_what_finds_otherwise_has_another_number():
-    text = b"".join((PROJECT_ROOT / f"finetune_pipeline/curation/{name}.py").read_bytes() for name in FINDS)
-    now = (sifting.FORM, hashlib.sha256(text).hexdigest()[:16])
+def test_changed_curation_has_another_code_version():
+    text = b"".join((PROJECT_ROOT / "finetune_pipeline" / name).read_bytes() for name in FILES)
+    now = (filter.CODE_VERSION, hashlib.sha256(text).hexdigest()[:16])
     assert now == LAST, (
-        f"found {now}, expected {LAST}: raise sifting.FORM if any row may be judged, redacted or chosen otherwise than "
-        "before (or what was found of older logs, and datasets of it, stay as they are), then write what was found here"
+        f"found {now}, expected {LAST}: raise CODE_VERSION in curation/filter.py if any row may be filtered, redacted "
+        "or selected differently than before, then set LAST to what was found here"
     )

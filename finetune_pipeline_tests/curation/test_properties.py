@@ -1,4 +1,4 @@
-"""What holds of every curation, tried on many made-up logs, and of every file that is written of them."""
+"""Properties of every dataset and of every file of it, tested on many random logs."""
 
 import json
 import tempfile
@@ -10,27 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_pipeline.curation.acceptance import CONFLICT, Policy, answer_validator
-from finetune_pipeline.curation.choosing import DUPLICATE, NEAR_DUPLICATE
-from finetune_pipeline.curation.dataset import (
-    curate,
-    in_validation,
-    inspect_dataset,
-    write_dataset,
-)
-from finetune_pipeline.curation.dataset_card import DATASET_CARD, DatasetCard, dataset_card
+from finetune_pipeline.curation.dataset import in_validation
+from finetune_pipeline.curation.dataset_card import DatasetCard, dataset_card
+from finetune_pipeline.curation.dataset_checks import inspect_dataset
 from finetune_pipeline.curation.dataset_files import (
+    DATASET_CARD,
     PREFERENCE,
     PROMPT_COMPLETION,
     UNPAIRED_PREFERENCE,
-    DatasetExample,
     read_all,
 )
 from finetune_pipeline.curation.decontamination import RUN, NearIndex
+from finetune_pipeline.curation.select import DUPLICATE, NEAR_DUPLICATE
 from finetune_pipeline.records import Example, normalize
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
 
-from .test_dataset import identity, rows_of, said
+from .datasets import IN_MEMORY, build, replay_example, turns
 
 QUESTIONS = {
     "long": "How thick does a concrete wall beside the stair have to be for two hours of fire rating?",
@@ -63,7 +59,7 @@ texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=14).map(" ".join)
 asked = st.builds(lambda text, edit: edit(text), st.sampled_from(ASKED), st.sampled_from(EDITS))
 planted = st.tuples(asked, st.sampled_from([*SECRETS, *[""] * 12])).map(" ".join)
 answers = st.sampled_from(["yes"] * 8 + ["no"] * 4 + ['{"a": 1}', '{ "a":1 }', "mail ann.smith@example.com", " "])
-histories = st.sampled_from([()] * 7 + [said("about a house, ask ann.smith@example.com", "Which?")])
+histories = st.sampled_from([()] * 7 + [turns("about a house, ask ann.smith@example.com", "Which?")])
 
 
 @st.composite
@@ -99,13 +95,13 @@ def leaks(draw):
     return draw(st.sampled_from([str, str.lower, str.upper, str.title]))(draw(st.sampled_from(ways)))
 
 
-def written(curated):
-    """The rows of a dataset that was written, and all that its files say, however they hold it."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_dataset(curated, folder, "Answer.")
-        made = {"watermark": 1, "inputs": {}, "settings": {}, "packages": {}}
-        (folder / DATASET_CARD).write_text(dataset_card(DatasetCard("notes", "v", curated=curated, **made)))
+def files_of(examples, replay):
+    """Return the text of all files of the dataset of these examples, with its card."""
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+        folder = Path(name) / "dataset"
+        built = build(examples, POLICY, replay, folder, "Answer.", identity=lambda example: "a hash")
+        content = {"watermark": 1, "inputs": {}, "settings": {}, "packages": {}}
+        (folder / DATASET_CARD).write_text(dataset_card(DatasetCard("notes", "v", summary=built.summary, **content)))
         rows = list(read_all(folder))
         assert inspect_dataset(folder, POLICY).near_benchmark == ()
         files = [path for path in folder.rglob("*") if path.is_file()]
@@ -115,17 +111,18 @@ def written(curated):
             UNPAIRED_PREFERENCE,
         }
         plain = [path.read_text() for path in files if path.suffix != ".arrow"]
-    return rows, "\n".join([*plain, *(json.dumps(row, ensure_ascii=False) for row in rows)])
+    return built, "\n".join([*plain, *(json.dumps(row, ensure_ascii=False) for row in rows)])
 
 
-def test_these_logs_often_hold_what_has_to_be_chosen_among():
+def test_the_random_logs_need_every_step_of_selection():
     often = Counter()
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(logs())
     def look(examples):
-        curated = curate(examples, [], POLICY, identity)
-        often.update(curated.left_out.keys(), redacted=bool(curated.redacted), pairs=any(curated.pairs.values()))
+        summary = build(examples, POLICY).summary
+        pairs = any(summary.rows[PREFERENCE].values())
+        often.update(summary.left_out.keys(), redacted=bool(summary.redacted), pairs=pairs)
 
     look()
     assert min(often[name] for name in (DUPLICATE, NEAR_DUPLICATE, CONFLICT, "redacted", "pairs")) >= 20, often
@@ -135,13 +132,13 @@ def test_these_logs_often_hold_what_has_to_be_chosen_among():
 @given(logs(), st.randoms(use_true_random=False))
 def test_the_order_does_not_matter(examples, rng):
     shuffled = rng.sample(examples, len(examples))
-    assert curate(shuffled, [], POLICY, identity) == curate(examples, [], POLICY, identity)
+    assert build(shuffled, POLICY) == build(examples, POLICY)
 
 
 @settings(max_examples=60, deadline=None)
 @given(logs())
-def test_what_was_curated_stays_as_it_is(examples):
-    once = curate(examples, [], POLICY, identity)
+def test_curating_a_dataset_again_changes_nothing(examples):
+    once = build(examples, POLICY)
     by_id = {str(example.interaction_id): example for example in examples}
     kept = [
         by_id[row.interaction_id].model_copy(
@@ -153,20 +150,20 @@ def test_what_was_curated_stays_as_it_is(examples):
                 "provenance": row.provenance,
             }
         )
-        for row in rows_of(once)
+        for row in once.examples
     ]
-    again = curate(kept, [], POLICY, identity)
-    assert [replace(row, content_hash=None) for row in rows_of(again)] == [
-        replace(row, content_hash=None) for row in rows_of(once)
+    again = build(kept, POLICY)
+    assert [replace(row, content_hash=None) for row in again.examples] == [
+        replace(row, content_hash=None) for row in once.examples
     ]
-    assert again.left_out == {} and again.redacted == {}
+    assert again.summary.left_out == {} and again.summary.redacted == {}
 
 
 @settings(max_examples=60, deadline=None)
 @given(logs(), logs())
-def test_a_question_never_changes_sides(early, late):
+def test_a_prompt_never_changes_its_split(early, late):
     late = [example.model_copy(update={"interaction_id": uid(f"late {n}")}) for n, example in enumerate(late)]
-    first, second = (curate(given, [], POLICY, identity) for given in (early, [*early, *late]))
+    first, second = (build(given, POLICY) for given in (early, [*early, *late]))
     for one, other in ((first.train, second.validation), (first.validation, second.train)):
         assert not {normalize(row.conversation) for row in one} & {normalize(row.conversation) for row in other}
     assert all(in_validation(row.conversation, 0.4) for row in second.validation)
@@ -174,12 +171,10 @@ def test_a_question_never_changes_sides(early, late):
 
 @settings(max_examples=60, deadline=None)
 @given(logs(texts), st.lists(texts, max_size=30))
-def test_what_was_replayed_never_validates(examples, replayed):
-    replay = [
-        DatasetExample(prompt, "yes", 1.0, "replay", f"replay.jsonl:{n}") for n, prompt in enumerate(replayed, start=1)
-    ]
+def test_replay_never_validates(examples, replayed):
+    replay = [replay_example(prompt, "yes", f"replay.jsonl:{n}") for n, prompt in enumerate(replayed, start=1)]
     everything = replace(POLICY, settings=POLICY.settings.model_copy(update={"replay_ratio": 10.0}))
-    first = curate(examples, replay, everything, identity)
+    first = build(examples, everything, replay)
     later = [
         Example(
             interaction_id=uid(f"later {n}"), ingest_offset=99, prompt=row.prompt, output="no", target="no", reward=0.9,
@@ -187,19 +182,19 @@ def test_what_was_replayed_never_validates(examples, replayed):
         )
         for n, row in enumerate(first.replay)
     ]  # fmt: skip
-    second = curate([*examples, *later], replay, everything, identity)
+    second = build([*examples, *later], everything, replay)
     trained = {normalize(row.conversation) for row in first.train}
     assert not trained & {normalize(row.conversation) for row in second.validation}
-    wanted = round(10 * first.count(PROMPT_COMPLETION, "train"))
+    wanted = round(10 * first.summary.rows[PROMPT_COMPLETION]["train"])
     free = {row.prompt for row in replay if not in_validation(row.prompt, 0.4)} - {row.prompt for row in first.train}
-    assert first.replayed == wanted or not free  # and no more is held back than has to be
+    assert first.summary.replayed == wanted or not free  # and no more is held back than has to be
 
 
 @settings(max_examples=60, deadline=None)
 @given(logs())
 def test_no_planted_secret_reaches_a_file(examples):
-    replay = [DatasetExample(f"old {n} {secret}", f"old {secret}", 1.0, "replay") for n, secret in enumerate(SECRETS)]
-    _, text = written(curate(examples, replay, POLICY, lambda example: "a hash"))
+    replay = [replay_example(f"old {n} {secret}", f"old {secret}") for n, secret in enumerate(SECRETS)]
+    _, text = files_of(examples, replay)
     assert not [secret for secret in LEAKED if secret in text]
 
 
@@ -211,7 +206,7 @@ def test_no_planted_secret_reaches_a_file(examples):
 def test_no_planted_overlap_with_the_benchmark_reaches_a_file(planted_leaks, others):
     made = []
     for n, (leak, kind, earlier) in enumerate(planted_leaks):
-        asked = {"prompt": "and then?", "history": said(leak, "yes")} if earlier else {"prompt": leak}
+        asked = {"prompt": "and then?", "history": turns(leak, "yes")} if earlier else {"prompt": leak}
         found = {
             "reward": -0.9 if kind == "bad" else 0.9,
             "confirmed": kind == "good",
@@ -221,10 +216,9 @@ def test_no_planted_overlap_with_the_benchmark_reaches_a_file(planted_leaks, oth
         made.append(
             Example(interaction_id=uid(f"leak {n}"), ingest_offset=n, target="yes", output=output, **asked, **found)
         )
-    replay = [DatasetExample(leak, "yes", 1.0, "replay") for leak, _, _ in planted_leaks]
-    curated = curate([*others, *made], replay, POLICY, identity)
+    replay = [replay_example(leak, "yes") for leak, _, _ in planted_leaks]
+    built, text = files_of([*others, *made], replay)
     ids = {str(example.interaction_id) for example in made}
-    assert ids <= set(curated.near_benchmark)
-    _, text = written(curated)
+    assert ids <= set(built.summary.near_benchmark)
     assert not [one for one in ids if one in text]
     assert not [leak for leak, _, _ in planted_leaks if normalize(leak) in normalize(text)]

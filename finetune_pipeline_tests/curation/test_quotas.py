@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.quotas import Quota, allowed
+from finetune_pipeline.curation.acceptance import Quota
+from finetune_pipeline.curation.select import apply_quotas
 
 COUNTS = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 500), max_size=5)
 QUOTAS = st.dictionaries(
@@ -12,31 +13,33 @@ QUOTAS = st.dictionaries(
 )
 
 
-def test_without_quotas_all_may_come():
-    assert allowed({"logs": 10, "notes": 90}, {}) == {"logs": 10, "notes": 90}
+def test_without_quotas_every_example_is_kept():
+    assert apply_quotas({"logs": 10, "notes": 90}, {}) == {"logs": 10, "notes": 90}
 
 
-def test_a_share_is_of_what_is_left():
-    assert allowed({"logs": 80, "notes": 900}, {"notes": Quota(share=0.2)}) == {"logs": 80, "notes": 20}
+def test_a_fraction_is_of_the_dataset_that_results():
+    assert apply_quotas({"logs": 80, "notes": 900}, {"notes": Quota(max_fraction=0.2)}) == {"logs": 80, "notes": 20}
 
 
-def test_a_number_is_a_number():
-    assert allowed({"logs": 80, "notes": 900}, {"notes": Quota(examples=50)}) == {"logs": 80, "notes": 50}
+def test_max_examples_is_a_number():
+    assert apply_quotas({"logs": 80, "notes": 900}, {"notes": Quota(max_examples=50)}) == {"logs": 80, "notes": 50}
 
 
-def test_a_source_that_is_alone_drowns_nobody():
-    assert allowed({"logs": 0, "notes": 900}, {"notes": Quota(share=0.2)}) == {"logs": 0, "notes": 900}
+def test_a_single_source_is_not_cut():
+    assert apply_quotas({"logs": 0, "notes": 900}, {"notes": Quota(max_fraction=0.2)}) == {"logs": 0, "notes": 900}
 
 
-def test_shares_below_one_stand_for_their_proportions():
-    assert allowed({"notes": 900, "code": 900}, {"notes": Quota(share=0.1), "code": Quota(share=0.3)}) == {
+def test_fractions_that_cannot_fill_the_dataset_act_as_proportions():
+    assert apply_quotas(
+        {"notes": 900, "code": 900}, {"notes": Quota(max_fraction=0.1), "code": Quota(max_fraction=0.3)}
+    ) == {
         "notes": 300,
         "code": 900,
     }
 
 
-def shared(counts, **shares):
-    return allowed(counts, {source: Quota(share=share) for source, share in shares.items()})
+def shared(counts, **fractions):
+    return apply_quotas(counts, {source: Quota(max_fraction=fraction) for source, fraction in fractions.items()})
 
 
 def test_a_tiny_source_does_not_empty_the_dataset():
@@ -55,42 +58,42 @@ def test_small_numbers_are_not_rounded_away():
     assert shared({"logs": 3, "notes": 900}, notes=0.1) == {"logs": 3, "notes": 1}
 
 
-def test_who_may_give_most_is_not_drowned_by_who_may_give_less():
+def test_the_source_with_the_largest_fraction_leads():
     assert shared({"imported": 2000, "logs": 100}, imported=0.25, logs=0.9) == {"imported": 33, "logs": 100}
 
 
 @given(COUNTS, QUOTAS)
-def test_no_source_gives_more_than_it_may_and_none_is_cut_needlessly(counts, quotas):
-    may = allowed(counts, quotas)
+def test_sources_keep_their_quota_and_none_is_cut_needlessly(counts, quotas):
+    may = apply_quotas(counts, quotas)
     total, has = sum(may.values()), {}
     for source, count in counts.items():
         quota = quotas.get(source, Quota())
-        has[source] = count if quota.examples is None else min(count, quota.examples)
-    shares = {source: quotas.get(source, Quota()).share for source in has if has[source]}
-    if not shares:
+        has[source] = count if quota.max_examples is None else min(count, quota.max_examples)
+    fractions = {source: quotas.get(source, Quota()).max_fraction for source in has if has[source]}
+    if not fractions:
         assert may == has
         return
-    share, most = max((shares[source], has[source]) for source in shares)
-    cut = [source for source in shares if may[source] < has[source]]
-    assert all(may[source] == 0 for source in has if source not in shares)
-    assert all(1 <= may[source] <= has[source] for source in shares)
-    assert all(shares[source] <= share for source in cut) and total >= most  # who may give most gives all
+    fraction, most = max((fractions[source], has[source]) for source in fractions)
+    cut = [source for source in fractions if may[source] < has[source]]
+    assert all(may[source] == 0 for source in has if source not in fractions)
+    assert all(1 <= may[source] <= has[source] for source in fractions)
+    assert all(fractions[source] <= fraction for source in cut) and total >= most  # who may give most gives all
     for source in cut:
-        own = max(shares[source] * total, shares[source] / share * most)
+        own = max(fractions[source] * total, fractions[source] / fraction * most)
         # Of each source that was rounded down the dataset lost less than one example.
-        assert may[source] <= max(1, own + len(cut) * shares[source] + 1e-6)
-        assert may[source] + 1 > own - 1e-6 - sum(may[other] == 1 for other in cut) * shares[source]
+        assert may[source] <= max(1, own + len(cut) * fractions[source] + 1e-6)
+        assert may[source] + 1 > own - 1e-6 - sum(may[other] == 1 for other in cut) * fractions[source]
 
 
 @given(COUNTS, QUOTAS, st.randoms(use_true_random=False))
 def test_the_order_of_sources_does_not_matter(counts, quotas, rng):
     shuffled = dict(rng.sample(list(counts.items()), len(counts)))
-    assert allowed(shuffled, quotas) == allowed(counts, quotas)
+    assert apply_quotas(shuffled, quotas) == apply_quotas(counts, quotas)
 
 
 @given(COUNTS, QUOTAS, st.sampled_from("abcde"), st.integers(1, 500))
 def test_more_of_one_source_never_means_less_of_another(counts, quotas, source, more):
     counts = {name: count for name, count in counts.items() if count}
     if source in counts:  # who comes anew may be the one that the others are measured by
-        before, after = allowed(counts, quotas), allowed({**counts, source: counts[source] + more}, quotas)
+        before, after = apply_quotas(counts, quotas), apply_quotas({**counts, source: counts[source] + more}, quotas)
         assert all(after[name] >= before[name] for name in counts)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_pipeline.curation.acceptance import REJECTED, UNREVIEWED, Policy, accept, answer_validator, found_bad
+from finetune_pipeline.curation.acceptance import REJECTED, UNREVIEWED, Policy, accept, answer_validator, is_undesirable
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.review import (
     PRIOR,
@@ -17,7 +17,7 @@ from finetune_pipeline.curation.review import (
 )
 from finetune_pipeline.settings import CurationSettings
 
-from .test_dataset import example
+from .datasets import example
 
 POLICY = Policy(CurationSettings(), NearIndex({"q": "the golden question of all"}), answer_validator(None))
 REQUIRED = Policy(POLICY.settings, POLICY.benchmark, POLICY.problem, review_required=True)
@@ -145,5 +145,5 @@ def test_a_decision_outranks_the_other_rules():
             assert accept(poor.model_copy(update={"review": review}), policy).accepted
     rejected = good.model_copy(update={"review": "reject", "corrected": True})
     assert accept(rejected, POLICY).reason == REJECTED == "rejected by a reviewer"
-    assert found_bad(poor, POLICY) and not found_bad(poor, REQUIRED)
-    assert not found_bad(poor.model_copy(update={"review": "reject"}), POLICY)
+    assert is_undesirable(poor, POLICY) and not is_undesirable(poor, REQUIRED)
+    assert not is_undesirable(poor.model_copy(update={"review": "reject"}), POLICY)

@@ -4,7 +4,7 @@ import json
 
 import dagster as dg
 
-from finetune_pipeline.curation import sifting
+from finetune_pipeline.curation import filter
 from finetune_pipeline.curation.acceptance import Decision
 from finetune_pipeline_tests.conftest import feedback, interaction
 
@@ -26,7 +26,7 @@ def test_what_got_past_curation_is_named_by_the_checks_and_nothing_is_trained_on
     for n, (prompt, answer) in enumerate([*SOUND, LEAKED, BROKEN]):
         said = feedback(f"on {n}", f"{n}", "correction", correction=answer)
         write_events(loop.drop_folder / "log.jsonl", interaction(f"{n}", prompt=prompt), said)
-    monkeypatch.setattr(sifting, "accept", lambda example, policy: Decision(True))
+    monkeypatch.setattr(filter, "accept", lambda example, policy: Decision(True))
 
     job = definitions(loop).resolve_implicit_global_asset_job_def()
     keys = [dg.AssetKey(["notes", stage]) for stage in ("raw_logs", "curated_dataset", "lora_adapter")]

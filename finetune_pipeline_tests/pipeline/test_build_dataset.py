@@ -1,4 +1,4 @@
-"""A cycle that looks at new logs only gives the dataset that a full one gives, file by file."""
+"""Datasets are built from new shards and cached results; each has the files that a full build gives."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from finetune_pipeline.artifacts import set_latest
-from finetune_pipeline.curation import sifted, sifting
+from finetune_pipeline.curation import filter
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
@@ -27,33 +27,33 @@ def take(loop, *names):
     return artifact
 
 
-def test_a_new_cycle_looks_at_the_new_part_only_and_gives_what_a_full_one_gives(loop, make_loop, monkeypatch):
-    looked = []
-    real = sifted.chunked
-    monkeypatch.setattr(sifted, "chunked", lambda part: looked.append(part.rows.name) or real(part))
+def test_a_new_dataset_filters_new_shards_only_and_equals_a_full_build(loop, make_loop, monkeypatch):
+    filtered = []
+    real = filter.chunks_of
+    monkeypatch.setattr(filter, "chunks_of", lambda shard: filtered.append(shard.path.name) or real(shard))
     build_dataset(loop, take(loop, "ash", "birch", "cedar", "elm"))
     logs = take(loop, "fir", "oak")
     second = build_dataset(loop, logs)
-    assert looked == ["records-0001.parquet", "records-0002.parquet"]
+    assert filtered == ["records-0001.parquet", "records-0002.parquet"]
     shutil.rmtree(home() / "cache")
     shutil.rmtree(second.path)
     full = build_dataset(loop, logs)
-    assert looked[2:] == ["records-0001.parquet", "records-0002.parquet"]
+    assert filtered[2:] == ["records-0001.parquet", "records-0002.parquet"]
     assert full.manifest.files == second.manifest.files
-    # What says nothing of an example by itself costs no second look; what does, costs one.
+    # A setting of the selection leaves the cached results valid, a setting of the filter does not.
     build_dataset(make_loop(curation={**loop.curation.model_dump(), "validation_fraction": 0.5}), logs)
-    assert len(looked) == 4
+    assert len(filtered) == 4
     build_dataset(make_loop(curation={**loop.curation.model_dump(), "min_reward": 0.1}), logs)
-    assert len(looked) == 6
-    # A release that looks otherwise uses neither what was found before nor the dataset of it.
-    monkeypatch.setattr(sifting, "FORM", sifting.FORM + 1)
+    assert len(filtered) == 6
+    # A release that filters differently uses neither the cached results nor the dataset of the old one.
+    monkeypatch.setattr(filter, "CODE_VERSION", filter.CODE_VERSION + 1)
     assert build_dataset(loop, logs).manifest.version != full.manifest.version
-    assert len(looked) == 8
+    assert len(filtered) == 8
 
 
-def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_cache(make_loop):
-    feed = {"kind": "files", "name": "imported", "path": "somewhere"}
-    loop = make_loop(sources=[feed], curation={"min_examples": 1, "validation_fraction": 0.0})
+def test_records_that_go_and_return_give_the_same_from_a_cold_cache(make_loop):
+    source = {"kind": "files", "name": "imported", "path": "somewhere"}
+    loop = make_loop(sources=[source], curation={"min_examples": 1, "validation_fraction": 0.0})
     ash, birch, cedar = (
         SourceRecord(name, f"what did {name} say of it?", f"{name} spoke") for name in ("ash", "birch", "cedar")
     )
@@ -62,15 +62,15 @@ def test_what_goes_away_and_comes_back_over_and_over_gives_the_same_from_a_cold_
         logs, _ = snapshot(loop, connect())
         set_latest(logs.manifest, "a run")
         warm = build_dataset(loop, logs)
-    parts = [logs.manifest.files[part].sha256 for part in logs.manifest.shards]
-    assert len(set(parts)) < len(parts), "two cycles withdrew the same"
+    shards = [logs.manifest.files[shard].sha256 for shard in logs.manifest.shards]
+    assert len(set(shards)) < len(shards), "two cycles retracted the same"
     assert warm.manifest.train == 3
     shutil.rmtree(home() / "cache")
     shutil.rmtree(warm.path)
     assert build_dataset(loop, logs).manifest.files == warm.manifest.files
 
 
-def test_a_question_of_the_benchmark_is_known_again_after_its_redaction(make_loop, tmp_path):
+def test_a_benchmark_question_is_recognized_after_its_redaction(make_loop, tmp_path):
     question = "Send the invoice to ann.smith@example.com today"
     row = {"id": "q1", "slice": "mail", "prompt": question, "expected": "sent"}
     (tmp_path / "benchmark.jsonl").write_text(json.dumps(row) + "\n")

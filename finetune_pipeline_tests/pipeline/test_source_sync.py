@@ -19,7 +19,7 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.source_state import skipped_records, undeclared_sources
 from finetune_pipeline.feedback.store import counters
 from finetune_pipeline.pipeline import source_sync
-from finetune_pipeline.pipeline.build_dataset import build_dataset, examples_of
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.pipeline.snapshot import snapshot
@@ -28,7 +28,7 @@ from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.row_readers import read_rows as read_rows_of
 from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline.validation_messages import short_repr
-from finetune_pipeline_tests.conftest import dataset_rows, interaction, uid
+from finetune_pipeline_tests.conftest import dataset_rows, interaction, snapshot_examples, uid
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 
 from ..sources.test_files import write_as
@@ -60,7 +60,7 @@ def take(loop, *found):
 
 def targets(loop):
     artifact, _ = snapshot(loop, connect())
-    return sorted(example.target for example in examples_of(artifact))
+    return sorted(example.target for example in snapshot_examples(artifact))
 
 
 def test_items_teach_with_their_source_and_origin(loop):
@@ -289,7 +289,7 @@ def test_what_is_said_of_unusable_things_shows_no_secret(loop):
 def test_a_correction_of_a_model_s_answer_teaches_as_one(loop):
     take(loop, *records("ash", model_output="ash was silent"))
     artifact, _ = snapshot(loop, connect())
-    (example,) = examples_of(artifact)
+    (example,) = snapshot_examples(artifact)
     assert (example.corrected, example.target, example.output) == (True, "ash spoke", "ash was silent")
 
 
@@ -480,7 +480,7 @@ def test_a_reward_of_the_source_that_is_set_back_counts_again(make_loop):
     for reward in (0.8, 0.5, 0.8):
         loop = make_loop(sources=[{**SOURCE, "reward": reward}], curation={"min_examples": 1})
         take(loop, *records("ash"))
-        (example,) = examples_of(snapshot(loop, connect())[0])
+        (example,) = snapshot_examples(snapshot(loop, connect())[0])
         rewards.append(example.reward)
     assert rewards == [0.8, 0.5, 0.8]
 
@@ -592,7 +592,9 @@ def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_t
     (source,) = loop.sources
     sync_source(loop, source, other, lambda settings, cursor: iter(records("ash", "elm")))
     artifact, _ = snapshot(loop, other)
-    assert sorted(example.target for example in examples_of(artifact)) == [one for one in before if one != "ben spoke"]
+    assert sorted(example.target for example in snapshot_examples(artifact)) == [
+        one for one in before if one != "ben spoke"
+    ]
     assert "ash whispered" in before
 
 

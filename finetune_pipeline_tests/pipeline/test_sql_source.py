@@ -7,11 +7,11 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.source_state import skipped_records
-from finetune_pipeline.pipeline.build_dataset import build_dataset, examples_of
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_sources
-from finetune_pipeline_tests.conftest import dataset_rows
+from finetune_pipeline_tests.conftest import dataset_rows, snapshot_examples
 from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
 
 SOURCE = {
@@ -57,7 +57,7 @@ def read_all(loop):
 
 def rewards(loop):
     artifact, _ = snapshot(loop, connect())
-    return {example.provenance: example.reward for example in examples_of(artifact)}
+    return {example.provenance: example.reward for example in snapshot_examples(artifact)}
 
 
 def test_rows_come_change_and_become_unusable(make_loop, rated):

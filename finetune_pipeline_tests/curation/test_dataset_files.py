@@ -1,4 +1,4 @@
-"""What is written is a DatasetDict to the library that defines it, and its files depend on the rows alone."""
+"""A written dataset is a DatasetDict for the datasets library, and its files depend on the rows only."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -31,14 +31,14 @@ ROWS: list[dict[str, Any]] = [
 
 
 def write(folder: Path, cuts: Sequence[int] = ()) -> Path:
-    """All rows in the split train, in tables that end at these places."""
+    """Write all rows to the split train, in tables that end at these rows."""
     with DatasetWriter(folder, COLUMNS, ("train", "validation")) as writer:
         for start, end in pairwise([0, *cuts, len(ROWS)]):
             writer.write("train", pa.Table.from_pylist(ROWS[start:end], writer.schema))
     return folder
 
 
-def test_the_library_loads_it_with_types_and_empty_splits(tmp_path: Path) -> None:
+def test_datasets_loads_it_with_types_and_empty_splits(tmp_path: Path) -> None:
     loaded = datasets.load_from_disk(str(write(tmp_path / "d")))
     assert list(loaded) == ["train", "validation"]
     assert loaded["train"].to_list() == ROWS
@@ -46,14 +46,14 @@ def test_the_library_loads_it_with_types_and_empty_splits(tmp_path: Path) -> Non
     assert loaded["train"].features == loaded["validation"].features == FEATURES
 
 
-def test_the_same_rows_give_the_same_files_in_whatever_tables_they_come(tmp_path: Path) -> None:
+def test_the_same_rows_in_other_tables_give_the_same_files(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a"), write(tmp_path / "b", [1, 2, 2, 9_999, 10_000, 20_001])
     names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert len(names) == 7
     assert [(first / name).read_bytes() for name in names] == [(second / name).read_bytes() for name in names]
 
 
-def test_what_the_library_tells_datasets_apart_by_is_of_the_content(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content(tmp_path: Path) -> None:
     def fingerprint(rows: list[dict[str, Any]], name: str) -> str:
         with DatasetWriter(tmp_path / name, COLUMNS, ("train",)) as writer:
             writer.write("train", pa.Table.from_pylist(rows, writer.schema))
@@ -62,13 +62,13 @@ def test_what_the_library_tells_datasets_apart_by_is_of_the_content(tmp_path: Pa
     assert fingerprint(ROWS[:3], "a") == fingerprint(ROWS[:3], "b") != fingerprint(ROWS[:4], "c")
 
 
-def test_what_the_library_wrote_is_read(tmp_path: Path) -> None:
+def test_datasets_that_the_library_wrote_are_read(tmp_path: Path) -> None:
     splits = {"train": datasets.Dataset.from_list(ROWS[:50], FEATURES)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d", num_shards={"train": 1})
     assert list(read_split(tmp_path, "d", "train")) == ROWS[:50]
 
 
-def test_rows_are_read_one_after_the_other(tmp_path: Path) -> None:
+def test_rows_are_streamed(tmp_path: Path) -> None:
     write(tmp_path / "d")
     reading = read_split(tmp_path, "d", "train")
     assert next(reading) == ROWS[0]
@@ -76,7 +76,7 @@ def test_rows_are_read_one_after_the_other(tmp_path: Path) -> None:
     assert list(read_split(tmp_path, "d", "train")) == ROWS
 
 
-def test_what_was_broken_off_is_no_dataset(tmp_path: Path) -> None:
+def test_an_interrupted_write_is_not_a_dataset(tmp_path: Path) -> None:
     with pytest.raises(KeyError), DatasetWriter(tmp_path / "d", COLUMNS, ("train",)) as writer:
         writer.write("train", pa.Table.from_pylist(ROWS[:5], writer.schema))
         writer.write("test", pa.Table.from_pylist(ROWS[:5], writer.schema))

@@ -1,0 +1,56 @@
+"""Inspect a written dataset, for the blocking checks of the asset curated_dataset."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_pipeline.curation.acceptance import Policy, overlaps_benchmark
+from finetune_pipeline.curation.dataset_files import read_all, turns_of
+from finetune_pipeline.settings import REPLAY
+
+
+@dataclass(frozen=True)
+class DatasetContent:
+    """What a written dataset holds.
+
+    Attributes:
+        examples: examples of prompt_completion/ without replay, of both splits.
+        undesirable: undesirable answers of unpaired_preference/, of both splits.
+        near_benchmark: prompts that overlap with the benchmark, each once.
+        invalid_targets: `prompt: problem` of each answer to train on that does not pass the output schema.
+    """
+
+    examples: int
+    undesirable: int
+    near_benchmark: tuple[str, ...]
+    invalid_targets: tuple[str, ...]
+
+
+def inspect_dataset(folder: Path, policy: Policy) -> DatasetContent:
+    """Read every row of a written dataset once and apply the policy to it again.
+
+    Curation should have left out whatever is found here; the checks read the files so that they do not rely on that.
+
+    Raises:
+        CurationError: an earlier version of the project wrote the dataset.
+    """
+    examples = undesirable = 0
+    near: list[str] = []
+    invalid: list[str] = []
+    seen_prompts: set[int] = set()  # hashes, since there may be millions of rows
+    seen_answers: set[int] = set()
+    for row in read_all(folder):
+        examples += row.get("source", REPLAY) != REPLAY
+        undesirable += row.get("label") is False
+        prompt, history = row["prompt"], turns_of(row)
+        if (key := hash((prompt, history))) not in seen_prompts:
+            seen_prompts.add(key)
+            if overlaps_benchmark(prompt, history, policy):
+                near.append(prompt)
+        if row.get("label") is False:
+            continue
+        answer = row["chosen"] if "chosen" in row else row["completion"]
+        if (key := hash((prompt, answer))) not in seen_answers:
+            seen_answers.add(key)
+            if (problem := policy.problem(answer)) is not None:
+                invalid.append(f"{prompt}: {problem}")
+    return DatasetContent(examples, undesirable, tuple(near), tuple(invalid))

@@ -1,0 +1,86 @@
+"""Overlap with the benchmark: near-duplicates, questions within longer texts, and parts of questions."""
+
+import pytest
+
+from finetune_pipeline.curation.acceptance import Policy, accept, answer_validator, overlaps_benchmark
+from finetune_pipeline.curation.decontamination import NearIndex, jaccard, shingles
+from finetune_pipeline.records import Turn
+from finetune_pipeline.settings import CurationSettings
+
+from .datasets import example
+
+QUESTION = "How thick does a concrete wall beside the stair have to be for two hours of fire rating in California?"
+INDEX = NearIndex({"q": QUESTION, "short": "a steel door"})
+FREE_TEXT = Policy(CurationSettings(), INDEX, answer_validator(None))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        (
+            f"Good morning! I read your note of yesterday and wonder: {QUESTION.lower()} Thank you very much for it.",
+            True,
+        ),
+        (f"{QUESTION[:-1]}; and then, a wall of brick? And of timber, of steel, of glass, in Oregon?", True),
+        ("How thick does a concrete wall beside the stair have to be?", True),  # a part of the question
+        ("How thick does a wall have to be?", False),  # too short
+        ("I need a steel door in the wall beside the stair, as in the other wing of the building", False),
+        ("How thick does a timber wall beside the lobby have to be for two hours in Oregon or California?", False),
+    ],
+)
+def test_a_question_within_a_longer_text_is_found(prompt, found):
+    assert jaccard(shingles(prompt), shingles(QUESTION)) < 0.8
+    assert overlaps_benchmark(prompt, (), FREE_TEXT) is found
+    reason = accept(example(1, prompt=prompt), FREE_TEXT).reason
+    assert (reason == "contains, or is part of, a benchmark question") is found
+
+
+def test_a_question_in_an_earlier_turn_is_found():
+    said = (Turn(role="user", content=QUESTION), Turn(role="assistant", content="140 mm"))
+    assert overlaps_benchmark("and in Oregon, what would you say there?", said, FREE_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("question", "prompt", "found"),
+    [
+        ("Timber roof; T24; CA", "Hi! timber roof, T24 CA, quickly please, with a reason", True),  # four words
+        ("Timber roof; T24; CA; R47", "Hi! timber roof, T24 CA, quickly please, with a reason", False),  # not all of it
+        ("Timber roof; T24; CA", "A timber roof of T24, and then CA", False),  # not in a row
+        ("Timber roof; T24; CA", "subtimber roof T24 cab", False),  # words, not pieces of them
+        (
+            "golden question birch",
+            "Hi! golden question birch, quickly please, with a reason",
+            False,
+        ),  # fewer than four words
+    ],
+)
+def test_a_short_question_is_found_where_its_words_stand_in_a_row(question, prompt, found):
+    policy = Policy(CurationSettings(), NearIndex({"q": question}), answer_validator(None))
+    assert overlaps_benchmark(prompt, (), policy) is found
+
+
+@pytest.mark.parametrize("question", ["golden question amber", "ALUM lite, 1600x1650, IGU", QUESTION[:60]])
+def test_an_earlier_turn_that_is_part_of_a_question_is_found(question):
+    policy = Policy(CurationSettings(), NearIndex({"q": question}), answer_validator(None))
+    said = (Turn(role="user", content=question.upper()), Turn(role="assistant", content="golden answer"))
+    assert overlaps_benchmark("and now repeat that for the record please", said, policy)
+
+
+def test_the_same_answer_to_another_question_is_no_overlap():
+    assert accept(example(1, prompt="Quelle est l'épaisseur du mur?", target=QUESTION), FREE_TEXT).accepted
+
+
+def test_near_agrees_with_nearest():
+    index = NearIndex({str(n): f"request number {n} for a wall of {n * 37 % 100} mm" for n in range(200)})
+    for n in range(0, 200, 7):
+        for text in (f"request number {n} for a wall of {n * 37 % 100} mm", f"number {n} wall of {n} mm", f"{n}", ""):
+            for similarity in (0.3, 0.5, 0.8, 1.0):
+                nearest = index.nearest(text)
+                assert index.near(text, similarity) == (nearest is not None and nearest[1] >= similarity)
+
+
+def test_similarity_is_the_exact_jaccard_of_shingles():
+    index = NearIndex({"a": "abcdefg", "b": "zzzzzzz"})
+    # abcdefg has the shingles abcde bcdef cdefg, abcdefh has abcde bcdef cdefh: 2 of 4 are shared
+    assert index.nearest("abcdefh") == ("a", 0.5)
+    assert index.nearest("nothing alike") is None
