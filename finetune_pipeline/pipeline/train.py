@@ -10,7 +10,7 @@ from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETI
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import CONFIG_FILES, base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
-from finetune_pipeline.pipeline.incremental import start, write_subset
+from finetune_pipeline.pipeline.incremental import training_start, write_subset
 from finetune_pipeline.pipeline.loop_files import PACKAGES
 from finetune_pipeline.registry.training_jobs import TrainingJob, record_training_job
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
@@ -98,7 +98,7 @@ def train_adapter(
         filled = ", ".join(f"{name} {getattr(settings, name)}" for name in filled_by_preset)
         log(f"with preset {settings.preset}: {filled}")
     dataset_type = DATASET_TYPES[choice.method]
-    begin = start(loop, settings, dataset, dataset_type, base_hash(base))
+    begin = training_start(loop, settings, dataset, dataset_type, base_hash(base))
     log(f"{begin.mode} training, {begin.reason}; by {choice.reason}")
 
     inputs = {"curated_dataset": held.version, "base_model": base_hash(base)}

@@ -378,12 +378,14 @@ def test_a_model_whose_first_training_learned_what_a_new_benchmark_asks_is_not_e
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_nothing_goes_on_from_an_adapter_that_learned_what_a_new_benchmark_asks(trained_twice, there):
+def test_no_training_starts_from_an_adapter_that_was_trained_on_the_benchmark(trained_twice, there):
     loop, adapter = trained_twice, get_latest(AdapterManifest, "notes")
     if not there:  # a dataset of an even earlier training, which is gone
         copied(adapter, adapter.manifest.version, datasets={"0" * 16: "0" * 64, **adapter.manifest.datasets})
     base = base_hash(resolve_base_model(loop.base_model))
-    begin = incremental.start(loop, loop.training, get_latest(DatasetManifest, "notes"), PROMPT_COMPLETION, base)
+    begin = incremental.training_start(
+        loop, loop.training, get_latest(DatasetManifest, "notes"), PROMPT_COMPLETION, base
+    )
     expected = "made for another benchmark, and 1 of its examples" if there else "cannot be compared with the benchmark"
     assert begin.mode == "full" and expected in begin.reason
 

@@ -1,4 +1,4 @@
-"""An incremental training on top of the champion's adapter, with the real store, registry and trainer."""
+"""An incremental training, warm-started from the champion's adapter, with the real store, registry and trainer."""
 
 import json
 from base64 import b64decode
@@ -11,7 +11,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.automation import automation
 from finetune_pipeline.pipeline import incremental
-from finetune_pipeline.pipeline.incremental import start
+from finetune_pipeline.pipeline.incremental import training_start
 from finetune_pipeline.pipeline.train import train_adapter
 from finetune_pipeline.registry.champion import promote
 from finetune_pipeline.registry.model_versions import CandidateModel
@@ -37,7 +37,7 @@ def materialize(loop, instance, *stages):
 
 
 def observed(instance):
-    """What the trainings said while they ran, the newest first, as Dagster keeps it."""
+    """Return the progress observations of the trainings, newest first."""
     records = instance.fetch_observations(KEY, limit=100).records
     return [{name: one.value for name, one in r.asset_observation.metadata.items()} for r in records]
 
@@ -53,7 +53,7 @@ def make_champion(adapter, folder):
 
 
 @pytest.mark.slow
-def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_path):
+def test_an_incremental_training_starts_from_the_champion(make_loop, instance, tmp_path):
     replay = tmp_path / "replay.jsonl"
     rows = [{"prompt": f"an older matter of number {n}", "completion": f"older {n}"} for n in range(60)]
     replay.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,7 +67,7 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     first = materialize(more, instance, *stages)
     assert (first.manifest.mode, first.manifest.mode_reason) == (
         "full",
-        "no champion serves whose adapter could be gone on with",
+        "there is no champion whose adapter it could start from",
     )
     last, *_ = observed(instance)
     result = TrainingResult.model_validate_json((first.path / "result.json").read_bytes())
@@ -99,7 +99,7 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     assert (manifest.mode, manifest.new_examples) == ("incremental", len(new))
     assert manifest.inputs["initial_adapter"] == first.manifest.version
     assert manifest.mode_reason == (
-        f"on top of notes@v1.0.0: {len(new)} new examples, {round(len(new) / 2)} older ones replayed"
+        f"warm-started from notes@v1.0.0: {len(new)} new examples, {round(len(new) / 2)} older ones replayed"
     )
     assert manifest.examples == len(new) + round(len(new) / 2) < len(rows)
     # It begins where the champion ended, not at the base.
@@ -110,8 +110,8 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
     texts = [path.name for path in second.path.rglob("*") if path.suffix == ".arrow"]
     assert texts == []  # they lie in the dataset alone
     other = more.training.model_copy(update={"method": "dpo"})
-    assert start(more, other, dataset, "preference", manifest.base_hash).reason == (
-        "the adapter of notes@v1.0.0 cannot be gone on with: it was trained by sft, which learns from other answers "
+    assert training_start(more, other, dataset, "preference", manifest.base_hash).reason == (
+        "it cannot start from the adapter of notes@v1.0.0: it was trained by sft, which learns from other answers "
         "than dpo"
     )
 
@@ -120,7 +120,7 @@ def test_what_is_new_is_learnt_on_top_of_the_champion(make_loop, instance, tmp_p
 
 
 @pytest.mark.slow
-def test_kto_goes_on_with_new_bad_answers_beside_older_good_ones(make_loop, tmp_path, monkeypatch):
+def test_incremental_kto_adds_older_desirable_answers(make_loop, tmp_path, monkeypatch):
     training = {**SMALL, "num_train_epochs": 1, "method": "kto", "mode": "incremental", "replay_ratio": 0}
     loop = make_loop(training=training, curation={"min_examples": 5, "validation_fraction": 0.2})
     made = [train_adapter(loop, loop.training, labelled(loop), "run", ignored, ignored)]
@@ -130,19 +130,19 @@ def test_kto_goes_on_with_new_bad_answers_beside_older_good_ones(make_loop, tmp_
     manifest = made[1].manifest
     new = manifest.new_examples
     assert (manifest.mode, manifest.examples) == ("incremental", 2 * new)
-    assert manifest.mode_reason == f"on top of notes@v1.0.0: {new} new examples, {new} older ones replayed"
+    assert manifest.mode_reason == f"warm-started from notes@v1.0.0: {new} new examples, {new} older ones replayed"
 
-    read = incremental._rows
-    monkeypatch.setattr(incremental, "_rows", lambda *of: [row for row in read(*of) if not row["label"]])
-    begin = start(loop, loop.training, worse, "unpaired_preference", manifest.base_hash)
-    assert (begin.mode, begin.reason) == ("full", "what is new is all bad, and kto needs both")
+    read = incremental._training_examples
+    monkeypatch.setattr(incremental, "_training_examples", lambda *of: (x for x in read(*of) if not x[1]))
+    begin = training_start(loop, loop.training, worse, "unpaired_preference", manifest.base_hash)
+    assert (begin.mode, begin.reason) == ("full", "all new examples are undesirable, and kto needs both kinds")
 
 
 def ignored(_):
-    """Told what nobody reads."""
+    """Do nothing."""
 
 
-def test_the_yearly_run_trains_from_the_base_whatever_the_loop_says(make_loop, instance):
+def test_the_yearly_run_trains_from_the_base_model(make_loop, instance):
     [schedule] = [s for s in automation(make_loop(training={"mode": "incremental"})).schedules if "yearly" in s.name]
     request = schedule(dg.build_schedule_context(instance))
     assert request.run_config == {"ops": {"notes__lora_adapter": {"config": {"mode": "full"}}}}

@@ -54,7 +54,7 @@ def test_auto_is_resolved_before_the_training_and_the_adapter_says_why(make_loop
     manifest = made.manifest
     assert manifest.method == "kto"
     assert manifest.method_reason.startswith("kto: 5 answers found good (5 of them corrections) and 2")
-    assert told[0] == f"full training, from the base model on everything; by {manifest.method_reason}"
+    assert told[0] == f"full training, from the base model on all examples; by {manifest.method_reason}"
     assert training_job(manifest, "run").method == "kto, lora"
     by_hand = loop.training.model_copy(update={"method": "kto"})
     again = train_adapter(loop, by_hand, held, "run", lambda _: None, told.append).manifest
