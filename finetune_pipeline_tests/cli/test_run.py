@@ -6,20 +6,20 @@ from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.settings import SettingsError
 
 
-def test_dagsters_home_is_made_ready_without_the_paths_of_the_bare_command(own_home):
+def test_dagsters_home_gets_the_projects_settings_without_paths(own_home):
     env = environment()
     assert env["DAGSTER_HOME"] == str(own_home.resolve() / "dagster")
     text = (own_home / "dagster" / "dagster.yaml").read_text()
     assert "data/state" not in text and "run_monitoring" in text
 
 
-def test_a_home_of_ones_own_is_left_alone(own_home, tmp_path, monkeypatch):
+def test_a_dagster_home_that_is_set_is_not_changed(own_home, tmp_path, monkeypatch):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "mine"))
     assert environment()["DAGSTER_HOME"] == str((tmp_path / "mine").resolve())
     assert not (tmp_path / "mine").exists()
 
 
-def test_a_home_that_cannot_be_made_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+def test_a_home_that_cannot_be_created_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "file"))
     with pytest.raises(SettingsError, match=r"cannot be created or written .* set FINETUNE_HOME to a folder"):

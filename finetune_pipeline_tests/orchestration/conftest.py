@@ -1,4 +1,4 @@
-"""A small free-text loop on the starter model, with its files in the test's own folder."""
+"""A small free-text loop on the starter model, with its files in the test's folder."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ ATTRIBUTES = {
 
 
 def write_events(path: Path, *events: Any) -> None:
-    """Append events to a JSONL file as an application would."""
+    """Append events to a JSONL file, as an application does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(event.model_dump_json() + "\n" for event in events)
 
 
 def corrected(names: Any) -> list[Any]:
-    """Interactions that a person corrected, one for each name."""
+    """Return interactions with a correction, one for each name."""
     events: list[Any] = []
     for name in names:
         events.append(interaction(f"{name}", prompt=f"please note what {name} said about the {name} matter"))
@@ -44,7 +44,7 @@ def corrected(names: Any) -> list[Any]:
 
 @pytest.fixture
 def make_loop(tmp_path):
-    """Make the loop's YAML with changes to its attributes, and read it."""
+    """Write the loop's YAML with changes to its attributes, and load it."""
 
     def make(**changes: Any) -> LoopSettings:
         benchmark = tmp_path / "benchmark.jsonl"
@@ -66,13 +66,13 @@ def loop(make_loop):
 
 
 def definitions(loop: LoopSettings) -> dg.Definitions:
-    """The loop's definitions, built as Dagster builds them."""
+    """Return the loop's definitions, built as Dagster builds them."""
     return FineTuneLoop(loop).build_defs(dg.ComponentTree.for_test().load_context)
 
 
 @pytest.fixture
 def instance(tmp_path):
-    """A real Dagster instance in the test's folder."""
+    """Return a real Dagster instance in the test's folder."""
     folder = tmp_path / "dagster"
     folder.mkdir()
     with dg.DagsterInstance.local_temp(str(folder)) as made:

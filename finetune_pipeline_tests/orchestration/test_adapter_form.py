@@ -1,4 +1,4 @@
-"""A loop whose models are pairs of base and adapter (`export.form: adapter`), with the real engine and registry."""
+"""A loop with `export.form: adapter`: base and adapter serve as two files, with the real engine and registry."""
 
 import json
 
@@ -28,7 +28,7 @@ def run(loop, instance, *stages):
 
 
 def make_adapter(loop, seed):
-    """An adapter of random weights in the place of a trained one."""
+    """Create an adapter with random weights instead of a trained one."""
     base = resolve_base_model(loop.base_model)
     dataset = get_latest(DatasetManifest, "notes")
     inputs = {"curated_dataset": dataset.manifest.version, "base_model": base_hash(base)}
@@ -43,7 +43,7 @@ def make_adapter(loop, seed):
 
 
 def ask_for_what_it_answers(loop, folder):
-    """Make the newest export's own answers the right ones, so that it wins; returns them."""
+    """Make the newest export's answers the expected ones, so that it wins; return them."""
     spec = model_spec(get_latest(GgufManifest, "notes"))
     expected = generate_answers(loop, spec, *(row["prompt"] for row in BENCHMARK))
     rows = [{**row, "expected": answer} for row, answer in zip(BENCHMARK, expected, strict=True)]
@@ -52,7 +52,7 @@ def ask_for_what_it_answers(loop, folder):
 
 
 def judge(loop, instance, folder):
-    """Export, evaluate on its own answers, promote; returns the champion and the report's manifest."""
+    """Export, evaluate on its own answers, and promote; return the champion and the report's manifest."""
     run(loop, instance, "gguf_model")
     expected = ask_for_what_it_answers(loop, folder)
     run(loop, instance, "eval_report", "promoted_model")
@@ -68,7 +68,7 @@ def flip_last_byte(path):
 
 
 @pytest.mark.slow
-def test_pairs_and_merged_models_are_compared_and_promoted_as_what_would_serve(make_loop, instance, tmp_path):
+def test_adapter_and_merged_exports_are_compared_and_promoted(make_loop, instance, tmp_path):
     pair = make_loop(export={"form": "adapter", "quantization": "F16"})
     merged = pair.model_copy(update={"export": pair.export.model_copy(update={"form": "merged"})})
     write_events(pair.drop_folder / "log.jsonl", *corrected(f"person{n}" for n in range(10)))
@@ -86,8 +86,8 @@ def test_pairs_and_merged_models_are_compared_and_promoted_as_what_would_serve(m
     }
     assert first.adapter_path == made.path / "adapter.gguf" and first.gguf_path.name == "model-F16.gguf"
     assert first.sha256 == model_sha256(first.gguf_sha256, first.adapter_sha256)
-    assert report.champion_sha256 == first.gguf_sha256  # it was compared with the base alone, the very same file
-    for path in first.files:  # either file of the pair, changed after it was measured
+    assert report.champion_sha256 == first.gguf_sha256  # it was compared with the base, the same file
+    for path in first.files:  # either file, changed after its evaluation
         flip_last_byte(path)
         with pytest.raises(ArtifactError, match=r"changed since: the GGUF|is damaged or was replaced"):
             run(pair, instance, "promoted_model")

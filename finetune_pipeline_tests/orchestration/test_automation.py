@@ -1,4 +1,4 @@
-"""The sensor's answer, on a real Dagster instance and a real store."""
+"""What the sensor starts, on a real Dagster instance and a real store."""
 
 import os
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ from finetune_pipeline_tests.sources.test_files import write_as
 NOW = datetime.now(UTC)
 
 
-def take_in(loop, *events):
+def ingest_events(loop, *events):
     write_events(loop.drop_folder / "log.jsonl", *events)
     ingest(loop, connect(), lambda text: None)
 
@@ -40,20 +40,20 @@ def judge(loop, promote=True):
 
 
 def add_run(instance, loop, request, status, ended=NOW):
-    """A run as the daemon would have launched it for a request."""
+    """Add a run as the daemon would launch it for a request."""
     run = dg.DagsterRun(job_name="notes_loop", run_id=dg._core.utils.make_new_run_id(), tags=request.tags)
     instance.add_run(run.with_status(status))
     return run
 
 
-def test_it_always_says_the_numbers(loop, instance):
+def test_the_skip_message_counts_new_examples(loop, instance):
     assert next_run(loop, instance, NOW).skip_message == "0 of 10 new high-reward examples"
-    take_in(loop, *corrected(["ash", "birch", "cedar"]))
+    ingest_events(loop, *corrected(["ash", "birch", "cedar"]))
     assert next_run(loop, instance, NOW).skip_message == "3 of 10 new high-reward examples"
 
 
 def test_enough_new_examples_start_the_whole_loop(loop, instance):
-    take_in(loop, *corrected(f"person{n}" for n in range(10)))
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     request = next_run(loop, instance, NOW)
     assert isinstance(request, dg.RunRequest)
     assert request.asset_selection is None
@@ -61,7 +61,7 @@ def test_enough_new_examples_start_the_whole_loop(loop, instance):
 
 
 def test_only_what_curation_would_accept_counts_once(loop, instance):
-    take_in(
+    ingest_events(
         loop,
         *corrected(["ash"]),
         interaction("no feedback"),
@@ -80,37 +80,37 @@ def test_only_what_curation_would_accept_counts_once(loop, instance):
 
 
 def test_different_corrections_of_one_prompt_are_one_example(loop):
-    take_in(loop, *(x for n in range(5) for x in (
+    ingest_events(loop, *(x for n in range(5) for x in (
         interaction(f"i{n}", prompt="one prompt"), feedback(f"f{n}", f"i{n}", "correction", correction=f"answer {n}")
     )))  # fmt: skip
     assert count_new(loop, connect(), watermark=0) == 1
 
 
-def test_a_file_that_never_stops_growing_does_not_keep_the_loop_from_starting(loop, instance):
-    take_in(loop, *corrected(f"person{n}" for n in range(10)))
+def test_a_growing_file_does_not_delay_the_loop(loop, instance):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     write_events(loop.drop_folder / "log.jsonl", *corrected(["still more"]))
     request = next_run(loop, instance, NOW)
     assert isinstance(request, dg.RunRequest) and request.asset_selection is None
 
 
-def test_a_judged_dataset_quiets_it_whatever_the_verdict(loop, instance):
-    take_in(loop, *corrected(f"person{n}" for n in range(10)))
+def test_examples_of_a_judged_dataset_are_not_new(loop, instance):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     judge(loop, promote=False)
     assert next_run(loop, instance, NOW).skip_message == "0 of 10 new high-reward examples"
 
 
-def test_what_was_judged_never_counts_again_even_when_it_is_logged_again(loop):
-    take_in(loop, *corrected(["ash"]))
+def test_judged_content_that_is_logged_again_is_not_new(loop):
+    ingest_events(loop, *corrected(["ash"]))
     with connect().write() as connection:
         prompt = "please note what ash said about the ash matter"
         mark_judged(connection, loop.name, [content_hash(prompt, "ash spoke")])
     judge(loop)
     again = interaction("later", prompt=prompt)
-    take_in(loop, again, feedback("f", "later", "correction", correction="ash spoke"))
+    ingest_events(loop, again, feedback("f", "later", "correction", correction="ash spoke"))
     assert count_new(loop, connect(), watermark=0) == 0
 
 
-def test_a_file_that_the_ledger_does_not_know_is_read_first(loop, instance):
+def test_an_unread_file_starts_a_run_of_raw_logs(loop, instance):
     write_events(loop.drop_folder / "new.jsonl", *corrected(["ash"]))
     request = next_run(loop, instance, NOW)
     assert request.asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
@@ -118,8 +118,8 @@ def test_a_file_that_the_ledger_does_not_know_is_read_first(loop, instance):
     assert next_run(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
 
 
-def test_a_file_that_is_rewritten_again_and_again_starts_a_run_each_time(loop, instance):
-    """Its size and mtime stay: a run key made of those alone would be one that Dagster has seen."""
+def test_each_rewrite_of_a_file_starts_a_run(loop, instance):
+    """Size and mtime stay the same, so a run key made only of those would repeat."""
     file = loop.drop_folder / "log.jsonl"
     write_events(file, interaction("a1"))
     stat, keys = file.stat(), []
@@ -133,7 +133,7 @@ def test_a_file_that_is_rewritten_again_and_again_starts_a_run_each_time(loop, i
 
 
 @pytest.mark.parametrize("name", ["new.csv", "new.json", "new.parquet"])
-def test_conversations_of_every_kind_of_file_are_noticed_too(loop, instance, name):
+def test_every_file_format_starts_a_run_of_raw_logs(loop, instance, name):
     loop.drop_folder.mkdir(parents=True)
     write_as(loop.drop_folder / name, [{"prompt": "what did ash say?", "completion": "ash spoke"}])
     assert next_run(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
@@ -141,13 +141,13 @@ def test_conversations_of_every_kind_of_file_are_noticed_too(loop, instance, nam
     assert next_run(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
 
 
-def test_a_file_with_an_unusable_name_is_noticed_and_does_not_break_the_sensor(loop, instance):
+def test_a_file_name_that_is_not_utf8_does_not_break_the_sensor(loop, instance):
     loop.drop_folder.mkdir(parents=True)
     write_as(loop.drop_folder / os.fsdecode(b"a\xfc.csv"), [{"prompt": "p", "completion": "c"}])
     assert next_run(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
 
 
-def test_a_file_that_cannot_be_read_does_not_start_runs_for_ever(loop, instance):
+def test_an_unreadable_file_starts_only_max_attempts_runs(loop, instance):
     write_events(loop.drop_folder / "new.jsonl", *corrected(["ash"]))
     keys = set()
     for _ in range(loop.trigger.max_attempts):
@@ -155,12 +155,12 @@ def test_a_file_that_cannot_be_read_does_not_start_runs_for_ever(loop, instance)
         keys.add(request.run_key)
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
     assert len(keys) == loop.trigger.max_attempts
-    said = next_run(loop, instance, NOW).skip_message
-    assert said.startswith("0 of 10") and "look at the last run of raw_logs" in said
+    message = next_run(loop, instance, NOW).skip_message
+    assert message.startswith("0 of 10") and "look at the last run of raw_logs" in message
 
 
-def test_a_failed_run_consumes_nothing_and_is_tried_again_a_few_times(loop, instance):
-    take_in(loop, *corrected(f"person{n}" for n in range(12)))
+def test_a_failed_run_is_retried_up_to_max_attempts(loop, instance):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(12)))
     later = NOW
     for attempt in (1, 2, 3):
         later += timedelta(minutes=10)
@@ -170,13 +170,13 @@ def test_a_failed_run_consumes_nothing_and_is_tried_again_a_few_times(loop, inst
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
     gave_up = next_run(loop, instance, later + timedelta(minutes=10))
     assert "12 of 10" in gave_up.skip_message and "by itself at 22" in gave_up.skip_message
-    take_in(loop, *corrected(f"more{n}" for n in range(10)))
+    ingest_events(loop, *corrected(f"more{n}" for n in range(10)))
     rearmed = next_run(loop, instance, later + timedelta(minutes=20))
     assert rearmed.run_key == "notes:0:22:attempt1"
 
 
-def test_while_a_run_of_the_loop_is_in_progress_nothing_starts(loop, instance):
-    take_in(loop, *corrected(f"person{n}" for n in range(10)))
+def test_no_run_starts_during_another_run_of_the_loop(loop, instance):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     by_hand = dg.DagsterRun(
         job_name="__ASSET_JOB",
         run_id=dg._core.utils.make_new_run_id(),
@@ -186,8 +186,8 @@ def test_while_a_run_of_the_loop_is_in_progress_nothing_starts(loop, instance):
     assert "is in progress" in next_run(loop, instance, NOW).skip_message
 
 
-def test_a_run_of_another_loop_is_nobodys_business_here(loop, instance):
-    take_in(loop, *corrected(f"person{n}" for n in range(10)))
+def test_a_run_of_another_loop_does_not_delay_this_one(loop, instance):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     other = dg.DagsterRun(
         job_name="__ASSET_JOB",
         run_id=dg._core.utils.make_new_run_id(),
@@ -197,8 +197,8 @@ def test_a_run_of_another_loop_is_nobodys_business_here(loop, instance):
     assert isinstance(next_run(loop, instance, NOW), dg.RunRequest)
 
 
-def test_a_run_that_fell_silent_long_ago_does_not_silence_the_sensor(loop, instance):
-    take_in(loop, *corrected(f"person{n}" for n in range(10)))
+def test_a_stalled_run_does_not_delay_the_next_one(loop, instance):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     request = next_run(loop, instance, NOW)
     run = add_run(instance, loop, request, dg.DagsterRunStatus.STARTED)
     instance.report_engine_event("the last word", run)

@@ -18,7 +18,7 @@ def edges(graph):
     }
 
 
-def test_the_default_loop_is_six_assets_with_bare_keys():
+def test_the_default_loop_has_six_assets_with_bare_keys():
     assert edges(defs().resolve_asset_graph()) == {
         "raw_logs": [],
         "curated_dataset": ["raw_logs"],
@@ -29,7 +29,7 @@ def test_the_default_loop_is_six_assets_with_bare_keys():
     }
 
 
-def test_its_checks_and_which_of_them_block():
+def test_the_default_loop_has_these_checks():
     graph = defs().resolve_asset_graph()
     checks = {f"{key.asset_key.to_user_string()}.{key.name}": graph.get(key).blocking for key in graph.asset_check_keys}
     assert checks == {
@@ -47,7 +47,7 @@ def test_its_checks_and_which_of_them_block():
     }
 
 
-def test_each_loop_has_a_job_a_sensor_and_two_schedules_all_off():
+def test_a_job_a_sensor_and_two_schedules_are_off_by_default():
     repository = defs().get_repository_def()
     assert repository.has_job("aec_parser_loop")
     (sensor,) = repository.sensor_defs
@@ -59,14 +59,14 @@ def test_each_loop_has_a_job_a_sensor_and_two_schedules_all_off():
     }
 
 
-def test_they_are_on_where_the_yaml_says_so(make_loop):
+def test_trigger_running_turns_the_sensor_and_the_yearly_schedule_on(make_loop):
     repository = definitions(make_loop(trigger={"running": True})).get_repository_def()
     assert [sensor.default_status for sensor in repository.sensor_defs] == [dg.DefaultSensorStatus.RUNNING]
     on = [schedule.name for schedule in repository.schedule_defs if schedule.default_status.value == "RUNNING"]
-    assert on == ["notes_yearly"]  # the nightly one is for those who do without the sensor
+    assert on == ["notes_yearly"]  # the nightly one replaces the sensor
 
 
-def test_a_second_loop_is_yaml_alone_and_stands_beside_the_first():
+def test_a_second_loop_needs_only_a_yaml():
     second = read_loop(PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml")
     both = dg.Definitions.merge(definitions(load_loop("aec_parser")), definitions(second))
     keys = set(edges(both.resolve_asset_graph()))
@@ -76,13 +76,13 @@ def test_a_second_loop_is_yaml_alone_and_stands_beside_the_first():
     assert {job.name for job in both.get_repository_def().get_all_jobs()} >= {"aec_parser_loop", "meeting_notes_loop"}
 
 
-def test_dagster_reads_the_examples_yaml_as_it_is():
+def test_dagster_loads_the_yaml_of_the_example():
     text = (PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml").read_text()
     component = FineTuneLoop.from_attributes_dict(attributes=yaml.safe_load(text)["attributes"])
     assert component.settings.output_schema is None
 
 
-def test_keep_champion_makes_the_gate_a_check_that_does_not_block(make_loop):
+def test_keep_champion_makes_the_gain_check_non_blocking(make_loop):
     graph = definitions(make_loop(gate={"on_reject": "keep_champion"})).resolve_asset_graph()
     assert {key.name: graph.get(key).blocking for key in graph.asset_check_keys}["gain"] is False
 
@@ -95,6 +95,6 @@ def test_every_hyperparameter_can_be_set_for_one_run(make_loop):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_assets_docstring_is_its_page_in_the_ui(stage):
+def test_every_asset_has_a_description(stage):
     specs = {spec.key.path[-1]: spec for spec in defs().resolve_all_asset_specs()}
     assert len(specs[stage].description) > 60

@@ -1,4 +1,4 @@
-"""The asset curated_dataset: its blocking checks look at what was written, whatever curation meant to write."""
+"""The asset curated_dataset: its blocking checks read what was written."""
 
 import json
 
@@ -17,9 +17,7 @@ LEAKED = ("Golden question  AMBER", '{"said": "yes"}')
 BROKEN = ("what is broken?", '{"said": 5}')
 
 
-def test_what_got_past_curation_is_named_by_the_checks_and_nothing_is_trained_on_it(
-    make_loop, instance, tmp_path, monkeypatch
-):
+def test_blocking_checks_stop_the_run_before_training(make_loop, instance, tmp_path, monkeypatch):
     (tmp_path / "benchmark.jsonl").write_text(json.dumps(QUESTION) + "\n")
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     loop = make_loop(output_schema=str(tmp_path / "schema.json"))
@@ -37,7 +35,7 @@ def test_what_got_past_curation_is_named_by_the_checks_and_nothing_is_trained_on
     assert not overlap.passed and overlap.metadata["first"].value == [LEAKED[0]]
     assert not broken.passed
     assert broken.metadata["first"].value == [f"{BROKEN[0]}: $.said: 5 is not of type 'string'"]
-    assert checks["enough_examples"].passed  # so it is the other two that end the run
+    assert checks["enough_examples"].passed  # so the other two checks stop the run
     assert not run.success
     [failed] = [event for event in run.all_events if event.is_step_failure]
     assert failed.step_key == "notes__curated_dataset"

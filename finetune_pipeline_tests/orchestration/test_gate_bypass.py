@@ -1,6 +1,6 @@
-"""Ways around the gate for somebody who can edit every file of the artifacts and select any assets.
+"""Attempts to bypass the gate by editing files of the artifacts or selecting assets.
 
-All tests start from copies of one home: a challenger that passed its checks and whose report says to promote it.
+Every test starts from a copy of one home, with a challenger that passed its checks and whose report promotes it.
 """
 
 import json
@@ -109,7 +109,7 @@ def edit(path, change):
 
 
 def forge(artifact, name, change, **claims):
-    """Rewrite a file of an artifact and let its manifest say so, as if it had always been like this."""
+    """Rewrite a file of an artifact and adapt its manifest, so that both are consistent."""
     path = artifact.path / name
     edit(path, change)
 
@@ -126,7 +126,7 @@ def better(report):
     report["quality_floor"] |= {"constant_correct": 0}
 
 
-def test_what_nobody_touched_is_promoted(loop, instance):
+def test_unaltered_artifacts_are_promoted(loop, instance):
     assert run(loop, instance, "promoted_model").success
     assert served().version == "v1.0.0"
     report = get_latest(ReportManifest, "notes")
@@ -202,7 +202,7 @@ BLOCKING = [(kind.stage, name) for kind in (DatasetManifest, GgufManifest) for n
 
 @pytest.mark.parametrize(("stage", "name"), BLOCKING)
 @pytest.mark.parametrize("how", ["failed", "was not run"])
-def test_what_did_not_pass_a_blocking_check_is_neither_evaluated_nor_promoted(loop, instance, stage, name, how):
+def test_a_model_that_failed_a_blocking_check_is_not_promoted(loop, instance, stage, name, how):
     artifact = get_latest(STAGES[stage], "notes")
     assert outcomes_of(connect(), "notes", STAGES[stage], artifact.manifest.version, artifact.sha256)[name].passed
     if how == "failed":
@@ -218,7 +218,7 @@ def test_what_did_not_pass_a_blocking_check_is_neither_evaluated_nor_promoted(lo
     assert served() is None and list_comparisons(connect(), "notes") == reports
 
 
-def test_a_check_that_failed_in_a_run_is_remembered_by_the_next(loop, settled, instance):
+def test_a_failed_check_counts_in_later_runs(loop, settled, instance):
     few = settled(curation={"min_examples": 50, "validation_fraction": 0.2})
     assert not run_softly(few, instance, "curated_dataset").success
     make_adapter(few, 3)
@@ -229,13 +229,13 @@ def test_a_check_that_failed_in_a_run_is_remembered_by_the_next(loop, settled, i
 
 
 @pytest.mark.parametrize("stage", ["curated_dataset", "gguf_model", "eval_report"])
-def test_no_run_can_leave_the_blocking_checks_of_an_asset_out(loop, stage):
+def test_no_run_can_deselect_the_blocking_checks(loop, stage):
     job = definitions(loop).resolve_implicit_global_asset_job_def()
     with pytest.raises(dg.DagsterInvalidSubsetError):
         job.get_subset(asset_selection={dg.AssetKey(["notes", stage])}, asset_check_selection=set())
 
 
-def test_the_blocking_checks_are_those_whose_outcomes_are_asked_for(loop):
+def test_the_blocking_checks_equal_the_required_ones(loop):
     graph = definitions(loop).resolve_asset_graph()
     for kind in STAGES.values():
         keys = [key for key in graph.asset_check_keys if key.asset_key.path[-1] == kind.stage]
@@ -243,14 +243,14 @@ def test_the_blocking_checks_are_those_whose_outcomes_are_asked_for(loop):
 
 
 @pytest.mark.parametrize("stage", ["curated_dataset", "lora_adapter", "gguf_model"])
-def test_an_artifact_that_was_edited_by_hand_is_refused_and_made_again(loop, instance, stage):
+def test_an_edited_artifact_is_refused_and_created_again(loop, instance, stage):
     artifact = get_latest(STAGES[stage], "notes")
     edit(artifact.path / "manifest.json", lambda manifest: manifest.update(watermark=10**6))
     following = {"curated_dataset": "lora_adapter", "lora_adapter": "gguf_model", "gguf_model": "eval_report"}[stage]
     with pytest.raises(ArtifactError, match="is not what a run wrote; materialize"):
         run(loop, instance, following)
     if stage == "curated_dataset":
-        run(loop, instance, "curated_dataset")  # made again
+        run(loop, instance, "curated_dataset")  # created again
         assert get_latest(DatasetManifest, "notes").manifest.watermark < 10**6
 
 
@@ -259,7 +259,7 @@ def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
     first, second = (one.id for one in reversed(list_comparisons(connect(), "notes")))
     run(loop, instance, "promoted_model")
     assert [one.comparison_id for one in list_deployments(connect(), "notes")] == [second]
-    run(loop, instance, "promoted_model")  # a retry of what succeeded changes nothing
+    run(loop, instance, "promoted_model")  # a retry after success changes nothing
     assert len(list_deployments(connect(), "notes")) == 1
     rollback(connect(), "notes", "ann", "worse in practice")
     for version in (second, first):
@@ -272,11 +272,11 @@ def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
     with pytest.raises(ChampionChanged, match="switch by ann"):
         run(loop, instance, "promoted_model")
     assert served() is None
-    run(loop, instance, "eval_report", "promoted_model")  # compared again, after the person's move
+    run(loop, instance, "eval_report", "promoted_model")  # compared again, after the switch by hand
     assert served().version == "v1.0.0"
 
 
-def test_other_settings_than_the_report_s_promote_nothing(loop, settled, instance):
+def test_changed_settings_invalidate_a_report(loop, settled, instance):
     easier = settled(gate={"min_gain": 0})
     with pytest.raises(
         ReportMismatchError, match="changed since: base model, benchmark, schema, rules or gate settings"
@@ -285,7 +285,7 @@ def test_other_settings_than_the_report_s_promote_nothing(loop, settled, instanc
     assert served() is None
 
 
-def test_a_verdict_that_differs_from_the_database_s_promotes_nothing(loop, instance):
+def test_a_verdict_must_agree_with_the_database(loop, instance):
     with connect().write() as connection:
         connection.execute(sa.update(comparisons).values(promote=False))
     with pytest.raises(ReportMismatchError, match="its manifest says promote, the database says reject"):
@@ -294,7 +294,7 @@ def test_a_verdict_that_differs_from_the_database_s_promotes_nothing(loop, insta
 
 
 @pytest.mark.parametrize("selected", [["eval_report"], ["eval_report", "promoted_model"], ["promoted_model"]])
-def test_a_challenger_that_is_the_champion_ends_green_and_moves_nothing(loop, instance, selected):
+def test_a_challenger_that_is_the_champion_succeeds_without_a_deployment(loop, instance, selected):
     run(loop, instance, "promoted_model")
     deployments, compared = list_deployments(connect(), "notes"), list_comparisons(connect(), "notes")
     result = run(loop, instance, *selected)
@@ -304,7 +304,7 @@ def test_a_challenger_that_is_the_champion_ends_green_and_moves_nothing(loop, in
     assert (list_deployments(connect(), "notes"), list_comparisons(connect(), "notes")) == (deployments, compared)
 
 
-def test_data_that_gave_the_champion_again_counts_as_judged(loop, instance):
+def test_data_that_reproduced_the_champion_counts_as_judged(loop, instance):
     run(loop, instance, "promoted_model")
     judged = judged_watermark(connect(), "notes")
     newer = {"watermark": judged + 7}
@@ -322,7 +322,7 @@ def test_data_that_gave_the_champion_again_counts_as_judged(loop, instance):
     assert len(list_deployments(connect(), "notes")) == 1
 
 
-def test_a_model_that_learned_what_a_new_benchmark_asks_is_not_evaluated(loop, instance, benchmark):
+def test_a_model_trained_on_a_new_benchmark_is_not_evaluated(loop, instance, benchmark):
     rows = [json.loads(line) for line in benchmark.open()]
     rows[0]["prompt"] = "please note what person3 said about the person3 matter"
     benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -333,9 +333,9 @@ def test_a_model_that_learned_what_a_new_benchmark_asks_is_not_evaluated(loop, i
 
 @pytest.fixture
 def trained_twice(loop, settled, instance, benchmark, monkeypatch):
-    """Asked of a benchmark that came after the champion's training, with other examples to go on with; the loop.
+    """Return a loop whose champion was trained on a question of the new benchmark, with new examples to train on.
 
-    Of those, none is near the benchmark any more: that of the champion's is left out.
+    None of the new examples is a near-duplicate of the benchmark.
     """
     run(loop, instance, "promoted_model")
     rows = [json.loads(line) for line in benchmark.open()]
@@ -345,7 +345,7 @@ def trained_twice(loop, settled, instance, benchmark, monkeypatch):
     write_events(later.drop_folder / "later.jsonl", *corrected(f"other{n}" for n in range(10)))
     run(later, instance, "raw_logs", "curated_dataset")
     assert get_latest(DatasetManifest, "notes").manifest.near_benchmark
-    monkeypatch.setattr(incremental, "obstacle", lambda *_: None)  # the champion's adapter is one of random weights
+    monkeypatch.setattr(incremental, "obstacle", lambda *_: None)  # the champion's adapter has random weights
     return later
 
 
@@ -361,7 +361,7 @@ def copied(artifact, version, *, other_bytes="", **changes):
         return publish(folder, type(manifest), {**fields, **changes, "version": version})
 
 
-def test_a_model_whose_first_training_learned_what_a_new_benchmark_asks_is_not_evaluated(trained_twice, instance):
+def test_a_warm_started_model_trained_on_a_new_benchmark_is_not_evaluated(trained_twice, instance):
     adapter, gguf = get_latest(AdapterManifest, "notes"), get_latest(GgufManifest, "notes")
     dataset = get_latest(DatasetManifest, "notes")
     datasets = {**gguf.manifest.datasets, dataset.manifest.version: dataset.sha256}
@@ -380,7 +380,7 @@ def test_a_model_whose_first_training_learned_what_a_new_benchmark_asks_is_not_e
 @pytest.mark.parametrize("there", [True, False])
 def test_no_training_starts_from_an_adapter_that_was_trained_on_the_benchmark(trained_twice, there):
     loop, adapter = trained_twice, get_latest(AdapterManifest, "notes")
-    if not there:  # a dataset of an even earlier training, which is gone
+    if not there:  # a dataset of an earlier training, which was deleted
         copied(adapter, adapter.manifest.version, datasets={"0" * 16: "0" * 64, **adapter.manifest.datasets})
     base = base_hash(resolve_base_model(loop.base_model))
     begin = incremental.training_start(
@@ -390,7 +390,7 @@ def test_no_training_starts_from_an_adapter_that_was_trained_on_the_benchmark(tr
     assert begin.mode == "full" and expected in begin.reason
 
 
-def test_a_champion_that_was_damaged_is_no_easy_opponent(loop, instance, own_home):
+def test_a_damaged_champion_is_refused(loop, instance, own_home):
     gguf = get_latest(GgufManifest, "notes")
     path = own_home / "champion.gguf"
     shutil.copy(gguf.path / gguf.manifest.gguf, path)

@@ -1,17 +1,14 @@
-"""The asset lora_adapter: its settings, its preset, what it says while it trains."""
+"""The asset lora_adapter: its launchpad settings and its preset."""
 
 import json
 
 import dagster as dg
-import datasets
 import pytest
 
 from finetune_pipeline.orchestration.training_config import training_config
-from finetune_pipeline.pipeline.incremental import write_subset
-from finetune_pipeline.pipeline.train import describe_progress, settings_of_run
+from finetune_pipeline.pipeline.train import settings_of_run
 from finetune_pipeline.settings import load_loop
 from finetune_pipeline.training.architecture import FAMILIES
-from finetune_pipeline.training.job import Progress
 from finetune_pipeline.training.presets import apply_preset
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 
@@ -28,7 +25,7 @@ LARGE = {
         ("LARGE", "does not fit preset 8gb: with qlora, per_device_train_batch_size 1"),
     ],
 )
-def test_a_preset_that_cannot_be_filled_fails_its_own_training_alone(make_loop, instance, tmp_path, base, why):
+def test_a_preset_that_does_not_fit_fails_only_its_own_loop(make_loop, instance, tmp_path, base, why):
     if base == "LARGE":
         base = str(tmp_path / "large")
         (tmp_path / "large").mkdir()
@@ -45,7 +42,7 @@ def test_a_preset_that_cannot_be_filled_fails_its_own_training_alone(make_loop, 
     assert why in failed.step_failure_data.error.to_string()
 
 
-def test_in_the_launchpad_what_the_preset_fills_is_empty_and_can_be_set_for_one_run(make_loop):
+def test_the_launchpad_leaves_preset_settings_empty(make_loop):
     loop = make_loop(training={"preset": "8gb", "lora_r": 4, "early_stopping_patience": 2})
     Config = training_config(loop)
     plain = Config()
@@ -67,33 +64,3 @@ def test_in_the_launchpad_what_the_preset_fills_is_empty_and_can_be_set_for_one_
     ) == (2, 8, None)
     without = make_loop(training={"num_train_epochs": 4})
     assert settings_of_run(without, training_config(without)(seed=9).model_dump()).seed == 9
-
-
-def test_one_line_says_how_far_a_training_is():
-    progress = Progress(
-        step=6, steps=24, epoch=0.75, loss=1.25, validation_loss=1.5, learning_rate=0.0002, tokens_per_second=12345.6,
-        eta_seconds=83.4, elapsed_seconds=20, memory_bytes=3 * 2**29,
-    )  # fmt: skip
-    assert describe_progress(progress) == (
-        "training 25%, step 6 of 24, epoch 0.8, loss 1.250, validation loss 1.500, learning rate 0.0002, "
-        "12,346 tokens/s, 1.5 GiB, 1:23 left"
-    )
-    bare = progress.model_copy(update={"validation_loss": None, "memory_bytes": None})
-    assert describe_progress(bare) == (
-        "training 25%, step 6 of 24, epoch 0.8, loss 1.250, learning rate 0.0002, 12,346 tokens/s, 1:23 left"
-    )
-
-
-def test_a_part_of_a_dataset_has_these_rows_and_no_tokens_of_the_others(tmp_path):
-    whole = tmp_path / "whole"
-    splits = {
-        "train": datasets.Dataset.from_dict({"prompt": [f"p{n}" for n in range(9)]}),
-        "validation": datasets.Dataset.from_dict({"prompt": ["held out"]}),
-    }
-    datasets.DatasetDict(splits).save_to_disk(whole)
-    (whole / ".tokenized" / "train-0").mkdir(parents=True)
-    for rows in ((1, 4), (2, 5, 8)):  # the second time over what a killed training left
-        part = datasets.load_from_disk(str(write_subset(whole, rows, tmp_path / "part")))
-        assert part["train"]["prompt"][:] == [f"p{row}" for row in rows]
-        assert part["validation"]["prompt"][:] == ["held out"]
-    assert not (tmp_path / "part" / ".tokenized").exists()

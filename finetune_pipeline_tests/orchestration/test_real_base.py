@@ -1,7 +1,7 @@
-"""The whole loop on a base model and on data that nobody here made: stories260k learns SNIPS' intents.
+"""The whole loop on a foreign base model and data: stories260k learns the intents of SNIPS.
 
 The base never saw `{`, `}` and the end of an answer, so their embeddings are untrained and equal: an adapter of the
-linear layers alone learns no JSON, and the gate has to reject it. With the embeddings trained besides it learns.
+linear layers alone learns no JSON, and the gate has to reject it. With trained embeddings it learns.
 """
 
 import json
@@ -35,7 +35,7 @@ TRAINING = {
 def utterances(kind, count):
     """(question, intent) pairs, as many of each intent; different ones even when case and spaces are ignored."""
     if not SNIPS.is_dir() or not STORIES.is_dir():
-        pytest.skip(f"{SNIPS} and {STORIES} are not at hand: they are no part of the project")
+        pytest.skip(f"{SNIPS} and {STORIES} are missing: they are not part of the project")
     pairs, seen = [], set()
     for folder in sorted(path for path in SNIPS.iterdir() if path.is_dir()):
         name = f"{kind}_{folder.name}.json" if kind == "validate" else f"train_{folder.name}_full.json"
@@ -81,7 +81,7 @@ def run(loop, instance, *stages):
 
 
 @pytest.mark.slow
-def test_the_gate_rejects_what_learnt_nothing_and_lets_through_what_learnt(files, make_loop, instance):
+def test_the_gate_rejects_a_model_that_learned_nothing(files, make_loop, instance):
     def make(**training):
         return make_loop(
             base_model=str(files / "stories"),

@@ -33,7 +33,7 @@ def home(own_home):
 
 
 @pytest.mark.parametrize("attempt", range(2))
-def test_processes_that_start_together_create_dagsters_home_once(home, tmp_path, monkeypatch, attempt):
+def test_processes_that_start_together_create_one_dagster_home(home, tmp_path, monkeypatch, attempt):
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     assert start_together(OPEN, tmp_path, [{}] * 3) == []
     head = revisions(home)[DATABASES[0]]
@@ -42,7 +42,7 @@ def test_processes_that_start_together_create_dagsters_home_once(home, tmp_path,
 
 
 @pytest.mark.parametrize("name", DATABASES)
-def test_a_home_that_two_processes_broke_is_repaired(home, monkeypatch, name):
+def test_a_dagster_home_with_two_revisions_is_repaired(home, monkeypatch, name):
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions("kept", ["a"])

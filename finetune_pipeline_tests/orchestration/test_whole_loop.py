@@ -1,7 +1,7 @@
-"""The whole loop through the real command line: training, export, engine, gate, registry, nothing replaced.
+"""The whole loop through Dagster's command line, with nothing replaced: training, export, engine, gate, registry.
 
-One home for the file, and the tests in the order of a loop's life; finished work is found again, so that most of them
-cost seconds. The loop is the example of free text, `examples/meeting_notes`.
+All tests share one home and run in order. Finished work is reused, so most tests take seconds. The loop is the
+free-text example `examples/meeting_notes`.
 """
 
 import json
@@ -41,7 +41,7 @@ KEEP = {"gate": {"min_gain": 1.0, "mode": "points", "on_reject": "keep_champion"
 
 
 class Loop:
-    """The example loop in a home of its own, driven by `dagster asset materialize`."""
+    """The example loop in its own home, run by `dagster asset materialize`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,7 +66,7 @@ class Loop:
         )  # fmt: skip
 
     def run(self, select="*meeting_notes/promoted_model", **changes):
-        """Exit code and log of one run."""
+        """Return the exit code and log of one run."""
         self.write(**changes)
         process = self.start(select)
         log = process.communicate()[0]
@@ -92,7 +92,7 @@ def in_its_home(loop, own_home, monkeypatch):
 def until(condition, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
+        assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.02)
 
 
@@ -102,17 +102,17 @@ def kill(process):
 
 
 def alive(marker):
-    """Processes of this user whose command line has a text in it."""
+    """Return the processes of this user whose command line contains a text."""
     found = subprocess.run(["pgrep", "-f", str(marker)], capture_output=True, text=True).stdout.split()
     return [int(pid) for pid in found]
 
 
-def test_a_killed_training_takes_its_processes_with_it_and_goes_on_from_its_checkpoint(loop):
+def test_a_killed_training_ends_its_processes_and_resumes_from_its_checkpoint(loop):
     loop.write()
     process = loop.start()
     drafts = loop.stage("lora_adapter")
     until(lambda: list(drafts.glob(".draft-*/checkpoints/checkpoint-*/complete.json")))
-    os.kill(process.pid, signal.SIGKILL)  # the run's own process alone: the others have to notice
+    os.kill(process.pid, signal.SIGKILL)  # only the run's own process: the others have to end by themselves
     until(lambda: not alive(drafts), seconds=30)
     process.communicate()
     assert loop.complete("lora_adapter") == []
@@ -126,7 +126,7 @@ def test_a_killed_training_takes_its_processes_with_it_and_goes_on_from_its_chec
 
 
 @pytest.mark.parametrize("stage", ["gguf_model", "benchmark_run"])
-def test_a_kill_in_a_later_stage_leaves_nothing_that_looks_complete(loop, stage):
+def test_a_killed_stage_leaves_no_complete_artifact(loop, stage):
     loop.write(**IMPOSSIBLE)
     process = loop.start()
     until(lambda: list(loop.stage(stage).glob(".draft-*/*")))
@@ -134,7 +134,7 @@ def test_a_kill_in_a_later_stage_leaves_nothing_that_looks_complete(loop, stage)
     assert loop.complete(stage) == []
 
 
-def test_a_rejected_challenger_ends_the_run_red_with_the_reason(loop):
+def test_a_rejected_challenger_fails_the_run_with_the_reason(loop):
     code, log = loop.run(**IMPOSSIBLE)
     assert code != 0
     assert "needed" in log and "correct, champion" in log
@@ -144,22 +144,22 @@ def test_a_rejected_challenger_ends_the_run_red_with_the_reason(loop):
     assert not judged.promote and judged.watermark > 0
 
 
-def test_materializing_the_promotion_alone_is_no_way_round_the_gate(loop):
+def test_materializing_promoted_model_alone_does_not_bypass_the_gate(loop):
     code, log = loop.run("meeting_notes/promoted_model", **IMPOSSIBLE)
     assert code != 0 and "not promoted: challenger" in log
-    code, log = loop.run("meeting_notes/promoted_model")  # with a gate that would let it through
+    code, log = loop.run("meeting_notes/promoted_model")  # with a gate that would accept it
     assert code != 0 and "was not made for what would be promoted now" in log
     assert champion(connect(), "meeting_notes") is None
 
 
-def test_keep_champion_ends_green_and_promotes_nothing(loop):
+def test_keep_champion_succeeds_without_a_promotion(loop):
     code, log = loop.run("meeting_notes/eval_report*", **KEEP)
     assert code == 0, log
     assert "the champion stays" in log
     assert champion(connect(), "meeting_notes") is None
 
 
-def test_a_challenger_that_was_damaged_is_not_measured(loop):
+def test_a_damaged_challenger_is_not_evaluated(loop):
     [version] = loop.complete("gguf_model")
     [file] = (loop.stage("gguf_model") / version).glob("*Q*.gguf")
     content = file.read_bytes()
@@ -180,15 +180,15 @@ def test_a_gain_is_promoted(loop):
     training = find_training_job(connect(), "meeting_notes", serving.lineage["lora_adapter"])
     assert training.steps > 0 and training.dataset in loop.complete("curated_dataset")
     (version,) = loop.complete("promoted_model")
-    said = (loop.stage("promoted_model") / version / "MODEL_CARD.md").read_text()
-    assert "# meeting_notes@v1.0.0" in said and training.run_id in said and "correct, champion" in said
+    card = (loop.stage("promoted_model") / version / "MODEL_CARD.md").read_text()
+    assert "# meeting_notes@v1.0.0" in card and training.run_id in card and "correct, champion" in card
     report = json.loads((serving.report_path.parent / "report.json").read_text())
     assert report["champion"]["name"] == "meeting_notes@base"
     assert serving.scores["accuracy"] > report["champion"]["totals"]["correct"] / report["champion"]["totals"]["total"]
 
 
 @pytest.mark.parametrize("select", ["*meeting_notes/promoted_model", "meeting_notes/eval_report"])
-def test_without_anything_new_a_run_ends_green_and_promotes_nothing(loop, select):
+def test_a_run_without_new_data_succeeds_without_a_promotion(loop, select):
     before = list_comparisons(connect(), "meeting_notes")
     code, log = loop.run(select)
     assert code == 0, log
@@ -197,7 +197,7 @@ def test_without_anything_new_a_run_ends_green_and_promotes_nothing(loop, select
     assert list_comparisons(connect(), "meeting_notes") == before and len(loop.complete("promoted_model")) == 1
 
 
-def test_a_file_that_was_changed_after_it_was_measured_is_refused(loop):
+def test_a_gguf_that_changed_after_its_evaluation_is_refused(loop):
     serving = champion(connect(), "meeting_notes")
     content = serving.gguf_path.read_bytes()
     serving.gguf_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -220,7 +220,7 @@ def test_an_adapter_is_never_merged_into_another_base(loop, tmp_path):
     assert code != 0 and "changed since: base model" in log
 
 
-def test_two_runs_at_the_same_time_end_with_one_answer(loop):
+def test_two_runs_at_once_deploy_at_most_once(loop):
     loop.write()
     before = len(list_deployments(connect(), "meeting_notes"))
     logs = [process.communicate()[0] for process in [loop.start(), loop.start()]]
@@ -230,7 +230,7 @@ def test_two_runs_at_the_same_time_end_with_one_answer(loop):
     assert not list(loop.home.glob("artifacts/meeting_notes/*/.draft-*/manifest.json"))
 
 
-def test_a_base_model_that_is_not_there_is_named(loop):
+def test_a_missing_base_model_is_named(loop):
     code, log = loop.run("*meeting_notes/lora_adapter", base_model="data/no_such_model")
     assert code != 0
     assert "data/no_such_model" in log
@@ -241,7 +241,7 @@ def test_a_base_model_that_is_not_there_is_named(loop):
     [("", "holds no question"), ('{"id": "a"}\n', "slice"), ("not json\n", "not JSON")],
     ids=["empty", "fields missing", "no JSON"],
 )
-def test_a_benchmark_that_is_none_is_named(loop, tmp_path, text, said):
+def test_an_invalid_benchmark_is_named(loop, tmp_path, text, said):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(text)
     code, log = loop.run("*meeting_notes/curated_dataset", evaluation={"benchmark": str(bad), "metric": "rouge1"})
@@ -250,13 +250,13 @@ def test_a_benchmark_that_is_none_is_named(loop, tmp_path, text, said):
 
 
 @pytest.mark.parametrize("megabytes", [3, 12], ids=["while training", "while merging"])
-def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, megabytes):
+def test_a_full_disk_is_reported_and_the_next_run_resumes(tmp_path, megabytes):
     small = Loop(tmp_path)
     small.home.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(small.home)]
     refused = subprocess.run(mount, capture_output=True, text=True)
     if refused.returncode:
-        pytest.skip(f"a small disk to fill can only be mounted by root here: {refused.stderr.strip()}")
+        pytest.skip(f"only root can mount a small file system here: {refused.stderr.strip()}")
     training = {"num_train_epochs": 0.2, "learning_rate": 2e-3, "max_length": 256, "save_steps": 500}
     try:
         code, log = small.run("*meeting_notes/gguf_model", training=training)

@@ -4,6 +4,7 @@ import json
 from base64 import b64decode
 
 import dagster as dg
+import datasets
 import pytest
 
 from finetune_pipeline.artifacts import get_latest, hash_file
@@ -11,7 +12,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.automation import automation
 from finetune_pipeline.pipeline import incremental
-from finetune_pipeline.pipeline.incremental import training_start
+from finetune_pipeline.pipeline.incremental import training_start, write_subset
 from finetune_pipeline.pipeline.train import train_adapter
 from finetune_pipeline.registry.champion import promote
 from finetune_pipeline.registry.model_versions import CandidateModel
@@ -77,24 +78,24 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
     assert last["learning_rate"] == pytest.approx(result.curve[-1].learning_rate)
     assert last["tokens_per_second"] > 0 and last["memory_mb"] > 10
     event = instance.get_latest_materialization_event(KEY)
-    said = [entry.user_message for entry in instance.all_logs(event.run_id)]
+    messages = [entry.user_message for entry in instance.all_logs(event.run_id)]
     last_step = f"training 100%, step {result.steps} of {result.steps}, epoch 2.0, loss "
-    assert any(line.startswith(last_step) for line in said)
+    assert any(line.startswith(last_step) for line in messages)
     curve = event.asset_materialization.metadata["loss_curve"].value
     before, _, encoded = curve.removesuffix(")").partition(",")
     assert before == "![loss curve](data:image/png;base64" and b64decode(encoded).startswith(b"\x89PNG")
     make_champion(first, tmp_path)
     again = materialize(more, instance, "lora_adapter")
-    assert again.manifest.version == first.manifest.version  # nothing is new: the same training, which is there
-    learnt = {row["prompt"] for row in dataset_rows(get_latest(DatasetManifest, "notes").path, "train")}
+    assert again.manifest.version == first.manifest.version  # nothing is new, so the same adapter is reused
+    trained_on = {row["prompt"] for row in dataset_rows(get_latest(DatasetManifest, "notes").path, "train")}
 
     write_events(events, *corrected(f"guest{n}" for n in range(10)))
     second = materialize(more, instance, *stages)
     dataset = get_latest(DatasetManifest, "notes")
     rows = dataset_rows(dataset.path, "train")
     replayed = [row for row in rows if row["source"] == "replay"]
-    assert {row["prompt"] for row in replayed} - learnt  # other ones than before, which are no news all the same
-    new = [row for row in rows if row["prompt"] not in learnt and row not in replayed]
+    assert {row["prompt"] for row in replayed} - trained_on  # others than before, which still do not count as new
+    new = [row for row in rows if row["prompt"] not in trained_on and row not in replayed]
     manifest = second.manifest
     assert (manifest.mode, manifest.new_examples) == ("incremental", len(new))
     assert manifest.inputs["initial_adapter"] == first.manifest.version
@@ -102,13 +103,13 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
         f"warm-started from notes@v1.0.0: {len(new)} new examples, {round(len(new) / 2)} older ones replayed"
     )
     assert manifest.examples == len(new) + round(len(new) / 2) < len(rows)
-    # It begins where the champion ended, not at the base.
+    # It starts at the champion's loss, not at the base model's.
     assert manifest.loss_before < first.manifest.loss_before - 0.3
     job = json.loads((second.path / "job.json").read_text())
     assert job["initial_adapter"] == str(first.path / "adapter")
 
     texts = [path.name for path in second.path.rglob("*") if path.suffix == ".arrow"]
-    assert texts == []  # they lie in the dataset alone
+    assert texts == []  # the texts are only in the dataset
     other = more.training.model_copy(update={"method": "dpo"})
     assert training_start(more, other, dataset, "preference", manifest.base_hash).reason == (
         "it cannot start from the adapter of notes@v1.0.0: it was trained by sft, which learns from other answers "
@@ -146,3 +147,18 @@ def test_the_yearly_run_trains_from_the_base_model(make_loop, instance):
     [schedule] = [s for s in automation(make_loop(training={"mode": "incremental"})).schedules if "yearly" in s.name]
     request = schedule(dg.build_schedule_context(instance))
     assert request.run_config == {"ops": {"notes__lora_adapter": {"config": {"mode": "full"}}}}
+
+
+def test_a_subset_has_these_rows_and_no_cached_tokens(tmp_path):
+    dataset = tmp_path / "dataset"
+    splits = {
+        "train": datasets.Dataset.from_dict({"prompt": [f"p{n}" for n in range(9)]}),
+        "validation": datasets.Dataset.from_dict({"prompt": ["validated"]}),
+    }
+    datasets.DatasetDict(splits).save_to_disk(dataset)
+    (dataset / ".tokenized" / "train-0").mkdir(parents=True)
+    for rows in ((1, 4), (2, 5, 8)):  # the second call replaces what a killed training left
+        part = datasets.load_from_disk(str(write_subset(dataset, rows, tmp_path / "part")))
+        assert part["train"]["prompt"][:] == [f"p{row}" for row in rows]
+        assert part["validation"]["prompt"][:] == ["validated"]
+    assert not (tmp_path / "part" / ".tokenized").exists()

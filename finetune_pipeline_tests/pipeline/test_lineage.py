@@ -1,4 +1,4 @@
-"""From a model to what it was made from, and from an interaction to what was made with it."""
+"""Lineage of a model, and what was made from an interaction."""
 
 import json
 import shutil
@@ -34,13 +34,13 @@ METRIC = {
 METRICS = {"champion": {"name": "a"}, "challenger": {"name": "b"}, "metrics": [METRIC]}
 
 
-def logs(version, *parts):
-    """A snapshot in several Parquet parts, each with these interactions."""
-    names = [f"part-{number}.parquet" for number in range(len(parts))]
+def logs(version, *shards):
+    """Write a snapshot of several shards, each with these interactions."""
+    names = [f"shard-{number}.parquet" for number in range(len(shards))]
     fields = {**COMMON, "version": version, "inputs": {"events": "1..9"}, "interactions": 1, "feedback": 1}
     fields["shards"] = names
     with draft("notes", "raw_logs", version) as folder:
-        for name, ids in zip(names, parts, strict=True):
+        for name, ids in zip(names, shards, strict=True):
             pq.write_table(pa.table({"interaction_id": pa.array(ids, pa.string())}), folder / name)
         publish(folder, RawLogsManifest, {**fields, "examples": 1, "watermark": 9, "new": 1})
 
@@ -66,7 +66,7 @@ def adapter(db, version, of, run="run-1", on_top_of=None):
     inputs = {"curated_dataset": of} | ({"initial_adapter": on_top_of} if on_top_of else {})
     fields = {
         **COMMON, "version": version, "inputs": inputs, "base_model": "base", "base_hash": "b" * 64,
-        "mode": "full", "mode_reason": "from the base model on everything", "device": "cpu", "steps": 40,
+        "mode": "full", "mode_reason": "from the base model on all examples", "device": "cpu", "steps": 40,
         "examples": 12, "too_long": 0, "loss_before": 1.5,
         "loss_after": 0.25, "train_loss": 0.3, "tokens_per_second": 4000.0, "wall_seconds": 12.0,
         "peak_memory_bytes": 10**9, "watermark": 9,
@@ -105,7 +105,7 @@ def gguf(name, of):
 
 
 def promoted(db, name, of, action="promote", on_top_of=None):
-    """A version whose adapter and report have its name."""
+    """Promote a version whose adapter and report have its name."""
     adapter(db, f"a-{name}", of, on_top_of=on_top_of)
     path = gguf(name, f"a-{name}")
     report(db, f"r-{name}", path)
@@ -120,7 +120,7 @@ def promoted(db, name, of, action="promote", on_top_of=None):
 
 @pytest.fixture
 def chain(db):
-    """Two models of two datasets of two snapshots; the second snapshot has all interactions."""
+    """Return two models of two datasets of two snapshots; the second snapshot has all interactions."""
     logs("l1", ["i1", "i2"], ["i3"])
     logs("l2", ["i1", "i2", "i3"], ["i4", "i5"])
     dataset("d1", "l1", ["i1", None], ["i3"])
@@ -136,7 +136,7 @@ def weights(*names):
     return (*folders("lora_adapter", *(f"a-{name}" for name in names)), *folders("gguf_model", *names))
 
 
-def test_a_model_leads_back_to_base_dataset_events_report_and_training(db, chain):
+def test_lineage_names_base_dataset_events_report_and_training(db, chain):
     found = lineage(db, chain[0])
     assert (found.base_model, found.base_hash, found.adapter, found.dataset) == ("base", "b" * 64, "a-one", "d1")
     assert (found.events, found.watermark) == ("1..9", 9)
@@ -145,7 +145,7 @@ def test_a_model_leads_back_to_base_dataset_events_report_and_training(db, chain
     assert (found.training.run_id, found.training.dataset, found.training.method) == ("run-1", "d1", "sft, lora")
 
 
-def test_what_was_deleted_is_none_and_the_row_of_the_training_still_names_the_dataset(db, chain):
+def test_deleted_artifacts_are_none_and_the_training_job_names_the_dataset(db, chain):
     for stage, name in [("lora_adapter", "a-one"), ("eval_report", "r-one"), ("raw_logs", "l1")]:
         folder = stage_folder("notes", stage) / name
         (folder / "manifest.json").unlink()
@@ -157,7 +157,7 @@ def test_what_was_deleted_is_none_and_the_row_of_the_training_still_names_the_da
     assert (found.dataset, found.dataset_manifest) == ("d1", None)
 
 
-def test_an_interaction_leads_to_snapshots_datasets_and_models(db, loop, chain):
+def test_an_interaction_is_traced_to_snapshots_datasets_and_models(db, loop, chain):
     assert made_with(db, loop, {"i4"}) == MadeWith(
         folders("raw_logs", "l2"), folders("curated_dataset", "d2"), ("notes@v1.1.0",), weights("two")
     )
@@ -166,13 +166,13 @@ def test_an_interaction_leads_to_snapshots_datasets_and_models(db, loop, chain):
         weights("one", "two"),
     )  # fmt: skip
     assert made_with(db, loop, {"i1", "unknown"}) == both
-    assert made_with(db, loop, ["i3"]).models == ("notes@v1.0.0",)  # it only validated
+    assert made_with(db, loop, ["i3"]).models == ("notes@v1.0.0",)  # in the validation split
     assert made_with(db, loop, {"i2"}) == MadeWith(folders("raw_logs", "l1", "l2"))
     for nothing in (set(), {"unknown"}):
         assert made_with(db, loop, nothing) == MadeWith()
 
 
-def test_weights_that_were_never_promoted_are_found_by_their_dataset(db, loop, chain):
+def test_weights_that_were_not_promoted_are_found_by_their_dataset(db, loop, chain):
     adapter(db, "a-challenger", "d2")
     gguf("challenger", "a-challenger")
     adapter(db, "a-only", "d2")
@@ -183,28 +183,28 @@ def test_weights_that_were_never_promoted_are_found_by_their_dataset(db, loop, c
         *folders("lora_adapter", "a-challenger", "a-only", "a-two"),
         *folders("gguf_model", "challenger", "two"),
     )
-    for name in ("a-challenger", "a-two"):  # without its adapter, the training's row leads from a GGUF to its dataset
+    for name in ("a-challenger", "a-two"):  # without its adapter, the training job links a GGUF to its dataset
         shutil.rmtree(stage_folder("notes", "lora_adapter") / name)
     found = made_with(db, loop, {"i4"}).weights
     assert found == (*folders("lora_adapter", "a-only"), *folders("gguf_model", "challenger", "two"))
 
 
-def test_what_was_trained_on_top_of_an_adapter_learnt_what_that_one_learnt(db, loop, chain):
+def test_a_warm_started_adapter_inherits_the_datasets(db, loop, chain):
     promoted(db, "three", "d2", on_top_of="a-one")
     promoted(db, "four", "d2", on_top_of="a-three")
-    found = made_with(db, loop, {"i3"})  # in the first dataset alone: it was replaced or erased since
+    found = made_with(db, loop, {"i3"})  # only in the first dataset, as if it was erased since
     assert found.datasets == folders("curated_dataset", "d1")
     assert found.models == ("notes@v1.3.0", "notes@v1.2.0", "notes@v1.0.0")
     assert found.weights == (
         *folders("lora_adapter", "a-four", "a-one", "a-three"),
         *folders("gguf_model", "four", "one", "three"),
     )
-    for name in ("a-three", "a-four"):  # the trainings' rows still lead from one to the next
+    for name in ("a-three", "a-four"):  # the training jobs still link them
         shutil.rmtree(stage_folder("notes", "lora_adapter") / name)
     assert made_with(db, loop, {"i3"}).models == found.models
 
 
-def test_an_artifact_of_an_older_version_of_the_project_is_looked_into_too(db, loop, chain):
+def test_artifacts_of_older_versions_are_searched(db, loop, chain):
     for stage, name in (("raw_logs", "l2"), ("curated_dataset", "d2")):
         (stage_folder("notes", stage) / name / "manifest.json").write_text("{}")
     found = made_with(db, loop, {"i4"})
@@ -212,37 +212,37 @@ def test_an_artifact_of_an_older_version_of_the_project_is_looked_into_too(db, l
     assert found.models == ("notes@v1.1.0",)
 
 
-def test_a_model_is_named_though_its_adapter_is_gone(db, loop, chain):
+def test_a_model_is_found_without_its_adapter(db, loop, chain):
     (stage_folder("notes", "lora_adapter") / "a-two" / "manifest.json").unlink()
     assert made_with(db, loop, {"i4"}).models == ("notes@v1.1.0",)
 
 
-def test_a_snapshot_that_cannot_be_read_is_an_error_that_names_it(db, loop, chain):
-    path = stage_folder("notes", "raw_logs") / "l1" / "part-0.parquet"
+def test_an_unreadable_snapshot_is_named(db, loop, chain):
+    path = stage_folder("notes", "raw_logs") / "l1" / "shard-0.parquet"
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(ArtifactError, match=r"part-0\.parquet"):
+    with pytest.raises(ArtifactError, match=r"shard-0\.parquet"):
         made_with(db, loop, {"i4"})
     path.write_bytes(b"")
-    with pytest.raises(ArtifactError, match=r"part-0\.parquet"):
+    with pytest.raises(ArtifactError, match=r"shard-0\.parquet"):
         made_with(db, loop, {"i4"})
 
 
-def test_a_dataset_that_cannot_be_read_is_an_error_that_names_it(db, loop, chain):
+def test_an_unreadable_dataset_is_named(db, loop, chain):
     (path,) = (stage_folder("notes", "curated_dataset") / "d1" / "prompt_completion" / "train").glob("*.arrow")
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(ArtifactError, match=r"curated_dataset/d1 cannot be read"):
         made_with(db, loop, {"i4"})
 
 
-def test_the_card_tells_the_lineage_the_figures_and_the_verdict(db, loop, chain):
+def test_the_card_has_lineage_metrics_and_verdict(db, loop, chain):
     text = card(db, loop, chain[0])
-    for said in (
+    for text_part in (
         "# notes@v1.0.0", "base (bbbbbbbbbbbbbbbb)", "| dataset | d1 |", "| events | 1..9 |", "| train | 2 |",
         "| left out | 3 |", "| redacted | 4 |", "| ROUGE-1 recall | 50.0 % | 75.0 % |", "gain 50.0 %, 5 % needed",
         "1.500 before, 0.250 after", "| Dagster run | run-1 |", "type: accuracy",
-        "| training | full, from the base model on everything |",
+        "| training | full, from the base model on all examples |",
     ):  # fmt: skip
-        assert said in text
+        assert text_part in text
     assert "exact_match" not in text
     forced = card(db, loop, promoted(db, "three", "d2", "force"))
     assert "gain 50.0 %, 5 % needed; force by ann: it is Friday" in forced
@@ -256,12 +256,12 @@ def test_the_card_tells_the_lineage_the_figures_and_the_verdict(db, loop, chain)
         ("/models/mine", "/models/mine"),
     ],
 )
-def test_the_card_names_the_base_as_others_know_it(db, loop, chain, folder, name):
+def test_the_card_names_the_base_model_by_its_public_id(db, loop, chain, folder, name):
     model = chain[0].model_copy(update={"lineage": {**chain[0].lineage, "base_model": folder}})
     assert f"base_model: {name}\n" in card(db, loop, model)
 
 
-def test_the_card_does_without_what_is_gone(db, loop, chain):
+def test_the_card_leaves_out_deleted_artifacts(db, loop, chain):
     for stage in ("lora_adapter", "eval_report", "curated_dataset", "raw_logs"):
         for path in stage_folder("notes", stage).glob("*/manifest.json"):
             Path(path).unlink()

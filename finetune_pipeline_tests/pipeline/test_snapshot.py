@@ -1,4 +1,4 @@
-"""A snapshot writes only what is new, and gives the same dataset as one that was written at once."""
+"""A snapshot writes only changes, and gives the same dataset as one that was written at once."""
 
 import random
 import shutil
@@ -28,7 +28,7 @@ def add(loop, *events, database=None):
 
 
 def take(loop, database=None):
-    """A snapshot as a run would take it: the pointer moves."""
+    """Take a snapshot as a run does: the pointer moves."""
     artifact, _ = snapshots.snapshot(loop, database or connect())
     set_latest(artifact.manifest, "a run")
     return artifact
@@ -38,11 +38,11 @@ def forget_last(loop):
     shutil.rmtree(stage_folder(loop.name, "runs"))
 
 
-def rows(artifact, part):
-    return pq.read_table(artifact.path / part).to_pylist()
+def rows(artifact, shard):
+    return pq.read_table(artifact.path / shard).to_pylist()
 
 
-def test_only_what_came_or_changed_is_written_and_the_rest_is_linked(loop):
+def test_a_snapshot_writes_changes_and_links_the_rest(loop):
     add(loop, *corrected(["ash", "birch"]))
     first = take(loop)
     add(loop, *corrected(["cedar"]), feedback("late", "ash", "correction", 5, correction="ash never spoke"))
@@ -60,20 +60,20 @@ def test_only_what_came_or_changed_is_written_and_the_rest_is_linked(loop):
     assert kept == {"ash never spoke", "birch spoke", "cedar spoke"}
 
 
-def test_one_run_links_what_another_run_wrote(loop, instance):
+def test_a_run_links_the_shards_of_an_earlier_run(loop, instance):
     keys = ["notes/raw_logs", "notes/curated_dataset"]
-    for name, parts in [("ash", 1), ("birch", 2)]:
+    for name, shards in [("ash", 1), ("birch", 2)]:
         add(loop, *corrected([f"{name} {n}" for n in range(8)]))
         assets = definitions(loop).resolve_asset_graph().assets_defs
         mine = [asset for asset in assets if asset.key.to_user_string() in keys]
         done = dg.materialize(mine, instance=instance)
         (event,) = [e for e in done.get_asset_materialization_events() if e.asset_key.path[-1] == "raw_logs"]
         metadata = event.materialization.metadata
-        assert (metadata["shards"].value, metadata["rows_of_newest_shard"].value) == (parts, 8)
+        assert (metadata["shards"].value, metadata["rows_of_newest_shard"].value) == (shards, 8)
     assert get_latest(DatasetManifest, loop.name).manifest.inputs["raw_logs"] == metadata["version"].value
 
 
-def test_nothing_new_gives_the_last_snapshot(loop):
+def test_without_changes_the_last_snapshot_is_returned(loop):
     add(loop, *corrected(["ash"]))
     first = take(loop)
     other = interaction("elsewhere").model_copy(update={"loop": "another"})
@@ -82,7 +82,7 @@ def test_nothing_new_gives_the_last_snapshot(loop):
     assert take(loop) == first
 
 
-def test_a_row_holds_all_that_was_logged(loop):
+def test_a_row_has_every_logged_field(loop):
     logged = interaction(
         "ash", history=(Turn(role="user", content="hello"),), validation_score=70, domain="forest", kind="note",
         retrieved_context="a tree", variant="challenger", flag="unsure", model="notes@v1.0.0", user="ann",
@@ -107,7 +107,7 @@ def test_a_row_holds_all_that_was_logged(loop):
 
 
 def random_events(seed):
-    """Batches of events: conversations, feedback that comes late or before its interaction, personal data."""
+    """Return batches of events: conversations, feedback that is late or precedes its interaction, personal data."""
     choose = random.Random(seed)
     batches, asked = [], []
     for batch in range(6):
@@ -128,21 +128,21 @@ def random_events(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_parts_give_the_same_dataset_as_one_file(loop, seed):
+def test_shards_give_the_same_dataset_as_one_file(loop, seed):
     for events in random_events(seed):
         add(loop, *events)
-        in_parts = take(loop)
+        in_shards = take(loop)
     forget_last(loop)
     at_once = take(loop)
-    assert len(in_parts.manifest.shards) > 2 and len(at_once.manifest.shards) == 1
+    assert len(in_shards.manifest.shards) > 2 and len(at_once.manifest.shards) == 1
     for split in ("train", "validation"):
-        assert dataset_rows(build_dataset(loop, in_parts).path, split) == dataset_rows(
+        assert dataset_rows(build_dataset(loop, in_shards).path, split) == dataset_rows(
             build_dataset(loop, at_once).path, split
         )
-    assert build_dataset(loop, in_parts).manifest.train > 3
+    assert build_dataset(loop, in_shards).manifest.train > 3
 
 
-def test_after_something_was_forgotten_everything_is_written_anew(loop):
+def test_an_erasure_rewrites_the_snapshot(loop):
     add(loop, *corrected(["ash", "birch"]))
     take(loop)
     add(loop, *corrected(["cedar"]))
@@ -164,15 +164,15 @@ def test_after_something_was_forgotten_everything_is_written_anew(loop):
         connection.execute(
             sa.update(t.counters).where(t.counters.c.name == "events").values(value=gone["ingest_offset"])
         )
-    anew = take(loop)
-    assert [row["target"] for shard in anew.manifest.shards for row in rows(anew, shard)] == [
+    rewritten = take(loop)
+    assert [row["target"] for shard in rewritten.manifest.shards for row in rows(rewritten, shard)] == [
         "birch spoke",
         "cedar spoke",
     ]
-    assert take(loop) == anew  # once is enough
+    assert take(loop) == rewritten
 
 
-def test_other_reward_settings_write_everything_anew(loop, make_loop):
+def test_other_reward_settings_rewrite_the_snapshot(loop, make_loop):
     add(loop, *corrected(["ash"]))
     take(loop)
     ratings = {**loop.feedback.ratings, "3": 0.4}
@@ -182,7 +182,7 @@ def test_other_reward_settings_write_everything_anew(loop, make_loop):
     assert take(other).manifest.new == 2
 
 
-def test_too_many_parts_become_one(loop, monkeypatch):
+def test_too_many_shards_become_one(loop, monkeypatch):
     monkeypatch.setattr(snapshots, "MAX_SHARDS", 2)
     numbers = []
     for name in ["ash", "birch", "cedar", "dogwood"]:
@@ -191,7 +191,7 @@ def test_too_many_parts_become_one(loop, monkeypatch):
     assert numbers == [1, 2, 1, 2]
 
 
-def test_a_last_snapshot_that_is_damaged_is_written_anew(loop):
+def test_a_damaged_last_snapshot_is_rewritten(loop):
     add(loop, *corrected(["ash"]))
     first = take(loop)
     (first.path / "records-0001.parquet").unlink()
@@ -199,7 +199,7 @@ def test_a_last_snapshot_that_is_damaged_is_written_anew(loop):
     assert len(take(loop).manifest.shards) == 1
 
 
-def test_another_database_is_not_taken_for_the_same_one(loop, tmp_path):
+def test_a_snapshot_of_another_database_is_not_linked(loop, tmp_path):
     add(loop, *corrected(["ash", "birch"]))
     take(loop)
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")
@@ -210,7 +210,7 @@ def test_another_database_is_not_taken_for_the_same_one(loop, tmp_path):
     assert spoke == {"cedar spoke", "elm spoke", "fir spoke"}
 
 
-def test_where_files_cannot_be_linked_they_are_copied(loop, monkeypatch):
+def test_shards_are_copied_where_links_are_not_possible(loop, monkeypatch):
     add(loop, *corrected(["ash"]))
     take(loop)
     add(loop, *corrected(["birch"]))
@@ -220,10 +220,10 @@ def test_where_files_cannot_be_linked_they_are_copied(loop, monkeypatch):
 
     monkeypatch.setattr(snapshots.os, "link", refuse)
     second = take(loop)
-    assert [len(rows(second, part)) for part in second.manifest.shards] == [1, 1]
+    assert [len(rows(second, shard)) for shard in second.manifest.shards] == [1, 1]
 
 
-def test_on_either_database_what_is_new_is_the_same(loop, db):
+def test_both_databases_find_the_same_changes(loop, db):
     add(loop, *corrected(["ash", "birch"]), database=db)
     take(loop, db)
     add(loop, feedback("late", "birch", "thumbs_down", 9), *corrected(["cedar"]), database=db)
@@ -233,7 +233,7 @@ def test_on_either_database_what_is_new_is_the_same(loop, db):
     ]
 
 
-def test_what_is_new_is_found_by_indexes(loop):
+def test_changes_are_found_by_indexes(loop):
     add(loop, *corrected(["ash"]))
     statements = []
     with connect().read() as connection:

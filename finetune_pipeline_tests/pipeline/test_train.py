@@ -1,4 +1,4 @@
-"""The method of a training, from the feedback in the store to the adapter's manifest."""
+"""Training an adapter: method, preset, progress, and what the manifest records."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from finetune_pipeline.feedback.store import record
 from finetune_pipeline.pipeline import build_dataset, train
 from finetune_pipeline.pipeline.lineage import made_with
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.train import train_adapter, training_job
-from finetune_pipeline.training.job import TrainingError
+from finetune_pipeline.pipeline.train import describe_progress, train_adapter, training_job
+from finetune_pipeline.training.job import Progress, TrainingError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
 from .conftest import corrected
@@ -30,7 +30,7 @@ def checked(loop, artifact):
     return {check.name: check for check in build_dataset.check_dataset(loop, artifact)}
 
 
-def test_the_dataset_says_what_it_holds_and_what_was_disliked_is_found_again_and_forgotten(make_loop):
+def test_undesirable_answers_count_for_kto_and_are_found_by_lineage(make_loop):
     loop = make_loop(training={"method": "auto"}, curation={"min_examples": 20, "validation_fraction": 0.2})
     artifact = dataset(loop)
     held = artifact.manifest
@@ -39,37 +39,37 @@ def test_the_dataset_says_what_it_holds_and_what_was_disliked_is_found_again_and
     assert held.undesirable > held.train
     checks = checked(loop, artifact)
     assert all(check.passed for check in checks.values())
-    assert checks["enough_examples"].metadata["examples"] == 8 + 8 + 20  # of the corrections, both answers
+    assert checks["enough_examples"].metadata["examples"] == 8 + 8 + 20  # both answers of a correction
     sft = make_loop(training={"method": "sft"}, curation=loop.curation.model_dump())
     assert not checked(sft, artifact)["enough_examples"].passed
     assert made_with(connect(), loop, [str(uid("bad 3"))]).datasets == (artifact.path,)
 
 
 @pytest.mark.slow
-def test_auto_is_resolved_before_the_training_and_the_adapter_says_why(make_loop):
+def test_auto_chooses_a_method_and_records_the_reason(make_loop):
     loop = make_loop(training={"method": "auto", "num_train_epochs": 1, "max_length": 128})
     held = dataset(loop, good=GOOD[:5])
-    told = []
-    made = train_adapter(loop, loop.training, held, "run", lambda _: None, told.append)
+    logged = []
+    made = train_adapter(loop, loop.training, held, "run", lambda _: None, logged.append)
     manifest = made.manifest
     assert manifest.method == "kto"
     assert manifest.method_reason.startswith("kto: 5 answers found good (5 of them corrections) and 2")
-    assert told[0] == f"full training, from the base model on all examples; by {manifest.method_reason}"
+    assert logged[0] == f"full training, from the base model on all examples; by {manifest.method_reason}"
     assert training_job(manifest, "run").method == "kto, lora"
     by_hand = loop.training.model_copy(update={"method": "kto"})
-    again = train_adapter(loop, by_hand, held, "run", lambda _: None, told.append).manifest
-    assert (again.version, again.created_at) == (manifest.version, manifest.created_at)  # found, not trained again
+    again = train_adapter(loop, by_hand, held, "run", lambda _: None, logged.append).manifest
+    assert (again.version, again.created_at) == (manifest.version, manifest.created_at)  # reused, not trained again
     assert again.method_reason == manifest.method_reason
 
 
-def test_a_method_without_data_stops_before_anything_is_loaded(make_loop):
+def test_a_method_without_data_fails_before_loading_anything(make_loop):
     loop = make_loop(training={"method": "dpo"})
     held = dataset(loop, good=[], bad=BAD)
     with pytest.raises(TrainingError, match=r"dpo needs corrections .*dataset has 0 answers found good"):
         train_adapter(loop, loop.training, held, "run", lambda _: None, lambda _: None)
 
 
-def test_a_preset_is_filled_for_the_method_that_auto_chose(make_loop, monkeypatch):
+def test_the_preset_is_applied_to_the_method_that_auto_chose(make_loop, monkeypatch):
     loop = make_loop(training={"method": "auto", "preset": "cpu"})
     filled = []
     monkeypatch.setattr(train, "settled", lambda settings, _: filled.append(settings) or settings)
@@ -81,3 +81,18 @@ def test_a_preset_is_filled_for_the_method_that_auto_chose(make_loop, monkeypatc
     with pytest.raises(InterruptedError):
         train_adapter(loop, loop.training, dataset(loop, good=GOOD[:5]), "run", lambda _: None, lambda _: None)
     assert [settings.method for settings in filled] == ["kto"]
+
+
+def test_training_progress_is_one_line():
+    progress = Progress(
+        step=6, steps=24, epoch=0.75, loss=1.25, validation_loss=1.5, learning_rate=0.0002, tokens_per_second=12345.6,
+        eta_seconds=83.4, elapsed_seconds=20, memory_bytes=3 * 2**29,
+    )  # fmt: skip
+    assert describe_progress(progress) == (
+        "training 25%, step 6 of 24, epoch 0.8, loss 1.250, validation loss 1.500, learning rate 0.0002, "
+        "12,346 tokens/s, 1.5 GiB, 1:23 left"
+    )
+    bare = progress.model_copy(update={"validation_loss": None, "memory_bytes": None})
+    assert describe_progress(bare) == (
+        "training 25%, step 6 of 24, epoch 0.8, loss 1.250, learning rate 0.0002, 12,346 tokens/s, 1:23 left"
+    )
