@@ -53,7 +53,7 @@ def test_auto_chooses_a_method_and_records_the_reason(make_loop):
     made = train_adapter(loop, loop.training, held, "run", lambda _: None, logged.append)
     manifest = made.manifest
     assert manifest.method == "kto"
-    assert manifest.method_reason.startswith("kto: 5 answers found good (5 of them corrections) and 2")
+    assert manifest.method_reason.startswith("kto: 5 desirable completions (5 of them corrections) and 2")
     assert logged[0] == f"full training, from the base model on all examples; by {manifest.method_reason}"
     assert training_job(manifest, "run").method == "kto, lora"
     by_hand = loop.training.model_copy(update={"method": "kto"})
@@ -65,14 +65,14 @@ def test_auto_chooses_a_method_and_records_the_reason(make_loop):
 def test_a_method_without_data_fails_before_loading_anything(make_loop):
     loop = make_loop(training={"method": "dpo"})
     held = dataset(loop, good=[], bad=BAD)
-    with pytest.raises(TrainingError, match=r"dpo needs corrections .*dataset has 0 answers found good"):
+    with pytest.raises(TrainingError, match=r"dpo needs corrections .*dataset has 0 desirable completions"):
         train_adapter(loop, loop.training, held, "run", lambda _: None, lambda _: None)
 
 
 def test_the_preset_is_applied_to_the_method_that_auto_chose(make_loop, monkeypatch):
     loop = make_loop(training={"method": "auto", "preset": "cpu"})
     filled = []
-    monkeypatch.setattr(train, "settled", lambda settings, _: filled.append(settings) or settings)
+    monkeypatch.setattr(train, "apply_preset", lambda settings, _: filled.append(settings) or settings)
 
     def stop(*_, **__):
         raise InterruptedError
