@@ -6,7 +6,8 @@ Prompts and answers are data: the template escapes everything, and the plots are
 import base64
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,8 +120,7 @@ def verdict_of_report(path: Path, gate: GateSettings) -> Verdict:
     Raises:
         ReportError: the report is missing, or another version of this project wrote it.
     """
-    data = _read(path)
-    try:
+    with _open_report(path) as data:
         return decide(
             data["verdict"]["champion_correct"],
             data["verdict"]["challenger_correct"],
@@ -130,8 +130,6 @@ def verdict_of_report(path: Path, gate: GateSettings) -> Verdict:
             Significance(**data["significance"]),
             data["regressed_slices"],
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
 
 
 def slices_of_report(path: Path, side: Literal["champion", "challenger"]) -> list[SliceScore]:
@@ -140,8 +138,7 @@ def slices_of_report(path: Path, side: Literal["champion", "challenger"]) -> lis
     Raises:
         ReportError: the report is missing, or another version of this project wrote it.
     """
-    data = _read(path)
-    try:
+    with _open_report(path) as data:
         prompts: dict[str, list[str]] = {}
         for question in data["questions"]:
             prompts.setdefault(question["slice"], []).append(question["prompt"])
@@ -149,8 +146,6 @@ def slices_of_report(path: Path, side: Literal["champion", "challenger"]) -> lis
             SliceScore(one["name"], one[side]["correct"], one[side]["total"], tuple(prompts.get(one["name"], ())))
             for one in data["slices"]
         ]
-    except (KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
 
 
 def metrics_of_report(path: Path) -> ReportMetrics:
@@ -159,25 +154,20 @@ def metrics_of_report(path: Path) -> ReportMetrics:
     Raises:
         ReportError: the report is missing, or another version of this project wrote it.
     """
-    data = _read(path)
-    try:
+    with _open_report(path) as data:
         rows = [MetricRow(**row) for row in data["metrics"]]
         return ReportMetrics(data["champion"]["name"], data["challenger"]["name"], rows)
-    except (KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
 
 
-def _read(path: Path) -> Any:
+@contextmanager
+def _open_report(path: Path) -> Iterator[Any]:
+    """Yield the content of a report; a missing file, field or key is a ReportError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ReportError:
-    return ReportError(
-        f"{path} is not a report of this version of the project ({error!r}); materialize eval_report again"
-    )
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(
+            f"{path} is not a report of this version of the project ({error!r}); materialize eval_report again"
+        ) from error
 
 
 def _as_json(

@@ -161,9 +161,12 @@ def test_a_report_gives_the_same_verdict_again(tmp_path: Path, benchmark: Benchm
     assert verdict_of_report(tmp_path / "report.json", gate).promote
     assert verdict_of_report(tmp_path / "report.json", strict) == judge(comparison, strict)
     assert not verdict_of_report(tmp_path / "report.json", strict).promote
-    (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(ReportError, match="materialize eval_report again"):
-        verdict_of_report(tmp_path / "report.json", gate)
+    document = json.loads((tmp_path / "report.json").read_text())
+    document["worth"] = document.pop("quality_floor")  # as an earlier version named it
+    for content in ("{}", json.dumps(document)):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(ReportError, match=r"not a report of this version .* materialize eval_report again"):
+            verdict_of_report(tmp_path / "report.json", gate)
 
 
 def test_the_plot_is_a_small_png(comparison: Comparison) -> None:
