@@ -69,14 +69,14 @@ class ImportResult:
     """What reading a file did.
 
     Attributes:
-        bad: the first rejected lines.
+        invalid: the first rejected lines.
         conflicts: events whose id is known with other content.
     """
 
     lines: int = 0
     rejected: int = 0
     recorded: RecordResult = field(default_factory=RecordResult)
-    bad: list[InvalidLine] = field(default_factory=list)
+    invalid: list[InvalidLine] = field(default_factory=list)
     conflicts: list[Interaction | Feedback] = field(default_factory=list)
 
 
@@ -192,8 +192,8 @@ def _good(path: Path, rows: Rows, loop: LoopSettings, result: ImportResult) -> I
         result.lines += 1
         if isinstance(item, InvalidLine):
             result.rejected += 1
-            if len(result.bad) < _SHOWN:
-                result.bad.append(item)
+            if len(result.invalid) < _SHOWN:
+                result.invalid.append(item)
         else:
             yield from item
 

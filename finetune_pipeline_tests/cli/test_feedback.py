@@ -45,19 +45,19 @@ def log(*options):
     return run("log", "--prompt", "a wall", "--output", "{}", *options).stdout.strip()
 
 
-def exchange(id):
+def stored(id):
     with connect().read() as connection:
         return store.find_interaction(connection, UUID(id))
 
 
-def test_an_exchange_is_logged_corrected_and_rated():
+def test_an_interaction_is_logged_corrected_and_rated():
     id = log("--user", "u1", "--confidence", "0.4", "--model", f"{LOOP}@v1.0.0", "--context", "found")
     UUID(run("correct", id, "better", "--user", "u2").stdout.strip())
     run("rate", id, "4")
     run("rate", id, "gold")
     run("rate", id, "up")
     run("rate", id, "down")
-    found = exchange(id)
+    found = stored(id)
     logged = found.interaction
     assert (logged.prompt, logged.output, logged.user) == ("a wall", "{}", "u1")
     assert (logged.confidence, logged.model, logged.retrieved_context) == (0.4, f"{LOOP}@v1.0.0", "found")
@@ -72,16 +72,16 @@ def test_a_correction_can_come_from_a_file_or_the_terminal(tmp_path):
     path.write_text('{\n "a": 1\n}\n')
     id = log()
     run("correct", id, "--file", path)
-    assert exchange(id).example.target == '{\n "a": 1\n}'
+    assert stored(id).example.target == '{\n "a": 1\n}'
     run("correct", id, "--file", "-", input="ünïcödé\n")
-    assert exchange(id).example.target == "ünïcödé"
+    assert stored(id).example.target == "ünïcödé"
 
 
 def test_a_key_makes_a_command_safe_to_repeat():
     id = log("--key", "k")
     assert log("--key", "k") == id
     assert run("correct", id, "x", "--key", "k").stdout == run("correct", id, "x", "--key", "k").stdout
-    found = exchange(id)
+    found = stored(id)
     assert len(found.feedback) == 1
 
 
@@ -100,19 +100,19 @@ def test_a_key_makes_a_command_safe_to_repeat():
         (("export", "x.jsonl", "--format", "alpaca", "--min-reward", "7"), "7"),
     ],
 )
-def test_wrong_input_is_told_in_a_line_and_nothing_is_kept(arguments, said, url):
+def test_invalid_input_is_reported_in_a_line_and_not_stored(arguments, said, url):
     result = CliRunner().invoke(finetune, ["feedback", *arguments])
     assert result.exit_code in {1, 2}
     assert said in result.stderr and "Traceback" not in result.output
     assert FeedbackClient(LOOP).stats() == {}
 
 
-def test_feedback_on_nothing_says_that_it_waits():
+def test_feedback_without_its_interaction_is_reported():
     result = run("rate", uid("nobody"), "up")
     assert "has not arrived; the feedback waits for it" in result.stderr
 
 
-def test_stats_count_by_kind_and_name_what_waits():
+def test_stats_count_by_kind_and_list_unmatched_feedback():
     id = log()
     run("correct", id, "better")
     run("rate", id, "up")
@@ -122,21 +122,21 @@ def test_stats_count_by_kind_and_name_what_waits():
     lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in said.splitlines() if line.split()}
     for name, value in {
         "interactions": "2", "feedback": "3", "correction": "1", "thumbs_up": "1", "thumbs_down": "1", "examples": "1",
-        "corrected by a person": "1", "flagged when answered": "1", "feedback without its interaction": "1",
+        "corrected by a person": "1", "flagged for review": "1", "feedback without its interaction": "1",
     }.items():  # fmt: skip
         assert lines[name] == value, name
     assert f"{waiting}  thumbs_down on {uid('nobody')}, 0 minutes old" in said
 
 
-def test_flagged_answers_are_listed_until_someone_has_looked():
+def test_flagged_answers_are_listed_until_they_are_reviewed():
     FeedbackClient(LOOP).log("a\nwall", "{}", flag="low confidence", confidence=0.25)
     said = run("flagged").stdout
-    assert "low confidence, confidence 0.25\n  asked     a wall\n  answered  {}\n" in said
+    assert "low confidence, confidence 0.25\n  prompt  a wall\n  output  {}\n" in said
     run("rate", said.split()[0], "up")
     assert run("flagged").stdout == ""
 
 
-def test_stats_do_not_go_through_the_feedback_when_none_waits():
+def test_stats_do_not_read_all_feedback_if_none_is_unmatched():
     run("rate", log(), "up")
     statements = []
 
@@ -149,12 +149,12 @@ def test_stats_do_not_go_through_the_feedback_when_none_waits():
     assert not any("FROM feedback" in statement for statement in statements)
 
 
-def test_what_is_exported_can_be_imported(tmp_path):
+def test_an_export_can_be_imported(tmp_path):
     id = log()
     run("rate", id, "up")
     path = tmp_path / "out.jsonl"
     assert run("export", path).stdout == f"2 events written to {path}\n"
-    assert "0 interactions and 0 feedback added, 2 known already, 0 of 2 lines rejected" in run("import", path).stdout
+    assert "0 interactions and 0 feedback added, 2 duplicates, 0 of 2 lines rejected" in run("import", path).stdout
     alpaca = tmp_path / "out.json"
     assert "1 examples written" in run("export", alpaca, "--format", "alpaca", "--min-reward", "0.5").stdout
     assert json.loads(alpaca.read_text())[0]["output"] == "{}"
@@ -168,7 +168,7 @@ def test_an_export_says_what_it_left_out(tmp_path):
         store.record(connection, LOOP, [given], default_reward)
         store.retract(connection, LOOP, [str(given.id)])
     assert "1 events written" in (said := run("export", tmp_path / "out.jsonl").stdout)
-    assert "left out: 1 conversations of declared sources and dropped files" in said
+    assert "left out: 1 interactions of declared sources and dropped files" in said
     said = run("export", tmp_path / "out.json", "--format", "alpaca").stdout
     assert "0 examples" in said and "left out: 1 that their source no longer has" in said
 
@@ -184,22 +184,22 @@ def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(tmp_path):
     assert "the raw record, with all secrets" in " ".join(run("export", "--help").stdout.split())
 
 
-def test_import_names_what_it_refused(tmp_path):
+def test_import_names_the_rejected_lines(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(
         '{"prompt": "p", "output": "o", "reward": 0.9}\n{"prompt": "p", "output": "o", "reward": 7}\noops\n'
     )
     result = run("import", path)
-    assert "1 interactions and 1 feedback added, 0 known already, 2 of 3 lines rejected" in result.stdout
+    assert "1 interactions and 1 feedback added, 0 duplicates, 2 of 3 lines rejected" in result.stdout
     assert f"{path}:2: reward: found 7, expected less than or equal to 1" in result.stderr
     assert f"{path}:3: not JSON" in result.stderr
 
 
-def test_a_file_of_which_nothing_can_be_read_is_an_error(tmp_path):
+def test_a_file_without_any_valid_line_is_an_error(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("oops\n" * 30)
     result = run("import", path, code=1)
-    assert "and 10 more" in result.stderr and "could be read" in result.stderr
+    assert "and 10 more" in result.stderr and "could be imported" in result.stderr
 
 
 def test_expected_errors_are_one_line_in_a_real_process(tmp_path):
@@ -220,7 +220,7 @@ def snapshot_of(*ids):
         return artifacts.publish(folder, RawLogsManifest, fields).path
 
 
-def test_a_person_is_forgotten_and_what_was_made_with_it_is_named():
+def test_a_person_is_erased_and_what_was_made_with_it_is_listed():
     id = log("--user", "u1")
     run("correct", id, "better", "--user", "u2")
     other = log("--user", "u2")
@@ -236,38 +236,38 @@ def test_a_person_is_forgotten_and_what_was_made_with_it_is_named():
     assert f"{LOOP}: 1 interactions, 2 feedback, 0 review decisions and 0 excerpts of rejected lines deleted" in said
     assert str(snapshot) in said and f"`finetune run --loop {LOOP}` makes new ones" in said
     assert str(inbox / "table.csv") in said and "other.csv" not in said
-    assert str(inbox / "log.jsonl") in said and "delete it there too" in said
-    assert exchange(id) is None and exchange(other).example is None
+    assert str(inbox / "log.jsonl") in said and "delete them there, too" in said
+    assert stored(id) is None and stored(other).example is None
     again = run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
     assert "0 interactions, 0 feedback" in again and str(snapshot) not in again
 
 
-def test_sources_that_may_still_hold_a_forgotten_person_are_named():
+def test_sources_that_may_still_contain_an_erased_person_are_listed():
     given = interaction("a", user="u1").model_copy(update={"loop": LOOP, "source": "notes", "provenance": "a.md"})
     with connect().write() as connection:
         store.record(connection, LOOP, [given], default_reward)
     said = run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
-    assert "these sources gave what was deleted, and may hold it still:\n    notes\n" in said
-    assert "may hold it still" not in run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
+    assert "the deleted data came from these sources, which may still contain it:\n    notes\n" in said
+    assert "may still contain it" not in run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
 
 
 def test_nothing_is_deleted_without_a_yes():
     id = log("--user", "u1")
     result = run("erase", "--user", "u1", input="n\n", code=1)
     assert "1 interactions, 0 feedback and 0 review decisions" in result.output
-    assert exchange(id) is not None
+    assert stored(id) is not None
     run("erase", "--user", "u1", input="y\n")
-    assert exchange(id) is None
+    assert stored(id) is None
 
 
-def test_loops_that_are_declared_no_more_are_forgotten_too():
+def test_data_of_undeclared_loops_is_erased_too():
     gone = load_loop(LOOP).model_copy(update={"name": "gone"})
     id = FeedbackClient(gone).log("a", "b", user="u1")
     assert "gone: 1 interactions, 0 feedback" in run("erase", "--user", "u1", "--yes").stdout
-    assert exchange(str(id)) is None
+    assert stored(str(id)) is None
 
 
-def test_what_waits_in_a_dead_servers_journal_is_forgotten_with_the_rest():
+def test_events_in_a_killed_servers_log_are_erased_too():
     waiting = interaction("a", user="u1").model_copy(update={"loop": LOOP})
     write_ahead_log_folder().mkdir(parents=True)
     (write_ahead_log_folder() / f"{uid('server')}.jsonl").write_text(waiting.model_dump_json() + "\n")
@@ -277,23 +277,21 @@ def test_what_waits_in_a_dead_servers_journal_is_forgotten_with_the_rest():
         assert store.record(connection, LOOP, [waiting], lambda *_: 0.0).interactions == 0
 
 
-def test_what_a_living_server_has_not_brought_into_the_store_is_told():
+def test_events_in_a_running_servers_log_are_reported():
     id = log("--user", "u1")
     waiting = interaction("a", user="u1").model_copy(update={"loop": LOOP})
     write_ahead_log_folder().mkdir(parents=True)
-    journal = write_ahead_log_folder() / f"{uid('server')}.jsonl"
-    journal.write_text(waiting.model_dump_json() + "\n")
-    with FileLock(f"{journal}.lock"):
+    server = write_ahead_log_folder() / f"{uid('server')}.jsonl"
+    server.write_text(waiting.model_dump_json() + "\n")
+    with FileLock(f"{server}.lock"):
         result = run("erase", "--user", "u1", "--yes", code=1)
-        assert exchange(id) is None
-        assert (
-            f"still be on their way into the store ({journal})" in result.stderr and "Run this again" in result.stderr
-        )
+        assert stored(id) is None
+        assert f"still be on their way into the store ({server})" in result.stderr and "Run this again" in result.stderr
         run("erase", "--user", "u2", "--yes")
     assert f"{LOOP}: 1 interactions" in run("erase", "--user", "u1", "--yes").stdout
 
 
-def test_what_another_program_keeps_in_sqlites_log_is_told(url):
+def test_deleted_text_in_sqlites_own_log_is_reported(url):
     if not url.startswith("sqlite"):
         pytest.skip("PostgreSQL has no such log")
     log("--user", "u1")
@@ -303,12 +301,12 @@ def test_what_another_program_keeps_in_sqlites_log_is_told(url):
         reader.exec_driver_sql("SELECT count(*) FROM interactions").all()
         result = run("erase", "--user", "u1", "--yes", code=1)
     assert "1 interactions, 0 feedback" in result.stdout
-    assert "still holds the deleted text. Run this again" in result.stderr
+    assert "still contains the deleted text. Run this again" in result.stderr
     other.dispose()
     run("erase", "--user", "u1", "--yes")
 
 
-def test_weights_of_a_challenger_that_was_never_promoted_are_named():
+def test_weights_of_an_unpromoted_challenger_are_listed():
     id = log("--user", "u1")
     common = {"loop": LOOP, "version": "abc", "settings": {}, "packages": {}, "watermark": 1}
     with artifacts.draft(LOOP, "curated_dataset", "abc") as folder:
@@ -328,16 +326,16 @@ def test_weights_of_a_challenger_that_was_never_promoted_are_named():
                   "tokens_per_second": 1, "wall_seconds": 1, "peak_memory_bytes": 1}  # fmt: skip
         adapter = artifacts.publish(folder, AdapterManifest, {**common, **fields}).path
     said = run("erase", "--user", "u1", "--yes").stdout
-    assert f"{LOOP}: weights made with it:\n    {adapter}" in said
+    assert f"{LOOP}: weights made with the deleted data:\n    {adapter}" in said
     assert f"`finetune model gc --keep 1 --loop {LOOP}`" in said
 
 
-def test_what_a_source_gave_is_withdrawn_by_name_after_a_question():
+def test_a_source_is_retracted_by_name_after_a_question():
     loop = load_loop(LOOP)
     records = [SourceRecord(f"{n}.md", f"a wall of {n} mm", json.dumps({"element": "wall"})) for n in range(3)]
     feed = FilesSource(kind="files", name="notes", path="somewhere")
     sync_source(loop, feed, connect(), lambda source, cursor: iter(records))
-    assert "sources of which something does: notes (3)" in run("retract", "--source", "nots", code=1).output
-    assert "Have the 3 records of notes" in run("retract", "--source", "notes", code=1, input="n\n").output
+    assert "Sources with active records: notes (3)" in run("retract", "--source", "nots", code=1).output
+    assert "Retract the 3 records of notes" in run("retract", "--source", "notes", code=1, input="n\n").output
     assert "3 records of notes retracted" in run("retract", "--source", "notes", "--yes").output
-    assert "sources of which something does: none" in run("retract", "--source", "notes", code=1).output
+    assert "Sources with active records: none" in run("retract", "--source", "notes", code=1).output

@@ -86,7 +86,7 @@ def test_alpaca_is_read_as_an_array_and_as_lines_and_adds_nothing_twice(tmp_path
     else:
         write_array(path, *ALPACA, indent=2 if form == "indented" else None)
     done = import_file(path, loop, db)
-    assert (done.lines, done.rejected, done.bad) == (4, 0, [])
+    assert (done.lines, done.rejected, done.invalid) == (4, 0, [])
     assert done.recorded == store.RecordResult(interactions=4, feedback=2)
     assert held(db) == ALPACA_HELD
     # The same again, and the same from a file of the other form.
@@ -126,7 +126,7 @@ def test_a_time_in_the_future_is_rejected_in_every_form(tmp_path, loop, db, row)
     later = datetime.now(UTC) + timedelta(days=1)
     done = import_file(write(tmp_path / "a.jsonl", {**row, "created_at": later.isoformat()}), loop, db)
     assert (done.rejected, done.recorded) == (1, store.RecordResult())
-    assert "is in the future" in done.bad[0].reason
+    assert "is in the future" in done.invalid[0].reason
     path = write(tmp_path / "b.jsonl", row)
     os.utime(path, (later.timestamp(),) * 2)  # the file's own time, which stands for a missing one, is no reason
     assert import_file(path, loop, db).rejected == 0
@@ -197,7 +197,7 @@ def test_a_line_that_is_not_to_be_trained_on_is_rejected_with_its_reason(tmp_pat
     path = write(tmp_path / "a.jsonl", row, {**row, **marked}, {**row, **dict.fromkeys(marked, 1)})
     done = import_file(path, loop, db)
     ((name, value),) = marked.items()
-    assert [line.reason for line in done.bad] == [f"the line is not to be trained on ({name}: {value})"]
+    assert [line.reason for line in done.invalid] == [f"the line is not to be trained on ({name}: {value})"]
     assert done.recorded == store.RecordResult(interactions=1, feedback=1, duplicates=2)
 
 
@@ -268,7 +268,7 @@ def test_a_bad_line_is_named_and_the_others_are_taken(tmp_path, loop, db, line, 
     path = write(tmp_path / "log.jsonl", GOOD, line, {**GOOD, "prompt": "q"})
     done = import_file(path, loop, db)
     assert (done.lines, done.rejected, done.recorded.interactions) == (3, 1, 2)
-    (bad,) = done.bad
+    (bad,) = done.invalid
     assert (bad.path, bad.line) == (path, 2)
     assert reason in bad.reason
     assert len(bad.reason) < 300
@@ -485,7 +485,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path, loop, db):
 
 def test_only_the_first_bad_lines_are_kept(tmp_path, loop, db):
     done = import_file(write(tmp_path / "bad.jsonl", *["oops\n"] * 1_000), loop, db)
-    assert (done.rejected, len(done.bad)) == (1_000, 20)
+    assert (done.rejected, len(done.invalid)) == (1_000, 20)
 
 
 def test_alpaca_keeps_a_conversation_with_a_system_message_of_its_own(tmp_path, loop, db):

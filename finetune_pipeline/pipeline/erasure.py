@@ -1,0 +1,164 @@
+"""Erasing a person: what the store holds, what was made with it, the deletion, and what has to be deleted by hand."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_pipeline.database import Database
+from finetune_pipeline.feedback.erasure import (
+    Erased,
+    PersonData,
+    erase_user,
+    loops_with_data,
+    overwrite_deleted,
+    person_data,
+)
+from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
+from finetune_pipeline.feedback.write_ahead_log import dead_letter_files, log_files, recover_orphans
+from finetune_pipeline.pipeline.lineage import MadeWith, made_with
+from finetune_pipeline.settings import INGESTED, FeedbackSettings, LoopSettings, load_loop, load_loops
+from finetune_pipeline.sources.row_readers import files_of, layout_of, read_rows
+
+
+@dataclass(frozen=True)
+class HeldData:
+    """What a loop holds of a person, and what was made with it.
+
+    Attributes:
+        loop: the loop's settings; None if the store knows the loop but no YAML declares it any more.
+    """
+
+    name: str
+    loop: LoopSettings | None
+    data: PersonData
+    made_with: MadeWith
+
+
+@dataclass(frozen=True)
+class ErasedLoop:
+    """What was erased in a loop, and what still holds the person's data and has to be deleted by hand.
+
+    Attributes:
+        artifacts: artifacts and models that were made with the erased data.
+        sources: declared sources that the erased data came from.
+        files: event files and dead letters that contain the person's name.
+    """
+
+    name: str
+    erased: Erased
+    artifacts: MadeWith
+    sources: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class ErasureResult:
+    """The result of an erasure. It has to be repeated unless it is `complete`.
+
+    Attributes:
+        write_ahead_logs: logs of running servers that contain the person's name; their events may still be stored.
+        database_busy: whether SQLite's own log still contains the deleted text, because another program uses it.
+    """
+
+    loops: tuple[ErasedLoop, ...]
+    write_ahead_logs: tuple[Path, ...]
+    database_busy: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of the person is left in the database, or on its way there."""
+        return not self.write_ahead_logs and not self.database_busy
+
+
+def find_person(database: Database, user: str, loop: str | None = None) -> list[HeldData]:
+    """Return what each loop, or only one, holds of a person.
+
+    The logs of killed servers are moved to the store first, so that nothing of them arrives after the erasure.
+
+    Raises:
+        SettingsError: there is no such loop.
+        ArtifactError: a snapshot or dataset cannot be read, so it is unknown what was made with the data.
+    """
+    all_loops = load_loops()
+    declared = {loop: load_loop(loop)} if loop else all_loops
+
+    def reward_of(name: str) -> RewardFunction:
+        return reward_function(all_loops[name].feedback if name in all_loops else FeedbackSettings())
+
+    recover_orphans(database, reward_of)
+    with database.read() as connection:
+        names = [loop] if loop else sorted({*declared, *loops_with_data(connection)})
+        data = {name: person_data(connection, name, user) for name in names}
+    return [
+        HeldData(
+            name,
+            declared.get(name),
+            held,
+            made_with(database, declared[name], held.affected_interactions) if name in declared else MadeWith(),
+        )
+        for name, held in data.items()
+    ]
+
+
+def erase_person(database: Database, user: str, held: Sequence[HeldData]) -> ErasureResult:
+    """Delete a person's data from the loops that `find_person` returned.
+
+    It is safe to repeat, and worth it if nothing was found: the name is remembered, so that no source brings in
+    anything by this author.
+    """
+    # Looked up before the deletion: events that reach the store until then are deleted with the rest.
+    pending = _files_naming(user, log_files())
+    erased = {}
+    for one in held:
+        reward = reward_function(one.loop.feedback if one.loop else FeedbackSettings())
+        with database.write() as connection:
+            erased[one.name] = erase_user(connection, one.name, user, reward)
+    overwritten = overwrite_deleted(database)
+    loops = tuple(
+        ErasedLoop(
+            one.name,
+            erased[one.name],
+            one.made_with,
+            tuple(source for source in one.data.sources if source != INGESTED),
+            tuple(_event_files_naming(user, one.loop)) if one.loop else (),
+        )
+        for one in held
+    )
+    return ErasureResult(loops, tuple(pending), database_busy=not overwritten)
+
+
+def total_held(held: Sequence[HeldData]) -> int:
+    """Return the number of interactions, feedback and review decisions."""
+    return sum(one.data.count for one in held)
+
+
+def artifacts_by_kind(made: MadeWith) -> Mapping[str, Sequence[object]]:
+    """Return the artifacts and models by the name of their kind, without empty kinds."""
+    kinds = {"snapshots": made.snapshots, "datasets": made.datasets, "models": made.models, "weights": made.weights}
+    return {kind: found for kind, found in kinds.items() if found}
+
+
+def _event_files_naming(user: str, loop: LoopSettings) -> list[Path]:
+    """Return the loop's event files, and dead letters, that contain the person's name."""
+    paths = [path for folder in loop.log_folders if folder.is_dir() for path in files_of(folder)]
+    found = _files_naming(user, [*paths, *dead_letter_files()])
+    for path in paths:
+        with suppress(FileNotFoundError):  # deleted in the meantime
+            if layout_of(path) in {"csv", "parquet"}:  # where a name is not a JSON string
+                rows = (row.value for row in read_rows(path, loop.ingest.max_line_bytes))
+                if any(isinstance(row, dict) and str(row.get("user")) == user for row in rows):
+                    found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _files_naming(user: str, paths: Sequence[Path]) -> list[Path]:
+    """Return the files that contain the person's name as a JSON string."""
+    names = [json.dumps(user).encode(), json.dumps(user, ensure_ascii=False).encode()]
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError), path.open("rb") as file:  # a log may be deleted in the meantime
+            if any(name in line for line in file for name in names):
+                found.append(path)
+    return found

@@ -1,0 +1,40 @@
+"""Import of feedback files, and export of redacted examples."""
+
+from collections import Counter
+from pathlib import Path
+
+from finetune_pipeline.curation.redaction import redact
+from finetune_pipeline.database import Database
+from finetune_pipeline.feedback.formats import ExportResult, ImportResult, export_alpaca, import_rows
+from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.sources.row_readers import read_rows
+
+
+def import_feedback(path: Path, loop: LoopSettings, database: Database) -> ImportResult:
+    """Store the events, interactions with a reward, or Alpaca rows of a file.
+
+    Raises:
+        FeedbackError: the file cannot be read.
+    """
+    return import_rows(path, read_rows(path, loop.ingest.max_line_bytes), loop, database)
+
+
+def export_examples(
+    path: Path, loop: LoopSettings, database: Database, *, min_reward: float = -1.0, force: bool = False
+) -> tuple[ExportResult, Counter[str]]:
+    """Write a loop's examples as Alpaca rows without secrets and personal data.
+
+    Returns:
+        How many were written and left out, and how many texts of which kind were replaced by placeholders.
+
+    Raises:
+        FeedbackError: the file exists (and not `force`), or cannot be written.
+    """
+    replaced: Counter[str] = Counter()
+
+    def clean(text: str) -> str:
+        redacted = redact(text)
+        replaced.update(redacted.counts)
+        return redacted.text
+
+    return export_alpaca(path, loop, database, clean, min_reward=min_reward, force=force), replaced
