@@ -1,15 +1,15 @@
-"""Files of feedback: what other programs wrote, and what others shall read.
+"""Feedback files: import of three kinds of JSON objects, and export as events or as Alpaca rows.
 
-Three kinds of object are read, told apart by their keys, mixed as they may be:
+The kinds are told apart by their keys, and one file may contain all of them:
 
     {"event": "interaction" | "feedback", ...}                          the project's own events
-    {"prompt", "output" or "response"[, "reward", "correction", ...]}   one exchange with what was thought of it
+    {"prompt", "output" or "response"[, "reward", "correction", ...]}   an interaction with its feedback
     {"instruction", "input", "output"[, "reward", ...]}                 Alpaca
 
-The last two take every other field of `records.Interaction` too. Their `reward` is of the output, and a correction
-beside it is worth what the table of rewards says. Without an id, or with one that is no UUID, it follows from the
-content, so that a file that is read twice adds nothing. A row marked as not to be trained on (`weight: 0`, or `train`,
-`trainable` or `loss` false) is rejected. Reading the rows of a file is done elsewhere.
+The last two may have any other field of `records.Interaction`. Their `reward` is that of the output; a correction in
+addition has the reward of a correction. A missing id, or one that is not a UUID, is derived from the content, so that
+importing a file again adds nothing. A row that is excluded from training (`weight: 0`; or `train`, `trainable` or
+`loss` false) is rejected. `sources.row_readers` reads the rows of a file.
 """
 
 import json
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 from uuid import UUID, uuid5
 
 import sqlalchemy as sa
@@ -30,7 +30,15 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batches
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
-from finetune_pipeline.feedback.store import RecordResult, newest_offset, qualifies, record, source_feedback_id
+from finetune_pipeline.feedback.store import (
+    RecordResult,
+    feedback_from_row,
+    interaction_from_row,
+    newest_offset,
+    qualifies,
+    record,
+    source_feedback_id,
+)
 from finetune_pipeline.records import (
     LOSS_MASK_FIELDS,
     Feedback,
@@ -44,20 +52,18 @@ from finetune_pipeline.records import (
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.validation_messages import error_message
 
-_SHOWN = 20
-_ROWS = 500
+_MAX_LISTED = 20
+_FETCHED_ROWS = 500
 
 Rows = Iterable[tuple[int, Any, str, bool]]
-"""The rows of a file: the line at which each begins, its value, why it could not be read (else empty), and whether
-nothing behind it could be."""
+"""The rows of a file: line number, value, why it could not be read (else empty), and whether the rest is unreadable."""
 
 Events = list[Interaction | Feedback]
-E = TypeVar("E", Interaction, Feedback)
 
 
 @dataclass(frozen=True)
 class InvalidLine:
-    """A line that is no event, and why."""
+    """A line that is not an event, and the reason."""
 
     path: Path
     line: int
@@ -66,7 +72,7 @@ class InvalidLine:
 
 @dataclass
 class ImportResult:
-    """What reading a file did.
+    """The result of an import.
 
     Attributes:
         invalid: the first rejected lines.
@@ -81,44 +87,55 @@ class ImportResult:
 
 
 class ExportResult(NamedTuple):
-    """How many lines, or examples, were written, and how many interactions were left out."""
+    """How many events or examples were written, and how many interactions were left out."""
 
     written: int
     left_out: int
 
 
 def import_rows(path: Path, rows: Rows, loop: LoopSettings, database: Database) -> ImportResult:
-    """Take the rows of a file into the store, of any of the formats; a bad one is named and the others are taken.
+    """Store the valid rows of a file, and list the others.
 
     Raises:
         FeedbackError: the file cannot be read.
     """
     result = ImportResult()
     reward = reward_function(loop.feedback)
+
+    def valid_events() -> Iterator[Interaction | Feedback]:
+        for item in read_events(path, rows, loop):
+            result.lines += 1
+            if isinstance(item, InvalidLine):
+                result.rejected += 1
+                if len(result.invalid) < _MAX_LISTED:
+                    result.invalid.append(item)
+            else:
+                yield from item
+
     try:
-        for batch in in_batches(_good(path, rows, loop, result)):
+        for batch in in_batches(valid_events()):
             with database.write() as connection:
                 done = record(connection, loop.name, batch, reward)
             result.recorded += RecordResult(done.interactions, done.feedback, done.duplicates)
             result.conflicts += done.conflicts
     except OSError as error:
-        raise FeedbackError(f"{path} cannot be read ({error.strerror}); mend it, then import it again") from error
+        raise FeedbackError(f"{path} cannot be read ({error.strerror}). Fix this, then import it again.") from error
     return result
 
 
 def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events | InvalidLine]:
-    """What each row of a file says: its events, or why it says nothing.
+    """Yield the events of each row of a file, or why the row is invalid.
 
     Raises:
         OSError: the file cannot be read.
     """
-    moment = min(datetime.fromtimestamp(path.stat().st_mtime, UTC), datetime.now(UTC))
-    for number, document, reason, _ in rows:
+    file_time = min(datetime.fromtimestamp(path.stat().st_mtime, UTC), datetime.now(UTC))
+    for number, row, reason, _ in rows:
         if reason:
             yield InvalidLine(path, number, reason)
             continue
         try:
-            yield _events(document, loop, moment)
+            yield _events(row, loop, file_time)
         except ValidationError as error:
             yield InvalidLine(path, number, error_message(error))
         except ValueError as error:
@@ -126,24 +143,27 @@ def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events |
 
 
 def export_events(path: Path, loop: LoopSettings, database: Database, *, force: bool = False) -> ExportResult:
-    """Write what applications logged, and what was said of it, a line each, interactions before their feedback.
+    """Write the events that applications logged, one per line, each interaction before its feedback.
 
-    It is the raw record: secrets and personal data stay in it. A feedback has the `reward` that it counted for, unless
-    its interaction is not in the file.
+    This is the raw record, with secrets and personal data. A feedback has the `reward` that it counted for, unless its
+    interaction is not in the file.
 
-    What declared sources and dropped files gave is left out: it stands there, comes from there with the same ids, and
-    is taken back when it is gone there, none of which an event could say. What people said of it is written.
+    Interactions of declared sources and dropped files are left out: they would be imported as an application's, while
+    a sync brings them in with the same ids and retracts them when their source drops them. Feedback of people on them
+    is written.
 
     Raises:
-        FeedbackError: the file is there already (and not `force`), or cannot be written.
+        FeedbackError: the file exists (and not `force`), or cannot be written.
     """
     reward = reward_function(loop.feedback)
-    with database.read() as connection, _written(path, force) as file:
+    i = t.interactions.c
+    with database.read() as connection, _new_export(path, force) as file:
         written = 0
-        for line in _event_lines(connection, loop.name, reward):
-            file.write(line + "\n")
+        for event in _exported_events(connection, loop.name, reward):
+            # Without fields that are null or, like the history, empty by default.
+            exclude = {"history"} if isinstance(event, Interaction) and not event.history else set()
+            file.write(event.model_dump_json(exclude_none=True, exclude=exclude) + "\n")
             written += 1
-        i = t.interactions.c
         return ExportResult(written, _count(connection, i.loop == loop.name, i.source.is_not(None)))
 
 
@@ -156,107 +176,91 @@ def export_alpaca(
     min_reward: float = -1.0,
     force: bool = False,
 ) -> ExportResult:
-    """Write what a loop's interactions teach, whatever gave them: instruction, input, answer as it should be, reward.
-
-    What was retracted, since its source no longer has it, teaches nothing and is left out.
+    """Write a loop's examples, whatever they came from, as Alpaca rows with their reward.
 
     The system prompt is the instruction and the prompt the input; without a system prompt the prompt is the
-    instruction. What was said before the prompt stands in `history`. A name that ends in .json gives a JSON array,
-    any other JSON lines.
+    instruction. Messages before the prompt are pairs in `history`, see `alpaca`. A name that ends in .json gives a JSON array, any other
+    JSON lines. Examples of retracted interactions are left out.
 
     Args:
-        redact: takes secrets and personal data out of a text, as before training: prompts, answers and history.
-        min_reward: examples below it are left out, but for those that a person corrected.
+        redact: removes secrets and personal data from prompts, answers and histories, as before training.
+        min_reward: examples with a lower reward are left out, except those that a person corrected.
 
     Raises:
-        FeedbackError: the file is there already (and not `force`), or cannot be written.
+        FeedbackError: the file exists (and not `force`), or cannot be written.
     """
+    i, e = t.interactions.c, t.examples.c
+    examples = (
+        sa.select(i.prompt, i.history, e.target, e.reward)
+        .join(t.examples, i.id == e.interaction_id)
+        .where(i.loop == loop.name, e.loop == loop.name, i.retracted_offset.is_(None), qualifies(min_reward))
+    )
     array = path.suffix == ".json"
-    with database.read() as connection, _written(path, force) as file:
+    with database.read() as connection, _new_export(path, force) as file:
         written = 0
         file.write("[\n" if array else "")
-        for row in _taught(connection, loop.name, min_reward):
-            file.write(",\n" if array and written else "")
+        for row in (row for rows in _batches(connection, examples, i) for row in rows):
             history = [Turn(role=turn["role"], content=redact(turn["content"])) for turn in row.history or ()]
-            line = alpaca_row(redact(row.prompt), history, redact(row.target), loop.system_prompt)
-            line["reward"] = row.reward
-            file.write(json.dumps(line, ensure_ascii=False) + ("" if array else "\n"))
+            alpaca = alpaca_row(redact(row.prompt), history, redact(row.target), loop.system_prompt)
+            alpaca["reward"] = row.reward
+            file.write(",\n" if array and written else "")
+            file.write(json.dumps(alpaca, ensure_ascii=False) + ("" if array else "\n"))
             written += 1
         file.write("\n]\n" if array else "")
-        i = t.interactions.c
         return ExportResult(written, _count(connection, i.loop == loop.name, i.retracted_offset.is_not(None)))
 
 
-def _good(path: Path, rows: Rows, loop: LoopSettings, result: ImportResult) -> Iterator[Interaction | Feedback]:
-    for item in read_events(path, rows, loop):
-        result.lines += 1
-        if isinstance(item, InvalidLine):
-            result.rejected += 1
-            if len(result.invalid) < _SHOWN:
-                result.invalid.append(item)
-        else:
-            yield from item
-
-
-def _events(document: Any, loop: LoopSettings, moment: datetime) -> Events:
-    if not isinstance(document, dict):
-        raise ValueError(f"found {type(document).__name__}, expected a JSON object")
-    given = {"loop": loop.name, "created_at": moment, **document}
+def _events(row: Any, loop: LoopSettings, file_time: datetime) -> Events:
+    if not isinstance(row, dict):
+        raise ValueError(f"found {type(row).__name__}, expected a JSON object")
+    given = {"loop": loop.name, "created_at": file_time, **row}
     if given["loop"] != loop.name:
-        raise ValueError(f"is of loop {given['loop']!r:.80}, this file is read for {loop.name!r}")
-    if "event" in document:
-        return [_own_event(given, document)]
-    if "instruction" in document:
-        return _exchange(_from_alpaca(given, loop.system_prompt))
-    if "prompt" in document:
-        return _exchange(given)
-    raise ValueError("none of the keys event, prompt, instruction is there; one of them says what the line is")
+        raise ValueError(f"is of loop {given['loop']!r:.80}, but this file is read for {loop.name!r}")
+    if "event" in row:
+        kinds: dict[Any, type[Interaction | Feedback]] = {"interaction": Interaction, "feedback": Feedback}
+        event = given["event"]
+        if not isinstance(event, str) or event not in kinds:
+            raise ValueError(f"event: found {event!r:.80}, expected interaction or feedback")
+        identified = {"id": event_id(given["loop"], hash_of(row)), **given}
+        return [validate_application_event(kinds[event].model_validate(identified))]
+    if "instruction" in row:
+        # The original data set also has `text`, which repeats the other three.
+        fields = {key: value for key, value in given.items() if key not in {"instruction", "input", "text", "system"}}
+        if "prompt" in fields:
+            raise ValueError("instruction and input: expected two strings, and no prompt in addition")
+        system = given.get("system")
+        prompt = alpaca_prompt(given["instruction"], given.get("input"), system)
+        fields["prompt"], _ = without_system_prompt(prompt, (), loop.system_prompt)
+        if "history" in fields:
+            fields["history"] = history_messages(fields["history"])
+        if system and system != loop.system_prompt:
+            fields["history"] = [{"role": "system", "content": system}, *(fields.get("history") or ())]
+        return _flat_events(fields)
+    if "prompt" in row:
+        return _flat_events(given)
+    raise ValueError("has none of the keys event, prompt, instruction; one of them says what the line is")
 
 
-def _own_event(given: dict[str, Any], document: Any) -> Interaction | Feedback:
-    kinds: dict[Any, type[Interaction | Feedback]] = {"interaction": Interaction, "feedback": Feedback}
-    event = given["event"]
-    if not isinstance(event, str) or event not in kinds:
-        raise ValueError(f"event: found {event!r:.80}, expected interaction or feedback")
-    return validate_application_event(
-        kinds[event].model_validate({"id": event_id(given["loop"], hash_of(document)), **given})
-    )
-
-
-def _from_alpaca(given: dict[str, Any], system_prompt: str) -> dict[str, Any]:
-    # The original data set also has `text`, which repeats the other three.
-    rest = {key: value for key, value in given.items() if key not in {"instruction", "input", "text", "system"}}
-    if "prompt" in rest:
-        raise ValueError("instruction and input: expected two strings, and no prompt in addition")
-    system = given.get("system")
-    prompt = alpaca_prompt(given["instruction"], given.get("input"), system)
-    if "history" in rest:
-        rest["history"] = history_messages(rest["history"])
-    if system and system != system_prompt:
-        rest["history"] = [{"role": "system", "content": system}, *(rest.get("history") or ())]
-    return {**rest, "prompt": without_system_prompt(prompt, (), system_prompt)[0]}
-
-
-def _exchange(given: dict[str, Any]) -> Events:
-    """The interaction of a flat line, and the feedback on it."""
+def _flat_events(given: dict[str, Any]) -> Events:
+    """Return the interaction of a row that has its feedback as fields, and this feedback."""
     if ("output" in given) == ("response" in given):
         raise ValueError("output: expected the answer, as `output` or as `response`")
-    if marked := loss_mask_field(given):
-        raise ValueError(f"the line is not to be trained on ({marked})")
-    beside = {"response", "reward", "correction", *LOSS_MASK_FIELDS}
-    own = {key: value for key, value in given.items() if key not in beside}
-    own.setdefault("output", given.get("response"))
-    if not _is_uuid(own.get("id")):
-        # The time of the file is no part of what the line says; a time that it names itself is.
-        content = {key: value for key, value in own.items() if not isinstance(value, datetime)}
-        own["id"] = event_id(own["loop"], hash_of(content))
-    interaction = Interaction.model_validate(own)
+    if masked := loss_mask_field(given):
+        raise ValueError(f"the line is not to be trained on ({masked})")
+    others = {"response", "reward", "correction", *LOSS_MASK_FIELDS}
+    fields = {key: value for key, value in given.items() if key not in others}
+    fields.setdefault("output", given.get("response"))
+    if not _is_uuid(fields.get("id")):
+        # A time that the row names is part of its content (and a string here); the file's time is not.
+        content = {key: value for key, value in fields.items() if not isinstance(value, datetime)}
+        fields["id"] = event_id(fields["loop"], hash_of(content))
+    interaction = Interaction.model_validate(fields)
     validate_application_event(interaction)
     events: Events = [interaction]
     if given.get("reward") is not None:
-        events.append(_on(interaction, "reward", reward=given["reward"]))
+        events.append(_feedback_on(interaction, "reward", reward=given["reward"]))
     if given.get("correction") is not None:
-        events.append(_on(interaction, "correction", correction=given["correction"], user=interaction.user))
+        events.append(_feedback_on(interaction, "correction", correction=given["correction"], user=interaction.user))
     return events
 
 
@@ -268,87 +272,65 @@ def _is_uuid(value: Any) -> bool:
     return True
 
 
-def _on(interaction: Interaction, kind: str, **values: Any) -> Feedback:
-    about = text_hash(interaction.output)
+def _feedback_on(interaction: Interaction, kind: str, **values: Any) -> Feedback:
+    answer_hash = text_hash(interaction.output)
     return Feedback.model_validate(
         {
-            "id": uuid5(interaction.id, hash_of([kind, about, values])),
+            "id": uuid5(interaction.id, hash_of([kind, answer_hash, values])),
             "loop": interaction.loop,
             "interaction_id": interaction.id,
             "created_at": interaction.created_at,
             "kind": kind,
-            "output_hash": about,
+            "output_hash": answer_hash,
             **values,
         }
     )
 
 
 @contextmanager
-def _written(path: Path, force: bool) -> Iterator[IO[str]]:
-    """A file that is there whole or not at all."""
+def _new_export(path: Path, force: bool) -> Iterator[IO[str]]:
+    """Open a file that appears under its name only when it is complete."""
     try:
         with new_file(path, force=force) as file:
             yield file
     except FileExistsError as error:
-        raise FeedbackError(f"{path} is there already; name another file, or overwrite it with --force") from error
+        raise FeedbackError(f"{path} exists already; name another file, or overwrite it with --force") from error
     except OSError as error:
         raise FeedbackError(
-            f"{path} could not be written ({error.strerror}); nothing is left of it. Name a file in a folder that is "
-            "there, on a disk with room"
+            f"{path} could not be written ({error.strerror}), and nothing of it is left. Name a file in an existing "
+            "folder, on a disk with free space."
         ) from error
 
 
-def _event_lines(connection: sa.Connection, loop: str, reward: RewardFunction) -> Iterator[str]:
+def _exported_events(connection: sa.Connection, loop: str, reward: RewardFunction) -> Iterator[Interaction | Feedback]:
     i, f = t.interactions.c, t.feedback.c
     until = newest_offset(connection)
     own = sa.select(t.interactions).where(i.loop == loop, i.ingest_offset <= until, i.source.is_(None))
-    for rows in _partitions(connection, own, i):
+    for rows in _batches(connection, own, i):
         ids = [row.id for row in rows]
         about = sa.select(t.feedback).where(f.loop == loop, f.interaction_id.in_(ids)).order_by(f.ingest_offset)
         by_interaction: dict[UUID, list[Feedback]] = {}
         for row in connection.execute(about):
-            by_interaction.setdefault(UUID(row.interaction_id), []).append(_record(Feedback, row))
-        for interaction in (_record(Interaction, row) for row in rows):
-            yield interaction.model_dump_json(exclude_none=True, exclude=_no_history(interaction))
+            by_interaction.setdefault(UUID(row.interaction_id), []).append(feedback_from_row(row))
+        for interaction in map(interaction_from_row, rows):
+            yield interaction
             for feedback in by_interaction.get(interaction.id, ()):
-                rewarded = feedback.model_copy(update={"reward": reward(feedback, interaction)})
-                yield rewarded.model_dump_json(exclude_none=True)
-    written = sa.exists().where(i.id == f.interaction_id, i.loop == loop, i.source.is_(None))
-    for rows in _partitions(
-        connection, sa.select(t.feedback).where(f.loop == loop, f.ingest_offset <= until, ~written), f
-    ):
-        for one in (_record(Feedback, row) for row in rows):
-            given_on = one.interaction_id
-            if one.id not in {source_feedback_id(given_on), source_feedback_id(given_on, one.reward)}:
-                yield one.model_dump_json(exclude_none=True)
+                yield feedback.model_copy(update={"reward": reward(feedback, interaction)})
+    exported = sa.exists().where(i.id == f.interaction_id, i.loop == loop, i.source.is_(None))
+    others = sa.select(t.feedback).where(f.loop == loop, f.ingest_offset <= until, ~exported)
+    for rows in _batches(connection, others, f):
+        for feedback in map(feedback_from_row, rows):
+            # A source's own reward comes again with its next sync.
+            on = feedback.interaction_id
+            if feedback.id not in {source_feedback_id(on), source_feedback_id(on, feedback.reward)}:
+                yield feedback
 
 
-def _record(kind: type[E], row: sa.Row[Any]) -> E:
-    values = row._asdict()
-    return kind.model_validate(
-        {k: v for k, v in values.items() if k not in {"ingest_offset", "retracted_offset"} and v is not None}
-    )
+def _count(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> int:
+    query = sa.select(sa.func.count()).select_from(t.interactions).where(*conditions)
+    return int(connection.execute(query).scalar_one())
 
 
-def _count(connection: sa.Connection, *which: sa.ColumnElement[bool]) -> int:
-    return int(connection.execute(sa.select(sa.func.count()).select_from(t.interactions).where(*which)).scalar_one())
-
-
-def _no_history(interaction: Interaction) -> set[str]:
-    return set() if interaction.history else {"history"}
-
-
-def _taught(connection: sa.Connection, loop: str, min_reward: float) -> Iterator[sa.Row[Any]]:
-    i, e = t.interactions.c, t.examples.c
-    query = (
-        sa.select(i.prompt, i.history, e.target, e.reward)
-        .join(t.examples, i.id == e.interaction_id)
-        .where(i.loop == loop, e.loop == loop, i.retracted_offset.is_(None), qualifies(min_reward))
-    )
-    for rows in _partitions(connection, query, i):
-        yield from rows
-
-
-def _partitions(connection: sa.Connection, query: sa.Select[Any], columns: Any) -> Iterable[Any]:
-    ordered = query.order_by(columns.ingest_offset).execution_options(yield_per=_ROWS)
+def _batches(connection: sa.Connection, query: sa.Select[Any], columns: Any) -> Iterable[Any]:
+    ordered = query.order_by(columns.ingest_offset).execution_options(yield_per=_FETCHED_ROWS)
     return connection.execute(ordered).partitions()

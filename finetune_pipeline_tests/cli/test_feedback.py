@@ -208,7 +208,7 @@ def test_expected_errors_are_one_line_in_a_real_process(tmp_path):
     command = [sys.executable, "-m", "finetune_pipeline.cli.main", "feedback", "export", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
     assert result.returncode == 1
-    assert result.stderr == f"error: {path} is there already; name another file, or overwrite it with --force\n"
+    assert result.stderr == f"error: {path} exists already; name another file, or overwrite it with --force\n"
 
 
 def snapshot_of(*ids):

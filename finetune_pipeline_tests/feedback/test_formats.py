@@ -95,7 +95,7 @@ def test_alpaca_is_read_as_an_array_and_as_lines_and_adds_nothing_twice(tmp_path
     assert import_file(other, loop, db).recorded == store.RecordResult(duplicates=6)
 
 
-def test_an_id_that_returns_with_other_content_is_named_and_the_first_stays(tmp_path, loop, db):
+def test_a_known_id_with_other_content_is_a_conflict_and_the_first_stays(tmp_path, loop, db):
     first = {"prompt": "p", "output": "o", "id": str(uid("a")), "reward": 0.5}
     import_file(write(tmp_path / "a.jsonl", first), loop, db)
     other = {**first, "output": "another"}
@@ -104,7 +104,7 @@ def test_an_id_that_returns_with_other_content_is_named_and_the_first_stays(tmp_
     assert held(db)[0][1] == "o"
 
 
-def test_events_that_were_exported_contradict_nothing(tmp_path, loop, db):
+def test_exported_events_cause_no_conflicts(tmp_path, loop, db):
     events = [interaction("a"), feedback("f", "a", "thumbs_up"), feedback("g", "a", "rating", rating="2")]
     with db.write() as connection:
         store.record(connection, loop.name, events, default_reward)
@@ -128,7 +128,7 @@ def test_a_time_in_the_future_is_rejected_in_every_form(tmp_path, loop, db, row)
     assert (done.rejected, done.recorded) == (1, store.RecordResult())
     assert "is in the future" in done.invalid[0].reason
     path = write(tmp_path / "b.jsonl", row)
-    os.utime(path, (later.timestamp(),) * 2)  # the file's own time, which stands for a missing one, is no reason
+    os.utime(path, (later.timestamp(),) * 2)  # the file's time is used for a missing one, but never rejected
     assert import_file(path, loop, db).rejected == 0
 
 
@@ -193,7 +193,7 @@ def test_null_and_nan_count_as_absent_fields(tmp_path, loop, row, null):
 
 @pytest.mark.parametrize("marked", [{"weight": 0}, {"train": False}, {"trainable": "false"}, {"loss": 0.0}])
 @pytest.mark.parametrize("row", [{"prompt": "p", "output": "o", "reward": 1}, ALPACA[0]])
-def test_a_line_that_is_not_to_be_trained_on_is_rejected_with_its_reason(tmp_path, loop, db, row, marked):
+def test_a_line_excluded_from_training_is_rejected_with_its_reason(tmp_path, loop, db, row, marked):
     path = write(tmp_path / "a.jsonl", row, {**row, **marked}, {**row, **dict.fromkeys(marked, 1)})
     done = import_file(path, loop, db)
     ((name, value),) = marked.items()
@@ -201,7 +201,7 @@ def test_a_line_that_is_not_to_be_trained_on_is_rejected_with_its_reason(tmp_pat
     assert done.recorded == store.RecordResult(interactions=1, feedback=1, duplicates=2)
 
 
-def test_what_a_flat_line_knows_is_kept(tmp_path, loop):
+def test_the_fields_of_a_flat_line_are_kept(tmp_path, loop):
     given = {"prompt": "p", "output": "o", "user": "u", "confidence": 0.5, "id": str(uid("x")), "correction": "c",
              "created_at": START.isoformat(), "model": "m", "history": [{"role": "user", "content": "h"}]}  # fmt: skip
     logged, correction = events(write(tmp_path / "f.jsonl", given), loop)
@@ -211,7 +211,7 @@ def test_what_a_flat_line_knows_is_kept(tmp_path, loop):
     assert (correction.interaction_id, correction.correction, correction.user) == (uid("x"), "c", "u")
 
 
-def test_a_missing_id_follows_from_the_content_alone(tmp_path, loop):
+def test_a_missing_id_is_derived_from_the_content_alone(tmp_path, loop):
     def id_of(name, **given):
         return events(write(tmp_path / name, {"prompt": "p", "output": "o", **given}), loop)[0].id
 
@@ -222,7 +222,7 @@ def test_a_missing_id_follows_from_the_content_alone(tmp_path, loop):
     assert len(set(different)) == 5
 
 
-def test_a_reward_that_comes_later_adds_only_that(tmp_path, loop, db):
+def test_a_later_reward_adds_only_one_feedback(tmp_path, loop, db):
     import_file(write(tmp_path / "a.jsonl", {"prompt": "p", "output": "o"}), loop, db)
     later = import_file(write(tmp_path / "b.jsonl", {"prompt": "p", "output": "o", "reward": 1}), loop, db)
     assert later.recorded == store.RecordResult(feedback=1, duplicates=1)
@@ -264,21 +264,21 @@ GOOD = {"prompt": "p", "output": "o"}
         ("[" * 9_000 + "\n", "not JSON"),
     ],
 )
-def test_a_bad_line_is_named_and_the_others_are_taken(tmp_path, loop, db, line, reason):
+def test_an_invalid_line_is_reported_and_the_others_are_imported(tmp_path, loop, db, line, reason):
     path = write(tmp_path / "log.jsonl", GOOD, line, {**GOOD, "prompt": "q"})
     done = import_file(path, loop, db)
     assert (done.lines, done.rejected, done.recorded.interactions) == (3, 1, 2)
-    (bad,) = done.invalid
-    assert (bad.path, bad.line) == (path, 2)
-    assert reason in bad.reason
-    assert len(bad.reason) < 300
+    (invalid,) = done.invalid
+    assert (invalid.path, invalid.line) == (path, 2)
+    assert reason in invalid.reason
+    assert len(invalid.reason) < 300
 
 
-def test_a_line_that_is_not_utf_8_is_named(tmp_path, loop):
+def test_a_line_that_is_not_utf_8_is_reported(tmp_path, loop):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n\xff\xfe{}\n")
-    good, bad = read_events(path, loop)
-    assert good[0].prompt == "p" and "not UTF-8" in bad.reason
+    good, invalid = read_events(path, loop)
+    assert good[0].prompt == "p" and "not UTF-8" in invalid.reason
 
 
 def test_a_line_without_its_end_is_read(tmp_path, loop):
@@ -288,18 +288,18 @@ def test_a_line_without_its_end_is_read(tmp_path, loop):
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", "[]"), ("a", " [ ] \n")])
-def test_an_empty_file_holds_nothing(tmp_path, loop, name, text):
+def test_an_empty_file_has_no_events(tmp_path, loop, name, text):
     path = tmp_path / name
     path.write_text(text)
     assert list(read_events(path, loop)) == []
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
-def test_a_json_file_without_an_array_is_one_that_somebody_still_writes(tmp_path, loop, text):
+def test_a_json_file_without_an_array_counts_as_unfinished(tmp_path, loop, text):
     path = tmp_path / "emptied.json"
     path.write_text(text)
-    (bad,) = read_events(path, loop)
-    assert bad.reason == "found 'the end of the file', expected '['; nothing after it was read"
+    (invalid,) = read_events(path, loop)
+    assert invalid.reason == "found 'the end of the file', expected '['; nothing after it was read"
 
 
 @pytest.mark.parametrize(
@@ -314,12 +314,12 @@ def test_a_json_file_without_an_array_is_one_that_somebody_still_writes(tmp_path
         ('[%s,\n{"prompt": "' + "x" * 1_200_000, 2, "longer than 1000000 bytes"),
     ],
 )
-def test_a_broken_array_is_read_up_to_the_fault(tmp_path, loop, text, line, reason):
+def test_a_broken_array_is_read_up_to_the_error(tmp_path, loop, text, line, reason):
     path = tmp_path / "log.json"
     path.write_text(text.replace("%s", json.dumps(GOOD)))
-    good, bad = read_events(path, loop)
+    good, invalid = read_events(path, loop)
     assert good[0].prompt == "p"
-    assert (bad.line, reason in bad.reason) == (line, True), bad.reason
+    assert (invalid.line, reason in invalid.reason) == (line, True), invalid.reason
 
 
 def test_an_element_longer_than_the_buffer_is_read_whole(tmp_path, loop):
@@ -329,10 +329,10 @@ def test_an_element_longer_than_the_buffer_is_read_whole(tmp_path, loop):
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
-def test_wherever_the_buffer_ends_the_elements_are_the_same(tmp_path, loop, monkeypatch, block):
+def test_the_elements_do_not_depend_on_the_buffer_size(tmp_path, loop, monkeypatch, block):
     items = [{**GOOD, "output": '\ud83d\udea7 \\ "\n', "reward": -0.25}, {**GOOD, "prompt": "q", "confidence": 1e-3}]
     path = write_array(tmp_path / "log.json", *items, indent=1)
-    monkeypatch.setattr(row_readers, "_BLOCK", block)
+    monkeypatch.setattr(row_readers, "BLOCK", block)
     first, second = read_events(path, loop)
     assert (first[0].output, first[1].reward, second[0].confidence) == ('🚧 \\ "\n', -0.25, 0.001)
 
@@ -370,7 +370,7 @@ def filled(loop, db):
     return client
 
 
-def test_exported_events_come_back_the_same(tmp_path, loop, db, filled):
+def test_exported_events_are_imported_as_duplicates(tmp_path, loop, db, filled):
     path = tmp_path / "out.jsonl"
     assert export_events(path, loop, db) == (9, 0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -385,7 +385,7 @@ def test_exported_events_come_back_the_same(tmp_path, loop, db, filled):
     assert held(db) == before
 
 
-def test_exported_events_fill_another_store_alike(tmp_path, loop, filled, db):
+def test_exported_events_recreate_the_store(tmp_path, loop, filled, db):
     path = tmp_path / "out.jsonl"
     export_events(path, loop, db)
     other = store_at(tmp_path / "other.db")
@@ -400,7 +400,7 @@ def store_at(path):
     return connect(f"sqlite:///{path}")
 
 
-def test_alpaca_holds_what_the_answers_should_be(tmp_path, loop, db, filled):
+def test_alpaca_contains_the_targets(tmp_path, loop, db, filled):
     path = tmp_path / "out.json"
     assert export_alpaca(path, loop, db, str, min_reward=0.3) == (2, 0)
     good, fixed = json.loads(path.read_text())
@@ -436,8 +436,8 @@ def test_exported_alpaca_can_be_read_again(tmp_path, loop, db, filled, name):
     export_alpaca(path, loop, db, str)
     other = store_at(tmp_path / "other.db")
     assert import_file(path, loop, other).recorded == store.RecordResult(interactions=3, feedback=3)
-    taught = [example for *_, example in held(db) if example]
-    assert [example for *_, example in held(other)] == taught
+    expected = [example for *_, example in held(db) if example]
+    assert [example for *_, example in held(other)] == expected
 
 
 def test_an_empty_store_exports_empty_files(tmp_path, loop, db):
@@ -446,7 +446,7 @@ def test_an_empty_store_exports_empty_files(tmp_path, loop, db):
     assert export_events(tmp_path / "e.jsonl", loop, db) == (0, 0)
 
 
-def test_an_export_overwrites_only_when_told(tmp_path, loop, db, filled):
+def test_an_export_overwrites_only_with_force(tmp_path, loop, db, filled):
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
     with pytest.raises(FeedbackError, match="--force"):
@@ -473,8 +473,8 @@ def broken_reward(feedback, interaction):
     return 1 / 0
 
 
-def test_an_export_to_nowhere_says_what_to_do(tmp_path, loop, db):
-    with pytest.raises(FeedbackError, match="folder that is there"):
+def test_an_export_to_a_missing_folder_says_what_to_do(tmp_path, loop, db):
+    with pytest.raises(FeedbackError, match="existing folder"):
         export_events(tmp_path / "nowhere" / "out.jsonl", loop, db)
 
 
@@ -483,7 +483,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path, loop, db):
         import_file(tmp_path, loop, db)
 
 
-def test_only_the_first_bad_lines_are_kept(tmp_path, loop, db):
+def test_only_the_first_invalid_lines_are_listed(tmp_path, loop, db):
     done = import_file(write(tmp_path / "bad.jsonl", *["oops\n"] * 1_000), loop, db)
     assert (done.rejected, len(done.invalid)) == (1_000, 20)
 
