@@ -179,8 +179,8 @@ def export_alpaca(
     """Write a loop's examples, whatever they came from, as Alpaca rows with their reward.
 
     The system prompt is the instruction and the prompt the input; without a system prompt the prompt is the
-    instruction. Messages before the prompt are pairs in `history`, see `alpaca`. A name that ends in .json gives a JSON array, any other
-    JSON lines. Examples of retracted interactions are left out.
+    instruction. Messages before the prompt are pairs in `history`, see `alpaca`. A name that ends in .json gives a
+    JSON array, any other JSON lines. Examples of retracted interactions are left out.
 
     Args:
         redact: removes secrets and personal data from prompts, answers and histories, as before training.
