@@ -1,7 +1,7 @@
-"""A repository of 2,000 Python files read as a source, without a teacher: files of this environment's own packages.
+"""Measure a code source without a teacher on 2,000 Python files of this environment's packages.
 
-What is measured is `sources.code.read` to its end, in a process of its own: walking, cutting, requests. The whole
-reading into a loop's store is measured besides. A reading of more than 30 seconds ends the benchmark with an error.
+`sources.code.read` runs in its own process: finding files, cutting them, making prompts. Reading into a loop's store is
+measured too. If `read` takes more than 30 seconds, the benchmark fails.
 """
 
 import json
@@ -23,28 +23,28 @@ LIMIT_SECONDS = 30
 
 
 def main() -> None:
-    """Copy the files, read them, and tell."""
+    """Copy the files, read them, and publish the results."""
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
         repository = Path(folder) / "repository"
         size = _copy(repository)
         env = {**os.environ, "FINETUNE_HOME": f"{folder}/home"}
         command = [sys.executable, "-m", "benchmarks.code", str(repository)]
         output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-    figures = {"files": FILES, "megabytes": size / 1e6, "limit_seconds": LIMIT_SECONDS, **json.loads(output)}
+    results = {"files": FILES, "megabytes": size / 1e6, "limit_seconds": LIMIT_SECONDS, **json.loads(output)}
     rows = [
-        ["reading (walk, cut, requests)", f"{figures['read_seconds']:.1f} s", f"{LIMIT_SECONDS} s"],
-        ["of it on the processor", f"{figures['read_cpu_seconds']:.1f} s", ""],
-        ["reading into an empty store", f"{figures['store_seconds']:.1f} s", ""],
-        ["reading again, nothing new", f"{figures['again_seconds']:.1f} s", ""],
-        ["peak memory", f"{figures['peak_mb']:.0f} MB", ""],
+        ["reading (find, cut, make prompts)", f"{results['read_seconds']:.1f} s", f"{LIMIT_SECONDS} s"],
+        ["CPU time of it", f"{results['read_cpu_seconds']:.1f} s", ""],
+        ["reading into an empty store", f"{results['store_seconds']:.1f} s", ""],
+        ["reading again, nothing new", f"{results['again_seconds']:.1f} s", ""],
+        ["peak memory", f"{results['peak_mb']:.0f} MB", ""],
     ]
-    publish("code", [f"{FILES:,} files, {figures['items']:,} items", "measured", "at most"], rows, figures)
-    seconds = figures["read_seconds"]
+    publish("code", [f"{FILES:,} files, {results['records']:,} records", "measured", "at most"], rows, results)
+    seconds = results["read_seconds"]
     end([f"reading took {seconds:.1f} s, at most {LIMIT_SECONDS} s"] if seconds > LIMIT_SECONDS else [])
 
 
 def measure(repository: str) -> dict[str, Any]:
-    """Read a repository by itself, then into a loop's store, then again."""
+    """Read a repository, then read it into a loop's store twice."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.pipeline.source_sync import reader_for, sync_source
     from finetune_pipeline.sources.code import read
@@ -62,13 +62,13 @@ def measure(repository: str) -> dict[str, Any]:
     records = sum(isinstance(one, SourceRecord) for one in found)
     return {
         **dict(zip(("read_seconds", "store_seconds", "again_seconds"), seconds, strict=True)),
-        "read_cpu_seconds": cpu_seconds, "items": records, "skipped": len(found) - records,
+        "read_cpu_seconds": cpu_seconds, "records": records, "skipped": len(found) - records,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }  # fmt: skip
 
 
 def _copy(repository: Path) -> int:
-    """2,000 files of the standard library and of installed packages, of 1 to 200 kB; returns their bytes."""
+    """Copy 2,000 files of 1 to 200 kB from the standard library and installed packages; return their size in bytes."""
     size = taken = 0
     for root in (Path(sysconfig.get_paths()["stdlib"]), Path(sysconfig.get_paths()["purelib"])):
         for path in sorted(root.rglob("*.py")):

@@ -52,8 +52,8 @@ def main() -> None:
 def _logs() -> None:
     one = _in_a_process("logs")
     row = [f"{one['files']} files, {one['gigabytes']:.1f} GB", f"{one['tick_ms']:.1f} ms", f"{one['verify_s']:.2f} s"]
-    publish("store_logs", ["event files", "the sensor's look at them", "verifying all that was read"], [row], one)
-    end([f"a look takes {one['tick_ms']:.0f} ms"] if one["tick_ms"] > ANSWER_MS else [])
+    publish("store_logs", ["event files", "the sensor's check of them", "verifying all bytes read"], [row], one)
+    end([f"a check takes {one['tick_ms']:.0f} ms"] if one["tick_ms"] > ANSWER_MS else [])
 
 
 def _million() -> None:
@@ -240,7 +240,7 @@ def million() -> dict[str, Any]:
 
 
 def logs(files: int = 200, megabytes: int = 5) -> dict[str, Any]:
-    """What the sensor pays for the event files at each tick, and what an ingest pays when all of them were touched."""
+    """Measure the sensor's check of the event files at each tick, and an ingest after all of them were touched."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.settings import load_loop
     from finetune_pipeline.sources import ingest_ledger
@@ -260,7 +260,7 @@ def logs(files: int = 200, megabytes: int = 5) -> dict[str, Any]:
                 connection, LOOP, ingest_ledger.look_at(path), ingest_ledger.Position(), [line], finished=True
             )
 
-    def look() -> None:
+    def check() -> None:
         with database.read() as connection:
             if found := ingest_ledger.unread(connection, LOOP, [folder]):
                 sys.exit(f"{len(found)} files count as unread")
@@ -271,7 +271,7 @@ def logs(files: int = 200, megabytes: int = 5) -> dict[str, Any]:
                 if not log.skip_if_unchanged(size, prefix_hash):
                     sys.exit(f"{path} counts as rewritten")
 
-    tick, verifying = _milliseconds(look, times=50), _milliseconds(verify, times=3)
+    tick, verifying = _milliseconds(check, times=50), _milliseconds(verify, times=3)
     return {"files": files, "gigabytes": files * megabytes / 1e3, "tick_ms": tick, "verify_s": verifying / 1e3}
 
 

@@ -1,4 +1,4 @@
-"""One loop, report by all its kinds of source at once, through Dagster: every example says where it is from."""
+"""One loop with all kinds of source, through Dagster: every example has its provenance."""
 
 import csv
 import json
@@ -18,8 +18,8 @@ EXAMPLES = PROJECT_ROOT / "examples" / "documents"
 
 
 @pytest.fixture
-def reports(tmp_path, monkeypatch):
-    """A vault, a repository, documents, a database and a file, each with a few things to learn."""
+def declared(tmp_path, monkeypatch):
+    """A vault, a repository, documents, a database and a file, each with a few records."""
     vault = tmp_path / "vault"
     vault.mkdir()
     (vault / "Saw.md").write_text("---\ntags: [decision]\n---\nWe buy the mill's saw, since renting costs more.\n")
@@ -58,8 +58,8 @@ def reports(tmp_path, monkeypatch):
     ]
 
 
-def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_from(make_loop, reports, instance):
-    loop = make_loop(sources=reports, curation={"min_examples": 5, "validation_fraction": 0.0})
+def test_examples_of_all_kinds_of_source_have_their_provenance(make_loop, declared, instance):
+    loop = make_loop(sources=declared, curation={"min_examples": 5, "validation_fraction": 0.0})
     write_events(loop.drop_folder / "log.jsonl", *corrected([f"voice {n}" for n in range(40)]))
     keys = [dg.AssetKey([*loop.prefix, name]) for name in ("raw_logs", "curated_dataset")]
     run = (
@@ -81,7 +81,7 @@ def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_fr
     assert provenances["imported"] == ["imported.jsonl:1"]
     assert provenances["journal"] == ["Mill.md", "Saw.md"]
     assert provenances["repository"] == ["walls.py::thickness"]
-    assert provenances["ratings"] == ["answers:1"]  # the other one has one star
+    assert provenances["ratings"] == ["answers:1"]  # the other answer has one star
     assert len(provenances["logs"]) <= len(rows) / 2 + 1
 
     raw, curated = (run.asset_materializations_for_node("__".join(key.path))[0].metadata for key in keys)
@@ -95,6 +95,6 @@ def test_all_kinds_of_source_feed_one_loop_and_every_example_says_where_it_is_fr
         assert f"| {source} |" in curated["sources"].value
         assert {row["provenance"] or "" for row in shown if row["source"] == source} <= set(known)
         assert source in {row["source"] for row in shown}
-        if source != "logs":  # of what the application logged, the interaction's id says what it was
+        if source != "logs":  # logged interactions are identified by their id
             assert f"| {source} |" in raw["sources"].value
             assert any(f"| {source} | {provenance} |" in curated["provenance_first"].value for provenance in known)

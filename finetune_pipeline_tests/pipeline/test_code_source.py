@@ -19,7 +19,7 @@ NOTES = {
 CURATION = {"min_examples": 1, "validation_fraction": 0.0}
 
 
-def test_code_and_documents_reach_the_dataset_with_their_origins(make_loop):
+def test_code_and_documents_reach_the_dataset_with_provenance(make_loop):
     loop = make_loop(sources=[CODE, NOTES], curation=CURATION)
     told = []
     reports = sync_sources(loop, connect(), told.append)
@@ -37,7 +37,7 @@ def test_code_and_documents_reach_the_dataset_with_their_origins(make_loop):
         }
 
 
-def test_what_a_loop_sends_to_a_teacher_is_redacted(make_loop, tmp_path):
+def test_requests_to_a_teacher_are_redacted(make_loop, tmp_path):
     secret = "sk-proj-" + "a1B2c3D4e5F6g7H8i9J0k1L2"
     (tmp_path / "code").mkdir()
     code = f'def connect(host):\n    token = "{secret}"\n    return dial(host, token)\n'
@@ -53,7 +53,7 @@ def test_what_a_loop_sends_to_a_teacher_is_redacted(make_loop, tmp_path):
         assert secret not in json.dumps(server.asked)
 
 
-def test_a_teacher_without_its_key_fails_that_source_alone(make_loop):
+def test_a_missing_teacher_key_fails_only_that_source(make_loop):
     teacher = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}
     loop = make_loop(sources=[{**CODE, "teacher": teacher}, NOTES], curation=CURATION)
     code, notes = sync_sources(loop, connect(), print)

@@ -45,12 +45,12 @@ def test_only_what_is_new_is_read(loop):
     assert (again.lines, again.recorded) == (2, RecordResult(1, 1, 0))
 
 
-def test_a_rewritten_or_copied_file_brings_nothing_twice(loop):
+def test_a_rewritten_or_copied_file_adds_nothing_twice(loop):
     file = loop.drop_folder / "log.jsonl"
     write_events(file, *corrected(["ash"]))
     take(loop)
     text = file.read_text()
-    file.write_text("\n" + text)  # rewritten: other bytes before the place reached
+    file.write_text("\n" + text)  # rewritten: other bytes before the offset
     (loop.drop_folder / "copy.jsonl").write_text(text)
     assert take(loop).recorded == RecordResult(0, 0, 4)
     assert interactions(loop) == 1
@@ -122,7 +122,7 @@ def test_a_touched_log_is_verified_and_not_read_again(loop):
 
 
 def test_a_log_that_shrank_and_grew_again_is_read_from_its_start(loop):
-    """As `copytruncate` of logrotate leaves it, also where the writer does not append: then it begins with a hole."""
+    """As `copytruncate` of logrotate leaves it. If the writer does not append, the file begins with a hole."""
     file = loop.drop_folder / "log.jsonl"
     write_events(file, *(interaction(f"old{n}") for n in range(5)))
     take(loop)
@@ -139,7 +139,7 @@ def test_a_log_that_shrank_and_grew_again_is_read_from_its_start(loop):
 
 @pytest.mark.parametrize("start", [0, 1, 60])
 def test_a_hole_that_is_filled_later_loses_nothing(loop, start):
-    """Downloads that write from both ends, and file systems that allocate first: events appear where NULs were."""
+    """As downloads and file systems do that allocate first: events replace NUL bytes."""
     whole = logged(*(f"n{number}" for number in range(200)))
     begin, end = len(logged(*(f"n{number}" for number in range(start)))) + 20, len(whole) - 5_000
     file = loop.drop_folder / "log.jsonl"
@@ -277,7 +277,7 @@ def test_bad_lines_are_quarantined_with_file_line_and_reason(loop):
     assert interactions(loop) == 2
 
 
-def test_the_reason_of_a_refused_line_shows_no_secret(loop):
+def test_the_reason_of_a_rejected_line_shows_no_secret(loop):
     file = loop.drop_folder / "log.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"ann@example.com": 1, "note": 2}) + "\n")
@@ -287,7 +287,7 @@ def test_the_reason_of_a_refused_line_shows_no_secret(loop):
     assert row.reason.startswith("found the fields '[EMAIL], note'")
 
 
-def test_a_mended_file_is_read_anew_and_its_quarantine_is_lifted(loop):
+def test_a_fixed_file_is_read_again_and_its_quarantine_is_lifted(loop):
     file = loop.drop_folder / "log.jsonl"
     write_events(file, interaction("ash"))
     good = file.read_text()
@@ -299,7 +299,7 @@ def test_a_mended_file_is_read_anew_and_its_quarantine_is_lifted(loop):
         assert rejected_lines(connection, "notes", 10) == []
 
 
-def test_a_missing_source_and_an_empty_one_say_what_to_do(make_loop):
+def test_missing_and_empty_folders_are_errors_that_say_what_to_do(make_loop):
     missing = make_loop(ingest={"folders": ["nowhere/at/all"]})
     with pytest.raises(SourceError, match=r"nowhere/at/all does not exist; create it, or correct ingest\.folders"):
         take(missing)
@@ -309,7 +309,7 @@ def test_a_missing_source_and_an_empty_one_say_what_to_do(make_loop):
         snapshot(empty, connect())
 
 
-def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(loop, monkeypatch):
+def test_an_unreadable_file_is_reported_and_the_others_are_read(loop, monkeypatch):
     write_events(loop.drop_folder / "bad.jsonl", interaction("ash"))
     write_events(loop.drop_folder / "good.jsonl", interaction("birch"))
     really_open = Path.open
@@ -319,13 +319,13 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(loop, monkeypa
             raise PermissionError(13, "Permission denied")
         return really_open(path, *arguments, **more)
 
-    monkeypatch.setattr(Path, "open", refuse)  # root, as whom CI may run, can read every file
+    monkeypatch.setattr(Path, "open", refuse)  # root, as which CI may run, can read every file
     done = take(loop)
     assert done.unreadable == [f"{loop.drop_folder / 'bad.jsonl'}: Permission denied; fix that, or move the file away"]
     assert interactions(loop) == 1
 
 
-def test_an_unfinished_last_line_is_counted_until_it_is_whole(loop):
+def test_an_incomplete_last_line_is_counted_until_it_is_complete(loop):
     file = loop.drop_folder / "log.jsonl"
     whole = interaction("ash").model_dump_json() + "\n"
     file.parent.mkdir(parents=True)
@@ -362,7 +362,7 @@ module.ingest(read_loop(Path(sys.argv[1])), connect(), lambda text: None)
 """
 
 
-def test_a_kill_at_any_moment_loses_nothing_and_doubles_nothing(loop, tmp_path):
+def test_a_kill_loses_nothing_and_doubles_nothing(loop, tmp_path):
     write_events(loop.drop_folder / "log.jsonl", *(interaction(f"i{n}") for n in range(3_000)))
     command = [sys.executable, "-c", INGEST, str(tmp_path / "defs" / "notes" / "defs.yaml")]
     connect()
@@ -382,7 +382,7 @@ def test_a_kill_at_any_moment_loses_nothing_and_doubles_nothing(loop, tmp_path):
     assert (row.lines, row.rejected, row.finished) == (3_000, 0, True)
 
 
-def test_two_that_ingest_at_the_same_time_do_it_once(loop, tmp_path):
+def test_two_concurrent_ingests_record_once(loop, tmp_path):
     write_events(loop.drop_folder / "log.jsonl", *(interaction(f"i{n}") for n in range(500)))
     command = [sys.executable, "-c", INGEST, str(tmp_path / "defs" / "notes" / "defs.yaml")]
     processes = [subprocess.Popen(command, cwd=PROJECT_ROOT, env={**os.environ}) for _ in range(2)]
@@ -399,7 +399,7 @@ def drop(loop, name, rows=ROWS):
 
 
 def examples_of(loop):
-    """Prompt, target, reward, source and provenance of what the store's examples teach."""
+    """Return prompt, target, reward, source and provenance of the store's examples."""
     i, e = t.interactions.c, t.examples.c
     query = sa.select(i.prompt, e.target, e.reward, i.source, i.provenance).join(t.examples, i.id == e.interaction_id)
     with connect().read() as connection:
@@ -407,7 +407,7 @@ def examples_of(loop):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
-def test_dropped_conversations_are_taken_once_with_file_and_line(loop, name):
+def test_dropped_conversations_are_ingested_once_with_file_and_line(loop, name):
     drop(loop, name)
     assert take(loop).recorded == RecordResult(2, 2, 0)
     first = {"a.csv": 2}.get(name, 1)
@@ -417,7 +417,7 @@ def test_dropped_conversations_are_taken_once_with_file_and_line(loop, name):
     assert take(loop).recorded == RecordResult(0, 0, 4)
 
 
-def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_loop):
+def test_formats_may_be_mixed_and_a_rows_reward_counts(make_loop):
     loop = make_loop(system_prompt="Be short.", ingest={"default_reward": 0.5})
     file = loop.drop_folder / "log.jsonl"
     write_events(file, *corrected(["ash"]))
@@ -435,14 +435,14 @@ def test_the_forms_may_be_mixed_with_events_and_a_row_s_own_reward_stands(make_l
     rows = {row[0]: row[1:] for row in examples_of(loop)}
     assert rows["a wall"] == ("wall", -0.5, "ingested", "log.jsonl:3")
     assert rows["user"][:2] == ("assistant", 0.5) and rows["p"][:2] == ("yes", 0.5)
-    assert rows["please note what ash said about the ash matter"][2] is None  # of the log
+    assert rows["please note what ash said about the ash matter"][2] is None  # from the log
     with connect().read() as connection:
         bad, nothing = rejected_lines(connection, "notes", 10)
     assert (bad.line, "conversations: found str" in bad.reason) == (6, True)
     assert (nothing.line, "own system prompt" in nothing.reason) == (7, True)
 
 
-def test_another_reward_of_the_same_conversation_is_said_of_the_same_one(loop):
+def test_another_reward_is_feedback_on_the_same_conversation(loop):
     drop(loop, "a.csv")
     take(loop)
     drop(loop, "b.csv", [{**ROWS[0], "reward": -1.0}])
@@ -450,7 +450,7 @@ def test_another_reward_of_the_same_conversation_is_said_of_the_same_one(loop):
     assert [row[2] for row in examples_of(loop)] == [-1.0, 0.8]
 
 
-def test_a_changed_file_is_read_anew_and_its_bad_rows_are_named(loop):
+def test_a_changed_file_is_read_again_and_its_bad_rows_are_reported(loop):
     file = drop(loop, "a.csv", [*ROWS, {"prompt": "p"}])
     assert take(loop).rejected == 1
     with connect().read() as connection:
@@ -462,15 +462,15 @@ def test_a_changed_file_is_read_anew_and_its_bad_rows_are_named(loop):
         assert rejected_lines(connection, "notes", 10) == []
 
 
-def test_a_csv_that_is_just_being_written_waits(loop):
+def test_a_csv_that_may_be_incomplete_waits(loop):
     file = drop(loop, "a.csv")
-    file.write_bytes(file.read_bytes()[:-4])  # in the middle of its last answer
+    file.write_bytes(file.read_bytes()[:-4])  # ends within its last answer
     assert (take(loop).files, interactions(loop)) == (0, 0)
-    os.utime(file, (time.time() - 60,) * 2)  # nobody writes any more: this is all
+    os.utime(file, (time.time() - 60,) * 2)  # the file is complete
     assert take(loop).recorded.interactions == 2
 
 
-def test_bad_rows_of_an_array_on_one_line_are_named_each(loop):
+def test_bad_rows_of_a_one_line_array_are_reported_separately(loop):
     file = drop(loop, "a.json")
     file.write_text(json.dumps([{"x": 1}, *ROWS, {"x": 2}, 7]))
     assert (take(loop).rejected, interactions(loop)) == (3, 2)
@@ -478,7 +478,7 @@ def test_bad_rows_of_an_array_on_one_line_are_named_each(loop):
         assert [row.line for row in rejected_lines(connection, "notes", 10)] == [1, 4, 5]
 
 
-def test_a_file_whose_name_is_not_utf_8_is_named_and_the_others_go_on(loop):
+def test_a_file_name_that_is_not_utf_8_is_reported(loop):
     drop(loop, "a.csv").rename(loop.drop_folder / os.fsdecode(b"a\xfc.csv"))
     drop(loop, "b.csv", ROWS[:1])
     done = take(loop)
@@ -493,7 +493,7 @@ def test_links_out_of_the_drop_folder_are_not_read(loop, tmp_path):
     assert (take(loop).files, interactions(loop)) == (1, 2)
 
 
-def test_a_kill_within_a_table_loses_nothing_and_doubles_nothing(loop, tmp_path):
+def test_a_kill_within_a_table_loses_and_doubles_nothing(loop, tmp_path):
     drop(loop, "a.csv", [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(2_000)])
     command = [sys.executable, "-c", INGEST, str(tmp_path / "defs" / "notes" / "defs.yaml")]
     connect()
@@ -510,18 +510,18 @@ def test_a_kill_within_a_table_loses_nothing_and_doubles_nothing(loop, tmp_path)
     assert (row.lines, row.rejected, row.finished) == (2_001, 0, True)
 
 
-def test_a_feed_may_not_have_the_name_of_what_is_dropped(make_loop):
+def test_no_source_may_be_named_ingested(make_loop):
     with pytest.raises(SettingsError, match="ingested is taken"):
         make_loop(sources=[{"kind": "files", "name": "ingested", "path": "x"}])
 
 
-def test_what_is_dropped_can_have_a_quota(make_loop):
+def test_dropped_files_can_have_a_quota(make_loop):
     quota = {"kind": "ingested", "max_examples": 3}
     loop = make_loop(sources=[quota], curation={"min_examples": 1, "validation_fraction": 0.0})
     rows = [{"prompt": f"what is row {n} of it?", "completion": f"it is {n}"} for n in range(9)]
     loop.drop_folder.mkdir(parents=True, exist_ok=True)
     (loop.drop_folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     take(loop)
-    assert sync_sources(loop, connect(), print) == []  # it is no source to be read once more
+    assert sync_sources(loop, connect(), print) == []  # it is not read as a declared source
     manifest = build_dataset(loop, snapshot(loop, connect())[0]).manifest
     assert (manifest.train, manifest.left_out) == (3, {"over the quota of ingested": 6})

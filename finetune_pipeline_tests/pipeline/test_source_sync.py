@@ -1,4 +1,4 @@
-"""Declared sources in the store: what is new, changed, gone and back again; where a record came from."""
+"""Declared sources in the store: new, changed, retracted and restored records, and their provenance."""
 
 import re
 import threading
@@ -63,7 +63,7 @@ def targets(loop):
     return sorted(example.target for example in snapshot_examples(artifact))
 
 
-def test_items_teach_with_their_source_and_origin(loop):
+def test_records_become_examples_with_source_and_provenance(loop):
     report = take(loop, *records("ash", "elm"))
     assert (report.records, report.new, report.retracted, report.skipped) == (2, 2, 0, 0)
     artifact, _ = snapshot(loop, connect())
@@ -73,7 +73,7 @@ def test_items_teach_with_their_source_and_origin(loop):
     assert count_new(loop, connect(), 0) == 2
 
 
-def test_reading_it_again_changes_nothing(loop):
+def test_a_second_reading_changes_nothing(loop):
     take(loop, *records("ash", "elm"))
     first, _ = snapshot(loop, connect())
     report = take(loop, *records("elm", "ash"))
@@ -81,7 +81,7 @@ def test_reading_it_again_changes_nothing(loop):
     assert snapshot(loop, connect())[0].manifest.version == first.manifest.version
 
 
-def test_what_the_source_no_longer_has_teaches_no_longer_and_again_when_it_is_back(loop):
+def test_a_removed_record_is_retracted_and_restored_when_it_returns(loop):
     take(loop, *records("ash", "elm"))
     assert targets(loop) == ["ash spoke", "elm spoke"]
     assert take(loop, *records("ash")).retracted == 1
@@ -92,7 +92,7 @@ def test_what_the_source_no_longer_has_teaches_no_longer_and_again_when_it_is_ba
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
 
-def test_a_changed_item_stands_instead_of_the_old_one(loop):
+def test_a_changed_record_replaces_the_old_one(loop):
     take(loop, *records("ash"))
     report = take(loop, SourceRecord("ash.md", "what did ash say about it all?", "ash said more"))
     assert (report.new, report.retracted) == (1, 1)
@@ -100,14 +100,14 @@ def test_a_changed_item_stands_instead_of_the_old_one(loop):
 
 
 def ids_of(loop):
-    """Origin -> id of what the source has now."""
+    """Return provenance -> id of the active records."""
     i = t.interactions.c
     with connect().read() as connection:
         query = sa.select(i.provenance, i.id).where(i.loop == loop.name, i.retracted_offset.is_(None))
         return {row.provenance: row.id for row in connection.execute(query)}
 
 
-def test_what_moved_within_its_source_is_the_same_with_all_that_was_said_of_it(loop):
+def test_a_moved_record_keeps_its_id_and_feedback(loop):
     def line(number, name):
         return SourceRecord(f"a.jsonl:{number}", f"what did {name} say about it all?", f"{name} spoke")
 
@@ -127,7 +127,7 @@ def test_what_moved_within_its_source_is_the_same_with_all_that_was_said_of_it(l
     assert ids_of(loop)["a.jsonl:7"] == before["a.jsonl:2"]
 
 
-def test_the_same_text_twice_is_two_things_wherever_they_stand(loop):
+def test_the_same_text_twice_is_two_records(loop):
     def at(*places):
         return [SourceRecord(place, "what did ash say?", "ash spoke") for place in places]
 
@@ -139,7 +139,7 @@ def test_the_same_text_twice_is_two_things_wherever_they_stand(loop):
     assert ids_of(loop) == {"a:2": before["a:1"], "a:4": before["a:2"]}
 
 
-def test_rows_with_keys_are_told_apart_by_them_though_their_text_is_the_same(loop):
+def test_records_with_keys_differ_even_if_their_text_is_equal(loop):
     def rows(*keys):
         return [SourceRecord(key, "what did ash say?", "ash spoke", keyed=True) for key in keys]
 
@@ -149,7 +149,7 @@ def test_rows_with_keys_are_told_apart_by_them_though_their_text_is_the_same(loo
     assert ids_of(loop) == {"t:2": before["t:2"]}
 
 
-def test_a_source_with_marks_goes_on_and_takes_back_only_what_changed(loop):
+def test_a_source_with_cursors_resumes_and_retracts_only_what_changed(loop):
     (source,) = loop.sources
     cursors = []
 
@@ -166,7 +166,7 @@ def test_a_source_with_marks_goes_on_and_takes_back_only_what_changed(loop):
     assert targets(loop) == ["ash said more", "elm spoke"]
 
 
-def test_after_each_mark_what_changed_is_told_anew(loop, monkeypatch):
+def test_after_each_cursor_changes_are_tracked_again(loop, monkeypatch):
     monkeypatch.setattr(source_sync, "_BETWEEN_CURSORS", 2)
     (source,) = loop.sources
     changed = [
@@ -179,7 +179,7 @@ def test_after_each_mark_what_changed_is_told_anew(loop, monkeypatch):
     assert targets(loop) == [f"{name} spoke again" for name in ("ash", "elm", "fir", "oak")]
 
 
-def test_a_reading_that_begins_anew_withdraws_what_it_does_not_give_and_marks_its_end_only(loop):
+def test_a_restarted_reading_retracts_and_writes_its_cursor_at_the_end(loop):
     (source,) = loop.sources
     cursors = []
 
@@ -208,7 +208,7 @@ def test_a_reading_that_begins_anew_withdraws_what_it_does_not_give_and_marks_it
     assert cursors == ["of a", "of a", "ash.md of b"]
 
 
-def test_a_source_that_fails_half_way_takes_nothing_back(loop):
+def test_a_source_that_fails_half_way_retracts_nothing(loop):
     take(loop, *records("ash", "elm"))
     (source,) = loop.sources
 
@@ -218,7 +218,7 @@ def test_a_source_that_fails_half_way_takes_nothing_back(loop):
 
     with pytest.raises(SourceError):
         sync_source(loop, source, connect(), read)
-    assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]  # what it gave until then was taken
+    assert targets(loop) == ["ash spoke", "elm spoke", "oak spoke"]  # records before the error are kept
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_source_that_fails_half_way_takes_nothing_back(loop):
         (SourceError("ann@example.com stands in several rows"), r"^\[EMAIL\] stands in several rows"),
     ],
 )
-def test_a_source_that_fails_in_any_way_is_named_and_the_others_go_on(make_loop, monkeypatch, fault, said):
+def test_a_failing_source_is_reported_and_the_others_are_read(make_loop, monkeypatch, fault, said):
     def read(settings, cursor):
         if settings.name == "closed":
             raise fault
@@ -244,13 +244,13 @@ def test_a_source_that_fails_in_any_way_is_named_and_the_others_go_on(make_loop,
     assert (imported.error, imported.new) == ("", 1)
 
 
-def test_a_path_of_nobody_s_home_is_named_and_the_run_goes_on(make_loop):
+def test_a_path_in_an_unknown_home_is_reported(make_loop):
     source = {"kind": "vault", "name": "notes", "path": "~nosuchuser/vault"}
     (report,) = source_sync.sync_sources(make_loop(sources=[source]), connect(), print)
     assert "RuntimeError" in report.error and "correct the source's settings" in report.error
 
 
-def test_what_cannot_be_used_is_named_with_its_reason(loop):
+def test_unusable_records_are_kept_with_their_reason(loop):
     report = take(
         loop,
         SkippedRecord("broken.md", "its frontmatter is not YAML"),
@@ -267,8 +267,8 @@ def test_what_cannot_be_used_is_named_with_its_reason(loop):
         assert not skipped_records(connection, loop, 10)
 
 
-def test_what_is_said_of_unusable_things_shows_no_secret(loop):
-    long = f"{'word ' * 14}ann.smith@example.com is behind it"  # an error cuts what it shows: of an address none or all
+def test_reasons_of_skipped_records_show_no_secret(loop):
+    long = f"{'word ' * 14}ann.smith@example.com is behind it"  # messages are cut between words
     report = take(
         loop,
         SkippedRecord("people:ann@example.com", "stars is 'hf_" + "aB1" * 12 + "'; ratings knows 1, 5"),
@@ -286,14 +286,14 @@ def test_what_is_said_of_unusable_things_shows_no_secret(loop):
     assert made.manifest.redacted == {"email": 1} and "ann@" not in (made.path / "card.md").read_text()
 
 
-def test_a_correction_of_a_model_s_answer_teaches_as_one(loop):
+def test_a_correction_becomes_a_correction_example(loop):
     take(loop, *records("ash", model_output="ash was silent"))
     artifact, _ = snapshot(loop, connect())
     (example,) = snapshot_examples(artifact)
     assert (example.corrected, example.target, example.output) == (True, "ash spoke", "ash was silent")
 
 
-def test_late_feedback_on_what_was_withdrawn_does_not_bring_it_back(loop, tmp_path):
+def test_late_feedback_does_not_restore_a_retracted_record(loop, tmp_path):
     from finetune_pipeline.feedback.rewards import reward_function
     from finetune_pipeline.feedback.store import record
     from finetune_pipeline.records import Feedback
@@ -315,7 +315,7 @@ def test_late_feedback_on_what_was_withdrawn_does_not_bring_it_back(loop, tmp_pa
     assert targets(loop) == ["elm spoke"]
 
 
-def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
+def test_a_quota_limits_a_source(make_loop):
     source = {**SOURCE, "max_fraction": 0.25}
     loop = make_loop(sources=[source], curation={"min_examples": 1, "validation_fraction": 0.0})
     events = loop.drop_folder / "a.jsonl"
@@ -329,14 +329,14 @@ def test_a_quota_keeps_a_source_from_drowning_the_logs(make_loop):
 
 
 def materialized(loop, instance, *names):
-    """The metadata of these assets, made by a run of the loop's job."""
+    """Materialize these assets and return their metadata."""
     job = definitions(loop).resolve_job_def("notes_loop")
     run = job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey(["notes", name]) for name in names])
     made = (event.materialization for event in run.get_asset_materialization_events())
     return {one.asset_key.path[-1]: one.metadata for one in made}
 
 
-def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(make_loop, instance, tmp_path):
+def test_files_reach_the_dataset_card_through_dagster(make_loop, instance, tmp_path):
     rows = [{"instruction": "Be short.", "input": f"what did {n} say?", "output": f"{n} spoke"} for n in range(6)]
     (tmp_path / "files").mkdir()
     write_as(tmp_path / "files" / "a.parquet", rows)
@@ -362,7 +362,7 @@ def test_a_folder_of_files_feeds_a_loop_through_dagster_and_the_card_says_so(mak
     assert "| imported | 7 | 0 | 0 | 0 | not declared, but still trains" in metadata["sources"].value
 
 
-def test_a_source_can_be_taken_out_and_is_read_again_where_it_is_declared(make_loop):
+def test_a_retracted_source_is_restored_if_it_is_declared(make_loop):
     loop = make_loop(sources=[SOURCE], curation={"min_examples": 1})
     (source,) = loop.sources
     cursors = []
@@ -385,7 +385,7 @@ def test_a_source_can_be_taken_out_and_is_read_again_where_it_is_declared(make_l
     assert cursors == [None, None] and targets(loop) == ["ash spoke", "elm spoke"]
 
 
-def test_what_a_teacher_had_no_budget_for_teaches_on_and_is_no_failure(loop):
+def test_deferred_records_are_not_retracted_and_not_an_error(loop):
     take(loop, *records("ash", "elm", "elm.md [2]", "oak"))
     report = take(loop, *records("ash"), SkippedRecord("elm.md", "no tokens are left", deferred=True))
     assert (report.retracted, report.skipped, report.error) == (1, 1, "")
@@ -393,7 +393,7 @@ def test_what_a_teacher_had_no_budget_for_teaches_on_and_is_no_failure(loop):
     assert take(loop, SkippedRecord("elm.md", "no tokens are left", deferred=True)).error == ""
 
 
-def test_a_source_of_which_nothing_can_be_used_takes_nothing_back_and_is_named(make_loop, tmp_path):
+def test_a_source_without_usable_records_retracts_nothing(make_loop, tmp_path):
     write_as(tmp_path / "a.jsonl", [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(3)])
     source = {**SOURCE, "path": str(tmp_path / "a.jsonl")}
     loop = make_loop(sources=[source], curation={"min_examples": 1})
@@ -405,7 +405,7 @@ def test_a_source_of_which_nothing_can_be_used_takes_nothing_back_and_is_named(m
     assert targets(loop) == ["0 spoke", "1 spoke", "2 spoke"]
 
 
-def test_two_readings_of_a_source_at_once_take_turns(loop):
+def test_concurrent_readings_of_a_source_take_turns(loop):
     (source,) = loop.sources
     begun, go_on, said = threading.Event(), threading.Event(), []
 
@@ -427,14 +427,14 @@ def test_two_readings_of_a_source_at_once_take_turns(loop):
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
 
-def test_two_sources_of_one_name_are_refused(make_loop):
+def test_two_sources_of_one_name_are_an_error(make_loop):
     with pytest.raises(SettingsError, match="imported is taken"):
         make_loop(sources=[SOURCE, SOURCE])
     with pytest.raises(SettingsError, match="logs is taken"):
         make_loop(sources=[{**SOURCE, "name": "logs"}])
 
 
-def test_what_lies_beneath_something_unseen_is_not_withdrawn(loop):
+def test_records_below_something_unreadable_are_not_retracted(loop):
     take(
         loop,
         *records("sub/ash", "sub/elm", "sub2/oak", "yew"),
@@ -454,7 +454,7 @@ def test_what_lies_beneath_something_unseen_is_not_withdrawn(loop):
 
 
 @pytest.mark.parametrize(("name", "whole"), [("a.json", True), ("a.json", False), ("a.parquet", True)])
-def test_a_half_written_file_withdraws_nothing_and_the_check_names_it(make_loop, instance, tmp_path, name, whole):
+def test_an_incomplete_file_retracts_nothing_and_fails_the_check(make_loop, instance, tmp_path, name, whole):
     path = tmp_path / "files" / name
     path.parent.mkdir()
     write_as(path, [{"prompt": f"what did {n} say?", "completion": f"{n} spoke"} for n in range(4)])
@@ -475,7 +475,7 @@ def test_a_half_written_file_withdraws_nothing_and_the_check_names_it(make_loop,
     assert check.description.startswith(f"imported: not read to its end, and nothing retracted there: {name}: row")
 
 
-def test_a_reward_of_the_source_that_is_set_back_counts_again(make_loop):
+def test_a_restored_reward_of_the_source_counts_again(make_loop):
     rewards = []
     for reward in (0.8, 0.5, 0.8):
         loop = make_loop(sources=[{**SOURCE, "reward": reward}], curation={"min_examples": 1})
@@ -495,7 +495,7 @@ def of_user(loop, user):
         return person_data(connection, loop.name, user)
 
 
-def test_a_forgotten_author_never_comes_back_from_a_declared_source(loop):
+def test_an_erased_author_is_never_read_from_a_declared_source(loop):
     take(
         loop, *records("ash", user="alice"), *records("elm", user="bob"), SkippedRecord("oak.md", "user: found 'alice'")
     )
@@ -511,7 +511,7 @@ def test_a_forgotten_author_never_comes_back_from_a_declared_source(loop):
     assert reasons == {"its author was erased"} and "alice" not in everything
 
 
-def test_a_forgotten_author_comes_from_no_dropped_file_but_may_log_anew(loop):
+def test_an_erased_author_is_not_ingested_but_may_log_again(loop):
     row = {"prompt": "what did ash say?", "completion": "ash spoke"}
     loop.drop_folder.mkdir(parents=True)
     write_as(loop.drop_folder / "a.jsonl", [{**row, "user": "alice"}])
@@ -527,7 +527,7 @@ def test_a_forgotten_author_comes_from_no_dropped_file_but_may_log_anew(loop):
     assert (row.reason, row.excerpt) == ("its author was erased", "")
 
 
-def test_what_an_application_logs_cannot_say_that_a_source_gave_it(loop):
+def test_an_application_cannot_claim_a_source(loop):
     asked, said = corrected(["ash"])
     write_events(loop.drop_folder / "a.jsonl", asked.model_copy(update={"source": "imported"}), said)
     done = ingest(loop, connect(), print)
@@ -538,7 +538,7 @@ def test_what_an_application_logs_cannot_say_that_a_source_gave_it(loop):
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
 
-def test_a_source_with_marks_needs_no_memory_for_what_it_gave_before(loop):
+def test_a_source_with_cursors_keeps_no_ids_in_memory(loop):
     take(loop, *records("ash"))
     asked = {"loop": loop.name, "created_at": datetime(2026, 1, 1, tzinfo=UTC), "prompt": "p", "output": "o"}
     rows = [
@@ -565,14 +565,14 @@ def test_a_source_with_marks_needs_no_memory_for_what_it_gave_before(loop):
     assert peak < 4e6
 
 
-def test_of_a_source_in_which_nothing_can_be_used_the_first_are_named_and_all_counted(loop, monkeypatch):
+def test_only_the_first_skipped_records_are_kept_and_all_are_counted(loop, monkeypatch):
     monkeypatch.setattr(source_sync, "_MAX_SKIPPED", 3)
     assert take(loop, *(SkippedRecord(f"{n}", "is broken") for n in range(9))).skipped == 9
     with connect().read() as connection:
         assert len(skipped_records(connection, loop, 99)) == 3
 
 
-def test_exported_events_are_the_applications_and_what_sources_gave_comes_from_there_again(loop, tmp_path):
+def test_exported_events_exclude_records_of_sources(loop, tmp_path):
     write_events(loop.drop_folder / "a.jsonl", *corrected(["amy"]))
     write_as(loop.drop_folder / "b.jsonl", [{"prompt": "what did ben say?", "completion": "ben spoke"}])
     ingest(loop, connect(), print)

@@ -1,4 +1,4 @@
-"""Rated answers of a real database in the store and the dataset."""
+"""A SQL source in the store and the dataset."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -60,7 +60,7 @@ def rewards(loop):
     return {example.provenance: example.reward for example in snapshot_examples(artifact)}
 
 
-def test_rows_come_change_and_become_unusable(make_loop, rated):
+def test_added_changed_and_unusable_rows_are_followed(make_loop, rated):
     loop = make_loop(sources=[SOURCE], curation=CURATION)
     rated(1, n1=5, n2=5, n3=3)
     assert (read_all(loop).new, rewards(loop)) == (2, {"answers:1": 1.0, "answers:2": 1.0})
@@ -84,7 +84,7 @@ def test_rows_come_change_and_become_unusable(make_loop, rated):
     assert {(row["source"], row["provenance"]) for row in rows} == {("ratings", f"answers:{n}") for n in (1, 3, 4)}
 
 
-def test_whole_pages_of_changed_rows_stand_instead_of_the_old_ones(make_loop, rated):
+def test_complete_pages_of_changed_rows_replace_the_old_ones(make_loop, rated):
     loop = make_loop(sources=[SOURCE], curation=CURATION)
     rated(1, **{f"n{n}": 5 for n in range(1_100)})
     assert read_all(loop).new == 1_100
@@ -94,7 +94,7 @@ def test_whole_pages_of_changed_rows_stand_instead_of_the_old_ones(make_loop, ra
     assert set(rewards(loop).values()) == {-1.0}
 
 
-def test_a_quota_keeps_a_large_table_from_drowning_the_logs(make_loop, rated):
+def test_a_quota_limits_a_large_table(make_loop, rated):
     loop = make_loop(sources=[{**SOURCE, "max_fraction": 0.5}], curation=CURATION)
     write_events(loop.drop_folder / "a.jsonl", *corrected(["amy", "ben", "cid"]))
     ingest(loop, connect(), print)
@@ -105,7 +105,7 @@ def test_a_quota_keeps_a_large_table_from_drowning_the_logs(make_loop, rated):
     assert manifest.left_out["over the quota of ratings"] == 17
 
 
-def test_a_table_that_is_emptied_takes_nothing_back(make_loop, rated, url):
+def test_an_emptied_table_retracts_nothing(make_loop, rated, url):
     loop = make_loop(sources=[SOURCE], curation=CURATION)
     rated(1, n1=5)
     read_all(loop)
@@ -117,7 +117,7 @@ def test_a_table_that_is_emptied_takes_nothing_back(make_loop, rated, url):
     assert rewards(loop) == {"answers:1": 1.0}
 
 
-def test_other_settings_reach_the_rows_that_were_read_before(make_loop, rated):
+def test_changed_settings_apply_to_rows_that_were_read_before(make_loop, rated):
     rated(1, n1=5, n2=1, n3=5)
     rated(60, n9=5)
     read_all(make_loop(sources=[SOURCE], curation=CURATION))
@@ -126,11 +126,11 @@ def test_other_settings_reach_the_rows_that_were_read_before(make_loop, rated):
     assert (report.new, report.retracted, report.skipped) == (2, 4, 1)
     assert rewards(other) == {"answers:1": 0.9, "answers:9": 0.9}
     rated(99, n1=1)
-    assert read_all(other).records == 1  # it goes on from the cursor of that reading
+    assert read_all(other).records == 1  # it resumes from the cursor of that reading
     assert rewards(other) == {"answers:9": 0.9}
 
 
-def test_settings_that_no_row_passes_withdraw_all_and_the_old_ones_bring_it_back(make_loop, rated):
+def test_settings_without_matching_rows_retract_all_until_they_are_reverted(make_loop, rated):
     loop = make_loop(sources=[SOURCE], curation=CURATION)
     rated(1, n1=5)
     rated(60, n9=5)

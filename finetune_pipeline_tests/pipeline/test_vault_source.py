@@ -1,4 +1,4 @@
-"""A vault through the loop: its notes become rows that say where they stand, and follow what happens to the notes."""
+"""A vault source: the dataset follows the notes, with their provenance."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def rows(loop):
     return {row["provenance"]: (row["source"], row["completion"]) for row in found}
 
 
-def test_a_vault_becomes_a_dataset_whose_rows_follow_its_notes(make_loop, vault, capsys):
+def test_a_dataset_follows_the_notes_of_a_vault(make_loop, vault, capsys):
     source = {"kind": "vault", "name": "journal", "path": str(vault)}
     loop = make_loop(sources=[source], curation={"min_examples": 1, "validation_fraction": 0.0})
     day = {"2024-05-03.md#Reflection": ("journal", "Too quick.")}

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint of our own: real HTTP, with answers by a script, and everything that it was asked."""
+"""An OpenAI-compatible test endpoint over real HTTP: a script gives the answers, and all requests are recorded."""
 
 import json
 import threading

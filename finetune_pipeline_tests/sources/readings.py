@@ -1,10 +1,10 @@
-"""What a reading of a source gave, for tests."""
+"""Read a source in a test."""
 
 from finetune_pipeline.sources.source_record import SourceRecord
 
 
 def taken(read, source, **options):
-    """Items and what was skipped, by provenance."""
+    """Return records and reasons of skipped ones, by provenance."""
     records, skipped = {}, {}
     for one in read(source, None, **options):
         place = records if isinstance(one, SourceRecord) else skipped

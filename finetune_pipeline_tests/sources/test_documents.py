@@ -1,4 +1,4 @@
-"""Notes and requirements with templates: what is filled in plainly, what a teacher writes, what is refused."""
+"""Document sources: filled templates, artifacts of a teacher, and what is rejected."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_the_examples_give_a_diagram_an_api_document_and_a_data_model():
     assert "    ORDER {\n        string number\n" in records["orders.md::data_model"].answer
 
 
-def test_what_a_note_says_plainly_is_found():
+def test_facts_in_fixed_forms_are_found():
     known = extract_facts(
         "T",
         "Attendees: **Ana**, Ben and Cleo\n\nWe met in the garden to talk about it.\n\n## Next steps\n"
@@ -80,7 +80,7 @@ def test_what_a_note_says_plainly_is_found():
     assert set(known) == PLACEHOLDERS
 
 
-def test_a_document_cannot_reach_into_a_template():
+def test_a_document_cannot_inject_placeholders():
     note = "# {title.__class__} {actors} {0}\n\nAttendees: {title}, ${HOME}, %(title)s\n\nNo more was said.\n"
     form = "{actors}\n{title.__class__} {unknown} {{title}}"
     known = extract_facts("{actors} {0.real}", note)
@@ -110,7 +110,7 @@ def test_no_document_breaks_the_form_of_a_template(title, topics):
         ("No topic at all is named in this note, which is plain.", "bad.md::flow", "names no flow"),
     ],
 )
-def test_what_cannot_be_used_is_named_and_the_rest_is_read(folders, content, provenance, reason):
+def test_unusable_documents_are_skipped_and_the_others_are_read(folders, content, provenance, reason):
     records, skipped = taken(
         read, folders({"bad.md": content, "good.md": NOTE, "data.bin": b"\0", ".obsidian/x.md": NOTE})
     )
@@ -133,11 +133,11 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_read(folders, content, pro
         ("---\nname: a\ninstruction: x\n---\n```mermaid\nflowchart TD\n{flow}\n", "without an end"),
     ],
 )
-def test_a_template_that_is_none_says_why(template, reason):
+def test_an_unusable_template_has_a_reason(template, reason):
     assert reason in parse_template(template)
 
 
-def test_a_broken_template_is_named_and_without_any_good_one_nothing_is_read(folders):
+def test_a_broken_template_is_skipped_and_without_a_good_one_is_an_error(folders):
     second = FLOW.replace("Draw", "Paint")
     records, skipped = taken(read, folders({"a.md": NOTE}, {"a.md": FLOW, "b.md": second, "c.md": "broken"}))
     assert list(records) == ["a.md::flow"]
@@ -148,7 +148,7 @@ def test_a_broken_template_is_named_and_without_any_good_one_nothing_is_read(fol
         taken(read, folders({}, path="/nowhere/at/all"))
 
 
-def test_templates_within_the_documents_are_no_documents_and_links_are_not_followed(folders, tmp_path):
+def test_templates_among_the_documents_are_not_documents(folders, tmp_path):
     source = folders({"a.md": NOTE, "forms/flow.md": FLOW}, {})
     (tmp_path / "outside.md").write_text(NOTE)
     (Path(source.path) / "link.md").symlink_to(tmp_path / "outside.md")
@@ -160,7 +160,7 @@ def test_templates_within_the_documents_are_no_documents_and_links_are_not_follo
 DIAGRAM = "```mermaid\nflowchart TD\n    a[Opening in May] --> b[Booking a seat]\n```"
 
 
-def taught(folders, answer, documents=None, template=FLOW):
+def read_with_teacher(folders, answer, documents=None, template=FLOW):
     with teaching(lambda body, number: said(answer)) as (server, settings):
         source = folders(documents or {"a.md": NOTE}, {"t.md": template}, teacher=settings.model_dump())
         return *taken(read, source, redact=lambda text: redact(text).text), server
@@ -168,7 +168,7 @@ def taught(folders, answer, documents=None, template=FLOW):
 
 @pytest.mark.parametrize("answer", [DIAGRAM, f"````markdown\n{DIAGRAM}\n````", f"Here it is:\n\n{DIAGRAM}"])
 def test_a_teacher_writes_the_artifact_in_the_form_of_the_template(folders, answer):
-    records, skipped, server = taught(folders, answer)
+    records, skipped, server = read_with_teacher(folders, answer)
     assert skipped == {}
     record = records["a.md::flow"]
     assert DIAGRAM in record.answer
@@ -192,8 +192,8 @@ def test_a_teacher_writes_the_artifact_in_the_form_of_the_template(folders, answ
         ("I'm sorry, I can't do that.", "refused"),
     ],
 )
-def test_an_artifact_that_is_none_is_refused(folders, answer, reason):
-    records, skipped, _ = taught(folders, answer)
+def test_an_unusable_artifact_is_rejected(folders, answer, reason):
+    records, skipped, _ = read_with_teacher(folders, answer)
     assert records == {}
     assert reason in skipped["a.md::flow"]
 
@@ -201,22 +201,23 @@ def test_an_artifact_that_is_none_is_refused(folders, answer, reason):
 def test_the_headings_of_a_template_are_kept(folders):
     template = "---\nname: api\ninstruction: Write it.\n---\n# {title}\n\n## Endpoints\n\n{endpoints}\n"
     answer = "# Reading room\n\nVisitors book a seat in the reading room, which opens in May."
-    records, skipped, _ = taught(folders, answer, template=template)
+    records, skipped, _ = read_with_teacher(folders, answer, template=template)
     assert (records, list(skipped)) == ({}, ["a.md::api"])
     assert "lacks the heading '## Endpoints'" in skipped["a.md::api"]
-    assert "a.md::api" in taught(folders, f"{answer}\n\n##  Endpoints\n\nnone", {"a.md": NOTE + "More."}, template)[0]
+    answer += "\n\n##  Endpoints\n\nnone"
+    assert "a.md::api" in read_with_teacher(folders, answer, {"a.md": NOTE + "More."}, template)[0]
 
 
-def test_an_instruction_that_lacks_what_it_speaks_of_is_not_asked(folders):
+def test_a_missing_fact_of_the_instruction_sends_no_request(folders):
     template = FLOW.replace("{title}", "{decisions}")
-    records, skipped, server = taught(folders, DIAGRAM, template=template)
+    records, skipped, server = read_with_teacher(folders, DIAGRAM, template=template)
     assert (records, server.asked) == ({}, [])
     assert skipped == {"a.md::flow": "the document names no decisions, which the template needs"}
 
 
-def test_personal_data_of_a_note_does_not_leave_for_a_teacher(folders):
+def test_personal_data_of_a_note_is_not_sent_to_a_teacher(folders):
     note = f"{NOTE}\nWrite to ana.lind@example.org, password: Sommer2024! and so on.\n"
-    records, _, server = taught(folders, DIAGRAM, {"a.md": note})
+    records, _, server = read_with_teacher(folders, DIAGRAM, {"a.md": note})
     sent = json.dumps(server.asked)
     assert len(server.asked) == 1
     assert "ana.lind" not in sent

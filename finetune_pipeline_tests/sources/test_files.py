@@ -1,4 +1,4 @@
-"""Files of conversations: every form in every kind of file, what is malformed, and back again from an export."""
+"""File sources: every format in every kind of file, malformed rows, and reading an export back."""
 
 import csv
 import json
@@ -83,7 +83,7 @@ def found(path, **more):
 
 
 @pytest.mark.parametrize(("row", "prompt", "history"), FORMS)
-def test_each_form_is_told_by_its_fields(tmp_path, row, prompt, history):
+def test_each_format_is_recognized_by_its_fields(tmp_path, row, prompt, history):
     path = write(tmp_path / "a.jsonl", row)
     assert found(path) == [SourceRecord("a.jsonl:1", prompt, "text", history)]
 
@@ -151,7 +151,7 @@ def test_a_mixed_table_of_pandas_is_read_row_by_row(tmp_path, name):
     assert taken[1].reward == 0.5 and "the row is not to be trained on (train: " in skipped.reason
 
 
-def test_an_empty_text_and_infinity_are_no_nulls(tmp_path):
+def test_an_empty_text_and_infinity_are_not_null(tmp_path):
     path = write(tmp_path / "a.jsonl", {"messages": "", "prompt": "p", "completion": "c"}, '{"reward": Infinity}\n')
     assert ["outside of the turns" in found(path)[0].reason, "Infinity" in found(path)[1].reason] == [True, True]
 
@@ -266,7 +266,7 @@ def test_every_kind_of_file_gives_the_same(tmp_path, name):
     assert [record.provenance for record in (first, second, third)] == [f"{name}:{line}" for line in lines]
 
 
-def test_a_correction_says_what_the_model_had_answered(tmp_path):
+def test_a_correction_keeps_the_models_answer(tmp_path):
     (record,) = found(write(tmp_path / "a.jsonl", {"prompt": "p", "output": "no", "correction": "yes", "reward": -1}))
     assert (record.answer, record.model_output, record.reward) == ("yes", "no", None)  # the reward was of the wrong one
 
@@ -311,7 +311,7 @@ GOOD = {"prompt": "p", "completion": "c"}
         ({**GOOD, "completion": "x" * 20_000}, "longer than 10000 bytes"),
     ],
 )
-def test_a_bad_row_is_named_and_the_others_are_taken(tmp_path, row, reason):
+def test_a_bad_row_is_skipped_and_the_others_are_read(tmp_path, row, reason):
     path = write(tmp_path / "log.jsonl", GOOD, row, GOOD)
     first, bad, last = found(path, max_line_bytes=10_000)
     assert (first.provenance, last.provenance) == ("log.jsonl:1", "log.jsonl:3")
@@ -319,14 +319,14 @@ def test_a_bad_row_is_named_and_the_others_are_taken(tmp_path, row, reason):
     assert reason in bad.reason and len(bad.reason) < 300
 
 
-def test_a_named_form_is_not_guessed(tmp_path):
+def test_a_given_format_is_not_guessed(tmp_path):
     path = write(tmp_path / "a.jsonl", {"instruction": "i", "output": "o", "messages": ASKED, "event": "fair"})
     assert found(path, format="alpaca")[0].prompt == "i"
     assert found(path, format="messages")[0].prompt == "150 mm"
     assert "conversations: is missing" in found(path, format="sharegpt")[0].reason
 
 
-def test_bad_rows_of_a_csv_are_named(tmp_path):
+def test_bad_rows_of_a_csv_are_skipped_with_reasons(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(
         b"prompt,completion\r\np,c\r\n\r\np\xfc,c\r\nonly one\r\np,\r\n" + b"p," + b"x" * 20_000 + b'\r\np,c\r\np,"open'
@@ -351,16 +351,16 @@ def test_bad_rows_of_a_csv_are_named(tmp_path):
         ("a.json", b"[" + json.dumps(GOOD).encode()[:9], "nothing after it was read"),
     ],
 )
-def test_a_file_that_is_broken_as_a_whole_is_named_once_and_the_others_are_taken(tmp_path, name, content, reason):
+def test_an_unreadable_file_is_reported_once_and_the_others_are_read(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     write(tmp_path / "b.jsonl", GOOD)
     bad, good = found(tmp_path)
     assert good.provenance == "b.jsonl:1" and reason in bad.reason
-    assert (bad.provenance, bad.unreadable) == (name, True)  # nobody knows what is left of it
+    assert (bad.provenance, bad.unreadable) == (name, True)  # the rest of the file is unknown
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.parquet"])
-def test_of_a_damaged_file_the_rest_is_unknown(tmp_path, name):
+def test_a_damaged_file_is_reported_as_unreadable(tmp_path, name):
     path = tmp_path / name
     if name == "a.json":
         write_as(path, [GOOD] * 1_000)
@@ -376,7 +376,7 @@ def test_of_a_damaged_file_the_rest_is_unknown(tmp_path, name):
 
 
 @pytest.mark.parametrize("spaces", [1, (1 << 16) - 21])  # the second ends the buffer in the middle of it
-def test_no_half_of_a_secret_is_shown_of_what_stands_behind_an_array(tmp_path, spaces):
+def test_text_after_an_array_is_shown_without_half_a_secret(tmp_path, spaces):
     path = tmp_path / "a.json"
     path.write_text("[]" + " " * spaces + "password hf_" + "aB1" * 12 + " " + "more " * 40)
     (bad,) = found(path)
@@ -384,14 +384,14 @@ def test_no_half_of_a_secret_is_shown_of_what_stands_behind_an_array(tmp_path, s
     assert "after the end of the array" in bad.reason
 
 
-def test_text_in_parquet_that_is_not_utf_8_is_named_by_its_row(tmp_path):
+def test_parquet_text_that_is_not_utf_8_is_reported_by_row(tmp_path):
     texts = pa.array([b"p", b"p\xfc", b"q"], pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"prompt": texts, "completion": ["a", "b", "c"]}), tmp_path / "a.parquet")
     first, bad, last = found(tmp_path)
     assert (first.prompt, last.prompt, bad.provenance) == ("p", "q", "a.parquet:2") and "not UTF-8" in bad.reason
 
 
-def test_only_what_lies_in_the_folder_is_read(tmp_path):
+def test_only_visible_files_inside_the_folder_are_read(tmp_path):
     outside = write(tmp_path / "outside.jsonl", {**GOOD, "prompt": "outside"})
     folder = tmp_path / "folder"
     (folder / "below" / ".hidden").mkdir(parents=True)
@@ -406,7 +406,7 @@ def test_only_what_lies_in_the_folder_is_read(tmp_path):
     assert [record.provenance for record in found(folder)] == ["below/a.jsonl:1"]
 
 
-def test_a_source_that_is_not_there_says_what_to_do_and_withdraws_nothing(tmp_path):
+def test_a_missing_source_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(SourceError, match="does not exist; create it, or correct its path"):
         found(tmp_path / "nowhere")
     with pytest.raises(SourceError, match=r"no file .*lies in"):
@@ -433,9 +433,7 @@ REWARD = st.floats(-1, 1, allow_nan=False)
 @settings(max_examples=25, deadline=None)
 @given(pairs=PAIRS, own=st.none() | TEXT, prompt=TEXT, answer=TEXT, reward=REWARD, system=st.just("") | TEXT)
 def test_an_export_is_read_back_as_the_same_example(tmp_path_factory, form, pairs, own, prompt, answer, reward, system):
-    assume(
-        not system or not prompt.startswith(system)
-    )  # a text that begins like the instruction cannot be told from it
+    assume(not system or not prompt.startswith(system))  # a prompt that begins with the system prompt is ambiguous
     said = [Turn(role=role, content=text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]  # noqa: B905
     history = (*([Turn(role="system", content=own)] if own else []), *said)
     path = tmp_path_factory.mktemp("export") / "out.jsonl"
@@ -447,8 +445,8 @@ def test_an_export_is_read_back_as_the_same_example(tmp_path_factory, form, pair
 
 
 @pytest.mark.skipif(not SNIPS.is_dir(), reason="shared/data/snips is not there")
-def test_real_utterances_one_of_which_is_not_utf_8(tmp_path):
-    # As published, each file is one JSON object, which is named; of the utterances a CSV is made, byte by byte.
+def test_real_utterances_with_one_that_is_not_utf_8(tmp_path):
+    # As published, each file is one JSON object, which is rejected. The CSV has the utterances byte by byte.
     refused = found(SNIPS)
     assert len(refused) == 21 and all(isinstance(one, SkippedRecord) for one in refused)
     raw = (SNIPS / "PlayMusic" / "train_PlayMusic_full.json").read_bytes().decode("utf-8", "surrogateescape")

@@ -29,15 +29,15 @@ def read(path, after=None, limit=10_000):
         (b"\xff\xfe{}\n", "not UTF-8"),
         (line(prompt=7), "prompt"),  # wrong type
         (line(prompt=""), "prompt"),
-        (line(id="../../etc/passwd"), "id"),  # an id is an id and never a path
+        (line(id="../../etc/passwd"), "id"),  # an id is never used as a path
         (line(confidence=7), "confidence"),
-        (line(surprise=1), "surprise"),  # unknown fields are refused
+        (line(surprise=1), "surprise"),  # unknown fields are rejected
         (line(task="notes"), "task: there is no such field; it is named loop now"),
         (line(arm="champion"), "it is named variant now"),
         (line(loop="another"), "is of loop 'another'"),
         (line(prompt="a\x00b"), "NUL"),
         (line(user="a\x00b"), "NUL"),
-        (line(prompt_tokens=10**30), "prompt_tokens"),  # no database has such an integer
+        (line(prompt_tokens=10**30), "prompt_tokens"),  # larger than an integer of the database
         (line(prompt_tokens=3_000_000_000), "prompt_tokens"),
         (line(created_at="0001-01-01T00:00:00+14:00"), "before the year 1"),
         (line(output="x" * 20_000), "longer than 10000 bytes"),
@@ -45,7 +45,7 @@ def read(path, after=None, limit=10_000):
         (b"[" * 9_000 + b"\n", "not JSON"),  # nested absurdly deep
     ],
 )
-def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, raw, reason):
+def test_a_bad_line_is_rejected_and_the_others_are_read(tmp_path, raw, reason):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a") + raw + line("b"))
     first, bad, last = read(path)
@@ -54,7 +54,7 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, raw, reason):
     assert reason in bad.reason
 
 
-def test_reading_goes_on_where_it_ended(tmp_path):
+def test_reading_resumes_where_it_ended(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a"))
     (first,) = read(path)
@@ -63,13 +63,13 @@ def test_reading_goes_on_where_it_ended(tmp_path):
     assert (second.number, second.event.prompt) == (2, "prompt b")
 
 
-def test_a_line_that_is_still_being_written_is_left_for_the_next_time(tmp_path):
+def test_an_incomplete_last_line_is_left_for_the_next_reading(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a") + line("b")[:40])
     assert [record.number for record in read(path)] == [1]
 
 
-def test_a_last_line_that_can_never_become_an_event_is_refused_at_once(tmp_path):
+def test_a_complete_last_line_that_is_not_an_event_is_rejected(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a") + b'{"event": "other"}')
     assert [record.event is None for record in read(path)] == [False, True]
@@ -84,13 +84,13 @@ def test_line_numbers_stay_right_after_a_last_line_without_newline(tmp_path):
     assert bad.number == 2
 
 
-def test_a_last_line_without_newline_is_read_if_it_is_whole(tmp_path):
+def test_a_complete_last_line_without_newline_is_read(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a").rstrip(b"\n"))
     assert [record.event.prompt for record in read(path)] == ["prompt a"]
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_errors(tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_accepted(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line("a") + b"\n  \n" + line("b"))
     assert [record.number for record in read(path)] == [1, 4]

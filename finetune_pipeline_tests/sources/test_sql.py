@@ -1,4 +1,4 @@
-"""Rated answers from real databases: every row once, none lost, nothing written, no password told."""
+"""SQL sources on real databases: no row lost or doubled, nothing written, no password shown."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def given(source, cursor=None):
     return records, skipped, json.loads(json.dumps(cursors[-1])) if cursors else None
 
 
-def test_a_row_becomes_an_item_by_the_mapping(answers):
+def test_a_row_becomes_a_record_by_the_mapping(answers):
     answers(
         row(1, author="ann", domain="walls", kind="new", stars=4), row(2, stars=None, gold=True), row(3, gold=False)
     )
@@ -83,13 +83,13 @@ def test_a_row_becomes_an_item_by_the_mapping(answers):
     assert {record.reward for record in given(unrated)[0].values()} == {None}
 
 
-def test_filters_take_what_has_one_of_the_values(answers):
+def test_filters_select_rows_with_one_of_the_values(answers):
     answers(row(1, author="ann", team=1), row(2, author="bob", team=1), row(3, author="ann", team=2), row(4))
     assert set(given(source(only={"author": ["ann"]}))[0]) == {"answers:1", "answers:3"}
     assert set(given(source(only={"author": ["ann", "bob"], "team": ["1"]}))[0]) == {"answers:1", "answers:2"}
 
 
-def test_what_cannot_be_used_is_named_with_the_reason(answers):
+def test_unusable_rows_are_skipped_with_a_reason(answers):
     answers(
         row(1, prompt=None), row(2, response=" \n"), row(3, stars=3), row(4, stars=None), row(5),
         {**row(6), "Changed at": None}, row(7, domain="x"),
@@ -111,19 +111,19 @@ def test_what_cannot_be_used_is_named_with_the_reason(answers):
     assert given(source(gold_star="domain"))[1]["answers:7"] == "domain is 'perhaps', neither yes nor no"
 
 
-def test_pages_lose_nothing_though_the_watermark_is_the_same(answers):
+def test_pages_lose_no_row_with_equal_cursor_values(answers):
     answers(*(row(n, minutes=n // 10) for n in range(1, 41)))
     records, _, _ = given(source(batch_rows=7))
     assert list(records) == [f"answers:{n}" for n in range(1, 41)]
     assert sum(isinstance(one, Cursor) for one in read(source(batch_rows=7), None)) == 6
 
 
-def test_a_reading_goes_on_where_the_last_one_ended(answers):
+def test_a_reading_resumes_where_the_last_one_ended(answers):
     answers(*(row(n, minutes=n) for n in range(1, 6)))
     cursor = given(source(overlap=0))[2]
     answers(row(6, minutes=6), row(2, minutes=7, stars=1))
     records, _, later = given(source(overlap=0), cursor)
-    assert set(records) == {"answers:5", "answers:6", "answers:2"}  # the last one again: see the next test
+    assert set(records) == {"answers:5", "answers:6", "answers:2"}  # the last row again: see the next test
     assert records["answers:2"].reward == -1.0
     assert set(given(source(overlap=0), later)[0]) == {"answers:2"}
 
@@ -131,17 +131,17 @@ def test_a_reading_goes_on_where_the_last_one_ended(answers):
 def test_rows_committed_late_are_not_lost(answers, url):
     answers(row(5, minutes=5), row(9, minutes=5))
     cursor = given(source())[2]
-    answers(row(7, minutes=5))  # the same time, and a lower key than the last that was read
+    answers(row(7, minutes=5))  # the same time as the last row that was read, and a lower key
     assert "answers:7" in given(source(overlap=0), cursor)[0]
     if url.startswith("sqlite"):
-        return  # its times are texts, and it has one writer at a time
+        return  # SQLite: times are texts, and there is one writer at a time
     answers(row(8, minutes=4.5))  # half a minute earlier
     assert "answers:8" not in given(source(overlap=0), cursor)[0]
     assert "answers:8" in given(source(overlap=60), cursor)[0]
-    assert given(source(overlap=86_400), cursor)[2] == cursor  # going back never moves the cursor back
+    assert given(source(overlap=86_400), cursor)[2] == cursor  # an overlap never moves the cursor back
 
 
-def test_an_emptied_table_keeps_its_mark(answers):
+def test_an_emptied_table_keeps_its_cursor(answers):
     answers(row(1))
     cursor = given(source())[2]
     answers({**row(1), "Changed at": None})
@@ -149,7 +149,7 @@ def test_an_emptied_table_keeps_its_mark(answers):
 
 
 @pytest.mark.parametrize("kind", ["integer", "numeric", "text", "date", "float"])
-def test_numbers_texts_and_dates_are_watermarks_too(url, monkeypatch, kind):
+def test_numbers_texts_and_dates_work_as_cursors(url, monkeypatch, kind):
     monkeypatch.setenv("RATINGS_URL", url)
     types = {"integer": sa.BigInteger, "numeric": sa.Numeric, "text": sa.Text, "date": sa.Date, "float": sa.Double}
     values = {
@@ -192,7 +192,7 @@ def test_it_never_writes(answers, url, tmp_path):
     assert statements and not [s for s in statements if s.split()[0].upper() not in {"SELECT", "PRAGMA", "SHOW", "SET"}]
 
 
-def test_sqlite_is_opened_for_reading_alone(tmp_path, monkeypatch):
+def test_sqlite_is_opened_read_only(tmp_path, monkeypatch):
     monkeypatch.setenv("RATINGS_URL", f"sqlite:///{tmp_path}/not there.db")
     with pytest.raises(SourceError, match=r"not there\.db does not exist; correct RATINGS_URL"):
         given(source())
@@ -211,7 +211,7 @@ def test_sqlite_is_opened_for_reading_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [1, 2, 10_000])
-def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_path, monkeypatch, page):
+def test_a_row_with_a_cursor_that_is_not_utf_8_is_skipped(tmp_path, monkeypatch, page):
     path = tmp_path / "ratings.db"
     bad = "CAST(x'ff61' AS TEXT)"
     rows = [("'a'", "'1'"), (bad, "'1'"), (bad, "'2'"), ("'d'", "'3'"), ("'e'", bad), ("'f'", bad), ("NULL", bad)]
@@ -229,7 +229,7 @@ def test_a_row_whose_place_is_not_utf_8_is_named_and_the_others_are_read(tmp_pat
     assert set(given(plain, cursor)[0]) == {"answers:d"}
 
 
-def test_a_wrong_name_is_told_with_those_that_there_are(answers):
+def test_a_wrong_name_is_reported_with_the_existing_ones(answers):
     with pytest.raises(SourceError, match="there is no table or view answer; there are: answers"):
         given(source(table="answer"))
     with pytest.raises(SourceError, match="answers has no column star; it has: id, Changed at, prompt"):
@@ -240,7 +240,7 @@ def test_a_wrong_name_is_told_with_those_that_there_are(answers):
         given(source(only={"nobody": ["x"]}))
 
 
-def test_a_key_that_names_no_single_row_is_told(answers):
+def test_a_key_that_is_not_unique_is_an_error(answers):
     answers(row(1, author="ann"), row(2, author="ann"))
     with pytest.raises(SourceError, match="'ann' is the key of several rows of answers"):
         given(source(key="author"))
@@ -267,7 +267,7 @@ def test_views_and_schemas_can_be_read(answers, url):
         ("mysql+pymysql://ann:hunter2@db/x", "driver of mysql.pymysql is not installed"),
     ],
 )
-def test_a_database_that_cannot_be_reached_is_told_without_its_password(monkeypatch, caplog, text, said):
+def test_connection_errors_do_not_show_the_password(monkeypatch, caplog, text, said):
     monkeypatch.setenv("RATINGS_URL", text) if text else monkeypatch.delenv("RATINGS_URL", raising=False)
     with pytest.raises(SourceError, match=said) as problem:
         given(source())
@@ -299,7 +299,7 @@ def restarted(source, cursor):
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
-def test_other_settings_read_the_rows_below_the_mark_again(answers, url, changes):
+def test_changed_settings_read_all_rows_again(answers, url, changes):
     answers(row(1, team=5), row(2, minutes=60, team=5))
     engine = sa.create_engine(url)
     with engine.begin() as connection:
@@ -314,7 +314,7 @@ def test_other_settings_read_the_rows_below_the_mark_again(answers, url, changes
     assert restarted(source(), None)[1] == {False}
 
 
-def test_what_changes_no_row_leaves_the_mark_as_it_is(answers):
+def test_settings_that_change_no_row_keep_the_cursor(answers):
     answers(row(1), row(2, minutes=60))
     cursor = given(source())[2]
     for changes in ({"name": "other"}, {"max_fraction": 0.5}, {"max_examples": 3}, {"overlap": 9}, {"batch_rows": 1}):
@@ -322,7 +322,7 @@ def test_what_changes_no_row_leaves_the_mark_as_it_is(answers):
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-def test_another_database_is_read_from_its_beginning_and_another_password_changes_nothing(answers, url, monkeypatch):
+def test_another_database_restarts_and_another_password_does_not(answers, url, monkeypatch):
     answers(row(1), row(2, minutes=60))
     cursor = given(source())[2]
     for changed in (url.replace("tests@", "tests:secret@"), f"{url}?password=secret"):
@@ -333,7 +333,7 @@ def test_another_database_is_read_from_its_beginning_and_another_password_change
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-def test_a_watermark_of_another_type_is_read_from_its_beginning(answers, url):
+def test_a_cursor_column_of_another_type_restarts(answers, url):
     answers(row(1), row(2, minutes=60))
     cursor = given(source())[2]
     engine = sa.create_engine(url)
@@ -344,12 +344,12 @@ def test_a_watermark_of_another_type_is_read_from_its_beginning(answers, url):
 
 
 @pytest.mark.parametrize("cursor", [{"id": 3}, {"kind": "number", "value": "9"}, "9"])
-def test_a_mark_without_its_settings_is_begun_again(answers, cursor):
+def test_a_cursor_without_settings_restarts(answers, cursor):
     answers(row(1), row(2))
     assert restarted(source(), cursor) == ({"answers:1", "answers:2"}, {True})
 
 
-def test_other_settings_that_no_row_passes_leave_no_mark_to_go_on_from(answers):
+def test_settings_that_no_row_matches_leave_no_cursor(answers):
     answers(row(1))
     cursor = given(source())[2]
     assert list(read(source(only={"domain": ["none"]}), cursor)) == [Cursor(None, restarted=True)]
@@ -394,7 +394,7 @@ def test_a_row_from_the_future_waits_and_hides_no_later_row(answers):
     assert "answers:4" in given(source(), cursor)[0]
     assert all(
         one.deferred for one in read(source(), cursor) if isinstance(one, SkippedRecord)
-    )  # what it gave before stays
+    )  # earlier records are kept
     answers(row(2, **{"Changed at": now + timedelta(minutes=7)}))
     assert "answers:2" in given(source(), cursor)[0]
 
@@ -430,7 +430,7 @@ def here(zone):
         (lambda: "2999-01-01", True),
         (lambda: "9999-12-31T23:59:59-05:00", True),  # after the last year, in UTC
         (lambda: "0999-a-text", False),
-        (lambda: "29990101", False),  # may be a number of anything
+        (lambda: "29990101", False),  # may be any number
         (lambda: 4_102_444_800_000, False),
         (lambda: datetime(1, 1, 2), False),
     ],

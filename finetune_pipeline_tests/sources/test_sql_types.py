@@ -1,4 +1,4 @@
-"""Rated answers whose columns have types, and values, that no row of plain numbers and texts has."""
+"""SQL sources with unusual column types and values."""
 
 import pytest
 import sqlalchemy as sa
@@ -42,7 +42,7 @@ def plain(**changes):
     ],
     indirect=["url"],
 )
-def test_a_row_whose_number_is_not_finite_is_named_and_the_others_are_read(table, kind, last, values, page):
+def test_a_row_with_a_non_finite_cursor_is_skipped(table, kind, last, values, page):
     table(f"w {kind}", *values)
     records, skipped, cursor = given(plain(batch_rows=page))
     assert set(records) == {"t:2"} and cursor["value"] == last
@@ -55,7 +55,7 @@ def test_a_row_whose_number_is_not_finite_is_named_and_the_others_are_read(table
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("page", [1, 1_000])
 @pytest.mark.parametrize("kind", ["timestamptz", "timestamp", "date"])
-def test_a_row_whose_time_no_driver_reads_is_named_and_the_others_are_read(table, kind, page):
+def test_a_row_with_a_time_outside_pythons_range_is_skipped(table, kind, page):
     beyond = ["infinity", "-infinity", "0044-03-15 BC", "12000-01-01", "9999-12-31", "0001-01-01"]
     table(f"w {kind}", *(f"'{value}'" for value in [*beyond, "2026-05-01", "0001-01-02", "9999-12-30"]), "NULL")
     records, skipped, cursor = given(plain(batch_rows=page))
@@ -71,7 +71,7 @@ def test_a_row_whose_time_no_driver_reads_is_named_and_the_others_are_read(table
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
-def test_a_time_at_the_ends_is_read_in_every_zone(table, url, monkeypatch, zone):
+def test_the_first_and_last_times_are_read_in_every_zone(table, url, monkeypatch, zone):
     table(
         "w timestamptz", *(f"'{value}+00'" for value in ("0001-01-01", "0001-01-04", "9999-12-29", "9999-12-31 23:59"))
     )
@@ -81,14 +81,14 @@ def test_a_time_at_the_ends_is_read_in_every_zone(table, url, monkeypatch, zone)
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-def test_another_value_that_no_driver_reads_is_told_with_the_remedy(table):
+def test_an_unreadable_value_in_another_column_is_an_error_with_advice(table):
     table("w integer, d date", "1, 'infinity'")
     with pytest.raises(SourceError, match=r"a value in t cannot be read \(.*infinity.*\), in the cursor w or .* view"):
         given(plain(domain="d"))
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-def test_filters_name_values_that_an_enum_lacks(table):
+def test_filters_may_contain_values_that_an_enum_lacks(table):
     table("w integer, d mood", "1, 'sad'", "2, 'ok'", before="CREATE TYPE mood AS ENUM ('sad', 'ok')")
     assert set(given(plain(only={"d": ["sad", "gone"]}))[0]) == {"t:1"}
     assert not given(plain(only={"d": ["gone"]}))[0]
@@ -104,7 +104,7 @@ def test_filters_compare_numbers_as_numbers(table, kind):
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-def test_a_watermark_of_four_bytes_loses_no_row(table):
+def test_a_four_byte_float_cursor_loses_no_row(table):
     table("w real", *(f"{number / 10}" for number in range(1, 20)))
     records, _, cursor = given(plain(batch_rows=2))
     assert list(records) == [f"t:{number}" for number in range(1, 20)]
@@ -112,7 +112,7 @@ def test_a_watermark_of_four_bytes_loses_no_row(table):
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-def test_a_watermark_of_money_is_told(table):
+def test_a_money_cursor_is_an_error(table):
     table("w money", "1", "2")
     with pytest.raises(SourceError, match=r"the cursor w of t is money, .* a view in which it is cast to numeric"):
         given(plain())
@@ -141,4 +141,4 @@ def test_a_row_committed_late_within_the_overlap_is_read(table, url, kind, late,
         connection.exec_driver_sql("DELETE FROM t WHERE k = 1")
     engine.dispose()
     records, _, later = given(plain(overlap=overlap), cursor)
-    assert set(records) == {"t:2"} and later == cursor  # what is left below it never moves it back
+    assert set(records) == {"t:2"} and later == cursor  # late rows never move the cursor back

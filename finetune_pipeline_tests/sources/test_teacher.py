@@ -1,4 +1,4 @@
-"""The teacher over real HTTP: what is paid once, what is asked again, when it stops."""
+"""The teacher over real HTTP: cache, retries, budget and errors."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def slowly(body, number):
     return echo(body, number)
 
 
-def test_answers_come_in_the_order_of_the_questions_and_are_paid_for_once():
+def test_answers_keep_the_order_of_requests_and_are_paid_once():
     names = [f"q{n}" for n in range(20)]
     with teaching(slowly) as (server, settings):
         assert list(ask(settings, *names).items()) == [(name, f"Answer {name}") for name in names]
@@ -51,7 +51,7 @@ def test_answers_come_in_the_order_of_the_questions_and_are_paid_for_once():
         assert server.asked[0]["max_tokens"] == 50
 
 
-def test_the_same_question_at_the_same_time_is_asked_once():
+def test_concurrent_identical_requests_are_sent_once():
     def slow(body, number):
         time.sleep(0.2)
         return echo(body, number)
@@ -62,7 +62,7 @@ def test_the_same_question_at_the_same_time_is_asked_once():
         assert len(server.asked) == 1
 
 
-def test_every_wait_is_twice_as_long_as_the_one_before_up_to_a_minute(monkeypatch):
+def test_waits_double_up_to_a_minute(monkeypatch):
     monkeypatch.setattr(module, "_FIRST_WAIT", 1.0)
     monkeypatch.setattr(module.random, "uniform", lambda low, high: high)
     with teaching(lambda body, number: error(500), attempts=9) as (server, settings):
@@ -73,7 +73,7 @@ def test_every_wait_is_twice_as_long_as_the_one_before_up_to_a_minute(monkeypatc
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
-def test_retry_after_is_waited_for():
+def test_retry_after_is_respected():
     def busy_at_first(body, number):
         return error(429, **{"Retry-After": "1"}) if number == 1 else echo(body, number)
 
@@ -84,7 +84,7 @@ def test_retry_after_is_waited_for():
         assert len(server.asked) == 2
 
 
-def test_one_that_asks_to_come_back_in_an_hour_is_not_waited_for():
+def test_a_retry_after_of_an_hour_is_given_up():
     with teaching(lambda body, number: error(429, **{"Retry-After": "3600"})) as (server, settings):
         assert "come back in 3600 seconds" in ask(settings, "a")["a"]
         assert len(server.asked) == 1
@@ -99,11 +99,11 @@ def test_one_that_asks_to_come_back_in_an_hour_is_not_waited_for():
         (200, {}, b'{"error": {"message": "overloaded"}}'),
         (200, {}, b'{"choices": []}'),
         (200, {}, b"[[[" * 100_000),
-        (200, {"Content-Length": "9999"}, b'{"choices"'),  # breaks off
+        (200, {"Content-Length": "9999"}, b'{"choices"'),  # the connection breaks
     ],
     ids=["500", "503", "html", "error", "empty", "deep", "broken"],
 )
-def test_what_fails_for_once_is_tried_again(fault):
+def test_a_single_failure_is_retried(fault):
     def script(body, number):
         return fault if number == 1 else echo(body, number)
 
@@ -112,7 +112,7 @@ def test_what_fails_for_once_is_tried_again(fault):
         assert len(server.asked) == 2
 
 
-def test_an_answer_that_does_not_come_in_time_is_tried_again():
+def test_a_timeout_is_retried():
     def script(body, number):
         if number == 1:
             time.sleep(1)
@@ -123,7 +123,7 @@ def test_an_answer_that_does_not_come_in_time_is_tried_again():
         assert len(server.asked) >= 2
 
 
-def test_an_endpoint_that_is_down_ends_the_reading_and_what_it_answered_is_kept():
+def test_an_endpoint_that_is_down_ends_the_reading_and_answers_are_kept():
     def script(body, number):
         return echo(body, number) if "good" in body["messages"][-1]["content"] else error(500)
 
@@ -135,7 +135,7 @@ def test_an_endpoint_that_is_down_ends_the_reading_and_what_it_answered_is_kept(
         assert len(server.asked) == before
 
 
-def test_the_budget_is_never_passed_and_the_next_reading_goes_on():
+def test_the_budget_is_never_exceeded_and_the_next_reading_resumes():
     names = [f"q{n}" for n in range(12)]
     with teaching(echo, max_tokens=500, parallel=3) as (server, settings):
         first = ask(settings, *names)
@@ -150,7 +150,7 @@ def test_the_budget_is_never_passed_and_the_next_reading_goes_on():
         assert set(server.by_question.values()) == {1}
 
 
-def test_an_endpoint_that_tells_no_usage_is_counted_by_the_length_of_its_texts():
+def test_usage_is_estimated_from_text_length_if_it_is_missing():
     def silent(body, number):
         return 200, {}, b'{"choices": [{"message": {"content": "Answer"}, "finish_reason": "stop"}], "usage": null}'
 
@@ -167,7 +167,7 @@ def test_a_reply_that_may_have_been_paid_counts_in_full(fault, asked):
         assert len(server.asked) == asked
 
 
-def test_a_reading_that_is_left_waits_for_nothing_but_what_is_under_way(monkeypatch):
+def test_a_closed_reading_waits_only_for_running_requests(monkeypatch):
     monkeypatch.setattr(module, "_FIRST_WAIT", 60.0)
 
     def script(body, number):
@@ -176,7 +176,7 @@ def test_a_reading_that_is_left_waits_for_nothing_but_what_is_under_way(monkeypa
     with teaching(script, parallel=2) as (server, settings):
         answers = Teacher(settings).answers([question("good"), *(question(f"q{n}") for n in range(4))])
         assert next(answers).text == "Answer good"
-        while len(server.asked) < 3:  # both threads wait then to ask again
+        while len(server.asked) < 3:  # then both threads wait to retry
             time.sleep(0.01)
         started = time.monotonic()
         answers.close()
@@ -184,7 +184,7 @@ def test_a_reading_that_is_left_waits_for_nothing_but_what_is_under_way(monkeypa
         assert len(server.asked) == 3
 
 
-def test_a_key_that_is_missing_or_wrong_is_named_and_never_shown(monkeypatch):
+def test_a_missing_or_wrong_key_is_reported_and_never_shown(monkeypatch):
     def wrong(body, number):
         return error(401, "Incorrect API key provided: sk-very-secret-value")
 
@@ -209,19 +209,19 @@ def test_a_key_that_is_missing_or_wrong_is_named_and_never_shown(monkeypatch):
         (said("  "), "is empty"),
     ],
 )
-def test_an_answer_that_is_none_is_said_and_not_paid_for_again(reply, reason):
+def test_an_unusable_answer_has_a_reason_and_is_not_paid_again(reply, reason):
     with teaching(lambda body, number: reply) as (server, settings):
         assert reason in ask(settings, "a")["a"]
         assert reason in ask(settings, "a")["a"]
         assert len(server.asked) == 1
 
 
-def test_what_a_model_thought_before_its_answer_is_no_part_of_it():
+def test_thoughts_before_an_answer_are_removed():
     with teaching(lambda body, number: said("<think>\nHm.\n</think>\n\nAnswer")) as (_, settings):
         assert ask(settings, "a") == {"a": "Answer"}
 
 
-def test_models_that_know_only_the_newer_name_of_the_limit_are_asked_by_it():
+def test_the_newer_name_of_the_token_limit_is_used_if_required():
     def newer(body, number):
         if "max_tokens" in body:
             return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
@@ -242,7 +242,7 @@ print(sum(bool(answer.text) for answer in Teacher(settings).answers(questions)))
 """
 
 
-def test_a_kill_loses_at_most_what_was_under_way():
+def test_a_kill_loses_at_most_running_requests():
     with teaching(slowly) as (server, settings):
         command = [sys.executable, "-c", READING, settings.url]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "FINETUNE_HOME": str(home())}

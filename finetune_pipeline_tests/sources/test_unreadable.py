@@ -1,4 +1,4 @@
-"""Folders that are empty, and what cannot be looked into: neither says that what was there is gone."""
+"""Empty folders and unreadable files and folders: neither means that earlier records are gone."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, 
 from .test_documents import FLOW, NOTE
 
 CODE = 'def area(a: float) -> float:\n    """The area of a square."""\n    return a * a\n'
-TAUGHT = {
+USABLE = {
     "files": ("jsonl", '{"prompt": "p", "completion": "c"}\n'),
     "vault": ("md", "#decision\n\nWe buy it.\n"),
     "code": ("py", CODE),
@@ -25,7 +25,7 @@ TAUGHT = {
 
 @pytest.fixture
 def root():
-    """A folder that every user of the machine may read, since root reads what is closed, too."""
+    """A folder that every user may read; the tests drop root, which may read everything."""
     folder = Path(tempfile.mkdtemp(prefix="finetune-unreadable-"))
     folder.chmod(0o755)
     yield folder
@@ -44,7 +44,7 @@ def nobody():
         os.seteuid(0)
 
 
-@pytest.fixture(params=TAUGHT)
+@pytest.fixture(params=USABLE)
 def source(request, root):
     kinds = {"files": FilesSource, "vault": VaultSource, "code": CodeSource, "documents": DocumentsSource}
     (root / "forms").mkdir()
@@ -54,13 +54,13 @@ def source(request, root):
     return kinds[request.param].model_validate({"kind": request.param, "name": "own", "path": str(root / "in"), **more})
 
 
-def test_an_empty_folder_is_an_error_and_no_source_that_has_nothing(source):
+def test_an_empty_folder_is_an_error(source):
     with pytest.raises(SourceError, match=r"lies in|contains no note"):
         list(reader_for(source)(source, None))
 
 
-def test_what_cannot_be_looked_into_is_named_and_said_to_be_unseen(source, root):
-    suffix, text = TAUGHT[source.kind]
+def test_closed_files_and_folders_are_reported_as_unreadable(source, root):
+    suffix, text = USABLE[source.kind]
     for folder in ("in", "in/open", "in/closed"):
         (root / folder).mkdir(exist_ok=True)
         (root / folder / f"a.{suffix}").write_text(text)
@@ -77,10 +77,10 @@ def test_what_cannot_be_looked_into_is_named_and_said_to_be_unseen(source, root)
     }
 
 
-def test_a_folder_of_rows_whose_names_alone_can_be_listed_is_unseen(root):
+def test_files_of_a_folder_that_can_only_be_listed_are_unreadable(root):
     for folder in ("in", "in/listed"):
         (root / folder).mkdir()
-        (root / folder / "a.jsonl").write_text(TAUGHT["files"][1])
+        (root / folder / "a.jsonl").write_text(USABLE["files"][1])
     (root / "in" / "listed").chmod(0o744)
     source = FilesSource(kind="files", name="own", path=str(root / "in"))
     with nobody():

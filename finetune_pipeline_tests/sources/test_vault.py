@@ -1,4 +1,4 @@
-"""A vault of 83 notes that has what real ones have: what is taken of it, word for word, and what is not."""
+"""A vault of 83 realistic notes: exactly what is read, and what is not."""
 
 import hashlib
 import os
@@ -111,8 +111,8 @@ def taken(path, **changes):
     ]
 
 
-def teach(text, path="Note.md", **changes):
-    """What one note gives."""
+def note_records(text, path="Note.md", **changes):
+    """Return what one note gives."""
     return list(read_note(TextFile(path, text, None), NoteRules.of(source("unused", **changes)), ""))
 
 
@@ -144,24 +144,24 @@ def answer(found, provenance):
     return next(record.answer for record in found[0] if record.provenance == provenance)
 
 
-def test_exactly_this_is_taken_with_these_questions(found):
+def test_exactly_these_records_and_prompts_are_read(found):
     assert {record.provenance: (record.kind, record.prompt) for record in found[0]} == TAKEN
     assert len(found[0]) == len(TAKEN)
 
 
-def test_exactly_this_is_named_and_skipped_and_the_rest_goes_on(found):
+def test_exactly_these_notes_are_skipped_with_reasons(found):
     link = "is a symbolic link, and links are not followed"
     links = {f"Links/{name}": link for name in ("Out.md", "Folder out", "In.md", "Round", "Itself.md")}
     odd = {"Links/Pipe.md": "is not a regular file", "Odd/Huge.md": "is larger than 1,000,000 bytes (max_note_bytes)"}
     assert {one.provenance: one.reason for one in found[1]} == {**SKIPPED, **links, **odd}
 
 
-def test_nothing_private_and_nothing_from_outside_is_in_any_of_it(found):
+def test_nothing_private_or_outside_is_read(found):
     assert "PLANTED-SECRET" not in repr(found)
     assert sum("PLANTED-SECRET" in path.read_text() for path in (VAULT / "Private").iterdir()) == 11
 
 
-def test_the_vault_is_as_it_was(vault):
+def test_the_vault_is_not_changed(vault):
     def state():
         files = [path for path in sorted(vault.rglob("*")) if path.is_file() and not path.is_symlink()]
         return [(str(path), path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
@@ -171,7 +171,7 @@ def test_the_vault_is_as_it_was(vault):
     assert state() == before
 
 
-def test_an_answer_is_the_note_as_a_person_reads_it(found):
+def test_an_answer_is_the_notes_plain_text(found):
     assert answer(found, "Decisions/Use SQLite for state.md") == (
         "We keep all state in one SQLite file, see how it is saved and the comparison.\n\n"
         "> **Not for a network drive**\n> Locks are not reliable there.\n\n"
@@ -190,31 +190,31 @@ def test_an_answer_is_the_note_as_a_person_reads_it(found):
     assert answer(found, "Projects/Bridge/Log.md#Log#Steel or timber").endswith("| the mill | 4,000 |")
 
 
-def test_code_stays_as_it_is_even_where_its_fence_is_never_closed(found):
+def test_code_is_unchanged_even_in_an_unclosed_fence(found):
     assert "# decision: not a heading, and #decision no tag\nseen =" in answer(found, "Decisions/ADR 7.md")
     assert answer(found, "Projects/Unclosed fence 2.md#Decision").endswith(
         "```bash\npump --day  # [[stays]]\n## Not a heading"
     )
 
 
-def test_dashes_in_the_middle_are_no_frontmatter_and_no_heading(found):
+def test_dashes_in_the_middle_are_neither_frontmatter_nor_heading(found):
     assert answer(found, "Projects/Dashes.md#Decision").startswith(
         "Keep the old door\n---\nIt closes well.\n\n---\n\n- a: 1"
     )
 
 
-def test_a_private_section_is_cut_out_of_the_decision_that_it_stands_in(found):
+def test_a_private_section_is_cut_out_of_its_decision(found):
     assert answer(found, "Private/Part.md#Decision") == "The roof is red.\n\n### When\n\nIn June."
 
 
-def test_no_text_is_taken_twice(found):
+def test_no_text_is_used_twice(found):
     assert answer(found, "Projects/Kinds within.md") == (
         "The week was long.\n\n## Work\n\nWe moved the saw.\n\n### Rest\n\nCoffee is out."
     )
     assert answer(found, "Projects/Tower/Log.md#Lift") == "One lift with 8 seats.\n\nPainted grey."
 
 
-def test_comments_are_not_answers(found):
+def test_comments_are_removed(found):
     assert answer(found, "Odd/Unclosed comment.md#Learning") == "Seen."
     assert "not" not in answer(found, "Odd/Inline comment over lines.md")
 
@@ -234,13 +234,13 @@ def test_comments_are_not_answers(found):
         ("a <!-- %% --> b\n## B\nseen", "a  b\n\n## B\n\nseen"),
     ],
 )
-def test_a_comment_that_begins_in_a_line_hides_what_it_spans(text, read):
-    (record,) = teach(f"# Decision\n{text}\n")
+def test_a_comment_hides_everything_up_to_its_end(text, read):
+    (record,) = note_records(f"# Decision\n{text}\n")
     assert record.answer == read
 
 
 @pytest.mark.parametrize("name", ["CRLF", "BOM", "Old Mac"])
-def test_ends_of_lines_and_byte_order_marks_change_nothing(found, name):
+def test_line_ends_and_byte_order_marks_change_nothing(found, name):
     text = answer(found, f"Odd/{name}.md")
     assert "\r" not in text and "\ufeff" not in text and "---" not in text
 
@@ -254,34 +254,34 @@ def test_ends_of_lines_and_byte_order_marks_change_nothing(found, name):
         ("Journal/2024-05-09.md#Storage#Decision", datetime(2024, 5, 9, tzinfo=UTC)),  # its frontmatter has no date
     ],
 )
-def test_it_was_said_when_the_frontmatter_or_the_name_says(found, provenance, moment):
+def test_the_time_is_that_of_the_frontmatter_or_the_name(found, provenance, moment):
     assert next(record.created_at for record in found[0] if record.provenance == provenance) == moment
 
 
-def test_else_it_was_said_when_the_file_was_written(tmp_path):
+def test_the_time_is_otherwise_that_of_the_file(tmp_path):
     (tmp_path / "a.md").write_text("#decision\n\nYes.\n")
     os.utime(tmp_path / "a.md", (1_700_000_000, 1_700_000_000))
     assert taken(tmp_path)[0][0].created_at == datetime.fromtimestamp(1_700_000_000, UTC)
 
 
-def test_whole_daily_notes_are_reflections_where_the_loop_says_so(vault):
+def test_complete_daily_notes_are_reflections_if_set(vault):
     records, _ = taken(vault, whole_daily_notes=True)
     said = {record.provenance: record.answer for record in records if record.kind == "reflection"}
     assert said["Journal/2024-05-08.md"] == "Walked to the mill."
     assert "Index.md" not in said
-    assert "Timber" not in said["Journal/2024-05-03.md"]  # a decision for itself
+    assert "Timber" not in said["Journal/2024-05-03.md"]  # a decision, and a record of its own
 
 
-def test_tags_and_headings_are_the_loop_s_own():
+def test_tags_and_headings_are_settings():
     note = "## Gelernt\n\nSand.\n\n## Weg #Idee/neu\n\nUm den See.\n\n## Decision\n\nNo.\n"
-    records = teach(note, tags={"#idee": "idea"}, headings={"gelernt": "learning"}, private_tags=())
+    records = note_records(note, tags={"#idee": "idea"}, headings={"gelernt": "learning"}, private_tags=())
     assert [(one.kind, one.prompt, one.answer) for one in records] == [
         ("learning", "What did I learn about Note?", "Sand."),
         ("idea", "Which idea did I note about Weg (Note)?", "Um den See."),
     ]
 
 
-def test_a_folder_that_is_no_vault_is_an_error_and_takes_nothing_back(tmp_path):
+def test_a_folder_without_notes_is_an_error(tmp_path):
     with pytest.raises(SourceError, match="does not exist; correct `path`"):
         taken(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="contains no note"):
@@ -292,7 +292,7 @@ def test_a_folder_that_is_no_vault_is_an_error_and_takes_nothing_back(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["templates", "_Templates", "TEMPLATES"])
-def test_templates_are_left_out_whatever_is_a_capital_in_their_folder_s_name(tmp_path, name):
+def test_template_folders_are_left_out_in_any_case(tmp_path, name):
     (tmp_path / name).mkdir()
     for folder in (tmp_path, tmp_path / name):
         (folder / "Note.md").write_text("#decision\n\nWe buy it.\n")
@@ -300,7 +300,7 @@ def test_templates_are_left_out_whatever_is_a_capital_in_their_folder_s_name(tmp
     assert [record.provenance for record in records] == ["Note.md"] and not skipped
 
 
-def test_a_note_that_vanishes_meanwhile_is_named(tmp_path):
+def test_a_note_that_disappears_meanwhile_is_reported(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.md").write_text(f"#decision\n\n{name}\n")
     reading = read(source(tmp_path), None)
@@ -309,7 +309,7 @@ def test_a_note_that_vanishes_meanwhile_is_named(tmp_path):
     named, rest = reading
     assert named == SkippedRecord(
         "b.md", "cannot be read: No such file or directory", unreadable=True
-    )  # or its disk is gone
+    )  # its disk may be gone
     assert rest.answer == "c"
     reading = read(source(tmp_path), None)
     next(reading)
@@ -332,7 +332,7 @@ def test_a_note_that_became_a_link_meanwhile_is_not_followed(tmp_path):
     assert one.provenance == "b.md" and "cannot be read" in one.reason
 
 
-def test_a_name_that_is_not_utf_8_is_named(tmp_path):
+def test_a_name_that_is_not_utf_8_is_reported(tmp_path):
     try:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.md")).write_text("#decision\n\nYes.\n")
     except OSError:
@@ -345,8 +345,8 @@ def test_a_name_that_is_not_utf_8_is_named(tmp_path):
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("head", ["a: " + "[" * 50_000, "a: &a [b]\nc: " + "[" + "*a," * 20_000 + "]", "- " * 30_000])
-def test_a_frontmatter_made_to_break_its_reader_is_named(head):
-    (one,) = teach(f"---\n{head}\n---\nText.\n")
+def test_a_malicious_frontmatter_is_reported(head):
+    (one,) = note_records(f"---\n{head}\n---\nText.\n")
     assert isinstance(one, SkippedRecord) and len(one.reason) < 100
 
 
@@ -354,8 +354,8 @@ def test_a_frontmatter_made_to_break_its_reader_is_named(head):
 @pytest.mark.parametrize(
     "piece", ["[a](", "![", "[[a", "<!--", "`` ` ", "%%a\n", "#a ", "> [!a", "==a", " ^a", "a" + " " * 999]
 )
-def test_a_note_made_to_be_slow_is_read_in_time_that_grows_with_its_length(piece):
-    teach("#decision\n\n" + piece * (300_000 // len(piece)) + "x")
+def test_a_malicious_note_takes_linear_time(piece):
+    note_records("#decision\n\n" + piece * (300_000 // len(piece)) + "x")
 
 
 PIECES = st.sampled_from(
@@ -398,8 +398,8 @@ NOTES = st.lists(PIECES | st.text(max_size=8), max_size=40).map("".join)
 
 @settings(max_examples=400, deadline=None)
 @given(NOTES)
-def test_whatever_a_note_says_its_reading_ends_in_items_or_in_its_name(text):
-    for one in teach(text):
+def test_any_note_gives_records_or_a_reason(text):
+    for one in note_records(text):
         assert one.provenance.startswith("Note.md")
         if isinstance(one, SourceRecord):
             assert one.prompt.strip() and one.answer.strip() and one.kind in {"decision", "learning", "reflection"}
@@ -407,7 +407,7 @@ def test_whatever_a_note_says_its_reading_ends_in_items_or_in_its_name(text):
 
 @settings(max_examples=60, deadline=None)
 @given(content=st.binary(max_size=200))
-def test_whatever_bytes_a_note_has_the_others_are_read(tmp_path_factory, content):
+def test_any_bytes_in_a_note_leave_the_others_readable(tmp_path_factory, content):
     root = tmp_path_factory.mktemp("bytes")
     (root / "a.md").write_bytes(content)
     (root / "b.md").write_text("#decision\n\nYes.\n")
@@ -427,11 +427,11 @@ HARMLESS = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(before=HARMLESS, mark=MARKS, level=st.integers(1, 6), inside=NOTES, after=HARMLESS)
-def test_what_stands_in_a_private_section_never_leaks(before, mark, level, inside, after):
-    # Its own text, up to the next heading; whatever else stands around it.
+def test_a_private_section_never_leaks(before, mark, level, inside, after):
+    # The section's own text ends at the next heading.
     inside = inside.replace("#", "").replace("\n---", "")
     section = f"\n\n{'#' * level} Part {mark}\n\n{inside}\nPLANTED-SECRET {inside}\n\n"
-    assert "PLANTED-SECRET" not in repr(teach(f"{before}{section}{after}", whole_daily_notes=True))
+    assert "PLANTED-SECRET" not in repr(note_records(f"{before}{section}{after}", whole_daily_notes=True))
 
 
 @settings(max_examples=200, deadline=None)
@@ -452,4 +452,6 @@ def test_what_stands_in_a_private_section_never_leaks(before, mark, level, insid
     body=NOTES,
 )
 def test_a_private_note_never_leaks(head, body):
-    assert "PLANTED-SECRET" not in repr(teach(f"---\n{head}\n---\n#decision PLANTED-SECRET {body}\nPLANTED-SECRET"))
+    assert "PLANTED-SECRET" not in repr(
+        note_records(f"---\n{head}\n---\n#decision PLANTED-SECRET {body}\nPLANTED-SECRET")
+    )
