@@ -50,7 +50,7 @@ class ArtifactPointers(dg.IOManager):
         if found is None:
             raise ArtifactError(
                 f"{kind.stage} of loop {self._loop} was never materialized in this home; materialize it first, or "
-                "select everything upstream with '*promoted_model'"
+                f"select everything upstream with '*{PromotionManifest.stage}'"
             )
         artifacts.check_unaltered(found)
         return found

@@ -49,7 +49,7 @@ def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Ar
         replay=loop_files.replay_path(loop),
         tokenizer=loop_files.tokenizer_path(loop),
     )
-    inputs = {"raw_logs": raw_logs.manifest.version, **files}
+    inputs = {RawLogsManifest.stage: raw_logs.manifest.version, **files}
     policy = loop_files.policy(loop)
     settings = {
         **loop.curation.model_dump(exclude={"compute"}),  # it does not change the dataset

@@ -27,7 +27,7 @@ from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.feedback.store import mark_judged
 from finetune_pipeline.inference.protocol import ModelSpec
-from finetune_pipeline.manifests import AdapterManifest, GgufManifest, ReportManifest
+from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.export import gguf_identity, model_spec
 from finetune_pipeline.pipeline.required_checks import NotProven, check_proven, dataset_of, near_benchmark
@@ -151,7 +151,7 @@ def _write_report(
     run_id: str,
 ) -> Artifact[ReportManifest]:
     inputs = {
-        "gguf_model": gguf.manifest.version,
+        GgufManifest.stage: gguf.manifest.version,
         "challenger": comparison.challenger.gguf_sha256,
         "champion": comparison.champion.gguf_sha256,
         "benchmark": comparison.benchmark_sha256,
@@ -200,7 +200,7 @@ def trained_contents(loop: str, adapter_version: str) -> list[str]:
     """
     adapter = read(AdapterManifest, stage_folder(loop, AdapterManifest.stage) / adapter_version)
     check_unaltered(adapter)
-    dataset = dataset_of(loop, adapter.manifest.inputs["curated_dataset"])
+    dataset = dataset_of(loop, adapter.manifest.inputs[DatasetManifest.stage])
     columns = ["content_hash", "source"]
     return [
         row["content_hash"]

@@ -65,7 +65,7 @@ def export_model(
             f"than {base} is now; materialize lora_adapter again, or set base_model back"
         )
     base_gguf = base_gguf_artifact(loop, log) if loop.export.form == "adapter" else None
-    inputs = {"lora_adapter": adapter.manifest.version, "base_model": adapter.manifest.base_hash}
+    inputs = {AdapterManifest.stage: adapter.manifest.version, "base_model": adapter.manifest.base_hash}
     settings = {"quantization": loop.export.quantization, **package_versions("llama_cpp_python")}
     if base_gguf:
         inputs["base_gguf"] = base_gguf.manifest.version

@@ -56,7 +56,7 @@ def training_start(
     serving = champion(connect(), loop.name)
     if serving is None:
         return _full("there is no champion whose adapter it could start from")
-    adapter = _find(AdapterManifest, loop.name, serving.lineage.get("lora_adapter"))
+    adapter = _find(AdapterManifest, loop.name, serving.lineage.get(AdapterManifest.stage))
     if adapter is None:
         return _full(
             f"the adapter of {serving.name} was deleted or edited, or an earlier version of this project created it"
@@ -66,7 +66,7 @@ def training_start(
     )
     if problem:
         return _full(f"it cannot start from the adapter of {serving.name}: {problem}")
-    earlier = _find(DatasetManifest, loop.name, adapter.manifest.inputs.get("curated_dataset"))
+    earlier = _find(DatasetManifest, loop.name, adapter.manifest.inputs.get(DatasetManifest.stage))
     if earlier is None:
         return _full(f"the dataset of {serving.name} was deleted or edited, so it is unknown which examples are new")
     try:

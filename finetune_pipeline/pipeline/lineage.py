@@ -77,9 +77,9 @@ def made_with(database: Database, loop: LoopSettings, ids: Collection[str]) -> M
     def trained_on_them(adapter: str | None) -> bool:
         return bool(versions & _datasets_of(database, loop.name, adapter))
 
-    models = [m.name for m in list_models(database, loop.name) if trained_on_them(m.lineage.get("lora_adapter"))]
+    models = [m.name for m in list_models(database, loop.name) if trained_on_them(m.lineage.get(AdapterManifest.stage))]
     weights = [path for path in _complete(loop.name, AdapterManifest) if trained_on_them(path.name)]
-    weights += [p for p in _complete(loop.name, GgufManifest) if trained_on_them(_inputs(p).get("lora_adapter"))]
+    weights += [p for p in _complete(loop.name, GgufManifest) if trained_on_them(_inputs(p).get(AdapterManifest.stage))]
     return MadeWith(snapshots, datasets, tuple(models), tuple(weights))
 
 
@@ -110,11 +110,11 @@ class Lineage:
 def lineage(database: Database, model: ModelVersion) -> Lineage:
     """Return what a model version was made from; what was deleted since is None."""
     known = model.lineage
-    adapter = known.get("lora_adapter")
+    adapter = known.get(AdapterManifest.stage)
     training = find_training_job(database, model.loop, adapter) if adapter else None
     dataset_version = _origin_of(model.loop, adapter, training)[0] if adapter else None
     dataset = _manifest(DatasetManifest, model.loop, dataset_version)
-    logs = _manifest(RawLogsManifest, model.loop, dataset.inputs.get("raw_logs") if dataset else None)
+    logs = _manifest(RawLogsManifest, model.loop, dataset.inputs.get(RawLogsManifest.stage) if dataset else None)
     return Lineage(
         base_model=known.get("base_model"),
         base_hash=model.base_hash,
@@ -124,7 +124,7 @@ def lineage(database: Database, model: ModelVersion) -> Lineage:
         watermark=known.get("watermark"),
         adapter_manifest=_manifest(AdapterManifest, model.loop, adapter),
         dataset_manifest=dataset,
-        report_manifest=_manifest(ReportManifest, model.loop, known.get("eval_report")),
+        report_manifest=_manifest(ReportManifest, model.loop, known.get(ReportManifest.stage)),
         training=training,
     )
 
@@ -191,7 +191,7 @@ def _base_name(folder: str) -> str:
 
 def _verdict(database: Database, model: ModelVersion) -> str:
     """Return the gate's reason, and who deployed the version against it, if somebody did."""
-    report = model.lineage.get("eval_report")
+    report = model.lineage.get(ReportManifest.stage)
     comparison = find_comparison(database, model.loop, report) if report else None
     reason = comparison.reason if comparison else ""
     deployment = next((one for one in list_deployments(database, model.loop) if one.model_id == model.id), None)
@@ -234,7 +234,7 @@ def _origin_of(loop: str, adapter: str, training: TrainingJob | None) -> tuple[s
     inputs = _inputs(stage_folder(loop, AdapterManifest.stage) / adapter)
     if not inputs and training is not None:
         return training.dataset, training.initial_adapter
-    return inputs.get("curated_dataset"), inputs.get("initial_adapter")
+    return inputs.get(DatasetManifest.stage), inputs.get("initial_adapter")
 
 
 def _inputs(folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.metric_table import MetricRow
 from finetune_pipeline.evaluation.report import HTML, JSON, metrics_of_report, verdict_of_report
-from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.manifests import AdapterManifest, GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.pipeline.evaluate import settings_hash
 from finetune_pipeline.pipeline.export import model_spec
 from finetune_pipeline.pipeline.lineage import card
@@ -83,9 +83,9 @@ def promote_challenger(
         mode=gguf_manifest.mode,
         lineage={
             "base_model": gguf_manifest.base_model,
-            "lora_adapter": gguf_manifest.adapter_version,
-            "gguf_model": gguf_manifest.version,
-            "eval_report": report.manifest.version,
+            AdapterManifest.stage: gguf_manifest.adapter_version,
+            GgufManifest.stage: gguf_manifest.version,
+            ReportManifest.stage: report.manifest.version,
             "watermark": gguf_manifest.watermark,
         },
         scores=scores_of(metrics_of_report(report.path / JSON).rows),
@@ -94,7 +94,7 @@ def promote_challenger(
     comparison_id, previous_id = report.manifest.comparison_id, report.manifest.champion_id
     model = promote(connect(), candidate, previous_id, actor, verdict.reason, comparison_id)
 
-    inputs = {"eval_report": report.manifest.version, "gguf": model.sha256}
+    inputs = {ReportManifest.stage: report.manifest.version, "gguf": model.sha256}
 
     def make(folder: Path) -> dict[str, Any]:
         write_text(folder / MODEL_CARD, card(connect(), loop, model))
@@ -128,7 +128,10 @@ def verify_report(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Ar
     spec = model_spec(gguf)
     challenger = model_sha256(hash_file(spec.gguf), hash_file(spec.adapter) if spec.adapter else None)
     expectations = {  # name -> as it is now, as it was when the report was written
-        "the GGUF": ((challenger, gguf.manifest.version), (manifest.challenger_sha256, manifest.inputs["gguf_model"])),
+        "the GGUF": (
+            (challenger, gguf.manifest.version),
+            (manifest.challenger_sha256, manifest.inputs[GgufManifest.stage]),
+        ),
         "the report": (find_alteration(report), None),
         "the report in the database": (recorded.report_sha256 if recorded else None, report.sha256),
         "base model, benchmark, schema, rules or gate settings": (settings_hash(loop), manifest.inputs["settings"]),

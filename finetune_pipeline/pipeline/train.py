@@ -101,7 +101,7 @@ def train_adapter(
     begin = training_start(loop, settings, dataset, dataset_type, base_hash(base))
     log(f"{begin.mode} training, {begin.reason}; by {choice.reason}")
 
-    inputs = {"curated_dataset": held.version, "base_model": base_hash(base)}
+    inputs = {DatasetManifest.stage: held.version, "base_model": base_hash(base)}
     datasets = {held.version: dataset.sha256}
     if begin.adapter is not None:
         inputs["initial_adapter"] = begin.adapter.manifest.version
@@ -160,7 +160,7 @@ def training_job(manifest: AdapterManifest, run_id: str) -> TrainingJob:
         **manifest.model_dump(),
         "id": manifest.version,
         "run_id": run_id,
-        "dataset": manifest.inputs["curated_dataset"],
+        "dataset": manifest.inputs[DatasetManifest.stage],
         "initial_adapter": manifest.inputs.get("initial_adapter"),
         "method": "{method}, {adapter}".format_map(manifest.settings),
     }
