@@ -39,7 +39,7 @@ from finetune_pipeline.registry.model_versions import (
 BASE = "base"
 
 
-class ChampionChanged(RegistryError):
+class ChampionChangedError(RegistryError):
     """The champion is not the one that a change expected; the message names both."""
 
 
@@ -83,7 +83,7 @@ def resolve(db: Database, name: str, loop: str) -> ModelVersion | None:
         loop: the loop, if the name does not contain one.
 
     Raises:
-        UnknownVersion: no model has this version; the message lists the known ones.
+        UnknownVersionError: no model has this version; the message lists the known ones.
         RegistryError: the name is "previous" and there is nothing to roll back to.
     """
     named, _, version = name.rpartition("@")
@@ -124,7 +124,7 @@ def promote(
         action: "force" overrules the gate, but still requires the expected champion.
 
     Raises:
-        ChampionChanged: the champion changed since the comparison; nothing was changed.
+        ChampionChangedError: the champion changed since the comparison; nothing was changed.
         RegistryError: the file differs from the evaluated one, the comparison is about another model or rejects it, or
             actor, reason or comparison is missing.
     """
@@ -146,7 +146,7 @@ def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> Mo
     """Make an earlier version, or the base model ("base"), the champion.
 
     Raises:
-        UnknownVersion: no model has this version; the message lists the known ones.
+        UnknownVersionError: no model has this version; the message lists the known ones.
         RegistryError: it was never promoted, its files were deleted or differ, or actor or reason is missing.
     """
     _check_actor_and_reason("switch", actor, reason)
@@ -165,7 +165,7 @@ def rollback(db: Database, loop: str, actor: str, reason: str) -> ModelVersion |
     Raises:
         RegistryError: there is nothing to roll back to, the files of the previous champion were deleted or differ
             (no version is skipped), or actor or reason is missing.
-        ChampionChanged: somebody changed the champion at the same time; nothing was changed.
+        ChampionChangedError: somebody changed the champion at the same time; nothing was changed.
     """
     _check_actor_and_reason("rollback", actor, reason)
     before = champion(db, loop)
@@ -275,7 +275,7 @@ def _check_justified(connection: sa.Connection, candidate: CandidateModel, compa
     newest = newest_deployment_in(connection, candidate.loop)
     if found.after_deployment != (newest.id if newest else 0):
         how = f" ({newest.action} by {newest.actor}, {newest.created_at:%Y-%m-%d %H:%M} UTC)" if newest else ""
-        raise ChampionChanged(
+        raise ChampionChangedError(
             f"the champion changed{how} since comparison {comparison_id} was made. A comparison justifies one "
             "promotion, and none after the champion's next change; nothing was changed. Materialize eval_report again"
         )
@@ -293,11 +293,11 @@ def _check_promoted(connection: sa.Connection, model: ModelVersion) -> None:
         )
 
 
-def _changed(connection: sa.Connection, loop: str, expected_id: str | None) -> ChampionChanged:
+def _changed(connection: sa.Connection, loop: str, expected_id: str | None) -> ChampionChangedError:
     now = _champion_in(connection, loop)
     expected = model_in(connection, loop, expected_id) if expected_id else None
     was = expected.name if expected else (expected_id or f"{loop}'s base model")
-    return ChampionChanged(
+    return ChampionChangedError(
         f"the champion changed: expected {was}, found {now.name if now else 'the base model'}; nothing was changed. "
         "Evaluate again, against the current champion"
     )

@@ -20,7 +20,7 @@ class RegistryError(RuntimeError):
     """The registry rejects an operation; the message names the reason and the remedy."""
 
 
-class UnknownVersion(RegistryError):
+class UnknownVersionError(RegistryError):
     """No model has this version; the message lists the known ones."""
 
 
@@ -108,14 +108,14 @@ def version_in(connection: sa.Connection, loop: str, version: str) -> ModelVersi
     """Return the model with this version ("v1.2.0" or "1.2.0"), within a transaction.
 
     Raises:
-        UnknownVersion: there is none.
+        UnknownVersionError: there is none.
     """
     known = models_in(connection, loop)
     wanted = version if version.startswith("v") else f"v{version}"
     for model in known:
         if model.version == wanted:
             return model
-    raise UnknownVersion(
+    raise UnknownVersionError(
         f"{loop} has no version {version!r}; there are: {', '.join(model.version for model in known) or 'none'}, and "
         "the names champion, previous and base"
     )

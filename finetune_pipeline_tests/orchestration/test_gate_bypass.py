@@ -30,7 +30,7 @@ from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufMa
 from finetune_pipeline.pipeline import incremental
 from finetune_pipeline.pipeline.promote import ReportMismatchError
 from finetune_pipeline.pipeline.required_checks import NotProven
-from finetune_pipeline.registry.champion import ChampionChanged, champion, promote, rollback, switch
+from finetune_pipeline.registry.champion import ChampionChangedError, champion, promote, rollback, switch
 from finetune_pipeline.registry.check_outcomes import outcomes_of, record_outcomes
 from finetune_pipeline.registry.comparisons import find_comparison, judged_watermark, list_comparisons
 from finetune_pipeline.registry.deployment_history import list_deployments
@@ -264,12 +264,12 @@ def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
     rollback(connect(), "notes", "ann", "worse in practice")
     for version in (second, first):
         set_latest(read(ReportManifest, stage_folder("notes", "eval_report") / version).manifest, "by hand")
-        with pytest.raises(ChampionChanged, match="rollback by ann"):
+        with pytest.raises(ChampionChangedError, match="rollback by ann"):
             run(loop, instance, "promoted_model")
     assert served() is None
     switch(connect(), "notes", "v1.0.0", "ann", "to look again")
     switch(connect(), "notes", "base", "ann", "no, it is worse")
-    with pytest.raises(ChampionChanged, match="switch by ann"):
+    with pytest.raises(ChampionChangedError, match="switch by ann"):
         run(loop, instance, "promoted_model")
     assert served() is None
     run(loop, instance, "eval_report", "promoted_model")  # compared again, after the switch by hand

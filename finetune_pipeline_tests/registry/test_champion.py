@@ -15,14 +15,14 @@ from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.database.tables import model_versions
 from finetune_pipeline.registry import model_versions as models_module
-from finetune_pipeline.registry.champion import ChampionChanged, champion, promote, resolve, rollback, switch
+from finetune_pipeline.registry.champion import ChampionChangedError, champion, promote, resolve, rollback, switch
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.model_versions import (
     CandidateModel,
     ModelVersion,
     RegistryError,
-    UnknownVersion,
+    UnknownVersionError,
     list_models,
 )
 from finetune_pipeline_tests.registry.conftest import MakeCandidate, compared, promote_over
@@ -85,7 +85,7 @@ def test_an_unexpected_champion_is_an_error_and_nothing_changes(db: Database, ca
     serve(db, candidate("b"))
     late = candidate("c")
     for expected, words in [(first.id, "expected aec@v1.0.0, found aec@v1.0.1;"), (None, "expected aec's base model")]:
-        with pytest.raises(ChampionChanged, match=words) as error:
+        with pytest.raises(ChampionChangedError, match=words) as error:
             promote(db, late, expected, "loop", "gain 9 %", "c2")
         assert "Evaluate again" in str(error.value)
     assert version(db) == "v1.0.1"
@@ -181,7 +181,7 @@ def test_a_rejected_deployment_updates_nothing(db: Database, candidate: MakeCand
     for deploy in (lambda: switch(db, "aec", "v1.0.0", "ann", "s"), lambda: rollback(db, "aec", "ann", "r")):
         with pytest.raises(RegistryError):
             deploy()
-    with pytest.raises(ChampionChanged):
+    with pytest.raises(ChampionChangedError):
         promote(db, candidate("c"), first.id, "loop", "gain", "c1")
     assert list_models(db, "aec") == before
 
@@ -217,9 +217,11 @@ def test_names_are_resolved(db: Database, candidate: MakeCandidate) -> None:
 def test_an_unknown_version_lists_the_known_ones(db: Database, candidate: MakeCandidate) -> None:
     for name in "ab":
         serve(db, candidate(name))
-    with pytest.raises(UnknownVersion, match=r"no version 'v9\.0\.0'; there are: v1\.0\.1, v1\.0\.0, and the names"):
+    with pytest.raises(
+        UnknownVersionError, match=r"no version 'v9\.0\.0'; there are: v1\.0\.1, v1\.0\.0, and the names"
+    ):
         switch(db, "aec", "v9.0.0", "ann", "to try")
-    with pytest.raises(UnknownVersion, match="there are: none"):
+    with pytest.raises(UnknownVersionError, match="there are: none"):
         resolve(db, "v1.0.0", "notes")
     with pytest.raises(RegistryError, match="another loop"):
         switch(db, "notes", "aec@v1.0.0", "ann", "to try")
@@ -283,13 +285,13 @@ def test_exactly_one_of_concurrent_threads_promotes(db: Database, candidate: Mak
     contenders = [candidate(f"m{number}") for number in range(6)]
     ids = {one.id: compared(db, one, f"c-{one.id}") for one in contenders}
     start = threading.Barrier(len(contenders))
-    outcomes: list[ModelVersion | ChampionChanged] = []
+    outcomes: list[ModelVersion | ChampionChangedError] = []
 
     def run(one: CandidateModel) -> None:
         start.wait()
         try:
             outcomes.append(promote(db, one, expected, "loop", "gain", ids[one.id]))
-        except ChampionChanged as error:
+        except ChampionChangedError as error:
             outcomes.append(error)
 
     threads = [threading.Thread(target=run, args=(one,)) for one in contenders]
@@ -312,7 +314,7 @@ def test_concurrent_rollbacks_go_one_step_each(db: Database, candidate: MakeCand
         start.wait()
         try:
             rollback(db, "aec", "ann", "worse")
-        except ChampionChanged as error:
+        except ChampionChangedError as error:
             refused.append(error)
 
     threads = [threading.Thread(target=run) for _ in range(3)]
@@ -342,7 +344,7 @@ try:
         db, CandidateModel.model_validate_json(candidate), expected or None, "loop", "gain", comparison
     )
     print(model.version)
-except champion.ChampionChanged:
+except champion.ChampionChangedError:
     print("changed")
 """
 
@@ -466,7 +468,7 @@ def test_a_comparison_before_the_last_deployment_promotes_nothing(
         rollback(db, "aec", "ann", "r")
     assert version(db) == "v1.0.0"
     for id in ("used", "unused"):
-        with pytest.raises(ChampionChanged, match=f"since comparison {id} was made"):
+        with pytest.raises(ChampionChangedError, match=f"since comparison {id} was made"):
             promote(db, late, first.id, "loop", "gain 6 %", id)
     assert version(db) == "v1.0.0"
     compared(db, late, "again")
