@@ -1,8 +1,8 @@
-"""Training on a GPU, or a tiny shape on the CPU: tokens per second, memory, and the share of the machine's peak.
+"""Training on a GPU, or a tiny shape on the CPU: tokens per second, memory, and the fraction of the machine's peak.
 
-Run by benchmarks/gpu.sh. Each row is a training of ours (JobConfig, in its own process) on a Llama of random weights:
-what a step costs does not depend on what the weights say. Beside them stands TRL's own recipe: `SFTTrainer` with the
-defaults of `SFTConfig` over the same adapter (of LoRA alone: a 4-bit base is no default).
+Run by benchmarks/gpu.sh. Each row is a training by this project (a JobConfig, in its own process) on a Llama with
+random weights, since the cost of a step does not depend on their values. For comparison there is TRL's own recipe:
+`SFTTrainer` with the defaults of `SFTConfig` over the same adapter (LoRA only: a 4-bit base is not a default).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from finetune_pipeline.training.hardware import peak_resident_bytes
 from finetune_pipeline.training.job import JobConfig, Progress, TrainingError, TrainingResult
 
 TOKENIZER = PROJECT_ROOT / "data" / "starter_model"
-HEADINGS = ["model", "adapter", "backend", "tokens/s", "peak memory", "of matmul peak"]
+HEADINGS = ["model", "adapter", "backend", "tokens/s", "peak memory", "fraction of matmul peak"]
 
 T = TypeVar("T")
 
@@ -36,9 +36,10 @@ class Shape:
     """A Llama and how it is trained.
 
     Attributes:
-        parameters: how many it has, in billions, for the disk that is needed.
-        batch: examples a step.
-        words: length of an example's answer; a word has about 5 tokens of the starter model's tokenizer.
+        config: of the LlamaConfig.
+        batch: per-device batch size.
+        words: length of a completion; a word has about 5 tokens of the starter model's tokenizer.
+        checkpointing: whether gradient checkpointing is on.
     """
 
     config: dict[str, Any]
@@ -92,7 +93,7 @@ def main() -> None:
     """Measure every shape, adapter and backend that can run here, and publish the table."""
     parser = argparse.ArgumentParser(description="Training on a GPU, or a tiny shape on the CPU.")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 1b and 8b on a GPU, tiny on a CPU")
-    parser.add_argument("--steps", type=int, default=30, help="updates of each training")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each training")
     options = parser.parse_args()
     device = _apart(_device)
     names = options.shapes or (["tiny"] if device == "cpu" else ["1b", "8b"])
@@ -112,7 +113,7 @@ def main() -> None:
 
 
 def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
-    """The figures of each training of one shape, or why it was not run."""
+    """Return the metrics of each training of one shape, or why it was not run."""
     shape = SHAPES[name]
     flops = _apart(_make_model, shape, folder / "model")
     _apart(_make_dataset, shape, folder / "dataset", shape.batch * steps)
@@ -124,19 +125,19 @@ def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> li
             output=folder / f"{adapter}-{backend}",
             settings=_settings(shape, adapter, backend),
         )
-        told: list[Progress] = []
+        seen: list[Progress] = []
         try:
-            figures = _figures(train(job, told.append), told, flops, peaks)
+            metrics = _metrics(train(job, seen.append), seen, flops, peaks)
         except TrainingError as error:
-            figures = {"not_run": str(error).splitlines()[0]}
-        found.append({"model": name, "adapter": adapter, "backend": backend, **figures})
+            metrics = {"not_run": str(error).splitlines()[0]}
+        found.append({"model": name, "adapter": adapter, "backend": backend, **metrics})
     plain = _apart(_plain_trl, shape, folder)
     plain["share_of_matmul_peak"] = plain["tokens_per_second"] * flops / peaks[plain.pop("type")]
     return [*found, {"model": name, "adapter": "lora", "backend": "plain TRL", **plain}]
 
 
 def _plain_trl(shape: Shape, folder: Path) -> dict[str, Any]:
-    """Tokens per second and peak memory of TRL's recipe on the same examples, after its first steps."""
+    """Train by TRL's recipe on the same examples; return tokens per second after the first steps, and peak memory."""
     import torch
     from datasets import load_from_disk
     from peft import LoraConfig
@@ -170,7 +171,7 @@ def _plain_trl(shape: Shape, folder: Path) -> dict[str, Any]:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=not gpu,  # or its default of bfloat16 is refused
+            use_cpu=not gpu,  # else its default of bfloat16 is rejected
         ),
         train_dataset=chats,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
@@ -200,10 +201,10 @@ def _settings(shape: Shape, adapter: str, backend: str) -> TrainingSettings:
     )
 
 
-def _figures(result: TrainingResult, told: list[Progress], flops: float, peaks: dict[str, float]) -> dict[str, Any]:
-    """Tokens per second without the first steps, in which kernels are compiled and caches filled."""
+def _metrics(result: TrainingResult, seen: list[Progress], flops: float, peaks: dict[str, float]) -> dict[str, Any]:
+    """Return the metrics; tokens per second without the first steps, which compile kernels and fill caches."""
     speed = result.tokens_per_second
-    later = [progress for progress in told if progress.step >= progress.steps / 4]
+    later = [progress for progress in seen if progress.step >= progress.steps / 4]
     if len(later) > 1:
         first, last = later[0], later[-1]
         tokens = last.tokens_per_second * last.elapsed_seconds - first.tokens_per_second * first.elapsed_seconds
@@ -229,7 +230,7 @@ def _row(figures: dict[str, Any]) -> list[str]:
 
 
 def _apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Call in a process of its own: what it holds of the GPU's memory is free again afterwards."""
+    """Call a function in a process of its own, so that its GPU memory is free again afterwards."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -241,7 +242,7 @@ def _device() -> str:
 
 
 def _matmul_peak(kind: str) -> float:
-    """Floating-point operations per second of a square matrix product, the best of several."""
+    """Return the floating-point operations per second of a square matrix product, the best of several."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -258,11 +259,11 @@ def _matmul_peak(kind: str) -> float:
 
 
 def _make_model(shape: Shape, folder: Path) -> float:
-    """Write a model of random weights; returns the operations of training it on one token.
+    """Write a model with random weights; return the operations of training it on one token.
 
-    A frozen weight costs a multiplication and an addition forward, and the same backward for the activations, but no
-    gradient of its own: 4 operations, where full training has 6. Attention over half of an example (it is causal) costs
-    2 x layers x width x length forward and twice that backward. Recomputing by checkpoints is not counted as work done.
+    A frozen weight costs a multiplication and an addition forward, and the same backward for the activations, but has
+    no gradient: 4 operations, where full training has 6. Causal attention costs 2 x layers x width x length forward and
+    twice that backward. Recomputation by gradient checkpointing is not counted.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -283,7 +284,7 @@ def _make_model(shape: Shape, folder: Path) -> float:
 
 
 def _make_dataset(shape: Shape, folder: Path, count: int) -> None:
-    """Examples of one length, as after sorting by length, with words of which nothing is to be learnt."""
+    """Write examples of one length, as after grouping by length, with random words."""
     from datasets import Dataset, DatasetDict
 
     numbers = random.Random(0)

@@ -1,7 +1,7 @@
-"""The estimated peak of a training beside the measured one, on a CPU: shapes, adapters, checkpointing, lengths.
+"""Estimated and measured peak memory of trainings on a CPU: shapes, adapters, checkpointing, lengths.
 
-Each row is a training process of two updates whose peak is VmHWM. A row that is off by more than 20 % ends the
-benchmark with an error; the constants to measure anew are at the top of `finetune_pipeline/training/estimate.py`.
+Each row is a training process of two updates; its peak is VmHWM. The benchmark fails if an estimate is off by more than
+20 %; the constants to measure again are at the top of `finetune_pipeline/training/estimate.py`.
 """
 
 import shutil
@@ -21,7 +21,7 @@ STARTER = PROJECT_ROOT / "data" / "starter_model"
 _SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 SHAPES = {
     "26M": _SMALL,
-    "26M, 128k words": {**_SMALL, "vocab_size": 128_256},
+    "26M, 128k vocabulary": {**_SMALL, "vocab_size": 128_256},
     "152M": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16},
 }
 UPDATES = 2
@@ -36,8 +36,8 @@ CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("26M", 256, {"per_device_train_batch_size": 8, "bf16": True}),
     ("26M", 256, {"per_device_train_batch_size": 8, "method": "dpo"}),
     ("26M", 256, {"per_device_train_batch_size": 8, "method": "kto"}),
-    ("26M, 128k words", 256, {"per_device_train_batch_size": 8}),
-    ("26M, 128k words", 256, {"per_device_train_batch_size": 2, "method": "dpo"}),
+    ("26M, 128k vocabulary", 256, {"per_device_train_batch_size": 8}),
+    ("26M, 128k vocabulary", 256, {"per_device_train_batch_size": 2, "method": "dpo"}),
     ("152M", 60, {"per_device_train_batch_size": 2}),
     ("152M", 256, {"per_device_train_batch_size": 2}),
 )
@@ -71,7 +71,7 @@ def main() -> None:
     ]
     publish("memory", headings, rows, {"cases": figures})
     if any(abs(one["estimate"] / one["measured"] - 1) > ERROR for one in figures):
-        sys.exit(f"an estimate is off by more than {ERROR:.0%}: measure the constants anew")
+        sys.exit(f"an estimate is off by more than {ERROR:.0%}: measure the constants again")
 
 
 def _measure(folder: Path, shape: str, base: Path, tokens: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _measure(folder: Path, shape: str, base: Path, tokens: int, changes: dict[st
 
 
 def _model(folder: Path, shape: dict[str, int]) -> Path:
-    """A Llama of random weights with the starter model's tokenizer."""
+    """Write a Llama with random weights and the starter model's tokenizer; return its folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,12 +112,12 @@ def _model(folder: Path, shape: dict[str, int]) -> Path:
 
 
 def _dataset(folder: Path, tokens: int, count: int) -> Path:
-    """Examples of about `tokens` tokens: a digit is one, the chat markers are about 24; `preferences` beside."""
+    """Write examples of about `tokens` tokens (a digit is one, the chat template adds about 24), and `preferences`."""
     from datasets import Dataset, DatasetDict
 
     text = "7" * (tokens // 2 - 12)
     rows = [{"prompt": text, "history": [], "completion": text}] * count
-    # For DPO and KTO at once: each reads its own columns.
+    # For both DPO and KTO: each reads its own columns.
     rated = [{**row, "chosen": text, "rejected": text, "label": bool(n % 2)} for n, row in enumerate(rows)]
     empty = Dataset.from_dict({"prompt": [], "history": [], "completion": []})
     for path, examples in ((folder, rows), (folder.parent / "preferences", rated)):

@@ -1,8 +1,8 @@
-"""SFT, DPO and KTO on the sample logs: parameters right of the benchmark, asked of the F16 GGUF. Takes half an hour.
+"""SFT, DPO and KTO on the sample logs: correct parameters of the benchmark, by the F16 GGUF. Takes half an hour.
 
-Each method learns from all that the logs hold for it, and from logs where fewer answers were corrected and of the
-others it is only known that they are bad. Learning rates were tuned beforehand, sft's for the loop, dpo's of 1e-3 and
-2e-3, kto's of 3e-4 and 1e-3. What was trained is kept under FINETUNE_HOME, and found when it is run again.
+Each method trains on everything that the logs hold for it, and on logs with fewer corrections, whose other corrected
+answers are only known to be undesirable. Learning rates were tuned beforehand: for sft with the loop, for dpo between
+1e-3 and 2e-3, for kto between 3e-4 and 1e-3. Finished trainings are kept under FINETUNE_HOME and reused.
 """
 
 from dataclasses import dataclass, field
@@ -30,13 +30,13 @@ from finetune_pipeline.training.job import JobConfig, TrainingResult
 
 LOOP = DEFS_FOLDER / "aec_parser" / "defs.yaml"
 CORRECTIONS = {"thumbs": 0, "fewest": 8, "few": 24, "all": None}
-"""How many answers of the logs stay corrected. Of the others it is only known that they are bad, and with none of them
-corrected, those that people found good as they were are the good ones."""
+"""Number of answers in the logs that stay corrected; the others are undesirable. Without any correction, the desirable
+completions are the answers that people approved unchanged."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training: on which data, and what is set other than in the loop's YAML."""
+    """One training: its data, and the settings that differ from the loop's YAML."""
 
     data: str
     name: str
@@ -44,11 +44,11 @@ class Case:
 
     @property
     def folder(self) -> str:
-        """A name of its own."""
+        """Folder name of the case."""
         return "-".join([self.data, self.name, *(f"{key}={value}" for key, value in self.settings.items())])
 
 
-# dpo has fewer rows than sft (no replayed ones): where there are few, it gets more epochs, and so as many updates.
+# dpo has fewer examples than sft (no replay data); with few of them it gets more epochs, for as many updates.
 CASES = [
     Case("thumbs", "sft", {"learning_rate": 2e-3}),
     Case("thumbs", "kto", {"method": "kto", "learning_rate": 3e-4}),
@@ -117,7 +117,7 @@ def _write(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[st
 
 
 def _few(examples: list[Example], corrections: int) -> list[Example]:
-    """So many corrections, or else what was good as it was; what the model said where others were, as found bad."""
+    """Keep this many corrections (or, for none, approved answers), and turn the others into undesirable answers."""
     corrected = sorted((e for e in examples if e.corrected), key=lambda example: str(example.interaction_id))
     changes = {"corrected": False, "confirmed": False, "reward": -1.0}
     wrong = [e.model_copy(update={**changes, "target": e.output}) for e in corrected[corrections:]]
@@ -141,15 +141,15 @@ def _run(loop: LoopSettings, case: Case, folder: Path) -> dict[str, Any]:
     model = export(job.base_model, output / "adapter", output / "gguf", F16)
     measured = _measure(loop, model.f16)
     print(case.folder, measured, flush=True)
-    return {"data": case.data, "name": case.name, **case.settings, **_told(result), **measured}
+    return {"data": case.data, "name": case.name, **case.settings, **_metrics(result), **measured}
 
 
-def _told(result: TrainingResult) -> dict[str, Any]:
+def _metrics(result: TrainingResult) -> dict[str, Any]:
     return result.model_dump(include={"steps", "examples", "loss_before", "loss_after"})
 
 
 def _measure(loop: LoopSettings, gguf: Path) -> dict[str, float]:
-    """Shares of right parameters by wording, and of valid answers."""
+    """Return the fractions of correct parameters by wording, and of valid answers."""
     benchmark, evaluation = loop_files.benchmark(loop), loop.evaluation
     scorer = Scorer(evaluation.metric, loop_files.output_schema(loop), loop_files.rules(loop))
     spec = ModelSpec(gguf=gguf, context=evaluation.context, parallel=evaluation.parallel)
@@ -158,11 +158,11 @@ def _measure(loop: LoopSettings, gguf: Path) -> dict[str, float]:
         scorer.score(question.expected, answer.text)
         for question, answer in zip(benchmark.questions, answers, strict=True)
     ]
-    shares = {}
+    fractions = {}
     for wording in ("all", "firm", "plain"):
         asked = [s for s, q in zip(scores, benchmark.questions, strict=True) if wording in {"all", q.wording}]
-        shares[wording] = sum(s.correct for s in asked) / sum(s.total for s in asked)
-    return {**shares, "valid": sum(s.valid for s in scores) / len(scores)}
+        fractions[wording] = sum(s.correct for s in asked) / sum(s.total for s in asked)
+    return {**fractions, "valid": sum(s.valid for s in scores) / len(scores)}
 
 
 def _row(case: dict[str, Any]) -> list[Any]:

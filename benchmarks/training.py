@@ -1,18 +1,18 @@
-"""Supervised training of the starter model, beside the plain recipe of TRL's documentation.
+"""SFT of the starter model, compared with the plain recipe of TRL's documentation.
 
-All train in fresh processes on the default loop's data (sample logs and replay), for the same epochs and with the same
-environment. `trl` is `SFTTrainer` with the defaults of `SFTConfig` (batch 8, gradient checkpointing) and of
-`LoraConfig()` (rank 8 on query and value, a smaller adapter than the loop's); `ours` is this project's trainer with the
-default loop's settings (batch 24). Because a larger adapter and smaller batches learn more in so few steps, each has a
-counterpart: `trl, our adapter` trains the loop's adapter, and `ours, batch 8` takes TRL's batch. Each recipe takes the
-learning rate of a small grid that gives it the lowest validation loss in bfloat16, as the mean of three seeds; the
-seeds change the loss more than most settings do.
+All recipes train in fresh processes on the default loop's data (sample logs and replay data), for the same number of
+epochs and in the same environment. `trl` is `SFTTrainer` with the defaults of `SFTConfig` (batch 8, gradient
+checkpointing) and of `LoraConfig()` (rank 8 on query and value, a smaller adapter than the loop's). `ours` is this
+project's trainer with the default loop's settings (batch 24). A larger adapter and smaller batches learn more in so few
+steps, so each recipe has a counterpart: `trl, our adapter` trains the loop's adapter, and `ours, batch 8` uses TRL's
+batch. Each recipe uses the learning rate of a small grid that gives it the lowest validation loss in bfloat16, as the
+mean of three seeds; seeds change the loss more than most settings do.
 
-tokens per second   of text, without padding, over the training loop's time; by CPU time it is steadier beside others
-validation loss     mean per answer token, of the saved adapter in float32, by one piece of code for all
-share of peak       (4 x weights of the layers' matrices + 6 x weights of the adapter) x tokens + 4 x output matrix x
-                    answers' tokens, by the time, of the rate of a 2048 x 2048 matrix product. That is what the
-                    mathematics needs: frozen weights have no gradient, computing activations twice is no work done.
+tokens per second   without padding, over the time of the training loop; by CPU time it varies less on a busy machine
+validation loss     mean per completion token, of the saved adapter in float32, by the same code for all recipes
+fraction of peak    (4 x weights of the layers' matrices + 6 x weights of the adapter) x tokens + 4 x output matrix x
+                    completion tokens, divided by the time and by the rate of a 2048 x 2048 matrix product. This is the
+                    work that the mathematics needs: frozen weights have no gradient, and recomputation does not count.
 """
 
 import json
@@ -47,12 +47,12 @@ BASE = PROJECT_ROOT / "data" / "starter_model"
 
 
 def main() -> None:
-    """Choose the rates, then measure in turn."""
+    """Choose the learning rates, then measure the recipes in turn."""
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as home:
         os.environ |= {"FINETUNE_HOME": home, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         dataset = _dataset()
         peak = _in_a_process("peak")
-        # In turn, so that what else the machine does meets all of them.
+        # In turn, so that other load on the machine affects all of them.
         tried: dict[str, dict[float, list[dict[str, float]]]] = {
             recipe: {rate: [] for rate in rates} for recipe, rates in RATES.items()
         }
@@ -69,14 +69,14 @@ def main() -> None:
         for seed in SEEDS:
             for recipe, rate in chosen.items():
                 runs["float32"][recipe].append(_in_a_process("train", recipe, "float32", str(rate), str(seed), dataset))
-    _tell(runs, peak, tuning, chosen)
+    _publish(runs, peak, tuning, chosen)
 
 
 def _mean_loss(runs: list[dict[str, float]]) -> float:
     return statistics.mean(run["loss"] for run in runs)
 
 
-def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, float]) -> None:
+def _publish(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, float]) -> None:
     rows, medians = [], {}
     for kind, aim in AIMS.items():
         median = {
@@ -86,7 +86,7 @@ def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, floa
         }
         medians[kind] = median
         for recipe, own in median.items():
-            share = own["flops"] * own["per_second"] / own["tokens"] / peak[kind]
+            fraction = own["flops"] * own["per_second"] / own["tokens"] / peak[kind]
             ahead = ""
             if recipe in PEERS:
                 wall, cpu = (own[name] / median[PEERS[recipe]][name] for name in ("per_second", "per_cpu_second"))
@@ -94,7 +94,7 @@ def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, floa
             rows.append(
                 [
                     kind, recipe, f"{chosen[recipe]:g}", f"{own['loss']:.4f}", f"{own['per_second']:,.0f}",
-                    f"{own['per_cpu_second']:,.0f}", f"{share:.0%} of {peak[kind] / 1e9:.0f} GFLOP/s", ahead,
+                    f"{own['per_cpu_second']:,.0f}", f"{fraction:.0%} of {peak[kind] / 1e9:.0f} GFLOP/s", ahead,
                 ]
             )  # fmt: skip
     headings = [
@@ -104,7 +104,7 @@ def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, floa
         "validation loss",
         "tokens/s",
         "by CPU second",
-        "share of peak",
+        "fraction of peak",
         "speed",
     ]
     figures = {"epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
@@ -115,9 +115,9 @@ def _tell(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, floa
 
 
 def _missed(medians: Any, runs: Any) -> Iterator[str]:
-    """Which aims were not reached: speed beside the plain recipe, and a loss no higher than the counterpart's.
+    """Yield the goals that were missed: the speed of the plain recipe, and the loss of the counterpart.
 
-    Seeds move the loss: it counts as higher from two standard errors of the difference of the means.
+    Seeds change the loss: it counts as higher from two standard errors of the difference of the means on.
     """
     for kind, aim in AIMS.items():
         for recipe, peer in PEERS.items():
@@ -131,7 +131,7 @@ def _missed(medians: Any, runs: Any) -> Iterator[str]:
 
 
 def _dataset() -> str:
-    """The default loop's own dataset, from the sample logs."""
+    """Make the default loop's dataset from the sample logs; return its folder."""
     command = ["-m", "dagster", "asset", "materialize", "--select", "raw_logs,curated_dataset"]
     env = {**os.environ, "DAGSTER_HOME": os.environ["FINETUNE_HOME"]}
     subprocess.run(
@@ -152,7 +152,7 @@ def _in_a_process(*arguments: str) -> Any:
 
 
 def peak() -> dict[str, float]:
-    """Operations a second of the fastest of five products of two matrices, for each type."""
+    """Return the operations per second of the fastest of five matrix products, for each type."""
     import torch
 
     rates = {}
@@ -168,10 +168,11 @@ def peak() -> dict[str, float]:
 
 
 def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[str, float]:
-    """One training: its text, its time, and the validation loss of what it left."""
+    """Train once; return its tokens, its time, and the validation loss of the adapter."""
     from transformers import set_seed
 
     from finetune_pipeline.settings import load_loop
+    from finetune_pipeline.training.conversations import IGNORE_INDEX
     from finetune_pipeline.training.job import JobConfig
     from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
 
@@ -182,20 +183,20 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
         update={**changes, "per_device_train_batch_size": BATCHES.get(recipe, settings.per_device_train_batch_size)}
     )
     job = JobConfig(base_model=BASE, dataset=Path(dataset), output=output, settings=settings)
-    set_seed(settings.seed)  # of the adapter's first weights
+    set_seed(settings.seed)  # of the adapter's initial weights
     data = load_data(job, load_tokenizer(BASE))
-    text = EPOCHS * sum(data.train["length"])
-    answers = EPOCHS * sum(label != -100 for labels in data.train["labels"] for label in labels)
+    tokens = EPOCHS * sum(data.train["length"])
+    completion_tokens = EPOCHS * sum(label != IGNORE_INDEX for labels in data.train["labels"] for label in labels)
     seconds, cpu = _ours(job, data) if recipe.startswith("ours") else _trl(job, recipe)
-    loss, layers, adapter, output_matrix = _judged(output / "adapter", data.validation)
-    flops = (4 * layers + 6 * adapter) * text + 4 * output_matrix * answers
+    loss, layers, adapter, output_matrix = _evaluate(output / "adapter", data.validation)
+    flops = (4 * layers + 6 * adapter) * tokens + 4 * output_matrix * completion_tokens
     shutil.rmtree(output)
-    figures = {"seconds": seconds, "per_second": text / seconds, "per_cpu_second": text / cpu}
-    return {"loss": loss, "tokens": text, "flops": flops, **figures}
+    figures = {"seconds": seconds, "per_second": tokens / seconds, "per_cpu_second": tokens / cpu}
+    return {"loss": loss, "tokens": tokens, "flops": flops, **figures}
 
 
 def _ours(job: Any, data: Any) -> tuple[float, float]:
-    """Wall and CPU seconds of the loop of the project's own trainer, as a training of the loop calls it."""
+    """Train by this project's trainer; return the wall and CPU seconds of its training loop."""
     from finetune_pipeline.training import trainer as own
     from finetune_pipeline.training.model import bf16_is_faster, save_adapter
     from finetune_pipeline.training.tokenized_data import load_tokenizer
@@ -209,7 +210,7 @@ def _ours(job: Any, data: Any) -> tuple[float, float]:
 
 
 def _trl(job: Any, recipe: str) -> tuple[float, float]:
-    """The same of TRL's documented recipe: a model by its path, a dataset of chats, defaults."""
+    """Train by TRL's documented recipe: a model by its path, a dataset of chats, and defaults."""
     from datasets import load_from_disk
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -254,25 +255,29 @@ def _timed(trainer: Any) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - cpu
 
 
-def _judged(adapter: Path, rows: Any) -> tuple[float, int, int, int]:
-    """Mean loss per answer token of base and adapter in float32; weights of layers, adapter and output."""
+def _evaluate(adapter: Path, rows: Any) -> tuple[float, int, int, int]:
+    """Return the mean loss per completion token in float32, and the weights of layers, adapter and output."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
+    from finetune_pipeline.training.conversations import IGNORE_INDEX
 
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     output = base.get_output_embeddings().weight.numel()
     layers = sum(part.weight.numel() for part in base.model.modules() if isinstance(part, torch.nn.Linear))
     model = PeftModel.from_pretrained(base, adapter).eval()
     extra = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
-    total, answers = 0.0, 0
+    total, counted = 0.0, 0
     with torch.no_grad():
         for row in rows:
             labels = torch.tensor(row["labels"][1:])
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-            total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
-            answers += int((labels != -100).sum())
-    return total / answers, layers, extra, output
+            total += float(
+                torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            )
+            counted += int((labels != IGNORE_INDEX).sum())
+    return total / counted, layers, extra, output
 
 
 if __name__ == "__main__":

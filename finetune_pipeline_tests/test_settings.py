@@ -91,10 +91,24 @@ def test_the_metric_parameters_needs_an_output_schema(tmp_path):
         read_loop(path)
 
 
-def test_trained_embeddings_cannot_be_served_as_an_adapter(tmp_path):
-    addition = "training: {trainable_token_indices: all}\nexport: {form: adapter}\n"
-    with pytest.raises(SettingsError, match=r"set export\.form: merged"):
+@pytest.mark.parametrize(
+    ("training", "named"),
+    [
+        ("trainable_token_indices: all", r"training\.trainable_token_indices"),
+        ("use_rslora: true, use_dora: true", r"training\.use_rslora, training\.use_dora"),
+        ("lora_config: {bias: all}", r"training\.lora_config\.bias"),
+    ],
+)
+def test_what_a_gguf_adapter_cannot_hold_needs_a_merged_export(tmp_path, training, named):
+    addition = f"training: {{{training}}}\nexport: {{form: adapter}}\n"
+    with pytest.raises(SettingsError, match=rf"{named} trains; set export\.form: merged"):
         read_loop(write(tmp_path, "notes", loop_yaml(YAML + addition)))
+
+
+def test_an_unknown_field_of_trl_is_rejected_when_the_loop_is_read(tmp_path):
+    path = write(tmp_path, "notes", loop_yaml(YAML + "training: {trainer_config: {neftune_alpha: 5}}"))
+    with pytest.raises(SettingsError, match=r"training\.trainer_config: .* is it neftune_noise_alpha\?"):
+        read_loop(path)
 
 
 def test_values_from_the_environment_are_converted(tmp_path, monkeypatch):

@@ -85,10 +85,33 @@ JOBS = {
         "lora_target_modules": ("q_proj", "v_proj"),
         "trainable_token_indices": (5, 7),
     },
+    "sft_passed": {
+        "use_rslora": True,
+        "use_dora": True,
+        "lr_scheduler_type": "linear",
+        "optim": "adamw_torch",
+        "attn_implementation": "sdpa",
+        "save_steps": 500,
+        "warmup_steps": 3,
+        "trainer_config": {"max_grad_norm": 0.5, "neftune_noise_alpha": 5.0, "max_steps": 20},
+        "lora_config": {"init_lora_weights": "gaussian"},
+    },
     "dpo": {"method": "dpo", "beta": 0.2},
     "dpo_alone": {"method": "dpo", "loss_type": ("sigmoid",), "bf16": True},
     "kto": {"method": "kto", "report_to": ("mlflow",)},
 }
+
+
+def test_settings_and_passed_fields_reach_axolotls_configuration(job, tmp_path):
+    written = write(job_by(job, tmp_path, "out", **JOBS["sft_passed"]), None, gpu=False)
+    found = yaml.safe_load(written.config.read_text())
+    expected = {
+        "peft_use_rslora": True, "peft_use_dora": True, "peft_init_lora_weights": "gaussian", "lr_scheduler": "linear",
+        "optimizer": "adamw_torch", "sdp_attention": True, "save_steps": 500, "eval_steps": 500, "warmup_steps": 3,
+        "max_grad_norm": 0.5, "neftune_noise_alpha": 5.0, "max_steps": 20, "logging_steps": 1,
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+    assert "warmup_ratio" not in found
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from trl import DPOConfig, KTOConfig, SFTConfig, SFTTrainer
 
 from finetune_pipeline import trainer_fields
-from finetune_pipeline.settings import TrainingSettings
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
 from finetune_pipeline.training.trainer import make_trainer, run_training
@@ -21,6 +21,24 @@ from .conftest import with_settings
 from .test_preference import prefer, trainer_of  # noqa: F401  # a fixture
 
 CONFIGS = [SFTConfig, DPOConfig, KTOConfig, LoraConfig]
+
+
+DIFFERENTLY_NAMED = {"r": "lora_r", "target_modules": "lora_target_modules"}
+
+
+def test_every_default_that_differs_from_the_library_is_documented():
+    page = (PROJECT_ROOT / "docs" / "training.md").read_text()
+    table = page[page.index("| setting | default |") : page.index("`warmup_steps`, `save_steps` and")]
+    ours = TrainingSettings()
+    for config in CONFIGS:
+        for field in dataclasses.fields(config):
+            name = DIFFERENTLY_NAMED.get(field.name, field.name)
+            if not hasattr(ours, name) or field.default is dataclasses.MISSING or name == "loss_type":
+                continue
+            default, library = getattr(ours, name), field.default
+            nothing = (None, "none", False, 0, (), {})  # these mean the same
+            if default != library and not (default in nothing and library in nothing):
+                assert f"`{name}`" in table, f"{config.__name__}.{field.name}: {library!r} there, {default!r} here"
 
 
 def settings_with(**changes):

@@ -183,6 +183,30 @@ def test_texts_are_tokenized_once_for_all_trainings(job, tmp_path, monkeypatch):
     assert changed.train["input_ids"] != made.train["input_ids"]
 
 
+def test_examples_are_tokenized_in_batches_and_memory_mapped(job, tmp_path, monkeypatch):
+    job = job.model_copy(update={"dataset": save(tmp_path / "d", rows(40), rows(4, 50))})
+    sizes, tokenize_rows = [], tokenized_data.tokenize_rows
+
+    def counted(batch, *arguments):
+        sizes.append(len(batch))
+        return tokenize_rows(batch, *arguments)
+
+    monkeypatch.setattr(tokenized_data, "tokenize_rows", counted)
+    monkeypatch.setattr(tokenized_data, "_ROWS_PER_BATCH", 16)
+    train = load_data(job, load_tokenizer(job.base_model)).train
+    assert sizes == [16, 16, 8, 4]
+    (cached,) = [file["filename"] for file in train.cache_files]
+    assert cached.startswith(str(tmp_path / "d" / ".tokenized" / "train-"))
+
+
+def test_tokens_are_kept_in_memory_if_the_dataset_is_read_only(job, tmp_path, monkeypatch):
+    dataset = save(tmp_path / "d", rows(8), rows(4, 50))
+    monkeypatch.setattr(tokenized_data.os, "access", lambda *_: False)
+    train = load_data(job.model_copy(update={"dataset": dataset}), load_tokenizer(job.base_model)).train
+    assert len(train) == 8 and train.cache_files == []
+    assert not list((dataset / ".tokenized").glob("*"))
+
+
 def test_unfinished_token_files_are_not_read(job, tmp_path):
     dataset = save(tmp_path / "d", rows(16), rows(4, 50))
     job = job.model_copy(update={"dataset": dataset})
