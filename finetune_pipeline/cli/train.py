@@ -61,13 +61,13 @@ def plan(
     machine = _machine(vram, preset)
     if length is not None:
         given = TrainingSettings(**given.model_dump(include=given.model_fields_set) | {"max_length": length})
-    size = preset or ("cpu" if machine.device == "cpu" else nearest_preset(machine.bytes / 2**30 / USABLE))
-    preferred = with_preferred(given, PRESETS[size])
+    nearest = preset or ("cpu" if machine.device == "cpu" else nearest_preset(machine.bytes / 2**30 / USABLE))
+    preferred = with_preferred(given, PRESETS[nearest])
     free = CHANGEABLE - given.model_fields_set
     best = first_fitting(architecture, preferred, free, machine)
-    click.echo(
-        f"{architecture.name}: {architecture.parameters / 1e9:.2f} billion parameters, {architecture.layers} layers"
-    )
+    size, unit = (1e9, "billion") if architecture.parameters >= 1e8 else (1e6, "million")
+    parameters = f"{architecture.parameters / size:.2f} {unit} parameters"
+    click.echo(f"{architecture.name}: {parameters}, {architecture.layers} layers")
     click.echo(f"usable memory: {machine.bytes / 2**30:.1f} GiB of a {machine.device.upper()}")
     Console().print(_table(architecture, best or preferred, machine, examples))
     if best is None:
