@@ -180,8 +180,8 @@ def check_files(model: CandidateModel, *, again: bool = True) -> None:
             raise _missing(model, path) from None
         if found != expected:
             raise RegistryError(
-                f"{model.display_name} cannot serve: {path} is not the evaluated file (SHA-256 {found[:16]}..., "
-                f"expected {expected[:16]}...); it is damaged or was replaced. {_REMEDY}"
+                f"{model.display_name} cannot serve: {path} is damaged or was replaced: its SHA-256 is "
+                f"{found[:16]}..., expected {expected[:16]}... of the evaluated file; {_REMEDY}"
             )
 
 
@@ -209,11 +209,11 @@ def check_not_deleted(model: ModelVersion) -> None:
         )
 
 
-_REMEDY = "Materialize gguf_model again, restore the file, or choose another version"
+_REMEDY = "materialize gguf_model again, restore the file, or choose another version"
 
 
 def _missing(model: CandidateModel, path: Path) -> RegistryError:
-    return RegistryError(f"{model.display_name} cannot serve: its GGUF {path} does not exist. {_REMEDY}")
+    return RegistryError(f"{model.display_name} cannot serve: its GGUF {path} does not exist; {_REMEDY}")
 
 
 def stored_path(path: Path) -> str:

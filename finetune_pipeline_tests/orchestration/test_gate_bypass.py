@@ -401,6 +401,6 @@ def test_a_damaged_champion_is_refused(loop, instance, own_home):
     )  # fmt: skip
     promote(connect(), other, None, "ann", "a test needs it", None, "force")
     flip_last_byte(path)
-    with pytest.raises(RegistryError, match="is not the evaluated file"):
+    with pytest.raises(RegistryError, match="is damaged or was replaced"):
         run(loop, instance, "eval_report", "promoted_model")
     assert len(list_deployments(connect(), "notes")) == 1

@@ -231,17 +231,17 @@ def test_a_missing_or_changed_file_is_rejected(db: Database, candidate: MakeCand
     first = serve(db, candidate("a"))
     serve(db, candidate("b"))
     first.gguf_path.write_text("A")
-    with pytest.raises(RegistryError, match=r"aec@v1\.0\.0 cannot serve: .* is not the evaluated file"):
+    with pytest.raises(RegistryError, match=r"aec@v1\.0\.0 cannot serve: .* is damaged or was replaced"):
         switch(db, "aec", "v1.0.0", "ann", "to try")
     first.gguf_path.unlink()
-    with pytest.raises(RegistryError, match=r"does not exist\. Materialize gguf_model again"):
+    with pytest.raises(RegistryError, match=r"does not exist; materialize gguf_model again"):
         switch(db, "aec", "v1.0.0", "ann", "to try")
-    with pytest.raises(RegistryError, match=r"does not exist\. Materialize gguf_model again"):
+    with pytest.raises(RegistryError, match=r"does not exist; materialize gguf_model again"):
         rollback(db, "aec", "ann", "worse")
     assert version(db) == "v1.0.1"
     swapped = candidate("c")
     swapped.gguf_path.write_text("something else")
-    with pytest.raises(RegistryError, match=r"the candidate .* is not the evaluated file"):
+    with pytest.raises(RegistryError, match=r"the candidate .* is damaged or was replaced"):
         serve(db, swapped)
 
 

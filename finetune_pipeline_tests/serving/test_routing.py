@@ -223,7 +223,7 @@ def test_the_error_for_a_deleted_version_names_its_file(two, ggufs):
     _gone(gone.gguf_path)
     response = two.ask(model=gone.name)
     assert response.status_code == 503
-    assert f"{gone.name} cannot serve: its GGUF {gone.gguf_path} is not there" in response.json()["error"]["message"]
+    assert f"{gone.name} cannot serve: its GGUF {gone.gguf_path} does not exist" in response.json()["error"]["message"]
     wait_until(lambda: two.ask(model="walls").json()["model"] == "walls@v1.1.0")
 
 
