@@ -238,7 +238,7 @@ def test_a_missing_base_model_is_named(loop):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "holds no question"), ('{"id": "a"}\n', "slice"), ("not json\n", "not JSON")],
+    [("", "has no questions"), ('{"id": "a"}\n', "slice"), ("not json\n", "not JSON")],
     ids=["empty", "fields missing", "no JSON"],
 )
 def test_an_invalid_benchmark_is_named(loop, tmp_path, text, said):
