@@ -96,24 +96,24 @@ class AdapterManifest(Manifest):
 
 
 class GgufManifest(Manifest):
-    """A model as it would serve: one file, or an adapter over the base's GGUF, whose version is in `inputs`."""
+    """An exported model: one GGUF, or an adapter for the base's GGUF, whose version is in `inputs`."""
 
     stage: ClassVar[str] = "gguf_model"
     blocking_checks: ClassVar[tuple[str, ...]] = ("loads_and_answers", "tokenizer_parity")
     form: Literal["merged", "adapter"] = "merged"
     gguf: str = Field(description="Name of the GGUF file in the artifact's folder: the whole model, or the adapter.")
-    base_gguf_sha256: str | None = Field(default=None, description="Of the base's GGUF that an adapter goes over.")
+    base_gguf_sha256: str | None = Field(default=None, description="Of the base's GGUF that the adapter is applied to.")
     quantization: str
     base_model: str
     base_hash: str
     adapter_version: str
     mode: Literal["full", "incremental"]
-    datasets: dict[str, str] = Field(default={}, description="As the adapter's.")
+    datasets: dict[str, str] = Field(default={}, description="Datasets of the adapter; see AdapterManifest.")
     watermark: int
 
 
 class BaseGgufManifest(Manifest):
-    """The base model as a GGUF of the loop's quantisation: what serves and is compared with before a champion is."""
+    """The base model as a GGUF in the loop's quantization. It serves, and is compared with, without a champion."""
 
     stage: ClassVar[str] = "base_gguf"
     gguf: str = Field(description="Name of the GGUF file in the artifact's folder.")
@@ -122,13 +122,13 @@ class BaseGgufManifest(Manifest):
 
 
 class ReportManifest(Manifest):
-    """The comparison of a challenger with the champion."""
+    """The report of a comparison of challenger and champion."""
 
     stage: ClassVar[str] = "eval_report"
     blocking_checks: ClassVar[tuple[str, ...]] = ("gain",)
     comparison_id: str
-    challenger_sha256: str = Field(description="Identity of what answered: of the file, or of base and adapter.")
-    champion_id: str | None = Field(description="Registry id of the model it was compared with; None is the base.")
+    challenger_sha256: str = Field(description="Of the GGUF that answered, or combined of base and adapter.")
+    champion_id: str | None = Field(description="Registry id of the champion; None is the base model.")
     champion_sha256: str = Field(description="As challenger_sha256.")
     benchmark_sha256: str
     promote: bool
@@ -137,7 +137,7 @@ class ReportManifest(Manifest):
 
 
 class PromotionManifest(Manifest):
-    """Which model became champion."""
+    """The model version that became champion."""
 
     stage: ClassVar[str] = "promoted_model"
     model_id: str
