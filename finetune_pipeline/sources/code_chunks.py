@@ -145,10 +145,11 @@ def words(text: str) -> set[str]:
 
 @dataclass(frozen=True)
 class _PythonCutter:
+    """Cuts the definitions of one file; `inside_strings` are the rows (from 0) that begin inside a string."""
+
     lines: list[str]
     lengths: range
     inside_strings: set[int]
-    """Rows (from 0) that begin inside a string."""
 
     def definitions(self, body: Sequence[ast.stmt], owner: str) -> Iterator[CodeChunk | ChunkError]:
         for node in body:
@@ -195,7 +196,7 @@ def _rows_inside_strings(tree: ast.AST, lines: Sequence[str]) -> set[int]:
         if (literal or isinstance(node, ast.JoinedStr)) and node not in docstrings:
             assert isinstance(node, ast.expr)
             start, end = node.lineno - 1, node.end_lineno or node.lineno
-            # Adjacent literals on several lines are one node too; they do not continue a string.
+            # Adjacent literals on separate lines are one node too, but no line begins inside one of them.
             if end > start + 1 and any(_CONTINUES.search(line) for line in lines[start:end]):
                 inside.update(range(start + 1, end))
     return inside

@@ -14,7 +14,7 @@ _ACTORS = re.compile(
 )
 _DECISIONS = re.compile(_NAMED_BLOCK.format(names="decision|decided|we decided"), re.I | re.M)
 _ACTIONS = re.compile(_NAMED_BLOCK.format(names="action|action item|todo|to do|next step"), re.I | re.M)
-_NAMED = re.compile(r"\s*(?:\*\*|__)?[A-Z][\w -]{1,30}(?:\*\*|__)?:")
+_LABELED = re.compile(r"\s*(?:\*\*|__)?[A-Z][\w -]{1,30}(?:\*\*|__)?:")
 _STORY = re.compile(r"\bAs an? (?P<text>[A-Za-z][\w -]{1,40}?),? I (?:want|need|can|would like|must)\b", re.I)
 _SPOKEN = re.compile(r"^[ \t]*(?:[-*+][ \t]+)?\*\*(?P<text>[A-Z][\w .'-]{1,40}?)(?::\*\*|\*\*:)", re.M)
 _REQUIREMENT = re.compile(r"\b(?:must|shall|should|needs? to)\b|\bAs an? [\w -]{2,40}?,? I (?:want|need)\b", re.I)
@@ -39,7 +39,8 @@ PLACEHOLDERS = frozenset(
 
 def extract_facts(title: str, text: str) -> dict[str, str]:
     """Return the value of each placeholder; empty if the document says nothing about it."""
-    actors = _unique([*_listed(_ACTORS, text), *_found(_STORY, text), *_found(_SPOKEN, text)])
+    attendees = [name for line in _found(_ACTORS, text) for name in re.split(r",|;|\s+and\s+", line)]
+    actors = _unique([*attendees, *_found(_STORY, text), *_found(_SPOKEN, text)])
     sections = _unique(match["text"] for match in _HEADING.finditer(text) if _plain(match["text"]) != title)
     entities = _entities(text)
     lists = {
@@ -74,6 +75,7 @@ def _entities(text: str) -> dict[str, list[str]]:
 
 
 def _entity_block(name: str, fields: list[str]) -> str:
+    """Return an entity of a Mermaid entity relationship diagram."""
     rows = "\n".join(f"        string {_identifier(field)}" for field in fields)
     return f"    {_identifier(name).upper()} {{\n{rows}\n    }}"
 
@@ -103,7 +105,7 @@ def _identifier(text: str) -> str:
 def _summary(text: str) -> str:
     """Return the first paragraph of prose."""
     for paragraph in re.split(r"\n\s*\n", text):
-        prose = not paragraph.lstrip().startswith(("#", "-", "*", "+", "|", ">", "`")) and not _NAMED.match(paragraph)
+        prose = not paragraph.lstrip().startswith(("#", "-", "*", "+", "|", ">", "`")) and not _LABELED.match(paragraph)
         if prose and len(paragraph.split()) > 4 and paragraph.rstrip().endswith((".", "!", "?")):
             return " ".join(_MARKUP.sub("", paragraph).split())
     return ""
@@ -128,10 +130,6 @@ def _under(text: str, *names: str) -> list[str]:
 
 def _found(pattern: re.Pattern[str], text: str) -> list[str]:
     return [match["text"] for match in pattern.finditer(text)]
-
-
-def _listed(pattern: re.Pattern[str], text: str) -> list[str]:
-    return [part for line in _found(pattern, text) for part in re.split(r",|;|\s+and\s+", line)]
 
 
 def _unique(values: Iterable[str]) -> list[str]:

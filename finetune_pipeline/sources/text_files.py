@@ -79,8 +79,11 @@ def find_files(
             if is_folder:
                 below.append((path, rules))
             elif entry.is_symlink() and inner_links:
-                if wanted(entry.name) and is_visible_file(root / path, root):
-                    yield path
+                try:
+                    if wanted(entry.name) and is_visible_file(root / path, root):
+                        yield path
+                except OSError as error:  # the link leads into a folder that cannot be read
+                    yield SkippedRecord(printable(path), f"cannot be read: {error.strerror}", unreadable=True)
             # A link without an extension may lead to a folder of wanted files.
             elif entry.is_symlink() and (wanted(entry.name) or "." not in entry.name):
                 yield SkippedRecord(printable(path), "is a symbolic link, and links are not followed")
@@ -91,9 +94,10 @@ def find_files(
 
 def is_visible_file(path: Path, folder: Path) -> bool:
     """Return whether a path is, or links to, a file inside the folder of which no part of the path is hidden."""
+    if not path.is_file():  # before resolve, which raises an error on a link to itself
+        return False
     real, root = path.resolve(), folder.resolve()
-    inside = real.is_relative_to(root) and not any(part.startswith(".") for part in real.relative_to(root).parts)
-    return inside and path.is_file()
+    return real.is_relative_to(root) and not any(part.startswith(".") for part in real.relative_to(root).parts)
 
 
 def read_text(root: Path, path: str, *, max_bytes: int, setting: str = "") -> TextFile | SkippedRecord:

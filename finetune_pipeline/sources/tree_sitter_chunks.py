@@ -136,12 +136,15 @@ def _parser(language: str) -> "Parser":
 
 @dataclass(frozen=True)
 class _Cutter:
+    """Cuts the definitions of one file."""
+
     language: str
     source: bytes
     lines: list[str]
     lengths: range
 
     def definitions(self, node: "Node", owner: str) -> Iterator[CodeChunk]:
+        """Yield the definitions below a node."""
         grammar = _GRAMMARS[self.language]
         for outer in node.named_children:
             inner = _unwrapped(outer)
@@ -158,6 +161,7 @@ class _Cutter:
                 yield from self.definitions(body or inner, _joined(owner, name))
 
     def _chunk(self, outer: "Node", inner: "Node", owner: str) -> Iterator[CodeChunk]:
+        """Yield the chunk of a definition (inner) with its wrappers (outer), unless it has an error."""
         name, first = _name(inner), _with_attributes(outer)
         if outer.has_error or not name or outer.end_point.row - first.start_point.row + 1 not in self.lengths:
             return

@@ -18,6 +18,7 @@ from finetune_pipeline.records import Turn, without_system_prompt
 from finetune_pipeline.settings import FilesSource
 from finetune_pipeline.sources.files import read, read_file
 from finetune_pipeline.sources.ingest_reader import read_whole
+from finetune_pipeline.sources.row_readers import files_of
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline_tests.conftest import SHARED
 
@@ -397,13 +398,17 @@ def test_only_visible_files_inside_the_folder_are_read(tmp_path):
     (folder / "below" / ".hidden").mkdir(parents=True)
     (folder / "link.jsonl").symlink_to(outside)
     (folder / "linked").symlink_to(tmp_path)
+    (folder / "itself.jsonl").symlink_to(folder / "itself.jsonl")
+    (folder / "folder.jsonl").symlink_to(folder / "below")
     write(folder / ".hidden.jsonl", GOOD)
     write(folder / "below" / ".hidden" / "a.jsonl", GOOD)
     write(folder / "notes.txt", GOOD)
     write(folder / "below" / "a.jsonl", GOOD)
     (folder / "to a hidden file.jsonl").symlink_to(".hidden.jsonl")
     (folder / "below" / "to a hidden folder.jsonl").symlink_to(".hidden/a.jsonl")
-    assert [record.provenance for record in found(folder)] == ["below/a.jsonl:1"]
+    (folder / "inside.jsonl").symlink_to("below/a.jsonl")
+    assert [record.provenance for record in found(folder)] == ["inside.jsonl:1", "below/a.jsonl:1"]
+    assert [path.name for path in files_of(folder)] == ["inside.jsonl"]
 
 
 def test_a_missing_source_is_an_error_that_says_what_to_do(tmp_path):

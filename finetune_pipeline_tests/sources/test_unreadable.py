@@ -81,8 +81,12 @@ def test_files_of_a_folder_that_can_only_be_listed_are_unreadable(root):
     for folder in ("in", "in/listed"):
         (root / folder).mkdir()
         (root / folder / "a.jsonl").write_text(USABLE["files"][1])
+    (root / "in" / "link.jsonl").symlink_to("listed/a.jsonl")
     (root / "in" / "listed").chmod(0o744)
     source = FilesSource(kind="files", name="own", path=str(root / "in"))
     with nobody():
         found = list(reader_for(source)(source, None))
-    assert [one.provenance for one in found if isinstance(one, SkippedRecord) and one.unreadable] == ["listed/a.jsonl"]
+    assert [one.provenance for one in found if isinstance(one, SkippedRecord) and one.unreadable] == [
+        "link.jsonl",
+        "listed/a.jsonl",
+    ]
