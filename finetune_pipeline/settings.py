@@ -311,54 +311,67 @@ class FeedbackSettings(Settings):
 
 
 class CurationSettings(Settings):
-    """What may become a training example."""
+    """Which examples a dataset has."""
 
-    min_reward: float = Field(default=0.3, ge=-1, le=1, description="An example below this reward is not used.")
+    min_reward: float = Field(
+        default=0.3, ge=-1, le=1, description="Examples with a lower reward are left out, except corrections."
+    )
     min_confidence: float = Field(
         default=0.85,
         ge=0,
         le=1,
-        description="An answer that no person confirmed must be at least this confident, if its confidence is known.",
+        description="Answers with a lower confidence are left out, unless a person confirmed them.",
     )
-    max_prompt_chars: int = Field(default=8_000, ge=1, description="Longer prompts are left out.")
+    max_prompt_chars: int = Field(
+        default=8_000, ge=1, description="Longer prompts, with their conversation, are left out."
+    )
     max_answer_chars: int = Field(default=16_000, ge=1, description="Longer answers are left out.")
     max_prompt_tokens: int | None = Field(
-        default=None, ge=1, description="The same in tokens of the base model; none: tokens are not counted."
+        default=None, ge=1, description="The same limit in tokens of the base model; by default none."
     )
-    max_answer_tokens: int | None = Field(default=None, ge=1, description="The same of answers.")
+    max_answer_tokens: int | None = Field(default=None, ge=1, description="The same limit for answers.")
     max_repetition: float = Field(
-        default=0.3, gt=0, le=1, description="Share of an answer that may say again what it has said before."
+        default=0.3, gt=0, le=1, description="Answers that repeat a larger fraction of themselves are left out."
     )
     near_similarity: float | None = Field(
         default=0.8,
         gt=0,
         le=1,
-        description="Jaccard similarity from which prompts of the same answer are one; or none.",
+        description="Jaccard similarity of near-duplicate prompts with the same answer; null keeps near-duplicates.",
     )
     semantic: bool = Field(
-        default=False, description="Prompts that mean the same and have the same answer are one too (extra semantic)."
+        default=False, description="Remove semantic duplicates with the same answer too (extra semantic)."
     )
     semantic_similarity: float = Field(
-        default=0.9, gt=0, le=1, description="Cosine of two prompts' embeddings from which they mean the same."
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Cosine similarity of embeddings from which two prompts are semantic duplicates.",
     )
     compute: Literal["local", "ray"] = Field(
-        default="local", description="Where examples are looked at one by one: on this machine, or a Ray cluster."
+        default="local", description="Where examples are filtered: on this machine, or on a Ray cluster."
     )
-    validation_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of prompts kept for validation.")
-    min_examples: int = Field(default=20, ge=1, description="Training does not start with fewer examples.")
+    validation_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="Fraction of the prompts in the validation set."
+    )
+    min_examples: int = Field(default=20, ge=1, description="The check enough_examples fails with fewer examples.")
     benchmark_similarity: float = Field(
-        default=0.8, gt=0, le=1, description="Jaccard similarity to a benchmark prompt from which an example is out."
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Jaccard similarity to a benchmark question from which an example is left out.",
     )
     replay: str | None = Field(
-        default=None, description="JSONL of prompt and completion mixed in against forgetting; relative to the project."
+        default=None,
+        description="JSON lines of replay examples against catastrophic forgetting; relative to the project.",
     )
-    replay_ratio: float = Field(default=1.0, ge=0, description="Replayed examples for each training example.")
+    replay_ratio: float = Field(default=1.0, ge=0, description="Replay examples for each training example.")
 
 
 class ReviewSettings(Settings):
-    """What a person has to say before anything trains."""
+    """Whether people have to review examples."""
 
-    required: bool = Field(default=False, description="Only examples that a reviewer approved or edited train.")
+    required: bool = Field(default=False, description="Only examples that a reviewer approved or edited may train.")
 
 
 def _steps(value: float) -> float:

@@ -1,5 +1,5 @@
-"""The one error of curation that people see."""
+"""The error of curation."""
 
 
 class CurationError(RuntimeError):
-    """Something that curation needs is missing or not of its form; the message says which, and what to do."""
+    """A file or model that curation needs is missing or has another form; the message says what to do."""

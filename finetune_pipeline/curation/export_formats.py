@@ -1,4 +1,4 @@
-"""A dataset's rows in the forms that other tools train from. `sources` reads each of them back as the same example."""
+"""Export formats: a dataset's examples as other tools read them. `sources` reads each back as the same example."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -12,63 +12,65 @@ from finetune_pipeline.records import chat_messages
 if TYPE_CHECKING:
     from finetune_pipeline.curation.dataset_files import DatasetExample
 
-_SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
+_SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 
 Writer = Callable[["DatasetExample", str], dict[str, Any]]
-"""A row in a form, under a loop's system prompt."""
+"""Returns the row of an example under a loop's system prompt."""
 
 
-def alpaca(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
+def alpaca(example: "DatasetExample", system_prompt: str) -> dict[str, Any]:
     """Return `instruction`, `input` and `output`; see `alpaca.alpaca_row`."""
-    return {**alpaca_row(row.prompt, row.history, row.completion, system_prompt), "reward": row.reward}
+    row = alpaca_row(example.prompt, example.history, example.completion, system_prompt)
+    return {**row, "reward": example.reward}
 
 
-def messages(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
-    """The messages as OpenAI's API and chat templates have them, the answer last."""
-    said = [*chat_messages(system_prompt, row.prompt, row.history), {"role": "assistant", "content": row.completion}]
-    return {"messages": said, "reward": row.reward}
+def messages(example: "DatasetExample", system_prompt: str) -> dict[str, Any]:
+    """Return `messages` as in OpenAI's API and in chat templates, the completion last."""
+    turns = chat_messages(system_prompt, example.prompt, example.history)
+    return {"messages": [*turns, {"role": "assistant", "content": example.completion}], "reward": example.reward}
 
 
-def sharegpt(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
-    """The same as conversations of from and value."""
-    said = messages(row, system_prompt)["messages"]
-    turns = [{"from": _SHAREGPT[turn["role"]], "value": turn["content"]} for turn in said]
-    return {"conversations": turns, "reward": row.reward}
+def sharegpt(example: "DatasetExample", system_prompt: str) -> dict[str, Any]:
+    """Return `conversations`: the messages as `from` and `value`."""
+    row = messages(example, system_prompt)
+    turns = [{"from": _SHAREGPT_ROLES[turn["role"]], "value": turn["content"]} for turn in row["messages"]]
+    return {"conversations": turns, "reward": example.reward}
 
 
-def prompt_completion(row: "DatasetExample", system_prompt: str) -> dict[str, Any]:
-    """prompt and completion, without the loop's system prompt; what was said before stands in `history`."""
-    said = {"history": [turn.model_dump() for turn in row.history]} if row.history else {}
-    return {"prompt": row.prompt, "completion": row.completion, **said, "reward": row.reward}
+def prompt_completion(example: "DatasetExample", system_prompt: str) -> dict[str, Any]:
+    """Return `prompt` and `completion` without the system prompt, and `history` if the prompt has earlier turns."""
+    history = {"history": [turn.model_dump() for turn in example.history]} if example.history else {}
+    return {"prompt": example.prompt, "completion": example.completion, **history, "reward": example.reward}
 
 
 WRITERS: dict[str, Writer] = {
     "alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "prompt_completion": prompt_completion
 }  # fmt: skip
-"""Each form's writer, by its name."""
+"""Format -> its writer."""
 
 
-def write_rows(
-    path: Path, rows: Iterable["DatasetExample"], form: str, system_prompt: str, *, force: bool = False
+def export_examples(
+    path: Path, examples: Iterable["DatasetExample"], format: str, system_prompt: str, *, force: bool = False
 ) -> int:
-    """Write rows in a form: a name in .json gives a JSON array, any other one JSON object a line.
+    """Write examples in a format: a JSON array if the name ends in .json, else JSON lines.
 
     Args:
-        force: overwrite what is there.
+        force: overwrite an existing file.
 
     Returns:
-        How many rows were written.
+        The number of examples written.
 
     Raises:
-        FileExistsError: the file is there already, and not `force`.
-        OSError: it cannot be written; nothing is left of it.
+        FileExistsError: the file exists already, and not `force`.
+        OSError: the file cannot be written; nothing of it is left.
     """
     array, written = path.suffix == ".json", 0
     with new_file(path, force=force) as file:
         file.write("[\n" if array else "")
-        for row in rows:
+        for example in examples:
             file.write(",\n" if array and written else "")
-            file.write(json.dumps(WRITERS[form](row, system_prompt), ensure_ascii=False) + ("" if array else "\n"))
+            row = WRITERS[format](example, system_prompt)
+            file.write(json.dumps(row, ensure_ascii=False) + ("" if array else "\n"))
             written += 1
         file.write("\n]\n" if array else "")
     return written

@@ -1,9 +1,9 @@
-"""Secrets and personal data are replaced by placeholders before an example can reach a dataset.
+"""Redaction: replace secrets and personal data by placeholders before an example can reach a dataset.
 
-Found are keys, tokens and passwords (`[SECRET]`), e-mail addresses (`[EMAIL]`), phone numbers (`[PHONE]`) and payment
-card numbers (`[CARD]`). The patterns of well-known tokens are those of detect-secrets (without its entropy plugins,
-which hit ordinary text) and what it lacks; international phone numbers are judged by phonenumbers. Ordinary text costs
-only the look of `_suspicious`.
+It finds keys, tokens and passwords (`[SECRET]`), e-mail addresses (`[EMAIL]`), phone numbers (`[PHONE]`) and payment
+card numbers (`[CARD]`). Well-known tokens are found by the patterns of detect-secrets (without its entropy plugins,
+which match ordinary text) and by some that it lacks; phonenumbers validates international phone numbers. Ordinary text
+only costs the quick look of `_suspicious`.
 """
 
 import json
@@ -18,8 +18,8 @@ from finetune_pipeline.records import Example
 _PLACEHOLDER = re.compile(r"\[(?:SECRET|EMAIL|PHONE|CARD)\]")
 _JSON_TOKEN = re.compile(r'"(?P<text>(?:[^"\\]|\\.)*)"(?P<colon>\s*:)?|(?<![\w.+-])(?P<number>\d{14,19})(?![\w.+-])')
 
-# What tells that a closer look pays, in lower case. `\u00` may hide a sign of an escaped JSON text, and `\uff20` is
-# the full-width @ of East Asian keyboards.
+# Without any of these (in lower case), a text has no secret. `\u00` may be an escaped character in JSON, and `\uff20`
+# is the full-width @ of East Asian keyboards.
 _HINTS = (
     "@", "＠", "passw", "passp", "passc", "pwd", "secret", "token", "key", "credential", "bearer", "authorization",
     "sk-", "sk_", "rk_", "hf_", "github_pat", "aiza", "ya29", "akia", "asia", "eyj", "xox", "xapp-", "whsec_",
@@ -28,8 +28,8 @@ _HINTS = (
 _LONG_WORD = re.compile(r"(?<![\w-])[\w-]{24}")
 _MANY_DIGITS = re.compile(r"\d(?:[ ().\u00a0\u2009\u202f/-]{0,3}\d){6}")
 
-# Writing without blanks between words, and emphasis, stand next to a secret and are no part of it.
-_START = r"(?:(?<=\\[nrtbf])|(?<![A-Za-z0-9\\]))"  # of a word; in escaped text the n of \n belongs to no word
+# CJK text without spaces and Markdown's emphasis may stand directly next to a secret.
+_START = r"(?:(?<=\\[nrtbf])|(?<![A-Za-z0-9\\]))"  # of a word; in escaped text, the n of \n is not part of it
 _NUMBER = r"(?:(?<=\\[nrtbf])|(?<![A-Za-z0-9.+-]))"  # before a number
 _NUMBER_ENDS = r"(?![A-Za-z0-9^=-]|_\w|\*{1,3} ?[A-Za-z0-9])"
 _BLANK = " \u00a0\u2009\u202f"
@@ -49,8 +49,8 @@ _TOKENS = re.compile(
     )""",
     re.VERBOSE,
 )
-_REST_OF_TOKEN = re.compile(r"[A-Za-z0-9_-]*")  # tokens grow longer with the years
-_OPENAI = "T3BlbkFJ"  # stands in every key of an older form
+_REST_OF_TOKEN = re.compile(r"[A-Za-z0-9_-]*")  # newer tokens are longer than the patterns
+_OPENAI = "T3BlbkFJ"  # in every key of the older form
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----(?P<body>(?:(?!-----)[^\"])*)"
     r"(?P<end>-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----)?"
@@ -65,7 +65,7 @@ _IN_URL = re.compile(r"://[^\s/:@\"'<>\\]{0,100}:(?P<value>[^\s@/\"'<>\\]{1,200}
 _IN_QUERY = re.compile(
     r"(?i)[?&](?:[\w-]{0,30}(?:key|token|secret|password)|sig|signature|pwd)=(?P<value>[^\s&\"'#<>${}\\]{8,})"
 )
-_IN_CONNECTION = re.compile(  # of ADO.NET and JDBC by semicolons, of libpq by spaces
+_IN_CONNECTION = re.compile(  # strings of ADO.NET and JDBC (semicolons) and of libpq (spaces)
     r"(?i)(?:;|\w=[^\s,;()\"']{1,200}\s)(?:password|pwd)=(?P<value>[^\s;,()\"'\\]{1,200})"
     r"|(?<![\w.])(?:password|pwd)=(?P<first>[^\s;,()\"'\\]{1,200})(?=;\s?\w[\w ]{0,30}=|\s(?:host|user|dbname|port)=)"
 )
@@ -100,9 +100,8 @@ _SAID = re.compile(
 _IN_COMMAND = re.compile(rf"(?i)(?<![\w-])--(?P<name>{_SECRET_NAME})[ =][\"']?(?P<value>[^\s\"'`$<>{{}}]{{6,200}})")
 _IN_TAG = re.compile(rf"(?i)<(?P<name>{_SECRET_NAME})>(?P<value>[^\s<>$%{{}}]{{6,200}})</")
 _OF_CURL = re.compile(r"\bcurl\b[^\n]{0,200}?\s(?:-u|--user)[ =][\"']?[^\s:\"']{1,60}:(?P<value>[^\s\"'`$<>{}]{4,200})")
-# A word, perhaps with a number behind it, is a password only where the writing is that of a note or of an environment
-# file: after a colon or "is", in quotes after an equals sign, or upper case before one without blanks. In code it is
-# the name of something.
+# A plain word, also with a number after it, is a password only in a note or an environment file: after a colon or "is",
+# in quotes after an equals sign, or after an upper-case name and an equals sign without spaces. In code it is a name.
 _END_OF_WORD = r"(?=[\"'`]?(?:[\s\\})\]<>›»,;]|[.!?](?:\s|$)|$))"
 _NOTED = re.compile(
     r"(?:[Pp]ass(?:word|wd|phrase|code)|[Pp]asswort|\b[Pp]wd)(?:[\"']?\s{0,3}:|\s(?:is|was|ist))\s{0,3}[\"'`]?"
@@ -116,7 +115,7 @@ _IN_ENVIRONMENT = re.compile(
     rf"(?:PASS(?:WORD|WD|PHRASE|CODE)|_PWD|_SECRET)=[\"']?(?P<value>[A-Za-z][A-Za-z0-9-]{{5,63}}){_END_OF_WORD}"
 )
 _PASSWORD_KEY = re.compile(r"(?i)pass(?:word|wd|phrase|code)|passwort|pwd")
-_NO_PASSWORD = re.compile(  # blanks to fill in, types, methods
+_NO_PASSWORD = re.compile(  # placeholders, types, methods
     r"(?i).*(?:pass|pwd|secret|token|your|example|placeholder|redacted|hidden|value|str|text|field|input|param"
     r"|arg|var|user|name|label|line|item|required|optional|none|null|empty|undefined|default|true|false|dummy|setting"
     r"|char|byte|int|float|base|hash|sha|crypt|argon|kdf|utf|aes).*|change(?:[_-]?(?:me|it|this|now))?"
@@ -136,7 +135,7 @@ _CARD_ISSUER = re.compile(  # Visa; Mastercard; American Express; Discover and U
     r"4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
     r"|6(?:011|[45]\d\d|2\d\d)\d{12,15}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-59]|[689]\d)\d{11}"
 )
-_CARD_WITHIN = re.compile(  # beside another number, such as an amount; not one of a row of numbers of four digits
+_CARD_WITHIN = re.compile(  # next to another number, such as an amount; not in a row of four-digit numbers
     rf"{_NUMBER}(?<!\d{{4}}[{_BLANK}-])(?:\d{{4}}([{_BLANK}.-])\d{{4}}\1\d{{4}}\1\d{{4}}"
     rf"|\d{{4}}([{_BLANK}-])\d{{6}}\2\d{{4,5}}|\d{{14,19}})(?![A-Za-z0-9-]|_\w|\.\d|[{_BLANK}-]\d{{4}}(?!\d))"
 )
@@ -144,7 +143,7 @@ _AMERICAN_PHONE = re.compile(
     _NUMBER + r"(?:(?:\+?1[ .-]?)?\([2-9]\d\d\) ?\d{3}[ .-]\d{4}|\+?1[ .-][2-9]\d\d[ .-]\d{3}[ .-]\d{4}"
     r"|[2-9]\d\d-[2-9]\d\d-\d{4})(?![A-Za-z0-9-]|_\w)"
 )
-_SPACED_PHONE = re.compile(  # of the Americas; not one of a row of numbers, nor a measure
+_SPACED_PHONE = re.compile(  # North American; not in a row of numbers, and not a measurement
     _NUMBER
     + r"(?<![\d,;x=/] )(?P<value>[2-9][0-8]\d([ .])[2-9]\d\d\2\d{4})"
     + _NUMBER_ENDS
@@ -153,7 +152,7 @@ _SPACED_PHONE = re.compile(  # of the Americas; not one of a row of numbers, nor
 _PART = re.compile(
     r"(?i)\b(?:part|parts|art|article|artikel|ref|item|order|serial|sku|isbn|type|id)\b[^\w\n]*\w{0,6}\W*$"
 )
-_PAIRED_PHONE = re.compile(  # French mobile numbers; not within a row of pairs, hexadecimal or not
+_PAIRED_PHONE = re.compile(  # French mobile numbers; not in a longer row of pairs, decimal or hexadecimal
     r"(?<![\w.,+-])(?<!\b\d[\da-fA-F] )(?<!\b[\da-fA-F]\d )(?P<value>0[67]([ .])\d\d(?:\2\d\d){3})"
     + _NUMBER_ENDS
     + r"(?![ .,]\d| [a-fA-F]\d\b)"
@@ -195,14 +194,14 @@ class RedactedExample:
 
 
 def redact(text: str) -> Redacted:
-    """Replace secrets and personal data by placeholders; doing it twice changes nothing more.
+    """Replace secrets and personal data by placeholders; redacting the result again changes nothing.
 
-    A text that is JSON stays JSON: strings keep their quotes, and a card that stands as a bare number becomes a string.
+    JSON stays JSON: strings keep their quotes, and a card number without quotes becomes a string.
     """
     if not _suspicious(text):
         return Redacted(text)
     counts: Counter[str] = Counter()
-    # Each pass takes something away and adds only placeholders, so there is a last one.
+    # Repeat until nothing changes. Each pass removes text and adds only placeholders, so this ends.
     while (changed := _pass(text, counts)) != text:
         text = changed
     return Redacted(text, dict(sorted(counts.items())))
@@ -220,7 +219,7 @@ def redact_example(example: Example) -> RedactedExample:
     prompt, target = clean(example.prompt), clean(example.target)
     history = tuple(turn.model_copy(update={"content": clean(turn.content)}) for turn in example.history)
     output = target if example.output == example.target else clean(example.output)
-    provenance = example.provenance and clean(example.provenance)  # a heading, a path or a key may be an address
+    provenance = example.provenance and clean(example.provenance)  # a heading, path or key may hold an e-mail address
     if not counts:
         return RedactedExample(example)
     changes = {"prompt": prompt, "target": target, "history": history, "output": output, "provenance": provenance}
@@ -250,7 +249,7 @@ def _is_json(text: str) -> bool:
 
 
 def _in_json(text: str, counts: Counter[str]) -> str:
-    """Redact inside the strings of a JSON text, each by itself, with the key that it stands under."""
+    """Redact each string of a JSON text by itself, with the key it belongs to."""
     key = ""
 
     def clean(match: re.Match[str]) -> str:
@@ -298,7 +297,7 @@ def _secrets(text: str, counts: Counter[str]) -> str:
     text = _TOKENS.sub(lambda match: _count(counts, "secret"), text)
     for pattern in _known_tokens():
         if _OPENAI in pattern.pattern and _OPENAI not in text:
-            continue  # or it takes the square of the length of `sk-sk-sk-`
+            continue  # on `sk-sk-sk-...` the pattern would take quadratic time
         text = _whole_tokens(pattern, text, counts)
     for pattern in (_ASSIGNED, _IN_COMMAND, _IN_TAG):
         text = _replace(pattern, text, lambda match, value: _looks_secret(match["name"], value), counts, "secret")
@@ -309,7 +308,7 @@ def _secrets(text: str, counts: Counter[str]) -> str:
 
 
 def _without_key(match: re.Match[str], counts: Counter[str]) -> str:
-    """A private key's placeholder; of one that was cut off, what follows stays, and words about keys stay too."""
+    """Return the placeholder of a private key, and the text after a key that was cut off; words about keys are kept."""
     if match["end"]:
         return _count(counts, "secret") if _KEY_LINE.search(match["body"]) else match[0]
     lines = _KEY_LINES.match(match["body"])
@@ -336,7 +335,7 @@ def _replace(
     counts: Counter[str],
     kind: str,
 ) -> str:
-    """Replace the named group that matched, `name` aside, where `found` agrees; what is around it stays."""
+    """Replace the named group that matched (not `name`) if `found` accepts it, and keep the text around it."""
 
     def one(match: re.Match[str]) -> str:
         group = next((g for g, value in match.groupdict().items() if value is not None and g != "name"), None)
@@ -365,7 +364,7 @@ def _count(counts: Counter[str], kind: str) -> str:
 
 
 def _looks_secret(name: str, value: str) -> bool:
-    """Whether a value that is given to a name such as `password` is one: not a word, a name of code or a blank."""
+    """Return True if a value of a name such as `password` is a secret, not a word, an identifier or a placeholder."""
     value = _PLACEHOLDER.sub("", value)
     if len(value) < 4 or _CODE.fullmatch(value) or value.startswith("os."):
         return False
@@ -375,17 +374,17 @@ def _looks_secret(name: str, value: str) -> bool:
 
 
 def _is_password(value: str) -> bool:
-    """Whether a plain word is a password: neither a blank to fill in nor the name of a variable."""
+    """Return True if a plain word may be a password: not a placeholder, not the name of a variable."""
     return not _NO_PASSWORD.fullmatch(value) and value != value.upper()
 
 
 def _is_mixed(value: str) -> bool:
-    """Whether it has digits, upper and lower case, as 40 random characters have and a commit's hash has not."""
+    """Return True if it has digits, upper and lower case, as 40 random characters do and a commit hash does not."""
     return any(c.isdigit() for c in value) and value != value.lower() and value != value.upper()
 
 
 def _looks_chosen(value: str) -> bool:
-    """Whether a word said to be a password is one; "is base64-encoded" and "is required" are not."""
+    """Return True if the word after "password is" looks like one, unlike "base64-encoded" and "required"."""
     plain = _PLACEHOLDER.sub("", value).rstrip(".!?)")
     mixed = plain != plain.lower() and plain != plain.upper()
     return len(plain) >= 8 and "-" not in plain and mixed and any(c.isdigit() for c in plain)
@@ -414,12 +413,12 @@ def _is_international(text: str) -> bool:
 
 
 def _is_american(match: re.Match[str], value: str) -> bool:
-    """Whether three groups of digits are a phone number of the Americas, no round measures and no part's number."""
+    """Return True if three groups of digits are a North American phone number, not round measurements."""
     return not (" " in value and value[-1] in "05") and _is_valid(match, value, "US")
 
 
 def _is_valid(match: re.Match[str], value: str, region: str) -> bool:
-    """Whether a region has such a phone number, and it is not called a part's number."""
+    """Return True if the phone number is valid in a region and the text before it does not call it a part number."""
     if _PART.search(match.string[max(0, match.start() - 30) : match.start()]):
         return False
     import phonenumbers
@@ -428,14 +427,14 @@ def _is_valid(match: re.Match[str], value: str, region: str) -> bool:
 
 
 def _is_paired(value: str) -> bool:
-    """Whether five pairs of digits are a phone number, and no row of small numbers that grow."""
+    """Return True if five pairs of digits are a phone number, not a row of small ascending numbers."""
     pairs = [int(pair) for pair in re.split("[ .]", value)]
     return pairs != sorted(pairs) or pairs[-1] > 60
 
 
 @lru_cache(maxsize=1)
 def _known_tokens() -> tuple[re.Pattern[str], ...]:
-    """The patterns of detect-secrets of which a match is a token from its first character to its last."""
+    """Return the patterns of detect-secrets whose whole match is a token."""
     from detect_secrets.plugins import (
         aws,
         azure_storage_key,
@@ -459,5 +458,5 @@ def _known_tokens() -> tuple[re.Pattern[str], ...]:
         pypi_token.PypiTokenDetector, sendgrid.SendGridDetector, slack.SlackDetector, square_oauth.SquareOAuthDetector,
         stripe.StripeDetector, telegram_token.TelegramBotTokenDetector, twilio.TwilioKeyDetector,
     )  # fmt: skip
-    # The second pattern of AWS takes the name and the quotes in too; _AWS_SECRET stands for it.
+    # The second pattern of AWS would match the name and the quotes too; _AWS_SECRET is used instead.
     return (aws.AWSKeyDetector.denylist[0], *(pattern for plugin in plugins for pattern in plugin.denylist))

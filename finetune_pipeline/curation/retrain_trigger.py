@@ -1,4 +1,4 @@
-"""When a run starts by itself: a pure function of what is new and of the runs that already tried."""
+"""The retrain trigger: decide from the new examples and from failed runs whether to start a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,16 +9,21 @@ from finetune_pipeline.settings import TriggerSettings
 
 @dataclass(frozen=True)
 class Attempt:
-    """A run that was started for the data since the watermark."""
+    """An ended run on the data since the watermark.
+
+    Attributes:
+        series: new examples when the first run of its series started. Runs are of one series until as many examples as
+            the trigger needs have arrived in addition.
+        ended: None if unknown.
+    """
 
     series: int
-    """New examples when the first run of its series started; a series ends when as many again have arrived."""
     ended: datetime | None
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """Whether to start a run now, why, and as which try of which series."""
+    """Whether to start a run now, why, and as which attempt of which series."""
 
     fire: bool
     reason: str
@@ -27,18 +32,18 @@ class Trigger:
 
 
 def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now: datetime) -> Trigger:
-    """Decide on a run.
+    """Decide whether to start a run.
 
     Args:
         new: new high-reward examples since the last judged dataset.
         attempts: ended runs since then, oldest first; none of them was judged, or the watermark would have moved.
-        settings: how many are needed, how many tries there are, and the wait between them.
-        now: the present time.
+        settings: the examples needed, the attempts of a series, and the wait between them.
+        now: the current time.
     """
     needed, numbers = settings.new_examples, describe(new, settings)
     if new < needed:
         return Trigger(False, numbers)
-    series = [item for item in attempts if item.series == attempts[-1].series] if attempts else []
+    series = [attempt for attempt in attempts if attempt.series == attempts[-1].series]
     if not series or new >= series[-1].series + needed:
         return Trigger(True, numbers, series=new, attempt=1)
     rearmed_at = series[-1].series + needed
@@ -46,7 +51,7 @@ def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now
         return Trigger(
             False,
             f"{numbers}, but {len(series)} runs on them failed: look at the last one, fix the cause and launch the "
-            f"job by hand; the sensor tries again by itself at {rearmed_at}",
+            f"job by hand; the sensor starts one by itself at {rearmed_at} new examples",
         )
     ended = series[-1].ended
     wait_until = ended + timedelta(minutes=settings.retry_after_minutes) if ended else now
@@ -57,5 +62,5 @@ def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now
 
 
 def describe(new: int, settings: TriggerSettings) -> str:
-    """The numbers, as the sensor and the terminal say them: "37 of 50 new high-reward examples"."""
+    """Return the numbers as text: "37 of 50 new high-reward examples"."""
     return f"{new} of {settings.new_examples} new high-reward examples"

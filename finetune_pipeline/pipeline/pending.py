@@ -1,4 +1,4 @@
-"""How much is new: the number behind the sensor, the schedule and `finetune status`. No Dagster here."""
+"""Count the new examples, for the sensor, the schedule and `finetune status`."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,13 @@ COUNT_LIMIT = 1_000
 
 
 def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: Sequence[Attempt] = ()) -> int:
-    """New examples that curation would accept, distinct after exact deduplication.
+    """Return the number of new examples that curation would accept, without exact duplicates.
 
-    Counting ends where more would change nothing, so that a long silence does not make the question slow.
+    Counting ends where more examples would change no decision, so it stays fast after a long pause.
+
+    Args:
+        watermark: count examples since this ingest offset.
+        attempts: ended runs since the watermark.
     """
     rearmed_at = attempts[-1].series + loop.trigger.new_examples if attempts else 0
     limit = max(COUNT_LIMIT, 2 * loop.trigger.new_examples, rearmed_at)
@@ -28,11 +32,9 @@ def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: 
             if not quick_filters(original, policy).accepted:
                 continue
             example = redact_example(original).example
-            question = text_hash(
-                conversation_text(example.prompt, example.history)
-            )  # the dataset keeps one example of it
-            if question not in seen and accept(example, policy).accepted:
-                seen.add(question)
+            prompt = text_hash(conversation_text(example.prompt, example.history))  # a dataset has one example of it
+            if prompt not in seen and accept(example, policy).accepted:
+                seen.add(prompt)
                 if len(seen) >= limit:
                     break
     return len(seen)

@@ -57,7 +57,7 @@ def examples(made):
 
 @pytest.mark.parametrize("form", list(WRITERS))
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_what_is_exported_gives_the_same_examples_in_another_home(loop, made, tmp_path, monkeypatch, form, suffix):
+def test_an_export_gives_the_same_examples_in_another_home(loop, made, tmp_path, monkeypatch, form, suffix):
     files = [tmp_path / f"{split}{suffix}" for split in SPLITS]
     for split, file in zip(SPLITS, files, strict=True):
         said = run("dataset", "export", "--format", form, "--split", split, "--out", file)
@@ -69,7 +69,7 @@ def test_what_is_exported_gives_the_same_examples_in_another_home(loop, made, tm
     assert (again.manifest.train, again.manifest.validation) == (made.manifest.train, made.manifest.validation)
 
 
-def test_an_export_overwrites_only_when_told(made, tmp_path):
+def test_an_export_overwrites_only_with_force(made, tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
     assert "--force" in run("dataset", "export", "--format", "messages", "--out", path, code=1)
@@ -79,7 +79,7 @@ def test_an_export_overwrites_only_when_told(made, tmp_path):
     assert "folder that is there" in run("dataset", "export", "--format", "alpaca", "--out", tmp_path / "no/o", code=1)
 
 
-def test_a_version_is_named_and_never_a_path(made, tmp_path, monkeypatch):
+def test_a_version_is_never_a_path(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     version = made.manifest.version
     assert f"notes-{version}-train.alpaca.jsonl" in run("dataset", "export", "--format", "alpaca", "--version", version)
@@ -89,15 +89,15 @@ def test_a_version_is_named_and_never_a_path(made, tmp_path, monkeypatch):
     assert "| ingested | 31 | 100.0% |" in card and "in.parquet:" in card
     for wrong in ("../curated_dataset", str(made.path), "nobody"):
         result = CliRunner().invoke(finetune, ["dataset", "card", "--version", wrong])
-        assert f"there are: {version}" in str(result.exception)
+        assert f"its datasets are: {version}" in str(result.exception)
 
 
-def test_a_loop_without_a_dataset_says_how_to_make_one(loop):
+def test_without_a_dataset_the_error_says_how_to_build_one(loop):
     result = CliRunner().invoke(finetune, ["dataset", "card"])
-    assert "`finetune run --loop notes` makes one" in str(result.exception)
+    assert "`finetune run --loop notes` builds one" in str(result.exception)
 
 
-def test_a_file_is_read_as_what_it_is_named(loop, tmp_path):
+def test_the_format_option_outranks_detection(loop, tmp_path):
     path = write_as(tmp_path / "a.jsonl", [{"instruction": "i", "output": "o", "messages": "not those"}])
     refused = run("ingest", path, code=1)
     assert f"{path}:1: found 'not those' outside of the turns" in refused and "--format" in refused

@@ -10,7 +10,7 @@ FILES = (
                                          "redaction", "select")),
     "refusals.py",
 )  # fmt: skip
-LAST = (9, "60ae1fc86310248d")
+LAST = (9, "85820f663703ce37")
 
 
 def test_changed_curation_has_another_code_version():

@@ -138,7 +138,7 @@ def test_secrets_and_personal_data_are_replaced(text, clean):
         "pw: 3.5e6 kW, pw: password, pw: Config.model2-x, pw: int",
     ],
 )
-def test_ordinary_text_stays_as_it_is(text):
+def test_ordinary_text_is_not_changed(text):
     assert redact(text).text == text
     assert redact(text).counts == {}
 
@@ -165,7 +165,7 @@ def project_texts():
             yield from strings(json.loads(line))
 
 
-def test_the_sample_logs_and_benchmarks_stay_as_they_are():
+def test_the_sample_logs_and_benchmarks_are_not_changed():
     texts = list(project_texts())
     assert len(texts) > 1_000
     assert [text for text in texts if redact(text).text != text] == []
@@ -210,12 +210,12 @@ def test_the_same_secret_gives_the_same_placeholder_everywhere_in_an_example():
     assert redacted.example.interaction_id == logged.interaction_id
 
 
-def test_a_commit_beside_an_aws_key_stays():
+def test_a_commit_hash_next_to_an_aws_key_is_kept():
     hash = "da39a3ee5e6b4b0d3255bfef95601890afd80709"
     assert redact(f"{AWS_ID} {hash}").text == f"[SECRET] {hash}"
 
 
-def test_an_example_without_any_is_the_same_object():
+def test_an_example_without_secrets_is_returned_itself():
     plain = Example(
         interaction_id=uid("a"),
         ingest_offset=1,
@@ -246,7 +246,7 @@ TEXTS = st.one_of(st.text(), st.lists(st.one_of(PIECES, st.text(max_size=4)), ma
 @settings(max_examples=1_000, deadline=None)
 @given(TEXTS)
 @given_example("password=[SECRET]x1y2z3")
-def test_it_never_fails_and_a_second_time_changes_nothing(text):
+def test_redaction_never_fails_and_is_idempotent(text):
     once = redact(text)
     again = redact(once.text)
     assert again.text == once.text
@@ -256,7 +256,7 @@ def test_it_never_fails_and_a_second_time_changes_nothing(text):
 
 @settings(max_examples=300, deadline=None)
 @given(st.recursive(TEXTS | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=5))
-def test_a_json_document_stays_one(value):
+def test_a_json_document_stays_valid(value):
     if isinstance(value, list | dict):
         for escaped in (True, False):
             clean = json.loads(redact(json.dumps(value, ensure_ascii=escaped)).text)
@@ -302,7 +302,7 @@ def test_a_json_document_stays_one(value):
         "4111\u00a0",
     ],
 )
-def test_a_text_made_to_be_slow_is_not(piece):
+def test_adversarial_text_takes_linear_time(piece):
     began = time.perf_counter()
     redact("a@b." + piece * (200_000 // len(piece)) + "password=")
     assert time.perf_counter() - began < 5  # it takes a fraction of a second; what grows quadratically takes minutes
@@ -334,7 +334,7 @@ CONTEXTS = (
 
 
 @pytest.mark.parametrize("secret", SECRETS)
-def test_a_secret_is_found_whatever_stands_around_it(secret):
+def test_a_secret_is_found_in_any_surrounding_text(secret):
     left = [around for around in CONTEXTS if SECRETS[secret] in redact(around.format(secret)).text]
     left += [around for around in CONTEXTS if SECRETS[secret] in redact(json.dumps({"a": around.format(secret)})).text]
     assert left == []
@@ -357,7 +357,7 @@ def test_a_secret_is_found_whatever_stands_around_it(secret):
         ("0170 123 4567, 0171/123 45 67", "[PHONE], [PHONE]"),
     ],
 )
-def test_secrets_are_found_as_people_write_them_down(text, clean):
+def test_secrets_are_found_in_notes(text, clean):
     assert redact(text).text == clean
 
 
@@ -369,5 +369,5 @@ def test_secrets_are_found_as_people_write_them_down(text, clean):
         'secret key = os.environ["X"]', '{"password": "required", "token": "string"}',
     ],
 )  # fmt: skip
-def test_talk_about_secrets_stays(text):
+def test_text_about_secrets_is_kept(text):
     assert redact(text).text == text

@@ -1,3 +1,5 @@
+"""When the retrain trigger starts a run, and what it says otherwise."""
+
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -22,12 +24,12 @@ def tried(*series, ended=LONG_AGO):
         (49, [], False, "49 of 50"),
         (50, [], True, "50 of 50"),
         (53, tried(50, ended=JUST_NOW), False, "attempt 2 of 3 starts at 12:04"),  # not at every tick
-        (53, tried(50), True, "53 of 50"),  # tried again after the wait
+        (53, tried(50), True, "53 of 50"),  # again after the wait
         (53, tried(50, 50, 50), False, "3 runs on them failed"),  # gives up, and says so
-        (99, tried(50, 50, 50), False, "tries again by itself at 100"),
-        (100, tried(50, 50, 50), True, "100 of 50"),  # another 50 re-arm it
-        (120, tried(50, 50, 50, 100), True, "120 of 50"),  # the second series has its own tries
-        (149, tried(50, 50, 50, 100, 100, 100), False, "tries again by itself at 150"),
+        (99, tried(50, 50, 50), False, "starts one by itself at 100"),
+        (100, tried(50, 50, 50), True, "100 of 50"),  # another 50 start a new series
+        (120, tried(50, 50, 50, 100), True, "120 of 50"),  # the second series has its own attempts
+        (149, tried(50, 50, 50, 100, 100, 100), False, "starts one by itself at 150"),
     ],
 )
 def test_when_a_run_starts(new, attempts, fires, said):
@@ -36,7 +38,7 @@ def test_when_a_run_starts(new, attempts, fires, said):
     assert said in trigger.reason
 
 
-def test_every_try_has_its_own_name():
+def test_every_attempt_has_its_own_name():
     keys = set()
     attempts = []
     for new in (50, 51, 52, 110, 111, 160):

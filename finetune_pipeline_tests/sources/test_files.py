@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from finetune_pipeline.curation.dataset_files import DatasetExample
-from finetune_pipeline.curation.export_formats import WRITERS, write_rows
+from finetune_pipeline.curation.export_formats import WRITERS, export_examples
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.records import Turn, without_system_prompt
 from finetune_pipeline.settings import FilesSource
@@ -242,7 +242,7 @@ def test_marks_on_user_turns_are_ignored(tmp_path):
 @pytest.mark.parametrize("form", list(WRITERS))
 def test_an_export_that_was_marked_later_is_not_trained_on(tmp_path, form):
     history = (SYSTEM, *EARLIER)
-    write_rows(tmp_path / "out.jsonl", [DatasetExample("150 mm", "text", 0.5, "logs", history=history)], form, "")
+    export_examples(tmp_path / "out.jsonl", [DatasetExample("150 mm", "text", 0.5, "logs", history=history)], form, "")
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert "not to be trained on" in found(write(tmp_path / "a.jsonl", row | {"train": False}))[0].reason
     for turns in (row.get("messages"), row.get("conversations")):
@@ -442,7 +442,7 @@ def test_an_export_is_read_back_as_the_same_example(tmp_path_factory, form, pair
     said = [Turn(role=role, content=text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]  # noqa: B905
     history = (*([Turn(role="system", content=own)] if own else []), *said)
     path = tmp_path_factory.mktemp("export") / "out.jsonl"
-    write_rows(path, [DatasetExample(prompt, answer, reward, "logs", history=history)], form, system)
+    export_examples(path, [DatasetExample(prompt, answer, reward, "logs", history=history)], form, system)
     (record,) = read_file(path, "out", "auto", 10**6)
     expected = without_system_prompt(prompt, history, system)
     assert without_system_prompt(record.prompt, record.history, system) == expected
