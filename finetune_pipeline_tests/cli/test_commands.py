@@ -234,4 +234,4 @@ def test_a_plan_of_what_does_not_fit_says_what_it_takes_at_least_and_what_to_cha
     assert "does not fit 24 GB: with qlora, per_device_train_batch_size 1 and 256 tokens" in large
     assert "the smallest preset for it is 80gb, or take a smaller base_model" in large
     long = refusal("--base", "mistralai/Mistral-7B-v0.3", "--vram", "8", "--length", "65536")
-    assert "and 65536 tokens" in long and "leave max_length to be chosen" in long
+    assert "and 65536 tokens" in long and "leave max_length unset" in long
