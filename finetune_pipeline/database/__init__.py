@@ -1,4 +1,4 @@
-"""All tables, their migrations, and the way to a connection. SQLite by default, PostgreSQL by URL."""
+"""The database: tables, migrations and connections. SQLite by default, PostgreSQL by URL."""
 
 from finetune_pipeline.database.connection import Database, DatabaseError, connect
 

@@ -1,4 +1,4 @@
-"""Connections and transactions, and the database brought to this version's tables."""
+"""Database connections and transactions, and the migration to this version's tables."""
 
 import threading
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from sqlalchemy.engine import make_url
 from finetune_pipeline.settings import database_url, survives_power_cut
 
 HEAD = "0010"
-"""The newest migration; kept here so that a database that is up to date needs no Alembic."""
+"""The newest migration. Stated here, so that an up-to-date database is opened without importing Alembic."""
 
 _BUSY_MS = 30_000
 _MIGRATION_LOCK = 0x66696E6574756E65
-"""The key of PostgreSQL's advisory lock: any number that no other program uses."""
+"""The key of a PostgreSQL advisory lock: a number that no other program uses ("finetune" in ASCII)."""
 
 _DISK_FULL = ("database or disk is full", "disk I/O error", "No space left on device")
 
@@ -27,25 +27,25 @@ class DatabaseError(RuntimeError):
 
 
 class Database:
-    """One database: `read()` and `write()` give a connection in a transaction."""
+    """A database. `read()` and `write()` yield a connection within a transaction."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A transaction that sees one state and changes nothing."""
-        # SQLite's transactions see one state anyway; PostgreSQL's default would show each statement another.
+        """Yield a connection whose statements all see the same state; for reading only."""
+        # SQLite's transactions do so anyway; by PostgreSQL's default each statement sees a new state.
         options = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
         with self.engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """A transaction that is committed at the end, or wholly undone by an error.
+        """Yield a connection whose transaction is committed at the end, or rolled back by an error.
 
         Raises:
-            DatabaseError: the disk is full, or another program holds the database.
+            DatabaseError: the disk is full, the database is read-only, or another program has locked it.
         """
         try:
             with self.engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
@@ -55,18 +55,18 @@ class Database:
             if "database is locked" in str(error.orig):
                 raise DatabaseError(
                     f"another program has been writing to the database {where} for {_BUSY_MS / 1000:g} s; nothing of "
-                    "this step was kept. Wait for that program's end, or end it, then run again"
+                    "this step was stored. Wait until that program ends, or end it, then run this again"
                 ) from error
             if "readonly database" in str(error.orig):
                 raise DatabaseError(
-                    f"the database {where} can be read but not written; nothing of this step was kept. Give this user "
-                    "the right to write the file and its folder, or set FINETUNE_HOME to a folder that can be written"
+                    f"the database {where} is read-only; nothing of this step was stored. Give this user write access "
+                    "to the file and its folder, or set FINETUNE_HOME to a writable folder"
                 ) from error
             if not any(words in str(error.orig) for words in _DISK_FULL):
                 raise
             raise DatabaseError(
-                f"the disk of the database {where} is full ({error.orig}); nothing of this step was kept and nothing "
-                "before it is lost. Free some space, then run again"
+                f"the disk of the database {where} is full ({error.orig}); nothing of this step was stored, and "
+                "nothing before it is lost. Free some space, then run this again"
             ) from error
 
 
@@ -75,7 +75,7 @@ _opening = threading.Lock()
 
 
 def connect(url: str | None = None) -> Database:
-    """The database at `url` (default: the configured one), with its tables brought up to date.
+    """Return the database at `url` (default: the configured one), after migrating it if necessary.
 
     Raises:
         DatabaseError: it cannot be reached, or was written by a newer version of the project.
@@ -98,11 +98,11 @@ def _connect(url: str) -> Database:
         ) from error
     except OSError as error:
         raise DatabaseError(
-            f"the folder of the database cannot be made ({error}); set FINETUNE_HOME to a folder that can be written"
+            f"the folder of the database cannot be created ({error}); set FINETUNE_HOME to a writable folder"
         ) from error
     try:
-        # One process at a time opens a SQLite file for the first time: two that switch it to WAL at once fail with
-        # "database is locked" without waiting.
+        # One process at a time opens a new SQLite file: two that switch it to WAL mode at once fail with "database is
+        # locked" without waiting.
         with FileLock(f"{engine.url.database}.migration.lock") if _is_sqlite_file(engine) else nullcontext():
             if not _is_up_to_date(engine, url):
                 _migrate(engine, url)
@@ -110,7 +110,7 @@ def _connect(url: str) -> Database:
         where = make_url(url).render_as_string(hide_password=True)
         raise DatabaseError(
             f"the database {where} cannot be opened ({getattr(error, 'orig', error)}); check FINETUNE_DATABASE_URL, "
-            "that the folder can be written, and that the disk is not full"
+            "that the folder is writable, and that the disk is not full"
         ) from error
     return Database(engine)
 
@@ -119,21 +119,21 @@ def _sqlite(url: str) -> sa.Engine:
     path = make_url(url).database
     if path and path != ":memory:":
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):  # what people asked is for this user's eyes, unless the user opens it
+        with suppress(FileExistsError):  # prompts are private: nobody but this user may read a new file
             Path(path).touch(mode=0o600, exist_ok=False)
     engine = sa.create_engine(url, connect_args={"timeout": _BUSY_MS / 1000})
 
     @sa.event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions are begun below, not by the driver
+        connection.isolation_level = None  # `_begin` starts transactions, not the driver
         connection.execute("PRAGMA journal_mode=WAL")
-        # NORMAL loses nothing when the process is killed; FULL flushes each commit, so that a power cut loses nothing.
+        # NORMAL survives a kill of the process; FULL flushes each commit, and also survives a power cut.
         connection.execute(f"PRAGMA synchronous={'FULL' if survives_power_cut() else 'NORMAL'}")
         connection.execute("PRAGMA foreign_keys=ON")
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        # A transaction that reads first and writes later cannot wait for another writer, so writers say so at once.
+        # A transaction that reads first and writes later fails if another wrote in between, so writers lock at once.
         writes = connection.get_execution_options().get("finetune_write")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -164,7 +164,7 @@ def _is_up_to_date(engine: sa.Engine, url: str) -> bool:
 
 
 def _migrate(engine: sa.Engine, url: str) -> None:
-    # Alembic is imported only here: it costs a fifth of a second, and an up-to-date database does not need it.
+    # Imported here, because Alembic takes 0.2 s and an up-to-date database does not need it.
     from alembic import command
     from alembic.config import Config
     from alembic.util import CommandError
@@ -172,7 +172,7 @@ def _migrate(engine: sa.Engine, url: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.connect().execution_options(finetune_write=True) as connection, connection.begin():
-        if engine.dialect.name == "postgresql":  # until commit; a table can be locked only once it is there
+        if engine.dialect.name == "postgresql":  # until commit; no table exists yet that could be locked
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         config.attributes["connection"] = connection
         try:

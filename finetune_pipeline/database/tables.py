@@ -1,7 +1,7 @@
 """The tables. A change here needs a migration in `migrations/versions/`; a test compares the two.
 
-Events (interactions, feedback) are only ever added. `examples` is what they teach at this moment, kept by the same
-transaction that adds an event, so that counting what is new does not read the whole history; so are `loop_counters`.
+Interactions and feedback are append-only. `examples` and `loop_counters` are derived from them, and updated by the same
+transaction that adds an event, so that counting new examples does not read the whole history.
 """
 
 import sqlalchemy as sa
@@ -14,15 +14,15 @@ metadata = sa.MetaData(
     }
 )
 
-Moment = sa.DateTime(timezone=True)
+Timestamp = sa.DateTime(timezone=True)
 
 counters = sa.Table(
     "counters",
     metadata,
     sa.Column("name", sa.String(60), primary_key=True),
     sa.Column("value", sa.BigInteger, nullable=False),
-    # And besides `events`, `store`: a random number by which one database is told from another.
-    comment="The ingest offset. Its row is locked until commit, so commits follow the ingest_offset in PostgreSQL too.",
+    # `events` is the newest ingest offset; `store` is a random number that identifies the database.
+    comment="The newest ingest offset. Its row stays locked until commit, so commits are in the order of offsets.",
 )
 
 interactions = sa.Table(
@@ -31,9 +31,9 @@ interactions = sa.Table(
     sa.Column("id", sa.String(36), primary_key=True),
     sa.Column("loop", sa.String(60), nullable=False),
     sa.Column("ingest_offset", sa.BigInteger, nullable=False, unique=True),
-    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
     sa.Column("prompt", sa.Text, nullable=False),
-    sa.Column("history", sa.JSON(none_as_null=True), comment="Messages before the prompt; null without any."),
+    sa.Column("history", sa.JSON(none_as_null=True), comment="Messages before the prompt; null if there are none."),
     sa.Column("output", sa.Text, nullable=False),
     sa.Column("model", sa.String(200)),
     sa.Column("confidence", sa.Float),
@@ -43,17 +43,17 @@ interactions = sa.Table(
     sa.Column("kind", sa.String(200)),
     sa.Column("retrieved_context", sa.Text),
     sa.Column("variant", sa.String(200), comment="Traffic variant."),
-    sa.Column("flag", sa.String(200), comment="Why a person should look at it."),
+    sa.Column("flag", sa.String(200), comment="Reason why a person should review the answer."),
     sa.Column("latency_ms", sa.Float),
     sa.Column("prompt_tokens", sa.Integer),
     sa.Column("completion_tokens", sa.Integer),
-    sa.Column("seed", sa.BigInteger, comment="What the answer was sampled with; null: temperature 0, or not known."),
-    sa.Column("source", sa.String(200), comment="The declared source it was made from; null: an application's log."),
-    sa.Column("provenance", sa.String(1000), comment="Where in that source."),
+    sa.Column("seed", sa.BigInteger, comment="Sampling seed; null at temperature 0, or if unknown."),
+    sa.Column("source", sa.String(200), comment="Declared source; null if an application logged it."),
+    sa.Column("provenance", sa.String(1000), comment="Where in the source: note, file and line, or row key."),
     sa.Column(
         "retracted_offset",
         sa.BigInteger,
-        comment="Ingest ingest_offset at which its source no longer had it; else null.",
+        comment="Ingest offset at which it was retracted, because its source no longer has it; null if active.",
     ),
     sa.Index(None, "loop", "ingest_offset"),
     sa.Index(None, "loop", "source", "provenance"),
@@ -68,7 +68,7 @@ feedback = sa.Table(
     sa.Column("ingest_offset", sa.BigInteger, nullable=False, unique=True),
     # No foreign key: feedback may arrive before its interaction.
     sa.Column("interaction_id", sa.String(36), nullable=False, index=True),
-    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
     sa.Column("kind", sa.String(30), nullable=False),
     sa.Column("score", sa.Float),
     sa.Column("rating", sa.String(10)),
@@ -79,20 +79,20 @@ feedback = sa.Table(
     sa.Index(None, "loop", "ingest_offset"),
 )
 
-# An empty content hash cursors an example that is to be worked out again (`feedback.store.renew_marked`).
+# An empty content hash marks an example that has to be recomputed (`feedback.store.recompute_marked`).
 examples = sa.Table(
     "examples",
     metadata,
     sa.Column("interaction_id", sa.String(36), primary_key=True),
     sa.Column("loop", sa.String(60), nullable=False),
     sa.Column("ingest_offset", sa.BigInteger, nullable=False),
-    sa.Column("content_hash", sa.String(64), nullable=False, comment="Of normalised prompt and target."),
+    sa.Column("content_hash", sa.String(64), nullable=False, comment="Of the normalized prompt and the target."),
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("reward", sa.Float, nullable=False),
     sa.Column("confidence", sa.Float),
     sa.Column("confirmed", sa.Boolean, nullable=False),
     sa.Column("corrected", sa.Boolean, nullable=False),
-    sa.Column("review", sa.String(20), comment="approve, edit or reject; null: no reviewer decided."),
+    sa.Column("review", sa.String(20), comment="approve, edit or reject; null without a decision."),
     sa.Index(None, "loop", "ingest_offset"),
     sa.Index(None, "loop", "content_hash"),
 )
@@ -103,18 +103,18 @@ loop_counters = sa.Table(
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("name", sa.String(60), primary_key=True),
     sa.Column("value", sa.BigInteger, nullable=False),
-    comment="How much there is of what, kept by the transactions that add it: counting a million rows is slow.",
+    comment="Numbers of rows by kind, updated by the transactions that add them, because counting them is slow.",
 )
 
 erased_events = sa.Table(
     "erased_events",
     metadata,
-    # Or a hash of a erased person's name, by which declared sources are told to leave the person out.
-    sa.Column("id", sa.String(36), primary_key=True, comment="Of an interaction or a feedback; random, says nothing."),
+    # Also hashes of the names of erased persons, whose records are left out of declared sources.
+    sa.Column("id", sa.String(36), primary_key=True, comment="Of an interaction or a feedback; says nothing about it."),
     sa.Column("loop", sa.String(60), nullable=False),
-    sa.Column("ingest_offset", sa.BigInteger, nullable=False, comment="When: snapshots up to here may still hold it."),
+    sa.Column("ingest_offset", sa.BigInteger, nullable=False, comment="Snapshots up to here may still contain it."),
     sa.Index(None, "loop", "ingest_offset"),
-    comment="What was deleted on a person's wish never comes back, though a log still holds it.",
+    comment="Ids of erased events, which are not recorded again even if a log still contains them.",
 )
 
 review_decisions = sa.Table(
@@ -125,21 +125,21 @@ review_decisions = sa.Table(
     sa.Column("ingest_offset", sa.BigInteger, nullable=False, unique=True),
     sa.Column("interaction_id", sa.String(36), nullable=False, index=True),
     sa.Column("decision", sa.String(20), nullable=False, comment="approve, reject or edit."),
-    sa.Column("target", sa.Text, comment="The answer as the reviewer wrote it."),
+    sa.Column("target", sa.Text, comment="The approved or edited answer."),
     sa.Column("reviewer", sa.String(200), nullable=False),
-    sa.Column("created_at", Moment, nullable=False),
-    sa.Column("content_hash", sa.String(64), comment="Of the question and answer that were shown; null: an undo."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("content_hash", sa.String(64), comment="Of the prompt and answer that were shown; null for an undo."),
     sa.Index(None, "loop", "ingest_offset"),
     sa.Index(None, "loop", "content_hash"),
 )
-# Only ever added to: the newest decision on an interaction stands, and an undo says that none does.
+# Append-only: the newest row of an interaction is its decision, unless it is an undo.
 
 judged_examples = sa.Table(
     "judged_examples",
     metadata,
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("content_hash", sa.String(64), primary_key=True),
-    comment="Contents of every dataset whose evaluation report was written: they never count as new again.",
+    comment="Contents of every dataset that was evaluated; they never count as new again.",
 )
 
 ingested_files = sa.Table(
@@ -147,14 +147,14 @@ ingested_files = sa.Table(
     metadata,
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("path", sa.String(1000), primary_key=True),
-    sa.Column("inode", sa.BigInteger, comment="This and the next three: as stat said before it was last read."),
+    sa.Column("inode", sa.BigInteger, comment="This and the next three: from stat, before the file was last read."),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("mtime_ns", sa.BigInteger, nullable=False),
     sa.Column("ctime_ns", sa.BigInteger),
     sa.Column("offset", sa.BigInteger, nullable=False, comment="Bytes read so far."),
     sa.Column("lines", sa.Integer, nullable=False),
     sa.Column("rejected", sa.Integer, nullable=False),
-    sa.Column("prefix_hash", sa.String(64), nullable=False, comment="SHA-256 of the bytes before offset."),
+    sa.Column("prefix_hash", sa.String(64), nullable=False, comment="SHA-256 of the bytes before the offset."),
     sa.Column("finished", sa.Boolean, nullable=False),
 )
 
@@ -173,8 +173,8 @@ source_cursors = sa.Table(
     metadata,
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("source", sa.String(200), primary_key=True),
-    sa.Column("cursor", sa.JSON, nullable=False, comment="Where reading it goes on, in the source's own terms."),
-    sa.Column("read_at", Moment, nullable=False),
+    sa.Column("cursor", sa.JSON, nullable=False, comment="Where the next sync continues, in the source's own terms."),
+    sa.Column("read_at", Timestamp, nullable=False),
     comment="How far each declared source was read.",
 )
 
@@ -185,7 +185,7 @@ skipped_records = sa.Table(
     sa.Column("source", sa.String(200), primary_key=True),
     sa.Column("provenance", sa.String(1000), primary_key=True),
     sa.Column("reason", sa.Text, nullable=False),
-    comment="What the last reading of each source could not use, and why.",
+    comment="Records that the last sync of each source skipped, and why.",
 )
 
 published_artifacts = sa.Table(
@@ -194,9 +194,11 @@ published_artifacts = sa.Table(
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("stage", sa.String(60), primary_key=True),
     sa.Column("version", sa.String(64), primary_key=True),
-    sa.Column("sha256", sa.String(64), primary_key=True, comment="Of its manifest, which holds its files' hashes."),
-    sa.Column("created_at", Moment, nullable=False),
-    comment="Every artifact that was published: a folder that is not in here was written or edited by something else.",
+    sa.Column(
+        "sha256", sa.String(64), primary_key=True, comment="Of its manifest, which contains the hashes of its files."
+    ),
+    sa.Column("created_at", Timestamp, nullable=False),
+    comment="Every published artifact; a folder that is not listed was edited, or not written by a run.",
 )
 
 check_outcomes = sa.Table(
@@ -211,8 +213,8 @@ check_outcomes = sa.Table(
     sa.Column("name", sa.String(60), primary_key=True, comment="Of a blocking check."),
     sa.Column("passed", sa.Boolean, nullable=False),
     sa.Column("run_id", sa.String(64), nullable=False),
-    sa.Column("created_at", Moment, nullable=False),
-    comment="What the blocking checks last found of each artifact; without passing ones nothing is promoted.",
+    sa.Column("created_at", Timestamp, nullable=False),
+    comment="Latest outcomes of the blocking checks; a promotion requires that all passed.",
 )
 
 model_versions = sa.Table(
@@ -225,21 +227,27 @@ model_versions = sa.Table(
     sa.Column("patch", sa.Integer, nullable=False),
     sa.Column("gguf_path", sa.Text, nullable=False),
     sa.Column("gguf_sha256", sa.String(64), nullable=False),
-    sa.Column("adapter_path", sa.Text, comment="LoRA adapter as GGUF over gguf_path; null: gguf_path is the whole."),
+    sa.Column(
+        "adapter_path",
+        sa.Text,
+        comment="LoRA adapter as GGUF on top of gguf_path; null if gguf_path is the whole model.",
+    ),
     sa.Column("adapter_sha256", sa.String(64)),
     sa.Column("base_hash", sa.String(64), nullable=False),
     sa.Column("mode", sa.String(20), nullable=False),
-    sa.Column("lineage", sa.JSON, nullable=False, comment="Versions of adapter, dataset, logs, and the watermark."),
+    sa.Column(
+        "lineage", sa.JSON, nullable=False, comment="Versions of the artifacts it was made from, and the watermark."
+    ),
     sa.Column("scores", sa.JSON, nullable=False),
-    sa.Column("accuracy", sa.Float, comment="Quality: share of right parameters, words or answers."),
-    sa.Column("latency_ms", sa.Float, comment="Performance: median of an answer."),
+    sa.Column("accuracy", sa.Float, comment="Quality: fraction of correct parameters, words or answers."),
+    sa.Column("latency_ms", sa.Float, comment="Performance: median time of an answer."),
     sa.Column("tokens_per_second", sa.Float),
     sa.Column("size_bytes", sa.BigInteger),
-    sa.Column("deployed_at", Moment, comment="Deployment: when it last became champion."),
-    sa.Column("retired_at", Moment, comment="When it last ceased to be champion; null while it is."),
-    sa.Column("deleted_at", Moment, comment="When its files were deleted."),
+    sa.Column("deployed_at", Timestamp, comment="Deployment: when it last became champion."),
+    sa.Column("retired_at", Timestamp, comment="When it last ceased to be champion; null while it is champion."),
+    sa.Column("deleted_at", Timestamp, comment="When its files were deleted."),
     sa.Column("report_path", sa.Text, nullable=False),
-    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
     sa.UniqueConstraint("loop", "major", "minor", "patch"),
 )
 
@@ -247,8 +255,8 @@ champions = sa.Table(
     "champions",
     metadata,
     sa.Column("loop", sa.String(60), primary_key=True),
-    sa.Column("model_id", sa.String(64), comment="Null: the base model serves."),
-    sa.Column("updated_at", Moment, nullable=False),
+    sa.Column("model_id", sa.String(64), comment="Null if the base model serves."),
+    sa.Column("updated_at", Timestamp, nullable=False),
 )
 
 deployment_history = sa.Table(
@@ -262,14 +270,14 @@ deployment_history = sa.Table(
     sa.Column("actor", sa.String(200), nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("comparison_id", sa.String(64)),
-    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
     sa.Index(None, "loop", "id"),
 )
 
 comparisons = sa.Table(
     "comparisons",
     metadata,
-    sa.Column("id", sa.String(64), primary_key=True, comment="Version of the report."),
+    sa.Column("id", sa.String(64), primary_key=True, comment="Version of the evaluation report."),
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("challenger_sha256", sa.String(64), nullable=False),
     sa.Column("champion_id", sa.String(64)),
@@ -277,11 +285,13 @@ comparisons = sa.Table(
     sa.Column("benchmark_sha256", sa.String(64), nullable=False),
     sa.Column("promote", sa.Boolean, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("watermark", sa.BigInteger, nullable=False, comment="The data that was judged ends here."),
+    sa.Column("watermark", sa.BigInteger, nullable=False, comment="Newest ingest offset of the evaluated data."),
     sa.Column("report_path", sa.Text, nullable=False),
-    sa.Column("created_at", Moment, nullable=False),
-    sa.Column("report_sha256", sa.String(64), comment="Of the report's manifest; null: there is no report to rest on."),
-    sa.Column("after_deployment", sa.Integer, comment="Id of the loop's newest deployment when it was made; 0: none."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("report_sha256", sa.String(64), comment="Of the report's manifest; null if there is no report."),
+    sa.Column(
+        "after_deployment", sa.Integer, comment="Id of the loop's newest deployment at that time; 0 if there was none."
+    ),
     sa.Index(None, "loop", "watermark"),
 )
 
@@ -290,9 +300,13 @@ training_jobs = sa.Table(
     metadata,
     sa.Column("id", sa.String(64), primary_key=True, comment="Version of the adapter."),
     sa.Column("loop", sa.String(60), primary_key=True),
-    sa.Column("run_id", sa.String(64), nullable=False, comment="Dagster's run, which knows the progress."),
+    sa.Column("run_id", sa.String(64), nullable=False, comment="The Dagster run, which has the progress."),
     sa.Column("dataset", sa.String(64), nullable=False, comment="Version of the dataset."),
-    sa.Column("initial_adapter", sa.String(64), comment="Version of the adapter that it went on from; null: the base."),
+    sa.Column(
+        "initial_adapter",
+        sa.String(64),
+        comment="Version of the adapter that it was warm-started from; null for the base model.",
+    ),
     sa.Column("method", sa.String(20), nullable=False),
     sa.Column("mode", sa.String(20), nullable=False),
     sa.Column("device", sa.String(200), nullable=False),
@@ -304,7 +318,7 @@ training_jobs = sa.Table(
     sa.Column("wall_seconds", sa.Float, nullable=False),
     sa.Column("peak_memory_bytes", sa.BigInteger, nullable=False),
     sa.Column("watermark", sa.BigInteger, nullable=False),
-    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
 )
 
 api_keys = sa.Table(
@@ -313,7 +327,7 @@ api_keys = sa.Table(
     sa.Column("id", sa.String(36), primary_key=True),
     sa.Column("name", sa.String(100), nullable=False),
     sa.Column("secret_sha256", sa.String(64), nullable=False, unique=True),
-    sa.Column("scopes", sa.String(100), nullable=False, comment="infer, feedback, admin; by commas."),
-    sa.Column("created_at", Moment, nullable=False),
-    sa.Column("revoked_at", Moment),
+    sa.Column("scopes", sa.String(100), nullable=False, comment="infer, feedback, admin; separated by commas."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("revoked_at", Timestamp),
 )

@@ -1,4 +1,4 @@
-"""What people thought of the answers: rewards, verdicts, the store of events, and the client that fills it."""
+"""Feedback: the event store, rewards, review decisions, and the client with which applications fill the store."""
 
 from finetune_pipeline.feedback.client import FeedbackClient, FeedbackError
 

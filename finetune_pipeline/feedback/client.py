@@ -1,4 +1,4 @@
-"""The client for applications: it logs what was asked and answered, and what people thought of it.
+"""The client with which applications log interactions and feedback.
 
     from finetune_pipeline.feedback import FeedbackClient
 
@@ -8,8 +8,7 @@
     id = client.log("200 mm concrete wall", answer, user="u1")
     client.correct(id, better_answer, user="u1")
 
-One client serves all threads. Importing it loads neither SQLAlchemy nor httpx: each comes with the transport that
-needs it.
+One client serves all threads. Importing it loads neither SQLAlchemy nor httpx: the transport that needs one loads it.
 """
 
 import functools
@@ -39,8 +38,6 @@ from finetune_pipeline.records import (
 from finetune_pipeline.settings import LoopSettings, load_loop
 
 if TYPE_CHECKING:
-    import httpx
-
     from finetune_pipeline.database import Database
 
 P = ParamSpec("P")
@@ -51,20 +48,20 @@ _NAMESPACE = UUID("6b1c36a9-9a0c-5d0e-8a51-5b0a3c2f7d11")
 _BATCH_EVENTS = 1_000
 _BATCH_CHARACTERS = 4_000_000
 _TIMEOUT_SECONDS = 30.0
-_TAKEN = frozenset({"recorded", "duplicate", "waiting", "accepted"})
-"""What a gateway says of an event that it keeps; accepted is safe, but not in the store yet."""
+_KEPT = frozenset({"recorded", "duplicate", "waiting", "accepted"})
+"""The statuses of an event that the gateway keeps; `accepted` is safe, but not in the store yet."""
 
 
 class FeedbackError(RuntimeError):
-    """An event could not be recorded, or a file of events not be read or written; the message says what to do."""
+    """An event could not be recorded, or a feedback file not be read or written; the message says what to do."""
 
 
 class IdTakenError(FeedbackError):
-    """A gateway has an event with other content under this id."""
+    """The gateway has an event with this id and other content."""
 
 
 class InteractionFields(TypedDict, total=False):
-    """What may be known of an exchange beside prompt and output; see `records.Interaction`."""
+    """The optional fields of an interaction; see `records.Interaction`."""
 
     created_at: datetime
     history: Sequence[Turn | Message]
@@ -85,12 +82,12 @@ class InteractionFields(TypedDict, total=False):
 
 @dataclass
 class LoggedCall:
-    """An exchange under way, see `FeedbackClient.call`.
+    """An interaction in progress, see `FeedbackClient.call`.
 
     Attributes:
         id: the interaction's id, for feedback.
-        output: what the model answered; to be set before the block ends.
-        details: what is known only after the answer, such as `{"confidence": 0.93}`.
+        output: the model's answer; set it before the block ends.
+        details: fields that are known only after the answer, such as `{"confidence": 0.93}`.
     """
 
     id: UUID
@@ -99,30 +96,30 @@ class LoggedCall:
 
 
 class Transport(Protocol):
-    """Where events go."""
+    """The way of events to the store."""
 
     def send(self, events: Sequence[Interaction | Feedback]) -> int:
-        """Bring events there, all or none; returns how many were not known before."""
+        """Record all events, or none; return how many are new."""
 
     def stats(self) -> dict[str, int]:
-        """How much the store holds of the loop, by the names of `store.counters`."""
+        """Return the loop's counters, see `store.counters`."""
 
     def close(self) -> None:
-        """Let go of what is held open."""
+        """Close connections."""
 
 
 class FeedbackClient:
-    """Logs exchanges with a loop's model and what was thought of them.
+    """Logs interactions with a loop's model, and feedback on them.
 
-    An id or a `key` makes a call safe to repeat: what is recorded already is left as it was. If the repeated
-    call has other content, this module logs a warning with the id. A key is any text of the application's own;
-    the event's id follows from the loop's name and the key.
+    An id or a `key` makes a call safe to repeat: an event that is recorded already does not change. If the repeated
+    call has other content, this module logs a warning with the id. A key is any text that the application chooses; the
+    event's id is derived from the loop's name and the key.
 
     Args:
         loop: name of the loop, or its settings.
-        url: address of a gateway; without one, events go into the store of `FINETUNE_HOME` or `FINETUNE_DATABASE_URL`.
-        api_key: what the gateway asks for, if it asks.
-        database: another store than the configured one.
+        url: address of a gateway; by default events go to the store of `FINETUNE_HOME` or `FINETUNE_DATABASE_URL`.
+        api_key: the gateway's API key, if it requires one.
+        database: a store other than the configured one.
 
     Raises:
         SettingsError: there is no such loop here.
@@ -138,7 +135,7 @@ class FeedbackClient:
         database: "Database | None" = None,
     ) -> None:
         if url is not None and database is not None:
-            raise ValueError("give a url or a database, not both: events go to one place")
+            raise ValueError("give a url or a database, not both")
         self.loop = loop if isinstance(loop, str) else loop.name
         self._transport: Transport
         if url is not None:
@@ -154,12 +151,12 @@ class FeedbackClient:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connections to the gateway; a client of the local store holds none of its own."""
+        """Close the connections to the gateway; a client of the local store has none."""
         self._transport.close()
 
     @property
     def last_id(self) -> UUID | None:
-        """Id of the interaction that this thread, or this asyncio task, logged last through this client."""
+        """The id of the interaction that this thread, or asyncio task, logged last through this client."""
         return self._last.get()
 
     def log(
@@ -171,12 +168,12 @@ class FeedbackClient:
         key: str | None = None,
         **details: Unpack[InteractionFields],
     ) -> UUID:
-        """Log one exchange; returns the id by which feedback will speak of it.
+        """Log one interaction; return its id, which feedback refers to.
 
         Raises:
-            ValueError: a field is not what it should be; the message names it.
-            DatabaseError: the store could not take it (locked, disk full); nothing of it was kept.
-            FeedbackError: the gateway did not take it.
+            ValueError: a field is invalid; the message names it.
+            DatabaseError: the store could not be written (locked, disk full); nothing was recorded.
+            FeedbackError: the gateway did not record it.
         """
         identity = self._identity(id, key)
         self._transport.send([self._event({"prompt": prompt, "output": output, "id": identity, **details})])
@@ -184,14 +181,14 @@ class FeedbackClient:
         return identity
 
     def log_many(self, events: Iterable[Interaction | Feedback | Mapping[str, Any]]) -> int:
-        """Log many events, in the store by a thousand a transaction; returns how many were not known before.
+        """Log many events, a thousand per transaction; return how many are new.
 
         Args:
-            events: records, or mappings of their fields, feedback being known by its `interaction_id`. `id` and
-                `created_at` may be missing; whoever wants to try again after an error, or to give feedback, gives ids.
+            events: records, or mappings of their fields; a mapping with an `interaction_id` is feedback. `id` and
+                `created_at` are optional. Give ids to repeat the call after an error, or to give feedback later.
 
         Raises:
-            ValueError: an event is not what it should be; those of earlier batches are recorded.
+            ValueError: an event is invalid; those of earlier batches are recorded.
         """
         return sum(self._transport.send(batch) for batch in in_batches(map(self._event, events)))
 
@@ -199,13 +196,13 @@ class FeedbackClient:
     def call(
         self, prompt: str, *, id: UUID | str | None = None, key: str | None = None, **details: Unpack[InteractionFields]
     ) -> Iterator[LoggedCall]:
-        """Log the exchange that happens in the block, with its latency; a block that raises logs nothing.
+        """Log the interaction that the block produces, with its latency; a block that raises logs nothing.
 
             with client.call(prompt, user="u1") as call:
                 call.output = answer(prompt)
 
-        What the store or the gateway cannot take is an error of this module's log, not of the block: its answer is
-        worth more than the log of it.
+        If the interaction cannot be recorded, this module logs an error and the block succeeds, since its answer is
+        worth more than the record of it.
 
         Raises:
             FeedbackError: the block ended without `call.output`.
@@ -215,18 +212,18 @@ class FeedbackClient:
         yield call
         latency_ms = (time.perf_counter() - start) * 1000
         known: InteractionFields = {"latency_ms": latency_ms, **details, **call.details}
-        self._log_answered(prompt, _answered(call.output), call.id, known)
+        self._log_or_report(prompt, _require_output(call.output), call.id, known)
 
     def logged(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function prompt -> answer, sync or async, so that every call of it is logged.
+        """Decorate a function prompt -> answer, sync or async, so that every call is logged.
 
-        The prompt is the first argument, the output is the result as text; the result is returned as it is, and
-        `client.last_id` is then the interaction's id. A call that raises logs nothing.
+        The first argument is the prompt, and the result as text is the output. The result is returned unchanged, and
+        `client.last_id` is the interaction's id. A call that raises logs nothing.
 
         Raises:
             TypeError: the function is a method, a generator or has no arguments; use `call` inside it instead.
         """
-        import asyncio  # here, since importing it is a sixth of the time that importing the client takes
+        import asyncio  # imported here, because it takes a sixth of the client's import time
 
         prompt_of = _first_argument(function)
 
@@ -242,26 +239,26 @@ class FeedbackClient:
             start = time.perf_counter()
             result: Any = await function(*args, **kwargs)  # type: ignore[misc]  # it is a coroutine function
             latency_ms = (time.perf_counter() - start) * 1000
-            output = _answered(None if result is None else str(result))
+            output = _require_output(None if result is None else str(result))
             id, details = self._identity(None, None), InteractionFields(latency_ms=latency_ms)
-            # In a thread, so that other tasks go on while the store writes.
-            await asyncio.to_thread(self._log_answered, prompt_of(*args, **kwargs), output, id, details)
+            # In a thread, so that other tasks continue while the store writes.
+            await asyncio.to_thread(self._log_or_report, prompt_of(*args, **kwargs), output, id, details)
             self._last.set(id)
             return result
 
         return answer_async if inspect.iscoroutinefunction(function) else answer  # type: ignore[return-value]
 
-    def _log_answered(self, prompt: str, output: str, id: UUID, details: InteractionFields) -> None:
-        """Log an exchange whose answer somebody waits for: trouble with the log must not cost them the answer."""
+    def _log_or_report(self, prompt: str, output: str, id: UUID, details: InteractionFields) -> None:
+        """Log an interaction; report a failure only in this module's log, since somebody waits for the answer."""
         try:
             self.log(prompt, output, id=id, **details)
-        except Exception as error:  # whatever it is, a database that went away or a field that cannot be kept
-            _log.error("an exchange was not logged, its answer goes on: %s", error)
+        except Exception as error:  # any error: a database that went away, a field that cannot be stored
+            _log.error("an interaction was not logged, but its answer is returned: %s", error)
 
     def correct(
         self, interaction_id: UUID | str, correction: str, *, user: str | None = None, key: str | None = None
     ) -> UUID:
-        """Give the answer as it should have been; this and the methods below return the feedback's id."""
+        """Correct the answer; like the methods below, return the feedback's id."""
         return self._give(interaction_id, "correction", key, correction=correction, user=user)
 
     def thumbs_up(
@@ -273,13 +270,20 @@ class FeedbackClient:
         output: str | None = None,
         key: str | None = None,
     ) -> UUID:
-        """Say that the answer is right.
+        """Say that the answer is correct.
 
         Args:
-            strength: 0 to 100, how sure; default wholly.
-            output: the text that it was said of, if that is another than the logged output (a correction).
+            strength: 0 to 100, default 100.
+            output: the text that the thumb is about, if it is not the logged output but a correction.
         """
-        return self._give(interaction_id, "thumbs_up", key, user=user, score=strength, output_hash=_hash(output))
+        return self._give(
+            interaction_id,
+            "thumbs_up",
+            key,
+            user=user,
+            score=strength,
+            output_hash=_hash(output),
+        )
 
     def thumbs_down(
         self,
@@ -290,8 +294,15 @@ class FeedbackClient:
         output: str | None = None,
         key: str | None = None,
     ) -> UUID:
-        """Say that the answer is wrong; arguments as of `thumbs_up`."""
-        return self._give(interaction_id, "thumbs_down", key, user=user, score=strength, output_hash=_hash(output))
+        """Say that the answer is wrong; arguments as for `thumbs_up`."""
+        return self._give(
+            interaction_id,
+            "thumbs_down",
+            key,
+            user=user,
+            score=strength,
+            output_hash=_hash(output),
+        )
 
     def rate(
         self,
@@ -302,13 +313,20 @@ class FeedbackClient:
         output: str | None = None,
         key: str | None = None,
     ) -> UUID:
-        """Rate the answer: "1" to "5" stars, or "gold"; what each is worth, the loop's YAML says."""
-        return self._give(interaction_id, "rating", key, user=user, rating=rating, output_hash=_hash(output))
+        """Rate the answer with "1" to "5" stars or "gold"; the loop's YAML sets the reward of each."""
+        return self._give(
+            interaction_id,
+            "rating",
+            key,
+            user=user,
+            rating=rating,
+            output_hash=_hash(output),
+        )
 
     def validate(self, interaction_id: UUID | str, score: float, *, key: str | None = None) -> UUID:
         """Give the score of an automatic validation, 0 to 100.
 
-        Below 60 it is a failure. Between 60 and 80 it is a success whose reward is low: the reward has no steps.
+        Below 60 it is a failure. Between 60 and 80 it is a success with a low reward, since the reward is continuous.
         """
         kind: FeedbackKind = "success" if score >= 60 else "validation_failure"
         return self._give(interaction_id, kind, key, score=score)
@@ -318,7 +336,7 @@ class FeedbackClient:
         return self._give(interaction_id, "reward", key, reward=value)
 
     def stats(self) -> dict[str, int]:
-        """How much the store holds of the loop: interactions, feedback, feedback.<kind>, examples, corrected, ..."""
+        """Return the loop's counters: interactions, feedback, feedback.<kind>, examples, corrected, ..."""
         return self._transport.stats()
 
     def _give(self, interaction_id: UUID | str, kind: FeedbackKind, key: str | None, **values: Any) -> UUID:
@@ -354,23 +372,27 @@ class FeedbackClient:
 
 
 def event_id(loop: str, key: str) -> UUID:
-    """The id of the event that an application names by a key of its own.
+    """Return the id of the event that an application gave a key.
 
     Raises:
-        ValueError: the key is empty, or no text that can be written.
+        ValueError: the key is empty, or cannot be encoded.
     """
     if not key:
-        raise ValueError("key: found an empty text, expected a name of your own for this event")
+        raise ValueError("key: found an empty string, expected your own name for this event")
     return uuid5(uuid5(_NAMESPACE, loop), key)
 
 
 def in_batches(events: Iterable[Interaction | Feedback]) -> Iterator[list[Interaction | Feedback]]:
-    """Batches for one transaction each: at most 1,000 events, and few where their texts are long."""
+    """Yield batches for one transaction each: at most 1,000 events, and fewer if their texts are long."""
     batch: list[Interaction | Feedback] = []
     characters = 0
     for event in events:
         batch.append(event)
-        characters += _characters(event)
+        if isinstance(event, Feedback):
+            characters += len(event.correction or "")
+        else:
+            characters += len(event.prompt) + len(event.output) + len(event.retrieved_context or "")
+            characters += sum(len(turn.content) for turn in event.history)
         if len(batch) >= _BATCH_EVENTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -379,7 +401,7 @@ def in_batches(events: Iterable[Interaction | Feedback]) -> Iterator[list[Intera
 
 
 class _Store:
-    """Into the tables, in this process: an event is there when `send` returns."""
+    """Writes the store's tables in this process; an event is stored when `send` returns."""
 
     def __init__(self, loop: LoopSettings, database: "Database | None") -> None:
         from finetune_pipeline.database import connect
@@ -403,11 +425,11 @@ class _Store:
             return self._store.counters(connection, self._loop)
 
     def close(self) -> None:
-        """The database is the process's, not this client's."""
+        """Do nothing: the process shares one database, which other clients may use."""
 
 
 class _Gateway:
-    """Over HTTP to a gateway, one request an event."""
+    """Sends events to a gateway over HTTP, one request per event."""
 
     def __init__(self, loop: str, url: str, api_key: str | None) -> None:
         import httpx
@@ -429,7 +451,7 @@ class _Gateway:
         answer = self._ask("GET", "/v1/feedback/stats", params={"loop": self._loop})
         kinds = answer.pop("by_kind", None) or {}
         counts = {**answer, **{f"feedback.{kind}": value for kind, value in kinds.items()}}
-        # By the same names as in the store, which counts nothing else and does not name what it has none of.
+        # The same counters as the store's, which has no others and leaves out those that are 0.
         return {name: n for name, n in counts.items() if isinstance(n, int) and n and name != "pending_bytes"}
 
     def close(self) -> None:
@@ -444,9 +466,9 @@ class _Gateway:
             _log.warning("%s", error)
             return "duplicate"
         status = answer.get("status")
-        if answer.get("id") != str(event.id) or status not in _TAKEN:
+        if answer.get("id") != str(event.id) or status not in _KEPT:
             raise FeedbackError(
-                f"the gateway {self._url} did not take the event {event.id} (status {status!r:.80}); its log says why"
+                f"The gateway {self._url} did not record the event {event.id} (status {status!r:.80}). See its log."
             )
         return str(status)
 
@@ -457,8 +479,8 @@ class _Gateway:
             response = self._http.request(method, path, **request)
         except httpx.TransportError as error:
             raise FeedbackError(
-                f"the gateway {self._url} cannot be reached ({error}); start it with `finetune serve`, or correct the "
-                "url. Try again with the same id or key: nothing is recorded twice"
+                f"The gateway {self._url} cannot be reached ({error}). Start it with `finetune serve`, or correct the "
+                "url. Then repeat the call with the same id or key; nothing is recorded twice."
             ) from error
         try:
             answer = response.json()
@@ -466,26 +488,20 @@ class _Gateway:
             answer = None
         if response.is_success and isinstance(answer, dict):
             return answer
-        told = f"the gateway {self._url} answered {_problem(response, answer)}"
-        taken = (
-            isinstance(answer, dict)
-            and isinstance(answer.get("error"), dict)
-            and answer["error"].get("code") == "id_taken"
-        )
-        raise IdTakenError(told) if taken else FeedbackError(told)
+        status = f"{response.status_code} {response.reason_phrase}".strip()
+        problem = answer.get("error") if isinstance(answer, dict) else None
+        if not isinstance(problem, dict):
+            raise FeedbackError(
+                f"{self._url} answered {status} to {response.request.url.path}, without the JSON of a gateway. Is its "
+                "address right?"
+            )
+        message = f"The gateway {self._url} answered {status}: {problem.get('message')}"
+        raise IdTakenError(message) if problem.get("code") == "id_taken" else FeedbackError(message)
 
 
-def _problem(response: "httpx.Response", answer: Any) -> str:
-    code = f"{response.status_code} {response.reason_phrase}".strip()
-    error = answer.get("error") if isinstance(answer, dict) else None
-    if isinstance(error, dict):
-        return f"{code}: {error.get('message')}"
-    return f"{code} to {response.request.url.path}, and no JSON that a gateway sends; is its address right?"
-
-
-def _answered(output: str | None) -> str:
+def _require_output(output: str | None) -> str:
     if output is None:
-        raise FeedbackError("nothing was logged, since there is no output; set call.output, or return the answer")
+        raise FeedbackError("Nothing was logged, because there is no output. Set call.output, or return the answer.")
     return output
 
 
@@ -495,8 +511,8 @@ def _first_argument(function: Callable[P, Any]) -> Callable[P, str]:
     streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
     if first in {None, "self", "cls"} or streams:
         raise TypeError(
-            f"{function!r} cannot be decorated: expected a function prompt -> answer; inside a method or a generator, "
-            "use `with client.call(prompt) as call`"
+            f"{function!r} cannot be decorated: expected a function prompt -> answer. Inside a method or a generator, "
+            "use `with client.call(prompt) as call`."
         )
 
     def prompt_of(*args: P.args, **kwargs: P.kwargs) -> str:
@@ -509,10 +525,3 @@ def _first_argument(function: Callable[P, Any]) -> Callable[P, str]:
 
 def _hash(output: str | None) -> str | None:
     return None if output is None else text_hash(output)
-
-
-def _characters(event: Interaction | Feedback) -> int:
-    if isinstance(event, Feedback):
-        return len(event.correction or "")
-    said = sum(len(turn.content) for turn in event.history)
-    return len(event.prompt) + len(event.output) + len(event.retrieved_context or "") + said

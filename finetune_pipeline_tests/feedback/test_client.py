@@ -48,7 +48,7 @@ def counted(db):
         return store.counters(connection, "notes")
 
 
-def test_importing_the_client_loads_nothing_that_is_heavy():
+def test_importing_the_client_loads_nothing_heavy():
     script = f"""
 import json, sys
 from finetune_pipeline.feedback import FeedbackClient
@@ -73,7 +73,7 @@ print(json.dumps([sorted(set({HEAVY!r}) & set(sys.modules)), client.stats()]))
     assert stats == {"interactions": 1, "feedback": 1, "feedback.correction": 1, "examples": 1, "corrected": 1}
 
 
-def test_an_exchange_and_a_correction_become_an_example(client, db):
+def test_an_interaction_and_a_correction_become_an_example(client, db):
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     id = client.log("a wall", "{}", history=turns, model="notes@v1.0.0", confidence=0.4, user="u1", latency_ms=12)
     assert client.last_id == id and id.version == 7
@@ -98,7 +98,7 @@ def test_an_exchange_and_a_correction_become_an_example(client, db):
         (lambda client, id: client.reward(id, 0.5), 0.5, False),
     ],
 )
-def test_each_way_to_say_what_an_answer_is_worth(db, loop, give, reward, confirmed):
+def test_each_kind_of_feedback_has_its_reward(db, loop, give, reward, confirmed):
     ratings = {**FeedbackSettings().ratings, "4": 0.55}
     loop = loop.model_copy(update={"feedback": FeedbackSettings(ratings=ratings)})
     client = FeedbackClient(loop, database=db)
@@ -156,7 +156,7 @@ def test_a_key_or_an_id_makes_a_call_safe_to_repeat(client, db):
         (lambda c: c.log_many([{"prompt": "a", "output": "b", "loop": "other"}]), "expected 'notes'"),
     ],
 )
-def test_wrong_input_is_refused_by_name_and_nothing_is_kept(client, db, call, expected):
+def test_invalid_input_is_rejected_by_field_and_not_stored(client, db, call, expected):
     with pytest.raises(ValueError, match=expected):
         call(client)
     assert counted(db) == {}
@@ -176,7 +176,7 @@ def test_every_text_is_data(client, db, text):
     assert (found.feedback[0].correction, found.feedback[0].user) == (text + " better", short)
 
 
-def test_many_events_go_in_together_and_only_once(client, db):
+def test_many_events_are_stored_together_and_once(client, db):
     known = [interaction("a"), feedback("f", "a", "thumbs_up")]
     mappings = [{"prompt": f"p{i}", "output": "o"} for i in range(2_500)]
     late = {"interaction_id": str(uid("a")), "kind": "rating", "rating": "5", "id": uid("late")}
@@ -185,7 +185,7 @@ def test_many_events_go_in_together_and_only_once(client, db):
     assert counted(db)["feedback.rating"] == 1
 
 
-def test_a_bad_event_among_many_takes_only_its_batch_away(client, db):
+def test_an_invalid_event_affects_only_its_batch(client, db):
     good = [{"prompt": f"p{i}", "output": "o"} for i in range(1_500)]
     with pytest.raises(ValidationError, match="output"):
         client.log_many([*good, {"prompt": "without an answer"}])
@@ -230,12 +230,12 @@ def test_a_call_that_fails_is_not_logged_and_one_without_output_is_an_error(clie
     with pytest.raises(KeyError), client.call("a wall") as call:
         call.output = "half"
         raise KeyError("the model broke")
-    with pytest.raises(FeedbackError, match=r"set call\.output"), client.call("a wall"):
+    with pytest.raises(FeedbackError, match=r"Set call\.output"), client.call("a wall"):
         pass
     assert counted(db) == {}
 
 
-def test_a_decorated_function_is_logged_and_answers_as_before(client, db):
+def test_a_decorated_function_is_logged_and_returns_its_result(client, db):
     @client.logged
     def answer(prompt: str, *, times: int = 1) -> list[str]:
         """Answers."""
@@ -252,7 +252,7 @@ def test_a_decorated_function_is_logged_and_answers_as_before(client, db):
         assert store.find_interaction(connection, first).interaction.output == "['a wall', 'a wall']"
 
 
-def test_decorated_coroutines_each_know_their_own_interaction(client, db):
+def test_each_decorated_coroutine_knows_its_own_interaction(client, db):
     @client.logged
     async def answer(prompt: str) -> str:
         await asyncio.sleep(0.01)
@@ -274,7 +274,7 @@ def test_decorated_coroutines_each_know_their_own_interaction(client, db):
         assert found.latency_ms >= 10
 
 
-def test_what_cannot_be_decorated_says_what_to_do_instead(client):
+def test_a_function_that_cannot_be_decorated_is_rejected_with_advice(client):
     def stream(prompt):
         yield prompt
 
@@ -286,7 +286,7 @@ def test_what_cannot_be_decorated_says_what_to_do_instead(client):
             client.logged(function)
 
 
-def test_a_locked_database_is_a_clear_error_and_nothing_is_half_written(tmp_path, monkeypatch, loop):
+def test_a_locked_database_is_an_error_and_stores_nothing(tmp_path, monkeypatch, loop):
     monkeypatch.setattr(connection, "_BUSY_MS", 100)
     path = tmp_path / "locked.db"
     client = FeedbackClient(loop, database=connect(f"sqlite:///{path}"))
@@ -301,7 +301,7 @@ def test_a_locked_database_is_a_clear_error_and_nothing_is_half_written(tmp_path
 
 
 def test_an_unknown_loop_is_an_error_at_once():
-    with pytest.raises(SettingsError, match="there are: aec_parser"):
+    with pytest.raises(SettingsError, match="declares: aec_parser"):
         FeedbackClient("nobody")
 
 
@@ -348,7 +348,7 @@ def test_over_http_one_client_serves_16_threads(remote, gateway):
     assert [item["id"] for item in gateway.feedback] == [str(event_id("notes", "k"))]
 
 
-def test_over_http_the_gateways_own_words_are_the_error(gateway):
+def test_over_http_the_gateways_message_is_the_error(gateway):
     with (
         FeedbackClient("notes", url=gateway.url) as client,
         pytest.raises(FeedbackError, match="401 Unauthorized: this needs an API key with the scope feedback"),
@@ -357,24 +357,24 @@ def test_over_http_the_gateways_own_words_are_the_error(gateway):
 
 
 @pytest.mark.parametrize("status", ["recorded", "duplicate", "waiting", "accepted", "refused"])
-def test_over_http_what_the_gateway_says_of_an_event_is_believed(remote, gateway, status):
+def test_over_http_the_gateways_status_decides(remote, gateway, status):
     gateway.status = status
     if status == "refused":
-        with pytest.raises(FeedbackError, match=r"did not take the event .*'refused'"):
+        with pytest.raises(FeedbackError, match=r"did not record the event .*'refused'"):
             remote.log("a wall", "{}")
     else:
         assert remote.log_many([interaction("a")]) == (status != "duplicate")
 
 
-def test_a_repeated_call_with_other_content_logs_a_warning_and_does_not_fail(client, caplog):
+def test_a_repeated_call_with_other_content_logs_a_warning(client, caplog):
     check_contradictions(client, caplog)
 
 
-def test_over_http_a_repeated_call_with_other_content_logs_a_warning_and_does_not_fail(remote, caplog):
+def test_over_http_a_repeated_call_with_other_content_logs_a_warning(remote, caplog):
     check_contradictions(remote, caplog)
 
 
-def test_a_time_in_the_future_is_refused(client):
+def test_a_time_in_the_future_is_rejected(client):
     later = datetime.now(UTC) + timedelta(days=1)
     with pytest.raises(ValueError, match=r"created_at: .* is in the future"):
         client.log("a wall", "{}", created_at=later)
@@ -393,28 +393,28 @@ def check_contradictions(client, caplog):
         assert len(re.findall(f"{id} is known with other content", caplog.text)) == 1
 
 
-def test_over_http_what_is_no_gateway_is_said_to_be_none(gateway):
+def test_over_http_a_server_that_is_no_gateway_is_reported(gateway):
     with (
         FeedbackClient("notes", url=f"{gateway.url}/elsewhere", api_key=gateway.key) as client,
-        pytest.raises(FeedbackError, match=r"404 Not Found .* is its address right"),
+        pytest.raises(FeedbackError, match=r"404 Not Found .* Is its address right"),
     ):
         client.log("a wall", "{}")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "no address", "127.0.0.1:8484"])
-def test_over_http_a_gateway_that_is_not_there_says_what_to_do(url):
+def test_over_http_an_unreachable_gateway_is_reported_with_advice(url):
     client = FeedbackClient("notes", url=url)
     with pytest.raises(FeedbackError, match="finetune serve"):
         client.log("a wall", "{}")
 
 
-def test_wrong_input_never_reaches_the_gateway(remote, gateway):
+def test_invalid_input_never_reaches_the_gateway(remote, gateway):
     with pytest.raises(ValidationError, match="reward"):
         remote.reward(uid("a"), 7)
     assert gateway.feedback == []
 
 
-def test_logging_one_event_takes_milliseconds_and_many_go_fast(tmp_path, loop):
+def test_logging_takes_milliseconds(tmp_path, loop):
     # Far above what is measured on a quiet machine (benchmarks/): here it only must not be a matter of seconds.
     client = FeedbackClient(loop, database=connect(f"sqlite:///{tmp_path / 'speed.db'}"))
     times = []
@@ -431,7 +431,7 @@ def test_logging_one_event_takes_milliseconds_and_many_go_fast(tmp_path, loop):
     assert memory.memory_info().rss - before < 20e6
 
 
-def test_no_two_rows_share_a_sequence(client, db):
+def test_no_two_rows_share_an_ingest_offset(client, db):
     client.log_many([interaction("a"), interaction("b"), feedback("f", "a", "thumbs_up")])
     with db.read() as connection:
         numbers = [
@@ -442,11 +442,11 @@ def test_no_two_rows_share_a_sequence(client, db):
     assert len(set(numbers)) == 3
 
 
-def test_an_answer_is_worth_more_than_its_log(caplog):
+def test_a_failed_log_does_not_cost_the_answer(caplog):
     with FeedbackClient("aec_parser", url="http://127.0.0.1:9") as nobody_there:
         assert nobody_there.logged(lambda prompt: prompt.upper())("a wall") == "A WALL"
         with nobody_there.call("a wall") as call:
             call.output = "an answer"
         with nobody_there.call("a wall", user="u" * 201) as call:
             call.output = "an answer with \x00"
-    assert caplog.text.count("was not logged, its answer goes on") == 3
+    assert caplog.text.count("was not logged, but its answer is returned") == 3
