@@ -22,15 +22,15 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def stories():
-    """A real pretrained Llama of 260,032 parameters."""
+    """Return a pretrained Llama of 260,032 parameters."""
     if not (STORIES / "model.safetensors").exists():
-        pytest.skip(f"{STORIES} is not at hand")
+        pytest.skip(f"{STORIES} is not available")
     return STORIES
 
 
 @pytest.fixture(scope="session")
 def chatty_stories(stories, tmp_path_factory):
-    """The same with a chat template, so that it can be trained."""
+    """Return stories260k with a chat template, so that it can be trained."""
     folder = tmp_path_factory.mktemp("base") / "stories"
     shutil.copytree(stories, folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -39,7 +39,7 @@ def chatty_stories(stories, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory):
-    """A random Llama with rows of 256, and the tokenizer of the starter model."""
+    """Return a random Llama with rows of 256 and the tokenizer of the starter model."""
     if not (STARTER / "tokenizer.model").exists():
         pytest.skip(f"{STARTER} is not there; run git checkout data/starter_model")
     import torch

@@ -80,10 +80,10 @@ def test_a_changed_tokenizer_fails_the_parity_check(random_base, tmp_path):
 
 
 def snips_rows(count):
-    """Requests and their intents from SNIPS; only characters that stories260k has seen."""
+    """Return requests and playlist names from SNIPS, with only characters known to stories260k."""
     path = SNIPS / "AddToPlaylist" / "train_AddToPlaylist_full.json"
     if not path.exists():
-        pytest.skip(f"{path} is not at hand")
+        pytest.skip(f"{path} is not available")
     items = json.loads(path.read_text(encoding="utf-8"))["AddToPlaylist"][:count]
     texts = ["".join(piece["text"] for piece in item["data"]).strip() for item in items]
     return [{"prompt": text, "history": [], "completion": f"Add to playlist {text.split()[-1]}."} for text in texts]
