@@ -1,20 +1,46 @@
-"""Comparison of two models on the same questions: totals, slices, wordings, won and lost questions. Pure."""
+"""Comparison of two models' answers to the same questions: totals, slices, wordings, questions won and lost. Pure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from finetune_pipeline.evaluation.answers import BenchmarkAnswer, Speed
+from pydantic import Field
+
 from finetune_pipeline.evaluation.benchmark import Benchmark, BenchmarkQuestion
 from finetune_pipeline.evaluation.constant_baseline import ConstantAnswer, best_constant
 from finetune_pipeline.evaluation.gate import QualityFloor, Verdict, decide
 from finetune_pipeline.evaluation.scoring import Metric, Scorer, Scores
 from finetune_pipeline.evaluation.significance import Significance, paired_test
+from finetune_pipeline.records import Record
 from finetune_pipeline.settings import GateSettings
 
 
 class ComparisonError(ValueError):
     """Two models cannot be compared; the message says why."""
+
+
+class BenchmarkAnswer(Record):
+    """One model's answer to one question of the benchmark."""
+
+    id: str = Field(description="Id of the question.")
+    text: str
+    confidence: float | None = Field(default=None, ge=0, le=1, description="Lowest probability among value tokens.")
+    prompt_tokens: int = Field(ge=0)
+    completion_tokens: int = Field(ge=0)
+
+
+class Speed(Record):
+    """Speed of one model, measured one prompt at a time."""
+
+    latency_p50_ms: float = Field(ge=0, description="Median latency of an answer in milliseconds.")
+    latency_p95_ms: float = Field(ge=0, description="95th percentile of the latency in milliseconds.")
+    tokens_per_second: float = Field(ge=0, description="Generated tokens divided by generation time.")
+    prompts: int = Field(ge=1, description="Number of timed answers.")
+    threads: int | None = Field(default=None, description="Number of threads for decoding, fixed while timing.")
+    contention: str | None = Field(
+        default=None,
+        description="CPU time used by other processes while timing; if set, this is not the model's own speed.",
+    )
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ from finetune_pipeline.artifacts import (
     version_of,
     write_text,
 )
-from finetune_pipeline.evaluation.answers import BenchmarkAnswer, Speed
 from finetune_pipeline.evaluation.benchmark import Benchmark, BenchmarkQuestion
-from finetune_pipeline.evaluation.comparison import Comparison, compare, score_model
+from finetune_pipeline.evaluation.comparison import BenchmarkAnswer, Comparison, Speed, compare, score_model
 from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.inference.build import engine_build
 from finetune_pipeline.inference.engine import Engine

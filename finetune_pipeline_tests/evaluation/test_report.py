@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune_pipeline.evaluation.answers import BenchmarkAnswer, Speed
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.evaluation.comparison import (
+    BenchmarkAnswer,
     Comparison,
     ComparisonError,
     ModelResult,
+    Speed,
     compare,
     judge,
     score_model,
