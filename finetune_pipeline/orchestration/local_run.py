@@ -86,12 +86,12 @@ def run_loop(
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of ending the process."""
+    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of ending the process."""
     received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _frame: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in numbers}
     try:
         yield received
     finally:
@@ -100,13 +100,18 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _stop(instance: dg.DagsterInstance, process: "subprocess.Popen[bytes]", run_id: str, received: list[int]) -> None:
-    """Interrupt the run and its steps and wait for them; kill them after `STOP_SECONDS` or at the next signal."""
-    run = instance.get_run_by_id(run_id)
-    if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:
-        instance.report_run_canceling(run)
-    process.terminate()
+    """Cancel the run and wait until its steps have ended; kill them after `STOP_SECONDS` or at the next signal."""
     signals, deadline = len(received), time.monotonic() + STOP_SECONDS
+    terminated = False
     while process.poll() is None:
+        run = instance.get_run_by_id(run_id)
+        # Marked first, and again if the run is created meanwhile: Dagster records an interrupted run as failed unless
+        # it is being canceled.
+        if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:
+            instance.report_run_canceling(run)
+        if not terminated:
+            process.terminate()
+            terminated = True
         if time.monotonic() > deadline or len(received) > signals:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

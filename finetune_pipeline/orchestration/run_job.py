@@ -38,8 +38,8 @@ def execute(workspace: Path, job_name: str, loop: str, run_id: str) -> bool:
         repository = ReconstructableRepository.for_file(target.python_file, DEFINITIONS, target.working_directory)
     job = repository.get_reconstructable_job(job_name)
     origin = RemoteRepositoryOrigin(code_location_origin=location, repository_name=SINGLETON_REPOSITORY_NAME)
+    definition = job.get_definition()  # a signal until here ends the process at once, since there is no run yet
     with capture_interrupts(), dg.DagsterInstance.get() as instance:
-        definition = job.get_definition()
         run = instance.create_run_for_job(
             definition,
             run_id=run_id,
