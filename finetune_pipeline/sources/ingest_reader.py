@@ -18,6 +18,7 @@ from finetune_pipeline.records import Event, Feedback, Interaction, validate_app
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.conversations import to_record
 from finetune_pipeline.sources.row_readers import (
+    decode_line,
     files_of,
     layout_of,
     parse_constant,
@@ -211,10 +212,11 @@ def _parse_line(raw: bytes, loop: str, line: IngestLine, form: IngestFormat, nam
     if not raw.strip():
         return line
     try:
-        text = raw.decode("utf-8-sig" if line.number == 1 else "utf-8")
+        text = decode_line(raw, line.number)
+    except ValueError as error:
+        return replace(line, reason=str(error), excerpt=_excerpt(raw))
+    try:
         document = without_nulls(json.loads(text, parse_constant=parse_constant))
-    except UnicodeDecodeError as error:
-        return replace(line, reason=f"not UTF-8: {error.reason} at byte {error.start}", excerpt=_excerpt(raw))
     except (ValueError, RecursionError) as error:
         return replace(line, reason=f"not JSON: {error}", excerpt=_excerpt(raw))
     parsed = _with_event(document, loop, line, form, name)

@@ -133,6 +133,27 @@ def skip_line(file: LineSource) -> None:
         pass
 
 
+def decode_line(raw: bytes, number: int) -> str:
+    """Return a line as text, without the byte order mark of the first line.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _read_line(file: LineSource, max_bytes: int) -> tuple[bytes, bool]:
+    """Return the next line, and whether it was cut because it is too long."""
+    raw = file.readline(max_bytes + 1)
+    is_cut = len(raw) > max_bytes and not raw.endswith(b"\n")
+    if is_cut:
+        skip_line(file)
+    return raw, is_cut
+
+
 def too_long(max_bytes: int) -> str:
     """Return the reason why a row is rejected unread."""
     return f"longer than {max_bytes} bytes, which is the limit (max_line_bytes)"
@@ -148,16 +169,18 @@ def _parse(text: str) -> Any:
 def _json_lines(path: Path, max_bytes: int) -> _NumberedRows:
     number, is_first_row = 0, True
     with path.open("rb") as file:
-        while raw := file.readline(max_bytes + 1):
+        while True:
+            raw, is_cut = _read_line(file, max_bytes)
+            if not raw:
+                return
             number += 1
-            if len(raw) > max_bytes and not raw.endswith(b"\n"):
-                skip_line(file)
+            if is_cut:
                 yield number, _BadRow(too_long(max_bytes))
                 continue
             try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                yield number, _BadRow(f"not UTF-8: {error.reason} at byte {error.start}")
+                text = decode_line(raw, number).strip()
+            except ValueError as error:
+                yield number, _BadRow(str(error))
                 continue
             if is_first_row and path.suffix.lower() == ".json" and text.startswith("{") and not text.endswith("}"):
                 reason = "the file is one JSON object; expected an array of rows, or one object per line"
@@ -268,12 +291,10 @@ class _CsvLines:
         return self
 
     def __next__(self) -> str:
-        raw = self._file.readline(self._max + 1)
+        raw, is_cut = _read_line(self._file, self._max)
         if not raw:
             raise StopIteration
-        if len(raw) > self._max and not raw.endswith(b"\n"):
-            skip_line(self._file)
-            self.cut = True
+        self.cut = self.cut or is_cut
         encoding, self._encoding = self._encoding, "utf-8"
         return raw.decode(encoding, "surrogateescape")
 
