@@ -601,5 +601,5 @@ def test_exported_events_exclude_records_of_sources(loop, tmp_path):
 def test_a_loop_without_records_says_which_source_failed(make_loop, tmp_path):
     loop = make_loop(sources=[{**SOURCE, "path": str(tmp_path / "nowhere")}])
     done = source_sync.sync_sources(loop, connect(), print)
-    with pytest.raises(SourceError, match=r"imported failed: .*nowhere is not there"):
+    with pytest.raises(SourceError, match=r"imported failed: .*nowhere does not exist"):
         snapshot(loop, connect(), done)
