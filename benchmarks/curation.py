@@ -1,14 +1,15 @@
-"""Curation from a Parquet snapshot to the written dataset, and near-duplicate removal beside its peers.
+"""Benchmark curation from a Parquet snapshot to the written dataset, and near-duplicate removal next to its peers.
 
 The rows are requests of the default loop with its JSON answers: 15 % exact duplicates, 10 % near-duplicates with the
-same answer (Jaccard 0.8 and more), 3 % that differ by one number and therefore in their answer, feedback of every kind,
-and some e-mail addresses, phone numbers and keys. Memory is that of the process and its workers together, sampled.
+same answer (Jaccard similarity from 0.8), 3 % that differ by one number and therefore in their answer, feedback of
+every kind, and some e-mail addresses, phone numbers and keys. Memory is sampled over the process and its workers.
 
-Near-duplicate removal alone is measured on one core, on the same rows as its peers: `datasketch` (MinHash LSH of the
-same permutations, pieces and threshold) and `semhash`, in an environment of their own that is made first. The model of
-semhash has to be downloaded, so it is given hashed pieces of 3 to 5 characters as vectors. Recall and precision are of
-what was planted: how many of the planted near-duplicates were taken out, and how much of what was taken out had been
-planted. It takes about 10 minutes. A figure to reach that is missed ends the benchmark with an error.
+Near-duplicate removal is measured on one core, on the same rows as its peers: `datasketch` (MinHash LSH with the same
+permutations, shingles and threshold) and `semhash`, in an environment of their own that is created first. The model of
+semhash would have to be downloaded, so it gets hashed character n-grams (3 to 5) as vectors. Recall is the fraction of
+the planted near-duplicates that were removed, precision the fraction of the removed rows that were planted.
+
+It takes about 10 minutes, and ends with an error if a target was missed.
 """
 
 import json
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def missed_sizes(sizes: list[dict[str, Any]]) -> list[str]:
-    """Which figures of whole curations were missed."""
+    """Return the missed targets of whole curations."""
     missed = [
         f"{one['rows']:,} rows in {one['seconds']:.1f} s, at most {TIMES[one['rows']]:g} s"
         for one in sizes
@@ -79,7 +80,7 @@ def missed_sizes(sizes: list[dict[str, Any]]) -> list[str]:
 
 
 def missed_beside_peers(compared: list[dict[str, Any]]) -> list[str]:
-    """Which figures of near-duplicate removal were missed; of this project, the last row is that of most rows."""
+    """Return the missed targets of near-duplicate removal; the last result of this project has the most rows."""
     few, many = (one for one in compared if one["name"] == OURS)
     peer = next(one for one in compared if one["name"] == "datasketch")
     ratio = peer["seconds"] / few["seconds"]
@@ -95,14 +96,14 @@ def missed_beside_peers(compared: list[dict[str, Any]]) -> list[str]:
 
 
 def _measure(folder: Path, size: int) -> dict[str, Any]:
-    """Curate so many rows in a fresh process and home; then once more with a twentieth as many rows new."""
+    """Curate this many rows in a new process with its own home, then again with 5 % new rows."""
     folder.mkdir()
     write_snapshot(folder / "first.parquet", size, seed=1)
     write_snapshot(folder / "second.parquet", size // 20, seed=2)
     environment = {**os.environ, "FINETUNE_HOME": str(folder / "home")}
     command = [sys.executable, "-m", "benchmarks.curation", "run", str(folder / "first.parquet")]
     seconds = None
-    if size <= ONLY_TIMED:  # looking at its memory ten times a second would take a seventh of so short a run
+    if size <= ONLY_TIMED:  # sampling the memory ten times a second would take a seventh of so short a run
         began = time.perf_counter()
         subprocess.run(
             command, env=environment | {"FINETUNE_HOME": str(folder / "timed")}, check=True, cwd=PROJECT_ROOT
@@ -116,7 +117,7 @@ def _measure(folder: Path, size: int) -> dict[str, Any]:
 
 
 def _watched(command: list[Any], environment: dict[str, str]) -> dict[str, Any]:
-    """Run it; what it said last, its time, and the peak memory of it and its children."""
+    """Run a command; return the JSON that it prints last, its time, and its peak memory with its children."""
     import psutil
 
     started = time.perf_counter()
@@ -154,7 +155,7 @@ def _memory(process: Any) -> tuple[int, int]:
 
 
 def run(*paths: str) -> dict[str, Any]:
-    """Curate these files as a snapshot of the default loop: what the asset does, without Dagster."""
+    """Curate these files as a snapshot of the default loop, as the asset curated_dataset does."""
     import shutil
 
     from finetune_pipeline import artifacts
@@ -178,7 +179,7 @@ def run(*paths: str) -> dict[str, Any]:
 
 
 def write_snapshot(path: Path, size: int, seed: int) -> None:
-    """A Parquet file as `raw_logs` writes it."""
+    """Write a Parquet file as `raw_logs` does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -199,7 +200,7 @@ def write_snapshot(path: Path, size: int, seed: int) -> None:
 
 
 def lines(size: int, seed: int) -> Iterator[Line]:
-    """Rows of a snapshot."""
+    """Yield rows of a snapshot."""
     rng = Random(seed + 1_000)
     for number, line in enumerate(requests(size, seed)):
         yield {**line, **_judged(line, rng), "interaction_id": str(UUID(int=rng.getrandbits(128), version=4)),
@@ -207,7 +208,7 @@ def lines(size: int, seed: int) -> Iterator[Line]:
 
 
 def requests(size: int, seed: int) -> Iterator[Line]:
-    """What is asked, with the right answer; `domain` is the request that each is, or is a copy of."""
+    """Yield requests with their correct answers; `domain` is the request that a row is, or is a copy of."""
     rng = Random(seed)
     recent: list[Line] = []
     for number in range(size):
@@ -285,7 +286,7 @@ def _exact(like: Line, rng: Random) -> Line:
 
 
 def _near(like: Line, rng: Random) -> Line | None:
-    """The same request in slightly other words, if it is similar enough to be a near-duplicate by definition."""
+    """Return the same request with small differences, if it is similar enough to be a near-duplicate."""
     from finetune_pipeline.curation.decontamination import jaccard, shingles
 
     prompt = rng.choice(_EDITS)(like["prompt"], rng)
@@ -294,9 +295,8 @@ def _near(like: Line, rng: Random) -> Line | None:
 
 
 def _slip(text: str, rng: Random) -> str:
-    letters = [place for place, letter in enumerate(text) if letter.isalpha()]
-    place = rng.choice(letters)
-    return text[:place] + rng.choice(("", text[place] * 2)) + text[place + 1 :]
+    index = rng.choice([index for index, letter in enumerate(text) if letter.isalpha()])
+    return text[:index] + rng.choice(("", text[index] * 2)) + text[index + 1 :]
 
 
 _EDITS = (
@@ -309,7 +309,7 @@ _EDITS = (
 
 
 def _other_number(like: Line, rng: Random, name: str) -> Line:
-    """A request that differs from another one by a number, in its answer too."""
+    """Return a request that differs from another one by a number, in its answer too."""
     answer = json.loads(like["target"])
     keys = [key for key in answer if key.endswith("_mm") and re.search(rf"\b{answer[key]}\b", like["prompt"])]
     if not keys:
@@ -322,7 +322,7 @@ def _other_number(like: Line, rng: Random, name: str) -> Line:
 
 
 def _judged(line: Line, rng: Random) -> Line:
-    """What people and validators thought of it, and now and then something that must not be learnt."""
+    """Return the feedback on a row, and sometimes an answer or a secret that must not be trained on."""
     draw, prompt = rng.random(), line["prompt"]
     found: Line = {"output": line["target"], "confidence": rng.uniform(0.5, 1), "confirmed": False, "corrected": False}
     if draw < 0.55:
@@ -347,7 +347,7 @@ def _judged(line: Line, rng: Random) -> Line:
 
 
 def _compare(folder: Path) -> list[dict[str, Any]]:
-    """Each on the same rows: distinct questions of requests and near-duplicates, with their answers."""
+    """Measure each method on the same rows: requests and near-duplicates without exact duplicates."""
     few, many = folder / "few.json", folder / "many.json"
     for path, size in ((few, COMPARED), (many, SIZES[-1])):
         rows = (line for line in requests(size, 3) if line["kind"] != "exact")
