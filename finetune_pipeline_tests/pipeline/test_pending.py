@@ -1,4 +1,4 @@
-"""What counts as new is what the dataset would keep, in its redacted form, until it was judged."""
+"""New examples are those that the dataset would keep, redacted, until they were judged."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def adapter_of(loop, data):
         return publish(folder, AdapterManifest, fields)
 
 
-def test_what_differs_only_by_a_secret_counts_once(loop):
+def test_examples_that_differ_only_by_a_secret_count_once(loop):
     add(loop, *corrected_events("a", f"write to {MAIL}"), *corrected_events("b", "write to bob@example.com"))
     assert count_new(loop, connect(), watermark=0) == 1
 
@@ -76,7 +76,7 @@ def test_the_count_and_the_dataset_agree_on_confidence(loop, least, confidence, 
     assert (data.manifest.train + data.manifest.validation, data.manifest.left_out) == (1 if low else 2, refused)
 
 
-def test_what_was_judged_in_its_redacted_form_never_counts_again(loop):
+def test_examples_that_were_judged_never_count_again(loop):
     history = (Turn(role="user", content=f"I am {MAIL}"),)
     add(
         loop,
@@ -95,7 +95,7 @@ def test_what_was_judged_in_its_redacted_form_never_counts_again(loop):
     assert count_new(loop, connect(), watermark=0) == 1
 
 
-def test_no_secret_reaches_a_dataset_and_the_numbers_are_shown(loop):
+def test_no_secret_reaches_a_dataset_and_the_counts_are_shown(loop):
     history = (Turn(role="user", content=f"I am {MAIL}"),)
     add(
         loop,
