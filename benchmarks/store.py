@@ -1,8 +1,8 @@
-"""The feedback store: one event, many events, memory, import; a million interactions; and a gigabyte of event files.
+"""Benchmark of the event store: latency, throughput, memory, import time, a million interactions, 1 GB of event files.
 
-Peers in the same run: a line of JSON appended with fsync, and a plain SQLAlchemy insert and commit into a table of the
-same columns (SQLite with its defaults, which flush every commit). What is compared survives the same fault: a kill of
-the process (the store's default; the file without fsync), and a power cut (FINETUNE_DURABILITY=power-cut; the peers).
+Baselines in the same run: a line of JSON appended with fsync, and a plain SQLAlchemy insert and commit into a table
+with the same columns (SQLite's defaults, which flush every commit). Compared are those that survive the same fault: a kill
+of the process (the store's default; the file without fsync), or a power cut (FINETUNE_DURABILITY=power-cut; baselines).
 """
 
 import hashlib
@@ -34,7 +34,7 @@ OUTPUT = '{"element":"wall","material":"concrete","thickness_mm":150,"fire_ratin
 
 
 def main() -> None:
-    """Measure each in a process of its own, so that none warms another's caches or counts its memory."""
+    """Run each measurement in its own process, so that none warms another's caches or counts its memory."""
     figures: dict[str, Any] = {}
     for name in ("store_kill", "store_power_cut", "json_fsync", "json_kill", "sqlalchemy"):
         figures[name] = _in_a_process("one_and_many", name)
@@ -60,12 +60,12 @@ def _million() -> None:
     figures = _in_a_process("million")
     rows = [
         [
-            f"{one['interactions']:,}", f"{one['question_ms']:.1f} ms", f"{one['question_idle_ms']:.1f} ms",
+            f"{one['interactions']:,}", f"{one['query_ms']:.1f} ms", f"{one['query_idle_ms']:.1f} ms",
             f"{one['stats_ms']:.1f} ms", f"{one['newest_50_ms']:.1f} ms", f"{one['database_mb']:.0f} MB",
         ]
         for one in figures["sizes"]
     ]  # fmt: skip
-    headings = ["interactions", "sensor's question, 60 new", "nothing new", "stats", "taking in 50", "database"]
+    headings = ["interactions", "sensor's query, 60 new", "nothing new", "counters", "recording 50 of each", "database"]
     publish("store_million", headings, rows, figures)
 
 
@@ -95,7 +95,7 @@ def _in_a_process(*arguments: str) -> Any:
 
 
 def interaction(number: int, **fields: Any) -> Interaction:
-    """An exchange such as the default loop's."""
+    """Return an interaction like those of the default loop."""
     values = {
         "prompt": f"150 mm concrete wall number {number}, two hour rating, California, for level {number % 40}",
         "output": OUTPUT, "confidence": 0.93, "user": f"u{number % 50:02}", "model": "aec_parser@v1.0.0",
@@ -104,10 +104,10 @@ def interaction(number: int, **fields: Any) -> Interaction:
 
 
 def one_and_many(kind: str) -> dict[str, float]:
-    """Latency of one event after another, throughput of batches, growth of memory over them."""
+    """Measure the latency of single events, the throughput of batches, and the growth of memory."""
     one, many = {
         "store_kill": _store, "store_power_cut": _store, "json_fsync": lambda: _file(flush=True),
-        "json_kill": lambda: _file(flush=False), "sqlalchemy": _plain,
+        "json_kill": lambda: _file(flush=False), "sqlalchemy": _sqlalchemy,
     }[kind]()  # fmt: skip
     seconds = []
     for number in range(SINGLE):
@@ -152,8 +152,8 @@ def _file(*, flush: bool) -> Recorders:
     return lambda event: write(event.model_dump_json().encode() + b"\n"), many
 
 
-def _plain() -> Recorders:
-    engine = sa.create_engine(f"sqlite:///{os.environ['FINETUNE_HOME']}/plain.db")
+def _sqlalchemy() -> Recorders:
+    engine = sa.create_engine(f"sqlite:///{os.environ['FINETUNE_HOME']}/baseline.db")
     columns = [sa.Column(name, sa.String) for name in Interaction.model_fields if name not in {"id", "history"}]
     table = sa.Table("interactions", sa.MetaData(), sa.Column("id", sa.String, primary_key=True), *columns)
     table.metadata.create_all(engine)
@@ -188,7 +188,7 @@ def _resident_mb() -> float:
 
 
 def importing() -> dict[str, Any]:
-    """A fresh process that imports the client."""
+    """Measure the import of the client in a fresh process."""
     code = (
         "import sys, json, time; t = time.perf_counter(); from finetune_pipeline.feedback import FeedbackClient; "
         "names = ('torch', 'dagster', 'alembic', 'fastapi', 'transformers', 'pyarrow', 'pandas'); "
@@ -200,7 +200,7 @@ def importing() -> dict[str, Any]:
 
 
 def million() -> dict[str, Any]:
-    """The sensor's question, the statistics and the newest 50, with more and more history. A third has feedback."""
+    """Measure the sensor's query, the counters and recording, with growing history; a third has feedback."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback import FeedbackClient
     from finetune_pipeline.feedback.content_hash import content_hash
@@ -219,19 +219,19 @@ def million() -> dict[str, Any]:
         batches = [[_new(size + i) for i in range(n, n + 50)] for n in range(60, 360, 50)]
         newest = [_new(size + i) for i in range(60)]
         taken = []
-        for batch in [*batches, newest[:50]]:  # the last one is what the sensor is to find
+        for batch in [*batches, newest[:50]]:  # the last one is what the sensor has to find
             with database.read() as connection:
                 watermark = newest_offset(connection)
             taken.append(_milliseconds(partial(client.log_many, [e for pair in batch for e in pair]), times=1))
         taking = statistics.median(taken)
         client.log_many(event for pair in newest[50:] for event in pair)
-        question = _milliseconds(partial(_expect, 60, partial(count_new, loop, database, watermark)))
+        query = _milliseconds(partial(_expect, 60, partial(count_new, loop, database, watermark)))
         stats = _milliseconds(client.stats)
         with database.write() as connection:
             mark_judged(connection, LOOP, [content_hash(i.prompt, i.output) for i, _ in newest])
         sizes.append(
             {
-                "interactions": size, "question_ms": question, "question_idle_ms": idle, "stats_ms": stats,
+                "interactions": size, "query_ms": query, "query_idle_ms": idle, "stats_ms": stats,
                 "newest_50_ms": taking, "database_mb": Path(database.engine.url.database or "").stat().st_size / 1e6,
             }
         )  # fmt: skip
@@ -240,7 +240,7 @@ def million() -> dict[str, Any]:
 
 
 def logs(files: int = 200, megabytes: int = 5) -> dict[str, Any]:
-    """Measure the sensor's check of the event files at each tick, and an ingest after all of them were touched."""
+    """Measure the sensor's check of the event files at each tick, and an ingest after all files were touched."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.settings import load_loop
     from finetune_pipeline.sources import ingest_ledger

@@ -289,21 +289,21 @@ class IngestSettings(Settings):
 
 
 class FeedbackSettings(Settings):
-    """How feedback becomes a reward."""
+    """The rewards of feedback."""
 
     reward_function: str | None = Field(
         default=None,
-        description="Dotted path of a function Feedback, Interaction -> float in -1..1, instead of the default "
-        "rewards; it holds for what is ingested from then on.",
+        description="Dotted path of a function (Feedback, Interaction) -> reward from -1 to 1, instead of the default "
+        "rewards. It applies to events that are recorded from then on.",
     )
     ratings: dict[Rating, Reward] = Field(
         default={"1": -1.0, "2": -0.9, "3": 0.0, "4": 0.7, "5": 0.9, "gold": 1.0},
-        description="What a rating is worth: 1 to 5 stars, and the gold star.",
+        description="Rewards of ratings: 1 to 5 stars, and the gold star.",
     )
 
     @field_validator("ratings")
     @classmethod
-    def _every_rating_is_worth_something(cls, ratings: dict[Rating, float]) -> dict[Rating, float]:
+    def _every_rating_has_a_reward(cls, ratings: dict[Rating, float]) -> dict[Rating, float]:
         missing = [rating for rating in get_args(Rating) if rating not in ratings]
         if missing:
             raise ValueError(f"{', '.join(missing)} is missing; name the reward of every rating")
