@@ -1,8 +1,8 @@
 """Benchmark of the event store: latency, throughput, memory, import time, a million interactions, 1 GB of event files.
 
-Baselines in the same run: a line of JSON appended with fsync, and a plain SQLAlchemy insert and commit into a table
-with the same columns (SQLite's defaults, which flush every commit). Compared are those that survive the same fault: a kill
-of the process (the store's default; the file without fsync), or a power cut (FINETUNE_DURABILITY=power-cut; baselines).
+Baselines in the same run: a line of JSON appended with fsync, and a SQLAlchemy insert and commit into a table with the
+same columns (SQLite's defaults, which flush every commit). Compared are those that survive the same fault: a kill of
+the process (the store's default; the file without fsync), or a power cut (FINETUNE_DURABILITY=power-cut; baselines).
 """
 
 import hashlib

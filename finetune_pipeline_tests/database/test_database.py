@@ -18,12 +18,12 @@ from finetune_pipeline.settings import database_url
 from finetune_pipeline_tests.conftest import start_together, uid
 
 
-def test_the_migrations_give_the_tables():
+def test_the_migrations_create_the_declared_tables():
     with connect().engine.connect() as open_connection:
         assert compare_metadata(MigrationContext.configure(open_connection), metadata) == []
 
 
-def test_a_database_of_another_version_is_refused(tmp_path):
+def test_a_database_of_another_version_is_rejected(tmp_path):
     url = f"sqlite:///{tmp_path / 'other.db'}"
     with connect(url).write() as open_connection:
         open_connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
@@ -32,14 +32,14 @@ def test_a_database_of_another_version_is_refused(tmp_path):
         connect(url)
 
 
-def test_a_database_that_cannot_be_opened_says_what_to_look_at(tmp_path):
+def test_a_database_that_cannot_be_opened_is_reported_with_advice(tmp_path):
     (tmp_path / "file").write_text("no database at all, but long enough to be read as one by mistake" * 10)
     with pytest.raises(DatabaseError, match="check FINETUNE_DATABASE_URL"):
         connect(f"sqlite:///{tmp_path / 'file'}")
 
 
 @pytest.mark.parametrize("url", ["foo", "nothing://at/all", "sqlite:////proc/nope/x/file.db"])
-def test_an_address_that_is_none_says_what_is_expected(url):
+def test_an_invalid_address_is_reported_with_the_expected_form(url):
     with pytest.raises(DatabaseError, match=r"postgresql\+psycopg://|set FINETUNE_HOME"):
         connect(url)
 
@@ -83,7 +83,7 @@ def test_a_database_with_two_revisions_says_what_to_do(url):
         connect(url)
 
 
-def test_by_default_it_lies_under_the_home(own_home):
+def test_the_default_database_is_in_the_home_folder(own_home):
     assert database_url() == f"sqlite:///{own_home.resolve()}/finetune.db"
 
 
@@ -114,7 +114,7 @@ OLD_ROWS = (
 )
 
 
-def test_a_database_of_the_previous_version_keeps_all_and_is_counted(url):
+def test_a_database_of_an_earlier_version_keeps_its_rows_and_is_counted(url):
     migrate_to(url, "0001", OLD_ROWS)
     database = connect(url)
     with database.read() as open_connection:
@@ -213,7 +213,7 @@ def test_renamed_tables_and_columns_keep_their_rows(url):
 AHEAD = "2999-01-01 00:00:00.000000"
 
 
-def test_times_in_the_future_are_repaired_and_what_they_decided_is_worked_out_again(url):
+def test_times_in_the_future_are_repaired_and_examples_recomputed(url):
     """What is given later outranks earlier, for each case: sequence, interaction, kind, time of a feedback."""
     day = "2026-03-0{} 00:00:00.000000"
     said = [

@@ -90,7 +90,7 @@ def test_an_interaction_and_a_correction_become_an_example(client, db):
         (lambda client, id: client.thumbs_up(id, strength=0), 0.7, True),
         (lambda client, id: client.thumbs_down(id), -1.0, False),
         (lambda client, id: client.rate(id, "gold"), 1.0, True),
-        (lambda client, id: client.rate(id, "4"), 0.55, True),  # what this loop says that four stars are worth
+        (lambda client, id: client.rate(id, "4"), 0.55, True),  # the reward of four stars in this loop
         (lambda client, id: client.rate(id, "1"), -1.0, False),
         (lambda client, id: client.validate(id, 100), 1.0, False),
         (lambda client, id: client.validate(id, 70), 0.25, False),  # between failure and success

@@ -65,7 +65,7 @@ def everything(db):
         return str([connection.execute(sa.select(table)).all() for table in t.metadata.sorted_tables])
 
 
-def test_a_person_is_forgotten_wholly_and_others_are_kept(db):
+def test_a_person_is_erased_completely_and_others_are_kept(db):
     record(db, *EVENTS)
     with db.read() as connection:
         held = person_data(connection, "notes", "ann")
@@ -79,7 +79,7 @@ def test_a_person_is_forgotten_wholly_and_others_are_kept(db):
     assert examples(db) == {str(uid("b1")): ("answer b1", 1.0), str(uid("b3")): ("answer b3", 1.0)}
 
 
-def test_the_tallies_are_as_if_the_person_had_never_been(db, tmp_path):
+def test_the_counters_are_as_if_the_person_had_never_existed(db, tmp_path):
     record(db, *EVENTS)
     erase(db)
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")
@@ -91,7 +91,7 @@ def test_the_tallies_are_as_if_the_person_had_never_been(db, tmp_path):
     }  # fmt: skip
 
 
-def test_what_was_forgotten_never_comes_back(db):
+def test_erased_events_are_not_recorded_again(db):
     record(db, *EVENTS)
     erase(db)
     again = record(db, *EVENTS)
@@ -102,7 +102,7 @@ def test_what_was_forgotten_never_comes_back(db):
     assert erase(db).ids == frozenset()
 
 
-def test_the_forgetting_has_its_place_among_the_events(db):
+def test_an_erasure_has_ingest_offsets(db):
     record(db, *EVENTS)
     with db.read() as connection:
         before = store.newest_offset(connection)
@@ -128,7 +128,7 @@ def test_another_loop_and_another_name_are_left_alone(db):
     assert counters(db, "other") == {}
 
 
-def test_review_decisions_go_with_their_interaction_and_with_their_reviewer(db):
+def test_review_decisions_are_erased_with_their_interaction_and_reviewer(db):
     record(db, *EVENTS)
     made = [("on-hers", "a1", "eve", "notes"), ("hers", "b1", "ann", "notes"), ("on-own", "a2", "ann", "notes"),
             ("others", "b1", "eve", "notes"), ("elsewhere", "c", "ann", "other")]  # fmt: skip
@@ -166,7 +166,7 @@ def test_review_decisions_go_with_their_interaction_and_with_their_reviewer(db):
         ("_nn", '{"user": "ann"}', False),
     ],
 )
-def test_rejected_lines_that_name_the_person_go(db, user, excerpt, goes):
+def test_rejected_lines_that_name_the_person_are_deleted(db, user, excerpt, goes):
     row = {"loop": "notes", "path": "log.jsonl", "line": 1, "reason": "not JSON", "excerpt": excerpt}
     with db.write() as connection:
         connection.execute(t.rejected_lines.insert(), [row, {**row, "line": 2, "excerpt": "other"}])
@@ -182,7 +182,7 @@ def test_a_name_is_data(db, user):
     assert counters(db)["interactions"] == 5
 
 
-def test_more_events_than_one_statement_takes_are_forgotten(db):
+def test_more_events_than_fit_into_one_statement_are_erased(db):
     many = [interaction(f"i{n}", user="ann") for n in range(1_200)]
     record(db, *many, *(feedback(f"f{n}", f"i{n}", "thumbs_up") for n in range(1_200)))
     done = erase(db)
@@ -190,7 +190,7 @@ def test_more_events_than_one_statement_takes_are_forgotten(db):
     assert counters(db) == {} and examples(db) == {}
 
 
-def test_a_fault_on_the_way_forgets_nothing(db):
+def test_a_failure_erases_nothing(db):
     record(db, *EVENTS)
     before = everything(db)
 
@@ -202,7 +202,7 @@ def test_a_fault_on_the_way_forgets_nothing(db):
     assert everything(db) == before
 
 
-def test_writers_at_the_same_time_lose_nothing(db):
+def test_concurrent_writers_lose_nothing(db):
     record(db, *EVENTS)
     faults = []
 
@@ -226,7 +226,7 @@ def test_writers_at_the_same_time_lose_nothing(db):
     assert "ann" not in everything(db)
 
 
-def test_sqlites_files_do_not_hold_the_words_any_more(tmp_path):
+def test_sqlites_files_do_not_contain_the_text_any_more(tmp_path):
     path = tmp_path / "tests.db"
     db = connect(f"sqlite:///{path}")
     secret = "the words that nobody else may read"
@@ -250,7 +250,7 @@ sys.stdin.read()
 """
 
 
-def test_while_another_process_reads_the_files_are_not_clean_and_it_is_said_soon(tmp_path):
+def test_another_reader_keeps_the_text_in_the_files_which_is_reported_soon(tmp_path):
     path, log = tmp_path / "tests.db", tmp_path / "tests.db-wal"
     db = connect(f"sqlite:///{path}")
     record(db, interaction("a", user="ann", output="the words that nobody else may read"))

@@ -183,7 +183,7 @@ def test_null_and_nan_count_as_absent_fields(tmp_path, loop, row, null):
     turns = {"history": [{**turn, "name": null} for turn in row["history"]]} if "history" in row else {}
     path = write(tmp_path / "a.jsonl", row)
     filled = write(tmp_path / "b.jsonl", {**dict.fromkeys(FIELDS, null), **row, **turns})
-    os.utime(filled, ns=(path.stat().st_mtime_ns,) * 2)  # of a row that says no time it is the file's
+    os.utime(filled, ns=(path.stat().st_mtime_ns,) * 2)  # the time of a row without one
     assert events(filled, loop) == events(path, loop)
     if "event" in row:
         with open_log(filled) as log:

@@ -17,30 +17,30 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import counters, find_interaction, new_examples, restore, retract
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
-TASK = "notes"
+LOOP = "notes"
 
 
 def put(db, *events):
     with db.write() as connection:
-        store.record(connection, TASK, events, default_reward)
+        store.record(connection, LOOP, events, default_reward)
 
 
 def seen(db, name):
     with db.read() as connection:
-        return next(load_candidates(connection, TASK, [str(uid(name))], default_reward))
+        return next(load_candidates(connection, LOOP, [str(uid(name))], default_reward))
 
 
 def say(db, name, kind, target=None, reviewer="rita"):
     shown = seen(db, name)
     with db.write() as connection:
         record_decision(
-            connection, TASK, shown, kind, shown.answer if target is None else target, reviewer, default_reward
+            connection, LOOP, shown, kind, shown.answer if target is None else target, reviewer, default_reward
         )
 
 
 def take_back(db, reviewer="rita", name=None):
     with db.write() as connection:
-        return undo_decision(connection, TASK, reviewer, default_reward, uid(name) if name else None)
+        return undo_decision(connection, LOOP, reviewer, default_reward, uid(name) if name else None)
 
 
 def example(db, name):
@@ -50,14 +50,14 @@ def example(db, name):
 
 def candidates(db, qualifying=False):
     with db.read() as connection:
-        found = review_candidates(connection, TASK, default_reward, 0.85, 0.3, include_qualifying=qualifying)
+        found = review_candidates(connection, LOOP, default_reward, 0.85, 0.3, include_qualifying=qualifying)
     names = {str(uid(name)): name for name in ("a", "b", "c", "d")}
     return {names[str(one.interaction.id)] for one in found}
 
 
 def tallied(db):
     with db.read() as connection:
-        return counters(connection, TASK)
+        return counters(connection, LOOP)
 
 
 def newest(db):
@@ -69,17 +69,17 @@ def changed(db, after):
     with db.read() as connection:
         return {
             row.interaction_id: row
-            for rows in store.interactions_with_examples(connection, TASK, newest(db), after)
+            for rows in store.interactions_with_examples(connection, LOOP, newest(db), after)
             for row in rows
         }
 
 
 def new(db):
     with db.read() as connection:
-        return {one.prompt for one in new_examples(connection, TASK, 0, 0.3)}
+        return {one.prompt for one in new_examples(connection, LOOP, 0, 0.3)}
 
 
-def test_an_approval_confirms_an_answer_that_nobody_said_anything_of(db):
+def test_an_approval_confirms_an_answer_without_feedback(db):
     put(db, interaction("a", confidence=0.2))
     assert example(db, "a") is None
     say(db, "a", "approve")
@@ -90,7 +90,7 @@ def test_an_approval_confirms_an_answer_that_nobody_said_anything_of(db):
     assert tallied(db)["examples"] == 1
 
 
-def test_an_edit_is_a_correction_whatever_users_say_later(db):
+def test_an_edit_is_a_correction_whatever_feedback_follows(db):
     put(db, interaction("a"), feedback("up", "a", "thumbs_up"))
     say(db, "a", "edit", "answer A, better")
     put(db, feedback("down", "a", "thumbs_down", minutes=5), feedback("fix", "a", "correction", 9, correction="worse"))
@@ -100,7 +100,7 @@ def test_an_edit_is_a_correction_whatever_users_say_later(db):
     assert new(db) == {"prompt a"}
 
 
-def test_a_rejection_counts_as_new_no_more_and_later_praise_does_not_change_it(db):
+def test_a_rejected_example_is_not_new_and_later_feedback_changes_nothing(db):
     put(db, interaction("a"), feedback("up", "a", "thumbs_up"))
     say(db, "a", "reject")
     put(db, feedback("up again", "a", "thumbs_up", minutes=5))
@@ -108,7 +108,7 @@ def test_a_rejection_counts_as_new_no_more_and_later_praise_does_not_change_it(d
     assert new(db) == set()
 
 
-def test_a_decision_is_on_the_same_words_wherever_they_are(db):
+def test_a_decision_holds_for_the_same_content_elsewhere(db):
     same = {"prompt": "the same question", "output": "the same answer"}
     put(db, *(interaction(name, **same) for name in "ab"), *(feedback(f"on {n}", n, "thumbs_up") for n in "ab"))
     put(db, interaction("c", prompt="the same question"), feedback("on c", "c", "thumbs_up"))
@@ -139,7 +139,7 @@ def test_a_snapshot_sees_every_decision_and_every_undo(db):
     assert tallied(db)["examples"] == 1
 
 
-def test_history_is_kept_and_the_newest_decision_stands(db):
+def test_decisions_are_append_only_and_the_newest_stands(db):
     put(db, interaction("a"), feedback("on a", "a", "thumbs_up"))
     say(db, "a", "approve")
     say(db, "a", "reject", reviewer="sam")
@@ -156,21 +156,21 @@ def test_history_is_kept_and_the_newest_decision_stands(db):
     ]  # fmt: skip
 
 
-def test_a_decision_outlives_a_source_that_was_away(db):
+def test_a_decision_survives_a_retraction(db):
     put(db, interaction("a", source="vault", provenance="a.md"), feedback("on a", "a", "thumbs_up"))
     say(db, "a", "edit", "better")
     with db.write() as connection:
-        retract(connection, TASK, [str(uid("a"))])
+        retract(connection, LOOP, [str(uid("a"))])
     assert example(db, "a") is None
     put(db, interaction("b", prompt="prompt a", output="answer a", source="vault", provenance="moved/a.md"),
         feedback("on b", "b", "thumbs_up"))  # fmt: skip
     assert example(db, "b").target == "better"
     with db.write() as connection:
-        restore(connection, TASK, {str(uid("a")): "a.md"}, default_reward)
+        restore(connection, LOOP, {str(uid("a")): "a.md"}, default_reward)
     assert example(db, "a").target == "better"
 
 
-def test_what_is_asked_is_undecided_and_unsure_disputed_or_refused(db):
+def test_candidates_are_undecided_and_unsure_disputed_or_rejected(db):
     put(db, interaction("a", confidence=0.2), interaction("b"), feedback("b up", "b", "thumbs_up"),
         feedback("b down", "b", "thumbs_down"), interaction("c"), feedback("c down", "c", "thumbs_down"),
         interaction("d", confidence=0.2), feedback("d up", "d", "thumbs_up"))  # fmt: skip
@@ -185,7 +185,7 @@ def test_what_is_asked_is_undecided_and_unsure_disputed_or_refused(db):
     assert candidates(db) == {"c"} and example(db, "a").target == "other"
 
 
-def test_validators_and_corrections_that_agree_are_not_asked(db):
+def test_validators_and_corrections_that_agree_are_no_candidates(db):
     put(db, interaction("a"), feedback("a fails", "a", "validation_failure", score=10), interaction("b"),
         feedback("b fixed", "b", "correction", correction="x"), feedback("b down", "b", "thumbs_down"),
         interaction("c"), feedback("c 1", "c", "correction", correction="x"),
@@ -193,24 +193,24 @@ def test_validators_and_corrections_that_agree_are_not_asked(db):
     assert candidates(db) == {"c"}
 
 
-def test_a_decision_on_what_has_changed_or_gone_is_refused(db):
+def test_a_decision_on_a_changed_or_deleted_interaction_is_rejected(db):
     put(db, interaction("a", user="ann"))
     shown = seen(db, "a")
     put(db, feedback("fix", "a", "correction", correction="other"))
     with pytest.raises(ReviewError, match="corrected in the meantime"), db.write() as connection:
-        record_decision(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
+        record_decision(connection, LOOP, shown, "approve", shown.answer, "rita", default_reward)
     with pytest.raises(ReviewError, match=r"target: .*NUL.*nothing was recorded"):
         say(db, "a", "edit", "a\x00b")
     with pytest.raises(ReviewError, match="reviewer"):
         say(db, "a", "approve", reviewer="")
     shown = seen(db, "a")
     with db.write() as connection:
-        erase_user(connection, TASK, "ann", default_reward)
+        erase_user(connection, LOOP, "ann", default_reward)
     with pytest.raises(ReviewError, match="deleted in the meantime"), db.write() as connection:
-        record_decision(connection, TASK, shown, "approve", shown.answer, "rita", default_reward)
+        record_decision(connection, LOOP, shown, "approve", shown.answer, "rita", default_reward)
 
 
-def test_who_is_forgotten_takes_their_decisions_along_and_what_they_shaped_is_as_before(db):
+def test_erasing_a_reviewer_undoes_the_effect_of_their_decisions(db):
     same = {"prompt": "the same question", "output": "the same answer"}
     put(db, *(interaction(name, user="ann" if name == "a" else "bob", **same) for name in "ab"),
         *(feedback(f"on {n}", n, "thumbs_up") for n in "ab"), interaction("c", user="bob"))  # fmt: skip
@@ -218,16 +218,16 @@ def test_who_is_forgotten_takes_their_decisions_along_and_what_they_shaped_is_as
     say(db, "c", "approve", reviewer="sam")
     before = newest(db)
     with db.write() as connection:
-        assert erase_user(connection, TASK, "rita", default_reward).decisions == 1
+        assert erase_user(connection, LOOP, "rita", default_reward).decisions == 1
     assert {example(db, name).target for name in "ab"} == {"the same answer"}
-    with db.read() as connection:  # older snapshots hold rita's words, so the next one is written anew
+    with db.read() as connection:  # older snapshots contain her text, so the next one is complete
         f = t.erased_events.c
         assert connection.execute(sa.select(f.id).where(f.ingest_offset > before)).first()
     say(db, "a", "edit", "on ann's words")
     with db.write() as connection:
-        erase_user(connection, TASK, "ann", default_reward)
+        erase_user(connection, LOOP, "ann", default_reward)
     assert example(db, "b").target == "the same answer"
     assert example(db, "c").review == "approve"
     with db.write() as connection:
-        erase_user(connection, TASK, "sam", default_reward)
+        erase_user(connection, LOOP, "sam", default_reward)
     assert example(db, "c") is None and tallied(db)["examples"] == 1

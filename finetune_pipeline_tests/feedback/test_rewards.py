@@ -26,7 +26,7 @@ def test_the_reward_does_not_jump_at_the_edges(edge):
     assert score_reward(edge - 1e-6) == pytest.approx(score_reward(edge), abs=1e-5)
 
 
-def test_a_correction_is_worth_more_the_less_had_to_change():
+def test_a_correction_has_more_reward_the_less_it_changes():
     answer = interaction("a", output='{"material": "concrete", "thickness_mm": 150}')
     little = feedback("1", "a", "correction", correction='{"material": "concrete", "thickness_mm": 180}')
     much = feedback("2", "a", "correction", correction="a door")
@@ -45,18 +45,18 @@ def generous(feedback, interaction):
     return 7.0
 
 
-def test_a_loops_own_reward_is_held_to_the_range():
+def test_a_loops_own_reward_is_clipped_to_the_range():
     own = reward_function(FeedbackSettings(reward_function=f"{__name__}.generous"))
     assert own(feedback("1", "a", "thumbs_down"), interaction("a")) == 1.0
 
 
 @pytest.mark.parametrize("path", ["nowhere.at_all", "finetune_pipeline.records.missing", "name"])
-def test_a_reward_function_that_is_not_there_is_named(path):
+def test_a_missing_reward_function_is_reported(path):
     with pytest.raises(SettingsError, match=path):
         reward_function(FeedbackSettings(reward_function=path))
 
 
-def test_a_rating_is_worth_what_the_loop_says():
+def test_a_rating_has_the_reward_of_the_loops_settings():
     reward = reward_function(FeedbackSettings(ratings={"1": -1, "2": -0.5, "3": 0.1, "4": 0.5, "5": 0.8, "gold": 1}))
     answer = interaction("a")
     assert [reward(feedback("1", "a", "rating", rating=stars), answer) for stars in ("2", "5", "gold")] == [
@@ -66,17 +66,17 @@ def test_a_rating_is_worth_what_the_loop_says():
     ]
 
 
-def test_ratings_have_to_be_whole():
+def test_every_rating_needs_a_reward():
     with pytest.raises(ValueError, match="gold is missing"):
         FeedbackSettings(ratings={"1": -1, "2": -0.5, "3": 0, "4": 0.5, "5": 0.8})
 
 
-def test_a_reward_that_came_with_the_feedback_is_taken_as_it_is():
+def test_a_reward_given_with_the_feedback_is_used():
     assert default_reward(feedback("1", "a", "reward", reward=-0.25), interaction("a")) == -0.25
     assert default_reward(feedback("2", "a", "success", score=100, reward=0.1), interaction("a")) == 0.1
 
 
 @pytest.mark.parametrize("value", [7, -1.01, float("nan"), float("inf"), "much"])
-def test_a_reward_outside_its_range_is_refused(value):
+def test_a_reward_outside_its_range_is_rejected(value):
     with pytest.raises(ValueError, match="reward"):
         feedback("1", "a", "reward", reward=value)

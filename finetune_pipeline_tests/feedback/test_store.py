@@ -48,7 +48,7 @@ def test_feedback_may_come_before_its_interaction():
     assert [example.prompt for example in new()] == ["prompt a"]
 
 
-def test_late_feedback_makes_an_example_new_again_until_it_was_judged():
+def test_late_feedback_makes_an_example_new_until_it_is_judged():
     record(interaction("a", confidence=0.2), feedback("f", "a", "success", score=90))
     with connect().read() as connection:
         seen = store.newest_offset(connection)
@@ -61,7 +61,7 @@ def test_late_feedback_makes_an_example_new_again_until_it_was_judged():
     assert new(after=0) == []
 
 
-def test_writers_at_the_same_time_lose_nothing_and_share_no_sequence():
+def test_concurrent_writers_lose_nothing_and_share_no_offset():
     connect()
     threads = [
         threading.Thread(target=record, args=(*(interaction(f"{w}-{i}") for i in range(20)), interaction("same")))
@@ -85,7 +85,7 @@ def test_a_failed_transaction_leaves_no_trace():
         assert store.newest_offset(connection) == 0
 
 
-def test_an_event_of_another_loop_takes_nothing_away():
+def test_an_event_of_another_loop_changes_nothing():
     record(interaction("a"), feedback("f", "a", "thumbs_up"))
     strange = feedback("g", "a", "thumbs_down", minutes=5).model_copy(update={"loop": "other"})
     with connect().write() as connection:
@@ -94,7 +94,7 @@ def test_an_event_of_another_loop_takes_nothing_away():
 
 
 @pytest.mark.parametrize("text", ["'; DROP TABLE interactions; --", "%s {0} \\", "ünïcödé 🚧", "x" * 100_000])
-def test_whatever_is_logged_is_data(text):
+def test_logged_text_is_data(text):
     record(interaction("a", prompt=text, output=text, user=text[:200]), feedback("f", "a", "thumbs_up"))
     assert [(example.prompt, example.target) for example in new()] == [(text, text)]
 
@@ -148,7 +148,7 @@ def test_the_counters_equal_the_counted_rows_in_any_order_of_arrival():
         }  # fmt: skip
 
 
-def test_what_happens_at_once_from_many_threads_is_tallied_right():
+def test_concurrent_events_are_counted_correctly():
     threads = [
         threading.Thread(
             target=record, args=(interaction("same"), interaction(f"{i}"), feedback("f", "same", "thumbs_up"))
@@ -164,7 +164,7 @@ def test_what_happens_at_once_from_many_threads_is_tallied_right():
     }  # fmt: skip
 
 
-def test_a_forgotten_id_stays_away():
+def test_an_erased_id_is_not_recorded_again():
     with connect().write() as connection:
         row = {"id": str(uid("a")), "loop": "notes", "ingest_offset": store.take_offsets(connection, 1)}
         connection.execute(t.erased_events.insert().values(row))
@@ -173,7 +173,7 @@ def test_a_forgotten_id_stays_away():
     assert loop_counters() == {}
 
 
-def test_an_exchange_is_found_with_all_that_was_said_of_it():
+def test_an_interaction_is_found_with_its_feedback_and_example():
     given = feedback("f", "a", "correction", correction="better")
     history = ({"role": "user", "content": "earlier"}, {"role": "assistant", "content": "yes"})
     asked = interaction(
@@ -188,7 +188,7 @@ def test_an_exchange_is_found_with_all_that_was_said_of_it():
         assert store.find_interaction(connection, uid("nobody")) is None
 
 
-def test_taking_in_events_reads_by_their_ids_and_never_through_the_history(url):
+def test_recording_reads_by_id_and_never_the_whole_history(url):
     if not url.startswith("sqlite"):
         pytest.skip("PostgreSQL chooses by its statistics, not by the query alone")
     record(*(interaction(f"old {n}") for n in range(50)), feedback("old", "old 1", "thumbs_up"))
@@ -210,7 +210,7 @@ def test_taking_in_events_reads_by_their_ids_and_never_through_the_history(url):
     assert [plan for plan in searches if "SCAN" in plan or "(loop=?" in plan] == []
 
 
-def test_what_was_flagged_is_listed_until_a_person_has_said_something_of_it():
+def test_flagged_interactions_are_listed_until_they_have_feedback():
     unsure = interaction("a", flag="low confidence")
     record(unsure, interaction("b"))
     with connect().read() as connection:
@@ -220,7 +220,7 @@ def test_what_was_flagged_is_listed_until_a_person_has_said_something_of_it():
         assert store.flagged_interactions(connection, "notes", 9) == []
 
 
-def test_the_same_prompt_after_another_history_is_another_example():
+def test_the_same_prompt_with_another_history_is_another_example():
     turns = {"history": ({"role": "user", "content": "in metres"},)}
     up = [feedback("f", "a", "thumbs_up"), feedback("g", "b", "thumbs_up")]
     record(interaction("a", prompt="x", output="y"), interaction("b", prompt="x", output="y", **turns), *up)

@@ -79,13 +79,13 @@ def test_decisions_decide_what_trains_and_survive_a_rebuild(loop, logged):
     assert answers(curated(loop)) == ["ben said it better", "cid spoke", "dan spoke"]
 
 
-def test_an_edit_makes_a_pair_with_what_the_model_had_said(loop, logged):
+def test_an_edit_makes_a_preference_pair_with_the_models_answer(loop, logged):
     say(loop, "ben", "edit", "ben said it better")
     pairs = [row for row in read_all(curated(loop).path) if "chosen" in row]
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [("ben said it better", "ben spoke")]
 
 
-def test_a_decision_outlives_the_file_that_the_words_were_in(make_loop):
+def test_a_decision_survives_the_file_that_the_text_was_in(make_loop):
     feed = {"kind": "files", "name": "notes", "path": "somewhere"}
     loop = make_loop(sources=[feed], curation=CURATION)
 
@@ -101,7 +101,7 @@ def test_a_decision_outlives_the_file_that_the_words_were_in(make_loop):
     assert answers(curated(loop)) == ["amy said more"]
 
 
-def test_where_review_is_required_only_what_was_approved_trains_and_counts(make_loop, logged):
+def test_if_review_is_required_only_approved_examples_train_and_count(make_loop, logged):
     loop = make_loop(curation=CURATION, review={"required": True})
     put(loop, interaction("bad"), feedback("down", "bad", "thumbs_down"))
     assert count_new(loop, connect(), 0) == 0 == curated(loop).manifest.train
@@ -120,7 +120,7 @@ def test_where_review_is_required_only_what_was_approved_trains_and_counts(make_
     assert count_new(free, connect(), 0) == 3 == len(answers(curated(free)))
 
 
-def test_the_queue_asks_what_is_unsure_first_and_says_why(loop, logged):
+def test_the_queue_starts_with_the_least_certain_and_states_reasons(loop, logged):
     put(loop, feedback("no", "dan", "thumbs_down", minutes=3, user="u2"))
     found = review_queue(loop, connect())
     assert [str(one.candidate.interaction.id) for one in found] == [str(uid("eve")), str(uid("dan"))]
@@ -130,7 +130,7 @@ def test_the_queue_asks_what_is_unsure_first_and_says_why(loop, logged):
     assert len(review_queue(loop, connect())) == 1
 
 
-def test_a_user_who_changed_their_mind_has_one_voice(loop, logged):
+def test_a_user_who_changed_their_mind_has_one_vote(loop, logged):
     put(loop, interaction("zoe"), feedback("1", "zoe", "thumbs_up", user="u"),
         feedback("2", "zoe", "thumbs_down", minutes=1, user="u"))  # fmt: skip
     (one,) = [one for one in review_queue(loop, connect()) if one.candidate.interaction.id == uid("zoe")]
@@ -157,7 +157,7 @@ def report(folder: Path, promote: bool):
     )  # fmt: skip
 
 
-def test_what_is_like_the_weak_slices_of_the_newest_report_is_asked_too(loop, logged, own_home):
+def test_prompts_like_the_weak_slices_of_the_newest_report_are_queued(loop, logged, own_home):
     report(own_home / "promoted", promote=True)
     found = review_queue(loop, connect())
     assert len(found) == 5 and found[0].candidate.interaction.id == uid("eve")
@@ -166,6 +166,6 @@ def test_what_is_like_the_weak_slices_of_the_newest_report_is_asked_too(loop, lo
     assert len(review_queue(loop, connect())) == 1  # without its report, the queue goes on
 
 
-def test_a_rejected_challenger_s_weakness_is_not_the_champion_s(loop, logged, own_home):
+def test_a_rejected_challengers_weak_slices_do_not_count(loop, logged, own_home):
     report(own_home / "rejected", promote=False)
     assert len(review_queue(loop, connect())) == 1
