@@ -15,31 +15,31 @@ class FileRecord(Record):
 
 
 class Manifest(Record):
-    """What every artifact says of itself. Written last: its presence means that the artifact is complete."""
+    """Base class of manifests. A manifest is written last, so its presence means that the artifact is complete."""
 
     stage: ClassVar[str]
     blocking_checks: ClassVar[tuple[str, ...]] = ()
-    """Checks that must have passing outcomes before anything made from it is promoted."""
+    """Checks that must pass before anything made from the artifact is promoted."""
     loop: str
-    version: str = Field(description="Hash of inputs and settings: the same version has the same content.")
+    version: str = Field(description="Hash of inputs and settings, which determine the content.")
     created_at: UtcDatetime
     inputs: dict[str, str] = Field(description="What it was made from: name -> hash or version.")
-    settings: dict[str, Any] = Field(description="The settings that shaped it.")
+    settings: dict[str, Any] = Field(description="The settings that it depends on.")
     packages: dict[str, str] = Field(description="Versions of the libraries that made it.")
     files: dict[str, FileRecord]
 
 
 class RawLogsManifest(Manifest):
-    """A snapshot of the loop's records."""
+    """A snapshot of the loop's interactions and examples."""
 
     stage: ClassVar[str] = "raw_logs"
     interactions: int
     feedback: int
-    examples: int = Field(description="Interactions with something to teach.")
+    examples: int = Field(description="Interactions with an example.")
     shards: list[str] = Field(
         description="Parquet files, oldest first; a later shard's row of an interaction replaces an earlier one."
     )
-    new: int = Field(description="Rows of the newest shard: interactions that came or changed since the one before.")
+    new: int = Field(description="Rows of the newest shard: interactions that arrived or changed since the one before.")
     watermark: int = Field(description="Highest ingest offset in the snapshot.")
 
 
@@ -72,10 +72,10 @@ class AdapterManifest(Manifest):
     base_model: str = Field(description="Folder of the base model.")
     base_hash: str
     mode: Literal["full", "incremental"]
-    mode_reason: str = Field(default="", description="Why, or on top of which version.")
+    mode_reason: str = Field(default="", description="Why this mode, or from which version it was warm-started.")
     new_examples: int = Field(default=0, description="incremental: examples that the champion was not trained on.")
-    method: Literal["sft", "dpo", "kto"] = Field(default="sft", description="What the adapter was trained by.")
-    method_reason: str = Field(default="", description="Why by this method: it was set, or what was found.")
+    method: Literal["sft", "dpo", "kto"] = Field(default="sft", description="The training method.")
+    method_reason: str = Field(default="", description="Why this method: by settings, or because of the data.")
     device: str
     steps: int
     best_step: int | None = Field(default=None, description="The step whose weights were kept.")
