@@ -1,7 +1,7 @@
-"""Run in Axolotl's own environment: hold axolotl.yaml files against its schema, as `axolotl train` does first of all.
+"""Run in Axolotl's own environment: check axolotl.yaml files against its schema, as `axolotl train` does first.
 
-python axolotl_schema.py FILE ...: prints a JSON list with, for each file, what Axolotl says of it, or null if it is
-taken. Axolotl passes over keys that it does not know; here they are told.
+python axolotl_schema.py FILE ...: print a JSON list with, for each file, Axolotl's error, or null if it accepts the
+file. Axolotl ignores unknown keys; here they are errors.
 """
 
 import json
@@ -14,7 +14,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import DPODataset, KTODataset, SFTDataset
 
-# What it would find on a machine with one H100.
+# As on a machine with one H100.
 GPU = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
 DATASETS = {None: SFTDataset, "dpo": DPODataset, "kto": KTODataset}
 
@@ -32,7 +32,7 @@ def problem(path):
     strange = sorted(unknown(config))
     if strange:
         return f"unknown: {', '.join(strange)}"
-    sys.path.insert(0, str(Path(path).parent))  # the plugin lies there
+    sys.path.insert(0, str(Path(path).parent))  # of the plugin
     try:
         cfg = DictDefault(config)
         prepare_plugins(cfg)

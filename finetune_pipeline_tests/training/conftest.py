@@ -50,7 +50,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def padded_base(base, tmp_path_factory):
-    """Folder of a tiny model of a family whose examples cannot share a row, with tied embeddings: a Gemma 2."""
+    """Folder of a tiny Gemma 2, which trains on padded batches and has tied embeddings."""
     import torch
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
@@ -90,14 +90,14 @@ def save(folder: Path, train, validation=()):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """64 examples and 8 for validation."""
+    """Folder of 64 training examples and 8 validation examples."""
     return save(tmp_path_factory.mktemp("dataset") / "d", rows(64, 100), rows(8, 300))
 
 
 @pytest.fixture
 def job(base, dataset, tmp_path):
-    """A training of 24 steps that takes a second."""
-    # In float32, in which one process and two, a whole and a resumed training can be compared closely.
+    """A job of 24 steps, which takes a second."""
+    # In float32, so that one and two processes, and uninterrupted and resumed runs, can be compared closely.
     settings = TrainingSettings(
         num_train_epochs=3,
         per_device_train_batch_size=8,
@@ -130,6 +130,6 @@ def breaking_in_half(progress_callback):
 
 
 def contrary(job, folder):
-    """The job on a dataset whose validation wants other answers: what is learnt well makes it worse."""
+    """Return the job on a dataset with contradicting validation examples, whose loss rises in training."""
     wrong = [{**row, "completion": json.dumps({"thickness_mm": 77})} for row in rows(8, 100)]
     return job.model_copy(update={"dataset": save(folder / "contrary", rows(32, 100), wrong)})

@@ -1,4 +1,4 @@
-"""The backend axolotl, with the real Axolotl in an environment of its own (scripts/axolotl_env.sh makes it)."""
+"""The backend axolotl, with the real Axolotl in its own environment (scripts/axolotl_env.sh makes it)."""
 
 import json
 import os
@@ -34,7 +34,7 @@ SCHEMA = Path(__file__).with_name("axolotl_schema.py")
 
 @pytest.fixture(scope="session")
 def axolotl():
-    """Path of the command; made on first use, about two minutes."""
+    """Path of the command; it is installed on first use, in about two minutes."""
     folder = PROJECT_ROOT / "data" / "state" / "axolotl"
     made = subprocess.run([PROJECT_ROOT / "scripts" / "axolotl_env.sh", folder], stdout=subprocess.PIPE, text=True)
     assert made.returncode == 0, "scripts/axolotl_env.sh failed; see its output above"
@@ -126,15 +126,15 @@ def test_axolotls_schema_accepts_the_configurations(axolotl, job, tmp_path):
     wrong = [{"learning_rate": "fast"}, {"lora_rank": 4}, {"rl": "kto"}, {"adapter": "lorra"}]
     for number, change in enumerate(wrong):
         write_text(files[0].with_name(f"wrong-{number}.yaml"), yaml.safe_dump(whole | change))
-    said = ask_the_schema(axolotl, *[files[0].with_name(f"wrong-{number}.yaml") for number in range(len(wrong))])
-    assert "learning_rate" in said[0]
-    assert said[1] == "unknown: lora_rank"
-    assert said[2] is not None  # kto wants columns kept, and other data
-    assert "adapter" in said[3]
+    message = ask_the_schema(axolotl, *[files[0].with_name(f"wrong-{number}.yaml") for number in range(len(wrong))])
+    assert "learning_rate" in message[0]
+    assert message[1] == "unknown: lora_rank"
+    assert message[2] is not None  # kto needs all columns, and other data
+    assert "adapter" in message[3]
 
 
 def mean_loss(folder, adapter, rows):
-    """By transformers and PEFT alone; on the answer and its end token, not the line break that the template adds."""
+    """Return the loss by transformers and PEFT alone, on the completion and its end token, without the line break."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -178,12 +178,12 @@ def test_axolotl_is_killed_resumes_and_leaves_an_adapter(job, tmp_path):
     result = train(broken, seen.append)
     assert result.resumed_from in range(20, 160, 20)
     assert result.steps == seen[-1].step == result.curve[-1].step == 160
-    assert result.curve[0].step <= 4  # also of what was trained before the kill
+    assert result.curve[0].step <= 4  # including the steps before the kill
     assert finished(broken) == result
-    held_out = list(load_from_disk(str(broken.dataset / "validation")))
-    assert result.loss_before == pytest.approx(mean_loss(broken.base_model, None, held_out), abs=1e-4)
+    validation_rows = list(load_from_disk(str(broken.dataset / "validation")))
+    assert result.loss_before == pytest.approx(mean_loss(broken.base_model, None, validation_rows), abs=1e-4)
     assert result.loss_after == pytest.approx(
-        mean_loss(broken.base_model, broken.output / "adapter", held_out), abs=1e-3
+        mean_loss(broken.base_model, broken.output / "adapter", validation_rows), abs=1e-3
     )
     assert result.loss_after < result.loss_before * 0.95
     assert json.loads((broken.output / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
@@ -200,9 +200,11 @@ def test_axolotl_keeps_the_weights_with_the_lowest_validation_loss(job, tmp_path
     result = train(one)
     losses = {point.step: point.loss for point in result.validation}
     assert result.best_step == min(losses, key=losses.__getitem__) < result.steps == 64
-    held_out = list(load_from_disk(str(one.dataset / "validation")))
+    validation_rows = list(load_from_disk(str(one.dataset / "validation")))
     assert result.loss_after == pytest.approx(losses[result.best_step])
-    assert result.loss_after == pytest.approx(mean_loss(one.base_model, one.output / "adapter", held_out), rel=1e-3)
+    assert result.loss_after == pytest.approx(
+        mean_loss(one.base_model, one.output / "adapter", validation_rows), rel=1e-3
+    )
 
 
 @pytest.mark.slow
@@ -240,9 +242,9 @@ def test_out_of_memory_in_axolotl_says_which_batch_size_to_set(job, tmp_path, mo
     (tmp_path / "bin" / "axolotl").chmod(0o755)
     monkeypatch.setenv(COMMAND, str(tmp_path / "bin" / "axolotl"))
     job.output.mkdir()
-    said = r"memory ran out with a micro-batch of 8 \((.*CUDA|.*SIGKILL).*set per_device_train_batch_size: 4 and "
-    said += "gradient_accumulation_steps: 2"
-    with pytest.raises(TrainingError, match=said):
+    message = r"memory ran out with a micro-batch of 8 \((.*CUDA|.*SIGKILL).*set per_device_train_batch_size: 4 and "
+    message += "gradient_accumulation_steps: 2"
+    with pytest.raises(TrainingError, match=message):
         Axolotl().run(job, 0.0)
 
 
@@ -322,8 +324,8 @@ def test_the_length_of_a_preference_is_that_of_its_longest_completion(job, tmp_p
     row = {"prompt": "wall?", "history": [], **answers}
     one = job_by(job, tmp_path, "out", method="dpo")
     one = one.model_copy(update={"base_model": base, "preferences": save(tmp_path / "one", [row, row])})
-    said = [{"role": "user", "content": "wall?"}, {"role": "assistant", "content": answers["chosen"]}]
-    length = len(tokens.apply_chat_template(said, return_dict=True)["input_ids"])
+    message = [{"role": "user", "content": "wall?"}, {"role": "assistant", "content": answers["chosen"]}]
+    length = len(tokens.apply_chat_template(message, return_dict=True)["input_ids"])
     assert write(with_settings(one, max_length=length), None, gpu=False).examples == 2
     short = with_settings(one, max_length=length - 1)
     with pytest.raises(TrainingError, match="nothing is left to train on"):

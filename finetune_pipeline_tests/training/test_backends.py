@@ -55,7 +55,7 @@ def test_auto_chooses_unsloth_where_it_can_train(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backend", "changes", "said"),
+    ("backend", "changes", "message"),
     [
         ("axolotl", {"reward_weighted": True}, "set reward_weighted: false, or backend: peft"),
         ("axolotl", {"compute": "ray"}, "set compute: local"),
@@ -76,27 +76,27 @@ def test_auto_chooses_unsloth_where_it_can_train(monkeypatch):
         ("peft", {"attn_implementation": "flash_attention_2", "bf16": False}, "set bf16: true, or leave it out"),
     ],
 )
-def test_unsupported_settings_are_named_with_a_remedy(backend, changes, said):
+def test_unsupported_settings_are_named_with_a_remedy(backend, changes, message):
     one = next(known for known in BACKENDS if known.name == backend)
     settings = TrainingSettings.model_validate({"backend": backend, **changes})
-    assert any(said in problem for problem in one.unsupported(settings))
+    assert any(message in problem for problem in one.unsupported(settings))
     assert not list(one.unsupported(TrainingSettings()))
 
 
 @pytest.mark.parametrize(
-    ("backend", "command", "said"),
+    ("backend", "command", "message"),
     [
         ("unsloth", None, "unsloth cannot run here: no NVIDIA GPU was found .*; use peft"),
         ("axolotl", None, f"axolotl cannot run here: {COMMAND} is not set; install Axolotl"),
         ("axolotl", "/nowhere/axolotl", "is /nowhere/axolotl, which is not a program; install Axolotl"),
     ],
 )
-def test_an_unavailable_backend_is_refused_before_anything_starts(job, monkeypatch, backend, command, said):
+def test_an_unavailable_backend_is_refused_before_anything_starts(job, monkeypatch, backend, command, message):
     without_gpu(monkeypatch)
     monkeypatch.delenv(COMMAND, raising=False)
     if command:
         monkeypatch.setenv(COMMAND, command)
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=message):
         train(with_settings(job, backend=backend))
     assert not job.output.exists()
 

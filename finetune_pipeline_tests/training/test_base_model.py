@@ -1,4 +1,4 @@
-"""What is refused as a base model, and that asking costs nothing."""
+"""Checks of the base model, without loading torch."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def write(folder, files):
 
 
 @pytest.mark.parametrize(
-    ("without", "instead", "said"),
+    ("without", "instead", "message"),
     [
         ("config.json", {}, "has no config.json"),
         ("model.safetensors", {}, "no safetensors weights"),
@@ -37,9 +37,9 @@ def write(folder, files):
         ("chat_template.jinja", {}, "no chat template"),
     ],
 )
-def test_a_missing_file_is_named(tmp_path, without, instead, said):
+def test_a_missing_file_is_named(tmp_path, without, instead, message):
     files = {name: text for name, text in WHOLE.items() if name != without}
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=message):
         check_base_model(write(tmp_path, {**files, **instead}))
 
 

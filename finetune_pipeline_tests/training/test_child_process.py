@@ -129,7 +129,7 @@ def test_a_training_whose_parent_is_gone_ends_at_once(job):
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "message"),
     [
         ("echo loading; kill -9 $$", r"SIGKILL.*memory ran out.*smaller per_device_train_batch_size(.|\n)*loading"),
         ("echo loading; kill -SEGV $$", r"SIGSEGV.*resumes from the last checkpoint(.|\n)*loading"),
@@ -138,9 +138,9 @@ def test_a_training_whose_parent_is_gone_ends_at_once(job):
         ("echo noise; echo 'TRAINING FAILED: too hot'; exit 2", "^too hot$"),
     ],
 )
-def test_a_failure_says_how_it_ended_and_what_to_do(job, monkeypatch, script, said):
+def test_a_failure_says_how_it_ended_and_what_to_do(job, monkeypatch, script, message):
     monkeypatch.setattr(child_process, "_command", shell(script))
-    with pytest.raises(TrainingFailed, match=said):
+    with pytest.raises(TrainingFailed, match=message):
         train(job)
 
 

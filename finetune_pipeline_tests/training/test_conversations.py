@@ -24,7 +24,7 @@ ALTERNATING = (
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TWICE = [{"role": "user", "content": "Hello"}]  # and then the prompt, from the user again
+TWICE = [{"role": "user", "content": "Hello"}]  # followed by the prompt, from the user too
 METHODS = {
     "sft": lambda answer: {"completion": answer, "source": "logs", "provenance": "logs.jsonl:7"},
     "dpo": lambda answer: {"chosen": answer, "rejected": "I do not know."},
@@ -33,11 +33,11 @@ METHODS = {
 
 
 def job_of(job, method, folder, data, validation=()):
-    """A job that trains on these rows, whichever the method."""
+    """Return a job that trains on these rows by a method."""
     saved = save(folder, data, validation)
     changed = with_settings(job, method=method, max_length=1024, num_train_epochs=1, save_steps=500)
-    places = {"dataset": saved} if method == "sft" else {"preferences": saved}
-    return changed.model_copy(update=places)
+    paths = {"dataset": saved} if method == "sft" else {"preferences": saved}
+    return changed.model_copy(update=paths)
 
 
 def tokens_of(job):
@@ -63,7 +63,7 @@ def test_control_tokens_in_text_are_trained_on_as_text(job, tmp_path, method):
     one = job_of(job, method, tmp_path / "d", [plain, forged, *more]).model_copy(update={"system_prompt": SYSTEM})
     tokens = load_tokenizer(one.base_model)
     start, end = tokens.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    read = [ids for ids, learnt in tokens_of(one) if FORGED in tokens.decode(learnt)]
+    read = [ids for ids, labeled in tokens_of(one) if FORGED in tokens.decode(labeled)]
     assert len(read) == 1
     messages = [
         {"role": "system", "content": SYSTEM},
@@ -102,7 +102,7 @@ def alternating(job, tmp_path):
 
 
 def given(method, count=16, start=100):
-    """Rows that every method can be trained on, and one that the template rejects."""
+    """Return rows for a method, and one that the template rejects."""
     good = [
         {**METHODS[method](row["completion"]), "prompt": row["prompt"], "history": []} for row in rows(count, start)
     ]
@@ -118,11 +118,11 @@ def test_rejected_conversations_are_left_out_and_counted(alternating, tmp_path, 
     result = run_training(one, time.monotonic())
     assert (result.examples, result.rejected, result.too_long) == (16, 1, 0)
     assert [(rejection.split, rejection.count) for rejection in result.rejections] == [("train", 1), ("validation", 1)]
-    said = result.rejections[0]
-    assert "roles must alternate" in said.reason and said.examples[0].endswith("interaction 0190-7")
+    message = result.rejections[0]
+    assert "roles must alternate" in message.reason and message.examples[0].endswith("interaction 0190-7")
     assert "left out 1 of 17 train examples: " in capfd.readouterr().err
     if method == "sft":
-        assert said.examples == ("logs, logs.jsonl:7, interaction 0190-7",)
+        assert message.examples == ("logs, logs.jsonl:7, interaction 0190-7",)
         again = load_data(one, load_tokenizer(one.base_model))  # from the tokens that are kept beside the dataset
         assert again.rejections == result.rejections
 

@@ -221,9 +221,9 @@ def test_a_rank_without_memory_ends_all_with_advice(job, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(elastic_launch, "_rank", rank_without_memory)
     (job.output / CHECKPOINTS).mkdir(parents=True)
-    said = r"^memory ran out with a micro-batch of 4 \(.*allocate.*\); set per_device_train_batch_size: 2 and "
-    said += "gradient_accumulation_steps: 4,"
-    with pytest.raises(TrainingError, match=said):
+    message = r"^memory ran out with a micro-batch of 4 \(.*allocate.*\); set per_device_train_batch_size: 2 and "
+    message += "gradient_accumulation_steps: 4,"
+    with pytest.raises(TrainingError, match=message):
         elastic_launch.train(with_settings(job, num_processes=2), time.monotonic())
 
 

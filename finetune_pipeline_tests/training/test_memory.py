@@ -147,8 +147,8 @@ def test_a_model_for_eight_gpus_is_refused_on_one(tmp_path, monkeypatch, capfd):
     with pytest.raises(TrainingError, match="what fits: adapter: qlora"):
         check_memory(tmp_path, rank, longest=512, bf16=True)
     check_memory(tmp_path, rank, longest=512, bf16=True, shards=8)
-    told = capfd.readouterr().err.splitlines()[-1]
-    assert float(re.search(r"base weights ([\d.]+)", told)[1]) == pytest.approx(131.42 / 8 + 7.1, abs=0.01)
+    logged = capfd.readouterr().err.splitlines()[-1]
+    assert float(re.search(r"base weights ([\d.]+)", logged)[1]) == pytest.approx(131.42 / 8 + 7.1, abs=0.01)
     large = rank.model_copy(update={"per_device_train_batch_size": 64})
     with pytest.raises(
         TrainingError, match=r"what fits: per_device_train_batch_size: 16, gradient_accumulation_steps: 32$"

@@ -7,7 +7,7 @@ from finetune_pipeline.training.method_choice import DatasetCounts, choose_metho
 
 
 @pytest.mark.parametrize(
-    ("desirable", "pairs", "undesirable", "method", "said"),
+    ("desirable", "pairs", "undesirable", "method", "message"),
     [
         (232, 179, 198, "sft", "sft: 232 desirable completions (179 of them corrections) and 198 undesirable"),
         (6, 6, 198, "sft", "from 6 corrections on"),
@@ -23,10 +23,10 @@ from finetune_pipeline.training.method_choice import DatasetCounts, choose_metho
         (12, 0, 0, "sft", "too few undesirable completions"),
     ],
 )
-def test_auto_chooses_by_the_numbers_of_examples(desirable, pairs, undesirable, method, said):
+def test_auto_chooses_by_the_numbers_of_examples(desirable, pairs, undesirable, method, message):
     choice = choose_method("auto", DatasetCounts(desirable, pairs, undesirable))
     assert choice.method == method
-    assert said in choice.reason
+    assert message in choice.reason
 
 
 def test_a_method_that_was_set_is_kept():
@@ -39,7 +39,7 @@ def test_a_method_that_was_set_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("method", "counts", "said"),
+    ("method", "counts", "message"),
     [
         (
             "dpo",
@@ -51,7 +51,7 @@ def test_a_method_that_was_set_is_kept():
         ("auto", DatasetCounts(0, 0, 60), "sft needs desirable completions"),
     ],
 )
-def test_a_method_without_examples_is_refused_with_the_numbers(method, counts, said):
-    with pytest.raises(TrainingError, match=said) as error:
+def test_a_method_without_examples_is_refused_with_the_numbers(method, counts, message):
+    with pytest.raises(TrainingError, match=message) as error:
         choose_method(method, counts)
     assert "log more feedback of that kind, or set training.method to another one" in str(error.value)

@@ -64,9 +64,11 @@ def test_it_learns_and_reports_metrics(prefer, method, examples, steps):
 
 
 @pytest.fixture
-def learnt(job, tmp_path):
+def sft_adapter(job, tmp_path):
     """Folder of an adapter that was trained by SFT."""
-    first = with_settings(job, num_train_epochs=1, save_steps=500).model_copy(update={"output": tmp_path / "learnt"})
+    first = with_settings(job, num_train_epochs=1, save_steps=500).model_copy(
+        update={"output": tmp_path / "sft_adapter"}
+    )
     first.output.mkdir()
     run_training(first, time.monotonic())
     return first.output / "adapter"
@@ -80,7 +82,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 ):
     whole = prefer(method, save_steps=1 / 6, adapter=adapter)
     if on_top:
-        whole = whole.model_copy(update={"initial_adapter": request.getfixturevalue("learnt")})
+        whole = whole.model_copy(update={"initial_adapter": request.getfixturevalue("sft_adapter")})
     steps = run_training(whole, time.monotonic()).steps
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     broken.output.mkdir()
@@ -98,7 +100,7 @@ def test_the_reference_of_a_warm_start_is_a_copy_of_the_adapter(prefer, job, met
 
     settings = {"trainable_token_indices": (5, 6)}
     first = with_settings(job, num_train_epochs=1, save_steps=500, **settings)
-    first = first.model_copy(update={"output": tmp_path / "learnt"})
+    first = first.model_copy(update={"output": tmp_path / "sft_adapter"})
     first.output.mkdir()
     run_training(first, time.monotonic())
     trainer, _ = trainer_of(prefer(method, **settings).model_copy(update={"initial_adapter": first.output / "adapter"}))
@@ -116,8 +118,8 @@ def test_the_reference_of_a_warm_start_is_a_copy_of_the_adapter(prefer, job, met
     assert torch.equal(logits(), own)
 
 
-def test_over_4_bit_weights_the_policy_starts_as_the_reference(prefer, learnt):
-    trainer, _ = trainer_of(prefer("dpo", adapter="qlora").model_copy(update={"initial_adapter": learnt}))
+def test_over_4_bit_weights_the_policy_starts_as_the_reference(prefer, sft_adapter):
+    trainer, _ = trainer_of(prefer("dpo", adapter="qlora").model_copy(update={"initial_adapter": sft_adapter}))
     pairs = {name: weight for name, weight in trainer.model.named_parameters() if ".default." in name}
     for name, weight in pairs.items():
         assert weight.requires_grad and weight.equal(trainer.model.get_parameter(name.replace(".default.", ".ref.")))
@@ -130,10 +132,10 @@ def test_all_methods_read_the_same_tokens_and_measure_the_same_loss(prefer, job,
         one = job if method == "sft" else prefer(method)
         made[method] = trainer_of(one.model_copy(update={"dataset": dataset, "system_prompt": "Answer in JSON."}))
     sft, dpo, kto = (made[method][0].train_dataset for method in ("sft", "dpo", "kto"))
-    learnt = [(row["input_ids"], sum(label != -100 for label in row["labels"])) for row in sft]
-    assert [(row["prompt_ids"] + row["chosen_ids"], len(row["chosen_ids"])) for row in dpo] == learnt
+    sft_adapter = [(row["input_ids"], sum(label != -100 for label in row["labels"])) for row in sft]
+    assert [(row["prompt_ids"] + row["chosen_ids"], len(row["chosen_ids"])) for row in dpo] == sft_adapter
     good = [(row["prompt_ids"] + row["completion_ids"], len(row["completion_ids"])) for row in kto if row["label"]]
-    assert sorted(good) == sorted(learnt)
+    assert sorted(good) == sorted(sft_adapter)
     losses = [mean_loss(trainer, data.validation) for trainer, data in made.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(losses[2], rel=1e-5)
 
@@ -169,7 +171,7 @@ def test_unusable_preferences_are_refused_with_the_reason(prefer, job, tmp_path)
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_the_weights_with_the_lowest_preference_loss_are_kept(prefer, method):
-    """What is held out wants the opposite of what is trained on, so the method's loss grows there from the start."""
+    """The validation set prefers the opposite of the training set, so its loss rises from the start."""
     job = prefer(method, num_train_epochs=8, save_steps=0.25, learning_rate=5e-2)
     if method == "dpo":
         contrary = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:8]]
@@ -180,7 +182,7 @@ def test_the_weights_with_the_lowest_preference_loss_are_kept(prefer, method):
     losses = {point.step: point.loss for point in result.validation}
     assert len(losses) == 4
     assert result.best_step == min(losses, key=losses.__getitem__) < result.steps
-    assert result.loss_after != pytest.approx(losses[result.best_step])  # that one is of answers, as after SFT
+    assert result.loss_after != pytest.approx(losses[result.best_step])  # which is the loss per completion token
 
 
 def test_without_a_validation_set_the_last_preference_weights_are_kept(prefer, capsys):

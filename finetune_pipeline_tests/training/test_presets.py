@@ -1,4 +1,4 @@
-"""Architectures, presets, and what fits: every preset on every known family."""
+"""Architectures and presets: every preset on every known family."""
 
 import json
 
@@ -10,7 +10,7 @@ from finetune_pipeline.training.estimate import estimate_memory, layer_bytes
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.presets import PRESETS, apply_preset, fits, machine_of
 
-PUBLISHED = {  # billions of parameters, as the models' cards say
+PUBLISHED = {  # billions of parameters, from the models' cards
     "CodeLlama-7b": 6.74, "Llama-3.1-8B": 8.03, "Mistral-7B": 7.24, "deepseek-coder-6.7b": 6.74, "gemma-3-12b": 12.2,
     "Qwen2.5-0.5B": 0.49, "Qwen2.5-7B": 7.62, "Qwen2.5-32B": 32.8, "Qwen3-0.6B": 0.6, "Qwen3-8B": 8.19,
     "Qwen3-32B": 32.8, "Llama-3.3-70B": 70.6,
@@ -47,7 +47,7 @@ def test_a_mixture_of_experts_and_an_unknown_model_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{broken", "is not JSON"),
         ("\udcff", "is not JSON"),
@@ -56,10 +56,10 @@ def test_a_mixture_of_experts_and_an_unknown_model_are_refused(tmp_path):
         ('{"hidden_size": "64", "head_dim": 0}', "has hidden_size '64', head_dim 0 instead of positive integers"),
     ],
 )
-def test_a_broken_config_is_named_with_what_was_found(text, said, tmp_path):
+def test_a_broken_config_is_named_with_what_was_found(text, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text, errors="surrogateescape")
-    with pytest.raises(TrainingError, match=said) as error:
+    with pytest.raises(TrainingError, match=message) as error:
         architecture_of(str(tmp_path))
     assert str(path) in str(error.value)
 

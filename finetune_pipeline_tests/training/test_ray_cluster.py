@@ -1,4 +1,4 @@
-"""Training on real Ray clusters of this machine: workers killed, their machine's own copies, the driver killed."""
+"""Training on real Ray clusters of this machine, with killed workers and a killed driver."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def on_ray(job, **changes):
 
 
 def processes(of, name):
-    """Processes below `of` whose title has `name`."""
+    """Return the descendants of a process whose command line contains a name."""
     return [child for child in of.children(recursive=True) if name in " ".join(cmdline(child))]
 
 
@@ -57,7 +57,7 @@ def leftovers():
 def test_a_training_survives_a_killed_worker_with_the_same_loss(
     two_ray_nodes, job, base, dataset, tmp_path, monkeypatch
 ):
-    """What one worker gives, two give, though one of them is killed; nothing but the storage joins the machines."""
+    """Two workers, of which one is killed, give what one gives; the machines share only the storage."""
     storage = tmp_path / "storage"
     storage.mkdir()
     monkeypatch.setenv(ray_cluster.STORAGE, str(storage))
@@ -70,7 +70,7 @@ def test_a_training_survives_a_killed_worker_with_the_same_loss(
     def kill_one(progress):
         seen.append(progress.step)
         if progress.step > 40 and not killed:
-            shutil.rmtree(tmp_path / "ours")  # the workers have their own
+            shutil.rmtree(tmp_path / "ours")  # the workers have their own copies
             killed.append(processes(psutil.Process(), "RayTrainWorker")[-1])
             killed[0].kill()
 
@@ -91,7 +91,7 @@ def test_a_training_survives_a_killed_worker_with_the_same_loss(
 
 
 def loss_by_peft(job, base, dataset):
-    """Mean loss per answer token of the written adapter, by PEFT and the tokenizer alone."""
+    """Return the adapter's mean loss per completion token, by PEFT and the tokenizer alone."""
     import torch
     from datasets import load_from_disk
     from peft import PeftModel
@@ -177,7 +177,7 @@ def test_workers_get_the_trackers_variables(job, monkeypatch):
 
 @contextmanager
 def killed_driver(job):
-    """A training started by hand; when the context ends, its process is killed, and all that it started must follow."""
+    """Start a training by hand; at the end kill its process, and check that everything it started ends too."""
     write_text(job.output / "job.json", job.model_dump_json())
     driver = psutil.Popen([sys.executable, "-m", "finetune_pipeline.training", job.output / "job.json"])
     try:
@@ -185,7 +185,7 @@ def killed_driver(job):
         slow = {
             *processes(driver, "DashboardAgent"),
             *processes(driver, "RuntimeEnvAgent"),
-        }  # they look up after a minute
+        }  # they notice after a minute
         family = set(driver.children(recursive=True)) - slow
     finally:
         driver.kill()
@@ -196,8 +196,8 @@ def killed_driver(job):
 @needs_ray
 @pytest.mark.slow
 def test_a_killed_training_ends_its_cluster_and_can_be_resumed(job):
-    """Without an address the cluster is started for the training, and neither it nor a worker outlives it."""
-    two = with_settings(on_ray(job), num_train_epochs=80)  # the workers see after a second or two that nobody is left
+    """Without an address, the cluster is started for the training and ends with it."""
+    two = with_settings(on_ray(job), num_train_epochs=80)  # the workers notice after a second or two
     with killed_driver(two) as driver:
         wait_for(lambda: ray_has_kept(two, "checkpoint-80"))
         assert len(processes(driver, "RayTrainWorker")) == 2
@@ -215,7 +215,7 @@ def test_a_training_killed_after_its_last_step_is_not_repeated(job):
     two = on_ray(job)
     with killed_driver(two) as driver:
         wait_for(lambda: processes(driver, "RayTrainWorker"))
-        driver.suspend()  # so that it cannot fetch the result
+        driver.suspend()  # so it cannot fetch the result
         wait_for(lambda: ray_has_kept(two, "result"))
 
     result = train(two)

@@ -38,10 +38,10 @@ def test_examples_without_a_reward_get_the_mean_weight():
 
 
 def test_replay_data_does_not_outweigh_corrections(job, tmp_path):
-    taught = [{**row, "reward": 0.2, "source": "feedback"} for row in rows(20, 100)]
+    corrected = [{**row, "reward": 0.2, "source": "feedback"} for row in rows(20, 100)]
     replayed = [{**row, "reward": 1.0, "source": "replay"} for row in rows(20, 500)]
     weighted = with_settings(job, reward_weighted=True)
-    weighted = weighted.model_copy(update={"dataset": save(tmp_path / "d", [*taught, *replayed])})
+    weighted = weighted.model_copy(update={"dataset": save(tmp_path / "d", [*corrected, *replayed])})
     drawn = load_data(weighted, load_tokenizer(job.base_model)).train["reward"][:]
     assert drawn == [0.2] * 20 + [None] * 20  # each once
 

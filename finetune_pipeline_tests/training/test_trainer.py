@@ -136,10 +136,12 @@ def test_replay_data_and_too_long_examples_are_refused(job, tmp_path, weighted):
     long = [{**row, "prompt": "7" * 400, "reward": 1.0, "source": "logs"} for row in rows(4, 100)]
     dataset = save(tmp_path / "d", [*long, *({**row, "reward": None, "source": "replay"} for row in rows(6, 200))])
     one = with_settings(job, max_length=128, reward_weighted=weighted).model_copy(update={"dataset": dataset})
-    said = "nothing is left to train on: 4 of 10 examples have more than 128 tokens, and the other 6 are only replayed"
-    with pytest.raises(TrainingError, match=said):
+    message = (
+        "nothing is left to train on: 4 of 10 examples have more than 128 tokens, and the other 6 are only replayed"
+    )
+    with pytest.raises(TrainingError, match=message):
         run_training(one, time.monotonic())
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=message):
         write(one, None, gpu=False)
 
 
@@ -150,7 +152,7 @@ def test_without_validation_the_loss_is_measured_on_training_examples(job, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("held_out", "stopping", "said"),
+    ("validation_rows", "stopping", "message"),
     [
         (8, None, "not validated, so the last weights stay: all 8 validation examples have more than 128 tokens"),
         (8, 1, "early_stopping_patience does nothing: all 8 validation examples have more than 128"),
@@ -158,13 +160,13 @@ def test_without_validation_the_loss_is_measured_on_training_examples(job, tmp_p
         (0, None, ""),
     ],
 )
-def test_a_training_without_validation_is_logged(job, tmp_path, capsys, held_out, stopping, said):
-    long = [{**row, "prompt": "7" * 400} for row in rows(held_out, 300)]
+def test_a_training_without_validation_is_logged(job, tmp_path, capsys, validation_rows, stopping, message):
+    long = [{**row, "prompt": "7" * 400} for row in rows(validation_rows, 300)]
     one = with_settings(job, max_length=128, early_stopping_patience=stopping)
     one = one.model_copy(update={"dataset": save(tmp_path / "d", rows(8, 100), long)})
     assert not load_data(one, load_tokenizer(one.base_model)).has_validation
-    told = [line for line in capsys.readouterr().err.splitlines() if "validated" in line]
-    assert len(told) == bool(said) and said in "".join(told)
+    logged = [line for line in capsys.readouterr().err.splitlines() if "validated" in line]
+    assert len(logged) == bool(message) and message in "".join(logged)
 
 
 def test_texts_are_tokenized_once_for_all_trainings(job, tmp_path, monkeypatch):
