@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import dagster as dg
+import psutil
 import pytest
 import yaml
 from dagster_shared.error import SerializableErrorInfo
@@ -159,6 +160,26 @@ def test_a_run_that_is_canceled_elsewhere_ends(loop, workspace, tmp_path, monkey
     thread.join()
     assert code == 1 and "stopping the run; press Ctrl-C again to kill it" in lines
     assert the_run().status == dg.DagsterRunStatus.CANCELED
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_is_marked_as_failed(loop, workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECOND", "sleep")
+    monkeypatch.setenv("CLEANED_UP", str(tmp_path / "cleaned_up"))
+
+    def kill():
+        with dg.DagsterInstance.get() as instance:
+            while not (runs := instance.get_runs()) or runs[0].status != dg.DagsterRunStatus.STARTED:
+                time.sleep(0.2)
+        (child,) = (one for one in psutil.Process().children() if "notes_loop" in one.cmdline())
+        child.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    code, lines = run_and_read(loop, workspace)
+    thread.join()
+    assert code == 1 and lines[-1].startswith("the run did not succeed")
+    assert the_run().status == dg.DagsterRunStatus.FAILURE
 
 
 def test_definitions_that_do_not_load_are_shown(loop, workspace, monkeypatch):
