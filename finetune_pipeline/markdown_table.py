@@ -19,5 +19,5 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], align
 
 def cell(value: Any) -> str:
     """Return a value as text that cannot end its table cell or start HTML; integers get thousands separators."""
-    text = f"{value:,}" if isinstance(value, int) else str(value)
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -90,10 +90,10 @@ VALUES = st.recursive(
     | VALUES,
     st.booleans(),
 )
-def test_both_validators_accept_the_same_answers(value, right):
+def test_both_validators_accept_the_same_answers(value, add_required):
     """The exact one checks again what the fast one refuses, so only what the fast one accepts could differ."""
     schema = load_schema(PROJECT_ROOT / "data" / "benchmarks" / "aec_parser.schema.json")
-    if right and isinstance(value, dict):
+    if add_required and isinstance(value, dict):
         value = {**value, "element": "wall", "material": "steel"}
     validator = answer_validator(schema)
     assert validator.fast is not None

@@ -87,7 +87,7 @@ def test_replay_is_trained_on_and_never_overlaps_the_benchmark():
     assert not any(overlaps_benchmark(row.prompt, row.history, POLICY) for row in built.train)
 
 
-def test_replay_that_overlaps_the_benchmark_is_left_out_even_if_too_few_remain():
+def test_replay_that_overlaps_the_benchmark_is_left_out():
     greedy = replace(ALL_TRAIN, settings=ALL_TRAIN.settings.model_copy(update={"replay_ratio": 10}))
     prompts = ["The golden question of  ALL!", "Listen: the golden question of all, what is it?", "something old"]
     built = build([example(1)], greedy, [replay_example(prompt, "x") for prompt in prompts])

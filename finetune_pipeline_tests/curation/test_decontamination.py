@@ -46,7 +46,7 @@ def test_a_question_in_an_earlier_turn_is_found():
         ("Timber roof; T24; CA", "Hi! timber roof, T24 CA, quickly please, with a reason", True),  # four words
         ("Timber roof; T24; CA; R47", "Hi! timber roof, T24 CA, quickly please, with a reason", False),  # not all of it
         ("Timber roof; T24; CA", "A timber roof of T24, and then CA", False),  # not in a row
-        ("Timber roof; T24; CA", "subtimber roof T24 cab", False),  # words, not pieces of them
+        ("Timber roof; T24; CA", "subtimber roof T24 cab", False),  # whole words, not parts of words
         (
             "golden question birch",
             "Hi! golden question birch, quickly please, with a reason",

@@ -166,7 +166,7 @@ def test_processes_give_the_same_dataset(tmp_path, monkeypatch):
 
 @needs_ray
 @pytest.mark.slow
-def test_two_workers_of_a_ray_cluster_give_the_same_dataset(two_ray_nodes, tmp_path, monkeypatch):
+def test_two_ray_workers_give_the_same_dataset(two_ray_nodes, tmp_path, monkeypatch):
     paths = write_shards(tmp_path / "in", logs(0, 300), logs(300, 500))
     one = built(tmp_path / "one", paths)
     monkeypatch.setattr(filter, "_CHUNK_ROWS", 100)

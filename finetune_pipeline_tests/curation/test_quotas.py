@@ -1,4 +1,4 @@
-"""How many examples each source may give."""
+"""Quotas: how many examples each source gives to a dataset."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +47,7 @@ def test_a_tiny_source_does_not_empty_the_dataset():
     assert shared({"a": 5000, "b": 37, "c": 300}, a=0.5, b=0.3, c=0.2) == {"a": 5000, "b": 37, "c": 300}
     assert shared({"logs": 300, "vault": 200, "code": 7}, logs=0.5, vault=0.3, code=0.2) == {
         "logs": 300,
-        "vault": 180,  # beside the 300 as 3 to 5
+        "vault": 180,  # in proportion to the 300 as 3 to 5
         "code": 7,
     }
 
@@ -64,25 +64,27 @@ def test_the_source_with_the_largest_fraction_leads():
 
 @given(COUNTS, QUOTAS)
 def test_sources_keep_their_quota_and_none_is_cut_needlessly(counts, quotas):
-    may = apply_quotas(counts, quotas)
-    total, has = sum(may.values()), {}
+    allowed = apply_quotas(counts, quotas)
+    total, capped = sum(allowed.values()), {}
     for source, count in counts.items():
         quota = quotas.get(source, Quota())
-        has[source] = count if quota.max_examples is None else min(count, quota.max_examples)
-    fractions = {source: quotas.get(source, Quota()).max_fraction for source in has if has[source]}
+        capped[source] = count if quota.max_examples is None else min(count, quota.max_examples)
+    fractions = {source: quotas.get(source, Quota()).max_fraction for source in capped if capped[source]}
     if not fractions:
-        assert may == has
+        assert allowed == capped
         return
-    fraction, most = max((fractions[source], has[source]) for source in fractions)
-    cut = [source for source in fractions if may[source] < has[source]]
-    assert all(may[source] == 0 for source in has if source not in fractions)
-    assert all(1 <= may[source] <= has[source] for source in fractions)
-    assert all(fractions[source] <= fraction for source in cut) and total >= most  # who may give most gives all
+    fraction, most = max((fractions[source], capped[source]) for source in fractions)
+    cut = [source for source in fractions if allowed[source] < capped[source]]
+    assert all(allowed[source] == 0 for source in capped if source not in fractions)
+    assert all(1 <= allowed[source] <= capped[source] for source in fractions)
+    assert (
+        all(fractions[source] <= fraction for source in cut) and total >= most
+    )  # the leading source keeps all its examples
     for source in cut:
         own = max(fractions[source] * total, fractions[source] / fraction * most)
-        # Of each source that was rounded down the dataset lost less than one example.
-        assert may[source] <= max(1, own + len(cut) * fractions[source] + 1e-6)
-        assert may[source] + 1 > own - 1e-6 - sum(may[other] == 1 for other in cut) * fractions[source]
+        # Rounding down takes less than one example of each source.
+        assert allowed[source] <= max(1, own + len(cut) * fractions[source] + 1e-6)
+        assert allowed[source] + 1 > own - 1e-6 - sum(allowed[other] == 1 for other in cut) * fractions[source]
 
 
 @given(COUNTS, QUOTAS, st.randoms(use_true_random=False))
@@ -94,6 +96,6 @@ def test_the_order_of_sources_does_not_matter(counts, quotas, rng):
 @given(COUNTS, QUOTAS, st.sampled_from("abcde"), st.integers(1, 500))
 def test_more_of_one_source_never_means_less_of_another(counts, quotas, source, more):
     counts = {name: count for name, count in counts.items() if count}
-    if source in counts:  # who comes anew may be the one that the others are measured by
+    if source in counts:  # a new source may become the leading one
         before, after = apply_quotas(counts, quotas), apply_quotas({**counts, source: counts[source] + more}, quotas)
         assert all(after[name] >= before[name] for name in counts)

@@ -12,7 +12,7 @@ from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.conftest import uid
 
-# Put together here, so that nobody's scanner takes this file for a leak.
+# Concatenated here, so that secret scanners do not report this file.
 SK, KEY = "sk-", "PRIVATE KEY-----"
 AWS_ID, AWS_SECRET = "AKIA" + "IOSFODNN7EXAMPLE", f"wJalrXUtnFEMI/{'K7MDENG/'}bPxRfiCYEXAMPLEKEY"
 PEM = f"-----BEGIN RSA {KEY}\nMIIEowIBAAKCAQEAabcdefgh\nqrstuvwxyzABCDEFG1\n-----END RSA {KEY}"
@@ -27,7 +27,7 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         ("line\\njane@example.com in escaped text", "line\\n[EMAIL] in escaped text"),
         ("pay with 4111 1111 1111 1111 now", "pay with [CARD] now"),
         ("5555-5555-5555-4444", "[CARD]"),
-        ("150 4111 1111 1111 1111", "150 [CARD]"),  # beside an amount
+        ("150 4111 1111 1111 1111", "150 [CARD]"),  # next to an amount
         ("180 by 20 150 4111 1111 1111 1111", "180 by 20 150 [CARD]"),
         ("4111 1111 1111 1111 123", "[CARD] 123"),  # with its check number
         ("4111111111111111 12", "[CARD] 12"),
@@ -48,7 +48,7 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         (f"AIza{'B' * 35}", "[SECRET]"),
         ("AKIA" + "IOSFODNN7EXAMPLE", "[SECRET]"),
         ("xoxb-" + "1234-5678-abcdefghij", "[SECRET]"),
-        (f"sk_live_{'a1' * 40}", "[SECRET]"),  # longer than the pattern knows: nothing of it stays
+        (f"sk_live_{'a1' * 40}", "[SECRET]"),  # longer than the pattern: it is replaced as a whole
         ("123456789:" + "AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw0", "[SECRET]"),
         (f"token {JWT}.", "token [SECRET]."),
         (PEM, "[SECRET]"),
@@ -68,7 +68,7 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         ('{"password": "hunter2"}', '{"password": "[SECRET]"}'),
         ("DB_PASSWORD=correcthorse", "DB_PASSWORD=[SECRET]"),
         ("export PGPASSWORD='correct-horse-battery'\nX=1", "export PGPASSWORD='[SECRET]'\nX=1"),
-        (f"{AWS_ID} {AWS_SECRET}", "[SECRET] [SECRET]"),  # the secret by itself, with no name before it
+        (f"{AWS_ID} {AWS_SECRET}", "[SECRET] [SECRET]"),  # the secret alone, without a name before it
         (f"{AWS_ID},{AWS_SECRET}", "[SECRET],[SECRET]"),
         (f"{AWS_SECRET} goes with {AWS_ID}", "[SECRET] goes with [SECRET]"),
         ("415-555-2671", "[PHONE]"),
@@ -108,7 +108,7 @@ def test_secrets_and_personal_data_are_replaced(text, clean):
         "v1.2.3-rc.4+build.567, DIN EN 1992-1-1:2011-01, 10.0.0.1:8080",
         "ISBN 978-3-16-148410-0, 9783161484100, EAN 4006381333931",
         "part no 4711-0815-1234-5678, AB-1234-5678-90, W1-2100-900-0054",
-        "490154203237518",  # a device's number, which passes the same check sum as a card
+        "490154203237518",  # an IMEI, which has the same checksum as a card
         "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
         "1699999999999999 and 1234567890123456789 and 0.4111111111111111",
         "The password is required and must have 12 characters; the password is SHA256-hashed.",
@@ -174,7 +174,7 @@ def test_the_sample_logs_and_benchmarks_are_not_changed():
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
-        ('{"to": "jane@example.com",  "n": 1.50}', '{"to": "[EMAIL]",  "n": 1.50}'),  # all else as it was written
+        ('{"to": "jane@example.com",  "n": 1.50}', '{"to": "[EMAIL]",  "n": 1.50}'),  # the rest is unchanged
         ('{"card": 4111111111111111, "all": [5555555555554444]}', '{"card": "[CARD]", "all": ["[CARD]"]}'),
         ('{"phone": "030 901820", "mobileNumber": "0171 1234567"}', '{"phone": "[PHONE]", "mobileNumber": "[PHONE]"}'),
         (
@@ -305,7 +305,7 @@ def test_a_json_document_stays_valid(value):
 def test_adversarial_text_takes_linear_time(piece):
     began = time.perf_counter()
     redact("a@b." + piece * (200_000 // len(piece)) + "password=")
-    assert time.perf_counter() - began < 5  # it takes a fraction of a second; what grows quadratically takes minutes
+    assert time.perf_counter() - began < 5  # linear time is a fraction of a second, quadratic time is minutes
 
 
 SECRETS = {
