@@ -211,7 +211,7 @@ def _files(source: CodeSource) -> Iterator[tuple[str, Iterator[_LocatedChunk | S
     """Yield the path of each file with its chunks."""
     root = project_path(source.path)
     texts = read_texts(root, lambda name: _language(source, name) is not None, source.ignore, max_bytes=MAX_FILE_BYTES)
-    for found in require_any(texts, f"source {source.name}: no file of {', '.join(source.languages)} lies in {root}"):
+    for found in require_any(texts, f"source {source.name}: found no file of {', '.join(source.languages)} in {root}"):
         if isinstance(found, SkippedRecord):
             yield found.provenance, iter([found])
         elif reason := _not_handwritten(found.text):

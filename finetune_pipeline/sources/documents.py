@@ -221,7 +221,7 @@ def _tasks(
     root, forms = project_path(source.path), project_path(source.templates)
     found = read_texts(root, lambda name: name.lower().endswith((".md", ".txt")), max_bytes=MAX_FILE_BYTES)
     documents = (one for one in found if isinstance(one, SkippedRecord) or not (root / one.path).is_relative_to(forms))
-    for file in require_any(documents, f"source {source.name}: no document (.md or .txt) lies in {root}"):
+    for file in require_any(documents, f"source {source.name}: found no document (.md or .txt) in {root}"):
         if isinstance(file, SkippedRecord):
             yield file
         elif len(file.text.strip()) < _SHORTEST_DOCUMENT:

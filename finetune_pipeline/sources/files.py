@@ -37,7 +37,10 @@ def read(source: FilesSource, cursor: Any) -> Reading:
     if not paths and closed:
         raise SourceError(f"source {source.name}: {root}: {closed[0].reason}; grant access to it")
     if not paths:  # an unmounted disk looks like this too, and must not retract everything
-        raise SourceError(f"source {source.name}: no file .jsonl, .json, .csv, .tsv or .parquet lies in {root}")
+        raise SourceError(
+            f"source {source.name}: found no .jsonl, .ndjson, .json, .csv, .tsv or .parquet file in {root}; put one "
+            "there, or correct its path in the YAML"
+        )
     yield from closed
     for path in paths:
         try:

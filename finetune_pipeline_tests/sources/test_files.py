@@ -414,7 +414,7 @@ def test_only_visible_files_inside_the_folder_are_read(tmp_path):
 def test_a_missing_source_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(SourceError, match="does not exist; create it, or correct its path"):
         found(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match=r"no file .*lies in"):
+    with pytest.raises(SourceError, match=r"found no .* file in .*; put one there"):
         found(tmp_path)
 
 

@@ -55,7 +55,7 @@ def source(request, root):
 
 
 def test_an_empty_folder_is_an_error(source):
-    with pytest.raises(SourceError, match=r"lies in|contains no note"):
+    with pytest.raises(SourceError, match=r"found no|contains no note"):
         list(reader_for(source)(source, None))
 
 
