@@ -34,7 +34,7 @@ from finetune_pipeline.sources.ingest_ledger import ReadTotals, read_totals, rej
 from finetune_pipeline.sources.source_record import SourceError
 
 MAX_SHARDS = 32
-NAMED = 20
+MAX_LISTED = 20
 """Rejected lines and skipped records that are listed; the others are only counted."""
 
 COLUMNS = {
@@ -88,16 +88,16 @@ def collect_logs(loop: LoopSettings, database: Database, log: Callable[[str], No
             ingested=ingested,
             sources=sources,
             undeclared=undeclared_sources(connection, loop),
-            skipped=skipped_records(connection, loop, NAMED),
+            skipped=skipped_records(connection, loop, MAX_LISTED),
             files_read=read_totals(connection, loop.name),
-            rejected=rejected_lines(connection, loop.name, NAMED),
+            rejected=rejected_lines(connection, loop.name, MAX_LISTED),
         )
 
 
 def snapshot(
     loop: LoopSettings, database: Database, sources: Sequence[SourceReport] = ()
 ) -> tuple[Artifact[RawLogsManifest], Counter[str]]:
-    """Return the loop's interactions as Parquet files, with what each of them teaches now.
+    """Return the loop's interactions as Parquet files, with the example that each of them gives now.
 
     A snapshot consists of shards. Shards of the last snapshot are hard-linked; interactions that came or changed since
     go into one new shard, and a later shard's row of an interaction replaces an earlier one. If nothing is new, the
