@@ -33,7 +33,7 @@ def _in_utc(moment: datetime) -> datetime:
     try:
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except OverflowError:
-        raise ValueError("lies before the year 1 or after the year 9999 in UTC") from None
+        raise ValueError("is before the year 1 or after the year 9999 in UTC") from None
 
 
 CLOCK_SKEW = timedelta(minutes=10)

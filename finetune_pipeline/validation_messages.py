@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 RENAMED_FIELDS = {"task": "loop", "arm": "variant", "origin": "provenance", "feeds": "sources"}
-"""Field names of earlier versions, so that a log or YAML file of that time gets told the new name."""
+"""Field names of earlier versions, so that the error about an old log or YAML file states the new name."""
 
 
 def error_message(error: ValidationError) -> str:

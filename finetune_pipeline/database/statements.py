@@ -1,4 +1,4 @@
-"""Statements that SQLite and PostgreSQL spell alike but SQLAlchemy does not, and lists cut into what one may hold."""
+"""SQL statements that SQLAlchemy has only per dialect, and splitting of long parameter lists."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar

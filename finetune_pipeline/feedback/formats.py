@@ -1,6 +1,6 @@
 """Feedback files: import of three kinds of JSON objects, and export as events or as Alpaca rows.
 
-The kinds are told apart by their keys, and one file may contain all of them:
+The keys of an object determine its kind, and one file may contain all kinds:
 
     {"event": "interaction" | "feedback", ...}                          the project's own events
     {"prompt", "output" or "response"[, "reward", "correction", ...]}   an interaction with its feedback

@@ -21,8 +21,8 @@ from finetune_pipeline.feedback.review_decisions import (
     UNDO,
     ReviewDecision,
     decision_of,
-    is_standing,
-    standing_decisions,
+    effective_decisions,
+    is_effective,
 )
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.store import load_with_feedback, qualifies, recompute_examples, take_offsets
@@ -62,7 +62,7 @@ class ReviewCandidate:
         feedback: all of it, in the order of arrival.
         rewards: the reward of each feedback.
         example: the example by feedback alone; None without feedback.
-        previous_decision: a decision that stands although a person has corrected the answer since.
+        previous_decision: a decision in effect, although a person has corrected the answer since.
     """
 
     interaction: Interaction
@@ -104,7 +104,7 @@ def review_candidates(
         queries.append(_qualifying(loop, min_reward))
     ids = sorted({id for query in queries for id in connection.execute(query.limit(MAX_CANDIDATES)).scalars()})
     found = list(load_candidates(connection, loop, ids, reward))
-    decisions = standing_decisions(connection, loop, ids, [one.content_hash for one in found])
+    decisions = effective_decisions(connection, loop, ids, [one.content_hash for one in found])
     return [
         replace(one, previous_decision=decisions.by_interaction.get(str(one.interaction.id)))
         for one in found
@@ -160,7 +160,7 @@ def record_decision(
 def undo_decision(
     connection: sa.Connection, loop: str, reviewer: str, reward: RewardFunction, interaction_id: UUID | None = None
 ) -> str | None:
-    """Undo the reviewer's newest decision that stands; return the interaction's id, or None if there is no decision.
+    """Undo the reviewer's newest decision in effect; return the interaction's id, or None if there is no decision.
 
     The decision stays in the table, followed by the undo.
 
@@ -169,7 +169,7 @@ def undo_decision(
     """
     ingest_offset = take_offsets(connection, 1)
     d = t.review_decisions.c
-    newest = sa.select(t.review_decisions).where(d.loop == loop, d.reviewer == reviewer, is_standing())
+    newest = sa.select(t.review_decisions).where(d.loop == loop, d.reviewer == reviewer, is_effective())
     if interaction_id is not None:
         newest = newest.where(d.interaction_id == str(interaction_id))
     row = connection.execute(newest.order_by(d.ingest_offset.desc()).limit(1)).one_or_none()
@@ -182,9 +182,9 @@ def undo_decision(
     return decision.interaction_id
 
 
-def standing_decision(connection: sa.Connection, loop: str, interaction_id: UUID) -> ReviewDecision | None:
-    """Return the decision that stands for an interaction."""
-    return standing_decisions(connection, loop, [str(interaction_id)]).by_interaction.get(str(interaction_id))
+def effective_decision(connection: sa.Connection, loop: str, interaction_id: UUID) -> ReviewDecision | None:
+    """Return the decision in effect for an interaction."""
+    return effective_decisions(connection, loop, [str(interaction_id)]).by_interaction.get(str(interaction_id))
 
 
 def interactions_with_content(connection: sa.Connection, loop: str, content_hashes: Sequence[str]) -> list[str]:
@@ -232,9 +232,9 @@ def _insert_decision(
 
 
 def _undecided() -> sa.ColumnElement[bool]:
-    """No decision stands for the interaction, or a person has corrected it since."""
+    """Return the condition that no decision is in effect, or a person has corrected the answer since."""
     i, d = t.interactions.c, t.review_decisions.c
-    return ~sa.exists().where(d.interaction_id == i.id, is_standing(), ~_corrected_since())
+    return ~sa.exists().where(d.interaction_id == i.id, is_effective(), ~_corrected_since())
 
 
 def _corrected_since() -> sa.ColumnElement[bool]:
@@ -245,14 +245,16 @@ def _corrected_since() -> sa.ColumnElement[bool]:
 
 
 def _corrected_after_decision(loop: str) -> sa.Select[Any]:
-    """A decision stands, and a person has corrected the answer since."""
+    """Select interactions whose decision is in effect, but whose answer a person has corrected since."""
     i, d = t.interactions.c, t.review_decisions.c
     query = sa.select(i.id).join(t.review_decisions, i.id == d.interaction_id).where(d.loop == loop, i.loop == loop)
-    return query.where(i.retracted_offset.is_(None), is_standing(), _corrected_since()).order_by(d.ingest_offset.desc())
+    return query.where(i.retracted_offset.is_(None), is_effective(), _corrected_since()).order_by(
+        d.ingest_offset.desc()
+    )
 
 
 def _low_confidence(loop: str, below: float) -> sa.Select[Any]:
-    """The answer is flagged or its confidence is below `below`, and no person gave feedback."""
+    """Select interactions that are flagged or less confident than `below`, and on which no person gave feedback."""
     i, f = t.interactions.c, t.feedback.c
     judged = sa.exists().where(f.interaction_id == i.id, f.loop == loop, f.kind.in_(sorted(PERSON_KINDS)))
     unsure = sa.or_(i.flag.is_not(None), i.confidence < below)
@@ -261,7 +263,7 @@ def _low_confidence(loop: str, below: float) -> sa.Select[Any]:
 
 
 def _disputed(loop: str) -> sa.Select[Any]:
-    """Feedback disagrees, corrections differ, or a person rejected the answer and nobody corrected it."""
+    """Select interactions with contradicting feedback or corrections, or that were rejected but not corrected."""
     i, f = t.interactions.c, t.feedback.c
     rejection = sa.or_(f.kind == "thumbs_down", sa.and_(f.kind == "rating", f.rating.in_(["1", "2"])))
     positive = sa.or_(
@@ -283,7 +285,7 @@ def _disputed(loop: str) -> sa.Select[Any]:
 
 
 def _qualifying(loop: str, min_reward: float) -> sa.Select[Any]:
-    """The example may train and has not been reviewed."""
+    """Select interactions whose examples may train and have not been reviewed."""
     i, e = t.interactions.c, t.examples.c
     query = sa.select(e.interaction_id).join(t.interactions, i.id == e.interaction_id)
     unreviewed = query.where(e.loop == loop, e.review.is_(None), qualifies(min_reward))

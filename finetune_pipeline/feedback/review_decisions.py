@@ -1,8 +1,8 @@
 """The decisions of reviewers, and the examples that result from them.
 
-A decision is about a prompt and the answer that was shown. It stands for its interaction until it is undone, whatever
+A decision is about a prompt and the answer that was shown. It holds for its interaction until it is undone, whatever
 feedback arrives, and for the same prompt and answer elsewhere (a copy, a note that moved), which have the same content
-hash. Of several decisions the newest stands.
+hash. Of several decisions only the newest is effective.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ UNDO = "undo"
 
 @dataclass(frozen=True)
 class ReviewDecision:
-    """A decision that stands.
+    """A decision in effect.
 
     Attributes:
         target: the answer that was approved or written; for a rejection, the answer that was shown.
@@ -41,8 +41,8 @@ class ReviewDecision:
 
 
 @dataclass(frozen=True)
-class StandingDecisions:
-    """The decisions that stand for some interactions.
+class EffectiveDecisions:
+    """The decisions in effect for some interactions.
 
     Attributes:
         by_interaction: interaction id -> the decision on it.
@@ -93,21 +93,21 @@ class StandingDecisions:
         )
 
 
-def standing_decisions(
+def effective_decisions(
     connection: sa.Connection, loop: str, ids: Sequence[str], content_hashes: Iterable[str] = ()
-) -> StandingDecisions:
-    """Return the decisions that stand for these interactions and these contents."""
+) -> EffectiveDecisions:
+    """Return the decisions in effect for these interactions and these contents."""
     d = t.review_decisions.c
     if connection.execute(sa.select(sa.func.max(d.ingest_offset))).scalar() is None:
-        return StandingDecisions()  # most stores have no decisions, so millions of events need no further query
+        return EffectiveDecisions()  # most stores have no decisions, so millions of events need no further query
     by_interaction = _select(connection, d.interaction_id, ids)
     by_content = _select(connection, d.content_hash, sorted(set(content_hashes)), d.loop == loop)
-    return StandingDecisions(
+    return EffectiveDecisions(
         {one.interaction_id: one for one in by_interaction}, {one.content_hash: one for one in by_content}
     )
 
 
-def is_standing(decision: sa.FromClause = t.review_decisions) -> sa.ColumnElement[bool]:
+def is_effective(decision: sa.FromClause = t.review_decisions) -> sa.ColumnElement[bool]:
     """Return the SQL condition that a decision is the newest of its interaction, and not an undo."""
     newer = t.review_decisions.alias()
     c = decision.c
@@ -131,9 +131,9 @@ def decision_of(row: sa.Row[tuple[object, ...]]) -> ReviewDecision:
 def _select(
     connection: sa.Connection, column: sa.Column[str], values: Sequence[str], *where: sa.ColumnElement[bool]
 ) -> list[ReviewDecision]:
-    """Return the decisions that stand, oldest first."""
+    """Return the decisions in effect, oldest first."""
     found = []
     for chunk in chunks(values):
-        query = sa.select(t.review_decisions).where(column.in_(chunk), is_standing(), *where)
+        query = sa.select(t.review_decisions).where(column.in_(chunk), is_effective(), *where)
         found += [decision_of(row) for row in connection.execute(query)]
     return sorted(found, key=lambda one: one.ingest_offset)

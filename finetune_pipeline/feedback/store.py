@@ -16,7 +16,7 @@ from finetune_pipeline.database import tables as t
 from finetune_pipeline.database.statements import chunks, insert
 from finetune_pipeline.feedback.content_hash import example_hash
 from finetune_pipeline.feedback.resolution import resolve
-from finetune_pipeline.feedback.review_decisions import is_standing, standing_decisions
+from finetune_pipeline.feedback.review_decisions import effective_decisions, is_effective
 from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.records import Example, Feedback, Interaction
 
@@ -286,7 +286,7 @@ def unmatched_feedback(connection: sa.Connection, loop: str, limit: int) -> Sequ
 def flagged_interactions(connection: sa.Connection, loop: str, limit: int) -> list[Interaction]:
     """Return the newest interactions that are flagged for review and have neither feedback nor a decision."""
     i = t.interactions.c
-    decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id, is_standing())
+    decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id, is_effective())
     has_feedback = sa.exists().where(t.feedback.c.interaction_id == i.id, t.feedback.c.loop == loop)
     query = sa.select(t.interactions).where(i.loop == loop, i.flag.is_not(None), ~decided, ~has_feedback)
     rows = connection.execute(query.order_by(i.ingest_offset.desc()).limit(limit))
@@ -473,7 +473,7 @@ def _insert_examples(
         example = resolve(interaction, [one for one, _ in own], newest, reward) if own else None
         resolved.append((interaction, example, newest))
     hashes = (example_hash(example) for _, example, _ in resolved if example is not None)
-    decisions = standing_decisions(connection, loop, [str(one.id) for one, _, _ in resolved], hashes)
+    decisions = effective_decisions(connection, loop, [str(one.id) for one, _, _ in resolved], hashes)
     rows = []
     for interaction, by_feedback, newest in resolved:
         example = decisions.apply(interaction, by_feedback, newest, reward)

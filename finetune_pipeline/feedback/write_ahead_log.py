@@ -328,7 +328,7 @@ def _read_batches(path: Path) -> Iterator[list[Interaction | Feedback]]:
     size = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):  # the kill cut it off, so nobody was told that it is recorded
+            if not line.endswith(b"\n"):  # the kill cut it off, so it was never acknowledged
                 break
             try:
                 event = _parse(line)
@@ -348,7 +348,7 @@ def _read_batches(path: Path) -> Iterator[list[Interaction | Feedback]]:
 def _parse(line: bytes) -> Interaction | Feedback:
     """Return the event of a line; a server of an earlier version wrote some fields under other names.
 
-    The application was told that the event is recorded, so it is not rejected for its field names.
+    The event was acknowledged, so it is not rejected for its field names.
     """
     try:
         return _EVENT.validate_json(line)

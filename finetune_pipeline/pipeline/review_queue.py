@@ -13,10 +13,10 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_report
 from finetune_pipeline.feedback.review import (
     ReviewCandidate,
+    effective_decision,
     load_candidates,
     record_decision,
     review_candidates,
-    standing_decision,
     undo_decision,
 )
 from finetune_pipeline.feedback.rewards import reward_function
@@ -111,7 +111,7 @@ class ReviewSession:
         id = self.current.interaction.id
         with self._database.read() as connection:
             now = next(load_candidates(connection, self._loop.name, [str(id)], self._reward), None)
-            decision = standing_decision(connection, self._loop.name, id)
+            decision = effective_decision(connection, self._loop.name, id)
         if now is None:
             return f"interaction {id} was deleted in the meantime"
         previous = self.current.previous_decision
