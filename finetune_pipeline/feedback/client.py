@@ -139,9 +139,9 @@ class FeedbackClient:
         self.loop = loop if isinstance(loop, str) else loop.name
         self._transport: Transport
         if url is not None:
-            self._transport = _Gateway(self.loop, url, api_key)
+            self._transport = _GatewayTransport(self.loop, url, api_key)
         else:
-            self._transport = _Store(load_loop(loop) if isinstance(loop, str) else loop, database)
+            self._transport = _StoreTransport(load_loop(loop) if isinstance(loop, str) else loop, database)
         self._last: ContextVar[UUID | None] = ContextVar("last_id", default=None)
 
     def __enter__(self) -> "FeedbackClient":
@@ -400,7 +400,7 @@ def in_batches(events: Iterable[Interaction | Feedback]) -> Iterator[list[Intera
         yield batch
 
 
-class _Store:
+class _StoreTransport:
     """Writes the store's tables in this process; an event is stored when `send` returns."""
 
     def __init__(self, loop: LoopSettings, database: "Database | None") -> None:
@@ -428,7 +428,7 @@ class _Store:
         """Do nothing: the process shares one database, which other clients may use."""
 
 
-class _Gateway:
+class _GatewayTransport:
     """Sends events to a gateway over HTTP, one request per event."""
 
     def __init__(self, loop: str, url: str, api_key: str | None) -> None:

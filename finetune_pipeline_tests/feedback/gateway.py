@@ -1,4 +1,4 @@
-"""A tiny gateway for tests: real HTTP, and the answers that the feedback API is documented to give."""
+"""A fake gateway for tests: real HTTP, and the responses that the feedback API documents."""
 
 import json
 import threading
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-class Gateway(ThreadingHTTPServer):
-    """Remembers what it was sent, by path and id."""
+class FakeGateway(ThreadingHTTPServer):
+    """Stores the events it receives, by path and id."""
 
     key = "secret"
 
@@ -33,9 +33,9 @@ class Gateway(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Gateway
+    server: FakeGateway
     protocol_version = "HTTP/1.1"
-    # Or else the body waits for the acknowledgement of the head.
+    # Otherwise the body waits for the acknowledgment of the headers.
     disable_nagle_algorithm = True
 
     def do_POST(self):
@@ -84,9 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running_gateway() -> Iterator[Gateway]:
-    """A gateway on a free port of the loopback address."""
-    with Gateway() as server:
+def running_gateway() -> Iterator[FakeGateway]:
+    """Run a fake gateway on a free port of the loopback address."""
+    with FakeGateway() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
