@@ -66,7 +66,7 @@ def test_after_running_out_of_memory_it_resumes_to_the_same_weights(job, tmp_pat
         results.append(TrainingResult.model_validate_json((run.output / "result.json").read_bytes()))
         weights.append(load_file(run.output / "adapter" / "adapter_model.safetensors"))
         if name == "limited":
-            assert "memory ran out with micro-batch 64" in ended.stderr
+            assert "memory ran out with a micro-batch of 64" in ended.stderr
     limited, free = results
     assert limited.micro_batch < free.micro_batch == 64
     assert (limited.steps, limited.job) == (free.steps, free.job)  # the same updates of the same job
