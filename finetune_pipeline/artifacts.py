@@ -424,7 +424,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[IO[str]]:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder."""
+    """Call fsync on a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -89,3 +89,37 @@ print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))
 
 def test_no_module_is_named_utils():
     assert not [path for path in PACKAGE.rglob("*") if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def test_no_import_cycles():
+    modules = {
+        ".".join(path.relative_to(PROJECT_ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    }
+    graph = {
+        name: {
+            target
+            for imported in imports(path)
+            for target in [imported if imported in modules else imported.rpartition(".")[0]]
+            if target in modules and target != name
+        }
+        for name, path in modules.items()
+    }
+    reached: dict[str, set[str]] = {}
+    for name in graph:
+        found, ahead = set(), list(graph[name])
+        while ahead:
+            one = ahead.pop()
+            if one not in found:
+                found.add(one)
+                ahead += graph[one]
+        reached[name] = found
+    assert sorted(name for name, found in reached.items() if name in found) == []
+
+
+def test_class_names_are_used_once():
+    names: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in names.items() if len(paths) > 1} == {}

@@ -8,7 +8,7 @@ import dagster as dg
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import GgufManifest, ReportManifest
 from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
-from finetune_pipeline.pipeline.promote import Rejection, promote_challenger
+from finetune_pipeline.pipeline.promote import NotPromoted, promote_challenger
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
@@ -41,7 +41,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """
         die_with_run()
         result = promote_challenger(loop, eval_report, gguf_model, ACTOR)
-        if isinstance(result, Rejection):
+        if isinstance(result, NotPromoted):
             if loop.gate.on_reject == "fail":
                 raise dg.Failure(result.reason, allow_retries=False)
             context.log.info(f"{result.reason}; the champion stays")

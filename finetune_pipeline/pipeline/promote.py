@@ -46,7 +46,7 @@ class Promotion:
 
 
 @dataclass(frozen=True)
-class Rejection:
+class NotPromoted:
     """The gate rejects the challenger, so the champion stays."""
 
     reason: str
@@ -54,7 +54,7 @@ class Rejection:
 
 def promote_challenger(
     loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest], actor: str
-) -> Promotion | Rejection:
+) -> Promotion | NotPromoted:
     """Make a challenger the champion if the gate accepts it, and write its model card.
 
     Args:
@@ -69,7 +69,7 @@ def promote_challenger(
     """
     verdict = verify_report(loop, report, gguf)
     if not verdict.promote:
-        return Rejection(f"not promoted: {verdict.reason}")
+        return NotPromoted(f"not promoted: {verdict.reason}")
     spec, gguf_manifest = model_spec(gguf), gguf.manifest
     file_sha256 = gguf_manifest.files[gguf_manifest.gguf].sha256
     files: dict[str, Any] = {"gguf_path": spec.gguf, "gguf_sha256": file_sha256}

@@ -315,7 +315,7 @@ class ModelInService(BaseModel):
     last_error: str | None = Field(description="Why the champion does not serve; null if it does.")
 
 
-class ModelCard(BaseModel):
+class ModelEntry(BaseModel):
     """One entry of GET /v1/models."""
 
     id: str
@@ -330,7 +330,7 @@ class ModelList(BaseModel):
     """GET /v1/models."""
 
     object: Literal["list"] = "list"
-    data: list[ModelCard]
+    data: list[ModelEntry]
 
 
 class LoopHealth(BaseModel):

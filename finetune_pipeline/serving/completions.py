@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from finetune_pipeline.serving.api import ChatRequest, CompletionRequest, ModelCard, ModelList
+from finetune_pipeline.serving.api import ChatRequest, CompletionRequest, ModelEntry, ModelList
 from finetune_pipeline.serving.errors import GatewayError
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import (
@@ -53,15 +53,15 @@ async def models(request: Request) -> ModelList:
 
 
 @router.get("/v1/models/{model:path}")
-async def model(request: Request, model: str) -> ModelCard:
+async def model(request: Request, model: str) -> ModelEntry:
     """Return what one name stands for now."""
     gateway = get_gateway(request)
     return _card(gateway, model, route(model, gateway.names).loop)
 
 
-def _card(gateway: Gateway, name: str, loop: str) -> ModelCard:
+def _card(gateway: Gateway, name: str, loop: str) -> ModelEntry:
     current = gateway.servers[loop].current
-    return ModelCard(id=name, created=0, loop=loop, serving=current.name if current else None)
+    return ModelEntry(id=name, created=0, loop=loop, serving=current.name if current else None)
 
 
 async def _respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:

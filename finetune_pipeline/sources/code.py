@@ -71,7 +71,7 @@ class _LocatedChunk:
     chunk: CodeChunk
 
 
-class _Task(NamedTuple):
+class _TeacherTask(NamedTuple):
     """What a teacher is asked for, and about which code."""
 
     kind: Literal["code", "refactoring"]
@@ -122,7 +122,7 @@ def docstring_prompt(chunk: CodeChunk, sentence: str) -> str:
 def _read_with_teacher(source: CodeSource, teacher: Teacher, redact: Callable[[str], str]) -> Reading:
     skipped: deque[SkippedRecord] = deque()
 
-    def tasks() -> Iterator[tuple[_Task, TeacherRequest]]:
+    def tasks() -> Iterator[tuple[_TeacherTask, TeacherRequest]]:
         for _, chunks in _files(source):
             for one in chunks:
                 clean = _redacted(one, redact) if isinstance(one, _LocatedChunk) else one
@@ -130,11 +130,11 @@ def _read_with_teacher(source: CodeSource, teacher: Teacher, redact: Callable[[s
                     skipped.append(clean)
                     continue
                 request = _teacher_request(_PROMPTS_INSTRUCTION, clean.chunk, _ANSWER_TOKENS)
-                yield _Task("code", clean, request), request
+                yield _TeacherTask("code", clean, request), request
                 if source.refactorings:
                     max_tokens = _ANSWER_TOKENS + len(clean.chunk.code) // 2
                     request = _teacher_request(_REFACTORING_INSTRUCTION, clean.chunk, max_tokens)
-                    yield _Task("refactoring", clean, request), request
+                    yield _TeacherTask("refactoring", clean, request), request
 
     for answer in teacher.answers(tasks()):
         while skipped:
@@ -170,7 +170,7 @@ def _teacher_request(instruction: str, chunk: CodeChunk, max_tokens: int) -> Tea
     return TeacherRequest(system, f"<{mark}>\n{chunk.code}\n</{mark}>", max_tokens)
 
 
-def _prompts(text: str, task: _Task) -> Iterator[SourceRecord | SkippedRecord]:
+def _prompts(text: str, task: _TeacherTask) -> Iterator[SourceRecord | SkippedRecord]:
     located = task.located
     found = parse_instructions(text)
     if found is None:
@@ -185,7 +185,7 @@ def _prompts(text: str, task: _Task) -> Iterator[SourceRecord | SkippedRecord]:
             yield _record(here, prompt, "code")
 
 
-def _refactoring(text: str, task: _Task, provenance: str) -> SourceRecord | SkippedRecord:
+def _refactoring(text: str, task: _TeacherTask, provenance: str) -> SourceRecord | SkippedRecord:
     chunk = task.located.chunk
     found = parse_refactoring(text)
     if found is None:

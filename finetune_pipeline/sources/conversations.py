@@ -1,10 +1,12 @@
-"""Convert a row of a published format to a record. The row's fields tell its format:
+r"""Convert a row of a published format to a record, by the fields of the row.
+
+Formats:
 
     {"instruction", "input", "output"[, "system", "history"]}           alpaca
     {"prompt", "completion" or "response" or "output"[, "history"]}     prompt_completion; both may be lists of messages
     {"conversations": [{"from", "value"}, ...][, "system"]}             sharegpt
     {"messages": [{"role", "content"}, ...]}                            messages, as in OpenAI's API
-    {"text": "<|im_start|>user\\n...<|im_end|>..."}                      messages, as one text in ChatML
+    {"text": "<|im_start|>user\n...<|im_end|>..."}                      messages, as one text in ChatML
 
 A row may also have a `reward` (-1 to 1), a `correction` (what the answer should have been), `user`, `domain`, `kind`
 and `created_at`. Other fields are ignored. The last turn of the assistant is the answer, the turn before it the prompt,

@@ -77,7 +77,7 @@ class Template:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _FilledTemplate:
     """A document with a template.
 
     Attributes:
@@ -217,7 +217,7 @@ def _templates(folder: Path) -> Iterator[Template | SkippedRecord]:
 
 def _tasks(
     source: DocumentsSource, templates: list[Template], redact: Callable[[str], str]
-) -> Iterator[_Task | SkippedRecord]:
+) -> Iterator[_FilledTemplate | SkippedRecord]:
     root, forms = project_path(source.path), project_path(source.templates)
     found = read_texts(root, lambda name: name.lower().endswith((".md", ".txt")), max_bytes=MAX_FILE_BYTES)
     documents = (one for one in found if isinstance(one, SkippedRecord) or not (root / one.path).is_relative_to(forms))
@@ -230,7 +230,7 @@ def _tasks(
             title, text = map(redact, _title_and_text(file))
             facts = extract_facts(title, text)
             for template in templates:
-                yield _Task(f"{file.path}::{template.name}", template, text, facts)
+                yield _FilledTemplate(f"{file.path}::{template.name}", template, text, facts)
 
 
 def _title_and_text(file: TextFile) -> tuple[str, str]:
@@ -245,17 +245,17 @@ def _title_and_text(file: TextFile) -> tuple[str, str]:
     return " ".join(title.split()).strip(" #"), text.strip()
 
 
-def _missing_facts(task: _Task, form: str) -> SkippedRecord | None:
+def _missing_facts(task: _FilledTemplate, form: str) -> SkippedRecord | None:
     """Return a skipped record if the document lacks a fact that the form needs."""
     names = [name for name in placeholders(form) if not task.facts[name]]
     reason = f"the document names no {', '.join(names)}, which the template needs"
     return SkippedRecord(task.provenance, reason) if names else None
 
 
-def _read_with_teacher(teacher: Teacher, tasks: Iterator[_Task | SkippedRecord]) -> Reading:
+def _read_with_teacher(teacher: Teacher, tasks: Iterator[_FilledTemplate | SkippedRecord]) -> Reading:
     skipped: deque[SkippedRecord] = deque()
 
-    def requests() -> Iterator[tuple[_Task, TeacherRequest]]:
+    def requests() -> Iterator[tuple[_FilledTemplate, TeacherRequest]]:
         for task in tasks:
             if isinstance(task, SkippedRecord):
                 skipped.append(task)
@@ -271,7 +271,7 @@ def _read_with_teacher(teacher: Teacher, tasks: Iterator[_Task | SkippedRecord])
     yield from skipped
 
 
-def _teacher_request(task: _Task) -> TeacherRequest:
+def _teacher_request(task: _FilledTemplate) -> TeacherRequest:
     # The end marks contain a hash of both texts, so neither text can contain them.
     mark = hash_of([task.document, task.template.body])[:12]
     instruction = fill(task.template.instruction, task.facts)
@@ -281,7 +281,7 @@ def _teacher_request(task: _Task) -> TeacherRequest:
     return TeacherRequest(_INSTRUCTION.format(mark=mark), user, _ANSWER_TOKENS)
 
 
-def _artifact(answer: TeacherAnswer[_Task]) -> SourceRecord | SkippedRecord:
+def _artifact(answer: TeacherAnswer[_FilledTemplate]) -> SourceRecord | SkippedRecord:
     task = answer.task
     if answer.reason:
         return SkippedRecord(task.provenance, answer.reason, deferred=answer.deferred)
@@ -295,7 +295,7 @@ def _artifact(answer: TeacherAnswer[_Task]) -> SourceRecord | SkippedRecord:
     return _record(task, text)
 
 
-def _record(task: _Task, answer: str) -> SourceRecord:
+def _record(task: _FilledTemplate, answer: str) -> SourceRecord:
     prompt = f"{fill(task.template.instruction, task.facts)}\n\n{task.document}"
     return SourceRecord(task.provenance, prompt, answer, kind=task.template.name)
 

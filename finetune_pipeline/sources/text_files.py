@@ -17,11 +17,11 @@ _IGNORE_FILE_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class TextFile:
-    """The text of a file.
+    r"""The text of a file.
 
     Attributes:
         path: relative to the folder, with slashes.
-        text: with `\\n` as the only line break.
+        text: with `\n` as the only line break.
         modified: time of the last change, in UTC; None if the file system has an impossible one.
     """
 

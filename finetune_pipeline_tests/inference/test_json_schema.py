@@ -199,7 +199,7 @@ def test_every_pair_of_bounds_is_exact(kind, low, high):
 # ---- what pydantic writes
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = "red"
     BLUE = "blue"
 
@@ -219,7 +219,7 @@ class Everything(BaseModel):
 
     optional: int | None = None
     union: int | str
-    enumeration: Colour
+    enumeration: Color
     literal: Literal["x", 1]
     bounded: Annotated[int, Field(ge=3, le=5)]
     fraction: Annotated[float, Field(gt=0, lt=0.5)]
@@ -227,7 +227,7 @@ class Everything(BaseModel):
     unique: set[int]
     pair: tuple[int, str]
     by_name: dict[str, int] = Field(min_length=1, max_length=2)
-    by_colour: dict[Colour, int]
+    by_color: dict[Color, int]
     by_literal: dict[Literal["a", "b"], int]
     by_id: dict[uuid.UUID, str]
     by_day: dict[datetime.date, float]
@@ -259,7 +259,7 @@ VALID = {
     "unique": [1, 2],
     "pair": [1, "x"],
     "by_name": {"a": 1},
-    "by_colour": {"red": 1},
+    "by_color": {"red": 1},
     "by_literal": {"b": 1},
     "by_id": {"6ba7b810-9dad-11d1-80b4-00c04fd430c8": "x"},
     "by_day": {"2024-02-29": 1.5},
@@ -290,7 +290,7 @@ WRONG = {
     "unique": [1, 1],
     "pair": ["x", 1],
     "by_name": {},
-    "by_colour": {"green": 1},
+    "by_color": {"green": 1},
     "by_literal": {"c": 1},
     "by_id": {"x": "x"},
     "by_day": {"2023-02-29": 1.5},
@@ -324,8 +324,8 @@ PYDANTIC_1 = {
     "properties": {
         "optional": {"title": "Optional", "type": "integer"},
         "union": {"title": "Union", "anyOf": [{"type": "integer"}, {"type": "string"}]},
-        "enumeration": {"$ref": "#/definitions/Colour"},
-        "described": {"title": "Described", "default": "red", "allOf": [{"$ref": "#/definitions/Colour"}]},
+        "enumeration": {"$ref": "#/definitions/Color"},
+        "described": {"title": "Described", "default": "red", "allOf": [{"$ref": "#/definitions/Color"}]},
         "literal": {"title": "Literal", "enum": ["x", "y"], "type": "string"},
         "bounded": {"title": "Bounded", "exclusiveMinimum": 2, "maximum": 5, "type": "integer"},
         "fraction": {"title": "Fraction", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5, "type": "number"},
@@ -351,7 +351,7 @@ PYDANTIC_1 = {
     "required": ["bounded"],
     "additionalProperties": False,
     "definitions": {
-        "Colour": {"title": "Colour", "description": "An enumeration.", "enum": ["red", "blue"], "type": "string"},
+        "Color": {"title": "Color", "description": "An enumeration.", "enum": ["red", "blue"], "type": "string"},
         "Model": {
             "type": "object",
             "properties": {"child": {"$ref": "#/definitions/Model"}},

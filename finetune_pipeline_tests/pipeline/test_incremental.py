@@ -19,7 +19,7 @@ from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.training.job import TrainingResult
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
-from finetune_pipeline_tests.pipeline.test_train import dataset as labelled
+from finetune_pipeline_tests.pipeline.test_train import dataset as unpaired
 
 KEY = dg.AssetKey(["notes", "lora_adapter"])
 SMALL = {
@@ -124,9 +124,9 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
 def test_incremental_kto_adds_older_desirable_answers(make_loop, tmp_path, monkeypatch):
     training = {**SMALL, "num_train_epochs": 1, "method": "kto", "mode": "incremental", "replay_ratio": 0}
     loop = make_loop(training=training, curation={"min_examples": 5, "validation_fraction": 0.2})
-    made = [train_adapter(loop, loop.training, labelled(loop), "run", ignored, ignored)]
+    made = [train_adapter(loop, loop.training, unpaired(loop), "run", ignored, ignored)]
     make_champion(made[0], tmp_path)
-    worse = labelled(loop, good=[], bad=["worse 1", "worse 2", "worse 3"])
+    worse = unpaired(loop, good=[], bad=["worse 1", "worse 2", "worse 3"])
     made.append(train_adapter(loop, loop.training, worse, "run", ignored, ignored))
     manifest = made[1].manifest
     new = manifest.new_examples

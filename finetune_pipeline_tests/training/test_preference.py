@@ -18,7 +18,7 @@ TURNS = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content":
 WRONG = json.dumps({"height_m": 3})
 GOOD = [{**row, "history": TURNS} for row in rows(32, 100)]
 PAIRS = [{"prompt": row["prompt"], "history": TURNS, "chosen": row["completion"], "rejected": WRONG} for row in GOOD]
-LABELLED = [{**row, "label": True} for row in GOOD] + [
+UNPAIRED = [{**row, "label": True} for row in GOOD] + [
     {**row, "completion": WRONG, "label": False} for row in GOOD[:16]
 ]
 
@@ -28,7 +28,7 @@ def prefer(job, tmp_path):
     """Return a function that makes a DPO or KTO job, by default on the examples above."""
 
     def make(method, preferences=None, **settings):
-        preferences = preferences or {"dpo": PAIRS, "kto": LABELLED}[method]
+        preferences = preferences or {"dpo": PAIRS, "kto": UNPAIRED}[method]
         folder = save(tmp_path / f"{method}{len(preferences)}", preferences)
         job.output.mkdir(exist_ok=True)
         changed = with_settings(job, method=method, **settings)
@@ -159,7 +159,7 @@ def test_pairs_with_a_long_completion_are_left_out_and_counted(prefer):
 
 def test_unusable_preferences_are_refused_with_the_reason(prefer, job, tmp_path):
     with pytest.raises(TrainingError, match=r"32 desirable and 0 undesirable ones to train on; set method: sft"):
-        trainer_of(prefer("kto", LABELLED[:32]))
+        trainer_of(prefer("kto", UNPAIRED[:32]))
     with pytest.raises(TrainingError, match="needs 2 or more on each device, not 1;"):
         trainer_of(prefer("kto", per_device_train_batch_size=1))
     with pytest.raises(TrainingError, match=r"method dpo needs .*nothing, which is missing; curate the data again"):
@@ -176,8 +176,8 @@ def test_the_weights_with_the_lowest_preference_loss_are_kept(prefer, method):
     if method == "dpo":
         contrary = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:8]]
     else:
-        contrary = [{**row, "label": not row["label"]} for row in [*LABELLED[:4], *LABELLED[-4:]]]
-    mixed = save(job.preferences.parent / "contrary", {"dpo": PAIRS, "kto": LABELLED}[method], contrary)
+        contrary = [{**row, "label": not row["label"]} for row in [*UNPAIRED[:4], *UNPAIRED[-4:]]]
+    mixed = save(job.preferences.parent / "contrary", {"dpo": PAIRS, "kto": UNPAIRED}[method], contrary)
     result = run_training(job.model_copy(update={"preferences": mixed}), time.monotonic())
     losses = {point.step: point.loss for point in result.validation}
     assert len(losses) == 4
