@@ -39,6 +39,7 @@ from finetune_pipeline.curation.acceptance import (
 from finetune_pipeline.curation.deduplication import BANDS, BITS, Sketches, sketch
 from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.snapshot import COLUMNS, Array, Shard, example_of
+from finetune_pipeline.inference.threads import available_cores
 from finetune_pipeline.ray_session import check_installed, connected
 from finetune_pipeline.records import Example, conversation_text, normalize
 from finetune_pipeline.settings import LOGS
@@ -178,7 +179,7 @@ def _filter(shards: Sequence[Shard], policy: Policy, identity: Identity) -> "Ite
     if policy.settings.compute == "ray" and chunks:
         yield from _filter_on_ray(chunks, policy, identity)
         return
-    processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, _MAX_PROCESSES)
+    processes = min(len(available_cores()), _MAX_PROCESSES)
     if processes == 1 or sum(shard.count for shard in shards) <= _SINGLE_PROCESS_ROWS:
         for chunk in chunks:
             yield from filter_chunk(chunk, policy, identity)

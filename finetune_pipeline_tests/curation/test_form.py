@@ -10,7 +10,7 @@ FILES = (
                                          "redaction", "select")),
     "refusals.py",
 )  # fmt: skip
-LAST = (9, "85820f663703ce37")
+LAST = (9, "f4e55dd1ad192aaa")
 
 
 def test_changed_curation_has_another_code_version():
