@@ -47,7 +47,7 @@ Line = dict[str, Any]
 
 def main() -> None:
     """Measure every size, then the peers."""
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as name:
         sizes = [_measure(Path(name) / str(size), size) for size in SIZES]
         rows = [
@@ -59,13 +59,13 @@ def main() -> None:
         ]  # fmt: skip
         headings = ["rows", "curated, with start", "at most", "peak memory", "5 % more rows", "examples"]
         publish("curation", headings, rows, {"sizes": sizes})
-        figures["compared"] = _compare(Path(name))
+        metrics["compared"] = _compare(Path(name))
     rows = [
         [one["name"], f"{one['rows']:,}", f"{one['seconds']:.1f} s", f"{one['recall']:.1%}", f"{one['precision']:.1%}"]
-        for one in figures["compared"]
+        for one in metrics["compared"]
     ]
-    publish("curation_near", ["near-duplicate removal", "rows", "time", "recall", "precision"], rows, figures)
-    end([*missed_sizes(sizes), *missed_beside_peers(figures["compared"])])
+    publish("curation_near", ["near-duplicate removal", "rows", "time", "recall", "precision"], rows, metrics)
+    end([*missed_sizes(sizes), *missed_beside_peers(metrics["compared"])])
 
 
 def missed_sizes(sizes: list[dict[str, Any]]) -> list[str]:
@@ -84,7 +84,7 @@ def missed_beside_peers(compared: list[dict[str, Any]]) -> list[str]:
     few, many = (one for one in compared if one["name"] == OURS)
     peer = next(one for one in compared if one["name"] == "datasketch")
     ratio = peer["seconds"] / few["seconds"]
-    figures = [
+    metrics = [
         (many["seconds"] <= NEAR_SECONDS, f"compared in {many['seconds']:.1f} s, at most {NEAR_SECONDS:g} s"),
         (ratio >= RATIO, f"{ratio:.1f} times as fast as datasketch, at least {RATIO} times"),
         (few["recall"] >= peer["recall"], f"recall {few['recall']:.3f}, that of datasketch is {peer['recall']:.3f}"),
@@ -92,7 +92,7 @@ def missed_beside_peers(compared: list[dict[str, Any]]) -> list[str]:
         *((one["precision"] >= PRECISION, f"precision {one['precision']:.3f}, at least {PRECISION}")
           for one in (few, many)),
     ]  # fmt: skip
-    return [text for reached, text in figures if not reached]
+    return [text for reached, text in metrics if not reached]
 
 
 def _measure(folder: Path, size: int) -> dict[str, Any]:

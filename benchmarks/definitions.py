@@ -29,9 +29,9 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     found = json.loads(output)
     median = statistics.median(seconds)
-    figures = {"seconds": seconds, "median_seconds": median, "limit_seconds": LIMIT_SECONDS, **found}
+    metrics = {"seconds": seconds, "median_seconds": median, "limit_seconds": LIMIT_SECONDS, **found}
     row = [found["assets"], f"{median:.2f} s", f"{min(seconds):.2f} to {max(seconds):.2f} s", found["heavy"] or "none"]
-    publish("definitions", ["assets", f"median of {RUNS}", "range", "heavy packages loaded"], [row], figures)
+    publish("definitions", ["assets", f"median of {RUNS}", "range", "heavy packages loaded"], [row], metrics)
 
 
 if __name__ == "__main__":

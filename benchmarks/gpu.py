@@ -98,15 +98,15 @@ def main() -> None:
     device = _apart(_device)
     names = options.shapes or (["tiny"] if device == "cpu" else ["1b", "8b"])
     peaks: dict[str, float] = {kind: _apart(_matmul_peak, kind) for kind in ("float32", "bfloat16")}
-    figures: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = []
     for name in names:
         folder = Path(tempfile.mkdtemp(prefix=f"finetune-gpu-{name}-"))
         try:
-            figures += _measure(name, folder, options.steps, peaks)
+            metrics += _measure(name, folder, options.steps, peaks)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     facts = {"device": device, "matmul_peak_tflops": {k: v / 1e12 for k, v in peaks.items()}, "steps": options.steps}
-    publish("gpu", HEADINGS, [_row(found) for found in figures], {**facts, "trainings": figures})
+    publish("gpu", HEADINGS, [_row(found) for found in metrics], {**facts, "trainings": metrics})
     print(f"\n{device}; peak of a matrix product, TFLOP/s: {json.dumps(facts['matmul_peak_tflops'])}")
     if device == "cpu":
         print("There is no GPU that torch can use: the GPU part was not run.")
@@ -132,7 +132,7 @@ def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> li
             metrics = {"not_run": str(error).splitlines()[0]}
         found.append({"model": name, "adapter": adapter, "backend": backend, **metrics})
     plain = _apart(_plain_trl, shape, folder)
-    plain["share_of_matmul_peak"] = plain["tokens_per_second"] * flops / peaks[plain.pop("type")]
+    plain["fraction_of_matmul_peak"] = plain["tokens_per_second"] * flops / peaks[plain.pop("type")]
     return [*found, {"model": name, "adapter": "lora", "backend": "plain TRL", **plain}]
 
 
@@ -215,18 +215,18 @@ def _metrics(result: TrainingResult, seen: list[Progress], flops: float, peaks: 
         "bf16": result.bf16,
         "tokens_per_second": speed,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "share_of_matmul_peak": speed * flops / peak,
+        "fraction_of_matmul_peak": speed * flops / peak,
         "loss_before": result.loss_before,
         "loss_after": result.loss_after,
     }
 
 
-def _row(figures: dict[str, Any]) -> list[str]:
-    what = [figures["model"], figures["adapter"], figures["backend"]]
-    if "not_run" in figures:
-        return [*what, f"not run: {figures['not_run']}", "", ""]
-    memory = f"{figures['peak_memory_bytes'] / 1e9:.1f} GB"
-    return [*what, f"{figures['tokens_per_second']:,.0f}", memory, f"{figures['share_of_matmul_peak']:.1%}"]
+def _row(metrics: dict[str, Any]) -> list[str]:
+    what = [metrics["model"], metrics["adapter"], metrics["backend"]]
+    if "not_run" in metrics:
+        return [*what, f"not run: {metrics['not_run']}", "", ""]
+    memory = f"{metrics['peak_memory_bytes'] / 1e9:.1f} GB"
+    return [*what, f"{metrics['tokens_per_second']:,.0f}", memory, f"{metrics['fraction_of_matmul_peak']:.1%}"]
 
 
 def _apart(function: Callable[..., T], *arguments: Any) -> T:

@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="finetune-memory-") as name:
         folder = Path(name)
         bases = {"starter": STARTER, **{shape: _model(folder / shape, SHAPES[shape]) for shape in SHAPES}}
-        figures = [_measure(folder, shape, bases[shape], tokens, settings) for shape, tokens, settings in CASES]
+        metrics = [_measure(folder, shape, bases[shape], tokens, settings) for shape, tokens, settings in CASES]
     rows = [
         [
             one["model"], one["adapter"], one["method"], "bfloat16" if one["bf16"] else "float32",
@@ -56,7 +56,7 @@ def main() -> None:
             f"{one['batch']} x {one['tokens']}", f"{one['estimate'] / 1e6:,.0f} MB",
             f"{one['measured'] / 1e6:,.0f} MB", f"{one['estimate'] / one['measured'] - 1:+.0%}",
         ]
-        for one in figures
+        for one in metrics
     ]  # fmt: skip
     headings = [
         "model",
@@ -69,8 +69,8 @@ def main() -> None:
         "measured",
         "off by",
     ]
-    publish("memory", headings, rows, {"cases": figures})
-    if any(abs(one["estimate"] / one["measured"] - 1) > ERROR for one in figures):
+    publish("memory", headings, rows, {"cases": metrics})
+    if any(abs(one["estimate"] / one["measured"] - 1) > ERROR for one in metrics):
         sys.exit(f"an estimate is off by more than {ERROR:.0%}: measure the constants again")
 
 

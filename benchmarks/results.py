@@ -18,8 +18,8 @@ def end(missed: list[str]) -> None:
         sys.exit("missed targets: " + "; ".join(missed))
 
 
-def publish(name: str, headings: list[str], rows: list[list[Any]], figures: dict[str, Any]) -> None:
-    """Print the table, and write the figures with a description of this machine."""
+def publish(name: str, headings: list[str], rows: list[list[Any]], metrics: dict[str, Any]) -> None:
+    """Print the table, and write the metrics with a description of this machine."""
     print(f"\n## {name}\n")
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for row in rows:
@@ -27,5 +27,5 @@ def publish(name: str, headings: list[str], rows: list[list[Any]], figures: dict
     machine: dict[str, Any] = {"cores": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
     machine |= {"system": platform.system(), "python": platform.python_version()}
     FOLDER.mkdir(exist_ok=True)
-    document = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, **figures}
+    document = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, **metrics}
     (FOLDER / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

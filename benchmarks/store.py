@@ -35,15 +35,15 @@ OUTPUT = '{"element":"wall","material":"concrete","thickness_mm":150,"fire_ratin
 
 def main() -> None:
     """Run each measurement in its own process, so that none warms another's caches or counts its memory."""
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for name in ("store_kill", "store_power_cut", "json_fsync", "json_kill", "sqlalchemy"):
-        figures[name] = _in_a_process("one_and_many", name)
-    figures["import"] = _in_a_process("import")
-    rows = [_row(name, figures[name], figures) for name in figures if name != "import"]
+        metrics[name] = _in_a_process("one_and_many", name)
+    metrics["import"] = _in_a_process("import")
+    rows = [_row(name, metrics[name], metrics) for name in metrics if name != "import"]
     publish(
-        "store", ["recorder", "one event, p50", "p99", "in batches", "growth over 100,000", "p99 ratio"], rows, figures
+        "store", ["recorder", "one event, p50", "p99", "in batches", "growth over 100,000", "p99 ratio"], rows, metrics
     )
-    loaded = figures["import"]
+    loaded = metrics["import"]
     print(f"\nimport of the client: {loaded['seconds']:.2f} s, heavy packages loaded: {loaded['heavy'] or 'none'}")
     _million()
     _logs()
@@ -57,19 +57,19 @@ def _logs() -> None:
 
 
 def _million() -> None:
-    figures = _in_a_process("million")
+    metrics = _in_a_process("million")
     rows = [
         [
             f"{one['interactions']:,}", f"{one['query_ms']:.1f} ms", f"{one['query_idle_ms']:.1f} ms",
             f"{one['stats_ms']:.1f} ms", f"{one['newest_50_ms']:.1f} ms", f"{one['database_mb']:.0f} MB",
         ]
-        for one in figures["sizes"]
+        for one in metrics["sizes"]
     ]  # fmt: skip
     headings = ["interactions", "sensor's query, 60 new", "nothing new", "counters", "recording 50 of each", "database"]
-    publish("store_million", headings, rows, figures)
+    publish("store_million", headings, rows, metrics)
 
 
-def _row(name: str, one: dict[str, float], figures: dict[str, Any]) -> list[str]:
+def _row(name: str, one: dict[str, float], metrics: dict[str, Any]) -> list[str]:
     titles = {
         "store_kill": "this store, survives a kill",
         "store_power_cut": "this store, survives a power cut",
@@ -77,7 +77,7 @@ def _row(name: str, one: dict[str, float], figures: dict[str, Any]) -> list[str]
         "json_kill": "JSON line (kill)",
         "sqlalchemy": "plain SQLAlchemy insert + commit (power cut)",
     }
-    ratio = one["p99_ms"] / figures["sqlalchemy"]["p99_ms"]
+    ratio = one["p99_ms"] / metrics["sqlalchemy"]["p99_ms"]
     return [
         titles[name], f"{one['p50_ms']:.2f} ms", f"{one['p99_ms']:.2f} ms", f"{one['per_second']:,.0f}/s",
         f"{one['growth_mb']:.1f} MB", f"{ratio:.2f}",

@@ -107,8 +107,8 @@ def _publish(runs: Any, peak: dict[str, float], tuning: Any, chosen: dict[str, f
         "fraction of peak",
         "speed",
     ]
-    figures = {"epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
-    publish("training", headings, rows, figures)
+    metrics = {"epochs": EPOCHS, "peak_flops": peak, "tuning": tuning, "medians": medians, "runs": runs}
+    publish("training", headings, rows, metrics)
     missed = [*_missed(medians, runs)]
     if missed:
         sys.exit("\n".join(missed))
@@ -191,8 +191,8 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
     loss, layers, adapter, output_matrix = _evaluate(output / "adapter", data.validation)
     flops = (4 * layers + 6 * adapter) * tokens + 4 * output_matrix * completion_tokens
     shutil.rmtree(output)
-    figures = {"seconds": seconds, "per_second": tokens / seconds, "per_cpu_second": tokens / cpu}
-    return {"loss": loss, "tokens": tokens, "flops": flops, **figures}
+    metrics = {"seconds": seconds, "per_second": tokens / seconds, "per_cpu_second": tokens / cpu}
+    return {"loss": loss, "tokens": tokens, "flops": flops, **metrics}
 
 
 def _ours(job: Any, data: Any) -> tuple[float, float]:
