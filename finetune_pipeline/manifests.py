@@ -6,6 +6,10 @@ from pydantic import Field
 
 from finetune_pipeline.records import Record, UtcDatetime
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""Names that PEFT gives to the files of an adapter."""
+
 
 class FileRecord(Record):
     """One file of an artifact."""

@@ -14,6 +14,7 @@ from typing import Any
 from finetune_pipeline.export.base import TOKENIZER_FILES
 from finetune_pipeline.export.process import ExportError, run_step
 from finetune_pipeline.export.reference import ReferencePrompts, generate_answers
+from finetune_pipeline.manifests import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _FLOAT32_LIMIT = 1_000_000_000
 """Parameters up to which a model is merged in float32."""
@@ -39,7 +40,7 @@ def merge(
     Raises:
         ExportError: a folder is not a model or adapter, the merged weights contain NaN, or memory does not suffice.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (adapter_folder / name).is_file():
             raise ExportError(f"{adapter_folder} has no {name}, so it is not a trained adapter; train it again")
     arguments = [str(base_folder), str(adapter_folder)]

@@ -73,10 +73,10 @@ def _measurements(progress: Progress) -> dict[str, Any]:
     measurements: dict[str, Any] = {
         "step": progress.step,
         "epoch": progress.epoch,
-        "training_loss": progress.loss,
+        "train_loss": progress.loss,
         "learning_rate": progress.learning_rate,
         "tokens_per_second": progress.tokens_per_second,
-        "seconds_left": progress.eta_seconds,
+        "seconds_left": progress.seconds_left,
     }
     if progress.memory_bytes is not None:
         measurements["memory_mb"] = progress.memory_bytes / 1e6
@@ -90,7 +90,7 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
     result = TrainingResult.model_validate_json((artifact.path / RESULT).read_bytes())
     metadata = {
         **{name: getattr(manifest, name) for name in MANIFEST_FIELDS},
-        "training_loss": manifest.train_loss,
+        "train_loss": manifest.train_loss,
         "peak_memory_mb": manifest.peak_memory_bytes / 1e6,
         "seed": int(manifest.settings["seed"]),
         "loss_curve": picture(loss_curve_png(result), "loss curve"),

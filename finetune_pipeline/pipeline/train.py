@@ -169,7 +169,7 @@ def training_job(manifest: AdapterManifest, run_id: str) -> TrainingJob:
 
 def describe_progress(progress: Progress) -> str:
     """Return one line on how far a training is."""
-    minutes, seconds = divmod(round(progress.eta_seconds), 60)
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
     memory = "" if progress.memory_bytes is None else f"{progress.memory_bytes / 2**30:.1f} GiB, "
     validation = "" if progress.validation_loss is None else f"validation loss {progress.validation_loss:.3f}, "
     return (

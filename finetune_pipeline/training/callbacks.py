@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_pipeline.manifests import ADAPTER_WEIGHTS
 from finetune_pipeline.training import distributed
 from finetune_pipeline.training.checkpoints import mark_complete
-from finetune_pipeline.training.job import ADAPTER_WEIGHTS, JobConfig, Progress, TrainingError
+from finetune_pipeline.training.job import JobConfig, Progress, TrainingError
 from finetune_pipeline.training.model import memory_in_use
 from finetune_pipeline.training.progress import PROGRESS, append_progress
 
@@ -57,7 +58,7 @@ def progress_callback(job: JobConfig, on_checkpoint: Callable[[Path], None] = la
                 validation_loss=validated[-1] if validated else None,
                 learning_rate=logs["learning_rate"],
                 tokens_per_second=logs.get("num_tokens", 0) / max(elapsed, 1e-9),
-                eta_seconds=elapsed / done * (state.max_steps - state.global_step),
+                seconds_left=elapsed / done * (state.max_steps - state.global_step),
                 micro_batch=args.per_device_train_batch_size,
                 elapsed_seconds=elapsed,
                 memory_bytes=memory_in_use(),

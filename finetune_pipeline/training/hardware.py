@@ -35,7 +35,7 @@ def this_machine() -> Machine:
     peak = 2 * size**3 / fastest
     return Machine(
         device="gpu" if gpu else "cpu",
-        bytes=available_memory() + (CONTEXT_BYTES if gpu else PROCESS_BYTES),  # this process holds that part already
+        bytes=available_memory() + (CONTEXT_BYTES if gpu else PROCESS_BYTES),  # this process already uses that part
         bf16=bf16,
         rate=ASSUMED_UTILIZATION * peak,
         source=f"{ASSUMED_UTILIZATION:.0%} (assumed) of the {peak / 1e12:.3g} that {'bfloat16' if bf16 else 'float32'} "

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator
 
 from finetune_pipeline.artifacts import hash_of, write_text
+from finetune_pipeline.manifests import ADAPTER_WEIGHTS
 from finetune_pipeline.records import Record
 from finetune_pipeline.settings import TrainingSettings
 
@@ -14,7 +15,6 @@ from finetune_pipeline.settings import TrainingSettings
 JOB = "job.json"
 RESULT = "result.json"
 ADAPTER = "adapter"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHECKPOINTS = "checkpoints"
 LOG = "training.log"
 
@@ -76,7 +76,7 @@ class Progress(Record):
     validation_loss: float | None = Field(default=None, description="Of the last validation, if there was one.")
     learning_rate: float
     tokens_per_second: float = Field(description="Tokens without padding since this process started training.")
-    eta_seconds: float
+    seconds_left: float
     micro_batch: int | None = Field(default=None, description="Current micro-batch size.")
     elapsed_seconds: float = Field(description="Since this process started training; a resumed one starts at 0.")
     memory_bytes: int | None = Field(

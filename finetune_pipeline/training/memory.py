@@ -1,4 +1,4 @@
-"""The memory check before a training, and the errors when memory runs out all the same."""
+"""The memory check before a training, and the errors when memory runs out anyway."""
 
 import sys
 from collections.abc import Iterator

@@ -1,10 +1,10 @@
 """SFT without padding: the examples of a batch are packed into one sequence. Loads torch, transformers and trl.
 
-Layers that look at one token at a time, which is nearly all of the computation, see text only. Attention unpacks the
-sequence into one row per example and repacks the result. It is causal, and padding comes after the text, so no token
-attends to another example or to padding; positions start at 0 in each example. Logits are computed only at positions
-whose next token is part of a completion, and in chunks, so that they stay small. TRL's entropy and accuracy of every
-step, which nobody reads, are left out.
+Layers that look at one token at a time, which is nearly all of the computation, process no padding. Attention unpacks
+the sequence into one row per example and repacks the result. It is causal, and padding comes after the text, so no
+token attends to another example or to padding; positions start at 0 in each example. Logits are computed only at
+positions whose next token is part of a completion, and in chunks, so that they stay small. TRL's entropy and accuracy
+of every step, which nobody reads, are left out.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ ATTENTION = "within_each_example"
 """Name of the unpacking attention in transformers."""
 
 _ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
-"""Architectures for which a test shows that packed examples learn what they learn alone. Others may look alike and have
-more: attention sinks, soft-capped logits, layers that carry a state along the sequence."""
+"""Architectures for which a test shows that packed examples give the same gradients as alone. Others may look alike and
+have more: attention sinks, soft-capped logits, layers that carry a state along the sequence."""
 _LOGITS = 2**22
 """Logits (tokens x vocabulary) that are computed at once, for at least CHUNK_TOKENS tokens."""
 CHUNK_TOKENS = 256
@@ -62,7 +62,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     tokens = sum(len(example["input_ids"]) for example in examples)
     padding = _round_up(tokens, _ROUND_TOKENS) - tokens
     if padding:
-        # An example without a loss fills the sequence up: oneDNN compiles, and keeps, code for each new shape.
+        # An example without a loss pads the sequence: oneDNN compiles, and keeps, code for each new shape.
         examples = [*examples, {"input_ids": [0] * padding, "labels": [IGNORE_INDEX] * padding}]
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
     positions = torch.arange(_round_up(int(lengths.max()), _ROUND_LENGTHS))
@@ -121,7 +121,7 @@ def _attention(
     query, key, value = unpacked(query), unpacked(key), unpacked(value)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and longest <= _SHORT and not dropout:
         # On a CPU, in bfloat16 and for short examples, plain matrix products are three times as fast as the kernel.
-        mixed = _attention_by_matrices(query, key, value, scaling, sliding_window)
+        attended = _attention_by_matrices(query, key, value, scaling, sliding_window)
     else:
         window = None
         if sliding_window is not None and sliding_window < longest:
@@ -129,8 +129,8 @@ def _attention(
         # On a CPU the kernel for bfloat16 is slower than the one for float32.
         dtype = torch.float32 if query.device.type == "cpu" else query.dtype
         states = (query.to(dtype), key.to(dtype), value.to(dtype))
-        mixed = sdpa_attention_forward(module, *states, window, dropout, scaling, is_causal=True)[0].to(query.dtype)
-    rows = mixed.reshape(unpack.numel(), *mixed.shape[2:])
+        attended = sdpa_attention_forward(module, *states, window, dropout, scaling, is_causal=True)[0].to(query.dtype)
+    rows = attended.reshape(unpack.numel(), *attended.shape[2:])
     return rows.index_select(0, repack)[None], None
 
 
@@ -147,8 +147,8 @@ def _attention_by_matrices(
     mask = torch.zeros(longest, longest, dtype=query.dtype, device=query.device)
     mask = mask.masked_fill(~_visible(longest, window, query.device), float("-inf")).repeat(group, 1)
     scores = torch.baddbmm(mask[None], query, key.transpose(1, 2), alpha=scaling)
-    mixed = scores.softmax(-1).to(value.dtype) @ value
-    return mixed.view(examples, heads, longest, -1).transpose(1, 2)
+    attended = scores.softmax(-1).to(value.dtype) @ value
+    return attended.view(examples, heads, longest, -1).transpose(1, 2)
 
 
 def _visible(longest: int, window: int | None, device: "torch.device") -> "torch.Tensor":

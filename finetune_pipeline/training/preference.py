@@ -49,9 +49,9 @@ def load_preferences(job: JobConfig, data: TrainingData, tokenizer: "PreTrainedT
             f"nothing is left to train on by {settings.method}: of {rows} rows of {folder / 'train'} {len(accepted)} "
             f"have more than {settings.max_length} tokens{reasons}; raise max_length, add examples, or set method: sft"
         )
-    held_out, rejected_validation = _tokenize_preferences(job, folder, "validation", tokenizer)
-    validation = short_enough(held_out, settings.max_length)
-    held_out_rows = len(held_out) + sum(one.count for one in rejected_validation)
+    validation_rows, rejected_validation = _tokenize_preferences(job, folder, "validation", tokenizer)
+    validation = short_enough(validation_rows, settings.max_length)
+    validation_count = len(validation_rows) + sum(one.count for one in rejected_validation)
     if settings.method == "kto":
         desirable = sum(train["label"])
         if not 0 < desirable < len(train):
@@ -64,9 +64,9 @@ def load_preferences(job: JobConfig, data: TrainingData, tokenizer: "PreTrainedT
         random.Random(settings.seed).shuffle(order)
         train = train.select(order)
         if len(validation) == 1:  # KTO compares each example with another one
-            validation, held_out_rows = validation.select([]), 0
-    if not len(validation) and (held_out_rows or settings.early_stopping_patience):
-        warn_not_validated(settings, held_out_rows)
+            validation, validation_count = validation.select([]), 0
+    if not len(validation) and (validation_count or settings.early_stopping_patience):
+        warn_not_validated(settings, validation_count)
     return replace(
         data,
         train=train,

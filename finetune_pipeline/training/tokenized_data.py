@@ -83,10 +83,10 @@ def load_data(job: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingD
     too_long = len(accepted) - len(train)
     if not len(train) or (settings.method == "sft" and all(train["replayed"])):
         raise TrainingError(nothing_left(too_long, len(accepted), settings.max_length, rejected))
-    held_out, rejected_validation = _tokenize_prompt_completion(job, "validation", tokenizer)
-    validation = short_enough(held_out, settings.max_length)
-    if settings.method == "sft" and not len(validation) and (len(held_out) or settings.early_stopping_patience):
-        warn_not_validated(settings, len(held_out))
+    validation_rows, rejected_validation = _tokenize_prompt_completion(job, "validation", tokenizer)
+    validation = short_enough(validation_rows, settings.max_length)
+    if settings.method == "sft" and not len(validation) and (len(validation_rows) or settings.early_stopping_patience):
+        warn_not_validated(settings, len(validation_rows))
     if settings.reward_weighted and settings.method == "sft":
         rewards = list(train["reward"])
         if set(rewards) == {None}:
@@ -129,10 +129,10 @@ def nothing_left(too_long: int, accepted: int, max_length: int, rejected: tuple[
     return f"nothing is left to train on: {'; '.join(reasons)}; {', '.join(remedies)}, or add examples"
 
 
-def warn_not_validated(settings: TrainingSettings, held_out: int) -> None:
-    """Log that a training has no validation set: all `held_out` validation examples are too long, or there are none."""
-    why = f"all {held_out} validation examples have more than {settings.max_length} tokens (raise max_length)"
-    if not held_out:
+def warn_not_validated(settings: TrainingSettings, validation_rows: int) -> None:
+    """Log that a training has no validation set: all validation examples are too long, or there are none."""
+    why = f"all {validation_rows} validation examples have more than {settings.max_length} tokens (raise max_length)"
+    if not validation_rows:
         why = "the dataset has too few validation examples (raise curation.validation_fraction, or add examples)"
     stopping = " and early_stopping_patience does nothing" if settings.early_stopping_patience else ""
     print(f"the training is not validated, so the last weights stay{stopping}: {why}", file=sys.stderr, flush=True)

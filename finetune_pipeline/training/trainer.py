@@ -336,7 +336,7 @@ def mean_loss(trainer: "Trainer", dataset: "Dataset") -> float:
     model = (trainer.model if trainer.is_fsdp_enabled else trainer.model.to(trainer.args.device)).eval()
     total, tokens = 0.0, 0
     with torch.no_grad(), trainer.accelerator.autocast():
-        # Every rank measures all examples: the Trainer's loader would split them, and repeat some to fill up batches.
+        # Every rank measures all examples: the Trainer's loader would split them, and repeat some to pad batches.
         for examples in DataLoader(dataset, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
             batch = trainer._prepare_inputs(examples)
             counted = padding_free.completion_tokens(batch)

@@ -73,7 +73,7 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
     last, *_ = observed(instance)
     result = TrainingResult.model_validate_json((first.path / "result.json").read_bytes())
     assert (last["step"], last["epoch"], last["seconds_left"]) == (result.steps, 2.0, 0.0)
-    assert last["training_loss"] == pytest.approx(result.curve[-1].loss)
+    assert last["train_loss"] == pytest.approx(result.curve[-1].loss)
     assert last["validation_loss"] == pytest.approx(result.validation[-1].loss)
     assert last["learning_rate"] == pytest.approx(result.curve[-1].learning_rate)
     assert last["tokens_per_second"] > 0 and last["memory_mb"] > 10

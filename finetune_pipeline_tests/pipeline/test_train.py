@@ -86,7 +86,7 @@ def test_the_preset_is_applied_to_the_method_that_auto_chose(make_loop, monkeypa
 def test_training_progress_is_one_line():
     progress = Progress(
         step=6, steps=24, epoch=0.75, loss=1.25, validation_loss=1.5, learning_rate=0.0002, tokens_per_second=12345.6,
-        eta_seconds=83.4, elapsed_seconds=20, memory_bytes=3 * 2**29,
+        seconds_left=83.4, elapsed_seconds=20, memory_bytes=3 * 2**29,
     )  # fmt: skip
     assert describe_progress(progress) == (
         "training 25%, step 6 of 24, epoch 0.8, loss 1.250, validation loss 1.500, learning rate 0.0002, "

@@ -28,7 +28,7 @@ LINE = Progress(
     loss=1.0,
     learning_rate=0.1,
     tokens_per_second=1,
-    eta_seconds=1,
+    seconds_left=1,
     elapsed_seconds=1,
     memory_bytes=1,
 ).model_dump_json()

@@ -52,7 +52,7 @@ def test_it_learns_and_leaves_an_adapter_and_a_result(job):
     assert config["base_model_name_or_path"] == "tiny"  # not a path of this machine
     lines = [json.loads(line) for line in (job.output / "progress.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == lines[-1]["steps"] == 24
-    assert lines[-1]["eta_seconds"] == 0
+    assert lines[-1]["seconds_left"] == 0
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.5])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import write_text
+from finetune_pipeline.manifests import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.backends import axolotl_config as config
 from finetune_pipeline.training.backends.base import Availability, TrainingBackend, has_nvidia
@@ -27,7 +28,6 @@ from finetune_pipeline.training.callbacks import check_finite
 from finetune_pipeline.training.checkpoints import last_complete, mark_complete, step_of
 from finetune_pipeline.training.job import (
     ADAPTER,
-    ADAPTER_WEIGHTS,
     CHECKPOINTS,
     CurvePoint,
     JobConfig,
@@ -143,7 +143,7 @@ class EventReader:
             loss=event["loss"],
             learning_rate=event.get("learning_rate", 0.0),
             tokens_per_second=self._tokens(done) / max(elapsed, 1e-9),
-            eta_seconds=elapsed / done * (event["steps"] - event["step"]),
+            seconds_left=elapsed / done * (event["steps"] - event["step"]),
             elapsed_seconds=elapsed,
             memory_bytes=None,
             micro_batch=self.job.settings.per_device_train_batch_size,
@@ -253,9 +253,9 @@ def _take_adapter(job: JobConfig) -> None:
     for folder in (final, temporary):
         shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir()
-    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = job.base_model.name  # not a path of this machine
     settings["target_modules"] = sorted(settings["target_modules"])
-    write_text(temporary / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
+    write_text(temporary / ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
     shutil.copyfile(source / ADAPTER_WEIGHTS, temporary / ADAPTER_WEIGHTS)
     temporary.replace(final)

@@ -1,0 +1,120 @@
+"""The plan of a training: which settings fit a memory size, and what each adapter needs there."""
+
+from dataclasses import dataclass, replace
+
+from finetune_pipeline.settings import PresetName, TrainingSettings
+from finetune_pipeline.training.architecture import Architecture
+from finetune_pipeline.training.estimate import MemoryEstimate, TimeEstimate, estimate_memory, estimate_time
+from finetune_pipeline.training.presets import (
+    CHANGEABLE,
+    PRESETS,
+    USABLE,
+    Machine,
+    does_not_fit,
+    first_fitting,
+    fits,
+    machine_of,
+    nearest_preset,
+    smaller_settings,
+    with_preferred,
+)
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """A training with its estimated memory and time; without a time if it does not fit."""
+
+    settings: TrainingSettings
+    memory: MemoryEstimate
+    time: TimeEstimate | None
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What fits a machine.
+
+    Attributes:
+        machine: to train on.
+        options: each adapter with and without gradient checkpointing: the largest micro-batch that fits, else the
+            smallest one.
+        chosen: the first settings that fit; None if none do.
+        refusal: why none do, and what to change; empty if some do.
+    """
+
+    machine: Machine
+    options: tuple[PlannedTraining, ...]
+    chosen: PlannedTraining | None
+    refusal: str
+
+
+def plan_training(
+    architecture: Architecture,
+    given: TrainingSettings,
+    *,
+    examples: int,
+    preset: PresetName | None = None,
+    vram: float | None = None,
+    length: int | None = None,
+) -> TrainingPlan:
+    """Plan a training for a preset's memory, a GPU of `vram` GB, or else this machine.
+
+    Args:
+        architecture: the base model's.
+        given: settings that the plan keeps where they are set; their preset counts if neither size is named.
+        examples: number of training examples.
+        preset: whose memory it has to fit.
+        vram: memory of a GPU in GB.
+        length: tokens of the longest example; None for the preset's.
+    """
+    preset = preset or (given.preset if vram is None else None)
+    machine = _machine(vram, preset)
+    if length is not None:
+        given = TrainingSettings(**given.model_dump(include=given.model_fields_set) | {"max_length": length})
+    nearest = preset or ("cpu" if machine.device == "cpu" else nearest_preset(machine.bytes / 2**30 / USABLE))
+    preferred = with_preferred(given, PRESETS[nearest])
+    free = CHANGEABLE - given.model_fields_set
+    best = first_fitting(architecture, preferred, free, machine)
+    chosen, refusal = None, ""
+    if best is None:
+        where = f"preset {preset}" if preset else f"{vram:g} GB" if vram else "this machine"
+        refusal = does_not_fit(architecture, preferred, free, machine, where)
+    else:
+        chosen = _planned(architecture, best, machine, examples)
+    options = []
+    batch_settings = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    start = best or preferred
+    update = start.per_device_train_batch_size * start.gradient_accumulation_steps
+    whole = {"per_device_train_batch_size": update, "gradient_accumulation_steps": 1}
+    for adapter in ("lora", "qlora"):
+        for checkpointing in (False, True):
+            changes = {**whole, "adapter": adapter, "gradient_checkpointing": checkpointing}
+            candidates = list(smaller_settings(start.model_copy(update=changes), batch_settings))
+            option = next((one for one in candidates if fits(architecture, one, machine)), candidates[-1])
+            options.append(_planned(architecture, option, machine, examples))
+    return TrainingPlan(machine, tuple(options), chosen, refusal)
+
+
+def _machine(vram: float | None, preset: PresetName | None) -> Machine:
+    if preset is not None:
+        return machine_of(preset)
+    if vram is not None:
+        return replace(machine_of(nearest_preset(vram)), bytes=vram * 2**30 * USABLE)
+    from finetune_pipeline.training.hardware import this_machine
+
+    return this_machine()
+
+
+def _planned(
+    architecture: Architecture, settings: TrainingSettings, machine: Machine, examples: int
+) -> PlannedTraining:
+    """Estimate a training whose examples have half the maximum length."""
+    memory = estimate_memory(architecture, settings, machine.device, bf16=machine.bf16)
+    time = estimate_time(
+        architecture,
+        settings,
+        examples=examples,
+        tokens=settings.max_length // 2,
+        rate=machine.rate,
+        source=machine.source,
+    )
+    return PlannedTraining(settings, memory, time if memory.bytes <= machine.bytes else None)
