@@ -3,7 +3,7 @@
     application --> gateway / event files --> event store
                                                   |
     raw_logs -> curated_dataset -> lora_adapter -> gguf_model -> eval_report -> promoted_model
-    ingest and  filter, decon-     train with     merge,        compare with   apply the gate,    
+    ingest and  filter, decon-     train with     merge,        compare with   apply the gate,
     snapshot    taminate, dedupe,  TRL and PEFT   convert,      the champion   move the champion
     to Parquet  split                             quantize      on a benchmark       |
                                                                                      |
