@@ -185,9 +185,9 @@ def find_alteration(artifact: Artifact[M]) -> str | None:
     from finetune_pipeline.database.artifacts import is_published
 
     manifest = artifact.manifest
-    place = (manifest.loop, manifest.stage, manifest.version)
-    # A copy in another loop or under another version has a known hash, but not for this place.
-    if artifact.path.parts[-3:] != place or not is_published(connect(), *place, artifact.sha256):
+    key = (manifest.loop, manifest.stage, manifest.version)
+    # A copy in another loop or under another version has a known hash, but not for this key.
+    if artifact.path.parts[-3:] != key or not is_published(connect(), *key, artifact.sha256):
         return f"{artifact.path / MANIFEST} is not what a run wrote"
     recorded = artifact.manifest.files
     inside = [path.relative_to(artifact.path) for path in artifact.path.rglob("*") if path.is_file()]

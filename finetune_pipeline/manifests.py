@@ -105,7 +105,7 @@ class GgufManifest(Manifest):
     stage: ClassVar[str] = "gguf_model"
     blocking_checks: ClassVar[tuple[str, ...]] = ("loads_and_answers", "tokenizer_parity")
     form: Literal["merged", "adapter"] = "merged"
-    gguf: str = Field(description="Name of the GGUF file in the artifact's folder: the whole model, or the adapter.")
+    gguf: str = Field(description="Name of the GGUF file in the artifact's folder: the merged model, or the adapter.")
     base_gguf_sha256: str | None = Field(default=None, description="Of the base's GGUF that the adapter is applied to.")
     quantization: str
     base_model: str

@@ -232,7 +232,7 @@ LOGS = "logs"
 """Name of the source of the application's own logs."""
 
 REPLAY = "replay"
-"""The source of replay examples, which a dataset mixes in against catastrophic forgetting."""
+"""The source of replay examples, which a dataset adds against catastrophic forgetting."""
 
 INGESTED = "ingested"
 """Name of the source of conversations from the drop folder and from `finetune ingest FILE`."""

@@ -1,1 +1,1 @@
-"""The door for people in a terminal: the `finetune` command."""
+"""The command-line entry point: `finetune`."""

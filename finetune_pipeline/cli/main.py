@@ -18,6 +18,7 @@ from finetune_pipeline.cli.status import status
 from finetune_pipeline.cli.train import train
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import DatabaseError
+from finetune_pipeline.database.api_keys import ApiKeyError
 from finetune_pipeline.evaluation.benchmark import BenchmarkError
 from finetune_pipeline.evaluation.comparison import ComparisonError
 from finetune_pipeline.evaluation.report import ReportError
@@ -28,7 +29,6 @@ from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline.schemas import SchemaError
-from finetune_pipeline.serving.access import ApiKeyError
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.source_record import SourceError
 from finetune_pipeline.training.job import TrainingError

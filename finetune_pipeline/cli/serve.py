@@ -110,7 +110,7 @@ def key() -> None:
 def create(name: str, scopes: tuple[str, ...]) -> None:
     """Create a key called NAME and print its secret, which is not stored."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.serving.access import SCOPES, create_key
+    from finetune_pipeline.database.api_keys import SCOPES, create_key
 
     secret = create_key(connect(), name, [scope for scope in SCOPES if scope in scopes])
     click.echo(secret)
@@ -123,7 +123,7 @@ def create(name: str, scopes: tuple[str, ...]) -> None:
 def list_() -> None:
     """List all keys, without their secrets."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.serving.access import list_keys
+    from finetune_pipeline.database.api_keys import list_keys
 
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "scopes", "created (UTC)", "revoked (UTC)", "id"):
@@ -139,7 +139,7 @@ def list_() -> None:
 def revoke(name: str) -> None:
     """Revoke the key with this NAME or id."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.serving.access import revoke_key
+    from finetune_pipeline.database.api_keys import revoke_key
 
     count = revoke_key(connect(), name)
     click.echo(f"revoked {count}; a running gateway refuses it within a second")

@@ -62,7 +62,7 @@ def curate(
     Args:
         folder: where the dataset is written.
         shards: Parquet files of the snapshot, oldest first; an interaction's row in a later one replaces earlier rows.
-        replay: examples to mix in against catastrophic forgetting.
+        replay: examples to add against catastrophic forgetting.
         policy, identity: are pickled where many rows are filtered in other processes.
         system_prompt: the instruction of the Alpaca files.
         cache: keeps the filter's result of each shard, so that the next dataset filters new shards only.

@@ -21,8 +21,8 @@ counters = sa.Table(
     metadata,
     sa.Column("name", sa.String(60), primary_key=True),
     sa.Column("value", sa.BigInteger, nullable=False),
-    # `events` is the newest ingest offset; `store` is a random number that identifies the database.
-    comment="The newest ingest offset. Its row stays locked until commit, so commits are in the order of offsets.",
+    comment="events: the newest ingest offset, locked until commit, so commits are in its order. "
+    "store: a random number that identifies the database.",
 )
 
 interactions = sa.Table(
@@ -110,7 +110,12 @@ erased_events = sa.Table(
     "erased_events",
     metadata,
     # Also hashes of the names of erased persons, whose records are left out of declared sources.
-    sa.Column("id", sa.String(36), primary_key=True, comment="Of an interaction or a feedback; says nothing about it."),
+    sa.Column(
+        "id",
+        sa.String(36),
+        primary_key=True,
+        comment="Of an interaction or a feedback; contains no information about the event.",
+    ),
     sa.Column("loop", sa.String(60), nullable=False),
     sa.Column("ingest_offset", sa.BigInteger, nullable=False, comment="Snapshots up to here may still contain it."),
     sa.Index(None, "loop", "ingest_offset"),
@@ -147,7 +152,9 @@ ingested_files = sa.Table(
     metadata,
     sa.Column("loop", sa.String(60), primary_key=True),
     sa.Column("path", sa.String(1000), primary_key=True),
-    sa.Column("inode", sa.BigInteger, comment="This and the next three: from stat, before the file was last read."),
+    sa.Column(
+        "inode", sa.BigInteger, comment="inode, size, mtime_ns, ctime_ns: from stat, before the file was last read."
+    ),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("mtime_ns", sa.BigInteger, nullable=False),
     sa.Column("ctime_ns", sa.BigInteger),
@@ -230,7 +237,7 @@ model_versions = sa.Table(
     sa.Column(
         "adapter_path",
         sa.Text,
-        comment="LoRA adapter as GGUF on top of gguf_path; null if gguf_path is the whole model.",
+        comment="LoRA adapter as GGUF, applied to gguf_path; null if gguf_path is the merged model.",
     ),
     sa.Column("adapter_sha256", sa.String(64)),
     sa.Column("base_hash", sa.String(64), nullable=False),

@@ -7,6 +7,7 @@ that they came from are stored together or not at all.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 from uuid import UUID, uuid5
 
@@ -384,11 +385,12 @@ def qualifies(min_reward: float) -> sa.ColumnElement[bool]:
     return sa.and_(sa.or_(e.corrected, e.reward >= min_reward, e.review.is_not(None)), ~rejected)
 
 
-def mark_judged(connection: sa.Connection, loop: str, content_hashes: Sequence[str]) -> None:
+def mark_judged(connection: sa.Connection, loop: str, content_hashes: Iterable[str]) -> None:
     """Remember the contents of a judged dataset, so that they never count as new again."""
-    rows = [{"loop": loop, "content_hash": value} for value in sorted(set(content_hashes))]
-    for chunk in chunks(rows):
-        connection.execute(insert(connection, t.judged_examples).on_conflict_do_nothing(), chunk)
+    remaining = iter(content_hashes)
+    while chunk := list(islice(remaining, 500)):
+        rows = [{"loop": loop, "content_hash": value} for value in sorted(set(chunk))]
+        connection.execute(insert(connection, t.judged_examples).on_conflict_do_nothing(), rows)
 
 
 # ---- examples

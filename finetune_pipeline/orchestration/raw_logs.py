@@ -7,6 +7,7 @@ import dagster as dg
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import RawLogsManifest
+from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.checks import check_specs, raw_logs_checks
 from finetune_pipeline.orchestration.io_manager import pointers_key
 from finetune_pipeline.pipeline.snapshot import CollectedLogs, collect_logs
@@ -63,12 +64,14 @@ def _metadata(logs: CollectedLogs) -> dict[str, Any]:
         "path": dg.MetadataValue.path(logs.artifact.path),
     }
     if logs.sources or logs.undeclared:
-        rows = ["| source | records | new | retracted | skipped | |", "|---|---|---|---|---|---|"]
-        for s in logs.sources:
-            rows.append(f"| {s.name} | {s.records} | {s.new} | {s.retracted} | {s.skipped} | {s.error} |")
+        headings = ["source", "records", "new", "retracted", "skipped", "error"]
+        rows: list[tuple[Any, ...]] = [
+            (source.name, source.records, source.new, source.retracted, source.skipped, source.error)
+            for source in logs.sources
+        ]
         for name, count in logs.undeclared.items():
             remedy = f"`finetune feedback retract --source {name}` stops that"
-            rows.append(f"| {name} | {count} | 0 | 0 | 0 | not declared, but still trains without a quota; {remedy} |")
-        metadata["sources"] = dg.MetadataValue.md("\n".join(rows))
+            rows.append((name, count, 0, 0, 0, f"not declared, but still trains without a quota; {remedy}"))
+        metadata["sources"] = dg.MetadataValue.md(markdown_table(headings, rows, "lrrrrl"))
         metadata["skipped"] = [f"{row.source}: {row.provenance}: {row.reason}" for row in logs.skipped]
     return metadata

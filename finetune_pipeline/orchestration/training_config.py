@@ -19,7 +19,7 @@ NOT_IN_THE_LAUNCHPAD = {
     "report_to",
     "preset",
 }
-"""Settings that Dagster's config has no type for, or that fill others."""
+"""Settings that Dagster's config has no type for, or that set other settings."""
 
 
 def training_config(loop: LoopSettings) -> type[dg.Config]:
@@ -34,7 +34,7 @@ def training_config(loop: LoopSettings) -> type[dg.Config]:
         if name in preset:
             # Dagster's config has no optional Literal.
             kind: Any = str if get_origin(field.annotation) is Literal else field.annotation
-            description = f"{field.description} Empty: preset {loop.training.preset} fills it."
+            description = f"{field.description} Empty: preset {loop.training.preset} sets it."
             fields[name] = (kind | None, Field(default=None, description=description))
         elif name not in NOT_IN_THE_LAUNCHPAD:
             default = getattr(loop.training, name)

@@ -1,6 +1,6 @@
 """Evaluate a challenger against the champion, write the report, and mark its data as judged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.export import gguf_identity, model_spec
-from finetune_pipeline.pipeline.required_checks import NotProven, check_proven, dataset_of, near_benchmark
+from finetune_pipeline.pipeline.required_checks import RequiredChecksError, check_proven, dataset_of, near_benchmark
 from finetune_pipeline.registry.champion import CurrentDeployment, current_deployment
 from finetune_pipeline.registry.check_outcomes import record_outcomes_in
 from finetune_pipeline.registry.comparisons import ComparisonRecord, extend_watermark_in, record_comparison_in
@@ -63,8 +63,8 @@ def evaluate(
     champion, by SHA-256, its data is marked as judged without a report.
 
     Raises:
-        NotProven: a blocking check of what the challenger was made from did not pass, or the challenger was trained on
-            near-duplicates of the benchmark.
+        RequiredChecksError: a blocking check of what the challenger was made from did not pass, or the challenger was
+            trained on near-duplicates of the benchmark.
         ArtifactError: the files that answered the benchmark are not those that passed the checks.
     """
     check_proven(gguf)
@@ -81,7 +81,7 @@ def evaluate(
         check_files(current.model)  # a damaged champion would be easy to beat
     near = near_benchmark(loop, gguf.manifest.datasets)
     if near:
-        raise NotProven(f"{near}; materialize curated_dataset and everything after it again")
+        raise RequiredChecksError(f"{near}; materialize curated_dataset and everything after it again")
     comparison = _compare(loop, gguf, current, log)
     if comparison.challenger.gguf_sha256 != gguf_identity(gguf):
         raise ArtifactError(
@@ -192,8 +192,10 @@ def settings_hash(loop: LoopSettings) -> str:
     return hash_of({**comparison_settings(loop), **loop_files.judging_files(loop), "base_model": base})
 
 
-def trained_contents(loop: str, adapter_version: str) -> list[str]:
-    """Return the content hashes of the examples that an adapter was trained and validated on, before redaction.
+def trained_contents(loop: str, adapter_version: str) -> Iterator[str]:
+    """Yield the content hashes of the examples that an adapter was trained and validated on, before redaction.
+
+    The files are checked at the call and read while the caller iterates.
 
     Raises:
         ArtifactError: the adapter or its dataset is missing, or was edited.
@@ -202,9 +204,9 @@ def trained_contents(loop: str, adapter_version: str) -> list[str]:
     check_unaltered(adapter)
     dataset = dataset_of(loop, adapter.manifest.inputs[DatasetManifest.stage])
     columns = ["content_hash", "source"]
-    return [
+    return (
         row["content_hash"]
         for split in SPLITS
         for row in read_split(dataset.path, PROMPT_COMPLETION, split, columns)
         if row["source"] != REPLAY
-    ]
+    )

@@ -80,7 +80,7 @@ class IngestReport:
         return text
 
 
-def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) -> IngestReport:
+def ingest(loop: LoopSettings, database: Database, log: Callable[[str], None]) -> IngestReport:
     """Ingest every unread file of the loop's folders. A file that cannot be read does not stop the others.
 
     Each batch of lines is one transaction, together with the file's position in the ledger. So a killed process loses
@@ -98,10 +98,10 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
         return reward if name == loop.name else reward_function(load_loop(name).feedback)
 
     if recovered := recover_orphans(database, reward_of):
-        tell(f"{recovered} events were recovered from the write-ahead log of a killed gateway")
+        log(f"{recovered} events were recovered from the write-ahead log of a killed gateway")
     with database.write() as connection:
         if repaired := recompute_marked(connection, loop.name, reward):
-            tell(f"the examples of {repaired} interactions were recomputed: their events had times in the future")
+            log(f"the examples of {repaired} interactions were recomputed: their events had times in the future")
     with database.read() as connection:
         files = ingest_ledger.unread(connection, loop.name, loop.log_folders)
     total = IngestReport()
@@ -109,7 +109,7 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
         path = file.path
         name = f"file {number} of {len(files)}, {printable(path.name)}"
         if _may_be_incomplete(file):
-            tell(f"{name}: is just being written; it is read the next time")
+            log(f"{name}: is just being written; it is read the next time")
             continue
         if printable(str(path)) != str(path):
             report = IngestReport(unreadable=[f"{printable(str(path))}: its name is not UTF-8; rename it"])
@@ -119,7 +119,7 @@ def ingest(loop: LoopSettings, database: Database, tell: Callable[[str], None]) 
             except OSError as error:
                 report = IngestReport(unreadable=[f"{path}: {error.strerror}; fix that, or move the file away"])
         total.add(report)
-        tell(f"{name}: {report}")
+        log(f"{name}: {report}")
     return total
 
 

@@ -64,7 +64,7 @@ def promote_challenger(
 
     Raises:
         ReportMismatchError: the report is not about these files, settings or this champion.
-        NotProven: a blocking check of what the challenger was made from did not pass.
+        RequiredChecksError: a blocking check of what the challenger was made from did not pass.
         ChampionMoved: another process changed the champion at the same time.
     """
     verdict = verify_report(loop, report, gguf)
@@ -120,7 +120,7 @@ def verify_report(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Ar
 
     Raises:
         ReportMismatchError: a GGUF or adapter file, the report, the benchmark, the settings or the champion changed.
-        NotProven: a blocking check of what the challenger was made from did not pass.
+        RequiredChecksError: a blocking check of what the challenger was made from did not pass.
     """
     manifest = report.manifest
     serving = champion(connect(), loop.name)

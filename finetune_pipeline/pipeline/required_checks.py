@@ -15,7 +15,7 @@ from finetune_pipeline.registry.check_outcomes import outcomes_of
 from finetune_pipeline.settings import LoopSettings
 
 
-class NotProven(ArtifactError):
+class RequiredChecksError(ArtifactError):
     """Raised if a blocking check of a model or one of its datasets failed or was not run."""
 
 
@@ -23,11 +23,11 @@ def check_proven(gguf: Artifact[GgufManifest]) -> None:
     """Check that all blocking checks of a model and of its datasets passed.
 
     Raises:
-        NotProven: the message names the artifact, the checks, and what to do.
+        RequiredChecksError: the message names the artifact, the checks, and what to do.
     """
     manifest = gguf.manifest
     if not manifest.datasets:
-        raise NotProven(
+        raise RequiredChecksError(
             f"gguf_model {manifest.version} does not name the dataset that it was trained on, since an earlier version "
             "of this project made it; materialize curated_dataset and everything after it again"
         )
@@ -40,7 +40,7 @@ def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> 
     """Check that each blocking check of an artifact passed.
 
     Raises:
-        NotProven: a check failed, or did not run on this content.
+        RequiredChecksError: a check failed, or did not run on this content.
     """
     outcomes = outcomes_of(connect(), loop, kind, version, sha256)
     problems = [
@@ -49,7 +49,7 @@ def check_passed(loop: str, kind: type[Manifest], version: str, sha256: str) -> 
         if name not in outcomes or not outcomes[name].passed
     ]
     if problems:
-        raise NotProven(
+        raise RequiredChecksError(
             f"{kind.stage} {version} did not pass its blocking checks: {', '.join(problems)}; no model made from it "
             f"is promoted. Fix the cause, then materialize {kind.stage} and everything after it again"
         )

@@ -97,7 +97,7 @@ def collect_logs(loop: LoopSettings, database: Database, log: Callable[[str], No
 def snapshot(
     loop: LoopSettings, database: Database, sources: Sequence[SourceReport] = ()
 ) -> tuple[Artifact[RawLogsManifest], Counter[str]]:
-    """Return the loop's interactions as Parquet files, with the example that each of them gives now.
+    """Return the loop's interactions as Parquet files, with the example that each of them yields now.
 
     A snapshot consists of shards. Shards of the last snapshot are hard-linked; interactions that came or changed since
     go into one new shard, and a later shard's row of an interaction replaces an earlier one. If nothing is new, the
@@ -132,8 +132,8 @@ def _no_interactions(loop: LoopSettings, sources: Sequence[SourceReport]) -> str
     if empty:
         message += f". Nothing usable came from {empty}"
     return (
-        f'{message}. Fix that, or put JSONL of {{"event": "interaction", ...}} lines there (see the README), then '
-        "materialize raw_logs again"
+        f'{message}. Fix that, or put JSONL of {{"event": "interaction", ...}} lines there (see docs/feedback.md), '
+        "then materialize raw_logs again"
     )
 
 

@@ -1,4 +1,4 @@
-"""Turn a record of a source into the events that the store keeps: an interaction and the feedback that rewards it."""
+"""Turn a record of a source into events: an interaction, and the feedback that carries its reward."""
 
 import uuid
 from dataclasses import replace
@@ -14,7 +14,7 @@ from finetune_pipeline.sources.source_record import SourceRecord
 ERASED = "its author was erased"
 """Why a record of an erased person is skipped. The reason does not contain the name."""
 
-_NAMESPACE = uuid.UUID("6a4b1f0e-7c52-4f0b-9d3e-52c8a1f7b9d4")  # of this project's name-based ids: a random one
+_NAMESPACE = uuid.UUID("6a4b1f0e-7c52-4f0b-9d3e-52c8a1f7b9d4")  # UUID namespace of this project (random)
 
 
 def without_own_system_prompt(record: SourceRecord, loop: LoopSettings) -> SourceRecord:

@@ -1,7 +1,7 @@
 """Read a loop's declared sources into the store.
 
-Each batch of records is one transaction, together with the cursor at its end. A reading without cursors gives all that
-the source has, so what it does not give is retracted when it ends.
+Each batch of records is one transaction, together with the cursor at its end. A reading without cursors yields all that
+the source contains, so what it does not yield is retracted when it ends.
 """
 
 import logging
@@ -89,21 +89,21 @@ class SourceReport:
         return f"{self.name}: {counts}" + (f"; {self.error}" if self.error else "")
 
 
-def sync_sources(loop: LoopSettings, database: Database, tell: Callable[[str], None]) -> list[SourceReport]:
+def sync_sources(loop: LoopSettings, database: Database, log: Callable[[str], None]) -> list[SourceReport]:
     """Read every declared source of a loop. If one fails, its report says why, and the others are read."""
     reports = []
     for source in loop.sources:
         if isinstance(source, LogsSource | IngestedSource):
             continue  # `ingest` reads these
         try:
-            report = sync_source(loop, source, database, reader_for(source), tell)
+            report = sync_source(loop, source, database, reader_for(source), log)
         except SourceError as error:
             report = SourceReport(source.name, error=redact(str(error)).text)
         except (OSError, RuntimeError, ValueError) as error:  # an unforeseen problem with a path, permission or host
             found = redact(f"{type(error).__name__}: {error}").text
             advice = "fix the cause, or correct the source's settings in the loop's YAML"
             report = SourceReport(source.name, error=f"cannot be read ({found}); {advice}")
-        tell(str(report))
+        log(str(report))
         reports.append(report)
     return reports
 
@@ -118,9 +118,9 @@ def reader_for(source: Source) -> Reader:
 
 
 def sync_source(
-    loop: LoopSettings, source: Source, database: Database, read: Reader, tell: Callable[[str], None] = _log.info
+    loop: LoopSettings, source: Source, database: Database, read: Reader, log: Callable[[str], None] = _log.info
 ) -> SourceReport:
-    """Record what a source gives, and retract what it no longer has.
+    """Record what a source yields, and retract what it no longer contains.
 
     A record's id is a hash of its source, content and key, so an unchanged record that is read again changes nothing,
     even at another place. A changed record has a new id, and the old one is retracted.
@@ -130,7 +130,7 @@ def sync_source(
     """
     sync = _Sync(loop, source, database, reward_function(loop.feedback))
     # Two readings at once would each retract what only the other has seen.
-    with wait_for_lock(home() / "cache" / "sources" / loop.name / source.name, f"reading of {source.name}", tell):
+    with wait_for_lock(home() / "cache" / "sources" / loop.name / source.name, f"reading of {source.name}", log):
         with database.read() as connection:
             cursor = read_cursor(connection, loop.name, source.name)
         for batch in _batches(read(source, cursor)):
@@ -212,7 +212,7 @@ class _Sync:
         self.report.new += recorded.interactions
 
     def finish(self) -> None:
-        """End a complete reading: retract what it did not give, and write the skipped records."""
+        """End a complete reading: retract what it did not yield, and write the skipped records."""
         loop, source = self.loop.name, self.source.name
         # If nothing was usable, the settings are probably wrong, so nothing is retracted.
         expected = self.unreadable.keys() | self.deferred

@@ -16,7 +16,7 @@ class TrainingJob(Record):
     loop: str
     run_id: str = Field(description="Dagster's run.")
     dataset: str = Field(description="Version of the dataset.")
-    initial_adapter: str | None = Field(default=None, description="Version of the adapter that it continued from.")
+    initial_adapter: str | None = Field(default=None, description="Version of the adapter it was warm-started from.")
     method: str
     mode: str
     device: str

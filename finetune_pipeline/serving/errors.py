@@ -96,7 +96,7 @@ class MethodNotAllowed(GatewayError):
 
 
 class Conflict(GatewayError):
-    """The current state does not allow it."""
+    """The state of the model or event does not allow the request."""
 
     status, kind, code = 409, "invalid_request_error", "conflict"
 

@@ -12,9 +12,9 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finetune_pipeline.database.api_keys import Scope as KeyScope
 from finetune_pipeline.inference.remote import VIA_HEADER
 from finetune_pipeline.serving.access import Caller, is_loopback
-from finetune_pipeline.serving.access import Scope as KeyScope
 from finetune_pipeline.serving.errors import BadRequest, Conflict, Forbidden, GatewayError, TooLarge, WrongMediaType
 from finetune_pipeline.serving.gateway import Gateway
 

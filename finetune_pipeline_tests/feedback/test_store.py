@@ -61,6 +61,14 @@ def test_late_feedback_makes_an_example_new_until_it_is_judged():
     assert new(after=0) == []
 
 
+def test_judged_contents_are_read_from_an_iterator_in_chunks():
+    hashes = (f"{number % 1_100:064}" for number in range(1_300))  # some repeat, within a chunk and across chunks
+    with connect().write() as connection:
+        store.mark_judged(connection, "notes", hashes)
+        stored = connection.execute(sa.select(t.judged_examples.c.content_hash)).scalars().all()
+    assert sorted(stored) == [f"{number:064}" for number in range(1_100)]
+
+
 def test_concurrent_writers_lose_nothing_and_share_no_offset():
     connect()
     threads = [

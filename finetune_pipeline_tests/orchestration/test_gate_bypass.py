@@ -29,7 +29,7 @@ from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.pipeline import incremental
 from finetune_pipeline.pipeline.promote import ReportMismatchError
-from finetune_pipeline.pipeline.required_checks import NotProven
+from finetune_pipeline.pipeline.required_checks import RequiredChecksError
 from finetune_pipeline.registry.champion import ChampionChangedError, champion, promote, rollback, switch
 from finetune_pipeline.registry.check_outcomes import outcomes_of, record_outcomes
 from finetune_pipeline.registry.comparisons import find_comparison, judged_watermark, list_comparisons
@@ -213,7 +213,7 @@ def test_a_model_that_failed_a_blocking_check_is_not_promoted(loop, instance, st
             connection.execute(sa.delete(check_outcomes).where(check_outcomes.c.name == name))
     reports = list_comparisons(connect(), "notes")
     for selected in (["promoted_model"], ["eval_report", "promoted_model"]):
-        with pytest.raises(NotProven, match=f"{stage} .* did not pass its blocking checks: {name} {how}"):
+        with pytest.raises(RequiredChecksError, match=f"{stage} .* did not pass its blocking checks: {name} {how}"):
             run(loop, instance, *selected)
     assert served() is None and list_comparisons(connect(), "notes") == reports
 
@@ -223,7 +223,7 @@ def test_a_failed_check_counts_in_later_runs(loop, settled, instance):
     assert not run_softly(few, instance, "curated_dataset").success
     make_adapter(few, 3)
     run(few, instance, "gguf_model")
-    with pytest.raises(NotProven, match="enough_examples failed in run"):
+    with pytest.raises(RequiredChecksError, match="enough_examples failed in run"):
         run(few, instance, "eval_report", "promoted_model")
     assert served() is None
 
@@ -326,7 +326,7 @@ def test_a_model_trained_on_a_new_benchmark_is_not_evaluated(loop, instance, ben
     rows = [json.loads(line) for line in benchmark.open()]
     rows[0]["prompt"] = "please note what person3 said about the person3 matter"
     benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(NotProven, match="made for another benchmark, and 1 of its examples"):
+    with pytest.raises(RequiredChecksError, match="made for another benchmark, and 1 of its examples"):
         run(loop, instance, "eval_report", "promoted_model")
     assert served() is None
 
@@ -372,7 +372,7 @@ def test_a_warm_started_model_trained_on_a_new_benchmark_is_not_evaluated(traine
     record_outcomes(connect(), challenger, dict.fromkeys(GgufManifest.blocking_checks, True), "run-1")
     set_latest(challenger.manifest, "by hand")
     compared = list_comparisons(connect(), "notes")
-    with pytest.raises(NotProven, match="made for another benchmark, and 1 of its examples"):
+    with pytest.raises(RequiredChecksError, match="made for another benchmark, and 1 of its examples"):
         run(trained_twice, instance, "eval_report", "promoted_model")
     assert list_comparisons(connect(), "notes") == compared
 

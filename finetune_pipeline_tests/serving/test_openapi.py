@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from finetune_pipeline.database import connect
-from finetune_pipeline.serving.access import create_key
+from finetune_pipeline.database.api_keys import create_key
 from finetune_pipeline_tests.serving.conftest import make_loop, serving
 
 OPERATIONS = [

@@ -34,7 +34,7 @@ COLUMNS = {
 
 # begin comments
 COMMENTS = {
-    ('counters', None): 'The newest ingest offset. Its row stays locked until commit, so commits are in the order of offsets.',
+    ('counters', None): 'events: the newest ingest offset, locked until commit, so commits are in its order. store: a random number that identifies the database.',
     ('counters', 'name'): None,
     ('counters', 'value'): None,
     ('interactions', None): None,
@@ -90,7 +90,7 @@ COMMENTS = {
     ('loop_counters', 'name'): None,
     ('loop_counters', 'value'): None,
     ('erased_events', None): 'Ids of erased events, which are not recorded again even if a log still contains them.',
-    ('erased_events', 'id'): 'Of an interaction or a feedback; says nothing about it.',
+    ('erased_events', 'id'): 'Of an interaction or a feedback; contains no information about the event.',
     ('erased_events', 'loop'): None,
     ('erased_events', 'ingest_offset'): 'Snapshots up to here may still contain it.',
     ('review_decisions', None): None,
@@ -109,7 +109,7 @@ COMMENTS = {
     ('ingested_files', None): None,
     ('ingested_files', 'loop'): None,
     ('ingested_files', 'path'): None,
-    ('ingested_files', 'inode'): 'This and the next three: from stat, before the file was last read.',
+    ('ingested_files', 'inode'): 'inode, size, mtime_ns, ctime_ns: from stat, before the file was last read.',
     ('ingested_files', 'size'): None,
     ('ingested_files', 'mtime_ns'): None,
     ('ingested_files', 'ctime_ns'): None,
@@ -157,7 +157,7 @@ COMMENTS = {
     ('model_versions', 'patch'): None,
     ('model_versions', 'gguf_path'): None,
     ('model_versions', 'gguf_sha256'): None,
-    ('model_versions', 'adapter_path'): 'LoRA adapter as GGUF on top of gguf_path; null if gguf_path is the whole model.',
+    ('model_versions', 'adapter_path'): 'LoRA adapter as GGUF, applied to gguf_path; null if gguf_path is the merged model.',
     ('model_versions', 'adapter_sha256'): None,
     ('model_versions', 'base_hash'): None,
     ('model_versions', 'mode'): None,
