@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -23,7 +24,7 @@ from pydantic import (
 )
 
 from finetune_pipeline.records import Rating
-from finetune_pipeline.trainer_fields import check_lora_config, check_member, check_trainer_config
+from finetune_pipeline.trainer_fields import check_lora_config, check_losses, check_member, check_trainer_config
 from finetune_pipeline.validation_messages import error_messages
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -445,7 +446,8 @@ class TrainingSettings(Settings):
     optim: str = Field(default="adamw_torch_fused", description="Optimizer, by transformers' name.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of the optimizer.")
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, about 20 % more time."
+        default=False,
+        description="Recompute activations in the backward pass: less memory, more time (37 % more is estimated).",
     )
     bf16: bool = Field(default=True, description="Compute in bfloat16 where that is faster on this machine.")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
@@ -459,7 +461,10 @@ class TrainingSettings(Settings):
     beta: float = Field(
         default=0.1, gt=0, description="dpo and kto: strength of the KL penalty to the reference model."
     )
-    loss_type: tuple[str, ...] = Field(default=("sigmoid", "sft"), description="dpo: losses that are added up.")
+    loss_type: tuple[str, ...] | None = Field(
+        default=None,
+        description="dpo: losses that are added up; default sigmoid and sft. kto: one loss; default kto.",
+    )
     loss_weights: tuple[float, ...] | None = Field(
         default=None, description="dpo: a weight for each loss_type; default 1 for each."
     )
@@ -496,6 +501,18 @@ class TrainingSettings(Settings):
     def _known_optimizer(cls, value: str) -> str:
         return value if value == "adamw_torch_fused" else check_member(value, "OptimizerNames")
 
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _one_loss_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value  # as TRL's KTOConfig has it
+
+    @field_validator("loss_type")
+    @classmethod
+    def _known_losses(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        if value is not None and "method" in info.data:
+            check_losses(value, info.data["method"])
+        return value
+
     @field_validator("trainer_config")
     @classmethod
     def _known_trainer_fields(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -511,12 +528,23 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _each_loss_has_a_weight(self) -> "TrainingSettings":
-        if self.loss_weights is not None and len(self.loss_type) != len(self.loss_weights):
+        if self.loss_weights is not None and self.method != "dpo":
             raise ValueError(
-                f"loss_type has {len(self.loss_type)} entries and loss_weights has {len(self.loss_weights)}; give each "
+                f"loss_weights weighs the losses of method dpo, and method is {self.method}; leave it out, or set "
+                "method: dpo"
+            )
+        if self.loss_weights is not None and len(self.losses) != len(self.loss_weights):
+            raise ValueError(
+                f"loss_type has {len(self.losses)} entries and loss_weights has {len(self.loss_weights)}; give each "
                 "loss a weight"
             )
         return self
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Return TRL's names of the losses of dpo or kto; empty for sft, which has one."""
+        default = {"dpo": ("sigmoid", "sft"), "kto": ("kto",)}
+        return self.loss_type or default.get(self.method, ())
 
 
 class ExportSettings(Settings):
@@ -811,10 +839,15 @@ def read_loop(path: Path) -> LoopSettings:
         raise SettingsError("\n".join([f"{path}: invalid settings:", *lines])) from error
 
 
-def _names() -> set[str]:
-    """Return the names of all settings."""
-    schema = LoopSettings.model_json_schema()
-    return {name for part in [schema, *schema["$defs"].values()] for name in part.get("properties", {})}
+def _names() -> dict[str, list[str]]:
+    """Return the names of the settings of each section; "" is the top level."""
+    names = {"": list(LoopSettings.model_fields)}
+    for section, field in LoopSettings.model_fields.items():
+        annotation: Any = field.annotation
+        schema = TypeAdapter(annotation).json_schema()
+        parts = [schema, *schema.get("$defs", {}).values()]
+        names[section] = [name for part in parts for name in part.get("properties", {})]
+    return names
 
 
 def load_loops(folder: Path = DEFS_FOLDER) -> dict[str, LoopSettings]:

@@ -6,13 +6,14 @@ and every command reads settings.
 
 import ast
 import importlib.util
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
+
+from finetune_pipeline.validation_messages import nearest, sentence_error
 
 TRAINER_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig"}
 """TRL's configuration class of each training method."""
@@ -25,6 +26,8 @@ _FILES = {
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "KTOConfig": ("trl", "trainer/kto_config.py"),
+    "DPOTrainer": ("trl", "trainer/dpo_trainer.py"),
+    "KTOTrainer": ("trl", "trainer/kto_trainer.py"),
     "PeftConfigMixin": ("peft", "config.py"),
     "PeftConfig": ("peft", "config.py"),
     "LoraConfig": ("peft", "tuners/lora/config.py"),
@@ -47,7 +50,7 @@ RESERVED: dict[str, str] = {
             "logging_steps", "save_steps", "report_to", "max_length", "beta", "loss_weights",
         )
     },
-    "loss_type": "set training.loss_type for dpo; sft uses cross-entropy on completion tokens, kto its own loss",
+    "loss_type": "set training.loss_type for dpo or kto; the loss of sft is cross-entropy on completion tokens",
     "output_dir": "every training has a folder of its own among the artifacts",
     "run_name": "it is the training's key, by which a killed training finds its checkpoints",
     "resume_from_checkpoint": "a training resumes from its last complete checkpoint by itself",
@@ -183,10 +186,40 @@ def check_lora_config(given: Mapping[str, Any]) -> None:
     """
     _check(given, ["LoraConfig"], RESERVED_LORA)
     if given.get("init_lora_weights", True) not in _INITIALIZATIONS:
-        raise ValueError(
-            f"but init_lora_weights {given['init_lora_weights']!r} cannot be used: {_BASE_CHANGED}; use one of "
+        raise sentence_error(
+            f"init_lora_weights {given['init_lora_weights']!r} cannot be used: {_BASE_CHANGED}; use one of "
             f"{', '.join(map(str, _INITIALIZATIONS))}"
         )
+
+
+def check_losses(given: Sequence[str], method: str) -> None:
+    """Check names of losses for TRL's trainer of a method.
+
+    Raises:
+        ValueError: the method has only one loss, or TRL has no such loss.
+    """
+    if method not in ("dpo", "kto"):
+        loss = "the loss of sft is cross-entropy on completion tokens"
+        remedy = "leave loss_type out, or set method: dpo or kto"
+        raise sentence_error(
+            f"{loss}, and method: auto may choose sft; {remedy}" if method == "auto" else f"{loss}; {remedy}"
+        )
+    if not given or (method == "kto" and len(given) > 1):
+        raise sentence_error(
+            f"{method} cannot use {len(given)} losses; name one" + (" or more" if method == "dpo" else "")
+        )
+    tree = _class({"dpo": "DPOTrainer", "kto": "KTOTrainer"}[method])
+    # The trainers compare loss_type with each name that they know.
+    known = {
+        name.value
+        for node in (ast.walk(tree) if tree else ())
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).rpartition(".")[2] == "loss_type"
+        for name in node.comparators
+        if isinstance(name, ast.Constant) and isinstance(name.value, str)
+    }
+    for name in given:
+        if known and name not in known:
+            raise sentence_error(f"TRL's {method} has no loss {name!r}; {_did_you_mean(name, sorted(known))}")
 
 
 def check_member(value: str, enumeration: Literal["OptimizerNames", "SchedulerType"]) -> str:
@@ -195,9 +228,14 @@ def check_member(value: str, enumeration: Literal["OptimizerNames", "SchedulerTy
     assigned = [node.value for node in tree.body if isinstance(node, ast.Assign)] if tree else []
     known = [str(value.value) for value in assigned if isinstance(value, ast.Constant)]
     if known and value not in known:
-        meant = get_close_matches(value, known, n=1)
-        raise ValueError(f"but transformers has no such one; {f'is it {meant[0]}' if meant else ', '.join(known)}?")
+        kind = {"OptimizerNames": "optimizer", "SchedulerType": "learning-rate schedule"}[enumeration]
+        raise sentence_error(f"transformers has no {kind} {value!r}; {_did_you_mean(value, known)}")
     return value
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    meant = nearest(name, known)
+    return f"did you mean {meant}?" if meant else f"it has {', '.join(sorted(known))}"
 
 
 def _check(given: Mapping[str, Any], classes: Sequence[str], reserved: Mapping[str, str]) -> None:
@@ -209,14 +247,24 @@ def _check(given: Mapping[str, Any], classes: Sequence[str], reserved: Mapping[s
         for kind in classes:
             fields = fields_of(kind)
             if fields and name not in fields:
-                meant = get_close_matches(name, fields, n=1)
-                problems.append(f"{kind} has no field {name}" + (f"; is it {meant[0]}?" if meant else ""))
+                problems.append(f"{kind} has no field {name}{_remedy(name, fields, classes)}")
                 break
             if fields and not _fits(value, fields[name]):
                 problems.append(f"{name} is {value!r}, and {kind} expects {fields[name]}")
                 break
     if problems:
-        raise ValueError(f"but {'; '.join(problems)}")
+        raise sentence_error("; ".join(problems))
+
+
+def _remedy(name: str, fields: Iterable[str], classes: Sequence[str]) -> str:
+    """Return what to do about a field that a class does not have."""
+    having = [method for method, kind in TRAINER_CONFIGS.items() if name in fields_of(kind)]
+    if having and classes[0] in TRAINER_CONFIGS.values():
+        auto = ", and method: auto needs a field that every method has" if len(classes) > 1 else ""
+        kinds = " and ".join(TRAINER_CONFIGS[method] for method in having)
+        return f"{auto}; {kinds} {'has' if len(having) == 1 else 'have'} it: set method: {' or '.join(having)}"
+    meant = nearest(name, fields)
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def fields_of(name: str) -> dict[str, str]:

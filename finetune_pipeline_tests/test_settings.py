@@ -52,6 +52,10 @@ def test_the_drop_folder_is_under_the_home_by_default(tmp_path):
     [
         ("gate: {min_gian: 0.1}", r"gate\.min_gian: there is no such field; is it min_gain\?"),
         ("surprise: 1", "surprise"),
+        ("training: {epochs: 2}", r"training\.epochs: there is no such field; it is named num_train_epochs now"),
+        ("training: {workers: 2}", r"training\.workers: there is no such field; it is named num_processes now"),
+        ("gate: {epochs: 2}", r"gate\.epochs: there is no such field$"),  # it was a setting of another section
+        ("feeds: []", r"feeds: there is no such field; it is named sources now"),
         ("min_gain: 0.1", r"min_gain: there is no such field(?!; is it min_gain\?)"),  # it belongs to gate
         ("gate: {min_gain: 7}", r"gate\.min_gain: found 7, expected less than"),
         ("training: {num_train_epochs: many}", "training.num_train_epochs"),
@@ -107,7 +111,7 @@ def test_what_a_gguf_adapter_cannot_hold_needs_a_merged_export(tmp_path, trainin
 
 def test_an_unknown_field_of_trl_is_rejected_when_the_loop_is_read(tmp_path):
     path = write(tmp_path, "notes", loop_yaml(YAML + "training: {trainer_config: {neftune_alpha: 5}}"))
-    with pytest.raises(SettingsError, match=r"training\.trainer_config: .* is it neftune_noise_alpha\?"):
+    with pytest.raises(SettingsError, match=r"training\.trainer_config: .* did you mean neftune_noise_alpha\?"):
         read_loop(path)
 
 

@@ -101,8 +101,8 @@ def preference_trainer(
     if settings.method == "dpo":
         kind, config = DPOTrainer, DPOConfig
         own: dict[str, Any] = {
-            "loss_type": list(settings.loss_type),
-            "loss_weights": list(settings.loss_weights or [1.0] * len(settings.loss_type)),
+            "loss_type": list(settings.losses),
+            "loss_weights": list(settings.loss_weights or [1.0] * len(settings.losses)),
             "train_sampling_strategy": "group_by_length",
             "length_column_name": "length",
             "remove_unused_columns": False,  # it would remove the lengths
@@ -115,6 +115,7 @@ def preference_trainer(
         own = {  # both kinds weigh the same in total, whichever has more examples (Eq. 8 of the KTO paper)
             "desirable_weight": max(1.0, undesirable / desirable),
             "undesirable_weight": max(1.0, desirable / undesirable),
+            "loss_type": settings.losses[0],
             "train_sampling_strategy": "sequential",
         }
     trainer = _for_tokenized_rows(kind)(

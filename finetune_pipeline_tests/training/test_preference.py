@@ -145,7 +145,11 @@ def test_the_losses_are_those_that_were_set(prefer):
     assert (dpo.beta, dpo.loss_types, dpo.loss_weights, dpo.ref_model) == (0.3, ["sigmoid", "sft"], [1.0, 0.5], None)
     plain, _ = trainer_of(prefer("dpo", loss_type=("sigmoid",)))
     assert plain.loss_types == ["sigmoid"]
+    unpaired = prefer("kto", loss_type=("apo_zero_unpaired",), num_train_epochs=1)
+    assert trainer_of(unpaired)[0].loss_type == "apo_zero_unpaired"
+    assert run_training(unpaired, time.monotonic()).steps > 0
     kto, _ = trainer_of(prefer("kto", beta=0.3))
+    assert kto.loss_type == "kto"
     assert (kto.beta, kto.desirable_weight, kto.undesirable_weight) == (0.3, 1.0, 2.0)  # 32 good, 16 bad
 
 

@@ -79,6 +79,8 @@ class Axolotl(TrainingBackend):
             yield "it starts with a new adapter; set mode: full, or backend: peft"
         if settings.early_stopping_patience and settings.method != "sft":
             yield f"it has no early stopping for {settings.method}; unset early_stopping_patience, or set backend: peft"
+        if settings.method == "kto" and settings.losses != ("kto",):
+            yield f"it has no loss_type {settings.losses[0]} for kto; leave it out, or set backend: peft"
         if settings.attn_implementation == "eager":
             yield "it has no attn_implementation: eager; leave it out, or set backend: peft"
         for name, known in (("trainer_config", config.TRAINER_FIELDS), ("lora_config", config.LORA_FIELDS)):

@@ -130,7 +130,7 @@ def configuration(job: JobConfig, examples: int, checkpoint: Path | None, gpu: b
         method = {"rl": settings.method, "rl_beta": settings.beta}
     if settings.method == "dpo":
         dataset = {"type": "passthrough"}
-        losses = list(settings.loss_type)
+        losses = list(settings.losses)
         method |= {"dpo_loss_type": losses, "dpo_loss_weights": list(settings.loss_weights or [1.0] * len(losses))}
     if settings.method == "kto":
         fields = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
