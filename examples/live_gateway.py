@@ -38,9 +38,8 @@ SHOWN = (
     "new high-reward",
     "Launching run for",
     "%, step ",
-    "promote:",
-    "reject:",
-    "serves now",
+    "check 'gain'",
+    "is the champion now",
     "in service",
     "RUN_FAILURE",
 )

@@ -23,7 +23,11 @@ SKIPPED = (
 )
 WORDS = {
     r"fore(tell|told)\w*": "predict, predicted",
-    r"deal[st]? out|dealt out|dealing out": "split across ranks, shard",
+    r"deals? out|dealing out|dealt": "split across ranks, shard",
+    r"shared rows?": "packed sequence",
+    r"unbroken": "uninterrupted",
+    r"right against|parameters right": "correct",
+    r"falling slices?": "regressed slices",
     r"reckon\w*": "estimate, count",
     r"besides": "in addition, also",
     r"anew": "again",

@@ -43,7 +43,7 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
     recorded = total.recorded
     click.echo(
         f"{total.files} files: {recorded.interactions} interactions and {recorded.feedback} feedback added, "
-        f"{recorded.duplicates} known already, {total.rejected} lines rejected"
+        f"{recorded.duplicates} duplicates, {total.rejected} lines rejected"
     )
     if total.conflicts:
         click.echo(f"{total.conflicts} events have an id that is known with other content:", err=True)

@@ -27,6 +27,7 @@ def run(loop: LoopSettings, verbose: bool) -> None:
     The run belongs to the loop's Dagster job, so the UI lists it there. Ctrl-C cancels it. With gate.on_reject:
     keep_champion the exit code is 0 for a rejected challenger too.
     """
+    click.echo(f"checking the training settings and the base model of loop {loop.name}")
     from finetune_pipeline.pipeline.train import check_can_train
 
     check_can_train(loop)

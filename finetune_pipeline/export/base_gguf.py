@@ -28,7 +28,12 @@ def base_gguf_artifact(loop: LoopSettings, log: Callable[[str], None]) -> Artifa
     settings = {"quantization": loop.export.quantization, **packages}
 
     def make(folder: Path) -> dict[str, Any]:
-        exported = export(base, None, folder, loop.export.quantization, log)
+        quantization = loop.export.quantization
+        messages = {
+            "convert": "convert the base model to GGUF",
+            "quantize": f"quantize the base model to {quantization}",
+        }
+        exported = export(base, None, folder, quantization, lambda step: log(messages[step]))
         if exported.f16 != exported.gguf:
             exported.f16.unlink()
         return {
@@ -36,7 +41,7 @@ def base_gguf_artifact(loop: LoopSettings, log: Callable[[str], None]) -> Artifa
             "settings": settings,
             "packages": packages,
             "gguf": exported.gguf.name,
-            "quantization": loop.export.quantization,
+            "quantization": quantization,
             "base_hash": inputs["base_model"],
         }
 

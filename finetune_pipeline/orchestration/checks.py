@@ -85,12 +85,21 @@ def curated_dataset_checks(checks: Iterable[DatasetCheck]) -> Iterator[dg.AssetC
         )
 
 
-def gguf_model_checks(checks: Iterable[ModelCheck]) -> Iterator[dg.AssetCheckResult]:
+def gguf_model_checks(loop: LoopSettings, checks: Iterable[ModelCheck]) -> Iterator[dg.AssetCheckResult]:
     """Yield the results of the checks of gguf_model."""
     for check in checks:
         blocking = check.name in GgufManifest.blocking_checks
         severity = dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN
-        yield dg.AssetCheckResult(check_name=check.name, passed=check.passed, severity=severity, metadata=check.metrics)
+        metrics = check.metrics
+        description = metrics.get("error") or metrics.get("skipped")
+        if "fraction" in metrics:
+            description = (
+                f"{metrics['same']} of {metrics['of']} answers are the same ({metrics['fraction']:.0%}), at least "
+                f"{loop.export.min_agreement:.0%} needed"
+            )
+        yield dg.AssetCheckResult(
+            check_name=check.name, passed=check.passed, severity=severity, description=description, metadata=metrics
+        )
 
 
 def eval_report_checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Iterator[dg.AssetCheckResult]:
@@ -116,12 +125,17 @@ def eval_report_checks(loop: LoopSettings, comparison: Comparison, verdict: Verd
         check_name="significance",
         passed=significance.p_value <= loop.gate.significance_level,
         severity=dg.AssetCheckSeverity.WARN,
+        description=f"p = {significance.p_value:.2g} ({significance.method}), at most {loop.gate.significance_level:g} "
+        "needed",
         metadata={"p_value": float(significance.p_value), "method": significance.method},
     )
+    worst = min(comparison.slices, key=lambda group: group.points, default=None)
     changes = {group.name: f"{group.points:+.1%}" for group in comparison.slices}
     yield dg.AssetCheckResult(
         check_name="no_slice_regressed",
         passed=not comparison.regressed_slices,
         severity=dg.AssetCheckSeverity.WARN,
+        description=f"{len(comparison.regressed_slices)} of {len(comparison.slices)} slices regressed"
+        + (f"; least change: {worst.name} {worst.points:+.1%}" if worst else ""),
         metadata={"regressed": list(comparison.regressed_slices), "changes": changes},
     )

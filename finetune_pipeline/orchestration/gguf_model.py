@@ -37,7 +37,7 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         die_with_run()
         artifact, checks = export_model(loop, lora_adapter, context.run.run_id, context.log.info)
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        yield from gguf_model_checks(checks)
+        yield from gguf_model_checks(loop, checks)
 
     return gguf_model
 

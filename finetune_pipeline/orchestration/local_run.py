@@ -44,6 +44,7 @@ def run_loop(
     run_id, began = str(uuid.uuid4()), time.time()
     log = home() / "logs" / f"{loop.name}-{datetime.now():%Y%m%d-%H%M%S}-{run_id[:8]}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    echo(f"the run's complete log is in {log}")
     tied = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
     job = [sys.executable, "-m", "finetune_pipeline.orchestration.run_job", str(workspace), loop.job_name]
     with _signals() as received, dg.DagsterInstance.get() as instance:
@@ -81,7 +82,9 @@ def run_loop(
             for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:]:
                 echo(line)
         echo(f"the run did not succeed, nothing was promoted; the complete log is in {log}")
-    return 1 if process.returncode else 0
+        return 1
+    echo(f"the run succeeded; the complete log is in {log}")
+    return 0
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             context.log.info(f"{result.reason}; the champion stays")
             return
         model = result.model
-        context.log.info(f"{model.name} serves now: {model.gguf_path}")
+        context.log.info(f"{model.name} is the champion now: {model.gguf_path}")
         metadata: dict[str, Any] = {
             "model": model.name,
             "reason": result.verdict.reason,

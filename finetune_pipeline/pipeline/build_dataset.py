@@ -148,7 +148,7 @@ def check_dataset(loop: LoopSettings, dataset: Artifact[DatasetManifest]) -> tup
     enough = DatasetCheck(
         "enough_examples",
         examples >= needed,
-        f"{examples} of {needed} needed{review}",
+        f"{examples} examples, at least {needed} needed{review}",
         {"examples": examples, "needed": needed, "what to do": "log more feedback, or lower curation.min_examples"},
     )
     offenders = {"no_benchmark_overlap": content.near_benchmark, "targets_parse": content.invalid_targets}

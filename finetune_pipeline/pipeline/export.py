@@ -76,7 +76,12 @@ def export_model(
         chats = [chat_messages(loop.system_prompt, prompt) for prompt in _sample(loop)]
         prompts = ReferencePrompts(chats, loop.evaluation.max_tokens)
         if base_gguf is None:
-            exported = export(base, adapter_folder, folder, kind, log, prompts)
+            messages = {
+                "merge": "merge the adapter into the base model",
+                "convert": "convert the merged model to GGUF",
+                "quantize": f"quantize the merged model to {kind}",
+            }
+            exported = export(base, adapter_folder, folder, kind, lambda step: log(messages[step]), prompts)
             files = {"gguf": exported.gguf.name}
         else:
             gguf = base_gguf.path / base_gguf.manifest.gguf

@@ -72,7 +72,7 @@ class IngestReport:
         if self.unreadable:
             return self.unreadable[0]
         text = f"{self.recorded.interactions} interactions, {self.recorded.feedback} feedback, "
-        text += f"{self.recorded.duplicates} known already, {self.rejected} lines rejected"
+        text += f"{self.recorded.duplicates} duplicates, {self.rejected} lines rejected"
         if self.rewritten:
             text += "; the file was rewritten since it was last read, so it was read again from the start"
         if self.conflicts:

@@ -99,7 +99,7 @@ def train_adapter(
         log(f"with preset {settings.preset}: {filled}")
     dataset_type = DATASET_TYPES[choice.method]
     begin = training_start(loop, settings, dataset, dataset_type, base_hash(base))
-    log(f"{begin.mode} training, {begin.reason}; by {choice.reason}")
+    log(f"{begin.mode} training, {begin.reason}; {choice.reason}")
 
     inputs = {DatasetManifest.stage: held.version, "base_model": base_hash(base)}
     datasets = {held.version: dataset.sha256}

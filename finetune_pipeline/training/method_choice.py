@@ -55,15 +55,23 @@ def choose_method(method: Literal["auto", "sft", "dpo", "kto"], counts: DatasetC
         TrainingError: the dataset has nothing that the method needs.
     """
     if method != "auto":
-        choice = MethodChoice(method, f"{method}, set by training.method; there are {counts}")
+        choice = MethodChoice(method, f"method {method} (training.method); {counts}")
     elif counts.pairs >= ENOUGH_CORRECTIONS:
-        reason = f"sft: {counts}; from {ENOUGH_CORRECTIONS} corrections on, sft on them improved most when measured"
+        reason = (
+            f"method sft (chosen by auto); {counts}; from {ENOUGH_CORRECTIONS} corrections on, sft on them improved "
+            "most when measured"
+        )
         choice = MethodChoice("sft", reason)
     elif counts.desirable and counts.undesirable >= UNDESIRABLE_RATIO * counts.desirable:
-        reason = f"kto: {counts}; with fewer than {ENOUGH_CORRECTIONS} corrections, undesirable completions teach more"
+        reason = (
+            f"method kto (chosen by auto); {counts}; with fewer than {ENOUGH_CORRECTIONS} corrections, undesirable "
+            "completions teach more"
+        )
         choice = MethodChoice("kto", reason)
     else:
-        choice = MethodChoice("sft", f"sft: {counts}; too few undesirable completions to learn from")
+        choice = MethodChoice(
+            "sft", f"method sft (chosen by auto); {counts}; too few undesirable completions to learn from"
+        )
     missing = {
         "sft": "" if counts.desirable else "desirable completions",
         "dpo": "" if counts.pairs else "corrections of completions of the model",

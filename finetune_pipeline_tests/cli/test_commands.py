@@ -94,7 +94,7 @@ def test_a_single_file_can_be_taken_in(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text(interaction("a").model_copy(update={"loop": LOOP}).model_dump_json() + "\nbroken\n")
     said = run("ingest", str(path))
-    assert "1 files: 1 interactions and 0 feedback added, 0 known already, 1 lines rejected" in said
+    assert "1 files: 1 interactions and 0 feedback added, 0 duplicates, 1 lines rejected" in said
     assert f"{path}:2: not JSON" in said
     with path.open("a") as file:
         file.write('{"prompt": "a wall')

@@ -53,7 +53,9 @@ def run_and_read(loop, workspace, **options):
 def test_a_run_of_the_code_locations_job_shows_steps_checks_and_messages(loop, workspace):
     code, lines = run_and_read(loop, workspace)
     assert code == 0, lines
-    assert [re.sub(r"\d+\.\d", "0.1", line) for line in lines] == [
+    log = lines[0].removeprefix("the run's complete log is in ")
+    assert Path(log).is_file() and lines[-1] == f"the run succeeded; the complete log is in {log}"
+    assert [re.sub(r"\d+\.\d", "0.1", line) for line in lines[1:-1]] == [
         "first            started",
         "first            3 files",
         "first            check fine passed",

@@ -53,8 +53,10 @@ def test_auto_chooses_a_method_and_records_the_reason(make_loop):
     made = train_adapter(loop, loop.training, held, "run", lambda _: None, logged.append)
     manifest = made.manifest
     assert manifest.method == "kto"
-    assert manifest.method_reason.startswith("kto: 5 desirable completions (5 of them corrections) and 2")
-    assert logged[0] == f"full training, from the base model on all examples; by {manifest.method_reason}"
+    assert manifest.method_reason.startswith(
+        "method kto (chosen by auto); 5 desirable completions (5 of them corrections) and 2"
+    )
+    assert logged[0] == f"full training, from the base model on all examples; {manifest.method_reason}"
     assert training_job(manifest, "run").method == "kto, lora"
     by_hand = loop.training.model_copy(update={"method": "kto"})
     again = train_adapter(loop, by_hand, held, "run", lambda _: None, logged.append).manifest

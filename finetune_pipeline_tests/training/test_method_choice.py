@@ -9,14 +9,21 @@ from finetune_pipeline.training.method_choice import DatasetCounts, choose_metho
 @pytest.mark.parametrize(
     ("desirable", "pairs", "undesirable", "method", "message"),
     [
-        (232, 179, 198, "sft", "sft: 232 desirable completions (179 of them corrections) and 198 undesirable"),
+        (
+            232,
+            179,
+            198,
+            "sft",
+            "method sft (chosen by auto); 232 desirable completions (179 of them corrections) and 198 undesirable",
+        ),
         (6, 6, 198, "sft", "from 6 corrections on"),
         (
             41,
             0,
             160,
             "kto",
-            "kto: 41 desirable completions (0 of them corrections) and 160 undesirable; with fewer than 6",
+            "method kto (chosen by auto); 41 desirable completions (0 of them corrections) and 160 undesirable; "
+            "with fewer than 6",
         ),
         (41, 5, 82, "kto", "undesirable completions teach more"),
         (41, 5, 81, "sft", "too few undesirable completions"),
@@ -34,7 +41,7 @@ def test_a_method_that_was_set_is_kept():
     assert choice.method == "dpo"
     assert (
         choice.reason
-        == "dpo, set by training.method; there are 60 desirable completions (3 of them corrections) and 5 undesirable"
+        == "method dpo (training.method); 60 desirable completions (3 of them corrections) and 5 undesirable"
     )
 
 
