@@ -447,7 +447,7 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of the optimizer.")
     gradient_checkpointing: bool = Field(
         default=False,
-        description="Recompute activations in the backward pass: less memory, more time (37 % more is estimated).",
+        description="Recompute activations in the backward pass: less memory, a third to a half more time.",
     )
     bf16: bool = Field(default=True, description="Compute in bfloat16 where that is faster on this machine.")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(

@@ -5,9 +5,10 @@ with the weights of an uninterrupted one.
 """
 
 import math
+import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,14 @@ def run_training(
 
     settings, ranks = job.settings, distributed.world_size()
     running = distributed.split_batch(settings, ranks)
+    if ranks > 1 and distributed.is_rank_zero():
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        print(
+            " x ".join(f"{name} {getattr(settings, name)}" for name in sizes)
+            + f" is the batch of the whole training, split across {ranks} processes; TRL would multiply it by {ranks}",
+            file=sys.stderr,
+            flush=True,
+        )
     if micro_batch is not None:
         examples = running.per_device_train_batch_size * running.gradient_accumulation_steps
         running = with_micro_batch(running, micro_batch, examples)
@@ -161,7 +170,9 @@ def _train(trainer: "Trainer", job: JobConfig, data: TrainingData) -> _Trained:
     from trl import SFTTrainer
 
     settings = job.settings
-    before = mean_loss(trainer, data.validation)
+    alone = distributed.world_size() == 1  # of several ranks, one may fail because another one did
+    with _settings_named(settings, lambda: alone):
+        before = mean_loss(trainer, data.validation)
     # Validation measures the loss that the method lowers, and decides which weights are kept.
     measure: Callable[[], float] | None = None
     if isinstance(trainer, SFTTrainer):
@@ -175,16 +186,43 @@ def _train(trainer: "Trainer", job: JobConfig, data: TrainingData) -> _Trained:
     checkpoint = distributed.rank_zero_first(lambda: last_complete(job.output / CHECKPOINTS, job.key))
     began = time.monotonic()
     reshard(trainer.model)
-    try:
-        with suppress(NoStepsLeft):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except ImportError as error:  # an optimizer of another package
-        raise TrainingError(f"the training needs a package that is not installed: {error}") from error
+    first = step_of(checkpoint) if checkpoint else 0
+    with _settings_named(settings, lambda: alone and trainer.state.global_step <= first), suppress(NoStepsLeft):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     best_step = _load_best(trainer)
     after = mean_loss(trainer, data.validation)
     check_finite(after, trainer.state.global_step)
     return _Trained(trainer, checkpoint, before, after, best_step, seconds)
+
+
+_LIBRARY_SETTINGS = ("lr_scheduler_type", "optim", "loss_type", "trainer_config", "lora_config")
+"""Settings whose values TRL, PEFT and transformers check only when they use them."""
+
+
+@contextmanager
+def _settings_named(settings: TrainingSettings, unstarted: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Raise a library's error as a TrainingError that names the settings which may have caused it.
+
+    Args:
+        settings: of the training.
+        unstarted: whether the settings may be the cause: later than in the first step, it is another one.
+    """
+    try:
+        yield
+    except (TrainingError, NoStepsLeft):
+        raise
+    except ImportError as error:  # an optimizer of another package
+        raise TrainingError(f"the training needs a package that is not installed: {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        default = TrainingSettings()
+        given = [name for name in _LIBRARY_SETTINGS if getattr(settings, name) != getattr(default, name)]
+        if not given or is_out_of_memory(error) or not unstarted():
+            raise
+        named = ", ".join(f"{name} {getattr(settings, name)}" for name in given)
+        raise TrainingError(
+            f"the training cannot start with {named}: {type(error).__name__}: {error}; change or remove what it names"
+        ) from error
 
 
 def _load_best(trainer: "Trainer") -> int:
@@ -268,15 +306,11 @@ def make_trainer(
         # FSDP wraps each layer; checkpoints hold full weights.
         arguments |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
     base, callbacks = load_model(job, bf16), [progress_callback(job, on_checkpoint)]
-    try:
+    with _settings_named(job.settings):
         if job.settings.method == "sft":
             trainer = _sft_trainer(job, data, tokenizer, arguments, base, callbacks)
         else:
             trainer = preference_trainer(job, data, tokenizer, arguments, base, callbacks)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        if not job.settings.trainer_config:
-            raise
-        raise TrainingError(f"TRL rejects trainer_config {job.settings.trainer_config}: {error}") from error
     trainer.create_model_card = lambda *_, **__: None  # every checkpoint would get one, which nobody reads
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(example_order_callback())
@@ -299,9 +333,12 @@ def _sft_trainer(
     from trl import SFTConfig, SFTTrainer
 
     settings = job.settings
-    # NEFTune scales its noise by the length of a row, so packed examples would get too little.
-    neftune = settings.trainer_config.get("neftune_noise_alpha") is not None
-    packed = padding_free.supports(base.config) and settings.attn_implementation is None and not neftune
+    # NEFTune scales its noise by the length of a row, so packed examples would get too little; pad_to_multiple_of is
+    # about the padding of each row.
+    padded = any(
+        settings.trainer_config.get(name) is not None for name in ("neftune_noise_alpha", "pad_to_multiple_of")
+    )
+    packed = padding_free.supports(base.config) and settings.attn_implementation is None and not padded
     if packed:
         base.set_attn_implementation(padding_free.register_attention())
     # TRL's default loss reads the weights of a bare output layer; trained tied embeddings wrap it.

@@ -12,7 +12,7 @@ from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import distributed, elastic_launch, model
 from finetune_pipeline.training.checkpoints import mark_complete
 from finetune_pipeline.training.child_process import train
-from finetune_pipeline.training.job import CHECKPOINTS, JobConfig, TrainingError, TrainingFailed, finished
+from finetune_pipeline.training.job import CHECKPOINTS, LOG, JobConfig, TrainingError, TrainingFailed, finished
 
 from .conftest import breaking_in_half, rows, save, with_settings
 
@@ -56,6 +56,8 @@ def test_two_processes_give_the_same_adapter_as_one(job, tmp_path):
     assert [line.step for line in seen] == sorted({line.step for line in seen}), "one process writes"
     assert (two.output / "adapter" / "adapter_model.safetensors").is_file()
     assert not (two.output / CHECKPOINTS).exists()
+    log = (two.output / LOG).read_text()
+    assert log.count("is the batch of the whole training, split across 2 processes; TRL would multiply it by 2") == 1
 
 
 def sharded_rank(parent, text, started):

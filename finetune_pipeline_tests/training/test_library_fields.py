@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -192,5 +193,30 @@ def test_fields_of_the_methods_config_reach_its_trainer(prefer, method, passed):
 
 
 def test_what_trl_rejects_is_an_error_that_names_it(prefer):  # noqa: F811
-    with pytest.raises(TrainingError, match=r"TRL rejects trainer_config .*sync_ref_model"):
+    with pytest.raises(TrainingError, match=r"cannot start with trainer_config {'sync_ref_model': True}: .*change or"):
         trainer_of(prefer("dpo", trainer_config={"sync_ref_model": True}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr"),
+        ({"trainer_config": {"activation_offloading": True}}, "trainer_config {'activation_offloading': True}"),
+        ({"method": "dpo", "trainer_config": {"use_weighting": True}}, "trainer_config {'use_weighting': True}"),
+        ({"lora_config": {"target_parameters": ["no.such"]}}, "target_parameters names no.such"),
+    ],
+)
+def test_a_value_that_fails_at_the_first_step_is_named(job, prefer, changes, named):  # noqa: F811
+    job.output.mkdir(exist_ok=True)
+    passed = {name: value for name, value in changes.items() if name != "method"}
+    chosen = prefer("dpo", **passed) if "method" in changes else with_settings(job, **passed)
+    with pytest.raises(TrainingError, match=re.escape(named)):
+        run_training(chosen, time.monotonic())
+
+
+def test_padding_to_a_multiple_trains_on_padded_batches(job):
+    trainer, result, _ = trained_with(job, num_train_epochs=1, trainer_config={"pad_to_multiple_of": 64})
+    assert type(trainer) is SFTTrainer
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] % 64 == 0
+    assert result.loss_after < result.loss_before
