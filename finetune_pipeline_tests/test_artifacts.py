@@ -122,6 +122,7 @@ import sys
 from pathlib import Path
 from finetune_pipeline.artifacts import write_text
 path = Path(sys.argv[1])
+write_text(path, "a" * 200_000)
 print("ready", flush=True)
 while True:
     for letter in "ab":

@@ -86,7 +86,7 @@ def test_the_template_is_the_one_that_transformers_resolves(tmp_path, case):
     assert (tmp_path / "staged" / "tokenizer.model").samefile(folder / "tokenizer.model")
 
 
-@pytest.mark.parametrize("case", ["jinja and another in the config", "named in the config beside jinja"])
+@pytest.mark.parametrize("case", ["jinja and another in the config", "named in the config and jinja"])
 def test_the_gguf_renders_as_training_does(random_base, tmp_path, case):
     base = shutil.copytree(random_base, tmp_path / "base")
     write_templates(base, *FILES[case])

@@ -44,9 +44,9 @@ def test_a_damaged_champion_is_refused_and_the_base_model_answers(ggufs, kind):
         health = running.health()
         error = health["loops"][loop]["last_error"]
         assert (health["status"], health["loops"][loop]["serving"]) == ("degraded", f"{loop}@base")
-        assert f"{bad.name} does not load" in error and f"{bad.gguf_path} is not the evaluated file" in error
+        assert f"{bad.name} does not load" in error and f"{bad.gguf_path} is damaged or was replaced" in error
         assert hash_file(bad.gguf_path)[:16] in error and bad.gguf_sha256[:16] in error
-        assert "it is damaged or was replaced" in error and "restore the file, or choose another version" in error
+        assert "restore the file, or choose another version" in error
         assert running.ask(model=loop).json()["model"] == f"{loop}@base"
         named = running.ask(model=bad.name)
         assert (named.status_code, bad.gguf_path.name in named.text) == (503, True)
@@ -86,7 +86,7 @@ def test_a_damaged_adapter_keeps_the_old_one_in_service(ggufs, adapters):
         replace(one.adapter_path)  # the process still has the old file open
         reloaded = running.http.post("/admin/reload-model", json={}).json()[0]
         assert reloaded["serving"] == one.name
-        assert f"{one.adapter_path} is not the evaluated file" in reloaded["last_error"]
+        assert f"{one.adapter_path} is damaged or was replaced" in reloaded["last_error"]
 
 
 DAMAGES = {
