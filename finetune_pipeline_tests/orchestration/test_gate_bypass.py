@@ -345,7 +345,9 @@ def trained_twice(loop, settled, instance, benchmark, monkeypatch):
     write_events(later.drop_folder / "later.jsonl", *corrected(f"other{n}" for n in range(10)))
     run(later, instance, "raw_logs", "curated_dataset")
     assert get_latest(DatasetManifest, "notes").manifest.near_benchmark
-    monkeypatch.setattr(incremental, "obstacle", lambda *_: None)  # the champion's adapter has random weights
+    monkeypatch.setattr(
+        incremental, "obstacle_to_warm_start", lambda *_: None
+    )  # the champion's adapter has random weights
     return later
 
 

@@ -112,7 +112,7 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
     assert texts == []  # the texts are only in the dataset
     other = more.training.model_copy(update={"method": "dpo"})
     assert training_start(more, other, dataset, "preference", manifest.base_hash).reason == (
-        "it cannot start from the adapter of notes@v1.0.0: it was trained by sft, which learns from other answers "
+        "it cannot start from the adapter of notes@v1.0.0: it was trained by sft, which learns from other examples "
         "than dpo"
     )
 
