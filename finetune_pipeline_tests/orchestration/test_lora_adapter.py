@@ -52,7 +52,7 @@ def test_the_launchpad_leaves_preset_settings_empty(make_loop):
         None,
         3.0,
     )
-    assert "preset 8gb fills it" in Config.model_fields["per_device_train_batch_size"].description
+    assert "preset 8gb sets it" in Config.model_fields["per_device_train_batch_size"].description
     filled = apply_preset(settings_of_run(loop, plain.model_dump()), FAMILIES["Mistral-7B"])
     assert filled == apply_preset(loop.training, FAMILIES["Mistral-7B"])
     once = Config(per_device_train_batch_size=2, early_stopping_patience=None)
