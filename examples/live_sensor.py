@@ -38,7 +38,7 @@ def main() -> None:
     from finetune_pipeline.cli.dagster_home import environment
 
     os.environ.update(environment())
-    shown: set[str] = set()
+    shown: set[int] = set()
     with daemon(folder / "dagster-dev.log"), DagsterInstance.get() as instance:
         command(["sensor", "start", SENSOR, "-w", "workspace.yaml"])
         say("the sensor is on, the sample logs are in their folder")
@@ -75,7 +75,7 @@ def command(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "dagster", *arguments], cwd=PROJECT_ROOT, check=True)
 
 
-def wait_for_quiet(instance: DagsterInstance, shown: set[str], judged: int) -> None:
+def wait_for_quiet(instance: DagsterInstance, shown: set[int], judged: int) -> None:
     """Wait until `judged` runs of the whole loop have ended and the newest tick starts none; print each new tick."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:

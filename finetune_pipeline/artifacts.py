@@ -230,7 +230,7 @@ def try_lock(path: Path, what: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ArtifactBusyError(
-            f"another run is making {what} now ({path}); wait until it has finished, then run again"
+            f"another process is working on {what} ({path}); wait until it has finished, then run again"
         ) from None
     try:
         yield

@@ -6,10 +6,11 @@ and every command reads settings.
 
 import ast
 import importlib.util
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional, Union
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,7 +37,7 @@ _FILES = {
 _VALIDATION = "validation runs whenever a checkpoint is saved; set training.save_steps"
 _TOKENIZED = "examples are tokenized before training, as they are tokenized when the model serves"
 _BEST = "the weights with the lowest validation loss become the adapter"
-_PUSH = "a training publishes nothing"
+_PUSH = "training never pushes to the Hub"
 _SHARDING = "processes are started by training.num_processes, and weights are sharded where one GPU cannot hold them"
 _MODEL = "the base model is loaded by the training; see training.attn_implementation and training.bf16"
 
@@ -99,12 +100,12 @@ RESERVED: dict[str, str] = {
     "chat_template_path": _TOKENIZED,
     "eos_token": _TOKENIZED,
     "pad_token": _TOKENIZED,
-    "truncation_mode": "longer examples are left out, since a cut one would teach completions without an end",
+    "truncation_mode": "longer examples are left out: a truncated one would train a completion without EOS token",
     "completion_only_loss": _TOKENIZED,
     "assistant_only_loss": _TOKENIZED,
-    "packing": "batches have no padding already where the architecture allows it",
-    "packing_strategy": "batches have no padding already where the architecture allows it",
-    "padding_free": "batches have no padding already where the architecture allows it",
+    "packing": "batches are already padding-free where the architecture allows it",
+    "packing_strategy": "batches are already padding-free where the architecture allows it",
+    "padding_free": "batches are already padding-free where the architecture allows it",
     "use_liger_kernel": "the loss is computed in chunks already, and Liger would replace that",
     "liger_kernel_config": "the loss is computed in chunks already, and Liger would replace that",
     "model_init_kwargs": _MODEL,
@@ -136,14 +137,14 @@ RESERVED_LORA: dict[str, str] = {
     "use_rslora": "set training.use_rslora",
     "use_dora": "set training.use_dora",
     "trainable_token_indices": "set training.trainable_token_indices",
-    "task_type": "it is CAUSAL_LM",
-    "peft_type": "it is LORA",
+    "task_type": "it is always CAUSAL_LM",
+    "peft_type": "it is always LORA",
     "peft_version": "PEFT writes it",
     "auto_mapping": "PEFT writes it",
     "inference_mode": "PEFT writes it",
     "base_model_name_or_path": "set base_model",
     "revision": "set base_model",
-    "exclude_modules": "modules beside the language model are excluded; set training.lora_target_modules",
+    "exclude_modules": "modules outside the language model are excluded; set training.lora_target_modules",
     "modules_to_save": "fully trained modules are not exported; set training.trainable_token_indices for embeddings",
     "loftq_config": _BASE_CHANGED,
     "corda_config": _BASE_CHANGED,
@@ -300,13 +301,12 @@ def _tree(path: Path) -> ast.Module:
 
 def _fits(value: Any, annotation: str) -> bool:
     """Return whether a value has the annotated type; one of the library's own types is left to the library."""
-    known = {"Literal": Literal, "Any": Any, **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)}}
+    builtin = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
+    # Any other name is a type of the library.
+    known: defaultdict[str, Any] = defaultdict(lambda: Any, builtin)
+    known.update(Literal=Literal, Optional=Optional, Union=Union)
     try:
-        expected = TypeAdapter(eval(annotation, {"__builtins__": {}}, known))  # of installed code
-    except Exception:  # names that are not known here
-        return True
-    try:
-        expected.validate_python(value)
+        TypeAdapter(eval(annotation, {"__builtins__": {}}, known)).validate_python(value)  # of installed code
     except ValidationError:
         return False
     return True

@@ -84,16 +84,18 @@ def _message(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]
         if RENAMED_SETTINGS.get(name) in names:
             return f"{where}: there is no such field; it is named {RENAMED_SETTINGS[name]} now"
         meant = nearest(name, names)
-        return f"{where}: there is no such field" + (f"; is it {meant}?" if meant else "")
+        return f"{where}: there is no such field" + (f"; did you mean {meant}?" if meant else "")
     if error["type"] == SENTENCE:
         return f"{where}: {message}"
     if error["type"] == "tuple_type":
+        if isinstance(error["input"], Mapping):  # a list of mappings is expected, so brackets around it would be wrong
+            return f"{where}: found a mapping with the keys {', '.join(map(str, error['input']))}; expected a list"
         return f"{where}: found {short_repr(error['input'])}, expected a list: [{error['input']}]"
     if error["type"] == "union_tag_not_found":
-        return f"{where}: {error['ctx']['discriminator']} is missing; say what it is"
+        return f"{where}: {error['ctx']['discriminator']} is missing; it selects the type of this entry"
     if error["type"] == "union_tag_invalid":
         tag, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"]
         similar = get_close_matches(tag, re.findall(r"\w+", expected), n=1)
         found = f"{where}: there is no {error['ctx']['discriminator']} {tag!r}"
-        return f"{found}; is it {similar[0]}?" if similar else f"{found}; there are {expected}"
+        return f"{found}; did you mean {similar[0]}?" if similar else f"{found}; expected one of {expected}"
     return f"{where}: found {short_repr(error['input'])}, {message.replace('Input should be', 'expected')}"

@@ -80,7 +80,7 @@ def test_a_draft_is_locked_until_its_process_ends():
     holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
         assert holder.stdout.readline() == "holding\n"
-        with pytest.raises(ArtifactBusyError, match="another run is making base_gguf v1 of notes now"):
+        with pytest.raises(ArtifactBusyError, match="another process is working on base_gguf v1 of notes"):
             make()
     finally:
         holder.send_signal(signal.SIGKILL)

@@ -24,7 +24,7 @@ from finetune_pipeline.sources.row_readers import SUFFIXES
 )  # fmt: skip
 @loop_option
 def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> None:
-    """Take FILES into the store, or all new files of the loop's folders.
+    """Ingest FILES, or all new files of the loop's folders.
 
     Reads JSONL, JSON, CSV and Parquet: events of a log, and conversations in the formats of docs/sources.md.
     """

@@ -55,7 +55,7 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         name=f"{loop.name}_nightly",
         job=job,
         cron_schedule=loop.trigger.nightly,
-        description="Checks once a night what the sensor checks, for loops that should train only at night.",
+        description="Makes the sensor's check once a night; use it instead of the sensor to train only at night.",
     )
     def nightly(context: dg.ScheduleEvaluationContext) -> RequestOrSkip:
         return next_run(loop, context.instance, datetime.now(UTC))

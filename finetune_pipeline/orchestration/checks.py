@@ -61,7 +61,7 @@ def raw_logs_checks(loop: LoopSettings, logs: CollectedLogs) -> Iterator[dg.Asse
             "files": read.files,
             "rejected_fraction": fraction,
             "files_with_unfinished_last_line": read.unfinished,
-            "known_with_other_content": ingested.conflicts,
+            "id_conflicts": ingested.conflicts,
             "conflicts": ingested.conflicting,
             "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in logs.rejected)],
         },
@@ -94,7 +94,7 @@ def gguf_model_checks(loop: LoopSettings, checks: Iterable[ModelCheck]) -> Itera
         description = metrics.get("error") or metrics.get("skipped")
         if "fraction" in metrics:
             description = (
-                f"{metrics['same']} of {metrics['of']} answers are the same ({metrics['fraction']:.0%}), at least "
+                f"{metrics['same']} of {metrics['total']} answers are the same ({metrics['fraction']:.0%}), at least "
                 f"{loop.export.min_agreement:.0%} needed"
             )
         yield dg.AssetCheckResult(
@@ -114,7 +114,7 @@ def eval_report_checks(loop: LoopSettings, comparison: Comparison, verdict: Verd
             "correct_challenger": verdict.challenger_correct,
             "correct_champion": verdict.champion_correct,
             "required_correct": verdict.required_correct,
-            "of": verdict.total,
+            "total": verdict.total,
             "minimum_correct": verdict.minimum_correct,
             "valid": verdict.valid,
             "answers": verdict.answers,

@@ -36,8 +36,8 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         """The training and validation sets: accepted examples without duplicates.
 
         Secrets and personal data are replaced by placeholders. The hash of a prompt decides its split, so it never
-        moves between cycles. Near-duplicates of benchmark questions are left out and named. Replay examples are added
-        against catastrophic forgetting.
+        moves from one dataset to the next. Near-duplicates of benchmark questions are left out and named. Replay
+        examples are added against catastrophic forgetting.
 
         `prompt_completion/` is for SFT, `preference/` (corrections with the model's own answers) for DPO, and
         `unpaired_preference/` (desirable and undesirable answers) for KTO; all have the same splits. `card.md`
@@ -72,7 +72,7 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "undesirable": manifest.undesirable,
         "sources": _table(["source", "examples"], manifest.sources.items()),
         "provenance": dg.MetadataValue.path(artifact.path / PROVENANCE_FILE),
-        "provenance_first": _table(["source", "provenance"], first),
+        "provenance_sample": _table(["source", "provenance"], first),
         "left_out": sum(manifest.left_out.values()),
         "left_out_reasons": _table(["reason", "examples"], manifest.left_out.items()),
         "redacted": sum(manifest.redacted.values()),
@@ -80,7 +80,7 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "near_benchmark": list(manifest.near_benchmark[:OFFENDERS_SHOWN]),
         "card": dg.MetadataValue.md((artifact.path / DATASET_CARD).read_text(encoding="utf-8")),
         "conflicts": manifest.left_out.get(CONFLICT, 0),
-        "conflicts_first": [f"{kept} was kept, {other} says otherwise" for kept, other in manifest.conflicts],
+        "conflicts_sample": [f"{kept} was kept, {other} says otherwise" for kept, other in manifest.conflicts],
         "version": manifest.version,
         "path": dg.MetadataValue.path(artifact.path),
     }

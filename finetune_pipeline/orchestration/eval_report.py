@@ -34,9 +34,9 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     def eval_report(
         context: dg.AssetExecutionContext, gguf_model: Artifact[GgufManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """Report of champion (or base model) and challenger on the whole benchmark, each as the files that would serve.
+        """Report of champion (or base model) and challenger on the whole benchmark, both in the form that would serve.
 
-        Answers of an earlier run are reused by hash; speed is measured again. The data counts as judged once this
+        Answers of an earlier run are reused by hash; latency is measured again. The data counts as judged once this
         report is written, whatever the verdict. If the challenger is the champion already, by hash, no report is
         written and the run ends without a promotion.
         """
@@ -70,7 +70,7 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
         "reason": verdict.reason,
         "correct_challenger": verdict.challenger_correct,
         "correct_champion": verdict.champion_correct,
-        "of": verdict.total,
+        "total": verdict.total,
         "best_constant_answer": comparison.constant.correct,
         "minimum_correct": verdict.minimum_correct,
         "valid_challenger": verdict.valid,
@@ -79,6 +79,6 @@ def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdic
         "plot": picture(plot_png(comparison), "champion and challenger"),
         "report": dg.MetadataValue.path(artifact.path / HTML),
         "p_value": float(comparison.significance.p_value),
-        "speed": comparison.contention or "measured on a quiet machine",
+        "contention": comparison.contention or "measured on a quiet machine",
         **metrics,
     }

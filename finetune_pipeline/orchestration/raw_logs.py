@@ -1,4 +1,4 @@
-"""The asset raw_logs: new events taken into the store, and a snapshot of all of them as Parquet."""
+"""The asset raw_logs: ingests new events and writes a snapshot of all of them as Parquet."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,10 +28,10 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     def raw_logs(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         """What the application logged: prompts, answers and feedback.
 
-        Takes new event files of the drop folder and what the declared sources hold into the store. Each event counts
-        once, by its id, and each file is read from where the last run stopped. Lines that are not events are
-        quarantined with file, line and reason. Then writes a snapshot of all records of the loop: the shards of the
-        last snapshot, and one more of what came or changed since.
+        Ingests new event files of the log folders and the drop folder, and syncs the declared sources. Each event
+        counts once, by its id, and each file is read from where the last run stopped. Lines that are not events are
+        rejected with file, line and reason. Then writes a snapshot of all records of the loop: the shards of the last
+        snapshot, plus one shard with the changes.
         """
         die_with_run()
         logs = collect_logs(loop, connect(), context.log.info)
@@ -52,9 +52,9 @@ def _metadata(logs: CollectedLogs) -> dict[str, Any]:
         "new_interactions": recorded.interactions + from_sources,
         "new_feedback": recorded.feedback + from_sources,
         "retracted": sum(source.retracted for source in logs.sources),
-        "already_known": recorded.duplicates,
+        "duplicates": recorded.duplicates,
         "rejected_lines": logs.ingested.rejected,
-        "known_with_other_content": logs.ingested.conflicts,
+        "id_conflicts": logs.ingested.conflicts,
         "files_read": logs.ingested.files,
         "files_rewritten": logs.ingested.rewritten,
         "shards": len(manifest.shards),

@@ -147,7 +147,7 @@ def check_model(loop: LoopSettings, base: Path, exported: ExportedModel) -> list
     agreement_metrics = {
         "fraction": agreement.fraction,
         "same": agreement.same,
-        "of": agreement.total,
+        "total": agreement.total,
         "offenders": [prompts[index] for index in agreement.offenders[:MAX_OFFENDERS]],
     }
     return [

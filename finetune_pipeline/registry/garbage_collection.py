@@ -152,7 +152,7 @@ def delete_models(
         decisions = _decisions_in(connection, loop, base_hash, keep)
         return [one for one in decisions if one.folder.path in to_delete and not one.keep]
 
-    with try_lock(home() / "artifacts" / loop.name / ".deletion", "room among the model files"):
+    with try_lock(home() / "artifacts" / loop.name / ".deletion", "the deletion of model files"):
         interrupted = [one for one in plan_deletion(db, loop, base_hash, keep) if one.folder.interrupted]
         _remove_renamed(loop.name)
         with lock_champion(db, loop.name) as champion:

@@ -7,7 +7,7 @@ from finetune_pipeline.pipeline.export import ModelCheck
 
 
 def test_the_agreement_check_shows_its_numbers(make_loop):
-    agreement = ModelCheck("agreement", True, {"fraction": 0.95, "same": 19, "of": 20, "offenders": []})
+    agreement = ModelCheck("agreement", True, {"fraction": 0.95, "same": 19, "total": 20, "offenders": []})
     crashed = ModelCheck("loads_and_answers", False, {"error": "EngineError: it crashed"})
     shown = [check.description for check in gguf_model_checks(make_loop(), [agreement, crashed])]
     assert shown[0].startswith("19 of 20 answers are the same (95%), at least ")

@@ -225,7 +225,7 @@ def test_two_runs_at_once_deploy_at_most_once(loop):
     before = len(list_deployments(connect(), "meeting_notes"))
     logs = [process.communicate()[0] for process in [loop.start(), loop.start()]]
     for log in logs:
-        assert "nothing new to evaluate" in log or "another run is making" in log
+        assert "nothing new to evaluate" in log or "another process is working on" in log
     assert len(list_deployments(connect(), "meeting_notes")) == before
     assert not list(loop.home.glob("artifacts/meeting_notes/*/.draft-*/manifest.json"))
 

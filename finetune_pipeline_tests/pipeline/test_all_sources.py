@@ -97,4 +97,4 @@ def test_examples_of_all_kinds_of_source_have_their_provenance(make_loop, declar
         assert source in {row["source"] for row in shown}
         if source != "logs":  # logged interactions are identified by their id
             assert f"| {source} |" in raw["sources"].value
-            assert any(f"| {source} | {provenance} |" in curated["provenance_first"].value for provenance in known)
+            assert any(f"| {source} | {provenance} |" in curated["provenance_sample"].value for provenance in known)

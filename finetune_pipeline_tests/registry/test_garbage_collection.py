@@ -359,7 +359,7 @@ def test_deletions_exclude_each_other(db: Database) -> None:
     report("r", "a", False)
     with (
         try_lock(stage_folder("aec", ".deletion"), "room"),
-        pytest.raises(ArtifactBusyError, match="another run is making room among the model files now"),
+        pytest.raises(ArtifactBusyError, match="another process is working on the deletion of model files"),
     ):
         collect(db)
     assert collect(db) == ["a"]
