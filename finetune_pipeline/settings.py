@@ -414,7 +414,9 @@ class TrainingSettings(Settings):
         description="full: a new adapter from the base model on all examples. incremental: warm-started from the "
         "champion's adapter, on new examples and a replay sample.",
     )
-    replay_ratio: float = Field(default=1.0, ge=0, description="incremental: replayed older examples per new example.")
+    incremental_replay_ratio: float = Field(
+        default=1.0, ge=0, description="incremental: older examples of the loop to replay for each new example."
+    )
     adapter: Literal["lora", "qlora"] = Field(
         default="lora", description="qlora: LoRA over base weights in 4 bits (NF4)."
     )

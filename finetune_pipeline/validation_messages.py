@@ -22,7 +22,7 @@ RENAMED_SETTINGS = {
     "gradient_accumulation": "gradient_accumulation_steps",
     "max_rejected_share": "max_rejected_fraction",
     "max_share": "max_fraction",
-    "replay_older": "replay_ratio",
+    "replay_older": "incremental_replay_ratio",
     "sft_weight": "loss_weights",
     "validation_share": "validation_fraction",
     "warmup_share": "warmup_steps",

@@ -27,6 +27,7 @@ INFRASTRUCTURE = {
     "subprocess_lifetime",
     "trainer_fields",
     "validation_messages",
+    "wording",
 }
 HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}
 # Only the engine's child process imports its native layer.

@@ -19,7 +19,7 @@ from finetune_pipeline.settings import LoopSettings
 @click.option("--compare", is_flag=True, help="Print the base model's answer too.")
 @loop_option
 def ask(prompt: str, name: str, compare: bool, loop: LoopSettings) -> None:
-    """Send PROMPT to the loop's model and print its answer."""
+    """Send PROMPT to a model and print the answer."""
     if compare:
         compare_with_base(loop, prompt)
     else:

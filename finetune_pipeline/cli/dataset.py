@@ -12,6 +12,7 @@ from finetune_pipeline.curation.dataset_files import DATASET_CARD, SPLITS, read_
 from finetune_pipeline.curation.export_formats import WRITERS, export_examples
 from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.wording import counted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,7 +39,10 @@ def _version_option(command: F) -> F:
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 @loop_option
 def export(loop: LoopSettings, format: str, split: str, path: Path | None, version: str | None, force: bool) -> None:
-    """Write a dataset's examples for other tools; `finetune ingest` reads each format too."""
+    """Write a dataset's examples for other tools.
+
+    `finetune ingest` reads each format too.
+    """
     found = _find_dataset(loop, version)
     path = path or Path(f"{loop.name}-{found.manifest.version}-{split}.{format}.jsonl")
     system_prompt = str(found.manifest.settings.get("system_prompt", loop.system_prompt))
@@ -52,14 +56,17 @@ def export(loop: LoopSettings, format: str, split: str, path: Path | None, versi
         raise click.ClickException(
             f"{path} could not be written ({error.strerror}); name a file in a folder that is there, with enough space"
         ) from error
-    click.echo(f"{written} examples of {loop.name} {found.manifest.version} ({split}) written to {path}")
+    click.echo(f"{counted(written, 'example')} of {loop.name} {found.manifest.version} ({split}) written to {path}")
 
 
 @dataset.command()
 @_version_option
 @loop_option
 def card(loop: LoopSettings, version: str | None) -> None:
-    """Show a dataset's card: sources, counts, filters, what was left out and why, a sample."""
+    """Show a dataset's card.
+
+    It has the sources, counts, filters, what was left out and why, and a sample.
+    """
     path = _find_dataset(loop, version).path / DATASET_CARD
     click.echo(path.read_text(encoding="utf-8"), nl=False)
 

@@ -26,7 +26,11 @@ class Finding:
 
 @click.command()
 def doctor() -> None:
-    """Check Python, compiler, llama.cpp, the GGUF converter, the GPU and the training backends."""
+    """Check what this machine can run, with remedies.
+
+    Checks Python, the compiler, llama.cpp, the GGUF converter, the GPU and the training backends. Exits with 1 if
+    something that is needed does not work.
+    """
     broken = False
     for check in CHECKS:
         for finding in check():

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.wording import counted
 
 if TYPE_CHECKING:
     from finetune_pipeline.feedback import FeedbackClient
@@ -28,11 +29,11 @@ _THUMBS = ("up", "down")
 
 @click.group()
 def feedback() -> None:
-    """Log, correct, rate, count, export, import, retract and erase."""
+    """Log, import, export and erase interactions and feedback."""
 
 
 def _key_option(command: F) -> F:
-    help = "Your own name for this event; an event with the same name is recorded once."
+    help = "Idempotency key: an event with the same key is recorded once."
     return click.option("--key", metavar="TEXT", help=help)(command)
 
 
@@ -54,7 +55,7 @@ def _user_option(help: str) -> Callable[[F], F]:
 @_key_option
 @loop_option
 def log(loop: LoopSettings, prompt: str, output: str, **details: Any) -> None:
-    """Log one interaction, and print its id, which feedback refers to."""
+    """Log one interaction and print its id."""
     given = {name: value for name, value in details.items() if value is not None}
     with _client(loop) as client:
         click.echo(client.log(prompt, output, **given))
@@ -64,7 +65,7 @@ def log(loop: LoopSettings, prompt: str, output: str, **details: Any) -> None:
 @click.argument("interaction_id", metavar="ID")
 @click.argument("text", required=False)
 @click.option("--file", type=click.File("r", encoding="utf-8"), help="File with the answer; - reads standard input.")
-@_user_option("Who corrects.")
+@_user_option("Author of the correction.")
 @_key_option
 @loop_option
 def correct(interaction_id: str, text: str | None, file: Any, user: str | None, key: str | None, **given: Any) -> None:
@@ -84,11 +85,14 @@ def correct(interaction_id: str, text: str | None, file: Any, user: str | None, 
 @feedback.command()
 @click.argument("interaction_id", metavar="ID")
 @click.argument("value", type=click.Choice(["1", "2", "3", "4", "5", "gold", *_THUMBS]))
-@_user_option("Who rates.")
+@_user_option("Author of the rating.")
 @_key_option
 @loop_option
 def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, key: str | None) -> None:
-    """Rate the answer of the interaction ID: 1 to 5 stars, gold, up or down."""
+    """Rate the answer of the interaction ID.
+
+    VALUE is 1 to 5 stars, gold, up or down.
+    """
     with _client(loop) as client:
         if value in _THUMBS:
             thumb = client.thumbs_up if value == "up" else client.thumbs_down
@@ -101,7 +105,10 @@ def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, 
 @feedback.command()
 @loop_option
 def stats(loop: LoopSettings) -> None:
-    """Count interactions, feedback by kind and examples, and list feedback whose interaction has not arrived."""
+    """Count interactions, feedback and examples.
+
+    Also lists feedback whose interaction has not arrived.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.store import counters, unmatched_feedback
 
@@ -132,10 +139,13 @@ def stats(loop: LoopSettings) -> None:
 
 
 @feedback.command()
-@click.option("--limit", type=click.IntRange(1), default=_LISTED, show_default=True, help="How many.")
+@click.option("--limit", type=click.IntRange(1), default=_LISTED, show_default=True, help="Maximum number of answers.")
 @loop_option
 def flagged(loop: LoopSettings, limit: int) -> None:
-    """List the newest flagged answers, such as those with low confidence, that nobody has reviewed."""
+    """List flagged answers that nobody has reviewed.
+
+    An answer is flagged, for example, because of low confidence. The newest come first.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.store import flagged_interactions
 
@@ -162,7 +172,10 @@ def flagged(loop: LoopSettings, limit: int) -> None:
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 @loop_option
 def export(loop: LoopSettings, file: Path, form: str, min_reward: float | None, force: bool) -> None:
-    """Write the loop's feedback to FILE. For alpaca, a name in .json makes it an array, any other JSON lines."""
+    """Write the loop's feedback to FILE.
+
+    With alpaca, a name that ends in .json makes FILE a JSON array, any other name JSON lines.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.formats import export_events
     from finetune_pipeline.pipeline.feedback_files import export_examples
@@ -171,22 +184,26 @@ def export(loop: LoopSettings, file: Path, form: str, min_reward: float | None, 
         if min_reward is not None:
             raise click.UsageError("--min-reward goes with --format alpaca: all events are exported")
         done = export_events(file, loop, connect(), force=force)
-        left_out = f"; left out: {done.left_out} interactions of declared sources and dropped files, which hold them"
-        click.echo(f"{done.written} events written to {file}{left_out if done.left_out else ''}")
+        left_out = f"; left out {counted(done.left_out, 'interaction')} of declared sources and dropped files"
+        click.echo(f"{counted(done.written, 'event')} written to {file}{left_out if done.left_out else ''}")
         return
     done, replaced = export_examples(
         file, loop, connect(), min_reward=-1.0 if min_reward is None else min_reward, force=force
     )
-    counts = ", ".join(f"{number} {kind}" for kind, number in sorted(replaced.items()))
-    left_out = f"; left out: {done.left_out} that their source no longer has" if done.left_out else ""
-    click.echo(f"{done.written} examples written to {file}; replaced by placeholders: {counts or 'nothing'}{left_out}")
+    counts = ", ".join(f"{number:,} {kind}" for kind, number in sorted(replaced.items()))
+    left_out = f"; left out {done.left_out:,} that their source no longer has" if done.left_out else ""
+    written = counted(done.written, "example")
+    click.echo(f"{written} written to {file}; replaced by placeholders: {counts or 'nothing'}{left_out}")
 
 
 @feedback.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @loop_option
 def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
-    """Import FILES of events, interactions with a reward, or Alpaca rows; importing a file again adds nothing."""
+    """Import FILES of events or of rows with a reward.
+
+    A file has events, interactions with a reward, or Alpaca rows. Importing it again adds nothing.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.store import conflict_message
     from finetune_pipeline.pipeline.feedback_files import import_feedback
@@ -195,8 +212,9 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
     for path in files:
         done = import_feedback(path, loop, connect())
         click.echo(
-            f"{path}: {done.recorded.interactions} interactions and {done.recorded.feedback} feedback added, "
-            f"{done.recorded.duplicates} duplicates, {done.rejected} of {done.lines} lines rejected"
+            f"{path}: {counted(done.recorded.interactions, 'interaction')} and {done.recorded.feedback:,} feedback "
+            f"added, {counted(done.recorded.duplicates, 'duplicate')}, {done.rejected:,} of "
+            f"{counted(done.lines, 'line')} rejected"
         )
         for line in done.invalid:
             click.echo(f"  {line.path}:{line.line}: {line.reason}", err=True)
@@ -214,10 +232,10 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
 
 @feedback.command()
 @click.option("--source", required=True, metavar="NAME", help="The source; also one that is not declared any more.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @loop_option
 def retract(loop: LoopSettings, source: str, yes: bool) -> None:
-    """Exclude everything that came from a source from training.
+    """Exclude the records of a source from training.
 
     The interactions stay in the store. If the source is declared, the next run restores what it contains then.
     """
@@ -234,9 +252,9 @@ def retract(loop: LoopSettings, source: str, yes: bool) -> None:
             f"{loop.name} has no active records of {source}. Sources with active records: {names}"
         )
     if not yes:
-        click.confirm(f"Retract the {active[source]} records of {source}?", abort=True)
+        click.confirm(f"Retract {counted(active[source], 'record')} of {source}?", abort=True)
     count = retract_source(loop.name, source, database)
-    click.echo(f"{count} records of {source} retracted; the next dataset is made without them")
+    click.echo(f"{counted(count, 'record')} of {source} retracted; the next dataset is made without them")
     if any(one.name == source for one in loop.sources):
         click.echo(
             f"{source} is still declared: the next run restores what it contains, unless you remove it in the YAML"
@@ -245,10 +263,10 @@ def retract(loop: LoopSettings, source: str, yes: bool) -> None:
 
 @feedback.command()
 @click.option("--user", required=True, metavar="NAME", help="The person whose data is deleted.")
-@click.option("--loop", "name", metavar="NAME", help="Only of this loop; default all.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--loop", "name", metavar="NAME", help="Delete it in this loop only; default all loops.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def erase(user: str, name: str | None, yes: bool) -> None:
-    """Delete a person's data from the store, and list what was made with it.
+    """Delete a person's data, and list what was made with it.
 
     This deletes the person's interactions with all feedback and review decisions on them, and the person's feedback
     and review decisions on interactions of others.
@@ -260,8 +278,8 @@ def erase(user: str, name: str | None, yes: bool) -> None:
     held = find_person(database, user, name)
     for one in held:
         click.echo(
-            f"{one.name}: {len(one.data.interactions)} interactions, {len(one.data.feedback)} feedback and "
-            f"{len(one.data.decisions)} review decisions"
+            f"{one.name}: {counted(len(one.data.interactions), 'interaction')}, {len(one.data.feedback):,} feedback "
+            f"and {counted(len(one.data.decisions), 'review decision')}"
         )
     if not total_held(held):
         click.echo(f"the store holds nothing of {user!r}; names must match exactly")
@@ -292,8 +310,9 @@ def _print_erased(loop: "ErasedLoop") -> None:
 
     name, done = loop.name, loop.erased
     click.echo(
-        f"{name}: {done.interactions} interactions, {done.feedback} feedback, {done.decisions} review decisions and "
-        f"{done.rejected_lines} excerpts of rejected lines deleted"
+        f"{name}: {counted(done.interactions, 'interaction')}, {done.feedback:,} feedback, "
+        f"{counted(done.decisions, 'review decision')} and {counted(done.rejected_lines, 'excerpt')} of rejected lines "
+        "deleted"
     )
     artifacts = artifacts_by_kind(loop.artifacts)
     for kind, found in artifacts.items():

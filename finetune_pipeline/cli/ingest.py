@@ -1,4 +1,4 @@
-"""The command `finetune ingest`: take logs and other files into the store, without Dagster."""
+"""`finetune ingest`: ingest event logs and other files, without Dagster."""
 
 from pathlib import Path
 from typing import get_args
@@ -14,23 +14,24 @@ from finetune_pipeline.settings import FileFormat, LoopSettings
 from finetune_pipeline.sources.ingest_ledger import position, rejected_lines
 from finetune_pipeline.sources.ingest_reader import IngestFormat
 from finetune_pipeline.sources.row_readers import SUFFIXES
+from finetune_pipeline.wording import counted
 
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--format", "form", type=click.Choice((*get_args(FileFormat), "events")), default="auto", show_default=True,
-    help="Format of the rows of FILES; auto tells it by the fields of each row.",
+    help="Format of the rows of FILES; auto detects it from the fields of each row.",
 )  # fmt: skip
 @loop_option
 def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> None:
-    """Ingest FILES, or all new files of the loop's folders.
+    """Ingest FILES, or new files of the loop's folders.
 
     Reads JSONL, JSON, CSV and Parquet: events of a log, and conversations in the formats of docs/sources.md.
     """
     if form != "auto" and not files:
         raise click.UsageError(
-            "--format needs FILES: for the files in the loop's folders, each row tells its format by its fields"
+            "--format needs FILES: for the files in the loop's folders, the format is detected from each row"
         )
     database = connect()
     total = IngestReport()
@@ -42,11 +43,11 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
         total = ingest_all(loop, database, click.echo)
     recorded = total.recorded
     click.echo(
-        f"{total.files} files: {recorded.interactions} interactions and {recorded.feedback} feedback added, "
-        f"{recorded.duplicates} duplicates, {total.rejected} lines rejected"
+        f"{counted(total.files, 'file')}: {counted(recorded.interactions, 'interaction')} and {recorded.feedback:,} "
+        f"feedback added, {counted(recorded.duplicates, 'duplicate')}, {counted(total.rejected, 'line')} rejected"
     )
     if total.conflicts:
-        click.echo(f"{total.conflicts} events have an id that is known with other content:", err=True)
+        click.echo(f"{counted(total.conflicts, 'event')} with a known id but other content:", err=True)
         for named in total.conflicting:
             click.echo(f"  {named}", err=True)
     if total.rejected:
@@ -71,5 +72,7 @@ def _read(
     with database.read() as connection:
         left = path.stat().st_size - position(connection, loop.name, path).offset
     if left > 0:
-        click.echo(f"{path}: its last line is incomplete ({left} bytes); it is read when it is complete", err=True)
+        click.echo(
+            f"{path}: its last line is incomplete ({counted(left, 'byte')}); it is read when it is complete", err=True
+        )
     return done

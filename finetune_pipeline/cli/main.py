@@ -58,7 +58,7 @@ EXPECTED = (
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="finetune-pipeline")
 def finetune() -> None:
-    """Fine-tune, evaluate, promote and serve a local language model that improves from use."""
+    """Fine-tune, evaluate, promote and serve a language model that improves from use."""
 
 
 for command in (run, demo, ui, env, status, ingest, dataset, feedback, review, ask, model, train, serve, key, doctor):
@@ -70,7 +70,7 @@ def main() -> None:
     try:
         finetune()
     except EXPECTED as error:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        click.echo(f"{click.style('Error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(1)
 
 

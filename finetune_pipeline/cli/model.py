@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from finetune_pipeline.registry.model_versions import ModelVersion
 
 
+_UNLIMITED = 10_000  # columns: a name that is cut or wrapped cannot be copied into another command
+
+
 @click.group()
 def model() -> None:
     """List, show, switch, roll back and delete model versions."""
@@ -36,7 +39,7 @@ def list_(loop: LoopSettings) -> None:
     states = dict.fromkeys(stack[-2:-1], "previous") | {serving.id if serving else None: "champion"}
     table = Table(box=None, pad_edge=False)
     for heading in ("", "model", "accuracy", "latency", "size", "deployed (UTC)", ""):
-        table.add_column(heading, no_wrap=heading != "model", overflow="fold")
+        table.add_column(heading, no_wrap=True)
     for version in list_models(database, loop.name):
         latency = f"{version.latency_ms:,.0f} ms" if version.latency_ms is not None else ""
         table.add_row(
@@ -49,7 +52,7 @@ def list_(loop: LoopSettings) -> None:
             " ".join(filter(None, [states.get(version.id, ""), "deleted" if version.deleted_at else ""])),
         )
     table.add_row("" if serving else "*", f"{loop.name}@base", "", "", "", "", states.get(None, ""))
-    Console().print(table)
+    Console(width=_UNLIMITED).print(table)
 
 
 @model.command()
@@ -57,7 +60,10 @@ def list_(loop: LoopSettings) -> None:
 @click.option("--card", is_flag=True, help="Print the model card (Markdown) instead.")
 @loop_option
 def show(version: str, card: bool, loop: LoopSettings) -> None:
-    """Show files, metrics, lineage, training and report of VERSION. Default: the champion."""
+    """Show VERSION (default: the champion) in detail.
+
+    Lists its files, scores, lineage, training run and report.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.pipeline.lineage import card as card_of
     from finetune_pipeline.registry.champion import resolve
@@ -96,7 +102,16 @@ def _details(database: "Database", found: "ModelVersion") -> Iterator[tuple[str,
         groups["training"] = training.model_dump(exclude={"id", "loop", "watermark"})
     for title, values in groups.items():
         for number, (key, value) in enumerate(values.items()):
-            yield title if number == 0 else "", f"{key}: {value}"
+            yield title if number == 0 else "", f"{key}: {_rounded(key, value)}"
+
+
+def _rounded(key: str, value: Any) -> Any:
+    """Return a number with 4 digits, and a rate in percent; any other value as it is."""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else value
+    if key in {"accuracy", "exact_match"} or key.endswith("_rate"):
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 @model.command()
@@ -116,7 +131,10 @@ def switch(version: str, reason: str, loop: LoopSettings) -> None:
 @click.option("--reason", default="rolled back in the terminal", show_default=True, help="Recorded in the history.")
 @loop_option
 def rollback(reason: str, loop: LoopSettings) -> None:
-    """Restore the previous champion. A second rollback goes one more step back."""
+    """Restore the previous champion.
+
+    A second rollback goes one more step back.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.champion import rollback as roll_back
 
@@ -151,10 +169,10 @@ def history(loop: LoopSettings) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @loop_option
 def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings) -> None:
-    """Delete unused model files: old versions, rejected challengers, old base models.
+    """Delete unused model files.
 
-    The champion, the previous model, the models of the newest deployments and everything in progress are kept. History
-    and metrics stay in the database.
+    These are old versions, rejected challengers and old base models. The champion, the previous model, the models of
+    the newest deployments and everything in progress are kept. History and metrics stay in the database.
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base import base_hash, resolve_base_model

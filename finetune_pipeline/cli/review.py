@@ -23,11 +23,11 @@ _JSON_STYLES: tuple[dict[str, Any], ...] = (
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1), help="At most so many examples; default all that need a review.")
-@click.option("--reviewer", metavar="NAME", help="Who decides; default your login name.")
+@click.option("--limit", type=click.IntRange(1), help="Maximum number of examples; default all that need a review.")
+@click.option("--reviewer", metavar="NAME", help="Name stored with the decisions; default your login name.")
 @loop_option
 def review(loop: LoopSettings, limit: int | None, reviewer: str | None) -> None:
-    """Approve, reject or edit examples that need a review, the most valuable first.
+    """Approve, reject or edit examples, the most valuable first.
 
     Each decision is stored at once under your name and holds for every later dataset. Stop whenever you like.
     """

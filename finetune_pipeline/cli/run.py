@@ -5,7 +5,9 @@ import shlex
 import shutil
 import signal
 import sys
-import time
+import uuid
+from datetime import datetime
+from pathlib import Path
 
 import click
 
@@ -22,24 +24,23 @@ DEMO_PROMPT = "150 mm concrete wall fire-rated two hours California seismic D"
 @loop_option
 @click.option("--verbose", is_flag=True, help="Show Dagster's complete log.")
 def run(loop: LoopSettings, verbose: bool) -> None:
-    """Run the whole loop once, without a server; exits non-zero if a step fails or the gate rejects the challenger.
+    """Run the whole loop once, without a server.
 
-    The run belongs to the loop's Dagster job, so the UI lists it there. Ctrl-C cancels it. With gate.on_reject:
-    keep_champion the exit code is 0 for a rejected challenger too.
+    The run belongs to the loop's Dagster job, so the UI lists it there. Ctrl-C cancels it. The exit code is 1 if a step
+    fails or the gate rejects the challenger; with gate.on_reject: keep_champion it is 0 for a rejected challenger.
     """
+    run_id, log = new_run(loop)
     click.echo(f"checking the training settings and the base model of loop {loop.name}")
     from finetune_pipeline.pipeline.train import check_can_train
 
     check_can_train(loop)
-    sys.exit(run_job(loop, verbose=verbose))
+    sys.exit(run_job(loop, run_id, log, verbose=verbose))
 
 
 @click.command()
-@click.pass_context
-def demo(context: click.Context) -> None:
-    """Run the default loop on the sample logs in a new home, and show the result."""
+def demo() -> None:
+    """Run the default loop on the sample logs in a new home."""
     from finetune_pipeline.cli.ask import compare_with_base
-    from finetune_pipeline.cli.summary import show_summary
 
     folder = home() / "demo"
     with try_lock(folder, "the demo"):
@@ -48,20 +49,20 @@ def demo(context: click.Context) -> None:
         os.environ["FINETUNE_HOME"] = str(folder)
         os.environ.pop("DAGSTER_HOME", None)
         loop = load_loop(DEMO_LOOP)
-        started = time.monotonic()
-        code = run_job(loop)
-        click.echo(f"the loop took {time.monotonic() - started:.0f} s\n")
-        show_summary(loop)
+        code = run_job(loop, *new_run(loop))
         if code == 0:
             compare_with_base(loop, DEMO_PROMPT)
-            click.echo(f"\nopen it in the browser:  make ui FINETUNE_HOME={folder}")
-            click.echo(f"ask it, roll it back:    export FINETUNE_HOME={folder}; .venv/bin/finetune ask ...")
+            click.echo(f"\nopen it in the browser:    make ui FINETUNE_HOME={folder}")
+            click.echo(f"before `finetune` commands: export FINETUNE_HOME={folder} PATH=$PWD/.venv/bin:$PATH")
     sys.exit(code)
 
 
 @click.command()
 def env() -> None:
-    """Print the exports that make bare `dagster` commands use this home: eval "$(finetune env)"."""
+    """Print exports for `dagster`: eval "$(finetune env)".
+
+    They make bare `dagster` commands use the home of `finetune`.
+    """
     prepared = environment()
     for name in ("FINETUNE_HOME", "DAGSTER_HOME"):
         click.echo(f"export {name}={shlex.quote(prepared[name])}")
@@ -70,18 +71,27 @@ def env() -> None:
 @click.command()
 @click.option("--port", default=3000, show_default=True, help="Port on the loopback address.")
 def ui(port: int) -> None:
-    """Start Dagster's UI and daemon (sensors, schedules) for this project."""
+    """Start Dagster's UI with its sensors and schedules."""
     prepared = environment()
     click.echo(f"state: {home()}; open http://127.0.0.1:{port}, stop with Ctrl-C")
     command = ["dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)]
     os.chdir(PROJECT_ROOT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background process starts with SIGINT ignored
-    os.execve(sys.executable, [sys.executable, "-m", "dagster", *command], prepared)
+    quiet = ["-W", "ignore:Function `dev_command` is superseded"]  # by `dg dev`, which tells a user of this UI nothing
+    os.execve(sys.executable, [sys.executable, *quiet, "-m", "dagster", *command], prepared)
 
 
-def run_job(loop: LoopSettings, *, verbose: bool = False) -> int:
+def new_run(loop: LoopSettings) -> tuple[str, Path]:
+    """Return the id of a new run and the path of its log, which is shown before anything can fail or takes time."""
+    run_id = str(uuid.uuid4())
+    log = home() / "logs" / f"{loop.name}-{datetime.now():%Y%m%d-%H%M%S}-{run_id[:8]}.log"
+    click.echo(f"complete log: {log}")
+    return run_id, log
+
+
+def run_job(loop: LoopSettings, run_id: str, log: Path, *, verbose: bool = False) -> int:
     """Run the loop's job in the home of this command; return the exit code."""
     os.environ.update(environment())
     from finetune_pipeline.orchestration.local_run import run_loop
 
-    return run_loop(loop, click.echo, verbose=verbose)
+    return run_loop(loop, run_id, log, click.echo, verbose=verbose)

@@ -27,7 +27,10 @@ PORT = 8484
 @click.option("--loop", "names", multiple=True, metavar="NAME", help="Loop to serve, repeatable; default: all loops.")
 @click.option("--verbose", is_flag=True, help="Show the log of all modules.")
 def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
-    """Serve the promoted models over an OpenAI-compatible API, accept feedback, and hot-swap new champions."""
+    """Serve the champions over an OpenAI-compatible API.
+
+    Logs prompts and answers, accepts feedback, and swaps new champions in without a restart.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.write_ahead_log import write_ahead_log_folder
     from finetune_pipeline.serving.access import is_loopback
@@ -93,7 +96,10 @@ def _export_base_models(loops: Sequence[LoopSettings], database: "Database") -> 
 
 @click.group()
 def key() -> None:
-    """Create, list and revoke API keys; once a key was created, every request needs one."""
+    """Create, list and revoke API keys of the gateway.
+
+    Once a key exists, every request needs one.
+    """
 
 
 @key.command()
@@ -108,7 +114,10 @@ def key() -> None:
     help="Scope of the key, repeatable.",
 )
 def create(name: str, scopes: tuple[str, ...]) -> None:
-    """Create a key called NAME and print its secret, which is not stored."""
+    """Create a key called NAME and print its secret.
+
+    The secret is not stored.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.database.api_keys import SCOPES, create_key
 

@@ -4,25 +4,26 @@ import click
 
 from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.wording import counted
 
 
 @click.command()
 @loop_option
 def status(loop: LoopSettings) -> None:
-    """Show what is stored, what waits for ingestion or review, the new examples, and the model that serves."""
+    """Show what is stored, what waits, and the champion."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.pipeline.status import loop_status
 
     state = loop_status(loop, connect())
     click.echo(f"loop {loop.name}")
-    click.echo(f"  store     {state.interactions:,} interactions, {state.feedback:,} feedback")
+    click.echo(f"  store     {counted(state.interactions, 'interaction')}, {state.feedback:,} feedback")
     if state.flagged:
         click.echo(
-            f"  flagged   {state.flagged:,} answers with low confidence so far; `finetune feedback flagged` "
+            f"  flagged   {counted(state.flagged, 'answer')} with low confidence so far; `finetune feedback flagged` "
             "lists those that nobody has reviewed"
         )
     if state.to_review:
-        click.echo(f"  review    {state.to_review:,} examples to review; `finetune review` shows them")
+        click.echo(f"  review    {counted(state.to_review, 'example')} to review; `finetune review` shows them")
     if state.oldest_unmatched:
         click.echo(
             f"  unmatched {state.unmatched:,} feedback whose interaction has not arrived, the oldest of "
@@ -31,6 +32,6 @@ def status(loop: LoopSettings) -> None:
     for folder in state.missing_folders:
         click.echo(f"  missing   the log folder {folder} does not exist; create it, or correct ingest.folders")
     if state.unread_files:
-        click.echo(f"  unread    {state.unread_files} event files; `finetune ingest` reads them")
+        click.echo(f"  unread    {counted(state.unread_files, 'event file')} to ingest; run `finetune ingest`")
     click.echo(f"  trigger   {state.trigger}")
-    click.echo(f"  serving   {state.champion or 'the base model'}")
+    click.echo(f"  champion  {state.champion or 'the base model'}")

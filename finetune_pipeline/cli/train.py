@@ -1,4 +1,4 @@
-"""`finetune train plan`: which training fits a memory size, what it needs, and how that was estimated."""
+"""`finetune train plan`: which training settings fit a memory size, what they need, and how that was estimated."""
 
 import math
 from typing import get_args
@@ -13,7 +13,7 @@ from finetune_pipeline.settings import PresetName, SettingsError, TrainingSettin
 
 @click.group()
 def train() -> None:
-    """Plan a training."""
+    """Plan a training run: what fits a memory size."""
 
 
 @train.command()
@@ -30,7 +30,10 @@ def train() -> None:
 def plan(
     base: str | None, vram: float | None, preset: PresetName | None, loop: str | None, examples: int, length: int | None
 ) -> None:
-    """Show what fits: adapter, batch, length, peak memory part by part, time, and the YAML for it."""
+    """Show what fits a memory size, and the YAML for it.
+
+    Lists adapter, batch, length, peak memory and time for each option, and how they were estimated.
+    """
     from finetune_pipeline.pipeline.plan import plan_training
     from finetune_pipeline.training.architecture import architecture_of
     from finetune_pipeline.training.estimate import ERROR
@@ -48,7 +51,7 @@ def plan(
     size, unit = (1e9, "billion") if architecture.parameters >= 1e8 else (1e6, "million")
     parameters = f"{architecture.parameters / size:.2f} {unit} parameters"
     click.echo(f"{architecture.name}: {parameters}, {architecture.layers} layers")
-    click.echo(f"usable memory: {planned.machine.bytes / 2**30:.1f} GiB of a {planned.machine.device.upper()}")
+    click.echo(f"usable memory: {planned.machine.bytes / 2**30:.1f} GiB ({planned.machine.device.upper()})")
     table = Table(box=None, pad_edge=False)
     for heading in ("adapter", "checkpointing", "batch", "tokens", "peak", "", "time"):
         table.add_column(heading)

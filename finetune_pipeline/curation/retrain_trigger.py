@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from finetune_pipeline.settings import TriggerSettings
+from finetune_pipeline.wording import counted
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now
     if len(series) >= settings.max_attempts:
         return Trigger(
             False,
-            f"{numbers}, but {len(series)} runs on them failed: look at the last one, fix the cause and launch the "
-            f"job by hand; the sensor starts one by itself at {rearmed_at} new examples",
+            f"{numbers}; {counted(len(series), 'run')} on them failed: look at the last one, fix the cause and launch "
+            f"the job by hand; the sensor starts one by itself at {rearmed_at} new examples",
         )
     ended = series[-1].ended
     wait_until = ended + timedelta(minutes=settings.retry_after_minutes) if ended else now
@@ -62,5 +63,5 @@ def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now
 
 
 def describe(new: int, settings: TriggerSettings) -> str:
-    """Return the numbers as text: "37 of 50 new high-reward examples"."""
-    return f"{new} of {settings.new_examples} new high-reward examples"
+    """Return the numbers as text: "37 new high-reward examples, 50 needed"."""
+    return f"{counted(new, 'new high-reward example')}, {settings.new_examples:,} needed"

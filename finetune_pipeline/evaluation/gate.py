@@ -100,11 +100,11 @@ def decide(
     else:
         minimum = math.floor(_fraction(settings.min_score) * total)
         minimum_text = f"more than {minimum:,} of {total:,} correct needed by gate.min_score {settings.min_score:g}"
-    majority = ", a majority needed" if floor.structured else ""
+    required_valid = ", more than half required" if floor.structured else ""
     statement = (
         f"challenger {challenger_correct:,} of {total:,} correct, champion {champion_correct:,}: "
         f"{_gain_text(gain, base, settings)}; {minimum_text}; "
-        f"{floor.valid:,} of {floor.answers:,} answers valid{majority}"
+        f"{floor.valid:,} of {floor.answers:,} answers valid{required_valid}"
     )
     objections = []
     if challenger_correct <= minimum:

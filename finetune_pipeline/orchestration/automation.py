@@ -14,6 +14,7 @@ from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.ingest_ledger import UnreadFile, unread
 from finetune_pipeline.sources.text_files import printable
+from finetune_pipeline.wording import counted
 
 LOOP_TAG = "finetune/loop"
 WATERMARK_TAG = "finetune/watermark"
@@ -140,8 +141,8 @@ def _read_files(
     tries = len(instance.get_runs(dg.RunsFilter(tags=tags), limit=loop.trigger.max_attempts))
     if tries >= loop.trigger.max_attempts:
         return dg.SkipReason(
-            f"{numbers}; {len(files)} new files could not be read in {tries} runs: look at the last run of raw_logs, "
-            "fix the cause and materialize raw_logs by hand"
+            f"{numbers}; {counted(len(files), 'new file')} could not be read in {counted(tries, 'run')}: look at the "
+            "last run of raw_logs, fix the cause and materialize raw_logs by hand"
         )
     return dg.RunRequest(
         run_key=f"{loop.name}:files:{fingerprint}:attempt{tries + 1}",

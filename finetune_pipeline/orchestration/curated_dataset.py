@@ -15,6 +15,7 @@ from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
 from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_and_check
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
+from finetune_pipeline.wording import counted
 
 PROVENANCES_SHOWN = 3  # of each source; provenance.csv has all
 
@@ -33,24 +34,22 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     def curated_dataset(
         context: dg.AssetExecutionContext, raw_logs: Artifact[RawLogsManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """The training and validation sets: accepted examples without duplicates.
+        """The training and validation sets: accepted examples, deduplicated, redacted and without benchmark questions.
 
-        Secrets and personal data are replaced by placeholders. The hash of a prompt decides its split, so it never
-        moves from one dataset to the next. Near-duplicates of benchmark questions are left out and named. Replay
-        examples are added against catastrophic forgetting.
+        If a check is red: log or review more feedback (enough_examples), or look at the examples in the check's
+        metadata and correct or retract them (no_benchmark_overlap, targets_parse), then materialize raw_logs again.
 
-        `prompt_completion/` is for SFT, `preference/` (corrections with the model's own answers) for DPO, and
-        `unpaired_preference/` (desirable and undesirable answers) for KTO; all have the same splits. `card.md`
-        describes the dataset with a sample, and `provenance.csv` says where each example came from.
+        `prompt_completion/` is for SFT, `preference/` for DPO and `unpaired_preference/` for KTO. `card.md` describes
+        the dataset with a sample, and `provenance.csv` says where each example came from.
         """
         die_with_run()
         artifact, checks = build_and_check(loop, raw_logs, context.run.run_id)
         manifest = artifact.manifest
-        left_out = "; ".join(f"{reason}: {count}" for reason, count in manifest.left_out.items())
+        left_out = ", ".join(f"{count:,} ({reason})" for reason, count in manifest.left_out.items())
         context.log.info(
-            f"{manifest.train} examples to train on ({manifest.replayed} replayed), {manifest.validation} to validate, "
-            f"{manifest.preference_pairs} preference pairs, {manifest.undesirable} undesirable answers; "
-            f"left out: {left_out or 'none'}"
+            f"{counted(manifest.train, 'training example')} ({manifest.replayed:,} replayed), "
+            f"{manifest.validation:,} for validation, {counted(manifest.preference_pairs, 'preference pair')}, "
+            f"{counted(manifest.undesirable, 'undesirable answer')}; left out: {left_out or 'none'}"
         )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
         yield from curated_dataset_checks(checks)

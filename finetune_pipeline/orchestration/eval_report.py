@@ -34,11 +34,11 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     def eval_report(
         context: dg.AssetExecutionContext, gguf_model: Artifact[GgufManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """Report of champion (or base model) and challenger on the whole benchmark, both in the form that would serve.
+        """The comparison of the challenger with the champion (or the base model) on the whole benchmark.
 
-        Answers of an earlier run are reused by hash; latency is measured again. The data counts as judged once this
-        report is written, whatever the verdict. If the challenger is the champion already, by hash, no report is
-        written and the run ends without a promotion.
+        If a check is red: open the report to see the questions that the challenger answers incorrectly, then correct
+        such answers or log more feedback, and run the loop again. Only `gain` stops a promotion. No report is
+        written if the challenger is the champion already.
         """
         die_with_run()
         result = evaluate(loop, gguf_model, context.run.run_id, context.log.info)
@@ -51,7 +51,8 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         comparison, verdict = result.comparison, result.verdict
         if comparison.contention:
             context.log.warning(
-                f"latency is not stored in the registry: {comparison.contention}; evaluate again on a quiet machine"
+                f"{comparison.contention} while the latency was measured, so it is not recorded for the model version; "
+                "evaluate again on an idle machine"
             )
         yield dg.MaterializeResult(value=result.report, metadata=_metadata(result.report, comparison, verdict))
         yield from eval_report_checks(loop, comparison, verdict)

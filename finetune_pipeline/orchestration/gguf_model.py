@@ -28,11 +28,13 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     def gguf_model(
         context: dg.AssetExecutionContext, lora_adapter: Artifact[AdapterManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """The GGUF that would serve: adapter merged into the base, converted by llama.cpp, and quantized.
+        """The GGUF that would serve: the adapter merged into the base model, converted by llama.cpp and quantized.
 
-        With `export.form: adapter` only the adapter is converted, and applied to the base's own GGUF. The checks run on
-        these files. Answers are compared with those of the base with its adapter in transformers, which shows errors of
-        merge and conversion, and the cost of quantization.
+        With `export.form: adapter` it is the converted adapter alone, for the base model's GGUF.
+
+        If a check is red: llama.cpp does not load this model (loads_and_answers) or tokenizes prompts differently from
+        training (tokenizer_parity), so update llama.cpp or change base_model; agreement compares the answers with those
+        of the unmerged adapter in transformers, so try a larger export.quantization.
         """
         die_with_run()
         artifact, checks = export_model(loop, lora_adapter, context.run.run_id, context.log.info)

@@ -1,20 +1,19 @@
-"""Run a loop's job from a terminal: start it in a process of its own, show its events, end it on Ctrl-C."""
+"""Run a loop's job from a terminal: start it in a separate process, show its events, end it on Ctrl-C."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 import dagster as dg
 
 from finetune_pipeline.orchestration.run_events import RunEvents
-from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home
+from finetune_pipeline.pipeline.summary import run_summary
+from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings
 
 WORKSPACE = PROJECT_ROOT / "workspace.yaml"
 POLL_SECONDS = 0.3
@@ -25,14 +24,22 @@ _LOG_TAIL = 15  # lines of the log that are shown if the run could not be create
 
 
 def run_loop(
-    loop: LoopSettings, echo: Callable[[str], None], *, verbose: bool = False, workspace: Path = WORKSPACE
+    loop: LoopSettings,
+    run_id: str,
+    log: Path,
+    echo: Callable[[str], None],
+    *,
+    verbose: bool = False,
+    workspace: Path = WORKSPACE,
 ) -> int:
-    """Run the job of a loop and show its progress; the complete log goes to a file.
+    """Run the job of a loop, show its progress, and end with a summary.
 
     DAGSTER_HOME has to be set. The run ends with this process, however this process ends: otherwise an orphan could
     promote a model that nobody waits for.
 
     Args:
+        run_id: the id that the run gets in Dagster.
+        log: file for the complete log; it must not exist.
         echo: shows a line.
         verbose: show Dagster's complete log.
         workspace: names the code location, as for Dagster's servers.
@@ -41,15 +48,13 @@ def run_loop(
         0 if the run succeeded, 1 if it failed or the gate rejected the challenger, 128 plus the signal's number if a
         signal ended it.
     """
-    run_id, began = str(uuid.uuid4()), time.time()
-    log = home() / "logs" / f"{loop.name}-{datetime.now():%Y%m%d-%H%M%S}-{run_id[:8]}.log"
+    began = time.time()
     log.parent.mkdir(parents=True, exist_ok=True)
-    echo(f"the run's complete log is in {log}")
     tied = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
     job = [sys.executable, "-m", "finetune_pipeline.orchestration.run_job", str(workspace), loop.job_name]
     with _signals() as received, dg.DagsterInstance.get() as instance:
         with log.open("xb") as file:
-            # A session of its own: Ctrl-C reaches only this process, which then marks the run as canceled.
+            # A new session: Ctrl-C reaches only this process, which then marks the run as canceled.
             process = subprocess.Popen(
                 [*tied, *job, loop.name, run_id], cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL,
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
@@ -77,14 +82,15 @@ def run_loop(
     if received:
         echo(f"canceled; the complete log is in {log}")
         return 128 + received[0]
-    if process.returncode:
-        if not events.started:
-            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:]:
-                echo(line)
-        echo(f"the run did not succeed, nothing was promoted; the complete log is in {log}")
-        return 1
-    echo(f"the run succeeded; the complete log is in {log}")
-    return 0
+    succeeded = not process.returncode
+    if not events.started:
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:]:
+            echo(line)
+    outcome = "succeeded" if succeeded else "did not succeed, nothing was promoted"
+    echo(f"the run {outcome}; it took {time.time() - began:.0f} s; the complete log is in {log}\n")
+    for line in run_summary(loop, run_id, succeeded=succeeded):
+        echo(line)
+    return 0 if succeeded else 1
 
 
 @contextmanager

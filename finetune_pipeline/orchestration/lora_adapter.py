@@ -1,4 +1,4 @@
-"""The asset lora_adapter: the LoRA adapter that a process of its own trains."""
+"""The asset lora_adapter: the trained LoRA adapter."""
 
 import time
 from typing import Any
@@ -40,12 +40,10 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         config: Config,  # type: ignore[valid-type]
         curated_dataset: Artifact[DatasetManifest],
     ) -> dg.MaterializeResult[Any]:
-        """The trained LoRA adapter.
+        """The LoRA adapter, trained by SFT, DPO or KTO on the dataset.
 
-        Trained by supervised fine-tuning (SFT) on completions, by DPO on preference pairs, or by KTO on unpaired
-        preference data; `method: auto` chooses by what the dataset holds. The training is a process of its own. A
-        killed training resumes from its last complete checkpoint when it is started again with the same dataset and
-        settings.
+        If it fails: the message says which setting or file to change. A killed training run resumes from its last
+        complete checkpoint when it is materialized again with the same dataset and settings.
         """
         die_with_run()
         last_report = 0.0

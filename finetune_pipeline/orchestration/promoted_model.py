@@ -32,12 +32,11 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         eval_report: Artifact[ReportManifest],
         gguf_model: Artifact[GgufManifest],
     ) -> Iterator[dg.MaterializeResult[Any]]:
-        """The champion: the model version that serves.
+        """The champion: the model version that serves, if the gate accepts the challenger again, by hash.
 
-        Applies the gate again to the report and compares, by hash, that the report is about exactly this file,
-        benchmark, champion and settings. So materializing this asset alone does not bypass the gate. With
-        `gate.on_reject: fail` a rejected challenger fails the run; with `keep_champion` the run succeeds and the
-        champion stays.
+        If it fails: the gate rejected the challenger (see eval_report), or the message names what changed since the
+        report was written, so materialize eval_report again. With `gate.on_reject: keep_champion` a rejected challenger
+        does not fail the run.
         """
         die_with_run()
         result = promote_challenger(loop, eval_report, gguf_model, ACTOR)

@@ -26,12 +26,10 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         kinds={"parquet", "sqlite"},
     )
     def raw_logs(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """What the application logged: prompts, answers and feedback.
+        """A snapshot of all prompts, answers and feedback of the loop, after ingesting new files and declared sources.
 
-        Ingests new event files of the log folders and the drop folder, and syncs the declared sources. Each event
-        counts once, by its id, and each file is read from where the last run stopped. Lines that are not events are
-        rejected with file, line and reason. Then writes a snapshot of all records of the loop: the shards of the last
-        snapshot, plus one shard with the changes.
+        If a check is red: fix the files and lines (rejected_lines) or the source (sources_read) that its metadata
+        lists, then materialize again; everything that could be read is in the snapshot, and no event counts twice.
         """
         die_with_run()
         logs = collect_logs(loop, connect(), context.log.info)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from dagster_shared.error import SerializableErrorInfo
 
 _BATCH = 500
+_SAYS_NOTHING = ("Dependencies for step ", "Skipping step ", "Data version mismatch for asset ")
+"""How messages of Dagster begin that tell a user nothing: the first failure and skipped steps are shown anyway, and
+manifests, not data versions, say what an artifact was made from."""
 _INTERRUPTS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 
 
@@ -55,8 +58,11 @@ class RunEvents:
     def _line(self, entry: dg.EventLogEntry) -> str | None:
         step = f"{(entry.step_key or '').rpartition('__')[2]:<16}"  # without the key prefix of the loop
         event = entry.dagster_event
-        if event is None:  # a message of a step
-            return f"{step} {entry.user_message}" if entry.step_key and int(entry.level) >= logging.INFO else None
+        if event is None:
+            shown = entry.step_key and int(entry.level) >= logging.INFO
+            return (
+                f"{step} {entry.user_message}" if shown and not entry.user_message.startswith(_SAYS_NOTHING) else None
+            )
         seconds = entry.timestamp - self._step_started.get(entry.step_key or "", entry.timestamp)
         match event.event_type:
             case Kind.STEP_START:
@@ -64,6 +70,8 @@ class RunEvents:
                 return f"{step} started"
             case Kind.STEP_SUCCESS:
                 return f"{step} {click.style('done', fg='green')} in {seconds:.1f} s"
+            case Kind.STEP_SKIPPED:
+                return f"{step} skipped"
             case Kind.STEP_FAILURE:
                 self._step_failed = True
                 reason = cause(event.step_failure_data.error)

@@ -82,7 +82,7 @@ def training_start(
     if dataset_type == PROMPT_COMPLETION:
         known |= set(hashes[len(hashes) - dataset.manifest.replayed :])  # replay examples are last, and never new
     seed = str(settings.seed)
-    rows = select_examples(hashes, known, settings.replay_ratio, seed)
+    rows = select_examples(hashes, known, settings.incremental_replay_ratio, seed)
     if not rows:
         return _full(f"no example is new since {serving.name} was trained")
     if dataset_type == UNPAIRED_PREFERENCE:

@@ -30,6 +30,7 @@ from finetune_pipeline.sources.ingest_reader import (
 )
 from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline.sources.text_files import printable
+from finetune_pipeline.wording import counted
 
 BATCH = 1_000
 _MAX_CONFLICTS = 20  # that are described; all are counted
@@ -71,12 +72,12 @@ class IngestReport:
         """Return the line of the run's log, for the report of one file."""
         if self.unreadable:
             return self.unreadable[0]
-        text = f"{self.recorded.interactions} interactions, {self.recorded.feedback} feedback, "
-        text += f"{self.recorded.duplicates} duplicates, {self.rejected} lines rejected"
+        text = f"{counted(self.recorded.interactions, 'interaction')}, {self.recorded.feedback:,} feedback, "
+        text += f"{counted(self.recorded.duplicates, 'duplicate')}, {counted(self.rejected, 'line')} rejected"
         if self.rewritten:
             text += "; the file was rewritten since it was last read, so it was read again from the start"
         if self.conflicts:
-            text += f"; {self.conflicts} events have an id that is known with other content: {self.conflicting[0]}"
+            text += f"; {counted(self.conflicts, 'event')} with a known id but other content: {self.conflicting[0]}"
         return text
 
 
@@ -98,10 +99,10 @@ def ingest(loop: LoopSettings, database: Database, log: Callable[[str], None]) -
         return reward if name == loop.name else reward_function(load_loop(name).feedback)
 
     if recovered := recover_orphans(database, reward_of):
-        log(f"{recovered} events were recovered from the write-ahead log of a killed gateway")
+        log(f"recovered {counted(recovered, 'event')} from the write-ahead log of a killed gateway")
     with database.write() as connection:
         if repaired := recompute_marked(connection, loop.name, reward):
-            log(f"the examples of {repaired} interactions were recomputed: their events had times in the future")
+            log(f"recomputed the examples of {counted(repaired, 'interaction')}, whose events had times in the future")
     with database.read() as connection:
         files = ingest_ledger.unread(connection, loop.name, loop.log_folders)
     total = IngestReport()

@@ -50,6 +50,7 @@ from finetune_pipeline.settings import (
     home,
 )
 from finetune_pipeline.sources.source_record import Cursor, Reading, SkippedRecord, SourceError, SourceRecord
+from finetune_pipeline.wording import counted
 
 _log = logging.getLogger(__name__)
 _BATCH = 1_000
@@ -85,7 +86,8 @@ class SourceReport:
 
     def __str__(self) -> str:
         """Return the line of the run's log."""
-        counts = f"{self.records} records, {self.new} new, {self.retracted} retracted, {self.skipped} skipped"
+        records = counted(self.records, "record")
+        counts = f"{records}, {self.new:,} new, {self.retracted:,} retracted, {self.skipped:,} skipped"
         return f"{self.name}: {counts}" + (f"; {self.error}" if self.error else "")
 
 

@@ -1,34 +1,51 @@
-"""The newest artifacts of a loop, for a summary of its last run."""
+"""The summary of a run: examples, training, the comparison of the models, the verdict, and what to do next."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 from finetune_pipeline.artifacts import get_latest
-from finetune_pipeline.evaluation.report import HTML, JSON, ReportMetrics, metrics_of_report
+from finetune_pipeline.evaluation.report import HTML, JSON, metrics_of_report
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.settings import LoopSettings
 
 
-@dataclass(frozen=True)
-class LoopSummary:
-    """The newest artifacts of a loop; None for those that were not materialized."""
-
-    dataset: DatasetManifest | None
-    adapter: AdapterManifest | None
-    report: ReportManifest | None
-    metrics: ReportMetrics | None
-    report_page: Path | None
-    promotion: PromotionManifest | None
-
-
-def read_summary(loop: str) -> LoopSummary:
-    """Return the manifests of the newest artifacts of a loop, and the metrics of its newest report."""
-    dataset, adapter = get_latest(DatasetManifest, loop), get_latest(AdapterManifest, loop)
-    report, promotion = get_latest(ReportManifest, loop), get_latest(PromotionManifest, loop)
-    return LoopSummary(
-        dataset=dataset.manifest if dataset else None,
-        adapter=adapter.manifest if adapter else None,
-        report=report.manifest if report else None,
-        metrics=metrics_of_report(report.path / JSON) if report else None,
-        report_page=report.path / HTML if report else None,
-        promotion=promotion.manifest if promotion else None,
-    )
+def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator[str]:
+    """Yield the lines of a run's summary, without those of assets that the run did not materialize."""
+    dataset, adapter = get_latest(DatasetManifest, loop.name, run_id), get_latest(AdapterManifest, loop.name, run_id)
+    report, promotion = get_latest(ReportManifest, loop.name, run_id), get_latest(PromotionManifest, loop.name, run_id)
+    if dataset:
+        d = dataset.manifest
+        yield (
+            f"examples  {d.train + d.validation - d.replayed:,} from use ({d.validation:,} for validation), "
+            f"{d.replayed:,} replayed, {sum(d.left_out.values()):,} left out"
+        )
+    if adapter:
+        a = adapter.manifest
+        measured_on = "validation" if dataset and dataset.manifest.validation else "training"
+        yield (
+            f"training  {measured_on} loss {a.loss_before:.3f} -> {a.loss_after:.3f} in {a.steps:,} steps, "
+            f"{a.wall_seconds:.0f} s, {a.tokens_per_second:,.0f} tokens/s, "
+            f"peak {a.peak_memory_bytes / 2**30:.2f} GiB on {a.device}"
+        )
+    if report:
+        metrics = metrics_of_report(report.path / JSON)
+        rows = [("metric", metrics.champion, metrics.challenger, "change")]
+        rows += [(row.name, *row.cells) for row in metrics.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for name, *values in rows:
+            cells = [name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]
+            yield "  ".join(cells)
+        yield f"verdict   {'promote' if report.manifest.promote else 'reject'}: {report.manifest.reason}"
+        yield f"report    {report.path / HTML}"
+    if promotion:
+        yield f"promoted  {promotion.manifest.model}"
+        yield f"GGUF      {promotion.manifest.gguf_path}"
+        yield (
+            f'next      try it: finetune ask "..." --loop {loop.name}; serve it: finetune serve; '
+            f"undo: finetune model rollback --loop {loop.name}"
+        )
+    elif report and not report.manifest.promote:
+        yield "next      the champion stays; see the answers in the report, log more feedback, then run again"
+    elif not succeeded:
+        yield f"next      fix the cause, then `finetune run --loop {loop.name}`; finished work is reused"
+    elif adapter:
+        yield "next      nothing new to promote; log more feedback, then run again"

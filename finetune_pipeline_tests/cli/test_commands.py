@@ -59,6 +59,14 @@ def test_models_are_listed_with_the_one_that_serves(two_versions):
     assert lines[3].startswith("aec_parser@base")
 
 
+def test_a_long_name_is_not_wrapped_in_the_list(two_versions, monkeypatch):
+    name = "a_loop_with_a_name_" * 5
+    monkeypatch.setattr(
+        "finetune_pipeline.cli.options.load_loop", lambda _: load_loop(LOOP).model_copy(update={"name": name})
+    )
+    assert f"{name}@base" in run("model", "list", "--loop", name)
+
+
 def test_a_version_can_be_shown_switched_to_and_rolled_back_from(two_versions):
     assert "lora_adapter: abc" in run("model", "show", "v1.0.0")
     assert run("model", "switch", "v1.0.0") == "aec_parser@v1.0.0 is the champion now\n"
@@ -80,21 +88,21 @@ def test_an_error_is_a_line_that_says_what_to_do_and_no_traceback(two_versions):
 
 def test_status_says_what_the_sensor_says(own_home):
     before = run("status")
-    assert "0 of 50 new high-reward examples" in before
-    assert "event files; `finetune ingest` reads them" in before
+    assert "0 new high-reward examples, 50 needed" in before
+    assert "event files to ingest; run `finetune ingest`" in before
     assert "interactions and" in run("ingest")
     after = run("status")
     assert "unread" not in after
     count = int(after.split("trigger")[1].split()[0])
     assert count >= 50
-    assert "serving   the base model" in after
+    assert "champion  the base model" in after
 
 
 def test_a_single_file_can_be_taken_in(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text(interaction("a").model_copy(update={"loop": LOOP}).model_dump_json() + "\nbroken\n")
     said = run("ingest", str(path))
-    assert "1 files: 1 interactions and 0 feedback added, 0 duplicates, 1 lines rejected" in said
+    assert "1 file: 1 interaction and 0 feedback added, 0 duplicates, 1 line rejected" in said
     assert f"{path}:2: not JSON" in said
     with path.open("a") as file:
         file.write('{"prompt": "a wall')
@@ -106,7 +114,7 @@ def test_a_table_without_its_name_is_told_to_be_named_as_one(tmp_path):
     path.write_text("prompt,completion\np,c\n")
     assert "if answers.txt is CSV, rename it to answers.csv" in run("ingest", str(path), code=1)
     path.rename(tmp_path / "answers.csv")
-    assert "1 interactions" in run("ingest", str(tmp_path / "answers.csv"))
+    assert "1 interaction and" in run("ingest", str(tmp_path / "answers.csv"))
 
 
 def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
@@ -210,10 +218,10 @@ def test_a_plan_is_for_the_loops_preset_unless_another_memory_is_named(monkeypat
     loop = load_loop("aec_parser")
     loop = loop.model_copy(update={"training": TrainingSettings(preset="24gb")})
     monkeypatch.setattr("finetune_pipeline.cli.train.the_loop", lambda _: loop)
-    assert "usable memory: 22.8 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser")
-    assert "usable memory: 22.8 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--length", "256")
-    assert "usable memory: 7.6 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--vram", "8")
-    assert "usable memory: 76.0 GiB of a GPU" in run("train", "plan", "--loop", "aec_parser", "--preset", "80gb")
+    assert "usable memory: 22.8 GiB (GPU)" in run("train", "plan", "--loop", "aec_parser")
+    assert "usable memory: 22.8 GiB (GPU)" in run("train", "plan", "--loop", "aec_parser", "--length", "256")
+    assert "usable memory: 7.6 GiB (GPU)" in run("train", "plan", "--loop", "aec_parser", "--vram", "8")
+    assert "usable memory: 76.0 GiB (GPU)" in run("train", "plan", "--loop", "aec_parser", "--preset", "80gb")
 
 
 @pytest.mark.parametrize("size", ["nan", "inf", "-inf", "0", "-4"])

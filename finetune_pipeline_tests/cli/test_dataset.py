@@ -101,5 +101,5 @@ def test_the_format_option_outranks_detection(loop, tmp_path):
     path = write_as(tmp_path / "a.jsonl", [{"instruction": "i", "output": "o", "messages": "not those"}])
     refused = run("ingest", path, code=1)
     assert f"{path}:1: found 'not those' outside of the turns" in refused and "--format" in refused
-    assert "1 interactions" in run("ingest", path, "--format", "alpaca")
+    assert "1 interaction and" in run("ingest", path, "--format", "alpaca")
     assert "needs FILES" in run("ingest", "--format", "alpaca", code=2)

@@ -156,7 +156,7 @@ def test_an_export_can_be_imported(tmp_path):
     assert run("export", path).stdout == f"2 events written to {path}\n"
     assert "0 interactions and 0 feedback added, 2 duplicates, 0 of 2 lines rejected" in run("import", path).stdout
     alpaca = tmp_path / "out.json"
-    assert "1 examples written" in run("export", alpaca, "--format", "alpaca", "--min-reward", "0.5").stdout
+    assert "1 example written" in run("export", alpaca, "--format", "alpaca", "--min-reward", "0.5").stdout
     assert json.loads(alpaca.read_text())[0]["output"] == "{}"
     run("export", alpaca, "--format", "alpaca", "--force")
 
@@ -167,10 +167,10 @@ def test_an_export_says_what_it_left_out(tmp_path):
     with connect().write() as connection:
         store.record(connection, LOOP, [given], default_reward)
         store.retract(connection, LOOP, [str(given.id)])
-    assert "1 events written" in (said := run("export", tmp_path / "out.jsonl").stdout)
-    assert "left out: 1 interactions of declared sources and dropped files" in said
+    assert "1 event written" in (said := run("export", tmp_path / "out.jsonl").stdout)
+    assert "left out 1 interaction of declared sources and dropped files" in said
     said = run("export", tmp_path / "out.json", "--format", "alpaca").stdout
-    assert "0 examples" in said and "left out: 1 that their source no longer has" in said
+    assert "0 examples" in said and "left out 1 that their source no longer has" in said
 
 
 def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(tmp_path):
@@ -178,7 +178,7 @@ def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(tmp_path):
     run("correct", id, "her number is +49 30 901820")
     path = tmp_path / "out.json"
     said = run("export", path, "--format", "alpaca").stdout
-    assert said == f"1 examples written to {path}; replaced by placeholders: 2 email, 1 phone\n"
+    assert said == f"1 example written to {path}; replaced by placeholders: 2 email, 1 phone\n"
     (row,) = json.loads(path.read_text())
     assert (row["instruction"], row["output"]) == ("write to [EMAIL] and [EMAIL]", "her number is [PHONE]")
     assert "the raw record, with all secrets" in " ".join(run("export", "--help").stdout.split())
@@ -190,7 +190,7 @@ def test_import_names_the_rejected_lines(tmp_path):
         '{"prompt": "p", "output": "o", "reward": 0.9}\n{"prompt": "p", "output": "o", "reward": 7}\noops\n'
     )
     result = run("import", path)
-    assert "1 interactions and 1 feedback added, 0 duplicates, 2 of 3 lines rejected" in result.stdout
+    assert "1 interaction and 1 feedback added, 0 duplicates, 2 of 3 lines rejected" in result.stdout
     assert f"{path}:2: reward: found 7, expected less than or equal to 1" in result.stderr
     assert f"{path}:3: not JSON" in result.stderr
 
@@ -208,7 +208,7 @@ def test_expected_errors_are_one_line_in_a_real_process(tmp_path):
     command = [sys.executable, "-m", "finetune_pipeline.cli.main", "feedback", "export", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
     assert result.returncode == 1
-    assert result.stderr == f"error: {path} exists already; name another file, or overwrite it with --force\n"
+    assert result.stderr == f"Error: {path} exists already; name another file, or overwrite it with --force\n"
 
 
 def snapshot_of(*ids):
@@ -233,7 +233,7 @@ def test_a_person_is_erased_and_what_was_made_with_it_is_listed():
     (inbox / "other.csv").write_text("prompt,completion,user\nu1,c,u11\n")
     (inbox / "others.jsonl").write_text('{"event": "interaction", "user": "u11", "prompt": "u1"}\n')
     said = run("erase", "--user", "u1", "--yes").stdout
-    assert f"{LOOP}: 1 interactions, 2 feedback, 0 review decisions and 0 excerpts of rejected lines deleted" in said
+    assert f"{LOOP}: 1 interaction, 2 feedback, 0 review decisions and 0 excerpts of rejected lines deleted" in said
     assert str(snapshot) in said and f"`finetune run --loop {LOOP}` makes new ones" in said
     assert str(inbox / "table.csv") in said and "other.csv" not in said
     assert str(inbox / "log.jsonl") in said and "delete them there, too" in said
@@ -254,7 +254,7 @@ def test_sources_that_may_still_contain_an_erased_person_are_listed():
 def test_nothing_is_deleted_without_a_yes():
     id = log("--user", "u1")
     result = run("erase", "--user", "u1", input="n\n", code=1)
-    assert "1 interactions, 0 feedback and 0 review decisions" in result.output
+    assert "1 interaction, 0 feedback and 0 review decisions" in result.output
     assert stored(id) is not None
     run("erase", "--user", "u1", input="y\n")
     assert stored(id) is None
@@ -263,7 +263,7 @@ def test_nothing_is_deleted_without_a_yes():
 def test_data_of_undeclared_loops_is_erased_too():
     gone = load_loop(LOOP).model_copy(update={"name": "gone"})
     id = FeedbackClient(gone).log("a", "b", user="u1")
-    assert "gone: 1 interactions, 0 feedback" in run("erase", "--user", "u1", "--yes").stdout
+    assert "gone: 1 interaction, 0 feedback" in run("erase", "--user", "u1", "--yes").stdout
     assert stored(str(id)) is None
 
 
@@ -271,7 +271,7 @@ def test_events_in_a_killed_servers_log_are_erased_too():
     waiting = interaction("a", user="u1").model_copy(update={"loop": LOOP})
     write_ahead_log_folder().mkdir(parents=True)
     (write_ahead_log_folder() / f"{uid('server')}.jsonl").write_text(waiting.model_dump_json() + "\n")
-    assert f"{LOOP}: 1 interactions" in run("erase", "--user", "u1", "--yes").stdout
+    assert f"{LOOP}: 1 interaction" in run("erase", "--user", "u1", "--yes").stdout
     assert not list(write_ahead_log_folder().glob("*.jsonl"))
     with connect().write() as connection:
         assert store.record(connection, LOOP, [waiting], lambda *_: 0.0).interactions == 0
@@ -288,7 +288,7 @@ def test_events_in_a_running_servers_log_are_reported():
         assert stored(id) is None
         assert f"still be on their way into the store ({server})" in result.stderr and "Run this again" in result.stderr
         run("erase", "--user", "u2", "--yes")
-    assert f"{LOOP}: 1 interactions" in run("erase", "--user", "u1", "--yes").stdout
+    assert f"{LOOP}: 1 interaction" in run("erase", "--user", "u1", "--yes").stdout
 
 
 def test_deleted_text_in_sqlites_own_log_is_reported(url):
@@ -300,7 +300,7 @@ def test_deleted_text_in_sqlites_own_log_is_reported(url):
         reader.exec_driver_sql("BEGIN")
         reader.exec_driver_sql("SELECT count(*) FROM interactions").all()
         result = run("erase", "--user", "u1", "--yes", code=1)
-    assert "1 interactions, 0 feedback" in result.stdout
+    assert "1 interaction, 0 feedback" in result.stdout
     assert "still contains the deleted text. Run this again" in result.stderr
     other.dispose()
     run("erase", "--user", "u1", "--yes")
@@ -336,6 +336,6 @@ def test_a_source_is_retracted_by_name_after_a_question():
     feed = FilesSource(kind="files", name="notes", path="somewhere")
     sync_source(loop, feed, connect(), lambda source, cursor: iter(records))
     assert "Sources with active records: notes (3)" in run("retract", "--source", "nots", code=1).output
-    assert "Retract the 3 records of notes" in run("retract", "--source", "notes", code=1, input="n\n").output
+    assert "Retract 3 records of notes" in run("retract", "--source", "notes", code=1, input="n\n").output
     assert "3 records of notes retracted" in run("retract", "--source", "notes", "--yes").output
     assert "Sources with active records: none" in run("retract", "--source", "notes", code=1).output

@@ -83,9 +83,10 @@ def test_show_prints_all_known_details(seven, own_home):
     shown = run("show", "v1.0.0")
     for text in (
         "aec_parser@v1.0.0", "gguf1/model.gguf", seven[0].gguf_sha256, "deployed", "retired", "deleted", "1.5 MB",
-        "accuracy: 0.51", "lora_adapter: lora1", "run_id: run-17", "loss_after: 0.25",
+        "accuracy: 51.0%", "lora_adapter: lora1", "run_id: run-17", "loss_after: 0.25",
     ):  # fmt: skip
         assert text in shown
+    assert "latency_p50_ms: 21\n" in shown
     assert "retired" not in run("show") and "deleted" not in run("show")
     adapter = own_home / "adapter.gguf"
     adapter.write_bytes(b"GGUF")

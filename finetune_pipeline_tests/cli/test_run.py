@@ -1,9 +1,15 @@
+"""`finetune run` and Dagster's home, without a run."""
+
+from datetime import datetime
+
 import pytest
 from click.testing import CliRunner
 
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.main import finetune
-from finetune_pipeline.settings import SettingsError
+from finetune_pipeline.cli.run import new_run
+from finetune_pipeline.settings import SettingsError, load_loop
+from finetune_pipeline.training.job import TrainingError
 
 
 def test_dagsters_home_gets_the_projects_settings_without_paths(own_home):
@@ -26,3 +32,23 @@ def test_a_home_that_cannot_be_created_is_an_error(tmp_path, monkeypatch):
         environment()
     result = CliRunner().invoke(finetune, ["doctor"])
     assert result.exit_code == 1 and "file cannot be created or written" in result.output
+
+
+def test_the_path_of_the_log_is_the_first_line_even_if_a_check_fails(monkeypatch):
+    def refuse(_):
+        raise TrainingError("no")
+
+    monkeypatch.setattr("finetune_pipeline.pipeline.train.check_can_train", refuse)
+    lines = CliRunner().invoke(finetune, ["run"]).output.splitlines()
+    assert lines[0].startswith("complete log: ") and lines[1].startswith("checking the training settings")
+
+
+def test_two_runs_that_start_in_one_second_have_different_logs(monkeypatch):
+    class AtOnce(datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1)
+
+    monkeypatch.setattr("finetune_pipeline.cli.run.datetime", AtOnce)
+    loop = load_loop("aec_parser")
+    assert new_run(loop)[1] != new_run(loop)[1]

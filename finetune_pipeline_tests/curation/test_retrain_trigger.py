@@ -20,15 +20,20 @@ def tried(*series, ended=LONG_AGO):
 @pytest.mark.parametrize(
     ("new", "attempts", "fires", "said"),
     [
-        (0, [], False, "0 of 50 new high-reward examples"),
-        (49, [], False, "49 of 50"),
-        (50, [], True, "50 of 50"),
+        (0, [], False, "0 new high-reward examples, 50 needed"),
+        (49, [], False, "49 new high-reward examples, 50 needed"),
+        (50, [], True, "50 new high-reward examples, 50 needed"),
         (53, tried(50, ended=JUST_NOW), False, "attempt 2 of 3 starts at 12:04"),  # not at every tick
-        (53, tried(50), True, "53 of 50"),  # again after the wait
+        (53, tried(50), True, "53 new high-reward examples, 50 needed"),  # again after the wait
         (53, tried(50, 50, 50), False, "3 runs on them failed"),  # gives up, and says so
         (99, tried(50, 50, 50), False, "starts one by itself at 100"),
-        (100, tried(50, 50, 50), True, "100 of 50"),  # another 50 start a new series
-        (120, tried(50, 50, 50, 100), True, "120 of 50"),  # the second series has its own attempts
+        (100, tried(50, 50, 50), True, "100 new high-reward examples, 50 needed"),  # another 50 start a new series
+        (
+            120,
+            tried(50, 50, 50, 100),
+            True,
+            "120 new high-reward examples, 50 needed",
+        ),  # the second series has its own attempts
         (149, tried(50, 50, 50, 100, 100, 100), False, "starts one by itself at 150"),
     ],
 )

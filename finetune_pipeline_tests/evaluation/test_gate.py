@@ -158,7 +158,7 @@ def test_a_higher_score_never_turns_a_promotion_into_a_rejection(
             QualityFloor(1, 0, 60, True),
             RELATIVE,
             False,
-            "0 of 60 answers valid, a majority needed; but most of its",
+            "0 of 60 answers valid, more than half required; but most of its",
         ),
         (
             0,
@@ -169,7 +169,7 @@ def test_a_higher_score_never_turns_a_promotion_into_a_rejection(
             False,
             "but most of its answers do not pass the output schema",
         ),
-        (0, 40, 60, QualityFloor(1, 31, 60, True), RELATIVE, True, "31 of 60 answers valid, a majority needed"),
+        (0, 40, 60, QualityFloor(1, 31, 60, True), RELATIVE, True, "31 of 60 answers valid, more than half required"),
         (0, 40, 60, QualityFloor(1, 0, 60, False), RELATIVE, True, "0 of 60 answers valid"),  # free text
         # a champion below the quality floor, in each mode
         (5, 10, 170, QualityFloor(10, 170, 170, False), RELATIVE, False, "gain 100.0 %, 5 % needed; the best constant"),

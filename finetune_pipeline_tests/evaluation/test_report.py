@@ -144,10 +144,10 @@ def test_the_report_is_an_escaped_page_and_json(tmp_path: Path, comparison: Comp
     data = json.loads((folder / "report.json").read_text())
     assert data["verdict"]["reason"] == (
         "challenger 10 of 16 correct, champion 10: gain 0.0 %, 5 % needed; more than 4 of 16 correct needed by "
-        "gate.min_score 0.25; 3 of 4 answers valid, a majority needed"
+        "gate.min_score 0.25; 3 of 4 answers valid, more than half required"
     )
     assert "Minimum score: more than 4 of 16 (gate.min_score)" in page
-    assert "has 16 correct. Without constrained decoding, 3 of 4 answers are valid; a majority is required." in page
+    assert "has 16 correct. Without constrained decoding, 3 of 4 answers are valid; more than half is required." in page
     assert [question["change"] for question in data["questions"]] == [2, 2, -2, -2]
     assert data["questions"][2]["challenger"]["problem"].startswith("not JSON")
 

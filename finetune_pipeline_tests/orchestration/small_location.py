@@ -1,4 +1,4 @@
-"""A code location with a job of two small assets; the environment variable SECOND says what the second one does."""
+"""A code location with a job of three small assets; the environment variable SECOND says what the second one does."""
 
 import os
 import subprocess
@@ -18,6 +18,7 @@ def first(context):
     die_with_run()
     context.log.info("3 files")
     context.log.debug("not for people")
+    context.log.warning("Data version mismatch for asset AssetKey(['notes', 'first'])")  # as Dagster words it
     yield dg.MaterializeResult()
     yield dg.AssetCheckResult(check_name="fine", passed=True)
     warning = dg.AssetCheckSeverity.WARN
@@ -45,5 +46,10 @@ def second(context):
                 Path(os.environ["CLEANED_UP"]).touch()
 
 
+@dg.asset(**NAMES, deps=[second])
+def third(context):
+    die_with_run()
+
+
 job = dg.define_asset_job("notes_loop", selection=dg.AssetSelection.groups("notes"))
-defs = dg.Definitions(assets=[first, second], jobs=[job], executor=EXECUTOR)
+defs = dg.Definitions(assets=[first, second, third], jobs=[job], executor=EXECUTOR)

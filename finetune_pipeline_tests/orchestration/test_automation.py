@@ -47,9 +47,9 @@ def add_run(instance, loop, request, status, ended=NOW):
 
 
 def test_the_skip_message_counts_new_examples(loop, instance):
-    assert next_run(loop, instance, NOW).skip_message == "0 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "0 new high-reward examples, 10 needed"
     ingest_events(loop, *corrected(["ash", "birch", "cedar"]))
-    assert next_run(loop, instance, NOW).skip_message == "3 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "3 new high-reward examples, 10 needed"
 
 
 def test_enough_new_examples_start_the_whole_loop(loop, instance):
@@ -96,7 +96,7 @@ def test_a_growing_file_does_not_delay_the_loop(loop, instance):
 def test_examples_of_a_judged_dataset_are_not_new(loop, instance):
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     judge(loop, promote=False)
-    assert next_run(loop, instance, NOW).skip_message == "0 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "0 new high-reward examples, 10 needed"
 
 
 def test_judged_content_that_is_logged_again_is_not_new(loop):
@@ -115,7 +115,7 @@ def test_an_unread_file_starts_a_run_of_raw_logs(loop, instance):
     request = next_run(loop, instance, NOW)
     assert request.asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
     ingest(loop, connect(), lambda text: None)
-    assert next_run(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "1 new high-reward example, 10 needed"
 
 
 def test_each_rewrite_of_a_file_starts_a_run(loop, instance):
@@ -138,7 +138,7 @@ def test_every_file_format_starts_a_run_of_raw_logs(loop, instance, name):
     write_as(loop.drop_folder / name, [{"prompt": "what did ash say?", "completion": "ash spoke"}])
     assert next_run(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
     ingest(loop, connect(), lambda text: None)
-    assert next_run(loop, instance, NOW).skip_message == "1 of 10 new high-reward examples"
+    assert next_run(loop, instance, NOW).skip_message == "1 new high-reward example, 10 needed"
 
 
 def test_a_file_name_that_is_not_utf8_does_not_break_the_sensor(loop, instance):
@@ -156,7 +156,7 @@ def test_an_unreadable_file_starts_only_max_attempts_runs(loop, instance):
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
     assert len(keys) == loop.trigger.max_attempts
     message = next_run(loop, instance, NOW).skip_message
-    assert message.startswith("0 of 10") and "look at the last run of raw_logs" in message
+    assert message.startswith("0 new high-reward examples, 10 needed") and "look at the last run of raw_logs" in message
 
 
 def test_a_failed_run_is_retried_up_to_max_attempts(loop, instance):
@@ -169,7 +169,9 @@ def test_a_failed_run_is_retried_up_to_max_attempts(loop, instance):
         assert request.tags == {LOOP_TAG: "notes", WATERMARK_TAG: "0", SERIES_TAG: "12"}
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
     gave_up = next_run(loop, instance, later + timedelta(minutes=10))
-    assert "12 of 10" in gave_up.skip_message and "by itself at 22" in gave_up.skip_message
+    assert (
+        "12 new high-reward examples, 10 needed" in gave_up.skip_message and "by itself at 22" in gave_up.skip_message
+    )
     ingest_events(loop, *corrected(f"more{n}" for n in range(10)))
     rearmed = next_run(loop, instance, later + timedelta(minutes=20))
     assert rearmed.run_key == "notes:0:22:attempt1"

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 
 import click
@@ -19,9 +19,9 @@ import yaml
 from dagster_shared.error import SerializableErrorInfo
 
 from finetune_pipeline.cli.dagster_home import environment
-from finetune_pipeline.orchestration import local_run
 from finetune_pipeline.orchestration.local_run import run_loop
 from finetune_pipeline.orchestration.run_events import cause
+from finetune_pipeline.settings import home
 
 LOCATION = Path(__file__).with_name("small_location.py")
 
@@ -47,16 +47,17 @@ def the_run():
 def run_and_read(loop, workspace, **options):
     """Return the exit code of a run, and what it showed without colors and times."""
     shown = []
-    code = run_loop(loop, shown.append, workspace=workspace, **options)
+    run_id = str(uuid.uuid4())
+    code = run_loop(loop, run_id, home() / f"{run_id}.log", shown.append, workspace=workspace, **options)
     return code, [re.sub(r"^\[ *\d+ s\] ", "", click.unstyle(line)) for line in shown]
 
 
 def test_a_run_of_the_code_locations_job_shows_steps_checks_and_messages(loop, workspace):
     code, lines = run_and_read(loop, workspace)
     assert code == 0, lines
-    log = lines[0].removeprefix("the run's complete log is in ")
-    assert Path(log).is_file() and lines[-1] == f"the run succeeded; the complete log is in {log}"
-    assert [re.sub(r"\d+\.\d", "0.1", line) for line in lines[1:-1]] == [
+    outcome, _, log = lines[-1].strip().rpartition(" ")
+    assert Path(log).is_file() and re.fullmatch(r"the run succeeded; it took \d+ s; the complete log is in", outcome)
+    assert [re.sub(r"\d+\.\d", "0.1", line) for line in lines[:-1]] == [
         "first            started",
         "first            3 files",
         "first            check fine passed",
@@ -64,6 +65,8 @@ def test_a_run_of_the_code_locations_job_shows_steps_checks_and_messages(loop, w
         "first            done in 0.1 s",
         "second           started",
         "second           done in 0.1 s",
+        "third            started",
+        "third            done in 0.1 s",
     ]
     run = the_run()
     origin = run.remote_job_origin.repository_origin
@@ -86,9 +89,10 @@ def test_a_failed_step_shows_its_cause(loop, workspace, monkeypatch, second, rea
     monkeypatch.setenv("SECOND", second)
     code, lines = run_and_read(loop, workspace)
     assert code == 1 and the_run().status == dg.DagsterRunStatus.FAILURE
-    assert re.fullmatch(rf"second           failed after \d+\.\d s: {re.escape(reason)}", lines[-2])
-    log = Path(lines[-1].rpartition(" ")[2])
-    assert lines[-1].startswith("the run did not succeed") and "in second" in log.read_text()
+    assert re.fullmatch(rf"second           failed after \d+\.\d s: {re.escape(reason)}", lines[-3])
+    log = Path(lines[-2].strip().rpartition(" ")[2])
+    assert lines[-2].startswith("the run did not succeed") and "Dependencies for step notes__third" in log.read_text()
+    assert lines[-1] == "next      fix the cause, then `finetune run --loop notes`; finished work is reused"
 
 
 QUERY = """{
@@ -121,12 +125,13 @@ def test_the_ui_lists_the_run_under_its_job_and_on_the_timeline(loop, workspace)
 
 
 RUN = """
-import sys
+import sys, uuid
 from pathlib import Path
 from finetune_pipeline.orchestration.local_run import run_loop
-from finetune_pipeline.settings import load_loop
+from finetune_pipeline.settings import home, load_loop
 loop = load_loop("aec_parser").model_copy(update={{"name": "notes"}})
-sys.exit(run_loop(loop, lambda line: print(line, flush=True), workspace=Path({workspace!r})))
+run_id, log = str(uuid.uuid4()), home() / "run.log"
+sys.exit(run_loop(loop, run_id, log, lambda line: print(line, flush=True), workspace=Path({workspace!r})))
 """
 
 
@@ -183,25 +188,16 @@ def test_a_run_whose_process_is_killed_is_marked_as_failed(loop, workspace, tmp_
     thread.start()
     code, lines = run_and_read(loop, workspace)
     thread.join()
-    assert code == 1 and lines[-1].startswith("the run did not succeed")
+    assert code == 1 and lines[-2].startswith("the run did not succeed")
     assert the_run().status == dg.DagsterRunStatus.FAILURE
 
 
-def test_definitions_that_do_not_load_are_shown(loop, workspace, monkeypatch):
+def test_definitions_that_do_not_load_are_shown(loop, workspace):
     content = {"load_from": [{"python_module": {"module_name": "finetune_pipeline.no_such_module"}}]}
     workspace.write_text(yaml.safe_dump(content))
     code, lines = run_and_read(loop, workspace)
     assert code == 1 and any("no_such_module" in line for line in lines)
-    assert "the complete log is in" in lines[-1]
-
-    class AtOnce(datetime):
-        @classmethod
-        def now(cls):
-            return cls(2026, 1, 1)
-
-    monkeypatch.setattr(local_run, "datetime", AtOnce)
-    logs = {run_and_read(loop, workspace)[1][-1].rpartition(" ")[2] for _ in range(2)}
-    assert len(logs) == 2, "two runs of one second share a log"
+    assert "the complete log is in" in lines[-2]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
     replay.write_text("".join(json.dumps(row) + "\n" for row in rows))
     curation = {"min_examples": 5, "validation_fraction": 0.2, "replay": str(replay)}
     full = make_loop(training=SMALL, curation=curation)
-    more = make_loop(training={**SMALL, "mode": "incremental", "replay_ratio": 0.5}, curation=curation)
+    more = make_loop(training={**SMALL, "mode": "incremental", "incremental_replay_ratio": 0.5}, curation=curation)
     events = more.drop_folder / "log.jsonl"
     write_events(events, *corrected(f"person{n}" for n in range(12)))
     stages = ("raw_logs", "curated_dataset", "lora_adapter")
@@ -122,7 +122,7 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
 
 @pytest.mark.slow
 def test_incremental_kto_adds_older_desirable_answers(make_loop, tmp_path, monkeypatch):
-    training = {**SMALL, "num_train_epochs": 1, "method": "kto", "mode": "incremental", "replay_ratio": 0}
+    training = {**SMALL, "num_train_epochs": 1, "method": "kto", "mode": "incremental", "incremental_replay_ratio": 0}
     loop = make_loop(training=training, curation={"min_examples": 5, "validation_fraction": 0.2})
     made = [train_adapter(loop, loop.training, unpaired(loop), "run", ignored, ignored)]
     make_champion(made[0], tmp_path)

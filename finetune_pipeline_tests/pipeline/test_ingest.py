@@ -254,7 +254,7 @@ def test_an_ingest_recomputes_examples_that_a_migration_marked(loop):
     said = []
     ingest(loop, connect(), said.append)
     assert examples_of(loop) == before
-    assert said[0].startswith("the examples of 1 interactions were recomputed")
+    assert said[0].startswith("recomputed the examples of 1 interaction,")
 
 
 def test_a_note_about_a_future_day_counts_as_of_today(loop):
