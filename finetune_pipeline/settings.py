@@ -156,9 +156,7 @@ class TeacherSettings(Settings):
     url: str = Field(pattern="^https?://", description="Base URL, which usually ends in /v1.")
     model: str = Field(min_length=1, description="Name of the model at the endpoint.")
     api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
-    max_tokens: int = Field(
-        default=200_000, ge=1, description="Budget of one reading, in prompt and completion tokens."
-    )
+    max_tokens: int = Field(default=200_000, ge=1, description="Budget of one sync, in prompt and completion tokens.")
     timeout_seconds: float = Field(default=60, gt=0, description="Timeout of a request.")
     attempts: int = Field(default=4, ge=1, description="Attempts per request.")
     parallel: int = Field(default=4, ge=1, le=64, description="Number of concurrent requests.")
@@ -217,7 +215,7 @@ class SqlSource(SourceSettings):
     overlap: float = Field(
         default=60,
         ge=0,
-        description="How far before the end of the last reading the next one starts, for rows that were committed "
+        description="How far before the end of the last sync the next one starts, for rows that were committed "
         "late: in seconds if the cursor is a time, else in its own unit.",
     )
     batch_rows: int = Field(default=1_000, ge=1, le=50_000, description="Rows in memory at once.")

@@ -49,7 +49,7 @@ from finetune_pipeline.settings import (
     Source,
     home,
 )
-from finetune_pipeline.sources.source_record import Cursor, Reading, SkippedRecord, SourceError, SourceRecord
+from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, SourceError, SourceOutput, SourceRecord
 from finetune_pipeline.wording import counted
 
 _log = logging.getLogger(__name__)
@@ -59,10 +59,8 @@ _MAX_SKIPPED = 10_000  # skipped records that are kept with their reasons; all a
 _MAX_IN_MESSAGE = 3
 _BETWEEN_CURSORS = 100_000  # a source with cursors yields one at least this often
 
-Reader = Callable[[Any, Any], Reading]
+Reader = Callable[[Any, Any], Iterator[SourceOutput]]
 """A function that reads a source: (settings, last cursor or None) -> records, skipped records and cursors."""
-
-SourceOutput = SourceRecord | SkippedRecord | Cursor
 
 
 @dataclass

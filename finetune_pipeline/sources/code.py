@@ -7,18 +7,18 @@ prompts, which contain an earlier, worse form of the code. The answer is always 
 """
 
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.settings import CodeSource, project_path
 from finetune_pipeline.sources import tree_sitter_chunks
 from finetune_pipeline.sources.code_chunks import LANGUAGES, ChunkError, CodeChunk, cut_python, first_sentence
-from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceRecord
-from finetune_pipeline.sources.teacher import Teacher, TeacherRequest
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceRecord
+from finetune_pipeline.sources.teacher import Teacher, TeacherAnswer, TeacherRequest
 from finetune_pipeline.sources.teacher_validation import (
     earlier_code_problem,
     instruction_problem,
@@ -26,7 +26,7 @@ from finetune_pipeline.sources.teacher_validation import (
     parse_refactoring,
     parses,
 )
-from finetune_pipeline.sources.text_files import TextFile, read_texts, require_any
+from finetune_pipeline.sources.text_files import read_texts
 
 MAX_FILE_BYTES = 1_000_000
 """A larger file is data or generated."""
@@ -63,23 +63,13 @@ for this refactoring.
 Answer with a line `REQUEST: ...` and after it the earlier code in one fenced block, nothing else."""
 
 
-@dataclass(frozen=True)
-class _LocatedChunk:
-    """A class or function with its provenance."""
-
-    provenance: str
-    chunk: CodeChunk
+_Task = tuple[Literal["code", "refactoring"], CodeChunk]
+"""What a teacher is asked to write, and for which code."""
 
 
-class _TeacherTask(NamedTuple):
-    """What a teacher is asked for, and about which code."""
-
-    kind: Literal["code", "refactoring"]
-    located: _LocatedChunk
-    request: TeacherRequest
-
-
-def read(source: CodeSource, cursor: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
+def read(
+    source: CodeSource, cursor: Any, *, redact: Callable[[str], str] | None = None
+) -> Iterator[SourceRecord | SkippedRecord]:
     """Yield the records of a repository. Their provenance is `path::Class.method`.
 
     Args:
@@ -90,155 +80,133 @@ def read(source: CodeSource, cursor: Any, *, redact: Callable[[str], str] | None
         SourceError: the folder does not exist or contains no code, a grammar is missing, or the teacher cannot be used.
         ValueError: there is a teacher, but no `redact`.
     """
-    if source.teacher is None:
-        yield from _read_docstrings(source)
-    elif redact is None:
-        raise ValueError("code is sent to a teacher only if it is redacted: pass `redact`")
-    else:
+    if source.teacher is not None:
+        if redact is None:
+            raise ValueError("code is sent to a teacher only if it is redacted: pass `redact`")
         yield from _read_with_teacher(source, Teacher(source.teacher), redact)
+        return
+    undocumented = Counter[str]()
+    for one in _chunks(source):
+        if isinstance(one, SkippedRecord):
+            yield one
+            continue
+        provenance, chunk = one
+        if sentence := first_sentence(chunk.doc):
+            owner = f" of `{chunk.owner}`" if chunk.owner else ""
+            prompt = f"Write the {LANGUAGES[chunk.language]} {chunk.kind} `{chunk.signature}`{owner}: {sentence}"
+            yield SourceRecord(provenance, prompt, chunk.code, domain=chunk.language, kind="code")
+        else:
+            undocumented[provenance.rpartition("::")[0]] += 1
+    for path, count in undocumented.items():
+        reason = f"{count} classes and functions have no docstring or comment; a teacher can describe them"
+        yield SkippedRecord(path, reason)
 
 
-def _read_docstrings(source: CodeSource) -> Reading:
-    for path, chunks in _files(source):
-        undocumented = 0
-        for one in chunks:
+def _read_with_teacher(
+    source: CodeSource, teacher: Teacher, redact: Callable[[str], str]
+) -> Iterator[SourceRecord | SkippedRecord]:
+    def requests() -> Iterator[TeacherRequest[_Task] | SkippedRecord]:
+        for one in _chunks(source):
             if isinstance(one, SkippedRecord):
                 yield one
-            elif sentence := first_sentence(one.chunk.doc):
-                yield _record(one, docstring_prompt(one.chunk, sentence), "code")
-            else:
-                undocumented += 1
-        if undocumented:
-            reason = f"{undocumented} classes and functions have no docstring or comment; a teacher can describe them"
-            yield SkippedRecord(path, reason)
+                continue
+            provenance, chunk = one
+            code = redact(chunk.code)
+            if code != chunk.code and not parses(chunk.language, code, chunk.owner):
+                reason = "without the secrets or personal data in it, it no longer parses; it is not sent"
+                yield SkippedRecord(provenance, reason)
+                continue
+            chunk = replace(chunk, code=code)
+            # The end mark contains the code's hash, so the code cannot contain the mark.
+            mark = f"code-{hash_of(code)[:12]}"
+            user = f"<{mark}>\n{code}\n</{mark}>"
+            known = {"kind": chunk.kind, "language": LANGUAGES[chunk.language], "mark": mark}
+            system = _PROMPTS_INSTRUCTION.format(**known, number=_PROMPTS_PER_CHUNK)
+            yield TeacherRequest(provenance, ("code", chunk), system, user, _ANSWER_TOKENS)
+            if source.refactorings:
+                system = _REFACTORING_INSTRUCTION.format(**known)
+                task: _Task = ("refactoring", chunk)
+                max_tokens = _ANSWER_TOKENS + len(code) // 2
+                yield TeacherRequest(f"{provenance} [refactoring]", task, system, user, max_tokens)
 
-
-def docstring_prompt(chunk: CodeChunk, sentence: str) -> str:
-    """Return a prompt for a chunk, made from its signature and the first sentence of its docstring."""
-    owner = f" of `{chunk.owner}`" if chunk.owner else ""
-    return f"Write the {LANGUAGES[chunk.language]} {chunk.kind} `{chunk.signature}`{owner}: {sentence}"
-
-
-def _read_with_teacher(source: CodeSource, teacher: Teacher, redact: Callable[[str], str]) -> Reading:
-    skipped: deque[SkippedRecord] = deque()
-
-    def tasks() -> Iterator[tuple[_TeacherTask, TeacherRequest]]:
-        for _, chunks in _files(source):
-            for one in chunks:
-                clean = _redacted(one, redact) if isinstance(one, _LocatedChunk) else one
-                if isinstance(clean, SkippedRecord):
-                    skipped.append(clean)
-                    continue
-                request = _teacher_request(_PROMPTS_INSTRUCTION, clean.chunk, _ANSWER_TOKENS)
-                yield _TeacherTask("code", clean, request), request
-                if source.refactorings:
-                    max_tokens = _ANSWER_TOKENS + len(clean.chunk.code) // 2
-                    request = _teacher_request(_REFACTORING_INSTRUCTION, clean.chunk, max_tokens)
-                    yield _TeacherTask("refactoring", clean, request), request
-
-    for answer in teacher.answers(tasks()):
-        while skipped:
-            yield skipped.popleft()
-        task = answer.task
-        if task.kind == "code" and not answer.reason:
-            yield from _prompts(answer.text, task)
+    for answer in teacher.answers(requests()):
+        if isinstance(answer, SkippedRecord):
+            yield answer
+        elif answer.request.task[0] == "code":
+            yield from _prompts(answer)
         else:
-            provenance = task.located.provenance + (" [refactoring]" if task.kind == "refactoring" else "")
-            if answer.reason:
-                yield SkippedRecord(provenance, answer.reason, deferred=answer.deferred)
-            else:
-                yield _refactoring(answer.text, task, provenance)
-    yield from skipped
+            yield _refactoring(answer)
 
 
-def _redacted(located: _LocatedChunk, redact: Callable[[str], str]) -> _LocatedChunk | SkippedRecord:
-    chunk = located.chunk
-    code = redact(chunk.code)
-    if code == chunk.code:
-        return located
-    if not parses(chunk.language, code, chunk.owner):
-        reason = "without the secrets or personal data in it, it no longer parses; it is not sent"
-        return SkippedRecord(located.provenance, reason)
-    return replace(located, chunk=replace(chunk, code=code))
-
-
-def _teacher_request(instruction: str, chunk: CodeChunk, max_tokens: int) -> TeacherRequest:
-    # The end mark contains the code's hash, so the code cannot contain the mark.
-    mark = f"code-{hash_of(chunk.code)[:12]}"
-    language = LANGUAGES[chunk.language]
-    system = instruction.format(kind=chunk.kind, language=language, mark=mark, number=_PROMPTS_PER_CHUNK)
-    return TeacherRequest(system, f"<{mark}>\n{chunk.code}\n</{mark}>", max_tokens)
-
-
-def _prompts(text: str, task: _TeacherTask) -> Iterator[SourceRecord | SkippedRecord]:
-    located = task.located
-    found = parse_instructions(text)
+def _prompts(answer: TeacherAnswer[_Task]) -> Iterator[SourceRecord | SkippedRecord]:
+    request, chunk = answer.request, answer.request.task[1]
+    found = parse_instructions(answer.text)
     if found is None:
-        yield SkippedRecord(located.provenance, 'the teacher did not answer with {"instructions": [...]}')
+        yield SkippedRecord(request.provenance, 'the teacher did not answer with {"instructions": [...]}')
         return
     for number, prompt in enumerate(dict.fromkeys(found[:_PROMPTS_PER_CHUNK]), start=1):
-        here = replace(located, provenance=located.provenance + ("" if number == 1 else f" [{number}]"))
-        problem = instruction_problem(prompt, located.chunk, task.request.system)
-        if problem:
-            yield SkippedRecord(here.provenance, f"the teacher's request {problem}")
+        provenance = request.provenance + ("" if number == 1 else f" [{number}]")
+        if problem := instruction_problem(prompt, chunk, request.system):
+            yield SkippedRecord(provenance, f"the teacher's request {problem}")
         else:
-            yield _record(here, prompt, "code")
+            yield SourceRecord(provenance, prompt, chunk.code, domain=chunk.language, kind="code")
 
 
-def _refactoring(text: str, task: _TeacherTask, provenance: str) -> SourceRecord | SkippedRecord:
-    chunk = task.located.chunk
-    found = parse_refactoring(text)
+def _refactoring(answer: TeacherAnswer[_Task]) -> SourceRecord | SkippedRecord:
+    provenance, chunk = answer.request.provenance, answer.request.task[1]
+    found = parse_refactoring(answer.text)
     if found is None:
         return SkippedRecord(provenance, "the teacher did not answer with a request and one block of code")
     prompt, earlier = found
-    problem = earlier_code_problem(earlier, chunk)
-    if problem:
+    if problem := earlier_code_problem(earlier, chunk):
         return SkippedRecord(provenance, f"the teacher's earlier code {problem}")
-    problem = instruction_problem(prompt, chunk, task.request.system)
+    problem = instruction_problem(prompt, chunk, answer.request.system)
     if problem and not problem.startswith("is not about"):  # the earlier code in the prompt says what it is about
         return SkippedRecord(provenance, f"the teacher's request {problem}")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", earlier)), default=0))
     prompt = f"{prompt}\n\n{fence}{chunk.language}\n{earlier}\n{fence}"
-    return _record(_LocatedChunk(provenance, chunk), prompt, "refactoring")
+    return SourceRecord(provenance, prompt, chunk.code, domain=chunk.language, kind="refactoring")
 
 
-def _record(located: _LocatedChunk, prompt: str, kind: str) -> SourceRecord:
-    chunk = located.chunk
-    return SourceRecord(located.provenance, prompt, chunk.code, domain=chunk.language, kind=kind)
-
-
-def _files(source: CodeSource) -> Iterator[tuple[str, Iterator[_LocatedChunk | SkippedRecord]]]:
-    """Yield the path of each file with its chunks."""
-    root = project_path(source.path)
-    texts = read_texts(root, lambda name: _language(source, name) is not None, source.ignore, max_bytes=MAX_FILE_BYTES)
-    for found in require_any(texts, f"source {source.name}: found no file of {', '.join(source.languages)} in {root}"):
-        if isinstance(found, SkippedRecord):
-            yield found.provenance, iter([found])
-        elif reason := _not_handwritten(found.text):
-            yield found.path, iter([SkippedRecord(found.path, reason)])
-        else:
-            yield found.path, _chunks(source, found)
-
-
-def _chunks(source: CodeSource, file: TextFile) -> Iterator[_LocatedChunk | SkippedRecord]:
-    language, seen = _language(source, file.path) or "", Counter[str]()
-    lengths = range(source.min_lines, source.max_lines + 1)
-    cut = (
-        cut_python(file.text, lengths) if language == "python" else tree_sitter_chunks.cut(language, file.text, lengths)
-    )
-    try:
-        for one in cut:
-            if isinstance(one, ChunkError):
-                yield SkippedRecord(f"{file.path}:{one.line}", one.reason)
-                continue
-            seen[one.name] += 1
-            provenance = f"{file.path}::{one.name}" + (f"#{seen[one.name]}" if seen[one.name] > 1 else "")
-            if max(map(len, one.code.split("\n"))) > _LONGEST_LINE:
-                yield SkippedRecord(provenance, f"has a line of more than {_LONGEST_LINE:,} characters, so it is data")
-            else:
-                yield _LocatedChunk(provenance, one)
-    except RecursionError:
-        yield SkippedRecord(f"{file.path}:1", "is nested too deep to be read")
+def _chunks(source: CodeSource) -> Iterator[tuple[str, CodeChunk] | SkippedRecord]:
+    """Yield the classes and functions of a repository with their provenance."""
+    root, lengths = project_path(source.path), range(source.min_lines, source.max_lines + 1)
+    if_empty = f"source {source.name}: found no file of {', '.join(source.languages)} in {root}"
+    for file in read_texts(
+        root,
+        lambda path: _language(source, path) is not None,
+        max_bytes=MAX_FILE_BYTES,
+        ignored_folders=source.ignore,
+        if_empty=if_empty,
+    ):
+        if isinstance(file, SkippedRecord):
+            yield file
+            continue
+        text, language = file.text, _language(source, file.path) or ""
+        if _GENERATED.search(text[:_HEAD_CHARACTERS]):
+            yield SkippedRecord(file.path, "says that it is generated")
+            continue
+        if len(text) > _MINIFIED_LINE * (text.count("\n") + 1):
+            reason = f"is minified or data: its lines have more than {_MINIFIED_LINE} characters on average"
+            yield SkippedRecord(file.path, reason)
+            continue
+        is_python = language == "python"
+        cut = cut_python(text, lengths) if is_python else tree_sitter_chunks.cut(language, text, lengths)
+        seen = Counter[str]()
+        try:
+            for one in cut:
+                if isinstance(one, ChunkError):
+                    yield SkippedRecord(f"{file.path}:{one.line}", one.reason)
+                    continue
+                seen[one.name] += 1
+                provenance = f"{file.path}::{one.name}" + (f"#{seen[one.name]}" if seen[one.name] > 1 else "")
+                if max(map(len, one.code.split("\n"))) > _LONGEST_LINE:
+                    reason = f"has a line of more than {_LONGEST_LINE:,} characters, so it is data"
+                    yield SkippedRecord(provenance, reason)
+                else:
+                    yield provenance, one
+        except RecursionError:
+            yield SkippedRecord(f"{file.path}:1", "is nested too deep to be read")
 
 
 def _language(source: CodeSource, name: str) -> str | None:
@@ -248,12 +216,3 @@ def _language(source: CodeSource, name: str) -> str | None:
     if suffix == ".h" and "cpp" in source.languages:
         language = "cpp"  # C++ headers are not C, but most C is valid C++
     return language if ("typescript" if language == "tsx" else language) in source.languages else None
-
-
-def _not_handwritten(text: str) -> str:
-    """Return why a file is not written by hand; empty if it seems to be."""
-    if _GENERATED.search(text[:_HEAD_CHARACTERS]):
-        return "says that it is generated"
-    if len(text) > _MINIFIED_LINE * (text.count("\n") + 1):
-        return f"is minified or data: its lines have more than {_MINIFIED_LINE} characters on average"
-    return ""

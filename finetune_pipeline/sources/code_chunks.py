@@ -27,8 +27,7 @@ _NAME_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 ANY_LENGTH = range(1, 1 << 31)
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-Definition = Function | ast.ClassDef
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def cut_python(text: str, lengths: range = ANY_LENGTH) -> Iterator[CodeChunk | C
         yield ChunkError(1, f"is not Python that can be parsed: {error}")
     else:
         lines = text.split("\n")
-        yield from _PythonCutter(lines, lengths, _rows_inside_strings(tree, lines)).definitions(tree.body, "")
+        yield from _definitions(tree.body, "", lines, lengths, _rows_inside_strings(tree, lines))
 
 
 def parse_python(text: str) -> ast.Module:
@@ -132,9 +131,14 @@ def comment_above(lines: Sequence[str], row: int) -> str:
     return "\n".join(match[1] for line in lines[first:row] if (match := _COMMENT.match(line)))
 
 
+def indentation(line: str) -> str:
+    """Return the white space at the start of a line."""
+    return line[: len(line) - len(line.lstrip())]
+
+
 def dedent(lines: Sequence[str], kept: Collection[int] = ()) -> str:
     """Return lines without the indentation of the first. Lines at the indices `kept` are inside a string and stay."""
-    indent = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
+    indent = indentation(lines[0])
     return "\n".join(line if n in kept else line.removeprefix(indent) for n, line in enumerate(lines)).rstrip()
 
 
@@ -143,46 +147,54 @@ def words(text: str) -> set[str]:
     return {part.lower() for part in _NAME_PART.findall(text) if len(part) > 2}
 
 
-@dataclass(frozen=True)
-class _PythonCutter:
-    """Cuts the definitions of one file; `inside_strings` are the rows (from 0) that begin inside a string."""
+def _definitions(
+    body: Sequence[ast.stmt], owner: str, lines: Sequence[str], lengths: range, inside_strings: set[int]
+) -> Iterator[CodeChunk | ChunkError]:
+    """Yield the definitions in a block of a class or namespace; `inside_strings` as `_rows_inside_strings` returns."""
+    for node in body:
+        if not isinstance(node, _Definition):  # if TYPE_CHECKING, try ... except ImportError, with
+            for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+                yield from _definitions(getattr(node, part, ()), owner, lines, lengths, inside_strings)
+            continue
+        name = f"{owner}.{node.name}" if owner else node.name
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+        is_empty = all(
+            isinstance(statement, ast.Pass)
+            or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+            or (isinstance(statement, ast.Raise) and "NotImplementedError" in ast.dump(statement))
+            for statement in node.body
+        )
+        if (node.end_lineno or 0) - first in lengths and not is_empty:
+            own = lines[first : node.end_lineno]
+            code = dedent(own, {row - first for row in inside_strings.intersection(range(first, first + len(own)))})
+            doc = ast.get_docstring(node, clean=False) or comment_above(lines, first)
+            if isinstance(node, ast.ClassDef):
+                kind = "class"
+                bases = [ast.unparse(base) for base in [*node.bases, *node.keywords]]
+                signature = f"{node.name}({', '.join(bases)})" if bases else node.name
+            else:
+                kind = "method" if owner else "function"
+                kind = f"async {kind}" if isinstance(node, ast.AsyncFunctionDef) else kind
+                returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+                signature = f"{node.name}({ast.unparse(node.args)}){returns}"
+            if _is_valid_alone(own, code):
+                yield CodeChunk("python", kind, name, first + 1, code, signature, doc)
+            else:
+                yield ChunkError(first + 1, f"{name} is not valid Python on its own")
+        if isinstance(node, ast.ClassDef):
+            yield from _definitions(node.body, name, lines, lengths, inside_strings)
 
-    lines: list[str]
-    lengths: range
-    inside_strings: set[int]
 
-    def definitions(self, body: Sequence[ast.stmt], owner: str) -> Iterator[CodeChunk | ChunkError]:
-        for node in body:
-            if isinstance(node, Definition):
-                name = f"{owner}.{node.name}" if owner else node.name
-                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
-                if (node.end_lineno or 0) - first in self.lengths and not _is_empty(node):
-                    yield self._chunk(node, first, name, bool(owner))
-                if isinstance(node, ast.ClassDef):
-                    yield from self.definitions(node.body, name)
-            else:  # if TYPE_CHECKING, try ... except ImportError, with
-                for part in ("body", "handlers", "orelse", "finalbody", "cases"):
-                    yield from self.definitions(getattr(node, part, ()), owner)
-
-    def _chunk(self, node: Definition, first: int, name: str, owned: bool) -> CodeChunk | ChunkError:
-        own = self.lines[first : node.end_lineno]
-        code = dedent(own, {row - first for row in self.inside_strings.intersection(range(first, first + len(own)))})
-        if own[0][:1].isspace() and not _is_evenly_indented(own):
-            try:
-                parse_python(code)
-            except SyntaxError:
-                return ChunkError(first + 1, f"{name} is not valid Python on its own")
-        doc = ast.get_docstring(node, clean=False) or comment_above(self.lines, first)
-        kind = "class" if isinstance(node, ast.ClassDef) else "method" if owned else "function"
-        if isinstance(node, ast.AsyncFunctionDef):
-            kind = f"async {kind}"
-        return CodeChunk("python", kind, name, first + 1, code, _signature(node), doc)
-
-
-def _is_evenly_indented(lines: Sequence[str]) -> bool:
-    """Return whether every line has the first one's indentation, in spaces. Without it they are still valid Python."""
-    indent = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
-    return "\t" not in indent and all(line.startswith(indent) or not line.strip() for line in lines)
+def _is_valid_alone(lines: Sequence[str], code: str) -> bool:
+    """Return whether the lines of a definition are valid Python without their indentation."""
+    indent = indentation(lines[0])
+    if "\t" not in indent and all(line.startswith(indent) or not line.strip() for line in lines):
+        return True
+    try:
+        parse_python(code)
+    except SyntaxError:
+        return False
+    return True
 
 
 def _rows_inside_strings(tree: ast.AST, lines: Sequence[str]) -> set[int]:
@@ -190,7 +202,7 @@ def _rows_inside_strings(tree: ast.AST, lines: Sequence[str]) -> set[int]:
     inside: set[int] = set()
     docstrings: set[ast.expr] = set()
     for node in ast.walk(tree):  # a node comes before its children
-        if isinstance(node, Definition) and isinstance(node.body[0], ast.Expr):
+        if isinstance(node, _Definition) and isinstance(node.body[0], ast.Expr):
             docstrings.add(node.body[0].value)
         literal = isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
         if (literal or isinstance(node, ast.JoinedStr)) and node not in docstrings:
@@ -200,20 +212,3 @@ def _rows_inside_strings(tree: ast.AST, lines: Sequence[str]) -> set[int]:
             if end > start + 1 and any(_CONTINUES.search(line) for line in lines[start:end]):
                 inside.update(range(start + 1, end))
     return inside
-
-
-def _signature(node: Definition) -> str:
-    if isinstance(node, ast.ClassDef):
-        bases = [ast.unparse(base) for base in [*node.bases, *node.keywords]]
-        return f"{node.name}({', '.join(bases)})" if bases else node.name
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"{node.name}({ast.unparse(node.args)}){returns}"
-
-
-def _is_empty(node: Definition) -> bool:
-    return all(
-        isinstance(statement, ast.Pass)
-        or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
-        or (isinstance(statement, ast.Raise) and "NotImplementedError" in ast.dump(statement))
-        for statement in node.body
-    )

@@ -17,7 +17,7 @@ without it is the target. In a row, it excludes the row from training.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -88,7 +88,7 @@ def to_record(row: Any, provenance: str, form: FileFormat = "auto") -> SourceRec
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"found {type(row).__name__}, expected an object with named fields")
-    said = _FORMATS[_format_of(row) if form == "auto" else form](row)
+    said = _conversation(row, _format_of(row) if form == "auto" else form)
     if mark := loss_mask_field(row):
         raise ValueError(f"the row is not to be trained on ({mark})")
     try:
@@ -124,37 +124,29 @@ def _format_of(row: Mapping[str, Any]) -> str:
     )
 
 
-def _from_alpaca(row: Mapping[str, Any]) -> _Conversation:
-    prompt = alpaca_prompt(_field(row, "instruction"), row.get("input"), row.get("system"))
-    return _Conversation([*_system(row), *_flat_history(row.get("history"))], prompt, _field(row, "output"))
-
-
-def _from_prompt_completion(row: Mapping[str, Any]) -> _Conversation:
-    found = [name for name in _ANSWER_FIELDS if name in row]
-    if len(found) != 1:
-        raise ValueError(f"found {', '.join(found) or 'no answer'}, expected one of {', '.join(_ANSWER_FIELDS)}")
-    prompt, answer = _field(row, "prompt"), row[found[0]]
-    if isinstance(prompt, list) and isinstance(answer, list):
-        before = [message._replace(context="it stands in prompt") for message in _messages(prompt, "prompt")]
-        return _split([*before, *_messages(answer, found[0])])
-    return _Conversation([*_system(row), *_flat_history(row.get("history"))], prompt, answer)
-
-
-def _from_sharegpt(row: Mapping[str, Any]) -> _Conversation:
-    name = "conversation" if "conversation" in row else "conversations"
-    return _split([*map(_Message, _system(row)), *_messages(_field(row, name), name)])
-
-
-def _from_messages(row: Mapping[str, Any]) -> _Conversation:
-    name = "messages" if "messages" in row else "text"
-    value = _field(row, name)
-    return _split(_chatml(value) if isinstance(value, str) else _messages(value, name))
-
-
-_FORMATS: dict[str, Callable[[Mapping[str, Any]], _Conversation]] = {
-    "alpaca": _from_alpaca, "prompt_completion": _from_prompt_completion, "sharegpt": _from_sharegpt,
-    "messages": _from_messages,
-}  # fmt: skip
+def _conversation(row: Mapping[str, Any], form: str) -> _Conversation:
+    """Return the conversation of a row in one of the formats at the top of this module."""
+    if form == "sharegpt":
+        name = "conversation" if "conversation" in row else "conversations"
+        return _split([*map(_Message, _system(row)), *_messages(_field(row, name), name)])
+    if form == "messages":
+        name = "messages" if "messages" in row else "text"
+        value = _field(row, name)
+        return _split(_chatml(value) if isinstance(value, str) else _messages(value, name))
+    if form == "alpaca":
+        prompt: Any = alpaca_prompt(_field(row, "instruction"), row.get("input"), row.get("system"))
+        answer = _field(row, "output")
+    else:
+        found = [name for name in _ANSWER_FIELDS if name in row]
+        if len(found) != 1:
+            raise ValueError(f"found {', '.join(found) or 'no answer'}, expected one of {', '.join(_ANSWER_FIELDS)}")
+        prompt, answer = _field(row, "prompt"), row[found[0]]
+        if isinstance(prompt, list) and isinstance(answer, list):
+            before = [message._replace(context="it stands in prompt") for message in _messages(prompt, "prompt")]
+            return _split([*before, *_messages(answer, found[0])])
+    history = row.get("history")  # messages, or [prompt, answer] pairs
+    turns = [message.turn for message in _messages(history_messages(history), "history")] if history else []
+    return _Conversation([*_system(row), *turns], prompt, answer)
 
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
@@ -166,11 +158,6 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
 def _system(row: Mapping[str, Any]) -> list[Turn]:
     given = row.get("system")
     return [_turn("system", given, "system")] if given else []
-
-
-def _flat_history(value: Any) -> list[Turn]:
-    """Return the turns of a `history` field: messages, or [prompt, answer] pairs."""
-    return [message.turn for message in _messages(history_messages(value), "history")] if value else []
 
 
 def _messages(value: Any, name: str) -> list[_Message]:

@@ -18,8 +18,8 @@ is the form that the teacher's answer must have. Braces around anything but a kn
 
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.settings import DocumentsSource, project_path
 from finetune_pipeline.sources.code_chunks import words
 from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, extract_facts
-from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceError, SourceRecord
-from finetune_pipeline.sources.teacher import Teacher, TeacherAnswer, TeacherRequest
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, SourceRecord
+from finetune_pipeline.sources.teacher import Teacher, TeacherRequest
 from finetune_pipeline.sources.teacher_validation import FENCE, copied_fraction, fenced, is_storable
-from finetune_pipeline.sources.text_files import TextFile, read_texts, require_any
+from finetune_pipeline.sources.text_files import read_texts
 
 MAX_FILE_BYTES = 200_000
 """A longer document is no note, and fits into no prompt."""
@@ -77,7 +77,7 @@ class Template:
 
 
 @dataclass(frozen=True)
-class _FilledTemplate:
+class _Task:
     """A document with a template.
 
     Attributes:
@@ -90,7 +90,9 @@ class _FilledTemplate:
     facts: dict[str, str]
 
 
-def read(source: DocumentsSource, cursor: Any, *, redact: Callable[[str], str] | None = None) -> Reading:
+def read(
+    source: DocumentsSource, cursor: Any, *, redact: Callable[[str], str] | None = None
+) -> Iterator[SourceRecord | SkippedRecord]:
     """Yield a record for each document and template. Its provenance is `document::template`.
 
     Args:
@@ -101,6 +103,10 @@ def read(source: DocumentsSource, cursor: Any, *, redact: Callable[[str], str] |
         SourceError: a folder does not exist, there is no document or usable template, or the teacher cannot be used.
         ValueError: there is a teacher, but no `redact`.
     """
+    if source.teacher is None:
+        redact = str  # nothing leaves this machine
+    elif redact is None:
+        raise ValueError("documents are sent to a teacher only if they are redacted: pass `redact`")
     found = list(_templates(project_path(source.templates)))
     yield from (one for one in found if isinstance(one, SkippedRecord))
     templates = [one for one in found if isinstance(one, Template)]
@@ -109,18 +115,14 @@ def read(source: DocumentsSource, cursor: Any, *, redact: Callable[[str], str] |
             f"{source.templates} contains no usable template: a .md file with `name` and `instruction` in its front "
             "matter, and the form of the artifact below; see docs/sources-documents.md"
         )
+    tasks = _tasks(source, templates, redact)
     if source.teacher is None:
-        for task in _tasks(source, templates, lambda text: text):
-            if isinstance(task, SkippedRecord):
-                yield task
-            elif missing := _missing_facts(task, f"{task.template.instruction}\n{task.template.body}"):
-                yield missing
-            else:
-                yield _record(task, fill(task.template.body, task.facts))
-    elif redact is None:
-        raise ValueError("documents are sent to a teacher only if they are redacted: pass `redact`")
-    else:
-        yield from _read_with_teacher(Teacher(source.teacher), _tasks(source, templates, redact))
+        for task in tasks:
+            yield task if isinstance(task, SkippedRecord) else _record(task, fill(task.template.body, task.facts))
+        return
+    requests = (task if isinstance(task, SkippedRecord) else _teacher_request(task) for task in tasks)
+    for answer in Teacher(source.teacher).answers(requests):
+        yield answer if isinstance(answer, SkippedRecord) else _artifact(answer.request.task, answer.text)
 
 
 def placeholders(form: str) -> list[str]:
@@ -135,11 +137,10 @@ def fill(form: str, facts: dict[str, str]) -> str:
 
 def parse_template(text: str) -> Template | str:
     """Return a template, or what is wrong with it."""
-    match = _FRONT_MATTER.match(text)
-    fields = _yaml_mapping(match["yaml"]) if match else None
-    if match is None or fields is None:
+    fields, body = _split_front_matter(text)
+    if fields is None:
         return "has no front matter: YAML with `name` and `instruction` between two lines of ---"
-    name, instruction, body = fields.get("name"), fields.get("instruction"), text[match.end() :].strip("\n")
+    name, instruction, body = fields.get("name"), fields.get("instruction"), body.strip("\n")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return "`name` is missing, or contains other characters than lower-case letters, digits, _ and -"
     if not isinstance(instruction, str) or not instruction.strip():
@@ -170,13 +171,11 @@ def artifact_problem(text: str, template: Template, document: str) -> str:
 def form_problem(text: str, form: str) -> str:
     """Return which block or heading of a form a text lacks; empty if it has all."""
     blocks = fenced(text)
+    diagrams = {_diagram_type(body) for language, body in blocks if language == "mermaid"}
     for language, body in fenced(form):
         if language not in [other for other, _ in blocks]:
             return f"has no {language or 'fenced'} block, as its template has"
-        diagram = _diagram_type(body)
-        if language == "mermaid" and diagram not in {
-            _diagram_type(code) for other, code in blocks if other == language
-        }:
+        if language == "mermaid" and (diagram := _diagram_type(body)) not in diagrams:
             return f"has no {diagram} diagram, as its template has"
     headings = {" ".join(line.split()) for line in _HEADING.findall(text)}
     required = [line for line in _HEADING.findall(FENCE.sub("", form)) if not _PLACEHOLDER.search(line)]
@@ -217,95 +216,70 @@ def _templates(folder: Path) -> Iterator[Template | SkippedRecord]:
 
 def _tasks(
     source: DocumentsSource, templates: list[Template], redact: Callable[[str], str]
-) -> Iterator[_FilledTemplate | SkippedRecord]:
+) -> Iterator[_Task | SkippedRecord]:
+    """Yield each document with each template, if it has the facts that the template needs."""
     root, forms = project_path(source.path), project_path(source.templates)
-    found = read_texts(root, lambda name: name.lower().endswith((".md", ".txt")), max_bytes=MAX_FILE_BYTES)
-    documents = (one for one in found if isinstance(one, SkippedRecord) or not (root / one.path).is_relative_to(forms))
-    for file in require_any(documents, f"source {source.name}: found no document (.md or .txt) in {root}"):
+
+    def is_document(path: str) -> bool:
+        return path.lower().endswith((".md", ".txt")) and not (root / path).is_relative_to(forms)
+
+    if_empty = f"source {source.name}: found no document (.md or .txt) in {root}"
+    for file in read_texts(root, is_document, max_bytes=MAX_FILE_BYTES, if_empty=if_empty):
         if isinstance(file, SkippedRecord):
             yield file
         elif len(file.text.strip()) < _SHORTEST_DOCUMENT:
             yield SkippedRecord(file.path, "is empty or too short")
         else:
-            title, text = map(redact, _title_and_text(file))
-            facts = extract_facts(title, text)
+            fields, text = _split_front_matter(file.text)
+            title = (fields or {}).get("title")
+            if not isinstance(title, str) or not title.strip():
+                heading = _HEADING.search(text) or _TITLE_LINE.match(text)
+                title = heading[0] if heading else Path(file.path).stem.replace("-", " ").replace("_", " ")
+            text = redact(text.strip())
+            facts = extract_facts(redact(" ".join(title.split()).strip(" #")), text)
             for template in templates:
-                yield _FilledTemplate(f"{file.path}::{template.name}", template, text, facts)
+                provenance = f"{file.path}::{template.name}"
+                form = template.instruction if source.teacher else f"{template.instruction}\n{template.body}"
+                if missing := [name for name in placeholders(form) if not facts[name]]:
+                    reason = f"the document names no {', '.join(missing)}, which the template needs"
+                    yield SkippedRecord(provenance, reason)
+                else:
+                    yield _Task(provenance, template, text, facts)
 
 
-def _title_and_text(file: TextFile) -> tuple[str, str]:
-    """Return the title of a document (of its front matter, its first heading, or its file name) and its text."""
-    match = _FRONT_MATTER.match(file.text)
-    fields = _yaml_mapping(match["yaml"]) if match else None
-    text = file.text[match.end() :] if match and fields is not None else file.text
-    title = fields.get("title") if fields else None
-    if not isinstance(title, str) or not title.strip():
-        heading = _HEADING.search(text) or _TITLE_LINE.match(text)
-        title = heading[0] if heading else Path(file.path).stem.replace("-", " ").replace("_", " ")
-    return " ".join(title.split()).strip(" #"), text.strip()
-
-
-def _missing_facts(task: _FilledTemplate, form: str) -> SkippedRecord | None:
-    """Return a skipped record if the document lacks a fact that the form needs."""
-    names = [name for name in placeholders(form) if not task.facts[name]]
-    reason = f"the document names no {', '.join(names)}, which the template needs"
-    return SkippedRecord(task.provenance, reason) if names else None
-
-
-def _read_with_teacher(teacher: Teacher, tasks: Iterator[_FilledTemplate | SkippedRecord]) -> Reading:
-    skipped: deque[SkippedRecord] = deque()
-
-    def requests() -> Iterator[tuple[_FilledTemplate, TeacherRequest]]:
-        for task in tasks:
-            if isinstance(task, SkippedRecord):
-                skipped.append(task)
-            elif missing := _missing_facts(task, task.template.instruction):
-                skipped.append(missing)
-            else:
-                yield task, _teacher_request(task)
-
-    for answer in teacher.answers(requests()):
-        while skipped:
-            yield skipped.popleft()
-        yield _artifact(answer)
-    yield from skipped
-
-
-def _teacher_request(task: _FilledTemplate) -> TeacherRequest:
+def _teacher_request(task: _Task) -> TeacherRequest[_Task]:
     # The end marks contain a hash of both texts, so neither text can contain them.
     mark = hash_of([task.document, task.template.body])[:12]
-    instruction = fill(task.template.instruction, task.facts)
-    form = f"<form-{mark}>\n{task.template.body}\n</form-{mark}>"
-    document = f"<document-{mark}>\n{task.document}\n</document-{mark}>"
-    user = f"Task: {instruction}\n\n{form}\n\n{document}"
-    return TeacherRequest(_INSTRUCTION.format(mark=mark), user, _ANSWER_TOKENS)
+    user = (
+        f"Task: {fill(task.template.instruction, task.facts)}\n\n"
+        f"<form-{mark}>\n{task.template.body}\n</form-{mark}>\n\n"
+        f"<document-{mark}>\n{task.document}\n</document-{mark}>"
+    )
+    return TeacherRequest(task.provenance, task, _INSTRUCTION.format(mark=mark), user, _ANSWER_TOKENS)
 
 
-def _artifact(answer: TeacherAnswer[_FilledTemplate]) -> SourceRecord | SkippedRecord:
-    task = answer.task
-    if answer.reason:
-        return SkippedRecord(task.provenance, answer.reason, deferred=answer.deferred)
-    text = answer.text
+def _artifact(task: _Task, text: str) -> SourceRecord | SkippedRecord:
     blocks = fenced(text)
     if len(blocks) == 1 and blocks[0][0] in {"markdown", "md"} and FENCE.sub("", text).strip() == "":
-        text = blocks[0][1].strip("\n")  # many models put a Markdown answer into a block of its own
-    problem = artifact_problem(text, task.template, task.document)
-    if problem:
+        text = blocks[0][1].strip("\n")  # many models put a Markdown answer into a fenced block
+    if problem := artifact_problem(text, task.template, task.document):
         return SkippedRecord(task.provenance, f"the teacher's artifact {problem}")
     return _record(task, text)
 
 
-def _record(task: _FilledTemplate, answer: str) -> SourceRecord:
+def _record(task: _Task, answer: str) -> SourceRecord:
     prompt = f"{fill(task.template.instruction, task.facts)}\n\n{task.document}"
     return SourceRecord(task.provenance, prompt, answer, kind=task.template.name)
 
 
-def _yaml_mapping(text: str) -> dict[Any, Any] | None:
-    try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+def _split_front_matter(text: str) -> tuple[dict[Any, Any] | None, str]:
+    """Return the front matter of a text (None if it is not a YAML mapping), and the text below it."""
+    if match := _FRONT_MATTER.match(text):
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
+            found = yaml.safe_load(match["yaml"])
+            if isinstance(found, dict):
+                return found, text[match.end() :]
+    return None, text
 
 
 def _diagram_type(body: str) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 from finetune_pipeline.settings import FileFormat, FilesSource, project_path
 from finetune_pipeline.sources.conversations import to_record
 from finetune_pipeline.sources.row_readers import is_row_file, read_rows
-from finetune_pipeline.sources.source_record import Reading, SkippedRecord, SourceError, SourceRecord
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, SourceRecord
 from finetune_pipeline.sources.text_files import find_files, printable
 
 _IS_EVENT = "is an event of a log; put its file into the drop folder, or name its folder in ingest.folders"
 
 
-def read(source: FilesSource, cursor: Any) -> Reading:
+def read(source: FilesSource, cursor: Any) -> Iterator[SourceRecord | SkippedRecord]:
     """Yield the conversations of a file, or of all files below a folder in the order of their names.
 
     There are no cursors: a row that is no longer in its file is retracted. Symbolic links are followed if they lead to
@@ -31,17 +31,15 @@ def read(source: FilesSource, cursor: Any) -> Reading:
         return
     if not root.is_dir():
         raise SourceError(f"source {source.name}: {root} does not exist; create it, or correct its path in the YAML")
-    found = list(find_files(root, is_row_file, inner_links=True))
-    paths = [one for one in found if isinstance(one, str)]
-    closed = [one for one in found if isinstance(one, SkippedRecord)]
-    if not paths and closed:
-        raise SourceError(f"source {source.name}: {root}: {closed[0].reason}; grant access to it")
+    paths, skipped = find_files(root, is_row_file, inner_links=True)
+    if not paths and skipped:
+        raise SourceError(f"source {source.name}: {root}: {skipped[0].reason}; grant access to it")
     if not paths:  # an unmounted disk looks like this too, and must not retract everything
         raise SourceError(
             f"source {source.name}: found no .jsonl, .ndjson, .json, .csv, .tsv or .parquet file in {root}; put one "
             "there, or correct its path in the YAML"
         )
-    yield from closed
+    yield from skipped
     for path in paths:
         try:
             yield from read_file(root / path, printable(path), source.format, source.max_line_bytes)

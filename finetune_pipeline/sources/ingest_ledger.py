@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def advance(
     """Record that these lines were read, and quarantine the rejected ones.
 
     Args:
-        file: its stat before reading, so that later changes make it unread again.
+        file: its stat before it was read, so that later changes make it unread again.
         finished: it was read to its end.
     """
     rejected = [line for line in lines if line.event is None]
@@ -83,28 +83,18 @@ def advance(
     if lines:
         last = lines[-1]
         reached = Position(last.end, last.number, start.rejected + len(rejected), last.prefix_hash)
+    r, f, path = t.rejected_lines.c, t.ingested_files.c, str(file.path)
     # When a file is read again, its lines from here on are judged again.
-    own = {"loop": loop, "path": str(file.path)}
-    r, f = t.rejected_lines.c, t.ingested_files.c
-    connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == own["path"], r.line > start.lines))
+    connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == path, r.line > start.lines))
     if rejected:
-        rows = [{**own, "line": line.number, "reason": line.reason, "excerpt": line.excerpt} for line in rejected]
+        rows = [
+            {"loop": loop, "path": path, "line": line.number, "reason": line.reason, "excerpt": line.excerpt}
+            for line in rejected
+        ]
         connection.execute(t.rejected_lines.insert(), rows)
-    connection.execute(t.ingested_files.delete().where(f.loop == loop, f.path == own["path"]))
-    connection.execute(
-        t.ingested_files.insert().values(
-            **own,
-            inode=file.inode,
-            size=file.size,
-            mtime_ns=file.mtime_ns,
-            ctime_ns=file.ctime_ns,
-            offset=reached.offset,
-            lines=reached.lines,
-            rejected=reached.rejected,
-            prefix_hash=reached.prefix_hash,
-            finished=finished,
-        )
-    )
+    connection.execute(t.ingested_files.delete().where(f.loop == loop, f.path == path))
+    row = {**asdict(file), **asdict(reached), "loop": loop, "path": path, "finished": finished}
+    connection.execute(t.ingested_files.insert(), row)
     return reached
 
 
@@ -118,8 +108,9 @@ def unread(connection: sa.Connection, loop: str, folders: Sequence[Path]) -> lis
     files = []
     for path in paths:
         with suppress(FileNotFoundError):  # removed since its folder was listed
-            files.append(_stat(path))
-    return [file for file in files if file not in known]
+            if (file := _stat(path)) not in known:
+                files.append(file)
+    return files
 
 
 def look_at(path: Path) -> UnreadFile:

@@ -1,6 +1,6 @@
 """Read the files that a loop ingests: event logs, and conversations. A bad line does not stop the others.
 
-JSON Lines files are read from where the last reading ended, since a log grows. Other files are read from the start.
+JSON Lines files are read from where the last read ended, since a log grows. Other files are read from the start.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from finetune_pipeline.sources.row_readers import (
     layout_of,
     parse_constant,
     read_rows,
-    skip_line,
     without_nulls,
 )
 from finetune_pipeline.sources.source_record import SourceError, SourceRecord
@@ -183,8 +182,8 @@ def read_lines(
     """Yield the lines of a file from its current offset, which `lines` lines precede.
 
     A last line without a line break is read only if it is complete JSON. Otherwise it may still be written, and is left
-    for the next reading. If a line has a hole (NUL bytes, from a crash or a truncated log), the text after the hole is
-    read as a line of its own, and the hole is reported.
+    for the next read. If a line has a hole (NUL bytes, from a crash or a truncated log), the text after the hole is
+    read as a separate line, and the hole is reported.
     """
     # The rest of a last line that was read without its line break still belongs to that line.
     number = lines - 1 if log.inside_a_line else lines
@@ -192,7 +191,8 @@ def read_lines(
         number += 1
         before, hole, written = raw.rpartition(b"\0")
         if len(written) > max_line_bytes and not written.endswith(b"\n"):
-            skip_line(log)
+            while (rest := log.readline(_BLOCK)) and not rest.endswith(b"\n"):
+                pass
             ended = not log.inside_a_line
             reason = f"longer than {max_line_bytes} bytes (ingest.max_line_bytes)"
             line = IngestLine(number, log.offset, None, reason, _excerpt(written), log.prefix_hash)
@@ -232,21 +232,18 @@ def _with_event(document: Any, loop: str, line: IngestLine, form: IngestFormat, 
         fields = {"loop": loop, **document} if isinstance(document, dict) else document
         event = validate_application_event(_EVENT.validate_python(fields))
     except ValidationError as error:
-        return replace(line, reason=_first_error(error), final=True)
+        first, more = error.errors()[0], error.error_count() - 1
+        if first["type"] in {"union_tag_not_found", "union_tag_invalid"}:
+            found = f"is {first['ctx']['tag']!r}" if "tag" in first.get("ctx", {}) else "is missing"
+            reason = f"event: {found}, expected 'interaction' or 'feedback'"
+        else:
+            reason = error_messages(error)[0] + (f" (and {more} more)" if more else "")
+        return replace(line, reason=reason, final=True)
     except ValueError as error:
         return replace(line, reason=str(error), final=True)
     if event.loop != loop:
         return replace(line, reason=f"is of loop {event.loop!r}, but this folder is read for {loop!r}", final=True)
     return replace(line, event=event)
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    if first["type"] in {"union_tag_not_found", "union_tag_invalid"}:
-        found = f"is {first['ctx']['tag']!r}" if "tag" in first.get("ctx", {}) else "is missing"
-        return f"event: {found}, expected 'interaction' or 'feedback'"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return error_messages(error)[0] + more
 
 
 def _excerpt(raw: bytes) -> str:

@@ -4,10 +4,11 @@ Nothing is guessed: what a document does not say in one of these forms is not fo
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 _HEADING = re.compile(r"^#{1,6}[ \t]+(?P<text>\S.*)$", re.M)
-_BULLET = re.compile(r"^[ \t]*(?:[-*+]|\d{1,3}[.)])[ \t]+(?:\[[ xX]\][ \t]+)?(?P<text>\S.*)$", re.M)
+_MARKER = r"^[ \t]*(?:[-*+]|\d{1,3}[.)])[ \t]+(?:\[[ xX]\][ \t]+)?"
+_BULLET = re.compile(_MARKER + r"(?P<text>\S.*)$", re.M)
 _NAMED_BLOCK = r"^[ \t]*(?:[-*+][ \t]+)?(?:\*\*|__)?(?:{names})(?:\*\*|__)?[ \t]*:(?:\*\*|__)?[ \t]*(?P<text>\S.*)$"
 _ACTORS = re.compile(
     _NAMED_BLOCK.format(names="attendees|participants|present|actors|stakeholders|people"), re.I | re.M
@@ -42,79 +43,59 @@ def extract_facts(title: str, text: str) -> dict[str, str]:
     attendees = [name for line in _found(_ACTORS, text) for name in re.split(r",|;|\s+and\s+", line)]
     actors = _unique([*attendees, *_found(_STORY, text), *_found(_SPOKEN, text)])
     sections = _unique(match["text"] for match in _HEADING.finditer(text) if _plain(match["text"]) != title)
-    entities = _entities(text)
+    lines = (re.sub(_MARKER, "", line) for line in text.splitlines())
+    sentences = (part for line in lines if not line.startswith("#") for part in _SENTENCE.split(line))
+    entities: dict[str, list[str]] = {}
+    for match in _ENTITY.finditer(text):
+        parts = (part.strip() for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", match["fields"]))
+        fields = [re.sub(r"^(?:an?|the|its|one|several|many)\s+", "", part, flags=re.I) for part in parts]
+        name = _plain(match["name"])
+        entities[name] = _unique([*entities.get(name, []), *fields])
+    entities = dict(list(entities.items())[:_MAX_VALUES])
     lists = {
         "sections": sections,
         "points": _unique(_found(_BULLET, text)),
         "actors": actors,
         "decisions": _unique([*_found(_DECISIONS, text), *_under(text, "decision")]),
         "actions": _unique([*_found(_ACTIONS, text), *_under(text, "action", "next step", "todo")]),
-        "requirements": _unique(line for line in _sentences(text) if _REQUIREMENT.search(line)),
+        "requirements": _unique(sentence for sentence in sentences if _REQUIREMENT.search(sentence)),
         "endpoints": _unique(_found(_ENDPOINT, text)),
         "entities": [f"{name}: {', '.join(fields)}" for name, fields in entities.items()],
     }
+    # The first paragraph of prose.
+    summary = ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        prose = not paragraph.lstrip().startswith(("#", "-", "*", "+", "|", ">", "`")) and not _LABELED.match(paragraph)
+        if prose and len(paragraph.split()) > 4 and paragraph.rstrip().endswith((".", "!", "?")):
+            summary = " ".join(_MARKUP.sub("", paragraph).split())
+            break
+    # Parts of Mermaid diagrams.
+    topics = _labels(sections)
+    nodes = [f'    s{n}["{label}"]' for n, label in enumerate(topics, start=1)]
+    arrows = [f"    s{n} --> s{n + 1}" for n in range(1, len(topics))]
+    blocks = []
+    for name, fields in entities.items():
+        rows = "\n".join(f"        string {_identifier(field)}" for field in fields)
+        blocks.append(f"    {_identifier(name).upper()} {{\n{rows}\n    }}")
     return {
         "title": title,
-        "summary": _summary(text),
+        "summary": summary,
         **{name: "\n".join(f"- {value}" for value in values) for name, values in lists.items()},
-        "participants": _diagram(actors, lambda n, label: f"    participant p{n} as {label}"),
-        "flow": _flowchart(sections),
-        "mindmap": _diagram(sections, lambda n, label: f"    {label}"),
-        "entity_blocks": "\n".join(_entity_block(name, fields) for name, fields in entities.items()),
+        "participants": "\n".join(f"    participant p{n} as {label}" for n, label in enumerate(_labels(actors), 1)),
+        "flow": "\n".join(nodes + arrows),
+        "mindmap": "\n".join(f"    {label}" for label in topics),
+        "entity_blocks": "\n".join(blocks),
     }
 
 
-def _entities(text: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for match in _ENTITY.finditer(text):
-        fields = [_plain(re.sub(r"^(?:an?|the|its|one|several|many)\s+", "", field.strip(), flags=re.I))
-                  for field in re.split(r",\s*(?:and\s+)?|\s+and\s+", match["fields"])]  # fmt: skip
-        name = _plain(match["name"])
-        found[name] = _unique([*found.get(name, []), *filter(None, fields)])
-    return dict(list(found.items())[:_MAX_VALUES])
-
-
-def _entity_block(name: str, fields: list[str]) -> str:
-    """Return an entity of a Mermaid entity relationship diagram."""
-    rows = "\n".join(f"        string {_identifier(field)}" for field in fields)
-    return f"    {_identifier(name).upper()} {{\n{rows}\n    }}"
-
-
-def _flowchart(sections: list[str]) -> str:
-    labels = [label for section in sections if (label := _label(section))]
-    nodes = [f'    s{n}["{label}"]' for n, label in enumerate(labels, start=1)]
-    arrows = [f"    s{n} --> s{n + 1}" for n in range(1, len(labels))]
-    return "\n".join([*nodes, *arrows])
-
-
-def _diagram(values: list[str], line: Callable[[int, str], str]) -> str:
-    labels = [label for value in values if (label := _label(value))]
-    return "\n".join(line(n, label) for n, label in enumerate(labels, start=1))
-
-
-def _label(text: str) -> str:
-    """Return a text without what has a meaning in a Mermaid diagram."""
-    label = " ".join(_UNFIT_IN_DIAGRAM.sub(" ", text).split())
-    return f"{label}_" if label.lower() == "end" else label
+def _labels(values: Iterable[str]) -> list[str]:
+    """Return texts without what has a meaning in a Mermaid diagram."""
+    labels = (" ".join(_UNFIT_IN_DIAGRAM.sub(" ", value).split()) for value in values)
+    return [f"{label}_" if label.lower() == "end" else label for label in labels if label]
 
 
 def _identifier(text: str) -> str:
     return re.sub(r"\W+", "_", text).strip("_").lower() or "field"
-
-
-def _summary(text: str) -> str:
-    """Return the first paragraph of prose."""
-    for paragraph in re.split(r"\n\s*\n", text):
-        prose = not paragraph.lstrip().startswith(("#", "-", "*", "+", "|", ">", "`")) and not _LABELED.match(paragraph)
-        if prose and len(paragraph.split()) > 4 and paragraph.rstrip().endswith((".", "!", "?")):
-            return " ".join(_MARKUP.sub("", paragraph).split())
-    return ""
-
-
-def _sentences(text: str) -> list[str]:
-    """Return sentences and list entries."""
-    lines = [re.sub(r"^[ \t]*(?:[-*+]|\d{1,3}[.)])[ \t]+(?:\[[ xX]\][ \t]+)?", "", line) for line in text.splitlines()]
-    return [part for line in lines if not line.startswith("#") for part in _SENTENCE.split(line)]
 
 
 def _under(text: str, *names: str) -> list[str]:

@@ -5,10 +5,9 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from finetune_pipeline.schemas import InvalidJsonError, parse_json
 from finetune_pipeline.sources.text_files import is_visible_file
@@ -17,9 +16,7 @@ from finetune_pipeline.validation_messages import short_repr
 SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
 """File name extensions of row files."""
 
-BLOCK = 1 << 16
-"""Bytes of a long line that are skipped at once."""
-
+_BLOCK = 1 << 16
 _PARQUET_ROWS = 256
 _NESTED_COLUMNS = frozenset({"messages", "conversations", "conversation", "history"})
 _SHOWN = 1_000
@@ -40,16 +37,6 @@ class FileRow(NamedTuple):
     value: Any
     reason: str = ""
     breaks_off: bool = False
-
-
-@dataclass(frozen=True)
-class _BadRow:
-    reason: str
-    breaks_off: bool = False
-
-
-_NumberedRows = Iterator[tuple[int, Any]]
-"""A row's number, and its value or a _BadRow."""
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -73,7 +60,7 @@ def layout_of(path: Path) -> Literal["lines", "array", "csv", "parquet"]:
     if suffix in {".csv", ".tsv"}:
         return "csv"
     with path.open("rb") as file:
-        head = file.read(BLOCK)
+        head = file.read(_BLOCK)
     if head.startswith(b"PAR1") or suffix == ".parquet":
         return "parquet"
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
@@ -92,11 +79,8 @@ def read_rows(path: Path, max_bytes: int) -> Iterator[FileRow]:
         OSError: the file cannot be read.
     """
     readers = {"lines": _json_lines, "array": _json_array, "csv": _csv_rows, "parquet": _parquet_rows}
-    for number, value in readers[layout_of(path)](path, max_bytes):
-        if isinstance(value, _BadRow):
-            yield FileRow(number, None, value.reason, value.breaks_off)
-        else:
-            yield FileRow(number, without_nulls(value))
+    for row in readers[layout_of(path)](path, max_bytes):
+        yield row._replace(value=without_nulls(row.value))
 
 
 def without_nulls(value: Any) -> Any:
@@ -106,31 +90,18 @@ def without_nulls(value: Any) -> Any:
     pandas writes for a missing value.
     """
     if isinstance(value, dict):
-        return {name: without_nulls(field) for name, field in value.items() if not _is_missing(field)}
+        return {
+            name: without_nulls(field)
+            for name, field in value.items()
+            if field is not None and not (isinstance(field, float) and math.isnan(field))
+        }
     return [without_nulls(element) for element in value] if isinstance(value, list) else value
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def parse_constant(name: str) -> None:
     """Return None for NaN, which means a missing value in a row; reject Infinity."""
     if name != "NaN":
         raise ValueError(f"{name} is not a JSON number")
-
-
-class LineSource(Protocol):
-    """A binary file, as far as reading lines needs it."""
-
-    def readline(self, size: int, /) -> bytes:
-        """Return the next line, at most `size` bytes of it."""
-
-
-def skip_line(file: LineSource) -> None:
-    """Skip the rest of a line."""
-    while (rest := file.readline(BLOCK)) and not rest.endswith(b"\n"):
-        pass
 
 
 def decode_line(raw: bytes, number: int) -> str:
@@ -145,207 +116,188 @@ def decode_line(raw: bytes, number: int) -> str:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _read_line(file: LineSource, max_bytes: int) -> tuple[bytes, bool]:
+def _read_line(file: BinaryIO, max_bytes: int) -> tuple[bytes, bool]:
     """Return the next line, and whether it was cut because it is too long."""
     raw = file.readline(max_bytes + 1)
-    is_cut = len(raw) > max_bytes and not raw.endswith(b"\n")
-    if is_cut:
-        skip_line(file)
-    return raw, is_cut
+    if len(raw) <= max_bytes or raw.endswith(b"\n"):
+        return raw, False
+    while (rest := file.readline(_BLOCK)) and not rest.endswith(b"\n"):
+        pass
+    return raw, True
 
 
-def too_long(max_bytes: int) -> str:
-    """Return the reason why a row is rejected unread."""
+def _too_long(max_bytes: int) -> str:
     return f"longer than {max_bytes} bytes, which is the limit (max_line_bytes)"
 
 
-def _parse(text: str) -> Any:
+def _json_row(number: int, text: str) -> FileRow:
     try:
-        return parse_json(text, parse_constant)
+        return FileRow(number, parse_json(text, parse_constant))
     except InvalidJsonError as error:
-        return _BadRow(str(error))
+        return FileRow(number, None, str(error))
 
 
-def _json_lines(path: Path, max_bytes: int) -> _NumberedRows:
-    number, is_first_row = 0, True
+def _json_lines(path: Path, max_bytes: int) -> Iterator[FileRow]:
+    is_first_row = True
     with path.open("rb") as file:
-        while True:
+        for number in count(1):
             raw, is_cut = _read_line(file, max_bytes)
             if not raw:
                 return
-            number += 1
             if is_cut:
-                yield number, _BadRow(too_long(max_bytes))
+                yield FileRow(number, None, _too_long(max_bytes))
                 continue
             try:
                 text = decode_line(raw, number).strip()
             except ValueError as error:
-                yield number, _BadRow(str(error))
+                yield FileRow(number, None, str(error))
                 continue
             if is_first_row and path.suffix.lower() == ".json" and text.startswith("{") and not text.endswith("}"):
                 reason = "the file is one JSON object; expected an array of rows, or one object per line"
-                yield number, _BadRow(reason, breaks_off=True)
+                yield FileRow(number, None, reason, breaks_off=True)
                 return
             if text:
                 is_first_row = False
-                yield number, _parse(text)
+                yield _json_row(number, text)
 
 
-def _json_array(path: Path, max_bytes: int) -> _NumberedRows:
+def _json_array(path: Path, max_bytes: int) -> Iterator[FileRow]:
+    number = 0
     with path.open("rb") as file:
-        number = 0
         try:
-            for number, text in enumerate(_JsonArrayReader(file, max_bytes).elements(), start=1):
-                yield number, _parse(text)
+            for number, text in enumerate(_array_elements(file, max_bytes), start=1):
+                yield _json_row(number, text)
         except (ValueError, RecursionError) as error:
             # After an error in the array itself, the following elements cannot be told apart.
             reason = f"{error}; nothing after it was read" if isinstance(error, _ArrayError) else f"not JSON: {error}"
-            yield number + 1, _BadRow(reason, breaks_off=True)
+            yield FileRow(number + 1, None, reason, breaks_off=True)
 
 
 class _ArrayError(ValueError):
     """The file is not a well-formed JSON array."""
 
 
-class _JsonArrayReader:
-    """Reads the elements of a JSON array through a buffer of about one element."""
+def _array_elements(file: BinaryIO, max_bytes: int) -> Iterator[str]:
+    """Yield the JSON text of each element of an array, through a buffer of about one element."""
+    text, decoder = io.TextIOWrapper(file, encoding="utf-8-sig"), json.JSONDecoder()
+    buffer, ended = "", False
 
-    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
-        self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
-        self._max = max_bytes
-        self._buffer = ""
-        self._ended = False
+    def fill(size: int) -> None:
+        nonlocal buffer, ended
+        try:
+            more = text.read(size)
+        except UnicodeDecodeError as error:
+            raise _ArrayError(f"not UTF-8: {error.reason}") from None
+        buffer, ended = buffer + more, not more
 
-    def elements(self) -> Iterator[str]:
-        """Yield the JSON text of each element."""
-        self._expect("[")
-        if self._peek() == "]":
-            self._expect("]")
-        else:
-            while True:
-                self._peek()
-                yield self._element()
-                if self._peek() == "]":
-                    self._expect("]")
-                    break
-                self._expect(",")
-        if self._peek():
-            self._fill(BLOCK)  # redaction would not recognize a secret that the buffer cut in two
-            raise _ArrayError(f"found {short_repr(self._buffer[:_SHOWN])} after the end of the array")
+    def next_character() -> str:
+        """Skip white space, and return the character after it; empty at the end of the file."""
+        nonlocal buffer
+        while not (buffer := buffer.lstrip()) and not ended:
+            fill(_BLOCK)
+        return buffer[:1]
 
-    def _element(self) -> str:
-        decoder = json.JSONDecoder()
-        while True:
+    def skip(expected: str) -> None:
+        nonlocal buffer
+        found = next_character()
+        if found != expected:
+            raise _ArrayError(f"found {found or 'the end of the file'!r}, expected {expected!r}")
+        buffer = buffer[1:]
+
+    skip("[")
+    is_first = True
+    while next_character() != "]":
+        if not is_first:
+            skip(",")
+            next_character()
+        is_first, end = False, 0
+        while not end:
             try:
-                _, end = decoder.raw_decode(self._buffer)
-                return self._take(end)
+                _, end = decoder.raw_decode(buffer)
             except json.JSONDecodeError as error:
                 # An error at the end of the buffer may only mean that the element continues behind it.
-                near_end = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - _LONGEST_TOKEN
-                if self._ended or not near_end:
+                near_end = error.msg.startswith("Unterminated") or error.pos > len(buffer) - _LONGEST_TOKEN
+                if ended or not near_end:
                     raise _ArrayError(f"not JSON: {error.msg}") from None
             except RecursionError:
                 raise _ArrayError("not JSON: nested too deep") from None
-            if len(self._buffer) > self._max:
-                raise _ArrayError(f"not JSON, or {too_long(self._max)}")
-            self._fill(max(BLOCK, len(self._buffer)))  # doubled, so that a long element is parsed few times
-
-    def _peek(self) -> str:
-        """Return the next character that is not white space, without taking it."""
-        while True:
-            kept = self._buffer.lstrip()
-            self._take(len(self._buffer) - len(kept))
-            if kept or self._ended:
-                return kept[:1]
-            self._fill(BLOCK)
-
-    def _expect(self, character: str) -> None:
-        found = self._peek()
-        if found != character:
-            raise _ArrayError(f"found {found or 'the end of the file'!r}, expected {character!r}")
-        self._take(1)
-
-    def _take(self, length: int) -> str:
-        taken, self._buffer = self._buffer[:length], self._buffer[length:]
-        return taken
-
-    def _fill(self, size: int) -> None:
-        try:
-            more = self._file.read(size)
-        except UnicodeDecodeError as error:
-            raise _ArrayError(f"not UTF-8: {error.reason}") from None
-        self._ended = not more
-        self._buffer += more
+            if not end:
+                if len(buffer) > max_bytes:
+                    raise _ArrayError(f"not JSON, or {_too_long(max_bytes)}")
+                fill(max(_BLOCK, len(buffer)))  # doubled, so that a long element is parsed few times
+        yield buffer[:end]
+        buffer = buffer[end:]
+    skip("]")
+    if next_character():
+        fill(_BLOCK)  # redaction would not recognize a secret that the buffer cut in two
+        raise _ArrayError(f"found {short_repr(buffer[:_SHOWN])} after the end of the array")
 
 
-class _CsvLines:
-    """The lines of a CSV file as text. Bytes that are not UTF-8 become surrogates, and too long lines are cut."""
-
-    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
-        self._file = file
-        self._max = max_bytes
-        self._encoding = "utf-8-sig"
-        self.cut = False
-
-    def __iter__(self) -> "_CsvLines":
-        return self
-
-    def __next__(self) -> str:
-        raw, is_cut = _read_line(self._file, self._max)
-        if not raw:
-            raise StopIteration
-        self.cut = self.cut or is_cut
-        encoding, self._encoding = self._encoding, "utf-8"
-        return raw.decode(encoding, "surrogateescape")
-
-
-def _csv_rows(path: Path, max_bytes: int) -> _NumberedRows:
+def _csv_rows(path: Path, max_bytes: int) -> Iterator[FileRow]:
     csv.field_size_limit(max_bytes)  # a limit of the process; nothing else here reads CSV
+    is_cut = False  # a line of the row was too long
+
+    def lines() -> Iterator[str]:
+        """Yield the lines. Bytes that are not UTF-8 become surrogates, and too long lines are cut."""
+        nonlocal is_cut
+        encoding = "utf-8-sig"
+        while True:
+            raw, was_cut = _read_line(file, max_bytes)
+            if not raw:
+                return
+            is_cut = is_cut or was_cut
+            yield raw.decode(encoding, "surrogateescape")
+            encoding = "utf-8"
+
     with path.open("rb") as file:
-        lines = _CsvLines(file, max_bytes)
-        first = next(lines, "")
+        rest = lines()
+        first = next(rest, "")
         delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
-        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+        reader = csv.reader(chain([first], rest), delimiter=delimiter, strict=True)
         names: list[str] = []
         while True:
             number = reader.line_num + 1
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield number, _BadRow(f"not CSV: {error}")
+                yield FileRow(number, None, f"not CSV: {error}")
                 continue
             if cells is None:
                 return
-            cut, lines.cut = lines.cut, False
-            if not names and cells:
-                names = [cell.strip() for cell in cells]
-                if problem := _header_problem(names, cut):
-                    yield number, _BadRow(problem, breaks_off=True)
-                    return
-            elif cells:
-                yield number, _BadRow(too_long(max_bytes)) if cut else _csv_row(names, cells)
+            if not cells:
+                is_cut = False
+                continue
+            if names:
+                yield FileRow(number, None, _too_long(max_bytes)) if is_cut else _csv_row(number, names, cells)
+                is_cut = False
+                continue
+            names = [cell.strip() for cell in cells]
+            if is_cut or not _is_utf8(names) or any("\x00" in name for name in names):
+                reason = "the first line is not a CSV header in UTF-8"
+                advice = "save the file as UTF-8, with the column names first"
+            elif repeated := sorted({name for name in names if names.count(name) > 1}):
+                reason = f"the header contains {short_repr(', '.join(repeated))} twice"
+                advice = "rename one column"
+            else:
+                continue
+            yield FileRow(number, None, f"{reason}; {advice}", breaks_off=True)
+            return
 
 
-def _header_problem(names: Sequence[str], cut: bool) -> str:
-    if cut or not _is_utf8(names) or any("\x00" in name for name in names):
-        return "the first line is not a CSV header in UTF-8; save the file as UTF-8, with the column names first"
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    return f"the header contains {short_repr(', '.join(repeated))} twice; rename one column" if repeated else ""
-
-
-def _csv_row(names: Sequence[str], cells: Sequence[str]) -> Any:
+def _csv_row(number: int, names: Sequence[str], cells: Sequence[str]) -> FileRow:
     """Return a row by column names, without empty cells. Conversations in cells are JSON."""
     if len(cells) != len(names):
-        return _BadRow(f"has {len(cells)} cells, but the header has {len(names)}")
+        return FileRow(number, None, f"has {len(cells)} cells, but the header has {len(names)}")
     if not _is_utf8(cells):
-        return _BadRow("not UTF-8")
+        return FileRow(number, None, "not UTF-8")
     row: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
     for name in _NESTED_COLUMNS & row.keys():
         if row[name].lstrip().startswith("["):
-            row[name] = _parse(row[name])
-            if isinstance(row[name], _BadRow):
-                return _BadRow(f"{name}: {row[name].reason}")
-    return row
+            try:
+                row[name] = parse_json(row[name], parse_constant)
+            except InvalidJsonError as error:
+                return FileRow(number, None, f"{name}: {error}")
+    return FileRow(number, row)
 
 
 def _is_utf8(cells: Sequence[str]) -> bool:
@@ -356,7 +308,7 @@ def _is_utf8(cells: Sequence[str]) -> bool:
     return True
 
 
-def _parquet_rows(path: Path, max_bytes: int) -> _NumberedRows:
+def _parquet_rows(path: Path, max_bytes: int) -> Iterator[FileRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -364,27 +316,28 @@ def _parquet_rows(path: Path, max_bytes: int) -> _NumberedRows:
     try:
         with path.open("rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                for row in _parquet_values(batch):
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeDecodeError:  # read it row by row, to find which row it is
+                    rows = [_parquet_row(batch, index) for index in range(batch.num_rows)]
+                for row in rows:
                     number += 1
-                    size = (
-                        0
-                        if isinstance(row, _BadRow)
-                        else sum(len(value) for value in row.values() if isinstance(value, str | bytes))
-                    )
-                    yield number, _BadRow(too_long(max_bytes)) if size > max_bytes else row
+                    if isinstance(row, str):
+                        yield FileRow(number, None, row)
+                    elif sum(len(value) for value in row.values() if isinstance(value, str | bytes)) > max_bytes:
+                        yield FileRow(number, None, _too_long(max_bytes))
+                    else:
+                        yield FileRow(number, row)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; Arrow reports damaged pages as an OSError without a number
         message = " ".join(str(error).split())[:160]
-        yield number + 1, _BadRow(f"not Parquet: {message}; nothing after it was read", breaks_off=True)
+        yield FileRow(number + 1, None, f"not Parquet: {message}; nothing after it was read", breaks_off=True)
 
 
-def _parquet_values(batch: Any) -> Iterator[Any]:
+def _parquet_row(batch: Any, index: int) -> Any:
+    """Return a row, or the reason why it cannot be read."""
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:  # read it row by row, to find which row it is
-        for number in range(batch.num_rows):
-            try:
-                yield from batch.slice(number, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                yield _BadRow(f"not UTF-8: {error.reason}")
+        return batch.slice(index, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason}"

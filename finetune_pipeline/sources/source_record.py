@@ -1,6 +1,5 @@
 """What a source yields when it is read: records, skipped records and cursors."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -59,20 +58,20 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A position up to which everything was yielded. The next reading resumes from the last cursor.
+    """A position up to which everything was yielded. The next sync resumes from the last cursor.
 
     A source with cursors yields one at least every 100,000 records, and retracts nothing at its end. What it yielded
     since the last cursor supersedes earlier records with the same provenance, even if it had to be skipped.
 
     Attributes:
-        value: JSON with a meaning of the source's own.
-        restarted: the reading started from the beginning because the previous cursor belongs to other settings. At its
-            end, what it did not yield is retracted and the last cursor is stored. An interrupted reading starts again.
+        value: JSON that only the source interprets.
+        restarted: the sync started from the beginning because the previous cursor belongs to other settings. At its
+            end, what it did not yield is retracted and the last cursor is stored. An interrupted sync starts again.
     """
 
     value: Any
     restarted: bool = False
 
 
-Reading = Iterator[SourceRecord | SkippedRecord | Cursor]
-"""One reading of a source. Without cursors it yields all that the source has now."""
+SourceOutput = SourceRecord | SkippedRecord | Cursor
+"""What `read` of a source yields. Without cursors, a sync yields all that the source has now."""

@@ -1,6 +1,6 @@
 """Read rated answers from any database that SQLAlchemy supports, in pages, in the order of a cursor column.
 
-The next page begins after the last row of the page before: `(cursor, key) > (of that row)`. A reading resumes from the
+The next page begins after the last row of the page before: `(cursor, key) > (of that row)`. A sync resumes from the
 cursor of the last one, including the rows with that same value, and from a little before it (`overlap`). So rows that
 were committed late, with the same value or a slightly lower one, are not lost. Rows that are already known change
 nothing.
@@ -8,8 +8,8 @@ nothing.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -18,12 +18,12 @@ from urllib.parse import quote, quote_plus
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import MONEY
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import make_url
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import CLOCK_SKEW, is_in_future
 from finetune_pipeline.settings import SqlSource
-from finetune_pipeline.sources.source_record import Cursor, Reading, SkippedRecord, SourceError, SourceRecord
+from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, SourceError, SourceOutput, SourceRecord
 from finetune_pipeline.validation_messages import short_repr
 
 _YES = frozenset({"true", "t", "yes", "y", "1", "gold"})
@@ -43,11 +43,7 @@ _KINDS: dict[str, tuple[type, Callable[[str], Any], Callable[[Any], str]]] = {
 """Types of the cursor column, and how a value is stored. A time precedes a date, since every datetime is a date."""
 
 
-class _UnusableRow(ValueError):
-    """A row cannot be used; the message says why."""
-
-
-def read(source: SqlSource, cursor: Any) -> Reading:
+def read(source: SqlSource, cursor: Any) -> Iterator[SourceOutput]:
     """Yield the rows that were added or changed since the cursor, and a cursor after each page.
 
     If the cursor belongs to other settings, all rows are read.
@@ -61,46 +57,67 @@ def read(source: SqlSource, cursor: Any) -> Reading:
     """
     engine, password = _connect(source)
     try:
-        with _source_errors(source, password):
-            table = _reflect(engine, source)
-            settings = _settings_hash(engine, source, table)
-            restarted = cursor is not None and (not isinstance(cursor, dict) or cursor.get("settings") != settings)
-            # An earlier version may have left a cursor in the future, which would hide all rows until then.
-            restarted = restarted or (cursor is not None and _is_ahead(_stored_value(cursor)))
-            start = None if restarted else cursor
-            if cursor is not None:  # without a cursor, an empty table would retract everything
-                yield Cursor(start, restarted)
-            yield from _unordered_rows(engine, source, table)
-            for one in _ordered_rows(engine, source, table, start):
-                yield Cursor({**one.value, "settings": settings}, restarted) if isinstance(one, Cursor) else one
+        table = _reflect(engine, source)
+        query = {name: value for name, value in engine.url.query.items() if "pass" not in name}
+        url = engine.url.set(password="", query=query).render_as_string()
+        excluded = {"name", "url_env", "max_examples", "max_fraction", "overlap", "batch_rows"}
+        settings = hash_of([url, repr(table.c[source.cursor].type), source.model_dump(mode="json", exclude=excluded)])
+        restarted = cursor is not None and (not isinstance(cursor, dict) or cursor.get("settings") != settings)
+        # An earlier version may have left a cursor in the future, which would hide all rows until then.
+        restarted = restarted or (cursor is not None and _is_ahead(_stored_value(cursor)))
+        start = None if restarted else cursor
+        if cursor is not None:  # without a cursor, an empty table would retract everything
+            yield Cursor(start, restarted)
+        yield from _unordered_rows(engine, source, table)
+        for one in _ordered_rows(engine, source, table, start):
+            yield Cursor({**one.value, "settings": settings}, restarted) if isinstance(one, Cursor) else one
+    except sa.exc.SQLAlchemyError as error:
+        message = str(getattr(error, "orig", None) or error).strip()
+        for text in {password, quote(password), quote_plus(password)} - {""}:
+            message = message.replace(text, "***")
+        if isinstance(error, sa.exc.DataError):
+            raise SourceError(
+                f"source {source.name}: a value in {source.table} cannot be read ({message}), in the cursor "
+                f"{source.cursor} or in another column that the YAML names; correct it, or name as `table` a view "
+                "that leaves such rows out"
+            ) from None
+        raise SourceError(
+            f"source {source.name}: the database of {source.url_env} cannot be read ({message}); check that it runs, "
+            "that its user may read the table, and that the URL is right"
+        ) from None
     finally:
         engine.dispose()
 
 
-def _settings_hash(engine: sa.Engine, source: SqlSource, table: sa.TableClause) -> str:
-    """Return a hash of what decides which rows are read and what they become. If it changes, all are read again."""
-    query = {name: value for name, value in engine.url.query.items() if "pass" not in name}
-    url = engine.url.set(password="", query=query).render_as_string()
-    what = source.model_dump(
-        mode="json", exclude={"name", "url_env", "max_examples", "max_fraction", "overlap", "batch_rows"}
-    )
-    return hash_of([url, repr(table.c[source.cursor].type), what])
-
-
-def _ordered_rows(engine: sa.Engine, source: SqlSource, table: sa.TableClause, cursor: Any) -> Reading:
+def _ordered_rows(engine: sa.Engine, source: SqlSource, table: sa.TableClause, cursor: Any) -> Iterator[SourceOutput]:
     """Yield the rows from a cursor on, and a cursor without its settings after each page."""
-    start = _before(_stored_value(cursor), source.overlap) if cursor is not None else None
+    by: sa.ColumnElement[Any] = table.c[source.cursor]
+    if isinstance(by.type, sa.REAL):
+        # Python reads 0.1 of four bytes as 0.1 of eight bytes, which is another number.
+        by = sa.cast(by, sa.Double)
+    by_key = table.c[source.key]
+    names = (
+        source.prompt, source.response, source.rating, source.gold_star, source.author, source.domain,
+        source.kind_column,
+    )  # fmt: skip
+    columns = [by, by_key, *(sa.null() if name is None else table.c[name] for name in names)]
+    # Labels, since one column may be named for two purposes.
+    query = sa.select(*(column.label(f"c{n}") for n, column in enumerate(columns)))
+    query = query.where(by.is_not(None), by_key.is_not(None), _is_in_range(engine, by), *_filters(source, table))
+    query = query.order_by(by, by_key).limit(source.batch_rows)
+    highest = None if cursor is None else _stored_value(cursor)
+    page = query if highest is None else query.where(by >= _before(highest, source.overlap))
     last: tuple[Any, Any] | None = None  # cursor value and key of the last row
     offset = 0  # rows after it that a page cannot begin after
-    highest = None if cursor is None else _stored_value(cursor)
     while True:
-        rows = _page(engine, source, table, start, last, offset)
+        with engine.connect() as connection:  # each page has its own short transaction
+            rows = connection.execute(page.offset(offset or None)).all()
         reached = None
         for row in rows:
             value, key = row[0], row[1]
             if reason := _unorderable(source, value, key):
                 offset += 1
-                yield SkippedRecord(_provenance(source, key), f"{reason}, so no reading could resume after it")
+                yield SkippedRecord(_provenance(source, key), f"{reason}, so no sync could resume after it")
                 continue
             if (value, key) == last:
                 raise SourceError(
@@ -124,6 +141,9 @@ def _ordered_rows(engine: sa.Engine, source: SqlSource, table: sa.TableClause, c
             yield Cursor(_stored(source, highest))
         if len(rows) < source.batch_rows:
             return
+        if last is not None:
+            after = sa.or_(by > last[0], sa.and_(by == last[0], by_key > last[1]))
+            page = query.where(by >= last[0], after)  # the first condition is redundant, but lets an index be used
 
 
 def _is_ahead(value: Any) -> bool:
@@ -151,36 +171,6 @@ def _unorderable(source: SqlSource, value: Any, key: Any) -> str:
     return ""
 
 
-def _page(
-    engine: sa.Engine, source: SqlSource, table: sa.TableClause, start: Any, last: tuple[Any, Any] | None, offset: int
-) -> Sequence[Any]:
-    """Return the next rows: cursor value, key, prompt, response, rating, gold star, author, domain, kind."""
-    value, key = _cursor_column(source, table), table.c[source.key]
-    names = (
-        source.prompt, source.response, source.rating, source.gold_star, source.author, source.domain,
-        source.kind_column,
-    )  # fmt: skip
-    columns = [value, key, *(sa.null() if name is None else table.c[name] for name in names)]
-    # Labels, since one column may be named for two purposes.
-    query = sa.select(*(column.label(f"c{n}") for n, column in enumerate(columns)))
-    query = query.where(value.is_not(None), key.is_not(None), _is_in_range(engine, value), *_filters(source, table))
-    if last is not None:
-        after = sa.or_(value > last[0], sa.and_(value == last[0], key > last[1]))
-        query = query.where(value >= last[0], after)  # the first condition is redundant, but lets an index be used
-    elif start is not None:
-        query = query.where(value >= start)
-    with _read_only(engine) as connection:
-        return connection.execute(query.order_by(value, key).limit(source.batch_rows).offset(offset or None)).all()
-
-
-def _cursor_column(source: SqlSource, table: sa.TableClause) -> sa.ColumnElement[Any]:
-    column: sa.ColumnElement[Any] = table.c[source.cursor]
-    if isinstance(column.type, sa.REAL):
-        # Python reads 0.1 of four bytes as 0.1 of eight bytes, which is another number.
-        column = sa.cast(column, sa.Double)
-    return column
-
-
 def _is_in_range(engine: sa.Engine, value: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
     """Return a condition that excludes times that no driver can read: infinity, years before 1 and after 9999."""
     if engine.dialect.name != "postgresql" or not isinstance(value.type, sa.DateTime | sa.Date):
@@ -197,17 +187,13 @@ def _filters(source: SqlSource, table: sa.TableClause) -> list[sa.ColumnElement[
         is_text = isinstance(column.type, sa.String) and not isinstance(column.type, sa.Enum)
         condition: sa.ColumnElement[bool] = (column if is_text else sa.cast(column, sa.String(_MAX_TEXT))).in_(values)
         if isinstance(column.type, sa.Numeric | sa.Float):  # the text of 3 may be 3.0
-            condition = sa.or_(condition, column.in_([n for text in values if (n := _number(text)) is not None]))
+            numbers = []
+            for text in values:
+                with suppress(ArithmeticError):
+                    numbers.append(Decimal(text))
+            condition = sa.or_(condition, column.in_([number for number in numbers if number.is_finite()]))
         conditions.append(condition)
     return conditions
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text)
-    except ArithmeticError:
-        return None
-    return number if number.is_finite() else None
 
 
 def _unordered_rows(engine: sa.Engine, source: SqlSource, table: sa.TableClause) -> Iterator[SkippedRecord]:
@@ -215,15 +201,14 @@ def _unordered_rows(engine: sa.Engine, source: SqlSource, table: sa.TableClause)
     value, key = table.c[source.cursor], table.c[source.key]
     unordered = sa.or_(value.is_(None), key.is_(None), sa.not_(_is_in_range(engine, value)))
     query = sa.select(key, sa.cast(value, sa.String(_MAX_TEXT))).where(unordered, *_filters(source, table))
-    with _read_only(engine) as connection:
+    with engine.connect() as connection:
         rows = connection.execute(query.limit(_MAX_UNORDERED)).all()
     for own_key, text in rows:
-        reason = f"{source.key if own_key is None else source.cursor} is NULL"
-        if own_key is not None and text is not None:
+        where, reason = _provenance(source, own_key), f"{source.cursor} is NULL"
+        if own_key is None:
+            where, reason = f"{source.table}: no key, {source.cursor} {_as_text(text)}", f"{source.key} is NULL"
+        elif text is not None:
             reason = f"{source.cursor} is {_as_text(text)}, not a time from {_FIRST_DAY} until before {_DAY_AFTER}"
-        where = f"{source.table}: no key, {source.cursor} {_as_text(text)}"
-        if own_key is not None:
-            where = _provenance(source, own_key)
         yield SkippedRecord(where, f"{reason}, so it is unknown whether it was read")
 
 
@@ -242,7 +227,7 @@ def _record(source: SqlSource, row: Any) -> SourceRecord | SkippedRecord:
             kind=_optional_text(source.kind_column, kind),
             keyed=True,
         )
-    except _UnusableRow as problem:
+    except ValueError as problem:
         return SkippedRecord(provenance, str(problem))
 
 
@@ -257,15 +242,15 @@ def _as_text(value: Any) -> str:
 
 def _text(column: str, value: Any) -> str:
     if value is None:
-        raise _UnusableRow(f"{column} is NULL")
+        raise ValueError(f"{column} is NULL")
     if not isinstance(value, str):
-        raise _UnusableRow(f"{column} is {type(value).__name__}, expected text")
+        raise ValueError(f"{column} is {type(value).__name__}, expected text")
     if not value.strip():
-        raise _UnusableRow(f"{column} is empty")
+        raise ValueError(f"{column} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _UnusableRow(f"{column} is not UTF-8") from None
+        raise ValueError(f"{column} is not UTF-8") from None
     return value
 
 
@@ -281,16 +266,16 @@ def _reward(source: SqlSource, rating: Any, gold_star: Any) -> float | None:
     if source.gold_star is not None:
         flag = "" if gold_star is None else _yaml_text(gold_star).lower()
         if flag not in _YES | _NO:
-            raise _UnusableRow(f"{source.gold_star} is {short_repr(flag)}, neither yes nor no")
+            raise ValueError(f"{source.gold_star} is {short_repr(flag)}, neither yes nor no")
         if flag in _YES:
             return source.gold_reward
     if source.rating is None:
         return None
     if rating is None:
-        raise _UnusableRow(f"{source.rating} is NULL")
+        raise ValueError(f"{source.rating} is NULL")
     value = _yaml_text(rating)
     if value not in source.ratings:
-        raise _UnusableRow(f"{source.rating} is {short_repr(value)}; ratings knows {', '.join(source.ratings)}")
+        raise ValueError(f"{source.rating} is {short_repr(value)}; ratings knows {', '.join(source.ratings)}")
     return source.ratings[value]
 
 
@@ -346,8 +331,15 @@ def _connect(source: SqlSource) -> tuple[sa.Engine, str]:
         )
     try:
         url = make_url(text)
-        password = str(url.password or "")
-        engine = sa.create_engine(_read_only_url(source, url), hide_parameters=True)
+        password, file = str(url.password or ""), url.database
+        if url.get_backend_name() == "sqlite" and file and not file.startswith((":memory:", "file:")):
+            if not Path(file).is_file():
+                raise SourceError(f"source {source.name}: the file {file} does not exist; correct {source.url_env}")
+            # Read-only: otherwise SQLite would create a missing file.
+            database = f"file:{quote(str(Path(file).resolve()))}"
+            url = url.set(database=database, query={"mode": "ro", "uri": "true"})
+        options = {"postgresql_readonly": True}  # other databases ignore it
+        engine = sa.create_engine(url, hide_parameters=True, execution_options=options)
     except (sa.exc.ArgumentError, ValueError):  # their messages may contain the URL
         raise SourceError(
             f"source {source.name}: the value of {source.url_env} is not a database URL that SQLAlchemy knows; "
@@ -359,32 +351,14 @@ def _connect(source: SqlSource) -> tuple[sa.Engine, str]:
             f"name another in {source.url_env}, such as postgresql+psycopg://"
         ) from None
     if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _prepare_sqlite)
+
+        @sa.event.listens_for(engine, "connect")
+        def prepare(connection: Any, _record: Any) -> None:
+            connection.execute("PRAGMA query_only=ON")
+            # Text that is not UTF-8 would end the sync. As surrogates it is recognized, and only that row is skipped.
+            connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+
     return engine, password
-
-
-def _read_only_url(source: SqlSource, url: URL) -> URL:
-    """Return a URL that opens SQLite read-only. Otherwise SQLite would create a missing file."""
-    path = url.database
-    if url.get_backend_name() != "sqlite" or not path or path.startswith((":memory:", "file:")):
-        return url
-    if not Path(path).is_file():
-        raise SourceError(f"source {source.name}: the file {path} does not exist; correct {source.url_env}")
-    return url.set(database=f"file:{quote(str(Path(path).resolve()))}", query={"mode": "ro", "uri": "true"})
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.execute("PRAGMA query_only=ON")
-    # Text that is not UTF-8 would end the reading. As surrogates it is recognized, and only that row is skipped.
-    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-
-
-@contextmanager
-def _read_only(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open a read-only connection. Each page has its own short transaction."""
-    options = {"postgresql_readonly": True} if engine.dialect.name == "postgresql" else {}
-    with engine.connect().execution_options(**options) as connection:
-        yield connection
 
 
 def _reflect(engine: sa.Engine, source: SqlSource) -> sa.TableClause:
@@ -417,24 +391,3 @@ def _reflect(engine: sa.Engine, source: SqlSource) -> sa.TableClause:
     typed = engine.dialect.name != "sqlite"
     columns: list[sa.ColumnClause[Any]] = [sa.column(c["name"], c["type"] if typed else None) for c in found]
     return sa.table(name, *columns, schema=schema or None)
-
-
-@contextmanager
-def _source_errors(source: SqlSource, password: str) -> Iterator[None]:
-    """Turn errors of the database into a SourceError without the password."""
-    try:
-        yield
-    except sa.exc.SQLAlchemyError as error:
-        message = str(getattr(error, "orig", None) or error).strip()
-        for text in {password, quote(password), quote_plus(password)} - {""}:
-            message = message.replace(text, "***")
-        if isinstance(error, sa.exc.DataError):
-            raise SourceError(
-                f"source {source.name}: a value in {source.table} cannot be read ({message}), in the cursor "
-                f"{source.cursor} or in another column that the YAML names; correct it, or name as `table` a view "
-                "that leaves such rows out"
-            ) from None
-        raise SourceError(
-            f"source {source.name}: the database of {source.url_env} cannot be read ({message}); check that it runs, "
-            "that its user may read the table, and that the URL is right"
-        ) from None

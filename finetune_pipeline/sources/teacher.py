@@ -1,7 +1,7 @@
 """A teacher: a model behind any OpenAI-compatible endpoint that writes what is missing for training.
 
 Replies are cached under `$FINETUNE_HOME/cache/teacher`, by a hash of the model and the request, so that nothing is paid
-for twice, even if the reading fails. The caller validates what a teacher writes.
+for twice, even if the sync fails. The caller validates what a teacher writes.
 """
 
 import json
@@ -26,7 +26,7 @@ from filelock import FileLock
 from finetune_pipeline.artifacts import hash_of, write_text
 from finetune_pipeline.refusals import may_be_refusal
 from finetune_pipeline.settings import TeacherSettings, home
-from finetune_pipeline.sources.source_record import SourceError
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceError
 
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 60.0
@@ -42,9 +42,16 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TeacherRequest:
-    """The messages for the teacher, and the most tokens that its answer may have."""
+class TeacherRequest(Generic[T]):
+    """The messages for the teacher about one record.
 
+    Attributes:
+        task: the caller's own data; it is not sent.
+        max_tokens: limit of the answer.
+    """
+
+    provenance: str
+    task: T
     system: str
     user: str
     max_tokens: int
@@ -52,17 +59,10 @@ class TeacherRequest:
 
 @dataclass(frozen=True)
 class TeacherAnswer(Generic[T]):
-    """The answer to a request, or the reason why there is none.
+    """The answer to a request."""
 
-    Attributes:
-        task: what the caller passed with the request.
-        deferred: a later reading, or one with more budget, may get an answer.
-    """
-
-    task: T
-    text: str = ""
-    reason: str = ""
-    deferred: bool = False
+    request: TeacherRequest[T]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,11 @@ class Teacher:
 
     def __init__(self, settings: TeacherSettings) -> None:
         self.settings = settings
-        self._key = _api_key(settings)
+        self._key = os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
+        if settings.api_key_env and not self._key:
+            raise SourceError(f"{settings.api_key_env} is not set; export the teacher's key for {settings.url} in it")
+        if not self._key.isascii() or not self._key.isprintable():
+            raise SourceError(f"the value of {settings.api_key_env} is not a key; export the teacher's key in it")
         self._budget = Budget(settings.max_tokens)
         self._limit_field = "max_tokens"
         self._not_before = 0.0
@@ -150,53 +154,57 @@ class Teacher:
         except httpx.InvalidURL as error:
             raise SourceError(f"teacher.url {settings.url!r} is not a URL ({error}); correct it") from error
 
-    def answers(self, requests: Iterable[tuple[T, TeacherRequest]]) -> Iterator[TeacherAnswer[T]]:
-        """Yield the answers in the order of the requests, each with its task.
+    def answers(
+        self, requests: Iterable[TeacherRequest[T] | SkippedRecord]
+    ) -> Iterator[TeacherAnswer[T] | SkippedRecord]:
+        """Yield the answers in the order of the requests. A request without an answer becomes a skipped record.
 
-        When the budget is spent, cached answers are still given, and the others have the reason "budget".
+        When the budget is spent, cached answers are still given, and the others have the reason "budget". Skipped
+        records among the requests are passed through.
 
         Raises:
             SourceError: the endpoint cannot be used: the key or model is wrong, or it does not answer repeatedly.
         """
-        waiting: deque[tuple[T, Future[str]]] = deque()
-        failures = 0
+        pending, waiting = iter(requests), deque[tuple[TeacherRequest[T], Future[str]]]()
+        failures = 0  # requests in a row that got no answer
         executor = ThreadPoolExecutor(self.settings.parallel, thread_name_prefix="teacher")
         try:
-            for task, request in requests:
-                waiting.append((task, executor.submit(self._answer, request)))
-                if len(waiting) > 2 * self.settings.parallel:
-                    answer, failures = self._collect(*waiting.popleft(), failures)
-                    yield answer
-            while waiting:
-                answer, failures = self._collect(*waiting.popleft(), failures)
-                yield answer
+            while True:
+                while len(waiting) <= 2 * self.settings.parallel and (one := next(pending, None)) is not None:
+                    if isinstance(one, SkippedRecord):
+                        yield one
+                    else:
+                        waiting.append((one, executor.submit(self._answer, one)))
+                if not waiting:
+                    return
+                request, future = waiting.popleft()
+                try:
+                    text = future.result()
+                except _BudgetSpent:
+                    tokens = self.settings.max_tokens
+                    reason = f"budget: the {tokens:,} tokens of one sync (teacher.max_tokens) are spent"
+                    yield SkippedRecord(request.provenance, f"{reason}; the next sync resumes here", deferred=True)
+                except _Rejected as error:
+                    failures = 0
+                    yield SkippedRecord(request.provenance, str(error))
+                except _GivenUp as error:
+                    failures += 1
+                    if failures == _MAX_FAILURES_IN_A_ROW:
+                        raise SourceError(
+                            f"the teacher {self.settings.url} answered none of {failures} requests in a row ({error}); "
+                            "check the endpoint, then run again: its earlier answers are kept"
+                        ) from error
+                    yield SkippedRecord(request.provenance, f"the teacher gave no answer: {error}", deferred=True)
+                else:
+                    failures = 0
+                    yield TeacherAnswer(request, text)
         finally:
             # Running requests are paid for, so their answers are waited for and cached.
             self._stopped.set()
             executor.shutdown(wait=True, cancel_futures=True)
             self._client.close()
 
-    def _collect(self, task: T, future: Future[str], failures: int) -> tuple[TeacherAnswer[T], int]:
-        """Return the answer of a request, and the number of requests in a row that failed."""
-        try:
-            return TeacherAnswer(task, future.result()), 0
-        except _BudgetSpent:
-            reason = (
-                f"budget: the {self.settings.max_tokens:,} tokens of one reading (teacher.max_tokens) are spent; the "
-                "next reading resumes here"
-            )
-            return TeacherAnswer(task, reason=reason, deferred=True), failures
-        except _Rejected as error:
-            return TeacherAnswer(task, reason=str(error)), 0
-        except _GivenUp as error:
-            if failures + 1 >= _MAX_FAILURES_IN_A_ROW:
-                raise SourceError(
-                    f"the teacher {self.settings.url} answered none of {_MAX_FAILURES_IN_A_ROW} requests in a row "
-                    f"({error}); check the endpoint, then run again: its earlier answers are kept"
-                ) from error
-            return TeacherAnswer(task, reason=f"the teacher gave no answer: {error}", deferred=True), failures + 1
-
-    def _answer(self, request: TeacherRequest) -> str:
+    def _answer(self, request: TeacherRequest[Any]) -> str:
         """Return the answer from the cache or the endpoint."""
         messages = [{"role": "system", "content": request.system}, {"role": "user", "content": request.user}]
         key = hash_of([self.settings.model, messages, request.max_tokens])
@@ -219,13 +227,13 @@ class Teacher:
             raise _Rejected("the teacher's answer is empty")
         return text
 
-    def _send_with_retries(self, messages: list[dict[str, str]], request: TeacherRequest) -> _Reply:
+    def _send_with_retries(self, messages: list[dict[str, str]], request: TeacherRequest[Any]) -> _Reply:
         wait = _FIRST_WAIT
         for attempt in range(1, self.settings.attempts + 1):
             while not self._stopped.is_set() and (left := self._not_before - time.monotonic()) > 0:
                 self._stopped.wait(left + random.uniform(0.0, 0.1))
             if self._stopped.is_set():
-                raise _GivenUp("the reading ended")
+                raise _GivenUp("the sync ended")
             try:
                 return self._send_within_budget(messages, request)
             except _RetryableError as error:
@@ -241,7 +249,7 @@ class Teacher:
                 wait = min(2 * wait, _LONGEST_WAIT)
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _send_within_budget(self, messages: list[dict[str, str]], request: TeacherRequest) -> _Reply:
+    def _send_within_budget(self, messages: list[dict[str, str]], request: TeacherRequest[Any]) -> _Reply:
         prompt_tokens = _TEMPLATE_TOKENS + _estimated_tokens(request.system) + _estimated_tokens(request.user)
         reserved, spent = prompt_tokens + request.max_tokens, 0
         if not self._budget.reserve(reserved):
@@ -257,17 +265,30 @@ class Teacher:
             self._budget.settle(reserved, spent)
 
     def _post(self, messages: list[dict[str, str]], max_tokens: int) -> Any:
-        """Return the endpoint's JSON."""
+        """Return the endpoint's JSON. The timeout applies to the complete answer."""
         limit_field = self._limit_field
         body = {"model": self.settings.model, "messages": messages, limit_field: max_tokens}
-        status, headers, content = self._send(body)
+        content, end = bytearray(), time.monotonic() + self.settings.timeout_seconds
+        try:
+            with self._client.stream("POST", "chat/completions", json=body) as response:
+                for part in response.iter_bytes():
+                    content += part
+                    if time.monotonic() > end or len(content) > _LARGEST_BODY:
+                        raise _RetryableError("its answer is too long, or takes too long", may_be_paid=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise _RetryableError(f"it cannot be reached ({type(error).__name__})") from error
+        except httpx.HTTPError as error:
+            reason = f"it closed the connection or was too slow ({type(error).__name__})"
+            raise _RetryableError(reason, may_be_paid=True) from error
+        status = response.status_code
         message = " ".join(content[: 10 * _MESSAGE_CHARACTERS].decode("utf-8", "replace").replace("\0", "").split())
         message = (message.replace(self._key, "[KEY]") if self._key else message)[:_MESSAGE_CHARACTERS]
         if status == 400 and limit_field == "max_tokens" and "max_completion_tokens" in message:
             self._limit_field = "max_completion_tokens"  # OpenAI's newer models have only this name
             return self._post(messages, max_tokens)
         if status in {408, 409, 425, 429} or status >= 500:
-            raise _RetryableError(f"it answered {status}: {message}", _retry_after(headers.get("Retry-After")))
+            retry_after = _retry_after(response.headers.get("Retry-After"))
+            raise _RetryableError(f"it answered {status}: {message}", retry_after)
         if status in {400, 413, 422}:
             raise _Rejected(f"the teacher rejected the request ({status}): {message}")
         if status != 200:
@@ -279,33 +300,6 @@ class Teacher:
             return json.loads(content)
         except (ValueError, RecursionError):
             raise _RetryableError(f"its answer is not JSON: {message}", may_be_paid=True) from None
-
-    def _send(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
-        """Return status, headers and content. The timeout applies to the complete answer."""
-        content, end = bytearray(), time.monotonic() + self.settings.timeout_seconds
-        try:
-            with self._client.stream("POST", "chat/completions", json=body) as response:
-                for part in response.iter_bytes():
-                    content += part
-                    if time.monotonic() > end or len(content) > _LARGEST_BODY:
-                        raise _RetryableError("its answer is too long, or takes too long", may_be_paid=True)
-                return response.status_code, response.headers, bytes(content)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _RetryableError(f"it cannot be reached ({type(error).__name__})") from error
-        except httpx.HTTPError as error:
-            reason = f"it closed the connection or was too slow ({type(error).__name__})"
-            raise _RetryableError(reason, may_be_paid=True) from error
-
-
-def _api_key(settings: TeacherSettings) -> str:
-    if settings.api_key_env is None:
-        return ""
-    key = os.environ.get(settings.api_key_env, "").strip()
-    if not key:
-        raise SourceError(f"{settings.api_key_env} is not set; export the teacher's key for {settings.url} in it")
-    if not key.isascii() or not key.isprintable():
-        raise SourceError(f"the value of {settings.api_key_env} is not a key; export the teacher's key in it")
-    return key
 
 
 def _read_cache(path: Path) -> _Reply | None:

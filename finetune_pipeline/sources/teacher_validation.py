@@ -69,7 +69,9 @@ def instruction_problem(text: str, chunk: CodeChunk, system: str) -> str:
         return "contains a character that cannot be stored"
     if copied_fraction(text, system) >= _COPIED_FRACTION:
         return "is a copy of the prompt"
-    if len([line for line in _code_lines(chunk.code) if line in text]) >= 2:
+    code = (line.strip() for line in chunk.code.splitlines() if _CODE_LINE.search(line))
+    quoted = {" ".join(line.split()) for line in code if len(line) >= 12 and not _DEFINITION.match(line)}
+    if sum(line in text for line in quoted) >= 2:
         return "quotes the code, which is the answer"
     named = [found.lower() for found in _NAMED_LANGUAGE.findall(text)]
     own = _SAME_LANGUAGE.get(chunk.language, chunk.language)
@@ -93,7 +95,12 @@ def earlier_code_problem(code: str, chunk: CodeChunk) -> str:
         return "contains a character that cannot be stored"
     if not parses(chunk.language, code, chunk.owner):
         return f"is not {LANGUAGES[chunk.language]} that parses"
-    if chunk.own_name not in _defined_names(chunk.language, code, chunk.owner):
+    if chunk.language == "python":
+        cut = list(cut_python(code))
+    else:
+        sources = tree_sitter_chunks.with_and_without_type(chunk.language, code, chunk.owner)
+        cut = [one for source in sources for one in tree_sitter_chunks.cut(chunk.language, source)]
+    if chunk.own_name not in {one.own_name for one in cut if isinstance(one, CodeChunk)}:
         return f"does not define {chunk.own_name}"
     if _bare(code) == _bare(chunk.code):
         return "is the same code"
@@ -140,21 +147,6 @@ def is_storable(text: str) -> bool:
 def _shingles(text: str) -> set[tuple[str, ...]]:
     found = re.findall(r"\w+", text.lower())
     return {tuple(found[n : n + _SHINGLE]) for n in range(len(found) - _SHINGLE + 1)}
-
-
-def _code_lines(code: str) -> set[str]:
-    """Return the lines of code that a request would only contain if it quotes them."""
-    lines = {line.strip() for line in code.splitlines() if _CODE_LINE.search(line) and not _DEFINITION.match(line)}
-    return {" ".join(line.split()) for line in lines if len(line) >= 12}
-
-
-def _defined_names(language: str, code: str, owner: str) -> set[str]:
-    if language == "python":
-        found = list(cut_python(code))
-    else:
-        sources = [code, *([tree_sitter_chunks.in_its_type(language, code, owner)] if owner else [])]
-        found = [one for source in sources for one in tree_sitter_chunks.cut(language, source + "\n")]
-    return {one.own_name for one in found if isinstance(one, CodeChunk)}
 
 
 def _bare(code: str) -> str:

@@ -3,10 +3,13 @@
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from pathspec import GitIgnoreSpec
 
@@ -30,12 +33,8 @@ class TextFile:
     modified: datetime | None
 
 
-@dataclass(frozen=True)
-class _IgnoreRules:
-    """The .gitignore of a folder, which applies to paths below it."""
-
-    folder: str
-    spec: GitIgnoreSpec
+_IgnoreRules = tuple[str, GitIgnoreSpec]
+"""A folder, and the .gitignore rules that apply to paths below it."""
 
 
 def find_files(
@@ -45,51 +44,55 @@ def find_files(
     ignored_folder: Callable[[str], bool] = lambda path: False,
     use_gitignore: bool = False,
     inner_links: bool = False,
-) -> Iterator[str | SkippedRecord]:
-    """Yield the paths of wanted files, relative to the root, in a fixed order, and what cannot be read.
+) -> tuple[list[str], list[SkippedRecord]]:
+    """Return the paths of wanted files, relative to the root, in a fixed order, and what cannot be read.
 
     Args:
-        wanted: returns whether to read a file, from its name.
+        wanted: returns whether to read a file, from its path.
         ignored_folder: returns whether to leave out a folder, from its path.
         use_gitignore: leave out what the folder's own .gitignore files exclude. Git itself is not run, since a
             repository's configuration can make git run commands.
         inner_links: follow symbolic links to files that are inside the root and not hidden, and leave out all other
             links without a word. By default links are not followed but reported.
     """
-    folders: list[tuple[str, tuple[_IgnoreRules, ...]]] = [("", ())]
+    paths: list[str] = []
+    skipped: list[SkippedRecord] = []
+    folders: list[tuple[str, list[_IgnoreRules]]] = [("", [])]
     while folders:
         folder, rules = folders.pop()
         if use_gitignore:
-            rules = (*rules, *_ignore_rules(root, folder))
+            rules = [*rules, *_ignore_rules(root, folder)]
         try:
             with os.scandir(root / folder) as scanned:
                 entries = sorted(scanned, key=lambda entry: entry.name)
         except OSError as error:
             reason = f"the folder cannot be read: {error.strerror}"
-            yield SkippedRecord(printable(folder).rstrip("/"), reason, unreadable=True)
+            skipped.append(SkippedRecord(printable(folder).rstrip("/"), reason, unreadable=True))
             continue
-        below: list[tuple[str, tuple[_IgnoreRules, ...]]] = []
+        below: list[tuple[str, list[_IgnoreRules]]] = []
         for entry in entries:
-            is_folder = entry.is_dir(follow_symlinks=False)
+            is_folder, is_link = entry.is_dir(follow_symlinks=False), entry.is_symlink()
             path = f"{folder}{entry.name}/" if is_folder else f"{folder}{entry.name}"
             if entry.name.startswith(".") or _is_git_ignored(path, rules):
                 continue
-            if (is_folder or entry.is_symlink()) and ignored_folder(path.rstrip("/")):
+            if (is_folder or is_link) and ignored_folder(path.rstrip("/")):
                 continue
             if is_folder:
                 below.append((path, rules))
-            elif entry.is_symlink() and inner_links:
+            elif is_link and inner_links:
                 try:
-                    if wanted(entry.name) and is_visible_file(root / path, root):
-                        yield path
+                    if wanted(path) and is_visible_file(root / path, root):
+                        paths.append(path)
                 except OSError as error:  # the link leads into a folder that cannot be read
-                    yield SkippedRecord(printable(path), f"cannot be read: {error.strerror}", unreadable=True)
+                    reason = f"cannot be read: {error.strerror}"
+                    skipped.append(SkippedRecord(printable(path), reason, unreadable=True))
             # A link without an extension may lead to a folder of wanted files.
-            elif entry.is_symlink() and (wanted(entry.name) or "." not in entry.name):
-                yield SkippedRecord(printable(path), "is a symbolic link, and links are not followed")
-            elif wanted(entry.name):
-                yield path
+            elif is_link and (wanted(path) or "." not in entry.name):
+                skipped.append(SkippedRecord(printable(path), "is a symbolic link, and links are not followed"))
+            elif wanted(path):
+                paths.append(path)
         folders += reversed(below)
+    return paths, skipped
 
 
 def is_visible_file(path: Path, folder: Path) -> bool:
@@ -101,18 +104,12 @@ def is_visible_file(path: Path, folder: Path) -> bool:
 
 
 def read_text(root: Path, path: str, *, max_bytes: int, setting: str = "") -> TextFile | SkippedRecord:
-    """Read a UTF-8 file.
-
-    Args:
-        setting: name of the setting that limits the size, for the message.
-    """
+    """Read a UTF-8 file; `setting` is the setting that limits its size, for the message."""
     if printable(path) != path:
         return SkippedRecord(printable(path), "its name is not UTF-8; rename it")
     try:
-        # The file may have become a link since its folder was read (NOFOLLOW), or a pipe without a writer (NONBLOCK).
-        descriptor = os.open(root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
+        with _open_regular(root / path) as file:  # it may have become a link since its folder was read
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 return SkippedRecord(path, "is not a regular file")
             data = file.read(max_bytes + 1)
@@ -136,47 +133,45 @@ def read_text(root: Path, path: str, *, max_bytes: int, setting: str = "") -> Te
 
 
 def read_texts(
-    root: Path, wanted: Callable[[str], bool], ignored_folders: tuple[str, ...] = (), *, max_bytes: int
+    root: Path,
+    wanted: Callable[[str], bool],
+    *,
+    max_bytes: int,
+    ignored_folders: tuple[str, ...] = (),
+    if_empty: str = "",
 ) -> Iterator[TextFile | SkippedRecord]:
     """Yield the wanted texts below a folder, except what git ignores.
 
+    Args:
+        if_empty: raise an error with this message if nothing is found. An unmounted disk looks like an empty folder,
+            and must not retract everything.
+
     Raises:
-        SourceError: the folder does not exist or cannot be read.
+        SourceError: the folder does not exist or cannot be read, or nothing was found.
     """
     try:
         next(root.iterdir(), None)
     except OSError as error:
         raise SourceError(f"{root} cannot be read as a folder ({error.strerror}); correct its path") from error
-
-    def is_ignored(path: str) -> bool:
-        return path.rpartition("/")[2] in ignored_folders
-
-    for found in find_files(root, wanted, ignored_folder=is_ignored, use_gitignore=True):
-        yield found if isinstance(found, SkippedRecord) else read_text(root, found, max_bytes=max_bytes)
-
-
-def require_any(found: Iterator[TextFile | SkippedRecord], message: str) -> Iterator[TextFile | SkippedRecord]:
-    """Yield what was found, and raise an error if it was nothing.
-
-    An unmounted disk looks like an empty folder, and must not retract everything.
-
-    Args:
-        message: what was expected, and where.
-
-    Raises:
-        SourceError: nothing was found.
-    """
+    paths, skipped = find_files(
+        root, wanted, ignored_folder=lambda path: path.rpartition("/")[2] in ignored_folders, use_gitignore=True
+    )
     found_any = False
-    for one in found:
+    for one in chain(skipped, (read_text(root, path, max_bytes=max_bytes) for path in paths)):
         found_any = found_any or isinstance(one, TextFile) or not one.unreadable
         yield one
-    if not found_any:
-        raise SourceError(f"{message}; put it there, correct the path in the loop's YAML, or mount the disk again")
+    if if_empty and not found_any:
+        raise SourceError(f"{if_empty}; put it there, correct the path in the loop's YAML, or mount the disk again")
 
 
 def printable(name: str) -> str:
     """Return a file name as text that can be stored: bytes that are not UTF-8 become replacement characters."""
     return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, but not through a link, and without waiting for the writer of a pipe."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 
 
 def _ignore_rules(root: Path, folder: str) -> list[_IgnoreRules]:
@@ -187,27 +182,23 @@ def _ignore_rules(root: Path, folder: str) -> list[_IgnoreRules]:
     rules = []
     for name in names:
         try:
-            descriptor = os.open(root / folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with os.fdopen(descriptor, "rb") as file:
+            with _open_regular(root / folder / name) as file:
                 lines = file.read(_IGNORE_FILE_BYTES).decode("utf-8", "surrogateescape").splitlines()
         except OSError:
             continue
-        rules.append(_IgnoreRules(folder, GitIgnoreSpec.from_lines(line for line in lines if _is_pattern(line))))
+        valid = []
+        for line in lines:
+            with suppress(ValueError, re.error):  # git skips an invalid line too
+                GitIgnoreSpec.from_lines([line])
+                valid.append(line)
+        rules.append((folder, GitIgnoreSpec.from_lines(valid)))
     return rules
 
 
-def _is_pattern(line: str) -> bool:
-    try:
-        GitIgnoreSpec.from_lines([line])
-    except (ValueError, re.error):
-        return False  # git skips such a line too
-    return True
-
-
-def _is_git_ignored(path: str, rules: tuple[_IgnoreRules, ...]) -> bool:
+def _is_git_ignored(path: str, rules: Sequence[_IgnoreRules]) -> bool:
     """Return whether git ignores a path: the nearest .gitignore with a matching pattern decides."""
-    for one in reversed(rules):
-        include = one.spec.check_file(path.removeprefix(one.folder)).include
+    for folder, spec in reversed(rules):
+        include = spec.check_file(path.removeprefix(folder)).include
         if include is not None:
             return include
     return False

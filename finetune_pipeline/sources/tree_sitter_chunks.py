@@ -17,6 +17,7 @@ from finetune_pipeline.sources.code_chunks import (
     CodeChunk,
     comment_above,
     dedent,
+    indentation,
 )
 from finetune_pipeline.sources.source_record import SourceError
 
@@ -104,19 +105,25 @@ def cut(language: str, text: str, lengths: range = ANY_LENGTH) -> Iterator[CodeC
     root = _parser(language).parse(source).root_node
     if root.has_error:
         reason = f"is not {LANGUAGES[language]} that its grammar can parse; definitions with an error are left out"
-        yield ChunkError(_first_error_line(root), reason)
-    yield from _Cutter(language, source, text.split("\n"), lengths).definitions(root, "")
+        node = root
+        below: Node | None = root
+        while below is not None and not (below.is_error or below.is_missing):
+            node = below
+            below = next((child for child in node.children if child.has_error or child.is_missing), None)
+        yield ChunkError(int((below or node).start_point.row) + 1, reason)
+    yield from _definitions(_File(language, source, text.split("\n"), lengths), root, "")
 
 
 def parses(language: str, code: str, owner: str) -> bool:
-    """Return whether a text is code of that language. A method is parsed inside a class."""
-    sources = [code, *([in_its_type(language, code, owner)] if owner else [])]
-    return any(not _parser(language).parse(f"{source}\n".encode()).root_node.has_error for source in sources)
+    """Return whether a text is code of that language. A method may be parsed inside a class of its owner's name."""
+    sources = with_and_without_type(language, code, owner)
+    return any(not _parser(language).parse(source.encode()).root_node.has_error for source in sources)
 
 
-def in_its_type(language: str, code: str, owner: str) -> str:
-    """Return a method inside a class of its owner's name, as far as the grammar needs one."""
-    return _GRAMMARS[language].wrapped.format(owner=owner.rpartition(".")[2], code=code)
+def with_and_without_type(language: str, code: str, owner: str) -> list[str]:
+    """Return code as it is, and if it has an owner, inside a class of that name, as far as the grammar needs one."""
+    wrapped = [_GRAMMARS[language].wrapped.format(owner=owner.rpartition(".")[2], code=code)] if owner else []
+    return [f"{source}\n" for source in (code, *wrapped)]
 
 
 @lru_cache
@@ -135,60 +142,60 @@ def _parser(language: str) -> "Parser":
 
 
 @dataclass(frozen=True)
-class _Cutter:
-    """Cuts the definitions of one file."""
-
+class _File:
     language: str
     source: bytes
     lines: list[str]
     lengths: range
 
-    def definitions(self, node: "Node", owner: str) -> Iterator[CodeChunk]:
-        """Yield the definitions below a node."""
-        grammar = _GRAMMARS[self.language]
-        for outer in node.named_children:
-            inner = _unwrapped(outer)
-            body = inner.child_by_field_name("body")
-            if inner.type in grammar.functions and body is not None:
-                yield from self._chunk(outer, inner, owner)
-            elif inner.type in grammar.types:
-                yield from self._chunk(outer, inner, owner)
-                if body is not None:
-                    yield from self.definitions(body, _joined(owner, _name(inner)))
-            elif inner.type in grammar.inside:
-                by = grammar.inside[inner.type]
-                name = _normalized(_text(inner.child_by_field_name(by))) if by else ""
-                yield from self.definitions(body or inner, _joined(owner, name))
 
-    def _chunk(self, outer: "Node", inner: "Node", owner: str) -> Iterator[CodeChunk]:
-        """Yield the chunk of a definition (inner) with its wrappers (outer), unless it has an error."""
-        name, first = _name(inner), _with_attributes(outer)
-        if outer.has_error or not name or outer.end_point.row - first.start_point.row + 1 not in self.lengths:
-            return
-        row, owner = first.start_point.row, _receiver(inner) or owner
-        indent = self.lines[row][: len(self.lines[row]) - len(self.lines[row].lstrip())]
-        end = outer.end_byte + (self.source[outer.end_byte : outer.end_byte + 1] == b";")
-        own = (indent + self.source[first.start_byte : end].decode()).split("\n")
-        kept = {inside - row for inside in _rows_inside_strings(outer)} if indent else set()
-        yield CodeChunk(
-            self.language, self._kind(inner, owner), _joined(owner, name), row + 1, dedent(own, kept),
-            self._signature(outer, inner), comment_above(self.lines, row),
-        )  # fmt: skip
-
-    def _kind(self, inner: "Node", owner: str) -> str:
-        grammar = _GRAMMARS[self.language]
-        kind = grammar.functions.get(inner.type) or grammar.types[inner.type]
-        within = inner.parent.parent if inner.parent is not None else None
-        in_type = within is not None and within.type in {"impl_item", "trait_item", *grammar.types}
-        return "method" if kind == "function" and owner and in_type else kind
-
-    def _signature(self, outer: "Node", inner: "Node") -> str:
+def _definitions(file: _File, node: "Node", owner: str) -> Iterator[CodeChunk]:
+    """Yield the definitions below a node."""
+    grammar = _GRAMMARS[file.language]
+    for outer in node.named_children:
+        inner = _unwrapped(outer)
         body = inner.child_by_field_name("body")
-        end = body.start_byte if body is not None else outer.end_byte
-        head = self.source[outer.start_byte : end].decode()
-        if body is None:
-            head = head.partition("{")[0]
-        return " ".join(head.split()).removesuffix("=>").rstrip(" {=")
+        if inner.type in grammar.types or (inner.type in grammar.functions and body is not None):
+            yield from _chunk(file, outer, inner, owner)
+        if inner.type in grammar.types and body is not None:
+            yield from _definitions(file, body, _joined(owner, _name(inner)))
+        elif inner.type in grammar.inside:
+            by = grammar.inside[inner.type]
+            name = _normalized(_text(inner.child_by_field_name(by))) if by else ""
+            yield from _definitions(file, body or inner, _joined(owner, name))
+
+
+def _chunk(file: _File, outer: "Node", inner: "Node", owner: str) -> Iterator[CodeChunk]:
+    """Yield the chunk of a definition (inner) with its wrappers (outer), unless it has an error."""
+    grammar, name, first = _GRAMMARS[file.language], _name(inner), outer
+    while (before := first.prev_named_sibling) is not None and before.type in {"attribute_item", "decorator"}:
+        first = before
+    row = first.start_point.row
+    if outer.has_error or not name or outer.end_point.row - row + 1 not in file.lengths:
+        return
+    # The type that a Go method belongs to.
+    receiver = re.search(r"(\w+)\s*(?:\[[^)]*)?\)$", _text(inner.child_by_field_name("receiver")))
+    owner = receiver[1] if receiver else owner
+    kind = grammar.functions.get(inner.type) or grammar.types[inner.type]
+    within = inner.parent.parent if inner.parent is not None else None
+    in_type = within is not None and within.type in {"impl_item", "trait_item", *grammar.types}
+    body = inner.child_by_field_name("body")
+    head = file.source[outer.start_byte : body.start_byte if body is not None else outer.end_byte].decode()
+    if body is None:
+        head = head.partition("{")[0]
+    indent = indentation(file.lines[row])
+    end = outer.end_byte + (file.source[outer.end_byte : outer.end_byte + 1] == b";")
+    own = (indent + file.source[first.start_byte : end].decode()).split("\n")
+    kept = {inside - row for inside in _rows_inside_strings(outer)} if indent else set()
+    yield CodeChunk(
+        language=file.language,
+        kind="method" if kind == "function" and owner and in_type else kind,
+        name=_joined(owner, name),
+        line=row + 1,
+        code=dedent(own, kept),
+        signature=" ".join(head.split()).removesuffix("=>").rstrip(" {="),
+        doc=comment_above(file.lines, row),
+    )
 
 
 def _unwrapped(node: "Node") -> "Node":
@@ -215,19 +222,6 @@ def _name(node: "Node") -> str:
     return _normalized(_text(named))
 
 
-def _receiver(node: "Node") -> str:
-    """Return the type that a Go method belongs to."""
-    receiver = node.child_by_field_name("receiver")
-    found = re.search(r"(\w+)\s*(?:\[[^)]*)?\)$", _text(receiver))
-    return found[1] if found else ""
-
-
-def _with_attributes(node: "Node") -> "Node":
-    while (before := node.prev_named_sibling) is not None and before.type in {"attribute_item", "decorator"}:
-        node = before
-    return node
-
-
 def _rows_inside_strings(node: "Node") -> Iterator[int]:
     nodes = [node]
     while nodes:
@@ -238,14 +232,6 @@ def _rows_inside_strings(node: "Node") -> Iterator[int]:
             yield from range(one.start_point.row + 1, one.end_point.row + 1)
         else:
             nodes += one.children
-
-
-def _first_error_line(node: "Node") -> int:
-    below: Node | None = node
-    while below is not None and not (below.is_error or below.is_missing):
-        node = below
-        below = next((child for child in node.children if child.has_error or child.is_missing), None)
-    return int((below or node).start_point.row) + 1
 
 
 def _text(node: "Node | None") -> str:

@@ -332,7 +332,7 @@ def test_an_element_longer_than_the_buffer_is_read_whole(tmp_path, loop):
 def test_the_elements_do_not_depend_on_the_buffer_size(tmp_path, loop, monkeypatch, block):
     items = [{**GOOD, "output": '\ud83d\udea7 \\ "\n', "reward": -0.25}, {**GOOD, "prompt": "q", "confidence": 1e-3}]
     path = write_array(tmp_path / "log.json", *items, indent=1)
-    monkeypatch.setattr(row_readers, "BLOCK", block)
+    monkeypatch.setattr(row_readers, "_BLOCK", block)
     first, second = read_events(path, loop)
     assert (first[0].output, first[1].reward, second[0].confidence) == ('🚧 \\ "\n', -0.25, 0.001)
 

@@ -29,7 +29,7 @@ def test_code_and_documents_reach_the_dataset_with_provenance(make_loop):
     rows = dataset_rows(build_dataset(loop, artifact).path, "train")
     assert {row["source"] for row in rows} == {"own_code", "meetings"}
     provenances = {row["provenance"] for row in rows}
-    assert {"code.py::docstring_prompt", "source_record.py::SourceRecord", "orders.md::api"} <= provenances
+    assert {"teacher_validation.py::copied_fraction", "source_record.py::SourceRecord", "orders.md::api"} <= provenances
     assert all(report.new == 0 for report in sync_sources(loop, connect(), told.append))
     with connect().read() as connection:
         assert ("meetings", "kickoff.txt::api") in {

@@ -20,7 +20,7 @@ from finetune_pipeline.sources.code_chunks import CodeChunk, cut_python, first_s
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceError
 
 from .endpoint import said, teaching
-from .readings import taken
+from .read_source import taken
 
 AREA = '''\
 def area(width: float, height: float) -> float:

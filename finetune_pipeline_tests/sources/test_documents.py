@@ -14,7 +14,7 @@ from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, extract_fact
 from finetune_pipeline.sources.source_record import SourceError
 
 from .endpoint import said, teaching
-from .readings import taken
+from .read_source import taken
 
 EXAMPLES = PROJECT_ROOT / "examples" / "documents"
 FLOW = '---\nname: flow\ninstruction: Draw the topics of "{title}".\n---\n```mermaid\nflowchart TD\n{flow}\n```\n'

@@ -63,7 +63,7 @@ def test_reading_resumes_where_it_ended(tmp_path):
     assert (second.number, second.event.prompt) == (2, "prompt b")
 
 
-def test_an_incomplete_last_line_is_left_for_the_next_reading(tmp_path):
+def test_an_incomplete_last_line_is_left_for_the_next_read(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(line("a") + line("b")[:40])
     assert [record.number for record in read(path)] == [1]

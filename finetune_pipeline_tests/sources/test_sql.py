@@ -118,7 +118,7 @@ def test_pages_lose_no_row_with_equal_cursor_values(answers):
     assert sum(isinstance(one, Cursor) for one in read(source(batch_rows=7), None)) == 6
 
 
-def test_a_reading_resumes_where_the_last_one_ended(answers):
+def test_a_sync_resumes_where_the_last_one_ended(answers):
     answers(*(row(n, minutes=n) for n in range(1, 6)))
     cursor = given(source(overlap=0))[2]
     answers(row(6, minutes=6), row(2, minutes=7, stars=1))
@@ -223,7 +223,7 @@ def test_a_row_with_a_cursor_that_is_not_utf_8_is_skipped(tmp_path, monkeypatch,
     plain = source(rating=None, ratings={}, gold_star=None, author=None, domain=None, kind_column=None, batch_rows=page)
     records, skipped, cursor = given(plain)
     assert set(records) == {"answers:a", "answers:d"} and (cursor["kind"], cursor["value"]) == ("text", "3")
-    assert skipped["answers:\\udcffa"] == "id is not UTF-8, so no reading could resume after it"
+    assert skipped["answers:\\udcffa"] == "id is not UTF-8, so no sync could resume after it"
     assert skipped["answers:f"].startswith("Changed at is not UTF-8") and "answers:e" in skipped
     assert all(provenance.encode() for provenance in skipped)
     assert set(given(plain, cursor)[0]) == {"answers:d"}
@@ -283,7 +283,7 @@ def test_a_rating_needs_its_rewards_and_rewards_their_rating():
 
 
 def restarted(source, cursor):
-    """What a reading gave, and of each of its cursors whether it is of one that began again."""
+    """Return the provenances of the records that a sync yields, and the `restarted` of its cursors."""
     found = list(read(source, cursor))
     return {one.provenance for one in found if isinstance(one, SourceRecord)}, {
         one.restarted for one in found if isinstance(one, Cursor)

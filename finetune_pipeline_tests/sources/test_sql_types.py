@@ -48,7 +48,7 @@ def test_a_row_with_a_non_finite_cursor_is_skipped(table, kind, last, values, pa
     assert set(records) == {"t:2"} and cursor["value"] == last
     assert set(skipped) == {"t:1", "t:3", "t:4"}
     assert skipped["t:4"].lower().startswith("w is inf")
-    assert skipped["t:4"].endswith(", so no reading could resume after it")
+    assert skipped["t:4"].endswith(", so no sync could resume after it")
     assert set(given(plain(batch_rows=page), cursor)[0]) == {"t:2"}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from finetune_pipeline.settings import PROJECT_ROOT, home
 from finetune_pipeline.sources import teacher as module
-from finetune_pipeline.sources.source_record import SourceError
+from finetune_pipeline.sources.source_record import SkippedRecord, SourceError
 from finetune_pipeline.sources.teacher import Teacher, TeacherRequest
 
 from .endpoint import error, said, teaching
@@ -22,11 +22,18 @@ def short_waits(monkeypatch):
 
 
 def question(name, answer=50):
-    return name, TeacherRequest("You teach.", f"Request {name}", answer)
+    return TeacherRequest(name, None, "You teach.", f"Request {name}", answer)
 
 
 def ask(settings, *names, answer=50):
-    return {one.task: one.text or one.reason for one in Teacher(settings).answers(question(n, answer) for n in names)}
+    """Return the text of each answer, or the reason why there is none."""
+    told = {}
+    for one in Teacher(settings).answers(question(name, answer) for name in names):
+        if isinstance(one, SkippedRecord):
+            told[one.provenance] = one.reason
+        else:
+            told[one.request.provenance] = one.text
+    return told
 
 
 def echo(body, number):
@@ -57,8 +64,8 @@ def test_concurrent_identical_requests_are_sent_once():
         return echo(body, number)
 
     with teaching(slow) as (server, settings):
-        asked = [(n, TeacherRequest("You teach.", "the very same", 50)) for n in range(4)]
-        assert len([answer for answer in Teacher(settings).answers(asked) if answer.text]) == 4
+        asked = [TeacherRequest(str(n), n, "You teach.", "the very same", 50) for n in range(4)]
+        assert [answer.request.task for answer in Teacher(settings).answers(asked) if answer.text] == [0, 1, 2, 3]
         assert len(server.asked) == 1
 
 
@@ -123,7 +130,7 @@ def test_a_timeout_is_retried():
         assert len(server.asked) >= 2
 
 
-def test_an_endpoint_that_is_down_ends_the_reading_and_answers_are_kept():
+def test_an_endpoint_that_is_down_ends_the_sync_and_answers_are_kept():
     def script(body, number):
         return echo(body, number) if "good" in body["messages"][-1]["content"] else error(500)
 
@@ -135,13 +142,13 @@ def test_an_endpoint_that_is_down_ends_the_reading_and_answers_are_kept():
         assert len(server.asked) == before
 
 
-def test_the_budget_is_never_exceeded_and_the_next_reading_resumes():
+def test_the_budget_is_never_exceeded_and_the_next_sync_resumes():
     names = [f"q{n}" for n in range(12)]
     with teaching(echo, max_tokens=500, parallel=3) as (server, settings):
         first = ask(settings, *names)
         assert 100 * len(server.asked) <= 500
         assert {text for text in first.values() if text.startswith("budget")} == {
-            "budget: the 500 tokens of one reading (teacher.max_tokens) are spent; the next reading resumes here"
+            "budget: the 500 tokens of one sync (teacher.max_tokens) are spent; the next sync resumes here"
         }
         for _ in range(5):
             given = ask(settings, *names)
@@ -167,7 +174,7 @@ def test_a_reply_that_may_have_been_paid_counts_in_full(fault, asked):
         assert len(server.asked) == asked
 
 
-def test_a_closed_reading_waits_only_for_running_requests(monkeypatch):
+def test_a_closed_sync_waits_only_for_running_requests(monkeypatch):
     monkeypatch.setattr(module, "_FIRST_WAIT", 60.0)
 
     def script(body, number):
@@ -232,19 +239,19 @@ def test_the_newer_name_of_the_token_limit_is_used_if_required():
         assert [body.get("max_completion_tokens") for body in server.asked] == [None, 50, 50]
 
 
-READING = """
+ASK_30 = """
 import sys
 from finetune_pipeline.settings import TeacherSettings
 from finetune_pipeline.sources.teacher import TeacherRequest, Teacher
 settings = TeacherSettings(url=sys.argv[1], model="m", parallel=3)
-questions = [(n, TeacherRequest("You teach.", f"Request q{n}", 50)) for n in range(30)]
-print(sum(bool(answer.text) for answer in Teacher(settings).answers(questions)))
+requests = [TeacherRequest("", n, "You teach.", f"Request q{n}", 50) for n in range(30)]
+print(sum(bool(answer.text) for answer in Teacher(settings).answers(requests)))
 """
 
 
 def test_a_kill_loses_at_most_running_requests():
     with teaching(slowly) as (server, settings):
-        command = [sys.executable, "-c", READING, settings.url]
+        command = [sys.executable, "-c", ASK_30, settings.url]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "FINETUNE_HOME": str(home())}
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
             while len(server.asked) < 10:

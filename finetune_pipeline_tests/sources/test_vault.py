@@ -113,7 +113,7 @@ def taken(path, **changes):
 
 def note_records(text, path="Note.md", **changes):
     """Return what one note gives."""
-    return list(read_note(TextFile(path, text, None), NoteRules.of(source("unused", **changes)), ""))
+    return list(read_note(TextFile(path, text, None), NoteRules(source("unused", **changes)), ""))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ does, crashes the process on some 100,000 nested brackets, and fills the memory 
 """
 
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import yaml
@@ -26,8 +27,7 @@ def split(text: str) -> tuple[str, str]:
     Raises:
         FrontmatterError: the frontmatter is not closed.
     """
-    found = _FRONTMATTER.match(text)
-    if found:
+    if found := _FRONTMATTER.match(text):
         return found["yaml"], text[found.end() :]
     if _START.match(text):
         raise FrontmatterError("its frontmatter is not closed; add a line ---")
@@ -42,59 +42,43 @@ def properties(frontmatter: str) -> dict[str, list[str]]:
     """
     if len(frontmatter) > _MAX_CHARS:
         raise FrontmatterError(f"its frontmatter is longer than {_MAX_CHARS} characters")
-    parser = _PropertyParser()
+    found: dict[str, list[str]] = {}
+    depth, key = 0, None
     try:
         for event in yaml.parse(frontmatter, Loader=yaml.CSafeLoader):
-            parser.add(event)
+            if isinstance(event, yaml.AliasEvent):
+                raise FrontmatterError("its frontmatter uses a YAML alias (*name); write the value itself")
+            if isinstance(event, yaml.CollectionStartEvent):
+                if depth == 0 and not isinstance(event, yaml.MappingStartEvent):
+                    raise FrontmatterError("its frontmatter is a list, expected `key: value` lines")
+                if depth == 1 and key is None:
+                    raise FrontmatterError("its frontmatter has a key that is not text; put it into quotes")
+                depth += 1
+                if depth > _MAX_DEPTH:
+                    raise FrontmatterError(f"its frontmatter is nested deeper than {_MAX_DEPTH} levels")
+                continue
+            if isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            elif not isinstance(event, yaml.ScalarEvent):
+                continue
+            elif depth == 0:
+                raise FrontmatterError("its frontmatter is text, expected `key: value` lines")
+            elif key is None:
+                key = event.value.strip().casefold()
+                if key in found:
+                    raise FrontmatterError("its frontmatter has a key twice; remove one")
+                found[key] = []
+                continue
+            else:
+                found[key].append(event.value)
+            if depth == 1:  # the end of the key's value
+                key = None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 2}"
-        raise FrontmatterError(
-            f"its frontmatter is not YAML{where}; correct it, so that its tags can be read"
-        ) from None
-    return parser.found
-
-
-class _PropertyParser:
-    """Collects keys and texts from YAML events."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, list[str]] = {}
-        self.depth = 0
-        self.key: str | None = None
-
-    def add(self, event: yaml.Event) -> None:
-        if isinstance(event, yaml.AliasEvent):
-            raise FrontmatterError("its frontmatter uses a YAML alias (*name); write the value itself")
-        if isinstance(event, yaml.CollectionStartEvent):
-            if self.depth == 0 and not isinstance(event, yaml.MappingStartEvent):
-                raise FrontmatterError("its frontmatter is a list, expected `key: value` lines")
-            if self.depth == 1 and self.key is None:
-                raise FrontmatterError("its frontmatter has a key that is not text; put it into quotes")
-            self.depth += 1
-            if self.depth > _MAX_DEPTH:
-                raise FrontmatterError(f"its frontmatter is nested deeper than {_MAX_DEPTH} levels")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            self.depth -= 1
-            self._end_value()
-        elif isinstance(event, yaml.ScalarEvent):
-            self._add_scalar(event.value)
-
-    def _add_scalar(self, value: str) -> None:
-        if self.depth == 0:
-            raise FrontmatterError("its frontmatter is text, expected `key: value` lines")
-        if self.key is None:
-            self.key = value.strip().casefold()
-            if self.key in self.found:
-                raise FrontmatterError("its frontmatter has a key twice; remove one")
-            self.found[self.key] = []
-        else:
-            self.found[self.key].append(value)
-            self._end_value()
-
-    def _end_value(self) -> None:
-        if self.depth == 1:
-            self.key = None
+        reason = f"its frontmatter is not YAML{where}; correct it, so that its tags can be read"
+        raise FrontmatterError(reason) from None
+    return found
 
 
 def tags(found: dict[str, list[str]]) -> list[str]:
@@ -106,9 +90,7 @@ def tags(found: dict[str, list[str]]) -> list[str]:
 def created(found: dict[str, list[str]]) -> datetime | None:
     """Return the note's date of creation, or None. Without a time zone it is UTC."""
     for value in (value for key in _DATES for value in found.get(key, [])[:1]):
-        try:
+        with suppress(ValueError, OverflowError):
             moment = datetime.fromisoformat(value.strip(' []"'))
             return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-        except (ValueError, OverflowError):
-            continue
     return None

@@ -145,19 +145,17 @@ def readable(blocks: list[tuple[list[str], bool]], is_label: IsLabel) -> str:
     """
     result: list[str] = []
     for lines, is_code in blocks:
-        for line in lines if is_code else _prose("\n".join(lines), is_label):
+        if not is_code:
+            text = _CALLOUT.sub(lambda m: f"{m[1]}**{m[3].strip() or m[2].capitalize()}**", "\n".join(lines))
+            if "#" in text:
+                kept = (_without_labels(line, is_label) if "#" in line else line for line in text.split("\n"))
+                text = "\n".join(line for line in kept if line is not None)
+            # Two spaces at the end of a line are an invisible line break in Markdown.
+            lines = [line.rstrip() for line in _plain(text).split("\n")]
+        for line in lines:
             if line or is_code or (result and result[-1]):  # several blank lines become one, except in code
                 result.append(line)
     return "\n".join(result).strip("\n")
-
-
-def _prose(text: str, is_label: IsLabel) -> list[str]:
-    text = _CALLOUT.sub(lambda m: f"{m[1]}**{m[3].strip() or m[2].capitalize()}**", text)
-    if "#" in text:
-        lines = (_without_labels(line, is_label) if "#" in line else line for line in text.split("\n"))
-        text = "\n".join(line for line in lines if line is not None)
-    # Two spaces at the end of a line are an invisible line break in Markdown.
-    return [line.rstrip() for line in _plain(text).split("\n")]
 
 
 def _without_labels(line: str, is_label: IsLabel) -> str | None:
@@ -204,8 +202,6 @@ def _link_text(link: str) -> str:
     if alias.strip():
         return alias.strip()
     note, *headings = target.split("#")
-    names = [
-        note.rsplit("/", 1)[-1].strip().removesuffix(".md"),
-        *(h.strip() for h in headings if not h.startswith("^")),
-    ]
-    return " > ".join(name for name in names if name)
+    names = [note.rsplit("/", 1)[-1].strip().removesuffix(".md")]
+    names += [heading.strip() for heading in headings if not heading.startswith("^")]
+    return " > ".join(filter(None, names))

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -18,7 +18,6 @@ _BEFORE_NAME = re.compile(r"[\W\d_]*")
 _HEADING_CHARS = 100
 
 
-@dataclass(frozen=True)
 class NoteRules:
     """The source's settings, case-folded for comparison.
 
@@ -29,21 +28,12 @@ class NoteRules:
         whole_days: a daily note without any of the tags is a reflection.
     """
 
-    tags: Mapping[str, str]
-    headings: Mapping[str, str]
-    private: re.Pattern[str]
-    whole_days: bool
-
-    @classmethod
-    def of(cls, source: VaultSource) -> "NoteRules":
-        """Return the rules of a source."""
+    def __init__(self, source: VaultSource) -> None:
         names = "|".join(re.escape(_fold(tag.lstrip("#"))) for tag in source.private_tags)
-        return cls(
-            tags={_fold(tag.lstrip("#")): kind for tag, kind in source.tags.items()},
-            headings={_fold(heading): kind for heading, kind in source.headings.items()},
-            private=re.compile(f"#(?:{names})(?![\\w-])" if names else "(?!)"),
-            whole_days=source.whole_daily_notes,
-        )
+        self.tags = {_fold(tag.lstrip("#")): kind for tag, kind in source.tags.items()}
+        self.headings = {_fold(heading): kind for heading, kind in source.headings.items()}
+        self.private = re.compile(f"#(?:{names})(?![\\w-])" if names else "(?!)")
+        self.whole_days = source.whole_daily_notes
 
     def kind(self, found: Iterable[str]) -> str | None:
         """Return the kind of these tags. A nested tag (`decision/architecture`) also counts for its parents."""
@@ -131,10 +121,19 @@ def read_note(file: TextFile, rules: NoteRules, folder: str) -> Iterator[SourceR
     answers: dict[tuple[str, str], tuple[_Selection, list[str]]] = {}
     for selection in _select(parsed, kind, rules, name, title):
         provenance = "#".join([file.path, *selection.headings])
-        answer = _answer(selection, rules, name, title)
-        if answer:
+        parts, has_text = [], False
+        for number, section in enumerate(selection.sections):
+            heading = heading_text(section.heading)
+            if number and heading and not _repeats_title(section, heading, name, title):
+                parts.append(f"{'#' * section.level} {heading}\n")
+            text = readable(section.blocks, lambda tag: rules.kind([tag]) is not None)
+            if text.strip():
+                has_text = True
+                parts.append(f"{text}\n")
+        if has_text:
             # Sections with the same heading are one answer.
-            answers.setdefault((provenance, selection.kind), (selection, []))[1].append(answer)
+            texts = answers.setdefault((provenance, selection.kind), (selection, []))[1]
+            texts.append("\n".join(parts).strip("\n"))
         elif selection.tagged:
             yield SkippedRecord(provenance, "has the tag, but no text")
     moment = created(found) or name.moment or file.modified
@@ -178,20 +177,6 @@ def _repeats_title(section: Section, heading: str, name: NoteName, title: str) -
     if not heading or _fold(heading) == _fold(title):
         return True
     return name.day is not None and name.is_daily and section.level == 1 and str(name.day.year) in heading
-
-
-def _answer(selection: _Selection, rules: NoteRules, name: NoteName, title: str) -> str:
-    """Return the text of a selection; empty if it has only headings."""
-    parts, has_text = [], False
-    for number, section in enumerate(selection.sections):
-        heading = heading_text(section.heading)
-        if number and heading and not _repeats_title(section, heading, name, title):
-            parts.append(f"{'#' * section.level} {heading}\n")
-        text = readable(section.blocks, lambda tag: rules.kind([tag]) is not None)
-        if text.strip():
-            has_text = True
-            parts.append(f"{text}\n")
-    return "\n".join(parts).strip("\n") if has_text else ""
 
 
 def _fold(text: str) -> str:
