@@ -27,6 +27,7 @@ from finetune_pipeline.sources.teacher_validation import (
     parses,
 )
 from finetune_pipeline.sources.text_files import read_texts
+from finetune_pipeline.wording import counted
 
 MAX_FILE_BYTES = 1_000_000
 """A larger file is data or generated."""
@@ -98,7 +99,7 @@ def read(
         else:
             undocumented[provenance.rpartition("::")[0]] += 1
     for path, count in undocumented.items():
-        reason = f"{count} classes and functions have no docstring or comment; a teacher can describe them"
+        reason = f"{counted(count, 'definition')} without docstring or comment; a teacher can describe them"
         yield SkippedRecord(path, reason)
 
 

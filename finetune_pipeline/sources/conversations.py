@@ -39,7 +39,7 @@ _ANSWER_FIELDS = ("completion", "response", "output")
 
 
 class _Conversation(NamedTuple):
-    """History, prompt and answer of a row, and the mark that excludes a later answer from training."""
+    """History, prompt and answer of a row, and the field that excludes a later answer from training."""
 
     history: list[Turn]
     prompt: Any
@@ -48,7 +48,7 @@ class _Conversation(NamedTuple):
 
 
 class _Message(NamedTuple):
-    """A turn, and the mark that makes it context only; empty if it may be the target."""
+    """A turn, and the reason why it is only context; empty if it may be the target."""
 
     turn: Turn
     context: str = ""
@@ -60,14 +60,17 @@ def _not_blank(text: str) -> str:
     return text
 
 
+_NonBlankText = Annotated[Text, Field(strict=True), AfterValidator(_not_blank)]
+
+
 class _ConvertedRow(BaseModel):
     """The fields of a row after its format is converted."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, coerce_numbers_to_str=True)
 
-    prompt: Annotated[Text, Field(strict=True), AfterValidator(_not_blank)]
-    answer: Annotated[Text, Field(strict=True), AfterValidator(_not_blank)]
-    correction: Annotated[Text, Field(strict=True), AfterValidator(_not_blank)] | None = None
+    prompt: _NonBlankText
+    answer: _NonBlankText
+    correction: _NonBlankText | None = None
     reward: float | None = Field(default=None, ge=-1, le=1)
     user: ShortText | None = None
     domain: ShortText | None = None
@@ -79,8 +82,7 @@ def to_record(row: Any, provenance: str, form: FileFormat = "auto") -> SourceRec
     """Return the conversation of a row.
 
     Args:
-        provenance: where the row is.
-        form: the row's format; auto tells it by its fields.
+        form: the row's format; auto detects it from the fields.
 
     Raises:
         ValueError: the row has no known format, a field is missing, empty or of the wrong type, or no answer may be
@@ -90,7 +92,7 @@ def to_record(row: Any, provenance: str, form: FileFormat = "auto") -> SourceRec
         raise ValueError(f"found {type(row).__name__}, expected an object with named fields")
     said = _conversation(row, _format_of(row) if form == "auto" else form)
     if mark := loss_mask_field(row):
-        raise ValueError(f"the row is not to be trained on ({mark})")
+        raise ValueError(f"the row is excluded from training ({mark})")
     try:
         fields = _ConvertedRow.model_validate({**row, "prompt": said.prompt, "answer": said.answer})
     except ValidationError as error:
@@ -98,7 +100,7 @@ def to_record(row: Any, provenance: str, form: FileFormat = "auto") -> SourceRec
     corrected = fields.correction is not None
     if corrected and said.excluded_answer:
         raise ValueError(
-            f"correction: it is of the last answer, which is not to be trained on ({said.excluded_answer})"
+            f"correction: it corrects the last answer, which is excluded from training ({said.excluded_answer})"
         )
     return SourceRecord(
         provenance, fields.prompt, fields.correction or fields.answer, tuple(said.history),
@@ -142,7 +144,7 @@ def _conversation(row: Mapping[str, Any], form: str) -> _Conversation:
             raise ValueError(f"found {', '.join(found) or 'no answer'}, expected one of {', '.join(_ANSWER_FIELDS)}")
         prompt, answer = _field(row, "prompt"), row[found[0]]
         if isinstance(prompt, list) and isinstance(answer, list):
-            before = [message._replace(context="it stands in prompt") for message in _messages(prompt, "prompt")]
+            before = [message._replace(context="it is in the prompt") for message in _messages(prompt, "prompt")]
             return _split([*before, *_messages(answer, found[0])])
     history = row.get("history")  # messages, or [prompt, answer] pairs
     turns = [message.turn for message in _messages(history_messages(history), "history")] if history else []
@@ -202,12 +204,12 @@ def _split(messages: Sequence[_Message]) -> _Conversation:
     """Return the last answer to train on with its prompt and history. The turns after it are dropped."""
     answers = [number for number, message in enumerate(messages) if message.turn.role == "assistant"]
     if not answers:
-        raise ValueError("no turn is the assistant's, so there is no answer")
+        raise ValueError("there is no turn of the assistant, so there is no answer")
     last = next((number for number in reversed(answers) if not messages[number].context), None)
     excluded = messages[answers[-1]].context
     if last is None:
-        raise ValueError(f"no answer is to be trained on ({excluded})")
+        raise ValueError(f"every answer is excluded from training ({excluded})")
     turns = [message.turn for message in messages]
     if last == 0 or turns[last - 1].role != "user":
-        raise ValueError("no turn of the user stands before the last answer")
+        raise ValueError("no turn of the user precedes the last answer")
     return _Conversation(turns[: last - 1], turns[last - 1].content, turns[last].content, excluded)

@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,14 @@ class _Task:
     """A document with a template.
 
     Attributes:
-        facts: placeholder -> what the document says; empty if it says nothing.
+        record: its answer is the filled template.
+        instruction: the template's, filled.
     """
 
-    provenance: str
+    record: SourceRecord
     template: Template
+    instruction: str
     document: str
-    facts: dict[str, str]
 
 
 def read(
@@ -107,18 +108,25 @@ def read(
         redact = str  # nothing leaves this machine
     elif redact is None:
         raise ValueError("documents are sent to a teacher only if they are redacted: pass `redact`")
-    found = list(_templates(project_path(source.templates)))
-    yield from (one for one in found if isinstance(one, SkippedRecord))
-    templates = [one for one in found if isinstance(one, Template)]
+    templates: dict[str, Template] = {}
+    folder = project_path(source.templates)
+    for file in read_texts(folder, lambda path: path.lower().endswith(".md"), max_bytes=MAX_FILE_BYTES):
+        if isinstance(file, SkippedRecord):
+            yield SkippedRecord(f"template {file.provenance}", file.reason)
+        elif isinstance(template := parse_template(file.text), str):
+            yield SkippedRecord(f"template {file.path}", template)
+        elif template.name in templates:
+            yield SkippedRecord(f"template {file.path}", f"another template is named {template.name}")
+        else:
+            templates[template.name] = template
     if not templates:
         raise SourceError(
             f"{source.templates} contains no usable template: a .md file with `name` and `instruction` in its front "
             "matter, and the form of the artifact below; see docs/sources-documents.md"
         )
-    tasks = _tasks(source, templates, redact)
+    tasks = _tasks(source, list(templates.values()), redact)
     if source.teacher is None:
-        for task in tasks:
-            yield task if isinstance(task, SkippedRecord) else _record(task, fill(task.template.body, task.facts))
+        yield from (task if isinstance(task, SkippedRecord) else task.record for task in tasks)
         return
     requests = (task if isinstance(task, SkippedRecord) else _teacher_request(task) for task in tasks)
     for answer in Teacher(source.teacher).answers(requests):
@@ -198,22 +206,6 @@ def block_problem(text: str) -> str:
     return ""
 
 
-def _templates(folder: Path) -> Iterator[Template | SkippedRecord]:
-    names: set[str] = set()
-    for file in read_texts(folder, lambda name: name.lower().endswith(".md"), max_bytes=MAX_FILE_BYTES):
-        if isinstance(file, SkippedRecord):
-            yield SkippedRecord(f"template {file.provenance}", file.reason)
-            continue
-        template = parse_template(file.text)
-        if isinstance(template, str):
-            yield SkippedRecord(f"template {file.path}", template)
-        elif template.name in names:
-            yield SkippedRecord(f"template {file.path}", f"another template is named {template.name}")
-        else:
-            names.add(template.name)
-            yield template
-
-
 def _tasks(
     source: DocumentsSource, templates: list[Template], redact: Callable[[str], str]
 ) -> Iterator[_Task | SkippedRecord]:
@@ -244,18 +236,21 @@ def _tasks(
                     reason = f"the document names no {', '.join(missing)}, which the template needs"
                     yield SkippedRecord(provenance, reason)
                 else:
-                    yield _Task(provenance, template, text, facts)
+                    instruction = fill(template.instruction, facts)
+                    prompt, answer = f"{instruction}\n\n{text}", fill(template.body, facts)
+                    record = SourceRecord(provenance, prompt, answer, kind=template.name)
+                    yield _Task(record, template, instruction, text)
 
 
 def _teacher_request(task: _Task) -> TeacherRequest[_Task]:
     # The end marks contain a hash of both texts, so neither text can contain them.
     mark = hash_of([task.document, task.template.body])[:12]
     user = (
-        f"Task: {fill(task.template.instruction, task.facts)}\n\n"
+        f"Task: {task.instruction}\n\n"
         f"<form-{mark}>\n{task.template.body}\n</form-{mark}>\n\n"
         f"<document-{mark}>\n{task.document}\n</document-{mark}>"
     )
-    return TeacherRequest(task.provenance, task, _INSTRUCTION.format(mark=mark), user, _ANSWER_TOKENS)
+    return TeacherRequest(task.record.provenance, task, _INSTRUCTION.format(mark=mark), user, _ANSWER_TOKENS)
 
 
 def _artifact(task: _Task, text: str) -> SourceRecord | SkippedRecord:
@@ -263,13 +258,8 @@ def _artifact(task: _Task, text: str) -> SourceRecord | SkippedRecord:
     if len(blocks) == 1 and blocks[0][0] in {"markdown", "md"} and FENCE.sub("", text).strip() == "":
         text = blocks[0][1].strip("\n")  # many models put a Markdown answer into a fenced block
     if problem := artifact_problem(text, task.template, task.document):
-        return SkippedRecord(task.provenance, f"the teacher's artifact {problem}")
-    return _record(task, text)
-
-
-def _record(task: _Task, answer: str) -> SourceRecord:
-    prompt = f"{fill(task.template.instruction, task.facts)}\n\n{task.document}"
-    return SourceRecord(task.provenance, prompt, answer, kind=task.template.name)
+        return SkippedRecord(task.record.provenance, f"the teacher's artifact {problem}")
+    return replace(task.record, answer=text)
 
 
 def _split_front_matter(text: str) -> tuple[dict[Any, Any] | None, str]:

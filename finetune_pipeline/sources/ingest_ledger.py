@@ -84,7 +84,7 @@ def advance(
         last = lines[-1]
         reached = Position(last.end, last.number, start.rejected + len(rejected), last.prefix_hash)
     r, f, path = t.rejected_lines.c, t.ingested_files.c, str(file.path)
-    # When a file is read again, its lines from here on are judged again.
+    # When a file is read again, its lines from here on are accepted or rejected again.
     connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == path, r.line > start.lines))
     if rejected:
         rows = [
@@ -99,7 +99,7 @@ def advance(
 
 
 def unread(connection: sa.Connection, loop: str, folders: Sequence[Path]) -> list[UnreadFile]:
-    """Return the files that the ledger does not know or that changed since, judged by `stat` alone."""
+    """Return the files that the ledger does not know, or whose `stat` changed since they were read."""
     f = t.ingested_files.c
     columns = (f.path, f.inode, f.size, f.mtime_ns, f.ctime_ns)
     rows = connection.execute(sa.select(*columns).where(f.loop == loop, f.finished)).all()

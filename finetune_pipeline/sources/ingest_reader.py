@@ -95,7 +95,7 @@ def read_whole(
     """Yield all lines of a file of any kind. The `end` of each is the file's size.
 
     Args:
-        name: the file's name in the provenance of conversations; default its own name.
+        name: replaces the file's name in the provenance of conversations.
 
     Raises:
         OSError: the file cannot be read.

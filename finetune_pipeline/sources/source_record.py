@@ -20,7 +20,7 @@ class SourceRecord:
             later record with the same provenance is a newer state of the same thing.
         prompt, history: the last message of the user, and the messages before it.
         answer: the target.
-        reward: -1 to 1; None stands for the source's `reward` in the YAML.
+        reward: -1 to 1; None means the source's `reward` in the YAML.
         model_output: the model's answer, if `answer` is a person's correction of it.
         created_at, user, domain, kind: as in `records.Interaction`.
         keyed: whether the provenance contains a stable key. Other records are recognized by their text.

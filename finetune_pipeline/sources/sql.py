@@ -183,7 +183,7 @@ def _filters(source: SqlSource, table: sa.TableClause) -> list[sa.ColumnElement[
     conditions: list[sa.ColumnElement[bool]] = []
     for name, values in source.only.items():
         column = table.c[name]
-        # An enum of the database can be compared with its own values only.
+        # An enum of the database can be compared with its values only.
         is_text = isinstance(column.type, sa.String) and not isinstance(column.type, sa.Enum)
         condition: sa.ColumnElement[bool] = (column if is_text else sa.cast(column, sa.String(_MAX_TEXT))).in_(values)
         if isinstance(column.type, sa.Numeric | sa.Float):  # the text of 3 may be 3.0

@@ -242,7 +242,7 @@ class Teacher:
                 if error.retry_after is None:
                     self._stopped.wait(wait * random.uniform(0.5, 1.0))
                 elif error.retry_after > _LONGEST_RETRY_AFTER:
-                    reason = f"{error}, and asks to come back in {error.retry_after:.0f} seconds"
+                    reason = f"{error}, and asks to retry after {error.retry_after:.0f} seconds"
                     raise _GivenUp(reason) from error
                 else:  # applies to all threads
                     self._not_before = max(self._not_before, time.monotonic() + error.retry_after)

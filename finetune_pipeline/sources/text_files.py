@@ -52,8 +52,8 @@ def find_files(
         ignored_folder: returns whether to leave out a folder, from its path.
         use_gitignore: leave out what the folder's own .gitignore files exclude. Git itself is not run, since a
             repository's configuration can make git run commands.
-        inner_links: follow symbolic links to files that are inside the root and not hidden, and leave out all other
-            links without a word. By default links are not followed but reported.
+        inner_links: follow symbolic links to files that are inside the root and not hidden, and silently leave out
+            all other links. By default links are not followed but reported.
     """
     paths: list[str] = []
     skipped: list[SkippedRecord] = []
@@ -108,7 +108,7 @@ def read_text(root: Path, path: str, *, max_bytes: int, setting: str = "") -> Te
     if printable(path) != path:
         return SkippedRecord(printable(path), "its name is not UTF-8; rename it")
     try:
-        with _open_regular(root / path) as file:  # it may have become a link since its folder was read
+        with _open_no_follow(root / path) as file:  # it may have become a link since its folder was read
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 return SkippedRecord(path, "is not a regular file")
@@ -169,7 +169,7 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_no_follow(path: Path) -> BinaryIO:
     """Open a file for reading, but not through a link, and without waiting for the writer of a pipe."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 
@@ -182,7 +182,7 @@ def _ignore_rules(root: Path, folder: str) -> list[_IgnoreRules]:
     rules = []
     for name in names:
         try:
-            with _open_regular(root / folder / name) as file:
+            with _open_no_follow(root / folder / name) as file:
                 lines = file.read(_IGNORE_FILE_BYTES).decode("utf-8", "surrogateescape").splitlines()
         except OSError:
             continue

@@ -211,7 +211,7 @@ def _unwrapped(node: "Node") -> "Node":
 
 
 def _name(node: "Node") -> str:
-    """Return a definition's name: its own, or of the variable it is assigned to; in C, inside its declarators."""
+    """Return the name of a definition or of the variable it is assigned to; in C, it is inside the declarators."""
     named = node.child_by_field_name("name")
     if named is None and node.parent is not None and node.parent.type in {"variable_declarator", "type_spec"}:
         named = node.parent.child_by_field_name("name")

@@ -108,7 +108,7 @@ def test_classes_methods_and_conditional_definitions_have_their_own_provenance(r
     assert list(records) == [
         f"shapes.py::{name}" for name in ("Circle", "Circle.area", "Circle.area#2", "Circle.grow", "fast_area")
     ]
-    assert skipped == {"shapes.py": "1 classes and functions have no docstring or comment; a teacher can describe them"}
+    assert skipped == {"shapes.py": "1 definition without docstring or comment; a teacher can describe them"}
     asked = [record.prompt for record in records.values()]
     assert asked[0] == "Write the Python class `Circle(Shape)`: A round shape of one radius."
     assert asked[3] == (
@@ -131,7 +131,9 @@ def test_this_projects_own_code_gives_answers_that_parse():
         (definition,) = ast.parse(record.answer).body
         assert record.provenance.partition("#")[0].endswith(definition.name)
         assert 3 <= record.answer.count("\n") + 1 <= source.max_lines
-    assert not [reason for reason in skipped.values() if "no docstring" not in reason and "generated" not in reason]
+    assert not [
+        reason for reason in skipped.values() if "without docstring" not in reason and "generated" not in reason
+    ]
 
 
 def test_the_standard_library_is_cut_without_losing_a_character():
@@ -291,7 +293,7 @@ def test_other_languages_are_cut_by_their_grammars(repository):
         "Area gives the area of a shape.",
     }
     assert records["a.rs::Shape.area"].answer == "#[inline]\nfn area(&self) -> f64 {\n    self.w\n}"
-    assert skipped == {"a.ts": "1 classes and functions have no docstring or comment; a teacher can describe them"}
+    assert skipped == {"a.ts": "1 definition without docstring or comment; a teacher can describe them"}
     for record in records.values():
         owner = record.provenance.partition("::")[2].rpartition(".")[0]
         assert tree_sitter_chunks.parses(record.domain, record.answer, owner)

@@ -149,7 +149,7 @@ def test_a_mixed_table_of_pandas_is_read_row_by_row(tmp_path, name):
         table.to_json(path, orient="records", lines=name == "a.jsonl")
     *taken, skipped = found(path)
     assert [record.answer for record in taken] == ["text", "c", "c", "done"][: len(rows) - 1]
-    assert taken[1].reward == 0.5 and "the row is not to be trained on (train: " in skipped.reason
+    assert taken[1].reward == 0.5 and "the row is excluded from training (train: " in skipped.reason
 
 
 def test_an_empty_text_and_infinity_are_not_null(tmp_path):
@@ -194,20 +194,20 @@ def test_an_answer_that_is_not_to_be_trained_on_is_context_only(tmp_path, form, 
     first, second, skipped = found(path)
     assert first == SourceRecord("a.jsonl:1", "150 mm", "text", (SYSTEM, *EARLIER))  # and nothing of what came later
     assert second == SourceRecord("a.jsonl:2", "150 mm", "text", (SYSTEM, *EARLIER))
-    assert skipped == SkippedRecord("a.jsonl:3", f"no answer is to be trained on ({name}: {value})")
+    assert skipped == SkippedRecord("a.jsonl:3", f"every answer is excluded from training ({name}: {value})")
 
 
 @pytest.mark.parametrize(("name", "value"), SAYS_NO)
 @pytest.mark.parametrize("file", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_a_row_that_is_not_to_be_trained_on_is_skipped(tmp_path, name, value, file):
     (skipped,) = found(write_as(tmp_path / file, [{"prompt": "p", "output": "o", name: value}]))
-    assert skipped.reason == f"the row is not to be trained on ({name}: {value})"
+    assert skipped.reason == f"the row is excluded from training ({name}: {value})"
 
 
 @pytest.mark.parametrize("row", [row for row, *_ in FORMS], ids=lambda row: "+".join(row))
 def test_a_row_of_any_format_that_is_not_to_be_trained_on_is_skipped(tmp_path, row):
     (skipped,) = found(write(tmp_path / "a.jsonl", row | {"weight": 0}))
-    assert skipped.reason == "the row is not to be trained on (weight: 0)"
+    assert skipped.reason == "the row is excluded from training (weight: 0)"
 
 
 @pytest.mark.parametrize(("name", "value"), SAYS_YES)
@@ -225,8 +225,8 @@ def test_an_answer_marked_as_trained_on_is_the_target(tmp_path, row, prompt, his
         ({"prompt": "p", "completion": "c", "train": [0]}, "train: found [0]"),
         ({"messages": [USER, TOLD | {"loss": "some"}]}, "loss: found 'some'"),
         ({"messages": [USER, TOLD, *LATER[:1], LATER[1] | {"weight": 0}], "correction": "good"},
-         "correction: it is of the last answer, which is not to be trained on (weight: 0)"),
-        ({"messages": [USER, TOLD | {"weight": 0}, TOLD]}, "no turn of the user stands before"),
+         "correction: it corrects the last answer, which is excluded from training (weight: 0)"),
+        ({"messages": [USER, TOLD | {"weight": 0}, TOLD]}, "no turn of the user precedes the last answer"),
     ],
 )  # fmt: skip
 def test_a_contradictory_or_unreadable_mark_is_skipped_with_its_reason(tmp_path, row, reason):
@@ -244,7 +244,7 @@ def test_an_export_that_was_marked_later_is_not_trained_on(tmp_path, form):
     history = (SYSTEM, *EARLIER)
     export_examples(tmp_path / "out.jsonl", [DatasetExample("150 mm", "text", 0.5, "logs", history=history)], form, "")
     row = json.loads((tmp_path / "out.jsonl").read_text())
-    assert "not to be trained on" in found(write(tmp_path / "a.jsonl", row | {"train": False}))[0].reason
+    assert "excluded from training" in found(write(tmp_path / "a.jsonl", row | {"train": False}))[0].reason
     for turns in (row.get("messages"), row.get("conversations")):
         if turns:
             turns[-1]["weight"] = 0
@@ -294,9 +294,9 @@ GOOD = {"prompt": "p", "completion": "c"}
         ({"instruction": "", "output": "o"}, "prompt: found '', is empty"),
         ({"messages": "p"}, "outside of the turns"),
         ({"messages": {"role": "user"}}, "messages: found dict, expected a list of turns"),
-        ({"messages": []}, "no turn is the assistant's"),
+        ({"messages": []}, "there is no turn of the assistant"),
         ({"messages": [ASKED[1]]}, "no turn of the user"),
-        ({"messages": [ASKED[0], ASKED[1], ASKED[1]]}, "no turn of the user stands before the last answer"),
+        ({"messages": [ASKED[0], ASKED[1], ASKED[1]]}, "no turn of the user precedes the last answer"),
         ({"messages": [ASKED[0], {"role": "tool", "content": "4"}]}, "turn 2: the role is 'tool'"),
         ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "turn 2: found NoneType, expected a text"),
         ({"messages": ["hi"]}, "turn 1: found str, expected an object"),

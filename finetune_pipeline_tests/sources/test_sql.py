@@ -322,6 +322,17 @@ def test_settings_that_change_no_row_keep_the_cursor(answers):
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_postgresql_is_read_in_read_only_transactions(answers, url):
+    answers(row(1))
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        shown = "current_setting('transaction_read_only') AS read_only"
+        connection.execute(sa.text(f"CREATE VIEW shown AS SELECT *, {shown} FROM answers"))
+    engine.dispose()
+    assert given(source(table="shown", response="read_only"))[0]["shown:1"].answer == "on"
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_another_database_restarts_and_another_password_does_not(answers, url, monkeypatch):
     answers(row(1), row(2, minutes=60))
     cursor = given(source())[2]

@@ -93,7 +93,7 @@ def test_retry_after_is_respected():
 
 def test_a_retry_after_of_an_hour_is_given_up():
     with teaching(lambda body, number: error(429, **{"Retry-After": "3600"})) as (server, settings):
-        assert "come back in 3600 seconds" in ask(settings, "a")["a"]
+        assert "asks to retry after 3600 seconds" in ask(settings, "a")["a"]
         assert len(server.asked) == 1
 
 

@@ -79,7 +79,7 @@ def sections(body: str) -> list[Section]:
             found[-1].blocks.append((lines[at:start], False))
         if is_heading:
             found.append(Section(int(token.tag[1]), tokens[number + 1].content))
-        elif token.type == "comment":  # a block of its own, so that no text before it can hide it
+        elif token.type == "comment":  # a separate block, so that no text before it can hide it
             found[-1].blocks.append(([*token.content.splitlines(), *lines[start:end]], False))
         # A query is left out: what the plugin would show in its place is not part of the note.
         elif token.info.strip().split(" ")[0].lower() not in _QUERIES:

@@ -92,7 +92,7 @@ class _Parent:
 def read_note(file: TextFile, rules: NoteRules, folder: str) -> Iterator[SourceRecord | SkippedRecord]:
     """Yield the records of a note. No text is in two of them.
 
-    A section of another kind than the section around it is a record of its own and left out there.
+    A section of another kind than the section around it becomes a separate record and is left out of the outer one.
 
     Args:
         folder: the note's folder, if other notes have the same name; else empty.
@@ -173,7 +173,7 @@ def _select(
 
 
 def _repeats_title(section: Section, heading: str, name: NoteName, title: str) -> bool:
-    """Return whether a heading says no more than the note's name, such as `# Friday, 3 May 2024` in a daily note."""
+    """Return whether a heading only repeats the note's name, such as `# Friday, 3 May 2024` in a daily note."""
     if not heading or _fold(heading) == _fold(title):
         return True
     return name.day is not None and name.is_daily and section.level == 1 and str(name.day.year) in heading
