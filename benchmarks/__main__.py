@@ -9,7 +9,7 @@ gateway         overhead per request, tokens per second by clients, hot swaps un
 llama_server    tokens per second, 8 clients and adapter swaps compared with llama-server (needs xllamacpp)
 loop            the complete loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
 methods         SFT, DPO and KTO on the sample logs, and with few desirable completions (about half an hour)
-memory          estimated and measured peak memory of a training on a CPU
+memory          estimated and measured peak memory of training on a CPU
 setup           a new clone set up with an empty and with a filled package cache (about 10 minutes)
 store           recording events, and other libraries; a million interactions (about 3 minutes)
 training        tokens per second and validation loss in bfloat16 and float32, compared with plain TRL

@@ -1,6 +1,6 @@
 """Training on a GPU, or a tiny shape on the CPU: tokens per second, memory, and the fraction of the machine's peak.
 
-Run by benchmarks/gpu.sh. Each row is a training by this project (a JobConfig, in its own process) on a Llama with
+Run by benchmarks/gpu.sh. Each row is a training run by this project (a JobConfig, in its own process) on a Llama with
 random weights, since the cost of a step does not depend on their values. For comparison there is TRL's own recipe:
 `SFTTrainer` with the defaults of `SFTConfig` over the same adapter (LoRA only: a 4-bit base is not a default).
 """
@@ -93,7 +93,7 @@ def main() -> None:
     """Measure every shape, adapter and backend that can run here, and publish the table."""
     parser = argparse.ArgumentParser(description="Training on a GPU, or a tiny shape on the CPU.")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 1b and 8b on a GPU, tiny on a CPU")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each training")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each training run")
     options = parser.parse_args()
     device = _apart(_device)
     names = options.shapes or (["tiny"] if device == "cpu" else ["1b", "8b"])
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def _measure(name: str, folder: Path, steps: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the metrics of each training of one shape, or why it was not run."""
+    """Return the metrics of each training run of one shape, or why it was not run."""
     shape = SHAPES[name]
     flops = _apart(_make_model, shape, folder / "model")
     _apart(_make_dataset, shape, folder / "dataset", shape.batch * steps)

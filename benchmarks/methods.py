@@ -2,7 +2,7 @@
 
 Each method trains on everything that the logs hold for it, and on logs with fewer corrections, whose other corrected
 answers are only known to be undesirable. Learning rates were tuned beforehand: for sft with the loop, for dpo between
-1e-3 and 2e-3, for kto between 3e-4 and 1e-3. Finished trainings are kept under FINETUNE_HOME and reused.
+1e-3 and 2e-3, for kto between 3e-4 and 1e-3. Finished runs are kept under FINETUNE_HOME and reused.
 """
 
 from dataclasses import dataclass, field

@@ -30,8 +30,9 @@ INFRASTRUCTURE = {
     "wording",
 }
 HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}
-# Only the engine's child process imports its native layer.
-ONLY_IN_THE_CHILD = {"inference/native.py"}
+# Only the engine's child process imports its native layer, and only the training process imports the callbacks, which
+# are subclasses of transformers' TrainerCallback.
+ONLY_IN_THE_CHILD = {"inference/native.py", "training/callbacks.py"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts)
 
 

@@ -7,16 +7,9 @@ from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.settings import project_path
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 """Files of a tokenizer. They are copied unchanged next to merged weights, never saved again by transformers."""
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -56,16 +49,13 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
         ) from error
 
 
-def base_files(folder: Path) -> list[Path]:
-    """Return the files of a base model: weights, configuration and tokenizer, but no README or data."""
-    weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
-    others = [folder / name for name in (*CONFIG_FILES, *TOKENIZER_FILES)]
-    return sorted({*weights, *(path for path in others if path.is_file())})
-
-
 def base_hash(folder: Path) -> str:
-    """Return the SHA-256 (hex) of a base model's files; a file with unchanged size and time is not read again."""
-    files = base_files(folder)
-    if not any(path.suffix == ".safetensors" for path in files):
+    """Return the SHA-256 (hex) of a base model's weights, configuration and tokenizer files.
+
+    A file with unchanged size and time is not read again.
+    """
+    weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    if not any(path.suffix == ".safetensors" for path in weights):
         raise ExportError(f"{folder} has no safetensors weights, so it is not a base model; correct base_model")
-    return hash_of({path.name: hash_file_cached(path) for path in files})
+    others = [folder / name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (folder / name).is_file()]
+    return hash_of({path.name: hash_file_cached(path) for path in (*weights, *others)})

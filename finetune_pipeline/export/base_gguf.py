@@ -25,10 +25,10 @@ def base_gguf_artifact(loop: LoopSettings, log: Callable[[str], None]) -> Artifa
     base = resolve_base_model(loop.base_model)
     inputs = {"base_model": base_hash(base)}
     packages = package_versions("llama_cpp_python")
-    settings = {"quantization": loop.export.quantization, **packages}
+    quantization = loop.export.quantization
+    settings = {"quantization": quantization, **packages}
 
     def make(folder: Path) -> dict[str, Any]:
-        quantization = loop.export.quantization
         messages = {
             "convert": "convert the base model to GGUF",
             "quantize": f"quantize the base model to {quantization}",

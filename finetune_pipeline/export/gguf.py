@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -28,7 +27,7 @@ def converter_folder() -> Path:
     folder = Path(configured).expanduser() if configured else Path(sys.prefix) / "share" / "llama.cpp"
     if not (folder / _CONVERTER).is_file():
         raise ExportError(f'llama.cpp\'s converter is not in {folder}; run "make setup", or set FINETUNE_LLAMA_CPP')
-    version = folder / "VERSION"  # a converter of the user's own has none
+    version = folder / "VERSION"  # the user's own converter has none
     installed = metadata.version("llama-cpp-python")
     if version.is_file() and version.read_text().strip() != installed:
         raise ExportError(
@@ -59,13 +58,13 @@ def convert(folder: Path, out_gguf: Path, outtype: OutType = "f16", base_folder:
         _convert(_CONVERTER, arguments, out_gguf, f"converting {folder} to GGUF")
 
 
-def convert_adapter(adapter_folder: Path, base_folder: Path, out_gguf: Path, outtype: OutType = "f16") -> None:
+def convert_adapter(adapter_folder: Path, base_folder: Path, out_gguf: Path) -> None:
     """Convert a LoRA adapter to a GGUF, to be applied to its base's. The file is complete, or not written at all.
 
     Raises:
         ExportError: the converter is missing or failed; with its output.
     """
-    arguments = [str(adapter_folder), "--base", str(base_folder), "--outtype", outtype]
+    arguments = [str(adapter_folder), "--base", str(base_folder), "--outtype", "f16"]
     _convert(_ADAPTER_CONVERTER, arguments, out_gguf, f"converting the adapter {adapter_folder} to GGUF")
 
 
@@ -80,8 +79,8 @@ def _convert(script: str, arguments: list[str], out_gguf: Path, what: str) -> No
 def quantize(in_gguf: Path, out_gguf: Path, kind: str) -> None:
     """Quantize a GGUF to a type of ExportSettings.quantization. The file is complete, or not written at all.
 
-    llama.cpp keeps rows in a larger type if their length is not a multiple of the type's block (256 for the K types,
-    32 for the others); `tensor_types` counts the resulting types.
+    llama.cpp keeps rows in a larger type if their length is not a multiple of the type's block: 256 for the K types,
+    32 for the others.
 
     Raises:
         ExportError: llama.cpp failed or crashed.
@@ -98,14 +97,6 @@ def quantize_here(source: Path, out: Path, kind: str) -> int:
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.nthread = os.cpu_count() or 1
     return int(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), parameters))
-
-
-def tensor_types(gguf: Path) -> dict[str, int]:
-    """Return the number of tensors of each type, among those of two or more dimensions: {"Q4_K": 25, "Q6_K": 4}."""
-    from gguf import GGUFReader
-
-    tensors = GGUFReader(gguf).tensors
-    return dict(Counter(tensor.tensor_type.name for tensor in tensors if sum(n > 1 for n in tensor.shape) > 1))
 
 
 @contextmanager

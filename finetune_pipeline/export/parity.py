@@ -1,4 +1,4 @@
-"""Parity of a GGUF with its training: the same tokens, and the same answers."""
+"""Parity of a GGUF with the trained model: the same tokens, and the same answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +19,6 @@ class TokenDifference:
 
 
 @dataclass(frozen=True)
-class TokenizerParity:
-    """Number of compared conversations, and those with different tokens."""
-
-    checked: int
-    offenders: tuple[TokenDifference, ...]
-
-    @property
-    def same(self) -> bool:
-        """Whether all conversations have the same tokens."""
-        return not self.offenders
-
-
-@dataclass(frozen=True)
 class Agreement:
     """Number of prompts with the same answer from two models, and the indices of the others."""
 
@@ -45,8 +32,8 @@ class Agreement:
         return self.same / self.total if self.total else 1.0
 
 
-def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[Message]]) -> TokenizerParity:
-    """Compare the tokens of conversations in transformers (training) and llama.cpp (service).
+def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[Message]]) -> list[TokenDifference]:
+    """Return the conversations with different tokens in transformers (training) and llama.cpp (service).
 
     Each conversation is also compared with control tokens in its last message, which both have to tokenize as text.
 
@@ -71,7 +58,7 @@ def tokenizer_parity(base_folder: Path, engine: Engine, samples: Sequence[list[M
             found = engine.encode(conversation)
             if tokens != found:
                 offenders.append(TokenDifference(engine.render(conversation), tokens, found))
-    return TokenizerParity(len(samples), tuple(offenders))
+    return offenders
 
 
 def compare_answers(answers_a: Sequence[str], answers_b: Sequence[str]) -> Agreement:

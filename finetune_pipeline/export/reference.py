@@ -40,7 +40,10 @@ def generate_answers(model: Any, base_folder: Path, prompts_file: Path, answers_
     tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
     template = tokenizer_chat_template(tokenizer)  # as in service: a control token in a message is text
     prompts = [template.tokens(chat) for chat in document["chats"]]
-    stop_tokens = _stop_tokens(model, tokenizer)
+    # All special tokens end an answer, since engines differ in which of them they stop at.
+    eos = model.generation_config.eos_token_id
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    stop_tokens = {*(eos if isinstance(eos, list) else [eos]), *special, *tokenizer.all_special_ids} - {None}
     pad = min(stop_tokens)
     own_config = model.generation_config
     # Not the model's own configuration, which may have penalties: the engine decodes without them.
@@ -62,11 +65,3 @@ def generate_answers(model: Any, base_folder: Path, prompts_file: Path, answers_
     finally:
         model.generation_config = own_config
     answers_file.write_text(json.dumps(answers), encoding="utf-8")
-
-
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end an answer: all special ones, since engines differ in which of them they stop at."""
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {*listed, *special, *tokenizer.all_special_ids}

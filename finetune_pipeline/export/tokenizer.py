@@ -38,7 +38,9 @@ def gguf_name(folder: Path) -> str:
     llama.cpp reads this name: with "phi-3" in it, special tokens absorb the white space after them. So the name
     contains it if and only if the tokenizer's tokens do that, whatever the name of the folder.
     """
-    tokens = _added_tokens(folder)
+    listed = _json(folder / "tokenizer.json").get("added_tokens") or []
+    configured = _json(folder / CONFIG).get("added_tokens_decoder") or {}
+    tokens = {token["content"]: token for token in [*listed, *configured.values()]}
     absorbs = any(token.get("rstrip") for token in tokens.values()) and tokens.keys() >= _PHI_3_TOKENS
     name = _MODERN_BERT.sub("modern bert", _own_name(folder))
     if not absorbs:
@@ -76,13 +78,6 @@ def _own_name(folder: Path) -> str:
     if len(cached) > 1 and cached[0].name == "snapshots" and cached[1].name.startswith("models--"):
         return cached[1].name.rpartition("--")[2]
     return folder.resolve().name
-
-
-def _added_tokens(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the added tokens, by their text."""
-    listed = _json(folder / "tokenizer.json").get("added_tokens") or []
-    configured = _json(folder / CONFIG).get("added_tokens_decoder") or {}
-    return {token["content"]: token for token in [*listed, *configured.values()]}
 
 
 def _json(path: Path) -> dict[str, Any]:

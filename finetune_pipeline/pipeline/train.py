@@ -34,7 +34,7 @@ def check_can_train(loop: LoopSettings) -> None:
         TrainingError, ExportError, ClusterError: the message says what to change.
     """
     from finetune_pipeline.ray_session import check_installed
-    from finetune_pipeline.training import backends
+    from finetune_pipeline.training.backends import choose_backend
     from finetune_pipeline.training.base_model import check_base_model, check_trained_tokens
     from finetune_pipeline.training.distributed import split_batch
     from finetune_pipeline.training.preference import check_micro_batch
@@ -44,7 +44,8 @@ def check_can_train(loop: LoopSettings) -> None:
     config = resolve_base_model(loop.base_model, CONFIG_FILES)
     if settings.preset is not None:
         settings = apply_preset(settings, architecture_of(loop.base_model))
-    backends.choose_backend(settings).backend.validate(settings)
+    backend, _ = choose_backend(settings)
+    backend.validate(settings)
     check_trackers(settings)
     check_micro_batch(settings, split_batch(settings, settings.num_processes).per_device_train_batch_size)
     check_trained_tokens(config, settings)
@@ -90,16 +91,16 @@ def train_adapter(
     counts = DatasetCounts(
         desirable=held.train - held.replayed, pairs=held.preference_pairs, undesirable=held.undesirable
     )
-    choice = choose_method(settings.method, counts)
-    settings = settings.model_copy(update={"method": choice.method})
+    method, reason = choose_method(settings.method, counts)
+    settings = settings.model_copy(update={"method": method})
     if settings.preset is not None:
         filled_by_preset = PRESETS[settings.preset].preferred
         settings = apply_preset(settings, architecture_of(loop.base_model))
         filled = ", ".join(f"{name} {getattr(settings, name)}" for name in filled_by_preset)
         log(f"with preset {settings.preset}: {filled}")
-    dataset_type = DATASET_TYPES[choice.method]
+    dataset_type = DATASET_TYPES[method]
     begin = training_start(loop, settings, dataset, dataset_type, base_hash(base))
-    log(f"{begin.mode} training, {begin.reason}; {choice.reason}")
+    log(f"{begin.mode} training, {begin.reason}; {reason}")
 
     inputs = {DatasetManifest.stage: held.version, "base_model": base_hash(base)}
     datasets = {held.version: dataset.sha256}
@@ -142,7 +143,7 @@ def train_adapter(
             "mode": begin.mode,
             "mode_reason": begin.reason,
             "new_examples": begin.new,
-            "method_reason": choice.reason,
+            "method_reason": reason,
             "datasets": datasets,
             "watermark": held.watermark,
             **{name: measured[name] for name in AdapterManifest.model_fields if name in measured},

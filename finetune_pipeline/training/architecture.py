@@ -1,10 +1,9 @@
 """Dimensions of a base model, without loading it: from its config.json, or from a table of known families."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings, project_path
 from finetune_pipeline.training import padding_free
@@ -97,52 +96,35 @@ class Architecture:
         return self.vocabulary if indices == "all" else len(indices)
 
 
-_LLAMA_8B: dict[str, Any] = {
-    "layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocabulary": 128256,
-}  # fmt: skip
-_MISTRAL_7B: dict[str, Any] = {**_LLAMA_8B, "vocabulary": 32000}
-_LLAMA2_7B: dict[str, Any] = {**_LLAMA_8B, "ffn": 11008, "kv_heads": 32}
-
-
-def _qwen(
-    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int, *, tied: bool
-) -> dict[str, Any]:
-    return {
-        "layers": layers, "hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads,
-        "head_dim": head_dim, "vocabulary": vocabulary, "tied": tied,
-    }  # fmt: skip
-
-
 FAMILIES: dict[str, Architecture] = {
-    architecture.name: architecture
-    for architecture in (
-        Architecture("CodeLlama-7b", **{**_LLAMA2_7B, "vocabulary": 32016}),
-        Architecture("Meta-Llama-3-8B", **_LLAMA_8B),
-        Architecture("Llama-3.1-8B", **_LLAMA_8B),
-        Architecture("Mistral-7B", **_MISTRAL_7B),
-        Architecture("Mistral-7B-v0.3", **{**_MISTRAL_7B, "vocabulary": 32768}),
-        Architecture("Mistral-7B-Instruct-v0.3", **{**_MISTRAL_7B, "vocabulary": 32768}),
-        Architecture("MermaidMistral", **_MISTRAL_7B),
-        Architecture("deepseek-coder-6.7b", **{**_LLAMA2_7B, "vocabulary": 32256}),
+    family.name: family
+    for family in (
+        # name, layers, hidden, ffn, heads, kv_heads, head_dim, vocabulary
+        Architecture("CodeLlama-7b", 32, 4096, 11008, 32, 32, 128, 32016),
+        Architecture("Meta-Llama-3-8B", 32, 4096, 14336, 32, 8, 128, 128256),
+        Architecture("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256),
+        Architecture("Llama-3.3-70B", 80, 8192, 28672, 64, 8, 128, 128256),
+        Architecture("Mistral-7B", 32, 4096, 14336, 32, 8, 128, 32000),
+        Architecture("Mistral-7B-v0.3", 32, 4096, 14336, 32, 8, 128, 32768),
+        Architecture("Mistral-7B-Instruct-v0.3", 32, 4096, 14336, 32, 8, 128, 32768),
+        Architecture("MermaidMistral", 32, 4096, 14336, 32, 8, 128, 32000),
+        Architecture("deepseek-coder-6.7b", 32, 4096, 11008, 32, 32, 128, 32256),
         Architecture(
-            "gemma-3-12b", layers=48, hidden=3840, ffn=15360, heads=16, kv_heads=8, head_dim=256, vocabulary=262208,
+            "gemma-3-12b", 48, 3840, 15360, 16, 8, 256, 262208,
             tied=True, qk_norm=True, norms=4, other=421_000_000, padding_free=False,
         ),
-        Architecture("Qwen2.5-0.5B", **_qwen(24, 896, 4864, 14, 2, 64, 151936, tied=True), qkv_bias=True),
-        Architecture("Qwen2.5-1.5B", **_qwen(28, 1536, 8960, 12, 2, 128, 151936, tied=True), qkv_bias=True),
-        Architecture("Qwen2.5-3B", **_qwen(36, 2048, 11008, 16, 2, 128, 151936, tied=True), qkv_bias=True),
-        Architecture("Qwen2.5-7B", **_qwen(28, 3584, 18944, 28, 4, 128, 152064, tied=False), qkv_bias=True),
-        Architecture("Qwen2.5-14B", **_qwen(48, 5120, 13824, 40, 8, 128, 152064, tied=False), qkv_bias=True),
-        Architecture("Qwen2.5-32B", **_qwen(64, 5120, 27648, 40, 8, 128, 152064, tied=False), qkv_bias=True),
-        Architecture("Qwen3-0.6B", **_qwen(28, 1024, 3072, 16, 8, 128, 151936, tied=True), qk_norm=True),
-        Architecture("Qwen3-1.7B", **_qwen(28, 2048, 6144, 16, 8, 128, 151936, tied=True), qk_norm=True),
-        Architecture("Qwen3-4B", **_qwen(36, 2560, 9728, 32, 8, 128, 151936, tied=True), qk_norm=True),
-        Architecture("Qwen3-8B", **_qwen(36, 4096, 12288, 32, 8, 128, 151936, tied=False), qk_norm=True),
-        Architecture("Qwen3-14B", **_qwen(40, 5120, 17408, 40, 8, 128, 151936, tied=False), qk_norm=True),
-        Architecture("Qwen3-32B", **_qwen(64, 5120, 25600, 64, 8, 128, 151936, tied=False), qk_norm=True),
-        Architecture(
-            "Llama-3.3-70B", layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, head_dim=128, vocabulary=128256
-        ),
+        Architecture("Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 64, 151936, tied=True, qkv_bias=True),
+        Architecture("Qwen2.5-1.5B", 28, 1536, 8960, 12, 2, 128, 151936, tied=True, qkv_bias=True),
+        Architecture("Qwen2.5-3B", 36, 2048, 11008, 16, 2, 128, 151936, tied=True, qkv_bias=True),
+        Architecture("Qwen2.5-7B", 28, 3584, 18944, 28, 4, 128, 152064, qkv_bias=True),
+        Architecture("Qwen2.5-14B", 48, 5120, 13824, 40, 8, 128, 152064, qkv_bias=True),
+        Architecture("Qwen2.5-32B", 64, 5120, 27648, 40, 8, 128, 152064, qkv_bias=True),
+        Architecture("Qwen3-0.6B", 28, 1024, 3072, 16, 8, 128, 151936, tied=True, qk_norm=True),
+        Architecture("Qwen3-1.7B", 28, 2048, 6144, 16, 8, 128, 151936, tied=True, qk_norm=True),
+        Architecture("Qwen3-4B", 36, 2560, 9728, 32, 8, 128, 151936, tied=True, qk_norm=True),
+        Architecture("Qwen3-8B", 36, 4096, 12288, 32, 8, 128, 151936, qk_norm=True),
+        Architecture("Qwen3-14B", 40, 5120, 17408, 40, 8, 128, 151936, qk_norm=True),
+        Architecture("Qwen3-32B", 64, 5120, 25600, 64, 8, 128, 151936, qk_norm=True),
     )
 }  # fmt: skip
 """Published dimensions (from each model's config.json), by the part of the id that names family and size."""
@@ -197,47 +179,39 @@ def read_architecture(path: Path, name: str) -> Architecture:
     wrong = [f"{key} {value!r}" for key, value in counts.items() if not isinstance(value, int) or value <= 0]
     if wrong:
         raise TrainingError(f"{path} has {', '.join(wrong)} instead of positive integers; download {name} again")
+    if any(text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise TrainingError(f"{name} is a mixture of experts, whose memory cannot be estimated here yet")
+    kind = str(text.get("model_type", ""))
     try:
-        if any(text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise TrainingError(f"{name} is a mixture of experts, whose memory cannot be estimated here yet")
-        architecture = _from_config(text, config.get("vision_config") or {}, name)
+        vision, other = config.get("vision_config") or {}, 0
+        if "num_hidden_layers" in vision:  # estimated: per layer 4 h² of attention and 2 h f of feed-forward
+            width = vision["hidden_size"]
+            other = int(vision["num_hidden_layers"] * (4 * width * width + 2 * width * vision["intermediate_size"]))
+        heads, hidden = text["num_attention_heads"], text["hidden_size"]
+        return Architecture(
+            name=name,
+            layers=text["num_hidden_layers"],
+            hidden=hidden,
+            ffn=text["intermediate_size"],
+            heads=heads,
+            kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=text.get("head_dim") or hidden // heads,
+            vocabulary=text["vocab_size"],
+            tied=text.get("tie_word_embeddings", kind.startswith("gemma")),
+            qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")),
+            qk_norm=kind.startswith(("qwen3", "gemma3")),
+            norms=4 if kind.startswith(("gemma2", "gemma3")) else 2,
+            other=other,
+            padding_free=padding_free.supports(SimpleNamespace(**{"model_type": "", **config})),
+        )
     except KeyError as error:
         raise TrainingError(
             f"{path} has no {error}, so the memory of {name} cannot be estimated; this works for Llama-like models "
             "(Llama, Mistral, Qwen, Gemma and their derivatives)"
         ) from error
-    packs = padding_free.supports(SimpleNamespace(**{"model_type": "", **config}))
-    return replace(architecture, padding_free=packs)
 
 
 _COUNTS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size",
 )  # fmt: skip
-
-
-def _from_config(text: dict[str, Any], vision: dict[str, Any], name: str) -> Architecture:
-    kind, heads, hidden = str(text.get("model_type", "")), text["num_attention_heads"], text["hidden_size"]
-    return Architecture(
-        name=name,
-        layers=text["num_hidden_layers"],
-        hidden=hidden,
-        ffn=text["intermediate_size"],
-        heads=heads,
-        kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or hidden // heads,
-        vocabulary=text["vocab_size"],
-        tied=text.get("tie_word_embeddings", kind.startswith("gemma")),
-        qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")),
-        qk_norm=kind.startswith(("qwen3", "gemma3")),
-        norms=4 if kind.startswith(("gemma2", "gemma3")) else 2,
-        other=_vision_parameters(vision),
-    )
-
-
-def _vision_parameters(vision: dict[str, Any]) -> int:
-    """Estimate the parameters of a vision tower: per layer 4 h² of attention and 2 h f of feed-forward."""
-    if "num_hidden_layers" not in vision:
-        return 0
-    hidden, ffn = vision["hidden_size"], vision["intermediate_size"]
-    return int(vision["num_hidden_layers"] * (4 * hidden * hidden + 2 * hidden * ffn))

@@ -35,7 +35,11 @@ def check_base_model(folder: Path) -> None:
         raise TrainingError(f"{folder} has no safetensors weights; download the model again")
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise TrainingError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); copy it from the original model")
-    if not _has_chat_template(folder):
+    config = folder / "tokenizer_config.json"
+    has_template = (folder / "chat_template.jinja").is_file() or (
+        config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    )
+    if not has_template:
         raise TrainingError(
             f"{folder} has no chat template, which marks where a prompt ends and a completion begins; use an "
             "instruction-tuned model, or put a chat_template.jinja into the folder"
@@ -78,10 +82,3 @@ def check_target_modules(folder: Path, settings: TrainingSettings) -> None:
             "(tie_word_embeddings): LoRA on one would be merged into both, and a different model would serve than was "
             "trained. Leave it out; trainable_token_indices trains the embeddings of single tokens"
         )
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))

@@ -1,4 +1,4 @@
-"""Runs a training in a child process, follows it, and says why it failed if it did."""
+"""Trains in a child process, follows its progress, and says why it failed if it did."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ from finetune_pipeline.training.job import (
     TrainingResult,
     finished,
 )
-from finetune_pipeline.training.progress import PROGRESS, ProgressReader
+from finetune_pipeline.training.progress import PROGRESS, LineReader, read_progress
 from finetune_pipeline.training.trackers import check_trackers
 
 _POLL_SECONDS = 0.2
@@ -54,10 +54,11 @@ def train(job: JobConfig, on_progress: Callable[[Progress], None] = lambda _: No
     if result is not None:
         shutil.rmtree(job.output / CHECKPOINTS, ignore_errors=True)  # of a process killed right after its result
         return result
-    choose_backend(job.settings).backend.validate(job.settings)
+    backend, _ = choose_backend(job.settings)
+    backend.validate(job.settings)
     job.output.mkdir(parents=True, exist_ok=True)
     write_text(job.output / JOB, job.model_dump_json(indent=2) + "\n")
-    reader = ProgressReader(job.output / PROGRESS)
+    lines = LineReader(job.output / PROGRESS)
     with (job.output / LOG).open("ab") as log:
         before = log.tell()  # the output of earlier attempts is in the file too
         process = subprocess.Popen(_command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -65,7 +66,7 @@ def train(job: JobConfig, on_progress: Callable[[Progress], None] = lambda _: No
             running = True
             while running:
                 running = process.poll() is None
-                for progress in reader.read():
+                for progress in read_progress(lines):
                     on_progress(progress)
                 if running:
                     time.sleep(_POLL_SECONDS)
@@ -106,13 +107,13 @@ def _failure(status: int, job: JobConfig, log_start: int) -> str:
     again = "running it again resumes from the last checkpoint"
     if status == -signal.SIGKILL:
         cause = (
-            "the training was killed (SIGKILL), most likely because memory ran out: use a smaller "
+            "the training process was killed (SIGKILL), most likely because memory ran out: use a smaller "
             f"per_device_train_batch_size (with more gradient_accumulation_steps) or max_length; {again}"
         )
     elif status < 0:
-        cause = f"the training was ended by {signal.Signals(-status).name}; {again}"
+        cause = f"the training process was ended by {signal.Signals(-status).name}; {again}"
     else:
-        cause = f"the training ended with status {status} and no result; after fixing the cause, {again}"
+        cause = f"the training process ended with status {status} and no result; after fixing the cause, {again}"
     # The terminal shows the first line only.
     last = next((line.strip() for line in reversed(lines) if line.strip() and _NO_CAUSE not in line), "nothing")
     tail = "\n".join(f"  {line}" for line in lines)

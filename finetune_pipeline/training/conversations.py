@@ -42,8 +42,14 @@ class TokenizedRow:
     def shared(self) -> int:
         """Return the number of leading tokens that the prompt and all conversations share."""
         every = [self.prompt, *self.conversations.values()]
-        shortest = min(map(len, every))
-        return next((index for index in range(shortest) if len({ids[index] for ids in every}) > 1), shortest)
+        same = (len(set(tokens)) == 1 for tokens in zip(*every, strict=False))
+        return next((index for index, shared in enumerate(same) if not shared), min(map(len, every)))
+
+    def labels(self) -> list[int]:
+        """Return the labels of the only conversation: its tokens from the first one that differs from the prompt."""
+        [ids] = self.conversations.values()
+        start = max(self.shared(), 1)  # no token precedes the first one to predict it from
+        return [IGNORE_INDEX] * start + ids[start:]
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,7 @@ def tokenize_rows(
     """Tokenize rows as in service: only the template writes control tokens; in messages their text stays text.
 
     Args:
-        rows: with `prompt` and `history`.
-        completions: the columns that hold a completion.
-        system_prompt: of every conversation.
-        tokenizer: the base model's.
+        rows: with `prompt`, `history` and the columns of `completions`.
 
     Raises:
         TrainingError: the base model has no usable chat template.
@@ -110,13 +113,6 @@ def tokenize_rows(
     return tokenized
 
 
-def labels_of(prompt: list[int], ids: list[int]) -> list[int]:
-    """Return the labels of a conversation: its tokens from the first one that differs from the prompt."""
-    differs = next((index for index, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), None)
-    start = max(len(prompt) if differs is None else differs, 1)  # no token precedes the first one to predict it from
-    return [IGNORE_INDEX] * start + ids[start:]
-
-
 def provenance_of(row: dict[str, Any]) -> str:
     """Return where a row comes from, in words."""
     interaction = row.get("interaction_id")
@@ -125,13 +121,7 @@ def provenance_of(row: dict[str, Any]) -> str:
 
 
 def count_rejections(rejected: Iterable[RejectedRow], rows: int, split: str) -> tuple[Rejection, ...]:
-    """Count rejected rows by reason, and log the counts.
-
-    Args:
-        rejected: the rejected rows.
-        rows: number of all rows of the split.
-        split: train or validation.
-    """
+    """Count the rejected ones among `rows` rows of a split by reason, and log the counts."""
     by_reason: dict[str, list[str]] = {}
     for row in rejected:
         by_reason.setdefault(row.reason, []).append(row.provenance)

@@ -1,4 +1,4 @@
-"""Helpers for a training in several processes: which rank this is, and what ranks do together.
+"""Helpers for training in several processes: which rank this is, and what ranks do together.
 
 elastic_launch.py (one machine) or ray_cluster.py (several) starts the processes and sets RANK and WORLD_SIZE, by which
 Hugging Face's Trainer and Accelerate find each other too. A single process is rank 0 of 1.
@@ -61,10 +61,6 @@ def split_batch(settings: TrainingSettings, processes: int) -> TrainingSettings:
 
     The global batch is per_device_train_batch_size x gradient_accumulation_steps. No device gets more at once than
     per_device_train_batch_size, the micro-batch that fits its memory.
-
-    Args:
-        settings: of the whole training.
-        processes: number of ranks.
 
     Returns:
         The settings with the batch size and accumulation steps of one rank.

@@ -15,10 +15,6 @@ from finetune_pipeline.training.memory import RankOutOfMemory
 def train(job: JobConfig, started: float) -> None:
     """Train in settings.num_processes processes, which end with this one.
 
-    Args:
-        job: what to train.
-        started: time.monotonic() at which this process began.
-
     Raises:
         TrainingError: the job is impossible, or there are fewer GPUs than processes.
     """

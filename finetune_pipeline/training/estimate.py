@@ -1,4 +1,4 @@
-"""Memory and time of a training, estimated before it starts, part by part with its formula. No torch.
+"""Memory and time of a training run, estimated before it starts, part by part with its formula. No torch.
 
 The peak is at the start of the backward pass, when all activations are kept and the first gradients appear. Activations
 are counted as in Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for a Llama layer with LoRA over frozen
@@ -29,7 +29,7 @@ HEAP_COPIES = 5.2
 with gradient checkpointing or without. Measured; with MALLOC_MMAP_THRESHOLD_=1048576 in the environment most of them
 vanish, at the cost of time."""
 ERROR = 0.2
-"""Error of the estimate: a training that exceeds the memory by less is not refused."""
+"""Error of the estimate: a run that exceeds the memory by less is not refused."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a 4-bit weight: half a byte, a constant of 8 bits for 64 weights, and one of 32 bits for 256 of these (QLoRA,
@@ -53,7 +53,7 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The peak memory of a training.
+    """The peak memory of a training run.
 
     Attributes:
         parts: the first one is the process or CUDA context, which exists before anything is loaded.
@@ -74,7 +74,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """The seconds of a training, and the formula in words."""
+    """The seconds of a training run, and the formula in words."""
 
     seconds: float
     formula: str
@@ -90,12 +90,10 @@ def estimate_memory(
     micro_batch: int | None = None,
     shards: int = 1,
 ) -> MemoryEstimate:
-    """Estimate the peak memory of a training.
+    """Estimate the peak memory of a training run.
 
     Args:
-        architecture: of the base model.
-        settings: of the training, with a preset already applied.
-        device: where it trains.
+        settings: with a preset already applied.
         bf16: whether it trains with bfloat16 autocast (on a GPU, over bfloat16 weights).
         tokens: of the longest example; default max_length.
         micro_batch: default per_device_train_batch_size.
@@ -162,7 +160,9 @@ def _activations(
 ) -> MemoryPart:
     """Estimate what autograd keeps from the forward pass for the backward pass."""
     layer = layer_bytes(architecture, settings, bf16, length)
-    casts = cast_bytes(architecture, settings, device, bf16)
+    casts = 0
+    if device == "cpu" and bf16 and settings.adapter == "lora":
+        casts = 2 * architecture.linear // architecture.layers  # autocast keeps a bfloat16 copy of a layer's weights
     ends = 4 * architecture.hidden * tokens * 3  # the embeddings, the last norm, its output
     if not settings.gradient_checkpointing:
         kept = architecture.layers * (layer * tokens + casts) + ends
@@ -186,13 +186,6 @@ def layer_bytes(architecture: Architecture, settings: TrainingSettings, bf16: bo
     if bf16:
         return 4 * architecture.norms * hidden + 2 * (5 * hidden + inner)
     return 4 * ((2 + architecture.norms) * hidden + inner)
-
-
-def cast_bytes(architecture: Architecture, settings: TrainingSettings, device: Device, bf16: bool) -> int:
-    """Return the bytes of the bfloat16 copy of a layer's float32 weights, which autocast keeps on a CPU."""
-    if device == "cpu" and bf16 and settings.adapter == "lora":
-        return 2 * architecture.linear // architecture.layers
-    return 0
 
 
 def _loss_or_gradients(architecture: Architecture, settings: TrainingSettings, bf16: bool, tokens: int) -> MemoryPart:
@@ -230,14 +223,12 @@ def count_flops(architecture: Architecture, settings: TrainingSettings, tokens: 
 def estimate_time(
     architecture: Architecture, settings: TrainingSettings, *, examples: int, tokens: int, rate: float, source: str
 ) -> TimeEstimate:
-    """Estimate how long a training takes, without its start and its validations.
+    """Estimate how long a training run takes, without its start and its validations.
 
     Args:
-        architecture: of the base model.
-        settings: of the training, with a preset already applied.
-        examples: in the dataset.
+        settings: with a preset already applied.
         tokens: of the mean example.
-        rate: floating-point operations per second that the training reaches.
+        rate: floating-point operations per second that training reaches.
         source: where that rate comes from, in words.
     """
     trained = math.ceil(settings.num_train_epochs * examples) * tokens

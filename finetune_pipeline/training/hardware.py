@@ -12,8 +12,6 @@ _CGROUP_MEMORY = (  # limit and usage, in versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-_MATRIX_SIZE = {"cpu": 1024, "gpu": 8192}
-_REPETITIONS = 5
 
 
 def this_machine() -> Machine:
@@ -22,11 +20,11 @@ def this_machine() -> Machine:
 
     gpu = torch.cuda.is_available()
     bf16 = gpu and torch.cuda.is_bf16_supported()
-    device, dtype = "gpu" if gpu else "cpu", torch.bfloat16 if bf16 else torch.float32
-    size = _MATRIX_SIZE[device]
+    size = 8192 if gpu else 1024
+    dtype = torch.bfloat16 if bf16 else torch.float32
     matrix = torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=dtype)
     fastest = float("inf")
-    for _ in range(_REPETITIONS):
+    for _ in range(5):
         began = time.perf_counter()
         matrix @ matrix
         if gpu:
@@ -44,16 +42,12 @@ def this_machine() -> Machine:
 
 
 def available_memory() -> int:
-    """Return the free bytes of the GPU where there is one, else of main memory."""
+    """Return the free bytes of the GPU or, without one, of main memory: in a container, what its limit leaves."""
+    import psutil
     import torch
 
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else available_main_memory()
-
-
-def available_main_memory() -> int:
-    """Return the free bytes of main memory, in a container at most what its limit leaves."""
-    import psutil
-
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
     available = int(psutil.virtual_memory().available)
     for limit, usage in _CGROUP_MEMORY:
         try:
@@ -115,12 +109,7 @@ def threads_per_process(cores: int, quota: float | None, processes: int) -> int:
     """Return the threads of each of several processes, which together should not outnumber the usable cores.
 
     torch starts a thread for each core that it sees, which in a container with a CPU quota are too many: they would
-    wait for each other.
-
-    Args:
-        cores: that a process may run on.
-        quota: the container's CPU quota in cores, if there is one.
-        processes: that compute at the same time.
+    wait for each other. The container's CPU quota, if there is one, is in cores.
     """
     usable = cores if quota is None else min(cores, int(quota))
     return max(usable // processes, 1)

@@ -1,8 +1,10 @@
-"""A training's input (JobConfig) and output (Progress, TrainingResult); read by the caller and the training process."""
+"""The input of a training run (JobConfig) and its output (Progress, TrainingResult)."""
 
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -19,12 +21,24 @@ CHECKPOINTS = "checkpoints"
 LOG = "training.log"
 
 REFUSED = 2
-"""Exit status of a training that cannot be done as asked; the log then ends in REFUSAL and the reason."""
+"""Exit status of a run that cannot be done as asked; the log then ends in REFUSAL and the reason."""
 REFUSAL = "TRAINING FAILED: "
+
+# Weights and data are local; nothing is downloaded or reported.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Threads that spin while they wait starve each other on busy cores: three times slower was measured.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Environment variables of a training process, unless they are set already."""
 
 
 class TrainingError(RuntimeError):
-    """A training cannot be done as asked; the message says what to change."""
+    """The job cannot be trained as asked; the message says what to change."""
 
 
 class TrainingFailed(TrainingError):
@@ -32,7 +46,7 @@ class TrainingFailed(TrainingError):
 
 
 class JobConfig(Record):
-    """One training. Everything that it writes lies under `output`."""
+    """One training run. Everything that it writes lies under `output`."""
 
     base_model: Path = Field(description="Folder of the base model: config.json, safetensors, tokenizer files.")
     dataset: Path = Field(description="DatasetDict saved to disk, in prompt-completion form: train and validation.")
@@ -40,7 +54,7 @@ class JobConfig(Record):
         default=None, description="For dpo and kto: DatasetDict saved to disk, in (unpaired) preference form."
     )
     system_prompt: str = Field(default="", description="System prompt of every conversation, as in service.")
-    output: Path = Field(description="Output folder; a killed training resumes from the checkpoints in it.")
+    output: Path = Field(description="Output folder; a killed run resumes from the checkpoints in it.")
     settings: TrainingSettings = TrainingSettings()
     initial_adapter: Path | None = Field(default=None, description="Adapter to warm-start from.")
 
@@ -67,10 +81,10 @@ def steps_of(steps: float, total: int) -> int:
 
 
 class Progress(Record):
-    """The state of a running training at one step."""
+    """The state of a training run at one step."""
 
     step: int = Field(description="Optimizer steps done.")
-    steps: int = Field(description="Optimizer steps of the whole training.")
+    steps: int = Field(description="Optimizer steps of the whole run.")
     epoch: float
     loss: float = Field(description="Mean training loss since the line before.")
     validation_loss: float | None = Field(default=None, description="Of the last validation, if there was one.")
@@ -78,7 +92,7 @@ class Progress(Record):
     tokens_per_second: float = Field(description="Tokens without padding since this process started training.")
     seconds_left: float
     micro_batch: int | None = Field(default=None, description="Current micro-batch size.")
-    elapsed_seconds: float = Field(description="Since this process started training; a resumed one starts at 0.")
+    elapsed_seconds: float = Field(description="Since this process started training; a resumed run starts at 0.")
     memory_bytes: int | None = Field(
         description="GPU memory when trained on a GPU, else resident memory; None if the backend does not report it."
     )
@@ -114,7 +128,7 @@ class Rejection(Record):
 
 
 class TrainingResult(Record):
-    """Metrics of a finished training; `result.json` is the last file that it writes."""
+    """Metrics of a finished run; `result.json` is the last file that it writes."""
 
     job: str = Field(description="JobConfig.key of the job.")
     device: str = Field(description="cpu, or the name of the GPU.")
@@ -149,6 +163,17 @@ class TrainingResult(Record):
     def rejected(self) -> int:
         """Number of training examples left out because the chat template rejects them."""
         return sum(one.count for one in self.rejections if one.split == "train")
+
+
+def curve_of(history: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return `curve` and `train_loss` of a TrainingResult from the Trainer's log history."""
+    logged = {entry["step"]: entry for entry in history if "loss" in entry}  # a resumed run may log a step again
+    curve = tuple(
+        CurvePoint(step=step, loss=float(entry["loss"]), learning_rate=float(entry["learning_rate"]))
+        for step, entry in sorted(logged.items())
+    )
+    last = [point.loss for point in curve[-max(1, len(curve) // 10) :]]
+    return {"curve": curve, "train_loss": sum(last) / max(len(last), 1)}
 
 
 def finish(job: JobConfig, result: TrainingResult) -> None:

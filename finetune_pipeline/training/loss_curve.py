@@ -1,4 +1,4 @@
-"""The loss curve of a finished training as a picture."""
+"""The loss curve of a finished run as a picture."""
 
 import io
 from typing import TYPE_CHECKING

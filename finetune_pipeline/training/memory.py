@@ -1,4 +1,4 @@
-"""The memory check before a training, and the errors when memory runs out anyway."""
+"""The memory check before training, and the errors when memory runs out anyway."""
 
 import sys
 from collections.abc import Iterator
@@ -7,13 +7,12 @@ from pathlib import Path
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.architecture import read_architecture
-from finetune_pipeline.training.estimate import ERROR, GIB, Device, MemoryEstimate, estimate_memory
+from finetune_pipeline.training.estimate import ERROR, GIB, Device, estimate_memory
 from finetune_pipeline.training.hardware import available_memory
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.presets import (
     CHANGEABLE,
     Machine,
-    changed_settings,
     first_fitting,
     next_micro_batch,
     smallest_micro_batch,
@@ -30,13 +29,11 @@ _ALLOCATOR_ERRORS = (
 
 
 def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, bf16: bool, shards: int = 1) -> None:
-    """Compare a training's estimated memory with what is free, and log both.
+    """Compare the estimated memory of a run with what is free, and log both.
 
     Args:
-        base_model: its folder.
         settings: of one rank.
         longest: tokens of the longest example.
-        bf16: whether it trains in bfloat16.
         shards: GPUs across which the base weights are sharded.
 
     Raises:
@@ -52,33 +49,26 @@ def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, 
     device: Device = "gpu" if torch.cuda.is_available() else "cpu"
     need = estimate_memory(architecture, settings, device, bf16=bf16, tokens=longest, shards=shards)
     available = available_memory()
-    print(compare_memory(need, available), file=sys.stderr, flush=True)
-    if need.to_come * (1 - ERROR) <= available:
+    fits = need.to_come * (1 - ERROR) <= available
+    parts = ", ".join(f"{part.name} {part.bytes / GIB:.2f}" for part in need.parts[1:])
+    found = f"estimated memory of the training run: {need.to_come / GIB:.2f} GiB more ({parts})"
+    found += f"; free: {available / GIB:.2f} GiB"
+    if fits and available < need.to_come:
+        found += f"; the estimate may be off by {ERROR:.0%}, so training starts"
+    print(found, file=sys.stderr, flush=True)
+    if fits:
         return
     # The process or CUDA context exists already, so its bytes are not part of what is available.
     machine = Machine(device, available + need.parts[0].bytes, bf16, rate=1.0, source="", shards=shards)
     smaller = first_fitting(architecture, settings, CHANGEABLE, machine, longest)
     remedy = "nothing smaller fits either: free some memory, or take a smaller base_model"
     if smaller is not None:
-        changes = changed_settings(*(_of_all_ranks(one) for one in (settings, smaller)))
+        names = [name for name in TrainingSettings.model_fields if name in CHANGEABLE]
+        changes = {name: getattr(smaller, name) for name in names if getattr(smaller, name) != getattr(settings, name)}
+        if "gradient_accumulation_steps" in changes:  # of all ranks, as in the settings of the whole run
+            changes["gradient_accumulation_steps"] *= settings.num_processes
         remedy = "what fits: " + ", ".join(f"{name}: {str(value).lower()}" for name, value in changes.items())
-    raise TrainingError(f"{compare_memory(need, available)}; {remedy}")
-
-
-def compare_memory(need: MemoryEstimate, available: int) -> str:
-    """Return a sentence with the estimated memory of a training and the free memory."""
-    parts = ", ".join(f"{part.name} {part.bytes / GIB:.2f}" for part in need.parts[1:])
-    sentence = f"estimated memory of the training: {need.to_come / GIB:.2f} GiB more ({parts})"
-    sentence += f"; free: {available / GIB:.2f} GiB"
-    if need.to_come * (1 - ERROR) <= available < need.to_come:
-        sentence += f"; the estimate may be off by {ERROR:.0%}, so the training starts"
-    return sentence
-
-
-def _of_all_ranks(settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings of the whole training, from those of one rank."""
-    steps = settings.gradient_accumulation_steps * settings.num_processes
-    return settings.model_copy(update={"gradient_accumulation_steps": steps})
+    raise TrainingError(f"{found}; {remedy}")
 
 
 class MemoryRanOut(TrainingError):
@@ -104,7 +94,7 @@ def with_micro_batch(settings: TrainingSettings, micro_batch: int, examples: int
 
 @contextmanager
 def catch_out_of_memory(settings: TrainingSettings) -> Iterator[None]:
-    """Turn out-of-memory errors of a training in one process into what to do next.
+    """Turn out-of-memory errors of a run in one process into what to do next.
 
     Raises:
         MemoryRanOut: a fresh process should resume with a smaller micro-batch. This process cannot: it does not get
@@ -129,12 +119,9 @@ def catch_out_of_memory(settings: TrainingSettings) -> Iterator[None]:
 
 
 def out_of_memory_advice(settings: TrainingSettings, micro_batch: int, message: str) -> str:
-    """Return the error message where a training cannot reduce its micro-batch itself: several ranks, or Axolotl.
+    """Return the error message where a run cannot reduce its micro-batch itself: several ranks, or Axolotl.
 
-    Args:
-        settings: of the whole training.
-        micro_batch: of one device.
-        message: of the error.
+    `settings` are those of the whole run, `micro_batch` is that of one device.
     """
     examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     smaller = next_micro_batch(micro_batch, examples // settings.num_processes, smallest_micro_batch(settings))

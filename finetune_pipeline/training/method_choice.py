@@ -37,16 +37,8 @@ class DatasetCounts:
         )
 
 
-@dataclass(frozen=True)
-class MethodChoice:
-    """The method to train by, and the reason."""
-
-    method: Method
-    reason: str
-
-
-def choose_method(method: Literal["auto", "sft", "dpo", "kto"], counts: DatasetCounts) -> MethodChoice:
-    """Return the method that was set or, for auto, the one that suits the data.
+def choose_method(method: Literal["auto", "sft", "dpo", "kto"], counts: DatasetCounts) -> tuple[Method, str]:
+    """Return the method that was set or, for auto, the one that suits the data; and the reason.
 
     Completions that were good as they are teach little that is new. Corrections do and, without corrections,
     undesirable completions.
@@ -54,32 +46,23 @@ def choose_method(method: Literal["auto", "sft", "dpo", "kto"], counts: DatasetC
     Raises:
         TrainingError: the dataset has nothing that the method needs.
     """
-    if method != "auto":
-        choice = MethodChoice(method, f"method {method} (training.method); {counts}")
-    elif counts.pairs >= ENOUGH_CORRECTIONS:
-        reason = (
-            f"method sft (chosen by auto); {counts}; from {ENOUGH_CORRECTIONS} corrections on, sft on them improved "
-            "most when measured"
-        )
-        choice = MethodChoice("sft", reason)
+    chosen: Method = "sft" if method == "auto" else method
+    why = "too few undesirable completions to learn from"
+    if counts.pairs >= ENOUGH_CORRECTIONS:
+        why = f"from {ENOUGH_CORRECTIONS} corrections on, sft on them improved most when measured"
     elif counts.desirable and counts.undesirable >= UNDESIRABLE_RATIO * counts.desirable:
-        reason = (
-            f"method kto (chosen by auto); {counts}; with fewer than {ENOUGH_CORRECTIONS} corrections, undesirable "
-            "completions teach more"
-        )
-        choice = MethodChoice("kto", reason)
-    else:
-        choice = MethodChoice(
-            "sft", f"method sft (chosen by auto); {counts}; too few undesirable completions to learn from"
-        )
+        chosen = "kto" if method == "auto" else method
+        why = f"with fewer than {ENOUGH_CORRECTIONS} corrections, undesirable completions teach more"
     missing = {
         "sft": "" if counts.desirable else "desirable completions",
         "dpo": "" if counts.pairs else "corrections of completions of the model",
         "kto": "" if counts.desirable and counts.undesirable else "desirable and undesirable completions",
-    }[choice.method]
+    }[chosen]
     if missing:
         raise TrainingError(
-            f"{choice.method} needs {missing}, and the dataset has {counts}; log more feedback of that kind, or set "
+            f"{chosen} needs {missing}, and the dataset has {counts}; log more feedback of that kind, or set "
             "training.method to another one (auto chooses)"
         )
-    return choice
+    if method != "auto":
+        return method, f"method {method} (training.method); {counts}"
+    return chosen, f"method {chosen} (chosen by auto); {counts}; {why}"

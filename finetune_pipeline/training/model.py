@@ -85,7 +85,7 @@ def adapter_arguments(base: Any, job: JobConfig) -> dict[str, Any]:
 def cast_adapter_to_float32(model: Any, job: JobConfig) -> None:
     """Undo TRL's cast of an adapter over 4-bit weights to bfloat16, in which small steps are lost.
 
-    Checkpoints are loaded in float32, so a resumed training would also differ from an uninterrupted one.
+    Checkpoints are loaded in float32, so a resumed run would also differ from an uninterrupted one.
     """
     for weight in model.parameters():
         if weight.requires_grad:
@@ -100,22 +100,11 @@ def must_shard(job: JobConfig, bf16: bool) -> bool:
 
     if distributed.world_size() == 1 or not torch.cuda.is_available() or job.settings.adapter == "qlora":
         return False
-    memory = torch.cuda.get_device_properties(distributed.local_rank()).total_memory
-    return weights_exceed_gpu(job.base_model, 2 if bf16 else 4, memory)
-
-
-def weights_exceed_gpu(base_model: Path, bytes_per_weight: int, gpu_bytes: int) -> bool:
-    """Return whether a base model leaves too little of a GPU's memory for training.
-
-    Args:
-        base_model: its folder; weights are counted by the size of its files.
-        bytes_per_weight: in training.
-        gpu_bytes: memory of the GPU.
-    """
-    config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((job.base_model / "config.json").read_text(encoding="utf-8"))
     stored = 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
-    weights = sum(path.stat().st_size for path in base_model.glob("*.safetensors")) / stored * bytes_per_weight
-    return weights > _WEIGHTS_FRACTION * gpu_bytes
+    count = sum(path.stat().st_size for path in job.base_model.glob("*.safetensors")) / stored
+    memory = torch.cuda.get_device_properties(distributed.local_rank()).total_memory
+    return bool(count * (2 if bf16 else 4) > _WEIGHTS_FRACTION * memory)
 
 
 def lora_config(settings: TrainingSettings, model: Any) -> Any:
@@ -189,14 +178,6 @@ def trained_tokens(settings: TrainingSettings, vocabulary: int) -> list[int]:
             f"to {vocabulary - 1}"
         )
     return sorted(set(settings.trainable_token_indices))
-
-
-def shard(trainer: Any) -> None:
-    """Shard the weights before anything is computed with them, since one GPU could not hold them."""
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-    # As the Trainer does when it starts to train; it leaves a model alone that is sharded already.
-    trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
 
 
 def reshard(model: Any) -> None:

@@ -165,9 +165,6 @@ def patch_head(head: Any) -> None:
     With a vocabulary of 128,000, the logits of a batch would take gigabytes. They are computed for a chunk of tokens at
     a time, and again in the backward pass. This happens within the layer's own forward, so everything that wraps the
     layer or the model (an adapter, several processes) keeps working.
-
-    Args:
-        head: the model's output layer.
     """
     import torch
     from torch.nn.functional import cross_entropy

@@ -1,6 +1,6 @@
 """DPO and KTO by TRL's trainers over a LoRA adapter.
 
-The reference model is the model before the training: the base without its adapter or, with a warm start, the base with
+The reference model is the model before training: the base without its adapter or, with a warm start, the base with
 a copy of the initial adapter, which TRL names "ref".
 
 DPO (Rafailov et al. 2023, "Direct Preference Optimization") learns from preference pairs, KTO (Ethayarajh et al. 2024,
@@ -9,14 +9,13 @@ noise in the policy alone would count as distance from the reference.
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.settings import TrainingSettings
-from finetune_pipeline.training.conversations import IGNORE_INDEX, TokenizedRow
+from finetune_pipeline.training.conversations import TokenizedRow
 from finetune_pipeline.training.job import JobConfig, Rejection, TrainingError
 from finetune_pipeline.training.model import adapter_arguments
 from finetune_pipeline.training.tokenized_data import TrainingData, short_enough, tokenize_split, warn_not_validated
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import DPOTrainer, KTOTrainer
-
-_COMPLETIONS = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
 
 
 def load_preferences(job: JobConfig, data: TrainingData, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:
@@ -84,16 +81,7 @@ def preference_trainer(
     base: Any,
     callbacks: "list[TrainerCallback]",
 ) -> "DPOTrainer | KTOTrainer":
-    """Return TRL's trainer of the job's method.
-
-    Args:
-        job: what to train.
-        data: from `load_preferences`.
-        tokenizer: the base model's.
-        arguments: TrainingArguments of every method.
-        base: the model to train.
-        callbacks: of the trainer.
-    """
+    """Return TRL's trainer of the job's method, with the `arguments` that all methods have."""
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
     settings = job.settings
@@ -161,34 +149,9 @@ def preference_loss(trainer: "DPOTrainer | KTOTrainer") -> float:
             size = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
             total += torch.stack([trainer.compute_loss(model, inputs).detach().float() * size, torch.tensor(size)])
     model.train()
-    trainer._metrics["eval"].clear()  # TRL keeps them for an evaluation of its own, which never runs
+    trainer._metrics["eval"].clear()  # TRL keeps them for its own evaluation, which never runs
     summed, count = trainer.accelerator.reduce(total, "sum").tolist()
     return float(summed / count)
-
-
-def completion_loss(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> float:
-    """Return the mean loss per completion token, the metric of SFT too."""
-    import torch
-
-    model = trainer.model.to(trainer.args.device).eval()
-    total, tokens = 0.0, 0
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        for batch in _batches(trainer, dataset):
-            counted = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            total += float(model(**batch, use_cache=False).loss) * counted
-            tokens += counted
-    model.train()
-    return total / max(tokens, 1)
-
-
-def _batches(trainer: "DPOTrainer | KTOTrainer", dataset: "Dataset") -> Iterator[dict[str, Any]]:
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    collate = DataCollatorForLanguageModeling(pad_token_id=trainer.processing_class.pad_token_id)
-    size = trainer.args.per_device_eval_batch_size
-    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=size):
-        padded = collate([dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)])
-        yield {name: values.to(trainer.args.device) for name, values in padded.items()}
 
 
 def _for_tokenized_rows(kind: "type[DPOTrainer] | type[KTOTrainer]") -> Any:
@@ -199,8 +162,9 @@ def _for_tokenized_rows(kind: "type[DPOTrainer] | type[KTOTrainer]") -> Any:
             if "completion_ids" not in dataset.column_names:
                 return dataset
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            # TRL estimates KTO's KL divergence by pairing each prompt with the completion before it.
             return dataset.map(
-                _add_other_completions,
+                lambda batch: {"KL_completion_ids": [batch["completion_ids"][-1], *batch["completion_ids"][:-1]]},
                 batched=True,
                 batch_size=args.per_device_train_batch_size,
                 cache_file_name=f"{args.output_dir}/kl-{name}.arrow",  # removed with the checkpoints
@@ -210,19 +174,13 @@ def _for_tokenized_rows(kind: "type[DPOTrainer] | type[KTOTrainer]") -> Any:
     return TokenizedRowsTrainer
 
 
-def _add_other_completions(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Pair each prompt of a KTO batch with the completion before, by which TRL estimates the KL divergence."""
-    completions = batch["completion_ids"]
-    return {**batch, "KL_completion_ids": [completions[-1], *completions[:-1]]}
-
-
 def _tokenize_preferences(
     job: JobConfig, folder: Path, split: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> "tuple[Dataset, tuple[Rejection, ...]]":
     """Tokenize a split in the form of TRL's collators."""
     from datasets import List, Value
 
-    names = _COMPLETIONS[job.settings.method]
+    names = ("chosen", "rejected") if job.settings.method == "dpo" else ("completion",)
 
     def columns_of(row: dict[str, Any], tokens: TokenizedRow) -> dict[str, Any]:
         start = tokens.shared()  # a completion begins where it differs from the prompt

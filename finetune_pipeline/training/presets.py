@@ -1,7 +1,7 @@
 """Presets: settings for a memory size and a base model, found by the memory estimate. Pure functions, no torch.
 
 A preset has a memory size and preferred settings (rank, length, examples per update). What fits is searched in a fixed
-order, which `finetune train plan` and the suggestion of a refused training use too. In this order, each step is tried
+order, which `finetune train plan` and the suggestion of a refused run use too. In this order, each step is tried
 before the next one:
 
 1. a smaller micro-batch with more gradient accumulation, which changes nothing but speed
@@ -13,6 +13,7 @@ before the next one:
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from finetune_pipeline.settings import TrainingSettings
@@ -26,15 +27,9 @@ EXAMPLES_PER_UPDATE = 16
 SHORTEST = 256
 """Smallest max_length of a plan, in tokens."""
 CHANGEABLE = frozenset(
-    {
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "adapter",
-        "gradient_checkpointing",
-        "max_length",
-    }
+    {"per_device_train_batch_size", "gradient_accumulation_steps", "adapter", "gradient_checkpointing", "max_length"}
 )
-"""Settings that a plan may change to make a training fit."""
+"""Settings that a plan may change so that a run fits."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +38,9 @@ class Machine:
 
     Attributes:
         device: cpu or gpu.
-        bytes: memory that a training may use.
+        bytes: memory that training may use.
         bf16: whether it would train in bfloat16.
-        rate: floating-point operations per second that a training reaches.
+        rate: floating-point operations per second that training reaches.
         source: where the rate comes from, in words.
         shards: number of such machines across which the base weights are sharded.
     """
@@ -91,7 +86,7 @@ class Preset:
 ASSUMED_UTILIZATION = 0.35
 """Fraction of a GPU's published peak that fine-tuning is assumed to reach. Not measured."""
 CPU_RATE = 100e9
-"""Operations per second of a training on two cores in float32; `finetune train plan` measures its own machine."""
+"""Operations per second of training on two cores in float32; `finetune train plan` measures its own machine."""
 
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(16, 16, 512, ("two CPU cores", CPU_RATE / ASSUMED_UTILIZATION)),
@@ -156,17 +151,15 @@ def first_fitting(
     """Return the first settings in the order of the search that fit into a machine's memory, or None.
 
     Args:
-        architecture: of the base model.
         settings: where the search starts.
         free: names of the settings that may change.
-        machine: whose memory counts.
         tokens: of the longest example; default max_length.
     """
     return next((one for one in smaller_settings(settings, free) if fits(architecture, one, machine, tokens)), None)
 
 
 def fits(architecture: Architecture, settings: TrainingSettings, machine: Machine, tokens: int | None = None) -> bool:
-    """Return whether a training's estimated memory is within a machine's memory."""
+    """Return whether the estimated memory of a run is within a machine's memory."""
     need = estimate_memory(
         architecture, settings, machine.device, bf16=machine.bf16, tokens=tokens, shards=machine.shards
     )
@@ -188,21 +181,17 @@ def smaller_settings(settings: TrainingSettings, free: Set[str]) -> Iterator[Tra
     batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     # With fixed accumulation steps only a smaller batch helps, which makes updates of fewer examples.
     updates = _micro_batches(batch, batch, least) if batch_is_free and not steps_are_free else [batch]
-    for length in lengths:
-        for adapter in adapters:
-            for update in updates:
-                for recompute in checkpointing:
-                    examples = update * steps
-                    split = _micro_batches(update, examples, least) if batch_is_free and steps_are_free else [update]
-                    for micro_batch in split:
-                        changes = {
-                            "max_length": length,
-                            "adapter": adapter,
-                            "gradient_checkpointing": recompute,
-                            "per_device_train_batch_size": micro_batch,
-                            "gradient_accumulation_steps": examples // micro_batch,
-                        }
-                        yield settings.model_copy(update=changes)
+    for length, adapter, update, recompute in product(lengths, adapters, updates, checkpointing):
+        examples = update * steps
+        for micro_batch in _micro_batches(update, examples, least) if batch_is_free and steps_are_free else [update]:
+            changes = {
+                "max_length": length,
+                "adapter": adapter,
+                "gradient_checkpointing": recompute,
+                "per_device_train_batch_size": micro_batch,
+                "gradient_accumulation_steps": examples // micro_batch,
+            }
+            yield settings.model_copy(update=changes)
 
 
 def _micro_batches(largest: int, examples: int, least: int) -> list[int]:
@@ -228,24 +217,10 @@ def next_micro_batch(micro_batch: int, examples: int, least: int) -> int:
     return next((size for size in range(micro_batch // 2, least - 1, -1) if examples % size == 0), 0)
 
 
-def changed_settings(before: TrainingSettings, after: TrainingSettings) -> dict[str, Any]:
-    """Return the settings that a plan changed, with their new values."""
-    names = [name for name in TrainingSettings.model_fields if name in CHANGEABLE]
-    return {name: getattr(after, name) for name in names if getattr(before, name) != getattr(after, name)}
-
-
 def does_not_fit(
     architecture: Architecture, preferred: TrainingSettings, free: Set[str], machine: Machine, where: str
 ) -> str:
-    """Return the error message for a plan in which nothing fits: what the least needs, and what to do.
-
-    Args:
-        architecture: of the base model.
-        preferred: where the search started.
-        free: names of the settings that the plan could change.
-        machine: whose memory is too small.
-        where: name of that memory.
-    """
+    """Return the error message for a plan in which nothing fits into `where`: what the least needs, and what to do."""
     *_, least = smaller_settings(preferred, free)
     need = estimate_memory(architecture, least, machine.device, bf16=machine.bf16).bytes
     larger = [name for name, preset in PRESETS.items() if name != "cpu" and preset.gib * GIB * USABLE >= need]

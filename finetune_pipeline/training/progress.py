@@ -3,15 +3,18 @@
 The file only grows. After a resume, the steps since the checkpoint are in it twice; the last line of a step counts.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from finetune_pipeline.training.job import Progress
+from finetune_pipeline.training.job import Progress, TrainingError
 
 PROGRESS = "progress.jsonl"
+VALIDATION_LOSS = "validation_loss"
+"""Key of the validation loss in the Trainer's log history."""
 
 
 def append_progress(path: Path, progress: Progress) -> None:
@@ -41,16 +44,19 @@ class LineReader:
         return lines.splitlines()
 
 
-class ProgressReader:
-    """Reads the progress that is appended to a file after the reader was made."""
+def read_progress(lines: LineReader) -> Iterator[Progress]:
+    """Yield the progress since the last call; skip lines that are not valid."""
+    for line in lines.read():
+        try:
+            yield Progress.model_validate_json(line)
+        except ValidationError:
+            continue
 
-    def __init__(self, path: Path) -> None:
-        self._lines = LineReader(path)
 
-    def read(self) -> Iterator[Progress]:
-        """Yield the progress since the last call; skip lines that are not valid."""
-        for line in self._lines.read():
-            try:
-                yield Progress.model_validate_json(line)
-            except ValidationError:
-                continue
+def check_finite(loss: float, step: int) -> None:
+    """Raise TrainingError if a loss is NaN or infinite: the training has diverged."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} by step {step}: the training diverged and its weights are useless; lower "
+            "learning_rate (a tenth of it is a good try), or set bf16 to false"
+        )

@@ -1,10 +1,10 @@
 """Trains on the workers of a Ray cluster, by Ray Train.
 
 The job's training process stays on this machine: it sends the job, writes the progress that comes back, and puts the
-adapter where a local training would. Each worker runs the trainer in a folder of its own machine. When workers are
+adapter where a local run would. Each worker runs the trainer in a folder of its own machine. When workers are
 lost, Ray starts them again and they resume from the last checkpoint.
 
-RAY_ADDRESS             the cluster; without it, one is started on this machine for the time of the training
+RAY_ADDRESS             the cluster; without it, one is started on this machine for the duration of the run
 FINETUNE_RAY_STORAGE    a folder or URI (s3://...) that this machine and all workers reach: base model, dataset,
                         checkpoints and adapter travel through it. Without it the workers must see the same disk under
                         the same paths: one machine, or a shared volume.
@@ -25,10 +25,10 @@ from typing import Any
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.ray_session import check_installed, connected
 from finetune_pipeline.training import distributed
-from finetune_pipeline.training.callbacks import VALIDATION_LOSS
 from finetune_pipeline.training.job import (
     ADAPTER,
     CHECKPOINTS,
+    ENVIRONMENT,
     RESULT,
     JobConfig,
     Progress,
@@ -38,9 +38,8 @@ from finetune_pipeline.training.job import (
     finished,
 )
 from finetune_pipeline.training.memory import RankOutOfMemory
-from finetune_pipeline.training.process import ENVIRONMENT
-from finetune_pipeline.training.progress import PROGRESS, ProgressReader, append_progress
-from finetune_pipeline.training.trackers import TENSORBOARD, set_tensorboard_folder, tracker_variables
+from finetune_pipeline.training.progress import PROGRESS, VALIDATION_LOSS, LineReader, append_progress, read_progress
+from finetune_pipeline.training.trackers import TENSORBOARD, set_tensorboard_folder
 
 STORAGE = "FINETUNE_RAY_STORAGE"
 
@@ -49,9 +48,6 @@ _POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 200_000_000  # of a cluster started here: nothing large goes through it
 _RESULT = "result"  # the last checkpoint, which holds the adapter and the result
 _INPUTS = Path("inputs")  # in a worker's folder; relative, so that the job's key is the same on every machine
-
-# Ray Train would turn every print() of a worker into a log line, also those by which `datasets` hashes functions.
-_RAY_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class WorkerTask:
 
 
 class ProgressMailbox:
-    """An actor that passes progress from rank 0 to the process that started the training."""
+    """An actor that passes progress from rank 0 to the process that started the run."""
 
     def __init__(self) -> None:
         self._progress: list[Progress] = []
@@ -90,10 +86,6 @@ class ProgressMailbox:
 def train(job: JobConfig, started: float) -> None:
     """Train on a Ray cluster; what was started there ends with this process.
 
-    Args:
-        job: what to train.
-        started: time.monotonic() at which this process began.
-
     Raises:
         TrainingError: the job is impossible, or the cluster is too small.
         ClusterError: Ray is not installed, or no cluster answers.
@@ -101,23 +93,35 @@ def train(job: JobConfig, started: float) -> None:
     check_installed("training.compute")
     distributed.split_batch(job.settings, job.settings.num_processes)  # raises if it cannot be split
     import ray
+    from pyarrow.fs import FileSystem
 
     storage = os.environ.get(STORAGE, "").rstrip("/")
     if storage and "://" not in storage:
         storage = str(Path(storage).resolve())
     name = f"finetune-{job.key}-{hash_of(str(job.output))[:8]}"
     folder = f"{storage or job.output / 'ray'}/{name}"
-    variables = {name: os.environ.get(name, value) for name, value in (ENVIRONMENT | _RAY_ENVIRONMENT).items()}
-    variables |= tracker_variables()
+    # Ray Train would turn every print() of a worker into a log line, also those by which `datasets` hashes functions.
+    defaults = {**ENVIRONMENT, "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+    variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    variables |= {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
     if storage and hub_revision(job.base_model) is not None:
         variables["HF_HUB_OFFLINE"] = "0"  # workers download the base model themselves
     with connected(variables, job.settings.num_processes, _OBJECT_STORE_BYTES):
         gpus = use_gpus(ray.cluster_resources(), job.settings.num_processes)
         task = _send(job, name, folder) if storage else WorkerTask(job, name, "", None)
-        refusal, checkpoint = _follow(task, folder.removesuffix(f"/{name}"), gpus, job.output / PROGRESS)
+        mailbox = ray.remote(num_cpus=0)(ProgressMailbox).remote()
+        fit = ray.remote(num_cpus=0, max_retries=0)(_fit)
+        running = fit.remote(task, folder.removesuffix(f"/{name}"), gpus, mailbox)
+        done: list[Any] = []
+        while not done:
+            done, _ = ray.wait([running], timeout=_POLL_SECONDS)
+            for progress in ray.get(mailbox.take.remote()):
+                append_progress(job.output / PROGRESS, progress)
+        refusal, checkpoint = ray.get(running)
         if not refusal:
             _deliver(checkpoint, job, started)
-        _remove(folder)  # including the inputs that were sent
+        files, path = FileSystem.from_uri(folder)
+        files.delete_dir(path)  # including the inputs that were sent
         if refusal:
             raise TrainingError(refusal)
     shutil.rmtree(job.output / "ray", ignore_errors=True)
@@ -174,34 +178,12 @@ def _upload(folder: Path, destination: str) -> None:
     copy_files(str(folder), path, source_filesystem=LocalFileSystem(), destination_filesystem=files)
 
 
-def _remove(uri: str) -> None:
-    from pyarrow.fs import FileSystem
-
-    files, path = FileSystem.from_uri(uri)
-    files.delete_dir(path)
-
-
-def _follow(task: WorkerTask, storage: str, gpus: bool, progress_file: Path) -> tuple[str, Any]:
-    """Run the training in the cluster and write its progress here.
+def _fit(task: WorkerTask, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any]:
+    """Run Ray Train within the cluster, so that it works the same whether this machine is part of it or a client.
 
     Returns:
-        Why it cannot be done, or empty; and Ray's checkpoint with the result.
+        Why the job cannot be trained, or empty; and Ray's checkpoint with the result.
     """
-    import ray
-
-    mailbox = ray.remote(num_cpus=0)(ProgressMailbox).remote()
-    running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(task, storage, gpus, mailbox)
-    done: list[Any] = []
-    while not done:
-        done, _ = ray.wait([running], timeout=_POLL_SECONDS)
-        for progress in ray.get(mailbox.take.remote()):
-            append_progress(progress_file, progress)
-    refusal, checkpoint = ray.get(running)
-    return refusal, checkpoint
-
-
-def _fit(task: WorkerTask, storage: str, gpus: bool, mailbox: Any) -> tuple[str, Any]:
-    """Run Ray Train within the cluster, so that it works the same whether this machine is part of it or a client."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
@@ -230,7 +212,7 @@ def _fit(task: WorkerTask, storage: str, gpus: bool, mailbox: Any) -> tuple[str,
 
 
 def _deliver(checkpoint: Any, job: JobConfig, started: float) -> None:
-    """Put adapter and result where a training on this machine puts them."""
+    """Put adapter and result where a run on this machine puts them."""
     with tempfile.TemporaryDirectory(dir=job.output, prefix=".ray-") as folder:
         checkpoint.to_directory(folder)
         result = TrainingResult.model_validate_json((Path(folder) / RESULT).read_bytes())
@@ -346,11 +328,11 @@ def _report(folder: Path, name: str = "") -> None:
 @contextmanager
 def _forward_progress(progress_file: Path, send: Callable[[list[Progress]], Any]) -> Iterator[None]:
     """Forward what is appended to a progress file while the context lasts."""
-    reader, done = ProgressReader(progress_file), threading.Event()
+    lines, done = LineReader(progress_file), threading.Event()
 
     def follow() -> None:
         while not done.wait(_POLL_SECONDS):
-            send(list(reader.read()))
+            send(list(read_progress(lines)))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -359,4 +341,4 @@ def _forward_progress(progress_file: Path, send: Callable[[list[Progress]], Any]
     finally:
         done.set()
         thread.join()
-        send(list(reader.read()))
+        send(list(read_progress(lines)))

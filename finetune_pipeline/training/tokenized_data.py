@@ -4,19 +4,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import hash_file, hash_of, package_versions
 from finetune_pipeline.settings import REPLAY, TrainingSettings
-from finetune_pipeline.training.conversations import (
-    RejectedRow,
-    TokenizedRow,
-    count_rejections,
-    labels_of,
-    tokenize_rows,
-)
+from finetune_pipeline.training.conversations import RejectedRow, TokenizedRow, count_rejections, tokenize_rows
 from finetune_pipeline.training.job import JobConfig, Rejection, TrainingError
 from finetune_pipeline.training.reward_sampling import sample_by_reward
 
@@ -28,7 +23,7 @@ CACHE = ".tokenized"
 _CACHE_FORMAT = 6  # of what the cache holds: files of another one are not read
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _ROWS_PER_BATCH = 1000
-_LOSS_SAMPLE = 256  # training examples on which the loss is measured without a validation set
+LOSS_SAMPLE = 256  # training examples on which the loss is measured without a validation set
 _TEXTS = ("prompt", "history")
 _OPTIONAL = ("reward", "label", "source", "provenance", "interaction_id")
 _REASON, _PROVENANCE = "rejected", "rejected_provenance"  # of a row that the chat template rejects; it has no tokens
@@ -91,11 +86,11 @@ def load_data(job: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingD
         rewards = list(train["reward"])
         if set(rewards) == {None}:
             raise TrainingError(f"{job.dataset / 'train'} lacks the column reward; make the dataset again")
-        # The sample is drawn before training, so that a resumed training sees the same examples.
+        # The sample is drawn before training, so that a resumed run sees the same examples.
         train = train.select(sample_by_reward(rewards, settings.seed))
     return TrainingData(
         train=train,
-        validation=validation if len(validation) else train.select(range(min(len(train), _LOSS_SAMPLE))),
+        validation=validation if len(validation) else train.select(range(min(len(train), LOSS_SAMPLE))),
         has_validation=bool(len(validation)),
         too_long=too_long,
         rejections=rejected + rejected_validation,
@@ -108,13 +103,10 @@ def is_replayed(row: dict[str, Any]) -> bool:
 
 
 def nothing_left(too_long: int, accepted: int, max_length: int, rejected: tuple[Rejection, ...] = ()) -> str:
-    """Return the error message for a training without any example that is not replayed.
+    """Return the error message for a dataset in which every usable example is replay data.
 
     Args:
-        too_long: number of examples with more than `max_length` tokens.
-        accepted: number of examples that the chat template accepts.
-        max_length: tokens that an example may have.
-        rejected: the examples that the chat template rejects.
+        accepted: number of examples that the chat template accepts; `too_long` of them exceed `max_length`.
     """
     examples = accepted + sum(one.count for one in rejected)
     reasons, remedies = [], []
@@ -130,12 +122,12 @@ def nothing_left(too_long: int, accepted: int, max_length: int, rejected: tuple[
 
 
 def warn_not_validated(settings: TrainingSettings, validation_rows: int) -> None:
-    """Log that a training has no validation set: all validation examples are too long, or there are none."""
+    """Log that there is no validation: all validation examples are too long, or there are none."""
     why = f"all {validation_rows} validation examples have more than {settings.max_length} tokens (raise max_length)"
     if not validation_rows:
         why = "the dataset has too few validation examples (raise curation.validation_fraction, or add examples)"
     stopping = " and early_stopping_patience does nothing" if settings.early_stopping_patience else ""
-    print(f"the training is not validated, so the last weights stay{stopping}: {why}", file=sys.stderr, flush=True)
+    print(f"the run is not validated, so the last weights are kept{stopping}: {why}", file=sys.stderr, flush=True)
 
 
 def tokenize_split(
@@ -147,17 +139,13 @@ def tokenize_split(
     features: dict[str, Any],
     columns_of: Callable[[dict[str, Any], TokenizedRow], dict[str, Any]],
 ) -> "tuple[Dataset, tuple[Rejection, ...]]":
-    """Tokenize a split of a saved dataset in batches, or read the tokens that an earlier training cached.
+    """Tokenize a split of a saved dataset in batches, or read the tokens that an earlier run cached.
 
     The cache is in the dataset's own folder, so that deleting the texts deletes their tokens too. It is written to a
     temporary file and renamed, so a killed process leaves no incomplete one.
 
     Args:
-        folder: of the saved DatasetDict.
-        split: train or validation.
         completions: the columns that hold a completion.
-        job: whose system prompt and base model decide the tokens.
-        tokenizer: the base model's.
         features: of the columns to make; `length` is added.
         columns_of: makes these columns from a row and its tokens.
 
@@ -180,20 +168,23 @@ def tokenize_split(
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         batch_rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         tokenized = tokenize_rows(batch_rows, completions, job.system_prompt, tokenizer)
-        made: dict[str, list[Any]] = {name: [] for name in kinds}
-        for row, found in zip(batch_rows, tokenized, strict=True):
-            columns: dict[str, Any] = dict.fromkeys(kinds)
-            if isinstance(found, RejectedRow):
-                columns |= {_REASON: found.reason, _PROVENANCE: found.provenance}
-            else:
-                columns |= {**columns_of(row, found), "length": found.length}
-            for name, value in columns.items():
-                made[name].append(value)
-        return made
+        made = [
+            {_REASON: found.reason, _PROVENANCE: found.provenance}
+            if isinstance(found, RejectedRow)
+            else {**columns_of(row, found), "length": found.length}
+            for row, found in zip(batch_rows, tokenized, strict=True)
+        ]
+        return {name: [columns.get(name) for columns in made] for name in kinds}
 
-    key = _cache_key(job, files)
+    # The key is a hash of everything that decides the tokens: rows, system prompt and tokenizer.
+    hashed = [*files, *sorted(path for pattern in _TOKENIZER_FILES for path in job.base_model.glob(pattern))]
+    hashes = {path.name: hash_file(path) for path in hashed}
+    packages = package_versions("transformers", "tokenizers")
+    key = hash_of([_CACHE_FORMAT, job.system_prompt, hashes, packages])[:16]
     cache = folder / CACHE / f"{split}-{key}.arrow"
-    keep = _can_write(cache.parent)
+    with suppress(OSError):  # a dataset may be on a read-only disk; its tokens are then kept in memory
+        cache.parent.mkdir(exist_ok=True)
+    keep = os.access(cache.parent, os.W_OK)
     texts = rows.select_columns([*_TEXTS, *completions, *(name for name in _OPTIONAL if name in rows.column_names)])
     tokens = texts.map(
         tokenize,
@@ -227,10 +218,9 @@ def _tokenize_prompt_completion(
     from datasets import List, Value
 
     def columns_of(row: dict[str, Any], tokens: TokenizedRow) -> dict[str, Any]:
-        ids = tokens.conversations["completion"]
         return {
-            "input_ids": ids,
-            "labels": labels_of(tokens.prompt, ids),
+            "input_ids": tokens.conversations["completion"],
+            "labels": tokens.labels(),
             "reward": None if is_replayed(row) else row.get("reward"),
             "replayed": is_replayed(row),
         }
@@ -250,18 +240,3 @@ def data_files(split: Path) -> list[Path]:
     if not state.is_file():
         return []
     return [split / file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-
-
-def _cache_key(job: JobConfig, files: Sequence[Path]) -> str:
-    """Return a hash (16 hex digits) of everything that decides the tokens: rows, system prompt and tokenizer."""
-    hashed = [*files, *sorted(path for pattern in _TOKENIZER_FILES for path in job.base_model.glob(pattern))]
-    hashes = {path.name: hash_file(path) for path in hashed}
-    return hash_of([_CACHE_FORMAT, job.system_prompt, hashes, package_versions("transformers", "tokenizers")])[:16]
-
-
-def _can_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError:  # a dataset may be on a read-only disk; its tokens are then kept in memory
-        return False
-    return os.access(folder, os.W_OK)

@@ -26,11 +26,6 @@ def check_trackers(settings: TrainingSettings) -> None:
             )
 
 
-def tracker_variables() -> dict[str, str]:
-    """Return the environment variables of trackers, for processes on other machines."""
-    return {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
-
-
 def set_tensorboard_folder(output: Path) -> None:
     """Have TensorBoard write beside the adapter, unless its own variable says otherwise."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / TENSORBOARD))

@@ -1,6 +1,6 @@
-"""The training itself: TRL's trainers over a LoRA adapter; SFT with a loss on the completion only.
+"""Training by TRL's trainers over a LoRA adapter; SFT has a completion-only loss.
 
-The same job gives the same weights: on a CPU the seed determines them, and a training that was killed and resumed ends
+The same job gives the same weights: on a CPU the seed determines them, and a run that was killed and resumed ends
 with the weights of an uninterrupted one.
 """
 
@@ -9,29 +9,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import distributed, padding_free
 from finetune_pipeline.training.callbacks import (
-    VALIDATION_LOSS,
+    ExampleOrderCallback,
     NoStepsLeft,
-    check_finite,
-    example_order_callback,
-    progress_callback,
-    resume_callback,
-    validation_callback,
+    ProgressCallback,
+    ResumeCallback,
+    ValidationCallback,
 )
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.job import (
     CHECKPOINTS,
-    CurvePoint,
     JobConfig,
     TrainingError,
     TrainingResult,
     ValidationPoint,
+    curve_of,
     finish,
     steps_of,
 )
@@ -54,14 +51,9 @@ from finetune_pipeline.training.model import (
     peak_memory,
     reshard,
     save_adapter,
-    shard,
 )
-from finetune_pipeline.training.preference import (
-    completion_loss,
-    load_preferences,
-    preference_loss,
-    preference_trainer,
-)
+from finetune_pipeline.training.preference import load_preferences, preference_loss, preference_trainer
+from finetune_pipeline.training.progress import VALIDATION_LOSS, check_finite
 from finetune_pipeline.training.tokenized_data import TrainingData, load_data, load_tokenizer
 
 if TYPE_CHECKING:
@@ -70,7 +62,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 LoadModel = Callable[[JobConfig, bool], Any]
-"""Loads the base model of a job, for bfloat16 or not; a backend's own may have its adapter on it already."""
+"""Loads the base model of a job, for bfloat16 or not; a model that has an adapter already gets no other."""
 OnCheckpoint = Callable[[Path], None]
 """Called on every rank with the folder of each complete checkpoint."""
 
@@ -82,14 +74,7 @@ def run_training(
     load_model: LoadModel = load_model,
     on_checkpoint: OnCheckpoint = lambda _: None,
 ) -> TrainingResult:
-    """Train the adapter of a job, from its last complete checkpoint if there is one.
-
-    Args:
-        job: what to train.
-        started: time.monotonic() at which the process began.
-        micro_batch: its size, if memory ran out with per_device_train_batch_size.
-        load_model: loads the base model; one that has an adapter already gets no other.
-        on_checkpoint: called with each complete checkpoint.
+    """Train the adapter of a job, from its last complete checkpoint if there is one; see `TrainingBackend.run`.
 
     Raises:
         MemoryRanOut: a fresh process should resume with a smaller micro-batch.
@@ -103,7 +88,7 @@ def run_training(
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
         print(
             " x ".join(f"{name} {getattr(settings, name)}" for name in sizes)
-            + f" is the batch of the whole training, split across {ranks} processes; TRL would multiply it by {ranks}",
+            + f" is the batch of the whole run, split across {ranks} processes; TRL would multiply it by {ranks}",
             file=sys.stderr,
             flush=True,
         )
@@ -121,11 +106,10 @@ def run_training(
     # One of several ranks cannot resume alone with a smaller micro-batch.
     with nullcontext() if ranks > 1 else catch_out_of_memory(running):
         set_seed(running.seed)
-        # The micro-batch does not change the number of optimizer steps; on several ranks the whole training's counts.
+        # The micro-batch does not change the number of optimizer steps; on several ranks the whole run's counts.
         steps = count_steps(len(data.train), settings if ranks > 1 else running)
         trainer = make_trainer(job, running, data, tokenizer, steps, bf16, load_model, on_checkpoint)
-        trained = _train(trainer, job, data)
-    result = _result(job, running, data, trained, bf16, started)
+        result = _train(trainer, job, running, data, bf16, started)
     weights = gather_trained_weights(trainer.model)
     if distributed.is_rank_zero():
         save_adapter(trainer.model, job, weights)
@@ -155,34 +139,22 @@ def train_rank(job: JobConfig, started: float, on_checkpoint: OnCheckpoint = lam
     return ""
 
 
-@dataclass(frozen=True)
-class _Trained:
-    trainer: "Trainer"
-    resumed_from: Path | None  # a checkpoint
-    loss_before: float
-    loss_after: float
-    best_step: int
-    seconds: float
+def _train(
+    trainer: "Trainer", job: JobConfig, running: TrainingSettings, data: TrainingData, bf16: bool, started: float
+) -> TrainingResult:
+    """Train from the last complete checkpoint, load the best weights, and return the result."""
+    import torch
 
-
-def _train(trainer: "Trainer", job: JobConfig, data: TrainingData) -> _Trained:
-    """Train from the last complete checkpoint, and load the best weights."""
-    from trl import SFTTrainer
-
-    settings = job.settings
+    settings, patience = job.settings, job.settings.early_stopping_patience
     alone = distributed.world_size() == 1  # of several ranks, one may fail because another one did
     with _settings_named(settings, lambda: alone):
-        before = mean_loss(trainer, data.validation)
+        loss_before = mean_loss(trainer, data.validation)
     # Validation measures the loss that the method lowers, and decides which weights are kept.
-    measure: Callable[[], float] | None = None
-    if isinstance(trainer, SFTTrainer):
-        if data.has_validation:
-            measure = lambda: mean_loss(trainer, data.validation)  # noqa: E731
-    elif data.preference_validation is not None:
-        measure = lambda: preference_loss(trainer)  # noqa: E731
-    if measure is not None:
-        trainer.add_callback(validation_callback(measure, settings.early_stopping_patience))
-    trainer.add_callback(resume_callback(settings.early_stopping_patience))
+    if data.preference_validation is not None:
+        trainer.add_callback(ValidationCallback(lambda: preference_loss(trainer), patience))
+    elif settings.method == "sft" and data.has_validation:
+        trainer.add_callback(ValidationCallback(lambda: mean_loss(trainer, data.validation), patience))
+    trainer.add_callback(ResumeCallback(patience))
     checkpoint = distributed.rank_zero_first(lambda: last_complete(job.output / CHECKPOINTS, job.key))
     began = time.monotonic()
     reshard(trainer.model)
@@ -191,9 +163,32 @@ def _train(trainer: "Trainer", job: JobConfig, data: TrainingData) -> _Trained:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     best_step = _load_best(trainer)
-    after = mean_loss(trainer, data.validation)
-    check_finite(after, trainer.state.global_step)
-    return _Trained(trainer, checkpoint, before, after, best_step, seconds)
+    loss_after = mean_loss(trainer, data.validation)
+    state = trainer.state
+    check_finite(loss_after, state.global_step)
+    validated = {entry["step"]: entry[VALIDATION_LOSS] for entry in state.log_history if VALIDATION_LOSS in entry}
+    return TrainingResult(
+        job=job.key,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        method=settings.method,
+        adapter=settings.adapter,
+        bf16=bf16,
+        steps=state.global_step,
+        resumed_from=first,
+        examples=len(data.train),
+        too_long=data.too_long,
+        rejections=data.rejections,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        tokens_per_second=trainer._total_train_tokens / max(seconds, 1e-9),
+        wall_seconds=time.monotonic() - started,
+        peak_memory_bytes=peak_memory(),
+        micro_batch=running.per_device_train_batch_size,
+        validation=tuple(ValidationPoint(step=step, loss=loss) for step, loss in sorted(validated.items())),
+        best_step=best_step,
+        stopped_early=state.global_step < state.max_steps,
+        **curve_of(state.log_history),
+    )
 
 
 _LIBRARY_SETTINGS = ("lr_scheduler_type", "optim", "loss_type", "trainer_config", "lora_config")
@@ -204,16 +199,14 @@ _LIBRARY_SETTINGS = ("lr_scheduler_type", "optim", "loss_type", "trainer_config"
 def _settings_named(settings: TrainingSettings, unstarted: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Raise a library's error as a TrainingError that names the settings which may have caused it.
 
-    Args:
-        settings: of the training.
-        unstarted: whether the settings may be the cause: later than in the first step, it is another one.
+    They can be the cause only until the first step is done: `unstarted` returns whether it is not.
     """
     try:
         yield
     except (TrainingError, NoStepsLeft):
         raise
     except ImportError as error:  # an optimizer of another package
-        raise TrainingError(f"the training needs a package that is not installed: {error}") from error
+        raise TrainingError(f"training needs a package that is not installed: {error}") from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         default = TrainingSettings()
         given = [name for name in _LIBRARY_SETTINGS if getattr(settings, name) != getattr(default, name)]
@@ -221,7 +214,7 @@ def _settings_named(settings: TrainingSettings, unstarted: Callable[[], bool] = 
             raise
         named = ", ".join(f"{name} {getattr(settings, name)}" for name in given)
         raise TrainingError(
-            f"the training cannot start with {named}: {type(error).__name__}: {error}; change or remove what it names"
+            f"training cannot start with {named}: {type(error).__name__}: {error}; change or remove what it names"
         ) from error
 
 
@@ -236,7 +229,7 @@ def _load_best(trainer: "Trainer") -> int:
 
 
 def count_steps(examples: int, settings: TrainingSettings) -> int:
-    """Return the optimizer steps of a training, counted as transformers' Trainer counts them."""
+    """Return the optimizer steps of a run, counted as transformers' Trainer counts them."""
     if (max_steps := settings.trainer_config.get("max_steps", -1)) > 0:
         return int(max_steps)
     batches = math.ceil(examples / settings.per_device_train_batch_size)
@@ -254,17 +247,7 @@ def make_trainer(
     load_model: LoadModel = load_model,
     on_checkpoint: OnCheckpoint = lambda _: None,
 ) -> "Trainer":
-    """Return TRL's trainer of a job.
-
-    Args:
-        job: what to train.
-        running: its settings, with the micro-batch and accumulation steps of this rank.
-        data: its tokenized examples.
-        tokenizer: the base model's.
-        steps: optimizer steps of the training.
-        bf16: whether to train in bfloat16.
-        load_model: loads the base model.
-        on_checkpoint: called with each complete checkpoint.
+    """Return TRL's trainer of a job; `running` has the micro-batch and accumulation steps of this rank.
 
     Raises:
         TrainingError: TRL or transformers rejects the settings.
@@ -283,7 +266,7 @@ def make_trainer(
         "gradient_checkpointing": running.gradient_checkpointing,
         "learning_rate": running.learning_rate,
         "lr_scheduler_type": running.lr_scheduler_type,
-        # Rounded down, so that a training of a few steps has none: the first warmup step has a learning rate of 0.
+        # Rounded down, so that a run of a few steps has none: the first warmup step has a learning rate of 0.
         "warmup_steps": int(steps * warmup) if warmup < 1 else int(warmup),
         "optim": running.optim,
         "weight_decay": running.weight_decay,
@@ -305,7 +288,7 @@ def make_trainer(
     if distributed.world_size() > 1 and must_shard(job, bf16):
         # FSDP wraps each layer; checkpoints hold full weights.
         arguments |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
-    base, callbacks = load_model(job, bf16), [progress_callback(job, on_checkpoint)]
+    base, callbacks = load_model(job, bf16), [ProgressCallback(job, on_checkpoint)]
     with _settings_named(job.settings):
         if job.settings.method == "sft":
             trainer = _sft_trainer(job, data, tokenizer, arguments, base, callbacks)
@@ -313,12 +296,16 @@ def make_trainer(
             trainer = preference_trainer(job, data, tokenizer, arguments, base, callbacks)
     trainer.create_model_card = lambda *_, **__: None  # every checkpoint would get one, which nobody reads
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(example_order_callback())
+    trainer.add_callback(ExampleOrderCallback())
     trainer.accelerator.rng_types = ["torch"]  # all ranks have to draw the same order of examples
     if job.settings.adapter == "qlora":
         cast_adapter_to_float32(trainer.model, job)
     if trainer.is_fsdp_enabled:
-        shard(trainer)
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        # Sharded before anything is computed, since one GPU could not hold the weights. The Trainer does the same when
+        # training starts, and leaves a model alone that is sharded already.
+        trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
     return trainer
 
 
@@ -363,60 +350,29 @@ def _sft_trainer(
 
 
 def mean_loss(trainer: "Trainer", dataset: "Dataset") -> float:
-    """Return the mean loss per completion token, independent of the batches (the Trainer's is a mean of means)."""
+    """Return the mean loss per completion token, the same for every method and independent of the batches.
+
+    The Trainer's own evaluation returns a mean of means.
+    """
     import torch
     from torch.utils.data import DataLoader
     from trl import SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    if not isinstance(trainer, SFTTrainer):
-        return completion_loss(trainer, dataset)
+    sft = isinstance(trainer, SFTTrainer)
+    collate = trainer.data_collator
+    if not sft:  # the collators of DPO and KTO take preferences
+        collate = DataCollatorForLanguageModeling(pad_token_id=trainer.processing_class.pad_token_id)
+        dataset = dataset.select_columns(["input_ids", "labels"])
     model = (trainer.model if trainer.is_fsdp_enabled else trainer.model.to(trainer.args.device)).eval()
     total, tokens = 0.0, 0
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with torch.no_grad(), trainer.accelerator.autocast() if sft else nullcontext():
         # Every rank measures all examples: the Trainer's loader would split them, and repeat some to pad batches.
-        for examples in DataLoader(dataset, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
+        for examples in DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate):
             batch = trainer._prepare_inputs(examples)
             counted = padding_free.completion_tokens(batch)
-            total += float(trainer.compute_loss(model, batch)) * counted
+            loss = trainer.compute_loss(model, batch) if sft else model(**batch, use_cache=False).loss
+            total += float(loss) * counted
             tokens += counted
     model.train()
     return total / max(tokens, 1)
-
-
-def _result(
-    job: JobConfig, running: TrainingSettings, data: TrainingData, trained: _Trained, bf16: bool, started: float
-) -> TrainingResult:
-    import torch
-
-    trainer = trained.trainer
-    history = trainer.state.log_history
-    logged = {entry["step"]: entry for entry in history if "loss" in entry}  # a resumed training may log a step again
-    curve = [
-        CurvePoint(step=step, loss=entry["loss"], learning_rate=entry["learning_rate"])
-        for step, entry in sorted(logged.items())
-    ]
-    losses = {entry["step"]: entry[VALIDATION_LOSS] for entry in history if VALIDATION_LOSS in entry}
-    last = [point.loss for point in curve[-max(1, len(curve) // 10) :]]
-    return TrainingResult(
-        job=job.key,
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        method=job.settings.method,
-        adapter=job.settings.adapter,
-        bf16=bf16,
-        steps=trainer.state.global_step,
-        resumed_from=step_of(trained.resumed_from) if trained.resumed_from else 0,
-        examples=len(data.train),
-        too_long=data.too_long,
-        rejections=data.rejections,
-        loss_before=trained.loss_before,
-        loss_after=trained.loss_after,
-        train_loss=sum(last) / len(last) if last else 0.0,
-        tokens_per_second=trainer._total_train_tokens / max(trained.seconds, 1e-9),
-        wall_seconds=time.monotonic() - started,
-        peak_memory_bytes=peak_memory(),
-        micro_batch=running.per_device_train_batch_size,
-        curve=tuple(curve),
-        validation=tuple(ValidationPoint(step=step, loss=loss) for step, loss in sorted(losses.items())),
-        best_step=trained.best_step,
-        stopped_early=trainer.state.global_step < trainer.state.max_steps,
-    )

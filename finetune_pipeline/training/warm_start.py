@@ -6,28 +6,18 @@ from typing import Any
 from finetune_pipeline.artifacts import hash_of
 
 _ADAPTER_SETTINGS = (
-    "adapter",
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "use_rslora",
-    "use_dora",
-    "lora_config",
+    "adapter", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "lora_config",
     "trainable_token_indices",
-)
+)  # fmt: skip
 """Settings that an adapter keeps: it cannot be warm-started with other ones."""
 
 
 def obstacle_to_warm_start(
     settings: dict[str, Any], base_hash: str, champion: dict[str, Any], champion_base: str
 ) -> str | None:
-    """Return why a training cannot be warm-started from the champion's adapter; None if it can.
+    """Return why a run cannot be warm-started from the champion's adapter; None if it can.
 
-    Args:
-        settings: TrainingSettings of the training, as JSON values.
-        base_hash: of its base model.
-        champion: TrainingSettings of the champion, as JSON values.
-        champion_base: hash of the champion's base model.
+    `settings` and `champion` are TrainingSettings as JSON values; the hashes are those of the base models.
     """
     if base_hash != champion_base:
         return "its base model is another one"
@@ -59,14 +49,8 @@ def with_both_labels(
 ) -> list[int]:
     """Add an older example of the other label for each new one, if all selected ones have the same label.
 
-    KTO needs both labels. If there are none of the other label, the selected ones are returned unchanged.
-
-    Args:
-        selected: from `select_examples`.
-        hashes: as for `select_examples`.
-        labels: of each example of the dataset: True for desirable.
-        known: as for `select_examples`.
-        seed: as for `select_examples`.
+    KTO needs both labels. If there are none of the other label, the selected ones are returned unchanged. Arguments are
+    as for `select_examples`; a label of True is desirable.
     """
     present = {labels[index] for index in selected}
     if len(present) != 1:

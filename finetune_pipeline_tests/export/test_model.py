@@ -3,10 +3,11 @@
 import json
 import shutil
 import time
+from collections import Counter
 
 import pytest
 
-from finetune_pipeline.export.gguf import convert, quantize, tensor_types
+from finetune_pipeline.export.gguf import convert, quantize
 from finetune_pipeline.export.merge import merge
 from finetune_pipeline.export.model import export, export_adapter
 from finetune_pipeline.export.parity import compare_answers, tokenizer_parity
@@ -36,12 +37,20 @@ SAMPLES = [
 def test_an_exported_base_model_generates_the_known_story(stories, tmp_path):
     steps = []
     model = export(stories, None, tmp_path, "Q4_K_M", steps.append)
-    assert steps == list(model.seconds) == ["convert", "quantize"]
+    assert steps == ["convert", "quantize"]
     assert {path.name for path in tmp_path.iterdir()} == {"model-F16.gguf", "model-Q4_K_M.gguf"}
     for gguf in (model.f16, model.gguf):
         with Engine(ModelSpec(gguf=gguf, context=128, parallel=1)) as engine:
             text = engine.generate([GenerateRequest(prompt="<s>", max_tokens=50)])[0].text
         assert text.strip().startswith(STORY)
+
+
+def tensor_types(gguf):
+    """Return the number of tensors of each type, among those of two or more dimensions: {"Q4_K": 25, "Q6_K": 4}."""
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(gguf).tensors
+    return Counter(tensor.tensor_type.name for tensor in tensors if sum(n > 1 for n in tensor.shape) > 1)
 
 
 def test_rows_that_do_not_fit_a_block_keep_a_larger_type(stories, tmp_path):
@@ -59,9 +68,7 @@ def test_f16_needs_one_file_with_the_tokens_of_training(random_base, tmp_path):
     assert model.gguf == model.f16
     assert [path.name for path in tmp_path.iterdir()] == ["model-F16.gguf"]
     with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
-        result = tokenizer_parity(random_base, engine, SAMPLES)
-    assert result.same, result.offenders
-    assert result.checked == len(SAMPLES)
+        assert tokenizer_parity(random_base, engine, SAMPLES) == []
     quantize(model.f16, tmp_path / "k.gguf", "Q4_K_M")
     assert "Q4_K" in tensor_types(tmp_path / "k.gguf")  # rows of 256 fit its blocks
 
@@ -74,9 +81,8 @@ def test_a_changed_tokenizer_fails_the_parity_check(random_base, tmp_path):
     (changed / "tokenizer_config.json").write_text(json.dumps(config))
     convert(changed, tmp_path / "changed.gguf")
     with Engine(ModelSpec(gguf=tmp_path / "changed.gguf", context=256)) as engine:
-        result = tokenizer_parity(random_base, engine, SAMPLES)
-    assert not result.same
-    assert result.offenders[0].found != result.offenders[0].expected
+        [first, *_] = tokenizer_parity(random_base, engine, SAMPLES)
+    assert first.found != first.expected
 
 
 def snips_rows(count):
@@ -131,7 +137,7 @@ def test_llama_cpp_and_transformers_give_the_same_answers(chatty_stories, adapte
     assert compare_answers(model.reference, expected).fraction >= 11 / 12  # unmerged too
     assert greedy(chatty_stories, prompts) != expected  # the adapter changes the answers
     with Engine(ModelSpec(gguf=model.gguf, context=256)) as engine:
-        assert tokenizer_parity(chatty_stories, engine, prompts).same
+        assert tokenizer_parity(chatty_stories, engine, prompts) == []
     assert {_name(path) for path in (model.f16, model.gguf)} == {gguf_name(chatty_stories)}  # not the merged folder's
 
 
@@ -172,10 +178,10 @@ def test_an_adapter_applied_to_the_base_answers_as_merged(chatty_stories, adapte
     steps = []
     chats = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
     out = tmp_path / "out"
-    exported = export_adapter(chatty_stories, adapter, base.gguf, out, "F16", steps.append, ReferencePrompts(chats, 24))
-    assert steps == ["generate reference answers", "convert the adapter"] == list(exported.seconds)
+    exported = export_adapter(chatty_stories, adapter, base.gguf, out, steps.append, ReferencePrompts(chats, 24))
+    assert steps == ["generate reference answers", "convert the adapter"]
     assert {path.name for path in out.iterdir()} == {"adapter.gguf"}
-    assert exported.gguf == exported.f16 == base.gguf and exported.tensor_types == base.tensor_types
+    assert exported.gguf == exported.f16 == base.gguf
     requests = [GenerateRequest(messages=messages, max_tokens=24) for messages in chats]
 
     def answers(spec):

@@ -13,7 +13,7 @@ from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.records import chat_messages
 
-from .conftest import STARTER
+from ..training.conftest import STARTER
 
 
 def base_of(random_base, folder, tied):

@@ -74,7 +74,7 @@ def converted_once(ggufs: dict[str, Path]) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         for kind in {"F16", quantization}:
             shutil.copyfile(ggufs[kind], folder / f"model-{kind}.gguf")
-        return ExportedModel(folder / f"model-{quantization}.gguf", folder / "model-F16.gguf", quantization, {})
+        return ExportedModel(folder / f"model-{quantization}.gguf", folder / "model-F16.gguf")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_gguf_module, "export", export)

@@ -15,61 +15,40 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the training proces
 STARTER = PROJECT_ROOT / "data" / "starter_model"
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """Folder of the tiny base model."""
+def random_model(folder, kind, **sizes):
+    """Make a model with random weights, and with the tokenizer and chat template of the starter model."""
     if not (STARTER / "tokenizer_config.json").exists():
         pytest.skip(f"{STARTER} is not there; run git checkout data/starter_model")
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    folder = tmp_path_factory.mktemp("base") / "tiny"
     folder.mkdir()
-    for path in STARTER.glob("tokenizer*"):
+    for path in [*STARTER.glob("tokenizer*"), *STARTER.glob("chat_template.jinja")]:
         shutil.copyfile(path, folder / path.name)
-    if (STARTER / "chat_template.jinja").exists():
-        shutil.copyfile(STARTER / "chat_template.jinja", folder / "chat_template.jinja")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **sizes, **special)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def padded_base(base, tmp_path_factory):
-    """Folder of a tiny Gemma 2, which trains on padded batches and has tied embeddings."""
-    import torch
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+def base(tmp_path_factory):
+    """Folder of the tiny base model."""
+    return random_model(
+        tmp_path_factory.mktemp("base") / "tiny", "Llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
 
-    folder = tmp_path_factory.mktemp("padded") / "tiny"
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Gemma2ForCausalLM(config).save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def padded_base(tmp_path_factory):
+    """Folder of a tiny Gemma 2, which trains on padded batches and has tied embeddings."""
+    return random_model(
+        tmp_path_factory.mktemp("padded") / "tiny", "Gemma2", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
 
 
 def rows(count, start=0):
@@ -110,19 +89,23 @@ def job(base, dataset, tmp_path):
     return JobConfig(base_model=base, dataset=dataset, output=tmp_path / "out", settings=settings)
 
 
+def weights(job):
+    return (job.output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
 def with_settings(job, **changes):
     return job.model_copy(update={"settings": job.settings.model_copy(update=changes)})
 
 
-def breaking_in_half(progress_callback):
-    """Wrap progress_callback so that the training ends one step after its half."""
+def breaking_in_half(kind):
+    """Wrap ProgressCallback so that training ends one step after its half."""
 
     def make(*arguments):
         def on_step_begin(args, state, control, **_):
             if state.global_step == state.max_steps // 2 + 1:
                 raise KeyboardInterrupt
 
-        callback = progress_callback(*arguments)
+        callback = kind(*arguments)
         callback.on_step_begin = on_step_begin
         return callback
 

@@ -16,7 +16,7 @@ import yaml
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl, EventReader
-from finetune_pipeline.training.backends.axolotl_config import FOLDER, WrittenJob, write
+from finetune_pipeline.training.backends.axolotl_config import CONFIG, FOLDER, WrittenSplit, write
 from finetune_pipeline.training.checkpoints import COMPLETE
 from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, finished
@@ -103,8 +103,9 @@ JOBS = {
 
 
 def test_settings_and_passed_fields_reach_axolotls_configuration(job, tmp_path):
-    written = write(job_by(job, tmp_path, "out", **JOBS["sft_passed"]), None, gpu=False)
-    found = yaml.safe_load(written.config.read_text())
+    one = job_by(job, tmp_path, "out", **JOBS["sft_passed"])
+    write(one, None, gpu=False)
+    found = yaml.safe_load((one.output / FOLDER / CONFIG).read_text())
     expected = {
         "peft_use_rslora": True, "peft_use_dora": True, "peft_init_lora_weights": "gaussian", "lr_scheduler": "linear",
         "optimizer": "adamw_torch", "sdp_attention": True, "save_steps": 500, "eval_steps": 500, "warmup_steps": 3,
@@ -119,7 +120,8 @@ def test_axolotls_schema_accepts_the_configurations(axolotl, job, tmp_path):
     files = []
     for name, changes in JOBS.items():
         one = job_by(job, tmp_path, name, **changes)
-        files.append(write(one, tmp_path / "checkpoint-8" if name == "sft" else None, gpu=True).config)
+        write(one, tmp_path / "checkpoint-8" if name == "sft" else None, gpu=True)
+        files.append(one.output / FOLDER / CONFIG)
     assert dict(zip(JOBS, ask_the_schema(axolotl, *files), strict=True)) == dict.fromkeys(JOBS)
 
     whole = yaml.safe_load(files[0].read_text())
@@ -225,7 +227,7 @@ def test_a_non_finite_loss_ends_axolotl_at_once(job, tmp_path):
 )
 def test_non_finite_values_in_axolotls_events_end_the_training(job, event):
     write_text(job.output / FOLDER / "events.jsonl", "")
-    reader = EventReader(job, WrittenJob(job.output, 1, 0, 1.0))
+    reader = EventReader(job, WrittenSplit(examples=1, tokens=1))
     checkpoint = job.output / CHECKPOINTS / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     write_text(reader.path, json.dumps(event) + "\n")

@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.training import child_process
@@ -16,10 +17,9 @@ from finetune_pipeline.training.checkpoints import COMPLETE, is_complete, last_c
 from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.hardware import cpu_quota, threads_per_process, usable_cores
 from finetune_pipeline.training.job import CHECKPOINTS, Progress, TrainingError, TrainingFailed
-from finetune_pipeline.training.process import lock_output
 from finetune_pipeline.training.trainer import run_training
 
-from .conftest import with_settings
+from .conftest import weights, with_settings
 
 LINE = Progress(
     step=1,
@@ -39,10 +39,6 @@ def wait_for(condition, seconds=120.0):
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.002)
-
-
-def weights(job):
-    return (job.output / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def shell(text):
@@ -93,7 +89,9 @@ def test_only_complete_checkpoints_of_the_same_job_count(tmp_path):
 
 
 def test_a_second_training_on_the_same_folder_is_refused(job):
-    with lock_output(job.output), pytest.raises(TrainingFailed, match="another training is writing to"):
+    (job.output / CHECKPOINTS).mkdir(parents=True)
+    message = "^another training run is writing to"
+    with FileLock(job.output / CHECKPOINTS / "training.lock"), pytest.raises(TrainingFailed, match=message):
         train(job)
 
 

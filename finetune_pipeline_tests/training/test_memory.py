@@ -1,4 +1,4 @@
-"""The memory check before a training, and smaller micro-batches when memory runs out."""
+"""The memory check before training, and smaller micro-batches when memory runs out."""
 
 import json
 import re
@@ -172,4 +172,4 @@ def test_a_need_within_the_error_of_the_estimate_is_tried(job, monkeypatch, capf
     )
     monkeypatch.setattr(memory, "available_memory", lambda: round(need.to_come * 0.9))
     check_memory(job.base_model, job.settings, longest=64, bf16=False)
-    assert "off by 20%, so the training starts" in capfd.readouterr().err
+    assert "off by 20%, so training starts" in capfd.readouterr().err

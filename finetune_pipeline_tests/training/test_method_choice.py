@@ -31,18 +31,14 @@ from finetune_pipeline.training.method_choice import DatasetCounts, choose_metho
     ],
 )
 def test_auto_chooses_by_the_numbers_of_examples(desirable, pairs, undesirable, method, message):
-    choice = choose_method("auto", DatasetCounts(desirable, pairs, undesirable))
-    assert choice.method == method
-    assert message in choice.reason
+    chosen, reason = choose_method("auto", DatasetCounts(desirable, pairs, undesirable))
+    assert chosen == method
+    assert message in reason
 
 
 def test_a_method_that_was_set_is_kept():
-    choice = choose_method("dpo", DatasetCounts(desirable=60, pairs=3, undesirable=5))
-    assert choice.method == "dpo"
-    assert (
-        choice.reason
-        == "method dpo (training.method); 60 desirable completions (3 of them corrections) and 5 undesirable"
-    )
+    reason = "method dpo (training.method); 60 desirable completions (3 of them corrections) and 5 undesirable"
+    assert choose_method("dpo", DatasetCounts(desirable=60, pairs=3, undesirable=5)) == ("dpo", reason)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from finetune_pipeline.training.preference import load_preferences
 from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
 from finetune_pipeline.training.trainer import make_trainer, mean_loss, run_training
 
-from .conftest import breaking_in_half, rows, save, with_settings
+from .conftest import breaking_in_half, rows, save, weights, with_settings
 
 TURNS = [{"role": "user", "content": "a wall"}, {"role": "assistant", "content": "How thick?"}]
 WRONG = json.dumps({"height_m": 3})
@@ -43,10 +43,6 @@ def trainer_of(job):
     if job.settings.method != "sft":
         data = load_preferences(job, data, tokenizer)
     return make_trainer(job, job.settings, data, tokenizer, 24, False), data
-
-
-def weights(job):
-    return (job.output / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("method", "examples", "steps"), [("dpo", 32, 12), ("kto", 48, 18)])
@@ -87,7 +83,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     broken.output.mkdir()
     with monkeypatch.context() as patched:
-        patched.setattr(training, "progress_callback", breaking_in_half(training.progress_callback))
+        patched.setattr(training, "ProgressCallback", breaking_in_half(training.ProgressCallback))
         with pytest.raises(KeyboardInterrupt):
             run_training(broken, time.monotonic())
     assert run_training(broken, time.monotonic()).resumed_from == steps // 2  # the middle of the second epoch

@@ -177,7 +177,7 @@ def test_workers_get_the_trackers_variables(job, monkeypatch):
 
 @contextmanager
 def killed_driver(job):
-    """Start a training by hand; at the end kill its process, and check that everything it started ends too."""
+    """Start training by hand; at the end kill its process, and check that everything it started ends too."""
     write_text(job.output / "job.json", job.model_dump_json())
     driver = psutil.Popen([sys.executable, "-m", "finetune_pipeline.training", job.output / "job.json"])
     try:
@@ -196,7 +196,7 @@ def killed_driver(job):
 @needs_ray
 @pytest.mark.slow
 def test_a_killed_training_ends_its_cluster_and_can_be_resumed(job):
-    """Without an address, the cluster is started for the training and ends with it."""
+    """Without an address, the cluster is started for the run and ends with it."""
     two = with_settings(on_ray(job), num_train_epochs=80)  # the workers notice after a second or two
     with killed_driver(two) as driver:
         wait_for(lambda: ray_has_kept(two, "checkpoint-80"))

@@ -1,4 +1,4 @@
-"""The training itself, in this process, on a tiny model."""
+"""Training in this process, on a tiny model."""
 
 import json
 import shutil
@@ -21,16 +21,12 @@ from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
 from finetune_pipeline.training.trackers import set_tensorboard_folder
 from finetune_pipeline.training.trainer import make_trainer, run_training
 
-from .conftest import breaking_in_half, contrary, rows, save, with_settings
+from .conftest import breaking_in_half, contrary, rows, save, weights, with_settings
 
 
 def train_here(job):
     job.output.mkdir(parents=True, exist_ok=True)
     return run_training(job, time.monotonic())
-
-
-def adapter(job):
-    return (job.output / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def test_it_learns_and_leaves_an_adapter_and_a_result(job):
@@ -73,7 +69,7 @@ def test_the_same_seed_gives_the_same_adapter(job, tmp_path):
     for name, seed in [("a", 7), ("b", 7), ("c", 8)]:
         one = with_settings(job, seed=seed, num_train_epochs=1).model_copy(update={"output": tmp_path / name})
         train_here(one)
-        results.append(adapter(one))
+        results.append(weights(one))
     assert results[0] == results[1] != results[2]
 
 
@@ -154,7 +150,7 @@ def test_without_validation_the_loss_is_measured_on_training_examples(job, tmp_p
 @pytest.mark.parametrize(
     ("validation_rows", "stopping", "message"),
     [
-        (8, None, "not validated, so the last weights stay: all 8 validation examples have more than 128 tokens"),
+        (8, None, "not validated, so the last weights are kept: all 8 validation examples have more than 128 tokens"),
         (8, 1, "early_stopping_patience does nothing: all 8 validation examples have more than 128"),
         (0, 1, "early_stopping_patience does nothing: the dataset has too few validation examples"),
         (0, None, ""),
@@ -244,7 +240,7 @@ def test_embeddings_are_trained_on_padded_batches(job, padded_base, tmp_path):
     plain = train_here(padded.model_copy(update={"output": tmp_path / "plain"}))
     assert result.loss_before == pytest.approx(plain.loss_before, rel=1e-5)
     assert result.loss_after < result.loss_before
-    assert b"trainable_tokens_delta" in adapter(job)
+    assert b"trainable_tokens_delta" in weights(job)
 
 
 def test_all_embeddings_can_be_trained(job):
@@ -327,7 +323,7 @@ def train_until_the_result(job, monkeypatch):
 def train_interrupted(job, monkeypatch):
     """Train, be interrupted in the middle of the second epoch, and resume."""
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "progress_callback", breaking_in_half(trainer_module.progress_callback))
+        patched.setattr(trainer_module, "ProgressCallback", breaking_in_half(trainer_module.ProgressCallback))
         with pytest.raises(KeyboardInterrupt):
             train_here(job)
     return train_here(job)
@@ -343,7 +339,7 @@ def test_a_training_interrupted_within_an_epoch_resumes_to_the_same_weights(
     train_here(whole)
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     assert train_interrupted(broken, monkeypatch).resumed_from == 12
-    assert adapter(broken) == adapter(whole)
+    assert weights(broken) == weights(whole)
 
 
 def test_an_interrupted_qlora_resumes_to_the_same_weights(job, tmp_path, monkeypatch):
@@ -351,7 +347,7 @@ def test_an_interrupted_qlora_resumes_to_the_same_weights(job, tmp_path, monkeyp
     train_here(whole)
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
     train_interrupted(broken, monkeypatch)
-    assert adapter(broken) == adapter(whole)
+    assert weights(broken) == weights(whole)
     assert {str(w.dtype) for w in load_file(whole.output / "adapter" / "adapter_model.safetensors").values()} == {
         "torch.float32"
     }
@@ -369,7 +365,7 @@ def test_a_training_killed_after_early_stopping_does_not_continue(job, tmp_path,
         uninterrupted.best_step,
         True,
     )
-    assert adapter(killed) == adapter(stopping)
+    assert weights(killed) == weights(stopping)
 
 
 def test_a_training_killed_after_its_last_step_takes_no_further_one(job, tmp_path, monkeypatch):
@@ -379,7 +375,7 @@ def test_a_training_killed_after_its_last_step_takes_no_further_one(job, tmp_pat
     train_until_the_result(killed, monkeypatch)
     result = train_here(killed)
     assert result.resumed_from == result.steps == uninterrupted.steps == 12
-    assert adapter(killed) == adapter(part)
+    assert weights(killed) == weights(part)
 
 
 def test_a_training_killed_while_removing_checkpoints_is_done(job, monkeypatch):
@@ -424,7 +420,7 @@ def test_training_is_warm_started_from_an_adapter(job, tmp_path):
     further = job.model_copy(update={"output": tmp_path / "further", "initial_adapter": job.output / "adapter"})
     second = train_here(further)
     assert second.loss_before == pytest.approx(first.loss_after, rel=1e-4)
-    assert adapter(further) != adapter(job)
+    assert weights(further) != weights(job)
 
 
 def test_progress_has_memory_and_validation_loss(job):

@@ -9,7 +9,6 @@ axolotl_progress.py the plugin that Axolotl loads, which reports progress
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.backends.axolotl import Axolotl
@@ -17,32 +16,26 @@ from finetune_pipeline.training.backends.base import Availability, TrainingBacke
 from finetune_pipeline.training.backends.peft import Peft, check_qlora
 from finetune_pipeline.training.backends.unsloth import Unsloth
 
-__all__ = ["BACKENDS", "Availability", "BackendChoice", "TrainingBackend", "available_backends", "choose_backend"]
+__all__ = ["BACKENDS", "Availability", "TrainingBackend", "available_backends", "choose_backend"]
 
 BACKENDS: tuple[TrainingBackend, ...] = (Peft(), Unsloth(), Axolotl())
 
 
-@dataclass(frozen=True)
-class BackendChoice:
-    """The backend that trains, and the reason."""
-
-    backend: TrainingBackend
-    reason: str
-
-
-def choose_backend(settings: TrainingSettings, backends: Sequence[TrainingBackend] = BACKENDS) -> BackendChoice:
-    """Return the backend that the settings name; for auto, unsloth where it can train them, else peft."""
+def choose_backend(
+    settings: TrainingSettings, backends: Sequence[TrainingBackend] = BACKENDS
+) -> tuple[TrainingBackend, str]:
+    """Return the backend that the settings name or, for auto, unsloth where it can train, else peft; and the reason."""
     by_name = {backend.name: backend for backend in backends}
     if settings.backend != "auto":
-        return BackendChoice(by_name[settings.backend], "set by backend")
+        return by_name[settings.backend], "set by backend"
     unsloth = by_name["unsloth"]
     found = unsloth.check()
     if not found.available:
-        return BackendChoice(by_name["peft"], f"auto: unsloth cannot run here ({found.why})")
+        return by_name["peft"], f"auto: unsloth cannot run here ({found.why})"
     problems = "; ".join(unsloth.unsupported(settings))
     if problems:
-        return BackendChoice(by_name["peft"], f"auto: unsloth cannot train this ({problems})")
-    return BackendChoice(unsloth, f"auto: {found.why}")
+        return by_name["peft"], f"auto: unsloth cannot train this ({problems})"
+    return unsloth, f"auto: {found.why}"
 
 
 def available_backends() -> list[Availability]:

@@ -1,4 +1,4 @@
-"""Axolotl, by its own command in its own environment, since it pins other versions of the same packages.
+"""Axolotl as a command in a separate environment, since it pins other versions of the same packages.
 
 The environment variable FINETUNE_AXOLOTL names the command. The training process writes axolotl.yaml, starts the
 command as a child that dies with it, turns the plugin's events into progress and complete checkpoints, and moves the
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,24 @@ from finetune_pipeline.manifests import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.backends import axolotl_config as config
 from finetune_pipeline.training.backends.base import Availability, TrainingBackend, has_nvidia
-from finetune_pipeline.training.callbacks import check_finite
 from finetune_pipeline.training.checkpoints import last_complete, mark_complete, step_of
 from finetune_pipeline.training.job import (
     ADAPTER,
     CHECKPOINTS,
-    CurvePoint,
     JobConfig,
     Progress,
     TrainingError,
     TrainingResult,
     ValidationPoint,
+    curve_of,
     finish,
 )
 from finetune_pipeline.training.memory import is_out_of_memory_message, out_of_memory_advice
-from finetune_pipeline.training.progress import PROGRESS, LineReader, append_progress
+from finetune_pipeline.training.progress import PROGRESS, LineReader, append_progress, check_finite
 
 COMMAND = "FINETUNE_AXOLOTL"
 _INSTALL = (
-    "install Axolotl in an environment of its own (python -m venv ~/axolotl; ~/axolotl/bin/pip install axolotl) "
+    "install Axolotl in a separate environment (python -m venv ~/axolotl; ~/axolotl/bin/pip install axolotl) "
     f"and set {COMMAND} to its command (~/axolotl/bin/axolotl), or use peft"
 )
 _POLL_SECONDS = 0.2
@@ -84,14 +84,14 @@ class Axolotl(TrainingBackend):
         if settings.attn_implementation == "eager":
             yield "it has no attn_implementation: eager; leave it out, or set backend: peft"
         for name, known in (("trainer_config", config.TRAINER_FIELDS), ("lora_config", config.LORA_FIELDS)):
-            if unknown := sorted(getattr(settings, name).keys() - known.keys()):
+            if unknown := sorted(getattr(settings, name).keys() - known):
                 yield f"it does not take {name} {', '.join(unknown)}; leave it out, or set backend: peft"
 
     def run(self, job: JobConfig, started: float, micro_batch: int | None = None) -> TrainingResult:  # noqa: D102
         checkpoint = last_complete(job.output / CHECKPOINTS, job.key)
         written = config.write(job, checkpoint, has_nvidia())
         events = EventReader(job, written)
-        _run(job, written.config, events)
+        _run(job, job.output / config.FOLDER / config.CONFIG, events)
         _take_adapter(job)
         result = events.result(started, step_of(checkpoint) if checkpoint else 0)
         finish(job, result)
@@ -104,7 +104,7 @@ class EventReader:
     """Reads the plugin's events and turns them into progress, complete checkpoints and a result."""
 
     job: JobConfig
-    written: config.WrittenJob
+    written: config.WrittenSplit
     began: float = 0.0
     first_step: int = 0
     last_progress: float = 0.0
@@ -126,7 +126,10 @@ class EventReader:
             elif kind == "log":
                 self._log(event)
             elif kind == "save":
-                self._save(event)
+                if not event["finite"]:
+                    check_finite(math.nan, event["step"])
+                with suppress(FileNotFoundError):  # Axolotl may have removed it already, since there are later ones
+                    mark_complete(self.job.output / CHECKPOINTS / f"checkpoint-{event['step']}", self.job.key)
             elif kind == "train_end":
                 self.facts |= event | {"seconds": time.monotonic() - self.began}
 
@@ -153,33 +156,18 @@ class EventReader:
         append_progress(self.job.output / PROGRESS, progress)
         self.last_progress = now
 
-    def _save(self, event: dict[str, Any]) -> None:
-        if not event["finite"]:
-            check_finite(math.nan, event["step"])
-        checkpoint = self.job.output / CHECKPOINTS / f"checkpoint-{event['step']}"
-        try:
-            mark_complete(checkpoint, self.job.key)
-        except FileNotFoundError:  # Axolotl has removed it already, since there are later ones
-            return
-
     def _tokens(self, steps: int) -> float:
         """Estimate the tokens without padding of some steps by the mean length; Axolotl's count includes padding."""
         settings = self.job.settings
         examples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-        return steps * examples * self.written.mean_tokens
+        return steps * examples * self.written.tokens / self.written.examples
 
     def result(self, started: float, resumed_from: int) -> TrainingResult:
-        """Return the result of the finished training; its losses are those of the first and the best validation."""
+        """Return the result of the finished run; its losses are those of the first and the best validation."""
         facts, settings = self.facts, self.job.settings
         history = facts["history"]
         losses = [(entry["step"], float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
         after = next(loss for step, loss in reversed(losses) if step == facts["best_step"])
-        logged = {entry["step"]: entry for entry in history if "loss" in entry}
-        curve = tuple(
-            CurvePoint(step=step, loss=float(entry["loss"]), learning_rate=float(entry["learning_rate"]))
-            for step, entry in sorted(logged.items())
-        )
-        last = curve[-max(1, len(curve) // 10) :]
         return TrainingResult(
             job=self.job.key,
             device=facts["device"],
@@ -193,12 +181,11 @@ class EventReader:
             rejections=self.written.rejections,
             loss_before=losses[0][1],
             loss_after=after,
-            train_loss=sum(point.loss for point in last) / max(len(last), 1),
             tokens_per_second=self._tokens(facts["step"] - self.first_step) / max(facts["seconds"], 1e-9),
             wall_seconds=time.monotonic() - started,
             peak_memory_bytes=facts["peak_memory"],
             micro_batch=settings.per_device_train_batch_size,
-            curve=curve,
+            **curve_of(history),
             validation=tuple(ValidationPoint(step=step, loss=loss) for step, loss in losses if step),
             best_step=facts["best_step"],
             stopped_early=facts["step"] < facts["steps"],
@@ -206,10 +193,10 @@ class EventReader:
 
 
 def _run(job: JobConfig, config_file: Path, events: EventReader) -> None:
-    """Run the command to its end; it dies with this process, and is ended when the training has diverged."""
+    """Run the command to its end; it dies with this process, and is ended when training has diverged."""
     program = Path(os.environ[COMMAND]).expanduser()
     dies_with_parent = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
-    # Axolotl finds the plugin beside the configuration; this project's own PYTHONPATH would be in its way.
+    # Axolotl finds the plugin beside the configuration; this project's PYTHONPATH could shadow its packages.
     command = ["env", f"PYTHONPATH={config_file.parent}", str(program), "train", str(config_file)]
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     log = job.output / config.FOLDER / "axolotl.log"

@@ -19,30 +19,26 @@ from finetune_pipeline.training.conversations import (
     RejectedRow,
     TokenizedRow,
     count_rejections,
-    labels_of,
     messages_of,
     provenance_of,
     tokenize_rows,
 )
 from finetune_pipeline.training.job import CHECKPOINTS, JobConfig, Rejection, TrainingError, steps_of
-from finetune_pipeline.training.tokenized_data import data_files, is_replayed, load_tokenizer, nothing_left
+from finetune_pipeline.training.tokenized_data import LOSS_SAMPLE, data_files, is_replayed, load_tokenizer, nothing_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLDER = "axolotl"
-CONFIG = "axolotl.yaml"
+CONFIG = "axolotl.yaml"  # in FOLDER
 PLUGIN = "axolotl_progress"
 
 TRAINER_FIELDS = {
-    name: name
-    for name in (
-        "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "dataloader_pin_memory",
-        "dataloader_prefetch_factor", "lr_scheduler_kwargs", "max_grad_norm", "max_steps", "neftune_noise_alpha",
-        "optim_args", "torch_compile",
-    )
+    "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "lr_scheduler_kwargs", "max_grad_norm", "max_steps", "neftune_noise_alpha",
+    "optim_args", "torch_compile",
 }  # fmt: skip
-"""Fields of `trainer_config` that Axolotl takes, with its keys."""
+"""Fields of `trainer_config` that Axolotl takes, under the same keys."""
 LORA_FIELDS = {
     "init_lora_weights": "peft_init_lora_weights",
     "layers_pattern": "peft_layers_pattern",
@@ -50,37 +46,39 @@ LORA_FIELDS = {
 }
 """Fields of `lora_config` that Axolotl takes, with its keys."""
 
-_LOSS_SAMPLE = 256  # training examples on which the loss is measured without a validation set
 _ROWS_PER_BATCH = 1000
 _TRITON_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
-@dataclass(frozen=True)
-class WrittenJob:
-    """What was written for a job.
+@dataclass
+class WrittenSplit:
+    """What was written of a split.
 
     Attributes:
-        config: path of axolotl.yaml.
-        examples: number of training examples.
+        examples: number of examples written.
+        replayed: number of those that are replay data.
         too_long: number of examples left out for having more than max_length tokens.
-        mean_tokens: of a training example.
+        tokens: number of tokens of the written examples.
         rejections: examples left out because the chat template rejects them.
     """
 
-    config: Path
-    examples: int
-    too_long: int
-    mean_tokens: float
+    examples: int = 0
+    replayed: int = 0
+    too_long: int = 0
+    tokens: int = 0
     rejections: tuple[Rejection, ...] = ()
 
 
-def write(job: JobConfig, checkpoint: Path | None, gpu: bool) -> WrittenJob:
+def write(job: JobConfig, checkpoint: Path | None, gpu: bool) -> WrittenSplit:
     """Write a job's examples and configuration into its folder `axolotl`, with the plugin beside them.
 
     Args:
         job: what to train.
         checkpoint: a complete one to resume from.
         gpu: whether the machine has one; Axolotl's kernels need it.
+
+    Returns:
+        The training split, with the rejections of both splits.
 
     Raises:
         TrainingError: the dataset is missing, or nothing of it can be trained on.
@@ -98,27 +96,15 @@ def write(job: JobConfig, checkpoint: Path | None, gpu: bool) -> WrittenJob:
     validation = _write_split(folder / "validation.jsonl", job, "validation", tokenizer)
     if not validation.examples:
         with (folder / "train.jsonl").open(encoding="utf-8") as lines:
-            write_text(folder / "validation.jsonl", "".join(islice(lines, _LOSS_SAMPLE)))
+            write_text(folder / "validation.jsonl", "".join(islice(lines, LOSS_SAMPLE)))
     config = configuration(job, train.examples, checkpoint, gpu)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
-    return WrittenJob(
-        config=folder / CONFIG,
-        examples=train.examples,
-        too_long=train.too_long,
-        mean_tokens=train.tokens / train.examples,
-        rejections=train.rejections + validation.rejections,
-    )
+    train.rejections += validation.rejections
+    return train
 
 
 def configuration(job: JobConfig, examples: int, checkpoint: Path | None, gpu: bool) -> dict[str, Any]:
-    """Return the contents of axolotl.yaml.
-
-    Args:
-        job: what to train.
-        examples: number of training examples.
-        checkpoint: a complete one to resume from.
-        gpu: whether the machine has one.
-    """
+    """Return the contents of axolotl.yaml for a number of training examples; the rest as for `write`."""
     settings, folder = job.settings, job.output / FOLDER
     batches = math.ceil(examples / settings.per_device_train_batch_size)
     updates = math.ceil(batches / settings.gradient_accumulation_steps)
@@ -188,23 +174,14 @@ def configuration(job: JobConfig, examples: int, checkpoint: Path | None, gpu: b
         **{f"use_{name}": True for name in settings.report_to},
         "wandb_project": "finetune-pipeline" if "wandb" in settings.report_to else None,
         **({} if gpu else dict.fromkeys(_TRITON_KERNELS, False)),
-        **{TRAINER_FIELDS[name]: value for name, value in settings.trainer_config.items()},
+        **settings.trainer_config,
     }
     return {name: value for name, value in config.items() if value is not None}
 
 
-@dataclass
-class _SplitCounts:
-    examples: int = 0
-    replayed: int = 0
-    too_long: int = 0
-    tokens: int = 0
-    rejections: tuple[Rejection, ...] = ()
-
-
-def _write_split(path: Path, job: JobConfig, split: str, tokenizer: "PreTrainedTokenizerBase") -> _SplitCounts:
+def _write_split(path: Path, job: JobConfig, split: str, tokenizer: "PreTrainedTokenizerBase") -> WrittenSplit:
     """Write a split's examples as JSON lines, batch by batch."""
-    counts, rejected, rows = _SplitCounts(), [], 0
+    counts, rejected, rows = WrittenSplit(), [], 0
     with new_file(path, force=True) as file:
         for row, tokenized in _tokenized_rows(job, split, tokenizer):
             rows += 1
@@ -248,7 +225,7 @@ def _tokens(row: TokenizedRow, tokenizer: "PreTrainedTokenizerBase") -> dict[str
     ids = row.conversations["completion"]
     while tokenizer.decode(ids[-1:]).isspace():
         ids = ids[:-1]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels_of(row.prompt, ids)}
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": row.labels()[: len(ids)]}
 
 
 def _texts(

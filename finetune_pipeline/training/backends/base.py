@@ -18,7 +18,7 @@ class Availability:
 
     Attributes:
         name: peft, qlora (peft over 4-bit weights), unsloth or axolotl.
-        available: whether a training can use it here.
+        available: whether it can be used here.
         why: what was found.
         remedy: how to make it available; empty if it is.
     """
@@ -32,8 +32,8 @@ class Availability:
 class TrainingBackend(ABC):
     """A library that trains a job; its name is a value of the setting `backend`.
 
-    All backends write the same files into a job's folder, so following, canceling, resuming and exporting a training
-    do not depend on the backend: progress.jsonl during the training, checkpoints/ with a complete.json in each complete
+    All backends write the same files into a job's folder, so following, canceling, resuming and exporting a run do
+    not depend on the backend: progress.jsonl during training, checkpoints/ with a complete.json in each complete
     one, adapter/ in PEFT's format, and result.json last.
     """
 
