@@ -15,19 +15,12 @@ ADAPTER = "adapter.gguf"
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """The files of one export.
+    """The files of one export."""
 
-    Attributes:
-        gguf: the GGUF that serves; with `adapter`, the base's.
-        f16: the F16 file from which `gguf` was quantized; equal to `gguf` if it was not quantized here.
-        adapter: the LoRA adapter to apply to `gguf`.
-        reference: the answers of the base with its unmerged adapter, in transformers.
-    """
-
-    gguf: Path
-    f16: Path
-    adapter: Path | None = None
-    reference: tuple[str, ...] = ()
+    gguf: Path  # serves; with `adapter`, the base's
+    f16: Path  # from which `gguf` was quantized; equal to `gguf` if it was not quantized here
+    adapter: Path | None = None  # the LoRA adapter to apply to `gguf`
+    reference: tuple[str, ...] = ()  # the answers of the base with its unmerged adapter, in transformers
 
 
 def export(

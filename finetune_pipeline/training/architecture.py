@@ -12,39 +12,22 @@ from finetune_pipeline.training.job import TrainingError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Dimensions of a Llama-like decoder: grouped-query attention and a gated feed-forward layer.
+    """Dimensions of a Llama-like decoder: grouped-query attention and a gated feed-forward layer."""
 
-    Attributes:
-        name: of the model, for messages.
-        layers: decoder layers.
-        hidden: width of the residual stream.
-        ffn: width within the feed-forward layer.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: width of a head.
-        vocabulary: rows of the embeddings.
-        tied: whether embeddings and output layer share their weights.
-        qkv_bias: whether query, key and value have a bias (Qwen 2.5).
-        qk_norm: whether query and key are normalized (Qwen 3, Gemma 3).
-        norms: norms in a layer: 2, or 4 in Gemma.
-        other: parameters beside the language model, such as a vision tower, which are not trained.
-        padding_free: whether SFT trains on packed sequences (padding_free.py); else examples are padded.
-    """
-
-    name: str
+    name: str  # for messages
     layers: int
-    hidden: int
-    ffn: int
-    heads: int
+    hidden: int  # width of the residual stream
+    ffn: int  # width within the feed-forward layer
+    heads: int  # query heads
     kv_heads: int
     head_dim: int
-    vocabulary: int
-    tied: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    norms: int = 2
-    other: int = 0
-    padding_free: bool = True
+    vocabulary: int  # rows of the embeddings
+    tied: bool = False  # embeddings and output layer share their weights
+    qkv_bias: bool = False  # query, key and value have a bias (Qwen 2.5)
+    qk_norm: bool = False  # query and key are normalized (Qwen 3, Gemma 3)
+    norms: int = 2  # in a layer; 4 in Gemma
+    other: int = 0  # parameters beside the language model, such as a vision tower, which are not trained
+    padding_free: bool = True  # SFT trains on packed sequences (padding_free.py); else examples are padded
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:

@@ -53,13 +53,9 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The peak memory of a training run.
+    """The peak memory of a training run."""
 
-    Attributes:
-        parts: the first one is the process or CUDA context, which exists before anything is loaded.
-    """
-
-    parts: tuple[MemoryPart, ...]
+    parts: tuple[MemoryPart, ...]  # the first one is the process or CUDA context, which exists before anything else
 
     @property
     def bytes(self) -> int:

@@ -18,17 +18,11 @@ UNDESIRABLE_RATIO = 2
 
 @dataclass(frozen=True)
 class DatasetCounts:
-    """Numbers of training examples, by kind.
+    """Numbers of training examples, by kind."""
 
-    Attributes:
-        desirable: desirable completions, corrections included; replay data is not counted.
-        pairs: preference pairs: a correction and a completion of the model.
-        undesirable: undesirable completions, corrected ones included.
-    """
-
-    desirable: int
-    pairs: int
-    undesirable: int
+    desirable: int  # completions, corrections included; replay data is not counted
+    pairs: int  # preference pairs: a correction and a completion of the model
+    undesirable: int  # completions, corrected ones included
 
     def __str__(self) -> str:
         return (

@@ -34,40 +34,24 @@ CHANGEABLE = frozenset(
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine to train on.
-
-    Attributes:
-        device: cpu or gpu.
-        bytes: memory that training may use.
-        bf16: whether it would train in bfloat16.
-        rate: floating-point operations per second that training reaches.
-        source: where the rate comes from, in words.
-        shards: number of such machines across which the base weights are sharded.
-    """
+    """A machine to train on."""
 
     device: Device
-    bytes: float
-    bf16: bool
-    rate: float
-    source: str
-    shards: int = 1
+    bytes: float  # memory that training may use
+    bf16: bool  # whether it would train in bfloat16
+    rate: float  # floating-point operations per second that training reaches
+    source: str  # where the rate comes from, in words
+    shards: int = 1  # number of such machines across which the base weights are sharded
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A memory size and the preferred settings for it.
+    """A memory size and the preferred settings for it."""
 
-    Attributes:
-        gib: memory of the GPU, or of a machine without one.
-        lora_r: rank.
-        max_length: tokens.
-        gpu: a GPU of that size and its published peak rate (dense bfloat16 with float32 accumulation).
-    """
-
-    gib: int
+    gib: int  # memory of the GPU, or of a machine without one
     lora_r: int
     max_length: int
-    gpu: tuple[str, float]
+    gpu: tuple[str, float]  # one of that size and its published peak rate (dense bfloat16 with float32 accumulation)
 
     @property
     def preferred(self) -> dict[str, Any]:

@@ -52,19 +52,12 @@ _INPUTS = Path("inputs")  # in a worker's folder; relative, so that the job's ke
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What each worker gets.
+    """What each worker gets."""
 
-    Attributes:
-        job: the job with paths as workers see them, except for `output`, which each worker makes for itself.
-        name: of the folder in the storage and of the workers' folders.
-        inputs: URI of the base model and dataset that were sent; empty if workers see this machine's paths.
-        hub: Hugging Face id and revision of a base model that each machine downloads itself.
-    """
-
-    job: JobConfig
-    name: str
-    inputs: str
-    hub: tuple[str, str] | None
+    job: JobConfig  # with paths as workers see them, except for `output`, which each worker makes for itself
+    name: str  # of the folder in the storage and of the workers' folders
+    inputs: str  # URI of the base model and dataset that were sent; empty if workers see this machine's paths
+    hub: tuple[str, str] | None  # id and revision of a Hugging Face model that each machine downloads itself
 
 
 class ProgressMailbox:

@@ -225,7 +225,7 @@ def test_a_non_finite_loss_ends_axolotl_at_once(job, tmp_path):
         {"event": "save", "step": 3, "finite": False},
     ],
 )
-def test_non_finite_values_in_axolotls_events_end_the_training(job, event):
+def test_non_finite_values_in_axolotls_events_end_the_run(job, event):
     write_text(job.output / FOLDER / "events.jsonl", "")
     reader = EventReader(job, WrittenSplit(examples=1, tokens=1))
     checkpoint = job.output / CHECKPOINTS / "checkpoint-3"

@@ -99,7 +99,7 @@ def test_tied_embeddings_are_refused_before_weights_are_loaded(tmp_path):
         train(job)
 
 
-def test_starting_a_training_and_listing_backends_load_no_torch():
+def test_starting_a_run_and_listing_backends_load_no_torch():
     code = (
         "import sys, finetune_pipeline.training.child_process;"
         "import finetune_pipeline.export.model, finetune_pipeline.export.base;"

@@ -22,16 +22,9 @@ from finetune_pipeline.training.trainer import run_training
 from .conftest import weights, with_settings
 
 LINE = Progress(
-    step=1,
-    steps=9,
-    epoch=0.1,
-    loss=1.0,
-    learning_rate=0.1,
-    tokens_per_second=1,
-    seconds_left=1,
-    elapsed_seconds=1,
+    step=1, steps=9, epoch=0.1, loss=1.0, learning_rate=0.1, tokens_per_second=1, seconds_left=1, elapsed_seconds=1,
     memory_bytes=1,
-).model_dump_json()
+).model_dump_json()  # fmt: skip
 
 
 def wait_for(condition, seconds=120.0):
@@ -45,7 +38,7 @@ def shell(text):
     return lambda job: ["sh", "-c", text.replace("{out}", str(job.output))]
 
 
-def test_a_killed_training_resumes_to_the_same_weights(job, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(job, tmp_path):
     # 160 steps, a checkpoint every 20
     long = with_settings(job, num_train_epochs=20, save_steps=0.125, lora_dropout=0.1)
     broken = long.model_copy(update={"output": tmp_path / "broken"})
@@ -88,14 +81,14 @@ def test_only_complete_checkpoints_of_the_same_job_count(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
 
 
-def test_a_second_training_on_the_same_folder_is_refused(job):
+def test_a_second_run_on_the_same_folder_is_refused(job):
     (job.output / CHECKPOINTS).mkdir(parents=True)
     message = "^another training run is writing to"
     with FileLock(job.output / CHECKPOINTS / "training.lock"), pytest.raises(TrainingFailed, match=message):
         train(job)
 
 
-def test_the_training_dies_with_its_parent(job, tmp_path):
+def test_the_training_process_dies_with_its_parent(job, tmp_path):
     job_file = tmp_path / "job.json"
     job_file.write_text(job.model_dump_json())
     parent = subprocess.Popen(
@@ -115,7 +108,7 @@ def test_the_training_dies_with_its_parent(job, tmp_path):
     wait_for(lambda: not child.is_running(), 10)
 
 
-def test_a_training_whose_parent_is_gone_ends_at_once(job):
+def test_a_run_whose_parent_is_gone_ends_at_once(job):
     write_text(job.output / "job.json", job.model_dump_json())
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -190,7 +183,7 @@ def test_cores_and_quota_are_those_of_process_and_container(tmp_path):
     assert cpu_quota(tmp_path, tmp_path / "not there") is None
 
 
-def test_an_exception_in_the_caller_stops_the_training(job, monkeypatch):
+def test_an_exception_in_the_caller_stops_the_training_process(job, monkeypatch):
     monkeypatch.setattr(child_process, "_command", shell(f"echo '{LINE}' >> {{out}}/progress.jsonl; exec sleep 60"))
     before = set(psutil.Process().children())
 

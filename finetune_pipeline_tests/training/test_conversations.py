@@ -128,7 +128,7 @@ def test_rejected_conversations_are_left_out_and_counted(alternating, tmp_path, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_training_fails_if_the_template_rejects_everything(alternating, tmp_path, method):
+def test_a_run_fails_if_the_template_rejects_everything(alternating, tmp_path, method):
     one = job_of(alternating, method, tmp_path / "d", given(method)[:1])
     with pytest.raises(TrainingError, match=r"nothing is left to train on.*1 of 1 .* rejected: .*roles must alternate"):
         run_training(one, time.monotonic())

@@ -121,7 +121,7 @@ def broken_sharded_rank(parent, text, started):
 
 
 @pytest.mark.slow
-def test_a_sharded_training_resumes_and_keeps_the_best_weights(job, tmp_path, monkeypatch):
+def test_a_sharded_run_resumes_and_keeps_the_best_weights(job, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone = with_settings(job, bf16=False)
     sharded = with_settings(alone, num_processes=2).model_copy(update={"output": tmp_path / "sharded"})

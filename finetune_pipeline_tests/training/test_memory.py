@@ -114,7 +114,7 @@ def test_other_errors_are_passed_on():
         fail(TrainingSettings(), RuntimeError("shapes do not match"))
 
 
-def test_a_training_that_does_not_fit_is_refused_with_what_fits(job, monkeypatch, capfd):
+def test_a_run_that_does_not_fit_is_refused_with_what_fits(job, monkeypatch, capfd):
     large = with_settings(job, per_device_train_batch_size=512, max_length=1024)
     check_memory(large.base_model, large.settings, longest=16, bf16=False)  # short examples need little
     monkeypatch.setattr(memory, "available_memory", lambda: 500 * 10**6)
@@ -126,15 +126,9 @@ def test_a_training_that_does_not_fit_is_refused_with_what_fits(job, monkeypatch
 
 
 LLAMA_70B = {
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "vocab_size": 128256,
-}
+    "model_type": "llama", "dtype": "bfloat16", "num_attention_heads": 64, "num_key_value_heads": 8,
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256,
+}  # fmt: skip
 
 
 def test_a_model_for_eight_gpus_is_refused_on_one(tmp_path, monkeypatch, capfd):

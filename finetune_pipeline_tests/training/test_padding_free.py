@@ -15,14 +15,9 @@ from finetune_pipeline.training.trainer import make_trainer, mean_loss, run_trai
 from .conftest import with_settings
 
 SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}),

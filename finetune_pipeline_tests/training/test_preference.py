@@ -73,9 +73,7 @@ def sft_adapter(job, tmp_path):
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 @pytest.mark.parametrize("on_top", [False, True], ids=["from the base", "warm start"])
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_an_interrupted_training_ends_with_the_same_weights(
-    prefer, method, on_top, adapter, tmp_path, monkeypatch, request
-):
+def test_an_interrupted_run_ends_with_the_same_weights(prefer, method, on_top, adapter, tmp_path, monkeypatch, request):
     whole = prefer(method, save_steps=1 / 6, adapter=adapter)
     if on_top:
         whole = whole.model_copy(update={"initial_adapter": request.getfixturevalue("sft_adapter")})

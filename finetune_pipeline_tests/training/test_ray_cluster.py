@@ -54,9 +54,7 @@ def leftovers():
 
 @needs_ray
 @pytest.mark.slow
-def test_a_training_survives_a_killed_worker_with_the_same_loss(
-    two_ray_nodes, job, base, dataset, tmp_path, monkeypatch
-):
+def test_a_run_survives_a_killed_worker_with_the_same_loss(two_ray_nodes, job, base, dataset, tmp_path, monkeypatch):
     """Two workers, of which one is killed, give what one gives; the machines share only the storage."""
     storage = tmp_path / "storage"
     storage.mkdir()
@@ -195,7 +193,7 @@ def killed_driver(job):
 
 @needs_ray
 @pytest.mark.slow
-def test_a_killed_training_ends_its_cluster_and_can_be_resumed(job):
+def test_a_killed_run_ends_its_cluster_and_can_be_resumed(job):
     """Without an address, the cluster is started for the run and ends with it."""
     two = with_settings(on_ray(job), num_train_epochs=80)  # the workers notice after a second or two
     with killed_driver(two) as driver:
@@ -211,7 +209,7 @@ def test_a_killed_training_ends_its_cluster_and_can_be_resumed(job):
 
 @needs_ray
 @pytest.mark.slow
-def test_a_training_killed_after_its_last_step_is_not_repeated(job):
+def test_a_run_killed_after_its_last_step_is_not_repeated(job):
     two = on_ray(job)
     with killed_driver(two) as driver:
         wait_for(lambda: processes(driver, "RayTrainWorker"))

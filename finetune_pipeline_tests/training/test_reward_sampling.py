@@ -46,7 +46,7 @@ def test_replay_data_does_not_outweigh_corrections(job, tmp_path):
     assert drawn == [0.2] * 20 + [None] * 20  # each once
 
 
-def test_a_resumed_training_sees_the_same_sample(job, tmp_path):
+def test_a_resumed_run_sees_the_same_sample(job, tmp_path):
     rewarded = [{**row, "reward": 1.0 if number % 2 else -0.5} for number, row in enumerate(rows(40, 100))]
     weighted = with_settings(job, reward_weighted=True)
     weighted = weighted.model_copy(update={"dataset": save(tmp_path / "d", rewarded)})

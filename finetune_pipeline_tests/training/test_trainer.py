@@ -52,7 +52,7 @@ def test_it_learns_and_leaves_an_adapter_and_a_result(job):
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.5])
-def test_a_training_of_a_single_step_learns(job, warmup):
+def test_a_run_of_a_single_step_learns(job, warmup):
     result = train_here(
         with_settings(job, num_train_epochs=1, per_device_train_batch_size=64, save_steps=500, warmup_steps=warmup)
     )
@@ -156,7 +156,7 @@ def test_without_validation_the_loss_is_measured_on_training_examples(job, tmp_p
         (0, None, ""),
     ],
 )
-def test_a_training_without_validation_is_logged(job, tmp_path, capsys, validation_rows, stopping, message):
+def test_a_run_without_validation_is_logged(job, tmp_path, capsys, validation_rows, stopping, message):
     long = [{**row, "prompt": "7" * 400} for row in rows(validation_rows, 300)]
     one = with_settings(job, max_length=128, early_stopping_patience=stopping)
     one = one.model_copy(update={"dataset": save(tmp_path / "d", rows(8, 100), long)})
@@ -165,7 +165,7 @@ def test_a_training_without_validation_is_logged(job, tmp_path, capsys, validati
     assert len(logged) == bool(message) and message in "".join(logged)
 
 
-def test_texts_are_tokenized_once_for_all_trainings(job, tmp_path, monkeypatch):
+def test_texts_are_tokenized_once_for_all_runs(job, tmp_path, monkeypatch):
     dataset = save(tmp_path / "d", rows(16), rows(4, 50))
     first = job.model_copy(update={"dataset": dataset})
     made = load_data(first, load_tokenizer(job.base_model))
@@ -268,7 +268,7 @@ def test_a_missing_dataset_is_an_error(job, tmp_path):
         train_here(job.model_copy(update={"dataset": tmp_path / "nothing"}))
 
 
-def test_a_non_finite_loss_ends_the_training_without_a_result(job):
+def test_a_non_finite_loss_ends_the_run_without_a_result(job):
     with pytest.raises(TrainingError, match=r"diverged.*lower learning_rate"):
         train_here(with_settings(job, learning_rate=1e30))
     assert not (job.output / "result.json").exists()
@@ -330,9 +330,7 @@ def train_interrupted(job, monkeypatch):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
-def test_a_training_interrupted_within_an_epoch_resumes_to_the_same_weights(
-    job, padded_base, padded, tmp_path, monkeypatch
-):
+def test_a_run_interrupted_within_an_epoch_resumes_to_the_same_weights(job, padded_base, padded, tmp_path, monkeypatch):
     whole = with_settings(job, save_steps=1 / 6)
     if padded:
         whole = whole.model_copy(update={"base_model": padded_base})
@@ -353,7 +351,7 @@ def test_an_interrupted_qlora_resumes_to_the_same_weights(job, tmp_path, monkeyp
     }
 
 
-def test_a_training_killed_after_early_stopping_does_not_continue(job, tmp_path, monkeypatch):
+def test_a_run_killed_after_early_stopping_does_not_continue(job, tmp_path, monkeypatch):
     stopping = contrary(with_settings(job, num_train_epochs=40, save_steps=0.05, early_stopping_patience=2), tmp_path)
     uninterrupted = train_here(stopping)
     killed = stopping.model_copy(update={"output": tmp_path / "killed"})
@@ -368,7 +366,7 @@ def test_a_training_killed_after_early_stopping_does_not_continue(job, tmp_path,
     assert weights(killed) == weights(stopping)
 
 
-def test_a_training_killed_after_its_last_step_takes_no_further_one(job, tmp_path, monkeypatch):
+def test_a_run_killed_after_its_last_step_takes_no_further_one(job, tmp_path, monkeypatch):
     part = with_settings(job, num_train_epochs=1.5)  # it ends within an epoch
     uninterrupted = train_here(part)
     killed = part.model_copy(update={"output": tmp_path / "killed"})
@@ -378,7 +376,7 @@ def test_a_training_killed_after_its_last_step_takes_no_further_one(job, tmp_pat
     assert weights(killed) == weights(part)
 
 
-def test_a_training_killed_while_removing_checkpoints_is_done(job, monkeypatch):
+def test_a_run_killed_while_removing_checkpoints_is_done(job, monkeypatch):
     def kill(folder, *_, **__):
         if folder == job.output / CHECKPOINTS:
             sys.exit("killed")

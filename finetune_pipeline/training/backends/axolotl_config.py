@@ -52,21 +52,13 @@ _TRITON_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_
 
 @dataclass
 class WrittenSplit:
-    """What was written of a split.
+    """Numbers of examples of a split."""
 
-    Attributes:
-        examples: number of examples written.
-        replayed: number of those that are replay data.
-        too_long: number of examples left out for having more than max_length tokens.
-        tokens: number of tokens of the written examples.
-        rejections: examples left out because the chat template rejects them.
-    """
-
-    examples: int = 0
-    replayed: int = 0
-    too_long: int = 0
-    tokens: int = 0
-    rejections: tuple[Rejection, ...] = ()
+    examples: int = 0  # written
+    replayed: int = 0  # of those, replay data
+    too_long: int = 0  # left out for having more than max_length tokens
+    tokens: int = 0  # of the written examples
+    rejections: tuple[Rejection, ...] = ()  # left out because the chat template rejects them
 
 
 def write(job: JobConfig, checkpoint: Path | None, gpu: bool) -> WrittenSplit:

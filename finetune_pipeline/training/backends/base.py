@@ -14,19 +14,12 @@ from finetune_pipeline.training.job import JobConfig, TrainingError, TrainingRes
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can run on this machine.
+    """Whether a backend can run on this machine."""
 
-    Attributes:
-        name: peft, qlora (peft over 4-bit weights), unsloth or axolotl.
-        available: whether it can be used here.
-        why: what was found.
-        remedy: how to make it available; empty if it is.
-    """
-
-    name: str
+    name: str  # peft, qlora (peft over 4-bit weights), unsloth or axolotl
     available: bool
-    why: str
-    remedy: str = ""
+    why: str  # what was found
+    remedy: str = ""  # how to make it available; empty if it is
 
 
 class TrainingBackend(ABC):
