@@ -12,7 +12,7 @@ from finetune_pipeline.settings import INGESTED, LoopSettings
 
 
 def read_cursor(connection: sa.Connection, loop: str, source: str) -> Any:
-    """Return where the last reading of a source ended, or None."""
+    """Return where the last sync of a source ended, or None."""
     c = t.source_cursors.c
     query = sa.select(c.cursor).where(c.loop == loop, c.source == source)
     return connection.execute(query).scalar_one_or_none()
@@ -25,13 +25,13 @@ def write_cursor(connection: sa.Connection, loop: str, source: str, cursor: Any)
 
 
 def delete_cursor(connection: sa.Connection, loop: str, source: str) -> None:
-    """Delete the cursor of a source, so that the next reading starts from the beginning."""
+    """Delete the cursor of a source, so that the next sync starts from the beginning."""
     c = t.source_cursors.c
     connection.execute(t.source_cursors.delete().where(c.loop == loop, c.source == source))
 
 
 def replace_skipped_records(connection: sa.Connection, loop: str, source: str, reasons: Mapping[str, str]) -> None:
-    """Replace the list of records that the last reading skipped.
+    """Replace the list of records that the last sync skipped.
 
     Args:
         reasons: provenance -> why the record was skipped.

@@ -1,7 +1,7 @@
 """Read a loop's declared sources into the store.
 
-Each batch of records is one transaction, together with the cursor at its end. A reading without cursors yields all that
-the source contains, so what it does not yield is retracted when it ends.
+Each batch of records is one transaction, together with the cursor at its end. A source without cursors yields all that
+it contains, so what it does not yield is retracted at the end of the sync.
 """
 
 import logging
@@ -129,8 +129,8 @@ def sync_source(
         SourceError: the source cannot be read; what it gave before is recorded.
     """
     sync = _Sync(loop, source, database, reward_function(loop.feedback))
-    # Two readings at once would each retract what only the other has seen.
-    with wait_for_lock(home() / "cache" / "sources" / loop.name / source.name, f"reading of {source.name}", log):
+    # Two syncs at once would each retract what only the other has seen.
+    with wait_for_lock(home() / "cache" / "sources" / loop.name / source.name, f"sync of {source.name}", log):
         with database.read() as connection:
             cursor = read_cursor(connection, loop.name, source.name)
         for batch in _batches(read(source, cursor)):
@@ -142,7 +142,7 @@ def sync_source(
 def retract_source(loop: str, source: str, database: Database) -> int:
     """Retract everything that came from a source, and delete its cursor. Return the number of retracted records.
 
-    If the source is still declared, the next reading restores what it has.
+    If the source is still declared, the next sync restores what it has.
     """
     with database.write() as connection:
         take_offsets(connection, 0)  # locks the store for other writers until the commit
@@ -153,17 +153,17 @@ def retract_source(loop: str, source: str, database: Database) -> int:
 
 @dataclass
 class _Sync:
-    """The state of one reading.
+    """The state of one sync.
 
     Attributes:
         given: ids of all records so far, as 16 bytes each, since there may be a million; unused after a cursor.
         repeats: id -> further records with the same content.
         skipped: provenance -> reason, of the first skipped records.
         unreadable: provenance -> reason, of what could not be opened or read to its end.
-        deferred: provenances of what the source left for a later reading.
+        deferred: provenances of what the source left for a later sync.
         since_cursor: provenance -> id of its record since the last cursor; empty if the record was skipped.
-        cursor_written: whether this reading resumes from cursors, and does not retract at its end.
-        restart: the last cursor of a reading that restarted; written at the end.
+        cursor_written: whether this sync resumes from cursors, and does not retract at its end.
+        restart: the last cursor of a sync that restarted; written at the end.
     """
 
     loop: LoopSettings
@@ -212,7 +212,7 @@ class _Sync:
         self.report.new += recorded.interactions
 
     def finish(self) -> None:
-        """End a complete reading: retract what it did not yield, and write the skipped records."""
+        """End a complete sync: retract what it did not yield, and write the skipped records."""
         loop, source = self.loop.name, self.source.name
         # If nothing was usable, the settings are probably wrong, so nothing is retracted.
         expected = self.unreadable.keys() | self.deferred
@@ -312,11 +312,11 @@ class _Sync:
             self.since_cursor[provenance] = id
 
 
-def _batches(reading: Iterable[SourceOutput]) -> Iterator[list[SourceOutput]]:
-    """Yield batches. A batch ends at a cursor, when it is full, and where the reading fails."""
+def _batches(output: Iterable[SourceOutput]) -> Iterator[list[SourceOutput]]:
+    """Yield batches. A batch ends at a cursor, when it is full, and where reading the source fails."""
     batch: list[SourceOutput] = []
     try:
-        for one in reading:
+        for one in output:
             batch.append(one)
             if isinstance(one, Cursor) or len(batch) >= _BATCH:
                 yield batch

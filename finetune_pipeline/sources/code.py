@@ -18,7 +18,7 @@ from finetune_pipeline.settings import CodeSource, project_path
 from finetune_pipeline.sources import tree_sitter_chunks
 from finetune_pipeline.sources.code_chunks import LANGUAGES, ChunkError, CodeChunk, cut_python, first_sentence
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceRecord
-from finetune_pipeline.sources.teacher import Teacher, TeacherAnswer, TeacherRequest
+from finetune_pipeline.sources.teacher import Teacher, TeacherRequest
 from finetune_pipeline.sources.teacher_validation import (
     earlier_code_problem,
     instruction_problem,
@@ -133,15 +133,16 @@ def _read_with_teacher(
     for answer in teacher.answers(requests()):
         if isinstance(answer, SkippedRecord):
             yield answer
-        elif answer.request.task[0] == "code":
-            yield from _prompts(answer)
+            continue
+        request, text = answer
+        if request.task[0] == "code":
+            yield from _prompts(request, text)
         else:
-            yield _refactoring(answer)
+            yield _refactoring(request, text)
 
 
-def _prompts(answer: TeacherAnswer[_Task]) -> Iterator[SourceRecord | SkippedRecord]:
-    request, chunk = answer.request, answer.request.task[1]
-    found = parse_instructions(answer.text)
+def _prompts(request: TeacherRequest[_Task], text: str) -> Iterator[SourceRecord | SkippedRecord]:
+    found, chunk = parse_instructions(text), request.task[1]
     if found is None:
         yield SkippedRecord(request.provenance, 'the teacher did not answer with {"instructions": [...]}')
         return
@@ -153,15 +154,14 @@ def _prompts(answer: TeacherAnswer[_Task]) -> Iterator[SourceRecord | SkippedRec
             yield SourceRecord(provenance, prompt, chunk.code, domain=chunk.language, kind="code")
 
 
-def _refactoring(answer: TeacherAnswer[_Task]) -> SourceRecord | SkippedRecord:
-    provenance, chunk = answer.request.provenance, answer.request.task[1]
-    found = parse_refactoring(answer.text)
+def _refactoring(request: TeacherRequest[_Task], text: str) -> SourceRecord | SkippedRecord:
+    found, provenance, chunk = parse_refactoring(text), request.provenance, request.task[1]
     if found is None:
         return SkippedRecord(provenance, "the teacher did not answer with a request and one block of code")
     prompt, earlier = found
     if problem := earlier_code_problem(earlier, chunk):
         return SkippedRecord(provenance, f"the teacher's earlier code {problem}")
-    problem = instruction_problem(prompt, chunk, answer.request.system)
+    problem = instruction_problem(prompt, chunk, request.system)
     if problem and not problem.startswith("is not about"):  # the earlier code in the prompt says what it is about
         return SkippedRecord(provenance, f"the teacher's request {problem}")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", earlier)), default=0))

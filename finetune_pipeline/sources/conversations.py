@@ -134,7 +134,15 @@ def _conversation(row: Mapping[str, Any], form: str) -> _Conversation:
     if form == "messages":
         name = "messages" if "messages" in row else "text"
         value = _field(row, name)
-        return _split(_chatml(value) if isinstance(value, str) else _messages(value, name))
+        if not isinstance(value, str):
+            return _split(_messages(value, name))
+        outside = _CHATML_TURN.sub("", value).strip()
+        if outside or _CHATML not in value:
+            raise ValueError(f"found {short_repr(outside or value)} outside of the turns, expected {_CHATML}role ...")
+        turns = [_turn(role, content, "text") for role, content in _CHATML_TURN.findall(value)]
+        if turns and not turns[-1].content.strip():  # a generation prompt
+            turns.pop()
+        return _split([*map(_Message, turns)])
     if form == "alpaca":
         prompt: Any = alpaca_prompt(_field(row, "instruction"), row.get("input"), row.get("system"))
         answer = _field(row, "output")
@@ -189,15 +197,6 @@ def _turn(role: Any, content: Any, where: str) -> Turn:
         return Turn.model_validate({"role": known, "content": content})
     except ValidationError as error:
         raise ValueError(f"{where}: {error_message(error)}") from None
-
-
-def _chatml(text: str) -> list[_Message]:
-    outside = _CHATML_TURN.sub("", text).strip()
-    if outside or _CHATML not in text:
-        raise ValueError(f"found {short_repr(outside or text)} outside of the turns, expected {_CHATML}role ...")
-    messages = [_Message(_turn(role, content, "text")) for role, content in _CHATML_TURN.findall(text)]
-    is_generation_prompt = messages and not messages[-1].turn.content.strip()
-    return messages[:-1] if is_generation_prompt else messages
 
 
 def _split(messages: Sequence[_Message]) -> _Conversation:

@@ -130,7 +130,7 @@ def read(
         return
     requests = (task if isinstance(task, SkippedRecord) else _teacher_request(task) for task in tasks)
     for answer in Teacher(source.teacher).answers(requests):
-        yield answer if isinstance(answer, SkippedRecord) else _artifact(answer.request.task, answer.text)
+        yield answer if isinstance(answer, SkippedRecord) else _artifact(answer[0].task, answer[1])
 
 
 def placeholders(form: str) -> list[str]:

@@ -319,7 +319,12 @@ def _parquet_rows(path: Path, max_bytes: int) -> Iterator[FileRow]:
                 try:
                     rows = batch.to_pylist()
                 except UnicodeDecodeError:  # read it row by row, to find which row it is
-                    rows = [_parquet_row(batch, index) for index in range(batch.num_rows)]
+                    rows = []
+                    for index in range(batch.num_rows):
+                        try:
+                            rows += batch.slice(index, 1).to_pylist()
+                        except UnicodeDecodeError as error:
+                            rows.append(f"not UTF-8: {error.reason}")
                 for row in rows:
                     number += 1
                     if isinstance(row, str):
@@ -333,11 +338,3 @@ def _parquet_rows(path: Path, max_bytes: int) -> Iterator[FileRow]:
             raise  # of the disk; Arrow reports damaged pages as an OSError without a number
         message = " ".join(str(error).split())[:160]
         yield FileRow(number + 1, None, f"not Parquet: {message}; nothing after it was read", breaks_off=True)
-
-
-def _parquet_row(batch: Any, index: int) -> Any:
-    """Return a row, or the reason why it cannot be read."""
-    try:
-        return batch.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: {error.reason}"

@@ -58,14 +58,6 @@ class TeacherRequest(Generic[T]):
 
 
 @dataclass(frozen=True)
-class TeacherAnswer(Generic[T]):
-    """The answer to a request."""
-
-    request: TeacherRequest[T]
-    text: str
-
-
-@dataclass(frozen=True)
 class _Reply:
     """A paid reply, as it is cached."""
 
@@ -100,32 +92,6 @@ class _BudgetSpent(Exception):
     """Too few tokens are left for the request."""
 
 
-class Budget:
-    """Tokens that may still be spent, shared by threads. A running request counts with its largest possible cost."""
-
-    def __init__(self, tokens: int) -> None:
-        self._left = tokens
-        self._running = 0
-        self._changed = threading.Condition()
-
-    def reserve(self, tokens: int) -> bool:
-        """Reserve tokens. If there are too few, wait for what running requests give back. Return whether it worked."""
-        with self._changed:
-            self._changed.wait_for(lambda: tokens <= self._left or not self._running)
-            if tokens > self._left:
-                return False
-            self._left -= tokens
-            self._running += 1
-            return True
-
-    def settle(self, reserved: int, spent: int) -> None:
-        """Replace a reservation by the actual cost."""
-        with self._changed:
-            self._left += reserved - spent
-            self._running -= 1
-            self._changed.notify_all()
-
-
 class Teacher:
     """Sends requests to one model, several at a time, within a budget.
 
@@ -140,7 +106,9 @@ class Teacher:
             raise SourceError(f"{settings.api_key_env} is not set; export the teacher's key for {settings.url} in it")
         if not self._key.isascii() or not self._key.isprintable():
             raise SourceError(f"the value of {settings.api_key_env} is not a key; export the teacher's key in it")
-        self._budget = Budget(settings.max_tokens)
+        self._tokens_left = settings.max_tokens
+        self._running = 0  # requests
+        self._budget_changed = threading.Condition()
         self._limit_field = "max_tokens"
         self._not_before = 0.0
         self._stopped = threading.Event()
@@ -156,8 +124,8 @@ class Teacher:
 
     def answers(
         self, requests: Iterable[TeacherRequest[T] | SkippedRecord]
-    ) -> Iterator[TeacherAnswer[T] | SkippedRecord]:
-        """Yield the answers in the order of the requests. A request without an answer becomes a skipped record.
+    ) -> Iterator[tuple[TeacherRequest[T], str] | SkippedRecord]:
+        """Yield each request with its answer, in order. A request without an answer becomes a skipped record.
 
         When the budget is spent, cached answers are still given, and the others have the reason "budget". Skipped
         records among the requests are passed through.
@@ -197,7 +165,7 @@ class Teacher:
                     yield SkippedRecord(request.provenance, f"the teacher gave no answer: {error}", deferred=True)
                 else:
                     failures = 0
-                    yield TeacherAnswer(request, text)
+                    yield request, text
         finally:
             # Running requests are paid for, so their answers are waited for and cached.
             self._stopped.set()
@@ -252,8 +220,13 @@ class Teacher:
     def _send_within_budget(self, messages: list[dict[str, str]], request: TeacherRequest[Any]) -> _Reply:
         prompt_tokens = _TEMPLATE_TOKENS + _estimated_tokens(request.system) + _estimated_tokens(request.user)
         reserved, spent = prompt_tokens + request.max_tokens, 0
-        if not self._budget.reserve(reserved):
-            raise _BudgetSpent
+        with self._budget_changed:
+            # A running request counts with its largest possible cost, and gives back what it did not spend.
+            self._budget_changed.wait_for(lambda: reserved <= self._tokens_left or not self._running)
+            if reserved > self._tokens_left:
+                raise _BudgetSpent
+            self._tokens_left -= reserved
+            self._running += 1
         try:
             reply, usage = _parse_completion(self._post(messages, request.max_tokens))
             spent = usage or prompt_tokens + _estimated_tokens(reply.text)
@@ -262,7 +235,10 @@ class Teacher:
             spent = reserved if error.may_be_paid else 0
             raise
         finally:
-            self._budget.settle(reserved, spent)
+            with self._budget_changed:
+                self._tokens_left += reserved - spent
+                self._running -= 1
+                self._budget_changed.notify_all()
 
     def _post(self, messages: list[dict[str, str]], max_tokens: int) -> Any:
         """Return the endpoint's JSON. The timeout applies to the complete answer."""

@@ -405,7 +405,7 @@ def test_a_source_without_usable_records_retracts_nothing(make_loop, tmp_path):
     assert targets(loop) == ["0 spoke", "1 spoke", "2 spoke"]
 
 
-def test_concurrent_readings_of_a_source_take_turns(loop):
+def test_concurrent_syncs_of_a_source_take_turns(loop):
     (source,) = loop.sources
     begun, go_on, said = threading.Event(), threading.Event(), []
 
@@ -423,7 +423,7 @@ def test_concurrent_readings_of_a_source_take_turns(loop):
     assert begun.wait(60)
     sync_source(loop, source, connect(), lambda settings, cursor: iter(records("ash", "elm")), tell)
     first.join()
-    assert said == ["another reading of imported is running on this machine; waiting for it to finish"]
+    assert said == ["another sync of imported is running on this machine; waiting for it to finish"]
     assert targets(loop) == ["ash spoke", "elm spoke"]
 
 

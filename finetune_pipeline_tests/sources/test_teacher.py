@@ -32,7 +32,7 @@ def ask(settings, *names, answer=50):
         if isinstance(one, SkippedRecord):
             told[one.provenance] = one.reason
         else:
-            told[one.request.provenance] = one.text
+            told[one[0].provenance] = one[1]
     return told
 
 
@@ -65,7 +65,7 @@ def test_concurrent_identical_requests_are_sent_once():
 
     with teaching(slow) as (server, settings):
         asked = [TeacherRequest(str(n), n, "You teach.", "the very same", 50) for n in range(4)]
-        assert [answer.request.task for answer in Teacher(settings).answers(asked) if answer.text] == [0, 1, 2, 3]
+        assert [request.task for request, text in Teacher(settings).answers(asked) if text] == [0, 1, 2, 3]
         assert len(server.asked) == 1
 
 
@@ -182,7 +182,7 @@ def test_a_closed_sync_waits_only_for_running_requests(monkeypatch):
 
     with teaching(script, parallel=2) as (server, settings):
         answers = Teacher(settings).answers([question("good"), *(question(f"q{n}") for n in range(4))])
-        assert next(answers).text == "Answer good"
+        assert next(answers)[1] == "Answer good"
         while len(server.asked) < 3:  # then both threads wait to retry
             time.sleep(0.01)
         started = time.monotonic()
@@ -245,7 +245,7 @@ from finetune_pipeline.settings import TeacherSettings
 from finetune_pipeline.sources.teacher import TeacherRequest, Teacher
 settings = TeacherSettings(url=sys.argv[1], model="m", parallel=3)
 requests = [TeacherRequest("", n, "You teach.", f"Request q{n}", 50) for n in range(30)]
-print(sum(bool(answer.text) for answer in Teacher(settings).answers(requests)))
+print(sum(bool(text) for _, text in Teacher(settings).answers(requests)))
 """
 
 
