@@ -527,6 +527,12 @@ class TrainingSettings(Settings):
         return value
 
     @model_validator(mode="after")
+    def _one_half_precision(self) -> "TrainingSettings":
+        if self.bf16 and self.trainer_config.get("fp16"):
+            raise ValueError("trainer_config.fp16 and bf16 exclude each other; set bf16: false")
+        return self
+
+    @model_validator(mode="after")
     def _each_loss_has_a_weight(self) -> "TrainingSettings":
         if self.loss_weights is not None and self.method != "dpo":
             raise ValueError(
@@ -840,8 +846,9 @@ def read_loop(path: Path) -> LoopSettings:
 
 
 def _names() -> dict[str, list[str]]:
-    """Return the names of the settings of each section; "" is the top level."""
+    """Return the names of the settings of each section, and the kinds of sources; "" is the top level."""
     names = {"": list(LoopSettings.model_fields)}
+    names["kind"] = list(TypeAdapter(Source).json_schema()["discriminator"]["mapping"])
     for section, field in LoopSettings.model_fields.items():
         annotation: Any = field.annotation
         schema = TypeAdapter(annotation).json_schema()

@@ -55,7 +55,8 @@ def error_messages(error: ValidationError, known_names: Mapping[str, Collection[
     """Return one line per invalid field.
 
     Args:
-        known_names: section -> valid names in it, to suggest one for a misspelled name; "" is the top level.
+        known_names: for settings: section -> valid names in it, to suggest one for a misspelled name; "" is the top
+            level. The values of a discriminator stand under its name, such as "kind".
     """
     return [_message(one, known_names or {}) for one in error.errors(include_url=False)]
 
@@ -69,8 +70,29 @@ def short_repr(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: text.rfind(' ', 0, limit) + 1]}..."
 
 
+def field_path(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]] | None = None) -> str:
+    """Return where a field is, such as `sources[0].path`; an empty text if the whole value is invalid.
+
+    Pydantic's location also holds the members of unions that it tried, such as "str", "list[Part]", or the `kind`.
+    """
+    location = list(error["loc"])
+    if known_names:  # a source's kind follows its index
+        kinds = known_names.get("kind", ())
+        location = [p for n, p in enumerate(location) if not (n and isinstance(location[n - 1], int) and p in kinds)]
+    elif location[:1] in (["interaction"], ["feedback"]):  # an event's kind comes first
+        del location[0]
+    unknown_name = error["type"] == "extra_forbidden"  # may be any text
+    path = ""
+    for number, part in enumerate(location, start=1):
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif (part.isidentifier() and part != "str") or (unknown_name and number == len(location)):
+            path += f".{part}" if path else part
+    return path
+
+
 def _message(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    where = field_path(error, known_names)
     message = str(error["msg"]).removeprefix("Value error, ")
     if not where:
         return message
@@ -78,24 +100,29 @@ def _message(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]
         return f"{where}: is missing"
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
-        if name in RENAMED_FIELDS and not known_names:
-            return f"{where}: there is no such field; it is named {RENAMED_FIELDS[name]} now"
+        if not known_names:
+            renamed = f"; renamed to {RENAMED_FIELDS[name]}" if name in RENAMED_FIELDS else ""
+            return f"{where}: unknown field{renamed}"
         names = known_names.get(str(error["loc"][0]) if len(error["loc"]) > 1 else "", ())
         if RENAMED_SETTINGS.get(name) in names:
-            return f"{where}: there is no such field; it is named {RENAMED_SETTINGS[name]} now"
+            return f"{where}: unknown setting; renamed to {RENAMED_SETTINGS[name]}"
         meant = nearest(name, names)
-        return f"{where}: there is no such field" + (f"; did you mean {meant}?" if meant else "")
+        return f"{where}: unknown setting" + (f"; did you mean {meant}?" if meant else "")
     if error["type"] == SENTENCE:
         return f"{where}: {message}"
     if error["type"] == "tuple_type":
         if isinstance(error["input"], Mapping):  # a list of mappings is expected, so brackets around it would be wrong
             return f"{where}: found a mapping with the keys {', '.join(map(str, error['input']))}; expected a list"
         return f"{where}: found {short_repr(error['input'])}, expected a list: [{error['input']}]"
+    name = error.get("ctx", {}).get("discriminator", "").strip("'")
     if error["type"] == "union_tag_not_found":
-        return f"{where}: {error['ctx']['discriminator']} is missing; it selects the type of this entry"
+        return f"{where}: {name} is missing; expected one of {', '.join(known_names.get(name, ()))}"
     if error["type"] == "union_tag_invalid":
         tag, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"]
         similar = get_close_matches(tag, re.findall(r"\w+", expected), n=1)
-        found = f"{where}: there is no {error['ctx']['discriminator']} {tag!r}"
+        found = f"{where}: unknown {name} {tag!r}"
         return f"{found}; did you mean {similar[0]}?" if similar else f"{found}; expected one of {expected}"
-    return f"{where}: found {short_repr(error['input'])}, {message.replace('Input should be', 'expected')}"
+    expected = re.sub(
+        r"^\w+ should (?:be |have )?", "expected ", message.replace("should match", "should be text matching")
+    )
+    return f"{where}: found {short_repr(error['input'])}, {expected}"

@@ -50,13 +50,17 @@ def test_the_drop_folder_is_under_the_home_by_default(tmp_path):
 @pytest.mark.parametrize(
     ("addition", "message"),
     [
-        ("gate: {min_gian: 0.1}", r"gate\.min_gian: there is no such field; did you mean min_gain\?"),
+        ("gate: {min_gian: 0.1}", r"gate\.min_gian: unknown setting; did you mean min_gain\?"),
         ("surprise: 1", "surprise"),
-        ("training: {epochs: 2}", r"training\.epochs: there is no such field; it is named num_train_epochs now"),
-        ("training: {workers: 2}", r"training\.workers: there is no such field; it is named num_processes now"),
-        ("gate: {epochs: 2}", r"gate\.epochs: there is no such field$"),  # it was a setting of another section
-        ("feeds: []", r"feeds: there is no such field; it is named sources now"),
-        ("min_gain: 0.1", r"min_gain: there is no such field(?!; did you mean min_gain\?)"),  # it belongs to gate
+        ("training: {epochs: 2}", r"training\.epochs: unknown setting; renamed to num_train_epochs"),
+        ("training: {workers: 2}", r"training\.workers: unknown setting; renamed to num_processes"),
+        ("training: {trainer_config: {fp16: true}}", r"training: .*trainer_config\.fp16 and bf16 exclude each other"),
+        ("gate: {min-gain: 0.1}", r"gate\.min-gain: unknown setting; did you mean min_gain\?"),
+        ("feedback: {rating: {}}", r"feedback\.rating: unknown setting; did you mean ratings\?"),
+        ("sources: [{kind: files, name: a, paht: b}]", r"sources\[0\]\.paht: unknown setting; did you mean path\?"),
+        ("gate: {epochs: 2}", r"gate\.epochs: unknown setting$"),  # it was a setting of another section
+        ("feeds: []", r"feeds: unknown setting; renamed to sources"),
+        ("min_gain: 0.1", r"min_gain: unknown setting(?!; did you mean min_gain\?)"),  # it belongs to gate
         ("gate: {min_gain: 7}", r"gate\.min_gain: found 7, expected less than"),
         ("training: {num_train_epochs: many}", "training.num_train_epochs"),
         ("training: {seed: 4294967296}", r"training\.seed: found 4294967296, expected less than 4294967296"),
@@ -65,9 +69,9 @@ def test_the_drop_folder_is_under_the_home_by_default(tmp_path):
         ("training: {learning_rate: .nan}", r"training\.learning_rate: found nan"),
         ("training: {report_to: tensorboard}", r"training\.report_to: found 'tensorboard', expected a list: \[tensor"),
         ("trigger: {nightly: always}", r"trigger\.nightly: found 'always', expected a cron schedule of five fields"),
-        ("sources: [{name: a, path: b}]", r"sources\.0: 'kind' is missing"),
+        ("sources: [{name: a, path: b}]", r"sources\[0\]: kind is missing; expected one of code, documents, files"),
         ("sources: {feeds: []}", r"sources: found a mapping with the keys feeds; expected a list"),
-        ("sources: [{kind: file, name: a}]", r"sources\.0: there is no 'kind' 'file'; did you mean files\?"),
+        ("sources: [{kind: file, name: a}]", r"sources\[0\]: unknown kind 'file'; did you mean files\?"),
         ("training: {num_train_epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
     ],
 )

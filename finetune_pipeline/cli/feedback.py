@@ -223,7 +223,7 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
         for event in done.conflicts[:_LISTED]:
             click.echo(f"  {conflict_message(event)}", err=True)
         if len(done.conflicts) > _LISTED:
-            click.echo(f"  and {len(done.conflicts) - _LISTED} more are known with other content", err=True)
+            click.echo(f"  and {len(done.conflicts) - _LISTED} more already exist with different content", err=True)
         if done.rejected and done.rejected == done.lines:
             unusable.append(str(path))
     if unusable:

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, Unpack
 from uuid import UUID, uuid5
 
+from pydantic import ValidationError
 from uuid_utils.compat import uuid7
 
 from finetune_pipeline.records import (
@@ -36,6 +37,7 @@ from finetune_pipeline.records import (
     validate_application_event,
 )
 from finetune_pipeline.settings import LoopSettings, load_loop
+from finetune_pipeline.validation_messages import error_message
 
 if TYPE_CHECKING:
     from finetune_pipeline.database import Database
@@ -356,7 +358,10 @@ class FeedbackClient:
         own = {"loop": self.loop, "created_at": datetime.now(UTC)}
         if "id" not in given:
             own["id"] = uuid7()
-        return kind.model_validate({**own, **given})
+        try:
+            return kind.model_validate({**own, **given})
+        except ValidationError as error:
+            raise ValueError(error_message(error)) from error
 
     def _identity(self, id: UUID | str | None, key: str | None) -> UUID:
         if id is not None and key is not None:

@@ -76,7 +76,7 @@ class ImportResult:
 
     Attributes:
         invalid: the first rejected lines.
-        conflicts: events whose id is known with other content.
+        conflicts: events whose id already exists with different content.
     """
 
     lines: int = 0
@@ -215,7 +215,7 @@ def _events(row: Any, loop: LoopSettings, file_time: datetime) -> Events:
         raise ValueError(f"found {type(row).__name__}, expected a JSON object")
     given = {"loop": loop.name, "created_at": file_time, **row}
     if given["loop"] != loop.name:
-        raise ValueError(f"is of loop {given['loop']!r:.80}, but this file is read for {loop.name!r}")
+        raise ValueError(f"belongs to loop {given['loop']!r:.80}, but this file is read for {loop.name!r}")
     if "event" in row:
         kinds: dict[Any, type[Interaction | Feedback]] = {"interaction": Interaction, "feedback": Feedback}
         event = given["event"]

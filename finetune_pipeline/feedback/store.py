@@ -113,8 +113,8 @@ def record(
 
 
 def conflict_message(event: Interaction | Feedback) -> str:
-    """Return the message that an event's id is known with other content, and what to do."""
-    return f"the {event.event} {event.id} is known with other content, which is kept; give the new event its own id"
+    """Return the message that an event's id already exists with different content, and what to do."""
+    return f"the {event.event} {event.id} already exists with different content, which is kept; use a new id"
 
 
 def _new_events(

@@ -44,7 +44,7 @@ class IngestReport:
 
     Attributes:
         rewritten: files of which bytes that were read before changed, so they were read again from the start.
-        conflicts: events whose id is known with other content; `conflicting` describes the first of them.
+        conflicts: events whose id already exists with different content; `conflicting` describes the first of them.
         unreadable: the files that could not be opened, and why.
     """
 

@@ -32,6 +32,7 @@ from finetune_pipeline.serving.api import (
 from finetune_pipeline.serving.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, Unavailable
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import ClientDisconnected, RequestGuard, error_response, get_gateway
+from finetune_pipeline.validation_messages import field_path
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
@@ -112,7 +113,7 @@ async def _error(request: Request, error: Exception) -> Response:
             found = error
         case RequestValidationError():  # of path or query; bodies are validated by the routes
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where = field_path(first)
             found = BadRequest(f"{where}: {first['msg']}", param=where)
         case ClientDisconnected():
             return Response(status_code=499)  # nginx's status for this; nobody reads it

@@ -9,7 +9,7 @@ GatewayError               500  a bug, or an event that the store refuses
 │   └── UnknownModel       404  there is no such model
 ├── MethodNotAllowed       405  the path exists for another method
 ├── Conflict               409  the current state does not allow it
-│   └── IdTaken            409  an event with this id and other content exists
+│   └── IdTaken            409  an event with this id and different content exists
 ├── TooLarge               413  the body is larger than the limit
 ├── WrongMediaType         415  the body is not JSON
 ├── NotRecorded            500  the store refused the event
@@ -102,7 +102,7 @@ class Conflict(GatewayError):
 
 
 class IdTaken(Conflict):
-    """An event with this id and other content exists."""
+    """An event with this id and different content exists."""
 
     code = "id_taken"
 

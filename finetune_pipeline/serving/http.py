@@ -17,6 +17,7 @@ from finetune_pipeline.inference.remote import VIA_HEADER
 from finetune_pipeline.serving.access import Caller, is_loopback
 from finetune_pipeline.serving.errors import BadRequest, Conflict, Forbidden, GatewayError, TooLarge, WrongMediaType
 from finetune_pipeline.serving.gateway import Gateway
+from finetune_pipeline.validation_messages import error_messages, field_path
 
 MAX_BODY = 2 * 2**20
 """Largest request body in bytes; longer prompts do not fit into the context of any model here."""
@@ -119,7 +120,7 @@ def json_body(model: type[B]) -> Callable[[HttpRequest], Awaitable[B]]:
         try:
             return model.model_validate_json(await request.body())
         except ValidationError as error:
-            raise BadRequest(describe_errors(error), param=_field(error.errors()[0])) from error
+            raise BadRequest(describe_errors(error), param=field_path(error.errors()[0])[:200] or None) from error
 
     return read
 
@@ -203,16 +204,9 @@ def error_response(error: GatewayError, gateway: Gateway) -> JSONResponse:
 
 def describe_errors(error: ValidationError) -> str:
     """Return the first wrong fields and what is wrong with them, in one line."""
-    errors = error.errors(include_url=False)
-    shown = [f"{_field(one) or 'the body'}: {one['msg']}" for one in errors[:_ERRORS_SHOWN]]
-    more = f" (and {len(errors) - len(shown)} more)" if len(errors) > len(shown) else ""
-    return f"{'; '.join(shown)}{more}; see /docs for the format"
-
-
-def _field(error: Any) -> str | None:
-    # Pydantic's location also contains the tried member of a union, such as "str" or "list[TextPart]".
-    parts = [str(part) for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
-    return ".".join(parts)[:200] or None
+    lines = error_messages(error)
+    more = f" (and {len(lines) - _ERRORS_SHOWN} more)" if len(lines) > _ERRORS_SHOWN else ""
+    return f"{'; '.join(lines[:_ERRORS_SHOWN])}{more}; see /docs for the format"
 
 
 def _with_size_limit(receive: Receive) -> Receive:

@@ -53,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.path == "/v1/feedback" and body["interaction_id"] not in self.server.events["/v1/interactions"]
             )
         if other:
-            error = {"message": f"{body['id']} is known with other content", "code": "id_taken"}
+            error = {"message": f"{body['id']} already exists with different content", "code": "id_taken"}
             return self._answer(409, {"error": error})
         status = self.server.status or ("duplicate" if known else "waiting" if waiting else "recorded")
         return self._answer(200, {"id": body["id"], "status": status})

@@ -196,9 +196,9 @@ def test_an_id_that_returns_with_other_content_is_reported_and_changes_nothing(l
     said = []
     done = ingest(loop, connect(), said.append)
     assert (done.conflicts, done.recorded.duplicates) == (int(told), 1)
-    where = f"{other}:{1 if apart else 2}: the {second.event} {second.id} is known with other content"
+    where = f"{other}:{1 if apart else 2}: the {second.event} {second.id} already exists with different content"
     assert [one.startswith(where) for one in done.conflicting] == [True] * told
-    assert ("known with other content" in said[-1]) == told
+    assert ("already exists with different content" in said[-1]) == told
     with connect().read() as connection:
         table = {"interaction": t.interactions, "feedback": t.feedback}[first.event]
         row = connection.execute(sa.select(table)).one()

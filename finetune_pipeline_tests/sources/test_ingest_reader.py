@@ -32,9 +32,9 @@ def read(path, after=None, limit=10_000):
         (line(id="../../etc/passwd"), "id"),  # an id is never used as a path
         (line(confidence=7), "confidence"),
         (line(surprise=1), "surprise"),  # unknown fields are rejected
-        (line(task="notes"), "task: there is no such field; it is named loop now"),
-        (line(arm="champion"), "it is named variant now"),
-        (line(loop="another"), "is of loop 'another'"),
+        (line(task="notes"), "task: unknown field; renamed to loop"),
+        (line(arm="champion"), "arm: unknown field; renamed to variant"),
+        (line(loop="another"), "belongs to loop 'another'"),
         (line(prompt="a\x00b"), "NUL"),
         (line(user="a\x00b"), "NUL"),
         (line(prompt_tokens=10**30), "prompt_tokens"),  # larger than an integer of the database
