@@ -32,24 +32,15 @@ _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @dataclass(frozen=True)
 class CodeChunk:
-    """A class or function.
-
-    Attributes:
-        kind: its language's name for it, such as function, method, class, struct.
-        name: qualified name, such as Class.method.
-        line: its first line in the file, from 1.
-        code: its source, without the indentation of the first line.
-        signature: its head on one line, without keyword and body.
-        doc: docstring, or the comment above it; empty if there is none.
-    """
+    """A class or function."""
 
     language: str
-    kind: str
-    name: str
-    line: int
-    code: str
-    signature: str
-    doc: str
+    kind: str  # its language's name for it, such as function, method, class, struct
+    name: str  # qualified, such as Class.method
+    line: int  # its first line in the file, from 1
+    code: str  # its source, without the indentation of the first line
+    signature: str  # its head on one line, without keyword and body
+    doc: str  # docstring, or the comment above it; empty if there is none
 
     @property
     def owner(self) -> str:

@@ -78,16 +78,11 @@ class Template:
 
 @dataclass(frozen=True)
 class _Task:
-    """A document with a template.
+    """A document with a template."""
 
-    Attributes:
-        record: its answer is the filled template.
-        instruction: the template's, filled.
-    """
-
-    record: SourceRecord
+    record: SourceRecord  # its answer is the filled template
     template: Template
-    instruction: str
+    instruction: str  # the template's, filled
     document: str
 
 

@@ -19,16 +19,12 @@ _CLOCK_TICK_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Position:
-    """How far a file was read.
-
-    Attributes:
-        prefix_hash: SHA-256 of the bytes before the offset; empty for a file that is read completely each time.
-    """
+    """How far a file was read."""
 
     offset: int = 0
     lines: int = 0
     rejected: int = 0
-    prefix_hash: str = ""
+    prefix_hash: str = ""  # SHA-256 of the bytes before the offset; empty for a file that is read completely each time
 
 
 @dataclass(frozen=True)
@@ -47,12 +43,12 @@ class UnreadFile:
 
 @dataclass(frozen=True)
 class ReadTotals:
-    """Totals over all ingested files of a loop; `unfinished` of them end in an incomplete line."""
+    """Totals over all ingested files of a loop."""
 
     files: int
     lines: int
     rejected: int
-    unfinished: int
+    unfinished: int  # files that end in an incomplete line
 
 
 def position(connection: sa.Connection, loop: str, path: Path) -> Position:

@@ -44,25 +44,15 @@ IngestFormat = FileFormat | Literal["events"]
 
 @dataclass(frozen=True)
 class IngestLine:
-    """One line of a file.
+    """One line of a file."""
 
-    Attributes:
-        number: from 1.
-        end: the offset behind it.
-        event: an event or conversation; None if the line is rejected.
-        reason: why it is rejected.
-        excerpt: the start of a rejected line.
-        prefix_hash: for JSON Lines: SHA-256 of all bytes of the file up to `end`.
-        final: it is rejected whatever is appended to it, since it is complete JSON.
-    """
-
-    number: int
-    end: int
-    event: Interaction | Feedback | SourceRecord | None
-    reason: str = ""
-    excerpt: str = ""
-    prefix_hash: str = ""
-    final: bool = False
+    number: int  # from 1
+    end: int  # the offset behind it
+    event: Interaction | Feedback | SourceRecord | None  # None if the line is rejected
+    reason: str = ""  # why it is rejected
+    excerpt: str = ""  # the start of a rejected line
+    prefix_hash: str = ""  # for JSON Lines: SHA-256 of all bytes of the file up to `end`
+    final: bool = False  # it is rejected whatever is appended to it, since it is complete JSON
 
 
 def event_files(folder: Path) -> list[Path]:

@@ -24,19 +24,12 @@ _LONGEST_TOKEN = 12  # an escaped surrogate pair; only strings and numbers are l
 
 
 class FileRow(NamedTuple):
-    """A row, or the reason why it cannot be read.
+    """A row, or the reason why it cannot be read."""
 
-    Attributes:
-        number: the line where it begins; in a JSON array and in Parquet its number, from 1.
-        value: the row without null fields, and without empty cells of CSV.
-        reason: why it cannot be read; empty if it can.
-        breaks_off: the rest of the file cannot be read either, so its content is unknown.
-    """
-
-    number: int
-    value: Any
-    reason: str = ""
-    breaks_off: bool = False
+    number: int  # the line where it begins; in a JSON array and in Parquet its number, from 1
+    value: Any  # the row without null fields, and without empty cells of CSV
+    reason: str = ""  # why it cannot be read; empty if it can
+    breaks_off: bool = False  # the rest of the file cannot be read either, so its content is unknown
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -13,46 +13,34 @@ class SourceError(RuntimeError):
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A conversation with the answer that the model should give.
+    """A conversation with the answer that the model should give."""
 
-    Attributes:
-        provenance: where the record is in its source: a note and heading, a file and line, a function, a row's key. A
-            later record with the same provenance is a newer state of the same thing.
-        prompt, history: the last message of the user, and the messages before it.
-        answer: the target.
-        reward: -1 to 1; None means the source's `reward` in the YAML.
-        model_output: the model's answer, if `answer` is a person's correction of it.
-        created_at, user, domain, kind: as in `records.Interaction`.
-        keyed: whether the provenance contains a stable key. Other records are recognized by their text.
-    """
-
+    # Where the record is in its source: a note and heading, a file and line, a function, a row's key. A later record
+    # with the same provenance is a newer state of the same thing.
     provenance: str
-    prompt: str
-    answer: str
-    history: tuple[Turn, ...] = ()
-    reward: float | None = None
-    model_output: str | None = None
-    created_at: datetime | None = None
+    prompt: str  # the last message of the user
+    answer: str  # the target
+    history: tuple[Turn, ...] = ()  # the messages before the prompt
+    reward: float | None = None  # -1 to 1; None means the source's `reward` in the YAML
+    model_output: str | None = None  # the model's answer, if `answer` is a person's correction of it
+    created_at: datetime | None = None  # this and the next three: as in `records.Interaction`
     user: str | None = None
     domain: str | None = None
     kind: str | None = None
-    keyed: bool = False
+    keyed: bool = False  # the provenance contains a stable key; other records are recognized by their text
 
 
 @dataclass(frozen=True)
 class SkippedRecord:
-    """Something in a source that cannot be used, and why.
-
-    Attributes:
-        unreadable: a file or folder that could not be opened or read to its end. Earlier records at or below this
-            provenance (followed by `/`, `:`, `#` or ` [`) are not retracted.
-        deferred: it was not processed this time, for example because a teacher's budget was spent. Its earlier record
-            is not retracted.
-    """
+    """Something in a source that cannot be used, and why."""
 
     provenance: str
     reason: str
+    # A file or folder could not be opened or read to its end. Earlier records at or below this provenance (followed by
+    # `/`, `:`, `#` or ` [`) are not retracted.
     unreadable: bool = False
+    # It was not processed this time, for example because a teacher's budget was spent. Its earlier record is not
+    # retracted.
     deferred: bool = False
 
 

@@ -43,18 +43,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TeacherRequest(Generic[T]):
-    """The messages for the teacher about one record.
-
-    Attributes:
-        task: the caller's own data; it is not sent.
-        max_tokens: limit of the answer.
-    """
+    """The messages for the teacher about one record."""
 
     provenance: str
-    task: T
+    task: T  # data of the caller; it is not sent
     system: str
     user: str
-    max_tokens: int
+    max_tokens: int  # limit of the answer
 
 
 @dataclass(frozen=True)
@@ -67,17 +62,12 @@ class _Reply:
 
 
 class _RetryableError(Exception):
-    """A request failed in a way that a retry may fix.
-
-    Attributes:
-        retry_after: seconds that the endpoint asks to wait.
-        may_be_paid: the endpoint may have charged for it.
-    """
+    """A request failed in a way that a retry may fix."""
 
     def __init__(self, reason: str, retry_after: float | None = None, *, may_be_paid: bool = False) -> None:
         super().__init__(reason)
-        self.retry_after = retry_after
-        self.may_be_paid = may_be_paid
+        self.retry_after = retry_after  # seconds that the endpoint asks to wait
+        self.may_be_paid = may_be_paid  # the endpoint may have charged for it
 
 
 class _GivenUp(Exception):

@@ -20,17 +20,11 @@ _IGNORE_FILE_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class TextFile:
-    r"""The text of a file.
+    """The text of a file."""
 
-    Attributes:
-        path: relative to the folder, with slashes.
-        text: with `\n` as the only line break.
-        modified: time of the last change, in UTC; None if the file system has an impossible one.
-    """
-
-    path: str
-    text: str
-    modified: datetime | None
+    path: str  # relative to the folder, with slashes
+    text: str  # with "\n" as the only line break
+    modified: datetime | None  # time of the last change, in UTC; None if the file system has an impossible one
 
 
 _IgnoreRules = tuple[str, GitIgnoreSpec]

@@ -27,22 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Grammar:
-    """The nodes of a language's syntax tree that are cut.
+    """The nodes of a language's syntax tree that are cut."""
 
-    Attributes:
-        package: the Python package with the parser.
-        functions, types: node type -> kind of the chunk. A function inside a type is a method.
-        inside: other node types that are searched -> the field with their name, if they qualify names.
-        wrapped: pattern that puts a method into a class, so that it parses.
-        function: the package's function that returns the language.
-    """
-
-    package: str
-    functions: Mapping[str, str]
-    types: Mapping[str, str]
-    inside: Mapping[str, str] = field(default_factory=dict)
-    wrapped: str = "class {owner} {{\n{code}\n}}"
-    function: str = "language"
+    package: str  # the Python package with the parser
+    functions: Mapping[str, str]  # node type -> kind of the chunk; a function inside a type is a method
+    types: Mapping[str, str]  # node type -> kind of the chunk
+    inside: Mapping[str, str] = field(default_factory=dict)  # other searched node types -> the field that names them
+    wrapped: str = "class {owner} {{\n{code}\n}}"  # puts a method into a class, so that it parses
+    function: str = "language"  # of the package; returns the language
 
 
 _SCRIPT_FUNCTIONS = {

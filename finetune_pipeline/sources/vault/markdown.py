@@ -42,16 +42,11 @@ _QUERIES = {"dataview", "dataviewjs", "tasks", "query"}
 
 @dataclass
 class Section:
-    """A heading with the text up to the next heading. The first section of a note has no heading.
+    """A heading with the text up to the next heading. The first section of a note has no heading."""
 
-    Attributes:
-        level: 1 to 6; 0 without a heading.
-        blocks: lines, and whether they are code.
-    """
-
-    level: int
+    level: int  # 1 to 6; 0 without a heading
     heading: str
-    blocks: list[tuple[list[str], bool]] = field(default_factory=list)
+    blocks: list[tuple[list[str], bool]] = field(default_factory=list)  # lines, and whether they are code
 
     def raw(self) -> str:
         """Return the section as it is written."""

@@ -19,21 +19,15 @@ _HEADING_CHARS = 100
 
 
 class NoteRules:
-    """The source's settings, case-folded for comparison.
-
-    Attributes:
-        tags: tag -> kind; if a note has several, the first one here counts.
-        headings: name of a heading -> kind.
-        private: finds a private tag in case-folded text.
-        whole_days: a daily note without any of the tags is a reflection.
-    """
+    """The source's settings, case-folded for comparison."""
 
     def __init__(self, source: VaultSource) -> None:
-        names = "|".join(re.escape(_fold(tag.lstrip("#"))) for tag in source.private_tags)
+        # Tag -> kind, and name of a heading -> kind. If a note has several tags, the first one here counts.
         self.tags = {_fold(tag.lstrip("#")): kind for tag, kind in source.tags.items()}
         self.headings = {_fold(heading): kind for heading, kind in source.headings.items()}
+        names = "|".join(re.escape(_fold(tag.lstrip("#"))) for tag in source.private_tags)
         self.private = re.compile(f"#(?:{names})(?![\\w-])" if names else "(?!)")
-        self.whole_days = source.whole_daily_notes
+        self.whole_days = source.whole_daily_notes  # a daily note without any of the tags is a reflection
 
     def kind(self, found: Iterable[str]) -> str | None:
         """Return the kind of these tags. A nested tag (`decision/architecture`) also counts for its parents."""
@@ -61,20 +55,12 @@ class NoteRules:
 
 @dataclass
 class _Selection:
-    """A selected note or section.
+    """A selected note or section."""
 
-    Attributes:
-        kind: decision, reflection, learning, or another of the settings.
-        headings: the headings down to it, for the provenance.
-        topics: the same without those that only name a kind, for the prompt.
-        tagged: it was selected by a tag.
-        sections: its sections.
-    """
-
-    kind: str
-    headings: tuple[str, ...]
-    topics: tuple[str, ...]
-    tagged: bool
+    kind: str  # decision, reflection, learning, or another of the settings
+    headings: tuple[str, ...]  # the headings down to it, for the provenance
+    topics: tuple[str, ...]  # the same without those that only name a kind, for the prompt
+    tagged: bool  # it was selected by a tag
     sections: list[Section] = field(default_factory=list)
 
 

@@ -18,15 +18,10 @@ _OTHER_PROMPT = "Which {kind} did I note{about}{day}?"
 
 @dataclass(frozen=True)
 class NoteName:
-    """The file name of a note.
+    """The file name of a note."""
 
-    Attributes:
-        title: the topic; empty for a daily note, or if the name is only a number.
-        day: the date at the start of the name, such as 2024-05-03 or 20240503.
-    """
-
-    title: str
-    day: date | None
+    title: str  # the topic; empty for a daily note, or if the name is only a number
+    day: date | None  # the date at the start of the name, such as 2024-05-03 or 20240503
 
     @property
     def is_daily(self) -> bool:
