@@ -101,7 +101,7 @@ class SourceSettings(QuotaSettings):
     """Settings of every declared source."""
 
     name: str = Field(pattern=_NAME, max_length=60, description="Name of the source, stored with every record.")
-    reward: float = Field(default=0.8, ge=-1, le=1, description="Reward of answers without a reward of their own.")
+    reward: float = Field(default=0.8, ge=-1, le=1, description="Reward of answers whose row has none.")
 
 
 FileFormat = Literal["auto", "alpaca", "prompt_completion", "sharegpt", "messages"]
@@ -275,7 +275,7 @@ class IngestSettings(Settings):
         default=None, description="Folder for dropped logs and conversations; default $FINETUNE_HOME/inbox/<loop>."
     )
     default_reward: float = Field(
-        default=0.8, ge=-1, le=1, description="Reward of dropped conversations without a reward of their own."
+        default=0.8, ge=-1, le=1, description="Reward of dropped conversations whose row has none."
     )
     max_rejected_fraction: float = Field(
         default=0.05, ge=0, le=1, description="Fraction of rejected lines above which the check rejected_lines fails."
@@ -733,7 +733,7 @@ class LoopSettings(Settings):
             & {source.name for source in sources if not isinstance(source, LogsSource | IngestedSource)}
         )
         if duplicates or reserved:
-            raise ValueError(f"{', '.join(duplicates or reserved)} is taken; give each source a name of its own")
+            raise ValueError(f"{', '.join(duplicates or reserved)} is taken; give each source its own name")
         return sources
 
     @model_validator(mode="after")

@@ -202,7 +202,7 @@ def source_feedback_id(interaction_id: UUID, reward: float | None = None) -> UUI
     """Return the id of the feedback that gives a source record its reward.
 
     Args:
-        reward: only of a dropped file, where each reward is a feedback of its own.
+        reward: only of a dropped file, where each reward is a separate feedback.
     """
     return uuid5(interaction_id, "feedback" if reward is None else f"reward {reward}")
 

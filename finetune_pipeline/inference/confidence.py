@@ -47,7 +47,7 @@ def value_spans(text: str) -> Iterator[Span]:
         is_key = following is not None and following.group() == ":"
         if token.group() in "{}[]:," or is_key:
             continue
-        # An empty string has no character of its own, so its closing quote counts.
+        # An empty string has no character, so its closing quote counts.
         yield (start + 1, max(end - 1, start + 2)) if token.group().startswith('"') else (start, end)
 
 

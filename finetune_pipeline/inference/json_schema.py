@@ -222,7 +222,7 @@ class _Rewriter:
                 raise _refused(path, name, "it is not enforced; since draft 2019-09 it is an annotation")
         for name in ("$schema", "id" if self._draft == 4 else "$id"):
             if path != "#" and isinstance(schema.get(name), str) and schema[name] != self._root.get(name):
-                raise _refused(path, name, "subschemas with an identifier of their own are not supported")
+                raise _refused(path, name, "subschemas with their own identifier are not supported")
 
     def _rewrite_numbers(self, schema: dict[str, Any], path: str, node: dict[str, Any]) -> None:
         types = _types(schema)

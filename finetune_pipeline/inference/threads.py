@@ -96,5 +96,5 @@ class Threads:
 
 
 def threads_for(cores: int, used_by_others: float, most: int) -> int:
-    """Return how many threads get a core of their own."""
+    """Return how many threads get their own core."""
     return max(1, min(most, round(cores - used_by_others)))

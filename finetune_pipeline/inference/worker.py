@@ -30,7 +30,7 @@ HEARTBEAT_SECONDS = 0.25
 
 
 class CommandReader:
-    """Reads the parent's commands in a thread of its own, from before the model is loaded.
+    """Reads the parent's commands in a separate thread, from before the model is loaded.
 
     Attributes:
         report_current: tells the parent for which request a token is being sampled.

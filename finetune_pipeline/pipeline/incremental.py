@@ -1,4 +1,4 @@
-"""Decide where a training starts: at the base model with all examples, or at the champion's adapter with new ones."""
+"""Decide where training starts: at the base model with all examples, or at the champion's adapter with new ones."""
 
 import shutil
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _ANSWER_COLUMNS = ("completion", "label", "chosen", "rejected")
 
 @dataclass(frozen=True)
 class TrainingStart:
-    """Where a training starts, and with which examples.
+    """Where training starts, and with which examples.
 
     Attributes:
         adapter: the champion's adapter; None for the base model.
@@ -43,7 +43,7 @@ class TrainingStart:
 def training_start(
     loop: LoopSettings, settings: TrainingSettings, dataset: Artifact[DatasetManifest], dataset_type: str, base: str
 ) -> TrainingStart:
-    """Return where a training starts. An incremental training that is not possible becomes a full one with a reason.
+    """Return where training starts. Incremental training that is not possible becomes full training, with a reason.
 
     Only hashes and labels of the examples are held in memory.
 
@@ -103,7 +103,7 @@ def write_subset(dataset: Path, rows: tuple[int, ...], folder: Path) -> Path:
     # The files are copied, because `datasets` cannot save an empty split that it read. Hidden files are caches of the
     # tokens of all rows.
     shutil.copytree(dataset, folder, ignore=shutil.ignore_patterns("train", ".*"), dirs_exist_ok=True)
-    shutil.rmtree(folder / "train", ignore_errors=True)  # left by a killed training
+    shutil.rmtree(folder / "train", ignore_errors=True)  # left by a killed training run
     datasets.load_from_disk(str(dataset / "train")).select(rows).save_to_disk(folder / "train", num_shards=1)
     return folder
 

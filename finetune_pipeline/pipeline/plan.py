@@ -1,4 +1,4 @@
-"""The plan of a training: which settings fit a memory size, and what each adapter needs there."""
+"""The plan of a training run: which settings fit a memory size, and what each adapter needs there."""
 
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ from finetune_pipeline.training.presets import (
 
 @dataclass(frozen=True)
 class PlannedTraining:
-    """A training with its estimated memory and time; without a time if it does not fit."""
+    """A training run with its estimated memory and time; without a time if it does not fit."""
 
     settings: TrainingSettings
     memory: MemoryEstimate
@@ -56,7 +56,7 @@ def plan_training(
     vram: float | None = None,
     length: int | None = None,
 ) -> TrainingPlan:
-    """Plan a training for a preset's memory, a GPU of `vram` GB, or else this machine.
+    """Plan a training run for a preset's memory, a GPU of `vram` GB, or else this machine.
 
     Args:
         architecture: the base model's.
@@ -107,7 +107,7 @@ def _machine(vram: float | None, preset: PresetName | None) -> Machine:
 def _planned(
     architecture: Architecture, settings: TrainingSettings, machine: Machine, examples: int
 ) -> PlannedTraining:
-    """Estimate a training whose examples have half the maximum length."""
+    """Estimate a training run whose examples have half the maximum length."""
     memory = estimate_memory(architecture, settings, machine.device, bf16=machine.bf16)
     time = estimate_time(
         architecture,

@@ -156,7 +156,7 @@ def train_adapter(
 
 
 def training_job(manifest: AdapterManifest, run_id: str) -> TrainingJob:
-    """Return what the registry keeps of a training after its adapter is deleted."""
+    """Return what the registry keeps of a training run after its adapter is deleted."""
     known = {
         **manifest.model_dump(),
         "id": manifest.version,
@@ -169,7 +169,7 @@ def training_job(manifest: AdapterManifest, run_id: str) -> TrainingJob:
 
 
 def describe_progress(progress: Progress) -> str:
-    """Return one line on how far a training is."""
+    """Return one line on how far a training run is."""
     minutes, seconds = divmod(round(progress.seconds_left), 60)
     memory = "" if progress.memory_bytes is None else f"{progress.memory_bytes / 2**30:.1f} GiB, "
     validation = "" if progress.validation_loss is None else f"validation loss {progress.validation_loss:.3f}, "

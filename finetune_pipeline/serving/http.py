@@ -70,7 +70,7 @@ class RequestGuard:
             raise _too_large()
         if headers.get(VIA_HEADER.lower().encode()) == self._gateway.id:
             raise Conflict("This gateway is its own upstream; correct serving.upstream or serving.fallback.")
-        # A web page can send requests to this machine, even under a domain of its own that resolves to 127.0.0.1.
+        # A web page can send requests to this machine, even under its own domain that resolves to 127.0.0.1.
         if self._gateway.access.open:
             host = headers.get(b"host", "")
             if not is_loopback(_without_port(host)):

@@ -66,7 +66,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        distributed.barrier()  # each rank writes a file of its own into it
+        distributed.barrier()  # each rank writes its own file into it
         if not distributed.decided_by_rank_zero(lambda: _weights_are_finite(checkpoint)):
             if distributed.is_rank_zero():
                 shutil.rmtree(checkpoint)  # a resumed run would start from it

@@ -1,7 +1,7 @@
 """Trains on the workers of a Ray cluster, by Ray Train.
 
 The job's training process stays on this machine: it sends the job, writes the progress that comes back, and puts the
-adapter where a local run would. Each worker runs the trainer in a folder of its own machine. When workers are
+adapter where a local run would. Each worker runs the trainer in a folder on its machine. When workers are
 lost, Ray starts them again and they resume from the last checkpoint.
 
 RAY_ADDRESS             the cluster; without it, one is started on this machine for the duration of the run
