@@ -1,4 +1,4 @@
-"""The `finetune` command as people type it, on a home of its own."""
+"""The `finetune` command as people type it, in its own home."""
 
 import importlib.util
 import subprocess
@@ -33,7 +33,7 @@ def run(*arguments, code=0):
 
 
 def real(*arguments):
-    """The installed command in a process of its own."""
+    """The installed command in a separate process."""
     command = [sys.executable, "-m", "finetune_pipeline.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
 

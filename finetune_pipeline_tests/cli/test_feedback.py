@@ -1,4 +1,4 @@
-"""`finetune feedback` as people type it, on a home of its own."""
+"""`finetune feedback` as people type it, in its own home."""
 
 import json
 import subprocess

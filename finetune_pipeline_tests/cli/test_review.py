@@ -207,7 +207,7 @@ def test_keys_come_through_a_pipe_too():
 
 
 class Terminal:
-    """The command at a terminal of its own."""
+    """The command at a separate terminal."""
 
     def __init__(self, **environment):
         self.master, slave = pty.openpty()

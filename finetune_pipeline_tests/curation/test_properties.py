@@ -64,7 +64,7 @@ histories = st.sampled_from([()] * 7 + [turns("about a house, ask ann.smith@exam
 
 @st.composite
 def logs(draw, prompts=planted):
-    """Examples, each with an id of its own, some of them the same but for it."""
+    """Examples, each with its own id, some of them the same but for it."""
     rewards, provenances = (
         st.sampled_from([0.9, 0.9, 0.9, 0.5, 0.2, -0.8]),
         st.none() | planted.map("Notes/a.md#{}".format),

@@ -63,7 +63,7 @@ with connect().write() as connection:
 def test_processes_that_start_together_create_or_migrate_once(url, tmp_path, start):
     if start != "empty":
         migrate_to(url, start)
-    # Each in a home of its own, as on several machines: what they share is the database.
+    # Each in its own home, as on several machines: what they share is the database.
     own = [{"FINETUNE_DATABASE_URL": url, "FINETUNE_HOME": str(tmp_path / f"home{n}")} for n in range(4)]
     assert start_together(OPEN, tmp_path, own) == []
     database = connect(url)

@@ -16,7 +16,7 @@ from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersi
 
 
 def record_comparison(db: Database, comparison: ComparisonRecord) -> None:
-    """Record a comparison in a transaction of its own."""
+    """Record a comparison in a separate transaction."""
     with db.write() as connection:
         record_comparison_in(connection, comparison)
 

@@ -269,7 +269,7 @@ def test_complete_daily_notes_are_reflections_if_set(vault):
     said = {record.provenance: record.answer for record in records if record.kind == "reflection"}
     assert said["Journal/2024-05-08.md"] == "Walked to the mill."
     assert "Index.md" not in said
-    assert "Timber" not in said["Journal/2024-05-03.md"]  # a decision, and a record of its own
+    assert "Timber" not in said["Journal/2024-05-03.md"]  # a decision, and a separate record
 
 
 def test_tags_and_headings_are_settings():
