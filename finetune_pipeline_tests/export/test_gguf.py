@@ -43,10 +43,7 @@ def test_a_converter_of_another_version_is_rejected(converter):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (
-            "print('BPE pre-tokenizer was not recognized'); raise SystemExit(3)",
-            r"status 3(.|\n)*BPE pre-tokenizer",
-        ),
+        ("print('BPE pre-tokenizer was not recognized'); raise SystemExit(3)", r"status 3(.|\n)*BPE pre-tokenizer"),
         ("import os; os.kill(os.getpid(), 11)", "SIGSEGV.*GGML_NATIVE=OFF"),
         ("import os; os.kill(os.getpid(), 9)", "SIGKILL.*memory ran out"),
     ],

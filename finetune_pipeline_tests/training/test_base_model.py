@@ -11,12 +11,7 @@ from finetune_pipeline.training.base_model import check_base_model, check_target
 from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import JobConfig, TrainingError
 
-WHOLE = {
-    "config.json": "{}",
-    "model.safetensors": "",
-    "tokenizer.json": "{}",
-    "chat_template.jinja": "{{ messages }}",
-}
+WHOLE = {"config.json": "{}", "model.safetensors": "", "tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}"}
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
 
 

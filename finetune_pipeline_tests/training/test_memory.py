@@ -119,8 +119,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_fits(job, monkeypatch, cap
     check_memory(large.base_model, large.settings, longest=16, bf16=False)  # short examples need little
     monkeypatch.setattr(memory, "available_memory", lambda: 500 * 10**6)
     with pytest.raises(
-        TrainingError,
-        match=r"estimated memory .* GiB more .*what fits: per_device_train_batch_size: \d+, gradient_acc",
+        TrainingError, match=r"estimated memory .* GiB more .*what fits: per_device_train_batch_size: \d+, gradient_acc"
     ):
         check_memory(large.base_model, large.settings, longest=1024, bf16=False)
 

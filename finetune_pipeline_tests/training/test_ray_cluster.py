@@ -270,8 +270,7 @@ def test_without_ray_the_error_says_how_to_install_it(job, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("resources", "workers", "gpus"),
-    [({"CPU": 4.0}, 2, False), ({"CPU": 64.0, "GPU": 4.0}, 4, True)],
+    ("resources", "workers", "gpus"), [({"CPU": 4.0}, 2, False), ({"CPU": 64.0, "GPU": 4.0}, 4, True)]
 )
 def test_workers_use_gpus_if_the_cluster_has_any(resources, workers, gpus):
     assert ray_cluster.use_gpus(resources, workers) is gpus

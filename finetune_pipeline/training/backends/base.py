@@ -42,7 +42,7 @@ class TrainingBackend(ABC):
 
     @abstractmethod
     def run(self, job: JobConfig, started: float, micro_batch: int | None = None) -> TrainingResult:
-        """Train in this process, which is the job's own, from the last complete checkpoint if there is one.
+        """Train in this process, which does nothing else, from the last complete checkpoint if there is one.
 
         Args:
             job: what to train, validated.
