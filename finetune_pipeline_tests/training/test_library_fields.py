@@ -76,7 +76,10 @@ def test_checking_fields_imports_no_library():
         ({"trainer_config": {"neftune_noise_alpha": "five"}}, r"neftune_noise_alpha is 'five', and SFTConfig expects"),
         ({"lora_config": {"rank_pattern": [1]}}, r"rank_pattern is \[1\], and LoraConfig expects Optional\[dict\]"),
         ({"lora_config": {"layers_to_transform": "first"}}, "layers_to_transform is 'first', and LoraConfig expects"),
-        ({"trainer_config": {"output_dir": "x"}}, "output_dir cannot be set here: every training run has its own folder"),
+        (
+            {"trainer_config": {"output_dir": "x"}},
+            "output_dir cannot be set here: every training run has its own folder",
+        ),
         ({"trainer_config": {"learning_rate": 1.0}}, r"set training\.learning_rate"),
         ({"trainer_config": {"eval_steps": 10}}, r"validation runs whenever .* set training\.save_steps"),
         ({"method": "dpo", "trainer_config": {"desirable_weight": 2.0}}, "DPOConfig has no field desirable_weight"),
