@@ -1,6 +1,6 @@
-"""Measure how long it takes to read an Obsidian vault of 10,000 notes. Nothing is cached between readings.
+"""Measure how long it takes to read an Obsidian vault of 10,000 notes. Nothing is cached between reads.
 
-If the fastest reading takes more than 20 seconds, the benchmark fails.
+If the fastest read takes more than 20 seconds, the benchmark fails.
 """
 
 import random
@@ -34,7 +34,7 @@ def main() -> None:
         f"{NOTES:,}", f"{megabytes:.1f} MB", f"{found['records']:,}", f"{found['best_seconds']:.2f} s",
         f"{found['cpu_seconds']:.2f} s", f"{found['peak_mb']:.0f} MB",
     ]  # fmt: skip
-    headings = ["notes", "size", "conversations", f"best of {RUNS}", "CPU of one reading", "peak memory"]
+    headings = ["notes", "size", "conversations", f"best of {RUNS}", "CPU of one read", "peak memory"]
     publish("vault", headings, [row], {**found, "notes": NOTES, "megabytes": megabytes, "limit_seconds": LIMIT_SECONDS})
     end([f"{found['best_seconds']:.1f} s, at most {LIMIT_SECONDS} s"] if found["best_seconds"] > LIMIT_SECONDS else [])
 

@@ -197,7 +197,7 @@ def test_a_line_excluded_from_training_is_rejected_with_its_reason(tmp_path, loo
     path = write(tmp_path / "a.jsonl", row, {**row, **marked}, {**row, **dict.fromkeys(marked, 1)})
     done = import_file(path, loop, db)
     ((name, value),) = marked.items()
-    assert [line.reason for line in done.invalid] == [f"the line is not to be trained on ({name}: {value})"]
+    assert [line.reason for line in done.invalid] == [f"the line is excluded from training ({name}: {value})"]
     assert done.recorded == store.RecordResult(interactions=1, feedback=1, duplicates=2)
 
 
