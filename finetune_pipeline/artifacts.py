@@ -71,10 +71,6 @@ def hash_file_cached(path: Path, *, force: bool = False) -> str:
 
     Hashes are cached in `$FINETUNE_HOME/cache`. If two processes write the cache at once, the entries of one are lost
     and computed again later.
-
-    Args:
-        path: the file.
-        force: read the file even if it looks unchanged.
     """
     cache = home() / "cache" / "file_hashes.json"
     try:
@@ -225,17 +221,14 @@ def try_lock(path: Path, what: str) -> Iterator[None]:
         ArtifactBusyError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock", timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(f"{path}.lock").acquire(timeout=0)
     except Timeout:
         raise ArtifactBusyError(
             f"another process is working on {what} ({path}); wait until it has finished, then run again"
         ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -244,14 +237,12 @@ def wait_for_lock(path: Path, what: str, log: Callable[[str], None]) -> Iterator
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         log(f"another {what} is running on this machine; waiting for it to finish")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def get_or_create(
@@ -266,9 +257,6 @@ def get_or_create(
     """Return the artifact of this version: an existing one if it is complete and unaltered, else a new one.
 
     Args:
-        kind: manifest class of the stage.
-        loop: name of the loop.
-        version: see `version_of`.
         make: writes the files into a draft folder and returns the manifest's fields except loop, version, created_at
             and files.
         keep: see `draft`.
@@ -301,9 +289,6 @@ def draft(loop: str, stage: str, version: str, *, keep: bool = False) -> Iterato
     """Open a locked draft folder for an artifact; `publish` turns it into the artifact.
 
     Args:
-        loop: name of the loop.
-        stage: name of the stage.
-        version: see `version_of`.
         keep: keep the folder after an error and start from its content next time (training resumes there).
 
     Raises:
@@ -360,8 +345,6 @@ def publish(
     """Turn a draft into the artifact: hash and flush its files, write the manifest, rename the folder.
 
     Args:
-        folder: the draft folder.
-        kind: manifest class of the stage.
         fields: the manifest's fields except `created_at` and `files`.
         known: unchanged files of an older artifact, with their hashes, so that they are not hashed again.
     """
@@ -400,10 +383,6 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[IO[str]]:
     """Open a text file that appears under its name only when complete; a kill or an error leaves the old file.
-
-    Args:
-        path: the file.
-        force: replace an existing file.
 
     Raises:
         FileExistsError: the file exists and `force` is false.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 
-# Each step runs in a process of its own. A fork server has loaded Dagster already, which halves a step's start time.
+# Each step runs in a separate process. A fork server has loaded Dagster already, which halves a step's start time.
 EXECUTOR = dg.multiprocess_executor.configured({"start_method": {"forkserver": {}}})
 
 

@@ -20,14 +20,7 @@ class ClusterError(Exception):
 
 
 def check_installed(setting: str) -> None:
-    """Raise if Ray is not installed.
-
-    Args:
-        setting: the setting that asked for Ray, for the message.
-
-    Raises:
-        ClusterError: Ray is not installed.
-    """
+    """Raise a ClusterError that names the setting, unless Ray is installed."""
     if importlib.util.find_spec("ray") is None:
         raise ClusterError(
             f"{setting} is ray, and Ray is not installed; run "
@@ -60,9 +53,8 @@ def connected(variables: Mapping[str, str], cores: int | None, object_store_byte
         if address:
             ray.init(address, **common)
         else:
-            os.environ.setdefault(
-                "RAY_AUTH_TOKEN", secrets.token_hex(32)
-            )  # without one, Ray writes a token file into the home folder
+            # Without a token in the environment, Ray writes a token file into the home folder.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 "local",
                 _node_ip_address="127.0.0.1",

@@ -35,8 +35,9 @@ def die_with_parent(parent: int) -> None:
 def die_with_run() -> None:
     """End a step's process when its run's process ends; a step that runs inside the run's process is unaffected.
 
-    Without this, Dagster's step processes outlive a killed run, and so does the training that they started. The parent
-    of a step may be the fork server, which waits for its steps before it ends, so the run's process is watched too.
+    Without this, Dagster's step processes outlive a killed run, and so does the training process that one of them
+    started. The parent of a step may be the fork server, which waits for its steps before it ends, so the run's process
+    is watched too.
     """
     run = multiprocessing.parent_process()
     if run is not None:

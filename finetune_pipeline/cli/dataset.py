@@ -1,8 +1,6 @@
 """`finetune dataset`: export curated datasets and show their cards."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
@@ -14,17 +12,16 @@ from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.wording import counted
 
-F = TypeVar("F", bound=Callable[..., Any])
+_version_option = click.option(
+    "--version",
+    metavar="VERSION",
+    help="The dataset's version, as in Dagster's UI and in the name of its folder; default the newest.",
+)
 
 
 @click.group()
 def dataset() -> None:
     """Export a curated dataset, or show its card."""
-
-
-def _version_option(command: F) -> F:
-    help = "The dataset's version, as in Dagster's UI and in the name of its folder; default the newest."
-    return click.option("--version", metavar="VERSION", help=help)(command)
 
 
 @dataset.command()

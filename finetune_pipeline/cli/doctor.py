@@ -15,7 +15,7 @@ from finetune_pipeline.settings import home
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check; `remedy` is empty if there is nothing to do."""
+    """The result of one check, with the remedy if it does not work."""
 
     name: str
     works: bool
@@ -38,37 +38,32 @@ def doctor() -> None:
             if not finding.works and finding.needed:
                 status, broken = click.style("FAIL", fg="red"), True
             click.echo(f"{status}  {finding.name:<22} {finding.detail}")
-            if finding.remedy:
+            if finding.remedy and not finding.works:
                 click.echo(f"      {'':<22} → {finding.remedy}")
     sys.exit(1 if broken else 0)
 
 
 def _system() -> Iterator[Finding]:
-    name = f"{platform.system()} {platform.machine()}"
-    windows = platform.system() == "Windows"
-    remedy = "install WSL (wsl --install) and run the project inside it" if windows else ""
-    yield Finding("system", not windows, name, remedy)
-    version = platform.python_version()
+    system = platform.system()
+    remedy = "install WSL (wsl --install) and run the project inside it"
+    yield Finding("system", system != "Windows", f"{system} {platform.machine()}", remedy)
     fits = (3, 11) <= sys.version_info[:2] < (3, 13)
-    yield Finding("python", fits, version, "" if fits else "make clean; make setup PYTHON=python3.11")
-    yield _state()
-
-
-def _state() -> Finding:
+    yield Finding("python", fits, platform.python_version(), "make clean; make setup PYTHON=python3.11")
     try:
         home().mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=home()):
             pass
     except OSError as error:
-        remedy = "set FINETUNE_HOME to a writable folder"
-        return Finding("state", False, f"{home()} cannot be created or written ({error.strerror})", remedy)
-    free = shutil.disk_usage(home()).free / 1e9
-    return Finding("state", free > 1, f"{home()}, {free:.0f} GB free", "" if free > 1 else "free some disk space")
+        problem = f"{home()} cannot be created or written ({error.strerror})"
+        yield Finding("state", False, problem, "set FINETUNE_HOME to a writable folder")
+    else:
+        free = shutil.disk_usage(home()).free / 1e9
+        yield Finding("state", free > 1, f"{home()}, {free:.0f} GB free", "free some disk space")
 
 
 def _compiler() -> Iterator[Finding]:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    remedy = "" if found else "install one (Debian: apt-get install g++; macOS: xcode-select --install)"
+    remedy = "install one (Debian: apt-get install g++; macOS: xcode-select --install)"
     yield Finding("C++ compiler", found is not None, found or "none found", remedy)
 
 
@@ -80,15 +75,10 @@ def _llama() -> Iterator[Finding]:
     probe = probe_engine()
     rebuild = 'rebuild it: CMAKE_ARGS="-DGGML_NATIVE=OFF" .venv/bin/pip install --force-reinstall --no-deps '
     rebuild += "--no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
-    works = probe.works and probe.quantized_works
     about = "; ".join(f"{name} {version}" for name, version in probe.versions.items())
-    yield Finding("llama.cpp", probe.works, f"{probe.detail} ({about})", "" if probe.works else rebuild)
-    yield Finding(
-        "llama.cpp, quantized",
-        probe.quantized_works,
-        "runs Q4_K_M" if probe.quantized_works else "does not run Q4_K_M",
-        "" if works else rebuild,
-    )
+    yield Finding("llama.cpp", probe.works, f"{probe.detail} ({about})", rebuild)
+    runs = "runs Q4_K_M" if probe.quantized_works else "does not run Q4_K_M"
+    yield Finding("llama.cpp, quantized", probe.quantized_works, runs, rebuild)
     try:
         yield Finding("GGUF converter", True, str(converter_folder()))
     except ExportError as error:
@@ -104,7 +94,7 @@ def _gpu() -> Iterator[Finding]:
     import torch
 
     usable = torch.cuda.is_available()
-    remedy = "" if usable else "this torch has no CUDA; see 'Which torch' in the README"
+    remedy = "this torch has no CUDA; see 'Which torch' in the README"
     yield Finding("GPU", usable, result.stdout.strip() or result.stderr.strip(), remedy, needed=False)
 
 
@@ -112,13 +102,8 @@ def _backends() -> Iterator[Finding]:
     from finetune_pipeline.training.backends import available_backends
 
     for backend in available_backends():
-        yield Finding(
-            f"training: {backend.name}",
-            backend.available,
-            backend.why,
-            "" if backend.available else backend.remedy,
-            needed=backend.name == "peft",
-        )
+        needed = backend.name == "peft"
+        yield Finding(f"training: {backend.name}", backend.available, backend.why, backend.remedy, needed)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_system, _compiler, _llama, _gpu, _backends)

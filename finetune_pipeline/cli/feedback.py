@@ -1,10 +1,10 @@
 """`finetune feedback`: log interactions and feedback, and import, export, retract and erase them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from rich.console import Console
@@ -19,26 +19,20 @@ if TYPE_CHECKING:
     from finetune_pipeline.pipeline.erasure import ErasedLoop
     from finetune_pipeline.records import Rating
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _LISTED = 10
 _WIDTH = 100
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _THUMBS = ("up", "down")
 
 
+_key_option = click.option(
+    "--key", metavar="TEXT", help="Idempotency key: an event with the same key is recorded once."
+)
+
+
 @click.group()
 def feedback() -> None:
     """Log, import, export and erase interactions and feedback."""
-
-
-def _key_option(command: F) -> F:
-    help = "Idempotency key: an event with the same key is recorded once."
-    return click.option("--key", metavar="TEXT", help=help)(command)
-
-
-def _user_option(help: str) -> Callable[[F], F]:
-    return click.option("--user", metavar="NAME", help=help)
 
 
 @feedback.command()
@@ -47,7 +41,7 @@ def _user_option(help: str) -> Callable[[F], F]:
 @click.option("--model", help="The model that answered: loop@version.")
 @click.option("--confidence", type=float, help="0 to 1.")
 @click.option("--validation-score", type=float, help="0 to 100.")
-@_user_option("Author of the prompt.")
+@click.option("--user", metavar="NAME", help="Author of the prompt.")
 @click.option("--domain", help="Domain of the request.")
 @click.option("--kind", help="Kind of the request.")
 @click.option("--context", "retrieved_context", help="Retrieved text that was put into the prompt.")
@@ -65,7 +59,7 @@ def log(loop: LoopSettings, prompt: str, output: str, **details: Any) -> None:
 @click.argument("interaction_id", metavar="ID")
 @click.argument("text", required=False)
 @click.option("--file", type=click.File("r", encoding="utf-8"), help="File with the answer; - reads standard input.")
-@_user_option("Author of the correction.")
+@click.option("--user", metavar="NAME", help="Author of the correction.")
 @_key_option
 @loop_option
 def correct(interaction_id: str, text: str | None, file: Any, user: str | None, key: str | None, **given: Any) -> None:
@@ -85,7 +79,7 @@ def correct(interaction_id: str, text: str | None, file: Any, user: str | None, 
 @feedback.command()
 @click.argument("interaction_id", metavar="ID")
 @click.argument("value", type=click.Choice(["1", "2", "3", "4", "5", "gold", *_THUMBS]))
-@_user_option("Author of the rating.")
+@click.option("--user", metavar="NAME", help="Author of the rating.")
 @_key_option
 @loop_option
 def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, key: str | None) -> None:
@@ -205,12 +199,13 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
     A file has events, interactions with a reward, or Alpaca rows. Importing it again adds nothing.
     """
     from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.formats import import_rows
     from finetune_pipeline.feedback.store import conflict_message
-    from finetune_pipeline.pipeline.feedback_files import import_feedback
+    from finetune_pipeline.sources.row_readers import read_rows
 
     unusable = []
     for path in files:
-        done = import_feedback(path, loop, connect())
+        done = import_rows(path, read_rows(path, loop.ingest.max_line_bytes), loop, connect())
         click.echo(
             f"{path}: {counted(done.recorded.interactions, 'interaction')} and {done.recorded.feedback:,} feedback "
             f"added, {counted(done.recorded.duplicates, 'duplicate')}, {done.rejected:,} of "
@@ -272,7 +267,7 @@ def erase(user: str, name: str | None, yes: bool) -> None:
     and review decisions on interactions of others.
     """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.pipeline.erasure import erase_person, find_person, total_held
+    from finetune_pipeline.pipeline.erasure import erase_person, find_person
 
     database = connect()
     held = find_person(database, user, name)
@@ -281,7 +276,7 @@ def erase(user: str, name: str | None, yes: bool) -> None:
             f"{one.name}: {counted(len(one.data.interactions), 'interaction')}, {len(one.data.feedback):,} feedback "
             f"and {counted(len(one.data.decisions), 'review decision')}"
         )
-    if not total_held(held):
+    if not any(one.data.count for one in held):
         click.echo(f"the store holds nothing of {user!r}; names must match exactly")
     elif not yes:
         click.confirm(f"Delete this data of {user!r} for good?", abort=True)
@@ -306,15 +301,13 @@ def erase(user: str, name: str | None, yes: bool) -> None:
 
 
 def _print_erased(loop: "ErasedLoop") -> None:
-    from finetune_pipeline.pipeline.erasure import artifacts_by_kind
-
     name, done = loop.name, loop.erased
     click.echo(
         f"{name}: {counted(done.interactions, 'interaction')}, {done.feedback:,} feedback, "
         f"{counted(done.decisions, 'review decision')} and {counted(done.rejected_lines, 'excerpt')} of rejected lines "
         "deleted"
     )
-    artifacts = artifacts_by_kind(loop.artifacts)
+    artifacts: dict[str, Sequence[object]] = {kind: found for kind, found in vars(loop.artifacts).items() if found}
     for kind, found in artifacts.items():
         click.echo(f"{name}: {kind} made with the deleted data:")
         _print_list(found)

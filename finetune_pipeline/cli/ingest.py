@@ -6,8 +6,8 @@ from typing import get_args
 import click
 
 from finetune_pipeline.cli.options import loop_option
-from finetune_pipeline.database import Database, connect
-from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
+from finetune_pipeline.database import connect
+from finetune_pipeline.feedback.rewards import reward_function
 from finetune_pipeline.pipeline.ingest import IngestReport, ingest_file
 from finetune_pipeline.pipeline.ingest import ingest as ingest_all
 from finetune_pipeline.settings import FileFormat, LoopSettings
@@ -37,8 +37,20 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
     total = IngestReport()
     if files:
         reward = reward_function(loop.feedback)
-        for path in files:
-            total.add(_read(loop, database, path.resolve(), reward, form))
+        for path in (file.resolve() for file in files):
+            try:
+                total.add(ingest_file(loop, database, path, reward, form))
+            except OSError as error:
+                raise click.ClickException(
+                    f"{path} cannot be read ({error.strerror}); fix that, then run again"
+                ) from error
+            with database.read() as connection:
+                left = path.stat().st_size - position(connection, loop.name, path).offset
+            if left > 0:
+                click.echo(
+                    f"{path}: its last line is incomplete ({counted(left, 'byte')}); it is read when it is complete",
+                    err=True,
+                )
     else:
         total = ingest_all(loop, database, click.echo)
     recorded = total.recorded
@@ -60,19 +72,3 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
         if unnamed:  # CSV is recognized by its name only
             advice += f"; if {unnamed[0].name} is CSV, rename it to {unnamed[0].stem}.csv"
         raise click.ClickException(advice)
-
-
-def _read(
-    loop: LoopSettings, database: Database, path: Path, reward: RewardFunction, form: IngestFormat
-) -> IngestReport:
-    try:
-        done = ingest_file(loop, database, path, reward, form)
-    except OSError as error:
-        raise click.ClickException(f"{path} cannot be read ({error.strerror}); fix that, then run again") from error
-    with database.read() as connection:
-        left = path.stat().st_size - position(connection, loop.name, path).offset
-    if left > 0:
-        click.echo(
-            f"{path}: its last line is incomplete ({counted(left, 'byte')}); it is read when it is complete", err=True
-        )
-    return done

@@ -1,14 +1,10 @@
 """Options shared by several commands."""
 
 import getpass
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import click
 
 from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, SettingsError, load_loop, load_loops
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def the_loop(name: str | None) -> LoopSettings:
@@ -27,14 +23,13 @@ def the_loop(name: str | None) -> LoopSettings:
     return next(iter(loops.values()))
 
 
-def loop_option(command: F) -> F:
-    """Add `--loop NAME`, passed to the command as LoopSettings; optional while there is only one loop."""
-    return click.option(
-        "--loop",
-        callback=lambda _context, _parameter, name: the_loop(name),
-        metavar="NAME",
-        help="Name of the loop; optional while only one is declared.",
-    )(command)
+loop_option = click.option(
+    "--loop",
+    callback=lambda _context, _parameter, name: the_loop(name),
+    metavar="NAME",
+    help="Name of the loop; optional while only one is declared.",
+)
+"""Passed to the command as LoopSettings."""
 
 
 def actor() -> str:

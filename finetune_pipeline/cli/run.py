@@ -53,7 +53,7 @@ def demo() -> None:
         if code == 0:
             compare_with_base(loop, DEMO_PROMPT)
             click.echo(f"\nopen it in the browser:    make ui FINETUNE_HOME={folder}")
-            click.echo(f"before `finetune` commands: export FINETUNE_HOME={folder} PATH=$PWD/.venv/bin:$PATH")
+            click.echo(f"before finetune commands:  export FINETUNE_HOME={folder} PATH=$PWD/.venv/bin:$PATH")
     sys.exit(code)
 
 

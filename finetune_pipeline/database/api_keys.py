@@ -62,17 +62,7 @@ def list_keys(database: Database) -> list[ApiKey]:
     """Return all keys, including revoked ones, oldest first."""
     with database.read() as connection:
         rows = connection.execute(sa.select(api_keys).order_by(api_keys.c.id)).all()
-    return [
-        ApiKey(
-            id=row.id,
-            name=row.name,
-            secret_sha256=row.secret_sha256,
-            scopes=tuple(scope for scope in SCOPES if scope in row.scopes.split(",")),
-            created_at=row.created_at,
-            revoked_at=row.revoked_at,
-        )
-        for row in rows
-    ]
+    return [ApiKey(**{**row._mapping, "scopes": row.scopes.split(",")}) for row in rows]
 
 
 def revoke_key(database: Database, name: str) -> int:

@@ -103,7 +103,8 @@ def _connect(url: str) -> Database:
     try:
         # One process at a time opens a new SQLite file: two that switch it to WAL mode at once fail with "database is
         # locked" without waiting.
-        with FileLock(f"{engine.url.database}.migration.lock") if _is_sqlite_file(engine) else nullcontext():
+        is_file = sqlite and engine.url.database not in {None, "", ":memory:"}
+        with FileLock(f"{engine.url.database}.migration.lock") if is_file else nullcontext():
             if not _is_up_to_date(engine, url):
                 _migrate(engine, url)
     except (sa.exc.DBAPIError, OSError) as error:
@@ -138,10 +139,6 @@ def _sqlite(url: str) -> sa.Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
-
-
-def _is_sqlite_file(engine: sa.Engine) -> bool:
-    return engine.dialect.name == "sqlite" and engine.url.database not in {None, "", ":memory:"}
 
 
 def _is_up_to_date(engine: sa.Engine, url: str) -> bool:

@@ -82,7 +82,7 @@ def automation(loop: LoopSettings) -> dg.Definitions:
 def next_run(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> RequestOrSkip:
     """Return the run to start now, or why none starts, with the number of new examples.
 
-    The decision depends only on the database, the log folders and Dagster's runs; it keeps no state of its own.
+    The decision depends only on the database, the log folders and Dagster's runs; it keeps no other state.
     """
     run_id = unfinished_run(loop, instance, now)
     if run_id is not None:

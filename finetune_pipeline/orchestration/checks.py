@@ -7,7 +7,6 @@ import dagster as dg
 from finetune_pipeline.evaluation.comparison import Comparison
 from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.manifests import DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
-from finetune_pipeline.pipeline.build_dataset import DatasetCheck
 from finetune_pipeline.pipeline.export import ModelCheck
 from finetune_pipeline.pipeline.snapshot import CollectedLogs
 from finetune_pipeline.settings import LoopSettings
@@ -74,15 +73,6 @@ def raw_logs_checks(loop: LoopSettings, logs: CollectedLogs) -> Iterator[dg.Asse
         severity=dg.AssetCheckSeverity.WARN,
         metadata={"sources": len(logs.sources), "failed": len(failed), "offenders": failed},
     )
-
-
-def curated_dataset_checks(checks: Iterable[DatasetCheck]) -> Iterator[dg.AssetCheckResult]:
-    """Yield the results of the checks of curated_dataset."""
-    for check in checks:
-        description = check.description or None
-        yield dg.AssetCheckResult(
-            check_name=check.name, passed=check.passed, description=description, metadata=check.metadata
-        )
 
 
 def gguf_model_checks(loop: LoopSettings, checks: Iterable[ModelCheck]) -> Iterator[dg.AssetCheckResult]:

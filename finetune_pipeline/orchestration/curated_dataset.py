@@ -10,8 +10,8 @@ from finetune_pipeline.curation.acceptance import CONFLICT
 from finetune_pipeline.curation.dataset_files import DATASET_CARD, PROVENANCE_FILE, first_provenances
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
-from finetune_pipeline.orchestration.checks import check_specs, curated_dataset_checks
-from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
+from finetune_pipeline.orchestration.checks import check_specs
+from finetune_pipeline.orchestration.io_manager import loop_asset
 from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_and_check
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
@@ -23,14 +23,7 @@ PROVENANCES_SHOWN = 3  # of each source; provenance.csv has all
 def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset curated_dataset of a loop, with its blocking checks."""
 
-    @dg.asset(
-        key_prefix=loop.prefix or None,
-        group_name=loop.name,
-        io_manager_key=pointers_key(loop),
-        ins={"raw_logs": upstream(loop)},
-        check_specs=check_specs(loop, DatasetManifest.stage),
-        kinds={"huggingface"},
-    )
+    @loop_asset(loop, "raw_logs", check_specs=check_specs(loop, DatasetManifest.stage), kinds={"huggingface"})
     def curated_dataset(
         context: dg.AssetExecutionContext, raw_logs: Artifact[RawLogsManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
@@ -52,7 +45,13 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             f"{counted(manifest.undesirable, 'undesirable answer')}; left out: {left_out or 'none'}"
         )
         yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        yield from curated_dataset_checks(checks)
+        for check in checks:
+            yield dg.AssetCheckResult(
+                check_name=check.name,
+                passed=check.passed,
+                description=check.description or None,
+                metadata=check.metadata,
+            )
 
     return curated_dataset
 

@@ -13,7 +13,7 @@ from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import GgufManifest, ReportManifest
 from finetune_pipeline.orchestration.checks import check_specs, eval_report_checks
-from finetune_pipeline.orchestration.io_manager import picture, pointers_key, upstream
+from finetune_pipeline.orchestration.io_manager import loop_asset, picture
 from finetune_pipeline.pipeline.evaluate import NothingToEvaluate, evaluate
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
@@ -22,14 +22,8 @@ from finetune_pipeline.subprocess_lifetime import die_with_run
 def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset eval_report of a loop, with the gate's check (blocking unless on_reject is keep_champion)."""
 
-    @dg.asset(
-        key_prefix=loop.prefix or None,
-        group_name=loop.name,
-        io_manager_key=pointers_key(loop),
-        ins={"gguf_model": upstream(loop)},
-        check_specs=check_specs(loop, ReportManifest.stage),
-        output_required=False,
-        kinds={"html"},
+    @loop_asset(
+        loop, "gguf_model", check_specs=check_specs(loop, ReportManifest.stage), output_required=False, kinds={"html"}
     )
     def eval_report(
         context: dg.AssetExecutionContext, gguf_model: Artifact[GgufManifest]

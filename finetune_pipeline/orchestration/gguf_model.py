@@ -8,7 +8,7 @@ import dagster as dg
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest
 from finetune_pipeline.orchestration.checks import check_specs, gguf_model_checks
-from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
+from finetune_pipeline.orchestration.io_manager import loop_asset
 from finetune_pipeline.pipeline.export import export_model, model_spec
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
@@ -17,14 +17,7 @@ from finetune_pipeline.subprocess_lifetime import die_with_run
 def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset gguf_model of a loop, with its checks."""
 
-    @dg.asset(
-        key_prefix=loop.prefix or None,
-        group_name=loop.name,
-        io_manager_key=pointers_key(loop),
-        ins={"lora_adapter": upstream(loop)},
-        check_specs=check_specs(loop, GgufManifest.stage),
-        kinds={"gguf"},
-    )
+    @loop_asset(loop, "lora_adapter", check_specs=check_specs(loop, GgufManifest.stage), kinds={"gguf"})
     def gguf_model(
         context: dg.AssetExecutionContext, lora_adapter: Artifact[AdapterManifest]
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:

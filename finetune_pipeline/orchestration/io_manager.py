@@ -5,6 +5,7 @@ if it is materialized alone, the version that was created last.
 """
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
@@ -66,7 +67,17 @@ def pointers_key(loop: LoopSettings) -> str:
     return f"{loop.name}_artifacts"
 
 
-def upstream(loop: LoopSettings) -> dg.AssetIn:
-    """Return an input from the asset of the same loop that is named as the argument."""
+def loop_asset(loop: LoopSettings, *inputs: str, **options: Any) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """Return `dg.asset` with the options that all assets of a loop share.
+
+    Args:
+        inputs: names of assets of the same loop.
+        options: further options of `dg.asset`.
+    """
+    prefix = loop.prefix or None
     # Dagster cannot check a generic type. Reading the manifest checks it.
-    return dg.AssetIn(key_prefix=loop.prefix or None, dagster_type=dg.Any)
+    ins = {name: dg.AssetIn(key_prefix=prefix, dagster_type=dg.Any) for name in inputs}
+    decorator: Callable[[Callable[..., Any]], dg.AssetsDefinition] = dg.asset(
+        key_prefix=prefix, group_name=loop.name, io_manager_key=pointers_key(loop), ins=ins, **options
+    )
+    return decorator

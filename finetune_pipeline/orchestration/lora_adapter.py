@@ -7,7 +7,7 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
-from finetune_pipeline.orchestration.io_manager import picture, pointers_key, upstream
+from finetune_pipeline.orchestration.io_manager import loop_asset, picture
 from finetune_pipeline.orchestration.training_config import training_config
 from finetune_pipeline.pipeline.train import describe_progress, settings_of_run, train_adapter
 from finetune_pipeline.settings import LoopSettings
@@ -28,13 +28,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset lora_adapter of a loop."""
     Config = training_config(loop)
 
-    @dg.asset(
-        key_prefix=loop.prefix or None,
-        group_name=loop.name,
-        io_manager_key=pointers_key(loop),
-        ins={"curated_dataset": upstream(loop)},
-        kinds={"pytorch", "huggingface"},
-    )
+    @loop_asset(loop, "curated_dataset", kinds={"pytorch", "huggingface"})
     def lora_adapter(
         context: dg.AssetExecutionContext,
         config: Config,  # type: ignore[valid-type]
@@ -67,7 +61,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
 
 def _measurements(progress: Progress) -> dict[str, Any]:
-    """Return what Dagster charts while the training runs."""
+    """Return what Dagster charts while the adapter trains."""
     measurements: dict[str, Any] = {
         "step": progress.step,
         "epoch": progress.epoch,

@@ -7,7 +7,7 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import GgufManifest, ReportManifest
-from finetune_pipeline.orchestration.io_manager import pointers_key, upstream
+from finetune_pipeline.orchestration.io_manager import loop_asset
 from finetune_pipeline.pipeline.promote import NotPromoted, promote_challenger
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.settings import LoopSettings
@@ -19,14 +19,7 @@ ACTOR = "dagster"
 def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset promoted_model of a loop."""
 
-    @dg.asset(
-        key_prefix=loop.prefix or None,
-        group_name=loop.name,
-        io_manager_key=pointers_key(loop),
-        ins={"eval_report": upstream(loop), "gguf_model": upstream(loop)},
-        output_required=False,
-        kinds={"sqlite"},
-    )
+    @loop_asset(loop, "eval_report", "gguf_model", output_required=False, kinds={"sqlite"})
     def promoted_model(
         context: dg.AssetExecutionContext,
         eval_report: Artifact[ReportManifest],

@@ -9,7 +9,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.checks import check_specs, raw_logs_checks
-from finetune_pipeline.orchestration.io_manager import pointers_key
+from finetune_pipeline.orchestration.io_manager import loop_asset
 from finetune_pipeline.pipeline.snapshot import CollectedLogs, collect_logs
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.subprocess_lifetime import die_with_run
@@ -18,13 +18,7 @@ from finetune_pipeline.subprocess_lifetime import die_with_run
 def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset raw_logs of a loop, with its checks."""
 
-    @dg.asset(
-        key_prefix=loop.prefix or None,
-        group_name=loop.name,
-        io_manager_key=pointers_key(loop),
-        check_specs=check_specs(loop, RawLogsManifest.stage),
-        kinds={"parquet", "sqlite"},
-    )
+    @loop_asset(loop, check_specs=check_specs(loop, RawLogsManifest.stage), kinds={"parquet", "sqlite"})
     def raw_logs(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         """A snapshot of all prompts, answers and feedback of the loop, after ingesting new files and declared sources.
 

@@ -1,7 +1,7 @@
 """Erasing a person: what the store holds, what was made with it, the deletion, and what has to be deleted by hand."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,17 +127,6 @@ def erase_person(database: Database, user: str, held: Sequence[HeldData]) -> Era
         for one in held
     )
     return ErasureResult(loops, tuple(pending), database_busy=not overwritten)
-
-
-def total_held(held: Sequence[HeldData]) -> int:
-    """Return the number of interactions, feedback and review decisions."""
-    return sum(one.data.count for one in held)
-
-
-def artifacts_by_kind(made: MadeWith) -> Mapping[str, Sequence[object]]:
-    """Return the artifacts and models by the name of their kind, without empty kinds."""
-    kinds = {"snapshots": made.snapshots, "datasets": made.datasets, "models": made.models, "weights": made.weights}
-    return {kind: found for kind, found in kinds.items() if found}
 
 
 def _event_files_naming(user: str, loop: LoopSettings) -> list[Path]:

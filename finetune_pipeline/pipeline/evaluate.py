@@ -1,5 +1,6 @@
 """Evaluate a challenger against the champion, write the report, and mark its data as judged."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,17 +98,9 @@ def evaluate(
         record_comparison_in(
             connection,
             ComparisonRecord(
+                **manifest.model_dump(include=set(ComparisonRecord.model_fields)),
                 id=manifest.comparison_id,
-                loop=loop.name,
-                challenger_sha256=manifest.challenger_sha256,
-                champion_id=manifest.champion_id,
-                champion_sha256=manifest.champion_sha256,
-                benchmark_sha256=manifest.benchmark_sha256,
-                promote=manifest.promote,
-                reason=manifest.reason,
-                watermark=manifest.watermark,
                 report_path=report.path / HTML,
-                created_at=manifest.created_at,
                 report_sha256=report.sha256,
                 after_deployment=current.deployment_id,
             ),
@@ -121,7 +114,7 @@ def _compare(
     loop: LoopSettings, gguf: Artifact[GgufManifest], current: CurrentDeployment, log: Callable[[str], None]
 ) -> Comparison:
     def log_progress(name: str, done: int, total: int) -> None:
-        if done == total or done % max(1, total // 4) == 0:
+        if done == total or done % math.ceil(total / 4) == 0:
             log(f"{name} answered {done} of {total} questions")
 
     if current.model:

@@ -35,7 +35,6 @@ from finetune_pipeline.settings import LoopSettings
 
 CHECKS = "checks.json"
 MAX_OFFENDERS = 5
-BLOCKING = GgufManifest.blocking_checks
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def export_model(
     def usable(found: Artifact[GgufManifest]) -> bool:
         if base_gguf and found.manifest.base_gguf_sha256 != _sha256(base_gguf):
             return False  # the base's GGUF was made again and differs
-        return {check.name for check in read_checks(found) if check.passed} >= set(BLOCKING)
+        return {check.name for check in read_checks(found) if check.passed} >= set(GgufManifest.blocking_checks)
 
     artifact = get_or_create(GgufManifest, loop.name, version_of(inputs, settings), make, usable=usable)
     checks = read_checks(artifact)

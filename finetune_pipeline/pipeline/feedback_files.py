@@ -1,22 +1,12 @@
-"""Import of feedback files, and export of redacted examples."""
+"""Export of redacted examples."""
 
 from collections import Counter
 from pathlib import Path
 
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
-from finetune_pipeline.feedback.formats import ExportResult, ImportResult, export_alpaca, import_rows
+from finetune_pipeline.feedback.formats import ExportResult, export_alpaca
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.sources.row_readers import read_rows
-
-
-def import_feedback(path: Path, loop: LoopSettings, database: Database) -> ImportResult:
-    """Store the events, interactions with a reward, or Alpaca rows of a file.
-
-    Raises:
-        FeedbackError: the file cannot be read.
-    """
-    return import_rows(path, read_rows(path, loop.ingest.max_line_bytes), loop, database)
 
 
 def export_examples(

@@ -48,7 +48,6 @@ def training_start(
     Only hashes and labels of the examples are held in memory.
 
     Args:
-        dataset_type: the dataset type that the method trains on.
         base: hash of the base model.
     """
     if settings.mode == "full":

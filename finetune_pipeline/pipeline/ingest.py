@@ -129,7 +129,7 @@ def ingest_file(
 ) -> IngestReport:
     """Ingest one file: JSON Lines from the ledger's position, any other file from its start.
 
-    Ids follow from the content, so what a killed reading has already recorded is not counted again.
+    Ids follow from the content, so what a killed process has already recorded is not counted again.
 
     Args:
         form: format of its rows; if it is given, the file is read from its start, whatever the ledger says.
@@ -170,7 +170,7 @@ def _open(
     report: IngestReport,
     opened: ExitStack,
 ) -> tuple[ingest_ledger.Position, Iterator[IngestLine]]:
-    """Return where the reading of a file starts, and its lines from there on; `opened` closes the file."""
+    """Return the position from which a file is read, and its lines from there; `opened` closes the file."""
     path, limit = file.path, loop.ingest.max_line_bytes
     inside = any(path.parent == folder for folder in loop.log_folders)
     name = path.name if inside else str(path)[-_MAX_PATH:]

@@ -8,7 +8,7 @@ its dataset too, so lineage outlives a deleted adapter.
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -246,10 +246,9 @@ def _inputs(folder: Path) -> dict[str, str]:
     return inputs
 
 
-def _complete(loop: str, kind: type[Manifest]) -> Iterator[Path]:
-    """Yield the folders of a stage's complete artifacts, also of those that an older version of the project wrote."""
-    for path in sorted(stage_folder(loop, kind.stage).glob(f"[!.]*/{MANIFEST}")):
-        yield path.parent
+def _complete(loop: str, kind: type[Manifest]) -> list[Path]:
+    """Return the folders of a stage's complete artifacts, also of those that an older version of the project wrote."""
+    return [path.parent for path in sorted(stage_folder(loop, kind.stage).glob(f"[!.]*/{MANIFEST}"))]
 
 
 def _snapshot_holds(folder: Path, ids: set[str]) -> bool:

@@ -59,15 +59,18 @@ def plan_training(
     """Plan a training run for a preset's memory, a GPU of `vram` GB, or else this machine.
 
     Args:
-        architecture: the base model's.
         given: settings that the plan keeps where they are set; their preset counts if neither size is named.
-        examples: number of training examples.
-        preset: whose memory it has to fit.
-        vram: memory of a GPU in GB.
         length: tokens of the longest example; None for the preset's.
     """
     preset = preset or (given.preset if vram is None else None)
-    machine = _machine(vram, preset)
+    if preset is not None:
+        machine = machine_of(preset)
+    elif vram is not None:
+        machine = replace(machine_of(nearest_preset(vram)), bytes=vram * 2**30 * USABLE)
+    else:
+        from finetune_pipeline.training.hardware import this_machine
+
+        machine = this_machine()
     if length is not None:
         given = TrainingSettings(**given.model_dump(include=given.model_fields_set) | {"max_length": length})
     nearest = preset or ("cpu" if machine.device == "cpu" else nearest_preset(machine.bytes / 2**30 / USABLE))
@@ -92,16 +95,6 @@ def plan_training(
             option = next((one for one in candidates if fits(architecture, one, machine)), candidates[-1])
             options.append(_planned(architecture, option, machine, examples))
     return TrainingPlan(machine, tuple(options), chosen, refusal)
-
-
-def _machine(vram: float | None, preset: PresetName | None) -> Machine:
-    if preset is not None:
-        return machine_of(preset)
-    if vram is not None:
-        return replace(machine_of(nearest_preset(vram)), bytes=vram * 2**30 * USABLE)
-    from finetune_pipeline.training.hardware import this_machine
-
-    return this_machine()
 
 
 def _planned(

@@ -58,8 +58,6 @@ def promote_challenger(
     """Make a challenger the champion if the gate accepts it, and write its model card.
 
     Args:
-        report: the comparison of exactly this challenger with the current champion.
-        gguf: the challenger.
         actor: who promotes, for the deployment history.
 
     Raises:

@@ -20,10 +20,7 @@ class LoopStatus:
     """The state of a loop.
 
     Attributes:
-        interactions: interactions in the store.
-        feedback: feedback in the store.
         flagged: answers that were flagged for review because of low confidence, reviewed ones included.
-        to_review: examples in the review queue.
         unmatched: feedback whose interaction has not arrived.
         oldest_unmatched: when the oldest of them was given; None if there is none.
         missing_folders: declared log folders that do not exist.

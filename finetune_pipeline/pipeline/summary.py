@@ -39,10 +39,9 @@ def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator
     if promotion:
         yield f"promoted  {promotion.manifest.model}"
         yield f"GGUF      {promotion.manifest.gguf_path}"
-        yield (
-            f'next      try it: finetune ask "..." --loop {loop.name}; serve it: finetune serve; '
-            f"undo: finetune model rollback --loop {loop.name}"
-        )
+        yield f'next      try it:   finetune ask --loop {loop.name} "..."'
+        yield "          serve it: finetune serve"
+        yield f"          undo it:  finetune model rollback --loop {loop.name}"
     elif report and not report.manifest.promote:
         yield "next      the champion stays; see the answers in the report, log more feedback, then run again"
     elif not succeeded:

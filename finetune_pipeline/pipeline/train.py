@@ -79,13 +79,10 @@ def train_adapter(
     on_progress: Callable[[Progress], None],
     log: Callable[[str], None],
 ) -> Artifact[AdapterManifest]:
-    """Return the adapter for this dataset and these settings, trained unless it exists, and record the training.
+    """Return the adapter for this dataset and these settings, trained unless it exists, and record the training run.
 
-    Only one training runs at a time on a machine. A file lock ensures that, not one of Dagster's pools: a run that is
-    killed keeps its slot in a pool, and the next run would wait forever.
-
-    Args:
-        run_id: Dagster's run, which is recorded with the training.
+    A machine trains one adapter at a time. A file lock ensures that, not one of Dagster's pools: a killed run keeps its
+    slot in a pool, and the next run would wait forever.
     """
     base, held = resolve_base_model(loop.base_model), dataset.manifest
     counts = DatasetCounts(
@@ -126,7 +123,7 @@ def train_adapter(
             settings=settings,
             initial_adapter=begin.adapter.path / ADAPTER if begin.adapter else None,
         )
-        with wait_for_lock(home() / "training", "training", log):
+        with wait_for_lock(home() / "training", "training run", log):
             checkpoint = last_complete(folder / CHECKPOINTS, job.key)
             if checkpoint is not None:
                 log(f"resumes from the checkpoint of step {step_of(checkpoint)}")

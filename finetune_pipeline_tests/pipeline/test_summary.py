@@ -60,8 +60,9 @@ def test_a_promotion_shows_the_numbers_and_what_to_do_next(own_home, loop):
         f"report    {report / 'report.html'}",
         "promoted  notes@v1.0.0",
         "GGUF      /m.gguf",
-        'next      try it: finetune ask "..." --loop notes; serve it: finetune serve; '
-        "undo: finetune model rollback --loop notes",
+        'next      try it:   finetune ask --loop notes "..."',
+        "          serve it: finetune serve",
+        "          undo it:  finetune model rollback --loop notes",
     ]
 
 
