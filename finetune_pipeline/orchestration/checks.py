@@ -116,7 +116,7 @@ def eval_report_checks(loop: LoopSettings, comparison: Comparison, verdict: Verd
         passed=significance.p_value <= loop.gate.significance_level,
         severity=dg.AssetCheckSeverity.WARN,
         description=f"p = {significance.p_value:.2g} ({significance.method}), at most {loop.gate.significance_level:g} "
-        "needed",
+        "allowed",
         metadata={"p_value": float(significance.p_value), "method": significance.method},
     )
     worst = min(comparison.slices, key=lambda group: group.points, default=None)
@@ -126,6 +126,6 @@ def eval_report_checks(loop: LoopSettings, comparison: Comparison, verdict: Verd
         passed=not comparison.regressed_slices,
         severity=dg.AssetCheckSeverity.WARN,
         description=f"{len(comparison.regressed_slices)} of {len(comparison.slices)} slices regressed"
-        + (f"; least change: {worst.name} {worst.points:+.1%}" if worst else ""),
+        + (f"; worst slice: {worst.name} {worst.points:+.1%}" if worst else ""),
         metadata={"regressed": list(comparison.regressed_slices), "changes": changes},
     )

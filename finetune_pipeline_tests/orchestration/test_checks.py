@@ -29,5 +29,5 @@ def test_significance_and_slices_show_their_numbers(make_loop):
         check.description for check in eval_report_checks(make_loop(), comparison, verdict)
     )
     assert gain == "gain"
-    assert significance == "p = 0.012 (exact McNemar), at most 0.05 needed"
-    assert regressed == "1 of 2 slices regressed; least change: doors -50.0%"
+    assert significance == "p = 0.012 (exact McNemar), at most 0.05 allowed"
+    assert regressed == "1 of 2 slices regressed; worst slice: doors -50.0%"
