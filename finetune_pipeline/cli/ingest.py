@@ -59,7 +59,7 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
         f"feedback added, {counted(recorded.duplicates, 'duplicate')}, {counted(total.rejected, 'line')} rejected"
     )
     if total.conflicts:
-        click.echo(f"{counted(total.conflicts, 'event')} with a known id but other content:", err=True)
+        click.echo(f"{counted(total.conflicts, 'event')} whose id already exists with different content:", err=True)
         for named in total.conflicting:
             click.echo(f"  {named}", err=True)
     if total.rejected:

@@ -27,7 +27,7 @@ _JSON_STYLES: tuple[dict[str, Any], ...] = (
 @click.option("--reviewer", metavar="NAME", help="Name stored with the decisions; default your login name.")
 @loop_option
 def review(loop: LoopSettings, limit: int | None, reviewer: str | None) -> None:
-    """Approve, reject or edit examples, the most valuable first.
+    """Approve, reject or edit examples, the highest priority first.
 
     Each decision is stored at once under your name and holds for every later dataset. Stop whenever you like.
     """
@@ -140,7 +140,7 @@ def _json_style(answer: str) -> dict[str, Any] | None:
 def _page(queued: "QueuedReview", number: int, total: int) -> str:
     """Return one example as the reviewer sees it."""
     candidate, interaction = queued.candidate, queued.candidate.interaction
-    lines = ["", click.style(f"{number} of {total}   value {queued.value:.2f}", bold=True)]
+    lines = ["", click.style(f"{number} of {total}   priority {queued.priority:.2f}", bold=True)]
     lines += [f"  why         {reason}" for reason in queued.reasons]
     lines += [f"  {name:<11} {_safe(text)}" for name, text in _facts(candidate)]
     lines += [f"  {turn.role:<11} {_indented(turn.content)}" for turn in interaction.history]

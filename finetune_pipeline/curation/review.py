@@ -1,8 +1,8 @@
 """Which answers a person should review, and in which order: a pure rule that states its reasons.
 
-The value of a review is how likely the answer is wrong or unsettled, times what it is worth to settle it:
+The priority of a review is how likely the answer is wrong or unsettled, raised where the model is weak:
 
-    value = uncertainty * (1 + weakness)
+    priority = uncertainty * (1 + weakness)
 
 Uncertainty (0 to 1) combines independent signals as 1 - (1 - a)(1 - b)...: PRIOR for every answer that nobody has
 reviewed; 1 - confidence of an answer below the loop's threshold; FLAGGED for a flagged answer; REJECTED_ANSWER if a
@@ -38,11 +38,11 @@ class Vote:
 
 @dataclass(frozen=True)
 class ReviewInput:
-    """What the value of a review is computed from.
+    """What the priority of a review is computed from.
 
     Attributes:
         id: the caller's name for it.
-        ingest_offset: the store's; of equal values, or of the same prompt and answer, the newest comes first.
+        ingest_offset: the store's; of equal priorities, or of the same prompt and answer, the newest comes first.
         votes: the votes for and against its answers.
         has_human_feedback: whether a person gave feedback.
         rejected: whether a person rejected the answer.
@@ -67,12 +67,12 @@ class ReviewInput:
 
 
 @dataclass(frozen=True)
-class ReviewValue:
-    """The value (0 to 2) of a review, and the reasons for it."""
+class ReviewPriority:
+    """The priority (0 to 2) of a review, and the reasons for it."""
 
     id: str
     ingest_offset: int
-    value: float
+    priority: float
     reasons: tuple[str, ...]
 
 
@@ -112,8 +112,8 @@ class WeakSlices:
         return self._slices[nearest[0].partition("\n")[0]], nearest[1]
 
 
-def rank(inputs: Iterable[ReviewInput], policy: Policy, weak: WeakSlices, below: float) -> list[ReviewValue]:
-    """Return those that need a review, the most valuable first; of the same prompt and answer, the newest.
+def rank(inputs: Iterable[ReviewInput], policy: Policy, weak: WeakSlices, below: float) -> list[ReviewPriority]:
+    """Return those that need a review, the highest priority first; of the same prompt and answer, the newest.
 
     Args:
         below: a confidence below this is a reason.
@@ -122,12 +122,12 @@ def rank(inputs: Iterable[ReviewInput], policy: Policy, weak: WeakSlices, below:
     distinct = {
         (normalize(conversation_text(one.prompt, one.history)), one.answer.strip()): one for one in oldest_first
     }
-    found = [value for one in distinct.values() if (value := review_value(one, policy, weak, below)) is not None]
-    return sorted(found, key=lambda one: (-one.value, -one.ingest_offset))
+    found = [ranked for one in distinct.values() if (ranked := review_priority(one, policy, weak, below)) is not None]
+    return sorted(found, key=lambda one: (-one.priority, -one.ingest_offset))
 
 
-def review_value(given: ReviewInput, policy: Policy, weak: WeakSlices, below: float) -> ReviewValue | None:
-    """Return the value of a review, or None if there is no reason for it or the example can never train."""
+def review_priority(given: ReviewInput, policy: Policy, weak: WeakSlices, below: float) -> ReviewPriority | None:
+    """Return the priority of a review, or None if there is no reason for it or the example can never train."""
     signals = _uncertainty_signals(given, below)
     match = weak.match(given) if weak else None
     reasons = [reason for _, reason in signals]
@@ -147,7 +147,7 @@ def review_value(given: ReviewInput, policy: Policy, weak: WeakSlices, below: fl
     if too_long or overlaps_benchmark(given.prompt, given.history, policy):
         return None
     uncertainty = 1 - prod(1 - likelihood for likelihood in (PRIOR, *(likelihood for likelihood, _ in signals)))
-    return ReviewValue(given.id, given.ingest_offset, uncertainty * (1 + weakness), tuple(reasons))
+    return ReviewPriority(given.id, given.ingest_offset, uncertainty * (1 + weakness), tuple(reasons))
 
 
 def disagreement(votes: Sequence[Vote]) -> float:

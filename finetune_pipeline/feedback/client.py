@@ -59,7 +59,7 @@ class FeedbackError(RuntimeError):
 
 
 class IdTakenError(FeedbackError):
-    """The gateway has an event with this id and other content."""
+    """The gateway has an event with this id and different content."""
 
 
 class InteractionFields(TypedDict, total=False):
@@ -114,8 +114,8 @@ class FeedbackClient:
     """Logs interactions with a loop's model, and feedback on them.
 
     An id or a `key` makes a call safe to repeat: an event that is recorded already does not change. If the repeated
-    call has other content, this module logs a warning with the id. A key is any text that the application chooses; the
-    event's id is derived from the loop's name and the key.
+    call has different content, this module logs a warning with the id. A key is any text that the application chooses;
+    the event's id is derived from the loop's name and the key.
 
     Args:
         loop: name of the loop, or its settings.

@@ -77,7 +77,8 @@ class IngestReport:
         if self.rewritten:
             text += "; the file was rewritten since it was last read, so it was read again from the start"
         if self.conflicts:
-            text += f"; {counted(self.conflicts, 'event')} with a known id but other content: {self.conflicting[0]}"
+            conflicts = counted(self.conflicts, "event")
+            text += f"; {conflicts} whose id already exists with different content: {self.conflicting[0]}"
         return text
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from finetune_pipeline.curation.acceptance import INVALID, Policy, accept, quick_filters
 from finetune_pipeline.curation.redaction import redact_example
-from finetune_pipeline.curation.review import ReviewInput, Slice, Vote, WeakSlices, rank, review_value
+from finetune_pipeline.curation.review import ReviewInput, Slice, Vote, WeakSlices, rank, review_priority
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_report
 from finetune_pipeline.feedback.review import (
@@ -28,15 +28,15 @@ from finetune_pipeline.settings import LoopSettings
 
 @dataclass(frozen=True)
 class QueuedReview:
-    """One example of the queue, the value of its review, and the reasons for it."""
+    """One example of the queue, the priority of its review (0 to 2), and the reasons for it."""
 
     candidate: ReviewCandidate
-    value: float
+    priority: float
     reasons: tuple[str, ...]
 
 
 def review_queue(loop: LoopSettings, database: Database) -> list[QueuedReview]:
-    """Return the examples that need a review and have no decision, the most valuable first."""
+    """Return the examples that need a review and have no decision, the highest priority first."""
     policy, weak = loop_files.policy(loop), weak_slices(loop, database)
     reward, min_reward = reward_function(loop.feedback), loop.curation.min_reward
     # An example that may train needs a review if all do, or if its prompt may be similar to a weak slice.
@@ -47,7 +47,7 @@ def review_queue(loop: LoopSettings, database: Database) -> list[QueuedReview]:
         )
     by_id = {str(one.interaction.id): one for one in candidates}
     ranked = rank((_review_input(one, policy) for one in candidates), policy, weak, loop.review_below)
-    return [QueuedReview(by_id[one.id], one.value, one.reasons) for one in ranked]
+    return [QueuedReview(by_id[one.id], one.priority, one.reasons) for one in ranked]
 
 
 def rejection_reason(interaction: Interaction, target: str, policy: Policy) -> str | None:
@@ -159,11 +159,11 @@ class ReviewSession:
             candidate = next(found, None)
         if candidate is None:
             return False
-        value = review_value(
+        ranked = review_priority(
             _review_input(candidate, self._policy), self._policy, WeakSlices([]), self._loop.review_below
         )
         queued = QueuedReview(
-            candidate, value.value if value else 0.0, value.reasons if value else ("its decision was undone",)
+            candidate, ranked.priority if ranked else 0.0, ranked.reasons if ranked else ("its decision was undone",)
         )
         others = [one for one in self.queue[self.position :] if str(one.candidate.interaction.id) != undone]
         self.queue[self.position :] = [queued, *others]

@@ -19,6 +19,7 @@ from finetune_pipeline.serving.loop_server import LoopServer
 from finetune_pipeline.serving.metrics import Metrics
 from finetune_pipeline.serving.routing import loops_by_name
 from finetune_pipeline.settings import LoopSettings, load_loop, survives_power_cut
+from finetune_pipeline.wording import counted
 
 REFRESH_SECONDS = 0.5
 """Interval at which the registry and the API keys are read."""
@@ -63,7 +64,7 @@ class Gateway:
         """Recover the events of killed gateways, load all models, and start to follow the registry."""
         recovered = await asyncio.to_thread(recover_orphans, self.database, self._reward_of)
         if recovered:
-            self._progress(f"recovered {recovered} events of a killed gateway from its write-ahead log")
+            self._progress(f"recovered {counted(recovered, 'event')} of a killed gateway from its write-ahead log")
         self.recorder = Recorder(self.database, self._reward_of)
         self._flush_each = survives_power_cut()
         self.servers = {name: LoopServer(loop, self.database, self.id) for name, loop in self.loops.items()}

@@ -86,7 +86,7 @@ def editor(folder, *contents):
 
 def test_each_key_does_what_it_says_and_nothing_is_shown_twice():
     said = review("ars")
-    assert "1 of 5   value 0.9" in said and "3 of 5" in said and "4 of 5" in said
+    assert "1 of 5   priority 0.9" in said and "3 of 5" in said and "4 of 5" in said
     assert "why         confidence 0.10, below 0.85" in said
     assert "prompt      please add wall number 1 by the river" in said and ANSWER in said
     assert said.endswith("1 approve, 1 reject, 1 skip; 2 of this queue left\n")

@@ -13,7 +13,7 @@ from finetune_pipeline.curation.review import (
     WeakSlices,
     disagreement,
     rank,
-    review_value,
+    review_priority,
 )
 from finetune_pipeline.settings import CurationSettings
 
@@ -30,12 +30,12 @@ def case(key="a", **fields):
 
 
 def value(one, policy=POLICY, weak=NONE):
-    ranked = review_value(one, policy, weak, 0.85)
-    return None if ranked is None else ranked.value
+    ranked = review_priority(one, policy, weak, 0.85)
+    return None if ranked is None else ranked.priority
 
 
 def reasons(one, policy=POLICY, weak=NONE):
-    return review_value(one, policy, weak, 0.85).reasons
+    return review_priority(one, policy, weak, 0.85).reasons
 
 
 def test_without_a_reason_there_is_no_review():
@@ -47,7 +47,7 @@ def test_without_a_reason_there_is_no_review():
 def test_the_less_confident_comes_first():
     found = rank([case("a", confidence=0.6), case("b", confidence=0.1), case("c", confidence=0.8)], POLICY, NONE, 0.85)
     assert [one.id for one in found] == ["b", "a", "c"]
-    assert found[0].value == pytest.approx(1 - (1 - PRIOR) * 0.1)
+    assert found[0].priority == pytest.approx(1 - (1 - PRIOR) * 0.1)
     assert found[0].reasons == ("confidence 0.10, below 0.85",)
 
 

@@ -184,6 +184,12 @@ def test_many_events_are_stored_together_and_once(client, db):
     assert counted(db)["feedback.rating"] == 1
 
 
+def test_a_renamed_field_is_refused_with_its_new_name(client, db):
+    with pytest.raises(ValueError, match=r"^origin: unknown field; renamed to provenance$"):
+        client.log("a wall", "an answer", origin="app")
+    assert counted(db)["interactions"] == 0
+
+
 def test_an_invalid_event_affects_only_its_batch(client, db):
     good = [{"prompt": f"p{i}", "output": "o"} for i in range(1_500)]
     with pytest.raises(ValueError, match="output"):

@@ -193,6 +193,7 @@ def test_unknown_paths_and_methods_return_errors_in_openais_format(notes):
         ({"kind": "thumbs_up", "output_hash": "x"}, "output_hash: found 'x', expected text matching pattern"),
         ({"kind": "thumbs_up", "extra": 1}, "extra: unknown field"),
         ({"kind": "thumbs_up", "origin": "app"}, "origin: unknown field; renamed to provenance"),
+        ({"kind": "thumbs_up", "task": "notes"}, "task: unknown field; renamed to loop"),
         ({"kind": "thumbs_up", "loop": "windows"}, "No loop 'windows' is served"),
     ],
 )
