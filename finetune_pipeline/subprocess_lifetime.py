@@ -4,8 +4,6 @@
 """
 
 import ctypes
-import multiprocessing
-import multiprocessing.process
 import os
 import signal
 import sys
@@ -30,24 +28,6 @@ def die_with_parent(parent: int) -> None:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     if os.getppid() != parent:  # it ended before prctl was called
         raise SystemExit(f"the parent process {parent} has ended")
-
-
-def die_with_run() -> None:
-    """End a step's process when its run's process ends; a step that runs inside the run's process is unaffected.
-
-    Without this, Dagster's step processes outlive a killed run, and so does the training process that one of them
-    started. The parent of a step may be the fork server, which waits for its steps before it ends, so the run's process
-    is watched too.
-    """
-    run = multiprocessing.parent_process()
-    if run is not None:
-        threading.Thread(target=_end_with, args=(run,), daemon=True).start()
-        die_with_parent(os.getppid())
-
-
-def _end_with(process: multiprocessing.process.BaseProcess) -> None:
-    process.join()
-    os._exit(1)
 
 
 def _watch(parent: int) -> None:

@@ -110,8 +110,24 @@ def write_report(
     write_text(folder / HTML, page)
 
 
-def verdict_of_report(path: Path, gate: GateSettings) -> Verdict:
-    """Return the gate's verdict on the counts in a report.
+@dataclass(frozen=True)
+class ReportFindings:
+    """What the gate and the checks need of a report.
+
+    Attributes:
+        verdict: of the gate, applied again to the counts.
+        changes: slice -> change of its score in points, -1 to 1.
+        regressed: names of the slices in which the challenger's score is lower.
+    """
+
+    verdict: Verdict
+    significance: Significance
+    changes: dict[str, float]
+    regressed: tuple[str, ...]
+
+
+def findings_of_report(path: Path, gate: GateSettings) -> ReportFindings:
+    """Return the gate's verdict on the counts in a report, with significance and slices.
 
     Args:
         path: the `report.json`.
@@ -121,15 +137,18 @@ def verdict_of_report(path: Path, gate: GateSettings) -> Verdict:
         ReportError: the report is missing, or another version of this project wrote it.
     """
     with _open_report(path) as data:
-        return decide(
+        significance, regressed = Significance(**data["significance"]), tuple(data["regressed_slices"])
+        verdict = decide(
             data["verdict"]["champion_correct"],
             data["verdict"]["challenger_correct"],
             data["verdict"]["total"],
             QualityFloor(**data["quality_floor"]),
             gate,
-            Significance(**data["significance"]),
-            data["regressed_slices"],
+            significance,
+            regressed,
         )
+        changes = {one["name"]: one["points"] for one in data["slices"]}
+        return ReportFindings(verdict, significance, changes, regressed)
 
 
 def slices_of_report(path: Path, side: Literal["champion", "challenger"]) -> list[SliceScore]:

@@ -7,8 +7,9 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.curation.retrain_trigger import Attempt, decide
-from finetune_pipeline.database import connect
+from finetune_pipeline.database import Database
 from finetune_pipeline.manifests import AdapterManifest, RawLogsManifest
+from finetune_pipeline.orchestration.resources import FinetuneHome
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
@@ -49,8 +50,8 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         default_status=dg.DefaultSensorStatus.RUNNING if enabled else dg.DefaultSensorStatus.STOPPED,
         description=f"Runs the loop when there are {loop.trigger.new_examples} new high-reward examples.",
     )
-    def new_examples(context: dg.SensorEvaluationContext) -> RequestOrSkip:
-        return next_run(loop, context.instance, datetime.now(UTC))
+    def new_examples(context: dg.SensorEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
+        return next_run(loop, finetune_home.database(), context.instance, datetime.now(UTC))
 
     @dg.schedule(
         name=f"{loop.name}_nightly",
@@ -58,8 +59,8 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         cron_schedule=loop.trigger.nightly,
         description="Makes the sensor's check once a night; use it instead of the sensor to train only at night.",
     )
-    def nightly(context: dg.ScheduleEvaluationContext) -> RequestOrSkip:
-        return next_run(loop, context.instance, datetime.now(UTC))
+    def nightly(context: dg.ScheduleEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
+        return next_run(loop, finetune_home.database(), context.instance, datetime.now(UTC))
 
     @dg.schedule(
         name=f"{loop.name}_yearly",
@@ -79,7 +80,7 @@ def automation(loop: LoopSettings) -> dg.Definitions:
     return dg.Definitions(jobs=[job], sensors=[new_examples], schedules=[nightly, yearly])
 
 
-def next_run(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> RequestOrSkip:
+def next_run(loop: LoopSettings, database: Database, instance: dg.DagsterInstance, now: datetime) -> RequestOrSkip:
     """Return the run to start now, or why none starts, with the number of new examples.
 
     The decision depends only on the database, the log folders and Dagster's runs; it keeps no other state.
@@ -87,7 +88,6 @@ def next_run(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) ->
     run_id = unfinished_run(loop, instance, now)
     if run_id is not None:
         return _skip_during(run_id)
-    database = connect()
     watermark = judged_watermark(database, loop.name)
     tags = {LOOP_TAG: loop.name, WATERMARK_TAG: str(watermark)}
     attempts = [

@@ -1,15 +1,22 @@
-"""The asset checks: their specs, and their results from what the pipeline functions return."""
+"""The asset checks: those of a step, from what it has at hand, and those that read an artifact and can run alone.
 
-from collections.abc import Iterable, Iterator
+The inputs of checks are artifacts; they are typed as Any, because Dagster cannot check a generic type.
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 
-from finetune_pipeline.evaluation.comparison import Comparison
-from finetune_pipeline.evaluation.gate import Verdict
+from finetune_pipeline.evaluation.report import JSON, ReportFindings, findings_of_report
 from finetune_pipeline.manifests import DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
+from finetune_pipeline.pipeline.build_dataset import check_and_record
 from finetune_pipeline.pipeline.export import ModelCheck
 from finetune_pipeline.pipeline.snapshot import CollectedLogs
 from finetune_pipeline.settings import LoopSettings
+
+CHECKS_STEP = "_checks"
+"""End of the name of a step that only runs the checks of an asset."""
 
 
 def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
@@ -46,40 +53,42 @@ def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
     ]
 
 
-def raw_logs_checks(loop: LoopSettings, logs: CollectedLogs) -> Iterator[dg.AssetCheckResult]:
-    """Yield the results of the checks of raw_logs."""
+def raw_logs_results(loop: LoopSettings, logs: CollectedLogs) -> list[dg.AssetCheckResult]:
+    """Return the results of the checks of raw_logs."""
     read, ingested = logs.files_read, logs.ingested
     fraction = read.rejected / read.lines if read.lines else 0.0
-    yield dg.AssetCheckResult(
-        check_name="rejected_lines",
-        passed=fraction <= loop.ingest.max_rejected_fraction and not ingested.unreadable,
-        severity=dg.AssetCheckSeverity.WARN,
-        metadata={
-            "rejected": read.rejected,
-            "lines": read.lines,
-            "files": read.files,
-            "rejected_fraction": fraction,
-            "files_with_unfinished_last_line": read.unfinished,
-            "id_conflicts": ingested.conflicts,
-            "conflicts": ingested.conflicting,
-            "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in logs.rejected)],
-        },
-    )
     failed = [f"{source.name}: {source.error}" for source in logs.sources if source.error]
-    yield dg.AssetCheckResult(
-        check_name="sources_read",
-        passed=not failed,
-        description="; ".join(failed) or None,
-        severity=dg.AssetCheckSeverity.WARN,
-        metadata={"sources": len(logs.sources), "failed": len(failed), "offenders": failed},
-    )
+    return [
+        dg.AssetCheckResult(
+            check_name="rejected_lines",
+            passed=fraction <= loop.ingest.max_rejected_fraction and not ingested.unreadable,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={
+                "rejected": read.rejected,
+                "lines": read.lines,
+                "files": read.files,
+                "rejected_fraction": fraction,
+                "files_with_unfinished_last_line": read.unfinished,
+                "id_conflicts": ingested.conflicts,
+                "conflicts": ingested.conflicting,
+                "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in logs.rejected)],
+            },
+        ),
+        dg.AssetCheckResult(
+            check_name="sources_read",
+            passed=not failed,
+            description="; ".join(failed) or None,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={"sources": len(logs.sources), "failed": len(failed), "offenders": failed},
+        ),
+    ]
 
 
-def gguf_model_checks(loop: LoopSettings, checks: Iterable[ModelCheck]) -> Iterator[dg.AssetCheckResult]:
-    """Yield the results of the checks of gguf_model."""
+def gguf_model_results(loop: LoopSettings, checks: list[ModelCheck]) -> list[dg.AssetCheckResult]:
+    """Return the results of the checks of gguf_model."""
+    results = []
     for check in checks:
         blocking = check.name in GgufManifest.blocking_checks
-        severity = dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN
         metrics = check.metrics
         description = metrics.get("error") or metrics.get("skipped")
         if "fraction" in metrics:
@@ -87,45 +96,102 @@ def gguf_model_checks(loop: LoopSettings, checks: Iterable[ModelCheck]) -> Itera
                 f"{metrics['same']} of {metrics['total']} answers are the same ({metrics['fraction']:.0%}), at least "
                 f"{loop.export.min_agreement:.0%} needed"
             )
-        yield dg.AssetCheckResult(
-            check_name=check.name, passed=check.passed, severity=severity, description=description, metadata=metrics
+        results.append(
+            dg.AssetCheckResult(
+                check_name=check.name,
+                passed=check.passed,
+                severity=dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN,
+                description=description,
+                metadata=metrics,
+            )
         )
+    return results
 
 
-def eval_report_checks(loop: LoopSettings, comparison: Comparison, verdict: Verdict) -> Iterator[dg.AssetCheckResult]:
-    """Yield the results of the checks of eval_report."""
+def curated_dataset_checks(loop: LoopSettings) -> dg.AssetChecksDefinition:
+    """Return the blocking checks of curated_dataset, which read the dataset's files."""
+
+    @dg.multi_asset_check(
+        name="__".join([*loop.prefix, f"{DatasetManifest.stage}{CHECKS_STEP}"]),
+        specs=check_specs(loop, DatasetManifest.stage),
+        ins={DatasetManifest.stage: dg.AssetIn(key=[*loop.prefix, DatasetManifest.stage])},
+        can_subset=True,
+    )
+    def checks(
+        context: dg.AssetCheckExecutionContext,
+        curated_dataset: Any,  # an Artifact[DatasetManifest]; Dagster cannot check a generic type
+    ) -> Iterator[dg.AssetCheckResult]:
+        selected = {key.name for key in context.selected_asset_check_keys}
+        checks = check_and_record(loop, curated_dataset, context.run.run_id)
+        for check in (check for check in checks if check.name in selected):
+            yield dg.AssetCheckResult(
+                check_name=check.name,
+                passed=check.passed,
+                description=check.description or None,
+                metadata=check.metadata,
+            )
+
+    return checks
+
+
+def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, dg.AssetCheckResult]:
+    """Return the results of the checks of eval_report by name."""
+    verdict, significance, changes = found.verdict, found.significance, found.changes
     rejects = loop.gate.on_reject == "fail"
-    yield dg.AssetCheckResult(
-        check_name="gain",
-        passed=verdict.promote,
-        severity=dg.AssetCheckSeverity.ERROR if rejects else dg.AssetCheckSeverity.WARN,
-        description=verdict.reason,
-        metadata={
-            "correct_challenger": verdict.challenger_correct,
-            "correct_champion": verdict.champion_correct,
-            "required_correct": verdict.required_correct,
-            "total": verdict.total,
-            "minimum_correct": verdict.minimum_correct,
-            "valid": verdict.valid,
-            "answers": verdict.answers,
-        },
+    worst = min(changes, key=lambda name: changes[name], default=None)
+    return {
+        "gain": dg.AssetCheckResult(
+            check_name="gain",
+            passed=verdict.promote,
+            severity=dg.AssetCheckSeverity.ERROR if rejects else dg.AssetCheckSeverity.WARN,
+            description=verdict.reason,
+            metadata={
+                "correct_challenger": verdict.challenger_correct,
+                "correct_champion": verdict.champion_correct,
+                "required_correct": verdict.required_correct,
+                "total": verdict.total,
+                "minimum_correct": verdict.minimum_correct,
+                "valid": verdict.valid,
+                "answers": verdict.answers,
+            },
+        ),
+        "significance": dg.AssetCheckResult(
+            check_name="significance",
+            passed=significance.p_value <= loop.gate.significance_level,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=f"p = {significance.p_value:.2g} ({significance.method}), at most "
+            f"{loop.gate.significance_level:g} allowed",
+            metadata={"p_value": float(significance.p_value), "method": significance.method},
+        ),
+        "no_slice_regressed": dg.AssetCheckResult(
+            check_name="no_slice_regressed",
+            passed=not found.regressed,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=f"{len(found.regressed)} of {len(changes)} slices regressed"
+            + (f"; worst slice: {worst} {changes[worst]:+.1%}" if worst else ""),
+            metadata={
+                "regressed": list(found.regressed),
+                "changes": {name: f"{points:+.1%}" for name, points in changes.items()},
+            },
+        ),
+    }
+
+
+def eval_report_checks(loop: LoopSettings) -> dg.AssetChecksDefinition:
+    """Return the checks of eval_report, which read the report; `gain` blocks unless on_reject is keep_champion."""
+
+    @dg.multi_asset_check(
+        name="__".join([*loop.prefix, f"{ReportManifest.stage}{CHECKS_STEP}"]),
+        specs=check_specs(loop, ReportManifest.stage),
+        ins={ReportManifest.stage: dg.AssetIn(key=[*loop.prefix, ReportManifest.stage])},
+        can_subset=True,
     )
-    significance = comparison.significance
-    yield dg.AssetCheckResult(
-        check_name="significance",
-        passed=significance.p_value <= loop.gate.significance_level,
-        severity=dg.AssetCheckSeverity.WARN,
-        description=f"p = {significance.p_value:.2g} ({significance.method}), at most {loop.gate.significance_level:g} "
-        "allowed",
-        metadata={"p_value": float(significance.p_value), "method": significance.method},
-    )
-    worst = min(comparison.slices, key=lambda group: group.points, default=None)
-    changes = {group.name: f"{group.points:+.1%}" for group in comparison.slices}
-    yield dg.AssetCheckResult(
-        check_name="no_slice_regressed",
-        passed=not comparison.regressed_slices,
-        severity=dg.AssetCheckSeverity.WARN,
-        description=f"{len(comparison.regressed_slices)} of {len(comparison.slices)} slices regressed"
-        + (f"; worst slice: {worst.name} {worst.points:+.1%}" if worst else ""),
-        metadata={"regressed": list(comparison.regressed_slices), "changes": changes},
-    )
+    def checks(
+        context: dg.AssetCheckExecutionContext,
+        eval_report: Any,  # an Artifact[ReportManifest]; Dagster cannot check a generic type
+    ) -> Iterator[dg.AssetCheckResult]:
+        results = eval_report_results(loop, findings_of_report(eval_report.path / JSON, loop.gate))
+        for key in context.selected_asset_check_keys:
+            yield results[key.name]
+
+    return checks

@@ -6,16 +6,19 @@ import dagster as dg
 from pydantic import BaseModel
 
 from finetune_pipeline.orchestration.automation import automation
+from finetune_pipeline.orchestration.checks import curated_dataset_checks, eval_report_checks
 from finetune_pipeline.orchestration.curated_dataset import curated_dataset_asset
 from finetune_pipeline.orchestration.eval_report import eval_report_asset
 from finetune_pipeline.orchestration.gguf_model import gguf_model_asset
-from finetune_pipeline.orchestration.io_manager import ArtifactPointers, pointers_key
 from finetune_pipeline.orchestration.lora_adapter import lora_adapter_asset
 from finetune_pipeline.orchestration.promoted_model import promoted_model_asset
 from finetune_pipeline.orchestration.raw_logs import raw_logs_asset
+from finetune_pipeline.orchestration.resources import resources
+from finetune_pipeline.orchestration.scaffolder import LoopScaffolder
 from finetune_pipeline.settings import LoopSettings
 
 
+@dg.scaffold_with(LoopScaffolder)
 class FineTuneLoop(dg.Component):
     """One fine-tuning loop: six assets, their checks, a job, a sensor and two schedules."""
 
@@ -44,5 +47,7 @@ class FineTuneLoop(dg.Component):
             eval_report_asset(loop),
             promoted_model_asset(loop),
         ]
-        pointers = {pointers_key(loop): ArtifactPointers(loop.name)}
-        return dg.Definitions.merge(dg.Definitions(assets=assets, resources=pointers), automation(loop))
+        checks = [curated_dataset_checks(loop), eval_report_checks(loop)]
+        return dg.Definitions.merge(
+            dg.Definitions(assets=assets, asset_checks=checks, resources=resources()), automation(loop)
+        )

@@ -1,6 +1,6 @@
 """The asset curated_dataset: the datasets to train on, built from raw_logs, with blocking checks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import dagster as dg
@@ -10,23 +10,27 @@ from finetune_pipeline.curation.acceptance import CONFLICT
 from finetune_pipeline.curation.dataset_files import DATASET_CARD, PROVENANCE_FILE, first_provenances
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
-from finetune_pipeline.orchestration.checks import check_specs
-from finetune_pipeline.orchestration.io_manager import loop_asset
-from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_and_check
+from finetune_pipeline.orchestration.resources import loop_asset, materialized
+from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_dataset
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.subprocess_lifetime import die_with_run
 from finetune_pipeline.wording import counted
 
 PROVENANCES_SHOWN = 3  # of each source; provenance.csv has all
 
 
 def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
-    """Return the asset curated_dataset of a loop, with its blocking checks."""
+    """Return the asset curated_dataset of a loop."""
 
-    @loop_asset(loop, "raw_logs", check_specs=check_specs(loop, DatasetManifest.stage), kinds={"huggingface"})
+    @loop_asset(
+        loop,
+        DatasetManifest,
+        "raw_logs",
+        depends_on=(loop.curation, loop.review, loop.system_prompt, loop.output_schema, loop.evaluation.benchmark),
+        kinds={"huggingface"},
+    )
     def curated_dataset(
         context: dg.AssetExecutionContext, raw_logs: Artifact[RawLogsManifest]
-    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+    ) -> dg.MaterializeResult[Any]:
         """The training and validation sets: accepted examples, deduplicated, redacted and without benchmark questions.
 
         If a check is red: log or review more feedback (enough_examples), or look at the examples in the check's
@@ -35,8 +39,7 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         `prompt_completion/` is for SFT, `preference/` for DPO and `unpaired_preference/` for KTO. `card.md` describes
         the dataset with a sample, and `provenance.csv` says where each example came from.
         """
-        die_with_run()
-        artifact, checks = build_and_check(loop, raw_logs, context.run.run_id)
+        artifact = build_dataset(loop, raw_logs)
         manifest = artifact.manifest
         left_out = ", ".join(f"{count:,} ({reason})" for reason, count in manifest.left_out.items())
         context.log.info(
@@ -44,14 +47,7 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             f"{manifest.validation:,} for validation, {counted(manifest.preference_pairs, 'preference pair')}, "
             f"{counted(manifest.undesirable, 'undesirable answer')}; left out: {left_out or 'none'}"
         )
-        yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        for check in checks:
-            yield dg.AssetCheckResult(
-                check_name=check.name,
-                passed=check.passed,
-                description=check.description or None,
-                metadata=check.metadata,
-            )
+        return materialized(artifact, _metadata(artifact))
 
     return curated_dataset
 

@@ -12,35 +12,34 @@ from finetune_pipeline.evaluation.metric_table import comparison_markdown, metri
 from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import GgufManifest, ReportManifest
-from finetune_pipeline.orchestration.checks import check_specs, eval_report_checks
-from finetune_pipeline.orchestration.io_manager import loop_asset, picture
+from finetune_pipeline.orchestration.resources import loop_asset, materialized, picture
 from finetune_pipeline.pipeline.evaluate import NothingToEvaluate, evaluate
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.subprocess_lifetime import die_with_run
 
 
 def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
-    """Return the asset eval_report of a loop, with the gate's check (blocking unless on_reject is keep_champion)."""
+    """Return the asset eval_report of a loop."""
 
     @loop_asset(
-        loop, "gguf_model", check_specs=check_specs(loop, ReportManifest.stage), output_required=False, kinds={"html"}
+        loop,
+        ReportManifest,
+        "gguf_model",
+        depends_on=(loop.system_prompt, loop.output_schema, loop.evaluation, loop.gate),
+        output_required=False,
+        kinds={"html"},
     )
     def eval_report(
         context: dg.AssetExecutionContext, gguf_model: Artifact[GgufManifest]
-    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+    ) -> Iterator[dg.MaterializeResult[Any]]:
         """The comparison of the challenger with the champion (or the base model) on the whole benchmark.
 
         If a check is red: open the report to see the questions that the challenger answers incorrectly, then correct
         such answers or log more feedback, and run the loop again. Only `gain` stops a promotion. No report is
         written if the challenger is the champion already.
         """
-        die_with_run()
         result = evaluate(loop, gguf_model, context.run.run_id, context.log.info)
         if isinstance(result, NothingToEvaluate):
             context.log.info(result.reason)
-            # Dagster requires a result of each check of an asset, even if the asset is not materialized.
-            for spec in check_specs(loop, ReportManifest.stage):
-                yield dg.AssetCheckResult(check_name=spec.name, passed=True, description="not evaluated")
             return
         comparison, verdict = result.comparison, result.verdict
         if comparison.contention:
@@ -48,8 +47,7 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
                 f"{comparison.contention} while the latency was measured, so it is not recorded for the model version; "
                 "evaluate again on an idle machine"
             )
-        yield dg.MaterializeResult(value=result.report, metadata=_metadata(result.report, comparison, verdict))
-        yield from eval_report_checks(loop, comparison, verdict)
+        yield materialized(result.report, _metadata(result.report, comparison, verdict))
 
     return eval_report
 

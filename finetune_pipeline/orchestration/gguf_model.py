@@ -1,26 +1,29 @@
 """The asset gguf_model: the GGUF that would serve, with its checks."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest
-from finetune_pipeline.orchestration.checks import check_specs, gguf_model_checks
-from finetune_pipeline.orchestration.io_manager import loop_asset
+from finetune_pipeline.orchestration.checks import check_specs, gguf_model_results
+from finetune_pipeline.orchestration.resources import loop_asset, materialized
 from finetune_pipeline.pipeline.export import export_model, model_spec
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.subprocess_lifetime import die_with_run
 
 
 def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset gguf_model of a loop, with its checks."""
 
-    @loop_asset(loop, "lora_adapter", check_specs=check_specs(loop, GgufManifest.stage), kinds={"gguf"})
-    def gguf_model(
-        context: dg.AssetExecutionContext, lora_adapter: Artifact[AdapterManifest]
-    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+    @loop_asset(
+        loop,
+        GgufManifest,
+        "lora_adapter",
+        depends_on=(loop.base_model, loop.export),
+        check_specs=check_specs(loop, GgufManifest.stage),
+        kinds={"gguf"},
+    )
+    def gguf_model(context: dg.AssetExecutionContext, lora_adapter: Artifact[AdapterManifest]) -> dg.MaterializeResult:  # type: ignore[type-arg]  # with checks, Dagster takes no type argument
         """The GGUF that would serve: the adapter merged into the base model, converted by llama.cpp and quantized.
 
         With `export.form: adapter` it is the converted adapter alone, for the base model's GGUF.
@@ -29,10 +32,8 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         training (tokenizer_parity), so update llama.cpp or change base_model; agreement compares the answers with those
         of the unmerged adapter in transformers, so try a larger export.quantization.
         """
-        die_with_run()
         artifact, checks = export_model(loop, lora_adapter, context.run.run_id, context.log.info)
-        yield dg.MaterializeResult(value=artifact, metadata=_metadata(artifact))
-        yield from gguf_model_checks(loop, checks)
+        return materialized(artifact, _metadata(artifact), gguf_model_results(loop, checks))
 
     return gguf_model
 

@@ -7,15 +7,15 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
-from finetune_pipeline.orchestration.io_manager import loop_asset, picture
+from finetune_pipeline.orchestration.resources import loop_asset, materialized, picture
 from finetune_pipeline.orchestration.training_config import training_config
 from finetune_pipeline.pipeline.train import describe_progress, settings_of_run, train_adapter
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.subprocess_lifetime import die_with_run
 from finetune_pipeline.training.job import RESULT, Progress, TrainingResult
 from finetune_pipeline.training.loss_curve import loss_curve_png
 
-REPORT_EVERY_SECONDS = 5.0
+REPORT_SECONDS = (5.0, 60.0)
+"""Shortest and longest time between two reports of the progress; in between, 2 % of the elapsed time."""
 
 MANIFEST_FIELDS = (
     "method", "method_reason", "mode", "mode_reason", "examples", "too_long", "rejected", "steps", "best_step",
@@ -28,7 +28,13 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset lora_adapter of a loop."""
     Config = training_config(loop)
 
-    @loop_asset(loop, "curated_dataset", kinds={"pytorch", "huggingface"})
+    @loop_asset(
+        loop,
+        AdapterManifest,
+        "curated_dataset",
+        depends_on=(loop.base_model, loop.system_prompt, loop.training),
+        kinds={"pytorch", "huggingface"},
+    )
     def lora_adapter(
         context: dg.AssetExecutionContext,
         config: Config,  # type: ignore[valid-type]
@@ -39,14 +45,16 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         If it fails: the message says which setting or file to change. A killed training run resumes from its last
         complete checkpoint when it is materialized again with the same dataset and settings.
         """
-        die_with_run()
-        last_report = 0.0
+        started = last_report = time.monotonic()
 
         def report(progress: Progress) -> None:
             nonlocal last_report
-            due = time.monotonic() - last_report >= REPORT_EVERY_SECONDS
+            now = time.monotonic()
+            # Every report is an event in Dagster's database, so a long training run reports less often.
+            shortest, longest = REPORT_SECONDS
+            due = now - last_report >= min(longest, max(shortest, 0.02 * (now - started)))
             if due or progress.step in (1, progress.steps):
-                last_report = time.monotonic()
+                last_report = now
                 context.log.info(describe_progress(progress))
                 context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=_measurements(progress)))
 
@@ -55,7 +63,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         metadata = _metadata(artifact)
         for rejection in metadata.get("rejections", []):
             context.log.warning(f"examples were left out: {rejection}")
-        return dg.MaterializeResult(value=artifact, metadata=metadata)
+        return materialized(artifact, metadata)
 
     return lora_adapter
 

@@ -6,12 +6,11 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
-from finetune_pipeline.manifests import GgufManifest, ReportManifest
-from finetune_pipeline.orchestration.io_manager import loop_asset
+from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.orchestration.resources import loop_asset, materialized
 from finetune_pipeline.pipeline.promote import NotPromoted, promote_challenger
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.subprocess_lifetime import die_with_run
 
 ACTOR = "dagster"
 
@@ -19,7 +18,15 @@ ACTOR = "dagster"
 def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset promoted_model of a loop."""
 
-    @loop_asset(loop, "eval_report", "gguf_model", output_required=False, kinds={"sqlite"})
+    @loop_asset(
+        loop,
+        PromotionManifest,
+        "eval_report",
+        "gguf_model",
+        depends_on=(loop.gate,),
+        output_required=False,
+        kinds={"sqlite"},
+    )
     def promoted_model(
         context: dg.AssetExecutionContext,
         eval_report: Artifact[ReportManifest],
@@ -31,7 +38,6 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         report was written, so materialize eval_report again. With `gate.on_reject: keep_champion` a rejected challenger
         does not fail the run.
         """
-        die_with_run()
         result = promote_challenger(loop, eval_report, gguf_model, ACTOR)
         if isinstance(result, NotPromoted):
             if loop.gate.on_reject == "fail":
@@ -49,6 +55,6 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             "gain_relative": result.verdict.relative_gain or 0.0,
             "path": dg.MetadataValue.path(result.artifact.path),
         }
-        yield dg.MaterializeResult(value=result.artifact, metadata=metadata)
+        yield materialized(result.artifact, metadata)
 
     return promoted_model

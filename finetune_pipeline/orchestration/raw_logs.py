@@ -1,34 +1,35 @@
 """The asset raw_logs: ingests new events and writes a snapshot of all of them as Parquet."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 
-from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
-from finetune_pipeline.orchestration.checks import check_specs, raw_logs_checks
-from finetune_pipeline.orchestration.io_manager import loop_asset
+from finetune_pipeline.orchestration.checks import check_specs, raw_logs_results
+from finetune_pipeline.orchestration.resources import FinetuneHome, loop_asset, materialized
 from finetune_pipeline.pipeline.snapshot import CollectedLogs, collect_logs
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.subprocess_lifetime import die_with_run
 
 
 def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset raw_logs of a loop, with its checks."""
 
-    @loop_asset(loop, check_specs=check_specs(loop, RawLogsManifest.stage), kinds={"parquet", "sqlite"})
-    def raw_logs(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+    @loop_asset(
+        loop,
+        RawLogsManifest,
+        depends_on=(loop.ingest, loop.feedback, loop.sources),
+        check_specs=check_specs(loop, RawLogsManifest.stage),
+        kinds={"parquet", "sqlite"},
+    )
+    def raw_logs(context: dg.AssetExecutionContext, finetune_home: FinetuneHome) -> dg.MaterializeResult:  # type: ignore[type-arg]  # with checks, Dagster takes no type argument
         """A snapshot of all prompts, answers and feedback of the loop, after ingesting new files and declared sources.
 
         If a check is red: fix the files and lines (rejected_lines) or the source (sources_read) that its metadata
         lists, then materialize again; everything that could be read is in the snapshot, and no event counts twice.
         """
-        die_with_run()
-        logs = collect_logs(loop, connect(), context.log.info)
-        yield dg.MaterializeResult(value=logs.artifact, metadata=_metadata(logs))
-        yield from raw_logs_checks(loop, logs)
+        logs = collect_logs(loop, finetune_home.database(), context.log.info)
+        return materialized(logs.artifact, _metadata(logs), raw_logs_results(loop, logs))
 
     return raw_logs
 

@@ -8,6 +8,8 @@ import click
 import dagster as dg
 from dagster import DagsterEventType as Kind
 
+from finetune_pipeline.orchestration.checks import CHECKS_STEP
+
 if TYPE_CHECKING:
     from dagster_shared.error import SerializableErrorInfo
 
@@ -56,7 +58,9 @@ class RunEvents:
                     yield f"[{record.event_log_entry.timestamp - self._began:4.0f} s] {line}"
 
     def _line(self, entry: dg.EventLogEntry) -> str | None:
-        step = f"{(entry.step_key or '').rpartition('__')[2]:<16}"  # without the key prefix of the loop
+        name = (entry.step_key or "").rpartition("__")[2]  # without the key prefix of the loop
+        checks_alone = name.endswith(CHECKS_STEP)  # a step that only runs the checks of an asset
+        step = f"{name.removesuffix(CHECKS_STEP):<16}"
         event = entry.dagster_event
         if event is None:
             shown = entry.step_key and int(entry.level) >= logging.INFO
@@ -67,10 +71,10 @@ class RunEvents:
         match event.event_type:
             case Kind.STEP_START:
                 self._step_started[entry.step_key or ""] = entry.timestamp
-                return f"{step} started"
-            case Kind.STEP_SUCCESS:
+                return None if checks_alone else f"{step} started"
+            case Kind.STEP_SUCCESS if not checks_alone:
                 return f"{step} {click.style('done', fg='green')} in {seconds:.1f} s"
-            case Kind.STEP_SKIPPED:
+            case Kind.STEP_SKIPPED if not checks_alone:
                 return f"{step} skipped"
             case Kind.STEP_FAILURE:
                 self._step_failed = True

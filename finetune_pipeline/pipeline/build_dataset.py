@@ -161,14 +161,11 @@ def check_dataset(loop: LoopSettings, dataset: Artifact[DatasetManifest]) -> tup
     )
 
 
-def build_and_check(
-    loop: LoopSettings, raw_logs: Artifact[RawLogsManifest], run_id: str
-) -> tuple[Artifact[DatasetManifest], tuple[DatasetCheck, ...]]:
-    """Return the dataset of a snapshot with its checks, and record their outcomes in the database.
+def check_and_record(loop: LoopSettings, dataset: Artifact[DatasetManifest], run_id: str) -> tuple[DatasetCheck, ...]:
+    """Check a dataset, and record the outcomes in the database.
 
     A model is promoted only if these outcomes exist and passed, whatever assets and checks a run selected.
     """
-    dataset = build_dataset(loop, raw_logs)
     checks = check_dataset(loop, dataset)
     record_outcomes(connect(), dataset, {check.name: check.passed for check in checks}, run_id)
-    return dataset, checks
+    return checks

@@ -18,7 +18,7 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.metric_table import MetricRow
-from finetune_pipeline.evaluation.report import HTML, JSON, metrics_of_report, verdict_of_report
+from finetune_pipeline.evaluation.report import HTML, JSON, findings_of_report, metrics_of_report
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.pipeline.evaluate import settings_hash
 from finetune_pipeline.pipeline.export import model_spec
@@ -143,7 +143,7 @@ def verify_report(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Ar
             f"the report {manifest.version} was not made for what would be promoted now; changed since: "
             f"{', '.join(differing)}. Materialize eval_report again, then promoted_model"
         )
-    verdict = verdict_of_report(report.path / JSON, loop.gate)
+    verdict = findings_of_report(report.path / JSON, loop.gate).verdict
     verdicts = {"the gate": verdict.promote, "its manifest": manifest.promote, "the database": recorded.promote}
     if len(set(verdicts.values())) > 1:
         each = ", ".join(f"{name} says {'promote' if promote else 'reject'}" for name, promote in verdicts.items())

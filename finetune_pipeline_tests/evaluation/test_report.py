@@ -21,9 +21,9 @@ from finetune_pipeline.evaluation.metric_table import comparison_markdown, forma
 from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import (
     ReportError,
+    findings_of_report,
     metrics_of_report,
     slices_of_report,
-    verdict_of_report,
     write_report,
 )
 from finetune_pipeline.evaluation.scoring import Scorer
@@ -158,16 +158,16 @@ def test_a_report_gives_the_same_verdict_again(tmp_path: Path, benchmark: Benchm
     comparison = compare(benchmark, SCORER, champion, challenger)
     gate, strict = GateSettings(min_score=0), GateSettings(min_score=0, require_significance=True)
     write_report(tmp_path, "aec", comparison, judge(comparison, gate), gate, 0.85)
-    assert verdict_of_report(tmp_path / "report.json", gate) == judge(comparison, gate)
-    assert verdict_of_report(tmp_path / "report.json", gate).promote
-    assert verdict_of_report(tmp_path / "report.json", strict) == judge(comparison, strict)
-    assert not verdict_of_report(tmp_path / "report.json", strict).promote
+    assert findings_of_report(tmp_path / "report.json", gate).verdict == judge(comparison, gate)
+    assert findings_of_report(tmp_path / "report.json", gate).verdict.promote
+    assert findings_of_report(tmp_path / "report.json", strict).verdict == judge(comparison, strict)
+    assert not findings_of_report(tmp_path / "report.json", strict).verdict.promote
     document = json.loads((tmp_path / "report.json").read_text())
     document["worth"] = document.pop("quality_floor")  # as an earlier version named it
     for content in ("{}", json.dumps(document)):
         (tmp_path / "report.json").write_text(content)
         with pytest.raises(ReportError, match=r"not a report of this version .* materialize eval_report again"):
-            verdict_of_report(tmp_path / "report.json", gate)
+            findings_of_report(tmp_path / "report.json", gate)
 
 
 def test_the_plot_is_a_small_png(comparison: Comparison) -> None:

@@ -1,6 +1,7 @@
 """What the sensor starts, on a real Dagster instance and a real store."""
 
 import os
+import uuid
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
@@ -41,20 +42,20 @@ def judge(loop, promote=True):
 
 def add_run(instance, loop, request, status, ended=NOW):
     """Add a run as the daemon would launch it for a request."""
-    run = dg.DagsterRun(job_name="notes_loop", run_id=dg._core.utils.make_new_run_id(), tags=request.tags)
+    run = dg.DagsterRun(job_name="notes_loop", run_id=str(uuid.uuid4()), tags=request.tags)
     instance.add_run(run.with_status(status))
     return run
 
 
 def test_the_skip_message_counts_new_examples(loop, instance):
-    assert next_run(loop, instance, NOW).skip_message == "0 new high-reward examples, 10 needed"
+    assert next_run(loop, connect(), instance, NOW).skip_message == "0 new high-reward examples, 10 needed"
     ingest_events(loop, *corrected(["ash", "birch", "cedar"]))
-    assert next_run(loop, instance, NOW).skip_message == "3 new high-reward examples, 10 needed"
+    assert next_run(loop, connect(), instance, NOW).skip_message == "3 new high-reward examples, 10 needed"
 
 
 def test_enough_new_examples_start_the_whole_loop(loop, instance):
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
-    request = next_run(loop, instance, NOW)
+    request = next_run(loop, connect(), instance, NOW)
     assert isinstance(request, dg.RunRequest)
     assert request.asset_selection is None
     assert request.run_key == "notes:0:10:attempt1"
@@ -89,14 +90,14 @@ def test_different_corrections_of_one_prompt_are_one_example(loop):
 def test_a_growing_file_does_not_delay_the_loop(loop, instance):
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     write_events(loop.drop_folder / "log.jsonl", *corrected(["still more"]))
-    request = next_run(loop, instance, NOW)
+    request = next_run(loop, connect(), instance, NOW)
     assert isinstance(request, dg.RunRequest) and request.asset_selection is None
 
 
 def test_examples_of_a_judged_dataset_are_not_new(loop, instance):
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     judge(loop, promote=False)
-    assert next_run(loop, instance, NOW).skip_message == "0 new high-reward examples, 10 needed"
+    assert next_run(loop, connect(), instance, NOW).skip_message == "0 new high-reward examples, 10 needed"
 
 
 def test_judged_content_that_is_logged_again_is_not_new(loop):
@@ -112,10 +113,10 @@ def test_judged_content_that_is_logged_again_is_not_new(loop):
 
 def test_an_unread_file_starts_a_run_of_raw_logs(loop, instance):
     write_events(loop.drop_folder / "new.jsonl", *corrected(["ash"]))
-    request = next_run(loop, instance, NOW)
+    request = next_run(loop, connect(), instance, NOW)
     assert request.asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
     ingest(loop, connect(), lambda text: None)
-    assert next_run(loop, instance, NOW).skip_message == "1 new high-reward example, 10 needed"
+    assert next_run(loop, connect(), instance, NOW).skip_message == "1 new high-reward example, 10 needed"
 
 
 def test_each_rewrite_of_a_file_starts_a_run(loop, instance):
@@ -128,7 +129,7 @@ def test_each_rewrite_of_a_file_starts_a_run(loop, instance):
         file.write_text(interaction(name).model_dump_json() + "\n")
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert file.stat().st_size == stat.st_size
-        keys.append(next_run(loop, instance, NOW).run_key)
+        keys.append(next_run(loop, connect(), instance, NOW).run_key)
     assert len(set(keys)) == 3
 
 
@@ -136,26 +137,26 @@ def test_each_rewrite_of_a_file_starts_a_run(loop, instance):
 def test_every_file_format_starts_a_run_of_raw_logs(loop, instance, name):
     loop.drop_folder.mkdir(parents=True)
     write_as(loop.drop_folder / name, [{"prompt": "what did ash say?", "completion": "ash spoke"}])
-    assert next_run(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
+    assert next_run(loop, connect(), instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
     ingest(loop, connect(), lambda text: None)
-    assert next_run(loop, instance, NOW).skip_message == "1 new high-reward example, 10 needed"
+    assert next_run(loop, connect(), instance, NOW).skip_message == "1 new high-reward example, 10 needed"
 
 
 def test_a_file_name_that_is_not_utf8_does_not_break_the_sensor(loop, instance):
     loop.drop_folder.mkdir(parents=True)
     write_as(loop.drop_folder / os.fsdecode(b"a\xfc.csv"), [{"prompt": "p", "completion": "c"}])
-    assert next_run(loop, instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
+    assert next_run(loop, connect(), instance, NOW).asset_selection == [dg.AssetKey(["notes", "raw_logs"])]
 
 
 def test_an_unreadable_file_starts_only_max_attempts_runs(loop, instance):
     write_events(loop.drop_folder / "new.jsonl", *corrected(["ash"]))
     keys = set()
     for _ in range(loop.trigger.max_attempts):
-        request = next_run(loop, instance, NOW)
+        request = next_run(loop, connect(), instance, NOW)
         keys.add(request.run_key)
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
     assert len(keys) == loop.trigger.max_attempts
-    message = next_run(loop, instance, NOW).skip_message
+    message = next_run(loop, connect(), instance, NOW).skip_message
     assert message.startswith("0 new high-reward examples, 10 needed") and "look at the last run of raw_logs" in message
 
 
@@ -164,16 +165,16 @@ def test_a_failed_run_is_retried_up_to_max_attempts(loop, instance):
     later = NOW
     for attempt in (1, 2, 3):
         later += timedelta(minutes=10)
-        request = next_run(loop, instance, later)
+        request = next_run(loop, connect(), instance, later)
         assert request.run_key == f"notes:0:12:attempt{attempt}"
         assert request.tags == {LOOP_TAG: "notes", WATERMARK_TAG: "0", SERIES_TAG: "12"}
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
-    gave_up = next_run(loop, instance, later + timedelta(minutes=10))
+    gave_up = next_run(loop, connect(), instance, later + timedelta(minutes=10))
     assert (
         "12 new high-reward examples, 10 needed" in gave_up.skip_message and "by itself at 22" in gave_up.skip_message
     )
     ingest_events(loop, *corrected(f"more{n}" for n in range(10)))
-    rearmed = next_run(loop, instance, later + timedelta(minutes=20))
+    rearmed = next_run(loop, connect(), instance, later + timedelta(minutes=20))
     assert rearmed.run_key == "notes:0:22:attempt1"
 
 
@@ -181,29 +182,29 @@ def test_no_run_starts_during_another_run_of_the_loop(loop, instance):
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     by_hand = dg.DagsterRun(
         job_name="__ASSET_JOB",
-        run_id=dg._core.utils.make_new_run_id(),
+        run_id=str(uuid.uuid4()),
         asset_selection=frozenset({dg.AssetKey(["notes", "raw_logs"])}),
     )
     instance.add_run(by_hand.with_status(dg.DagsterRunStatus.STARTED))
-    assert "is in progress" in next_run(loop, instance, NOW).skip_message
+    assert "is in progress" in next_run(loop, connect(), instance, NOW).skip_message
 
 
 def test_a_run_of_another_loop_does_not_delay_this_one(loop, instance):
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     other = dg.DagsterRun(
         job_name="__ASSET_JOB",
-        run_id=dg._core.utils.make_new_run_id(),
+        run_id=str(uuid.uuid4()),
         asset_selection=frozenset({dg.AssetKey(["raw_logs"])}),
     )
     instance.add_run(other.with_status(dg.DagsterRunStatus.STARTED))
-    assert isinstance(next_run(loop, instance, NOW), dg.RunRequest)
+    assert isinstance(next_run(loop, connect(), instance, NOW), dg.RunRequest)
 
 
 def test_a_stalled_run_does_not_delay_the_next_one(loop, instance):
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
-    request = next_run(loop, instance, NOW)
+    request = next_run(loop, connect(), instance, NOW)
     run = add_run(instance, loop, request, dg.DagsterRunStatus.STARTED)
     instance.report_engine_event("the last word", run)
-    assert "is in progress" in next_run(loop, instance, datetime.now(UTC)).skip_message
+    assert "is in progress" in next_run(loop, connect(), instance, datetime.now(UTC)).skip_message
     next_day = datetime.now(UTC) + timedelta(days=1)
-    assert isinstance(next_run(loop, instance, next_day), dg.RunRequest)
+    assert isinstance(next_run(loop, connect(), instance, next_day), dg.RunRequest)

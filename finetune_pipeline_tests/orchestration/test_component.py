@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import dagster as dg
 import pytest
 import yaml
 
 from finetune_pipeline.definitions import defs
+from finetune_pipeline.evaluation.benchmark import load_benchmark
 from finetune_pipeline.orchestration.component import FineTuneLoop
+from finetune_pipeline.orchestration.scaffolder import LoopParams, LoopScaffolder
 from finetune_pipeline.orchestration.training_config import NOT_IN_THE_LAUNCHPAD, training_config
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop, read_loop
 from finetune_pipeline_tests.orchestration.conftest import definitions
@@ -98,3 +102,21 @@ def test_every_hyperparameter_can_be_set_for_one_run(make_loop):
 def test_every_asset_has_a_description(stage):
     specs = {spec.key.path[-1]: spec for spec in defs().resolve_all_asset_specs()}
     assert len(specs[stage].description) > 60
+
+
+def test_the_scaffolder_writes_a_loop_that_loads(tmp_path):
+    folder = tmp_path / "tickets"
+    folder.mkdir()
+    request = dg.ScaffoldRequest("finetune_pipeline.orchestration.FineTuneLoop", folder, "yaml", None, LoopParams())
+    LoopScaffolder().scaffold(request)
+    loop = read_loop(folder / "defs.yaml")
+    assert loop.name == "tickets" and len(load_benchmark(Path(loop.evaluation.benchmark), None).questions) == 2
+    assert set(edges(definitions(loop).resolve_asset_graph())) == {f"tickets/{stage}" for stage in STAGES}
+
+
+def test_a_changed_setting_changes_the_code_version_of_its_asset(make_loop):
+    def versions(loop):
+        return {spec.key.path[-1]: spec.code_version for spec in definitions(loop).resolve_all_asset_specs()}
+
+    before, after = versions(make_loop()), versions(make_loop(training={"num_train_epochs": 2, "max_length": 128}))
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == ["lora_adapter"]

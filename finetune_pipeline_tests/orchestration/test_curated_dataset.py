@@ -38,6 +38,6 @@ def test_blocking_checks_stop_the_run_before_training(make_loop, instance, tmp_p
     assert checks["enough_examples"].passed  # so the other two checks stop the run
     assert not run.success
     [failed] = [event for event in run.all_events if event.is_step_failure]
-    assert failed.step_key == "notes__curated_dataset"
+    assert failed.step_key == "notes__curated_dataset_checks"
     started = {event.step_key for event in run.all_events if event.event_type_value == "STEP_START"}
-    assert started == {"notes__raw_logs", "notes__curated_dataset"}
+    assert started == {"notes__raw_logs", "notes__curated_dataset", "notes__curated_dataset_checks"}

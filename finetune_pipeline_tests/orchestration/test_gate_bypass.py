@@ -228,11 +228,51 @@ def test_a_failed_check_counts_in_later_runs(loop, settled, instance):
     assert served() is None
 
 
-@pytest.mark.parametrize("stage", ["curated_dataset", "gguf_model", "eval_report"])
-def test_no_run_can_deselect_the_blocking_checks(loop, stage):
+def run_without_checks(loop, instance, *stages):
+    """Materialize assets as the launchpad does after all checks were deselected."""
+    job = definitions(loop).resolve_implicit_global_asset_job_def()
+    subset = job.get_subset(
+        asset_selection={dg.AssetKey(["notes", stage]) for stage in stages}, asset_check_selection=set()
+    )
+    done = subset.execute_in_process(instance=instance, raise_on_error=False)
+    assert not done.get_asset_check_evaluations()
+    return done
+
+
+def test_no_run_can_deselect_the_checks_of_the_gguf(loop):
     job = definitions(loop).resolve_implicit_global_asset_job_def()
     with pytest.raises(dg.DagsterInvalidSubsetError):
-        job.get_subset(asset_selection={dg.AssetKey(["notes", stage])}, asset_check_selection=set())
+        job.get_subset(asset_selection={dg.AssetKey(["notes", "gguf_model"])}, asset_check_selection=set())
+
+
+def test_deselecting_the_checks_of_a_dataset_leads_to_no_promotion(loop, settled, instance):
+    other = settled(curation={"min_examples": 4, "validation_fraction": 0.2})
+    assert run_without_checks(other, instance, "curated_dataset").success
+    make_adapter(other, 3)
+    run(other, instance, "gguf_model")
+    done = run_without_checks(other, instance, "eval_report", "promoted_model")
+    [failed] = [event for event in done.all_events if event.is_step_failure]
+    assert "enough_examples was not run on it" in str(failed.step_failure_data.error)
+    assert served() is None
+
+
+def test_deselecting_the_check_of_the_gain_leads_to_no_promotion(loop, settled, instance):
+    done = run_without_checks(settled(gate=IMPOSSIBLE), instance, "eval_report", "promoted_model")
+    [failed] = [event for event in done.all_events if event.is_step_failure]
+    assert failed.step_key == "notes__promoted_model"
+    assert "not promoted" in str(failed.step_failure_data.error)
+    assert served() is None
+
+
+def test_the_checks_of_an_artifact_run_again_alone(loop, instance):
+    job = definitions(loop).resolve_implicit_global_asset_job_def()
+    for stage, name in (("curated_dataset", "enough_examples"), ("eval_report", "gain")):
+        key = dg.AssetCheckKey(dg.AssetKey(["notes", stage]), name)
+        again = job.get_subset(asset_selection=set(), asset_check_selection={key})
+        done = again.execute_in_process(instance=instance)
+        [check] = done.get_asset_check_evaluations()
+        assert (check.check_name, check.passed) == (name, True)
+        assert not done.get_asset_materialization_events()
 
 
 def test_the_blocking_checks_equal_the_required_ones(loop):
