@@ -191,7 +191,7 @@ def eval_report_checks(loop: LoopSettings) -> dg.AssetChecksDefinition:
         eval_report: Any,  # an Artifact[ReportManifest]; Dagster cannot check a generic type
     ) -> Iterator[dg.AssetCheckResult]:
         results = eval_report_results(loop, findings_of_report(eval_report.path / JSON, loop.gate))
-        for key in context.selected_asset_check_keys:
-            yield results[key.name]
+        selected = {key.name for key in context.selected_asset_check_keys}
+        yield from (result for name, result in results.items() if name in selected)
 
     return checks

@@ -19,6 +19,7 @@ from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.registry.check_outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings, home, project_path
+from finetune_pipeline.wording import counted
 
 SELECTION_SETTINGS = frozenset(
     {
@@ -145,11 +146,12 @@ def check_dataset(loop: LoopSettings, dataset: Artifact[DatasetManifest]) -> tup
     if loop.training.method in {"auto", "kto"}:  # these train on undesirable answers too
         examples += content.undesirable
     review = "; only examples that a reviewer approved train (finetune review)" if loop.review.required else ""
+    remedy = "" if examples >= needed else "; log more feedback, or lower curation.min_examples"
     enough = DatasetCheck(
         "enough_examples",
         examples >= needed,
-        f"{examples} examples, at least {needed} needed{review}",
-        {"examples": examples, "needed": needed, "what to do": "log more feedback, or lower curation.min_examples"},
+        f"{counted(examples, 'example')}, at least {needed:,} needed{review}{remedy}",
+        {"examples": examples, "needed": needed},
     )
     offenders = {"no_benchmark_overlap": content.near_benchmark, "targets_parse": content.invalid_targets}
     return (
