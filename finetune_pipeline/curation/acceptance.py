@@ -98,7 +98,7 @@ def accept(example: Example, policy: Policy) -> Decision:
             return Decision(False, REFUSAL)
         if repeated_fraction(example.target) > settings.max_repetition:
             return Decision(False, REPETITIVE)
-    overlap = _benchmark_overlap(example.prompt, example.history, policy)
+    overlap = benchmark_overlap(example.prompt, example.history, policy)
     return Decision(True) if overlap is None else Decision(False, overlap)
 
 
@@ -123,7 +123,7 @@ def is_undesirable(example: Example, policy: Policy) -> bool:
 
     It has to be the model's own answer, as a refused correction says nothing about the model, and its reward as far
     below zero as `min_reward` is above. Reviewed examples are never undesirable, and where review is required, none is.
-    The caller still has to redact it and to ask `overlaps_benchmark`.
+    The caller still has to redact it and to ask `benchmark_overlap`.
     """
     if example.review is not None or policy.review_required:
         return False
@@ -146,8 +146,8 @@ def _length_filter(example: Example, settings: CurationSettings) -> Decision:
     return Decision(True)
 
 
-def overlaps_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> bool:
-    """Return True if a prompt is nearly the same as a benchmark question, contains one, or is part of one.
+def benchmark_overlap(prompt: str, history: Sequence[Turn], policy: Policy) -> str | None:
+    """Return how a prompt overlaps with a benchmark question, one of BENCHMARK_REASONS, or None.
 
     The prompt is compared alone and with the turns before it. So is each earlier turn of the user, since its answer
     stands in the conversation and is trained on.
@@ -155,10 +155,6 @@ def overlaps_benchmark(prompt: str, history: Sequence[Turn], policy: Policy) -> 
     Answers are not compared: the right answer to a benchmark question is the right answer to many other questions too,
     which training is meant to teach.
     """
-    return _benchmark_overlap(prompt, history, policy) is not None
-
-
-def _benchmark_overlap(prompt: str, history: Sequence[Turn], policy: Policy) -> str | None:
     texts = {prompt, conversation_text(prompt, history), *(turn.content for turn in history if turn.role == "user")}
     if any(policy.benchmark.near(text, policy.settings.benchmark_similarity) for text in texts):
         return NEAR_BENCHMARK

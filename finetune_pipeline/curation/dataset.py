@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.curation.acceptance import Policy, overlaps_benchmark
+from finetune_pipeline.curation.acceptance import Policy, benchmark_overlap
 from finetune_pipeline.curation.dataset_files import (
     COLUMNS,
     PREFERENCE,
     PROMPT_COMPLETION,
+    PROVENANCE_COLUMNS,
+    PROVENANCE_FILE,
     UNPAIRED_PREFERENCE,
     DatasetExample,
     DatasetSummary,
     DatasetWriter,
-    ProvenanceWriter,
     turns_of,
 )
 from finetune_pipeline.curation.export_formats import alpaca
@@ -197,7 +198,7 @@ class _Rows:
             if set(columns) == set(SNAPSHOT_COLUMNS)
             else self._snapshot.take(indices[affected], SNAPSHOT_COLUMNS)
         )
-        clean = [redact_example(example_of(row)).example.model_dump(mode="json") for row in whole.to_pylist()]
+        clean = [redact_example(example_of(row))[0].model_dump(mode="json") for row in whole.to_pylist()]
         replaced = pa.Table.from_pylist(clean, schema()).select(list(columns))
         order = np.where(affected, len(table) + np.cumsum(affected) - 1, np.arange(len(table)))
         return pa.concat_tables([table, replaced.cast(table.schema)]).take(pa.array(order))
@@ -230,7 +231,7 @@ def _select_replay(
             continue
         if in_validation(example.conversation, policy.settings.validation_fraction):
             continue
-        if overlaps_benchmark(example.prompt, example.history, policy):
+        if benchmark_overlap(example.prompt, example.history, policy):
             continue
         redacted.update(prompt.counts)
         redacted.update(completion.counts)
@@ -246,19 +247,22 @@ def _write(
 ) -> None:
     """Write the datasets of all three types, provenance.csv and an Alpaca file for each split."""
     import pyarrow as pa
+    from pyarrow.csv import CSVWriter
 
+    provenance_schema = pa.schema(dict.fromkeys(PROVENANCE_COLUMNS, pa.string()))
     with (
         DatasetWriter(folder / PROMPT_COMPLETION, COLUMNS[PROMPT_COMPLETION]) as examples,
         DatasetWriter(folder / PREFERENCE, COLUMNS[PREFERENCE]) as pairs,
         DatasetWriter(folder / UNPAIRED_PREFERENCE, COLUMNS[UNPAIRED_PREFERENCE]) as unpaired,
-        ProvenanceWriter(folder) as provenance,
+        CSVWriter(str(folder / PROVENANCE_FILE), provenance_schema) as provenance,
         (folder / "train.alpaca.jsonl").open("w", encoding="utf-8") as train,
         (folder / "validation.alpaca.jsonl").open("w", encoding="utf-8") as validation,
     ):
 
         def write_examples(split: str, table: "pa.Table") -> None:
             examples.write(split, table)
-            provenance.write(split, table)
+            with_split = table.append_column("split", pa.repeat(split, table.num_rows))
+            provenance.write_table(with_split.select(list(PROVENANCE_COLUMNS)).cast(provenance_schema))
             desirable = table.append_column("label", pa.repeat(True, table.num_rows))
             unpaired.write(split, desirable.select(list(COLUMNS[UNPAIRED_PREFERENCE])))
             for row in table.to_pylist():

@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from finetune_pipeline.curation.dataset_files import (
@@ -21,30 +20,24 @@ SAMPLE_ROWS_OF_SOURCE = 2
 _MAX_CHARS = 400
 
 
-@dataclass(frozen=True)
-class DatasetCard:
-    """The content of a card.
+def dataset_card(
+    loop: str,
+    version: str,
+    summary: DatasetSummary,
+    *,
+    watermark: int,
+    inputs: Mapping[str, str],
+    settings: Mapping[str, Any],
+    packages: Mapping[str, str],
+) -> str:
+    """Return the card as Markdown. Secrets are counted by kind and never shown.
 
-    Attributes:
-        loop, version: of the dataset; the version is the hash of inputs and settings.
+    Args:
         watermark: the last ingest offset of the logs that the dataset was built from.
-        inputs: name -> hash or version of what the dataset was built from.
-        settings: every setting that shaped the dataset: filters, quotas, the split.
+        inputs: name -> hash or version of what it was built from.
+        settings: every setting that shaped it: filters, quotas, the split.
         packages: versions of the libraries that built it.
     """
-
-    loop: str
-    version: str
-    watermark: int
-    inputs: Mapping[str, str]
-    settings: Mapping[str, Any]
-    packages: Mapping[str, str]
-    summary: DatasetSummary
-
-
-def dataset_card(card: DatasetCard) -> str:
-    """Return the card as Markdown. Secrets are counted by kind and never shown."""
-    summary = card.summary
     examples = summary.rows[PROMPT_COMPLETION]
     rows = {
         "train": examples["train"] + summary.replayed,
@@ -54,12 +47,11 @@ def dataset_card(card: DatasetCard) -> str:
     }
     total = sum(summary.sources.values())
     sources = [(source, count, f"{count / total:.1%}") for source, count in sorted(summary.sources.items())]
-    settings = [(name, _setting(value)) for name, value in card.settings.items()]
     # One line of JSON for each example: no text can end the code block.
     lines = [json.dumps(_shortened(example), ensure_ascii=False) for example in card_sample(summary.sample)]
     return "\n\n".join(
         [
-            f"# Dataset {cell(card.version)} of {cell(card.loop)}",
+            f"# Dataset {cell(version)} of {cell(loop)}",
             f"{rows['train']:,} examples to train on ({summary.replayed:,} of them replay) and {rows['validation']:,} "
             "to validate with. The hash of a prompt decides its split, which never changes. Secrets and personal data "
             "were replaced by placeholders before anything was written.",
@@ -73,11 +65,11 @@ def dataset_card(card: DatasetCard) -> str:
             "## Replaced by placeholders",
             _counts("kind", summary.redacted),
             "## Filters and settings",
-            markdown_table(["setting", "value"], settings),
+            markdown_table(["setting", "value"], [(name, _setting(value)) for name, value in settings.items()]),
             "## Built from",
-            markdown_table(["input", "hash or version"], {**card.inputs, "events up to": card.watermark}.items()),
+            markdown_table(["input", "hash or version"], {**inputs, "events up to": watermark}.items()),
             "## Built with",
-            markdown_table(["package", "version"], card.packages.items()),
+            markdown_table(["package", "version"], packages.items()),
             "## Sample",
             "\n".join(["```json", *lines, "```"]) + "\n",
         ]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_pipeline.curation.acceptance import Policy, overlaps_benchmark
+from finetune_pipeline.curation.acceptance import Policy, benchmark_overlap
 from finetune_pipeline.curation.dataset_files import read_all, turns_of
 from finetune_pipeline.settings import REPLAY
 
@@ -44,7 +44,7 @@ def inspect_dataset(folder: Path, policy: Policy) -> DatasetContent:
         prompt, history = row["prompt"], turns_of(row)
         if (key := hash((prompt, history))) not in seen_prompts:
             seen_prompts.add(key)
-            if overlaps_benchmark(prompt, history, policy):
+            if benchmark_overlap(prompt, history, policy):
                 near.append(prompt)
         if row.get("label") is False:
             continue

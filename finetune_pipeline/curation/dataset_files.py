@@ -18,15 +18,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune_pipeline.artifacts import hash_file, write_text
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.records import Turn, conversation_text, loss_mask_field
 from finetune_pipeline.settings import REPLAY
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 PROMPT_COMPLETION, PREFERENCE, UNPAIRED_PREFERENCE = "prompt_completion", "preference", "unpaired_preference"
 SPLITS = ("train", "validation")
@@ -48,7 +45,7 @@ COLUMNS = {
 
 _DATA_FILE = "data-00000-of-00001.arrow"
 _BATCH_ROWS = 10_000
-_PROVENANCE_COLUMNS = ("source", "provenance", "interaction_id", "split")
+PROVENANCE_COLUMNS = ("source", "provenance", "interaction_id", "split")
 
 
 @dataclass(frozen=True)
@@ -109,13 +106,12 @@ class DatasetSummary:
 class DatasetWriter:
     """Writes a DatasetDict one table at a time; the files depend on the rows only, not on how tables divide them."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, str], splits: Sequence[str] = SPLITS) -> None:
+    def __init__(self, folder: Path, columns: Mapping[str, str]) -> None:
         """Open a file for each split.
 
         Args:
             folder: the dataset's folder; must not exist yet.
             columns: column -> string, float64, bool, or turns (a conversation).
-            splits: names of the splits; each is written, even without rows.
         """
         import pyarrow as pa
 
@@ -124,10 +120,10 @@ class DatasetWriter:
             {name: turns if kind == "turns" else pa.type_for_alias(kind) for name, kind in columns.items()}
         )
         self._folder = folder
-        for split in splits:
+        for split in SPLITS:
             (folder / split).mkdir(parents=True)
-        self._writers = {split: pa.ipc.new_stream(folder / split / _DATA_FILE, self.schema) for split in splits}
-        self._pending = dict.fromkeys(splits, self.schema.empty_table())
+        self._writers = {split: pa.ipc.new_stream(folder / split / _DATA_FILE, self.schema) for split in SPLITS}
+        self._pending = dict.fromkeys(SPLITS, self.schema.empty_table())
 
     def write(self, split: str, rows: Any) -> None:
         """Add a table of rows to a split."""
@@ -173,32 +169,6 @@ class DatasetWriter:
             write_text(folder / "dataset_info.json", "{}\n")  # the types of the columns stand in the data files
         splits = {"splits": list(self._writers)}
         write_text(self._folder / "dataset_dict.json", json.dumps(splits, indent=2) + "\n")
-
-
-class ProvenanceWriter:
-    """Writes provenance.csv: a line for each example; a field that is unknown is empty."""
-
-    def __init__(self, folder: Path) -> None:
-        import pyarrow as pa
-        from pyarrow.csv import CSVWriter
-
-        self._schema = pa.schema(dict.fromkeys(_PROVENANCE_COLUMNS, pa.string()))
-        self._writer: Any = CSVWriter(str(folder / PROVENANCE_FILE), self._schema)
-
-    def write(self, split: str, rows: "pa.Table") -> None:
-        """Add a table of prompt_completion/."""
-        import pyarrow as pa
-
-        with_split = rows.append_column("split", pa.repeat(split, rows.num_rows))
-        self._writer.write_table(with_split.select(list(_PROVENANCE_COLUMNS)).cast(self._schema))
-
-    def __enter__(self) -> "ProvenanceWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.close()
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ from finetune_pipeline.curation.acceptance import (
     BENCHMARK_REASONS,
     Policy,
     accept,
+    benchmark_overlap,
     has_rejected_output,
     is_undesirable,
-    overlaps_benchmark,
     quick_filters,
 )
 from finetune_pipeline.curation.deduplication import BANDS, BITS, Sketches, sketch
@@ -294,22 +294,22 @@ def _filter_row(row: dict[str, Any], policy: Policy, identity: Identity) -> dict
     original = example_of(row)
     decision = quick_filters(original, policy)
     if decision.accepted:
-        redacted = redact_example(original)
-        decision = accept(redacted.example, policy)
+        example, redacted = redact_example(original)
+        decision = accept(example, policy)
         if decision.accepted:
             return {
                 "accepted": True,
-                "rejected_output": has_rejected_output(redacted.example, policy.settings.max_answer_chars),
+                "rejected_output": has_rejected_output(example, policy.settings.max_answer_chars),
                 "content_hash": identity(original),  # as the store has it: before redaction
-                **_features(redacted.example, redacted.counts),
+                **_features(example, redacted),
             }
     result: dict[str, Any] = {"reason": decision.reason, "benchmark": decision.reason in BENCHMARK_REASONS}
-    if is_undesirable(original, policy):
-        redacted = redact_example(original)
-        if overlaps_benchmark(redacted.example.prompt, redacted.example.history, policy):
-            return result | {"benchmark": True}
-        return result | {"benchmark": False, "undesirable": True, **_features(redacted.example, redacted.counts)}
-    return result
+    if not is_undesirable(original, policy):
+        return result
+    example, redacted = redact_example(original)
+    if benchmark_overlap(example.prompt, example.history, policy):
+        return result | {"benchmark": True}
+    return result | {"benchmark": False, "undesirable": True, **_features(example, redacted)}
 
 
 def _features(example: Example, redacted: Mapping[str, int]) -> dict[str, Any]:
@@ -391,15 +391,15 @@ class FilterResult:
     def sketches(self, indices: Array) -> Sketches:
         """Return the MinHash sketches of accepted rows."""
 
-        def matrix(column: str, kind: type[Any], width: int) -> Array:
-            chunks = [_fixed_bytes(chunk) for chunk in self._table[column].chunks if len(chunk)]
+        def matrix(column: str, kind: type[Any]) -> Array:
+            width = _WIDTHS[column]
+            chunks = [
+                np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
+                for chunk in self._table[column].chunks
+                if len(chunk)
+            ]
             whole = np.concatenate(chunks) if chunks else np.zeros(0, np.uint8)
-            return np.asarray(whole.view(kind).reshape(-1, width)[indices])
+            return np.asarray(whole.reshape(-1, width).view(kind)[indices])
 
-        bands, bits = matrix("bands", np.uint32, BANDS), matrix("bits", np.uint64, BITS // 64)
+        bands, bits = matrix("bands", np.uint32), matrix("bits", np.uint64)
         return Sketches(bands, bits, self.numbers("shingles", indices), self.numbers("target", indices))
-
-
-def _fixed_bytes(chunk: "pa.FixedSizeBinaryArray") -> Array:
-    width = chunk.type.byte_width
-    return np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]

@@ -185,14 +185,6 @@ class Redacted:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RedactedExample:
-    """An example without secrets and personal data, and how many were replaced, by kind."""
-
-    example: Example
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-
 def redact(text: str) -> Redacted:
     """Replace secrets and personal data by placeholders; redacting the result again changes nothing.
 
@@ -202,13 +194,13 @@ def redact(text: str) -> Redacted:
         return Redacted(text)
     counts: Counter[str] = Counter()
     # Repeat until nothing changes. Each pass removes text and adds only placeholders, so this ends.
-    while (changed := _pass(text, counts)) != text:
+    while (changed := (_in_json if _is_json(text) else _in_text)(text, counts)) != text:
         text = changed
     return Redacted(text, dict(sorted(counts.items())))
 
 
-def redact_example(example: Example) -> RedactedExample:
-    """Replace secrets and personal data in the prompt, the answers, the history and the provenance of an example."""
+def redact_example(example: Example) -> tuple[Example, dict[str, int]]:
+    """Redact the prompt, answers, history and provenance of an example; also return what was replaced, by kind."""
     counts: Counter[str] = Counter()
 
     def clean(text: str) -> str:
@@ -221,9 +213,9 @@ def redact_example(example: Example) -> RedactedExample:
     output = target if example.output == example.target else clean(example.output)
     provenance = example.provenance and clean(example.provenance)  # a heading, path or key may hold an e-mail address
     if not counts:
-        return RedactedExample(example)
+        return example, {}
     changes = {"prompt": prompt, "target": target, "history": history, "output": output, "provenance": provenance}
-    return RedactedExample(example.model_copy(update=changes), dict(sorted(counts.items())))
+    return example.model_copy(update=changes), dict(sorted(counts.items()))
 
 
 def _suspicious(text: str) -> bool:
@@ -232,10 +224,6 @@ def _suspicious(text: str) -> bool:
         if hint in lowered:
             return True
     return _MANY_DIGITS.search(text) is not None or _LONG_WORD.search(text) is not None
-
-
-def _pass(text: str, counts: Counter[str]) -> str:
-    return _in_json(text, counts) if _is_json(text) else _in_text(text, counts)
 
 
 def _is_json(text: str) -> bool:
@@ -392,10 +380,9 @@ def _looks_chosen(value: str) -> bool:
 
 def _is_card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
-    return bool(_CARD_FORM.fullmatch(text) and _CARD_ISSUER.fullmatch(digits) and _luhn(digits))
-
-
-def _luhn(digits: str) -> bool:
+    if not (_CARD_FORM.fullmatch(text) and _CARD_ISSUER.fullmatch(digits)):
+        return False
+    # The checksum of Luhn.
     doubled = [int(d) * 2 if i % 2 else int(d) for i, d in enumerate(reversed(digits))]
     return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from finetune_pipeline.curation.acceptance import Policy, overlaps_benchmark
+from finetune_pipeline.curation.acceptance import Policy, benchmark_overlap
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.records import Turn, conversation_text, normalize
 
@@ -144,7 +144,7 @@ def review_priority(given: ReviewInput, policy: Policy, weak: WeakSlices, below:
     if not reasons:
         return None
     too_long = len(conversation_text(given.prompt, given.history)) > policy.settings.max_prompt_chars
-    if too_long or overlaps_benchmark(given.prompt, given.history, policy):
+    if too_long or benchmark_overlap(given.prompt, given.history, policy):
         return None
     uncertainty = 1 - prod(1 - likelihood for likelihood in (PRIOR, *(likelihood for likelihood, _ in signals)))
     return ReviewPriority(given.id, given.ingest_offset, uncertainty * (1 + weakness), tuple(reasons))

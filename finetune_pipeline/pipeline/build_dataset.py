@@ -41,7 +41,7 @@ FILTER_PACKAGES = ("detect-secrets", "phonenumbers", "rensa", "jsonschema")
 def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
     """Return the dataset of a snapshot under the loop's settings; build it if it does not exist yet."""
     from finetune_pipeline.curation.dataset import curate
-    from finetune_pipeline.curation.dataset_card import SAMPLE_ROWS_OF_SOURCE, DatasetCard, dataset_card
+    from finetune_pipeline.curation.dataset_card import SAMPLE_ROWS_OF_SOURCE, dataset_card
     from finetune_pipeline.curation.filter import CODE_VERSION, FilterCache
 
     files = loop_files.hashes(
@@ -95,8 +95,7 @@ def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Ar
             "packages": package_versions("finetune-pipeline", "pyarrow", *FILTER_PACKAGES),
             "watermark": raw_logs.manifest.watermark,
         }
-        card = dataset_card(DatasetCard(loop.name, version, summary=summary, **built))
-        write_text(folder / DATASET_CARD, card)
+        write_text(folder / DATASET_CARD, dataset_card(loop.name, version, summary, **built))
         examples = summary.rows[PROMPT_COMPLETION]
         return {
             **built,

@@ -31,7 +31,7 @@ def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: 
         for original in new_examples(connection, loop.name, watermark, loop.curation.min_reward):
             if not quick_filters(original, policy).accepted:
                 continue
-            example = redact_example(original).example
+            example = redact_example(original)[0]
             prompt = text_hash(conversation_text(example.prompt, example.history))  # a dataset has one example of it
             if prompt not in seen and accept(example, policy).accepted:
                 seen.add(prompt)

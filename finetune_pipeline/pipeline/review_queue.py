@@ -64,7 +64,7 @@ def rejection_reason(interaction: Interaction, target: str, policy: Policy) -> s
         corrected=target.strip() != interaction.output.strip(),
         review="approve",
     )
-    redacted = redact_example(approved).example
+    redacted, _ = redact_example(approved)
     decision = accept(redacted, policy)
     if decision.accepted:
         return None

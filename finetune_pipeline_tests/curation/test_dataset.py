@@ -7,7 +7,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from finetune_pipeline.curation.acceptance import Policy, answer_validator, overlaps_benchmark
+from finetune_pipeline.curation.acceptance import Policy, answer_validator, benchmark_overlap
 from finetune_pipeline.curation.dataset import in_validation
 from finetune_pipeline.curation.dataset_checks import inspect_dataset
 from finetune_pipeline.curation.dataset_files import (
@@ -84,7 +84,7 @@ def test_replay_is_trained_on_and_never_overlaps_the_benchmark():
     own = [row for row in built.train if row.source == "logs"]
     assert built.summary.replayed == len(own) == len(built.train) - len(own)
     assert all(row.source == "logs" for row in built.validation)
-    assert not any(overlaps_benchmark(row.prompt, row.history, POLICY) for row in built.train)
+    assert not any(benchmark_overlap(row.prompt, row.history, POLICY) for row in built.train)
 
 
 def test_replay_that_overlaps_the_benchmark_is_left_out():

@@ -2,7 +2,7 @@
 
 import csv
 
-from finetune_pipeline.curation.dataset_card import DatasetCard, card_sample, dataset_card
+from finetune_pipeline.curation.dataset_card import card_sample, dataset_card
 from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE, SPLITS, DatasetExample, first_provenances
 from finetune_pipeline_tests.conftest import dataset_rows, uid
 
@@ -11,7 +11,7 @@ from .datasets import POLICY, build, example, replay_example
 
 def card_of(*examples):
     inputs = {"inputs": {"raw_logs": "abc"}, "settings": {"min_reward": 0.3}, "packages": {"datasets": "4"}}
-    return dataset_card(DatasetCard("notes", "1234", 7, summary=build(examples).summary, **inputs))
+    return dataset_card("notes", "1234", build(examples).summary, watermark=7, **inputs)
 
 
 def test_the_card_describes_the_dataset():

@@ -32,7 +32,7 @@ ROWS: list[dict[str, Any]] = [
 
 def write(folder: Path, cuts: Sequence[int] = ()) -> Path:
     """Write all rows to the split train, in tables that end at these rows."""
-    with DatasetWriter(folder, COLUMNS, ("train", "validation")) as writer:
+    with DatasetWriter(folder, COLUMNS) as writer:
         for start, end in pairwise([0, *cuts, len(ROWS)]):
             writer.write("train", pa.Table.from_pylist(ROWS[start:end], writer.schema))
     return folder
@@ -55,7 +55,7 @@ def test_the_same_rows_in_other_tables_give_the_same_files(tmp_path: Path) -> No
 
 def test_the_fingerprint_depends_on_the_content(tmp_path: Path) -> None:
     def fingerprint(rows: list[dict[str, Any]], name: str) -> str:
-        with DatasetWriter(tmp_path / name, COLUMNS, ("train",)) as writer:
+        with DatasetWriter(tmp_path / name, COLUMNS) as writer:
             writer.write("train", pa.Table.from_pylist(rows, writer.schema))
         return str(datasets.load_from_disk(str(tmp_path / name))["train"]._fingerprint)
 
@@ -70,14 +70,14 @@ def test_datasets_that_the_library_wrote_are_read(tmp_path: Path) -> None:
 
 def test_rows_are_streamed(tmp_path: Path) -> None:
     write(tmp_path / "d")
-    reading = read_split(tmp_path, "d", "train")
-    assert next(reading) == ROWS[0]
-    reading.close()  # type: ignore[attr-defined]
+    rows = read_split(tmp_path, "d", "train")
+    assert next(rows) == ROWS[0]
+    rows.close()  # type: ignore[attr-defined]
     assert list(read_split(tmp_path, "d", "train")) == ROWS
 
 
 def test_an_interrupted_write_is_not_a_dataset(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), DatasetWriter(tmp_path / "d", COLUMNS, ("train",)) as writer:
+    with pytest.raises(KeyError), DatasetWriter(tmp_path / "d", COLUMNS) as writer:
         writer.write("train", pa.Table.from_pylist(ROWS[:5], writer.schema))
         writer.write("test", pa.Table.from_pylist(ROWS[:5], writer.schema))
     with pytest.raises(FileNotFoundError):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_pipeline.curation.acceptance import Policy, accept, answer_validator, overlaps_benchmark
+from finetune_pipeline.curation.acceptance import Policy, accept, answer_validator, benchmark_overlap
 from finetune_pipeline.curation.decontamination import NearIndex, jaccard, shingles
 from finetune_pipeline.records import Turn
 from finetune_pipeline.settings import CurationSettings
@@ -30,14 +30,14 @@ FREE_TEXT = Policy(CurationSettings(), INDEX, answer_validator(None))
 )
 def test_a_question_within_a_longer_text_is_found(prompt, found):
     assert jaccard(shingles(prompt), shingles(QUESTION)) < 0.8
-    assert overlaps_benchmark(prompt, (), FREE_TEXT) is found
+    assert bool(benchmark_overlap(prompt, (), FREE_TEXT)) is found
     reason = accept(example(1, prompt=prompt), FREE_TEXT).reason
     assert (reason == "contains, or is part of, a benchmark question") is found
 
 
 def test_a_question_in_an_earlier_turn_is_found():
     said = (Turn(role="user", content=QUESTION), Turn(role="assistant", content="140 mm"))
-    assert overlaps_benchmark("and in Oregon, what would you say there?", said, FREE_TEXT)
+    assert benchmark_overlap("and in Oregon, what would you say there?", said, FREE_TEXT)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_a_question_in_an_earlier_turn_is_found():
 )
 def test_a_short_question_is_found_where_its_words_stand_in_a_row(question, prompt, found):
     policy = Policy(CurationSettings(), NearIndex({"q": question}), answer_validator(None))
-    assert overlaps_benchmark(prompt, (), policy) is found
+    assert bool(benchmark_overlap(prompt, (), policy)) is found
 
 
 @pytest.mark.parametrize("question", ["golden question amber", "ALUM lite, 1600x1650, IGU", QUESTION[:60]])
 def test_an_earlier_turn_that_is_part_of_a_question_is_found(question):
     policy = Policy(CurationSettings(), NearIndex({"q": question}), answer_validator(None))
     said = (Turn(role="user", content=question.upper()), Turn(role="assistant", content="golden answer"))
-    assert overlaps_benchmark("and now repeat that for the record please", said, policy)
+    assert benchmark_overlap("and now repeat that for the record please", said, policy)
 
 
 def test_the_same_answer_to_another_question_is_no_overlap():

@@ -10,7 +10,7 @@ FILES = (
                                          "redaction", "select")),
     "refusals.py",
 )  # fmt: skip
-LAST = (9, "ddf12219af9f6600")
+LAST = (9, "bb3159dd09ef9082")
 
 
 def test_changed_curation_has_another_code_version():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune_pipeline.curation.acceptance import CONFLICT, Policy, answer_validator
 from finetune_pipeline.curation.dataset import in_validation
-from finetune_pipeline.curation.dataset_card import DatasetCard, dataset_card
+from finetune_pipeline.curation.dataset_card import dataset_card
 from finetune_pipeline.curation.dataset_checks import inspect_dataset
 from finetune_pipeline.curation.dataset_files import (
     DATASET_CARD,
@@ -101,7 +101,7 @@ def files_of(examples, replay):
         folder = Path(name) / "dataset"
         built = build(examples, POLICY, replay, folder, "Answer.", identity=lambda example: "a hash")
         content = {"watermark": 1, "inputs": {}, "settings": {}, "packages": {}}
-        (folder / DATASET_CARD).write_text(dataset_card(DatasetCard("notes", "v", summary=built.summary, **content)))
+        (folder / DATASET_CARD).write_text(dataset_card("notes", "v", built.summary, **content))
         rows = list(read_all(folder))
         assert inspect_dataset(folder, POLICY).near_benchmark == ()
         files = [path for path in folder.rglob("*") if path.is_file()]

@@ -201,13 +201,13 @@ def test_the_same_secret_gives_the_same_placeholder_everywhere_in_an_example():
         history=(Turn(role="user", content="her number is +49 30 901820"),),
         reward=1, confirmed=True, corrected=False, provenance="People/2024-05-06 Talk.md#Call jane@example.com",
     )  # fmt: skip
-    redacted = redact_example(logged)
-    assert (redacted.example.prompt, redacted.example.target) == ("write to [EMAIL]", '{"to": "[EMAIL]"}')
-    assert redacted.example.history[0].content == "her number is [PHONE]"
-    assert redacted.example.output == "to: [EMAIL]"
-    assert redacted.example.provenance == "People/2024-05-06 Talk.md#Call [EMAIL]"
-    assert redacted.counts == {"email": 4, "phone": 1}
-    assert redacted.example.interaction_id == logged.interaction_id
+    redacted, counts = redact_example(logged)
+    assert (redacted.prompt, redacted.target) == ("write to [EMAIL]", '{"to": "[EMAIL]"}')
+    assert redacted.history[0].content == "her number is [PHONE]"
+    assert redacted.output == "to: [EMAIL]"
+    assert redacted.provenance == "People/2024-05-06 Talk.md#Call [EMAIL]"
+    assert counts == {"email": 4, "phone": 1}
+    assert redacted.interaction_id == logged.interaction_id
 
 
 def test_a_commit_hash_next_to_an_aws_key_is_kept():
@@ -226,7 +226,7 @@ def test_an_example_without_secrets_is_returned_itself():
         confirmed=True,
         corrected=False,
     )
-    assert redact_example(plain).example is plain
+    assert redact_example(plain)[0] is plain
 
 
 PIECES = st.sampled_from(
