@@ -1,8 +1,11 @@
-"""The Dagster definitions: every loop that is declared under `defs/`."""
+"""The Dagster definitions: every loop that is declared under `defs/` or in `FINETUNE_LOOPS_DIR`."""
 
 from pathlib import Path
 
 import dagster as dg
+
+from finetune_pipeline.orchestration.component import loop_definitions
+from finetune_pipeline.settings import load_loops, loops_dir
 
 # The steps run one after the other, and what is heavy runs in child processes, so a process for each step would only
 # cost its start time.
@@ -12,5 +15,8 @@ EXECUTOR = dg.in_process_executor
 @dg.definitions
 def defs() -> dg.Definitions:
     """Load the assets, checks, jobs, sensors and schedules of all loops."""
-    loops = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
-    return dg.Definitions.merge(loops, dg.Definitions(executor=EXECUTOR))
+    load_loops()  # names what is wrong in a file, and two loops of one name, before Dagster meets them
+    declared = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
+    outside = loops_dir()
+    loops = load_loops([outside]).values() if outside else []
+    return dg.Definitions.merge(declared, *map(loop_definitions, loops), dg.Definitions(executor=EXECUTOR))

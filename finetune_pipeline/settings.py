@@ -6,7 +6,7 @@ this module. Unknown keys are errors.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -63,8 +63,38 @@ def survives_power_cut() -> bool:
 
 
 def project_path(text: str) -> Path:
-    """Return the absolute form of a path in a YAML; relative paths start at the project root."""
+    """Return the absolute form of a path in the settings; relative paths start at the project root."""
     return (PROJECT_ROOT / Path(text).expanduser()).resolve()
+
+
+def loops_dir() -> Path | None:
+    """Return the user's folder of loops, `FINETUNE_LOOPS_DIR`; None if it is not set.
+
+    Raises:
+        SettingsError: it is not a folder.
+    """
+    given = os.environ.get("FINETUNE_LOOPS_DIR")
+    if not given:
+        return None
+    folder = Path(given).expanduser().resolve()
+    if not folder.is_dir():
+        raise SettingsError(f"FINETUNE_LOOPS_DIR is {folder}, which is not a folder; create it, or unset the variable")
+    return folder
+
+
+def _from_loop_folder(text: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get("folder")
+    return text if folder is None else str((folder / Path(text).expanduser()).resolve())
+
+
+def _model_from_loop_folder(text: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get("folder")
+    is_path = folder is not None and (text.startswith((".", "/", "~")) or (folder / text).is_dir())
+    return _from_loop_folder(text, info) if is_path else text  # else a Hugging Face id
+
+
+LoopPath = Annotated[str, AfterValidator(_from_loop_folder)]
+"""A path; absolute, or relative to the project, or in `FINETUNE_LOOPS_DIR` to the loop's own folder."""
 
 
 class Settings(BaseModel):
@@ -112,7 +142,7 @@ class FilesSource(SourceSettings):
     """JSONL, JSON, CSV or Parquet files of conversations."""
 
     kind: Literal["files"]
-    path: str = Field(description="A file or folder; relative to the project, or absolute.")
+    path: LoopPath = Field(description="A file or folder.")
     format: FileFormat = Field(default="auto", description="Format of the rows; auto tells it by their fields.")
     max_line_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer rows are skipped.")
 
@@ -121,7 +151,7 @@ class VaultSource(SourceSettings):
     """An Obsidian vault: a folder of Markdown notes."""
 
     kind: Literal["vault"]
-    path: str = Field(description="The vault's folder; relative to the project, or absolute.")
+    path: LoopPath = Field(description="The vault's folder.")
     tags: dict[str, str] = Field(
         default={"decision": "decision", "learning": "learning", "reflection": "reflection"},
         description="Tag -> kind of the notes and sections with that tag; of several tags, the first one here counts.",
@@ -166,7 +196,7 @@ class CodeSource(SourceSettings):
     """A repository of source code. The prompts ask for its classes and functions."""
 
     kind: Literal["code"]
-    path: str = Field(description="The repository's folder; relative to the project, or absolute.")
+    path: LoopPath = Field(description="The repository's folder.")
     languages: tuple[Literal["python", "javascript", "typescript", "go", "rust", "java", "c", "cpp"], ...] = Field(
         default=("python",), min_length=1, description="All but python need the extra `code`."
     )
@@ -185,8 +215,8 @@ class DocumentsSource(SourceSettings):
     """Meeting notes and requirements, with templates of the artifacts to make from them."""
 
     kind: Literal["documents"]
-    path: str = Field(description="Folder of .md and .txt documents; relative to the project, or absolute.")
-    templates: str = Field(description="Folder of templates, one for each kind of artifact.")
+    path: LoopPath = Field(description="Folder of .md and .txt documents.")
+    templates: LoopPath = Field(description="Folder of templates, one for each kind of artifact.")
     teacher: TeacherSettings | None = Field(
         default=None, description="Writes the artifacts; without one, the templates are filled."
     )
@@ -268,10 +298,8 @@ Source = Annotated[
 class IngestSettings(Settings):
     """Folders of the application's logs and of dropped files, and how they are ingested."""
 
-    folders: tuple[str, ...] = Field(
-        default=(), description="Folders of logs in addition to the drop folder; relative to the project."
-    )
-    drop_folder: str | None = Field(
+    folders: tuple[LoopPath, ...] = Field(default=(), description="Folders of logs in addition to the drop folder.")
+    drop_folder: LoopPath | None = Field(
         default=None, description="Folder for dropped logs and conversations; default $FINETUNE_HOME/inbox/<loop>."
     )
     default_reward: float = Field(
@@ -360,9 +388,9 @@ class CurationSettings(Settings):
         le=1,
         description="Jaccard similarity to a benchmark question from which an example is left out.",
     )
-    replay: str | None = Field(
+    replay: LoopPath | None = Field(
         default=None,
-        description="JSON lines of replay examples against catastrophic forgetting; relative to the project.",
+        description="JSON lines of replay examples against catastrophic forgetting.",
     )
     replay_ratio: float = Field(default=1.0, ge=0, description="Replay examples for each training example.")
 
@@ -631,12 +659,12 @@ class RegistrySettings(Settings):
 class EvaluationSettings(Settings):
     """The benchmark, and how models answer it."""
 
-    benchmark: str = Field(description="JSONL file of id, slice, prompt and expected answer; relative to the project.")
+    benchmark: LoopPath = Field(description="JSONL file of id, slice, prompt and expected answer.")
     metric: Literal["parameters", "rouge1", "exact"] = Field(
         default="parameters",
         description="What the gate counts: correct JSON parameters, words of a text (ROUGE-1 recall), exact matches.",
     )
-    compliance: str | None = Field(default=None, description="JSON file of compliance rules (JSON Schemas).")
+    compliance: LoopPath | None = Field(default=None, description="JSON file of compliance rules (JSON Schemas).")
     max_tokens: int = Field(default=256, ge=1, description="Maximum tokens of an answer.")
     context: int = Field(default=2048, ge=64, description="Maximum tokens of prompt and answer together.")
     parallel: int = Field(default=8, ge=1, le=64, description="Prompts decoded in parallel.")
@@ -696,11 +724,13 @@ class LoopSettings(Settings):
         default=None, description="Prefix of the asset keys; default: the name. An empty prefix gives bare keys."
     )
     description: str = Field(default="", description="One sentence on what the loop's model does.")
-    base_model: str = Field(description="Hugging Face model id, or a local folder relative to the project.")
+    base_model: Annotated[str, AfterValidator(_model_from_loop_folder)] = Field(
+        description="Hugging Face model id, or a local folder."
+    )
     system_prompt: str = Field(
         default="", description="System message of every prompt, in training, evaluation and serving."
     )
-    output_schema: str | None = Field(
+    output_schema: LoopPath | None = Field(
         default=None, description="JSON Schema file for the answers; without one, answers are free text."
     )
     sources: tuple[Source, ...] = Field(
@@ -837,7 +867,9 @@ def read_loop(path: Path) -> LoopSettings:
             raise SettingsError(
                 f"{path}: unknown top-level keys: {', '.join(unknown)}; move a loop's settings under `attributes`"
             )
-        return LoopSettings.model_validate(document.get("attributes") or {})
+        outside = loops_dir()
+        context = {"folder": path.resolve().parent} if outside and path.resolve().is_relative_to(outside) else None
+        return LoopSettings.model_validate(document.get("attributes") or {}, context=context)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML in UTF-8: {error}; correct it, then run again") from error
     except ValidationError as error:
@@ -857,40 +889,57 @@ def _names() -> dict[str, list[str]]:
     return names
 
 
-def load_loops(folder: Path = DEFS_FOLDER) -> dict[str, LoopSettings]:
-    """Return every loop declared under `folder` by name, ordered by folder name.
+def loop_folders() -> list[Path]:
+    """Return the folders whose `*/defs.yaml` declare loops: the package's `defs/`, and that of FINETUNE_LOOPS_DIR."""
+    outside = loops_dir()
+    return [DEFS_FOLDER, outside] if outside else [DEFS_FOLDER]
+
+
+def load_loops(folders: Sequence[Path] | None = None) -> dict[str, LoopSettings]:
+    """Return every declared loop by name, ordered by folder name.
+
+    Args:
+        folders: default: `loop_folders`.
 
     Raises:
         SettingsError: a file is invalid, or two loops have one name.
     """
     loops: dict[str, LoopSettings] = {}
-    for path in sorted(folder.glob("*/defs.yaml")):
-        if not _is_loop(path):
-            continue
-        loop = read_loop(path)
-        if loop.name in loops:
-            raise SettingsError(f"{path}: another loop is already named {loop.name!r}; give each loop its own name")
-        loops[loop.name] = loop
+    for folder in loop_folders() if folders is None else folders:
+        for path in sorted(folder.glob("*/defs.yaml")):
+            if _is_another_component(path):
+                continue
+            loop = read_loop(path)
+            if loop.name in loops:
+                raise SettingsError(f"{path}: another loop is already named {loop.name!r}; give each loop its own name")
+            loops[loop.name] = loop
     return loops
 
 
-def _is_loop(path: Path) -> bool:
-    # The folder may also hold shared resources and other components, which Dagster loads.
+def _is_another_component(path: Path) -> bool:
+    """Return whether a file declares a component of another package, which Dagster loads from the package's `defs/`.
+
+    A missing or misspelled type is not one: `read_loop` reports it.
+    """
+    if not path.is_relative_to(DEFS_FOLDER):
+        return False
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        return True  # read_loop reports what is wrong
-    return isinstance(document, dict) and document.get("type") == COMPONENT_TYPE
+        return False
+    kind = document.get("type") if isinstance(document, dict) else None
+    package = COMPONENT_TYPE.partition(".")[0]
+    return isinstance(kind, str) and not kind.startswith(f"{package}.") and "." in kind
 
 
-def load_loop(name: str, folder: Path = DEFS_FOLDER) -> LoopSettings:
+def load_loop(name: str) -> LoopSettings:
     """Return the loop of this name.
 
     Raises:
         SettingsError: there is no such loop; the message lists the existing ones.
     """
-    loops = load_loops(folder)
+    loops = load_loops()
     if name not in loops:
-        known = ", ".join(loops) or "none"
-        raise SettingsError(f"no loop is named {name!r}; {folder} declares: {known}")
+        known, folders = ", ".join(loops) or "none", " and ".join(map(str, loop_folders()))
+        raise SettingsError(f"no loop is named {name!r}; {folders} declares: {known}")
     return loops[name]

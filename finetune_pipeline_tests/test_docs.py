@@ -1,19 +1,18 @@
 """The commands, targets and files that the docs name exist."""
 
 import re
-import shutil
 
 import click
 import pytest
 import yaml
 
 from finetune_pipeline.cli.main import finetune
-from finetune_pipeline.settings import DEFS_FOLDER, PROJECT_ROOT, load_loops
+from finetune_pipeline.settings import PROJECT_ROOT, load_loops
 
 DOCUMENTS = [
     PROJECT_ROOT / "README.md",
     PROJECT_ROOT / "CONTRIBUTING.md",
-    *sorted((PROJECT_ROOT / "docs").glob("*.md")),
+    *sorted((PROJECT_ROOT / "docs").rglob("*.md")),
 ]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
 
@@ -49,12 +48,13 @@ def test_decisions_are_numbered_and_have_a_date_and_a_status():
     assert numbers == list(range(1, text.count("\n## ") + 1))
 
 
-def test_the_readmes_steps_to_a_second_loop_work(tmp_path):
-    defs = tmp_path / "defs"
-    shutil.copytree(DEFS_FOLDER, defs)
-    (defs / "meeting_notes").mkdir()
-    shutil.copy(PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml", defs / "meeting_notes")
-    assert list(load_loops(defs)) == ["aec_parser", "meeting_notes"]
+def test_the_readmes_steps_to_a_second_loop_work(monkeypatch):
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(PROJECT_ROOT / "examples"))
+    loops = load_loops()
+    assert list(loops) == ["aec_parser", "meeting_notes"]
+    second = loops["meeting_notes"]
+    for path in (second.base_model, second.log_folders[0], second.evaluation.benchmark):
+        assert (PROJECT_ROOT / path).exists()
 
 
 def test_the_workspace_names_the_code_location():

@@ -138,21 +138,69 @@ def test_a_malformed_file_among_the_loops_is_named(tmp_path, content):
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(SettingsError, match=r"broken/defs\.yaml is not YAML in UTF-8"):
-        load_loops(tmp_path)
+        load_loops([tmp_path])
 
 
-def test_other_dagster_components_are_ignored(tmp_path):
+def test_other_components_in_the_package_are_left_to_dagster(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune_pipeline.settings.DEFS_FOLDER", tmp_path)
     write(tmp_path, "resources", "type: dagster.SomethingElse\n")
-    assert load_loops(tmp_path) == {}
+    assert load_loops([tmp_path]) == {}
 
 
 def test_two_loops_cannot_have_the_same_name(tmp_path):
     write(tmp_path, "a", loop_yaml(YAML))
     write(tmp_path, "b", loop_yaml(YAML))
     with pytest.raises(SettingsError, match="another loop is already named 'notes'"):
-        load_loops(tmp_path)
+        load_loops([tmp_path])
 
 
 def test_an_unknown_loop_is_an_error_that_lists_the_declared_ones():
     with pytest.raises(SettingsError, match="declares: aec_parser"):
         load_loop("nobody")
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Return a folder of the user's own loops, with one loop in it."""
+    folder = tmp_path / "loops"
+    (folder / "notes" / "model").mkdir(parents=True)
+    text = loop_yaml(YAML + "ingest: {folders: [logs]}\nsources: [{kind: files, name: old, path: ../old.jsonl}]\n")
+    text = text.replace("base_model: some/model", "base_model: model")
+    (folder / "notes" / "defs.yaml").write_text(text)
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(folder))
+    return folder
+
+
+def test_loops_outside_the_package_are_read_with_paths_relative_to_their_yaml(outside):
+    assert list(load_loops()) == ["aec_parser", "notes"]
+    loop = load_loop("notes")
+    assert loop.base_model == str(outside / "notes" / "model")
+    assert loop.log_folders[0] == outside / "notes" / "logs"
+    assert loop.sources[0].path == str(outside / "old.jsonl")
+    assert load_loop("aec_parser").base_model == "data/starter_model"
+
+
+def test_a_hugging_face_id_is_no_path_in_a_loop_outside(outside):
+    path = outside / "notes" / "defs.yaml"
+    path.write_text(path.read_text().replace("base_model: model", "base_model: Qwen/Qwen2.5-0.5B-Instruct"))
+    assert load_loop("notes").base_model == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+@pytest.mark.parametrize("first", ["", "type: finetune_pipeline.FineTuneLoop\n", "type: another.Component\n", "- a\n"])
+def test_a_wrong_or_missing_type_outside_is_named(outside, first):
+    (outside / "notes" / "defs.yaml").write_text(first + ("" if first == "- a\n" else "attributes: {}\n"))
+    with pytest.raises(SettingsError, match=r"notes/defs\.yaml: expected `type: finetune_pipeline\.orchestration"):
+        load_loops()
+
+
+def test_a_loops_folder_that_does_not_exist_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(SettingsError, match=r"FINETUNE_LOOPS_DIR is .*nowhere, which is not a folder"):
+        load_loops()
+
+
+def test_two_loops_of_one_name_are_an_error_wherever_they_are(outside):
+    path = outside / "notes" / "defs.yaml"
+    path.write_text(path.read_text().replace("name: notes", "name: aec_parser", 1))
+    with pytest.raises(SettingsError, match="another loop is already named 'aec_parser'"):
+        load_loops()

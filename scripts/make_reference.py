@@ -25,13 +25,15 @@ SETTINGS_INTRO = """\
 
 Written by `scripts/make_reference.py` from [`finetune_pipeline/settings.py`](../../finetune_pipeline/settings.py).
 
-Settings stand under `attributes:` of a loop's `defs.yaml`. Unknown keys, values out of range and settings that
-contradict each other are errors. `{{ env.NAME }}` in a text stands for an environment variable. Editors complete and
-check the file with [`defs.schema.json`](../../finetune_pipeline/defs.schema.json), named in its first line:
+Settings stand under `attributes:` of a loop's `defs.yaml`. Unknown keys, values out of range and
+settings that contradict each other are errors. `{{ env.NAME }}` in a text stands for an environment
+variable. Editors complete and check the file with
+[`defs.schema.json`](../../finetune_pipeline/defs.schema.json), named in its first line:
 
     # yaml-language-server: $schema=<path to>/finetune_pipeline/defs.schema.json
 
-A setting without a default is required."""
+A setting without a default is required. Relative paths start at the folder of the file if it lies
+in `FINETUNE_LOOPS_DIR`, and at the project's folder if it lies in `finetune_pipeline/defs`."""
 
 CLI_INTRO = """\
 # Command-line reference

@@ -4,7 +4,7 @@ import getpass
 
 import click
 
-from finetune_pipeline.settings import DEFS_FOLDER, LoopSettings, SettingsError, load_loop, load_loops
+from finetune_pipeline.settings import LoopSettings, SettingsError, load_loop, load_loops, loop_folders
 
 
 def the_loop(name: str | None) -> LoopSettings:
@@ -17,7 +17,9 @@ def the_loop(name: str | None) -> LoopSettings:
         return load_loop(name)
     loops = load_loops()
     if not loops:
-        raise SettingsError(f"no loop is declared under {DEFS_FOLDER}; the README shows how to write one")
+        raise SettingsError(
+            f"no loop is declared under {' or '.join(map(str, loop_folders()))}; the README shows how to write one"
+        )
     if len(loops) != 1:
         raise SettingsError(f"several loops are declared; choose one with --loop: {', '.join(loops)}")
     return next(iter(loops.values()))

@@ -38,16 +38,20 @@ class FineTuneLoop(dg.Component):
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Return the loop's definitions."""
-        loop = self.settings
-        assets = [
-            raw_logs_asset(loop),
-            curated_dataset_asset(loop),
-            lora_adapter_asset(loop),
-            gguf_model_asset(loop),
-            eval_report_asset(loop),
-            promoted_model_asset(loop),
-        ]
-        checks = [curated_dataset_checks(loop), eval_report_checks(loop)]
-        return dg.Definitions.merge(
-            dg.Definitions(assets=assets, asset_checks=checks, resources=resources()), automation(loop)
-        )
+        return loop_definitions(self.settings)
+
+
+def loop_definitions(loop: LoopSettings) -> dg.Definitions:
+    """Return the assets, checks, job, sensor, schedules and resources of a loop."""
+    assets = [
+        raw_logs_asset(loop),
+        curated_dataset_asset(loop),
+        lora_adapter_asset(loop),
+        gguf_model_asset(loop),
+        eval_report_asset(loop),
+        promoted_model_asset(loop),
+    ]
+    checks = [curated_dataset_checks(loop), eval_report_checks(loop)]
+    return dg.Definitions.merge(
+        dg.Definitions(assets=assets, asset_checks=checks, resources=resources()), automation(loop)
+    )

@@ -4,10 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import click
 import dagster as dg
-from pydantic import BaseModel, Field
+import yaml
+from pydantic import BaseModel, Field, ValidationError
 
-from finetune_pipeline.settings import COMPONENT_TYPE, PROJECT_ROOT, read_loop
+from finetune_pipeline.settings import COMPONENT_TYPE, PROJECT_ROOT, LoopSettings
+from finetune_pipeline.validation_messages import error_message
 
 SCHEMA = PROJECT_ROOT / "finetune_pipeline" / "defs.schema.json"
 
@@ -69,7 +72,7 @@ class LoopScaffolder(dg.Scaffolder[LoopParams]):
         """Write both files into the new folder.
 
         Raises:
-            SettingsError: the folder's name cannot be a loop's name.
+            ClickException: the folder's name cannot be a loop's name; nothing is written.
         """
         folder = request.target_path
         benchmark = folder / "benchmark.jsonl"
@@ -82,11 +85,14 @@ class LoopScaffolder(dg.Scaffolder[LoopParams]):
             learning_rate="2.0e-3" if base_model == LoopParams().base_model else "2.0e-4",
             benchmark=os.path.relpath(benchmark, PROJECT_ROOT) if benchmark.is_relative_to(PROJECT_ROOT) else benchmark,
         )
+        try:
+            LoopSettings.model_validate(yaml.safe_load(text)["attributes"])
+        except ValidationError as error:
+            folder.rmdir()  # Dagster has just created it
+            raise click.ClickException(f"no loop can be named {folder.name!r}: {error_message(error)}") from error
         rows = [
             {"id": f"q{number}", "slice": "examples", "prompt": prompt, "expected": expected}
             for number, (prompt, expected) in enumerate(_QUESTIONS, start=1)
         ]
         benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        path = folder / "defs.yaml"
-        path.write_text(text, encoding="utf-8")
-        read_loop(path)  # for example, a name that no loop can have
+        (folder / "defs.yaml").write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import click
 import dagster as dg
 import pytest
 import yaml
@@ -114,9 +115,25 @@ def test_the_scaffolder_writes_a_loop_that_loads(tmp_path):
     assert set(edges(definitions(loop).resolve_asset_graph())) == {f"tickets/{stage}" for stage in STAGES}
 
 
+def test_the_scaffolder_refuses_a_name_that_no_loop_can_have(tmp_path):
+    folder = tmp_path / "My Tickets"
+    folder.mkdir()
+    request = dg.ScaffoldRequest("finetune_pipeline.orchestration.FineTuneLoop", folder, "yaml", None, LoopParams())
+    with pytest.raises(click.ClickException, match="no loop can be named 'My Tickets': name: found"):
+        LoopScaffolder().scaffold(request)
+    assert not folder.exists()
+
+
 def test_a_changed_setting_changes_the_code_version_of_its_asset(make_loop):
     def versions(loop):
         return {spec.key.path[-1]: spec.code_version for spec in definitions(loop).resolve_all_asset_specs()}
 
     before, after = versions(make_loop()), versions(make_loop(training={"num_train_epochs": 2, "max_length": 128}))
     assert [stage for stage in STAGES if before[stage] != after[stage]] == ["lora_adapter"]
+
+
+def test_dagster_loads_loops_outside_the_package(make_loop, tmp_path, monkeypatch):
+    make_loop()
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(tmp_path / "defs"))
+    keys = set(edges(defs().resolve_asset_graph()))
+    assert keys == {*STAGES, *(f"notes/{stage}" for stage in STAGES)}

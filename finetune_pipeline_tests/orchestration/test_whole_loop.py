@@ -53,7 +53,10 @@ class Loop:
 
     def write(self, **changes):
         document = yaml.safe_load(EXAMPLE.read_text())
-        document["attributes"].update(changes)
+        attributes = document["attributes"]
+        attributes |= {"base_model": "data/starter_model", "ingest": {"folders": [str(EXAMPLE.parent / "logs")]}}
+        attributes["evaluation"]["benchmark"] = str(EXAMPLE.parent / "benchmark.jsonl")
+        attributes |= changes
         (self.folder / "defs.yaml").write_text(yaml.safe_dump(document))
         (self.folder / "loop.py").write_text(DEFINITIONS.format(yaml=str(self.folder / "defs.yaml")))
         return read_loop(self.folder / "defs.yaml")
