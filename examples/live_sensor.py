@@ -79,7 +79,7 @@ def wait_for_quiet(instance: DagsterInstance, shown: set[int], judged: int) -> N
     """Wait until `judged` runs of the whole loop have ended and the newest tick starts none; print each new tick."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        ended = sum(run.is_finished and "finetune/series" in run.tags for run in instance.get_runs())
+        ended = sum(run.is_finished and "finetune/new_at_first_attempt" in run.tags for run in instance.get_runs())
         for state in instance.all_instigator_state():
             for tick in reversed(instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=20)):
                 text = tick.skip_reason or f"starts {tick.run_keys}"

@@ -65,7 +65,7 @@ class DatasetManifest(Manifest):
     )
     preference_pairs: int = Field(description="Rows of preference/ to train on.")
     desirable: int = Field(description="Desirable answers to train on, without replay.")
-    undesirable: int = Field(description="Undesirable answers to train on.")
+    undesirable: int = Field(description="Undesirable completions to train on.")
     watermark: int = Field(description="Last ingest offset of the snapshot that the dataset was built from.")
 
 

@@ -39,8 +39,8 @@ def feedback() -> None:
 @click.option("--prompt", required=True, help="The prompt.")
 @click.option("--output", required=True, help="The model's answer.")
 @click.option("--model", help="The model that answered: loop@version.")
-@click.option("--confidence", type=float, help="0 to 1.")
-@click.option("--validation-score", type=float, help="0 to 100.")
+@click.option("--confidence", type=float, help="The model's confidence in the answer, 0 to 1.")
+@click.option("--validation-score", type=float, help="Score of an automatic validation, 0 to 100.")
 @click.option("--user", metavar="NAME", help="Author of the prompt.")
 @click.option("--domain", help="Domain of the request.")
 @click.option("--kind", help="Kind of the request.")
@@ -78,14 +78,14 @@ def correct(interaction_id: str, text: str | None, file: Any, user: str | None, 
 
 @feedback.command()
 @click.argument("interaction_id", metavar="ID")
-@click.argument("value", type=click.Choice(["1", "2", "3", "4", "5", "gold", *_THUMBS]))
+@click.argument("value", metavar="VALUE", type=click.Choice(["1", "2", "3", "4", "5", "gold", *_THUMBS]))
 @click.option("--user", metavar="NAME", help="Author of the rating.")
 @_key_option
 @loop_option
 def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, key: str | None) -> None:
     """Rate the answer of the interaction ID.
 
-    VALUE is 1 to 5 stars, gold, up or down.
+    VALUE is 1 to 5 (stars), gold (an exemplary answer), up or down (thumbs).
     """
     with _client(loop) as client:
         if value in _THUMBS:

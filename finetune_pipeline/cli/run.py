@@ -39,7 +39,7 @@ def run(loop: LoopSettings, verbose: bool) -> None:
 
 @click.command()
 def demo() -> None:
-    """Run the default loop on the sample logs in a new home."""
+    """Run the default loop on the sample logs in a fresh home."""
     from finetune_pipeline.cli.ask import compare_with_base
 
     folder = home() / "demo"
@@ -59,9 +59,9 @@ def demo() -> None:
 
 @click.command()
 def env() -> None:
-    """Print exports for `dagster`: eval "$(finetune env)".
+    """Print shell exports for `dagster`: eval "$(finetune env)".
 
-    They make bare `dagster` commands use the home of `finetune`.
+    They make `dagster` use the same FINETUNE_HOME and DAGSTER_HOME as `finetune`.
     """
     prepared = environment()
     for name in ("FINETUNE_HOME", "DAGSTER_HOME"):

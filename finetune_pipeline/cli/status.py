@@ -10,7 +10,7 @@ from finetune_pipeline.wording import counted
 @click.command()
 @loop_option
 def status(loop: LoopSettings) -> None:
-    """Show what is stored, what waits, and the champion."""
+    """Show stored data, new examples and the champion."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.pipeline.status import loop_status
 

@@ -13,7 +13,7 @@ from finetune_pipeline.settings import PresetName, SettingsError, TrainingSettin
 
 @click.group()
 def train() -> None:
-    """Plan a training run: what fits a memory size."""
+    """Estimate memory and time of a training run."""
 
 
 @train.command()
@@ -30,7 +30,7 @@ def train() -> None:
 def plan(
     base: str | None, vram: float | None, preset: PresetName | None, loop: str | None, examples: int, length: int | None
 ) -> None:
-    """Show what fits a memory size, and the YAML for it.
+    """Show which settings fit in memory, and print their YAML.
 
     Lists adapter, batch, length, peak memory and time for each option, and how they were estimated.
     """

@@ -62,7 +62,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether an example may train, and if not, why."""
+    """The decision on whether an example may train, with the reason if not."""
 
     accepted: bool
     reason: str = "accepted"
@@ -170,10 +170,10 @@ _MIN_WORDS = 30
 
 
 def repeated_fraction(text: str) -> float:
-    """Return the fraction of a text (0 to 1, by characters) in runs of 10 words that occurred before.
+    """Return the fraction of a text (0 to 1, by characters) in word 10-grams that occurred before.
 
     This is one of the measures by which Rae et al. (2021, "Scaling Language Models: Methods, Analysis & Insights from
-    Training Gopher", table A1) filter pages, there for runs of 5 to 10 words. A text of fewer than 30 words has 0.
+    Training Gopher", table A1) filter pages, there for word 5-grams to 10-grams. A text of fewer than 30 words has 0.
     """
     if len(text) < 2 * _MIN_WORDS:
         return 0.0

@@ -212,7 +212,7 @@ def _select_replay(
 ) -> tuple[list[DatasetExample], Counter[str]]:
     """Return up to `count` replay examples, redacted, and what was redacted in them.
 
-    An example is passed over if the dataset has its prompt already, if it overlaps with the benchmark, or if its prompt
+    An example is skipped if the dataset has its prompt already, if it overlaps with the benchmark, or if its prompt
     belongs to the validation set: logged later, the prompt would be validated with after it was trained on.
 
     Args:

@@ -43,7 +43,7 @@ def dataset_card(
         "train": examples["train"] + summary.replayed,
         "validation": examples["validation"],
         "preference pairs (train)": summary.rows[PREFERENCE]["train"],
-        "undesirable answers (train)": summary.rows[UNPAIRED_PREFERENCE]["train"],
+        "undesirable completions (train)": summary.rows[UNPAIRED_PREFERENCE]["train"],
     }
     total = sum(summary.sources.values())
     sources = [(source, count, f"{count / total:.1%}") for source, count in sorted(summary.sources.items())]

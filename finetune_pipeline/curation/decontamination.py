@@ -1,4 +1,4 @@
-"""Overlap with the benchmark: exact Jaccard similarity of character shingles, and shared runs of words."""
+"""Overlap with the benchmark: exact Jaccard similarity of character shingles, and shared word n-grams."""
 
 import math
 import re
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from finetune_pipeline.records import normalize
 
 SHINGLE = 5  # characters
-RUN = 8  # words
+NGRAM = 8  # words
 MIN_QUESTION_WORDS = 4  # shorter questions are not looked for within other texts
-CONTAINED = 0.9  # fraction of the shorter text's runs
+CONTAINED = 0.9  # fraction of the shorter text's n-grams
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:[.,]\d+)?")  # CJK has no spaces
 
 
@@ -27,13 +27,13 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 class NearIndex:
-    """Finds texts of a small fixed set that another text is nearly the same as, contains, or is part of.
+    """Index of a small fixed set of texts, which finds near-duplicates of a text, and texts that contain or are in it.
 
     The set is small (a benchmark), so an inverted index gives the exact similarity. A sketch such as MinHash would miss
     some pairs, and one leaked question is too many.
 
-    A text contains another if 90 % of the 8-word runs of the shorter text are in the longer one. Other projects
-    decontaminate by runs of words too (13 words in GPT-3, Brown et al. 2020; 8 words, 70 % of them, in PaLM, Chowdhery
+    A text contains another if 90 % of the word 8-grams of the shorter text are in the longer one. Other projects
+    decontaminate by word n-grams too (13-grams in GPT-3, Brown et al. 2020; 8-grams, 70 % of them, in PaLM, Chowdhery
     et al. 2022). A text of the set with 4 to 7 words is contained where all its words stand in a row. Texts of the set
     with 1 to 3 words are contained in nothing, and other texts with fewer than 8 words are part of nothing, since short
     phrases occur everywhere.
@@ -43,13 +43,13 @@ class NearIndex:
         """Index texts by id."""
         words = {name: _words(text) for name, text in texts.items()}
         self._shingles = {name: shingles(text) for name, text in texts.items()}
-        self._runs = {name: runs for name, text in words.items() if (runs := _runs(text))}
+        self._ngrams = {name: ngrams for name, text in words.items() if (ngrams := _ngrams(text))}
         self._short: dict[str, list[list[str]]] = defaultdict(list)  # by their first word
         for text in words.values():
-            if MIN_QUESTION_WORDS <= len(text) < RUN:
+            if MIN_QUESTION_WORDS <= len(text) < NGRAM:
                 self._short[text[0]].append(text)
         self._with_shingle = _invert(self._shingles)
-        self._with_run = _invert(self._runs)
+        self._with_ngram = _invert(self._ngrams)
 
     def nearest(self, text: str) -> tuple[str, float] | None:
         """Return the id of the most similar text and its Jaccard similarity, or None if no shingle is shared."""
@@ -62,7 +62,7 @@ class NearIndex:
         return name, similarity
 
     def near(self, text: str, similarity: float) -> bool:
-        """Return True if a text is at least so similar: the answer of `nearest` in a fraction of its time.
+        """Return True if a text of the set has at least this similarity; faster than `nearest`.
 
         Two sets of that similarity share so many shingles that at least one of the rarest is among them, so only texts
         with one of those are compared (prefix filtering: Chaudhuri, Ganti and Kaushik 2006).
@@ -82,9 +82,9 @@ class NearIndex:
         for index, word in enumerate(words):
             if any(words[index : index + len(short)] == short for short in self._short.get(word, ())):
                 return True
-        runs = _runs(words)
-        shared = Counter(name for run in runs & self._with_run.keys() for name in self._with_run[run])
-        return any(n >= CONTAINED * min(len(runs), len(self._runs[name])) for name, n in shared.items())
+        ngrams = _ngrams(words)
+        shared = Counter(name for ngram in ngrams & self._with_ngram.keys() for name in self._with_ngram[ngram])
+        return any(n >= CONTAINED * min(len(ngrams), len(self._ngrams[name])) for name, n in shared.items())
 
 
 def _words(text: str) -> list[str]:
@@ -92,9 +92,9 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(normalize(text))
 
 
-def _runs(words: Sequence[str]) -> frozenset[str]:
-    """Return every run of 8 words."""
-    return frozenset([" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1)])
+def _ngrams(words: Sequence[str]) -> frozenset[str]:
+    """Return the word 8-grams."""
+    return frozenset([" ".join(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)])
 
 
 def _invert(sets: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:

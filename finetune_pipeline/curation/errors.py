@@ -2,4 +2,4 @@
 
 
 class CurationError(RuntimeError):
-    """A file or model that curation needs is missing or has another form; the message says what to do."""
+    """A file or model that curation needs is missing or has the wrong format; the message says what to do."""

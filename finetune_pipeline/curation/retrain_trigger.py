@@ -13,22 +13,22 @@ class Attempt:
     """An ended run on the data since the watermark.
 
     Attributes:
-        series: new examples when the first run of its series started. Runs are of one series until as many examples as
-            the trigger needs have arrived in addition.
+        new_at_first_attempt: number of new examples when the first run on this data started. Runs after it are its
+            retries until as many examples as the trigger needs have arrived in addition.
         ended: None if unknown.
     """
 
-    series: int
+    new_at_first_attempt: int
     ended: datetime | None
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """Whether to start a run now, why, and as which attempt of which series."""
+    """The decision to start a run now or not, with the reason and the attempt."""
 
     fire: bool
     reason: str
-    series: int = 0
+    new_at_first_attempt: int = 0
     attempt: int = 0
 
 
@@ -38,28 +38,28 @@ def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now
     Args:
         new: new high-reward examples since the last judged dataset.
         attempts: ended runs since then, oldest first; none of them was judged, or the watermark would have moved.
-        settings: the examples needed, the attempts of a series, and the wait between them.
+        settings: the examples needed, the attempts on the same data, and the wait between them.
         now: the current time.
     """
     needed, numbers = settings.new_examples, describe(new, settings)
     if new < needed:
         return Trigger(False, numbers)
-    series = [attempt for attempt in attempts if attempt.series == attempts[-1].series]
-    if not series or new >= series[-1].series + needed:
-        return Trigger(True, numbers, series=new, attempt=1)
-    rearmed_at = series[-1].series + needed
-    if len(series) >= settings.max_attempts:
+    if not attempts or new >= attempts[-1].new_at_first_attempt + needed:
+        return Trigger(True, numbers, new_at_first_attempt=new, attempt=1)
+    first = attempts[-1].new_at_first_attempt
+    tried = sum(attempt.new_at_first_attempt == first for attempt in attempts)
+    if tried >= settings.max_attempts:
         return Trigger(
             False,
-            f"{numbers}; {counted(len(series), 'run')} on them failed: look at the last one, fix the cause and launch "
-            f"the job by hand; the sensor starts one by itself at {rearmed_at} new examples",
+            f"{numbers}; {counted(tried, 'run')} on them failed: look at the last one, fix the cause and launch "
+            f"the job by hand; the sensor starts one by itself at {first + needed} new examples",
         )
-    ended = series[-1].ended
+    ended = attempts[-1].ended
     wait_until = ended + timedelta(minutes=settings.retry_after_minutes) if ended else now
     if now < wait_until:
-        attempt = f"attempt {len(series) + 1} of {settings.max_attempts}"
+        attempt = f"attempt {tried + 1} of {settings.max_attempts}"
         return Trigger(False, f"{numbers}; the last run failed, {attempt} starts at {wait_until:%H:%M}")
-    return Trigger(True, numbers, series=series[-1].series, attempt=len(series) + 1)
+    return Trigger(True, numbers, new_at_first_attempt=first, attempt=tried + 1)
 
 
 def describe(new: int, settings: TriggerSettings) -> str:

@@ -62,7 +62,7 @@ def _score_function(expected: Sequence[Any], metric: Metric, whole: Callable[[An
     Args:
         expected: the expected answers.
         metric: what counts as correct.
-        whole: the part that `exact` compares.
+        whole: the one part of an answer that `exact` compares.
     """
     if metric == "rouge1":
         return _rouge1_function(answer_text(one) for one in expected)
@@ -72,7 +72,8 @@ def _score_function(expected: Sequence[Any], metric: Metric, whole: Callable[[An
 
 
 def _rouge1_function(expected: Iterable[str]) -> ScoreFunction:
-    # The nth occurrence of a word is correct for each expected answer that has it n times and is longer than its index.
+    # The nth occurrence of a word counts for an expected answer that has the word at least n times and is longer than
+    # the index of the occurrence.
     lengths: dict[tuple[str, int], list[int]] = defaultdict(list)
     for text in expected:
         wanted = words(text)

@@ -37,7 +37,7 @@ class MetricRow:
 
     @property
     def better(self) -> bool | None:
-        """Whether the challenger is better; None if both are equal or one is unknown."""
+        """Return whether the challenger is better; None if both are equal or one is unknown."""
         if self.champion is None or self.challenger is None or self.champion == self.challenger:
             return None
         return (self.challenger > self.champion) == self.higher_is_better

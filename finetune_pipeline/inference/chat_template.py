@@ -53,7 +53,7 @@ class RenderedChat:
 
     @property
     def escaped(self) -> bool:
-        """Whether a message contains or completes a control token."""
+        """Return whether a message contains or completes a control token."""
         return len(self.segments) > 1
 
 

@@ -124,7 +124,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests can be answered."""
+        """Return whether requests can be answered."""
         return self._exit_error is None
 
     @property

@@ -217,12 +217,12 @@ class NativeModel:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the file asks that raw texts start with the beginning-of-sequence token."""
+        """Return whether the file asks that raw texts start with the beginning-of-sequence token."""
         return bool(llama_cpp.llama_vocab_get_add_bos(self.vocab))
 
     @property
     def strips_space(self) -> bool:
-        """Whether the tokenizer is SentencePiece with a dummy prefix: the first token then has an extra space."""
+        """Return whether the tokenizer is SentencePiece with a dummy prefix, an extra space before the first token."""
         prefix = self.metadata("tokenizer.ggml.add_space_prefix") or "true"
         return self.metadata("tokenizer.ggml.model") == "llama" and prefix == "true"
 

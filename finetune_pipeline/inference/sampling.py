@@ -20,7 +20,7 @@ class TokenSampler:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the next token is simply the most probable one, which numpy can find for a whole batch."""
+        """Return whether the next token is simply the most probable one, which numpy can find for a whole batch."""
         return self._matcher is None and self._sampler is None
 
     def sample(self, logits: NDArray[np.float32]) -> int:

@@ -94,12 +94,12 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to do now."""
+        """Return whether there is something to do now."""
         return bool(self._running) or self._next() is not None
 
     @property
     def empty(self) -> bool:
-        """Whether no request is running or queued."""
+        """Return whether no request is running or queued."""
         return not self._running and not self._queue
 
     def add(

@@ -19,7 +19,7 @@ from finetune_pipeline.wording import counted
 
 LOOP_TAG = "finetune/loop"
 WATERMARK_TAG = "finetune/watermark"
-SERIES_TAG = "finetune/series"
+FIRST_ATTEMPT_TAG = "finetune/new_at_first_attempt"
 FILES_TAG = "finetune/files"
 
 UNFINISHED = [
@@ -92,7 +92,7 @@ def next_run(loop: LoopSettings, database: Database, instance: dg.DagsterInstanc
     tags = {LOOP_TAG: loop.name, WATERMARK_TAG: str(watermark)}
     attempts = [
         Attempt(
-            series=int(record.dagster_run.tags[SERIES_TAG]),
+            new_at_first_attempt=int(record.dagster_run.tags[FIRST_ATTEMPT_TAG]),
             ended=datetime.fromtimestamp(record.end_time, UTC) if record.end_time else None,
         )
         for record in instance.get_run_records(dg.RunsFilter(tags=tags), ascending=True)
@@ -100,8 +100,8 @@ def next_run(loop: LoopSettings, database: Database, instance: dg.DagsterInstanc
     trigger = decide(count_new(loop, database, watermark, attempts), attempts, loop.trigger, now)
     if trigger.fire:  # whatever files are unread: the run reads them
         return dg.RunRequest(
-            run_key=f"{loop.name}:{watermark}:{trigger.series}:attempt{trigger.attempt}",
-            tags={**tags, SERIES_TAG: str(trigger.series)},
+            run_key=f"{loop.name}:{watermark}:{trigger.new_at_first_attempt}:attempt{trigger.attempt}",
+            tags={**tags, FIRST_ATTEMPT_TAG: str(trigger.new_at_first_attempt)},
         )
     with database.read() as connection:
         files = unread(connection, loop.name, loop.log_folders)

@@ -93,7 +93,8 @@ def gguf_model_results(loop: LoopSettings, checks: list[ModelCheck]) -> list[dg.
         description = metrics.get("error") or metrics.get("skipped")
         if "fraction" in metrics:
             description = (
-                f"{metrics['same']} of {metrics['total']} answers are the same ({metrics['fraction']:.0%}), at least "
+                f"{metrics['same']} of {metrics['total']} answers equal those of the unmerged adapter "
+                f"({metrics['fraction']:.0%}), at least "
                 f"{loop.export.min_agreement:.0%} needed"
             )
         results.append(

@@ -45,7 +45,7 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         context.log.info(
             f"{counted(manifest.train, 'training example')} ({manifest.replayed:,} replayed), "
             f"{manifest.validation:,} for validation, {counted(manifest.preference_pairs, 'preference pair')}, "
-            f"{counted(manifest.undesirable, 'undesirable answer')}; left out: {left_out or 'none'}"
+            f"{counted(manifest.undesirable, 'undesirable completion')}; left out: {left_out or 'none'}"
         )
         return materialized(artifact, _metadata(artifact))
 

@@ -142,7 +142,7 @@ def check_dataset(loop: LoopSettings, dataset: Artifact[DatasetManifest]) -> tup
     """
     content = inspect_dataset(dataset.path, loop_files.policy(loop))
     examples, needed = content.examples, loop.curation.min_examples
-    if loop.training.method in {"auto", "kto"}:  # these train on undesirable answers too
+    if loop.training.method in {"auto", "kto"}:  # these train on undesirable completions too
         examples += content.undesirable
     review = "; only examples that a reviewer approved train (finetune review)" if loop.review.required else ""
     remedy = "" if examples >= needed else "; log more feedback, or lower curation.min_examples"

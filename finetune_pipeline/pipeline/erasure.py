@@ -68,7 +68,7 @@ class ErasureResult:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of the person is left in the database, or on its way there."""
+        """Return whether nothing of the person is left in the database, or on its way there."""
         return not self.write_ahead_logs and not self.database_busy
 
 

@@ -86,7 +86,7 @@ def export_model(
             gguf = base_gguf.path / base_gguf.manifest.gguf
             exported = export_adapter(base, adapter_folder, gguf, folder, log, prompts)
             files = {"form": "adapter", "gguf": ADAPTER, "base_gguf_sha256": _sha256(base_gguf)}
-        log("check the model in the engine")
+        log("check the exported model in llama.cpp")
         checks = check_model(loop, base, exported)
         if exported.f16 != exported.gguf:
             exported.f16.unlink()  # it can be made again from the adapter

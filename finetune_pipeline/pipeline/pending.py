@@ -23,8 +23,8 @@ def count_new(loop: LoopSettings, database: Database, watermark: int, attempts: 
         watermark: count examples since this ingest offset.
         attempts: ended runs since the watermark.
     """
-    rearmed_at = attempts[-1].series + loop.trigger.new_examples if attempts else 0
-    limit = max(COUNT_LIMIT, 2 * loop.trigger.new_examples, rearmed_at)
+    next_trigger_at = attempts[-1].new_at_first_attempt + loop.trigger.new_examples if attempts else 0
+    limit = max(COUNT_LIMIT, 2 * loop.trigger.new_examples, next_trigger_at)
     policy = loop_files.policy(loop)
     seen: set[str] = set()
     with database.read() as connection:

@@ -35,12 +35,12 @@ class Access:
 
     @property
     def open(self) -> bool:
-        """Whether requests need no key."""
+        """Return whether requests need no key."""
         return self._loopback and not self._keys_exist
 
     @property
     def has_keys(self) -> bool:
-        """Whether a key is in use."""
+        """Return whether a key is in use."""
         return bool(self._callers)
 
     def refresh(self) -> None:

@@ -53,12 +53,12 @@ class LoadedModel:
 
     @property
     def is_remote(self) -> bool:
-        """Whether another server runs the model."""
+        """Return whether another server runs the model."""
         return isinstance(self.runner, RemoteModel)
 
     @property
     def alive(self) -> bool:
-        """Whether it can take requests."""
+        """Return whether it can take requests."""
         return isinstance(self.runner, RemoteModel) or self.runner.alive
 
     async def generate(self, request: GenerateRequest, on_delta: OnDelta | None) -> Completion:

@@ -117,7 +117,7 @@ class OpenLog:
 
     @property
     def inside_a_line(self) -> bool:
-        """Whether the last byte read is not the end of a line."""
+        """Return whether the last byte read is not the end of a line."""
         return self._last not in {b"", b"\n"}
 
     def skip_if_unchanged(self, offset: int, prefix_hash: str) -> bool:

@@ -9,7 +9,7 @@ _ADAPTER_SETTINGS = (
     "adapter", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "lora_config",
     "trainable_token_indices",
 )  # fmt: skip
-"""Settings that an adapter keeps: it cannot be warm-started with other ones."""
+"""Settings that must equal the champion's for a warm start."""
 
 
 def obstacle_to_warm_start(
@@ -20,7 +20,7 @@ def obstacle_to_warm_start(
     `settings` and `champion` are TrainingSettings as JSON values; the hashes are those of the base models.
     """
     if base_hash != champion_base:
-        return "its base model is another one"
+        return "its base model differs"
     if settings["method"] != champion.get("method"):  # the methods learn from different examples
         return f"it was trained by {champion.get('method')}, which learns from other examples than {settings['method']}"
     differing = [name for name in _ADAPTER_SETTINGS if settings[name] != champion.get(name)]

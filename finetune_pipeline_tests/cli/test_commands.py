@@ -204,7 +204,7 @@ def test_the_weights_of_a_base_model_are_downloaded_only_when_the_settings_will_
     assert "config.json" in wanted and not [name for name in wanted if "safetensors" in name]
 
 
-def test_a_plan_says_what_fits_how_it_was_reckoned_and_what_to_write():
+def test_a_plan_says_what_fits_how_it_was_estimated_and_what_to_write():
     output = run("train", "plan", "--base", "meta-llama/Llama-3.1-8B-Instruct", "--vram", "12")
     assert "8.03 billion parameters" in output
     for said in ("does not fit", "x 0.516 B (NF4)", "assumed, not measured", "  adapter: qlora", "  max_length: 1024"):

@@ -10,7 +10,7 @@ FILES = (
                                          "redaction", "select")),
     "refusals.py",
 )  # fmt: skip
-LAST = (9, "bb3159dd09ef9082")
+LAST = (9, "1698a5e8c1f0b4be")
 
 
 def test_changed_curation_has_another_code_version():

@@ -20,7 +20,7 @@ from finetune_pipeline.curation.dataset_files import (
     UNPAIRED_PREFERENCE,
     read_all,
 )
-from finetune_pipeline.curation.decontamination import RUN, NearIndex
+from finetune_pipeline.curation.decontamination import NGRAM, NearIndex
 from finetune_pipeline.curation.select import DUPLICATE, NEAR_DUPLICATE
 from finetune_pipeline.records import Example, normalize
 from finetune_pipeline.settings import CurationSettings
@@ -87,10 +87,10 @@ def leaks(draw):
     question = draw(st.sampled_from(list(QUESTIONS.values())))
     ways = [question, f"{draw(texts)} {question} {draw(texts)}"]
     words = question.split()
-    if len(words) > RUN:
+    if len(words) > NGRAM:
         place = draw(st.integers(0, len(question) - 1))
-        start = draw(st.integers(0, len(words) - RUN))
-        end = draw(st.integers(start + RUN, len(words)))
+        start = draw(st.integers(0, len(words) - NGRAM))
+        end = draw(st.integers(start + NGRAM, len(words)))
         ways += [question[:place] + "q" + question[place + 1 :], " ".join(words[start:end])]
     return draw(st.sampled_from([str, str.lower, str.upper, str.title]))(draw(st.sampled_from(ways)))
 

@@ -13,8 +13,8 @@ LONG_AGO = NOW - timedelta(hours=1)
 JUST_NOW = NOW - timedelta(minutes=1)
 
 
-def tried(*series, ended=LONG_AGO):
-    return [Attempt(number, ended) for number in series]
+def tried(*counts, ended=LONG_AGO):
+    return [Attempt(number, ended) for number in counts]
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,18 @@ def tried(*series, ended=LONG_AGO):
         (53, tried(50), True, "53 new high-reward examples, 50 needed"),  # again after the wait
         (53, tried(50, 50, 50), False, "3 runs on them failed"),  # gives up, and says so
         (99, tried(50, 50, 50), False, "starts one by itself at 100"),
-        (100, tried(50, 50, 50), True, "100 new high-reward examples, 50 needed"),  # another 50 start a new series
+        (
+            100,
+            tried(50, 50, 50),
+            True,
+            "100 new high-reward examples, 50 needed",
+        ),  # another 50 start a first attempt again
         (
             120,
             tried(50, 50, 50, 100),
             True,
             "120 new high-reward examples, 50 needed",
-        ),  # the second series has its own attempts
+        ),  # the data since then has its own attempts
         (149, tried(50, 50, 50, 100, 100, 100), False, "starts one by itself at 150"),
     ],
 )
@@ -49,6 +54,6 @@ def test_every_attempt_has_its_own_name():
     for new in (50, 51, 52, 110, 111, 160):
         trigger = decide(new, attempts, SETTINGS, NOW)
         if trigger.fire:
-            keys.add((trigger.series, trigger.attempt))
-            attempts = [*attempts, Attempt(trigger.series, LONG_AGO)]
+            keys.add((trigger.new_at_first_attempt, trigger.attempt))
+            attempts = [*attempts, Attempt(trigger.new_at_first_attempt, LONG_AGO)]
     assert keys == {(50, 1), (50, 2), (50, 3), (110, 1), (110, 2), (160, 1)}

@@ -10,7 +10,7 @@ import pytest
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.content_hash import content_hash
 from finetune_pipeline.feedback.store import mark_judged, newest_offset
-from finetune_pipeline.orchestration.automation import LOOP_TAG, SERIES_TAG, WATERMARK_TAG, next_run
+from finetune_pipeline.orchestration.automation import FIRST_ATTEMPT_TAG, LOOP_TAG, WATERMARK_TAG, next_run
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import ComparisonRecord
@@ -167,7 +167,7 @@ def test_a_failed_run_is_retried_up_to_max_attempts(loop, instance):
         later += timedelta(minutes=10)
         request = next_run(loop, connect(), instance, later)
         assert request.run_key == f"notes:0:12:attempt{attempt}"
-        assert request.tags == {LOOP_TAG: "notes", WATERMARK_TAG: "0", SERIES_TAG: "12"}
+        assert request.tags == {LOOP_TAG: "notes", WATERMARK_TAG: "0", FIRST_ATTEMPT_TAG: "12"}
         add_run(instance, loop, request, dg.DagsterRunStatus.FAILURE)
     gave_up = next_run(loop, connect(), instance, later + timedelta(minutes=10))
     assert (

@@ -11,7 +11,7 @@ def test_the_agreement_check_shows_its_numbers(make_loop):
     agreement = ModelCheck("agreement", True, {"fraction": 0.95, "same": 19, "total": 20, "offenders": []})
     crashed = ModelCheck("loads_and_answers", False, {"error": "EngineError: it crashed"})
     shown = [check.description for check in gguf_model_results(make_loop(), [agreement, crashed])]
-    assert shown[0].startswith("19 of 20 answers are the same (95%), at least ")
+    assert shown[0].startswith("19 of 20 answers equal those of the unmerged adapter (95%), at least ")
     assert shown[1] == "EngineError: it crashed"
 
 

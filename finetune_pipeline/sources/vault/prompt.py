@@ -25,7 +25,7 @@ class NoteName:
 
     @property
     def is_daily(self) -> bool:
-        """Whether the name is a date, with or without the day of the week."""
+        """Return whether the name is a date, with or without the day of the week."""
         return self.day is not None and not self.title
 
     @property

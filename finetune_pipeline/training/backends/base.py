@@ -14,7 +14,7 @@ from finetune_pipeline.training.job import JobConfig, TrainingError, TrainingRes
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can run on this machine."""
+    """The availability of a backend on this machine."""
 
     name: str  # peft, qlora (peft over 4-bit weights), unsloth or axolotl
     available: bool

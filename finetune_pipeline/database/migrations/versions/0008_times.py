@@ -1,4 +1,4 @@
-"""times in the future are put back to just after what had arrived before"""
+"""replace times in the future by the time just after the latest earlier event"""
 
 from datetime import UTC, datetime, timedelta
 
@@ -29,7 +29,7 @@ def upgrade() -> None:
         rows = [{'row': id, 'time': time} for name, id, time in repaired if name == table.name]
         if rows:
             connection.execute(table.update().where(table.c.id == sa.bindparam('row')).values(created_at=sa.bindparam('time')), rows)
-    # Whose feedback outranks whose may be another now; the next ingest works that out, since it knows the rewards.
+    # The ranking of feedback may have changed; the next ingest computes these examples again, since it knows the rewards.
     mark = examples.update().where(examples.c.interaction_id == sa.bindparam('row')).values(content_hash='')
     connection.execute(mark, [{'row': id} for id in sorted(affected)])
 
