@@ -50,7 +50,7 @@ def test_older_examples_of_the_missing_label_are_added():
             "b",
             "it was trained with other use_rslora, lora_config",
         ),
-        ({}, "c", "its base model is another one"),
+        ({}, "c", "its base model differs"),
         # The champion of SFT has not seen undesirable completions.
         ({"method": "kto"}, "b", "it was trained by sft, which learns from other examples than kto"),
     ],
