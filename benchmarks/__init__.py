@@ -1,1 +1,1 @@
-"""Benchmarks of docs/benchmarks.md: `make bench` runs them, `python -m benchmarks NAME` one of them."""
+"""Benchmarks of docs/reference/benchmarks.md: `make bench` runs them, `python -m benchmarks NAME` one of them."""

@@ -734,7 +734,7 @@ class LoopSettings(Settings):
         default=None, description="JSON Schema file for the answers; without one, answers are free text."
     )
     sources: tuple[Source, ...] = Field(
-        default=(), description="Declared sources in addition to the logs; see docs/sources.md."
+        default=(), description="Declared sources in addition to the logs; see docs/how-to/sources.md."
     )
     ingest: IngestSettings = IngestSettings()
     feedback: FeedbackSettings = FeedbackSettings()

@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md: which package may import which."""
+"""The layers of docs/explanation/architecture.md: which package may import which."""
 
 import ast
 import json

@@ -1,7 +1,7 @@
 """Words that do not come back: private terms of earlier versions, and British spelling beside American.
 
-The vocabulary is in docs/glossary.md and CONTRIBUTING.md. The test reads code, comments, docstrings, help texts, log
-lines, error messages and docs.
+The vocabulary is in docs/reference/glossary.md and CONTRIBUTING.md. The test reads code, comments, docstrings, help
+texts, log lines, error messages and docs.
 """
 
 import re

@@ -7,6 +7,7 @@ A test fails while a file differs from what this script writes.
 
 import inspect
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ HELP_WIDTH = 100
 SETTINGS_INTRO = """\
 # Settings reference
 
-Written by `scripts/make_reference.py` from [`finetune_pipeline/settings.py`](../../finetune_pipeline/settings.py).
+Written by `scripts/make_reference.py` from
+[`finetune_pipeline/settings.py`](../../finetune_pipeline/settings.py).
 
 Settings stand under `attributes:` of a loop's `defs.yaml`. Unknown keys, values out of range and
 settings that contradict each other are errors. `{{ env.NAME }}` in a text stands for an environment
@@ -38,8 +40,8 @@ in `FINETUNE_LOOPS_DIR`, and at the project's folder if it lies in `finetune_pip
 CLI_INTRO = """\
 # Command-line reference
 
-Written by `scripts/make_reference.py` from the commands' own `--help`. Exit codes: 0 success, 1 an error or a rejected
-challenger, 2 wrong usage, 130 Ctrl-C."""
+Written by `scripts/make_reference.py` from the commands' own `--help`. Exit codes: 0 success, 1 an
+error or a rejected challenger, 2 wrong usage, 130 Ctrl-C."""
 
 
 def defs_schema() -> dict[str, Any]:
@@ -74,13 +76,18 @@ def settings_page() -> str:
     names = {name for name, _ in sections}
     parts = [SETTINGS_INTRO, "## Top level", _table(LoopSettings, skip=names)]
     for name, section in sections:
-        parts += [f"## {name}", inspect.cleandoc(section.__doc__ or ""), _table(section)]
+        parts += [f"## {name}", _prose(section), _table(section)]
     schema = TypeAdapter(Source).json_schema()
     parts.append("## sources\n\nA list; `kind` says which settings an entry has.")
     for model in Source.__origin__.__args__:
         kind = schema["$defs"][model.__name__]["properties"]["kind"]["const"]
-        parts += [f"### kind: {kind}", inspect.cleandoc(model.__doc__ or ""), _table(model, skip={"kind"})]
+        parts += [f"### kind: {kind}", _prose(model), _table(model, skip={"kind"})]
     return "\n\n".join(parts) + "\n"
+
+
+def _prose(model: type[BaseModel]) -> str:
+    paragraphs = inspect.cleandoc(model.__doc__ or "").split("\n\n")
+    return "\n\n".join(textwrap.fill(paragraph, 100, break_on_hyphens=False) for paragraph in paragraphs)
 
 
 def _table(model: type[BaseModel], skip: set[str] = frozenset()) -> str:  # type: ignore[assignment]

@@ -2,7 +2,7 @@
 # Create .venv and install the versions pinned in constraints.txt. `make` runs this; a second run installs what is missing.
 #
 #   PYTHON           Python to use (3.11 or 3.12); default python3.11
-#   TORCH_INDEX_URL  package index for torch, to get a CPU-only or another CUDA build (see the README)
+#   TORCH_INDEX_URL  package index for torch, to get a CPU-only or another CUDA build (see docs/how-to/install.md)
 #   CMAKE_ARGS       options for compiling llama.cpp; default: portable, CPU only
 set -euo pipefail
 cd "$(dirname "$0")/.."

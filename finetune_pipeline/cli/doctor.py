@@ -94,7 +94,7 @@ def _gpu() -> Iterator[Finding]:
     import torch
 
     usable = torch.cuda.is_available()
-    remedy = "this torch has no CUDA; see 'Which torch' in the README"
+    remedy = "this torch has no CUDA; see docs/how-to/install.md"
     yield Finding("GPU", usable, result.stdout.strip() or result.stderr.strip(), remedy, needed=False)
 
 

@@ -132,8 +132,8 @@ def _no_interactions(loop: LoopSettings, sources: Sequence[SourceReport]) -> str
     if empty:
         message += f". Nothing usable came from {empty}"
     return (
-        f'{message}. Fix that, or put JSONL of {{"event": "interaction", ...}} lines there (see docs/feedback.md), '
-        "then materialize raw_logs again"
+        f'{message}. Fix that, or put JSONL of {{"event": "interaction", ...}} lines there '
+        "(see docs/how-to/feedback.md), then materialize raw_logs again"
     )
 
 

@@ -117,7 +117,7 @@ def read(
     if not templates:
         raise SourceError(
             f"{source.templates} contains no usable template: a .md file with `name` and `instruction` in its front "
-            "matter, and the form of the artifact below; see docs/sources-documents.md"
+            "matter, and the form of the artifact below; see docs/how-to/sources-documents.md"
         )
     tasks = _tasks(source, list(templates.values()), redact)
     if source.teacher is None:

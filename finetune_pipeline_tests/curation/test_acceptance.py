@@ -32,7 +32,7 @@ def example(**fields):
 
 
 FREE_TEXT = Policy(CurationSettings(), BENCHMARK, answer_validator(None))
-PROSE = (PROJECT_ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PROSE = (PROJECT_ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
 
 
 def said(text):

@@ -28,8 +28,8 @@ DIFFERENTLY_NAMED = {"r": "lora_r", "target_modules": "lora_target_modules"}
 
 
 def test_every_default_that_differs_from_the_library_is_documented():
-    page = (PROJECT_ROOT / "docs" / "training.md").read_text()
-    table = page[page.index("| setting | default |") : page.index("`warmup_steps`, `save_steps` and")]
+    page = (PROJECT_ROOT / "docs" / "explanation" / "training.md").read_text()
+    table = page[page.index("## Defaults") : page.index("## What the adapter may change")]
     ours = TrainingSettings()
     for config in CONFIGS:
         for field in dataclasses.fields(config):

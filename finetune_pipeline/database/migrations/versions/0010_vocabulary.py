@@ -1,4 +1,4 @@
-"""tables and columns take the names of the glossary (docs/glossary.md)"""
+"""tables and columns take the names of the glossary (docs/reference/glossary.md)"""
 
 import sqlalchemy as sa
 from alembic import op
