@@ -18,7 +18,8 @@ def the_loop(name: str | None) -> LoopSettings:
     loops = load_loops()
     if not loops:
         raise SettingsError(
-            f"no loop is declared under {' or '.join(map(str, loop_folders()))}; the README shows how to write one"
+            f"no loop is declared under {' or '.join(map(str, loop_folders()))}; "
+            "docs/how-to/declare-a-loop.md shows how to write one"
         )
     if len(loops) != 1:
         raise SettingsError(f"several loops are declared; choose one with --loop: {', '.join(loops)}")

@@ -43,7 +43,9 @@ def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
     logging.getLogger("finetune_pipeline.serving").setLevel(logging.INFO)
     loops = [load_loop(name) for name in names] or list(load_loops().values())
     if not loops:
-        raise SettingsError("No loop is declared, so there is nothing to serve; the README shows how to declare one.")
+        raise SettingsError(
+            "No loop is declared, so there is nothing to serve; docs/how-to/declare-a-loop.md shows how to declare one."
+        )
     database = connect()
     try:
         write_ahead_log_folder().mkdir(parents=True, exist_ok=True)
