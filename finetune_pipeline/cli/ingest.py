@@ -27,7 +27,7 @@ from finetune_pipeline.wording import counted
 def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> None:
     """Ingest FILES, or new files of the loop's folders.
 
-    Reads JSONL, JSON, CSV and Parquet: events of a log, and conversations in the formats of docs/how-to/sources.md.
+    Reads JSONL, JSON, CSV and Parquet: events of a log, and conversations in the formats of docs/reference/formats.md.
     """
     if form != "auto" and not files:
         raise click.UsageError(
