@@ -1,15 +1,11 @@
-"""Tiny models: stories260k if available, and a random Llama with the starter model's tokenizer."""
+"""Tiny models: a trained one, and a random Llama with the starter model's tokenizer."""
 
 import shutil
 
 import pytest
 
-from finetune_pipeline.settings import PROJECT_ROOT
-
+from ..stories import STORIES
 from ..training.conftest import random_model
-
-STORIES = PROJECT_ROOT.parent / "shared" / "data" / "stories260k"
-SNIPS = PROJECT_ROOT.parent / "shared" / "data" / "snips" / "raw"
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -19,16 +15,16 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def stories():
-    """Return a pretrained Llama of 260,032 parameters."""
-    if not (STORIES / "model.safetensors").exists():
-        pytest.skip(f"{STORIES} is not available")
-    return STORIES
+def stories(tmp_path_factory):
+    """Return a trained Llama of 3 layers as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("base") / "stories"
+    shutil.copytree(STORIES, folder, ignore=shutil.ignore_patterns("*.gguf", "checksums.json"))
+    return folder
 
 
 @pytest.fixture(scope="session")
 def chatty_stories(stories, tmp_path_factory):
-    """Return stories260k with a chat template, so that it can be trained."""
+    """Return the same with a chat template, so that it can be trained."""
     folder = tmp_path_factory.mktemp("base") / "stories"
     shutil.copytree(stories, folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -20,12 +20,8 @@ from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import JobConfig
 from finetune_pipeline.training.trainer import run_training
 
-from .conftest import SNIPS
+from ..stories import STORY, requests
 
-STORY = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
-    "big, red ball."
-)
 SAMPLES = [
     chat_messages("", "2 hr concrete wall, 200 mm, in Utah"),
     chat_messages("Answer in JSON.", "U-factor 0.30 window   with  spaces\nand a second line"),
@@ -59,8 +55,8 @@ def test_rows_that_do_not_fit_a_block_keep_a_larger_type(stories, tmp_path):
     for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_0"):
         quantize(full, tmp_path / f"{kind}.gguf", kind)
         types = tensor_types(tmp_path / f"{kind}.gguf")
-        assert types["F16"] == 5  # the five down projections, 172 wide
-        assert sum(types.values()) == 36
+        assert types["F16"] == 3  # the three down projections, 108 wide
+        assert sum(types.values()) == 22
 
 
 def test_f16_needs_one_file_with_the_tokens_of_training(random_base, tmp_path):
@@ -85,22 +81,12 @@ def test_a_changed_tokenizer_fails_the_parity_check(random_base, tmp_path):
     assert first.found != first.expected
 
 
-def snips_rows(count):
-    """Return requests and playlist names from SNIPS, with only characters known to stories260k."""
-    path = SNIPS / "AddToPlaylist" / "train_AddToPlaylist_full.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not available")
-    items = json.loads(path.read_text(encoding="utf-8"))["AddToPlaylist"][:count]
-    texts = ["".join(piece["text"] for piece in item["data"]).strip() for item in items]
-    return [{"prompt": text, "history": [], "completion": f"Add to playlist {text.split()[-1]}."} for text in texts]
-
-
 @pytest.fixture(scope="module")
 def adapter(chatty_stories, tmp_path_factory):
     from datasets import Dataset, DatasetDict
 
     folder = tmp_path_factory.mktemp("trained")
-    DatasetDict(train=Dataset.from_list(snips_rows(64))).save_to_disk(folder / "dataset")
+    DatasetDict(train=Dataset.from_list(requests(64))).save_to_disk(folder / "dataset")
     settings = TrainingSettings(num_train_epochs=5, per_device_train_batch_size=16, learning_rate=1e-2)
     job = JobConfig(base_model=chatty_stories, dataset=folder / "dataset", output=folder / "out", settings=settings)
     job.output.mkdir()
@@ -127,7 +113,7 @@ def greedy(folder, prompts):
 def test_llama_cpp_and_transformers_give_the_same_answers(chatty_stories, adapter, tmp_path):
     merge(chatty_stories, adapter, tmp_path / "merged")
     steps = []
-    prompts = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
+    prompts = [chat_messages("", row["prompt"]) for row in requests(76)[64:]]
     model = export(chatty_stories, adapter, tmp_path / "out", "Q8_0", steps.append, ReferencePrompts(prompts, 24))
     assert steps == ["merge", "convert", "quantize"]
     expected = greedy(tmp_path / "merged", prompts)
@@ -176,17 +162,17 @@ def _name(gguf):
 def test_an_adapter_applied_to_the_base_answers_as_merged(chatty_stories, adapter, tmp_path):
     base = export(chatty_stories, None, tmp_path / "base", "F16")
     steps = []
-    chats = [chat_messages("", row["prompt"]) for row in snips_rows(76)[64:]]
+    chats = [chat_messages("", row["prompt"]) for row in requests(76)[64:]]
     out = tmp_path / "out"
     exported = export_adapter(chatty_stories, adapter, base.gguf, out, steps.append, ReferencePrompts(chats, 24))
     assert steps == ["generate reference answers", "convert the adapter"]
     assert {path.name for path in out.iterdir()} == {"adapter.gguf"}
     assert exported.gguf == exported.f16 == base.gguf
-    requests = [GenerateRequest(messages=messages, max_tokens=24) for messages in chats]
+    asked = [GenerateRequest(messages=messages, max_tokens=24) for messages in chats]
 
     def answers(spec):
         with Engine(spec) as engine:
-            return [answer.text for answer in engine.generate(requests)]
+            return [answer.text for answer in engine.generate(asked)]
 
     served = answers(ModelSpec(gguf=exported.gguf, adapter=exported.adapter, context=256))
     assert compare_answers(exported.reference, served).fraction >= 11 / 12
@@ -213,7 +199,7 @@ def test_a_qlora_adapter_is_merged_into_the_full_weights(chatty_stories, tmp_pat
     from datasets import Dataset, DatasetDict
     from safetensors.torch import load_file
 
-    DatasetDict(train=Dataset.from_list(snips_rows(32))).save_to_disk(tmp_path / "dataset")
+    DatasetDict(train=Dataset.from_list(requests(32))).save_to_disk(tmp_path / "dataset")
     settings = TrainingSettings(
         adapter="qlora", num_train_epochs=2, per_device_train_batch_size=16, learning_rate=1e-2, lora_r=4, lora_alpha=8
     )
@@ -230,4 +216,4 @@ def test_a_qlora_adapter_is_merged_into_the_full_weights(chatty_stories, tmp_pat
             expected = base[name] + 2.0 * adapter[f"{lora}B.weight"] @ adapter[f"{lora}A.weight"]
             assert (weights - expected).abs().max() < 1e-4  # rounding to 4 bits would be off by 1e-2
             changed += 1
-    assert changed == 5 * 7
+    assert changed == 3 * 7

@@ -1,7 +1,6 @@
 """LoRA adapters generate as in transformers, and are swapped without a restart."""
 
 import threading
-import time
 from concurrent.futures import CancelledError
 
 import psutil
@@ -13,6 +12,8 @@ from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.adapters import write_adapter
 from finetune_pipeline_tests.inference.conftest import run_converter
+from finetune_pipeline_tests.stories import STORIES, STORIES_GGUF
+from finetune_pipeline_tests.waiting import wait_until
 
 STARTER = PROJECT_ROOT / "data" / "starter_model"
 PROMPTS = ["a brick wall", "two doors, 900 mm wide", "concrete slab 200 mm", "a window in the north wall"]
@@ -91,16 +92,13 @@ def test_under_load_every_completion_is_generated_with_one_adapter(starter, alon
         clients = [threading.Thread(target=client, args=(engine,)) for _ in range(8)]
         for thread in clients:
             thread.start()
-        seconds = []
         for number in range(SWAPS):
-            time.sleep(0.02)
-            began = time.monotonic()
+            before = len(found)
+            wait_until(lambda before=before: len(found) > before)
             engine.swap_adapter(starter[("one", "two", None)[number % 3]]).result(60)
-            seconds.append(time.monotonic() - began)
         stop.set()
         for thread in clients:
             thread.join()
-    print(f"{len(found)} answers; a swap under load took {max(seconds) * 1000:.0f} ms at most")
     assert len(found) > SWAPS
     assert all(answer in possible[index] for index, answer in found)
     assert {answer for index, answer in found if index == 0} == possible[0]  # all three were used
@@ -153,28 +151,26 @@ def test_the_previous_adapter_is_freed(starter, tmp_path):
     assert kept < 50 * large.stat().st_size  # instead of 100; the allocator keeps about 12
 
 
-def test_an_adapter_generates_as_in_transformers(stories_folder, stories_gguf, stories, tmp_path):
+def test_an_adapter_generates_as_in_transformers(stories, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(stories_folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(base, config).eval()
     for name, weights in adapted.named_parameters():
         if "lora_B" in name:  # strong enough to change the story, too weak to leave only noise
-            torch.nn.init.normal_(weights, std=0.05)
+            torch.nn.init.normal_(weights, std=0.15)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = adapted.generate(input_ids=torch.tensor([[1]]), max_new_tokens=30, do_sample=False, eos_token_id=2)[
         0, 1:
     ]
-    run_converter(
-        "convert_lora_to_gguf.py", tmp_path / "adapter", "--base", stories_folder, "--outfile", tmp_path / "a.gguf"
-    )
+    run_converter("convert_lora_to_gguf.py", tmp_path / "adapter", "--base", STORIES, "--outfile", tmp_path / "a.gguf")
 
     request = GenerateRequest(prompt="", max_tokens=30)
-    with Engine(ModelSpec(gguf=stories_gguf, adapter=tmp_path / "a.gguf", context=128, parallel=2)) as engine:
+    with Engine(ModelSpec(gguf=STORIES_GGUF, adapter=tmp_path / "a.gguf", context=128, parallel=2)) as engine:
         [found] = engine.generate([request])
     assert found.token_ids == expected.tolist()
     assert found.token_ids != stories.generate([request])[0].token_ids

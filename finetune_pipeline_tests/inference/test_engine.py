@@ -18,11 +18,9 @@ from finetune_pipeline.inference.engine import Engine, child_environment
 from finetune_pipeline.inference.errors import EngineClosed, EngineCrashed, EngineStuck, ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.probe import probe_engine, write_tiny_gguf
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
+from finetune_pipeline_tests.stories import STORIES, STORY
+from finetune_pipeline_tests.waiting import wait_until
 
-STORY = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
-    "big, red ball."
-)
 STARTS = [
     "Once upon a time",
     "Lily",
@@ -46,28 +44,25 @@ def ask(prompt="", max_tokens=40, **fields):
     return GenerateRequest(prompt=prompt, max_tokens=max_tokens, **fields)
 
 
-def wait_until_gone(pid, seconds=10.0):
-    end = time.monotonic() + seconds
+def is_gone(pid):
     try:
-        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < end, f"process {pid} still runs after {seconds} s"
-            time.sleep(0.02)
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        pass
+        return True
 
 
 # ---- completions
 
 
 def test_a_trained_model_generates_its_known_story(stories):
-    [story] = stories.generate([ask(max_tokens=60)])
+    [story] = stories.generate([ask(max_tokens=50)])
     assert story.text.strip().startswith(STORY)
-    assert (story.prompt_tokens, story.completion_tokens, story.finish_reason) == (1, 60, "length")
+    assert (story.prompt_tokens, story.completion_tokens, story.finish_reason) == (1, 50, "length")
 
 
 def test_info_describes_the_model_and_the_build(stories):
     info = stories.info
-    assert (info.n_params, info.n_vocab, info.context_train, info.context) == (260_032, 512, 512, 256)
+    assert (info.n_params, info.n_vocab, info.context_train, info.context) == (132_288, 512, 512, 256)
     assert "llama-cpp-python" in info.build
 
 
@@ -107,11 +102,11 @@ def test_the_same_seed_samples_the_same_completion(stories):
 
 
 def test_without_a_seed_every_completion_returns_a_random_one(stories):
-    request = ask("Lily", temperature=1.0)
+    request = ask("Lily", temperature=2.0)
     answers = [stories.generate([request])[0] for _ in range(4)]  # one at a time, as below
     assert len({answer.seed for answer in answers}) == len({answer.text for answer in answers}) == 4
     for answer in answers:
-        [again] = stories.generate([ask("Lily", temperature=1.0, seed=answer.seed)])
+        [again] = stories.generate([ask("Lily", temperature=2.0, seed=answer.seed)])
         assert (again.text, again.seed) == (answer.text, answer.seed)
     assert [answer.seed for answer in stories.generate([ask("Lily"), ask("Lily", seed=5)])] == [None, None]
 
@@ -170,8 +165,8 @@ def test_cancelling_a_request_frees_its_slot(tiny):
 
 
 def test_a_completion_ends_before_a_stop_text(stories):
-    [answer] = stories.generate([ask(max_tokens=60, stop=(" in the park", "never"))])
-    assert answer.text.strip() == "Once upon a time, there was a little girl named Lily. She loved to play outside"
+    [answer] = stories.generate([ask(max_tokens=60, stop=(" near the park", "never"))])
+    assert answer.text.strip() == STORY.partition(" near the park")[0]
     assert answer.finish_reason == "stop"
 
 
@@ -241,11 +236,11 @@ def test_add_bos_token_applies_to_raw_prompts_only(tmp_path):
         assert raw.prompt_tokens == given.prompt_tokens == 2
 
 
-def test_token_ids_are_those_of_transformers(stories, stories_folder):
+def test_token_ids_are_those_of_transformers(stories):
     from transformers import AutoTokenizer
 
-    messages = [{"role": "user", "content": "Once upon a time, Lily saw a big red ball."}]
-    tokenizer = AutoTokenizer.from_pretrained(stories_folder)
+    messages = [{"role": "user", "content": "Once upon a time, Lily found a big red ball."}]
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
     expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
     assert stories.render(messages) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert stories.tokenize(stories.render(messages)) == list(expected["input_ids"])
@@ -379,22 +374,23 @@ def test_closing_frees_the_memory_and_fails_pending_requests(tiny_gguf):
 
 def test_the_child_dies_with_its_parent(tiny_gguf):
     script = (
-        "import sys, time; from pathlib import Path; from finetune_pipeline.inference.engine import Engine;"
+        "import signal, sys; from pathlib import Path; from finetune_pipeline.inference.engine import Engine;"
         "from finetune_pipeline.inference.protocol import ModelSpec;"
-        "engine = Engine(ModelSpec(gguf=Path(sys.argv[1]))); print(engine.pid, flush=True); time.sleep(60)"
+        "engine = Engine(ModelSpec(gguf=Path(sys.argv[1]))); print(engine.pid, flush=True); signal.pause()"
     )
     command = [sys.executable, "-c", script, str(tiny_gguf)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment()) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
-    wait_until_gone(child)
+    wait_until(lambda: is_gone(child))
 
 
 def test_an_engine_outlives_the_thread_that_opened_it(tiny_gguf):
     with ThreadPoolExecutor(1) as thread:
+        opener = thread.submit(threading.get_native_id).result()
         engine = thread.submit(Engine, ModelSpec(gguf=tiny_gguf, context=64, parallel=1)).result()
     with engine:
-        time.sleep(0.2)
+        wait_until(lambda: opener not in {one.id for one in psutil.Process().threads()})
         assert engine.generate([ask("a", max_tokens=1)])
 
 
@@ -474,7 +470,7 @@ def test_a_stuck_process_is_killed_and_its_schema_refused(tiny_gguf):
             with_schema.result(20)
         with pytest.raises(EngineStuck, match="made no progress for 1 s"):
             plain.result(20)
-        wait_until_gone(engine.pid)
+        wait_until(lambda: is_gone(engine.pid))
         assert not engine.alive and isinstance(engine.exit_error, EngineStuck)
 
 
@@ -490,7 +486,7 @@ def test_an_idle_or_slow_process_is_not_killed(tiny_gguf):
     with Engine(ModelSpec(gguf=tiny_gguf, context=2048, parallel=1, stuck_seconds=1.5)) as engine:
         pid = engine.pid
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(2.5)  # without requests it cannot be stuck
+        time.sleep(2.5)  # longer than stuck_seconds, but without requests it cannot be stuck
         os.kill(pid, signal.SIGCONT)
         queued = [engine.submit(ask("a", 1500)) for _ in range(6)]  # the last one waits for a long time
         assert queued[-1].result(120).completion_tokens and engine.alive
