@@ -4,20 +4,16 @@ import datetime
 import enum
 import json
 import re
-import subprocess
-import sys
 import tarfile
 import threading
 import uuid
 from decimal import Decimal
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import llguidance
 import pydantic
 import pytest
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from finetune_pipeline.inference import json_schema
@@ -615,22 +611,17 @@ def test_a_byte_that_the_vocabulary_lacks_is_refused():
 # ---- the official test suite
 
 
+SUITE = PROJECT_ROOT / "finetune_pipeline_tests" / "data" / "json_schema_test_suite.tar.xz"
+"""The folder json/tests of jsonschema 4.26.0's source package, without draft 3 and the next draft; MIT license."""
+
+
 @pytest.fixture(scope="session")
-def suite(pytestconfig):
-    """Return the folder of JSON Schema's official test suite, from jsonschema's source package."""
-    folder = Path(pytestconfig.cache.mkdir("json_schema_test_suite"))
-    name = f"jsonschema-{version('jsonschema')}"
-    with FileLock(folder / "lock"):
-        if not (folder / name).exists():
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "jsonschema"]
-            done = subprocess.run(
-                [*command, name.replace("-", "=="), "-d", str(folder)], capture_output=True, text=True, timeout=120
-            )
-            if done.returncode:
-                pytest.skip(f"the test suite cannot be downloaded: {done.stderr[-300:]}")
-            with tarfile.open(folder / f"{name}.tar.gz") as archive:
-                archive.extractall(folder, filter="data")
-    return folder / name / "json" / "tests"
+def suite(tmp_path_factory):
+    """Return the folder of JSON Schema's official test suite."""
+    folder = tmp_path_factory.mktemp("json_schema_test_suite")
+    with tarfile.open(SUITE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "tests"
 
 
 NOT_WRITTEN = {
