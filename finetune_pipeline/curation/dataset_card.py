@@ -15,6 +15,8 @@ from finetune_pipeline.curation.dataset_files import (
 )
 from finetune_pipeline.markdown_table import cell, markdown_table
 
+SAMPLE_HEADING = "## Sample"
+"""Heading of the last section, the only one with prompts and completions."""
 SAMPLE_ROWS = 20  # or one for each source, if there are more sources
 SAMPLE_ROWS_OF_SOURCE = 2
 _MAX_CHARS = 400
@@ -57,7 +59,7 @@ def dataset_card(
             "were replaced by placeholders before anything was written.",
             "## Sources",
             markdown_table(["source", "examples", "fraction"], sources, "lrr"),
-            f"Where each example came from: [{PROVENANCE_FILE}]({PROVENANCE_FILE}).",
+            f"`{PROVENANCE_FILE}` says where each example came from.",
             "## Splits",
             markdown_table(["part", "rows"], rows.items()),
             "## Left out, and why",
@@ -70,7 +72,7 @@ def dataset_card(
             markdown_table(["input", "hash or version"], {**inputs, "events up to": watermark}.items()),
             "## Built with",
             markdown_table(["package", "version"], packages.items()),
-            "## Sample",
+            SAMPLE_HEADING,
             "\n".join(["```json", *lines, "```"]) + "\n",
         ]
     )

@@ -10,6 +10,7 @@ import dagster as dg
 
 from finetune_pipeline.evaluation.report import JSON, ReportFindings, findings_of_report
 from finetune_pipeline.manifests import DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
+from finetune_pipeline.orchestration.resources import percent
 from finetune_pipeline.pipeline.build_dataset import check_and_record
 from finetune_pipeline.pipeline.export import ModelCheck
 from finetune_pipeline.pipeline.snapshot import CollectedLogs
@@ -64,12 +65,12 @@ def raw_logs_results(loop: LoopSettings, logs: CollectedLogs) -> list[dg.AssetCh
             passed=fraction <= loop.ingest.max_rejected_fraction and not ingested.unreadable,
             severity=dg.AssetCheckSeverity.WARN,
             metadata={
-                "rejected": read.rejected,
+                "rejected lines (%)": percent(fraction),
+                "rejected lines": read.rejected,
                 "lines": read.lines,
                 "files": read.files,
-                "rejected_fraction": fraction,
-                "files_with_unfinished_last_line": read.unfinished,
-                "id_conflicts": ingested.conflicts,
+                "files with an unfinished last line": read.unfinished,
+                "id conflicts": ingested.conflicts,
                 "conflicts": ingested.conflicting,
                 "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in logs.rejected)],
             },
@@ -89,14 +90,15 @@ def gguf_model_results(loop: LoopSettings, checks: list[ModelCheck]) -> list[dg.
     results = []
     for check in checks:
         blocking = check.name in GgufManifest.blocking_checks
-        metrics = check.metrics
+        metrics = dict(check.metrics)
         description = metrics.get("error") or metrics.get("skipped")
         if "fraction" in metrics:
+            fraction = metrics.pop("fraction")
             description = (
                 f"{metrics['same']} of {metrics['total']} answers equal those of the unmerged adapter "
-                f"({metrics['fraction']:.0%}), at least "
-                f"{loop.export.min_agreement:.0%} needed"
+                f"({fraction:.0%}), at least {loop.export.min_agreement:.0%} needed"
             )
+            metrics = {"agreement (%)": percent(fraction), **metrics}
         results.append(
             dg.AssetCheckResult(
                 check_name=check.name,
@@ -147,13 +149,13 @@ def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, 
             severity=dg.AssetCheckSeverity.ERROR if rejects else dg.AssetCheckSeverity.WARN,
             description=verdict.reason,
             metadata={
-                "correct_challenger": verdict.challenger_correct,
-                "correct_champion": verdict.champion_correct,
-                "required_correct": verdict.required_correct,
-                "total": verdict.total,
-                "minimum_correct": verdict.minimum_correct,
-                "valid": verdict.valid,
-                "answers": verdict.answers,
+                "correct, challenger": verdict.challenger_correct,
+                "correct, champion": verdict.champion_correct,
+                "correct, required": verdict.required_correct,
+                "correct, possible": verdict.total,
+                "correct, minimum": verdict.minimum_correct,
+                "valid answers, challenger": verdict.valid,
+                "answers, challenger": verdict.answers,
             },
         ),
         "significance": dg.AssetCheckResult(
@@ -162,7 +164,7 @@ def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, 
             severity=dg.AssetCheckSeverity.WARN,
             description=f"p = {significance.p_value:.2g} ({significance.method}), at most "
             f"{loop.gate.significance_level:g} allowed",
-            metadata={"p_value": float(significance.p_value), "method": significance.method},
+            metadata={"p-value": float(f"{significance.p_value:.2g}"), "method": significance.method},
         ),
         "no_slice_regressed": dg.AssetCheckResult(
             check_name="no_slice_regressed",
@@ -171,7 +173,7 @@ def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, 
             description=f"{len(found.regressed)} of {len(changes)} slices regressed"
             + (f"; worst slice: {worst} {changes[worst]:+.1%}" if worst else ""),
             metadata={
-                "regressed": list(found.regressed),
+                "regressed slices": list(found.regressed),
                 "changes": {name: f"{points:+.1%}" for name, points in changes.items()},
             },
         ),

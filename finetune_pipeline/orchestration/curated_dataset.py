@@ -7,7 +7,8 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.curation.acceptance import CONFLICT
-from finetune_pipeline.curation.dataset_files import DATASET_CARD, PROVENANCE_FILE, first_provenances
+from finetune_pipeline.curation.dataset_card import SAMPLE_HEADING
+from finetune_pipeline.curation.dataset_files import DATASET_CARD, first_provenances
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.resources import loop_asset, materialized
@@ -56,27 +57,26 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
     provenances = first_provenances(artifact.path, manifest.sources, PROVENANCES_SHOWN)
     first = [(source, provenance) for source, found in provenances.items() for provenance in found]
+    # The sample at the end of the card is personal text, which must not enter Dagster's database.
+    card = (artifact.path / DATASET_CARD).read_text(encoding="utf-8").partition(f"\n{SAMPLE_HEADING}\n")[0]
     return {
-        "train": manifest.train,
-        "validation": manifest.validation,
-        "replayed": manifest.replayed,
-        "examples": manifest.train + manifest.validation - manifest.replayed,
-        "preference_pairs": manifest.preference_pairs,
-        "desirable": manifest.desirable,
-        "undesirable": manifest.undesirable,
+        "training examples": manifest.train,
+        "validation examples": manifest.validation,
+        "replay examples": manifest.replayed,
+        "preference pairs": manifest.preference_pairs,
+        "left out": sum(manifest.left_out.values()),
+        "redacted values": sum(manifest.redacted.values()),
+        "dagster/row_count": manifest.train + manifest.validation,
+        "card": dg.MetadataValue.md(card),
+        "desirable answers": manifest.desirable,
+        "undesirable answers": manifest.undesirable,
         "sources": _table(["source", "examples"], manifest.sources.items()),
-        "provenance": dg.MetadataValue.path(artifact.path / PROVENANCE_FILE),
-        "provenance_sample": _table(["source", "provenance"], first),
-        "left_out": sum(manifest.left_out.values()),
-        "left_out_reasons": _table(["reason", "examples"], manifest.left_out.items()),
-        "redacted": sum(manifest.redacted.values()),
-        "redacted_kinds": _table(["kind", "number"], manifest.redacted.items()),
-        "near_benchmark": list(manifest.near_benchmark[:OFFENDERS_SHOWN]),
-        "card": dg.MetadataValue.md((artifact.path / DATASET_CARD).read_text(encoding="utf-8")),
+        "provenance sample": _table(["source", "provenance"], first),
+        "left out, by reason": _table(["reason", "examples"], manifest.left_out.items()),
+        "redacted values, by kind": _table(["kind", "number"], manifest.redacted.items()),
+        "near-duplicates of the benchmark": list(manifest.near_benchmark[:OFFENDERS_SHOWN]),
         "conflicts": manifest.left_out.get(CONFLICT, 0),
-        "conflicts_sample": [f"{kept} was kept, {other} says otherwise" for kept, other in manifest.conflicts],
-        "version": manifest.version,
-        "path": dg.MetadataValue.path(artifact.path),
+        "conflicts, sample": [f"{kept} was kept, {other} has another answer" for kept, other in manifest.conflicts],
     }
 
 

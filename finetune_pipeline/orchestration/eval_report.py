@@ -8,11 +8,12 @@ import dagster as dg
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.evaluation.comparison import Comparison
 from finetune_pipeline.evaluation.gate import Verdict
-from finetune_pipeline.evaluation.metric_table import comparison_markdown, metric_table
+from finetune_pipeline.evaluation.metric_table import comparison_markdown, format_metric, metric_table
 from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import GgufManifest, ReportManifest
-from finetune_pipeline.orchestration.resources import loop_asset, materialized, picture
+from finetune_pipeline.markdown_table import markdown_table
+from finetune_pipeline.orchestration.resources import loop_asset, materialized, percent, picture
 from finetune_pipeline.pipeline.evaluate import NothingToEvaluate, evaluate
 from finetune_pipeline.settings import LoopSettings
 
@@ -47,31 +48,67 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
                 f"{comparison.contention} while the latency was measured, so it is not recorded for the model version; "
                 "evaluate again on an idle machine"
             )
-        yield materialized(result.report, _metadata(result.report, comparison, verdict))
+        yield materialized(result.report, _metadata(loop, result.report, comparison, verdict))
 
     return eval_report
 
 
-def _metadata(artifact: Artifact[ReportManifest], comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
+def _metadata(
+    loop: LoopSettings, artifact: Artifact[ReportManifest], comparison: Comparison, verdict: Verdict
+) -> dict[str, Any]:
+    label, gain = {
+        "relative": ("gain (%)", verdict.relative_gain),
+        "points": ("gain (points)", verdict.points),
+        "error_reduction": ("error reduction (%)", verdict.error_reduction),
+    }[loop.gate.mode]
+    table = metric_table(comparison)
+    fractions = [(row.name, *row.cells[:2]) for row in table if row.unit == "%"]  # as many columns as the page has room
     metrics: dict[str, Any] = {}
-    for row in metric_table(comparison):
+    for row in table:
         for side, value in (("challenger", row.challenger), ("champion", row.champion)):
             if value is not None and not row.flag:
-                metrics[f"{row.key}_{side}"] = float(value)
+                number = percent(value) if row.unit == "%" else round(value, 1)
+                metrics[f"{row.name}, {side} ({row.unit})"] = number
     return {
         "verdict": "promote" if verdict.promote else "reject",
+        **({} if gain is None else {label: percent(gain)}),  # the champion's score or errors may be 0
+        **dict(list(metrics.items())[:2]),  # the gate's metric of both models
+        "p-value": float(f"{comparison.significance.p_value:.2g}"),
+        "regressed slices": len(comparison.regressed_slices),
+        "comparison": dg.MetadataValue.md(markdown_table(["metric", "champion", "challenger"], fractions, "lrr")),
+        "report": dg.MetadataValue.md(_report(artifact, comparison, verdict)),
         "reason": verdict.reason,
-        "correct_challenger": verdict.challenger_correct,
-        "correct_champion": verdict.champion_correct,
-        "total": verdict.total,
-        "best_constant_answer": comparison.constant.correct,
-        "minimum_correct": verdict.minimum_correct,
-        "valid_challenger": verdict.valid,
-        "answers_challenger": verdict.answers,
-        "comparison": dg.MetadataValue.md(comparison_markdown(comparison)),
-        "plot": picture(plot_png(comparison), "champion and challenger"),
-        "report": dg.MetadataValue.path(artifact.path / HTML),
-        "p_value": float(comparison.significance.p_value),
-        "contention": comparison.contention or "measured on a quiet machine",
         **metrics,
+        "correct, challenger": verdict.challenger_correct,
+        "correct, champion": verdict.champion_correct,
+        "correct, best constant answer": comparison.constant.correct,
+        "correct, minimum": verdict.minimum_correct,
+        "correct, possible": verdict.total,
+        "valid answers, challenger": verdict.valid,
+        "answers, challenger": verdict.answers,
+        "CPU contention": comparison.contention or "none",
     }
+
+
+def _report(artifact: Artifact[ReportManifest], comparison: Comparison, verdict: Verdict) -> str:
+    """Return the report without prompts and answers, which must not enter Dagster's database."""
+    slices = [
+        (
+            one.name,
+            f"{one.champion.correct:,}",
+            f"{one.challenger.correct:,}",
+            one.champion.total,
+            format_metric(one.points, "%", signed=True),
+        )
+        for one in comparison.slices
+    ]
+    return "\n\n".join(
+        [
+            f"## {comparison.challenger.name} against {comparison.champion.name}",
+            f"**{'Promote the challenger' if verdict.promote else 'Reject: the champion stays'}**: {verdict.reason}",
+            comparison_markdown(comparison),
+            picture(plot_png(comparison), "metrics and slices of champion and challenger"),
+            markdown_table(["slice", "champion", "challenger", "possible", "change"], slices, "lrrrr"),
+            f"The answers to every question are in `{artifact.path / HTML}`; open it in a browser.",
+        ]
+    )

@@ -8,7 +8,7 @@ from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest
 from finetune_pipeline.orchestration.checks import check_specs, gguf_model_results
 from finetune_pipeline.orchestration.resources import loop_asset, materialized
-from finetune_pipeline.pipeline.export import export_model, model_spec
+from finetune_pipeline.pipeline.export import export_model
 from finetune_pipeline.settings import LoopSettings
 
 
@@ -41,14 +41,11 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 def _metadata(artifact: Artifact[GgufManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
     file = manifest.files[manifest.gguf]
-    spec = model_spec(artifact)
-    base = {"base_gguf": dg.MetadataValue.path(spec.gguf)} if spec.adapter else {}
     return {
-        "size_mb": file.size / 1e6,
-        "form": manifest.form,
+        "size (MB)": round(file.size / 1e6, 1),
         "quantization": manifest.quantization,
-        "sha256": file.sha256,
-        "version": manifest.version,
-        "path": dg.MetadataValue.path(artifact.path / manifest.gguf),
-        **base,
+        "form": "one GGUF" if manifest.form == "merged" else "an adapter for the base model's GGUF",
+        "mode": manifest.mode,
+        "file": manifest.gguf,
+        "SHA-256": file.sha256[:16],
     }

@@ -14,14 +14,12 @@ from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.training.job import RESULT, Progress, TrainingResult
 from finetune_pipeline.training.loss_curve import loss_curve_png
 
+TRAINING_LOSS, VALIDATION_LOSS = "training loss", "validation loss"
+THROUGHPUT = "throughput (tokens/s)"
+"""Metadata that Dagster charts over the steps of a run and over all runs."""
+
 REPORT_SECONDS = (5.0, 60.0)
 """Shortest and longest time between two reports of the progress; in between, 2 % of the elapsed time."""
-
-MANIFEST_FIELDS = (
-    "method", "method_reason", "mode", "mode_reason", "examples", "too_long", "rejected", "steps", "best_step",
-    "loss_before", "loss_after", "tokens_per_second", "wall_seconds", "device", "version",
-)  # fmt: skip
-"""Fields of the manifest that are metadata under the same name."""
 
 
 def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -72,30 +70,43 @@ def _measurements(progress: Progress) -> dict[str, Any]:
     """Return what Dagster charts while the adapter trains."""
     measurements: dict[str, Any] = {
         "step": progress.step,
-        "epoch": progress.epoch,
-        "train_loss": progress.loss,
-        "learning_rate": progress.learning_rate,
-        "tokens_per_second": progress.tokens_per_second,
-        "seconds_left": progress.seconds_left,
+        "epoch": round(progress.epoch, 2),
+        TRAINING_LOSS: progress.loss,
+        "learning rate": progress.learning_rate,
+        THROUGHPUT: round(progress.tokens_per_second),
+        "time left (s)": round(progress.seconds_left),
     }
     if progress.memory_bytes is not None:
-        measurements["memory_mb"] = progress.memory_bytes / 1e6
+        measurements["memory (GiB)"] = round(progress.memory_bytes / 2**30, 2)
     if progress.validation_loss is not None:
-        measurements["validation_loss"] = progress.validation_loss
+        measurements[VALIDATION_LOSS] = round(progress.validation_loss, 4)
     return measurements
 
 
 def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
     result = TrainingResult.model_validate_json((artifact.path / RESULT).read_bytes())
-    metadata = {
-        **{name: getattr(manifest, name) for name in MANIFEST_FIELDS},
-        "train_loss": manifest.train_loss,
-        "peak_memory_mb": manifest.peak_memory_bytes / 1e6,
+    metadata: dict[str, Any] = {
+        VALIDATION_LOSS: round(manifest.loss_after, 4),
+        "validation loss before training": round(manifest.loss_before, 4),
+        "steps": manifest.steps,
+        "duration (s)": round(manifest.wall_seconds, 1),
+        THROUGHPUT: round(manifest.tokens_per_second),
+        "peak memory (GiB)": round(manifest.peak_memory_bytes / 2**30, 2),
+        "loss curve": dg.MetadataValue.md(picture(loss_curve_png(result), "loss curve")),
+        TRAINING_LOSS: round(manifest.train_loss, 4),
+        "method": manifest.method,
+        "reason for the method": manifest.method_reason,
+        "mode": manifest.mode,
+        "reason for the mode": manifest.mode_reason,
+        "examples": manifest.examples,
+        "left out, too long": manifest.too_long,
+        "left out, rejected by the chat template": manifest.rejected,
         "seed": int(manifest.settings["seed"]),
-        "loss_curve": picture(loss_curve_png(result), "loss curve"),
-        "path": dg.MetadataValue.path(artifact.path),
+        "device": manifest.device,
     }
+    if manifest.best_step is not None:
+        metadata["best step"] = manifest.best_step
     if result.rejections:
         metadata["rejections"] = [f"{one.count} {one.split}: {one}" for one in result.rejections]
     return metadata

@@ -7,7 +7,7 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
-from finetune_pipeline.orchestration.resources import loop_asset, materialized
+from finetune_pipeline.orchestration.resources import loop_asset, materialized, percent
 from finetune_pipeline.pipeline.promote import NotPromoted, promote_challenger
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.settings import LoopSettings
@@ -46,14 +46,16 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             return
         model = result.model
         context.log.info(f"{model.name} is the champion now: {model.gguf_path}")
+        card = (result.artifact.path / MODEL_CARD).read_text(encoding="utf-8")
+        verdict = result.verdict
         metadata: dict[str, Any] = {
             "model": model.name,
-            "reason": result.verdict.reason,
-            "gguf": dg.MetadataValue.path(model.gguf_path),
-            "report": dg.MetadataValue.path(model.report_path),
-            "model_card": dg.MetadataValue.path(result.artifact.path / MODEL_CARD),
-            "gain_relative": result.verdict.relative_gain or 0.0,
-            "path": dg.MetadataValue.path(result.artifact.path),
+            "correct, champion": verdict.challenger_correct,
+            "correct, previous champion": verdict.champion_correct,
+            "correct, possible": verdict.total,
+            **({} if verdict.relative_gain is None else {"gain (%)": percent(verdict.relative_gain)}),
+            "model card": dg.MetadataValue.md(card[card.index("\n# ") :]),
+            "reason": verdict.reason,
         }
         yield materialized(result.artifact, metadata)
 

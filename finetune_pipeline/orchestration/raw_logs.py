@@ -37,24 +37,23 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 def _metadata(logs: CollectedLogs) -> dict[str, Any]:
     manifest, recorded = logs.artifact.manifest, logs.ingested.recorded
     from_sources = sum(source.new for source in logs.sources)  # each with one feedback, which gives it its reward
-    metadata = {
+    metadata: dict[str, Any] = {
         "interactions": logs.totals["interactions"],
-        "feedback": logs.totals["feedback"],
+        "feedback events": logs.totals["feedback"],
         "examples": logs.totals["examples"],
-        "unmatched_feedback": logs.totals["unmatched"],
-        "new_interactions": recorded.interactions + from_sources,
-        "new_feedback": recorded.feedback + from_sources,
-        "retracted": sum(source.retracted for source in logs.sources),
-        "duplicates": recorded.duplicates,
-        "rejected_lines": logs.ingested.rejected,
-        "id_conflicts": logs.ingested.conflicts,
-        "files_read": logs.ingested.files,
-        "files_rewritten": logs.ingested.rewritten,
+        "new interactions": recorded.interactions + from_sources,
+        "new feedback events": recorded.feedback + from_sources,
+        "rejected lines": logs.ingested.rejected,
+        "dagster/row_count": logs.totals["interactions"],
+        "unmatched feedback events": logs.totals["unmatched"],
+        "duplicate events": recorded.duplicates,
+        "id conflicts": logs.ingested.conflicts,
+        "retracted interactions": sum(source.retracted for source in logs.sources),
+        "files read": logs.ingested.files,
+        "rewritten files": logs.ingested.rewritten,
         "shards": len(manifest.shards),
-        "rows_of_newest_shard": manifest.new,
+        "rows of the newest shard": manifest.new,
         "watermark": manifest.watermark,
-        "version": manifest.version,
-        "path": dg.MetadataValue.path(logs.artifact.path),
     }
     if logs.sources or logs.undeclared:
         headings = ["source", "records", "new", "retracted", "skipped", "error"]
@@ -66,5 +65,5 @@ def _metadata(logs: CollectedLogs) -> dict[str, Any]:
             remedy = f"`finetune feedback retract --source {name}` stops that"
             rows.append((name, count, 0, 0, 0, f"not declared, but still trains without a quota; {remedy}"))
         metadata["sources"] = dg.MetadataValue.md(markdown_table(headings, rows, "lrrrrl"))
-        metadata["skipped"] = [f"{row.source}: {row.provenance}: {row.reason}" for row in logs.skipped]
+        metadata["skipped records"] = [f"{row.source}: {row.provenance}: {row.reason}" for row in logs.skipped]
     return metadata

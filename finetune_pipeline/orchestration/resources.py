@@ -135,10 +135,20 @@ def materialized(
     artifact: Artifact[Any], metadata: dict[str, Any], checks: Sequence[dg.AssetCheckResult] = ()
 ) -> dg.MaterializeResult[Any]:
     """Return the result of a step: its artifact, whose version is the data version, with metadata and checks."""
-    version = dg.DataVersion(artifact.manifest.version)
-    return dg.MaterializeResult(value=artifact, data_version=version, metadata=metadata, check_results=checks)
+    version = artifact.manifest.version
+    # A whole path cannot wrap in the UI's table; it would push the values of all rows out of sight.
+    folder = artifact.path.relative_to(home() / "artifacts")
+    metadata = {**metadata, "version": version, "folder in FINETUNE_HOME/artifacts": str(folder)}
+    return dg.MaterializeResult(
+        value=artifact, data_version=dg.DataVersion(version), metadata=metadata, check_results=checks
+    )
 
 
-def picture(png: bytes, title: str) -> dg.MarkdownMetadataValue:
-    """Return an image as metadata that Dagster's UI shows."""
-    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})")
+def percent(fraction: float) -> float:
+    """Return a fraction as percent, rounded to the one decimal that people compare."""
+    return round(100 * fraction, 1)
+
+
+def picture(png: bytes, title: str) -> str:
+    """Return an image in Markdown, which Dagster's UI shows."""
+    return f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})"

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import dagster as dg
 import pytest
 import yaml
 
@@ -23,6 +24,7 @@ from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.training_jobs import find_training_job
 from finetune_pipeline.settings import PROJECT_ROOT, read_loop
+from finetune_pipeline_tests.conftest import dataset_rows
 
 EXAMPLE = PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml"
 DEFINITIONS = """
@@ -188,6 +190,48 @@ def test_a_gain_is_promoted(loop):
     report = json.loads((serving.report_path.parent / "report.json").read_text())
     assert report["champion"]["name"] == "meeting_notes@base"
     assert serving.scores["accuracy"] > report["champion"]["totals"]["correct"] / report["champion"]["totals"]["total"]
+
+
+KEY_METRICS = {
+    "raw_logs": "interactions, feedback events, examples, new interactions, new feedback events, rejected lines",
+    "curated_dataset": "training examples, validation examples, replay examples, preference pairs, left out, "
+    "redacted values",
+    "lora_adapter": "validation loss, validation loss before training, steps, duration (s), throughput (tokens/s), "
+    "peak memory (GiB)",
+    "gguf_model": "size (MB), quantization, form, mode, file, SHA-256",
+    "eval_report": "verdict, gain (%), ROUGE-1 recall, challenger (%), ROUGE-1 recall, champion (%), p-value, "
+    "regressed slices",
+    "promoted_model": "model, correct, champion, correct, previous champion, correct, possible, gain (%), model card",
+}
+
+
+@pytest.mark.parametrize("stage", KEY_METRICS)
+def test_the_key_metrics_come_first_and_fit_the_page(loop, stage):
+    with dg.DagsterInstance.from_config(str(loop.dagster)) as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey(["meeting_notes", stage]))
+    metadata = event.asset_materialization.metadata
+    keys = list(metadata)[:6]
+    assert ", ".join(keys) == KEY_METRICS[stage]
+    for key, value in metadata.items():
+        if isinstance(value, dg.FloatMetadataValue):
+            assert len(f"{value.value!r}") <= 8, f"{key}: {value.value}"  # rounded
+        if isinstance(value, dg.TextMetadataValue | dg.PathMetadataValue):
+            # About 44 characters fit the value column at 1440 px, and a value wraps only at its spaces.
+            assert max(map(len, str(value.value).split()), default=0) <= 48, f"{key}: {value.value}"
+
+
+def test_no_text_of_an_example_is_in_dagsters_metadata(loop):
+    (version,) = loop.complete("curated_dataset")
+    rows = [
+        row for split in ("train", "validation") for row in dataset_rows(loop.stage("curated_dataset") / version, split)
+    ]
+    texts = {text for row in rows for text in (row["prompt"], row["completion"]) if len(text) > 20}
+    with dg.DagsterInstance.from_config(str(loop.dagster)) as instance:
+        events = [
+            instance.get_latest_materialization_event(dg.AssetKey(["meeting_notes", stage])) for stage in KEY_METRICS
+        ]
+    shown = str([event.asset_materialization.metadata for event in events])
+    assert len(texts) > 20 and not [text for text in texts if text in shown]
 
 
 @pytest.mark.parametrize("select", ["*meeting_notes/promoted_model", "meeting_notes/eval_report"])

@@ -81,7 +81,7 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
     messages = [entry.user_message for entry in instance.all_logs(event.run_id)]
     last_step = f"training 100%, step {result.steps} of {result.steps}, epoch 2.0, loss "
     assert any(line.startswith(last_step) for line in messages)
-    curve = event.asset_materialization.metadata["loss_curve"].value
+    curve = event.asset_materialization.metadata["loss curve"].value
     before, _, encoded = curve.removesuffix(")").partition(",")
     assert before == "![loss curve](data:image/png;base64" and b64decode(encoded).startswith(b"\x89PNG")
     make_champion(first, tmp_path)

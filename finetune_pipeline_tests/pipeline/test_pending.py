@@ -106,8 +106,8 @@ def test_no_secret_reaches_a_dataset_and_the_counts_are_shown(loop):
     data = build_dataset(loop, snapshot)
     assert data.manifest.redacted == {"email": 3, "phone": 1}
     metadata = _metadata(data)
-    assert metadata["redacted"] == 4
-    assert metadata["redacted_kinds"].value == "| kind | number |\n|---|---|\n| email | 3 |\n| phone | 1 |"
+    assert metadata["redacted values"] == 4
+    assert metadata["redacted values, by kind"].value == "| kind | number |\n|---|---|\n| email | 3 |\n| phone | 1 |"
     written = [path for path in data.path.rglob("*") if path.is_file()]
     assert written and not [path for path in written if b"example.com" in path.read_bytes()]
     prompts = {row["prompt"] for split in ("train", "validation") for row in dataset_rows(data.path, split)}

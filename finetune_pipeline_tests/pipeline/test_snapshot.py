@@ -69,7 +69,7 @@ def test_a_run_links_the_shards_of_an_earlier_run(loop, instance):
         done = dg.materialize(mine, instance=instance)
         (event,) = [e for e in done.get_asset_materialization_events() if e.asset_key.path[-1] == "raw_logs"]
         metadata = event.materialization.metadata
-        assert (metadata["shards"].value, metadata["rows_of_newest_shard"].value) == (shards, 8)
+        assert (metadata["shards"].value, metadata["rows of the newest shard"].value) == (shards, 8)
     assert get_latest(DatasetManifest, loop.name).manifest.inputs["raw_logs"] == metadata["version"].value
 
 

@@ -4,12 +4,12 @@ import re
 import threading
 import tracemalloc
 from datetime import UTC, datetime
-from pathlib import Path
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
 
+from finetune_pipeline import settings
 from finetune_pipeline.database import connect
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import FeedbackClient
@@ -344,20 +344,25 @@ def test_files_reach_the_dataset_card_through_dagster(make_loop, instance, tmp_p
     source = {**SOURCE, "path": str(tmp_path / "files"), "reward": 0.9}
     loop = make_loop(sources=[source], system_prompt="Be short.", curation={"min_examples": 1})
     metadata = materialized(loop, instance, "raw_logs", "curated_dataset")
-    (skipped,) = metadata["raw_logs"]["skipped"].value
+    (skipped,) = metadata["raw_logs"]["skipped records"].value
     assert skipped.startswith("imported: b.csv:3: found no fields")
     card = metadata["curated_dataset"]["card"].value
-    assert "| imported | 7 | 100.0% |" in card and '"provenance": "a.parquet:' in card
-    path = Path(metadata["curated_dataset"]["path"].value)
-    assert (path / "card.md").read_text() == card
+    assert "| imported | 7 | 100.0% |" in card
+    path = settings.home() / "artifacts" / metadata["curated_dataset"]["folder in FINETUNE_HOME/artifacts"].value
+    card_and_sample = (path / "card.md").read_text()
+    assert card_and_sample.startswith(card) and '"provenance": "a.parquet:' in card_and_sample
+    assert "spoke" in card_and_sample and "spoke" not in str(metadata)  # no text of examples in Dagster's database
     assert {row["reward"] for row in dataset_rows(path, "train")} == {0.9}
     assert "what did 0 say?" in {
         row["prompt"] for split in ("train", "validation") for row in dataset_rows(path, split)
     }
-    assert [metadata["raw_logs"][name].value for name in ("new_interactions", "new_feedback", "retracted")] == [7, 7, 0]
+    assert [
+        metadata["raw_logs"][name].value
+        for name in ("new interactions", "new feedback events", "retracted interactions")
+    ] == [7, 7, 0]
     renamed = make_loop(sources=[{**source, "name": "renamed"}], curation={"min_examples": 1})
     metadata = materialized(renamed, instance, "raw_logs")["raw_logs"]
-    (skipped,) = metadata["skipped"].value
+    (skipped,) = metadata["skipped records"].value
     assert skipped.startswith("renamed: b.csv:3: ")
     assert "| imported | 7 | 0 | 0 | 0 | not declared, but still trains" in metadata["sources"].value
 
