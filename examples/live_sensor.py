@@ -14,18 +14,19 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dagster import DagsterInstance
-from dagster._core.scheduler.instigation import TickStatus
 
 from finetune_pipeline.settings import PROJECT_ROOT, home
 
 LOOP = "aec_parser"
 SENSOR = f"{LOOP}_new_examples"
 MORE = PROJECT_ROOT / "data" / "samples" / "aec_parser_more" / "more.jsonl"
+PORT = 3199
 TIMEOUT_SECONDS = 420
 
 
@@ -58,16 +59,29 @@ def daemon(log: Path) -> Iterator[None]:
     """Run `dagster dev` while the block runs."""
     # A script's background process and all its children ignore SIGINT unless it is reset.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    arguments = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", "3199"]
+    arguments = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(PORT)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(arguments, cwd=PROJECT_ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
-        time.sleep(10)  # until the code server answers
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not serving():
+            if time.monotonic() > deadline:
+                sys.exit(f"Dagster's webserver did not start; see {log}")
+            time.sleep(1)
         yield
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
+
+
+def serving() -> bool:
+    """Return whether the webserver answers, which it does once the code location is loaded."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/server_info", timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def command(arguments: list[str]) -> None:
@@ -83,11 +97,11 @@ def wait_for_quiet(instance: DagsterInstance, shown: set[int], judged: int) -> N
         for state in instance.all_instigator_state():
             for tick in reversed(instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=20)):
                 text = tick.skip_reason or f"starts {tick.run_keys}"
-                if tick.tick_id not in shown and tick.status != TickStatus.STARTED:
+                if tick.tick_id not in shown and tick.status.value != "STARTED":
                     shown.add(tick.tick_id)
                     say(f"  tick: {text}")
             newest = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=1)
-            if ended >= judged and newest and (newest[0].skip_reason or "").startswith("0 of"):
+            if ended >= judged and newest and (newest[0].skip_reason or "").startswith("0 new"):
                 return
         time.sleep(2)
     sys.exit("it did not happen in time; see dagster-dev.log in the home")
