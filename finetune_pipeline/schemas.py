@@ -102,7 +102,11 @@ def _read_json(path: Path, setting: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SchemaError(f"{path} does not exist; create it, or change {setting} in the loop's defs.yaml") from None
-    except ValueError as error:
+    except OSError as error:
+        raise SchemaError(
+            f"{path} cannot be read ({error.strerror}); correct {setting} in the loop's defs.yaml"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise SchemaError(f"{path} is not JSON: {error}; correct it, then run again") from error
 
 

@@ -12,7 +12,7 @@ from finetune_pipeline.cli.feedback import feedback
 from finetune_pipeline.cli.ingest import ingest
 from finetune_pipeline.cli.model import model
 from finetune_pipeline.cli.review import review
-from finetune_pipeline.cli.run import demo, env, run, ui
+from finetune_pipeline.cli.run import check, demo, env, run, ui
 from finetune_pipeline.cli.serve import key, serve
 from finetune_pipeline.cli.status import status
 from finetune_pipeline.cli.train import train
@@ -61,7 +61,24 @@ def finetune() -> None:
     """Fine-tune, evaluate, promote and serve a language model that improves from use."""
 
 
-for command in (run, demo, ui, env, status, ingest, dataset, feedback, review, ask, model, train, serve, key, doctor):
+for command in (
+    run,
+    check,
+    demo,
+    ui,
+    env,
+    status,
+    ingest,
+    dataset,
+    feedback,
+    review,
+    ask,
+    model,
+    train,
+    serve,
+    key,
+    doctor,
+):
     finetune.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""`finetune run`, `finetune demo`, `finetune env` and `finetune ui`: a run from the terminal, and Dagster's UI."""
+"""`finetune run`, `check`, `demo`, `env` and `ui`: a run from the terminal, and Dagster's UI."""
 
 import os
 import shlex
@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import uuid
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from finetune_pipeline.artifacts import try_lock
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.options import loop_option
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home, load_loop
+from finetune_pipeline.wording import counted
 
 DEMO_LOOP = "aec_parser"
 DEMO_PROMPT = "150 mm concrete wall fire-rated two hours California seismic D"
@@ -29,12 +31,32 @@ def run(loop: LoopSettings, verbose: bool) -> None:
     The run belongs to the loop's Dagster job, so the UI lists it there. Ctrl-C cancels it. The exit code is 1 if a step
     fails or the gate rejects the challenger; with gate.on_reject: keep_champion it is 0 for a rejected challenger.
     """
-    run_id, log = new_run(loop)
-    click.echo(f"checking the training settings and the base model of loop {loop.name}")
-    from finetune_pipeline.pipeline.train import check_can_train
+    click.echo(f"checking the files, settings and base model of loop {loop.name}")
+    from finetune_pipeline.pipeline.check_loop import check_loop
 
-    check_can_train(loop)
-    sys.exit(run_job(loop, run_id, log, verbose=verbose))
+    refuse(loop, check_loop(loop))
+    sys.exit(run_job(loop, *new_run(loop), verbose=verbose))
+
+
+@click.command()
+@loop_option
+def check(loop: LoopSettings) -> None:
+    """Check the loop's settings, files and base model, and run nothing.
+
+    Lists every problem that `finetune run` would stop at. The exit code is 1 if there is one. Weights of a base model
+    on Hugging Face are not downloaded.
+    """
+    from finetune_pipeline.pipeline.check_loop import check_loop
+
+    refuse(loop, check_loop(loop, download=False))
+    click.echo(f"loop {loop.name}: no problems found")
+
+
+def refuse(loop: LoopSettings, problems: Sequence[str]) -> None:
+    """Raise an error that lists the problems of a loop, if there are any."""
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise click.ClickException(f"Loop {loop.name} cannot run, {counted(len(problems), 'problem')}:{lines}")
 
 
 @click.command()
@@ -82,7 +104,7 @@ def ui(port: int) -> None:
 
 
 def new_run(loop: LoopSettings) -> tuple[str, Path]:
-    """Return the id of a new run and the path of its log, which is shown before anything can fail or takes time."""
+    """Return the id of a new run and the path of its log, which is shown before the run's process starts."""
     run_id = str(uuid.uuid4())
     log = home() / "logs" / f"{loop.name}-{datetime.now():%Y%m%d-%H%M%S}-{run_id[:8]}.log"
     click.echo(f"complete log: {log}")

@@ -225,14 +225,22 @@ def read_replay(path: Path) -> list[DatasetExample]:
     """Read replay examples from JSON lines with prompt and completion; rows marked as not to be trained on are skipped.
 
     Raises:
-        CurationError: the file is missing, or a line has another form.
+        CurationError: the file cannot be read, or a line has another form.
     """
-    if not path.is_file():
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
         raise CurationError(
             f"curation.replay: the file {path} does not exist; correct the path in the loop's YAML, or remove it"
-        )
+        ) from None
+    except OSError as error:
+        raise CurationError(
+            f"curation.replay: {path} cannot be read ({error.strerror}); correct the path in the loop's YAML"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CurationError(f"curation.replay: {path} is not UTF-8 ({error}); save it as UTF-8") from error
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = json.loads(line)
             prompt, completion = row["prompt"], row["completion"]
@@ -241,7 +249,7 @@ def read_replay(path: Path) -> list[DatasetExample]:
             if not loss_mask_field(row):
                 provenance = f"{path.name}:{number}"
                 examples.append(DatasetExample(str(prompt), str(completion), 1.0, REPLAY, provenance))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CurationError(
                 f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'
             ) from error

@@ -53,7 +53,7 @@ def load_benchmark(path: Path, schema: Schema | None) -> Benchmark:
         schema: schema of every expected answer; None for loops of free text.
 
     Raises:
-        BenchmarkError: the file is missing, empty or not UTF-8, or lines are invalid; up to 20 of them are named.
+        BenchmarkError: the file cannot be read, is empty or not UTF-8, or lines are invalid; up to 20 of them are named.
         SchemaError: `schema` is not a JSON Schema.
     """
     try:
@@ -63,6 +63,10 @@ def load_benchmark(path: Path, schema: Schema | None) -> Benchmark:
         raise BenchmarkError(
             f"{path} does not exist; write the benchmark, or change evaluation.benchmark in the loop's defs.yaml"
         ) from None
+    except OSError as error:
+        raise BenchmarkError(
+            f"{path} cannot be read ({error.strerror}); correct evaluation.benchmark in the loop's defs.yaml"
+        ) from error
     except UnicodeDecodeError as error:
         raise BenchmarkError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     parser = _BenchmarkParser(path, compile_schema(schema) if schema is not None else None)

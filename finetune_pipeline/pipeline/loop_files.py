@@ -15,6 +15,7 @@ from finetune_pipeline.curation.acceptance import (
 )
 from finetune_pipeline.curation.dataset_files import read_replay
 from finetune_pipeline.curation.decontamination import NearIndex
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.export.base import resolve_base_model
@@ -112,5 +113,19 @@ def replay(loop: LoopSettings) -> list[Any]:
 
 
 def hashes(**paths: Path | None) -> dict[str, str]:
-    """Return the SHA-256 of each file that is not None, by name."""
-    return {name: hash_file(path) for name, path in paths.items() if path is not None}
+    """Return the SHA-256 of each file that is not None, by name.
+
+    Raises:
+        CurationError: a file cannot be read.
+    """
+    found = {}
+    for name, path in paths.items():
+        if path is not None:
+            try:
+                found[name] = hash_file(path)
+            except OSError as error:
+                raise CurationError(
+                    f"{name}: {path} cannot be read ({error.strerror}); restore it, or correct its path in the loop's "
+                    "YAML"
+                ) from error
+    return found

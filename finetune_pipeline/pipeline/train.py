@@ -1,4 +1,4 @@
-"""Train the adapter of a dataset: the work of the asset lora_adapter, and what is checked before a run starts."""
+"""Train the adapter of a dataset: the work of the asset lora_adapter."""
 
 import shutil
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 from finetune_pipeline.artifacts import Artifact, get_or_create, package_versions, version_of, wait_for_lock
 from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETION, UNPAIRED_PREFERENCE, type_folder
 from finetune_pipeline.database import connect
-from finetune_pipeline.export.base import CONFIG_FILES, base_hash, resolve_base_model
+from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.pipeline.incremental import training_start, write_subset
 from finetune_pipeline.pipeline.loop_files import PACKAGES
@@ -23,35 +23,6 @@ from finetune_pipeline.training.presets import PRESETS, apply_preset
 
 DATASET_TYPES = {"sft": PROMPT_COMPLETION, "dpo": PREFERENCE, "kto": UNPAIRED_PREFERENCE}
 """Training method -> the dataset type that it trains on, which is a folder of the dataset."""
-
-
-def check_can_train(loop: LoopSettings) -> None:
-    """Check the training settings and the base model before a run starts, so that it does not fail at its third asset.
-
-    The weights of a base model are downloaded only after everything else has been checked.
-
-    Raises:
-        TrainingError, ExportError, ClusterError: the message says what to change.
-    """
-    from finetune_pipeline.ray_session import check_installed
-    from finetune_pipeline.training.backends import choose_backend
-    from finetune_pipeline.training.base_model import check_base_model, check_trained_tokens
-    from finetune_pipeline.training.distributed import split_batch
-    from finetune_pipeline.training.preference import check_micro_batch
-    from finetune_pipeline.training.trackers import check_trackers
-
-    settings = loop.training
-    config = resolve_base_model(loop.base_model, CONFIG_FILES)
-    if settings.preset is not None:
-        settings = apply_preset(settings, architecture_of(loop.base_model))
-    backend, _ = choose_backend(settings)
-    backend.validate(settings)
-    check_trackers(settings)
-    check_micro_batch(settings, split_batch(settings, settings.num_processes).per_device_train_batch_size)
-    check_trained_tokens(config, settings)
-    if settings.compute == "ray":
-        check_installed("training.compute")
-    check_base_model(resolve_base_model(loop.base_model))
 
 
 def left_to_preset(loop: LoopSettings) -> set[str]:

@@ -9,7 +9,6 @@ from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.cli.run import new_run
 from finetune_pipeline.settings import SettingsError, load_loop
-from finetune_pipeline.training.job import TrainingError
 
 
 def test_dagsters_home_gets_the_projects_settings_without_paths(own_home):
@@ -34,13 +33,20 @@ def test_a_home_that_cannot_be_created_is_an_error(tmp_path, monkeypatch):
     assert result.exit_code == 1 and "file cannot be created or written" in result.output
 
 
-def test_the_path_of_the_log_is_the_first_line_even_if_a_check_fails(monkeypatch):
-    def refuse(_):
-        raise TrainingError("no")
-
-    monkeypatch.setattr("finetune_pipeline.pipeline.train.check_can_train", refuse)
+@pytest.mark.parametrize("problems", [["a.jsonl is missing"], ["a.jsonl is missing", "b.json is missing"]])
+def test_a_log_is_only_named_once_the_checks_have_passed(monkeypatch, problems):
+    monkeypatch.setattr("finetune_pipeline.pipeline.check_loop.check_loop", lambda *_, **__: problems)
+    monkeypatch.setattr("finetune_pipeline.cli.run.run_job", lambda *_, **__: pytest.fail("it ran"))
+    for command in ("run", "check"):
+        result = CliRunner().invoke(finetune, [command])
+        assert result.exit_code == 1 and "complete log" not in result.output
+        assert f"Loop aec_parser cannot run, {len(problems)} problem" in result.output
+        assert all(f"\n  {problem}\n" in result.output for problem in problems)
+    problems.clear()
+    monkeypatch.setattr("finetune_pipeline.cli.run.run_job", lambda *_, **__: 0)
     lines = CliRunner().invoke(finetune, ["run"]).output.splitlines()
-    assert lines[0].startswith("complete log: ") and lines[1].startswith("checking the training settings")
+    assert lines[0].startswith("checking the files, settings") and lines[1].startswith("complete log: ")
+    assert CliRunner().invoke(finetune, ["check"]).output == "loop aec_parser: no problems found\n"
 
 
 def test_two_runs_that_start_in_one_second_have_different_logs(monkeypatch):
