@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -67,12 +66,12 @@ def test_an_error_leaves_no_draft():
 
 
 HOLD = """
-import sys, time
+import signal
 from finetune_pipeline.artifacts import draft
 with draft("notes", "base_gguf", "v1") as folder:
     (folder / "half").write_text("half")
     print("holding", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 
@@ -122,24 +121,22 @@ import sys
 from pathlib import Path
 from finetune_pipeline.artifacts import write_text
 path = Path(sys.argv[1])
-write_text(path, "a" * 200_000)
-print("ready", flush=True)
 while True:
     for letter in "ab":
         write_text(path, letter * 200_000)
+        print("written", flush=True)
 """
 
 
-def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path):
+@pytest.mark.parametrize("writes", [1, 4, 9, 16])
+def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path, writes):
     path = tmp_path / "file"
-    for wait in (0.05, 0.11, 0.17, 0.23):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
-        writer.stdout.readline()
-        time.sleep(wait)
-        writer.kill()
-        writer.wait()
-        text = path.read_text()
-        assert text in {"a" * 200_000, "b" * 200_000}
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    for _ in range(writes):
+        assert writer.stdout.readline() == "written\n"
+    writer.kill()  # it is within the next write
+    writer.wait()
+    assert path.read_text() in {"a" * 200_000, "b" * 200_000}
 
 
 def test_a_hash_does_not_depend_on_key_order():
@@ -156,7 +153,7 @@ with wait_for_lock(home() / "training", "training", lambda text: print(text, flu
 
 
 def test_a_waiting_process_gets_the_lock_of_a_killed_one():
-    hold = WAIT + "    import time; time.sleep(60)\n"
+    hold = WAIT + "    import signal; signal.pause()\n"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env={**os.environ})
     assert holder.stdout.readline() == "locked\n"
     waiting = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True, env={**os.environ})

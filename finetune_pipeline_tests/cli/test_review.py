@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import termios
-import time
 
 import pytest
 import sqlalchemy as sa
@@ -24,6 +23,7 @@ from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.review_queue import rejection_reason
 from finetune_pipeline.settings import PROJECT_ROOT, load_loop
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
+from finetune_pipeline_tests.waiting import wait_until
 
 LOOP = "aec_parser"
 ANSWER = '{"element":"wall","material":"brick","thickness_mm":250}'
@@ -219,18 +219,18 @@ class Terminal:
         os.close(slave)
         self.said = ""
 
-    def until(self, text, seconds=60):
-        end = time.monotonic() + seconds
-        while text not in self.said:
-            assert time.monotonic() < end, f"{text!r} did not come; {self.said!r}"
-            if select.select([self.master], [], [], 0.2)[0]:
+    def until(self, text):
+        def shown():
+            if select.select([self.master], [], [], 0)[0]:
                 self.said += os.read(self.master, 65_536).decode()
+            return text in self.said
+
+        wait_until(shown, what=lambda: f"{text!r} was shown after {self.said!r}")
         self.said = self.said.partition(text)[2]
 
     def press(self, key):
         # A key is taken when it is asked for; one that was typed before the page was shown decides nothing.
-        while termios.tcgetattr(self.master)[3] & termios.ICANON:
-            time.sleep(0.01)
+        wait_until(lambda: not termios.tcgetattr(self.master)[3] & termios.ICANON)
         os.write(self.master, key.encode())
 
     def close(self):

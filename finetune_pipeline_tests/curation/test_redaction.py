@@ -303,9 +303,9 @@ def test_a_json_document_stays_valid(value):
     ],
 )
 def test_adversarial_text_takes_linear_time(piece):
-    began = time.perf_counter()
+    began = time.process_time()  # other processes do not change it
     redact("a@b." + piece * (200_000 // len(piece)) + "password=")
-    assert time.perf_counter() - began < 5  # linear time is a fraction of a second, quadratic time is minutes
+    assert time.process_time() - began < 5  # linear time is a fraction of a second, quadratic time is minutes
 
 
 SECRETS = {

@@ -94,7 +94,7 @@ def test_a_canceled_step_leaves_no_process(monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run([sys.executable, "-c", "import time; time.sleep(60)"], "sleeping")
+        run([sys.executable, "-c", "import signal; signal.pause()"], "sleeping")
     assert started[0].poll() is not None
 
 

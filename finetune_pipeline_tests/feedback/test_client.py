@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -19,6 +18,7 @@ import sqlalchemy as sa
 from finetune_pipeline.database import DatabaseError, connect, connection
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import FeedbackClient, FeedbackError, store
+from finetune_pipeline.feedback import client as client_module
 from finetune_pipeline.feedback.client import event_id
 from finetune_pipeline.settings import FeedbackSettings, SettingsError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
@@ -219,15 +219,33 @@ def test_the_same_key_from_16_threads_at_once_is_one_feedback(client, db):
     assert (counted(db)["feedback"], counted(db)["corrected"]) == (1, 1)
 
 
-def test_a_call_is_logged_with_its_latency(client, db):
+class Clock:
+    """A clock that moves only by `seconds`."""
+
+    def __init__(self):
+        self.seconds = 1000.0
+
+    def perf_counter(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Replace the clock that the client measures the latency with."""
+    made = Clock()
+    monkeypatch.setattr(client_module, "time", made)
+    return made
+
+
+def test_a_call_is_logged_with_its_latency(client, db, clock):
     with client.call("a wall", user="u1") as call:
-        time.sleep(0.02)
+        clock.seconds += 0.02
         call.output = "{}"
         call.details["confidence"] = 0.7
     with db.read() as connection:
         found = store.find_interaction(connection, call.id).interaction
     assert (found.prompt, found.output, found.user, found.confidence) == ("a wall", "{}", "u1", 0.7)
-    assert 20 <= found.latency_ms < 5_000
+    assert found.latency_ms == pytest.approx(20)
     assert client.last_id == call.id
 
 
@@ -257,15 +275,19 @@ def test_a_decorated_function_is_logged_and_returns_its_result(client, db):
         assert store.find_interaction(connection, first).interaction.output == "['a wall', 'a wall']"
 
 
-def test_each_decorated_coroutine_knows_its_own_interaction(client, db):
+def test_each_decorated_coroutine_knows_its_own_interaction(client, db, clock):
+    started, answered, logged = (asyncio.Barrier(10) for _ in range(3))
+
     @client.logged
     async def answer(prompt: str) -> str:
-        await asyncio.sleep(0.01)
+        if await started.wait() == 0:  # all coroutines run
+            clock.seconds += 0.01
+        await answered.wait()
         return prompt.upper()
 
     async def one(prompt: str) -> tuple[str, UUID]:
         said = await answer(prompt)
-        await asyncio.sleep(0.01)  # others log meanwhile
+        await logged.wait()  # until the others have logged too
         return said, client.last_id
 
     async def all_of_them():
@@ -276,7 +298,7 @@ def test_each_decorated_coroutine_knows_its_own_interaction(client, db):
         with db.read() as connection:
             found = store.find_interaction(connection, id).interaction
         assert (found.prompt, found.output) == (f"prompt {i}", said)
-        assert found.latency_ms >= 10
+        assert found.latency_ms == pytest.approx(10)
 
 
 def test_a_function_that_cannot_be_decorated_is_rejected_with_advice(client):
@@ -419,20 +441,21 @@ def test_invalid_input_never_reaches_the_gateway(remote, gateway):
     assert gateway.feedback == []
 
 
-def test_logging_takes_milliseconds(tmp_path, loop):
-    # Far above what is measured on a quiet machine (benchmarks/): here it only must not be a matter of seconds.
-    client = FeedbackClient(loop, database=connect(f"sqlite:///{tmp_path / 'speed.db'}"))
-    times = []
+def test_many_events_need_few_transactions_and_little_memory(tmp_path, loop):
+    # `python -m benchmarks` measures the speed; here only what the speed depends on.
+    database = connect(f"sqlite:///{tmp_path / 'speed.db'}")
+    client = FeedbackClient(loop, database=database)
+    commits = []
+    sa.event.listen(database.engine, "commit", commits.append)
     for number in range(200):
-        start = time.perf_counter()
         client.log(f"prompt {number}", "answer")
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[100] < 0.05
+    assert len(commits) == 200
     memory = psutil.Process()
     client.log_many({"prompt": f"p{i}", "output": "o"} for i in range(2_000))
-    before, start = memory.memory_info().rss, time.perf_counter()
+    commits.clear()
+    before = memory.memory_info().rss
     assert client.log_many({"prompt": f"q{i}", "output": "o"} for i in range(20_000)) == 20_000
-    assert time.perf_counter() - start < 60
+    assert len(commits) == 20
     assert memory.memory_info().rss - before < 20e6
 
 

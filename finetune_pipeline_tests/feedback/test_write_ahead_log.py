@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -24,6 +23,7 @@ from finetune_pipeline.feedback.store import counters, find_interaction
 from finetune_pipeline.feedback.write_ahead_log import Recorder, recover_orphans, write_ahead_log_folder
 from finetune_pipeline.settings import FeedbackSettings, SettingsError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
+from finetune_pipeline_tests.waiting import wait_until
 
 
 def rewards(loop):
@@ -33,13 +33,6 @@ def rewards(loop):
 def count(database):
     with database.read() as connection:
         return counters(connection, "notes")["interactions"]
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"it did not come within {seconds} s"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -100,12 +93,12 @@ def test_the_log_stays_small_when_traffic_never_pauses(own_home, monkeypatch):
             recorder.add(interaction(f"{threading.get_ident()} {n}", prompt="x" * 500))
             sizes.append(recorder.path.stat().st_size)
             n += 1
-            time.sleep(0.001)
+            stop.wait(0.001)  # about 4000 events a second from all threads, which never pause together
 
     threads = [threading.Thread(target=add) for _ in range(4)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(sizes) > 600, 60)
+    wait_until(lambda: len(sizes) > 600)
     stop.set()
     for thread in threads:
         thread.join()
@@ -122,13 +115,12 @@ def test_a_locked_database_delays_no_caller_and_loses_nothing(own_home):
     recorder = Recorder(database, rewards)
     other = sqlite3.connect(database.engine.url.database, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    slowest = 0.0
+    users = set()
+    sa.event.listen(database.engine, "checkout", lambda *_: users.add(threading.get_ident()))
     for n in range(200):
-        began = time.monotonic()
         last = recorder.add(interaction(f"{n}"))
-        slowest = max(slowest, time.monotonic() - began)
-        time.sleep(0.01)
-    assert slowest < 0.5
+    wait_until(lambda: users)  # the recorder's own thread waits for the database
+    assert threading.get_ident() not in users  # the caller never does
     assert recorder.pending
     assert not recorder.wait(0.1)
     assert not last.done()
@@ -354,12 +346,11 @@ while True:
 def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(own_home):
     database = connect()
     told = 0
-    for moment in (0.03, 0.1, 0.3):
+    for events_before_the_kill in (10, 100, 300):
         process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()
-        time.sleep(moment)
+        first = "".join(process.stdout.readline() for _ in range(events_before_the_kill))
         process.kill()
-        lines = process.stdout.read().split("\n")
+        lines = (first + process.stdout.read()).split("\n")
         process.wait()
         told = max([told, *(int(line) for line in lines[:-1] if line)])
     recover_orphans(database, rewards)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.orchestration.local_run import run_loop
 from finetune_pipeline.orchestration.run_events import cause
 from finetune_pipeline.settings import home
+from finetune_pipeline_tests.waiting import wait_until
 
 LOCATION = Path(__file__).with_name("small_location.py")
 
@@ -42,6 +42,10 @@ def the_run():
     with dg.DagsterInstance.get() as instance:
         (run,) = instance.get_runs()
         return run
+
+
+def started_run(instance):
+    return next((run for run in instance.get_runs() if run.status == dg.DagsterRunStatus.STARTED), None)
 
 
 def run_and_read(loop, workspace, **options):
@@ -158,9 +162,7 @@ def test_a_run_that_is_canceled_elsewhere_ends(loop, workspace, tmp_path, monkey
 
     def cancel():
         with dg.DagsterInstance.get() as instance:
-            while not (runs := instance.get_runs()) or runs[0].status != dg.DagsterRunStatus.STARTED:
-                time.sleep(0.2)
-            instance.report_run_canceling(runs[0])
+            instance.report_run_canceling(wait_until(lambda: started_run(instance)))
 
     thread = threading.Thread(target=cancel)
     thread.start()
@@ -177,8 +179,7 @@ def test_a_run_whose_process_is_killed_is_marked_as_failed(loop, workspace, tmp_
 
     def kill():
         with dg.DagsterInstance.get() as instance:
-            while not (runs := instance.get_runs()) or runs[0].status != dg.DagsterRunStatus.STARTED:
-                time.sleep(0.2)
+            wait_until(lambda: started_run(instance))
         for child in psutil.Process().children():
             with suppress(psutil.Error):  # another child may end meanwhile
                 if "notes_loop" in child.cmdline():

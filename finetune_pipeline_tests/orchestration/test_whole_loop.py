@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import dagster as dg
@@ -25,6 +24,7 @@ from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.training_jobs import find_training_job
 from finetune_pipeline.settings import PROJECT_ROOT, read_loop
 from finetune_pipeline_tests.conftest import dataset_rows
+from finetune_pipeline_tests.waiting import wait_until
 
 EXAMPLE = PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml"
 DEFINITIONS = """
@@ -94,13 +94,6 @@ def in_its_home(loop, own_home, monkeypatch):
     monkeypatch.setenv("FINETUNE_HOME", str(loop.home))
 
 
-def until(condition, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
-
-
 def kill(process):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -116,9 +109,9 @@ def test_a_killed_training_ends_its_processes_and_resumes_from_its_checkpoint(lo
     loop.write()
     process = loop.start()
     drafts = loop.stage("lora_adapter")
-    until(lambda: list(drafts.glob(".draft-*/checkpoints/checkpoint-*/complete.json")))
+    wait_until(lambda: list(drafts.glob(".draft-*/checkpoints/checkpoint-*/complete.json")))
     os.kill(process.pid, signal.SIGKILL)  # only the run's own process: the others have to end by themselves
-    until(lambda: not alive(drafts), seconds=30)
+    wait_until(lambda: not alive(drafts))
     process.communicate()
     assert loop.complete("lora_adapter") == []
     code, log = loop.run("*meeting_notes/lora_adapter")
@@ -134,7 +127,7 @@ def test_a_killed_training_ends_its_processes_and_resumes_from_its_checkpoint(lo
 def test_a_killed_stage_leaves_no_complete_artifact(loop, stage):
     loop.write(**IMPOSSIBLE)
     process = loop.start()
-    until(lambda: list(loop.stage(stage).glob(".draft-*/*")))
+    wait_until(lambda: list(loop.stage(stage).glob(".draft-*/*")))
     kill(process)
     assert loop.complete(stage) == []
 

@@ -24,6 +24,7 @@ from finetune_pipeline.sources.source_record import SourceError, SourceRecord
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
 from finetune_pipeline_tests.sources.test_files import write_as
+from finetune_pipeline_tests.waiting import wait_until
 
 
 def take(loop):
@@ -366,11 +367,11 @@ def test_a_kill_loses_nothing_and_doubles_nothing(loop, tmp_path):
     write_events(loop.drop_folder / "log.jsonl", *(interaction(f"i{n}") for n in range(3_000)))
     command = [sys.executable, "-c", INGEST, str(tmp_path / "defs" / "notes" / "defs.yaml")]
     connect()
-    seen = []
-    for wait in (0.1, 0.25, 0.4):
+    seen = [0]
+    for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=PROJECT_ROOT, env={**os.environ})
         process.stdout.readline()
-        time.sleep(wait)
+        wait_until(lambda: interactions(loop) > seen[-1] + 100)
         process.send_signal(signal.SIGKILL)
         process.wait()
         seen.append(interactions(loop))
@@ -497,10 +498,10 @@ def test_a_kill_within_a_table_loses_and_doubles_nothing(loop, tmp_path):
     drop(loop, "a.csv", [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(2_000)])
     command = [sys.executable, "-c", INGEST, str(tmp_path / "defs" / "notes" / "defs.yaml")]
     connect()
-    for wait in (0.1, 0.3):
+    for least in (1, 500):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=PROJECT_ROOT, env={**os.environ})
         process.stdout.readline()
-        time.sleep(wait)
+        wait_until(lambda least=least: interactions(loop) >= least)
         process.send_signal(signal.SIGKILL)
         process.wait()
     take(loop)

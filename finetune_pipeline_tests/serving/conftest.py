@@ -31,6 +31,7 @@ from finetune_pipeline.serving.app import create_app
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home
 from finetune_pipeline_tests.adapters import write_adapter
+from finetune_pipeline_tests.waiting import wait_until
 
 STARTER = PROJECT_ROOT / "data" / "starter_model"
 PROMPT = "Add a 150 mm brick wall, 3 m high"
@@ -190,7 +191,7 @@ def serving(*loops: LoopSettings) -> Iterator[Running]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_until(lambda: server.started or not thread.is_alive(), 60)
+        wait_until(lambda: server.started or not thread.is_alive())
         assert server.started, "the gateway did not start; its log says why"
         port = server.servers[0].sockets[0].getsockname()[1]
         running = Running(f"http://127.0.0.1:{port}", gateway)
@@ -211,7 +212,7 @@ def process(*arguments: str, port: int, **environment: str) -> Iterator[tuple[Ru
     )
     running = Running(f"http://127.0.0.1:{port}")
     try:
-        wait_until(lambda: started.poll() is not None or _answers(running), 60)
+        wait_until(lambda: started.poll() is not None or _answers(running))
         assert started.poll() is None, started.stdout.read() if started.stdout else ""
         yield running, started
     finally:
@@ -235,14 +236,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait for a condition, or fail."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"the condition was not met within {seconds} s"
-        time.sleep(0.02)
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:

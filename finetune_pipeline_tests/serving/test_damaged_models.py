@@ -12,7 +12,8 @@ from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.registry import champion
 from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline_tests.inference.test_remote import chunk, fake_upstream, sse
-from finetune_pipeline_tests.serving.conftest import make_loop, promote, serving, wait_until
+from finetune_pipeline_tests.serving.conftest import make_loop, promote, serving
+from finetune_pipeline_tests.waiting import wait_until
 
 
 def flip(path, *, keep_times=False):
@@ -66,7 +67,7 @@ def test_a_model_damaged_while_it_serves_is_taken_out_of_service(ggufs):
         assert before["model"] == name.name
         name.gguf_path.chmod(0o640)  # changes its times but not its content
         flip(name.gguf_path)
-        wait_until(lambda: running.health()["loops"]["rotting"]["serving"] == "rotting@base", 20)
+        wait_until(lambda: running.health()["loops"]["rotting"]["serving"] == "rotting@base")
         assert "is damaged or was replaced" in running.health()["loops"]["rotting"]["last_error"]
         assert running.ask(model="rotting").json()["model"] == "rotting@base"
         flip(name.gguf_path)
@@ -115,8 +116,8 @@ def test_a_base_model_damaged_while_it_serves_is_exported_again():
     with serving(loop) as running:
         before = running.ask(model=loop.name).json()
         flip(gguf)
-        wait_until(lambda: hash_file(gguf) == expected, 20)
-        wait_until(lambda: running.health()["status"] == "ok", 20)
+        wait_until(lambda: hash_file(gguf) == expected)
+        wait_until(lambda: running.health()["status"] == "ok")
         assert running.ask(model=loop.name).json()["choices"] == before["choices"]
 
 

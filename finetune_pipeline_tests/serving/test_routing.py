@@ -15,8 +15,8 @@ from finetune_pipeline_tests.serving.conftest import (
     make_loop,
     promote,
     serving,
-    wait_until,
 )
+from finetune_pipeline_tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
@@ -12,6 +12,7 @@ from finetune_pipeline.settings import PROJECT_ROOT, home
 from finetune_pipeline.sources import teacher as module
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceError
 from finetune_pipeline.sources.teacher import Teacher, TeacherRequest
+from finetune_pipeline_tests.waiting import wait_until
 
 from .endpoint import error, said, teaching
 
@@ -40,14 +41,14 @@ def echo(body, number):
     return said(body["messages"][-1]["content"].replace("Request", "Answer"))
 
 
-def slowly(body, number):
-    time.sleep(0.03)
-    return echo(body, number)
-
-
 def test_answers_keep_the_order_of_requests_and_are_paid_once():
     names = [f"q{n}" for n in range(20)]
-    with teaching(slowly) as (server, settings):
+
+    def together(body, number):
+        wait_until(lambda: server.most_at_once >= 2)
+        return echo(body, number)
+
+    with teaching(together, timeout_seconds=60) as (server, settings):
         assert list(ask(settings, *names).items()) == [(name, f"Answer {name}") for name in names]
         assert ask(settings, *names)["q7"] == "Answer q7"
         assert len(server.asked) == 20
@@ -58,12 +59,15 @@ def test_answers_keep_the_order_of_requests_and_are_paid_once():
         assert server.asked[0]["max_tokens"] == 50
 
 
-def test_concurrent_identical_requests_are_sent_once():
-    def slow(body, number):
-        time.sleep(0.2)
+def test_concurrent_identical_requests_are_sent_once(monkeypatch):
+    waiting, lock = [], module.FileLock
+    monkeypatch.setattr(module, "FileLock", lambda path: waiting.append(path) or lock(path))
+
+    def last(body, number):
+        wait_until(lambda: len(waiting) == 4)  # all four found no answer in the cache
         return echo(body, number)
 
-    with teaching(slow) as (server, settings):
+    with teaching(last, parallel=4, timeout_seconds=60) as (server, settings):
         asked = [TeacherRequest(str(n), n, "You teach.", "the very same", 50) for n in range(4)]
         assert [request.task for request, text in Teacher(settings).answers(asked) if text] == [0, 1, 2, 3]
         assert len(server.asked) == 1
@@ -80,15 +84,36 @@ def test_waits_double_up_to_a_minute(monkeypatch):
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
-def test_retry_after_is_respected():
+class Clock:
+    """A clock that moves only by `seconds`."""
+
+    def __init__(self):
+        self.seconds = 1000.0
+
+    def monotonic(self):
+        return self.seconds
+
+
+def test_retry_after_is_respected(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+
     def busy_at_first(body, number):
         return error(429, **{"Retry-After": "1"}) if number == 1 else echo(body, number)
 
     with teaching(busy_at_first) as (server, settings):
-        started = time.monotonic()
-        assert ask(settings, "a") == {"a": "Answer a"}
-        assert time.monotonic() - started >= 1
+        teacher, waits = Teacher(settings), []
+
+        def wait(seconds):
+            waits.append(seconds)
+            clock.seconds += seconds
+
+        monkeypatch.setattr(teacher._stopped, "wait", wait)
+        [(request, text)] = teacher.answers([question("a")])
+        assert (request.provenance, text) == ("a", "Answer a")
         assert len(server.asked) == 2
+    [waited] = waits
+    assert 1 <= waited < 1.2
 
 
 def test_a_retry_after_of_an_hour_is_given_up():
@@ -120,13 +145,16 @@ def test_a_single_failure_is_retried(fault):
 
 
 def test_a_timeout_is_retried():
+    given_up = threading.Event()
+
     def script(body, number):
         if number == 1:
-            time.sleep(1)
+            given_up.wait(60)
         return echo(body, number)
 
     with teaching(script, timeout_seconds=0.7) as (server, settings):
         assert ask(settings, "a") == {"a": "Answer a"}
+        given_up.set()
         assert len(server.asked) >= 2
 
 
@@ -181,13 +209,19 @@ def test_a_closed_sync_waits_only_for_running_requests(monkeypatch):
         return echo(body, number) if "good" in body["messages"][-1]["content"] else error(500)
 
     with teaching(script, parallel=2) as (server, settings):
-        answers = Teacher(settings).answers([question("good"), *(question(f"q{n}") for n in range(4))])
+        teacher, started, interrupted = Teacher(settings), [], []
+        real = teacher._stopped.wait
+
+        def wait(seconds):
+            started.append(seconds)
+            interrupted.append(real(seconds))
+
+        monkeypatch.setattr(teacher._stopped, "wait", wait)
+        answers = teacher.answers([question("good"), *(question(f"q{n}") for n in range(4))])
         assert next(answers)[1] == "Answer good"
-        while len(server.asked) < 3:  # then both threads wait to retry
-            time.sleep(0.01)
-        started = time.monotonic()
+        wait_until(lambda: len(started) == 2)  # then both threads wait to retry
         answers.close()
-        assert time.monotonic() - started < 10
+        assert interrupted == [True, True]  # by the end of the sync, not by the time
         assert len(server.asked) == 3
 
 
@@ -250,13 +284,20 @@ print(sum(bool(text) for _, text in Teacher(settings).answers(requests)))
 
 
 def test_a_kill_loses_at_most_running_requests():
-    with teaching(slowly) as (server, settings):
+    killed = threading.Event()
+
+    def script(body, number):
+        if number > 10:
+            killed.wait(60)
+        return echo(body, number)
+
+    with teaching(script) as (server, settings):
         command = [sys.executable, "-c", ASK_30, settings.url]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "FINETUNE_HOME": str(home())}
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
-            while len(server.asked) < 10:
-                time.sleep(0.01)
+            wait_until(lambda: len(server.asked) >= 10)
             process.send_signal(signal.SIGKILL)
+        killed.set()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "30"
         assert len(server.asked) <= 30 + 3

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -23,6 +22,7 @@ from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingF
 from finetune_pipeline.training.preference import load_preferences
 from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
 from finetune_pipeline.training.trainer import make_trainer
+from finetune_pipeline_tests.waiting import wait_until
 
 from .conftest import contrary, save, with_settings
 
@@ -169,11 +169,11 @@ def test_axolotl_is_killed_resumes_and_leaves_an_adapter(job, tmp_path):
     write_text(broken.output / "job.json", broken.model_dump_json())
     process = subprocess.Popen([sys.executable, "-m", "finetune_pipeline.training", broken.output / "job.json"])
     checkpoints = broken.output / CHECKPOINTS
-    wait_for(lambda: list(checkpoints.glob(f"checkpoint-*/{COMPLETE}")))
+    wait_until(lambda: list(checkpoints.glob(f"checkpoint-*/{COMPLETE}")))
     (command,) = [child for child in psutil.Process(process.pid).children() if "axolotl" in " ".join(child.cmdline())]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    wait_for(lambda: not command.is_running() or command.status() == psutil.STATUS_ZOMBIE, 10)
+    wait_until(lambda: not command.is_running() or command.status() == psutil.STATUS_ZOMBIE)
     assert finished(broken) is None
 
     seen = []
@@ -336,10 +336,3 @@ def test_the_length_of_a_preference_is_that_of_its_longest_completion(job, tmp_p
     assert len(load_preferences(with_settings(one, max_length=length), data, tokens).train) == 2
     with pytest.raises(TrainingError, match="nothing is left to train on"):
         load_preferences(short, data, tokens)
-
-
-def wait_for(condition, seconds=300.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)

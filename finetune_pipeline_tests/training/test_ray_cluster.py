@@ -17,6 +17,7 @@ from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.training import ray_cluster
 from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError
+from finetune_pipeline_tests.waiting import wait_until
 
 from ..conftest import needs_ray
 from .conftest import contrary, save, with_settings
@@ -39,13 +40,6 @@ def cmdline(process):
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def wait_for(condition, seconds=180.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def leftovers():
@@ -131,7 +125,7 @@ def test_preferences_and_initial_adapter_travel_through_the_storage(two_ray_node
     def leave_nothing_here():
         sent = "finetune-*/inputs/initial_adapter/adapter_model.safetensors"
         size = (ours / "adapter" / "adapter_model.safetensors").stat().st_size
-        wait_for(lambda: any(path.stat().st_size == size for path in storage.glob(sent)))
+        wait_until(lambda: any(path.stat().st_size == size for path in storage.glob(sent)))
         shutil.rmtree(ours)
 
     leaving = threading.Thread(target=leave_nothing_here)
@@ -188,7 +182,7 @@ def killed_driver(job):
     finally:
         driver.kill()
         driver.wait()
-    wait_for(lambda: not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE], 60)
+    wait_until(lambda: not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE])
 
 
 @needs_ray
@@ -197,7 +191,7 @@ def test_a_killed_run_ends_its_cluster_and_can_be_resumed(job):
     """Without an address, the cluster is started for the run and ends with it."""
     two = with_settings(on_ray(job), num_train_epochs=80)  # the workers notice after a second or two
     with killed_driver(two) as driver:
-        wait_for(lambda: ray_has_kept(two, "checkpoint-80"))
+        wait_until(lambda: ray_has_kept(two, "checkpoint-80"))
         assert len(processes(driver, "RayTrainWorker")) == 2
 
     result = train(two)
@@ -212,9 +206,9 @@ def test_a_killed_run_ends_its_cluster_and_can_be_resumed(job):
 def test_a_run_killed_after_its_last_step_is_not_repeated(job):
     two = on_ray(job)
     with killed_driver(two) as driver:
-        wait_for(lambda: processes(driver, "RayTrainWorker"))
+        wait_until(lambda: processes(driver, "RayTrainWorker"))
         driver.suspend()  # so it cannot fetch the result
-        wait_for(lambda: ray_has_kept(two, "result"))
+        wait_until(lambda: ray_has_kept(two, "result"))
 
     result = train(two)
     assert result.resumed_from == 0 and result.steps == 160
