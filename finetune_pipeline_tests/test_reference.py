@@ -37,11 +37,12 @@ def test_the_schema_finds_a_wrong_setting(change, place):
     assert [list(error.absolute_path) for error in errors] == [place]
 
 
-def test_the_examples_name_the_schema():
-    for path in LOOPS:
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        assert first.startswith("# yaml-language-server: $schema=")
-        assert (
-            path.parent / first.partition("=")[2]
-        ).resolve() == PROJECT_ROOT / "finetune_pipeline" / "defs.schema.json"
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.parent.name)
+def test_the_examples_name_the_schema(path):
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# yaml-language-server: $schema=")
+    assert (path.parent / first.partition("=")[2]).resolve() == PROJECT_ROOT / "finetune_pipeline" / "defs.schema.json"
+
+
+def test_the_loops_of_the_project_can_be_loaded():
     assert load_loops()

@@ -207,11 +207,15 @@ def test_inspecting_a_dataset_finds_what_curation_did_not_write(tmp_path):
     assert (empty.examples, empty.undesirable, empty.near_benchmark, empty.invalid_targets) == (0, 0, (), ())
 
 
-def test_a_dataset_of_an_earlier_version_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "read",
+    [lambda folder: list(read_examples(folder, "train")), lambda folder: inspect_dataset(folder, POLICY)],
+    ids=["read_examples", "inspect_dataset"],
+)
+def test_a_dataset_of_an_earlier_version_is_named(tmp_path, read):
     (tmp_path / "dataset" / "train").mkdir(parents=True)
-    for read in (lambda: list(read_examples(tmp_path, "train")), lambda: inspect_dataset(tmp_path, POLICY)):
-        with pytest.raises(CurationError, match=r"has no folder prompt_completion/.*`finetune run` builds"):
-            read()
+    with pytest.raises(CurationError, match=r"has no folder prompt_completion/.*`finetune run` builds"):
+        read(tmp_path)
 
 
 def test_replay_marked_as_not_to_be_trained_on_is_skipped(tmp_path):

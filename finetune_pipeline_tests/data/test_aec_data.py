@@ -91,9 +91,13 @@ def test_every_expected_answer_has_its_keys_in_order(benchmark: list[Line]) -> N
     assert all(list(item["expected"]) == list(wording.ordered(item["expected"])) for item in benchmark)
 
 
-def test_schema_and_rules_are_as_the_script_writes_them() -> None:
-    for path, content in ((make_rules.SCHEMA, make_rules.OUTPUT_SCHEMA), (make_rules.RULES, make_rules.COMPLIANCE)):
-        assert json.loads(path.read_text(encoding="utf-8")) == content
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [(make_rules.SCHEMA, make_rules.OUTPUT_SCHEMA), (make_rules.RULES, make_rules.COMPLIANCE)],
+    ids=["schema", "rules"],
+)
+def test_schema_and_rules_are_as_the_script_writes_them(path: Path, content: object) -> None:
+    assert json.loads(path.read_text(encoding="utf-8")) == content
 
 
 @pytest.mark.parametrize(

@@ -84,20 +84,30 @@ def test_one_error_reports_up_to_twenty_problems(tmp_path: Path) -> None:
     assert "and 5 more" in str(error.value)
 
 
-def test_rules_are_loaded_and_invalid_ones_rejected(tmp_path: Path) -> None:
+RULE = {"id": "fire", "title": "Walls are rated", "schema": {"required": ["fire_rating_hr"]}}
+
+
+def test_rules_are_loaded(tmp_path: Path) -> None:
     path = tmp_path / "rules.json"
-    rule = {"id": "fire", "title": "Walls are rated", "schema": {"required": ["fire_rating_hr"]}}
-    path.write_text(json.dumps([rule]))
+    path.write_text(json.dumps([RULE]))
     assert [rule.id for rule in load_rules(path)] == ["fire"]
-    for wrong, words in [
-        ([rule, rule], "rule 2.*already used"),
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ([RULE, RULE], "rule 2.*already used"),
         ([{"id": "fire"}], 'rule 1: expected the fields "id"'),
-        ([{**rule, "schema": {"type": "thing"}}], "rule 1: not a JSON Schema"),
+        ([{**RULE, "schema": {"type": "thing"}}], "rule 1: not a JSON Schema"),
         ({}, "expected a JSON list"),
-    ]:
-        path.write_text(json.dumps(wrong))
-        with pytest.raises(SchemaError, match=words):
-            load_rules(path)
+    ],
+    ids=["twice", "missing fields", "no schema", "no list"],
+)
+def test_invalid_rules_are_rejected(tmp_path: Path, wrong: object, words: str) -> None:
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(SchemaError, match=words):
+        load_rules(path)
 
 
 def test_a_schema_file_is_checked(tmp_path: Path) -> None:

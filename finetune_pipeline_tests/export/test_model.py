@@ -20,7 +20,7 @@ from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training.job import JobConfig
 from finetune_pipeline.training.trainer import run_training
 
-from ..stories import STORY, requests
+from ..stories import STORIES_GGUF, STORY, requests
 
 SAMPLES = [
     chat_messages("", "2 hr concrete wall, 200 mm, in Utah"),
@@ -49,14 +49,12 @@ def tensor_types(gguf):
     return Counter(tensor.tensor_type.name for tensor in tensors if sum(n > 1 for n in tensor.shape) > 1)
 
 
-def test_rows_that_do_not_fit_a_block_keep_a_larger_type(stories, tmp_path):
-    full = tmp_path / "full.gguf"
-    convert(stories, full)
-    for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_0"):
-        quantize(full, tmp_path / f"{kind}.gguf", kind)
-        types = tensor_types(tmp_path / f"{kind}.gguf")
-        assert types["F16"] == 3  # the three down projections, 108 wide
-        assert sum(types.values()) == 22
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_0"])
+def test_rows_that_do_not_fit_a_block_keep_a_larger_type(tmp_path, kind):
+    quantize(STORIES_GGUF, tmp_path / "small.gguf", kind)
+    types = tensor_types(tmp_path / "small.gguf")
+    assert types["F16"] == 3  # the three down projections, 108 wide
+    assert sum(types.values()) == 22
 
 
 def test_f16_needs_one_file_with_the_tokens_of_training(random_base, tmp_path):

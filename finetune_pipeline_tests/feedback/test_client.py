@@ -301,16 +301,18 @@ def test_each_decorated_coroutine_knows_its_own_interaction(client, db, clock):
         assert found.latency_ms == pytest.approx(10)
 
 
-def test_a_function_that_cannot_be_decorated_is_rejected_with_advice(client):
-    def stream(prompt):
-        yield prompt
+def stream(prompt):
+    yield prompt
 
-    def method(self, prompt):
-        return prompt
 
-    for function in (stream, method, lambda: "nothing asked"):
-        with pytest.raises(TypeError, match=r"with client\.call"):
-            client.logged(function)
+def method(self, prompt):
+    return prompt
+
+
+@pytest.mark.parametrize("function", [stream, method, lambda: "nothing asked"], ids=["generator", "method", "nullary"])
+def test_a_function_that_cannot_be_decorated_is_rejected_with_advice(client, function):
+    with pytest.raises(TypeError, match=r"with client\.call"):
+        client.logged(function)
 
 
 def test_a_locked_database_is_an_error_and_stores_nothing(tmp_path, monkeypatch, loop):

@@ -170,13 +170,14 @@ def test_a_completion_ends_before_a_stop_text(stories):
     assert answer.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("engine", ["stories", "tiny"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_schema_constrains_the_completion(stories, tiny, temperature):
-    for engine in (stories, tiny):
-        for answer in engine.generate([ask("x", 120, json_schema=COLOR, temperature=temperature)] * 3):
-            value = json.loads(answer.text)
-            assert value["color"] in {"red", "blue"} and isinstance(value["big"], bool)
-            assert answer.finish_reason == "stop"
+def test_a_schema_constrains_the_completion(request, engine, temperature):
+    asked = [ask("x", 120, json_schema=COLOR, temperature=temperature)] * 3
+    for answer in request.getfixturevalue(engine).generate(asked):
+        value = json.loads(answer.text)
+        assert value["color"] in {"red", "blue"} and isinstance(value["big"], bool)
+        assert answer.finish_reason == "stop"
 
 
 def test_a_full_context_ends_the_completion(tiny_gguf):
@@ -307,25 +308,29 @@ def test_a_request_has_messages_or_a_prompt():
 # ---- failures and shutdown
 
 
-def test_a_file_that_is_not_a_model_is_named(tmp_path, tiny_gguf):
-    text, truncated = tmp_path / "notes.gguf", tmp_path / "truncated.gguf"
-    text.write_text("not a model")
-    truncated.write_bytes(tiny_gguf.read_bytes()[:3_000_000])
-    for path, reason in [
-        (tmp_path / "missing.gguf", "does not exist"),
-        (text, "starts with b'not '"),
-        (truncated, "truncated|not within the file bounds"),
-    ]:
-        with pytest.raises(ModelNotLoaded, match=reason) as caught:
-            Engine(ModelSpec(gguf=path))
-        assert str(path) in str(caught.value)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing", "does not exist"),
+        ("notes", "starts with b'not '"),
+        ("truncated", "truncated|not within the file bounds"),
+    ],
+)
+def test_a_file_that_is_not_a_model_is_named(tmp_path, tiny_gguf, name, reason):
+    (tmp_path / "notes.gguf").write_text("not a model")
+    (tmp_path / "truncated.gguf").write_bytes(tiny_gguf.read_bytes()[:3_000_000])
+    path = tmp_path / f"{name}.gguf"
+    with pytest.raises(ModelNotLoaded, match=reason) as caught:
+        Engine(ModelSpec(gguf=path))
+    assert str(path) in str(caught.value)
 
 
-def test_an_unusable_adapter_is_named(tmp_path, tiny_gguf):
-    for adapter, reason in [(tmp_path / "missing.gguf", "does not exist"), (tiny_gguf, "cannot be applied")]:
-        with pytest.raises(ModelNotLoaded, match=reason) as caught:
-            Engine(ModelSpec(gguf=tiny_gguf, adapter=adapter))
-        assert str(adapter) in str(caught.value)
+@pytest.mark.parametrize(("missing", "reason"), [(True, "does not exist"), (False, "cannot be applied")])
+def test_an_unusable_adapter_is_named(tmp_path, tiny_gguf, missing, reason):
+    adapter = tmp_path / "missing.gguf" if missing else tiny_gguf
+    with pytest.raises(ModelNotLoaded, match=reason) as caught:
+        Engine(ModelSpec(gguf=tiny_gguf, adapter=adapter))
+    assert str(adapter) in str(caught.value)
 
 
 def test_the_child_ignores_ctrl_c(tiny):

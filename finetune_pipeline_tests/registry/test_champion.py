@@ -6,6 +6,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -100,16 +101,22 @@ def test_a_retried_promotion_changes_nothing(db: Database, candidate: MakeCandid
     assert len(list_deployments(db, "aec")) == 1
 
 
-def test_a_promotion_needs_comparison_actor_and_reason(db: Database, candidate: MakeCandidate) -> None:
-    for arguments, words in [
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (("loop", "gain", None, "promote"), "needs the comparison"),
         (("loop", "gain", "", "promote"), "needs the comparison"),
         (("", "gain", "c1", "promote"), "promote needs actor"),
         (("ann", " ", None, "force"), "force needs reason"),
         ((" ", "", None, "force"), "force needs actor and reason"),
-    ]:
-        with pytest.raises(RegistryError, match=words):
-            promote(db, candidate("a"), None, *arguments)  # type: ignore[arg-type]
+    ],
+    ids=["no comparison", "empty comparison", "no actor", "no reason", "neither"],
+)
+def test_a_promotion_needs_comparison_actor_and_reason(
+    db: Database, candidate: MakeCandidate, arguments: tuple[Any, ...], words: str
+) -> None:
+    with pytest.raises(RegistryError, match=words):
+        promote(db, candidate("a"), None, *arguments)
     assert champion(db, "aec") is None
 
 
@@ -199,18 +206,21 @@ def test_switch_accepts_any_version_and_the_base(db: Database, candidate: MakeCa
     assert version(db) == "v1.0.0"
 
 
-def test_names_are_resolved(db: Database, candidate: MakeCandidate) -> None:
-    first, second = serve(db, candidate("a")), serve(db, candidate("b"))
-    for name, expected in [
-        ("champion", second.name),
-        ("aec@champion", second.name),
-        ("previous", first.name),
-        ("v1.0.0", first.name),
-        ("aec@v1.0.1", second.name),
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("champion", "second"),
+        ("aec@champion", "second"),
+        ("previous", "first"),
+        ("v1.0.0", "first"),
+        ("aec@v1.0.1", "second"),
         ("base", None),
-    ]:
-        found = resolve(db, name, "aec")
-        assert (found.name if found else None) == expected
+    ],
+)
+def test_names_are_resolved(db: Database, candidate: MakeCandidate, name: str, expected: str | None) -> None:
+    names = {"first": serve(db, candidate("a")).name, "second": serve(db, candidate("b")).name, None: None}
+    found = resolve(db, name, "aec")
+    assert (found.name if found else None) == names[expected]
     assert resolve(db, "other@champion", "aec") is None
 
 

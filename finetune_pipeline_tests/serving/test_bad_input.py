@@ -53,9 +53,9 @@ def answered(notes):
         b'{"model": ' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
     ],
 )
-def test_invalid_json_is_refused(notes, content):
-    for path in (CHAT, "/v1/completions", "/v1/feedback", "/v1/interactions"):
-        refused(post(notes, path, content))
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/feedback", "/v1/interactions"])
+def test_invalid_json_is_refused(notes, content, path):
+    refused(post(notes, path, content))
 
 
 @pytest.mark.parametrize(
@@ -149,13 +149,13 @@ def test_an_unusable_schema_is_refused_and_the_model_continues(notes, schema):
     assert notes.health()["status"] == "ok"
 
 
-def test_a_deeply_nested_schema_is_refused_and_the_model_continues(notes):
-    for depth in (60, 150, 10_000):
-        schema = '{"type": "array", "items": ' * depth + "{}" + "}" * depth
-        form = f'{{"type": "json_schema", "json_schema": {{"name": "x", "schema": {schema}}}}}'
-        body = json.dumps(BODY)[:-1] + f', "response_format": {form}}}'
-        assert post(notes, CHAT, body).status_code in {200, 400}
-        assert notes.ask(max_tokens=4).status_code == 200
+@pytest.mark.parametrize("depth", [60, 150, 10_000])
+def test_a_deeply_nested_schema_is_refused_and_the_model_continues(notes, depth):
+    schema = '{"type": "array", "items": ' * depth + "{}" + "}" * depth
+    form = f'{{"type": "json_schema", "json_schema": {{"name": "x", "schema": {schema}}}}}'
+    body = json.dumps(BODY)[:-1] + f', "response_format": {form}}}'
+    assert post(notes, CHAT, body).status_code in {200, 400}
+    assert notes.ask(max_tokens=4).status_code == 200
 
 
 def test_nan_in_a_schema_is_refused(notes):
@@ -203,15 +203,16 @@ def test_invalid_feedback_is_refused(notes, answered, fields, reason):
     assert notes.interaction(answered)["feedback"] == []
 
 
-def test_a_reward_that_is_not_finite_is_refused(notes, answered):
-    for word in ("NaN", "Infinity", "-Infinity"):
-        body = f'{{"interaction_id": "{answered}", "kind": "reward", "reward": {word}}}'
-        refused(post(notes, "/v1/feedback", body))
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_a_reward_that_is_not_finite_is_refused(notes, answered, word):
+    body = f'{{"interaction_id": "{answered}", "kind": "reward", "reward": {word}}}'
+    refused(post(notes, "/v1/feedback", body))
     assert notes.interaction(answered)["feedback"] == []
 
 
-def test_every_kind_of_feedback_has_its_reward(notes):
-    given = [
+@pytest.mark.parametrize(
+    ("fields", "low", "high"),
+    [
         ({"kind": "thumbs_up"}, 0.7, 1.0),
         ({"kind": "thumbs_down"}, -1.0, -0.9),
         ({"kind": "success", "score": 90}, 0.8, 1.0),
@@ -219,16 +220,17 @@ def test_every_kind_of_feedback_has_its_reward(notes):
         ({"kind": "rating", "rating": "gold"}, 1.0, 1.0),
         ({"kind": "reward", "reward": 0.25}, 0.25, 0.25),
         ({"kind": "correction", "correction": '{"element":"door"}'}, 0.2, 0.6),
-    ]
-    for fields, low, high in given:
-        id = notes.ask(max_tokens=16).json()["id"]
-        receipt = post(notes, "/v1/feedback", {"interaction_id": id, "user": "ada", **fields})
-        assert (receipt.status_code, receipt.json()["status"]) == (200, "recorded")
-        found = notes.interaction(id)
-        assert low <= found["reward"] <= high
-        assert found["feedback"][0]["kind"] == fields["kind"]
-        if fields["kind"] == "correction":
-            assert found["target"] == fields["correction"]
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_every_kind_of_feedback_has_its_reward(notes, answered, fields, low, high):
+    receipt = post(notes, "/v1/feedback", {"interaction_id": answered, "user": "ada", **fields})
+    assert (receipt.status_code, receipt.json()["status"]) == (200, "recorded")
+    found = notes.interaction(answered)
+    assert low <= found["reward"] <= high
+    assert found["feedback"][0]["kind"] == fields["kind"]
+    if fields["kind"] == "correction":
+        assert found["target"] == fields["correction"]
 
 
 def test_feedback_from_the_future_is_refused(notes, answered):
@@ -241,6 +243,16 @@ def test_feedback_from_the_future_is_refused(notes, answered):
 def test_an_application_cannot_claim_a_declared_source(notes, field):
     logged = {"loop": "notes", "prompt": "p", "output": "o", field: "vault"}
     assert field in refused(post(notes, "/v1/interactions", logged))["message"]
+
+
+@pytest.mark.parametrize(
+    "names", [{"task": "notes"}, {"loop": "notes", "task": "notes"}], ids=["the old name", "both names"]
+)
+def test_the_old_name_of_the_loop_is_refused_with_the_new_one(notes, names):
+    counted = notes.http.get("/v1/feedback/stats").json()["interactions"]
+    message = refused(post(notes, "/v1/interactions", {"prompt": "p", "output": "o", **names}))["message"]
+    assert "task: unknown field; renamed to loop" in message
+    assert notes.http.get("/v1/feedback/stats").json()["interactions"] == counted
 
 
 def test_feedback_sent_twice_counts_once(notes, answered):

@@ -223,8 +223,7 @@ def test_a_request_to_a_drained_fallback_goes_to_the_champion(ggufs, monkeypatch
 
     async def as_late_as_can_be(self, problem):
         found.append(await real(self, problem))
-        while found[-1].alive:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: not found[-1].alive)
         return found[-1]
 
     monkeypatch.setattr(loop_server.LoopServer, "_fallback_model", as_late_as_can_be)

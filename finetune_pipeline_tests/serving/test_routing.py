@@ -183,13 +183,13 @@ def test_a_gateway_detects_that_it_is_its_own_upstream():
     assert answer.status_code == 503 and "This gateway is its own upstream" in answer.text
 
 
-def test_an_upstream_that_is_down_is_named():
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_upstream_that_is_down_is_named(stream):
     url = f"http://127.0.0.1:{free_port()}/v1"
     with serving(make_loop("lost", serving={"upstream": {"url": url, "model": "x"}, "fallback": None})) as gateway:
-        for stream in (False, True):
-            response = gateway.ask(model="lost", stream=stream)
-            assert response.status_code == 503
-            assert f"{url} does not answer" in response.json()["error"]["message"]
+        response = gateway.ask(model="lost", stream=stream)
+        assert response.status_code == 503
+        assert f"{url} does not answer" in response.json()["error"]["message"]
 
 
 def test_the_base_model_is_the_fallback_for_an_upstream_that_is_down():

@@ -276,10 +276,14 @@ def test_connection_errors_do_not_show_the_password(monkeypatch, caplog, text, s
     assert problem.value.__suppress_context__ or problem.value.__context__ is None
 
 
-def test_a_rating_needs_its_rewards_and_rewards_their_rating():
-    for changes in ({"ratings": {}}, {"rating": None}, {"ratings": {"5": 2}}):
-        with pytest.raises(ValidationError):
-            source(**changes)
+@pytest.mark.parametrize(
+    "changes",
+    [{"ratings": {}}, {"rating": None}, {"ratings": {"5": 2}}],
+    ids=["no rewards", "no rating", "reward above 1"],
+)
+def test_a_rating_needs_its_rewards_and_rewards_their_rating(changes):
+    with pytest.raises(ValidationError):
+        source(**changes)
 
 
 def restarted(source, cursor):
@@ -314,11 +318,15 @@ def test_changed_settings_read_all_rows_again(answers, url, changes):
     assert restarted(source(), None)[1] == {False}
 
 
-def test_settings_that_change_no_row_keep_the_cursor(answers):
+@pytest.mark.parametrize(
+    "changes",
+    [{"name": "other"}, {"max_fraction": 0.5}, {"max_examples": 3}, {"overlap": 9}, {"batch_rows": 1}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_that_change_no_row_keep_the_cursor(answers, changes):
     answers(row(1), row(2, minutes=60))
     cursor = given(source())[2]
-    for changes in ({"name": "other"}, {"max_fraction": 0.5}, {"max_examples": 3}, {"overlap": 9}, {"batch_rows": 1}):
-        assert restarted(source(**changes), cursor) == ({"answers:2"}, {False})
+    assert restarted(source(**changes), cursor) == ({"answers:2"}, {False})
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)

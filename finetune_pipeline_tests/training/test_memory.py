@@ -75,18 +75,22 @@ def test_after_running_out_of_memory_it_resumes_to_the_same_weights(job, tmp_pat
         assert (weights[0][name] - tensor).abs().max() < 2e-3, name
 
 
-def test_a_smaller_micro_batch_keeps_the_examples_per_update():
-    for batch, accumulation, tried in [(24, 1, [12, 6, 3, 1]), (5, 2, [2, 1]), (7, 1, [1])]:
-        asked = TrainingSettings(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-        running = asked
-        for micro in tried:
-            with pytest.raises(MemoryRanOut, match=f"same {batch * accumulation} examples per update") as ran_out:
-                fail(running, MemoryError())
-            assert ran_out.value.micro_batch == micro
-            running = with_micro_batch(asked, micro, batch * accumulation)
-            assert running.per_device_train_batch_size * running.gradient_accumulation_steps == batch * accumulation
-        with pytest.raises(TrainingError, match=r"micro-batch of 1 .*checkpointing: true.*max_length below"):
-            fail(running, RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "tried"),
+    [(24, 1, [12, 6, 3, 1]), (5, 2, [2, 1]), (7, 1, [1])],
+    ids=["24x1", "5x2", "7x1"],
+)
+def test_a_smaller_micro_batch_keeps_the_examples_per_update(batch, accumulation, tried):
+    asked = TrainingSettings(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    running = asked
+    for micro in tried:
+        with pytest.raises(MemoryRanOut, match=f"same {batch * accumulation} examples per update") as ran_out:
+            fail(running, MemoryError())
+        assert ran_out.value.micro_batch == micro
+        running = with_micro_batch(asked, micro, batch * accumulation)
+        assert running.per_device_train_batch_size * running.gradient_accumulation_steps == batch * accumulation
+    with pytest.raises(TrainingError, match=r"micro-batch of 1 .*checkpointing: true.*max_length below"):
+        fail(running, RuntimeError("DefaultCPUAllocator: can't allocate memory"))
 
 
 def test_kto_keeps_a_micro_batch_of_two():
