@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from finetune_pipeline.cli.options import loop_option
+from finetune_pipeline.cli.options import LISTED, echo_some, loop_option
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.wording import counted
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from finetune_pipeline.pipeline.erasure import ErasedLoop
     from finetune_pipeline.records import Rating
 
-_LISTED = 10
 _WIDTH = 100
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _THUMBS = ("up", "down")
@@ -109,7 +108,7 @@ def stats(loop: LoopSettings) -> None:
     with connect().read() as connection:
         counts = counters(connection, loop.name)
         # The query reads all feedback, so it runs only if the counter says that there is something to find.
-        unmatched = unmatched_feedback(connection, loop.name, _LISTED) if counts["unmatched"] else ()
+        unmatched = unmatched_feedback(connection, loop.name, LISTED) if counts["unmatched"] else ()
     table = Table(title=f"loop {loop.name}", title_justify="left", box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -133,7 +132,7 @@ def stats(loop: LoopSettings) -> None:
 
 
 @feedback.command()
-@click.option("--limit", type=click.IntRange(1), default=_LISTED, show_default=True, help="Maximum number of answers.")
+@click.option("--limit", type=click.IntRange(1), default=LISTED, show_default=True, help="Maximum number of answers.")
 @loop_option
 def flagged(loop: LoopSettings, limit: int) -> None:
     """List flagged answers that nobody has reviewed.
@@ -211,14 +210,12 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
             f"added, {counted(done.recorded.duplicates, 'duplicate')}, {done.rejected:,} of "
             f"{counted(done.lines, 'line')} rejected"
         )
-        for line in done.invalid:
-            click.echo(f"  {line.path}:{line.line}: {line.reason}", err=True)
-        if done.rejected > len(done.invalid):
-            click.echo(f"  and {done.rejected - len(done.invalid)} more", err=True)
-        for event in done.conflicts[:_LISTED]:
-            click.echo(f"  {conflict_message(event)}", err=True)
-        if len(done.conflicts) > _LISTED:
-            click.echo(f"  and {len(done.conflicts) - _LISTED} more already exist with different content", err=True)
+        echo_some([f"{line.path}:{line.line}: {line.reason}" for line in done.invalid], done.rejected)
+        if done.conflicts:
+            click.echo(
+                f"{counted(len(done.conflicts), 'event')} whose id already exists with different content:", err=True
+            )
+        echo_some([conflict_message(event) for event in done.conflicts[:LISTED]], len(done.conflicts))
         if done.rejected and done.rejected == done.lines:
             unusable.append(str(path))
     if unusable:

@@ -5,13 +5,13 @@ from typing import get_args
 
 import click
 
-from finetune_pipeline.cli.options import loop_option
+from finetune_pipeline.cli.options import LISTED, echo_some, loop_option
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import reward_function
 from finetune_pipeline.pipeline.ingest import IngestReport, ingest_file
 from finetune_pipeline.pipeline.ingest import ingest as ingest_all
 from finetune_pipeline.settings import FileFormat, LoopSettings
-from finetune_pipeline.sources.ingest_ledger import position, rejected_lines
+from finetune_pipeline.sources.ingest_ledger import position
 from finetune_pipeline.sources.ingest_reader import IngestFormat
 from finetune_pipeline.sources.row_readers import SUFFIXES
 from finetune_pipeline.wording import counted
@@ -60,12 +60,8 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
     )
     if total.conflicts:
         click.echo(f"{counted(total.conflicts, 'event')} whose id already exists with different content:", err=True)
-        for named in total.conflicting:
-            click.echo(f"  {named}", err=True)
-    if total.rejected:
-        with database.read() as connection:
-            for row in rejected_lines(connection, loop.name, 10, [path.resolve() for path in files]):
-                click.echo(f"  {row.path}:{row.line}: {row.reason}", err=True)
+        echo_some(total.conflicting[:LISTED], total.conflicts)
+    echo_some([f"{path}:{line}: {reason}" for path, line, reason in total.rejections[:LISTED]], total.rejected)
     if files and total.rejected and not recorded.interactions + recorded.feedback + recorded.duplicates:
         advice = "no row is usable: fix the rows as the reasons say, or name their format with --format"
         unnamed = [path for path in files if path.suffix.lower() not in SUFFIXES]

@@ -1,6 +1,7 @@
 """Options shared by several commands."""
 
 import getpass
+from collections.abc import Sequence
 
 import click
 
@@ -33,6 +34,18 @@ loop_option = click.option(
     help="Name of the loop; optional while only one is declared.",
 )
 """Passed to the command as LoopSettings."""
+
+
+LISTED = 10
+"""Lines of a kind that a command lists; it counts the others."""
+
+
+def echo_some(lines: Sequence[str], count: int) -> None:
+    """Print the first of `count` lines to stderr, and how many more there are."""
+    for line in lines:
+        click.echo(f"  {line}", err=True)
+    if count > len(lines):
+        click.echo(f"  and {count - len(lines):,} more", err=True)
 
 
 def actor() -> str:

@@ -53,7 +53,7 @@ def load_benchmark(path: Path, schema: Schema | None) -> Benchmark:
         schema: schema of every expected answer; None for loops of free text.
 
     Raises:
-        BenchmarkError: the file cannot be read, is empty or not UTF-8, or lines are invalid; up to 20 of them are named.
+        BenchmarkError: the file cannot be read, is empty or not UTF-8, or has invalid lines; up to 20 are named.
         SchemaError: `schema` is not a JSON Schema.
     """
     try:

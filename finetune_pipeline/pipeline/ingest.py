@@ -33,7 +33,7 @@ from finetune_pipeline.sources.text_files import printable
 from finetune_pipeline.wording import counted
 
 BATCH = 1_000
-_MAX_CONFLICTS = 20  # that are described; all are counted
+_MAX_DESCRIBED = 20  # rejected lines and conflicts that are described; all are counted
 _MAX_PATH = 900  # characters of a path in a provenance, which may have 1,000
 _QUIET_NS = 5 * 10**9
 
@@ -44,6 +44,7 @@ class IngestReport:
 
     Attributes:
         rewritten: files of which bytes that were read before changed, so they were read again from the start.
+        rejections: the first rejected lines: path, line, reason.
         conflicts: events whose id already exists with different content; `conflicting` describes the first of them.
         unreadable: the files that could not be opened, and why.
     """
@@ -53,6 +54,7 @@ class IngestReport:
     rejected: int = 0
     rewritten: int = 0
     conflicts: int = 0
+    rejections: list[tuple[Path, int, str]] = field(default_factory=list)
     recorded: RecordResult = field(default_factory=RecordResult)
     conflicting: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
@@ -65,7 +67,8 @@ class IngestReport:
         self.rewritten += other.rewritten
         self.conflicts += other.conflicts
         self.recorded += other.recorded
-        self.conflicting = (self.conflicting + other.conflicting)[:_MAX_CONFLICTS]
+        self.conflicting += other.conflicting[: _room(self.conflicting)]
+        self.rejections += other.rejections[: _room(self.rejections)]
         self.unreadable += other.unreadable
 
     def __str__(self) -> str:
@@ -74,6 +77,9 @@ class IngestReport:
             return self.unreadable[0]
         text = f"{counted(self.recorded.interactions, 'interaction')}, {self.recorded.feedback:,} feedback, "
         text += f"{counted(self.recorded.duplicates, 'duplicate')}, {counted(self.rejected, 'line')} rejected"
+        if self.rejections:
+            _, line, reason = self.rejections[0]
+            text += f" ({'first reason: ' if self.rejected > 1 else ''}line {line}: {reason})"
         if self.rewritten:
             text += "; the file was rewritten since it was last read, so it was read again from the start"
         if self.conflicts:
@@ -154,13 +160,19 @@ def ingest_file(
                 position = ingest_ledger.advance(connection, loop.name, file, position, batch, finished=is_last)
             report.recorded += RecordResult(done.interactions, done.feedback, done.duplicates)
             report.lines += len(batch)
-            report.rejected += sum(line.event is None for line in batch)
+            rejected = [line for line in batch if line.event is None]
+            report.rejected += len(rejected)
+            report.rejections += ((path, line.number, line.reason) for line in rejected[: _room(report.rejections)])
             report.conflicts += len(done.conflicts)
             named = (
                 f"{path}:{line.number}: {conflict_message(event)}" for line, event in events if event in done.conflicts
             )
-            report.conflicting += islice(named, _MAX_CONFLICTS - len(report.conflicting))
+            report.conflicting += islice(named, _room(report.conflicting))
     return report
+
+
+def _room(described: Sequence[object]) -> int:
+    return max(0, _MAX_DESCRIBED - len(described))
 
 
 def _open(

@@ -32,6 +32,7 @@ from finetune_pipeline.pipeline.source_sync import SourceReport, sync_sources
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.ingest_ledger import ReadTotals, read_totals, rejected_lines
 from finetune_pipeline.sources.source_record import SourceError
+from finetune_pipeline.wording import counted
 
 MAX_SHARDS = 32
 MAX_LISTED = 20
@@ -113,7 +114,7 @@ def snapshot(
     with database.read() as connection:
         until, counts = newest_offset(connection), counters(connection, loop.name)
         if not counts["interactions"]:
-            raise SourceError(_no_interactions(loop, sources))
+            raise SourceError(_no_interactions(loop, connection, sources))
         base = _last_usable(loop, connection, until)
         if base is not None:
             if not any(interactions_with_examples(connection, loop.name, until, base.manifest.watermark)):
@@ -122,9 +123,16 @@ def snapshot(
         return _write(loop, connection, base, until, counts), counts
 
 
-def _no_interactions(loop: LoopSettings, sources: Sequence[SourceReport]) -> str:
-    folders = ", ".join(str(folder) for folder in loop.log_folders)
-    message = f"loop {loop.name} has no interactions: {folders} hold no event file with a readable line"
+def _no_interactions(loop: LoopSettings, connection: sa.Connection, sources: Sequence[SourceReport]) -> str:
+    folders = " or ".join(str(folder) for folder in loop.log_folders)
+    message = f"loop {loop.name} has no interactions: no event file in {folders} has a readable line"
+    read, rejected = read_totals(connection, loop.name), rejected_lines(connection, loop.name, 1)
+    if rejected:
+        first = rejected[0]
+        message += (
+            f". {read.rejected:,} of {counted(read.lines, 'line')} rejected; first reason: {Path(first.path).name}:"
+            f"{first.line}: {first.reason}"
+        )
     for source in sources:
         if source.error:
             message += f". The declared source {source.name} failed: {source.error}"
@@ -133,7 +141,7 @@ def _no_interactions(loop: LoopSettings, sources: Sequence[SourceReport]) -> str
         message += f". Nothing usable came from {empty}"
     return (
         f'{message}. Fix that, or put JSONL of {{"event": "interaction", ...}} lines there '
-        "(see docs/how-to/feedback.md), then materialize raw_logs again"
+        "(see docs/how-to/feedback.md), then run again"
     )
 
 

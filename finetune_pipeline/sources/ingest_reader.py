@@ -232,7 +232,7 @@ def _with_event(document: Any, loop: str, line: IngestLine, form: IngestFormat, 
     except ValueError as error:
         return replace(line, reason=str(error), final=True)
     if event.loop != loop:
-        return replace(line, reason=f"belongs to loop {event.loop!r}, but this folder is read for {loop!r}", final=True)
+        return replace(line, reason=f"belongs to loop {event.loop!r}, but this file is read for {loop!r}", final=True)
     return replace(line, event=event)
 
 

@@ -106,6 +106,27 @@ def test_a_single_file_can_be_taken_in(tmp_path):
     assert f"{path}: its last line is incomplete (18 bytes)" in run("ingest", str(path))
 
 
+@pytest.mark.parametrize(("count", "more"), [(10, None), (11, "and 1 more"), (1_500, "and 1,490 more")])
+def test_rejected_lines_beyond_the_listed_ones_are_counted(tmp_path, count, more):
+    path = tmp_path / "events.jsonl"
+    path.write_text("broken\n" * count)
+    for arguments in (("ingest", str(path)), ("feedback", "import", str(path))):
+        said = run(*arguments, code=1)
+        listed = said.count(": not JSON")
+        assert (listed, f"and {count - listed:,} more" in said) == (listed, count > listed)
+    assert more is None or more in run("ingest", "--format", "events", str(path), code=1)
+
+
+def test_only_lines_of_this_call_are_listed(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text("broken\n" * 12)
+    run("ingest", str(path), code=1)
+    with path.open("a") as file:
+        file.write("broken too\n")
+    said = run("ingest", str(path), code=1)
+    assert f"  {path}:13: not JSON" in said and "more" not in said and f"{path}:1:" not in said
+
+
 def test_a_table_without_its_name_is_told_to_be_named_as_one(tmp_path):
     path = tmp_path / "answers.txt"
     path.write_text("prompt,completion\np,c\n")

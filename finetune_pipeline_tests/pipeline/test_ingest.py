@@ -306,8 +306,24 @@ def test_missing_and_empty_folders_are_errors_that_say_what_to_do(make_loop):
         take(missing)
     empty = make_loop()
     take(empty)
-    with pytest.raises(SourceError, match=r"has no interactions.*then materialize raw_logs again"):
+    with pytest.raises(SourceError, match=r"has no interactions.*then run again"):
         snapshot(empty, connect())
+
+
+def test_if_every_line_is_rejected_the_first_reason_is_shown(loop):
+    """In the file's line of the log, and in the error of a loop without interactions."""
+    lines = [interaction(str(n)).model_copy(update={"loop": "another"}).model_dump_json() for n in range(3)]
+    (loop.drop_folder).mkdir(parents=True)
+    (loop.drop_folder / "sample.jsonl").write_text("\n".join(lines) + "\n")
+    log = []
+    ingest(loop, connect(), log.append)
+    reason = "belongs to loop 'another', but this file is read for 'notes'"
+    assert log[0].endswith(f"3 lines rejected (first reason: line 1: {reason})")
+    with pytest.raises(SourceError) as error:
+        snapshot(loop, connect())
+    assert f"has a readable line. 3 of 3 lines rejected; first reason: sample.jsonl:1: {reason}. Fix" in str(
+        error.value
+    )
 
 
 def test_an_unreadable_file_is_reported_and_the_others_are_read(loop, monkeypatch):
