@@ -236,7 +236,7 @@ class Terminal:
     def close(self):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(60)
         os.close(self.master)
 
 
@@ -270,7 +270,7 @@ def test_a_terminal_needs_single_keys_and_a_kill_loses_nothing(terminal, tmp_pat
     one.until("3 of 5")
     one.until("q quit")
     one.process.kill()
-    one.process.wait(30)
+    one.process.wait(60)
     assert [row[:2] for row in decided()] == [("1", "approve"), ("2", "edit")] and decided()[1][3] == fixed
     two = terminal()
     two.until("1 of 3")
@@ -284,5 +284,5 @@ def test_a_terminal_needs_single_keys_and_a_kill_loses_nothing(terminal, tmp_pat
     two.until("q quit")
     two.press("\x03")  # Ctrl-C ends the session and keeps the decisions
     two.until("1 reject; 3 of this queue left")
-    assert two.process.wait(30) == 0
+    assert two.process.wait(60) == 0
     assert [row[1] for row in decided()] == ["approve", "edit", "undo", "reject"]

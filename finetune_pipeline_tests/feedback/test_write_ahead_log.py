@@ -54,10 +54,10 @@ def leave(*events, torn=b"", name="left"):
 
 
 def test_an_event_is_in_the_log_at_once_and_in_the_store_soon(db, recorder):
-    assert recorder.add(interaction("a")).result(10) == "recorded"
-    assert recorder.add(interaction("a")).result(10) == "duplicate"
-    assert recorder.add(feedback("on a", "a", "thumbs_up")).result(10) == "recorded"
-    assert recorder.add(feedback("early", "b", "thumbs_up")).result(10) == "waiting"
+    assert recorder.add(interaction("a")).result(60) == "recorded"
+    assert recorder.add(interaction("a")).result(60) == "duplicate"
+    assert recorder.add(feedback("on a", "a", "thumbs_up")).result(60) == "recorded"
+    assert recorder.add(feedback("early", "b", "thumbs_up")).result(60) == "waiting"
     assert (recorder.pending, recorder.path.stat().st_size) == (0, 0)
     with db.read() as connection:
         found = find_interaction(connection, uid("a"))
@@ -67,7 +67,7 @@ def test_an_event_is_in_the_log_at_once_and_in_the_store_soon(db, recorder):
 def test_what_sixteen_threads_add_is_stored_once_each(db, recorder):
     with ThreadPoolExecutor(16) as pool:
         futures = list(pool.map(lambda n: recorder.add(interaction(f"{n % 100}")), range(400)))
-    outcomes = [future.result(20) for future in futures]
+    outcomes = [future.result(60) for future in futures]
     assert (outcomes.count("recorded"), outcomes.count("duplicate")) == (100, 300)
     assert count(db) == 100
 
@@ -126,7 +126,7 @@ def test_a_locked_database_delays_no_caller_and_loses_nothing(own_home):
     assert not last.done()
     other.execute("COMMIT")
     other.close()
-    assert last.result(20) == "recorded"
+    assert last.result(60) == "recorded"
     recorder.close()
     assert count(database) == 200
 
@@ -142,7 +142,7 @@ def test_an_unavailable_store_is_reported_and_retried(own_home, monkeypatch):
     assert "no such table" in recorder.store_error and str(recorder.path) in recorder.store_error
     with database.write() as connection:
         connection.execute(sa.text("ALTER TABLE away RENAME TO interactions"))
-    assert done.result(10) == "recorded"
+    assert done.result(60) == "recorded"
     assert recorder.store_error is None
     recorder.close()
 
@@ -158,7 +158,7 @@ def test_an_event_that_the_store_rejects_blocks_no_others(db):
 
     recorder = Recorder(db, picky)
     added = [interaction("a"), feedback("bad", "a", "thumbs_up"), feedback("good", "a", "thumbs_up")]
-    outcomes = [recorder.add(event).result(10) for event in added]
+    outcomes = [recorder.add(event).result(60) for event in added]
     recorder.close()
     assert outcomes == ["recorded", "dead_lettered", "recorded"]
     assert "not this one" in recorder.dead_letter
@@ -240,7 +240,7 @@ def test_the_log_of_a_running_process_is_left_alone(db, recorder):
     assert recorder.path.exists()
     assert recover_orphans(db, rewards) == 0
     assert recorder.path.exists()
-    assert recorder.add(interaction("a")).result(10) == "recorded"
+    assert recorder.add(interaction("a")).result(60) == "recorded"
 
 
 def test_the_log_of_an_earlier_version_is_recovered_under_the_new_field_names(db, own_home):
@@ -408,7 +408,7 @@ def test_a_read_only_server_causes_a_retry_and_no_dead_letter(db):
             connection.execute(sa.text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
         other.dispose()
         db.engine.dispose()
-        assert added.result(20) == "recorded"
+        assert added.result(60) == "recorded"
 
 
 def test_a_closed_recorder_rejects_events(db):

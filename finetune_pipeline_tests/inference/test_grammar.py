@@ -9,6 +9,7 @@ import pytest
 from finetune_pipeline.inference import grammar
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.inference.grammar import COMPILERS, GrammarCompiler
+from finetune_pipeline_tests.waiting import wait_until
 
 
 class Bytes:
@@ -42,8 +43,8 @@ class Words(Bytes):
 def test_every_completion_has_its_own_matcher():
     notified = threading.Semaphore(0)
     compiler = GrammarCompiler(Bytes(), notified.release)
-    first, second = (compiler.matcher({"type": "boolean"}).result(10) for _ in range(2))
-    assert notified.acquire(timeout=10) and notified.acquire(timeout=10)
+    first, second = (compiler.matcher({"type": "boolean"}).result(60) for _ in range(2))
+    assert notified.acquire(timeout=60) and notified.acquire(timeout=60)
     assert first.allowed().nonzero()[0].tolist() == [ord("f"), ord("t")]
     first.accept(ord("t"))
     assert first.allowed().nonzero()[0].tolist() == [ord("r")]
@@ -56,7 +57,7 @@ def test_exhausting_the_lexer_does_not_affect_other_completions():
     schema = {"type": "string", "pattern": "[a-f].{100}z.{100}q"}
 
     def write(text):
-        matcher = compiler.matcher(schema).result(10)
+        matcher = compiler.matcher(schema).result(60)
         for token in text:
             matcher.allowed()
             matcher.accept(token)
@@ -78,7 +79,7 @@ def test_a_refused_schema_stays_refused():
     compiler = GrammarCompiler(Bytes(), lambda: None)
     for _ in range(2):
         with pytest.raises(RequestRefused, match="json_schema at #: not"):
-            compiler.matcher({"not": {}}).result(10)
+            compiler.matcher({"not": {}}).result(60)
 
 
 class Slow(Bytes):
@@ -121,16 +122,15 @@ def test_schemas_that_compile_too_long_are_refused_and_do_not_accumulate(monkeyp
     late = [compiler.matcher({"title": str(n)}) for n in range(COMPILERS + 2)]  # two of them never start
     for future in late:
         with pytest.raises(RequestRefused, match=r"was not compiled within"):
-            future.result(10)
-        assert notified.acquire(timeout=10)
+            future.result(60)
+        assert notified.acquire(timeout=60)
     with pytest.raises(RequestRefused, match="new ones are refused for now"):
         compiler.matcher({"type": "boolean"}).result(0)
     monkeypatch.setattr(grammar, "COMPILE_SECONDS", 60.0)
     model.gate.set()
     compiler._pool.submit(int).result(60)
     compiler._pool.submit(int).result(60)
-    while compiler._late:
-        threading.Event().wait(0.01)
+    wait_until(lambda: not compiler._late)
     assert compiler.matcher({"type": "boolean"}).result(60).allowed().any()
     with pytest.raises(RequestRefused, match="was not compiled"):  # a schema that took too long is not tried again
         compiler.matcher({"title": "0"}).result(60)

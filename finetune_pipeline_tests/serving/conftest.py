@@ -199,7 +199,7 @@ def serving(*loops: LoopSettings) -> Iterator[Running]:
         running.http.close()
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive(), "the gateway does not stop"
 
 

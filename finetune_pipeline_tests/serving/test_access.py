@@ -183,7 +183,7 @@ def test_a_revoked_key_is_refused_while_a_model_loads(locked):
 
     import asyncio
 
-    asyncio.run_coroutine_threadsafe(server._change_lock.acquire(), loop).result(5)  # as while a large model loads
+    asyncio.run_coroutine_threadsafe(server._change_lock.acquire(), loop).result(60)  # as while a large model loads
     try:
         wait_until(lambda: server._change_lock._waiters)  # the refresh of the loop
         revoke_key(connect(), "app")

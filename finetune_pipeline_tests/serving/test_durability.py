@@ -114,7 +114,7 @@ def test_an_orderly_shutdown_leaves_no_write_ahead_log():
     with process(port=free_port()) as (running, gateway):
         ids = {running.ask(model="aec_parser").json()["id"] for _ in range(5)}
         gateway.send_signal(signal.SIGTERM)
-        gateway.wait(30)
+        gateway.wait(60)
         output = gateway.stdout.read()
     assert "Traceback" not in output
     assert set(stored(tables.interactions)) == ids

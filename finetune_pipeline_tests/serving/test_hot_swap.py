@@ -261,10 +261,10 @@ def test_a_stuck_model_is_replaced_and_its_request_refused(ggufs):
         wait_until(lambda: reports.append(running.health()) or reports[-1]["status"] != "ok")
         assert reports[-1]["status"] in {"degraded", "unavailable"}  # the latter until the fallback is loaded
         assert "no progress for 2 s" in reports[-1]["loops"]["stuck"]["last_error"]
-        refused = asked.result(30)
+        refused = asked.result(60)
         assert refused.status_code == 400
         assert "'endless list'" in refused.json()["error"]["message"] and "no progress" in refused.text
-        assert other.result(30).json()["model"] in {name, "stuck@base"}  # retried with the fallback
+        assert other.result(60).json()["model"] in {name, "stuck@base"}  # retried with the fallback
         wait_until(lambda: running.health()["status"] == "ok")
         assert process not in engines()
         assert running.ask(model="stuck").json()["model"] == name
@@ -315,7 +315,7 @@ def _follow(running: Running) -> None:
     server = running.gateway.servers["twice"]
     loop = running.gateway._refreshing[0].get_loop()
     pointer = champion.champion(connect(), "twice").id
-    asyncio.run_coroutine_threadsafe(server.follow(pointer), loop).result(30)
+    asyncio.run_coroutine_threadsafe(server.follow(pointer), loop).result(60)
 
 
 def test_loading_continues_when_the_client_disconnects(ggufs, monkeypatch):
@@ -349,7 +349,7 @@ def test_a_request_does_not_wait_longer_than_load_seconds_for_its_model(ggufs, m
         release = threading.Event()
 
         def slow(spec):
-            release.wait(30)
+            release.wait(60)
             return Engine(spec)
 
         monkeypatch.setattr(loop_server, "Engine", slow)
