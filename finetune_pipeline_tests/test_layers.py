@@ -28,6 +28,7 @@ INFRASTRUCTURE = {
     "trainer_fields",
     "validation_messages",
     "wording",
+    "yaml_files",
 }
 HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}
 # Only the engine's child process imports its native layer, and only the training process imports the callbacks, which
