@@ -7,11 +7,23 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from finetune_pipeline.validation_messages import short_repr
 
 Rating = Literal["1", "2", "3", "4", "5", "gold"]
+
+
+def _stars_as_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value  # not a bool, which is an int too
+
+
+RatingKey = Annotated[Rating, BeforeValidator(_stars_as_text)]
+"""A rating as the key of a YAML mapping, where stars may be numbers."""
+
+GivenRating = Annotated[Rating, BeforeValidator(_stars_as_text, json_schema_input_type=Rating | Literal[1, 2, 3, 4, 5])]
+"""A rating as an application gives it: stars may be numbers."""
+
 Message = dict[str, str]
 """One chat message: `role` (system, user or assistant) and `content`."""
 
@@ -137,7 +149,7 @@ class Feedback(Record):
     created_at: UtcDatetime
     kind: FeedbackKind
     score: float | None = Field(default=None, ge=0, le=100, description="For success and validation_failure: 0 to 100.")
-    rating: Rating | None = Field(default=None, description="For rating: 1 to 5 stars, or gold.")
+    rating: GivenRating | None = Field(default=None, description="For rating: 1 to 5 stars, or gold.")
     reward: float | None = Field(
         default=None, ge=-1, le=1, description="A reward of the application's own; replaces the computed one."
     )

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -23,9 +23,10 @@ from pydantic import (
     model_validator,
 )
 
-from finetune_pipeline.records import Rating
+from finetune_pipeline.records import Rating, RatingKey
 from finetune_pipeline.trainer_fields import check_lora_config, check_losses, check_member, check_trainer_config
 from finetune_pipeline.validation_messages import error_messages
+from finetune_pipeline.yaml_files import YamlError, load_yaml
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFS_FOLDER = Path(__file__).resolve().parent / "defs"
@@ -222,6 +223,10 @@ class DocumentsSource(SourceSettings):
     )
 
 
+_Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""A text that YAML reads as a number if it has no quotes."""
+
+
 class SqlSource(SourceSettings):
     """Rated answers in a database that SQLAlchemy supports."""
 
@@ -233,7 +238,7 @@ class SqlSource(SourceSettings):
     prompt: str = Field(description="Column of the prompt.")
     response: str = Field(description="Column of the answer.")
     rating: str | None = Field(default=None, description="Column of the rating.")
-    ratings: dict[str, Reward] = Field(default={}, description="Rating -> reward.")
+    ratings: dict[_Text, Reward] = Field(default={}, description="Rating -> reward.")
     gold_star: str | None = Field(default=None, description="Column of a flag. If it is set, the rating is ignored.")
     gold_reward: Reward = Field(default=1.0, description="Reward of answers with a gold star.")
     author: str | None = Field(default=None, description="Column of the prompt's author.")
@@ -323,7 +328,7 @@ class FeedbackSettings(Settings):
         description="Dotted path of a function (Feedback, Interaction) -> reward from -1 to 1, instead of the default "
         "rewards. It applies to events that are recorded from then on.",
     )
-    ratings: dict[Rating, Reward] = Field(
+    ratings: dict[RatingKey, Reward] = Field(
         default={"1": -1.0, "2": -0.9, "3": 0.0, "4": 0.7, "5": 0.9, "gold": 1.0},
         description="Rewards of ratings: 1 to 5 stars, and the gold star.",
     )
@@ -857,10 +862,10 @@ def read_loop(path: Path) -> LoopSettings:
     """Read the settings of one `defs.yaml`.
 
     Raises:
-        SettingsError: the file is not YAML, has another component type, or a setting is unknown or out of range.
+        SettingsError: the file is not valid YAML, has another component type, or a setting is unknown or out of range.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = load_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or document.get("type") != COMPONENT_TYPE:
             raise SettingsError(f"{path}: expected `type: {COMPONENT_TYPE}` and `attributes:`")
         if unknown := sorted(map(str, document.keys() - _KEYS)):
@@ -870,8 +875,12 @@ def read_loop(path: Path) -> LoopSettings:
         outside = loops_dir()
         context = {"folder": path.resolve().parent} if outside and path.resolve().is_relative_to(outside) else None
         return LoopSettings.model_validate(document.get("attributes") or {}, context=context)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not YAML in UTF-8: {error}; correct it, then run again") from error
+    except YamlError as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read ({error.strerror}); fix that, or remove it") from error
     except ValidationError as error:
         lines = [f"  {line}" for line in error_messages(error, _names())]
         raise SettingsError("\n".join([f"{path}: invalid settings:", *lines])) from error
@@ -924,8 +933,8 @@ def _is_another_component(path: Path) -> bool:
     if not path.is_relative_to(DEFS_FOLDER):
         return False
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        document = load_yaml(path.read_text(encoding="utf-8"))
+    except (YamlError, UnicodeDecodeError, OSError):
         return False
     kind = document.get("type") if isinstance(document, dict) else None
     package = COMPONENT_TYPE.partition(".")[0]

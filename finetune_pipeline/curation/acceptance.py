@@ -12,7 +12,7 @@ from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.records import Example, Turn, conversation_text
 from finetune_pipeline.refusals import is_refusal
-from finetune_pipeline.schemas import InvalidJsonError, Schema, compile_schema, parse_json
+from finetune_pipeline.schemas import Validator
 from finetune_pipeline.settings import CurationSettings
 
 APPROVED = frozenset({"approve", "edit"})
@@ -27,9 +27,6 @@ BENCHMARK_REASONS = frozenset({NEAR_BENCHMARK, CONTAINS_BENCHMARK})
 INVALID = "answer does not pass the output schema"
 REFUSAL = "answer is a refusal"
 REPETITIVE = "answer repeats itself"
-
-Validator = Callable[[str], str | None]
-"""Returns None for a valid answer, else what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -189,75 +186,6 @@ def repeated_fraction(text: str) -> float:
             repeated[start : start + _RUN_WORDS] = [True] * _RUN_WORDS
     total = sum(map(len, words))
     return sum(len(word) for word, again in zip(words, repeated, strict=True) if again) / total
-
-
-def answer_validator(schema: Schema | None) -> Validator:
-    """Return a validator of answers that can be pickled: JSON under the schema, or for free text nothing.
-
-    Args:
-        schema: JSON Schema (draft 2020-12), or None for free text.
-    """
-    if schema is None:
-        return _accept_any
-    validator = _AnswerValidator(schema)
-    validator.compiled  # noqa: B018  refuses an invalid schema here
-    return validator
-
-
-def _accept_any(answer: str) -> None:
-    return None
-
-
-_KEYWORDS = """
-    $schema $id title description default examples type enum const properties required additionalProperties items
-    prefixItems minimum maximum exclusiveMinimum exclusiveMaximum minLength maxLength minItems maxItems minProperties
-    maxProperties anyOf allOf oneOf not if then else
-"""
-_COMMON_KEYWORDS = frozenset(_KEYWORDS.split())
-"""Keywords that all validators understand alike. Patterns, formats and references are not among them."""
-
-
-class _AnswerValidator:
-    """Validates answers; under a schema of common keywords, a faster validator in Rust accepts most of them."""
-
-    def __init__(self, schema: Schema) -> None:
-        self._schema = schema
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_schema": self._schema}
-
-    @cached_property
-    def compiled(self) -> Any:
-        return compile_schema(self._schema)
-
-    @cached_property
-    def fast(self) -> Any:
-        if not _has_common_keywords_only(self._schema):
-            return None
-        from jsonschema_rs import Draft202012Validator
-
-        return Draft202012Validator(self._schema)
-
-    def __call__(self, answer: str) -> str | None:
-        try:
-            value = parse_json(answer)
-        except InvalidJsonError as error:
-            return str(error)
-        if self.fast is not None and self.fast.is_valid(value):
-            return None
-        first = next(self.compiled.iter_errors(value), None)
-        return None if first is None else f"{first.json_path}: {first.message}"
-
-
-def _has_common_keywords_only(schema: Any) -> bool:
-    if not isinstance(schema, dict):
-        return isinstance(schema, bool)
-    if not schema.keys() <= _COMMON_KEYWORDS:
-        return False
-    parts = list(schema.get("properties", {}).values())
-    parts += [part for name in ("prefixItems", "anyOf", "allOf", "oneOf") for part in schema.get(name, [])]
-    parts += [schema[name] for name in ("additionalProperties", "items", "not", "if", "then", "else") if name in schema]
-    return all(_has_common_keywords_only(part) for part in parts)
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------

@@ -139,11 +139,13 @@ class FeedbackClient:
         if url is not None and database is not None:
             raise ValueError("give a url or a database, not both")
         self.loop = loop if isinstance(loop, str) else loop.name
+        self._settings = None if isinstance(loop, str) else loop  # None: only the gateway knows them
         self._transport: Transport
         if url is not None:
             self._transport = _GatewayTransport(self.loop, url, api_key)
         else:
-            self._transport = _StoreTransport(load_loop(loop) if isinstance(loop, str) else loop, database)
+            self._settings = self._settings or load_loop(self.loop)
+            self._transport = _StoreTransport(self._settings, database)
         self._last: ContextVar[UUID | None] = ContextVar("last_id", default=None)
 
     def __enter__(self) -> "FeedbackClient":
@@ -260,7 +262,12 @@ class FeedbackClient:
     def correct(
         self, interaction_id: UUID | str, correction: str, *, user: str | None = None, key: str | None = None
     ) -> UUID:
-        """Correct the answer; like the methods below, return the feedback's id."""
+        """Correct the answer; like the methods below, return the feedback's id.
+
+        Raises:
+            ValueError: a field is invalid, or the loop's output schema does not accept the correction.
+            FeedbackError: the gateway did not record it, for example because of its loop's output schema.
+        """
         return self._give(interaction_id, "correction", key, correction=correction, user=user)
 
     def thumbs_up(
@@ -309,13 +316,13 @@ class FeedbackClient:
     def rate(
         self,
         interaction_id: UUID | str,
-        rating: Rating,
+        rating: Rating | int,
         *,
         user: str | None = None,
         output: str | None = None,
         key: str | None = None,
     ) -> UUID:
-        """Rate the answer with "1" to "5" stars or "gold"; the loop's YAML sets the reward of each."""
+        """Rate the answer with 1 to 5 stars or "gold"; the loop's YAML sets the reward of each."""
         return self._give(
             interaction_id,
             "rating",
@@ -351,6 +358,11 @@ class FeedbackClient:
         event = given if isinstance(given, Interaction | Feedback) else self._validated(given)
         if event.loop != self.loop:
             raise ValueError(f"loop: found {event.loop!r}, expected {self.loop!r}, the loop of this client")
+        if isinstance(event, Feedback) and event.correction is not None and self._settings is not None:
+            from finetune_pipeline.feedback.corrections import correction_problem
+
+            if problem := correction_problem(self._settings, event.correction):
+                raise ValueError(problem)
         return validate_application_event(event)
 
     def _validated(self, given: Mapping[str, Any]) -> Interaction | Feedback:

@@ -9,8 +9,6 @@ from finetune_pipeline.curation.acceptance import (
     Policy,
     Quota,
     TokenCounter,
-    Validator,
-    answer_validator,
     tokenizer_file,
 )
 from finetune_pipeline.curation.dataset_files import read_replay
@@ -21,7 +19,7 @@ from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.feedback.content_hash import content_hash
 from finetune_pipeline.records import Example, conversation_text
-from finetune_pipeline.schemas import Rule, load_rules, load_schema
+from finetune_pipeline.schemas import Rule, Validator, answer_validator, load_rules, load_schema
 from finetune_pipeline.settings import LoopSettings, project_path
 
 PACKAGES = ("finetune-pipeline", "torch", "transformers", "trl", "peft", "datasets", "llama_cpp_python", "pyarrow")

@@ -15,8 +15,8 @@ from finetune_pipeline.records import (
     Count,
     Feedback,
     FeedbackKind,
+    GivenRating,
     Interaction,
-    Rating,
     ShortText,
     Text,
     Turn,
@@ -257,7 +257,7 @@ class FeedbackIn(Request):
     created_at: UtcDatetime | None = None
     kind: FeedbackKind
     score: float | None = Field(default=None, ge=0, le=100)
-    rating: Rating | None = None
+    rating: GivenRating | None = None
     reward: float | None = Field(default=None, ge=-1, le=1)
     correction: Text | None = None
     output_hash: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")

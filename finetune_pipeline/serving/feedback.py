@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from uuid_utils.compat import uuid7
 
+from finetune_pipeline.feedback.corrections import correction_problem
 from finetune_pipeline.feedback.store import StoredInteraction, conflict_message, counters, find_interaction
 from finetune_pipeline.records import Feedback, Interaction, not_in_future
 from finetune_pipeline.serving.api import FeedbackIn, InteractionIn, InteractionOut, Receipt, StatsOut, Status
@@ -28,7 +29,10 @@ _ACCEPTED: dict[int | str, dict[str, Any]] = {
 
 @router.post("/v1/feedback", response_model=Receipt, responses=_ACCEPTED)
 async def feedback(request: Request, body: Annotated[FeedbackIn, Depends(json_body(FeedbackIn))]) -> Response:
-    """Record feedback on an answer. It may arrive late, twice, or before its interaction."""
+    """Record feedback on an answer. It may arrive late, twice, or before its interaction.
+
+    A correction that the loop's output schema does not accept is refused.
+    """
     gateway = get_gateway(request)
     if body.loop is not None or len(gateway.loops) == 1:
         loop = gateway.loop_named(body.loop).name
@@ -42,6 +46,10 @@ async def feedback(request: Request, body: Annotated[FeedbackIn, Depends(json_bo
             )
         loop = found.interaction.loop
     event = _event(Feedback, body.model_dump(exclude_none=True) | {"loop": loop})
+    if event.correction is not None:
+        problem = await asyncio.to_thread(correction_problem, gateway.loops[loop], event.correction)
+        if problem is not None:
+            raise BadRequest(f"{problem}.", param="correction")
     gateway.metrics.feedback.labels(loop, event.kind).inc()
     return await _receipt(gateway, event)
 

@@ -27,12 +27,19 @@ from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline_tests.conftest import interaction, uid
 
 LOOP = "aec_parser"
+BETTER = '{"element":"wall","material":"brick","thickness_mm":250}'
 
 
 @pytest.fixture(autouse=True)
 def on_each_database(url, monkeypatch):
     """Every test here runs on SQLite and, where a server is installed, on PostgreSQL."""
     monkeypatch.setenv("FINETUNE_DATABASE_URL", url)
+
+
+@pytest.fixture
+def free_text(monkeypatch):
+    """Any text is a valid answer."""
+    monkeypatch.setattr("finetune_pipeline.feedback.corrections.correction_problem", lambda *_: None)
 
 
 def run(*arguments, code=0, input=None):
@@ -52,7 +59,7 @@ def stored(id):
 
 def test_an_interaction_is_logged_corrected_and_rated():
     id = log("--user", "u1", "--confidence", "0.4", "--model", f"{LOOP}@v1.0.0", "--context", "found")
-    UUID(run("correct", id, "better", "--user", "u2").stdout.strip())
+    UUID(run("correct", id, BETTER, "--user", "u2").stdout.strip())
     run("rate", id, "4")
     run("rate", id, "gold")
     run("rate", id, "up")
@@ -64,23 +71,31 @@ def test_an_interaction_is_logged_corrected_and_rated():
     assert [item.kind for item in found.feedback] == ["correction", "rating", "rating", "thumbs_up", "thumbs_down"]
     assert [item.rating for item in found.feedback[1:3]] == ["4", "gold"]
     assert found.feedback[0].user == "u2"
-    assert found.example.target == "better"
+    assert found.example.target == BETTER
 
 
-def test_a_correction_can_come_from_a_file_or_the_terminal(tmp_path):
+def test_a_correction_can_come_from_a_file_or_the_terminal(free_text, tmp_path):
     path = tmp_path / "answer.json"
-    path.write_text('{\n "a": 1\n}\n')
+    path.write_text('{\n "element": "wall"\n}\n')
     id = log()
     run("correct", id, "--file", path)
-    assert stored(id).example.target == '{\n "a": 1\n}'
+    assert stored(id).example.target == '{\n "element": "wall"\n}'
     run("correct", id, "--file", "-", input="ünïcödé\n")
     assert stored(id).example.target == "ünïcödé"
+
+
+@pytest.mark.parametrize("text", ["not json", '{"element": "spaceship"}'])
+def test_a_correction_that_could_not_train_is_refused(text):
+    id = log()
+    said = run("correct", id, text, code=1).stderr
+    assert said.startswith("Error: correction: ") and "the output schema of loop aec_parser does not accept it" in said
+    assert stored(id).feedback == ()
 
 
 def test_a_key_makes_a_command_safe_to_repeat():
     id = log("--key", "k")
     assert log("--key", "k") == id
-    assert run("correct", id, "x", "--key", "k").stdout == run("correct", id, "x", "--key", "k").stdout
+    assert run("correct", id, BETTER, "--key", "k").stdout == run("correct", id, BETTER, "--key", "k").stdout
     found = stored(id)
     assert len(found.feedback) == 1
 
@@ -114,7 +129,7 @@ def test_feedback_without_its_interaction_is_reported():
 
 def test_stats_count_by_kind_and_list_unmatched_feedback():
     id = log()
-    run("correct", id, "better")
+    run("correct", id, BETTER)
     run("rate", id, "up")
     FeedbackClient(LOOP).log("odd", "{}", flag="low confidence")
     waiting = run("rate", uid("nobody"), "down").stdout.strip()
@@ -173,7 +188,7 @@ def test_an_export_says_what_it_left_out(tmp_path):
     assert "0 examples" in said and "left out 1 that their source no longer has" in said
 
 
-def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(tmp_path):
+def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(free_text, tmp_path):
     id = run("log", "--prompt", "write to jane@example.com and bob@example.com", "--output", "{}").stdout.strip()
     run("correct", id, "her number is +49 30 901820")
     path = tmp_path / "out.json"
@@ -222,7 +237,7 @@ def snapshot_of(*ids):
 
 def test_a_person_is_erased_and_what_was_made_with_it_is_listed():
     id = log("--user", "u1")
-    run("correct", id, "better", "--user", "u2")
+    run("correct", id, BETTER, "--user", "u2")
     other = log("--user", "u2")
     run("rate", other, "down", "--user", "u1")
     snapshot = snapshot_of(id)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.curation.acceptance import Policy, answer_validator
+from finetune_pipeline.curation.acceptance import Policy
 from finetune_pipeline.curation.dataset import curate
 from finetune_pipeline.curation.dataset_files import (
     PREFERENCE,
@@ -25,6 +25,7 @@ from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.filter import Identity
 from finetune_pipeline.curation.snapshot import schema
 from finetune_pipeline.records import Example, Turn
+from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import REPLAY, CurationSettings
 from finetune_pipeline_tests.conftest import uid
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.acceptance import Policy, TokenCounter, accept, answer_validator, repeated_fraction
+from finetune_pipeline.curation.acceptance import Policy, TokenCounter, accept, repeated_fraction
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.refusals import is_refusal
-from finetune_pipeline.schemas import compile_schema, load_schema
+from finetune_pipeline.schemas import answer_validator, compile_schema, load_schema
 from finetune_pipeline.settings import PROJECT_ROOT, CurationSettings
 from finetune_pipeline_tests.conftest import uid
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from finetune_pipeline.curation.acceptance import Policy, answer_validator, benchmark_overlap
+from finetune_pipeline.curation.acceptance import Policy, benchmark_overlap
 from finetune_pipeline.curation.dataset import in_validation
 from finetune_pipeline.curation.dataset_checks import inspect_dataset
 from finetune_pipeline.curation.dataset_files import (
@@ -22,6 +22,7 @@ from finetune_pipeline.curation.dataset_files import (
 )
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.records import Turn
+from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import dataset_rows
 

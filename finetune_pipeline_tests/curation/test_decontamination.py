@@ -2,9 +2,10 @@
 
 import pytest
 
-from finetune_pipeline.curation.acceptance import Policy, accept, answer_validator, benchmark_overlap
+from finetune_pipeline.curation.acceptance import Policy, accept, benchmark_overlap
 from finetune_pipeline.curation.decontamination import NearIndex, jaccard, shingles
 from finetune_pipeline.records import Turn
+from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import CurationSettings
 
 from .datasets import example

@@ -10,12 +10,13 @@ import pytest
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation import dataset, filter, snapshot
-from finetune_pipeline.curation.acceptance import Policy, answer_validator
+from finetune_pipeline.curation.acceptance import Policy
 from finetune_pipeline.curation.dataset import curate
 from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE
 from finetune_pipeline.curation.filter import FilterCache
 from finetune_pipeline.pipeline.loop_files import identity
 from finetune_pipeline.ray_session import ClusterError
+from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import CurationSettings
 
 from ..conftest import needs_ray

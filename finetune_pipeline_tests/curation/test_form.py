@@ -10,7 +10,7 @@ FILES = (
                                          "redaction", "select")),
     "refusals.py",
 )  # fmt: skip
-LAST = (9, "1698a5e8c1f0b4be")
+LAST = (9, "7d50cf29d049bf70")
 
 
 def test_changed_curation_has_another_code_version():

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.acceptance import CONFLICT, Policy, answer_validator
+from finetune_pipeline.curation.acceptance import CONFLICT, Policy
 from finetune_pipeline.curation.dataset import in_validation
 from finetune_pipeline.curation.dataset_card import dataset_card
 from finetune_pipeline.curation.dataset_checks import inspect_dataset
@@ -23,6 +23,7 @@ from finetune_pipeline.curation.dataset_files import (
 from finetune_pipeline.curation.decontamination import NGRAM, NearIndex
 from finetune_pipeline.curation.select import DUPLICATE, NEAR_DUPLICATE
 from finetune_pipeline.records import Example, normalize
+from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import CurationSettings
 from finetune_pipeline_tests.conftest import uid
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_pipeline.curation.acceptance import REJECTED, UNREVIEWED, Policy, accept, answer_validator, is_undesirable
+from finetune_pipeline.curation.acceptance import REJECTED, UNREVIEWED, Policy, accept, is_undesirable
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.review import (
     PRIOR,
@@ -15,6 +15,7 @@ from finetune_pipeline.curation.review import (
     rank,
     review_priority,
 )
+from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import CurationSettings
 
 from .datasets import example

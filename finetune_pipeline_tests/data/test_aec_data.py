@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from finetune_pipeline.curation.acceptance import Policy, accept, answer_validator
+from finetune_pipeline.curation.acceptance import Policy, accept
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.feedback.resolution import resolve
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.records import Example, Feedback, Interaction, normalize
+from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import CurationSettings
 
 ROOT = Path(__file__).parents[2]

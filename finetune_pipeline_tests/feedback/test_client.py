@@ -24,6 +24,8 @@ from finetune_pipeline.settings import FeedbackSettings, SettingsError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
 HEAVY = ["torch", "dagster", "alembic", "fastapi", "pandas", "pyarrow", "sqlalchemy", "httpx", "transformers"]
+VALID = '{"element":"wall","material":"brick","thickness_mm":250}'
+"""An answer under the output schema of aec_parser."""
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_logging_into_the_store_loads_neither_torch_nor_dagster_nor_http(own_hom
 import json, sys
 from finetune_pipeline.feedback import FeedbackClient
 client = FeedbackClient("aec_parser")
-client.correct(client.log("a wall", "no"), "yes")
+client.correct(client.log("a wall", "no"), {VALID!r})
 print(json.dumps([sorted(set({HEAVY!r}) & set(sys.modules)), client.stats()]))
 """
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -1,8 +1,12 @@
+import json
+
 import pytest
 
+from finetune_pipeline.feedback import FeedbackClient
 from finetune_pipeline.feedback.rewards import default_reward, reward_function, score_reward
-from finetune_pipeline.settings import FeedbackSettings, SettingsError
-from finetune_pipeline_tests.conftest import feedback, interaction
+from finetune_pipeline.records import Feedback
+from finetune_pipeline.settings import CurationSettings, FeedbackSettings, SettingsError
+from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,33 @@ def test_a_rating_has_the_reward_of_the_loops_settings():
         0.8,
         1,
     ]
+
+
+@pytest.mark.parametrize("stars", [1, 2, 3, 4, 5])
+def test_stars_may_be_numbers(stars):
+    """In an event, in a call of the client, and as the keys of a YAML mapping."""
+    given = feedback("1", "a", "rating", rating=stars)
+    assert given.rating == str(stars)
+    line = given.model_dump(mode="json") | {"rating": stars}
+    assert Feedback.model_validate_json(json.dumps(line)) == given
+    client = FeedbackClient("aec_parser")
+    client.rate(uid("a"), stars)
+    assert client.stats()["feedback.rating"] == 1
+    assert FeedbackSettings(ratings={1: -1, 2: -0.9, 3: 0, 4: 0.7, 5: 0.9, "gold": 1}) == FeedbackSettings()
+
+
+@pytest.mark.parametrize("rating", [0, 6, -1, True, 5.0, 10**30, "05", None])
+def test_other_numbers_are_no_stars(rating):
+    with pytest.raises(ValueError, match="rating"):
+        feedback("1", "a", "rating", rating=rating)
+
+
+@pytest.mark.parametrize(("score", "trains"), [(60, False), (70, False), (71, True), (80, True)])
+def test_the_documented_scores_train_or_not(score, trains):
+    """docs/how-to/feedback.md names the lowest score; the kind's name makes no difference."""
+    for kind in ("success", "validation_failure"):
+        reward = default_reward(feedback("1", "a", kind, score=score), interaction("a"))
+        assert (reward >= CurationSettings().min_reward) is trains
 
 
 def test_every_rating_needs_a_reward():

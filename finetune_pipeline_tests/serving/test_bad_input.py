@@ -183,7 +183,8 @@ def test_unknown_paths_and_methods_return_errors_in_openais_format(notes):
         ({"kind": "success"}, "kind success needs `score`"),
         ({"kind": "success", "score": 101}, "score: found 101, expected less than or equal to 100"),
         ({"kind": "rating", "rating": "6"}, ", expected '1', '2', '3', '4', '5' or 'gold'"),
-        ({"kind": "rating", "rating": 5}, ", expected '1', '2', '3', '4', '5' or 'gold'"),
+        ({"kind": "rating", "rating": 6}, ", expected '1', '2', '3', '4', '5' or 'gold'"),
+        ({"kind": "rating", "rating": True}, ", expected '1', '2', '3', '4', '5' or 'gold'"),
         ({"kind": "correction", "correction": "  "}, "kind correction needs the corrected answer"),
         ({"kind": "correction", "correction": "a\x00b"}, "contains a NUL character"),
         ({"kind": "applause"}, "kind: found 'applause', expected 'success', 'correction'"),
@@ -203,6 +204,19 @@ def test_invalid_feedback_is_refused(notes, answered, fields, reason):
     assert notes.interaction(answered)["feedback"] == []
 
 
+def test_a_correction_that_the_output_schema_rejects_is_refused(notes, answered, tmp_path, monkeypatch):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"element": {"enum": ["door"]}}}')
+    strict = notes.gateway.loops["notes"].model_copy(update={"output_schema": str(schema)})
+    monkeypatch.setitem(notes.gateway.loops, "notes", strict)
+    body = {"interaction_id": answered, "kind": "correction", "loop": "notes"}
+    for correction, said in (("a door", "not JSON"), ('{"element": "boat"}', "$.element: 'boat' is not one of")):
+        error = refused(post(notes, "/v1/feedback", body | {"correction": correction}))
+        assert (error["param"], said in error["message"]) == ("correction", True)
+    assert notes.interaction(answered)["feedback"] == []
+    assert post(notes, "/v1/feedback", body | {"correction": '{"element": "door"}'}).status_code == 200
+
+
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
 def test_a_reward_that_is_not_finite_is_refused(notes, answered, word):
     body = f'{{"interaction_id": "{answered}", "kind": "reward", "reward": {word}}}'
@@ -218,6 +232,7 @@ def test_a_reward_that_is_not_finite_is_refused(notes, answered, word):
         ({"kind": "success", "score": 90}, 0.8, 1.0),
         ({"kind": "validation_failure", "score": 10}, -1.0, -0.3),
         ({"kind": "rating", "rating": "gold"}, 1.0, 1.0),
+        ({"kind": "rating", "rating": 5}, 0.9, 0.9),
         ({"kind": "reward", "reward": 0.25}, 0.25, 0.25),
         ({"kind": "correction", "correction": '{"element":"door"}'}, 0.2, 0.6),
     ],
