@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_pipeline.wording import kind_of
+
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
 
@@ -64,7 +66,7 @@ def load_schema(path: Path) -> Schema:
     """
     schema = _read_json(path, "output_schema")
     if not isinstance(schema, dict):
-        raise SchemaError(f"{path}: expected a JSON Schema object, found {type(schema).__name__}")
+        raise SchemaError(f"{path}: expected a JSON Schema object, found {kind_of(schema)}")
     _checked(schema, str(path))
     return schema
 
@@ -77,16 +79,16 @@ def load_rules(path: Path) -> tuple[Rule, ...]:
     """
     items = _read_json(path, "evaluation.compliance")
     if not isinstance(items, list):
-        raise SchemaError(f"{path}: expected a JSON list of rules, found {type(items).__name__}")
+        raise SchemaError(f"{path}: expected a JSON list of rules, found {kind_of(items)}")
     rules: dict[str, Rule] = {}
     for number, item in enumerate(items, start=1):
         where = f"{path}: rule {number}"
         if not isinstance(item, dict) or set(item) != {"id", "title", "schema"}:
-            found = sorted(item) if isinstance(item, dict) else type(item).__name__
+            found = ", ".join(sorted(item)) or "none" if isinstance(item, dict) else kind_of(item)
             raise SchemaError(f'{where}: expected the fields "id", "title" and "schema", found {found}')
         rule = Rule(**item)
         if not (isinstance(rule.id, str) and isinstance(rule.title, str) and isinstance(rule.schema, dict)):
-            raise SchemaError(f"{where}: expected a string as id and title, and an object as schema")
+            raise SchemaError(f"{where}: expected a text as id and title, and an object as schema")
         _checked(rule.schema, where)
         if rule.id in rules:
             raise SchemaError(f"{where}: the id {rule.id!r} is already used; give each rule its own id")

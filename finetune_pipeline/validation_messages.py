@@ -1,12 +1,14 @@
 """Wording of validation errors: one line per field with what was found and what was expected."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sized
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
+
+from finetune_pipeline.wording import kind_of
 
 RENAMED_FIELDS = {"task": "loop", "arm": "variant", "origin": "provenance", "feeds": "sources"}
 """Field names of earlier versions, so that an old log can be read, and the error about it states the new name."""
@@ -30,6 +32,65 @@ RENAMED_SETTINGS = {
 }
 """Setting names of earlier versions. A new name is suggested only in a section that has it."""
 
+ALIASES = {
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "max_seq_length": "max_length",
+    "model": "base_model",
+    "r": "lora_r",
+    "rank": "lora_r",
+    "target_modules": "lora_target_modules",
+}
+"""Names that people try, and the settings that they mean; as in RENAMED_SETTINGS."""
+
+_TIME = "a time such as 2026-03-02T09:14:00Z"
+_CONTAINER = ("dict_type", "model_type", "model_attributes_type", "dataclass_type", "mapping_type")
+_LIST = ("list_type", "tuple_type", "set_type", "frozen_set_type")
+
+EXPECTED = {
+    **dict.fromkeys(_LIST, "a list"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing", "decimal_type", "decimal_parsing"), "a number"),
+    "finite_number": "a finite number",
+    **dict.fromkeys(("string_type", "string_unicode", "bytes_type", "invalid_key"), "a text"),
+    **dict.fromkeys(("uuid_type", "uuid_parsing", "uuid_version"), "a UUID"),
+    **dict.fromkeys(
+        (
+            "datetime_type", "datetime_parsing", "datetime_object_invalid", "datetime_from_date_parsing",
+            "timezone_naive", "timezone_aware", "timezone_offset",
+        ),
+        _TIME,
+    ),
+    **dict.fromkeys(
+        ("date_type", "date_parsing", "date_from_datetime_parsing", "date_from_datetime_inexact"),
+        "a date such as 2026-03-02",
+    ),
+    **dict.fromkeys(("time_type", "time_parsing"), "a time of day such as 09:14"),
+    **dict.fromkeys(("time_delta_type", "time_delta_parsing"), "a duration"),
+    **dict.fromkeys(("url_type", "url_parsing", "url_syntax_violation"), "a URL"),
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "greater than or equal to {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "less than or equal to {le}",
+    "multiple_of": "a multiple of {multiple_of}",
+    **dict.fromkeys(("literal_error", "enum"), "{expected}"),
+}  # fmt: skip
+"""What was expected, by the type of pydantic's error. Types that need what was found are in `_problem`."""
+
+_SHOWN = 3
+
+PATTERNS = {
+    "^[a-z][a-z0-9_]*$": "lower-case letters, digits and _, starting with a letter",
+    "^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$": "up to 100 letters, digits and . _ : / -, starting with a letter or a digit",
+    "^[0-9a-f]{64}$": "a SHA-256 of 64 hexadecimal digits",
+    "^https?://": "a URL that starts with http:// or https://",
+    r"^v\d+\.\d+\.\d+$": "a version such as v1.2.0",
+}
+"""What the patterns of fields match, in words."""
+
 SENTENCE = "sentence"
 """Type of a validation error whose message says what was found."""
 
@@ -47,8 +108,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def error_message(error: ValidationError) -> str:
-    """Return all problems of a record in one line."""
-    return "; ".join(error_messages(error))
+    """Return the first problems of a record in one line, and how many more there are."""
+    lines = error_messages(error)
+    more = f" (and {len(lines) - _SHOWN} more)" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
 
 
 def error_messages(error: ValidationError, known_names: Mapping[str, Collection[str]] | None = None) -> list[str]:
@@ -58,7 +121,30 @@ def error_messages(error: ValidationError, known_names: Mapping[str, Collection[
         known_names: for settings: section -> valid names in it, to suggest one for a misspelled name; "" is the top
             level. The values of a discriminator stand under its name, such as "kind".
     """
-    return [_message(one, known_names or {}) for one in error.errors(include_url=False)]
+    return messages_of(error.errors(include_url=False), known_names)
+
+
+def messages_of(
+    errors: Iterable[Mapping[str, Any]], known_names: Mapping[str, Collection[str]] | None = None
+) -> list[str]:
+    """Return one line per invalid field, of errors in the form of `ValidationError.errors`."""
+    names = known_names or {}
+    problems: dict[str, list[_Problem]] = {}
+    for one in errors:
+        problems.setdefault(field_path(one, names), []).append(_problem(one, names))
+    lines = []
+    for where, found in problems.items():
+        # Of a union, the members of another type do not matter if one has the right type, but an invalid value in it.
+        if where and any(other.startswith((f"{where}.", f"{where}[")) for other in problems):
+            continue
+        found = [one for one in found if not one.of_type] or found
+        given, expected = found[0].given, [one.expected for one in found]
+        if given and all(expected):
+            text = f"found {given}, expected {', or '.join(dict.fromkeys(expected))}"
+        else:
+            text = "; ".join(dict.fromkeys(str(one) for one in found))
+        lines.append(f"{where}: {text}" if where else text)
+    return lines
 
 
 def short_repr(value: object, limit: int = 80) -> str:
@@ -91,38 +177,87 @@ def field_path(error: Mapping[str, Any], known_names: Mapping[str, Collection[st
     return path
 
 
-def _message(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]]) -> str:
-    where = field_path(error, known_names)
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if not where:
-        return message
-    if error["type"] == "missing":
-        return f"{where}: is missing"
-    if error["type"] == "extra_forbidden":
-        name = str(error["loc"][-1])
-        if not known_names:
-            renamed = f"; renamed to {RENAMED_FIELDS[name]}" if name in RENAMED_FIELDS else ""
-            return f"{where}: unknown field{renamed}"
-        names = known_names.get(str(error["loc"][0]) if len(error["loc"]) > 1 else "", ())
-        if RENAMED_SETTINGS.get(name) in names:
-            return f"{where}: unknown setting; renamed to {RENAMED_SETTINGS[name]}"
-        meant = nearest(name, names)
-        return f"{where}: unknown setting" + (f"; did you mean {meant}?" if meant else "")
-    if error["type"] == SENTENCE:
-        return f"{where}: {message}"
-    if error["type"] == "tuple_type":
-        if isinstance(error["input"], Mapping):  # a list of mappings is expected, so brackets around it would be wrong
-            return f"{where}: found a mapping with the keys {', '.join(map(str, error['input']))}; expected a list"
-        return f"{where}: found {short_repr(error['input'])}, expected a list: [{error['input']}]"
-    name = error.get("ctx", {}).get("discriminator", "").strip("'")
+class _Problem(NamedTuple):
+    """What is wrong with a value: what was found and what was expected, or another sentence."""
+
+    text: str = ""
+    given: str = ""
+    expected: str = ""
+    of_type: bool = False  # the value has another type
+
+    def __str__(self) -> str:
+        return self.text or f"found {self.given}, expected {self.expected}"
+
+
+def _problem(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]]) -> _Problem:
+    kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
+    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if kind == SENTENCE:
+        return _Problem(message)
+    if kind in {"value_error", "assertion_error"}:
+        return _Problem(f"found {short_repr(value)}, {message}" if field_path(error, known_names) else message)
+    if kind in {"missing", "missing_argument", "missing_keyword_only_argument", "missing_positional_only_argument"}:
+        return _Problem("is missing")
+    if kind in {"extra_forbidden", "unexpected_keyword_argument"}:
+        return _Problem(_unknown_name(error, known_names))
+    if kind in {"union_tag_invalid", "union_tag_not_found"}:
+        return _Problem(_unknown_tag(error, known_names))
+    if kind == "json_invalid":
+        return _Problem(f"not JSON: {context.get('error', message)}")
+    if known_names and value is None and kind in EXPECTED.keys() | {*_CONTAINER}:
+        of_section = kind in _CONTAINER or kind in _LIST
+        return _Problem(f"is empty; remove the key, or {'put settings under it' if of_section else 'give it a value'}")
+    if kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):
+        return _Problem("is not supported; leave it out")
+    if kind in {"too_short", "string_too_short", "bytes_too_short"} and not value:
+        return _Problem("is empty")
+    if kind in {"too_short", "too_long"}:
+        limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return _Problem("", f"{len(value):,} items" if isinstance(value, Sized) else short_repr(value), limit)
+    of_type = kind.endswith("_type") or kind in {"literal_error", "is_instance_of"}
+    return _Problem("", *_found_and_expected(kind, value, context, message, bool(known_names)), of_type)
+
+
+def _found_and_expected(
+    kind: str, value: object, context: Mapping[str, Any], message: str, of_settings: bool
+) -> tuple[str, str]:
+    """Return what was found and what was expected, for an error that has no sentence of its own."""
+    found = short_repr(value)
+    if kind in _CONTAINER:
+        return (found, "a mapping") if of_settings else (kind_of(value), "a JSON object")
+    if kind in _LIST and of_settings:
+        if isinstance(value, Mapping):  # a list of mappings is expected, so brackets around it would be wrong
+            return f"a mapping with the keys {', '.join(map(str, value))}", "a list"
+        return found, f"a list: [{value}]"
+    if kind == "string_pattern_mismatch":
+        pattern = context["pattern"]
+        return found, PATTERNS.get(pattern, f"text that matches the pattern {pattern}")
+    if kind in EXPECTED:
+        expected = EXPECTED[kind].format(**context)
+        return found, expected.replace("'", "") if of_settings and kind == "literal_error" else expected
+    if limit := context.get("min_length", context.get("max_length")):
+        return found, f"at {'least' if 'min_length' in context else 'most'} {limit} characters"
+    # Types of errors that no field of this package has today.
+    return found, re.sub(r"^.*? should (?:be |have )?(?:a valid )?|, unable to .*$", "", message)
+
+
+def _unknown_name(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]]) -> str:
+    name = str(error["loc"][-1])
+    if not known_names:
+        return "unknown field" + (f"; renamed to {RENAMED_FIELDS[name]}" if name in RENAMED_FIELDS else "")
+    names = known_names.get(str(error["loc"][0]) if len(error["loc"]) > 1 else "", ())
+    if RENAMED_SETTINGS.get(name) in names:
+        return f"unknown setting; renamed to {RENAMED_SETTINGS[name]}"
+    meant = ALIASES[name] if ALIASES.get(name) in names else nearest(name, names)
+    return "unknown setting" + (f"; did you mean {meant}?" if meant else "")
+
+
+def _unknown_tag(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]]) -> str:
+    context = error.get("ctx", {})
+    name = str(context.get("discriminator", "")).strip("'")
+    expected = str(context.get("expected_tags", "")).replace("'", "") or ", ".join(known_names.get(name, ()))
     if error["type"] == "union_tag_not_found":
-        return f"{where}: {name} is missing; expected one of {', '.join(known_names.get(name, ()))}"
-    if error["type"] == "union_tag_invalid":
-        tag, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"]
-        similar = get_close_matches(tag, re.findall(r"\w+", expected), n=1)
-        found = f"{where}: unknown {name} {tag!r}"
-        return f"{found}; did you mean {similar[0]}?" if similar else f"{found}; expected one of {expected}"
-    expected = re.sub(
-        r"^\w+ should (?:be |have )?", "expected ", message.replace("should match", "should be text matching")
-    )
-    return f"{where}: found {short_repr(error['input'])}, {expected}"
+        return f"{name} is missing" + (f"; expected one of {expected}" if expected else "")
+    similar = get_close_matches(str(context["tag"]), re.findall(r"\w+", expected), n=1)
+    found = f"unknown {name} {str(context['tag'])!r}"
+    return f"{found}; did you mean {similar[0]}?" if similar else f"{found}; expected one of {expected}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.records import normalize
 from finetune_pipeline.schemas import Schema, compile_schema
+from finetune_pipeline.wording import kind_of
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
@@ -134,10 +135,7 @@ def _shape_problems(item: Any) -> Iterator[str]:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, str):
-        return "an empty text" if not value.strip() else "a text"
-    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    return "an empty text" if isinstance(value, str) and not value.strip() else kind_of(value)
 
 
 def _reject_constant(name: str) -> Any:

@@ -50,7 +50,8 @@ from finetune_pipeline.records import (
     without_system_prompt,
 )
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.validation_messages import error_message
+from finetune_pipeline.validation_messages import error_message, short_repr
+from finetune_pipeline.wording import kind_of
 
 _MAX_LISTED = 20
 _FETCHED_ROWS = 500
@@ -212,7 +213,7 @@ def export_alpaca(
 
 def _events(row: Any, loop: LoopSettings, file_time: datetime) -> Events:
     if not isinstance(row, dict):
-        raise ValueError(f"found {type(row).__name__}, expected a JSON object")
+        raise ValueError(f"found {kind_of(row)}, expected a JSON object")
     given = {"loop": loop.name, "created_at": file_time, **row}
     if given["loop"] != loop.name:
         raise ValueError(f"belongs to loop {given['loop']!r:.80}, but this file is read for {loop.name!r}")
@@ -220,7 +221,7 @@ def _events(row: Any, loop: LoopSettings, file_time: datetime) -> Events:
         kinds: dict[Any, type[Interaction | Feedback]] = {"interaction": Interaction, "feedback": Feedback}
         event = given["event"]
         if not isinstance(event, str) or event not in kinds:
-            raise ValueError(f"event: found {event!r:.80}, expected interaction or feedback")
+            raise ValueError(f"unknown event {short_repr(event)}; expected one of interaction, feedback")
         identified = {"id": event_id(given["loop"], hash_of(row)), **given}
         return [validate_application_event(kinds[event].model_validate(identified))]
     if "instruction" in row:

@@ -50,6 +50,7 @@ from finetune_pipeline.settings import (
     home,
 )
 from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, SourceError, SourceOutput, SourceRecord
+from finetune_pipeline.validation_messages import error_message
 from finetune_pipeline.wording import counted
 
 _log = logging.getLogger(__name__)
@@ -271,9 +272,7 @@ class _Sync:
                 try:
                     interaction, feedback = self._events(one)
                 except ValidationError as error:
-                    first = error.errors()[0]
-                    reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-                    self._skip(SkippedRecord(one.provenance, reason))
+                    self._skip(SkippedRecord(one.provenance, error_message(error)))
                     continue
                 made[str(interaction.id)] = (interaction, feedback)
                 self.report.records += 1

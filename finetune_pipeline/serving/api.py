@@ -22,6 +22,7 @@ from finetune_pipeline.records import (
     Turn,
     UtcDatetime,
 )
+from finetune_pipeline.validation_messages import sentence_error
 
 
 def _whole(number: Any) -> Any:
@@ -31,9 +32,20 @@ def _whole(number: Any) -> Any:
 Whole = BeforeValidator(_whole)
 """Accepts 5.0 as 5, because JSON has only one type of number."""
 
-Empty = Annotated[list[Any], Field(max_length=0)] | None
-Zero = Annotated[float, Field(ge=0, le=0)] | None
 
+def _at_most(limit: int) -> BeforeValidator:
+    """Return a validator that refuses larger numbers, which no model supports, by name."""
+
+    def check(number: Any) -> Any:
+        if isinstance(number, int | float) and not isinstance(number, bool) and number > limit:
+            raise sentence_error(f"a value above {limit} is not supported; leave it out")
+        return number
+
+    return BeforeValidator(check)
+
+
+Empty = Annotated[list[Any], Field(max_length=0)] | None
+Zero = Annotated[float, Field(ge=0, le=0), _at_most(0)] | None
 
 Status = Literal["recorded", "duplicate", "waiting", "accepted"]
 
@@ -143,7 +155,7 @@ class Generation(Request):
     stream_options: StreamOptions | None = None
     user: ShortText | None = Field(default=None, description="The user who wrote the prompt.")
     metadata: Metadata | None = None
-    n: Annotated[int, Field(ge=1, le=1), Whole] | None = None
+    n: Annotated[int, Field(ge=1, le=1), Whole, _at_most(1)] | None = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -168,7 +180,7 @@ class ChatRequest(Generation):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), Whole] | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = Field(default=None, discriminator="type")
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0), Whole] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0), Whole, _at_most(0)] | None = None
     tools: Empty = None
     functions: Empty = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -200,10 +212,10 @@ class CompletionRequest(Generation):
         Annotated[Text, Field(min_length=1)]
         | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1)]
     )
-    best_of: Annotated[int, Field(ge=1, le=1), Whole] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), Whole, _at_most(1)] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=0), Whole] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=0), Whole, _at_most(0)] | None = None
 
     @property
     def text(self) -> str:

@@ -32,7 +32,7 @@ from finetune_pipeline.serving.api import (
 from finetune_pipeline.serving.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, Unavailable
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import ClientDisconnected, RequestGuard, error_response, get_gateway
-from finetune_pipeline.validation_messages import field_path
+from finetune_pipeline.validation_messages import field_path, messages_of
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
@@ -112,13 +112,14 @@ async def _error(request: Request, error: Exception) -> Response:
         case GatewayError():
             found = error
         case RequestValidationError():  # of path or query; bodies are validated by the routes
-            first = error.errors()[0]
-            where = field_path(first)
-            found = BadRequest(f"{where}: {first['msg']}", param=where)
+            errors = [{**one, "loc": one["loc"][1:]} for one in error.errors()]  # "path" or "query" comes first
+            found = BadRequest("; ".join(messages_of(errors)), param=field_path(errors[0]))
         case ClientDisconnected():
             return Response(status_code=499)  # nginx's status for this; nobody reads it
         case HTTPException(status_code=405):
-            found = MethodNotAllowed(f"{what}: this path is for another method; see /docs.")
+            allowed = (error.headers or {}).get("Allow", "")
+            use = f"; use {allowed}" if allowed else ""
+            found = MethodNotAllowed(f"{what}: the method {request.method} is not allowed{use}.")
         case HTTPException(status_code=404):
             found = NotFound(f"{what}: there is no such path; see /docs.")
         case HTTPException():

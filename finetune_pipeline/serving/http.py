@@ -17,7 +17,7 @@ from finetune_pipeline.inference.remote import VIA_HEADER
 from finetune_pipeline.serving.access import Caller, is_loopback
 from finetune_pipeline.serving.errors import BadRequest, Conflict, Forbidden, GatewayError, TooLarge, WrongMediaType
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.validation_messages import error_messages, field_path
+from finetune_pipeline.validation_messages import error_message, field_path
 
 MAX_BODY = 2 * 2**20
 """Largest request body in bytes; longer prompts do not fit into the context of any model here."""
@@ -25,7 +25,6 @@ MAX_BODY = 2 * 2**20
 ENGINE_SECONDS = "finetune.engine_seconds"
 """Key of the ASGI scope under which a route stores how long it waited for the model."""
 
-_ERRORS_SHOWN = 3
 _log = logging.getLogger(__name__)
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
@@ -204,9 +203,7 @@ def error_response(error: GatewayError, gateway: Gateway) -> JSONResponse:
 
 def describe_errors(error: ValidationError) -> str:
     """Return the first wrong fields and what is wrong with them, in one line."""
-    lines = error_messages(error)
-    more = f" (and {len(lines) - _ERRORS_SHOWN} more)" if len(lines) > _ERRORS_SHOWN else ""
-    return f"{'; '.join(lines[:_ERRORS_SHOWN])}{more}; see /docs for the format"
+    return f"{error_message(error)}; see /docs for the format"
 
 
 def _with_size_limit(receive: Receive) -> Receive:

@@ -27,6 +27,7 @@ from finetune_pipeline.records import PastUtcDatetime, ShortText, Text, Turn, lo
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline.validation_messages import error_message, short_repr
+from finetune_pipeline.wording import kind_of
 
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
@@ -89,7 +90,7 @@ def to_record(row: Any, provenance: str, form: FileFormat = "auto") -> SourceRec
             trained on.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"found {type(row).__name__}, expected an object with named fields")
+        raise ValueError(f"found {kind_of(row)}, expected a JSON object")
     said = _conversation(row, _format_of(row) if form == "auto" else form)
     if mark := loss_mask_field(row):
         raise ValueError(f"the row is excluded from training ({mark})")
@@ -172,12 +173,12 @@ def _system(row: Mapping[str, Any]) -> list[Turn]:
 
 def _messages(value: Any, name: str) -> list[_Message]:
     if not isinstance(value, list):
-        raise ValueError(f"{name}: found {type(value).__name__}, expected a list of turns")
+        raise ValueError(f"{name}: found {kind_of(value)}, expected a list of turns")
     messages = []
     for number, turn in enumerate(value, start=1):
         where = f"{name}, turn {number}"
         if not isinstance(turn, Mapping):
-            raise ValueError(f"{where}: found {type(turn).__name__}, expected an object")
+            raise ValueError(f"{where}: found {kind_of(turn)}, expected an object")
         role, content = ("from", "value") if "from" in turn else ("role", "content")
         text = turn.get(content)
         if isinstance(text, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in text):
@@ -192,7 +193,7 @@ def _turn(role: Any, content: Any, where: str) -> Turn:
     if known is None:
         raise ValueError(f"{where}: the role is {short_repr(role)}, expected system, user (human) or assistant (gpt)")
     if not isinstance(content, str):
-        raise ValueError(f"{where}: found {type(content).__name__}, expected a text")
+        raise ValueError(f"{where}: found {kind_of(content)}, expected a text")
     try:
         return Turn.model_validate({"role": known, "content": content})
     except ValidationError as error:

@@ -26,7 +26,7 @@ from finetune_pipeline.sources.row_readers import (
     without_nulls,
 )
 from finetune_pipeline.sources.source_record import SourceError, SourceRecord
-from finetune_pipeline.validation_messages import error_messages
+from finetune_pipeline.validation_messages import error_message
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _EXCERPT = 200
@@ -65,7 +65,7 @@ def event_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise SourceError(
-            f"the source folder {folder} does not exist; create it, or correct ingest.folders in the loop's YAML"
+            f"the log folder {folder} does not exist; create it, or correct ingest.folders in the loop's YAML"
         )
     return files_of(folder)
 
@@ -222,13 +222,7 @@ def _with_event(document: Any, loop: str, line: IngestLine, form: IngestFormat, 
         fields = {"loop": loop, **document} if isinstance(document, dict) else document
         event = validate_application_event(_EVENT.validate_python(fields))
     except ValidationError as error:
-        first, more = error.errors()[0], error.error_count() - 1
-        if first["type"] in {"union_tag_not_found", "union_tag_invalid"}:
-            found = f"is {first['ctx']['tag']!r}" if "tag" in first.get("ctx", {}) else "is missing"
-            reason = f"event: {found}, expected 'interaction' or 'feedback'"
-        else:
-            reason = error_messages(error)[0] + (f" (and {more} more)" if more else "")
-        return replace(line, reason=reason, final=True)
+        return replace(line, reason=error_message(error), final=True)
     except ValueError as error:
         return replace(line, reason=str(error), final=True)
     if event.loop != loop:
