@@ -32,7 +32,7 @@ from openai import OpenAI
 from finetune_pipeline.settings import PROJECT_ROOT, home
 
 LOOP = "aec_parser"
-ASKED, HELD_OUT = 60, 40
+ASKED, OTHERS = 60, 40
 TIMEOUT_SECONDS = 600
 SHOWN = (
     "new high-reward",
@@ -56,7 +56,7 @@ PARTS = (
 
 
 @dataclass(frozen=True)
-class Case:
+class Example:
     """A request and its expected answer."""
 
     prompt: str
@@ -67,23 +67,23 @@ def main() -> None:
     """Run the example; exit with status 1 if a step takes too long."""
     folder = home() / "live_gateway"
     project = copy_project(folder)
-    cases = sample_cases()
-    asked, held_out = cases[:ASKED], cases[ASKED : ASKED + HELD_OUT]
+    examples = sample_examples()
+    asked, others = examples[:ASKED], examples[ASKED : ASKED + OTHERS]
     port = free_port()
     with running(folder, project, ["finetune_pipeline.cli.main", "serve", "--port", str(port)], "gateway.log"):
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="not needed on this machine")
         wait_for_gateway(port)
-        before = [ask_all(client, group) for group in (asked, held_out)]
+        before = [ask_all(client, group) for group in (asked, others)]
         say(f"60 requests answered by {before[0][0].model}: {score(asked, before[0])}")
         give_feedback(port, asked, before[0])
         with running(
             folder, project, ["dagster", "dev", "-w", "workspace.yaml", "-p", str(free_port())], "dagster.log"
         ):
             wait_for_promotion(port, folder, before[0][0].model)
-        after = [ask_all(client, group) for group in (asked, held_out)]
+        after = [ask_all(client, group) for group in (asked, others)]
         say(f"same client, same gateway: {after[0][0].model} answers now")
         for name, group, old, new in zip(
-            ("60 requests with feedback", "40 others"), (asked, held_out), before, after, strict=True
+            ("60 requests with feedback", "40 others"), (asked, others), before, after, strict=True
         ):
             say(f"{name}: {score(group, old)} before, {score(group, new)} now")
         show(asked, before[0], after[0])
@@ -128,7 +128,7 @@ def running(folder: Path, project: Path, command: Sequence[str], log: str) -> It
         process.wait(60)
 
 
-def sample_cases() -> list[Case]:
+def sample_examples() -> list[Example]:
     """Return the distinct requests of the sample logs whose expected answer is known, in a fixed order."""
     interactions: dict[str, dict[str, Any]] = {}
     expected: dict[str, str] = {}
@@ -144,12 +144,12 @@ def sample_cases() -> list[Case]:
                 expected[event["interaction_id"]] = event["correction"]
             elif event.get("kind") == "thumbs_up" and event["interaction_id"] in interactions:
                 expected.setdefault(event["interaction_id"], interactions[event["interaction_id"]]["output"])
-    cases = {
-        interactions[id]["prompt"]: Case(interactions[id]["prompt"], answer)
+    examples = {
+        interactions[id]["prompt"]: Example(interactions[id]["prompt"], answer)
         for id, answer in expected.items()
         if id in interactions
     }
-    return sorted(cases.values(), key=lambda case: case.prompt[::-1])
+    return sorted(examples.values(), key=lambda example: example.prompt[::-1])
 
 
 @dataclass(frozen=True)
@@ -161,29 +161,29 @@ class Answer:
     text: str
 
 
-def ask_all(client: OpenAI, cases: Sequence[Case]) -> list[Answer]:
-    """Return the answers to all cases."""
+def ask_all(client: OpenAI, examples: Sequence[Example]) -> list[Answer]:
+    """Return the answers to all examples."""
     answers = []
-    for case in cases:
+    for example in examples:
         response = client.chat.completions.create(
-            model=LOOP, messages=[{"role": "user", "content": case.prompt}], user="u07"
+            model=LOOP, messages=[{"role": "user", "content": example.prompt}], user="u07"
         )
         answers.append(Answer(response.id, response.model, response.choices[0].message.content or ""))
     return answers
 
 
-def give_feedback(port: int, cases: Sequence[Case], given: Sequence[Answer]) -> None:
+def give_feedback(port: int, examples: Sequence[Example], given: Sequence[Answer]) -> None:
     """Send a correction for every wrong answer and a thumbs-up for every correct one."""
     corrections = 0
-    for case, answer in zip(cases, given, strict=True):
+    for example, answer in zip(examples, given, strict=True):
         body: dict[str, Any] = {"interaction_id": answer.id, "user": "u07"}
-        if parameters(answer.text) == parameters(case.expected):
+        if parameters(answer.text) == parameters(example.expected):
             body |= {"kind": "thumbs_up"}
         else:
             corrections += 1
-            body |= {"kind": "correction", "correction": case.expected}
+            body |= {"kind": "correction", "correction": example.expected}
         httpx.post(f"http://127.0.0.1:{port}/v1/feedback", json=body).raise_for_status()
-    say(f"{corrections} corrections and {len(cases) - corrections} thumbs-up sent to /v1/feedback")
+    say(f"{corrections} corrections and {len(examples) - corrections} thumbs-up sent to /v1/feedback")
     say("GET /v1/feedback/stats: " + httpx.get(f"http://127.0.0.1:{port}/v1/feedback/stats").text)
 
 
@@ -227,25 +227,25 @@ def parameters(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def score(cases: Sequence[Case], given: Sequence[Answer]) -> str:
+def score(examples: Sequence[Example], given: Sequence[Answer]) -> str:
     """Return the number of correct parameters as text."""
     correct = total = 0
-    for case, answer in zip(cases, given, strict=True):
-        expected, given_values = parameters(case.expected), parameters(answer.text)
+    for example, answer in zip(examples, given, strict=True):
+        expected, given_values = parameters(example.expected), parameters(answer.text)
         correct += sum(given_values.get(name) == value for name, value in expected.items())
         total += len(expected)
     return f"{correct} of {total} parameters correct ({correct / total:.1%})"
 
 
-def show(cases: Sequence[Case], old: Sequence[Answer], new: Sequence[Answer]) -> None:
+def show(examples: Sequence[Example], old: Sequence[Answer], new: Sequence[Answer]) -> None:
     """Print the first three answers that became correct."""
     fixed = [
-        (case, before, after)
-        for case, before, after in zip(cases, old, new, strict=True)
-        if parameters(before.text) != parameters(case.expected) == parameters(after.text)
+        (example, before, after)
+        for example, before, after in zip(examples, old, new, strict=True)
+        if parameters(before.text) != parameters(example.expected) == parameters(after.text)
     ]
-    for case, before, after in fixed[:3]:
-        print(f"\n  {case.prompt!r}\n    {before.model:<22} {before.text}\n    {after.model:<22} {after.text}")
+    for example, before, after in fixed[:3]:
+        print(f"\n  {example.prompt!r}\n    {before.model:<22} {before.text}\n    {after.model:<22} {after.text}")
     print()
 
 

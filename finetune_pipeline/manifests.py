@@ -53,7 +53,7 @@ class DatasetManifest(Manifest):
     stage: ClassVar[str] = "curated_dataset"
     blocking_checks: ClassVar[tuple[str, ...]] = ("enough_examples", "no_benchmark_overlap", "targets_parse")
     train: int = Field(description="Examples of prompt_completion/ to train on, replay included.")
-    validation: int = Field(description="Examples of prompt_completion/ to validate with.")
+    validation: int = Field(description="Validation examples of prompt_completion/.")
     replayed: int = Field(description="Replay examples in train, against catastrophic forgetting.")
     sources: dict[str, int] = Field(default={}, description="Source -> examples of train and validation.")
     left_out: dict[str, int] = Field(description="Reason -> examples left out.")

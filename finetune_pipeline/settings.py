@@ -25,7 +25,7 @@ from pydantic import (
 
 from finetune_pipeline.records import Rating, RatingKey
 from finetune_pipeline.trainer_fields import check_lora_config, check_losses, check_member, check_trainer_config
-from finetune_pipeline.validation_messages import error_messages
+from finetune_pipeline.validation_messages import error_messages, sentence_error
 from finetune_pipeline.yaml_files import YamlError, load_yaml
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -136,7 +136,7 @@ class SourceSettings(QuotaSettings):
 
 
 FileFormat = Literal["auto", "alpaca", "prompt_completion", "sharegpt", "messages"]
-"""Format of the rows of a file; auto tells it by the fields of each row."""
+"""Format of the rows of a file; auto detects it from the fields of each row."""
 
 
 class FilesSource(SourceSettings):
@@ -144,7 +144,7 @@ class FilesSource(SourceSettings):
 
     kind: Literal["files"]
     path: LoopPath = Field(description="A file or folder.")
-    format: FileFormat = Field(default="auto", description="Format of the rows; auto tells it by their fields.")
+    format: FileFormat = Field(default="auto", description="Format of the rows; auto detects it from the fields.")
     max_line_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer rows are skipped.")
 
 
@@ -158,7 +158,7 @@ class VaultSource(SourceSettings):
         description="Tag -> kind of the notes and sections with that tag; of several tags, the first one here counts.",
     )
     private_tags: tuple[str, ...] = Field(
-        default=("private",), description="Tags of notes and sections that are never read out."
+        default=("private",), description="Tags of notes and sections that are never read."
     )
     headings: dict[str, str] = Field(
         default={
@@ -774,7 +774,9 @@ class LoopSettings(Settings):
     @model_validator(mode="after")
     def _parameters_need_a_schema(self) -> "LoopSettings":
         if self.evaluation.metric == "parameters" and self.output_schema is None:
-            raise ValueError("metric: parameters counts the values of a JSON; set output_schema, or metric: rouge1")
+            raise sentence_error(
+                "evaluation.metric: parameters needs output_schema; set it, or set evaluation.metric: rouge1"
+            )
         return self
 
     @model_validator(mode="after")
@@ -914,14 +916,18 @@ def load_loops(folders: Sequence[Path] | None = None) -> dict[str, LoopSettings]
         SettingsError: a file is invalid, or two loops have one name.
     """
     loops: dict[str, LoopSettings] = {}
+    files: dict[str, Path] = {}
     for folder in loop_folders() if folders is None else folders:
         for path in sorted(folder.glob("*/defs.yaml")):
             if _is_another_component(path):
                 continue
             loop = read_loop(path)
             if loop.name in loops:
-                raise SettingsError(f"{path}: another loop is already named {loop.name!r}; give each loop its own name")
-            loops[loop.name] = loop
+                raise SettingsError(
+                    f"{path}: the loop in {files[loop.name]} is already named {loop.name!r}; give each loop its own "
+                    "name"
+                )
+            loops[loop.name], files[loop.name] = loop, path
     return loops
 
 

@@ -195,7 +195,8 @@ def _problem(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]
     if kind == SENTENCE:
         return _Problem(message)
     if kind in {"value_error", "assertion_error"}:
-        return _Problem(f"found {short_repr(value)}, {message}" if field_path(error, known_names) else message)
+        of_field = field_path(error, known_names) and not isinstance(value, Mapping)
+        return _Problem(f"found {_shown(value)}, {message}" if of_field else message)
     if kind in {"missing", "missing_argument", "missing_keyword_only_argument", "missing_positional_only_argument"}:
         return _Problem("is missing")
     if kind in {"extra_forbidden", "unexpected_keyword_argument"}:
@@ -213,7 +214,7 @@ def _problem(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]
         return _Problem("is empty")
     if kind in {"too_short", "too_long"}:
         limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
-        return _Problem("", f"{len(value):,} items" if isinstance(value, Sized) else short_repr(value), limit)
+        return _Problem("", f"{len(value):,} items" if isinstance(value, Sized) else _shown(value), limit)
     of_type = kind.endswith("_type") or kind in {"literal_error", "is_instance_of"}
     return _Problem("", *_found_and_expected(kind, value, context, message, bool(known_names)), of_type)
 
@@ -222,7 +223,7 @@ def _found_and_expected(
     kind: str, value: object, context: Mapping[str, Any], message: str, of_settings: bool
 ) -> tuple[str, str]:
     """Return what was found and what was expected, for an error that has no sentence of its own."""
-    found = short_repr(value)
+    found = _shown(value)
     if kind in _CONTAINER:
         return (found, "a mapping") if of_settings else (kind_of(value), "a JSON object")
     if kind in _LIST and of_settings:
@@ -239,6 +240,11 @@ def _found_and_expected(
         return found, f"at {'least' if 'min_length' in context else 'most'} {limit} characters"
     # Types of errors that no field of this package has today.
     return found, re.sub(r"^.*? should (?:be |have )?(?:a valid )?|, unable to .*$", "", message)
+
+
+def _shown(value: object) -> str:
+    """Return a value as JSON and YAML write it, cut to a line's length."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else short_repr(value)
 
 
 def _unknown_name(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]]) -> str:

@@ -70,7 +70,7 @@ def test_the_drop_folder_is_under_the_home_by_default(tmp_path):
         ("training: {report_to: tensorboard}", r"training\.report_to: found 'tensorboard', expected a list: \[tensor"),
         ("trigger: {nightly: always}", r"trigger\.nightly: found 'always', expected a cron schedule of five fields"),
         ("sources: [{name: a, path: b}]", r"sources\[0\]: kind is missing; expected one of code, documents, files"),
-        ("sources: {feeds: []}", r"sources: found a mapping with the keys feeds; expected a list"),
+        ("sources: {feeds: []}", r"sources: found a mapping with the keys feeds, expected a list"),
         ("sources: [{kind: file, name: a}]", r"sources\[0\]: unknown kind 'file'; did you mean files\?"),
         ("training: {num_train_epochs: '{{ env.NOT_SET_ANYWHERE }}'}", "NOT_SET_ANYWHERE"),
     ],
@@ -96,7 +96,7 @@ def test_schedules_are_cron_times(tmp_path, time):
 
 def test_the_metric_parameters_needs_an_output_schema(tmp_path):
     path = write(tmp_path, "notes", loop_yaml(YAML.replace("rouge1", "parameters")))
-    with pytest.raises(SettingsError, match="set output_schema"):
+    with pytest.raises(SettingsError, match=r"evaluation\.metric: parameters needs output_schema; set it"):
         read_loop(path)
 
 
@@ -152,7 +152,7 @@ def test_other_components_in_the_package_are_left_to_dagster(tmp_path, monkeypat
 def test_two_loops_cannot_have_the_same_name(tmp_path):
     write(tmp_path, "a", loop_yaml(YAML))
     write(tmp_path, "b", loop_yaml(YAML))
-    with pytest.raises(SettingsError, match="another loop is already named 'notes'"):
+    with pytest.raises(SettingsError, match=r"b/defs\.yaml: the loop in .*a/defs\.yaml is already named 'notes'"):
         load_loops([tmp_path])
 
 
@@ -204,5 +204,5 @@ def test_a_loops_folder_that_does_not_exist_is_an_error(tmp_path, monkeypatch):
 def test_two_loops_of_one_name_are_an_error_wherever_they_are(outside):
     path = outside / "notes" / "defs.yaml"
     path.write_text(path.read_text().replace("name: notes", "name: aec_parser", 1))
-    with pytest.raises(SettingsError, match="another loop is already named 'aec_parser'"):
+    with pytest.raises(SettingsError, match=r"notes/defs\.yaml: the loop in .*aec_parser/defs\.yaml is already named"):
         load_loops()

@@ -27,7 +27,7 @@ def script() -> str:
 def comparable(line: str) -> str:
     """Return a line without what differs between machines: numbers, a model's answer, widths of columns."""
     line = re.sub(r"\{.*\}", "JSON", line)
-    line = re.sub(r"machine busy|\d+ ms", "LATENCY", line)
+    line = re.sub(r"not measured|\d+ ms", "LATENCY", line)
     return " ".join(re.sub(r"[+-]?\d[\d,.:-]*", "N", line).split())
 
 

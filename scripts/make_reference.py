@@ -108,6 +108,11 @@ def _table(model: type[BaseModel], skip: set[str] = frozenset()) -> str:  # type
     return "\n".join(rows)
 
 
+def _limit(value: float) -> str:
+    power = value.bit_length() - 1 if isinstance(value, int) and value >= 2**16 else 0
+    return f"2^{power}" if power and value == 2**power else f"{value:g}"
+
+
 def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """Return the type of a JSON Schema in words, with its range."""
     if "$ref" in schema:
@@ -128,7 +133,7 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if kind == "object":
         return "mapping"
     limits = [
-        f"{sign} {schema[key]:g}"
+        f"{sign} {_limit(schema[key])}"
         for key, sign in (
             ("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"),
         )

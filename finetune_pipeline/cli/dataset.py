@@ -51,7 +51,7 @@ def export(loop: LoopSettings, format: str, split: str, path: Path | None, versi
         ) from error
     except OSError as error:
         raise click.ClickException(
-            f"{path} could not be written ({error.strerror}); name a file in a folder that is there, with enough space"
+            f"{path} could not be written ({error.strerror}); name a file in an existing folder, with enough space"
         ) from error
     click.echo(f"{counted(written, 'example')} of {loop.name} {found.manifest.version} ({split}) written to {path}")
 

@@ -34,12 +34,12 @@ def doctor() -> None:
     broken = False
     for check in CHECKS:
         for finding in check():
-            status = click.style("ok  ", fg="green") if finding.works else click.style("no  ", fg="yellow")
+            status = click.style("ok      ", fg="green") if finding.works else click.style("optional", fg="yellow")
             if not finding.works and finding.needed:
-                status, broken = click.style("FAIL", fg="red"), True
+                status, broken = click.style("FAIL    ", fg="red"), True
             click.echo(f"{status}  {finding.name:<22} {finding.detail}")
             if finding.remedy and not finding.works:
-                click.echo(f"      {'':<22} → {finding.remedy}")
+                click.echo(f"          {'':<22} → {finding.remedy}")
     sys.exit(1 if broken else 0)
 
 
@@ -76,9 +76,11 @@ def _llama() -> Iterator[Finding]:
     rebuild = 'rebuild it: CMAKE_ARGS="-DGGML_NATIVE=OFF" .venv/bin/pip install --force-reinstall --no-deps '
     rebuild += "--no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
     about = "; ".join(f"{name} {version}" for name, version in probe.versions.items())
-    yield Finding("llama.cpp", probe.works, f"{probe.detail} ({about})", rebuild)
-    runs = "runs Q4_K_M" if probe.quantized_works else "does not run Q4_K_M"
-    yield Finding("llama.cpp, quantized", probe.quantized_works, runs, rebuild)
+    detail = f"a tiny model runs in F16 ({about})" if probe.works else f"{probe.detail} ({about})"
+    yield Finding("llama.cpp", probe.works, detail, rebuild)
+    if probe.works:
+        detail = "a tiny model runs in Q4_K_M" if probe.quantized_works else probe.detail
+        yield Finding("llama.cpp, quantized", probe.quantized_works, detail, rebuild)
     try:
         yield Finding("GGUF converter", True, str(converter_folder()))
     except ExportError as error:

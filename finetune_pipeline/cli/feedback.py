@@ -12,7 +12,7 @@ from rich.table import Table
 
 from finetune_pipeline.cli.options import LISTED, echo_some, loop_option
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.wording import counted
+from finetune_pipeline.wording import counted, sentence
 
 if TYPE_CHECKING:
     from finetune_pipeline.feedback import FeedbackClient
@@ -64,7 +64,7 @@ def log(loop: LoopSettings, prompt: str, output: str, **details: Any) -> None:
 def correct(interaction_id: str, text: str | None, file: Any, user: str | None, key: str | None, **given: Any) -> None:
     """Correct the answer of the interaction ID to TEXT."""
     if (text is None) == (file is None):
-        raise click.UsageError("give the corrected answer as TEXT or with --file, one of the two")
+        raise click.UsageError("Give the corrected answer as TEXT or with --file, one of the two")
     with _client(given["loop"]) as client:
         if text is None:
             try:
@@ -100,7 +100,7 @@ def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, 
 def stats(loop: LoopSettings) -> None:
     """Count interactions, feedback and examples.
 
-    Also lists feedback whose interaction has not arrived.
+    Also lists unmatched feedback, whose interaction has not arrived.
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.store import counters, unmatched_feedback
@@ -115,18 +115,18 @@ def stats(loop: LoopSettings) -> None:
     kinds = [(f"  {name.removeprefix('feedback.')}", name) for name in sorted(counts) if name.startswith("feedback.")]
     for title, name in (
         ("interactions", "interactions"),
-        ("feedback", "feedback"),
+        ("feedback events", "feedback"),
         *kinds,
         ("examples", "examples"),
         ("  corrected by a person", "corrected"),
         ("  others with a reward above 0", "rewarded"),
         ("flagged for review", "flagged"),
-        ("feedback without its interaction", "unmatched"),
+        ("unmatched feedback", "unmatched"),
     ):
         table.add_row(title, f"{counts[name]:,}")
     Console().print(table)
     if unmatched:
-        click.echo(f"\nfeedback whose interaction has not arrived ({counts['unmatched']}), oldest first:")
+        click.echo(f"\nunmatched feedback, whose interaction has not arrived ({counts['unmatched']}), oldest first:")
         for row in unmatched:
             click.echo(f"  {row.id}  {row.kind} on {row.interaction_id}, {_age(row.created_at)}")
 
@@ -145,11 +145,12 @@ def flagged(loop: LoopSettings, limit: int) -> None:
     with connect().read() as connection:
         found = flagged_interactions(connection, loop.name, limit)
     for one in found:
-        confidence = "" if one.confidence is None else f", confidence {one.confidence:.2f}"
-        click.echo(f"{one.id}  {one.flag}{confidence}")
+        confidence = "" if one.confidence is None else f"confidence {one.confidence:.2f}"
+        known = confidence in str(one.flag)
+        click.echo(f"{one.id}  {one.flag}{'' if known else f', {confidence}'}")
         click.echo(f"  prompt  {_one_line(one.prompt)}\n  output  {_one_line(one.output)}")
     advice = "`finetune feedback correct ID TEXT` or `finetune feedback rate ID up` settles one"
-    click.echo(advice if found else "none", err=True)
+    click.echo(advice if found else f"no flagged answer of loop {loop.name} is unreviewed", err=True)
 
 
 @feedback.command("export")
@@ -206,8 +207,9 @@ def import_(loop: LoopSettings, files: tuple[Path, ...]) -> None:
     for path in files:
         done = import_rows(path, read_rows(path, loop.ingest.max_line_bytes), loop, connect())
         click.echo(
-            f"{path}: {counted(done.recorded.interactions, 'interaction')} and {done.recorded.feedback:,} feedback "
-            f"added, {counted(done.recorded.duplicates, 'duplicate')}, {done.rejected:,} of "
+            f"{path}: {counted(done.recorded.interactions, 'interaction')} and "
+            f"{counted(done.recorded.feedback, 'feedback event')} added, "
+            f"{counted(done.recorded.duplicates, 'duplicate')}, {done.rejected:,} of "
             f"{counted(done.lines, 'line')} rejected"
         )
         echo_some([f"{line.path}:{line.line}: {line.reason}" for line in done.invalid], done.rejected)
@@ -270,8 +272,9 @@ def erase(user: str, name: str | None, yes: bool) -> None:
     held = find_person(database, user, name)
     for one in held:
         click.echo(
-            f"{one.name}: {counted(len(one.data.interactions), 'interaction')}, {len(one.data.feedback):,} feedback "
-            f"and {counted(len(one.data.decisions), 'review decision')}"
+            f"{one.name}: {counted(len(one.data.interactions), 'interaction')}, "
+            f"{counted(len(one.data.feedback), 'feedback event')} and "
+            f"{counted(len(one.data.decisions), 'review decision')}"
         )
     if not any(one.data.count for one in held):
         click.echo(f"the store holds nothing of {user!r}; names must match exactly")
@@ -300,7 +303,8 @@ def erase(user: str, name: str | None, yes: bool) -> None:
 def _print_erased(loop: "ErasedLoop") -> None:
     name, done = loop.name, loop.erased
     click.echo(
-        f"{name}: {counted(done.interactions, 'interaction')}, {done.feedback:,} feedback, "
+        f"{name}: {counted(done.interactions, 'interaction')}, "
+        f"{counted(done.feedback, 'feedback event')}, "
         f"{counted(done.decisions, 'review decision')} and {counted(done.rejected_lines, 'excerpt')} of rejected lines "
         "deleted"
     )
@@ -336,9 +340,9 @@ def _client(loop: LoopSettings) -> Iterator["FeedbackClient"]:
     try:
         yield client
     except ValidationError as error:
-        raise click.ClickException(error_message(error)) from error
+        raise click.ClickException(sentence(error_message(error))) from error
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(sentence(str(error))) from error
 
 
 def _print_feedback_id(feedback_id: Any, interaction_id: str) -> None:
@@ -352,7 +356,9 @@ def _print_feedback_id(feedback_id: Any, interaction_id: str) -> None:
     with connect().read() as connection:
         found = find_interaction(connection, UUID(interaction_id))
     if found is None:
-        click.echo(f"interaction {interaction_id} has not arrived; the feedback waits for it", err=True)
+        click.echo(
+            f"unmatched: interaction {interaction_id} has not arrived; the feedback counts once it does", err=True
+        )
 
 
 def _age(moment: datetime) -> str:

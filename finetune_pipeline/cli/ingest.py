@@ -34,16 +34,17 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
             "--format needs FILES: for the files in the loop's folders, the format is detected from each row"
         )
     database = connect()
-    total = IngestReport()
+    total, unchanged = IngestReport(), []
     if files:
         reward = reward_function(loop.feedback)
         for path in (file.resolve() for file in files):
             try:
-                total.add(ingest_file(loop, database, path, reward, form))
+                report = ingest_file(loop, database, path, reward, form)
             except OSError as error:
                 raise click.ClickException(
                     f"{path} cannot be read ({error.strerror}); fix that, then run again"
                 ) from error
+            total.add(report)
             with database.read() as connection:
                 left = path.stat().st_size - position(connection, loop.name, path).offset
             if left > 0:
@@ -51,19 +52,28 @@ def ingest(files: tuple[Path, ...], form: IngestFormat, loop: LoopSettings) -> N
                     f"{path}: its last line is incomplete ({counted(left, 'byte')}); it is read when it is complete",
                     err=True,
                 )
+            elif not report.lines and path.stat().st_size:
+                unchanged.append(path)
+                click.echo(f"{path}: unchanged since it was read")
+        if len(unchanged) == len(files):
+            return
     else:
         total = ingest_all(loop, database, click.echo)
+        if not total.files and not total.unreadable:
+            click.echo(f"no new file in {', '.join(map(str, loop.log_folders))}")
+            return
     recorded = total.recorded
     click.echo(
-        f"{counted(total.files, 'file')}: {counted(recorded.interactions, 'interaction')} and {recorded.feedback:,} "
-        f"feedback added, {counted(recorded.duplicates, 'duplicate')}, {counted(total.rejected, 'line')} rejected"
+        f"{counted(total.files, 'file')}: {counted(recorded.interactions, 'interaction')} and "
+        f"{counted(recorded.feedback, 'feedback event')} added, {counted(recorded.duplicates, 'duplicate')}, "
+        f"{counted(total.rejected, 'line')} rejected"
     )
     if total.conflicts:
         click.echo(f"{counted(total.conflicts, 'event')} whose id already exists with different content:", err=True)
         echo_some(total.conflicting[:LISTED], total.conflicts)
     echo_some([f"{path}:{line}: {reason}" for path, line, reason in total.rejections[:LISTED]], total.rejected)
     if files and total.rejected and not recorded.interactions + recorded.feedback + recorded.duplicates:
-        advice = "no row is usable: fix the rows as the reasons say, or name their format with --format"
+        advice = "No row is usable: fix the rows as the reasons say, or name their format with --format"
         unnamed = [path for path in files if path.suffix.lower() not in SUFFIXES]
         if unnamed:  # CSV is recognized by its name only
             advice += f"; if {unnamed[0].name} is CSV, rename it to {unnamed[0].stem}.csv"

@@ -32,6 +32,7 @@ from finetune_pipeline.schemas import SchemaError
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.source_record import SourceError
 from finetune_pipeline.training.job import TrainingError
+from finetune_pipeline.wording import sentence
 
 EXPECTED = (
     ArtifactError,
@@ -87,7 +88,7 @@ def main() -> None:
     try:
         finetune()
     except EXPECTED as error:
-        click.echo(f"{click.style('Error:', fg='red', bold=True)} {error}", err=True)
+        click.echo(f"{click.style('Error:', fg='red', bold=True)} {sentence(str(error))}", err=True)
         sys.exit(1)
 
 

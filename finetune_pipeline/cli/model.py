@@ -46,7 +46,7 @@ def list_(loop: LoopSettings) -> None:
             "*" if serving and version.id == serving.id else "",
             version.name,
             f"{version.accuracy:.1%}" if version.accuracy is not None else "",
-            latency or ("machine busy" if "speed_flag" in version.scores else ""),
+            latency or ("not measured" if "speed_flag" in version.scores else ""),
             f"{version.size_bytes / 1e6:,.1f} MB" if version.size_bytes is not None else "",
             f"{version.deployed_at:%Y-%m-%d %H:%M}" if version.deployed_at else "",
             " ".join(filter(None, [states.get(version.id, ""), "deleted" if version.deleted_at else ""])),
@@ -106,7 +106,9 @@ def _details(database: "Database", found: "ModelVersion") -> Iterator[tuple[str,
 
 
 def _rounded(key: str, value: Any) -> Any:
-    """Return a number with 4 digits, and a rate in percent; any other value as it is."""
+    """Return a number with 4 digits, and a rate in percent; "none" for None, and any other value as it is."""
+    if value is None:
+        return "none"
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else value
     if key in {"accuracy", "exact_match"} or key.endswith("_rate"):
@@ -121,10 +123,15 @@ def _rounded(key: str, value: Any) -> Any:
 def switch(version: str, reason: str, loop: LoopSettings) -> None:
     """Make VERSION (v1.2.0, or base) the champion."""
     from finetune_pipeline.database import connect
+    from finetune_pipeline.registry.champion import champion, resolve
     from finetune_pipeline.registry.champion import switch as switch_to
 
-    found = switch_to(connect(), loop.name, version, actor(), reason)
-    click.echo(f"{found.name if found else f'{loop.name}@base'} is the champion now")
+    database = connect()
+    before, target = champion(database, loop.name), resolve(database, version, loop.name)
+    if (before.id if before else None) == (target.id if target else None):
+        click.echo(f"{_name(target, loop)} is already the champion")
+        return
+    click.echo(f"{_name(switch_to(database, loop.name, version, actor(), reason), loop)} is the champion now")
 
 
 @model.command()
@@ -139,7 +146,11 @@ def rollback(reason: str, loop: LoopSettings) -> None:
     from finetune_pipeline.registry.champion import rollback as roll_back
 
     found = roll_back(connect(), loop.name, actor(), reason)
-    click.echo(f"{found.name if found else f'{loop.name}@base'} is the champion again")
+    click.echo(f"{_name(found, loop)} is the champion again")
+
+
+def _name(version: "ModelVersion | None", loop: LoopSettings) -> str:
+    return version.name if version else f"{loop.name}@base"
 
 
 @model.command()
@@ -155,7 +166,11 @@ def history(loop: LoopSettings) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("time (UTC)", "action", "model", "actor", "reason"):
         table.add_column(heading, overflow="fold")
-    for one in list_deployments(database, loop.name):
+    deployments = list_deployments(database, loop.name)
+    if not deployments:
+        click.echo(f"loop {loop.name} has no deployments yet; the base model serves")
+        return
+    for one in deployments:
         name = names.get(one.model_id or "", f"{loop.name}@base")
         table.add_row(f"{one.created_at:%Y-%m-%d %H:%M}", one.action, name, one.actor, one.reason)
     Console().print(table)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finetune_pipeline.pipeline.review_queue import QueuedReview, ReviewSession
 
 KEYS = {"a": "approve", "r": "reject", "e": "edit", "s": "skip", "u": "undo", "q": "quit"}
+_DONE = {"approve": "approved", "edit": "edited", "reject": "rejected", "skip": "skipped"}
 _JSON_STYLES: tuple[dict[str, Any], ...] = (
     {"separators": (",", ":")}, {},
     {"separators": (",", ":"), "ensure_ascii": False}, {"ensure_ascii": False}, {"indent": 2, "ensure_ascii": False},
@@ -40,7 +41,7 @@ def review(loop: LoopSettings, limit: int | None, reviewer: str | None) -> None:
         return
     _run(session, loop)
     counts = session.counts()
-    decided = ", ".join(f"{counts[name]} {name}" for name in ("approve", "edit", "reject", "skip") if counts[name])
+    decided = ", ".join(f"{counts[name]} {done}" for name, done in _DONE.items() if counts[name])
     click.echo(f"{decided or 'nothing decided'}; {len(session.queue) - session.position} of this queue left")
 
 

@@ -64,7 +64,7 @@ def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
     with _bind(host, port) as address:  # before the models, so that a used port is reported at once
         _export_base_models(loops, database)
         shown = f"[{host}]" if address.family == socket.AF_INET6 and ":" in host else host
-        click.echo(f"OpenAI base URL: http://{shown}:{port}/v1 (API reference: /docs); stop with ctrl-c")
+        click.echo(f"OpenAI base URL: http://{shown}:{port}/v1 (API reference: /docs); stop with Ctrl-C")
         run(gateway, address)
 
 
@@ -139,7 +139,11 @@ def list_() -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "scopes", "created (UTC)", "revoked (UTC)", "id"):
         table.add_column(heading, overflow="fold")
-    for key in list_keys(connect()):
+    keys = list_keys(connect())
+    if not keys:
+        click.echo("no API key exists; `finetune key create NAME` creates one")
+        return
+    for key in keys:
         revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
         table.add_row(key.name, ", ".join(key.scopes), f"{key.created_at:%Y-%m-%d %H:%M}", revoked, key.id)
     Console().print(table)

@@ -16,7 +16,7 @@ def status(loop: LoopSettings) -> None:
 
     state = loop_status(loop, connect())
     click.echo(f"loop {loop.name}")
-    click.echo(f"  store     {counted(state.interactions, 'interaction')}, {state.feedback:,} feedback")
+    click.echo(f"  store     {counted(state.interactions, 'interaction')}, {counted(state.feedback, 'feedback event')}")
     if state.flagged:
         click.echo(
             f"  flagged   {counted(state.flagged, 'answer')} with low confidence so far; `finetune feedback flagged` "
@@ -26,8 +26,8 @@ def status(loop: LoopSettings) -> None:
         click.echo(f"  review    {counted(state.to_review, 'example')} to review; `finetune review` shows them")
     if state.oldest_unmatched:
         click.echo(
-            f"  unmatched {state.unmatched:,} feedback whose interaction has not arrived, the oldest of "
-            f"{state.oldest_unmatched:%Y-%m-%d}; `finetune feedback stats` lists them"
+            f"  unmatched {counted(state.unmatched, 'feedback event')} whose interaction has not arrived, the oldest "
+            f"of {state.oldest_unmatched:%Y-%m-%d}; `finetune feedback stats` lists them"
         )
     for folder in state.missing_folders:
         click.echo(f"  missing   the log folder {folder} does not exist; create it, or correct ingest.folders")

@@ -53,7 +53,7 @@ def plan(
     click.echo(f"{architecture.name}: {parameters}, {architecture.layers} layers")
     click.echo(f"usable memory: {planned.machine.bytes / 2**30:.1f} GiB ({planned.machine.device.upper()})")
     table = Table(box=None, pad_edge=False)
-    for heading in ("adapter", "checkpointing", "batch", "tokens", "peak", "", "time"):
+    for heading in ("adapter", "checkpointing", "batch", "tokens", "peak", "fits", "time"):
         table.add_column(heading)
     for option in planned.options:
         settings = option.settings
@@ -63,7 +63,7 @@ def plan(
             f"{settings.per_device_train_batch_size} x {settings.gradient_accumulation_steps}",
             f"{settings.max_length:,}",
             f"{option.memory.bytes / 2**30:.1f} GiB",
-            "fits" if option.time else "does not fit",
+            "yes" if option.time else "no",
             duration(option.time.seconds) if option.time else "",
         )
     Console().print(table)
@@ -74,7 +74,7 @@ def plan(
     for part in need.parts:
         click.echo(f"  {part.name:<13} {part.bytes / 2**30:6.2f} GiB  {part.formula}")
     if time is not None:
-        click.echo(f"time: {duration(time.seconds)}, for examples of half the length: {time.formula}")
+        click.echo(f"time: {duration(time.seconds)}, assuming a mean length of half of max_length: {time.formula}")
     click.echo("\ntraining:")
     names = ("adapter", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps")
     for name in (*names, "max_length"):

@@ -14,6 +14,7 @@ from finetune_pipeline.curation.dataset_files import (
     DatasetSummary,
 )
 from finetune_pipeline.markdown_table import cell, markdown_table
+from finetune_pipeline.wording import counted
 
 SAMPLE_HEADING = "## Sample"
 """Heading of the last section, the only one with prompts and completions."""
@@ -54,9 +55,9 @@ def dataset_card(
     return "\n\n".join(
         [
             f"# Dataset {cell(version)} of {cell(loop)}",
-            f"{rows['train']:,} examples to train on ({summary.replayed:,} of them replay) and {rows['validation']:,} "
-            "to validate with. The hash of a prompt decides its split, which never changes. Secrets and personal data "
-            "were replaced by placeholders before anything was written.",
+            f"{counted(examples['train'], 'training example')} + {summary.replayed:,} replay, and "
+            f"{counted(rows['validation'], 'validation example')}. The hash of a prompt decides its split, which never "
+            "changes. Secrets and personal data were replaced by placeholders before anything was written.",
             "## Sources",
             markdown_table(["source", "examples", "fraction"], sources, "lrr"),
             f"`{PROVENANCE_FILE}` says where each example came from.",
@@ -69,7 +70,7 @@ def dataset_card(
             "## Filters and settings",
             markdown_table(["setting", "value"], [(name, _setting(value)) for name, value in settings.items()]),
             "## Built from",
-            markdown_table(["input", "hash or version"], {**inputs, "events up to": watermark}.items()),
+            markdown_table(["input", "hash or version"], {**inputs, "watermark": watermark}.items()),
             "## Built with",
             markdown_table(["package", "version"], packages.items()),
             SAMPLE_HEADING,

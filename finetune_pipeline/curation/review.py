@@ -45,7 +45,7 @@ class ReviewInput:
         ingest_offset: the store's; of equal priorities, or of the same prompt and answer, the newest comes first.
         votes: the votes for and against its answers.
         has_human_feedback: whether a person gave feedback.
-        rejected: whether a person rejected the answer.
+        rejected: whether a person gave a thumbs-down.
         would_train: whether it would train if no review were required.
         corrected_since: the decision that a person's correction came after, in words; empty if there is none.
     """
@@ -174,5 +174,5 @@ def _uncertainty_signals(given: ReviewInput, below: float) -> list[tuple[float, 
     if against:
         signals.append((against, f"feedback disagrees: {against:.0%} of the votes are against the leading answer"))
     elif given.rejected and not any(vote.correct for vote in given.votes):
-        signals.append((REJECTED_ANSWER, "a person rejected the answer, and nobody corrected it"))
+        signals.append((REJECTED_ANSWER, "a person gave a thumbs-down, and nobody corrected the answer"))
     return signals

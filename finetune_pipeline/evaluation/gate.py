@@ -96,7 +96,7 @@ def decide(
     required_gain = max(1, math.ceil(_fraction(settings.min_gain) * base))
     if settings.min_score is None:
         minimum = floor.constant_correct
-        minimum_text = f"the best constant answer has {minimum:,} of {total:,} correct"
+        minimum_text = f"the best constant answer scores {minimum:,} of {total:,}"
     else:
         minimum = math.floor(_fraction(settings.min_score) * total)
         minimum_text = f"more than {minimum:,} of {total:,} correct needed by gate.min_score {settings.min_score:g}"
@@ -139,13 +139,13 @@ def _fraction(setting: float) -> Fraction:
 
 def _gain_text(gain: int, base: int, settings: GateSettings) -> str:
     if base == 0 and settings.mode == "relative":
-        return f"the champion has nothing correct, so any gain passes{'' if gain > 0 else ', and there is none'}"
+        return f"the champion scored 0; any gain is enough{'' if gain > 0 else ', and there is none'}"
     unit = {"relative": "%", "points": "points", "error_reduction": "% of the errors"}[settings.mode]
     needed = _fraction(settings.min_gain) * 100
     percent = Fraction(abs(gain), base) * 100 if base else Fraction(0)
     # One decimal, or as many as keep 4.98 from being shown as the 5.0 that it does not reach.
     decimals = next((d for d in range(1, 7) if (round(percent, d) >= needed) == (percent >= needed)), 6)
-    needed_text = f"{_decimal(needed)} {unit} needed" if needed else "more than nothing needed"
+    needed_text = f"{_decimal(needed)} {unit} needed" if needed else "more than 0 needed"
     return f"{'loss' if gain < 0 else 'gain'} {float(percent):.{decimals}f} {unit}, {needed_text}"
 
 

@@ -33,7 +33,7 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
     # "owner/model" and the old one-word ids ("gpt2") are Hugging Face ids, unless "owner" is a folder here.
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
     if is_path:
-        raise ExportError(f"the folder {folder} of the base model {name} does not exist; correct base_model")
+        raise ExportError(f"base_model: the folder {folder} does not exist; correct it")
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -50,7 +50,7 @@ _NAMESPACE = UUID("6b1c36a9-9a0c-5d0e-8a51-5b0a3c2f7d11")
 _BATCH_EVENTS = 1_000
 _BATCH_CHARACTERS = 4_000_000
 _TIMEOUT_SECONDS = 30.0
-_KEPT = frozenset({"recorded", "duplicate", "waiting", "accepted"})
+_KEPT = frozenset({"recorded", "duplicate", "unmatched", "accepted"})
 """The statuses of an event that the gateway keeps; `accepted` is safe, but not in the store yet."""
 
 

@@ -247,7 +247,7 @@ def _flat_events(given: dict[str, Any]) -> Events:
     if ("output" in given) == ("response" in given):
         raise ValueError("output: expected the answer, as `output` or as `response`")
     if masked := loss_mask_field(given):
-        raise ValueError(f"the line is excluded from training ({masked})")
+        raise ValueError(f"the row is excluded from training ({masked})")
     others = {"response", "reward", "correction", *LOSS_MASK_FIELDS}
     fields = {key: value for key, value in given.items() if key not in others}
     fields.setdefault("output", given.get("response"))

@@ -45,7 +45,7 @@ _RETRY_SECONDS = (0.1, 0.5, 2.0, 5.0)
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
 _log = logging.getLogger(__name__)
 
-Outcome = Literal["recorded", "duplicate", "conflict", "waiting", "dead_lettered"]
+Outcome = Literal["recorded", "duplicate", "conflict", "unmatched", "dead_lettered"]
 """What happened to an event. `waiting`: feedback that is stored before its interaction has arrived. `conflict`: another
 event with this id is stored and stays."""
 
@@ -244,13 +244,13 @@ class Recorder:
 def record_all(database: Database, events: Sequence[Interaction | Feedback], reward_of: RewardOf) -> list[Outcome]:
     """Record events of any loops in one transaction; return the outcome of each."""
     duplicates: set[UUID] = set()
-    waiting: set[UUID] = set()
+    unmatched: set[UUID] = set()
     conflicts: list[Interaction | Feedback] = []
     with database.write() as connection:
         for loop in sorted({event.loop for event in events}):
             result = record(connection, loop, [event for event in events if event.loop == loop], reward_of(loop))
             duplicates |= result.duplicate_ids
-            waiting |= result.unmatched_ids
+            unmatched |= result.unmatched_ids
             conflicts += result.conflicts
     for event in conflicts:
         _log.warning("%s", conflict_message(event))
@@ -259,7 +259,7 @@ def record_all(database: Database, events: Sequence[Interaction | Feedback], rew
         if event.id in duplicates:
             outcomes.append("conflict" if event in conflicts else "duplicate")
         else:
-            outcomes.append("waiting" if event.id in waiting else "recorded")
+            outcomes.append("unmatched" if event.id in unmatched else "recorded")
             duplicates.add(event.id)
     return outcomes
 
@@ -276,7 +276,7 @@ def recover_orphans(database: Database, reward_of: RewardOf) -> int:
                 if path.exists():  # else another process has recovered it since
                     for events in _read_batches(path):
                         outcomes, _ = _record_or_dead_letter(database, events, reward_of, path.stem)
-                        added += sum(outcome in {"recorded", "waiting"} for outcome in outcomes)
+                        added += sum(outcome in {"recorded", "unmatched"} for outcome in outcomes)
                     path.unlink()
         except Timeout:
             continue

@@ -42,8 +42,8 @@ _REBUILD = (
     "--no-binary llama-cpp-python llama-cpp-python"
 )
 _KILLED = (
-    "The process was killed by somebody, or by the system because memory ran out. Use a smaller model, context or "
-    "parallel, or free some memory."
+    "The process was killed by a signal from another process, or by the kernel (out of memory). Use a smaller model, "
+    "context or parallel, or free some memory."
 )
 _ADVICE = {
     "SIGKILL": _KILLED,
@@ -158,7 +158,7 @@ class Engine:
         return tokens
 
     def submit(self, request: GenerateRequest, on_delta: Callable[[str], None] | None = None) -> "Future[Completion]":
-        """Start a request and return its future; cancelling the future stops the request.
+        """Start a request and return its future; canceling the future stops the request.
 
         Callbacks, including the future's, run in the engine's own thread and must not wait for the engine.
 
@@ -200,7 +200,7 @@ class Engine:
             progress: called from this thread with the number of finished completions.
 
         Raises:
-            RequestRefused: one of them cannot be answered; the others are cancelled.
+            RequestRefused: one of them cannot be answered; the others are canceled.
             EngineCrashed: the child died.
         """
         futures = [self.submit(request) for request in requests]
@@ -326,10 +326,10 @@ class Engine:
         id, is_delta = message["id"], "delta" in message
         with self._lock:
             pending = self._pending.get(id) if is_delta else self._pending.pop(id, None)
-        if "adapter" in message:  # even if its future was cancelled too late
+        if "adapter" in message:  # even if its future was canceled too late
             adapter = message["adapter"]
             self.spec = self.spec.model_copy(update={"adapter": Path(adapter) if adapter else None})
-        if pending is None:  # cancelled
+        if pending is None:  # canceled
             return
         future = pending.future
         if is_delta:

@@ -241,7 +241,7 @@ class GrammarCompiler:
 
 
 def _claim(matcher: "Future[Matcher]") -> bool:
-    """Return whether a result may be set: the future has none and was not cancelled."""
+    """Return whether a result may be set: the future has none and was not canceled."""
     return not matcher.done() and matcher.set_running_or_notify_cancel()
 
 

@@ -216,10 +216,10 @@ class _Rewriter:
             is_trivial = name.startswith(("dependen", "unevaluated")) and schema.get(name) in ({}, True)
             has_no_effect = is_trivial or (name == "if" and not {"then", "else"} & {*schema})
             if name in schema and not has_no_effect:
-                raise _refused(path, name, f"it is not enforced; {instead}")
+                raise _unsupported(path, name, instead)
         for name in ("contentMediaType", "contentEncoding"):
             if name in schema and self._draft < 2019:
-                raise _refused(path, name, "it is not enforced; since draft 2019-09 it is an annotation")
+                raise _unsupported(path, name, "since draft 2019-09 it is an annotation")
         for name in ("$schema", "id" if self._draft == 4 else "$id"):
             if path != "#" and isinstance(schema.get(name), str) and schema[name] != self._root.get(name):
                 raise _refused(path, name, "subschemas with their own identifier are not supported")
@@ -624,6 +624,10 @@ def _refused(path: str, keyword: str, why: str) -> RequestRefused:
     return RequestRefused(f"json_schema at {path[:300]}: {keyword}: {why}")
 
 
+def _unsupported(path: str, keyword: str, instead: str) -> RequestRefused:
+    return RequestRefused(f"json_schema: the keyword `{keyword}` (at {path[:300]}) is not supported; {instead}")
+
+
 def _escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
@@ -706,7 +710,7 @@ def _bounds_of_format(schema: dict[str, Any], types: frozenset[str], path: str) 
     if limits is None or not types & {"integer", "number"}:
         return {}
     if {*_BOUNDS} & {*schema}:
-        raise _refused(path, "format", "it is not enforced together with bounds; leave it out")
+        raise _refused(path, "format", "not supported together with bounds; leave it out")
     return {"minimum": limits[0], "maximum": limits[1]}
 
 

@@ -111,7 +111,8 @@ class Scheduler:
         elif len(prompt) >= self._model.context:
             message = (
                 f"The prompt has {len(prompt)} tokens, more than the context of {self._model.context} tokens can hold "
-                "together with a completion. Shorten it, or use a larger context, up to what the model was trained for."
+                "together with a completion. Shorten it, or raise "
+                "serving.context or evaluation.context (at most the context length of the model)."
             )
             self._report(id, RequestRefused(message))
         else:

@@ -122,7 +122,7 @@ class Worker:
         if size > self._model.max_prompt_bytes:
             raise RequestRefused(
                 f"The prompt has {size} bytes, more than the context of {self._model.context} tokens can hold. Shorten "
-                "it, or use a larger context, up to what the model was trained for."
+                "it, or raise serving.context or evaluation.context (at most the context length of the model)."
             )
         if request.messages is not None:
             return self._chat_template.tokens(request.messages)

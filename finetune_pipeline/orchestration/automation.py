@@ -57,7 +57,7 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         name=f"{loop.name}_nightly",
         job=job,
         cron_schedule=loop.trigger.nightly,
-        description="Makes the sensor's check once a night; use it instead of the sensor to train only at night.",
+        description="Evaluates the sensor's condition once a night; use it instead of the sensor to train only then.",
     )
     def nightly(context: dg.ScheduleEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
         return next_run(loop, finetune_home.database(), context.instance, datetime.now(UTC))

@@ -171,7 +171,7 @@ def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, 
             passed=not found.regressed,
             severity=dg.AssetCheckSeverity.WARN,
             description=f"{len(found.regressed)} of {len(changes)} slices regressed"
-            + (f"; worst slice: {worst} {changes[worst]:+.1%}" if worst else ""),
+            + (f"; worst slice: {worst} {100 * changes[worst]:+.1f} points" if worst and found.regressed else ""),
             metadata={
                 "regressed slices": list(found.regressed),
                 "changes": {name: f"{points:+.1%}" for name, points in changes.items()},

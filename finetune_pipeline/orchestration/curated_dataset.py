@@ -44,7 +44,7 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         manifest = artifact.manifest
         left_out = ", ".join(f"{count:,} ({reason})" for reason, count in manifest.left_out.items())
         context.log.info(
-            f"{counted(manifest.train, 'training example')} ({manifest.replayed:,} replayed), "
+            f"{counted(manifest.train - manifest.replayed, 'training example')} + {manifest.replayed:,} replay, "
             f"{manifest.validation:,} for validation, {counted(manifest.preference_pairs, 'preference pair')}, "
             f"{counted(manifest.undesirable, 'undesirable completion')}; left out: {left_out or 'none'}"
         )
@@ -60,7 +60,7 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
     # The sample at the end of the card is personal text, which must not enter Dagster's database.
     card = (artifact.path / DATASET_CARD).read_text(encoding="utf-8").partition(f"\n{SAMPLE_HEADING}\n")[0]
     return {
-        "training examples": manifest.train,
+        "training examples": manifest.train - manifest.replayed,
         "validation examples": manifest.validation,
         "replay examples": manifest.replayed,
         "preference pairs": manifest.preference_pairs,

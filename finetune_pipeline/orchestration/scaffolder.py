@@ -89,7 +89,7 @@ class LoopScaffolder(dg.Scaffolder[LoopParams]):
             LoopSettings.model_validate(yaml.safe_load(text)["attributes"])
         except ValidationError as error:
             folder.rmdir()  # Dagster has just created it
-            raise click.ClickException(f"no loop can be named {folder.name!r}: {error_message(error)}") from error
+            raise click.ClickException(f"No loop can be named {folder.name!r}: {error_message(error)}") from error
         rows = [
             {"id": f"q{number}", "slice": "examples", "prompt": prompt, "expected": expected}
             for number, (prompt, expected) in enumerate(_QUESTIONS, start=1)

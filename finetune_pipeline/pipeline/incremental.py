@@ -91,7 +91,7 @@ def training_start(
             kind = "desirable" if labels[rows[0]] else "undesirable"
             return _full(f"all new examples are {kind}, and kto needs both kinds")
     new = sum(hashes[row] not in known for row in rows)
-    reason = f"warm-started from {serving.name}: {new} new examples, {len(rows) - new} older ones replayed"
+    reason = f"warm-started from {serving.name}: {new} new examples, {len(rows) - new} older ones as replay"
     return TrainingStart(adapter, tuple(rows), new, reason)
 
 

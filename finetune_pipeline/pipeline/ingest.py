@@ -75,7 +75,8 @@ class IngestReport:
         """Return the line of the run's log, for the report of one file."""
         if self.unreadable:
             return self.unreadable[0]
-        text = f"{counted(self.recorded.interactions, 'interaction')}, {self.recorded.feedback:,} feedback, "
+        text = f"{counted(self.recorded.interactions, 'interaction')}, "
+        text += f"{counted(self.recorded.feedback, 'feedback event')}, "
         text += f"{counted(self.recorded.duplicates, 'duplicate')}, {counted(self.rejected, 'line')} rejected"
         if self.rejections:
             _, line, reason = self.rejections[0]

@@ -135,7 +135,8 @@ def _no_interactions(loop: LoopSettings, connection: sa.Connection, sources: Seq
         )
     for source in sources:
         if source.error:
-            message += f". The declared source {source.name} failed: {source.error}"
+            reason = source.error.removeprefix(f"source {source.name}: ")
+            message += f". The declared source {source.name} failed: {reason}"
     empty = ", ".join(source.name for source in sources if not source.error)
     if empty:
         message += f". Nothing usable came from {empty}"

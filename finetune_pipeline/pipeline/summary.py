@@ -15,8 +15,8 @@ def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator
     if dataset:
         d = dataset.manifest
         yield (
-            f"examples  {d.train - d.replayed:,} for training, {d.validation:,} for validation, "
-            f"{d.replayed:,} replay, {sum(d.left_out.values()):,} left out"
+            f"examples  {d.train - d.replayed:,} training + {d.replayed:,} replay, "
+            f"{d.validation:,} validation, {sum(d.left_out.values()):,} left out"
         )
     if adapter:
         a = adapter.manifest

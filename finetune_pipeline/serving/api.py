@@ -47,7 +47,7 @@ def _at_most(limit: int) -> BeforeValidator:
 Empty = Annotated[list[Any], Field(max_length=0)] | None
 Zero = Annotated[float, Field(ge=0, le=0), _at_most(0)] | None
 
-Status = Literal["recorded", "duplicate", "waiting", "accepted"]
+Status = Literal["recorded", "duplicate", "unmatched", "accepted"]
 
 
 class Request(BaseModel):
@@ -290,8 +290,8 @@ class Receipt(BaseModel):
 
     id: UUID
     status: Status = Field(
-        description="recorded; duplicate: it was recorded before; waiting: its interaction has not arrived; accepted: "
-        "it is in the write-ahead log, and not in the store yet."
+        description="recorded; duplicate: it was recorded before; unmatched: its interaction has not arrived; "
+        "accepted: it is in the write-ahead log, and not in the store yet."
     )
 
 

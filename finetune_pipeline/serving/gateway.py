@@ -71,7 +71,8 @@ class Gateway:
         self.metrics.collect_from(self.servers, lambda: self.recorder.pending)
         for name, server in self.servers.items():
             await server.reload()
-            self._progress(f"{name}: {server.last_error or f'{server.serving} is in service'}")
+            if server.last_error:
+                self._progress(f"{name}: {server.last_error}")
         # One task each: while a large model loads, a revoked key and the other loops must not wait.
         refreshes: list[Callable[[], Awaitable[None]]] = [partial(asyncio.to_thread, self.access.refresh)]
         refreshes += [partial(self.follow_champion, name) for name in self.servers]

@@ -162,7 +162,7 @@ async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) ->
     finally:
         for one in (task, disconnected):
             one.cancel()
-        await asyncio.gather(task, disconnected, return_exceptions=True)  # wait until they are cancelled
+        await asyncio.gather(task, disconnected, return_exceptions=True)  # wait until they are canceled
 
 
 class EventStream(Response):

@@ -62,7 +62,7 @@ class LoadedModel:
         return isinstance(self.runner, RemoteModel) or self.runner.alive
 
     async def generate(self, request: GenerateRequest, on_delta: OnDelta | None) -> Completion:
-        """Return the completion of one request; cancelling it stops the request.
+        """Return the completion of one request; canceling it stops the request.
 
         Args:
             on_delta: called in this event loop with each text delta.
@@ -123,7 +123,7 @@ class LoadedModel:
                 self._stats[path] = now
 
     async def drain(self) -> None:
-        """Close it after its last answer, or at once if this is cancelled."""
+        """Close it after its last answer, or at once if this is canceled."""
         try:
             await self._idle.wait()
         finally:

@@ -386,7 +386,7 @@ class LoopServer:
         return ModelSpec(gguf=version.gguf_path, adapter=version.adapter_path, **limits), version.files
 
     async def _open(self, version: ModelVersion | None, spec: ModelSpec, files: dict[Path, str]) -> LoadedModel:
-        """Start an engine without blocking the event loop; if this is cancelled, close the engine once it is open."""
+        """Start an engine without blocking the event loop; if this is canceled, close the engine once it is open."""
         opening = asyncio.create_task(asyncio.to_thread(Engine, spec))
         try:
             engine = await asyncio.shield(opening)

@@ -61,7 +61,7 @@ def check_memory(base_model: Path, settings: TrainingSettings, *, longest: int, 
     # The process or CUDA context exists already, so its bytes are not part of what is available.
     machine = Machine(device, available + need.parts[0].bytes, bf16, rate=1.0, source="", shards=shards)
     smaller = first_fitting(architecture, settings, CHANGEABLE, machine, longest)
-    remedy = "nothing smaller fits either: free some memory, or take a smaller base_model"
+    remedy = "nothing smaller fits either: free some memory, or use a smaller base_model"
     if smaller is not None:
         names = [name for name in TrainingSettings.model_fields if name in CHANGEABLE]
         changes = {name: getattr(smaller, name) for name in names if getattr(smaller, name) != getattr(settings, name)}

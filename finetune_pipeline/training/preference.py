@@ -131,9 +131,11 @@ def check_micro_batch(settings: TrainingSettings, micro_batch: int) -> None:
     if settings.method == "kto" and micro_batch < 2:
         given = settings.per_device_train_batch_size
         fewer = f" (of {given}: memory or num_processes allows no more)" if given > 1 else ""
+        remedy = "raise per_device_train_batch_size, or set " if given < 2 else "set a smaller max_length, or "
+        remedy += "a smaller num_processes, or " if given > 1 and settings.num_processes > 1 else ""
         raise TrainingError(
             f"kto compares the completions of a batch and needs 2 or more on each device, not {micro_batch}{fewer}; "
-            "raise per_device_train_batch_size, or set a smaller max_length, a smaller num_processes, or method: sft"
+            f"{remedy}method: sft"
         )
 
 

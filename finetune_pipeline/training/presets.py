@@ -213,6 +213,6 @@ def does_not_fit(
         remedy = f"leave {', '.join(sorted(CHANGEABLE - free))} unset; {remedy}"
     return (
         f"{architecture.name} does not fit {where}: with {least.adapter}, per_device_train_batch_size "
-        f"{least.per_device_train_batch_size} and {least.max_length} tokens it needs {need / GIB:.1f} GiB of "
-        f"{machine.bytes / GIB:.1f}; {remedy}, or take a smaller base_model"
+        f"{least.per_device_train_batch_size} and {least.max_length} tokens it needs {need / GIB:.1f} GiB, "
+        f"and {machine.bytes / GIB:.1f} GiB are usable; {remedy}, or use a smaller base_model"
     )

@@ -72,7 +72,7 @@ def load_data(job: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingD
     """
     settings = job.settings
     if not (job.dataset / "dataset_dict.json").is_file():
-        raise TrainingError(f"{job.dataset} holds no saved DatasetDict; make the dataset again")
+        raise TrainingError(f"{job.dataset} holds no saved DatasetDict; rebuild the dataset")
     accepted, rejected = _tokenize_prompt_completion(job, "train", tokenizer)
     train = short_enough(accepted, settings.max_length)
     too_long = len(accepted) - len(train)
@@ -85,7 +85,7 @@ def load_data(job: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingD
     if settings.reward_weighted and settings.method == "sft":
         rewards = list(train["reward"])
         if set(rewards) == {None}:
-            raise TrainingError(f"{job.dataset / 'train'} lacks the column reward; make the dataset again")
+            raise TrainingError(f"{job.dataset / 'train'} lacks the column reward; rebuild the dataset")
         # The sample is drawn before training, so that a resumed run sees the same examples.
         train = train.select(sample_by_reward(rewards, settings.seed))
     return TrainingData(
@@ -98,7 +98,7 @@ def load_data(job: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingD
 
 
 def is_replayed(row: dict[str, Any]) -> bool:
-    """Return whether a row is replay data, which nobody judged: it alone is no reason to train."""
+    """Return whether a row is replay data. A dataset of replay data alone is not trained on."""
     return bool(row.get("source") == REPLAY)
 
 
@@ -112,12 +112,12 @@ def nothing_left(too_long: int, accepted: int, max_length: int, rejected: tuple[
     reasons, remedies = [], []
     if rejected:
         reasons.append("; ".join(f"{one.count} of {examples} examples are rejected: {one}" for one in rejected))
-        remedies.append("take a base model whose chat template accepts such conversations")
+        remedies.append("use a base model whose chat template accepts such conversations")
     if too_long or not rejected:
         reasons.append(f"{too_long} of {examples} examples have more than {max_length} tokens")
         remedies.append("raise max_length")
     if too_long < accepted:
-        reasons[-1] += f", and the other {accepted - too_long} are only replayed"
+        reasons[-1] += f", and the other {accepted - too_long} are replay examples"
     return f"nothing is left to train on: {'; '.join(reasons)}; {', '.join(remedies)}, or add examples"
 
 
@@ -163,7 +163,9 @@ def tokenize_split(
     missing = {*_TEXTS, *completions} - set(rows.column_names)
     if missing:
         names = " and ".join(sorted(missing))
-        raise TrainingError(f"{folder / split} lacks the column {names}; make the dataset again")
+        raise TrainingError(
+            f"{folder / split} lacks the {'column' if len(missing) == 1 else 'columns'} {names}; rebuild the dataset"
+        )
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         batch_rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

@@ -22,7 +22,7 @@ def check_trackers(settings: TrainingSettings) -> None:
     for name in settings.report_to:
         if not any(importlib.util.find_spec(package) for package in _PACKAGES[name]):
             raise TrainingError(
-                f"training.report_to names {name}, which is not installed; pip install {name}, or take it out"
+                f"training.report_to names {name}, which is not installed; pip install {name}, or remove it"
             )
 
 

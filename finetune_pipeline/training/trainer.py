@@ -95,6 +95,8 @@ def run_training(
     if micro_batch is not None:
         examples = running.per_device_train_batch_size * running.gradient_accumulation_steps
         running = with_micro_batch(running, micro_batch, examples)
+    if distributed.is_rank_zero():
+        print("loading the model and tokenizing", file=sys.stderr, flush=True)
     tokenizer = load_tokenizer(job.base_model)
     data = load_data(job, tokenizer)
     if settings.method != "sft":

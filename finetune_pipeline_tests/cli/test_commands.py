@@ -88,6 +88,7 @@ def test_status_says_what_the_sensor_says(own_home):
     assert "0 new high-reward examples, 50 needed" in before
     assert "event files to ingest; run `finetune ingest`" in before
     assert "interactions and" in run("ingest")
+    assert run("ingest").startswith("no new file in ")
     after = run("status")
     assert "unread" not in after
     count = int(after.split("trigger")[1].split()[0])
@@ -99,8 +100,9 @@ def test_a_single_file_can_be_taken_in(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text(interaction("a").model_copy(update={"loop": LOOP}).model_dump_json() + "\nbroken\n")
     said = run("ingest", str(path))
-    assert "1 file: 1 interaction and 0 feedback added, 0 duplicates, 1 line rejected" in said
+    assert "1 file: 1 interaction and 0 feedback events added, 0 duplicates, 1 line rejected" in said
     assert f"{path}:2: not JSON" in said
+    assert run("ingest", str(path)) == f"{path}: unchanged since it was read\n"
     with path.open("a") as file:
         file.write('{"prompt": "a wall')
     assert f"{path}: its last line is incomplete (18 bytes)" in run("ingest", str(path))
@@ -168,7 +170,7 @@ def test_doctor_points_to_wsl_on_windows(monkeypatch):
 def test_doctor_says_what_to_do_without_a_converter(monkeypatch, tmp_path):
     monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(tmp_path))
     said = run("doctor", code=1)
-    assert "FAIL  GGUF converter" in said and "make setup" in said
+    assert "FAIL      GGUF converter" in said and "make setup" in said
 
 
 def test_the_default_loop_reads_files_that_are_there():
@@ -181,7 +183,7 @@ def test_the_default_loop_reads_files_that_are_there():
     ("changes", "said"),
     [
         ({"backend": "unsloth"}, "unsloth cannot run here"),
-        ({"base_model": "../nowhere/model"}, "of the base model ../nowhere/model does not exist"),
+        ({"base_model": "../nowhere/model"}, "nowhere/model does not exist; correct it"),
         ({"base_model": "docs"}, "docs has no config.json"),
         ({"compute": "ray"}, "Ray is not installed"),
         ({"report_to": ("wandb",)}, "names wandb, which is not installed"),
@@ -223,8 +225,8 @@ def test_the_weights_of_a_base_model_are_downloaded_only_when_the_settings_will_
 
 def test_a_plan_says_what_fits_how_it_was_estimated_and_what_to_write():
     output = run("train", "plan", "--base", "meta-llama/Llama-3.1-8B-Instruct", "--vram", "12")
-    assert "8.03 billion parameters" in output
-    for said in ("does not fit", "x 0.516 B (NF4)", "assumed, not measured", "  adapter: qlora", "  max_length: 1024"):
+    assert "8.03 billion parameters" in output and " fits " in output and " no " in output
+    for said in ("x 0.516 B (NF4)", "assumed, not measured", "  adapter: qlora", "  max_length: 1024"):
         assert said in output
     here = run("train", "plan", "--examples", "100")  # there is one loop
     assert "matrix products reach here (measured)" in here
@@ -257,6 +259,6 @@ def test_a_plan_of_what_does_not_fit_says_what_it_takes_at_least_and_what_to_cha
 
     large = refusal("--base", "meta-llama/Llama-3.3-70B-Instruct", "--vram", "24")
     assert "does not fit 24 GB: with qlora, per_device_train_batch_size 1 and 256 tokens" in large
-    assert "the smallest preset for it is 80gb, or take a smaller base_model" in large
+    assert "the smallest preset for it is 80gb, or use a smaller base_model" in large
     long = refusal("--base", "mistralai/Mistral-7B-v0.3", "--vram", "8", "--length", "65536")
     assert "and 65536 tokens" in long and "leave max_length unset" in long

@@ -46,7 +46,7 @@ def make_dataset(loop):
 
 @pytest.fixture
 def made(loop, tmp_path):
-    assert "31 interactions and 31 feedback added" in run("ingest", write_as(tmp_path / "in.parquet", ROWS))
+    assert "31 interactions and 31 feedback events added" in run("ingest", write_as(tmp_path / "in.parquet", ROWS))
     return make_dataset(loop)
 
 
@@ -76,7 +76,7 @@ def test_an_export_overwrites_only_with_force(made, tmp_path):
     assert path.read_text() == "precious"
     run("dataset", "export", "--format", "messages", "--out", path, "--force")
     assert json.loads(path.read_text().splitlines()[0])["messages"][-1]["role"] == "assistant"
-    assert "folder that is there" in run("dataset", "export", "--format", "alpaca", "--out", tmp_path / "no/o", code=1)
+    assert "an existing folder" in run("dataset", "export", "--format", "alpaca", "--out", tmp_path / "no/o", code=1)
 
 
 def test_a_version_is_never_a_path(made, tmp_path, monkeypatch):

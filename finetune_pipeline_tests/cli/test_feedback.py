@@ -104,9 +104,9 @@ def test_a_key_makes_a_command_safe_to_repeat():
     ("arguments", "said"),
     [
         (("log", "--prompt", "a", "--output", "b", "--confidence", "7"), "confidence: found 7.0, expected less than"),
-        (("log", "--prompt", "", "--output", "b"), "prompt: found ''"),
+        (("log", "--prompt", "", "--output", "b"), "prompt: is empty"),
         (("log", "--prompt", "a", "--output", "b", "--id", "../../x"), "found '../../x', expected a UUID"),
-        (("correct", "../../x", "better"), "interaction_id: found '../../x', expected a valid UUID"),
+        (("correct", "../../x", "better"), "interaction_id: found '../../x', expected a UUID"),
         (("correct", str(uid("a")), " "), "needs the corrected answer"),
         (("correct", str(uid("a"))), "as TEXT or with --file"),
         (("correct", str(uid("a")), "x", "--file", "-"), "one of the two"),
@@ -124,7 +124,7 @@ def test_invalid_input_is_reported_in_a_line_and_not_stored(arguments, said, url
 
 def test_feedback_without_its_interaction_is_reported():
     result = run("rate", uid("nobody"), "up")
-    assert "has not arrived; the feedback waits for it" in result.stderr
+    assert "has not arrived; the feedback counts once it does" in result.stderr
 
 
 def test_stats_count_by_kind_and_list_unmatched_feedback():
@@ -136,8 +136,8 @@ def test_stats_count_by_kind_and_list_unmatched_feedback():
     said = run("stats").stdout
     lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in said.splitlines() if line.split()}
     for name, value in {
-        "interactions": "2", "feedback": "3", "correction": "1", "thumbs_up": "1", "thumbs_down": "1", "examples": "1",
-        "corrected by a person": "1", "flagged for review": "1", "feedback without its interaction": "1",
+        "interactions": "2", "feedback events": "3", "correction": "1", "thumbs_up": "1", "thumbs_down": "1",
+        "examples": "1", "corrected by a person": "1", "flagged for review": "1", "unmatched feedback": "1",
     }.items():  # fmt: skip
         assert lines[name] == value, name
     assert f"{waiting}  thumbs_down on {uid('nobody')}, 0 minutes old" in said
@@ -148,7 +148,9 @@ def test_flagged_answers_are_listed_until_they_are_reviewed():
     said = run("flagged").stdout
     assert "low confidence, confidence 0.25\n  prompt  a wall\n  output  {}\n" in said
     run("rate", said.split()[0], "up")
-    assert run("flagged").stdout == ""
+    assert (run("flagged").stdout, run("flagged").stderr) == ("", f"no flagged answer of loop {LOOP} is unreviewed\n")
+    FeedbackClient(LOOP).log("b", "{}", flag="confidence 0.25 is below 0.85", confidence=0.25)
+    assert "  confidence 0.25 is below 0.85\n" in run("flagged").stdout
 
 
 def test_stats_do_not_read_all_feedback_if_none_is_unmatched():
@@ -169,7 +171,9 @@ def test_an_export_can_be_imported(tmp_path):
     run("rate", id, "up")
     path = tmp_path / "out.jsonl"
     assert run("export", path).stdout == f"2 events written to {path}\n"
-    assert "0 interactions and 0 feedback added, 2 duplicates, 0 of 2 lines rejected" in run("import", path).stdout
+    assert (
+        "0 interactions and 0 feedback events added, 2 duplicates, 0 of 2 lines rejected" in run("import", path).stdout
+    )
     alpaca = tmp_path / "out.json"
     assert "1 example written" in run("export", alpaca, "--format", "alpaca", "--min-reward", "0.5").stdout
     assert json.loads(alpaca.read_text())[0]["output"] == "{}"
@@ -205,7 +209,7 @@ def test_import_names_the_rejected_lines(tmp_path):
         '{"prompt": "p", "output": "o", "reward": 0.9}\n{"prompt": "p", "output": "o", "reward": 7}\noops\n'
     )
     result = run("import", path)
-    assert "1 interaction and 1 feedback added, 0 duplicates, 2 of 3 lines rejected" in result.stdout
+    assert "1 interaction and 1 feedback event added, 0 duplicates, 2 of 3 lines rejected" in result.stdout
     assert f"{path}:2: reward: found 7, expected less than or equal to 1" in result.stderr
     assert f"{path}:3: not JSON" in result.stderr
 
@@ -248,13 +252,15 @@ def test_a_person_is_erased_and_what_was_made_with_it_is_listed():
     (inbox / "other.csv").write_text("prompt,completion,user\nu1,c,u11\n")
     (inbox / "others.jsonl").write_text('{"event": "interaction", "user": "u11", "prompt": "u1"}\n')
     said = run("erase", "--user", "u1", "--yes").stdout
-    assert f"{LOOP}: 1 interaction, 2 feedback, 0 review decisions and 0 excerpts of rejected lines deleted" in said
+    assert (
+        f"{LOOP}: 1 interaction, 2 feedback events, 0 review decisions and 0 excerpts of rejected lines deleted" in said
+    )
     assert str(snapshot) in said and f"`finetune run --loop {LOOP}` makes new ones" in said
     assert str(inbox / "table.csv") in said and "other.csv" not in said
     assert str(inbox / "log.jsonl") in said and "delete them there, too" in said
     assert stored(id) is None and stored(other).example is None
     again = run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
-    assert "0 interactions, 0 feedback" in again and str(snapshot) not in again
+    assert "0 interactions, 0 feedback events" in again and str(snapshot) not in again
 
 
 def test_sources_that_may_still_contain_an_erased_person_are_listed():
@@ -269,7 +275,7 @@ def test_sources_that_may_still_contain_an_erased_person_are_listed():
 def test_nothing_is_deleted_without_a_yes():
     id = log("--user", "u1")
     result = run("erase", "--user", "u1", input="n\n", code=1)
-    assert "1 interaction, 0 feedback and 0 review decisions" in result.output
+    assert "1 interaction, 0 feedback events and 0 review decisions" in result.output
     assert stored(id) is not None
     run("erase", "--user", "u1", input="y\n")
     assert stored(id) is None
@@ -278,7 +284,7 @@ def test_nothing_is_deleted_without_a_yes():
 def test_data_of_undeclared_loops_is_erased_too():
     gone = load_loop(LOOP).model_copy(update={"name": "gone"})
     id = FeedbackClient(gone).log("a", "b", user="u1")
-    assert "gone: 1 interaction, 0 feedback" in run("erase", "--user", "u1", "--yes").stdout
+    assert "gone: 1 interaction, 0 feedback events" in run("erase", "--user", "u1", "--yes").stdout
     assert stored(str(id)) is None
 
 
@@ -315,7 +321,7 @@ def test_deleted_text_in_sqlites_own_log_is_reported(url):
         reader.exec_driver_sql("BEGIN")
         reader.exec_driver_sql("SELECT count(*) FROM interactions").all()
         result = run("erase", "--user", "u1", "--yes", code=1)
-    assert "1 interaction, 0 feedback" in result.stdout
+    assert "1 interaction, 0 feedback events" in result.stdout
     assert "still contains the deleted text. Run this again" in result.stderr
     other.dispose()
     run("erase", "--user", "u1", "--yes")

@@ -131,3 +131,14 @@ def test_a_switch_to_a_deleted_version_prints_a_remedy(seven):
     assert "aec_parser@v1.0.0 cannot serve: its files were deleted on" in result.stderr
     assert "finetune model list" in result.stderr and "Traceback" not in result.stderr
     assert champion(connect(), LOOP).version == "v1.6.0"
+
+
+def test_a_switch_to_the_champion_changes_nothing(seven):
+    assert run("switch", "v1.6.0") == "aec_parser@v1.6.0 is already the champion\n"
+    assert len(lines("history")) == 1 + len(seven)
+    assert run("switch", "base") == "aec_parser@base is the champion now\n"
+    assert run("switch", "base") == "aec_parser@base is already the champion\n"
+
+
+def test_an_empty_history_is_a_sentence(own_home):
+    assert run("history") == "loop aec_parser has no deployments yet; the base model serves\n"

@@ -89,7 +89,7 @@ def test_each_key_does_what_it_says_and_nothing_is_shown_twice():
     assert "1 of 5   priority 0.9" in said and "3 of 5" in said and "4 of 5" in said
     assert "why         confidence 0.10, below 0.85" in said
     assert "prompt      please add wall number 1 by the river" in said and ANSWER in said
-    assert said.endswith("1 approve, 1 reject, 1 skip; 2 of this queue left\n")
+    assert said.endswith("1 approved, 1 rejected, 1 skipped; 2 of this queue left\n")
     assert decided() == [("1", "approve", "rita", ANSWER), ("2", "reject", "rita", ANSWER)]
     again = review("q")
     assert "1 of 3" in again and "wall number 3" in again  # what was skipped waits for the next session
@@ -162,7 +162,7 @@ def test_undo_goes_back_step_by_step_and_into_earlier_sessions():
     said = review("asu" + "u" + "r" + "q")
     assert [row[:2] for row in decided()] == [("1", "approve"), ("1", "undo"), ("1", "reject")]
     assert said.count("1 of 5") == 2 and said.count("2 of 5") == 3
-    assert "1 reject; 4 of this queue left" in said
+    assert "1 rejected; 4 of this queue left" in said
     again = review("uaq")
     assert [row[:2] for row in decided()][3:] == [("1", "undo"), ("1", "approve")]
     assert "1 of 5" in again and "was undone" not in again
@@ -202,7 +202,7 @@ def test_an_empty_queue_says_so_and_status_counts():
 def test_keys_come_through_a_pipe_too():
     command = [sys.executable, "-m", "finetune_pipeline.cli.main", "review", "--loop", LOOP, "--reviewer", "rita"]
     done = subprocess.run(command, input="a\nr\n", capture_output=True, text=True, cwd=PROJECT_ROOT, timeout=60)
-    assert done.returncode == 0 and "1 approve, 1 reject; 3 of this queue left" in done.stdout
+    assert done.returncode == 0 and "1 approved, 1 rejected; 3 of this queue left" in done.stdout
     assert len(decided()) == 2
 
 
@@ -283,6 +283,6 @@ def test_a_terminal_needs_single_keys_and_a_kill_loses_nothing(terminal, tmp_pat
     two.until("wall number 3")
     two.until("q quit")
     two.press("\x03")  # Ctrl-C ends the session and keeps the decisions
-    two.until("1 reject; 3 of this queue left")
+    two.until("1 rejected; 3 of this queue left")
     assert two.process.wait(60) == 0
     assert [row[1] for row in decided()] == ["approve", "edit", "undo", "reject"]

@@ -53,6 +53,7 @@ def test_only_the_owner_can_read_the_database(own_home):
 
 
 def test_keys_are_listed_without_their_secrets_in_80_columns(own_home):
+    assert run("key", "list").stdout == "no API key exists; `finetune key create NAME` creates one\n"
     secret = run("key", "create", "the application", "--scope", "infer", "--scope", "admin").stdout.strip()
     output = run("key", "list").stdout
     assert "the" in output and "infer" in output and secret not in output

@@ -17,9 +17,9 @@ def card_of(*examples):
 def test_the_card_describes_the_dataset():
     notes = [example(n, source="notes", provenance=f"a|b.md:{n}") for n in range(3)]
     card = card_of(*notes, example(8), example(9, reward=0.1))
-    assert "# Dataset 1234 of notes" in card and "4 examples to train on" in card
+    assert "# Dataset 1234 of notes" in card and "4 training examples + 0 replay, and 0 validation examples" in card
     assert "| logs | 1 | 25.0% |\n| notes | 3 | 75.0% |" in card
-    assert "| min_reward | 0.3 |" in card and "| raw_logs | abc |" in card and "| events up to | 7 |" in card
+    assert "| min_reward | 0.3 |" in card and "| raw_logs | abc |" in card and "| watermark | 7 |" in card
     assert "| reward below 0.3 | 1 |" in card.split("## Left out")[1].split("##")[0]
     assert '"provenance": "a|b.md:' in card.split("## Sample")[1]
 

@@ -86,7 +86,7 @@ def test_disagreement_is_the_fraction_of_votes_against_the_leading_answer(votes,
 
 def test_a_rejected_answer_without_a_correction_is_worth_most():
     bad = case(rejected=True, has_human_feedback=True, votes=(Vote("x", False),))
-    assert reasons(bad) == ("a person rejected the answer, and nobody corrected it",)
+    assert reasons(bad) == ("a person gave a thumbs-down, and nobody corrected the answer",)
     assert value(bad) == pytest.approx(1 - (1 - PRIOR) * (1 - REJECTED_ANSWER))
     assert value(case(rejected=True, has_human_feedback=True, votes=(Vote("x", False), Vote("y", True)))) is None
 

@@ -38,9 +38,9 @@ SIGNIFICANT = Significance("paired bootstrap over questions", 0.001, 0.02, 0.05,
         (20, 21, 100, RELATIVE, True, "gain 5.0 %"),
         (21, 22, 100, RELATIVE, False, "gain 4.8 %"),
         (50, 40, 100, RELATIVE, False, "loss 20.0 %"),
-        (50, 50, 100, GateSettings(min_gain=0), False, "gain 0.0 %, more than nothing needed"),
+        (50, 50, 100, GateSettings(min_gain=0), False, "gain 0.0 %, more than 0 needed"),
         (50, 51, 100, GateSettings(min_gain=0), True, "gain 2.0 %"),
-        (0, 1, 100, RELATIVE, True, "any gain passes"),
+        (0, 1, 100, RELATIVE, True, "any gain is enough"),
         (0, 0, 100, RELATIVE, False, "there is none"),
         (40, 45, 100, POINTS, True, "gain 5.0 points, 5 points needed"),
         (40, 44, 100, POINTS, False, "gain 4.0 points"),
@@ -138,7 +138,7 @@ def test_a_higher_score_never_turns_a_promotion_into_a_rejection(
             QualityFloor(10, 170, 170, True),
             RELATIVE,
             False,
-            "best constant answer has 10 of 170 correct; 170 of 170",
+            "best constant answer scores 10 of 170; 170 of 170",
         ),
         (0, 10, 170, QualityFloor(12, 170, 170, False), RELATIVE, False, "but a challenger needs more than 12 correct"),
         (
@@ -148,7 +148,7 @@ def test_a_higher_score_never_turns_a_promotion_into_a_rejection(
             QualityFloor(10, 170, 170, False),
             RELATIVE,
             True,
-            "the best constant answer has 10 of 170 correct",
+            "the best constant answer scores 10 of 170",
         ),
         # 2 of 60 correct without a valid answer
         (
@@ -204,7 +204,7 @@ def test_a_higher_score_never_turns_a_promotion_into_a_rejection(
             QualityFloor(7, 99, 100, True),
             RELATIVE,
             False,
-            "constant answer has 7 of 100 correct; 99 of 100 answers",
+            "constant answer scores 7 of 100; 99 of 100 answers",
         ),
         (
             0,

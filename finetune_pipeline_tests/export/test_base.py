@@ -25,7 +25,7 @@ def test_a_folder_may_be_absolute_or_relative_to_the_project(folder):
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "data/nothing"])
 def test_a_missing_folder_is_named(name):
-    with pytest.raises(ExportError, match=r"folder .*nothing.* of the base model .* does not exist"):
+    with pytest.raises(ExportError, match=r"base_model: the folder .*nothing.* does not exist"):
         resolve_base_model(name)
 
 

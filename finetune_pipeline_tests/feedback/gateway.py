@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         if other:
             error = {"message": f"{body['id']} already exists with different content", "code": "id_taken"}
             return self._answer(409, {"error": error})
-        status = self.server.status or ("duplicate" if known else "waiting" if waiting else "recorded")
+        status = self.server.status or ("duplicate" if known else "unmatched" if waiting else "recorded")
         return self._answer(200, {"id": body["id"], "status": status})
 
     def do_GET(self):

@@ -387,7 +387,7 @@ def test_over_http_the_gateways_message_is_the_error(gateway):
         client.log("a wall", "{}")
 
 
-@pytest.mark.parametrize("status", ["recorded", "duplicate", "waiting", "accepted", "refused"])
+@pytest.mark.parametrize("status", ["recorded", "duplicate", "unmatched", "accepted", "refused"])
 def test_over_http_the_gateways_status_decides(remote, gateway, status):
     gateway.status = status
     if status == "refused":

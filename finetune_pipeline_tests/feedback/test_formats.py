@@ -197,7 +197,7 @@ def test_a_line_excluded_from_training_is_rejected_with_its_reason(tmp_path, loo
     path = write(tmp_path / "a.jsonl", row, {**row, **marked}, {**row, **dict.fromkeys(marked, 1)})
     done = import_file(path, loop, db)
     ((name, value),) = marked.items()
-    assert [line.reason for line in done.invalid] == [f"the line is excluded from training ({name}: {value})"]
+    assert [line.reason for line in done.invalid] == [f"the row is excluded from training ({name}: {value})"]
     assert done.recorded == store.RecordResult(interactions=1, feedback=1, duplicates=2)
 
 
@@ -256,8 +256,8 @@ GOOD = {"prompt": "p", "output": "o"}
         ({"instruction": 7, "input": "", "output": "o"}, "expected two strings"),
         ({"instruction": "i", "prompt": "p", "output": "o"}, "no prompt in addition"),
         ({"instruction": "i", "input": "p"}, "output"),
-        ({"event": "other"}, "expected interaction or feedback"),
-        ({"event": ["feedback"]}, "expected interaction or feedback"),
+        ({"event": "other"}, "expected one of interaction, feedback"),
+        ({"event": ["feedback"]}, "expected one of interaction, feedback"),
         ({"event": "feedback", "kind": "reward", "interaction_id": "../x"}, "interaction_id"),
         ({"event": "interaction", **GOOD, "id": "../../etc/passwd"}, "id: found '../../etc/passwd'"),
         ({**GOOD, "output": "x" * 1_100_000}, "longer than 1000000 bytes"),

@@ -57,7 +57,7 @@ def test_an_event_is_in_the_log_at_once_and_in_the_store_soon(db, recorder):
     assert recorder.add(interaction("a")).result(60) == "recorded"
     assert recorder.add(interaction("a")).result(60) == "duplicate"
     assert recorder.add(feedback("on a", "a", "thumbs_up")).result(60) == "recorded"
-    assert recorder.add(feedback("early", "b", "thumbs_up")).result(60) == "waiting"
+    assert recorder.add(feedback("early", "b", "thumbs_up")).result(60) == "unmatched"
     assert (recorder.pending, recorder.path.stat().st_size) == (0, 0)
     with db.read() as connection:
         found = find_interaction(connection, uid("a"))

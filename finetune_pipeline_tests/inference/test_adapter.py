@@ -126,7 +126,7 @@ def test_an_unusable_file_keeps_the_old_adapter(starter, alone, tmp_path, tiny_g
         assert tokens(engine) == alone["one"]
 
 
-def test_a_swap_can_be_cancelled(starter, alone):
+def test_a_swap_can_be_canceled(starter, alone):
     with open_engine(starter, "one", parallel=1) as engine:
         running = engine.submit(ask(PROMPTS[0]))
         swap = engine.swap_adapter(starter["two"])

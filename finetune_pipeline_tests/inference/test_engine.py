@@ -159,7 +159,7 @@ def start(engine, request):
     return future
 
 
-def test_cancelling_a_request_frees_its_slot(tiny):
+def test_canceling_a_request_frees_its_slot(tiny):
     assert start(tiny, ask("x", max_tokens=200)).cancel()
     assert tiny.generate([ask(max_tokens=2, prompt="y")] * 5)
 
@@ -427,11 +427,11 @@ def test_decoding_continues_while_schemas_are_compiled(tiny):
     assert all(future.result(60).text.startswith("{") for future in compiling)
 
 
-def test_a_request_can_be_cancelled_while_its_schema_is_compiled(tiny, monkeypatch):
+def test_a_request_can_be_canceled_while_its_schema_is_compiled(tiny, monkeypatch):
     answered, receive = [], tiny._receive
     monkeypatch.setattr(tiny, "_receive", lambda message: (answered.append(message.get("id")), receive(message)))
     # A quarter of the slowest schema each, so that all fit in the pipe of the stopped child, which then reads at once
-    # that they came and that they are cancelled.
+    # that they came and that they are canceled.
     values = SLOW["enum"][: len(SLOW["enum"]) // 4]
     os.kill(tiny.pid, signal.SIGSTOP)
     try:
@@ -440,7 +440,7 @@ def test_a_request_can_be_cancelled_while_its_schema_is_compiled(tiny, monkeypat
         assert len(gone) == 3 and all(future.cancel() for future in futures)
     finally:
         os.kill(tiny.pid, signal.SIGCONT)
-    tiny.swap_adapter(None).result(60)  # waits for every earlier request that was not cancelled
+    tiny.swap_adapter(None).result(60)  # waits for every earlier request that was not canceled
     assert answered and not {*answered} & {*gone}
     assert tiny.generate([ask("b", 3), ask("c", 20, json_schema={"type": "boolean"})])
 

@@ -65,7 +65,10 @@ for _ in range(100):
 )
 def test_an_unenforceable_keyword_is_refused_with_its_path(part, keyword):
     schema = {"type": "object", "properties": {"x": {"type": "array", "items": part}}, "required": ["x"]}
-    with pytest.raises(RequestRefused, match=rf"json_schema at #/properties/x/items[^ ]*: {re.escape(keyword)}: "):
+    with pytest.raises(
+        RequestRefused,
+        match=rf"at #/properties/x/items[^ ]*: {re.escape(keyword)}: |`{re.escape(keyword)}` \(at #/properties/x/items",
+    ):
         compile_grammar(BYTES, schema)
 
 
@@ -142,7 +145,7 @@ def test_schemas_that_take_exponential_time_are_refused(schema, keyword):
     if keyword is None:
         json_schema.rewrite_schema(schema)
     else:
-        with pytest.raises(RequestRefused, match=rf"json_schema at #[^ ]*: {keyword}: "):
+        with pytest.raises(RequestRefused, match=rf"json_schema at #[^ ]*: {keyword}: |the keyword `{keyword}` \(at #"):
             json_schema.rewrite_schema(schema)
 
 

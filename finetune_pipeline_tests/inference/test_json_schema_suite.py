@@ -1,6 +1,7 @@
 """JSON Schema's official test suite is enforced, or refused by name."""
 
 import json
+import re
 import tarfile
 
 import pytest
@@ -99,7 +100,9 @@ def test_the_official_test_suite_is_enforced_or_refused_by_name(suite, draft):
                 grammar = compile_grammar(BYTES, schema)
             except RequestRefused as refused:
                 counts["refused"] += 1
-                assert "json_schema at #" in str(refused) or "levels deep" in str(refused), str(refused)
+                assert re.search(r"json_schema(: the keyword \S+ \(| )at #", str(refused)) or "levels deep" in str(
+                    refused
+                ), str(refused)
                 continue
             order = names_in_order(schema)
             for case in group["tests"]:

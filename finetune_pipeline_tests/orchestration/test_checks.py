@@ -23,4 +23,4 @@ def test_significance_and_slices_show_their_numbers(make_loop):
     shown = {name: result.description for name, result in eval_report_results(loop, found).items()}
     assert shown["gain"] == verdict.reason
     assert shown["significance"] == "p = 0.012 (exact McNemar), at most 0.05 allowed"
-    assert shown["no_slice_regressed"] == "1 of 2 slices regressed; worst slice: doors -50.0%"
+    assert shown["no_slice_regressed"] == "1 of 2 slices regressed; worst slice: doors -50.0 points"

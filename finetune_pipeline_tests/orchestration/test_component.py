@@ -119,7 +119,7 @@ def test_the_scaffolder_refuses_a_name_that_no_loop_can_have(tmp_path):
     folder = tmp_path / "My Tickets"
     folder.mkdir()
     request = dg.ScaffoldRequest("finetune_pipeline.orchestration.FineTuneLoop", folder, "yaml", None, LoopParams())
-    with pytest.raises(click.ClickException, match="no loop can be named 'My Tickets': name: found"):
+    with pytest.raises(click.ClickException, match="No loop can be named 'My Tickets': name: found"):
         LoopScaffolder().scaffold(request)
     assert not folder.exists()
 

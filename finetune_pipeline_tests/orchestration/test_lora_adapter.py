@@ -21,7 +21,7 @@ LARGE = {
 @pytest.mark.parametrize(
     ("base", "why"),
     [
-        ("data/no_such_model", "data/no_such_model of the base model data/no_such_model does not exist"),
+        ("data/no_such_model", "data/no_such_model does not exist"),
         ("LARGE", "does not fit preset 8gb: with qlora, per_device_train_batch_size 1"),
     ],
 )

@@ -100,7 +100,7 @@ def test_an_incremental_training_starts_from_the_champion(make_loop, instance, t
     assert (manifest.mode, manifest.new_examples) == ("incremental", len(new))
     assert manifest.inputs["initial_adapter"] == first.manifest.version
     assert manifest.mode_reason == (
-        f"warm-started from notes@v1.0.0: {len(new)} new examples, {round(len(new) / 2)} older ones replayed"
+        f"warm-started from notes@v1.0.0: {len(new)} new examples, {round(len(new) / 2)} older ones as replay"
     )
     assert manifest.examples == len(new) + round(len(new) / 2) < len(rows)
     # It starts at the champion's loss, not at the base model's.
@@ -131,7 +131,7 @@ def test_incremental_kto_adds_older_desirable_answers(make_loop, tmp_path, monke
     manifest = made[1].manifest
     new = manifest.new_examples
     assert (manifest.mode, manifest.examples) == ("incremental", 2 * new)
-    assert manifest.mode_reason == f"warm-started from notes@v1.0.0: {new} new examples, {new} older ones replayed"
+    assert manifest.mode_reason == f"warm-started from notes@v1.0.0: {new} new examples, {new} older ones as replay"
 
     read = incremental._training_examples
     monkeypatch.setattr(incremental, "_training_examples", lambda *of: (x for x in read(*of) if not x[1]))

@@ -455,7 +455,7 @@ def test_formats_may_be_mixed_and_a_rows_reward_counts(make_loop):
     assert rows["please note what ash said about the ash matter"][2] is None  # from the log
     with connect().read() as connection:
         bad, nothing = rejected_lines(connection, "notes", 10)
-    assert (bad.line, "conversations: found str" in bad.reason) == (6, True)
+    assert (bad.line, "conversations: found a text" in bad.reason) == (6, True)
     assert (nothing.line, "own system prompt" in nothing.reason) == (7, True)
 
 

@@ -134,7 +134,7 @@ def test_a_user_who_changed_their_mind_has_one_vote(loop, logged):
     put(loop, interaction("zoe"), feedback("1", "zoe", "thumbs_up", user="u"),
         feedback("2", "zoe", "thumbs_down", minutes=1, user="u"))  # fmt: skip
     (one,) = [one for one in review_queue(loop, connect()) if one.candidate.interaction.id == uid("zoe")]
-    assert one.reasons == ("a person rejected the answer, and nobody corrected it",)
+    assert one.reasons == ("a person gave a thumbs-down, and nobody corrected the answer",)
 
 
 def report(folder: Path, promote: bool):

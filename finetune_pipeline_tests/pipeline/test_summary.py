@@ -52,7 +52,7 @@ def test_a_promotion_shows_the_numbers_and_what_to_do_next(own_home, loop):
         made("r1", kind)
     report = made("r1", ReportManifest, promote=True)
     assert summary(loop) == [
-        "examples  1,268 for training, 33 for validation, 232 replay, 9 left out",
+        "examples  1,268 training + 232 replay, 33 validation, 9 left out",
         "training  validation loss 0.257 -> 0.092 in 80 steps, 64 s, 3,510 tokens/s, peak 1.00 GiB on cpu",
         "metric          notes@base  challenger        change",
         "ROUGE-1 recall      50.0 %      75.0 %  +25.0 points",
@@ -79,7 +79,7 @@ def test_a_failed_run_does_not_show_the_artifacts_of_an_earlier_run(own_home, lo
         made("r1", kind)
     made("r2", DatasetManifest, validation=0)
     shown, next_step = summary(loop, "r2", succeeded=False)
-    assert shown.startswith("examples  1,268 for training, 0 for validation")
+    assert shown.startswith("examples  1,268 training + 232 replay, 0 validation")
     assert next_step.startswith("next      fix the cause, then `finetune run --loop notes`")
 
 

@@ -13,7 +13,7 @@ FULL: dict[str, Any] = {
     "description": "Parses requests.",
     "created_at": datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
     "mode": "incremental",
-    "mode_reason": "on top of aec@v1.1.0: 40 new examples, 40 older ones replayed",
+    "mode_reason": "on top of aec@v1.1.0: 40 new examples, 40 older ones as replay",
     "base_model": "data/starter_model",
     "base_hash": "b" * 64,
     "files": {"model.gguf": "a" * 64},
@@ -55,7 +55,7 @@ def test_the_card_has_all_known_values() -> None:
         "# aec@v1.2.0", "Parses requests.", "data/starter_model (bbbbbbbbbbbbbbbb)", "ad01", "da01", "1..480",
         "| train | 1,200 |", "1.500 before, 0.250 after", "gain 16.1 %, 5 % needed", f"SHA-256 `{'a' * 64}`",
         "| parameter \\| accuracy | 70.0 % | 81.3 % |", "2026-01-02 03:04 UTC", "## Limits",
-        "| training | incremental, on top of aec@v1.1.0: 40 new examples, 40 older ones replayed |",
+        "| training | incremental, on top of aec@v1.1.0: 40 new examples, 40 older ones as replay |",
     ):  # fmt: skip
         assert text_part in text
 

@@ -162,7 +162,7 @@ def test_errors_raise_the_clients_exceptions(notes):
     with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-4'") as missing:
         client.chat.completions.create(model="gpt-4", messages=[USER])
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="n: found 2, expected less than or equal to 1"):
+    with pytest.raises(openai.BadRequestError, match="n: a value above 1 is not supported"):
         client.chat.completions.create(model="notes", messages=[USER], n=2)
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(
@@ -269,7 +269,7 @@ def test_a_message_can_have_parts(notes):
         ([SYSTEM], "The last message has the role 'system'"),
         ([{"role": "user", "content": ""}], "The last message is empty"),
         ([{"role": "user", "content": []}], "The last message is empty"),
-        ([], "messages: found [], expected at least 1 item"),
+        ([], "messages: is empty"),
         ([{"role": "tool", "content": "x"}], "messages[0].role"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],

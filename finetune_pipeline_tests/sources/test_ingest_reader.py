@@ -22,8 +22,8 @@ def read(path, after=None, limit=10_000):
     ("raw", "reason"),
     [
         (b"not json\n", "not JSON"),
-        (b"[1, 2]\n", "valid dictionary"),
-        (b'"text"\n', "valid dictionary"),
+        (b"[1, 2]\n", "expected a JSON object"),
+        (b'"text"\n', "expected a JSON object"),
         (b"{}\n", "expected those of one format"),  # neither an event nor a conversation
         (b'{"event": "other"}\n', "other"),
         (b"\xff\xfe{}\n", "not UTF-8"),

@@ -139,7 +139,7 @@ def test_a_run_fails_if_the_template_rejects_everything(alternating, tmp_path, m
 def test_replay_data_alone_is_refused(alternating, tmp_path):
     replayed = [{**row, "source": "replay"} for row in given("sft")[1:]]
     one = job_of(alternating, "sft", tmp_path / "d", [given("sft")[0], *replayed])
-    with pytest.raises(TrainingError, match=r"1 of 17 examples are rejected: .*, and the other 16 are only replayed"):
+    with pytest.raises(TrainingError, match=r"1 of 17 examples are rejected: .*, and the other 16 are replay examples"):
         run_training(one, time.monotonic())
 
 

@@ -107,7 +107,7 @@ def test_earlier_turns_are_tokenized_as_in_service(job, tmp_path):
 
 def test_a_dataset_without_histories_is_refused(job, tmp_path):
     dataset = save(tmp_path / "d", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(TrainingError, match="lacks the column history; make the dataset again"):
+    with pytest.raises(TrainingError, match="lacks the column history; rebuild the dataset"):
         load_data(job.model_copy(update={"dataset": dataset}), load_tokenizer(job.base_model))
 
 
@@ -133,7 +133,7 @@ def test_replay_data_and_too_long_examples_are_refused(job, tmp_path, weighted):
     dataset = save(tmp_path / "d", [*long, *({**row, "reward": None, "source": "replay"} for row in rows(6, 200))])
     one = with_settings(job, max_length=128, reward_weighted=weighted).model_copy(update={"dataset": dataset})
     message = (
-        "nothing is left to train on: 4 of 10 examples have more than 128 tokens, and the other 6 are only replayed"
+        "nothing is left to train on: 4 of 10 examples have more than 128 tokens, and the other 6 are replay examples"
     )
     with pytest.raises(TrainingError, match=message):
         run_training(one, time.monotonic())

@@ -203,7 +203,7 @@ def _tokenized_rows(
     method = job.settings.method
     folder = job.dataset if method == "sft" else job.preferences
     if folder is None or not (folder / "dataset_dict.json").is_file():
-        raise TrainingError(f"{folder} holds no saved DatasetDict for {method}; make the dataset again")
+        raise TrainingError(f"{folder} holds no saved DatasetDict for {method}; rebuild the dataset")
     if not data_files(folder / split):
         return
     completions = ("chosen", "rejected") if method == "dpo" else ("completion",)
