@@ -25,7 +25,7 @@ from pydantic import (
 
 from finetune_pipeline.records import Rating, RatingKey
 from finetune_pipeline.trainer_fields import check_lora_config, check_losses, check_member, check_trainer_config
-from finetune_pipeline.validation_messages import error_messages, sentence_error
+from finetune_pipeline.validation_messages import error_messages, nearest, sentence_error
 from finetune_pipeline.yaml_files import YamlError, load_yaml
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -856,6 +856,8 @@ def _environment_value(match: re.Match[str]) -> str:
     return os.environ[name]
 
 
+_DEFS_FILE = re.compile(r"defs\.ya?ml", re.IGNORECASE)
+
 _KEYS = {"type", "attributes", "template_vars_module", "requirements", "post_processing"}
 """Top-level keys that Dagster knows in a component's YAML."""
 
@@ -913,11 +915,12 @@ def load_loops(folders: Sequence[Path] | None = None) -> dict[str, LoopSettings]
         folders: default: `loop_folders`.
 
     Raises:
-        SettingsError: a file is invalid, or two loops have one name.
+        SettingsError: a file is invalid or would not be read, or two loops have one name.
     """
     loops: dict[str, LoopSettings] = {}
     files: dict[str, Path] = {}
     for folder in loop_folders() if folders is None else folders:
+        _refuse_misplaced(folder)
         for path in sorted(folder.glob("*/defs.yaml")):
             if _is_another_component(path):
                 continue
@@ -929,6 +932,25 @@ def load_loops(folders: Sequence[Path] | None = None) -> dict[str, LoopSettings]
                 )
             loops[loop.name], files[loop.name] = loop, path
     return loops
+
+
+def _refuse_misplaced(folder: Path) -> None:
+    """Raise an error for a loop's file that is not read because of its name or its place."""
+    own = folder if folder == DEFS_FOLDER else f"FINETUNE_LOOPS_DIR ({folder})"
+    rule = f"{own} holds loops as <loop>/defs.yaml"
+    for path in sorted(folder.glob("*/*")):
+        is_named_so = _DEFS_FILE.fullmatch(path.name) and path.name != "defs.yaml"
+        if is_named_so and not (path.parent / "defs.yaml").exists():
+            raise SettingsError(f"{rule}; found {path.relative_to(folder)}: rename it to defs.yaml")
+    if folder == DEFS_FOLDER:
+        return  # Dagster may have files of its own there
+    for path in sorted(folder.iterdir()):
+        if _DEFS_FILE.fullmatch(path.name) and path.is_file():
+            raise SettingsError(f"{rule}; found {path.name}: set the variable to {folder.parent}")
+    if not any(folder.glob("*/defs.yaml")):
+        for path in sorted(folder.glob("*/*/defs.yaml")):
+            found = path.relative_to(folder)
+            raise SettingsError(f"{rule}; found {found}: set the variable to {path.parents[1]}")
 
 
 def _is_another_component(path: Path) -> bool:
@@ -955,6 +977,10 @@ def load_loop(name: str) -> LoopSettings:
     """
     loops = load_loops()
     if name not in loops:
-        known, folders = ", ".join(loops) or "none", " and ".join(map(str, loop_folders()))
-        raise SettingsError(f"no loop is named {name!r}; {folders} declares: {known}")
+        meant = nearest(name, loops)
+        folders = " and ".join(map(str, loop_folders()))
+        raise SettingsError(
+            f"No loop is named {name!r}. {f'Did you mean {meant}? ' if meant else ''}"
+            f"The loops in {folders} are: {', '.join(loops) or 'none'}."
+        )
     return loops[name]

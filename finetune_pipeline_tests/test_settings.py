@@ -1,5 +1,6 @@
 import pytest
 
+from finetune_pipeline.cli.options import the_loop
 from finetune_pipeline.settings import (
     COMPONENT_TYPE,
     LoopSettings,
@@ -157,8 +158,10 @@ def test_two_loops_cannot_have_the_same_name(tmp_path):
 
 
 def test_an_unknown_loop_is_an_error_that_lists_the_declared_ones():
-    with pytest.raises(SettingsError, match="declares: aec_parser"):
+    with pytest.raises(SettingsError, match=r"No loop is named 'nobody'\. The loops in .*/defs are: aec_parser\.$"):
         load_loop("nobody")
+    with pytest.raises(SettingsError, match=r"No loop is named 'aec'\. Did you mean aec_parser\? The loops in"):
+        load_loop("aec")
 
 
 @pytest.fixture
@@ -199,6 +202,44 @@ def test_a_loops_folder_that_does_not_exist_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(SettingsError, match=r"FINETUNE_LOOPS_DIR is .*nowhere, which is not a folder"):
         load_loops()
+
+
+@pytest.mark.parametrize(
+    ("moved", "said"),
+    [
+        ("loops/notes/defs.yml", "holds loops as <loop>/defs.yaml; found notes/defs.yml: rename it to defs.yaml"),
+        ("loops/notes/DEFS.YAML", "found notes/DEFS.YAML: rename it to defs.yaml"),
+        ("loops/defs.yaml", "found defs.yaml: set the variable to {parent}"),
+        ("loops/defs.yml", "found defs.yml: set the variable to {parent}"),
+        ("loops/mine/notes/defs.yaml", "found mine/notes/defs.yaml: set the variable to {folder}/mine"),
+    ],
+)
+def test_a_file_that_would_not_be_read_is_named(outside, moved, said):
+    """Otherwise the loop would be missing without a word."""
+    path = outside.parent / moved
+    path.parent.mkdir(exist_ok=True, parents=True)
+    (outside / "notes" / "defs.yaml").rename(path)
+    with pytest.raises(SettingsError) as error:
+        load_loops()
+    assert str(error.value).startswith(f"FINETUNE_LOOPS_DIR ({outside}) ")
+    assert str(error.value).endswith(said.format(folder=outside, parent=outside.parent))
+
+
+def test_other_files_in_the_folder_of_loops_do_not_matter(outside):
+    for name in ("notes/defs.yml", "notes/defs.yaml.bak", "notes/data.yaml", "README.md", "old/notes/defs.yaml"):
+        path = outside / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("anything")
+    assert list(load_loops()) == ["aec_parser", "notes"]
+
+
+def test_without_a_loop_in_the_own_folder_a_command_does_not_take_the_default_one(outside):
+    (outside / "notes" / "defs.yaml").unlink()
+    assert the_loop("aec_parser").name == "aec_parser"
+    with pytest.raises(
+        SettingsError, match=r"which has no <loop>/defs\.yaml\. Write one, .* with --loop: aec_parser\."
+    ):
+        the_loop(None)
 
 
 def test_two_loops_of_one_name_are_an_error_wherever_they_are(outside):

@@ -21,7 +21,7 @@ from finetune_pipeline.settings import LoopSettings
 def ask(prompt: str, name: str, compare: bool, loop: LoopSettings) -> None:
     """Send PROMPT to a model and print the answer."""
     if compare:
-        compare_with_base(loop, prompt)
+        compare_with_base(loop, prompt, name)
     else:
         click.echo(generate_answers(loop, find_model(loop, name)[1], prompt)[0])
 
@@ -54,9 +54,13 @@ def generate_answers(loop: LoopSettings, spec: ModelSpec, *prompts: str) -> list
         return [completion.text for completion in engine.generate(requests)]
 
 
-def compare_with_base(loop: LoopSettings, prompt: str) -> None:
-    """Print the answers of the base model and of the champion to one prompt."""
+def compare_with_base(loop: LoopSettings, prompt: str, name: str = "champion") -> None:
+    """Print the answers of the base model and of another model to one prompt; only one if they are the same model."""
     click.echo(click.style(f"\n{prompt!r}", bold=True))
-    for name in ("base", "champion"):
-        full_name, spec = find_model(loop, name)
+    models = dict(find_model(loop, one) for one in ("base", name))
+    for full_name, spec in models.items():
         click.echo(f"  {full_name:<22} {generate_answers(loop, spec, prompt)[0]}")
+    if len(models) == 1 and name == "champion":
+        click.echo(f"  no champion yet: `finetune run --loop {loop.name}` trains one")
+    elif len(models) == 1:
+        click.echo(f"  {name} is the base model; name another with --model")

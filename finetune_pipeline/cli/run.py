@@ -14,7 +14,7 @@ import click
 
 from finetune_pipeline.artifacts import try_lock
 from finetune_pipeline.cli.dagster_home import environment
-from finetune_pipeline.cli.options import loop_option
+from finetune_pipeline.cli.options import PORTS, bind, loop_option
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home, load_loop
 from finetune_pipeline.wording import counted
 
@@ -91,10 +91,11 @@ def env() -> None:
 
 
 @click.command()
-@click.option("--port", default=3000, show_default=True, help="Port on the loopback address.")
+@click.option("--port", type=PORTS, default=3000, show_default=True, help="Port on the loopback address.")
 def ui(port: int) -> None:
     """Start Dagster's UI with its sensors and schedules."""
     prepared = environment()
+    bind("127.0.0.1", port, "--port").close()  # Dagster would report a used port late, below what it logs
     click.echo(f"state: {home()}; open http://127.0.0.1:{port}, stop with Ctrl-C")
     command = ["dev", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
     os.chdir(prepared["DAGSTER_HOME"])  # in the project's folder, Dagster warns that it uses another dagster.yaml

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_pipeline.artifacts import ArtifactError
+from finetune_pipeline.cli.options import PORTS, bind
 from finetune_pipeline.settings import LoopSettings, SettingsError, load_loop, load_loops
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ PORT = 8484
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; other than loopback needs API keys."
 )
-@click.option("--port", type=click.IntRange(1, 65_535), default=PORT, show_default=True, help="Port to listen on.")
+@click.option("--port", type=PORTS, default=PORT, show_default=True, help="Port to listen on.")
 @click.option("--loop", "names", multiple=True, metavar="NAME", help="Loop to serve, repeatable; default: all loops.")
 @click.option("--verbose", is_flag=True, help="Show the log of all modules.")
 def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
@@ -61,25 +62,11 @@ def serve(host: str, port: int, names: tuple[str, ...], verbose: bool) -> None:
             f"{host} can be reached from other machines, and no API key exists. Create one with "
             "`finetune key create NAME`, or serve 127.0.0.1."
         )
-    with _bind(host, port) as address:  # before the models, so that a used port is reported at once
+    with bind(host, port, "--port or --host") as address:  # before the models, so that a used port is reported at once
         _export_base_models(loops, database)
         shown = f"[{host}]" if address.family == socket.AF_INET6 and ":" in host else host
         click.echo(f"OpenAI base URL: http://{shown}:{port}/v1 (API reference: /docs); stop with Ctrl-C")
         run(gateway, address)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise SettingsError(
-            f"{host}, port {port}, cannot be served ({error.strerror or error}). End the program that uses it, or "
-            "choose another with --port or --host."
-        ) from error
-    return bound
 
 
 def _export_base_models(loops: Sequence[LoopSettings], database: "Database") -> None:

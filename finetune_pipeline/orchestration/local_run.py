@@ -11,6 +11,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.orchestration.run_events import RunEvents
 from finetune_pipeline.pipeline.summary import run_summary
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings
@@ -45,8 +46,8 @@ def run_loop(
         workspace: names the code location, as for Dagster's servers.
 
     Returns:
-        0 if the run succeeded, 1 if it failed or the gate rejected the challenger, 128 plus the signal's number if a
-        signal ended it.
+        0 if the run succeeded, 1 if it failed, was canceled elsewhere, or the gate rejected the challenger, 128 plus
+        the signal's number if a signal ended it.
     """
     began = time.time()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +80,13 @@ def run_loop(
         run = instance.get_run_by_id(run_id)
         if run is not None and not run.is_finished:  # the process was killed and could not do it
             instance.report_run_failed(run, f"The run's process ended with exit code {process.returncode}.")
-    if received:
-        echo(f"canceled; the complete log is in {log}")
-        return 128 + received[0]
+        canceled = bool(received) or (run is not None and run.status == dg.DagsterRunStatus.CANCELED)
+    if canceled:
+        trained = events.canceled_step == AdapterManifest.stage
+        reused = "training resumes from its last checkpoint" if trained else "finished work is reused"
+        echo(f"canceled, nothing was promoted; the complete log is in {log}")
+        echo(f"run it again with `finetune run --loop {loop.name}`: {reused}")
+        return 128 + received[0] if received else 1
     succeeded = not process.returncode
     if not events.started:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:]:

@@ -17,6 +17,9 @@ _BATCH = 500
 _SAYS_NOTHING = ("Dependencies for step ", "Skipping step ", "Data version mismatch for asset ")
 """How messages of Dagster begin that tell a user nothing: the first failure and skipped steps are shown anyway, and
 manifests, not data versions, say what an artifact was made from."""
+INTERRUPTED = "it was interrupted"
+"""The cause of a step that was canceled."""
+
 _INTERRUPTS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 
 
@@ -26,6 +29,7 @@ class RunEvents:
     Attributes:
         started: the run exists and its first event was written.
         canceling: somebody asked to end the run, for example in the UI.
+        canceled_step: name of the step that was interrupted; empty if none was.
     """
 
     def __init__(self, instance: dg.DagsterInstance, run_id: str, began: float) -> None:
@@ -35,6 +39,7 @@ class RunEvents:
             began: time from which the seconds on each line count.
         """
         self.started = self.canceling = False
+        self.canceled_step = ""
         self._instance, self._run_id, self._began = instance, run_id, began
         self._cursor: str | None = None
         self._step_started: dict[str, float] = {}
@@ -79,11 +84,18 @@ class RunEvents:
             case Kind.STEP_FAILURE:
                 self._step_failed = True
                 reason = cause(event.step_failure_data.error)
+                if reason == INTERRUPTED:
+                    self.canceled_step = name
+                    return f"{step} {click.style('canceled', fg='yellow')} after {seconds:.1f} s"
                 return f"{step} {click.style('failed', fg='red')} after {seconds:.1f} s: {reason}"
             case Kind.ASSET_CHECK_EVALUATION:
                 check = event.asset_check_evaluation_data
-                color = "red" if check.severity == dg.AssetCheckSeverity.ERROR else "yellow"
-                result = click.style("passed", fg="green") if check.passed else click.style("failed", fg=color)
+                if check.passed:
+                    result = click.style("passed", fg="green")
+                elif check.severity == dg.AssetCheckSeverity.ERROR:
+                    result = click.style("failed", fg="red")
+                else:
+                    result = click.style("failed (warning, does not block)", fg="yellow")
                 description = f": {check.description}" if check.description else ""
                 return f"{step} check {check.check_name} {result}{description}"
             case Kind.RUN_FAILURE if not self._step_failed:  # for example, the executor failed
@@ -103,7 +115,7 @@ def cause(error: "SerializableErrorInfo | None") -> str:
     while error.cause is not None and (error.cls_name or "").startswith("Dagster"):
         error = error.cause
     if error.cls_name in _INTERRUPTS:
-        return "it was interrupted"
+        return INTERRUPTED
     name, _, message = error.message.strip().partition(": ")
     ours = name.startswith("finetune_pipeline.") or name.endswith(".Failure")
     return message if ours and message else f"{error.cls_name}: {message}".removesuffix(": ")

@@ -14,7 +14,7 @@ from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop
+from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, home, load_loop
 from finetune_pipeline.training.backends.base import Availability
 from finetune_pipeline.training.backends.unsloth import Unsloth
 from finetune_pipeline_tests.conftest import interaction
@@ -80,7 +80,7 @@ def test_an_error_is_a_line_that_says_what_to_do_and_no_traceback(two_versions):
     assert "no version 'v9.9.9'; there are: v1.1.0, v1.0.0" in result.stderr
     assert "Traceback" not in result.stderr
     unknown = real("status", "--loop", "nobody")
-    assert unknown.returncode == 1 and "declares: aec_parser" in unknown.stderr
+    assert unknown.returncode == 1 and "are: aec_parser." in unknown.stderr
 
 
 def test_status_says_what_the_sensor_says(own_home):
@@ -152,6 +152,26 @@ def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
 def test_ask_answers_with_the_base_model_while_there_is_no_champion():
     answer = run("ask", "200 mm concrete wall").splitlines()[-1]
     assert answer.startswith("{") and '"concrete"' in answer
+
+
+def compared(monkeypatch, *arguments):
+    """Return the lines of a comparison, without running a model."""
+    monkeypatch.setattr("finetune_pipeline.cli.ask.generate_answers", lambda *_: ["an answer"])
+    monkeypatch.setattr("finetune_pipeline.export.base_gguf.base_gguf", lambda *_: home() / "base.gguf")
+    return run("ask", "a wall", "--compare", *arguments).splitlines()[2:]
+
+
+def test_a_comparison_without_a_champion_prints_the_base_once(monkeypatch):
+    lines = compared(monkeypatch)
+    assert [line.split()[0] for line in lines] == [f"{LOOP}@base", "no"]
+    assert lines[1] == f"  no champion yet: `finetune run --loop {LOOP}` trains one"
+    assert "name another with --model" in compared(monkeypatch, "--model", "base")[1]
+
+
+def test_a_comparison_is_of_the_base_and_the_named_model(two_versions, monkeypatch):
+    for name, shown in (("champion", "v1.1.0"), ("previous", "v1.0.0"), ("v1.0.0", "v1.0.0")):
+        lines = compared(monkeypatch, "--model", name)
+        assert [line.split()[0] for line in lines] == [f"{LOOP}@base", f"{LOOP}@{shown}"]
 
 
 def test_doctor_finds_this_machine_able():

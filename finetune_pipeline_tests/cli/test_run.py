@@ -1,5 +1,6 @@
 """`finetune run` and Dagster's home, without a run."""
 
+import socket
 from datetime import datetime
 
 import pytest
@@ -47,6 +48,24 @@ def test_a_log_is_only_named_once_the_checks_have_passed(monkeypatch, problems):
     lines = CliRunner().invoke(finetune, ["run"]).output.splitlines()
     assert lines[0].startswith("checking the files, settings") and lines[1].startswith("complete log: ")
     assert CliRunner().invoke(finetune, ["check"]).output == "loop aec_parser: no problems found\n"
+
+
+def test_a_used_port_is_reported_before_dagster_starts(monkeypatch):
+    monkeypatch.setattr("os.execve", lambda *_: pytest.fail("it started"))
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        result = CliRunner().invoke(finetune, ["ui", "--port", str(port)])
+    assert isinstance(result.exception, SettingsError) and "open http" not in result.output
+    assert f"127.0.0.1, port {port}, cannot be served (Address already in use)" in str(result.exception)
+    assert str(result.exception).endswith("choose another with --port.")
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "70000", "x"])
+def test_a_number_that_is_no_port_is_wrong_usage(port):
+    result = CliRunner().invoke(finetune, ["ui", "--port", port])
+    assert result.exit_code == 2 and "--port" in result.output
 
 
 def test_two_runs_that_start_in_one_second_have_different_logs(monkeypatch):

@@ -15,11 +15,12 @@ import dagster as dg
 import psutil
 import pytest
 import yaml
+from dagster._core.execution.plan.objects import StepFailureData
 from dagster_shared.error import SerializableErrorInfo
 
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.orchestration.local_run import run_loop
-from finetune_pipeline.orchestration.run_events import cause
+from finetune_pipeline.orchestration.run_events import RunEvents, cause
 from finetune_pipeline.settings import home
 from finetune_pipeline_tests.waiting import wait_until
 
@@ -65,7 +66,7 @@ def test_a_run_of_the_code_locations_job_shows_steps_checks_and_messages(loop, w
         "first            started",
         "first            3 files",
         "first            check fine passed",
-        "first            check doubtful failed: 1 of 3",
+        "first            check doubtful failed (warning, does not block): 1 of 3",
         "first            done in 0.1 s",
         "second           started",
         "second           done in 0.1 s",
@@ -150,7 +151,11 @@ def test_a_signal_ends_the_run_and_its_children(workspace, tmp_path, number):
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number
-    assert "stopping the run" in rest and "it was interrupted" in rest and "canceled; the complete log" in rest
+    rest = click.unstyle(rest)
+    assert "stopping the run" in rest and "failed" not in rest
+    assert re.search(r"second           canceled after \d+\.\d s\n", rest)
+    assert "canceled, nothing was promoted; the complete log is in" in rest
+    assert "run it again with `finetune run --loop notes`: finished work is reused" in rest
     assert the_run().status == dg.DagsterRunStatus.CANCELED
     assert (tmp_path / "cleaned_up").exists()
 
@@ -169,6 +174,7 @@ def test_a_run_that_is_canceled_elsewhere_ends(loop, workspace, tmp_path, monkey
     code, lines = run_and_read(loop, workspace)
     thread.join()
     assert code == 1 and "stopping the run; press Ctrl-C again to kill it" in lines
+    assert lines[-2].startswith("canceled, nothing was promoted") and "finished work is reused" in lines[-1]
     assert the_run().status == dg.DagsterRunStatus.CANCELED
 
 
@@ -191,6 +197,32 @@ def test_a_run_whose_process_is_killed_is_marked_as_failed(loop, workspace, tmp_
     thread.join()
     assert code == 1 and lines[-2].startswith("the run did not succeed")
     assert the_run().status == dg.DagsterRunStatus.FAILURE
+
+
+@pytest.mark.parametrize(
+    ("step", "raised", "said"),
+    [
+        ("lora_adapter", "DagsterExecutionInterruptedError", "lora_adapter     canceled after 2.0 s"),
+        ("notes__lora_adapter", "KeyboardInterrupt", "lora_adapter     canceled after 2.0 s"),
+        ("lora_adapter", "ValueError", "lora_adapter     failed after 2.0 s: ValueError"),
+    ],
+)
+def test_an_interrupted_step_is_not_a_failure(step, raised, said):
+    """A training step that was interrupted resumes, so the run's last line says so."""
+    events = RunEvents(None, "run", 0.0)
+
+    def entry(kind, seconds, data=None):
+        event = dg.DagsterEvent(kind.value, "notes_loop", event_specific_data=data, step_key=step)
+        return dg.EventLogEntry(
+            error_info=None, level=20, user_message="", run_id="run", timestamp=seconds, step_key=step,
+            job_name="notes_loop", dagster_event=event,
+        )  # fmt: skip
+
+    error = SerializableErrorInfo(f"{raised}\n", [], raised)
+    failure = StepFailureData(error=error, user_failure_data=None)
+    events._line(entry(dg.DagsterEventType.STEP_START, 1.0))
+    assert click.unstyle(events._line(entry(dg.DagsterEventType.STEP_FAILURE, 3.0, failure))) == said
+    assert events.canceled_step == ("" if "failed" in said else "lora_adapter")
 
 
 def test_definitions_that_do_not_load_are_shown(loop, workspace):
