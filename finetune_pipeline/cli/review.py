@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetune_pipeline.pipeline.review_queue import QueuedReview, ReviewSession
 
 KEYS = {"a": "approve", "r": "reject", "e": "edit", "s": "skip", "u": "undo", "q": "quit"}
-_DONE = {"approve": "approved", "edit": "edited", "reject": "rejected", "skip": "skipped"}
+_DONE = {"approve": "approved", "edit": "edited", "reject": "rejected", "skip": "skipped", "undo": "undone"}
 _JSON_STYLES: tuple[dict[str, Any], ...] = (
     {"separators": (",", ":")}, {},
     {"separators": (",", ":"), "ensure_ascii": False}, {"ensure_ascii": False}, {"indent": 2, "ensure_ascii": False},

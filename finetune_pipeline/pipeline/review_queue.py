@@ -87,7 +87,7 @@ class ReviewSession:
     """One reviewer's way through the queue.
 
     Attributes:
-        queue: the examples, in order.
+        queue: the examples, in order; at most `limit`.
         position: the index of the current example.
     """
 
@@ -97,6 +97,9 @@ class ReviewSession:
         self._reviewer = reviewer
         self._reward = reward_function(loop.feedback)
         self._policy = loop_files.policy(loop)
+        self._weak = weak_slices(loop, database)
+        self._limit = limit
+        self._undone = 0  # decisions of earlier sessions
         self._steps: list[tuple[int, ReviewKind | None]] = []  # position and decision; None for a skipped example
         self.queue = review_queue(loop, database)[:limit]
         self.position = 0
@@ -159,19 +162,23 @@ class ReviewSession:
             candidate = next(found, None)
         if candidate is None:
             return False
+        self._undone += 1
         ranked = review_priority(
-            _review_input(candidate, self._policy), self._policy, WeakSlices([]), self._loop.review_below
+            _review_input(candidate, self._policy), self._policy, self._weak, self._loop.review_below
         )
         queued = QueuedReview(
             candidate, ranked.priority if ranked else 0.0, ranked.reasons if ranked else ("its decision was undone",)
         )
         others = [one for one in self.queue[self.position :] if str(one.candidate.interaction.id) != undone]
-        self.queue[self.position :] = [queued, *others]
+        self.queue[self.position :] = [queued, *others][: None if self._limit is None else self._limit - self.position]
         return True
 
     def counts(self) -> Counter[str]:
-        """Return how many examples were approved ("approve"), edited, rejected and skipped, by the name of the step."""
-        return Counter(kind or "skip" for _, kind in self._steps)
+        """Return how many examples were approved ("approve"), edited, rejected and skipped, by the name of the step.
+
+        "undo" counts decisions of earlier sessions that were undone.
+        """
+        return Counter([*(kind or "skip" for _, kind in self._steps), *["undo"] * self._undone])
 
 
 def _review_input(candidate: ReviewCandidate, policy: Policy) -> ReviewInput:

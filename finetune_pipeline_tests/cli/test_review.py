@@ -166,8 +166,9 @@ def test_undo_goes_back_step_by_step_and_into_earlier_sessions():
     again = review("uaq")
     assert [row[:2] for row in decided()][3:] == [("1", "undo"), ("1", "approve")]
     assert "1 of 5" in again and "was undone" not in again
+    assert "1 approved, 1 undone; 4 of this queue left" in again
     assert example("1").review == "approve"
-    review("u" + "u" + "q")
+    assert "1 undone; 5 of this queue left" in review("u" + "u" + "q")
     assert example("1") is None
     assert "there is no decision of yours to undo" in review("uq")
 
@@ -283,6 +284,6 @@ def test_a_terminal_needs_single_keys_and_a_kill_loses_nothing(terminal, tmp_pat
     two.until("wall number 3")
     two.until("q quit")
     two.press("\x03")  # Ctrl-C ends the session and keeps the decisions
-    two.until("1 rejected; 3 of this queue left")
+    two.until("1 rejected, 1 undone; 3 of this queue left")
     assert two.process.wait(60) == 0
     assert [row[1] for row in decided()] == ["approve", "edit", "undo", "reject"]

@@ -15,7 +15,7 @@ from finetune_pipeline.feedback.store import record
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.pending import count_new
-from finetune_pipeline.pipeline.review_queue import review_queue
+from finetune_pipeline.pipeline.review_queue import ReviewSession, review_queue
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.registry.comparisons import ComparisonRecord
@@ -164,6 +164,25 @@ def test_prompts_like_the_weak_slices_of_the_newest_report_are_queued(loop, logg
     assert all("similar to the weak slice people (10% correct)" in one.reasons[-1] for one in found)
     shutil.rmtree(own_home / "promoted")
     assert len(review_queue(loop, connect())) == 1  # without its report, the queue goes on
+
+
+@pytest.mark.parametrize("name", ["eve", "amy"])
+@pytest.mark.parametrize("limit", [None, 3])
+def test_an_example_whose_decision_is_undone_later_is_as_in_the_queue(loop, logged, own_home, name, limit):
+    """Its reasons and priority are those of the queue, which keeps its length."""
+    report(own_home / "promoted", promote=True)
+    (before,) = [one for one in review_queue(loop, connect()) if one.candidate.interaction.id == uid(name)]
+    first = ReviewSession(loop, connect(), "rita", None)
+    first.queue = [before]
+    first.decide("approve", f"{name} spoke")
+    session = ReviewSession(loop, connect(), "rita", limit)
+    assert session.undo()
+    assert (session.current.interaction.id, session.position) == (uid(name), 0)
+    assert (session.queue[0].reasons, session.queue[0].priority) == (before.reasons, before.priority)
+    assert "similar to the weak slice people" in session.queue[0].reasons[-1]
+    assert len(session.queue) == (limit or 5) and session.counts() == {"undo": 1}
+    session.skip()
+    assert session.undo() and session.counts() == {"undo": 1}
 
 
 def test_a_rejected_challengers_weak_slices_do_not_count(loop, logged, own_home):
