@@ -1,7 +1,7 @@
 """Benchmark curation from a Parquet snapshot to the written dataset, and near-duplicate removal next to its peers.
 
-The rows are requests of the default loop with its JSON answers: 15 % exact duplicates, 10 % near-duplicates with the
-same answer (Jaccard similarity from 0.8), 3 % that differ by one number and therefore in their answer, feedback of
+The rows are requests of the default loop with its JSON answers: 15% exact duplicates, 10% near-duplicates with the
+same answer (Jaccard similarity from 0.8), 3% that differ by one number and therefore in their answer, feedback of
 every kind, and some e-mail addresses, phone numbers and keys. Memory is sampled over the process and its workers.
 
 Near-duplicate removal is measured on one core, on the same rows as its peers: `datasketch` (MinHash LSH with the same
@@ -57,7 +57,7 @@ def main() -> None:
             ]
             for one in sizes
         ]  # fmt: skip
-        headings = ["rows", "curated, with start", "at most", "peak memory", "5 % more rows", "examples"]
+        headings = ["rows", "curated, with start", "at most", "peak memory", "5% more rows", "examples"]
         publish("curation", headings, rows, {"sizes": sizes})
         metrics["compared"] = _compare(Path(name))
     rows = [
@@ -96,7 +96,7 @@ def missed_beside_peers(compared: list[dict[str, Any]]) -> list[str]:
 
 
 def _measure(folder: Path, size: int) -> dict[str, Any]:
-    """Curate this many rows in a new process with its own home, then again with 5 % new rows."""
+    """Curate this many rows in a new process with its own home, then again with 5% new rows."""
     folder.mkdir()
     write_snapshot(folder / "first.parquet", size, seed=1)
     write_snapshot(folder / "second.parquet", size // 20, seed=2)

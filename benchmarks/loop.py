@@ -94,7 +94,7 @@ def _row(name: str, run: dict[str, Any]) -> list[str]:
         return f"{run[f'{part}_base']:.1%} → {run[f'{part}_new']:.1%} ({run[f'{part}_points']:+.1f})"
 
     memory = f"{run['peak_mib'] / 1024:.2f} GiB"
-    gain = f"{run['gain_percent']:+.1f} %"
+    gain = f"{run['gain_percent']:+.1f}%"
     return [name, f"{run['wall_seconds']:.0f} s", memory, cell("firm"), cell("plain"), cell("all"), gain]
 
 

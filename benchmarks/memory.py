@@ -1,7 +1,7 @@
 """Estimated and measured peak memory of training on a CPU: shapes, adapters, checkpointing, lengths.
 
 Each row is a training process of two updates; its peak is VmHWM. The benchmark fails if an estimate is off by more than
-20 %; the constants to measure again are at the top of `finetune_pipeline/training/estimate.py`.
+20%; the constants to measure again are at the top of `finetune_pipeline/training/estimate.py`.
 """
 
 import shutil

@@ -679,7 +679,7 @@ class GateSettings(Settings):
     """When a challenger is promoted."""
 
     min_gain: float = Field(
-        default=0.05, ge=0, le=1, description="Required gain: 0.05 is 5 % (relative), 5 points, or 5 % fewer errors."
+        default=0.05, ge=0, le=1, description="Required gain: 0.05 is 5% (relative), 5 points, or 5% fewer errors."
     )
     mode: Literal["relative", "points", "error_reduction"] = Field(
         default="relative", description="How the gain is measured; error_reduction suits a champion with few errors."

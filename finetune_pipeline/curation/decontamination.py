@@ -32,8 +32,8 @@ class NearIndex:
     The set is small (a benchmark), so an inverted index gives the exact similarity. A sketch such as MinHash would miss
     some pairs, and one leaked question is too many.
 
-    A text contains another if 90 % of the word 8-grams of the shorter text are in the longer one. Other projects
-    decontaminate by word n-grams too (13-grams in GPT-3, Brown et al. 2020; 8-grams, 70 % of them, in PaLM, Chowdhery
+    A text contains another if 90% of the word 8-grams of the shorter text are in the longer one. Other projects
+    decontaminate by word n-grams too (13-grams in GPT-3, Brown et al. 2020; 8-grams, 70% of them, in PaLM, Chowdhery
     et al. 2022). A text of the set with 4 to 7 words is contained where all its words stand in a row. Texts of the set
     with 1 to 3 words are contained in nothing, and other texts with fewer than 8 words are part of nothing, since short
     phrases occur everywhere.

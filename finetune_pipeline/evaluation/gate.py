@@ -1,6 +1,6 @@
 """The gate: the rule of promotion. The check on the report asks it, and the promotion asks it again.
 
-Scores are integers and the required gain is a fraction, because in floats 0.42 is not 5 % more than 0.40.
+Scores are integers and the required gain is a fraction, because in floats 0.42 is not 5% more than 0.40.
 """
 
 import math
@@ -40,7 +40,7 @@ class Verdict:
         minimum_correct: the score that the challenger has to exceed, whatever the champion's score.
         valid: the challenger's valid answers.
         answers: all answers of the challenger.
-        relative_gain: gain divided by the champion's score; 0.05 is 5 %.
+        relative_gain: gain divided by the champion's score; 0.05 is 5%.
         points: gain divided by `total`, -1 to 1.
         error_reduction: gain divided by the champion's errors.
     """
@@ -140,13 +140,13 @@ def _fraction(setting: float) -> Fraction:
 def _gain_text(gain: int, base: int, settings: GateSettings) -> str:
     if base == 0 and settings.mode == "relative":
         return f"the champion scored 0; any gain is enough{'' if gain > 0 else ', and there is none'}"
-    unit = {"relative": "%", "points": "points", "error_reduction": "% of the errors"}[settings.mode]
+    unit = {"relative": "%", "points": " points", "error_reduction": "% of the errors"}[settings.mode]
     needed = _fraction(settings.min_gain) * 100
     percent = Fraction(abs(gain), base) * 100 if base else Fraction(0)
     # One decimal, or as many as keep 4.98 from being shown as the 5.0 that it does not reach.
     decimals = next((d for d in range(1, 7) if (round(percent, d) >= needed) == (percent >= needed)), 6)
-    needed_text = f"{_decimal(needed)} {unit} needed" if needed else "more than 0 needed"
-    return f"{'loss' if gain < 0 else 'gain'} {float(percent):.{decimals}f} {unit}, {needed_text}"
+    needed_text = f"{_decimal(needed)}{unit} needed" if needed else "more than 0 needed"
+    return f"{'loss' if gain < 0 else 'gain'} {float(percent):.{decimals}f}{unit}, {needed_text}"
 
 
 def _decimal(value: Fraction) -> str:
@@ -180,5 +180,5 @@ def _out_of_reach(champion: int, total: int, required: int, minimum: int, settin
         return "no score could pass: the champion has everything correct; add harder questions to the benchmark"
     return (
         f"no score could pass: {required:,} correct would be needed of {total:,}; set gate.mode: error_reduction, "
-        f"which asks for {_decimal(_fraction(settings.min_gain) * 100)} % of the {total - champion:,} errors"
+        f"which asks for {_decimal(_fraction(settings.min_gain) * 100)}% of the {total - champion:,} errors"
     )

@@ -101,7 +101,7 @@ def _metrics(model: ModelResult) -> dict[str, float | None]:
 
 
 def format_metric(value: float | None, unit: Unit, *, signed: bool = False) -> str:
-    """Format a value for people: "81.3 %", "+4.2 points", "1,240 tokens/s"; a dash for None.
+    """Format a value for people: "81.3%", "+4.2 points", "1,240 tokens/s"; a dash for None.
 
     Args:
         value: a fraction if the unit is "%".
@@ -114,7 +114,8 @@ def format_metric(value: float | None, unit: Unit, *, signed: bool = False) -> s
     sign = "+" if signed else ""
     if round(number, decimals) == 0:
         number, sign = 0.0, ""  # neither "-0.0" nor "+0.0"
-    return f"{number:{sign},.{decimals}f} {'points' if signed and unit == '%' else unit}"
+    shown = " points" if signed and unit == "%" else unit if unit == "%" else f" {unit}"
+    return f"{number:{sign},.{decimals}f}{shown}"
 
 
 def comparison_markdown(comparison: Comparison) -> str:

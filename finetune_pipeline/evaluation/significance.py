@@ -18,7 +18,7 @@ class Significance:
     Attributes:
         method: the test that gave `p_value`.
         p_value: one-sided p-value: probability of at least this gain if neither model is better.
-        gain_low: lower bound of the 95 % confidence interval of the gain, in points (fraction of the total, -1 to 1).
+        gain_low: lower bound of the 95% confidence interval of the gain, in points (fraction of the total, -1 to 1).
         gain_high: upper bound.
         questions: number of questions.
     """

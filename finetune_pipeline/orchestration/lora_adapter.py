@@ -19,7 +19,7 @@ THROUGHPUT = "throughput (tokens/s)"
 """Metadata that Dagster charts over the steps of a run and over all runs."""
 
 REPORT_SECONDS = (5.0, 60.0)
-"""Shortest and longest time between two reports of the progress; in between, 2 % of the elapsed time."""
+"""Shortest and longest time between two reports of the progress; in between, 2% of the elapsed time."""
 
 
 def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:

@@ -38,7 +38,7 @@ attributes:
     context: 512
 
   gate:
-    min_gain: 0.05             # a challenger must be 5 % better than the champion
+    min_gain: 0.05             # a challenger must be 5% better than the champion
 
   trigger:
     new_examples: 50           # new high-reward examples that start a run

@@ -10,7 +10,7 @@ FILES = (
                                          "redaction", "select")),
     "refusals.py",
 )  # fmt: skip
-LAST = (9, "7d50cf29d049bf70")
+LAST = (9, "9bf7638ace212a3a")
 
 
 def test_changed_curation_has_another_code_version():

@@ -98,13 +98,13 @@ def test_the_table_has_one_row_for_each_metric(comparison: Comparison) -> None:
         "tokens_per_second": (700, 900, True),
         "size_mb": (4.0, 4.0, None),
     }
-    assert "| exact match | 25.0 % | 50.0 % | +25.0 points |" in comparison_markdown(comparison)
+    assert "| exact match | 25.0% | 50.0% | +25.0 points |" in comparison_markdown(comparison)
 
 
 @pytest.mark.parametrize(
     ("value", "unit", "signed", "text"),
     [
-        (0.8125, "%", False, "81.2 %"),
+        (0.8125, "%", False, "81.2%"),
         (-0.00001, "%", True, "0.0 points"),
         (1240.4, "tokens/s", False, "1,240 tokens/s"),
         (-3.25, "ms", True, "-3.2 ms"),
@@ -143,7 +143,7 @@ def test_the_report_is_an_escaped_page_and_json(tmp_path: Path, comparison: Comp
     assert page.count("data:image/svg+xml;base64,") == 5
     data = json.loads((folder / "report.json").read_text())
     assert data["verdict"]["reason"] == (
-        "challenger 10 of 16 correct, champion 10: gain 0.0 %, 5 % needed; more than 4 of 16 correct needed by "
+        "challenger 10 of 16 correct, champion 10: gain 0.0%, 5% needed; more than 4 of 16 correct needed by "
         "gate.min_score 0.25; 3 of 4 answers valid, more than half required"
     )
     assert "Minimum score: more than 4 of 16 (gate.min_score)" in page

@@ -40,7 +40,7 @@ def test_the_order_of_questions_does_not_matter() -> None:
 
 
 def rejections(gain: float, questions: int, trials: int = 400) -> float:
-    """Return the fraction of trials rejected at 5 %; the parameters of one question are correlated."""
+    """Return the fraction of trials rejected at 5%; the parameters of one question are correlated."""
     random = np.random.default_rng(7)
     rejected = 0
     for _ in range(trials):
@@ -56,7 +56,7 @@ def rejections(gain: float, questions: int, trials: int = 400) -> float:
 
 @pytest.mark.parametrize("questions", [30, 200])
 def test_without_a_gain_about_five_percent_are_rejected(questions: int) -> None:
-    # 400 trials: the standard error is 1.1 %.
+    # 400 trials: the standard error is 1.1%.
     assert 0.02 <= rejections(0.0, questions) <= 0.085
 
 

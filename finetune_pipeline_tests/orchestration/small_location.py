@@ -31,7 +31,7 @@ def second(context):
         case "bug":
             raise KeyError("prompt")
         case "gate":
-            raise dg.Failure("not promoted: 5 % needed", allow_retries=False)
+            raise dg.Failure("not promoted: 5% needed", allow_retries=False)
         case "sleep":
             child = subprocess.Popen(["sleep", "1000"])
             context.log.info("sleeping")

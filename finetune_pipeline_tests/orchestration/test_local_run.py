@@ -87,7 +87,7 @@ def test_a_run_of_the_code_locations_job_shows_steps_checks_and_messages(loop, w
     [
         ("busy", "another run creates it now; wait"),
         pytest.param("bug", "KeyError: 'prompt'", marks=pytest.mark.slow),
-        pytest.param("gate", "not promoted: 5 % needed", marks=pytest.mark.slow),
+        pytest.param("gate", "not promoted: 5% needed", marks=pytest.mark.slow),
     ],
 )
 def test_a_failed_step_shows_its_cause(loop, workspace, monkeypatch, second, reason):

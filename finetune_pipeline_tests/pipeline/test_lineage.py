@@ -80,7 +80,7 @@ def report(db, version, path):
     fields = {
         "comparison_id": version, "challenger_sha256": hash_file(path), "champion_id": None,
         "champion_sha256": "d" * 64, "benchmark_sha256": "e" * 64, "promote": True,
-        "reason": "gain 50.0 %, 5 % needed", "watermark": 9,
+        "reason": "gain 50.0%, 5% needed", "watermark": 9,
     }  # fmt: skip
     with draft("notes", "eval_report", version) as folder:
         write_text(
@@ -141,7 +141,7 @@ def test_lineage_names_base_dataset_events_report_and_training(db, chain):
     assert (found.base_model, found.base_hash, found.adapter, found.dataset) == ("base", "b" * 64, "a-one", "d1")
     assert (found.events, found.watermark) == ("1..9", 9)
     assert (found.dataset_manifest.train, found.dataset_manifest.validation) == (2, 1)
-    assert found.report_manifest.reason == "gain 50.0 %, 5 % needed"
+    assert found.report_manifest.reason == "gain 50.0%, 5% needed"
     assert (found.training.run_id, found.training.dataset, found.training.method) == ("run-1", "d1", "sft, lora")
 
 
@@ -238,14 +238,14 @@ def test_the_card_has_lineage_metrics_and_verdict(db, loop, chain):
     text = card(db, loop, chain[0])
     for text_part in (
         "# notes@v1.0.0", "base (bbbbbbbbbbbbbbbb)", "| dataset | d1 |", "| events | 1..9 |", "| train | 2 |",
-        "| left out | 3 |", "| redacted | 4 |", "| ROUGE-1 recall | 50.0 % | 75.0 % |", "gain 50.0 %, 5 % needed",
+        "| left out | 3 |", "| redacted | 4 |", "| ROUGE-1 recall | 50.0% | 75.0% |", "gain 50.0%, 5% needed",
         "1.500 before, 0.250 after", "| Dagster run | run-1 |", "type: accuracy",
         "| training | full, from the base model on all examples |",
     ):  # fmt: skip
         assert text_part in text
     assert "exact_match" not in text
     forced = card(db, loop, promoted(db, "three", "d2", "force"))
-    assert "gain 50.0 %, 5 % needed; force by ann: it is Friday" in forced
+    assert "gain 50.0%, 5% needed; force by ann: it is Friday" in forced
 
 
 @pytest.mark.parametrize(
@@ -266,5 +266,5 @@ def test_the_card_leaves_out_deleted_artifacts(db, loop, chain):
         for path in stage_folder("notes", stage).glob("*/manifest.json"):
             Path(path).unlink()
     text = card(db, loop, chain[0])
-    assert "| dataset | d1 |" in text and "gain 50.0 %, 5 % needed" in text and "up to ingest offset 9" in text
+    assert "| dataset | d1 |" in text and "gain 50.0%, 5% needed" in text and "up to ingest offset 9" in text
     assert "None" not in text and "| train |" not in text

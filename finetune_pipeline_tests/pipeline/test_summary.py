@@ -26,7 +26,7 @@ FIELDS = {
     },
     ReportManifest: {
         "comparison_id": "c", "challenger_sha256": "a", "champion_id": None, "champion_sha256": "d",
-        "benchmark_sha256": "e", "reason": "gain 50.0 %, 5 % needed", "watermark": 9,
+        "benchmark_sha256": "e", "reason": "gain 50.0%, 5% needed", "watermark": 9,
     },
     PromotionManifest: {"model_id": "m", "model": "notes@v1.0.0", "gguf_path": "/m.gguf", "previous_id": None},
 }  # fmt: skip
@@ -55,8 +55,8 @@ def test_a_promotion_shows_the_numbers_and_what_to_do_next(own_home, loop):
         "examples  1,268 training + 232 replay, 33 validation, 9 left out",
         "training  validation loss 0.257 -> 0.092 in 80 steps, 64 s, 3,510 tokens/s, peak 1.00 GiB on cpu",
         "metric          notes@base  challenger        change",
-        "ROUGE-1 recall      50.0 %      75.0 %  +25.0 points",
-        "verdict   promote: gain 50.0 %, 5 % needed",
+        "ROUGE-1 recall       50.0%       75.0%  +25.0 points",
+        "verdict   promote: gain 50.0%, 5% needed",
         f"report    {report / 'report.html'}",
         "promoted  notes@v1.0.0",
         "GGUF      /m.gguf",
@@ -70,7 +70,7 @@ def test_a_promotion_shows_the_numbers_and_what_to_do_next(own_home, loop):
 def test_a_rejected_challenger_leaves_the_champion(own_home, loop, succeeded):
     made("r1", ReportManifest, promote=False)
     lines = summary(loop, succeeded=succeeded)
-    assert "verdict   reject: gain 50.0 %, 5 % needed" in lines
+    assert "verdict   reject: gain 50.0%, 5% needed" in lines
     assert lines[-1].startswith("next      the champion stays; see the answers in the report")
 
 

@@ -27,16 +27,14 @@ def compared(db: Database, candidate: CandidateModel, id: str, **changes: Any) -
     fields = {
         "id": id, "loop": candidate.loop, "challenger_sha256": candidate.sha256, "benchmark_sha256": "b" * 64,
         "champion_id": now.model.id if now.model else None, "champion_sha256": "c" * 64, "promote": True,
-        "reason": "gain 6 %", "watermark": 50, "report_path": candidate.report_path, "created_at": datetime.now(UTC),
+        "reason": "gain 6%", "watermark": 50, "report_path": candidate.report_path, "created_at": datetime.now(UTC),
         "report_sha256": "d" * 64, "after_deployment": now.deployment_id,
     }  # fmt: skip
     record_comparison(db, ComparisonRecord(**{**fields, **changes}))
     return id
 
 
-def promote_over(
-    db: Database, candidate: CandidateModel, reason: str = "gain 6 %", actor: str = "loop"
-) -> ModelVersion:
+def promote_over(db: Database, candidate: CandidateModel, reason: str = "gain 6%", actor: str = "loop") -> ModelVersion:
     """Compare a candidate with the champion, and promote it."""
     now = champion(db, candidate.loop)
     id = compared(db, candidate, f"c{uuid4().hex[:12]}")

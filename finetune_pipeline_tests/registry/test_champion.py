@@ -75,7 +75,7 @@ def test_a_promotion_stores_all_fields(db: Database, candidate: MakeCandidate) -
         one.id,
         None,
         "loop",
-        "gain 6 %",
+        "gain 6%",
         row.comparison_id,
     )
     assert find_comparison(db, "aec", row.comparison_id or "") is not None
@@ -87,7 +87,7 @@ def test_an_unexpected_champion_is_an_error_and_nothing_changes(db: Database, ca
     late = candidate("c")
     for expected, words in [(first.id, "expected aec@v1.0.0, found aec@v1.0.1;"), (None, "expected aec's base model")]:
         with pytest.raises(ChampionChangedError, match=words) as error:
-            promote(db, late, expected, "loop", "gain 9 %", "c2")
+            promote(db, late, expected, "loop", "gain 9%", "c2")
         assert "Evaluate again" in str(error.value)
     assert version(db) == "v1.0.1"
     assert len(list_models(db, "aec")) == len(list_deployments(db, "aec")) == 2
@@ -96,8 +96,8 @@ def test_an_unexpected_champion_is_an_error_and_nothing_changes(db: Database, ca
 def test_a_retried_promotion_changes_nothing(db: Database, candidate: MakeCandidate) -> None:
     one = candidate("a")
     compared(db, one, "c1")
-    first = promote(db, one, None, "loop", "gain 6 %", "c1")
-    assert promote(db, one, None, "loop", "gain 6 %", "c1").version == first.version
+    first = promote(db, one, None, "loop", "gain 6%", "c1")
+    assert promote(db, one, None, "loop", "gain 6%", "c1").version == first.version
     assert len(list_deployments(db, "aec")) == 1
 
 
@@ -457,7 +457,7 @@ def test_a_comparison_that_does_not_justify_it_promotes_nothing(
     one = candidate("a")
     compared(db, one, "c1", **changes)
     with pytest.raises(RegistryError, match=words):
-        promote(db, one, None, "loop", "gain 6 %", "c1")
+        promote(db, one, None, "loop", "gain 6%", "c1")
     assert champion(db, "aec") is None and list_models(db, "aec") == []
 
 
@@ -468,7 +468,7 @@ def test_a_comparison_before_the_last_deployment_promotes_nothing(
     first, late = serve(db, candidate("a")), candidate("b")
     for id in ("used", "unused"):
         compared(db, late, id)
-    promote(db, late, first.id, "loop", "gain 6 %", "used")
+    promote(db, late, first.id, "loop", "gain 6%", "used")
     rollback(db, "aec", "ann", "worse in practice")
     if change == "switch away and back":
         switch(db, "aec", "base", "ann", "s")
@@ -479,7 +479,7 @@ def test_a_comparison_before_the_last_deployment_promotes_nothing(
     assert version(db) == "v1.0.0"
     for id in ("used", "unused"):
         with pytest.raises(ChampionChangedError, match=f"since comparison {id} was made"):
-            promote(db, late, first.id, "loop", "gain 6 %", id)
+            promote(db, late, first.id, "loop", "gain 6%", id)
     assert version(db) == "v1.0.0"
     compared(db, late, "again")
-    assert promote(db, late, first.id, "loop", "gain 6 %", "again").version == "v1.0.1"
+    assert promote(db, late, first.id, "loop", "gain 6%", "again").version == "v1.0.1"

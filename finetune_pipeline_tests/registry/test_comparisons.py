@@ -24,7 +24,7 @@ def comparison(home: Path, id: str, watermark: int, loop: str = "aec", promote: 
         champion_sha256="b" * 64,
         benchmark_sha256="c" * 64,
         promote=promote,
-        reason="gain 3.0 %, 5 % needed",
+        reason="gain 3.0%, 5% needed",
         watermark=watermark,
         report_path=home / "artifacts" / loop / "eval_report" / id / "report.html",
         created_at=START + timedelta(minutes=watermark),

@@ -24,9 +24,9 @@ FULL: dict[str, Any] = {
     "watermark": 480,
     "training": {"examples": 1200, "validation loss": "1.500 before, 0.250 after"},
     "scores": {"accuracy": 0.8125, "latency_p50_ms": 21.0},
-    "metrics": (("parameter | accuracy", "70.0 %", "81.3 %"),),
+    "metrics": (("parameter | accuracy", "70.0%", "81.3%"),),
     "benchmark_sha256": "c" * 64,
-    "verdict": "gain 16.1 %, 5 % needed",
+    "verdict": "gain 16.1%, 5% needed",
 }
 NEEDED = ("name", "loop", "description", "created_at", "mode", "base_model", "base_hash", "files")
 
@@ -53,8 +53,8 @@ def test_the_card_has_all_known_values() -> None:
     text = render_model_card(ModelCard(**FULL))
     for text_part in (
         "# aec@v1.2.0", "Parses requests.", "data/starter_model (bbbbbbbbbbbbbbbb)", "ad01", "da01", "1..480",
-        "| train | 1,200 |", "1.500 before, 0.250 after", "gain 16.1 %, 5 % needed", f"SHA-256 `{'a' * 64}`",
-        "| parameter \\| accuracy | 70.0 % | 81.3 % |", "2026-01-02 03:04 UTC", "## Limits",
+        "| train | 1,200 |", "1.500 before, 0.250 after", "gain 16.1%, 5% needed", f"SHA-256 `{'a' * 64}`",
+        "| parameter \\| accuracy | 70.0% | 81.3% |", "2026-01-02 03:04 UTC", "## Limits",
         "| training | incremental, on top of aec@v1.1.0: 40 new examples, 40 older ones as replay |",
     ):  # fmt: skip
         assert text_part in text
