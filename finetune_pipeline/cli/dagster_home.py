@@ -6,13 +6,13 @@ from pathlib import Path
 import yaml
 
 from finetune_pipeline.artifacts import write_text
-from finetune_pipeline.settings import PROJECT_ROOT, SettingsError, home
+from finetune_pipeline.settings import PROJECT_ROOT, SettingsError, home, loops_dir
 
 PATHS = ("local_artifact_storage", "compute_logs")
 
 
 def environment() -> dict[str, str]:
-    """Create Dagster's home and return the environment variables for Dagster's commands.
+    """Create Dagster's home and return the environment variables for Dagster's commands, with absolute paths.
 
     The home gets the project's `dagster.yaml` without the paths in it, which are for bare `dagster` commands.
 
@@ -21,6 +21,11 @@ def environment() -> dict[str, str]:
     """
     dagster_home = Path(os.environ.get("DAGSTER_HOME") or home() / "dagster").resolve()
     env = {**os.environ, "FINETUNE_HOME": str(home()), "DAGSTER_HOME": str(dagster_home)}
+    if outside := loops_dir():
+        env["FINETUNE_LOOPS_DIR"] = str(outside)
+    driver, _, file = env.get("FINETUNE_DATABASE_URL", "").partition(":///")
+    if driver.startswith("sqlite") and file and file != ":memory:":
+        env["FINETUNE_DATABASE_URL"] = f"{driver}:///{Path(file).absolute()}"
     if dagster_home == home() / "dagster":
         try:
             text, path = dagster_yaml(), dagster_home / "dagster.yaml"

@@ -98,7 +98,8 @@ def ui(port: int) -> None:
     bind("127.0.0.1", port, "--port").close()  # Dagster would report a used port late, below what it logs
     click.echo(f"state: {home()}; open http://127.0.0.1:{port}, stop with Ctrl-C")
     command = ["dev", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
-    os.chdir(prepared["DAGSTER_HOME"])  # in the project's folder, Dagster warns that it uses another dagster.yaml
+    # In the project's folder, Dagster warns that it does not use the dagster.yaml there.
+    os.chdir(prepared["DAGSTER_HOME"] if Path(prepared["DAGSTER_HOME"]).is_dir() else PROJECT_ROOT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background process starts with SIGINT ignored
     quiet = ["-W", "ignore:Function `dev_command` is superseded"]  # by `dg dev`, which tells a user of this UI nothing
     os.execve(sys.executable, [sys.executable, *quiet, "-m", "dagster", *command], prepared)

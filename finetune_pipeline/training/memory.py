@@ -142,7 +142,7 @@ def _smallest_ran_out(settings: TrainingSettings, micro_batch: int, message: str
         remedies.insert(-1, "adapter: qlora")
     least = f", the least that {settings.method} needs" if micro_batch > 1 else ""
     return (
-        f"memory ran out with a micro-batch of {micro_batch}{least} ({message}); set {', or '.join(remedies)}, or take "
+        f"memory ran out with a micro-batch of {micro_batch}{least} ({message}); set {', or '.join(remedies)}, or use "
         "a smaller base_model; `finetune train plan` shows what fits"
     )
 

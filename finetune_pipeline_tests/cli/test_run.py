@@ -25,6 +25,18 @@ def test_a_dagster_home_that_is_set_is_not_changed(own_home, tmp_path, monkeypat
     assert not (tmp_path / "mine").exists()
 
 
+def test_paths_for_dagster_are_absolute(own_home, tmp_path, monkeypatch):
+    (tmp_path / "loops").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", "loops")
+    monkeypatch.setenv("FINETUNE_DATABASE_URL", "sqlite:///own.db")
+    env = environment()
+    assert env["FINETUNE_LOOPS_DIR"] == str(tmp_path / "loops")
+    assert env["FINETUNE_DATABASE_URL"] == f"sqlite:///{tmp_path / 'own.db'}"
+    monkeypatch.setenv("FINETUNE_DATABASE_URL", env["FINETUNE_DATABASE_URL"])
+    assert environment()["FINETUNE_DATABASE_URL"] == env["FINETUNE_DATABASE_URL"]
+
+
 def test_a_home_that_cannot_be_created_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "file"))

@@ -1,4 +1,4 @@
-"""Write the benchmark of the AEC parser: hand-written questions first, then generated ones in held-out sentences.
+"""Write the benchmark of the AEC parser: hand-written questions first, then generated ones in separate sentences.
 
     python scripts/aec/make_benchmark.py
 
@@ -58,7 +58,7 @@ def benchmark() -> list[Question]:
 def _generated(slice_name: str, wording: str, count: int, seen: list[str], rng: Random) -> Iterator[Question]:
     later = 0
     while count > 0:
-        prompt, spec = request(slice_name, wording, rng, held_out=True)
+        prompt, spec = request(slice_name, wording, rng, of_benchmark=True)
         late = wording == "firm" and has_later_words(prompt)
         if near(prompt, index_of(seen)) or (late and later >= LATER_PER_SLICE):
             continue

@@ -335,32 +335,32 @@ _TRAIN_JOINERS = (", ", ", ", " and ", "; ", " ")
 _TRAIN_CLOSERS = ("", "", "", ".", ".", " please", ", thanks", " please.")
 
 # Used only in the benchmark, so that its sentences occur in no training text.
-_HELD_OUT_OPENERS = (
+_BENCHMARK_OPENERS = (
     "Our architect asks for", "For the tender, include", "Show me", "Sketch", "The owner decided on", "Set out",
     "Let us have", "Prepare", "We are going with", "Put in", "Specify", "I am looking for",
 )  # fmt: skip
-_HELD_OUT_FILLERS = (
+_BENCHMARK_FILLERS = (
     "beside the loading dock", "for the library wing", "behind the kitchen", "on the top floor", "for the new clinic",
     "next to the courtyard", "at the rear of the warehouse", "for the apartment block",
 )  # fmt: skip
-_HELD_OUT_JOINERS = (", ", ", also ", " - ", ", plus ")
-_HELD_OUT_CLOSERS = ("", ".", ", if possible", " this time.", ", as agreed.")
+_BENCHMARK_JOINERS = (", ", ", also ", " - ", ", plus ")
+_BENCHMARK_CLOSERS = ("", ".", ", if possible", " this time.", ", as agreed.")
 
 
-def plain(spec: Spec, rng: Random, held_out: bool = False) -> str:
-    """Word the spec in ordinary language. With `held_out`, use the sentences of the benchmark."""
+def plain(spec: Spec, rng: Random, of_benchmark: bool = False) -> str:
+    """Word the spec in ordinary language. With `of_benchmark`, use the sentences of the benchmark."""
     head, said = _plain_head(spec, rng)
     clauses = _plain_clauses(spec, said, rng)
     rng.shuffle(clauses)
-    fillers = _HELD_OUT_FILLERS if held_out else _TRAIN_FILLERS
+    fillers = _BENCHMARK_FILLERS if of_benchmark else _TRAIN_FILLERS
     if rng.random() < 0.3:
         filler = rng.choice(fillers).format(n=rng.randint(1, 9), c=rng.choice(_LETTERS), mark=_mark(rng))
         clauses.insert(rng.randrange(len(clauses) + 1), filler)
-    joiners = _HELD_OUT_JOINERS if held_out else _TRAIN_JOINERS
-    opener = rng.choice(_HELD_OUT_OPENERS if held_out else _TRAIN_OPENERS) if rng.random() < 0.6 else ""
+    joiners = _BENCHMARK_JOINERS if of_benchmark else _TRAIN_JOINERS
+    opener = rng.choice(_BENCHMARK_OPENERS if of_benchmark else _TRAIN_OPENERS) if rng.random() < 0.6 else ""
     text = _arrange(opener, head, clauses, rng.choice(joiners), rng)
-    text = _recase(text + rng.choice(_HELD_OUT_CLOSERS if held_out else _TRAIN_CLOSERS), bool(opener), rng)
-    return text if held_out else _typed(text, rng)
+    text = _recase(text + rng.choice(_BENCHMARK_CLOSERS if of_benchmark else _TRAIN_CLOSERS), bool(opener), rng)
+    return text if of_benchmark else _typed(text, rng)
 
 
 def _mark(rng: Random) -> str:
@@ -511,12 +511,12 @@ PLAIN_FRACTION_OF_FIRM = 0.08
 _FIRM_TRAIN_FRAMES = (
     "{}", "{}", "{}", "Pls add {}", "RFI: {}", "VIF {}", "{} typ.", "{} U.N.O.", "Rev: {}", "Sched {}",
 )  # fmt: skip
-_FIRM_HELD_OUT_FRAMES = ("{}", "{}", "ASI: {}", "{} per plan", "Revise {}", "Need {} asap", "{} as noted")
+_FIRM_BENCHMARK_FRAMES = ("{}", "{}", "ASI: {}", "{} per plan", "Revise {}", "Need {} asap", "{} as noted")
 _FIRM_TRAIN_JOINERS = (", ", ", ", " ", " / ")
-_FIRM_HELD_OUT_JOINERS = (", ", " ", "; ", " - ")
+_FIRM_BENCHMARK_JOINERS = (", ", " ", "; ", " - ")
 
 
-def firm(spec: Spec, rng: Random, held_out: bool = False) -> str:
+def firm(spec: Spec, rng: Random, of_benchmark: bool = False) -> str:
     """Word the spec as the firm does: drawing shorthand, or a dictated note."""
     # Most dictated notes are about fire ratings.
     if rng.random() < (0.35 if "fire_rating_hr" in spec else 0.1):
@@ -528,8 +528,8 @@ def firm(spec: Spec, rng: Random, held_out: bool = False) -> str:
         clauses.remove(thickness)
         head = f"{thickness} {head}"
     rng.shuffle(clauses)
-    text = rng.choice(_FIRM_HELD_OUT_JOINERS if held_out else _FIRM_TRAIN_JOINERS).join([head, *clauses])
-    return rng.choice(_FIRM_HELD_OUT_FRAMES if held_out else _FIRM_TRAIN_FRAMES).format(text)
+    text = rng.choice(_FIRM_BENCHMARK_JOINERS if of_benchmark else _FIRM_TRAIN_JOINERS).join([head, *clauses])
+    return rng.choice(_FIRM_BENCHMARK_FRAMES if of_benchmark else _FIRM_TRAIN_FRAMES).format(text)
 
 
 def _firm_material(spec: Spec, rng: Random) -> str:
@@ -609,11 +609,11 @@ def has_later_words(prompt: str) -> bool:
     return any(word in words for word in LATER_WORDS)
 
 
-def request(slice_name: str, wording: str, rng: Random, held_out: bool = False) -> tuple[str, Spec]:
+def request(slice_name: str, wording: str, rng: Random, of_benchmark: bool = False) -> tuple[str, Spec]:
     """Return one request of the slice in a wording ("plain" or "firm"), and its spec."""
     spec = sample_spec(slice_name, rng)
     say = plain if wording == "plain" else firm
-    return say(spec, rng, held_out), spec
+    return say(spec, rng, of_benchmark), spec
 
 
 def rotation(items: Sequence[str], count: int) -> list[str]:
