@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 SAMPLE_SECONDS = 0.1
 COMMAND = [
     sys.executable, "-m", "dagster", "asset", "materialize",
-    "--select", "*promoted_model", "-m", "finetune_pipeline.definitions",
+    "--select", '+key:"promoted_model"', "-m", "finetune_pipeline.definitions",
 ]  # fmt: skip
 
 

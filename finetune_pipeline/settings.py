@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from zoneinfo import available_timezones
 
 from pydantic import (
     AfterValidator,
@@ -110,6 +111,12 @@ Reward = Annotated[float, Field(ge=-1, le=1)]
 def _cron(value: str) -> str:
     if not re.fullmatch(r"@[a-z]+|[\w*/,?#-]+(\s+[\w*/,?#-]+){4}", value.strip()):
         raise ValueError('expected a cron schedule of five fields, such as "0 2 * * *" (2 a.m. every day)')
+    return value
+
+
+def _known_timezone(value: str) -> str:
+    if value not in available_timezones():
+        raise ValueError("expected a name of the IANA time zone database, such as UTC or Europe/Berlin")
     return value
 
 
@@ -719,6 +726,9 @@ class TriggerSettings(Settings):
     )
     nightly: CronTime = Field(default="0 2 * * *", description="Cron expression of the nightly schedule.")
     yearly: CronTime = Field(default="0 3 1 1 *", description="Cron expression of the yearly full retraining.")
+    timezone: Annotated[str, AfterValidator(_known_timezone)] = Field(
+        default="UTC", description="Time zone of both schedules, such as Europe/Berlin."
+    )
 
 
 class LoopSettings(Settings):
@@ -876,8 +886,13 @@ def read_loop(path: Path) -> LoopSettings:
             raise SettingsError(
                 f"{path}: unknown top-level keys: {', '.join(unknown)}; move a loop's settings under `attributes`"
             )
-        outside = loops_dir()
-        context = {"folder": path.resolve().parent} if outside and path.resolve().is_relative_to(outside) else None
+        folder = loops_dir()
+        outside = folder is not None and path.resolve().is_relative_to(folder)
+        if outside and (ignored := sorted(document.keys() - {"type", "attributes"})):
+            raise SettingsError(
+                f"{path}: {', '.join(ignored)}: allowed only in the package's defs/, which Dagster loads; remove"
+            )
+        context = {"folder": path.resolve().parent} if outside else None
         return LoopSettings.model_validate(document.get("attributes") or {}, context=context)
     except YamlError as error:
         raise SettingsError(f"{path} is not valid YAML: {error}") from error

@@ -8,7 +8,7 @@ import yaml
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import PROJECT_ROOT, SettingsError, home, loops_dir
 
-PATHS = ("local_artifact_storage", "compute_logs")
+PATHS = ("storage", "local_artifact_storage", "compute_logs")
 
 
 def environment() -> dict[str, str]:
@@ -36,11 +36,13 @@ def environment() -> dict[str, str]:
                 f"the folder {dagster_home} cannot be created or written ({error.strerror}); set FINETUNE_HOME to a "
                 "folder that can be written"
             ) from error
+        from finetune_pipeline.orchestration.storage import create_storage  # loads Dagster
+
+        create_storage(dagster_home)
     return env
 
 
 def dagster_yaml() -> str:
-    """Return the content of the `dagster.yaml` in a home: the project's, with the storage in the home itself."""
+    """Return the content of the `dagster.yaml` in a home: the project's without paths, which default to the home."""
     settings = yaml.safe_load((PROJECT_ROOT / "dagster.yaml").read_text(encoding="utf-8"))
-    settings["storage"]["custom"]["config"]["base_dir"] = {"env": "DAGSTER_HOME"}
     return yaml.safe_dump({key: value for key, value in settings.items() if key not in PATHS}, sort_keys=False)

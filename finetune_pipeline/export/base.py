@@ -1,6 +1,7 @@
 """The folder of a base model, and the hash of its weights, configuration and tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 from finetune_pipeline.artifacts import hash_file_cached, hash_of
 from finetune_pipeline.export.process import ExportError
@@ -47,6 +48,17 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
             f"be downloaded from Hugging Face ({type(error).__name__}: {first_line}). Connect to the network once and "
             "run again, log in with `hf auth login` if the model is gated, or set base_model to a folder"
         ) from error
+
+
+def base_stamp(name: str) -> dict[str, Any]:
+    """Return what identifies a base model without reading its weights: small files by hash, weights by size.
+
+    A Hugging Face id stands for itself; nothing is downloaded.
+    """
+    folder = project_path(name)
+    weights = {path.name: path.stat().st_size for pattern in _WEIGHTS for path in folder.glob(pattern)}
+    small = [folder / file for file in (*CONFIG_FILES, *TOKENIZER_FILES) if (folder / file).is_file()]
+    return {"name": name, **weights, **{path.name: hash_file_cached(path) for path in small}}
 
 
 def base_hash(folder: Path) -> str:

@@ -9,7 +9,7 @@ from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.curation.retrain_trigger import Attempt, decide
 from finetune_pipeline.database import Database
 from finetune_pipeline.manifests import AdapterManifest, RawLogsManifest
-from finetune_pipeline.orchestration.resources import FinetuneHome
+from finetune_pipeline.orchestration.resources import STAGES, FinetuneHome
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
@@ -36,16 +36,20 @@ RequestOrSkip = dg.RunRequest | dg.SkipReason
 
 def automation(loop: LoopSettings) -> dg.Definitions:
     """Return the job, the sensor and the schedules of a loop."""
+    tags = {LOOP_TAG: loop.name}
+    purpose = f" {loop.description}" if loop.description else ""
     job = dg.define_asset_job(
         loop.job_name,
-        selection=dg.AssetSelection.groups(loop.name),
-        description=f"Runs the whole loop {loop.name}, from the logs to a promoted model.",
+        selection=dg.AssetSelection.assets(*asset_keys(loop)),
+        tags=tags,
+        description=f"Runs the whole loop {loop.name}, from the logs to a promoted model.{purpose}",
     )
     enabled = loop.trigger.running
 
     @dg.sensor(
         name=f"{loop.name}_new_examples",
         job=job,
+        tags=tags,
         minimum_interval_seconds=loop.trigger.interval_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING if enabled else dg.DefaultSensorStatus.STOPPED,
         description=f"Runs the loop when there are {loop.trigger.new_examples} new high-reward examples.",
@@ -57,7 +61,9 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         name=f"{loop.name}_nightly",
         job=job,
         cron_schedule=loop.trigger.nightly,
-        description="Evaluates the sensor's condition once a night; use it instead of the sensor to train only then.",
+        execution_timezone=loop.trigger.timezone,
+        tags=tags,
+        description="Evaluates the sensor's condition once a night, for training at night only.",
     )
     def nightly(context: dg.ScheduleEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
         return next_run(loop, finetune_home.database(), context.instance, datetime.now(UTC))
@@ -66,6 +72,8 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         name=f"{loop.name}_yearly",
         job=job,
         cron_schedule=loop.trigger.yearly,
+        execution_timezone=loop.trigger.timezone,
+        tags=tags,
         default_status=dg.DefaultScheduleStatus.RUNNING if enabled else dg.DefaultScheduleStatus.STOPPED,
         description="Trains from the base model on all examples once a year, even if few are new.",
     )
@@ -114,17 +122,19 @@ def unfinished_run(loop: LoopSettings, instance: dg.DagsterInstance, now: dateti
     A run whose process was killed stays unfinished forever. It is ignored once it has logged nothing for
     `trigger.stalled_minutes`: a healthy run logs more often.
     """
+    keys = set(asset_keys(loop))
     for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
-        if run.asset_selection is None:
-            concerned = run.job_name in {loop.job_name, "__ASSET_JOB"}
-        else:
-            concerned = any(list(key.path[:-1]) == loop.prefix for key in run.asset_selection)
-        if concerned:
+        if run.tags.get(LOOP_TAG) == loop.name or keys & (run.asset_selection or set()):
             last = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
             logged_at = datetime.fromtimestamp(last[0].timestamp, UTC) if last else now
             if now - logged_at <= timedelta(minutes=loop.trigger.stalled_minutes):
                 return run.run_id
     return None
+
+
+def asset_keys(loop: LoopSettings) -> list[dg.AssetKey]:
+    """Return the keys of the loop's six assets, in their order."""
+    return [dg.AssetKey([*loop.prefix, stage]) for stage in STAGES]
 
 
 def _skip_during(run_id: str) -> dg.SkipReason:

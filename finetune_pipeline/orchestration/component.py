@@ -33,7 +33,8 @@ class FineTuneLoop(dg.Component):
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
         """Return the component for validated settings."""
-        assert isinstance(attributes, LoopSettings)
+        if not isinstance(attributes, LoopSettings):
+            raise dg.DagsterInvalidDefinitionError("a loop needs `attributes:` with its settings; see the reference")
         return cls(attributes)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:

@@ -12,7 +12,7 @@ from finetune_pipeline.curation.dataset_files import DATASET_CARD, first_provena
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.resources import loop_asset, materialized
-from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_dataset
+from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_dataset, dataset_settings
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.wording import counted
 
@@ -26,7 +26,8 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         loop,
         DatasetManifest,
         "raw_logs",
-        depends_on=(loop.curation, loop.review, loop.system_prompt, loop.output_schema, loop.evaluation.benchmark),
+        depends_on=dataset_settings(loop),
+        files=(loop.evaluation.benchmark, loop.output_schema, loop.curation.replay),
         kinds={"huggingface"},
     )
     def curated_dataset(

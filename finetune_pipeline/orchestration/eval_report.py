@@ -11,10 +11,11 @@ from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.metric_table import comparison_markdown, format_metric, metric_table
 from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML
+from finetune_pipeline.export.base import base_stamp
 from finetune_pipeline.manifests import GgufManifest, ReportManifest
 from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.resources import loop_asset, materialized, percent, picture
-from finetune_pipeline.pipeline.evaluate import NothingToEvaluate, evaluate
+from finetune_pipeline.pipeline.evaluate import NothingToEvaluate, comparison_settings, evaluate
 from finetune_pipeline.settings import LoopSettings
 
 
@@ -25,7 +26,8 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         loop,
         ReportManifest,
         "gguf_model",
-        depends_on=(loop.system_prompt, loop.output_schema, loop.evaluation, loop.gate),
+        depends_on=(base_stamp(loop.base_model), comparison_settings(loop)),
+        files=(loop.evaluation.benchmark, loop.output_schema, loop.evaluation.compliance),
         output_required=False,
         kinds={"html"},
     )

@@ -5,6 +5,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
+from finetune_pipeline.export.base import base_stamp
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest
 from finetune_pipeline.orchestration.checks import check_specs, gguf_model_results
 from finetune_pipeline.orchestration.resources import loop_asset, materialized
@@ -19,7 +20,7 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         loop,
         GgufManifest,
         "lora_adapter",
-        depends_on=(loop.base_model, loop.export),
+        depends_on=(base_stamp(loop.base_model), loop.export),
         check_specs=check_specs(loop, GgufManifest.stage),
         kinds={"gguf"},
     )

@@ -6,10 +6,11 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
+from finetune_pipeline.export.base import base_stamp
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.resources import loop_asset, materialized, picture
 from finetune_pipeline.orchestration.training_config import training_config
-from finetune_pipeline.pipeline.train import describe_progress, settings_of_run, train_adapter
+from finetune_pipeline.pipeline.train import adapter_settings, describe_progress, settings_of_run, train_adapter
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.training.job import RESULT, Progress, TrainingResult
 from finetune_pipeline.training.loss_curve import loss_curve_png
@@ -30,7 +31,7 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         loop,
         AdapterManifest,
         "curated_dataset",
-        depends_on=(loop.base_model, loop.system_prompt, loop.training),
+        depends_on=(base_stamp(loop.base_model), adapter_settings(loop, loop.training)),
         kinds={"pytorch", "huggingface"},
     )
     def lora_adapter(
@@ -71,8 +72,8 @@ def _measurements(progress: Progress) -> dict[str, Any]:
     measurements: dict[str, Any] = {
         "step": progress.step,
         "epoch": round(progress.epoch, 2),
-        TRAINING_LOSS: progress.loss,
-        "learning rate": progress.learning_rate,
+        TRAINING_LOSS: round(progress.loss, 4),
+        "learning rate": float(f"{progress.learning_rate:.3g}"),
         THROUGHPUT: round(progress.tokens_per_second),
         "time left (s)": round(progress.seconds_left),
     }

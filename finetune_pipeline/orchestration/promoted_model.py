@@ -25,14 +25,14 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         "gguf_model",
         depends_on=(loop.gate,),
         output_required=False,
-        kinds={"sqlite"},
+        kinds={"gguf"},
     )
     def promoted_model(
         context: dg.AssetExecutionContext,
         eval_report: Artifact[ReportManifest],
         gguf_model: Artifact[GgufManifest],
     ) -> Iterator[dg.MaterializeResult[Any]]:
-        """The champion: the model version that serves, if the gate accepts the challenger again, by hash.
+        """The champion: the model version that serves, if the gate, asked a second time, accepts exactly this file.
 
         If it fails: the gate rejected the challenger (see eval_report), or the message names what changed since the
         report was written, so materialize eval_report again. With `gate.on_reject: keep_champion` a rejected challenger

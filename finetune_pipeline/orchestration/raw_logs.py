@@ -20,7 +20,7 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         RawLogsManifest,
         depends_on=(loop.ingest, loop.feedback, loop.sources),
         check_specs=check_specs(loop, RawLogsManifest.stage),
-        kinds={"parquet", "sqlite"},
+        kinds={"parquet"},
     )
     def raw_logs(context: dg.AssetExecutionContext, finetune_home: FinetuneHome) -> dg.MaterializeResult:  # type: ignore[type-arg]  # with checks, Dagster takes no type argument
         """A snapshot of all prompts, answers and feedback of the loop, after ingesting new files and declared sources.

@@ -22,11 +22,13 @@ from finetune_pipeline.manifests import (
     RawLogsManifest,
     ReportManifest,
 )
-from finetune_pipeline.settings import LoopSettings, home
+from finetune_pipeline.settings import LoopSettings, home, project_path
 
 HOME = "finetune_home"
 ARTIFACTS = "artifacts"
 """Resource keys of the home and of the IO manager."""
+
+ARTIFACT = dg.PythonObjectDagsterType(Artifact)  # reading the manifest checks of which stage it is
 
 STAGES: dict[str, type[Manifest]] = {
     kind.stage: kind
@@ -34,12 +36,12 @@ STAGES: dict[str, type[Manifest]] = {
 }
 
 
-class FinetuneHome(dg.ConfigurableResource[None]):
+class FinetuneHome(dg.ConfigurableResource[Any]):
     """The folder and the database that hold the state of all loops."""
 
     path: str = Field(description="Folder of artifacts, caches and, by default, the SQLite database: FINETUNE_HOME.")
     database_url: str = Field(
-        default="", description="SQLAlchemy URL; empty: finetune.db in the folder. FINETUNE_DATABASE_URL."
+        default="", description="FINETUNE_DATABASE_URL, a SQLAlchemy URL; empty: finetune.db in the folder."
     )
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
@@ -55,6 +57,8 @@ class FinetuneHome(dg.ConfigurableResource[None]):
         os.environ["FINETUNE_HOME"] = self.path
         if self.database_url:
             os.environ["FINETUNE_DATABASE_URL"] = self.database_url
+        else:
+            os.environ.pop("FINETUNE_DATABASE_URL", None)
 
 
 class ArtifactIOManager(dg.ConfigurableIOManager):
@@ -64,7 +68,7 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
     or, if it is materialized alone, the version that was created last.
     """
 
-    home: FinetuneHome
+    home: FinetuneHome  # sets the folder that artifacts are read from
 
     def handle_output(self, context: dg.OutputContext, obj: Artifact[Any]) -> None:
         """Store which version this run created."""
@@ -84,7 +88,7 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
         if found is None:
             raise ArtifactError(
                 f"{kind.stage} of loop {loop} was never materialized in this home; materialize it first, or "
-                f"select everything upstream with '*{PromotionManifest.stage}'"
+                "select everything upstream of the asset too"
             )
         artifacts.check_unaltered(found)
         return found
@@ -104,7 +108,12 @@ def _resources(path: str, with_url: bool) -> dict[str, Any]:
 
 
 def loop_asset(
-    loop: LoopSettings, kind: type[Manifest], *inputs: str, depends_on: Sequence[Any], **options: Any
+    loop: LoopSettings,
+    kind: type[Manifest],
+    *inputs: str,
+    depends_on: Any,
+    files: Sequence[str | None] = (),
+    **options: Any,
 ) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
     """Return `dg.asset` with the options that all assets of a loop share.
 
@@ -113,19 +122,21 @@ def loop_asset(
         inputs: names of assets of the same loop.
         depends_on: the settings that the asset depends on. Their hash and the package's version are the code version,
             so Dagster shows the asset as out of date after an upgrade or a change of these settings.
+        files: files that the settings name; their content is part of the code version.
         options: further options of `dg.asset`.
     """
     prefix = loop.prefix or None
+    paths = [project_path(name) for name in files if name]
+    contents = [artifacts.hash_file_cached(path) if path.is_file() else "missing" for path in paths]
     package = artifacts.package_versions("finetune-pipeline")["finetune-pipeline"]
-    # Dagster cannot check a generic type. Reading the manifest checks it.
     decorator: Callable[[Callable[..., Any]], dg.AssetsDefinition] = dg.asset(
         key_prefix=prefix,
         group_name=loop.name,
         io_manager_key=ARTIFACTS,
-        dagster_type=dg.Any,
-        ins={name: dg.AssetIn(key_prefix=prefix, dagster_type=dg.Any) for name in inputs},
+        dagster_type=ARTIFACT,
+        ins={name: dg.AssetIn(key_prefix=prefix, dagster_type=ARTIFACT) for name in inputs},
         metadata={"loop": loop.name, "stage": kind.stage},
-        code_version=f"{package}-{artifacts.hash_of(to_jsonable_python(depends_on))[:12]}",
+        code_version=f"{package}-{artifacts.hash_of(to_jsonable_python([depends_on, contents]))[:12]}",
         **options,
     )
     return decorator
@@ -134,14 +145,12 @@ def loop_asset(
 def materialized(
     artifact: Artifact[Any], metadata: dict[str, Any], checks: Sequence[dg.AssetCheckResult] = ()
 ) -> dg.MaterializeResult[Any]:
-    """Return the result of a step: its artifact, whose version is the data version, with metadata and checks."""
-    version = artifact.manifest.version
+    """Return the result of a step: its artifact, with the hash of its manifest as the data version."""
     # A whole path cannot wrap in the UI's table; it would push the values of all rows out of sight.
     folder = artifact.path.relative_to(home() / "artifacts")
-    metadata = {**metadata, "version": version, "folder in FINETUNE_HOME/artifacts": str(folder)}
-    return dg.MaterializeResult(
-        value=artifact, data_version=dg.DataVersion(version), metadata=metadata, check_results=checks
-    )
+    metadata = {**metadata, "version": artifact.manifest.version, "folder in FINETUNE_HOME/artifacts": str(folder)}
+    version = dg.DataVersion(artifact.sha256[:16])
+    return dg.MaterializeResult(value=artifact, data_version=version, metadata=metadata, check_results=checks)
 
 
 def percent(fraction: float) -> float:

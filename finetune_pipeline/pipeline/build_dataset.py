@@ -1,6 +1,6 @@
 """Build the dataset of a loop from a snapshot of its logs, and check what was written."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,24 @@ FILTER_PACKAGES = ("detect-secrets", "phonenumbers", "rensa", "jsonschema")
 """Packages whose version changes which secrets, near-duplicates and invalid answers are found."""
 
 
+def dataset_settings(loop: LoopSettings) -> dict[str, Any]:
+    """Return the settings and versions that decide, with the files that the settings name, what is in a dataset."""
+    from finetune_pipeline.curation.filter import CODE_VERSION
+
+    return {
+        **loop.curation.model_dump(exclude={"compute"}),  # it does not change the dataset
+        "system_prompt": loop.system_prompt,
+        "contents": [*COLUMNS, DATASET_CARD, PROVENANCE_FILE],
+        "quotas": {
+            source.name: {"max_examples": source.max_examples, "max_fraction": source.max_fraction}
+            for source in loop.sources
+        },
+        "review": loop.review.model_dump(),
+        "code_version": CODE_VERSION,
+        "filter_packages": package_versions(*FILTER_PACKAGES),
+    }
+
+
 def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
     """Return the dataset of a snapshot under the loop's settings; build it if it does not exist yet."""
     from finetune_pipeline.curation.dataset import curate
@@ -52,15 +70,7 @@ def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Ar
     )
     inputs = {RawLogsManifest.stage: raw_logs.manifest.version, **files}
     policy = loop_files.policy(loop)
-    settings = {
-        **loop.curation.model_dump(exclude={"compute"}),  # it does not change the dataset
-        "system_prompt": loop.system_prompt,
-        "contents": [*COLUMNS, DATASET_CARD, PROVENANCE_FILE],
-        "quotas": {name: asdict(quota) for name, quota in policy.quotas.items()},
-        "review": loop.review.model_dump(),
-        "code_version": CODE_VERSION,
-        "filter_packages": package_versions(*FILTER_PACKAGES),
-    }
+    settings = dataset_settings(loop)
     version = version_of(inputs, settings)
 
     # The cache key of a shard covers everything that the filter depends on, and nothing that only selection does.

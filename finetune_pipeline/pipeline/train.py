@@ -42,6 +42,11 @@ def settings_of_run(loop: LoopSettings, overrides: dict[str, Any]) -> TrainingSe
     return TrainingSettings.model_validate(loop.training.model_dump(exclude_unset=True) | given)
 
 
+def adapter_settings(loop: LoopSettings, settings: TrainingSettings) -> dict[str, Any]:
+    """Return the settings that an adapter depends on."""
+    return {**settings.model_dump(mode="json", exclude={"report_to"}), "system_prompt": loop.system_prompt}
+
+
 def train_adapter(
     loop: LoopSettings,
     settings: TrainingSettings,
@@ -76,8 +81,7 @@ def train_adapter(
         inputs["initial_adapter"] = begin.adapter.manifest.version
         datasets = {**begin.adapter.manifest.datasets, **datasets}
     hashed_settings = {
-        **settings.model_dump(mode="json", exclude={"report_to"}),
-        "system_prompt": loop.system_prompt,
+        **adapter_settings(loop, settings),
         "mode": begin.mode,  # as it is trained, which differs from the setting where incremental is not possible
     }
 

@@ -189,13 +189,20 @@ def test_no_run_starts_during_another_run_of_the_loop(loop, instance):
     assert "is in progress" in next_run(loop, connect(), instance, NOW).skip_message
 
 
-def test_a_run_of_another_loop_does_not_delay_this_one(loop, instance):
+FOREIGN = [
+    ("notes", {"job_name": "__ASSET_JOB", "asset_selection": frozenset({dg.AssetKey(["raw_logs"])})}),
+    # Bare keys: another project of the same Dagster instance may have some as well.
+    ("", {"job_name": "__ASSET_JOB", "asset_selection": frozenset({dg.AssetKey(["orders"])})}),
+    ("", {"job_name": "other_job"}),
+    ("notes", {"job_name": "notes2_loop", "tags": {LOOP_TAG: "notes2"}}),
+]
+
+
+@pytest.mark.parametrize(("prefix", "run"), FOREIGN, ids=["another loop", "another project", "a job", "by tag"])
+def test_a_run_of_something_else_does_not_delay_this_loop(make_loop, instance, prefix, run):
+    loop = make_loop(key_prefix=prefix)
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
-    other = dg.DagsterRun(
-        job_name="__ASSET_JOB",
-        run_id=str(uuid.uuid4()),
-        asset_selection=frozenset({dg.AssetKey(["raw_logs"])}),
-    )
+    other = dg.DagsterRun(run_id=str(uuid.uuid4()), **run)
     instance.add_run(other.with_status(dg.DagsterRunStatus.STARTED))
     assert isinstance(next_run(loop, connect(), instance, NOW), dg.RunRequest)
 

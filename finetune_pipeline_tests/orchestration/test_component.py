@@ -7,11 +7,11 @@ import yaml
 
 from finetune_pipeline.definitions import defs
 from finetune_pipeline.evaluation.benchmark import load_benchmark
-from finetune_pipeline.orchestration.component import FineTuneLoop
+from finetune_pipeline.orchestration.component import FineTuneLoop, loop_definitions
 from finetune_pipeline.orchestration.scaffolder import LoopParams, LoopScaffolder
 from finetune_pipeline.orchestration.training_config import NOT_IN_THE_LAUNCHPAD, training_config
-from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings, load_loop, read_loop
-from finetune_pipeline_tests.orchestration.conftest import definitions
+from finetune_pipeline.settings import PROJECT_ROOT, SettingsError, TrainingSettings, load_loop, project_path, read_loop
+from finetune_pipeline_tests.orchestration.conftest import ATTRIBUTES, definitions
 
 STAGES = ["raw_logs", "curated_dataset", "lora_adapter", "gguf_model", "eval_report", "promoted_model"]
 
@@ -135,5 +135,52 @@ def test_a_changed_setting_changes_the_code_version_of_its_asset(make_loop):
 def test_dagster_loads_loops_outside_the_package(make_loop, tmp_path, monkeypatch):
     make_loop()
     monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(tmp_path / "defs"))
-    keys = set(edges(defs().resolve_asset_graph()))
-    assert keys == {*STAGES, *(f"notes/{stage}" for stage in STAGES)}
+    graph = defs().resolve_asset_graph()
+    assert set(edges(graph)) == {*STAGES, *(f"notes/{stage}" for stage in STAGES)}
+    for key in ("raw_logs", "notes/raw_logs"):  # both link to their YAML in the UI
+        (reference,) = graph.get(dg.AssetKey.from_user_string(key)).metadata["dagster/code_references"].code_references
+        assert reference.file_path.endswith("defs.yaml")
+
+
+@pytest.mark.parametrize("key", ["post_processing", "requirements", "template_vars_module"])
+def test_keys_that_only_dagster_reads_are_refused_outside_the_package(make_loop, tmp_path, monkeypatch, key):
+    make_loop()
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(tmp_path / "defs"))
+    path = tmp_path / "defs" / "notes" / "defs.yaml"
+    path.write_text(path.read_text() + f"{key}: {{}}\n")
+    with pytest.raises(SettingsError, match=f"{key}: allowed only in the package's defs/"):
+        load_loop("notes")
+
+
+def code_versions(loop):
+    graph = loop_definitions(loop).resolve_asset_graph()
+    return {key.path[-1]: graph.get(key).code_version for key in graph.get_all_asset_keys()}
+
+
+CHANGES = [
+    ("curation", {"compute": "ray"}, ""),  # how, not what
+    ("evaluation", {"parallel": 2}, ""),
+    ("training", {"report_to": ["tensorboard"]}, ""),
+    ("curation", {"min_confidence": 0.5}, "curated_dataset"),
+    ("training", {"num_train_epochs": 9}, "lora_adapter"),
+    ("export", {"quantization": "Q8_0"}, "gguf_model"),
+    ("gate", {"min_gain": 0.1}, "eval_report promoted_model"),
+    ("system_prompt", "Be short.", "curated_dataset lora_adapter eval_report"),
+]
+
+
+@pytest.mark.parametrize(("setting", "value", "stale"), CHANGES, ids=lambda value: str(value))
+def test_a_changed_setting_changes_the_code_versions_of_what_depends_on_it(make_loop, setting, value, stale):
+    before = code_versions(make_loop())
+    changed = {**ATTRIBUTES.get(setting, {}), **value} if isinstance(value, dict) else value
+    after = code_versions(make_loop(**{setting: changed}))
+    assert {stage for stage in before if before[stage] != after[stage]} == set(stale.split())
+
+
+def test_an_edited_benchmark_makes_dataset_and_report_stale(make_loop):
+    loop = make_loop()
+    before = code_versions(loop)
+    path = project_path(loop.evaluation.benchmark)
+    path.write_text(path.read_text() + "\n")
+    after = code_versions(loop)
+    assert {stage for stage in before if before[stage] != after[stage]} == {"curated_dataset", "eval_report"}

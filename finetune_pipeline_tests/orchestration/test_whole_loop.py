@@ -213,6 +213,15 @@ def test_the_key_metrics_come_first_and_fit_the_page(loop, stage):
             assert max(map(len, str(value.value).split()), default=0) <= 48, f"{key}: {value.value}"
 
 
+def test_the_progress_of_training_is_rounded(loop):
+    with dg.DagsterInstance.from_config(str(loop.dagster)) as instance:
+        records = instance.fetch_observations(dg.AssetKey(["meeting_notes", "lora_adapter"]), limit=100).records
+    shown = [record.asset_observation.metadata for record in records]
+    assert shown and {"training loss", "learning rate", "throughput (tokens/s)"} <= set(shown[0])
+    floats = [value.value for one in shown for value in one.values() if isinstance(value, dg.FloatMetadataValue)]
+    assert floats and [value for value in floats if len(repr(value)) > 8] == []
+
+
 def test_no_text_of_an_example_is_in_dagsters_metadata(loop):
     (version,) = loop.complete("curated_dataset")
     rows = [
