@@ -27,7 +27,7 @@ SETTINGS_INTRO = """\
 Written by `scripts/make_reference.py` from
 [`finetune_pipeline/settings.py`](../../finetune_pipeline/settings.py).
 
-Settings stand under `attributes:` of a loop's `defs.yaml`. Unknown keys, values out of range and
+Settings go under `attributes:` of a loop's `defs.yaml`. Unknown keys, values out of range and
 settings that contradict each other are errors. `{{ env.NAME }}` in a text stands for an environment
 variable. Editors complete and check the file with
 [`defs.schema.json`](../../finetune_pipeline/defs.schema.json), named in its first line:
