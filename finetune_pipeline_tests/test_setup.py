@@ -10,14 +10,27 @@ import pytest
 from finetune_pipeline.settings import PROJECT_ROOT
 
 PYTHON = """#!/usr/bin/env bash
+echo "$*" >> log
 case "$*" in
-  "- "*) cat > /dev/null ;;
-  *) echo "$*" >> log ;;
+  *"pip download"*)
+    folder=$(echo "$*" | sed 's/.* -d \\([^ ]*\\) .*/\\1/')
+    mkdir -p "$folder/llama_cpp_python-0/vendor/llama.cpp"/{conversion,gguf-py}
+    touch "$folder/llama_cpp_python-0/vendor/llama.cpp"/{LICENSE,convert_hf_to_gguf.py,convert_lora_to_gguf.py}
+    echo '    set(LLAMA_BUILD_COMMON ON CACHE BOOL "" FORCE)' > "$folder/llama_cpp_python-0/CMakeLists.txt"
+    tar -czf "$folder/llama_cpp_python-0.tar.gz" -C "$folder" llama_cpp_python-0
+    rm -r "$folder/llama_cpp_python-0" ;;
+  *"pip wheel"*)
+    if [ -e broken ]; then exit 1; fi
+    source=${*: -1}
+    cp "$source/CMakeLists.txt" built
+    wheels=$(echo "$*" | sed 's/.* -w \\([^ ]*\\) .*/\\1/')
+    mkdir -p "$wheels"
+    touch "$wheels/llama_cpp_python-0-py3-none-any.whl" ;;
 esac
-if [[ "$*" == *"pip download"* ]]; then
-  mkdir -p "$(echo "$*" | sed 's/.* -d \\([^ ]*\\) .*/\\1/')/llama_cpp_python-0/vendor/llama.cpp"
-fi
-if [[ "$*" == *"--no-binary llama_cpp_python llama_cpp_python"* && -e broken ]]; then exit 1; fi
+"""
+UV = """#!/usr/bin/env bash
+echo "uv $*" >> log
+[ ! -e no_uv ]
 """
 
 
@@ -27,6 +40,8 @@ def clone(tmp_path):
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
     python.chmod(0o755)
+    (python.parent / "uv").write_text(UV)
+    (python.parent / "uv").chmod(0o755)
     (tmp_path / "scripts").mkdir()
     shutil.copy(PROJECT_ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
     shutil.copy(PROJECT_ROOT / "constraints.txt", tmp_path)
@@ -42,9 +57,7 @@ def compiles(clone, cmake_args=None):
     log = clone / "log"
     log.unlink(missing_ok=True)
     code = subprocess.run([clone / "scripts" / "setup.sh"], env=environment, capture_output=True).returncode
-    compiled = [line for line in log.read_text().splitlines() if "pip install" in line and "--no-binary" in line]
-    assert all("--no-cache-dir" in line for line in compiled)
-    return bool(compiled), code
+    return "pip wheel" in log.read_text(), code
 
 
 def test_llama_cpp_is_compiled_again_for_other_cmake_args(clone):
@@ -66,7 +79,32 @@ def test_a_failed_build_is_retried(clone):
     (clone / "broken").touch()
     assert compiles(clone, "-DGGML_CUDA=on") == (True, 1)
     (clone / "broken").unlink()
-    assert compiles(clone) == (
-        True,
-        0,
-    )  # the failed build removed the earlier one, although its stamp had these arguments
+    assert compiles(clone) == (True, 0)  # although the stamp of the build before the failed one had these arguments
+
+
+def test_llama_cpp_is_compiled_without_its_command_line_programs_and_its_converter_is_kept(clone):
+    assert compiles(clone) == (True, 0)
+    assert "LLAMA_BUILD_COMMON OFF" in (clone / "built").read_text()
+    names = {path.name for path in (clone / ".venv" / "share" / "llama.cpp").iterdir()}
+    assert names == {
+        "BUILD",
+        "VERSION",
+        "LICENSE",
+        "conversion",
+        "gguf-py",
+        "convert_hf_to_gguf.py",
+        "convert_lora_to_gguf.py",
+    }
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_pip_installs_the_packages_where_uv_cannot(clone, uv):
+    if not uv:
+        (clone / "no_uv").touch()
+    assert compiles(clone) == (True, 0)
+    lines = (clone / "log").read_text().splitlines()
+    (torch,) = [number for number, line in enumerate(lines) if line.endswith("torch")]
+    with_uv = [number for number, line in enumerate(lines) if line.startswith("uv ")]
+    with_pip = [line for line in lines if line.startswith("-m pip install") and line.endswith("-e .[dev,postgres]")]
+    assert torch < min(with_uv) and len(with_uv) == 2  # uv would take another build of torch than pip's configuration
+    assert bool(with_pip) != uv

@@ -9,8 +9,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3.11}
 VENV=.venv
-# With -march=native, llama.cpp crashes on quantized models on processors with AMX. Image input (LLAVA) is not used and
-# takes a fifth of the time to compile.
+# With -march=native, llama.cpp crashes on quantized models on processors with AMX. Image input (LLAVA) is not used.
 export CMAKE_ARGS=${CMAKE_ARGS:--DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -33,37 +32,45 @@ fi
 pip() { $VENV/bin/python -m pip "$@"; }
 pinned() { sed -n "s/^$1==//p" constraints.txt; }
 
+llama=$(pinned llama_cpp_python)
+build="$llama $CMAKE_ARGS"
+compiling=
+if [ "$(cat $VENV/share/llama.cpp/BUILD 2>/dev/null)" != "$build" ]; then
+  say "llama.cpp (llama-cpp-python $llama) compiles in the background, about 3 minutes"
+  rm -f $VENV/share/llama.cpp/BUILD  # the build is complete only at the end of this script
+  source=$(mktemp -d)
+  trap 'kill $compiling 2>/dev/null || true; rm -rf "$source"' EXIT
+  pip download -q --no-deps --no-binary llama_cpp_python -d "$source" "llama_cpp_python==$llama"
+  tar -xzf "$source"/llama_cpp_python-*.tar.gz -C "$source"
+  # llama.cpp's library of its command-line programs takes a third of the time to compile, and the wheel does not contain it.
+  sed -i.bak 's/set(LLAMA_BUILD_COMMON ON/set(LLAMA_BUILD_COMMON OFF/' "$source"/llama_cpp_python-*/CMakeLists.txt
+  pip wheel -q --no-deps -w "$source/wheel" "$source"/llama_cpp_python-*/ &
+  compiling=$!
+fi
+
 say "torch $(pinned torch)"
 pip install -q -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 
-llama=$(pinned llama_cpp_python)
-build="$llama $CMAKE_ARGS"
-if [ "$(cat $VENV/share/llama.cpp/BUILD 2>/dev/null)" != "$build" ]; then
-  say "llama.cpp (llama-cpp-python $llama; compiling takes about 4 minutes)"
-  rm -f $VENV/share/llama.cpp/BUILD  # the build is complete only at the end of this block
-  # Without the cache: pip identifies a cached wheel by version alone, so it would install one with other CMAKE_ARGS.
-  pip uninstall -q -y llama_cpp_python 2>/dev/null
-  pip install -q -c constraints.txt --no-cache-dir --no-binary llama_cpp_python llama_cpp_python
-  # The source package contains llama.cpp's converter of exactly this version; the wheel does not.
-  source=$(mktemp -d)
-  trap 'rm -rf "$source"' EXIT
-  pip download -q --no-deps --no-binary llama_cpp_python -d "$source" "llama_cpp_python==$llama"
-  $VENV/bin/python - "$source" <<'PYTHON'
-import pathlib, sys, tarfile
-folder = pathlib.Path(sys.argv[1])
-with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-    parts = [(member, pathlib.PurePath(member.name).parts) for member in archive.getmembers()]
-    wanted = [m for m, p in parts if p[1:3] == ("vendor", "llama.cpp") and (
-        p[3:4] in [("conversion",), ("gguf-py",), ("LICENSE",)] or p[-1] in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"))]
-    archive.extractall(folder, members=wanted, filter="data")
-PYTHON
-  rm -rf $VENV/share/llama.cpp
-  mkdir -p $VENV/share
-  mv "$source"/llama_cpp_python-*/vendor/llama.cpp $VENV/share/llama.cpp
-  printf '%s\n' "$llama" > $VENV/share/llama.cpp/VERSION
-  printf '%s\n' "$build" > $VENV/share/llama.cpp/BUILD
-fi
-
+# uv installs the other packages in a tenth of pip's time, but it does not read pip's configuration.
+setting() { pip config get "global.$1" 2>/dev/null || true; }
+export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$(setting index-url)}}
+export SSL_CERT_FILE=${SSL_CERT_FILE:-${PIP_CERT:-$(setting cert)}}
+[ -n "$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX
+[ -n "$SSL_CERT_FILE" ] || unset SSL_CERT_FILE
+with_uv() { $VENV/bin/uv pip install -q --python $VENV/bin/python -c constraints.txt "$@"; }
 say "the project and its other dependencies"
-pip install -q -c constraints.txt -e '.[dev,postgres]'
+pip install -q -c constraints.txt uv || true
+if [ -n "$compiling" ]; then
+  printf 'llama-cpp-python; python_version < "3"\n' > "$source/not_yet"
+  with_uv --override "$source/not_yet" -e '.[dev,postgres]' || true  # the last step reports what is wrong
+  wait $compiling || fail "llama.cpp could not be compiled; the compiler's messages are above"
+  pip install -q --no-deps --force-reinstall "$source"/wheel/*.whl
+  # The source package contains llama.cpp's converter of exactly this version; the wheel does not.
+  rm -rf $VENV/share/llama.cpp
+  mkdir -p $VENV/share/llama.cpp
+  (cd "$source"/llama_cpp_python-*/vendor/llama.cpp && cp -R conversion gguf-py LICENSE convert_hf_to_gguf.py convert_lora_to_gguf.py "$OLDPWD/$VENV/share/llama.cpp/")
+  printf '%s\n' "$llama" > $VENV/share/llama.cpp/VERSION
+fi
+with_uv -e '.[dev,postgres]' || { say "uv failed; pip installs the packages"; pip install -q -c constraints.txt -e '.[dev,postgres]'; }
+printf '%s\n' "$build" > $VENV/share/llama.cpp/BUILD
 say "ready after $((SECONDS - started)) s"
