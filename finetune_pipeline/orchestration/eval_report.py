@@ -63,6 +63,8 @@ def _metadata(
         "points": ("gain (points)", verdict.points),
         "error_reduction": ("error reduction (%)", verdict.error_reduction),
     }[loop.gate.mode]
+    if gain is None:  # the champion's score, or the number of its errors, is 0
+        label, gain = "gain (points)", verdict.points
     table = metric_table(comparison)
     fractions = [(row.name, *row.cells[:2]) for row in table if row.unit == "%"]  # as many columns as the page has room
     metrics: dict[str, Any] = {}
@@ -73,7 +75,7 @@ def _metadata(
                 metrics[f"{row.name}, {side} ({row.unit})"] = number
     return {
         "verdict": "promote" if verdict.promote else "reject",
-        **({} if gain is None else {label: percent(gain)}),  # the champion's score or errors may be 0
+        label: percent(gain),
         **dict(list(metrics.items())[:2]),  # the gate's metric of both models
         "p-value": float(f"{comparison.significance.p_value:.2g}"),
         "regressed slices": len(comparison.regressed_slices),

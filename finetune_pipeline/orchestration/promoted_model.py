@@ -53,7 +53,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             "correct, champion": verdict.challenger_correct,
             "correct, previous champion": verdict.champion_correct,
             "correct, possible": verdict.total,
-            **({} if verdict.relative_gain is None else {"gain (%)": percent(verdict.relative_gain)}),
+            "gain (points)": percent(verdict.points),
             "model card": dg.MetadataValue.md(card[card.index("\n# ") :]),
             "reason": verdict.reason,
         }

@@ -192,9 +192,9 @@ KEY_METRICS = {
     "lora_adapter": "validation loss, validation loss before training, steps, duration (s), throughput (tokens/s), "
     "peak memory (GiB)",
     "gguf_model": "size (MB), quantization, form, mode, file, SHA-256",
-    "eval_report": "verdict, gain (%), ROUGE-1 recall, challenger (%), ROUGE-1 recall, champion (%), p-value, "
+    "eval_report": "verdict, gain (points), ROUGE-1 recall, challenger (%), ROUGE-1 recall, champion (%), p-value, "
     "regressed slices",
-    "promoted_model": "model, correct, champion, correct, previous champion, correct, possible, gain (%), model card",
+    "promoted_model": "model, correct, champion, correct, previous champion, correct, possible, gain (points), model card",
 }
 
 
