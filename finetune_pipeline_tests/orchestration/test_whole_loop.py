@@ -194,7 +194,8 @@ KEY_METRICS = {
     "gguf_model": "size (MB), quantization, form, mode, file, SHA-256",
     "eval_report": "verdict, gain (points), ROUGE-1 recall, challenger (%), ROUGE-1 recall, champion (%), p-value, "
     "regressed slices",
-    "promoted_model": "model, correct, champion, correct, previous champion, correct, possible, gain (points), model card",
+    "promoted_model": "model, correct, champion, correct, previous champion, correct, possible, gain (points), "
+    "model card",
 }
 
 
