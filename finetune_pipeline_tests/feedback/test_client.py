@@ -332,7 +332,7 @@ def test_a_locked_database_is_an_error_and_stores_nothing(tmp_path, monkeypatch,
 
 
 def test_an_unknown_loop_is_an_error_at_once():
-    with pytest.raises(SettingsError, match="declares: aec_parser"):
+    with pytest.raises(SettingsError, match=r"No loop is named 'nobody'\. .* are: aec_parser"):
         FeedbackClient("nobody")
 
 

@@ -9,79 +9,22 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import dagster as dg
 import pytest
-import yaml
 
-from finetune_pipeline.cli.dagster_home import dagster_yaml
 from finetune_pipeline.database import connect
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.training_jobs import find_training_job
-from finetune_pipeline.settings import PROJECT_ROOT, read_loop
+from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.conftest import dataset_rows
+from finetune_pipeline_tests.orchestration.whole_loop import Loop
 from finetune_pipeline_tests.waiting import wait_until
 
-EXAMPLE = PROJECT_ROOT / "examples" / "meeting_notes" / "defs.yaml"
-DEFINITIONS = """
-from pathlib import Path
-import dagster as dg
-from finetune_pipeline.definitions import EXECUTOR
-from finetune_pipeline.orchestration.component import FineTuneLoop
-from finetune_pipeline.settings import read_loop
-loop = read_loop(Path({yaml!r}))
-defs = dg.Definitions.merge(
-    FineTuneLoop(loop).build_defs(dg.ComponentTree.for_test().load_context), dg.Definitions(executor=EXECUTOR)
-)
-"""
 IMPOSSIBLE = {"gate": {"min_gain": 1.0, "mode": "points"}}
 KEEP = {"gate": {"min_gain": 1.0, "mode": "points", "on_reject": "keep_champion"}}
-
-
-class Loop:
-    """The example loop in its own home, run by `dagster asset materialize`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.home = folder / "home"
-        self.dagster = folder / "dagster"
-        self.dagster.mkdir()
-        (self.dagster / "dagster.yaml").write_text(dagster_yaml())
-        self.env = {**os.environ, "FINETUNE_HOME": str(self.home), "DAGSTER_HOME": str(self.dagster)}
-
-    def write(self, **changes):
-        document = yaml.safe_load(EXAMPLE.read_text())
-        attributes = document["attributes"]
-        attributes |= {"base_model": "data/starter_model", "ingest": {"folders": [str(EXAMPLE.parent / "logs")]}}
-        attributes["evaluation"]["benchmark"] = str(EXAMPLE.parent / "benchmark.jsonl")
-        attributes |= changes
-        (self.folder / "defs.yaml").write_text(yaml.safe_dump(document))
-        (self.folder / "loop.py").write_text(DEFINITIONS.format(yaml=str(self.folder / "defs.yaml")))
-        return read_loop(self.folder / "defs.yaml")
-
-    def start(self, select="*meeting_notes/promoted_model"):
-        command = [sys.executable, "-m", "dagster", "asset", "materialize", "--select", select, "-f"]
-        return subprocess.Popen(
-            [*command, str(self.folder / "loop.py")], env=self.env, cwd=PROJECT_ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    def run(self, select="*meeting_notes/promoted_model", **changes):
-        """Return the exit code and log of one run."""
-        self.write(**changes)
-        process = self.start(select)
-        log = process.communicate()[0]
-        return process.returncode, log
-
-    def stage(self, name):
-        return self.home / "artifacts" / "meeting_notes" / name
-
-    def complete(self, name):
-        return sorted(path.parent.name for path in self.stage(name).glob("[!.]*/manifest.json"))
 
 
 @pytest.fixture(scope="module")
@@ -278,43 +221,3 @@ def test_two_runs_at_once_deploy_at_most_once(loop):
         assert "nothing new to evaluate" in log or "another process is working on" in log
     assert len(list_deployments(connect(), "meeting_notes")) == before
     assert not list(loop.home.glob("artifacts/meeting_notes/*/.draft-*/manifest.json"))
-
-
-def test_a_missing_base_model_is_named(loop):
-    code, log = loop.run("*meeting_notes/lora_adapter", base_model="data/no_such_model")
-    assert code != 0
-    assert "data/no_such_model" in log
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("", "has no questions"), ('{"id": "a"}\n', "slice"), ("not json\n", "not JSON")],
-    ids=["empty", "fields missing", "no JSON"],
-)
-def test_an_invalid_benchmark_is_named(loop, tmp_path, text, said):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(text)
-    code, log = loop.run("*meeting_notes/curated_dataset", evaluation={"benchmark": str(bad), "metric": "rouge1"})
-    assert code != 0
-    assert str(bad) in log and said in log
-
-
-@pytest.mark.parametrize("megabytes", [3, 12], ids=["while training", "while merging"])
-def test_a_full_disk_is_reported_and_the_next_run_resumes(tmp_path, megabytes):
-    small = Loop(tmp_path)
-    small.home.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(small.home)]
-    refused = subprocess.run(mount, capture_output=True, text=True)
-    if refused.returncode:
-        pytest.skip(f"only root can mount a small file system here: {refused.stderr.strip()}")
-    training = {"num_train_epochs": 0.2, "learning_rate": 2e-3, "max_length": 256, "save_steps": 500}
-    try:
-        code, log = small.run("*meeting_notes/gguf_model", training=training)
-        assert code != 0
-        assert "the disk is full" in log and "ree some space" in log
-        assert small.complete("curated_dataset") and not small.complete("gguf_model")
-        subprocess.run(["mount", "-o", "remount,size=200m", str(small.home)], check=True)
-        code, log = small.run("*meeting_notes/gguf_model", training=training)
-        assert code == 0, log
-    finally:
-        subprocess.run(["umount", "-l", str(small.home)], check=True)
