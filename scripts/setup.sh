@@ -36,13 +36,13 @@ llama=$(pinned llama_cpp_python)
 build="$llama $CMAKE_ARGS"
 compiling=
 if [ "$(cat $VENV/share/llama.cpp/BUILD 2>/dev/null)" != "$build" ]; then
-  say "llama.cpp (llama-cpp-python $llama) compiles in the background, about 3 minutes"
+  say "llama.cpp (llama-cpp-python $llama) compiles in the background, which takes some minutes"
   rm -f $VENV/share/llama.cpp/BUILD  # the build is complete only at the end of this script
   source=$(mktemp -d)
   trap 'kill $compiling 2>/dev/null || true; rm -rf "$source"' EXIT
   pip download -q --no-deps --no-binary llama_cpp_python -d "$source" "llama_cpp_python==$llama"
   tar -xzf "$source"/llama_cpp_python-*.tar.gz -C "$source"
-  # llama.cpp's library of its command-line programs takes a third of the time to compile, and the wheel does not contain it.
+  # The library of llama.cpp's command-line programs takes long to compile, and the wheel does not contain it.
   sed -i.bak 's/set(LLAMA_BUILD_COMMON ON/set(LLAMA_BUILD_COMMON OFF/' "$source"/llama_cpp_python-*/CMakeLists.txt
   pip wheel -q --no-deps -w "$source/wheel" "$source"/llama_cpp_python-*/ &
   compiling=$!
@@ -51,7 +51,7 @@ fi
 say "torch $(pinned torch)"
 pip install -q -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 
-# uv installs the other packages in a tenth of pip's time, but it does not read pip's configuration.
+# uv installs the other packages faster than pip, but does not read pip's configuration.
 setting() { pip config get "global.$1" 2>/dev/null || true; }
 export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$(setting index-url)}}
 export SSL_CERT_FILE=${SSL_CERT_FILE:-${PIP_CERT:-$(setting cert)}}
