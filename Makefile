@@ -1,10 +1,12 @@
+# make setup   create .venv with everything that is needed; the other commands do so too
+# make doctor  what this machine can run, with remedies
 # make demo    set up, run the complete loop on the sample logs, show the result
 # make test    set up, run the tests
 # make ui      Dagster's UI for this project
 # make serve   the gateway: an OpenAI-compatible API for the promoted models
 # make check   formatter, linter, types, definitions, tests: what CI runs, without the slow tests
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all ui serve check lint format bench doctor clean
+.PHONY: help setup demo test test-all test-servers ui serve check lint format bench doctor clean
 
 export FINETUNE_HOME ?= $(CURDIR)/data/state
 export DAGSTER_HOME ?= $(FINETUNE_HOME)/dagster
@@ -26,10 +28,13 @@ demo: $(READY)
 	@$(BIN)/finetune demo
 
 test: $(READY)
-	@$(BIN)/pytest -n auto --dist loadfile -m "not slow"
+	@$(BIN)/pytest -n auto --dist loadfile -m "not slow and not servers"
 
 test-all: $(READY)
-	@$(BIN)/pytest -n auto --dist loadfile
+	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not servers" --durations=25
+
+test-servers: $(READY)
+	@$(BIN)/pytest -m servers
 
 ui: $(READY)
 	@$(BIN)/finetune ui

@@ -1,15 +1,19 @@
-"""Run benchmarks: `python -m benchmarks [NAME ...]`; without a name, all except methods and setup.
+"""Run benchmarks: `python -m benchmarks [NAME ...]`; without a name, all but the slowest.
 
 adapter_swap    time to swap the adapter over the same base, idle and with 8 clients
+burn_in         the gate on unchanged retrains of the default loop: how often it would promote (about 20 minutes)
 code            2,000 Python files read as a source, without a teacher: time and memory
+constrained     tokens per second with and without the default loop's schema: the starter model, SmolLM2 (3 minutes)
 curation        500 to 1,000,000 log rows to a dataset; near-duplicate removal and other libraries (about 10 minutes)
 definitions     time to resolve all definitions, and the heavy packages that this imports
 engine_threads  libgomp's default, its PASSIVE and the engine's own way to wait, idle and next to busy loops (3 minutes)
 gateway         overhead per request, tokens per second by clients, hot swaps under load, rollback
+gateway_peers   the gateway's overhead compared with an earlier commit, and with litellm's proxy (about 10 minutes)
 llama_server    tokens per second, 8 clients and adapter swaps compared with llama-server (needs xllamacpp)
 loop            the complete loop on the sample logs for three seeds: time, memory of each process, accuracy by wording
 methods         SFT, DPO and KTO on the sample logs, and with few desirable completions (about half an hour)
 memory          estimated and measured peak memory of training on a CPU
+parallel_decoding  parallel decoding compared with llama-cpp-python one at a time, and llama-server (10 minutes)
 setup           a new clone set up with an empty and with a filled package cache (about 10 minutes)
 store           recording events, and other libraries; a million interactions (about 3 minutes)
 training        tokens per second and validation loss in bfloat16 and float32, compared with plain TRL
@@ -22,15 +26,19 @@ import sys
 
 from benchmarks import (
     adapter_swap,
+    burn_in,
     code,
+    constrained,
     curation,
     definitions,
     engine_threads,
     gateway,
+    gateway_peers,
     llama_server,
     loop,
     memory,
     methods,
+    parallel_decoding,
     setup,
     store,
     training,
@@ -38,11 +46,11 @@ from benchmarks import (
 )
 
 MODULES = (
-    adapter_swap, code, curation, definitions, engine_threads, gateway, llama_server, loop, memory, methods, setup,
-    store, training, vault,
+    adapter_swap, burn_in, code, constrained, curation, definitions, engine_threads, gateway, gateway_peers,
+    llama_server, loop, memory, methods, parallel_decoding, setup, store, training, vault,
 )  # fmt: skip
 BENCHMARKS = {module.__name__.removeprefix("benchmarks."): module.main for module in MODULES}
-SLOW = {"methods", "setup"}
+SLOW = {"burn_in", "gateway_peers", "methods", "parallel_decoding", "setup"}
 
 
 def main() -> None:

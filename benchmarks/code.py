@@ -57,7 +57,7 @@ def measure(repository: str) -> dict[str, Any]:
     loop, database = load_loop("aec_parser"), connect()
     for _ in range(2):
         started = time.perf_counter()
-        sync_source(loop, source, database, reader_for(source))
+        sync_source(loop, source, database, reader_for(source, loop.curation.redaction))
         seconds.append(time.perf_counter() - started)
     records = sum(isinstance(one, SourceRecord) for one in found)
     return {

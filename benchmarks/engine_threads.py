@@ -37,7 +37,7 @@ def main() -> None:
     """Time all policies in turns; exit with an error if the engine's own misses a goal."""
     rows, results, missed = [], {}, []
     with tempfile.TemporaryDirectory(prefix="finetune-threads-") as folder:
-        for name, gguf in _models(Path(folder)).items():
+        for name, gguf in models(Path(folder)).items():
             speeds = {"idle": _speeds(gguf, 0), "busy": _speeds(gguf, BUSY_LOOPS)}
             for state, by_policy in speeds.items():
                 median = {policy: statistics.median(found) for policy, found in by_policy.items()}
@@ -53,7 +53,8 @@ def main() -> None:
     end(missed)
 
 
-def _models(folder: Path) -> dict[str, Path]:
+def models(folder: Path) -> dict[str, Path]:
+    """Return the GGUF files of the starter model and, if it is installed, of SmolLM2."""
     starter = folder / "starter.gguf"
     convert(STARTER, folder / "f16.gguf")
     quantize(folder / "f16.gguf", starter, "Q4_K_M")

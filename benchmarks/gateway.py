@@ -44,9 +44,9 @@ def main() -> None:
         versions = _versions()
         engine = {parallel: _engine_tokens_per_second(parallel) for parallel in (1, CLIENTS)}
         with _gateway() as url:
-            _load(url, 40, CLIENTS)  # warm-up
-            one = _load(url, REQUESTS // 4, 1)
-            eight = _load(url, REQUESTS, CLIENTS)
+            load(url, 40, CLIENTS)  # warm-up
+            one = load(url, REQUESTS // 4, 1)
+            eight = load(url, REQUESTS, CLIENTS)
             swaps = _swaps(url, versions)
             rollbacks = [_rollback(url) for _ in range(ROLLBACKS)]
     _publish(one, eight, engine, swaps, rollbacks)
@@ -106,18 +106,23 @@ def _versions() -> list[str]:
     return names
 
 
-@contextmanager
-def _gateway() -> Iterator[str]:
+def free_port() -> int:
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _gateway() -> Iterator[str]:
+    port = free_port()
     command = [sys.executable, "-m", "finetune_pipeline.cli.main", "serve", "--port", str(port)]
     log = Path(os.environ["FINETUNE_HOME"]) / "gateway.log"
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}"
-        _until(lambda: _serving(url) is not None, 120)
+        wait_for(lambda: serving_model(url) is not None, 120)
         yield url
     finally:
         process.terminate()
@@ -129,15 +134,17 @@ class Load:
 
     def __init__(self) -> None:
         self.overhead_ms: list[float] = []
+        self.latency_ms: list[float] = []
         self.tokens = 0
         self.requests = 0
         self.failed = 0
         self.tokens_per_second = 0.0
         self._lock = threading.Lock()
 
-    def send(self, client: http.client.HTTPConnection, prompt: str) -> None:
+    def send(self, client: http.client.HTTPConnection, prompt: str, model: str = LOOP) -> None:
         """Send one request, with a client that takes little CPU time from the gateway."""
-        body = json.dumps({"model": LOOP, "messages": [{"role": "user", "content": prompt}]})
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]})
+        started = time.perf_counter()
         try:
             client.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
             response = client.getresponse()
@@ -150,10 +157,12 @@ class Load:
                 self.requests += 1
                 self.failed += 1
             return
-        timing = _TIMING.search(response.headers["server-timing"])
+        seconds = time.perf_counter() - started
+        timing = _TIMING.search(response.headers.get("server-timing", ""))
         with self._lock:
             self.requests += 1
             self.tokens += tokens
+            self.latency_ms.append(1000 * seconds)
             self.overhead_ms.append(float(timing[1]) if timing else float("nan"))
 
 
@@ -161,13 +170,14 @@ def _client(url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
 
 
-def _load(url: str, requests: int, clients: int) -> Load:
+def load(url: str, requests: int, clients: int, model: str = LOOP) -> Load:
+    """Send different prompts from several clients at once, and return what they got."""
     load, prompts = Load(), _prompts(requests)
 
     def work(own: Sequence[str]) -> None:
         client = _client(url)
         for prompt in own:
-            load.send(client, prompt)
+            load.send(client, prompt, model)
         client.close()
 
     started = time.perf_counter()
@@ -181,13 +191,18 @@ def _engine_tokens_per_second(parallel: int) -> float:
     from finetune_pipeline.export.base_gguf import base_gguf
     from finetune_pipeline.inference.engine import Engine
     from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+    from finetune_pipeline.pipeline.loop_files import constraint
     from finetune_pipeline.records import chat_messages
     from finetune_pipeline.settings import load_loop
 
     loop = load_loop(LOOP)
     gguf = base_gguf(loop, lambda _: None)
     requests = [
-        GenerateRequest(messages=chat_messages(loop.system_prompt, prompt), max_tokens=loop.max_tokens)
+        GenerateRequest(
+            messages=chat_messages(loop.system_prompt, prompt),
+            max_tokens=loop.max_tokens,
+            json_schema=constraint(loop),  # as the gateway does
+        )
         for prompt in _prompts(REQUESTS // (1 if parallel > 1 else 4))
     ]
     with Engine(ModelSpec(gguf=gguf, context=loop.context, parallel=parallel)) as engine:
@@ -216,7 +231,7 @@ def _swaps(url: str, versions: Sequence[str]) -> dict[str, Any]:
             version = versions[number % len(versions)]
             started = time.perf_counter()
             switch(connect(), LOOP, version, "benchmark", "benchmark")
-            _until(partial(_serves, url, version), 60)
+            wait_for(partial(_serves, url, version), 60)
             seconds.append(time.perf_counter() - started)
         stop.set()
     return {"swaps": SWAPS, "requests": load.requests, "failed": load.failed, "seconds": seconds}
@@ -228,7 +243,7 @@ def _rollback(url: str) -> float:
 
     started = time.perf_counter()
     model = rollback(connect(), LOOP, "benchmark", "benchmark")
-    _until(lambda: _serving(url) == (model.name if model else f"{LOOP}@base"), 60)
+    wait_for(lambda: serving_model(url) == (model.name if model else f"{LOOP}@base"), 60)
     return time.perf_counter() - started
 
 
@@ -238,18 +253,20 @@ def _prompts(count: int) -> list[str]:
 
 
 def _serves(url: str, version: str) -> bool:
-    return _serving(url) == f"{LOOP}@{version}"
+    return serving_model(url) == f"{LOOP}@{version}"
 
 
-def _serving(url: str) -> str | None:
+def serving_model(url: str, loop: str = LOOP) -> str | None:
+    """Return the model that a gateway serves; None if it does not answer yet."""
     try:
-        found: str | None = httpx.get(f"{url}/healthz").json()["loops"][LOOP]["serving"]
+        found: str | None = httpx.get(f"{url}/healthz").json()["loops"][loop]["serving"]
     except httpx.HTTPError:
         return None
     return found
 
 
-def _until(condition: Callable[[], bool], seconds: float) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until a condition is met, and exit if it is not met in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -7,7 +7,6 @@ llama.cpp; XLLAMACPP_PYTHON names its Python (python -m venv DIR; DIR/bin/pip in
 import json
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.gateway import free_port
 from benchmarks.results import publish
 from finetune_pipeline.export.gguf import convert, convert_adapter, quantize
 from finetune_pipeline.inference.engine import Engine
@@ -155,9 +155,7 @@ def _engine(gguf: Path, adapter: Path) -> Engine:
 
 @contextmanager
 def _llama_server(python: str, gguf: Path, adapters: list[Path], threads: int) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     given = {"gguf": str(gguf), "context": 512 * CLIENTS, "parallel": CLIENTS, "threads": threads, "port": port}
     given["adapters"] = [[str(path), float(number == 0)] for number, path in enumerate(adapters)]
     command = [python, "-c", _SERVER, json.dumps(given)]
@@ -165,7 +163,7 @@ def _llama_server(python: str, gguf: Path, adapters: list[Path], threads: int) -
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + START_SECONDS
-        while not _is_up(url):
+        while not is_up(url):
             if process.poll() is not None or time.monotonic() > end:
                 sys.exit(f"llama-server did not start within {START_SECONDS} s (exit status {process.poll()})")
             time.sleep(0.1)
@@ -175,7 +173,8 @@ def _llama_server(python: str, gguf: Path, adapters: list[Path], threads: int) -
         process.wait()
 
 
-def _is_up(url: str) -> bool:
+def is_up(url: str) -> bool:
+    """Return whether a llama-server answers at this URL and has loaded its model."""
     try:
         return httpx.get(f"{url}/health").status_code == 200
     except httpx.TransportError:

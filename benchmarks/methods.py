@@ -12,10 +12,9 @@ from typing import Any
 from benchmarks.results import publish
 from finetune_pipeline.curation.dataset import curate
 from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETION, UNPAIRED_PREFERENCE
-from finetune_pipeline.curation.snapshot import COLUMNS, Shard, Snapshot, example_of, schema
+from finetune_pipeline.curation.snapshot import COLUMNS, Shard, Snapshot, example_of, row_of, schema
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.run import answer_benchmark
-from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.model import F16, export
 from finetune_pipeline.inference.protocol import ModelSpec
@@ -66,7 +65,9 @@ def main() -> None:
     """Train and measure every case."""
     loop = read_loop(LOOP)
     folder = home() / "benchmarks" / "methods"
-    held = {name: _write(loop, folder / f"data-{name}", corrections) for name, corrections in CORRECTIONS.items()}
+    held = {
+        name: write_dataset(loop, folder / f"data-{name}", corrections) for name, corrections in CORRECTIONS.items()
+    }
     base = _measure(loop, export(resolve_base_model(loop.base_model), None, folder / "base", F16).f16)
     cases = [_run(loop, case, folder) for case in CASES]
     rows = [["", "the base model", "", "", "", *_cells(base)], *(_row(case) for case in cases)]
@@ -84,7 +85,7 @@ def main() -> None:
     publish("methods", headings, rows, {"data": held, "base": base, "cases": cases})
 
 
-def _write(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[str, int]:
+def write_dataset(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[str, int]:
     """Build the dataset of the sample logs; with `corrections`, of that many of them and of all undesirable answers."""
     import numpy as np
     import pyarrow as pa
@@ -99,11 +100,11 @@ def _write(loop: LoopSettings, folder: Path, corrections: int | None) -> dict[st
     if corrections is not None:
         examples = _few(examples, corrections)
     shard = folder.with_suffix(".parquet")
-    pq.write_table(pa.Table.from_pylist([example.model_dump(mode="json") for example in examples], schema()), shard)
+    pq.write_table(pa.Table.from_pylist([row_of(example) for example in examples], schema()), shard)
     summary = curate(
         folder,
         [shard],
-        loop_files.replay(loop),
+        loop_files.replay(loop).examples,
         loop_files.policy(loop),
         loop_files.identity,
         system_prompt=loop.system_prompt,
@@ -151,12 +152,12 @@ def _metrics(result: TrainingResult) -> dict[str, Any]:
 def _measure(loop: LoopSettings, gguf: Path) -> dict[str, float]:
     """Return the fractions of correct parameters by wording, and of valid answers."""
     benchmark, evaluation = loop_files.benchmark(loop), loop.evaluation
-    scorer = Scorer(evaluation.metric, loop_files.output_schema(loop), loop_files.rules(loop))
+    scorer = loop_files.scorer(loop)
     spec = ModelSpec(gguf=gguf, context=evaluation.context, parallel=evaluation.parallel)
+    # Without constrained decoding, so that the methods can be compared by how many answers are valid.
     answers = answer_benchmark(spec, benchmark, evaluation, loop.system_prompt, loop.name).answers
     scores = [
-        scorer.score(question.expected, answer.text)
-        for question, answer in zip(benchmark.questions, answers, strict=True)
+        scorer.score(question, answer.text) for question, answer in zip(benchmark.questions, answers, strict=True)
     ]
     fractions = {}
     for wording in ("all", "firm", "plain"):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune_pipeline.records import Turn
+from finetune_pipeline.wording import kind_of
 
 
 def alpaca_row(prompt: str, history: Sequence[Turn], answer: str, system_prompt: str) -> dict[str, Any]:
@@ -28,11 +29,13 @@ def alpaca_prompt(instruction: Any, input: Any, system: Any = None) -> str:
     If the row repeats its instruction in `system`, the input alone is the prompt.
 
     Raises:
-        ValueError: one of them is not a string.
+        ValueError: one of them is not a text.
     """
+    given = {"instruction": instruction, "input": input, "system": system}
+    for name, value in given.items():
+        if not isinstance(value, str) and (value is not None or name == "instruction"):
+            raise ValueError(f"{name}: found {kind_of(value)}, expected a text")
     parts = ("" if input and instruction == system else instruction, input or "")
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError("instruction and input: expected two strings")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -41,7 +44,7 @@ def history_messages(history: Any) -> Any:
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         return history
     sides = [side for pair in history for side in zip(("user", "assistant"), pair, strict=True)]
-    return [{"role": role, "content": text} for role, text in sides if text]
+    return [{"role": role, "content": text} for role, text in sides if text not in (None, "")]
 
 
 def _pairs(history: Sequence[Turn]) -> list[list[str]]:

@@ -99,6 +99,21 @@ class AdapterManifest(Manifest):
     watermark: int
 
 
+class ParityRecord(Record):
+    """The exported model compared with the base and its unmerged adapter, in transformers, on the same prompts."""
+
+    prompts: int
+    same: int = Field(description="Equal answers.")
+    score: float = Field(description="Mean score of the exported model, 0 to 1.")
+    reference_score: float = Field(description="Mean score of the base with its unmerged adapter.")
+    deviation: float = Field(description="Standard deviation of the differences between the scores of single prompts.")
+    margin: float = Field(description="export.equivalence_margin at that time.")
+    p_value: float = Field(description="Of the two one-sided paired t-tests.")
+    interval_low: float = Field(description="90% confidence interval of score - reference_score.")
+    interval_high: float
+    equivalent: bool
+
+
 class GgufManifest(Manifest):
     """An exported model: one GGUF, or an adapter for the base's GGUF, whose version is in `inputs`."""
 
@@ -113,6 +128,7 @@ class GgufManifest(Manifest):
     adapter_version: str
     mode: Literal["full", "incremental"]
     datasets: dict[str, str] = Field(default={}, description="Datasets of the adapter; see AdapterManifest.")
+    parity: ParityRecord | None = Field(default=None, description="None if the model does not run.")
     watermark: int
 
 
@@ -135,9 +151,14 @@ class ReportManifest(Manifest):
     champion_id: str | None = Field(description="Registry id of the champion; None is the base model.")
     champion_sha256: str = Field(description="As challenger_sha256.")
     benchmark_sha256: str
-    promote: bool
+    decision: Literal["promote", "reject", "inconclusive"]
     reason: str
     watermark: int
+
+    @property
+    def promote(self) -> bool:
+        """Whether the challenger may become champion."""
+        return self.decision == "promote"
 
 
 class PromotionManifest(Manifest):

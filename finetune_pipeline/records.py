@@ -1,13 +1,16 @@
 """Records shared by all packages: interactions, feedback, and the examples made from them."""
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import from_json
 
 from finetune_pipeline.validation_messages import short_repr
 
@@ -29,6 +32,8 @@ Message = dict[str, str]
 
 FeedbackKind = Literal["success", "correction", "validation_failure", "thumbs_up", "thumbs_down", "rating", "reward"]
 ReviewKind = Literal["approve", "edit", "reject"]
+ASK = "ask"
+"""The variant of interactions that `finetune ask` records."""
 PERSON_KINDS = frozenset({"correction", "thumbs_up", "thumbs_down", "rating"})
 
 
@@ -49,8 +54,8 @@ def _in_utc(moment: datetime) -> datetime:
 
 
 CLOCK_SKEW = timedelta(minutes=10)
-"""How far ahead of this machine's clock an event may be. Later feedback outranks earlier feedback, so feedback from the
-future would outrank everything given until then."""
+"""How far ahead of this machine's clock an event may be. A user's later feedback replaces earlier feedback, so
+feedback from the future would outrank everything that the user says until then."""
 
 
 def is_in_future(moment: datetime) -> bool:
@@ -84,6 +89,26 @@ UtcDatetime = Annotated[datetime, AfterValidator(_in_utc)]
 PastUtcDatetime = Annotated[UtcDatetime, AfterValidator(not_in_future)]
 
 
+MAX_METADATA_BYTES = 4_096
+"""The most bytes of an event's metadata, as JSON in UTF-8."""
+
+
+def _bounded(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        text = _storable(json.dumps(metadata, ensure_ascii=False, allow_nan=False))
+    except RecursionError:
+        raise ValueError("is nested too deeply; flatten it") from None
+    if "\\u0000" in text:
+        raise ValueError("contains a NUL character, which cannot be stored; remove it")
+    size = len(text.encode())
+    if size > MAX_METADATA_BYTES:
+        raise ValueError(f"has {size:,} bytes as JSON, at most {MAX_METADATA_BYTES:,} are kept; leave something out")
+    return metadata
+
+
+EventMetadata = Annotated[dict[str, JsonValue], AfterValidator(_bounded)]
+
+
 class Record(BaseModel):
     """Base class of all records: frozen, without unknown keys or NaN."""
 
@@ -106,7 +131,9 @@ class Interaction(Record):
     created_at: UtcDatetime
     prompt: Text = Field(min_length=1, description="What the user asked, without the loop's system prompt.")
     history: tuple[Turn, ...] = Field(
-        default=(), description="Messages before the prompt; a system message replaces the loop's system prompt."
+        default=(),
+        description="Messages before the prompt; a system message replaces the loop's system prompt.",
+        fail_fast=True,
     )
     output: Text = Field(description="The model's answer.")
     model: ShortText | None = Field(default=None, description="The model that answered: loop@version.")
@@ -137,6 +164,9 @@ class Interaction(Record):
         lt=2**63,
         description="Sampling seed; null at temperature 0, or if unknown.",
     )
+    metadata: EventMetadata | None = Field(
+        default=None, description="Further facts of the application, as a JSON object; kept, and never trained on."
+    )
 
 
 class Feedback(Record):
@@ -160,6 +190,9 @@ class Feedback(Record):
         description="text_hash of the answer it is about; default: the logged output.",
     )
     user: ShortText | None = None
+    metadata: EventMetadata | None = Field(
+        default=None, description="Further facts of the application, as a JSON object; kept, and never trained on."
+    )
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> "Feedback":
@@ -199,10 +232,11 @@ def validate_application_event(event: Interaction | Feedback) -> Interaction | F
 class Example(Record):
     """One training row: the prompt of an interaction and the target answer after all its feedback."""
 
-    INTERACTION_FIELDS: ClassVar = frozenset({"prompt", "history", "output", "source", "provenance"})
+    INTERACTION_FIELDS: ClassVar = frozenset({"created_at", "prompt", "history", "output", "source", "provenance"})
 
     interaction_id: UUID
     ingest_offset: int = Field(ge=0, description="Ingest offset of the newest event that it depends on.")
+    created_at: UtcDatetime = Field(description="As of the interaction. By it, examples are older or newer.")
     prompt: str
     history: tuple[Turn, ...] = ()
     output: str = Field(description="The model's answer; it is the target unless somebody corrected it.")
@@ -211,6 +245,7 @@ class Example(Record):
     confidence: float | None = Field(default=None, ge=0, le=1)
     confirmed: bool = Field(description="A person confirmed the target.")
     corrected: bool = Field(description="A person wrote the target.")
+    implicit: bool = Field(default=False, description="It exists only because nobody objected to the answer in time.")
     source: str | None = Field(default=None, description="As of the interaction.")
     provenance: str | None = Field(default=None, description="As of the interaction.")
     review: ReviewKind | None = Field(default=None, description="The reviewer's decision; null without one.")
@@ -221,6 +256,13 @@ class Example(Record):
         copied = {name: getattr(interaction, name) for name in cls.INTERACTION_FIELDS}
         return cls(interaction_id=interaction.id, **copied, **fields)
 
+    def qualifies(self, min_reward: float) -> bool:
+        """Return whether it may train: by its reward, a correction, or a reviewer's approval.
+
+        `feedback.store.qualifies` is the same as a condition of SQL.
+        """
+        return self.review != "reject" and (self.corrected or self.review is not None or self.reward >= min_reward)
+
 
 def normalize(text: str) -> str:
     """Return a text in the form in which prompts are compared: NFKC, case-folded, white space collapsed."""
@@ -230,6 +272,26 @@ def normalize(text: str) -> str:
 def text_hash(text: str) -> str:
     """Return the SHA-256 (hex) of the normalized text."""
     return hashlib.sha256(normalize(text).encode()).hexdigest()
+
+
+_JSON = json.JSONEncoder(sort_keys=True)
+
+
+def canonical_answer(answer: str) -> str:
+    """Return an answer in the form in which answers are compared: stripped, and JSON in one notation.
+
+    The same JSON with other white space, another order of keys or other escapes has the same form.
+    """
+    text = answer.strip()
+    if text[:1] in {"{", "["}:
+        with suppress(ValueError, RecursionError):
+            return _JSON.encode(from_json(text))
+    return text
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Return whether two answers are the same text, but for white space around it, or the same JSON."""
+    return one.strip() == other.strip() or canonical_answer(one) == canonical_answer(other)
 
 
 def conversation_text(prompt: str, history: Sequence[Turn]) -> str:

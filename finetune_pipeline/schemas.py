@@ -105,7 +105,7 @@ def _checked(schema: Schema, where: str) -> None:
 
 def _read_json(path: Path, setting: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_members)
     except FileNotFoundError:
         raise SchemaError(f"{path} does not exist; create it, or change {setting} in the loop's defs.yaml") from None
     except OSError as error:
@@ -116,18 +116,49 @@ def _read_json(path: Path, setting: str) -> Any:
         raise SchemaError(f"{path} is not JSON: {error}; correct it, then run again") from error
 
 
-def parse_json(text: str, constant: Callable[[str], Any] | None = None) -> Any:
+Members = Callable[[list[tuple[str, Any]]], Any]
+"""A function that makes an object of the names and values of its members, see `json.loads`."""
+
+
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the members of a JSON object, for the `object_pairs_hook` of files that people write.
+
+    Without it, the last of two equal names silently replaces the others.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is twice in one object, and the last would replace the first; remove one")
+    return members
+
+
+def parse_json(
+    text: str,
+    constant: Callable[[str], Any] | None = None,
+    members: Members | None = None,
+) -> Any:
     """Parse an answer as strict JSON: no code fences, NaN, infinity or lone surrogates; at most 100 levels deep.
 
     Args:
         text: the answer.
         constant: parses NaN and infinity; without it they are errors.
+        members: makes an object of its members; without it, the last of two equal names counts.
 
     Raises:
         InvalidJsonError: the text is not JSON; the message says where.
     """
     try:
-        value = json.loads(text, parse_constant=constant or _finite, parse_float=_finite, parse_int=_integer)
+        value = json.loads(
+            text,
+            parse_constant=constant or _finite,
+            parse_float=_finite,
+            parse_int=_integer,
+            object_pairs_hook=members,
+        )
     except (ValueError, RecursionError) as error:
         raise InvalidJsonError(f"not JSON: {error}") from error
     if _deeper_than(value, _MAX_DEPTH):

@@ -7,6 +7,8 @@ this module. Unknown keys are errors.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from zoneinfo import available_timezones
@@ -27,7 +29,7 @@ from pydantic import (
 from finetune_pipeline.records import Rating, RatingKey
 from finetune_pipeline.trainer_fields import check_lora_config, check_losses, check_member, check_trainer_config
 from finetune_pipeline.validation_messages import error_messages, nearest, sentence_error
-from finetune_pipeline.yaml_files import YamlError, load_yaml
+from finetune_pipeline.yaml_files import YamlError, line_of, load_yaml
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFS_FOLDER = Path(__file__).resolve().parent / "defs"
@@ -35,11 +37,26 @@ COMPONENT_TYPE = "finetune_pipeline.orchestration.FineTuneLoop"
 
 _ENV = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 _NAME = r"^[a-z][a-z0-9_]*$"
+_OWNER = r"^(team:[A-Za-z0-9_.-]+|[^@\s:]+@[^@\s:]+\.[^@\s:]+)$"
 _ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$"
 
 
 class SettingsError(ValueError):
     """A loop's YAML, or an environment variable that it names, is invalid; the message says what to change."""
+
+
+class InvalidSettings(SettingsError):
+    """Settings in a loop's YAML are invalid.
+
+    Attributes:
+        problems: what is wrong with each, with its line.
+        valid: the loop with the defaults of these settings, so that the others can be checked; None if there is none.
+    """
+
+    def __init__(self, path: Path, problems: list[str], valid: "LoopSettings | None") -> None:
+        super().__init__("\n".join([f"{path}: invalid settings:", *(f"  {problem}" for problem in problems)]))
+        self.problems = problems
+        self.valid = valid
 
 
 def home() -> Path:
@@ -142,11 +159,19 @@ class SourceSettings(QuotaSettings):
     reward: float = Field(default=0.8, ge=-1, le=1, description="Reward of answers whose row has none.")
 
 
+class ChunkedSettings(SourceSettings):
+    """Settings of every source that is read from its beginning in each sync."""
+
+    max_chunks: int | None = Field(
+        default=None, ge=1, description="Largest number of records; what follows in the source is not read."
+    )
+
+
 FileFormat = Literal["auto", "alpaca", "prompt_completion", "sharegpt", "messages"]
 """Format of the rows of a file; auto detects it from the fields of each row."""
 
 
-class FilesSource(SourceSettings):
+class FilesSource(ChunkedSettings):
     """JSONL, JSON, CSV or Parquet files of conversations."""
 
     kind: Literal["files"]
@@ -155,7 +180,49 @@ class FilesSource(SourceSettings):
     max_line_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer rows are skipped.")
 
 
-class VaultSource(SourceSettings):
+class TeacherSettings(Settings):
+    """A model behind an OpenAI-compatible endpoint that writes prompts or artifacts."""
+
+    url: str = Field(pattern="^https?://", description="Base URL, which usually ends in /v1.")
+    model: str = Field(min_length=1, description="Name of the model at the endpoint.")
+    api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
+    max_tokens: int = Field(default=200_000, ge=1, description="Budget of one sync, in prompt and completion tokens.")
+    timeout_seconds: float = Field(default=60, gt=0, description="Timeout of a request.")
+    attempts: int = Field(default=4, ge=1, description="Attempts per request.")
+    parallel: int = Field(default=4, ge=1, le=64, description="Number of concurrent requests.")
+
+
+_Text = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+]
+"""A text that YAML reads as a number or boolean if it has no quotes."""
+
+_PLACEHOLDERS = frozenset({"topic", "day", "kind"})
+
+
+def _prompt_template(text: str) -> str:
+    without_parts = re.sub(r"\[[^\[\]]*\]", "", text)
+    if "[" in without_parts or "]" in without_parts:
+        raise sentence_error(f"{text!r} has a bracket without its other half, or brackets within brackets")
+    names = re.findall(r"\{(.*?)\}", text)
+    if unknown := sorted(set(names) - _PLACEHOLDERS):
+        raise sentence_error(f"{text!r} has {{{unknown[0]}}}; expected {{topic}}, {{day}} or {{kind}}")
+    if "topic" not in names:
+        raise sentence_error(f"{text!r} has no {{topic}}, so every note would get the same prompt; add it")
+    return text
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise sentence_error(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+class VaultSource(ChunkedSettings):
     """An Obsidian vault: a folder of Markdown notes."""
 
     kind: Literal["vault"]
@@ -178,6 +245,30 @@ class VaultSource(SourceSettings):
         },
         description="Name of a heading -> kind. Selects the sections under such a heading, also in daily notes.",
     )
+    properties: dict[str, dict[_Text, str]] = Field(
+        default={},
+        description="Property of the frontmatter -> value -> kind of the notes with that value, such as `status: "
+        "{decided: decision}`. The value `*` stands for any.",
+    )
+    patterns: dict[Annotated[str, AfterValidator(_pattern)], str] = Field(
+        default={},
+        description="Regular expression -> kind of the sections whose text it matches, if no tag, property or heading "
+        "selects them; case does not matter. `in hindsight|looking back: reflection` finds such sections.",
+    )
+    teacher: TeacherSettings | None = Field(
+        default=None,
+        description="Names the kind of the sections that nothing else selects. It gets their redacted text.",
+    )
+    prompts: dict[str, Annotated[str, AfterValidator(_prompt_template)]] = Field(
+        default={},
+        description="Kind -> prompt, such as `What did I decide[ about {topic}][ on {day}]?`. A part in brackets is "
+        "left out if its placeholder is empty: daily notes have no topic, and other notes no day.",
+    )
+    max_answer_chars: int = Field(
+        default=8_000,
+        ge=100,
+        description="Longer answers are split into several records: at headings, else paragraphs, lines or sentences.",
+    )
     whole_daily_notes: bool = Field(
         default=False, description="Select complete daily notes as reflections, even without a tag or heading."
     )
@@ -187,20 +278,24 @@ class VaultSource(SourceSettings):
     )
     max_note_bytes: int = Field(default=1_000_000, ge=1_000, description="Longer notes are skipped.")
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds that the settings name, each once."""
+        of_properties = [kind for values in self.properties.values() for kind in values.values()]
+        named = [*self.tags.values(), *self.headings.values(), *of_properties, *self.patterns.values()]
+        return tuple(dict.fromkeys([*named, *(["reflection"] if self.whole_daily_notes else [])]))
 
-class TeacherSettings(Settings):
-    """A model behind an OpenAI-compatible endpoint that writes prompts or artifacts."""
-
-    url: str = Field(pattern="^https?://", description="Base URL, which usually ends in /v1.")
-    model: str = Field(min_length=1, description="Name of the model at the endpoint.")
-    api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
-    max_tokens: int = Field(default=200_000, ge=1, description="Budget of one sync, in prompt and completion tokens.")
-    timeout_seconds: float = Field(default=60, gt=0, description="Timeout of a request.")
-    attempts: int = Field(default=4, ge=1, description="Attempts per request.")
-    parallel: int = Field(default=4, ge=1, le=64, description="Number of concurrent requests.")
+    @model_validator(mode="after")
+    def _prompts_are_of_known_kinds(self) -> "VaultSource":
+        if unknown := [kind for kind in self.prompts if kind not in self.kinds]:
+            raise ValueError(
+                f"prompts names the kind {unknown[0]}, but no tag, heading, property or pattern has it; the kinds are "
+                f"{', '.join(self.kinds)}"
+            )
+        return self
 
 
-class CodeSource(SourceSettings):
+class CodeSource(ChunkedSettings):
     """A repository of source code. The prompts ask for its classes and functions."""
 
     kind: Literal["code"]
@@ -219,7 +314,7 @@ class CodeSource(SourceSettings):
     refactorings: bool = Field(default=False, description="The teacher also writes refactoring prompts.")
 
 
-class DocumentsSource(SourceSettings):
+class DocumentsSource(ChunkedSettings):
     """Meeting notes and requirements, with templates of the artifacts to make from them."""
 
     kind: Literal["documents"]
@@ -228,10 +323,6 @@ class DocumentsSource(SourceSettings):
     teacher: TeacherSettings | None = Field(
         default=None, description="Writes the artifacts; without one, the templates are filled."
     )
-
-
-_Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
-"""A text that YAML reads as a number if it has no quotes."""
 
 
 class SqlSource(SourceSettings):
@@ -327,6 +418,18 @@ class IngestSettings(Settings):
     )
 
 
+class ImplicitAcceptance(Settings):
+    """Acceptance of answers that nobody objected to."""
+
+    after_hours: float = Field(
+        gt=0, le=87_600, description="Age in hours from which an answer without any feedback counts as accepted."
+    )
+    min_confidence: float = Field(
+        ge=0, le=1, description="Answers with a lower confidence, or without one, do not count as accepted."
+    )
+    reward: float = Field(gt=0, le=1, description="Reward of their examples; it trains from `curation.min_reward` on.")
+
+
 class FeedbackSettings(Settings):
     """The rewards of feedback."""
 
@@ -339,6 +442,11 @@ class FeedbackSettings(Settings):
         default={"1": -1.0, "2": -0.9, "3": 0.0, "4": 0.7, "5": 0.9, "gold": 1.0},
         description="Rewards of ratings: 1 to 5 stars, and the gold star.",
     )
+    implicit_acceptance: ImplicitAcceptance | None = Field(
+        default=None,
+        description="Answers that nobody objected to count as accepted: after how long, from which confidence on, and "
+        "with which reward. Off by default. Later feedback replaces it; changing it recomputes these examples.",
+    )
 
     @field_validator("ratings")
     @classmethod
@@ -347,6 +455,50 @@ class FeedbackSettings(Settings):
         if missing:
             raise ValueError(f"{', '.join(missing)} is missing; name the reward of every rating")
         return ratings
+
+
+class RedactionSettings(Settings):
+    """Kinds of secrets and personal data that are replaced by placeholders before an example can train."""
+
+    secret: bool = Field(default=True, description="Keys, tokens, passwords, private keys and seed phrases of wallets.")
+    email: bool = Field(default=True, description="E-mail addresses.")
+    phone: bool = Field(default=True, description="Phone numbers.")
+    phone_regions: tuple[str, ...] = Field(
+        default=(),
+        description="Countries, such as AT or JP, whose phone numbers are also found as they are written there. "
+        "Other numbers are then more often mistaken for phone numbers.",
+    )
+    card: bool = Field(default=True, description="Payment card numbers.")
+    iban: bool = Field(default=True, description="Bank account numbers (IBAN).")
+    ssn: bool = Field(default=True, description="Social security numbers of the United States.")
+    aadhaar: bool = Field(default=True, description="Aadhaar numbers of India.")
+    pan: bool = Field(default=True, description="Permanent account numbers of India.")
+    nir: bool = Field(default=True, description="Social security numbers of France.")
+    steuer_id: bool = Field(default=True, description="Tax numbers of Germany.")
+    passport: bool = Field(default=True, description="Passport numbers after their name, and machine-readable zones.")
+    national_id: bool = Field(
+        default=True,
+        description="Identity numbers of Brazil, China, Italy, Korea, Spain, Switzerland and the United Kingdom; of "
+        "other countries after their name.",
+    )
+    ipv4: bool = Field(default=False, description="IPv4 addresses.")
+    ipv6: bool = Field(default=False, description="IPv6 addresses.")
+    mac: bool = Field(default=False, description="MAC addresses.")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds that are replaced."""
+        return frozenset(name for name in RedactionSettings.model_fields if getattr(self, name) is True)
+
+    @field_validator("phone_regions")
+    @classmethod
+    def _known(cls, regions: tuple[str, ...]) -> tuple[str, ...]:
+        if regions:
+            from phonenumbers import SUPPORTED_REGIONS
+
+            if unknown := [region for region in regions if region not in SUPPORTED_REGIONS]:
+                raise ValueError(f"unknown countries {unknown}; expected codes of two capital letters, such as AT")
+        return regions
 
 
 class CurationSettings(Settings):
@@ -371,6 +523,9 @@ class CurationSettings(Settings):
     max_answer_tokens: int | None = Field(default=None, ge=1, description="The same limit for answers.")
     max_repetition: float = Field(
         default=0.3, gt=0, le=1, description="Answers that repeat a larger fraction of themselves are left out."
+    )
+    redaction: RedactionSettings = Field(
+        default=RedactionSettings(), description="Kinds of secrets and personal data that are replaced."
     )
     near_similarity: float | None = Field(
         default=0.8,
@@ -402,7 +557,7 @@ class CurationSettings(Settings):
     )
     replay: LoopPath | None = Field(
         default=None,
-        description="JSON lines of replay examples against catastrophic forgetting.",
+        description="File of replay examples against catastrophic forgetting, in any format of conversations.",
     )
     replay_ratio: float = Field(default=1.0, ge=0, description="Replay examples for each training example.")
 
@@ -604,10 +759,17 @@ class ExportSettings(Settings):
         description="merged: one file. adapter: a LoRA GGUF for the base's GGUF, hot-swapped by the gateway.",
     )
     agreement_sample: int = Field(
-        default=24, ge=1, description="Number of prompts to compare the exported model with the trained one."
+        default=128, ge=1, description="Number of prompts to compare the exported model with the trained one."
     )
     min_agreement: float = Field(
         default=0.8, ge=0, le=1, description="Fraction of equal answers below which the check warns."
+    )
+    equivalence_margin: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Largest difference of the scores (0 to 1) of exported and trained model that does not matter; the "
+        "check tests equivalence within it.",
     )
 
 
@@ -632,15 +794,24 @@ class ServingSettings(Settings):
     fallback: Literal["base"] | UpstreamSettings | None = Field(
         default="base", description="What answers if the champion cannot: the base model, another server, or null."
     )
+    constrain: Literal["schema", "none"] | None = Field(
+        default=None,
+        description="schema: decoding allows only JSON of the output_schema, in the gateway, `finetune ask` and the "
+        "evaluation. none: any text. Default: schema if the loop has an output_schema.",
+    )
     parallel: int = Field(default=8, ge=1, le=64, description="Requests decoded together.")
     queue: int = Field(
-        default=32, ge=0, description="Further requests that may wait; more get status 503 with Retry-After."
+        default=256, ge=0, description="Further requests that may wait; more get status 503 with Retry-After."
     )
     versions: int = Field(
         default=2,
         ge=0,
         le=16,
         description="Versions that stay loaded in addition to the champion, for requests that name them; 0: none.",
+    )
+    unknown_fields: Literal["ignore", "reject"] = Field(
+        default="ignore",
+        description="Unknown fields of requests for answers: ignore and name them in X-Ignored-Fields, or reject.",
     )
     empty_limit: float = Field(
         default=0.5, ge=0, le=1, description="Fraction of empty answers above which /healthz is degraded; 1: never."
@@ -668,18 +839,263 @@ class RegistrySettings(Settings):
     keep: int = Field(default=5, ge=1, description="Models of this many newest deployments are never deleted.")
 
 
+class MetricSettings(Settings):
+    """Settings of every metric."""
+
+    kind: str
+    name: str | None = Field(
+        default=None, pattern=_NAME, max_length=60, description="Name in the report; default: the kind."
+    )
+
+    @property
+    def key(self) -> str:
+        """Name of the metric in reports, unique in a loop."""
+        return self.name or self.kind
+
+
+class ParametersMetric(MetricSettings):
+    """Values of the expected JSON that the answer has at the same path.
+
+    A path is written with dots and without the indices of lists: `layers.thickness_mm` is that value of every layer. A
+    setting for a path applies to everything under it, and the longest path counts.
+    """
+
+    kind: Literal["parameters"] = "parameters"
+    weights: dict[str, Annotated[int, Field(ge=0, le=1_000)]] = Field(
+        default={}, description="Path -> how often a value counts; default 1. Values with 0 are not compared."
+    )
+    relative_tolerance: float = Field(
+        default=0, ge=0, lt=1, description="Largest relative error of a number: 0.01 accepts 101 for 100."
+    )
+    tolerances: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={}, description="Path -> largest absolute error of a number, instead of the relative one."
+    )
+    unordered: tuple[str, ...] = Field(
+        default=(),
+        description="Paths of lists whose order does not matter; their items are paired so that most values agree.",
+    )
+
+
+class ExactMetric(MetricSettings):
+    """Answers that are the expected one: texts in any case and with any white space, JSON with the same values."""
+
+    kind: Literal["exact"] = "exact"
+
+
+class ContainsMetric(MetricSettings):
+    """Answers that contain the expected text, in any case and with any white space."""
+
+    kind: Literal["contains"] = "contains"
+
+
+class RegexMetric(MetricSettings):
+    """Answers in which a regular expression finds the expected text.
+
+    With a group, the text of the first group must be the expected answer, as `exact` compares texts. Without one, the
+    pattern must match anywhere in the answer, whatever the expected answer.
+    """
+
+    kind: Literal["regex"] = "regex"
+    pattern: Annotated[str, AfterValidator(_pattern)] = Field(
+        min_length=1, description="Regular expression (Python), such as `Answer: (.*)`; the last match counts."
+    )
+
+
+class Rouge1Metric(MetricSettings):
+    """ROUGE-1 recall: expected words that the answer has, within the expected length."""
+
+    kind: Literal["rouge1"] = "rouge1"
+
+
+class RougeLMetric(MetricSettings):
+    """ROUGE-L F1: the longest common subsequence of words, in thousandths (extra metrics)."""
+
+    kind: Literal["rougeL"] = "rougeL"
+
+
+class ChrfMetric(MetricSettings):
+    """chrF2 of sacrebleu, by character n-grams, in thousandths (extra metrics)."""
+
+    kind: Literal["chrf"] = "chrf"
+
+
+class EditSimilarityMetric(MetricSettings):
+    """Normalized similarity by edit distance (Levenshtein) of the characters, in thousandths (extra metrics)."""
+
+    kind: Literal["edit_similarity"] = "edit_similarity"
+
+
+class EmbeddingSimilarityMetric(MetricSettings):
+    """Cosine similarity to the expected answer's embedding of all-MiniLM-L6-v2, in thousandths (extra semantic).
+
+    A similarity below 0 counts as 0.
+    """
+
+    kind: Literal["embedding_similarity"] = "embedding_similarity"
+
+
+class StyleMetric(MetricSettings):
+    """Cosine similarity to the mean embedding of texts that a person wrote, in thousandths (extra semantic)."""
+
+    kind: Literal["style"] = "style"
+    texts: LoopPath = Field(
+        description="A .txt or .md file, or a folder of them, kept out of training; its paragraphs are the texts."
+    )
+
+
+class ParsesMetric(MetricSettings):
+    """Answers whose code parses: the first fenced block, or the whole answer if it has none."""
+
+    kind: Literal["parses"] = "parses"
+    language: Literal["python", "javascript", "typescript", "go", "rust", "java", "c", "cpp"] = Field(
+        default="python", description="All but python need the extra `code`."
+    )
+
+
+class CodeTestsMetric(MetricSettings):
+    """Answers whose Python code passes the question's `tests` in a sandbox without network (Linux, bubblewrap)."""
+
+    kind: Literal["tests"] = "tests"
+    timeout_seconds: float = Field(default=5, gt=0, le=300, description="Longest run of an answer with its tests.")
+    memory_mb: int = Field(default=512, ge=64, description="Most memory of an answer's processes together.")
+
+
+class FunctionMetric(MetricSettings):
+    """A Python function of your own."""
+
+    kind: Literal["function"] = "function"
+    function: str = Field(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$",
+        description="Dotted path of a function (BenchmarkQuestion, answer) -> score from 0 to 1, counted in "
+        "thousandths.",
+    )
+
+
+class JudgeMetric(MetricSettings):
+    """A model behind an OpenAI-compatible endpoint says which of the two answers is better, asked in both orders.
+
+    A win counts 2 of 2 and a tie 1 of 2. Verdicts that depend on the order are set aside. Its agreement with people is
+    measured on pairs of answers to one prompt that people rated or corrected, redacted.
+    """
+
+    kind: Literal["judge"] = "judge"
+    url: str = Field(pattern="^https?://", description="Base URL, which usually ends in /v1.")
+    model: str = Field(min_length=1, description="Name of the model at the endpoint.")
+    api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
+    criteria: str = Field(
+        default="correct, complete and no longer than needed", min_length=1, description="What a good answer is."
+    )
+    max_tokens: int = Field(default=16, ge=1, description="Maximum tokens of a verdict; models that reason need more.")
+    timeout_seconds: float = Field(default=60, gt=0, description="Timeout of a verdict.")
+    attempts: int = Field(default=3, ge=1, le=10, description="Attempts per verdict, if the endpoint fails.")
+    parallel: int = Field(default=4, ge=1, le=64, description="Number of concurrent requests.")
+    max_pairs: int = Field(
+        default=100, ge=0, description="Newest pairs of answers on which the agreement with people is measured."
+    )
+    min_pairs: int = Field(default=30, ge=1, description="Judged pairs that the gate requires.")
+    min_agreement: float = Field(
+        default=0.8, gt=0.5, le=1, description="Agreement with people that the gate requires, a fraction of the pairs."
+    )
+
+
+_Metric = (
+    ParametersMetric
+    | ExactMetric
+    | ContainsMetric
+    | RegexMetric
+    | Rouge1Metric
+    | RougeLMetric
+    | ChrfMetric
+    | EditSimilarityMetric
+    | EmbeddingSimilarityMetric
+    | StyleMetric
+    | ParsesMetric
+    | CodeTestsMetric
+    | FunctionMetric
+    | JudgeMetric
+)
+METRIC_KINDS: dict[str, type[MetricSettings]] = {
+    model.model_fields["kind"].default: model for model in get_args(_Metric)
+}
+_PLAIN_KINDS = tuple(
+    kind
+    for kind, model in METRIC_KINDS.items()
+    if not any(field.is_required() for field in model.model_fields.values())
+)
+
+
+def _metric_of_kind(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, Mapping) and "kind" not in value:
+        raise sentence_error(f"kind is missing; expected one of {', '.join(METRIC_KINDS)}")
+    return value
+
+
+Metric = Annotated[
+    _Metric,
+    Field(discriminator="kind"),
+    BeforeValidator(_metric_of_kind, json_schema_input_type=_Metric | Literal[_PLAIN_KINDS]),
+]
+"""A metric: its settings, or its kind alone if it needs no others."""
+
+
 class EvaluationSettings(Settings):
     """The benchmark, and how models answer it."""
 
-    benchmark: LoopPath = Field(description="JSONL file of id, slice, prompt and expected answer.")
-    metric: Literal["parameters", "rouge1", "exact"] = Field(
-        default="parameters",
-        description="What the gate counts: correct JSON parameters, words of a text (ROUGE-1 recall), exact matches.",
+    benchmark: LoopPath = Field(
+        description="JSONL file of id, slice, prompt and expected answer; see docs/how-to/benchmark.md."
     )
+    metric: Metric = Field(default=ParametersMetric(), description="The metric that the gate counts.")
+    metrics: tuple[Metric, ...] = Field(default=(), description="Further metrics of the report, which never decide.")
+    samples: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="Sampled answers to each question, for pass^k: the fraction of questions with all of them correct. "
+        "0: none; they decide nothing.",
+    )
+    sample_temperature: float = Field(default=0.7, gt=0, le=2, description="Temperature of the sampled answers.")
     compliance: LoopPath | None = Field(default=None, description="JSON file of compliance rules (JSON Schemas).")
     max_tokens: int = Field(default=256, ge=1, description="Maximum tokens of an answer.")
     context: int = Field(default=2048, ge=64, description="Maximum tokens of prompt and answer together.")
     parallel: int = Field(default=8, ge=1, le=64, description="Prompts decoded in parallel.")
+    price_per_hour: float | None = Field(
+        default=None,
+        gt=0,
+        description="Price of an hour of this machine, in any currency; the report then shows the cost of a million "
+        "generated tokens.",
+    )
+
+    @property
+    def all_metrics(self) -> tuple[Metric, ...]:
+        """The gate's metric, then the further ones."""
+        return (self.metric, *self.metrics)
+
+    @model_validator(mode="after")
+    def _samples_are_scored_one_by_one(self) -> "EvaluationSettings":
+        if self.samples and self.metric.kind == "judge":
+            raise sentence_error(
+                "samples needs a metric that scores one answer, and metric: judge compares two; set samples: 0, or "
+                "another metric for the gate"
+            )
+        return self
+
+    @field_validator("metrics")
+    @classmethod
+    def _metric_names_are_unique(cls, metrics: tuple[Metric, ...], info: ValidationInfo) -> tuple[Metric, ...]:
+        gate = info.data.get("metric")
+        keys = [one.key for one in ([gate] if gate else []) + list(metrics)]
+        if duplicates := sorted({key for key in keys if keys.count(key) > 1}):
+            raise sentence_error(
+                f"{duplicates[0]} occurs twice in metric and metrics; remove one of them, or give it a name: "
+                f"{{kind: ..., name: {duplicates[0]}_2}}"
+            )
+        return metrics
+
+
+BUDGET_TESTS = 12
+"""Comparisons among which `gate.significance_level` is divided, until a confirmed promotion renews the budget."""
 
 
 class GateSettings(Settings):
@@ -702,11 +1118,35 @@ class GateSettings(Settings):
         default="fail",
         description="fail: a rejection fails the run. keep_champion: the run succeeds with a failed check.",
     )
-    significance_level: float = Field(default=0.05, gt=0, lt=1, description="Significance level of the paired test.")
-    require_significance: bool = Field(default=False, description="Require a significant gain by the paired test.")
-    forbid_slice_regressions: bool = Field(
-        default=False, description="Reject a challenger that regresses in a slice of the benchmark."
+    significance: Literal["shown", "required"] = Field(
+        default="shown",
+        description="required: a gain must be significant within an error budget, or the verdict is inconclusive.",
     )
+    significance_level: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Significance level of the one-sided paired test and of the slices' tests. With significance: "
+        "required it is the error budget: the probability of any promotion without a gain in twelve comparisons.",
+    )
+    confirm_days: float = Field(
+        default=7,
+        gt=0,
+        description="Days without a rollback after which a promotion is confirmed, which renews the error budget.",
+    )
+    slices: Literal["shown", "required"] = Field(
+        default="shown",
+        description="required: reject a challenger that loses more than slice_margin in a slice of the benchmark, "
+        "significantly by Holm's correction over all slices.",
+    )
+    slice_margin: float = Field(
+        default=0.05, ge=0, lt=1, description="Loss that a slice may have: 0.05 is 5% of its highest possible score."
+    )
+
+    @property
+    def test_level(self) -> float:
+        """Return the significance level of one comparison: with significance: required, its part of the budget."""
+        return self.significance_level / (BUDGET_TESTS if self.significance == "required" else 1)
 
 
 class TriggerSettings(Settings):
@@ -722,7 +1162,7 @@ class TriggerSettings(Settings):
         default=60, gt=0, description="An unfinished run that logs nothing for so long no longer delays the next run."
     )
     running: bool = Field(
-        default=False, description="Turn the sensor and the yearly schedule on by default, without a click in the UI."
+        default=False, description="Turn the sensor and both schedules on by default, without a click in the UI."
     )
     nightly: CronTime = Field(default="0 2 * * *", description="Cron expression of the nightly schedule.")
     yearly: CronTime = Field(default="0 3 1 1 *", description="Cron expression of the yearly full retraining.")
@@ -739,6 +1179,9 @@ class LoopSettings(Settings):
         default=None, description="Prefix of the asset keys; default: the name. An empty prefix gives bare keys."
     )
     description: str = Field(default="", description="One sentence on what the loop's model does.")
+    owners: tuple[Annotated[str, Field(pattern=_OWNER)], ...] = Field(
+        default=(), description="Owners of the assets, shown in Dagster's UI: email addresses, or team:NAME."
+    )
     base_model: Annotated[str, AfterValidator(_model_from_loop_folder)] = Field(
         description="Hugging Face model id, or a local folder."
     )
@@ -783,9 +1226,17 @@ class LoopSettings(Settings):
 
     @model_validator(mode="after")
     def _parameters_need_a_schema(self) -> "LoopSettings":
-        if self.evaluation.metric == "parameters" and self.output_schema is None:
+        if self.evaluation.metric.kind == "parameters" and self.output_schema is None:
             raise sentence_error(
                 "evaluation.metric: parameters needs output_schema; set it, or set evaluation.metric: rouge1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _constrained_decoding_needs_a_schema(self) -> "LoopSettings":
+        if self.serving.constrain == "schema" and self.output_schema is None:
+            raise sentence_error(
+                "serving.constrain: schema needs output_schema; set it, or set serving.constrain: none"
             )
         return self
 
@@ -827,6 +1278,11 @@ class LoopSettings(Settings):
         return self.serving.max_tokens or self.evaluation.max_tokens
 
     @property
+    def constrain(self) -> Literal["schema", "none"]:
+        """Return whether decoding is constrained to the output schema."""
+        return self.serving.constrain or ("none" if self.output_schema is None else "schema")
+
+    @property
     def review_below(self) -> float:
         """Return the confidence below which a served answer is flagged for review."""
         below = self.serving.review_below
@@ -866,6 +1322,9 @@ def _environment_value(match: re.Match[str]) -> str:
     return os.environ[name]
 
 
+_ROUNDS = 5
+"""How often invalid settings are removed, since some are found only when others are valid."""
+
 _DEFS_FILE = re.compile(r"defs\.ya?ml", re.IGNORECASE)
 
 _KEYS = {"type", "attributes", "template_vars_module", "requirements", "post_processing"}
@@ -879,7 +1338,8 @@ def read_loop(path: Path) -> LoopSettings:
         SettingsError: the file is not valid YAML, has another component type, or a setting is unknown or out of range.
     """
     try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = load_yaml(text)
         if not isinstance(document, dict) or document.get("type") != COMPONENT_TYPE:
             raise SettingsError(f"{path}: expected `type: {COMPONENT_TYPE}` and `attributes:`")
         if unknown := sorted(map(str, document.keys() - _KEYS)):
@@ -888,11 +1348,11 @@ def read_loop(path: Path) -> LoopSettings:
             )
         folder = loops_dir()
         outside = folder is not None and path.resolve().is_relative_to(folder)
+        context = {"folder": path.resolve().parent} if outside else None
         if outside and (ignored := sorted(document.keys() - {"type", "attributes"})):
             raise SettingsError(
                 f"{path}: {', '.join(ignored)}: allowed only in the package's defs/, which Dagster loads; remove"
             )
-        context = {"folder": path.resolve().parent} if outside else None
         return LoopSettings.model_validate(document.get("attributes") or {}, context=context)
     except YamlError as error:
         raise SettingsError(f"{path} is not valid YAML: {error}") from error
@@ -901,14 +1361,51 @@ def read_loop(path: Path) -> LoopSettings:
     except OSError as error:
         raise SettingsError(f"{path} cannot be read ({error.strerror}); fix that, or remove it") from error
     except ValidationError as error:
-        lines = [f"  {line}" for line in error_messages(error, _names())]
-        raise SettingsError("\n".join([f"{path}: invalid settings:", *lines])) from error
+        lines = []
+        for message in error_messages(error, _names()):
+            line = line_of(text, f"attributes.{message.partition(': ')[0]}")
+            lines.append(f"{message} (line {line})" if line else message)
+        valid = _without_invalid(document.get("attributes") or {}, context, error)
+        raise InvalidSettings(path, lines, valid) from error
+
+
+def _without_invalid(attributes: Any, context: Any, error: ValidationError) -> LoopSettings | None:
+    """Return a loop without its invalid settings; None if it needs one of them."""
+    attributes = deepcopy(attributes)
+    for _ in range(_ROUNDS):
+        found: dict[tuple[int, Any], Any] = {}
+        for one in error.errors(include_url=False):
+            node: Any = attributes
+            innermost: tuple[Any, Any] | None = None
+            for part in one["loc"]:  # which has the members of unions too
+                inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+                if inside:
+                    innermost, node = (node, part), node[part]
+            if innermost:
+                found[id(innermost[0]), innermost[1]] = innermost[0]
+        for (_, part), container in reversed(found.items()):  # the last index of a list first
+            del container[part]
+        try:
+            return LoopSettings.model_validate(attributes, context=context)
+        except ValidationError as again:
+            error = again
+    return None
+
+
+def loop_file(name: str) -> Path | None:
+    """Return the YAML that declares a loop; None if there is none, as for settings that a program made."""
+    for path in (path for folder in loop_folders() for path in sorted(folder.glob("*/defs.yaml"))):
+        with suppress(YamlError, UnicodeDecodeError, OSError):
+            document = load_yaml(path.read_text(encoding="utf-8"))
+            if isinstance(document, dict) and (document.get("attributes") or {}).get("name") == name:
+                return path
+    return None
 
 
 def _names() -> dict[str, list[str]]:
-    """Return the names of the settings of each section, and the kinds of sources; "" is the top level."""
+    """Return the names of the settings of each section, and the kinds of sources and metrics; "" is the top level."""
     names = {"": list(LoopSettings.model_fields)}
-    names["kind"] = list(TypeAdapter(Source).json_schema()["discriminator"]["mapping"])
+    names["kind"] = [*TypeAdapter(Source).json_schema()["discriminator"]["mapping"], *METRIC_KINDS]
     for section, field in LoopSettings.model_fields.items():
         annotation: Any = field.annotation
         schema = TypeAdapter(annotation).json_schema()
@@ -997,5 +1494,52 @@ def load_loop(name: str) -> LoopSettings:
         raise SettingsError(
             f"No loop is named {name!r}. {f'Did you mean {meant}? ' if meant else ''}"
             f"The loops in {folders} are: {', '.join(loops) or 'none'}."
+            + ("" if loops_dir() else " FINETUNE_LOOPS_DIR is not set; it names the folder of your own loops.")
         )
     return loops[name]
+
+
+def the_loop(name: str | None) -> LoopSettings:
+    """Return the loop of this name; without a name, the default loop.
+
+    That is the loop that FINETUNE_LOOP names, or else the only one in FINETUNE_LOOPS_DIR, or, if that variable is not
+    set, the only one that is declared.
+
+    Raises:
+        SettingsError: there is no such loop, or no name was given and there is no default loop.
+    """
+    if name is not None:
+        return load_loop(name)
+    if named := os.environ.get("FINETUNE_LOOP"):
+        try:
+            return load_loop(named)
+        except InvalidSettings:
+            raise
+        except SettingsError as error:
+            raise SettingsError(f"FINETUNE_LOOP: {error}") from error
+    loops, outside = load_loops(), loops_dir()
+    if not loops:
+        raise SettingsError(
+            f"no loop is declared under {' or '.join(map(str, loop_folders()))}; "
+            "docs/how-to/declare-a-loop.md shows how to write one"
+        )
+    candidates = loops if outside is None else load_loops([outside])
+    if not candidates:
+        raise SettingsError(
+            f"FINETUNE_LOOPS_DIR is {outside}, which has no <loop>/defs.yaml. Write one, unset the variable, or choose "
+            f"a loop with --loop: {', '.join(loops)}."
+        )
+    if len(candidates) > 1:
+        raise SettingsError(
+            f"several loops are declared; choose one with --loop or FINETUNE_LOOP: {', '.join(candidates)}"
+        )
+    return next(iter(candidates.values()))
+
+
+def with_loop(command: str, loop: LoopSettings) -> str:
+    """Return a command for a loop, with --loop if the command would take another loop without it."""
+    try:
+        needed = the_loop(None).name != loop.name
+    except SettingsError:
+        needed = True
+    return f"{command} --loop {loop.name}" if needed else command

@@ -20,11 +20,13 @@ RENAMED_SETTINGS = {
     "early_stopping": "early_stopping_patience",
     "epochs": "num_train_epochs",
     "feeds": "sources",
-    "forbid_slice_falls": "forbid_slice_regressions",
+    "forbid_slice_falls": "slices",
+    "forbid_slice_regressions": "slices",
     "gradient_accumulation": "gradient_accumulation_steps",
     "max_rejected_share": "max_rejected_fraction",
     "max_share": "max_fraction",
     "replay_older": "incremental_replay_ratio",
+    "require_significance": "significance",
     "sft_weight": "loss_weights",
     "validation_share": "validation_fraction",
     "warmup_share": "warmup_steps",
@@ -55,6 +57,7 @@ EXPECTED = {
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing", "decimal_type", "decimal_parsing"), "a number"),
     "finite_number": "a finite number",
+    "invalid-json-value": "a JSON value",
     **dict.fromkeys(("string_type", "string_unicode", "bytes_type", "invalid_key"), "a text"),
     **dict.fromkeys(("uuid_type", "uuid_parsing", "uuid_version"), "a UUID"),
     **dict.fromkeys(
@@ -81,15 +84,25 @@ EXPECTED = {
 """What was expected, by the type of pydantic's error. Types that need what was found are in `_problem`."""
 
 _SHOWN = 3
+_CONSIDERED = 200  # errors of a record: describing all of a large one would take minutes
 
 PATTERNS = {
     "^[a-z][a-z0-9_]*$": "lower-case letters, digits and _, starting with a letter",
     "^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$": "up to 100 letters, digits and . _ : / -, starting with a letter or a digit",
+    "^[a-zA-Z0-9_.:-]{1,128}$": "up to 128 letters, digits and _ . : -",
     "^[0-9a-f]{64}$": "a SHA-256 of 64 hexadecimal digits",
+    r"^(team:[A-Za-z0-9_.-]+|[^@\s:]+@[^@\s:]+\.[^@\s:]+)$": "an email address, or team:NAME",
+    r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$": "a dotted path such as my_package.metrics.tone",
     "^https?://": "a URL that starts with http:// or https://",
     r"^v\d+\.\d+\.\d+$": "a version such as v1.2.0",
 }
 """What the patterns of fields match, in words."""
+
+FORMATS = ("text", "json_object", "json_schema")
+"""Types of `response_format` and `text.format`, which pydantic has in the locations below these fields."""
+
+METADATA_FIELDS = ("metadata.interaction_id", "metadata.domain", "metadata.kind", "metadata.retrieved_context")
+"""Fields in the metadata of a request whose names are not data."""
 
 SENTENCE = "sentence"
 """Type of a validation error whose message says what was found."""
@@ -109,8 +122,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def error_message(error: ValidationError) -> str:
     """Return the first problems of a record in one line, and how many more there are."""
-    lines = error_messages(error)
+    errors = error.errors(include_url=False)
+    lines = messages_of(errors[:_CONSIDERED])
     more = f" (and {len(lines) - _SHOWN} more)" if len(lines) > _SHOWN else ""
+    if len(errors) > _CONSIDERED:
+        more = " (and many more)"
     return "; ".join(lines[:_SHOWN]) + more
 
 
@@ -130,8 +146,11 @@ def messages_of(
     """Return one line per invalid field, of errors in the form of `ValidationError.errors`."""
     names = known_names or {}
     problems: dict[str, list[_Problem]] = {}
+    labels = {}
     for one in errors:
-        problems.setdefault(field_path(one, names), []).append(_problem(one, names))
+        where = field_path(one, names)
+        labels[where] = _label(where, one, names)
+        problems.setdefault(where, []).append(_problem(one, names))
     lines = []
     for where, found in problems.items():
         # Of a union, the members of another type do not matter if one has the right type, but an invalid value in it.
@@ -143,17 +162,54 @@ def messages_of(
             text = f"found {given}, expected {', or '.join(dict.fromkeys(expected))}"
         else:
             text = "; ".join(dict.fromkeys(str(one) for one in found))
-        lines.append(f"{where}: {text}" if where else text)
+        lines.append(f"{labels[where]}: {text}" if where else text)
     return lines
 
 
-def short_repr(value: object, limit: int = 80) -> str:
-    """Return the `repr` of a value, cut to at most `limit` characters.
+def _label(where: str, error: Mapping[str, Any], known_names: Mapping[str, Collection[str]]) -> str:
+    """Return a field's path without names that are data: unknown fields of a record are quoted, keys left out."""
+    name = str(error["loc"][-1]) if error["loc"] else ""
+    if not known_names and "metadata" in error["loc"][:-1] and where not in METADATA_FIELDS:  # of an event
+        return where[: where.index("metadata") + len("metadata")]
+    if known_names or error["type"] != "extra_forbidden" or name in RENAMED_FIELDS:
+        return where
+    return where.removesuffix(name) + short_repr(name)
 
-    The cut is between two words: redaction could not recognize half an e-mail address or half a key.
+
+def short_repr(value: object, limit: int = 80) -> str:
+    """Return the `repr` of a value, cut to about `limit` characters.
+
+    The cut is between two words: redaction could not recognize half an e-mail address or half a key. A quotation that
+    it cuts is closed, for `without_values`.
     """
     text = repr(value)
-    return text if len(text) <= limit else f"{text[: text.rfind(' ', 0, limit) + 1]}..."
+    return text if len(text) <= limit else _closed(f"{text[: text.rfind(' ', 0, limit) + 1]}...")
+
+
+def short_message(text: str, limit: int) -> str:
+    """Return a message, cut to at most `limit` characters; a quotation that this cuts is closed."""
+    return text if len(text) <= limit else _closed(f"{text[: limit - 4]}...")
+
+
+_QUOTED = re.compile(r"""(?<!\w)b?(?P<quote>["'])(?:\\.|(?!(?P=quote)).)*(?P<end>(?P=quote))?""", re.DOTALL)
+
+
+def _closed(text: str) -> str:
+    """Return a text with the quotation mark that its last quotation lacks, if it lacks one."""
+    unclosed = [one["quote"] for one in _QUOTED.finditer(text) if one["end"] is None]
+    return text + "".join(unclosed)
+
+
+def without_values(text: str) -> str:
+    """Return a message without what it quotes.
+
+    Messages quote what they found (`short_repr`), which in data may be personal. This leaves the rest for places that
+    such data must not reach, like Dagster's database.
+
+    >>> without_values("prompt: found 'call Ann', expected a number; correct the loop's file")
+    "prompt: found '...', expected a number; correct the loop's file"
+    """
+    return _QUOTED.sub("'...'", text)
 
 
 def field_path(error: Mapping[str, Any], known_names: Mapping[str, Collection[str]] | None = None) -> str:
@@ -162,11 +218,19 @@ def field_path(error: Mapping[str, Any], known_names: Mapping[str, Collection[st
     Pydantic's location also holds the members of unions that it tried, such as "str", "list[Part]", or the `kind`.
     """
     location = list(error["loc"])
-    if known_names:  # a source's kind follows its index
+    if known_names:  # the kind of a source or metric follows its index, or the setting's name
         kinds = known_names.get("kind", ())
-        location = [p for n, p in enumerate(location) if not (n and isinstance(location[n - 1], int) and p in kinds)]
+        location = [
+            part
+            for before, part in zip([None, *location], location, strict=False)
+            if not ((isinstance(before, int) or before == "metric") and part in kinds)
+        ]
     elif location[:1] in (["interaction"], ["feedback"]):  # an event's kind comes first
         del location[0]
+    for number, name in enumerate(location[:-1]):
+        if name in ("format", "response_format") and location[number + 1] in FORMATS:
+            del location[number + 1]
+            break
     unknown_name = error["type"] == "extra_forbidden"  # may be any text
     path = ""
     for number, part in enumerate(location, start=1):
@@ -175,6 +239,12 @@ def field_path(error: Mapping[str, Any], known_names: Mapping[str, Collection[st
         elif (part.isidentifier() and part != "str") or (unknown_name and number == len(location)):
             path += f".{part}" if path else part
     return path
+
+
+def first_field(error: ValidationError) -> str:
+    """Return the path of the field that `error_message` names first; an empty text if the whole value is invalid."""
+    paths = [field_path(one) for one in error.errors(include_url=False)[:_CONSIDERED]]
+    return next(path for path in paths if not any(other.startswith((f"{path}.", f"{path}[")) for other in paths))
 
 
 class _Problem(NamedTuple):

@@ -3,6 +3,7 @@
 YAML itself lets the last of two equal keys win, and a few lines of aliases stand for billions of values.
 """
 
+import re
 from typing import Any
 
 import yaml
@@ -41,6 +42,26 @@ def load_yaml(text: str) -> Any:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # from PyYAML's constructors
         raise YamlError(f"a value cannot be read ({error}); put it in quotes, or correct it") from error
+
+
+def line_of(text: str, path: str) -> int | None:
+    """Return the line of a value in a YAML document, or of the nearest mapping or list around it that exists.
+
+    Args:
+        text: a document that `load_yaml` reads.
+        path: keys and indexes, such as "attributes.sources[0].path".
+    """
+    node, line = yaml.compose(text, yaml.SafeLoader), None
+    for name in re.findall(r"[^.\[\]]+", path):
+        found = None
+        if isinstance(node, yaml.MappingNode):
+            found = next((pair for pair in node.value if pair[0].value == name), None)
+        elif isinstance(node, yaml.SequenceNode) and name.isdigit() and int(name) < len(node.value):
+            found = (node.value[int(name)],) * 2
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
 
 
 class _Checker:

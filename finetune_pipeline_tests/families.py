@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import gguf
 
@@ -78,8 +79,10 @@ class Tokenizer:
     scores: list[float] | None = None
     split: str | None = None
 
-    def write(self, path: Path) -> None:
-        """Write a GGUF."""
+    def write(
+        self, path: Path, template: str | None = None, declare: Callable[[Any], None] = lambda writer: None
+    ) -> None:
+        """Write a GGUF, with a chat template if one is given; `declare` gets the writer at the end."""
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_name(self.name)
         writer.add_context_length(512)
@@ -100,6 +103,9 @@ class Tokenizer:
             writer.add_token_merges([" ".join(pair) for pair in self.merges])
         for name, id in self.special.items():
             getattr(writer, f"add_{name}_token_id")(id)
+        if template is not None:
+            writer.add_chat_template(template)
+        declare(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -89,7 +89,8 @@ def test_decisions_are_numbered_and_have_a_date_and_a_status():
     text = (PROJECT_ROOT / "docs" / "explanation" / "decisions.md").read_text(encoding="utf-8")
     form = r"^## (\d+)\. \S.*\n\n\d{4}-\d\d-\d\d, (?:accepted|superseded by \d+)\.$"
     numbers = [int(number) for number in re.findall(form, text, re.MULTILINE)]
-    assert numbers == list(range(1, text.count("\n## ") + 1))
+    assert len(numbers) == text.count("\n## ")
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 def test_the_readmes_steps_to_a_second_loop_work(monkeypatch):

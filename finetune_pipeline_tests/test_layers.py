@@ -25,9 +25,11 @@ INFRASTRUCTURE = {
     "schemas",
     "settings",
     "subprocess_lifetime",
+    "tool_calls",
     "trainer_fields",
     "validation_messages",
     "wording",
+    "words",
     "yaml_files",
 }
 HEAVY = {"torch", "transformers", "datasets", "llama_cpp", "trl", "peft", "matplotlib", "pandas", "pyarrow", "ray"}

@@ -1,6 +1,5 @@
 import pytest
 
-from finetune_pipeline.cli.options import the_loop
 from finetune_pipeline.settings import (
     COMPONENT_TYPE,
     LoopSettings,
@@ -9,6 +8,8 @@ from finetune_pipeline.settings import (
     load_loop,
     load_loops,
     read_loop,
+    the_loop,
+    with_loop,
 )
 
 MINIMAL = {
@@ -59,7 +60,7 @@ def test_the_drop_folder_is_under_the_home_by_default(tmp_path):
         ("gate: {min-gain: 0.1}", r"gate\.min-gain: unknown setting; did you mean min_gain\?"),
         ("feedback: {rating: {}}", r"feedback\.rating: unknown setting; did you mean ratings\?"),
         ("sources: [{kind: files, name: a, paht: b}]", r"sources\[0\]\.paht: unknown setting; did you mean path\?"),
-        ("gate: {epochs: 2}", r"gate\.epochs: unknown setting$"),  # it was a setting of another section
+        ("gate: {epochs: 2}", r"gate\.epochs: unknown setting \(line 6\)$"),  # it was a setting of another section
         ("feeds: []", r"feeds: unknown setting; renamed to sources"),
         ("min_gain: 0.1", r"min_gain: unknown setting(?!; did you mean min_gain\?)"),  # it belongs to gate
         ("gate: {min_gain: 7}", r"gate\.min_gain: found 7, expected less than"),
@@ -82,6 +83,29 @@ def test_an_invalid_setting_is_named(tmp_path, addition, message):
         read_loop(path)
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ("metric: rouge", r"metric: unknown kind 'rouge'; did you mean rougeL\?"),
+        ("metric: {name: a}", r"metric: kind is missing; expected one of parameters, exact,"),
+        ("metric: regex", r"metric\.pattern: is missing"),
+        ("metrics: rougeL", r"metrics: found 'rougeL', expected a list"),
+        ("metric: exact, metrics: [exact]", r"metrics: exact occurs twice in metric and metrics; .* give it a name"),
+        ("metrics: [chrf, {kind: parameters, weigths: {a: 1}}]", r"metrics\[1\]\.weigths: .* did you mean weights\?"),
+        ("metrics: [{kind: regex, pattern: '('}]", r"metrics\[0\]\.pattern: '\(' is not a regular expression"),
+        ("metrics: [{kind: function, function: tone}]", r"metrics\[0\]\.function: .*dotted path such as my_package"),
+        (
+            "samples: 5, metric: {kind: judge, url: 'http://a', model: m}",
+            "samples needs a metric that scores one answer",
+        ),
+    ],
+)
+def test_an_invalid_metric_is_named(tmp_path, evaluation, message):
+    text = f"name: notes\nbase_model: some/model\nevaluation: {{benchmark: b, {evaluation}}}\n"
+    with pytest.raises(SettingsError, match=message):
+        read_loop(write(tmp_path, "notes", loop_yaml(text)))
+
+
 def test_an_unknown_top_level_key_is_named(tmp_path):
     path = write(tmp_path, "notes", loop_yaml(YAML) + "\natributes: 1\n")
     with pytest.raises(SettingsError, match="unknown top-level keys: atributes"):
@@ -98,6 +122,27 @@ def test_schedules_are_cron_times(tmp_path, time):
 def test_the_metric_parameters_needs_an_output_schema(tmp_path):
     path = write(tmp_path, "notes", loop_yaml(YAML.replace("rouge1", "parameters")))
     with pytest.raises(SettingsError, match=r"evaluation\.metric: parameters needs output_schema; set it"):
+        read_loop(path)
+
+
+@pytest.mark.parametrize(
+    ("schema", "constrain", "found"),
+    [
+        (None, None, "none"),
+        (None, "none", "none"),
+        ("a.json", None, "schema"),
+        ("a.json", "schema", "schema"),
+        ("a.json", "none", "none"),
+    ],
+)
+def test_decoding_is_constrained_by_default_where_the_loop_has_a_schema(schema, constrain, found):
+    loop = LoopSettings.model_validate({**MINIMAL, "output_schema": schema, "serving": {"constrain": constrain}})
+    assert loop.constrain == found
+
+
+def test_constrained_decoding_needs_an_output_schema(tmp_path):
+    path = write(tmp_path, "notes", loop_yaml(f"{YAML}serving: {{constrain: schema}}"))
+    with pytest.raises(SettingsError, match=r"serving\.constrain: schema needs output_schema; set it, or set"):
         read_loop(path)
 
 
@@ -158,7 +203,10 @@ def test_two_loops_cannot_have_the_same_name(tmp_path):
 
 
 def test_an_unknown_loop_is_an_error_that_lists_the_declared_ones():
-    with pytest.raises(SettingsError, match=r"No loop is named 'nobody'\. The loops in .*/defs are: aec_parser\.$"):
+    with pytest.raises(
+        SettingsError,
+        match=r"No loop is named 'nobody'\. The loops in .*/defs are: aec_parser\. FINETUNE_LOOPS_DIR is not",
+    ):
         load_loop("nobody")
     with pytest.raises(SettingsError, match=r"No loop is named 'aec'\. Did you mean aec_parser\? The loops in"):
         load_loop("aec")
@@ -239,6 +287,28 @@ def test_without_a_loop_in_the_own_folder_a_command_does_not_take_the_default_on
     with pytest.raises(
         SettingsError, match=r"which has no <loop>/defs\.yaml\. Write one, .* with --loop: aec_parser\."
     ):
+        the_loop(None)
+
+
+def test_the_only_loop_of_the_own_folder_is_the_default(outside, monkeypatch):
+    assert the_loop(None).name == "notes"
+    assert with_loop("finetune review", load_loop("notes")) == "finetune review"
+    assert with_loop("finetune review", load_loop("aec_parser")) == "finetune review --loop aec_parser"
+
+
+def test_with_two_loops_a_variable_chooses_one(outside, monkeypatch):
+    (outside / "mails").mkdir()
+    text = (outside / "notes" / "defs.yaml").read_text()
+    (outside / "mails" / "defs.yaml").write_text(text.replace("name: notes", "name: mails", 1))
+    with pytest.raises(SettingsError, match=r"choose one with --loop or FINETUNE_LOOP: mails, notes"):
+        the_loop(None)
+    assert with_loop("finetune review", load_loop("notes")) == "finetune review --loop notes"
+    monkeypatch.setenv("FINETUNE_LOOP", "notes")
+    assert the_loop(None).name == "notes"
+    assert the_loop("mails").name == "mails"
+    assert with_loop("finetune review", load_loop("notes")) == "finetune review"
+    monkeypatch.setenv("FINETUNE_LOOP", "note")
+    with pytest.raises(SettingsError, match=r"^FINETUNE_LOOP: No loop is named 'note'. Did you mean notes\?"):
         the_loop(None)
 
 

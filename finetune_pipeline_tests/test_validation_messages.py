@@ -10,7 +10,7 @@ from pydantic_core._pydantic_core import list_all_errors
 from finetune_pipeline.records import Event, Feedback, Interaction
 from finetune_pipeline.serving.api import ChatRequest, FeedbackIn, InteractionIn
 from finetune_pipeline.settings import COMPONENT_TYPE, SettingsError, read_loop
-from finetune_pipeline.validation_messages import PATTERNS, error_message, messages_of
+from finetune_pipeline.validation_messages import PATTERNS, error_message, messages_of, short_message, without_values
 from finetune_pipeline.wording import sentence
 
 PYDANTIC = re.compile(
@@ -50,6 +50,7 @@ def test_no_type_of_error_is_in_pydantics_words(error, names):
     for value in ("x", "", None, 7, [1], {"a": 1}):
         given = {"type": error["type"], "loc": ("field",), "msg": message, "input": value, "ctx": context}
         (line,) = messages_of([given], names)
+        line = line.replace("'field'", "field")  # the name of an unknown field is quoted
         assert line.startswith("field: ")
         assert not PYDANTIC.search(line.removeprefix("field: "))
 
@@ -102,10 +103,33 @@ def test_settings(tmp_path, given, message):
         (Interaction, {"history": ["x"]}, "history[0]: found a text, expected a JSON object"),
         (InteractionIn, {"source": "vault"}, "source: is not supported; leave it out"),
         (FeedbackIn, {"kind": "applause"}, "kind: found 'applause', expected 'success', 'correction',"),
-        (ChatRequest, {"tools": [{"type": "function"}]}, "tools: is not supported; leave it out"),
-        (ChatRequest, {"n": 2}, "n: a value above 1 is not supported; leave it out"),
-        (ChatRequest, {"presence_penalty": 0.5}, "presence_penalty: a value above 0 is not supported; leave it out"),
-        (ChatRequest, {"logit_bias": {"5": 100}}, "logit_bias: is not supported; leave it out"),
+        (ChatRequest, {"tools": [{"type": "function"}]}, "tools[0].function: is missing"),
+        (
+            ChatRequest,
+            {"tools": [{"type": "function", "function": {"name": "two words"}}]},
+            "tools[0].function.name: found 'two words', expected up to 128 letters, digits and _ . : -",
+        ),
+        (ChatRequest, {"functions": [{"name": "f"}]}, "functions: OpenAI's deprecated form of tools is not supported"),
+        (ChatRequest, {"n": 65}, "n: a value above 64 is not supported; send a smaller one"),
+        (ChatRequest, {"presence_penalty": 3}, "presence_penalty: found 3, expected less than or equal to 2"),
+        (ChatRequest, {"logit_bias": {"wall": 5}}, "logit_bias: expected ids of tokens, not 'wall'"),
+        (ChatRequest, {"max_tokens": 0}, "max_tokens: found 0, expected at least 1 (or -1 for the default)"),
+        (ChatRequest, {"guided_choice": ["a"]}, "guided_choice: only JSON Schemas are supported"),
+        (
+            ChatRequest,
+            {"tool_choice": "maybe"},
+            "tool_choice: found 'maybe', expected 'none', 'auto', 'required', or one function",
+        ),
+        (
+            ChatRequest,
+            {"messages": [{"role": "tool", "content": "7"}]},
+            "messages with the role 'tool' are not supported",
+        ),
+        (
+            ChatRequest,
+            {"metadata": {"gateway": {}}},
+            "metadata: the key 'gateway' is reserved for the gateway; use another one",
+        ),
         (ChatRequest, {"messages": []}, "messages: is empty"),
         (ChatRequest, {"stream": "yes"}, "stream: found 'yes', expected true or false"),
         (ChatRequest, {"max_tokens": 5.5}, "max_tokens: found 5.5, expected a whole number"),
@@ -114,7 +138,7 @@ def test_settings(tmp_path, given, message):
         (
             ChatRequest,
             {"messages": [{"role": "user", "content": [{"type": "image", "text": ""}]}]},
-            "messages[0].content[0].type: found 'image', expected 'text'",
+            "messages[0].content[0]: found the type 'image', but only 'text' is supported; send it as text",
         ),
         (ChatRequest, {"response_format": {"type": "xml"}}, "response_format: unknown type 'xml'; expected one of"),
     ],
@@ -131,6 +155,32 @@ def test_records_and_bodies(model, given, message):
         TypeAdapter(model).validate_json(json.dumps(given if valid is None else valid | given))
     assert message in error_message(caught.value)
     assert error_message(caught.value).count(" expected ") <= 1
+
+
+LONG = "Ann Canary " * 20
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"Ann Canary has cancer": 1},
+        {"history": [{"role": "user", "content": "x", "AnnCanary": 1}]},
+        {"confidence": LONG, "validation_score": "Bob Canary"},
+        {"confidence": [LONG, "it's"], "validation_score": "Bob Canary"},
+        {"history": {"a": LONG}, "validation_score": "Bob Canary"},
+        {"user": b"Ann Canary \xff", "validation_score": "Bob Canary"},
+        {"metadata": {"AnnCanary": {1}}},
+        {"created_at": f"{LONG} it's", "loop": "Bob Canary's"},
+    ],
+)  # fmt: skip
+def test_a_message_without_values_has_nothing_of_the_record(given):
+    valid = {"id": ID, "loop": "notes", "prompt": "p", "output": "o", "created_at": "2026-01-01"}
+    with pytest.raises(ValidationError) as caught:
+        Interaction.model_validate(valid | given)
+    message = error_message(caught.value)
+    assert "Canary" not in without_values(message)
+    for limit in range(8, len(message), 7):
+        assert "Canary" not in without_values(f"{short_message(message, limit)}; 1: found 'Bob Canary'")
 
 
 def test_the_first_problems_are_named_and_the_others_counted():
@@ -151,7 +201,7 @@ def test_every_pattern_is_in_words():
 
     models: list[type[BaseModel]] = [LoopSettings, Feedback, Interaction, FeedbackIn, InteractionIn, ChatRequest]
     found = {one for model in models for one in patterns(model.model_json_schema())}
-    assert found - PATTERNS.keys() == {r"^[^\u0000]*$", r"\S"}  # for OpenAPI; validated by functions
+    assert found - PATTERNS.keys() == {r"^[^\u0000]*$", r"\S", r"^[0-9]{1,9}$"}  # for OpenAPI; validated by functions
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from finetune_pipeline.settings import COMPONENT_TYPE, PROJECT_ROOT, SettingsError, read_loop
-from finetune_pipeline.yaml_files import YamlError, load_yaml
+from finetune_pipeline.yaml_files import YamlError, line_of, load_yaml
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -25,6 +25,15 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("a: &a [*a]\n", "line 1: an alias (*) in this value refers to the value itself"),
         ("a: &a {b: {c: *a}}\n", "line 1: an alias (*) in this value refers to the value itself"),
         ("a: &a\n  <<: *a\n", "refers to the value itself"),
+        ("a: &a {<<: &b {<<: *a}}\n", "line 1: an alias (*) in this value refers to the value itself"),
+        ("a: &a\n  <<: [{b: 1}, *a]\n", "refers to the value itself"),
+        ("a: &a {b: &b {<<: *a}, <<: {c: *b}}\n", "refers to the value itself"),
+        ("a: {<<: 3}\n", "expected a mapping or list of mappings for merging"),
+        ("a: {<<: [1]}\n", "expected a mapping for merging"),
+        ("x: [{a: {b: 1, c: [{d: 1, d: 2}]}}]\n", "line 1: the key d is already on line 1"),
+        ("x: &x {a: 1, a: 2}\ny: {<<: *x}\n", "line 1: the key a is already on line 1"),
+        ("y: {<<: {a: 1, a: 2}}\n", "line 1: the key a is already on line 1"),
+        ("1: a\n0x1: b\n", "line 2: the key 0x1 is already on line 1"),
         ("[" * 5_000, "nested too deeply"),
         ("a: [1, 2\nb: 3\n", "line 2, column 2: while parsing a flow sequence, expected ',' or ']'"),
         ("a: *nobody\n", "line 1, column 4: found undefined alias 'nobody'"),
@@ -78,3 +87,34 @@ def test_a_loops_settings_are_read_so(tmp_path, content, message):
     with pytest.raises(SettingsError) as error:
         read_loop(path)
     assert message in str(error.value)
+
+
+DOCUMENT = """\
+type: a
+attributes:
+  name: notes
+  training:
+    lr: 1
+  sources:
+    - kind: files
+      path: a
+    - {kind: vault, path: b}
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("attributes.name", 3),
+        ("attributes.training.lr", 5),
+        ("attributes.training.max_length", 4),  # a missing value is that of its section
+        ("attributes.sources[0].path", 8),
+        ("attributes.sources[1].path", 9),
+        ("attributes.sources[2]", 6),
+        ("attributes.name.first", 3),
+        ("attributes", 2),
+        ("other", None),
+    ],
+)
+def test_the_line_of_a_value_is_found(path, line):
+    assert line_of(DOCUMENT, path) == line

@@ -9,14 +9,21 @@ import inspect
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticUndefined
 
 from finetune_pipeline.cli.main import finetune
-from finetune_pipeline.settings import COMPONENT_TYPE, LoopSettings, Source
+from finetune_pipeline.settings import (
+    COMPONENT_TYPE,
+    METRIC_KINDS,
+    LoopSettings,
+    MetricSettings,
+    ParametersMetric,
+    Source,
+)
 
 ROOT = Path(__file__).parents[1]
 HELP_WIDTH = 100
@@ -36,6 +43,12 @@ variable. Editors complete and check the file with
 
 A setting without a default is required. Relative paths start at the folder of the file if it lies
 in `FINETUNE_LOOPS_DIR`, and at the project's folder if it lies in `finetune_pipeline/defs`."""
+
+METRICS_INTRO = """\
+## Metrics
+
+`evaluation.metric` is a metric, and `evaluation.metrics` a list of metrics: the kind alone, or a
+mapping of `kind` and the settings below. Every metric has a `name` too, by default its kind."""
 
 CLI_INTRO = """\
 # Command-line reference
@@ -77,11 +90,20 @@ def settings_page() -> str:
     parts = [SETTINGS_INTRO, "## Top level", _table(LoopSettings, skip=names)]
     for name, section in sections:
         parts += [f"## {name}", _prose(section), _table(section)]
+        for inner, field in section.model_fields.items():
+            for model in get_args(field.annotation) or (field.annotation,):
+                if isinstance(model, type) and issubclass(model, BaseModel) and not issubclass(model, MetricSettings):
+                    parts += [f"### {name}.{inner}", _prose(model), _table(model)]
     schema = TypeAdapter(Source).json_schema()
     parts.append("## sources\n\nA list; `kind` says which settings an entry has.")
     for model in Source.__origin__.__args__:
         kind = schema["$defs"][model.__name__]["properties"]["kind"]["const"]
         parts += [f"### kind: {kind}", _prose(model), _table(model, skip={"kind"})]
+    parts.append(METRICS_INTRO)
+    for kind, metric in METRIC_KINDS.items():
+        parts += [f"### metric: {kind}", _prose(metric)]
+        if metric.model_fields.keys() - {"kind", "name"}:
+            parts.append(_table(metric, skip={"kind", "name"}))
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,13 +119,16 @@ def _table(model: type[BaseModel], skip: set[str] = frozenset()) -> str:  # type
         if name in skip:
             continue
         default = field.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel):
+        if isinstance(default, MetricSettings):
+            default = default.kind
+        elif isinstance(default, BaseModel):
             default = default.model_dump(mode="json", exclude_defaults=True)
         elif isinstance(default, tuple):
             default = list(default)
         shown = "" if default is PydanticUndefined else f"`{'' if default is None else json.dumps(default)}`"
         kind = _type(schema["properties"][name], schema.get("$defs", {}))
-        cells = (f"`{name}`", kind, shown.replace("``", "none"), field.description or "")
+        unset = "not set" if "`none`" in kind else "none"
+        cells = (f"`{name}`", kind, shown.replace("``", unset), field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(rows)
 
@@ -120,6 +145,8 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         target = definitions[name]
         return "settings" if target.get("type") == "object" else _type(target, definitions)
     if options := schema.get("anyOf") or schema.get("oneOf"):
+        if any(option.get("$ref", "").endswith(f"/{ParametersMetric.__name__}") for option in options):
+            return "[metric](#metrics)"
         kinds = [_type(option, definitions) for option in options if option.get("type") != "null"]
         return ", or ".join(dict.fromkeys(kinds))
     if "const" in schema:

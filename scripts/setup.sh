@@ -57,7 +57,8 @@ export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$(setting index-url
 export SSL_CERT_FILE=${SSL_CERT_FILE:-${PIP_CERT:-$(setting cert)}}
 [ -n "$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX
 [ -n "$SSL_CERT_FILE" ] || unset SSL_CERT_FILE
-with_uv() { $VENV/bin/uv pip install -q --python $VENV/bin/python -c constraints.txt "$@"; }
+# As pip does: otherwise each process that may not write bytecode, as in most containers, compiles what it imports.
+with_uv() { $VENV/bin/uv pip install -q --compile-bytecode --python $VENV/bin/python -c constraints.txt "$@"; }
 say "the project and its other dependencies"
 pip install -q -c constraints.txt uv || true
 if [ -n "$compiling" ]; then

@@ -5,11 +5,11 @@ from pathlib import Path
 import click
 
 from finetune_pipeline.artifacts import Artifact, ArtifactError, get_latest, read, stage_folder
-from finetune_pipeline.cli.options import loop_option
+from finetune_pipeline.cli.options import json_option, loop_option, print_json
 from finetune_pipeline.curation.dataset_files import DATASET_CARD, SPLITS, read_examples
 from finetune_pipeline.curation.export_formats import WRITERS, export_examples
 from finetune_pipeline.manifests import DatasetManifest
-from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.settings import LoopSettings, with_loop
 from finetune_pipeline.wording import counted
 
 _version_option = click.option(
@@ -58,14 +58,19 @@ def export(loop: LoopSettings, format: str, split: str, path: Path | None, versi
 
 @dataset.command()
 @_version_option
+@json_option
 @loop_option
-def card(loop: LoopSettings, version: str | None) -> None:
+def card(loop: LoopSettings, version: str | None, as_json: bool) -> None:
     """Show a dataset's card.
 
-    It has the sources, counts, filters, what was left out and why, and a sample.
+    It has the sources, counts, filters, what was left out and why, and a sample. With --json, it is the dataset's
+    manifest, without a sample.
     """
-    path = _find_dataset(loop, version).path / DATASET_CARD
-    click.echo(path.read_text(encoding="utf-8"), nl=False)
+    found = _find_dataset(loop, version)
+    if as_json:
+        print_json({**found.manifest.model_dump(), "folder": found.path})
+        return
+    click.echo((found.path / DATASET_CARD).read_text(encoding="utf-8"), nl=False)
 
 
 def _find_dataset(loop: LoopSettings, version: str | None) -> Artifact[DatasetManifest]:
@@ -77,7 +82,7 @@ def _find_dataset(loop: LoopSettings, version: str | None) -> Artifact[DatasetMa
     if version is None:
         newest = get_latest(DatasetManifest, loop.name)
         if newest is None:
-            raise ArtifactError(f"loop {loop.name} has no dataset yet; `finetune run --loop {loop.name}` builds one")
+            raise ArtifactError(f"loop {loop.name} has no dataset yet; `{with_loop('finetune run', loop)}` builds one")
         return newest
     folder = stage_folder(loop.name, DatasetManifest.stage)
     versions = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []

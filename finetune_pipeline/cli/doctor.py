@@ -10,6 +10,7 @@ from tempfile import TemporaryFile
 
 import click
 
+from finetune_pipeline.cli.options import json_option, print_json
 from finetune_pipeline.settings import home
 
 
@@ -25,21 +26,26 @@ class Finding:
 
 
 @click.command()
-def doctor() -> None:
+@json_option
+def doctor(as_json: bool) -> None:
     """Check what this machine can run, with remedies.
 
-    Checks Python, the compiler, llama.cpp, the GGUF converter, the GPU and the training backends. Exits with 1 if
-    something that is needed does not work.
+    Checks Python, the compiler, llama.cpp, the GGUF converter, the GPU, the training backends and the sandbox for code.
+    Exits with 1 if something that is needed does not work.
     """
+    findings = (finding for check in CHECKS for finding in check())
+    if as_json:
+        done = list(findings)
+        print_json(done)
+        sys.exit(1 if any(one.needed and not one.works for one in done) else 0)
     broken = False
-    for check in CHECKS:
-        for finding in check():
-            status = click.style("ok      ", fg="green") if finding.works else click.style("optional", fg="yellow")
-            if not finding.works and finding.needed:
-                status, broken = click.style("FAIL    ", fg="red"), True
-            click.echo(f"{status}  {finding.name:<22} {finding.detail}")
-            if finding.remedy and not finding.works:
-                click.echo(f"          {'':<22} → {finding.remedy}")
+    for finding in findings:
+        status = click.style("ok      ", fg="green") if finding.works else click.style("optional", fg="yellow")
+        if not finding.works and finding.needed:
+            status, broken = click.style("FAIL    ", fg="red"), True
+        click.echo(f"{status}  {finding.name:<22} {finding.detail}")
+        if finding.remedy and not finding.works:
+            click.echo(f"          {'':<22} → {finding.remedy}")
     sys.exit(1 if broken else 0)
 
 
@@ -108,4 +114,13 @@ def _backends() -> Iterator[Finding]:
         yield Finding(f"training: {backend.name}", backend.available, backend.why, backend.remedy, needed)
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_system, _compiler, _llama, _gpu, _backends)
+def _sandbox() -> Iterator[Finding]:
+    from finetune_pipeline.evaluation.metrics.sandbox import isolation_problem
+
+    problem = isolation_problem()
+    detail = f"off: {problem}" if problem else "code runs without network, with limits on time and memory (bubblewrap)"
+    remedy = "needed only for the metric `tests`: install bubblewrap, and allow user namespaces in containers"
+    yield Finding("sandbox for code", problem is None, detail, remedy, needed=False)
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_system, _compiler, _llama, _gpu, _backends, _sandbox)

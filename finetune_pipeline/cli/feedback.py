@@ -1,17 +1,20 @@
 """`finetune feedback`: log interactions and feedback, and import, export, retract and erase them."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from finetune_pipeline.cli.options import LISTED, echo_some, loop_option
-from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.cli.feedback_search import commands, find_id
+from finetune_pipeline.cli.options import LISTED, echo_some, json_option, loop_option, one_line, print_json
+from finetune_pipeline.settings import LoopSettings, RedactionSettings
 from finetune_pipeline.wording import counted, sentence
 
 if TYPE_CHECKING:
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
     from finetune_pipeline.pipeline.erasure import ErasedLoop
     from finetune_pipeline.records import Rating
 
-_WIDTH = 100
+_BAR = 40
+"""Width of the longest bar of the histogram."""
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _THUMBS = ("up", "down")
 
@@ -31,7 +35,11 @@ _key_option = click.option(
 
 @click.group()
 def feedback() -> None:
-    """Log, import, export and erase interactions and feedback."""
+    """Log, look up, import, export and erase interactions and feedback."""
+
+
+for command in commands:
+    feedback.add_command(command)
 
 
 @feedback.command()
@@ -55,16 +63,20 @@ def log(loop: LoopSettings, prompt: str, output: str, **details: Any) -> None:
 
 
 @feedback.command()
-@click.argument("interaction_id", metavar="ID")
+@click.argument("interaction", metavar="ID_OR_PROMPT", is_eager=True)
 @click.argument("text", required=False)
 @click.option("--file", type=click.File("r", encoding="utf-8"), help="File with the answer; - reads standard input.")
 @click.option("--user", metavar="NAME", help="Author of the correction.")
 @_key_option
 @loop_option
-def correct(interaction_id: str, text: str | None, file: Any, user: str | None, key: str | None, **given: Any) -> None:
-    """Correct the answer of the interaction ID to TEXT."""
+def correct(interaction: str, text: str | None, file: Any, user: str | None, key: str | None, **given: Any) -> None:
+    """Correct the answer of an interaction to TEXT.
+
+    ID_OR_PROMPT is the interaction's id, or a prompt that only one interaction has.
+    """
     if (text is None) == (file is None):
         raise click.UsageError("Give the corrected answer as TEXT or with --file, one of the two")
+    interaction_id = find_id(given["loop"], interaction)
     with _client(given["loop"]) as client:
         if text is None:
             try:
@@ -76,16 +88,18 @@ def correct(interaction_id: str, text: str | None, file: Any, user: str | None, 
 
 
 @feedback.command()
-@click.argument("interaction_id", metavar="ID")
+@click.argument("interaction", metavar="ID_OR_PROMPT", is_eager=True)
 @click.argument("value", metavar="VALUE", type=click.Choice(["1", "2", "3", "4", "5", "gold", *_THUMBS]))
 @click.option("--user", metavar="NAME", help="Author of the rating.")
 @_key_option
 @loop_option
-def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, key: str | None) -> None:
-    """Rate the answer of the interaction ID.
+def rate(loop: LoopSettings, interaction: str, value: str, user: str | None, key: str | None) -> None:
+    """Rate the answer of an interaction.
 
+    ID_OR_PROMPT is the interaction's id, or a prompt that only one interaction has.
     VALUE is 1 to 5 (stars), gold (an exemplary answer), up or down (thumbs).
     """
+    interaction_id = find_id(loop, interaction)
     with _client(loop) as client:
         if value in _THUMBS:
             thumb = client.thumbs_up if value == "up" else client.thumbs_down
@@ -96,35 +110,73 @@ def rate(loop: LoopSettings, interaction_id: str, value: str, user: str | None, 
 
 
 @feedback.command()
+@json_option
 @loop_option
-def stats(loop: LoopSettings) -> None:
+def stats(loop: LoopSettings, as_json: bool) -> None:
     """Count interactions, feedback and examples.
 
-    Also lists unmatched feedback, whose interaction has not arrived.
+    Shows the rewards, how much the users agree, and lists unmatched feedback, whose interaction has not arrived.
     """
     from finetune_pipeline.database import connect
+    from finetune_pipeline.feedback.rewards import reward_function
+    from finetune_pipeline.feedback.statistics import BINS, agreement, reward_statistics
     from finetune_pipeline.feedback.store import counters, unmatched_feedback
+    from finetune_pipeline.registry.training_jobs import count_training_jobs
 
-    with connect().read() as connection:
+    database = connect()
+    with database.read() as connection:
         counts = counters(connection, loop.name)
         # The query reads all feedback, so it runs only if the counter says that there is something to find.
         unmatched = unmatched_feedback(connection, loop.name, LISTED) if counts["unmatched"] else ()
+        rewards = reward_statistics(connection, loop.name)
+        agreed = agreement(connection, loop.name, reward_function(loop.feedback))
+    trainings = count_training_jobs(database, loop.name)
+    by_kind = {name.removeprefix("feedback."): name for name in sorted(counts) if name.startswith("feedback.")}
+    if as_json:
+        names = ("interactions", "feedback", "examples", "corrected", "rewarded", "flagged", "unmatched")
+        print_json(
+            {
+                "loop": loop.name,
+                **{name: counts[name] for name in names},
+                "by_kind": {kind: counts[name] for kind, name in by_kind.items()},
+                "trainings": trainings,
+                "average_reward": rewards.average,
+                "histogram": [
+                    {"from": low, "to": high, "examples": count}
+                    for (low, high), count in zip(BINS, rewards.histogram, strict=True)
+                ],
+                "agreement": agreed,
+                "unmatched_feedback": [row._asdict() for row in unmatched],
+            }
+        )
+        return
     table = Table(title=f"loop {loop.name}", title_justify="left", box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    kinds = [(f"  {name.removeprefix('feedback.')}", name) for name in sorted(counts) if name.startswith("feedback.")]
     for title, name in (
         ("interactions", "interactions"),
         ("feedback events", "feedback"),
-        *kinds,
+        *((f"  {kind}", name) for kind, name in by_kind.items()),
         ("examples", "examples"),
         ("  corrected by a person", "corrected"),
+        ("  answers nobody objected to", "implicit"),
         ("  others with a reward above 0", "rewarded"),
         ("flagged for review", "flagged"),
         ("unmatched feedback", "unmatched"),
     ):
         table.add_row(title, f"{counts[name]:,}")
+    table.add_row("trainings", f"{trainings:,}")
+    table.add_row("average reward", "none" if rewards.average is None else f"{rewards.average:+.2f}")
+    alpha = "undefined" if agreed.alpha is None else f"{agreed.alpha:.2f}"
+    table.add_row("agreement of users (Krippendorff's alpha, nominal: for or against)", alpha)
+    table.add_row("  answers that several users rated", f"{agreed.answers:,}")
     Console().print(table)
+    if counts["examples"]:
+        click.echo("\nrewards of the examples:")
+        most = max(rewards.histogram)
+        for (low, high), count in zip(BINS, rewards.histogram, strict=True):
+            bar = "#" * math.ceil(_BAR * count / most)
+            click.echo(f"  {low:+.1f} to {high:+.1f} {count:>8,}  {bar}".rstrip())
     if unmatched:
         click.echo(f"\nunmatched feedback, whose interaction has not arrived ({counts['unmatched']}), oldest first:")
         for row in unmatched:
@@ -133,8 +185,9 @@ def stats(loop: LoopSettings) -> None:
 
 @feedback.command()
 @click.option("--limit", type=click.IntRange(1), default=LISTED, show_default=True, help="Maximum number of answers.")
+@json_option
 @loop_option
-def flagged(loop: LoopSettings, limit: int) -> None:
+def flagged(loop: LoopSettings, limit: int, as_json: bool) -> None:
     """List flagged answers that nobody has reviewed.
 
     An answer is flagged, for example, because of low confidence. The newest come first.
@@ -144,11 +197,14 @@ def flagged(loop: LoopSettings, limit: int) -> None:
 
     with connect().read() as connection:
         found = flagged_interactions(connection, loop.name, limit)
+    if as_json:
+        print_json([one.model_dump(mode="json", exclude={"event"}, exclude_none=True) for one in found])
+        return
     for one in found:
         confidence = "" if one.confidence is None else f"confidence {one.confidence:.2f}"
         known = confidence in str(one.flag)
         click.echo(f"{one.id}  {one.flag}{'' if known else f', {confidence}'}")
-        click.echo(f"  prompt  {_one_line(one.prompt)}\n  output  {_one_line(one.output)}")
+        click.echo(f"  prompt  {one_line(one.prompt)}\n  output  {one_line(one.output)}")
     advice = "`finetune feedback correct ID TEXT` or `finetune feedback rate ID up` settles one"
     click.echo(advice if found else f"no flagged answer of loop {loop.name} is unreviewed", err=True)
 
@@ -243,7 +299,7 @@ def retract(loop: LoopSettings, source: str, yes: bool) -> None:
     if source not in active:
         names = ", ".join(f"{name} ({count})" for name, count in active.items()) or "none"
         raise click.ClickException(
-            f"{loop.name} has no active records of {source}. Sources with active records: {names}"
+            f"loop {loop.name} has no active records of {source}. Sources with active records: {names}"
         )
     if not yes:
         click.confirm(f"Retract {counted(active[source], 'record')} of {source}?", abort=True)
@@ -258,16 +314,24 @@ def retract(loop: LoopSettings, source: str, yes: bool) -> None:
 @feedback.command()
 @click.option("--user", required=True, metavar="NAME", help="The person whose data is deleted.")
 @click.option("--loop", "name", metavar="NAME", help="Delete it in this loop only; default all loops.")
+@click.option(
+    "--scrub-dagster",
+    is_flag=True,
+    help="Also remove the name, these texts, and samples in dataset cards, which earlier versions stored there, from "
+    "Dagster's history and the logs of finetune run.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
-def erase(user: str, name: str | None, yes: bool) -> None:
+def erase(user: str, name: str | None, scrub_dagster: bool, yes: bool) -> None:
     """Delete a person's data, and list what was made with it.
 
     This deletes the person's interactions with all feedback and review decisions on them, and the person's feedback
     and review decisions on interactions of others.
     """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.pipeline.erasure import erase_person, find_person
+    from finetune_pipeline.pipeline.erasure import erase_person, find_person, texts_of
 
+    if not user.strip():
+        raise click.UsageError("--user is empty; give the name as it is in the events")
     database = connect()
     held = find_person(database, user, name)
     for one in held:
@@ -278,11 +342,24 @@ def erase(user: str, name: str | None, yes: bool) -> None:
         )
     if not any(one.data.count for one in held):
         click.echo(f"the store holds nothing of {user!r}; names must match exactly")
-    elif not yes:
+    elif not scrub_dagster:
+        click.echo(
+            "Dagster's history and the logs of runs are not searched for these texts: --scrub-dagster does that, now, "
+            "since after the erasure the texts are unknown"
+        )
+    if any(one.data.count for one in held) and not yes:
         click.confirm(f"Delete this data of {user!r} for good?", abort=True)
+    texts = texts_of(database, held) if scrub_dagster else set()
     result = erase_person(database, user, held)
     for loop in result.loops:
         _print_erased(loop)
+    if scrub_dagster:
+        _scrub_dagster(user, texts, {one.loop.curation.redaction if one.loop else RedactionSettings() for one in held})
+    dagster = "" if scrub_dagster else "Dagster's history and the logs of runs (--scrub-dagster), "
+    click.echo(
+        f"not reached: {dagster}backups, logs of other programs, models and GGUFs that were exported elsewhere, and "
+        "promoted models that were trained on the data, until they are deleted"
+    )
     remaining = []
     if result.write_ahead_logs:
         remaining.append(
@@ -297,6 +374,25 @@ def erase(user: str, name: str | None, yes: bool) -> None:
     if remaining:
         raise click.ClickException(
             f"The erasure is not complete: {'; and '.join(remaining)}. Run this again in a moment."
+        )
+
+
+def _scrub_dagster(user: str, texts: Collection[str], redactions: Collection[RedactionSettings]) -> None:
+    from finetune_pipeline.orchestration.scrub import dagster_home, scrub_home
+    from finetune_pipeline.pipeline.erasure import MIN_TEXT
+
+    done = scrub_home([user], sorted(texts), redactions)
+    if not dagster_home().is_dir():
+        click.echo(f"there is no Dagster home {dagster_home()}; set DAGSTER_HOME if it is elsewhere")
+    rows = ", ".join(f"{counted(count, 'row')} of {table}" for table, count in sorted(done.rows.items())) or "0 rows"
+    logs = counted(len(done.logs), "log")
+    click.echo(f"Dagster's history: rewrote {rows} and {logs}; runs and events stay, without these texts")
+    if not texts:
+        click.echo("  Only the name was searched: the store has no texts of the person, as after an earlier erasure")
+    elif short := sum(len(text.strip()) < MIN_TEXT for text in texts):
+        click.echo(
+            f"  not searched: {counted(short, 'text')} of fewer than {MIN_TEXT} characters, since other people's texts "
+            "have them, too"
         )
 
 
@@ -315,7 +411,8 @@ def _print_erased(loop: "ErasedLoop") -> None:
     if artifacts:
         click.echo(
             f"  They still contain it. `finetune run --loop {name}` makes new ones without it. When another model "
-            f"serves, `finetune model gc --keep 1 --loop {name}` deletes the old models, rejected challengers "
+            "serves, and a rollback would restore none of the old ones (`finetune model switch base` and back makes it "
+            f"restore the base model), `finetune model gc --keep 1 --loop {name}` deletes them, rejected challengers "
             "included, with their folders in gguf_model. Then delete what is left of these folders."
         )
     if loop.sources:
@@ -326,6 +423,12 @@ def _print_erased(loop: "ErasedLoop") -> None:
         click.echo(f"{name}: these files still contain the person's name:")
         _print_list(loop.files)
         click.echo("  Deleted events are not ingested again, but new ones would be: delete them there, too.")
+    if loop.texts:
+        click.echo(f"{name}: these files contain texts of the person, or the same texts of others:")
+        _print_list([f"{path} ({counted(count, 'text')})" for path, count in loop.texts.items()])
+        click.echo(
+            "  Remove the questions from the benchmark and the replay file, and delete the folders of the reports."
+        )
 
 
 @contextmanager
@@ -345,16 +448,14 @@ def _client(loop: LoopSettings) -> Iterator["FeedbackClient"]:
         raise click.ClickException(sentence(str(error))) from error
 
 
-def _print_feedback_id(feedback_id: Any, interaction_id: str) -> None:
+def _print_feedback_id(feedback_id: UUID, interaction_id: UUID) -> None:
     """Print the feedback's id, and a note if its interaction has not arrived."""
-    from uuid import UUID
-
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.store import find_interaction
 
     click.echo(feedback_id)
     with connect().read() as connection:
-        found = find_interaction(connection, UUID(interaction_id))
+        found = find_interaction(connection, interaction_id)
     if found is None:
         click.echo(
             f"unmatched: interaction {interaction_id} has not arrived; the feedback counts once it does", err=True
@@ -367,11 +468,6 @@ def _age(moment: datetime) -> str:
     if passed < timedelta(hours=1):
         return f"{max(0, int(passed.total_seconds() // 60))} minutes old"
     return f"{passed.days} days old" if passed.days else f"{int(passed.total_seconds() // 3600)} hours old"
-
-
-def _one_line(text: str) -> str:
-    joined = " ".join(text.split())
-    return joined if len(joined) <= _WIDTH else joined[: _WIDTH - 3] + "..."
 
 
 def _print_list(items: Sequence[object]) -> None:

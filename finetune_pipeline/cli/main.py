@@ -1,59 +1,31 @@
 """The `finetune` command with its groups; expected errors are printed without a traceback."""
 
+import errno
 import sys
+from pathlib import Path
+from typing import NoReturn
 
 import click
 
-from finetune_pipeline.artifacts import ArtifactError
+from finetune_pipeline.artifacts import disk_full
 from finetune_pipeline.cli.ask import ask
+from finetune_pipeline.cli.compare import compare
 from finetune_pipeline.cli.dataset import dataset
 from finetune_pipeline.cli.doctor import doctor
+from finetune_pipeline.cli.errors import EXPECTED
 from finetune_pipeline.cli.feedback import feedback
 from finetune_pipeline.cli.ingest import ingest
+from finetune_pipeline.cli.init import init
 from finetune_pipeline.cli.model import model
+from finetune_pipeline.cli.report import report
 from finetune_pipeline.cli.review import review
 from finetune_pipeline.cli.run import check, demo, env, run, ui
 from finetune_pipeline.cli.serve import key, serve
+from finetune_pipeline.cli.source import source
 from finetune_pipeline.cli.status import status
 from finetune_pipeline.cli.train import train
-from finetune_pipeline.curation.errors import CurationError
-from finetune_pipeline.database import DatabaseError
-from finetune_pipeline.database.api_keys import ApiKeyError
-from finetune_pipeline.evaluation.benchmark import BenchmarkError
-from finetune_pipeline.evaluation.comparison import ComparisonError
-from finetune_pipeline.evaluation.report import ReportError
-from finetune_pipeline.export.process import ExportError
-from finetune_pipeline.feedback import FeedbackError
-from finetune_pipeline.feedback.review import ReviewError
-from finetune_pipeline.inference.errors import EngineError
-from finetune_pipeline.ray_session import ClusterError
-from finetune_pipeline.registry.model_versions import RegistryError
-from finetune_pipeline.schemas import SchemaError
-from finetune_pipeline.settings import SettingsError
-from finetune_pipeline.sources.source_record import SourceError
-from finetune_pipeline.training.job import TrainingError
+from finetune_pipeline.settings import home
 from finetune_pipeline.wording import sentence
-
-EXPECTED = (
-    ArtifactError,
-    BenchmarkError,
-    ClusterError,
-    ComparisonError,
-    CurationError,
-    DatabaseError,
-    EngineError,
-    ExportError,
-    FeedbackError,
-    ApiKeyError,
-    RegistryError,
-    ReportError,
-    ReviewError,
-    SchemaError,
-    SettingsError,
-    SourceError,
-    TrainingError,
-)
-"""Errors whose message says what was found and what to do; any other exception is a bug and keeps its traceback."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,6 +35,7 @@ def finetune() -> None:
 
 
 for command in (
+    init,
     run,
     check,
     demo,
@@ -70,11 +43,14 @@ for command in (
     env,
     status,
     ingest,
+    source,
     dataset,
     feedback,
     review,
     ask,
     model,
+    compare,
+    report,
     train,
     serve,
     key,
@@ -88,8 +64,31 @@ def main() -> None:
     try:
         finetune()
     except EXPECTED as error:
-        click.echo(f"{click.style('Error:', fg='red', bold=True)} {sentence(str(error))}", err=True)
-        sys.exit(1)
+        fail(str(error))
+    except OSError as error:
+        problem = unwritable_home(error)
+        if problem is None:
+            raise
+        fail(problem)
+
+
+def fail(message: str) -> NoReturn:
+    """Print an error and end the command."""
+    click.echo(f"{click.style('Error:', fg='red', bold=True)} {sentence(message)}", err=True)
+    sys.exit(1)
+
+
+def unwritable_home(error: OSError) -> str | None:
+    """Return the message for a full disk, or for a file of the home that cannot be used; None for other errors."""
+    path = Path(str(error.filename or home()))
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return str(disk_full(path, error.strerror))
+    if not (path.is_relative_to(home()) or home().is_relative_to(path)):
+        return None
+    return (
+        f"{path} cannot be used ({error.strerror}); make {home()} and everything in it writable, or set FINETUNE_HOME "
+        "to a folder that is"
+    )
 
 
 if __name__ == "__main__":

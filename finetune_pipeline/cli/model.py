@@ -1,4 +1,4 @@
-"""`finetune model`: list, show, switch, roll back and delete model versions."""
+"""`finetune model`: list, show, switch, roll back and clean up model versions."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from finetune_pipeline.cli.options import actor, loop_option
+from finetune_pipeline.cli.options import UNLIMITED, actor, json_option, loop_option, print_json
 from finetune_pipeline.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -16,17 +16,15 @@ if TYPE_CHECKING:
     from finetune_pipeline.registry.model_versions import ModelVersion
 
 
-_UNLIMITED = 10_000  # columns: a name that is cut or wrapped cannot be copied into another command
-
-
 @click.group()
 def model() -> None:
-    """List, show, switch, roll back and delete model versions."""
+    """List, show, switch, roll back and clean up model versions."""
 
 
 @model.command("list")
+@json_option
 @loop_option
-def list_(loop: LoopSettings) -> None:
+def list_(loop: LoopSettings, as_json: bool) -> None:
     """List the model versions, newest first; * marks the champion."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.champion import champion
@@ -36,6 +34,10 @@ def list_(loop: LoopSettings) -> None:
     database = connect()
     serving = champion(database, loop.name)
     stack = deployment_stack(list_deployments(database, loop.name))
+    if as_json:
+        models = [{**one.model_dump(), "name": one.name} for one in list_models(database, loop.name)]
+        print_json({"champion": serving.name if serving else f"{loop.name}@base", "models": models})
+        return
     states = dict.fromkeys(stack[-2:-1], "previous") | {serving.id if serving else None: "champion"}
     table = Table(box=None, pad_edge=False)
     for heading in ("", "model", "accuracy", "latency", "size", "deployed (UTC)", ""):
@@ -46,20 +48,21 @@ def list_(loop: LoopSettings) -> None:
             "*" if serving and version.id == serving.id else "",
             version.name,
             f"{version.accuracy:.1%}" if version.accuracy is not None else "",
-            latency or ("not measured" if "speed_flag" in version.scores else ""),
+            latency or ("machine busy" if "speed_flag" in version.scores else ""),
             f"{version.size_bytes / 1e6:,.1f} MB" if version.size_bytes is not None else "",
             f"{version.deployed_at:%Y-%m-%d %H:%M}" if version.deployed_at else "",
             " ".join(filter(None, [states.get(version.id, ""), "deleted" if version.deleted_at else ""])),
         )
     table.add_row("" if serving else "*", f"{loop.name}@base", "", "", "", "", states.get(None, ""))
-    Console(width=_UNLIMITED).print(table)
+    Console(width=UNLIMITED).print(table)
 
 
 @model.command()
-@click.argument("version", default="champion")
+@click.argument("version", default="champion", is_eager=True)
 @click.option("--card", is_flag=True, help="Print the model card (Markdown) instead.")
+@json_option
 @loop_option
-def show(version: str, card: bool, loop: LoopSettings) -> None:
+def show(version: str, card: bool, loop: LoopSettings, as_json: bool) -> None:
     """Show VERSION (default: the champion) in detail.
 
     Lists its files, scores, lineage, training run and report.
@@ -70,7 +73,12 @@ def show(version: str, card: bool, loop: LoopSettings) -> None:
 
     database = connect()
     found = resolve(database, version, loop.name)
-    if found is None:
+    if card and as_json:
+        raise click.UsageError("--card prints Markdown; leave out --json")
+    if as_json:
+        base = {"name": f"{loop.name}@base", "base_model": loop.base_model}
+        print_json({**found.model_dump(), "name": found.name} if found else base)
+    elif found is None:
         click.echo(f"{loop.name}@base: the base model {loop.base_model}")
     elif card:
         click.echo(card_of(database, loop, found), nl=False)
@@ -117,7 +125,7 @@ def _rounded(key: str, value: Any) -> Any:
 
 
 @model.command()
-@click.argument("version")
+@click.argument("version", is_eager=True)
 @click.option("--reason", default="switched in the terminal", show_default=True, help="Recorded in the history.")
 @loop_option
 def switch(version: str, reason: str, loop: LoopSettings) -> None:
@@ -154,8 +162,9 @@ def _name(version: "ModelVersion | None", loop: LoopSettings) -> str:
 
 
 @model.command()
+@json_option
 @loop_option
-def history(loop: LoopSettings) -> None:
+def history(loop: LoopSettings, as_json: bool) -> None:
     """Show all deployments of the loop, oldest first."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.deployment_history import list_deployments
@@ -163,6 +172,12 @@ def history(loop: LoopSettings) -> None:
 
     database = connect()
     names = {version.id: version.name for version in list_models(database, loop.name)}
+    if as_json:
+        deployments = list_deployments(database, loop.name)
+        print_json(
+            [{**one.model_dump(), "model": names.get(one.model_id or "", f"{loop.name}@base")} for one in deployments]
+        )
+        return
     table = Table(box=None, pad_edge=False)
     for heading in ("time (UTC)", "action", "model", "actor", "reason"):
         table.add_column(heading, overflow="fold")
@@ -182,8 +197,9 @@ def history(loop: LoopSettings) -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@json_option
 @loop_option
-def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings) -> None:
+def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings, as_json: bool) -> None:
     """Delete unused model files.
 
     These are old versions, rejected challengers and old base models. The champion, the previous model, the models of
@@ -195,6 +211,13 @@ def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings) -> None:
 
     database, base, kept = connect(), base_hash(resolve_base_model(loop.base_model)), keep or loop.registry.keep
     decisions = plan_deletion(database, loop, base, kept)
+    if as_json:
+        if not dry_run:
+            raise click.UsageError("--json lists what would be deleted; give --dry-run too")
+        print_json(
+            [{"path": x.folder.path, "bytes": x.folder.size, "keep": x.keep, "reason": x.reason} for x in decisions]
+        )
+        return
     to_delete = [one for one in decisions if not one.keep]
     for one in sorted(decisions, key=lambda one: one.keep):
         folder = f"{one.folder.path.parent.name}/{one.folder.path.name}"

@@ -1,46 +1,70 @@
 """Options shared by several commands."""
 
 import getpass
+import json
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
 
 import click
+from pydantic import BaseModel
 
-from finetune_pipeline.settings import LoopSettings, SettingsError, load_loop, load_loops, loop_folders, loops_dir
+from finetune_pipeline.settings import LoopSettings, SettingsError, load_loop, the_loop
 
 
-def the_loop(name: str | None) -> LoopSettings:
-    """Return the loop of this name; without a name, the only loop.
+def _chosen_loop(context: click.Context, _parameter: click.Parameter, name: str | None) -> LoopSettings:
+    """Return the loop of --loop, or that of the model version or interaction which the command names."""
+    interaction = context.params.get("interaction")
+    named = [context.params.get(parameter) or "" for parameter in ("version", "first", "second")]
+    version = next((text for text in named if "@" in text and "/" not in text), "")  # not a URL or a path
+    of_version = version.partition("@")[0]
+    if of_version and name and name != of_version:
+        raise SettingsError(f"{version} is a model of {of_version}, and --loop is {name}; leave out --loop")
+    if of_version:
+        return load_loop(of_version)
+    if name is None and interaction:
+        from finetune_pipeline.database import connect
+        from finetune_pipeline.feedback.store import find_interaction
 
-    Raises:
-        SettingsError: there is no such loop, or no name was given and not exactly one loop exists.
-    """
-    if name is not None:
-        return load_loop(name)
-    loops = load_loops()
-    if not loops:
-        raise SettingsError(
-            f"no loop is declared under {' or '.join(map(str, loop_folders()))}; "
-            "docs/how-to/declare-a-loop.md shows how to write one"
-        )
-    outside = loops_dir()
-    if outside is not None and not load_loops([outside]):
-        raise SettingsError(
-            f"FINETUNE_LOOPS_DIR is {outside}, which has no <loop>/defs.yaml. Write one, unset the variable, or choose "
-            f"a loop with --loop: {', '.join(loops)}."
-        )
-    if len(loops) != 1:
-        raise SettingsError(f"several loops are declared; choose one with --loop: {', '.join(loops)}")
-    return next(iter(loops.values()))
+        with suppress(ValueError), connect().read() as connection:  # it may be a prompt
+            if found := find_interaction(connection, UUID(interaction)):
+                return load_loop(found.interaction.loop)
+    return the_loop(name)
 
 
 loop_option = click.option(
     "--loop",
-    callback=lambda _context, _parameter, name: the_loop(name),
+    callback=_chosen_loop,
     metavar="NAME",
-    help="Name of the loop; optional while only one is declared.",
+    help="Name of the loop; default: FINETUNE_LOOP, or the only one.",
 )
-"""Passed to the command as LoopSettings."""
+"""Passed to the command as LoopSettings.
+
+An argument `version`, `first`, `second` or `interaction` decides the loop too; it needs `is_eager=True`, to be
+parsed first.
+"""
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+"""Passed to the command as `as_json`."""
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON; times are in UTC, paths are absolute."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_json_value))
+
+
+def _json_value(value: object) -> object:
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).isoformat()  # SQLite returns UTC without a zone
+    if isinstance(value, Path | UUID):
+        return str(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return vars(value)
 
 
 PORTS = click.IntRange(1, 65_535)
@@ -69,6 +93,9 @@ def bind(host: str, port: int, options: str) -> socket.socket:
     return bound
 
 
+UNLIMITED = 10_000
+"""Columns of a table whose cells are copied into other commands, so that none is cut or wrapped."""
+
 LISTED = 10
 """Lines of a kind that a command lists; it counts the others."""
 
@@ -79,6 +106,15 @@ def echo_some(lines: Sequence[str], count: int) -> None:
         click.echo(f"  {line}", err=True)
     if count > len(lines):
         click.echo(f"  and {count - len(lines):,} more", err=True)
+
+
+_WIDTH = 100
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line, cut to 100 characters."""
+    joined = " ".join(text.split())
+    return joined if len(joined) <= _WIDTH else joined[: _WIDTH - 3] + "..."
 
 
 def actor() -> str:

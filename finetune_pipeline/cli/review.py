@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune_pipeline.cli.options import actor, loop_option
+from finetune_pipeline.cli.options import actor, json_option, loop_option, print_json
 from finetune_pipeline.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -26,16 +26,21 @@ _JSON_STYLES: tuple[dict[str, Any], ...] = (
 @click.command()
 @click.option("--limit", type=click.IntRange(1), help="Maximum number of examples; default all that need a review.")
 @click.option("--reviewer", metavar="NAME", help="Name stored with the decisions; default your login name.")
+@json_option
 @loop_option
-def review(loop: LoopSettings, limit: int | None, reviewer: str | None) -> None:
+def review(loop: LoopSettings, limit: int | None, reviewer: str | None, as_json: bool) -> None:
     """Approve, reject or edit examples, the highest priority first.
 
-    Each decision is stored at once under your name and holds for every later dataset. Stop whenever you like.
+    Each decision is stored at once under your name and holds for every later dataset. Stop whenever you like. With
+    --json, the examples are listed and nothing is asked.
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.pipeline.review_queue import ReviewSession
 
     session = ReviewSession(loop, connect(), reviewer or actor(), limit)
+    if as_json:
+        print_json([_queued_json(queued) for queued in session.queue])
+        return
     if not session.queue:
         click.echo(f"no example of loop {loop.name} needs a review")
         return
@@ -136,6 +141,18 @@ def _json_style(answer: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return next((style for style in _JSON_STYLES if json.dumps(value, **style) == answer), None)
+
+
+def _queued_json(queued: "QueuedReview") -> dict[str, Any]:
+    candidate = queued.candidate
+    return {
+        "priority": queued.priority,
+        "reasons": queued.reasons,
+        "interaction": candidate.interaction,
+        "answer": candidate.answer,
+        "reward": candidate.example.reward if candidate.example else None,
+        "feedback": candidate.feedback,
+    }
 
 
 def _page(queued: "QueuedReview", number: int, total: int) -> str:

@@ -1,12 +1,16 @@
 """`finetune run`, `check`, `demo`, `env` and `ui`: a run from the terminal, and Dagster's UI."""
 
+import fcntl
 import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -14,8 +18,16 @@ import click
 
 from finetune_pipeline.artifacts import try_lock
 from finetune_pipeline.cli.dagster_home import environment
-from finetune_pipeline.cli.options import PORTS, bind, loop_option
-from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home, load_loop
+from finetune_pipeline.cli.options import PORTS, bind, json_option, loop_option, print_json
+from finetune_pipeline.settings import (
+    PROJECT_ROOT,
+    InvalidSettings,
+    LoopSettings,
+    SettingsError,
+    home,
+    load_loop,
+    the_loop,
+)
 from finetune_pipeline.wording import counted
 
 DEMO_LOOP = "aec_parser"
@@ -25,12 +37,27 @@ DEMO_PROMPT = "150 mm concrete wall fire-rated two hours California seismic D"
 @click.command()
 @loop_option
 @click.option("--verbose", is_flag=True, help="Show Dagster's complete log.")
-def run(loop: LoopSettings, verbose: bool) -> None:
+@click.option(
+    "--if-triggered", is_flag=True, help="Run only if the sensor would: enough new examples. For cron and CI."
+)
+def run(loop: LoopSettings, verbose: bool, if_triggered: bool) -> None:
     """Run the whole loop once, without a server.
 
     The run belongs to the loop's Dagster job, so the UI lists it there. Ctrl-C cancels it. The exit code is 1 if a step
     fails or the gate rejects the challenger; with gate.on_reject: keep_champion it is 0 for a rejected challenger.
+
+    With --if-triggered, new event files are ingested first, and the exit code is 0 if no run is due.
     """
+    if if_triggered:
+        from finetune_pipeline.database import connect
+        from finetune_pipeline.orchestration.automation import run_is_due
+        from finetune_pipeline.pipeline.ingest import ingest
+
+        ingest(loop, connect(), click.echo)
+        due, numbers = run_is_due(loop, connect(), environment()["DAGSTER_HOME"])
+        click.echo(numbers if due else f"no run is due: {numbers}")
+        if not due:
+            return
     click.echo(f"checking the files, settings and base model of loop {loop.name}")
     from finetune_pipeline.pipeline.check_loop import check_loop
 
@@ -39,16 +66,33 @@ def run(loop: LoopSettings, verbose: bool) -> None:
 
 
 @click.command()
-@loop_option
-def check(loop: LoopSettings) -> None:
+@json_option
+@click.option("--loop", "name", metavar="NAME", help="Name of the loop; default: FINETUNE_LOOP, or the only one.")
+def check(name: str | None, as_json: bool) -> None:
     """Check the loop's settings, files and base model, and run nothing.
 
     Lists every problem that `finetune run` would stop at. The exit code is 1 if there is one. Weights of a base model
-    on Hugging Face are not downloaded.
+    on Hugging Face are not downloaded. If a setting is invalid, the others are checked with its default.
     """
+    invalid = []
+    try:
+        loop = the_loop(name)
+    except InvalidSettings as error:
+        if error.valid is None or (name or os.environ.get("FINETUNE_LOOP") or error.valid.name) != error.valid.name:
+            raise
+        loop, invalid = error.valid, error.problems
+        click.echo("some settings are invalid; the others are checked with the defaults of these", err=True)
     from finetune_pipeline.pipeline.check_loop import check_loop
 
-    refuse(loop, check_loop(loop, download=False))
+    problems = [*invalid, *check_loop(loop, download=False)]
+    try:
+        environment()
+    except SettingsError as error:  # the home cannot be written
+        problems.append(str(error))
+    if as_json:
+        print_json({"loop": loop.name, "problems": problems})
+        sys.exit(1 if problems else 0)
+    refuse(loop, problems)
     click.echo(f"loop {loop.name}: no problems found")
 
 
@@ -61,22 +105,46 @@ def refuse(loop: LoopSettings, problems: Sequence[str]) -> None:
 
 @click.command()
 def demo() -> None:
-    """Run the default loop on the sample logs in a fresh home."""
+    """Run the default loop on the sample logs.
+
+    It runs in FINETUNE_HOME if that holds no data yet, so that the other commands show its results. Otherwise it runs
+    in the folder `demo` in it, and replaces an earlier demo there.
+    """
     from finetune_pipeline.cli.ask import compare_with_base
 
-    folder = home() / "demo"
-    with try_lock(folder, "the demo"):
-        click.echo(f"the demo runs in {folder} and replaces an earlier demo there")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.environ["FINETUNE_HOME"] = str(folder)
-        os.environ.pop("DAGSTER_HOME", None)
+    own = home()
+    empty = not os.environ.get("FINETUNE_DATABASE_URL") and not _in_use(own)
+    folder = own if empty else own / "demo"
+    with try_lock(own / "demo", "the demo"):
+        if empty:
+            click.echo(f"the demo runs in {folder}")
+        else:
+            click.echo(f"the demo runs in {folder} and replaces an earlier demo there, because {own} is in use")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.environ["FINETUNE_HOME"] = str(folder)
+            for name in ("DAGSTER_HOME", "FINETUNE_DATABASE_URL"):
+                os.environ.pop(name, None)
         loop = load_loop(DEMO_LOOP)
         code = run_job(loop, *new_run(loop))
         if code == 0:
             compare_with_base(loop, DEMO_PROMPT)
-            click.echo(f"\nopen it in the browser:    make ui FINETUNE_HOME={folder}")
-            click.echo(f"before finetune commands:  export FINETUNE_HOME={folder} PATH=$PWD/.venv/bin:$PATH")
+            variable = "" if empty else f"FINETUNE_HOME={shlex.quote(str(folder))} "
+            click.echo(f"\nopen it in the browser:    {variable}make ui")
+            click.echo(f"before finetune commands:  export {variable}PATH=$PWD/.venv/bin:$PATH")
     sys.exit(code)
+
+
+def _in_use(folder: Path) -> bool:
+    """Return whether a home holds artifacts or interactions; what `status` and `doctor` leave there does not count."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.database.tables import interactions
+
+    if any((folder / "artifacts").glob("*/*")):
+        return True
+    if not (folder / "finetune.db").exists():
+        return False
+    with connect().read() as connection:
+        return connection.execute(interactions.select().limit(1)).first() is not None
 
 
 @click.command()
@@ -96,13 +164,59 @@ def ui(port: int) -> None:
     """Start Dagster's UI with its sensors and schedules."""
     prepared = environment()
     bind("127.0.0.1", port, "--port").close()  # Dagster would report a used port late, below what it logs
-    click.echo(f"state: {home()}; open http://127.0.0.1:{port}, stop with Ctrl-C")
+    _hold_ui_lock(Path(prepared["DAGSTER_HOME"]), f"http://127.0.0.1:{port}")
+    click.echo(f"starting Dagster's UI of {home()}, which takes up to a minute; stop with Ctrl-C")
     command = ["dev", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
     # In the project's folder, Dagster warns that it does not use the dagster.yaml there.
     os.chdir(prepared["DAGSTER_HOME"] if Path(prepared["DAGSTER_HOME"]).is_dir() else PROJECT_ROOT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background process starts with SIGINT ignored
+    _announce_ui(port)
     quiet = ["-W", "ignore:Function `dev_command` is superseded"]  # by `dg dev`, which tells a user of this UI nothing
     os.execve(sys.executable, [sys.executable, *quiet, "-m", "dagster", *command], prepared)
+
+
+def _announce_ui(port: int) -> None:
+    """Print the UI's address once it answers, by a process of its own, since this one becomes Dagster."""
+    import psutil
+
+    dagster = psutil.Process()
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return
+    if os.fork() == 0:  # a grandchild, because Dagster would not wait for a child of this process
+        os.closerange(3, 1024)  # the UI's lock is among them
+        with suppress(psutil.NoSuchProcess):  # Dagster has ended, and was waited for
+            while dagster.status() != psutil.STATUS_ZOMBIE:
+                with suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                    click.echo(f"ready: open http://127.0.0.1:{port}; stop with Ctrl-C")
+                    break
+                time.sleep(0.5)
+    os._exit(0)
+
+
+def _hold_ui_lock(dagster_home: Path, address: str) -> None:
+    """Lock Dagster's home for the UI until this process ends, also as the program that it becomes.
+
+    A second UI of a home would start a second daemon, and each would launch the sensor's runs.
+
+    Raises:
+        SettingsError: another UI holds the lock.
+    """
+    if not dagster_home.is_dir():
+        return  # a home of the user's own that Dagster will report
+    lock = os.open(dagster_home / "ui.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        other = os.read(lock, 100).decode() or "another address"
+        os.close(lock)
+        raise SettingsError(
+            f"Dagster's UI of {dagster_home} is open already, at {other}; use that one, or end it first"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.write(lock, address.encode())
+    os.set_inheritable(lock, True)
 
 
 def new_run(loop: LoopSettings) -> tuple[str, Path]:

@@ -1,6 +1,5 @@
 """The acceptance policy: which examples may train. Curation asks it, and so does the count of new examples."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +9,11 @@ from typing import Any
 
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.errors import CurationError
-from finetune_pipeline.records import Example, Turn, conversation_text
+from finetune_pipeline.records import Example, Turn, conversation_text, same_answer
 from finetune_pipeline.refusals import is_refusal
 from finetune_pipeline.schemas import Validator
 from finetune_pipeline.settings import CurationSettings
+from finetune_pipeline.words import is_sign, visible_form, words
 
 APPROVED = frozenset({"approve", "edit"})
 """Decisions of a reviewer by which an example may train."""
@@ -77,7 +77,7 @@ def accept(example: Example, policy: Policy) -> Decision:
     decision = quick_filters(example, policy)
     if not decision.accepted:
         return decision
-    if not example.target.strip():
+    if not visible_form(example.target):
         return Decision(False, "answer is empty")
     if policy.problem(example.target) is not None:
         return Decision(False, INVALID)
@@ -106,7 +106,7 @@ def quick_filters(example: Example, policy: Policy) -> Decision:
         return Decision(False, REJECTED)
     if policy.review_required and not approved:
         return Decision(False, UNREVIEWED)
-    if not (example.corrected or approved) and example.reward < settings.min_reward:
+    if not example.qualifies(settings.min_reward):
         return Decision(False, f"reward below {settings.min_reward:g}")
     # Missing confidence is not low confidence: answers by people and by many servers have none.
     unsure = example.confidence is not None and example.confidence < settings.min_confidence
@@ -125,14 +125,17 @@ def is_undesirable(example: Example, policy: Policy) -> bool:
     if example.review is not None or policy.review_required:
         return False
     disliked = example.reward < 0 and example.reward <= -policy.settings.min_reward
-    own = example.output.strip() == example.target.strip() != ""
+    own = bool(example.output.strip()) and same_answer(example.output, example.target)
     return disliked and own and not example.corrected and _length_filter(example, policy.settings).accepted
 
 
 def has_rejected_output(example: Example, max_answer_chars: int) -> bool:
-    """Return True if a person corrected the model's output to another answer: the two make a preference pair."""
+    """Return True if a person corrected the model's output to another answer: the two make a preference pair.
+
+    The same JSON in another notation is the same answer. A pair of it would teach the notation only.
+    """
     usable = bool(example.output.strip()) and len(example.output) <= max_answer_chars
-    return example.corrected and usable and example.output.strip() != example.target.strip()
+    return example.corrected and usable and not same_answer(example.output, example.target)
 
 
 def _length_filter(example: Example, settings: CurationSettings) -> Decision:
@@ -161,31 +164,39 @@ def benchmark_overlap(prompt: str, history: Sequence[Turn], policy: Policy) -> s
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
 
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\S+")  # CJK has no spaces between words
 _RUN_WORDS = 10
+_RUN_SIGNS = 25  # about as many words; parallel sentences share runs of 10 signs
 _MIN_WORDS = 30
+_MAX_WORD_CHARS = 20  # on average; no language has such long words
 
 
 def repeated_fraction(text: str) -> float:
-    """Return the fraction of a text (0 to 1, by characters) in word 10-grams that occurred before.
+    """Return the fraction of a text (0 to 1, by characters) in n-grams that occurred before: 10 words or 25 signs.
 
     This is one of the measures by which Rae et al. (2021, "Scaling Language Models: Methods, Analysis & Insights from
     Training Gopher", table A1) filter pages, there for word 5-grams to 10-grams. A text of fewer than 30 words has 0.
+    A text of symbols, or of endless words, is measured by its characters instead of its words. Characters and the signs
+    of scripts without spaces need longer runs: 10 of them are only a few words.
     """
-    if len(text) < 2 * _MIN_WORDS:
+    if len(text) < _MIN_WORDS:
         return 0.0
-    words = _WORD.findall(text)
-    if len(words) < _MIN_WORDS:
+    found = words(text)
+    run_length = _RUN_SIGNS if 2 * sum(map(is_sign, found)) > len(found) else _RUN_WORDS
+    if len(text) > _MAX_WORD_CHARS * len(found):
+        characters = "".join(text.split())
+        if len(characters) > _MAX_WORD_CHARS * len(found):
+            found, run_length = list(characters), _RUN_SIGNS
+    if len(found) < _MIN_WORDS:
         return 0.0
     seen: Counter[tuple[str, ...]] = Counter()
-    repeated = [False] * len(words)
-    for start in range(len(words) - _RUN_WORDS + 1):
-        run = tuple(words[start : start + _RUN_WORDS])
+    repeated = [False] * len(found)
+    for start in range(len(found) - run_length + 1):
+        run = tuple(found[start : start + run_length])
         seen[run] += 1
         if seen[run] > 1:
-            repeated[start : start + _RUN_WORDS] = [True] * _RUN_WORDS
-    total = sum(map(len, words))
-    return sum(len(word) for word, again in zip(words, repeated, strict=True) if again) / total
+            repeated[start : start + run_length] = [True] * run_length
+    total = sum(map(len, found))
+    return sum(len(word) for word, again in zip(found, repeated, strict=True) if again) / total
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------

@@ -32,12 +32,12 @@ from finetune_pipeline.curation.dataset_files import (
 )
 from finetune_pipeline.curation.export_formats import alpaca
 from finetune_pipeline.curation.filter import FilterCache, FilterResult, Identity, filter_shards, hash64, split_hash
-from finetune_pipeline.curation.redaction import redact, redact_example
+from finetune_pipeline.curation.redaction import redact_example, redact_texts
 from finetune_pipeline.curation.select import select
 from finetune_pipeline.curation.snapshot import COLUMNS as SNAPSHOT_COLUMNS
-from finetune_pipeline.curation.snapshot import Array, Shard, Snapshot, example_of, schema
+from finetune_pipeline.curation.snapshot import Array, Shard, Snapshot, example_of, row_of, schema
 from finetune_pipeline.records import Turn, conversation_text, normalize
-from finetune_pipeline.settings import LOGS
+from finetune_pipeline.settings import LOGS, CurationSettings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,7 +71,7 @@ def curate(
     """
     snapshot = Snapshot([Shard(path) for path in shards])
     filtered = FilterResult(filter_shards(snapshot.shards, policy, identity, cache), snapshot.superseded())
-    rows = _Rows(snapshot, filtered, policy.settings.validation_fraction)
+    rows = _Rows(snapshot, filtered, policy.settings)
     selection = select(filtered, policy.settings, policy.quotas, rows.prompts)
     indices = {
         PROMPT_COMPLETION: selection.examples,
@@ -92,6 +92,7 @@ def curate(
         rows=counts,
         replayed=len(replayed),
         sources=dict(sorted((source_counts + Counter(example.source for example in replayed)).items())),
+        implicit=rows.count_implicit(selection.examples),
         left_out=selection.left_out,
         redacted=dict(sorted((replay_redacted + Counter(selection.redacted)).items())),
         near_benchmark=tuple(sorted(rows.ids(selection.near_benchmark))),
@@ -111,13 +112,21 @@ def in_validation(conversation: str, fraction: float) -> bool:
 class _Rows:
     """Reads selected rows of a snapshot again, redacted, as tables of a dataset."""
 
-    def __init__(self, snapshot: Snapshot, filtered: FilterResult, validation_fraction: float) -> None:
-        self._snapshot, self._filtered, self._fraction = snapshot, filtered, validation_fraction
+    def __init__(self, snapshot: Snapshot, filtered: FilterResult, settings: CurationSettings) -> None:
+        self._snapshot, self._filtered = snapshot, filtered
+        self._fraction, self._redaction = settings.validation_fraction, settings.redaction
 
     def count(self, indices: Array) -> dict[str, int]:
         """Return split -> rows."""
         validation = int(self._in_validation(indices).sum())
         return {"train": len(indices) - validation, "validation": validation}
+
+    def count_implicit(self, indices: Array) -> int:
+        """Return how many rows are of answers that nobody objected to, and nobody approved."""
+        import pyarrow.compute as pc
+
+        rows = self._snapshot.take(indices, ["implicit", "review"])
+        return int(pc.sum(pc.and_(rows["implicit"], pc.is_null(rows["review"]))).as_py() or 0)
 
     def ids(self, indices: Array) -> list[str]:
         """Return the interaction ids."""
@@ -198,7 +207,7 @@ class _Rows:
             if set(columns) == set(SNAPSHOT_COLUMNS)
             else self._snapshot.take(indices[affected], SNAPSHOT_COLUMNS)
         )
-        clean = [redact_example(example_of(row))[0].model_dump(mode="json") for row in whole.to_pylist()]
+        clean = [row_of(redact_example(example_of(row), self._redaction)[0]) for row in whole.to_pylist()]
         replaced = pa.Table.from_pylist(clean, schema()).select(list(columns))
         order = np.where(affected, len(table) + np.cumsum(affected) - 1, np.arange(len(table)))
         return pa.concat_tables([table, replaced.cast(table.schema)]).take(pa.array(order))
@@ -218,13 +227,19 @@ def _select_replay(
     Args:
         known_prompts: the hashes of the prompts of the dataset, ascending.
     """
-    redacted: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     selected: list[DatasetExample] = []
     for original in sorted(replay, key=lambda example: hash_of(example.prompt)):
         if len(selected) == count:
             break
-        prompt, completion = redact(original.prompt), redact(original.completion)
-        example = replace(original, prompt=prompt.text, completion=completion.text)
+        (*history, prompt, completion), redacted = redact_texts(
+            [*(turn.content for turn in original.history), original.prompt, original.completion],
+            policy.settings.redaction,
+        )
+        turns = tuple(
+            Turn(role=turn.role, content=content) for turn, content in zip(original.history, history, strict=True)
+        )
+        example = replace(original, prompt=prompt, completion=completion, history=turns)
         number = np.uint64(hash64(normalize(example.conversation)))
         at = int(np.searchsorted(known_prompts, number))
         if at < len(known_prompts) and known_prompts[at] == number:
@@ -233,10 +248,9 @@ def _select_replay(
             continue
         if benchmark_overlap(example.prompt, example.history, policy):
             continue
-        redacted.update(prompt.counts)
-        redacted.update(completion.counts)
+        counts.update(redacted)
         selected.append(example)
-    return selected, redacted
+    return selected, counts
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

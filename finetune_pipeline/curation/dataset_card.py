@@ -60,6 +60,7 @@ def dataset_card(
             "changes. Secrets and personal data were replaced by placeholders before anything was written.",
             "## Sources",
             markdown_table(["source", "examples", "fraction"], sources, "lrr"),
+            *([_implicit(summary.implicit)] if summary.implicit else []),
             f"`{PROVENANCE_FILE}` says where each example came from.",
             "## Splits",
             markdown_table(["part", "rows"], rows.items()),
@@ -91,6 +92,11 @@ def card_sample(examples: Sequence[DatasetExample]) -> list[DatasetExample]:
         if position < len(found)
     ]
     return in_turn[: max(SAMPLE_ROWS, len(by_source))]
+
+
+def _implicit(count: int) -> str:
+    verb = "was" if count == 1 else "were"
+    return f"Of these, {counted(count, 'answer')} {verb} accepted because nobody objected (implicit acceptance)."
 
 
 def _counts(heading: str, counts: Mapping[str, int]) -> str:

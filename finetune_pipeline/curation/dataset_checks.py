@@ -1,7 +1,9 @@
 """Inspect a written dataset, for the blocking checks of the asset curated_dataset."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune_pipeline.curation.acceptance import Policy, benchmark_overlap
 from finetune_pipeline.curation.dataset_files import read_all, turns_of
@@ -15,8 +17,8 @@ class DatasetContent:
     Attributes:
         examples: examples of prompt_completion/ without replay, of both splits.
         undesirable: undesirable answers of unpaired_preference/, of both splits.
-        near_benchmark: prompts that overlap with the benchmark, each once.
-        invalid_targets: `prompt: problem` of each answer to train on that does not pass the output schema.
+        near_benchmark: ids of the interactions whose prompts overlap with the benchmark, one of each prompt.
+        invalid_targets: ids of the interactions whose answers to train on do not pass the output schema.
     """
 
     examples: int
@@ -45,12 +47,17 @@ def inspect_dataset(folder: Path, policy: Policy) -> DatasetContent:
         if (key := hash((prompt, history))) not in seen_prompts:
             seen_prompts.add(key)
             if benchmark_overlap(prompt, history, policy):
-                near.append(prompt)
+                near.append(_name(row))
         if row.get("label") is False:
             continue
         answer = row["chosen"] if "chosen" in row else row["completion"]
         if (key := hash((prompt, answer))) not in seen_answers:
             seen_answers.add(key)
-            if (problem := policy.problem(answer)) is not None:
-                invalid.append(f"{prompt}: {problem}")
+            if policy.problem(answer) is not None:
+                invalid.append(_name(row))
     return DatasetContent(examples, undesirable, tuple(near), tuple(invalid))
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    # Not by its text, which may be personal: Dagster stores what the checks find.
+    return str(row.get("interaction_id") or "a row of the replay file")

@@ -11,10 +11,8 @@ writes the layout that `datasets.load_from_disk` reads: importing `datasets` tak
 curate 10,000 examples.
 """
 
-import csv
 import json
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +20,7 @@ from typing import Any
 
 from finetune_pipeline.artifacts import hash_file, write_text
 from finetune_pipeline.curation.errors import CurationError
-from finetune_pipeline.records import Turn, conversation_text, loss_mask_field
-from finetune_pipeline.settings import REPLAY
+from finetune_pipeline.records import Turn, conversation_text
 
 PROMPT_COMPLETION, PREFERENCE, UNPAIRED_PREFERENCE = "prompt_completion", "preference", "unpaired_preference"
 SPLITS = ("train", "validation")
@@ -83,6 +80,7 @@ class DatasetSummary:
         rows: dataset type -> split -> rows, without replay; of unpaired preference the undesirable ones.
         replayed: replay examples, which stand at the end of train.
         sources: source -> examples of train and validation, replay included.
+        implicit: those of them whose answer nobody objected to, and nobody approved.
         left_out: reason -> examples that are not in train or validation.
         redacted: kind of secret or personal data -> replacements in the examples.
         near_benchmark: ids of interactions that overlap with the benchmark.
@@ -93,6 +91,7 @@ class DatasetSummary:
     rows: dict[str, dict[str, int]]
     replayed: int
     sources: dict[str, int]
+    implicit: int
     left_out: dict[str, int]
     redacted: dict[str, int]
     near_benchmark: tuple[str, ...]
@@ -221,58 +220,6 @@ def read_all(dataset: Path, columns: Sequence[str] | None = None) -> Iterator[di
             yield from read_split(dataset, dataset_type, split, columns)
 
 
-def read_replay(path: Path) -> list[DatasetExample]:
-    """Read replay examples from JSON lines with prompt and completion; rows marked as not to be trained on are skipped.
-
-    Raises:
-        CurationError: the file cannot be read, or a line has another form.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CurationError(
-            f"curation.replay: the file {path} does not exist; correct the path in the loop's YAML, or remove it"
-        ) from None
-    except OSError as error:
-        raise CurationError(
-            f"curation.replay: {path} cannot be read ({error.strerror}); correct the path in the loop's YAML"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CurationError(f"curation.replay: {path} is not UTF-8 ({error}); save it as UTF-8") from error
-    examples = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            prompt, completion = row["prompt"], row["completion"]
-            if prompt is None or completion is None:
-                raise ValueError("null is not a text")
-            if not loss_mask_field(row):
-                provenance = f"{path.name}:{number}"
-                examples.append(DatasetExample(str(prompt), str(completion), 1.0, REPLAY, provenance))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CurationError(
-                f'{path}:{number}: expected {{"prompt": ..., "completion": ...}}, found {line[:80]!r} ({error!r})'
-            ) from error
-    return examples
-
-
 def turns_of(row: Mapping[str, Any]) -> tuple[Turn, ...]:
     """Return the turns before the prompt of a row."""
     return tuple(Turn.model_validate(turn) for turn in row["history"])
-
-
-def first_provenances(dataset: Path, sources: Collection[str], limit: int) -> dict[str, list[str]]:
-    """Return the first provenances of each source, or interaction ids where it has none.
-
-    Reading ends as soon as every source has `limit` of them.
-    """
-    found: dict[str, list[str]] = defaultdict(list)
-    missing = set(sources)
-    with (dataset / PROVENANCE_FILE).open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["source"] in missing:
-                found[row["source"]].append(row["provenance"] or row["interaction_id"])
-                missing -= {row["source"]} if len(found[row["source"]]) == limit else set()
-            if not missing:
-                break
-    return dict(sorted(found.items()))

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic_core import from_json
 
 from finetune_pipeline.curation.acceptance import (
     BENCHMARK_REASONS,
@@ -41,14 +40,14 @@ from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.snapshot import COLUMNS, Array, Shard, example_of
 from finetune_pipeline.inference.threads import available_cores
 from finetune_pipeline.ray_session import check_installed, connected
-from finetune_pipeline.records import Example, conversation_text, normalize
+from finetune_pipeline.records import Example, canonical_answer, conversation_text, normalize
 from finetune_pipeline.settings import LOGS
 from finetune_pipeline.subprocess_lifetime import die_with_parent
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CODE_VERSION = 9
+CODE_VERSION = 21
 """Part of the version of every dataset and of every cache key. Raise it when the same row may be filtered, redacted or
 selected differently than before, so that cached results and datasets of the old code are not used."""
 
@@ -57,7 +56,6 @@ _SINGLE_PROCESS_ROWS = 20_000  # up to here, starting processes takes longer tha
 _MAX_PROCESSES = 8
 _ABANDONED_SECONDS = 86_400  # no process is still writing a temporary file of this age
 _RAY_OBJECT_STORE_BYTES = 300_000_000
-_JSON = json.JSONEncoder(sort_keys=True)
 
 Identity = Callable[[Example], str]
 """Returns the content hash of an example, by which the store recognizes it after it was judged."""
@@ -66,7 +64,7 @@ RESULT_COLUMNS = {
     # `undesirable` examples are rejected answers for KTO; `benchmark` marks examples left out for overlap with it.
     "accepted": "bool", "undesirable": "bool", "benchmark": "bool", "reason": "string",
     # How much the example is trusted.
-    "reviewed": "bool", "by_person": "bool", "corrected": "bool", "reward": "float64", "ingest_offset": "int64",
+    "reviewed": "bool", "by_person": "bool", "corrected": "bool", "reward": "float64", "created_at": "float64",
     "id_hash": "uint64",
     "rejected_output": "bool",  # a person corrected the model's output, which makes a preference pair
     # Hashes: of the conversation, of the conversation for its split, of the answer to train on, of the model's output.
@@ -294,7 +292,7 @@ def _filter_row(row: dict[str, Any], policy: Policy, identity: Identity) -> dict
     original = example_of(row)
     decision = quick_filters(original, policy)
     if decision.accepted:
-        example, redacted = redact_example(original)
+        example, redacted = redact_example(original, policy.settings.redaction)
         decision = accept(example, policy)
         if decision.accepted:
             return {
@@ -306,7 +304,7 @@ def _filter_row(row: dict[str, Any], policy: Policy, identity: Identity) -> dict
     result: dict[str, Any] = {"reason": decision.reason, "benchmark": decision.reason in BENCHMARK_REASONS}
     if not is_undesirable(original, policy):
         return result
-    example, redacted = redact_example(original)
+    example, redacted = redact_example(original, policy.settings.redaction)
     if benchmark_overlap(example.prompt, example.history, policy):
         return result | {"benchmark": True}
     return result | {"benchmark": False, "undesirable": True, **_features(example, redacted)}
@@ -321,7 +319,7 @@ def _features(example: Example, redacted: Mapping[str, int]) -> dict[str, Any]:
         "by_person": example.corrected or example.confirmed,
         "corrected": example.corrected,
         "reward": example.reward,
-        "ingest_offset": example.ingest_offset,
+        "created_at": example.created_at.timestamp(),
         "id_hash": hash64(str(example.interaction_id)),
         "text": text,  # for the sketch; the result has no such column
         "prompt": hash64(text),
@@ -345,11 +343,7 @@ def split_hash(text: str) -> int:
 
 def answer_hash(answer: str) -> int:
     """Return the hash of an answer; the same JSON in another notation has the same hash."""
-    text = answer.strip()
-    if text[:1] in {"{", "["}:
-        with suppress(ValueError, RecursionError):
-            text = _JSON.encode(from_json(text))
-    return hash64(text)
+    return hash64(canonical_answer(answer))
 
 
 # --- The result as a whole --------------------------------------------------------------------------------------------

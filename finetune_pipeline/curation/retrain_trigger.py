@@ -32,7 +32,9 @@ class Trigger:
     attempt: int = 0
 
 
-def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now: datetime) -> Trigger:
+def decide(
+    new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now: datetime, *, at_least: bool = False
+) -> Trigger:
     """Decide whether to start a run.
 
     Args:
@@ -40,8 +42,9 @@ def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now
         attempts: ended runs since then, oldest first; none of them was judged, or the watermark would have moved.
         settings: the examples needed, the attempts on the same data, and the wait between them.
         now: the current time.
+        at_least: there may be more new examples than were counted.
     """
-    needed, numbers = settings.new_examples, describe(new, settings)
+    needed, numbers = settings.new_examples, describe(new, settings, at_least=at_least)
     if new < needed:
         return Trigger(False, numbers)
     if not attempts or new >= attempts[-1].new_at_first_attempt + needed:
@@ -62,6 +65,11 @@ def decide(new: int, attempts: Sequence[Attempt], settings: TriggerSettings, now
     return Trigger(True, numbers, new_at_first_attempt=first, attempt=tried + 1)
 
 
-def describe(new: int, settings: TriggerSettings) -> str:
-    """Return the numbers as text: "37 new high-reward examples, 50 needed"."""
-    return f"{counted(new, 'new high-reward example')}, {settings.new_examples:,} needed"
+def describe(new: int, settings: TriggerSettings, *, at_least: bool = False) -> str:
+    """Return the numbers as text: "37 new high-reward examples, 50 needed".
+
+    Args:
+        at_least: there may be more new examples than were counted.
+    """
+    more = "at least " if at_least else ""
+    return f"{more}{counted(new, 'new high-reward example')}, {settings.new_examples:,} needed"

@@ -14,11 +14,12 @@ similarity.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from math import prod
 
 from finetune_pipeline.curation.acceptance import Policy, benchmark_overlap
 from finetune_pipeline.curation.decontamination import NearIndex
-from finetune_pipeline.records import Turn, conversation_text, normalize
+from finetune_pipeline.records import Turn, canonical_answer, conversation_text, normalize
 
 PRIOR = 0.05
 FLAGGED = 0.5
@@ -30,7 +31,7 @@ MIN_SIMILARITY = 0.3
 
 @dataclass(frozen=True)
 class Vote:
-    """One feedback as a vote for or against an answer, which is identified by its `text_hash`."""
+    """One feedback as a vote for or against an answer, which is named by its canonical form."""
 
     answer: str
     correct: bool
@@ -42,7 +43,7 @@ class ReviewInput:
 
     Attributes:
         id: the caller's name for it.
-        ingest_offset: the store's; of equal priorities, or of the same prompt and answer, the newest comes first.
+        created_at: of equal priorities, or of the same prompt and answer, the newest comes first, whenever it arrived.
         votes: the votes for and against its answers.
         has_human_feedback: whether a person gave feedback.
         rejected: whether a person gave a thumbs-down.
@@ -51,7 +52,7 @@ class ReviewInput:
     """
 
     id: str
-    ingest_offset: int
+    created_at: datetime
     prompt: str
     answer: str
     history: tuple[Turn, ...] = ()
@@ -71,7 +72,7 @@ class ReviewPriority:
     """The priority (0 to 2) of a review, and the reasons for it."""
 
     id: str
-    ingest_offset: int
+    created_at: datetime
     priority: float
     reasons: tuple[str, ...]
 
@@ -118,12 +119,14 @@ def rank(inputs: Iterable[ReviewInput], policy: Policy, weak: WeakSlices, below:
     Args:
         below: a confidence below this is a reason.
     """
-    oldest_first = sorted(inputs, key=lambda one: one.ingest_offset)
+    oldest_first = sorted(inputs, key=lambda one: (one.created_at, one.id))
     distinct = {
-        (normalize(conversation_text(one.prompt, one.history)), one.answer.strip()): one for one in oldest_first
+        (normalize(conversation_text(one.prompt, one.history)), canonical_answer(one.answer)): one
+        for one in oldest_first
     }
     found = [ranked for one in distinct.values() if (ranked := review_priority(one, policy, weak, below)) is not None]
-    return sorted(found, key=lambda one: (-one.priority, -one.ingest_offset))
+    newest_first = sorted(found, key=lambda one: (one.created_at, one.id), reverse=True)
+    return sorted(newest_first, key=lambda one: -one.priority)
 
 
 def review_priority(given: ReviewInput, policy: Policy, weak: WeakSlices, below: float) -> ReviewPriority | None:
@@ -147,7 +150,7 @@ def review_priority(given: ReviewInput, policy: Policy, weak: WeakSlices, below:
     if too_long or benchmark_overlap(given.prompt, given.history, policy):
         return None
     uncertainty = 1 - prod(1 - likelihood for likelihood in (PRIOR, *(likelihood for likelihood, _ in signals)))
-    return ReviewPriority(given.id, given.ingest_offset, uncertainty * (1 + weakness), tuple(reasons))
+    return ReviewPriority(given.id, given.created_at, uncertainty * (1 + weakness), tuple(reasons))
 
 
 def disagreement(votes: Sequence[Vote]) -> float:

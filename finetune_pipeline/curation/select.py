@@ -58,7 +58,7 @@ def select(filtered: FilterResult, settings: CurationSettings, quotas: Mapping[s
 
     # Most trusted first: decided by a reviewer, by another person, by reward, newest; the hashes break ties.
     accepted = filtered.where("accepted")
-    keys = ("id_hash", "target", "ingest_offset", "reward", "by_person", "reviewed")
+    keys = ("id_hash", "target", "created_at", "reward", "by_person", "reviewed")
     accepted = accepted[np.lexsort([filtered.numbers(key, accepted) for key in keys])[::-1]]
 
     best, conflicts = _one_for_each_prompt(filtered, accepted, left_out)
@@ -133,7 +133,7 @@ def _select_undesirable(
     quota of a source holds for examples and undesirable answers together; a correction counts once for both.
     """
     shown = np.concatenate([accepted[filtered.numbers("rejected_output", accepted)], filtered.where("undesirable")])
-    keys = [filtered.numbers(key, shown) for key in ("id_hash", "output", "ingest_offset")]
+    keys = [filtered.numbers(key, shown) for key in ("id_hash", "output", "created_at")]
     shown = shown[np.lexsort([*keys, -filtered.numbers("reward", shown), filtered.numbers("corrected", shown)])[::-1]]
     asked, target = _selected_targets(filtered, _sort_by_prompt(filtered, best), filtered.numbers("prompt", shown))
     shown = shown[~asked | (filtered.numbers("output", shown) != target)]

@@ -26,8 +26,10 @@ def schema() -> "pa.Schema":
 
     text = pa.string()
     types = {
-        "ingest_offset": pa.int64(), "reward": pa.float64(), "confidence": pa.float64(), "confirmed": pa.bool_(),
-        "corrected": pa.bool_(), "history": pa.list_(pa.struct({"role": text, "content": text})),
+        "ingest_offset": pa.int64(), "created_at": pa.timestamp("us", tz="UTC"),
+        "reward": pa.float64(), "confidence": pa.float64(), "confirmed": pa.bool_(),
+        "corrected": pa.bool_(), "implicit": pa.bool_(),
+        "history": pa.list_(pa.struct({"role": text, "content": text})),
     }  # fmt: skip
     return pa.schema({name: types.get(name, text) for name in COLUMNS})
 
@@ -35,6 +37,11 @@ def schema() -> "pa.Schema":
 def example_of(row: Mapping[str, Any]) -> Example:
     """Return the example of a row."""
     return Example.model_validate({**row, "history": row["history"] or ()})
+
+
+def row_of(example: Example) -> dict[str, Any]:
+    """Return the row of an example."""
+    return {**example.model_dump(mode="json"), "created_at": example.created_at}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Database connections and transactions, and the migration to this version's tables."""
 
+import os
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from filelock import FileLock
@@ -12,7 +15,7 @@ from sqlalchemy.engine import make_url
 
 from finetune_pipeline.settings import database_url, survives_power_cut
 
-HEAD = "0010"
+HEAD = "0015"
 """The newest migration. Stated here, so that an up-to-date database is opened without importing Alembic."""
 
 _BUSY_MS = 30_000
@@ -90,6 +93,8 @@ def connect(url: str | None = None) -> Database:
 def _connect(url: str) -> Database:
     try:
         sqlite = make_url(url).get_backend_name() == "sqlite"
+        if sqlite and _is_read_only(url):
+            return _read_only(url)
         engine = _sqlite(url) if sqlite else sa.create_engine(url, pool_pre_ping=True)
     except (sa.exc.ArgumentError, ImportError) as error:
         raise DatabaseError(
@@ -113,6 +118,39 @@ def _connect(url: str) -> Database:
             f"the database {where} cannot be opened ({getattr(error, 'orig', error)}); check FINETUNE_DATABASE_URL, "
             "that the folder is writable, and that the disk is not full"
         ) from error
+    return Database(engine)
+
+
+def _is_read_only(url: str) -> bool:
+    path = Path(make_url(url).database or "")
+    return path.is_file() and not all(os.access(one, os.W_OK) for one in (path, path.parent))
+
+
+def _read_only(url: str) -> Database:
+    """Open an SQLite database that cannot be written, such as on a read-only mount.
+
+    Raises:
+        DatabaseError: it has to be migrated first, or cannot be read.
+    """
+    path = Path(str(make_url(url).database)).resolve()
+    log = Path(f"{path}-wal")
+    # Without its write-ahead log nobody is writing the file, and SQLite reads it without files beside it.
+    mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
+    address = f"file:{quote(str(path))}?{mode}"
+    engine = sa.create_engine(url, creator=lambda: sqlite3.connect(address, uri=True, check_same_thread=False))
+    try:
+        is_current = _is_up_to_date(engine, url)
+    except sa.exc.DBAPIError as error:
+        raise DatabaseError(
+            f"the database {path} cannot be read ({error.orig}), and its file or folder cannot be written; give this "
+            "user write access to both, or copy the folder to a writable one and set FINETUNE_HOME to it"
+        ) from error
+    if not is_current:
+        raise DatabaseError(
+            f"the database {path} is of another version and has to be migrated, but its file or folder cannot be "
+            "written; give this user write access to both, or copy the folder to a writable one and set FINETUNE_HOME "
+            "to it"
+        )
     return Database(engine)
 
 

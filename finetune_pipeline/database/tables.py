@@ -48,6 +48,7 @@ interactions = sa.Table(
     sa.Column("prompt_tokens", sa.Integer),
     sa.Column("completion_tokens", sa.Integer),
     sa.Column("seed", sa.BigInteger, comment="Sampling seed; null at temperature 0, or if unknown."),
+    sa.Column("metadata", sa.JSON(none_as_null=True), comment="Further facts of the application; never trained on."),
     sa.Column("source", sa.String(200), comment="Declared source; null if an application logged it."),
     sa.Column("provenance", sa.String(1000), comment="Where in the source: note, file and line, or row key."),
     sa.Column(
@@ -58,6 +59,7 @@ interactions = sa.Table(
     sa.Index(None, "loop", "ingest_offset"),
     sa.Index(None, "loop", "source", "provenance"),
     sa.Index(None, "loop", "retracted_offset"),
+    sa.Index(None, "loop", "created_at"),
 )
 
 feedback = sa.Table(
@@ -76,6 +78,7 @@ feedback = sa.Table(
     sa.Column("correction", sa.Text),
     sa.Column("output_hash", sa.String(64)),
     sa.Column("user", sa.String(200)),
+    sa.Column("metadata", sa.JSON(none_as_null=True), comment="Further facts of the application; never trained on."),
     sa.Index(None, "loop", "ingest_offset"),
 )
 
@@ -93,8 +96,26 @@ examples = sa.Table(
     sa.Column("confirmed", sa.Boolean, nullable=False),
     sa.Column("corrected", sa.Boolean, nullable=False),
     sa.Column("review", sa.String(20), comment="approve, edit or reject; null without a decision."),
+    sa.Column(
+        "implicit",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="It exists only because nobody objected to the answer in time.",
+    ),
     sa.Index(None, "loop", "ingest_offset"),
     sa.Index(None, "loop", "content_hash"),
+)
+
+implicit_acceptance = sa.Table(
+    "implicit_acceptance",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("after_hours", sa.Float, nullable=False),
+    sa.Column("min_confidence", sa.Float, nullable=False),
+    sa.Column("reward", sa.Float, nullable=False),
+    sa.Column("accepted_until", Timestamp, nullable=False, comment="Answers up to this time were looked at."),
+    comment="The settings by which the implicit examples of a loop were made, and how far; no row where it is off.",
 )
 
 loop_counters = sa.Table(
@@ -290,7 +311,7 @@ comparisons = sa.Table(
     sa.Column("champion_id", sa.String(64)),
     sa.Column("champion_sha256", sa.String(64), nullable=False),
     sa.Column("benchmark_sha256", sa.String(64), nullable=False),
-    sa.Column("promote", sa.Boolean, nullable=False),
+    sa.Column("decision", sa.String(20), nullable=False, comment="promote, reject or inconclusive."),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("watermark", sa.BigInteger, nullable=False, comment="Newest ingest offset of the evaluated data."),
     sa.Column("report_path", sa.Text, nullable=False),
@@ -299,7 +320,53 @@ comparisons = sa.Table(
     sa.Column(
         "after_deployment", sa.Integer, comment="Id of the loop's newest deployment at that time; 0 if there was none."
     ),
+    sa.Column("wins", sa.Integer, comment="Questions in which the challenger's score is higher; null before 0014."),
+    sa.Column("losses", sa.Integer, comment="Questions in which it is lower."),
+    sa.Column("ties", sa.Integer, comment="Questions in which it is equal."),
     sa.Index(None, "loop", "watermark"),
+)
+
+manual_comparisons = sa.Table(
+    "manual_comparisons",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True, comment="Version of the report."),
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("first", sa.Text, nullable=False, comment="Name of a version, path of a GGUF, or URL and model."),
+    sa.Column("first_sha256", sa.String(64), nullable=False, comment="Of the files, or of an endpoint's URL and time."),
+    sa.Column("second", sa.Text, nullable=False, comment="Wins are its."),
+    sa.Column("second_sha256", sa.String(64), nullable=False),
+    sa.Column("benchmark_sha256", sa.String(64), nullable=False),
+    sa.Column("wins", sa.Integer, nullable=False),
+    sa.Column("losses", sa.Integer, nullable=False),
+    sa.Column("ties", sa.Integer, nullable=False),
+    sa.Column("p_value", sa.Float, nullable=False),
+    sa.Column("report_path", sa.Text, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
+    comment="Made by `finetune compare`. They judge no data and promote nothing.",
+)
+
+budget_tests = sa.Table(
+    "budget_tests",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("trial", sa.String(64), primary_key=True, comment="Hash of the models, benchmark and settings compared."),
+    sa.Column("budget", sa.String(64), nullable=False, comment="Hash of the first benchmark that spent from it."),
+    sa.Column("number", sa.Integer, nullable=False, comment="Running number of the test in its budget."),
+    sa.Column("comparison_id", sa.String(64), nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.UniqueConstraint("loop", "budget", "number"),
+    comment="Tests that were spent from error budgets (gate.significance: required).",
+)
+
+budget_benchmarks = sa.Table(
+    "budget_benchmarks",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("benchmark_sha256", sa.String(64), primary_key=True),
+    sa.Column("budget", sa.String(64), nullable=False),
+    sa.Column("questions", sa.JSON, nullable=False, comment="Hashes of the prompts."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    comment="Benchmarks that spent from an error budget; one that shares most of its questions continues it.",
 )
 
 training_jobs = sa.Table(

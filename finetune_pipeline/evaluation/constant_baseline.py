@@ -2,7 +2,7 @@
 
 A model that does not score above it has learned nothing about the questions. Scores are sums over parts of an answer
 (a value at a path, the nth occurrence of a word), so each answer is scored in one pass over its parts instead of once
-for each question.
+for each question. For a metric that is no such sum, the most frequent expected answers are scored on each question.
 """
 
 import json
@@ -11,14 +11,21 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from finetune_pipeline.evaluation.scoring import Metric, answer_text, leaves, words
-from finetune_pipeline.records import normalize
+from finetune_pipeline.evaluation.benchmark import BenchmarkQuestion
+from finetune_pipeline.evaluation.metrics.base import Metric
+from finetune_pipeline.evaluation.metrics.parameters import Parameters
+from finetune_pipeline.evaluation.metrics.text import Exact, Rouge1
+from finetune_pipeline.evaluation.metrics.values import answer_text, leaves
+from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.schemas import InvalidJsonError, parse_json
+from finetune_pipeline.words import as_displayed, visible_form, words
 
 Expected = dict[str, Any] | str
 ScoreFunction = Callable[[Any], int]
+Sums = Literal["parameters", "rouge1", "exact"]
+"""A metric whose score is a sum over parts of an answer."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +36,45 @@ class ConstantAnswer:
     correct: int
 
 
-def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: bool) -> ConstantAnswer:
+def best_constant(questions: Sequence[BenchmarkQuestion], scorer: Scorer) -> ConstantAnswer:
     """Return the expected answer that scores highest when given to every question; on ties, the first.
 
+    A metric may limit how many answers are scored (`Metric.constant_scorings`). Then only the most frequent ones are
+    tried, or none, and the score is 0.
+
     Args:
-        expected: the answer of each question; at least one.
-        metric: what counts as correct.
-        structured: the loop has an output schema, so that answers are JSON.
+        questions: at least one.
+        scorer: the loop's.
     """
+    expected = [question.expected for question in questions]
+    if (sums := _sums(scorer.metric)) is not None:
+        return _best_by_parts(expected, sums, structured=scorer.structured)
+    counts = Counter(_as_written(one, structured=scorer.structured) for one in expected)
+    best = ConstantAnswer("", 0)
+    for answer, _ in counts.most_common(scorer.metric.constant_scorings // len(questions)):
+        correct = sum(scorer.count(question, answer).correct for question in questions)
+        if correct > best.correct:
+            best = ConstantAnswer(answer, correct)
+    return best
+
+
+def _sums(metric: Metric) -> Sums | None:
+    if isinstance(metric, Parameters):
+        return "parameters" if metric.is_plain else None
+    return "exact" if isinstance(metric, Exact) else "rouge1" if isinstance(metric, Rouge1) else None
+
+
+def _as_written(expected: Expected, *, structured: bool) -> str:
+    """Return an expected answer as a model would write it."""
+    return expected if isinstance(expected, str) and not structured else json.dumps(expected, ensure_ascii=False)
+
+
+def _best_by_parts(expected: Sequence[Expected], metric: Sums, *, structured: bool) -> ConstantAnswer:
     texts = [answer for answer in expected if isinstance(answer, str) and not structured]
     values = [answer for answer in expected if structured or not isinstance(answer, str)]
-    score_on_texts = _score_function(texts, metric, lambda text: [normalize(text)])
+    score_on_texts = _score_function(texts, metric, lambda text: [visible_form(text)])
     score_on_values = _score_function(values, metric, lambda value: [_key(value)])
-    # Each expected answer as a model would write it, without repetitions.
-    answers = dict.fromkeys(
-        one if isinstance(one, str) and not structured else json.dumps(one, ensure_ascii=False) for one in expected
-    )
+    answers = dict.fromkeys(_as_written(one, structured=structured) for one in expected)  # without repetitions
     best = ConstantAnswer("", -1)
     for answer in answers:
         correct = score_on_texts(answer) if texts else 0
@@ -56,7 +86,7 @@ def best_constant(expected: Sequence[Expected], metric: Metric, *, structured: b
     return best
 
 
-def _score_function(expected: Sequence[Any], metric: Metric, whole: Callable[[Any], list[Hashable]]) -> ScoreFunction:
+def _score_function(expected: Sequence[Any], metric: Sums, whole: Callable[[Any], list[Hashable]]) -> ScoreFunction:
     """Return a function that scores an answer, summed over all these expected answers.
 
     Args:
@@ -96,7 +126,7 @@ def _rouge1_function(expected: Iterable[str]) -> ScoreFunction:
 
 def _leaf_parts(value: Any) -> list[Hashable]:
     """Return the parts that `count_parameters` compares; equal for values that `same_value` considers the same."""
-    return [(path, _key(normalize(leaf) if isinstance(leaf, str) else leaf)) for path, leaf in leaves(value)]
+    return [(path, _key(visible_form(leaf) if isinstance(leaf, str) else leaf)) for path, leaf in leaves(value)]
 
 
 def _key(value: Any) -> Hashable:
@@ -105,4 +135,6 @@ def _key(value: Any) -> Hashable:
         return "object", frozenset((name, _key(child)) for name, child in value.items())
     if isinstance(value, list):
         return "list", tuple(map(_key, value))
-    return ("bool", value) if isinstance(value, bool) else ("value", value)
+    if isinstance(value, bool):
+        return "bool", value
+    return "value", as_displayed(value) if isinstance(value, str) else value

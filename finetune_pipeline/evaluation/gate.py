@@ -7,9 +7,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
-from finetune_pipeline.evaluation.significance import Significance
-from finetune_pipeline.settings import GateSettings
+from finetune_pipeline.evaluation.significance import (
+    Significance,
+    SliceTest,
+    detectable_gain,
+    fewest_wins,
+    questions_needed,
+)
+from finetune_pipeline.settings import BUDGET_TESTS, GateSettings
+
+Decision = Literal["promote", "reject", "inconclusive"]
+HEADLINES: dict[Decision, str] = {
+    "promote": "Promote the challenger",
+    "reject": "Reject: the champion stays",
+    "inconclusive": "Inconclusive: the champion stays",
+}
+"""The decisions as people read them."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +33,8 @@ class QualityFloor:
 
     Attributes:
         constant_correct: score of the best constant answer.
-        valid: valid answers of the challenger, decoded without a schema.
-        answers: all answers of the challenger.
+        valid: valid answers of the challenger to a sample of the questions, without constrained decoding.
+        answers: number of questions in that sample.
         structured: the loop has an output schema, so most answers have to be valid.
     """
 
@@ -30,23 +45,42 @@ class QualityFloor:
 
 
 @dataclass(frozen=True)
+class BudgetState:
+    """What the error budget of a loop and benchmark allows a comparison.
+
+    Attributes:
+        tested: the comparison is one of the tests of the budget; False if the budget was spent before.
+        left: further tests that the budget allows.
+    """
+
+    tested: bool
+    left: int
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The gate's decision on a challenger, with the reason and the numbers.
 
     The floats are for display only; None where they would divide by zero.
 
     Attributes:
+        reason: the numbers in the first line, then the evidence if it was measured, then a line for each reason
+            against a promotion.
+        evidence: what the paired test by itself says; empty if it was not measured.
         required_correct: the lowest score that meets the rules on gain and score; more than `total` if none can.
         minimum_correct: the score that the challenger has to exceed, whatever the champion's score.
-        valid: the challenger's valid answers.
-        answers: all answers of the challenger.
+        valid: the challenger's valid answers in the sample without constrained decoding.
+        answers: number of questions in that sample.
         relative_gain: gain divided by the champion's score; 0.05 is 5%.
         points: gain divided by `total`, -1 to 1.
         error_reduction: gain divided by the champion's errors.
+        more_questions: about how many more questions would decide; None if the paired test decides.
+        tests_left: further tests that the error budget allows; None unless `significance: required`.
     """
 
-    promote: bool
+    decision: Decision
     reason: str
+    evidence: str
     champion_correct: int
     challenger_correct: int
     total: int
@@ -57,6 +91,30 @@ class Verdict:
     relative_gain: float | None
     points: float
     error_reduction: float | None
+    more_questions: int | None = None
+    tests_left: int | None = None
+
+    @property
+    def promote(self) -> bool:
+        """Whether the challenger becomes champion."""
+        return self.decision == "promote"
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What the paired test says about the gain.
+
+    Attributes:
+        gains: the gain is significant.
+        falls_short: the confidence interval ends below the required gain.
+        more: about how many more questions would decide, if neither holds.
+        text: the numbers and the conclusion, for people.
+    """
+
+    gains: bool
+    falls_short: bool
+    more: int | None
+    text: str
 
 
 def decide(
@@ -66,7 +124,8 @@ def decide(
     floor: QualityFloor,
     settings: GateSettings,
     significance: Significance | None = None,
-    regressed_slices: Sequence[str] = (),
+    slices: Sequence[SliceTest] = (),
+    budget: BudgetState | None = None,
 ) -> Verdict:
     """Decide whether to promote: the challenger must be good enough by itself and gain enough on the same questions.
 
@@ -74,23 +133,32 @@ def decide(
     the champion's errors (error_reduction). The score must exceed `min_score` (default: the score of the best constant
     answer) and, with an output schema, most answers must be valid.
 
+    With `significance: shown` these rules promote or reject, and the reason tells what the paired test says. With
+    `significance: required` the gain must be significant too, at the level that the error budget gives this comparison.
+    What the test cannot decide is then inconclusive: a sufficient gain that is not significant, and an insufficient one
+    whose confidence interval reaches the required gain. A challenger below the quality floor is always rejected.
+
     Args:
         champion_correct: the champion's score, 0 to `total`.
         challenger_correct: the challenger's score, 0 to `total`.
         total: the highest possible score, at least 1.
         floor: the score of the best constant answer, and the challenger's valid answers.
         settings: the loop's gate.
-        significance: of the gain; required if `require_significance` is set.
-        regressed_slices: names of the slices in which the challenger's score is lower.
+        significance: of the gain; needed with `significance: required`.
+        slices: the tests of the benchmark's slices.
+        budget: state of the error budget; needed with `significance: required`.
 
     Raises:
-        ValueError: the counts contradict each other.
+        ValueError: the counts contradict each other, or what `significance: required` needs is missing.
     """
     if not (0 <= champion_correct <= total and 0 <= challenger_correct <= total and total > 0):
         raise ValueError(
             f"impossible scores: {champion_correct} and {challenger_correct} correct of {total}; "
             f"expected 0 to {total}, and a total above 0; evaluate again"
         )
+    required_test = settings.significance == "required"
+    if required_test and (significance is None or budget is None):
+        raise ValueError("gate.significance: required needs the paired test and the error budget; evaluate again")
     gain = challenger_correct - champion_correct
     base = {"relative": champion_correct, "points": total, "error_reduction": total - champion_correct}[settings.mode]
     required_gain = max(1, math.ceil(_fraction(settings.min_gain) * base))
@@ -100,25 +168,46 @@ def decide(
     else:
         minimum = math.floor(_fraction(settings.min_score) * total)
         minimum_text = f"more than {minimum:,} of {total:,} correct needed by gate.min_score {settings.min_score:g}"
-    required_valid = ", more than half required" if floor.structured else ""
+    valid_text = f"{floor.valid:,} of {floor.answers:,} answers valid"
+    if floor.structured:
+        valid_text = f"{floor.valid:,} of {floor.answers:,} unconstrained answers valid, more than half required"
     statement = (
         f"challenger {challenger_correct:,} of {total:,} correct, champion {champion_correct:,}: "
-        f"{_gain_text(gain, base, settings)}; {minimum_text}; "
-        f"{floor.valid:,} of {floor.answers:,} answers valid{required_valid}"
+        f"{_gain_text(gain, base, settings)}; {minimum_text}; {valid_text}"
     )
     objections = []
     if challenger_correct <= minimum:
-        objections.append(f"a challenger needs more than {minimum:,} correct, however low the champion's score is")
+        objections.append(f"it needs more than {minimum:,} correct, however low the champion's score is")
     if floor.structured and 2 * floor.valid <= floor.answers:
-        objections.append("most of its answers do not pass the output schema")
-    if gain >= required_gain:
-        objections += _objections_to_gain(settings, significance, regressed_slices)
+        objections.append("most of its unconstrained answers do not pass the output schema")
     required = max(champion_correct + required_gain, minimum + 1)
     if required > total:
         objections.append(_out_of_reach(champion_correct, total, required, minimum, settings))
+    if settings.slices == "required":
+        objections += [_regression_text(one, settings) for one in slices if one.status == "regressed"]
+
+    evidence = _weigh(significance, gain, required_gain, total, settings) if significance else None
+    undecided = []
+    if gain >= required_gain:
+        if required_test and budget and not budget.tested:
+            undecided.append(_spent_text(settings))
+        elif required_test and evidence and not evidence.gains:
+            undecided.append(f"inconclusive: {_more(evidence.more)}")
+    elif required <= total:
+        needed = champion_correct + required_gain
+        short = f"it does not gain enough over the champion: at least {needed:,} correct needed"
+        if required_test and evidence and not evidence.falls_short:
+            if budget and not budget.tested:
+                undecided.append(_spent_text(settings))
+            undecided.append(f"inconclusive: {short}, but its true gain may be enough; {_more(evidence.more)}")
+        else:
+            objections.append(short)
+
+    shown = [evidence.text] if evidence else []
     return Verdict(
-        promote=gain >= required_gain and not objections,
-        reason="; but ".join([statement, *objections]),
+        decision="reject" if objections else "inconclusive" if undecided else "promote",
+        reason="\n".join([statement, *shown, *objections, *undecided]),
+        evidence=evidence.text if evidence else "",
         champion_correct=champion_correct,
         challenger_correct=challenger_correct,
         total=total,
@@ -129,6 +218,86 @@ def decide(
         relative_gain=gain / champion_correct if champion_correct else None,
         points=gain / total,
         error_reduction=gain / (total - champion_correct) if champion_correct < total else None,
+        more_questions=evidence.more if evidence else None,
+        tests_left=budget.left if required_test and budget else None,
+    )
+
+
+def slices_text(slices: Sequence[SliceTest], settings: GateSettings) -> str:
+    """Return what the tests of the slices found, with the names of those that regressed or are too small to tell."""
+    if not slices:
+        return "the benchmark has no slices"
+    regressed = [_regression_text(one, settings) for one in slices if one.status == "regressed"]
+    small = [one.name for one in slices if one.status == "too small"]
+    parts = regressed or [f"no slice lost significantly more than {_points(settings.slice_margin)} points"]
+    if small:
+        parts.append(f"too small to tell: {', '.join(small)}")
+    return "; ".join(parts)
+
+
+def _regression_text(one: SliceTest, settings: GateSettings) -> str:
+    return (
+        f"slice {one.name} regressed: {100 * one.points:+.1f} points on {one.questions:,} questions, more than the "
+        f"{_points(settings.slice_margin)} allowed (p = {one.p_regressed:.2g})"
+    )
+
+
+def _points(fraction: float) -> str:
+    return _decimal(_fraction(fraction) * 100)
+
+
+def _weigh(found: Significance, gain: int, required_gain: int, total: int, settings: GateSettings) -> _Evidence:
+    """Return what the paired test says about the gain, at the level of one comparison."""
+    level = settings.test_level
+    needed = required_gain / total
+    gains = gain > 0 and found.p_value <= level
+    falls_short = gain < required_gain and found.gain_high < needed
+    numbers = (
+        f"{found.wins:,} questions won, {found.losses:,} lost, {found.ties:,} equal: p = {found.p_value:.2g} by "
+        f"{found.method}, at most {level:.2g} is significant; the gain is {100 * found.gain_low:+.1f} to "
+        f"{100 * found.gain_high:+.1f} points (95% confidence interval)"
+    )
+    if gain >= required_gain and gains:
+        return _Evidence(gains, falls_short, None, numbers)
+    if falls_short:
+        return _Evidence(gains, falls_short, None, f"{numbers}, less than the {100 * needed:.1f} needed")
+    # The questions that would find a gain of the observed size, or the required one if that is larger. If there are
+    # enough for that already, the observed gain is close below the required one: those that would tell them apart.
+    wanted = questions_needed(found, max(gain, required_gain) / total, level)
+    if wanted <= found.questions and gain < required_gain:
+        wanted = questions_needed(found, (required_gain - gain) / total, level)
+    more = _rounded_up(max(wanted - found.questions, 1))
+    what = "whether the gain is enough is open" if gains else "by itself the comparison is inconclusive"
+    text = f"{numbers}; {what}: {_more(more)} ({_capacity(found, level)})"
+    return _Evidence(gains, falls_short, more, text)
+
+
+def _capacity(found: Significance, level: float) -> str:
+    """Return what as many questions as these can decide."""
+    least, units = fewest_wins(level), "clusters of questions" if found.units < found.questions else "questions"
+    if found.units < least:
+        return (
+            f"{found.units:,} {units} can decide nothing: even {found.units:,} won and none lost give p = "
+            f"{0.5**found.units:.2g}; at least {least:,} are needed"
+        )
+    return f"{found.questions:,} questions find gains from about {100 * detectable_gain(found, level):.1f} points"
+
+
+def _more(count: int | None) -> str:
+    return f"about {count:,} more questions would decide"
+
+
+def _rounded_up(count: int) -> int:
+    """Round up to two significant digits, since the count is an estimate."""
+    step = int(10 ** max(len(str(count)) - 2, 0))
+    return math.ceil(count / step) * step
+
+
+def _spent_text(settings: GateSettings) -> str:
+    return (
+        f"inconclusive: budget spent; {BUDGET_TESTS} comparisons were tested on this benchmark. A promotion that "
+        f"serves {settings.confirm_days:g} days without a rollback renews the budget; a benchmark with mostly new "
+        "questions has its own"
     )
 
 
@@ -151,23 +320,6 @@ def _gain_text(gain: int, base: int, settings: GateSettings) -> str:
 
 def _decimal(value: Fraction) -> str:
     return f"{float(value):.6f}".rstrip("0").rstrip(".")
-
-
-def _objections_to_gain(
-    settings: GateSettings, significance: Significance | None, regressed_slices: Sequence[str]
-) -> list[str]:
-    """Return what blocks a promotion although the gain is large enough."""
-    objections = []
-    if settings.require_significance and significance is None:
-        objections.append("its significance was not measured, and the gate requires it; evaluate again")
-    elif settings.require_significance and significance and significance.p_value > settings.significance_level:
-        objections.append(
-            f"the gain is not significant: p = {significance.p_value:.3f} by {significance.method} on "
-            f"{significance.questions:,} questions, at most {settings.significance_level:g} allowed"
-        )
-    if settings.forbid_slice_regressions and regressed_slices:
-        objections.append(f"these slices regressed: {', '.join(regressed_slices)}")
-    return objections
 
 
 def _out_of_reach(champion: int, total: int, required: int, minimum: int, settings: GateSettings) -> str:

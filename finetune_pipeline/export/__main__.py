@@ -1,4 +1,4 @@
-"""python -m finetune_pipeline.export merge|quantize ...: the steps of an export that run in a child process."""
+"""python -m finetune_pipeline.export merge|convert|quantize|check ...: steps that run in a child process."""
 
 import argparse
 import sys
@@ -7,6 +7,9 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one step and return the exit status."""
+    # Where scikit-learn is installed, transformers imports it for a generation method that is not used here: two of the
+    # eight seconds of a small conversion.
+    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
     parser = argparse.ArgumentParser(prog="python -m finetune_pipeline.export", description="Run a step of an export.")
     steps = parser.add_subparsers(dest="step", required=True)
     merge = steps.add_parser("merge", help="merge a LoRA adapter into the base's weights")
@@ -19,11 +22,29 @@ def main(arguments: list[str] | None = None) -> int:
     quantize.add_argument("source", type=Path)
     quantize.add_argument("out", type=Path)
     quantize.add_argument("type")
+    convert = steps.add_parser("convert", help="convert a model to GGUF")
+    convert.add_argument("base", type=Path, help="the base model, for its special tokens")
+    convert.add_argument("script", type=Path, help="llama.cpp's converter")
+    convert.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the converter")
+    check = steps.add_parser("check", help="check a base model's tokenizer and chat template")
+    check.add_argument("base", type=Path)
+    check.add_argument("script", type=Path, help="llama.cpp's converter")
+    check.add_argument("folder", type=Path, help="holds the staged model and the request; gets the problems")
     options = parser.parse_args(arguments)
     if options.step == "merge":
         from finetune_pipeline.export.merge import merge_here
 
         merge_here(options.base, options.adapter, options.out, options.prompts, options.answers)
+        return 0
+    if options.step == "convert":
+        from finetune_pipeline.export.gguf import convert_here
+
+        convert_here(options.base, options.script, options.arguments)
+        return 0
+    if options.step == "check":
+        from finetune_pipeline.export.base_check import check_here
+
+        check_here(options.base, options.script, options.folder)
         return 0
     from finetune_pipeline.export.gguf import quantize_here
 

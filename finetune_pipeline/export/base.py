@@ -6,6 +6,7 @@ from typing import Any
 from finetune_pipeline.artifacts import hash_file_cached, hash_of
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.settings import project_path
+from finetune_pipeline.wording import first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -42,12 +43,26 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        first_line = (str(error).strip().splitlines() or [""])[0][:300]
+        reason = f"{type(error).__name__}: {first_line(str(error))}"
         raise ExportError(
             f"the base model {name!r} is neither a folder ({folder}), nor in the cache ({HF_HUB_CACHE}), nor could it "
-            f"be downloaded from Hugging Face ({type(error).__name__}: {first_line}). Connect to the network once and "
+            f"be downloaded from Hugging Face ({reason}). Connect to the network once and "
             "run again, log in with `hf auth login` if the model is gated, or set base_model to a folder"
         ) from error
+
+
+def local_tokenizer(name: str) -> Path | None:
+    """Return the folder of a base model, or of its files in Hugging Face's cache; None if there is no tokenizer in it.
+
+    Nothing is downloaded.
+    """
+    folder = project_path(name)
+    if not folder.is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")) else None
 
 
 def base_stamp(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from finetune_pipeline.artifacts import Artifact, get_or_create, package_versions, version_of
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.model import export
+from finetune_pipeline.export.special_tokens import FORM
 from finetune_pipeline.manifests import BaseGgufManifest
 from finetune_pipeline.settings import LoopSettings
 
@@ -26,7 +27,7 @@ def base_gguf_artifact(loop: LoopSettings, log: Callable[[str], None]) -> Artifa
     inputs = {"base_model": base_hash(base)}
     packages = package_versions("llama_cpp_python")
     quantization = loop.export.quantization
-    settings = {"quantization": quantization, **packages}
+    settings = {"quantization": quantization, "special_tokens": FORM, **packages}
 
     def make(folder: Path) -> dict[str, Any]:
         messages = {

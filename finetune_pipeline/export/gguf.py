@@ -1,6 +1,7 @@
 """Convert a Hugging Face folder to GGUF with llama.cpp's converter, and quantize a GGUF."""
 
 import os
+import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from finetune_pipeline.export.process import ExportError, run, run_step
+from finetune_pipeline.export.special_tokens import read_special_tokens
 from finetune_pipeline.export.tokenizer import gguf_name, stage
 
-_CONVERTER = "convert_hf_to_gguf.py"
+CONVERTER = "convert_hf_to_gguf.py"
 _ADAPTER_CONVERTER = "convert_lora_to_gguf.py"
 OutType = Literal["f16", "f32", "bf16"]
 
@@ -25,7 +27,7 @@ def converter_folder() -> Path:
     """
     configured = os.environ.get("FINETUNE_LLAMA_CPP")
     folder = Path(configured).expanduser() if configured else Path(sys.prefix) / "share" / "llama.cpp"
-    if not (folder / _CONVERTER).is_file():
+    if not (folder / CONVERTER).is_file():
         raise ExportError(f'llama.cpp\'s converter is not in {folder}; run "make setup", or set FINETUNE_LLAMA_CPP')
     version = folder / "VERSION"  # the user's own converter has none
     installed = metadata.version("llama-cpp-python")
@@ -54,8 +56,11 @@ def convert(folder: Path, out_gguf: Path, outtype: OutType = "f16", base_folder:
     with TemporaryDirectory(prefix=".", dir=out_gguf.parent) as temporary:
         staged = Path(temporary) / "model"
         stage(folder, base, staged)
-        arguments = [str(staged), "--outtype", outtype, "--model-name", gguf_name(base)]
-        _convert(_CONVERTER, arguments, out_gguf, f"converting {folder} to GGUF")
+        arguments = [str(base), str(converter_folder() / CONVERTER), str(staged)]
+        arguments += ["--outtype", outtype, "--model-name", gguf_name(base)]
+        with _complete_file(out_gguf) as file:
+            arguments += ["--outfile", str(file)]
+            run_step("convert", arguments, f"converting {folder} to GGUF", converter_environment())
 
 
 def convert_adapter(adapter_folder: Path, base_folder: Path, out_gguf: Path) -> None:
@@ -64,16 +69,34 @@ def convert_adapter(adapter_folder: Path, base_folder: Path, out_gguf: Path) -> 
     Raises:
         ExportError: the converter is missing or failed; with its output.
     """
-    arguments = [str(adapter_folder), "--base", str(base_folder), "--outtype", "f16"]
-    _convert(_ADAPTER_CONVERTER, arguments, out_gguf, f"converting the adapter {adapter_folder} to GGUF")
+    command = [sys.executable, str(converter_folder() / _ADAPTER_CONVERTER), str(adapter_folder)]
+    with _complete_file(out_gguf) as file:
+        command += ["--base", str(base_folder), "--outtype", "f16", "--outfile", str(file)]
+        run(command, f"converting the adapter {adapter_folder} to GGUF", converter_environment())
 
 
-def _convert(script: str, arguments: list[str], out_gguf: Path, what: str) -> None:
-    converter = converter_folder()
-    path = os.pathsep.join(filter(None, [str(converter / "gguf-py"), os.environ.get("PYTHONPATH")]))
-    with _complete_file(out_gguf) as temporary:
-        command = [sys.executable, str(converter / script), *arguments, "--outfile", str(temporary)]
-        run(command, what, {"PYTHONPATH": path})
+def convert_here(base_folder: Path, script: Path, arguments: list[str]) -> None:
+    """Run llama.cpp's converter in this process, and declare the base model's special tokens in the GGUF.
+
+    The converter cannot be told of them, so its writer adds them before it writes the metadata.
+    """
+    import gguf
+
+    class Writer(gguf.GGUFWriter):  # type: ignore[misc]
+        def write_header_to_file(self, path: Path | None = None) -> None:
+            read_special_tokens(base_folder).declare(self)
+            super().write_header_to_file(path)
+
+    gguf.GGUFWriter = Writer
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def converter_environment() -> dict[str, str]:
+    """Return the variables with which the converter finds the version of `gguf` that belongs to it."""
+    folder = str(converter_folder() / "gguf-py")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
 
 
 def quantize(in_gguf: Path, out_gguf: Path, kind: str) -> None:

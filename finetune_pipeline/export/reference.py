@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_pipeline.export.special_tokens import read_special_tokens
 from finetune_pipeline.inference.chat_template import tokenizer_chat_template
 from finetune_pipeline.records import Message
 
-_BATCH = 8
+_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,8 @@ def generate_answers(model: Any, base_folder: Path, prompts_file: Path, answers_
     template = tokenizer_chat_template(tokenizer)  # as in service: a control token in a message is text
     prompts = [template.tokens(chat) for chat in document["chats"]]
     # All special tokens end an answer, since engines differ in which of them they stop at.
-    eos = model.generation_config.eos_token_id
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    stop_tokens = {*(eos if isinstance(eos, list) else [eos]), *special, *tokenizer.all_special_ids} - {None}
+    stop_tokens = {*read_special_tokens(base_folder).ends, *special, *tokenizer.all_special_ids}
     pad = min(stop_tokens)
     own_config = model.generation_config
     # Not the model's own configuration, which may have penalties: the engine decodes without them.

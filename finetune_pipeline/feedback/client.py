@@ -13,6 +13,7 @@ One client serves all threads. Importing it loads neither SQLAlchemy nor httpx: 
 
 import functools
 import inspect
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,6 +81,7 @@ class InteractionFields(TypedDict, total=False):
     prompt_tokens: int | None
     completion_tokens: int | None
     seed: int | None
+    metadata: dict[str, Any] | None
 
 
 @dataclass
@@ -221,8 +223,9 @@ class FeedbackClient:
     def logged(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function prompt -> answer, sync or async, so that every call is logged.
 
-        The first argument is the prompt, and the result as text is the output. The result is returned unchanged, and
-        `client.last_id` is the interaction's id. A call that raises logs nothing.
+        The first argument is the prompt, and the result is the output: a text, or a value that is written as JSON. The
+        result is returned unchanged, and `client.last_id` is the interaction's id. A call that raises logs nothing. Nor
+        does one whose prompt is no text, or whose result is another object, such as a client library's message.
 
         Raises:
             TypeError: the function is a method, a generator or has no arguments; use `call` inside it instead.
@@ -233,9 +236,11 @@ class FeedbackClient:
 
         @functools.wraps(function)
         def answer(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self.call(prompt_of(*args, **kwargs)) as call:
-                result = function(*args, **kwargs)
-                call.output = None if result is None else str(result)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            details = InteractionFields(latency_ms=(time.perf_counter() - start) * 1000)
+            output = _require_output(result)
+            self._log_or_report(prompt_of(*args, **kwargs), output, self._identity(None, None), details)
             return result
 
         @functools.wraps(function)
@@ -243,7 +248,7 @@ class FeedbackClient:
             start = time.perf_counter()
             result: Any = await function(*args, **kwargs)  # type: ignore[misc]  # it is a coroutine function
             latency_ms = (time.perf_counter() - start) * 1000
-            output = _require_output(None if result is None else str(result))
+            output = _require_output(result)
             id, details = self._identity(None, None), InteractionFields(latency_ms=latency_ms)
             # In a thread, so that other tasks continue while the store writes.
             await asyncio.to_thread(self._log_or_report, prompt_of(*args, **kwargs), output, id, details)
@@ -252,10 +257,14 @@ class FeedbackClient:
 
         return answer_async if inspect.iscoroutinefunction(function) else answer  # type: ignore[return-value]
 
-    def _log_or_report(self, prompt: str, output: str, id: UUID, details: InteractionFields) -> None:
+    def _log_or_report(self, prompt: object, output: object, id: UUID, details: InteractionFields) -> None:
         """Log an interaction; report a failure only in this module's log, since somebody waits for the answer."""
         try:
-            self.log(prompt, output, id=id, **details)
+            if not isinstance(prompt, str):
+                raise TypeError(
+                    f"the prompt is an object ({type(prompt).__name__}), expected a text; log it with `call`"
+                )
+            self.log(prompt, _output_text(output), id=id, **details)
         except Exception as error:  # any error: a database that went away, a field that cannot be stored
             _log.error("an interaction was not logged, but its answer is returned: %s", error)
 
@@ -516,13 +525,29 @@ class _GatewayTransport:
         raise IdTakenError(message) if problem.get("code") == "id_taken" else FeedbackError(message)
 
 
-def _require_output(output: str | None) -> str:
+def _output_text(output: object) -> str:
+    """Return an answer as text: a text as it is, and a value of JSON as JSON.
+
+    Raises:
+        TypeError: it is neither, or it is a chat message: its tool calls would be lost.
+    """
+    if isinstance(output, str):
+        return output
+    if not (isinstance(output, Mapping) and "role" in output):
+        try:
+            return json.dumps(output, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError):
+            pass  # the error below is about the whole answer
+    raise TypeError(f"the answer is an object ({type(output).__name__}), expected a text or JSON; return its text")
+
+
+def _require_output(output: R | None) -> R:
     if output is None:
         raise FeedbackError("Nothing was logged, because there is no output. Set call.output, or return the answer.")
     return output
 
 
-def _first_argument(function: Callable[P, Any]) -> Callable[P, str]:
+def _first_argument(function: Callable[P, Any]) -> Callable[P, Any]:
     signature = inspect.signature(function)
     first = next(iter(signature.parameters), None)
     streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
@@ -532,10 +557,10 @@ def _first_argument(function: Callable[P, Any]) -> Callable[P, str]:
             "use `with client.call(prompt) as call`."
         )
 
-    def prompt_of(*args: P.args, **kwargs: P.kwargs) -> str:
+    def prompt_of(*args: P.args, **kwargs: P.kwargs) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return str(bound.arguments[str(first)])
+        return bound.arguments[str(first)]
 
     return prompt_of
 

@@ -1,6 +1,7 @@
-"""The check of a correction against the loop's output schema, before it is recorded.
+"""The check of a correction against the loop's output schema, before it is recorded, wherever it comes from.
 
-A correction that the schema rejects would only remove a usable example: curation would leave it out.
+A correction that the schema rejects would only remove a usable example: curation would leave it out. So the client and
+the gateway refuse it, and a line of a file is rejected with the reason.
 """
 
 import logging

@@ -22,6 +22,8 @@ from finetune_pipeline.feedback.rewards import RewardFunction
 from finetune_pipeline.feedback.store import add_to_counters, recompute_examples, store_id, take_offsets
 
 _CHECKPOINT_MS = 3_000
+_CUT_EXCERPT = 190  # earlier versions stored 200 bytes, without white space at the ends
+_ID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _NAMESPACE = uuid.UUID("b6a5f9f2-0f0e-4a53-8a2c-3f4f0c1d7e65")  # random; of this module's name-based ids
 
 
@@ -94,6 +96,20 @@ def person_data(connection: sa.Connection, loop: str, user: str) -> PersonData:
     return PersonData(tuple(interactions), tuple(feedback), tuple(sorted(on_others)), tuple(decisions), tuple(sources))
 
 
+def person_texts(connection: sa.Connection, data: PersonData) -> set[str]:
+    """Return the texts of a person's data: prompts, answers, conversations, corrections, and where they came from."""
+    i, f, d = t.interactions.c, t.feedback.c, t.review_decisions.c
+    texts: set[str | None] = set()
+    for chunk in chunks(data.interactions):
+        columns = (i.prompt, i.output, i.retrieved_context, i.provenance, i.history)
+        for *found, history in connection.execute(sa.select(*columns).where(i.id.in_(chunk))):
+            texts.update(found, (turn["content"] for turn in history or ()))
+    for column, key, ids in ((f.correction, f.id, data.feedback), (d.target, d.id, data.decisions)):
+        for chunk in chunks(ids):
+            texts.update(connection.execute(sa.select(column).where(key.in_(chunk))).scalars())
+    return {text for text in texts if text}
+
+
 def erased_users(connection: sa.Connection, loop: str, users: Iterable[str]) -> frozenset[str]:
     """Return those of the given users who were erased in a loop."""
     names = {_user_id(connection, loop, user): user for user in users}
@@ -131,7 +147,7 @@ def erase_user(connection: sa.Connection, loop: str, user: str, reward: RewardFu
         connection.execute(t.erased_events.insert(), chunk)
     for chunk_of_ids in chunks(data.affected_interactions):  # also deletes the examples of deleted interactions
         recompute_examples(connection, loop, chunk_of_ids, reward)
-    rejected = _delete_rejected_lines(connection, loop, user)
+    rejected = _delete_rejected_lines(connection, loop, user, event_ids)
     s = t.skipped_records.c
     # Deleting too many of these does no harm: the next sync writes them again.
     named = sa.or_(s.provenance.contains(user, autoescape=True), s.reason.contains(user, autoescape=True))
@@ -177,15 +193,25 @@ def _delete_events(connection: sa.Connection, loop: str, data: PersonData) -> No
     add_to_counters(connection, loop, counts)
 
 
-def _delete_rejected_lines(connection: sa.Connection, loop: str, user: str) -> int:
-    """Delete the excerpts of rejected lines that contain the person's name as a JSON string."""
+def _delete_rejected_lines(connection: sa.Connection, loop: str, user: str, ids: Iterable[str]) -> int:
+    """Delete rejected lines that name the person or one of the person's events, or of which that is not known.
+
+    Lines that earlier versions rejected have only their first _CUT_EXCERPT characters here.
+    """
     r = t.rejected_lines.c
     written = {json.dumps(user), json.dumps(user, ensure_ascii=False)}
     # A string followed by a colon is the name of a field, not of a person.
     named = re.compile("|".join(rf"{re.escape(name)}(?!\s*:)" for name in sorted(written)))
-    like = sa.or_(*(r.excerpt.contains(name, autoescape=True) for name in written))
-    rows = connection.execute(sa.select(r.path, r.line, r.excerpt).where(r.loop == loop, like)).all()
-    found = [(row.path, row.line) for row in rows if named.search(row.excerpt)]
+    quoted = re.compile(rf"[\"']{re.escape(user)}[\"']")
+    erased = set(ids)
+    found = [
+        (row.path, row.line)
+        for row in connection.execute(sa.select(t.rejected_lines).where(r.loop == loop))
+        if named.search(row.excerpt)
+        or quoted.search(row.reason)
+        or erased & {id.lower() for id in _ID.findall(row.excerpt)}
+        or len(row.excerpt) >= _CUT_EXCERPT
+    ]
     for path, line in found:
         connection.execute(t.rejected_lines.delete().where(r.loop == loop, r.path == path, r.line == line))
     return len(found)

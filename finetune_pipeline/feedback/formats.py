@@ -13,7 +13,7 @@ importing a file again adds nothing. A row that is excluded from training (`weig
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from finetune_pipeline.artifacts import hash_of, new_file
 from finetune_pipeline.database import Database
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback.client import FeedbackError, event_id, in_batches
+from finetune_pipeline.feedback.corrections import correction_problem
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import (
     RecordResult,
@@ -50,6 +51,7 @@ from finetune_pipeline.records import (
     without_system_prompt,
 )
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.tool_calls import unsupported_part
 from finetune_pipeline.validation_messages import error_message, short_repr
 from finetune_pipeline.wording import kind_of
 
@@ -136,7 +138,11 @@ def read_events(path: Path, rows: Rows, loop: LoopSettings) -> Iterator[Events |
             yield InvalidLine(path, number, reason)
             continue
         try:
-            yield _events(row, loop, file_time)
+            events = _events(row, loop, file_time)
+            corrections = (one.correction for one in events if isinstance(one, Feedback) and one.correction is not None)
+            for problem in filter(None, (correction_problem(loop, correction) for correction in corrections)):
+                raise ValueError(problem)
+            yield events
         except ValidationError as error:
             yield InvalidLine(path, number, error_message(error))
         except ValueError as error:
@@ -172,7 +178,7 @@ def export_alpaca(
     path: Path,
     loop: LoopSettings,
     database: Database,
-    redact: Callable[[str], str],
+    redact: Callable[[Sequence[str]], list[str]],
     *,
     min_reward: float = -1.0,
     force: bool = False,
@@ -184,7 +190,7 @@ def export_alpaca(
     JSON array, any other JSON lines. Examples of retracted interactions are left out.
 
     Args:
-        redact: removes secrets and personal data from prompts, answers and histories, as before training.
+        redact: removes secrets and personal data from the texts of an example, as before training.
         min_reward: examples with a lower reward are left out, except those that a person corrected.
 
     Raises:
@@ -201,8 +207,10 @@ def export_alpaca(
         written = 0
         file.write("[\n" if array else "")
         for row in (row for rows in _batches(connection, examples, i) for row in rows):
-            history = [Turn(role=turn["role"], content=redact(turn["content"])) for turn in row.history or ()]
-            alpaca = alpaca_row(redact(row.prompt), history, redact(row.target), loop.system_prompt)
+            turns = row.history or []
+            *contents, prompt, target = redact([*(turn["content"] for turn in turns), row.prompt, row.target])
+            history = [Turn(role=turn["role"], content=content) for turn, content in zip(turns, contents, strict=True)]
+            alpaca = alpaca_row(prompt, history, target, loop.system_prompt)
             alpaca["reward"] = row.reward
             file.write(",\n" if array and written else "")
             file.write(json.dumps(alpaca, ensure_ascii=False) + ("" if array else "\n"))
@@ -214,6 +222,8 @@ def export_alpaca(
 def _events(row: Any, loop: LoopSettings, file_time: datetime) -> Events:
     if not isinstance(row, dict):
         raise ValueError(f"found {kind_of(row)}, expected a JSON object")
+    if found := unsupported_part(row):
+        raise ValueError(found)
     given = {"loop": loop.name, "created_at": file_time, **row}
     if given["loop"] != loop.name:
         raise ValueError(f"belongs to loop {given['loop']!r:.80}, but this file is read for {loop.name!r}")
@@ -234,7 +244,7 @@ def _events(row: Any, loop: LoopSettings, file_time: datetime) -> Events:
         fields["prompt"], _ = without_system_prompt(prompt, (), loop.system_prompt)
         if "history" in fields:
             fields["history"] = history_messages(fields["history"])
-        if system and system != loop.system_prompt:
+        if system not in (None, "", loop.system_prompt):
             fields["history"] = [{"role": "system", "content": system}, *(fields.get("history") or ())]
         return _flat_events(fields)
     if "prompt" in row:

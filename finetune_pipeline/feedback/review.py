@@ -69,7 +69,6 @@ class ReviewCandidate:
     feedback: tuple[Feedback, ...]
     rewards: tuple[float, ...]
     example: Example | None
-    ingest_offset: int
     previous_decision: ReviewDecision | None = None
 
     @property
@@ -99,7 +98,7 @@ def review_candidates(
         min_reward: examples with at least this reward may train.
         include_qualifying: whether examples that may train are candidates, too.
     """
-    queries = [_low_confidence(loop, below), _disputed(loop), _corrected_after_decision(loop)]
+    queries = [_low_confidence(loop, below), _disputed(loop), _tied(loop), _corrected_after_decision(loop)]
     if include_qualifying:
         queries.append(_qualifying(loop, min_reward))
     ids = sorted({id for query in queries for id in connection.execute(query.limit(MAX_CANDIDATES)).scalars()})
@@ -120,7 +119,7 @@ def load_candidates(
         for interaction, ingest_offset, feedback in load_with_feedback(connection, loop, chunk):
             example = resolve(interaction, feedback, ingest_offset, reward) if feedback else None
             rewards = tuple(reward(one, interaction) for one in feedback)
-            yield ReviewCandidate(interaction, tuple(feedback), rewards, example, ingest_offset)
+            yield ReviewCandidate(interaction, tuple(feedback), rewards, example)
 
 
 def record_decision(
@@ -230,6 +229,9 @@ def _insert_decision(
 
 # The conditions and queries of the candidates, in SQL.
 
+_NEWEST_FIRST = (t.interactions.c.created_at.desc(), t.interactions.c.id)
+"""By the time of the interaction: a log that is imported late is not newer than what was logged since."""
+
 
 def _undecided() -> sa.ColumnElement[bool]:
     """Return the condition that no decision is in effect, or a person has corrected the answer since."""
@@ -248,9 +250,7 @@ def _corrected_after_decision(loop: str) -> sa.Select[Any]:
     """Select interactions whose decision is in effect, but whose answer a person has corrected since."""
     i, d = t.interactions.c, t.review_decisions.c
     query = sa.select(i.id).join(t.review_decisions, i.id == d.interaction_id).where(d.loop == loop, i.loop == loop)
-    return query.where(i.retracted_offset.is_(None), is_effective(), _corrected_since()).order_by(
-        d.ingest_offset.desc()
-    )
+    return query.where(i.retracted_offset.is_(None), is_effective(), _corrected_since()).order_by(*_NEWEST_FIRST)
 
 
 def _low_confidence(loop: str, below: float) -> sa.Select[Any]:
@@ -259,7 +259,7 @@ def _low_confidence(loop: str, below: float) -> sa.Select[Any]:
     judged = sa.exists().where(f.interaction_id == i.id, f.loop == loop, f.kind.in_(sorted(PERSON_KINDS)))
     unsure = sa.or_(i.flag.is_not(None), i.confidence < below)
     query = sa.select(i.id).where(i.loop == loop, i.retracted_offset.is_(None), unsure, ~judged, _undecided())
-    return query.order_by(i.ingest_offset.desc())
+    return query.order_by(*_NEWEST_FIRST)
 
 
 def _disputed(loop: str) -> sa.Select[Any]:
@@ -279,14 +279,23 @@ def _disputed(loop: str) -> sa.Select[Any]:
     uncorrected = sa.and_(any_row(rejection), sa.func.count(f.correction) == 0)
     several_corrections = sa.func.count(f.correction.distinct()) > 1
     query = sa.select(i.id).join(t.feedback, f.interaction_id == i.id).where(f.loop == loop, i.loop == loop)
-    grouped = query.where(i.retracted_offset.is_(None), _undecided()).group_by(i.id, i.ingest_offset)
+    grouped = query.where(i.retracted_offset.is_(None), _undecided()).group_by(i.id, i.created_at)
     disagree = sa.and_(any_row(positive), any_row(negative))
-    return grouped.having(sa.or_(disagree, uncorrected, several_corrections)).order_by(i.ingest_offset.desc())
+    return grouped.having(sa.or_(disagree, uncorrected, several_corrections)).order_by(*_NEWEST_FIRST)
+
+
+def _tied(loop: str) -> sa.Select[Any]:
+    """Select interactions that have feedback but no example, since as much of it is for the answer as against it."""
+    i, f, e = t.interactions.c, t.feedback.c, t.examples.c
+    given = sa.exists().where(f.interaction_id == i.id, f.loop == loop)
+    example = sa.exists().where(e.interaction_id == i.id)
+    query = sa.select(i.id).where(i.loop == loop, i.retracted_offset.is_(None), given, ~example, _undecided())
+    return query.order_by(*_NEWEST_FIRST)
 
 
 def _qualifying(loop: str, min_reward: float) -> sa.Select[Any]:
     """Select interactions whose examples may train and have not been reviewed."""
     i, e = t.interactions.c, t.examples.c
     query = sa.select(e.interaction_id).join(t.interactions, i.id == e.interaction_id)
-    unreviewed = query.where(e.loop == loop, e.review.is_(None), qualifies(min_reward))
-    return unreviewed.order_by(e.ingest_offset.desc())
+    unreviewed = query.where(e.loop == loop, i.loop == loop, e.review.is_(None), qualifies(min_reward))
+    return unreviewed.order_by(*_NEWEST_FIRST)

@@ -16,7 +16,7 @@ from finetune_pipeline.database import tables as t
 from finetune_pipeline.database.statements import chunks
 from finetune_pipeline.feedback.content_hash import example_hash
 from finetune_pipeline.feedback.rewards import RewardFunction
-from finetune_pipeline.records import Example, Feedback, Interaction, ReviewKind
+from finetune_pipeline.records import Example, Feedback, Interaction, ReviewKind, same_answer
 
 UNDO = "undo"
 
@@ -88,7 +88,7 @@ class EffectiveDecisions:
             reward=reward(equivalent, interaction),
             confidence=interaction.confidence,
             confirmed=True,
-            corrected=decision.target.strip() != interaction.output.strip(),
+            corrected=not same_answer(decision.target, interaction.output),
             review=decision.kind,
         )
 

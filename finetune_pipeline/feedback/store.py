@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID, uuid5
 
 import sqlalchemy as sa
@@ -16,6 +16,12 @@ import sqlalchemy as sa
 from finetune_pipeline.database import tables as t
 from finetune_pipeline.database.statements import chunks, insert
 from finetune_pipeline.feedback.content_hash import example_hash
+from finetune_pipeline.feedback.implicit import (
+    ImplicitRule,
+    contradicted_examples,
+    implicit_examples,
+    rule_in_effect,
+)
 from finetune_pipeline.feedback.resolution import resolve
 from finetune_pipeline.feedback.review_decisions import effective_decisions, is_effective
 from finetune_pipeline.feedback.rewards import RewardFunction
@@ -31,6 +37,9 @@ _INCIDENTAL_FIELDS = frozenset(
     {"created_at", "source", "provenance", "seed", "latency_ms", "prompt_tokens", "completion_tokens"}
 )
 """Fields in which a repeated event may differ from the stored one: where and when it was logged, and its costs."""
+
+_COUNTED_COLUMNS = tuple(t.examples.c[name] for name in ("corrected", "reward", "implicit", "review"))
+"""The columns of an example that decide by which counters it counts."""
 
 _WithOffset = tuple[E, int]
 """An event and its ingest offset."""
@@ -254,8 +263,9 @@ def counters(connection: sa.Connection, loop: str) -> Counter[str]:
     """Return the loop's counters, in a time that does not grow with what they count.
 
     Names: interactions, feedback, feedback.<kind>, examples, corrected (examples whose target a person wrote),
-    rewarded (other examples with a reward above 0), unmatched (feedback whose interaction has not arrived), flagged
-    (interactions flagged for review). A counter that is 0 is left out.
+    implicit (examples of answers that nobody objected to), rewarded (other examples with a reward above 0), unmatched
+    (feedback whose interaction has not arrived), flagged (interactions flagged for review). A counter that is 0 is left
+    out.
     """
     c = t.loop_counters.c
     rows = connection.execute(sa.select(c.name, c.value).where(c.loop == loop))
@@ -281,7 +291,7 @@ def unmatched_feedback(connection: sa.Connection, loop: str, limit: int) -> Sequ
     f = t.feedback.c
     matched = sa.exists().where(t.interactions.c.id == f.interaction_id, t.interactions.c.loop == loop)
     query = sa.select(f.id, f.interaction_id, f.kind, f.created_at).where(f.loop == loop, ~matched)
-    return connection.execute(query.order_by(f.ingest_offset).limit(limit)).all()
+    return connection.execute(query.order_by(f.created_at, f.ingest_offset).limit(limit)).all()
 
 
 def flagged_interactions(connection: sa.Connection, loop: str, limit: int) -> list[Interaction]:
@@ -290,7 +300,7 @@ def flagged_interactions(connection: sa.Connection, loop: str, limit: int) -> li
     decided = sa.exists().where(t.review_decisions.c.interaction_id == i.id, is_effective())
     has_feedback = sa.exists().where(t.feedback.c.interaction_id == i.id, t.feedback.c.loop == loop)
     query = sa.select(t.interactions).where(i.loop == loop, i.flag.is_not(None), ~decided, ~has_feedback)
-    rows = connection.execute(query.order_by(i.ingest_offset.desc()).limit(limit))
+    rows = connection.execute(query.order_by(i.created_at.desc(), i.ingest_offset.desc()).limit(limit))
     return [interaction_from_row(row) for row in rows]
 
 
@@ -333,9 +343,9 @@ def interactions_with_examples(
 
     Args:
         until: the newest ingest offset to read.
-        after: only interactions that arrived, whose example changed, that were retracted, or that a reviewer decided
-            on, after this offset. The time grows with what is new and not with the history, because each of these
-            conditions has an index.
+        after: only interactions that arrived, got feedback, whose example changed, that were retracted, or that a
+            reviewer decided on, after this offset. The time grows with what is new and not with the history, because
+            each of these conditions has an index.
     """
     i, e = t.interactions.c, t.examples.c
     source = t.interactions.outerjoin(t.examples, i.id == e.interaction_id)
@@ -343,15 +353,17 @@ def interactions_with_examples(
         i.id.label("interaction_id"), sa.func.coalesce(e.ingest_offset, i.ingest_offset).label("ingest_offset"),
         i.created_at, i.prompt, i.history, i.output, i.model, i.user, i.confidence, i.validation_score, i.domain,
         i.kind, i.retrieved_context, i.variant, i.flag, i.source, i.provenance, e.target, e.reward, e.confirmed,
-        e.corrected, e.review,
+        e.corrected, e.implicit, e.review,
     )  # fmt: skip
     if after:
         arrived = sa.select(i.id).where(i.loop == loop, i.ingest_offset > after, i.ingest_offset <= until)
         changed = sa.select(e.interaction_id).where(e.loop == loop, e.ingest_offset > after, e.ingest_offset <= until)
         retracted = sa.select(i.id).where(i.loop == loop, i.retracted_offset > after, i.retracted_offset <= until)
-        d = t.review_decisions.c  # undoing an approval may delete the example, so `changed` does not find it
+        # Feedback, and undoing an approval, may delete the example, so `changed` does not find it.
+        f, d = t.feedback.c, t.review_decisions.c
+        judged = sa.select(f.interaction_id).where(f.loop == loop, f.ingest_offset > after, f.ingest_offset <= until)
         decided = sa.select(d.interaction_id).where(d.loop == loop, d.ingest_offset > after, d.ingest_offset <= until)
-        new = arrived.union(changed, retracted, decided).subquery()
+        new = arrived.union(changed, retracted, judged, decided).subquery()
         query = query.select_from(new.join(source, new.c.id == i.id))
     else:
         query = query.select_from(source).where(i.loop == loop, i.ingest_offset <= until)
@@ -359,17 +371,22 @@ def interactions_with_examples(
     yield from connection.execute(query.execution_options(yield_per=2_000)).partitions()
 
 
-def new_examples(connection: sa.Connection, loop: str, after: int, min_reward: float) -> Iterator[Example]:
+def new_examples(
+    connection: sa.Connection, loop: str, after: int, min_reward: float, *, implicit: bool = True
+) -> Iterator[Example]:
     """Yield qualifying examples that changed after an ingest offset and were in no judged dataset.
 
     The time grows with what is new and not with the history, because both conditions have an index.
+
+    Args:
+        implicit: whether to include those by the rule of implicit acceptance.
     """
     e, i = t.examples.c, t.interactions.c
     judged = sa.exists().where(t.judged_examples.c.loop == loop, t.judged_examples.c.content_hash == e.content_hash)
     query = (
-        sa.select(t.examples, i.prompt, i.history, i.output, i.source, i.provenance)
+        sa.select(t.examples, i.created_at, i.prompt, i.history, i.output, i.source, i.provenance)
         .join(t.interactions, i.id == e.interaction_id)
-        .where(e.loop == loop, e.ingest_offset > after, qualifies(min_reward), ~judged)
+        .where(e.loop == loop, e.ingest_offset > after, qualifies(min_reward), ~judged, _with_implicit(implicit))
         .order_by(e.ingest_offset)
     )
     for row in connection.execute(query.execution_options(yield_per=500)):
@@ -378,11 +395,39 @@ def new_examples(connection: sa.Connection, loop: str, after: int, min_reward: f
         yield Example.model_validate({name: values[name] for name in Example.model_fields})
 
 
+def count_low_reward(
+    connection: sa.Connection, loop: str, after: int, min_reward: float, *, implicit: bool = True
+) -> int:
+    """Return how many examples changed after an ingest offset and may not train because of their reward.
+
+    Args:
+        implicit: whether to include those by the rule of implicit acceptance.
+    """
+    e = t.examples.c
+    low = sa.and_(e.review.is_(None), ~qualifies(min_reward))
+    query = sa.select(sa.func.count()).where(e.loop == loop, e.ingest_offset > after, low, _with_implicit(implicit))
+    return int(connection.execute(query).scalar_one())
+
+
 def qualifies(min_reward: float) -> sa.ColumnElement[bool]:
-    """Return the SQL condition that an example may train: by its reward, a correction, or a reviewer's approval."""
+    """Return the SQL condition that an example may train, the same as `Example.qualifies`."""
     e = t.examples.c
     rejected = sa.and_(e.review.is_not(None), e.review == "reject")
     return sa.and_(sa.or_(e.corrected, e.reward >= min_reward, e.review.is_not(None)), ~rejected)
+
+
+def _with_implicit(implicit: bool) -> sa.ColumnElement[bool]:
+    return sa.true() if implicit else ~t.examples.c.implicit
+
+
+def judged_among(connection: sa.Connection, loop: str, content_hashes: Iterable[str]) -> set[str]:
+    """Return those of these contents that a judged dataset had."""
+    j = t.judged_examples.c
+    queries = (
+        sa.select(j.content_hash).where(j.loop == loop, j.content_hash.in_(chunk))
+        for chunk in chunks(sorted(set(content_hashes)))
+    )
+    return {found for query in queries for found in connection.execute(query).scalars()}
 
 
 def mark_judged(connection: sa.Connection, loop: str, content_hashes: Iterable[str]) -> None:
@@ -399,13 +444,24 @@ def mark_judged(connection: sa.Connection, loop: str, content_hashes: Iterable[s
 def recompute_marked(connection: sa.Connection, loop: str, reward: RewardFunction) -> int:
     """Recompute the examples that a migration marked by an empty content hash; return how many.
 
-    A migration that repairs events cannot recompute them, since it does not know the loop's rewards.
+    A migration that repairs events, or changes how feedback is resolved, does not know the loop's rewards.
     """
     e = t.examples.c
     ids = connection.execute(sa.select(e.interaction_id).where(e.loop == loop, e.content_hash == "")).scalars().all()
     for chunk in chunks(sorted(ids)):
         recompute_examples(connection, loop, chunk, reward, offset=take_offsets(connection, 1))
     return len(ids)
+
+
+def delete_implicit_examples(connection: sa.Connection, loop: str) -> int:
+    """Delete the examples that exist only by the rule of implicit acceptance; return how many."""
+    e = t.examples.c
+    deleted = t.examples.delete().where(e.loop == loop, e.implicit).returning(*_COUNTED_COLUMNS)
+    counts: Counter[str] = Counter()
+    for row in connection.execute(deleted):
+        counts.subtract(_counters_of_example(*row))
+    add_to_counters(connection, loop, counts)
+    return -counts["examples"]
 
 
 def recompute_examples(
@@ -456,6 +512,9 @@ def _recompute_after_recording(
     active = [(interaction_from_row(row), row.ingest_offset) for row in older if row.retracted_offset is None]
     _insert_examples(connection, loop, [*new_interactions, *active], feedback, reward, counts)
     add_to_counters(connection, loop, counts)
+    judged = [interaction for interaction, _ in [*new_interactions, *active] if interaction.id in feedback]
+    if contradicted := contradicted_examples(connection, loop, judged):
+        recompute_examples(connection, loop, contradicted, reward, offset=take_offsets(connection, 1))
     return unmatched
 
 
@@ -468,43 +527,88 @@ def _insert_examples(
     counts: Counter[str],
 ) -> None:
     """Insert the examples of interactions that have none in the table, and count them."""
-    resolved = []
-    for interaction, offset in interactions:
-        own = feedback.get(interaction.id, ())
-        newest = max([offset, *(number for _, number in own)])
-        example = resolve(interaction, [one for one, _ in own], newest, reward) if own else None
-        resolved.append((interaction, example, newest))
-    hashes = (example_hash(example) for _, example, _ in resolved if example is not None)
-    decisions = effective_decisions(connection, loop, [str(one.id) for one, _, _ in resolved], hashes)
-    rows = []
-    for interaction, by_feedback, newest in resolved:
-        example = decisions.apply(interaction, by_feedback, newest, reward)
-        if example is not None:
-            rows.append(
-                {
-                    **example.model_dump(exclude=set(Example.INTERACTION_FIELDS)),
-                    "interaction_id": str(example.interaction_id),
-                    "loop": loop,
-                    "content_hash": example_hash(example),
-                }
-            )
-            counts.update(_counters_of_example(example.corrected, example.reward))
+    rule = rule_in_effect(connection, loop)
+    rows = [
+        {
+            **one.example.model_dump(exclude=set(Example.INTERACTION_FIELDS)),
+            "interaction_id": str(one.example.interaction_id),
+            "loop": loop,
+            "content_hash": one.content_hash,
+            "implicit": one.implicit,
+        }
+        for one in resolved_examples(connection, loop, interactions, feedback, reward, rule)
+    ]
+    for row in rows:
+        counts.update(_counters_of_example(*(row[column.name] for column in _COUNTED_COLUMNS)))
     if rows:
         connection.execute(t.examples.insert(), rows)
+
+
+class ResolvedExample(NamedTuple):
+    """The example of an interaction after feedback and review.
+
+    Attributes:
+        implicit: it exists only by the rule of implicit acceptance.
+    """
+
+    example: Example
+    content_hash: str
+    implicit: bool
+
+    @property
+    def counts_as_implicit(self) -> bool:
+        """Return whether it is among the loop's counter `implicit`."""
+        one = self.example
+        return "implicit" in _counters_of_example(one.corrected, one.reward, self.implicit, one.review)
+
+
+def resolved_examples(
+    connection: sa.Connection,
+    loop: str,
+    interactions: Sequence[_WithOffset[Interaction]],
+    feedback: Mapping[UUID, Sequence[_WithOffset[Feedback]]],
+    reward: RewardFunction,
+    rule: ImplicitRule | None,
+) -> Iterator[ResolvedExample]:
+    """Yield the examples that interactions have by their feedback, the decisions on them, and a rule for the others."""
+    silent = [(interaction, offset) for interaction, offset in interactions if not feedback.get(interaction.id)]
+    newest = {
+        interaction.id: max([offset, *(number for _, number in feedback.get(interaction.id, ()))])
+        for interaction, offset in interactions
+    }
+    by_feedback = {
+        interaction.id: resolve(interaction, [one for one, _ in own], newest[interaction.id], reward)
+        for interaction, _ in interactions
+        if (own := feedback.get(interaction.id))
+    }
+    implicit = implicit_examples(connection, loop, rule, silent, filter(None, by_feedback.values()))
+    resolved = {**by_feedback, **implicit}
+    hashes = (example_hash(example) for example in resolved.values() if example is not None)
+    decisions = effective_decisions(connection, loop, [str(one.id) for one, _ in interactions], hashes)
+    for interaction, _ in interactions:
+        example = decisions.apply(interaction, resolved.get(interaction.id), newest[interaction.id], reward)
+        if example is not None:
+            # Without the implicit example, only an approval or edit of this very interaction would give it one.
+            decided = str(interaction.id) in decisions.by_interaction and example.review != "reject"
+            yield ResolvedExample(example, example_hash(example), interaction.id in implicit and not decided)
 
 
 def _delete_examples(connection: sa.Connection, loop: str, ids: Sequence[str], counts: Counter[str]) -> None:
     e = t.examples.c
     for chunk in chunks(ids):
         deleted = connection.execute(
-            t.examples.delete().where(e.loop == loop, e.interaction_id.in_(chunk)).returning(e.corrected, e.reward)
+            t.examples.delete().where(e.loop == loop, e.interaction_id.in_(chunk)).returning(*_COUNTED_COLUMNS)
         )
-        for corrected, reward in deleted:
-            counts.subtract(_counters_of_example(corrected, reward))
+        for row in deleted:
+            counts.subtract(_counters_of_example(*row))
 
 
-def _counters_of_example(corrected: bool, reward: float) -> list[str]:
-    return ["examples", "corrected"] if corrected else ["examples", "rewarded"] if reward > 0 else ["examples"]
+def _counters_of_example(corrected: bool, reward: float, implicit: bool, review: str | None) -> list[str]:
+    if corrected:
+        return ["examples", "corrected"]
+    if implicit and review is None and reward > 0:
+        return ["examples", "implicit"]
+    return ["examples", "rewarded"] if reward > 0 else ["examples"]
 
 
 # ---- rows

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.records import Message
+from finetune_pipeline.validation_messages import short_repr
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,10 +26,16 @@ if TYPE_CHECKING:
 Tokenize = Callable[[list[str]], list[list[int]]]
 """A function that returns the tokens of each text. It parses control tokens and adds nothing."""
 
+NO_REASONING = {"enable_thinking": False, "thinking": False}
+"""Variables by which the templates of reasoning models (Qwen 3, Nemotron 3, SmolLM3, ...) write an empty thought at the
+end of the prompt. Examples have no thoughts, so the model answers at once, in training as in service."""
+
 _READING_METHODS = {
     "count", "endswith", "find", "index", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind",
     "rpartition", "rsplit", "rstrip", "split", "startswith", "strip",
 }  # fmt: skip
+_ANSWER = "answer"
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 _PLACEHOLDERS = 0x10F000  # first of the private-use characters of the last Unicode plane
 # As in llama.cpp's converter, which makes them control tokens even if the tokenizer does not mark them as special.
 _LOOKS_LIKE_CONTROL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused\d+>", re.DOTALL)
@@ -97,19 +104,39 @@ class ChatTemplate:
                 "chat_template.jinja beside the model's tokenizer and convert the model again."
             ) from error
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> RenderedChat:
+    def render(
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool = True,
+        prefill: str = "",
+        variables: Mapping[str, Any] | None = None,
+    ) -> RenderedChat:
         """Return the text of the messages, by default with the generation prompt.
+
+        Args:
+            prefill: beginning of the answer, which follows the generation prompt.
+            variables: further variables of the template, such as `enable_thinking`.
 
         Raises:
             RequestRefused: the template rejects these messages (because of their roles, for instance), or processes a
                 control token in one of them in a way that cannot be reproduced.
         """
         control = self._control
-        text = self._render(self._template, messages, add_generation_prompt)
-        strings = list(_strings(messages))
+        given = dict(variables or {})
+        reserved = given.keys() & {*_RESERVED, *self._variables}
+        if reserved:
+            raise RequestRefused(
+                f"chat_template_kwargs cannot set {', '.join(sorted(reserved))}, which the request and the model "
+                "determine. Leave it out."
+            )
+        text = self._render(self._template, messages, add_generation_prompt, given) + prefill
+        strings = list(_strings([*messages, prefill, given]))
         if not any(map(control.may_begin_or_end_in, strings)):
             return RenderedChat((text,))
-        marked = self._render(self._marked_template, control.mark(messages), add_generation_prompt)
+        marked_messages, marked_variables = control.mark(messages), control.mark(given)
+        marked = self._render(self._marked_template, marked_messages, add_generation_prompt, marked_variables)
+        marked += control.mark(prefill)
         of_template = control.find_separate(marked)
         if control.mark(text) != control.mark(marked):
             # The template computes with the characters that were replaced. This does not matter if no message contains
@@ -125,13 +152,45 @@ class ChatTemplate:
         segments = tuple(text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
         return RenderedChat(segments, tuple(control.ids[marked[start:end]] for start, end in of_template))
 
-    def tokens(self, messages: list[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Return the tokens of the rendered messages; all control tokens are the template's.
+    def end_token(self) -> int:
+        """Return the control token that the template writes after an answer, at which generation stops.
+
+        Raises:
+            RequestRefused: it writes none, or rejects a question with its answer.
+        """
+        conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self.render(conversation, add_generation_prompt=False).text
+        except RequestRefused:  # a template may require a system message
+            text = self.render(
+                [{"role": "system", "content": "system"}, *conversation], add_generation_prompt=False
+            ).text
+        before, _, after = text.rpartition(_ANSWER)
+        written = self._control.find_separate(after) if before else []
+        if not written:
+            found = f"only {short_repr(after)}" if before and after else "nothing"
+            raise RequestRefused(
+                f"The model's chat template writes {found} after an answer, and no control token, so a model cannot "
+                "learn to end an answer, and generation would stop only at the longest completion. Let the template "
+                "write {{ eos_token }} there, or use an instruction-tuned model with its own template."
+            )
+        return self._control.ids[after[slice(*written[0])]]
+
+    def without_control_tokens(self, text: str) -> str:
+        """Return a text as the engine returns it, which writes no control tokens."""
+        for start, end in reversed(self._control.find_separate(text)):
+            text = text[:start] + text[end:]
+        return text
+
+    def tokens(
+        self, messages: list[Message], *, prefill: str = "", variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the tokens of the rendered messages with the generation prompt; all control tokens are the template's.
 
         Raises:
             RequestRefused: as `render` does, or the tokenizer finds control tokens in a message.
         """
-        return self.encode([self.render(messages, add_generation_prompt=add_generation_prompt)])[0]
+        return self.encode([self.render(messages, prefill=prefill, variables=variables)])[0]
 
     def encode(self, conversations: Sequence[RenderedChat]) -> list[list[int]]:
         """Return the tokens of each rendered conversation.
@@ -161,7 +220,9 @@ class ChatTemplate:
             result.append(tokens)
         return result
 
-    def _render(self, template: "jinja2.Template", messages: Any, add_generation_prompt: bool) -> str:
+    def _render(
+        self, template: "jinja2.Template", messages: Any, add_generation_prompt: bool, given: dict[str, Any]
+    ) -> str:
         try:
             return template.render(
                 messages=messages,
@@ -169,6 +230,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
+                **{**NO_REASONING, **given},  # a request can switch reasoning on
             )
         except Exception as error:  # a template is a program and can raise anything
             raise RequestRefused(
@@ -197,7 +259,24 @@ def tokenizer_chat_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplat
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
-    return ChatTemplate(source, tokenizer.special_tokens_map, special, added, tokenize)
+    try:
+        return ChatTemplate(source, tokenizer.special_tokens_map, special, added, tokenize)
+    except RequestRefused as error:
+        raise RequestRefused(
+            f"The chat template of {tokenizer.name_or_path} is not valid jinja ({error.__cause__}); correct "
+            "chat_template.jinja in the folder (or chat_template in tokenizer_config.json), or copy the file from the "
+            "original model."
+        ) from error
+
+
+def used_variables(source: str) -> set[str]:
+    """Return the variables that a chat template reads without setting them; none of an invalid template."""
+    from jinja2 import TemplateSyntaxError, meta
+
+    try:
+        return meta.find_undeclared_variables(_environment().parse(source))
+    except TemplateSyntaxError:
+        return set()
 
 
 class _ControlTokens:

@@ -26,7 +26,7 @@ from finetune_pipeline.inference.errors import (
     EngineStuck,
     RequestRefused,
 )
-from finetune_pipeline.inference.protocol import LOAD_ID, Completion, EngineInfo, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.protocol import LOAD_ID, Completion, Delta, EngineInfo, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.threads import SPIN_COUNT
 from finetune_pipeline.records import Message
 
@@ -60,7 +60,7 @@ class _PendingRequest:
     """A command whose result has not arrived."""
 
     future: "Future[Any]"
-    on_delta: Callable[[str], None] | None = None
+    on_delta: Callable[[Delta], None] | None = None
     schema: dict[str, Any] | None = None
 
 
@@ -157,7 +157,7 @@ class Engine:
         tokens: list[int] = self._send({"op": "encode", "messages": messages}).result()
         return tokens
 
-    def submit(self, request: GenerateRequest, on_delta: Callable[[str], None] | None = None) -> "Future[Completion]":
+    def submit(self, request: GenerateRequest, on_delta: Callable[[Delta], None] | None = None) -> "Future[Completion]":
         """Start a request and return its future; canceling the future stops the request.
 
         Callbacks, including the future's, run in the engine's own thread and must not wait for the engine.
@@ -169,7 +169,8 @@ class Engine:
         Raises:
             EngineCrashed, EngineClosed: the engine has ended.
         """
-        command = {"op": "generate", "request": request.model_dump(mode="json"), "stream": on_delta is not None}
+        fields = request.model_dump(mode="json", exclude_defaults=True)
+        command = {"op": "generate", "request": fields, "stream": on_delta is not None}
         return self._send(command, on_delta, request.json_schema)
 
     def swap_adapter(self, adapter: Path | None) -> "Future[None]":
@@ -228,7 +229,7 @@ class Engine:
     def _send(
         self,
         command: dict[str, Any],
-        on_delta: Callable[[str], None] | None = None,
+        on_delta: Callable[[Delta], None] | None = None,
         schema: dict[str, Any] | None = None,
     ) -> "Future[Any]":
         id, future = next(self._ids), Future[Any]()
@@ -335,7 +336,7 @@ class Engine:
         if is_delta:
             try:
                 if pending.on_delta:
-                    pending.on_delta(message["delta"])
+                    pending.on_delta(Delta.model_validate(message["delta"]))
             except Exception as error:  # the caller's fault: other requests are not affected
                 self._cancel(id)
                 if future.set_running_or_notify_cancel():

@@ -15,10 +15,11 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_pipeline.inference.errors import RequestRefused
+from finetune_pipeline.inference.errors import AnswerRefused, RequestRefused
 from finetune_pipeline.inference.json_schema import EnforceableSchema, rewrite_schema
-from finetune_pipeline.inference.native import NativeModel
+from finetune_pipeline.inference.native import NativeModel, NativeVocabulary
 from finetune_pipeline.schemas import InvalidJsonError, parse_json
+from finetune_pipeline.wording import first_line
 
 COMPILE_SECONDS = 10.0
 """A schema that takes longer is refused, but its thread stays busy until llguidance returns."""
@@ -33,6 +34,7 @@ CACHED = 16
 """Compiled schemas that are kept; one can take 100 MB."""
 
 _LOCATE_SECONDS = 1.0
+_NO_REASON = "llguidance gave no reason"
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=5_000,  # each optional property that may come next adds several
     max_lexer_states=50_000,  # 1 to 2 kB each
@@ -73,18 +75,18 @@ class Grammar:
         """Check a complete text for what the grammar cannot express: unique items, properties that occur once.
 
         Raises:
-            RequestRefused: it is not valid; the message names keyword and path.
+            AnswerRefused: it is not valid; the message names keyword and path.
         """
         try:
             value = parse_json(text)
         except InvalidJsonError as unreadable:  # 1e999 is valid JSON, but no float can hold it
-            raise RequestRefused(f"The model's answer follows the json_schema, but {unreadable}") from unreadable
+            raise AnswerRefused(f"The model's answer follows the json_schema, but {unreadable}") from unreadable
         if not self._validator.is_valid(value):  # iter_errors takes exponential time in nested anyOf
             repeated = _repeated(value, "#")
             found = (
                 f"uniqueItems of json_schema: two items at {repeated[:300]} are equal" if repeated else "json_schema"
             )
-            raise RequestRefused(
+            raise AnswerRefused(
                 f"The model's answer violates {found}. This can only be checked on a complete answer. Try again with a "
                 "temperature and another seed, or remove the keyword."
             )
@@ -112,39 +114,53 @@ class Matcher:
         """Return a mask of the tokens that are allowed next.
 
         Raises:
-            RequestRefused: there is none, llguidance fails, or the masks took more than MASK_SECONDS.
+            AnswerRefused: there is none, llguidance fails, or the masks took more than MASK_SECONDS.
         """
         started = time.thread_time()
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
-        self._seconds += time.thread_time() - started
-        if self._seconds > MASK_SECONDS:
-            raise RequestRefused(
-                f"The token masks of the json_schema took more than {MASK_SECONDS:g} s in this answer. Make its "
-                "unions (above all recursive ones) and patterns smaller."
-            )
+        self._spent(started)
         allowed: NDArray[np.bool_] = np.unpackbits(mask, bitorder="little").astype(bool)
         if not allowed.any():
-            raise RequestRefused(
+            raise AnswerRefused(
                 "The json_schema allows none of the model's tokens next, because its vocabulary lacks characters that "
                 "the schema needs. Use another schema or another model."
             )
+        return allowed
+
+    def allows(self, token: int) -> bool:
+        """Return whether this token is allowed next, which takes much less time than the mask of all tokens.
+
+        Raises:
+            AnswerRefused: llguidance fails, or masks took more than MASK_SECONDS.
+        """
+        started = time.thread_time()
+        allowed: bool = self._matcher.validate_tokens([token]) == 1
+        self._spent(started)
         return allowed
 
     def accept(self, token: int) -> None:
         """Advance by this token.
 
         Raises:
-            RequestRefused: llguidance fails.
+            AnswerRefused: llguidance fails.
         """
         self._matcher.consume_token(token)
         self._check()
 
+    def _spent(self, started: float) -> None:
+        self._check()
+        self._seconds += time.thread_time() - started
+        if self._seconds > MASK_SECONDS:
+            raise AnswerRefused(
+                f"The token masks of the json_schema took more than {MASK_SECONDS:g} s in this answer. Make its "
+                "unions (above all recursive ones) and patterns smaller."
+            )
+
     def _check(self) -> None:
         if self._matcher.is_error():  # llguidance does not raise; it allows no token from then on
-            raise RequestRefused(
+            raise AnswerRefused(
                 "The json_schema cannot be enforced to the end of the answer: "
-                f"{_first_line(self._matcher.get_error())}. Simplify it."
+                f"{first_line(self._matcher.get_error()) or _NO_REASON}. Simplify it."
             )
 
 
@@ -280,13 +296,22 @@ def compile_grammar(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -
         ) from error
 
 
+def check_schema(vocabulary: NativeVocabulary, schema: dict[str, Any]) -> None:
+    """Check that a schema can be enforced with a model's vocabulary.
+
+    Raises:
+        RequestRefused: it cannot; the message says why.
+    """
+    compile_grammar(_tokenizer(vocabulary), schema)
+
+
 class _Vocabulary:
     """A model's tokens as llguidance expects them; tokens without text are marked as special."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, model: NativeModel) -> None:
+    def __init__(self, model: NativeVocabulary) -> None:
         self.eos_tokens = [token for token in range(model.n_vocab) if model.is_end_of_generation(token)]
         self.eos_token_id = self.eos_tokens[0] if self.eos_tokens else None
         self.tokens = [model.token_bytes(token) for token in range(model.n_vocab)]
@@ -306,7 +331,7 @@ class _Vocabulary:
         return self.tokenizer.greedy_tokenize(text)  # llama.cpp added a space, or parsed a control token
 
 
-def _tokenizer(model: NativeModel) -> llguidance.LLTokenizer:
+def _tokenizer(model: NativeVocabulary) -> llguidance.LLTokenizer:
     vocabulary = _Vocabulary(model)
     if not vocabulary.eos_tokens:
         raise RequestRefused("The model has no end-of-generation token, so json_schema cannot be used with it.")
@@ -325,7 +350,7 @@ def _matcher(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any]) -> llgui
 
 def _locate_error(tokenizer: llguidance.LLTokenizer, rewritten: EnforceableSchema, error: str) -> RequestRefused:
     """Find the innermost subschema that fails alone with the same error, and the keyword that causes it."""
-    why = _first_line(error).replace("min/maxProperties", "minProperties and maxProperties")
+    why = (first_line(error) or _NO_REASON).replace("min/maxProperties", "minProperties and maxProperties")
     definitions = rewritten.schema.get("$defs", {})
     end = time.monotonic() + _LOCATE_SECONDS
     for other_definitions in (dict.fromkeys(definitions, True), definitions):
@@ -346,8 +371,4 @@ def _locate_error(tokenizer: llguidance.LLTokenizer, rewritten: EnforceableSchem
 
 def _fails(tokenizer: llguidance.LLTokenizer, schema: dict[str, Any], error: str) -> bool:
     matcher = _matcher(tokenizer, schema)
-    return matcher.is_error() and _first_line(matcher.get_error()) in error
-
-
-def _first_line(error: str) -> str:
-    return (error.strip().splitlines() or ["llguidance gave no reason"])[0][:300]
+    return matcher.is_error() and first_line(matcher.get_error()) in error

@@ -48,6 +48,9 @@ MAX_PATTERNS = 10
 MAX_WORK = 100_000
 """Schemas that one value of a complete answer is checked against; chains of `anyOf` or `allOf` and $ref multiply."""
 
+MAX_SPELLED = 1_000_000
+"""Largest number of `enum` and `const` that may be generated as it is written in the schema, with `.0`."""
+
 _EXACT = 2**53
 _NUMBER_LIMIT = 1e15
 _DECIMALS = 15
@@ -123,13 +126,18 @@ def rewrite_schema(schema: dict[str, Any]) -> EnforceableSchema:
         raise RequestRefused(
             f"The json_schema has {size} bytes; at most {MAX_BYTES} are allowed. Make its enumerations smaller."
         )
+    check_depth(schema)
+    rewriter = _Rewriter(schema, unique=False)
+    rewritten = rewriter.rewrite()
+    return EnforceableSchema(rewritten, _Rewriter(schema, unique=True).rewrite(), rewriter.nodes)
+
+
+def check_depth(schema: dict[str, Any]) -> None:
+    """Raise RequestRefused if a schema is nested more than MAX_DEPTH levels deep."""
     if any(depth == MAX_DEPTH for depth, _ in enumerate(_levels(schema))):
         raise RequestRefused(
             f"The json_schema is nested more than {MAX_DEPTH} levels deep; move parts of it into $defs."
         )
-    rewriter = _Rewriter(schema, unique=False)
-    rewritten = rewriter.rewrite()
-    return EnforceableSchema(rewritten, _Rewriter(schema, unique=True).rewrite(), rewriter.nodes)
 
 
 def _levels(value: Any) -> Iterator[list[Any]]:
@@ -159,6 +167,7 @@ class _Rewriter:
         self._pattern_property_count = 0
         self._pattern_sizes = 0  # total, with repetitions expanded
         self._known_facts: dict[tuple[str, int], _Facts] = {}
+        self._spelled: list[tuple[dict[str, Any], str, list[int]]] = []  # node, keyword, and its numbers with `.0`
 
     def rewrite(self) -> dict[str, Any]:
         """Return the rewritten schema with its definitions."""
@@ -170,6 +179,8 @@ class _Rewriter:
         self._refuse_exponential(root)
         for branches, path in self._one_ofs:
             self._refuse_overlap(branches, path)
+        if not self._multiples:  # of which one more could be too large
+            self._allow_decimal_points()
         assert isinstance(root, dict)
         return {"$defs": self._definitions, **root} if self._definitions else root
 
@@ -206,10 +217,28 @@ class _Rewriter:
             del node["allOf"]
         if "enum" in schema:
             node["enum"] = [_exact_literal(value, "enum", path) for value in schema["enum"]]
+            self._note_spelling(node, "enum", schema["enum"])
         if "const" in schema:
             node["const"] = _exact_literal(schema["const"], "const", path)
+            self._note_spelling(node, "const", [schema["const"]])
         self.nodes.append((path, node))
         return node
+
+    def _note_spelling(self, node: dict[str, Any], keyword: str, values: list[Any]) -> None:
+        numbers = [value for value in values if isinstance(value, float) and value.is_integer()]
+        if found := [int(number) for number in numbers if abs(number) <= MAX_SPELLED]:
+            self._spelled.append((node, keyword, found))
+
+    def _allow_decimal_points(self) -> None:
+        """Allow `1.0` beside `1` where the schema writes 1.0; its examples do so too, and a model learned it from them.
+
+        llguidance writes a constant in one way only. With one decimal, the only multiple of 0.5 from 1 to 1.1 is 1.0.
+        """
+        for node, keyword, numbers in self._spelled:
+            literal = {keyword: node.pop(keyword)}
+            bounds = [sorted((number, number + math.copysign(0.1, number))) for number in numbers]
+            ranges = [{"type": "number", "minimum": low, "maximum": high, "multipleOf": 0.5} for low, high in bounds]
+            node.setdefault("allOf", []).append({"anyOf": [literal, *ranges]})
 
     def _refuse_keywords(self, schema: dict[str, Any], path: str) -> None:
         for name, instead in _REFUSED.items():

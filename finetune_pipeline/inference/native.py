@@ -16,12 +16,16 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from finetune_pipeline.inference.errors import ModelNotLoaded
-from finetune_pipeline.inference.protocol import EngineInfo, ModelSpec
+from finetune_pipeline.inference.chat_template import ChatTemplate
+from finetune_pipeline.inference.errors import ModelNotLoaded, RequestRefused
+from finetune_pipeline.inference.protocol import END_TOKENS, EngineInfo, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.threads import Threads, most_threads
 
 BATCH = 512
 """Tokens of one decode. Longer prompts are decoded in several batches, so that running completions wait little."""
+
+MAX_COUNTED = 32_768
+"""Most tokens of an answer that presence and frequency penalties count; llama.cpp allocates memory for all of them."""
 
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5
 
@@ -83,137 +87,107 @@ class Batch:
         """Remove all tokens."""
         self.used = self.outputs = self.native.n_tokens = 0
 
-    def add(self, seq_id: int, position: int, tokens: Sequence[int], *, output: bool) -> None:
-        """Append tokens of a sequence; with `output`, compute the logits after the last of them."""
+    def add(self, seq_id: int, position: int, tokens: Sequence[int], outputs: int) -> None:
+        """Append tokens of a sequence, and compute the logits after the last `outputs` of them."""
         start, end = self.used, self.used + len(tokens)
         self._token[start:end] = tokens
         self._pos[start:end] = range(position, position + len(tokens))
         self._seq_id[start:end] = seq_id
         self._logits[start:end] = 0
-        self._logits[end - 1] = output
-        self.outputs += output
+        self._logits[end - outputs : end] = 1
+        self.outputs += outputs
         self.used = self.native.n_tokens = end
 
 
-class NativeModel:
-    """A loaded model with its context.
+class NativeVocabulary:
+    """The vocabulary of a GGUF: its tokenizer, special tokens and chat template.
+
+    Args:
+        gguf: the file.
+        weights: load the weights too; a file that was converted with --vocab-only has none.
 
     Raises:
-        ModelNotLoaded: the file cannot be used, or does not fit into memory.
+        ModelNotLoaded: the file cannot be used.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
-        check_file(spec.gguf)
+    def __init__(self, gguf: Path, *, weights: bool = False) -> None:
+        check_file(gguf)
         self._log = NativeLog()
-        self._spec = spec
+        self._gguf = gguf
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.use_extra_bufts = False  # repacked weights crash on processors with AMX in some builds
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(spec.gguf), params)
+        params.vocab_only = not weights
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(gguf), params)
         if not self._model:
             raise self._not_loaded("The file is truncated, damaged, of an unknown architecture, or")
         self.vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
-        self.context = min(spec.context, llama_cpp.llama_model_n_ctx_train(self._model) or spec.context)
-        most = spec.threads or most_threads(llama_cpp.llama_model_n_params(self._model))
-        self.threads = Threads(most, fixed=spec.fixed_threads)
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = self.context * spec.parallel
-        params.n_seq_max = spec.parallel
-        params.n_batch = params.n_ubatch = BATCH
-        params.n_threads = params.n_threads_batch = self.threads.most
-        # Fixed, not `auto`: it changes the last digits of the logits, which must be the same on every machine.
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        # Each sequence has its own KV cache: faster than one buffer for all (2,100 against 1,400 to 2,000 tokens/s with
-        # 8 sequences of a 3 M model), and a completion depends less on what else is in the batch.
-        params.kv_unified = False
-        self._context = llama_cpp.llama_init_from_model(self._model, params)
-        if not self._context:
-            raise self._not_loaded(f"The KV cache of {spec.parallel} sequences of {self.context} tokens")
-        self._memory = llama_cpp.llama_get_memory(self._context)
         self._token_bytes: dict[int, bytes] = {}
-        self._adapter: NativeAdapter | None = None
-        if spec.adapter:
-            self.set_adapter(self.load_adapter(spec.adapter))
-
-    def load_adapter(self, path: Path) -> "NativeAdapter":
-        """Load a LoRA adapter; it is not used before `set_adapter`.
-
-        llama.cpp compares architecture, tensor names and shapes, so an adapter of another base model with the same
-        shapes is not detected.
-
-        Raises:
-            ModelNotLoaded: the file is missing, not an adapter, or belongs to a model of another shape.
-        """
-        check_file(path)
-        self._log.errors.clear()  # errors about earlier files
-        native = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
-        if not native:
-            raise ModelNotLoaded(
-                f"{path} cannot be applied to {self._spec.gguf}: {self._last_errors()}. The adapter must have been "
-                "trained on this base model and converted by convert_lora_to_gguf.py with --base; convert it again."
-            )
-        return NativeAdapter(path, native)
-
-    def set_adapter(self, adapter: "NativeAdapter | None") -> None:
-        """Use this adapter at scale 1, or None, and free the previous one.
-
-        Call it only while no request is running: the KV cache was computed with the previous adapter.
-        """
-        if adapter:
-            natives = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter.native)
-            llama_cpp.llama_set_adapters_lora(self._context, natives, 1, (ctypes.c_float * 1)(1.0))
-        else:
-            llama_cpp.llama_set_adapters_lora(self._context, None, 0, None)
-        llama_cpp.llama_memory_clear(self._memory, False)
-        if self._adapter:
-            self._adapter.close()
-        self._adapter = adapter
 
     def _not_loaded(self, reason: str) -> ModelNotLoaded:
-        size = self._spec.gguf.stat().st_size / 1e6
+        size = self._gguf.stat().st_size / 1e6
         available = psutil.virtual_memory().available / 1e6
         return ModelNotLoaded(
-            f"llama.cpp cannot load {self._spec.gguf} ({size:.1f} MB): {self._last_errors()}. {reason} does not fit "
+            f"llama.cpp cannot load {self._gguf} ({size:.1f} MB): {self._last_errors()}. {reason} does not fit "
             f"into memory ({available:.0f} MB free). Convert it again, or use a smaller model, context or parallel."
         )
 
     def _last_errors(self) -> str:
         return "; ".join(self._log.errors) or "llama.cpp gave no reason"
 
-    def info(self) -> EngineInfo:
-        """Return a description of the model and of the build that runs it."""
-        return EngineInfo(
-            n_params=llama_cpp.llama_model_n_params(self._model),
-            n_vocab=self.n_vocab,
-            context_train=llama_cpp.llama_model_n_ctx_train(self._model),
-            context=self.context,
-            build=f"llama-cpp-python {llama_cpp.__version__}, llama.cpp {llama_cpp.llama_version().decode()}",
-            threads=self.threads.most,
-        )
-
     def chat_template(self) -> str | None:
         """Return the model's chat template, if it has one."""
         template = llama_cpp.llama_model_chat_template(self._model, None)
         return template.decode() if template else None
 
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template with its tokenizer.
+
+        Raises:
+            RequestRefused: the model has none, or an invalid one.
+        """
+        source = self.chat_template()
+        if source is None:
+            raise RequestRefused(
+                f"{self._gguf} has no chat template (tokenizer.chat_template), so messages cannot be rendered. "
+                "Send a plain `prompt`, or put chat_template.jinja beside the tokenizer and convert the model again."
+            )
+        named = {"bos_token": self.bos, "eos_token": self.eos}
+        variables = {name: self.token_text(token) for name, token in named.items() if token is not None}
+        control, user_defined = self.special_tokens()
+        return ChatTemplate(
+            source, variables, control, user_defined, lambda texts: [self.tokenize(text) for text in texts]
+        )
+
     def metadata(self, key: str) -> str | None:
         """Return a metadata value of the GGUF as text (`true` and `false` for booleans)."""
-        value = ctypes.create_string_buffer(256)
-        found = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), value, 256)
+        size = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), ctypes.create_string_buffer(1), 1) + 1
+        value = ctypes.create_string_buffer(max(1, size))
+        found = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), value, max(1, size))
         return value.value.decode("utf-8", "replace") if found >= 0 else None
 
     @property
     def bos(self) -> int | None:
         """The beginning-of-sequence token, if the model has one."""
-        token = llama_cpp.llama_vocab_bos(self.vocab)
-        return token if token >= 0 else None
+        return self._declared("bos", llama_cpp.llama_vocab_bos(self.vocab))
 
     @property
     def eos(self) -> int | None:
         """The end-of-sequence token, if the model has one."""
-        token = llama_cpp.llama_vocab_eos(self.vocab)
-        return token if token >= 0 else None
+        return self._declared("eos", llama_cpp.llama_vocab_eos(self.vocab))
+
+    def _declared(self, name: str, token: int) -> int | None:
+        """Return a special token, or None if it is an ordinary one that llama.cpp takes for a file that names none.
+
+        For a byte-level BPE that is token 11.
+        """
+        if token < 0:
+            return None
+        never_text = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        declared = self.metadata(f"tokenizer.ggml.{name}_token_id") is not None
+        return token if declared or llama_cpp.llama_vocab_get_attr(self.vocab, token) & never_text else None
 
     @property
     def adds_bos(self) -> bool:
@@ -237,12 +211,6 @@ class NativeModel:
         control = [token for token, kind in enumerate(kinds) if kind & never_text]
         user = [token for token, kind in enumerate(kinds) if kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED]
         return {self.token_text(token): token for token in control}, {self.token_text(token): token for token in user}
-
-    @cached_property
-    def max_prompt_bytes(self) -> int:
-        """Size above which a text has more tokens than the context, however it is tokenized."""
-        longest = max(len(llama_cpp.llama_vocab_get_text(self.vocab, token)) for token in range(self.n_vocab))
-        return self.context * longest
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text; control tokens in it are parsed, and nothing is added."""
@@ -268,8 +236,29 @@ class NativeModel:
         return found
 
     def is_end_of_generation(self, token: int) -> bool:
-        """Return whether a token ends a completion."""
-        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+        """Return whether a token ends a completion.
+
+        These are the tokens that llama.cpp stops at, and those that the export found in the base model.
+        """
+        if token in self._listed_ends:
+            return True
+        if not llama_cpp.llama_vocab_is_eog(self.vocab, token):
+            return False
+        return self.eos is not None or token != llama_cpp.llama_vocab_eos(self.vocab)
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """All tokens that end a completion."""
+        return [token for token in range(self.n_vocab) if self.is_end_of_generation(token)]
+
+    @cached_property
+    def _listed_ends(self) -> frozenset[int]:
+        return frozenset(map(int, filter(None, (self.metadata(END_TOKENS) or "").split(","))))
+
+    @property
+    def own_ends(self) -> list[int]:
+        """The tokens that end a completion here, but not in other servers: llama.cpp has keys for three."""
+        return sorted(token for token in self._listed_ends if not llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def is_control(self, token: int) -> bool:
         """Return whether a token is a control token, or a user-defined one that looks like one (`<|im_start|>`)."""
@@ -278,6 +267,90 @@ class NativeModel:
             return True
         text = self.token_bytes(token)
         return bool(kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED) and text[:1] + text[-1:] == b"<>"
+
+
+class NativeModel(NativeVocabulary):
+    """A loaded model with its context.
+
+    Raises:
+        ModelNotLoaded: the file cannot be used, or does not fit into memory.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec.gguf, weights=True)
+        self._spec = spec
+        self.context = min(spec.context, llama_cpp.llama_model_n_ctx_train(self._model) or spec.context)
+        most = spec.threads or most_threads(llama_cpp.llama_model_n_params(self._model))
+        self.threads = Threads(most, fixed=spec.fixed_threads)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = self.context * spec.parallel
+        params.n_seq_max = spec.parallel
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_threads = params.n_threads_batch = self.threads.most
+        # Fixed, not `auto`: it changes the last digits of the logits, which must be the same on every machine.
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        # Each sequence has its own KV cache: faster than one buffer for all (2,100 against 1,400 to 2,000 tokens/s with
+        # 8 sequences of a 3 M model), and a completion depends less on what else is in the batch.
+        params.kv_unified = False
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise self._not_loaded(f"The KV cache of {spec.parallel} sequences of {self.context} tokens")
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._adapter: NativeAdapter | None = None
+        if spec.adapter:
+            self.set_adapter(self.load_adapter(spec.adapter))
+
+    def load_adapter(self, path: Path) -> "NativeAdapter":
+        """Load a LoRA adapter; it is not used before `set_adapter`.
+
+        llama.cpp compares architecture, tensor names and shapes, so an adapter of another base model with the same
+        shapes is not detected.
+
+        Raises:
+            ModelNotLoaded: the file is missing, not an adapter, or belongs to a model of another shape.
+        """
+        check_file(path)
+        self._log.errors.clear()  # errors about earlier files
+        native = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not native:
+            raise ModelNotLoaded(
+                f"{path} cannot be applied to {self._gguf}: {self._last_errors()}. The adapter must have been "
+                "trained on this base model and converted by convert_lora_to_gguf.py with --base; convert it again."
+            )
+        return NativeAdapter(path, native)
+
+    def set_adapter(self, adapter: "NativeAdapter | None") -> None:
+        """Use this adapter at scale 1, or None, and free the previous one.
+
+        Call it only while no request is running: the KV cache was computed with the previous adapter.
+        """
+        if adapter:
+            natives = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter.native)
+            llama_cpp.llama_set_adapters_lora(self._context, natives, 1, (ctypes.c_float * 1)(1.0))
+        else:
+            llama_cpp.llama_set_adapters_lora(self._context, None, 0, None)
+        llama_cpp.llama_memory_clear(self._memory, False)
+        if self._adapter:
+            self._adapter.close()
+        self._adapter = adapter
+
+    def info(self) -> EngineInfo:
+        """Return a description of the model and of the build that runs it."""
+        return EngineInfo(
+            n_params=llama_cpp.llama_model_n_params(self._model),
+            n_vocab=self.n_vocab,
+            context_train=llama_cpp.llama_model_n_ctx_train(self._model),
+            context=self.context,
+            build=f"llama-cpp-python {llama_cpp.__version__}, llama.cpp {llama_cpp.llama_version().decode()}",
+            threads=self.threads.most,
+            own_ends=self.own_ends,
+        )
+
+    @cached_property
+    def max_prompt_bytes(self) -> int:
+        """Size above which a text has more tokens than the context, however it is tokenized."""
+        longest = max(len(llama_cpp.llama_vocab_get_text(self.vocab, token)) for token in range(self.n_vocab))
+        return self.context * longest
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Decode a batch and return a row of logits for each output in it; valid until the next decode."""
@@ -293,6 +366,25 @@ class NativeModel:
             llama_cpp.llama_get_logits(self._context), (batch.outputs, self.n_vocab)
         )
         return rows
+
+    @cached_property
+    def shares_beginnings(self) -> bool:
+        """Return whether a sequence can continue from the beginning of another one; recurrent models have a state."""
+        return not (llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model))
+
+    def keep_beginning(self, seq_id: int, length: int) -> int:
+        """Remove what follows the first tokens of a sequence; return how many tokens it has then."""
+        if length and self.shares_beginnings and llama_cpp.llama_memory_seq_rm(self._memory, seq_id, length, -1):
+            return length
+        self.clear_sequence(seq_id)
+        return 0
+
+    def copy_beginning(self, source: int, target: int, length: int) -> int:
+        """Replace a sequence by the first tokens of another one; return how many tokens it has then."""
+        self.clear_sequence(target)
+        # Sequences with a KV cache each can only be copied as a whole. The data follow at the next decode.
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        return self.keep_beginning(target, length)
 
     def clear_sequence(self, seq_id: int) -> None:
         """Remove a sequence from the KV cache."""
@@ -352,16 +444,52 @@ class NativeSampler:
         llama_cpp.llama_sampler_apply(self._native, ctypes.byref(array))
         return candidates[: array.size], array.selected
 
+    def accept(self, token: int) -> None:
+        """Count a token for the penalties."""
+        llama_cpp.llama_sampler_accept(self._native, token)
+
     def close(self) -> None:
         """Free its memory."""
         llama_cpp.llama_sampler_free(self._native)
 
 
-def temperature_sampler(temperature: float, top_p: float, seed: int) -> NativeSampler:
-    """Return a sampler that applies temperature first, then top_p, as most APIs do."""
+def sampler_chain(request: GenerateRequest, seed: int | None, prompt: Sequence[int], n_vocab: int) -> NativeSampler:
+    """Return a sampler for the parameters of a request; without a seed it selects the most probable token.
+
+    Args:
+        prompt: tokens of the prompt, which count for repeat_penalty. The other penalties count the answer's tokens
+            only, as in OpenAI's API.
+    """
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
-    if top_p < 1:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(top_p, 1))
-    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed))
+
+    def add(sampler: Any) -> None:
+        llama_cpp.llama_sampler_chain_add(chain, sampler)
+
+    biased = [(token, bias) for token, bias in request.logit_bias.items() if bias]
+    if biased:
+        biases = (llama_cpp.llama_logit_bias * len(biased))(*biased)
+        add(llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biased), biases))
+    if request.repeat_penalty != 1 and request.repeat_last_n:
+        last_n = request.repeat_last_n
+        repeat = llama_cpp.llama_sampler_init_penalties(n_vocab, last_n, request.repeat_penalty, 0.0, 0.0)
+        for token in prompt[-last_n:]:
+            llama_cpp.llama_sampler_accept(repeat, token)
+        add(repeat)
+    if request.frequency_penalty or request.presence_penalty:
+        frequency, presence = request.frequency_penalty, request.presence_penalty
+        counted = min(request.max_tokens, MAX_COUNTED)
+        add(llama_cpp.llama_sampler_init_penalties(n_vocab, counted, 1.0, frequency, presence))
+    if seed is None:
+        add(llama_cpp.llama_sampler_init_greedy())
+        return NativeSampler(chain)
+    if request.top_k:
+        add(llama_cpp.llama_sampler_init_top_k(request.top_k))
+    if request.typical_p < 1:
+        add(llama_cpp.llama_sampler_init_typical(request.typical_p, 1))
+    if request.min_p:
+        add(llama_cpp.llama_sampler_init_min_p(request.min_p, 1))
+    add(llama_cpp.llama_sampler_init_temp(request.temperature))
+    if request.top_p < 1:  # after the temperature, as in most APIs
+        add(llama_cpp.llama_sampler_init_top_p(request.top_p, 1))
+    add(llama_cpp.llama_sampler_init_dist(seed))
     return NativeSampler(chain)

@@ -14,16 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from finetune_pipeline.inference.chat_template import ChatTemplate
-from finetune_pipeline.inference.errors import EngineError, ModelNotLoaded, RequestRefused
+from finetune_pipeline.inference.errors import EngineError, ModelNotLoaded
 from finetune_pipeline.inference.grammar import GrammarCompiler
 from finetune_pipeline.inference.native import NativeModel
-from finetune_pipeline.inference.protocol import LOAD_ID, Completion, GenerateRequest, ModelSpec
-from finetune_pipeline.inference.scheduler import AdapterSwap, Output, Scheduler
+from finetune_pipeline.inference.protocol import LOAD_ID, Completion, Delta, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.scheduler import AdapterSwap, Output, Scheduler, context_exceeded
 from finetune_pipeline.subprocess_lifetime import die_with_parent
 
 HEARTBEAT_SECONDS = 0.25
@@ -98,9 +96,9 @@ class Worker:
                     self._scheduler.cancel(id)
                     self._streamed.discard(id)
                 case "render":
-                    self._send({"id": id, "result": self._chat_template.render(command["messages"]).text})
+                    self._send({"id": id, "result": self._model.template.render(command["messages"]).text})
                 case "encode":
-                    self._send({"id": id, "result": self._chat_template.tokens(command["messages"])})
+                    self._send({"id": id, "result": self._model.template.tokens(command["messages"])})
                 case "tokenize":
                     self._send({"id": id, "result": self._model.tokenize(command["text"])})
                 case "swap":
@@ -116,39 +114,27 @@ class Worker:
             self._send({"id": id, "error": type(error).__name__, "message": str(error)})
 
     def _prompt_tokens(self, request: GenerateRequest) -> list[int]:
-        texts = [request.prompt or "", *(message["content"] for message in request.messages or ())]
+        texts = [request.prompt or "", *(message["content"] for message in request.messages or ()), request.prefill]
+        if request.chat_template_kwargs:
+            texts.append(json.dumps(request.chat_template_kwargs))
         size = sum(len(text.encode(errors="replace")) for text in texts)
         # llama.cpp's tokenizer takes minutes for two megabytes of one character, and all other requests wait for it.
         if size > self._model.max_prompt_bytes:
-            raise RequestRefused(
-                f"The prompt has {size} bytes, more than the context of {self._model.context} tokens can hold. Shorten "
-                "it, or raise serving.context or evaluation.context (at most the context length of the model)."
-            )
+            raise context_exceeded(self._model.context, f"{size} bytes")
         if request.messages is not None:
-            return self._chat_template.tokens(request.messages)
-        tokens = self._model.tokenize(request.prompt or "")
+            if len(request.messages) > self._model.context:  # each has a token at least, even an empty one
+                raise context_exceeded(self._model.context, f"{len(request.messages)} messages")
+            return self._model.template.tokens(
+                request.messages, prefill=request.prefill, variables=request.chat_template_kwargs
+            )
+        tokens = self._model.tokenize((request.prompt or "") + request.prefill)
         bos = self._model.bos
         return [bos, *tokens] if bos is not None and self._model.adds_bos and tokens[:1] != [bos] else tokens
 
-    @cached_property
-    def _chat_template(self) -> ChatTemplate:
-        source = self._model.chat_template()
-        if source is None:
-            raise RequestRefused(
-                f"{self._spec.gguf} has no chat template (tokenizer.chat_template), so messages cannot be rendered. "
-                "Send a plain `prompt`, or put chat_template.jinja beside the tokenizer and convert the model again."
-            )
-        model = self._model
-        variables = {"bos_token": model.token_text(model.bos), "eos_token": model.token_text(model.eos)}
-        control, user_defined = model.special_tokens()
-        return ChatTemplate(
-            source, variables, control, user_defined, lambda texts: [model.tokenize(text) for text in texts]
-        )
-
     def _report(self, id: int, output: Output) -> None:
-        if isinstance(output, str):
+        if isinstance(output, Delta):
             if id in self._streamed:
-                self._send({"id": id, "delta": output})
+                self._send({"id": id, "delta": output.model_dump(mode="json", exclude_defaults=True)})
             return
         self._streamed.discard(id)
         if isinstance(output, Completion):

@@ -1,16 +1,20 @@
 """What starts runs: the loop's job, the sensor on new examples, the nightly schedule and the yearly retraining."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
 from finetune_pipeline.artifacts import hash_of
-from finetune_pipeline.curation.retrain_trigger import Attempt, decide
+from finetune_pipeline.curation.retrain_trigger import Attempt, decide, describe
 from finetune_pipeline.database import Database
 from finetune_pipeline.manifests import AdapterManifest, RawLogsManifest
 from finetune_pipeline.orchestration.resources import STAGES, FinetuneHome
-from finetune_pipeline.pipeline.pending import count_new
+from finetune_pipeline.orchestration.storage import storage_errors
+from finetune_pipeline.pipeline.implicit_acceptance import accept_unrated
+from finetune_pipeline.pipeline.pending import find_new
 from finetune_pipeline.registry.comparisons import judged_watermark
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.ingest_ledger import UnreadFile, unread
@@ -21,6 +25,12 @@ LOOP_TAG = "finetune/loop"
 WATERMARK_TAG = "finetune/watermark"
 FIRST_ATTEMPT_TAG = "finetune/new_at_first_attempt"
 FILES_TAG = "finetune/files"
+
+CODE_LOCATION = "finetune_pipeline"
+"""The name in workspace.yaml."""
+
+HEARTBEAT_SECONDS = 120
+"""A daemon that has not reported for so long has ended; it reports every 30 seconds."""
 
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -46,6 +56,11 @@ def automation(loop: LoopSettings) -> dg.Definitions:
     )
     enabled = loop.trigger.running
 
+    def evaluate(database: Database, instance: dg.DagsterInstance) -> RequestOrSkip:
+        now = datetime.now(UTC)
+        accept_unrated(loop, database, now)  # so that the next evaluation need not look at these answers again
+        return next_run(loop, database, instance, now)
+
     @dg.sensor(
         name=f"{loop.name}_new_examples",
         job=job,
@@ -55,7 +70,9 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         description=f"Runs the loop when there are {loop.trigger.new_examples} new high-reward examples.",
     )
     def new_examples(context: dg.SensorEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
-        return next_run(loop, finetune_home.database(), context.instance, datetime.now(UTC))
+        return evaluate(finetune_home.database(), context.instance)
+
+    schedule_status = dg.DefaultScheduleStatus.RUNNING if enabled else dg.DefaultScheduleStatus.STOPPED
 
     @dg.schedule(
         name=f"{loop.name}_nightly",
@@ -63,10 +80,11 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         cron_schedule=loop.trigger.nightly,
         execution_timezone=loop.trigger.timezone,
         tags=tags,
-        description="Evaluates the sensor's condition once a night, for training at night only.",
+        default_status=schedule_status,
+        description="Evaluates the sensor's condition once a night; alone, for training at night only.",
     )
     def nightly(context: dg.ScheduleEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
-        return next_run(loop, finetune_home.database(), context.instance, datetime.now(UTC))
+        return evaluate(finetune_home.database(), context.instance)
 
     @dg.schedule(
         name=f"{loop.name}_yearly",
@@ -74,7 +92,7 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         cron_schedule=loop.trigger.yearly,
         execution_timezone=loop.trigger.timezone,
         tags=tags,
-        default_status=dg.DefaultScheduleStatus.RUNNING if enabled else dg.DefaultScheduleStatus.STOPPED,
+        default_status=schedule_status,
         description="Trains from the base model on all examples once a year, even if few are new.",
     )
     def yearly(context: dg.ScheduleEvaluationContext) -> RequestOrSkip:
@@ -105,7 +123,8 @@ def next_run(loop: LoopSettings, database: Database, instance: dg.DagsterInstanc
         )
         for record in instance.get_run_records(dg.RunsFilter(tags=tags), ascending=True)
     ]
-    trigger = decide(count_new(loop, database, watermark, attempts), attempts, loop.trigger, now)
+    new = find_new(loop, database, watermark, attempts)
+    trigger = decide(new.count, attempts, loop.trigger, now, at_least=new.at_least)
     if trigger.fire:  # whatever files are unread: the run reads them
         return dg.RunRequest(
             run_key=f"{loop.name}:{watermark}:{trigger.new_at_first_attempt}:attempt{trigger.attempt}",
@@ -114,6 +133,60 @@ def next_run(loop: LoopSettings, database: Database, instance: dg.DagsterInstanc
     with database.read() as connection:
         files = unread(connection, loop.name, loop.log_folders)
     return _read_files(loop, instance, files, trigger.reason) if files else dg.SkipReason(trigger.reason)
+
+
+@dataclass(frozen=True)
+class AutomationState:
+    """What would start runs of a loop by itself.
+
+    Attributes:
+        waits_for: what the sensor would answer now.
+        switched_on: name of the sensor or schedule -> whether it is on. One that is on in a code location other than
+            that of workspace.yaml has its name added.
+        daemon: Dagster's daemon, which evaluates them, is running.
+    """
+
+    waits_for: str
+    switched_on: Mapping[str, bool]
+    daemon: bool
+
+
+def automation_state(loop: LoopSettings, database: Database, dagster_home: str) -> AutomationState:
+    """Return what would start runs of a loop by itself, and what the sensor waits for, in a home of Dagster."""
+    names = [f"{loop.name}_{name}" for name in ("new_examples", "nightly", "yearly")]
+    switched_on = dict.fromkeys(names, loop.trigger.running)
+    with storage_errors(dagster_home), dg.DagsterInstance.from_config(dagster_home) as instance:
+        answer = next_run(loop, database, instance, datetime.now(UTC))
+        for state in instance.all_instigator_state():  # has only those that somebody switched, or that were evaluated
+            location = state.origin.repository_origin.code_location_origin.location_name
+            if state.instigator_name in names and location == CODE_LOCATION:
+                switched_on[state.instigator_name] = state.is_running
+            elif state.instigator_name in names and state.is_running:
+                switched_on[f"{state.instigator_name} (code location {location})"] = True
+        heartbeats = [
+            status.last_heartbeat for status in instance.get_daemon_statuses(["SENSOR", "SCHEDULER"]).values()
+        ]
+    if isinstance(answer, dg.SkipReason):
+        waits_for = answer.skip_message or ""
+    elif FILES_TAG in answer.tags:
+        waits_for = "the sensor would start a run of raw_logs now, which reads new files"
+    else:
+        waits_for = "the sensor would start a run now"
+    # Dagster calls a daemon healthy for half an hour after it ended.
+    alive = all(beat is not None and time.time() - beat.timestamp < HEARTBEAT_SECONDS for beat in heartbeats)
+    return AutomationState(waits_for, switched_on, alive)
+
+
+def run_is_due(loop: LoopSettings, database: Database, dagster_home: str) -> tuple[bool, str]:
+    """Return whether the sensor would start a run of the whole loop now, and the numbers or what it waits for."""
+    with storage_errors(dagster_home), dg.DagsterInstance.from_config(dagster_home) as instance:
+        answer = next_run(loop, database, instance, datetime.now(UTC))
+    if isinstance(answer, dg.SkipReason):
+        return False, answer.skip_message or ""
+    if FIRST_ATTEMPT_TAG in answer.tags:
+        new = find_new(loop, database, judged_watermark(database, loop.name))
+        return True, describe(new.count, loop.trigger, at_least=new.at_least)
+    return False, "some event files cannot be read; `finetune ingest` says why"
 
 
 def unfinished_run(loop: LoopSettings, instance: dg.DagsterInstance, now: datetime) -> str | None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_pipeline.evaluation.gate import slices_text
 from finetune_pipeline.evaluation.report import JSON, ReportFindings, findings_of_report
 from finetune_pipeline.manifests import DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
 from finetune_pipeline.orchestration.resources import percent
 from finetune_pipeline.pipeline.build_dataset import check_and_record
-from finetune_pipeline.pipeline.export import ModelCheck
+from finetune_pipeline.pipeline.export import ModelCheck, score_equivalence
 from finetune_pipeline.pipeline.snapshot import CollectedLogs
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.validation_messages import without_values
 
 CHECKS_STEP = "_checks"
 """End of the name of a step that only runs the checks of an asset."""
@@ -36,13 +38,15 @@ def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
         },
         GgufManifest.stage: {
             "loads_and_answers": "The model loads in the engine and answers.",
-            "tokenizer_parity": "The engine tokenizes the chat template as training did.",
+            "tokenizer_parity": "llama.cpp reads the same tokens as training did, in conversations of every kind.",
             "agreement": f"At least {agreement} of answers equal those of the base with its unmerged adapter.",
+            "score_equivalence": "The score equals that of the base with its unmerged adapter, within "
+            f"{100 * loop.export.equivalence_margin:g} points.",
         },
         ReportManifest.stage: {
             "gain": f"The challenger gains at least {loop.gate.min_gain:.0%} ({loop.gate.mode}) over the champion.",
             "significance": "The gain is significant by a paired test.",
-            "no_slice_regressed": "No slice of the benchmark regressed.",
+            "no_slice_regressed": f"No slice lost significantly more than {loop.gate.slice_margin:.0%}.",
         },
     }[stage]
     blocking = {*DatasetManifest.blocking_checks, *GgufManifest.blocking_checks}
@@ -58,7 +62,8 @@ def raw_logs_results(loop: LoopSettings, logs: CollectedLogs) -> list[dg.AssetCh
     """Return the results of the checks of raw_logs."""
     read, ingested = logs.files_read, logs.ingested
     fraction = read.rejected / read.lines if read.lines else 0.0
-    failed = [f"{source.name}: {source.error}" for source in logs.sources if source.error]
+    failed = [f"{source.name}: {without_values(source.error)}" for source in logs.sources if source.error]
+    rejected = (f"{row.path}:{row.line}: {without_values(row.reason)}" for row in logs.rejected)
     return [
         dg.AssetCheckResult(
             check_name="rejected_lines",
@@ -72,7 +77,7 @@ def raw_logs_results(loop: LoopSettings, logs: CollectedLogs) -> list[dg.AssetCh
                 "files with an unfinished last line": read.unfinished,
                 "id conflicts": ingested.conflicts,
                 "conflicts": ingested.conflicting,
-                "offenders": [*ingested.unreadable, *(f"{row.path}:{row.line}: {row.reason}" for row in logs.rejected)],
+                "offenders": [*ingested.unreadable, *rejected],
             },
         ),
         dg.AssetCheckResult(
@@ -91,7 +96,12 @@ def gguf_model_results(loop: LoopSettings, checks: list[ModelCheck]) -> list[dg.
     for check in checks:
         blocking = check.name in GgufManifest.blocking_checks
         metrics = dict(check.metrics)
+        if "offenders" in metrics:  # prompts of people; they are in the artifact's checks.json
+            metrics["offenders"] = len(metrics["offenders"])
         description = metrics.get("error") or metrics.get("skipped")
+        if metrics.get("differing"):
+            kinds = ", ".join(f"{name} ({number})" for name, number in metrics["differing"].items())
+            description = f"conversations with other tokens in llama.cpp than in training: {kinds}"
         if "fraction" in metrics:
             fraction = metrics.pop("fraction")
             description = (
@@ -99,6 +109,18 @@ def gguf_model_results(loop: LoopSettings, checks: list[ModelCheck]) -> list[dg.
                 f"({fraction:.0%}), at least {loop.export.min_agreement:.0%} needed"
             )
             metrics = {"agreement (%)": percent(fraction), **metrics}
+        if "difference" in metrics:
+            found = score_equivalence(loop, check)
+            description = found.sentence
+            metrics = {
+                "prompts": metrics["prompts"],
+                "score (%)": percent(metrics["score"]),
+                "score of the trained model (%)": percent(metrics["reference_score"]),
+                "difference (points)": percent(metrics["difference"]),
+                "90% interval (points)": [percent(bound) for bound in found.interval],
+                "margin (points)": percent(found.margin),
+                "p-value (TOST)": float(f"{found.p_value:.2g}"),
+            }
         results.append(
             dg.AssetCheckResult(
                 check_name=check.name,
@@ -139,42 +161,52 @@ def curated_dataset_checks(loop: LoopSettings) -> dg.AssetChecksDefinition:
 
 def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, dg.AssetCheckResult]:
     """Return the results of the checks of eval_report by name."""
-    verdict, significance, changes = found.verdict, found.significance, found.changes
-    rejects = loop.gate.on_reject == "fail"
-    worst = min(changes, key=lambda name: changes[name], default=None)
+    verdict, significance, gate = found.verdict, found.significance, loop.gate
+    blocking = dg.AssetCheckSeverity.ERROR if gate.on_reject == "fail" else dg.AssetCheckSeverity.WARN
+    regressed = [one.name for one in found.slices if one.status == "regressed"]
+    budget = {} if verdict.tests_left is None else {"tests left in the error budget": verdict.tests_left}
+    more = {} if verdict.more_questions is None else {"more questions needed": verdict.more_questions}
     return {
         "gain": dg.AssetCheckResult(
             check_name="gain",
             passed=verdict.promote,
-            severity=dg.AssetCheckSeverity.ERROR if rejects else dg.AssetCheckSeverity.WARN,
-            description=verdict.reason,
+            severity=blocking,
+            description=f"{verdict.decision}: {verdict.reason}",
             metadata={
+                "decision": verdict.decision,
                 "correct, challenger": verdict.challenger_correct,
                 "correct, champion": verdict.champion_correct,
                 "correct, required": verdict.required_correct,
                 "correct, possible": verdict.total,
                 "correct, minimum": verdict.minimum_correct,
-                "valid answers, challenger": verdict.valid,
-                "answers, challenger": verdict.answers,
+                "valid unconstrained answers, challenger": verdict.valid,
+                "unconstrained answers, challenger": verdict.answers,
             },
         ),
         "significance": dg.AssetCheckResult(
             check_name="significance",
-            passed=significance.p_value <= loop.gate.significance_level,
+            passed=significance.p_value <= gate.test_level,
             severity=dg.AssetCheckSeverity.WARN,
-            description=f"p = {significance.p_value:.2g} ({significance.method}), at most "
-            f"{loop.gate.significance_level:g} allowed",
-            metadata={"p-value": float(f"{significance.p_value:.2g}"), "method": significance.method},
+            description=verdict.evidence,
+            metadata={
+                "p-value": float(f"{significance.p_value:.2g}"),
+                "method": significance.method,
+                "questions won": significance.wins,
+                "questions lost": significance.losses,
+                "questions equal": significance.ties,
+                **more,
+                **budget,
+            },
         ),
         "no_slice_regressed": dg.AssetCheckResult(
             check_name="no_slice_regressed",
-            passed=not found.regressed,
+            passed=not regressed,
             severity=dg.AssetCheckSeverity.WARN,
-            description=f"{len(found.regressed)} of {len(changes)} slices regressed"
-            + (f"; worst slice: {worst} {100 * changes[worst]:+.1f} points" if worst and found.regressed else ""),
+            description=slices_text(found.slices, gate),
             metadata={
-                "regressed slices": list(found.regressed),
-                "changes": {name: f"{points:+.1%}" for name, points in changes.items()},
+                "regressed slices": regressed,
+                "slices too small to tell": [one.name for one in found.slices if one.status == "too small"],
+                "changes": {one.name: f"{one.points:+.1%}" for one in found.slices},
             },
         ),
     }

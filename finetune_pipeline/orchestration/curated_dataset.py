@@ -8,15 +8,13 @@ import dagster as dg
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.curation.acceptance import CONFLICT
 from finetune_pipeline.curation.dataset_card import SAMPLE_HEADING
-from finetune_pipeline.curation.dataset_files import DATASET_CARD, first_provenances
+from finetune_pipeline.curation.dataset_files import DATASET_CARD
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.resources import loop_asset, materialized
 from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_dataset, dataset_settings
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.wording import counted
-
-PROVENANCES_SHOWN = 3  # of each source; provenance.csv has all
 
 
 def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -56,9 +54,8 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
 def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
     manifest = artifact.manifest
-    provenances = first_provenances(artifact.path, manifest.sources, PROVENANCES_SHOWN)
-    first = [(source, provenance) for source, found in provenances.items() for provenance in found]
-    # The sample at the end of the card is personal text, which must not enter Dagster's database.
+    # The sample at the end of the card is personal text, which must not enter Dagster's database. Neither must
+    # provenances, which may be titles of notes.
     card = (artifact.path / DATASET_CARD).read_text(encoding="utf-8").partition(f"\n{SAMPLE_HEADING}\n")[0]
     return {
         "training examples": manifest.train - manifest.replayed,
@@ -72,7 +69,6 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "desirable answers": manifest.desirable,
         "undesirable answers": manifest.undesirable,
         "sources": _table(["source", "examples"], manifest.sources.items()),
-        "provenance sample": _table(["source", "provenance"], first),
         "left out, by reason": _table(["reason", "examples"], manifest.left_out.items()),
         "redacted values, by kind": _table(["kind", "number"], manifest.redacted.items()),
         "near-duplicates of the benchmark": list(manifest.near_benchmark[:OFFENDERS_SHOWN]),

@@ -7,7 +7,7 @@ import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.evaluation.comparison import Comparison
-from finetune_pipeline.evaluation.gate import Verdict
+from finetune_pipeline.evaluation.gate import HEADLINES, Verdict
 from finetune_pipeline.evaluation.metric_table import comparison_markdown, format_metric, metric_table
 from finetune_pipeline.evaluation.plots import plot_png
 from finetune_pipeline.evaluation.report import HTML
@@ -66,7 +66,7 @@ def _metadata(
     if gain is None:  # the champion's score, or the number of its errors, is 0
         label, gain = "gain (points)", verdict.points
     table = metric_table(comparison)
-    fractions = [(row.name, *row.cells[:2]) for row in table if row.unit == "%"]  # as many columns as the page has room
+    fractions = [(row.name, *row.cells[1:3]) for row in table if row.unit == "%"]  # the page has no room for more
     metrics: dict[str, Any] = {}
     for row in table:
         for side, value in (("challenger", row.challenger), ("champion", row.champion)):
@@ -74,22 +74,24 @@ def _metadata(
                 number = percent(value) if row.unit == "%" else round(value, 1)
                 metrics[f"{row.name}, {side} ({row.unit})"] = number
     return {
-        "verdict": "promote" if verdict.promote else "reject",
+        "verdict": verdict.decision,
         label: percent(gain),
         **dict(list(metrics.items())[:2]),  # the gate's metric of both models
         "p-value": float(f"{comparison.significance.p_value:.2g}"),
-        "regressed slices": len(comparison.regressed_slices),
+        "regressed slices": sum(one.status == "regressed" for one in comparison.slice_tests(loop.gate)),
         "comparison": dg.MetadataValue.md(markdown_table(["metric", "champion", "challenger"], fractions, "lrr")),
         "report": dg.MetadataValue.md(_report(artifact, comparison, verdict)),
         "reason": verdict.reason,
         **metrics,
+        **({} if verdict.tests_left is None else {"tests left in the error budget": verdict.tests_left}),
+        **({} if verdict.more_questions is None else {"more questions needed": verdict.more_questions}),
         "correct, challenger": verdict.challenger_correct,
         "correct, champion": verdict.champion_correct,
         "correct, best constant answer": comparison.constant.correct,
         "correct, minimum": verdict.minimum_correct,
         "correct, possible": verdict.total,
-        "valid answers, challenger": verdict.valid,
-        "answers, challenger": verdict.answers,
+        "valid unconstrained answers, challenger": verdict.valid,
+        "unconstrained answers, challenger": verdict.answers,
         "CPU contention": comparison.contention or "none",
     }
 
@@ -106,10 +108,12 @@ def _report(artifact: Artifact[ReportManifest], comparison: Comparison, verdict:
         )
         for one in comparison.slices
     ]
+    statement, *reasons = verdict.reason.split("\n")
     return "\n\n".join(
         [
             f"## {comparison.challenger.name} against {comparison.champion.name}",
-            f"**{'Promote the challenger' if verdict.promote else 'Reject: the champion stays'}**: {verdict.reason}",
+            f"**{HEADLINES[verdict.decision]}**: {statement}",
+            "\n".join(f"- {reason}" for reason in [*reasons, *comparison.problems]),
             comparison_markdown(comparison),
             picture(plot_png(comparison), "metrics and slices of champion and challenger"),
             markdown_table(["slice", "champion", "challenger", "possible", "change"], slices, "lrrrr"),

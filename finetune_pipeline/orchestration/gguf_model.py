@@ -30,8 +30,9 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         With `export.form: adapter` it is the converted adapter alone, for the base model's GGUF.
 
         If a check is red: llama.cpp does not load this model (loads_and_answers) or tokenizes prompts differently from
-        training (tokenizer_parity), so update llama.cpp or change base_model; agreement compares the answers with those
-        of the unmerged adapter in transformers, so try a larger export.quantization.
+        training (tokenizer_parity), so update llama.cpp or change base_model; agreement and
+        score_equivalence compare the answers with those of the unmerged adapter in transformers, so try a larger
+        export.quantization, or a larger export.agreement_sample if equivalence is undecided.
         """
         artifact, checks = export_model(loop, lora_adapter, context.run.run_id, context.log.info)
         return materialized(artifact, _metadata(artifact), gguf_model_results(loop, checks))

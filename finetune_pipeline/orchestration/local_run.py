@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
+import sqlalchemy as sa
 
 from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.orchestration.run_events import RunEvents
+from finetune_pipeline.orchestration.storage import storage_errors
 from finetune_pipeline.pipeline.summary import run_summary
-from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings
+from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, with_loop
 
 WORKSPACE = PROJECT_ROOT / "workspace.yaml"
 POLL_SECONDS = 0.3
 STOP_SECONDS = 30.0
 """How long an interrupted run may take to end its steps before it is killed."""
+SILENT_SECONDS = 15.0
+"""After so long without an event, a line says which step is running."""
 
 _LOG_TAIL = 15  # lines of the log that are shown if the run could not be created
 
@@ -53,7 +57,7 @@ def run_loop(
     log.parent.mkdir(parents=True, exist_ok=True)
     tied = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
     job = [sys.executable, "-m", "finetune_pipeline.orchestration.run_job", str(workspace), loop.job_name]
-    with _signals() as received, dg.DagsterInstance.get() as instance:
+    with storage_errors(os.environ["DAGSTER_HOME"]), _signals() as received, dg.DagsterInstance.get() as instance:
         with log.open("xb") as file:
             # A new session: Ctrl-C reaches only this process, which then marks the run as canceled.
             process = subprocess.Popen(
@@ -69,11 +73,18 @@ def run_loop(
                     lines = list(events.read())
                     for line in written if verbose else lines:
                         echo(line.rstrip("\n"))
+                    if running and not verbose:
+                        for line in events.still_running(time.time(), SILENT_SECONDS):
+                            echo(line)
                     if running and (received or events.canceling):
                         echo("stopping the run; press Ctrl-C again to kill it")
                         _stop(instance, process, run_id, received)
                     elif running:
                         time.sleep(POLL_SECONDS)
+        except sa.exc.DBAPIError:  # what the run does could neither be read nor recorded
+            if process.poll() is None:
+                _kill(process)
+            raise
         finally:
             if process.poll() is None:  # for example, because the output's reader is gone
                 _stop(instance, process, run_id, received)
@@ -83,18 +94,20 @@ def run_loop(
         canceled = bool(received) or (run is not None and run.status == dg.DagsterRunStatus.CANCELED)
     if canceled:
         trained = events.canceled_step == AdapterManifest.stage
-        reused = "training resumes from its last checkpoint" if trained else "finished work is reused"
+        reused = "training resumes from its last checkpoint, if it has one" if trained else "finished work is reused"
         echo(f"canceled, nothing was promoted; the complete log is in {log}")
-        echo(f"run it again with `finetune run --loop {loop.name}`: {reused}")
+        echo(f"run it again with `{with_loop('finetune run', loop)}`: {reused}")
         return 128 + received[0] if received else 1
     succeeded = not process.returncode
     if not events.started:
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:]:
+        for line in log.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")[-_LOG_TAIL:]:
             echo(line)
     outcome = "succeeded" if succeeded else "did not succeed, nothing was promoted"
     echo(f"the run {outcome}; it took {time.time() - began:.0f} s; the complete log is in {log}\n")
     for line in run_summary(loop, run_id, succeeded=succeeded):
         echo(line)
+    for warning in events.warnings:
+        echo(f"warning   {warning}".replace("\n", "\n          "))
     return 0 if succeeded else 1
 
 
@@ -113,6 +126,11 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def _stop(instance: dg.DagsterInstance, process: "subprocess.Popen[bytes]", run_id: str, received: list[int]) -> None:
     """Cancel the run and wait until its steps have ended; kill them after `STOP_SECONDS` or at the next signal."""
     signals, deadline = len(received), time.monotonic() + STOP_SECONDS
@@ -127,8 +145,7 @@ def _stop(instance: dg.DagsterInstance, process: "subprocess.Popen[bytes]", run_
             process.terminate()
             terminated = True
         if time.monotonic() > deadline or len(received) > signals:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
         time.sleep(POLL_SECONDS / 3)
     run = instance.get_run_by_id(run_id)
     if run is not None and not run.is_finished:

@@ -14,13 +14,14 @@ from finetune_pipeline.pipeline.train import adapter_settings, describe_progress
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.training.job import RESULT, Progress, TrainingResult
 from finetune_pipeline.training.loss_curve import loss_curve_png
+from finetune_pipeline.validation_messages import without_values
 
 TRAINING_LOSS, VALIDATION_LOSS = "training loss", "validation loss"
 THROUGHPUT = "throughput (tokens/s)"
 """Metadata that Dagster charts over the steps of a run and over all runs."""
 
-REPORT_SECONDS = (5.0, 60.0)
-"""Shortest and longest time between two reports of the progress; in between, 2% of the elapsed time."""
+LOG_SECONDS, OBSERVATION_SECONDS = 15.0, 60.0
+"""Longest time between two reports of training, in the log and as an observation; at first there are 5 seconds."""
 
 
 def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -44,17 +45,19 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         If it fails: the message says which setting or file to change. A killed training run resumes from its last
         complete checkpoint when it is materialized again with the same dataset and settings.
         """
-        started = last_report = time.monotonic()
+        started = last_log = last_observation = time.monotonic()
 
         def report(progress: Progress) -> None:
-            nonlocal last_report
-            now = time.monotonic()
-            # Every report is an event in Dagster's database, so a long training run reports less often.
-            shortest, longest = REPORT_SECONDS
-            due = now - last_report >= min(longest, max(shortest, 0.02 * (now - started)))
-            if due or progress.step in (1, progress.steps):
-                last_report = now
+            nonlocal last_log, last_observation
+            now, at_an_end = time.monotonic(), progress.step in (1, progress.steps)
+            # Both are events in Dagster's database, so a long training run reports less often; people who watch it
+            # read the log, and a chart needs fewer points.
+            interval = max(5.0, 0.02 * (now - started))
+            if at_an_end or now - last_log >= min(LOG_SECONDS, interval):
+                last_log = now
                 context.log.info(describe_progress(progress))
+            if at_an_end or now - last_observation >= min(OBSERVATION_SECONDS, interval):
+                last_observation = now
                 context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=_measurements(progress)))
 
         settings = settings_of_run(loop, config.model_dump())  # type: ignore[attr-defined]
@@ -109,5 +112,5 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
     if manifest.best_step is not None:
         metadata["best step"] = manifest.best_step
     if result.rejections:
-        metadata["rejections"] = [f"{one.count} {one.split}: {one}" for one in result.rejections]
+        metadata["rejections"] = [f"{one.count} {one.split}: {without_values(one.reason)}" for one in result.rejections]
     return metadata

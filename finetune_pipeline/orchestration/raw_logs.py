@@ -1,5 +1,6 @@
 """The asset raw_logs: ingests new events and writes a snapshot of all of them as Parquet."""
 
+from collections import Counter
 from typing import Any
 
 import dagster as dg
@@ -10,6 +11,9 @@ from finetune_pipeline.orchestration.checks import check_specs, raw_logs_results
 from finetune_pipeline.orchestration.resources import FinetuneHome, loop_asset, materialized
 from finetune_pipeline.pipeline.snapshot import CollectedLogs, collect_logs
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.sources.source_record import SourceError
+from finetune_pipeline.validation_messages import without_values
+from finetune_pipeline.wording import counted_reasons
 
 
 def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
@@ -27,8 +31,13 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
         If a check is red: fix the files and lines (rejected_lines) or the source (sources_read) that its metadata
         lists, then materialize again; everything that could be read is in the snapshot, and no event counts twice.
+        `finetune ingest --problems` shows the reasons with the values and places that are left out here.
         """
-        logs = collect_logs(loop, finetune_home.database(), context.log.info)
+        # What messages quote is data, which must not enter Dagster's database: a person could not be erased from there.
+        try:
+            logs = collect_logs(loop, finetune_home.database(), lambda text: context.log.info(without_values(text)))
+        except SourceError as error:
+            raise SourceError(without_values(str(error))) from None
         return materialized(logs.artifact, _metadata(logs), raw_logs_results(loop, logs))
 
     return raw_logs
@@ -56,14 +65,25 @@ def _metadata(logs: CollectedLogs) -> dict[str, Any]:
         "watermark": manifest.watermark,
     }
     if logs.sources or logs.undeclared:
-        headings = ["source", "records", "new", "retracted", "skipped", "error"]
+        headings = ["source", "records", "files", "new", "retracted", "skipped", "why skipped", "error"]
         rows: list[tuple[Any, ...]] = [
-            (source.name, source.records, source.new, source.retracted, source.skipped, source.error)
+            (
+                source.name,
+                source.records,
+                source.files,
+                source.new,
+                source.retracted,
+                source.skipped,
+                without_values(counted_reasons(source.reasons)),
+                without_values(source.error),
+            )
             for source in logs.sources
         ]
         for name, count in logs.undeclared.items():
             remedy = f"`finetune feedback retract --source {name}` stops that"
-            rows.append((name, count, 0, 0, 0, f"not declared, but still trains without a quota; {remedy}"))
-        metadata["sources"] = dg.MetadataValue.md(markdown_table(headings, rows, "lrrrrl"))
-        metadata["skipped records"] = [f"{row.source}: {row.provenance}: {row.reason}" for row in logs.skipped]
+            rows.append((name, count, 0, 0, 0, 0, "", f"not declared, but still trains without a quota; {remedy}"))
+        metadata["sources"] = dg.MetadataValue.md(markdown_table(headings, rows, "lrrrrrll"))
+        # Without the provenances, which may be titles of notes; `finetune ingest --problems` lists them.
+        skipped = Counter(f"{row.source}: {without_values(row.reason)}" for row in logs.skipped)
+        metadata["skipped records"] = [f"{reason} ({count:,})" for reason, count in skipped.items()]
     return metadata

@@ -132,6 +132,7 @@ def loop_asset(
     decorator: Callable[[Callable[..., Any]], dg.AssetsDefinition] = dg.asset(
         key_prefix=prefix,
         group_name=loop.name,
+        owners=loop.owners,
         io_manager_key=ARTIFACTS,
         dagster_type=ARTIFACT,
         ins={name: dg.AssetIn(key_prefix=prefix, dagster_type=ARTIFACT) for name in inputs},

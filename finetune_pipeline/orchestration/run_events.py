@@ -20,6 +20,8 @@ manifests, not data versions, say what an artifact was made from."""
 INTERRUPTED = "it was interrupted"
 """The cause of a step that was canceled."""
 
+_MESSAGE_COLUMN = 26  # of a printed line, after time and step
+_CHECKS_FAILED = "DagsterAssetCheckFailedError"
 _INTERRUPTS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 
 
@@ -30,6 +32,7 @@ class RunEvents:
         started: the run exists and its first event was written.
         canceling: somebody asked to end the run, for example in the UI.
         canceled_step: name of the step that was interrupted; empty if none was.
+        warnings: failed checks that did not block.
     """
 
     def __init__(self, instance: dg.DagsterInstance, run_id: str, began: float) -> None:
@@ -40,10 +43,26 @@ class RunEvents:
         """
         self.started = self.canceling = False
         self.canceled_step = ""
+        self.warnings: list[str] = []
         self._instance, self._run_id, self._began = instance, run_id, began
         self._cursor: str | None = None
         self._step_started: dict[str, float] = {}
         self._step_failed = False
+        self._failed_checks: dict[str, list[str]] = {}  # step -> why its blocking checks failed
+        self._running: dict[str, float] = {}  # step -> time of its last event
+
+    def still_running(self, now: float, silent: float) -> Iterator[str]:
+        """Yield a line for each step that runs and has logged nothing for some seconds.
+
+        Args:
+            now: the current time in seconds since the epoch.
+            silent: seconds without an event, or without a line of this method, after which a step is named.
+        """
+        for step, last in self._running.items():
+            if now - last >= silent:
+                self._running[step] = now
+                name = step.rpartition("__")[2].removesuffix(CHECKS_STEP)
+                yield f"[{now - self._began:4.0f} s] {name:<16} running for {now - self._step_started[step]:.0f} s"
 
     def read(self) -> Iterator[str]:
         """Yield a line for each new event that a person wants to see."""
@@ -60,22 +79,27 @@ class RunEvents:
             for record in page.records:
                 line = self._line(record.event_log_entry)
                 if line:
-                    yield f"[{record.event_log_entry.timestamp - self._began:4.0f} s] {line}"
+                    text = line.replace("\n", "\n" + " " * _MESSAGE_COLUMN)
+                    yield f"[{record.event_log_entry.timestamp - self._began:4.0f} s] {text}"
 
     def _line(self, entry: dg.EventLogEntry) -> str | None:
         name = (entry.step_key or "").rpartition("__")[2]  # without the key prefix of the loop
         checks_alone = name.endswith(CHECKS_STEP)  # a step that only runs the checks of an asset
         step = f"{name.removesuffix(CHECKS_STEP):<16}"
         event = entry.dagster_event
+        if entry.step_key in self._running:
+            self._running[entry.step_key] = entry.timestamp
         if event is None:
             shown = entry.step_key and int(entry.level) >= logging.INFO
             return (
                 f"{step} {entry.user_message}" if shown and not entry.user_message.startswith(_SAYS_NOTHING) else None
             )
         seconds = entry.timestamp - self._step_started.get(entry.step_key or "", entry.timestamp)
+        if event.event_type in (Kind.STEP_SUCCESS, Kind.STEP_FAILURE):
+            self._running.pop(entry.step_key or "", None)
         match event.event_type:
             case Kind.STEP_START:
-                self._step_started[entry.step_key or ""] = entry.timestamp
+                self._step_started[entry.step_key or ""] = self._running[entry.step_key or ""] = entry.timestamp
                 return None if checks_alone else f"{step} started"
             case Kind.STEP_SUCCESS if not checks_alone:
                 return f"{step} {click.style('done', fg='green')} in {seconds:.1f} s"
@@ -84,6 +108,8 @@ class RunEvents:
             case Kind.STEP_FAILURE:
                 self._step_failed = True
                 reason = cause(event.step_failure_data.error)
+                if reason.startswith(_CHECKS_FAILED):  # and names them without a reason
+                    reason = "; ".join(self._failed_checks[entry.step_key or ""])
                 if reason == INTERRUPTED:
                     self.canceled_step = name
                     return f"{step} {click.style('canceled', fg='yellow')} after {seconds:.1f} s"
@@ -94,9 +120,16 @@ class RunEvents:
                     result = click.style("passed", fg="green")
                 elif check.severity == dg.AssetCheckSeverity.ERROR:
                     result = click.style("failed", fg="red")
+                    # The numbers are in the first line of the check itself, which was just shown.
+                    numbers, *reasons = (check.description or "failed").split("\n")
+                    self._failed_checks.setdefault(entry.step_key or "", []).append(
+                        f"check {check.check_name}: {'; '.join(reasons) or numbers}"
+                    )
                 else:
                     result = click.style("failed (warning, does not block)", fg="yellow")
                 description = f": {check.description}" if check.description else ""
+                if not check.passed and check.severity == dg.AssetCheckSeverity.WARN:
+                    self.warnings.append(f"check {check.check_name} of {name} failed{description}")
                 return f"{step} check {check.check_name} {result}{description}"
             case Kind.RUN_FAILURE if not self._step_failed:  # for example, the executor failed
                 return f"{step} {click.style('the run failed', fg='red')}: {cause(event.job_failure_data.error)}"

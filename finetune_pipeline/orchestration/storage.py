@@ -1,16 +1,22 @@
-"""Creates the SQLite databases of a Dagster home, one process at a time."""
+"""Dagster's storage: creates the SQLite databases of a home, one process at a time, and words their errors."""
 
 import logging
+import shutil
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import dagster as dg
+import sqlalchemy as sa
 from filelock import FileLock
+
+from finetune_pipeline.artifacts import ArtifactError, disk_full
 
 DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
 OLD_REVISION = "5771160a95ad"
 """Revision that Dagster stamps on a database that has tables and no revision, since it takes it for an old one."""
+_FREE_BYTES = 2_000_000  # with less space, SQLite cannot be expected to write
 _log = logging.getLogger(__name__)
 
 
@@ -40,3 +46,22 @@ def _drop_second_revision(path: Path) -> None:
         if connection.execute("SELECT count(*) FROM alembic_version").fetchone()[0] > 1:
             connection.execute("DELETE FROM alembic_version WHERE version_num = ?", (OLD_REVISION,))
             _log.warning("%s was created by two processes at once; its second revision was removed", path)
+
+
+@contextmanager
+def storage_errors(dagster_home: str | Path) -> Iterator[None]:
+    """Replace errors of Dagster's databases, which say nothing of a full disk, by one that says what to do.
+
+    Raises:
+        ArtifactError: a database could not be read or written.
+    """
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        folder = Path(dagster_home)
+        if shutil.disk_usage(folder).free < _FREE_BYTES:
+            raise disk_full(folder, error.orig) from error
+        raise ArtifactError(
+            f"Dagster's storage in {folder} cannot be read or written ({error.orig}); check that the folder is "
+            "writable and the disk is not full, then run again"
+        ) from error

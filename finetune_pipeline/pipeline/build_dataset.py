@@ -1,6 +1,6 @@
 """Build the dataset of a loop from a snapshot of its logs, and check what was written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +89,18 @@ def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Ar
     )
 
     def make(folder: Path) -> dict[str, Any]:
+        replay = loop_files.replay(loop)
         summary = curate(
             folder,
             [raw_logs.path / shard for shard in shards],
-            loop_files.replay(loop),
+            replay.examples,
             policy,
             loop_files.identity,
             system_prompt=loop.system_prompt,
             cache=cache,
             sample_size=SAMPLE_ROWS_OF_SOURCE,
         )
+        summary = replace(summary, left_out=summary.left_out | replay.left_out)
         built: dict[str, Any] = {
             "inputs": inputs,
             "settings": settings,

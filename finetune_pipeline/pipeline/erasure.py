@@ -1,11 +1,13 @@
 """Erasing a person: what the store holds, what was made with it, the deletion, and what has to be deleted by hand."""
 
+import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_pipeline.artifacts import stage_folder
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.erasure import (
     Erased,
@@ -14,12 +16,17 @@ from finetune_pipeline.feedback.erasure import (
     loops_with_data,
     overwrite_deleted,
     person_data,
+    person_texts,
 )
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.write_ahead_log import dead_letter_files, log_files, recover_orphans
+from finetune_pipeline.manifests import ReportManifest
 from finetune_pipeline.pipeline.lineage import MadeWith, made_with
-from finetune_pipeline.settings import INGESTED, FeedbackSettings, LoopSettings, load_loop, load_loops
+from finetune_pipeline.settings import INGESTED, FeedbackSettings, LoopSettings, load_loop, load_loops, project_path
 from finetune_pipeline.sources.row_readers import files_of, layout_of, read_rows
+
+MIN_TEXT = 8
+"""Shorter texts than this are not searched outside the store: they are in other people's texts, too."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class ErasedLoop:
         artifacts: artifacts and models that were made with the erased data.
         sources: declared sources that the erased data came from.
         files: event files and dead letters that contain the person's name.
+        texts: benchmark, replay file and files of evaluation reports -> how many of the person's texts they contain.
     """
 
     name: str
@@ -51,6 +59,7 @@ class ErasedLoop:
     artifacts: MadeWith
     sources: tuple[str, ...]
     files: tuple[Path, ...]
+    texts: Mapping[Path, int]
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,12 @@ def find_person(database: Database, user: str, loop: str | None = None) -> list[
     ]
 
 
+def texts_of(database: Database, held: Sequence[HeldData]) -> set[str]:
+    """Return the texts of a person's data, to find them elsewhere; call it before the erasure."""
+    with database.read() as connection:
+        return set[str]().union(*(person_texts(connection, one.data) for one in held))
+
+
 def erase_person(database: Database, user: str, held: Sequence[HeldData]) -> ErasureResult:
     """Delete a person's data from the loops that `find_person` returned.
 
@@ -110,6 +125,7 @@ def erase_person(database: Database, user: str, held: Sequence[HeldData]) -> Era
     """
     # Looked up before the deletion: events that reach the store until then are deleted with the rest.
     pending = _files_naming(user, log_files())
+    texts = {one.name: _files_with(texts_of(database, [one]), one) for one in held}
     erased = {}
     for one in held:
         reward = reward_function(one.loop.feedback if one.loop else FeedbackSettings())
@@ -123,10 +139,31 @@ def erase_person(database: Database, user: str, held: Sequence[HeldData]) -> Era
             one.made_with,
             tuple(source for source in one.data.sources if source != INGESTED),
             tuple(_event_files_naming(user, one.loop)) if one.loop else (),
+            texts[one.name],
         )
         for one in held
     )
     return ErasureResult(loops, tuple(pending), database_busy=not overwritten)
+
+
+def _files_with(texts: set[str], held: HeldData) -> dict[Path, int]:
+    """Return the files beside the store that contain some of the texts, as text, JSON or HTML, and how many."""
+    reports = stage_folder(held.name, ReportManifest.stage)
+    paths = [path for path in sorted(reports.rglob("*")) if path.suffix in {".json", ".jsonl", ".html", ".md"}]
+    if held.loop:
+        paths += [project_path(path) for path in (held.loop.evaluation.benchmark, held.loop.curation.replay) if path]
+    forms = [
+        {text, html.escape(text), *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False))}
+        for text in (text.strip() for text in texts)
+        if len(text) >= MIN_TEXT
+    ]
+    found = {}
+    for path in paths:
+        with suppress(OSError):  # a benchmark that is missing, or a report that is deleted now
+            content = path.read_text(encoding="utf-8", errors="replace")
+            if count := sum(any(form in content for form in of_text) for of_text in forms):
+                found[path] = count
+    return found
 
 
 def _event_files_naming(user: str, loop: LoopSettings) -> list[Path]:

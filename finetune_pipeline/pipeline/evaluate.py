@@ -1,6 +1,6 @@
 """Evaluate a challenger against the champion, write the report, and mark its data as judged."""
 
-import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +20,9 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION, SPLITS, read_split
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.comparison import Comparison, judge
-from finetune_pipeline.evaluation.gate import Verdict
+from finetune_pipeline.evaluation.gate import BudgetState, Verdict
 from finetune_pipeline.evaluation.report import HTML, write_report
 from finetune_pipeline.evaluation.run import Contender, compare_models
-from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.feedback.store import mark_judged
@@ -31,12 +30,19 @@ from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.export import gguf_identity, model_spec
+from finetune_pipeline.pipeline.judge_agreement import scorer_with_agreement
+from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, subject_of
 from finetune_pipeline.pipeline.required_checks import RequiredChecksError, check_proven, dataset_of, near_benchmark
-from finetune_pipeline.registry.champion import CurrentDeployment, current_deployment
+from finetune_pipeline.records import normalize
+from finetune_pipeline.registry.champion import BASE, CurrentDeployment, current_deployment
 from finetune_pipeline.registry.check_outcomes import record_outcomes_in
 from finetune_pipeline.registry.comparisons import ComparisonRecord, extend_watermark_in, record_comparison_in
+from finetune_pipeline.registry.error_budget import BudgetedBenchmark, BudgetTest, budget_test, spend_in
 from finetune_pipeline.registry.model_versions import check_files
-from finetune_pipeline.settings import REPLAY, LoopSettings
+from finetune_pipeline.settings import BUDGET_TESTS, REPLAY, LoopSettings
+from finetune_pipeline.wording import duration
+
+PROGRESS_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ def evaluate(
         RequiredChecksError: a blocking check of what the challenger was made from did not pass, or the challenger was
             trained on near-duplicates of the benchmark.
         ArtifactError: the files that answered the benchmark are not those that passed the checks.
+        MetricError: a metric failed, a judge does not answer, or the gate would count one that agrees with people too
+            rarely.
+        BudgetChangedError: another comparison spent the same part of the error budget at the same time.
     """
     check_proven(gguf)
     current = current_deployment(connect(), loop.name)
@@ -89,11 +98,14 @@ def evaluate(
             f"the file that answered the benchmark is not the one that gguf_model {gguf.manifest.version} was checked "
             f"with; delete {gguf.path} and materialize gguf_model again"
         )
-    verdict = judge(comparison, loop.gate)
-    report = _write_report(loop, gguf, current, comparison, verdict, run_id)
+    test = _budget_test(loop, comparison)
+    budget = BudgetState(test.number is not None, test.left) if test else None
+    verdict = judge(comparison, loop.gate, budget)
+    report = _write_report(loop, gguf, current, comparison, verdict, budget, run_id)
     manifest = report.manifest
     contents = trained_contents(loop.name, gguf.manifest.adapter_version)
-    # One transaction: a comparison whose data is not judged would start the loop again on the same data.
+    # One transaction: a comparison whose data is not judged would start the loop again on the same data, and one that
+    # spent nothing could be repeated until it promotes by chance.
     with connect().write() as connection:
         record_comparison_in(
             connection,
@@ -103,35 +115,85 @@ def evaluate(
                 report_path=report.path / HTML,
                 report_sha256=report.sha256,
                 after_deployment=current.deployment_id,
+                wins=len(comparison.won),
+                losses=len(comparison.lost),
+                ties=comparison.ties,
             ),
         )
+        if test:
+            spend_in(connection, loop.name, test, manifest.comparison_id)
         record_outcomes_in(connection, report, {"gain": manifest.promote}, run_id)
         mark_judged(connection, loop.name, contents)
     return Evaluation(report, comparison, verdict)
 
 
+class ProgressLog:
+    """Logs how many questions a model has answered: after its first and its last one, and every PROGRESS_SECONDS."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
+        self._first: dict[str, tuple[float, int]] = {}  # model -> time and count of its first report
+        self._last = 0.0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Log the progress of one model if it is time to."""
+        now = time.monotonic()
+        began, before = self._first.setdefault(name, (now, done))
+        if done == total:
+            self._log(f"{name} answered {done} of {total} questions")
+        elif done == before or now - self._last >= PROGRESS_SECONDS:
+            left = ""
+            if done > before:  # answers of a killed run were there before the first report
+                left = f", {duration((now - began) / (done - before) * (total - done))} left"
+            self._log(f"{name} answered {done} of {total} questions ({done / total:.0%}){left}")
+        else:
+            return
+        self._last = now
+
+
 def _compare(
     loop: LoopSettings, gguf: Artifact[GgufManifest], current: CurrentDeployment, log: Callable[[str], None]
 ) -> Comparison:
-    def log_progress(name: str, done: int, total: int) -> None:
-        if done == total or done % math.ceil(total / 4) == 0:
-            log(f"{name} answered {done} of {total} questions")
-
+    base = champion = Contender(f"{loop.name}@base", ModelSpec(gguf=base_gguf(loop, log)))
     if current.model:
         champion = Contender(
             current.model.name, ModelSpec(gguf=current.model.gguf_path, adapter=current.model.adapter_path)
         )
-    else:
-        champion = Contender(f"{loop.name}@base", ModelSpec(gguf=base_gguf(loop, log)))
-    return compare_models(
+    comparison = compare_models(
         champion,
         Contender("challenger", model_spec(gguf)),
         loop_files.benchmark(loop),
-        Scorer(loop.evaluation.metric, loop_files.output_schema(loop), loop_files.rules(loop)),
+        scorer_with_agreement(loop, log),
         loop.evaluation,
         loop.system_prompt,
         loop.name,
-        log_progress,
+        ProgressLog(log),
+        base=base if current.model else None,
+        constraint=loop_files.constraint(loop),
+    )
+    for judgement in comparison.judgements:
+        log(str(judgement))
+    return comparison
+
+
+def _budget_test(loop: LoopSettings, comparison: Comparison) -> BudgetTest | None:
+    """Return what the error budget allows this comparison; None if the gate does not require significance."""
+    if loop.gate.significance == "shown":
+        return None
+    trial = {
+        "challenger": comparison.challenger.gguf_sha256,
+        "champion": comparison.champion.gguf_sha256,
+        "settings": {key: value for key, value in comparison_settings(loop).items() if key != "gate"},
+        **loop_files.judging_files(loop),
+    }
+    prompts = {hash_of(normalize(one.question.prompt))[:16] for one in comparison.questions}
+    return budget_test(
+        connect(),
+        loop.name,
+        hash_of(trial),
+        BudgetedBenchmark(comparison.benchmark_sha256, prompts),
+        tests=BUDGET_TESTS,
+        confirm_days=loop.gate.confirm_days,
     )
 
 
@@ -141,6 +203,7 @@ def _write_report(
     current: CurrentDeployment,
     comparison: Comparison,
     verdict: Verdict,
+    budget: BudgetState | None,
     run_id: str,
 ) -> Artifact[ReportManifest]:
     inputs = {
@@ -150,11 +213,24 @@ def _write_report(
         "benchmark": comparison.benchmark_sha256,
         "settings": settings_hash(loop),
     }
+    base = Subject(served_as=f"{loop.name}@{BASE}")
+    facts = collect_facts(
+        loop.name,
+        connect(),
+        comparison,
+        {
+            "base": base,
+            "champion": subject_of(current.model) if current.model else base,
+            "challenger": Subject(adapter=gguf.manifest.adapter_version),
+        },
+        {GgufManifest.stage: gguf.manifest.version, **gguf.manifest.inputs, "settings": inputs["settings"]},
+    )
     # Speed is measured again each time, so every run has its own report.
     version = version_of(inputs, {"run": run_id})
     with draft(loop.name, ReportManifest.stage, version) as folder:
         rules = loop_files.rules(loop)
-        write_report(folder, loop.name, comparison, verdict, loop.gate, loop.curation.min_confidence, rules)
+        confident = loop.curation.min_confidence
+        write_report(folder, loop.name, comparison, verdict, loop.gate, confident, rules, facts=facts, budget=budget)
         fields = {
             "loop": loop.name,
             "version": version,
@@ -166,7 +242,7 @@ def _write_report(
             "champion_id": current.model.id if current.model else None,
             "champion_sha256": comparison.champion.gguf_sha256,
             "benchmark_sha256": comparison.benchmark_sha256,
-            "promote": verdict.promote,
+            "decision": verdict.decision,
             "reason": verdict.reason,
             "watermark": gguf.manifest.watermark,
         }
@@ -175,8 +251,12 @@ def _write_report(
 
 def comparison_settings(loop: LoopSettings) -> dict[str, Any]:
     """Return the settings for which a comparison is valid; other settings need another comparison."""
-    evaluation = loop.evaluation.model_dump(exclude={"parallel"})
-    return {"evaluation": evaluation, "gate": loop.gate.model_dump(), "system_prompt": loop.system_prompt}
+    return {
+        "evaluation": loop.evaluation.model_dump(exclude={"parallel", "price_per_hour"}),
+        "gate": loop.gate.model_dump(),
+        "system_prompt": loop.system_prompt,
+        "constrain": loop.constrain,
+    }
 
 
 def settings_hash(loop: LoopSettings) -> str:

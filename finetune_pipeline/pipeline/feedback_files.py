@@ -1,9 +1,10 @@
 """Export of redacted examples."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from finetune_pipeline.curation.redaction import redact
+from finetune_pipeline.curation.redaction import redact_texts
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.formats import ExportResult, export_alpaca
 from finetune_pipeline.settings import LoopSettings
@@ -22,9 +23,9 @@ def export_examples(
     """
     replaced: Counter[str] = Counter()
 
-    def clean(text: str) -> str:
-        redacted = redact(text)
-        replaced.update(redacted.counts)
-        return redacted.text
+    def clean(texts: Sequence[str]) -> list[str]:
+        redacted, counts = redact_texts(texts, loop.curation.redaction)
+        replaced.update(counts)
+        return redacted
 
     return export_alpaca(path, loop, database, clean, min_reward=min_reward, force=force), replaced

@@ -1,9 +1,12 @@
 """Ingest files into the store: event logs, and conversations that were dropped or named on the command line."""
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
@@ -11,10 +14,12 @@ import sqlalchemy as sa
 
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
+from finetune_pipeline.feedback.corrections import correction_problem
 from finetune_pipeline.feedback.erasure import erased_users
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import RecordResult, conflict_message, recompute_marked, record, take_offsets
 from finetune_pipeline.feedback.write_ahead_log import recover_orphans
+from finetune_pipeline.pipeline.implicit_acceptance import accept_unrated
 from finetune_pipeline.pipeline.source_events import ERASED, ingested_events
 from finetune_pipeline.records import Feedback, Interaction, without_system_prompt
 from finetune_pipeline.settings import LoopSettings, load_loop
@@ -22,15 +27,17 @@ from finetune_pipeline.sources import ingest_ledger
 from finetune_pipeline.sources.ingest_reader import (
     IngestFormat,
     IngestLine,
+    LineContent,
     event_files,
     grows,
     open_log,
     read_lines,
     read_whole,
+    trace,
 )
 from finetune_pipeline.sources.source_record import SourceRecord
 from finetune_pipeline.sources.text_files import printable
-from finetune_pipeline.wording import counted
+from finetune_pipeline.wording import count_reason, counted, counted_reasons
 
 BATCH = 1_000
 _MAX_DESCRIBED = 20  # rejected lines and conflicts that are described; all are counted
@@ -43,6 +50,7 @@ class IngestReport:
     """The result of ingesting files.
 
     Attributes:
+        reasons: why lines were rejected, with counts.
         rewritten: files of which bytes that were read before changed, so they were read again from the start.
         rejections: the first rejected lines: path, line, reason.
         conflicts: events whose id already exists with different content; `conflicting` describes the first of them.
@@ -54,6 +62,7 @@ class IngestReport:
     rejected: int = 0
     rewritten: int = 0
     conflicts: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
     rejections: list[tuple[Path, int, str]] = field(default_factory=list)
     recorded: RecordResult = field(default_factory=RecordResult)
     conflicting: list[str] = field(default_factory=list)
@@ -64,6 +73,7 @@ class IngestReport:
         self.files += other.files
         self.lines += other.lines
         self.rejected += other.rejected
+        self.reasons += other.reasons
         self.rewritten += other.rewritten
         self.conflicts += other.conflicts
         self.recorded += other.recorded
@@ -81,6 +91,8 @@ class IngestReport:
         if self.rejections:
             _, line, reason = self.rejections[0]
             text += f" ({'first reason: ' if self.rejected > 1 else ''}line {line}: {reason})"
+            if len(self.reasons) > 1:
+                text += f", by reason {counted_reasons(self.reasons)}"
         if self.rewritten:
             text += "; the file was rewritten since it was last read, so it was read again from the start"
         if self.conflicts:
@@ -110,7 +122,7 @@ def ingest(loop: LoopSettings, database: Database, log: Callable[[str], None]) -
         log(f"recovered {counted(recovered, 'event')} from the write-ahead log of a killed gateway")
     with database.write() as connection:
         if repaired := recompute_marked(connection, loop.name, reward):
-            log(f"recomputed the examples of {counted(repaired, 'interaction')}, whose events had times in the future")
+            log(f"recomputed the examples of {counted(repaired, 'interaction')} by the rules of this version")
     with database.read() as connection:
         files = ingest_ledger.unread(connection, loop.name, loop.log_folders)
     total = IngestReport()
@@ -129,6 +141,9 @@ def ingest(loop: LoopSettings, database: Database, log: Callable[[str], None]) -
                 report = IngestReport(unreadable=[f"{path}: {error.strerror}; fix that, or move the file away"])
         total.add(report)
         log(f"{name}: {report}")
+    if accepted := accept_unrated(loop, database, datetime.now(UTC)):
+        verb = "counts" if accepted == 1 else "count"
+        log(f"{counted(accepted, 'answer')} nobody objected to {verb} as accepted from now on")
     return total
 
 
@@ -163,6 +178,8 @@ def ingest_file(
             report.lines += len(batch)
             rejected = [line for line in batch if line.event is None]
             report.rejected += len(rejected)
+            for line in rejected:
+                count_reason(report.reasons, line.reason)
             report.rejections += ((path, line.number, line.reason) for line in rejected[: _room(report.rejections)])
             report.conflicts += len(done.conflicts)
             named = (
@@ -205,9 +222,12 @@ def _open(
 
 
 def _checked(loop: LoopSettings, lines: Iterator[IngestLine]) -> Iterator[IngestLine]:
-    """Reject conversations whose prompt is only the loop's own system prompt, and redact reasons.
+    """Reject what only the loop's settings forbid, and redact reasons.
 
-    The excerpt of a rejected line is not redacted: it is not shown, and a user's erasure finds the line by it.
+    These are conversations whose prompt is only the loop's own system prompt, and corrections that its output schema
+    does not accept.
+
+    A reason may quote the line, so an erasure has to find it: the excerpt has the authors and ids.
     """
     for line in lines:
         event = line.event
@@ -216,25 +236,41 @@ def _checked(loop: LoopSettings, lines: Iterator[IngestLine]) -> Iterator[Ingest
             and not without_system_prompt(event.prompt, event.history, loop.system_prompt)[0]
         ):
             yield replace(line, event=None, reason="the prompt contains nothing but the loop's own system prompt")
+        elif problem := next(filter(None, (correction_problem(loop, text) for text in _corrections(event))), None):
+            own = (event,) if isinstance(event, Feedback) else event if isinstance(event, tuple) else ()
+            excerpt = " ".join(trace(one.model_dump_json(exclude={"correction", "prompt", "output"})) for one in own)
+            author = f'"user": {json.dumps(event.user)}' if isinstance(event, SourceRecord) else excerpt
+            yield replace(line, event=None, reason=redact(problem, loop.curation.redaction).text, excerpt=author)
         else:
-            yield replace(line, reason=redact(line.reason).text) if event is None else line
+            yield replace(line, reason=redact(line.reason, loop.curation.redaction).text) if event is None else line
+
+
+def _corrections(event: LineContent) -> list[str]:
+    if isinstance(event, SourceRecord):
+        return [] if event.model_output is None else [event.answer]
+    events = event if isinstance(event, tuple) else (event,)
+    return [one.correction for one in events if isinstance(one, Feedback) and one.correction is not None]
 
 
 def _reject_erased(connection: sa.Connection, loop: LoopSettings, batch: list[IngestLine]) -> list[IngestLine]:
-    """Reject the conversations of erased authors."""
-    users = {line.event.user for line in batch if isinstance(line.event, SourceRecord) and line.event.user is not None}
+    """Reject the conversations and feedback of erased authors."""
+    users = {user for line in batch for user in _authors(line.event)}
     erased = erased_users(connection, loop.name, users)
-    return [
-        replace(line, event=None, reason=ERASED)
-        if isinstance(line.event, SourceRecord) and line.event.user in erased
-        else line
-        for line in batch
-    ]
+    return [replace(line, event=None, reason=ERASED) if _authors(line.event) & erased else line for line in batch]
+
+
+def _authors(event: LineContent) -> set[str]:
+    """Return the authors in a file that has no ids of ours, by which erased events would be known."""
+    if isinstance(event, SourceRecord):
+        return set() if event.user is None else {event.user}
+    return {one.user for one in event if one.user is not None} if isinstance(event, tuple) else set()
 
 
 def _events(loop: LoopSettings, line: IngestLine) -> Sequence[Interaction | Feedback]:
     if isinstance(line.event, SourceRecord):
         return ingested_events(loop, line.event)
+    if isinstance(line.event, tuple):
+        return line.event
     return () if line.event is None else (line.event,)
 
 

@@ -26,6 +26,7 @@ from finetune_pipeline.manifests import (
     RawLogsManifest,
     ReportManifest,
 )
+from finetune_pipeline.pipeline.report_facts import convergence_of, use_of
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.model_card import ModelCard, render_model_card
@@ -145,16 +146,20 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
         }
     training_metrics: dict[str, Any] = {}
     if training:
+        converged = convergence_of(model.loop, training.id)
         training_metrics = {
             "method": f"{training.method}, {training.mode}",
             "examples": training.examples,
             "steps": training.steps,
+            "convergence": f"step {converged}" if converged is not None else "not measured",
             "validation loss": f"{training.loss_before:.3f} before, {training.loss_after:.3f} after",
             "speed": f"{training.tokens_per_second:,.0f} tokens/s",
             "time": f"{training.wall_seconds:.0f} s on {training.device}",
             "peak memory": f"{training.peak_memory_bytes / 1e6:,.0f} MB",
             "Dagster run": training.run_id,
         }
+    with database.read() as connection:
+        use = use_of(connection, model.loop, model.name)
     return render_model_card(
         ModelCard(
             name=model.name,
@@ -172,6 +177,7 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
             events=made_from.events,
             watermark=made_from.watermark,
             training=training_metrics,
+            use=use,
             scores={key: value for key, value in model.scores.items() if isinstance(value, int | float)},
             metrics=_card_metrics(model.loop, report) if report else (),
             benchmark_sha256=report.benchmark_sha256 if report else None,
@@ -193,7 +199,7 @@ def _verdict(database: Database, model: ModelVersion) -> str:
     """Return the gate's reason, and who deployed the version against it, if somebody did."""
     report = model.lineage.get(ReportManifest.stage)
     comparison = find_comparison(database, model.loop, report) if report else None
-    reason = comparison.reason if comparison else ""
+    reason = comparison.reason.replace("\n", "; ") if comparison else ""
     deployment = next((one for one in list_deployments(database, model.loop) if one.model_id == model.id), None)
     if deployment is None or deployment.action == "promote":
         return reason or (deployment.reason if deployment else "")
@@ -207,7 +213,7 @@ def _card_metrics(loop: str, report: ReportManifest) -> tuple[tuple[str, str, st
         rows = metrics_of_report(path).rows
     except ReportError:  # another version of this project wrote it
         return ()
-    return tuple((row.name, *row.cells[:2]) for row in rows)
+    return tuple((row.name, *row.cells[1:3]) for row in rows)
 
 
 def _manifest(kind: type[M], loop: str, version: str | None) -> M | None:

@@ -1,8 +1,10 @@
 """The files that a loop's YAML names: benchmark, output schema, rules, replay examples, tokenizer."""
 
+from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.curation.acceptance import (
@@ -11,16 +13,25 @@ from finetune_pipeline.curation.acceptance import (
     TokenCounter,
     tokenizer_file,
 )
-from finetune_pipeline.curation.dataset_files import read_replay
+from finetune_pipeline.curation.dataset_files import DatasetExample
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
+from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.feedback.content_hash import content_hash
+from finetune_pipeline.inference.errors import RequestRefused
+from finetune_pipeline.inference.json_schema import rewrite_schema
+from finetune_pipeline.pipeline.source_events import without_own_system_prompt
 from finetune_pipeline.records import Example, conversation_text
-from finetune_pipeline.schemas import Rule, Validator, answer_validator, load_rules, load_schema
-from finetune_pipeline.settings import LoopSettings, project_path
+from finetune_pipeline.schemas import Rule, SchemaError, Validator, answer_validator, load_rules, load_schema
+from finetune_pipeline.settings import REPLAY, LoopSettings, RedactionSettings, StyleMetric, project_path
+from finetune_pipeline.sources.conversations import ExcludedRowError, to_record
+from finetune_pipeline.sources.row_readers import read_rows
+from finetune_pipeline.wording import count_reason, counted_reasons
+
+_SHOWN_ROWS = 3  # broken rows of a replay file that its error names
 
 PACKAGES = ("finetune-pipeline", "torch", "transformers", "trl", "peft", "datasets", "llama_cpp_python", "pyarrow")
 
@@ -28,6 +39,24 @@ PACKAGES = ("finetune-pipeline", "torch", "transformers", "trl", "peft", "datase
 def output_schema(loop: LoopSettings) -> dict[str, Any] | None:
     """Return the JSON Schema of the loop's answers, or None for free text."""
     return load_schema(project_path(loop.output_schema)) if loop.output_schema else None
+
+
+def constraint(loop: LoopSettings) -> dict[str, Any] | None:
+    """Return the JSON Schema to which the loop's answers are constrained while they are decoded, or None.
+
+    Raises:
+        SchemaError: constrained decoding cannot enforce the output schema with any model.
+    """
+    schema = output_schema(loop) if loop.constrain == "schema" else None
+    if schema is not None:
+        try:
+            rewrite_schema(schema)
+        except RequestRefused as refused:
+            raise SchemaError(
+                f"{loop.output_schema} cannot be enforced while decoding: {str(refused).rstrip('.')}. Change the "
+                "schema, or set serving.constrain: none"
+            ) from refused
+    return schema
 
 
 def benchmark(loop: LoopSettings) -> Benchmark:
@@ -40,6 +69,18 @@ def rules(loop: LoopSettings) -> tuple[Rule, ...]:
     return load_rules(project_path(loop.evaluation.compliance)) if loop.evaluation.compliance else ()
 
 
+def scorer(loop: LoopSettings) -> Scorer:
+    """Return what scores the loop's answers.
+
+    Raises:
+        MetricError: a metric cannot be used here.
+    """
+    evaluation = loop.evaluation
+    made = Scorer(evaluation.metric, output_schema(loop), rules(loop), evaluation.metrics)
+    made.check(benchmark(loop).questions)
+    return made
+
+
 def judging_files(loop: LoopSettings) -> dict[str, str]:
     """Return the hashes of the files that decide which answers are correct, by name."""
     named = {
@@ -47,7 +88,13 @@ def judging_files(loop: LoopSettings) -> dict[str, str]:
         "output_schema": loop.output_schema,
         "compliance": loop.evaluation.compliance,
     }
-    return hashes(**{name: project_path(text) for name, text in named.items() if text})
+    paths = {name: project_path(text) for name, text in named.items() if text}
+    for metric in loop.evaluation.all_metrics:
+        if isinstance(metric, StyleMetric):
+            texts = project_path(metric.texts)
+            files = sorted(texts.rglob("*")) if texts.is_dir() else [texts]
+            paths |= {f"{metric.key} {file.name}": file for file in files if file.suffix in {".txt", ".md"}}
+    return hashes(**paths)
 
 
 def policy(loop: LoopSettings) -> Policy:
@@ -58,7 +105,7 @@ def policy(loop: LoopSettings) -> Policy:
     """
     schema = project_path(loop.output_schema) if loop.output_schema else None
     path = project_path(loop.evaluation.benchmark)
-    index, validator = _index_and_validator(path, schema, _stamp(path), _stamp(schema))
+    index, validator = _index_and_validator(path, schema, loop.curation.redaction, _stamp(path), _stamp(schema))
     quotas = {source.name: Quota(source.max_examples, source.max_fraction) for source in loop.sources}
     tokenizer = tokenizer_path(loop)
     tokens = _token_counter(tokenizer.parent, tokenizer, _stamp(tokenizer)) if tokenizer else None
@@ -82,14 +129,23 @@ def identity(example: Example) -> str:
 
 
 @lru_cache(maxsize=16)
-def _index_and_validator(path: Path, schema: Path | None, *_stamps: object) -> tuple[NearIndex, Validator]:
+def _index_and_validator(
+    path: Path, schema: Path | None, redaction: RedactionSettings, *_stamps: object
+) -> tuple[NearIndex, Validator]:
     output_schema = load_schema(schema) if schema else None
-    questions = {question.id: question.prompt for question in load_benchmark(path, output_schema).questions}
-    for id, prompt in list(questions.items()):
-        redacted = redact(prompt).text  # examples are redacted before they are compared with the questions
-        if redacted != prompt:
-            questions[f"{id}, redacted"] = redacted
-    return NearIndex(questions), answer_validator(output_schema)
+    questions = {question.id: question.prompt for question in load_benchmark(path, output_schema).all_questions}
+    return question_index(questions, redaction), answer_validator(output_schema)
+
+
+def question_index(questions: Mapping[str, str], redaction: RedactionSettings) -> NearIndex:
+    """Return an index of the benchmark's questions, by id, as they are and redacted.
+
+    Examples are redacted before they are compared with the questions.
+    """
+    redacted = {id: redact(prompt, redaction).text for id, prompt in questions.items()}
+    return NearIndex(
+        {**questions, **{f"{id}, redacted": redacted[id] for id in redacted if redacted[id] != questions[id]}}
+    )
 
 
 def _stamp(path: Path | None) -> tuple[int, int] | None:
@@ -104,10 +160,68 @@ def replay_path(loop: LoopSettings) -> Path | None:
     return project_path(loop.curation.replay) if loop.curation.replay else None
 
 
-def replay(loop: LoopSettings) -> list[Any]:
-    """Return the replay examples, which are added to a dataset against catastrophic forgetting."""
+class ReplayFile(NamedTuple):
+    """The content of a replay file: its examples, and why its other rows are left out -> number of rows."""
+
+    examples: list[DatasetExample]
+    left_out: Counter[str]
+
+
+def replay(loop: LoopSettings) -> ReplayFile:
+    """Return the replay examples, which are added to a dataset against catastrophic forgetting.
+
+    The file may have any format of `finetune ingest` except events. Rows that are marked as not to be trained on are
+    left out, and so are rows with tool calls, media or a refusal.
+
+    Raises:
+        CurationError: the file cannot be read, has no row to train on, or rows are no conversations; the message
+            names the first of them and counts all.
+    """
     path = replay_path(loop)
-    return read_replay(path) if path else []
+    examples: list[DatasetExample] = []
+    left_out: Counter[str] = Counter()
+    broken: list[str] = []
+    if path is None:
+        return ReplayFile(examples, left_out)
+    try:
+        for number, row, reason, _ in read_rows(path, loop.ingest.max_line_bytes):
+            if reason:
+                broken.append(f"{path}:{number}: {reason}")
+                continue
+            try:
+                said = without_own_system_prompt(to_record(row, f"{path.name}:{number}"), loop)
+            except ExcludedRowError as error:
+                count_reason(left_out, f"replay row: {error}")
+                continue
+            except ValueError as error:
+                broken.append(f"{path}:{number}: {error}")
+                continue
+            examples.append(
+                DatasetExample(said.prompt, said.answer, 1.0, REPLAY, said.provenance, history=said.history)
+            )
+    except FileNotFoundError:
+        raise CurationError(
+            f"curation.replay: the file {path} does not exist; correct the path in the loop's YAML, or remove it"
+        ) from None
+    except OSError as error:
+        raise CurationError(
+            f"curation.replay: {path} cannot be read ({error.strerror}); correct the path in the loop's YAML"
+        ) from error
+    except ValueError as error:
+        raise CurationError(f"curation.replay: {path}: {error}; correct the file") from error
+    if broken:
+        shown, more = broken[:_SHOWN_ROWS], len(broken) - _SHOWN_ROWS
+        rows = "this row" if len(broken) == 1 else f"these {len(broken):,} rows"
+        raise CurationError(
+            f"curation.replay: {'; '.join(shown)}{f'; and {more:,} more' if more > 0 else ''}; correct or delete {rows}"
+        )
+    if not examples:
+        found = f" (left out, {counted_reasons(left_out)})" if left_out else ""
+        raise CurationError(
+            f"curation.replay: {path} has no row to train on{found}; add rows, or remove curation.replay from the "
+            "loop's YAML"
+        )
+    return ReplayFile(examples, left_out)
 
 
 def hashes(**paths: Path | None) -> dict[str, str]:

@@ -1,8 +1,13 @@
 """The plan of a training run: which settings fit a memory size, and what each adapter needs there."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from finetune_pipeline.settings import PresetName, TrainingSettings
+from finetune_pipeline.artifacts import get_latest
+from finetune_pipeline.manifests import DatasetManifest
+from finetune_pipeline.pipeline.source_sync import limited, reader_for
+from finetune_pipeline.settings import FilesSource, LoopSettings, PresetName, TrainingSettings
+from finetune_pipeline.sources.source_record import SourceError, SourceRecord
 from finetune_pipeline.training.architecture import Architecture
 from finetune_pipeline.training.estimate import MemoryEstimate, TimeEstimate, estimate_memory, estimate_time
 from finetune_pipeline.training.presets import (
@@ -18,6 +23,9 @@ from finetune_pipeline.training.presets import (
     smaller_settings,
     with_preferred,
 )
+
+ASSUMED_EXAMPLES = 1_000
+"""Training examples of a plan for which there is no data."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,20 @@ def plan_training(
             option = next((one for one in candidates if fits(architecture, one, machine)), candidates[-1])
             options.append(_planned(architecture, option, machine, examples))
     return TrainingPlan(machine, tuple(options), chosen, refusal)
+
+
+def expected_examples(loop: LoopSettings) -> tuple[int, str]:
+    """Return how many examples a training of a loop would have, and what that number is, in words."""
+    dataset = get_latest(DatasetManifest, loop.name)
+    if dataset is not None:
+        return dataset.manifest.train, f"dataset {dataset.manifest.version}"
+    rows = 0
+    for source in loop.sources:
+        if isinstance(source, FilesSource):
+            with suppress(SourceError):  # `finetune check` names what cannot be read; a plan does without it
+                records = limited(reader_for(source, loop.curation.redaction)(source, None), source)
+                rows += sum(isinstance(one, SourceRecord) for one in records)
+    return (rows, "the rows of its sources") if rows else (ASSUMED_EXAMPLES, "assumed, since it has no data yet")
 
 
 def _planned(

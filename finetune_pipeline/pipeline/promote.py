@@ -47,7 +47,7 @@ class Promotion:
 
 @dataclass(frozen=True)
 class NotPromoted:
-    """The gate rejects the challenger, so the champion stays."""
+    """The gate does not accept the challenger, so the champion stays."""
 
     reason: str
 
@@ -90,7 +90,7 @@ def promote_challenger(
         report_path=report.path / HTML,
     )
     comparison_id, previous_id = report.manifest.comparison_id, report.manifest.champion_id
-    model = promote(connect(), candidate, previous_id, actor, verdict.reason, comparison_id)
+    model = promote(connect(), candidate, previous_id, actor, verdict.reason.split("\n")[0], comparison_id)
 
     inputs = {ReportManifest.stage: report.manifest.version, "gguf": model.sha256}
 
@@ -132,7 +132,10 @@ def verify_report(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Ar
         ),
         "the report": (find_alteration(report), None),
         "the report in the database": (recorded.report_sha256 if recorded else None, report.sha256),
-        "base model, benchmark, schema, rules or gate settings": (settings_hash(loop), manifest.inputs["settings"]),
+        "base model, benchmark, schema, rules, gate settings or serving.constrain": (
+            settings_hash(loop),
+            manifest.inputs["settings"],
+        ),
     }
     differing = [name for name, (now, then) in expectations.items() if now != then]
     challenger_serves = serving is not None and serving.sha256 == manifest.challenger_sha256
@@ -144,9 +147,9 @@ def verify_report(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Ar
             f"{', '.join(differing)}. Materialize eval_report again, then promoted_model"
         )
     verdict = findings_of_report(report.path / JSON, loop.gate).verdict
-    verdicts = {"the gate": verdict.promote, "its manifest": manifest.promote, "the database": recorded.promote}
+    verdicts = {"the gate": verdict.decision, "its manifest": manifest.decision, "the database": recorded.decision}
     if len(set(verdicts.values())) > 1:
-        each = ", ".join(f"{name} says {'promote' if promote else 'reject'}" for name, promote in verdicts.items())
+        each = ", ".join(f"{name} says {decision}" for name, decision in verdicts.items())
         raise ReportMismatchError(
             f"the verdicts on report {manifest.version} differ: {each}. Materialize eval_report again"
         )

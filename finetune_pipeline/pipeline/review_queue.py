@@ -3,14 +3,17 @@
 Each decision is one transaction, so a session may end at any moment, and several reviewers may work at once.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from uuid import UUID
 
 from finetune_pipeline.curation.acceptance import INVALID, Policy, accept, quick_filters
 from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.curation.review import ReviewInput, Slice, Vote, WeakSlices, rank, review_priority
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.report import JSON, ReportError, slices_of_report
+from finetune_pipeline.feedback.resolution import answers_meant, latest_of_each_user
 from finetune_pipeline.feedback.review import (
     ReviewCandidate,
     effective_decision,
@@ -19,9 +22,16 @@ from finetune_pipeline.feedback.review import (
     review_candidates,
     undo_decision,
 )
-from finetune_pipeline.feedback.rewards import reward_function
+from finetune_pipeline.feedback.rewards import as_confirmation, reward_function
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.records import PERSON_KINDS, Example, Interaction, ReviewKind, text_hash
+from finetune_pipeline.records import (
+    PERSON_KINDS,
+    Example,
+    Feedback,
+    Interaction,
+    ReviewKind,
+    same_answer,
+)
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.settings import LoopSettings
 
@@ -61,10 +71,10 @@ def rejection_reason(interaction: Interaction, target: str, policy: Policy) -> s
         target=target,
         reward=1.0,
         confirmed=True,
-        corrected=target.strip() != interaction.output.strip(),
+        corrected=not same_answer(target, interaction.output),
         review="approve",
     )
-    redacted, _ = redact_example(approved)
+    redacted, _ = redact_example(approved, policy.settings.redaction)
     decision = accept(redacted, policy)
     if decision.accepted:
         return None
@@ -183,19 +193,13 @@ class ReviewSession:
 
 def _review_input(candidate: ReviewCandidate, policy: Policy) -> ReviewInput:
     interaction, example, previous = candidate.interaction, candidate.example, candidate.previous_decision
-    judged = list(zip(candidate.feedback, candidate.rewards, strict=True))
-    logged = text_hash(interaction.output)
-    # One vote per feedback; of one user, only the last vote on each answer counts.
-    votes: dict[tuple[str, str], Vote | None] = {}
-    for number, (feedback, reward) in enumerate(judged):
-        answer = text_hash(feedback.correction) if feedback.correction else feedback.output_hash or logged
-        correct = True if feedback.kind == "correction" else None if reward == 0 else reward > 0
-        votes[feedback.user or f"\n{number}", answer] = None if correct is None else Vote(answer, correct)
-    by_people = [(feedback, reward) for feedback, reward in judged if feedback.kind in PERSON_KINDS]
+    given = [as_confirmation(one, interaction) for one in candidate.feedback]
+    rewards = {one.id: reward for one, reward in zip(given, candidate.rewards, strict=True)}
+    by_people = [rewards[one.id] for one in given if one.kind in PERSON_KINDS]
     without_review = replace(policy, review_required=False)
     return ReviewInput(
         id=str(interaction.id),
-        ingest_offset=candidate.ingest_offset,
+        created_at=interaction.created_at,
         prompt=interaction.prompt,
         answer=candidate.answer,
         history=interaction.history,
@@ -203,9 +207,27 @@ def _review_input(candidate: ReviewCandidate, policy: Policy) -> ReviewInput:
         flag=interaction.flag,
         kind=interaction.kind,
         domain=interaction.domain,
-        votes=tuple(vote for vote in votes.values() if vote is not None),
+        votes=tuple(_votes(candidate, given, rewards)),
         has_human_feedback=bool(by_people),
-        rejected=any(reward < 0 for _, reward in by_people),
+        rejected=any(reward < 0 for reward in by_people),
         would_train=example is not None and quick_filters(example, without_review).accepted,
         corrected_since=f"{previous.reviewer} decided {previous.kind}" if previous else "",
     )
+
+
+def _votes(candidate: ReviewCandidate, given: Sequence[Feedback], rewards: Mapping[UUID, float]) -> Iterator[Vote]:
+    """Yield the votes of people and of validators for and against each answer: what each user said last.
+
+    Args:
+        given: the candidate's feedback, with corrections that change nothing as confirmations.
+    """
+    about: defaultdict[tuple[str, bool], list[Feedback]] = defaultdict(list)
+    for answers, one in zip(answers_meant(candidate.interaction, candidate.feedback), given, strict=True):
+        for answer in answers:
+            about[answer, one.kind in PERSON_KINDS].append(one)
+    for (answer, _), judgments in about.items():
+        for latest in latest_of_each_user(judgments).values():
+            # Several at the same time may be of several people without names, so each of them is a vote.
+            for one in latest:
+                if one.kind == "correction" or rewards[one.id]:
+                    yield Vote(answer, one.kind == "correction" or rewards[one.id] > 0)

@@ -35,6 +35,8 @@ from finetune_pipeline.sources.source_record import SourceError
 from finetune_pipeline.wording import counted
 
 MAX_SHARDS = 32
+FORM = 2
+"""Raise it when the examples of stored events change, so that no snapshot links shards with the old ones."""
 MAX_LISTED = 20
 """Rejected lines and skipped records that are listed; the others are only counted."""
 
@@ -44,7 +46,7 @@ COLUMNS = {
     "output": "string", "model": "string", "user": "string", "confidence": "float64", "validation_score": "float64",
     "domain": "string", "kind": "string", "retrieved_context": "string", "variant": "string", "flag": "string",
     "source": "string", "provenance": "string", "target": "string", "reward": "float64", "confirmed": "bool",
-    "corrected": "bool", "review": "string",
+    "corrected": "bool", "implicit": "bool", "review": "string",
 }  # fmt: skip
 """The columns of a snapshot and their types in the Parquet files."""
 
@@ -162,7 +164,7 @@ def _last_usable(loop: LoopSettings, connection: sa.Connection, until: int) -> A
 
 
 def _settings(loop: LoopSettings) -> dict[str, Any]:
-    return {**loop.feedback.model_dump(mode="json"), "columns": COLUMNS}
+    return {**loop.feedback.model_dump(mode="json"), "columns": COLUMNS, "form": FORM}
 
 
 def _write(

@@ -8,9 +8,11 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,6 +21,7 @@ from pydantic import ValidationError
 from finetune_pipeline.artifacts import wait_for_lock
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database
+from finetune_pipeline.feedback.corrections import correction_problem
 from finetune_pipeline.feedback.erasure import erased_users
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.source_state import (
@@ -41,20 +44,25 @@ from finetune_pipeline.feedback.store import (
 from finetune_pipeline.pipeline.source_events import ERASED, declared_id, source_events, without_own_system_prompt
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.settings import (
+    ChunkedSettings,
     CodeSource,
     DocumentsSource,
+    FilesSource,
     IngestedSource,
     LogsSource,
     LoopSettings,
+    RedactionSettings,
     Source,
+    VaultSource,
     home,
 )
 from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, SourceError, SourceOutput, SourceRecord
-from finetune_pipeline.validation_messages import error_message
-from finetune_pipeline.wording import counted
+from finetune_pipeline.validation_messages import error_message, short_message
+from finetune_pipeline.wording import count_reason, counted, counted_reasons
 
 _log = logging.getLogger(__name__)
 _BATCH = 1_000
+_COUNTED_ROWS = 10_000
 _MAX_PROVENANCE, _MAX_REASON = 1_000, 300  # characters
 _MAX_SKIPPED = 10_000  # skipped records that are kept with their reasons; all are counted
 _MAX_IN_MESSAGE = 3
@@ -70,24 +78,30 @@ class SourceReport:
 
     Attributes:
         records: usable records that it gave.
+        files: files that they came from; 0 for a database.
         new: records that the store did not have.
         retracted: earlier records that it no longer has.
         skipped: records that could not be used.
+        reasons: why they could not be used, with counts.
         error: why it could not be read to its end; empty if it was.
     """
 
     name: str
     records: int = 0
+    files: int = 0
     new: int = 0
     retracted: int = 0
     skipped: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
     error: str = ""
 
     def __str__(self) -> str:
         """Return the line of the run's log."""
-        records = counted(self.records, "record")
-        counts = f"{records}, {self.new:,} new, {self.retracted:,} retracted, {self.skipped:,} skipped"
-        return f"{self.name}: {counts}" + (f"; {self.error}" if self.error else "")
+        records = counted(self.records, "record") + (f" from {counted(self.files, 'file')}" if self.files else "")
+        text = f"{self.name}: {records}, {self.new:,} new, {self.retracted:,} retracted, {self.skipped:,} skipped"
+        if self.reasons:
+            text += f" ({counted_reasons(self.reasons)})"
+        return text + (f"; {self.error}" if self.error else "")
 
 
 def sync_sources(loop: LoopSettings, database: Database, log: Callable[[str], None]) -> list[SourceReport]:
@@ -97,11 +111,11 @@ def sync_sources(loop: LoopSettings, database: Database, log: Callable[[str], No
         if isinstance(source, LogsSource | IngestedSource):
             continue  # `ingest` reads these
         try:
-            report = sync_source(loop, source, database, reader_for(source), log)
+            report = sync_source(loop, source, database, reader_for(source, loop.curation.redaction), log)
         except SourceError as error:
-            report = SourceReport(source.name, error=redact(str(error)).text)
+            report = SourceReport(source.name, error=redact(str(error), loop.curation.redaction).text)
         except (OSError, RuntimeError, ValueError) as error:  # an unforeseen problem with a path, permission or host
-            found = redact(f"{type(error).__name__}: {error}").text
+            found = redact(f"{type(error).__name__}: {error}", loop.curation.redaction).text
             advice = "fix the cause, or correct the source's settings in the loop's YAML"
             report = SourceReport(source.name, error=f"cannot be read ({found}); {advice}")
         log(str(report))
@@ -109,13 +123,26 @@ def sync_sources(loop: LoopSettings, database: Database, log: Callable[[str], No
     return reports
 
 
-def reader_for(source: Source) -> Reader:
+def reader_for(source: Source, redaction: RedactionSettings) -> Reader:
     """Return the function `read` of `finetune_pipeline.sources.<kind>`."""
     module: Any = import_module(f"finetune_pipeline.sources.{source.kind}")
     read: Reader = module.read
-    if isinstance(source, CodeSource | DocumentsSource):  # a teacher gets redacted text only
-        read = partial(module.read, redact=lambda text: redact(text).text)
+    if isinstance(source, CodeSource | DocumentsSource | VaultSource):  # a teacher gets redacted text only
+        read = partial(module.read, redact=lambda text: redact(text, redaction).text)
     return read
+
+
+def limited(output: Iterable[SourceOutput], source: Source) -> Iterator[SourceOutput]:
+    """Yield what a source yields up to its `max_chunks` records. What follows is not read."""
+    most, records = source.max_chunks if isinstance(source, ChunkedSettings) else None, 0
+    for one in output:
+        if isinstance(one, SourceRecord):
+            if records == most:
+                reason = f"more than {counted(records, 'record')} (max_chunks): not read"
+                yield SkippedRecord(f"from {one.provenance} on", reason)
+                return
+            records += 1
+        yield one
 
 
 def sync_source(
@@ -134,10 +161,24 @@ def sync_source(
     with wait_for_lock(home() / "cache" / "sources" / loop.name / source.name, f"sync of {source.name}", log):
         with database.read() as connection:
             cursor = read_cursor(connection, loop.name, source.name)
-        for batch in _batches(read(source, cursor)):
+        for batch in _batches(limited(read(source, cursor), source)):
             sync.add(batch)
         sync.finish()
     return sync.report
+
+
+def unread_rows(loop: LoopSettings, source: FilesSource, database: Database) -> int:
+    """Return how many of the first 10,000 rows of a file source the store does not have and a sync would record.
+
+    Nothing is written. 0 if the source cannot be read, which `finetune check` and the next sync say.
+    """
+    sync, unread = _Sync(loop, source, database, reward_function(loop.feedback)), 0
+    rows = islice(reader_for(source, loop.curation.redaction)(source, None), _COUNTED_ROWS)
+    with suppress(SourceError), database.read() as connection:
+        for batch in _batches(rows):
+            made = sync._events_of(connection, batch)
+            unread += len(made) - len(interaction_states(connection, list(made)))
+    return unread
 
 
 def retract_source(loop: str, source: str, database: Database) -> int:
@@ -157,6 +198,7 @@ class _Sync:
     """The state of one sync.
 
     Attributes:
+        files: the files that its records came from.
         given: ids of all records so far, as 16 bytes each, since there may be a million; unused after a cursor.
         repeats: id -> further records with the same content.
         skipped: provenance -> reason, of the first skipped records.
@@ -172,6 +214,7 @@ class _Sync:
     database: Database
     reward: RewardFunction
     given: set[bytes] = field(default_factory=set)
+    files: set[str] = field(default_factory=set)
     repeats: Counter[bytes] = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -230,19 +273,20 @@ class _Sync:
                 if self.restart is not None:
                     write_cursor(connection, loop, source, self.restart.value)
             # Provenances that differ only in what redaction replaces are one entry; all are counted.
-            skipped = {redact(at).text[:_MAX_PROVENANCE]: reason for at, reason in sorted(self.skipped.items())}
+            skipped = {self._redacted(at)[:_MAX_PROVENANCE]: reason for at, reason in sorted(self.skipped.items())}
             replace_skipped_records(connection, loop, source, skipped)
         if self.unreadable:
-            reasons = [f"{at}: {why}" for at, why in sorted(self.unreadable.items())]
-            first = [redact(reason).text for reason in reasons[:_MAX_IN_MESSAGE]]
+            # Quoted, like every value in a message: a provenance may be the title of a note.
+            reasons = [f"{at!r}: {why}" for at, why in sorted(self.unreadable.items())]
+            first = [self._redacted(reason) for reason in reasons[:_MAX_IN_MESSAGE]]
             left = len(reasons) - len(first)
             more = f"; and {left} more" if left else ""
             self.report.error = f"not read to its end, and nothing retracted there: {'; '.join(first)}{more}"
         elif unusable:
             provenance, reason = min(self.skipped.items())
             self.report.error = (
-                f"no record is usable, so nothing was retracted ({redact(provenance).text}: {reason}); correct the "
-                "source or its settings, or retract its records with `finetune feedback retract --source "
+                f"no record is usable, so nothing was retracted ({self._redacted(provenance)!r}: {reason}); correct "
+                "the source or its settings, or retract its records with `finetune feedback retract --source "
                 f"{self.source.name}`"
             )
 
@@ -269,6 +313,9 @@ class _Sync:
             elif isinstance(one, SourceRecord) and one.user in erased:
                 self._skip(SkippedRecord(one.provenance, ERASED))
             elif isinstance(one, SourceRecord):
+                if one.model_output is not None and (problem := correction_problem(self.loop, one.answer)):
+                    self._skip(SkippedRecord(one.provenance, problem))
+                    continue
                 try:
                     interaction, feedback = self._events(one)
                 except ValidationError as error:
@@ -276,6 +323,8 @@ class _Sync:
                     continue
                 made[str(interaction.id)] = (interaction, feedback)
                 self.report.records += 1
+                self.files |= {one.file} - {""}
+                self.report.files = len(self.files)
                 if not self.cursor_written:
                     self.given.add(interaction.id.bytes)
                 self._note(one.provenance, str(interaction.id))
@@ -292,11 +341,16 @@ class _Sync:
             id = uuid.uuid5(id, str(self.repeats[id.bytes]))
         return source_events(self.loop.name, source.name, one, id, reward, source_feedback_id(id))
 
+    def _redacted(self, text: str) -> str:
+        return redact(text, self.loop.curation.redaction).text
+
     def _skip(self, one: SkippedRecord) -> None:
         """Note a skipped record. A reason may quote a secret, so it is redacted."""
         provenance = one.provenance[:_MAX_PROVENANCE]
-        self.report.skipped += provenance not in self.skipped
-        reason = redact(one.reason).text[:_MAX_REASON]
+        reason = short_message(self._redacted(one.reason), _MAX_REASON)
+        if provenance not in self.skipped:
+            self.report.skipped += 1
+            count_reason(self.report.reasons, reason)
         if len(self.skipped) < _MAX_SKIPPED:
             self.skipped[provenance] = reason
         if one.unreadable:

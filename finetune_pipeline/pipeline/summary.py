@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from finetune_pipeline.artifacts import get_latest
 from finetune_pipeline.evaluation.report import HTML, JSON, metrics_of_report
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, PromotionManifest, ReportManifest
-from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.settings import LoopSettings, home, with_loop
 
 
 def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator[str]:
     """Yield the lines of a run's summary, without those of assets that the run did not materialize."""
+    yield f"home      {home()}"
     dataset, adapter = get_latest(DatasetManifest, loop.name, run_id), get_latest(AdapterManifest, loop.name, run_id)
     report, promotion = get_latest(ReportManifest, loop.name, run_id), get_latest(PromotionManifest, loop.name, run_id)
     if dataset:
@@ -28,23 +29,30 @@ def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator
         )
     if report:
         metrics = metrics_of_report(report.path / JSON)
-        rows = [("metric", metrics.champion, metrics.challenger, "change")]
+        rows: list[tuple[str, ...]] = [("metric", metrics.base or "", metrics.champion, metrics.challenger, "change")]
         rows += [(row.name, *row.cells) for row in metrics.rows]
+        if metrics.base is None:
+            rows = [(name, *cells) for name, _, *cells in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for name, *values in rows:
             cells = [name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]
             yield "  ".join(cells)
-        yield f"verdict   {'promote' if report.manifest.promote else 'reject'}: {report.manifest.reason}"
+        statement, *reasons = report.manifest.reason.split("\n")
+        yield f"verdict   {report.manifest.decision}: {statement}"
+        for reason in [*reasons, *(metrics.problems if not report.manifest.promote else ())]:
+            yield f"          {reason}"
         yield f"report    {report.path / HTML}"
     if promotion:
         yield f"promoted  {promotion.manifest.model}"
         yield f"GGUF      {promotion.manifest.gguf_path}"
-        yield f'next      try it:   finetune ask --loop {loop.name} "..."'
+        yield f'next      try it:   {with_loop("finetune ask", loop)} "..."'
         yield "          serve it: finetune serve"
-        yield f"          undo it:  finetune model rollback --loop {loop.name}"
+        yield f"          undo it:  {with_loop('finetune model rollback', loop)}"
+    elif report and report.manifest.decision == "inconclusive":
+        yield "next      the champion stays; add questions to the benchmark, or log more feedback, then run again"
     elif report and not report.manifest.promote:
         yield "next      the champion stays; see the answers in the report, log more feedback, then run again"
     elif not succeeded:
-        yield f"next      fix the cause, then `finetune run --loop {loop.name}`; finished work is reused"
+        yield f"next      fix the cause, then `{with_loop('finetune run', loop)}`; finished work is reused"
     elif adapter:
         yield "next      nothing new to promote; log more feedback, then run again"

@@ -256,7 +256,7 @@ def _previous_id(connection: sa.Connection, loop: str) -> str | None:
     stack = deployment_stack(deployments_in(connection, loop))
     if len(stack) < 2:
         raise RegistryError(
-            f"{loop} serves its base model and has no earlier champion; there is nothing to roll back to"
+            f"loop {loop} serves its base model and has no earlier champion; there is nothing to roll back to"
         )
     return stack[-2]
 
@@ -267,9 +267,11 @@ def _check_justified(connection: sa.Connection, candidate: CandidateModel, compa
     if found is None:
         raise RegistryError(f"the comparison {comparison_id} is not in the database; materialize eval_report again")
     if not found.promote or found.challenger_sha256 != candidate.sha256:
-        problem = "rejects its challenger" if not found.promote else "is about another model"
+        refusal = {"reject": "rejects its challenger", "inconclusive": "is inconclusive"}
+        problem = refusal.get(found.decision, "is about another model")
+        reason = found.reason.replace("\n", "; ")
         raise RegistryError(
-            f"the comparison {comparison_id} {problem} ({found.reason}), so it does not justify this promotion; "
+            f"the comparison {comparison_id} {problem} ({reason}), so it does not justify this promotion; "
             "evaluate this model"
         )
     newest = newest_deployment_in(connection, candidate.loop)

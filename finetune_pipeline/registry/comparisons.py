@@ -1,14 +1,14 @@
-"""Recorded comparisons: one row for each evaluation report, whatever its verdict."""
+"""Recorded comparisons: one row for each evaluation report, whatever its verdict, and those made by hand."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from pydantic import Field
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.statements import insert_if_absent
-from finetune_pipeline.database.tables import comparisons
+from finetune_pipeline.database.tables import comparisons, manual_comparisons
 from finetune_pipeline.records import Record, UtcDatetime
 from finetune_pipeline.registry.model_versions import absolute_path, stored_path
 
@@ -22,7 +22,7 @@ class ComparisonRecord(Record):
     champion_id: str | None = Field(description="Registry id of the champion; None is the base model.")
     champion_sha256: str
     benchmark_sha256: str
-    promote: bool
+    decision: Literal["promote", "reject", "inconclusive"]
     reason: str
     watermark: int = Field(ge=0, description="Last ingest offset of the judged data.")
     report_path: Path
@@ -33,12 +33,54 @@ class ComparisonRecord(Record):
     after_deployment: int | None = Field(
         default=None, description="Id of the loop's newest deployment at that time; 0 if there was none."
     )
+    wins: int | None = Field(default=None, description="Questions in which the challenger's score is higher.")
+    losses: int | None = Field(default=None, description="Questions in which it is lower.")
+    ties: int | None = Field(default=None, description="Questions in which it is equal.")
+
+    @property
+    def promote(self) -> bool:
+        """Whether the challenger may become champion."""
+        return self.decision == "promote"
+
+
+class ManualComparison(Record):
+    """Two models that somebody compared with `finetune compare`. It judges no data and promotes nothing."""
+
+    id: str = Field(description="Version of the report.")
+    loop: str
+    first: str = Field(description="Name of a version, path of a GGUF, or URL and model.")
+    first_sha256: str
+    second: str
+    second_sha256: str
+    benchmark_sha256: str
+    wins: int = Field(ge=0, description="Questions in which the second model's score is higher.")
+    losses: int = Field(ge=0, description="Questions in which it is lower.")
+    ties: int = Field(ge=0, description="Questions in which it is equal.")
+    p_value: float = Field(ge=0, le=1, description="One-sided, that the second model is not better.")
+    report_path: Path
+    created_at: UtcDatetime
 
 
 def record_comparison_in(connection: sa.Connection, comparison: ComparisonRecord) -> None:
     """Record a comparison, unless one with the same loop and id is recorded."""
     values = comparison.model_dump() | {"report_path": stored_path(comparison.report_path)}
     insert_if_absent(connection, comparisons, values)
+
+
+def record_manual_comparison(db: Database, comparison: ManualComparison) -> None:
+    """Record a comparison that was made by hand."""
+    values = comparison.model_dump() | {"report_path": stored_path(comparison.report_path)}
+    with db.write() as connection:
+        insert_if_absent(connection, manual_comparisons, values)
+
+
+def list_manual_comparisons(db: Database, loop: str) -> list[ManualComparison]:
+    """Return the comparisons of a loop that were made by hand, newest first."""
+    c = manual_comparisons.c
+    with db.read() as connection:
+        rows = connection.execute(sa.select(manual_comparisons).where(c.loop == loop).order_by(c.created_at.desc()))
+        found = [dict(row._mapping) for row in rows]
+    return [ManualComparison(**{**row, "report_path": absolute_path(row["report_path"])}) for row in found]
 
 
 def find_comparison(db: Database, loop: str, id: str) -> ComparisonRecord | None:

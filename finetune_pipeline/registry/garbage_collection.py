@@ -259,8 +259,8 @@ def _gate_results(loop: str) -> dict[str, GateResult]:
     reports = []
     for path in stage_folder(loop, ReportManifest.stage).glob(f"[!.]*/{MANIFEST}"):
         document = json.loads(path.read_bytes())
-        reports.append((document["created_at"], document["inputs"]["gguf_model"], document["promote"]))
-    return {version: "passed" if promote else "rejected" for _, version, promote in sorted(reports)}
+        reports.append((document["created_at"], document["inputs"]["gguf_model"], document["decision"]))
+    return {version: "passed" if decision == "promote" else "rejected" for _, version, decision in sorted(reports)}
 
 
 def _size(folder: Path) -> int:

@@ -26,6 +26,7 @@ class ModelCard:
         events: range of ingest offsets of the data, "1..480".
         watermark: the last ingest offset that training saw.
         training: metrics of the training, by display name.
+        use: what was said about its answers in use, by display name.
         scores: this model's metrics by key, for the front matter; fractions are 0 to 1.
         metrics: the report's table: name, the replaced model's value, this model's value.
         benchmark_sha256: hash of the benchmark of both models.
@@ -47,6 +48,7 @@ class ModelCard:
     events: str | None = None
     watermark: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    use: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     metrics: Sequence[tuple[str, str, str]] = ()
     benchmark_sha256: str | None = None
@@ -78,6 +80,7 @@ def render_model_card(card: ModelCard) -> str:
         "\n\n".join(["## Evaluation", *evaluation]) if evaluation else "",
         _section("Training data", card.data),
         _section("Training", card.training),
+        _section("From use", card.use),
         "## Limits",
         f"- It was trained for one task, `{card.loop}`, with that loop's system prompt; other tasks were not tested.\n"
         "- Its metrics hold for its benchmark and for exactly these files, by hash; another quantization is another "

@@ -116,8 +116,8 @@ def version_in(connection: sa.Connection, loop: str, version: str) -> ModelVersi
         if model.version == wanted:
             return model
     raise UnknownVersionError(
-        f"{loop} has no version {version!r}; there are: {', '.join(model.version for model in known) or 'none'}, and "
-        "the names champion, previous and base"
+        f"loop {loop} has no version {version!r}; there are: {', '.join(model.version for model in known) or 'none'}, "
+        "and the names champion, previous and base"
     )
 
 

@@ -43,3 +43,17 @@ def find_training_job(db: Database, loop: str, id: str) -> TrainingJob | None:
     with db.read() as connection:
         row = connection.execute(query).first()
     return TrainingJob(**row._mapping) if row else None
+
+
+def count_training_jobs(db: Database, loop: str) -> int:
+    """Return how many adapters were trained for a loop, whether or not they still exist."""
+    query = sa.select(sa.func.count()).select_from(training_jobs).where(training_jobs.c.loop == loop)
+    with db.read() as connection:
+        return int(connection.execute(query).scalar_one())
+
+
+def list_training_jobs(db: Database, loop: str) -> list[TrainingJob]:
+    """Return the training jobs of a loop, newest first."""
+    query = sa.select(training_jobs).where(training_jobs.c.loop == loop).order_by(training_jobs.c.created_at.desc())
+    with db.read() as connection:
+        return [TrainingJob(**row._mapping) for row in connection.execute(query)]

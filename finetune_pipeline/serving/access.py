@@ -1,5 +1,7 @@
 """Access to the gateway: by API keys, or without one from this machine while no key was ever created."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -15,8 +17,15 @@ class Caller:
     name: str
     scopes: frozenset[Scope]
 
+    @property
+    def key(self) -> str | None:
+        """Return the name of the caller's API key; None without a key, because a key may have LOCAL's name too."""
+        return None if self is LOCAL else self.name
+
 
 LOCAL = Caller("local", frozenset(SCOPES))
+
+ANY_ORIGIN = "*"
 
 
 class Access:
@@ -24,11 +33,17 @@ class Access:
 
     Once a key was created, every request needs one, even from this machine (a reverse proxy is local too), and even
     after all keys were revoked.
+
+    Args:
+        loopback: the address can be reached only from this machine.
+        allow_origins: origins whose web pages may use the gateway, as `parse_origin` returns them, in addition to
+            those of this machine.
     """
 
-    def __init__(self, database: Database, *, loopback: bool) -> None:
+    def __init__(self, database: Database, *, loopback: bool, allow_origins: Iterable[str] = ()) -> None:
         self._database = database
         self._loopback = loopback
+        self._allow_origins = frozenset(allow_origins)
         self._callers: dict[str, Caller] = {}
         self._keys_exist = False
         self.refresh()
@@ -50,6 +65,12 @@ class Access:
         self._callers = {
             key.secret_sha256: Caller(key.name, frozenset(key.scopes)) for key in keys if key.revoked_at is None
         }
+
+    def allows_origin(self, origin: str) -> bool:
+        """Return whether web pages of this origin (`https://app.example`) may use the gateway."""
+        if origin in self._allow_origins or ANY_ORIGIN in self._allow_origins:
+            return True
+        return is_loopback(without_port(origin.partition("://")[2]))
 
     def check(self, authorization: str | None, scope: Scope | None) -> Caller:
         """Return the caller if the key has the scope.
@@ -85,3 +106,29 @@ def is_loopback(host: str) -> bool:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def without_port(host: str) -> str:
+    """Return the host of `host:port` or `host`; an IPv6 address is in brackets."""
+    return host if host.endswith("]") else host.rsplit(":", 1)[0]
+
+
+def parse_origin(text: str) -> str:
+    """Return an origin as browsers send it: in lower case, and without the default port.
+
+    Args:
+        text: `https://app.example`, `http://app.example:3000`, `null` (pages from files), or `*`.
+
+    Raises:
+        ValueError: it is not an origin.
+    """
+    origin = text.strip().lower().removesuffix("/")
+    if origin not in (ANY_ORIGIN, "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@*,]+", origin):
+        raise ValueError(
+            f"{text!r} is not the origin of a web page. Give its scheme, host and port, such as "
+            "https://app.example or http://app.example:3000."
+        )
+    for scheme, port in (("http", ":80"), ("https", ":443")):
+        if origin.startswith(f"{scheme}://"):
+            origin = origin.removesuffix(port)
+    return origin

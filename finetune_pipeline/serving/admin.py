@@ -11,7 +11,7 @@ from finetune_pipeline.registry.champion import rollback as roll_back
 from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline.serving.access import Caller
 from finetune_pipeline.serving.api import AdminRequest, Health, LoopHealth, ModelInService
-from finetune_pipeline.serving.errors import Conflict
+from finetune_pipeline.serving.errors import Conflict, Unavailable
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import get_gateway, json_body, require_scope
 
@@ -19,6 +19,7 @@ router = APIRouter()
 Body = Annotated[AdminRequest, Depends(json_body(AdminRequest))]
 
 
+@router.get("/health", include_in_schema=False)
 @router.get("/healthz", response_model=Health, responses={503: {"model": Health, "description": "No model answers."}})
 async def healthz(request: Request) -> Response:
     """Report ok, degraded (a loop does not answer, or not with its champion), or unavailable."""
@@ -52,11 +53,12 @@ async def metrics(request: Request) -> Response:
 
 @router.post("/admin/reload-model", dependencies=[Depends(require_scope("admin"))])
 async def reload_model(request: Request, body: Body) -> list[ModelInService]:
-    """Load the champion of one loop, or of all loops, again and change to it."""
+    """Load the champion of one loop, or of all loops, again and change to it; 503 if one does not load."""
     gateway = get_gateway(request)
     names = list(gateway.servers) if body.loop is None else [gateway.loop_named(body.loop).name]
-    for name in names:
-        await gateway.servers[name].reload()
+    errors = [str(gateway.servers[name].last_error) for name in names if not await gateway.servers[name].reload()]
+    if errors:
+        raise Unavailable("; ".join(errors))
     return [_model_in_service(gateway, name) for name in names]
 
 

@@ -1,6 +1,8 @@
 """The gateway as an ASGI application."""
 
 import logging
+import resource
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -10,17 +12,20 @@ from importlib import metadata
 from typing import Any
 
 import sqlalchemy as sa
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune_pipeline.database import DatabaseError
-from finetune_pipeline.serving import admin, completions, feedback
+from finetune_pipeline.serving import admin, completions, feedback, responses_api
 from finetune_pipeline.serving.api import (
     AdminRequest,
     ChatRequest,
@@ -29,14 +34,17 @@ from finetune_pipeline.serving.api import (
     FeedbackIn,
     InteractionIn,
 )
+from finetune_pipeline.serving.connections import ConnectionLimits, LimitedProtocol
 from finetune_pipeline.serving.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, Unavailable
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import ClientDisconnected, RequestGuard, error_response, get_gateway
+from finetune_pipeline.serving.responses_schema import ResponsesRequest
 from finetune_pipeline.validation_messages import field_path, messages_of
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
     "/v1/feedback": FeedbackIn,
     "/v1/interactions": InteractionIn,
     "/admin/reload-model": AdminRequest,
@@ -46,6 +54,18 @@ BODIES: dict[str, type[BaseModel]] = {
 
 SWITCH_SECONDS = 0.001
 """Python's thread switch interval (default 0.005); shorter, so that the recorder's thread does not delay answers."""
+
+_EXPECTED = (
+    GatewayError,
+    RequestValidationError,
+    HTTPException,
+    ClientDisconnected,  # while it is answered
+    ClientDisconnect,  # while its body is read
+    DatabaseError,
+    sa.exc.OperationalError,
+    sa.exc.TimeoutError,
+)
+"""Exceptions that are no bugs."""
 
 REFERENCE = "#/components/schemas/{model}"
 
@@ -70,39 +90,118 @@ def create_app(gateway: Gateway) -> ASGIApp:
         responses={"default": {"model": ErrorBody, "description": "The request failed."}},
     )
     app.state.gateway = gateway
-    for router in (completions.router, feedback.router, admin.router):
+    routers = (completions.router, responses_api.router, feedback.router, admin.router)
+    for router in routers:
         app.include_router(router)
-    database_errors = (DatabaseError, sa.exc.OperationalError, sa.exc.TimeoutError)
-    for kind in (GatewayError, RequestValidationError, HTTPException, ClientDisconnected, *database_errors, Exception):
+    for kind in (*_EXPECTED, Exception):
         app.add_exception_handler(kind, _error)
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
-    return RequestGuard(app, gateway)
+    paths = [getattr(route, "path", "") for router in routers for route in router.routes]
+    return RequestGuard(
+        _Direct(app), gateway, frozenset(path.split("/")[2] for path in paths if path.startswith("/v1/"))
+    )
 
 
-def run(gateway: Gateway, bound: socket.socket) -> None:
+class _Direct:
+    """ASGI application in which the routes that generate skip FastAPI, which takes as long as the rest of the gateway.
+
+    FastAPI documents these routes and handles all others. They read body and key themselves.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._routes = {
+            route.path: route
+            for route in (*completions.router.routes, *responses_api.router.routes)
+            if isinstance(route, APIRoute) and route.methods == {"POST"}
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get(scope.get("path", "")) if scope.get("method") == "POST" else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope.update(app=self._app, route=route)
+        request, started = Request(scope, receive, send), False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            response = await route.endpoint(request)
+            await response(scope, receive, note_start)
+        except Exception as error:
+            if started:
+                raise
+            await (await _error(request, error))(scope, receive, send)
+            if not isinstance(error, _EXPECTED):
+                raise  # a bug, which is logged with its traceback
+
+
+def server_config(gateway: Gateway, limits: ConnectionLimits | None = None, **more: Any) -> uvicorn.Config:
+    """Return uvicorn's configuration for a gateway.
+
+    Args:
+        limits: of the connections; None: the default ones.
+        more: further fields of the configuration.
+    """
+    limits = limits or ConnectionLimits()
+    return uvicorn.Config(
+        create_app(gateway),
+        http=partial(LimitedProtocol, limits=limits),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        timeout_keep_alive=round(limits.seconds["idle"]),
+        server_header=False,
+        **more,
+    )
+
+
+class _Server(uvicorn.Server):
+    """A server that says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def run(gateway: Gateway, bound: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM, then finish running answers for up to 10 seconds.
 
     Args:
         bound: a bound socket that does not listen yet.
+        on_ready: is called once, when requests are answered.
 
     Raises:
         SystemExit: the gateway did not start; the log says why.
     """
-    import uvicorn
-
     sys.setswitchinterval(SWITCH_SECONDS)
-    config = uvicorn.Config(
-        create_app(gateway),
-        lifespan="on",
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=10,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    server.run(sockets=[bound])
+    _raise_file_limit()
+    server = _Server(server_config(gateway, timeout_graceful_shutdown=10), on_ready)
+    try:
+        server.run(sockets=[bound])
+    except KeyboardInterrupt:  # uvicorn has ended in order, and raises the signal again
+        sys.exit(128 + signal.SIGINT)
     if not server.started:
         sys.exit(3)
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the connections need; many shells allow 1024 (Linux) or 256 (macOS)."""
+    needed = 2 * ConnectionLimits().connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
 
 
 async def _error(request: Request, error: Exception) -> Response:
@@ -114,12 +213,14 @@ async def _error(request: Request, error: Exception) -> Response:
         case RequestValidationError():  # of path or query; bodies are validated by the routes
             errors = [{**one, "loc": one["loc"][1:]} for one in error.errors()]  # "path" or "query" comes first
             found = BadRequest("; ".join(messages_of(errors)), param=field_path(errors[0]))
-        case ClientDisconnected():
+        case ClientDisconnected() | ClientDisconnect():
             return Response(status_code=499)  # nginx's status for this; nobody reads it
         case HTTPException(status_code=405):
-            allowed = (error.headers or {}).get("Allow", "")
-            use = f"; use {allowed}" if allowed else ""
-            found = MethodNotAllowed(f"{what}: the method {request.method} is not allowed{use}.")
+            route_methods = (error.headers or {}).get("Allow", "GET")  # static files do not say so
+            allowed = f"{route_methods}, {'HEAD, OPTIONS' if 'GET' in route_methods else 'OPTIONS'}"
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers={"Allow": allowed})
+            found = MethodNotAllowed(f"{what}: the method {request.method} is not allowed; use {route_methods}.")
         case HTTPException(status_code=404):
             found = NotFound(f"{what}: there is no such path; see /docs.")
         case HTTPException():
@@ -129,9 +230,9 @@ async def _error(request: Request, error: Exception) -> Response:
             found = Unavailable(f"The database cannot be read now ({type(error).__name__}).", retry_after=5)
         case _:
             found = GatewayError(f"The gateway failed with {type(error).__name__}; its log has the traceback.")
-    response = error_response(found, get_gateway(request))
-    if isinstance(error, HTTPException) and found.status == 405:
-        response.headers.update(error.headers or {})  # Allow
+    response = error_response(found, get_gateway(request), request.scope)
+    if found.status == 405:
+        response.headers["Allow"] = allowed
     return response
 
 

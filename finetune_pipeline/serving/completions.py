@@ -1,48 +1,70 @@
 """The routes that generate: chat completions, completions, and the list of models."""
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
+from itertools import accumulate
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
+from uuid_utils.compat import uuid7
 
-from finetune_pipeline.serving.api import ChatRequest, CompletionRequest, ModelEntry, ModelList
-from finetune_pipeline.serving.errors import GatewayError
+from finetune_pipeline.serving.access import Caller
+from finetune_pipeline.serving.api import ChatRequest, CompletionRequest, Generation, ModelEntry, ModelList
+from finetune_pipeline.serving.completion_format import (
+    ChatCompletion,
+    CompletionChunks,
+    TextCompletion,
+    completion_response,
+)
+from finetune_pipeline.serving.errors import BadRequest, GatewayError
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import (
+    CONFIDENCE_HEADER,
     ENGINE_SECONDS,
+    ID_HEADERS,
+    IGNORED_HEADER,
+    INTERACTION_HEADER,
+    REPLAYED_HEADER,
     EventStream,
     get_gateway,
+    given_id,
+    id_headers,
     json_body,
     require_scope,
     run_while_connected,
 )
-from finetune_pipeline.serving.interactions import FinishedInteraction, answer, prepare
-from finetune_pipeline.serving.responses import ChatCompletion, CompletionChunks, TextCompletion, completion_response
+from finetune_pipeline.serving.interactions import FinishedInteraction, PreparedRequest, RequestId, answer_all, prepare
 from finetune_pipeline.serving.routing import route
+from finetune_pipeline.serving.streaming import stream_answers
 
-INTERACTION_HEADER = "X-Interaction-Id"
-CONFIDENCE_HEADER = "X-Confidence"
+IGNORED_IN_HEADER = 20
+"""Most names of ignored fields in the header; more are shown as `...`."""
 
-router = APIRouter(dependencies=[Depends(require_scope("infer"))])
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
+IGNORED_HEADER_BYTES = 4096
+"""Largest value of that header. A name of 100 characters can have 1200 bytes when it is quoted."""
+
+may_infer = require_scope("infer")
+MayInfer = Annotated[Caller, Depends(may_infer)]
+_chat_body, _completion_body = json_body(ChatRequest), json_body(CompletionRequest)
+router = APIRouter(dependencies=[Depends(may_infer)])
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
-async def chat_completions(request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]) -> Response:
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)
+async def chat_completions(request: Request) -> Response:
     """Answer a conversation with a loop's champion, or with the version or alias that `model` names."""
-    return await _respond(request, body)
+    caller = await may_infer(request)
+    return await _respond(request, await _chat_body(request), caller)
 
 
-@router.post("/v1/completions", response_model=TextCompletion, responses=_STREAM)
-async def completions(
-    request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))]
-) -> Response:
+@router.post("/v1/completions", response_model=TextCompletion, responses=STREAM)
+async def completions(request: Request) -> Response:
     """Answer a prompt, which is sent to the model as a user's message."""
-    return await _respond(request, body)
+    caller = await may_infer(request)
+    return await _respond(request, await _completion_body(request), caller)
 
 
 @router.get("/v1/models")
@@ -64,46 +86,80 @@ def _card(gateway: Gateway, name: str, loop: str) -> ModelEntry:
     return ModelEntry(id=name, created=0, loop=loop, serving=current.name if current else None)
 
 
-async def _respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
+async def _respond(request: Request, body: ChatRequest | CompletionRequest, caller: Caller) -> Response:
     gateway = get_gateway(request)
-    pending = prepare(gateway, body)
-    chat = isinstance(body, ChatRequest)
-    logprobs = isinstance(body, ChatRequest) and bool(body.logprobs)
+    prepared = prepare(gateway, body, caller, request_id(request, body), body.conversations)
+    headers = request_headers(request, prepared)
     if not body.stream:
-        done = await run_while_connected(request.receive, answer(gateway, pending))
-        created = int(done.interaction.created_at.timestamp())
-        content = completion_response(pending.id, created, done.model, done.completion, chat=chat, logprobs=logprobs)
-        headers = {INTERACTION_HEADER: str(pending.id)}
-        if done.completion.confidence is not None:
-            headers[CONFIDENCE_HEADER] = f"{done.completion.confidence:.4f}"
-        request.scope[ENGINE_SECONDS] = done.engine_seconds
+        started = time.perf_counter()
+        answers = await run_while_connected(request.receive, answer_all(gateway, prepared))
+        first = answers[0]
+        # Several answers are generated at the same time, partly one after the other.
+        seconds = first.engine_seconds if len(answers) == 1 else time.perf_counter() - started
+        request.scope[ENGINE_SECONDS] = seconds
+        content = completion_response(body, prepared, int(first.interaction.created_at.timestamp()), answers)
+        headers |= answer_headers(first)
         return Response(content.model_dump_json(), media_type="application/json", headers=headers)
 
-    deltas: asyncio.Queue[tuple[str, str] | None] = asyncio.Queue()  # model name and text; None is the end
-    task = asyncio.create_task(answer(gateway, pending, lambda model, text: deltas.put_nowait((model, text))))
-    task.add_done_callback(lambda _: deltas.put_nowait(None))
-    try:
-        # Wait for the first delta, so that a request that cannot be answered gets its own HTTP status.
-        first = await run_while_connected(request.receive, deltas.get())
-        model = first[0] if first else (await task).model
-    except BaseException:
-        task.cancel()
-        raise
-    chunks = CompletionChunks(pending.id, int(time.time()), model, chat=chat)
-    with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    model, parts = await stream_answers(request, gateway, prepared)
+    chunks = CompletionChunks(body, prepared, int(time.time()), model)
 
     async def events() -> AsyncGenerator[str, None]:
+        finished: dict[int, FinishedInteraction] = {}
         try:
             yield chunks.start()
-            delta = first
-            while delta is not None:
-                yield chunks.delta(delta[1])
-                delta = await deltas.get()
-            done: FinishedInteraction = await task  # recorded by now, before the client sees the end
-            yield chunks.end(done.completion, logprobs=logprobs, with_usage=with_usage)
+            async for part in parts:
+                if len(part) == 3:
+                    yield chunks.delta(part[0], part[2])
+                else:  # an answer is recorded before the client sees its end
+                    finished[part[0]] = part[1]
+                    yield chunks.end(*part)
+            yield chunks.finish([finished[number] for number in sorted(finished)])
         except GatewayError as error:
             yield f"data: {json.dumps(error.body(local=gateway.access.open))}\n\n"
-        finally:
-            task.cancel()
 
-    return EventStream(events(), {INTERACTION_HEADER: str(pending.id)})
+    return EventStream(events(), headers, parts)
+
+
+def request_id(request: Request, body: Generation) -> RequestId:
+    """Return the id for a request, the client's or a new one; from now on, error responses have it too.
+
+    Raises:
+        BadRequest: the header X-Interaction-Id is not a UUID, or differs from the one in the metadata.
+    """
+    try:
+        in_header = given_id(request.scope)
+    except ValueError as error:
+        raise BadRequest(f"{INTERACTION_HEADER}: {error}", param=INTERACTION_HEADER) from error
+    in_body = body.metadata.interaction_id if body.metadata else None
+    if None not in (in_header, in_body) and in_header != in_body:
+        raise BadRequest(
+            "The header X-Interaction-Id and metadata.interaction_id differ; send one of them.",
+            param="metadata.interaction_id",
+        )
+    chosen = in_header or in_body
+    id = chosen or uuid7()
+    request.scope[ID_HEADERS] = id_headers(id, recorded=body.recorded)
+    return RequestId(id, chosen is not None)
+
+
+def request_headers(request: Request, prepared: PreparedRequest) -> dict[str, str]:
+    """Return the headers with the interaction's id and the names of ignored fields, which are logged too."""
+    headers: dict[str, str] = dict(request.scope[ID_HEADERS])
+    if prepared.ignored_fields:
+        get_gateway(request).log_ignored(prepared.ignored_fields)
+        names = [quote(name[:100]) for name in prepared.ignored_fields[:IGNORED_IN_HEADER]]
+        sizes = accumulate(len(f"{name}, ") for name in names)
+        shown = [name for name, size in zip(names, sizes, strict=True) if size + len("...") <= IGNORED_HEADER_BYTES]
+        headers[IGNORED_HEADER] = ", ".join(shown + ["..."] * (len(shown) < len(prepared.ignored_fields)))
+    return headers
+
+
+def answer_headers(done: FinishedInteraction) -> dict[str, str]:
+    """Return the headers with the confidence of an answer, and that it was recorded before."""
+    headers = {}
+    if done.completion.confidence is not None:
+        headers[CONFIDENCE_HEADER] = f"{done.completion.confidence:.4f}"
+    if done.replayed:
+        headers[REPLAYED_HEADER] = "true"
+    return headers

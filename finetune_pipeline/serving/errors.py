@@ -2,7 +2,9 @@
 
 GatewayError               500  a bug, or an event that the store refuses
 ├── BadRequest             400  the request has the wrong format
-│   └── GenerationRefused  400  the model cannot answer it: too long, or a schema that cannot be enforced
+│   ├── PreviousResponseNotFound  400  there is no such response to continue
+│   └── GenerationRefused  400  the model cannot answer it, for example a schema that cannot be enforced
+│       └── ContextLengthExceeded  400  the prompt does not fit into the context
 ├── Unauthorized           401  the API key is missing or unknown
 ├── Forbidden              403  the key, or the origin of the request, is not allowed to do this
 ├── NotFound               404  there is no such path, loop or interaction
@@ -10,10 +12,12 @@ GatewayError               500  a bug, or an event that the store refuses
 ├── MethodNotAllowed       405  the path exists for another method
 ├── Conflict               409  the current state does not allow it
 │   └── IdTaken            409  an event with this id and different content exists
+├── RequestTimeout         408  the request did not arrive in time
 ├── TooLarge               413  the body is larger than the limit
 ├── WrongMediaType         415  the body is not JSON
+├── HeadTooLarge           431  the headers are larger than the limit
 ├── NotRecorded            500  the store refused the event
-├── Overloaded             503  the model's queue is full
+├── Overloaded             503  the model's queue, the connections, or the memory for bodies are at their limit
 └── Unavailable            503  no model can answer, or nothing can be recorded
 """
 
@@ -59,10 +63,22 @@ class BadRequest(GatewayError):
     status, kind, code = 400, "invalid_request_error", "invalid_request"
 
 
+class PreviousResponseNotFound(BadRequest):
+    """There is no such response to continue; OpenAI's status for this is 400."""
+
+    code = "previous_response_not_found"
+
+
 class GenerationRefused(BadRequest):
     """The request has the right format, but the model cannot answer it."""
 
     code = "request_refused"
+
+
+class ContextLengthExceeded(GenerationRefused):
+    """The prompt does not fit into the model's context."""
+
+    code = "context_length_exceeded"
 
 
 class Unauthorized(GatewayError):
@@ -95,6 +111,12 @@ class MethodNotAllowed(GatewayError):
     status, kind, code = 405, "invalid_request_error", "method_not_allowed"
 
 
+class RequestTimeout(GatewayError):
+    """The request did not arrive in time."""
+
+    status, kind, code = 408, "invalid_request_error", "request_timeout"
+
+
 class Conflict(GatewayError):
     """The state of the model or event does not allow the request."""
 
@@ -119,6 +141,12 @@ class WrongMediaType(GatewayError):
     status, kind, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
+class HeadTooLarge(GatewayError):
+    """The first line and headers are larger than the limit."""
+
+    status, kind, code = 431, "invalid_request_error", "headers_too_large"
+
+
 class NotRecorded(GatewayError):
     """The store refused the event; it is in a dead-letter file."""
 
@@ -126,7 +154,7 @@ class NotRecorded(GatewayError):
 
 
 class Overloaded(GatewayError):
-    """The model's queue is full."""
+    """The model's queue, the connections, or the memory for bodies are at their limit."""
 
     status, kind, code = 503, "api_error", "overloaded"
 

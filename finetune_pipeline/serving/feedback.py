@@ -88,7 +88,7 @@ async def stats(request: Request, loop: str | None = None) -> StatsOut:
             return counters(connection, name)
 
     counts = await asyncio.to_thread(read)
-    fields = ("interactions", "feedback", "examples", "corrected", "rewarded", "unmatched", "flagged")
+    fields = ("interactions", "feedback", "examples", "corrected", "implicit", "rewarded", "unmatched", "flagged")
     return StatsOut(
         loop=name,
         by_kind={key.partition(".")[2]: count for key, count in counts.items() if key.startswith("feedback.")},
@@ -121,8 +121,14 @@ async def _receipt(gateway: Gateway, event: Feedback | Interaction) -> Response:
     if outcome == "conflict":
         raise IdTaken(conflict_message(event), param="id")
     status: Status = outcome or "accepted"
-    receipt = Receipt(id=event.id, status=status)
-    return JSONResponse(receipt.model_dump(mode="json"), 202 if status == "accepted" else 200)
+    message = None
+    if status == "unmatched" and isinstance(event, Feedback):
+        message = (
+            f"There is no interaction {event.interaction_id} yet. This feedback counts once it arrives; if it never "
+            "does, the id is wrong: use the `id` of an answer, or its header X-Interaction-Id."
+        )
+    receipt = Receipt(id=event.id, status=status, message=message)
+    return JSONResponse(receipt.model_dump(mode="json", exclude_none=True), 202 if status == "accepted" else 200)
 
 
 async def _find(gateway: Gateway, id: UUID) -> StoredInteraction | None:

@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
+from finetune_pipeline.feedback.store import find_interaction
 from finetune_pipeline.feedback.write_ahead_log import Outcome, Recorder, recover_orphans
+from finetune_pipeline.pipeline.loop_files import constraint
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.registry.champion import champion_ids
 from finetune_pipeline.serving.access import Access
@@ -24,6 +26,9 @@ from finetune_pipeline.wording import counted
 REFRESH_SECONDS = 0.5
 """Interval at which the registry and the API keys are read."""
 
+IGNORED_NAMES = 1_000
+"""Most names of unknown fields that are logged; clients can send any number of them."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -34,10 +39,16 @@ class Gateway:
         loops: the loops to serve.
         database: with store and registry.
         loopback: the address can be reached only from this machine.
+        allow_origins: origins whose web pages may use the gateway, in addition to those of this machine.
         progress: called with a line for each step that takes long.
+
+    Attributes:
+        constraints: the JSON Schema to which each loop's answers are constrained, or None, by the loop's name.
+        answering: requests in progress whose client chose the id: the hash of the request, and when it has ended.
 
     Raises:
         SettingsError: two loops have the same name or alias.
+        SchemaError: the output schema of a loop cannot be read or enforced.
     """
 
     def __init__(
@@ -46,17 +57,21 @@ class Gateway:
         database: Database,
         *,
         loopback: bool = True,
+        allow_origins: Collection[str] = (),
         progress: Callable[[str], None] = _log.info,
     ) -> None:
         self.id = str(uuid4())
         self.loops = {loop.name: loop for loop in loops}
         self.names = loops_by_name(loops)
+        self.constraints = {loop.name: constraint(loop) for loop in loops}
         self.database = database
         self.loopback = loopback
-        self.access = Access(database, loopback=loopback)
+        self.access = Access(database, loopback=loopback, allow_origins=allow_origins)
         self.metrics = Metrics()
         self.servers: Mapping[str, LoopServer] = {}
         self._rewards = {loop.name: reward_function(loop.feedback) for loop in loops}
+        self.answering: dict[UUID, tuple[str, asyncio.Event]] = {}
+        self._ignored: set[str] = set()
         self._progress = progress
         self._refreshing: list[asyncio.Task[None]] = []
 
@@ -84,6 +99,26 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*(server.close() for server in self.servers.values()))
         await asyncio.to_thread(self.recorder.close)
+
+    async def find(self, id: UUID) -> Interaction | None:
+        """Return an interaction of any loop, also while it is only in the write-ahead log."""
+
+        def read() -> Interaction | None:
+            pending = self.recorder.find_pending(id)
+            if pending is not None:
+                return pending
+            with self.database.read() as connection:
+                found = find_interaction(connection, id)
+            return found.interaction if found is not None else None
+
+        return await asyncio.to_thread(read)
+
+    def log_ignored(self, fields: Iterable[str]) -> None:
+        """Log unknown fields of requests, each once."""
+        for name in (field[:200] for field in fields):
+            if name not in self._ignored and len(self._ignored) < IGNORED_NAMES:
+                self._ignored.add(name)
+                _log.warning("requests have the unknown field %r, which is ignored", name)
 
     async def record(self, event: Interaction | Feedback) -> "Future[Outcome]":
         """Append an event to the write-ahead log; the future is done when it is in the store.

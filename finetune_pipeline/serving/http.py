@@ -1,26 +1,61 @@
-"""HTTP around the routes: size limits, host checks, JSON bodies, disconnects, error responses, and timing."""
+"""HTTP around the routes: host checks, CORS, size limits, JSON bodies, disconnects, error responses, and timing."""
 
 import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+from uuid import UUID
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune_pipeline.database.api_keys import Scope as KeyScope
 from finetune_pipeline.inference.remote import VIA_HEADER
-from finetune_pipeline.serving.access import Caller, is_loopback
-from finetune_pipeline.serving.errors import BadRequest, Conflict, Forbidden, GatewayError, TooLarge, WrongMediaType
+from finetune_pipeline.serving.access import Access, Caller, is_loopback, without_port
+from finetune_pipeline.serving.connections import MAX_HEAD, head_too_large
+from finetune_pipeline.serving.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    GatewayError,
+    Overloaded,
+    TooLarge,
+    WrongMediaType,
+)
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.validation_messages import error_message, field_path
+from finetune_pipeline.validation_messages import error_message, first_field
 
 MAX_BODY = 2 * 2**20
 """Largest request body in bytes; longer prompts do not fit into the context of any model here."""
+
+MAX_BODIES = 128 * 2**20
+"""Bytes of the bodies of all requests that run or wait. They stay in memory until the answer, parsed as well."""
+
+INTERACTION_HEADER = "X-Interaction-Id"
+REQUEST_HEADER = "X-Request-Id"
+CONFIDENCE_HEADER = "X-Confidence"
+IGNORED_HEADER = "X-Ignored-Fields"
+REPLAYED_HEADER = "Idempotent-Replayed"
+
+EXPOSED = (
+    INTERACTION_HEADER,
+    REQUEST_HEADER,
+    CONFIDENCE_HEADER,
+    IGNORED_HEADER,
+    REPLAYED_HEADER,
+    "Server-Timing",
+    "Retry-After",
+)
+"""Response headers that web pages may read."""
+
+ID_HEADERS = "finetune.id_headers"
+"""Key of the ASGI scope under which a route stores the headers with the id of its request, once it is known."""
 
 ENGINE_SECONDS = "finetune.engine_seconds"
 """Key of the ASGI scope under which a route stores how long it waited for the model."""
@@ -30,16 +65,30 @@ B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
 
 
+class Closable(Protocol):
+    """Something that can be closed before its end."""
+
+    async def aclose(self) -> None:
+        """End it."""
+
+
 class ClientDisconnected(Exception):
     """The client closed the connection before it had the response."""
 
 
 class RequestGuard:
-    """ASGI middleware that rejects forbidden requests and measures the others."""
+    """ASGI middleware that rejects forbidden requests, answers web pages of allowed origins, and measures requests.
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+    Args:
+        versioned: first segments of the paths under `/v1`, which are also served without `/v1`.
+    """
+
+    def __init__(self, app: ASGIApp, gateway: Gateway, versioned: frozenset[str]) -> None:
         self._app = app
         self._gateway = gateway
+        self._versioned = versioned
+        self._body_bytes = 0  # of all requests that are not answered yet
+        self._cors = _Cors(self._limited, gateway.access)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -47,36 +96,110 @@ class RequestGuard:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
+        is_head, path = scope["method"] == "HEAD", scope["path"]
+        if is_head:
+            scope = {**scope, "method": "GET"}  # a copy: the server still sees HEAD, and sends no body
+        if path[1:].partition("/")[0] in self._versioned:
+            scope = {**scope, "path": f"/v1{path}", "raw_path": b"/v1" + scope["raw_path"]}
         response = _TimedResponse(send, scope, started)
         metrics = self._gateway.metrics
         try:
-            self._check(scope)
-            await self._app(scope, _with_size_limit(receive), response)
-        except GatewayError as error:
-            if response.status is not None:  # a part of the response is sent; the connection can only be closed
+            headers = dict(scope["headers"])
+            try:
+                self._check_sender(headers)
+            except Forbidden as error:  # not through CORS, so that the web page cannot read it
+                await error_response(error, self._gateway, scope)(scope, receive, response)
+            else:
+                handle = self._cors if b"origin" in headers else self._limited
+                await handle(scope, receive, response)
+        except Exception:
+            if not response.complete:
                 raise
-            await error_response(error, self._gateway)(scope, receive, response)
+            # Starlette raises a bug again after its response; uvicorn would close the connection without notice.
+            _log.exception("%s %s failed", scope["method"], path[:200])
         finally:
             route = getattr(scope.get("route"), "path", "none")
             metrics.requests.labels(route, str(response.status or "disconnected")).inc()
             if ENGINE_SECONDS in scope and response.complete:
                 metrics.overhead.observe(time.perf_counter() - started - scope[ENGINE_SECONDS])
 
-    def _check(self, scope: Scope) -> None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        length = headers.get(b"content-length", "0")
-        if length.isdecimal() and int(length) > MAX_BODY:
-            raise _too_large()
-        if headers.get(VIA_HEADER.lower().encode()) == self._gateway.id:
-            raise Conflict("This gateway is its own upstream; correct serving.upstream or serving.fallback.")
+    def _check_sender(self, headers: dict[bytes, bytes]) -> None:
         # A web page can send requests to this machine, even under its own domain that resolves to 127.0.0.1.
-        if self._gateway.access.open:
-            host = headers.get(b"host", "")
-            if not is_loopback(_without_port(host)):
-                raise Forbidden(f"This gateway serves this machine only, under localhost, not as {host[:100]!r}.")
-            origin = headers.get(b"origin")
-            if origin is not None and not is_loopback(_without_port(origin.split("://", 1)[-1].split("/", 1)[0])):
-                raise Forbidden(f"Web pages of {origin[:100]!r} may not use this gateway.")
+        if not self._gateway.access.open:
+            return
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not is_loopback(without_port(host)):
+            raise Forbidden(
+                f"Without API keys this gateway serves this machine only: found the host {host[:100]!r}, expected "
+                "localhost or a loopback address. To use another name, create a key with `finetune key create NAME`."
+            )
+        origin = headers.get(b"origin")
+        if origin is not None and not self._gateway.access.allows_origin(origin.decode("latin-1")):
+            raise Forbidden(
+                f"Web pages of {origin.decode('latin-1')[:100]!r} may not use this gateway. Start it with "
+                "`finetune serve --allow-origin ORIGIN` if they should."
+            )
+
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request within the limits of its headers and its body, and of all bodies in memory."""
+        try:
+            self._check_head(scope)
+        except GatewayError as error:
+            await error_response(error, self._gateway, scope)(scope, receive, send)
+            return
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            received = len(message.get("body", b""))
+            size += received
+            self._body_bytes += received
+            if size > MAX_BODY:
+                raise _too_large()
+            if self._body_bytes > MAX_BODIES:
+                raise Overloaded(
+                    f"The bodies of the requests in progress have more than {MAX_BODIES} bytes. Try again in a second.",
+                    retry_after=1,
+                )
+            return message
+
+        try:
+            await self._app(scope, limited, send)
+        finally:
+            self._body_bytes -= size
+
+    def _check_head(self, scope: Scope) -> None:
+        line = len(scope["raw_path"]) + len(scope["query_string"])
+        if line + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
+            raise head_too_large()
+        values = dict(scope["headers"])
+        length = values.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY:
+            raise _too_large()
+        if values.get(VIA_HEADER.lower().encode()) == self._gateway.id.encode():
+            raise Conflict("This gateway is its own upstream; correct serving.upstream or serving.fallback.")
+
+
+class _Cors(CORSMiddleware):
+    """Lets web pages of allowed origins send requests and read responses.
+
+    A key is sent in the header Authorization, so pages need no permission for cookies.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        super().__init__(
+            app,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),  # OpenAI's client sends a dozen of its own
+            allow_private_network=True,
+            expose_headers=EXPOSED,
+        )
+        self._access = access
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        """Return whether web pages of this origin may use the gateway."""
+        return self._access.allows_origin(origin)
 
 
 class _TimedResponse:
@@ -119,7 +242,7 @@ def json_body(model: type[B]) -> Callable[[HttpRequest], Awaitable[B]]:
         try:
             return model.model_validate_json(await request.body())
         except ValidationError as error:
-            raise BadRequest(describe_errors(error), param=field_path(error.errors()[0])[:200] or None) from error
+            raise BadRequest(describe_errors(error), param=first_field(error)[:200] or None) from error
 
     return read
 
@@ -148,32 +271,42 @@ async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) ->
     Raises:
         ClientDisconnected: the client disconnected.
     """
+    working, disconnected = asyncio.current_task(), False
+    assert working is not None
 
-    async def disconnect() -> None:
+    async def watch() -> None:
+        nonlocal disconnected
         while (await receive())["type"] != "http.disconnect":
             continue
+        disconnected = True
+        working.cancel()
 
-    task, disconnected = asyncio.create_task(work), asyncio.create_task(disconnect())
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not disconnected:
+            raise
+        working.uncancel()
+        raise ClientDisconnected from None
     finally:
-        for one in (task, disconnected):
-            one.cancel()
-        await asyncio.gather(task, disconnected, return_exceptions=True)  # wait until they are canceled
+        watching.cancel()
 
 
 class EventStream(Response):
-    """A response of server-sent events; the events end when the client disconnects."""
+    """A response of server-sent events; the events end when the client disconnects.
+
+    Args:
+        source: what the events are made from. It is closed at the end, also if no event was read.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str], source: Closable) -> None:
         super().__init__(headers={"Cache-Control": "no-store", **headers})
         del self.headers["content-length"]
         self._events = events
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events."""
@@ -189,11 +322,43 @@ class EventStream(Response):
                 await run_while_connected(receive, send_all())
         finally:
             await self._events.aclose()
+            await self._source.aclose()
 
 
-def error_response(error: GatewayError, gateway: Gateway) -> JSONResponse:
-    """Return the response for an error; log the detail if the client does not get it."""
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+def given_id(scope: Scope) -> UUID | None:
+    """Return the id that the client chose for the interaction in the header X-Interaction-Id, if any.
+
+    Raises:
+        ValueError: it is not a UUID; the message says what was found.
+    """
+    given = Headers(scope=scope).get(INTERACTION_HEADER)
+    if given is None:
+        return None
+    try:
+        return UUID(given)
+    except ValueError:
+        raise ValueError(f"found {given[:100]!r}, expected a UUID.") from None
+
+
+def id_headers(id: UUID, *, recorded: bool) -> dict[str, str]:
+    """Return the headers with the id of a request, which is an interaction's if that is recorded."""
+    return {REQUEST_HEADER: str(id)} | ({INTERACTION_HEADER: str(id)} if recorded else {})
+
+
+def _known_id_headers(scope: Scope) -> dict[str, str]:
+    if ID_HEADERS in scope:
+        return dict(scope[ID_HEADERS])
+    with suppress(ValueError):  # the request failed before its id was read
+        id = given_id(scope)
+        return {} if id is None else id_headers(id, recorded=True)
+    return {}
+
+
+def error_response(error: GatewayError, gateway: Gateway, scope: Scope) -> JSONResponse:
+    """Return the response for an error, with the request's id if it is known; log details the client does not get."""
+    headers = _known_id_headers(scope)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.detail is not None and not gateway.access.open:
@@ -206,23 +371,5 @@ def describe_errors(error: ValidationError) -> str:
     return f"{error_message(error)}; see /docs for the format"
 
 
-def _with_size_limit(receive: Receive) -> Receive:
-    size = 0
-
-    async def limited() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY:
-            raise _too_large()
-        return message
-
-    return limited
-
-
 def _too_large() -> TooLarge:
     return TooLarge(f"The request body is larger than {MAX_BODY} bytes; send less at once.")
-
-
-def _without_port(host: str) -> str:
-    return host if host.endswith("]") else host.rsplit(":", 1)[0]  # a bare IPv6 address ends in a bracket

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from finetune_pipeline.artifacts import check_content
 from finetune_pipeline.inference.engine import Engine
-from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.protocol import Completion, Delta, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote import RemoteModel
 from finetune_pipeline.serving.errors import Overloaded
 
-OnDelta = Callable[[str], None]
+OnDelta = Callable[[Delta], None]
 
 RECENT, ENOUGH = 50, 20
 """Number of recent answers that are checked for being empty, and the number from which they are conclusive."""
@@ -84,7 +84,7 @@ class LoadedModel:
             else:
                 event_loop = asyncio.get_running_loop()
 
-                def forward(delta: str) -> None:  # runs in the engine's thread
+                def forward(delta: Delta) -> None:  # runs in the engine's thread
                     with suppress(RuntimeError):  # the event loop is closed, so nobody reads the answer
                         event_loop.call_soon_threadsafe(on_delta, delta)  # type: ignore[arg-type]
 
@@ -93,8 +93,8 @@ class LoadedModel:
             self.in_flight -= 1
             if not self.in_flight:
                 self._idle.set()
-        # An empty answer to a request with stop texts says nothing about the model.
-        if completion.text.strip() or not request.stop:
+        # An empty answer to a request with stop texts, or to one that scores a prompt, says nothing about the model.
+        if completion.text.strip() or not (request.stop or request.score_prompt):
             self._empty.append(not completion.text.strip())
         return completion
 

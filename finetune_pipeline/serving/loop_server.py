@@ -23,6 +23,7 @@ from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.errors import (
+    ContextExceeded,
     EngineClosed,
     EngineCrashed,
     EngineError,
@@ -30,18 +31,24 @@ from finetune_pipeline.inference.errors import (
     RequestRefused,
     UpstreamFailed,
 )
-from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
+from finetune_pipeline.inference.protocol import Completion, Delta, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote import RemoteModel
 from finetune_pipeline.registry.champion import BASE, champion, resolve
 from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError, check_files
-from finetune_pipeline.serving.errors import GenerationRefused, Overloaded, Unavailable, UnknownModel
+from finetune_pipeline.serving.errors import (
+    ContextLengthExceeded,
+    GenerationRefused,
+    Overloaded,
+    Unavailable,
+    UnknownModel,
+)
 from finetune_pipeline.serving.loaded_model import LoadedModel, OnDelta
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings
 
 Variant = Literal["champion", "fallback", "version"]
 
-OnNamedDelta = Callable[[str, str], None]
-"""Called with the name of the model that answers, and a text delta."""
+OnNamedDelta = Callable[[str, Delta], None]
+"""Called with the name of the model that answers, and a delta of its answer."""
 
 LOAD_SECONDS = 60.0
 """How long a request waits for a model that is loaded for it; loading continues when it stops waiting."""
@@ -452,7 +459,7 @@ class _NamedDeltas:
         """Return the callback for this model; None if nobody wants deltas."""
         return partial(self._forward, self._on_delta, model.name) if self._on_delta else None
 
-    def _forward(self, on_delta: OnNamedDelta, name: str, delta: str) -> None:
+    def _forward(self, on_delta: OnNamedDelta, name: str, delta: Delta) -> None:
         self.sent = True
         on_delta(name, delta)
 
@@ -460,5 +467,7 @@ class _NamedDeltas:
 async def _generate(model: LoadedModel, request: GenerateRequest, on_delta: OnDelta | None) -> Completion:
     try:
         return await model.generate(request, on_delta)
+    except ContextExceeded as error:
+        raise ContextLengthExceeded(str(error)) from error
     except RequestRefused as error:
         raise GenerationRefused(str(error)) from error

@@ -39,10 +39,10 @@ def route(model: str, names: Mapping[str, str]) -> Route:
         UnknownModel: there is no such loop; the message lists the names.
     """
     name, _, version = model.partition("@")
-    if name not in names or "@" in version:
+    if name not in names or "@" in version or model.endswith("@"):
         raise UnknownModel(
             f"There is no model {model[:100]!r}. There are: {', '.join(sorted(names))}, and versions of them, such as "
-            f"{next(iter(sorted(names)), 'loop')}@v1.0.0.",
+            f"{next(iter(sorted(names)), 'loop')}@v1.0.0. A loop that is newer than this gateway needs a restart.",
             param="model",
         )
     return Route(names[name], None if version in {"", "champion"} else version)

@@ -95,9 +95,11 @@ def read(
         if sentence := first_sentence(chunk.doc):
             owner = f" of `{chunk.owner}`" if chunk.owner else ""
             prompt = f"Write the {LANGUAGES[chunk.language]} {chunk.kind} `{chunk.signature}`{owner}: {sentence}"
-            yield SourceRecord(provenance, prompt, chunk.code, domain=chunk.language, kind="code")
+            yield SourceRecord(
+                provenance, prompt, chunk.code, domain=chunk.language, kind="code", file=_file_of(provenance)
+            )
         else:
-            undocumented[provenance.rpartition("::")[0]] += 1
+            undocumented[_file_of(provenance)] += 1
     for path, count in undocumented.items():
         reason = f"{counted(count, 'definition')} without docstring or comment; a teacher can describe them"
         yield SkippedRecord(path, reason)
@@ -151,7 +153,9 @@ def _prompts(request: TeacherRequest[_Task], text: str) -> Iterator[SourceRecord
         if problem := instruction_problem(prompt, chunk, request.system):
             yield SkippedRecord(provenance, f"the teacher's request {problem}")
         else:
-            yield SourceRecord(provenance, prompt, chunk.code, domain=chunk.language, kind="code")
+            yield SourceRecord(
+                provenance, prompt, chunk.code, domain=chunk.language, kind="code", file=_file_of(provenance)
+            )
 
 
 def _refactoring(request: TeacherRequest[_Task], text: str) -> SourceRecord | SkippedRecord:
@@ -166,7 +170,9 @@ def _refactoring(request: TeacherRequest[_Task], text: str) -> SourceRecord | Sk
         return SkippedRecord(provenance, f"the teacher's request {problem}")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", earlier)), default=0))
     prompt = f"{prompt}\n\n{fence}{chunk.language}\n{earlier}\n{fence}"
-    return SourceRecord(provenance, prompt, chunk.code, domain=chunk.language, kind="refactoring")
+    return SourceRecord(
+        provenance, prompt, chunk.code, domain=chunk.language, kind="refactoring", file=_file_of(provenance)
+    )
 
 
 def _chunks(source: CodeSource) -> Iterator[tuple[str, CodeChunk] | SkippedRecord]:
@@ -208,6 +214,10 @@ def _chunks(source: CodeSource) -> Iterator[tuple[str, CodeChunk] | SkippedRecor
                     yield provenance, one
         except RecursionError:
             yield SkippedRecord(f"{file.path}:1", "is nested too deep to be read")
+
+
+def _file_of(provenance: str) -> str:
+    return provenance.partition("::")[0]
 
 
 def _language(source: CodeSource, name: str) -> str | None:

@@ -97,7 +97,7 @@ def first_sentence(doc: str) -> str:
     It needs two words, or four characters of Chinese or Japanese.
     """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(doc))
-    about = takewhile(lambda line: not _FIELD.match(line), paragraphs[0].splitlines())
+    about = takewhile(lambda line: not _FIELD.match(line), paragraphs[0].split("\n"))
     text = " ".join(" ".join(line for line in about if not _UNDERLINE.fullmatch(line)).split())
     if len(_WORD.findall(text)) < 2 and len(_CJK.findall(text)) < 4:
         return ""

@@ -10,12 +10,15 @@ Formats:
 
 A row may also have a `reward` (-1 to 1), a `correction` (what the answer should have been), `user`, `domain`, `kind`
 and `created_at`. Other fields are ignored. The last turn of the assistant is the answer, the turn before it the prompt,
-and everything before them the history.
+and everything before them the history. An answer or correction that is a JSON object is taken
+as its text.
 
 In a turn, `weight: 0`, or `train`, `trainable` or `loss` of false, makes its answer context only: the last answer
-without it is the target. In a row, it excludes the row from training.
+without it is the target. In a row, it excludes the row from training. So do tool calls, definitions of tools, and
+refusals: see `tool_calls`.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -26,6 +29,7 @@ from finetune_pipeline.alpaca import alpaca_prompt, history_messages
 from finetune_pipeline.records import PastUtcDatetime, ShortText, Text, Turn, loss_mask_field
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.source_record import SourceRecord
+from finetune_pipeline.tool_calls import unsupported_part
 from finetune_pipeline.validation_messages import error_message, short_repr
 from finetune_pipeline.wording import kind_of
 
@@ -37,6 +41,10 @@ _ROLES = {
 _CHATML = "<|im_start|>"
 _CHATML_TURN = re.compile(r"<\|im_start\|>([^\n<]*)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 _ANSWER_FIELDS = ("completion", "response", "output")
+
+
+class ExcludedRowError(ValueError):
+    """A row is well-formed, but nothing of it may or can be trained on."""
 
 
 class _Conversation(NamedTuple):
@@ -86,16 +94,19 @@ def to_record(row: Any, provenance: str, form: FileFormat = "auto") -> SourceRec
         form: the row's format; auto detects it from the fields.
 
     Raises:
-        ValueError: the row has no known format, a field is missing, empty or of the wrong type, or no answer may be
-            trained on.
+        ExcludedRowError: no answer of the row may be trained on, or the row has tool calls or a refusal.
+        ValueError: the row has no known format, or a field is missing, empty or of the wrong type.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"found {kind_of(row)}, expected a JSON object")
+    if found := unsupported_part(row):
+        raise ExcludedRowError(found)
     said = _conversation(row, _format_of(row) if form == "auto" else form)
     if mark := loss_mask_field(row):
-        raise ValueError(f"the row is excluded from training ({mark})")
+        raise ExcludedRowError(f"the row is excluded from training ({mark})")
     try:
-        fields = _ConvertedRow.model_validate({**row, "prompt": said.prompt, "answer": said.answer})
+        answers = {"answer": _as_text(said.answer), "correction": _as_text(row.get("correction"))}
+        fields = _ConvertedRow.model_validate({**row, "prompt": said.prompt, **answers})
     except ValidationError as error:
         raise ValueError(error_message(error)) from None
     corrected = fields.correction is not None
@@ -123,7 +134,7 @@ def _format_of(row: Mapping[str, Any]) -> str:
     found = f"the fields {short_repr(', '.join(map(str, row)))}" if row else "no fields"
     raise ValueError(
         f"found {found}, expected those of one format: instruction and output (alpaca), prompt and completion, "
-        "conversations (sharegpt), messages, or event"
+        "conversations (sharegpt), messages, or event; rename the fields or columns to prompt and completion"
     )
 
 
@@ -140,7 +151,10 @@ def _conversation(row: Mapping[str, Any], form: str) -> _Conversation:
         outside = _CHATML_TURN.sub("", value).strip()
         if outside or _CHATML not in value:
             raise ValueError(f"found {short_repr(outside or value)} outside of the turns, expected {_CHATML}role ...")
-        turns = [_turn(role, content, "text") for role, content in _CHATML_TURN.findall(value)]
+        written = _CHATML_TURN.findall(value)
+        if reason := unsupported_part({"messages": [{"role": role} for role, _ in written]}):
+            raise ExcludedRowError(reason)
+        turns = [_turn(role, content, "text") for role, content in written]
         if turns and not turns[-1].content.strip():  # a generation prompt
             turns.pop()
         return _split([*map(_Message, turns)])
@@ -156,8 +170,20 @@ def _conversation(row: Mapping[str, Any], form: str) -> _Conversation:
             before = [message._replace(context="it is in the prompt") for message in _messages(prompt, "prompt")]
             return _split([*before, *_messages(answer, found[0])])
     history = row.get("history")  # messages, or [prompt, answer] pairs
-    turns = [message.turn for message in _messages(history_messages(history), "history")] if history else []
+    no_history = history is None or history == ""
+    turns = [] if no_history else [message.turn for message in _messages(history_messages(history), "history")]
     return _Conversation([*_system(row), *turns], prompt, answer)
+
+
+def _as_text(answer: Any) -> Any:
+    """Return an answer that is a JSON object as its text; any other unchanged.
+
+    Raises:
+        ValueError: it is a list, which may be messages or several possible answers, too.
+    """
+    if isinstance(answer, list):
+        raise ValueError("answer: found a list, expected a text or an object; write a JSON list as a text")
+    return json.dumps(answer, ensure_ascii=False) if isinstance(answer, Mapping) else answer
 
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
@@ -168,7 +194,7 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
 
 def _system(row: Mapping[str, Any]) -> list[Turn]:
     given = row.get("system")
-    return [_turn("system", given, "system")] if given else []
+    return [] if given is None or given == "" else [_turn("system", given, "system")]
 
 
 def _messages(value: Any, name: str) -> list[_Message]:
@@ -181,11 +207,20 @@ def _messages(value: Any, name: str) -> list[_Message]:
             raise ValueError(f"{where}: found {kind_of(turn)}, expected an object")
         role, content = ("from", "value") if "from" in turn else ("role", "content")
         text = turn.get(content)
-        if isinstance(text, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in text):
-            text = "".join(str(part.get("text") or "") for part in text)  # content parts; others are rejected below
+        if isinstance(text, list):
+            text = "".join(_part_text(part, where) for part in text)
         said = _turn(turn.get(role), text, where)
         messages.append(_Message(said, loss_mask_field(turn) if said.role == "assistant" else ""))
     return messages
+
+
+def _part_text(part: Any, where: str) -> str:
+    """Return the text of a content part."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        found = f"a part of the type {short_repr(kind)}" if kind not in {None, "text"} else "a part without text"
+        raise ValueError(f"{where}: found {found}, expected parts of the type 'text' with a text")
+    return str(part["text"])
 
 
 def _turn(role: Any, content: Any, where: str) -> Turn:
@@ -208,7 +243,7 @@ def _split(messages: Sequence[_Message]) -> _Conversation:
     last = next((number for number in reversed(answers) if not messages[number].context), None)
     excluded = messages[answers[-1]].context
     if last is None:
-        raise ValueError(f"every answer is excluded from training ({excluded})")
+        raise ExcludedRowError(f"every answer is excluded from training ({excluded})")
     turns = [message.turn for message in messages]
     if last == 0 or turns[last - 1].role != "user":
         raise ValueError("no turn of the user precedes the last answer")

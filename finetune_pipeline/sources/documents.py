@@ -233,7 +233,7 @@ def _tasks(
                 else:
                     instruction = fill(template.instruction, facts)
                     prompt, answer = f"{instruction}\n\n{text}", fill(template.body, facts)
-                    record = SourceRecord(provenance, prompt, answer, kind=template.name)
+                    record = SourceRecord(provenance, prompt, answer, kind=template.name, file=file.path)
                     yield _Task(record, template, instruction, text)
 
 
@@ -270,5 +270,5 @@ def _split_front_matter(text: str) -> tuple[dict[Any, Any] | None, str]:
 def _diagram_type(body: str) -> str:
     """Return the first word of a Mermaid block, after its comments and front matter."""
     text = re.sub(r"\A\s*---\n.*?\n---\n", "", body, flags=re.S)
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("%%")]
+    lines = [line.strip() for line in text.split("\n") if line.strip() and not line.strip().startswith("%%")]
     return re.split(r"[\s:;]", lines[0])[0] if lines else ""

@@ -1,6 +1,7 @@
 """Read conversations from JSONL, JSON, CSV and Parquet files, in the formats of `conversations`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,18 @@ from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, 
 from finetune_pipeline.sources.text_files import find_files, printable
 
 _IS_EVENT = "is an event of a log; put its file into the drop folder, or name its folder in ingest.folders"
+
+EXAMPLE_ROW = {"prompt": "The printer on floor 2 is broken again.", "completion": "hardware"}
+"""A row of the format prompt_completion, for messages and documentation."""
+
+
+def has_rows(root: Path) -> bool:
+    """Return whether a file, or a row file below a folder, has content. A file that cannot be read counts as such."""
+    paths = [root] if root.is_file() else [root / path for path in find_files(root, is_row_file, inner_links=True)[0]]
+    try:
+        return any(path.stat().st_size > 0 for path in paths)
+    except OSError:  # reading it will say why
+        return True
 
 
 def read(source: FilesSource, cursor: Any) -> Iterator[SourceRecord | SkippedRecord]:
@@ -66,6 +79,6 @@ def read_file(path: Path, name: str, form: FileFormat, max_bytes: int) -> Iterat
             yield SkippedRecord(provenance, _IS_EVENT)
         else:
             try:
-                yield to_record(value, provenance, form)
+                yield replace(to_record(value, provenance, form), file=name)
             except ValueError as error:
                 yield SkippedRecord(provenance, str(error))

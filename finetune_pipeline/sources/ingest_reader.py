@@ -4,32 +4,42 @@ JSON Lines files are read from where the last read ended, since a log grows. Oth
 """
 
 import hashlib
+import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_pipeline.records import Event, Feedback, Interaction, validate_application_event
 from finetune_pipeline.settings import FileFormat
 from finetune_pipeline.sources.conversations import to_record
+from finetune_pipeline.sources.feedback_exports import ExportFormat, export_events, export_format
 from finetune_pipeline.sources.row_readers import (
+    LINE_ENDS,
     decode_line,
     files_of,
+    is_utf16,
     layout_of,
     parse_constant,
+    read_line,
     read_rows,
     without_nulls,
 )
 from finetune_pipeline.sources.source_record import SourceError, SourceRecord
+from finetune_pipeline.tool_calls import unsupported_part
 from finetune_pipeline.validation_messages import error_message
 
 _EVENT: TypeAdapter[Interaction | Feedback] = TypeAdapter(Event)
-_EXCERPT = 200
+_TRACES = re.compile(
+    r'"(?:user|user_id|userId|authorUserId|author|reviewer|id|interaction_id)"\s*:\s*"(?:\\.|[^"\\])*"'
+)
+_MAX_TRACES = 20
 _BLOCK = 1 << 20
 
 HOLE = (
@@ -38,8 +48,12 @@ HOLE = (
 )
 """Why a line with NUL bytes is rejected."""
 
-IngestFormat = FileFormat | Literal["events"]
+IngestFormat = FileFormat | ExportFormat | Literal["events"]
 """Format of the lines of a file."""
+
+
+LineContent = Interaction | Feedback | SourceRecord | tuple[Interaction | Feedback, ...] | None
+"""An event, a conversation, or the events of a row of another tool's export."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +62,9 @@ class IngestLine:
 
     number: int  # from 1
     end: int  # the offset behind it
-    event: Interaction | Feedback | SourceRecord | None  # None if the line is rejected
+    event: LineContent  # None if the line is rejected
     reason: str = ""  # why it is rejected
-    excerpt: str = ""  # the start of a rejected line
+    excerpt: str = ""  # `trace` of a rejected line
     prefix_hash: str = ""  # for JSON Lines: SHA-256 of all bytes of the file up to `end`
     final: bool = False  # it is rejected whatever is appended to it, since it is complete JSON
 
@@ -76,7 +90,7 @@ def grows(path: Path) -> bool:
     Raises:
         OSError: the file cannot be read.
     """
-    return path.suffix.lower() != ".json" and layout_of(path) == "lines"
+    return path.suffix.lower() != ".json" and layout_of(path) == "lines" and not is_utf16(path)
 
 
 def read_whole(
@@ -93,13 +107,14 @@ def read_whole(
     end = path.stat().st_size
     for number, value, reason, _ in read_rows(path, max_line_bytes):
         line = IngestLine(number, end, None, reason)
-        yield line if reason else _with_event(value, loop, line, form, name or path.name)
+        parsed = line if reason else _with_event(value, loop, line, form, name or path.name)
+        yield parsed if parsed.event else replace(parsed, excerpt=trace(json.dumps(value, default=str)))
 
 
 class OpenLog:
     """A JSON Lines file that is hashed while it is read."""
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: io.BufferedReader, name: str) -> None:
         self._file = file
         self.name = name
         self._hash = hashlib.sha256()
@@ -118,7 +133,7 @@ class OpenLog:
     @property
     def inside_a_line(self) -> bool:
         """Return whether the last byte read is not the end of a line."""
-        return self._last not in {b"", b"\n"}
+        return self._last not in {b"", *LINE_ENDS}
 
     def skip_if_unchanged(self, offset: int, prefix_hash: str) -> bool:
         """Skip to an offset if the bytes before it are unchanged, else stay at the start; return whether it skipped."""
@@ -147,7 +162,9 @@ class OpenLog:
 
     def readline(self, size: int, /) -> bytes:
         """Return the next line, at most `size` bytes of it."""
-        return self._take(self._file.readline(size))
+        if self._last == b"\r" and self._file.peek().startswith(b"\n"):  # written after the last read
+            self._take(self._file.read(1))
+        return self._take(read_line(self._file, size))
 
     def _take(self, data: bytes) -> bytes:
         self._hash.update(data)
@@ -180,14 +197,14 @@ def read_lines(
     while raw := log.line(max_line_bytes):
         number += 1
         before, hole, written = raw.rpartition(b"\0")
-        if len(written) > max_line_bytes and not written.endswith(b"\n"):
-            while (rest := log.readline(_BLOCK)) and not rest.endswith(b"\n"):
+        if len(written) > max_line_bytes and not written.endswith(LINE_ENDS):
+            while (rest := log.readline(_BLOCK)) and not rest.endswith(LINE_ENDS):
                 pass
             ended = not log.inside_a_line
             reason = f"longer than {max_line_bytes} bytes (ingest.max_line_bytes)"
-            line = IngestLine(number, log.offset, None, reason, _excerpt(written), log.prefix_hash)
+            line = IngestLine(number, log.offset, None, reason, trace(written), log.prefix_hash)
         else:
-            ended = written.endswith(b"\n")
+            ended = written.endswith(LINE_ENDS)
             blank = IngestLine(number, log.offset, None, prefix_hash=log.prefix_hash)
             line = _parse_line(written, loop, blank, form, log.name)
         if line.event is None and not ended and not line.final:
@@ -195,30 +212,36 @@ def read_lines(
         if line.event is not None or (line.reason and not hole):
             yield line
         if hole:
-            yield replace(line, event=None, reason=HOLE, excerpt=_excerpt(before.strip(b"\0")))
+            yield replace(line, event=None, reason=HOLE, excerpt=trace(before.strip(b"\0")))
 
 
 def _parse_line(raw: bytes, loop: str, line: IngestLine, form: IngestFormat, name: str) -> IngestLine:
-    if not raw.strip():
+    try:
+        text = decode_line(raw)
+    except ValueError as error:
+        return replace(line, reason=str(error), excerpt=trace(raw))
+    if not text.strip():
         return line
     try:
-        text = decode_line(raw, line.number)
-    except ValueError as error:
-        return replace(line, reason=str(error), excerpt=_excerpt(raw))
-    try:
-        document = without_nulls(json.loads(text, parse_constant=parse_constant))
+        document = without_nulls(json.loads(text.strip(), parse_constant=parse_constant))
     except (ValueError, RecursionError) as error:
-        return replace(line, reason=f"not JSON: {error}", excerpt=_excerpt(raw))
+        return replace(line, reason=f"not JSON: {error}", excerpt=trace(raw))
     parsed = _with_event(document, loop, line, form, name)
-    return parsed if parsed.event else replace(parsed, excerpt=_excerpt(raw))
+    return parsed if parsed.event else replace(parsed, excerpt=trace(raw))
 
 
 def _with_event(document: Any, loop: str, line: IngestLine, form: IngestFormat, name: str) -> IngestLine:
     """Return a line with its event or conversation, or with the reason why it is rejected."""
     is_conversation = isinstance(document, dict) and "event" not in document
+    if form == "auto" and is_conversation:
+        form = export_format(document) or form
     try:
+        if form in get_args(ExportFormat):
+            return replace(line, event=export_events(document, loop, cast("ExportFormat", form)))
         if form not in {"auto", "events"} or (form == "auto" and is_conversation):
             return replace(line, event=to_record(document, f"{name}:{line.number}", cast("FileFormat", form)))
+        if isinstance(document, dict) and (found := unsupported_part(document)):
+            return replace(line, reason=found, final=True)
         fields = {"loop": loop, **document} if isinstance(document, dict) else document
         event = validate_application_event(_EVENT.validate_python(fields))
     except ValidationError as error:
@@ -226,9 +249,16 @@ def _with_event(document: Any, loop: str, line: IngestLine, form: IngestFormat, 
     except ValueError as error:
         return replace(line, reason=str(error), final=True)
     if event.loop != loop:
-        return replace(line, reason=f"belongs to loop {event.loop!r}, but this file is read for {loop!r}", final=True)
+        reason = f"belongs to loop {event.loop!r}, but this file is read for {loop!r}; name that loop with --loop"
+        return replace(line, reason=reason, final=True)
     return replace(line, event=event)
 
 
-def _excerpt(raw: bytes) -> str:
-    return raw[:_EXCERPT].decode("utf-8", "replace").replace("\x00", "�").strip()
+def trace(content: bytes | str) -> str:
+    """Return the authors and ids that a rejected line names, by which an erasure finds it; nothing else is kept of it.
+
+    The line may be damaged, so this does not parse it.
+    """
+    text = content.decode("utf-8", "replace") if isinstance(content, bytes) else content
+    found = dict.fromkeys(match[0] for match in _TRACES.finditer(text))
+    return " ".join(list(found)[:_MAX_TRACES]).replace("\x00", "\ufffd")

@@ -43,7 +43,7 @@ def extract_facts(title: str, text: str) -> dict[str, str]:
     attendees = [name for line in _found(_ACTORS, text) for name in re.split(r",|;|\s+and\s+", line)]
     actors = _unique([*attendees, *_found(_STORY, text), *_found(_SPOKEN, text)])
     sections = _unique(match["text"] for match in _HEADING.finditer(text) if _plain(match["text"]) != title)
-    lines = (re.sub(_MARKER, "", line) for line in text.splitlines())
+    lines = (re.sub(_MARKER, "", line) for line in text.split("\n"))
     sentences = (part for line in lines if not line.startswith("#") for part in _SENTENCE.split(line))
     entities: dict[str, list[str]] = {}
     for match in _ENTITY.finditer(text):

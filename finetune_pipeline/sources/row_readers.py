@@ -9,16 +9,23 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from finetune_pipeline.schemas import InvalidJsonError, parse_json
+from finetune_pipeline.schemas import InvalidJsonError, parse_json, unique_members
 from finetune_pipeline.sources.text_files import is_visible_file
 from finetune_pipeline.validation_messages import short_repr
 
 SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"})
 """File name extensions of row files."""
 
+LINE_ENDS = (b"\n", b"\r")
+"""What the last byte of a complete line is."""
+
+UTF16 = "the file is UTF-16, expected UTF-8; save it as UTF-8"
+"""Why a file with the byte order mark of UTF-16 or UTF-32 is not read, as Windows PowerShell writes with `>`."""
+
 _BLOCK = 1 << 16
 _PARQUET_ROWS = 256
 _NESTED_COLUMNS = frozenset({"messages", "conversations", "conversation", "history"})
+_ANSWERS = frozenset({"completion", "response", "output", "correction"})
 _SHOWN = 1_000
 _LONGEST_TOKEN = 12  # an escaped surrogate pair; only strings and numbers are longer
 
@@ -71,20 +78,33 @@ def read_rows(path: Path, max_bytes: int) -> Iterator[FileRow]:
     Raises:
         OSError: the file cannot be read.
     """
+    if is_utf16(path):
+        yield FileRow(1, None, UTF16, breaks_off=True)
+        return
     readers = {"lines": _json_lines, "array": _json_array, "csv": _csv_rows, "parquet": _parquet_rows}
     for row in readers[layout_of(path)](path, max_bytes):
         yield row._replace(value=without_nulls(row.value))
+
+
+def is_utf16(path: Path) -> bool:
+    """Return whether a file begins with the byte order mark of UTF-16 or UTF-32.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(2) in {b"\xff\xfe", b"\xfe\xff"}
 
 
 def without_nulls(value: Any) -> Any:
     """Return a row without its null fields, and its turns without theirs.
 
     pandas and datasets write every column in every row, so null means that a row has no such field. So does NaN, which
-    pandas writes for a missing value.
+    pandas writes for a missing value. In an answer that is a JSON object, null is a value.
     """
     if isinstance(value, dict):
         return {
-            name: without_nulls(field)
+            name: field if name in _ANSWERS and isinstance(field, dict) else without_nulls(field)
             for name, field in value.items()
             if field is not None and not (isinstance(field, float) and math.isnan(field))
         }
@@ -97,24 +117,44 @@ def parse_constant(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 
 
-def decode_line(raw: bytes, number: int) -> str:
-    """Return a line as text, without the byte order mark of the first line.
+def decode_line(raw: bytes) -> str:
+    """Return a line as text, without a byte order mark, which joined files have in the middle too.
 
     Raises:
         ValueError: it is not UTF-8.
     """
     try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8") from None
 
 
-def _read_line(file: BinaryIO, max_bytes: int) -> tuple[bytes, bool]:
+def read_line(file: io.BufferedReader, max_bytes: int) -> bytes:
+    """Return the next line with its end: LF, CRLF, or CR, which old spreadsheets write.
+
+    Args:
+        max_bytes: the line is cut there; CRLF is never cut in two.
+    """
+    parts: list[bytes] = []
+    left = max_bytes
+    while left and (ahead := file.peek()):
+        ends = [at for at in (ahead.find(b"\n"), ahead.find(b"\r")) if at >= 0]
+        part = file.read(min(left, min(ends) + 1 if ends else len(ahead)))
+        parts.append(part)
+        left -= len(part)
+        if part.endswith(b"\r") and file.peek().startswith(b"\n"):
+            parts.append(file.read(1))
+        if part.endswith(LINE_ENDS):
+            break
+    return b"".join(parts)
+
+
+def _read_line(file: io.BufferedReader, max_bytes: int) -> tuple[bytes, bool]:
     """Return the next line, and whether it was cut because it is too long."""
-    raw = file.readline(max_bytes + 1)
-    if len(raw) <= max_bytes or raw.endswith(b"\n"):
+    raw = read_line(file, max_bytes + 1)
+    if len(raw) <= max_bytes or raw.endswith(LINE_ENDS):
         return raw, False
-    while (rest := file.readline(_BLOCK)) and not rest.endswith(b"\n"):
+    while (rest := read_line(file, _BLOCK)) and not rest.endswith(LINE_ENDS):
         pass
     return raw, True
 
@@ -125,7 +165,7 @@ def _too_long(max_bytes: int) -> str:
 
 def _json_row(number: int, text: str) -> FileRow:
     try:
-        return FileRow(number, parse_json(text, parse_constant))
+        return FileRow(number, parse_json(text, parse_constant, unique_members))
     except InvalidJsonError as error:
         return FileRow(number, None, str(error))
 
@@ -141,7 +181,7 @@ def _json_lines(path: Path, max_bytes: int) -> Iterator[FileRow]:
                 yield FileRow(number, None, _too_long(max_bytes))
                 continue
             try:
-                text = decode_line(raw, number).strip()
+                text = decode_line(raw).strip()
             except ValueError as error:
                 yield FileRow(number, None, str(error))
                 continue
@@ -180,7 +220,7 @@ def _array_elements(file: BinaryIO, max_bytes: int) -> Iterator[str]:
         try:
             more = text.read(size)
         except UnicodeDecodeError as error:
-            raise _ArrayError(f"not UTF-8: {error.reason}") from None
+            raise _ArrayError(f"not UTF-8: {error.reason}; save the file as UTF-8") from None
         buffer, ended = buffer + more, not more
 
     def next_character() -> str:
@@ -282,12 +322,12 @@ def _csv_row(number: int, names: Sequence[str], cells: Sequence[str]) -> FileRow
     if len(cells) != len(names):
         return FileRow(number, None, f"has {len(cells)} cells, but the header has {len(names)}")
     if not _is_utf8(cells):
-        return FileRow(number, None, "not UTF-8")
+        return FileRow(number, None, "not UTF-8; save the file as UTF-8")
     row: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
     for name in _NESTED_COLUMNS & row.keys():
         if row[name].lstrip().startswith("["):
             try:
-                row[name] = parse_json(row[name], parse_constant)
+                row[name] = parse_json(row[name], parse_constant, unique_members)
             except InvalidJsonError as error:
                 return FileRow(number, None, f"{name}: {error}")
     return FileRow(number, row)

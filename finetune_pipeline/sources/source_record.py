@@ -1,6 +1,6 @@
 """What a source yields when it is read: records, skipped records and cursors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -27,6 +27,7 @@ class SourceRecord:
     user: str | None = None
     domain: str | None = None
     kind: str | None = None
+    file: str = field(default="", compare=False)  # the file in the source's folder, for the report; empty without one
     keyed: bool = False  # the provenance contains a stable key; other records are recognized by their text
 
 

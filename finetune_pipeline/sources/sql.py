@@ -8,7 +8,7 @@ nothing.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -255,10 +255,11 @@ def _text(column: str, value: Any) -> str:
 
 
 def _optional_text(column: str | None, value: Any) -> str | None:
-    """Return an author, domain or kind. A number becomes text."""
+    """Return an author, domain or kind. A number, time or UUID becomes text; JSON, an array or bytes is an error."""
     if value is None or value == "":
         return None
-    return _text(str(column), value if isinstance(value, bytes | bytearray | memoryview) else str(value))
+    is_structured = isinstance(value, bytes | bytearray | memoryview | Mapping | list | tuple | set)
+    return _text(str(column), value if is_structured else str(value))
 
 
 def _reward(source: SqlSource, rating: Any, gold_star: Any) -> float | None:

@@ -69,7 +69,7 @@ def instruction_problem(text: str, chunk: CodeChunk, system: str) -> str:
         return "contains a character that cannot be stored"
     if copied_fraction(text, system) >= _COPIED_FRACTION:
         return "is a copy of the prompt"
-    code = (line.strip() for line in chunk.code.splitlines() if _CODE_LINE.search(line))
+    code = (line.strip() for line in chunk.code.split("\n") if _CODE_LINE.search(line))
     quoted = {" ".join(line.split()) for line in code if len(line) >= 12 and not _DEFINITION.match(line)}
     if sum(line in text for line in quoted) >= 2:
         return "quotes the code, which is the answer"
@@ -151,5 +151,5 @@ def _shingles(text: str) -> set[tuple[str, ...]]:
 
 def _bare(code: str) -> str:
     """Return code without white space and comment lines."""
-    lines = [line for line in code.splitlines() if not line.strip().startswith(("#", "//"))]
+    lines = [line for line in code.split("\n") if not line.strip().startswith(("#", "//"))]
     return "".join("".join(lines).split())

@@ -177,7 +177,7 @@ def _ignore_rules(root: Path, folder: str) -> list[_IgnoreRules]:
     for name in names:
         try:
             with _open_no_follow(root / folder / name) as file:
-                lines = file.read(_IGNORE_FILE_BYTES).decode("utf-8", "surrogateescape").splitlines()
+                lines = file.read(_IGNORE_FILE_BYTES).decode("utf-8", "surrogateescape").split("\n")
         except OSError:
             continue
         valid = []

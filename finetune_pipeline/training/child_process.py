@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import BinaryIO
 
 from finetune_pipeline.artifacts import disk_full, is_disk_full_message, write_text
 from finetune_pipeline.training.backends import choose_backend
@@ -61,7 +62,7 @@ def train(job: JobConfig, on_progress: Callable[[Progress], None] = lambda _: No
     lines = LineReader(job.output / PROGRESS)
     with (job.output / LOG).open("ab") as log:
         before = log.tell()  # the output of earlier attempts is in the file too
-        process = subprocess.Popen(_command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        process = _start(_command(job), log)
         try:
             running = True
             while running:
@@ -82,6 +83,10 @@ def _command(job: JobConfig) -> list[str]:
     # -u: without buffers, so the last lines are in the log when a signal ends the process.
     module = "finetune_pipeline.training"
     return [sys.executable, "-u", "-m", module, str(job.output / JOB), "--parent", str(os.getpid())]
+
+
+def _start(command: list[str], log: BinaryIO) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

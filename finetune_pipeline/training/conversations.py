@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 """Label of a token without a loss, in PyTorch and Hugging Face."""
 
+_THOUGHTS = (
+    "its completion has thoughts (</think>), which the chat template writes before the answer, but models answer "
+    "without thoughts in service; remove them from the completion"
+)
 _NAMED_ROWS = 5  # rows that a rejection names
 
 
@@ -74,10 +78,11 @@ def tokenize_rows(
         rows: with `prompt`, `history` and the columns of `completions`.
 
     Raises:
-        TrainingError: the base model has no usable chat template.
+        TrainingError: the base model has no usable chat template, or one that writes no end of an answer.
     """
     try:
         template = tokenizer_chat_template(tokenizer)
+        template.end_token()
     except RequestRefused as error:
         raise TrainingError(str(error)) from error
 
@@ -85,12 +90,15 @@ def tokenize_rows(
         messages = messages_of(row, system_prompt)
         finished = [[*messages, {"role": "assistant", "content": row[name]}] for name in completions]
         try:
-            return [
-                template.render(messages),
-                *(template.render(conversation, add_generation_prompt=False) for conversation in finished),
-            ]
+            prompt = template.render(messages)
+            conversations = [template.render(conversation, add_generation_prompt=False) for conversation in finished]
         except RequestRefused as error:
             return RejectedRow(str(error), provenance_of(row))
+        if any("</think>" in row[name] for name in completions) and not all(
+            conversation.text.startswith(prompt.text) for conversation in conversations
+        ):
+            return RejectedRow(_THOUGHTS, provenance_of(row))
+        return [prompt, *conversations]
 
     rendered = [render(row) for row in rows]
     # Texts without control tokens are encoded in one batch, which is much faster.

@@ -4,12 +4,18 @@ This does for a function what Accelerate's launcher does for a script: PyTorch's
 and the Trainer's Accelerate joins them by NCCL (GPUs) or Gloo (CPU).
 """
 
+import json
 import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 from finetune_pipeline.subprocess_lifetime import die_with_parent
 from finetune_pipeline.training import distributed
 from finetune_pipeline.training.job import JobConfig, TrainingError
 from finetune_pipeline.training.memory import RankOutOfMemory
+
+_START_METHOD = "spawn"
 
 
 def train(job: JobConfig, started: float) -> None:
@@ -19,6 +25,7 @@ def train(job: JobConfig, started: float) -> None:
         TrainingError: the job is impossible, or there are fewer GPUs than processes.
     """
     import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -29,20 +36,22 @@ def train(job: JobConfig, started: float) -> None:
         raise TrainingError(
             f"num_processes is {processes}, but this machine has {gpus} GPU(s); set num_processes to {gpus}"
         )
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=job.key,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,  # what fails on this machine would fail again; the next run resumes from the checkpoint
-        start_method="spawn",
-    )
-    try:
-        refusals = elastic_launch(config, _rank)(os.getpid(), job.model_dump_json(), started)
-    except ChildFailedError as error:
-        raise TrainingError(_failure(error)) from error
+    with tempfile.TemporaryDirectory(prefix="finetune-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=job.key,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,  # what fails on this machine would fail again; the next run resumes from the checkpoint
+            start_method=_START_METHOD,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            refusals = elastic_launch(config, _rank)(os.getpid(), job.model_dump_json(), started)
+        except ChildFailedError as error:
+            raise TrainingError(_failure(error, Path(folder))) from error
     if reason := next(filter(None, refusals.values()), ""):
         raise TrainingError(reason)
 
@@ -58,13 +67,18 @@ def _rank(parent: int, job: str, started: float) -> str:
     return train_rank(JobConfig.model_validate_json(job), started)
 
 
-def _failure(error: "Exception") -> str:
-    # An exception leaves a dict; a signal leaves a plain text. Other ranks may fail because the first one did.
-    failures = error.failures.values()  # type: ignore[attr-defined]  # torch is untyped here
-    messages = [failure.message["message"] for failure in failures if isinstance(failure.message, dict)]
+def _failure(error: "Exception", folder: Path) -> str:
+    """Return why the ranks ended.
+
+    A rank whose memory ran out ends the others too, and one of them may end first: their connection is closed. So the
+    exceptions are read from the folder to which each rank writes its own before it ends.
+    """
     prefix = f"{RankOutOfMemory.__name__}: "
-    if ran_out := next((message for message in messages if message.startswith(prefix)), ""):
-        return str(ran_out.removeprefix(prefix))
+    for path in sorted(folder.rglob("error.json")):
+        with suppress(ValueError, KeyError, TypeError):  # a signal leaves a plain text, or half a file
+            message = json.loads(path.read_text(encoding="utf-8"))["message"]["message"]
+            if message.startswith(prefix):
+                return str(message.removeprefix(prefix))
     rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
     how, cause = f"status {failure.exitcode}", ""
     if failure.exitcode < 0:

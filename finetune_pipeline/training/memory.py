@@ -17,6 +17,7 @@ from finetune_pipeline.training.presets import (
     next_micro_batch,
     smallest_micro_batch,
 )
+from finetune_pipeline.wording import error_line
 
 # torch's allocators, C++'s, and oneDNN's, which says no more than this when it gets no memory.
 _ALLOCATOR_ERRORS = (
@@ -106,7 +107,7 @@ def catch_out_of_memory(settings: TrainingSettings) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        message, micro_batch = first_line(error), settings.per_device_train_batch_size
+        message, micro_batch = error_line(error), settings.per_device_train_batch_size
         examples = micro_batch * settings.gradient_accumulation_steps
         smaller = next_micro_batch(micro_batch, examples, smallest_micro_batch(settings))
         if not smaller:
@@ -157,8 +158,3 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_out_of_memory_message(text: str) -> bool:
     """Return whether the message of an allocator, or of a child process, means that memory ran out."""
     return any(message in text for message in _ALLOCATOR_ERRORS)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

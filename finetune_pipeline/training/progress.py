@@ -41,7 +41,7 @@ class LineReader:
             file.seek(self._offset)
             lines, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(lines) + len(newline)
-        return lines.splitlines()
+        return lines.split(b"\n") if newline else []
 
 
 def read_progress(lines: LineReader) -> Iterator[Progress]:

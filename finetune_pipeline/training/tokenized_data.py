@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHE = ".tokenized"
-_CACHE_FORMAT = 6  # of what the cache holds: files of another one are not read
+_CACHE_FORMAT = 7  # of what the cache holds: files of another one are not read
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _ROWS_PER_BATCH = 1000
 LOSS_SAMPLE = 256  # training examples on which the loss is measured without a validation set

@@ -36,7 +36,6 @@ from finetune_pipeline.training.memory import (
     RankOutOfMemory,
     catch_out_of_memory,
     check_memory,
-    first_line,
     is_out_of_memory,
     out_of_memory_advice,
     with_micro_batch,
@@ -55,6 +54,7 @@ from finetune_pipeline.training.model import (
 from finetune_pipeline.training.preference import load_preferences, preference_loss, preference_trainer
 from finetune_pipeline.training.progress import VALIDATION_LOSS, check_finite
 from finetune_pipeline.training.tokenized_data import TrainingData, load_data, load_tokenizer
+from finetune_pipeline.wording import error_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -137,7 +137,8 @@ def train_rank(job: JobConfig, started: float, on_checkpoint: OnCheckpoint = lam
         if not is_out_of_memory(error):
             raise
         micro_batch = distributed.split_batch(job.settings, distributed.world_size()).per_device_train_batch_size
-        raise RankOutOfMemory(out_of_memory_advice(job.settings, micro_batch, first_line(error))) from error
+        message = error_line(error)
+        raise RankOutOfMemory(out_of_memory_advice(job.settings, micro_batch, message)) from error
     return ""
 
 

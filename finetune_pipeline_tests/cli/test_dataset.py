@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from finetune_pipeline import settings
 from finetune_pipeline.artifacts import set_latest
-from finetune_pipeline.cli import options
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.curation.dataset_files import SPLITS, read_examples
 from finetune_pipeline.curation.export_formats import WRITERS
@@ -33,7 +33,7 @@ def run(*arguments, code=0):
 @pytest.fixture
 def loop(make_loop, monkeypatch):  # noqa: F811
     made = make_loop(system_prompt="Answer.", curation={"min_examples": 1, "validation_fraction": 0.3})
-    monkeypatch.setattr(options, "load_loops", lambda: {made.name: made})
+    monkeypatch.setattr(settings, "load_loops", lambda: {made.name: made})
     return made
 
 
@@ -92,9 +92,17 @@ def test_a_version_is_never_a_path(made, tmp_path, monkeypatch):
         assert f"its datasets are: {version}" in str(result.exception)
 
 
+def test_the_card_is_shown_as_markdown_or_json(made):
+    assert run("dataset", "card").startswith(f"# Dataset {made.manifest.version} of ")
+    shown = json.loads(run("dataset", "card", "--json"))
+    assert (shown["version"], shown["train"], shown["folder"]) == (
+        made.manifest.version, made.manifest.train, str(made.path)
+    )  # fmt: skip
+
+
 def test_without_a_dataset_the_error_says_how_to_build_one(loop):
     result = CliRunner().invoke(finetune, ["dataset", "card"])
-    assert "`finetune run --loop notes` builds one" in str(result.exception)
+    assert "`finetune run` builds one" in str(result.exception)
 
 
 def test_the_format_option_outranks_detection(loop, tmp_path):

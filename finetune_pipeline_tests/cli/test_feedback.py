@@ -1,6 +1,9 @@
 """`finetune feedback` as people type it, in its own home."""
 
+import html
 import json
+import select
+import signal
 import subprocess
 import sys
 from uuid import UUID
@@ -92,6 +95,84 @@ def test_a_correction_that_could_not_train_is_refused(text):
     assert stored(id).feedback == ()
 
 
+def test_a_prompt_that_one_answer_has_names_the_latest_interaction():
+    log()
+    latest = log()
+    run("correct", "A  wall", BETTER)
+    run("rate", "wall", "up")
+    assert [one.kind for one in stored(latest).feedback] == ["correction", "thumbs_up"]
+    other = run("log", "--prompt", "a wall", "--output", "another").stdout.strip()
+    said = run("correct", "a wall", BETTER, code=1).stderr
+    assert "2 interactions have different conversations or answers" in said
+    assert said.index(other) < said.index(latest)
+    assert stored(other).feedback == ()
+
+
+def test_interactions_are_listed_searched_and_shown():
+    first = log("--user", "ann")
+    second = run("log", "--prompt", "a door", "--output", "oak", "--user", "bob").stdout.strip()
+    run("rate", first, "4", "--user", "bob")
+    run("correct", first, BETTER, "--user", "cid")
+    assert [line.split()[0] for line in run("list").stdout.splitlines()[::3]] == [second, first]
+    assert first not in run("list", "--label", "unrated").stdout
+    assert first in run("list", "--user", "cid").stdout and second not in run("list", "--user", "cid").stdout
+    assert run("list", "--until", "2020-01-01").stdout == "" != run("list", "--since", "2020-01-01T10:00:00").stdout
+    (found,) = json.loads(run("search", "BRICK", "--json").stdout)
+    assert (
+        found == json.loads(run("show", first, "--json").stdout) == json.loads(run("show", "a wall", "--json").stdout)
+    )
+    assert (found["interaction"]["user"], found["target"]) == ("ann", BETTER)
+    assert [(one["kind"], one["user"]) for one in found["feedback"]] == [("rating", "bob"), ("correction", "cid")]
+    assert found["feedback"][0]["reward"] == 0.7 and found["reward"] == found["feedback"][1]["reward"]
+    shown = run("show", first).stdout
+    assert "rating 4, reward +0.70, by bob" in shown and "example with reward +0." in shown and BETTER in shown
+    run("rate", second, "up", "--user", "u")
+    run("rate", second, "down", "--user", "v")
+    assert "trains nothing: as much feedback for the answer as against it" in run("show", second).stdout
+
+
+def test_events_are_followed_as_json_lines_with_rewards(own_home):
+    ids = [log() for _ in range(3)]
+    run("rate", ids[0], "4")
+    events = [json.loads(line) for line in run("tail", "-n", "2").stdout.splitlines()]
+    assert [event["event"] for event in events] == ["interaction", "feedback"]
+    assert events[1]["reward"] == 0.7
+    command = [sys.executable, "-m", "finetune_pipeline.cli.main", "feedback", "tail", "-f", "-n", "0"]
+    # A background process of a script starts with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        following = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        # It may start after the first of these events, so one of them is the first that it sees.
+        given = []
+        while not given or select.select([following.stdout], [], [], 0.5)[0] == []:
+            given.append(run("rate", ids[1], "down", "--key", f"k{len(given)}").stdout.strip())
+        event = json.loads(following.stdout.readline())
+        following.send_signal(signal.SIGINT)
+        assert following.wait(timeout=60) == 0
+    finally:
+        following.kill()
+        following.communicate()
+    assert (event["kind"], event["reward"], event["id"] in given) == ("thumbs_down", -1.0, True)
+
+
+def test_statistics_have_rewards_agreement_and_trainings():
+    id = log()
+    for user, value in [("u", "up"), ("v", "up"), ("w", "down")]:
+        run("rate", id, value, "--user", user)
+    other = run("log", "--prompt", "a door", "--output", "oak").stdout.strip()
+    for user, value in [("u", "down"), ("v", "1")]:
+        run("rate", other, value, "--user", user)
+    said = run("stats").stdout
+    values = {line.rsplit(None, 1)[0].strip(): line.rsplit(None, 1)[1] for line in said.splitlines() if line.strip()}
+    assert (values["trainings"], values["average reward"]) == ("0", "+0.00")
+    assert values["agreement of users (Krippendorff's alpha, nominal: for or against)"] == "0.33"
+    assert values["answers that several users rated"] == "2"
+    assert "  -1.0 to -0.8        1  ####" in said and "  +0.8 to +1.0        1  ####" in said
+
+
 def test_a_key_makes_a_command_safe_to_repeat():
     id = log("--key", "k")
     assert log("--key", "k") == id
@@ -106,7 +187,10 @@ def test_a_key_makes_a_command_safe_to_repeat():
         (("log", "--prompt", "a", "--output", "b", "--confidence", "7"), "confidence: found 7.0, expected less than"),
         (("log", "--prompt", "", "--output", "b"), "prompt: is empty"),
         (("log", "--prompt", "a", "--output", "b", "--id", "../../x"), "found '../../x', expected a UUID"),
-        (("correct", "../../x", "better"), "interaction_id: found '../../x', expected a UUID"),
+        (("correct", "../../x", "better"), "'../../x' is neither an id (a UUID) nor"),
+        (("rate", "  ", "up"), "The id or prompt is empty"),
+        (("show", "a wall"), "'a wall' is neither an id (a UUID) nor"),
+        (("show", str(uid("a"))), f"no interaction {uid('a')}"),
         (("correct", str(uid("a")), " "), "needs the corrected answer"),
         (("correct", str(uid("a"))), "as TEXT or with --file"),
         (("correct", str(uid("a")), "x", "--file", "-"), "one of the two"),
@@ -141,19 +225,28 @@ def test_stats_count_by_kind_and_list_unmatched_feedback():
     }.items():  # fmt: skip
         assert lines[name] == value, name
     assert f"{waiting}  thumbs_down on {uid('nobody')}, 0 minutes old" in said
+    found = json.loads(run("stats", "--json").stdout)
+    assert [found[name] for name in ("loop", "interactions", "feedback", "trainings")] == [LOOP, 2, 3, 0]
+    assert found["by_kind"] == {"correction": 1, "thumbs_down": 1, "thumbs_up": 1}
+    assert found["agreement"] == {"alpha": None, "answers": 0, "ratings": 0}
+    assert sum(one["examples"] for one in found["histogram"]) == 1
+    assert [(row["id"], row["kind"]) for row in found["unmatched_feedback"]] == [(waiting, "thumbs_down")]
 
 
 def test_flagged_answers_are_listed_until_they_are_reviewed():
     FeedbackClient(LOOP).log("a\nwall", "{}", flag="low confidence", confidence=0.25)
     said = run("flagged").stdout
     assert "low confidence, confidence 0.25\n  prompt  a wall\n  output  {}\n" in said
+    (found,) = json.loads(run("flagged", "--json").stdout)
+    assert (found["id"], found["flag"], found["prompt"]) == (said.split()[0], "low confidence", "a\nwall")
     run("rate", said.split()[0], "up")
+    assert (run("flagged", "--json").stdout, run("flagged", "--json").stderr) == ("[]\n", "")
     assert (run("flagged").stdout, run("flagged").stderr) == ("", f"no flagged answer of loop {LOOP} is unreviewed\n")
     FeedbackClient(LOOP).log("b", "{}", flag="confidence 0.25 is below 0.85", confidence=0.25)
     assert "  confidence 0.25 is below 0.85\n" in run("flagged").stdout
 
 
-def test_stats_do_not_read_all_feedback_if_none_is_unmatched():
+def test_stats_do_not_look_for_unmatched_feedback_if_there_is_none():
     run("rate", log(), "up")
     statements = []
 
@@ -163,7 +256,7 @@ def test_stats_do_not_read_all_feedback_if_none_is_unmatched():
     sa.event.listen(connect().engine, "before_cursor_execute", note)
     run("stats")
     assert any("loop_counters" in statement for statement in statements)
-    assert not any("FROM feedback" in statement for statement in statements)
+    assert not any("NOT (EXISTS" in statement for statement in statements)
 
 
 def test_an_export_can_be_imported(tmp_path):
@@ -199,7 +292,7 @@ def test_exported_alpaca_holds_no_secrets_and_the_kinds_are_counted(free_text, t
     said = run("export", path, "--format", "alpaca").stdout
     assert said == f"1 example written to {path}; replaced by placeholders: 2 email, 1 phone\n"
     (row,) = json.loads(path.read_text())
-    assert (row["instruction"], row["output"]) == ("write to [EMAIL] and [EMAIL]", "her number is [PHONE]")
+    assert (row["instruction"], row["output"]) == ("write to [EMAIL] and [EMAIL_2]", "her number is [PHONE]")
     assert "the raw record, with all secrets" in " ".join(run("export", "--help").stdout.split())
 
 
@@ -263,6 +356,39 @@ def test_a_person_is_erased_and_what_was_made_with_it_is_listed():
     assert "0 interactions, 0 feedback events" in again and str(snapshot) not in again
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        ("benchmark.jsonl", lambda text: json.dumps({"prompt": text})),
+        ("replay.jsonl", lambda text: json.dumps({"prompt": text}, ensure_ascii=False)),
+        ("report/comparison.json", lambda text: json.dumps({"questions": [{"prompt": f"before {text}"}]})),
+        ("report/report.html", lambda text: f"<td>{html.escape(text)}</td>"),
+        ("report/report.md", str),
+    ],
+    ids=lambda written: written[0],
+)
+def test_benchmarks_and_reports_with_a_persons_texts_are_listed(tmp_path, monkeypatch, written):
+    name, form = written
+    loop = load_loop(LOOP)
+    files = {"benchmark.jsonl": tmp_path / "benchmark.jsonl", "replay.jsonl": tmp_path / "replay.jsonl"}
+    own = loop.model_copy(
+        update={
+            "evaluation": loop.evaluation.model_copy(update={"benchmark": files["benchmark.jsonl"]}),
+            "curation": loop.curation.model_copy(update={"replay": files["replay.jsonl"]}),
+        }
+    )
+    monkeypatch.setattr("finetune_pipeline.pipeline.erasure.load_loops", lambda: {LOOP: own})
+    text = 'the "façade" of <Ann>\nis 240 mm'
+    run("log", "--prompt", text, "--output", "{}", "--user", "u1")
+    run("log", "--prompt", "another wall", "--output", "{}", "--user", "u2")
+    path = files.get(name) or artifacts.stage_folder(LOOP, "eval_report") / "abc" / name.removeprefix("report/")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{form('another wall')}\n{form(text)}\n", encoding="utf-8")
+    said = run("erase", "--user", "u1", "--yes").stdout
+    assert f"{path} (1 text)" in said and "Remove the questions" in said
+    assert "(1 text)" not in run("erase", "--user", "u1", "--yes").stdout  # the texts are unknown now
+
+
 def test_sources_that_may_still_contain_an_erased_person_are_listed():
     given = interaction("a", user="u1").model_copy(update={"loop": LOOP, "source": "notes", "provenance": "a.md"})
     with connect().write() as connection:
@@ -270,6 +396,27 @@ def test_sources_that_may_still_contain_an_erased_person_are_listed():
     said = run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
     assert "the deleted data came from these sources, which may still contain it:\n    notes\n" in said
     assert "may still contain it" not in run("erase", "--user", "u1", "--yes", "--loop", LOOP).stdout
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "said", "unsaid"),
+    [
+        ("a long prompt", [], "not reached: Dagster's history and the logs of runs", "rewrote"),
+        ("a long prompt", [], "now, since after the erasure the texts are unknown", "rewrote"),
+        ("a long prompt", ["--scrub-dagster"], "rewrote 0 rows and 1 log", "Only the name"),
+        ("a wall", ["--scrub-dagster"], "not searched: 2 texts of fewer than 8 characters", "not reached: Dagster's"),
+        (None, ["--scrub-dagster"], "Only the name was searched", "of fewer than"),
+        (None, [], "not reached: Dagster's history and the logs of runs", "are unknown"),
+    ],
+)
+def test_an_erasure_says_what_it_left_in_dagster(own_home, prompt, options, said, unsaid):
+    if prompt:
+        run("log", "--prompt", prompt, "--output", "{}", "--user", "u1")
+    path = own_home / "logs" / "run.log"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"rejected: {prompt!r}\n")
+    output = run("erase", "--user", "u1", "--yes", *options).stdout
+    assert said in output and unsaid not in output
 
 
 def test_nothing_is_deleted_without_a_yes():

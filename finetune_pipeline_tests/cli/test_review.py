@@ -193,11 +193,18 @@ def test_an_example_that_another_reviewer_decided_is_passed_over(monkeypatch):
 
 
 def test_an_empty_queue_says_so_and_status_counts():
-    assert "review    5 examples to review; `finetune review` shows" in CliRunner().invoke(
+    assert "review    5 examples to review, which is optional; `finetune review` shows" in CliRunner().invoke(
         finetune, ["status", "--loop", LOOP]
     ).output.replace("\n", " ")
     review("aaaaa")
     assert review("") == f"no example of loop {LOOP} needs a review\n"
+
+
+def test_the_queue_is_listed_as_json_without_a_question():
+    listed = json.loads(review("a", "--json"))
+    assert [one["interaction"]["confidence"] for one in listed] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert listed[0]["answer"] == ANSWER and listed[0]["reasons"] and listed[0]["feedback"] == []
+    assert len(json.loads(review("", "--json", "--limit", "2"))) == 2 and decided() == []
 
 
 def test_keys_come_through_a_pipe_too():

@@ -1,7 +1,14 @@
 """`finetune run` and Dagster's home, without a run."""
 
+import fcntl
+import json
+import os
+import re
 import socket
+import subprocess
+import sys
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +16,8 @@ from click.testing import CliRunner
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.cli.run import new_run
-from finetune_pipeline.settings import SettingsError, load_loop
+from finetune_pipeline.settings import COMPONENT_TYPE, PROJECT_ROOT, SettingsError, load_loop
+from finetune_pipeline_tests.orchestration.conftest import corrected, make_loop, write_events  # noqa: F401
 
 
 def test_dagsters_home_gets_the_projects_settings_without_paths(own_home):
@@ -89,3 +97,128 @@ def test_two_runs_that_start_in_one_second_have_different_logs(monkeypatch):
     monkeypatch.setattr("finetune_pipeline.cli.run.datetime", AtOnce)
     loop = load_loop("aec_parser")
     assert new_run(loop)[1] != new_run(loop)[1]
+
+
+@pytest.mark.usefixtures("kept_base_checks")
+@pytest.mark.parametrize(("examples", "starts"), [(9, False), (10, True)])
+def test_a_run_can_wait_for_enough_new_examples(make_loop, tmp_path, monkeypatch, examples, starts):  # noqa: F811
+    loop = make_loop(base_model=str(PROJECT_ROOT / "data" / "starter_model"))
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(tmp_path / "defs"))
+    write_events(loop.drop_folder / "log.jsonl", *corrected(f"person{n}" for n in range(examples)))
+    started = []
+    monkeypatch.setattr("finetune_pipeline.cli.run.run_job", lambda *_, **__: started.append(1) or 0)
+    result = CliRunner().invoke(finetune, ["run", "--if-triggered"])
+    assert (result.exit_code, bool(started)) == (0, starts), result.output
+    numbers = f"{examples} new high-reward examples, 10 needed"
+    assert (numbers if starts else f"no run is due: {numbers}") in result.output.splitlines()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_address_of_the_ui_is_printed_when_it_answers(ends):
+    """And not at all if Dagster ends before."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    serve = "pass" if ends else f"server = socket.create_server(('127.0.0.1', {port})); server.accept(); time.sleep(2)"
+    program = (
+        "import socket, time; from finetune_pipeline.cli.run import _announce_ui; "
+        f"_announce_ui({port}); time.sleep(1); print('not yet', flush=True); {serve}"
+    )
+    # The output ends when the announcing process has ended too.
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    ready = f"ready: open http://127.0.0.1:{port}; stop with Ctrl-C\n"
+    assert (ended.returncode, ended.stdout) == (0, "not yet\n" + ("" if ends else ready)), ended.stderr
+
+
+def test_a_second_ui_of_a_home_is_refused(own_home):
+    """Otherwise two daemons would launch each run of the sensor."""
+    folder = Path(environment()["DAGSTER_HOME"])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        free = other.getsockname()[1]
+    lock = os.open(folder / "ui.lock", os.O_CREAT | os.O_RDWR)
+    os.write(lock, b"http://127.0.0.1:3000")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(SettingsError, match=r"is open already, at http://127\.0\.0\.1:3000; use that one, or end"):
+            CliRunner().invoke(finetune, ["ui", "--port", str(free)], catch_exceptions=False)
+    finally:
+        os.close(lock)
+
+
+def test_check_names_a_home_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("a file instead of the folder")
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "file"))
+    result = CliRunner().invoke(finetune, ["check"])
+    assert result.exit_code == 1 and "cannot be created or written" in result.output
+
+
+def declared(tmp_path, monkeypatch, text):
+    """Declare a loop with further lines of attributes, which are indented by two; return its YAML."""
+    path = tmp_path / "loops" / "notes" / "defs.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"type: {COMPONENT_TYPE}\nattributes:\n  name: notes\n{text}")
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(tmp_path / "loops"))
+    return path
+
+
+LENIENT = """\
+  base_model: {base}
+  evaluation: {{benchmark: /nowhere/b.jsonl, metric: rouge1}}
+"""
+
+
+@pytest.mark.usefixtures("own_home", "kept_base_checks")
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("  training: {num_train_epochs: many}\n", "training.num_train_epochs: found 'many'"),
+        ("  training: {lr: 1, num_train_epochs: x}\n  unknown: 1\n", "unknown: unknown setting"),
+        ("  training: 7\n", "training: found 7"),
+        ("  sources:\n  - {kind: files, name: a, path: /nowhere/a}\n  - {kind: files, name: b}\n", "sources[1].path"),
+        ("  sources:\n  - {kind: odd, name: a}\n  - {kind: vault, name: b, path: 7}\n", "sources[0]"),
+        ("  gate: {mode: points, min_gain: x}\n  curation: {min_reward: 9}\n", "curation.min_reward: found 9"),
+    ],
+)
+@pytest.mark.parametrize("loop", [(), ("--loop", "notes")])
+def test_invalid_settings_are_listed_with_the_other_problems(tmp_path, monkeypatch, lines, said, loop):
+    declared(tmp_path, monkeypatch, LENIENT.format(base=PROJECT_ROOT / "data" / "starter_model") + lines)
+    result = CliRunner().invoke(finetune, ["check", *loop])
+    assert result.exit_code == 1
+    assert "checked with the defaults of these" in result.output
+    assert re.search(rf"  {re.escape(said)}.* \(line \d+\)\n", result.output)
+    assert "/nowhere/b.jsonl does not exist" in result.output
+    assert ("/nowhere/a does not exist" in result.output) == ("/nowhere/a" in lines)
+
+
+@pytest.mark.usefixtures("own_home")
+@pytest.mark.parametrize("lines", ["  evaluation: {benchmark: b}\n", "  base_model: 7\n  evaluation: {benchmark: b}\n"])
+def test_without_a_setting_that_has_no_default_only_the_settings_are_checked(tmp_path, monkeypatch, lines):
+    declared(tmp_path, monkeypatch, lines)
+    with pytest.raises(SettingsError, match=r"invalid settings:\n  base_model: "):
+        CliRunner().invoke(finetune, ["check"], catch_exceptions=False)
+
+
+@pytest.mark.usefixtures("own_home")
+def test_another_loops_invalid_settings_end_a_check(tmp_path, monkeypatch):
+    declared(tmp_path, monkeypatch, LENIENT.format(base="a/b") + "  training: {num_train_epochs: many}\n")
+    with pytest.raises(SettingsError, match="num_train_epochs"):
+        CliRunner().invoke(finetune, ["check", "--loop", "aec_parser"], catch_exceptions=False)
+
+
+@pytest.mark.usefixtures("own_home", "kept_base_checks")
+@pytest.mark.parametrize(
+    ("lines", "said", "line"),
+    [
+        ("", "/nowhere/b.jsonl does not exist", 5),
+        ("  output_schema: /nowhere/s.json\n", "/nowhere/s.json does not exist", 6),
+        ("  sources:\n  - {kind: files, name: a, path: /nowhere/a}\n", "sources[0] (a): /nowhere/a does not exist", 7),
+        ("  ingest:\n    folders:\n      - /nowhere/logs\n", "folder /nowhere/logs does not exist", 8),
+        ("  feedback:\n    reward_function: no.such\n", "'no.such' cannot be imported", 7),
+        ("  curation: {replay: /nowhere/r}\n", "/nowhere/r does not exist", 6),
+    ],
+)
+def test_a_problem_of_a_setting_has_its_line(tmp_path, monkeypatch, lines, said, line):
+    path = declared(tmp_path, monkeypatch, LENIENT.format(base=PROJECT_ROOT / "data" / "starter_model") + lines)
+    problems = json.loads(CliRunner().invoke(finetune, ["check", "--json"]).output)["problems"]
+    [found] = [problem for problem in problems if said in problem]
+    assert found.endswith(f"({path}, line {line})")
+    assert any("/nowhere/b.jsonl" in problem for problem in problems)

@@ -59,3 +59,14 @@ def test_keys_are_listed_without_their_secrets_in_80_columns(own_home):
     assert "the" in output and "infer" in output and secret not in output
     assert max(map(len, output.splitlines())) <= 80
     assert "\u2026" not in output
+
+
+def test_after_the_last_key_is_revoked_it_is_said_what_to_do(own_home):
+    """Requests without a key stay refused, or revoking a stolen key would open the gateway."""
+    run("key", "create", "app")
+    run("key", "create", "batch")
+    assert "no key is left" not in run("key", "revoke", "app").stderr
+    assert "Create one with `finetune key create NAME`" in run("key", "revoke", "batch").stderr
+    with socket.create_server(("127.0.0.1", 0)) as other:  # so that nothing is served
+        result = CliRunner().invoke(finetune, ["serve", "--port", str(other.getsockname()[1])])
+    assert "every request will be refused: all API keys are revoked" in result.stderr

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from finetune_pipeline.curation.dataset_files import (
 )
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.filter import Identity
-from finetune_pipeline.curation.snapshot import schema
+from finetune_pipeline.curation.snapshot import row_of, schema
 from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import REPLAY, CurationSettings
-from finetune_pipeline_tests.conftest import uid
+from finetune_pipeline_tests.conftest import START, uid
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # writing to disk would take most of the time
 
@@ -39,6 +40,7 @@ def example(number: int, **fields: Any) -> Example:
     given = {"prompt": f"prompt number {number}", "target": f"answer {number}", "reward": 0.9, "confidence": 0.9}
     flags = {"confirmed": False, "corrected": False, "ingest_offset": number}
     values: dict[str, Any] = {**given, **flags, **fields}
+    values.setdefault("created_at", START + timedelta(minutes=values["ingest_offset"]))
     return Example(interaction_id=uid(str(number)), **{"output": values["target"], **values})
 
 
@@ -65,7 +67,7 @@ def identity(example: Example) -> str:
 
 def table_of(examples: Iterable[Example]) -> pa.Table:
     """Return examples as rows of a snapshot."""
-    return pa.Table.from_pylist([example.model_dump(mode="json") for example in examples], schema())
+    return pa.Table.from_pylist([row_of(example) for example in examples], schema())
 
 
 def write_shards(folder: Path, *shards: Iterable[Example], row_group_size: int = 100) -> list[Path]:

@@ -14,7 +14,7 @@ from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.refusals import is_refusal
 from finetune_pipeline.schemas import answer_validator, compile_schema, load_schema
 from finetune_pipeline.settings import PROJECT_ROOT, CurationSettings
-from finetune_pipeline_tests.conftest import uid
+from finetune_pipeline_tests.conftest import START, uid
 
 from .datasets import example as numbered_example
 
@@ -28,7 +28,7 @@ def example(**fields):
     given = {"prompt": "a steel door", "target": '{"n": 1}', "reward": 0.9, "confidence": 0.9}
     flags = {"confirmed": False, "corrected": False}
     values = {**given, **flags, **fields}
-    return Example(interaction_id=uid("a"), ingest_offset=1, **{"output": values["target"], **values})
+    return Example(interaction_id=uid("a"), ingest_offset=1, created_at=START, **{"output": values["target"], **values})
 
 
 FREE_TEXT = Policy(CurationSettings(), BENCHMARK, answer_validator(None))
@@ -56,6 +56,7 @@ def said(text):
         ({"prompt": "x" * 61}, "prompt longer than 60"),
         ({"target": '{"n": ' + "1" * 30 + "}"}, "answer longer than 30"),
         ({"target": "  "}, "answer is empty"),
+        ({"target": "\u200b\ufeff"}, "answer is empty"),
         ({"target": '{"n": "one"}'}, "does not pass the output schema"),
         ({"target": "no json"}, "does not pass the output schema"),
         ({"prompt": "150 mm CONCRETE wall,  two hours"}, "near-duplicate of a benchmark question"),
@@ -155,6 +156,22 @@ def test_repetitive_answers_are_left_out():
     assert accept(numbered_example(1, target=sentence * 8, corrected=True), FREE_TEXT).accepted
     assert accept(numbered_example(1, target=sentence * 8, review="approve"), FREE_TEXT).accepted
     assert accept(numbered_example(1, target=PROSE[:3_000]), FREE_TEXT).accepted
+
+
+# Parallel sentences, whose words differ in a few places.
+PARALLEL = {
+    "Japanese": "{}に行くことができますか。",
+    "Chinese": "{}外墙的厚度为二百毫米,耐火极限为两小时。",
+    "Thai": "{}ผนังมีความหนามิลลิเมตร ",
+    "Burmese": "{}နံရံ၏အထူသည်မီလီမီတာဖြစ်သည်။",
+}
+
+
+@pytest.mark.parametrize("script", PARALLEL)
+def test_parallel_sentences_without_spaces_are_no_repetition(script):
+    sentences = [PARALLEL[script].format(name) for name in ("東京", "大阪", "京都", "札幌", "名古屋")]
+    assert repeated_fraction("".join(sentences)) == 0.0
+    assert repeated_fraction("".join(sentences) * 6) > 0.8
 
 
 def test_tokens_are_the_base_models_and_the_counter_can_be_pickled():

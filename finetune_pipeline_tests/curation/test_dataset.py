@@ -3,11 +3,12 @@
 import json
 import random
 from dataclasses import replace
+from datetime import timedelta
 
 import pyarrow as pa
 import pytest
 
-from finetune_pipeline.curation.acceptance import Policy, benchmark_overlap
+from finetune_pipeline.curation.acceptance import Policy, Quota, benchmark_overlap
 from finetune_pipeline.curation.dataset import in_validation
 from finetune_pipeline.curation.dataset_checks import inspect_dataset
 from finetune_pipeline.curation.dataset_files import (
@@ -17,14 +18,13 @@ from finetune_pipeline.curation.dataset_files import (
     UNPAIRED_PREFERENCE,
     DatasetWriter,
     read_examples,
-    read_replay,
     turns_of,
 )
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.records import Turn
 from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import CurationSettings
-from finetune_pipeline_tests.conftest import dataset_rows
+from finetune_pipeline_tests.conftest import START, dataset_rows, uid
 
 from .datasets import ALL_TRAIN, POLICY, build, example, replay_example, turns
 
@@ -183,7 +183,8 @@ def test_an_empty_dataset_is_written_too(tmp_path):
 def test_inspecting_a_dataset_finds_what_curation_did_not_write(tmp_path):
     strict = Policy(CurationSettings(), POLICY.benchmark, answer_validator({"type": "object"}))
     build([], POLICY, folder=tmp_path / "empty")
-    leak, fine = {"prompt": "the golden question of all", "history": []}, {"prompt": "fine", "history": []}
+    leak = {"prompt": "the golden question of all", "history": [], "interaction_id": "leaking"}
+    fine = {"prompt": "fine", "history": [], "interaction_id": "invalid"}
     rows = {
         PROMPT_COMPLETION: [
             {**leak, "completion": "{}", "source": "logs"},
@@ -200,9 +201,8 @@ def test_inspecting_a_dataset_finds_what_curation_did_not_write(tmp_path):
         with DatasetWriter(tmp_path / dataset_type, columns) as writer:
             writer.write("train", pa.Table.from_pylist(rows[dataset_type], writer.schema))
     content = inspect_dataset(tmp_path, strict)
-    assert content.near_benchmark == ("the golden question of all",)
-    assert content.invalid_targets[0] == "fine: $: [] is not of type 'object'"
-    assert len(content.invalid_targets) == 2 and content.invalid_targets[1].startswith("fine: ")
+    assert content.near_benchmark == ("leaking",)
+    assert content.invalid_targets == ("invalid", "invalid")
     assert (content.examples, content.undesirable) == (2, 1)
     empty = inspect_dataset(tmp_path / "empty", strict)
     assert (empty.examples, empty.undesirable, empty.near_benchmark, empty.invalid_targets) == (0, 0, (), ())
@@ -219,20 +219,19 @@ def test_a_dataset_of_an_earlier_version_is_named(tmp_path, read):
         read(tmp_path)
 
 
-def test_replay_marked_as_not_to_be_trained_on_is_skipped(tmp_path):
-    path = tmp_path / "replay.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b", "weight": 0}\n{"prompt": "c", "completion": "d", "train": 1}\n')
-    assert [row.prompt for row in read_replay(path)] == ["c"]
-
-
-@pytest.mark.parametrize("text", ["not json\n", '{"prompt": "a"}\n', '{"prompt": "a", "completion": null}\n', "[]\n"])
-def test_an_unreadable_line_of_replay_is_named(tmp_path, text):
-    path = tmp_path / "replay.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n' + text)
-    with pytest.raises(CurationError, match=r"replay\.jsonl:2"):
-        read_replay(path)
-
-
-def test_a_missing_replay_file_is_named(tmp_path):
-    with pytest.raises(CurationError, match="does not exist"):
-        read_replay(tmp_path / "none.jsonl")
+# The time and the place of arrival of four equally trusted examples; the newest are kept, whatever arrived last.
+@pytest.mark.parametrize("arrival", [(1, 2, 3, 4), (4, 3, 2, 1), (2, 4, 1, 3)])
+def test_a_quota_leaves_out_the_oldest_by_time(arrival):
+    rows = [
+        example(n, ingest_offset=offset, created_at=START + timedelta(days=n), source="notes")
+        for n, offset in enumerate(arrival)
+    ]
+    policy = replace(ALL_TRAIN, quotas={"notes": Quota(max_examples=2)})
+    assert {row.completion for row in build(rows, policy).examples} == {"answer 2", "answer 3"}
+    again = [
+        example(9, ingest_offset=o, created_at=START + timedelta(days=n), target=f"{n}") for n, o in enumerate(arrival)
+    ]
+    same_prompt = [row.model_copy(update={"interaction_id": uid(row.target)}) for row in again]
+    assert {row.completion for row in build(same_prompt, ALL_TRAIN).examples} == {"3"}
+    disliked_ones = [row.model_copy(update={"reward": -0.9}) for row in same_prompt]
+    assert set(build(disliked_ones, ALL_TRAIN).undesirable.values()) == {"3"}

@@ -3,8 +3,8 @@
 import csv
 
 from finetune_pipeline.curation.dataset_card import card_sample, dataset_card
-from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE, SPLITS, DatasetExample, first_provenances
-from finetune_pipeline_tests.conftest import dataset_rows, uid
+from finetune_pipeline.curation.dataset_files import PROVENANCE_FILE, SPLITS, DatasetExample
+from finetune_pipeline_tests.conftest import dataset_rows
 
 from .datasets import POLICY, build, example, replay_example
 
@@ -31,10 +31,10 @@ def test_a_secret_is_counted_and_never_shown():
 
 
 def test_text_of_an_example_cannot_leave_the_sample():
-    card = card_of(example(1, prompt="```\n# Not a heading\n<script>", target="x" * 5_000))
+    card = card_of(example(1, prompt="```\n# Not a heading\n<script>", target=" ".join(map(str, range(1_000, 2_000)))))
     inside = card.split("```json\n")[1]
     assert inside.count("\n```") == 1 and inside.endswith("\n```\n")
-    assert "(5,000 characters)" in inside
+    assert "(4,999 characters)" in inside
 
 
 def test_the_sample_has_every_source():
@@ -49,11 +49,9 @@ def test_the_sample_has_every_source():
 def test_provenance_csv_has_every_example(tmp_path):
     notes = [example(n, source="notes", provenance=f'a, "b"|{n}.md\n') for n in range(30)]
     replay = [replay_example("old prompt", provenance="replay.jsonl:1")]
-    built = build([*notes, example(99)], POLICY, replay, tmp_path)
+    build([*notes, example(99)], POLICY, replay, tmp_path)
     with (tmp_path / PROVENANCE_FILE).open(encoding="utf-8", newline="") as file:
         lines = [tuple(row.values()) for row in csv.DictReader(file)]
     rows = [(split, row) for split in SPLITS for row in dataset_rows(tmp_path, split)]
     expected = [(row["source"], row["provenance"] or "", row["interaction_id"] or "", split) for split, row in rows]
     assert sorted(lines) == sorted(expected) and {split for *_, split in lines} == set(SPLITS)
-    first = first_provenances(tmp_path, built.summary.sources, 2)
-    assert first["logs"] == [str(uid("99"))] and len(first["notes"]) == 2 and first["replay"] == ["replay.jsonl:1"]

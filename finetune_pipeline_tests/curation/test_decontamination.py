@@ -45,14 +45,25 @@ def test_a_question_in_an_earlier_turn_is_found():
     ("question", "prompt", "found"),
     [
         ("Timber roof; T24; CA", "Hi! timber roof, T24 CA, quickly please, with a reason", True),  # four words
+        ("Timber roof; T24; CA", "Hi! tim\u00adber roof, \u200bT24 CA, quickly please, with a reason", True),
         ("Timber roof; T24; CA; R47", "Hi! timber roof, T24 CA, quickly please, with a reason", False),  # not all of it
         ("Timber roof; T24; CA", "A timber roof of T24, and then CA", False),  # not in a row
         ("Timber roof; T24; CA", "subtimber roof T24 cab", False),  # whole words, not parts of words
-        (
-            "golden question birch",
-            "Hi! golden question birch, quickly please, with a reason",
-            False,
-        ),  # fewer than four words
+        ("벽 두께는 얼마입니까", "안녕하세요! 벽 두께는 얼마입니까? 이유도 함께 알려 주세요", True),  # three long words
+        ("Duvar kalınlığı nedir", "Merhaba! Duvar kalınlığı nedir? Gerekçesiyle birlikte, hemen", True),
+        ("a steel door", "Hi! a steel door, quickly please, with a reason", False),  # three short words
+        ("golden question", "Hi! golden question, quickly please, with a reason", False),  # two words
+        ("golden question", "Hi! And now, with a reason:\ngolden question\nThank you very much", True),  # as a line
+        ("벽 두께는?", "안녕하세요! 벽 두께는? 이유도 함께 알려 주세요", True),
+        ("벽 두께는?", "안녕하세요! 벽 두께는 얼마나 되고 이유는 무엇인지 알려 주세요", False),  # part of a sentence
+        ("외벽 두께는 얼마?", "이유도 함께 알려 주세요: 외벽 두께는 얼마?", True),
+        ("מה עובי הקיר?", "נא לענות בקצרה. מה עובי הקיר? תודה רבה לך", True),
+        ("ما السمك؟", "أجب من فضلك بإيجاز؛ ما السمك؟ شكرا جزيلا لك", True),
+        ("墙厚？", "请回答下面的问题。墙厚？谢谢您的帮助和回复", False),  # two characters
+        ("wall thickness?", "Dear all,\r\n- wall thickness?\r\n- door height?\r\nRegards", True),
+        ("wall 3.5 m?", "It stands there. Wall 3.5 m? Please price it for me", True),
+        ("3.5 m high", "It is a wall. It is 3.5 m high. Please price it", False),  # part of a sentence
+        ("brick", "Name the material of the wall in this drawing.\nbrick\nThanks", False),  # one word
     ],
 )
 def test_a_short_question_is_found_where_its_words_stand_in_a_row(question, prompt, found):

@@ -7,10 +7,11 @@ from finetune_pipeline.settings import PROJECT_ROOT
 
 FILES = (
     *(f"curation/{name}.py" for name in ("acceptance", "dataset", "decontamination", "deduplication", "filter",
-                                         "redaction", "select")),
+                                         "found_values", "personal_data", "redaction", "secret_patterns", "select")),
     "refusals.py",
+    "words.py",
 )  # fmt: skip
-LAST = (9, "9bf7638ace212a3a")
+LAST = (21, "e22b31b399196d2e")
 
 
 def test_changed_curation_has_another_code_version():

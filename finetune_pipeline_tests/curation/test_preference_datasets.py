@@ -25,8 +25,9 @@ def test_a_correction_makes_a_preference_pair_and_an_undesirable_answer():
 def test_a_correction_without_another_usable_output_makes_no_pair():
     same, empty = corrected(1, output=" answer 1\n"), corrected(2, output="  ")
     long = corrected(3, output="x" * 20_000)
-    built = build([same, empty, long])
-    assert (len(built.train), built.pairs, built.undesirable) == (3, [], {})
+    same_json = corrected(4, target='{"a": 1, "b": [2]}', output='{\n  "b":[2],"a":1}')
+    built = build([same, empty, long, same_json])
+    assert (len(built.train), built.pairs, built.undesirable) == (4, [], {})
 
 
 def test_which_outputs_are_undesirable():

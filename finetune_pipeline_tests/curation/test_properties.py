@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ from finetune_pipeline.curation.select import DUPLICATE, NEAR_DUPLICATE
 from finetune_pipeline.records import Example, normalize
 from finetune_pipeline.schemas import answer_validator
 from finetune_pipeline.settings import CurationSettings
-from finetune_pipeline_tests.conftest import uid
+from finetune_pipeline_tests.conftest import START, uid
 
 from .datasets import IN_MEMORY, build, replay_example, turns
 
@@ -76,7 +77,8 @@ def logs(draw, prompts=planted):
         draw(st.lists(fields, min_size=8, max_size=16))
     ):
         given = {"prompt": prompt, "history": history, "target": target, "output": output if corrected else target}
-        flags = {"confidence": 0.9, "confirmed": confirmed, "corrected": corrected, "ingest_offset": number // 4}
+        flags = {"confidence": 0.9, "confirmed": confirmed, "corrected": corrected, "ingest_offset": number}
+        flags["created_at"] = START + timedelta(minutes=number // 4)
         flags |= {"reward": reward, "provenance": provenance}
         made.append(Example(interaction_id=uid(str(number)), **given, **flags))
     return made
@@ -178,7 +180,8 @@ def test_replay_never_validates(examples, replayed):
     first = build(examples, everything, replay)
     later = [
         Example(
-            interaction_id=uid(f"later {n}"), ingest_offset=99, prompt=row.prompt, output="no", target="no", reward=0.9,
+            interaction_id=uid(f"later {n}"), ingest_offset=99, created_at=START,
+            prompt=row.prompt, output="no", target="no", reward=0.9,
             confirmed=True, corrected=False,
         )
         for n, row in enumerate(first.replay)
@@ -215,7 +218,15 @@ def test_no_planted_overlap_with_the_benchmark_reaches_a_file(planted_leaks, oth
         }
         output = "no" if kind == "corrected" else "yes"
         made.append(
-            Example(interaction_id=uid(f"leak {n}"), ingest_offset=n, target="yes", output=output, **asked, **found)
+            Example(
+                interaction_id=uid(f"leak {n}"),
+                ingest_offset=n,
+                created_at=START,
+                target="yes",
+                output=output,
+                **asked,
+                **found,
+            )
         )
     replay = [replay_example(leak, "yes") for leak, _, _ in planted_leaks]
     built, text = files_of([*others, *made], replay)

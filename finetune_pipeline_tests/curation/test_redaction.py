@@ -7,10 +7,10 @@ from hypothesis import example as given_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.redaction import redact, redact_example
 from finetune_pipeline.records import Example, Turn
 from finetune_pipeline.settings import PROJECT_ROOT
-from finetune_pipeline_tests.conftest import uid
+from finetune_pipeline_tests.conftest import START, uid
+from finetune_pipeline_tests.curation.default_redaction import redact, redact_example
 
 # Concatenated here, so that secret scanners do not report this file.
 SK, KEY = "sk-", "PRIVATE KEY-----"
@@ -36,7 +36,7 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         ("call me at 555-123-4567.", "call me at [PHONE]."),
         ("(415) 555-2671", "[PHONE]"),
         ("+1 (555) 123-4567", "[PHONE]"),
-        ("+49 30 901820 or +442079460958", "[PHONE] or [PHONE]"),
+        ("+49 30 901820 or +442079460958", "[PHONE] or [PHONE_2]"),
         ("0049 30 901820", "[PHONE]"),
         ("Tel: 030 901820", "Tel: [PHONE]"),
         ("my phone number is 2025550123", "my phone number is [PHONE]"),
@@ -68,9 +68,9 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         ('{"password": "hunter2"}', '{"password": "[SECRET]"}'),
         ("DB_PASSWORD=correcthorse", "DB_PASSWORD=[SECRET]"),
         ("export PGPASSWORD='correct-horse-battery'\nX=1", "export PGPASSWORD='[SECRET]'\nX=1"),
-        (f"{AWS_ID} {AWS_SECRET}", "[SECRET] [SECRET]"),  # the secret alone, without a name before it
-        (f"{AWS_ID},{AWS_SECRET}", "[SECRET],[SECRET]"),
-        (f"{AWS_SECRET} goes with {AWS_ID}", "[SECRET] goes with [SECRET]"),
+        (f"{AWS_ID} {AWS_SECRET}", "[SECRET] [SECRET_2]"),  # the secret alone, without a name before it
+        (f"{AWS_ID},{AWS_SECRET}", "[SECRET],[SECRET_2]"),
+        (f"{AWS_SECRET} goes with {AWS_ID}", "[SECRET] goes with [SECRET_2]"),
         ("415-555-2671", "[PHONE]"),
         ("415 555 2671", "[PHONE]"),
         ("ring 415 555 2671, please", "ring [PHONE], please"),
@@ -87,7 +87,7 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNry
         ("415.555.2671", "[PHONE]"),
         ("ring 415.555.2670.", "ring [PHONE]."),
         ("Ruf mich an: 0151 23456789", "Ruf mich an: [PHONE]"),
-        ("0171/1234567 oder 0160-12345678", "[PHONE] oder [PHONE]"),
+        ("0171/1234567 oder 0160-12345678", "[PHONE] oder [PHONE_2]"),
         ("user＠example.com", "[EMAIL]"),
         ('{"to": "user\\uff20example.com"}', '{"to": "[EMAIL]"}'),
     ],
@@ -175,11 +175,14 @@ def test_the_sample_logs_and_benchmarks_are_not_changed():
     ("text", "clean"),
     [
         ('{"to": "jane@example.com",  "n": 1.50}', '{"to": "[EMAIL]",  "n": 1.50}'),  # the rest is unchanged
-        ('{"card": 4111111111111111, "all": [5555555555554444]}', '{"card": "[CARD]", "all": ["[CARD]"]}'),
-        ('{"phone": "030 901820", "mobileNumber": "0171 1234567"}', '{"phone": "[PHONE]", "mobileNumber": "[PHONE]"}'),
+        ('{"card": 4111111111111111, "all": [5555555555554444]}', '{"card": "[CARD]", "all": ["[CARD_2]"]}'),
+        (
+            '{"phone": "030 901820", "mobileNumber": "0171 1234567"}',
+            '{"phone": "[PHONE]", "mobileNumber": "[PHONE_2]"}',
+        ),
         (
             '{"password": "hunter2!", "clientSecret": "a1\\"b2c3"}',
-            '{"password": "[SECRET]", "clientSecret": "[SECRET]"}',
+            '{"password": "[SECRET]", "clientSecret": "[SECRET_2]"}',
         ),
         (
             '{"a": "jane\\u0040example.com é", "b": "x\\njane@example.com"}',
@@ -195,7 +198,7 @@ def test_json_stays_json(text, clean):
 
 def test_the_same_secret_gives_the_same_placeholder_everywhere_in_an_example():
     logged = Example(
-        interaction_id=uid("a"), ingest_offset=1, prompt="write to jane@example.com",
+        interaction_id=uid("a"), ingest_offset=1, created_at=START, prompt="write to jane@example.com",
         target='{"to": "jane@example.com"}',
         output="to: jane@example.com",
         history=(Turn(role="user", content="her number is +49 30 901820"),),
@@ -219,6 +222,7 @@ def test_an_example_without_secrets_is_returned_itself():
     plain = Example(
         interaction_id=uid("a"),
         ingest_offset=1,
+        created_at=START,
         prompt="p",
         output="t",
         target="t",
@@ -237,6 +241,10 @@ PIECES = st.sampled_from(
         "\\n", "\\u0040", "[SECRET]", "[EMAIL]", "[", "]", "{", "}", "phone: ", "Bearer ", "?token=", ";pwd=", "+",
         "415.555.2671", "0151 23456789", "pw: ", "password = ", "letmein", "Sommer24x", "＠", "4111.1111.1111.1111",
         "415 555 2671", "06 12 34 56 78", AWS_ID, AWS_SECRET, "hunter2", "DB_PASSWORD=", "correcthorse", "password: ",
+        "DE89 3704 0044 0532 0130 00", "123-45-6789", "passport ", "C01X00T47", "2341 2341 2346", "ABCPE1234F",
+        "iban: ", "4155552671", "030 901820", "private key ", "a1" * 32, "wallet ", "abandon " * 12, "steuer-id: ",
+        "86095742719", "[EMAIL_2]", "_2]", "joe@example.com", "joe (at) ", "%40", " dot ", "abandon " * 11 + "about",
+        "mot de passe: ", "PIN is ",
         "00", "-", " ", ".", "1", "12345678", "aws key ", "-----END PRIVATE KEY-----", ",", "é", "\n",
     ]
 )  # fmt: skip
@@ -304,6 +312,30 @@ def test_a_json_document_stays_valid(value, escaped):
         "0151 12 ",
         "?sig=",
         "4111\u00a0",
+        "DE89 ",
+        "DE89370400440532013000 ",
+        "wallet abandon ",
+        "passport A",
+        "private key ",
+        "P<UTO",
+        "A1",
+        "steuer 12 345 ",
+        "0221/",
+        "login a password ",
+        "x: 4155552671 ",
+        "ab:",
+        "a:5432:b:",
+        "docker login ",
+        "abandon ",
+        "zoo wrong ",
+        "a (at) ",
+        "a at a dot ",
+        "mail a at a dot ",
+        "mail : at ",
+        "a%40",
+        "mdp: ",
+        "PIN is ",
+        "a@b.io ",
     ],
 )
 def test_adversarial_text_takes_linear_time(piece):
@@ -328,6 +360,16 @@ SECRETS = {
     "api_key=abcdef0123456789": "abcdef",
     "password is Tr0ub4dor&3": "Tr0ub",
     "Bearer abcdefghijklmnop0123456": "abcdefgh",
+    "DE89 3704 0044 0532 0130 00": "3704",
+    "GB82WEST12345698765432": "WEST",
+    "123-45-6789": "6789",
+    "2341 2341 2346": "2341",
+    "ABCPE1234F": "1234F",
+    "185057800608491": "0578",
+    "passport C01X00T47": "C01X",
+    "Steuer-ID 86095742719": "8609",
+    "wJalrXUtnFEMIzK7MDENGzbPxRfiCYEXAMPLEKEY": "wJalr",
+    f"private key {'a1' * 32}": "a1a1",
 }
 CONTEXTS = (
     "{}", "use {} now", "it is {}.", "({})", "[{}]", "<{}>", '"{}"', "`{}`", "{}, and", "1,{},2", "a;{};b", "|{}|",
@@ -352,13 +394,13 @@ def test_a_secret_is_found_in_any_surrounding_text(secret):
         ('config = {"password": "hunter22"}', 'config = {"password": "[SECRET]"}'),
         ("config['password'] = 'hunter22!'", "config['password'] = '[SECRET]'"),
         ('connect(password="hunter2")', 'connect(password="[SECRET]")'),
-        ('{"password": "swordfish", "api key": "9f8a7b6c5d4e"}', '{"password": "[SECRET]", "api key": "[SECRET]"}'),
+        ('{"password": "swordfish", "api key": "9f8a7b6c5d4e"}', '{"password": "[SECRET]", "api key": "[SECRET_2]"}'),
         ("<password>S3cr3tPass</password>", "<password>[SECRET]</password>"),
         ("run --password S3cr3tPass now", "run --password [SECRET] now"),
         ("curl -u admin:S3cr3tPass https://x", "curl -u admin:[SECRET] https://x"),
         ("Password for root: S3cr3tPass", "Password for root: [SECRET]"),
         ("The API key is 9F8a7b6c5d4e3f2a1b0d", "The API key is [SECRET]"),
-        ("0170 123 4567, 0171/123 45 67", "[PHONE], [PHONE]"),
+        ("0170 123 4567, 0171/123 45 67", "[PHONE], [PHONE_2]"),
     ],
 )
 def test_secrets_are_found_in_notes(text, clean):

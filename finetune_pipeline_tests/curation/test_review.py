@@ -1,5 +1,8 @@
 """Which answers need a review, in which order, and why: the pure rule."""
 
+from datetime import UTC, datetime
+from itertools import permutations
+
 import pytest
 
 from finetune_pipeline.curation.acceptance import REJECTED, UNREVIEWED, Policy, accept, is_undesirable
@@ -26,7 +29,8 @@ NONE = WeakSlices([])
 
 
 def case(key="a", **fields):
-    given = {"ingest_offset": 1, "prompt": f"what of {key} and all the rest of it?", "answer": f"{key} it is"}
+    given = {"prompt": f"what of {key} and all the rest of it?", "answer": f"{key} it is"}
+    given |= {"created_at": datetime(2026, 1, 1, tzinfo=UTC)}
     return ReviewInput(id=key, **{**given, **fields})
 
 
@@ -126,10 +130,12 @@ def test_an_example_that_can_never_train_is_not_reviewed():
 
 
 def test_the_same_content_is_reviewed_once_and_equal_values_newest_first():
-    twins = [case("a", ingest_offset=1, confidence=0.2), case("b", ingest_offset=9, 
+    day = {number: datetime(2026, 1, number, tzinfo=UTC) for number in (1, 5, 9)}
+    twins = [case("a", created_at=day[1], confidence=0.2), case("b", created_at=day[9], 
              prompt="What of A and all the rest of it?",
-             answer="a it is ", confidence=0.2), case("c", ingest_offset=5, confidence=0.2)]  # fmt: skip
-    assert [one.id for one in rank(twins, POLICY, NONE, 0.85)] == ["b", "c"]
+             answer="a it is ", confidence=0.2), case("c", created_at=day[5], confidence=0.2)]  # fmt: skip
+    for arrived in permutations(twins):
+        assert [one.id for one in rank(arrived, POLICY, NONE, 0.85)] == ["b", "c"]
 
 
 def test_if_review_is_required_everything_that_would_train_is_reviewed():

@@ -276,3 +276,30 @@ def test_a_store_of_nothing_but_times_in_the_future_is_repaired(url, moment):
     assert found < datetime.now(UTC) + timedelta(seconds=1)
     assert (found.isoformat() == "2026-03-01T00:00:00+00:00") == (moment != AHEAD)
     database.engine.dispose()
+
+
+def test_examples_of_several_feedback_events_are_resolved_again_by_the_majority(url):
+    rows = [
+        "INSERT INTO interactions (id, loop, ingest_offset, created_at, prompt, output) VALUES "
+        + ", ".join(f"('{uid(name)}', 'notes', {n}, '2026-01-01', 'p', 'o')" for n, name in enumerate("abc", start=1)),
+        "INSERT INTO examples (interaction_id, loop, ingest_offset, content_hash, target, reward, confirmed, corrected)"
+        " VALUES " + ", ".join(f"('{uid(name)}', 'notes', 9, 'hash', 'o', 0.7, true, false)" for name in "abc"),
+        'INSERT INTO feedback (id, loop, ingest_offset, interaction_id, created_at, kind, "user") VALUES '
+        + ", ".join(
+            f"('{uid(on + user)}', 'notes', {n}, '{uid(on)}', '2026-01-0{n - 3}', 'thumbs_{kind}', '{user}')"
+            for n, (on, user, kind) in enumerate(
+                [("a", "u", "up"), ("a", "v", "up"), ("a", "w", "down"), ("b", "u", "up"), ("b", "v", "down"),
+                 ("c", "u", "down")], start=4,
+            )
+        ),
+        "INSERT INTO loop_counters VALUES ('notes', 'examples', 3), ('notes', 'rewarded', 3)",
+        "UPDATE counters SET value = 10 WHERE name = 'events'",
+    ]  # fmt: skip
+    migrate_to(url, "0010", rows)
+    database = connect(url)
+    with database.write() as open_connection:
+        assert recompute_marked(open_connection, "notes", default_reward) == 2
+        found = [find_interaction(open_connection, uid(name)).example for name in "abc"]
+        assert [one and one.reward for one in found] == [1.0, None, 0.7]  # c has one event and is left as it was
+        assert counters(open_connection, "notes") == {"examples": 2, "rewarded": 2}
+    database.engine.dispose()

@@ -3,10 +3,14 @@
 import json
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
-from finetune_pipeline.inference.errors import EngineCrashed, RequestRefused
+from finetune_pipeline.evaluation.benchmark import BenchmarkQuestion
+from finetune_pipeline.evaluation.scoring import Scorer, Scores
+from finetune_pipeline.inference.errors import AnswerRefused, EngineCrashed, RequestRefused
 from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
 
+CONSTRAINED = "constrained"
 WALL = {"element": "wall", "material": "brick", "thickness_mm": 230, "fire_rating_hr": 2}
 SCHEMA = {
     "type": "object",
@@ -27,17 +31,31 @@ def line(name: str, **changes: object) -> dict[str, object]:
     return {**question, **changes}
 
 
+def question(expected: Any, **fields: Any) -> BenchmarkQuestion:
+    return BenchmarkQuestion(
+        **{"id": "q1", "slice": "walls", "prompt": "A wall, please", "expected": expected, **fields}
+    )
+
+
+def score(scorer: Scorer, expected: Any, answer: str) -> Scores:
+    return scorer.score(question(expected), answer)
+
+
 def write_benchmark(path: Path, lines: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(item) + "\n" for item in lines), encoding="utf-8")
     return path
 
 
 class FakeEngines:
-    """Opens fake engines, whose GGUF is JSON of prompt -> answer, and records the prompts of each file."""
+    """Opens fake engines, whose GGUF is JSON of prompt -> answer, and records the prompts of each file.
+
+    Under a schema, the answer to a prompt in `CONSTRAINED` is the one there; None there is a refused answer.
+    """
 
     def __init__(self, crash_after: int | None = None) -> None:
         self.asked: list[tuple[str, str]] = []
         self.opened: list[ModelSpec] = []
+        self.schemas: list[dict[str, Any] | None] = []
         self.crash_after = crash_after
 
     def __call__(self, spec: ModelSpec) -> "FakeEngine":
@@ -67,7 +85,13 @@ class FakeEngine:
             future.set_exception(EngineCrashed("the process was ended by SIGSEGV", "SIGSEGV"))
             return future
         self.engines.asked.append((self.spec.gguf.name, prompt))
+        self.engines.schemas.append(request.json_schema)
         text = self.answers.get(prompt, "I do not know")
+        if request.json_schema is not None:
+            text = self.answers.get(CONSTRAINED, {}).get(prompt, text)
+        if text is None:
+            future.set_exception(AnswerRefused("The model's answer violates uniqueItems of json_schema"))
+            return future
         future.set_result(completion(text, confidence=0.9 if prompt in self.answers else 0.2))
         return future
 

@@ -19,9 +19,48 @@ def test_a_benchmark_keeps_order_fields_and_hash(tmp_path: Path) -> None:
     assert benchmark.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_the_sample_is_fixed_and_keeps_the_order(tmp_path: Path) -> None:
+    lines = [line(f"q{number}", slice=f"s{number % 2}") for number in range(120)]
+    benchmark = load_benchmark(write_benchmark(tmp_path / "b.jsonl", lines), SCHEMA)
+    sample = benchmark.sample
+    assert [q for q in benchmark.questions if q in sample.questions] == list(sample.questions)
+    assert len(sample.questions) == 50 and sample.sha256 != benchmark.sha256
+    assert 15 < sum(question.slice == "s0" for question in sample.questions) < 35  # not by position
+    # Reordered, shortened: the same questions, as far as they are there.
+    fewer = load_benchmark(write_benchmark(tmp_path / "c.jsonl", lines[60::-1]), SCHEMA)
+    assert {q.id for q in sample.questions if q in fewer.questions} <= {q.id for q in fewer.sample.questions}
+    short = load_benchmark(write_benchmark(tmp_path / "d.jsonl", lines[:50]), SCHEMA)
+    assert short.sample is short
+
+
 def test_expected_answers_may_be_texts_without_a_schema(tmp_path: Path) -> None:
     path = write_benchmark(tmp_path / "b.jsonl", [line("w1", expected="Use brick.")])
     assert load_benchmark(path, None).questions[0].expected == "Use brick."
+
+
+def test_a_question_may_have_a_conversation_a_context_and_a_cluster(tmp_path: Path) -> None:
+    history = [{"role": "user", "content": "A wall."}, {"role": "assistant", "content": "Which one?"}]
+    lines = [
+        line("w1", prompt="The brick one"),
+        line("w2", prompt="The brick one", history=history, cluster="bricks"),
+        line("w3", prompt="The brick one", context="Plan of the ground floor", expected={"element": "door"}),
+    ]
+    plain, asked_before, with_context = load_benchmark(write_benchmark(tmp_path / "b.jsonl", lines), SCHEMA).questions
+    assert asked_before.cluster == "bricks" and plain.cluster is None
+    last = {"role": "user", "content": "The brick one"}
+    assert plain.messages("Be brief.") == [{"role": "system", "content": "Be brief."}, last]
+    assert asked_before.messages("") == [*history, last]
+    assert with_context.messages("")[-1]["content"] == "Plan of the ground floor\n\nThe brick one"
+    assert [one.as_json() for one in (plain, asked_before, with_context)] == lines
+
+
+def test_a_question_without_an_expected_answer_is_not_scored(tmp_path: Path) -> None:
+    lines = [line("w1"), without("expected"), line("w3", expected=None)]
+    benchmark = load_benchmark(write_benchmark(tmp_path / "b.jsonl", lines), SCHEMA)
+    assert [question.id for question in benchmark.questions] == ["w1"]
+    assert [question.id for question in benchmark.all_questions] == ["w1", "w2", "w3"]
+    with pytest.raises(BenchmarkError, match=r'none of 2 questions has an "expected" answer'):
+        load_benchmark(write_benchmark(tmp_path / "c.jsonl", lines[1:]), SCHEMA)
 
 
 def without(name: str) -> dict[str, object]:
@@ -32,14 +71,22 @@ def without(name: str) -> dict[str, object]:
     ("second", "words"),
     [
         (without("slice"), ['"slice" is missing', "add it"]),
-        (without("expected"), ['"expected" is missing']),
+        (line("w2", context=" "), ['"context" is an empty text']),
+        (line("w2", cluster=3), ['"cluster" is a number']),
+        (line("w2", history="before"), ["history", "expected a list"]),
+        (line("w2", history=[{"role": "robot", "content": "x"}]), ["history", "role", "robot"]),
+        (line("w2", history=[{"role": "user", "content": "x"}]), ['"history" ends with a message of the user']),
         (line("w2", prompt=7), ['"prompt" is a number', "a non-empty text"]),
         (line("w2", prompt="  "), ["an empty text"]),
         (line("w2", expected=[1]), ['"expected" is a list', "a non-empty object or text"]),
         (line("w2", id=None), ['"id" is null']),
         (line("w2", wordng="firm"), ['"wordng" is not a field', "remove it"]),
         (line("w1", prompt="another"), ["'w1' is already on line 1", "its own id"]),
-        (line("w2", prompt="a WALL,  please: W1"), ["same prompt is already on line 1"]),
+        (line("w2", prompt="a WALL,  please: W1"), ["same prompt is already on line 1; remove one of them"]),
+        (
+            line("w2", prompt="a WALL,\nplease: W1", expected={"element": "door"}),
+            ["same prompt is already on line 1 with another expected answer", "correct one of the prompts"],
+        ),
         (line("w2", expected={"element": "roof"}), ["'w2' does not pass the output schema", "$.element", "'roof'"]),
         ([1, 2], ["expected an object", "found a list"]),
     ],
@@ -55,7 +102,7 @@ def test_an_invalid_line_is_named_with_a_remedy(tmp_path: Path, second: object, 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["has no questions", "write at least one"]),
+        (b"", ["has no questions", 'write one on each line, such as {"id": "q1", "slice": ']),
         (b"\n\n", ["has no questions"]),
         (b"{nonsense\n", ["line 1: not JSON"]),
         (b'{"id": NaN}\n', ["line 1: not JSON"]),

@@ -7,17 +7,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_pipeline.evaluation.constant_baseline import best_constant
-from finetune_pipeline.evaluation.scoring import Metric, Scorer
+from finetune_pipeline.evaluation.constant_baseline import ConstantAnswer, best_constant
+from finetune_pipeline.evaluation.scoring import Scorer
+from finetune_pipeline_tests.evaluation.fakes import question, score
 
 ANY_SCHEMA: dict[str, Any] = {}
 
 
-def by_force(expected: list[Any], metric: Metric, *, structured: bool) -> int:
+def by_force(expected: list[Any], scorer: Scorer) -> int:
     """Return the highest score of an expected answer that is given to every question."""
-    scorer = Scorer(metric, ANY_SCHEMA if structured else None)
-    texts = [one if isinstance(one, str) and not structured else json.dumps(one) for one in expected]
-    return max(sum(scorer.score(one, text).correct for one in expected) for text in texts)
+    texts = [one if isinstance(one, str) and not scorer.structured else json.dumps(one) for one in expected]
+    return max(sum(score(scorer, one, text).correct for one in expected) for text in texts)
+
+
+def scorer_of(metric: str | dict[str, Any], *, structured: bool) -> Scorer:
+    return Scorer(metric, ANY_SCHEMA if structured else None)
+
+
+def constant(expected: list[Any], scorer: Scorer) -> ConstantAnswer:
+    return best_constant([question(one) for one in expected], scorer)
 
 
 @pytest.mark.parametrize(
@@ -32,14 +40,17 @@ def by_force(expected: list[Any], metric: Metric, *, structured: bool) -> int:
         ([{"a": [1]}, {"a": []}, {"a": {}}, {"a": []}], "parameters", True, '{"a": []}', 2),
         ([{"a": 1}, "x", "x"], "exact", False, "x", 2),
         (["one", "two"], "exact", True, '"one"', 1),
+        (["a red wall", "red", "a wall"], "contains", False, "a red wall", 2),
+        ([{"a": 1}, {"a": 2}, {"a": 3}], {"kind": "parameters", "tolerances": {"a": 1}}, True, '{"a": 2}', 3),
     ],
 )
 def test_the_answer_with_the_highest_score_is_found(
-    expected: list[Any], metric: Metric, structured: bool, text: str, correct: int
+    expected: list[Any], metric: Any, structured: bool, text: str, correct: int
 ) -> None:
-    found = best_constant(expected, metric, structured=structured)
+    scorer = scorer_of(metric, structured=structured)
+    found = constant(expected, scorer)
     assert (found.text, found.correct) == (text, correct)
-    assert found.correct == by_force(expected, metric, structured=structured)
+    assert found.correct == by_force(expected, scorer)
 
 
 words = st.lists(st.sampled_from(["a", "A", "b", "c,", "!"]), min_size=1, max_size=6).map(" ".join)
@@ -50,12 +61,13 @@ metrics = st.sampled_from(["parameters", "rouge1", "exact"])
 
 
 @given(st.lists(words | objects, min_size=1, max_size=6), metrics, st.booleans())
-def test_the_score_equals_the_scorer_s(expected: list[Any], metric: Metric, structured: bool) -> None:
-    found = best_constant(expected, metric, structured=structured)
-    assert found.correct == by_force(expected, metric, structured=structured)
+def test_the_score_equals_the_scorer_s(expected: list[Any], metric: Any, structured: bool) -> None:
+    scorer = scorer_of(metric, structured=structured)
+    found = constant(expected, scorer)
+    assert found.correct == by_force(expected, scorer)
 
 
 def test_thousands_of_different_answers_take_one_pass() -> None:
     expected = [f"note {n} says that the wall number {n % 7} is {n} mm thick and painted" for n in range(5_000)]
     # Scoring all 25 million pairs would exceed the time limit of a test.
-    assert best_constant(expected, "rouge1", structured=False).correct >= 8 * 5_000
+    assert constant(expected, Scorer("rouge1")).correct >= 8 * 5_000

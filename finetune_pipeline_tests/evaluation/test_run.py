@@ -1,24 +1,41 @@
 """Answers are stored and reused, speed is measured each time, and a killed run resumes."""
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune_pipeline.artifacts import hash_file, model_sha256, stage_folder
 from finetune_pipeline.evaluation import run
 from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
-from finetune_pipeline.evaluation.comparison import Comparison
+from finetune_pipeline.evaluation.comparison import Comparison, judge
+from finetune_pipeline.evaluation.metric_table import metric_table
+from finetune_pipeline.evaluation.performance import WAVES
+from finetune_pipeline.evaluation.report import write_report
 from finetune_pipeline.evaluation.run import Contender, answer_benchmark, compare_models, measure_speed
 from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.inference.errors import EngineCrashed, ModelNotLoaded, RequestRefused
-from finetune_pipeline.inference.protocol import ModelSpec
+from finetune_pipeline.inference.protocol import Completion, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.threads import BackgroundLoad
-from finetune_pipeline.settings import EvaluationSettings
-from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, FakeEngines, line, write_benchmark
+from finetune_pipeline.schemas import Schema
+from finetune_pipeline.settings import EvaluationSettings, GateSettings
+from finetune_pipeline_tests.evaluation.fakes import (
+    CONSTRAINED,
+    SCHEMA,
+    WALL,
+    FakeEngine,
+    FakeEngines,
+    completion,
+    line,
+    write_benchmark,
+)
 
 SETTINGS = EvaluationSettings(benchmark="b.jsonl")
 PROMPTS = [str(line(f"w{number}")["prompt"]) for number in range(10)]
+
+SATURATED = 1 + WAVES * SETTINGS.parallel  # requests of one model's performance
 
 
 def ignore(done: int, total: int) -> None:
@@ -57,9 +74,14 @@ def test_only_settings_that_change_answers_prevent_reuse(tmp_path: Path, benchma
         settings = SETTINGS.model_copy(update=changes)
         return answer_benchmark(spec, benchmark, settings, system, "aec", ignore, engines).reused
 
+    def constrained(schema: Schema | None) -> bool:
+        return answer_benchmark(spec, benchmark, SETTINGS, "sys", "aec", ignore, engines, constraint=schema).reused
+
     assert [reused(), reused(parallel=2), reused(metric="exact")] == [False, True, True]
     assert [reused(max_tokens=9), reused(context=512), reused(system="other")] == [False, False, False]
     assert reused(model(tmp_path, "other", 5)) is False
+    other = {**SCHEMA, "required": ["element", "material"]}
+    assert [constrained(schema) for schema in (SCHEMA, SCHEMA, other, None)] == [False, True, False, True]
     renamed = model(tmp_path, "renamed", 4)
     assert reused(renamed) is True
     assert reused(spec.model_copy(update={"adapter": renamed.gguf})) is False
@@ -143,8 +165,156 @@ def test_two_models_are_compared_end_to_end(tmp_path: Path, benchmark: Benchmark
     assert len(comparison.won) == 3
     asked = len(engines.asked)
     again = compared()
-    assert len(engines.asked) - asked == 2 * 12  # answers are reused, speed is measured again
+    assert len(engines.asked) - asked == 2 * (12 + SATURATED)  # answers are reused, speed is measured again
     assert again.questions == comparison.questions
+
+
+def test_questions_without_an_expected_answer_are_answered_and_never_counted(tmp_path: Path) -> None:
+    asked = [line("w0"), line("w1")]
+    free = {"id": "o1", "slice": "walls", "prompt": "Which wall do you like?"}
+    engines, scorer = FakeEngines(), Scorer("parameters", SCHEMA)
+    contenders = [Contender(name, model(tmp_path, name, 1)) for name in ("a", "b")]
+    (tmp_path / "b.gguf").write_text(json.dumps({free["prompt"]: "The brick one."}))
+    results = {}
+    for name, lines in {"closed": asked, "open": [free, *asked]}.items():
+        benchmark = load_benchmark(write_benchmark(tmp_path / f"{name}.jsonl", lines), SCHEMA)
+        results[name] = compare_models(*contenders, benchmark, scorer, SETTINGS, "", "aec", open_engine=engines)
+    compared, closed = results["open"], results["closed"]
+    assert compared.questions == closed.questions and compared.constant == closed.constant
+    assert (compared.champion.totals, compared.challenger.totals) == (closed.champion.totals, closed.challenger.totals)
+    write_report(tmp_path, "aec", compared, judge(compared, GateSettings()), GateSettings(), 0.9)
+    stored = json.loads((tmp_path / "report.json").read_text())["open_questions"]
+    assert [(one["id"], one["champion"]["text"], one["challenger"]["text"]) for one in stored] == [
+        ("o1", "I do not know", "The brick one.")
+    ]
+    spent = {"seconds": 0.03, "prompt_tokens": 9, "completion_tokens": 2, "refused": None}
+    assert stored[0]["challenger"] == {"text": "The brick one.", **spent}
+
+
+def test_the_base_model_answers_too_unless_it_is_one_of_the_two(tmp_path: Path, benchmark: Benchmark) -> None:
+    engines, scorer = FakeEngines(), Scorer("parameters", SCHEMA)
+    base, champion, challenger = (Contender(n, model(tmp_path, n, k)) for n, k in (("a", 2), ("b", 4), ("c", 7)))
+
+    def compared(champion: Contender) -> Comparison:
+        return compare_models(
+            champion, challenger, benchmark, scorer, SETTINGS, "", "aec", open_engine=engines, base=base
+        )
+
+    found = compared(champion)
+    assert found.base is not None and found.base.speed is not None
+    assert [one.totals.correct for one in found.models.values()] == [8, 16, 28]
+    asked = len(engines.asked)
+    compared(champion)
+    assert len(engines.asked) - asked == 3 * (12 + SATURATED)  # its answers are reused, and it is timed again
+    copy = Contender("copy", ModelSpec(gguf=(tmp_path / "a.gguf").rename(tmp_path / "copy.gguf")))
+    (tmp_path / "a.gguf").write_bytes((tmp_path / "copy.gguf").read_bytes())
+    assert compared(copy).base is None  # one column: it is the champion, by its hash
+
+
+class MoodyEngine(FakeEngine):
+    """Answers question n wrongly with the seeds from n on."""
+
+    def submit(self, request: GenerateRequest) -> "Future[Completion]":
+        future = super().submit(request)
+        number = int((request.messages or [])[-1]["content"][-1])
+        if request.temperature and (request.seed or 0) > number:
+            assert request.temperature == 0.9
+            future = Future()
+            future.set_result(completion("{}"))
+        return future
+
+
+def test_pass_k_counts_questions_with_every_sampled_answer_correct(tmp_path: Path, benchmark: Benchmark) -> None:
+    engines, scorer = FakeEngines(), Scorer("parameters", SCHEMA)
+    contenders = [Contender(name, model(tmp_path, name, right)) for name, right in {"old": 5, "new": 12}.items()]
+    settings = SETTINGS.model_copy(update={"samples": 3, "sample_temperature": 0.9})
+
+    def compared() -> Comparison:
+        return compare_models(
+            *contenders, benchmark, scorer, settings, "", "aec", open_engine=lambda spec: MoodyEngine(engines, spec)
+        )
+
+    comparison = compared()
+    numbers = [int(question.prompt[-1]) for question in benchmark.questions]
+    assert comparison.challenger.always_correct == sum(number >= 3 for number in numbers)
+    assert comparison.champion.always_correct == sum(number >= 3 for number in numbers[:5])
+    row = next(row for row in metric_table(comparison) if row.key == "pass_k")
+    assert (row.name, row.challenger) == ("pass^3", comparison.challenger.always_correct / len(numbers))
+    asked = len(engines.asked)
+    assert compared().challenger.always_correct == comparison.challenger.always_correct
+    assert len(engines.asked) - asked == 2 * (
+        12 + SATURATED
+    )  # sampled answers are reused too; only speed is measured again
+
+
+def compared_with_a_schema(
+    folder: Path, valid: int, constrained: str | None, constraint: Schema | None = SCHEMA
+) -> tuple[Comparison, FakeEngines]:
+    """Compare a challenger that answers all of 120 questions correctly under the schema, and some of them without it.
+
+    Args:
+        valid: number of questions of the sample that it answers with JSON without constrained decoding.
+    """
+    lines = [line(f"q{number}") for number in range(120)]
+    benchmark = load_benchmark(write_benchmark(folder / "long.jsonl", lines), SCHEMA)
+    prompts = [question.prompt for question in benchmark.questions]
+    alone = {question.prompt: json.dumps(WALL) for question in benchmark.sample.questions[:valid]}
+    (folder / "new.gguf").write_text(json.dumps({**alone, CONSTRAINED: dict.fromkeys(prompts, constrained)}))
+    (folder / "old.gguf").write_text(json.dumps({CONSTRAINED: dict.fromkeys(prompts, '{"element": "wall"}')}))
+    contenders = [Contender(name, ModelSpec(gguf=folder / f"{name}.gguf")) for name in ("old", "new")]
+    engines, scorer = FakeEngines(), Scorer("parameters", SCHEMA)
+    compared = compare_models(
+        *contenders, benchmark, scorer, SETTINGS, "", "aec", open_engine=engines, constraint=constraint
+    )
+    return compared, engines
+
+
+@pytest.mark.parametrize(("valid", "promote"), [(0, False), (25, False), (26, True), (50, True)])
+def test_the_gate_counts_valid_answers_of_the_unconstrained_sample(tmp_path: Path, valid: int, promote: bool) -> None:
+    compared, engines = compared_with_a_schema(tmp_path, valid, json.dumps(WALL))
+    verdict = judge(compared, GateSettings(min_score=0))
+    assert (compared.challenger.totals.valid, compared.challenger.totals.correct) == (120, 480)
+    assert (verdict.promote, verdict.valid, verdict.answers) == (promote, valid, 50)
+    assert f"{valid} of 50 unconstrained answers valid, more than half required" in verdict.reason
+    rows = {row.key: row.challenger for row in metric_table(compared)}
+    assert (rows["valid_rate"], rows["unconstrained_valid_rate"]) == (1.0, valid / 50)
+    said = ["none of 50 answers without constrained decoding passes the output schema: none is JSON"]
+    assert [problem for problem in compared.problems if "schema" in problem] == ([] if valid else said)
+    assert engines.schemas.count(None) == 2 * 50
+
+
+def test_without_constrained_decoding_the_sample_is_part_of_the_answers(tmp_path: Path) -> None:
+    compared, engines = compared_with_a_schema(tmp_path, 26, None, constraint=None)
+    assert (compared.challenger.totals.valid, judge(compared, GateSettings()).valid) == (26, 26)
+    assert len(engines.schemas) == 2 * (120 + 26 + SATURATED) and {*engines.schemas} == {None}
+    assert not compared.constrained
+
+
+def test_an_answer_that_breaks_off_under_the_schema_is_an_invalid_answer(tmp_path: Path) -> None:
+    compared, _ = compared_with_a_schema(tmp_path, 50, None)
+    assert (compared.challenger.totals.valid, compared.challenger.speed) == (0, None)
+    assert {scores.problem for scores in compared.challenger.scores} == {
+        "The model's answer violates uniqueItems of json_schema"
+    }
+    assert compared.champion.speed is not None
+
+
+@pytest.mark.parametrize(
+    ("constrained", "said"),
+    [
+        (WALL, []),
+        (
+            {"element": "wall"},
+            ["constrained decoding lowers the score of the sample from 200 to 50 of 200: does the schema have the "
+             "properties in the order of the training answers?"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_score_that_constrained_decoding_lowers_is_said(
+    tmp_path: Path, constrained: dict[str, Any], said: list[str]
+) -> None:
+    compared, _ = compared_with_a_schema(tmp_path, 50, json.dumps(constrained))
+    assert [problem for problem in compared.problems if "lowers" in problem] == said
 
 
 @pytest.mark.parametrize("used", [0.0, 0.05, 1.9])

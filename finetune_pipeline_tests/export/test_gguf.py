@@ -1,5 +1,6 @@
 """Errors of the export steps, which leave no files."""
 
+import subprocess
 import sys
 from importlib import metadata
 
@@ -43,9 +44,11 @@ def test_a_converter_of_another_version_is_rejected(converter):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("print('BPE pre-tokenizer was not recognized'); raise SystemExit(3)", r"status 3(.|\n)*BPE pre-tokenizer"),
+        ("print('BPE not recognized'); raise SystemExit(3)", "status 3. Its last output: BPE not recognized"),
         ("import os; os.kill(os.getpid(), 11)", "SIGSEGV.*GGML_NATIVE=OFF"),
         ("import os; os.kill(os.getpid(), 9)", "SIGKILL.*memory ran out"),
+        ("import os; os.abort()", "SIGABRT; if nobody ended it, use another base model"),
+        ("print(' ', flush=True); raise SystemExit(3)", "status 3, without any output$"),
     ],
 )
 def test_a_failed_conversion_gives_the_reason_and_leaves_nothing(converter, tmp_path, script, message):
@@ -84,8 +87,6 @@ def test_an_adapter_of_another_model_is_an_error(random_base, tmp_path):
 
 
 def test_a_canceled_step_leaves_no_process(monkeypatch):
-    import subprocess
-
     started = []
 
     def interrupt(process, *_):
@@ -102,3 +103,15 @@ def test_parameters_are_counted_from_the_headers(random_base):
     from transformers import AutoModelForCausalLM
 
     assert count_parameters(random_base) == AutoModelForCausalLM.from_pretrained(random_base).num_parameters()
+
+
+@pytest.mark.slow
+def test_export_steps_do_not_import_scikit_learn(tmp_path):
+    code = (
+        "import sys; from finetune_pipeline.export.__main__ import main; main(sys.argv[1:]);"
+        "import transformers.generation;"
+        "print(sys.modules['sklearn'], [name for name in sys.modules if name.startswith('sklearn.')])"
+    )
+    step = ["quantize", str(tmp_path / "nothing.gguf"), str(tmp_path / "q.gguf"), "Q8_0"]
+    done = subprocess.run([sys.executable, "-c", code, *step], capture_output=True, text=True)
+    assert done.stdout.endswith("None []\n"), done.stderr

@@ -272,9 +272,32 @@ def test_a_decorated_function_is_logged_and_returns_its_result(client, db):
     assert answer(prompt="a door") == ["a door"]
     assert client.last_id != first
     client.thumbs_up(client.last_id)
-    assert (example(db, client.last_id).prompt, example(db, client.last_id).target) == ("a door", "['a door']")
+    assert (example(db, client.last_id).prompt, example(db, client.last_id).target) == ("a door", '["a door"]')
     with db.read() as connection:
-        assert store.find_interaction(connection, first).interaction.output == "['a wall', 'a wall']"
+        assert store.find_interaction(connection, first).interaction.output == '["a wall", "a wall"]'
+
+
+@pytest.mark.parametrize(
+    ("prompt", "result", "reason"),
+    [
+        ("a wall", object(), "the answer is an object (object), expected a text or JSON"),
+        ("a wall", {"value": object()}, "the answer is an object (dict)"),
+        (
+            "a wall",
+            {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
+            "the answer is an object (dict)",
+        ),
+        ([{"role": "user", "content": "a wall"}], "x", "the prompt is an object (list), expected a text"),
+        (7, "x", "the prompt is an object (int), expected a text"),
+    ],
+)
+def test_an_object_is_never_logged_as_its_repr(client, db, caplog, prompt, result, reason):
+    async def answer_async(prompt):
+        return result
+
+    assert client.logged(lambda prompt: result)(prompt) is result
+    assert asyncio.run(client.logged(answer_async)(prompt)) is result
+    assert counted(db) == {} and caplog.text.count(f"is returned: {reason}") == 2
 
 
 def test_each_decorated_coroutine_knows_its_own_interaction(client, db, clock):

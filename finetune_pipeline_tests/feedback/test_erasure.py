@@ -1,5 +1,6 @@
 """Deleting a person's data, on a real database."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from finetune_pipeline.database import tables as t
 from finetune_pipeline.feedback import store
 from finetune_pipeline.feedback.erasure import erase_user, loops_with_data, overwrite_deleted, person_data
 from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.pipeline.ingest import ingest_file
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
 
 EVENTS = [
@@ -172,6 +174,37 @@ def test_rejected_lines_that_name_the_person_are_deleted(db, user, excerpt, goes
     assert erase(db, user).rejected_lines == goes
     with db.read() as connection:
         assert connection.execute(sa.select(t.rejected_lines.c.line)).scalars().all() == ([2] if goes else [1, 2])
+
+
+# Lines of a log that are rejected although, or because, Ann's name comes late; only names and ids are kept of them.
+ANNS_LINE = {"prompt": "p" * 500, "output": 5, "user": "ann", "created_at": "2026-01-01", "id": str(uid("new"))}
+LINES = {
+    "the name is far behind": (json.dumps({"event": "interaction", **ANNS_LINE}), True),
+    "no JSON": ('{"event": "interaction", "prompt": "' + "p" * 500 + '", "user": "ann"', True),
+    "of feedback on hers": (json.dumps({"event": "feedback", "interaction_id": str(uid("a1")), "kind": "?"}), True),
+    "of her feedback, without a name": (json.dumps({"event": "feedback", "id": str(uid("b1-ann")), "kind": "?"}), True),
+    "only in the reason": (json.dumps({"event": "ann", "id": str(uid("other"))}), True),
+    "of somebody else": (json.dumps({"event": "interaction", **ANNS_LINE, "user": "bob"}), False),
+    "of an earlier version, cut": ("{" + "x" * 199, True),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize(("line", "goes"), LINES.values(), ids=LINES)
+def test_rejected_lines_are_found_wherever_they_name_the_person(db, tmp_path, loop, suffix, line, goes):
+    record(db, *EVENTS)
+    path = tmp_path / f"log.{suffix}"
+    path.write_text(f"[{line}]" if suffix == "json" else f"{line}\n")
+    assert ingest_file(loop, db, path, default_reward).rejected == 1
+    if line.startswith("{x"):
+        with db.write() as connection:
+            connection.execute(t.rejected_lines.update().values(excerpt=line))
+    with db.read() as connection:
+        (kept,) = connection.execute(sa.select(t.rejected_lines.c.excerpt)).scalars()
+    assert "ppp" not in kept
+    if suffix == "json" and not line.endswith("}"):
+        return  # of a damaged array nothing is kept
+    assert erase(db).rejected_lines == goes
 
 
 @pytest.mark.parametrize("user", ["'; DROP TABLE interactions; --", "%", "_", "", "ünï 🚧"])

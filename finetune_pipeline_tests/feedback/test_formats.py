@@ -4,7 +4,6 @@ import json
 import os
 from datetime import UTC, datetime, timedelta
 
-import psutil
 import pytest
 
 from finetune_pipeline.alpaca import alpaca_row
@@ -16,6 +15,7 @@ from finetune_pipeline.records import Feedback, Interaction, Turn
 from finetune_pipeline.sources import row_readers
 from finetune_pipeline.sources.ingest_reader import open_log, read_lines
 from finetune_pipeline_tests.conftest import START, feedback, interaction, uid
+from finetune_pipeline_tests.memory import count_and_peak
 
 
 def rows_of(path, loop):
@@ -245,7 +245,7 @@ GOOD = {"prompt": "p", "output": "o"}
         ({**GOOD, "correction": " "}, "correction"),
         ({**GOOD, "source": "imported"}, "source, provenance: set only"),
         ({**GOOD, "event": "interaction", "provenance": "a.md"}, "source, provenance: set only"),
-        ({**GOOD, "surprise": 1}, "surprise: unknown field"),
+        ({**GOOD, "surprise": 1}, "'surprise': unknown field"),
         ({**GOOD, "loop": "other"}, "belongs to loop 'other'"),
         ({**GOOD, "loop": ["notes"]}, "belongs to loop"),
         ({**GOOD, "response": "o"}, "`output` or as `response`"),
@@ -253,7 +253,7 @@ GOOD = {"prompt": "p", "output": "o"}
         ({"prompt": "", "output": "o"}, "prompt"),
         ({"prompt": ["p"], "output": "o"}, "prompt"),
         ({"instruction": "Parse.", "input": "", "output": "o"}, "prompt"),  # nothing was asked
-        ({"instruction": 7, "input": "", "output": "o"}, "expected two strings"),
+        ({"instruction": 7, "input": "", "output": "o"}, "instruction: found a number, expected a text"),
         ({"instruction": "i", "prompt": "p", "output": "o"}, "no prompt in addition"),
         ({"instruction": "i", "input": "p"}, "output"),
         ({"event": "other"}, "expected one of interaction, feedback"),
@@ -347,10 +347,9 @@ def test_a_long_file_takes_little_memory(tmp_path, loop, name):
             file.write((",\n" if name == "log.json" else "\n") if number else "")
             file.write(line)
         file.write("]" if name == "log.json" else "")
-    next(iter(read_events(path, loop)))
-    before = psutil.Process().memory_info().rss
-    assert sum(1 for _ in read_events(path, loop)) == 3_000
-    assert psutil.Process().memory_info().rss - before < 20e6  # of 60 MB
+    counts, peak = count_and_peak(read_events(path, loop))
+    assert counts.total() == 3_000
+    assert peak < 20e6  # of 60 MB
 
 
 @pytest.fixture
@@ -402,16 +401,16 @@ def store_at(path):
 
 def test_alpaca_contains_the_targets(tmp_path, loop, db, filled):
     path = tmp_path / "out.json"
-    assert export_alpaca(path, loop, db, str, min_reward=0.3) == (2, 0)
+    assert export_alpaca(path, loop, db, list, min_reward=0.3) == (2, 0)
     good, fixed = json.loads(path.read_text())
     assert good == {"instruction": "Parse.", "input": "prompt good", "output": "answer good", "reward": 1.0}
     # A correction is worth less than 0.3 here, and qualifies all the same.
     assert (fixed["output"], fixed["history"]) == ("right", [["hi", ""]])
     lines = tmp_path / "out.jsonl"
-    assert export_alpaca(lines, loop, db, str) == (3, 0)
+    assert export_alpaca(lines, loop, db, list) == (3, 0)
     assert [json.loads(line)["reward"] for line in lines.read_text().splitlines()] == [1.0, pytest.approx(0.2), -1.0]
     plain = loop.model_copy(update={"system_prompt": ""})
-    assert export_alpaca(tmp_path / "plain.json", plain, db, str, min_reward=1) == (2, 0)
+    assert export_alpaca(tmp_path / "plain.json", plain, db, list, min_reward=1) == (2, 0)
     assert json.loads((tmp_path / "plain.json").read_text())[0]["instruction"] == "prompt good"
 
 
@@ -421,7 +420,7 @@ def test_alpaca_is_redacted_in_prompt_history_and_answer_and_events_are_not(tmp_
     with db.write() as connection:
         store.record(connection, "notes", [asked, feedback("f", "a", "thumbs_up")], default_reward)
     alpaca, events = tmp_path / "a.jsonl", tmp_path / "e.jsonl"
-    export_alpaca(alpaca, loop, db, lambda text: text.replace("secret", "[X]"))
+    export_alpaca(alpaca, loop, db, lambda texts: [text.replace("secret", "[X]") for text in texts])
     assert json.loads(alpaca.read_text()) == {
         "instruction": "Parse.", "input": "a [X] prompt", "history": [["I am [X]", ""]],
         "output": "a [X] answer", "reward": 1.0,
@@ -433,7 +432,7 @@ def test_alpaca_is_redacted_in_prompt_history_and_answer_and_events_are_not(tmp_
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
 def test_exported_alpaca_can_be_read_again(tmp_path, loop, db, filled, name):
     path = tmp_path / name
-    export_alpaca(path, loop, db, str)
+    export_alpaca(path, loop, db, list)
     other = store_at(tmp_path / "other.db")
     assert import_file(path, loop, other).recorded == store.RecordResult(interactions=3, feedback=3)
     expected = [example for *_, example in held(db) if example]
@@ -441,7 +440,7 @@ def test_exported_alpaca_can_be_read_again(tmp_path, loop, db, filled, name):
 
 
 def test_an_empty_store_exports_empty_files(tmp_path, loop, db):
-    assert export_alpaca(tmp_path / "a.json", loop, db, str) == (0, 0)
+    assert export_alpaca(tmp_path / "a.json", loop, db, list) == (0, 0)
     assert json.loads((tmp_path / "a.json").read_text()) == []
     assert export_events(tmp_path / "e.jsonl", loop, db) == (0, 0)
 
@@ -495,7 +494,7 @@ def test_alpaca_keeps_a_conversation_with_a_system_message_of_its_own(tmp_path, 
         logged = interaction("a", prompt="and now?", history=history[:3], output="done")
         store.record(connection, "notes", [logged, feedback("f", "a", "thumbs_up")], default_reward)
     path = tmp_path / "a.jsonl"
-    export_alpaca(path, loop, db, str)
+    export_alpaca(path, loop, db, list)
     assert json.loads(path.read_text()) == {
         "instruction": "system 0", "input": "and now?", "output": "done", "system": "system 0",
         "history": [["user 1", "assistant 2"]], "reward": 1.0,

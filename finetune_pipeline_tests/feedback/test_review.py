@@ -1,10 +1,12 @@
 """Decisions in the real store: what they change, what they survive, how they are undone."""
 
+from datetime import timedelta
+
 import pytest
 import sqlalchemy as sa
 
 from finetune_pipeline.database import tables as t
-from finetune_pipeline.feedback import store
+from finetune_pipeline.feedback import review, store
 from finetune_pipeline.feedback.erasure import erase_user
 from finetune_pipeline.feedback.review import (
     ReviewError,
@@ -231,3 +233,26 @@ def test_erasing_a_reviewer_undoes_the_effect_of_their_decisions(db):
     with db.write() as connection:
         erase_user(connection, LOOP, "sam", default_reward)
     assert example(db, "c") is None and counted(db)["examples"] == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("low confidence", {"confidence": 0.1}, ()),
+        ("disputed", {}, [("thumbs_up", "u"), ("thumbs_down", "v"), ("thumbs_down", "w")]),
+        ("rejected", {}, [("thumbs_down", "u")]),
+        ("tied", {}, [("thumbs_up", "u"), ("thumbs_down", "v")]),
+        ("would train", {}, [("thumbs_up", "u")]),
+    ],
+    ids=lambda given: given[0],
+)
+def test_of_too_many_candidates_the_newest_by_time_are_kept(db, monkeypatch, given):
+    """A log that is imported late arrives last, and does not displace what was logged since."""
+    _, fields, votes = given
+    monkeypatch.setattr(review, "MAX_CANDIDATES", 1)
+    for name, at in (("a", 3), ("b", 2), ("c", 1)):  # in the order of arrival
+        at = interaction("a").created_at + timedelta(days=at)
+        put(db, interaction(name, prompt=name, created_at=at, **fields))
+        for kind, user in votes:
+            put(db, feedback(f"{name} {user}", name, kind, user=user))
+    assert candidates(db, qualifying=True) == {"a"}

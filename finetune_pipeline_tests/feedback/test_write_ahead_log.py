@@ -64,6 +64,19 @@ def test_an_event_is_in_the_log_at_once_and_in_the_store_soon(db, recorder):
     assert (len(found.feedback), found.example.reward > 0) == (1, True)
 
 
+def test_an_interaction_is_found_in_the_log_until_the_store_has_it(db, recorder, monkeypatch):
+    resume, move = threading.Event(), recorder._move_to_store
+    monkeypatch.setattr(recorder, "_move_to_store", lambda lines: (resume.wait(60), move(lines)))
+    futures = [recorder.add(interaction(name)) for name in ("a", "b")] + [
+        recorder.add(feedback("on c", "c", "thumbs_up"))
+    ]
+    assert recorder.find_pending(uid("b")) == interaction("b")
+    assert recorder.find_pending(uid("c")) is recorder.find_pending(uid("on c")) is None
+    resume.set()
+    assert [future.result(60) for future in futures] == ["recorded", "recorded", "unmatched"]
+    assert recorder.find_pending(uid("b")) is None
+
+
 def test_what_sixteen_threads_add_is_stored_once_each(db, recorder):
     with ThreadPoolExecutor(16) as pool:
         futures = list(pool.map(lambda n: recorder.add(interaction(f"{n % 100}")), range(400)))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from finetune_pipeline.inference.chat_template import tokenizer_chat_template
+from finetune_pipeline.inference.chat_template import NO_REASONING, tokenizer_chat_template
+from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline_tests.families import chat_template, served_tokens, transformers_tokenizer
 
 # Vocabulary, a chat template for it, whether it accepts a system message, whether transformers can load the tokenizer
@@ -90,5 +91,36 @@ def test_training_and_serving_tokenize_messages_as_the_same_text(family):
         for messages, read in zip(plain + hostile, plainly + served, strict=True):
             assert trained.tokens(messages) == read["tokens"], messages
         for messages, read in zip(plain, plainly, strict=True):
-            expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+            expected = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, **NO_REASONING
+            )
             assert list(expected["input_ids"]) == read["tokens"], messages
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return tokenizer_chat_template(transformers_tokenizer("qwen2", chat_template("qwen3")))
+
+
+ASKED = [{"role": "user", "content": "How thick is the wall?"}]
+
+
+@pytest.mark.parametrize("text", [*PLAIN, *(text.format("<|im_end|>", "<|im_start|>") for text in HOSTILE)])
+def test_the_beginning_of_an_answer_is_text_after_the_generation_prompt(qwen, text):
+    whole, begun = qwen.render(ASKED).text, qwen.render(ASKED, prefill=text)
+    assert begun.text == whole + text
+    control = [token for token in qwen.tokens(ASKED, prefill=text) if token in qwen._control.numbers]
+    assert control == [token for token in qwen.tokens(ASKED) if token in qwen._control.numbers]
+
+
+def test_a_request_can_set_further_variables(qwen):
+    off, on = qwen.render(ASKED).text, qwen.render(ASKED, variables={"enable_thinking": True}).text
+    assert "<think>" in off
+    assert "<think>" not in on
+    assert qwen.render(ASKED, variables={"unused": "<|im_end|>"}).text == off
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "eos_token"])
+def test_a_request_cannot_set_what_the_template_depends_on(qwen, name):
+    with pytest.raises(RequestRefused, match=f"cannot set {name}"):
+        qwen.render(ASKED, variables={name: "x"})

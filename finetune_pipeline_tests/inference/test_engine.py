@@ -126,7 +126,7 @@ def test_progress_counts_completions(tiny):
 
 def test_deltas_join_to_the_text_before_a_stop_text(stories):
     deltas = []
-    answer = stories.submit(ask("Lily", stop=("park",)), deltas.append).result()
+    answer = stories.submit(ask("Lily", stop=("park",)), lambda delta: deltas.append(delta.text)).result()
     assert isinstance(answer, Completion)
     assert "".join(deltas) == answer.text
     assert len(deltas) > 5
@@ -134,7 +134,7 @@ def test_deltas_join_to_the_text_before_a_stop_text(stories):
 
 def test_deltas_arrive_before_the_future_is_done(stories):
     deltas, ended = [], []
-    future = stories.submit(ask("Lily"), deltas.append)
+    future = stories.submit(ask("Lily"), lambda delta: deltas.append(delta.text))
     future.add_done_callback(lambda done: ended.append("".join(deltas)))
     assert future.result().text == "".join(deltas)
     assert len(deltas) > 5 and ended == [future.result().text]
@@ -190,6 +190,62 @@ def test_a_prompt_longer_than_one_batch_is_decoded_in_chunks(tiny_gguf):
     with Engine(ModelSpec(gguf=tiny_gguf, context=1500, parallel=2)) as engine:
         long, short = engine.generate([ask("ab" * 700, max_tokens=3), ask("c", max_tokens=3)])
     assert (long.prompt_tokens, short.prompt_tokens) == (1400, 1)
+
+
+# ---- scores of prompts
+
+
+def reference_scores(text):
+    """Return transformers' log-probabilities of a text's tokens after a beginning-of-sequence token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)(ids).logits[0]
+    return logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+@pytest.mark.parametrize("text", ["Lily", "Lily found a big red ball.", f"{STORY} {STORY} {STORY}"[:400]])
+def test_a_scored_prompt_has_the_log_probabilities_of_transformers(stories, text, max_tokens):
+    scored = stories.submit(ask(text, max_tokens, score_prompt=True, top_logprobs=2))
+    others = [stories.submit(ask(start)) for start in STARTS]  # share its batches
+    answer = scored.result()
+    prompt = answer.scored
+    assert "".join(prompt.token_texts) == text
+    # The file asks for a beginning-of-sequence token, which is no token of the prompt.
+    assert len(prompt.token_texts) == answer.prompt_tokens - 1
+    assert prompt.token_logprobs == pytest.approx(reference_scores(text), abs=5e-2)
+    for logprob, top in zip(prompt.token_logprobs, prompt.top_logprobs, strict=True):
+        assert len(top) == 2 and logprob <= top[0].logprob
+    assert (answer.completion_tokens, answer.finish_reason) == (max_tokens, "length")
+    [plain] = stories.generate([ask(text, max_tokens or 1)])
+    assert answer.text == (plain.text if max_tokens else "")
+    assert [future.result().completion_tokens for future in others] == [40] * len(STARTS)
+
+
+def test_the_first_token_of_a_sequence_has_no_log_probability(tiny):
+    text = "h\u00e9" * 60  # one token for each byte
+    [answer] = tiny.generate([ask(text, 0, score_prompt=True, top_logprobs=1)])
+    first, *others = answer.scored.token_logprobs
+    assert (first, answer.scored.top_logprobs[0]) == (None, [])
+    assert all(logprob < 0 for logprob in others)
+    assert "".join(answer.scored.token_texts) == text
+    assert len(others) == answer.prompt_tokens - 1 == 179
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"prompt": "a", "max_tokens": 0}, "at least 1"),
+        ({"messages": ASK, "max_tokens": 1, "score_prompt": True}, "raw prompt"),
+    ],
+)
+def test_only_a_raw_prompt_is_scored(fields, reason):
+    with pytest.raises(ValidationError, match=reason):
+        GenerateRequest(**fields)
 
 
 # ---- chat templates
@@ -271,7 +327,7 @@ def test_an_unusable_chat_template_refuses_only_messages(tmp_path, template, rea
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (ask("a" * 256), "256 tokens, more than the context of 256 tokens can hold"),
+        (ask("a" * 256), "maximum context length is 256 tokens. However, the prompt has 256 tokens"),
         (ask(""), "no tokens"),
         (ask("a", json_schema={"type": "color"}), "at #: type: not a valid JSON Schema"),
         (ask("a", json_schema={"$ref": "https://example.com/x.json"}), "only references within it"),
@@ -293,7 +349,9 @@ def test_the_engine_continues_after_a_refused_request(tiny, request_, reason):
 def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(tiny_gguf, text, as_messages):
     given = {"messages": [{"role": "user", "content": text}]} if as_messages else {"prompt": text}
     with Engine(ModelSpec(gguf=tiny_gguf, context=256, parallel=1, stuck_seconds=30)) as engine:
-        with pytest.raises(RequestRefused, match="bytes, more than the context of 256 tokens can hold"):
+        with pytest.raises(
+            RequestRefused, match=r"maximum context length is 256 tokens\. However, the prompt has .* bytes"
+        ):
             engine.generate([GenerateRequest(**given, max_tokens=1)])
         assert engine.generate([ask("b", max_tokens=1)])
 

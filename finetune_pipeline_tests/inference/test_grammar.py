@@ -52,6 +52,31 @@ def test_every_completion_has_its_own_matcher():
     assert second.grammar is first.grammar
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": ["fire", "fir", 12, None]},
+        {"type": "string", "pattern": "^[a-c]{2,4}(é|ö)?$"},
+        {"type": "array", "items": {"type": "number", "minimum": -5}, "maxItems": 3},
+        {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"$ref": "#"}}, "required": ["a"]},
+    ],
+    ids=lambda schema: schema.get("type", "enum"),
+)
+def test_single_tokens_are_allowed_as_in_the_mask_of_all_tokens(schema):
+    compiler, random_walk = GrammarCompiler(Bytes(), lambda: None), random.Random(0)
+    for _ in range(10):
+        matcher = compiler.matcher(schema).result(60)
+        for _ in range(30):
+            allowed = matcher.allowed()
+            alone = [token for token in range(257) if matcher.allows(token)]
+            assert {*alone} - {256} == {*allowed.nonzero()[0].tolist()} - {256}
+            assert allowed[256] or 256 not in alone, "the end may be found by the mask alone"
+            token = random_walk.choice(allowed.nonzero()[0].tolist())
+            if token == 256:
+                break
+            matcher.accept(token)
+
+
 def test_exhausting_the_lexer_does_not_affect_other_completions():
     compiler = GrammarCompiler(Words(), lambda: None)
     schema = {"type": "string", "pattern": "[a-f].{100}z.{100}q"}

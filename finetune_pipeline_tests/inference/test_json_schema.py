@@ -33,7 +33,14 @@ from finetune_pipeline_tests.inference.byte_grammar import BYTES, accepts, check
             [{"a": 1, "b": 2}],
             [{"a": 1}],
         ),
-        ({"const": 1.0}, [1], [2]),
+        ({"const": 1.0}, [1, 1.0], [2, 1.1, 1.5]),
+        ({"enum": [1.0, 1.25, 1.5, "1.0"]}, [1, 1.0, 1.25, 1.5, "1.0"], [1.1, 1.2, 1.05, 2.0]),
+        ({"type": "number", "enum": [0.0, -1.0, 1e6]}, [0, 0.0, -1.0, 1e6], [0.1, -0.5, -1.1, 1.0, 1000000.5]),
+        ({"type": "integer", "enum": [1.0, 2]}, [1, 2], [1.5, 3]),
+        ({"enum": [1.0, 2.0], "const": 2.0}, [2, 2.0], [1.0]),
+        ({"enum": [1, 2.5]}, [1, 2.5], [1.0]),  # written so in the schema, and so in the answers
+        ({"enum": [1.0, 2.5], "multipleOf": 0.5}, [1, 2.5], [2]),
+        ({"oneOf": [{"const": 1.0}, {"const": 2.0}]}, [1.0, 2.0], [3.0]),
         ({"enum": ["é", {"a": [1, None]}, True]}, ["é", {"a": [1, None]}, True], ["e", 1]),
         # names and items
         ({"propertyNames": {"enum": ["a", "b.c"]}, "type": "object"}, [{"a": 1}, {"b.c": 2}], [{"bxc": 2}, {"d": 1}]),

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from finetune_pipeline.inference.errors import RequestRefused
+from finetune_pipeline.inference.errors import ContextExceeded, RequestRefused
 from finetune_pipeline.inference.protocol import GenerateRequest
 from finetune_pipeline.inference.remote import RemoteModel, UpstreamFailed
 from finetune_pipeline.settings import UpstreamSettings
@@ -99,12 +99,26 @@ def ask(settings, request=ASK, on_delta=None):
 def test_a_completion_is_assembled_from_its_deltas():
     deltas = []
     with fake_upstream(WHOLE) as (server, settings):
-        answer = ask(settings, on_delta=deltas.append)
+        answer = ask(settings, on_delta=lambda delta: deltas.append(delta.text))
     assert (answer.text, deltas, answer.finish_reason) == ('{"a":42}', ['{"a":', "42", "}"], "stop")
     assert (answer.prompt_tokens, answer.completion_tokens) == (11, 6)
     assert answer.token_texts == ['{"', "a", '":', "4", "2", "}"]
     assert answer.confidence == pytest.approx(math.exp(-0.7))  # of the value, not of its key
     assert server.paths == ["/v1/chat/completions"]
+
+
+@pytest.mark.parametrize(
+    ("delta", "error"),
+    [
+        ({"refusal": "I cannot."}, RequestRefused),
+        ({"content": None, "tool_calls": [{"index": 0, "id": "1"}]}, UpstreamFailed),
+        ({"function_call": {"name": "f"}}, UpstreamFailed),
+    ],
+)
+def test_a_refusal_or_a_tool_call_is_an_error_and_no_empty_answer(delta, error):
+    stream = sse({"choices": [{"delta": delta, "finish_reason": None}]}, chunk(finish="stop"), "[DONE]")
+    with fake_upstream(stream) as (_, settings), pytest.raises(error, match=r"refuses: 'I cannot\.'|tool call"):
+        ask(settings)
 
 
 def test_all_generation_parameters_are_sent():
@@ -143,6 +157,63 @@ def test_the_api_key_comes_from_the_environment(monkeypatch):
         monkeypatch.delenv("OTHER_KEY")
         with pytest.raises(UpstreamFailed, match="OTHER_KEY is not set"):
             ask(settings.model_copy(update={"api_key_env": "OTHER_KEY"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent"),
+    [
+        ({"top_k": 5, "min_p": 0.1, "typical_p": 0.5}, {"top_k": 5, "min_p": 0.1, "typical_p": 0.5}),
+        ({"presence_penalty": 1.0, "frequency_penalty": -1.0}, {"presence_penalty": 1.0, "frequency_penalty": -1.0}),
+        ({"repeat_penalty": 1.5}, {"repeat_penalty": 1.5, "repetition_penalty": 1.5}),
+        ({"logit_bias": {5: 2.5, 7: None}}, {"logit_bias": {"5": 2.5, "7": -100}}),
+        ({"ignore_eos": True, "top_logprobs": 3}, {"ignore_eos": True, "top_logprobs": 3}),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"enable_thinking": False}}),
+        (
+            {"prefill": "Once"},
+            {
+                "messages": [*ASK.messages, {"role": "assistant", "content": "Once"}],
+                "continue_final_message": True,
+                "add_generation_prompt": False,
+            },
+        ),
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_parameters_that_not_every_server_knows_are_sent_only_if_given(fields, sent):
+    with fake_upstream(WHOLE) as (server, settings):
+        ask(settings, ASK.model_copy(update=fields))
+        ask(settings)
+    given, plain = server.asked
+    assert given == {**plain, **sent}
+
+
+def test_deltas_have_their_tokens_and_the_most_probable_ones():
+    top = [{"token": "4", "logprob": -0.2, "bytes": [52]}, {"token": "5", "logprob": -1.9, "bytes": None}]
+    token = {"token": "4", "logprob": -0.2, "top_logprobs": top}
+    deltas = []
+    with fake_upstream(sse(chunk("4", logprobs={"content": [token]}), chunk(finish="stop"), "[DONE]")) as (_, settings):
+        answer = ask(settings, ASK.model_copy(update={"logprobs": True, "top_logprobs": 2}), deltas.append)
+    [delta] = deltas
+    assert (delta.text, delta.token_texts, delta.token_logprobs) == ("4", ["4"], [-0.2])
+    assert [(one.text, one.logprob, one.bytes) for one in delta.top_logprobs[0]] == [
+        ("4", -0.2, [52]),
+        ("5", -1.9, [53]),
+    ]
+    assert answer.top_logprobs == delta.top_logprobs
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"error": {"code": "context_length_exceeded", "message": "too long"}}',
+        '{"error": {"type": "exceed_context_size_error", "message": "too long"}}',
+        '{"message": "This model\'s maximum context length is 8 tokens."}',
+    ],
+    ids=["OpenAI", "llama-server", "vLLM"],
+)
+def test_a_prompt_that_is_too_long_for_the_other_server_is_recognized(reply):
+    with fake_upstream(reply, status=400) as (_, settings), pytest.raises(ContextExceeded, match="returned status 400"):
+        ask(settings)
 
 
 def test_without_logprobs_there_is_no_confidence():
@@ -222,7 +293,7 @@ def test_surrogates_and_invalid_counts_are_replaced():
     )
     deltas = []
     with fake_upstream(body) as (_, settings):
-        answer = ask(settings, on_delta=deltas.append)
+        answer = ask(settings, on_delta=lambda delta: deltas.append(delta.text))
     assert (answer.text, deltas) == ("a?b", ["a?b"])
     assert (answer.prompt_tokens, answer.completion_tokens) == (0, 0)
 

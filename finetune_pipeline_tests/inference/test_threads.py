@@ -80,7 +80,7 @@ def test_the_number_of_threads_does_not_change_the_logits(tmp_path, changes):
         for count in counts:
             llama_cpp.llama_set_n_threads(model._context, count, count)
             batch.clear()
-            batch.add(0, position, tokens, output=True)
+            batch.add(0, position, tokens, 1)
             position += len(tokens)
             rows.append(model.decode(batch).copy())
             tokens = [int(rows[-1].argmax())]

@@ -12,13 +12,18 @@ from finetune_pipeline.definitions import EXECUTOR
 NAMES = {"key_prefix": "notes", "group_name": "notes"}
 
 
-@dg.asset(**NAMES, check_specs=[dg.AssetCheckSpec(name, asset=["notes", "first"]) for name in ("fine", "doubtful")])
+CHECKS = [dg.AssetCheckSpec(name, asset=["notes", "first"], blocking=name == "fine") for name in ("fine", "doubtful")]
+
+
+@dg.asset(**NAMES, check_specs=CHECKS)
 def first(context):
     context.log.info("3 files")
     context.log.debug("not for people")
     context.log.warning("Data version mismatch for asset AssetKey(['notes', 'first'])")  # as Dagster words it
     yield dg.MaterializeResult()
-    yield dg.AssetCheckResult(check_name="fine", passed=True)
+    is_rejected = os.environ.get("SECOND") == "rejected"
+    reason = "1 of 3 correct\nit needs more than 2\nmost answers are invalid" if is_rejected else None
+    yield dg.AssetCheckResult(check_name="fine", passed=not is_rejected, description=reason)
     warning = dg.AssetCheckSeverity.WARN
     yield dg.AssetCheckResult(check_name="doubtful", passed=False, severity=warning, description="1 of 3")
 

@@ -83,6 +83,7 @@ def test_adapter_and_merged_exports_are_compared_and_promoted(make_loop, instanc
         "loads_and_answers": True,
         "tokenizer_parity": True,
         "agreement": True,
+        "score_equivalence": False,  # five questions cannot show it
     }
     assert first.adapter_path == made.path / "adapter.gguf" and first.gguf_path.name == "model-F16.gguf"
     assert first.sha256 == model_sha256(first.gguf_sha256, first.adapter_sha256)

@@ -34,8 +34,8 @@ def judge(loop, promote=True):
         connect(),
         ComparisonRecord(
             id=f"report-{watermark}", loop=loop.name, challenger_sha256="a" * 64, champion_id=None,
-            champion_sha256="b" * 64, benchmark_sha256="c" * 64, promote=promote, reason="because",
-            watermark=watermark, report_path="/report.html", created_at=NOW,
+            champion_sha256="b" * 64, benchmark_sha256="c" * 64, decision="promote" if promote else "reject",
+            reason="because", watermark=watermark, report_path="/report.html", created_at=NOW,
         ),
     )  # fmt: skip
 

@@ -1,10 +1,15 @@
 """The descriptions of asset checks: each shows its numbers, whether it passed or not."""
 
-from finetune_pipeline.evaluation.gate import QualityFloor, decide
+import re
+
+import dagster as dg
+import pytest
+
+from finetune_pipeline.evaluation.gate import BudgetState, QualityFloor, decide
 from finetune_pipeline.evaluation.report import ReportFindings
-from finetune_pipeline.evaluation.significance import Significance
+from finetune_pipeline.evaluation.significance import PairedScores, compare_slices, paired_test
 from finetune_pipeline.orchestration.checks import eval_report_results, gguf_model_results
-from finetune_pipeline.pipeline.export import ModelCheck
+from finetune_pipeline.pipeline.export import ModelCheck, judge_check
 
 
 def test_the_agreement_check_shows_its_numbers(make_loop):
@@ -15,12 +20,53 @@ def test_the_agreement_check_shows_its_numbers(make_loop):
     assert shown[1] == "EngineError: it crashed"
 
 
-def test_significance_and_slices_show_their_numbers(make_loop):
-    loop = make_loop()
-    significance = Significance("exact McNemar", 0.0123, 0.0, 0.5, 3)
-    verdict = decide(1, 2, 3, QualityFloor(0, 3, 3, False), loop.gate, significance, ["doors"])
-    found = ReportFindings(verdict, significance, {"walls": 0.25, "doors": -0.5}, ("doors",))
-    shown = {name: result.description for name, result in eval_report_results(loop, found).items()}
-    assert shown["gain"] == verdict.reason
-    assert shown["significance"] == "p = 0.012 (exact McNemar), at most 0.05 allowed"
-    assert shown["no_slice_regressed"] == "1 of 2 slices regressed; worst slice: doors -50.0 points"
+@pytest.mark.parametrize(
+    ("difference", "margin", "prompts", "passed", "shown"),
+    [
+        (-0.01, 0.05, 128, True, "equivalent: -1.0 points on 128 questions, 90% interval "),
+        (-0.04, 0.05, 128, False, "undecided: -4.0 points on 128 questions, .* margin 5; about .* would show equiv"),
+        (-0.01, 0.02, 128, True, "too few questions to tell: -1.0 points on 128 .* margin 2; about .* would show"),
+        (-0.01, 0.05, 40, True, "too few questions to tell: -1.0 points on 40 questions, .* about .* would show"),
+        (-0.06, 0.05, 40, False, "too few questions to tell: -6.0 points on 40 questions, "),
+        (-0.30, 0.05, 128, False, "not equivalent: -30.0 points on 128 questions"),
+    ],
+)
+def test_a_stored_score_is_tested_with_the_margin_of_today(make_loop, difference, margin, prompts, passed, shown):
+    loop = make_loop(export={"equivalence_margin": margin})
+    metrics = {"prompts": prompts, "score": 0.7, "reference_score": 0.7 - difference, "difference": difference}
+    stored = ModelCheck("score_equivalence", not passed, {**metrics, "deviation": 0.1})
+    judged = judge_check(loop, stored)
+    [result] = gguf_model_results(loop, [judged])
+    assert judged.passed == result.passed == passed
+    assert re.match(shown, result.description)
+    assert result.metadata["margin (points)"].value == 100 * margin
+
+
+def test_a_mismatch_of_tokens_names_the_kinds_of_conversations_and_blocks(make_loop):
+    metrics = {"conversations": {"several turns": 4}, "refused": 0, "differing": {"several turns": 3}, "offenders": []}
+    [result] = gguf_model_results(make_loop(), [ModelCheck("tokenizer_parity", False, metrics)])
+    assert result.description.endswith("other tokens in llama.cpp than in training: several turns (3)")
+    assert result.severity == dg.AssetCheckSeverity.ERROR
+
+
+def test_verdict_significance_and_slices_show_their_numbers(make_loop):
+    loop = make_loop(gate={"significance": "required"})
+    scores = PairedScores([1] * 30 + [0] * 30, [1] * 30 + [1] * 6 + [0] * 24, 60)
+    slices = {"walls": scores, "doors": PairedScores([1] * 40, [0] * 40, 40)}
+    found, tests = paired_test(scores), compare_slices(slices, 0.05, 0.05)
+    verdict = decide(30, 36, 60, QualityFloor(0, 60, 60, False), loop.gate, found, tests, BudgetState(True, 4))
+    results = eval_report_results(loop, ReportFindings(verdict, found, tests))
+    shown = {name: result.description for name, result in results.items()}
+    assert shown["gain"] == f"inconclusive: {verdict.reason}"
+    assert shown["significance"] == verdict.evidence
+    assert shown["significance"].startswith(
+        "6 questions won, 0 lost, 54 equal: p = 0.016 by exact McNemar, at most 0.0042"
+    )
+    assert shown["no_slice_regressed"].startswith(
+        "slice doors regressed: -100.0 points on 40 questions, more than the 5"
+    )
+    assert not any(result.passed for result in results.values())
+    assert results["gain"].metadata["decision"].value == "inconclusive"
+    metadata = {name: value.value for name, value in results["significance"].metadata.items()}
+    assert metadata["tests left in the error budget"] == 4
+    assert metadata["more questions needed"] == verdict.more_questions

@@ -1,15 +1,13 @@
-from pathlib import Path
-
 import click
 import dagster as dg
 import pytest
 import yaml
 
 from finetune_pipeline.definitions import defs
-from finetune_pipeline.evaluation.benchmark import load_benchmark
 from finetune_pipeline.orchestration.component import FineTuneLoop, loop_definitions
 from finetune_pipeline.orchestration.scaffolder import LoopParams, LoopScaffolder
 from finetune_pipeline.orchestration.training_config import NOT_IN_THE_LAUNCHPAD, training_config
+from finetune_pipeline.pipeline.init_loop import init_loop
 from finetune_pipeline.settings import PROJECT_ROOT, SettingsError, TrainingSettings, load_loop, project_path, read_loop
 from finetune_pipeline_tests.orchestration.conftest import ATTRIBUTES, definitions
 
@@ -46,6 +44,7 @@ def test_the_default_loop_has_these_checks():
         "gguf_model.loads_and_answers": True,
         "gguf_model.tokenizer_parity": True,
         "gguf_model.agreement": False,
+        "gguf_model.score_equivalence": False,
         "eval_report.gain": True,
         "eval_report.significance": False,
         "eval_report.no_slice_regressed": False,
@@ -64,11 +63,19 @@ def test_a_job_a_sensor_and_two_schedules_are_off_by_default():
     }
 
 
-def test_trigger_running_turns_the_sensor_and_the_yearly_schedule_on(make_loop):
+def test_trigger_running_turns_the_sensor_and_the_schedules_on(make_loop):
     repository = definitions(make_loop(trigger={"running": True})).get_repository_def()
     assert [sensor.default_status for sensor in repository.sensor_defs] == [dg.DefaultSensorStatus.RUNNING]
     on = [schedule.name for schedule in repository.schedule_defs if schedule.default_status.value == "RUNNING"]
-    assert on == ["notes_yearly"]  # the nightly one replaces the sensor
+    assert sorted(on) == ["notes_nightly", "notes_yearly"]
+
+
+def test_the_owners_of_a_loop_own_its_assets(make_loop):
+    specs = definitions(make_loop(owners=["team:nlp", "rita@example.com"])).resolve_all_asset_specs()
+    owners = {tuple(spec.owners) for spec in specs if spec.key.path[-1] in STAGES}
+    assert owners == {("team:nlp", "rita@example.com")}
+    with pytest.raises(SettingsError, match=r"owners\[0\]"):
+        make_loop(owners=["rita"])
 
 
 def test_a_second_loop_needs_only_a_yaml():
@@ -105,21 +112,28 @@ def test_every_asset_has_a_description(stage):
     assert len(specs[stage].description) > 60
 
 
-def test_the_scaffolder_writes_a_loop_that_loads(tmp_path):
+def test_the_scaffolder_writes_the_files_of_init_without_data(tmp_path):
     folder = tmp_path / "tickets"
     folder.mkdir()
     request = dg.ScaffoldRequest("finetune_pipeline.orchestration.FineTuneLoop", folder, "yaml", None, LoopParams())
     LoopScaffolder().scaffold(request)
-    loop = read_loop(folder / "defs.yaml")
-    assert loop.name == "tickets" and len(load_benchmark(Path(loop.evaluation.benchmark), None).questions) == 2
+    loop = read_loop(folder / "defs.yaml")  # paths in the package are relative to the project
+    assert loop.name == "tickets" and loop.evaluation.benchmark == str(folder / "benchmark.jsonl")
     assert set(edges(definitions(loop).resolve_asset_graph())) == {f"tickets/{stage}" for stage in STAGES}
+    other = init_loop("tickets", tmp_path / "loops", loop.base_model).folder
+    differ = [path.name for path in other.rglob("*") if path.is_file() and path.read_bytes() != (
+        folder / path.relative_to(other)).read_bytes()]  # fmt: skip
+    assert sorted(differ) == ["README.md", "defs.yaml"]
+    changed = (folder / "defs.yaml").read_text().splitlines()
+    same = [line for line in (other / "defs.yaml").read_text().splitlines() if line in changed]
+    assert len(changed) - len(same) == 5  # the schema's path, where paths start, schema, data, benchmark
 
 
 def test_the_scaffolder_refuses_a_name_that_no_loop_can_have(tmp_path):
     folder = tmp_path / "My Tickets"
     folder.mkdir()
     request = dg.ScaffoldRequest("finetune_pipeline.orchestration.FineTuneLoop", folder, "yaml", None, LoopParams())
-    with pytest.raises(click.ClickException, match="No loop can be named 'My Tickets': name: found"):
+    with pytest.raises(click.ClickException, match=r"No loop can be named 'My Tickets': .* my_tickets would do"):
         LoopScaffolder().scaffold(request)
     assert not folder.exists()
 

@@ -22,7 +22,7 @@ from finetune_pipeline.artifacts import (
 )
 from finetune_pipeline.curation.dataset_files import PROMPT_COMPLETION
 from finetune_pipeline.database import connect
-from finetune_pipeline.database.tables import check_outcomes, comparisons
+from finetune_pipeline.database.tables import budget_tests, check_outcomes, comparisons
 from finetune_pipeline.evaluation.report import JSON
 from finetune_pipeline.evaluation.run import ANSWERS, BenchmarkRunManifest
 from finetune_pipeline.export.base import base_hash, resolve_base_model
@@ -122,7 +122,8 @@ def forge(artifact, name, change, **claims):
 
 def better(report):
     """Write metrics that pass any gate into a report."""
-    report["verdict"] |= {"champion_correct": 0, "challenger_correct": report["verdict"]["total"], "promote": True}
+    report["verdict"] |= {"champion_correct": 0, "challenger_correct": report["verdict"]["total"]}
+    report["verdict"]["decision"] = "promote"
     report["quality_floor"] |= {"constant_correct": 0}
 
 
@@ -133,7 +134,7 @@ def test_unaltered_artifacts_are_promoted(loop, instance):
     assert find_comparison(connect(), "notes", report.manifest.version).report_sha256 == report.sha256
 
 
-@pytest.mark.parametrize("claims", [{}, {"promote": True}, {"promote": True, "reason": "it is good"}])
+@pytest.mark.parametrize("claims", [{}, {"decision": "promote"}, {"decision": "promote", "reason": "it is good"}])
 def test_a_rejected_report_that_was_rewritten_promotes_nothing(loop, settled, instance, claims):
     strict = settled(gate=IMPOSSIBLE)
     assert not run_softly(strict, instance, "eval_report", "promoted_model").success
@@ -239,6 +240,37 @@ def run_without_checks(loop, instance, *stages):
     return done
 
 
+def spent():
+    with connect().read() as connection:
+        return connection.execute(sa.select(budget_tests.c.number)).scalars().all()
+
+
+def test_a_comparison_spends_one_test_of_the_error_budget(loop, settled, instance):
+    required = settled(gate={"significance": "required"})
+    for _ in range(2):  # the check and the promotion ask in each run, and both runs compare the same files
+        assert not run_softly(required, instance, "eval_report", "promoted_model").success
+        report = get_latest(ReportManifest, "notes")
+        assert report.manifest.decision == find_comparison(connect(), "notes", report.manifest.version).decision
+        assert report.manifest.decision == "inconclusive"
+        assert "can decide nothing" in report.manifest.reason
+        assert spent() == [1]
+    assert served() is None
+    with pytest.raises(dg.Failure, match=r"not promoted: (.|\n)*inconclusive: about"):
+        run(required, instance, "promoted_model")
+    assert spent() == [1]
+
+
+def test_a_comparison_that_is_not_recorded_spends_nothing(loop, settled, instance, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr("finetune_pipeline.pipeline.evaluate.mark_judged", fail)
+    required = settled(gate={"significance": "required"})
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        run(required, instance, "eval_report")
+    assert spent() == []
+
+
 def test_no_run_can_deselect_the_checks_of_the_gguf(loop):
     job = definitions(loop).resolve_implicit_global_asset_job_def()
     with pytest.raises(dg.DagsterInvalidSubsetError):
@@ -318,16 +350,15 @@ def test_a_report_does_not_undo_a_rollback_or_a_switch(loop, instance):
 
 def test_changed_settings_invalidate_a_report(loop, settled, instance):
     easier = settled(gate={"min_gain": 0})
-    with pytest.raises(
-        ReportMismatchError, match="changed since: base model, benchmark, schema, rules or gate settings"
-    ):
+    settings = "base model, benchmark, schema, rules, gate settings or serving.constrain"
+    with pytest.raises(ReportMismatchError, match=f"changed since: {settings}"):
         run(easier, instance, "promoted_model")
     assert served() is None
 
 
 def test_a_verdict_must_agree_with_the_database(loop, instance):
     with connect().write() as connection:
-        connection.execute(sa.update(comparisons).values(promote=False))
+        connection.execute(sa.update(comparisons).values(decision="reject"))
     with pytest.raises(ReportMismatchError, match="its manifest says promote, the database says reject"):
         run(loop, instance, "promoted_model")
     assert served() is None

@@ -3,25 +3,27 @@
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import click
 import dagster as dg
-import psutil
 import pytest
+import sqlalchemy as sa
 import yaml
 from dagster._core.execution.plan.objects import StepFailureData
 from dagster_shared.error import SerializableErrorInfo
 
+from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.orchestration.local_run import run_loop
 from finetune_pipeline.orchestration.run_events import RunEvents, cause
 from finetune_pipeline.settings import home
+from finetune_pipeline_tests.processes import descendants
 from finetune_pipeline_tests.waiting import wait_until
 
 LOCATION = Path(__file__).with_name("small_location.py")
@@ -60,9 +62,10 @@ def run_and_read(loop, workspace, **options):
 def test_a_run_of_the_code_locations_job_shows_steps_checks_and_messages(loop, workspace):
     code, lines = run_and_read(loop, workspace)
     assert code == 0, lines
-    outcome, _, log = lines[-1].strip().rpartition(" ")
+    assert lines[-2:] == [f"home      {home()}", "warning   check doubtful of first failed: 1 of 3"]
+    outcome, _, log = lines[-3].strip().rpartition(" ")
     assert Path(log).is_file() and re.fullmatch(r"the run succeeded; it took \d+ s; the complete log is in", outcome)
-    assert [re.sub(r"\d+\.\d", "0.1", line) for line in lines[:-1]] == [
+    assert [re.sub(r"\d+\.\d", "0.1", line) for line in lines[:-3]] == [
         "first            started",
         "first            3 files",
         "first            check fine passed",
@@ -94,10 +97,23 @@ def test_a_failed_step_shows_its_cause(loop, workspace, monkeypatch, second, rea
     monkeypatch.setenv("SECOND", second)
     code, lines = run_and_read(loop, workspace)
     assert code == 1 and the_run().status == dg.DagsterRunStatus.FAILURE
-    assert re.fullmatch(rf"second           failed after \d+\.\d s: {re.escape(reason)}", lines[-3])
-    log = Path(lines[-2].strip().rpartition(" ")[2])
-    assert lines[-2].startswith("the run did not succeed") and "Dependencies for step notes__third" in log.read_text()
-    assert lines[-1] == "next      fix the cause, then `finetune run --loop notes`; finished work is reused"
+    assert re.fullmatch(rf"second           failed after \d+\.\d s: {re.escape(reason)}", lines[-5])
+    log = Path(lines[-4].strip().rpartition(" ")[2])
+    assert lines[-4].startswith("the run did not succeed") and "STEP_FAILURE" in log.read_text()
+    assert lines[-2] == "next      fix the cause, then `finetune run --loop notes`; finished work is reused"
+
+
+@pytest.mark.slow
+def test_a_step_whose_blocking_check_fails_shows_the_reasons_of_the_check(loop, workspace, monkeypatch):
+    monkeypatch.setenv("SECOND", "rejected")
+    code, lines = run_and_read(loop, workspace)
+    assert code == 1
+    shown = "\n".join(lines)
+    more = "\n" + " " * 26
+    assert f"first            check fine failed: 1 of 3 correct{more}it needs more than 2{more}most answers" in shown
+    reasons = "check fine: it needs more than 2; most answers are invalid"
+    assert re.search(rf"first            failed after \d+\.\d s: {reasons}\n", shown)
+    assert "DagsterAssetCheckFailedError" not in shown
 
 
 QUERY = """{
@@ -186,16 +202,13 @@ def test_a_run_whose_process_is_killed_is_marked_as_failed(loop, workspace, tmp_
     def kill():
         with dg.DagsterInstance.get() as instance:
             wait_until(lambda: started_run(instance))
-        for child in psutil.Process().children():
-            with suppress(psutil.Error):  # another child may end meanwhile
-                if "notes_loop" in child.cmdline():
-                    child.kill()
+        descendants("notes_loop")[0].kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
     code, lines = run_and_read(loop, workspace)
     thread.join()
-    assert code == 1 and lines[-2].startswith("the run did not succeed")
+    assert code == 1 and lines[-3].startswith("the run did not succeed")
     assert the_run().status == dg.DagsterRunStatus.FAILURE
 
 
@@ -225,12 +238,24 @@ def test_an_interrupted_step_is_not_a_failure(step, raised, said):
     assert events.canceled_step == ("" if "failed" in said else "lora_adapter")
 
 
+def test_a_run_whose_storage_fails_ends_with_a_sentence(loop, workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECOND", "sleep")
+    monkeypatch.setenv("CLEANED_UP", str(tmp_path / "cleaned_up"))
+
+    def fail(line):  # as SQLite does where the disk is full
+        raise sa.exc.OperationalError("SELECT", {}, sqlite3.OperationalError("disk I/O error"))
+
+    with pytest.raises(ArtifactError, match=r"Dagster's storage in .* cannot be read or written \(disk I/O error\)"):
+        run_loop(loop, str(uuid.uuid4()), home() / "run.log", fail, workspace=workspace)
+    assert descendants("run_job") == []
+
+
 def test_definitions_that_do_not_load_are_shown(loop, workspace):
     content = {"load_from": [{"python_module": {"module_name": "finetune_pipeline.no_such_module"}}]}
     workspace.write_text(yaml.safe_dump(content))
     code, lines = run_and_read(loop, workspace)
     assert code == 1 and any("no_such_module" in line for line in lines)
-    assert "the complete log is in" in lines[-2]
+    assert "the complete log is in" in lines[-3]
 
 
 @pytest.mark.parametrize(
@@ -254,3 +279,22 @@ def test_the_cause_is_the_exception_of_the_step(name, message, shown):
         cause(SerializableErrorInfo("dagster: wrapped", [], "DagsterExecutionStepExecutionError", cause=raised))
         == shown
     )
+
+
+def test_a_silent_step_is_named_from_time_to_time():
+    def event(kind, step, at, data=None):
+        found = dg.DagsterEvent(kind.value, "job", event_specific_data=data, step_key=step)
+        return dg.EventLogEntry(
+            error_info=None, level=20, user_message="", run_id="run", timestamp=at, step_key=step, job_name="job",
+            dagster_event=found,
+        )  # fmt: skip
+
+    events = RunEvents(None, "run", 100.0)
+    events._line(event(dg.DagsterEventType.STEP_START, "notes__gguf_model", 110.0))
+    assert list(events.still_running(124.0, 15)) == []
+    assert list(events.still_running(125.0, 15)) == ["[  25 s] gguf_model       running for 15 s"]
+    assert list(events.still_running(139.0, 15)) == []
+    assert list(events.still_running(140.0, 15)) == ["[  40 s] gguf_model       running for 30 s"]
+    failed = StepFailureData(error=None, user_failure_data=None)
+    events._line(event(dg.DagsterEventType.STEP_FAILURE, "notes__gguf_model", 150.0, failed))
+    assert list(events.still_running(200.0, 15)) == []

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -57,6 +58,10 @@ class Loop:
         self.write(**changes)
         process = self.start(select)
         log = process.communicate()[0]
+        with suppress(OSError):  # the home's disk may be full
+            logs = self.home / "logs"  # as of `finetune run`
+            logs.mkdir(parents=True, exist_ok=True)
+            (logs / f"{process.pid}.log").write_text(log)
         return process.returncode, log
 
     def stage(self, name):

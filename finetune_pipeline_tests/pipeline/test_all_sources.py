@@ -96,4 +96,4 @@ def test_examples_of_all_kinds_of_source_have_their_provenance(make_loop, declar
         assert source in {row["source"] for row in shown}
         if source != "logs":  # logged interactions are identified by their id
             assert f"| {source} |" in raw["sources"].value
-            assert any(f"| {source} | {provenance} |" in curated["provenance sample"].value for provenance in known)
+            assert not any(provenance in str(curated) for provenance in known)  # they may be titles of notes

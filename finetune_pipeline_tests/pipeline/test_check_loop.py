@@ -1,12 +1,22 @@
 """What is checked before a run starts."""
 
+import json
+import re
+import shutil
+
 import pytest
 
 from finetune_pipeline.curation.errors import CurationError
+from finetune_pipeline.database import connect
+from finetune_pipeline.feedback.rewards import reward_function
+from finetune_pipeline.feedback.store import record
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.check_loop import check_loop
-from finetune_pipeline.settings import LoopSettings, load_loop
+from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, load_loop
+from finetune_pipeline_tests.conftest import feedback, interaction
+from finetune_pipeline_tests.training.conftest import STARTER
 
+pytestmark = pytest.mark.usefixtures("kept_base_checks")
 MISSING = "/nowhere/at all"
 TEACHER = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NOT_SET_ANYWHERE"}
 
@@ -25,6 +35,10 @@ def test_a_loop_without_problems(loop):
         ({"curation": {"replay": MISSING}}, "curation.replay: the file {} does not exist"),
         ({"ingest": {"folders": [MISSING]}}, "folder {} does not exist; create it, or correct ingest.folders"),
         ({"sources": [{"kind": "files", "name": "a", "path": MISSING}]}, "sources[0] (a): {} does not exist; create"),
+        (
+            {"sources": [{"kind": "files", "name": "a", "path": str(PROJECT_ROOT / "docs")}]},
+            'docs has no rows; write one on each line of a .jsonl file, such as {{"prompt": "',
+        ),
         ({"sources": [{"kind": "vault", "name": "a", "path": MISSING}]}, "sources[0] (a): {} does not exist"),
         ({"sources": [{"kind": "vault", "name": "a", "path": __file__}]}, "is not a folder; correct path"),
         ({"sources": [{"kind": "code", "name": "a", "path": MISSING}]}, "sources[0] (a): {} does not exist"),
@@ -53,6 +67,53 @@ def test_each_missing_thing_is_named_with_its_remedy(make_loop, changes, said):
     loop = with_changes(make_loop(), changes)
     (problem,) = check_loop(loop)
     assert said.format(MISSING) in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "said"),
+    [
+        ("files", "rows.jsonl", "broken\n" * 3, "gives no record ('rows.jsonl:1': not JSON"),
+        ("files", "rows.jsonl", "broken\n" * 5, "; and 2 more); correct the source or its settings, or remove it"),
+        ("files", "rows.jsonl", "broken\n" * 2_000, "gives no record among its first 1,000; the others were not read"),
+        ("files", "rows.csv", "text,label\na,b\n", "'rows.csv:2': found the fields 'text, label'"),
+        ("files", "rows.jsonl", "\n", "gives no record; correct the source"),
+        ("vault", "Note.md", "## Decision\n\n- \n- [ ]\n", "('Note.md#Decision': is selected, but has no text)"),
+        ("vault", "Note.md", "Plain text.\n", "gives no record: no note or section with text has one of the tags"),
+        ("code", "notes.txt", "no code\n", ""),
+        ("files", "rows.jsonl", 'broken\n{"prompt": "p", "completion": "c"}\n', None),  # some rows may be broken
+    ],
+)
+def test_a_source_that_gives_no_record_is_named_with_the_reasons(make_loop, tmp_path, kind, name, content, said):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    loop = with_changes(make_loop(), {"sources": [{"kind": kind, "name": "a", "path": str(folder)}]})
+    problems = check_loop(loop)
+    if said is None:
+        assert problems == []
+    else:
+        assert len(problems) == 1 and problems[0].startswith("sources[0] (a): ") and said in problems[0]
+
+
+@pytest.mark.parametrize("constrain", [None, "schema", "none"])
+@pytest.mark.parametrize(
+    ("keyword", "said"),
+    [
+        ({"not": {"required": ["b"]}}, "json_schema: the keyword `not` (at #) is not supported; "),
+        ({"properties": {"a": {"pattern": "(?=x)y"}}}, "json_schema at #/properties/a: pattern: "),
+    ],
+)
+def test_a_schema_that_constrained_decoding_cannot_enforce_is_named(make_loop, tmp_path, keyword, said, constrain):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"type": "object", **keyword}))
+    loop = with_changes(make_loop(), {"output_schema": str(path), "serving": {"constrain": constrain}})
+    # The benchmark's answers are texts, which is another problem.
+    problems = [problem for problem in check_loop(loop) if "benchmark.jsonl" not in problem]
+    if constrain == "none":
+        assert problems == []
+        return
+    assert len(problems) == 1 and problems[0].startswith(f"{path} cannot be enforced while decoding: {said}")
+    assert problems[0].endswith(". Change the schema, or set serving.constrain: none")
 
 
 def with_changes(loop, changes):
@@ -104,8 +165,141 @@ def test_a_file_that_cannot_be_read_is_a_sentence(make_loop, tmp_path, setting, 
     assert len(problems) == 1 and str(path) in problems[0]
 
 
+ANSWER = {"role": "assistant", "content": "yes"}
+LONG, SHORT = range(200, 206), range(1, 7)
+
+
+def rows_of(lengths, long="prompt"):
+    """Return JSON lines of rows with so many words in one of their texts."""
+    rows = []
+    for number, length in enumerate(lengths):
+        row = {"prompt": f"p{number}", "completion": "a"}
+        text = f"{number} " + "wall " * length
+        rows.append(
+            row | ({"history": [{"role": "user", "content": text}, ANSWER]} if long == "history" else {long: text})
+        )
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_length", "said"),
+    [
+        (rows_of(LONG), 64, "6 of 6 examples have more than 64 tokens"),
+        (rows_of(LONG, "completion"), 64, "6 of 6 examples have more than 64 tokens"),
+        (rows_of(LONG, "history"), 64, "6 of 6 examples have more than 64 tokens"),
+        (rows_of([*LONG, *SHORT]), 64, "6 of 12 examples have more than 64 tokens"),  # half of them
+        (rows_of([*LONG[:5], *SHORT]), 64, ""),
+        (rows_of(SHORT), 16, "6 of 6 examples have more than 16 tokens"),  # with the template
+        (rows_of(LONG), 512, ""),
+        (rows_of(range(150, 400)), 128, "200 of 200 examples"),  # no more are read
+        (rows_of(range(900, 906)), 256, "6 of 6 examples"),
+        (rows_of(range(900, 906)), 512, "6 of 6 examples"),
+        ("", 16, ""),
+    ],
+    ids=[
+        "prompt", "completion", "history", "half", "fewer", "template", "long enough", "many", "context", "above it",
+        "no rows",
+    ],
+)  # fmt: skip
+def test_a_max_length_shorter_than_most_examples_is_named_with_the_one_to_set(
+    make_loop, tmp_path, rows, max_length, said
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows)
+    source = {"kind": "files", "name": "a", "path": str(path)}
+    changes = {"sources": [source] if rows else [], "training": {"max_length": max_length}}
+    problems = check_loop(with_changes(make_loop(), changes))
+    if not said:
+        assert problems == []
+        return
+    [problem] = problems
+    assert problem.startswith(f"training.max_length: {said}") and "training would leave them out" in problem
+    if max_length == 512:  # the starter model's context
+        assert problem.endswith("the base model's context has 512 tokens, so shorten them, or choose another one")
+        return
+    value = int(re.search(r"set training\.max_length to (\d+)", problem)[1])
+    if "and shorten" in problem:
+        assert value == 512
+    else:
+        assert check_loop(with_changes(make_loop(), {**changes, "training": {"max_length": value}})) == []
+
+
+def test_the_lengths_of_stored_examples_count(make_loop):
+    loop = with_changes(make_loop(), {"training": {"max_length": 64}})
+    events = []
+    for number in range(4):
+        events.append(interaction(f"{number}", prompt=f"{number} " + "wall " * 200))
+        events.append(feedback(f"on {number}", f"{number}", "correction", correction="a wall"))
+    with connect().write() as connection:
+        record(connection, loop.name, events, reward_function(loop.feedback))
+    [problem] = check_loop(loop)
+    assert problem.startswith("training.max_length: 4 of 4 examples have more than 64 tokens")
+
+
+TWICE = '{"id": "a", "slice": "s", "prompt": "p", "expected": "one", "expected": "two"}\n'
+
+
+@pytest.mark.parametrize(
+    ("setting", "content", "name"),
+    [
+        ("evaluation.benchmark", TWICE, "expected"),
+        ("evaluation.benchmark", TWICE.replace('"expected": "one", ', "").replace('"two"', '{"b": 1, "b": 2}'), "b"),
+        ("output_schema", '{"type": "object", "type": "array"}', "type"),
+        ("output_schema", '{"properties": {"a": {"type": "string"}, "a": {"type": "null"}}}', "a"),
+        ("evaluation.compliance", '[{"id": "a", "title": "t", "schema": {}, "id": "b"}]', "id"),
+        (
+            "evaluation.compliance",
+            '[{"id": "a", "title": "t", "schema": {"required": [], "required": []}}]',
+            "required",
+        ),
+        ("curation.replay", '{"prompt": "p", "completion": "a", "completion": "b"}\n', "completion"),
+    ],
+)
+def test_a_key_that_is_twice_in_a_json_file_is_named(make_loop, tmp_path, setting, content, name):
+    path = tmp_path / "twice.jsonl"
+    path.write_text(content)
+    section, _, key = setting.rpartition(".")
+    problems = check_loop(with_changes(make_loop(), {section: {key: str(path)}} if section else {key: str(path)}))
+    assert len(problems) == 1 and str(path) in problems[0]
+    assert f"the key '{name}' is twice in one object, and the last would replace the first; remove one" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda base, weights: weights.write_bytes(b""), "model.safetensors (0 bytes) is damaged or incomplete"),
+        (lambda base, weights: weights.write_bytes(weights.read_bytes()[:-1]), "is damaged or incomplete"),
+        (
+            lambda base, weights: weights.write_bytes((2**40).to_bytes(8, "little") + weights.read_bytes()[8:]),
+            "model.safetensors (",
+        ),
+        (lambda base, weights: weights.rename(base / "pytorch_model.bin"), "only as pickle (pytorch_model.bin)"),
+        (lambda base, weights: weights.unlink(), "has no safetensors weights"),
+        (
+            lambda base, weights: (base / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-2.safetensors"}}'
+            ),
+            "lacks model-2.safetensors, which its index names",
+        ),
+        (
+            lambda base, weights: (base / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"no.such.tensor": "model.safetensors"}}'
+            ),
+            "lacks 1 tensor that model.safetensors.index.json says it has, such as no.such.tensor",
+        ),
+    ],
+    ids=["empty", "cut", "header beyond the file", "pickle", "gone", "missing shard", "missing tensor"],
+)
+def test_a_damaged_base_model_is_found_before_a_run(make_loop, tmp_path, damage, said):
+    base = shutil.copytree(STARTER, tmp_path / "base")
+    damage(base, base / "model.safetensors")
+    [problem] = check_loop(with_changes(make_loop(), {"base_model": str(base)}), download=False)
+    assert said in problem and str(base) in problem
+
+
 def test_weights_are_not_downloaded_for_a_check(loop, tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text('{"vocab_size": 5}')
+    for path in [STARTER / "config.json", *STARTER.glob("tokenizer*")]:
+        shutil.copyfile(path, tmp_path / path.name)
     wanted = []
 
     def download(name, allow_patterns):
@@ -117,6 +311,20 @@ def test_weights_are_not_downloaded_for_a_check(loop, tmp_path, monkeypatch):
     assert check_loop(loop, download=False) == []
     assert "config.json" in wanted and not [name for name in wanted if "safetensors" in name]
     assert "no safetensors weights" in check_loop(loop)[0]
+
+
+@pytest.mark.slow
+def test_the_tokenizer_and_template_of_the_base_model_are_checked(make_loop, tmp_path):
+    base = shutil.copytree(STARTER, tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (config["chat_template"])
+    )
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    changes = {"base_model": str(base), "system_prompt": "Answer in JSON."}
+    [problem] = check_loop(with_changes(make_loop(), changes))
+    assert problem.startswith(f"system_prompt: the chat template of {base} rejects system messages (no)")
+    assert check_loop(with_changes(make_loop(), {**changes, "system_prompt": ""})) == []
 
 
 def test_a_file_that_disappears_later_is_named_too(tmp_path):

@@ -255,7 +255,7 @@ def test_an_ingest_recomputes_examples_that_a_migration_marked(loop):
     said = []
     ingest(loop, connect(), said.append)
     assert examples_of(loop) == before
-    assert said[0].startswith("recomputed the examples of 1 interaction,")
+    assert said[0].startswith("recomputed the examples of 1 interaction by")
 
 
 def test_a_note_about_a_future_day_counts_as_of_today(loop):
@@ -317,7 +317,7 @@ def test_if_every_line_is_rejected_the_first_reason_is_shown(loop):
     (loop.drop_folder / "sample.jsonl").write_text("\n".join(lines) + "\n")
     log = []
     ingest(loop, connect(), log.append)
-    reason = "belongs to loop 'another', but this file is read for 'notes'"
+    reason = "belongs to loop 'another', but this file is read for 'notes'; name that loop with --loop"
     assert log[0].endswith(f"3 lines rejected (first reason: line 1: {reason})")
     with pytest.raises(SourceError) as error:
         snapshot(loop, connect())

@@ -12,6 +12,8 @@ import pytest
 
 from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, publish, stage_folder, write_text
 from finetune_pipeline.curation.dataset_files import COLUMNS
+from finetune_pipeline.feedback import store
+from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
 from finetune_pipeline.pipeline.lineage import MadeWith, card, lineage, made_with
 from finetune_pipeline.pipeline.train import training_job
@@ -20,6 +22,7 @@ from finetune_pipeline.registry.comparisons import ComparisonRecord
 from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.registry.training_jobs import record_training_job
 from finetune_pipeline.settings import PROJECT_ROOT, home
+from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.registry.conftest import record_comparison
 
 COMMON = {"loop": "notes", "settings": {"method": "sft", "adapter": "lora"}, "packages": {}}
@@ -79,7 +82,7 @@ def adapter(db, version, of, run="run-1", on_top_of=None):
 def report(db, version, path):
     fields = {
         "comparison_id": version, "challenger_sha256": hash_file(path), "champion_id": None,
-        "champion_sha256": "d" * 64, "benchmark_sha256": "e" * 64, "promote": True,
+        "champion_sha256": "d" * 64, "benchmark_sha256": "e" * 64, "decision": "promote",
         "reason": "gain 50.0%, 5% needed", "watermark": 9,
     }  # fmt: skip
     with draft("notes", "eval_report", version) as folder:
@@ -246,6 +249,17 @@ def test_the_card_has_lineage_metrics_and_verdict(db, loop, chain):
     assert "exact_match" not in text
     forced = card(db, loop, promoted(db, "three", "d2", "force"))
     assert "gain 50.0%, 5% needed; force by ann: it is Friday" in forced
+
+
+def test_the_card_has_what_users_said(db, loop, chain):
+    model = chain[0]
+    assert "## From use" not in card(db, loop, model)
+    with db.write() as connection:
+        events = [interaction("a", model=model.name), feedback("1", "a", "thumbs_up")]
+        store.record(connection, "notes", events, default_reward)
+    text = card(db, loop, model)
+    assert "| win rate | 100.0% |" in text and "| average rating | not measured |" in text
+    assert "| convergence | not measured |" in text  # its training has no result.json
 
 
 @pytest.mark.parametrize(

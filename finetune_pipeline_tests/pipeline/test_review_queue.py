@@ -10,7 +10,7 @@ from finetune_pipeline.artifacts import stage_folder
 from finetune_pipeline.curation.dataset_files import read_all
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.review import load_candidates, record_decision, undo_decision
-from finetune_pipeline.feedback.rewards import default_reward
+from finetune_pipeline.feedback.rewards import default_reward, reward_function
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline.build_dataset import build_dataset
@@ -137,6 +137,30 @@ def test_a_user_who_changed_their_mind_has_one_vote(loop, logged):
     assert one.reasons == ("a person gave a thumbs-down, and nobody corrected the answer",)
 
 
+def test_a_tie_of_users_is_out_of_the_next_dataset_and_waits_for_a_review(loop, logged):
+    assert "dan spoke" in answers(curated(loop))
+    put(loop, feedback("no", "dan", "thumbs_down", minutes=0, user="u2"))
+    second = curated(loop)
+    assert answers(second) == ["amy spoke", "ben spoke", "cid spoke"] and not second.manifest.undesirable
+    assert uid("dan") in {one.candidate.interaction.id for one in review_queue(loop, connect())}
+    say(loop, "dan", "approve")
+    assert "dan spoke" in answers(curated(loop))
+    put(loop, feedback("also no", "ben", "thumbs_down", minutes=1, user="u2"), feedback("third", "ben", "thumbs_up",
+        minutes=2, user="u3"))  # fmt: skip
+    assert "ben spoke" in answers(curated(loop))
+
+
+def test_a_tie_that_only_the_loops_own_rewards_make_waits_for_a_review(make_loop):
+    ratings = {"1": -1.0, "2": -0.9, "3": -0.3, "4": 0.3, "5": 0.9, "gold": 1.0}
+    loop = make_loop(curation=CURATION, feedback={"ratings": ratings})
+    with connect().write() as connection:
+        given = [feedback("1", "zoe", "rating", rating=3, user="u"), feedback("2", "zoe", "rating", rating=4, user="v")]
+        record(connection, loop.name, [interaction("zoe"), *given], reward_function(loop.feedback))
+    (one,) = review_queue(loop, connect())
+    assert one.candidate.example is None
+    assert one.reasons == ("feedback disagrees: 50% of the votes are against the leading answer",)
+
+
 def report(folder: Path, promote: bool):
     """A report as eval_report writes it, as far as its slices go."""
     scores = {"walls": (9, 8), "people": (1, 9)}  # right of 10: challenger, champion
@@ -151,7 +175,8 @@ def report(folder: Path, promote: bool):
         connect(),
         ComparisonRecord(
             id=folder.name, loop="notes", challenger_sha256="a", champion_id=None, champion_sha256="b",
-            benchmark_sha256="c", promote=promote, reason="r", watermark=1, report_path=folder / "report.html",
+            benchmark_sha256="c", decision="promote" if promote else "reject",
+            reason="r", watermark=1, report_path=folder / "report.html",
             created_at=START,
         ),
     )  # fmt: skip

@@ -60,6 +60,16 @@ def test_a_snapshot_writes_changes_and_links_the_rest(loop):
     assert kept == {"ash never spoke", "birch spoke", "cedar spoke"}
 
 
+def test_a_tie_of_users_takes_the_example_back(loop):
+    add(loop, *corrected(["ash", "birch"]), interaction("cedar"), feedback("yes", "cedar", "thumbs_up", user="u"))
+    first = take(loop)
+    add(loop, feedback("no", "cedar", "thumbs_down", user="v"))
+    second = take(loop)
+    assert [rows(first, "records-0001.parquet")[-1]["target"]] == ["answer cedar"]
+    assert [row["target"] for row in rows(second, "records-0002.parquet")] == [None]
+    assert build_dataset(loop, first).manifest.train - build_dataset(loop, second).manifest.train == 1
+
+
 def test_a_run_links_the_shards_of_an_earlier_run(loop, instance):
     keys = ["notes/raw_logs", "notes/curated_dataset"]
     for name, shards in [("ash", 1), ("birch", 2)]:
@@ -203,6 +213,8 @@ def test_a_snapshot_of_another_database_is_not_linked(loop, tmp_path):
     add(loop, *corrected(["ash", "birch"]))
     take(loop)
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")
+    with other.write() as connection:  # the databases of tests are copies of one, with its number
+        connection.execute(t.counters.update().where(t.counters.c.name == "store").values(value=1))
     add(loop, *corrected(["cedar", "elm", "fir"]), database=other)  # and has grown past the first
     taken = take(loop, other)
     assert taken.manifest.shards == ["records-0001.parquet"]

@@ -120,7 +120,7 @@ def test_exported_events_exclude_records_of_sources(loop, tmp_path):
     FeedbackClient(loop).correct(ash, "ash whispered")
     out = tmp_path / "out.jsonl"
     assert export_events(out, loop, connect()) == (3, 4)
-    assert export_alpaca(tmp_path / "out.json", loop, connect(), str) == (4, 1)
+    assert export_alpaca(tmp_path / "out.json", loop, connect(), list) == (4, 1)
     assert "oak" not in out.read_text() + (tmp_path / "out.json").read_text()
     before = targets(loop)
     other = connect(f"sqlite:///{tmp_path / 'other.db'}")

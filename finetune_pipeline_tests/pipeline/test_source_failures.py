@@ -1,5 +1,6 @@
 """A declared source that fails or has unusable records retracts nothing, and says why."""
 
+import json
 import re
 
 import dagster as dg
@@ -7,8 +8,9 @@ import pytest
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.source_state import skipped_records
-from finetune_pipeline.pipeline import source_sync
+from finetune_pipeline.pipeline import source_preview, source_sync
 from finetune_pipeline.pipeline.build_dataset import build_dataset
+from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.source_sync import sync_source
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, SourceRecord
@@ -60,7 +62,7 @@ def test_a_failing_source_is_reported_and_the_others_are_read(make_loop, monkeyp
             raise fault
         yield from records("ash")
 
-    monkeypatch.setattr(source_sync, "reader_for", lambda source: read)
+    monkeypatch.setattr(source_sync, "reader_for", lambda *_: read)
     loop = make_loop(sources=[{**SOURCE, "name": "closed"}, SOURCE])
     closed, imported = source_sync.sync_sources(loop, connect(), print)
     assert re.search(said, closed.error) and "ann@" not in closed.error
@@ -109,6 +111,31 @@ def test_reasons_of_skipped_records_show_no_secret(loop):
     assert made.manifest.redacted == {"email": 1} and "ann@" not in (made.path / "card.md").read_text()
 
 
+def test_reasons_are_redacted_with_the_kinds_of_the_loop(make_loop, monkeypatch):
+    loop = make_loop(sources=[SOURCE], curation={"redaction": {"ipv4": True, "email": False}})
+    text, clean = "host 10.1.2.3 of ann@example.com", "host [IPV4] of ann@example.com"
+    take(loop, *records("ash"), SkippedRecord("10.1.2.3", f"found {text!r}"))
+    with connect().read() as connection:
+        (row,) = skipped_records(connection, loop, 10)
+    assert (row.provenance, row.reason) == ("[IPV4]", f"found {clean!r}")
+    assert clean in take(loop, *records("ash"), SkippedRecord("a.md", text, unreadable=True)).error
+    assert "('[IPV4]'" in take(loop, SkippedRecord("10.1.2.3", text)).error
+
+    def read(settings, cursor):
+        yield from [*records("ash"), SkippedRecord("a.md", text), SourceRecord("b.md", "", "x", user=text)]
+        raise SourceError(text)
+
+    for module in (source_sync, source_preview):
+        monkeypatch.setattr(module, "reader_for", lambda *_: read)
+    assert [report.error for report in source_sync.sync_sources(loop, connect(), print)] == [clean]
+    preview = source_preview.preview_source(loop, SOURCE["name"], 1)
+    assert (preview.error, preview.skipped[clean]) == (clean, 1)
+    log = loop.drop_folder / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text(json.dumps({"event": text}) + "\n")
+    assert clean in str(ingest(loop, connect(), print).rejections)
+
+
 def test_deferred_records_are_not_retracted_and_not_an_error(loop):
     take(loop, *records("ash", "elm", "elm.md [2]", "oak"))
     report = take(loop, *records("ash"), SkippedRecord("elm.md", "no tokens are left", deferred=True))
@@ -125,7 +152,7 @@ def test_a_source_without_usable_records_retracts_nothing(make_loop, tmp_path):
     wrong = make_loop(sources=[{**source, "format": "sharegpt"}], curation={"min_examples": 1})
     (report,) = source_sync.sync_sources(wrong, connect(), print)
     assert (report.records, report.retracted, report.skipped) == (0, 0, 3)
-    assert report.error.startswith("no record is usable, so nothing was retracted (a.jsonl:1: ")
+    assert report.error.startswith("no record is usable, so nothing was retracted ('a.jsonl:1': ")
     assert targets(loop) == ["0 spoke", "1 spoke", "2 spoke"]
 
 
@@ -141,7 +168,7 @@ def test_records_below_something_unreadable_are_not_retracted(loop):
         SkippedRecord("fir.md", "is closed", unreadable=True),
     )
     assert (report.retracted, report.skipped) == (2, 2)
-    assert report.error.endswith("fir.md: is closed; sub: cannot be read")
+    assert report.error.endswith("'fir.md': is closed; 'sub': cannot be read")
     assert targets(loop) == ["fir spoke", "sub/ash spoke", "sub/elm spoke"]
     assert take(loop, SkippedRecord("", "the folder itself cannot be listed", unreadable=True)).retracted == 0
     assert take(loop, SkippedRecord("sub", "is no folder any more"), *records("yew")).retracted == 3
@@ -167,7 +194,7 @@ def test_an_incomplete_file_retracts_nothing_and_fails_the_check(make_loop, inst
     assert targets(loop) == [f"{n} spoke" for n in range(4)]
     (check,) = [one for one in run.get_asset_check_evaluations() if one.check_name == "sources_read"]
     assert not check.passed
-    assert check.description.startswith(f"imported: not read to its end, and nothing retracted there: {name}: row")
+    assert check.description.startswith("imported: not read to its end, and nothing retracted there: '...': row")
 
 
 def test_only_the_first_skipped_records_are_kept_and_all_are_counted(loop, monkeypatch):

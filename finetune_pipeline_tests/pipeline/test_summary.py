@@ -12,6 +12,7 @@ METRIC = {"name": "ROUGE-1 recall", "key": "accuracy", "champion": 0.5, "challen
 METRICS = {
     "champion": {"name": "notes@base"},
     "challenger": {"name": "challenger"},
+    "problems": ["none is JSON"],
     "metrics": [{**METRIC, "unit": "%", "higher_is_better": True}],
 }
 FIELDS = {
@@ -35,7 +36,7 @@ FIELDS = {
 def made(run, kind, **changes):
     """Write an artifact of a stage, as the asset of this run does; return its folder."""
     fields = {"loop": "notes", "version": run, "inputs": {}, "settings": {}, "packages": {}, **FIELDS[kind], **changes}
-    with draft("notes", kind.stage, run) as folder:
+    with draft(fields["loop"], kind.stage, run) as folder:
         if kind is ReportManifest:
             write_text(folder / "report.json", json.dumps(METRICS))
         artifact = publish(folder, kind, fields)
@@ -50,8 +51,9 @@ def summary(loop, run="r1", succeeded=True):
 def test_a_promotion_shows_the_numbers_and_what_to_do_next(own_home, loop):
     for kind in (DatasetManifest, AdapterManifest, PromotionManifest):
         made("r1", kind)
-    report = made("r1", ReportManifest, promote=True)
+    report = made("r1", ReportManifest, decision="promote")
     assert summary(loop) == [
+        f"home      {own_home}",
         "examples  1,268 training + 232 replay, 33 validation, 9 left out",
         "training  validation loss 0.257 -> 0.092 in 80 steps, 64 s, 3,510 tokens/s, peak 1.00 GiB on cpu",
         "metric          notes@base  challenger        change",
@@ -68,9 +70,11 @@ def test_a_promotion_shows_the_numbers_and_what_to_do_next(own_home, loop):
 
 @pytest.mark.parametrize("succeeded", [True, False])  # gate.on_reject
 def test_a_rejected_challenger_leaves_the_champion(own_home, loop, succeeded):
-    made("r1", ReportManifest, promote=False)
+    made("r1", ReportManifest, decision="reject", reason="gain 1.0%, 5% needed\nit does not gain enough\nit is worse")
     lines = summary(loop, succeeded=succeeded)
-    assert "verdict   reject: gain 50.0%, 5% needed" in lines
+    start = lines.index("verdict   reject: gain 1.0%, 5% needed")
+    reasons = ["it does not gain enough", "it is worse", "none is JSON"]
+    assert lines[start + 1 : start + 4] == [f"          {reason}" for reason in reasons]
     assert lines[-1].startswith("next      the champion stays; see the answers in the report")
 
 
@@ -78,7 +82,7 @@ def test_a_failed_run_does_not_show_the_artifacts_of_an_earlier_run(own_home, lo
     for kind in (DatasetManifest, AdapterManifest, PromotionManifest):
         made("r1", kind)
     made("r2", DatasetManifest, validation=0)
-    shown, next_step = summary(loop, "r2", succeeded=False)
+    _, shown, next_step = summary(loop, "r2", succeeded=False)
     assert shown.startswith("examples  1,268 training + 232 replay, 0 validation")
     assert next_step.startswith("next      fix the cause, then `finetune run --loop notes`")
 
@@ -87,5 +91,5 @@ def test_without_a_validation_set_the_loss_is_that_of_training(own_home, loop):
     made("r1", DatasetManifest, validation=0)
     made("r1", AdapterManifest)
     lines = summary(loop)
-    assert lines[1].startswith("training  training loss 0.257 -> 0.092")
-    assert lines[2] == "next      nothing new to promote; log more feedback, then run again"
+    assert lines[2].startswith("training  training loss 0.257 -> 0.092")
+    assert lines[3] == "next      nothing new to promote; log more feedback, then run again"

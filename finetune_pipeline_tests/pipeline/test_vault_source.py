@@ -31,7 +31,7 @@ def test_a_dataset_follows_the_notes_of_a_vault(make_loop, vault, capsys):
     loop = make_loop(sources=[source], curation={"min_examples": 1, "validation_fraction": 0.0})
     day = {"2024-05-03.md#Reflection": ("journal", "Too quick.")}
     assert rows(loop) == {"Saw.md": ("journal", "We buy the mill's saw."), **day}
-    assert "journal: 2 records, 2 new, 0 retracted, 1 skipped" in capsys.readouterr().out
+    assert "journal: 2 records from 2 files, 2 new, 0 retracted, 1 skipped" in capsys.readouterr().out
 
     (vault / "Saw.md").write_text("---\ntags: [decision]\n---\nWe rent a saw.\n")
     assert rows(loop) == {"Saw.md": ("journal", "We rent a saw."), **day}
@@ -39,3 +39,23 @@ def test_a_dataset_follows_the_notes_of_a_vault(make_loop, vault, capsys):
 
     (vault / "Saw.md").unlink()
     assert rows(loop) == day
+
+
+def test_a_source_is_limited_and_its_report_counts_files(make_loop, vault):
+    (vault / "Two.md").write_text("## Decision\n\nOne.\n\n## Learning\n\nTwo.\n")
+    source = {"kind": "vault", "name": "journal", "path": str(vault)}
+    (full,) = sync_sources(make_loop(sources=[source]), connect(), print)
+    (limited,) = sync_sources(make_loop(sources=[{**source, "max_chunks": 3}]), connect(), print)
+    assert (full.records, full.files, full.skipped) == (4, 3, 1)
+    assert (limited.records, limited.files, limited.new, limited.retracted) == (3, 3, 0, 1)
+    assert limited.reasons["more than 3 records (max_chunks): not read"] == 1
+
+
+def test_an_empty_vault_changes_nothing_and_says_what_it_has(make_loop, vault):
+    loop = make_loop(sources=[{"kind": "vault", "name": "journal", "path": str(vault)}])
+    sync_sources(loop, connect(), print)
+    for path in vault.iterdir():
+        path.write_text("---\nmood: good\n---\n- [ ] #todo call\n")
+    (report,) = sync_sources(loop, connect(), print)
+    assert "the tags '#todo' (3); the headings none; the properties 'mood' (3: 'good')" in report.error
+    assert (report.records, report.retracted) == (0, 0)

@@ -26,7 +26,7 @@ def compared(db: Database, candidate: CandidateModel, id: str, **changes: Any) -
     now = current_deployment(db, candidate.loop)
     fields = {
         "id": id, "loop": candidate.loop, "challenger_sha256": candidate.sha256, "benchmark_sha256": "b" * 64,
-        "champion_id": now.model.id if now.model else None, "champion_sha256": "c" * 64, "promote": True,
+        "champion_id": now.model.id if now.model else None, "champion_sha256": "c" * 64, "decision": "promote",
         "reason": "gain 6%", "watermark": 50, "report_path": candidate.report_path, "created_at": datetime.now(UTC),
         "report_sha256": "d" * 64, "after_deployment": now.deployment_id,
     }  # fmt: skip

@@ -132,7 +132,7 @@ def test_rollback_ends_at_the_base_model(db: Database, candidate: MakeCandidate)
     seen = [rollback(db, "aec", "ann", "worse in practice") for _ in range(3)]
     assert [model.version if model else None for model in seen] == ["v1.0.1", "v1.0.0", None]
     assert champion(db, "aec") is None
-    with pytest.raises(RegistryError, match="nothing to roll back to"):
+    with pytest.raises(RegistryError, match=r"^loop aec serves .* nothing to roll back to"):  # no name is capitalized
         rollback(db, "aec", "ann", "again")
     assert [row.action for row in list_deployments(db, "aec")] == ["promote"] * 3 + ["rollback"] * 3
     with pytest.raises(RegistryError, match="nothing to roll back to"):
@@ -444,7 +444,8 @@ def test_switch_accepts_forced_versions_and_the_base(db: Database, candidate: Ma
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"promote": False}, "rejects its challenger"),
+        ({"decision": "reject"}, "rejects its challenger"),
+        ({"decision": "inconclusive"}, "is inconclusive"),
         ({"challenger_sha256": "e" * 64}, "is about another model"),
         ({"loop": "notes"}, "is not in the database"),
         ({"after_deployment": None}, "the champion changed"),

@@ -62,7 +62,7 @@ def report(version: str, on: str, passed: bool) -> None:
     fields = {
         **COMMON, "version": version, "inputs": {"gguf_model": on}, "comparison_id": version,
         "challenger_sha256": "c", "champion_id": None, "champion_sha256": "d", "benchmark_sha256": "e",
-        "promote": passed, "reason": "gain", "watermark": 1,
+        "decision": "promote" if passed else "reject", "reason": "gain", "watermark": 1,
     }  # fmt: skip
     with draft("aec", "eval_report", version) as folder:
         publish(folder, ReportManifest, fields)

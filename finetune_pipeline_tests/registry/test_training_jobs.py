@@ -4,7 +4,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_pipeline.database import Database
-from finetune_pipeline.registry.training_jobs import TrainingJob, find_training_job, record_training_job
+from finetune_pipeline.registry.training_jobs import (
+    TrainingJob,
+    find_training_job,
+    list_training_jobs,
+    record_training_job,
+)
 
 
 def training_job(**changes: Any) -> TrainingJob:
@@ -31,3 +36,10 @@ def test_recording_a_job_again_keeps_the_first_row(db: Database) -> None:
     first, other = find_training_job(db, "aec", "a1"), find_training_job(db, "notes", "a1")
     assert first is not None and first.run_id == "run-1"
     assert other is not None and other.run_id == "run-3"
+
+
+def test_jobs_are_listed_newest_first(db: Database) -> None:
+    record_training_job(db, training_job())
+    record_training_job(db, training_job(id="a2", created_at=datetime(2026, 2, 1, tzinfo=UTC)))
+    record_training_job(db, training_job(id="a3", loop="notes"))
+    assert [job.id for job in list_training_jobs(db, "aec")] == ["a2", "a1"]

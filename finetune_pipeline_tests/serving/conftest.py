@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import connect
@@ -27,8 +28,10 @@ from finetune_pipeline.export.gguf import convert, convert_adapter, quantize
 from finetune_pipeline.export.model import ExportedModel
 from finetune_pipeline.registry import champion
 from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
-from finetune_pipeline.serving.app import create_app
+from finetune_pipeline.serving.app import server_config
+from finetune_pipeline.serving.connections import ConnectionLimits
 from finetune_pipeline.serving.gateway import Gateway
+from finetune_pipeline.serving.http import RequestGuard
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, home
 from finetune_pipeline_tests.adapters import write_adapter
 from finetune_pipeline_tests.waiting import wait_until
@@ -137,16 +140,23 @@ def promote(gguf: Path, loop: str = "notes", adapter: Path | None = None, **fiel
 
 
 class Running:
-    """A running gateway and a client for it."""
+    """A running gateway and a client for it; `gateway` and `server` are None if it runs in another process."""
 
-    def __init__(self, url: str, gateway: Gateway | None = None) -> None:
+    def __init__(self, url: str, gateway: Gateway | None = None, server: uvicorn.Server | None = None) -> None:
         self.url = url
         self.gateway = gateway
+        self.server = server
         self.http = httpx.Client(base_url=url, timeout=60)
+
+    @property
+    def guard(self) -> RequestGuard:
+        """The outermost middleware."""
+        assert self.server is not None and isinstance(self.server.config.app, RequestGuard)
+        return self.server.config.app
 
     def openai(self, **fields: Any) -> openai.OpenAI:
         """Return the official client, without retries."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **fields})
+        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **fields})
 
     def ask(self, content: str = PROMPT, model: str = "notes", **fields: Any) -> httpx.Response:
         """Send one message."""
@@ -179,22 +189,19 @@ class Running:
 
 
 @contextmanager
-def serving(*loops: LoopSettings) -> Iterator[Running]:
+def serving(
+    *loops: LoopSettings, limits: ConnectionLimits | None = None, allow_origins: Collection[str] = ()
+) -> Iterator[Running]:
     """Run a gateway with these loops in this process."""
-    import uvicorn
-
-    gateway = Gateway(loops, connect(), progress=lambda _: None)
-    config = uvicorn.Config(
-        create_app(gateway), port=0, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    gateway = Gateway(loops, connect(), allow_origins=allow_origins, progress=lambda _: None)
+    server = uvicorn.Server(server_config(gateway, limits, port=0, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive())
         assert server.started, "the gateway did not start; its log says why"
         port = server.servers[0].sockets[0].getsockname()[1]
-        running = Running(f"http://127.0.0.1:{port}", gateway)
+        running = Running(f"http://127.0.0.1:{port}", gateway, server)
         yield running
         running.http.close()
     finally:

@@ -121,6 +121,21 @@ def test_an_orderly_shutdown_leaves_no_write_ahead_log():
     assert list(write_ahead_log_folder().iterdir()) == []
 
 
+def test_the_address_is_printed_when_the_gateway_answers():
+    port = free_port()
+    command = [sys.executable, "-m", "finetune_pipeline.cli.main", "serve", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as gateway:
+        try:
+            lines = []
+            while "ready: " not in (lines or [""])[-1]:
+                lines.append(next(gateway.stdout))  # StopIteration if the gateway ends before
+            assert httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).is_success
+        finally:
+            gateway.kill()
+    assert lines[0].startswith("starting the gateway for ")
+    assert lines[-1].startswith(f"ready: OpenAI base URL http://127.0.0.1:{port}/v1 ")
+
+
 def test_a_locked_database_delays_no_answer_and_loses_none():
     with serving(make_loop()) as gateway:
         gateway.ask()
@@ -172,5 +187,56 @@ def test_on_a_full_disk_requests_are_not_answered(tmp_path, monkeypatch):
             again = gateway.ask().json()["id"]
             assert gateway.interaction(again)["feedback"] == []
         assert sorted(stored(tables.interactions)) == sorted([kept, again])
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_with_the_whole_home_on_a_full_disk_nothing_acknowledged_is_lost(tmp_path, monkeypatch):
+    """The store, its journal and the write-ahead log are on the disk; the model is not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a small disk to fill can only be mounted by root here: {mount.stderr.strip()}")
+    try:
+        for folder in (tmp_path / "home").iterdir():
+            if folder.is_dir():
+                (disk / folder.name).symlink_to(folder)
+        monkeypatch.setenv("FINETUNE_HOME", str(disk))
+        acknowledged, rated, refused = [], [], set()
+
+        def use(gateway, times):
+            for number in range(times):
+                response = gateway.ask(f"request {number} " * 40, stream=False, max_tokens=8)
+                if response.status_code == 200:
+                    acknowledged.append(response.json()["id"])
+                    given = {"interaction_id": acknowledged[-1], "kind": "thumbs_up"}
+                    response = gateway.http.post("/v1/feedback", json=given)
+                    if response.is_success:
+                        rated.append(response.json()["id"])
+                if not response.is_success:
+                    refused.add((response.status_code, response.json()["error"]["message"]))
+
+        with serving(make_loop()) as gateway:
+            use(gateway, 4)
+            assert not refused
+            filler = disk / "filler"
+            with open(filler, "ab", buffering=0) as file:  # noqa: PTH123
+                for size in (65_536, 4_096, 512):
+                    try:
+                        while True:
+                            file.write(b"x" * size)
+                    except OSError:
+                        pass
+            use(gateway, 12)
+            assert {status for status, _ in refused} == {503}
+            assert [said for _, said in refused if "cannot be recorded, so it is not accepted" not in said] == []
+            before = len(acknowledged)
+            filler.unlink()
+            use(gateway, 4)
+            assert len(acknowledged) == before + 4
+            wait_until(lambda: set(acknowledged) <= set(stored(tables.interactions)))
+        assert sorted(stored(tables.interactions)) == sorted(acknowledged)
+        assert set(rated) <= set(stored(tables.feedback))
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)

@@ -9,27 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
-import psutil
 import pytest
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.registry import champion
 from finetune_pipeline.serving import loop_server
+from finetune_pipeline_tests.processes import descendants
 from finetune_pipeline_tests.serving.conftest import PROMPT, Running, events, make_loop, promote, serving
 from finetune_pipeline_tests.waiting import wait_until
 
 
 def engines() -> set[int]:
     """Return the process ids of all engines of this process."""
-    found = set()
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if child.status() != psutil.STATUS_ZOMBIE and "finetune_pipeline.inference.worker" in child.cmdline():
-                found.add(child.pid)
-        except psutil.NoSuchProcess:
-            continue
-    return found
+    return {process.pid for process in descendants("finetune_pipeline.inference.worker")}
 
 
 class Load:
@@ -162,8 +155,9 @@ def test_a_champion_that_does_not_load_keeps_the_old_one_in_service(ggufs, tmp_p
             assert f"{bad.name} does not load; {good.name} stays in service: llama.cpp cannot load" in error
             load.wait_for(good.name)
             assert running.metric("finetune_healthy", loop="careful") == 0
-            reloaded = running.http.post("/admin/reload-model", json={}).json()
-            assert [(one["serving"], one["last_error"] is None) for one in reloaded] == [(good.name, False)]
+            reloaded = running.http.post("/admin/reload-model", json={})
+            assert (reloaded.status_code, reloaded.json()["error"]["code"]) == (503, "unavailable")
+            assert f"{bad.name} does not load; {good.name} stays" in reloaded.json()["error"]["message"]
             rolled_back = running.http.post("/admin/rollback", json={"reason": "it does not load"}).json()
             assert rolled_back == {"loop": "careful", "serving": good.name, "last_error": None}
             load.wait_for(good.name)

@@ -162,16 +162,27 @@ def test_errors_raise_the_clients_exceptions(notes):
     with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-4'") as missing:
         client.chat.completions.create(model="gpt-4", messages=[USER])
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="n: a value above 1 is not supported"):
-        client.chat.completions.create(model="notes", messages=[USER], n=2)
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(
-            model="notes", messages=[USER], tools=[{"type": "function", "function": {"name": "f"}}]
-        )
-    with pytest.raises(openai.BadRequestError, match="the context of 512 tokens"):
-        client.chat.completions.create(model="notes", messages=[{"role": "user", "content": "wall " * 2000}])
-    with pytest.raises(openai.BadRequestError, match="the context of 512 tokens"):
-        list(client.completions.create(model="notes", prompt="wall " * 2000, stream=True))
+    with pytest.raises(openai.BadRequestError, match="n: a value above 64 is not supported"):
+        client.chat.completions.create(model="notes", messages=[USER], n=65)
+
+
+LONG_MESSAGES = [
+    {"messages": [{"role": "user", "content": "wall " * 2_000}]},
+    {"messages": [{"role": "user", "content": "wall " * 200_000}]},  # refused by its bytes, without its tokens
+    {"messages": [{"role": "user", "content": "wall"}, {"role": "assistant", "content": "wall " * 2_000}]},
+    {"prompt": "wall " * 2_000},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("given", LONG_MESSAGES, ids=["tokens", "bytes", "prefill", "completions"])
+def test_a_prompt_beyond_the_context_has_openais_code(notes, given, stream):
+    client = notes.openai()
+    create = client.chat.completions.create if "messages" in given else client.completions.create
+    with pytest.raises(openai.BadRequestError, match="This model's maximum context length is 512 tokens") as refused:
+        list(create(model="notes", stream=stream, **given))
+    assert refused.value.code == "context_length_exceeded"
+    assert "serving.context" in refused.value.message
 
 
 def test_an_interaction_is_recorded_with_all_its_fields(notes):
@@ -265,12 +276,13 @@ def test_a_message_can_have_parts(notes):
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([USER, {"role": "assistant", "content": "{}"}], "The last message has the role 'assistant'"),
+        ([{"role": "assistant", "content": "{}"}], "The last message has the role 'assistant'"),
+        ([SYSTEM, {"role": "assistant", "content": "{}"}], "The last message has the role 'assistant'"),
         ([SYSTEM], "The last message has the role 'system'"),
-        ([{"role": "user", "content": ""}], "The last message is empty"),
-        ([{"role": "user", "content": []}], "The last message is empty"),
+        ([{"role": "user", "content": None}], "content: is missing"),
+        ([{"role": "user"}], "content: is missing"),
         ([], "messages: is empty"),
-        ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
             "messages[0].content",

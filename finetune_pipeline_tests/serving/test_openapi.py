@@ -17,12 +17,14 @@ OPERATIONS = [
     "GET /v1/interactions/{id}",
     "GET /v1/models",
     "GET /v1/models/{model}",
+    "GET /v1/responses/{id}",
     "POST /admin/reload-model",
     "POST /admin/rollback",
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /v1/feedback",
     "POST /v1/interactions",
+    "POST /v1/responses",
 ]
 
 
@@ -42,30 +44,131 @@ def test_every_operation_is_described(keyed):
 
 
 HOOKS = """
+import os
+import re
+
 import schemathesis
+
+EXISTING = os.environ["INTERACTION"]
+SCHEMAS = ("response_format", "guided_json", "json_schema", "structured_outputs", "text", "tools")
+
+
+def is_number(value, low, high):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def use_existing(body):
+    # Most made-up names and ids get no further than a 404.
+    for name in ("model", "loop"):
+        if isinstance(body.get(name), str) and 0 < len(body[name]) <= 60:
+            body[name] = "notes"
+    if isinstance(body.get("interaction_id"), str) and re.fullmatch("[0-9a-f-]{36}", body["interaction_id"]):
+        body["interaction_id"] = EXISTING
+    if isinstance(body.get("previous_response_id"), str) and len(body["previous_response_id"]) <= 200:
+        body["previous_response_id"] = EXISTING
+    for item in body["input"] if isinstance(body.get("input"), list) else ():
+        if isinstance(item, dict) and item.get("type") == "item_reference" and isinstance(item.get("id"), str):
+            item["id"] = f"msg_{EXISTING}" if len(item["id"]) <= 200 else item["id"]
+
+
+def end_with_a_prompt(messages):
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and last.get("role") in {"system", "developer", "assistant"}:
+        last["role"] = "user"
+    if isinstance(last, dict) and last.get("type") == "item_reference":  # to an answer
+        messages.append({"role": "user", "content": "a wall"})
+    for message in messages:
+        if isinstance(message, dict) and message.get("role") != "assistant" and message.get("content") is None:
+            message["content"] = "a wall"
+
+
+def agree(body):
+    # Values of fields that are valid, and refused only together with other fields or this model.
+    if is_number(body.get("best_of"), 1, 64):
+        body["best_of"] = body.get("n") or 1
+    if is_number(body.get("repeat_penalty"), 1e-9, 10) and is_number(body.get("repetition_penalty"), 1e-9, 10):
+        body["repetition_penalty"] = body["repeat_penalty"]
+    if body.get("ignore_eos") is True and any(body.get(name) for name in SCHEMAS):
+        body["ignore_eos"] = False
+    bias = body.get("logit_bias")
+    if isinstance(bias, dict) and all(re.fullmatch("[0-9]{1,9}", key) for key in bias):
+        if all(value is None or is_number(value, -100, 100) for value in bias.values()):
+            body["logit_bias"] = {str(int(key) % 200): value for key, value in bias.items()}
+    choice, tools = body.get("tool_choice"), body.get("tools")
+    if (isinstance(choice, dict) and is_named(choice)) or choice == "required" or (tools and choice in ("auto", None)):
+        body["tool_choice"] = "none"
+    if isinstance(body.get("chat_template_kwargs"), dict):  # their meaning is the template's
+        body["chat_template_kwargs"] = {}
+    # A NUL in a name within metadata is refused, which a schema cannot say of any depth.
+    if isinstance(body.get("metadata"), dict) and any(chr(0) in name for name in names(body["metadata"])):
+        body["metadata"] = {}
+
+
+def is_named(choice):
+    function = choice.get("function", choice)  # in chat completions and in responses
+    return choice.get("type") == "function" and isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def names(value):
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield name
+        yield from names(inner)
+    for inner in value if isinstance(value, list) else ():
+        yield from names(inner)
+
+
+def stay_small(body):
+    # There are many requests.
+    if is_number(body.get("n"), 2, 64):
+        body["n"] = 2
+    if isinstance(body.get("prompt"), list):
+        body["prompt"] = body["prompt"][:2]
+    for name in ("max_tokens", "max_completion_tokens", "n_predict", "max_output_tokens"):
+        if is_number(body.get(name), 5, 2**31):
+            body[name] = 4
+    body.setdefault("max_output_tokens" if "input" in body else "max_tokens", 4)
 
 
 @schemathesis.hook
 def map_body(context, body):
-    # Use existing loops and a last message of the user's, which a schema cannot require.
-    if isinstance(body, dict):
-        for name in ("model", "loop"):
-            if isinstance(body.get(name), str) and 0 < len(body[name]) <= 60:
-                body[name] = "notes"
-        messages = body.get("messages")
-        last = messages[-1] if isinstance(messages, list) and messages else None
-        if isinstance(last, dict) and last.get("role") in {"system", "developer", "assistant"}:
-            last["role"] = "user"
-        if isinstance(last, dict) and last.get("content") in ("", []):
-            last["content"] = "a wall"
+    if not isinstance(body, dict):
+        return body
+    use_existing(body)
+    if "messages" in body or "input" in body or ("prompt" in body and "output" not in body):
+        messages = body["input"] if isinstance(body.get("input"), list) else body.get("messages")
+        end_with_a_prompt(messages if isinstance(messages, list) else [])
+        stay_small(body)
+    agree(body)
+    if "prompt" in body and "output" not in body:
+        scores = body.get("echo") is True and is_number(body.get("logprobs"), 0, 20)
+        if scores and isinstance(body.get("stream"), bool):
+            body["stream"] = False
+        if is_number(body.get("max_tokens"), -1, 4):
+            body["max_tokens"] = min(max(body["max_tokens"], 0), 1) if scores else body["max_tokens"] or 4
     return body
+"""
+
+
+CONFIG = """
+warnings.fail-on = ["missing_test_data"]
+
+[parameters]
+"path.id" = "{id}"
+"path.model" = "notes"
+
+[[operations]]
+include-path = "/admin/rollback"  # there is no earlier deployment, which is 404
+warnings = false
 """
 
 
 def test_schemathesis_finds_no_error(keyed, tmp_path):
     running, key = keyed
     (tmp_path / "hooks.py").write_text(HOOKS)
-    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)}
+    # Objects that exist, because most made-up ids and names get no further than a 404.
+    existing = running.openai(api_key=key).responses.create(model="notes", input="a wall", max_output_tokens=16).id
+    (tmp_path / "schemathesis.toml").write_text(CONFIG.format(id=existing))
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path), "INTERACTION": existing}
     program = [sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json"]
     options = ["--header", f"Authorization: Bearer {key}", "--max-examples", "15", "--seed", "1", "--no-color"]
     options += ["--output-sanitize", "false"]
@@ -78,4 +181,5 @@ def test_schemathesis_finds_no_error(keyed, tmp_path):
         timeout=300,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [phase for phase in ("Coverage", "Fuzzing", "Stateful") if f"✅ {phase}" not in ended.stdout] == []
     assert running.health()["status"] == "ok"

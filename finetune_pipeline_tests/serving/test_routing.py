@@ -54,7 +54,9 @@ def test_a_name_is_a_loop_a_version_or_an_alias(two, name, model, variant):
     assert {event["model"] for event in stream} == {model}
 
 
-@pytest.mark.parametrize("name", ["gpt-4", "walls@v9.9.9", "@v1.0.0", "Walls", "walls@doors@v1.0.0", "../walls", " "])
+@pytest.mark.parametrize(
+    "name", ["gpt-4", "walls@v9.9.9", "@v1.0.0", "Walls", "walls@doors@v1.0.0", "walls@", "../walls", " "]
+)
 def test_an_unknown_name_is_not_found(two, name):
     response = two.ask(model=name)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.settings import PROJECT_ROOT, CodeSource
 from finetune_pipeline.sources import teacher_validation, tree_sitter_chunks
 from finetune_pipeline.sources.code import read
 from finetune_pipeline.sources.code_chunks import CodeChunk, cut_python, first_sentence
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceError
+from finetune_pipeline_tests.curation.default_redaction import redact
 
 from .endpoint import said, teaching
 from .read_source import taken

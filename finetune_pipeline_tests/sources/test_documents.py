@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.settings import PROJECT_ROOT, DocumentsSource
 from finetune_pipeline.sources.documents import block_problem, fill, form_problem, parse_template, read
 from finetune_pipeline.sources.note_extraction import PLACEHOLDERS, extract_facts
 from finetune_pipeline.sources.source_record import SourceError
+from finetune_pipeline_tests.curation.default_redaction import redact
 
 from .endpoint import said, teaching
 from .read_source import taken

@@ -96,6 +96,26 @@ def test_blank_lines_and_a_byte_order_mark_are_accepted(tmp_path):
     assert [record.number for record in read(path)] == [1, 4]
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_lf_crlf_and_cr_end_a_line_at_any_place_of_the_buffer(tmp_path, end):
+    path = tmp_path / "log.jsonl"
+    rows = [line(f"n{number}", output="x" * (number * 7)).rstrip(b"\n") for number in range(100)]
+    path.write_bytes(end.join([rows[0], b"broken", *rows[1:], rows[0][:40]]))
+    found = read(path)
+    assert [(one.number, one.event is None) for one in found] == [(n, n == 2) for n in range(1, 102)]
+    path.write_bytes(path.read_bytes() + rows[0][40:] + end)
+    (last,) = read(path, after=found[-1])
+    assert (last.number, last.event.prompt, last.end) == (102, "prompt n0", path.stat().st_size)
+
+
+def test_the_line_feed_of_a_line_may_be_written_later(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(line("a").replace(b"\n", b"\r"))
+    (first,) = read(path)
+    path.write_bytes(path.read_bytes() + b"\n" + line("b"))
+    assert [(one.number, one.event.prompt) for one in read(path, after=first)] == [(2, "prompt b")]
+
+
 def test_a_missing_folder_says_what_to_do(tmp_path):
     with pytest.raises(SourceError, match=r"create it, or correct ingest\.folders"):
         event_files(tmp_path / "nowhere")

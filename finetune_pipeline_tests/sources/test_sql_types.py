@@ -88,6 +88,16 @@ def test_an_unreadable_value_in_another_column_is_an_error_with_advice(table):
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize(("column", "kind"), [("domain", "dict"), ("author", "list"), ("prompt", "dict")])
+def test_json_and_arrays_are_not_read_as_text(table, column, kind):
+    value = "'{}'::jsonb" if kind == "dict" else "ARRAY[1]"
+    table(f"w integer, d {'jsonb' if kind == 'dict' else 'integer[]'}", f"1, {value}", "2, NULL")
+    taken, skipped, _ = given(plain(**{column: "d"}))
+    assert skipped["t:1"] == f"d is {kind}, expected text"
+    assert ("t:2" in taken) == (column != "prompt")
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_filters_may_contain_values_that_an_enum_lacks(table):
     table("w integer, d mood", "1, 'sad'", "2, 'ok'", before="CREATE TYPE mood AS ENUM ('sad', 'ok')")
     assert set(given(plain(only={"d": ["sad", "gone"]}))[0]) == {"t:1"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune_pipeline.pipeline.source_sync import reader_for
-from finetune_pipeline.settings import CodeSource, DocumentsSource, FilesSource, VaultSource
+from finetune_pipeline.settings import CodeSource, DocumentsSource, FilesSource, RedactionSettings, VaultSource
 from finetune_pipeline.sources.source_record import SkippedRecord, SourceError, SourceRecord
 
 from .test_documents import FLOW, NOTE
@@ -56,7 +56,7 @@ def source(request, root):
 
 def test_an_empty_folder_is_an_error(source):
     with pytest.raises(SourceError, match=r"found no|contains no note"):
-        list(reader_for(source)(source, None))
+        list(reader_for(source, RedactionSettings())(source, None))
 
 
 def test_closed_files_and_folders_are_reported_as_unreadable(source, root):
@@ -65,11 +65,11 @@ def test_closed_files_and_folders_are_reported_as_unreadable(source, root):
         (root / folder).mkdir(exist_ok=True)
         (root / folder / f"a.{suffix}").write_text(text)
     (root / "in" / f"b.{suffix}").write_text(text)
-    assert len(list(reader_for(source)(source, None))) == 4
+    assert len(list(reader_for(source, RedactionSettings())(source, None))) == 4
     (root / "in" / f"b.{suffix}").chmod(0)
     (root / "in" / "closed").chmod(0)
     with nobody():
-        found = list(reader_for(source)(source, None))
+        found = list(reader_for(source, RedactionSettings())(source, None))
     assert sum(isinstance(one, SourceRecord) for one in found) == 2
     assert {one.provenance: one.unreadable for one in found if isinstance(one, SkippedRecord)} == {
         f"b.{suffix}": True,
@@ -85,7 +85,7 @@ def test_files_of_a_folder_that_can_only_be_listed_are_unreadable(root):
     (root / "in" / "listed").chmod(0o744)
     source = FilesSource(kind="files", name="own", path=str(root / "in"))
     with nobody():
-        found = list(reader_for(source)(source, None))
+        found = list(reader_for(source, RedactionSettings())(source, None))
     assert [one.provenance for one in found if isinstance(one, SkippedRecord) and one.unreadable] == [
         "link.jsonl",
         "listed/a.jsonl",

@@ -83,13 +83,15 @@ TAKEN = {
     "言語/😀.md": ("reflection", "What were my thoughts about 😀?"),
 }
 SKIPPED = {
-    "Decisions/No text yet.md": "has the tag, but no text",
+    "Decisions/No text yet.md": "is selected, but has no text",
+    "Journal/2024-05-07.md#Decisions": "is selected, but has no text",
+    "Journal/2024-05-07.md#Reflection": "is selected, but has no text",
     "Odd/Broken YAML.md": "its frontmatter is not YAML, line 3; correct it, so that its tags can be read",
     "Odd/Latin-1.md:4": "is not UTF-8 (invalid continuation byte); save it as UTF-8",
     "Odd/NUL.md:1": "contains a null byte; save it as text",
     "Odd/Never closed.md": "its frontmatter is not closed; add a line ---",
-    "Odd/Only an image.md": "has the tag, but no text",
-    "Odd/Only frontmatter.md": "has the tag, but no text",
+    "Odd/Only an image.md": "is selected, but has no text",
+    "Odd/Only frontmatter.md": "is selected, but has no text",
     "Odd/UTF-16.md:1": "contains a null byte; save it as text",
     "Odd/YAML keys.md": "its frontmatter has a key that is not text; put it into quotes",
     "Odd/YAML list.md": "its frontmatter is a list, expected `key: value` lines",
@@ -178,7 +180,7 @@ def test_an_answer_is_the_notes_plain_text(found):
         "## Consequences\n\n- no service to install\n- one writer at a time"
     )
     assert answer(found, "Projects/Markup.md#Bold code and Ann marked") == (
-        "Text with a Link in it, , inside, [outside](https://example.org/a_(b)).\n"
+        "Text with a Link in it, inside, [outside](https://example.org/a_(b)).\n"
         "Heading here and Note and Note > A > B.\n\n1. one\n   > quoted\n\n"
         "   > **Tip**\n   > folded\n   > ```\n   > [[in code]]\n   > ```"
     )
@@ -222,16 +224,16 @@ def test_comments_are_removed(found):
 @pytest.mark.parametrize(
     ("text", "read"),
     [
-        ("a %% start\n# B\nHIDDEN\n%% end", "a  end"),
-        ("a %% b %% c %% d\n# B\n\n```\nHIDDEN\n```\n%% end", "a  c  end"),
-        ("%%\nHIDDEN\n%% mid %% again\n# B\nHIDDEN\n%% end", " mid  end"),
+        ("a %% start\n# B\nHIDDEN\n%% end", "a end"),
+        ("a %% b %% c %% d\n# B\n\n```\nHIDDEN\n```\n%% end", "a c end"),
+        ("%%\nHIDDEN\n%% mid %% again\n# B\nHIDDEN\n%% end", "mid end"),
         ("first\n- item %% start\n# B\nHIDDEN %%\nlast", "first\n- item\nlast"),
         ("## When %% start\n# B\nHIDDEN\n%%\nIn June.", "## When\n\nIn June."),
         ("`%%` marks it\n## B\nseen", "`%%` marks it\n\n## B\n\nseen"),
-        ("a `code\nb %% c`\n# B\nHIDDEN\n%% end", "a `code\nb  end"),
+        ("a `code\nb %% c`\n# B\nHIDDEN\n%% end", "a `code\nb end"),
         ("``` %%\ncode %%\n```\n## B\nseen", "``` %%\ncode %%\n```\n\n## B\n\nseen"),
         ("    code %%\n\n## B\nseen", "    code %%\n\n## B\n\nseen"),
-        ("a <!-- %% --> b\n## B\nseen", "a  b\n\n## B\n\nseen"),
+        ("a <!-- %% --> b\n## B\nseen", "a b\n\n## B\n\nseen"),
     ],
 )
 def test_a_comment_hides_everything_up_to_its_end(text, read):
@@ -277,7 +279,7 @@ def test_tags_and_headings_are_settings():
     records = note_records(note, tags={"#idee": "idea"}, headings={"gelernt": "learning"}, private_tags=())
     assert [(one.kind, one.prompt, one.answer) for one in records] == [
         ("learning", "What did I learn about Note?", "Sand."),
-        ("idea", "Which idea did I note about Weg (Note)?", "Um den See."),
+        ("idea", 'What did I note under "idea" about Weg (Note)?', "Um den See."),
     ]
 
 
@@ -352,7 +354,39 @@ def test_a_malicious_frontmatter_is_reported(head):
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
-    "piece", ["[a](", "![", "[[a", "<!--", "`` ` ", "%%a\n", "#a ", "> [!a", "==a", " ^a", "a" + " " * 999]
+    "piece",
+    [
+        "[a](",
+        "![",
+        "[[a",
+        "<!--",
+        "`` ` ",
+        "%%a\n",
+        "#a ",
+        "> [!a",
+        "==a",
+        " ^a",
+        "a" + " " * 999,
+        "<b ",
+        "<script ",
+        "<svg ",
+        '<b "',
+        "<b '> \"",
+        "<x y='",
+        '<x y="<1',
+        "<b a\" ' ",
+        "[^a",
+        "[a][",
+        "[a]: b ",
+        "[a]: /b '",
+        "&a",
+        "- ",
+        "[![a](b)",
+        "<br>",
+        "![[a]] ",
+        "%% %%" + " " * 999,
+        "1) [ ] ",
+    ],
 )
 def test_a_malicious_note_takes_linear_time(piece):
     note_records("#decision\n\n" + piece * (300_000 // len(piece)) + "x")

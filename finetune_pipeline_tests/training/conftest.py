@@ -1,7 +1,6 @@
 """A tiny Llama with random weights and the starter model's real tokenizer, and a small dataset for it."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import pytest
 
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.job import JobConfig
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the training process; read when torch is loaded
 
 STARTER = PROJECT_ROOT / "data" / "starter_model"
 

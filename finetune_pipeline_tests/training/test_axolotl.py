@@ -115,7 +115,7 @@ def test_settings_and_passed_fields_reach_axolotls_configuration(job, tmp_path):
     assert "warmup_ratio" not in found
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 def test_axolotls_schema_accepts_the_configurations(axolotl, job, tmp_path):
     files = []
     for name, changes in JOBS.items():
@@ -160,7 +160,7 @@ def mean_loss(folder, adapter, rows):
     return total / count
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 @pytest.mark.usefixtures("configured")
 def test_axolotl_is_killed_resumes_and_leaves_an_adapter(job, tmp_path):
     from datasets import load_from_disk
@@ -193,7 +193,7 @@ def test_axolotl_is_killed_resumes_and_leaves_an_adapter(job, tmp_path):
     assert left == {"adapter", "job.json", "progress.jsonl", "result.json", "training.log"}
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 @pytest.mark.usefixtures("configured")
 def test_axolotl_keeps_the_weights_with_the_lowest_validation_loss(job, tmp_path):
     from datasets import load_from_disk
@@ -210,7 +210,7 @@ def test_axolotl_keeps_the_weights_with_the_lowest_validation_loss(job, tmp_path
     )
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 @pytest.mark.usefixtures("configured")
 def test_a_non_finite_loss_ends_axolotl_at_once(job, tmp_path):
     one = job_by(job, tmp_path, "out", learning_rate=1e30)
@@ -251,7 +251,7 @@ def test_out_of_memory_in_axolotl_says_which_batch_size_to_set(job, tmp_path, mo
         Axolotl().run(job, 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 @pytest.mark.usefixtures("configured")
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_axolotl_learns_from_preferences(job, tmp_path, method):
@@ -260,7 +260,7 @@ def test_axolotl_learns_from_preferences(job, tmp_path, method):
     assert result.loss_after < result.loss_before
 
 
-@pytest.mark.slow
+@pytest.mark.servers
 @pytest.mark.usefixtures("configured")
 def test_axolotls_last_lines_are_in_the_error(job, tmp_path):
     with pytest.raises(TrainingFailed, match=r"axolotl ended with status 1(.|\n)*no_such_layer"):

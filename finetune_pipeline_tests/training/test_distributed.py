@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.numpy import load_file
 
+from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import distributed, elastic_launch, model
 from finetune_pipeline.training.checkpoints import mark_complete
@@ -41,7 +42,19 @@ def test_an_uneven_split_is_refused_with_the_even_ones(processes):
         distributed.split_batch(TrainingSettings(per_device_train_batch_size=8), processes)
 
 
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """Fork the ranks from a process that has imported their libraries, which is then their parent."""
+    monkeypatch.setattr(elastic_launch, "_START_METHOD", "forkserver")
+    monkeypatch.setattr(elastic_launch, "_rank", forked_rank)
+
+
+def forked_rank(parent, text, started):
+    return elastic_launch._rank(os.getppid(), text, started)
+
+
 @pytest.mark.slow
+@pytest.mark.real_processes
 def test_two_processes_give_the_same_adapter_as_one(job, tmp_path):
     one = with_settings(job, lora_dropout=0.0)
     two = with_settings(job, num_processes=2).model_copy(update={"output": tmp_path / "two"})
@@ -64,6 +77,8 @@ def sharded_rank(parent, text, started):
     """Run elastic_launch._rank as if there were two GPUs: Accelerate refuses FSDP on CPUs, PyTorch does not."""
     from accelerate.state import DistributedType, PartialState
 
+    from finetune_pipeline.training import trainer
+
     prepare, gather = PartialState.__init__, model.gather_trained_weights
     job = JobConfig.model_validate_json(text)
 
@@ -79,13 +94,12 @@ def sharded_rank(parent, text, started):
         return weights
 
     PartialState.__init__ = with_cards
-    model.must_shard, model.gather_trained_weights = lambda *_: True, gather_and_tell
-    return elastic_launch._rank(parent, text, started)
+    trainer.must_shard, trainer.gather_trained_weights = lambda *_: True, gather_and_tell
+    return forked_rank(parent, text, started)
 
 
 @pytest.mark.slow
-def test_sharded_weights_give_the_same_adapter(job, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_sharded_weights_give_the_same_adapter(job, tmp_path, forked_ranks, monkeypatch):
     sharded = with_settings(job, num_processes=2).model_copy(update={"output": tmp_path / "sharded"})
     with monkeypatch.context() as patch:
         patch.setattr(elastic_launch, "_rank", sharded_rank)
@@ -121,8 +135,7 @@ def broken_sharded_rank(parent, text, started):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_resumes_and_keeps_the_best_weights(job, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_sharded_run_resumes_and_keeps_the_best_weights(job, tmp_path, forked_ranks, monkeypatch):
     alone = with_settings(job, bf16=False)
     sharded = with_settings(alone, num_processes=2).model_copy(update={"output": tmp_path / "sharded"})
     checkpoints = sharded.output / CHECKPOINTS
@@ -150,15 +163,16 @@ def broken_rank(parent, text, started):
 
     trainer.ProgressCallback = breaking_in_half(trainer.ProgressCallback)
     try:
-        return elastic_launch._rank(parent, text, started)
+        return forked_rank(parent, text, started)
     except KeyboardInterrupt:
         os._exit(9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
-def test_interrupted_processes_resume_to_the_same_weights(job, padded_base, padded, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_interrupted_processes_resume_to_the_same_weights(
+    job, padded_base, padded, tmp_path, forked_ranks, monkeypatch
+):
     whole = with_settings(job, num_processes=2, save_steps=1 / 6)
     if padded:
         whole = whole.model_copy(update={"base_model": padded_base})
@@ -207,18 +221,35 @@ def rank_without_memory(parent, text, started):
         return step(self, *arguments)
 
     Trainer.training_step = greedy
-    return elastic_launch._rank(parent, text, started)
+    return forked_rank(parent, text, started)
 
 
 @pytest.mark.slow
-def test_a_rank_without_memory_ends_all_with_advice(job, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_rank_without_memory_ends_all_with_advice(job, forked_ranks, monkeypatch):
     monkeypatch.setattr(elastic_launch, "_rank", rank_without_memory)
     (job.output / CHECKPOINTS).mkdir(parents=True)
     message = r"^memory ran out with a micro-batch of 4 \(.*allocate.*\); set per_device_train_batch_size: 2 and "
     message += "gradient_accumulation_steps: 4,"
     with pytest.raises(TrainingError, match=message):
         elastic_launch.train(with_settings(job, num_processes=2), time.monotonic())
+
+
+def test_the_rank_whose_memory_ran_out_is_named_although_another_ended_first(tmp_path):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    told = {"0": "RuntimeError: Connection closed by peer", "1": "RankOutOfMemory: memory ran out", "2": None, "3": "{"}
+    for rank, message in told.items():
+        text = (
+            message
+            if message in (None, "{")
+            else json.dumps({"message": {"message": message, "extraInfo": {"timestamp": "1"}}})
+        )
+        write_text(tmp_path / "run" / "attempt_0" / rank / "error.json", text or '{"message": "SIGTERM"}')
+    first = ProcessFailure(0, 1, 1, str(tmp_path / "run/attempt_0/0/error.json"))
+    assert elastic_launch._failure(ChildFailedError("train", {0: first}), tmp_path) == "memory ran out"
+    assert elastic_launch._failure(ChildFailedError("train", {0: first}), tmp_path / "empty").startswith(
+        "rank 0 ended with status 1"
+    )
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 from finetune_pipeline.artifacts import write_text
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import memory
+from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.estimate import GIB
 from finetune_pipeline.training.job import TrainingError, TrainingResult
 from finetune_pipeline.training.memory import (
@@ -46,7 +47,7 @@ def long_rows(count):
     ]
 
 
-def train(job, megabytes):
+def train_with_little_memory(job, megabytes):
     write_text(job.output / "job.json", job.model_dump_json())
     command = [sys.executable, "-c", LIMITED, job.output / "job.json", str(megabytes)]
     return subprocess.run(command, capture_output=True, text=True)
@@ -58,16 +59,13 @@ def test_after_running_out_of_memory_it_resumes_to_the_same_weights(job, tmp_pat
 
     one = with_settings(job, per_device_train_batch_size=64, num_train_epochs=3, learning_rate=1e-3, max_length=1024)
     one = one.model_copy(update={"dataset": save(tmp_path / "long", long_rows(64))})
-    results, weights = [], []
-    for name, megabytes in [("limited", 400), ("free", 100_000)]:
-        run = one.model_copy(update={"output": tmp_path / name})
-        ended = train(run, megabytes)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        results.append(TrainingResult.model_validate_json((run.output / "result.json").read_bytes()))
-        weights.append(load_file(run.output / "adapter" / "adapter_model.safetensors"))
-        if name == "limited":
-            assert "memory ran out with a micro-batch of 64" in ended.stderr
-    limited, free = results
+    few, many = (one.model_copy(update={"output": tmp_path / name}) for name in ("limited", "free"))
+    ended = train_with_little_memory(few, 400)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "memory ran out with a micro-batch of 64" in ended.stderr
+    limited = TrainingResult.model_validate_json((few.output / "result.json").read_bytes())
+    free = train(many)
+    weights = [load_file(run.output / "adapter" / "adapter_model.safetensors") for run in (few, many)]
     assert limited.micro_batch < free.micro_batch == 64
     assert (limited.steps, limited.job) == (free.steps, free.job)  # the same updates of the same job
     assert limited.loss_after == pytest.approx(free.loss_after, rel=1e-3)

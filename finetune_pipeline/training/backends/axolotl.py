@@ -230,9 +230,10 @@ def _run(job: JobConfig, config_file: Path, events: EventReader) -> None:
         raise TrainingError(advice)
     if process.returncode != 0 or "history" not in events.facts:
         tail = "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
+        last = lines[-1].strip() if lines else "nothing"
         raise TrainingError(
             f"axolotl ended with status {process.returncode}; after fixing the cause, running it again resumes from "
-            f"the last checkpoint. Its last lines:\n{tail}"
+            f"the last checkpoint. Its last output: {last}\nThe last lines:\n{tail}"
         )
 
 

@@ -10,11 +10,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import new_file, write_text
+from finetune_pipeline.inference.chat_template import NO_REASONING
 from finetune_pipeline.training.conversations import (
     RejectedRow,
     TokenizedRow,
@@ -229,13 +231,9 @@ def _texts(
     as TRL does.
     """
     messages = messages_of(row, job.system_prompt)
-    start = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    finished = {
-        name: str(
-            tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": row[name]}], tokenize=False)
-        )
-        for name in completions
-    }
+    render = partial(tokenizer.apply_chat_template, tokenize=False, **NO_REASONING)
+    start = str(render(messages, add_generation_prompt=True))
+    finished = {name: str(render([*messages, {"role": "assistant", "content": row[name]}])) for name in completions}
     prompt = os.path.commonprefix([start, *finished.values()])  # noqa: RUF071  # of texts, by character
     rest = {name: text[len(prompt) :].rstrip() for name, text in finished.items()}
     bos = tokenizer.bos_token

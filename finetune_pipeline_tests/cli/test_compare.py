@@ -1,0 +1,160 @@
+"""`finetune compare`, with engines that answer from a dictionary and a real HTTP server."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from finetune_pipeline.artifacts import ArtifactError, hash_file, stage_folder
+from finetune_pipeline.cli.main import finetune
+from finetune_pipeline.database import connect
+from finetune_pipeline.evaluation.benchmark import load_benchmark
+from finetune_pipeline.evaluation.comparison import ComparisonError
+from finetune_pipeline.evaluation.performance import WAVES
+from finetune_pipeline.evaluation.run import EndpointRunManifest, compare_models
+from finetune_pipeline.evaluation.scoring import Scorer
+from finetune_pipeline.inference.errors import UpstreamFailed
+from finetune_pipeline.manifests import AdapterManifest
+from finetune_pipeline.pipeline import compare as compare_module
+from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.registry.champion import champion
+from finetune_pipeline.registry.comparisons import judged_watermark, list_comparisons, list_manual_comparisons
+from finetune_pipeline.registry.model_versions import CandidateModel, RegistryError
+from finetune_pipeline.settings import SettingsError
+from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, FakeEngines, line, write_benchmark
+from finetune_pipeline_tests.inference.test_remote import chunk, fake_upstream, sse
+from finetune_pipeline_tests.registry.conftest import promote_over
+
+LOOP = "aec_parser"
+LINES = [line(f"w{number}", slice="walls" if number < 4 else "doors") for number in range(6)]
+
+
+def gguf(path: Path, knows: int) -> Path:
+    """Write a fake model that answers the first questions correctly."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({str(one["prompt"]): json.dumps(WALL) for one in LINES[:knows]}))
+    return path
+
+
+@pytest.fixture
+def engines(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngines:
+    """A loop with six questions, a base model that knows two of them, and two versions that know three and five."""
+    found = FakeEngines()
+    benchmark = load_benchmark(write_benchmark(own_home.parent / "b.jsonl", LINES), SCHEMA)
+    monkeypatch.setattr(compare_module, "compare_models", partial(compare_models, open_engine=found))
+    monkeypatch.setattr(compare_module, "base_gguf", lambda loop, log: gguf(own_home / "base.gguf", 2))
+    monkeypatch.setattr(loop_files, "benchmark", lambda loop: benchmark)
+    monkeypatch.setattr(loop_files, "scorer", lambda loop: Scorer("parameters", SCHEMA))
+    monkeypatch.setattr(loop_files, "constraint", lambda loop: None)
+    monkeypatch.setattr(loop_files, "rules", lambda loop: ())
+    for number, knows in enumerate((3, 5)):
+        path = gguf(own_home / f"model-{number}.gguf", knows)
+        candidate = CandidateModel(
+            loop=LOOP, gguf_path=path, gguf_sha256=hash_file(path), base_hash="b", mode="full",
+            lineage={AdapterManifest.stage: "gone"}, scores={}, report_path=own_home / "r" / "report.html",
+        )  # fmt: skip
+        promote_over(connect(), candidate)
+    return found
+
+
+def run(*arguments: str, code: int = 0, columns: int = 80) -> str:
+    result = CliRunner().invoke(finetune, ["compare", *arguments], env={"COLUMNS": str(columns)})
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout
+
+
+def error_of(*arguments: str) -> Exception:
+    result = CliRunner().invoke(finetune, ["compare", *arguments])
+    assert isinstance(result.exception, Exception)
+    return result.exception
+
+
+def test_two_versions_are_compared_and_recorded_and_nothing_else_changes(engines: FakeEngines) -> None:
+    before, judged = champion(connect(), LOOP), list_comparisons(connect(), LOOP)
+    output = run(f"{LOOP}@v1.0.0", f"{LOOP}@champion")
+    assert "B against A: 2 won, 0 lost, 4 tied" in output
+    assert re.search(r"parameter accuracy +33\.3% +50\.0% +83\.3% +\+33\.3 points", output)
+    assert re.search(r"doors \(2\) +0\.0% +0\.0% +50\.0% +\+50\.0 points", output)
+    assert "changed answers: 2 wrong to correct" in output and "training: not measured" not in output
+    [kept] = list_manual_comparisons(connect(), LOOP)
+    assert (kept.first, kept.second) == (f"{LOOP}@v1.0.0", f"{LOOP}@v1.1.0")
+    assert (kept.wins, kept.losses, kept.ties) == (2, 0, 4)
+    assert kept.report_path.is_file() and str(kept.report_path) in output
+    assert (champion(connect(), LOOP), list_comparisons(connect(), LOOP)) == (before, judged)
+    assert judged_watermark(connect(), LOOP) == max(one.watermark for one in judged)
+    asked = len(engines.asked)
+    run("v1.1.0", "v1.0.0")
+    assert len(engines.asked) - asked == 3 * (6 + 2 + 1 + WAVES * 8)  # only timed: the answers are reused by hash
+
+
+def test_the_base_model_is_one_column(engines: FakeEngines) -> None:
+    data = json.loads(run("base", "champion", "--json"))
+    assert (data["base"], data["champion"]["name"]) == (None, f"{LOOP}@base")
+    assert (data["wins"], data["losses"], data["ties"]) == (3, 0, 3)
+    assert Path(data["html"]).is_file() and "questions" not in data and "verdict" not in data
+
+
+def test_a_gguf_file_is_compared(engines: FakeEngines, tmp_path: Path) -> None:
+    path = gguf(tmp_path / "other model.gguf", 6)
+    assert json.loads(run("champion", str(path), "--json"))["challenger"]["name"] == "other model.gguf"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_tables_fit_the_terminal(engines: FakeEngines, columns: int) -> None:
+    lines = run("v1.0.0", "v1.1.0", columns=columns).splitlines()
+    assert max(len(text) for text in lines if not text.startswith("report")) <= columns
+    assert any("+33.3" in text for text in lines)
+
+
+def test_a_server_is_asked_each_time_and_its_answers_are_kept(engines: FakeEngines) -> None:
+    body = sse(chunk(json.dumps(WALL)), chunk(finish="stop"))
+    with fake_upstream(body) as (server, settings):
+        named = f"{settings.url}#big-model"
+        first = run("champion", named)
+        run("champion", named)
+        assert len(server.asked) == 2 * 6
+        assert {request["model"] for request in server.asked} == {"big-model"}
+    assert f"{settings.url}, model big-model, asked 20" in first
+    runs = [path for path in stage_folder(LOOP, EndpointRunManifest.stage).iterdir() if path.is_dir()]
+    assert len(runs) == 2
+    manifest = json.loads((runs[0] / "manifest.json").read_text())
+    assert (manifest["url"], manifest["model"], manifest["questions"]) == (settings.url, "big-model", 6)
+    kept = list_manual_comparisons(connect(), LOOP)
+    assert all("model big-model, asked 20" in one.second for one in kept)
+    assert kept[0].second_sha256 != kept[1].second_sha256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (["champion", "v1.1.0"], ComparisonError, "are the same model; name two different ones"),
+        (["champion", "v9.0.0"], RegistryError, "has no version 'v9.0.0'; there are: v1.1.0, v1.0.0"),
+        (["champion", "none.gguf"], ComparisonError, "the file none.gguf does not exist"),
+        (["champion", "http://localhost:1/v1"], ComparisonError, "names no model; expected the URL and the model"),
+        (["champion", "http://me:secret@host/v1#m"], ComparisonError, "contains a user or password"),
+        ([f"{LOOP}@base", "notes@base"], ComparisonError, "notes@base is a model of notes, and the benchmark is"),
+        ([f"{LOOP}@base", "v1.0.0", "--loop", "notes"], SettingsError, "--loop is notes; leave out --loop"),
+        (["base", "v1.0.0", "--api-key-env", "KEY"], ComparisonError, "KEY is the key of one server, and 0 are"),
+        (
+            ["http://a/v1#m", "http://b/v1#m", "--api-key-env", "KEY"],
+            ComparisonError,
+            "KEY is the key of one server, and 2 are compared",
+        ),
+        (["base", "http://localhost:1/v1#m"], UpstreamFailed, "Start the server, or correct the URL, model or key"),
+    ],
+)
+def test_bad_input_says_what_to_do(
+    engines: FakeEngines, arguments: list[str], kind: type[Exception], message: str
+) -> None:
+    error = error_of(*arguments)
+    assert isinstance(error, kind) and message in str(error)
+    assert list_manual_comparisons(connect(), LOOP) == []
+
+
+def test_a_deleted_or_damaged_version_is_not_compared(engines: FakeEngines, own_home: Path) -> None:
+    gguf(own_home / "model-0.gguf", 6)
+    error = error_of("v1.0.0", "base")
+    assert isinstance(error, RegistryError | ArtifactError) and "is damaged or was replaced" in str(error)
