@@ -833,6 +833,121 @@ class ServingSettings(Settings):
     )
 
 
+class TargetSettings(Settings):
+    """Settings of every deployment target."""
+
+    kind: str
+    name: str | None = Field(
+        default=None, pattern=_NAME, max_length=60, description="Name in `finetune deploy status`; default: the kind."
+    )
+
+    @property
+    def key(self) -> str:
+        """Name of the target, unique in a loop."""
+        return self.name or self.kind
+
+
+class ServerTarget(TargetSettings):
+    """Settings of every target that is a server."""
+
+    url: str = Field(pattern="^https?://", description="Base URL of the server, without /v1.")
+    api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
+    timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for one response of the server.")
+    keep: int = Field(default=2, ge=1, description="Releases that stay on the server, the active one among them.")
+
+
+class OllamaTarget(ServerTarget):
+    """An Ollama server; it gets the merged GGUF."""
+
+    kind: Literal["ollama"] = "ollama"
+    model: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9][a-z0-9._/-]{0,79}$",
+        description="Model name that applications ask for; default: the loop's name. Releases are its tags.",
+    )
+
+
+class VllmTarget(ServerTarget):
+    """A vLLM server. It loads each release as a LoRA adapter, or is started with a merged folder."""
+
+    kind: Literal["vllm"] = "vllm"
+    form: Literal["adapter", "merged"] = Field(
+        default="adapter",
+        description="adapter: loaded at run time under a new name. merged: a folder and the command to start with it.",
+    )
+    folder: LoopPath | None = Field(
+        default=None,
+        description="Folder for the server's files, which it reads at the same path; default: under FINETUNE_HOME.",
+    )
+
+
+class LlamaServerTarget(ServerTarget):
+    """A llama-server of llama.cpp."""
+
+    kind: Literal["llama_server"] = "llama_server"
+    form: Literal["router", "adapter"] = Field(
+        default="router",
+        description="router: a new file in the server's models folder for each release. adapter: LoRA adapters that "
+        "the server was started with, switched by their scales.",
+    )
+    folder: LoopPath = Field(description="The server's models folder (router), or the one of its adapters.")
+
+
+class FolderTarget(TargetSettings):
+    """A folder in the layout of the Hugging Face Hub: adapter, GGUF, tokenizer and model card of each release."""
+
+    kind: Literal["folder"] = "folder"
+    path: LoopPath = Field(description="The folder; each release is a folder in it, and `current` links to the active.")
+    merged: bool = Field(default=False, description="Write the merged weights as safetensors too.")
+    keep: int = Field(default=5, ge=1, description="Releases that stay, the active one among them.")
+
+
+_Target = OllamaTarget | VllmTarget | LlamaServerTarget | FolderTarget
+DeployTarget = Annotated[_Target, Field(discriminator="kind")]
+"""A deployment target."""
+
+
+class ModelfilesSettings(Settings):
+    """A git repository with one Modelfile, one commit and one tag for each version."""
+
+    path: LoopPath = Field(description="Folder of the repository; it is created if it does not exist.")
+    tag: str = Field(
+        default="finetuned-v{date}-v{version}",
+        description="Pattern of the tags: {date} is the day of the first promotion (UTC), {version} such as 1.2.0, "
+        "{loop} the loop's name.",
+    )
+    weights: bool = Field(default=False, description="Commit the GGUF too, with Git LFS attributes.")
+
+
+class DeploySettings(Settings):
+    """Where a promoted model is deployed to, besides this project's gateway."""
+
+    targets: tuple[DeployTarget, ...] = Field(default=(), description="Servers and folders that follow the champion.")
+    config: dict[str, Any] = Field(
+        default={},
+        description="deployment_config: settings of the servers by their own names, such as temperature or "
+        "max_model_len. Targets reject what they cannot apply.",
+    )
+    modelfiles: ModelfilesSettings | None = Field(default=None, description="Keep a Modelfile of each version in git.")
+    parity_sample: int = Field(
+        default=50, ge=1, description="Benchmark questions that a staged release answers before it becomes active."
+    )
+    retry_seconds: float = Field(
+        default=30,
+        gt=0,
+        description="Wait before the second try of a target; doubled for each further one, to an hour.",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _target_names_are_unique(cls, targets: tuple[DeployTarget, ...]) -> tuple[DeployTarget, ...]:
+        names = [target.key for target in targets]
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"{', '.join(duplicates)} is taken; give each target its own name")
+        return targets
+
+
 class RegistrySettings(Settings):
     """What garbage collection keeps."""
 
@@ -1204,6 +1319,7 @@ class LoopSettings(Settings):
     gate: GateSettings = GateSettings()
     trigger: TriggerSettings = TriggerSettings()
     serving: ServingSettings = ServingSettings()
+    deploy: DeploySettings = DeploySettings()
     registry: RegistrySettings = RegistrySettings()
 
     @model_validator(mode="before")
@@ -1405,7 +1521,8 @@ def loop_file(name: str) -> Path | None:
 def _names() -> dict[str, list[str]]:
     """Return the names of the settings of each section, and the kinds of sources and metrics; "" is the top level."""
     names = {"": list(LoopSettings.model_fields)}
-    names["kind"] = [*TypeAdapter(Source).json_schema()["discriminator"]["mapping"], *METRIC_KINDS]
+    sources, targets = TypeAdapter(Source).json_schema(), TypeAdapter(DeployTarget).json_schema()
+    names["kind"] = [*sources["discriminator"]["mapping"], *METRIC_KINDS, *targets["discriminator"]["mapping"]]
     for section, field in LoopSettings.model_fields.items():
         annotation: Any = field.annotation
         schema = TypeAdapter(annotation).json_schema()

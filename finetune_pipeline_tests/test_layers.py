@@ -11,7 +11,7 @@ from finetune_pipeline.settings import PROJECT_ROOT
 
 PACKAGE = PROJECT_ROOT / "finetune_pipeline"
 ENTRY_POINTS = {"orchestration", "serving", "cli"}
-DOMAIN = {"feedback", "sources", "curation", "training", "export", "evaluation", "registry"}
+DOMAIN = {"feedback", "sources", "curation", "training", "export", "evaluation", "registry", "deployment"}
 INFRASTRUCTURE = {
     "alpaca",
     "artifacts",

@@ -369,6 +369,26 @@ budget_benchmarks = sa.Table(
     comment="Benchmarks that spent from an error budget; one that shares most of its questions continues it.",
 )
 
+deployment_targets = sa.Table(
+    "deployment_targets",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("target", sa.String(60), primary_key=True),
+    sa.Column("wanted", sa.String(64), nullable=False, comment="Label of the release, such as v1.2.0 or base."),
+    sa.Column("wanted_sha256", sa.String(64), nullable=False, comment="Of the wanted model."),
+    sa.Column("observed", sa.String(64), comment="Label that the target served when it was last asked."),
+    sa.Column("digest", sa.String(200), nullable=False, comment="The target's own identity of it; empty if none."),
+    sa.Column("state", sa.String(20), nullable=False, comment="pending, active, failed, rejected or drifted."),
+    sa.Column("tries", sa.Integer, nullable=False, comment="Failed tries to reach the wanted release."),
+    sa.Column("next_try_at", Timestamp, comment="Null: at once, or not before the wanted release changes."),
+    sa.Column("last_error", sa.Text, nullable=False),
+    sa.Column("facts", sa.JSON, nullable=False, comment="Agreement, score, whether it reads control tokens; config."),
+    sa.Column("observed_at", Timestamp),
+    sa.Column("locked_by", sa.String(200), comment="Process that works on the target; null if none."),
+    sa.Column("locked_until", Timestamp, comment="When the lock of a killed process ends."),
+    comment="Where each deployment target of a loop stands; the champion is what is wanted.",
+)
+
 training_jobs = sa.Table(
     "training_jobs",
     metadata,
