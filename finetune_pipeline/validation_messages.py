@@ -89,7 +89,7 @@ _CONSIDERED = 200  # errors of a record: describing all of a large one would tak
 PATTERNS = {
     "^[a-z][a-z0-9_]*$": "lower-case letters, digits and _, starting with a letter",
     "^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$": "up to 100 letters, digits and . _ : / -, starting with a letter or a digit",
-    "^[a-z0-9][a-z0-9._/-]{0,79}$": "up to 80 lower-case letters, digits and . _ / -, starting with a letter or a digit",
+    "^[a-z0-9][a-z0-9._/-]{0,79}$": "up to 80 lower-case letters, digits and . _ / -, first a letter or a digit",
     "^[a-zA-Z0-9_.:-]{1,128}$": "up to 128 letters, digits and _ . : -",
     "^[0-9a-f]{64}$": "a SHA-256 of 64 hexadecimal digits",
     r"^(team:[A-Za-z0-9_.-]+|[^@\s:]+@[^@\s:]+\.[^@\s:]+)$": "an email address, or team:NAME",
