@@ -920,7 +920,7 @@ class ModelfilesSettings(Settings):
 
 
 class DeploySettings(Settings):
-    """Where a promoted model is deployed to, besides this project's gateway."""
+    """Where a promoted model is deployed to, in addition to this project's gateway."""
 
     targets: tuple[DeployTarget, ...] = Field(default=(), description="Servers and folders that follow the champion.")
     config: dict[str, Any] = Field(

@@ -99,7 +99,8 @@ class Target(Protocol):
     def stage(self, release: Release) -> UpstreamSettings | None:
         """Make a release available under a name of its own, without changing what applications get.
 
-        Idempotent: what is there already, by digest, is not sent again.
+        Idempotent: what is there already, by digest, is not sent again. It raises TargetRefused for a key of
+        `Release.config` that the target can apply neither now nor in its start command.
 
         Returns:
             Where the staged release answers, with its own model name; None if the target answers no requests.
@@ -119,6 +120,9 @@ class Target(Protocol):
         """Return the token ids that a staged release gets for a conversation, with the generation prompt.
 
         None if the target has no way to tell.
+
+        Raises:
+            RequestRefused: the server's chat template refuses this conversation (`inference.errors`).
         """
 
     def start_command(self, release: Release) -> str | None:

@@ -107,11 +107,15 @@ class Benchmark:
 
         It is chosen by a hash of each id, because positions often follow slices or wordings.
         """
-        if len(self.questions) <= SAMPLE:
+        return self.sample_of(SAMPLE)
+
+    def sample_of(self, count: int) -> "Benchmark":
+        """Return a fixed sample of so many questions, chosen as `sample` is; all questions if there are no more."""
+        if len(self.questions) <= count:
             return self
         by_hash = sorted(self.questions, key=lambda question: hashlib.sha256(question.id.encode()).digest())
-        chosen = {question.id for question in by_hash[:SAMPLE]}
-        sha256 = hashlib.sha256(f"{SAMPLE} questions of {self.sha256}".encode()).hexdigest()
+        chosen = {question.id for question in by_hash[:count]}
+        sha256 = hashlib.sha256(f"{count} questions of {self.sha256}".encode()).hexdigest()
         return Benchmark(tuple(question for question in self.questions if question.id in chosen), sha256)
 
 

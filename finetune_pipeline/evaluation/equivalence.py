@@ -57,6 +57,16 @@ class Equivalence:
         """Return whether they are equivalent, or cannot be shown to be by so few questions and differ by no more."""
         return self.equivalent or not (self._testable or abs(self.differences.mean) > self.margin)
 
+    @property
+    def tolerable_loss(self) -> bool:
+        """Return whether the candidate is not inferior by the margin, whatever it gains.
+
+        As with `tolerable`, so few questions that even equal scores would not show it are accepted if the difference
+        itself is within the margin.
+        """
+        not_inferior = _p_values(self.differences, self.margin)[0] <= ALPHA
+        return not_inferior or not (self._testable or self.differences.mean < -self.margin)
+
     @cached_property
     def _testable(self) -> bool:
         """Whether equal scores of this number of questions would show equivalence."""
@@ -134,12 +144,17 @@ def score_differences(reference: Sequence[float], candidate: Sequence[float]) ->
 
 
 def _p_value(measured: ScoreDifferences, margin: float) -> float:
+    return max(_p_values(measured, margin))
+
+
+def _p_values(measured: ScoreDifferences, margin: float) -> list[float]:
+    """Return the p-value of the test that rejects a loss of the margin, and of the one that rejects a gain."""
     p_values = []
     for worst in (-1, 1):
         mean, error = _with_one_more(measured, worst)
         distance = margin + mean if worst < 0 else margin - mean
         p_values.append(t_tail(distance / error, measured.questions) if error else float(distance <= 0))
-    return max(p_values)
+    return p_values
 
 
 def _with_one_more(measured: ScoreDifferences, worst: int) -> tuple[float, float]:

@@ -86,3 +86,13 @@ def base_hash(folder: Path) -> str:
         raise ExportError(f"{folder} has no safetensors weights, so it is not a base model; correct base_model")
     others = [folder / name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (folder / name).is_file()]
     return hash_of({path.name: hash_file_cached(path) for path in (*weights, *others)})
+
+
+def hub_id(folder: Path) -> str | None:
+    """Return the Hugging Face id of a base model in Hugging Face's cache; None for any other folder.
+
+    >>> hub_id(Path("/cache/models--owner--name/snapshots/0123"))
+    'owner/name'
+    """
+    cached = next((part for part in folder.parts if part.startswith("models--")), None)
+    return cached.removeprefix("models--").replace("--", "/") if cached else None

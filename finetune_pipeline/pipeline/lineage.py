@@ -18,6 +18,7 @@ from finetune_pipeline.curation.dataset_files import read_all
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import Database
 from finetune_pipeline.evaluation.report import JSON, ReportError, metrics_of_report
+from finetune_pipeline.export.base import hub_id
 from finetune_pipeline.manifests import (
     AdapterManifest,
     DatasetManifest,
@@ -189,9 +190,8 @@ def card(database: Database, loop: LoopSettings, model: ModelVersion) -> str:
 def _base_name(folder: str) -> str:
     """Return the Hugging Face id of a downloaded base model, or the folder, relative to the project if inside."""
     path = Path(folder)
-    cached = next((part for part in path.parts if part.startswith("models--")), None)
-    if cached:
-        return cached.removeprefix("models--").replace("--", "/")
+    if found := hub_id(path):
+        return found
     return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else folder
 
 

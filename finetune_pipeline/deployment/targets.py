@@ -1,0 +1,32 @@
+"""The targets by their kind in the settings."""
+
+from importlib import import_module
+from typing import cast
+
+from finetune_pipeline.deployment.target import Target, TargetRefused
+from finetune_pipeline.settings import DeployTarget
+
+_CLASSES = {
+    "ollama": ("ollama", "Ollama"),
+    "vllm": ("vllm", "Vllm"),
+    "llama_server": ("llama_server", "LlamaServer"),
+    "folder": ("folder", "Folder"),
+}
+"""kind -> module of this package, and class; imported when a loop declares one."""
+
+
+def open_target(settings: DeployTarget, loop: str) -> Target:
+    """Return the target that settings declare; nothing is sent to it yet.
+
+    Raises:
+        TargetRefused: this version of the project has no such target.
+    """
+    module, name = _CLASSES[settings.kind]
+    try:
+        made = getattr(import_module(f"{__package__}.{module}"), name)
+    except ModuleNotFoundError as error:
+        raise TargetRefused(
+            f"targets of kind {settings.kind} cannot be used here ({error}); install what is missing, or remove "
+            f"{settings.key} from deploy.targets"
+        ) from error
+    return cast(Target, made(settings, loop))
