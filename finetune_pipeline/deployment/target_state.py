@@ -23,13 +23,13 @@ from finetune_pipeline.database.tables import deployment_targets
 from finetune_pipeline.records import Record, UtcDatetime
 
 LEASE_SECONDS = 60.0
-"""How long a lease holds without being renewed: after `kill -9`, another process takes over when it has ended."""
+"""How long a lease holds without being renewed, and so how long others wait after a `kill -9`."""
 
 State = Literal["pending", "active", "failed", "rejected", "drifted"]
 
 
 class LeaseLostError(RuntimeError):
-    """Another process has taken over the target, because this one did not renew its lease in time."""
+    """Another process has taken the lease, because this one did not renew its lease in time."""
 
 
 class TargetState(Record):
@@ -93,7 +93,7 @@ class Lease:
         """Write columns of the row.
 
         Raises:
-            LeaseLostError: another process has taken over; nothing was written.
+            LeaseLostError: another process has taken the lease; nothing was written.
         """
         self.renew(**values)
         self.state = self.state.model_copy(update=values)
@@ -102,7 +102,7 @@ class Lease:
         """Write columns like `update`, by default none, but leave `state` as it is: for use in another thread.
 
         Raises:
-            LeaseLostError: another process has taken over; nothing was written.
+            LeaseLostError: another process has taken the lease; nothing was written.
         """
         columns = deployment_targets.c
         own = (columns.loop == self.state.loop, columns.target == self.state.target, columns.locked_by == self._owner)

@@ -340,7 +340,7 @@ def test_a_process_that_lost_its_lease_activates_nothing(one, folder, promoted, 
     stage = Shelf.stage
 
     def suspended(self, release):
-        """Stage while another process takes over, as after a suspended process has woken up."""
+        """Stage while another process takes the lease, as after a suspended process has woken up."""
         stage(self, release)
         make_due(one, locked_until=datetime.now(UTC) - timedelta(days=1))
         with take_lease(connect(), "notes", "shelf") as successor:
