@@ -139,7 +139,8 @@ def switch(version: str, reason: str, loop: LoopSettings) -> None:
     if (before.id if before else None) == (target.id if target else None):
         click.echo(f"{_name(target, loop)} is already the champion")
         return
-    click.echo(f"{_name(switch_to(database, loop.name, version, actor(), reason), loop)} is the champion now")
+    found = switch_to(database, loop.name, version, actor(), reason, loop.deploy.config)
+    click.echo(f"{_name(found, loop)} is the champion now")
 
 
 @model.command()
@@ -153,7 +154,7 @@ def rollback(reason: str, loop: LoopSettings) -> None:
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.champion import rollback as roll_back
 
-    found = roll_back(connect(), loop.name, actor(), reason)
+    found = roll_back(connect(), loop.name, actor(), reason, loop.deploy.config)
     click.echo(f"{_name(found, loop)} is the champion again")
 
 

@@ -299,6 +299,11 @@ deployment_history = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("comparison_id", sa.String(64)),
     sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column(
+        "config",
+        sa.JSON(none_as_null=True),
+        comment="deployment_config: settings of the servers; null if there were none.",
+    ),
     sa.Index(None, "loop", "id"),
 )
 

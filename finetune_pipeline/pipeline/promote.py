@@ -90,7 +90,8 @@ def promote_challenger(
         report_path=report.path / HTML,
     )
     comparison_id, previous_id = report.manifest.comparison_id, report.manifest.champion_id
-    model = promote(connect(), candidate, previous_id, actor, verdict.reason.split("\n")[0], comparison_id)
+    reason = verdict.reason.split("\n")[0]
+    model = promote(connect(), candidate, previous_id, actor, reason, comparison_id, config=loop.deploy.config)
 
     inputs = {ReportManifest.stage: report.manifest.version, "gguf": model.sha256}
 

@@ -4,11 +4,11 @@ SQLite's write transaction, or PostgreSQL's lock on the loop's row of `champions
 change reads the pointer again under that lock (compare-and-swap). A kill in the middle leaves the old champion.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -37,6 +37,9 @@ from finetune_pipeline.registry.model_versions import (
 )
 
 BASE = "base"
+
+Config = Mapping[str, Any] | None
+"""`deployment_config`: settings of the servers by their own names."""
 
 
 class ChampionChangedError(RegistryError):
@@ -107,6 +110,7 @@ def promote(
     reason: str,
     comparison_id: str | None,
     action: Literal["promote", "force"] = "promote",
+    config: Config = None,
 ) -> ModelVersion:
     """Register a candidate and make it the champion, in one transaction.
 
@@ -122,6 +126,7 @@ def promote(
         reason: the verdict's reason; for "force", why the gate is overruled.
         comparison_id: the recorded comparison that justifies the promotion; optional for "force".
         action: "force" overrules the gate, but still requires the expected champion.
+        config: `deployment_config`, for the history.
 
     Raises:
         ChampionChangedError: the champion changed since the comparison; nothing was changed.
@@ -139,11 +144,13 @@ def promote(
             _check_justified(locked.connection, candidate, comparison_id or "")
         check_files_exist(candidate)  # they may have been deleted while this waited for the lock
         model = register_in(locked.connection, candidate, locked.now)
-        return locked.deploy(model.id, action, actor, reason, comparison_id) or model
+        return locked.deploy(model.id, action, actor, reason, comparison_id, config) or model
 
 
-def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> ModelVersion | None:
-    """Make an earlier version, or the base model ("base"), the champion.
+def switch(
+    db: Database, loop: str, version: str, actor: str, reason: str, config: Config = None
+) -> ModelVersion | None:
+    """Make an earlier version, or the base model ("base"), the champion; `config` is as in `promote`.
 
     Raises:
         UnknownVersionError: no model has this version; the message lists the known ones.
@@ -156,11 +163,11 @@ def switch(db: Database, loop: str, version: str, actor: str, reason: str) -> Mo
     if target is not None:
         check_files(target, again=False)  # before the transaction: nothing should wait while gigabytes are hashed
     with lock_champion(db, loop) as locked:
-        return locked.deploy(target.id if target else None, "switch", actor, reason)
+        return locked.deploy(target.id if target else None, "switch", actor, reason, config=config)
 
 
-def rollback(db: Database, loop: str, actor: str, reason: str) -> ModelVersion | None:
-    """Restore the previous champion; a second rollback goes one more step back.
+def rollback(db: Database, loop: str, actor: str, reason: str, config: Config = None) -> ModelVersion | None:
+    """Restore the previous champion; a second rollback goes one more step back. `config` is as in `promote`.
 
     Raises:
         RegistryError: there is nothing to roll back to, the files of the previous champion were deleted or differ
@@ -176,7 +183,7 @@ def rollback(db: Database, loop: str, actor: str, reason: str) -> ModelVersion |
     with lock_champion(db, loop) as locked:
         if locked.current_id != before_id or _previous_id(locked.connection, loop) != target_id:
             raise _changed(locked.connection, loop, before_id)
-        return locked.deploy(target_id, "rollback", actor, reason)
+        return locked.deploy(target_id, "rollback", actor, reason, config=config)
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,13 @@ class LockedChampion:
     now: datetime
 
     def deploy(
-        self, model_id: str | None, action: Action, actor: str, reason: str, comparison_id: str | None = None
+        self,
+        model_id: str | None,
+        action: Action,
+        actor: str,
+        reason: str,
+        comparison_id: str | None = None,
+        config: Config = None,
     ) -> ModelVersion | None:
         """Make a model the champion, update the times of both models, and record the deployment.
 
@@ -227,6 +240,7 @@ class LockedChampion:
             reason=reason,
             comparison_id=comparison_id,
             created_at=self.now,
+            config=dict(config) if config else None,
         )
         return model_in(self.connection, self.loop, model_id) if model_id else None
 

@@ -13,7 +13,12 @@ Action = Literal["promote", "force", "switch", "rollback"]
 
 
 class Deployment(Record):
-    """One change of a loop's champion. A model id of None is the base model."""
+    """One change of a loop's champion.
+
+    Attributes:
+        model_id: None is the base model.
+        config: `deployment_config`, with which the deployment was made: settings of the servers; None without any.
+    """
 
     id: int
     loop: str
@@ -24,6 +29,7 @@ class Deployment(Record):
     reason: str
     comparison_id: str | None
     created_at: UtcDatetime
+    config: dict[str, Any] | None = None
 
 
 def list_deployments(db: Database, loop: str) -> list[Deployment]:

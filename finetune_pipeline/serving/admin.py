@@ -68,10 +68,10 @@ async def rollback(
 ) -> ModelInService:
     """Roll back to the previous champion; it serves when this returns."""
     gateway = get_gateway(request)
-    loop = gateway.loop_named(body.loop).name
-    actor = f"gateway:{caller.name}"
+    settings = gateway.loop_named(body.loop)
+    loop, actor = settings.name, f"gateway:{caller.name}"
     try:
-        await asyncio.to_thread(roll_back, gateway.database, loop, actor, body.reason)
+        await asyncio.to_thread(roll_back, gateway.database, loop, actor, body.reason, settings.deploy.config)
     except RegistryError as error:
         raise Conflict(str(error)) from error
     await gateway.follow_champion(loop)

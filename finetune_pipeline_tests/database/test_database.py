@@ -12,8 +12,10 @@ from alembic.migration import MigrationContext
 
 from finetune_pipeline.database import DatabaseError, connect, connection
 from finetune_pipeline.database.tables import metadata
+from finetune_pipeline.deployment.target_state import take_lease, target_states
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import counters, find_interaction, recompute_marked, unmatched_feedback
+from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.settings import database_url
 from finetune_pipeline_tests.conftest import start_together, uid
 
@@ -207,6 +209,25 @@ def test_renamed_tables_and_columns_keep_their_rows(url):
     }
     with database.engine.connect() as open_connection:
         assert compare_metadata(MigrationContext.configure(open_connection), metadata) == []
+    database.engine.dispose()
+
+
+def test_a_registry_from_before_the_targets_keeps_its_history(url):
+    """The deployments of an older registry have no config, and its targets have no row."""
+    migrate_to(
+        url,
+        "0015",
+        [
+            "INSERT INTO deployment_history (loop, action, model_id, actor, reason, created_at) "
+            "VALUES ('notes', 'promote', 'm1', 'ann', 'better', '2026-01-01')"
+        ],
+    )
+    database = connect(url)
+    [deployment] = list_deployments(database, "notes")
+    assert (deployment.model_id, deployment.reason, deployment.config) == ("m1", "better", None)
+    assert target_states(database, "notes") == {}
+    with take_lease(database, "notes", "ollama") as lease:
+        assert lease.state.state == "pending"
     database.engine.dispose()
 
 

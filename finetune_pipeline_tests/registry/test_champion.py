@@ -484,3 +484,10 @@ def test_a_comparison_before_the_last_deployment_promotes_nothing(
     assert version(db) == "v1.0.0"
     compared(db, late, "again")
     assert promote(db, late, first.id, "loop", "gain 6%", "again").version == "v1.0.1"
+
+
+def test_the_history_records_the_config_of_each_deployment(db, candidate):
+    promote_over(db, candidate("one"))
+    switch(db, "aec", "base", "ann", "try", {"temperature": 0.2})
+    rollback(db, "aec", "ann", "back", {})
+    assert [row.config for row in list_deployments(db, "aec")] == [None, {"temperature": 0.2}, None]
