@@ -11,6 +11,7 @@ from finetune_pipeline.artifacts import disk_full
 from finetune_pipeline.cli.ask import ask
 from finetune_pipeline.cli.compare import compare
 from finetune_pipeline.cli.dataset import dataset
+from finetune_pipeline.cli.deploy import deploy
 from finetune_pipeline.cli.doctor import doctor
 from finetune_pipeline.cli.errors import EXPECTED
 from finetune_pipeline.cli.feedback import feedback
@@ -49,6 +50,7 @@ for command in (
     review,
     ask,
     model,
+    deploy,
     compare,
     report,
     train,

@@ -7,6 +7,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from finetune_pipeline.cli.deploy import follow_champion
 from finetune_pipeline.cli.options import UNLIMITED, actor, json_option, loop_option, print_json
 from finetune_pipeline.settings import LoopSettings
 
@@ -129,7 +130,10 @@ def _rounded(key: str, value: Any) -> Any:
 @click.option("--reason", default="switched in the terminal", show_default=True, help="Recorded in the history.")
 @loop_option
 def switch(version: str, reason: str, loop: LoopSettings) -> None:
-    """Make VERSION (v1.2.0, or base) the champion."""
+    """Make VERSION (v1.2.0, or base) the champion.
+
+    Then brings the deployment targets to it; one that fails is a warning.
+    """
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.champion import champion, resolve
     from finetune_pipeline.registry.champion import switch as switch_to
@@ -141,6 +145,7 @@ def switch(version: str, reason: str, loop: LoopSettings) -> None:
         return
     found = switch_to(database, loop.name, version, actor(), reason, loop.deploy.config)
     click.echo(f"{_name(found, loop)} is the champion now")
+    follow_champion(loop)
 
 
 @model.command()
@@ -149,13 +154,15 @@ def switch(version: str, reason: str, loop: LoopSettings) -> None:
 def rollback(reason: str, loop: LoopSettings) -> None:
     """Restore the previous champion.
 
-    A second rollback goes one more step back.
+    A second rollback goes one more step back. Then brings the deployment targets to the champion; one that fails is a
+    warning.
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.champion import rollback as roll_back
 
     found = roll_back(connect(), loop.name, actor(), reason, loop.deploy.config)
     click.echo(f"{_name(found, loop)} is the champion again")
+    follow_champion(loop)
 
 
 def _name(version: "ModelVersion | None", loop: LoopSettings) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from finetune_pipeline.cli.deploy import problem_of
 from finetune_pipeline.cli.errors import EXPECTED
 from finetune_pipeline.cli.options import json_option, print_json
 from finetune_pipeline.curation.retrain_trigger import describe
@@ -101,6 +102,11 @@ def _lines(loop: LoopSettings, state: "LoopStatus", automation: "AutomationState
         yield "", f"{count:,} more {'does' if count == 1 else 'do'} not count: {reason}"
     yield "runs", _automation(loop, automation)
     yield "champion", state.champion or "the base model"
+    if state.targets:
+        others = [one for one in state.targets if one.state != "active"]
+        active = f"{len(state.targets) - len(others)} of {counted(len(state.targets), 'target')} serve it"
+        command = with_loop("finetune deploy status", loop)
+        yield "deployed", f"{active}; {problem_of(others[0])}; `{command}` shows more" if others else active
 
 
 def _automation(loop: LoopSettings, automation: "AutomationState | None") -> str:

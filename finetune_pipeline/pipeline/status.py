@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from finetune_pipeline.database import Database
+from finetune_pipeline.deployment.target_state import TargetState
 from finetune_pipeline.feedback.store import count_low_reward, counters, unmatched_feedback
+from finetune_pipeline.pipeline.deploy import deployment_states
 from finetune_pipeline.pipeline.implicit_acceptance import is_in_effect, unaccepted
 from finetune_pipeline.pipeline.pending import find_new
 from finetune_pipeline.pipeline.review_queue import review_queue
@@ -34,6 +36,7 @@ class LoopStatus:
         new_at_least: there may be more of them than were counted.
         not_counted: reason -> number of new examples that do not count towards the next run.
         champion: name of the model version that serves; None for the base model.
+        targets: where the deployment targets stand.
     """
 
     interactions: int
@@ -50,6 +53,7 @@ class LoopStatus:
     new_at_least: bool
     not_counted: Mapping[str, int]
     champion: str | None
+    targets: tuple[TargetState, ...] = ()
 
 
 def loop_status(loop: LoopSettings, database: Database) -> LoopStatus:
@@ -88,4 +92,5 @@ def loop_status(loop: LoopSettings, database: Database) -> LoopStatus:
         new_at_least=new.at_least,
         not_counted=not_counted,
         champion=serving.name if serving else None,
+        targets=tuple(deployment_states(loop, database)),
     )
