@@ -1286,6 +1286,44 @@ class TriggerSettings(Settings):
     )
 
 
+AlertKind = Literal["failure", "rejection", "promotion", "approval", "deployment"]
+"""What an alert is about: a failed run, a challenger that the gate did not accept, a new champion, a challenger that
+waits for an approval, a deployment target that cannot be brought to the champion."""
+
+
+def _variable_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise sentence_error("expected the name of an environment variable with the URL, since the URL is a secret")
+    return value
+
+
+_VariableName = Annotated[str, AfterValidator(_variable_name)]
+
+
+class AlertSettings(Settings):
+    """What people are told about the loop, and where. Every alert is also logged; `finetune alerts` lists them."""
+
+    kinds: tuple[AlertKind, ...] = Field(
+        default=get_args(AlertKind),
+        description="failure: a run failed. rejection: the gate did not accept a challenger. promotion: a new "
+        "champion. approval: a challenger waits for one. deployment: a target cannot be brought to the champion.",
+    )
+    webhook_env: _VariableName | None = Field(
+        default=None, description="Environment variable with the URL that gets each alert as JSON, by POST."
+    )
+    slack_env: _VariableName | None = Field(
+        default=None, description="Environment variable with the URL of a Slack incoming webhook, or a compatible one."
+    )
+    timeout_seconds: float = Field(default=5, gt=0, le=60, description="Longest time that sending an alert may take.")
+    freshness_days: float | None = Field(
+        default=None,
+        ge=0.001,
+        le=3650,
+        description="Days after the last promotion from which Dagster shows promoted_model as not fresh. Default: no "
+        "freshness policy, since a loop without new feedback promotes nothing.",
+    )
+
+
 class LoopSettings(Settings):
     """One fine-tuning loop: one task with its base model, data and benchmark."""
 
@@ -1321,6 +1359,7 @@ class LoopSettings(Settings):
     serving: ServingSettings = ServingSettings()
     deploy: DeploySettings = DeploySettings()
     registry: RegistrySettings = RegistrySettings()
+    alerts: AlertSettings = AlertSettings()
 
     @model_validator(mode="before")
     @classmethod

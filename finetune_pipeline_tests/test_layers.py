@@ -13,6 +13,7 @@ PACKAGE = PROJECT_ROOT / "finetune_pipeline"
 ENTRY_POINTS = {"orchestration", "serving", "cli"}
 DOMAIN = {"feedback", "sources", "curation", "training", "export", "evaluation", "registry", "deployment"}
 INFRASTRUCTURE = {
+    "alerts",
     "alpaca",
     "artifacts",
     "database",

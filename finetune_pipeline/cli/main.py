@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 from finetune_pipeline.artifacts import disk_full
+from finetune_pipeline.cli.alerts import alerts
 from finetune_pipeline.cli.ask import ask
 from finetune_pipeline.cli.compare import compare
 from finetune_pipeline.cli.dataset import dataset
@@ -53,6 +54,7 @@ for command in (
     deploy,
     compare,
     report,
+    alerts,
     train,
     serve,
     key,

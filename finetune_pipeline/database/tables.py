@@ -394,6 +394,25 @@ deployment_targets = sa.Table(
     comment="Where each deployment target of a loop stands; the champion is what is wanted.",
 )
 
+alerts = sa.Table(
+    "alerts",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("key", sa.String(200), primary_key=True, comment="Names the event, so that its alert is sent once."),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("title", sa.Text, nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("link", sa.Text, nullable=False, comment="Path or URL of the details; empty if there is none."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column(
+        "deliveries",
+        sa.JSON(none_as_null=True),
+        comment="Receiver -> why it did not get it, empty if it did; null while it is sent.",
+    ),
+    sa.Index(None, "loop", "created_at"),
+    comment="What people were told.",
+)
+
 training_jobs = sa.Table(
     "training_jobs",
     metadata,

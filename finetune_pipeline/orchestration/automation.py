@@ -195,14 +195,20 @@ def unfinished_run(loop: LoopSettings, instance: dg.DagsterInstance, now: dateti
     A run whose process was killed stays unfinished forever. It is ignored once it has logged nothing for
     `trigger.stalled_minutes`: a healthy run logs more often.
     """
-    keys = set(asset_keys(loop))
     for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
-        if run.tags.get(LOOP_TAG) == loop.name or keys & (run.asset_selection or set()):
+        if is_of_loop(run, loop):
             last = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
             logged_at = datetime.fromtimestamp(last[0].timestamp, UTC) if last else now
             if now - logged_at <= timedelta(minutes=loop.trigger.stalled_minutes):
                 return run.run_id
     return None
+
+
+def is_of_loop(run: dg.DagsterRun, loop: LoopSettings) -> bool:
+    """Return whether a run works on this loop, however it was started."""
+    keys = set(asset_keys(loop))
+    checked = {key.asset_key for key in run.asset_check_selection or ()}
+    return run.tags.get(LOOP_TAG) == loop.name or bool(keys & ((run.asset_selection or set()) | checked))
 
 
 def asset_keys(loop: LoopSettings) -> list[dg.AssetKey]:

@@ -5,6 +5,7 @@ from typing import Self
 import dagster as dg
 from pydantic import BaseModel
 
+from finetune_pipeline.orchestration.alerts import alert_sensor
 from finetune_pipeline.orchestration.automation import automation
 from finetune_pipeline.orchestration.checks import curated_dataset_checks, eval_report_checks
 from finetune_pipeline.orchestration.curated_dataset import curated_dataset_asset
@@ -20,7 +21,7 @@ from finetune_pipeline.settings import LoopSettings
 
 @dg.scaffold_with(LoopScaffolder)
 class FineTuneLoop(dg.Component):
-    """One fine-tuning loop: six assets, their checks, a job, a sensor and two schedules."""
+    """One fine-tuning loop: six assets, their checks, a job, sensors and two schedules."""
 
     def __init__(self, settings: LoopSettings) -> None:
         self.settings = settings
@@ -43,7 +44,7 @@ class FineTuneLoop(dg.Component):
 
 
 def loop_definitions(loop: LoopSettings) -> dg.Definitions:
-    """Return the assets, checks, job, sensor, schedules and resources of a loop."""
+    """Return the assets, checks, job, sensors, schedules and resources of a loop."""
     assets = [
         raw_logs_asset(loop),
         curated_dataset_asset(loop),
@@ -54,5 +55,6 @@ def loop_definitions(loop: LoopSettings) -> dg.Definitions:
     ]
     checks = [curated_dataset_checks(loop), eval_report_checks(loop)]
     return dg.Definitions.merge(
-        dg.Definitions(assets=assets, asset_checks=checks, resources=resources()), automation(loop)
+        dg.Definitions(assets=assets, asset_checks=checks, sensors=[alert_sensor(loop)], resources=resources()),
+        automation(loop),
     )

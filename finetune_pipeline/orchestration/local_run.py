@@ -12,9 +12,12 @@ from pathlib import Path
 import dagster as dg
 import sqlalchemy as sa
 
+from finetune_pipeline.alerts import send
 from finetune_pipeline.manifests import AdapterManifest
+from finetune_pipeline.orchestration.alerts import alert_of_run
 from finetune_pipeline.orchestration.run_events import RunEvents
 from finetune_pipeline.orchestration.storage import storage_errors
+from finetune_pipeline.pipeline.run_alerts import failure
 from finetune_pipeline.pipeline.summary import run_summary
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, with_loop
 
@@ -92,6 +95,11 @@ def run_loop(
         if run is not None and not run.is_finished:  # the process was killed and could not do it
             instance.report_run_failed(run, f"The run's process ended with exit code {process.returncode}.")
         canceled = bool(received) or (run is not None and run.status == dg.DagsterRunStatus.CANCELED)
+        ended = instance.get_run_by_id(run_id)
+        if ended is None:
+            alert = None if canceled else failure(loop, run_id, "", ["the run could not be created"], str(log))
+        else:
+            alert = alert_of_run(loop, instance, ended)
     if canceled:
         trained = events.canceled_step == AdapterManifest.stage
         reused = "training resumes from its last checkpoint, if it has one" if trained else "finished work is reused"
@@ -108,6 +116,8 @@ def run_loop(
         echo(line)
     for warning in events.warnings:
         echo(f"warning   {warning}".replace("\n", "\n          "))
+    if alert is not None:
+        send(loop, alert)
     return 0 if succeeded else 1
 
 

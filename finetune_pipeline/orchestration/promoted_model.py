@@ -1,6 +1,7 @@
 """The asset promoted_model: the challenger that the gate accepts becomes the champion."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
@@ -17,6 +18,8 @@ ACTOR = "dagster"
 
 def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
     """Return the asset promoted_model of a loop."""
+    days = loop.alerts.freshness_days
+    freshness = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=days)) if days else None
 
     @loop_asset(
         loop,
@@ -25,6 +28,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         "gguf_model",
         depends_on=(loop.gate,),
         output_required=False,
+        freshness_policy=freshness,
         kinds={"gguf"},
     )
     def promoted_model(

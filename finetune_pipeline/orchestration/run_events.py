@@ -20,8 +20,10 @@ manifests, not data versions, say what an artifact was made from."""
 INTERRUPTED = "it was interrupted"
 """The cause of a step that was canceled."""
 
+CHECKS_FAILED = "DagsterAssetCheckFailedError"
+"""How the cause of a step begins whose blocking checks failed."""
+
 _MESSAGE_COLUMN = 26  # of a printed line, after time and step
-_CHECKS_FAILED = "DagsterAssetCheckFailedError"
 _INTERRUPTS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 
 
@@ -108,7 +110,7 @@ class RunEvents:
             case Kind.STEP_FAILURE:
                 self._step_failed = True
                 reason = cause(event.step_failure_data.error)
-                if reason.startswith(_CHECKS_FAILED):  # and names them without a reason
+                if reason.startswith(CHECKS_FAILED):  # and names them without a reason
                     reason = "; ".join(self._failed_checks[entry.step_key or ""])
                 if reason == INTERRUPTED:
                     self.canceled_step = name
@@ -132,10 +134,16 @@ class RunEvents:
                     self.warnings.append(f"check {check.check_name} of {name} failed{description}")
                 return f"{step} check {check.check_name} {result}{description}"
             case Kind.RUN_FAILURE if not self._step_failed:  # for example, the executor failed
-                return f"{step} {click.style('the run failed', fg='red')}: {cause(event.job_failure_data.error)}"
+                return f"{step} {click.style('the run failed', fg='red')}: {run_failure_cause(event)}"
             case Kind.RUN_CANCELING | Kind.RUN_CANCELED:
                 self.canceling = True
         return None
+
+
+def run_failure_cause(event: dg.DagsterEvent) -> str:
+    """Return why a run failed outside of its steps: an exception, or what Dagster's daemon says about the process."""
+    error = getattr(event.event_specific_data, "error", None)  # there is no data if the daemon reported it
+    return cause(error) if error else event.message or cause(None)
 
 
 def cause(error: "SerializableErrorInfo | None") -> str:

@@ -31,6 +31,9 @@ from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
 from finetune_pipeline.settings import LoopSettings
 
+NOT_PROMOTED = "not promoted: "
+"""How the reason of a rejection begins."""
+
 
 class ReportMismatchError(ArtifactError):
     """The report does not describe what would be promoted; the message names what differs."""
@@ -67,7 +70,7 @@ def promote_challenger(
     """
     verdict = verify_report(loop, report, gguf)
     if not verdict.promote:
-        return NotPromoted(f"not promoted: {verdict.reason}")
+        return NotPromoted(f"{NOT_PROMOTED}{verdict.reason}")
     spec, gguf_manifest = model_spec(gguf), gguf.manifest
     file_sha256 = gguf_manifest.files[gguf_manifest.gguf].sha256
     files: dict[str, Any] = {"gguf_path": spec.gguf, "gguf_sha256": file_sha256}

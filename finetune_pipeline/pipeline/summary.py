@@ -48,11 +48,16 @@ def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator
         yield f'next      try it:   {with_loop("finetune ask", loop)} "..."'
         yield "          serve it: finetune serve"
         yield f"          undo it:  {with_loop('finetune model rollback', loop)}"
-    elif report and report.manifest.decision == "inconclusive":
-        yield "next      the champion stays; add questions to the benchmark, or log more feedback, then run again"
     elif report and not report.manifest.promote:
-        yield "next      the champion stays; see the answers in the report, log more feedback, then run again"
+        yield f"next      {next_after_verdict(report.manifest.decision)}"
     elif not succeeded:
         yield f"next      fix the cause, then `{with_loop('finetune run', loop)}`; finished work is reused"
     elif adapter:
         yield "next      nothing new to promote; log more feedback, then run again"
+
+
+def next_after_verdict(decision: str) -> str:
+    """Return what to do after a verdict that promotes nothing: "reject" or "inconclusive"."""
+    if decision == "inconclusive":
+        return "the champion stays; add questions to the benchmark, or log more feedback, then run again"
+    return "the champion stays; see the answers in the report, log more feedback, then run again"

@@ -51,11 +51,13 @@ def test_the_default_loop_has_these_checks():
     }
 
 
-def test_a_job_a_sensor_and_two_schedules_are_off_by_default():
+def test_what_starts_runs_is_off_by_default():
     repository = defs().get_repository_def()
     assert repository.has_job("aec_parser_loop")
-    (sensor,) = repository.sensor_defs
-    assert (sensor.name, sensor.default_status) == ("aec_parser_new_examples", dg.DefaultSensorStatus.STOPPED)
+    assert {sensor.name: sensor.default_status for sensor in repository.sensor_defs} == {
+        "aec_parser_new_examples": dg.DefaultSensorStatus.STOPPED,
+        "aec_parser_alerts": dg.DefaultSensorStatus.RUNNING,  # it starts nothing
+    }
     schedules = {schedule.name: schedule.default_status for schedule in repository.schedule_defs}
     assert schedules == {
         "aec_parser_nightly": dg.DefaultScheduleStatus.STOPPED,
@@ -65,7 +67,7 @@ def test_a_job_a_sensor_and_two_schedules_are_off_by_default():
 
 def test_trigger_running_turns_the_sensor_and_the_schedules_on(make_loop):
     repository = definitions(make_loop(trigger={"running": True})).get_repository_def()
-    assert [sensor.default_status for sensor in repository.sensor_defs] == [dg.DefaultSensorStatus.RUNNING]
+    assert {sensor.default_status for sensor in repository.sensor_defs} == {dg.DefaultSensorStatus.RUNNING}
     on = [schedule.name for schedule in repository.schedule_defs if schedule.default_status.value == "RUNNING"]
     assert sorted(on) == ["notes_nightly", "notes_yearly"]
 

@@ -20,10 +20,13 @@ from dagster_shared.error import SerializableErrorInfo
 
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.cli.dagster_home import environment
+from finetune_pipeline.cli.run import new_run
 from finetune_pipeline.orchestration.local_run import run_loop
 from finetune_pipeline.orchestration.run_events import RunEvents, cause
 from finetune_pipeline.settings import home
+from finetune_pipeline_tests.orchestration.test_alerts import evaluate
 from finetune_pipeline_tests.processes import descendants
+from finetune_pipeline_tests.receiver import receiving
 from finetune_pipeline_tests.waiting import wait_until
 
 LOCATION = Path(__file__).with_name("small_location.py")
@@ -101,6 +104,21 @@ def test_a_failed_step_shows_its_cause(loop, workspace, monkeypatch, second, rea
     log = Path(lines[-4].strip().rpartition(" ")[2])
     assert lines[-4].startswith("the run did not succeed") and "STEP_FAILURE" in log.read_text()
     assert lines[-2] == "next      fix the cause, then `finetune run --loop notes`; finished work is reused"
+
+
+def test_a_failed_run_is_told_once_with_its_log(make_loop, workspace, monkeypatch):
+    monkeypatch.setenv("SECOND", "busy")
+    with receiving() as receiver:
+        monkeypatch.setenv("HOOK_URL", receiver.url)
+        loop = make_loop(alerts={"webhook_env": "HOOK_URL"})
+        run_id, log = new_run(loop)
+        assert run_loop(loop, run_id, log, str, workspace=workspace) == 1
+        with dg.DagsterInstance.get() as instance:  # the daemon sees the run too
+            assert evaluate(loop, instance)[0] == "no run ended since that there is an alert about"
+    (body,) = receiver.got
+    assert (body["kind"], body["title"]) == ("failure", "notes: the run failed in second")
+    assert body["text"].startswith("another run creates it now; wait\nnext: fix the cause")
+    assert body["link"] == str(log)
 
 
 @pytest.mark.slow

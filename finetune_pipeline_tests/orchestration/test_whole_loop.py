@@ -9,16 +9,18 @@ import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import dagster as dg
 import pytest
 
 from finetune_pipeline.database import connect
+from finetune_pipeline.orchestration.alerts import alert_of_run
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.training_jobs import find_training_job
-from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline.settings import PROJECT_ROOT, read_loop
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.whole_loop import Loop
 from finetune_pipeline_tests.waiting import wait_until
@@ -46,6 +48,13 @@ def alive(marker):
     """Return the processes of this user whose command line contains a text."""
     found = subprocess.run(["pgrep", "-f", str(marker)], capture_output=True, text=True).stdout.split()
     return [int(pid) for pid in found]
+
+
+def newest_alert(loop):
+    """Return what is told about the loop's newest run."""
+    with dg.DagsterInstance.from_config(str(loop.dagster)) as instance:
+        (run,) = instance.get_runs(limit=1)
+        return alert_of_run(read_loop(loop.folder / "defs.yaml"), instance, run)
 
 
 def test_a_killed_training_ends_its_processes_and_resumes_from_its_checkpoint(loop):
@@ -83,11 +92,15 @@ def test_a_rejected_challenger_fails_the_run_with_the_reason(loop):
     assert champion(connect(), "meeting_notes") is None
     (judged,) = list_comparisons(connect(), "meeting_notes")
     assert not judged.promote and judged.watermark > 0
+    alert = newest_alert(loop)
+    assert (alert.kind, alert.title) == ("rejection", "meeting_notes: the challenger was evaluated and not promoted")
+    assert alert.text.startswith(judged.reason) and Path(alert.link) == judged.report_path
 
 
 def test_materializing_promoted_model_alone_does_not_bypass_the_gate(loop):
     code, log = loop.run("meeting_notes/promoted_model", **IMPOSSIBLE)
     assert code != 0 and "not promoted: challenger" in log
+    assert newest_alert(loop).kind == "rejection"
     code, log = loop.run("meeting_notes/promoted_model")  # with a gate that would accept it
     assert code != 0 and "was not made for what would be promoted now" in log
     assert champion(connect(), "meeting_notes") is None
@@ -97,6 +110,7 @@ def test_keep_champion_succeeds_without_a_promotion(loop):
     code, log = loop.run("meeting_notes/eval_report*", **KEEP)
     assert code == 0, log
     assert "the champion stays" in log
+    assert newest_alert(loop).kind == "rejection"
     assert champion(connect(), "meeting_notes") is None
 
 
@@ -108,6 +122,9 @@ def test_a_damaged_challenger_is_not_evaluated(loop):
     try:
         code, log = loop.run("meeting_notes/eval_report")
         assert code != 0 and f"{file} is damaged or was replaced" in log and "materialize gguf_model again" in log
+        alert = newest_alert(loop)
+        assert (alert.kind, alert.title) == ("failure", "meeting_notes: the run failed in eval_report")
+        assert f"{file} is damaged or was replaced" in alert.text
     finally:
         file.write_bytes(content)
 
@@ -118,6 +135,8 @@ def test_a_gain_is_promoted(loop):
     serving = champion(connect(), "meeting_notes")
     assert serving.version == "v1.0.0" and serving.gguf_path.is_file()
     assert [one.action for one in list_deployments(connect(), "meeting_notes")] == ["promote"]
+    alert = newest_alert(loop)
+    assert (alert.kind, alert.title) == ("promotion", "meeting_notes@v1.0.0 is the champion now")
     training = find_training_job(connect(), "meeting_notes", serving.lineage["lora_adapter"])
     assert training.steps > 0 and training.dataset in loop.complete("curated_dataset")
     (version,) = loop.complete("promoted_model")

@@ -1,0 +1,64 @@
+"""What people are told about an ended run: a failure, a rejection or a promotion."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from finetune_pipeline.alerts import Alert
+from finetune_pipeline.artifacts import ArtifactError, get_latest
+from finetune_pipeline.evaluation.report import HTML
+from finetune_pipeline.manifests import PromotionManifest, ReportManifest
+from finetune_pipeline.pipeline.summary import next_after_verdict
+from finetune_pipeline.settings import LoopSettings, with_loop
+from finetune_pipeline.validation_messages import without_values
+from finetune_pipeline.wording import first_line
+
+
+def promotion_or_rejection(loop: LoopSettings, run_id: str, *, judged_before: bool = False) -> Alert | None:
+    """Return the alert about a run's verdict; None if it judged no challenger, or accepted but did not promote it.
+
+    Args:
+        loop: the loop of the run.
+        run_id: the Dagster run.
+        judged_before: the run did not evaluate, and stopped at the verdict of the loop's newest report.
+    """
+    promotion = report = None
+    with suppress(ArtifactError):  # it was damaged or deleted since
+        promotion = get_latest(PromotionManifest, loop.name, run_id)
+        report = get_latest(ReportManifest, loop.name, run_id)
+        if judged_before and report is None:
+            report = get_latest(ReportManifest, loop.name)
+    if report is None:
+        return None
+    manifest, key, link = report.manifest, _key(run_id), str(report.path / HTML)
+    if promotion is not None:
+        undo = with_loop("finetune model rollback", loop)
+        text = f"{manifest.reason}\nnext: it serves from now on; undo it with `{undo}`"
+        return Alert("promotion", key, f"{promotion.manifest.model} is the champion now", text, link)
+    if manifest.promote:
+        return None
+    inconclusive = manifest.decision == "inconclusive"
+    result = "the comparison is inconclusive" if inconclusive else "the challenger was evaluated and not promoted"
+    text = f"{manifest.reason}\nnext: {next_after_verdict(manifest.decision)}"
+    return Alert("rejection", key, f"{loop.name}: {result}", text, link)
+
+
+def failure(loop: LoopSettings, run_id: str, step: str, causes: Sequence[str], log: str = "") -> Alert:
+    """Return the alert about a run that failed.
+
+    Args:
+        loop: the loop of the run.
+        run_id: the Dagster run.
+        step: name of the step that failed; empty if the run failed outside of its steps.
+        causes: why; messages of exceptions. What they quote is left out, since it may be of an example.
+        log: path of the complete log; empty if there is none.
+    """
+    shown = [first_line(without_values(cause)) for cause in causes]
+    # What follows the first line of a library's message may be the data that it was called with.
+    again = f"next: fix the cause, then `{with_loop('finetune run', loop)}`; finished work is reused"
+    details = f"run {run_id} in Dagster's UI has the details"
+    title = f"{loop.name}: the run failed" + (f" in {step}" if step else "")
+    return Alert("failure", _key(run_id), title, "\n".join([*shown, again, details]), log)
+
+
+def _key(run_id: str) -> str:
+    return f"run {run_id}"
