@@ -17,7 +17,7 @@ from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.orchestration.alerts import alert_of_run
 from finetune_pipeline.orchestration.run_events import RunEvents
 from finetune_pipeline.orchestration.storage import storage_errors
-from finetune_pipeline.pipeline.run_alerts import failure
+from finetune_pipeline.pipeline.alert_texts import failure
 from finetune_pipeline.pipeline.summary import run_summary
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, with_loop
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from finetune_pipeline.alerts import send
 from finetune_pipeline.artifacts import (
     ArtifactError,
     check_unaltered,
@@ -27,6 +28,7 @@ from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.manifests import ADAPTER_CONFIG, AdapterManifest
 from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.alert_texts import deployment
 from finetune_pipeline.pipeline.deploy_parity import ParityError, check_parity
 from finetune_pipeline.pipeline.lineage import card
 from finetune_pipeline.pipeline.merged_model import merged_model
@@ -179,7 +181,7 @@ def reconcile(
     targets: Collection[str] | None = None,
     *,
     force: bool = False,
-    alert: Callable[[TargetState], None] = lambda state: None,
+    alert: Callable[[TargetState], None] | None = None,
 ) -> list[TargetState]:
     """Bring each target to the loop's champion, and return where they stand then.
 
@@ -192,18 +194,19 @@ def reconcile(
     Args:
         targets: names of the targets to work on; default all.
         force: try also targets whose next try is later, and rejected ones.
-        alert: called when a target fails for the first time, is rejected, or has drifted.
+        alert: called when a target fails for the first time, is rejected, or has drifted; default: send an alert.
 
     Raises:
         DatabaseError: the database cannot be used.
     """
     db = connect()
+    tell = alert or (lambda state: send(loop, deployment(loop, state)))
     for setting in loop.deploy.targets:
         if targets is not None and setting.key not in targets:
             continue
         try:
             # A promotion that came meanwhile could not get the lease, so its champion is brought there by this process.
-            while not _Reconciliation(loop, setting, db, log, force, alert).run():
+            while not _Reconciliation(loop, setting, db, log, force, tell).run():
                 log(f"{setting.key}: the champion changed meanwhile")
         except LeaseLostError as error:
             log(f"{setting.key}: {error}; left to it")
@@ -220,7 +223,7 @@ class _Reconciliation:
         db: Database,
         log: Callable[[str], None],
         force: bool,
-        alert: Callable[[TargetState], None],
+        alert: Callable[[TargetState], object],
     ) -> None:
         self._loop = loop
         self._setting = setting

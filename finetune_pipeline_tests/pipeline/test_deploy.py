@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
+from finetune_pipeline.alerts import list_alerts
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.tables import deployment_targets
@@ -136,6 +137,24 @@ def test_a_target_that_is_down_is_tried_again_later_and_later(one, folder, promo
     (folder / "fail-observe").unlink()
     state, _ = brought(one, force=True)
     assert (state.state, state.tries, state.last_error, state.next_try_at) == ("active", 0, "", None)
+
+
+def test_people_are_told_when_a_target_fails_and_again_after_it_worked(one, folder, promoted):
+    promoted("one")
+    Shelf(settings_of(one), "notes")
+    for text in ("it answered 'Call Ann at noon'", "it is down"):
+        (folder / "fail-observe").write_text(text)
+        brought(one, force=True)
+        brought(one, force=True)
+        (folder / "fail-observe").unlink()
+        brought(one, force=True)
+    later, first = list_alerts(connect(), "notes")
+    assert (first.kind, first.title) == ("deployment", "notes: shelf could not be brought to notes@v1.0.0")
+    assert first.text.split("\n") == [
+        "it answered '...'",
+        "next: it is tried again by itself; `finetune deploy status --loop notes` shows where it stands",
+    ]
+    assert later.text.startswith("it is down\n")
 
 
 @pytest.mark.parametrize("step", ["observe", "stage", "activate"])

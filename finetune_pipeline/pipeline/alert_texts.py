@@ -1,10 +1,12 @@
-"""What people are told about an ended run: a failure, a rejection or a promotion."""
+"""The texts of alerts: about an ended run, and about a deployment target."""
 
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 
 from finetune_pipeline.alerts import Alert
 from finetune_pipeline.artifacts import ArtifactError, get_latest
+from finetune_pipeline.deployment.target_state import TargetState
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import PromotionManifest, ReportManifest
 from finetune_pipeline.pipeline.summary import next_after_verdict
@@ -58,6 +60,21 @@ def failure(loop: LoopSettings, run_id: str, step: str, causes: Sequence[str], l
     details = f"run {run_id} in Dagster's UI has the details"
     title = f"{loop.name}: the run failed" + (f" in {step}" if step else "")
     return Alert("failure", _key(run_id), title, "\n".join([*shown, again, details]), log)
+
+
+def deployment(loop: LoopSettings, state: TargetState) -> Alert:
+    """Return the alert about a target that failed for the first time, was rejected, or drifted."""
+    wanted = f"{loop.name}@{state.wanted}"
+    title, todo = {
+        "drifted": ("somebody changed what {target} serves", "it is brought back to {wanted}"),
+        "rejected": ("{target} was not switched to {wanted}", "fix the cause; it is not tried again by itself"),
+    }.get(state.state, ("{target} could not be brought to {wanted}", "it is tried again by itself"))
+    names = {"target": state.target, "wanted": wanted}
+    command = with_loop("finetune deploy status", loop)
+    cause = first_line(without_values(state.last_error))
+    text = f"{cause}\nnext: {todo.format(**names)}; `{command}` shows where it stands"
+    key = f"target {state.target} {datetime.now(UTC).isoformat()}"  # told at each change of the target's state
+    return Alert("deployment", key, f"{loop.name}: {title.format(**names)}", text)
 
 
 def _key(run_id: str) -> str:
