@@ -4,6 +4,7 @@ The environment variable RAY_ADDRESS names the cluster; without it, a local one 
 """
 
 import importlib.util
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,8 @@ def connected(variables: Mapping[str, str], cores: int | None, object_store_byte
         "logging_config": ray.LoggingConfig(log_level="ERROR"),
     }
     address = os.environ.get(ADDRESS)
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
     try:
         if address:
             ray.init(address, **common)
@@ -67,6 +70,9 @@ def connected(variables: Mapping[str, str], cores: int | None, object_store_byte
         raise ClusterError(
             f"no Ray cluster responds at {ADDRESS}={address} ({error}); correct it, or unset it to start a local one"
         ) from error
+    # The logging_config, which is for the workers, also makes this process drop all warnings, Ray's and ours.
+    root.setLevel(level)
+    root.handlers[:] = handlers
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """The filter over the shards of a snapshot: in processes, on Ray, and with cached results; always the same dataset."""
 
+import logging
 import os
 import time
 from dataclasses import replace
@@ -172,7 +173,10 @@ def test_two_ray_workers_give_the_same_dataset(two_ray_nodes, tmp_path, monkeypa
     one = built(tmp_path / "one", paths)
     monkeypatch.setattr(filter, "_CHUNK_ROWS", 100)
     on_ray = replace(POLICY, settings=CurationSettings(compute="ray"))
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
     assert built(tmp_path / "ray", paths, on_ray) == one
+    assert (root.level, root.handlers) == before  # the process still shows its warnings
 
 
 def test_without_ray_the_error_says_how_to_install_it(tmp_path, monkeypatch):
