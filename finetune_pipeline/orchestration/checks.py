@@ -10,7 +10,13 @@ import dagster as dg
 
 from finetune_pipeline.evaluation.gate import slices_text
 from finetune_pipeline.evaluation.report import JSON, ReportFindings, findings_of_report
-from finetune_pipeline.manifests import DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
+from finetune_pipeline.manifests import (
+    DatasetManifest,
+    GgufManifest,
+    PromotionManifest,
+    RawLogsManifest,
+    ReportManifest,
+)
 from finetune_pipeline.orchestration.resources import percent
 from finetune_pipeline.pipeline.build_dataset import check_and_record
 from finetune_pipeline.pipeline.export import ModelCheck, score_equivalence
@@ -48,6 +54,9 @@ def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
             "significance": "The gain is significant by a paired test.",
             "no_slice_regressed": f"No slice lost significantly more than {loop.gate.slice_margin:.0%}.",
         },
+        PromotionManifest.stage: {"deployed": "Every deployment target serves the champion."}
+        if loop.deploy.targets
+        else {},
     }[stage]
     blocking = {*DatasetManifest.blocking_checks, *GgufManifest.blocking_checks}
     if loop.gate.on_reject == "fail":

@@ -1,14 +1,18 @@
 """The asset promoted_model: the challenger that the gate accepts becomes the champion."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
+from finetune_pipeline.database import connect
+from finetune_pipeline.deployment.target_state import TargetState
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.orchestration.checks import check_specs
 from finetune_pipeline.orchestration.resources import loop_asset, materialized, percent
+from finetune_pipeline.pipeline.deploy import deployment_states, reconcile
 from finetune_pipeline.pipeline.promote import NotPromoted, promote_challenger
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.settings import LoopSettings
@@ -29,24 +33,29 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         depends_on=(loop.gate,),
         output_required=False,
         freshness_policy=freshness,
+        check_specs=check_specs(loop, PromotionManifest.stage),
         kinds={"gguf"},
     )
     def promoted_model(
         context: dg.AssetExecutionContext,
         eval_report: Artifact[ReportManifest],
         gguf_model: Artifact[GgufManifest],
-    ) -> Iterator[dg.MaterializeResult[Any]]:
+    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         """The champion: the model version that serves, if the gate, asked a second time, accepts exactly this file.
 
         If it fails: the gate rejected the challenger (see eval_report), or the message names what changed since the
         report was written, so materialize eval_report again. With `gate.on_reject: keep_champion` a rejected challenger
         does not fail the run.
+
+        Then each deployment target is brought to it. One that cannot be reached, or that serves it differently, makes
+        the check `deployed` yellow and is tried again later; see docs/how-to/deploy.md.
         """
         result = promote_challenger(loop, eval_report, gguf_model, ACTOR)
         if isinstance(result, NotPromoted):
             if loop.gate.on_reject == "fail":
                 raise dg.Failure(result.reason, allow_retries=False)
             context.log.info(f"{result.reason}; the champion stays")
+            yield from _deployed(deployment_states(loop, connect()))
             return
         model = result.model
         context.log.info(f"{model.name} is the champion now: {model.gguf_path}")
@@ -62,5 +71,24 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             "reason": verdict.reason,
         }
         yield materialized(result.artifact, metadata)
+        if loop.deploy.targets:  # after the promotion was recorded: an upload may take long, and be killed
+            states = reconcile(loop, context.log.info)
+            for state in states:
+                if state.state != "active":
+                    context.log.warning(f"the target {state.target} is {state.state}: {state.last_error}")
+            yield from _deployed(states)
 
     return promoted_model
+
+
+def _deployed(states: Sequence[TargetState]) -> Iterator[dg.AssetCheckResult]:
+    """Yield the result of the check `deployed`, if the loop has targets."""
+    others = [f"{one.target} is {one.state}: {one.last_error}".rstrip(": ") for one in states if one.state != "active"]
+    if states:
+        yield dg.AssetCheckResult(
+            check_name="deployed",
+            passed=not others,
+            severity=dg.AssetCheckSeverity.WARN,
+            description="; ".join(others) or None,
+            metadata={one.target: f"{one.state}, serves {one.observed or 'something else'}" for one in states},
+        )

@@ -10,4 +10,5 @@ api.py                schemas of the other routes        gateway.py       all of
 loop_server.py        the models of a loop, hot swap     loaded_model.py  one model in service
 routing.py            the field `model` of a request     metrics.py       Prometheus metrics
 errors.py             error responses                    connections.py   limits of size, time and number
+deployer.py           deployment targets, in the background
 """

@@ -16,6 +16,7 @@ from finetune_pipeline.pipeline.loop_files import constraint
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.registry.champion import champion_ids
 from finetune_pipeline.serving.access import Access
+from finetune_pipeline.serving.deployer import DEPLOY_SECONDS, deploy_due
 from finetune_pipeline.serving.errors import BadRequest, NotFound, Unavailable
 from finetune_pipeline.serving.loop_server import LoopServer
 from finetune_pipeline.serving.metrics import Metrics
@@ -92,11 +93,16 @@ class Gateway:
         refreshes: list[Callable[[], Awaitable[None]]] = [partial(asyncio.to_thread, self.access.refresh)]
         refreshes += [partial(self.follow_champion, name) for name in self.servers]
         self._refreshing = [asyncio.create_task(_repeat(refresh)) for refresh in refreshes]
+        for loop in self.loops.values():
+            if loop.deploy.targets:
+                deploy = partial(deploy_due, loop, self.database)
+                self._refreshing.append(asyncio.create_task(_repeat(deploy, DEPLOY_SECONDS)))
 
     async def stop(self) -> None:
         """Close all models and write the remaining events to the store."""
         for task in self._refreshing:
             task.cancel()
+        await asyncio.gather(*self._refreshing, return_exceptions=True)
         await asyncio.gather(*(server.close() for server in self.servers.values()))
         await asyncio.to_thread(self.recorder.close)
 
@@ -161,9 +167,9 @@ class Gateway:
         return self._rewards[loop]
 
 
-async def _repeat(refresh: Callable[[], Awaitable[None]]) -> None:
+async def _repeat(refresh: Callable[[], Awaitable[None]], seconds: float = REFRESH_SECONDS) -> None:
     while True:
-        await asyncio.sleep(REFRESH_SECONDS)
+        await asyncio.sleep(seconds)
         try:
             await refresh()
         except Exception:  # the database may be away for a while

@@ -51,6 +51,16 @@ def test_the_default_loop_has_these_checks():
     }
 
 
+def test_a_loop_with_targets_has_a_check_that_never_blocks(make_loop):
+    graph = definitions(
+        make_loop(deploy={"targets": [{"kind": "folder", "path": "/srv/models"}]})
+    ).resolve_asset_graph()
+    checks = {
+        key.name: graph.get(key).blocking for key in graph.asset_check_keys if "promoted_model" in key.asset_key.path
+    }
+    assert checks == {"deployed": False}
+
+
 def test_what_starts_runs_is_off_by_default():
     repository = defs().get_repository_def()
     assert repository.has_job("aec_parser_loop")
