@@ -87,7 +87,7 @@ def follow_champion(loop: LoopSettings) -> None:
 def problem_of(state: "TargetState") -> str:
     """Return what is wrong with a target that does not serve the champion, in one line."""
     serves = f", serves {state.observed}" if state.observed else ""
-    return f"{state.target} is {state.state}{serves}" + (f": {one_line(state.last_error)}" if state.last_error else "")
+    return f"{state.summary}{serves}" + (f": {one_line(state.last_error)}" if state.last_error else "")
 
 
 def _echo_states(states: Sequence["TargetState"]) -> None:

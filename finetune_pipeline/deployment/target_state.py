@@ -65,6 +65,11 @@ class TargetState(Record):
     locked_by: str | None = None
     locked_until: UtcDatetime | None = None
 
+    @property
+    def summary(self) -> str:
+        """The target's name and state, such as "ollama has failed"."""
+        return f"{self.target} {'has' if self.state in {'failed', 'drifted'} else 'is'} {self.state}"
+
     def is_locked(self, now: datetime) -> bool:
         """Return whether a process works on the target."""
         return self.locked_until is not None and self.locked_until >= now

@@ -16,6 +16,7 @@ from finetune_pipeline.pipeline.deploy import deployment_states, reconcile
 from finetune_pipeline.pipeline.promote import NotPromoted, promote_challenger
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.validation_messages import without_values
 
 ACTOR = "dagster"
 
@@ -72,10 +73,10 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         }
         yield materialized(result.artifact, metadata)
         if loop.deploy.targets:  # after the promotion was recorded: an upload may take long, and be killed
-            states = reconcile(loop, context.log.info)
-            for state in states:
-                if state.state != "active":
-                    context.log.warning(f"the target {state.target} is {state.state}: {state.last_error}")
+            # Errors of a comparison quote prompts and answers, which must not enter Dagster's database.
+            states = reconcile(loop, lambda line: context.log.info(without_values(line)))
+            for problem in _problems(states):
+                context.log.warning(f"the target {problem}")
             yield from _deployed(states)
 
     return promoted_model
@@ -83,12 +84,17 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
 
 def _deployed(states: Sequence[TargetState]) -> Iterator[dg.AssetCheckResult]:
     """Yield the result of the check `deployed`, if the loop has targets."""
-    others = [f"{one.target} is {one.state}: {one.last_error}".rstrip(": ") for one in states if one.state != "active"]
     if states:
+        problems = _problems(states)
         yield dg.AssetCheckResult(
             check_name="deployed",
-            passed=not others,
+            passed=not problems,
             severity=dg.AssetCheckSeverity.WARN,
-            description="; ".join(others) or None,
+            description="; ".join(problems) or None,
             metadata={one.target: f"{one.state}, serves {one.observed or 'something else'}" for one in states},
         )
+
+
+def _problems(states: Sequence[TargetState]) -> list[str]:
+    others = [one for one in states if one.state != "active"]
+    return [f"{one.summary}: {without_values(one.last_error)}".rstrip(": ") for one in others]

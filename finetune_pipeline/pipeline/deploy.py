@@ -181,7 +181,6 @@ def reconcile(
     targets: Collection[str] | None = None,
     *,
     force: bool = False,
-    alert: Callable[[TargetState], None] | None = None,
 ) -> list[TargetState]:
     """Bring each target to the loop's champion, and return where they stand then.
 
@@ -189,24 +188,23 @@ def reconcile(
     judged model, activate it, ask again, and remove old releases. A target that fails is tried again later, by the next
     call after `next_try_at`. A target that another process works on is left to it.
 
-    No error of a target is raised: its row says what happened.
+    No error of a target is raised: its row says what happened. An alert is sent when a target fails for the first
+    time, is rejected, or has drifted.
 
     Args:
         targets: names of the targets to work on; default all.
         force: try also targets whose next try is later, and rejected ones.
-        alert: called when a target fails for the first time, is rejected, or has drifted; default: send an alert.
 
     Raises:
         DatabaseError: the database cannot be used.
     """
     db = connect()
-    tell = alert or (lambda state: send(loop, deployment(loop, state)))
     for setting in loop.deploy.targets:
         if targets is not None and setting.key not in targets:
             continue
         try:
             # A promotion that came meanwhile could not get the lease, so its champion is brought there by this process.
-            while not _Reconciliation(loop, setting, db, log, force, tell).run():
+            while not _Reconciliation(loop, setting, db, log, force).run():
                 log(f"{setting.key}: the champion changed meanwhile")
         except LeaseLostError as error:
             log(f"{setting.key}: {error}; left to it")
@@ -223,14 +221,12 @@ class _Reconciliation:
         db: Database,
         log: Callable[[str], None],
         force: bool,
-        alert: Callable[[TargetState], object],
     ) -> None:
         self._loop = loop
         self._setting = setting
         self._db = db
         self._log = log
         self._force = force
-        self._alert = alert
 
     def run(self) -> bool:
         """Work on the target if no other process does; return whether the champion is still the same afterwards."""
@@ -275,7 +271,7 @@ class _Reconciliation:
             now = datetime.now(UTC)
             lease.update(state="rejected", next_try_at=None, last_error=str(error), facts=facts, observed_at=now)
             if not known:
-                self._alert(lease.state)
+                send(self._loop, deployment(self._loop, lease.state))
         except Exception as error:  # a bug in one target must not stop the others, nor the run that promoted
             expected = isinstance(error, _EXPECTED)
             message = str(error) if expected else f"unexpected error, a bug: {type(error).__name__}: {error}"
@@ -287,7 +283,7 @@ class _Reconciliation:
             self._say(f"failed (try {tries}, again in {duration(wait)}): {message}")
             lease.update(state="failed", tries=tries, next_try_at=later, last_error=message)
             if tries == 1:
-                self._alert(lease.state)
+                send(self._loop, deployment(self._loop, lease.state))
 
     def _bring(self, lease: Lease, model: ModelVersion | None) -> None:
         target = open_target(self._setting, self._loop.name)
@@ -342,7 +338,7 @@ class _Reconciliation:
         self._say(message)
         drift = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "found": found}
         lease.update(state="drifted", last_error=message, facts={**lease.state.facts, "drift": drift})
-        self._alert(lease.state)
+        send(self._loop, deployment(self._loop, lease.state))
 
     def _clean_up(self, lease: Lease, target: Target, release: Release) -> None:
         """Remove old releases. The target serves the right one by now, so an error is a warning."""

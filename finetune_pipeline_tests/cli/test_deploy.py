@@ -125,8 +125,8 @@ def test_switch_and_rollback_deploy_and_never_fail_because_of_a_target(declare, 
     result = run("model", "rollback")
     assert champion(connect(), "notes").version == "v1.1.0"
     assert (
-        "Warning: target first is failed, serves v1.0.0: connection refused; `finetune serve` or the next run tries it "
-        "again; now: `finetune deploy apply`\n" in result.stderr
+        "Warning: target first has failed, serves v1.0.0: connection refused; `finetune serve` or the next run tries "
+        "it again; now: `finetune deploy apply`\n" in result.stderr
     )
 
 
