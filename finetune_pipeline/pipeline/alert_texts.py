@@ -54,8 +54,11 @@ def failure(loop: LoopSettings, run_id: str, step: str, causes: Sequence[str], l
         causes: why; messages of exceptions. What they quote is left out, since it may be of an example.
         log: path of the complete log; empty if there is none.
     """
-    shown = [first_line(without_values(cause)) for cause in causes]
     # What follows the first line of a library's message may be the data that it was called with.
+    shown = [first_line(without_values(cause)) for cause in causes]
+    with suppress(ArtifactError):
+        if promotion := get_latest(PromotionManifest, loop.name, run_id):
+            shown.append(f"{promotion.manifest.model} had been promoted before that, and stays the champion")
     again = f"next: fix the cause, then `{with_loop('finetune run', loop)}`; finished work is reused"
     details = f"run {run_id} in Dagster's UI has the details"
     title = f"{loop.name}: the run failed" + (f" in {step}" if step else "")

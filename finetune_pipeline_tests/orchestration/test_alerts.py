@@ -45,8 +45,10 @@ def run(instance):
 
         @dg.asset(key_prefix=prefix, deps=[eval_report])
         def promoted_model(context):
-            if happens == "promoted":
+            if happens.startswith("promoted"):
                 made(context.run.run_id, PromotionManifest, loop=prefix)
+            if happens == "promoted, then a bug":
+                raise KeyError("target")
             if happens == "refused":
                 raise dg.Failure(f"not promoted: {REASON}", allow_retries=False)
 
@@ -117,6 +119,12 @@ def test_a_failure_names_step_cause_and_what_to_do_without_the_text_of_examples(
         f"run {ended.run_id} in Dagster's UI has the details",
     ]
     assert "Ann" not in str(alert)
+
+
+def test_a_run_that_failed_after_its_promotion_says_so(loop, instance, run):
+    alert = alert_of_run(loop, instance, run("promoted, then a bug", decision="promote"))
+    assert (alert.kind, alert.title) == ("failure", "notes: the run failed in promoted_model")
+    assert "\nnotes@v1.0.0 had been promoted before that, and stays the champion\n" in alert.text
 
 
 def test_a_failed_check_of_the_gate_without_a_rejection_is_a_failure(loop, instance, run):
