@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 from zoneinfo import available_timezones
 
 from pydantic import (
@@ -907,16 +908,45 @@ DeployTarget = Annotated[_Target, Field(discriminator="kind")]
 """A deployment target."""
 
 
+def _tag_pattern(text: str) -> str:
+    names = re.findall(r"\{(.*?)\}", text)
+    if unknown := sorted(set(names) - {"date", "version", "loop"}):
+        raise sentence_error(f"{text!r} has {{{unknown[0]}}}; expected {{date}}, {{version}} or {{loop}}")
+    if "version" not in names:
+        raise sentence_error(f"{text!r} has no {{version}}, so every version would get the same tag; add it")
+    return text
+
+
 class ModelfilesSettings(Settings):
     """A git repository with one Modelfile, one commit and one tag for each version."""
 
     path: LoopPath = Field(description="Folder of the repository; it is created if it does not exist.")
-    tag: str = Field(
+    tag: Annotated[str, AfterValidator(_tag_pattern)] = Field(
         default="finetuned-v{date}-v{version}",
         description="Pattern of the tags: {date} is the day of the first promotion (UTC), {version} such as 1.2.0, "
         "{loop} the loop's name.",
     )
-    weights: bool = Field(default=False, description="Commit the GGUF too, with Git LFS attributes.")
+    weights: bool = Field(default=False, description="Commit the GGUF too, with Git LFS, which has to be installed.")
+
+    kind: ClassVar[str] = "modelfiles"
+    key: ClassVar[str] = "modelfiles"
+    keep: ClassVar[int] = 1
+
+    def tag_of(self, loop: str, version: str, promoted: date) -> str:
+        """Return the tag of a version such as v1.2.0."""
+        values = {"{date}": f"{promoted:%Y-%m-%d}", "{version}": version.removeprefix("v"), "{loop}": loop}
+        return re.sub(r"\{\w+\}", lambda match: values[match[0]], self.tag)
+
+    def version_of(self, loop: str, tag: str) -> str | None:
+        """Return the version that a tag names, such as v1.2.0; None if it is no tag of this pattern and loop."""
+        values = {r"\{date\}": r"\d{4}-\d\d-\d\d", r"\{version\}": r"(\d+\.\d+\.\d+)", r"\{loop\}": re.escape(loop)}
+        pattern = re.sub(r"\\\{\w+\\\}", lambda match: values[match[0]], re.escape(self.tag))
+        found = re.fullmatch(pattern, tag)
+        return f"v{found[1]}" if found else None
+
+
+Follower = _Target | ModelfilesSettings
+"""What follows the champion: a deployment target, or the repository of Modelfiles."""
 
 
 class DeploySettings(Settings):
@@ -938,11 +968,16 @@ class DeploySettings(Settings):
         description="Wait before the second try of a target; doubled for each further one, to an hour.",
     )
 
+    @property
+    def followers(self) -> tuple[Follower, ...]:
+        """Return all that follows the champion: the targets, and the repository of Modelfiles."""
+        return (*self.targets, *([self.modelfiles] if self.modelfiles else []))
+
     @field_validator("targets")
     @classmethod
     def _target_names_are_unique(cls, targets: tuple[DeployTarget, ...]) -> tuple[DeployTarget, ...]:
         names = [target.key for target in targets]
-        duplicates = sorted({name for name in names if names.count(name) > 1})
+        duplicates = sorted({name for name in names if names.count(name) > 1 or name == ModelfilesSettings.key})
         if duplicates:
             raise ValueError(f"{', '.join(duplicates)} is taken; give each target its own name")
         return targets

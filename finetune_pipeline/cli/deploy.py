@@ -55,7 +55,7 @@ def apply(loop: LoopSettings, targets: Sequence[str], as_json: bool) -> None:
     """
     from finetune_pipeline.pipeline.deploy import reconcile
 
-    known = [target.key for target in loop.deploy.targets]
+    known = [target.key for target in loop.deploy.followers]
     unknown = [name for name in targets if name not in known]
     if unknown:
         raise SettingsError(
@@ -75,7 +75,7 @@ def follow_champion(loop: LoopSettings) -> None:
     """Bring the loop's targets to a champion that was just changed; a target that fails is a warning."""
     from finetune_pipeline.pipeline.deploy import reconcile
 
-    if not loop.deploy.targets:
+    if not loop.deploy.followers:
         return
     for state in reconcile(loop, click.echo):
         if state.state != "active":

@@ -73,7 +73,7 @@ def show(version: str, card: bool, loop: LoopSettings, as_json: bool) -> None:
     from finetune_pipeline.registry.champion import resolve
 
     database = connect()
-    found = resolve(database, version, loop.name)
+    found = resolve(database, _version_of(database, loop, version), loop.name)
     if card and as_json:
         raise click.UsageError("--card prints Markdown; leave out --json")
     if as_json:
@@ -130,7 +130,7 @@ def _rounded(key: str, value: Any) -> Any:
 @click.option("--reason", default="switched in the terminal", show_default=True, help="Recorded in the history.")
 @loop_option
 def switch(version: str, reason: str, loop: LoopSettings) -> None:
-    """Make VERSION (v1.2.0, or base) the champion.
+    """Make VERSION (v1.2.0, its tag in the repository of Modelfiles, or base) the champion.
 
     Then brings the deployment targets to it; one that fails is a warning.
     """
@@ -139,6 +139,7 @@ def switch(version: str, reason: str, loop: LoopSettings) -> None:
     from finetune_pipeline.registry.champion import switch as switch_to
 
     database = connect()
+    version = _version_of(database, loop, version)
     before, target = champion(database, loop.name), resolve(database, version, loop.name)
     if (before.id if before else None) == (target.id if target else None):
         click.echo(f"{_name(target, loop)} is already the champion")
@@ -149,20 +150,46 @@ def switch(version: str, reason: str, loop: LoopSettings) -> None:
 
 
 @model.command()
+@click.argument("version", required=False, is_eager=True)
 @click.option("--reason", default="rolled back in the terminal", show_default=True, help="Recorded in the history.")
 @loop_option
-def rollback(reason: str, loop: LoopSettings) -> None:
-    """Restore the previous champion.
+def rollback(version: str | None, reason: str, loop: LoopSettings) -> None:
+    """Restore the previous champion, or VERSION (v1.2.0, its tag in the repository of Modelfiles, or base).
 
-    A second rollback goes one more step back. Then brings the deployment targets to the champion; one that fails is a
-    warning.
+    A second rollback without VERSION goes one more step back. A VERSION that is not the previous champion is recorded
+    as a switch. Then brings the deployment targets to the champion; one that fails is a warning.
     """
     from finetune_pipeline.database import connect
+    from finetune_pipeline.registry.champion import resolve, switch
     from finetune_pipeline.registry.champion import rollback as roll_back
+    from finetune_pipeline.registry.deployment_history import deployment_stack, list_deployments
 
-    found = roll_back(connect(), loop.name, actor(), reason, loop.deploy.config)
+    database = connect()
+    given = version and _version_of(database, loop, version)
+    target = resolve(database, given, loop.name) if given else None
+    previous = deployment_stack(list_deployments(database, loop.name))[-2:-1]
+    if given and previous != [target.id if target else None]:
+        found = switch(database, loop.name, given, actor(), reason, loop.deploy.config)
+    else:
+        found = roll_back(database, loop.name, actor(), reason, loop.deploy.config)
     click.echo(f"{_name(found, loop)} is the champion again")
     follow_champion(loop)
+
+
+def _version_of(database: "Database", loop: LoopSettings, name: str) -> str:
+    """Return the version that a tag of the loop's repository of Modelfiles names, and any other name as it is."""
+    from finetune_pipeline.registry.champion import resolve
+    from finetune_pipeline.registry.model_versions import RegistryError
+
+    modelfiles = loop.deploy.modelfiles
+    version = modelfiles.version_of(loop.name, name) if modelfiles else None
+    if modelfiles is None or version is None:
+        return name
+    found = resolve(database, version, loop.name)
+    tag = modelfiles.tag_of(loop.name, version, found.created_at.date()) if found else name
+    if tag != name:
+        raise RegistryError(f"{loop.name} has no version with the tag {name}; the tag of {version} is {tag}")
+    return version
 
 
 def _name(version: "ModelVersion | None", loop: LoopSettings) -> str:

@@ -7,6 +7,7 @@ after a kill at any point. Until `activate`, the target serves what it served be
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,7 @@ class Release:
         max_tokens: default for an answer.
         config: `deployment_config`: settings of the server by its own names.
         model_card: Markdown.
+        promoted_at: when the version was promoted first; None if it is no version.
     """
 
     loop: str
@@ -62,6 +64,7 @@ class Release:
     max_tokens: int = 512
     config: Mapping[str, Any] = field(default_factory=dict)
     model_card: str = ""
+    promoted_at: datetime | None = None
 
     @property
     def name(self) -> str:

@@ -4,18 +4,19 @@ from importlib import import_module
 from typing import cast
 
 from finetune_pipeline.deployment.target import Target, TargetRefused
-from finetune_pipeline.settings import DeployTarget
+from finetune_pipeline.settings import Follower
 
 _CLASSES = {
     "ollama": ("ollama", "Ollama"),
     "vllm": ("vllm", "Vllm"),
     "llama_server": ("llama_server", "LlamaServer"),
     "folder": ("folder", "Folder"),
+    "modelfiles": ("modelfiles", "Modelfiles"),
 }
 """kind -> module of this package, and class; imported when a loop declares one."""
 
 
-def open_target(settings: DeployTarget, loop: str) -> Target:
+def open_target(settings: Follower, loop: str) -> Target:
     """Return the target that settings declare; nothing is sent to it yet.
 
     Raises:

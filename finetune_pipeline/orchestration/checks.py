@@ -55,7 +55,7 @@ def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
             "no_slice_regressed": f"No slice lost significantly more than {loop.gate.slice_margin:.0%}.",
         },
         PromotionManifest.stage: {"deployed": "Every deployment target serves the champion."}
-        if loop.deploy.targets
+        if loop.deploy.followers
         else {},
     }[stage]
     blocking = {*DatasetManifest.blocking_checks, *GgufManifest.blocking_checks}

@@ -72,7 +72,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             "reason": verdict.reason,
         }
         yield materialized(result.artifact, metadata)
-        if loop.deploy.targets:  # after the promotion was recorded: an upload may take long, and be killed
+        if loop.deploy.followers:  # after the promotion was recorded: an upload may take long, and be killed
             # Errors of a comparison quote prompts and answers, which must not enter Dagster's database.
             states = reconcile(loop, lambda line: context.log.info(without_values(line)))
             for problem in _problems(states):

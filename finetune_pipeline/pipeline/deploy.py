@@ -42,7 +42,7 @@ from finetune_pipeline.registry.model_versions import (
     list_models,
 )
 from finetune_pipeline.schemas import SchemaError
-from finetune_pipeline.settings import DeployTarget, LoopSettings
+from finetune_pipeline.settings import Follower, LoopSettings
 from finetune_pipeline.wording import duration
 
 OBSERVE_SECONDS = 60.0
@@ -114,6 +114,7 @@ def release_of(
         adapter_folder=adapter,
         merged_folder=merged_model(loop, folder, adapter.parent, log) if merged and adapter else None,
         model_card=card(connect(), loop, model) if isinstance(model, ModelVersion) else "",
+        promoted_at=model.created_at if isinstance(model, ModelVersion) else None,
         **shared,
     )
 
@@ -152,7 +153,7 @@ def deployment_states(loop: LoopSettings, db: Database) -> list[TargetState]:
     states, model = target_states(db, loop.name), champion(db, loop.name)
     wanted = _label(model)
     found = []
-    for setting in loop.deploy.targets:
+    for setting in loop.deploy.followers:
         state = states.get(setting.key, TargetState(loop=loop.name, target=setting.key))
         if state.wanted != wanted:
             changes = {"wanted": wanted, "state": "pending", "tries": 0, "next_try_at": None, "last_error": ""}
@@ -199,7 +200,7 @@ def reconcile(
         DatabaseError: the database cannot be used.
     """
     db = connect()
-    for setting in loop.deploy.targets:
+    for setting in loop.deploy.followers:
         if targets is not None and setting.key not in targets:
             continue
         try:
@@ -217,7 +218,7 @@ class _Reconciliation:
     def __init__(
         self,
         loop: LoopSettings,
-        setting: DeployTarget,
+        setting: Follower,
         db: Database,
         log: Callable[[str], None],
         force: bool,

@@ -94,7 +94,7 @@ class Gateway:
         refreshes += [partial(self.follow_champion, name) for name in self.servers]
         self._refreshing = [asyncio.create_task(_repeat(refresh)) for refresh in refreshes]
         for loop in self.loops.values():
-            if loop.deploy.targets:
+            if loop.deploy.followers:
                 deploy = partial(deploy_due, loop, self.database)
                 self._refreshing.append(asyncio.create_task(_repeat(deploy, DEPLOY_SECONDS)))
 

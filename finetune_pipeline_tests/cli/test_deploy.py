@@ -1,6 +1,7 @@
 """`finetune deploy`, and what other commands say about targets."""
 
 import json
+import subprocess
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
+from finetune_pipeline.deployment.targets import open_target
 from finetune_pipeline.export.base import base_hash
 from finetune_pipeline.pipeline import deploy
 from finetune_pipeline.registry.champion import champion
@@ -44,14 +46,14 @@ def declare(tmp_path, monkeypatch):
     monkeypatch.setattr(deploy, "open_target", Shelf)
     monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(tmp_path / "loops"))
 
-    def declare(*names):
+    def declare(*names, **deploy):
         folder = tmp_path / "loops" / "notes"
         folder.mkdir(parents=True, exist_ok=True)
         question = {"id": "q", "slice": "s", "prompt": "p", "expected": "e"}
         (folder / "benchmark.jsonl").write_text(json.dumps(question) + "\n")
         attributes = {**ATTRIBUTES, "base_model": str(STARTER), "evaluation": {"benchmark": "benchmark.jsonl"}}
         attributes["evaluation"]["metric"] = "rouge1"
-        attributes["deploy"] = {"targets": [shelf(name=name, path=str(tmp_path / name)) for name in names]}
+        attributes["deploy"] = {"targets": [shelf(name=name, path=str(tmp_path / name)) for name in names], **deploy}
         (folder / "defs.yaml").write_text(yaml.safe_dump({"type": COMPONENT_TYPE, "attributes": attributes}))
         monkeypatch.setenv("FINETUNE_LOOP", "notes")
 
@@ -143,3 +145,26 @@ def test_the_status_of_the_loop_has_one_line_about_targets(declare, tmp_path):
     ]
     (loop,) = json.loads(run("status", "--json").output)["loops"]
     assert [one["state"] for one in loop["targets"]] == ["active", "rejected"]
+
+
+def test_a_tag_of_the_modelfiles_names_its_version(declare, tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, "open_target", open_target)
+    declare(modelfiles={"path": str(tmp_path / "modelfiles")})
+    models = [promoted(content) for content in ("one", "two", "three")]
+    run("deploy", "apply")
+    first, second, third = (f"finetuned-v{one.created_at:%Y-%m-%d}-{one.version}" for one in models)
+    result = run("model", "switch", first)
+    assert "notes@v1.0.0 is the champion now\nmodelfiles: " in result.stdout
+    assert "modelfiles: v1.0.0 is active\n" in result.stdout
+    assert "notes@v1.1.0" in run("model", "show", second).stdout
+    assert "notes@v1.2.0 is the champion again\n" in run("model", "rollback", third).stdout  # the previous champion
+    assert "notes@v1.0.0 is the champion again\n" in run("model", "rollback", "v1.0.0").stdout  # not the previous one
+    assert "notes@v1.1.0 is the champion now\n" in run("model", "switch", second).stdout
+    actions = [one["action"] for one in json.loads(run("model", "history", "--json").stdout)]
+    assert actions == ["promote", "promote", "promote", "switch", "rollback", "switch", "switch"]
+    assert "notes@v1.0.0 is the champion again\n" in run("model", "rollback").stdout
+    wrong = "finetuned-v2001-01-01-v1.0.0"
+    error = run("model", "switch", wrong, code=1).exception
+    assert f"no version with the tag {wrong}; the tag of v1.0.0 is {first}" in str(error)
+    tags = subprocess.run(["git", "tag"], cwd=tmp_path / "modelfiles", capture_output=True, text=True).stdout
+    assert tags.split() == [first, second, third]

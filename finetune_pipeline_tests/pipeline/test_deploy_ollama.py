@@ -1,0 +1,84 @@
+"""A loop whose champion is deployed to Ollama: tokens, answers, rollback and faults, through the registry."""
+
+import pytest
+
+from finetune_pipeline.artifacts import hash_file
+from finetune_pipeline.database import connect
+from finetune_pipeline.export.base import base_hash
+from finetune_pipeline.pipeline.deploy import reconcile
+from finetune_pipeline.registry.champion import champion, rollback
+from finetune_pipeline.registry.model_versions import CandidateModel
+from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline_tests.deployment.conftest import ggufs  # noqa: F401
+from finetune_pipeline_tests.deployment.ollama_contract import ollama_contract
+from finetune_pipeline_tests.registry.conftest import promote_over
+
+STARTER = PROJECT_ROOT / "data" / "starter_model"
+
+
+@pytest.fixture
+def server(tmp_path):
+    with ollama_contract(tmp_path / "ollama") as running:
+        yield running
+
+
+@pytest.fixture
+def ollama_loop(make_loop, server, tmp_path):
+    target = {"kind": "ollama", "url": server.url}
+    modelfiles = {"path": str(tmp_path / "modelfiles")}
+    evaluation = {"benchmark": "", "metric": "rouge1", "max_tokens": 16, "context": 256}
+    return make_loop(
+        base_model=str(STARTER), evaluation=evaluation, deploy={"targets": [target], "modelfiles": modelfiles}
+    )
+
+
+@pytest.fixture
+def promote_gguf(ggufs):  # noqa: F811
+    """Return a function that promotes the starter model in a quantization."""
+
+    def promote(kind):
+        path = ggufs[kind]
+        candidate = CandidateModel(
+            loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash=base_hash(STARTER), mode="full",
+            lineage={"base_model": str(STARTER)}, scores={"accuracy": 0.5}, report_path=path,
+        )  # fmt: skip
+        return promote_over(connect(), candidate)
+
+    return promote
+
+
+def test_ollama_and_the_modelfiles_follow_the_champion(ollama_loop, server, promote_gguf):
+    promote_gguf("F16")
+    lines = []
+    server.faults["/api/copy"] = "reset"
+    ollama, modelfiles = reconcile(ollama_loop, lines.append)
+    assert (ollama.state, ollama.tries) == ("failed", 1) and "broke off during POST /api/copy" in ollama.last_error
+    assert modelfiles.state == "active"
+    assert champion(connect(), "notes").version == "v1.0.0"
+    server.faults.clear()
+    ollama, modelfiles = reconcile(ollama_loop, lines.append, force=True)
+    assert (ollama.state, ollama.observed) == ("active", "v1.0.0"), "\n".join(lines)
+    answers = ollama.facts["answers"]
+    assert answers["same"] == answers["total"] > 0 and answers["score"] == answers["judged_score"]
+    promote_gguf("Q8_0")
+    ollama, modelfiles = reconcile(ollama_loop, lines.append)
+    assert (ollama.observed, modelfiles.observed) == ("v1.1.0", "v1.1.0")
+    rollback(connect(), "notes", "me", "worse")
+    ollama, modelfiles = reconcile(ollama_loop, lines.append)
+    assert (ollama.state, ollama.observed, modelfiles.observed) == ("active", "v1.0.0", "v1.0.0")
+    assert len(server.uploads) == 2 and server.violations == []
+    server.models["notes:latest"] = server.models["notes:v1.1.0"]
+    reconcile(ollama_loop, lines.append, force=True)
+    assert "ollama: serves v1.1.0 instead of v1.0.0, which was active; it is brought back" in lines
+    assert server.digest("notes") == server.digest("notes:v1.0.0")
+
+
+def test_a_server_that_prompts_differently_is_not_switched(ollama_loop, server, promote_gguf):
+    promote_gguf("F16")
+    server.debug_rendering, server.native_suffix = False, "{"  # so only the answers can tell
+    ollama, _ = reconcile(ollama_loop, lambda line: None)
+    assert ollama.state == "rejected" and "answers equal the judged model's" in ollama.last_error
+    assert "notes:latest" not in server.models
+    server.debug_rendering, server.stock_template = True, "{{ range .Messages }}{{ .Content }}{{ end }}"
+    ollama, _ = reconcile(ollama_loop, lambda line: None, force=True)
+    assert ollama.state == "active"  # by a template of the tokenizer's
