@@ -87,3 +87,21 @@ def test_the_default_sample_finds_most_equivalent_models():
 def test_scores_that_are_not_paired_are_refused(reference, candidate):
     with pytest.raises(ValueError, match="paired scores of at least one question are needed"):
         score_differences(reference, candidate)
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "tolerable"),
+    [
+        ([0.0] * 400, 0.05, True),  # not inferior
+        ([0.5] * 400, 0.05, True),  # whatever it gains
+        ([-0.5] * 400, 0.05, False),
+        ([-1.0] * 40 + [0.0] * 360, 0.05, False),  # 10 points lower
+        ([-1.0] * 16 + [0.0] * 384, 0.05, False),  # 4 points lower, which may be 5
+        ([0.0] * 20, 0.05, True),  # too few to test, so only the difference itself counts
+        ([-1.0] + [0.0] * 19, 0.05, True),  # 5 points lower, the margin
+        ([-1.0] * 2 + [0.0] * 18, 0.05, False),
+    ],
+)
+def test_a_loss_is_tolerable_if_it_is_within_the_margin(differences, margin, tolerable):
+    measured = score_differences([0.5] * len(differences), [0.5 + one for one in differences])
+    assert Equivalence(measured, margin).tolerable_loss is tolerable

@@ -18,8 +18,9 @@ from finetune_pipeline.pipeline.deploy import deployment_states, due_targets, re
 from finetune_pipeline.pipeline.deploy_parity import ParityError
 from finetune_pipeline.registry.champion import champion, rollback
 from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline.settings import PROJECT_ROOT, home
 from finetune_pipeline_tests.deployment.shelf import RECONCILE, Shelf, shelf
+from finetune_pipeline_tests.pipeline.test_full_disk import small_disk
 from finetune_pipeline_tests.registry.conftest import promote_over
 from finetune_pipeline_tests.waiting import wait_until
 
@@ -32,7 +33,7 @@ def with_shelves(make_loop, tmp_path, monkeypatch):
     monkeypatch.setattr(deploy, "open_target", Shelf)
 
     def make(*names, **fields):
-        targets = [shelf(name=name, path=str(tmp_path / name), **fields) for name in names or ["shelf"]]
+        targets = [shelf(**{"name": name, "path": str(tmp_path / name), **fields}) for name in names or ["shelf"]]
         return make_loop(deploy={"targets": targets, "retry_seconds": 60})
 
     return make
@@ -53,10 +54,10 @@ def folder(tmp_path):
 def promoted(own_home):
     """Return a function that promotes a model with this content."""
 
-    def promote(content):
+    def promote(content, size=0):
         path = own_home / "artifacts" / "notes" / "gguf_model" / content / "model.gguf"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        path.write_text(content + "." * size)
         candidate = CandidateModel(
             loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash=base_hash(STARTER), mode="full",
             lineage={"base_model": str(STARTER)}, scores={"accuracy": 0.5}, report_path=path,
@@ -282,6 +283,20 @@ def test_the_states_follow_the_champion_before_anything_was_done(with_shelves, p
     first, second = deployment_states(loop, connect())
     assert (first.wanted, first.observed, first.state) == ("v1.1.0", "v1.0.0", "pending")
     assert due_targets(loop, connect()) == ["first", "second"]
+
+
+def test_a_disk_that_fills_during_an_upload_leaves_the_old_release(with_shelves, promoted):
+    with small_disk("disk") as leave:
+        loop = with_shelves("shelf", path=str(home() / "disk"))
+        promoted("one")
+        brought(loop)
+        promoted("two", size=2**20)
+        leave(2**18)
+        state, _ = brought(loop)
+        assert (state.state, state.observed) == ("failed", "v1.0.0") and "No space left on device" in state.last_error
+        assert sorted(path.stem for path in (home() / "disk").glob("*.gguf")) == ["v1.0.0"]
+        leave(2**22)
+        assert brought(loop, force=True)[0].observed == "v1.1.0"
 
 
 # ------------------------------------------------------------------------------------- kills, and several processes
