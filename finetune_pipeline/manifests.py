@@ -141,6 +141,14 @@ class BaseGgufManifest(Manifest):
     base_hash: str
 
 
+class MergedManifest(Manifest):
+    """Base and adapter merged into one model in Hugging Face's format, for servers; it can be made again."""
+
+    stage: ClassVar[str] = "merged_model"
+    base_hash: str
+    adapter_version: str
+
+
 class ReportManifest(Manifest):
     """The report of a comparison of challenger and champion."""
 

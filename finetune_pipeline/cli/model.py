@@ -237,8 +237,9 @@ def history(loop: LoopSettings, as_json: bool) -> None:
 def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings, as_json: bool) -> None:
     """Delete unused model files.
 
-    These are old versions, rejected challengers and old base models. The champion, the previous model, the models of
-    the newest deployments and everything in progress are kept. History and metrics stay in the database.
+    These are old versions, their merged weights, rejected challengers and old base models. The champion, the previous
+    model, the models of the newest deployments and everything in progress are kept. History and metrics stay in the
+    database.
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base import base_hash, resolve_base_model

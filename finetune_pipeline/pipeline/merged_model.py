@@ -2,23 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from finetune_pipeline.artifacts import get_or_create, package_versions, read, version_of
 from finetune_pipeline.export.base import base_hash
 from finetune_pipeline.export.merge import merge
-from finetune_pipeline.manifests import AdapterManifest, Manifest
+from finetune_pipeline.manifests import AdapterManifest, MergedManifest
 from finetune_pipeline.settings import LoopSettings
 
 FOLDER = "model"
-
-
-class MergedManifest(Manifest):
-    """Merged weights: base and adapter as one model. They can be made again at any time."""
-
-    stage: ClassVar[str] = "merged_model"
-    base_hash: str
-    adapter_version: str
 
 
 def merged_model(loop: LoopSettings, base: Path, adapter: Path, log: Callable[[str], None]) -> Path:

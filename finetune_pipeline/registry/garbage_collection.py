@@ -1,7 +1,8 @@
 """Garbage collection of model artifacts: which folders to keep, which to delete, and why.
 
-Only folders of the stages gguf_model and base_gguf under `$FINETUNE_HOME/artifacts/<loop>` are considered. A deletion
-has three steps, so that a kill at any moment never leaves a version in the registry that claims missing files:
+Only folders of the stages gguf_model, base_gguf and merged_model under `$FINETUNE_HOME/artifacts/<loop>` are
+considered. A deletion has three steps, so that a kill at any moment never leaves a version in the registry that claims
+missing files:
 
 1. Mark the versions as deleted, in a transaction that locks the loop's champion.
 2. Rename their folders, under a second lock, if they are still not needed.
@@ -29,7 +30,7 @@ from finetune_pipeline.artifacts import (
 )
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import champions
-from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, ReportManifest
+from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, MergedManifest, ReportManifest
 from finetune_pipeline.registry.champion import lock_champion
 from finetune_pipeline.registry.deployment_history import Deployment, deployment_stack, deployments_in
 from finetune_pipeline.registry.model_versions import ModelVersion, models_in
@@ -49,6 +50,7 @@ class ModelFolder:
         gate: the verdict of the newest report on it.
         sha256: hash of the GGUF in a base model's folder.
         base_sha256: hash of the base's GGUF that an adapter is applied to.
+        merged_adapter: version of the adapter whose merged weights it holds (stage merged_model).
         protected: why it is kept whatever the registry says; empty if nothing protects it.
         interrupted: an interrupted deletion left it; it is deleted in any case.
     """
@@ -59,6 +61,7 @@ class ModelFolder:
     gate: GateResult = "not evaluated"
     sha256: str = ""
     base_sha256: str | None = None
+    merged_adapter: str | None = None
     protected: str = ""
     interrupted: bool = False
 
@@ -102,6 +105,8 @@ def decide_retention(folders: Sequence[ModelFolder], state: RegistryState, keep:
         if folder.interrupted:
             return RetentionDecision(folder, False, "left by an interrupted deletion")
         versions = [model for model in state.models if _has_file_in(model, folder)]
+        if folder.merged_adapter:
+            versions = [one for one in state.models if one.lineage.get("lora_adapter") == folder.merged_adapter]
         for model in versions:
             if model.id in needed and not model.deleted_at:
                 return RetentionDecision(folder, True, f"{model.version}, {needed[model.id]}")
@@ -113,6 +118,8 @@ def decide_retention(folders: Sequence[ModelFolder], state: RegistryState, keep:
                     folder, True, f"the base of the adapter in gguf_model {adapters[folder.sha256]}"
                 )
             return RetentionDecision(folder, False, "a base model that nothing uses")
+        if folder.merged_adapter:
+            return RetentionDecision(folder, False, "merged weights that no deployed version needs")
         if versions:
             names = ", ".join(model.version for model in versions)
             return RetentionDecision(folder, False, f"{names}: not champion, not previous, not in the last deployments")
@@ -195,7 +202,7 @@ def _remove_renamed(loop: str) -> None:
 
 
 def _renamed_folders(loop: str) -> list[Path]:
-    stages = (GgufManifest.stage, BaseGgufManifest.stage)
+    stages = (GgufManifest.stage, BaseGgufManifest.stage, MergedManifest.stage)
     return sorted(path for stage in stages for path in stage_folder(loop, stage).glob(f"{_RENAMED}*"))
 
 
@@ -216,6 +223,14 @@ def _model_folders(loop: LoopSettings, base_hash: str) -> Iterator[ModelFolder]:
         gate = gate_results.get(path.name, "not evaluated")
         yield ModelFolder(path, False, _size(path), gate, base_sha256=base_sha256, protected=protected)
     yield from _base_folders(loop, base_hash)
+    for path in _version_folders(loop.name, MergedManifest.stage):
+        try:
+            merged = read(MergedManifest, path).manifest
+            yield ModelFolder(
+                path, False, _size(path), merged_adapter=merged.adapter_version, protected=_in_progress(path)
+            )
+        except ArtifactError as error:
+            yield ModelFolder(path, False, _size(path), protected=f"not touched: {error}")
     for path in _renamed_folders(loop.name):
         yield ModelFolder(path, path.parent.name == BaseGgufManifest.stage, _size(path), interrupted=True)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from finetune_pipeline.artifacts import ArtifactBusyError, draft, hash_file, publish, set_latest, stage_folder, try_lock
 from finetune_pipeline.database import Database
-from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, ReportManifest
+from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, MergedManifest, ReportManifest
 from finetune_pipeline.registry import champion as champion_module
 from finetune_pipeline.registry import garbage_collection
 from finetune_pipeline.registry import model_versions as models_module
@@ -92,6 +92,20 @@ def collect(db: Database, keep: int = 1) -> list[str]:
 
 def folders(stage: str = "gguf_model") -> set[str]:
     return {path.name for path in stage_folder("aec", stage).glob("*") if path.suffix != ".lock"}
+
+
+def test_merged_weights_are_kept_for_deployed_versions_only(db: Database) -> None:
+    for name in "abc":
+        with draft("aec", "merged_model", f"merged-{name}") as folder:
+            (folder / "model.safetensors").write_text(name)
+            fields = {**COMMON, "version": f"merged-{name}", "inputs": {}, "base_hash": BASE}
+            publish(folder, MergedManifest, {**fields, "adapter_version": f"adapter-{name}"})
+        serve(db, candidate(gguf(name)).model_copy(update={"lineage": {"lora_adapter": f"adapter-{name}"}}))
+    reasons = {one.folder.path.name: (one.keep, one.reason) for one in plan_deletion(db, LOOP, BASE, 1)}
+    assert reasons["merged-c"] == (True, "v1.0.2, champion: it serves")
+    assert reasons["merged-a"] == (False, "merged weights that no deployed version needs")
+    assert collect(db) == ["a", "merged-a"]
+    assert folders("merged_model") == {"merged-b", "merged-c"}
 
 
 def test_old_versions_are_deleted_and_recent_ones_kept(db: Database) -> None:
