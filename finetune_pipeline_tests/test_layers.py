@@ -20,6 +20,7 @@ INFRASTRUCTURE = {
     "inference",
     "manifests",
     "markdown_table",
+    "orchestrator",
     "ray_session",
     "records",
     "refusals",

@@ -121,7 +121,7 @@ def stats(loop: LoopSettings, as_json: bool) -> None:
     from finetune_pipeline.feedback.rewards import reward_function
     from finetune_pipeline.feedback.statistics import BINS, agreement, reward_statistics
     from finetune_pipeline.feedback.store import counters, unmatched_feedback
-    from finetune_pipeline.registry.training_jobs import count_training_jobs
+    from finetune_pipeline.registry.trainings import count_trainings
 
     database = connect()
     with database.read() as connection:
@@ -130,7 +130,7 @@ def stats(loop: LoopSettings, as_json: bool) -> None:
         unmatched = unmatched_feedback(connection, loop.name, LISTED) if counts["unmatched"] else ()
         rewards = reward_statistics(connection, loop.name)
         agreed = agreement(connection, loop.name, reward_function(loop.feedback))
-    trainings = count_training_jobs(database, loop.name)
+    trainings = count_trainings(database, loop.name)
     by_kind = {name.removeprefix("feedback."): name for name in sorted(counts) if name.startswith("feedback.")}
     if as_json:
         names = ("interactions", "feedback", "examples", "corrected", "rewarded", "flagged", "unmatched")

@@ -90,7 +90,7 @@ def show(version: str, card: bool, loop: LoopSettings, as_json: bool) -> None:
 
 
 def _details(database: "Database", found: "ModelVersion") -> Iterator[tuple[str, str]]:
-    from finetune_pipeline.registry.training_jobs import find_training_job
+    from finetune_pipeline.registry.trainings import find_training
 
     yield "GGUF", f"{found.gguf_path}"
     yield "SHA-256", found.gguf_sha256
@@ -106,7 +106,7 @@ def _details(database: "Database", found: "ModelVersion") -> Iterator[tuple[str,
     if found.size_bytes is not None:
         yield "size", f"{found.size_bytes / 1e6:,.1f} MB"
     groups: dict[str, dict[str, Any]] = {"scores": found.scores, "lineage": found.lineage}
-    training = find_training_job(database, found.loop, found.lineage.get("lora_adapter", ""))
+    training = find_training(database, found.loop, found.lineage.get("lora_adapter", ""))
     if training:
         groups["training"] = training.model_dump(exclude={"id", "loop", "watermark"})
     for title, values in groups.items():

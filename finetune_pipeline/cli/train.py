@@ -139,9 +139,9 @@ def _option_json(option: "PlannedTraining") -> dict[str, object]:
 def list_(loop: LoopSettings, as_json: bool) -> None:
     """List finished training runs, newest first."""
     from finetune_pipeline.database import connect
-    from finetune_pipeline.registry.training_jobs import list_training_jobs
+    from finetune_pipeline.registry.trainings import list_trainings
 
-    jobs = list_training_jobs(connect(), loop.name)
+    jobs = list_trainings(connect(), loop.name)
     if as_json:
         print_json(jobs)
         return
@@ -169,9 +169,9 @@ def show(adapter: str | None, loop: LoopSettings, as_json: bool) -> None:
     ADAPTER is a version that `finetune train list` shows.
     """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.registry.training_jobs import list_training_jobs
+    from finetune_pipeline.registry.trainings import list_trainings
 
-    jobs = {job.id: job for job in list_training_jobs(connect(), loop.name)}
+    jobs = {job.id: job for job in list_trainings(connect(), loop.name)}
     if not jobs or (adapter and adapter not in jobs):
         known = f"its adapters are: {', '.join(jobs)}" if jobs else "no training has finished"
         raise SettingsError(f"loop {loop.name} has no adapter {adapter or ''}: {known}".replace("  ", " "))

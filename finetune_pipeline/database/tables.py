@@ -413,8 +413,8 @@ alerts = sa.Table(
     comment="What people were told.",
 )
 
-training_jobs = sa.Table(
-    "training_jobs",
+trainings = sa.Table(
+    "trainings",
     metadata,
     sa.Column("id", sa.String(64), primary_key=True, comment="Version of the adapter."),
     sa.Column("loop", sa.String(60), primary_key=True),
@@ -437,6 +437,59 @@ training_jobs = sa.Table(
     sa.Column("peak_memory_bytes", sa.BigInteger, nullable=False),
     sa.Column("watermark", sa.BigInteger, nullable=False),
     sa.Column("created_at", Timestamp, nullable=False),
+    comment="Finished trainings: one row for each adapter, which outlives its files.",
+)
+
+training_jobs = sa.Table(
+    "training_jobs",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True, comment="ftjob- and 24 hexadecimal digits."),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("origin", sa.String(20), nullable=False, comment="api, openai, cli, sensor, schedule or ui."),
+    sa.Column("created_by", sa.String(200), nullable=False, comment="The API key's name, or the OS user."),
+    sa.Column("idempotency_key", sa.String(200), comment="Chosen by the client; one job for each key of a loop."),
+    sa.Column("request_sha256", sa.String(64), comment="Of the request with that key."),
+    sa.Column("settings", sa.JSON, nullable=False, comment="Settings of this job that differ from the loop's."),
+    sa.Column("dataset", sa.String(64), comment="Version of the dataset; null until it is built."),
+    sa.Column("suffix", sa.String(64)),
+    sa.Column("metadata", sa.JSON, nullable=False, comment="The client's own facts."),
+    sa.Column(
+        "status", sa.String(20), nullable=False, comment="pending, running, paused, completed, failed or canceled."
+    ),
+    sa.Column("wanted", sa.String(20), comment="pause or cancel: asked for, while its run still ends; else null."),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Column("progress", sa.JSON, nullable=False, comment="Newest progress of the training, or empty."),
+    sa.Column("adapter", sa.String(64), comment="Version of the trained adapter."),
+    sa.Column("model_sha256", sa.String(64), comment="Of the exported model."),
+    sa.Column("report", sa.String(64), comment="Version of the report that judges it."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("started_at", Timestamp),
+    sa.Column("finished_at", Timestamp),
+    sa.UniqueConstraint("loop", "idempotency_key"),
+    sa.Index(None, "loop", "created_at"),
+    comment="Training jobs, however they were started; a job has one id and a list of Dagster runs.",
+)
+
+training_job_runs = sa.Table(
+    "training_job_runs",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True, comment="Dagster's run."),
+    sa.Column("job_id", sa.String(40), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False, comment="1 for the first run, one more for each resumption."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.UniqueConstraint("job_id", "number"),
+)
+
+training_job_events = sa.Table(
+    "training_job_events",
+    metadata,
+    sa.Column("job_id", sa.String(40), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, comment="1, 2, 3, ... in each job."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False, comment="message or metrics."),
+    sa.Column("level", sa.String(10), nullable=False, comment="info, warn or error."),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False, comment="Progress of the training, for metrics."),
 )
 
 api_keys = sa.Table(

@@ -11,6 +11,7 @@ from finetune_pipeline.curation.dataset_card import SAMPLE_HEADING
 from finetune_pipeline.curation.dataset_files import DATASET_CARD
 from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
+from finetune_pipeline.orchestration.job_steps import job_step
 from finetune_pipeline.orchestration.resources import loop_asset, materialized
 from finetune_pipeline.pipeline.build_dataset import OFFENDERS_SHOWN, build_dataset, dataset_settings
 from finetune_pipeline.settings import LoopSettings
@@ -39,7 +40,9 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         `prompt_completion/` is for SFT, `preference/` for DPO and `unpaired_preference/` for KTO. `card.md` describes
         the dataset with a sample, and `provenance.csv` says where each example came from.
         """
-        artifact = build_dataset(loop, raw_logs)
+        with job_step(loop, context) as step:
+            artifact = build_dataset(step.loop, raw_logs)
+            step.made(f"built the dataset {artifact.manifest.version}", dataset=artifact.manifest.version)
         manifest = artifact.manifest
         left_out = ", ".join(f"{count:,} ({reason})" for reason, count in manifest.left_out.items())
         context.log.info(

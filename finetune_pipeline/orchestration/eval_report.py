@@ -14,6 +14,7 @@ from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.export.base import base_stamp
 from finetune_pipeline.manifests import GgufManifest, ReportManifest
 from finetune_pipeline.markdown_table import markdown_table
+from finetune_pipeline.orchestration.job_steps import job_step
 from finetune_pipeline.orchestration.resources import loop_asset, materialized, percent, picture
 from finetune_pipeline.pipeline.evaluate import NothingToEvaluate, comparison_settings, evaluate
 from finetune_pipeline.settings import LoopSettings
@@ -40,10 +41,16 @@ def eval_report_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         such answers or log more feedback, and run the loop again. Only `gain` stops a promotion. No report is
         written if the challenger is the champion already.
         """
-        result = evaluate(loop, gguf_model, context.run.run_id, context.log.info)
-        if isinstance(result, NothingToEvaluate):
-            context.log.info(result.reason)
-            return
+        with job_step(loop, context) as step:
+            result = evaluate(step.loop, gguf_model, context.run.run_id, context.log.info)
+            if isinstance(result, NothingToEvaluate):
+                step.made(result.reason)
+                step.completed()
+                context.log.info(result.reason)
+                return
+            reason = result.verdict.reason.split("\n")[0]
+            step.made(f"{result.verdict.decision}: {reason}", report=result.report.manifest.version)
+            step.completed()
         comparison, verdict = result.comparison, result.verdict
         if comparison.contention:
             context.log.warning(

@@ -8,8 +8,9 @@ from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.export.base import base_stamp
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest
 from finetune_pipeline.orchestration.checks import check_specs, gguf_model_results
+from finetune_pipeline.orchestration.job_steps import job_step
 from finetune_pipeline.orchestration.resources import loop_asset, materialized
-from finetune_pipeline.pipeline.export import export_model
+from finetune_pipeline.pipeline.export import export_model, gguf_identity
 from finetune_pipeline.settings import LoopSettings
 
 
@@ -34,7 +35,9 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         score_equivalence compare the answers with those of the unmerged adapter in transformers, so try a larger
         export.quantization, or a larger export.agreement_sample if equivalence is undecided.
         """
-        artifact, checks = export_model(loop, lora_adapter, context.run.run_id, context.log.info)
+        with job_step(loop, context) as step:
+            artifact, checks = export_model(step.loop, lora_adapter, context.run.run_id, context.log.info)
+            step.made(f"exported the model {artifact.manifest.version}", model_sha256=gguf_identity(artifact))
         return materialized(artifact, _metadata(artifact), gguf_model_results(loop, checks))
 
     return gguf_model

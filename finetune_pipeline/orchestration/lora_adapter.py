@@ -8,8 +8,10 @@ import dagster as dg
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.export.base import base_stamp
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
+from finetune_pipeline.orchestration.job_steps import job_step
 from finetune_pipeline.orchestration.resources import loop_asset, materialized, picture
 from finetune_pipeline.orchestration.training_config import training_config
+from finetune_pipeline.pipeline.required_checks import dataset_of
 from finetune_pipeline.pipeline.train import adapter_settings, describe_progress, settings_of_run, train_adapter
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.training.job import RESULT, Progress, TrainingResult
@@ -56,12 +58,18 @@ def lora_adapter_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             if at_an_end or now - last_log >= min(LOG_SECONDS, interval):
                 last_log = now
                 context.log.info(describe_progress(progress))
+                step.progress(progress.model_dump(mode="json"), describe_progress(progress))
             if at_an_end or now - last_observation >= min(OBSERVATION_SECONDS, interval):
                 last_observation = now
                 context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=_measurements(progress)))
 
-        settings = settings_of_run(loop, config.model_dump())  # type: ignore[attr-defined]
-        artifact = train_adapter(loop, settings, curated_dataset, context.run.run_id, report, context.log.info)
+        with job_step(loop, context) as step:
+            if step.dataset is not None:
+                curated_dataset = dataset_of(loop.name, step.dataset)
+            given = config.model_dump() | step.training  # type: ignore[attr-defined]
+            settings = settings_of_run(step.loop, given)
+            artifact = train_adapter(step.loop, settings, curated_dataset, context.run.run_id, report, context.log.info)
+            step.made(f"trained the adapter {artifact.manifest.version}", adapter=artifact.manifest.version)
         metadata = _metadata(artifact)
         for rejection in metadata.get("rejections", []):
             context.log.warning(f"examples were left out: {rejection}")

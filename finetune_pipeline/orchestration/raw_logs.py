@@ -8,6 +8,7 @@ import dagster as dg
 from finetune_pipeline.manifests import RawLogsManifest
 from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.checks import check_specs, raw_logs_results
+from finetune_pipeline.orchestration.job_steps import job_step
 from finetune_pipeline.orchestration.resources import FinetuneHome, loop_asset, materialized
 from finetune_pipeline.pipeline.snapshot import CollectedLogs, collect_logs
 from finetune_pipeline.settings import LoopSettings
@@ -34,10 +35,11 @@ def raw_logs_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         `finetune ingest --problems` shows the reasons with the values and places that are left out here.
         """
         # What messages quote is data, which must not enter Dagster's database: a person could not be erased from there.
-        try:
-            logs = collect_logs(loop, finetune_home.database(), lambda text: context.log.info(without_values(text)))
-        except SourceError as error:
-            raise SourceError(without_values(str(error))) from None
+        with job_step(loop, context):
+            try:
+                logs = collect_logs(loop, finetune_home.database(), lambda text: context.log.info(without_values(text)))
+            except SourceError as error:
+                raise SourceError(without_values(str(error))) from None
         return materialized(logs.artifact, _metadata(logs), raw_logs_results(loop, logs))
 
     return raw_logs

@@ -32,7 +32,7 @@ from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.model_card import ModelCard, render_model_card
 from finetune_pipeline.registry.model_versions import ModelVersion, list_models
-from finetune_pipeline.registry.training_jobs import TrainingJob, find_training_job
+from finetune_pipeline.registry.trainings import Training, find_training
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings
 
 M = TypeVar("M", bound=Manifest)
@@ -106,14 +106,14 @@ class Lineage:
     adapter_manifest: AdapterManifest | None
     dataset_manifest: DatasetManifest | None
     report_manifest: ReportManifest | None
-    training: TrainingJob | None
+    training: Training | None
 
 
 def lineage(database: Database, model: ModelVersion) -> Lineage:
     """Return what a model version was made from; what was deleted since is None."""
     known = model.lineage
     adapter = known.get(AdapterManifest.stage)
-    training = find_training_job(database, model.loop, adapter) if adapter else None
+    training = find_training(database, model.loop, adapter) if adapter else None
     dataset_version = _origin_of(model.loop, adapter, training)[0] if adapter else None
     dataset = _manifest(DatasetManifest, model.loop, dataset_version)
     logs = _manifest(RawLogsManifest, model.loop, dataset.inputs.get(RawLogsManifest.stage) if dataset else None)
@@ -228,11 +228,11 @@ def _datasets_of(database: Database, loop: str, adapter: str | None) -> set[str]
     """Return the datasets that an adapter was trained on, those of the adapters that it started from included."""
     datasets: dict[str, str | None] = {}
     while adapter is not None and adapter not in datasets:
-        datasets[adapter], adapter = _origin_of(loop, adapter, find_training_job(database, loop, adapter))
+        datasets[adapter], adapter = _origin_of(loop, adapter, find_training(database, loop, adapter))
     return {dataset for dataset in datasets.values() if dataset is not None}
 
 
-def _origin_of(loop: str, adapter: str, training: TrainingJob | None) -> tuple[str | None, str | None]:
+def _origin_of(loop: str, adapter: str, training: Training | None) -> tuple[str | None, str | None]:
     """Return the dataset that an adapter was trained on and the adapter that it started from.
 
     They are read from the adapter's manifest, or from its training job if the adapter was deleted.

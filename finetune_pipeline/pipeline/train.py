@@ -12,7 +12,7 @@ from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.pipeline.incremental import training_start, write_subset
 from finetune_pipeline.pipeline.loop_files import PACKAGES
-from finetune_pipeline.registry.training_jobs import TrainingJob, record_training_job
+from finetune_pipeline.registry.trainings import Training, record_training
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.architecture import architecture_of
 from finetune_pipeline.training.checkpoints import last_complete, step_of
@@ -123,11 +123,11 @@ def train_adapter(
 
     version = version_of(inputs, hashed_settings)
     adapter = get_or_create(AdapterManifest, loop.name, version, make, keep=True)
-    record_training_job(connect(), training_job(adapter.manifest, run_id))
+    record_training(connect(), training_of(adapter.manifest, run_id))
     return adapter
 
 
-def training_job(manifest: AdapterManifest, run_id: str) -> TrainingJob:
+def training_of(manifest: AdapterManifest, run_id: str) -> Training:
     """Return what the registry keeps of a training run after its adapter is deleted."""
     known = {
         **manifest.model_dump(),
@@ -137,7 +137,7 @@ def training_job(manifest: AdapterManifest, run_id: str) -> TrainingJob:
         "initial_adapter": manifest.inputs.get("initial_adapter"),
         "method": "{method}, {adapter}".format_map(manifest.settings),
     }
-    return TrainingJob(**{name: known[name] for name in TrainingJob.model_fields})
+    return Training(**{name: known[name] for name in Training.model_fields})
 
 
 def describe_progress(progress: Progress) -> str:

@@ -5,7 +5,8 @@ champion.py            the champion pointer: promote, switch, roll back
 deployment_history.py  one row for each change of the champion
 comparisons.py         one row for each evaluation report
 check_outcomes.py      outcomes of blocking checks
-training_jobs.py       one row for each finished training
+trainings.py           one row for each finished training
+training_jobs.py       training jobs: status, runs, events
 garbage_collection.py  deletion of unused model files
 model_card.py          the model card
 

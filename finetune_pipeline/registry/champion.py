@@ -254,11 +254,17 @@ class LockedChampion:
 def lock_champion(db: Database, loop: str) -> Iterator[LockedChampion]:
     """Lock the loop's champion until the transaction ends."""
     with db.write() as connection:
-        # Only an existing row can be locked, so the first deployment of a loop inserts it.
-        insert_if_absent(connection, champions, {"loop": loop, "model_id": None, "updated_at": datetime.now(UTC)})
-        pointer = sa.select(champions.c.model_id).where(champions.c.loop == loop).with_for_update()
-        current_id = connection.execute(pointer).scalar_one()
+        current_id = lock_loop_in(connection, loop)
         yield LockedChampion(connection, loop, current_id, datetime.now(UTC))
+
+
+def lock_loop_in(connection: sa.Connection, loop: str) -> str | None:
+    """Lock the row of a loop in `champions` until the transaction ends, and return the champion's model id."""
+    # Only an existing row can be locked, so the first change of a loop inserts it.
+    insert_if_absent(connection, champions, {"loop": loop, "model_id": None, "updated_at": datetime.now(UTC)})
+    pointer = sa.select(champions.c.model_id).where(champions.c.loop == loop).with_for_update()
+    model_id: str | None = connection.execute(pointer).scalar_one()
+    return model_id
 
 
 def _champion_in(connection: sa.Connection, loop: str) -> ModelVersion | None:

@@ -23,7 +23,7 @@ from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.manifests import ReportManifest
 from finetune_pipeline.pipeline.source_sync import sync_sources
 from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.registry.training_jobs import record_training_job
+from finetune_pipeline.registry.trainings import record_training
 from finetune_pipeline.settings import (
     COMPONENT_TYPE,
     PROJECT_ROOT,
@@ -38,7 +38,7 @@ from finetune_pipeline.training.backends.unsloth import Unsloth
 from finetune_pipeline_tests.conftest import interaction
 from finetune_pipeline_tests.pipeline.test_summary import made
 from finetune_pipeline_tests.registry.conftest import promote_over
-from finetune_pipeline_tests.registry.test_training_jobs import training_job
+from finetune_pipeline_tests.registry.test_trainings import training_of
 
 LOOP = "aec_parser"
 
@@ -207,7 +207,7 @@ def test_finished_training_runs_are_listed_and_shown(own_home):
     assert "no training of loop aec_parser has finished" in run("train", "list")
     for number in (1, 2):
         moment = datetime(2026, 1, number, tzinfo=UTC)
-        record_training_job(connect(), training_job(id=f"a{number}", loop=LOOP, created_at=moment))
+        record_training(connect(), training_of(id=f"a{number}", loop=LOOP, created_at=moment))
     lines = run("train", "list").splitlines()
     assert [line.split()[0] for line in lines] == ["adapter", "a2", "a1"]
     assert "1.500 -> 0.250" in lines[1]

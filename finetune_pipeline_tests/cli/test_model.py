@@ -14,7 +14,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import GgufManifest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.registry.training_jobs import TrainingJob, record_training_job
+from finetune_pipeline.registry.trainings import Training, record_training
 from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.registry.conftest import promote_over
 
@@ -71,9 +71,9 @@ def test_the_list_shows_metrics_champion_previous_and_deleted_versions(seven):
 
 
 def test_show_prints_all_known_details(seven, own_home):
-    record_training_job(
+    record_training(
         connect(),
-        TrainingJob(
+        Training(
             id="lora1", loop=LOOP, run_id="run-17", dataset="d1", method="lora", mode="full", device="cpu",
             examples=120, steps=40, loss_before=1.5, loss_after=0.25, tokens_per_second=4000, wall_seconds=12,
             peak_memory_bytes=10**9, watermark=1, created_at=datetime(2026, 1, 1, tzinfo=UTC),

@@ -19,7 +19,7 @@ from finetune_pipeline.orchestration.alerts import alert_of_run
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import list_comparisons
 from finetune_pipeline.registry.deployment_history import list_deployments
-from finetune_pipeline.registry.training_jobs import find_training_job
+from finetune_pipeline.registry.trainings import find_training
 from finetune_pipeline.settings import PROJECT_ROOT, read_loop
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.whole_loop import Loop
@@ -137,7 +137,7 @@ def test_a_gain_is_promoted(loop):
     assert [one.action for one in list_deployments(connect(), "meeting_notes")] == ["promote"]
     alert = newest_alert(loop)
     assert (alert.kind, alert.title) == ("promotion", "meeting_notes@v1.0.0 is the champion now")
-    training = find_training_job(connect(), "meeting_notes", serving.lineage["lora_adapter"])
+    training = find_training(connect(), "meeting_notes", serving.lineage["lora_adapter"])
     assert training.steps > 0 and training.dataset in loop.complete("curated_dataset")
     (version,) = loop.complete("promoted_model")
     card = (loop.stage("promoted_model") / version / "MODEL_CARD.md").read_text()

@@ -16,11 +16,11 @@ from finetune_pipeline.feedback import store
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, RawLogsManifest, ReportManifest
 from finetune_pipeline.pipeline.lineage import MadeWith, card, lineage, made_with
-from finetune_pipeline.pipeline.train import training_job
+from finetune_pipeline.pipeline.train import training_of
 from finetune_pipeline.registry.champion import champion, current_deployment, promote
 from finetune_pipeline.registry.comparisons import ComparisonRecord
 from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.registry.training_jobs import record_training_job
+from finetune_pipeline.registry.trainings import record_training
 from finetune_pipeline.settings import PROJECT_ROOT, home
 from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.registry.conftest import record_comparison
@@ -76,7 +76,7 @@ def adapter(db, version, of, run="run-1", on_top_of=None):
     }  # fmt: skip
     with draft("notes", "lora_adapter", version) as folder:
         manifest = publish(folder, AdapterManifest, fields).manifest
-    record_training_job(db, training_job(manifest, run))
+    record_training(db, training_of(manifest, run))
 
 
 def report(db, version, path):

@@ -8,7 +8,7 @@ from finetune_pipeline.feedback.store import record
 from finetune_pipeline.pipeline import build_dataset, train
 from finetune_pipeline.pipeline.lineage import made_with
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.train import describe_progress, train_adapter, training_job
+from finetune_pipeline.pipeline.train import describe_progress, train_adapter, training_of
 from finetune_pipeline.training.job import Progress, TrainingError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -57,7 +57,7 @@ def test_auto_chooses_a_method_and_records_the_reason(make_loop):
         "method kto (chosen by auto); 5 desirable completions (5 of them corrections) and 2"
     )
     assert logged[0] == f"full training, from the base model on all examples; {manifest.method_reason}"
-    assert training_job(manifest, "run").method == "kto, lora"
+    assert training_of(manifest, "run").method == "kto, lora"
     by_hand = loop.training.model_copy(update={"method": "kto"})
     again = train_adapter(loop, by_hand, held, "run", lambda _: None, logged.append).manifest
     assert (again.version, again.created_at) == (manifest.version, manifest.created_at)  # reused, not trained again

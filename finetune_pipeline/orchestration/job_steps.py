@@ -1,0 +1,74 @@
+"""What the steps of a run tell the training job that they belong to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.manifests import AdapterManifest
+from finetune_pipeline.pipeline.jobs import (
+    JOB_TAG,
+    job_of_run,
+    loop_of_job,
+    note_completed,
+    note_failed,
+    note_made,
+    note_progress,
+    note_started,
+)
+from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.validation_messages import without_values
+
+
+@dataclass(frozen=True)
+class JobStep:
+    """The training job of a step, and the loop with the job's settings.
+
+    Attributes:
+        job_id: None if the run trains nothing, so that it is no training job.
+        dataset: version of the dataset that the job names; None for that of the run.
+        training: training settings of the job, which win over those of the launchpad.
+    """
+
+    loop: LoopSettings
+    job_id: str | None = None
+    dataset: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def made(self, event: str, **made: str | None) -> None:
+        """Record what the step made: dataset, adapter, model_sha256 or report."""
+        if self.job_id:
+            note_made(connect(), self.job_id, event, **made)
+
+    def progress(self, progress: dict[str, Any], message: str) -> None:
+        """Record how far the training is."""
+        if self.job_id:
+            note_progress(connect(), self.job_id, progress, message)
+
+    def completed(self) -> None:
+        """Record that the job has done all it does."""
+        if self.job_id:
+            note_completed(connect(), self.job_id)
+
+
+@contextmanager
+def job_step(loop: LoopSettings, context: dg.AssetExecutionContext) -> Iterator[JobStep]:
+    """Yield the job of a step; an error that the step raises ends the job as failed.
+
+    A run that is canceled or killed raises no error that counts here: `pipeline.jobs.sync` reads that from Dagster.
+    """
+    run, adapter = context.run, dg.AssetKey([*loop.prefix, AdapterManifest.stage])
+    trains = run.asset_selection is None or adapter in run.asset_selection
+    if JOB_TAG not in run.tags and not trains:
+        yield JobStep(loop)
+        return
+    job = job_of_run(connect(), loop.name, run.run_id, run.tags)
+    note_started(connect(), job.id)
+    try:
+        yield JobStep(loop_of_job(loop, job.settings), job.id, job.dataset, job.settings.get("training", {}))
+    except Exception as error:
+        note_failed(connect(), job.id, f"{context.asset_key.path[-1]}: {without_values(str(error))}")
+        raise

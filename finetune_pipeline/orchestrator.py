@@ -1,0 +1,198 @@
+"""Client of Dagster's GraphQL API: launches, finds and terminates runs, without importing Dagster."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+CODE_LOCATION = "finetune_pipeline"
+"""The name in workspace.yaml."""
+
+REPOSITORY = "__repository__"
+"""The name that Dagster gives to the one repository of a code location."""
+
+FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
+"""Statuses in which a run stays."""
+
+_LAUNCH = """
+mutation ($params: ExecutionParams!) {
+  launchRun(executionParams: $params) {
+    __typename
+    ... on LaunchRunSuccess { run { runId } }
+    ... on RunConfigValidationInvalid { errors { message } }
+    ... on Error { message }
+  }
+}
+"""
+
+_RUNS = """
+query ($filter: RunsFilter!) {
+  runsOrError(filter: $filter) {
+    __typename
+    ... on Runs { results { runId status creationTime startTime endTime tags { key value } } }
+    ... on Error { message }
+  }
+}
+"""
+
+_TERMINATE = """
+mutation ($run: String!) {
+  terminateRun(runId: $run) {
+    __typename
+    ... on TerminateRunFailure { message }
+    ... on Error { message }
+  }
+}
+"""
+
+
+class OrchestratorError(RuntimeError):
+    """Dagster rejects a request; the message has its answer."""
+
+
+class OrchestratorDown(OrchestratorError):
+    """Dagster's webserver does not answer; the message says how to start it."""
+
+
+@dataclass(frozen=True)
+class DagsterRun:
+    """A run as Dagster records it.
+
+    Attributes:
+        status: NOT_STARTED, QUEUED, STARTING, STARTED, CANCELING, SUCCESS, FAILURE or CANCELED.
+        created_at: when it was launched.
+        started_at: when its process began; None before.
+        ended_at: when it ended; None before.
+    """
+
+    id: str
+    status: str
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    tags: Mapping[str, str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended."""
+        return self.status in FINISHED
+
+
+def dagster_url(home: Path) -> str:
+    """Return the address of Dagster's webserver: `FINETUNE_DAGSTER_URL`, or that of `finetune ui` for this home.
+
+    Args:
+        home: FINETUNE_HOME, in which `finetune ui` notes its address.
+    """
+    given = os.environ.get("FINETUNE_DAGSTER_URL")
+    if given:
+        return given.rstrip("/")
+    note = Path(os.environ.get("DAGSTER_HOME") or home / "dagster") / "ui.lock"
+    noted = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+    return noted or "http://127.0.0.1:3000"
+
+
+class Orchestrator:
+    """Dagster behind its webserver.
+
+    Args:
+        url: of the webserver, without /graphql.
+        timeout_seconds: longest wait for one answer.
+    """
+
+    def __init__(self, url: str, timeout_seconds: float = 30) -> None:
+        self.url = url
+        self._timeout = timeout_seconds
+
+    def launch(
+        self, job: str, assets: Sequence[Sequence[str]], run_config: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> str:
+        """Launch a run of some assets of a job with their checks, and return its id.
+
+        Args:
+            job: name of the job.
+            assets: keys of the assets, as lists of their parts.
+            run_config: of the run, such as {"ops": {...}}.
+            tags: of the run, in addition to the job's.
+
+        Raises:
+            OrchestratorError: Dagster rejects it.
+            OrchestratorDown: Dagster does not answer.
+        """
+        params = {
+            "selector": {
+                "repositoryLocationName": CODE_LOCATION,
+                "repositoryName": REPOSITORY,
+                "jobName": job,
+                "assetSelection": [{"path": list(key)} for key in assets],
+            },
+            "runConfigData": dict(run_config),
+            "mode": "default",
+            "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
+        }
+        answer = self._ask(_LAUNCH, params=params)["launchRun"]
+        if answer["__typename"] != "LaunchRunSuccess":
+            found = "; ".join(error["message"] for error in answer.get("errors", [])) or answer.get("message", "")
+            raise OrchestratorError(f"Dagster did not launch {job} ({answer['__typename']}): {found}")
+        return str(answer["run"]["runId"])
+
+    def runs(self, tags: Mapping[str, str]) -> list[DagsterRun]:
+        """Return the runs with these tags, newest first."""
+        return self._runs({"tags": [{"key": key, "value": value} for key, value in tags.items()]})
+
+    def run(self, id: str) -> DagsterRun | None:
+        """Return a run; None if Dagster has none with this id."""
+        found = self._runs({"runIds": [id]})
+        return found[0] if found else None
+
+    def terminate(self, id: str) -> None:
+        """Ask Dagster to terminate a run, which ends its steps and their child processes; it may take seconds.
+
+        A run that has ended or is unknown stays as it is.
+        """
+        answer = self._ask(_TERMINATE, run=id)["terminateRun"]
+        if answer["__typename"] in {"TerminateRunSuccess", "RunNotFoundError"}:
+            return
+        run = self.run(id)
+        if run is not None and not run.finished and run.status != "CANCELING":
+            raise OrchestratorError(f"Dagster did not terminate the run {id}: {answer.get('message', '')}")
+
+    def _runs(self, filter: dict[str, Any]) -> list[DagsterRun]:
+        answer = self._ask(_RUNS, filter=filter)["runsOrError"]
+        if answer["__typename"] != "Runs":
+            raise OrchestratorError(f"Dagster did not list runs: {answer.get('message', '')}")
+        return [
+            DagsterRun(
+                id=run["runId"],
+                status=run["status"],
+                created_at=datetime.fromtimestamp(run["creationTime"], UTC),
+                started_at=_time(run["startTime"]),
+                ended_at=_time(run["endTime"]),
+                tags={tag["key"]: tag["value"] for tag in run["tags"]},
+            )
+            for run in answer["results"]
+        ]
+
+    def _ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        import httpx
+
+        try:
+            response = httpx.post(
+                f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=self._timeout
+            )
+            response.raise_for_status()
+            body = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise OrchestratorDown(
+                f"Dagster does not answer at {self.url} ({type(error).__name__}: {error}). Start it with "
+                "`finetune ui`, or set FINETUNE_DAGSTER_URL to where its webserver runs"
+            ) from error
+        if body.get("errors"):
+            raise OrchestratorError("Dagster: " + "; ".join(error["message"] for error in body["errors"]))
+        return dict(body["data"])
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
