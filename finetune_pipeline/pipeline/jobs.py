@@ -273,8 +273,8 @@ def job_of_run(db: Database, loop: str, run_id: str, tags: Mapping[str, str]) ->
 
 
 def note_started(db: Database, id: str) -> None:
-    """Record that the run of a job works."""
-    changes = {"status": "running", "started_at": datetime.now(UTC)}
+    """Record that the run of a job works; a resumed job keeps the time of its first start."""
+    changes = {"status": "running", "started_at": find_job(db, id).started_at or datetime.now(UTC)}
     update_job(db, id, changes, if_status=("pending",), event="started")
 
 
