@@ -31,8 +31,8 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         With `export.form: adapter` it is the converted adapter alone, for the base model's GGUF.
 
         If a check is red: llama.cpp does not load this model (loads_and_answers) or tokenizes prompts differently from
-        training (tokenizer_parity), so update llama.cpp or change base_model; agreement and
-        score_equivalence compare the answers with those of the unmerged adapter in transformers, so try a larger
+        training (tokenizer_parity), so update llama.cpp or change base_model. The checks agreement and
+        score_equivalence compare the answers with those of the unmerged adapter in transformers: try a larger
         export.quantization, or a larger export.agreement_sample if equivalence is undecided.
         """
         with job_step(loop, context) as step:
