@@ -1302,7 +1302,11 @@ class GateSettings(Settings):
 class TriggerSettings(Settings):
     """When a run starts by itself."""
 
-    new_examples: int = Field(default=50, ge=1, description="New high-reward examples that start a run.")
+    new_examples: int = Field(
+        default=50,
+        ge=1,
+        description="New high-reward examples that start a run. Corrected and approved ones count at any reward.",
+    )
     max_attempts: int = Field(
         default=3, ge=1, description="Runs on the same data, if they fail, before the sensor waits for more data."
     )
