@@ -1,5 +1,6 @@
 """The tutorial, followed word by word: its files are written, its commands run, its output compared."""
 
+import getpass
 import os
 import re
 import subprocess
@@ -30,6 +31,7 @@ def comparable(line: str) -> str:
     line = re.sub(r"/?\S+/state/artifacts/", "~/loops/state/artifacts/", line)
     line = re.sub(r"\b(?=\w*\d)[0-9a-f-]{16,}\b", "ID", line)
     line = re.sub(r"^home .*", "home", line)
+    line = re.sub(rf"\b(rita|{re.escape(getpass.getuser())})  ", "ACTOR  ", line)
     line = re.sub(r"machine busy|\d+ ms", "LATENCY", line)
     return " ".join(re.sub(r"[+-]?\d[\d,.:-]*", "N", line).split())
 
