@@ -1,5 +1,6 @@
 """The commands, targets, files and headings that the docs name exist."""
 
+import ast
 import re
 import subprocess
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from finetune_pipeline.cli.main import finetune
-from finetune_pipeline.settings import PROJECT_ROOT, load_loops
+from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, load_loops
 
 DOCUMENTS = [
     PROJECT_ROOT / "README.md",
@@ -85,8 +86,58 @@ def test_pages_named_in_code_and_text_exist():
     assert {name: where for name, where in named.items() if not (PROJECT_ROOT / name).exists()} == {}
 
 
+SCHEMA = LoopSettings.model_json_schema()
+
+
+def settings_below(node):
+    """Return the settings of a section of the JSON Schema: name -> schema."""
+    node = SCHEMA["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+    found = dict(node.get("properties", {}))
+    for one in [*node.get("anyOf", []), *node.get("oneOf", []), *([node["items"]] if "items" in node else [])]:
+        found |= settings_below(one)
+    return found
+
+
+SECTIONS = [name for name, node in settings_below(SCHEMA).items() if settings_below(node)]
+SETTING = rf"(?<![\w./$-])((?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+)\b(?!\()"
+DECISIONS = PROJECT_ROOT / "docs" / "explanation" / "decisions.md"  # keeps the names of its time
+
+
+def is_setting(name):
+    node = SCHEMA
+    for part in name.split("."):
+        below = settings_below(node)
+        if part not in below:
+            return not below  # a key of a mapping, such as of trainer_config
+        node = below[part]
+    return True
+
+
+def is_code_or_file(name):
+    first, second, *_ = name.split(".")
+    module = PROJECT_ROOT / "finetune_pipeline" / first / f"{second}.py"
+    return module.is_file() or name.endswith((".py", ".log", ".lock"))
+
+
+@pytest.mark.parametrize("suffix", ["md", "py"])
+def test_settings_named_in_docs_and_messages_exist(suffix):
+    named = {}
+    for path in DOCUMENTS if suffix == "md" else (PROJECT_ROOT / "finetune_pipeline").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if suffix == "md":
+            texts = re.findall(r"`([^`\n]+)`", text)
+        else:
+            texts = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+        for one in texts if path != DECISIONS else ():
+            for name in re.findall(SETTING, one) if isinstance(one, str) else ():
+                if not is_code_or_file(name):
+                    named.setdefault(name, path.name)
+    assert len(named) > 30
+    assert {name: where for name, where in named.items() if not is_setting(name)} == {}
+
+
 def test_decisions_are_numbered_and_have_a_date_and_a_status():
-    text = (PROJECT_ROOT / "docs" / "explanation" / "decisions.md").read_text(encoding="utf-8")
+    text = DECISIONS.read_text(encoding="utf-8")
     form = r"^## (\d+)\. \S.*\n\n\d{4}-\d\d-\d\d, (?:accepted|superseded by \d+)\.$"
     numbers = [int(number) for number in re.findall(form, text, re.MULTILINE)]
     assert len(numbers) == text.count("\n## ")
