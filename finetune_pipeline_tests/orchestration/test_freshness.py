@@ -14,7 +14,7 @@ from dagster_graphql.test.utils import execute_dagster_graphql
 
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline_tests.orchestration.conftest import definitions
-from finetune_pipeline_tests.orchestration.whole_loop import DEFINITIONS
+from finetune_pipeline_tests.orchestration.whole_loop.example_loop import DEFINITIONS
 
 DAY = timedelta(days=1).total_seconds()
 QUERY = """{ assetNodeOrError(assetKey: {path: ["notes", "promoted_model"]}) { ... on AssetNode {

@@ -10,7 +10,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.store import newest_offset
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline_tests.conftest import feedback, interaction
-from finetune_pipeline_tests.orchestration.whole_loop import EXAMPLE, Loop
+from finetune_pipeline_tests.orchestration.whole_loop.example_loop import EXAMPLE, Loop
 
 pytestmark = pytest.mark.slow
 

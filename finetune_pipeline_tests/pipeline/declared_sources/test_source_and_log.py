@@ -1,6 +1,5 @@
 """Declared sources beside the log: feedback, erasure and export."""
 
-import pytest
 import sqlalchemy as sa
 
 from finetune_pipeline.database import connect
@@ -18,19 +17,8 @@ from finetune_pipeline.sources.source_record import SkippedRecord, SourceRecord
 from finetune_pipeline_tests.conftest import interaction, snapshot_examples, uid
 from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
 
-from ..sources.test_files import write_as
-from .declared_source import SOURCE, records, take, targets
-
-
-@pytest.fixture(autouse=True)
-def on_each_database(url, monkeypatch):
-    """Every test here runs on SQLite and, where a server is installed, on PostgreSQL."""
-    monkeypatch.setenv("FINETUNE_DATABASE_URL", url)
-
-
-@pytest.fixture
-def loop(make_loop):
-    return make_loop(sources=[SOURCE], curation={"min_examples": 1, "validation_fraction": 0.0})
+from ...sources.test_files import write_as
+from .declared_source import records, take, targets
 
 
 def test_late_feedback_does_not_restore_a_retracted_record(loop, tmp_path):

@@ -22,21 +22,10 @@ from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.trainings import find_training
 from finetune_pipeline.settings import PROJECT_ROOT, read_loop
 from finetune_pipeline_tests.conftest import dataset_rows
-from finetune_pipeline_tests.orchestration.whole_loop import Loop
 from finetune_pipeline_tests.waiting import wait_until
 
 IMPOSSIBLE = {"gate": {"min_gain": 1.0, "mode": "points"}}
 KEEP = {"gate": {"min_gain": 1.0, "mode": "points", "on_reject": "keep_champion"}}
-
-
-@pytest.fixture(scope="module")
-def loop(tmp_path_factory):
-    return Loop(tmp_path_factory.mktemp("loop"))
-
-
-@pytest.fixture(autouse=True)
-def in_its_home(loop, own_home, monkeypatch):
-    monkeypatch.setenv("FINETUNE_HOME", str(loop.home))
 
 
 def kill(process):

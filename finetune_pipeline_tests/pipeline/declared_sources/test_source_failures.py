@@ -18,19 +18,8 @@ from finetune_pipeline.validation_messages import short_repr
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.conftest import definitions
 
-from ..sources.test_files import write_as
+from ...sources.test_files import write_as
 from .declared_source import SOURCE, materialized, records, take, targets
-
-
-@pytest.fixture(autouse=True)
-def on_each_database(url, monkeypatch):
-    """Every test here runs on SQLite and, where a server is installed, on PostgreSQL."""
-    monkeypatch.setenv("FINETUNE_DATABASE_URL", url)
-
-
-@pytest.fixture
-def loop(make_loop):
-    return make_loop(sources=[SOURCE], curation={"min_examples": 1, "validation_fraction": 0.0})
 
 
 def test_a_source_that_fails_half_way_retracts_nothing(loop):

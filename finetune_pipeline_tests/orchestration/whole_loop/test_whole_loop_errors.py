@@ -4,17 +4,7 @@ import subprocess
 
 import pytest
 
-from finetune_pipeline_tests.orchestration.whole_loop import Loop
-
-
-@pytest.fixture(scope="module")
-def loop(tmp_path_factory):
-    return Loop(tmp_path_factory.mktemp("loop"))
-
-
-@pytest.fixture(autouse=True)
-def in_its_home(loop, own_home, monkeypatch):
-    monkeypatch.setenv("FINETUNE_HOME", str(loop.home))
+from finetune_pipeline_tests.orchestration.whole_loop.example_loop import Loop
 
 
 def test_a_missing_base_model_is_named(loop):

@@ -24,19 +24,8 @@ from finetune_pipeline.sources.source_record import Cursor, SkippedRecord, Sourc
 from finetune_pipeline_tests.conftest import dataset_rows, snapshot_examples
 from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
 
-from ..sources.test_files import write_as
+from ...sources.test_files import write_as
 from .declared_source import SOURCE, materialized, records, take, targets
-
-
-@pytest.fixture(autouse=True)
-def on_each_database(url, monkeypatch):
-    """Every test here runs on SQLite and, where a server is installed, on PostgreSQL."""
-    monkeypatch.setenv("FINETUNE_DATABASE_URL", url)
-
-
-@pytest.fixture
-def loop(make_loop):
-    return make_loop(sources=[SOURCE], curation={"min_examples": 1, "validation_fraction": 0.0})
 
 
 def test_records_become_examples_with_source_and_provenance(loop):
