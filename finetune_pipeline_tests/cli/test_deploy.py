@@ -94,10 +94,13 @@ def test_json_has_the_states(declare, tmp_path):
     )  # fmt: skip
 
 
-def test_a_loop_without_targets_says_how_to_declare_some(declare):
+@pytest.mark.parametrize("command", ["status", "apply"])
+def test_a_loop_without_targets_says_how_to_declare_some(declare, command):
     declare()
-    for command in ("status", "apply"):
-        assert "declares no deployment targets; add some under deploy.targets" in run("deploy", command).output
+    assert "declares no deployment targets; add some under deploy.targets" in run("deploy", command).output
+
+
+def test_an_unknown_target_is_an_error_that_names_the_known_ones(declare):
     declare("first")
     assert "has no target 'secnd'; there are: first" in str(run("deploy", "apply", "secnd", code=1).exception)
 

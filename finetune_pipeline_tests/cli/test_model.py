@@ -81,11 +81,11 @@ def test_show_prints_all_known_details(seven, own_home):
     )  # fmt: skip
     run("gc", "--keep", "1", "--yes")
     shown = run("show", "v1.0.0")
-    for text in (
+    expected = [
         "aec_parser@v1.0.0", "gguf1/model.gguf", seven[0].gguf_sha256, "deployed", "retired", "deleted", "1.5 MB",
         "accuracy: 51.0%", "lora_adapter: lora1", "run_id: run-17", "loss_after: 0.25",
-    ):  # fmt: skip
-        assert text in shown
+    ]  # fmt: skip
+    assert [text for text in expected if text not in shown] == []
     assert "latency_p50_ms: 21\n" in shown
     assert "retired" not in run("show") and "deleted" not in run("show")
     adapter = own_home / "adapter.gguf"

@@ -143,13 +143,16 @@ def test_if_review_is_required_everything_that_would_train_is_reviewed():
     assert value(case(), REQUIRED) is None
 
 
+@pytest.mark.parametrize("review", ["approve", "edit"])
+@pytest.mark.parametrize("policy", [POLICY, REQUIRED], ids=["optional", "required"])
+def test_an_approved_or_edited_example_trains_whatever_its_reward(review, policy):
+    assert accept(example(1, reward=-1.0, confidence=0.1, review=review), policy).accepted
+
+
 def test_a_decision_outranks_the_other_rules():
     good, poor = example(1), example(2, reward=-1.0, confidence=0.1)
     assert accept(good, POLICY).accepted and not accept(good, REQUIRED).accepted
     assert accept(good, REQUIRED).reason == UNREVIEWED
-    for review in ("approve", "edit"):
-        for policy in (POLICY, REQUIRED):
-            assert accept(poor.model_copy(update={"review": review}), policy).accepted
     rejected = good.model_copy(update={"review": "reject", "corrected": True})
     assert accept(rejected, POLICY).reason == REJECTED == "rejected by a reviewer"
     assert is_undesirable(poor, POLICY) and not is_undesirable(poor, REQUIRED)

@@ -89,12 +89,12 @@ def test_other_numbers_are_no_stars(rating):
         feedback("1", "a", "rating", rating=rating)
 
 
+@pytest.mark.parametrize("kind", ["success", "validation_failure"])
 @pytest.mark.parametrize(("score", "trains"), [(60, False), (70, False), (71, True), (80, True)])
-def test_the_documented_scores_train_or_not(score, trains):
+def test_the_documented_scores_train_or_not(kind, score, trains):
     """docs/how-to/feedback.md names the lowest score; the kind's name makes no difference."""
-    for kind in ("success", "validation_failure"):
-        reward = default_reward(feedback("1", "a", kind, score=score), interaction("a"))
-        assert (reward >= CurationSettings().min_reward) is trains
+    reward = default_reward(feedback("1", "a", kind, score=score), interaction("a"))
+    assert (reward >= CurationSettings().min_reward) is trains
 
 
 def test_every_rating_needs_a_reward():

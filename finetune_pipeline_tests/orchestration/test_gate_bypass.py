@@ -296,15 +296,15 @@ def test_deselecting_the_check_of_the_gain_leads_to_no_promotion(loop, settled, 
     assert served() is None
 
 
-def test_the_checks_of_an_artifact_run_again_alone(loop, instance):
+@pytest.mark.parametrize(("stage", "name"), [("curated_dataset", "enough_examples"), ("eval_report", "gain")])
+def test_the_checks_of_an_artifact_run_again_alone(loop, instance, stage, name):
     job = definitions(loop).resolve_implicit_global_asset_job_def()
-    for stage, name in (("curated_dataset", "enough_examples"), ("eval_report", "gain")):
-        key = dg.AssetCheckKey(dg.AssetKey(["notes", stage]), name)
-        again = job.get_subset(asset_selection=set(), asset_check_selection={key})
-        done = again.execute_in_process(instance=instance)
-        [check] = done.get_asset_check_evaluations()
-        assert (check.check_name, check.passed) == (name, True)
-        assert not done.get_asset_materialization_events()
+    key = dg.AssetCheckKey(dg.AssetKey(["notes", stage]), name)
+    again = job.get_subset(asset_selection=set(), asset_check_selection={key})
+    done = again.execute_in_process(instance=instance)
+    [check] = done.get_asset_check_evaluations()
+    assert (check.check_name, check.passed) == (name, True)
+    assert not done.get_asset_materialization_events()
 
 
 def test_the_blocking_checks_equal_the_required_ones(loop):

@@ -35,8 +35,7 @@ def test_the_history_stays_without_the_texts(instance, tmp_path):
     done = scrub(instance, folder, cleaner(["Ann"], [PROMPT, "short"], [DEFAULT]))
     assert done.rows["event_logs"] > 2 and done.rows["asset_keys"] == 1 and done.rows["asset_check_executions"] == 1
     left = content(folder)
-    for text in (b"which wall", b"and more", b"Bob asked", b"Ann "):
-        assert text not in left
+    assert [text for text in (b"which wall", b"and more", b"Bob asked", b"Ann ") if text in left] == []
     assert scrub(instance, folder, cleaner(["Ann"], [PROMPT], [DEFAULT])).rows == {}
     event = instance.get_latest_materialization_event(dg.AssetKey("dataset"))
     metadata = event.asset_materialization.metadata

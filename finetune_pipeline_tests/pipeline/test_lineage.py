@@ -171,8 +171,7 @@ def test_an_interaction_is_traced_to_snapshots_datasets_and_models(db, loop, cha
     assert made_with(db, loop, {"i1", "unknown"}) == both
     assert made_with(db, loop, ["i3"]).models == ("notes@v1.0.0",)  # in the validation split
     assert made_with(db, loop, {"i2"}) == MadeWith(folders("raw_logs", "l1", "l2"))
-    for nothing in (set(), {"unknown"}):
-        assert made_with(db, loop, nothing) == MadeWith()
+    assert [made_with(db, loop, nothing) for nothing in (set(), {"unknown"})] == [MadeWith(), MadeWith()]
 
 
 def test_weights_that_were_not_promoted_are_found_by_their_dataset(db, loop, chain):
@@ -239,13 +238,13 @@ def test_an_unreadable_dataset_is_named(db, loop, chain):
 
 def test_the_card_has_lineage_metrics_and_verdict(db, loop, chain):
     text = card(db, loop, chain[0])
-    for text_part in (
+    expected = [
         "# notes@v1.0.0", "base (bbbbbbbbbbbbbbbb)", "| dataset | d1 |", "| events | 1..9 |", "| train | 2 |",
         "| left out | 3 |", "| redacted | 4 |", "| ROUGE-1 recall | 50.0% | 75.0% |", "gain 50.0%, 5% needed",
         "1.500 before, 0.250 after", "| Dagster run | run-1 |", "type: accuracy",
         "| training | full, from the base model on all examples |",
-    ):  # fmt: skip
-        assert text_part in text
+    ]  # fmt: skip
+    assert [text_part for text_part in expected if text_part not in text] == []
     assert "exact_match" not in text
     forced = card(db, loop, promoted(db, "three", "d2", "force"))
     assert "gain 50.0%, 5% needed; force by ann: it is Friday" in forced

@@ -101,18 +101,10 @@ def test_a_row_has_every_logged_field(loop):
     (row,) = rows(take(loop), "records-0001.parquet")
     assert row["history"] == [{"role": "user", "content": "hello"}]
     values = logged.model_dump()
-    for name in (
-        "validation_score",
-        "domain",
-        "kind",
-        "retrieved_context",
-        "variant",
-        "flag",
-        "model",
-        "user",
-        "created_at",
-    ):
-        assert row[name] == values[name]
+    names = [
+        "validation_score", "domain", "kind", "retrieved_context", "variant", "flag", "model", "user", "created_at",
+    ]  # fmt: skip
+    assert {name: row[name] for name in names} == {name: values[name] for name in names}
     assert row["target"] is None
 
 

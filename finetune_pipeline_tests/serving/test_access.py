@@ -94,18 +94,30 @@ def test_other_addresses_are_not_served_without_keys(own_home):
 # ---- with keys
 
 
-def test_without_a_known_key_every_route_is_refused(locked):
+def test_an_unknown_key_is_refused(locked):
     running, _ = locked
     with pytest.raises(openai.AuthenticationError, match="The API key is unknown"):
         running.openai(api_key="ft-wrong").chat.completions.create(**BODY)
-    paths = [("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("POST", "/v1/feedback")]
-    paths += [("POST", "/v1/interactions"), ("GET", f"/v1/interactions/{'0' * 32}"), ("GET", "/v1/feedback/stats")]
-    paths += [("GET", "/metrics"), ("POST", "/admin/reload-model"), ("POST", "/admin/rollback")]
-    for method, path in paths:
-        for headers in ({}, {"Authorization": ""}, {"Authorization": "Basic eDp5"}, bearer("x y"), bearer("é")):
-            refused = running.http.request(method, path, headers=headers)
-            assert (path, refused.status_code) == (path, 401)
-            assert refused.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("POST", "/v1/feedback"),
+        ("POST", "/v1/interactions"), ("GET", f"/v1/interactions/{'0' * 32}"), ("GET", "/v1/feedback/stats"),
+        ("GET", "/metrics"), ("POST", "/admin/reload-model"), ("POST", "/admin/rollback"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": ""}, {"Authorization": "Basic eDp5"}, bearer("x y"), bearer("é")],
+    ids=["none", "empty", "basic", "two words", "not ASCII"],
+)
+def test_without_a_known_key_every_route_is_refused(locked, method, path, headers):
+    running, _ = locked
+    refused = running.http.request(method, path, headers=headers)
+    assert refused.status_code == 401
+    assert refused.headers["www-authenticate"] == "Bearer"
 
 
 def test_a_key_allows_only_its_scopes(locked):

@@ -463,17 +463,20 @@ def test_an_unknown_response_is_not_found(notes, id):
 
 def test_interactions_of_other_routes_are_not_responses(notes):
     assert_not_found(notes, notes.ask(max_tokens=2).json()["id"])
-    for gateway in (None, 7, {"api": 1}, {"api": "responses"}, {"api": "responses", "key": None, "function": 1}):
-        id = str(uuid4())
-        event = {"id": id, "loop": "notes", "prompt": PROMPT, "output": "{}"}
-        assert notes.http.post("/v1/interactions", json=event).status_code == 200
-        recorded(notes, id)
-        interactions = tables.interactions
-        with connect().write() as connection:  # files of events may have any metadata
-            connection.execute(
-                interactions.update().where(interactions.c.id == id).values(metadata={"gateway": gateway})
-            )
-        assert_not_found(notes, id)
+
+
+@pytest.mark.parametrize(
+    "gateway", [None, 7, {"api": 1}, {"api": "responses"}, {"api": "responses", "key": None, "function": 1}], ids=str
+)
+def test_interactions_with_other_metadata_are_not_responses(notes, gateway):
+    id = str(uuid4())
+    event = {"id": id, "loop": "notes", "prompt": PROMPT, "output": "{}"}
+    assert notes.http.post("/v1/interactions", json=event).status_code == 200
+    recorded(notes, id)
+    interactions = tables.interactions
+    with connect().write() as connection:  # files of events may have any metadata
+        connection.execute(interactions.update().where(interactions.c.id == id).values(metadata={"gateway": gateway}))
+    assert_not_found(notes, id)
 
 
 def test_a_previous_response_that_is_a_tool_call_is_refused(notes):
@@ -491,14 +494,14 @@ def test_an_erased_response_is_not_found(notes):
     assert_not_found(notes, one.id)
 
 
-def test_a_damaged_response_is_not_reported_as_unknown(notes):
+@pytest.mark.parametrize(("history", "status"), [("{", 500), ("null", 200)])
+def test_a_damaged_response_is_not_reported_as_unknown(notes, history, status):
     one = create(notes)
     recorded(notes, one.id)
-    for history, status in (("{", 500), ("null", 200)):
-        with connect().write() as connection:
-            update = sa.text("UPDATE interactions SET history = :history WHERE id = :id")
-            connection.execute(update, {"history": history, "id": one.id})
-        assert notes.http.get(f"/v1/responses/{one.id}").status_code == status
+    with connect().write() as connection:
+        update = sa.text("UPDATE interactions SET history = :history WHERE id = :id")
+        connection.execute(update, {"history": history, "id": one.id})
+    assert notes.http.get(f"/v1/responses/{one.id}").status_code == status
 
 
 @pytest.mark.parametrize("query", ["?stream=true", "?stream=maybe"])

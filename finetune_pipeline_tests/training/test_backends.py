@@ -45,11 +45,15 @@ def test_auto_chooses_unsloth_where_it_can_train(monkeypatch):
     assert reason == "auto: unsloth cannot run here (no NVIDIA GPU was found (no nvidia-smi))"
     there = [Peft(), OnGpu(), Axolotl()]
     assert choose_backend(TrainingSettings(), there)[0].name == "unsloth"
-    for settings in (TrainingSettings(num_processes=2), TrainingSettings(trainable_token_indices="all")):
-        backend, reason = choose_backend(settings, there)
-        assert backend.name == "peft"
-        assert reason.startswith("auto: unsloth cannot train this")
     assert choose_backend(TrainingSettings(backend="axolotl"), there)[0].name == "axolotl"
+
+
+@pytest.mark.parametrize("setting", [{"num_processes": 2}, {"trainable_token_indices": "all"}], ids=str)
+def test_auto_chooses_peft_for_what_unsloth_cannot_train(monkeypatch, setting):
+    without_gpu(monkeypatch)
+    backend, reason = choose_backend(TrainingSettings(**setting), [Peft(), OnGpu(), Axolotl()])
+    assert backend.name == "peft"
+    assert reason.startswith("auto: unsloth cannot train this")
 
 
 @pytest.mark.parametrize(
