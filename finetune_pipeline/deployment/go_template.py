@@ -38,26 +38,31 @@ def rendered_examples(render: Render, system_prompt: str) -> list[tuple[list[Mes
     return examples
 
 
-def go_template(render: Render, system_prompt: str, bos: str = "") -> str:
+def go_template(render: Render, bos: str = "") -> str:
     """Return a Go template that writes what the tokenizer's template writes between messages.
 
     Args:
         bos: text of the beginning-of-sequence token, which the template leaves to the server's tokenizer.
 
     Raises:
-        RequestRefused: the tokenizer's template refuses a user message, an answer and another user message.
+        RequestRefused: the tokenizer's template refuses a user message, an answer and another user message, or does
+            not write them as they are.
     """
     user: Message = {"role": "user", "content": _USER}
     answer: Message = {"role": "assistant", "content": _ANSWER}
     last: Message = {"role": "user", "content": _LAST}
     text = render([user, answer, last])
-    first, rest = text.split(_USER, 1)
-    to_answer, rest = rest.split(_ANSWER, 1)
-    to_user, end = rest.split(_LAST, 1)
+    if [text.count(one) for one in (_USER, _ANSWER, _LAST)] != [1, 1, 1]:
+        raise RequestRefused(
+            "the tokenizer's chat template changes or leaves out messages, so none can be made like it"
+        )
+    first, rest = text.split(_USER)
+    to_answer, rest = rest.split(_ANSWER)
+    to_user, end = rest.split(_LAST)
     try:
-        before_system, rest = render([{"role": "system", "content": _SYSTEM}, user]).split(_SYSTEM, 1)
-        after_system = rest.split(_USER, 1)[0]
-    except RequestRefused:
+        before_system, rest = render([{"role": "system", "content": _SYSTEM}, user]).split(_SYSTEM)
+        after_system = rest.split(_USER)[0]
+    except (RequestRefused, ValueError):  # there is no system message, or it is changed
         before_system, after_system = first, to_user
     first, before_system = first.removeprefix(bos), before_system.removeprefix(bos)
     # Consecutive messages of one role reach the template as one: a user message in second place follows the system's.

@@ -22,6 +22,7 @@ from finetune_pipeline.deployment.go_template import go_template, rendered_examp
 from finetune_pipeline.deployment.target import BASE, Observed, Release, TargetError, TargetRefused
 from finetune_pipeline.inference.chat_template import tokenizer_chat_template
 from finetune_pipeline.inference.errors import RequestRefused
+from finetune_pipeline.inference.protocol import END_TOKENS
 from finetune_pipeline.records import Message
 from finetune_pipeline.settings import OllamaTarget, UpstreamSettings
 from finetune_pipeline.validation_messages import nearest, short_repr
@@ -228,7 +229,13 @@ class Ollama:
         differing = self._differing_prompt(release, examples, bos)
         if differing is None:
             return
-        template = go_template(lambda messages: render(messages).text, release.system_prompt, bos)
+        try:
+            template = go_template(lambda messages: render(messages).text, bos)
+        except RequestRefused as error:
+            raise TargetRefused(
+                f"{self._url} renders the prompt {differing[1]!r} for {release.name}, the tokenizer renders "
+                f"{differing[0]!r}, and {error}; use llama_server or vllm for this base model"
+            ) from error
         self._create(release, parameters, template)
         again = self._differing_prompt(release, examples, bos)
         if again is not None:
@@ -407,7 +414,7 @@ def model_parameters(release: Release, tokenizer: Any) -> dict[str, Any]:
             ]
             raise TargetRefused(f"deploy.config: {name} is {value!r}; Ollama expects {wanted}")
     try:
-        end = tokenizer.convert_ids_to_tokens(tokenizer_chat_template(tokenizer).end_token())
+        ends = _end_texts(release, tokenizer)
     except RequestRefused as error:
         raise TargetRefused(f"{release.name} cannot be served by Ollama: {error}") from error
     defaults = {
@@ -415,7 +422,7 @@ def model_parameters(release: Release, tokenizer: Any) -> dict[str, Any]:
         "num_predict": release.max_tokens,
         "temperature": 0,
         "repeat_penalty": 1,
-        "stop": [end],
+        "stop": ends,
     }
     return {**defaults, **release.config}
 
@@ -427,15 +434,33 @@ def load_tokenizer(release: Release) -> Any:
     return AutoTokenizer.from_pretrained(release.base_folder, trust_remote_code=False)
 
 
+def _end_texts(release: Release, tokenizer: Any) -> list[str]:
+    """Return the texts at which generation ends: the template's, and further ones that only our engine knows.
+
+    Raises:
+        RequestRefused: the template writes no end token.
+    """
+    listed = filter(None, str(_metadata(release.gguf, END_TOKENS) or "").split(","))
+    ids = dict.fromkeys([tokenizer_chat_template(tokenizer).end_token(), *map(int, listed)])
+    texts: list[str] = tokenizer.convert_ids_to_tokens(list(ids))
+    return texts
+
+
 def _adds_bos(gguf: Path) -> bool:
     """Return whether llama.cpp puts the beginning-of-sequence token before a text, so that templates need not."""
+    flag = _metadata(gguf, "tokenizer.ggml.add_bos_token")
+    return bool(_metadata(gguf, "tokenizer.ggml.model") == "llama" if flag is None else flag)  # llama: SentencePiece
+
+
+def _metadata(gguf: Path, key: str) -> Any:
+    """Return a value of a GGUF's metadata; None without it, and for a damaged file, which the server refuses."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(gguf).fields
-    flag, model = (fields.get(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "model"))
-    if flag is not None:
-        return bool(flag.contents())
-    return model is not None and model.contents() == "llama"  # a tokenizer of SentencePiece
+    try:
+        field = GGUFReader(gguf).fields.get(key)
+        return field.contents() if field else None
+    except Exception:  # the reader raises anything
+        return None
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -10,10 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.deployment.ollama import REPLACED, Ollama
 from finetune_pipeline.deployment.target import TargetError, TargetRefused
 from finetune_pipeline.inference.engine import Engine
-from finetune_pipeline.inference.protocol import GenerateRequest, ModelSpec
+from finetune_pipeline.inference.protocol import END_TOKENS, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote_engine import RemoteEngine
 from finetune_pipeline.settings import PROJECT_ROOT
 
@@ -129,9 +130,20 @@ def test_a_changed_setting_makes_the_model_again_without_an_upload(server, make_
     assert len(server.uploads) == 1
 
 
-def test_the_models_stop_at_the_templates_end_token(server, make_ollama, make_release):
-    deploy(make_ollama(server.url), make_release())
-    assert server.manifest("notes")["parameters"]["stop"] == ["<|im_end|>"]
+def test_the_models_stop_at_every_end_that_the_gguf_names(server, make_ollama, make_release, tmp_path):
+    target = make_ollama(server.url)
+    target.stage(make_release())
+    assert server.manifest("notes:v1.0.0")["parameters"]["stop"] == ["<|im_end|>"]
+    key = END_TOKENS.encode()
+    content = bytearray(make_release().gguf.read_bytes())
+    value = content.index(key) + len(key) + 12  # after its type and length
+    assert content[value : value + 1] == b"5"  # <|im_end|>
+    content[value : value + 1] = b"3"
+    path = tmp_path / "ends.gguf"
+    path.write_bytes(content)
+    sha256 = hash_file(path)
+    target.stage(make_release("v1.1.0", gguf=path, gguf_sha256=sha256, sha256=sha256))
+    assert server.manifest("notes:v1.1.0")["parameters"]["stop"] == ["<|im_end|>", "<pad>"]
 
 
 def test_a_model_that_had_the_applications_name_is_kept(server, make_ollama, make_release):

@@ -16,6 +16,7 @@ from finetune_pipeline.deployment import ollama
 from finetune_pipeline.deployment.go_template import go_template
 from finetune_pipeline.deployment.ollama import PARAMETERS, Ollama
 from finetune_pipeline.deployment.target import TargetError
+from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.inference.protocol import GenerateRequest
 from finetune_pipeline.inference.remote_engine import RemoteEngine
 from finetune_pipeline_tests.deployment.go_templates import TemplateError, render
@@ -265,7 +266,7 @@ def test_a_made_template_has_what_the_tokenizers_template_writes():
             system = ""
         return f"{text}<start_of_turn>model\n"
 
-    template = go_template(gemma, "", "<bos>")
+    template = go_template(gemma, "<bos>")
     conversations = [
         [{"role": "user", "content": 'q {{ .System }} "w"'}],
         [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
@@ -280,3 +281,11 @@ def test_a_made_template_has_what_the_tokenizers_template_writes():
     for messages in conversations:
         system = "".join(message["content"] for message in messages if message["role"] == "system")
         assert f"<bos>{render(template, {'Messages': messages, 'System': system})}" == gemma(messages)
+
+
+def test_no_template_is_made_of_one_that_changes_messages():
+    def shouting(messages):
+        return "".join(f"{message['role']}: {message['content'].upper()}\n" for message in messages)
+
+    with pytest.raises(RequestRefused, match="changes or leaves out messages"):
+        go_template(shouting)
