@@ -18,10 +18,13 @@ from finetune_pipeline.artifacts import (
     hash_of,
     stage_folder,
 )
+from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import Database, DatabaseError, connect
 from finetune_pipeline.deployment.target import BASE, Observed, Release, Target, TargetError, TargetRefused
 from finetune_pipeline.deployment.target_state import Lease, LeaseLostError, TargetState, take_lease, target_states
 from finetune_pipeline.deployment.targets import open_target
+from finetune_pipeline.evaluation.benchmark import BenchmarkError
+from finetune_pipeline.evaluation.metrics import MetricError
 from finetune_pipeline.export.base import base_hash, hub_id, resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf_artifact
 from finetune_pipeline.export.process import ExportError
@@ -42,7 +45,7 @@ from finetune_pipeline.registry.model_versions import (
     list_models,
 )
 from finetune_pipeline.schemas import SchemaError
-from finetune_pipeline.settings import Follower, LoopSettings
+from finetune_pipeline.settings import Follower, LoopSettings, SettingsError
 from finetune_pipeline.wording import duration
 
 OBSERVE_SECONDS = 60.0
@@ -51,7 +54,19 @@ OBSERVE_SECONDS = 60.0
 LONGEST_WAIT = 3600.0
 """The longest wait between two tries, in seconds."""
 
-_EXPECTED = (ArtifactError, EngineError, ExportError, OSError, RegistryError, SchemaError, TargetError)
+_EXPECTED = (
+    ArtifactError,
+    BenchmarkError,
+    CurationError,
+    EngineError,
+    ExportError,
+    MetricError,
+    OSError,
+    RegistryError,
+    SchemaError,
+    SettingsError,
+    TargetError,
+)
 """Errors whose message says what to do; any other one is a bug, of which the log gets the traceback."""
 
 _log = logging.getLogger(__name__)

@@ -146,7 +146,12 @@ def _check_answers(
         log("the judged model's answers were not stored, so it answered the benchmark again")
     wanted = {one.id for one in sample.questions}
     expected = [one.text for one in judged.answers if one.id in wanted]
-    run = answer_remotely(endpoint, sample, *common, constraint=constraint)
+    try:
+        run = answer_remotely(endpoint, sample, *common, constraint=constraint)
+    except RequestRefused as refused:
+        raise ParityError(
+            f"the judged model answers every question, and the target refuses: {refused}", facts
+        ) from refused
     found = [one.text for one in run.answers]
     structured = loop.output_schema is not None
     agreement = compare_answers([_value(text, structured) for text in expected], [_value(t, structured) for t in found])

@@ -106,6 +106,21 @@ for state in deploy.reconcile(read_loop(Path(sys.argv[1])), print, force=True):
 """
 """A script that reconciles the loop of a YAML file with shelves, as another process."""
 
+ROLL_BACK = """
+import sys
+from pathlib import Path
+from finetune_pipeline.cli import model, options
+from finetune_pipeline.deployment import target_state
+from finetune_pipeline.pipeline import deploy
+from finetune_pipeline.settings import read_loop
+from finetune_pipeline_tests.deployment.shelf import Shelf
+deploy.open_target = Shelf
+target_state.LEASE_SECONDS = float(sys.argv[2])
+options.the_loop = lambda name: read_loop(Path(sys.argv[1]))
+model.rollback([])
+"""
+"""A script that runs `finetune model rollback` on the loop of a YAML file with shelves."""
+
 
 def shelf(**fields: Any) -> dict[str, Any]:
     """Return the settings of a shelf as in YAML."""

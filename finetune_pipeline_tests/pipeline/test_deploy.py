@@ -17,9 +17,10 @@ from finetune_pipeline.pipeline import deploy
 from finetune_pipeline.pipeline.deploy import deployment_states, due_targets, reconcile, release_of
 from finetune_pipeline.pipeline.deploy_parity import ParityError
 from finetune_pipeline.registry.champion import champion, rollback
+from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.settings import PROJECT_ROOT, home
-from finetune_pipeline_tests.deployment.shelf import RECONCILE, Shelf, shelf
+from finetune_pipeline_tests.deployment.shelf import RECONCILE, ROLL_BACK, Shelf, shelf
 from finetune_pipeline_tests.pipeline.test_full_disk import small_disk
 from finetune_pipeline_tests.registry.conftest import promote_over
 from finetune_pipeline_tests.waiting import wait_until
@@ -299,6 +300,13 @@ def test_a_disk_that_fills_during_an_upload_leaves_the_old_release(with_shelves,
         assert brought(loop, force=True)[0].observed == "v1.1.0"
 
 
+def test_a_target_is_brought_to_the_champion_with_postgresql(one, promoted, monkeypatch, url):
+    monkeypatch.setenv("FINETUNE_DATABASE_URL", url)
+    promoted("one")
+    state, _ = brought(one)
+    assert (state.state, state.observed, brought(one, force=True)[1]) == ("active", "v1.0.0", "")
+
+
 # ------------------------------------------------------------------------------------- kills, and several processes
 
 
@@ -307,9 +315,9 @@ def start(tmp_path, monkeypatch):
     """Return a function that reconciles in another process; its lease holds this many seconds."""
     started = []
 
-    def start(seconds=600.0):
+    def start(seconds=600.0, script=RECONCILE):
         path = tmp_path / "defs" / "notes" / "defs.yaml"
-        command = [sys.executable, "-c", RECONCILE, str(path), str(seconds)]
+        command = [sys.executable, "-c", script, str(path), str(seconds)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return started[-1]
 
@@ -347,6 +355,25 @@ def test_another_process_finishes_after_a_kill(one, folder, promoted, start, ste
     wait_until(active)
     assert (folder / "current").read_text() == "v1.1.0" and (folder / "v1.1.0.gguf").read_text() == "two"
     assert champion(connect(), "notes").version == "v1.1.0"
+
+
+def test_a_rollback_that_is_killed_while_it_deploys_is_done_all_the_same(one, folder, promoted, start):
+    promoted("one")
+    promoted("two")
+    brought(one)
+    (folder / "pause-stage").touch()
+    process = start(seconds=1, script=ROLL_BACK)
+    paused(folder, "stage", process)
+    process.kill()
+    process.wait()
+    assert [deployment.action for deployment in list_deployments(connect(), "notes")] == [
+        "promote",
+        "promote",
+        "rollback",
+    ]
+    assert champion(connect(), "notes").version == "v1.0.0" and (folder / "current").read_text() == "v1.1.0"
+    (folder / "pause-stage").unlink()
+    wait_until(lambda: brought(one, force=True)[0].observed == "v1.0.0")
 
 
 def test_a_promotion_during_a_deployment_is_deployed_by_the_same_process(one, folder, promoted, start):

@@ -211,6 +211,17 @@ def is_busy(body, number):
     return 503, {}, b"model is loading"
 
 
+def refuses(body, number):
+    return 400, {}, b'{"error": {"message": "response_format is not supported"}}'
+
+
+def test_a_server_that_refuses_a_question_is_rejected(stories_loop, told):
+    promoted("one", STORIES_GGUF)
+    message = "the target refuses: question '.*' of the benchmark was rejected: .*response_format is not supported"
+    with teaching(refuses) as (_, server), pytest.raises(ParityError, match=message):
+        compare(stories_loop(), told, UpstreamSettings(url=server.url, model="m"))
+
+
 FAULTS = {
     "an error inside a 200": (error_inside, "failed in the middle of a completion: {'message': 'CUDA out of memory'}"),
     "a connection that ends": (cut_off, "does not answer"),
