@@ -319,13 +319,12 @@ class _Reconciliation:
         facts: dict[str, Any] = {"inputs": inputs}
         if "drift" in lease.state.facts:
             facts["drift"] = lease.state.facts["drift"]
+        if command := target.start_command(release):  # shown also if the release cannot be staged before a restart
+            facts["start_command"] = command
         lease.update(wanted_sha256=release.sha256, facts=facts)
         self._say(f"serves {observed.label or observed.detail or 'nothing'}; stage {release.label}")
         endpoint = target.stage(release)
         lease.renew()
-        if command := target.start_command(release):
-            facts["start_command"] = command
-        lease.update(facts=facts)
         facts |= check_parity(self._loop, release, target, endpoint, self._say)
         if _label(champion(self._db, self._loop.name)) != release.label:
             return  # `run` starts again with the new champion; this one must not become active any more

@@ -397,6 +397,14 @@ def test_two_processes_bring_a_target_once(one, folder, promoted, start):
     assert (calls(folder, "stage"), calls(folder, "activate")) == (1, 1), outputs
 
 
+def test_the_start_command_is_known_although_the_server_was_not_restarted(one, folder, promoted, monkeypatch):
+    promoted("one")
+    Shelf(settings_of(one), "notes")
+    (folder / "fail-stage").write_text("start the server again")
+    monkeypatch.setattr(Shelf, "start_command", lambda self, release: f"serve {release.label}")
+    assert brought(one)[0].facts["start_command"] == "serve v1.0.0"
+
+
 def test_a_process_that_lost_its_lease_activates_nothing(one, folder, promoted, monkeypatch):
     promoted("one")
     stage = Shelf.stage
@@ -408,10 +416,12 @@ def test_a_process_that_lost_its_lease_activates_nothing(one, folder, promoted, 
         with take_lease(connect(), "notes", "shelf") as successor:
             assert successor is not None
 
+    compared = []
     monkeypatch.setattr(Shelf, "stage", suspended)
+    monkeypatch.setattr(deploy, "check_parity", lambda *arguments: compared.append(arguments) or {})
     state, log = brought(one)
     assert "another process works on the target shelf now; left to it" in log
-    assert (state.state, calls(folder, "activate")) == ("pending", 0)
+    assert (state.state, calls(folder, "activate"), compared) == ("pending", 0, [])
 
 
 # ----------------------------------------------------------------------------------------------------- the release
