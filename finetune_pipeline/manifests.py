@@ -175,5 +175,6 @@ class PromotionManifest(Manifest):
     stage: ClassVar[str] = "promoted_model"
     model_id: str
     model: str = Field(description="loop@version")
+    fixed: int = Field(default=0, description="Corrections that it fixed, which are questions of the regression suite.")
     gguf_path: str
     previous_id: str | None

@@ -1276,8 +1276,9 @@ class GateSettings(Settings):
         default=0.05,
         gt=0,
         lt=1,
-        description="Significance level of the one-sided paired test and of the slices' tests. With significance: "
-        "required it is the error budget: the probability of any promotion without a gain in twelve comparisons.",
+        description="Significance level of the one-sided paired test, and of the tests of slices and regression suite. "
+        "With significance: required it is the error budget: the probability of any promotion without a gain in twelve "
+        "comparisons.",
     )
     confirm_days: float = Field(
         default=7,
@@ -1291,6 +1292,18 @@ class GateSettings(Settings):
     )
     slice_margin: float = Field(
         default=0.05, ge=0, lt=1, description="Loss that a slice may have: 0.05 is 5% of its highest possible score."
+    )
+    regression: Literal["shown", "required"] = Field(
+        default="shown",
+        description="required: reject a challenger that breaks more than regression_tolerance of the corrections that "
+        "earlier promotions fixed, significantly.",
+    )
+    regression_tolerance: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of fixed corrections that may be broken: 0.1 is 10%, about what a retraining without any "
+        "change breaks by chance.",
     )
 
     @property

@@ -374,6 +374,20 @@ budget_benchmarks = sa.Table(
     comment="Benchmarks that spent from an error budget; one that shares most of its questions continues it.",
 )
 
+regression_questions = sa.Table(
+    "regression_questions",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("interaction_id", sa.String(36), primary_key=True),
+    sa.Column("content_hash", sa.String(64), nullable=False, comment="As of its example, which may change."),
+    sa.Column("model_id", sa.String(64), nullable=False, comment="The version whose promotion fixed the answer."),
+    sa.Column("prompt", sa.Text, nullable=False, comment="Redacted, as history and expected."),
+    sa.Column("history", sa.JSON, nullable=False, comment="Messages before the prompt."),
+    sa.Column("expected", sa.Text, nullable=False, comment="The correction."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    comment="Corrections that a promotion fixed. Asked while the example is what it was then.",
+)
+
 deployment_targets = sa.Table(
     "deployment_targets",
     metadata,

@@ -18,6 +18,7 @@ from finetune_pipeline.evaluation.gate import BudgetState, QualityFloor, Verdict
 from finetune_pipeline.evaluation.metrics import Count
 from finetune_pipeline.evaluation.metrics.judge import Judgement
 from finetune_pipeline.evaluation.performance import Performance
+from finetune_pipeline.evaluation.regression import RegressionSuite, RegressionTest, regression_test
 from finetune_pipeline.evaluation.scoring import MetricLabel, Scorer, Scores
 from finetune_pipeline.evaluation.significance import (
     PairedScores,
@@ -235,6 +236,7 @@ class Comparison:
     base: ModelResult | None = None
     judgements: tuple[Judgement, ...] = ()  # of the judges among the metrics
     samples: int = 0  # sampled answers to each question
+    regression: RegressionSuite | None = None  # None if no promotion has fixed anything yet
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -313,6 +315,12 @@ class Comparison:
             by_slice.setdefault(one.question.slice, []).append(one)
         paired = {name: paired_scores(by_slice[name]) for name in sorted(by_slice)}
         return compare_slices(paired, settings.slice_margin, settings.significance_level)
+
+    def regression_test(self, settings: GateSettings) -> RegressionTest | None:
+        """Return the test of the regression suite with the gate's tolerance; None without a suite."""
+        if self.regression is None:
+            return None
+        return regression_test(self.regression.counts, settings.regression_tolerance, settings.significance_level)
 
     @property
     def won(self) -> tuple[QuestionComparison, ...]:
@@ -440,6 +448,7 @@ def judge(comparison: Comparison, settings: GateSettings, budget: BudgetState | 
         comparison.significance,
         comparison.slice_tests(settings),
         budget,
+        comparison.regression_test(settings),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from finetune_pipeline.evaluation.regression import RegressionTest
 from finetune_pipeline.evaluation.significance import (
     Significance,
     SliceTest,
@@ -64,8 +65,8 @@ class Verdict:
     The floats are for display only; None where they would divide by zero.
 
     Attributes:
-        reason: the numbers in the first line, then the evidence if it was measured, then a line for each reason
-            against a promotion.
+        reason: the numbers in the first line, then the evidence and the regression suite if they were measured, then a
+            line for each reason against a promotion.
         evidence: what the paired test by itself says; empty if it was not measured.
         required_correct: the lowest score that meets the rules on gain and score; more than `total` if none can.
         minimum_correct: the score that the challenger has to exceed, whatever the champion's score.
@@ -126,6 +127,7 @@ def decide(
     significance: Significance | None = None,
     slices: Sequence[SliceTest] = (),
     budget: BudgetState | None = None,
+    regression: RegressionTest | None = None,
 ) -> Verdict:
     """Decide whether to promote: the challenger must be good enough by itself and gain enough on the same questions.
 
@@ -147,6 +149,7 @@ def decide(
         significance: of the gain; needed with `significance: required`.
         slices: the tests of the benchmark's slices.
         budget: state of the error budget; needed with `significance: required`.
+        regression: the test of the regression suite; None if there is no suite.
 
     Raises:
         ValueError: the counts contradict each other, or what `significance: required` needs is missing.
@@ -186,6 +189,9 @@ def decide(
     if settings.slices == "required":
         objections += [_regression_text(one, settings) for one in slices if one.status == "regressed"]
 
+    if settings.regression == "required" and regression and regression.exceeded:
+        objections.append(f"it breaks too many fixed corrections: {regression.text}")
+
     evidence = _weigh(significance, gain, required_gain, total, settings) if significance else None
     undecided = []
     if gain >= required_gain:
@@ -204,6 +210,8 @@ def decide(
             objections.append(short)
 
     shown = [evidence.text] if evidence else []
+    if regression and not (settings.regression == "required" and regression.exceeded):
+        shown.append(f"regression suite: {regression.text}")
     return Verdict(
         decision="reject" if objections else "inconclusive" if undecided else "promote",
         reason="\n".join([statement, *shown, *objections, *undecided]),

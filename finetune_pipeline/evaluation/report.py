@@ -35,6 +35,7 @@ from finetune_pipeline.evaluation.plots import (
     training_plot,
     trend_plot,
 )
+from finetune_pipeline.evaluation.regression import RegressionTest, counts_of_json, regression_test
 from finetune_pipeline.evaluation.report_facts import ReportFacts
 from finetune_pipeline.evaluation.significance import PairedScores, Significance, SliceTest, compare_slices
 from finetune_pipeline.schemas import Rule
@@ -129,6 +130,7 @@ def write_report(
         gate=gate,
         headline=HEADLINES[verdict.decision] if verdict else comparison.summary,
         slices=slices_text(comparison.slice_tests(gate), gate),
+        regression=comparison.regression_test(gate),
         metrics=metric_table(comparison),
         facts=facts,
         plots=_plots(comparison, confidence, facts),
@@ -165,11 +167,13 @@ class ReportFindings:
     Attributes:
         verdict: of the gate, applied again to the counts.
         slices: the tests of the slices, with the gate's margin.
+        regression: the test of the regression suite; None if there is no suite.
     """
 
     verdict: Verdict
     significance: Significance
     slices: tuple[SliceTest, ...]
+    regression: RegressionTest | None = None
 
 
 def findings_of_report(path: Path, gate: GateSettings) -> ReportFindings:
@@ -192,6 +196,8 @@ def findings_of_report(path: Path, gate: GateSettings) -> ReportFindings:
                 "again"
             )
         slices = compare_slices(_slice_scores(data["questions"]), gate.slice_margin, gate.significance_level)
+        counts = counts_of_json(data.get("regression"))  # older reports have none
+        regression = regression_test(counts, gate.regression_tolerance, gate.significance_level) if counts else None
         verdict = decide(
             data["verdict"]["champion_correct"],
             data["verdict"]["challenger_correct"],
@@ -201,8 +207,9 @@ def findings_of_report(path: Path, gate: GateSettings) -> ReportFindings:
             significance,
             slices,
             budget,
+            regression,
         )
-        return ReportFindings(verdict, significance, slices)
+        return ReportFindings(verdict, significance, slices, regression)
 
 
 def _slice_scores(questions: list[dict[str, Any]]) -> dict[str, PairedScores]:
@@ -320,6 +327,7 @@ def _as_json(
         "samples": comparison.samples,
         "judgements": [{**asdict(one), "text": str(one)} for one in comparison.judgements],
         "open_questions": _open_questions_json(comparison),
+        "regression": comparison.regression.as_json() if comparison.regression else None,
     }
 
 

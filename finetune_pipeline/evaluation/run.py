@@ -243,6 +243,7 @@ def answer_benchmark(
     *,
     constraint: Schema | None = None,
     seed: int | None = None,
+    rejected_is_wrong: bool = False,
 ) -> BenchmarkRun:
     """Return one model's answers to all questions, generated now or reused from an earlier run.
 
@@ -252,6 +253,8 @@ def answer_benchmark(
     Args:
         constraint: JSON Schema to which decoding is constrained; None if it is not.
         seed: sample with it at `evaluation.sample_temperature`; None decodes at temperature 0.
+        rejected_is_wrong: a question that the engine rejects, such as one longer than the context, is an answer without
+            text instead of an error.
 
     Raises:
         EngineError: the model is missing, cannot be loaded, crashed, or rejected a question (the message names it).
@@ -288,7 +291,9 @@ def answer_benchmark(
                 ask = partial(
                     _request, settings=settings, system_prompt=system_prompt, constraint=constraint, seed=seed
                 )
-                answers = _generate_missing(folder / ANSWERS, partial(open_engine, spec), benchmark, ask, on_progress)
+                answers = _generate_missing(
+                    folder / ANSWERS, partial(open_engine, spec), benchmark, ask, on_progress, rejected_is_wrong
+                )
                 fields = {
                     "loop": loop,
                     "version": version,
@@ -416,6 +421,7 @@ def _generate_missing(
     benchmark: Benchmark,
     ask: Callable[[OpenQuestion], GenerateRequest],
     on_progress: Progress,
+    rejected_is_wrong: bool = False,
 ) -> dict[str, BenchmarkAnswer]:
     """Generate the answers that an earlier, killed run has not written to the file, and append each to it."""
     answers = _read_answers(path) if path.exists() else {}
@@ -429,14 +435,14 @@ def _generate_missing(
             for future in as_completed(futures):
                 try:
                     answer = _answer(futures[future], future.result())
-                except AnswerRefused as error:
+                except RequestRefused as error:
+                    if not (rejected_is_wrong or isinstance(error, AnswerRefused)):
+                        raise RequestRefused(
+                            f"question {futures[future]!r} of the benchmark was rejected: {error}"
+                        ) from error
                     answer = BenchmarkAnswer(
                         id=futures[future], text="", prompt_tokens=0, completion_tokens=0, refused=str(error)
                     )
-                except RequestRefused as error:
-                    raise RequestRefused(
-                        f"question {futures[future]!r} of the benchmark was rejected: {error}"
-                    ) from error
                 answers[answer.id] = answer
                 file.write(answer.model_dump_json() + "\n")
                 file.flush()

@@ -11,6 +11,8 @@ from pydantic import TypeAdapter
 
 from finetune_pipeline.evaluation.benchmark import BenchmarkQuestion
 from finetune_pipeline.evaluation.metrics import Answer, Count, make_metric, metric_label
+from finetune_pipeline.evaluation.metrics.code import CodeTests
+from finetune_pipeline.evaluation.metrics.judge import Judge
 from finetune_pipeline.evaluation.metrics.values import count_hallucinated, json_equal
 from finetune_pipeline.schemas import InvalidJsonError, Rule, Schema, compile_schema, parse_json
 from finetune_pipeline.settings import Metric
@@ -82,6 +84,17 @@ class Scorer:
     def count(self, question: BenchmarkQuestion, answer: str) -> Count:
         """Return how much of an answer is correct by the gate's metric."""
         return self.metric.count(question, self._read(question, answer))
+
+    def is_correct(self, question: BenchmarkQuestion, answer: str) -> bool:
+        """Return whether an answer is the expected one, or has the full score by the gate's metric.
+
+        A judge and the tests of code need more than the two texts, so with these only the expected answer is correct.
+        """
+        read = self._read(question, answer)
+        if read.exact or isinstance(self.metric, Judge | CodeTests):
+            return read.exact
+        count = self.metric.count(question, read)
+        return count.correct == count.total > 0
 
     def score(self, question: BenchmarkQuestion, answer: str) -> Scores:
         """Return the scores of an answer. An answer that should be JSON and is not scores 0.

@@ -128,8 +128,8 @@ def erased_after(connection: sa.Connection, loop: str, offset: int) -> bool:
 def erase_user(connection: sa.Connection, loop: str, user: str, reward: RewardFunction) -> Erased:
     """Delete a person's interactions with all feedback on them, and the person's feedback on those of others.
 
-    Review decisions are deleted likewise. The examples of others' interactions are recomputed from what is left. Call
-    `overwrite_deleted` after the commit.
+    Review decisions are deleted likewise, and so are the questions of the regression suite that depend on any of it.
+    The examples of others' interactions are recomputed from what is left. Call `overwrite_deleted` after the commit.
 
     Args:
         reward: the loop's reward function.
@@ -143,6 +143,9 @@ def erase_user(connection: sa.Connection, loop: str, user: str, reward: RewardFu
     if connection.dialect.name == "sqlite":  # otherwise the deleted texts stay readable in the file
         connection.exec_driver_sql("PRAGMA secure_delete=ON")
     _delete_events(connection, loop, data)
+    q = t.regression_questions.c
+    for chunk_of_ids in chunks(data.affected_interactions):
+        connection.execute(t.regression_questions.delete().where(q.loop == loop, q.interaction_id.in_(chunk_of_ids)))
     for chunk in chunks([{"id": id, "loop": loop, "ingest_offset": first + number} for number, id in enumerate(ids)]):
         connection.execute(t.erased_events.insert(), chunk)
     for chunk_of_ids in chunks(data.affected_interactions):  # also deletes the examples of deleted interactions

@@ -4,6 +4,7 @@ The inputs of checks are artifacts; they are typed as Any, because Dagster canno
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import dagster as dg
@@ -53,6 +54,8 @@ def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
             "gain": f"The challenger gains at least {loop.gate.min_gain:.0%} ({loop.gate.mode}) over the champion.",
             "significance": "The gain is significant by a paired test.",
             "no_slice_regressed": f"No slice lost significantly more than {loop.gate.slice_margin:.0%}.",
+            "fixed_corrections_held": "Not significantly more than "
+            f"{loop.gate.regression_tolerance:.0%} of the corrections that promotions fixed are broken.",
         },
         PromotionManifest.stage: {"deployed": "Every deployment target serves the champion."}
         if loop.deploy.followers
@@ -172,6 +175,7 @@ def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, 
     """Return the results of the checks of eval_report by name."""
     verdict, significance, gate = found.verdict, found.significance, loop.gate
     blocking = dg.AssetCheckSeverity.ERROR if gate.on_reject == "fail" else dg.AssetCheckSeverity.WARN
+    regression, required = found.regression, gate.regression == "required"
     regressed = [one.name for one in found.slices if one.status == "regressed"]
     budget = {} if verdict.tests_left is None else {"tests left in the error budget": verdict.tests_left}
     more = {} if verdict.more_questions is None else {"more questions needed": verdict.more_questions}
@@ -217,6 +221,13 @@ def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, 
                 "slices too small to tell": [one.name for one in found.slices if one.status == "too small"],
                 "changes": {one.name: f"{one.points:+.1%}" for one in found.slices},
             },
+        ),
+        "fixed_corrections_held": dg.AssetCheckResult(
+            check_name="fixed_corrections_held",
+            passed=not (regression and regression.exceeded),
+            severity=blocking if required else dg.AssetCheckSeverity.WARN,
+            description=regression.text if regression else "no promotion has fixed a correction yet",
+            metadata={**asdict(regression.counts), "p-value": float(f"{regression.p_value:.2g}")} if regression else {},
         ),
     }
 

@@ -72,6 +72,7 @@ def _metadata(
     }[loop.gate.mode]
     if gain is None:  # the champion's score, or the number of its errors, is 0
         label, gain = "gain (points)", verdict.points
+    regression = comparison.regression_test(loop.gate)
     table = metric_table(comparison)
     fractions = [(row.name, *row.cells[1:3]) for row in table if row.unit == "%"]  # the page has no room for more
     metrics: dict[str, Any] = {}
@@ -90,6 +91,7 @@ def _metadata(
         "report": dg.MetadataValue.md(_report(artifact, comparison, verdict)),
         "reason": verdict.reason,
         **metrics,
+        **({} if regression is None else {"fixed corrections broken": regression.counts.broken}),
         **({} if verdict.tests_left is None else {"tests left in the error budget": verdict.tests_left}),
         **({} if verdict.more_questions is None else {"more questions needed": verdict.more_questions}),
         "correct, challenger": verdict.challenger_correct,

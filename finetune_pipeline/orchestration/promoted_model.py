@@ -51,7 +51,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         Then each deployment target is brought to it. One that cannot be reached, or that serves it differently, makes
         the check `deployed` yellow and is tried again later; see docs/how-to/deploy.md.
         """
-        result = promote_challenger(loop, eval_report, gguf_model, ACTOR)
+        result = promote_challenger(loop, eval_report, gguf_model, ACTOR, context.log.info)
         if isinstance(result, NotPromoted):
             if loop.gate.on_reject == "fail":
                 raise dg.Failure(result.reason, allow_retries=False)
@@ -69,6 +69,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             "correct, possible": verdict.total,
             "gain (points)": percent(verdict.points),
             "model card": dg.MetadataValue.md(card[card.index("\n# ") :]),
+            "corrections fixed": result.artifact.manifest.fixed,
             "reason": verdict.reason,
         }
         yield materialized(result.artifact, metadata)

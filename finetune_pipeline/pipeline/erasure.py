@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune_pipeline.artifacts import stage_folder
 from finetune_pipeline.database import Database
+from finetune_pipeline.evaluation.run import BenchmarkRunManifest
 from finetune_pipeline.feedback.erasure import (
     Erased,
     PersonData,
@@ -51,7 +52,8 @@ class ErasedLoop:
         artifacts: artifacts and models that were made with the erased data.
         sources: declared sources that the erased data came from.
         files: event files and dead letters that contain the person's name.
-        texts: benchmark, replay file and files of evaluation reports -> how many of the person's texts they contain.
+        texts: benchmark, replay file and files of evaluation reports and answers -> how many of the person's texts they
+            contain.
     """
 
     name: str
@@ -148,8 +150,9 @@ def erase_person(database: Database, user: str, held: Sequence[HeldData]) -> Era
 
 def _files_with(texts: set[str], held: HeldData) -> dict[Path, int]:
     """Return the files beside the store that contain some of the texts, as text, JSON or HTML, and how many."""
-    reports = stage_folder(held.name, ReportManifest.stage)
-    paths = [path for path in sorted(reports.rglob("*")) if path.suffix in {".json", ".jsonl", ".html", ".md"}]
+    stages = (ReportManifest.stage, BenchmarkRunManifest.stage)  # models may answer with a person's own words
+    found_paths = [path for stage in stages for path in sorted(stage_folder(held.name, stage).rglob("*"))]
+    paths = [path for path in found_paths if path.suffix in {".json", ".jsonl", ".html", ".md"}]
     if held.loop:
         paths += [project_path(path) for path in (held.loop.evaluation.benchmark, held.loop.curation.replay) if path]
     forms = [

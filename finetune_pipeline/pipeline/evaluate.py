@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune_pipeline.artifacts import (
@@ -31,6 +31,7 @@ from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufMa
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.export import gguf_identity, model_spec
 from finetune_pipeline.pipeline.judge_agreement import scorer_with_agreement
+from finetune_pipeline.pipeline.regression_suite import ask_suite
 from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, subject_of
 from finetune_pipeline.pipeline.required_checks import RequiredChecksError, check_proven, dataset_of, near_benchmark
 from finetune_pipeline.records import normalize
@@ -154,26 +155,27 @@ class ProgressLog:
 def _compare(
     loop: LoopSettings, gguf: Artifact[GgufManifest], current: CurrentDeployment, log: Callable[[str], None]
 ) -> Comparison:
-    base = champion = Contender(f"{loop.name}@base", ModelSpec(gguf=base_gguf(loop, log)))
+    served = ModelSpec(gguf=base_gguf(loop, log))
+    base = champion = Contender(f"{loop.name}@base", served)
     if current.model:
-        champion = Contender(
-            current.model.name, ModelSpec(gguf=current.model.gguf_path, adapter=current.model.adapter_path)
-        )
+        served = ModelSpec(gguf=current.model.gguf_path, adapter=current.model.adapter_path)
+        champion = Contender(current.model.name, served)
+    scorer, progress = scorer_with_agreement(loop, log), ProgressLog(log)
     comparison = compare_models(
         champion,
         Contender("challenger", model_spec(gguf)),
         loop_files.benchmark(loop),
-        scorer_with_agreement(loop, log),
+        scorer,
         loop.evaluation,
         loop.system_prompt,
         loop.name,
-        ProgressLog(log),
+        progress,
         base=base if current.model else None,
         constraint=loop_files.constraint(loop),
     )
     for judgement in comparison.judgements:
         log(str(judgement))
-    return comparison
+    return replace(comparison, regression=ask_suite(loop, served, model_spec(gguf), scorer, progress))
 
 
 def _budget_test(loop: LoopSettings, comparison: Comparison) -> BudgetTest | None:

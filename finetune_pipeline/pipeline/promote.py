@@ -1,5 +1,6 @@
 """Promote a challenger: apply the gate again to its report, then make it the champion."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,17 @@ from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.metric_table import MetricRow
 from finetune_pipeline.evaluation.report import HTML, JSON, findings_of_report, metrics_of_report
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest, PromotionManifest, ReportManifest
-from finetune_pipeline.pipeline.evaluate import settings_hash
+from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.evaluate import ProgressLog, settings_hash
 from finetune_pipeline.pipeline.export import model_spec
 from finetune_pipeline.pipeline.lineage import card
-from finetune_pipeline.pipeline.loop_files import PACKAGES
+from finetune_pipeline.pipeline.regression_suite import fixed_corrections
 from finetune_pipeline.pipeline.required_checks import check_passed, check_proven
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
+from finetune_pipeline.registry.regression_questions import questions_of_model
 from finetune_pipeline.settings import LoopSettings
 
 NOT_PROMOTED = "not promoted: "
@@ -41,7 +44,10 @@ class ReportMismatchError(ArtifactError):
 
 @dataclass(frozen=True)
 class Promotion:
-    """A new champion, its artifact with the model card, and the verdict that justifies it."""
+    """A new champion, its artifact with the model card, and the verdict that justifies it.
+
+    The artifact has the number of corrections that the promotion fixed.
+    """
 
     artifact: Artifact[PromotionManifest]
     model: ModelVersion
@@ -56,9 +62,15 @@ class NotPromoted:
 
 
 def promote_challenger(
-    loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest], actor: str
+    loop: LoopSettings,
+    report: Artifact[ReportManifest],
+    gguf: Artifact[GgufManifest],
+    actor: str,
+    log: Callable[[str], None],
 ) -> Promotion | NotPromoted:
     """Make a challenger the champion if the gate accepts it, and write its model card.
+
+    The corrections that it fixes become questions of the regression suite in the transaction that moves the pointer.
 
     Args:
         actor: who promotes, for the deployment history.
@@ -66,7 +78,8 @@ def promote_challenger(
     Raises:
         ReportMismatchError: the report is not about these files, settings or this champion.
         RequiredChecksError: a blocking check of what the challenger was made from did not pass.
-        ChampionMoved: another process changed the champion at the same time.
+        ChampionChangedError: another process changed the champion at the same time.
+        EngineError: the challenger cannot answer the corrections.
     """
     verdict = verify_report(loop, report, gguf)
     if not verdict.promote:
@@ -94,7 +107,12 @@ def promote_challenger(
     )
     comparison_id, previous_id = report.manifest.comparison_id, report.manifest.champion_id
     reason = verdict.reason.split("\n")[0]
-    model = promote(connect(), candidate, previous_id, actor, reason, comparison_id, config=loop.deploy.config)
+    serving, fixed = champion(connect(), loop.name), []
+    if serving is None or serving.sha256 != report.manifest.challenger_sha256:  # else an earlier try recorded them
+        fixed = fixed_corrections(loop, gguf, loop_files.scorer(loop), ProgressLog(log))
+    model = promote(
+        connect(), candidate, previous_id, actor, reason, comparison_id, config=loop.deploy.config, fixed=fixed
+    )
 
     inputs = {ReportManifest.stage: report.manifest.version, "gguf": model.sha256}
 
@@ -103,11 +121,12 @@ def promote_challenger(
         return {
             "inputs": inputs,
             "settings": loop.gate.model_dump(),
-            "packages": package_versions(*PACKAGES),
+            "packages": package_versions(*loop_files.PACKAGES),
             "model_id": model.id,
             "model": model.name,
             "gguf_path": str(model.gguf_path),
             "previous_id": previous_id,
+            "fixed": questions_of_model(connect(), loop.name, model.id),
         }
 
     version = version_of(inputs, {"model": model.name, "card": MODEL_CARD})

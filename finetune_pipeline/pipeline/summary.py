@@ -6,6 +6,7 @@ from finetune_pipeline.artifacts import get_latest
 from finetune_pipeline.evaluation.report import HTML, JSON, metrics_of_report
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.settings import LoopSettings, home, with_loop
+from finetune_pipeline.wording import counted
 
 
 def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator[str]:
@@ -44,6 +45,8 @@ def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator
         yield f"report    {report.path / HTML}"
     if promotion:
         yield f"promoted  {promotion.manifest.model}"
+        if promotion.manifest.fixed:
+            yield f"fixed     {counted(promotion.manifest.fixed, 'correction')}, now in the regression suite"
         yield f"GGUF      {promotion.manifest.gguf_path}"
         yield f'next      try it:   {with_loop("finetune ask", loop)} "..."'
         yield "          serve it: finetune serve"

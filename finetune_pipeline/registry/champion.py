@@ -4,7 +4,7 @@ SQLite's write transaction, or PostgreSQL's lock on the loop's row of `champions
 change reads the pointer again under that lock (compare-and-swap). A kill in the middle leaves the old champion.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +35,7 @@ from finetune_pipeline.registry.model_versions import (
     register_in,
     version_in,
 )
+from finetune_pipeline.registry.regression_questions import RegressionQuestion, record_questions_in
 
 BASE = "base"
 
@@ -111,6 +112,7 @@ def promote(
     comparison_id: str | None,
     action: Literal["promote", "force"] = "promote",
     config: Config = None,
+    fixed: Sequence[RegressionQuestion] = (),
 ) -> ModelVersion:
     """Register a candidate and make it the champion, in one transaction.
 
@@ -127,6 +129,7 @@ def promote(
         comparison_id: the recorded comparison that justifies the promotion; optional for "force".
         action: "force" overrules the gate, but still requires the expected champion.
         config: `deployment_config`, for the history.
+        fixed: corrections that the candidate answers correctly, for the regression suite.
 
     Raises:
         ChampionChangedError: the champion changed since the comparison; nothing was changed.
@@ -144,6 +147,7 @@ def promote(
             _check_justified(locked.connection, candidate, comparison_id or "")
         check_files_exist(candidate)  # they may have been deleted while this waited for the lock
         model = register_in(locked.connection, candidate, locked.now)
+        record_questions_in(locked.connection, candidate.loop, model.id, fixed, locked.now)
         return locked.deploy(model.id, action, actor, reason, comparison_id, config) or model
 
 

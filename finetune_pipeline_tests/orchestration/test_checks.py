@@ -6,6 +6,7 @@ import dagster as dg
 import pytest
 
 from finetune_pipeline.evaluation.gate import BudgetState, QualityFloor, decide
+from finetune_pipeline.evaluation.regression import RegressionCounts, regression_test
 from finetune_pipeline.evaluation.report import ReportFindings
 from finetune_pipeline.evaluation.significance import PairedScores, compare_slices, paired_test
 from finetune_pipeline.orchestration.checks import eval_report_results, gguf_model_results
@@ -55,7 +56,8 @@ def test_verdict_significance_and_slices_show_their_numbers(make_loop):
     slices = {"walls": scores, "doors": PairedScores([1] * 40, [0] * 40, 40)}
     found, tests = paired_test(scores), compare_slices(slices, 0.05, 0.05)
     verdict = decide(30, 36, 60, QualityFloor(0, 60, 60, False), loop.gate, found, tests, BudgetState(True, 4))
-    results = eval_report_results(loop, ReportFindings(verdict, found, tests))
+    suite = regression_test(RegressionCounts(40, 40, 30, 12, 2), 0.1, 0.05)
+    results = eval_report_results(loop, ReportFindings(verdict, found, tests, suite))
     shown = {name: result.description for name, result in results.items()}
     assert shown["gain"] == f"inconclusive: {verdict.reason}"
     assert shown["significance"] == verdict.evidence
@@ -65,8 +67,16 @@ def test_verdict_significance_and_slices_show_their_numbers(make_loop):
     assert shown["no_slice_regressed"].startswith(
         "slice doors regressed: -100.0 points on 40 questions, more than the 5"
     )
+    assert shown["fixed_corrections_held"].startswith("12 of 30 fixed corrections broken, 10% tolerated: p = 1.5e-05")
+    assert results["fixed_corrections_held"].metadata["broken"].value == 12
+    assert results["fixed_corrections_held"].severity == dg.AssetCheckSeverity.WARN
+    required = loop.model_copy(update={"gate": loop.gate.model_copy(update={"regression": "required"})})
+    strict = eval_report_results(required, ReportFindings(verdict, found, tests, suite))["fixed_corrections_held"]
+    assert strict.severity == dg.AssetCheckSeverity.ERROR
     assert not any(result.passed for result in results.values())
     assert results["gain"].metadata["decision"].value == "inconclusive"
+    without = eval_report_results(loop, ReportFindings(verdict, found, tests))["fixed_corrections_held"]
+    assert without.passed and without.description == "no promotion has fixed a correction yet"
     metadata = {name: value.value for name, value in results["significance"].metadata.items()}
     assert metadata["tests left in the error budget"] == 4
     assert metadata["more questions needed"] == verdict.more_questions

@@ -48,6 +48,7 @@ def test_the_default_loop_has_these_checks():
         "eval_report.gain": True,
         "eval_report.significance": False,
         "eval_report.no_slice_regressed": False,
+        "eval_report.fixed_corrections_held": False,
     }
 
 
