@@ -57,6 +57,7 @@ def curate(
     system_prompt: str = "",
     cache: FilterCache | None = None,
     sample_size: int = 2,
+    validation_from: int | None = None,
 ) -> DatasetSummary:
     """Build a dataset from a snapshot and write it; the same examples in any order give the same files.
 
@@ -68,10 +69,12 @@ def curate(
         system_prompt: the instruction of the Alpaca files.
         cache: keeps the filter's result of each shard, so that the next dataset filters new shards only.
         sample_size: how many examples of each source the summary has.
+        validation_from: index of the first row of the validation set, which goes to the last row; None: the hash of a
+            prompt decides its split.
     """
     snapshot = Snapshot([Shard(path) for path in shards])
     filtered = FilterResult(filter_shards(snapshot.shards, policy, identity, cache), snapshot.superseded())
-    rows = _Rows(snapshot, filtered, policy.settings)
+    rows = _Rows(snapshot, filtered, policy.settings, validation_from)
     selection = select(filtered, policy.settings, policy.quotas, rows.prompts)
     indices = {
         PROMPT_COMPLETION: selection.examples,
@@ -112,8 +115,10 @@ def in_validation(conversation: str, fraction: float) -> bool:
 class _Rows:
     """Reads selected rows of a snapshot again, redacted, as tables of a dataset."""
 
-    def __init__(self, snapshot: Snapshot, filtered: FilterResult, settings: CurationSettings) -> None:
-        self._snapshot, self._filtered = snapshot, filtered
+    def __init__(
+        self, snapshot: Snapshot, filtered: FilterResult, settings: CurationSettings, validation_from: int | None
+    ) -> None:
+        self._snapshot, self._filtered, self._validation_from = snapshot, filtered, validation_from
         self._fraction, self._redaction = settings.validation_fraction, settings.redaction
 
     def count(self, indices: Array) -> dict[str, int]:
@@ -157,6 +162,8 @@ class _Rows:
             yield "validation", table.filter(pa.array(validation))
 
     def _in_validation(self, indices: Array) -> Array:
+        if self._validation_from is not None:
+            return np.asarray(indices >= self._validation_from)
         return np.asarray(self._filtered.numbers("split", indices) / 2**32 < self._fraction)
 
     def _windows(self, indices: Array) -> Iterator[Array]:

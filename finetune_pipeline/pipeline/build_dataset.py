@@ -1,5 +1,6 @@
 """Build the dataset of a loop from a snapshot of its logs, and check what was written."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,20 +57,22 @@ def dataset_settings(loop: LoopSettings) -> dict[str, Any]:
     }
 
 
-def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
-    """Return the dataset of a snapshot under the loop's settings; build it if it does not exist yet."""
-    from finetune_pipeline.curation.dataset import curate
-    from finetune_pipeline.curation.dataset_card import SAMPLE_ROWS_OF_SOURCE, dataset_card
-    from finetune_pipeline.curation.filter import CODE_VERSION, FilterCache
-
-    files = loop_files.hashes(
+def curation_files(loop: LoopSettings) -> dict[str, str]:
+    """Return the hashes of the files that decide what is in a dataset, by name."""
+    return loop_files.hashes(
         benchmark=project_path(loop.evaluation.benchmark),
         output_schema=project_path(loop.output_schema) if loop.output_schema else None,
         replay=loop_files.replay_path(loop),
         tokenizer=loop_files.tokenizer_path(loop),
     )
+
+
+def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Artifact[DatasetManifest]:
+    """Return the dataset of a snapshot under the loop's settings; build it if it does not exist yet."""
+    from finetune_pipeline.curation.filter import CODE_VERSION, FilterCache
+
+    files = curation_files(loop)
     inputs = {RawLogsManifest.stage: raw_logs.manifest.version, **files}
-    policy = loop_files.policy(loop)
     settings = dataset_settings(loop)
     version = version_of(inputs, settings)
 
@@ -89,42 +92,54 @@ def build_dataset(loop: LoopSettings, raw_logs: Artifact[RawLogsManifest]) -> Ar
     )
 
     def make(folder: Path) -> dict[str, Any]:
-        replay = loop_files.replay(loop)
-        summary = curate(
-            folder,
-            [raw_logs.path / shard for shard in shards],
-            replay.examples,
-            policy,
-            loop_files.identity,
-            system_prompt=loop.system_prompt,
-            cache=cache,
-            sample_size=SAMPLE_ROWS_OF_SOURCE,
-        )
-        summary = replace(summary, left_out=summary.left_out | replay.left_out)
-        built: dict[str, Any] = {
-            "inputs": inputs,
-            "settings": settings,
-            "packages": package_versions("finetune-pipeline", "pyarrow", *FILTER_PACKAGES),
-            "watermark": raw_logs.manifest.watermark,
-        }
-        write_text(folder / DATASET_CARD, dataset_card(loop.name, version, summary, **built))
-        examples = summary.rows[PROMPT_COMPLETION]
-        return {
-            **built,
-            "train": examples["train"] + summary.replayed,
-            "validation": examples["validation"],
-            "replayed": summary.replayed,
-            "sources": summary.sources,
-            "left_out": summary.left_out,
-            "redacted": summary.redacted,
-            "near_benchmark": list(summary.near_benchmark),
-            "conflicts": [list(pair) for pair in summary.conflicts],
-            "preference_pairs": summary.rows[PREFERENCE]["train"],
-            "desirable": examples["train"],
-            "undesirable": summary.rows[UNPAIRED_PREFERENCE]["train"],
-        }
+        built: dict[str, Any] = {"inputs": inputs, "settings": settings, "watermark": raw_logs.manifest.watermark}
+        return curate_into(folder, loop, version, [raw_logs.path / shard for shard in shards], built, cache=cache)
 
     return get_or_create(DatasetManifest, loop.name, version, make)
+
+
+def curate_into(
+    folder: Path, loop: LoopSettings, version: str, shards: Sequence[Path], built: Mapping[str, Any], **options: Any
+) -> dict[str, Any]:
+    """Curate examples into a dataset's folder with its card, and return the fields of its manifest.
+
+    Args:
+        shards: Parquet files of the examples.
+        built: the manifest's inputs, settings and watermark.
+        options: further arguments of `curate`.
+    """
+    from finetune_pipeline.curation.dataset import curate
+    from finetune_pipeline.curation.dataset_card import SAMPLE_ROWS_OF_SOURCE, dataset_card
+
+    replay = loop_files.replay(loop)
+    summary = curate(
+        folder,
+        shards,
+        replay.examples,
+        loop_files.policy(loop),
+        loop_files.identity,
+        system_prompt=loop.system_prompt,
+        sample_size=SAMPLE_ROWS_OF_SOURCE,
+        **options,
+    )
+    summary = replace(summary, left_out=summary.left_out | replay.left_out)
+    built = {**built, "packages": package_versions("finetune-pipeline", "pyarrow", *FILTER_PACKAGES)}
+    write_text(folder / DATASET_CARD, dataset_card(loop.name, version, summary, **built))
+    examples = summary.rows[PROMPT_COMPLETION]
+    return {
+        **built,
+        "train": examples["train"] + summary.replayed,
+        "validation": examples["validation"],
+        "replayed": summary.replayed,
+        "sources": summary.sources,
+        "left_out": summary.left_out,
+        "redacted": summary.redacted,
+        "near_benchmark": list(summary.near_benchmark),
+        "conflicts": [list(pair) for pair in summary.conflicts],
+        "preference_pairs": summary.rows[PREFERENCE]["train"],
+        "desirable": examples["train"],
+        "undesirable": summary.rows[UNPAIRED_PREFERENCE]["train"],
+    }
 
 
 @dataclass(frozen=True)
